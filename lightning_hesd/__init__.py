@@ -1,0 +1,11 @@
+"""Hessian eigenvalue spectral density (HESD) of a network while it trains, for PyTorch Lightning."""
+
+from lightning_hesd.analysis import hessian_spectrum
+from lightning_hesd.criteria import hesd_type
+from lightning_hesd.spectrum import Spectrum
+
+__all__ = [
+    "Spectrum",
+    "hesd_type",
+    "hessian_spectrum",
+]

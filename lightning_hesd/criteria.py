@@ -1,0 +1,177 @@
+"""Criteria of Gabdullin (2025, arXiv:2504.17618): every sign convention and every edge case lives here.
+
+Arrays and plain numbers only. Eigenvalues are curvatures (loss units per squared parameter unit).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+HesdType = Literal["MP", "MN"]
+
+MP_THRESHOLD = -0.6
+"""C_t above which a trained network counts as mainly positive (eq. 2)."""
+
+ROUNDING_UNITS = 64.0
+"""Eigenvalues below this many machine epsilons of the spectral norm are rounding, not curvature.
+
+An autograd Hessian product is off by a few epsilons times the spectral norm; see `tests/test_exactness.py`,
+which measures it on positive semidefinite Hessians, where every negative eigenvalue is rounding.
+"""
+
+
+def rounding_threshold(norm: float, epsilon: float) -> float:
+    """Return the absolute size below which an eigenvalue cannot be told from zero.
+
+    Args:
+        norm: Spectral norm of the matrix.
+        epsilon: Machine epsilon of the arithmetic behind the matrix-vector products.
+    """
+    return ROUNDING_UNITS * epsilon * norm
+
+
+def undefined_reason(norm: float, loss: float, squared_weight_norm: float, epsilon: float) -> str | None:
+    """Say why C_t is undefined, or return None where it is defined.
+
+    A second-order change of the loss is at most norm/2 times the squared length of the step. If even a step as long
+    as the weights themselves (or of unit length, if they are shorter) changes the loss by less than the loss is
+    rounded to, the spectrum holds rounding only.
+
+    Args:
+        norm: Spectral norm of the Hessian.
+        loss: Mean loss at these weights.
+        squared_weight_norm: Squared Euclidean norm of the analysed weights.
+        epsilon: Machine epsilon of the arithmetic behind the loss.
+    """
+    floor = epsilon * abs(loss) / max(1.0, squared_weight_norm)
+    if norm > floor:
+        return None
+    return (
+        f"no curvature: the largest |eigenvalue| is {norm:.3g}, which does not exceed the rounding of the loss "
+        f"({floor:.3g}); is the loss linear in these parameters, or do they not take part in it?"
+    )
+
+
+def c_t(lambda_min: float, lambda_max: float, rounding: float = 0.0) -> float:
+    """Return C_t = min(negative eigenvalues) / max(positive eigenvalues), at most 0 (eq. 1).
+
+    Args:
+        lambda_min: Smallest eigenvalue.
+        lambda_max: Largest eigenvalue.
+        rounding: Eigenvalues within `rounding` of zero count as neither negative nor positive.
+
+    Returns:
+        The ratio; 0 without negative eigenvalues, -inf without positive ones, NaN with neither.
+
+    Example:
+        >>> c_t(-1.0, 4.0)
+        -0.25
+        >>> c_t(0.5, 4.0), c_t(-1.0, -0.5)
+        (0.0, -inf)
+    """
+    negative = lambda_min < -rounding
+    positive = lambda_max > rounding
+    if negative and positive:
+        return lambda_min / lambda_max
+    if positive:
+        return 0.0
+    return -math.inf if negative else math.nan
+
+
+def c_t_interval(
+    lambda_min: float, lambda_max: float, error_min: float, error_max: float, rounding: float
+) -> tuple[float, float]:
+    """Return the (low, high) values that C_t can take given the residual bounds of both extremes.
+
+    Ritz values lie inside the spectrum, so the true extremes lie outward, by at most the residual if these Ritz
+    values approximate the outermost eigenvalues; inward only rounding is possible. C_t grows with both extremes,
+    hence its ends belong to the ends of theirs.
+
+    Args:
+        lambda_min: Smallest Ritz value.
+        lambda_max: Largest Ritz value.
+        error_min: How far below `lambda_min` the smallest eigenvalue may lie.
+        error_max: How far above `lambda_max` the largest eigenvalue may lie.
+        rounding: Rounding of the eigenvalues, see `rounding_threshold`.
+    """
+    point = c_t(lambda_min, lambda_max, rounding)
+    if math.isnan(point):
+        return math.nan, math.nan
+    low = c_t(lambda_min - error_min, lambda_max - rounding)
+    # A smallest eigenvalue that is positive, or zero within rounding, may have no negative one beside it.
+    high = c_t(lambda_min + rounding, lambda_max + error_max)
+    return min(low, point), max(high, point)
+
+
+def r_e(c_t: float) -> float:
+    """Return r_e = -C_t, the criterion of arXiv:2412.10146; 0 where no eigenvalue is negative.
+
+    Example:
+        >>> r_e(-0.25), r_e(0.0)
+        (0.25, 0.0)
+    """
+    return abs(c_t)
+
+
+def hesd_type(c_t: float, threshold: float = MP_THRESHOLD) -> HesdType:
+    """Classify a spectrum as mainly positive ("MP", C_t > threshold) or mainly negative ("MN") (eq. 2).
+
+    The criterion is meant for trained networks: random initialisation lies near -1.
+
+    Args:
+        c_t: The criterion C_t, at most 0; -inf is allowed.
+        threshold: The paper's -0.6, unless you have a reason.
+
+    Raises:
+        ValueError: If `c_t` is NaN: an undefined C_t has no type.
+
+    Example:
+        >>> hesd_type(-0.1), hesd_type(-0.6)
+        ('MP', 'MN')
+    """
+    if math.isnan(c_t):
+        msg = "`c_t` is NaN, so the HESD type is undefined; `Spectrum.reason` says why."
+        raise ValueError(msg)
+    return "MP" if c_t > threshold else "MN"
+
+
+def type_certain(interval: tuple[float, float], threshold: float = MP_THRESHOLD) -> bool:
+    """Whether every C_t in `interval` (low, high) gives the same type; False for an undefined interval."""
+    low, high = interval
+    return low > threshold or high <= threshold
+
+
+def k_h(
+    nodes: NDArray[np.float64], weights: NDArray[np.float64], n: float = 0.5, rounding: float = 0.0
+) -> NDArray[np.float64]:
+    """Return K_Hn of each probe, Σ_{θ<0} |θτ|ⁿ / Σ_{θ>0} (θτ)ⁿ (arXiv:2412.10146).
+
+    It depends on the number of quadrature nodes and on the probe: compare values of equal steps and probes only.
+
+    Args:
+        nodes: Quadrature nodes θ, shape (probes, steps); NaN pads probes that ended early.
+        weights: Quadrature weights τ, shape (probes, steps).
+        n: Exponent, positive; 0.5 gives K_H05.
+        rounding: Nodes within `rounding` of zero count as neither negative nor positive.
+
+    Returns:
+        One value per probe, shape (probes,); NaN where a probe has no positive node.
+
+    Raises:
+        ValueError: If `n` is not positive.
+    """
+    if not n > 0:
+        msg = f"`n` must be positive, got {n}."
+        raise ValueError(msg)
+    parts = np.abs(nodes * weights) ** n
+    negative = np.where(nodes < -rounding, parts, 0.0).sum(axis=1)
+    positive = np.where(nodes > rounding, parts, 0.0).sum(axis=1)
+    ratio = np.full(len(nodes), np.nan)
+    np.divide(negative, positive, out=ratio, where=positive > 0)
+    return ratio

@@ -1,0 +1,247 @@
+"""Put modules and random number generators into analysis state, and put everything back afterwards.
+
+Whatever the analysis calls (a loss function, a training step, a dataset) may leave traces: running statistics, metric
+states, lists that grow, random numbers drawn. `preserved` takes a snapshot of all of it that Python lets one reach,
+and puts it back in place, also after an exception. Out of reach are files, globals, closures, and objects that hold
+anything but plain values (a database connection, a logger's run).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import random
+import types
+from collections import deque
+from functools import partial
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
+from torch.utils.data import Dataset
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+Mode = Literal["eval", "train", "keep"]
+
+_IMMUTABLE = (
+    *(type(None), bool, int, float, complex, str, bytes, range, slice, type, enum.Enum, PurePath),
+    *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType),
+    *(np.generic, np.dtype, torch.dtype, torch.device, torch.layout),
+)
+_CONTAINERS = (list, tuple, dict, set, frozenset, deque)
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_FOREIGN = {"torch", "torchmetrics", "lightning", "lightning_fabric", "pytorch_lightning"}
+"""Objects of these packages hold running machinery (trainers, optimizers, hooks), unless they are modules."""
+
+
+@contextlib.contextmanager
+def preserved(*roots: object, tensors: bool = True) -> Iterator[None]:
+    """Put back all state reachable from `roots`, and the global random number generators, on leaving.
+
+    Args:
+        *roots: Modules, datasets or other objects.
+        tensors: Whether to restore the values of tensors and arrays too; they are copied for that.
+    """
+    snapshot = _Snapshot(tensors=tensors)
+    for root in roots:
+        snapshot.take(root)
+    generators = _global_generator_states()
+    try:
+        yield
+    finally:
+        snapshot.restore()
+        for restore in generators:
+            restore()
+
+
+@contextlib.contextmanager
+def analysis_state(module: nn.Module, mode: Mode = "eval") -> Iterator[None]:
+    """Bring `module` and PyTorch into the state for exact second derivatives; put everything back on leaving.
+
+    Gradients are enabled; autocast, TF32 and fused attention (it has no second derivative) are off; compiled code
+    runs eagerly (it has none either). The gradients the user accumulated are set aside, not touched.
+
+    Args:
+        module: The module to analyse.
+        mode: Module mode meanwhile; "keep" leaves every submodule in the mode it is in.
+    """
+    parameters = list(module.parameters())
+    gradients = [p.grad for p in parameters]
+    device_types = {p.device.type for p in parameters} | {"cpu"}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(preserved(module))
+        stack.enter_context(torch.inference_mode(mode=False))
+        stack.enter_context(torch.enable_grad())
+        for device_type in device_types:
+            if torch.amp.is_autocast_available(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(_full_float32_precision())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            for p in parameters:
+                p.grad = None
+            if mode != "keep":
+                module.train(mode == "train")
+            yield
+        finally:
+            for p, grad in zip(parameters, gradients, strict=True):
+                p.grad = grad
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and PyTorch (all devices); call it inside `preserved`."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - the user's code may draw from the legacy generator
+    torch.manual_seed(seed)
+
+
+def _global_generator_states() -> list[Callable[[], object]]:
+    """Return one restoring function for each global generator."""
+    restorers: list[Callable[[], object]] = [
+        partial(random.setstate, random.getstate()),
+        partial(np.random.set_state, np.random.get_state()),  # noqa: NPY002
+        partial(torch.set_rng_state, torch.get_rng_state()),
+    ]
+    if torch.cuda.is_available():
+        restorers.append(partial(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+    if torch.backends.mps.is_available():
+        restorers.append(partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
+    return restorers
+
+
+@contextlib.contextmanager
+def _full_float32_precision() -> Iterator[None]:
+    """Switch TF32 off for matrix products and convolutions."""
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
+    flag, off = "allow_tf32", False
+    if hasattr(torch.backends.cudnn, "conv"):  # torch >= 2.9; mixing the old flags with the new ones is an error there
+        backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
+        flag, off = "fp32_precision", "ieee"  # type: ignore[assignment]
+    before = [getattr(backend, flag) for backend in backends]
+    try:
+        for backend in backends:
+            setattr(backend, flag, off)
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            setattr(backend, flag, value)
+
+
+class _Snapshot:
+    """Remembers the mutable state reachable from the objects it takes, and restores it in place.
+
+    Descends into modules, datasets, containers, and objects whose whole content is plain values.
+    """
+
+    def __init__(self, *, tensors: bool) -> None:
+        self._tensors = tensors
+        self._restorers: list[Callable[[], object]] = []
+        self._seen: dict[int, object] = {}  # keeps the objects alive, so that an id names one object only
+        self._plain: dict[int, bool] = {}
+
+    def restore(self) -> None:
+        for restore in reversed(self._restorers):
+            restore()
+
+    def take(self, value: object) -> None:
+        """Remember a root: its attributes even if not all of them are plain."""
+        self._take(value)
+        if hasattr(value, "__dict__"):
+            self._take(vars(value))
+
+    def _take(self, value: object) -> None:
+        if isinstance(value, _IMMUTABLE) or id(value) in self._seen:
+            return
+        self._seen[id(value)] = value
+        if isinstance(value, Tensor):
+            self._take_tensor(value)
+        elif isinstance(value, np.ndarray):
+            if self._tensors and value.flags.writeable:
+                self._restorers.append(partial(np.copyto, value, value.copy()))
+        elif isinstance(value, _GENERATORS):
+            self._take_generator(value)
+        elif isinstance(value, _CONTAINERS):
+            self._take_container(value)
+        elif self._is_open(value):
+            self._take(vars(value))
+
+    def _take_tensor(self, tensor: Tensor) -> None:
+        if not self._tensors or is_lazy(tensor) or tensor.is_inference():
+            return
+        version, saved, requires_grad = tensor._version, tensor.detach().clone(), tensor.requires_grad  # noqa: SLF001
+
+        def restore() -> None:
+            if tensor._version != version:  # noqa: SLF001 - counts changes in place
+                with torch.no_grad():
+                    tensor.copy_(saved)
+            if tensor.is_leaf and tensor.requires_grad != requires_grad:
+                tensor.requires_grad_(requires_grad)
+
+        self._restorers.append(restore)
+
+    def _take_generator(self, generator: Any) -> None:
+        if isinstance(generator, torch.Generator):
+            self._restorers.append(partial(generator.set_state, generator.get_state()))
+        elif isinstance(generator, np.random.Generator):
+            self._restorers.append(partial(setattr, generator.bit_generator, "state", generator.bit_generator.state))
+        elif isinstance(generator, np.random.RandomState):
+            self._restorers.append(partial(generator.set_state, generator.get_state()))
+        else:
+            self._restorers.append(partial(generator.setstate, generator.getstate()))
+
+    def _take_container(self, container: Any) -> None:
+        items = list(container.items()) if isinstance(container, dict) else list(container)
+        for item in items:
+            self._take(item[1] if isinstance(container, dict) else item)
+        if isinstance(container, tuple | frozenset):
+            return
+
+        def restore() -> None:
+            now = list(container.items()) if isinstance(container, dict) else list(container)
+            if len(now) == len(items) and all(map(_same, now, items)):
+                return
+            container.clear()
+            (container.extend if isinstance(container, list | deque) else container.update)(items)
+
+        self._restorers.append(restore)
+
+    def _is_open(self, value: object) -> bool:
+        """Whether to descend into the attributes of `value`."""
+        return isinstance(value, nn.Module | Dataset) or (_has_own_attributes(value) and self._is_plain(value))
+
+    def _is_plain(self, value: object) -> bool:
+        """Whether `value` consists of plain values only, all the way down."""
+        if isinstance(value, (*_IMMUTABLE, Tensor, np.ndarray, *_GENERATORS, nn.Module, Dataset)):
+            return True
+        if id(value) not in self._plain:
+            self._plain[id(value)] = True  # an object that contains itself is as plain as the rest of it
+            parts = _parts(value)
+            self._plain[id(value)] = parts is not None and all(map(self._is_plain, parts))
+        return self._plain[id(value)]
+
+
+def _has_own_attributes(value: object) -> bool:
+    return hasattr(value, "__dict__") and type(value).__module__.split(".")[0] not in _FOREIGN
+
+
+def _parts(value: Any) -> Iterable[object] | None:
+    """Return what a container or an object consists of, or None if that cannot be told."""
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, _CONTAINERS):
+        return value
+    return vars(value).values() if _has_own_attributes(value) else None
+
+
+def _same(first: object, second: object) -> bool:
+    """Whether two items of a container, or two (key, value) pairs of a dict, are the same objects."""
+    if isinstance(first, tuple) and isinstance(second, tuple) and len(first) == len(second) == 2:
+        return first[0] is second[0] and first[1] is second[1]
+    return first is second

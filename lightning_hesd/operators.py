@@ -1,0 +1,297 @@
+"""The Hessian of a mean loss as a matrix-vector product: v -> Hv on flat vectors, without ever forming H.
+
+H = Σ_b (w_b/W) H_b over batches b with weights w_b (their numbers of samples), W = Σ w_b. The sum may run over
+several processes: each holds a share of the batches, and `all_reduce` adds the shares up.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch.autograd.graph import Node
+
+    Product = Callable[[Sequence[Tensor]], Sequence[Tensor | None]]
+    """Hessian-vector product of one batch, in the shapes of the parameters; None stands for zero."""
+
+    AllReduce = Callable[[Tensor], Tensor]
+    """Sums a tensor over all processes."""
+
+Strategy = Literal["graph", "recompute"]
+
+GRAPH_MEMORY_LIMIT = 2 * 2**30
+"""`auto` keeps gradient graphs up to this many bytes; the same everywhere, so that all processes choose alike."""
+
+
+@dataclass(frozen=True)
+class WeightedBatch:
+    """One batch of the analysis.
+
+    Attributes:
+        data: The batch as the loss function takes it.
+        weight: Its weight in the mean loss: its number of samples.
+        index: Its position among the batches of all processes; it seeds whatever is random in the forward pass.
+    """
+
+    data: Any
+    weight: float
+    index: int
+
+
+class AnotherProcessFailedError(RuntimeError):
+    """This process is fine, but the sum over processes cannot be completed."""
+
+    def __init__(self) -> None:
+        super().__init__("the analysis failed on another process, whose own message names the cause")
+
+
+def gradient(loss: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor]:
+    """Return the gradient of `loss`, zeros where a parameter does not take part in it."""
+    if not loss.requires_grad:
+        return [torch.zeros_like(p) for p in parameters]
+    gradients = torch.autograd.grad(loss, parameters, create_graph=create_graph, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
+
+
+def retained_graph_product(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, Product]:
+    """Build the gradient's graph once and differentiate it again for every product: fast, holds the graph.
+
+    Returns:
+        The value of the loss, a scalar without graph, and the product.
+    """
+    value = loss()
+    gradients = gradient(value, parameters, create_graph=True)
+    check_twice_differentiable(gradients)
+    return value.detach(), lambda vector: _differentiate(gradients, parameters, vector, retain_graph=True)
+
+
+def recomputed_product(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, Product]:
+    """Build the gradient's graph anew for every product: slower, holds nothing between products.
+
+    Returns:
+        The value of the loss, a scalar without graph, and the product.
+    """
+    value = loss()
+    check_twice_differentiable(gradient(value, parameters, create_graph=True))
+
+    def product(vector: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        return _differentiate(gradient(loss(), parameters, create_graph=True), parameters, vector, retain_graph=False)
+
+    return value.detach(), product
+
+
+def _differentiate(
+    gradients: Sequence[Tensor], parameters: Sequence[Tensor], vector: Sequence[Tensor], *, retain_graph: bool
+) -> Sequence[Tensor | None]:
+    # A gradient without a graph is constant in the parameters: its part of the product is zero.
+    curved = [(g, v) for g, v in zip(gradients, vector, strict=True) if g.requires_grad]
+    if not curved:
+        return [None] * len(parameters)
+    outputs, directions = zip(*curved, strict=True)
+    return torch.autograd.grad(outputs, parameters, directions, retain_graph=retain_graph, allow_unused=True)
+
+
+def check_twice_differentiable(gradients: Sequence[Tensor]) -> None:
+    """Refuse gradients that autograd would differentiate again silently wrong.
+
+    A custom function marked `once_differentiable` cuts the graph: products through it come out as zeros, without an
+    error. Its cut shows as an error node in the graph.
+
+    Raises:
+        RuntimeError: If there is such a node.
+    """
+    pending: list[Node | None] = [g.grad_fn for g in gradients]
+    seen: set[Node] = set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::Error":
+            msg = (
+                "the loss cannot be differentiated twice: it passes through a custom autograd function marked "
+                "`once_differentiable`, whose Hessian autograd would silently take for zero; replace the function by "
+                "plain operations for the analysis, for example with `loss_fn`."
+            )
+            raise RuntimeError(msg)
+        pending.extend(parent for parent, _ in node.next_functions)
+
+
+def choose_strategy(loss: Callable[[], Tensor], parameters: Sequence[Tensor], scale: float) -> tuple[Strategy, str]:
+    """Choose between a retained graph and recomputation by the memory the graphs would hold.
+
+    Args:
+        loss: Loss of one batch.
+        parameters: The analysed parameters.
+        scale: How many times the size of this batch all batches have together.
+
+    Returns:
+        The strategy and the reason for it.
+    """
+    storages: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        gradients = gradient(loss(), parameters, create_graph=True)
+    held = sum(storages.values()) * scale
+    del gradients
+    if held <= GRAPH_MEMORY_LIMIT:
+        return "graph", f"auto: the gradient graphs hold about {held / 2**20:.0f} MiB"
+    return "recompute", (
+        f"auto: the gradient graphs would hold about {held / 2**30:.1f} GiB, more than {GRAPH_MEMORY_LIMIT >> 30} GiB"
+    )
+
+
+class HessianOperator:
+    """Hessian-vector products of the weighted mean loss over batches and processes.
+
+    With several processes a failure must not leave the others waiting in `all_reduce`: the process that fails goes on
+    contributing NaN, which every process sees at the same step, and raises its own error from `failure` afterwards.
+
+    Attributes:
+        loss: Mean loss over all batches.
+        weight: Sum of the weights of all batches.
+        strategy: The strategy in use.
+        strategy_reason: Why.
+        failure: What went wrong in this process, if anything did.
+        seconds: Time spent in products so far; meaningful on the CPU only, where calls do not return early.
+    """
+
+    def __init__(
+        self,
+        loss_fn: Callable[[WeightedBatch], Tensor],
+        batches: Sequence[WeightedBatch],
+        parameters: Sequence[Tensor],
+        *,
+        strategy: Strategy | Literal["auto"],
+        dtype: torch.dtype,
+        all_reduce: AllReduce | None = None,
+    ) -> None:
+        """Evaluate the loss of every batch and prepare the products.
+
+        Args:
+            loss_fn: Mean loss of one batch, a scalar tensor; the same at every call.
+            batches: This process's share; may be empty if there are others.
+            parameters: The analysed parameters, n elements together.
+            strategy: How to compute products.
+            dtype: Floating-point type of the flat vectors.
+            all_reduce: Sums a tensor over processes; None for a single process.
+
+        Raises:
+            ValueError: If no process has a batch.
+            ArithmeticError: If the loss of a batch is NaN or infinite.
+            AnotherProcessFailedError: If that or anything else happened on another process.
+        """
+        self.strategy: Strategy
+        self.strategy_reason: str
+        self.failure: Exception | None = None
+        self.seconds = 0.0
+        self._loss_fn = loss_fn
+        self._batches = batches
+        self._parameters = parameters
+        self._sizes = [p.numel() for p in parameters]
+        self._dtype = dtype
+        self._device = parameters[0].device
+        self._all_reduce = all_reduce
+        self._products: list[Product] = []
+
+        total = torch.zeros(3, dtype=torch.float64)  # weight, weight·loss, number of failed processes
+        try:
+            self._build(strategy, total)
+        except Exception as error:
+            if all_reduce is None:
+                raise
+            self.failure = error
+            total = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
+        self.weight, weighted_loss, failures = self._sum_over_processes(total.to(self._device)).tolist()
+        if failures:
+            raise self.failure or AnotherProcessFailedError
+        if not self.weight:
+            msg = "there are no batches to analyse: `batches` is empty."
+            raise ValueError(msg)
+        self.loss = weighted_loss / self.weight
+
+    def _build(self, strategy: Strategy | Literal["auto"], total: Tensor) -> None:
+        self.strategy, self.strategy_reason = ("graph", "no batches") if strategy == "auto" else (strategy, "as asked")
+        if strategy == "auto" and self._batches:
+            first = self._batches[0]
+            scale = sum(batch.weight for batch in self._batches) / first.weight
+            loss_of_first = partial(self._loss_fn, first)
+            self.strategy, self.strategy_reason = choose_strategy(loss_of_first, self._parameters, scale)
+        make_product = retained_graph_product if self.strategy == "graph" else recomputed_product
+        for batch in self._batches:
+            loss, product = make_product(partial(self._loss_fn, batch), self._parameters)
+            if not loss.isfinite():
+                msg = f"the loss of batch {batch.index} is {loss.item()}; the Hessian is undefined there."
+                raise ArithmeticError(msg)
+            self._products.append(product)
+            total += torch.tensor([batch.weight, batch.weight * loss.item(), 0.0], dtype=torch.float64)
+
+    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
+        return tensor if self._all_reduce is None else self._all_reduce(tensor)
+
+    def _split(self, vector: Tensor) -> list[Tensor]:
+        """View a flat vector in the shapes, and cast it to the dtypes, of the parameters."""
+        parts = torch.split(vector, self._sizes)
+        return [part.view_as(p).to(p.dtype) for part, p in zip(parts, self._parameters, strict=True)]
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Return Hv, shape (n,), summed over batches and processes; v has shape (n,)."""
+        started = time.perf_counter()
+        result = torch.zeros(sum(self._sizes), dtype=self._dtype, device=self._device)
+        try:
+            if self.failure is None:
+                self._add_products(vector, result)
+        except Exception as error:
+            if self._all_reduce is None:
+                raise
+            self.failure = error
+        if self.failure is not None:
+            result.fill_(math.nan)
+        result = self._sum_over_processes(result)
+        self.seconds += time.perf_counter() - started
+        return result
+
+    def _add_products(self, vector: Tensor, result: Tensor) -> None:
+        directions = self._split(vector)
+        targets = [part.view_as(p) for part, p in zip(torch.split(result, self._sizes), self._parameters, strict=True)]
+        for batch, product in zip(self._batches, self._products, strict=True):
+            for target, part in zip(targets, product(directions), strict=True):
+                if part is not None:
+                    target.add_(part, alpha=batch.weight / self.weight)
+
+    def explain_non_finite(self, vector: Tensor) -> Exception:
+        """Return the error for a product with `vector` that came out NaN or infinite, naming the batch."""
+        if self.failure is not None:
+            return self.failure
+        directions = self._split(vector)
+        for batch, product in zip(self._batches, self._products, strict=True):
+            for part in product(directions):
+                if part is not None and not part.isfinite().all():
+                    msg = (
+                        f"the Hessian-vector product of batch {batch.index} is NaN or infinite, though its loss is "
+                        "finite; look for operations with undefined second derivatives (a square root or norm at "
+                        "zero, for example)."
+                    )
+                    return ArithmeticError(msg)
+        return AnotherProcessFailedError()
+
+    def time_gradient(self) -> float:
+        """Return the seconds of one plain gradient over this process's batches."""
+        started = time.perf_counter()
+        for batch in self._batches:
+            gradient(self._loss_fn(batch), self._parameters)
+        return time.perf_counter() - started

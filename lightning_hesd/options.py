@@ -1,0 +1,90 @@
+"""The options of an analysis, checked in one place for `hessian_spectrum` and the callback alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor, nn
+
+    from lightning_hesd.guards import Mode
+
+Probe = Literal["gaussian", "rademacher"]
+
+
+@dataclass(frozen=True)
+class AnalysisOptions:
+    """The options of `hessian_spectrum`, checked; their meaning and defaults are documented there."""
+
+    batch_weight: Callable[[Any], float] | None
+    steps: int
+    probes: int
+    seed: int
+    tolerance: float | str | None
+    confidence: float
+    matrix: Literal["hessian"]
+    output_fn: Callable[[Any, Any], Any] | None
+    output_loss: Callable[[Any, Any], Tensor] | None
+    parameters: Callable[[str, nn.Parameter], bool] | None
+    strategy: Literal["auto", "graph", "recompute"]
+    mode: Mode
+    probe: Probe
+    dtype: torch.dtype | None
+    basis: Literal["auto", "device"]
+    memory_budget: int | None
+    preconditioner: Mapping[str, Tensor] | None
+    sampling_error: bool
+
+    def __post_init__(self) -> None:
+        """Check every option.
+
+        Raises:
+            ValueError: If one is out of range or not available in this version.
+        """
+        for name in ("steps", "probes"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                msg = f"`{name}` must be a positive integer, got {value!r}."
+                raise ValueError(msg)
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
+            msg = f"`seed` must be a non-negative integer, got {self.seed!r}."
+            raise ValueError(msg)
+        if not 0 < self.confidence < 1:
+            msg = f"`confidence` must lie between 0 and 1, got {self.confidence!r}."
+            raise ValueError(msg)
+        if self.dtype not in (None, torch.float32, torch.float64):
+            msg = f"`dtype` must be torch.float32, torch.float64 or None, got {self.dtype!r}."
+            raise ValueError(msg)
+        _check_choice("mode", self.mode, ("eval", "train", "keep"))
+        _check_choice("probe", self.probe, ("gaussian", "rademacher"))
+        _check_choice("strategy", self.strategy, ("auto", "graph", "recompute"), ("linearize", "finite_difference"))
+        _check_choice("matrix", self.matrix, ("hessian",), ("ggn", "residual"))
+        _check_choice("basis", self.basis, ("auto", "device"), ("cpu", "none"))
+        later = "is not available in this version"
+        unavailable = ("tolerance", "output_fn", "output_loss", "memory_budget", "preconditioner")
+        for name in unavailable:
+            if getattr(self, name) is not None:
+                msg = f"`{name}` {later}: leave it None."
+                raise ValueError(msg)
+        if self.sampling_error:
+            msg = f"`sampling_error` {later}: leave it False."
+            raise ValueError(msg)
+
+
+OPTION_NAMES = tuple(field.name for field in fields(AnalysisOptions))
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str], later: Sequence[str] = ()) -> None:
+    if value in choices:
+        return
+    offered = " or ".join(repr(choice) for choice in choices)
+    if value in later:
+        msg = f"`{name}={value!r}` is not available in this version: use {offered}."
+    else:
+        msg = f"`{name}` must be {offered}, got {value!r}."
+    raise ValueError(msg)

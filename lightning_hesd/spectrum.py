@@ -1,0 +1,274 @@
+"""`Spectrum`: the immutable record of one analysis, and the only thing that leaves the numerics."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from zipfile import BadZipFile
+
+import numpy as np
+
+from lightning_hesd import criteria, quadrature
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+FORMAT_VERSION = 1
+DEFAULT_TOLERANCE = 0.05
+SMALLEST_SCALE = 1e-3
+"""C_t is judged relative to its size, but never finer than relative to this: a C_t of 0 has no relative error."""
+
+_ARRAYS = ("nodes", "weights", "residuals")
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """Hessian eigenvalue spectral density (HESD) at one point in weight space, with its error bounds.
+
+    Made by `hessian_spectrum`; never edited. Curvatures are in units of the loss per squared parameter unit.
+
+    Attributes:
+        nodes: Quadrature nodes (Ritz values), ascending, shape (probes, steps); a probe that ended early is padded with
+            NaN nodes of weight 0.
+        weights: Quadrature weights, shape (probes, steps); each row sums to 1.
+        residuals: An eigenvalue lies within this distance of each node, shape (probes, steps).
+        steps_per_probe: Lanczos steps taken by each probe.
+        dimension: Number of analysed parameters n.
+        num_samples: Number of samples the loss is the mean of (the sum of the batch weights).
+        loss: That mean loss.
+        rounding: Eigenvalues closer to zero than this are indistinguishable from it.
+        matvecs: Hessian-vector products spent.
+        seconds: Duration of the analysis.
+        gradient_equivalents: Time in Hessian-vector products over the time of as many plain gradients on the same
+            batches, i.e. the cost of one product in gradients; None if not measured.
+        matrix: Which curvature matrix ("hessian").
+        probe: Distribution of the start vectors ("gaussian": uniform on the sphere, or "rademacher").
+        seed: Seed of the start vectors.
+        mode: Module mode during the analysis ("eval", "train" or "keep").
+        strategy: How the products were computed ("graph" or "recompute").
+        strategy_reason: Why this strategy.
+        reorthogonalized: Whether the Krylov basis was kept orthogonal (no ghost eigenvalues).
+        confidence: Confidence asked for.
+        tolerance: Relative width of C_t's interval asked for; None: none was.
+        reason: Why C_t is undefined (NaN), if it is.
+        c_t_sampling_error: Standard error of C_t from the finite sample; None if not asked for.
+    """
+
+    nodes: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    residuals: NDArray[np.float64]
+    steps_per_probe: tuple[int, ...]
+    dimension: int
+    num_samples: int
+    loss: float
+    rounding: float
+    matvecs: int
+    seconds: float
+    gradient_equivalents: float | None = None
+    matrix: str = "hessian"
+    probe: Literal["gaussian", "rademacher"] = "gaussian"
+    seed: int = 0
+    mode: Literal["eval", "train", "keep"] = "eval"
+    strategy: str = "graph"
+    strategy_reason: str = ""
+    reorthogonalized: bool = True
+    confidence: float = 0.95
+    tolerance: float | None = None
+    reason: str | None = None
+    c_t_sampling_error: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in _ARRAYS:
+            array = np.array(getattr(self, name), dtype=np.float64)
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
+        object.__setattr__(self, "steps_per_probe", tuple(int(steps) for steps in self.steps_per_probe))
+        shape = self.nodes.shape
+        if len(shape) != 2 or shape[0] != len(self.steps_per_probe) or 0 in shape:
+            msg = f"`nodes` must have shape ({len(self.steps_per_probe)} probes, steps >= 1), got {shape}."
+            raise ValueError(msg)
+        for name in _ARRAYS[1:]:
+            if getattr(self, name).shape != shape:
+                msg = f"`{name}` must have the shape of `nodes`, {shape}, got {getattr(self, name).shape}."
+                raise ValueError(msg)
+
+    # Extremes and criteria ------------------------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """Lanczos steps of the probe that took most."""
+        return max(self.steps_per_probe)
+
+    @cached_property
+    def _lowest(self) -> tuple[int, ...]:
+        return tuple(int(i) for i in np.unravel_index(np.nanargmin(self.nodes), self.nodes.shape))
+
+    @cached_property
+    def _highest(self) -> tuple[int, ...]:
+        return tuple(int(i) for i in np.unravel_index(np.nanargmax(self.nodes), self.nodes.shape))
+
+    @property
+    def lambda_min(self) -> float:
+        """Smallest node over all probes; the smallest eigenvalue is no larger."""
+        return float(self.nodes[self._lowest])
+
+    @property
+    def lambda_max(self) -> float:
+        """Largest node over all probes; the largest eigenvalue is no smaller."""
+        return float(self.nodes[self._highest])
+
+    @property
+    def lambda_min_error(self) -> float:
+        """Residual bound plus rounding: an eigenvalue lies within this distance of `lambda_min`."""
+        return float(self.residuals[self._lowest]) + self.rounding
+
+    @property
+    def lambda_max_error(self) -> float:
+        """Residual bound plus rounding: an eigenvalue lies within this distance of `lambda_max`."""
+        return float(self.residuals[self._highest]) + self.rounding
+
+    @property
+    def c_t(self) -> float:
+        """C_t = min(λ_neg)/max(λ_pos) (Gabdullin 2025, eq. 1), at most 0; NaN where `reason` says why."""
+        return math.nan if self.reason else criteria.c_t(self.lambda_min, self.lambda_max, self.rounding)
+
+    @property
+    def c_t_interval(self) -> tuple[float, float]:
+        """(low, high) of C_t by the residual bounds of both extremes; (NaN, NaN) where C_t is undefined."""
+        if self.reason:
+            return math.nan, math.nan
+        return criteria.c_t_interval(
+            self.lambda_min, self.lambda_max, self.lambda_min_error, self.lambda_max_error, self.rounding
+        )
+
+    @property
+    def hesd_type(self) -> criteria.HesdType | None:
+        """The type by the point value of C_t (eq. 2), "MP" or "MN"; None where C_t is undefined."""
+        return None if math.isnan(self.c_t) else criteria.hesd_type(self.c_t)
+
+    @property
+    def type_certain(self) -> bool:
+        """Whether all of `c_t_interval` lies on one side of the threshold."""
+        return criteria.type_certain(self.c_t_interval)
+
+    @property
+    def converged(self) -> bool:
+        """Whether `c_t_interval` is as narrow as asked: `tolerance` (0.05 if none was) times max(|C_t|, 0.001)."""
+        low, high = self.c_t_interval
+        if low == high:
+            return True
+        allowed = (self.tolerance or DEFAULT_TOLERANCE) * max(abs(self.c_t), SMALLEST_SCALE)
+        return high - low <= allowed
+
+    @property
+    def r_e(self) -> float:
+        """r_e = -C_t (arXiv:2412.10146)."""
+        return criteria.r_e(self.c_t)
+
+    @property
+    def miss_probability(self) -> float | None:
+        """Bound on the probability of missing an extreme by more than `tolerance` (0.05 if none was) of the width.
+
+        Kuczyński & Woźniakowski (1992); it holds for start vectors uniform on the sphere, so None for "rademacher".
+        """
+        if self.probe != "gaussian":
+            return None
+        return quadrature.miss_probability(self.dimension, self.steps_per_probe, self.tolerance or DEFAULT_TOLERANCE)
+
+    # Densities and moments ------------------------------------------------------------------------------------------
+
+    def k_h(self, n: float = 0.5) -> float:
+        """Mean over probes of K_Hn (n = 0.5: K_H05); NaN where a probe has no positive node.
+
+        Depends on the number of steps and on the probes: see `criteria.k_h`.
+        """
+        return float(criteria.k_h(self.nodes, self.weights, n, self.rounding).mean())
+
+    def k_h_error(self, n: float = 0.5) -> float | None:
+        """Standard error of `k_h` over probes; None for a single probe."""
+        return _standard_error(criteria.k_h(self.nodes, self.weights, n, self.rounding))
+
+    def moment(self, k: int) -> float:
+        """Estimate of trace(Hᵏ)/n, the k-th moment of the density."""
+        return float(quadrature.moments(self.nodes, self.weights, k).mean())
+
+    @property
+    def trace(self) -> float:
+        """Hutchinson's estimate of the trace, n·mean v₁ᵀHv₁: random, also when the nodes are exact."""
+        return self.dimension * self.moment(1)
+
+    @property
+    def trace_error(self) -> float:
+        """Standard error of `trace`, from the second moment of the same probes.
+
+        For v uniform on the sphere Var(n·vᵀHv) = 2n/(n + 2)·(tr H² − (tr H)²/n), and the quadrature estimates both
+        traces even with one probe. For Rademacher probes Var = 2(tr H² − Σ H_ii²) is at most 2 tr H², used instead.
+        """
+        n, second = self.dimension, self.moment(2)
+        if self.probe == "gaussian":
+            variance = 2 * n**2 / (n + 2) * max(second - self.moment(1) ** 2, 0.0)
+        else:
+            variance = 2 * n * second
+        return math.sqrt(variance / len(self.nodes))
+
+    def density(
+        self, grid: ArrayLike | None = None, sigma: float | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return (grid, density), each of shape (points,); the density integrates to 1. See `quadrature.density`."""
+        return quadrature.density(self.nodes, self.weights, grid, sigma)
+
+    def histogram(self, bins: int | ArrayLike = 120) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return (mass, edges), shapes (bins,) and (bins + 1,); the mass sums to 1. See `quadrature.histogram`."""
+        return quadrature.histogram(self.nodes, self.weights, bins)
+
+    # Storage --------------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields: arrays as NumPy arrays, everything else as plain Python values."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the record to `path` as .npz: arrays and one JSON text, no pickle.
+
+        The file appears whole or not at all.
+        """
+        values = self.to_dict()
+        arrays = {name: values.pop(name) for name in _ARRAYS}
+        header = np.array(json.dumps({"format": FORMAT_VERSION, **values}))
+        target = Path(path)
+        partial = target.with_name(f"{target.name}.partial")
+        with partial.open("wb") as file:
+            np.savez(file, header=header, **arrays)
+        partial.replace(target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Spectrum:
+        """Read a record that `save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is not a spectrum, is damaged, or was written by a newer version.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                header = json.loads(str(archive["header"]))
+                arrays = {name: archive[name] for name in _ARRAYS}
+            version = header.pop("format")
+            if version == FORMAT_VERSION:
+                return cls(**arrays, **header)
+        except (BadZipFile, KeyError, TypeError, AttributeError, EOFError, ValueError) as error:
+            msg = f"{os.fspath(path)} is not a spectrum written by `Spectrum.save`, or is damaged ({error})."
+            raise ValueError(msg) from error
+        msg = f"{os.fspath(path)} has format {version}, this version reads {FORMAT_VERSION}: update lightning_hesd."
+        raise ValueError(msg)
+
+
+def _standard_error(values: NDArray[np.float64]) -> float | None:
+    if len(values) < 2:
+        return None
+    return float(values.std(ddof=1) / math.sqrt(len(values)))
