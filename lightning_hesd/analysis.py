@@ -147,7 +147,7 @@ def analyze(
 
     def loss(batch: WeightedBatch) -> Tensor:
         seed_everything(options.seed + batch.index)  # the same dropout mask at every evaluation of this batch
-        return _checked_loss(loss_fn(module, batch.data))
+        return _checked_loss(loss_fn(module, batch.copy().data))
 
     with analysis_state(module, options.mode):
         operator = HessianOperator(

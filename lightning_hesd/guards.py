@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import gc
 import random
 import types
 from collections import deque
@@ -46,7 +47,8 @@ def preserved(*roots: object, tensors: bool = True) -> Iterator[None]:
 
     Args:
         *roots: Modules, datasets or other objects.
-        tensors: Whether to restore the values of tensors and arrays too; they are copied for that.
+        tensors: Whether to restore the values of tensors and arrays too; they are copied for that. Without them,
+            datasets are descended into, which may hold too many to copy.
     """
     snapshot = _Snapshot(tensors=tensors)
     for root in roots:
@@ -100,6 +102,13 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - the user's code may draw from the legacy generator
     torch.manual_seed(seed)
+
+
+def release_memory() -> None:
+    """Give back what a failed analysis held, so that training finds the memory it had."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _global_generator_states() -> list[Callable[[], object]]:
@@ -214,7 +223,9 @@ class _Snapshot:
 
     def _is_open(self, value: object) -> bool:
         """Whether to descend into the attributes of `value`."""
-        return isinstance(value, nn.Module | Dataset) or (_has_own_attributes(value) and self._is_plain(value))
+        if isinstance(value, Dataset):
+            return not self._tensors
+        return isinstance(value, nn.Module) or (_has_own_attributes(value) and self._is_plain(value))
 
     def _is_plain(self, value: object) -> bool:
         """Whether `value` consists of plain values only, all the way down."""

@@ -6,6 +6,7 @@ several processes: each holds a share of the batches, and `all_reduce` adds the 
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from dataclasses import dataclass
@@ -45,6 +46,14 @@ class WeightedBatch:
     data: Any
     weight: float
     index: int
+
+    def copy(self) -> WeightedBatch:
+        """Return a copy for code that may change its batch in place, which every evaluation must find unchanged."""
+        try:
+            data = copy.deepcopy(self.data)
+        except Exception:  # noqa: BLE001 - what cannot be copied is passed on as it is
+            data = self.data
+        return WeightedBatch(data, self.weight, self.index)
 
 
 class AnotherProcessFailedError(RuntimeError):

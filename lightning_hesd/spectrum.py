@@ -97,6 +97,15 @@ class Spectrum:
                 msg = f"`{name}` must have the shape of `nodes`, {shape}, got {getattr(self, name).shape}."
                 raise ValueError(msg)
 
+    def __str__(self) -> str:
+        """Return the main findings in one line."""
+        low, high = self.c_t_interval
+        return (
+            f"C_t = {self.c_t:.4g} [{low:.4g}, {high:.4g}], type {self.hesd_type}, largest eigenvalue "
+            f"{self.lambda_max:.4g}, loss {self.loss:.4g} ({self.num_samples} samples, {self.matvecs} products, "
+            f"{self.seconds:.1f} s)"
+        )
+
     # Extremes and criteria ------------------------------------------------------------------------------------------
 
     @property

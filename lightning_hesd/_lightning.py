@@ -1,0 +1,144 @@
+"""Everything the package needs from Lightning's inside: private names, and rules Lightning keeps to itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_hesd.operators import AnotherProcessFailedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+    from torch import Tensor
+    from torch.utils.data import Sampler
+
+    from lightning_hesd.operators import AllReduce
+
+    T = TypeVar("T")
+
+
+def check_trainer(trainer: object) -> None:
+    """Refuse a Trainer of the separate `pytorch_lightning` package, whose classes are not these.
+
+    Raises:
+        MisconfigurationException: If it is one.
+    """
+    if not isinstance(trainer, pl.Trainer):
+        msg = (
+            f"lightning_hesd works with `lightning.pytorch`, but this Trainer comes from "
+            f"`{type(trainer).__module__.split('.')[0]}`: import Trainer and LightningModule from `lightning.pytorch`."
+        )
+        raise MisconfigurationException(msg)
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """Return the trainer's own list of callbacks."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def logging_step(trainer: pl.Trainer, *, at_epoch_end: bool) -> int:
+    """Return the step at which Lightning itself puts metrics that are logged now."""
+    step = int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
+    return max(step - 1, 0) if at_epoch_end else step
+
+
+def log_scalars(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    values: dict[str, float],
+    *,
+    at_epoch_end: bool,
+    in_bar: Collection[str],
+) -> None:
+    """Log scalars so that `trainer.callback_metrics`, the progress bar and every logger see them.
+
+    At the end of an epoch the module's own `log` does all of that. Elsewhere Lightning would pass them on to the
+    loggers only at multiples of `log_every_n_steps`, or with the next epoch, so the loggers get them directly.
+
+    Args:
+        trainer: The trainer.
+        pl_module: The module that logs.
+        values: What to log.
+        at_epoch_end: Whether this is `on_train_epoch_end`.
+        in_bar: Keys to show in the progress bar.
+    """
+    if trainer.barebones:
+        return
+    if at_epoch_end:
+        for key, value in values.items():
+            pl_module.log(key, value, on_step=False, on_epoch=True, prog_bar=key in in_bar, batch_size=1)
+        return
+    tensors = {key: torch.tensor(value, dtype=torch.float32) for key, value in values.items()}
+    trainer.callback_metrics.update(tensors)
+    trainer.progress_bar_metrics.update({key: values[key] for key in in_bar if key in values})
+    step = logging_step(trainer, at_epoch_end=False)
+    for logger in trainer.loggers:
+        logger.log_metrics({**values, "epoch": trainer.current_epoch}, step=step)
+        logger.save()
+
+
+def transfer_batch(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
+    """Bring a batch to the device as Lightning does, through the module's or datamodule's own hooks."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)  # noqa: SLF001
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def unwrap_sampler(sampler: Sampler[Any]) -> Sampler[Any]:
+    """Return the user's own sampler behind the one Lightning distributes over processes, if it wrapped it."""
+    return getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
+
+
+def make_all_reduce(trainer: pl.Trainer) -> AllReduce | None:
+    """Return a sum over the processes of the trainer; None if there is one process only.
+
+    Raises:
+        MisconfigurationException: If the strategy splits the parameters.
+    """
+    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+        msg = (
+            f"{type(trainer.strategy).__name__} splits the parameters over processes, which the analysis does not "
+            "support in this version: use a strategy that replicates them (such as 'ddp')."
+        )
+        raise MisconfigurationException(msg)
+    if trainer.world_size == 1:
+        return None
+
+    def all_reduce(tensor: Tensor) -> Tensor:
+        torch.distributed.all_reduce(tensor)
+        return tensor
+
+    return all_reduce
+
+
+def together(trainer: pl.Trainer, work: Callable[[], T]) -> T:
+    """Do `work` in every process, and fail in every process if it fails in one.
+
+    Raises:
+        AnotherProcessFailedError: If it failed elsewhere.
+    """
+    if trainer.world_size == 1:
+        return work()
+    result: T | None = None
+    failure: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:  # noqa: BLE001 - raised again below, once the others know
+        failure = error
+    failed = torch.tensor(float(failure is not None), device=trainer.strategy.root_device)
+    torch.distributed.all_reduce(failed)
+    if failed > 0:
+        raise failure or AnotherProcessFailedError
+    return result  # type: ignore[return-value]
+
+
+def warn(message: str) -> None:
+    """Warn once for all processes."""
+    rank_zero_warn(f"lightning_hesd: {message}", category=RuntimeWarning)

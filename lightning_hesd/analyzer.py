@@ -1,0 +1,98 @@
+"""The analysis of a LightningModule in its Trainer: its samples, its loss, all processes together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_hesd import _lightning
+from lightning_hesd.analysis import analyze
+from lightning_hesd.data import AnalysisSamples, draw_samples, training_loader
+from lightning_hesd.guards import preserved, seed_everything
+from lightning_hesd.loss import make_loss_fn, muted
+from lightning_hesd.operators import WeightedBatch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import lightning.pytorch as pl
+
+    from lightning_hesd.analysis import LossFunction
+    from lightning_hesd.options import AnalysisOptions
+    from lightning_hesd.spectrum import Spectrum
+
+
+class TrainerAnalyzer:
+    """Computes spectra of the module in training, on the same samples every time.
+
+    Attributes:
+        indices: Positions in the dataset of the samples last drawn; None where they have none.
+    """
+
+    def __init__(
+        self,
+        options: AnalysisOptions,
+        *,
+        num_samples: int,
+        batch_size: int | None,
+        dataloader: Any,
+        loss_fn: LossFunction | None,
+    ) -> None:
+        self.indices: list[int] | None = None
+        self._options = options
+        self._num_samples = num_samples
+        self._batch_size = batch_size
+        self._dataloader = dataloader
+        self._loss_fn = loss_fn
+        self._samples: AnalysisSamples | None = None
+        self._resumed: list[int] | None = None
+
+    def resume(self, indices: list[int] | None) -> None:
+        """Draw the samples of the run that is resumed the next time samples are drawn."""
+        self._resumed = indices
+
+    def release(self) -> None:
+        """Let go of the samples; they are drawn anew when needed."""
+        self._samples = None
+
+    def draw(self, trainer: pl.Trainer) -> AnalysisSamples:
+        """Draw the samples, or return them if they are there already."""
+        if self._samples is None:
+            self._samples = _lightning.together(trainer, lambda: self._draw(trainer))
+            self.indices = None if self._samples.indices is None else list(self._samples.indices)
+            self._resumed = None
+        return self._samples
+
+    def _draw(self, trainer: pl.Trainer) -> AnalysisSamples:
+        return draw_samples(
+            self._dataloader if self._dataloader is not None else training_loader(trainer.train_dataloader),
+            self._num_samples,
+            batch_size=self._batch_size,
+            batch_weight=self._options.batch_weight,
+            seed=self._options.seed,
+            indices=self._resumed,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+
+    def spectrum(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Spectrum:
+        """Return the spectrum at the present weights, the same in every process."""
+        all_reduce = _lightning.make_all_reduce(trainer)
+        samples = self.draw(trainer)
+        loss_fn = make_loss_fn(trainer, self._loss_fn)
+        with muted(trainer, pl_module), preserved(pl_module, tensors=False):
+            batches = _lightning.together(trainer, lambda: self._transfer(trainer, pl_module, samples.batches))
+            spectrum = _lightning.together(
+                trainer, lambda: analyze(pl_module, batches, loss_fn, self._options, all_reduce)
+            )
+        return trainer.strategy.broadcast(spectrum)
+
+    def _transfer(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: Sequence[WeightedBatch]
+    ) -> list[WeightedBatch]:
+        """Bring the batches to the device; augmentation done there is the same every time."""
+        moved = []
+        for batch in batches:
+            seed_everything(self._options.seed + batch.index)
+            data = _lightning.transfer_batch(trainer, pl_module, batch.copy().data)
+            moved.append(WeightedBatch(data, batch.weight, batch.index))
+        return moved

@@ -1,0 +1,224 @@
+"""`HessianSpectrumCallback`: the hooks that run an analysis, and nothing of the analysis itself."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_hesd import _lightning
+from lightning_hesd.analysis import analysis_options
+from lightning_hesd.analyzer import TrainerAnalyzer
+from lightning_hesd.checkpoint import HessianCheckpoint
+from lightning_hesd.guards import release_memory
+from lightning_hesd.history import START_EPOCH, SpectrumHistory, SpectrumRecord, SpectrumSource
+from lightning_hesd.loss import check_loss_source
+from lightning_hesd.outputs import RunOutputs
+from lightning_hesd.placement import insert_checkpoint, put_hessian_checkpoints_first, warn_about_stale_monitors
+from lightning_hesd.schedule import Schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    import lightning.pytorch as pl
+
+    from lightning_hesd.analysis import LossFunction
+    from lightning_hesd.history import OnError
+
+
+class HessianSpectrumCallback(SpectrumSource):
+    """Analyses the Hessian's spectrum while a LightningModule trains, and logs what it finds.
+
+    After the last optimizer step of the chosen epochs, before checkpoints are written, it estimates the spectral
+    density of the Hessian of the training loss on a fixed subset of the training samples. It logs `hesd/c_t` with its
+    interval, `hesd/lambda_max` and other scalars through the module, density histograms and figures to loggers that
+    can show them, and writes every spectrum to the log directory. Training is bit-identical with and without it.
+
+    Args:
+        every_n_epochs: After n, 2n, ... epochs, as ModelCheckpoint counts.
+        epochs: After just these epochs instead, 0-based as `trainer.current_epoch`.
+        every_n_train_steps: After n, 2n, ... optimizer steps instead.
+        at_start: Also before the first step: the random initialisation; its record has epoch -1.
+        num_samples: Size of the subset.
+        batch_size: Samples per batch of the analysis; default: the training dataloader's.
+        dataloader: Draw the samples from this dataloader instead of the training dataloader.
+        generalization_dataloader: Not available in this version.
+        loss_fn: `loss_fn(module, batch)` -> mean loss; default: the module's `training_step`, its logging muted.
+        layers: Not available in this version.
+        checkpoint: Rule that picks the best checkpoint, "highest_c_t" or "lowest_max_eigenvalue", or a
+            HessianCheckpoint; None: no picking.
+        monitor_gradients: Not available in this version.
+        max_overhead: Not available in this version.
+        on_error: What to do when an analysis fails: "warn" (record the failure, go on training) or "raise".
+        progress: Show C_t in the progress bar.
+        verbose: Print a line after each analysis.
+        name: Prefix of metrics and state, and name of the folder of spectra; two callbacks in one Trainer need two.
+        **analysis: Options of `hessian_spectrum`: steps, probes, seed, mode, ...
+
+    Attributes:
+        history: The records so far, one for each analysis: `.epoch`, `.global_step`, `.spectrum`, `.error`, ...
+
+    Raises:
+        ValueError: If an argument is out of range or not available in this version.
+        TypeError: If a keyword is not an option of `hessian_spectrum`.
+
+    Example:
+        >>> import lightning.pytorch as pl
+        >>> trainer = pl.Trainer(
+        ...     callbacks=[HessianSpectrumCallback(every_n_epochs=5, checkpoint="highest_c_t")], logger=False
+        ... )
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int = 1,
+        *,
+        epochs: Collection[int] | None = None,
+        every_n_train_steps: int | None = None,
+        at_start: bool = False,
+        num_samples: int = 512,
+        batch_size: int | None = None,
+        dataloader: Any = None,
+        generalization_dataloader: Any = None,
+        loss_fn: LossFunction | None = None,
+        layers: Any = None,
+        checkpoint: Literal["highest_c_t", "lowest_max_eigenvalue"] | HessianCheckpoint | None = None,
+        monitor_gradients: bool = False,
+        max_overhead: float | None = None,
+        on_error: OnError = "warn",
+        progress: bool = True,
+        verbose: bool = False,
+        name: str = "hesd",
+        **analysis: Any,
+    ) -> None:
+        super().__init__()
+        _refuse_unavailable(
+            generalization_dataloader=generalization_dataloader,
+            layers=layers,
+            monitor_gradients=monitor_gradients or None,
+            max_overhead=max_overhead,
+        )
+        for option, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                msg = f"`{option}` must be a positive integer, got {value!r}."
+                raise ValueError(msg)
+        if on_error not in {"warn", "raise"}:
+            msg = f"`on_error` must be 'warn' or 'raise', got {on_error!r}."
+            raise ValueError(msg)
+        if not name or "/" in name:
+            msg = f"`name` must be a non-empty text without '/', got {name!r}."
+            raise ValueError(msg)
+        self.schedule = Schedule(every_n_epochs, epochs, every_n_train_steps)
+        self.at_start = at_start
+        self.loss_fn = loss_fn
+        self.checkpoint = HessianCheckpoint(checkpoint) if isinstance(checkpoint, str) else checkpoint
+        self.on_error: OnError = on_error
+        self.verbose = verbose
+        self.name = name
+        self.history = SpectrumHistory()
+        self.options = analysis_options(**analysis)
+        self._analyzer = TrainerAnalyzer(
+            self.options, num_samples=num_samples, batch_size=batch_size, dataloader=dataloader, loss_fn=loss_fn
+        )
+        self._outputs = RunOutputs(name, in_progress_bar=progress)
+        if self.checkpoint is not None:
+            self.checkpoint.attach(self)
+
+    @property
+    def state_key(self) -> str:
+        """Key of this callback's state in a checkpoint."""
+        return self._generate_state_key(name=self.name)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check what can be checked before training, and put the checkpoint callback in place.
+
+        Raises:
+            MisconfigurationException: If the Trainer or the module cannot be used.
+        """
+        _lightning.check_trainer(trainer)
+        if stage == "fit":
+            check_loss_source(pl_module, self.loss_fn)
+        if self.checkpoint is not None:
+            insert_checkpoint(trainer, self.checkpoint)
+        put_hessian_checkpoints_first(trainer)
+        warn_about_stale_monitors(trainer, self.name, sparse=self.schedule.is_sparse)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the samples, and analyse the initialisation if asked to."""
+        self.history.rewind(trainer.global_step)
+        siblings = [c for c in _lightning.callbacks_of(trainer) if isinstance(c, HessianSpectrumCallback)]
+        with self._survived("cannot write to the loggers"):
+            self._outputs.open(trainer, [callback.name for callback in siblings])
+        self._analyzer.release()
+        if self.at_start and trainer.global_step == 0:
+            self._analyze(trainer, pl_module, START_EPOCH)
+            return
+        # Now rather than at the first analysis, because now the dataset is as it will be when the run is resumed.
+        with self._survived("cannot draw the analysis samples, will try again"):
+            self._analyzer.draw(trainer)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_args: Any) -> None:
+        """Analyse after this optimizer step if it is scheduled."""
+        step = trainer.global_step
+        is_new = not self.history or self.history[-1].global_step != step  # not every batch ends with a step
+        if is_new and self.schedule.includes_step(step):
+            self._analyze(trainer, pl_module, trainer.current_epoch)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Analyse after this epoch if it is scheduled."""
+        if self.schedule.includes_epoch(trainer.current_epoch):
+            self._analyze(trainer, pl_module, trainer.current_epoch)
+
+    def teardown(self, *_args: Any, **_kwargs: Any) -> None:
+        """Let go of samples and loggers."""
+        self._analyzer.release()
+        self._outputs.close()
+
+    def _analyze(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
+        """Analyse the present weights, record and publish the result; a failure ends here unless it is to be raised."""
+        where = "before the first step" if epoch == START_EPOCH else f"of epoch {epoch}"
+        spectrum = None
+        with self._survived(f"the analysis {where} failed, training goes on") as failures:
+            spectrum = self._analyzer.spectrum(trainer, pl_module)
+        if failures:
+            release_memory()
+        self.history.append(SpectrumRecord(epoch, trainer.global_step, spectrum, failures[0] if failures else None))
+
+        at_epoch_end = epoch != START_EPOCH and self.schedule.every_n_train_steps is None
+        self._outputs.log(trainer, pl_module, self.history[-1], at_epoch_end=at_epoch_end)
+        for output in self._outputs.writers(trainer, self.history, at_epoch_end=at_epoch_end):
+            with self._survived(f"cannot write the spectrum {where}"):
+                output()
+        if self.verbose and spectrum is not None:
+            pl_module.print(f"{self.name}: epoch {epoch}, {spectrum}")
+
+    @contextlib.contextmanager
+    def _survived(self, consequence: str) -> Iterator[list[str]]:
+        """Turn an exception into a warning and an entry of a list, unless exceptions are to be raised.
+
+        Yields:
+            The list.
+        """
+        failures: list[str] = []
+        try:
+            yield failures
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            failures.append(f"{type(error).__name__}: {error}")
+            _lightning.warn(f"{consequence}. {failures[-1]}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the history and the positions of the samples, as tensors and plain values."""
+        return {"history": self.history.state_dict(), "indices": self._analyzer.indices}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the history and the samples of the run that is resumed."""
+        self.history.load_state_dict(state_dict["history"])
+        self._analyzer.resume(state_dict["indices"])
+
+
+def _refuse_unavailable(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            msg = f"`{name}={value!r}` is not available in this version: leave it out."
+            raise ValueError(msg)

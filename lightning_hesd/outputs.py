@@ -1,0 +1,65 @@
+"""Where records go: the module's log, the loggers' sinks, and the folder of the run."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_hesd import _lightning, sinks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import lightning.pytorch as pl
+
+    from lightning_hesd.history import SpectrumHistory, SpectrumRecord
+
+
+class RunOutputs:
+    """The outputs of one callback in one run."""
+
+    def __init__(self, name: str, *, in_progress_bar: bool) -> None:
+        self._name = name
+        self._in_bar = {f"{name}/c_t"} if in_progress_bar else set()
+        self._sinks: list[sinks.Sink] = []
+        self._folder: Path | None = None
+
+    def open(self, trainer: pl.Trainer, names: Sequence[str]) -> None:
+        """Find out where to write; only process zero does, and nothing is written in a development run.
+
+        Args:
+            trainer: The trainer.
+            names: Names of all callbacks of this kind in the Trainer; the first one lays out the charts for all.
+        """
+        log_dir = trainer.log_dir  # every process must ask for it
+        fast_dev_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if not trainer.is_global_zero or fast_dev_run:
+            self.close()
+            return
+        self._folder = Path(log_dir or trainer.default_root_dir) / self._name
+        self._sinks = sinks.make_sinks(trainer.loggers, self._name)
+        if names[0] == self._name:
+            sinks.write_layout(trainer.loggers, names)
+
+    def close(self) -> None:
+        """Let go of the loggers."""
+        self._sinks = []
+        self._folder = None
+
+    def log(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: SpectrumRecord, *, at_epoch_end: bool
+    ) -> None:
+        """Log the scalars of a record."""
+        if record.spectrum is not None:
+            values = sinks.scalars(record.spectrum, self._name)
+            _lightning.log_scalars(trainer, pl_module, values, at_epoch_end=at_epoch_end, in_bar=self._in_bar)
+
+    def writers(self, trainer: pl.Trainer, history: SpectrumHistory, *, at_epoch_end: bool) -> list[Callable[[], None]]:
+        """Return what writes the last record, each apart: trouble with one output must not keep out the others."""
+        record = history[-1]
+        step = _lightning.logging_step(trainer, at_epoch_end=at_epoch_end)
+        outputs: list[Callable[[], None]] = [
+            partial(sink.write, record, step) for sink in self._sinks if record.spectrum is not None
+        ]
+        return outputs if self._folder is None else [*outputs, partial(history.save, self._folder)]

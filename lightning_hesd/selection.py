@@ -1,0 +1,85 @@
+"""Which checkpoint to take, and which can no longer be taken: the rule of Gabdullin (2025), section 4.2.
+
+Among the weights whose training metric is within a tolerance of the best one, take the highest criterion. Plain
+Python: no files, no trainer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One analysed state of the weights.
+
+    Attributes:
+        epoch: Epoch of the analysis.
+        global_step: Optimizer steps taken by then.
+        goodness: The training metric, its sign such that higher is better.
+        criterion: What the rule ranks by, higher is better.
+        mainly_positive: Whether the HESD type is MP.
+        path: Its checkpoint file.
+    """
+
+    epoch: int
+    global_step: int
+    goodness: float
+    criterion: float
+    mainly_positive: bool
+    path: str
+
+
+@dataclass(frozen=True)
+class SelectionRule:
+    """The rule's parameters.
+
+    Attributes:
+        tolerance: How far the training metric may lie from the best one, absolute.
+        require_mp: Whether only MP spectra qualify; if none does, the best training metric wins.
+    """
+
+    tolerance: float
+    require_mp: bool
+
+    def qualified(self, candidates: Sequence[Candidate], best: float) -> list[Candidate]:
+        """Return those the criterion decides among; empty if `require_mp` leaves none.
+
+        Args:
+            candidates: In the order of training.
+            best: Best goodness over all analysed states, also those no longer among `candidates`.
+        """
+        return [
+            c for c in candidates if best - c.goodness <= self.tolerance and (c.mainly_positive or not self.require_mp)
+        ]
+
+    def pick(self, candidates: Sequence[Candidate], best: float) -> Candidate | None:
+        """Return the candidate to take, the earliest of equals; None without candidates."""
+        if qualified := self.qualified(candidates, best):
+            return max(qualified, key=lambda c: c.criterion)  # max returns the first of equals
+        return max(candidates, key=lambda c: c.goodness, default=None)
+
+    def still_pickable(self, candidates: Sequence[Candidate], best: float) -> list[Candidate]:
+        """Return the candidates that some continuation of training could still make the pick.
+
+        The best metric only ever improves, so a candidate outside the tolerance stays outside, and one that another
+        beats on both metric and criterion stays beaten, because the other is within the tolerance whenever it is.
+        While some candidate qualifies, an unqualified one can never be picked: only a better metric can end that, and
+        then the pick is the newcomer that brought it.
+        """
+        qualified = self.qualified(candidates, best)
+        if not qualified:
+            return [c for c in candidates if c.goodness == best][:1]
+        return [
+            c
+            for position, c in enumerate(qualified)
+            if not any(
+                other.goodness >= c.goodness
+                and (other.criterion > c.criterion or (other.criterion == c.criterion and rival < position))
+                for rival, other in enumerate(qualified)
+            )
+        ]

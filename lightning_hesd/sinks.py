@@ -1,0 +1,175 @@
+"""From a record to what each logger can show.
+
+Scalars reach every logger through Lightning itself. Whatever goes beyond them is written by a sink, chosen by the
+type of the logger. To support another logger, write a class with a `write` method and enter it in `SINKS`.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG, PLUGIN_NAME
+from tensorboard.util.tensor_util import make_tensor_proto
+
+from lightning_hesd.criteria import MP_THRESHOLD
+from lightning_hesd.plotting import plot_density
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from lightning.pytorch.loggers import Logger
+    from matplotlib.figure import Figure
+
+    from lightning_hesd.history import SpectrumRecord
+    from lightning_hesd.spectrum import Spectrum
+
+log = logging.getLogger(__name__)
+
+
+def scalars(spectrum: Spectrum, name: str) -> dict[str, float]:
+    """Return what is logged as scalars, without those that are undefined (NaN)."""
+    low, high = spectrum.c_t_interval
+    values = {
+        "c_t": spectrum.c_t,
+        "c_t_low": low,
+        "c_t_high": high,
+        "c_t_threshold": MP_THRESHOLD,
+        "mp": math.nan if spectrum.hesd_type is None else float(spectrum.hesd_type == "MP"),
+        "lambda_max": spectrum.lambda_max,
+        "lambda_min": spectrum.lambda_min,
+        "trace": spectrum.trace,
+        "k_h05": spectrum.k_h(0.5),
+        "loss": spectrum.loss,
+        "seconds": spectrum.seconds,
+    }
+    return {f"{name}/{key}": value for key, value in values.items() if not math.isnan(value)}
+
+
+class Sink(Protocol):
+    """Writes what a logger can show beyond scalars."""
+
+    def write(self, record: SpectrumRecord, step: int) -> None:
+        """Write a record that has a spectrum, at `step` of the logger's axis."""
+
+
+class TensorBoardSink:
+    """The density as a histogram and as a figure."""
+
+    def __init__(self, logger: TensorBoardLogger, name: str) -> None:
+        self._writer = logger.experiment
+        self._name = name
+
+    def write(self, record: SpectrumRecord, step: int) -> None:
+        """Write a record that has a spectrum, at `step` of the logger's axis."""
+        assert record.spectrum is not None  # noqa: S101 - for the type checker; the caller's contract
+        self._write_histogram(record.spectrum, step)
+        title = "start" if record.epoch < 0 else f"epoch {record.epoch}"
+        figure: Figure = plot_density(record.spectrum, title=title).get_figure(root=True)  # type: ignore[assignment]
+        self._writer.add_figure(f"{self._name}/density_figure", figure, global_step=step, close=False)
+
+    def _write_histogram(self, spectrum: Spectrum, step: int) -> None:
+        mass, edges = spectrum.histogram()
+        # TensorBoard drops empty buckets at the ends and lets min and max take the place of the outer edges.
+        filled = mass.nonzero()[0]
+        first, last = int(filled[0]), int(filled[-1]) + 1
+        self._writer.add_histogram_raw(
+            f"{self._name}/density",
+            min=float(edges[first]),
+            max=float(edges[last]),
+            num=1.0,
+            sum=spectrum.moment(1),
+            sum_squares=spectrum.moment(2),
+            bucket_limits=edges[first + 1 : last + 1].tolist(),
+            bucket_counts=mass[first:last].tolist(),
+            global_step=step,
+        )
+
+
+class CSVSink:
+    """The density as rows of a table beside the logger's own metrics.csv."""
+
+    COLUMNS = ("epoch", "step", "left", "right", "mass")
+
+    def __init__(self, logger: CSVLogger, name: str) -> None:
+        self._path = Path(logger.log_dir) / f"{name}_density.csv"
+
+    def write(self, record: SpectrumRecord, step: int) -> None:
+        """Write a record that has a spectrum, at `step` of the logger's axis."""
+        assert record.spectrum is not None  # noqa: S101 - for the type checker; the caller's contract
+        mass, edges = record.spectrum.histogram()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not self._path.exists()
+        with self._path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if is_new:
+                writer.writerow(self.COLUMNS)
+            writer.writerows(
+                (record.epoch, step, left, right, share)
+                for left, right, share in zip(edges[:-1], edges[1:], mass, strict=True)
+                if share > 0
+            )
+
+
+SINKS: dict[type[Logger], type[TensorBoardSink | CSVSink]] = {
+    TensorBoardLogger: TensorBoardSink,
+    CSVLogger: CSVSink,
+}
+
+
+def make_sinks(loggers: Iterable[Logger], name: str) -> list[Sink]:
+    """Return the sinks of those loggers that have one."""
+    sinks: list[Sink] = []
+    for logger in loggers:
+        sink = next((sink for kind, sink in SINKS.items() if isinstance(logger, kind)), None)
+        if sink is None:
+            log.debug("%s gets scalars only: lightning_hesd has no sink for it.", type(logger).__name__)
+        else:
+            sinks.append(sink(logger, name))  # type: ignore[arg-type]
+    return sinks
+
+
+def write_layout(loggers: Iterable[Logger], names: Sequence[str]) -> None:
+    """Give TensorBoard's custom scalars tab its charts: C_t with interval and threshold, and λ_max.
+
+    A run has one layout, so it is written once, for all callbacks of the Trainer.
+
+    Args:
+        loggers: All loggers; only TensorBoard's get the layout.
+        names: The callbacks' names, each a category of charts.
+    """
+    layout = layout_pb2.Layout(category=[_charts(name) for name in names])
+    value = Summary.Value(
+        tag=CONFIG_SUMMARY_TAG,
+        tensor=make_tensor_proto(layout.SerializeToString()),
+        metadata=SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=PLUGIN_NAME)),
+    )
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            # The public `add_custom_scalars` knows charts with one series only.
+            logger.experiment._get_file_writer().add_summary(Summary(value=[value]))  # noqa: SLF001
+
+
+def _charts(name: str) -> layout_pb2.Category:
+    series = layout_pb2.MarginChartContent.Series
+    threshold = f"{name}/c_t_threshold"
+    margin = layout_pb2.MarginChartContent(
+        series=[
+            series(value=f"{name}/c_t", lower=f"{name}/c_t_low", upper=f"{name}/c_t_high"),
+            series(value=threshold, lower=threshold, upper=threshold),
+        ]
+    )
+    largest = layout_pb2.MultilineChartContent(tag=[f"^{name}/lambda_max$"])
+    return layout_pb2.Category(
+        title=name,
+        chart=[
+            layout_pb2.Chart(title="C_t with its interval, and the MP threshold", margin=margin),
+            layout_pb2.Chart(title="largest eigenvalue", multiline=largest),
+        ],
+    )
