@@ -154,7 +154,9 @@ class HessianCheckpoint(ModelCheckpoint):
         """Keep the final weights if no analysis could be ranked: no training ends without a checkpoint."""
         if self.candidates or not self._may_save(trainer):
             return
-        path = self._get_metric_interpolated_filepath_name(self._monitor_candidates(trainer), trainer)
+        names = self._monitor_candidates(trainer)
+        names["epoch"] = torch.tensor(max(trainer.current_epoch - 1, 0))  # the trainer already counts the next one
+        path = self._get_metric_interpolated_filepath_name(names, trainer)
         warn(
             f"HessianCheckpoint(rule={self.rule!r}) could rank no analysed epoch; its best_model_path is the "
             f"checkpoint of the final weights, {path}."

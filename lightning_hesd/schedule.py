@@ -64,4 +64,4 @@ class Schedule:
 
     def includes_step(self, global_step: int) -> bool:
         """Whether to analyse after `global_step` optimizer steps."""
-        return self.every_n_train_steps is not None and global_step % self.every_n_train_steps == 0
+        return self.every_n_train_steps is not None and global_step > 0 and global_step % self.every_n_train_steps == 0

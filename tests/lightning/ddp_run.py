@@ -1,0 +1,131 @@
+"""One distributed training run; `test_ddp.py` starts it as a program, because the processes must be real.
+
+Every process writes what it saw to `<out>/rank<rank>.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
+from lightning_hesd.history import SpectrumRecord
+
+torch.set_num_threads(1)
+
+
+class Blobs(Dataset[tuple[torch.Tensor, int]]):
+    """Three noisy clusters; with `fail_in`, reading sample 0 fails in that process once training is distributed."""
+
+    def __init__(self, fail_in: int | None) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.classes = torch.randint(0, 3, (96,), generator=generator)
+        self.x = torch.randn(96, 8, generator=generator) + 2 * F.one_hot(self.classes, 8)
+        self.fail_in = fail_in
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, int]:
+        if self.fail_in is not None and torch.distributed.get_rank() == self.fail_in:
+            msg = f"cannot read sample {position}"
+            raise OSError(msg)
+        return self.x[position], int(self.classes[position])
+
+
+class Net(pl.LightningModule):
+    """Training is done by full-batch steps on fixed data, so that it is the same for any number of processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Dropout(0.3), nn.Linear(12, 3)).double()
+        everything = Blobs(None)
+        self.register_buffer("x", everything.x.double(), persistent=False)
+        self.register_buffer("y", everything.classes, persistent=False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.net.eval()  # no dropout: its masks would differ between processes
+        loss = F.cross_entropy(self.net(self.x), self.y)
+        self.net.train()
+        self.log("train_loss", loss, on_step=False, on_epoch=True, sync_dist=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+def describe(record: SpectrumRecord) -> dict[str, Any]:
+    """What the test compares."""
+    if record.spectrum is None:
+        return {"epoch": record.epoch, "error": record.error}
+    found = record.spectrum
+    return {"epoch": record.epoch, "c_t": found.c_t, "lambda_max": found.lambda_max, "num_samples": found.num_samples}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--devices", type=int, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--fail", choices=["loss", "data"])
+    parser.add_argument("--fail-in", type=int)
+    options = parser.parse_args()
+    warnings.filterwarnings("always", message="lightning_hesd: ")
+
+    def loss_fn(module: Net, batch: Any) -> torch.Tensor:
+        if options.fail == "loss" and torch.distributed.get_rank() == options.fail_in:
+            msg = "no memory here"
+            raise MemoryError(msg)
+        return F.cross_entropy(module.net(batch[0].double()), batch[1])
+
+    data = Blobs(options.fail_in if options.fail == "data" else None)
+    # Two batches, so that the third process has none; the second callback has random dropout masks.
+    shared: dict[str, Any] = {
+        "steps": 20,
+        "num_samples": 50,
+        "batch_size": 25,
+        "loss_fn": loss_fn,
+        "dataloader": DataLoader(data, batch_size=10),
+    }
+    checkpoint = HessianCheckpoint(tolerance=0.2, save_last=True)
+    callbacks = [
+        HessianSpectrumCallback(**shared, checkpoint=checkpoint),
+        HessianSpectrumCallback(**shared, mode="train", name="dropout"),
+    ]
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=options.devices,
+        strategy=DDPStrategy(process_group_backend="gloo") if options.devices > 1 else "auto",
+        max_epochs=4,
+        default_root_dir=options.out,
+        logger=CSVLogger(options.out),
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+    )
+    # As many steps in every process, whatever their number.
+    trainer.fit(Net(), DataLoader(Blobs(None), batch_size=96 // (2 * options.devices)))
+    result = {
+        "records": {callback.name: [describe(record) for record in callback.history] for callback in callbacks},
+        "best": Path(trainer.checkpoint_callback.best_model_path).name,
+        "candidates": [candidate.epoch for candidate in checkpoint.candidates],
+        "world_size": trainer.world_size,
+        "steps": trainer.global_step,
+    }
+    (options.out / f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

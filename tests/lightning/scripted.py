@@ -1,0 +1,137 @@
+"""A Trainer whose analyses are scripted, so that selection can be tested on any history, with real files."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_hesd import Spectrum
+from lightning_hesd.history import SpectrumHistory, SpectrumRecord, SpectrumSource
+
+
+def make_spectrum(c_t: float, *, lambda_max: float = 1.0, loss: float = 0.5) -> Spectrum:
+    """A spectrum of two exact nodes with the given C_t; NaN gives one without curvature."""
+    undefined = math.isnan(c_t)
+    return Spectrum(
+        nodes=np.zeros((1, 2)) if undefined else np.array([[c_t * lambda_max, lambda_max]]),
+        weights=np.array([[0.5, 0.5]]),
+        residuals=np.zeros((1, 2)),
+        steps_per_probe=(2,),
+        dimension=2,
+        num_samples=8,
+        loss=loss,
+        rounding=1e-12,
+        matvecs=2,
+        seconds=0.1,
+        reason="no curvature" if undefined else None,
+    )
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch of the script brings: no `c_t` means no analysis, a NaN one an undefined C_t."""
+
+    c_t: float | None
+    lambda_max: float = 1.0
+    loss: float = 0.5
+    accuracy: float = 0.5
+    error: bool = False
+
+
+class ScriptedSource(SpectrumSource):
+    """Stands in for HessianSpectrumCallback: its records come from a script."""
+
+    def __init__(self, script: list[Epoch], name: str = "hesd", on_error: Any = "warn") -> None:
+        self.script = script
+        self.name = name
+        self.on_error = on_error
+        self.history = SpectrumHistory()
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(name=self.name)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        epoch = self.script[trainer.current_epoch]
+        if epoch.error:
+            self.history.append(SpectrumRecord(trainer.current_epoch, trainer.global_step, None, "failed"))
+        elif epoch.c_t is not None:
+            spectrum = make_spectrum(epoch.c_t, lambda_max=epoch.lambda_max, loss=epoch.loss)
+            self.history.append(SpectrumRecord(trainer.current_epoch, trainer.global_step, spectrum))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history.load_state_dict(state_dict["history"])
+
+
+class ScriptedModule(pl.LightningModule):
+    """One weight that counts steps, so that every epoch's checkpoint differs; logs the script's accuracy."""
+
+    def __init__(self, script: list[Epoch]) -> None:
+        super().__init__()
+        self.script = script
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return -self.weight
+
+    def on_train_epoch_end(self) -> None:
+        self.log("train_acc", self.script[self.current_epoch].accuracy)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("weight", self.weight)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def loader() -> DataLoader[Any]:
+    return DataLoader(TensorDataset(torch.zeros(2, 1)), batch_size=1)
+
+
+STEPS_PER_EPOCH = 2
+
+
+def make_trainer(tmp_path: Path, callbacks: list[pl.Callback], epochs: int, **kwargs: Any) -> pl.Trainer:
+    settings: dict[str, Any] = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+        "default_root_dir": tmp_path,
+        "max_epochs": epochs,
+        "callbacks": callbacks,
+    }
+    return pl.Trainer(**{**settings, **kwargs})
+
+
+def run_script(
+    tmp_path: Path, script: list[Epoch], callbacks: list[pl.Callback], *, quiet: bool = True, **kwargs: Any
+) -> pl.Trainer:
+    """Train through the script; with `quiet` the package's own warnings are expected and ignored."""
+    trainer = make_trainer(tmp_path, callbacks, len(script), **kwargs)
+    with warnings.catch_warnings():
+        if quiet:
+            warnings.filterwarnings("ignore", message="lightning_hesd: ")
+        trainer.fit(ScriptedModule(script), loader())
+    return trainer
+
+
+def weight_in(path: str) -> float:
+    """The weight in a checkpoint: minus the number of steps... of the epoch it was saved at."""
+    return float(torch.load(path, weights_only=True)["state_dict"]["weight"])
+
+
+def epoch_of(path: str) -> int:
+    """The epoch whose final weights a checkpoint holds, by the weights themselves and not by its name."""
+    return round(weight_in(path) / STEPS_PER_EPOCH) - 1

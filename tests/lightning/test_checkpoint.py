@@ -1,0 +1,311 @@
+"""HessianCheckpoint in a real Trainer, judged by the weights in the files it leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
+from lightning_hesd.history import SpectrumRecord
+from tests.lightning.scripted import (
+    Epoch,
+    ScriptedModule,
+    ScriptedSource,
+    epoch_of,
+    loader,
+    make_trainer,
+    run_script,
+)
+
+
+@contextlib.contextmanager
+def warns(pattern: str) -> Iterator[None]:
+    """Expect a warning of the package; unlike pytest.warns, let others of its warnings pass."""
+    with pytest.warns(RuntimeWarning) as caught:
+        yield
+    assert any(re.search(pattern, str(warning.message)) for warning in caught)
+
+
+C_T = [-math.inf, -0.9, -0.6, -0.3, -0.1, 0.0]
+
+scripts = st.lists(
+    st.builds(
+        Epoch,
+        c_t=st.sampled_from([None, math.nan, *C_T[1:]]),
+        lambda_max=st.sampled_from([0.5, 1.0, 2.0]),
+        loss=st.sampled_from([0.1, 0.12, 0.2, 0.4]),
+        accuracy=st.sampled_from([0.5, 0.9, 0.905, 0.95]),
+        error=st.booleans(),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+def expected_epoch(script: list[Epoch], rule: str, metric: str | None, tolerance: float, *, require_mp: bool) -> int:
+    """The design's rule, by brute force over the whole history; without anything to rank, the last epoch."""
+    analysed = [(number, e) for number, e in enumerate(script) if not e.error and e.c_t is not None]
+    analysed = [(number, e) for number, e in analysed if not math.isnan(e.c_t or 0.0)]
+    if not analysed:
+        return len(script) - 1
+
+    def goodness(e: Epoch) -> float:
+        # As float32, in which Lightning keeps logged metrics.
+        return -e.loss if metric is None else float(torch.tensor(e.accuracy))
+
+    best = max(goodness(e) for _, e in analysed)
+    near = [(number, e) for number, e in analysed if best - goodness(e) <= tolerance]
+    if require_mp:
+        near = [(number, e) for number, e in near if (e.c_t or 0.0) > -0.6]
+        if not near:
+            return min(number for number, e in analysed if goodness(e) == best)
+    score = {"highest_c_t": lambda e: e.c_t, "lowest_max_eigenvalue": lambda e: -e.lambda_max}[rule]
+    return min(near, key=lambda row: (-score(row[1]), row[0]))[0]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(
+    script=scripts,
+    rule=st.sampled_from(["highest_c_t", "lowest_max_eigenvalue"]),
+    metric=st.sampled_from([None, "train_acc"]),
+    tolerance=st.sampled_from([0.0, 0.01, 0.05, 1.0]),
+    require_mp=st.booleans(),
+)
+def test_the_file_it_names_holds_the_weights_of_the_brute_force_pick(
+    script: list[Epoch], rule: Any, metric: str | None, tolerance: float, require_mp: bool
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = HessianCheckpoint(
+            rule, train_metric=metric, tolerance=tolerance, require_mp=require_mp, dirpath=folder, save_last=True
+        )
+        run_script(Path(folder), script, [ScriptedSource(script), checkpoint])
+        expected = expected_epoch(script, rule, metric, tolerance, require_mp=require_mp)
+        assert epoch_of(checkpoint.best_model_path) == expected
+        assert epoch_of(str(Path(folder) / "last.ckpt")) == len(script) - 1
+        kept = {str(path) for path in Path(folder).glob("epoch*.ckpt")}
+        assert kept == {*checkpoint.best_k_models, checkpoint.best_model_path}
+
+
+SCRIPT = [
+    Epoch(-0.9, lambda_max=1.0, loss=0.5, accuracy=0.50),
+    Epoch(-0.2, lambda_max=4.0, loss=0.12, accuracy=0.99),
+    Epoch(None, lambda_max=9.0, loss=0.10, accuracy=1.00),
+    Epoch(-0.3, lambda_max=2.0, loss=0.11, accuracy=1.00),
+    Epoch(-0.1, lambda_max=3.0, loss=0.30, accuracy=0.90),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "epoch"),
+    [
+        ({}, 1),
+        ({"rule": "lowest_max_eigenvalue"}, 3),
+        ({"train_metric": "train_acc"}, 1),
+        ({"train_metric": "train_acc", "tolerance": 0.0}, 3),
+        ({"tolerance": 10.0}, 4),
+        ({"train_metric": "train_acc", "train_metric_mode": "min", "tolerance": 0.0}, 0),
+        ({"rule": lambda record: -record.epoch}, 1),
+    ],
+)
+def test_rules_and_gates(tmp_path: Path, arguments: dict[str, Any], epoch: int) -> None:
+    checkpoint = HessianCheckpoint(dirpath=tmp_path, **arguments)
+    run_script(tmp_path, SCRIPT, [ScriptedSource(SCRIPT), checkpoint])
+    assert epoch_of(checkpoint.best_model_path) == epoch
+
+
+def test_only_what_can_still_be_picked_stays_on_disk(tmp_path: Path) -> None:
+    checkpoint = HessianCheckpoint(dirpath=tmp_path)
+    run_script(tmp_path, SCRIPT, [ScriptedSource(SCRIPT), checkpoint])
+    # Epoch 1 has the better C_t, epoch 3 the better loss; epoch 4's loss is out of reach.
+    assert sorted(epoch_of(str(path)) for path in tmp_path.glob("*.ckpt")) == [1, 3]
+    assert checkpoint.best_k_models == {
+        str(tmp_path / "epoch=1-step=4.ckpt"): torch.tensor(-0.2),
+        str(tmp_path / "epoch=3-step=8.ckpt"): torch.tensor(-0.3),
+    }
+    assert checkpoint.best_model_score == torch.tensor(-0.2)
+
+
+@pytest.mark.parametrize("others_first", [True, False])
+def test_best_is_ours_beside_the_users_own_checkpoint(tmp_path: Path, others_first: bool) -> None:
+    ours = HessianCheckpoint(dirpath=tmp_path / "ours")
+    others = ModelCheckpoint(dirpath=tmp_path / "others", monitor="train_acc", mode="max", save_on_train_epoch_end=True)
+    callbacks = [others, ours] if others_first else [ours, others]
+    trainer = make_trainer(
+        tmp_path, [HessianSpectrumCallback(epochs=[], loss_fn=lambda module, _: module.weight**2), *callbacks], 2
+    )
+    with warns("could rank no analysed epoch"):
+        trainer.fit(ScriptedModule(SCRIPT), loader())
+    assert trainer.checkpoint_callback is ours
+    assert epoch_of(others.best_model_path) == 1
+
+
+def test_default_checkpoint_is_left_alone(tmp_path: Path) -> None:
+    spectrum_callback = HessianSpectrumCallback(
+        checkpoint="highest_c_t", loss_fn=lambda module, _: (module.weight - 1) ** 2, num_samples=2
+    )
+    trainer = make_trainer(tmp_path, [spectrum_callback], 3)
+    trainer.fit(ScriptedModule(SCRIPT), loader())
+    ours, default = trainer.checkpoint_callbacks
+    assert isinstance(ours, HessianCheckpoint)
+    assert type(default) is ModelCheckpoint
+    assert epoch_of(default.best_model_path) == 2
+    assert epoch_of(trainer.checkpoint_callback.best_model_path) == 0
+    # C_t is 0 in every epoch, and the loss (w - 1)² is least after the first.
+    assert [record.spectrum.c_t for record in spectrum_callback.history] == [0.0] * 3
+    with pytest.warns(UserWarning, match="first checkpoint callback"):
+        results = trainer.test(dataloaders=loader(), ckpt_path="best", verbose=False)
+    assert results == [{"weight": 2.0}]
+
+
+def test_last_is_of_the_last_epoch_also_without_an_analysis(tmp_path: Path) -> None:
+    script = [*SCRIPT[:2], Epoch(None), Epoch(None)]
+    checkpoint = HessianCheckpoint(dirpath=tmp_path, save_last=True)
+    run_script(tmp_path, script, [ScriptedSource(script), checkpoint])
+    assert epoch_of(checkpoint.last_model_path) == 3
+    assert epoch_of(checkpoint.best_model_path) == 1
+
+
+def test_a_last_link_never_dangles(tmp_path: Path) -> None:
+    script = [Epoch(-0.2, loss=0.3), Epoch(-0.9, loss=0.1), Epoch(-0.3, loss=0.11), Epoch(-0.1, loss=0.12)]
+    for epochs in range(1, len(script) + 1):
+        folder = tmp_path / str(epochs)
+        checkpoint = HessianCheckpoint(dirpath=folder, save_last="link")
+        run_script(folder, script[:epochs], [ScriptedSource(script), checkpoint])
+        assert epoch_of(str(folder / "last.ckpt")) == epochs - 1
+
+
+def test_without_mainly_positive_candidates_the_metric_decides_and_it_says_so(tmp_path: Path) -> None:
+    script = [Epoch(-0.7, loss=0.10), Epoch(-0.9, loss=0.09), Epoch(-0.8, loss=0.2)]
+    checkpoint = HessianCheckpoint(dirpath=tmp_path)
+    with warns(r"mainly positive \(MP\)"):
+        run_script(tmp_path, script, [ScriptedSource(script), checkpoint], quiet=False)
+    assert epoch_of(checkpoint.best_model_path) == 1
+
+
+def test_without_anything_to_rank_the_final_weights_are_kept(tmp_path: Path) -> None:
+    script = [Epoch(None), Epoch(math.nan), Epoch(-0.5, error=True)]
+    checkpoint = HessianCheckpoint(dirpath=tmp_path)
+    with warns("final weights"):
+        run_script(tmp_path, script, [ScriptedSource(script), checkpoint], quiet=False)
+    assert epoch_of(checkpoint.best_model_path) == 2
+
+
+def test_missing_metric_is_named_and_training_goes_on(tmp_path: Path) -> None:
+    checkpoint = HessianCheckpoint(train_metric="accuracy", dirpath=tmp_path)
+    with warns(r"train_metric='accuracy'.*\['train_acc'\]"):
+        run_script(tmp_path, SCRIPT, [ScriptedSource(SCRIPT), checkpoint], quiet=False)
+    assert epoch_of(checkpoint.best_model_path) == 4
+
+
+def test_missing_metric_raises_if_the_callback_is_to_raise(tmp_path: Path) -> None:
+    checkpoint = HessianCheckpoint(train_metric="accuracy", dirpath=tmp_path)
+    with pytest.raises(MisconfigurationException, match="train_metric='accuracy'"):
+        run_script(tmp_path, SCRIPT, [ScriptedSource(SCRIPT, on_error="raise"), checkpoint])
+
+
+def test_a_rule_that_raises_is_reported_and_training_goes_on(tmp_path: Path) -> None:
+    def rule(record: SpectrumRecord) -> float:
+        if record.epoch == 1:
+            msg = "no idea"
+            raise RuntimeError(msg)
+        return -record.epoch
+
+    checkpoint = HessianCheckpoint(rule, dirpath=tmp_path)
+    with warns(r"rule of HessianCheckpoint failed at epoch 1.*no idea"):
+        run_script(tmp_path, SCRIPT, [ScriptedSource(SCRIPT), checkpoint], quiet=False)
+    assert epoch_of(checkpoint.best_model_path) == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("monitor", "val_loss"),
+        ("mode", "min"),
+        ("save_top_k", 3),
+        ("every_n_epochs", 2),
+        ("every_n_train_steps", 10),
+        ("train_time_interval", None),
+        ("save_on_train_epoch_end", False),
+    ],
+)
+def test_arguments_that_contradict_the_rule_are_refused(option: str, value: Any) -> None:
+    with pytest.raises(MisconfigurationException, match=f"`{option}={value!r}` would contradict"):
+        HessianCheckpoint(**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rule": "best"}, "`rule` must be 'highest_c_t' or 'lowest_max_eigenvalue' or a function.*'best'"),
+        ({"tolerance": -0.1}, "`tolerance` must not be negative, got -0.1"),
+        ({"train_metric": "train_acc", "train_metric_mode": "up"}, "'min' or 'max', got 'up'"),
+        ({"train_metric": "train_loss"}, "train_metric_mode='min'"),
+    ],
+)
+def test_invalid_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        HessianCheckpoint(**arguments)
+
+
+def test_alone_it_needs_a_spectrum_callback(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"add HessianSpectrumCallback\(\)"):
+        run_script(tmp_path, SCRIPT, [HessianCheckpoint(dirpath=tmp_path)])
+
+
+def test_alone_it_cannot_choose_between_two_spectrum_callbacks(tmp_path: Path) -> None:
+    sources = [ScriptedSource(SCRIPT, name="first"), ScriptedSource(SCRIPT, name="second")]
+    with pytest.raises(MisconfigurationException, match="'first', 'second'"):
+        run_script(tmp_path, SCRIPT, [*sources, HessianCheckpoint(dirpath=tmp_path)])
+
+
+def test_a_rule_needs_checkpointing(tmp_path: Path) -> None:
+    callback = HessianSpectrumCallback(checkpoint="highest_c_t")
+    with pytest.raises(MisconfigurationException, match="enable_checkpointing=False"):
+        run_script(tmp_path, SCRIPT, [callback], enable_checkpointing=False)
+
+
+def test_without_a_rule_checkpointing_may_be_off(tmp_path: Path) -> None:
+    callback = HessianSpectrumCallback(loss_fn=lambda module, _: module.weight**2, num_samples=2)
+    trainer = run_script(tmp_path, SCRIPT[:2], [callback], enable_checkpointing=False)
+    assert len(callback.history) == 2
+    assert not trainer.checkpoint_callbacks
+
+
+@pytest.mark.parametrize(
+    ("schedule", "arguments", "message"),
+    [
+        ({"every_n_epochs": 2}, {"save_on_train_epoch_end": True}, "logged values persist"),
+        ({}, {}, "save_on_train_epoch_end=True"),
+    ],
+)
+def test_stale_monitors_are_warned_of(
+    tmp_path: Path, schedule: dict[str, Any], arguments: dict[str, Any], message: str
+) -> None:
+    callback = HessianSpectrumCallback(loss_fn=lambda module, _: module.weight**2, num_samples=2, **schedule)
+    plain = ModelCheckpoint(dirpath=tmp_path, monitor="hesd/c_t", mode="max", **arguments)
+    trainer = make_trainer(tmp_path, [callback, plain], epochs=2)
+    with warns(f"monitor='hesd/c_t'.*{message}"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*could not find the monitored key")  # Lightning's, in epoch 0
+        trainer.fit(ScriptedModule(SCRIPT), loader())
+
+
+def test_fast_dev_run_writes_nothing(tmp_path: Path) -> None:
+    callback = HessianSpectrumCallback(
+        checkpoint="highest_c_t", loss_fn=lambda module, _: module.weight**2, num_samples=2
+    )
+    run_script(tmp_path, SCRIPT, [callback], fast_dev_run=True)
+    assert len(callback.history) == 1
+    assert not list(tmp_path.rglob("*.*"))

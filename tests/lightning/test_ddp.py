@@ -1,0 +1,113 @@
+"""Several processes give what one gives, and a failure in one of them hangs nobody."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("ddp_run.py")
+TIMEOUT = 120
+
+
+def run(folder: Path, devices: int, **options: Any) -> None:
+    """Run the script with that many processes."""
+    folder.mkdir(parents=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(SCRIPT.parents[2]),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--devices", str(devices), "--out", str(folder), *flags],
+        env=environment,
+        timeout=TIMEOUT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """What each process saw, by rank."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Folders of a run with one process, with two, and with three of which the last has no samples."""
+    folders = {devices: tmp_path_factory.mktemp("ddp") / str(devices) for devices in (1, 2, 3)}
+    for devices, folder in folders.items():
+        run(folder, devices)
+    return folders
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+def test_findings_are_those_of_one_process(runs: dict[int, Path], devices: int) -> None:
+    (alone,) = read(runs[1])
+    for rank in read(runs[devices]):
+        assert rank["world_size"] == devices
+        assert rank["best"] == alone["best"]
+        assert rank["candidates"] == alone["candidates"]
+        for name, records in alone["records"].items():
+            assert len(records) == len(rank["records"][name]) == 4
+            for mine, theirs in zip(records, rank["records"][name], strict=True):
+                assert mine["num_samples"] == theirs["num_samples"] == 50
+                assert theirs["c_t"] == pytest.approx(mine["c_t"], rel=1e-9)
+                assert theirs["lambda_max"] == pytest.approx(mine["lambda_max"], rel=1e-9)
+
+
+def test_the_runs_tell_something(runs: dict[int, Path]) -> None:
+    """Epochs differ, and so do spectra with and without dropout: the comparison above is not between constants."""
+    (alone,) = read(runs[1])
+    c_t = {name: [record["c_t"] for record in records] for name, records in alone["records"].items()}
+    assert len(set(c_t["hesd"])) == 4
+    assert c_t["hesd"] != c_t["dropout"]
+
+
+def test_all_processes_have_the_very_same_numbers(runs: dict[int, Path]) -> None:
+    first, *others = read(runs[3])
+    assert all(rank == first for rank in others)
+
+
+def test_only_process_zero_writes(runs: dict[int, Path]) -> None:
+    for name in ("hesd", "dropout"):
+        (folder,) = runs[2].rglob(name)
+        assert (folder / "index.json").is_file()
+        assert len(list(folder.glob("*.npz"))) == 4
+        rows = (folder.parent / f"{name}_density.csv").read_text().splitlines()
+        assert len(rows) == len(set(rows))
+    (last,) = runs[2].rglob("last.ckpt")
+    assert torch.load(last, weights_only=True)["epoch"] == 3
+
+
+@pytest.mark.parametrize(
+    ("fail", "fail_in", "cause"),
+    [("loss", 1, "MemoryError: no memory here"), ("data", 0, "OSError: cannot read sample")],
+)
+def test_a_failure_in_one_process_is_recorded_in_all_and_training_goes_on(
+    tmp_path: Path, fail: str, fail_in: int, cause: str
+) -> None:
+    run(tmp_path / "run", 2, fail=fail, fail_in=fail_in)
+    ranks = read(tmp_path / "run")
+    for number, rank in enumerate(ranks):
+        assert rank["steps"] == 8
+        expected = cause if number == fail_in else "AnotherProcessFailedError"
+        for records in rank["records"].values():
+            assert [record["epoch"] for record in records] == [0, 1, 2, 3]
+            assert all(record["error"].startswith(expected) for record in records)
+    # No epoch could be ranked, so the final weights are the best there are.
+    assert all(rank["best"].startswith("epoch=3-step=8") for rank in ranks)
