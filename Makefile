@@ -1,0 +1,61 @@
+# `make demo` and `make test` work on a fresh checkout: each creates .venv and installs what it needs, once.
+PYTHON ?= python3
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lint types layers doctest bench clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/python
+INSTALLED := $(VENV)/.installed
+INSTALLING := $(VENV)/.installing
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "PYTHON=python3.12 picks the interpreter of a new .venv (make clean removes the old one)."
+
+setup: $(INSTALLED) ## create .venv and install the package for development
+
+demo: $(INSTALLED) ## train on the digits, with the spectrum in TensorBoard
+	$(RUN) examples/digits.py
+
+test: $(INSTALLED) ## run the tests
+	$(RUN) -m pytest -n 2
+
+check: lint types layers test doctest ## run everything that a change must pass
+
+lint: $(INSTALLED) ## check style and formatting
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+types: $(INSTALLED) ## check types
+	$(RUN) -m mypy
+
+layers: $(INSTALLED) ## check that imports go downward only
+	$(BIN)/lint-imports
+
+doctest: $(INSTALLED) ## run the examples in docstrings
+	$(RUN) -m pytest --doctest-modules lightning_hesd
+
+bench: $(INSTALLED) ## measure the cost of a Hessian-vector product
+	$(RUN) -m benchmarks.hvp
+
+clean: ## remove .venv, caches and builds; logs of runs stay
+	rm -rf $(VENV) build dist site .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name .git -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+# $(INSTALLING) marks an unfinished installation: parts of one look complete to pip, so the next try starts afresh.
+# It becomes the stamp with the time at which pip started: a pin edited meanwhile leads to another installation.
+# The constraints come from the environment because `pip install -c` would not bind the build backend;
+# newer pips read the second variable for that.
+$(INSTALLED): export PIP_CONSTRAINT = constraints.txt
+$(INSTALLED): export PIP_BUILD_CONSTRAINT = constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt
+	@rm -f $@
+	@if [ -e $(INSTALLING) ] || ! $(RUN) -m pip --version >/dev/null 2>&1; then \
+		echo "Creating $(VENV)"; rm -f $(RUN); rm -rf $(VENV); \
+		mkdir $(VENV) && touch $(INSTALLING) && $(PYTHON) -m venv $(VENV); fi
+	@touch $(INSTALLING)
+	$(RUN) -m pip install -e '.[dev]'
+	@mv $(INSTALLING) $@
