@@ -63,9 +63,11 @@ class TrainerAnalyzer:
         return self._samples
 
     def _draw(self, trainer: pl.Trainer) -> AnalysisSamples:
+        own = self._dataloader is not None
         return draw_samples(
-            self._dataloader if self._dataloader is not None else training_loader(trainer.train_dataloader),
+            self._dataloader if own else training_loader(trainer.train_dataloader),
             self._num_samples,
+            max_batches=None if own else trainer.num_training_batches,
             batch_size=self._batch_size,
             batch_weight=self._options.batch_weight,
             seed=self._options.seed,
@@ -79,8 +81,10 @@ class TrainerAnalyzer:
         all_reduce = _lightning.make_all_reduce(trainer)
         samples = self.draw(trainer)
         loss_fn = make_loss_fn(trainer, self._loss_fn)
-        with muted(trainer, pl_module), preserved(pl_module, tensors=False):
-            batches = _lightning.together(trainer, lambda: self._transfer(trainer, pl_module, samples.batches))
+        datamodule = getattr(trainer, "datamodule", None)
+        with muted(trainer, pl_module), preserved(datamodule, tensors=False):
+            with preserved(pl_module):  # its transfer hooks may leave traces, as `training_step` may
+                batches = _lightning.together(trainer, lambda: self._transfer(trainer, pl_module, samples.batches))
             spectrum = _lightning.together(
                 trainer, lambda: analyze(pl_module, batches, loss_fn, self._options, all_reduce)
             )

@@ -59,7 +59,8 @@ class HessianSpectrumCallback(SpectrumSource):
 
     Raises:
         ValueError: If an argument is out of range or not available in this version.
-        TypeError: If a keyword is not an option of `hessian_spectrum`.
+        TypeError: If a keyword is not an option of `hessian_spectrum`, or `checkpoint` is something else.
+        MisconfigurationException: If `checkpoint` is not the name of a rule.
 
     Example:
         >>> import lightning.pytorch as pl
@@ -110,7 +111,7 @@ class HessianSpectrumCallback(SpectrumSource):
         self.schedule = Schedule(every_n_epochs, epochs, every_n_train_steps)
         self.at_start = at_start
         self.loss_fn = loss_fn
-        self.checkpoint = HessianCheckpoint(checkpoint) if isinstance(checkpoint, str) else checkpoint
+        self.checkpoint = _as_checkpoint(checkpoint)
         self.on_error: OnError = on_error
         self.verbose = verbose
         self.name = name
@@ -215,6 +216,15 @@ class HessianSpectrumCallback(SpectrumSource):
         """Go on with the history and the samples of the run that is resumed."""
         self.history.load_state_dict(state_dict["history"])
         self._analyzer.resume(state_dict["indices"])
+
+
+def _as_checkpoint(checkpoint: object) -> HessianCheckpoint | None:
+    if isinstance(checkpoint, str):
+        return HessianCheckpoint(checkpoint)  # type: ignore[arg-type]  # which checks the name
+    if checkpoint is None or isinstance(checkpoint, HessianCheckpoint):
+        return checkpoint
+    msg = f"`checkpoint` must be the name of a rule, a HessianCheckpoint or None, got {checkpoint!r}."
+    raise TypeError(msg)
 
 
 def _refuse_unavailable(**arguments: object) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, WeightedRandomSampler
 
 from lightning_hesd._lightning import unwrap_sampler
 from lightning_hesd.analysis import batch_size as infer_batch_size
@@ -61,6 +61,7 @@ def draw_samples(
     loader: Any,
     num_samples: int,
     *,
+    max_batches: float | None = None,
     batch_size: int | None = None,
     batch_weight: Callable[[Any], float] | None = None,
     seed: int = 0,
@@ -74,9 +75,10 @@ def draw_samples(
 
     Args:
         loader: A DataLoader, or any other iterable of batches.
-        num_samples: How many samples, or all if there are fewer. They are drawn at random, without repetition, from
-            the sampler's indices of a map-style dataset; they are the first ones of an iterable dataset, and the
-            first whole batches of any other iterable.
+        num_samples: How many samples, or all if there are fewer. They are drawn at random from the sampler's indices of
+            a map-style dataset, as the sampler draws them (with repetition only if it does so itself); they are the
+            first ones of an iterable dataset, and the first whole batches of any other iterable.
+        max_batches: Of a sequential sampler only so many batches are trained on; None: all.
         batch_size: Samples per batch; default: the loader's.
         batch_weight: Weight of a batch; default: its number of samples.
         seed: Seed of the draw, and of whatever is random in the dataset.
@@ -88,12 +90,19 @@ def draw_samples(
         MisconfigurationException: If the loader's samples cannot be read without disturbing training.
         ValueError: If there are no samples.
     """
+    if isinstance(loader, dict):
+        training_loader(loader)
     dataset = getattr(loader, "dataset", None)
-    with preserved(loader, dataset, tensors=False):
+    with preserved(loader, dataset, tensors=False) as restore:
         seed_everything(seed)
-        if isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset) and loader.batch_sampler:
-            chosen = list(indices) if indices is not None else _choose(loader, num_samples, seed)
-            batches = _indexed_batches(loader, chosen, batch_size, seed, slice(rank, None, world_size))
+        if (
+            isinstance(loader, DataLoader)
+            and not isinstance(dataset, IterableDataset)
+            and loader.batch_sampler is not None
+        ):
+            chosen = list(indices) if indices is not None else _choose(loader, num_samples, seed, max_batches)
+            share = slice(rank, None, world_size)
+            batches = _indexed_batches(loader, chosen, batch_size, seed, share=share, restore=restore)
         else:
             chosen = None
             batches = itertools.islice(_streamed_batches(loader, num_samples, batch_size), rank, None, world_size)
@@ -107,7 +116,7 @@ def draw_samples(
     return AnalysisSamples(weighted, None if chosen is None else tuple(chosen))
 
 
-def _choose(loader: DataLoader[Any], num_samples: int, seed: int) -> list[int]:
+def _choose(loader: DataLoader[Any], num_samples: int, seed: int, max_batches: float | None) -> list[int]:
     """Choose positions among those the loader's sampler can draw."""
     generator = torch.Generator().manual_seed(seed)
     sampler = unwrap_sampler(_sampler(loader))
@@ -116,6 +125,8 @@ def _choose(loader: DataLoader[Any], num_samples: int, seed: int) -> list[int]:
         count = min(num_samples, len(weights) if sampler.replacement else int((weights > 0).sum()))
         return torch.multinomial(weights, count, sampler.replacement, generator=generator).tolist()
     population = _population(sampler, loader)
+    if isinstance(sampler, SequentialSampler) and max_batches is not None and loader.batch_size:
+        population = population[: int(min(max_batches * loader.batch_size, len(population)))]
     order = torch.randperm(len(population), generator=generator)[:num_samples]
     return [population[position] for position in order.tolist()]
 
@@ -123,26 +134,34 @@ def _choose(loader: DataLoader[Any], num_samples: int, seed: int) -> list[int]:
 def _sampler(loader: DataLoader[Any]) -> Any:
     """Return what decides which samples the loader yields."""
     batch_sampler = loader.batch_sampler
-    if type(batch_sampler) is BatchSampler or not isinstance(batch_sampler, Sampler):
-        return loader.sampler
-    return getattr(batch_sampler, "sampler", batch_sampler)
+    # A subclass that makes batches in its own way may leave out what its sampler offers.
+    if isinstance(batch_sampler, BatchSampler) and type(batch_sampler).__iter__ is BatchSampler.__iter__:
+        return batch_sampler.sampler
+    return batch_sampler
 
 
 def _population(sampler: Any, loader: DataLoader[Any]) -> Sequence[int]:
     """Return the positions a sampler draws from, ascending where they must be found by drawing."""
     if (own := getattr(sampler, "indices", None)) is not None:
         return [int(index) for index in own]
-    size = len(loader.dataset)  # type: ignore[arg-type]
-    if type(sampler).__module__.split(".")[0] in {"torch", "lightning"}:
-        return range(size)  # sequential, random and distributed samplers run through the whole dataset
+    dataset: Any = loader.dataset
+    if type(sampler).__module__.split(".")[0] in {"torch", "lightning"} and not isinstance(sampler, BatchSampler):
+        # Sequential, random and distributed samplers run through the whole of what they were made for.
+        return range(len(getattr(sampler, "data_source", dataset)))
     drawn: set[int] = set()
-    for position in itertools.islice(_own_copy(sampler), 10 * size):  # a sampler may be endless
+    for position in itertools.islice(_own_copy(sampler), 10 * len(dataset)):  # a sampler may be endless
         drawn.update(position if isinstance(position, list | tuple) else [position])
     return sorted(int(index) for index in drawn)
 
 
 def _indexed_batches(
-    loader: DataLoader[Any], chosen: Sequence[int], batch_size: int | None, seed: int, share: slice
+    loader: DataLoader[Any],
+    chosen: Sequence[int],
+    batch_size: int | None,
+    seed: int,
+    *,
+    share: slice,
+    restore: Callable[[], None],
 ) -> Iterator[tuple[Any, int]]:
     size = batch_size or loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or DEFAULT_BATCH_SIZE
     batches = [list(chosen[start : start + size]) for start in range(0, len(chosen), size)]
@@ -152,6 +171,7 @@ def _indexed_batches(
     )
     iterator = iter(own)
     for number in range(len(batches))[share]:
+        restore()  # the dataset's own generators, which in one process have served more batches than in another
         seed_everything(seed + number)  # the same augmentation for any number of processes
         yield next(iterator), len(batches[number])
 
@@ -163,6 +183,15 @@ def _streamed_batches(loader: Any, num_samples: int, batch_size: int | None) -> 
         stream = DataLoader(
             _Head(_own_copy(loader.dataset), num_samples),
             batch_size=batch_size or loader.batch_size,
+            collate_fn=loader.collate_fn,
+            generator=torch.Generator(),
+        )
+    elif isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        # Each of the sampler's positions stands for a whole batch.
+        stream = DataLoader(
+            loader.dataset,
+            batch_size=None,
+            sampler=_own_copy(loader.sampler),
             collate_fn=loader.collate_fn,
             generator=torch.Generator(),
         )

@@ -9,6 +9,7 @@ anything but plain values (a database connection, a logger's run).
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import enum
 import gc
 import random
@@ -42,20 +43,23 @@ _FOREIGN = {"torch", "torchmetrics", "lightning", "lightning_fabric", "pytorch_l
 
 
 @contextlib.contextmanager
-def preserved(*roots: object, tensors: bool = True) -> Iterator[None]:
+def preserved(*roots: object, tensors: bool = True) -> Iterator[Callable[[], None]]:
     """Put back all state reachable from `roots`, and the global random number generators, on leaving.
 
     Args:
         *roots: Modules, datasets or other objects.
         tensors: Whether to restore the values of tensors and arrays too; they are copied for that. Without them,
             datasets are descended into, which may hold too many to copy.
+
+    Yields:
+        A function that puts the state of `roots` back meanwhile.
     """
     snapshot = _Snapshot(tensors=tensors)
     for root in roots:
         snapshot.take(root)
     generators = _global_generator_states()
     try:
-        yield
+        yield snapshot.restore
     finally:
         snapshot.restore()
         for restore in generators:
@@ -67,7 +71,7 @@ def analysis_state(module: nn.Module, mode: Mode = "eval") -> Iterator[None]:
     """Bring `module` and PyTorch into the state for exact second derivatives; put everything back on leaving.
 
     Gradients are enabled; autocast, TF32 and fused attention (it has no second derivative) are off; compiled code
-    runs eagerly (it has none either). The gradients the user accumulated are set aside, not touched.
+    runs eagerly (it has none either). The gradients the user accumulated, and hooks on parameters, are set aside.
 
     Args:
         module: The module to analyse.
@@ -75,6 +79,8 @@ def analysis_state(module: nn.Module, mode: Mode = "eval") -> Iterator[None]:
     """
     parameters = list(module.parameters())
     gradients = [p.grad for p in parameters]
+    # Autograd would call hooks of parameters for every gradient, and the spectrum would be that of what they return.
+    hooked = {p: p._backward_hooks for p in parameters if p._backward_hooks}  # noqa: SLF001
     device_types = {p.device.type for p in parameters} | {"cpu"}
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserved(module))
@@ -89,12 +95,16 @@ def analysis_state(module: nn.Module, mode: Mode = "eval") -> Iterator[None]:
         try:
             for p in parameters:
                 p.grad = None
+            for p in hooked:
+                p._backward_hooks = None  # noqa: SLF001
             if mode != "keep":
                 module.train(mode == "train")
             yield
         finally:
             for p, grad in zip(parameters, gradients, strict=True):
                 p.grad = grad
+            for p, hooks in hooked.items():
+                p._backward_hooks = hooks  # noqa: SLF001
 
 
 def seed_everything(seed: int) -> None:
@@ -162,8 +172,7 @@ class _Snapshot:
     def take(self, value: object) -> None:
         """Remember a root: its attributes even if not all of them are plain."""
         self._take(value)
-        if hasattr(value, "__dict__"):
-            self._take(vars(value))
+        self._take_attributes(value)
 
     def _take(self, value: object) -> None:
         if isinstance(value, _IMMUTABLE) or id(value) in self._seen:
@@ -179,7 +188,7 @@ class _Snapshot:
         elif isinstance(value, _CONTAINERS):
             self._take_container(value)
         elif self._is_open(value):
-            self._take(vars(value))
+            self._take_attributes(value)
 
     def _take_tensor(self, tensor: Tensor) -> None:
         if not self._tensors or is_lazy(tensor) or tensor.is_inference():
@@ -187,7 +196,9 @@ class _Snapshot:
         version, saved, requires_grad = tensor._version, tensor.detach().clone(), tensor.requires_grad  # noqa: SLF001
 
         def restore() -> None:
-            if tensor._version != version:  # noqa: SLF001 - counts changes in place
+            # The version counts changes in place, but neither those through `.data` nor those of batch normalisation.
+            # Unchanged tensors are not written to: that would count as a change for graphs that hold them.
+            if tensor._version != version or not torch.equal(tensor, saved):  # noqa: SLF001
                 with torch.no_grad():
                     tensor.copy_(saved)
             if tensor.is_leaf and tensor.requires_grad != requires_grad:
@@ -217,9 +228,19 @@ class _Snapshot:
             if len(now) == len(items) and all(map(_same, now, items)):
                 return
             container.clear()
-            (container.extend if isinstance(container, list | deque) else container.update)(items)
+            if isinstance(container, dict):
+                for key, value in items:  # the `update` of a Counter adds
+                    container[key] = value
+            else:
+                (container.extend if isinstance(container, list | deque) else container.update)(items)
 
         self._restorers.append(restore)
+
+    def _take_attributes(self, value: object) -> None:
+        self._take(getattr(value, "__dict__", None))
+        for name, item in _slots(value).items():
+            self._take(item)
+            self._restorers.append(partial(object.__setattr__, value, name, item))
 
     def _is_open(self, value: object) -> bool:
         """Whether to descend into the attributes of `value`."""
@@ -239,7 +260,14 @@ class _Snapshot:
 
 
 def _has_own_attributes(value: object) -> bool:
-    return hasattr(value, "__dict__") and type(value).__module__.split(".")[0] not in _FOREIGN
+    has_attributes = hasattr(value, "__dict__") or bool(_slots(value))
+    return has_attributes and type(value).__module__.split(".")[0] not in _FOREIGN
+
+
+def _slots(value: object) -> dict[str, object]:
+    """Return the attributes that `value` keeps in slots."""
+    names = copyreg._slotnames(type(value))  # type: ignore[attr-defined]  # noqa: SLF001 - as `copy` and `pickle` do
+    return {name: getattr(value, name) for name in names if hasattr(value, name)}
 
 
 def _parts(value: Any) -> Iterable[object] | None:
@@ -248,7 +276,7 @@ def _parts(value: Any) -> Iterable[object] | None:
         return value.values()
     if isinstance(value, _CONTAINERS):
         return value
-    return vars(value).values() if _has_own_attributes(value) else None
+    return [*getattr(value, "__dict__", {}).values(), *_slots(value).values()] if _has_own_attributes(value) else None
 
 
 def _same(first: object, second: object) -> bool:

@@ -45,11 +45,12 @@ class Schedule:
             msg = f"`{'` and `'.join(chosen)}` exclude each other: choose one."
             raise ValueError(msg)
         if self.epochs is not None:
-            bad = [e for e in self.epochs if not isinstance(e, int) or isinstance(e, bool) or e < 0]
+            epochs = list(self.epochs)
+            bad = [e for e in epochs if not isinstance(e, int) or isinstance(e, bool) or e < 0]
             if bad:
                 msg = f"`epochs` must be non-negative integers (0-based), got {bad[0]!r}."
                 raise ValueError(msg)
-            object.__setattr__(self, "_epochs", frozenset(self.epochs))
+            object.__setattr__(self, "_epochs", frozenset(epochs))
 
     @property
     def is_sparse(self) -> bool:

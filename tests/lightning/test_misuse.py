@@ -1,0 +1,364 @@
+"""What goes wrong is said clearly and early, and never costs the training."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_hesd import HessianSpectrumCallback
+
+from .modules import Classifier, Digits, callback, fit, freeze, loader, make_trainer, plain_loss, seed
+
+# At construction ------------------------------------------------------------------------------------------------------
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"num_samples": 0}, "`num_samples` must be a positive integer, got 0"),
+    ({"num_samples": 10.0}, "`num_samples` must be a positive integer, got 10.0"),
+    ({"num_samples": True}, "`num_samples` must be a positive integer, got True"),
+    ({"num_samples": "auto"}, "`num_samples` must be a positive integer, got 'auto'"),
+    ({"batch_size": -1}, "`batch_size` must be a positive integer, got -1"),
+    ({"on_error": "ignore"}, "`on_error` must be 'warn' or 'raise', got 'ignore'"),
+    ({"name": ""}, "`name` must be a non-empty text without '/', got ''"),
+    ({"name": "a/b"}, "`name` must be a non-empty text without '/', got 'a/b'"),
+    ({"every_n_epochs": 0}, "`every_n_epochs` must be a positive integer, got 0"),
+    ({"every_n_epochs": None, "every_n_train_steps": 0}, "`every_n_train_steps` must be a positive integer, got 0"),
+    ({"epochs": [1, -1]}, r"`epochs` must be non-negative integers \(0-based\), got -1"),
+    ({"epochs": [0.5]}, r"`epochs` must be non-negative integers \(0-based\), got 0.5"),
+    ({"every_n_epochs": 2, "epochs": [1]}, "`every_n_epochs` and `epochs` exclude each other: choose one"),
+    ({"epochs": [1], "every_n_train_steps": 5}, "`epochs` and `every_n_train_steps` exclude each other: choose one"),
+    ({"generalization_dataloader": []}, "`generalization_dataloader=.*is not available in this version: leave it out"),
+    ({"layers": "all"}, "`layers='all'` is not available in this version: leave it out"),
+    ({"monitor_gradients": True}, "`monitor_gradients=True` is not available in this version: leave it out"),
+    ({"max_overhead": 0.05}, "`max_overhead=0.05` is not available in this version: leave it out"),
+    ({"steps": 0}, "`steps` must be a positive integer, got 0"),
+    ({"probes": 1.5}, "`probes` must be a positive integer, got 1.5"),
+    ({"seed": -1}, "`seed` must be a non-negative integer, got -1"),
+    ({"confidence": 1}, "`confidence` must lie between 0 and 1, got 1"),
+    ({"dtype": torch.float16}, "`dtype` must be torch.float32, torch.float64 or None, got torch.float16"),
+    ({"mode": "test"}, "`mode` must be 'eval' or 'train' or 'keep', got 'test'"),
+    ({"probe": "uniform"}, "`probe` must be 'gaussian' or 'rademacher', got 'uniform'"),
+    ({"strategy": "fast"}, "`strategy` must be 'auto' or 'graph' or 'recompute', got 'fast'"),
+    ({"strategy": "linearize"}, "`strategy='linearize'` is not available in this version: use 'auto'"),
+    ({"matrix": "ggn"}, "`matrix='ggn'` is not available in this version: use 'hessian'"),
+    ({"basis": "cpu"}, "`basis='cpu'` is not available in this version: use 'auto' or 'device'"),
+    ({"tolerance": 0.05}, "`tolerance` is not available in this version: leave it None"),
+    ({"output_fn": print}, "`output_fn` is not available in this version"),
+    ({"output_loss": print}, "`output_loss` is not available in this version"),
+    ({"memory_budget": 1}, "`memory_budget` is not available in this version"),
+    ({"preconditioner": {}}, "`preconditioner` is not available in this version"),
+    ({"sampling_error": True}, "`sampling_error` is not available in this version: leave it False"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), WRONG, ids=["-".join(f"{k}" for k in a) + f"_{n}" for n, (a, _) in enumerate(WRONG)]
+)
+def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HessianSpectrumCallback(**arguments)
+
+
+def test_an_unknown_keyword() -> None:
+    with pytest.raises(
+        TypeError, match=r"unexpected keyword argument 'step'; the analysis takes .*steps, probes, seed"
+    ):
+        HessianSpectrumCallback(step=5)
+
+
+def test_an_unknown_rule() -> None:
+    with pytest.raises(MisconfigurationException, match=r"`rule` must be 'highest_c_t' or .*got 'best'"):
+        HessianSpectrumCallback(checkpoint="best")
+
+
+@pytest.mark.parametrize("checkpoint", [ModelCheckpoint(monitor="hesd/c_t"), True], ids=["ModelCheckpoint", "True"])
+def test_a_checkpoint_that_is_no_rule(checkpoint: Any) -> None:
+    with pytest.raises((ValueError, TypeError, MisconfigurationException), match="`checkpoint` must be"):
+        HessianSpectrumCallback(checkpoint=checkpoint)
+
+
+# At the start of fit --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_a_rule_without_checkpointing(on_error: str, tmp_path: Path) -> None:
+    observer = callback(checkpoint="highest_c_t", on_error=on_error)
+    with pytest.raises(MisconfigurationException, match=r"'highest_c_t'.*`enable_checkpointing=False`: drop one"):
+        fit(tmp_path, observer)
+
+
+def test_two_callbacks_of_one_name(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `HessianSpectrumCallback`"):
+        make_trainer(tmp_path, callback(), callback())
+
+
+@pytest.mark.filterwarnings("ignore")  # importing the other package, old and new names side by side, may warn
+def test_a_trainer_of_the_other_package(tmp_path: Path) -> None:
+    other = pytest.importorskip("pytorch_lightning")
+
+    class Module(other.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Linear(64, 10)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    trainer = other.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[callback()], default_root_dir=tmp_path
+    )
+    with pytest.raises(
+        MisconfigurationException,
+        match=r"this Trainer comes from `pytorch_lightning`: import Trainer and LightningModule",
+    ):
+        trainer.fit(Module(), loader())
+
+
+# During training ------------------------------------------------------------------------------------------------------
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.clone()
+
+
+def once_differentiable_loss(module: Any, batch: Any) -> Tensor:
+    return plain_loss(module, [OnceDifferentiable.apply(module.net[0].weight).sum() * 1e-3 + batch[0], batch[1]])
+
+
+def nan_curvature(module: Any, batch: Any) -> Tensor:
+    """A norm at zero: its value is fine, its second derivative is not."""
+    weight = module.net[0].weight
+    return plain_loss(module, batch) + torch.linalg.vector_norm(weight - weight.detach())
+
+
+def nan_loss(module: Any, batch: Any) -> Tensor:
+    return plain_loss(module, batch) * float("nan")
+
+
+def out_of_luck(module: Any, batch: Any) -> Tensor:
+    msg = "no luck"
+    raise OSError(msg)
+
+
+class Broken(Digits):
+    def __getitem__(self, position: int) -> Any:
+        msg = "unreadable file"
+        raise OSError(msg)
+
+
+FAILURES: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = {
+    "once_differentiable": (
+        lambda: {"loss_fn": once_differentiable_loss},
+        RuntimeError,
+        "cannot be differentiated twice: .*marked `once_differentiable`",
+    ),
+    "nan_curvature": (
+        lambda: {"loss_fn": nan_curvature},
+        ArithmeticError,
+        "Hessian-vector product of batch 0 is NaN or infinite, though its loss is finite",
+    ),
+    "nan_loss": (lambda: {"loss_fn": nan_loss}, ArithmeticError, "the loss of batch 0 is nan"),
+    "any_error": (lambda: {"loss_fn": out_of_luck}, OSError, "no luck"),
+    "unreadable_data": (lambda: {"dataloader": loader(Broken())}, OSError, "unreadable file"),
+}
+
+
+def said(caught: Any) -> list[str]:
+    """Return the messages of the warnings that are the package's own."""
+    return [str(w.message) for w in caught if w.category is RuntimeWarning]
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_warns_and_training_goes_on(name: str, tmp_path: Path) -> None:
+    options, error, message = FAILURES[name]
+    observer = callback(on_error="warn", **options())
+    with pytest.warns(RuntimeWarning) as caught:
+        trainer = fit(tmp_path, observer, enable_checkpointing=True)
+    messages = said(caught)
+    if name == "unreadable_data":  # which is missed at the start already
+        assert "cannot draw the analysis samples, will try again" in messages.pop(0)
+    assert len(messages) == 2
+    assert [record.spectrum for record in observer.history] == [None, None]
+    for record, text in zip(observer.history, messages, strict=True):
+        assert text == f"lightning_hesd: the analysis of epoch {record.epoch} failed, training goes on. {record.error}"
+        assert re.match(f"{error.__name__}: .*{message}", record.error)
+    assert trainer.state.finished
+    assert trainer.global_step == 10
+    assert not [key for key in trainer.callback_metrics if key.startswith("hesd")]
+    assert Path(trainer.checkpoint_callback.best_model_path).is_file()
+    without = fit(tmp_path / "without")
+    assert freeze(trainer.lightning_module.state_dict()) == freeze(without.lightning_module.state_dict())
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_is_raised_as_it_is(name: str, tmp_path: Path) -> None:
+    options, error, message = FAILURES[name]
+    observer = callback(on_error="raise", **options())
+    with pytest.raises(error, match=message) as caught:
+        fit(tmp_path, observer)
+    assert caught.type is error
+
+
+def test_a_failure_in_every_epoch_leaves_a_best_checkpoint(tmp_path: Path) -> None:
+    observer = callback(on_error="warn", loss_fn=nan_loss, checkpoint="highest_c_t")
+    with pytest.warns(RuntimeWarning) as caught:
+        trainer = fit(tmp_path, observer, enable_checkpointing=True)
+    assert len(said(caught)) == 3
+    assert "could rank no analysed epoch" in said(caught)[-1]
+    best = trainer.checkpoint_callback.best_model_path
+    assert trainer.checkpoint_callback is observer.checkpoint
+    saved = torch.load(best, weights_only=True)["state_dict"]
+    assert freeze(dict(saved)) == freeze(dict(trainer.lightning_module.state_dict()))
+
+
+@pytest.mark.parametrize("fails", ["draw", "loss"])
+def test_a_passing_failure_is_overcome(fails: str, tmp_path: Path) -> None:
+    """What fails once is tried again at the next analysis."""
+    attempts = []
+
+    class FlakyDigits(Digits):
+        def __getitem__(self, position: int) -> Any:
+            attempts.append(position)
+            if fails == "draw" and len(attempts) == 1:
+                msg = "unreadable just now"
+                raise OSError(msg)
+            return super().__getitem__(position)
+
+    def loss_fn(module: Any, batch: Any) -> Tensor:
+        return (
+            out_of_luck(module, batch) if fails == "loss" and module.current_epoch == 0 else plain_loss(module, batch)
+        )
+
+    observer = callback(on_error="warn", loss_fn=loss_fn, dataloader=loader(FlakyDigits()))
+    with pytest.warns(RuntimeWarning) as caught:
+        fit(tmp_path, observer)
+    assert len(said(caught)) == 1
+    expected = {"draw": [None, None], "loss": ["OSError: no luck", None]}
+    assert [record.error for record in observer.history] == expected[fails]
+    assert observer.history[1].spectrum.num_samples == 16
+
+
+# Trainers of all kinds ------------------------------------------------------------------------------------------------
+
+
+class Silent(Classifier):
+    """Logs nothing: a barebones Trainer does not allow it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return plain_loss(self, batch)
+
+
+TRAINERS: dict[str, tuple[dict[str, Any], list[tuple[int, int]]]] = {
+    "fast_dev_run": ({"fast_dev_run": True}, [(0, 1)]),
+    "fast_dev_run_of_two": ({"fast_dev_run": 2}, [(0, 2)]),
+    "barebones": ({"barebones": True}, [(0, 5), (1, 10)]),
+    "limit_train_batches": ({"limit_train_batches": 2}, [(0, 2), (1, 4)]),
+    "overfit_batches": ({"overfit_batches": 2}, [(0, 2), (1, 4)]),
+    "max_steps": ({"max_steps": 7}, [(0, 5), (1, 7)]),
+    "max_steps_at_epoch_end": ({"max_steps": 5}, [(0, 5)]),
+    "min_epochs": ({"min_epochs": 1, "max_epochs": 1}, [(0, 5)]),
+}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_trainers_of_all_kinds(name: str, tmp_path: Path) -> None:
+    options, expected = TRAINERS[name]
+    observer = callback()
+    trainer = fit(tmp_path, observer, module=Silent(), data=loader(), **options)
+    assert [(record.epoch, record.global_step) for record in observer.history] == expected
+    assert ("hesd/c_t" in trainer.callback_metrics) == (name != "barebones")
+    assert any(tmp_path.rglob("*.npz")) == (not name.startswith("fast_dev_run"))
+
+
+def test_a_development_run_with_a_rule(tmp_path: Path) -> None:
+    observer = callback(checkpoint="highest_c_t", at_start=True, every_n_train_steps=1)
+    trainer = fit(tmp_path, observer, fast_dev_run=2, enable_checkpointing=True)
+    assert trainer.state.finished
+    assert [record.error for record in observer.history] == [None] * 3
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("option", ["overfit_batches", "limit_train_batches"])
+def test_only_samples_that_such_a_trainer_trains_on(option: str, tmp_path: Path) -> None:
+    """Of the others training sees nothing, so their loss is not the training loss."""
+    observer = callback(num_samples=40)
+    fit(tmp_path, observer, data=loader(), max_epochs=1, **{option: 2})
+    assert sorted(observer.state_dict()["indices"]) == list(range(16))
+
+
+def test_all_samples_where_a_limited_trainer_shuffles(tmp_path: Path) -> None:
+    observer = callback(num_samples=40)
+    fit(tmp_path, observer, data=loader(shuffle=True), max_epochs=1, limit_train_batches=2)
+    assert sorted(observer.state_dict()["indices"]) == list(range(40))
+
+
+@pytest.fixture
+def interrupt_signal() -> Iterator[None]:
+    """Lightning ignores further interrupts while it shuts down, and leaves it at that."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("by_signal", [True, False], ids=["signal", "exception"])
+@pytest.mark.usefixtures("interrupt_signal")
+def test_an_interrupt_during_an_analysis(by_signal: bool, tmp_path: Path) -> None:
+    """Ctrl+C is no failure of the analysis: training stops in Lightning's way, the module as training left it."""
+    module = Classifier(torch.nn.BatchNorm1d(6))
+    module.steps_seen = [0]
+    states = []
+
+    class Before(pl.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            states.append(state(pl_module))
+
+        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+            states.append(state(pl_module))
+
+    def state(pl_module: Any) -> Any:
+        attributes = {name for name in ("log", "log_dict", "print") if name in vars(pl_module)}
+        modes = [m.training for m in pl_module.modules()]
+        gradients = freeze([p.grad for p in pl_module.parameters()])
+        generators = torch.get_rng_state().tolist()
+        return freeze(pl_module.state_dict()), modes, gradients, attributes, list(pl_module.steps_seen), generators
+
+    def interrupted(pl_module: Any, batch: Any) -> Tensor:
+        pl_module.net[1].running_mean += torch.rand(6)
+        pl_module.steps_seen.append(1)
+        pl_module.log("never", 1.0)
+        if by_signal:
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(1000):  # until Python gets to the signal
+                pass
+        raise KeyboardInterrupt
+
+    observer = callback(loss_fn=interrupted, on_error="warn")
+    trainer = make_trainer(tmp_path, Before(), observer)
+    seed(7)
+    with pytest.raises(SystemExit):
+        trainer.fit(module, loader())
+    assert trainer.interrupted
+    assert len(states) == 2
+    assert states[0] == states[1]
+    assert not observer.history
