@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_hesd import criteria, quadrature
-from lightning_hesd.guards import analysis_state, seed_everything
+from lightning_hesd.guards import analysis_state, preserved, seed_everything
 from lightning_hesd.lanczos import NonFiniteProductError, Tridiagonal, lanczos
 from lightning_hesd.operators import HessianOperator, WeightedBatch
 from lightning_hesd.options import OPTION_NAMES, AnalysisOptions
@@ -69,7 +70,7 @@ def hessian_spectrum(
         probes: Number of independent start vectors.
         seed: Seed of the start vectors and of whatever is random in the forward pass.
         tolerance: Stop early; not available in this version.
-        confidence: Confidence of the stated intervals, between 0 and 1.
+        confidence: Kept in the record; the intervals of this version are residual bounds, which do not depend on it.
         matrix: "hessian"; others are not available in this version.
         output_fn: For other matrices; not available in this version.
         output_loss: For other matrices; not available in this version.
@@ -104,7 +105,8 @@ def hessian_spectrum(
     arguments = locals()  # before any other name: exactly the arguments
     options = AnalysisOptions(**{name: arguments[name] for name in OPTION_NAMES})
     weigh = batch_weight or batch_size
-    weighted = [WeightedBatch(batch, weigh(batch), index) for index, batch in enumerate(batches)]
+    with preserved():  # a data loader draws random numbers
+        weighted = [WeightedBatch(batch, weigh(batch), index) for index, batch in enumerate(batches)]
     return analyze(module, weighted, loss_fn, options)
 
 
@@ -146,7 +148,8 @@ def analyze(
     dtype = options.dtype or _vector_dtype(parameters)
 
     def loss(batch: WeightedBatch) -> Tensor:
-        seed_everything(options.seed + batch.index)  # the same dropout mask at every evaluation of this batch
+        # The same dropout mask at every evaluation of this batch, and not the random numbers of the start vectors.
+        seed_everything(options.seed + 1 + batch.index)
         return _checked_loss(loss_fn(module, batch.copy().data))
 
     with analysis_state(module, options.mode):
@@ -183,18 +186,19 @@ def _spectrum(
     rules = [quadrature.gauss_quadrature(run.alphas, run.betas) for run in runs]
     nodes, weights, residuals = quadrature.stack_rules(rules)
     norm = max(float(abs(rule[0]).max()) for rule in rules)
-    # The products are no more accurate than the parameters' own arithmetic, whatever the vectors are kept in.
-    epsilon = max(torch.finfo(p.dtype).eps for p in parameters)
+    # The result is no more accurate than the coarser of the parameters' and the vectors' arithmetic.
+    epsilon = max(torch.finfo(dtype).eps for dtype in [operator.dtype, *(p.dtype for p in parameters)])
+    dimension = sum(p.numel() for p in parameters)
     squared_weight_norm = sum(float(p.detach().double().square().sum()) for p in parameters)
     return Spectrum(
         nodes=nodes,
         weights=weights,
         residuals=residuals,
         steps_per_probe=tuple(len(run.alphas) for run in runs),
-        dimension=sum(p.numel() for p in parameters),
+        dimension=dimension,
         num_samples=round(operator.weight),
         loss=operator.loss,
-        rounding=criteria.rounding_threshold(norm, epsilon),
+        rounding=criteria.rounding_threshold(norm, epsilon, dimension),
         matvecs=matvecs,
         seconds=time.perf_counter() - started,
         gradient_equivalents=cost,
@@ -218,7 +222,7 @@ def _select_parameters(module: nn.Module, wanted: Callable[[str, nn.Parameter], 
         msg = f"the filter `parameters` leaves none of the {len(trainable)} parameters: {', '.join(trainable)}."
         raise ValueError(msg)
     for name, p in trainable.items():
-        if p.is_complex():
+        if p.is_complex() and any(p is chosen for chosen in selected):
             msg = f"parameter {name!r} is complex ({p.dtype}); only real parameters can be analysed."
             raise ValueError(msg)
     return selected
@@ -255,7 +259,7 @@ def _checked_loss(loss: Any) -> Tensor:
 
 def _gradient_equivalents(operator: HessianOperator, device: torch.device, matvecs: int) -> float | None:
     """Return seconds per product over seconds per gradient, on the CPU; calls on other devices return early."""
-    if device.type != "cpu":
+    if device.type != "cpu" or not operator.batches:
         return None
     # The last thing measured, so that the caches are as warm as they were for the products.
     seconds = operator.time_gradient()
@@ -277,6 +281,8 @@ def batch_size(batch: Any) -> float:
 def _tensors(batch: Any) -> Iterable[Tensor]:
     if isinstance(batch, Tensor):
         yield batch
+    elif isinstance(batch, np.ndarray):
+        return
     elif isinstance(batch, Mapping):
         yield from _tensors(list(batch.values()))
     elif is_dataclass(batch) and not isinstance(batch, type):

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import copyreg
+import datetime as dt
+import decimal
 import enum
 import gc
 import random
+import re
 import types
 from collections import deque
 from functools import partial
@@ -35,9 +38,12 @@ _IMMUTABLE = (
     *(type(None), bool, int, float, complex, str, bytes, range, slice, type, enum.Enum, PurePath),
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType),
     *(np.generic, np.dtype, torch.dtype, torch.device, torch.layout),
+    *(dt.date, dt.time, dt.timedelta, decimal.Decimal, re.Pattern),
 )
+_STATELESS = (*_IMMUTABLE, random.SystemRandom)
 _CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_PLAIN = (*_IMMUTABLE, *_GENERATORS, Tensor, np.ndarray, nn.Module, Dataset)
 _FOREIGN = {"torch", "torchmetrics", "lightning", "lightning_fabric", "pytorch_lightning"}
 """Objects of these packages hold running machinery (trainers, optimizers, hooks), unless they are modules."""
 
@@ -137,11 +143,13 @@ def _global_generator_states() -> list[Callable[[], object]]:
 
 @contextlib.contextmanager
 def _full_float32_precision() -> Iterator[None]:
-    """Switch TF32 off for matrix products and convolutions."""
+    """Switch TF32 and its kin off for matrix products and convolutions."""
     backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
     flag, off = "allow_tf32", False
     if hasattr(torch.backends.cudnn, "conv"):  # torch >= 2.9; mixing the old flags with the new ones is an error there
         backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
+        cpu: Any = torch.backends.mkldnn  # its type knows none of these
+        backends += [cpu.matmul, cpu.conv, cpu.rnn]
         flag, off = "fp32_precision", "ieee"  # type: ignore[assignment]
     before = [getattr(backend, flag) for backend in backends]
     try:
@@ -163,19 +171,22 @@ class _Snapshot:
         self._tensors = tensors
         self._restorers: list[Callable[[], object]] = []
         self._seen: dict[int, object] = {}  # keeps the objects alive, so that an id names one object only
-        self._plain: dict[int, bool] = {}
+        self._plain: dict[int, object] = {}  # those found to be
+        self._pending: list[object] = []
 
     def restore(self) -> None:
         for restore in reversed(self._restorers):
             restore()
 
-    def take(self, value: object) -> None:
+    def take(self, root: object) -> None:
         """Remember a root: its attributes even if not all of them are plain."""
-        self._take(value)
-        self._take_attributes(value)
+        self._take(root)
+        self._take_attributes(root)
+        while self._pending:  # a stack of its own, because chains of objects may be longer than Python's
+            self._take(self._pending.pop())
 
     def _take(self, value: object) -> None:
-        if isinstance(value, _IMMUTABLE) or id(value) in self._seen:
+        if isinstance(value, _STATELESS) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
@@ -190,17 +201,28 @@ class _Snapshot:
         elif self._is_open(value):
             self._take_attributes(value)
 
+    def _take_attributes(self, value: object) -> None:
+        self._pending.append(getattr(value, "__dict__", None))
+        for name, item in _slots(value).items():
+            self._pending.append(item)
+            self._restorers.append(partial(object.__setattr__, value, name, item))
+
     def _take_tensor(self, tensor: Tensor) -> None:
         if not self._tensors or is_lazy(tensor) or tensor.is_inference():
             return
         version, saved, requires_grad = tensor._version, tensor.detach().clone(), tensor.requires_grad  # noqa: SLF001
+        memory = tensor.data  # the same storage, which `tensor.data = ...` would leave
+        # Of elements that share one place (of expanded tensors) only one can be written.
+        writable = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
 
         def restore() -> None:
+            if tensor.data_ptr() != memory.data_ptr() or tensor.shape != memory.shape or tensor.dtype != memory.dtype:
+                tensor.data = memory
             # The version counts changes in place, but neither those through `.data` nor those of batch normalisation.
             # Unchanged tensors are not written to: that would count as a change for graphs that hold them.
-            if tensor._version != version or not torch.equal(tensor, saved):  # noqa: SLF001
+            if tensor._version != version or not torch.equal(memory, saved):  # noqa: SLF001
                 with torch.no_grad():
-                    tensor.copy_(saved)
+                    tensor.detach()[writable].copy_(saved[writable])
             if tensor.is_leaf and tensor.requires_grad != requires_grad:
                 tensor.requires_grad_(requires_grad)
 
@@ -218,8 +240,7 @@ class _Snapshot:
 
     def _take_container(self, container: Any) -> None:
         items = list(container.items()) if isinstance(container, dict) else list(container)
-        for item in items:
-            self._take(item[1] if isinstance(container, dict) else item)
+        self._pending.extend(container.values() if isinstance(container, dict) else items)
         if isinstance(container, tuple | frozenset):
             return
 
@@ -236,12 +257,6 @@ class _Snapshot:
 
         self._restorers.append(restore)
 
-    def _take_attributes(self, value: object) -> None:
-        self._take(getattr(value, "__dict__", None))
-        for name, item in _slots(value).items():
-            self._take(item)
-            self._restorers.append(partial(object.__setattr__, value, name, item))
-
     def _is_open(self, value: object) -> bool:
         """Whether to descend into the attributes of `value`."""
         if isinstance(value, Dataset):
@@ -250,13 +265,19 @@ class _Snapshot:
 
     def _is_plain(self, value: object) -> bool:
         """Whether `value` consists of plain values only, all the way down."""
-        if isinstance(value, (*_IMMUTABLE, Tensor, np.ndarray, *_GENERATORS, nn.Module, Dataset)):
-            return True
-        if id(value) not in self._plain:
-            self._plain[id(value)] = True  # an object that contains itself is as plain as the rest of it
-            parts = _parts(value)
-            self._plain[id(value)] = parts is not None and all(map(self._is_plain, parts))
-        return self._plain[id(value)]
+        reached: dict[int, object] = {}
+        pending = [value]
+        while pending:
+            part = pending.pop()
+            if isinstance(part, _PLAIN) or id(part) in reached or id(part) in self._plain:
+                continue
+            reached[id(part)] = part
+            parts = _parts(part)
+            if parts is None:
+                return False
+            pending.extend(parts)
+        self._plain.update(reached)
+        return True
 
 
 def _has_own_attributes(value: object) -> bool:

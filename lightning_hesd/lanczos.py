@@ -109,7 +109,7 @@ def lanczos(matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Tr
             if not finite.all():
                 culprit = int(np.argmin(finite))
                 raise NonFiniteProductError(basis[culprit].clone(), culprit + 1)
-            end = _breakdown(diagonal, off_diagonal, limits.eps)
+            end = _breakdown(diagonal, off_diagonal, rounding_threshold(1.0, limits.eps, n))
             if end is not None:
                 return Tridiagonal(diagonal[:end], off_diagonal[:end], matvecs=step + 1, breakdown=True)
         if step + 1 < steps:
@@ -118,9 +118,9 @@ def lanczos(matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Tr
     return Tridiagonal(diagonal, off_diagonal, matvecs=steps, breakdown=False)
 
 
-def _breakdown(alphas: NDArray[np.float64], betas: NDArray[np.float64], epsilon: float) -> int | None:
+def _breakdown(alphas: NDArray[np.float64], betas: NDArray[np.float64], tolerance: float) -> int | None:
     """Return the first number of steps after which the residual is rounding relative to ‖T‖, or None."""
     previous = np.concatenate([[0.0], betas[:-1]])
     norms = np.maximum.accumulate(np.abs(alphas) + previous)  # ‖T‖ from the inside, so that β itself does not count
-    ended = np.flatnonzero(betas <= rounding_threshold(1.0, epsilon) * norms)
+    ended = np.flatnonzero(betas <= tolerance * norms)
     return int(ended[0]) + 1 if len(ended) else None

@@ -47,6 +47,16 @@ class WeightedBatch:
     weight: float
     index: int
 
+    def __post_init__(self) -> None:
+        """Check the weight.
+
+        Raises:
+            ValueError: If it is not positive and finite.
+        """
+        if not 0 < self.weight < math.inf:
+            msg = f"`batch_weight` must be positive and finite, got {self.weight} for batch {self.index}."
+            raise ValueError(msg)
+
     def copy(self) -> WeightedBatch:
         """Return a copy for code that may change its batch in place, which every evaluation must find unchanged."""
         try:
@@ -171,6 +181,8 @@ class HessianOperator:
     contributing NaN, which every process sees at the same step, and raises its own error from `failure` afterwards.
 
     Attributes:
+        batches: This process's share.
+        dtype: Floating-point type of the flat vectors.
         loss: Mean loss over all batches.
         weight: Sum of the weights of all batches.
         strategy: The strategy in use.
@@ -209,10 +221,10 @@ class HessianOperator:
         self.failure: Exception | None = None
         self.seconds = 0.0
         self._loss_fn = loss_fn
-        self._batches = batches
+        self.batches = batches
         self._parameters = parameters
         self._sizes = [p.numel() for p in parameters]
-        self._dtype = dtype
+        self.dtype = dtype
         self._device = parameters[0].device
         self._all_reduce = all_reduce
         self._products: list[Product] = []
@@ -235,13 +247,13 @@ class HessianOperator:
 
     def _build(self, strategy: Strategy | Literal["auto"], total: Tensor) -> None:
         self.strategy, self.strategy_reason = ("graph", "no batches") if strategy == "auto" else (strategy, "as asked")
-        if strategy == "auto" and self._batches:
-            first = self._batches[0]
-            scale = sum(batch.weight for batch in self._batches) / first.weight
+        if strategy == "auto" and self.batches:
+            first = self.batches[0]
+            scale = sum(batch.weight for batch in self.batches) / first.weight
             loss_of_first = partial(self._loss_fn, first)
             self.strategy, self.strategy_reason = choose_strategy(loss_of_first, self._parameters, scale)
         make_product = retained_graph_product if self.strategy == "graph" else recomputed_product
-        for batch in self._batches:
+        for batch in self.batches:
             loss, product = make_product(partial(self._loss_fn, batch), self._parameters)
             if not loss.isfinite():
                 msg = f"the loss of batch {batch.index} is {loss.item()}; the Hessian is undefined there."
@@ -260,7 +272,7 @@ class HessianOperator:
     def matvec(self, vector: Tensor) -> Tensor:
         """Return Hv, shape (n,), summed over batches and processes; v has shape (n,)."""
         started = time.perf_counter()
-        result = torch.zeros(sum(self._sizes), dtype=self._dtype, device=self._device)
+        result = torch.zeros(sum(self._sizes), dtype=self.dtype, device=self._device)
         try:
             if self.failure is None:
                 self._add_products(vector, result)
@@ -277,17 +289,18 @@ class HessianOperator:
     def _add_products(self, vector: Tensor, result: Tensor) -> None:
         directions = self._split(vector)
         targets = [part.view_as(p) for part, p in zip(torch.split(result, self._sizes), self._parameters, strict=True)]
-        for batch, product in zip(self._batches, self._products, strict=True):
+        for batch, product in zip(self.batches, self._products, strict=True):
             for target, part in zip(targets, product(directions), strict=True):
                 if part is not None:
                     target.add_(part, alpha=batch.weight / self.weight)
 
     def explain_non_finite(self, vector: Tensor) -> Exception:
         """Return the error for a product with `vector` that came out NaN or infinite, naming the batch."""
+        total = self.matvec(vector)  # before anybody returns: the other processes take part in it
         if self.failure is not None:
             return self.failure
         directions = self._split(vector)
-        for batch, product in zip(self._batches, self._products, strict=True):
+        for batch, product in zip(self.batches, self._products, strict=True):
             for part in product(directions):
                 if part is not None and not part.isfinite().all():
                     msg = (
@@ -296,11 +309,14 @@ class HessianOperator:
                         "zero, for example)."
                     )
                     return ArithmeticError(msg)
+        if total.isfinite().all():
+            msg = f"the Hessian-vector products are too large for the arithmetic of {self.dtype}: scale the loss down."
+            return ArithmeticError(msg)
         return AnotherProcessFailedError()
 
     def time_gradient(self) -> float:
         """Return the seconds of one plain gradient over this process's batches."""
         started = time.perf_counter()
-        for batch in self._batches:
+        for batch in self.batches:
             gradient(self._loss_fn(batch), self._parameters)
         return time.perf_counter() - started

@@ -100,7 +100,8 @@ def density(
     low, high = theta.min(), theta.max()
     if sigma is None:
         # One single eigenvalue has no width: its own size sets the scale then, and 1 for the zero matrix.
-        sigma = 0.01 * (float(high - low) or float(abs(high)) or 1.0)
+        width, size = float(high - low), float(max(abs(low), abs(high)))
+        sigma = 0.01 * (width if width > 1e-10 * size else size or 1.0)
     if not sigma > 0:
         msg = f"`sigma` must be positive, got {sigma}."
         raise ValueError(msg)
@@ -142,6 +143,9 @@ def histogram(nodes: Array, weights: Array, bins: int | ArrayLike = 120) -> tupl
         edges = _equal_edges(low, high, int(bins))  # type: ignore[arg-type]
     else:
         edges = np.asarray(bins, dtype=np.float64)
+        if edges.ndim != 1 or len(edges) < 2 or np.isnan(edges).any():
+            msg = f"`bins` must be a number, or at least two edges, none of them NaN; got {bins!r}."
+            raise ValueError(msg)
         if low < edges[0] or high > edges[-1]:
             msg = f"`bins` must enclose every node, from {low:.6g} to {high:.6g}, got edges {edges[0]} to {edges[-1]}."
             raise ValueError(msg)
@@ -155,7 +159,7 @@ def _equal_edges(low: float, high: float, bins: int) -> Array:
     if low == high:
         margin = abs(low) / 2 or 0.5
         return np.array([low - margin, low + margin])
-    if low >= 0 or high <= 0 or bins == 1:
+    if low >= 0 or high <= 0:
         return np.linspace(low, high, bins + 1)
     width = (high - low) / bins
     edges = np.arange(math.floor(low / width), math.ceil(high / width) + 1, dtype=np.float64) * width

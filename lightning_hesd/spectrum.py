@@ -53,7 +53,7 @@ class Spectrum:
         strategy: How the products were computed ("graph" or "recompute").
         strategy_reason: Why this strategy.
         reorthogonalized: Whether the Krylov basis was kept orthogonal (no ghost eigenvalues).
-        confidence: Confidence asked for.
+        confidence: Confidence asked for; without meaning for residual bounds.
         tolerance: Relative width of C_t's interval asked for; None: none was.
         reason: Why C_t is undefined (NaN), if it is.
         c_t_sampling_error: Standard error of C_t from the finite sample; None if not asked for.
@@ -171,6 +171,8 @@ class Spectrum:
         low, high = self.c_t_interval
         if low == high:
             return True
+        if math.isinf(low):
+            return False
         allowed = (self.tolerance or DEFAULT_TOLERANCE) * max(abs(self.c_t), SMALLEST_SCALE)
         return high - low <= allowed
 
@@ -218,7 +220,9 @@ class Spectrum:
         For v uniform on the sphere Var(n·vᵀHv) = 2n/(n + 2)·(tr H² − (tr H)²/n), and the quadrature estimates both
         traces even with one probe. For Rademacher probes Var = 2(tr H² − Σ H_ii²) is at most 2 tr H², used instead.
         """
-        n, second = self.dimension, self.moment(2)
+        # After a single step the rule is not exact to degree 2: ‖Hv‖² = α² + β².
+        single = np.array(self.steps_per_probe) == 1
+        n, second = self.dimension, self.moment(2) + float(np.where(single, self.residuals[:, 0] ** 2, 0.0).mean())
         if self.probe == "gaussian":
             variance = 2 * n**2 / (n + 2) * max(second - self.moment(1) ** 2, 0.0)
         else:
@@ -264,13 +268,15 @@ class Spectrum:
             ValueError: If the file is not a spectrum, is damaged, or was written by a newer version.
         """
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            # Opened here, because `np.load` leaves a damaged file open.
+            with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 header = json.loads(str(archive["header"]))
-                arrays = {name: archive[name] for name in _ARRAYS}
-            version = header.pop("format")
-            if version == FORMAT_VERSION:
-                return cls(**arrays, **header)
-        except (BadZipFile, KeyError, TypeError, AttributeError, EOFError, ValueError) as error:
+                version = header.pop("format")
+                if version == FORMAT_VERSION:
+                    return cls(**{name: archive[name] for name in _ARRAYS}, **header)
+        except FileNotFoundError:
+            raise
+        except (BadZipFile, KeyError, TypeError, AttributeError, EOFError, ValueError, OSError, RuntimeError) as error:
             msg = f"{os.fspath(path)} is not a spectrum written by `Spectrum.save`, or is damaged ({error})."
             raise ValueError(msg) from error
         msg = f"{os.fspath(path)} has format {version}, this version reads {FORMAT_VERSION}: update lightning_hesd."

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-# Threads only cost time in networks this small: waking them takes longer than the work.
-torch.set_num_threads(1)
 
 SIZE = 40
 """Number of samples of a dataset unless a test says otherwise."""

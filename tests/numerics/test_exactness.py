@@ -1,0 +1,558 @@
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_hesd import Spectrum, criteria, hessian_spectrum
+from tests import cases, oracles
+
+# Of the spectral radius. float64: nothing but rounding. float32: the weights and data are the same numbers, so that
+# nothing but the rounding of the products differs.
+ACCURACY = {torch.float64: 1e-8, torch.float32: 1e-4}
+STRATEGIES = ("graph", "recompute")
+
+
+def every_eigenvalue(spectrum: Spectrum) -> np.ndarray:
+    """All nodes of a record whose only probe ran until nothing was left."""
+    assert spectrum.nodes.shape[0] == 1
+    return spectrum.nodes[0]
+
+
+@pytest.mark.parametrize("name", cases.NAMES)
+@pytest.mark.parametrize("dtype", ACCURACY)
+class TestAgainstDenseHessians:
+    def test_as_many_steps_as_parameters_find_every_distinct_eigenvalue(self, name, dtype):
+        true = torch.linalg.eigvalsh(oracles.dense_hessian(*cases.make(name))).numpy()
+        radius = np.abs(true).max()
+        problem = cases.make(name, dtype)
+        spectrum = hessian_spectrum(*problem, steps=len(true))
+        slack = ACCURACY[dtype] * radius
+        assert spectrum.dimension == len(true)
+        assert spectrum.num_samples == sum(len(batch[0]) for batch in problem.batches)
+        assert spectrum.lambda_min == pytest.approx(true[0], rel=0, abs=slack)
+        assert spectrum.lambda_max == pytest.approx(true[-1], rel=0, abs=slack)
+        assert spectrum.c_t == pytest.approx(true[0] / true[-1], rel=0, abs=ACCURACY[dtype] * radius / true[-1])
+        assert oracles.hausdorff(every_eigenvalue(spectrum), true) <= slack
+        assert true[0] < -100 * slack  # negative curvature beyond doubt: a Gauss-Newton matrix would not do
+
+    def test_the_loss_is_the_mean_over_samples(self, name, dtype):
+        problem = cases.make(name, dtype)
+        spectrum = hessian_spectrum(*problem, steps=1)
+        with torch.no_grad():
+            module = problem.module.eval()
+            losses = [(float(problem.loss_fn(module, batch)), len(batch[0])) for batch in problem.batches]
+        mean = sum(loss * size for loss, size in losses) / sum(size for _, size in losses)
+        assert spectrum.loss == pytest.approx(mean, rel=1e-12 if dtype == torch.float64 else 1e-6)
+
+    def test_the_extremes_lie_within_the_stated_errors(self, name, dtype):
+        # Few steps, in which the outermost eigenvalues are already told from the rest.
+        true = torch.linalg.eigvalsh(oracles.dense_hessian(*cases.make(name))).numpy()
+        radius = np.abs(true).max()
+        rounding = ACCURACY[dtype] * radius
+        problem = cases.make(name, dtype)
+        certified = 0
+        for steps in (8, 16, 24):
+            spectrum = hessian_spectrum(*problem, steps=steps)
+            assert true[0] <= spectrum.lambda_min + rounding
+            assert true[-1] >= spectrum.lambda_max - rounding
+            for node, residual in zip(spectrum.nodes[0], spectrum.residuals[0], strict=True):
+                assert np.abs(true - node).min() <= residual + rounding
+            # Residuals smaller than half the gaps tell that these are the outermost ones.
+            gap_min, gap_max = true[1] - true[0], true[-1] - true[-2]
+            if spectrum.lambda_min_error < gap_min / 2 and spectrum.lambda_max_error < gap_max / 2:
+                assert spectrum.lambda_min - true[0] <= spectrum.lambda_min_error
+                assert true[-1] - spectrum.lambda_max <= spectrum.lambda_max_error
+                low, high = spectrum.c_t_interval
+                assert low <= true[0] / true[-1] <= high
+                certified += 1
+        assert certified >= 1
+
+
+@pytest.mark.parametrize("name", cases.NAMES)
+def test_strategies_agree_at_every_number_of_steps(name):
+    for steps in (1, 20):
+        graph, recompute = (hessian_spectrum(*cases.make(name), steps=steps, strategy=s) for s in STRATEGIES)
+        np.testing.assert_allclose(graph.nodes, recompute.nodes, rtol=0, atol=1e-11 * np.abs(graph.nodes).max())
+        np.testing.assert_allclose(graph.weights, recompute.weights, rtol=0, atol=1e-9)
+        assert (graph.strategy, recompute.strategy) == STRATEGIES
+        assert graph.loss == recompute.loss
+
+
+class TestClosedForms:
+    """What a comparison of autograd with autograd cannot catch."""
+
+    @pytest.mark.parametrize("dtype", ACCURACY)
+    @pytest.mark.parametrize("outputs", [1, 3])
+    def test_linear_regression(self, dtype, outputs):
+        problem = cases.regression((7, 4), inputs=6, outputs=outputs, dtype=dtype)
+        x = torch.cat([batch[0] for batch in problem.batches]).double().numpy()
+        # Mean over samples and outputs; every output has the same block.
+        true = np.linalg.eigvalsh(2 * x.T @ x / (len(x) * outputs))
+        spectrum = hessian_spectrum(*problem)
+        assert oracles.hausdorff(every_eigenvalue(spectrum), true) <= ACCURACY[dtype] * true[-1]
+        assert spectrum.c_t == 0.0
+
+    @pytest.mark.parametrize("dtype", ACCURACY)
+    def test_logistic_regression(self, dtype):
+        generator = torch.Generator().manual_seed(2)
+        sizes, inputs = (9, 5, 2), 5
+        batches = [
+            (torch.randn(size, inputs, generator=generator).to(dtype), torch.randint(2, (size,), generator=generator))
+            for size in sizes
+        ]
+        module = nn.Linear(inputs, 1, bias=False, dtype=dtype)
+        with torch.no_grad():
+            module.weight.copy_(torch.randn(1, inputs, generator=generator))
+
+        def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            return F.binary_cross_entropy_with_logits(module(batch[0])[:, 0], batch[1].to(dtype))
+
+        x = torch.cat([batch[0] for batch in batches]).double().numpy()
+        p = 1 / (1 + np.exp(-x @ module.weight.detach()[0].double().numpy()))
+        true = np.linalg.eigvalsh(x.T @ ((p * (1 - p))[:, None] * x) / len(x))
+        spectrum = hessian_spectrum(module, batches, loss)
+        assert oracles.hausdorff(every_eigenvalue(spectrum), true) <= ACCURACY[dtype] * true[-1]
+        assert spectrum.c_t == 0.0
+
+    def test_a_quadratic_form(self):
+        class Quadratic(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.w = nn.Parameter(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64))
+
+        diagonal = torch.tensor([-1.0, 2.0, 4.0], dtype=torch.float64)
+        spectrum = hessian_spectrum(
+            Quadratic(), [torch.zeros(2)], lambda module, _: (diagonal * module.w**2).sum() / 2, seed=3
+        )
+        np.testing.assert_allclose(spectrum.nodes, [[-1.0, 2.0, 4.0]], rtol=0, atol=1e-14)
+        assert spectrum.c_t == pytest.approx(-0.25, rel=1e-14)
+        # The weights are the squared components of the start vector.
+        start = torch.randn(3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        np.testing.assert_allclose(spectrum.weights[0], (start / start.norm()).square(), rtol=0, atol=1e-14)
+
+
+def softmax_head(inputs: int, classes: int, samples: int, seed: int) -> cases.Problem:
+    """Softmax regression with fewer samples than inputs: positive semidefinite, and singular."""
+    generator = torch.Generator().manual_seed(seed)
+    module = nn.Linear(inputs, classes)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) / math.sqrt(inputs))
+    x = torch.randn(samples, inputs, generator=generator)
+    return cases.Problem(module, [(x, torch.randint(classes, (samples,), generator=generator))], cases.cross_entropy)
+
+
+PSD_FLOAT32 = {
+    **{
+        f"regression {sizes} {inputs}x{outputs} seed {seed}": (
+            lambda sizes=sizes, inputs=inputs, outputs=outputs, seed=seed: cases.regression(
+                sizes, inputs, outputs, torch.float32, seed
+            )
+        )
+        for sizes, inputs, outputs in [((8,), 30, 2), ((64, 3), 200, 3), ((30,), 300, 1), ((100,), 1000, 10)]
+        for seed in range(4)
+    },
+    **{
+        f"softmax {inputs}x{classes} {samples} seed {seed}": (
+            lambda inputs=inputs, classes=classes, samples=samples, seed=seed: softmax_head(
+                inputs, classes, samples, seed
+            )
+        )
+        for inputs, classes, samples in [(30, 3, 5), (200, 10, 12), (500, 10, 30), (1000, 5, 40)]
+        for seed in range(4)
+    },
+}
+
+
+class TestRounding:
+    """Positive semidefinite Hessians in float32: every negative Ritz value is rounding, and must not count."""
+
+    @pytest.mark.parametrize("problem", PSD_FLOAT32)
+    def test_no_negative_curvature_is_invented(self, problem):
+        spectrum = hessian_spectrum(*PSD_FLOAT32[problem](), steps=60)
+        assert spectrum.c_t == 0.0
+        assert spectrum.r_e == 0.0
+        assert spectrum.hesd_type == "MP"
+        # The worst of these is 1.5 epsilons of the norm. It grows with the number of parameters (4 at 100 000), so the
+        # threshold must leave room.
+        negative = -spectrum.lambda_min / (torch.finfo(torch.float32).eps * spectrum.lambda_max)
+        assert negative <= 2.5
+        assert criteria.ROUNDING_UNITS >= 10
+
+    @pytest.mark.parametrize(("weights", "vectors"), [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+    def test_the_coarser_of_weights_and_vectors_counts(self, weights, vectors):
+        for seed in range(5):
+            problem = cases.regression((8,), inputs=30, outputs=2, dtype=weights, seed=seed)
+            assert hessian_spectrum(*problem, dtype=vectors).c_t == 0.0
+
+    def test_small_but_real_negative_curvature_is_kept(self):
+        class Quadratic(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.w = nn.Parameter(torch.ones(4))
+
+        diagonal = torch.tensor([-3e-5, 0.0, 0.5, 1.0])
+        spectrum = hessian_spectrum(Quadratic(), [torch.zeros(1)], lambda m, _: (diagonal * m.w**2).sum() / 2)
+        assert spectrum.c_t == pytest.approx(-3e-5, rel=1e-2)
+
+
+class TestDtype:
+    def test_vectors_may_be_finer_than_the_weights(self):
+        true = torch.linalg.eigvalsh(oracles.dense_hessian(*cases.make("mlp"))).numpy()
+        spectrum = hessian_spectrum(*cases.make("mlp", torch.float32), steps=len(true), dtype=torch.float64)
+        assert oracles.hausdorff(every_eigenvalue(spectrum), true) <= 1e-6 * np.abs(true).max()
+
+    def test_vectors_may_be_coarser_than_the_weights(self):
+        true = torch.linalg.eigvalsh(oracles.dense_hessian(*cases.make("mlp"))).numpy()
+        spectrum = hessian_spectrum(*cases.make("mlp", torch.float64), steps=len(true), dtype=torch.float32)
+        assert oracles.hausdorff(every_eigenvalue(spectrum), true) <= 1e-5 * np.abs(true).max()
+
+    def test_mixed_parameters_are_analysed_in_the_finer_type(self):
+        class Mixed(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.fine = nn.Parameter(torch.ones(2, dtype=torch.float64))
+                self.coarse = nn.Parameter(torch.ones(2, dtype=torch.float32))
+
+        def loss(module: Mixed, _: Any) -> Tensor:
+            return (module.fine.square() @ torch.tensor([1.0, 2.0], dtype=torch.float64)) + 2 * (
+                module.coarse.double().square() @ torch.tensor([-1.0, 4.0], dtype=torch.float64)
+            )
+
+        spectrum = hessian_spectrum(Mixed(), [torch.zeros(1)], loss)
+        # The coarse parameters' share of the products is no better than their own arithmetic.
+        np.testing.assert_allclose(spectrum.nodes, [[-4.0, 2.0, 4.0, 16.0]], rtol=1e-6)
+        # The fine ones' is: a block of the fine parameters alone is exact.
+        fine = hessian_spectrum(Mixed(), [torch.zeros(1)], loss, parameters=lambda name, p: name == "fine")
+        np.testing.assert_allclose(fine.nodes, [[2.0, 4.0]], rtol=1e-14)
+
+    def test_half_precision_parameters_are_analysed_with_single_precision_vectors(self):
+        module = nn.Linear(2, 1, bias=False, dtype=torch.bfloat16)
+        x = torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=torch.bfloat16)
+        spectrum = hessian_spectrum(module, [x], lambda module, batch: module(batch).square().mean())
+        np.testing.assert_allclose(spectrum.nodes, [[1.0, 4.0]], rtol=2**-7)
+
+
+class TestBatches:
+    @pytest.mark.parametrize("name", ["mlp", "conv_batchnorm", "attention"])
+    def test_unequal_batches_equal_one(self, name):
+        # Cross-entropy or squared error: both are means over samples, so weights must undo them.
+        module, batches, loss_fn = cases.make(name)
+        whole = tuple(torch.cat(parts)[:5] for parts in zip(*batches, strict=True))
+        split = [tuple(part[:4] for part in whole), tuple(part[4:] for part in whole)]
+        one = hessian_spectrum(module, [whole], loss_fn, steps=60)
+        two = hessian_spectrum(module, split, loss_fn, steps=60)
+        assert one.num_samples == two.num_samples == 5
+        assert two.loss == pytest.approx(one.loss, rel=1e-14)
+        radius = np.abs(one.nodes).max()
+        assert two.lambda_min == pytest.approx(one.lambda_min, rel=0, abs=1e-12 * radius)
+        assert two.lambda_max == pytest.approx(one.lambda_max, rel=0, abs=1e-12 * radius)
+        assert two.trace == pytest.approx(one.trace, rel=0, abs=1e-12 * radius * one.dimension)
+        # And the 1-sample batch does matter: unweighted averaging would be far off.
+        unweighted = oracles.dense_hessian(module, split, loss_fn, weights=[1.0, 1.0])
+        assert abs(float(torch.linalg.eigvalsh(unweighted)[-1]) - one.lambda_max) > 1e-3 * radius
+
+    def test_weights_of_the_user(self):
+        module, batches, loss_fn = cases.make("mlp")
+        weights = {len(batch[0]): weight for batch, weight in zip(batches, (0.5, 2.0, 7.25), strict=True)}
+        true = torch.linalg.eigvalsh(oracles.dense_hessian(module, batches, loss_fn, weights=list(weights.values())))
+        spectrum = hessian_spectrum(module, batches, loss_fn, batch_weight=lambda batch: weights[len(batch[0])])
+        assert oracles.hausdorff(every_eigenvalue(spectrum), true) <= 1e-10 * float(true.abs().max())
+        assert spectrum.num_samples == round(9.75)
+
+    @pytest.mark.parametrize("strategy", STRATEGIES)
+    @pytest.mark.parametrize("attached", [True, False])
+    def test_a_batch_without_influence_counts_in_the_mean(self, attached, strategy):
+        module, batches, loss_fn = cases.make("mlp")
+        idle = (torch.full_like(batches[0][0][:2], torch.inf), batches[0][1][:2])
+
+        def loss(module: nn.Module, batch: Any) -> Tensor:
+            if not batch[0].isfinite().all():
+                # A constant, with or without a place in the graph.
+                return (module[0].weight * 0).sum() if attached else torch.zeros((), dtype=torch.float64)
+            return loss_fn(module, batch)
+
+        alone = hessian_spectrum(module, batches, loss_fn, strategy=strategy)
+        together = hessian_spectrum(module, [batches[0], idle, *batches[1:]], loss, strategy=strategy)
+        share = alone.num_samples / (alone.num_samples + 2)
+        assert together.num_samples == alone.num_samples + 2
+        assert together.loss == pytest.approx(share * alone.loss, rel=1e-14)
+        radius = alone.lambda_max
+        assert together.lambda_max == pytest.approx(share * alone.lambda_max, rel=0, abs=1e-12 * radius)
+        assert together.lambda_min == pytest.approx(share * alone.lambda_min, rel=0, abs=1e-12 * radius)
+
+    def test_batches_are_read_once(self):
+        module, batches, loss_fn = cases.make("mlp")
+        expected = hessian_spectrum(module, batches, loss_fn, steps=5, strategy="recompute")
+        once = hessian_spectrum(module, iter(batches), loss_fn, steps=5, strategy="recompute")
+        np.testing.assert_array_equal(once.nodes, expected.nodes)
+
+
+def start_vectors(n: int, seed: int, probes: int, probe: str) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    if probe == "gaussian":
+        return [torch.randn(n, generator=generator, dtype=torch.float64) for _ in range(probes)]
+    return [torch.randint(0, 2, (n,), generator=generator).double() * 2 - 1 for _ in range(probes)]
+
+
+class TestTrace:
+    @pytest.mark.parametrize("probe", ["gaussian", "rademacher"])
+    def test_is_that_of_the_same_probe_vectors(self, probe):
+        hessian = oracles.dense_hessian(*cases.make("tied"))
+        n = len(hessian)
+        spectrum = hessian_spectrum(*cases.make("tied"), steps=5, probes=3, seed=11, probe=probe)
+        units = [v / v.norm() for v in start_vectors(n, 11, 3, probe)]
+        expected = n * np.mean([float(v @ hessian @ v) for v in units])
+        assert spectrum.trace == pytest.approx(expected, rel=1e-12)
+        second = np.mean([float((hessian @ v).square().sum()) for v in units])
+        assert spectrum.moment(2) == pytest.approx(second, rel=1e-12)
+        third = np.mean([float(v @ hessian @ hessian @ hessian @ v) for v in units])
+        assert spectrum.moment(3) == pytest.approx(third, rel=0, abs=1e-12 * second)
+
+    def test_seeds_give_different_probes_and_equal_seeds_equal_ones(self):
+        spectra = [hessian_spectrum(*cases.make("mlp"), steps=5, seed=seed) for seed in (0, 0, 1)]
+        np.testing.assert_array_equal(spectra[0].nodes, spectra[1].nodes)
+        assert spectra[0].trace != spectra[2].trace
+
+    @staticmethod
+    def problem() -> cases.Problem:
+        """One batch only: these tests take many products."""
+        module, batches, loss_fn = cases.make("mlp")
+        return cases.Problem(module, batches[:1], loss_fn)
+
+    @staticmethod
+    def coverage(spectrum: Spectrum, exact: float) -> float:
+        """Share of the probes, taken one by one, whose estimate lies within two stated errors."""
+        hits = 0
+        for row in range(len(spectrum.nodes)):
+            single = dataclasses.replace(
+                spectrum,
+                **{name: getattr(spectrum, name)[row : row + 1] for name in ("nodes", "weights", "residuals")},
+                steps_per_probe=spectrum.steps_per_probe[row : row + 1],
+            )
+            hits += abs(single.trace - exact) <= 2 * single.trace_error
+        return hits / len(spectrum.nodes)
+
+    @pytest.mark.parametrize("steps", [1, 2, 5])
+    @pytest.mark.parametrize("probe", ["gaussian", "rademacher"])
+    def test_lies_within_two_errors_about_as_often_as_it_should(self, probe, steps):
+        # 200 probes, taken one by one: as good as 200 seeds, at a fraction of the cost.
+        exact = float(oracles.dense_hessian(*self.problem()).trace())
+        spectrum = hessian_spectrum(*self.problem(), steps=steps, probes=200, probe=probe)
+        assert self.coverage(spectrum, exact) >= 0.85
+
+    def test_lies_within_two_errors_over_seeds(self):
+        exact = float(oracles.dense_hessian(*self.problem()).trace())
+        hits = 0
+        for seed in range(60):
+            spectrum = hessian_spectrum(*self.problem(), steps=3, seed=seed)
+            hits += abs(spectrum.trace - exact) <= 2 * spectrum.trace_error
+        assert hits >= 0.85 * 60
+
+    @pytest.mark.parametrize("probe", ["gaussian", "rademacher"])
+    def test_the_mean_of_many_probes_tends_to_the_exact_trace(self, probe):
+        hessian = oracles.dense_hessian(*self.problem())
+        exact = float(hessian.trace())
+        spectrum = hessian_spectrum(*self.problem(), steps=2, probes=400, probe=probe)
+        error = abs(spectrum.trace - exact)
+        assert error <= 3 * spectrum.trace_error
+        # Not just some number: the stated error is the true standard deviation (for random signs a bound on it).
+        n, squares = len(hessian), float(hessian.square().sum())
+        variance = 2 * n / (n + 2) * (squares - exact**2 / n) if probe == "gaussian" else 2 * squares
+        assert spectrum.trace_error == pytest.approx(math.sqrt(variance / 400), rel=0.15)
+
+
+class TestProbes:
+    def test_each_has_its_own_row(self):
+        spectrum = hessian_spectrum(*cases.make("mlp"), steps=6, probes=3)
+        assert spectrum.nodes.shape == spectrum.weights.shape == spectrum.residuals.shape == (3, 6)
+        assert spectrum.steps_per_probe == (6, 6, 6)
+        assert spectrum.matvecs == 18
+        np.testing.assert_allclose(spectrum.weights.sum(axis=1), 1.0, rtol=1e-14)
+        assert len({row.tobytes() for row in spectrum.nodes}) == 3
+
+    def test_the_first_of_several_is_the_only_one_of_one(self):
+        one = hessian_spectrum(*cases.make("mlp"), steps=6)
+        three = hessian_spectrum(*cases.make("mlp"), steps=6, probes=3)
+        np.testing.assert_array_equal(three.nodes[0], one.nodes[0])
+
+    def test_the_record_says_how_it_was_made(self):
+        spectrum = hessian_spectrum(
+            *cases.make("mlp"), steps=4, probes=2, seed=5, probe="rademacher", mode="keep", confidence=0.9
+        )
+        assert (spectrum.steps, spectrum.seed, spectrum.probe, spectrum.mode) == (4, 5, "rademacher", "keep")
+        assert (spectrum.confidence, spectrum.matrix, spectrum.tolerance) == (0.9, "hessian", None)
+        assert spectrum.reorthogonalized is True
+        assert spectrum.reason is None
+        assert spectrum.seconds > 0
+        assert spectrum.gradient_equivalents is not None
+        assert spectrum.gradient_equivalents > 0
+
+    def test_cost_in_gradients(self):
+        # A product costs more than a gradient, and not dozens of them; anything finer would be a benchmark.
+        problem = cases.regression((2000,), inputs=300, outputs=30, dtype=torch.float32)
+        cost = hessian_spectrum(*problem, steps=10, strategy="recompute").gradient_equivalents
+        assert cost is not None
+        assert 0.5 < cost < 30
+
+
+class TestParameters:
+    @pytest.mark.parametrize(
+        "chosen",
+        [
+            lambda name, p: name.startswith("2."),
+            lambda name, p: p.ndim == 1,
+            lambda name, p: name == "0.weight",
+        ],
+        ids=["by layer", "by shape", "a single one"],
+    )
+    def test_a_filter_leaves_a_diagonal_block(self, chosen):
+        problem = cases.make("mlp")
+        true = torch.linalg.eigvalsh(oracles.dense_hessian(*problem, parameters=chosen)).numpy()
+        spectrum = hessian_spectrum(*problem, parameters=chosen)
+        assert spectrum.dimension == len(true) < 43
+        assert oracles.hausdorff(every_eigenvalue(spectrum), true) <= 1e-10 * np.abs(true).max()
+
+    def test_frozen_parameters_do_not_count(self):
+        problem = cases.make("frozen")
+        names = []
+        spectrum = hessian_spectrum(*problem, steps=1, parameters=lambda name, p: bool(names.append(name)) or True)
+        trainable = {name: p for name, p in problem.module.named_parameters() if p.requires_grad}
+        assert names == list(trainable)  # the filter is not even asked
+        assert "0.bias" not in trainable
+        assert spectrum.dimension == sum(p.numel() for p in trainable.values())
+
+    def test_tied_parameters_count_once(self):
+        problem = cases.make("tied")
+        assert hessian_spectrum(*problem, steps=1).dimension == 6 * 4 + 4 * 4 + 4
+
+    def test_unused_parameters_have_no_curvature(self):
+        problem = cases.make("mlp")
+        expected = hessian_spectrum(*problem)
+        problem.module.register_parameter("idle", nn.Parameter(torch.ones(5, dtype=torch.float64)))
+        spectrum = hessian_spectrum(*problem)
+        assert spectrum.dimension == expected.dimension + 5
+        slack = 1e-12 * expected.lambda_max
+        assert spectrum.lambda_max == pytest.approx(expected.lambda_max, rel=0, abs=slack)
+        assert spectrum.lambda_min == pytest.approx(expected.lambda_min, rel=0, abs=slack)
+        assert oracles.hausdorff(every_eigenvalue(spectrum), [*expected.nodes[0], 0.0]) <= slack
+
+    def test_memory_layout_and_scalars_do_not_matter(self):
+        class Scaled(nn.Module):
+            def __init__(self, inner: nn.Module) -> None:
+                super().__init__()
+                self.inner = inner
+                self.scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.scale * self.inner(x)
+
+        spectra = []
+        for layout in (torch.contiguous_format, torch.channels_last):
+            module, batches, loss_fn = cases.make("conv_batchnorm")
+            module.to(memory_format=layout)
+            spectra.append(hessian_spectrum(Scaled(module), batches, loss_fn))
+        assert spectra[0].dimension == 43
+        np.testing.assert_allclose(spectra[0].nodes, spectra[1].nodes, rtol=0, atol=1e-12 * spectra[0].lambda_max)
+
+    def test_a_complex_parameter_may_be_filtered_out(self):
+        problem = cases.make("mlp")
+        expected = hessian_spectrum(*problem, steps=5)
+        problem.module.register_parameter("phase", nn.Parameter(torch.zeros(2, dtype=torch.complex128)))
+        spectrum = hessian_spectrum(*problem, steps=5, parameters=lambda name, p: not p.is_complex())
+        np.testing.assert_array_equal(spectrum.nodes, expected.nodes)
+
+
+class TestModes:
+    @staticmethod
+    def with_batchnorm() -> cases.Problem:
+        return cases.make("conv_batchnorm")
+
+    def test_train_uses_the_statistics_of_the_batch_and_eval_the_running_ones(self):
+        for mode in ("train", "eval"):
+            problem = self.with_batchnorm()
+            true = torch.linalg.eigvalsh(oracles.dense_hessian(*problem, train=mode == "train")).numpy()
+            spectrum = hessian_spectrum(*problem, mode=mode)
+            assert oracles.hausdorff(every_eigenvalue(spectrum), true) <= 1e-10 * np.abs(true).max()
+
+    def test_keep_follows_each_submodule(self):
+        evaluated, trained = (hessian_spectrum(*self.with_batchnorm(), mode=mode) for mode in ("eval", "train"))
+        problem = self.with_batchnorm()
+        problem.module.train()
+        kept = hessian_spectrum(*problem, mode="keep")
+        np.testing.assert_array_equal(kept.nodes, trained.nodes)
+        problem = self.with_batchnorm()
+        problem.module.train()[1].eval()
+        kept = hessian_spectrum(*problem, mode="keep")
+        np.testing.assert_array_equal(kept.nodes, evaluated.nodes)
+
+    @pytest.mark.parametrize("seed", [0, 3])
+    def test_dropout_draws_the_same_mask_for_every_product(self, seed):
+        module, batches, loss_fn = cases.make("mlp")
+        module.insert(2, nn.Dropout(0.5))
+        spectra = [
+            hessian_spectrum(module, batches, loss_fn, steps=12, mode="train", strategy=strategy, seed=seed)
+            for strategy in (*STRATEGIES, *STRATEGIES)
+        ]
+        for other in spectra[1:]:
+            assert other.loss == spectra[0].loss
+            slack = 1e-11 * spectra[0].lambda_max
+            np.testing.assert_allclose(other.lambda_max, spectra[0].lambda_max, rtol=0, atol=slack)
+            np.testing.assert_allclose(other.lambda_min, spectra[0].lambda_min, rtol=0, atol=slack)
+            np.testing.assert_allclose(other.trace, spectra[0].trace, rtol=0, atol=100 * slack)
+        np.testing.assert_array_equal(spectra[0].nodes, spectra[2].nodes)
+        np.testing.assert_array_equal(spectra[1].nodes, spectra[3].nodes)
+        assert abs(hessian_spectrum(module, batches, loss_fn, seed=seed).lambda_max - spectra[0].lambda_max) > 1e-3
+
+    def test_batches_have_masks_of_their_own(self):
+        # The same samples twice: equal masks would make both batches one.
+        module, batches, loss_fn = cases.make("mlp")
+        module.insert(2, nn.Dropout(0.5))
+        once = hessian_spectrum(module, batches[:1], loss_fn, mode="train")
+        twice = hessian_spectrum(module, [batches[0], batches[0]], loss_fn, mode="train")
+        assert abs(twice.loss - once.loss) > 1e-3
+
+
+class TestUndefined:
+    @pytest.mark.parametrize("strategy", STRATEGIES)
+    def test_a_loss_linear_in_the_parameters_has_no_criteria(self, strategy):
+        module, batches, _ = cases.regression((4, 3), inputs=3, outputs=2, dtype=torch.float64)
+        spectrum = hessian_spectrum(module, batches, lambda m, batch: m(batch[0]).mean(), strategy=strategy)
+        assert (spectrum.lambda_min, spectrum.lambda_max) == (0.0, 0.0)
+        assert math.isnan(spectrum.c_t)
+        assert spectrum.reason is not None
+        assert "no curvature" in spectrum.reason
+        assert spectrum.hesd_type is None
+        assert not spectrum.type_certain
+        assert not spectrum.converged
+        assert spectrum.trace == spectrum.trace_error == 0.0
+        grid, values = spectrum.density()
+        assert np.trapezoid(values, grid) == pytest.approx(1.0, abs=1e-8)
+
+    def test_a_loss_without_gradient_has_none_either(self):
+        problem = cases.make("mlp")
+        spectrum = hessian_spectrum(*problem[:2], lambda m, batch: problem.loss_fn(m, batch).detach())
+        assert spectrum.reason is not None
+        assert spectrum.loss > 0
+
+    def test_negative_curvature_only(self):
+        problem = cases.regression((6,), inputs=4, outputs=1, dtype=torch.float64)
+        spectrum = hessian_spectrum(*problem[:2], lambda m, batch: -cases.squared_error(m, batch))
+        assert spectrum.c_t == -math.inf
+        assert spectrum.c_t_interval == (-math.inf, -math.inf)
+        assert (spectrum.hesd_type, spectrum.type_certain, spectrum.r_e) == ("MN", True, math.inf)
+        assert spectrum.converged
+
+    @pytest.mark.parametrize("exponent", [-60, -30, -18, 18, 60])
+    def test_criteria_do_not_depend_on_the_scale_of_the_loss(self, exponent):
+        module, batches, loss_fn = cases.make("mlp")
+        expected = hessian_spectrum(module, batches, loss_fn)
+        scaled = hessian_spectrum(module, batches, lambda m, batch: 10.0**exponent * loss_fn(m, batch))
+        assert scaled.c_t == pytest.approx(expected.c_t, rel=1e-9)
+        assert scaled.lambda_max == pytest.approx(expected.lambda_max * 10.0**exponent, rel=1e-9)
+        assert scaled.k_h() == pytest.approx(expected.k_h(), rel=1e-6)

@@ -1,0 +1,430 @@
+import dataclasses
+import json
+import math
+import zipfile
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from lightning_hesd import Spectrum, criteria, quadrature
+from lightning_hesd.spectrum import FORMAT_VERSION
+
+NAN = math.nan
+ARRAYS = ("nodes", "weights", "residuals")
+
+
+def make(**changes: Any) -> Spectrum:
+    """Two probes, of which the second ended after two steps."""
+    fields: dict[str, Any] = {
+        "nodes": [[-1.0, 0.5, 4.0], [-0.5, 3.0, NAN]],
+        "weights": [[0.25, 0.5, 0.25], [0.5, 0.5, 0.0]],
+        "residuals": [[0.1, 0.3, 0.2], [0.0, 0.0, 0.0]],
+        "steps_per_probe": (3, 2),
+        "dimension": 10,
+        "num_samples": 64,
+        "loss": 0.75,
+        "rounding": 0.01,
+        "matvecs": 5,
+        "seconds": 1.5,
+    }
+    return Spectrum(**{**fields, **changes})
+
+
+def one_probe(nodes: list[float], residuals: list[float] | None = None, **changes: Any) -> Spectrum:
+    steps = len(nodes)
+    rows = {
+        "nodes": [nodes],
+        "weights": [[1 / steps] * steps],
+        "residuals": [residuals or [0.0] * steps],
+        "steps_per_probe": (steps,),
+        "rounding": 0.0,
+    }
+    return make(**{**rows, **changes})
+
+
+class TestImmutability:
+    @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Spectrum)])
+    def test_fields_cannot_be_assigned(self, name):
+        spectrum = make()
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(spectrum, name, getattr(spectrum, name))
+
+    @pytest.mark.parametrize("name", ARRAYS)
+    def test_arrays_are_read_only_float64_copies(self, name):
+        given = np.array([[-1.0, 0.5, 4.0], [-0.5, 3.0, 5.0]], dtype=np.float32)
+        spectrum = make(**{name: given})
+        given[0, 0] = 99.0
+        array = getattr(spectrum, name)
+        assert array.dtype == np.float64
+        assert array[0, 0] == -1.0
+        with pytest.raises(ValueError, match="read-only"):
+            array[0, 0] = 1.0
+
+    def test_steps_per_probe_are_plain_integers(self):
+        steps = make(steps_per_probe=np.array([3, 2])).steps_per_probe
+        assert steps == (3, 2)
+        assert {type(step) for step in steps} == {int}
+
+
+class TestShapes:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"nodes": [1.0, 2.0]}, r"`nodes` must have shape \(2 probes, steps >= 1\), got \(2,\)"),
+            ({"nodes": [[1.0, 2.0, 3.0]]}, r"`nodes` must have shape \(2 probes, .*got \(1, 3\)"),
+            ({"nodes": np.zeros((2, 0))}, r"`nodes` must have shape .*got \(2, 0\)"),
+            ({"steps_per_probe": (3,)}, r"`nodes` must have shape \(1 probes, .*got \(2, 3\)"),
+            (
+                {"weights": [[0.5, 0.5], [0.5, 0.5]]},
+                r"`weights` must have the shape of `nodes`, \(2, 3\), got \(2, 2\)",
+            ),
+            ({"residuals": [0.0]}, r"`residuals` must have the shape of `nodes`, \(2, 3\), got \(1,\)"),
+        ],
+    )
+    def test_are_checked(self, changes, message):
+        with pytest.raises(ValueError, match=message):
+            make(**changes)
+
+    def test_a_record_without_probes_is_refused(self):
+        empty = np.zeros((0, 3))
+        with pytest.raises(ValueError, match="`nodes` must have shape"):
+            make(nodes=empty, weights=empty, residuals=empty, steps_per_probe=())
+
+
+class TestProperties:
+    def test_steps(self):
+        assert make().steps == 3
+        assert make().steps_per_probe == (3, 2)
+
+    def test_extremes_are_over_all_probes_with_their_own_residuals(self):
+        spectrum = make()
+        assert (spectrum.lambda_min, spectrum.lambda_max) == (-1.0, 4.0)
+        assert spectrum.lambda_min_error == pytest.approx(0.1 + 0.01, rel=1e-15)
+        assert spectrum.lambda_max_error == pytest.approx(0.2 + 0.01, rel=1e-15)
+        # The second probe holds both extremes now.
+        other = make(nodes=[[-1.0, 0.5, 4.0], [-2.0, 5.0, NAN]], residuals=[[0.1, 0.3, 0.2], [0.4, 0.5, 0.0]])
+        assert (other.lambda_min, other.lambda_max) == (-2.0, 5.0)
+        assert other.lambda_min_error == pytest.approx(0.4 + 0.01, rel=1e-15)
+        assert other.lambda_max_error == pytest.approx(0.5 + 0.01, rel=1e-15)
+
+    def test_c_t_and_its_interval(self):
+        spectrum = make()
+        assert spectrum.c_t == -0.25
+        assert spectrum.r_e == 0.25
+        assert spectrum.hesd_type == "MP"
+        # Outward by residual and rounding, inward by rounding.
+        assert spectrum.c_t_interval == pytest.approx((-1.11 / 3.99, -0.99 / 4.21), rel=1e-14)
+        assert spectrum.type_certain is True
+
+    def test_rounding_decides_what_is_negative(self):
+        assert one_probe([-0.01, 4.0], rounding=0.01).c_t == 0.0
+        assert one_probe([-0.01, 4.0], rounding=0.009).c_t == -0.0025
+
+    def test_an_uncertain_type(self):
+        spectrum = one_probe([-0.55, 1.0], [0.1, 0.0])
+        assert spectrum.hesd_type == "MP"
+        assert spectrum.type_certain is False
+
+    def test_an_undefined_c_t(self):
+        spectrum = make(reason="no curvature")
+        assert math.isnan(spectrum.c_t)
+        assert math.isnan(spectrum.r_e)
+        assert all(math.isnan(end) for end in spectrum.c_t_interval)
+        assert spectrum.hesd_type is None
+        assert spectrum.type_certain is False
+        assert spectrum.converged is False
+
+    def test_k_h_is_the_mean_over_probes_with_its_standard_error(self):
+        spectrum = make()
+        values = [0.5 / (0.5 + 1.0), 0.5 / math.sqrt(1.5)]
+        assert spectrum.k_h() == pytest.approx(np.mean(values), rel=1e-14)
+        assert spectrum.k_h_error() == pytest.approx(abs(values[0] - values[1]) / 2, rel=1e-14)
+        assert spectrum.k_h(1.0) == pytest.approx((0.25 / 1.25 + 0.25 / 1.5) / 2, rel=1e-14)
+        assert spectrum.k_h_error(1.0) == pytest.approx((0.25 / 1.25 - 0.25 / 1.5) / 2, rel=1e-14)
+
+    def test_k_h_leaves_out_rounding(self):
+        spectrum = one_probe([-0.01, 1.0, 1.0, 1.0], rounding=0.01)
+        assert spectrum.k_h() == 0.0
+
+    def test_a_single_probe_has_no_standard_error(self):
+        assert one_probe([-1.0, 4.0]).k_h_error() is None
+
+    def test_a_probe_without_positive_node_makes_k_h_undefined(self):
+        assert math.isnan(make(nodes=[[-1.0, 0.5, 4.0], [-0.5, -0.1, NAN]]).k_h())
+
+    def test_moments_and_trace(self):
+        spectrum = make()
+        # Probes: −¼ + ¼ + 1 = 1 and −¼ + 3/2 = 5/4;  squares: ¼ + ⅛ + 4 and ⅛ + 9/2
+        assert spectrum.moment(0) == 1.0
+        assert spectrum.moment(1) == 1.125
+        assert spectrum.moment(2) == 4.5
+        assert spectrum.trace == 11.25
+
+    def test_trace_error(self):
+        n, first, second = 10, 1.125, 4.5
+        expected = math.sqrt(2 * n / (n + 2) * (n * second - (n * first) ** 2 / n) / 2)
+        assert make().trace_error == pytest.approx(expected, rel=1e-14)
+        assert make(probe="rademacher").trace_error == pytest.approx(math.sqrt(2 * n * second / 2), rel=1e-14)
+
+    def test_the_trace_of_a_multiple_of_the_identity_is_certain_from_the_sphere(self):
+        assert one_probe([3.0]).trace == 30.0
+        assert one_probe([3.0]).trace_error == 0.0
+
+    def test_miss_probability_is_that_of_the_quadrature_at_the_stated_tolerance(self):
+        spectrum = make(dimension=1000, steps_per_probe=(30, 20))
+        assert spectrum.miss_probability == quadrature.miss_probability(1000, (30, 20), 0.05)
+        tighter = make(dimension=1000, steps_per_probe=(30, 20), tolerance=0.01)
+        assert tighter.miss_probability == quadrature.miss_probability(1000, (30, 20), 0.01)
+        assert make(probe="rademacher").miss_probability is None
+
+    def test_density_and_histogram_are_those_of_the_quadrature(self):
+        spectrum = make()
+        arguments = (spectrum.nodes, spectrum.weights)
+        for ours, theirs in (
+            (spectrum.density(), quadrature.density(*arguments)),
+            (spectrum.density([0.0, 1.0], sigma=0.3), quadrature.density(*arguments, [0.0, 1.0], 0.3)),
+            (spectrum.histogram(), quadrature.histogram(*arguments)),
+            (spectrum.histogram([-2.0, 0.0, 5.0]), quadrature.histogram(*arguments, [-2.0, 0.0, 5.0])),
+        ):
+            np.testing.assert_array_equal(ours[0], theirs[0])
+            np.testing.assert_array_equal(ours[1], theirs[1])
+
+    def test_prints_its_main_findings_in_one_line(self):
+        text = str(make())
+        assert "\n" not in text
+        for finding in ("C_t = -0.25 [-0.2782, -0.2352]", "MP", "largest eigenvalue 4,", "loss 0.75", "64 samples"):
+            assert finding in text
+
+    def test_records_are_told_apart_by_identity(self):
+        first, second = make(), make()
+        assert first == first
+        assert first != second
+        assert len({first, second}) == 2
+
+
+class TestConverged:
+    @pytest.mark.parametrize(
+        ("residual", "tolerance", "expected"),
+        [
+            (0.04, None, True),  # C_t = −1 to 4 %, and 5 % by default
+            (0.06, None, False),
+            (0.04, 0.03, False),
+            (0.06, 0.1, True),
+        ],
+    )
+    def test_compares_the_width_with_the_tolerance(self, residual, tolerance, expected):
+        spectrum = one_probe([-1.0, 1.0], [residual, 0.0], tolerance=tolerance)
+        assert spectrum.c_t_interval == pytest.approx((-1.0 - residual, -1.0), rel=1e-14)
+        assert spectrum.converged is expected
+
+    @pytest.mark.parametrize(("residual", "expected"), [(0.9e-5, True), (1.1e-5, False)])
+    def test_small_values_are_judged_on_the_scale_of_a_thousandth(self, residual, expected):
+        # max(|C_t|, 0.001) times 5 % is 5e-5 at C_t = −1e-5 / 0.2, of which the residual makes 4.5e-5 or 5.5e-5.
+        assert one_probe([-1e-5, 0.2], [residual, 0.0]).converged is expected
+
+    def test_an_exact_zero_has_converged(self):
+        assert one_probe([1.0, 2.0], [0.5, 0.5]).converged is True
+
+    def test_certainly_no_positive_eigenvalue_has_converged(self):
+        assert one_probe([-2.0, -1.0], [0.1, 0.1]).converged is True
+
+    def test_perhaps_a_positive_eigenvalue_has_not_converged(self):
+        # From −∞ to −20: as wide as an interval can be.
+        spectrum = one_probe([-2.0, -0.1], [0.0, 0.2])
+        assert spectrum.c_t_interval == pytest.approx((-math.inf, -20.0))
+        assert spectrum.converged is False
+
+
+class TestStorage:
+    FULL: ClassVar[dict[str, Any]] = {
+        "gradient_equivalents": 2.1,
+        "matrix": "hessian",
+        "probe": "rademacher",
+        "seed": 7,
+        "mode": "keep",
+        "strategy": "recompute",
+        "strategy_reason": "auto: σ, „quotes“ and\nlines",
+        "reorthogonalized": False,
+        "confidence": 0.9,
+        "tolerance": 0.02,
+        "reason": "no curvature",
+        "c_t_sampling_error": 0.125,
+    }
+
+    @pytest.mark.parametrize(
+        "spectrum",
+        [
+            make(),
+            make(**FULL),
+            make(loss=0.1 + 0.2, seconds=1e-300, rounding=5e-324),
+            make(loss=math.inf),
+            make(nodes=np.random.default_rng(0).normal(size=(2, 3)), residuals=[[-0.0, 1e300, 5e-324]] * 2),
+        ],
+        ids=["padded", "every field", "odd floats", "infinite loss", "arbitrary arrays"],
+    )
+    def test_a_round_trip_changes_no_bit(self, spectrum, tmp_path):
+        spectrum.save(tmp_path / "record.npz")
+        loaded = Spectrum.load(tmp_path / "record.npz")
+        for name, value in spectrum.to_dict().items():
+            other = getattr(loaded, name)
+            assert type(other) is type(value)
+            if name in ARRAYS:
+                assert (other.tobytes(), other.shape) == (value.tobytes(), value.shape)
+                assert not other.flags.writeable
+            else:
+                assert other == value
+
+    def test_a_nan_field_survives(self, tmp_path):
+        make(c_t_sampling_error=NAN).save(tmp_path / "record.npz")
+        assert math.isnan(Spectrum.load(tmp_path / "record.npz").c_t_sampling_error)
+
+    @pytest.mark.parametrize("convert", [str, Path])
+    def test_the_path_is_taken_as_given(self, convert, tmp_path):
+        target = convert(tmp_path / "no_suffix")
+        make().save(target)
+        assert [entry.name for entry in tmp_path.iterdir()] == ["no_suffix"]
+        assert Spectrum.load(target).c_t == -0.25
+
+    def test_the_file_holds_no_pickle(self, tmp_path):
+        make(**self.FULL).save(tmp_path / "record.npz")
+        with np.load(tmp_path / "record.npz", allow_pickle=False) as archive:
+            kinds = {name: archive[name].dtype.kind for name in archive.files}
+        assert kinds == {"nodes": "f", "weights": "f", "residuals": "f", "header": "U"}
+
+    def test_saving_replaces_an_earlier_file(self, tmp_path):
+        make().save(tmp_path / "record.npz")
+        make(loss=2.5).save(tmp_path / "record.npz")
+        assert Spectrum.load(tmp_path / "record.npz").loss == 2.5
+
+    def test_a_failed_save_leaves_the_earlier_file_whole(self, tmp_path, monkeypatch):
+        make().save(tmp_path / "record.npz")
+
+        def fail(file: Any, **arrays: Any) -> None:
+            file.write(b"half a fi")
+            raise OSError("disk full")
+
+        monkeypatch.setattr(np, "savez", fail)
+        with pytest.raises(OSError, match="disk full"):
+            make(loss=2.5).save(tmp_path / "record.npz")
+        assert Spectrum.load(tmp_path / "record.npz").loss == 0.75
+
+    def test_to_dict_makes_the_same_record(self):
+        values = make(**self.FULL).to_dict()
+        assert set(values) == {field.name for field in dataclasses.fields(Spectrum)}
+        again = Spectrum(**values)
+        np.testing.assert_array_equal(again.nodes, make().nodes)
+        assert again.strategy_reason == self.FULL["strategy_reason"]
+
+
+def rewrite(path: Path, *, header: Any = None, without: tuple[str, ...] = (), **arrays: Any) -> None:
+    """Change the header or the arrays of a saved record."""
+    with np.load(path) as archive:
+        contents = {name: archive[name] for name in archive.files if name not in without}
+    if header is not None:
+        contents["header"] = np.array(json.dumps(header))
+    with path.open("wb") as file:
+        np.savez(file, **{**contents, **arrays})
+
+
+class TestLoadErrors:
+    @pytest.fixture
+    def saved(self, tmp_path):
+        path = tmp_path / "record.npz"
+        make().save(path)
+        return path
+
+    @staticmethod
+    def header(path: Path) -> dict[str, Any]:
+        with np.load(path) as archive:
+            return json.loads(str(archive["header"]))
+
+    def test_a_missing_file(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"record\.npz"):
+            Spectrum.load(tmp_path / "record.npz")
+
+    def test_a_foreign_archive(self, tmp_path):
+        np.savez(tmp_path / "record.npz", other=np.zeros(3))
+        with pytest.raises(ValueError, match=r"record\.npz is not a spectrum written by `Spectrum.save`"):
+            Spectrum.load(tmp_path / "record.npz")
+
+    def test_a_single_array(self, tmp_path):
+        np.save(tmp_path / "record.npy", np.zeros(3))
+        with pytest.raises(ValueError, match=r"record\.npy is not a spectrum"):
+            Spectrum.load(tmp_path / "record.npy")
+
+    @pytest.mark.parametrize("content", [b"", b"\n", b"just some text\n", b"PK\x03\x04", bytes(range(256))])
+    def test_other_files(self, content, tmp_path):
+        (tmp_path / "record.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"record\.npz is not a spectrum"):
+            Spectrum.load(tmp_path / "record.npz")
+
+    def test_a_pickle_is_not_opened(self, tmp_path):
+        np.savez(tmp_path / "record.npz", header=np.array([{"format": 1}], dtype=object), nodes=np.zeros((1, 1)))
+        with pytest.raises(ValueError, match=r"record\.npz is not a spectrum"):
+            Spectrum.load(tmp_path / "record.npz")
+
+    def test_a_truncated_file(self, saved):
+        content = saved.read_bytes()
+        for length in range(1, len(content), 37):
+            saved.write_bytes(content[:length])
+            with pytest.raises(ValueError, match=r"record\.npz is not a spectrum.*or is damaged"):
+                Spectrum.load(saved)
+
+    def test_a_damaged_file(self, saved):
+        # A flipped byte either does not matter (padding, time stamps), or shows as the documented error.
+        content = saved.read_bytes()
+        refused = 0
+        for position in range(0, len(content), 3):
+            saved.write_bytes(content[:position] + bytes([content[position] ^ 0xFF]) + content[position + 1 :])
+            try:
+                loaded = Spectrum.load(saved)
+            except ValueError as error:
+                assert "is not a spectrum" in str(error)  # noqa: PT017 - not every flipped byte is an error
+                refused += 1
+            else:
+                assert loaded.nodes.tobytes() == make().nodes.tobytes()
+                assert loaded.loss == make().loss
+        assert refused > 100
+
+    @pytest.mark.parametrize("header", [[], "text", 3, {"format": FORMAT_VERSION, "unheard_of": 1}, {}])
+    def test_a_foreign_header(self, saved, header):
+        rewrite(saved, header=header)
+        with pytest.raises(ValueError, match=r"record\.npz is not a spectrum"):
+            Spectrum.load(saved)
+
+    def test_a_missing_field(self, saved):
+        header = self.header(saved)
+        del header["loss"]
+        rewrite(saved, header=header)
+        with pytest.raises(ValueError, match=r"not a spectrum.*loss"):
+            Spectrum.load(saved)
+
+    def test_arrays_that_do_not_fit_together(self, saved):
+        rewrite(saved, weights=np.zeros((2, 2)))
+        with pytest.raises(ValueError, match=r"not a spectrum.*`weights` must have the shape"):
+            Spectrum.load(saved)
+
+    def test_a_newer_format(self, saved):
+        rewrite(saved, header={**self.header(saved), "format": FORMAT_VERSION + 1})
+        with pytest.raises(ValueError, match=rf"has format {FORMAT_VERSION + 1}.*update lightning_hesd"):
+            Spectrum.load(saved)
+
+    def test_a_newer_format_may_hold_other_arrays(self, saved):
+        # That is what a new format is for: the message must still be that of a newer format.
+        rewrite(saved, header={**self.header(saved), "format": FORMAT_VERSION + 1}, without=("residuals",))
+        with pytest.raises(ValueError, match=rf"has format {FORMAT_VERSION + 1}.*update lightning_hesd"):
+            Spectrum.load(saved)
+
+    def test_the_file_is_closed_again(self, saved):
+        Spectrum.load(saved)
+        saved.unlink()  # on Windows this fails while somebody holds the file
+        assert not zipfile.is_zipfile(saved)
+
+
+def test_rounding_is_that_of_the_criteria():
+    # The record delegates; it has no sign convention of its own.
+    spectrum = make()
+    assert spectrum.c_t == criteria.c_t(-1.0, 4.0, 0.01)
+    assert spectrum.r_e == criteria.r_e(spectrum.c_t)

@@ -1,0 +1,65 @@
+"""Slow and obvious answers to compare with: dense Hessians by PyTorch alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def dense_hessian(
+    module: nn.Module,
+    batches: Sequence[Any],
+    loss_fn: Callable[[Any, Any], Tensor],
+    *,
+    weights: Sequence[float] | None = None,
+    parameters: Callable[[str, nn.Parameter], bool] | None = None,
+    train: bool = False,
+) -> Tensor:
+    """Return the Hessian of the weighted mean loss, shape (n, n), in float64.
+
+    With respect to the parameters that require grad, tied ones once, in the order of `named_parameters`. `weights`
+    default to the lengths of the first tensor of each batch.
+    """
+    wrapper = _LossModule(copy.deepcopy(module), loss_fn).double().train(train)
+    chosen = {
+        name: p
+        for name, p in wrapper.named_parameters()
+        if p.requires_grad and (parameters is None or parameters(name.removeprefix("module."), p))
+    }
+    weights = weights or [float(len(batch[0])) for batch in batches]
+    batches = [tuple(part.double() if part.is_floating_point() else part for part in batch) for batch in batches]
+
+    def mean_loss(flat: Tensor) -> Tensor:
+        parts = torch.split(flat, [p.numel() for p in chosen.values()])
+        values = {name: part.view_as(p) for (name, p), part in zip(chosen.items(), parts, strict=True)}
+        losses = [weight * functional_call(wrapper, values, (b,)) for weight, b in zip(weights, batches, strict=True)]
+        return torch.stack(losses).sum() / sum(weights)
+
+    point = torch.cat([p.detach().flatten() for p in chosen.values()])
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.autograd.functional.hessian(mean_loss, point)
+
+
+def hausdorff(first: Any, second: Any) -> float:
+    """Return the largest distance from a value of one set to the nearest of the other: multiplicities do not count."""
+    distances = np.abs(np.asarray(first)[:, None] - np.asarray(second)[None, :])
+    return max(float(distances.min(axis=0).max()), float(distances.min(axis=1).max()))
+
+
+class _LossModule(nn.Module):
+    """Makes a loss a module, so that `functional_call` can replace the parameters, tied ones together."""
+
+    def __init__(self, module: nn.Module, loss_fn: Callable[[Any, Any], Tensor]) -> None:
+        super().__init__()
+        self.module = module
+        self.loss_fn = loss_fn
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.loss_fn(self.module, batch)
