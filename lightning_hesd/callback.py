@@ -116,6 +116,7 @@ class HessianSpectrumCallback(SpectrumSource):
         self.verbose = verbose
         self.name = name
         self.history = SpectrumHistory()
+        self._stage = "fit"
         self.options = analysis_options(**analysis)
         self._analyzer = TrainerAnalyzer(
             self.options, num_samples=num_samples, batch_size=batch_size, dataloader=dataloader, loss_fn=loss_fn
@@ -136,6 +137,7 @@ class HessianSpectrumCallback(SpectrumSource):
             MisconfigurationException: If the Trainer or the module cannot be used.
         """
         _lightning.check_trainer(trainer)
+        self._stage = stage
         if stage == "fit":
             check_loss_source(pl_module, self.loss_fn)
         if self.checkpoint is not None:
@@ -213,7 +215,12 @@ class HessianSpectrumCallback(SpectrumSource):
         return {"history": self.history.state_dict(), "indices": self._analyzer.indices}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the history and the samples of the run that is resumed."""
+        """Go on with the history and the samples of the run that is resumed.
+
+        Testing a checkpoint loads this too, though nothing is resumed; it must not undo what came after it.
+        """
+        if self._stage != "fit":
+            return
         self.history.load_state_dict(state_dict["history"])
         self._analyzer.resume(state_dict["indices"])
 

@@ -93,6 +93,7 @@ class HessianCheckpoint(ModelCheckpoint):
             tolerance = 0.05 if train_metric is None else 0.01
         self.selection = SelectionRule(tolerance=tolerance, require_mp=require_mp)
         self.source: SpectrumSource | None = None
+        self._stage = "fit"
         self.candidates: list[Candidate] = []
         self._best_goodness = -math.inf
         self._offered_step = -1
@@ -124,6 +125,7 @@ class HessianCheckpoint(ModelCheckpoint):
             MisconfigurationException: If there is not exactly one.
         """
         super().setup(trainer, pl_module, stage)
+        self._stage = stage
         if self.source is None and stage == TrainerFn.FITTING:
             self.source = _only_source(trainer)
 
@@ -268,7 +270,12 @@ class HessianCheckpoint(ModelCheckpoint):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the candidates up again, wherever their files are now."""
+        """Take up the candidates of the run that is resumed.
+
+        Testing a checkpoint loads this too, though nothing is resumed; it must not undo what came after it.
+        """
+        if self._stage != "fit":
+            return
         candidates = [Candidate(**values) for values in state_dict["candidates"]]
         self._update(candidates, state_dict["best_goodness"])
         self._offered_step = state_dict["offered_step"]

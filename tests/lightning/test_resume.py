@@ -43,6 +43,9 @@ class Net(pl.LightningModule):
         self.log("train_acc", (self.net(x).argmax(1) == y).float().mean(), on_step=False, on_epoch=True)
         return loss
 
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=0.03)
 
@@ -153,3 +156,21 @@ def test_a_new_trainer_starts_a_new_history(tmp_path: Path) -> None:
         make_trainer(tmp_path / run, [callback], 2).fit(Net(), data())
         assert [r.epoch for r in callback.history] == [0, 1]
         assert {candidate.epoch for candidate in callback.checkpoint.candidates} <= {0, 1}
+
+
+@pytest.mark.filterwarnings("ignore:.*called with Trainer configured with multiple .ModelCheckpoint. callbacks")
+def test_testing_a_checkpoint_loses_nothing_that_came_after_it(tmp_path: Path) -> None:
+    """Lightning loads the callbacks' states of whatever checkpoint it tests."""
+    torch.manual_seed(0)
+    first = HessianCheckpoint("highest_c_t", train_metric="train_acc", tolerance=1.0)
+    second = HessianCheckpoint("lowest_max_eigenvalue", train_metric="train_acc", tolerance=1.0)
+    callback = HessianSpectrumCallback(steps=8, num_samples=48, batch_size=16, checkpoint=first)
+    trainer = make_trainer(tmp_path, [callback, second], EPOCHS)
+    trainer.fit(Net(), data())
+    picks, candidates = [first.best_model_path, second.best_model_path], [first.candidates, second.candidates]
+    assert torch.load(min(first.best_k_models), weights_only=True)["epoch"] < EPOCHS - 1
+    for path in {"best", *first.best_k_models, *second.best_k_models}:
+        trainer.test(dataloaders=data(), ckpt_path=path, verbose=False)
+        assert [r.epoch for r in callback.history] == list(range(EPOCHS))
+        assert [first.best_model_path, second.best_model_path] == picks
+        assert [first.candidates, second.candidates] == candidates
