@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hesd import criteria, quadrature
-from lightning_hesd.guards import analysis_state, preserved, seed_everything
+from lightning_hesd.guards import analysis_state
 from lightning_hesd.lanczos import NonFiniteProductError, Tridiagonal, lanczos
 from lightning_hesd.operators import HessianOperator, WeightedBatch
 from lightning_hesd.options import OPTION_NAMES, AnalysisOptions
+from lightning_hesd.snapshot import preserved, seed_everything
 from lightning_hesd.spectrum import Spectrum
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 
 from lightning_hesd._lightning import unwrap_sampler
 from lightning_hesd.analysis import batch_size as infer_batch_size
-from lightning_hesd.guards import preserved, seed_everything
 from lightning_hesd.operators import WeightedBatch
+from lightning_hesd.snapshot import preserved, seed_everything
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

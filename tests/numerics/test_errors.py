@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lightning_hesd import hessian_spectrum, operators
+from lightning_hesd import hessian_spectrum, products
 from lightning_hesd.analysis import analysis_options, batch_size
 from lightning_hesd.options import OPTION_NAMES
 from tests import cases
@@ -322,7 +322,7 @@ class TestAutomaticStrategy:
         assert spectrum.strategy_reason.startswith("auto: the gradient graphs hold about 0 MiB")
 
     def test_large_graphs_are_built_anew(self, monkeypatch):
-        monkeypatch.setattr(operators, "GRAPH_MEMORY_LIMIT", 100)
+        monkeypatch.setattr(products, "GRAPH_MEMORY_LIMIT", 100)
         spectrum = hessian_spectrum(*self.problem(2), steps=2)
         assert spectrum.strategy == "recompute"
         assert "would hold about" in spectrum.strategy_reason
@@ -335,8 +335,8 @@ class TestAutomaticStrategy:
             low, high = 0, 2**30
             while high - low > 1:
                 middle = (low + high) // 2
-                monkeypatch.setattr(operators, "GRAPH_MEMORY_LIMIT", middle)
-                strategy, _ = operators.choose_strategy(
+                monkeypatch.setattr(products, "GRAPH_MEMORY_LIMIT", middle)
+                strategy, _ = products.choose_strategy(
                     lambda problem=problem: problem.loss_fn(problem.module, problem.batches[0]),
                     list(problem.module.parameters()),
                     batches,
@@ -349,11 +349,11 @@ class TestAutomaticStrategy:
 
     @pytest.mark.parametrize(("batches", "strategy"), [(1, "graph"), (100, "recompute")])
     def test_many_small_graphs_are_a_large_one(self, batches, strategy, monkeypatch):
-        monkeypatch.setattr(operators, "GRAPH_MEMORY_LIMIT", 50_000)
+        monkeypatch.setattr(products, "GRAPH_MEMORY_LIMIT", 50_000)
         assert hessian_spectrum(*self.problem(batches), steps=1).strategy == strategy
 
     @pytest.mark.parametrize("strategy", STRATEGIES)
     def test_what_the_user_asks_for_is_done(self, strategy, monkeypatch):
-        monkeypatch.setattr(operators, "GRAPH_MEMORY_LIMIT", 100)
+        monkeypatch.setattr(products, "GRAPH_MEMORY_LIMIT", 100)
         spectrum = hessian_spectrum(*self.problem(2), steps=2, strategy=strategy)
         assert (spectrum.strategy, spectrum.strategy_reason) == (strategy, "as asked")
