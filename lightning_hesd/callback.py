@@ -111,7 +111,7 @@ class HessianSpectrumCallback(SpectrumSource):
         self.schedule = Schedule(every_n_epochs, epochs, every_n_train_steps)
         self.at_start = at_start
         self.loss_fn = loss_fn
-        self.checkpoint = _as_checkpoint(checkpoint)
+        self.checkpoint: HessianCheckpoint | None = _as_checkpoint(checkpoint)
         self.on_error: OnError = on_error
         self.verbose = verbose
         self.name = name

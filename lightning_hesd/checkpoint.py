@@ -97,7 +97,6 @@ class HessianCheckpoint(ModelCheckpoint):
         self.candidates: list[Candidate] = []
         self._best_goodness = -math.inf
         self._offered_step = -1
-        self._warned_fallback = False
 
     @property
     def state_key(self) -> str:
@@ -111,6 +110,11 @@ class HessianCheckpoint(ModelCheckpoint):
             require_mp=self.selection.require_mp,
             source=self.source.name if self.source else None,
         )
+
+    @property
+    def best(self) -> Candidate | None:
+        """The pick so far, with its epoch, criterion and path; None before the first candidate."""
+        return self.selection.pick(self.candidates, self._best_goodness)
 
     def attach(self, source: SpectrumSource) -> None:
         """Take the records of `source` from now on."""
@@ -153,7 +157,13 @@ class HessianCheckpoint(ModelCheckpoint):
         """Do nothing: validation comes before the analysis of its epoch."""
 
     def on_train_end(self, trainer: pl.Trainer, *_args: Any) -> None:
-        """Keep the final weights if no analysis could be ranked: no training ends without a checkpoint."""
+        """Say so if the rule could not decide, and keep the final weights if it had nothing to decide on."""
+        if self.candidates and not self.selection.qualified(self.candidates, self._best_goodness):
+            warn(
+                "none of the epochs with nearly the best training metric has a mainly positive (MP) spectrum, so "
+                f"HessianCheckpoint(rule={self.rule!r}) took the best training metric; `require_mp=False` ranks MN "
+                "spectra too."
+            )
         if self.candidates or not self._may_save(trainer):
             return
         names = self._monitor_candidates(trainer)
@@ -202,7 +212,6 @@ class HessianCheckpoint(ModelCheckpoint):
         for candidate in before:
             if candidate not in kept and self._should_remove_checkpoint(trainer, candidate.path, path):
                 self._remove_checkpoint(trainer, candidate.path)
-        self._report_fallback()
         return newcomer in kept
 
     def _update(self, candidates: list[Candidate], best: float) -> None:
@@ -211,7 +220,7 @@ class HessianCheckpoint(ModelCheckpoint):
         self.best_k_models = {c.path: torch.tensor(c.criterion) for c in candidates}
         self.kth_best_model_path = min(candidates, key=lambda c: c.criterion).path if candidates else ""
         self.kth_value = self.best_k_models.get(self.kth_best_model_path, torch.tensor(-math.inf))
-        pick = self.selection.pick(candidates, best)
+        pick = self.best
         self.best_model_path = pick.path if pick else ""
         self.best_model_score = torch.tensor(pick.criterion) if pick else None
         self.current_score = torch.tensor(candidates[-1].criterion) if candidates else None
@@ -246,15 +255,6 @@ class HessianCheckpoint(ModelCheckpoint):
         if self.source is not None and self.source.on_error == "raise":
             raise MisconfigurationException(message) from cause
         warn(message)
-
-    def _report_fallback(self) -> None:
-        fallback = not self.selection.qualified(self.candidates, self._best_goodness)
-        if fallback and not self._warned_fallback:
-            warn(
-                "none of the epochs with nearly the best training metric has a mainly positive (MP) spectrum, so "
-                "HessianCheckpoint takes the best training metric for now; `require_mp=False` ranks MN spectra too."
-            )
-        self._warned_fallback = fallback
 
     # State ----------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
+    from lightning.pytorch.callbacks import Checkpoint
+
 INDEX_NAME = "index.json"
 INDEX_FORMAT = 1
 START_EPOCH = -1
@@ -150,11 +152,13 @@ class SpectrumSource(Callback):
         name: Prefix of its metrics.
         history: Its records so far.
         on_error: What it does about errors.
+        checkpoint: The checkpoint callback it brings along, if any.
     """
 
     name: str
     history: SpectrumHistory
     on_error: OnError
+    checkpoint: Checkpoint | None = None
 
 
 def _tensors(values: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from lightning_hesd._lightning import callbacks_of, warn
 from lightning_hesd.checkpoint import HessianCheckpoint
+from lightning_hesd.history import SpectrumSource
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -34,10 +35,14 @@ def insert_checkpoint(trainer: pl.Trainer, checkpoint: HessianCheckpoint) -> Non
 def put_hessian_checkpoints_first(trainer: pl.Trainer) -> None:
     """Make Lightning take a HessianCheckpoint for "best": it takes the first checkpoint callback there is.
 
-    In place and among checkpoint callbacks only, because the Trainer is walking this very list.
+    The one passed to a HessianSpectrumCallback comes before those that stand in `callbacks` by themselves. In place and
+    among checkpoint callbacks only, because the Trainer is walking this very list.
     """
     callbacks = callbacks_of(trainer)
-    checkpoints = sorted(trainer.checkpoint_callbacks, key=lambda c: not isinstance(c, HessianCheckpoint))
+    own = [source.checkpoint for source in callbacks if isinstance(source, SpectrumSource)]
+    checkpoints = sorted(
+        trainer.checkpoint_callbacks, key=lambda c: (not isinstance(c, HessianCheckpoint), c not in own)
+    )
     callbacks[:] = [*(c for c in callbacks if not isinstance(c, Checkpoint)), *checkpoints]
 
 

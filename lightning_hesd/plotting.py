@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 POSITIVE = "#0072B2"
 NEGATIVE = "#D55E00"
+SMOOTHING = "0.6"
 LOWEST_PART = 1e-10
 """The logarithmic axis ends this far below the highest density, where rounding begins to matter."""
 
@@ -34,14 +35,20 @@ def plot_density(spectrum: Spectrum, ax: Axes | None = None, title: str = "") ->
     """
     if ax is None:
         ax = Figure(figsize=(4.6, 3.5), dpi=160, layout="constrained").add_subplot()
-    grid, density = spectrum.density()
+    low, high = spectrum.lambda_min, spectrum.lambda_max
+    sigma = _smoothing(low, high)
+    grid, density = spectrum.density(sigma=sigma)
+    grid, density = spectrum.density(np.union1d(grid, (low, 0.0, high)), sigma)
     nodes = spectrum.nodes[~np.isnan(spectrum.nodes)]
     peaks = density[np.searchsorted(grid, nodes).clip(0, len(grid) - 1)]
     top = float(density.max())
     bottom = max(float(peaks.min()) / 10, top * LOWEST_PART)
 
-    # The sign of the curvature is what the criteria are about, so it has a colour of its own.
-    for side, colour in ((grid <= 0, NEGATIVE), (grid >= 0, POSITIVE)):
+    # The sign of the curvature is what the criteria are about, so it has a colour of its own. Beyond the extremes there
+    # is nothing but the smoothing.
+    ax.plot(grid, density, color=SMOOTHING, linewidth=1)
+    within = (grid >= low) & (grid <= high)
+    for side, colour in ((within & (grid <= 0), NEGATIVE), (within & (grid >= 0), POSITIVE)):
         ax.fill_between(grid[side], bottom, density[side].clip(bottom), color=colour, alpha=0.25, linewidth=0)
         ax.plot(grid[side], density[side], color=colour, linewidth=1.2)
     for value, symbol in ((spectrum.lambda_min, r"\min"), (spectrum.lambda_max, r"\max")):
@@ -57,6 +64,17 @@ def plot_density(spectrum: Spectrum, ax: Axes | None = None, title: str = "") ->
     ax.grid(visible=True, alpha=0.3)
     ax.legend(fontsize=9, loc="upper right", framealpha=0.9, handlelength=1.2)
     return ax
+
+
+def _smoothing(low: float, high: float) -> float | None:
+    """Return a standard deviation that lets the smaller extreme stand out from zero, 0.2 to 1 % of the width.
+
+    None, for the default of `Spectrum.density`, where all nodes are one up to rounding.
+    """
+    width = high - low
+    if width <= 1e-10 * max(abs(low), abs(high)):
+        return None
+    return max(0.002 * width, min(0.01 * width, abs(low) / 4, abs(high) / 4))
 
 
 def describe(spectrum: Spectrum, title: str = "") -> str:

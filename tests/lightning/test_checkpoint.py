@@ -152,6 +152,16 @@ def test_best_is_ours_beside_the_users_own_checkpoint(tmp_path: Path, others_fir
     assert epoch_of(others.best_model_path) == 1
 
 
+@pytest.mark.parametrize("own", ["highest_c_t", "lowest_max_eigenvalue"])
+def test_best_is_the_one_passed_to_the_callback_beside_one_that_stands_alone(tmp_path: Path, own: Any) -> None:
+    callback = HessianSpectrumCallback(checkpoint=own, loss_fn=lambda module, _: module.weight**2, num_samples=2)
+    alone = HessianCheckpoint(lambda record: record.epoch, dirpath=tmp_path)
+    trainer = run_script(tmp_path, SCRIPT, [alone, callback])
+    assert trainer.checkpoint_callback is callback.checkpoint
+    assert callback.checkpoint.best.epoch == epoch_of(callback.checkpoint.best_model_path)
+    assert HessianCheckpoint().best is None
+
+
 def test_default_checkpoint_is_left_alone(tmp_path: Path) -> None:
     spectrum_callback = HessianSpectrumCallback(
         checkpoint="highest_c_t", loss_fn=lambda module, _: (module.weight - 1) ** 2, num_samples=2

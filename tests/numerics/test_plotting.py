@@ -1,0 +1,75 @@
+"""What the density figure shows."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from lightning_hesd import Spectrum
+from lightning_hesd.plotting import NEGATIVE, POSITIVE, describe, plot_density
+
+
+def spectrum(*nodes: float, residual: float = 0.0, reason: str | None = None) -> Spectrum:
+    return Spectrum(
+        nodes=np.array([nodes]),
+        weights=np.full((1, len(nodes)), 1 / len(nodes)),
+        residuals=np.full((1, len(nodes)), residual),
+        steps_per_probe=(len(nodes),),
+        dimension=100,
+        num_samples=8,
+        loss=0.5,
+        rounding=1e-9,
+        matvecs=len(nodes),
+        seconds=0.1,
+        reason=reason,
+    )
+
+
+CASES = {
+    "both signs": (-1.0, 0.01, 4.0),
+    "all positive": (0.5, 1.0, 4.0),
+    "all negative": (-4.0, -1.0),
+    "one node": (2.0,),
+    "nodes that are one up to rounding": (2.0, np.nextafter(2.0, 3.0)),
+    "zero": (0.0,),
+    "tiny": (-1e-13, 4e-13),
+    "far outlier": (-1e-4, 0.0, 1e4),
+}
+
+
+@pytest.mark.parametrize("nodes", CASES.values(), ids=CASES)
+def test_colours_tell_the_sign_and_lines_the_extremes(nodes: tuple[float, ...]) -> None:
+    ax = plot_density(spectrum(*nodes))
+    assert ax.get_yscale() == "log"
+    low, high = ax.get_ylim()
+    assert 0 < low < high
+    curves = {to_hex(line.get_color()).upper(): line for line in ax.lines if line.get_linestyle() == "-"}
+    for colour, present in ((NEGATIVE, min(nodes) < 0), (POSITIVE, max(nodes) > 0)):
+        assert (len(curves[colour].get_xdata()) > 1) is (present and len(nodes) > 1)
+    if len(nodes) > 1 and min(nodes) < 0 < max(nodes):
+        # Coloured up to the extremes, not where only the smoothing reaches.
+        assert curves[NEGATIVE].get_xdata()[0] == min(nodes)
+        assert curves[POSITIVE].get_xdata()[-1] == max(nodes)
+    dashed = sorted(line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--")
+    assert dashed == [min(nodes), max(nodes)]
+    (ticks,) = (line for line in ax.lines if line.get_marker() == "|")
+    assert ticks.get_xdata().tolist() == list(nodes)
+    image = io.BytesIO()
+    ax.get_figure().savefig(image)  # whatever cannot be drawn warns here
+    assert image.tell() > 5000
+
+
+def test_draws_on_the_axes_it_is_given() -> None:
+    ax = Figure().add_subplot()
+    assert plot_density(spectrum(-1.0, 4.0), ax) is ax
+    assert len(ax.lines) > 0
+
+
+def test_title_tells_type_and_interval() -> None:
+    assert describe(spectrum(-1.0, 4.0), "epoch 3") == "epoch 3   MP-HESD\n$C_t$ = -0.25  [-0.25, -0.25]"
+    assert describe(spectrum(-2.0, 4.0, residual=1.0)).startswith("MP-HESD (uncertain)\n$C_t$ = -0.5  [-0.75, ")
+    assert describe(spectrum(0.0, reason="none"), "start") == "start\n$C_t$ undefined: no curvature"
