@@ -11,7 +11,7 @@ Neither sees the generalization set: held-out digits, rotated, shifted and noisy
 the picks generalise.
 
     python examples/digits.py
-    python examples/digits.py --model vit --optimizer sgd-momentum --epochs 60 --seed 1
+    python examples/digits.py --model vit --optimizer sgd-momentum --epochs 72 --seed 1
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=[*NETWORKS, "both"], default="both")
     parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw")
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=36)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-dir", type=Path, default=Path("runs/digits"))
     args = parser.parse_args()

@@ -94,9 +94,11 @@ def draw(run: Run, path: Path) -> None:
     bottom.set_xlabel("epoch")
 
     last = max(run.spectra)
+    ticks = [epoch for epoch in run.spectra if epoch >= 0]
+    ticks = ticks[:: 1 + len(ticks) // 12]
     for panel in (top, middle, bottom):
         panel.set_xlim(-1 - 0.03 * last, 1.03 * last)
-        panel.set_xticks([-1, *range(4, last + 1, 5)], ["start", *map(str, range(4, last + 1, 5))])
+        panel.set_xticks([-1, *ticks], ["start", *map(str, ticks)])
         panel.tick_params(labelbottom=panel is bottom)
         panel.grid(visible=True, alpha=0.3)
     figure.align_ylabels([top, middle, bottom])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,6 +58,7 @@ def plot_density(spectrum: Spectrum, ax: Axes | None = None, title: str = "") ->
     ax.plot(nodes, np.full_like(nodes, bottom * 1.3), "|", color="black", markersize=6)
 
     ax.set_yscale("log")
+    ax.yaxis.set_minor_locator(NullLocator())  # laying them out takes as long as all the rest
     ax.set_ylim(bottom, top * 3)
     ax.set_xlabel("Hessian eigenvalue")
     ax.set_ylabel("spectral density")

@@ -79,6 +79,7 @@ def test_tensorboard_gets_scalars_histograms_figures_and_charts(tmp_path: Path) 
         assert counts[edges <= 1e-9].sum() == pytest.approx(negative)
         # The outermost nodes lie in the outermost bars: nothing stretches, nothing is cut off.
         assert histogram.min <= spectrum.lambda_min < edges[0]
+        assert edges[0] - histogram.min == pytest.approx(edges[1] - edges[0])
         assert edges[-2] < spectrum.lambda_max <= histogram.max
         assert counts[0] > 0
         assert counts[-1] > 0
