@@ -50,8 +50,8 @@ class HessianCheckpoint(ModelCheckpoint):
         rule: "highest_c_t" (the paper's), "lowest_max_eigenvalue" (the one it compares with), or a function of the
             record, higher is better.
         train_metric: Key of a logged training metric, such as "train_acc"; None: the analysis's own mean loss.
-        train_metric_mode: "max" or "min"; default: "max" for a `train_metric`, though a name with "loss" or "err" needs it
-            said; "min" for None.
+        train_metric_mode: "max" or "min"; default: "max" for a `train_metric`, but a name with "loss" or "err" needs
+            it said; "min" for None.
         tolerance: How far the metric may lie from the best, absolute; default: 0.01 for a `train_metric`, 0.05 for
             the loss.
         require_mp: Only mainly positive spectra qualify, by the point value of C_t; if none of the candidates is MP,
