@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 LossFunction = Callable[[Any, Any], Tensor]
 """loss_fn(module, batch) -> mean loss over the batch, a scalar tensor."""
+
+Report = Callable[[int, int], None]
+"""Takes the steps done and the most there can be."""
 
 
 def hessian_spectrum(
@@ -130,7 +134,9 @@ def analyze(
     batches: Sequence[WeightedBatch],
     loss_fn: LossFunction,
     options: AnalysisOptions,
+    *,
     all_reduce: AllReduce | None = None,
+    report: Report | None = None,
 ) -> Spectrum:
     """Do the work of `hessian_spectrum`, possibly as one of several processes.
 
@@ -140,6 +146,7 @@ def analyze(
         loss_fn: As for `hessian_spectrum`.
         options: As for `hessian_spectrum`, equal in every process.
         all_reduce: Sums a tensor over the processes; None for a single process.
+        report: Called after every Lanczos step with the steps done and the most there can be.
 
     Returns:
         The spectrum, equal in every process.
@@ -163,8 +170,10 @@ def analyze(
             all_reduce=all_reduce,
         )
         try:
+            tick = None if report is None else _counting(report, options.probes * options.steps)
             runs = [
-                lanczos(operator.matvec, start, options.steps) for start in _start_vectors(parameters, dtype, options)
+                lanczos(operator.matvec, start, options.steps, tick)
+                for start in _start_vectors(parameters, dtype, options)
             ]
         except NonFiniteProductError as error:
             raise operator.explain_non_finite(error.vector) from None
@@ -211,6 +220,11 @@ def _spectrum(
         confidence=options.confidence,
         reason=criteria.undefined_reason(norm, operator.loss, squared_weight_norm, epsilon),
     )
+
+
+def _counting(report: Report, total: int) -> Callable[[], None]:
+    done = itertools.count(1)
+    return lambda: report(next(done), total)
 
 
 def _select_parameters(module: nn.Module, wanted: Callable[[str, nn.Parameter], bool] | None) -> list[nn.Parameter]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import lightning.pytorch as pl
 
-    from lightning_hesd.analysis import LossFunction
+    from lightning_hesd.analysis import LossFunction, Report
     from lightning_hesd.options import AnalysisOptions
     from lightning_hesd.spectrum import Spectrum
 
@@ -76,7 +76,7 @@ class TrainerAnalyzer:
             world_size=trainer.world_size,
         )
 
-    def spectrum(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Spectrum:
+    def spectrum(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: Report | None = None) -> Spectrum:
         """Return the spectrum at the present weights, the same in every process."""
         all_reduce = _lightning.make_all_reduce(trainer)
         samples = self.draw(trainer)
@@ -86,7 +86,8 @@ class TrainerAnalyzer:
             with preserved(pl_module):  # its transfer hooks may leave traces, as `training_step` may
                 batches = _lightning.together(trainer, lambda: self._transfer(trainer, pl_module, samples.batches))
             spectrum = _lightning.together(
-                trainer, lambda: analyze(pl_module, batches, loss_fn, self._options, all_reduce)
+                trainer,
+                lambda: analyze(pl_module, batches, loss_fn, self._options, all_reduce=all_reduce, report=report),
             )
         return trainer.strategy.broadcast(spectrum)
 

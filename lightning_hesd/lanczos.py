@@ -54,13 +54,16 @@ class Tridiagonal:
     breakdown: bool
 
 
-def lanczos(matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Tridiagonal:
+def lanczos(
+    matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int, report: Callable[[], None] | None = None
+) -> Tridiagonal:
     """Run Lanczos with a stored, fully reorthogonalised basis.
 
     Args:
         matvec: Product with a symmetric matrix, (n,) -> (n,).
         start: Start vector, shape (n,), finite and not zero.
         steps: Number of steps, at least 1; never more than n are taken.
+        report: Called after every step.
 
     Returns:
         The tridiagonal matrix. It is shorter than `steps` if the Krylov space became invariant: β small relative to
@@ -102,6 +105,8 @@ def lanczos(matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Tr
             residual = torch.addmv(residual, known.T, coefficients, alpha=-1)
             alphas[step] += coefficients[step]
         betas[step] = torch.linalg.vector_norm(residual)
+        if report is not None:
+            report()
 
         if (step + 1) % interval == 0 or step + 1 == steps:
             diagonal, off_diagonal = (c[: step + 1].double().cpu().numpy() for c in (alphas, betas))
