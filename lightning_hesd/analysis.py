@@ -6,7 +6,7 @@ import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,20 +14,27 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hesd import criteria, quadrature
+from lightning_hesd.batches import WeightedBatch, batch_size
 from lightning_hesd.guards import analysis_state
-from lightning_hesd.lanczos import NonFiniteProductError, Tridiagonal, lanczos
-from lightning_hesd.operators import HessianOperator, WeightedBatch
+from lightning_hesd.lanczos import Lanczos, NonFiniteProductError
+from lightning_hesd.memory import MemoryPlan, plan_memory
+from lightning_hesd.operators import HessianOperator
 from lightning_hesd.options import OPTION_NAMES, AnalysisOptions
+from lightning_hesd.sampling import SamplingError, sampling_error
 from lightning_hesd.snapshot import preserved, seed_everything
-from lightning_hesd.spectrum import Spectrum
+from lightning_hesd.spectrum import SMALLEST_SCALE, Spectrum
 
 if TYPE_CHECKING:
     from lightning_hesd.guards import Mode
-    from lightning_hesd.operators import AllReduce
+    from lightning_hesd.lanczos import Storage
+    from lightning_hesd.operators import AllReduce, Calibration
     from lightning_hesd.options import Probe
 
 LossFunction = Callable[[Any, Any], Tensor]
 """loss_fn(module, batch) -> mean loss over the batch, a scalar tensor."""
+
+COARSE = 0.2
+"""Relative accuracy of C_t at which the extreme Ritz vectors are good enough for the sampling error."""
 
 Report = Callable[[int, int], None]
 """Takes the steps done and the most there can be."""
@@ -42,17 +49,17 @@ def hessian_spectrum(
     steps: int = 100,
     probes: int = 1,
     seed: int = 0,
-    tolerance: float | str | None = None,
+    tolerance: float | Literal["type", "auto"] | None = None,
     confidence: float = 0.95,
     matrix: Literal["hessian"] = "hessian",
     output_fn: Callable[[Any, Any], Any] | None = None,
     output_loss: Callable[[Any, Any], Tensor] | None = None,
     parameters: Callable[[str, nn.Parameter], bool] | None = None,
-    strategy: Literal["auto", "graph", "recompute"] = "auto",
+    strategy: Literal["auto", "graph", "recompute", "finite_difference"] = "auto",
     mode: Mode = "eval",
     probe: Probe = "gaussian",
     dtype: torch.dtype | None = None,
-    basis: Literal["auto", "device"] = "auto",
+    basis: Literal["auto", "device", "cpu", "none"] = "auto",
     memory_budget: int | None = None,
     preconditioner: Mapping[str, Tensor] | None = None,
     sampling_error: bool = False,
@@ -70,35 +77,40 @@ def hessian_spectrum(
             twice.
         batch_weight: `batch_weight(batch)` -> weight of the batch, positive; default: its number of samples, the
             first dimension of its first tensor.
-        steps: Lanczos steps per probe, hence Hessian-vector products; never more than there are parameters. Default
-            from Gabdullin (2025) and Yao et al. (2020).
+        steps: Lanczos steps per probe, hence Hessian-vector products; never more than there are parameters. With
+            `tolerance` the most there can be. Default from Gabdullin (2025) and Yao et al. (2020).
         probes: Number of independent start vectors.
         seed: Seed of the start vectors and of whatever is random in the forward pass.
-        tolerance: Stop early; not available in this version.
-        confidence: Kept in the record; the intervals of this version are residual bounds, which do not depend on it.
+        tolerance: Stop as soon as the interval of C_t is narrow enough: a number for the relative accuracy (0.05:
+            within 5 % of C_t, or of 0.001 where C_t is closer to zero); "type" for MP or MN to be certain; "auto" for
+            a quarter of the sampling error of C_t, which is estimated on the way. None: take all steps.
+        confidence: Probability, over the start vectors, with which the interval of C_t holds at least.
         matrix: "hessian"; others are not available in this version.
         output_fn: For other matrices; not available in this version.
         output_loss: For other matrices; not available in this version.
         parameters: `parameters(name, parameter)` -> whether to include it.
         strategy: "graph" keeps the gradient's graph (fast), "recompute" builds it anew for each product (lean),
-            "auto" keeps the graphs if they are small enough.
+            "finite_difference" takes central differences of the gradient (works without a second derivative; the
+            error is part of the record's `rounding`). "auto" keeps the graphs of as many batches as fit into the
+            memory and recomputes the rest; it takes differences only where there is no exact product.
         mode: Module mode during the analysis: "eval", "train", or "keep" for no change.
         probe: "gaussian" (start vectors uniform on the sphere) or "rademacher" (random signs, as the papers use).
         dtype: Floating-point type of the Lanczos vectors; default: the parameters', at least float32.
-        basis: "auto" or "device"; others are not available in this version.
-        memory_budget: Not available in this version.
+        basis: Where the Krylov basis is kept, `steps` vectors: "device", "cpu", or "none", which does without
+            reorthogonalisation. "auto": the first of these that fits.
+        memory_budget: Bytes the analysis may take, beyond module and batches; default: half of what is free.
         preconditioner: Not available in this version.
-        sampling_error: Not available in this version.
+        sampling_error: Also estimate how much of C_t is due to the finite sample, in one more pass over it.
 
     Returns:
         The spectrum, with its error bounds.
 
     Raises:
         ValueError: If an argument is out of range or not available in this version, if no parameter is left to
-            analyse, or if there is no batch.
+            analyse, if there is no batch, or if the samples cannot be cut into groups for the sampling error.
         TypeError: If the loss is not a scalar tensor.
         ArithmeticError: If the loss or a Hessian-vector product is NaN or infinite; the message names the batch.
-        RuntimeError: If the loss cannot be differentiated twice.
+        RuntimeError: If the loss cannot be differentiated twice, and `strategy` is "graph" or "recompute".
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -137,6 +149,7 @@ def analyze(
     *,
     all_reduce: AllReduce | None = None,
     report: Report | None = None,
+    calibration: Calibration | None = None,
 ) -> Spectrum:
     """Do the work of `hessian_spectrum`, possibly as one of several processes.
 
@@ -147,6 +160,7 @@ def analyze(
         options: As for `hessian_spectrum`, equal in every process.
         all_reduce: Sums a tensor over the processes; None for a single process.
         report: Called after every Lanczos step with the steps done and the most there can be.
+        calibration: What earlier analyses of the same loss found out; brought up to date.
 
     Returns:
         The spectrum, equal in every process.
@@ -154,6 +168,7 @@ def analyze(
     started = time.perf_counter()
     parameters = _select_parameters(module, options.parameters)
     dtype = options.dtype or _vector_dtype(parameters)
+    plan = _plan(module, parameters, dtype, options, all_reduce)
 
     def loss(batch: WeightedBatch) -> Tensor:
         # The same dropout mask at every evaluation of this batch, and not the random numbers of the start vectors.
@@ -168,58 +183,120 @@ def analyze(
             strategy=options.strategy,
             dtype=dtype,
             all_reduce=all_reduce,
+            graph_memory=plan.graphs,
+            calibration=calibration,
         )
+        analysis = _Analysis(operator, parameters, options, plan)
         try:
-            tick = None if report is None else _counting(report, options.probes * options.steps)
-            runs = [
-                lanczos(operator.matvec, start, options.steps, tick)
-                for start in _start_vectors(parameters, dtype, options)
-            ]
+            analysis.run(None if report is None else _counting(report, options.probes * options.steps))
         except NonFiniteProductError as error:
             raise operator.explain_non_finite(error.vector) from None
-        matvecs = sum(run.matvecs for run in runs)
-        cost = _gradient_equivalents(operator, parameters[0].device, matvecs)
-
-    return _spectrum(runs, operator, parameters, options, matvecs=matvecs, cost=cost, started=started)
+        return replace(analysis.spectrum(), seconds=time.perf_counter() - started)
 
 
-def _spectrum(
-    runs: Sequence[Tridiagonal],
-    operator: HessianOperator,
+class _Analysis:
+    """Lanczos processes on an operator, and what they have found so far."""
+
+    def __init__(
+        self, operator: HessianOperator, parameters: Sequence[Tensor], options: AnalysisOptions, plan: MemoryPlan
+    ) -> None:
+        self._operator = operator
+        self._parameters = parameters
+        self._options = options
+        self._plan = plan
+        self._runs: list[Lanczos] = []
+        self._sampling: SamplingError | None = None
+        self._cost: float | None = None
+        self._squared_weight_norm = sum(float(p.detach().double().square().sum()) for p in parameters)
+
+    def run(self, tick: Callable[[], None] | None) -> None:
+        options, operator = self._options, self._operator
+        stop = None if options.tolerance is None else self._is_accurate
+        for start in _start_vectors(self._parameters, operator.dtype, options):
+            self._runs.append(Lanczos(operator.matvec, start, options.steps, storage=self._plan.storage))
+            self._runs[-1].run(stop, report=tick)
+        self._cost = _gradient_equivalents(operator, self._parameters[0].device)
+        if options.wants_sampling_error:
+            self._sample(self._runs)
+
+    def _is_accurate(self) -> bool:
+        """Whether the process that is running has found C_t as accurately as asked."""
+        running = self._runs[-1:]
+        spectrum = self.spectrum(running)
+        if self._options.tolerance == "auto" and spectrum.c_t_error <= COARSE * max(abs(spectrum.c_t), SMALLEST_SCALE):
+            self._sample(running)
+            spectrum = self.spectrum(running)
+        return spectrum.converged
+
+    def _sample(self, runs: Sequence[Lanczos]) -> None:
+        spectrum = self.spectrum(runs)
+        if self._sampling is None and spectrum.reason is None and spectrum.lambda_max > spectrum.rounding:
+            self._sampling = sampling_error(self._operator, runs)
+
+    def spectrum(self, runs: Sequence[Lanczos] | None = None) -> Spectrum:
+        """Return the record of these processes, by default of all."""
+        runs = runs or self._runs
+        operator, options, plan = self._operator, self._options, self._plan
+        nodes, weights, residuals = quadrature.stack_rules(
+            [quadrature.gauss_quadrature(run.alphas, run.betas) for run in runs]
+        )
+        norm = float(np.nanmax(np.abs(nodes)))
+        # The result is no more accurate than the coarser of the parameters' and the vectors' arithmetic.
+        epsilon = max(torch.finfo(dtype).eps for dtype in [operator.dtype, *(p.dtype for p in self._parameters)])
+        dimension = sum(p.numel() for p in self._parameters)
+        return Spectrum(
+            nodes=nodes,
+            weights=weights,
+            residuals=residuals,
+            steps_per_probe=tuple(len(run.alphas) for run in runs),
+            dimension=dimension,
+            num_samples=round(operator.weight),
+            loss=operator.loss,
+            rounding=max(criteria.rounding_threshold(norm, epsilon, dimension), operator.product_error),
+            matvecs=operator.matvecs,
+            seconds=0.0,
+            gradient_equivalents=self._cost,
+            probe=options.probe,
+            seed=options.seed,
+            mode=options.mode,
+            strategy=operator.strategy,
+            strategy_reason=operator.strategy_reason,
+            basis=plan.storage,
+            predicted_memory=plan.predicted(operator.graph_bytes),
+            confidence=options.confidence,
+            tolerance=options.tolerance,
+            reason=criteria.undefined_reason(norm, operator.loss, self._squared_weight_norm, epsilon),
+            **({} if self._sampling is None else asdict(self._sampling)),
+        )
+
+
+def _plan(
+    module: nn.Module,
     parameters: Sequence[Tensor],
+    dtype: torch.dtype,
     options: AnalysisOptions,
-    *,
-    matvecs: int,
-    cost: float | None,
-    started: float,
-) -> Spectrum:
-    rules = [quadrature.gauss_quadrature(run.alphas, run.betas) for run in runs]
-    nodes, weights, residuals = quadrature.stack_rules(rules)
-    norm = max(float(abs(rule[0]).max()) for rule in rules)
-    # The result is no more accurate than the coarser of the parameters' and the vectors' arithmetic.
-    epsilon = max(torch.finfo(dtype).eps for dtype in [operator.dtype, *(p.dtype for p in parameters)])
-    dimension = sum(p.numel() for p in parameters)
-    squared_weight_norm = sum(float(p.detach().double().square().sum()) for p in parameters)
-    return Spectrum(
-        nodes=nodes,
-        weights=weights,
-        residuals=residuals,
-        steps_per_probe=tuple(len(run.alphas) for run in runs),
-        dimension=dimension,
-        num_samples=round(operator.weight),
-        loss=operator.loss,
-        rounding=criteria.rounding_threshold(norm, epsilon, dimension),
-        matvecs=matvecs,
-        seconds=time.perf_counter() - started,
-        gradient_equivalents=cost,
-        probe=options.probe,
-        seed=options.seed,
-        mode=options.mode,
-        strategy=operator.strategy,
-        strategy_reason=operator.strategy_reason,
-        confidence=options.confidence,
-        reason=criteria.undefined_reason(norm, operator.loss, squared_weight_norm, epsilon),
-    )
+    all_reduce: AllReduce | None,
+) -> MemoryPlan:
+    """Plan the memory, with the same storage in every process: the leanest that one of them needs."""
+    n = sum(p.numel() for p in parameters)
+    device = parameters[0].device
+
+    def plan(basis: Literal["auto"] | Storage) -> MemoryPlan:
+        return plan_memory(
+            [*module.parameters(), *module.buffers()],
+            n * dtype.itemsize,
+            min(options.steps, n),
+            basis=basis,
+            device=device,
+            budget=options.memory_budget,
+        )
+
+    own = plan(options.basis)
+    if all_reduce is None:
+        return own
+    storages: list[Storage] = ["device", "cpu", "none"]
+    votes = all_reduce(torch.tensor([float(own.storage == s) for s in storages], device=device)).tolist()
+    return plan([storage for storage, vote in zip(storages, votes, strict=True) if vote][-1])
 
 
 def _counting(report: Report, total: int) -> Callable[[], None]:
@@ -272,36 +349,10 @@ def _checked_loss(loss: Any) -> Tensor:
     return loss.reshape(())
 
 
-def _gradient_equivalents(operator: HessianOperator, device: torch.device, matvecs: int) -> float | None:
+def _gradient_equivalents(operator: HessianOperator, device: torch.device) -> float | None:
     """Return seconds per product over seconds per gradient, on the CPU; calls on other devices return early."""
     if device.type != "cpu" or not operator.batches:
         return None
     # The last thing measured, so that the caches are as warm as they were for the products.
     seconds = operator.time_gradient()
-    return operator.seconds / matvecs / seconds if seconds > 0 else None
-
-
-def batch_size(batch: Any) -> float:
-    """Return the number of samples of a batch as Lightning infers it: the length of its first tensor.
-
-    Raises:
-        ValueError: If the batch holds no tensor.
-    """
-    for tensor in _tensors(batch):
-        return float(tensor.shape[0]) if tensor.ndim else 1.0
-    msg = f"cannot tell the number of samples of a batch of type {type(batch).__name__}: pass `batch_weight`."
-    raise ValueError(msg)
-
-
-def _tensors(batch: Any) -> Iterable[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, np.ndarray):
-        return
-    elif isinstance(batch, Mapping):
-        yield from _tensors(list(batch.values()))
-    elif is_dataclass(batch) and not isinstance(batch, type):
-        yield from _tensors([getattr(batch, field.name) for field in fields(batch)])
-    elif isinstance(batch, Iterable) and not isinstance(batch, str | bytes):
-        for part in batch:
-            yield from _tensors(part)
+    return operator.seconds_per_product / seconds if seconds > 0 else None

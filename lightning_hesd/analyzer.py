@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_hesd import _lightning
 from lightning_hesd.analysis import analyze
+from lightning_hesd.batches import WeightedBatch
 from lightning_hesd.data import AnalysisSamples, draw_samples, training_loader
 from lightning_hesd.loss import make_loss_fn, muted
-from lightning_hesd.operators import WeightedBatch
 from lightning_hesd.snapshot import preserved, seed_everything
 
 if TYPE_CHECKING:

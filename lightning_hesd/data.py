@@ -17,8 +17,8 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, WeightedRandomSampler
 
 from lightning_hesd._lightning import unwrap_sampler
-from lightning_hesd.analysis import batch_size as infer_batch_size
-from lightning_hesd.operators import WeightedBatch
+from lightning_hesd.batches import WeightedBatch
+from lightning_hesd.batches import batch_size as infer_batch_size
 from lightning_hesd.snapshot import preserved, seed_everything
 
 if TYPE_CHECKING:

@@ -1,16 +1,17 @@
 """Lanczos tridiagonalisation of a symmetric matrix that is known by its products only.
 
-Works on flat tensors; knows nothing of modules or losses. Lanczos (1950); complete reorthogonalisation by classical
-Gram-Schmidt, done twice (Giraud, Langou & Rozložník 2005), keeps the basis orthogonal to machine precision.
+Works on flat tensors; knows nothing of modules or losses. Lanczos (1950); the basis is kept orthogonal to machine
+precision by complete reorthogonalisation with classical Gram-Schmidt, twice where once is not enough (Daniel, Gragg,
+Kaufman & Stewart 1976; Giraud, Langou & Rozložník 2005).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lightning_hesd.criteria import rounding_threshold
 
@@ -18,109 +19,174 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
-    from torch import Tensor
+
+    Storage = Literal["device", "cpu", "none"]
 
 STEPS_BETWEEN_CHECKS = 8
 """On an accelerator the coefficients are read back only every so many steps: reading them waits for the device."""
+
+STEPS_BETWEEN_STOPS = 2
+"""On the CPU reading is free, but asking whether to stop is not: it takes about a millisecond."""
+
+LOST_NORM = 0.7
+"""A pass that leaves less than this share of a vector has removed so much that its rounding matters: pass again."""
 
 
 class NonFiniteProductError(ArithmeticError):
     """A matrix-vector product came out NaN or infinite.
 
     Attributes:
-        vector: A finite vector, shape (n,), whose product was not finite.
+        vector: A finite vector, shape (n,), whose product was not finite; None if it was not kept.
     """
 
-    def __init__(self, vector: Tensor, step: int) -> None:
+    def __init__(self, vector: Tensor | None, step: int) -> None:
         super().__init__(f"the matrix-vector product of Lanczos step {step} is NaN or infinite")
         self.vector = vector
 
 
-@dataclass(frozen=True)
-class Tridiagonal:
-    """Result of m Lanczos steps.
+class Lanczos:
+    """A Lanczos process: the tridiagonal matrix after the steps taken so far, and the basis behind it.
 
     Attributes:
         alphas: Diagonal, shape (m,), float64.
-        betas: Off-diagonal and, last, the norm of the final residual vector, shape (m,), float64.
-        matvecs: Products spent: m, or a few more on an accelerator.
+        betas: Off-diagonal and, last, the norm of the residual vector, shape (m,), float64.
         breakdown: Whether the Krylov space became invariant, so that the eigenvalues of T are eigenvalues of the
             matrix.
     """
 
-    alphas: NDArray[np.float64]
-    betas: NDArray[np.float64]
-    matvecs: int
-    breakdown: bool
+    def __init__(
+        self, matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int, *, storage: Storage = "device"
+    ) -> None:
+        """Prepare the process.
 
+        Args:
+            matvec: Product with a symmetric matrix, (n,) -> (n,).
+            start: Start vector, shape (n,), finite and not zero.
+            steps: Number of steps, at least 1; never more than n are taken.
+            storage: Where the basis is kept, `steps` vectors: with the vectors ("device"), in the computer's memory
+                ("cpu"), or nowhere ("none"). Without a basis the vectors lose their orthogonality once a Ritz value
+                has converged, and copies of it ("ghosts") appear: extremes and quadrature stay right, but nodes no
+                longer stand for one eigenvalue each (Paige 1980, Greenbaum 1989).
 
-def lanczos(
-    matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int, report: Callable[[], None] | None = None
-) -> Tridiagonal:
-    """Run Lanczos with a stored, fully reorthogonalised basis.
+        Raises:
+            ValueError: If `steps` is less than 1, or `start` is zero or not finite.
+        """
+        if steps < 1:
+            msg = f"`steps` must be at least 1, got {steps}."
+            raise ValueError(msg)
+        norm = float(torch.linalg.vector_norm(start))
+        if not 0 < norm < float("inf"):
+            msg = f"`start` must be finite and not zero, got a vector of norm {norm}."
+            raise ValueError(msg)
+        self.alphas: NDArray[np.float64] = np.empty(0)
+        self.betas: NDArray[np.float64] = np.empty(0)
+        self.breakdown = False
+        self._matvec = matvec
+        self._start = start / norm
+        self._steps = min(steps, start.numel())
+        self._on_accelerator = start.device.type != "cpu"
+        self._basis: Tensor | None = None  # row j is the Lanczos vector v_j
+        if storage != "none":
+            device = start.device if storage == "device" else torch.device("cpu")
+            self._basis = torch.empty(self._steps, start.numel(), dtype=start.dtype, device=device)
 
-    Args:
-        matvec: Product with a symmetric matrix, (n,) -> (n,).
-        start: Start vector, shape (n,), finite and not zero.
-        steps: Number of steps, at least 1; never more than n are taken.
-        report: Called after every step.
+    def run(self, stop: Callable[[], bool] | None = None, *, report: Callable[[], None] | None = None) -> None:
+        """Take the steps, or fewer if the Krylov space becomes invariant or `stop` says so.
 
-    Returns:
-        The tridiagonal matrix. It is shorter than `steps` if the Krylov space became invariant: β small relative to
-        ‖T‖ and the dtype's epsilon.
+        Args:
+            stop: Asked every few steps, with `alphas` and `betas` up to date, whether they will do.
+            report: Called after every step.
 
-    Raises:
-        ValueError: If `steps` is less than 1, or `start` is zero or not finite.
-        NonFiniteProductError: If a product is NaN or infinite.
+        Raises:
+            NonFiniteProductError: If a product is NaN or infinite.
+        """
+        interval = STEPS_BETWEEN_CHECKS if self._on_accelerator else 1
+        limits = torch.finfo(self._start.dtype)
+        alphas, betas = torch.zeros(2, self._steps, dtype=self._start.dtype, device=self._start.device)
+        previous, current = None, self._start
 
-    Example:
-        >>> diagonal = torch.tensor([1.0, 2.0, 4.0])
-        >>> result = lanczos(lambda v: diagonal * v, torch.ones(3), steps=10)
-        >>> len(result.alphas), result.breakdown, round(float(result.alphas[0]), 4)
-        (3, True, 2.3333)
-    """
-    if steps < 1:
-        msg = f"`steps` must be at least 1, got {steps}."
-        raise ValueError(msg)
-    norm = float(torch.linalg.vector_norm(start))
-    if not 0 < norm < float("inf"):
-        msg = f"`start` must be finite and not zero, got a vector of norm {norm}."
-        raise ValueError(msg)
+        for step in range(self._steps):
+            self._keep(step, current)
+            residual = self._matvec(current)
+            if previous is not None:
+                residual = torch.addcmul(residual, previous, betas[step - 1], value=-1)
+            alphas[step] = torch.dot(current, residual)
+            residual = torch.addcmul(residual, current, alphas[step], value=-1)
+            alphas[step] += self._reorthogonalize(residual, step)
+            betas[step] = torch.linalg.vector_norm(residual)
+            if report is not None:
+                report()
 
-    n = start.numel()
-    steps = min(steps, n)
-    limits = torch.finfo(start.dtype)
-    interval = 1 if start.device.type == "cpu" else STEPS_BETWEEN_CHECKS
-    basis = torch.empty(steps, n, dtype=start.dtype, device=start.device)  # row j is the Lanczos vector v_j
-    alphas, betas = torch.zeros(2, steps, dtype=start.dtype, device=start.device)
-    torch.div(start, norm, out=basis[0])
+            last = step + 1 == self._steps
+            if (step + 1) % interval == 0 or last:
+                self.alphas, self.betas = (c[: step + 1].double().cpu().numpy() for c in (alphas, betas))
+                self._check_finite(current)
+                end = _breakdown(self.alphas, self.betas, rounding_threshold(1.0, limits.eps, len(residual)))
+                if end is not None:
+                    self.alphas, self.betas, self.breakdown = self.alphas[:end], self.betas[:end], True
+                    return
+                if stop is not None and not last and (step + 1) % STEPS_BETWEEN_STOPS == 0 and stop():
+                    return
+            previous, current = current, residual / betas[step].clamp_min(limits.tiny)
 
-    for step in range(steps):
-        known = basis[: step + 1]
-        residual = matvec(known[step])
-        # Both passes remove everything the basis spans, hence also α·v_j + β·v_{j-1} of the three-term recurrence;
-        # the two coefficients along v_j add up to α.
+    def ritz_vectors(self, coefficients: NDArray[np.float64]) -> Tensor:
+        """Return combinations of the basis vectors, shape (count, n), in the device and type of the start vector.
+
+        Args:
+            coefficients: Eigenvectors of T as columns, shape (m, count), m the steps taken.
+        """
+        weights = torch.from_numpy(np.ascontiguousarray(coefficients.T)).to(self._start)
+        if self._basis is not None:
+            known = self._basis[: weights.shape[1]]
+            return (weights.to(known.device) @ known).to(self._start.device)
+        # Without a basis the process is repeated, with the coefficients that are known by now.
+        combined = torch.outer(weights[:, 0], self._start)
+        previous, current = torch.zeros_like(self._start), self._start
+        for step in range(weights.shape[1] - 1):
+            residual = self._matvec(current)
+            residual = torch.sub(residual, current, alpha=float(self.alphas[step]))
+            residual.sub_(previous, alpha=float(self.betas[step - 1]) if step else 0.0)
+            previous, current = current, residual.div_(float(self.betas[step]))
+            combined.addr_(weights[:, step + 1], current)
+        return combined
+
+    def project(self, vector: Tensor) -> Tensor | None:
+        """Return the components of a vector along the basis vectors, shape (m,); None without a basis."""
+        if self._basis is None:
+            return None
+        known = self._basis[: len(self.alphas)]
+        return known @ vector.to(known.device)
+
+    def _keep(self, step: int, vector: Tensor) -> None:
+        if self._basis is not None:
+            self._basis[step].copy_(vector)
+
+    def _reorthogonalize(self, residual: Tensor, step: int) -> Tensor | float:
+        """Remove, in place, what the basis still spans; return the correction to α that this amounts to."""
+        if self._basis is None:
+            return 0.0
+        known = self._basis[: step + 1]
+        moved = residual.device != known.device
+        vector = residual.to(known.device) if moved else residual
+        correction: Tensor | float = 0.0
         for _ in range(2):
-            coefficients = known @ residual
-            residual = torch.addmv(residual, known.T, coefficients, alpha=-1)
-            alphas[step] += coefficients[step]
-        betas[step] = torch.linalg.vector_norm(residual)
-        if report is not None:
-            report()
+            before = torch.linalg.vector_norm(vector)
+            coefficients = known @ vector
+            vector.addmv_(known.T, coefficients, alpha=-1)
+            correction = correction + coefficients[step]
+            # Asking an accelerator would mean waiting for it; there the second pass is the cheaper answer.
+            if not self._on_accelerator and float(torch.linalg.vector_norm(vector)) > LOST_NORM * float(before):
+                break
+        if moved:
+            residual.copy_(vector)
+        return correction.to(residual.device) if isinstance(correction, Tensor) else correction
 
-        if (step + 1) % interval == 0 or step + 1 == steps:
-            diagonal, off_diagonal = (c[: step + 1].double().cpu().numpy() for c in (alphas, betas))
-            finite = np.isfinite(diagonal) & np.isfinite(off_diagonal)
-            if not finite.all():
-                culprit = int(np.argmin(finite))
-                raise NonFiniteProductError(basis[culprit].clone(), culprit + 1)
-            end = _breakdown(diagonal, off_diagonal, rounding_threshold(1.0, limits.eps, n))
-            if end is not None:
-                return Tridiagonal(diagonal[:end], off_diagonal[:end], matvecs=step + 1, breakdown=True)
-        if step + 1 < steps:
-            torch.div(residual, betas[step].clamp_min(limits.tiny), out=basis[step + 1])
-
-    return Tridiagonal(diagonal, off_diagonal, matvecs=steps, breakdown=False)
+    def _check_finite(self, current: Tensor) -> None:
+        finite = np.isfinite(self.alphas) & np.isfinite(self.betas)
+        if not finite.all():
+            culprit = int(np.argmin(finite))
+            vector = current if self._basis is None else self._basis[culprit].to(current.device)
+            raise NonFiniteProductError(vector.clone() if vector.isfinite().all() else None, culprit + 1)
 
 
 def _breakdown(alphas: NDArray[np.float64], betas: NDArray[np.float64], tolerance: float) -> int | None:

@@ -6,58 +6,34 @@ several processes: each holds a share of the batches, and `all_reduce` adds the 
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_hesd.products import choose_strategy, gradient, recomputed_product, retained_graph_product
+from lightning_hesd.memory import MemoryMeter
+from lightning_hesd.products import (
+    FiniteDifferences,
+    gradient,
+    recomputed_product,
+    retained_graph_product,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from lightning_hesd.batches import WeightedBatch
     from lightning_hesd.products import Product, Strategy
 
     AllReduce = Callable[[Tensor], Tensor]
     """Sums a tensor over all processes."""
 
-
-@dataclass(frozen=True)
-class WeightedBatch:
-    """One batch of the analysis.
-
-    Attributes:
-        data: The batch as the loss function takes it.
-        weight: Its weight in the mean loss: its number of samples.
-        index: Its position among the batches of all processes; it seeds whatever is random in the forward pass.
-    """
-
-    data: Any
-    weight: float
-    index: int
-
-    def __post_init__(self) -> None:
-        """Check the weight.
-
-        Raises:
-            ValueError: If it is not positive and finite.
-        """
-        if not 0 < self.weight < math.inf:
-            msg = f"`batch_weight` must be positive and finite, got {self.weight} for batch {self.index}."
-            raise ValueError(msg)
-
-    def copy(self) -> WeightedBatch:
-        """Return a copy for code that may change its batch in place, which every evaluation must find unchanged."""
-        try:
-            data = copy.deepcopy(self.data)
-        except Exception:  # noqa: BLE001 - what cannot be copied is passed on as it is
-            data = self.data
-        return WeightedBatch(data, self.weight, self.index)
+LADDER_FACTOR = 4.0
+LADDER_RUNGS = 10
 
 
 class AnotherProcessFailedError(RuntimeError):
@@ -67,8 +43,28 @@ class AnotherProcessFailedError(RuntimeError):
         super().__init__("the analysis failed on another process, whose own message names the cause")
 
 
+@dataclass
+class Calibration:
+    """What is found out about a loss at its first analysis, and holds as long as shapes stay the same.
+
+    Attributes:
+        graph_bytes: Memory that the gradient's graph holds per unit of batch weight; None: not measured.
+        obstacle: Why the loss cannot be differentiated twice; None if it can.
+        step: Step of central differences; None: not chosen.
+    """
+
+    graph_bytes: float | None = None
+    obstacle: str | None = None
+    step: float | None = None
+
+
 class HessianOperator:
     """Hessian-vector products of the weighted mean loss over batches and processes.
+
+    With "auto" the products are exact wherever the loss can be differentiated twice: from retained graphs for as many
+    batches as fit into the memory, recomputed for the rest. There is nothing to time: a recomputed product is a
+    product from a retained graph, and the gradient that builds the graph on top of it. Only a loss without a second
+    derivative is left to central differences.
 
     With several processes a failure must not leave the others waiting in `all_reduce`: the process that fails goes on
     contributing NaN, which every process sees at the same step, and raises its own error from `failure` afterwards.
@@ -78,10 +74,14 @@ class HessianOperator:
         dtype: Floating-point type of the flat vectors.
         loss: Mean loss over all batches.
         weight: Sum of the weights of all batches.
-        strategy: The strategy in use.
+        num_batches: Number of batches of all processes.
+        strategy: The strategy in use; "graph" if any batch's graph is retained.
         strategy_reason: Why.
+        graph_bytes: What the retained graphs hold, and a product takes on top; None unless "auto" measured it.
+        product_error: Norm of the error of a product with a unit vector, beyond rounding: of central differences.
         failure: What went wrong in this process, if anything did.
-        seconds: Time spent in products so far; meaningful on the CPU only, where calls do not return early.
+        matvecs: Products so far.
+        seconds_per_product: Mean time; meaningful on the CPU only, where calls do not return early.
     """
 
     def __init__(
@@ -93,6 +93,8 @@ class HessianOperator:
         strategy: Strategy | Literal["auto"],
         dtype: torch.dtype,
         all_reduce: AllReduce | None = None,
+        graph_memory: float = math.inf,
+        calibration: Calibration | None = None,
     ) -> None:
         """Evaluate the loss of every batch and prepare the products.
 
@@ -103,58 +105,189 @@ class HessianOperator:
             strategy: How to compute products.
             dtype: Floating-point type of the flat vectors.
             all_reduce: Sums a tensor over processes; None for a single process.
+            graph_memory: Bytes that "auto" may spend on graphs, those that come and go included.
+            calibration: What is known from an earlier analysis; brought up to date.
 
         Raises:
             ValueError: If no process has a batch.
             ArithmeticError: If the loss of a batch is NaN or infinite.
             AnotherProcessFailedError: If that or anything else happened on another process.
         """
-        self.strategy: Strategy
-        self.strategy_reason: str
         self.failure: Exception | None = None
-        self.seconds = 0.0
-        self._loss_fn = loss_fn
+        self.matvecs = 0
+        self.seconds_per_product = 0.0
+        self._timed = 0
+        self.product_error = 0.0
+        self.graph_bytes: float | None = None
         self.batches = batches
+        self.dtype = dtype
+        self._loss_fn = loss_fn
         self._parameters = parameters
         self._sizes = [p.numel() for p in parameters]
-        self.dtype = dtype
         self._device = parameters[0].device
         self._all_reduce = all_reduce
-        self._products: list[Product] = []
+        self._calibration = calibration or Calibration()
+        self._products: list[Product]
+        self._differences: FiniteDifferences | None
 
-        total = torch.zeros(3, dtype=torch.float64)  # weight, weight·loss, number of failed processes
+        obstacle = self._calibration.obstacle if strategy == "auto" else None
+        self.strategy: Strategy = "finite_difference" if obstacle else "graph" if strategy == "auto" else strategy
+        self.strategy_reason = f"auto: {obstacle}" if obstacle else "as asked"
+        if not self._build(measured=strategy == "auto" and obstacle is None, graph_memory=graph_memory):
+            # On one process at least, so on all of them.
+            self.strategy = "finite_difference"
+            obstacle = self._calibration.obstacle or "on another process there is no second derivative"
+            self._calibration.obstacle = obstacle
+            self.strategy_reason = f"auto: {obstacle}"
+            self._build(measured=False, graph_memory=graph_memory)
+        if self._differences is not None:
+            self._choose_step(self._differences)
+
+    def _build(self, *, measured: bool, graph_memory: float) -> bool:
+        """Prepare the products of all batches; return False if some process found that there is no exact one.
+
+        Raises:
+            ValueError: If no process has a batch.
+            ArithmeticError: If the loss of a batch is NaN or infinite.
+            AnotherProcessFailedError: If that or anything else happened on another process.
+        """
+        self._products = []
+        self._differences = None
+        own = torch.zeros(5, dtype=torch.float64)  # weight, weight·loss, batches, failures, those for want of a Hessian
         try:
-            self._build(strategy, total)
+            if self.strategy == "finite_difference":
+                self._differences = FiniteDifferences(self._parameters)
+            for batch, (loss, product) in self._prepared(measured=measured, graph_memory=graph_memory):
+                if not loss.isfinite():
+                    msg = f"the loss of batch {batch.index} is {loss.item()}; the Hessian is undefined there."
+                    raise ArithmeticError(msg)  # noqa: TRY301 - on its way to the other processes
+                self._products.append(product)
+                own += torch.tensor([batch.weight, batch.weight * loss.item(), 1.0, 0.0, 0.0], dtype=torch.float64)
+        except _NoHessianError as error:
+            self._products = []
+            self._calibration.obstacle = str(error)
+            own = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
         except Exception as error:
-            if all_reduce is None:
+            if self._all_reduce is None:
                 raise
             self.failure = error
-            total = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
-        self.weight, weighted_loss, failures = self._sum_over_processes(total.to(self._device)).tolist()
+            own = torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0], dtype=torch.float64)
+        total = self.sum_over_processes(own.to(self._device)).tolist()
+        self.weight, weighted_loss, num_batches, failures, without_hessian = total
+        self.num_batches = round(num_batches)
         if failures:
             raise self.failure or AnotherProcessFailedError
+        if without_hessian:
+            return False
         if not self.weight:
             msg = "there are no batches to analyse: `batches` is empty."
             raise ValueError(msg)
         self.loss = weighted_loss / self.weight
+        return True
 
-    def _build(self, strategy: Strategy | Literal["auto"], total: Tensor) -> None:
-        self.strategy, self.strategy_reason = ("graph", "no batches") if strategy == "auto" else (strategy, "as asked")
-        if strategy == "auto" and self.batches:
-            first = self.batches[0]
-            scale = sum(batch.weight for batch in self.batches) / first.weight
-            loss_of_first = partial(self._loss_fn, first)
-            self.strategy, self.strategy_reason = choose_strategy(loss_of_first, self._parameters, scale)
-        make_product = retained_graph_product if self.strategy == "graph" else recomputed_product
+    def _prepared(
+        self, *, measured: bool, graph_memory: float
+    ) -> Iterator[tuple[WeightedBatch, tuple[Tensor, Product]]]:
+        """Yield every batch with its loss and product.
+
+        Raises:
+            _NoHessianError: If there is no exact product.
+        """
         for batch in self.batches:
-            loss, product = make_product(partial(self._loss_fn, batch), self._parameters)
-            if not loss.isfinite():
-                msg = f"the loss of batch {batch.index} is {loss.item()}; the Hessian is undefined there."
-                raise ArithmeticError(msg)
-            self._products.append(product)
-            total += torch.tensor([batch.weight, batch.weight * loss.item(), 0.0], dtype=torch.float64)
+            if not measured:
+                yield batch, self._make_product(batch, self.strategy)
+        if not measured or not self.batches:
+            return
+        largest = max(batch.weight for batch in self.batches)
+        kept, held = 0, 0.0
+        for batch in self.batches:
+            made = None
+            if self._calibration.graph_bytes is None:
+                made = self._make_measured_product(batch)
+            known = self._calibration.graph_bytes or 0.0
+            # One product takes up to as much again as the largest graph, and a recomputed graph as much as a kept one.
+            if 2 * known * largest > graph_memory:
+                graph, room = (f"{size / 2**20:.0f} MiB" for size in (known * largest, graph_memory))
+                msg = f"the gradient graph of one batch takes {graph}, a product as much again, and there is {room}"
+                raise _NoHessianError(msg)
+            fits = made is not None or held + known * (batch.weight + largest) <= graph_memory
+            if made is None:
+                made = self._make_product(batch, "graph" if fits else "recompute")
+            held += known * batch.weight if fits else 0.0
+            kept += fits
+            yield batch, made
+        self.graph_bytes = held + known * largest
+        self.strategy_reason = (
+            f"auto: the gradient graphs of {kept} of {len(self.batches)} batches hold {held / 2**20:.0f} MiB"
+        )
+        if kept < len(self.batches):
+            self.strategy_reason += f"; there is room for {graph_memory / 2**20:.0f} MiB, the rest is recomputed"
 
-    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
+    def _make_product(self, batch: WeightedBatch, strategy: Strategy) -> tuple[Tensor, Product]:
+        loss = partial(self._loss_fn, batch)
+        if strategy == "finite_difference":
+            assert self._differences is not None  # noqa: S101 - made before the products
+            return self._differences.product(loss)
+        return (retained_graph_product if strategy == "graph" else recomputed_product)(loss, self._parameters)
+
+    def _make_measured_product(self, batch: WeightedBatch) -> tuple[Tensor, Product]:
+        """Make a product from a retained graph, and find out what the graph holds.
+
+        Raises:
+            _NoHessianError: If there is none, though there is a gradient.
+        """
+        try:
+            with MemoryMeter() as meter:
+                made = self._make_product(batch, "graph")
+        except RuntimeError as error:
+            FiniteDifferences(self._parameters).product(partial(self._loss_fn, batch))  # or else the loss is at fault
+            msg = f"the loss cannot be differentiated twice ({str(error).splitlines()[0]})"
+            raise _NoHessianError(msg) from error
+        self._calibration.graph_bytes = meter.live / batch.weight
+        return made
+
+    def _choose_step(self, differences: FiniteDifferences) -> None:
+        """Choose the step that balances truncation, which falls with the step, against rounding, which grows.
+
+        From a long step downward, each a quarter of the one before, products of neighbouring steps differ by the
+        truncation of the longer and the rounding of the shorter; where they differ least, that difference is the error
+        of the shorter. The test vector is rich in the directions of extreme curvature, where truncation is worst.
+        """
+        epsilon = max(torch.finfo(p.dtype).eps for p in self._parameters)
+        size = math.sqrt(sum(float(p.detach().double().square().sum()) for p in self._parameters))
+        generator = torch.Generator().manual_seed(0)
+        known = self._calibration.step
+        differences.step = known or max(size, 1.0) * epsilon ** (1 / 3) / LADDER_FACTOR
+        vector = torch.randn(sum(self._sizes), generator=generator, dtype=torch.float64)
+        for _ in range(2):
+            vector = vector.to(device=self._device, dtype=self.dtype)
+            vector = self.matvec(vector / torch.linalg.vector_norm(vector))
+        norm = torch.linalg.vector_norm(vector)
+        if not 0 < float(norm) < math.inf:
+            return  # no curvature, or a failure, which the first product will tell
+        vector /= norm
+
+        best = (math.inf, differences.step)
+        differences.step *= LADDER_FACTOR if known else LADDER_FACTOR**2
+        previous = self.matvec(vector)
+        for _ in range(LADDER_RUNGS):
+            differences.step /= LADDER_FACTOR
+            product = self.matvec(vector)
+            gap = float(torch.linalg.vector_norm(product - previous))
+            best = min(best, (gap, differences.step))
+            if gap > 2 * best[0]:
+                break
+            previous = product
+        self.product_error, differences.step = best
+        self._calibration.step = differences.step
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether other processes take part."""
+        return self._all_reduce is not None
+
+    def sum_over_processes(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over all processes."""
         return tensor if self._all_reduce is None else self._all_reduce(tensor)
 
     def _split(self, vector: Tensor) -> list[Tensor]:
@@ -163,32 +296,59 @@ class HessianOperator:
         return [part.view_as(p).to(p.dtype) for part, p in zip(parts, self._parameters, strict=True)]
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """Return Hv, shape (n,), summed over batches and processes; v has shape (n,)."""
+        """Return Hv, shape (n,), summed over batches and processes; v has shape (n,) and, for differences, length 1."""
         started = time.perf_counter()
         result = torch.zeros(sum(self._sizes), dtype=self.dtype, device=self._device)
         try:
             if self.failure is None:
-                self._add_products(vector, result)
+                directions = self._split(vector)
+                for batch, product in zip(self.batches, self._products, strict=True):
+                    self._add(product(directions), batch.weight / self.weight, result)
         except Exception as error:
             if self._all_reduce is None:
                 raise
             self.failure = error
         if self.failure is not None:
             result.fill_(math.nan)
-        result = self._sum_over_processes(result)
-        self.seconds += time.perf_counter() - started
+        result = self.sum_over_processes(result)
+        self.seconds_per_product += (time.perf_counter() - started - self.seconds_per_product) / (self._timed + 1)
+        self._timed += 1
+        self.matvecs += 1
         return result
 
-    def _add_products(self, vector: Tensor, result: Tensor) -> None:
-        directions = self._split(vector)
-        targets = [part.view_as(p) for part, p in zip(torch.split(result, self._sizes), self._parameters, strict=True)]
-        for batch, product in zip(self.batches, self._products, strict=True):
-            for target, part in zip(targets, product(directions), strict=True):
-                if part is not None:
-                    target.add_(part, alpha=batch.weight / self.weight)
+    def _add(self, product: Sequence[Tensor | None], weight: float, result: Tensor) -> None:
+        targets = torch.split(result, self._sizes)
+        for target, part in zip(targets, product, strict=True):
+            if part is not None:
+                target.view_as(part).add_(part, alpha=weight)
 
-    def explain_non_finite(self, vector: Tensor) -> Exception:
+    def group_products(self, vectors: Tensor, parts: int) -> Iterator[tuple[WeightedBatch, int, Tensor]]:
+        """Yield the products of groups of samples, each batch of this process cut into at most `parts` of them.
+
+        Args:
+            vectors: Unit vectors, shape (count, n).
+            parts: Groups per batch.
+
+        Yields:
+            The group, its position among those of its batch, and its products with the vectors, shape (count, n).
+        """
+        directions = [self._split(vector) for vector in vectors]
+        for batch in self.batches:
+            for position, group in enumerate(batch.split(parts) if parts > 1 else [batch]):
+                _, product = self._make_product(
+                    group, "finite_difference" if self._differences is not None else "graph"
+                )
+                result = torch.zeros(len(vectors), sum(self._sizes), dtype=self.dtype, device=self._device)
+                for row, direction in zip(result, directions, strict=True):
+                    self._add(product(direction), 1.0, row)
+                yield group, position, result
+        self.matvecs += len(vectors)
+
+    def explain_non_finite(self, vector: Tensor | None) -> Exception:
         """Return the error for a product with `vector` that came out NaN or infinite, naming the batch."""
+        if vector is None:
+            msg = "a Hessian-vector product is NaN or infinite; which batch it comes from was not kept."
+            return self.failure or ArithmeticError(msg)
         total = self.matvec(vector)  # before anybody returns: the other processes take part in it
         if self.failure is not None:
             return self.failure
@@ -211,5 +371,12 @@ class HessianOperator:
         """Return the seconds of one plain gradient over this process's batches."""
         started = time.perf_counter()
         for batch in self.batches:
-            gradient(self._loss_fn(batch), self._parameters)
+            if self._differences is None:
+                gradient(self._loss_fn(batch), self._parameters)
+            else:
+                self._differences.gradient(partial(self._loss_fn, batch))
         return time.perf_counter() - started
+
+
+class _NoHessianError(RuntimeError):
+    """There is a gradient, but no exact product; says why."""

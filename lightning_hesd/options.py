@@ -25,17 +25,17 @@ class AnalysisOptions:
     steps: int
     probes: int
     seed: int
-    tolerance: float | str | None
+    tolerance: float | Literal["type", "auto"] | None
     confidence: float
     matrix: Literal["hessian"]
     output_fn: Callable[[Any, Any], Any] | None
     output_loss: Callable[[Any, Any], Tensor] | None
     parameters: Callable[[str, nn.Parameter], bool] | None
-    strategy: Literal["auto", "graph", "recompute"]
+    strategy: Literal["auto", "graph", "recompute", "finite_difference"]
     mode: Mode
     probe: Probe
     dtype: torch.dtype | None
-    basis: Literal["auto", "device"]
+    basis: Literal["auto", "device", "cpu", "none"]
     memory_budget: int | None
     preconditioner: Mapping[str, Tensor] | None
     sampling_error: bool
@@ -62,18 +62,32 @@ class AnalysisOptions:
             raise ValueError(msg)
         _check_choice("mode", self.mode, ("eval", "train", "keep"))
         _check_choice("probe", self.probe, ("gaussian", "rademacher"))
-        _check_choice("strategy", self.strategy, ("auto", "graph", "recompute"), ("linearize", "finite_difference"))
+        _check_choice("strategy", self.strategy, ("auto", "graph", "recompute", "finite_difference"), ("linearize",))
         _check_choice("matrix", self.matrix, ("hessian",), ("ggn", "residual"))
-        _check_choice("basis", self.basis, ("auto", "device"), ("cpu", "none"))
+        _check_choice("basis", self.basis, ("auto", "device", "cpu", "none"))
+        self._check_tolerance()
+        budget = self.memory_budget
+        if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
+            msg = f"`memory_budget` must be a positive integer, a number of bytes, or None, got {budget!r}."
+            raise ValueError(msg)
         later = "is not available in this version"
-        unavailable = ("tolerance", "output_fn", "output_loss", "memory_budget", "preconditioner")
+        unavailable = ("output_fn", "output_loss", "preconditioner")
         for name in unavailable:
             if getattr(self, name) is not None:
                 msg = f"`{name}` {later}: leave it None."
                 raise ValueError(msg)
-        if self.sampling_error:
-            msg = f"`sampling_error` {later}: leave it False."
+
+    def _check_tolerance(self) -> None:
+        if self.tolerance is None or self.tolerance in {"type", "auto"}:
+            return
+        if isinstance(self.tolerance, str | bool) or not 0 < self.tolerance < 1:
+            msg = f"`tolerance` must be a number between 0 and 1, 'type', 'auto' or None, got {self.tolerance!r}."
             raise ValueError(msg)
+
+    @property
+    def wants_sampling_error(self) -> bool:
+        """Whether it is asked for, or needed to know when to stop."""
+        return self.sampling_error or self.tolerance == "auto"
 
 
 OPTION_NAMES = tuple(field.name for field in fields(AnalysisOptions))

@@ -1,11 +1,14 @@
-"""Hessian-vector products of one batch: the strategies, and the choice between them.
+"""Hessian-vector products of one batch: the strategies.
 
-Pearlmutter (1994): the product is the derivative of the gradient along the vector.
+The product is the derivative of the gradient along the vector: exact by differentiating the gradient's graph once more
+(Pearlmutter 1994), or as the difference of two gradients. An exact product costs at least about two gradients; one
+whose graph must be built first, a third.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -17,10 +20,7 @@ if TYPE_CHECKING:
 Product = Callable[[Sequence[Tensor]], Sequence[Tensor | None]]
 """Takes a vector, and returns its product, in the shapes of the parameters; None stands for zero."""
 
-Strategy = Literal["graph", "recompute"]
-
-GRAPH_MEMORY_LIMIT = 2 * 2**30
-"""`auto` keeps gradient graphs up to this many bytes; the same everywhere, so that all processes choose alike."""
+Strategy = Literal["graph", "recompute", "finite_difference"]
 
 
 def gradient(loss: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor]:
@@ -69,6 +69,65 @@ def _differentiate(
     return torch.autograd.grad(outputs, parameters, directions, retain_graph=retain_graph, allow_unused=True)
 
 
+@dataclass
+class FiniteDifferences:
+    """Products by central differences of the gradient: two gradients each, and nothing else is needed of the loss.
+
+    The parameters are moved in place and put back bit by bit, so that compiled, scripted and custom code sees them.
+
+    Attributes:
+        parameters: The analysed parameters.
+        step: How far they are moved along the vector, to either side; the vector is taken to have length 1.
+    """
+
+    parameters: Sequence[Tensor]
+    step: float = 0.0
+    _originals: list[Tensor] = field(init=False)
+    _by_backward: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        self._originals = [p.detach().clone() for p in self.parameters]
+
+    def product(self, loss: Callable[[], Tensor]) -> tuple[Tensor, Product]:
+        """Return the value of the loss, a scalar without graph, and the product at the present `step`."""
+        value = loss().detach()
+        self.gradient(loss)
+
+        def product(vector: Sequence[Tensor]) -> Sequence[Tensor | None]:
+            try:
+                self._move(vector, self.step)
+                ahead = self.gradient(loss)
+                self._move(vector, -self.step)
+                behind = self.gradient(loss)
+            finally:
+                self._move(vector, 0.0)
+            return [a.sub_(b).div_(2 * self.step) for a, b in zip(ahead, behind, strict=True)]
+
+        return value, product
+
+    def gradient(self, loss: Callable[[], Tensor]) -> list[Tensor]:
+        """Return the gradient at the present parameters."""
+        if not self._by_backward:
+            try:
+                return gradient(loss(), self.parameters)
+            except RuntimeError:  # reentrant activation checkpointing knows `backward()` only
+                self._by_backward = True
+        for p in self.parameters:
+            p.grad = None
+        loss().backward()  # type: ignore[no-untyped-call]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        for p in self.parameters:
+            p.grad = None
+        return gradients
+
+    def _move(self, vector: Sequence[Tensor], distance: float) -> None:
+        for p, original, part in zip(self.parameters, self._originals, vector, strict=True):
+            if distance:
+                torch.add(original, part, alpha=distance, out=p.data)
+            else:
+                p.data.copy_(original)
+
+
 def check_twice_differentiable(gradients: Sequence[Tensor]) -> None:
     """Refuse gradients that autograd would differentiate again silently wrong.
 
@@ -93,32 +152,3 @@ def check_twice_differentiable(gradients: Sequence[Tensor]) -> None:
             )
             raise RuntimeError(msg)
         pending.extend(parent for parent, _ in node.next_functions)
-
-
-def choose_strategy(loss: Callable[[], Tensor], parameters: Sequence[Tensor], scale: float) -> tuple[Strategy, str]:
-    """Choose between a retained graph and recomputation by the memory the graphs would hold.
-
-    Args:
-        loss: Loss of one batch.
-        parameters: The analysed parameters.
-        scale: How many times the size of this batch all batches have together.
-
-    Returns:
-        The strategy and the reason for it.
-    """
-    storages: dict[int, int] = {}
-
-    def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        gradients = gradient(loss(), parameters, create_graph=True)
-    held = sum(storages.values()) * scale
-    del gradients
-    if held <= GRAPH_MEMORY_LIMIT:
-        return "graph", f"auto: the gradient graphs hold about {held / 2**20:.0f} MiB"
-    return "recompute", (
-        f"auto: the gradient graphs would hold about {held / 2**30:.1f} GiB, more than {GRAPH_MEMORY_LIMIT >> 30} GiB"
-    )

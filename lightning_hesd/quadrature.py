@@ -1,6 +1,7 @@
 """Stochastic Lanczos quadrature: tridiagonal matrices to nodes and weights, and what follows from them.
 
-Golub & Welsch (1969) for the rule; Ubaru, Chen & Saad (2017) for its use with random start vectors. Arrays only: a
+Golub & Welsch (1969) for the rule; Ubaru, Chen & Saad (2017) for its use with random start vectors; van Dorsselaer,
+Hochstenbach & van der Vorst (2001) for bounds on what the rule may have missed. Arrays only: a
 rule of several probes is a pair `nodes`, `weights` of shape (probes, steps), where a probe that ended early is padded
 with NaN nodes of weight 0, and the weights of each probe sum to 1.
 """
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
@@ -40,12 +41,23 @@ def gauss_quadrature(alphas: ArrayLike, betas: ArrayLike) -> tuple[Array, Array,
         >>> nodes.tolist(), weights.round(3).tolist(), residuals.round(3).tolist()
         ([-1.0, 1.0], [0.5, 0.5], [0.354, 0.354])
     """
+    nodes, vectors = eigen(alphas, betas)
+    weights = vectors[0] ** 2
+    return nodes, weights / weights.sum(), float(np.asarray(betas)[-1]) * np.abs(vectors[-1])
+
+
+def eigen(alphas: ArrayLike, betas: ArrayLike) -> tuple[Array, Array]:
+    """Return the eigenvalues, ascending, shape (m,), and eigenvectors, columns of shape (m, m), of the matrix T.
+
+    Args:
+        alphas: Diagonal, shape (m,).
+        betas: Off-diagonal and, last, a number that does not matter, shape (m,).
+    """
     diagonal = np.asarray(alphas, dtype=np.float64)
     off_diagonal = np.asarray(betas, dtype=np.float64)
     matrix = np.diag(diagonal) + np.diag(off_diagonal[:-1], -1)  # eigh reads the lower triangle
     nodes, vectors = np.linalg.eigh(matrix)
-    weights = vectors[0] ** 2
-    return nodes, weights / weights.sum(), off_diagonal[-1] * np.abs(vectors[-1])
+    return nodes, vectors
 
 
 def stack_rules(rules: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
@@ -165,6 +177,106 @@ def _equal_edges(low: float, high: float, bins: int) -> Array:
     edges = np.arange(math.floor(low / width), math.ceil(high / width) + 1, dtype=np.float64) * width
     edges[0], edges[-1] = min(edges[0], low), max(edges[-1], high)
     return edges
+
+
+def spectrum_bounds(
+    nodes: Array, weights: Array, residuals: Array, dimension: int, failure: float
+) -> tuple[float, float]:
+    """Bound the smallest and the largest eigenvalue from outside, each with a given probability of failure.
+
+    Let q be the unit eigenvector of the largest eigenvalue λ, v the start vector and p_0, ..., p_m the orthonormal
+    polynomials of the Lanczos process, whose vectors are v_{j+1} = p_j(H)v. Then qᵀv_{j+1} = p_j(λ)·qᵀv, and as these
+    vectors are orthonormal, (qᵀv)²·K(λ) ≤ 1 with K = Σ_j p_j². Beyond the largest node K grows without bound, so a λ
+    far out means a start vector almost orthogonal to q; and for v uniform on the sphere it is known how improbable
+    that is. The λ at which it becomes as improbable as `failure` is the bound: van Dorsselaer, Hochstenbach & van der
+    Vorst (SIAM J. Matrix Anal. Appl. 22(3), 2001). The inequality holds for every m with the same qᵀv, so a process
+    that is stopped as soon as the bound is good enough fails no more often than one with fixed m.
+
+    Args:
+        nodes: Quadrature nodes, shape (probes, steps).
+        weights: Quadrature weights, shape (probes, steps).
+        residuals: Residual bounds of the nodes, shape (probes, steps).
+        dimension: Size n of the matrix.
+        failure: Probability that an eigenvalue lies below the lower bound, and the same for the upper one.
+
+    Returns:
+        The lower bound, at most the smallest node, and the upper bound, at least the largest.
+
+    Example:
+        >>> low, high = spectrum_bounds(*stack_rules([gauss_quadrature([0.0, 0.0], [1.0, 1e-6])]), 100, 0.05)
+        >>> -1.0001 < low < -1 and 1 < high < 1.0001
+        True
+    """
+    probes = [
+        (theta[:m], tau[:m], r[:m])
+        for theta, tau, r in zip(nodes, weights, residuals, strict=True)
+        for m in [int(np.count_nonzero(~np.isnan(theta)))]
+    ]
+    mirrored = [(-theta[::-1], tau[::-1], r[::-1]) for theta, tau, r in probes]
+    return -_upper_bound(mirrored, dimension, failure), _upper_bound(probes, dimension, failure)
+
+
+def _upper_bound(probes: Sequence[tuple[Array, Array, Array]], dimension: int, failure: float) -> float:
+    largest = max(float(theta[-1]) for theta, _, _ in probes)
+    if any(not (r > 0).any() for _, _, r in probes):
+        return largest  # an invariant Krylov space: almost surely nothing is outside
+    kernels = [_log_christoffel(*probe, largest) for probe in probes]
+    # P(|qᵀv| ≤ z) ≤ scale·z: the density of one coordinate on the sphere is largest at zero.
+    scale = 2 / math.sqrt(math.pi) * math.exp(math.lgamma(dimension / 2) - math.lgamma((dimension - 1) / 2))
+    log_scale = math.log(max(1.0, scale))
+    target = _log_product_quantile(failure, len(probes))
+
+    def excess(log_distance: float) -> float:
+        """Log of how much more probable than allowed the start vectors are, if λ is that far beyond the last node."""
+        distance = math.exp(log_distance)
+        return sum(min(0.0, log_scale - log_kernel(distance) / 2) for log_kernel in kernels) - target
+
+    size = max(float(np.abs(theta).max()) for theta, _, _ in probes) or max(float(r.max()) for _, _, r in probes)
+    low, high = math.log(size) - 50.0, math.log(size)
+    if excess(low) <= 0:
+        return largest
+    while excess(high) > 0:
+        high += 2.0
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+    return largest + math.exp(high)
+
+
+def _log_christoffel(theta: Array, tau: Array, residuals: Array, origin: float) -> Callable[[float], float]:
+    """Return d -> log K(origin + d) for d > 0 and `origin` no less than the largest node, from the rule alone.
+
+    p_m(x) = Π(x − θ_i)/Πβ_j, and by Christoffel and Darboux Πβ_j = √τ_i·r_i·Π_{j≠i}|θ_i − θ_j| for every i, and the
+    polynomials below p_m add up to p_m(x)²·Σ r_i²/(x − θ_i)².
+    """
+    best = int(np.argmax(tau * residuals**2))  # the one that rounding harms least
+    others = np.delete(theta, best)
+    log_betas = 0.5 * math.log(tau[best]) + math.log(residuals[best]) + np.log(np.abs(theta[best] - others)).sum()
+    gaps = origin - theta  # apart from d, which may be too small to show in origin + d
+
+    def log_kernel(distance: float) -> float:
+        distances = gaps + distance
+        return 2 * float(np.log(distances).sum() - log_betas) + math.log1p(float(((residuals / distances) ** 2).sum()))
+
+    return log_kernel
+
+
+def _log_product_quantile(probability: float, count: int) -> float:
+    """Return log q such that the product of `count` uniform random numbers falls below q with that probability.
+
+    Fisher's combination of independent tests: P(Πu ≤ q) = q·Σ_{j<count} (−log q)ʲ/j!.
+    """
+
+    def log_probability(log_q: float) -> float:
+        return log_q + math.log(sum((-log_q) ** j / math.factorial(j) for j in range(count)))
+
+    low, high = math.log(probability), 0.0
+    while log_probability(low) > math.log(probability):
+        low *= 2
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if log_probability(middle) < math.log(probability) else (low, middle)
+    return low
 
 
 def miss_probability(dimension: int, steps_per_probe: Sequence[int], tolerance: float) -> float:

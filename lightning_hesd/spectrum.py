@@ -23,6 +23,9 @@ DEFAULT_TOLERANCE = 0.05
 SMALLEST_SCALE = 1e-3
 """C_t is judged relative to its size, but never finer than relative to this: a C_t of 0 has no relative error."""
 
+SHARE_OF_SAMPLING_ERROR = 0.25
+"""More accuracy than this share of the sampling error is of no use (tolerance "auto")."""
+
 _ARRAYS = ("nodes", "weights", "residuals")
 
 
@@ -42,7 +45,7 @@ class Spectrum:
         num_samples: Number of samples the loss is the mean of (the sum of the batch weights).
         loss: That mean loss.
         rounding: Eigenvalues closer to zero than this are indistinguishable from it.
-        matvecs: Hessian-vector products spent.
+        matvecs: Hessian-vector products spent, those on central differences' step and on sampling errors included.
         seconds: Duration of the analysis.
         gradient_equivalents: Time in Hessian-vector products over the time of as many plain gradients on the same
             batches, i.e. the cost of one product in gradients; None if not measured.
@@ -50,13 +53,21 @@ class Spectrum:
         probe: Distribution of the start vectors ("gaussian": uniform on the sphere, or "rademacher").
         seed: Seed of the start vectors.
         mode: Module mode during the analysis ("eval", "train" or "keep").
-        strategy: How the products were computed ("graph" or "recompute").
+        strategy: How the products were computed ("graph", "recompute" or "finite_difference").
         strategy_reason: Why this strategy.
-        reorthogonalized: Whether the Krylov basis was kept orthogonal (no ghost eigenvalues).
-        confidence: Confidence asked for; without meaning for residual bounds.
-        tolerance: Relative width of C_t's interval asked for; None: none was.
+        basis: Where the Krylov basis was kept ("device", "cpu" or "none").
+        predicted_memory: Bytes the analysis was expected to take at most, beyond module and batches; None: unknown.
+        confidence: Probability, over start vectors, with which `c_t_interval` holds at least.
+        tolerance: Accuracy asked for: a number, "type" or "auto" (see `hessian_spectrum`); None: fixed steps.
         reason: Why C_t is undefined (NaN), if it is.
-        c_t_sampling_error: Standard error of C_t from the finite sample; None if not asked for.
+        c_t_sampling_error: Standard error of C_t from the finite sample; None, as all of the following, if not asked
+            for.
+        c_t_sampling_bias: How far C_t is expected to lie from that of infinitely many samples; not corrected for.
+        lambda_min_sampling_error: Standard error of the smallest eigenvalue.
+        lambda_max_sampling_error: Standard error of the largest eigenvalue.
+        lambda_min_sampling_bias: Expected difference from infinitely many samples, at most 0.
+        lambda_max_sampling_bias: Expected difference from infinitely many samples, at least 0.
+        sampling_groups: Number of groups of samples these rest on.
     """
 
     nodes: NDArray[np.float64]
@@ -76,11 +87,18 @@ class Spectrum:
     mode: Literal["eval", "train", "keep"] = "eval"
     strategy: str = "graph"
     strategy_reason: str = ""
-    reorthogonalized: bool = True
+    basis: Literal["device", "cpu", "none"] = "device"
+    predicted_memory: int | None = None
     confidence: float = 0.95
-    tolerance: float | None = None
+    tolerance: float | Literal["type", "auto"] | None = None
     reason: str | None = None
     c_t_sampling_error: float | None = None
+    c_t_sampling_bias: float | None = None
+    lambda_min_sampling_error: float | None = None
+    lambda_max_sampling_error: float | None = None
+    lambda_min_sampling_bias: float | None = None
+    lambda_max_sampling_bias: float | None = None
+    sampling_groups: int | None = None
 
     def __post_init__(self) -> None:
         for name in _ARRAYS:
@@ -100,11 +118,17 @@ class Spectrum:
     def __str__(self) -> str:
         """Return the main findings in one line."""
         low, high = self.c_t_interval
+        sampling = "" if self.c_t_sampling_error is None else f" ± {self.c_t_sampling_error:.2g} (sampling)"
         return (
-            f"C_t = {self.c_t:.4g} [{low:.4g}, {high:.4g}], type {self.hesd_type}, largest eigenvalue "
+            f"C_t = {self.c_t:.4g} [{low:.4g}, {high:.4g}]{sampling}, type {self.hesd_type}, largest eigenvalue "
             f"{self.lambda_max:.4g}, loss {self.loss:.4g} ({self.num_samples} samples, {self.matvecs} products, "
             f"{self.seconds:.1f} s)"
         )
+
+    @property
+    def reorthogonalized(self) -> bool:
+        """Whether the Krylov basis was kept orthogonal, so that no node is a ghost (a copy of a converged one)."""
+        return self.basis != "none"
 
     # Extremes and criteria ------------------------------------------------------------------------------------------
 
@@ -146,14 +170,42 @@ class Spectrum:
         """C_t = min(λ_neg)/max(λ_pos) (Gabdullin 2025, eq. 1), at most 0; NaN where `reason` says why."""
         return math.nan if self.reason else criteria.c_t(self.lambda_min, self.lambda_max, self.rounding)
 
+    @cached_property
+    def extreme_bounds(self) -> tuple[float, float]:
+        """Between these two all eigenvalues lie, with probability `confidence` over the start vectors.
+
+        See `quadrature.spectrum_bounds`; rounding is on top. Proven for Gaussian probes; for Rademacher probes it takes
+        eigenvectors to be spread over many parameters.
+        """
+        failure = (1 - self.confidence) / 2
+        low, high = quadrature.spectrum_bounds(
+            self.nodes, self.weights, self.residuals, dimension=self.dimension, failure=failure
+        )
+        return low - self.rounding, high + self.rounding
+
     @property
     def c_t_interval(self) -> tuple[float, float]:
-        """(low, high) of C_t by the residual bounds of both extremes; (NaN, NaN) where C_t is undefined."""
+        """(low, high) that contains the C_t of these samples with probability `confidence` over the start vectors.
+
+        (NaN, NaN) where C_t is undefined. It says nothing of other samples: see `c_t_sampling_error`.
+        """
         if self.reason:
             return math.nan, math.nan
+        low, high = self.extreme_bounds
         return criteria.c_t_interval(
-            self.lambda_min, self.lambda_max, self.lambda_min_error, self.lambda_max_error, self.rounding
+            self.lambda_min, self.lambda_max, self.lambda_min - low, high - self.lambda_max, self.rounding
         )
+
+    @property
+    def c_t_error(self) -> float:
+        """Distance from `c_t` to the farther end of `c_t_interval`; NaN where C_t is undefined."""
+        low, high = self.c_t_interval
+        return 0.0 if low == high else max(self.c_t - low, high - self.c_t)
+
+    @property
+    def c_t_total_error(self) -> float | None:
+        """`c_t_error` plus `c_t_sampling_error`; None without the latter."""
+        return None if self.c_t_sampling_error is None else self.c_t_error + self.c_t_sampling_error
 
     @property
     def hesd_type(self) -> criteria.HesdType | None:
@@ -167,14 +219,18 @@ class Spectrum:
 
     @property
     def converged(self) -> bool:
-        """Whether `c_t_interval` is as narrow as asked: `tolerance` (0.05 if none was) times max(|C_t|, 0.001)."""
-        low, high = self.c_t_interval
-        if low == high:
-            return True
-        if math.isinf(low):
-            return False
-        allowed = (self.tolerance or DEFAULT_TOLERANCE) * max(abs(self.c_t), SMALLEST_SCALE)
-        return high - low <= allowed
+        """Whether C_t is as accurate as `tolerance` asks, or to 5 % where none was given."""
+        if self.tolerance == "type":
+            return self.type_certain
+        if self.tolerance == "auto":
+            allowed = SHARE_OF_SAMPLING_ERROR * (self.c_t_sampling_error or 0.0)
+        else:
+            allowed = self._relative_tolerance * max(abs(self.c_t), SMALLEST_SCALE)
+        return self.c_t_error <= allowed
+
+    @property
+    def _relative_tolerance(self) -> float:
+        return self.tolerance if isinstance(self.tolerance, float) else DEFAULT_TOLERANCE
 
     @property
     def r_e(self) -> float:
@@ -183,13 +239,15 @@ class Spectrum:
 
     @property
     def miss_probability(self) -> float | None:
-        """Bound on the probability of missing an extreme by more than `tolerance` (0.05 if none was) of the width.
+        """Bound on the probability of missing an extreme by more than `tolerance` (or 0.05) of the width.
 
-        Kuczyński & Woźniakowski (1992); it holds for start vectors uniform on the sphere, so None for "rademacher".
+        Kuczyński & Woźniakowski (1992), for any matrix of this size. It does not look at the nodes found, as
+        `c_t_interval` does, and is far more pessimistic. It holds for start vectors uniform on the sphere, so None for
+        "rademacher".
         """
         if self.probe != "gaussian":
             return None
-        return quadrature.miss_probability(self.dimension, self.steps_per_probe, self.tolerance or DEFAULT_TOLERANCE)
+        return quadrature.miss_probability(self.dimension, self.steps_per_probe, self._relative_tolerance)
 
     # Densities and moments ------------------------------------------------------------------------------------------
 
@@ -197,12 +255,29 @@ class Spectrum:
         """Mean over probes of K_Hn (n = 0.5: K_H05); NaN where a probe has no positive node.
 
         Depends on the number of steps and on the probes: see `criteria.k_h`.
+
+        Raises:
+            ValueError: If the steps were not fixed beforehand.
         """
+        self._check_fixed_steps()
         return float(criteria.k_h(self.nodes, self.weights, n, self.rounding).mean())
 
     def k_h_error(self, n: float = 0.5) -> float | None:
-        """Standard error of `k_h` over probes; None for a single probe."""
+        """Standard error of `k_h` over probes; None for a single probe.
+
+        Raises:
+            ValueError: If the steps were not fixed beforehand.
+        """
+        self._check_fixed_steps()
         return _standard_error(criteria.k_h(self.nodes, self.weights, n, self.rounding))
+
+    def _check_fixed_steps(self) -> None:
+        if self.tolerance is not None:
+            msg = (
+                f"K_Hn depends on the number of Lanczos steps, and with `tolerance={self.tolerance!r}` these are not "
+                "fixed: analyse with `steps` and without `tolerance`."
+            )
+            raise ValueError(msg)
 
     def moment(self, k: int) -> float:
         """Estimate of trace(Hᵏ)/n, the k-th moment of the density."""

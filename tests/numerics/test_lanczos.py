@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_hesd.criteria import rounding_threshold
-from lightning_hesd.lanczos import STEPS_BETWEEN_CHECKS, NonFiniteProductError, Tridiagonal, lanczos
+from lightning_hesd.lanczos import STEPS_BETWEEN_CHECKS, Lanczos, NonFiniteProductError
 from lightning_hesd.quadrature import gauss_quadrature
 
 DTYPES = [torch.float64, torch.float32]
@@ -42,7 +43,14 @@ def times(matrix: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda vector: matrix @ vector
 
 
-def run(name: str, dtype: torch.dtype, steps: int) -> tuple[Tridiagonal, np.ndarray, float]:
+def lanczos(matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int, **options: Any) -> Lanczos:
+    """A process that has been run."""
+    process = Lanczos(matvec, start, steps, **options)
+    process.run()
+    return process
+
+
+def run(name: str, dtype: torch.dtype, steps: int) -> tuple[Lanczos, np.ndarray, float]:
     """The result, the true eigenvalues, and how far rounding may move an eigenvalue of this matrix."""
     spectrum = SPECTRA[name][0]
     matrix = make_matrix(spectrum, dtype)
@@ -58,7 +66,7 @@ class TestPrescribedSpectra:
         distinct = SPECTRA[name][1]
         result, true, rounding = run(name, dtype, steps=1000)
         assert result.breakdown
-        assert len(result.alphas) == len(result.betas) == result.matvecs == distinct
+        assert len(result.alphas) == len(result.betas) == distinct
         nodes, _, residuals = gauss_quadrature(result.alphas, result.betas)
         # Repeated eigenvalues once, none left out, none invented.
         np.testing.assert_allclose(nodes, np.unique(true), rtol=0, atol=rounding)

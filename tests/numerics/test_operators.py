@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_hesd.analysis import analysis_options, analyze
-from lightning_hesd.operators import AnotherProcessFailedError, HessianOperator, WeightedBatch
+from lightning_hesd.batches import WeightedBatch
+from lightning_hesd.operators import AnotherProcessFailedError, HessianOperator
 from tests import cases, oracles
 
 STRATEGIES = ("graph", "recompute")
@@ -183,7 +184,7 @@ def run_analysis(
     batches: list[WeightedBatch], loss_fn: Callable[[Any, Any], Tensor], *, reduce: Any = None, **options: Any
 ) -> Any:
     module = cases.make("mlp").module
-    return analyze(module, batches, loss_fn, analysis_options(**{"steps": 20, **options}), reduce)
+    return analyze(module, batches, loss_fn, analysis_options(**{"steps": 20, **options}), all_reduce=reduce)
 
 
 def sum_of_shares(rank: int, strategy: str) -> Any:
@@ -196,7 +197,7 @@ def dropout_masks(rank: int, strategy: str) -> Any:
     module, batches, loss_fn = cases.make("mlp")
     module.insert(2, nn.Dropout(0.5))
     options = analysis_options(steps=20, mode="train", strategy=strategy)
-    return analyze(module, share(weighted(batches), rank), loss_fn, options, all_reduce).to_dict()
+    return analyze(module, share(weighted(batches), rank), loss_fn, options, all_reduce=all_reduce).to_dict()
 
 
 def rank_without_batches(rank: int, strategy: str) -> Any:
