@@ -278,7 +278,8 @@ class HessianOperator:
             if gap > 2 * best[0]:
                 break
             previous = product
-        self.product_error, differences.step = best
+        gap, differences.step = best
+        self.product_error = 2 * gap  # this vector stands for all others
         self._calibration.step = differences.step
 
     @property

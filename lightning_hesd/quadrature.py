@@ -224,22 +224,22 @@ def _upper_bound(probes: Sequence[tuple[Array, Array, Array]], dimension: int, f
     # P(|qᵀv| ≤ z) ≤ scale·z: the density of one coordinate on the sphere is largest at zero.
     scale = 2 / math.sqrt(math.pi) * math.exp(math.lgamma(dimension / 2) - math.lgamma((dimension - 1) / 2))
     log_scale = math.log(max(1.0, scale))
-    target = _log_product_quantile(failure, len(probes))
+    allowed = _log_product_quantile(failure, len(probes))
 
-    def excess(log_distance: float) -> float:
-        """Log of how much more probable than allowed the start vectors are, if λ is that far beyond the last node."""
+    def log_probability(log_distance: float) -> float:
+        """Log of the probability of start vectors like these, if λ is that far beyond the last node."""
         distance = math.exp(log_distance)
-        return sum(min(0.0, log_scale - log_kernel(distance) / 2) for log_kernel in kernels) - target
+        return sum(min(0.0, log_scale - log_kernel(distance) / 2) for log_kernel in kernels)
 
     size = max(float(np.abs(theta).max()) for theta, _, _ in probes) or max(float(r.max()) for _, _, r in probes)
     low, high = math.log(size) - 50.0, math.log(size)
-    if excess(low) <= 0:
-        return largest
-    while excess(high) > 0:
+    # A last node of improbably small weight shows that the start vectors are unlucky ones: allow for that.
+    allowed += log_probability(low)
+    while log_probability(high) > allowed:
         high += 2.0
     while high - low > 1e-3:
         middle = (low + high) / 2
-        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+        low, high = (middle, high) if log_probability(middle) > allowed else (low, middle)
     return largest + math.exp(high)
 
 
@@ -250,8 +250,9 @@ def _log_christoffel(theta: Array, tau: Array, residuals: Array, origin: float) 
     polynomials below p_m add up to p_m(x)²·Σ r_i²/(x − θ_i)².
     """
     best = int(np.argmax(tau * residuals**2))  # the one that rounding harms least
-    others = np.delete(theta, best)
-    log_betas = 0.5 * math.log(tau[best]) + math.log(residuals[best]) + np.log(np.abs(theta[best] - others)).sum()
+    rounding = np.finfo(np.float64).eps * np.abs(theta).max()
+    others = np.maximum(np.abs(theta[best] - np.delete(theta, best)), rounding)
+    log_betas = 0.5 * math.log(tau[best]) + math.log(residuals[best]) + np.log(others).sum()
     gaps = origin - theta  # apart from d, which may be too small to show in origin + d
 
     def log_kernel(distance: float) -> float:
