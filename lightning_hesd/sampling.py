@@ -92,10 +92,12 @@ def sampling_error(operator: HessianOperator, runs: Sequence[Lanczos]) -> Sampli
     mean = float(np.mean([run.alphas[0] for run in runs]))
     shifts = [_shift(weights, *parts, mean) for parts in zip(coordinates, squares.T, ends, strict=True)]
     biases = np.array([-shifts[0], shifts[1]])
-    slopes = np.array([1 / lambda_max, -lambda_min / lambda_max**2])  # C_t = λ_min/λ_max: the delta method
+    # C_t = λ_min/λ_max to first order (the delta method), its mean to second.
+    slopes = np.array([1 / lambda_max, -lambda_min / lambda_max**2])
+    bend = (covariance[1, 1] * lambda_min / lambda_max - covariance[0, 1]) / lambda_max**2
     return SamplingError(
         c_t_sampling_error=math.sqrt(max(float(slopes @ covariance @ slopes), 0.0)),
-        c_t_sampling_bias=float(slopes @ biases),
+        c_t_sampling_bias=float(slopes @ biases + bend),
         lambda_min_sampling_error=float(errors[0]),
         lambda_max_sampling_error=float(errors[1]),
         lambda_min_sampling_bias=float(biases[0]),
