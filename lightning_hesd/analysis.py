@@ -150,6 +150,7 @@ def analyze(
     all_reduce: AllReduce | None = None,
     report: Report | None = None,
     calibration: Calibration | None = None,
+    processes: int = 1,
 ) -> Spectrum:
     """Do the work of `hessian_spectrum`, possibly as one of several processes.
 
@@ -161,6 +162,7 @@ def analyze(
         all_reduce: Sums a tensor over the processes; None for a single process.
         report: Called after every Lanczos step with the steps done and the most there can be.
         calibration: What earlier analyses of the same loss found out; brought up to date.
+        processes: How many of the processes share this computer's memory.
 
     Returns:
         The spectrum, equal in every process.
@@ -168,7 +170,7 @@ def analyze(
     started = time.perf_counter()
     parameters = _select_parameters(module, options.parameters)
     dtype = options.dtype or _vector_dtype(parameters)
-    plan = _plan(module, parameters, dtype, options, all_reduce)
+    plan = _plan(module, parameters, dtype, options, all_reduce=all_reduce, processes=processes)
 
     def loss(batch: WeightedBatch) -> Tensor:
         # The same dropout mask at every evaluation of this batch, and not the random numbers of the start vectors.
@@ -212,10 +214,18 @@ class _Analysis:
     def run(self, tick: Callable[[], None] | None) -> None:
         options, operator = self._options, self._operator
         stop = None if options.tolerance is None else self._is_accurate
-        for start in _start_vectors(self._parameters, operator.dtype, options):
-            self._runs.append(Lanczos(operator.matvec, start, options.steps, storage=self._plan.storage))
-            self._runs[-1].run(stop, report=tick)
-        self._cost = _gradient_equivalents(operator, self._parameters[0].device)
+        generator = torch.Generator().manual_seed(options.seed)
+        n, device = sum(p.numel() for p in self._parameters), self._parameters[0].device
+        for _ in range(options.probes):
+            process = Lanczos(
+                operator.matvec,
+                _start_vector(n, generator, options.probe, device, operator.dtype),  # unnamed: nobody else keeps it
+                options.steps,
+                storage=self._plan.storage,
+            )
+            self._runs.append(process)
+            process.run(stop, report=tick)
+        self._cost = _gradient_equivalents(operator, device)
         if options.wants_sampling_error:
             self._sample(self._runs)
 
@@ -275,7 +285,9 @@ def _plan(
     parameters: Sequence[Tensor],
     dtype: torch.dtype,
     options: AnalysisOptions,
+    *,
     all_reduce: AllReduce | None,
+    processes: int,
 ) -> MemoryPlan:
     """Plan the memory, with the same storage in every process: the leanest that one of them needs."""
     n = sum(p.numel() for p in parameters)
@@ -289,6 +301,7 @@ def _plan(
             basis=basis,
             device=device,
             budget=options.memory_budget,
+            processes=processes,
         )
 
     own = plan(options.basis)
@@ -327,16 +340,13 @@ def _vector_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
     return dtype
 
 
-def _start_vectors(parameters: Sequence[Tensor], dtype: torch.dtype, options: AnalysisOptions) -> Iterable[Tensor]:
-    """Yield the start vectors, shape (n,): the same on every device and in every process."""
-    generator = torch.Generator().manual_seed(options.seed)
-    n = sum(p.numel() for p in parameters)
-    for _ in range(options.probes):
-        if options.probe == "gaussian":
-            vector = torch.randn(n, generator=generator, dtype=torch.float64)
-        else:
-            vector = torch.randint(0, 2, (n,), generator=generator).double().mul_(2).sub_(1)
-        yield vector.to(device=parameters[0].device, dtype=dtype)
+def _start_vector(n: int, generator: torch.Generator, probe: Probe, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Draw a start vector, shape (n,): the same on every device and in every process."""
+    if probe == "gaussian":
+        vector = torch.randn(n, generator=generator, dtype=torch.float64)
+    else:
+        vector = torch.randint(0, 2, (n,), generator=generator).double().mul_(2).sub_(1)
+    return vector.to(device=device, dtype=dtype)
 
 
 def _checked_loss(loss: Any) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_hesd import _lightning
 from lightning_hesd.analysis import analyze
 from lightning_hesd.batches import WeightedBatch
 from lightning_hesd.data import AnalysisSamples, draw_samples, training_loader
 from lightning_hesd.loss import make_loss_fn, muted
+from lightning_hesd.operators import Calibration
 from lightning_hesd.snapshot import preserved, seed_everything
 
 if TYPE_CHECKING:
@@ -20,9 +23,18 @@ if TYPE_CHECKING:
     from lightning_hesd.options import AnalysisOptions
     from lightning_hesd.spectrum import Spectrum
 
+FIRST_SAMPLES = 256
+MOST_SAMPLES = 16_384
+"""`num_samples="auto"` begins with the first number and ends at the second, for the samples are kept in memory."""
+
+LARGEST_GROWTH = 4.0
+
 
 class TrainerAnalyzer:
     """Computes spectra of the module in training, on the same samples every time.
+
+    With `num_samples="auto"` samples are added, to those there are, until the sampling error of C_t is within
+    `tolerance`; once added they stay.
 
     Attributes:
         indices: Positions in the dataset of the samples last drawn; None where they have none.
@@ -32,27 +44,36 @@ class TrainerAnalyzer:
         self,
         options: AnalysisOptions,
         *,
-        num_samples: int,
+        num_samples: int | Literal["auto"],
         batch_size: int | None,
         dataloader: Any,
         loss_fn: LossFunction | None,
     ) -> None:
         self.indices: list[int] | None = None
-        self._options = options
-        self._num_samples = num_samples
+        self._grows = num_samples == "auto"
+        self._options = replace(options, sampling_error=True) if self._grows else options
+        self._num_samples = FIRST_SAMPLES if num_samples == "auto" else num_samples
         self._batch_size = batch_size
         self._dataloader = dataloader
         self._loss_fn = loss_fn
         self._samples: AnalysisSamples | None = None
         self._resumed: list[int] | None = None
+        self._calibration = Calibration()
 
-    def resume(self, indices: list[int] | None) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to draw the same samples."""
+        return {"indices": self.indices, "num_samples": self._num_samples}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Draw the samples of the run that is resumed the next time samples are drawn."""
-        self._resumed = indices
+        self._resumed = state["indices"]
+        if self._grows:
+            self._num_samples = state["num_samples"]
 
     def release(self) -> None:
         """Let go of the samples; they are drawn anew when needed."""
         self._samples = None
+        self._calibration = Calibration()
 
     def draw(self, trainer: pl.Trainer) -> AnalysisSamples:
         """Draw the samples, or return them if they are there already."""
@@ -78,6 +99,16 @@ class TrainerAnalyzer:
 
     def spectrum(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: Report | None = None) -> Spectrum:
         """Return the spectrum at the present weights, the same in every process."""
+        spectrum = self._spectrum(trainer, pl_module, report)
+        while self._grows and (factor := _growth(spectrum)) > 1 and self._num_samples < MOST_SAMPLES:
+            self._num_samples = min(math.ceil(factor * self._num_samples), MOST_SAMPLES)
+            self.release()
+            before, spectrum = spectrum, self._spectrum(trainer, pl_module, report)
+            if spectrum.num_samples <= before.num_samples:  # there are no more
+                self._grows = False
+        return spectrum
+
+    def _spectrum(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: Report | None) -> Spectrum:
         all_reduce = _lightning.make_all_reduce(trainer)
         samples = self.draw(trainer)
         loss_fn = make_loss_fn(trainer, self._loss_fn)
@@ -87,7 +118,16 @@ class TrainerAnalyzer:
                 batches = _lightning.together(trainer, lambda: self._transfer(trainer, pl_module, samples.batches))
             spectrum = _lightning.together(
                 trainer,
-                lambda: analyze(pl_module, batches, loss_fn, self._options, all_reduce=all_reduce, report=report),
+                lambda: analyze(
+                    pl_module,
+                    batches,
+                    loss_fn,
+                    self._options,
+                    all_reduce=all_reduce,
+                    report=report,
+                    calibration=self._calibration,
+                    processes=trainer.num_devices,
+                ),
             )
         return trainer.strategy.broadcast(spectrum)
 
@@ -101,3 +141,12 @@ class TrainerAnalyzer:
             data = _lightning.transfer_batch(trainer, pl_module, batch.copy().data)
             moved.append(WeightedBatch(data, batch.weight, batch.index))
         return moved
+
+
+def _growth(spectrum: Spectrum) -> float:
+    """Return by which factor the number of samples must grow for the sampling error to meet the tolerance."""
+    error = spectrum.c_t_sampling_error
+    if error is None or error <= spectrum.allowed_error:
+        return 1.0
+    # Standard errors fall with the square root; a little more, because they are estimates themselves.
+    return min(1.2 * (error / spectrum.allowed_error) ** 2, LARGEST_GROWTH)

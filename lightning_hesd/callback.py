@@ -38,7 +38,8 @@ class HessianSpectrumCallback(SpectrumSource):
         epochs: After just these epochs instead, 0-based as `trainer.current_epoch`.
         every_n_train_steps: After n, 2n, ... optimizer steps instead.
         at_start: Also before the first step: the random initialisation; its record has epoch -1.
-        num_samples: Size of the subset.
+        num_samples: Size of the subset; "auto": 256, and more (up to 16,384) whenever the sampling error of C_t exceeds
+            `tolerance`, a number that must be given then.
         batch_size: Samples per batch of the analysis; default: the training dataloader's.
         dataloader: Draw the samples from this dataloader instead of the training dataloader.
         generalization_dataloader: Not available in this version.
@@ -76,7 +77,7 @@ class HessianSpectrumCallback(SpectrumSource):
         epochs: Collection[int] | None = None,
         every_n_train_steps: int | None = None,
         at_start: bool = False,
-        num_samples: int = 512,
+        num_samples: int | Literal["auto"] = 512,
         batch_size: int | None = None,
         dataloader: Any = None,
         generalization_dataloader: Any = None,
@@ -99,7 +100,11 @@ class HessianSpectrumCallback(SpectrumSource):
             max_overhead=max_overhead,
         )
         for option, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if (
+                value is not None
+                and (option, value) != ("num_samples", "auto")
+                and (not isinstance(value, int) or isinstance(value, bool) or value < 1)
+            ):
                 msg = f"`{option}` must be a positive integer, got {value!r}."
                 raise ValueError(msg)
         if on_error not in {"warn", "raise"}:
@@ -118,6 +123,12 @@ class HessianSpectrumCallback(SpectrumSource):
         self.history = SpectrumHistory()
         self._stage = "fit"
         self.options = analysis_options(**analysis)
+        if num_samples == "auto" and not isinstance(self.options.tolerance, float):
+            msg = (
+                "`num_samples='auto'` needs a number for `tolerance`, the relative accuracy of C_t to aim at, got "
+                f"{self.options.tolerance!r}."
+            )
+            raise ValueError(msg)
         self._analyzer = TrainerAnalyzer(
             self.options, num_samples=num_samples, batch_size=batch_size, dataloader=dataloader, loss_fn=loss_fn
         )
@@ -212,7 +223,7 @@ class HessianSpectrumCallback(SpectrumSource):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history and the positions of the samples, as tensors and plain values."""
-        return {"history": self.history.state_dict(), "indices": self._analyzer.indices}
+        return {"history": self.history.state_dict(), "samples": self._analyzer.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the history and the samples of the run that is resumed.
@@ -222,7 +233,7 @@ class HessianSpectrumCallback(SpectrumSource):
         if self._stage != "fit":
             return
         self.history.load_state_dict(state_dict["history"])
-        self._analyzer.resume(state_dict["indices"])
+        self._analyzer.load_state_dict(state_dict["samples"])
 
 
 def _as_checkpoint(checkpoint: object) -> HessianCheckpoint | None:

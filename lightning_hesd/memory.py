@@ -88,6 +88,7 @@ def plan_memory(
     basis: Literal["auto"] | Storage,
     device: torch.device,
     budget: int | None = None,
+    processes: int = 1,
 ) -> MemoryPlan:
     """Divide the budget: first the vectors, then the basis if it takes no more than half of the rest, then graphs.
 
@@ -98,12 +99,13 @@ def plan_memory(
         basis: Where it goes, or "auto": to the device, else to the computer's memory if that is another, else nowhere.
         device: Where the parameters are.
         budget: Bytes; default: `default_budget`.
+        processes: How many processes share the computer's memory.
 
     Raises:
         ValueError: If not even the vectors fit into the budget.
     """
     fixed = sum(t.untyped_storage().nbytes() for t in tensors) + VECTORS * vector_bytes
-    limit = default_budget(device) if budget is None else budget
+    limit = default_budget(device, processes) if budget is None else budget
     if budget is not None and fixed > budget:
         msg = f"`memory_budget` must be at least {fixed} bytes for the vectors of this module, got {budget}."
         raise ValueError(msg)
@@ -113,7 +115,7 @@ def plan_memory(
         storage = basis
     elif needed <= (limit - fixed) / 2:
         storage = "device"
-    elif device.type != "cpu" and needed <= default_budget(torch.device("cpu")):
+    elif device.type != "cpu" and needed <= default_budget(torch.device("cpu"), processes):
         storage = "cpu"
     else:
         storage = "none"

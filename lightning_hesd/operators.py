@@ -51,11 +51,19 @@ class Calibration:
         graph_bytes: Memory that the gradient's graph holds per unit of batch weight; None: not measured.
         obstacle: Why the loss cannot be differentiated twice; None if it can.
         step: Step of central differences; None: not chosen.
+        dimension: Number of analysed parameters it was found out with; None: nothing was.
     """
 
     graph_bytes: float | None = None
     obstacle: str | None = None
     step: float | None = None
+    dimension: int | None = None
+
+    def renew(self, dimension: int) -> None:
+        """Forget what was found out with other parameters."""
+        if self.dimension != dimension:
+            self.graph_bytes = self.obstacle = self.step = None
+            self.dimension = dimension
 
 
 class HessianOperator:
@@ -127,6 +135,7 @@ class HessianOperator:
         self._device = parameters[0].device
         self._all_reduce = all_reduce
         self._calibration = calibration or Calibration()
+        self._calibration.renew(sum(self._sizes))
         self._products: list[Product]
         self._differences: FiniteDifferences | None
 

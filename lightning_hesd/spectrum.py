@@ -220,13 +220,14 @@ class Spectrum:
     @property
     def converged(self) -> bool:
         """Whether C_t is as accurate as `tolerance` asks, or to 5 % where none was given."""
-        if self.tolerance == "type":
-            return self.type_certain
+        return self.type_certain if self.tolerance == "type" else self.c_t_error <= self.allowed_error
+
+    @property
+    def allowed_error(self) -> float:
+        """What `tolerance` amounts to in units of C_t; 5 % where it is None or "type"."""
         if self.tolerance == "auto":
-            allowed = SHARE_OF_SAMPLING_ERROR * (self.c_t_sampling_error or 0.0)
-        else:
-            allowed = self._relative_tolerance * max(abs(self.c_t), SMALLEST_SCALE)
-        return self.c_t_error <= allowed
+            return SHARE_OF_SAMPLING_ERROR * (self.c_t_sampling_error or 0.0)
+        return self._relative_tolerance * max(abs(self.c_t), SMALLEST_SCALE)
 
     @property
     def _relative_tolerance(self) -> float:
