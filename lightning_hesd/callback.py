@@ -99,14 +99,8 @@ class HessianSpectrumCallback(SpectrumSource):
             monitor_gradients=monitor_gradients or None,
             max_overhead=max_overhead,
         )
-        for option, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-            if (
-                value is not None
-                and (option, value) != ("num_samples", "auto")
-                and (not isinstance(value, int) or isinstance(value, bool) or value < 1)
-            ):
-                msg = f"`{option}` must be a positive integer, got {value!r}."
-                raise ValueError(msg)
+        _check_count("num_samples", num_samples, alternative="auto")
+        _check_count("batch_size", batch_size)
         if on_error not in {"warn", "raise"}:
             msg = f"`on_error` must be 'warn' or 'raise', got {on_error!r}."
             raise ValueError(msg)
@@ -250,3 +244,11 @@ def _refuse_unavailable(**arguments: object) -> None:
         if value is not None:
             msg = f"`{name}={value!r}` is not available in this version: leave it out."
             raise ValueError(msg)
+
+
+def _check_count(name: str, value: object, alternative: str | None = None) -> None:
+    if value in {None, alternative} or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return
+    offered = f" or {alternative!r}" if alternative else ""
+    msg = f"`{name}` must be a positive integer{offered}, got {value!r}."
+    raise ValueError(msg)

@@ -45,7 +45,9 @@ def scalars(spectrum: Spectrum, name: str) -> dict[str, float]:
         "lambda_max": spectrum.lambda_max,
         "lambda_min": spectrum.lambda_min,
         "trace": spectrum.trace,
-        "k_h05": spectrum.k_h(0.5),
+        # With a tolerance the number of steps varies, and K_H05 with it.
+        "k_h05": spectrum.k_h(0.5) if spectrum.tolerance is None else math.nan,
+        "c_t_sampling_error": math.nan if spectrum.c_t_sampling_error is None else spectrum.c_t_sampling_error,
         "loss": spectrum.loss,
         "seconds": spectrum.seconds,
     }

@@ -24,10 +24,12 @@ from .modules import Classifier, Digits, callback, fit, freeze, loader, make_tra
 # At construction ------------------------------------------------------------------------------------------------------
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"num_samples": 0}, "`num_samples` must be a positive integer, got 0"),
-    ({"num_samples": 10.0}, "`num_samples` must be a positive integer, got 10.0"),
-    ({"num_samples": True}, "`num_samples` must be a positive integer, got True"),
-    ({"num_samples": "auto"}, "`num_samples` must be a positive integer, got 'auto'"),
+    ({"num_samples": 0}, "`num_samples` must be a positive integer or 'auto', got 0"),
+    ({"num_samples": 10.0}, "`num_samples` must be a positive integer or 'auto', got 10.0"),
+    ({"num_samples": True}, "`num_samples` must be a positive integer or 'auto', got True"),
+    ({"num_samples": "all"}, "`num_samples` must be a positive integer or 'auto', got 'all'"),
+    ({"num_samples": "auto"}, "`num_samples='auto'` needs a number for `tolerance`.* got None"),
+    ({"num_samples": "auto", "tolerance": "auto"}, "`num_samples='auto'` needs a number for `tolerance`.* got 'auto'"),
     ({"batch_size": -1}, "`batch_size` must be a positive integer, got -1"),
     ({"on_error": "ignore"}, "`on_error` must be 'warn' or 'raise', got 'ignore'"),
     ({"name": ""}, "`name` must be a non-empty text without '/', got ''"),
@@ -49,16 +51,19 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"dtype": torch.float16}, "`dtype` must be torch.float32, torch.float64 or None, got torch.float16"),
     ({"mode": "test"}, "`mode` must be 'eval' or 'train' or 'keep', got 'test'"),
     ({"probe": "uniform"}, "`probe` must be 'gaussian' or 'rademacher', got 'uniform'"),
-    ({"strategy": "fast"}, "`strategy` must be 'auto' or 'graph' or 'recompute', got 'fast'"),
+    ({"strategy": "fast"}, "`strategy` must be 'auto' or 'graph' or 'recompute' or 'finite_difference', got 'fast'"),
     ({"strategy": "linearize"}, "`strategy='linearize'` is not available in this version: use 'auto'"),
     ({"matrix": "ggn"}, "`matrix='ggn'` is not available in this version: use 'hessian'"),
-    ({"basis": "cpu"}, "`basis='cpu'` is not available in this version: use 'auto' or 'device'"),
-    ({"tolerance": 0.05}, "`tolerance` is not available in this version: leave it None"),
+    ({"basis": "disk"}, "`basis` must be 'auto' or 'device' or 'cpu' or 'none', got 'disk'"),
+    ({"tolerance": 0}, "`tolerance` must be a number between 0 and 1, 'type', 'auto' or None, got 0"),
+    ({"tolerance": "1%"}, "`tolerance` must be a number between 0 and 1, 'type', 'auto' or None, got '1%'"),
     ({"output_fn": print}, "`output_fn` is not available in this version"),
     ({"output_loss": print}, "`output_loss` is not available in this version"),
-    ({"memory_budget": 1}, "`memory_budget` is not available in this version"),
+    (
+        {"memory_budget": 1e9},
+        "`memory_budget` must be a positive integer, a number of bytes, or None, got 1000000000.0",
+    ),
     ({"preconditioner": {}}, "`preconditioner` is not available in this version"),
-    ({"sampling_error": True}, "`sampling_error` is not available in this version: leave it False"),
 ]
 
 
@@ -169,7 +174,7 @@ class Broken(Digits):
 
 FAILURES: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = {
     "once_differentiable": (
-        lambda: {"loss_fn": once_differentiable_loss},
+        lambda: {"loss_fn": once_differentiable_loss, "strategy": "graph"},
         RuntimeError,
         "cannot be differentiated twice: .*marked `once_differentiable`",
     ),
@@ -304,13 +309,13 @@ def test_only_samples_that_such_a_trainer_trains_on(option: str, tmp_path: Path)
     """Of the others training sees nothing, so their loss is not the training loss."""
     observer = callback(num_samples=40)
     fit(tmp_path, observer, data=loader(), max_epochs=1, **{option: 2})
-    assert sorted(observer.state_dict()["indices"]) == list(range(16))
+    assert sorted(observer.state_dict()["samples"]["indices"]) == list(range(16))
 
 
 def test_all_samples_where_a_limited_trainer_shuffles(tmp_path: Path) -> None:
     observer = callback(num_samples=40)
     fit(tmp_path, observer, data=loader(shuffle=True), max_epochs=1, limit_train_batches=2)
-    assert sorted(observer.state_dict()["indices"]) == list(range(40))
+    assert sorted(observer.state_dict()["samples"]["indices"]) == list(range(40))
 
 
 @pytest.fixture
