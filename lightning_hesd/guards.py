@@ -22,8 +22,8 @@ Mode = Literal["eval", "train", "keep"]
 def analysis_state(module: nn.Module, mode: Mode = "eval") -> Iterator[None]:
     """Bring `module` and PyTorch into the state for exact second derivatives; put everything back on leaving.
 
-    Gradients are enabled; autocast, TF32 and fused attention (it has no second derivative) are off; compiled code
-    runs eagerly (it has none either). The gradients the user accumulated, and hooks on parameters, are set aside.
+    Gradients are enabled; autocast and TF32 are off, and so is what has no second derivative: fused attention, compiled
+    code (it runs eagerly) and, for recurrent networks, cuDNN (in evaluation mode it has not even a first). The gradients the user accumulated, and hooks on parameters, are set aside.
 
     Args:
         module: The module to analyse.
@@ -44,6 +44,8 @@ def analysis_state(module: nn.Module, mode: Mode = "eval") -> Iterator[None]:
         stack.enter_context(_full_float32_precision())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if any(isinstance(m, nn.RNNBase) for m in module.modules()):
+            stack.enter_context(_without_cudnn())
         try:
             for p in parameters:
                 p.grad = None
@@ -57,6 +59,17 @@ def analysis_state(module: nn.Module, mode: Mode = "eval") -> Iterator[None]:
                 p.grad = grad
             for p, hooks in hooked.items():
                 p._backward_hooks = hooks  # noqa: SLF001
+
+
+@contextlib.contextmanager
+def _without_cudnn() -> Iterator[None]:
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.enabled
+    cudnn.enabled = False
+    try:
+        yield
+    finally:
+        cudnn.enabled = before
 
 
 def release_memory() -> None:

@@ -468,12 +468,12 @@ def test_the_same_samples_after_resume(tmp_path: Path) -> None:
     after, data = callback(loss_fn=seen), loader(Digits(SIZE + 20, NOISES["torch"]), shuffle=True)
     fit(tmp_path, after, data=data, ckpt_path=saved, max_epochs=3)
     assert [record.epoch for record in after.history] == [0, 1, 2]
-    assert after.state_dict()["samples"]["indices"] == before.state_dict()["indices"]
+    assert after.state_dict()["samples"]["indices"] == before.state_dict()["samples"]["indices"]
     assert seen.by_analysis()[2] == seen.by_analysis()[0]
 
     fresh = callback()
     fit(tmp_path, fresh, data=loader(Digits(SIZE + 20), shuffle=True), max_epochs=1)
-    assert fresh.state_dict()["samples"]["indices"] != before.state_dict()["indices"], (
+    assert fresh.state_dict()["samples"]["indices"] != before.state_dict()["samples"]["indices"], (
         "or resuming would have shown nothing"
     )
 
