@@ -23,7 +23,8 @@ def analysis_state(module: nn.Module, mode: Mode = "eval") -> Iterator[None]:
     """Bring `module` and PyTorch into the state for exact second derivatives; put everything back on leaving.
 
     Gradients are enabled; autocast and TF32 are off, and so is what has no second derivative: fused attention, compiled
-    code (it runs eagerly) and, for recurrent networks, cuDNN (in evaluation mode it has not even a first). The gradients the user accumulated, and hooks on parameters, are set aside.
+    code (it runs eagerly) and, for recurrent networks, cuDNN (in evaluation mode it has not even a first one). The
+    gradients the user accumulated, and hooks on parameters, are set aside.
 
     Args:
         module: The module to analyse.

@@ -47,7 +47,7 @@ def data() -> DataLoader[Any]:
 @pytest.mark.filterwarnings("ignore:.*called with Trainer configured with multiple .ModelCheckpoint. callbacks")
 def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     monkeypatch.chdir(tmp_path)  # as in a user's folder: everything is written below it
     torch.manual_seed(0)
     namespace: dict[str, Any] = {"model": Plain(), "train_dataloader": data(), "test_dataloader": data()}
