@@ -32,7 +32,7 @@ from benchmarks.truth import true_c_t
 if TYPE_CHECKING:
     from benchmarks.problems import Size
 
-PRODUCT_ROUNDS = 9
+PRODUCT_ROUNDS = {"full": 9, "quick": 2}
 PACKAGES = ["torch", "hessian-eigenthings", "curvlinops-for-pytorch", "lightning-hesd"]
 
 
@@ -54,7 +54,7 @@ def main() -> None:
     started = time.perf_counter()
     for entry in entries:
         say(started, f"{title(entry)}: products")
-        entry["products"] = in_fresh_process(products, entry["problem"], entry["pieces"], size, PRODUCT_ROUNDS)
+        entry["products"] = in_fresh_process(products, entry["problem"], entry["pieces"], size, PRODUCT_ROUNDS[size])
     costs = [0.0] * len(entries)  # seconds that the last round of an entry took
     for number in range(args.rounds):
         for index, entry in enumerate(entries):
