@@ -38,8 +38,9 @@ layers: $(INSTALLED) ## check that imports go downward only
 doctest: $(INSTALLED) ## run the examples in docstrings
 	$(RUN) -m pytest --doctest-modules lightning_hesd
 
-bench: $(INSTALLED) ## measure the cost of a Hessian-vector product
-	$(RUN) -m benchmarks.hvp
+bench: $(INSTALLED) ## compare with other packages: time, memory, accuracy
+	$(RUN) -m pip install --no-deps -r benchmarks/requirements.txt
+	$(RUN) -m benchmarks
 
 clean: ## remove .venv, caches and builds; logs of runs stay
 	rm -rf $(VENV) build dist site .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,90 @@
+"""Fresh processes for measurements, and the memory that they use.
+
+Every whole run has a process to itself: what one candidate leaves in memory is no other's gain or loss. The processes
+are forked from a server that has imported everything and computed nothing, so they start at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import sys
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.connection import Connection
+    from multiprocessing.context import ForkServerContext
+
+MODULES = ["benchmarks.measure", "curvlinops", "hessian_eigenthings", "scipy.sparse.linalg"]
+
+
+class MeasurementError(RuntimeError):
+    """A measurement failed in its process."""
+
+
+def in_fresh_process(work: Callable[..., Any], *args: Any) -> Any:
+    """Return `work(*args)`, computed in a process of its own.
+
+    Raises:
+        MeasurementError: If it fails, or its process is killed.
+    """
+    context = _server()
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, work, args))
+    process.start()
+    sender.close()
+    try:
+        failure, result = receiver.recv()
+    except EOFError:
+        process.join()
+        msg = f"its process ended with exit code {process.exitcode} (-9: killed, for want of memory perhaps)"
+        raise MeasurementError(msg) from None
+    process.join()
+    if failure is not None:
+        raise MeasurementError(failure)
+    return result
+
+
+def _answer(sender: Connection, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    try:
+        sender.send((None, work(*args)))
+    except Exception as error:  # noqa: BLE001 - the report says what failed
+        sender.send((describe(error), None))
+
+
+def describe(error: BaseException) -> str:
+    """Return what failed, in one line."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+@cache
+def _server() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(MODULES)  # it passes over those that are not installed
+    return context
+
+
+class PeakMemory:
+    """How far the memory of this process grows above what it holds now; Linux only."""
+
+    def __init__(self) -> None:
+        self._held: int | None = None
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)
+            self._held = _status("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+    def growth(self) -> int | None:
+        """Return the growth in bytes up to the peak since the construction; None if it cannot be known."""
+        return None if self._held is None else max(0, _status("VmHWM") - self._held)
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)

@@ -1,0 +1,114 @@
+"""The benchmark's candidates compute the same, and its report has a place for everything, failures too."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import isolation, measure, problems
+from benchmarks.__main__ import environment, write
+from benchmarks.candidates import OURS, TOLERANCE
+from benchmarks.report import summarise
+from benchmarks.truth import steps_within, true_c_t
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # curvlinops
+
+EXACT = [name for name in measure.CANDIDATES if "difference" not in name]
+WHOLE = [name for name, candidate in measure.CANDIDATES.items() if candidate.density]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(problems, "CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+@pytest.fixture(scope="module", params=[1, 8])
+def entry(request: pytest.FixtureRequest, cache: None) -> dict[str, Any]:
+    """A problem with everything measured."""
+    pieces = request.param
+    truth = true_c_t("mlp", "quick")
+    return {
+        "problem": "mlp",
+        "pieces": pieces,
+        "parameters": 26122,
+        "samples": 64,
+        "truth": truth,
+        "products": measure.products("mlp", pieces, "quick", 1),
+        "whole": {name: [measure.whole("mlp", pieces, "quick", name, truth["c_t"])] for name in WHOLE},
+    }
+
+
+def succeeded(result: dict[str, Any]) -> dict[str, Any]:
+    """Skip what cannot be measured here: `make bench` installs the peers."""
+    failure = result.get("failure", "")
+    if "No module named" in failure or "is not available in this version" in failure:
+        pytest.skip(failure)
+    assert not failure
+    return result
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_products_are_those_of_float64(entry: dict[str, Any], name: str) -> None:
+    if entry["pieces"] not in measure.CANDIDATES[name].pieces:
+        pytest.skip("not tried with so many batches")
+    result = succeeded(entry["products"][name])
+    assert len(result["seconds"]) == 1
+    # A few hundred operations, each rounding by half an epsilon, whose errors add up like a random walk.
+    assert result["error"] <= 20 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("name", [name for name in WHOLE if name in EXACT])
+def test_whole_runs_find_c_t(entry: dict[str, Any], name: str) -> None:
+    result = succeeded(entry["whole"][name][0])
+    assert result["error"] <= TOLERANCE
+    assert result["density_products"] >= measure.nodes("quick")
+    assert result["c_t_seconds"] > 0
+    if "hindsight" in result and result["hindsight"] is not None:
+        assert 1 < result["hindsight"] <= measure.nodes("quick")
+
+
+def test_report_has_everything(entry: dict[str, Any], tmp_path: Path) -> None:
+    broken = {**entry, "whole": {name: [{"failure": "OSError: no luck"}] for name in WHOLE}}
+    write({"environment": environment(), "size": "quick", "entries": [entry, broken]}, tmp_path)
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert f"torch {torch.__version__}" in text
+    for name, summary in summarise(entry).items():
+        assert text.count(f"| {name} |") == 2
+        assert summary.product is None or f"| {1000 * summary.product:.3g} |" in text
+    assert "OSError: no luck" in text
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+    assert (tmp_path / "results.json").is_file()
+    assert summarise(entry)[OURS.name].gradients is not None
+
+
+def test_hindsight_is_the_step_from_which_the_error_stays_small() -> None:
+    generator = np.random.default_rng(0)
+    alphas, betas = generator.normal(size=12), generator.uniform(0.5, 1.0, size=11)
+    matrix = np.diag(alphas) + np.diag(betas, 1) + np.diag(betas, -1)
+    values, vectors = np.linalg.eigh(matrix)
+    truth = values[0] / values[-1]
+    errors = []
+    for steps in range(1, 13):
+        inner = np.linalg.eigvalsh(matrix[:steps, :steps])
+        errors.append(abs(min(inner[0], 0) / inner[-1] - truth) / abs(truth) if inner[-1] > 0 else math.inf)
+    expected = max(steps for steps in range(1, 13) if errors[steps - 1] > TOLERANCE) + 1
+    assert steps_within((values, vectors[0] ** 2), truth, TOLERANCE) == expected
+    assert steps_within((values, vectors[0] ** 2), 2 * truth, TOLERANCE) is None
+
+
+def test_fresh_process_answers_fails_and_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolation, "MODULES", [])
+    assert isolation.in_fresh_process(math.sqrt, 4.0) == 2.0
+    assert isolation.in_fresh_process(os.getpid) != os.getpid()
+    with pytest.raises(isolation.MeasurementError, match="ValueError"):
+        isolation.in_fresh_process(math.sqrt, -1.0)
+    with pytest.raises(isolation.MeasurementError, match="exit code 3"):
+        isolation.in_fresh_process(os._exit, 3)
