@@ -20,8 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.problems import loss
 from lightning_hesd import hessian_spectrum
+from lightning_hesd.batches import WeightedBatch
 from lightning_hesd.guards import analysis_state
-from lightning_hesd.operators import HessianOperator, WeightedBatch
+from lightning_hesd.operators import HessianOperator
 from lightning_hesd.products import Strategy
 
 if TYPE_CHECKING:
