@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.problems import loss
 from lightning_hesd import hessian_spectrum
 from lightning_hesd.batches import WeightedBatch
+from lightning_hesd.fast_derivatives import FastDerivatives
 from lightning_hesd.guards import analysis_state
 from lightning_hesd.operators import HessianOperator
 from lightning_hesd.products import Strategy
@@ -122,9 +123,14 @@ def gradient(problem: Problem) -> Tensor:
 def our_product(problem: Problem, strategy: Strategy | Literal["auto"]) -> Iterator[Product]:
     """Give the operator beneath `hessian_spectrum`, in the state that it computes in."""
     batches = [WeightedBatch(batch, len(batch[0]), index) for index, batch in enumerate(problem.batches)]
+
+    def our_loss(batch: WeightedBatch) -> Tensor:
+        with FastDerivatives():
+            return loss(problem.module, batch.data)
+
     with analysis_state(problem.module):
         operator = HessianOperator(
-            lambda item: loss(problem.module, item.data),
+            our_loss,
             batches,
             problem.parameters,
             strategy=strategy,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_hesd import criteria, quadrature
 from lightning_hesd.batches import WeightedBatch, batch_size
+from lightning_hesd.fast_derivatives import FastDerivatives
 from lightning_hesd.guards import analysis_state
 from lightning_hesd.lanczos import Lanczos, NonFiniteProductError
 from lightning_hesd.memory import MemoryPlan, plan_memory
@@ -35,6 +37,9 @@ LossFunction = Callable[[Any, Any], Tensor]
 
 COARSE = 0.2
 """Relative accuracy of C_t at which the extreme Ritz vectors are good enough for the sampling error."""
+
+SHARE_OF_FORECAST = 0.7
+"""Of the steps that the error is forecast to need, so many are taken before looking again."""
 
 Report = Callable[[int, int], None]
 """Takes the steps done and the most there can be."""
@@ -175,7 +180,8 @@ def analyze(
     def loss(batch: WeightedBatch) -> Tensor:
         # The same dropout mask at every evaluation of this batch, and not the random numbers of the start vectors.
         seed_everything(options.seed + 1 + batch.index)
-        return _checked_loss(loss_fn(module, batch.copy().data))
+        with FastDerivatives():
+            return _checked_loss(loss_fn(module, batch.copy().data))
 
     with analysis_state(module, options.mode):
         operator = HessianOperator(
@@ -209,6 +215,8 @@ class _Analysis:
         self._runs: list[Lanczos] = []
         self._sampling: SamplingError | None = None
         self._cost: float | None = None
+        self._next_look = 0
+        self._last_look = (0, math.inf)  # steps, and the log of how many times too large the error was
         self._squared_weight_norm = sum(float(p.detach().double().square().sum()) for p in parameters)
 
     def run(self, tick: Callable[[], None] | None) -> None:
@@ -224,6 +232,7 @@ class _Analysis:
                 storage=self._plan.storage,
             )
             self._runs.append(process)
+            self._next_look, self._last_look = 0, (0, math.inf)
             process.run(stop, report=tick)
         self._cost = _gradient_equivalents(operator, device)
         if options.wants_sampling_error:
@@ -232,11 +241,29 @@ class _Analysis:
     def _is_accurate(self) -> bool:
         """Whether the process that is running has found C_t as accurately as asked."""
         running = self._runs[-1:]
+        steps = len(running[0].alphas)
+        if steps < self._next_look:
+            return False
         spectrum = self.spectrum(running)
         if self._options.tolerance == "auto" and spectrum.c_t_error <= COARSE * max(abs(spectrum.c_t), SMALLEST_SCALE):
             self._sample(running)
             spectrum = self.spectrum(running)
-        return spectrum.converged
+        if spectrum.converged:
+            return True
+        self._schedule_look(steps, spectrum)
+        return False
+
+    def _schedule_look(self, steps: int, spectrum: Spectrum) -> None:
+        """Look again when the error, which falls geometrically on the whole, may have come most of the way.
+
+        A look takes an eigendecomposition and two bounds: a millisecond, but tens of them on a busy machine.
+        """
+        excess = math.log(spectrum.c_t_error / spectrum.allowed_error) if spectrum.allowed_error else math.inf
+        before, self._last_look = self._last_look, (steps, excess)
+        pause = 0.0
+        if self._options.tolerance != "type" and before[0] < steps and math.inf > before[1] > excess > 0:
+            pause = min(SHARE_OF_FORECAST * excess * (steps - before[0]) / (before[1] - excess), steps / 2)
+        self._next_look = steps + int(pause)
 
     def _sample(self, runs: Sequence[Lanczos]) -> None:
         spectrum = self.spectrum(runs)

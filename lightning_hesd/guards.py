@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_hesd.fast_derivatives import FastDerivatives
 from lightning_hesd.snapshot import preserved
 
 if TYPE_CHECKING:
@@ -46,7 +45,6 @@ def analysis_state(module: nn.Module, mode: Mode = "eval") -> Iterator[None]:
         stack.enter_context(_full_float32_precision())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(FastDerivatives())
         if any(isinstance(m, nn.RNNBase) for m in module.modules()):
             stack.enter_context(_without_cudnn())
         try:

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from lightning_hesd import fast_derivatives
+from lightning_hesd import fast_derivatives, hessian_spectrum
 from lightning_hesd.fast_derivatives import FastDerivatives
-from lightning_hesd.guards import analysis_state
 
 CONVOLUTIONS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "plain": (2, (2, 3, 5, 5), (4, 3, 3, 3), {}),
@@ -107,10 +106,11 @@ def test_left_alone_where_derivatives_are_others_business(surroundings: str, rep
     assert not replaced
 
 
-def test_a_module_in_analysis_uses_them(replaced: list[str]) -> None:
+def test_the_analysis_uses_them(replaced: list[str]) -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2))
-    with analysis_state(net):
-        net(torch.randn(2, 1, 4, 4))
-    assert replaced == ["_convolution", "_batch_norm"]
-    net(torch.randn(2, 1, 4, 4))
-    assert len(replaced) == 2
+    x = torch.randn(2, 1, 4, 4)
+    hessian_spectrum(net, [x], lambda module, batch: module(batch).square().mean(), steps=2)
+    assert set(replaced) == {"_convolution", "_batch_norm"}
+    replaced.clear()
+    net(x)
+    assert not replaced
