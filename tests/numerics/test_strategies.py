@@ -13,6 +13,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lightning_hesd import Spectrum, hessian_spectrum
+from lightning_hesd.analysis import analysis_options, analyze
+from lightning_hesd.batches import WeightedBatch
+from lightning_hesd.operators import Calibration
 from tests import cases, oracles
 
 STRATEGIES = ("graph", "recompute", "finite_difference", "auto")
@@ -26,11 +29,12 @@ def true_eigenvalues(problem: tuple[Any, Any, Any]) -> np.ndarray:
 
 def assert_within_stated_errors(spectrum: Spectrum, true: np.ndarray) -> None:
     """The run went on until the extremes had converged: nothing but rounding and product errors is left."""
+    oracle = 16 * np.finfo(np.float64).eps * np.abs(true).max()  # the dense Hessian is rounded as well
     assert true[0] < -100 * spectrum.rounding
-    assert abs(spectrum.lambda_min - true[0]) <= spectrum.lambda_min_error
-    assert abs(spectrum.lambda_max - true[-1]) <= spectrum.lambda_max_error
+    assert abs(spectrum.lambda_min - true[0]) <= spectrum.lambda_min_error + oracle
+    assert abs(spectrum.lambda_max - true[-1]) <= spectrum.lambda_max_error + oracle
     low, high = spectrum.c_t_interval
-    assert low <= true[0] / true[-1] <= high
+    assert low - 2 * oracle / true[-1] <= true[0] / true[-1] <= high + 2 * oracle / true[-1]
     # And these errors are small enough to mean something.
     assert max(spectrum.lambda_min_error, spectrum.lambda_max_error) <= 2e-2 * np.abs(true).max()
 
@@ -63,9 +67,6 @@ class TestFiniteDifferences:
         assert differences.matvecs > exact.matvecs  # those that found the step count
 
     def test_a_known_step_is_not_searched_again_from_scratch(self):
-        from lightning_hesd.analysis import WeightedBatch, analysis_options, analyze  # noqa: PLC0415
-        from lightning_hesd.operators import Calibration  # noqa: PLC0415
-
         module, batches, loss_fn = cases.make("mlp")
         weighted = [WeightedBatch(batch, float(len(batch[0])), index) for index, batch in enumerate(batches)]
         calibration, options = Calibration(), analysis_options(strategy="finite_difference", steps=20)
@@ -139,30 +140,6 @@ class Cube(torch.autograd.Function):
         return 3 * x**2 * gradient
 
 
-class OpaqueSine(torch.autograd.Function):
-    """sin x, whose derivative is computed where autograd cannot see it, and refuses to be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return _OpaqueCosine.apply(x, gradient)
-
-
-class _OpaqueCosine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gradient: Tensor) -> Tensor:
-        return torch.from_numpy(np.cos(x.detach().numpy())) * gradient
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        raise NotImplementedError("no second derivative")
-
-
 class Lambda(nn.Module):
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -203,16 +180,17 @@ def perceptron(activation: nn.Module) -> nn.Module:
     return seeded(lambda: nn.Sequential(nn.Linear(3, 4), activation, nn.Linear(4, 2)))
 
 
-def checkpointed(*, reentrant: bool) -> nn.Module:
+def between_linear_layers(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
     # Reentrant checkpointing wants an input that requires grad: the first layer makes one.
-    inner = nn.Sequential(nn.Tanh(), nn.Linear(4, 4), nn.Tanh())
-    module: nn.Module = Checkpointed(inner, reentrant=reentrant) if reentrant is not None else inner
-    return seeded(lambda: nn.Sequential(nn.Linear(3, 4), module, nn.Linear(4, 2)))
+    def make() -> nn.Module:
+        inner = nn.Sequential(nn.Tanh(), nn.Linear(4, 4), nn.Tanh())
+        return nn.Sequential(nn.Linear(3, 4), wrap(inner), nn.Linear(4, 2))
+
+    return seeded(make)
 
 
-def plain_checkpointed() -> nn.Module:
-    inner = nn.Sequential(nn.Tanh(), nn.Linear(4, 4), nn.Tanh())
-    return seeded(lambda: nn.Sequential(nn.Linear(3, 4), inner, nn.Linear(4, 2)))
+def checkpointed(*, reentrant: bool) -> nn.Module:
+    return between_linear_layers(lambda inner: Checkpointed(inner, reentrant=reentrant))
 
 
 # Name: (the module, the same function written plainly, what the reason says).
@@ -224,7 +202,7 @@ WITHOUT_SECOND_DERIVATIVE: dict[str, tuple[Callable[[], nn.Module], Callable[[],
     ),
     "reentrant checkpointing": (
         lambda: checkpointed(reentrant=True),
-        plain_checkpointed,
+        lambda: between_linear_layers(lambda inner: inner),
         "cannot be differentiated twice",
     ),
 }
@@ -246,12 +224,6 @@ class TestFallback:
         make, _, _ = WITHOUT_SECOND_DERIVATIVE[name]
         with pytest.raises(RuntimeError):
             hessian_spectrum(make(), data(3), cases.squared_error, strategy=strategy)
-
-    def test_an_opaque_backward(self):
-        module, plain = perceptron(Lambda(OpaqueSine.apply)), perceptron(Lambda(torch.sin))
-        spectrum = hessian_spectrum(module, data(3), cases.squared_error)
-        assert spectrum.strategy == "finite_difference"
-        assert_within_stated_errors(spectrum, true_eigenvalues((plain, data(3), cases.squared_error)))
 
     @pytest.mark.parametrize("error", [KeyError, RuntimeError, ValueError, NotImplementedError])
     @pytest.mark.parametrize("failing_call", [1, 2])
