@@ -98,6 +98,21 @@ class TestAgainstTheRecurrence:
         below, beyond = (kernel(probe, nodes[-1] + share * (high - nodes[-1])) for share in (1.0 - 2e-3, 1.0 + 1e-6))
         assert largest_density(120) / math.sqrt(beyond) <= failure * unlucky <= largest_density(120) / math.sqrt(below)
 
+    @pytest.mark.parametrize("count", [2, 3])
+    def test_several_starts_are_as_improbable_together(self, count):
+        # Products of uniform random numbers fall below q with probability q·Σ(−log q)ʲ/j!.
+        n, failure = 120, 0.025
+        probes = [tridiagonal(SPECTRA["uniform"], make_start(n, seed), 6) for seed in range(count)]
+        largest = max(gauss_quadrature(*probe)[0][-1] for probe in probes)
+        _, high = bounds(probes, n, failure)
+
+        def together(x: float) -> float:
+            q = math.prod(min(1.0, largest_density(n) / math.sqrt(kernel(probe, x))) for probe in probes)
+            return q * sum((-math.log(q)) ** j / math.factorial(j) for j in range(count))
+
+        assert together(largest + 1e-9) == pytest.approx(1.0)  # no unlucky start among these
+        assert together(high + 1e-6) <= failure <= together(largest + (1 - 2e-3) * (high - largest))
+
     def test_one_step_in_closed_form(self):
         # K(x) = 1 + ((x − α)/β)².
         low, high = bounds([(np.array([0.5]), np.array([2.0]))], 100, 0.1)

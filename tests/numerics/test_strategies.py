@@ -310,3 +310,10 @@ class TestStaysExact:
         torch.testing.assert_close(compiled(data(3)[0][0]), expected, rtol=0, atol=1e-14)
         cases.squared_error(compiled, data(3)[0]).backward()
         assert all(p.grad is not None for p in module.parameters())
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+    def test_with_scripted_modules(self):
+        module = perceptron(nn.Tanh())
+        spectrum = hessian_spectrum(torch.jit.script(module), data(3), cases.squared_error)
+        assert spectrum.strategy == "graph"
+        assert_within_stated_errors(spectrum, true_eigenvalues((module, data(3), cases.squared_error)))
