@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lightning_hesd import hessian_spectrum, products
-from lightning_hesd.analysis import analysis_options, batch_size
+from lightning_hesd import hessian_spectrum
+from lightning_hesd.analysis import analysis_options
+from lightning_hesd.batches import batch_size
 from lightning_hesd.options import OPTION_NAMES
 from tests import cases
 
 STRATEGIES = ("graph", "recompute")
+EXACT = (*STRATEGIES, "auto")
 
 
 def make(**options: Any) -> Any:
@@ -41,25 +43,32 @@ OUT_OF_RANGE = [
     ("dtype", "float32", r"`dtype` must be torch\.float32, .*got 'float32'"),
     ("mode", "test", r"`mode` must be 'eval' or 'train' or 'keep', got 'test'"),
     ("probe", "normal", r"`probe` must be 'gaussian' or 'rademacher', got 'normal'"),
-    ("strategy", "fast", r"`strategy` must be 'auto' or 'graph' or 'recompute', got 'fast'"),
+    ("strategy", "fast", r"`strategy` must be 'auto' or 'graph' or 'recompute' or 'finite_difference', got 'fast'"),
     ("matrix", "fisher", r"`matrix` must be 'hessian', got 'fisher'"),
-    ("basis", "disk", r"`basis` must be 'auto' or 'device', got 'disk'"),
+    ("basis", "disk", r"`basis` must be 'auto' or 'device' or 'cpu' or 'none', got 'disk'"),
+    *[
+        ("tolerance", value, rf"`tolerance` must be a number between 0 and 1, 'type', 'auto' or None, got {said}")
+        for value, said in [
+            (0.0, "0\\.0"),
+            (1.0, "1\\.0"),
+            (-0.1, "-0\\.1"),
+            (math.nan, "nan"),
+            (True, "True"),
+            ("fine", "'fine'"),
+        ]
+    ],
+    ("memory_budget", 0, r"`memory_budget` must be a positive integer, a number of bytes, or None, got 0"),
+    ("memory_budget", 1e9, r"`memory_budget` must be a positive integer, .*got 1000000000\.0"),
+    ("memory_budget", True, r"`memory_budget` must be a positive integer, .*got True"),
 ]
 
 NOT_AVAILABLE = [
     ("strategy", "linearize", r"`strategy='linearize'` is not available in this version: use 'auto' or"),
-    ("strategy", "finite_difference", r"`strategy='finite_difference'` is not available in this version"),
     ("matrix", "ggn", r"`matrix='ggn'` is not available in this version: use 'hessian'"),
     ("matrix", "residual", r"`matrix='residual'` is not available in this version"),
-    ("basis", "cpu", r"`basis='cpu'` is not available in this version"),
-    ("basis", "none", r"`basis='none'` is not available in this version"),
-    ("tolerance", 0.05, r"`tolerance` is not available in this version: leave it None"),
-    ("tolerance", "type", r"`tolerance` is not available in this version"),
     ("output_fn", lambda module, batch: None, r"`output_fn` is not available in this version"),
     ("output_loss", lambda outputs, batch: None, r"`output_loss` is not available in this version"),
-    ("memory_budget", 1, r"`memory_budget` is not available in this version"),
     ("preconditioner", {}, r"`preconditioner` is not available in this version"),
-    ("sampling_error", True, r"`sampling_error` is not available in this version: leave it False"),
 ]
 
 
@@ -279,8 +288,9 @@ class Apply(nn.Module):
         return self.function.apply(x)
 
 
-@pytest.mark.parametrize("strategy", [*STRATEGIES, "auto"])
 class TestTwiceDifferentiable:
+    # "auto" goes on with central differences: see test_strategies.
+    @pytest.mark.parametrize("strategy", STRATEGIES)
     @pytest.mark.parametrize("place", [1, 2, 3])
     def test_a_function_differentiable_once_is_refused_wherever_it_is(self, place, strategy):
         module = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))
@@ -289,11 +299,15 @@ class TestTwiceDifferentiable:
         with pytest.raises(RuntimeError, match=r"cannot be differentiated twice: .*`once_differentiable`"):
             hessian_spectrum(module, [batch], cases.squared_error, strategy=strategy)
 
+    @pytest.mark.parametrize("strategy", EXACT)
     def test_before_the_first_parameter_it_does_not_matter(self, strategy):
         module = nn.Sequential(Apply(OnceDifferentiable), nn.Linear(3, 1))
         batch = (torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(4, 1))
-        assert hessian_spectrum(module, [batch], cases.squared_error, strategy=strategy).lambda_max > 0
+        spectrum = hessian_spectrum(module, [batch], cases.squared_error, strategy=strategy)
+        assert spectrum.lambda_max > 0
+        assert spectrum.strategy != "finite_difference"
 
+    @pytest.mark.parametrize("strategy", EXACT)
     def test_a_custom_function_with_a_second_derivative_is_exact(self, strategy):
         batch = (torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(4, 1))
         spectra = []
@@ -308,52 +322,3 @@ class TestTwiceDifferentiable:
 class _Square(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.square()
-
-
-class TestAutomaticStrategy:
-    @staticmethod
-    def problem(batches: int) -> cases.Problem:
-        module, data, loss_fn = cases.make("mlp")
-        return cases.Problem(module, [data[0]] * batches, loss_fn)
-
-    def test_small_graphs_are_kept(self):
-        spectrum = hessian_spectrum(*self.problem(2), steps=2)
-        assert spectrum.strategy == "graph"
-        assert spectrum.strategy_reason.startswith("auto: the gradient graphs hold about 0 MiB")
-
-    def test_large_graphs_are_built_anew(self, monkeypatch):
-        monkeypatch.setattr(products, "GRAPH_MEMORY_LIMIT", 100)
-        spectrum = hessian_spectrum(*self.problem(2), steps=2)
-        assert spectrum.strategy == "recompute"
-        assert "would hold about" in spectrum.strategy_reason
-
-    def test_the_choice_is_for_all_batches_together(self, monkeypatch):
-        limits = []
-        for batches in (1, 100):
-            problem = self.problem(batches)
-            # Bisect the memory that the graphs of that many batches are thought to hold.
-            low, high = 0, 2**30
-            while high - low > 1:
-                middle = (low + high) // 2
-                monkeypatch.setattr(products, "GRAPH_MEMORY_LIMIT", middle)
-                strategy, _ = products.choose_strategy(
-                    lambda problem=problem: problem.loss_fn(problem.module, problem.batches[0]),
-                    list(problem.module.parameters()),
-                    batches,
-                )
-                low, high = (low, middle) if strategy == "graph" else (middle, high)
-            limits.append(high)
-        # 43 parameters, 5 samples with 4 inputs, 5 hidden units and 3 classes: some kilobytes.
-        assert 1_000 < limits[0] < 20_000
-        assert limits[1] == pytest.approx(100 * limits[0], rel=0.01)
-
-    @pytest.mark.parametrize(("batches", "strategy"), [(1, "graph"), (100, "recompute")])
-    def test_many_small_graphs_are_a_large_one(self, batches, strategy, monkeypatch):
-        monkeypatch.setattr(products, "GRAPH_MEMORY_LIMIT", 50_000)
-        assert hessian_spectrum(*self.problem(batches), steps=1).strategy == strategy
-
-    @pytest.mark.parametrize("strategy", STRATEGIES)
-    def test_what_the_user_asks_for_is_done(self, strategy, monkeypatch):
-        monkeypatch.setattr(products, "GRAPH_MEMORY_LIMIT", 100)
-        spectrum = hessian_spectrum(*self.problem(2), steps=2, strategy=strategy)
-        assert (spectrum.strategy, spectrum.strategy_reason) == (strategy, "as asked")

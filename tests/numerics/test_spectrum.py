@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import math
 import zipfile
@@ -114,9 +115,43 @@ class TestProperties:
         assert spectrum.c_t == -0.25
         assert spectrum.r_e == 0.25
         assert spectrum.hesd_type == "MP"
-        # Outward by residual and rounding, inward by rounding.
-        assert spectrum.c_t_interval == pytest.approx((-1.11 / 3.99, -0.99 / 4.21), rel=1e-14)
+        # The second probe ran until nothing was left, so nothing is outside: rounding only.
+        assert spectrum.extreme_bounds == pytest.approx((-1.01, 4.01), rel=1e-14)
+        assert spectrum.c_t_interval == pytest.approx((-1.01 / 3.99, -0.99 / 4.01), rel=1e-14)
+        assert spectrum.c_t_error == pytest.approx(1.01 / 3.99 - 0.25, rel=1e-13)
         assert spectrum.type_certain is True
+
+    def test_the_interval_follows_from_the_bounds_of_the_quadrature(self):
+        spectrum = make(residuals=[[0.1, 0.3, 0.2], [1e-9, 2e-9, 0.0]], confidence=0.9)
+        low, high = quadrature.spectrum_bounds(
+            spectrum.nodes, spectrum.weights, spectrum.residuals, dimension=10, failure=0.05
+        )
+        assert low < -1.0
+        assert high > 4.0
+        assert spectrum.extreme_bounds == (low - 0.01, high + 0.01)
+        # Outward by the bounds and rounding, inward by rounding.
+        expected = ((low - 0.01) / 3.99, -0.99 / (high + 0.01))
+        assert spectrum.c_t_interval == pytest.approx(expected, rel=1e-14)
+        assert spectrum.c_t_error == pytest.approx(max(-0.25 - expected[0], expected[1] + 0.25), rel=1e-14)
+
+    def test_more_confidence_widens_the_interval(self):
+        intervals = [
+            make(residuals=[[0.1, 0.3, 0.2], [1e-9, 2e-9, 0.0]], confidence=confidence).c_t_interval
+            for confidence in (0.5, 0.9, 0.99)
+        ]
+        for (low, high), (lower, higher) in itertools.pairwise(intervals):
+            assert lower < low
+            assert higher > high
+
+    def test_the_total_error_adds_that_of_the_sample(self):
+        assert make().c_t_total_error is None
+        spectrum = make(c_t_sampling_error=0.125)
+        assert spectrum.c_t_total_error == pytest.approx(spectrum.c_t_error + 0.125, rel=1e-15)
+        assert "± 0.12 (sampling)" in str(spectrum)
+
+    @pytest.mark.parametrize(("basis", "expected"), [("device", True), ("cpu", True), ("none", False)])
+    def test_reorthogonalized_with_a_basis_only(self, basis, expected):
+        assert make(basis=basis).reorthogonalized is expected
 
     def test_rounding_decides_what_is_negative(self):
         assert one_probe([-0.01, 4.0], rounding=0.01).c_t == 0.0
@@ -125,6 +160,7 @@ class TestProperties:
     def test_an_uncertain_type(self):
         spectrum = one_probe([-0.55, 1.0], [0.1, 0.0])
         assert spectrum.hesd_type == "MP"
+        assert spectrum.c_t_interval[0] < -0.6 < spectrum.c_t_interval[1]
         assert spectrum.type_certain is False
 
     def test_an_undefined_c_t(self):
@@ -194,7 +230,7 @@ class TestProperties:
     def test_prints_its_main_findings_in_one_line(self):
         text = str(make())
         assert "\n" not in text
-        for finding in ("C_t = -0.25 [-0.2782, -0.2352]", "MP", "largest eigenvalue 4,", "loss 0.75", "64 samples"):
+        for finding in ("C_t = -0.25 [-0.2531, -0.2469]", "MP", "largest eigenvalue 4,", "loss 0.75", "64 samples"):
             assert finding in text
 
     def test_records_are_told_apart_by_identity(self):
@@ -204,37 +240,80 @@ class TestProperties:
         assert len({first, second}) == 2
 
 
-class TestConverged:
-    @pytest.mark.parametrize(
-        ("residual", "tolerance", "expected"),
-        [
-            (0.04, None, True),  # C_t = −1 to 4 %, and 5 % by default
-            (0.06, None, False),
-            (0.04, 0.03, False),
-            (0.06, 0.1, True),
-        ],
-    )
-    def test_compares_the_width_with_the_tolerance(self, residual, tolerance, expected):
-        spectrum = one_probe([-1.0, 1.0], [residual, 0.0], tolerance=tolerance)
-        assert spectrum.c_t_interval == pytest.approx((-1.0 - residual, -1.0), rel=1e-14)
-        assert spectrum.converged is expected
+def relative_error(spectrum: Spectrum) -> float:
+    return spectrum.c_t_error / max(abs(spectrum.c_t), 1e-3)
 
-    @pytest.mark.parametrize(("residual", "expected"), [(0.9e-5, True), (1.1e-5, False)])
-    def test_small_values_are_judged_on_the_scale_of_a_thousandth(self, residual, expected):
-        # max(|C_t|, 0.001) times 5 % is 5e-5 at C_t = −1e-5 / 0.2, of which the residual makes 4.5e-5 or 5.5e-5.
-        assert one_probe([-1e-5, 0.2], [residual, 0.0]).converged is expected
+
+class TestConverged:
+    """Residuals shrink: at some point the interval is narrow enough."""
+
+    @pytest.mark.parametrize("tolerance", [None, 0.3, 0.01])
+    def test_compares_the_error_with_the_tolerance(self, tolerance):
+        seen = set()
+        for residual in np.geomspace(1e-8, 1.0, 40):
+            spectrum = one_probe([-1.0, 1.0], [residual, residual], tolerance=tolerance)
+            assert spectrum.converged is (relative_error(spectrum) <= (tolerance or 0.05))
+            seen.add(spectrum.converged)
+        assert seen == {True, False}
+
+    def test_small_values_are_judged_on_the_scale_of_a_thousandth(self):
+        # At 5 % the allowed error is 5e-5, and not 5e-7.
+        seen = set()
+        for residual in np.geomspace(1e-12, 1e-2, 40):
+            spectrum = one_probe([-2e-6, 0.2], [residual, residual])
+            assert spectrum.c_t == pytest.approx(-1e-5, rel=1e-12)
+            assert spectrum.converged is (spectrum.c_t_error <= 5e-5)
+            seen.add((spectrum.converged, relative_error(spectrum) * 1e-3 > 0.05 * 1e-5))
+        assert seen == {(True, False), (True, True), (False, True)}
+
+    def test_a_type_is_enough_if_that_was_asked_for(self):
+        spectrum = one_probe([-0.1, 1.0], [1e-3, 1e-3], tolerance="type")
+        assert relative_error(spectrum) > 0.05
+        assert spectrum.type_certain
+        assert spectrum.converged
+        straddling = one_probe([-0.5999, 1.0], [1e-3, 1e-3], tolerance="type")
+        assert not straddling.type_certain
+        assert not straddling.converged
+
+    def test_a_quarter_of_the_sampling_error_is_enough_if_that_was_asked_for(self):
+        error = one_probe([-0.5, 1.0], [1e-2, 1e-2]).c_t_error
+        assert one_probe([-0.5, 1.0], [1e-2, 1e-2], tolerance="auto", c_t_sampling_error=4.01 * error).converged
+        assert not one_probe([-0.5, 1.0], [1e-2, 1e-2], tolerance="auto", c_t_sampling_error=3.99 * error).converged
+        assert not one_probe([-0.5, 1.0], [1e-2, 1e-2], tolerance="auto").converged  # nobody knows yet
 
     def test_an_exact_zero_has_converged(self):
-        assert one_probe([1.0, 2.0], [0.5, 0.5]).converged is True
+        assert one_probe([1.0, 2.0], [0.0, 0.0]).converged is True
+
+    def test_a_zero_that_may_hide_something_has_not_converged(self):
+        # A node of positive curvature does not prove that there is no negative one.
+        spectrum = one_probe([1.0, 2.0], [0.5, 0.5])
+        assert spectrum.c_t == 0.0
+        assert spectrum.c_t_interval[0] < 0.0
+        assert spectrum.converged is False
 
     def test_certainly_no_positive_eigenvalue_has_converged(self):
-        assert one_probe([-2.0, -1.0], [0.1, 0.1]).converged is True
+        spectrum = one_probe([-2.0, -1.0], [1e-6, 1e-6])
+        assert spectrum.c_t_interval == (-math.inf, -math.inf)
+        assert spectrum.converged is True
 
     def test_perhaps_a_positive_eigenvalue_has_not_converged(self):
-        # From −∞ to −20: as wide as an interval can be.
-        spectrum = one_probe([-2.0, -0.1], [0.0, 0.2])
-        assert spectrum.c_t_interval == pytest.approx((-math.inf, -20.0))
+        # From −∞ to some number: as wide as an interval can be.
+        spectrum = one_probe([-2.0, -0.1], [0.2, 0.2])
+        low, high = spectrum.c_t_interval
+        assert low == -math.inf
+        assert -math.inf < high < 0
         assert spectrum.converged is False
+
+
+class TestStepsThatAreNotFixed:
+    @pytest.mark.parametrize("tolerance", [0.05, "type", "auto"])
+    def test_leave_k_h_undefined(self, tolerance):
+        spectrum = make(tolerance=tolerance)
+        for ask in (spectrum.k_h, spectrum.k_h_error):
+            with pytest.raises(
+                ValueError, match=rf"depends on the number of Lanczos steps, and with `tolerance={tolerance!r}`"
+            ):
+                ask()
 
 
 class TestStorage:
@@ -246,11 +325,18 @@ class TestStorage:
         "mode": "keep",
         "strategy": "recompute",
         "strategy_reason": "auto: σ, „quotes“ and\nlines",
-        "reorthogonalized": False,
+        "basis": "none",
+        "predicted_memory": 2**40 + 1,
         "confidence": 0.9,
-        "tolerance": 0.02,
+        "tolerance": "auto",
         "reason": "no curvature",
         "c_t_sampling_error": 0.125,
+        "c_t_sampling_bias": -0.25,
+        "lambda_min_sampling_error": 0.375,
+        "lambda_max_sampling_error": 0.5,
+        "lambda_min_sampling_bias": -0.625,
+        "lambda_max_sampling_bias": 0.75,
+        "sampling_groups": 16,
     }
 
     @pytest.mark.parametrize(

@@ -1,0 +1,277 @@
+"""What an analysis spends its memory on, and that it keeps to what it was given."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_hesd import Spectrum, hessian_spectrum
+from lightning_hesd.memory import VECTORS, MemoryMeter, free_system_memory, plan_memory
+from tests import cases
+
+GIB = 2**30
+CPU = torch.device("cpu")
+
+
+class TestFreeSystemMemory:
+    MEMINFO = "MemTotal:       16000000 kB\nMemFree:         1000000 kB\nMemAvailable:    4000000 kB\n"
+
+    @staticmethod
+    def tree(root: Path, *, meminfo: str | None = None, limit: str | None = None, used: str | None = None) -> Path:
+        (root / "proc").mkdir()
+        (root / "sys/fs/cgroup").mkdir(parents=True)
+        for name, text in (
+            ("proc/meminfo", meminfo),
+            ("sys/fs/cgroup/memory.max", limit),
+            ("sys/fs/cgroup/memory.current", used),
+        ):
+            if text is not None:
+                (root / name).write_text(text)
+        return root
+
+    @pytest.mark.parametrize(
+        ("files", "expected"),
+        [
+            ({"meminfo": MEMINFO}, 4_096_000_000),
+            ({"meminfo": MEMINFO, "limit": "3000000000\n", "used": "1000000000\n"}, 2_000_000_000),
+            ({"meminfo": MEMINFO, "limit": "9000000000\n", "used": "1000000000\n"}, 4_096_000_000),
+            ({"meminfo": MEMINFO, "limit": "max\n", "used": "1000000000\n"}, 4_096_000_000),
+            ({"meminfo": MEMINFO, "limit": "3000000000\n"}, 4_096_000_000),
+            ({"meminfo": MEMINFO, "limit": "1000\n", "used": "2000\n"}, 0),
+            ({}, 4 * GIB),
+            ({"meminfo": "MemTotal: 16000000 kB\n"}, 4 * GIB),
+            ({"meminfo": "MemAvailable: unknown\n"}, 4 * GIB),
+        ],
+        ids=[
+            *("system", "container", "roomy container", "no limit", "unknown use", "exhausted", "no Linux"),
+            *("old Linux", "odd"),
+        ],
+    )
+    def test_is_the_least_that_the_system_and_the_container_leave(self, files, expected, tmp_path):
+        assert free_system_memory(self.tree(tmp_path, **files)) == expected
+
+    def test_of_this_computer(self):
+        assert free_system_memory() > 0
+
+
+class TestPlan:
+    TENSORS = (torch.zeros(1000), torch.zeros(50))
+    FIXED = 4 * 1050 + VECTORS * 4000
+
+    def plan(self, budget: int, steps: int = 100, basis: Any = "auto") -> Any:
+        return plan_memory(self.TENSORS, 4000, steps, basis=basis, device=CPU, budget=budget)
+
+    def test_the_basis_takes_at_most_half_of_what_the_vectors_leave(self):
+        exact = self.FIXED + 2 * 100 * 4000
+        assert self.plan(exact).storage == "device"
+        assert self.plan(exact - 2).storage == "none"
+
+    @pytest.mark.parametrize(("basis", "share"), [("device", 400_000), ("cpu", 400_000), ("none", 0)])
+    def test_graphs_get_the_rest(self, basis, share):
+        plan = self.plan(10**6, basis=basis)
+        assert plan.fixed == self.FIXED + share
+        assert plan.graphs == 10**6 - plan.fixed
+        assert plan.predicted(5000.0) == plan.fixed + 5000
+        assert plan.predicted(None) is None
+
+    def test_views_of_one_storage_are_not_small(self):
+        # A copy of a view keeps what lies behind it.
+        plan = plan_memory([torch.zeros(1000)[:1]], 4, 1, basis="none", device=CPU, budget=10**6)
+        assert plan.fixed == 4000 + 4 * VECTORS
+
+    def test_too_little_for_the_vectors_is_refused_with_what_is_needed(self):
+        assert self.plan(self.FIXED).graphs == 0
+        with pytest.raises(
+            ValueError, match=rf"`memory_budget` must be at least {self.FIXED} bytes .*got {self.FIXED - 1}"
+        ):
+            self.plan(self.FIXED - 1)
+
+
+class TestMeter:
+    def test_counts_what_is_alive_and_the_most_there_was(self):
+        x = torch.zeros(1000)
+        with MemoryMeter() as meter:
+            y = x + 1
+            assert (meter.live, meter.peak) == (4000, 4000)
+            z = (y * 2).sum()
+            assert (meter.live, meter.peak) == (4004, 8004)
+            del y
+            assert meter.live == 4
+            del z
+        assert (meter.live, meter.peak) == (0, 8004)
+
+    def test_views_and_operations_in_place_are_free(self):
+        x = torch.zeros(10, 100)
+        with MemoryMeter() as meter:
+            kept = [x[1:], x.T, x.view(-1), x.add_(1)]
+            assert (meter.live, meter.peak) == (0, 0)
+            y = x.clone()
+            kept += [y[:5], y.view(-1)]
+            assert meter.live == 4000
+            del y
+            assert meter.live == 4000  # its views still hold it
+            kept.clear()
+            assert meter.live == 0
+
+    def test_a_graph_holds_what_backward_needs(self):
+        weight = torch.zeros(100, 100, requires_grad=True)
+        with MemoryMeter() as meter:
+            loss = (torch.ones(50, 100) @ weight).tanh().sum()
+            held = meter.live
+            del loss
+        assert held >= 2 * 50 * 100 * 4  # the input of the product and the result of tanh
+        assert meter.live < held / 10
+
+
+# Budgets --------------------------------------------------------------------------------------------------------------
+
+
+def mlp() -> tuple[nn.Module, tuple[int, ...]]:
+    return nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 2)), (20,)
+
+
+def convolutional() -> tuple[nn.Module, tuple[int, ...]]:
+    module = nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.SiLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.SiLU(),
+        nn.AvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(32, 2),
+    )
+    return module, (2, 8, 8)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x + self.attention(x, x, x, need_weights=False)[0]).mean(dim=1))
+
+
+def attention() -> tuple[nn.Module, tuple[int, ...]]:
+    return Attention(), (12, 16)
+
+
+MODULES: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
+    "MLP": mlp,
+    "convolutions": convolutional,
+    "attention": attention,
+}
+
+
+def problem(name: str, batches: int = 8, samples: int = 128, dtype: torch.dtype = torch.float32) -> cases.Problem:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module, shape = MODULES[name]()
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(samples, *shape, generator=generator), torch.randn(samples, 2, generator=generator)
+    parts = zip(x.to(dtype).chunk(batches), y.to(dtype).chunk(batches), strict=True)
+    return cases.Problem(module.to(dtype), list(parts), cases.squared_error)
+
+
+def vectors_alone(name: str, dtype: torch.dtype = torch.float32) -> int:
+    with pytest.raises(ValueError, match="`memory_budget` must be at least") as caught:
+        hessian_spectrum(*problem(name, dtype=dtype), memory_budget=1)
+    return int(str(caught.value).split("at least ")[1].split()[0])
+
+
+@pytest.mark.parametrize("name", MODULES)
+class TestBudget:
+    STEPS = 12
+
+    def analyse(self, name: str, budget: int, **options: Any) -> Spectrum:
+        options = {"basis": "none", "steps": self.STEPS, **options}
+        return hessian_spectrum(*problem(name, dtype=torch.float64), memory_budget=budget, **options)
+
+    def test_decides_how_many_graphs_are_kept_and_no_number_depends_on_it(self, name):
+        fixed = vectors_alone(name, torch.float64)
+        ample = self.analyse(name, GIB)
+        assert ample.strategy == "graph"
+        assert "8 of 8 batches" in ample.strategy_reason
+        graphs = ample.predicted_memory - fixed  # of eight batches, and a product's room
+        some = self.analyse(name, fixed + graphs // 2)
+        assert some.strategy == "graph"
+        assert "the rest is recomputed" in some.strategy_reason
+        kept = int(some.strategy_reason.split("graphs of ")[1].split()[0])
+        assert 2 <= kept <= 5
+        none = self.analyse(name, fixed + graphs // 9)
+        assert none.strategy == "finite_difference"
+        assert "and there is" in none.strategy_reason
+        for other in (some, none):
+            slack = 1e-12 * ample.lambda_max + other.rounding
+            np.testing.assert_allclose(other.nodes, ample.nodes, rtol=0, atol=10 * slack)
+            assert other.c_t == pytest.approx(ample.c_t, rel=1e-5)
+
+    def test_too_little_is_refused_with_what_is_needed(self, name):
+        fixed = vectors_alone(name)
+        with pytest.raises(ValueError, match=rf"must be at least {fixed} bytes"):
+            hessian_spectrum(*problem(name), memory_budget=fixed - 1)
+        spectrum = hessian_spectrum(*problem(name), memory_budget=fixed, steps=2)
+        assert (spectrum.basis, spectrum.strategy) == ("none", "finite_difference")
+
+    def test_eight_batches_give_the_same_as_one(self, name):
+        one, other = (hessian_spectrum(*problem(name, number), steps=40) for number in (1, 8))
+        assert other.c_t == pytest.approx(one.c_t, rel=1e-5)
+
+    @pytest.mark.parametrize("basis", ["device", "none"])
+    @pytest.mark.parametrize("share", [0.6, 2.0])
+    def test_is_kept(self, name, share, basis):
+        # Of what all graphs would need: with some of them recomputed, and with none.
+        fixed = self.analyse(name, GIB, basis=basis).predicted_memory
+        vectors = vectors_alone(name, torch.float64) + (
+            0 if basis == "none" else self.STEPS * 8 * self.analyse(name, GIB).dimension
+        )
+        budget = int(vectors + share * (fixed - vectors))
+        arguments = problem(name, dtype=torch.float64)
+        with MemoryMeter() as meter:
+            spectrum = hessian_spectrum(*arguments, memory_budget=budget, basis=basis, steps=self.STEPS)
+        assert spectrum.strategy == "graph"
+        assert spectrum.predicted_memory is not None
+        assert spectrum.predicted_memory <= budget
+        assert meter.peak <= spectrum.predicted_memory
+        # And it is made use of.
+        assert meter.peak > 0.2 * spectrum.predicted_memory
+
+
+PROGRAM = """
+import resource, sys, torch
+from torch import nn
+from lightning_hesd import hessian_spectrum
+torch.set_num_threads(1)
+torch.manual_seed(0)
+module = nn.Sequential(nn.Linear(500, 1000), nn.Tanh(), nn.Linear(1000, 1400), nn.Tanh(), nn.Linear(1400, 10))
+batches = [(torch.randn(8, 500), torch.randn(8, 10)) for _ in range(2)]
+loss = lambda module, batch: nn.functional.mse_loss(module(batch[0]), batch[1])
+# Code is loaded and threads are started once.
+hessian_spectrum(nn.Linear(500, 10), batches, loss, steps=5)
+loss(module, batches[0]).backward()
+module.zero_grad()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+spectrum = hessian_spectrum(module, batches, loss, steps=60, memory_budget=int(sys.argv[1]))
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(spectrum.dimension, spectrum.predicted_memory, 1024 * (after - before))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss differs")
+def test_the_process_grows_by_no_more_than_the_budget():
+    budget = 1_200_000_000
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(budget)], capture_output=True, text=True, timeout=120, check=True
+    )
+    dimension, predicted, grown = (int(word) for word in result.stdout.split())
+    assert dimension > 1_900_000
+    assert predicted <= budget
+    assert 60 * 4 * dimension < grown <= budget  # with the basis, and so not by chance

@@ -1,0 +1,228 @@
+"""Sampling errors against brute force: what C_t and the extremes really do from one sample to the next."""
+
+import copy
+import functools
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_hesd import hessian_spectrum
+from lightning_hesd.batches import WeightedBatch
+from lightning_hesd.lanczos import Lanczos
+from lightning_hesd.operators import HessianOperator
+from lightning_hesd.sampling import SamplingError, sampling_error
+from tests import oracles
+
+Batch = tuple[Tensor, Tensor]
+SAMPLES = 256
+EXTREMES = ("lambda_min", "lambda_max", "c_t")
+
+
+def draw(samples: int, seed: int) -> Batch:
+    """Samples of a population: two classes that a noisy plane divides."""
+    generator = torch.Generator().manual_seed(seed)
+    plane = torch.tensor([1.0, -0.6, 0.4, 0.9, -1.2, 0.3], dtype=torch.float64)
+    widths = torch.tensor([2.0, 1.0, 1.0, 0.7, 0.5, 0.5], dtype=torch.float64)
+    x = widths * torch.randn(samples, 6, generator=generator, dtype=torch.float64)
+    noise = 0.5 * torch.randn(samples, generator=generator, dtype=torch.float64)
+    return x, (x @ plane + noise > 0).long()
+
+
+def loss_fn(module: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(module(batch[0]), batch[1])
+
+
+@functools.cache
+def trained() -> nn.Module:
+    """A network on its way: extreme eigenvalues that stand out, so that first order theory applies."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        module = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    optimizer, data = torch.optim.Adam(module.parameters(), lr=0.02), draw(2048, 1)
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss_fn(module, data).backward()
+        optimizer.step()
+    return module.eval().requires_grad_(True)
+
+
+def extremes(batch: Batch) -> np.ndarray:
+    values = torch.linalg.eigvalsh(oracles.dense_hessian(trained(), [batch], loss_fn)).numpy()
+    return np.array([values[0], values[-1], values[0] / values[-1]])
+
+
+def analyse(seed: int, batches: int = 1, samples: int = SAMPLES, **options: Any) -> Any:
+    x, y = draw(samples, seed)
+    parts = list(zip(x.chunk(batches), y.chunk(batches), strict=True))
+    options = {"steps": 40, "sampling_error": True, "strategy": "graph", **options}
+    return hessian_spectrum(trained(), parts, loss_fn, **options)
+
+
+def fields(spectrum: Any, kind: str) -> np.ndarray:
+    return np.array([getattr(spectrum, f"{name}_sampling_{kind}") for name in EXTREMES])
+
+
+@functools.cache
+def brute_force() -> tuple[np.ndarray, np.ndarray]:
+    """Standard deviations over samples, and biases against a sample eighty times as large."""
+    values = np.array([extremes(draw(SAMPLES, 100 + seed)) for seed in range(100)])
+    return values.std(axis=0, ddof=1), values.mean(axis=0) - extremes(draw(80 * SAMPLES, 9))
+
+
+@functools.cache
+def estimates() -> tuple[np.ndarray, np.ndarray]:
+    """Mean stated standard errors and biases of twenty of these samples."""
+    found = [analyse(100 + seed) for seed in range(20)]
+    return tuple(np.mean([fields(spectrum, kind) for spectrum in found], axis=0) for kind in ("error", "bias"))
+
+
+class TestAgainstBruteForce:
+    @pytest.mark.parametrize("name", EXTREMES)
+    def test_standard_errors_are_standard_deviations(self, name):
+        position = EXTREMES.index(name)
+        assert 0.7 <= estimates()[0][position] / brute_force()[0][position] <= 1.5
+
+    def test_extremes_are_pushed_outward(self):
+        _, (true_min, true_max, true_c_t) = brute_force()
+        _, (bias_min, bias_max, bias_c_t) = estimates()
+        deviations = brute_force()[0]
+        assert true_min < -2 * deviations[0] / 10  # beyond chance, over a hundred samples
+        assert 1 / 3 <= bias_min / true_min <= 3
+        # The other two biases are small beside their noise here.
+        assert bias_max > 0
+        assert bias_c_t < 0
+        assert abs(bias_max - true_max) <= deviations[1] / 2
+        assert abs(bias_c_t - true_c_t) <= deviations[2] / 2
+
+    def test_single_records_have_the_signs_that_theory_says(self):
+        for seed in range(5):
+            spectrum = analyse(300 + seed)
+            assert spectrum.lambda_min_sampling_bias <= 0 <= spectrum.lambda_max_sampling_bias
+            assert (fields(spectrum, "error") > 0).all()
+            assert spectrum.c_t_total_error == spectrum.c_t_error + spectrum.c_t_sampling_error
+
+    def test_four_times_the_samples_halve_the_error(self):
+        few, many = (
+            np.mean([fields(analyse(seed, samples=samples), "error") for seed in range(6)], axis=0)
+            for samples in (SAMPLES, 4 * SAMPLES)
+        )
+        np.testing.assert_allclose(few / many, 2.0, rtol=0.4)
+
+
+class TestGroups:
+    @pytest.mark.parametrize("batches", [4, 16])
+    def test_how_the_samples_are_batched_does_not_matter(self, batches):
+        # Sixteen groups of the same samples in every case, in the same order.
+        one, other = analyse(7), analyse(7, batches)
+        assert other.sampling_groups == one.sampling_groups == 16
+        np.testing.assert_allclose(fields(other, "error"), fields(one, "error"), rtol=1e-6)
+        np.testing.assert_allclose(fields(other, "bias"), fields(one, "bias"), rtol=1e-6)
+
+    def test_more_batches_are_more_groups(self):
+        one, other = analyse(7), analyse(7, 64)
+        assert other.sampling_groups == 64
+        np.testing.assert_allclose(fields(other, "error"), fields(one, "error"), rtol=0.6)
+
+    @pytest.mark.parametrize("strategy", ["recompute", "finite_difference", "auto"])
+    def test_nor_does_the_strategy(self, strategy):
+        one, other = analyse(7), analyse(7, strategy=strategy)
+        np.testing.assert_allclose(fields(other, "error"), fields(one, "error"), rtol=1e-4)
+        np.testing.assert_allclose(fields(other, "bias"), fields(one, "bias"), rtol=1e-3)
+
+    @pytest.mark.parametrize("steps", [12, 40])
+    def test_errors_need_no_basis(self, steps):
+        one, other = (analyse(7, steps=steps, basis=basis) for basis in ("device", "none"))
+        np.testing.assert_allclose(fields(other, "error"), fields(one, "error"), rtol=1e-4)
+        assert (np.sign(fields(other, "bias"))[:2] == [-1, 1]).all()
+
+    def test_cost_one_pass_over_the_samples(self):
+        assert analyse(7).matvecs == analyse(7, sampling_error=False).matvecs + 2  # one for each end
+
+    def test_are_not_made_unasked(self):
+        spectrum = analyse(7, sampling_error=False)
+        assert spectrum.sampling_groups is None
+        assert spectrum.c_t_sampling_error is None
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(("samples", "batches"), [(7, 1), (7, 7), (1, 1), (5, 2)])
+    def test_fewer_than_eight_groups(self, samples, batches):
+        with pytest.raises(
+            ValueError, match=rf"at least 8 groups of samples, and the batches can be cut into {samples}"
+        ):
+            analyse(7, batches, samples=samples)
+
+    def test_eight_are_enough(self):
+        assert analyse(7, 1, samples=8).sampling_groups == 8
+
+    def test_statistics_of_the_batch(self):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            module = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2)).double()
+        with pytest.raises(ValueError, match=r"not a mean over samples \(it may use statistics of the batch\)"):
+            hessian_spectrum(module, [draw(64, 3)], loss_fn, mode="train", sampling_error=True, steps=40)
+        # In eval mode the statistics are constants, and so it is fine.
+        assert hessian_spectrum(module, [draw(64, 3)], loss_fn, sampling_error=True, steps=40).sampling_groups == 16
+
+
+class Sum:
+    """Sums tensors over threads that stand for processes."""
+
+    def __init__(self, members: int) -> None:
+        self.barrier = threading.Barrier(members, timeout=60)
+        self.given: dict[int, Tensor] = {}
+
+    def __call__(self, rank: int, tensor: Tensor) -> Tensor:
+        self.given[rank] = tensor.clone()
+        self.barrier.wait()
+        total = torch.stack([self.given[member] for member in sorted(self.given)]).sum(dim=0)
+        self.barrier.wait()  # nobody gives anew before everybody has read
+        return total
+
+
+class TestSeveralProcesses:
+    @staticmethod
+    def share(rank: int, ranks: int, reduce: Sum | None) -> SamplingError:
+        module = copy.deepcopy(trained())
+        x, y = draw(SAMPLES, 7)
+        batches = [
+            WeightedBatch(part, float(len(part[0])), index)
+            for index, part in enumerate(zip(x.chunk(6), y.chunk(6), strict=True))
+        ]
+        operator = HessianOperator(
+            lambda batch: loss_fn(module, batch.data),
+            batches[rank::ranks],
+            list(module.parameters()),
+            strategy="graph",
+            dtype=torch.float64,
+            all_reduce=None if reduce is None else functools.partial(reduce, rank),
+        )
+        n = sum(p.numel() for p in module.parameters())
+        start = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        process = Lanczos(operator.matvec, start, 40)
+        process.run()
+        return sampling_error(operator, [process])
+
+    @pytest.mark.parametrize("ranks", [2, 4])
+    def test_find_the_same_together_as_one_alone(self, ranks):
+        reduce, results = Sum(ranks), {}
+
+        def work(rank: int) -> None:
+            results[rank] = self.share(rank, ranks, reduce)
+
+        threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(ranks)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=120)
+        alone = vars(self.share(0, 1, None))
+        assert alone["sampling_groups"] == 18
+        assert len(results) == ranks
+        for result in results.values():
+            assert vars(result) == pytest.approx(alone, rel=1e-8)
+            assert result == results[0]

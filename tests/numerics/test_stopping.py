@@ -1,0 +1,158 @@
+"""`tolerance`: when the analysis stops, and what the record says then."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_hesd import Spectrum, hessian_spectrum
+from tests import spectra
+
+TRAINED_LIKE = ("few outliers on a narrow bulk", "lone small negative", "geometric", "rank deficient")
+INIT_LIKE = ("semicircle", "symmetric")
+
+
+def analyse(name: str, **options: Any) -> Spectrum:
+    module = spectra.Quadratic(spectra.POPULATION[name])
+    return hessian_spectrum(module, [torch.zeros(1)], spectra.quadratic_loss, **{"strategy": "graph", **options})
+
+
+def beginning(spectrum: Spectrum, module_name: str, **options: Any) -> Spectrum:
+    """The same process with as many steps, fixed."""
+    fixed = analyse(module_name, **{**options, "tolerance": None, "steps": spectrum.steps})
+    return dataclasses.replace(fixed, tolerance=options["tolerance"])
+
+
+@pytest.mark.parametrize("basis", ["device", "none"])
+@pytest.mark.parametrize("tolerance", [0.05, 0.01, "type"])
+@pytest.mark.parametrize("name", [*TRAINED_LIKE, *INIT_LIKE])
+class TestStopping:
+    def test_stops_as_soon_as_the_interval_says_so_and_not_before(self, name, tolerance, basis):
+        options = {"tolerance": tolerance, "basis": basis, "seed": 1}
+        spectrum = analyse(name, steps=100, **options)
+        assert spectrum.tolerance == tolerance
+        assert spectrum.converged
+        assert spectrum.steps < 100
+        assert spectrum.matvecs == spectrum.steps
+        if tolerance == "type":
+            assert spectrum.type_certain
+        else:
+            assert spectrum.c_t_error <= tolerance * max(abs(spectrum.c_t), 1e-3)
+        # It is asked after every second step.
+        if spectrum.steps > 2:
+            assert not beginning(analyse(name, **{**options, "steps": spectrum.steps - 2}), name, **options).converged
+
+    def test_leaves_the_beginning_of_a_run_with_fixed_steps(self, name, tolerance, basis):
+        options = {"tolerance": tolerance, "basis": basis, "seed": 1}
+        spectrum = analyse(name, steps=100, **options)
+        fixed = beginning(spectrum, name, **options)
+        np.testing.assert_array_equal(spectrum.nodes, fixed.nodes)
+        np.testing.assert_array_equal(spectrum.weights, fixed.weights)
+        np.testing.assert_array_equal(spectrum.residuals, fixed.residuals)
+        assert spectrum.c_t_interval == fixed.c_t_interval
+
+
+class TestCap:
+    @pytest.mark.parametrize("tolerance", [0.01, "type"])
+    def test_is_reported(self, tolerance):
+        spectrum = analyse("about the threshold", tolerance=tolerance, steps=6)
+        assert spectrum.steps == spectrum.matvecs == 6
+        assert not spectrum.converged
+
+    def test_is_not_exceeded_for_want_of_a_sampling_error(self):
+        # A loss that is the same for every sample has none.
+        module = spectra.Quadratic(spectra.POPULATION["uniform"])
+        batches = [torch.zeros(16)] * 16
+        spectrum = hessian_spectrum(module, batches, spectra.quadratic_loss, tolerance="auto", steps=12)
+        assert spectrum.steps == 12
+        assert spectrum.c_t_sampling_error == pytest.approx(0.0, abs=1e-12)
+        assert not spectrum.converged
+
+
+class TestType:
+    @pytest.mark.parametrize(("names", "expected"), [(TRAINED_LIKE, "MP"), (INIT_LIKE, "MN")])
+    def test_is_found_with_fewer_steps_than_the_value(self, names, expected):
+        for name in names:
+            by_type, by_value = (analyse(name, tolerance=tolerance, steps=100) for tolerance in ("type", 0.01))
+            assert by_type.hesd_type == by_value.hesd_type == expected
+            assert by_type.type_certain
+            assert by_type.steps <= by_value.steps
+        assert by_type.steps < by_value.steps
+
+
+class TestProbes:
+    def test_every_probe_stops_by_itself(self):
+        spectrum = analyse("few outliers on a narrow bulk", tolerance=0.01, steps=100, probes=3)
+        assert len(set(spectrum.steps_per_probe)) > 1
+        assert spectrum.matvecs == sum(spectrum.steps_per_probe)
+        assert spectrum.converged
+        alone = analyse("few outliers on a narrow bulk", tolerance=0.01, steps=100)
+        assert spectrum.steps_per_probe[0] == alone.steps
+
+    def test_nodes_that_are_not_there_are_padded(self):
+        spectrum = analyse("few outliers on a narrow bulk", tolerance=0.01, steps=100, probes=3)
+        for row, steps in enumerate(spectrum.steps_per_probe):
+            assert np.isfinite(spectrum.nodes[row, :steps]).all()
+            assert np.isnan(spectrum.nodes[row, steps:]).all()
+            assert spectrum.weights[row].sum() == pytest.approx(1.0, rel=1e-14)
+
+
+def noisy_problem(samples: int) -> tuple[nn.Module, list[Any], Any]:
+    """A network at random weights on random labels: every sample pulls elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)).double()
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(0.7 * torch.randn(p.shape, generator=generator))
+    x = torch.randn(samples, 6, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (samples,), generator=generator)
+
+    def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(module(batch[0]), batch[1])
+
+    return module, [(x, y)], loss
+
+
+class TestAuto:
+    def test_stops_at_a_quarter_of_the_sampling_error(self):
+        spectrum = hessian_spectrum(*noisy_problem(64), tolerance="auto", steps=100)
+        assert spectrum.converged
+        assert spectrum.c_t_sampling_error is not None
+        assert spectrum.c_t_sampling_error > 0
+        assert spectrum.c_t_error <= spectrum.c_t_sampling_error / 4
+        assert spectrum.sampling_groups == 16
+
+    def test_takes_fewer_products_than_more_accuracy_would(self):
+        auto, fine = (hessian_spectrum(*noisy_problem(64), tolerance=tolerance) for tolerance in ("auto", 0.01))
+        assert fine.converged
+        # The pass over the groups included.
+        assert auto.matvecs < fine.matvecs
+        assert auto.steps < fine.steps
+
+    def test_the_sampling_error_is_that_of_the_full_analysis(self):
+        # It is estimated from Ritz vectors that are not accurate yet.
+        auto = hessian_spectrum(*noisy_problem(64), tolerance="auto")
+        full = hessian_spectrum(*noisy_problem(64), steps=100, sampling_error=True)
+        assert auto.c_t_sampling_error == pytest.approx(full.c_t_sampling_error, rel=0.2)
+
+    def test_an_undefined_c_t_has_no_sampling_error(self):
+        problem = noisy_problem(64)
+        spectrum = hessian_spectrum(*problem[:2], lambda m, b: m(b[0]).mean() * 0, tolerance="auto", steps=10)
+        assert math.isnan(spectrum.c_t)
+        assert spectrum.c_t_sampling_error is None
+        assert not spectrum.converged
+
+
+@pytest.mark.parametrize("tolerance", [0.05, "type"])
+def test_k_h_is_refused(tolerance):
+    # It depends on the number of steps.
+    spectrum = analyse("geometric", tolerance=tolerance)
+    with pytest.raises(ValueError, match=r"K_Hn depends on the number of Lanczos steps"):
+        spectrum.k_h()
+    with pytest.raises(ValueError, match=r"without `tolerance`"):
+        spectrum.k_h_error()

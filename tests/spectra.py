@@ -1,0 +1,57 @@
+"""A named population of spectra of dimension 500, with what makes the extremes of each hard or easy to find."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+N = 500
+_rng = np.random.default_rng(0)
+_bulk = np.linspace
+
+
+def _semicircle() -> np.ndarray:
+    matrix = _rng.normal(size=(N, N))
+    values = np.linalg.eigvalsh(matrix + matrix.T)
+    return values / values.max()
+
+
+POPULATION: dict[str, np.ndarray] = {
+    "semicircle": _semicircle(),
+    "uniform": _bulk(-0.7, 1.0, N),
+    "few outliers on a narrow bulk": np.concatenate([_bulk(-0.02, 0.05, N - 6), [-0.1, 0.3, 0.5, 1.0, 2.0, 4.0]]),
+    "close top": np.concatenate([_bulk(-0.3, 0.5, N - 4), [0.97, 0.98, 0.99, 1.0]]),
+    "close bottom": np.concatenate([[-0.5, -0.499, -0.498], _bulk(-0.2, 1.0, N - 3)]),
+    "lone small negative": np.concatenate([[-0.01], _bulk(0.0, 1.0, N - 1) ** 2]),
+    "lone top": np.concatenate([_bulk(-0.5, 0.5, N - 1), [0.6]]),
+    "clusters": np.concatenate([np.full(100, -0.2), np.zeros(300), np.full(99, 0.5), [1.0]]),
+    "geometric": np.concatenate([-np.geomspace(1e-6, 0.1, 100), np.geomspace(1e-6, 1.0, 400)]),
+    "symmetric": np.concatenate([-np.geomspace(1e-3, 1.0, 250), np.geomspace(1e-3, 1.0, 250)]),
+    "near ties": np.concatenate([[-0.3, -0.3 + 1e-7], _bulk(-0.1, 0.2, N - 5), [1.0 - 2e-6, 1.0 - 1e-6, 1.0]]),
+    "rank deficient": np.concatenate([np.zeros(N - 50), _bulk(-0.1, 1.0, 50)]),
+    "heavy tails": np.concatenate([-0.05 * _rng.pareto(1.5, 200), _rng.pareto(1.2, 300)]),
+    "about the threshold": np.concatenate([_bulk(-0.6, 0.9, N - 1), [1.0]]),
+    "positive": _bulk(0.0, 1.0, N) ** 3 + 1e-3,
+}
+
+
+def c_t(spectrum: np.ndarray) -> float:
+    """C_t of a spectrum with positive eigenvalues."""
+    return min(float(spectrum.min()), 0.0) / float(spectrum.max())
+
+
+class Quadratic(nn.Module):
+    """Its loss has a diagonal Hessian with the given eigenvalues."""
+
+    def __init__(self, spectrum: np.ndarray, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.register_buffer("diagonal", torch.tensor(spectrum, dtype=dtype))
+        self.w = nn.Parameter(torch.full((len(spectrum),), 0.1, dtype=dtype))
+
+
+def quadratic_loss(module: Quadratic, _: Any) -> Tensor:
+    """w·Dw/2 + 1, the same for every batch."""
+    return (module.diagonal * module.w * module.w).sum() / 2 + 1
