@@ -15,6 +15,8 @@ from lightning_hesd.operators import AnotherProcessFailedError
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
+    from lightning.pytorch.callbacks import RichProgressBar
+    from rich.progress import Progress
     from torch import Tensor
     from torch.utils.data import Sampler
 
@@ -82,6 +84,22 @@ def log_scalars(
     for logger in trainer.loggers:
         logger.log_metrics({**values, "epoch": trainer.current_epoch}, step=step)
         logger.save()
+
+
+def wait_for_device(trainer: pl.Trainer) -> None:
+    """Wait for what training has queued on a GPU, so that nobody takes it for part of what comes next."""
+    if trainer.strategy.root_device.type == "cuda":
+        torch.cuda.synchronize(trainer.strategy.root_device)
+
+
+def start_rich_progress(bar: RichProgressBar, trainer: pl.Trainer) -> Progress:
+    """Return the live display of an enabled Rich progress bar, started if it does not run yet.
+
+    Before training it may not. The bar's own hook will find it running then, and leave it at that.
+    """
+    bar._init_progress(trainer)  # noqa: SLF001
+    assert bar.progress is not None  # noqa: S101 - for the type checker; an enabled bar has it now
+    return bar.progress
 
 
 def transfer_batch(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning_hesd import _lightning
 from lightning_hesd.analysis import analysis_options
 from lightning_hesd.analyzer import TrainerAnalyzer
+from lightning_hesd.budget import Budget
 from lightning_hesd.checkpoint import HessianCheckpoint
 from lightning_hesd.guards import release_memory
 from lightning_hesd.history import START_EPOCH, SpectrumHistory, SpectrumRecord, SpectrumSource
 from lightning_hesd.loss import check_loss_source
 from lightning_hesd.outputs import RunOutputs
 from lightning_hesd.placement import insert_checkpoint, put_hessian_checkpoints_first, warn_about_stale_monitors
+from lightning_hesd.progress import analysis_bar
 from lightning_hesd.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -48,9 +50,12 @@ class HessianSpectrumCallback(SpectrumSource):
         checkpoint: Rule that picks the best checkpoint, "highest_c_t" or "lowest_max_eigenvalue", or a
             HessianCheckpoint; None: no picking.
         monitor_gradients: Not available in this version.
-        max_overhead: Not available in this version.
+        max_overhead: Skip scheduled analyses so that all of them take at most this share of the training time, such as
+            0.05; training time is the wall time of the fit without analyses. The first one always runs, because its
+            duration is not known before, and so does that of `at_start`; the others only if they fit, each expected
+            to take as long as the one before. None: analyse whenever scheduled.
         on_error: What to do when an analysis fails: "warn" (record the failure, go on training) or "raise".
-        progress: Show C_t in the progress bar.
+        progress: Show C_t in the progress bar, and a bar of their own for the steps of long analyses.
         verbose: Print a line after each analysis.
         name: Prefix of metrics and state, and name of the folder of spectra; two callbacks in one Trainer need two.
         **analysis: Options of `hessian_spectrum`: steps, probes, seed, mode, ...
@@ -97,7 +102,6 @@ class HessianSpectrumCallback(SpectrumSource):
             generalization_dataloader=generalization_dataloader,
             layers=layers,
             monitor_gradients=monitor_gradients or None,
-            max_overhead=max_overhead,
         )
         _check_count("num_samples", num_samples, alternative="auto")
         _check_count("batch_size", batch_size)
@@ -107,7 +111,7 @@ class HessianSpectrumCallback(SpectrumSource):
         if not name or "/" in name:
             msg = f"`name` must be a non-empty text without '/', got {name!r}."
             raise ValueError(msg)
-        self.schedule = Schedule(every_n_epochs, epochs, every_n_train_steps)
+        self.schedule = Schedule(every_n_epochs, epochs, every_n_train_steps, max_overhead)
         self.at_start = at_start
         self.loss_fn = loss_fn
         self.checkpoint: HessianCheckpoint | None = _as_checkpoint(checkpoint)
@@ -116,6 +120,7 @@ class HessianSpectrumCallback(SpectrumSource):
         self.name = name
         self.history = SpectrumHistory()
         self._stage = "fit"
+        self.budget = Budget(max_overhead)
         self.options = analysis_options(**analysis)
         if num_samples == "auto" and not isinstance(self.options.tolerance, float):
             msg = (
@@ -126,6 +131,7 @@ class HessianSpectrumCallback(SpectrumSource):
         self._analyzer = TrainerAnalyzer(
             self.options, num_samples=num_samples, batch_size=batch_size, dataloader=dataloader, loss_fn=loss_fn
         )
+        self._progress = progress
         self._outputs = RunOutputs(name, in_progress_bar=progress)
         if self.checkpoint is not None:
             self.checkpoint.attach(self)
@@ -153,51 +159,84 @@ class HessianSpectrumCallback(SpectrumSource):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the samples, and analyse the initialisation if asked to."""
         self.history.rewind(trainer.global_step)
-        siblings = [c for c in _lightning.callbacks_of(trainer) if isinstance(c, HessianSpectrumCallback)]
+        if trainer.global_step == 0:
+            self.budget.reset()
         with self._survived("cannot write to the loggers"):
-            self._outputs.open(trainer, [callback.name for callback in siblings])
+            self._outputs.open(trainer, [callback.name for callback in _hessian_callbacks(trainer)])
         self._analyzer.release()
         if self.at_start and trainer.global_step == 0:
             self._analyze(trainer, pl_module, START_EPOCH)
-            return
-        # Now rather than at the first analysis, because now the dataset is as it will be when the run is resumed.
-        with self._survived("cannot draw the analysis samples, will try again"):
-            self._analyzer.draw(trainer)
+        else:
+            # Now rather than at the first analysis, because now the dataset is as it will be when the run is resumed.
+            with self._survived("cannot draw the analysis samples, will try again"):
+                self._analyzer.draw(trainer)
+        self.budget.start()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_args: Any) -> None:
         """Analyse after this optimizer step if it is scheduled."""
         step = trainer.global_step
         is_new = not self.history or self.history[-1].global_step != step  # not every batch ends with a step
-        if is_new and self.schedule.includes_step(step):
+        if is_new and self.schedule.includes_step(step) and self._is_affordable(trainer):
             self._analyze(trainer, pl_module, trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Analyse after this epoch if it is scheduled."""
-        if self.schedule.includes_epoch(trainer.current_epoch):
+        if self.schedule.includes_epoch(trainer.current_epoch) and self._is_affordable(trainer):
             self._analyze(trainer, pl_module, trainer.current_epoch)
+
+    def on_train_end(self, *_args: Any) -> None:
+        """Stop the clock of training."""
+        self.budget.stop()
+
+    def on_exception(self, *_args: Any) -> None:
+        """Stop the clock of training: what comes until the Trainer is used again is none."""
+        self.budget.stop()
 
     def teardown(self, *_args: Any, **_kwargs: Any) -> None:
         """Let go of samples and loggers."""
         self._analyzer.release()
         self._outputs.close()
 
+    def _is_affordable(self, trainer: pl.Trainer) -> bool:
+        """Return whether `max_overhead` allows an analysis now.
+
+        Process zero decides for all: their clocks differ, and those that analyse would wait for those that do not.
+        """
+        if self.schedule.max_overhead is None:
+            return True
+        step = trainer.global_step
+        affordable = trainer.strategy.broadcast(self.budget.allows(step))
+        self.budget.decide(step, analyze=affordable)
+        return affordable
+
     def _analyze(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
-        """Analyse the present weights, record and publish the result; a failure ends here unless it is to be raised."""
-        where = "before the first step" if epoch == START_EPOCH else f"of epoch {epoch}"
+        """Analyse the present weights, keep and publish the result, and know what it all took."""
+        at_epoch_end = epoch != START_EPOCH and self.schedule.every_n_train_steps is None
+        _lightning.wait_for_device(trainer)
+        with contextlib.ExitStack() as watch:
+            for callback in _hessian_callbacks(trainer):  # to none of them is this training
+                watch.enter_context(callback.budget.analysis() if callback is self else callback.budget.paused())
+            self._record(trainer, pl_module, epoch)
+            for output in self._outputs.writers(trainer, self.history, at_epoch_end=at_epoch_end):
+                with self._survived(f"cannot write the spectrum {_when(epoch)}"):
+                    output()
+        overhead = trainer.strategy.broadcast(self.budget.overhead)
+        self._outputs.log(trainer, pl_module, self.history[-1], overhead, at_epoch_end=at_epoch_end)
+        spectrum = self.history[-1].spectrum
+        if self.verbose and spectrum is not None:
+            pl_module.print(f"{self.name}: epoch {epoch}, {spectrum}")
+
+    def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
+        """Add an analysis of the present weights to the history; a failure ends here unless it is to be raised."""
         spectrum = None
-        with self._survived(f"the analysis {where} failed, training goes on") as failures:
-            spectrum = self._analyzer.spectrum(trainer, pl_module)
+        with (
+            self._survived(f"the analysis {_when(epoch)} failed, training goes on") as failures,
+            analysis_bar(trainer, self.name, shown=self._progress) as report,
+        ):
+            spectrum = self._analyzer.spectrum(trainer, pl_module, report)
         if failures:
             release_memory()
         self.history.append(SpectrumRecord(epoch, trainer.global_step, spectrum, failures[0] if failures else None))
-
-        at_epoch_end = epoch != START_EPOCH and self.schedule.every_n_train_steps is None
-        self._outputs.log(trainer, pl_module, self.history[-1], at_epoch_end=at_epoch_end)
-        for output in self._outputs.writers(trainer, self.history, at_epoch_end=at_epoch_end):
-            with self._survived(f"cannot write the spectrum {where}"):
-                output()
-        if self.verbose and spectrum is not None:
-            pl_module.print(f"{self.name}: epoch {epoch}, {spectrum}")
 
     @contextlib.contextmanager
     def _survived(self, consequence: str) -> Iterator[list[str]]:
@@ -216,11 +255,15 @@ class HessianSpectrumCallback(SpectrumSource):
             _lightning.warn(f"{consequence}. {failures[-1]}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the history and the positions of the samples, as tensors and plain values."""
-        return {"history": self.history.state_dict(), "samples": self._analyzer.state_dict()}
+        """Return the history, the samples and the budget, as tensors and plain values."""
+        return {
+            "history": self.history.state_dict(),
+            "samples": self._analyzer.state_dict(),
+            "budget": self.budget.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the history and the samples of the run that is resumed.
+        """Go on with the history, the samples and the budget of the run that is resumed.
 
         Testing a checkpoint loads this too, though nothing is resumed; it must not undo what came after it.
         """
@@ -228,6 +271,15 @@ class HessianSpectrumCallback(SpectrumSource):
             return
         self.history.load_state_dict(state_dict["history"])
         self._analyzer.load_state_dict(state_dict["samples"])
+        self.budget.load_state_dict(state_dict["budget"])
+
+
+def _hessian_callbacks(trainer: pl.Trainer) -> list[HessianSpectrumCallback]:
+    return [c for c in _lightning.callbacks_of(trainer) if isinstance(c, HessianSpectrumCallback)]
+
+
+def _when(epoch: int) -> str:
+    return "before the first step" if epoch == START_EPOCH else f"of epoch {epoch}"
 
 
 def _as_checkpoint(checkpoint: object) -> HessianCheckpoint | None:

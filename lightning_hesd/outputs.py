@@ -48,11 +48,19 @@ class RunOutputs:
         self._folder = None
 
     def log(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: SpectrumRecord, *, at_epoch_end: bool
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        record: SpectrumRecord,
+        overhead: float | None,
+        *,
+        at_epoch_end: bool,
     ) -> None:
-        """Log the scalars of a record."""
+        """Log the scalars of a record, and the share of analyses in the training time if there was any training."""
         if record.spectrum is not None:
             values = sinks.scalars(record.spectrum, self._name)
+            if overhead is not None:
+                values[f"{self._name}/overhead"] = overhead
             _lightning.log_scalars(trainer, pl_module, values, at_epoch_end=at_epoch_end, in_bar=self._in_bar)
 
     def writers(self, trainer: pl.Trainer, history: SpectrumHistory, *, at_epoch_end: bool) -> list[Callable[[], None]]:

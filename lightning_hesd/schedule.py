@@ -1,7 +1,8 @@
-"""When to analyse: after which epochs, or after which optimizer steps."""
+"""When to analyse: after which epochs or optimizer steps, and how sparingly."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,11 +18,13 @@ class Schedule:
         every_n_epochs: After n, 2n, ... epochs, as ModelCheckpoint counts.
         epochs: After just these, 0-based as `trainer.current_epoch`, instead.
         every_n_train_steps: After n, 2n, ... optimizer steps, instead.
+        max_overhead: Of all these only as many as keep the analyses' share of the training time at most at this.
     """
 
     every_n_epochs: int = 1
     epochs: Collection[int] | None = None
     every_n_train_steps: int | None = None
+    max_overhead: float | None = None
     _epochs: frozenset[int] = field(init=False, repr=False, default=frozenset())
 
     def __post_init__(self) -> None:
@@ -35,6 +38,12 @@ class Schedule:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 msg = f"`{name}` must be a positive integer, got {value!r}."
                 raise ValueError(msg)
+        share = self.max_overhead
+        if share is not None and (
+            not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share < math.inf
+        ):
+            msg = f"`max_overhead` must be a finite number above 0, got {share!r}."
+            raise ValueError(msg)
         given = {
             "every_n_epochs": self.every_n_epochs != 1,
             "epochs": self.epochs is not None,
@@ -55,7 +64,8 @@ class Schedule:
     @property
     def is_sparse(self) -> bool:
         """Whether some epochs may end without an analysis of their final weights."""
-        return self.every_n_epochs != 1 or self.epochs is not None or self.every_n_train_steps is not None
+        thinned = (self.epochs, self.every_n_train_steps, self.max_overhead)
+        return self.every_n_epochs != 1 or any(option is not None for option in thinned)
 
     def includes_epoch(self, epoch: int) -> bool:
         """Whether to analyse when `epoch` (0-based) ends."""

@@ -6,8 +6,10 @@ Every process writes what it saw to `<out>/rank<rank>.json`.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,31 @@ class Net(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.5)
 
 
+class OwnClock:
+    """A clock of this process alone: a training step takes a second, an analysis `cost` seconds."""
+
+    def __init__(self, cost: float) -> None:
+        self.now = 0.0
+        self.cost = cost
+
+    def __call__(self) -> float:
+        return self.now
+
+    def govern(self, callback: HessianSpectrumCallback, module: Net) -> None:
+        """Let the budget of `callback` go by this clock."""
+        callback.budget._clock = self
+        callback._analyzer.spectrum = self.taking(self.cost, callback._analyzer.spectrum)
+        module.training_step = self.taking(1.0, module.training_step)
+
+    def taking(self, seconds: float, work: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(work)
+        def slow(*args: Any, **kwargs: Any) -> Any:
+            self.now += seconds
+            return work(*args, **kwargs)
+
+        return slow
+
+
 def describe(record: SpectrumRecord) -> dict[str, Any]:
     """What the test compares."""
     if record.spectrum is None:
@@ -80,6 +107,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--fail", choices=["loss", "data"])
     parser.add_argument("--fail-in", type=int)
+    parser.add_argument("--max-overhead", type=float)
+    parser.add_argument("--costs", type=float, nargs="+", help="seconds of an analysis on the clock of each process")
     options = parser.parse_args()
     warnings.filterwarnings("always", message="lightning_hesd: ")
 
@@ -97,6 +126,7 @@ def main() -> None:
         "batch_size": 25,
         "loss_fn": loss_fn,
         "dataloader": DataLoader(data, batch_size=10),
+        "max_overhead": options.max_overhead,
     }
     checkpoint = HessianCheckpoint(tolerance=0.2, save_last=True)
     callbacks = [
@@ -115,14 +145,19 @@ def main() -> None:
         enable_model_summary=False,
         callbacks=list(callbacks),
     )
+    module = Net()
+    if options.costs:
+        for callback in callbacks:
+            OwnClock(options.costs[trainer.global_rank]).govern(callback, module)
     # As many steps in every process, whatever their number.
-    trainer.fit(Net(), DataLoader(Blobs(None), batch_size=96 // (2 * options.devices)))
+    trainer.fit(module, DataLoader(Blobs(None), batch_size=96 // (2 * options.devices)))
     result = {
         "records": {callback.name: [describe(record) for record in callback.history] for callback in callbacks},
         "best": Path(trainer.checkpoint_callback.best_model_path).name,
         "candidates": [candidate.epoch for candidate in checkpoint.candidates],
         "world_size": trainer.world_size,
         "steps": trainer.global_step,
+        "overheads": {key: float(value) for key, value in trainer.callback_metrics.items() if "overhead" in key},
     }
     (options.out / f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
 

@@ -313,6 +313,7 @@ def test_without_a_rule_checkpointing_may_be_off(tmp_path: Path) -> None:
     ("schedule", "arguments", "message"),
     [
         ({"every_n_epochs": 2}, {"save_on_train_epoch_end": True}, "logged values persist"),
+        ({"max_overhead": 0.1}, {"save_on_train_epoch_end": True}, "logged values persist"),
         ({}, {}, "save_on_train_epoch_end=True"),
     ],
 )

@@ -23,7 +23,7 @@ def run(folder: Path, devices: int, **options: Any) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", *str(value).split())]
     environment = {
         **os.environ,
         "PYTHONPATH": str(SCRIPT.parents[2]),
@@ -80,6 +80,7 @@ def test_the_runs_tell_something(runs: dict[int, Path]) -> None:
 
 def test_all_processes_have_the_very_same_numbers(runs: dict[int, Path]) -> None:
     first, *others = read(runs[3])
+    assert set(first["overheads"]) == {"hesd/overhead", "dropout/overhead"}
     assert all(rank == first for rank in others)
 
 
@@ -111,3 +112,15 @@ def test_a_failure_in_one_process_is_recorded_in_all_and_training_goes_on(
             assert all(record["error"].startswith(expected) for record in records)
     # No epoch could be ranked, so the final weights are the best there are.
     assert all(rank["best"].startswith("epoch=3-step=8") for rank in ranks)
+
+
+def test_all_processes_analyse_the_epochs_that_process_zero_can_afford(tmp_path: Path) -> None:
+    """By its own clock the other process could afford every epoch, and would wait in epoch 1 for ever."""
+    run(tmp_path / "run", 2, max_overhead=0.5, costs="1.5 0")
+    first, second = read(tmp_path / "run")
+    for records in first["records"].values():
+        assert [record["epoch"] for record in records] == [0, 2]
+    assert first["steps"] == 8
+    assert second == first
+    # After epoch 2: two analyses in six seconds of training.
+    assert first["overheads"] == {"hesd/overhead": 0.5, "dropout/overhead": 0.5}

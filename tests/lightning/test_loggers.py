@@ -23,7 +23,7 @@ from tests.lightning.test_resume import Net, data
 
 KEYS = {
     *("c_t", "c_t_low", "c_t_high", "c_t_threshold", "mp", "lambda_max", "lambda_min", "trace", "k_h05", "loss"),
-    "seconds",
+    *("seconds", "overhead"),
 }
 EPOCHS = 3
 STEPS_PER_EPOCH = 4
@@ -64,7 +64,10 @@ def test_tensorboard_gets_scalars_histograms_figures_and_charts(tmp_path: Path) 
     steps = {-1: 0, **dict(enumerate(own_steps))}
 
     assert {tag for tag in events.Tags()["scalars"] if tag.startswith("hesd/")} == {f"hesd/{key}" for key in KEYS}
-    for key in KEYS:
+    overheads = {event.step: event.value for event in events.Scalars("hesd/overhead")}
+    assert sorted(overheads) == own_steps  # none at the start, where there was no training yet
+    assert min(overheads.values()) > 0
+    for key in KEYS - {"overhead"}:
         logged = {event.step: event.value for event in events.Scalars(f"hesd/{key}")}
         expected = {steps[epoch]: scalars(spectrum, "hesd")[f"hesd/{key}"] for epoch, spectrum in records.items()}
         assert logged == pytest.approx(expected, rel=1e-6), key

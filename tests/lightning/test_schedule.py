@@ -34,7 +34,13 @@ def test_records_of_a_run(tmp_path: Path, arguments: dict[str, Any], expected: l
 
 @pytest.mark.parametrize(
     ("arguments", "sparse"),
-    [({}, False), ({"every_n_epochs": 2}, True), ({"epochs": [1]}, True), ({"every_n_train_steps": 5}, True)],
+    [
+        ({}, False),
+        ({"every_n_epochs": 2}, True),
+        ({"epochs": [1]}, True),
+        ({"every_n_train_steps": 5}, True),
+        ({"max_overhead": 0.1}, True),
+    ],
 )
 def test_is_sparse(arguments: dict[str, Any], sparse: bool) -> None:
     assert Schedule(**arguments).is_sparse is sparse
