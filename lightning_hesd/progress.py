@@ -153,4 +153,4 @@ class _RichBar:
     def close(self) -> None:
         # Hidden and not removed: Lightning finds its own tasks by their place in the list of all.
         self._progress.update(self._task, visible=False)
-        self._owner.refresh(hard=True)
+        self._progress.refresh()

@@ -98,7 +98,14 @@ def describe(record: SpectrumRecord) -> dict[str, Any]:
     if record.spectrum is None:
         return {"epoch": record.epoch, "error": record.error}
     found = record.spectrum
-    return {"epoch": record.epoch, "c_t": found.c_t, "lambda_max": found.lambda_max, "num_samples": found.num_samples}
+    return {
+        "epoch": record.epoch,
+        "c_t": found.c_t,
+        "lambda_max": found.lambda_max,
+        "num_samples": found.num_samples,
+        "steps": found.steps,
+        "sampling_error": found.c_t_sampling_error,
+    }
 
 
 def main() -> None:
@@ -108,6 +115,7 @@ def main() -> None:
     parser.add_argument("--fail", choices=["loss", "data"])
     parser.add_argument("--fail-in", type=int)
     parser.add_argument("--max-overhead", type=float)
+    parser.add_argument("--engine", type=int, default=0, help="1: with callbacks that stop early, grow, or differ")
     parser.add_argument("--costs", type=float, nargs="+", help="seconds of an analysis on the clock of each process")
     options = parser.parse_args()
     warnings.filterwarnings("always", message="lightning_hesd: ")
@@ -133,6 +141,12 @@ def main() -> None:
         HessianSpectrumCallback(**shared, checkpoint=checkpoint),
         HessianSpectrumCallback(**shared, mode="train", name="dropout"),
     ]
+    if options.engine:
+        callbacks += [
+            HessianSpectrumCallback(**{**shared, "steps": 60}, tolerance="auto", basis="none", name="adaptive"),
+            HessianSpectrumCallback(**{**shared, "num_samples": "auto"}, tolerance=0.3, name="growing"),
+            HessianSpectrumCallback(**shared, strategy="finite_difference", name="differences"),
+        ]
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=options.devices,
