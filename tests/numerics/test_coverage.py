@@ -104,7 +104,7 @@ def test_coverage_at_fixed_steps(dtype, storage, seeds, steps, confidence):
     ("dtype", "storage", "seeds", "rule", "confidence"),
     [
         *[(*KINDS[0], rule, confidence) for rule in (0.05, 0.01, "type") for confidence in (0.95, 0.7)],
-        *[(*kind, 0.05, 0.7) for kind in KINDS[1:]],  # the other rules look at the same coefficients
+        (*KINDS[3], 0.05, 0.7),  # the other rules and kinds look at much the same coefficients
     ],
 )
 def test_coverage_at_the_step_chosen_by_the_interval_itself(dtype, storage, seeds, rule, confidence):

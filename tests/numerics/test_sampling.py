@@ -114,6 +114,58 @@ class TestAgainstBruteForce:
         np.testing.assert_allclose(few / many, 2.0, rtol=0.4)
 
 
+class TestClosedForm:
+    """Samples whose Hessians are diag(a, 0, ..., −b): eigenvectors stay, so that everything is known."""
+
+    @staticmethod
+    def analyse(a: Tensor, b: Tensor) -> Any:
+        module = nn.Module()
+        module.register_parameter("w", nn.Parameter(torch.full((6,), 0.1, dtype=torch.float64)))
+
+        def loss(module: nn.Module, batch: Batch) -> Tensor:
+            return ((batch[0] * module.w[0] ** 2 - batch[1] * module.w[-1] ** 2) / 2).mean()
+
+        return hessian_spectrum(module, [(a, b)], loss, sampling_error=True)
+
+    @staticmethod
+    def samples(seed: int) -> Tensor:
+        return 1 + torch.rand(64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    @staticmethod
+    def error_of_mean(values: Tensor) -> float:
+        return float(values.view(16, 4).mean(dim=1).std()) / 4
+
+    def test_extremes(self):
+        a, b = self.samples(0), self.samples(1) / 3
+        spectrum = self.analyse(a, b)
+        assert spectrum.lambda_max_sampling_error == pytest.approx(self.error_of_mean(a), rel=1e-8)
+        assert spectrum.lambda_min_sampling_error == pytest.approx(self.error_of_mean(b), rel=1e-8)
+        assert spectrum.lambda_min_sampling_bias == pytest.approx(0.0, abs=1e-8)
+        assert spectrum.lambda_max_sampling_bias == pytest.approx(0.0, abs=1e-8)
+
+    def test_a_ratio_of_independent_numbers(self):
+        a, b = self.samples(0), self.samples(1) / 3
+        ratio = float(b.mean() / a.mean())
+        # The error of b − ratio·a, to first order: the numbers as they are, correlation included.
+        expected = self.error_of_mean(b - ratio * a) / float(a.mean())
+        assert self.analyse(a, b).c_t_sampling_error == pytest.approx(expected, rel=1e-8)
+
+    def test_extremes_that_move_together_leave_their_ratio(self):
+        a = self.samples(0)
+        spectrum = self.analyse(a, a / 3)
+        assert spectrum.c_t == pytest.approx(-1 / 3, rel=1e-12)
+        assert spectrum.lambda_max_sampling_error > 0.01
+        assert spectrum.c_t_sampling_error == pytest.approx(0.0, abs=1e-8)
+        assert spectrum.c_t_sampling_bias == pytest.approx(0.0, abs=1e-8)
+
+    def test_the_mean_of_a_ratio_is_not_the_ratio_of_means(self):
+        # E[−b/a] for constant b: −b/ā·(1 + Var(ā)/ā²).
+        a = self.samples(0)
+        spectrum = self.analyse(a, torch.full_like(a, 0.5))
+        expected = -0.5 / float(a.mean()) * (self.error_of_mean(a) / float(a.mean())) ** 2
+        assert spectrum.c_t_sampling_bias == pytest.approx(expected, rel=1e-4)
+
+
 class TestGroups:
     @pytest.mark.parametrize("batches", [4, 16])
     def test_how_the_samples_are_batched_does_not_matter(self, batches):

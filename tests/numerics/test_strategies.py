@@ -228,15 +228,17 @@ class TestFallback:
     @pytest.mark.parametrize("error", [KeyError, RuntimeError, ValueError, NotImplementedError])
     @pytest.mark.parametrize("failing_call", [1, 2])
     def test_a_loss_that_fails_is_no_reason(self, error, failing_call):
-        calls = itertools.count(1)
+        calls, calibration = itertools.count(1), Calibration()
 
         def loss(module: nn.Module, batch: Any) -> Tensor:
             if next(calls) >= failing_call:
                 raise error("the loss's own trouble")
             return cases.squared_error(module, batch)
 
+        batches = [WeightedBatch(batch, float(len(batch[0])), index) for index, batch in enumerate(data(3))]
         with pytest.raises(error, match="the loss's own trouble"):
-            hessian_spectrum(perceptron(nn.Tanh()), data(3), loss, steps=5)
+            analyze(perceptron(nn.Tanh()), batches, loss, analysis_options(steps=5), calibration=calibration)
+        assert calibration.obstacle is None  # or the next analysis would be by differences
 
 
 class Attention(nn.Module):
