@@ -49,12 +49,14 @@ class Calibration:
 
     Attributes:
         graph_bytes: Memory that the gradient's graph holds per unit of batch weight; None: not measured.
+        product_bytes: Memory that a product takes beside graphs, per unit of batch weight.
         obstacle: Why the loss cannot be differentiated twice; None if it can.
         step: Step of central differences; None: not chosen.
         dimension: Number of analysed parameters it was found out with; None: nothing was.
     """
 
     graph_bytes: float | None = None
+    product_bytes: float = 0.0
     obstacle: str | None = None
     step: float | None = None
     dimension: int | None = None
@@ -207,30 +209,37 @@ class HessianOperator:
                 yield batch, self._make_product(batch, self.strategy)
         if not measured or not self.batches:
             return
+        first = None
+        if self._calibration.graph_bytes is None:
+            first = self._make_measured_product(self.batches[0])
+        graph, product = self._calibration.graph_bytes or 0.0, self._calibration.product_bytes
         largest = max(batch.weight for batch in self.batches)
+        # A product takes some memory beside the graphs that stay, and a recomputed one a graph of its own.
+        needed = product * largest
+        if graph * sum(batch.weight for batch in self.batches) + needed > graph_memory:
+            needed += graph * largest
+        if needed > graph_memory:
+            sizes = (f"{size / 2**20:.1f} MiB" for size in (needed, graph_memory))
+            msg = "the gradient graph of one batch and a product take {}, and there is room for {}".format(*sizes)
+            raise _NoHessianError(msg)
         kept, held = 0, 0.0
-        for batch in self.batches:
-            made = None
-            if self._calibration.graph_bytes is None:
-                made = self._make_measured_product(batch)
-            known = self._calibration.graph_bytes or 0.0
-            # One product takes up to as much again as the largest graph, and a recomputed graph as much as a kept one.
-            if 2 * known * largest > graph_memory:
-                graph, room = (f"{size / 2**20:.0f} MiB" for size in (known * largest, graph_memory))
-                msg = f"the gradient graph of one batch takes {graph}, a product as much again, and there is {room}"
-                raise _NoHessianError(msg)
-            fits = made is not None or held + known * (batch.weight + largest) <= graph_memory
-            if made is None:
+        for position, batch in enumerate(self.batches):
+            fits = held + graph * batch.weight + needed <= graph_memory
+            if position == 0 and first is not None and fits:
+                made = first
+            else:
                 made = self._make_product(batch, "graph" if fits else "recompute")
-            held += known * batch.weight if fits else 0.0
+            first = None
+            held += graph * batch.weight if fits else 0.0
             kept += fits
             yield batch, made
-        self.graph_bytes = held + known * largest
+        self.strategy = "graph" if kept else "recompute"
+        self.graph_bytes = held + needed
         self.strategy_reason = (
-            f"auto: the gradient graphs of {kept} of {len(self.batches)} batches hold {held / 2**20:.0f} MiB"
+            f"auto: the gradient graphs of {kept} of {len(self.batches)} batches hold {held / 2**20:.1f} MiB"
         )
         if kept < len(self.batches):
-            self.strategy_reason += f"; there is room for {graph_memory / 2**20:.0f} MiB, the rest is recomputed"
+            self.strategy_reason += f"; there is room for {graph_memory / 2**20:.1f} MiB, the rest is recomputed"
 
     def _make_product(self, batch: WeightedBatch, strategy: Strategy) -> tuple[Tensor, Product]:
         loss = partial(self._loss_fn, batch)
@@ -240,7 +249,9 @@ class HessianOperator:
         return (retained_graph_product if strategy == "graph" else recomputed_product)(loss, self._parameters)
 
     def _make_measured_product(self, batch: WeightedBatch) -> tuple[Tensor, Product]:
-        """Make a product from a retained graph, and find out what the graph holds.
+        """Make a product from a retained graph, and find out what the graph holds and a product takes.
+
+        One product is computed for that; some losses fail only then.
 
         Raises:
             _NoHessianError: If there is none, though there is a gradient.
@@ -248,11 +259,14 @@ class HessianOperator:
         try:
             with MemoryMeter() as meter:
                 made = self._make_product(batch, "graph")
+                held = meter.live
+                made[1]([torch.ones_like(p) for p in self._parameters])
         except RuntimeError as error:
             FiniteDifferences(self._parameters).product(partial(self._loss_fn, batch))  # or else the loss is at fault
             msg = f"the loss cannot be differentiated twice ({str(error).splitlines()[0]})"
             raise _NoHessianError(msg) from error
-        self._calibration.graph_bytes = meter.live / batch.weight
+        self._calibration.graph_bytes = held / batch.weight
+        self._calibration.product_bytes = max(meter.peak - held, held) / batch.weight
         return made
 
     def _choose_step(self, differences: FiniteDifferences) -> None:

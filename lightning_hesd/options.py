@@ -83,6 +83,7 @@ class AnalysisOptions:
         if isinstance(self.tolerance, str | bool) or not 0 < self.tolerance < 1:
             msg = f"`tolerance` must be a number between 0 and 1, 'type', 'auto' or None, got {self.tolerance!r}."
             raise ValueError(msg)
+        object.__setattr__(self, "tolerance", float(self.tolerance))  # of NumPy, perhaps
 
     @property
     def wants_sampling_error(self) -> bool:

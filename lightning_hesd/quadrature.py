@@ -220,6 +220,7 @@ def _upper_bound(probes: Sequence[tuple[Array, Array, Array]], dimension: int, f
     largest = max(float(theta[-1]) for theta, _, _ in probes)
     if any(not (r > 0).any() for _, _, r in probes):
         return largest  # an invariant Krylov space: almost surely nothing is outside
+    dimension = max(dimension, 2)
     kernels = [_log_christoffel(*probe, largest) for probe in probes]
     # P(|qᵀv| ≤ z) ≤ scale·z: the density of one coordinate on the sphere is largest at zero.
     scale = 2 / math.sqrt(math.pi) * math.exp(math.lgamma(dimension / 2) - math.lgamma((dimension - 1) / 2))

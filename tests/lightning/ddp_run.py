@@ -104,7 +104,7 @@ def describe(record: SpectrumRecord) -> dict[str, Any]:
         "lambda_max": found.lambda_max,
         "num_samples": found.num_samples,
         "steps": found.steps,
-        "sampling_error": found.c_t_sampling_error,
+        "sampling_error": found.c_t_sampling_error or 0.0,
     }
 
 
