@@ -302,7 +302,7 @@ class HessianOperator:
                 break
             previous = product
         gap, differences.step = best
-        self.product_error = 2 * gap  # this vector stands for all others
+        self.product_error = 4 * gap  # one sample of the rounding stands for those of all products
         self._calibration.step = differences.step
 
     @property

@@ -204,6 +204,10 @@ class TestProperties:
 
 
 class TestBreakdown:
+    def test_one_dimension_has_nothing_outside(self):
+        rule = (np.array([[1.0]]), np.array([[1.0]]), np.array([[1e-9]]))
+        assert spectrum_bounds(*rule, 1, 0.05) == pytest.approx((1.0, 1.0), abs=1e-6)
+
     def test_an_invariant_space_leaves_nothing_outside(self):
         whole = (np.array([1.0, 2.0]), np.array([0.5, 0.0]))
         nodes, _, _ = gauss_quadrature(*whole)

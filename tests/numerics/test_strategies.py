@@ -218,6 +218,22 @@ class TestFallback:
         assert reason in spectrum.strategy_reason
         assert_within_stated_errors(spectrum, true_eigenvalues((plain(), data(3), cases.squared_error)))
 
+    @pytest.mark.parametrize("operation", ["cdist", "embedding_bag"])
+    def test_goes_on_where_only_the_product_fails(self, operation):
+        """The graph of these can be built; differentiating it fails."""
+        torch.manual_seed(0)
+        module, x = nn.Linear(4, 8), torch.randn(8, 4)
+
+        def loss(module: nn.Module, batch: Tensor) -> Tensor:
+            y = torch.tanh(module(batch))
+            if operation == "cdist":
+                return torch.cdist(y, y + batch.sum(1, keepdim=True)).sum()
+            return F.embedding_bag(torch.arange(4).reshape(2, 2), y[:4]).square().sum()
+
+        spectrum = hessian_spectrum(module, [x], loss, steps=5)
+        assert spectrum.strategy == "finite_difference"
+        assert "not implemented" in spectrum.strategy_reason
+
     @pytest.mark.parametrize("name", WITHOUT_SECOND_DERIVATIVE)
     @pytest.mark.parametrize("strategy", ["graph", "recompute"])
     def test_not_where_something_else_was_asked_for(self, name, strategy):
