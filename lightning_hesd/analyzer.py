@@ -11,8 +11,8 @@ from lightning_hesd.analysis import analyze
 from lightning_hesd.batches import WeightedBatch
 from lightning_hesd.data import AnalysisSamples, draw_samples, training_loader
 from lightning_hesd.loss import make_loss_fn, muted
-from lightning_hesd.operators import Calibration
 from lightning_hesd.snapshot import preserved, seed_everything
+from lightning_hesd.strategies import Calibration
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -104,41 +104,46 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, w = ctx.saved_tensors
         of_x, of_w = _ConvolutionBackward.apply(  # type: ignore[no-untyped-call]
-            gradient, x, w, (ctx.geometry, ctx.needs_input_grad[0])
+            gradient, x, w, (ctx.geometry, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
         )
         of_b = gradient.sum([0, *range(2, gradient.ndim)]) if ctx.has_bias else None
         return of_x, of_w, of_b, None
 
 
 class _ConvolutionBackward(torch.autograd.Function):
-    """The gradients of y = x * w with respect to x, if wanted, and w, both linear in the gradient of y."""
+    """The gradients of y = x * w with respect to x and w, where wanted, both linear in the gradient of y."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, x: Tensor, w: Tensor, options: tuple[Geometry, bool]) -> Any:
+    def forward(ctx: Any, gradient: Tensor, x: Tensor, w: Tensor, options: tuple[Geometry, bool, bool]) -> Any:
         ctx.save_for_backward(gradient, x, w)
-        ctx.geometry, ctx.wants_x = options
-        of_x, of_w = _backward(gradient, x, w, ctx.geometry, [ctx.wants_x, True, False])
+        ctx.options = options
+        geometry, wants_x, wants_w = options
+        of_x, of_w = _backward(gradient, x, w, geometry, [wants_x, wants_w, False])
         return of_x, of_w
 
     @staticmethod
-    def backward(ctx: Any, along_x: Tensor | None, along_w: Tensor) -> Any:
+    def backward(ctx: Any, along_x: Tensor, along_w: Tensor) -> Any:
         gradient, x, w = ctx.saved_tensors
-        geometry = ctx.geometry
-        of_gradient = _convolve(x, along_w, None, geometry)
-        if not ctx.wants_x:
-            return of_gradient, None, None, None
-        of_gradient = of_gradient + _convolve(along_x, w, None, geometry)
-        of_x, _ = _backward(gradient, x, along_w, geometry, [True, False, False])
-        _, of_w = _backward(gradient, along_x, w, geometry, [False, True, False])
+        geometry, wants_x, wants_w = ctx.options
+        of_gradient = of_x = of_w = None
+        if wants_w:
+            of_gradient = _convolve(x, along_w, None, geometry)
+            if ctx.needs_input_grad[1]:
+                of_x, _ = _backward(gradient, x, along_w, geometry, [True, False, False])
+        if wants_x:
+            through_x = _convolve(along_x, w, None, geometry)
+            of_gradient = through_x if of_gradient is None else of_gradient + through_x
+            if ctx.needs_input_grad[2]:
+                _, of_w = _backward(gradient, along_x, w, geometry, [False, True, False])
         return of_gradient, of_x, of_w, None
 
 
-def _convolve(x: Any, w: Tensor, b: Tensor | None, geometry: Geometry) -> Tensor:
+def _convolve(x: Tensor, w: Tensor, b: Tensor | None, geometry: Geometry) -> Tensor:
     stride, padding, dilation, groups = geometry
     return torch.convolution(x, w, b, stride, padding, dilation, False, [0] * len(stride), groups)
 
 
-def _backward(gradient: Tensor, x: Any, w: Tensor, geometry: Geometry, mask: list[bool]) -> Any:
+def _backward(gradient: Tensor, x: Tensor, w: Tensor, geometry: Geometry, mask: list[bool]) -> Any:
     stride, padding, dilation, groups = geometry
     zeros = [0] * len(stride)
     results = torch.ops.aten.convolution_backward(

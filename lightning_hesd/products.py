@@ -7,6 +7,7 @@ whose graph must be built first, a third.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -21,6 +22,14 @@ Product = Callable[[Sequence[Tensor]], Sequence[Tensor | None]]
 """Takes a vector, and returns its product, in the shapes of the parameters; None stands for zero."""
 
 Strategy = Literal["graph", "recompute", "finite_difference"]
+
+LADDER_FACTOR = 4.0
+"""Ratio of neighbouring steps in the search for the best step of central differences."""
+
+LADDER_RUNGS = 10
+
+ERROR_MARGIN = 4.0
+"""The search sees one sample of the rounding; this many times as much is stated for all products."""
 
 
 def gradient(loss: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor]:
@@ -91,7 +100,6 @@ class FiniteDifferences:
     def product(self, loss: Callable[[], Tensor]) -> tuple[Tensor, Product]:
         """Return the value of the loss, a scalar without graph, and the product at the present `step`."""
         value = loss().detach()
-        self.gradient(loss)
 
         def product(vector: Sequence[Tensor]) -> Sequence[Tensor | None]:
             try:
@@ -104,6 +112,45 @@ class FiniteDifferences:
             return [a.sub_(b).div_(2 * self.step) for a, b in zip(ahead, behind, strict=True)]
 
         return value, product
+
+    def choose_step(self, matvec: Callable[[Tensor], Tensor], vector: Tensor, known: float | None = None) -> float:
+        """Choose the step that balances truncation, which falls with the step, against rounding, which grows.
+
+        From a long step downward, each a quarter of the one before, products of neighbouring steps differ by the
+        truncation of the longer and the rounding of the shorter; where they differ least, that difference is the error
+        of the shorter. The test vector is made rich in the directions of extreme curvature, where truncation is worst.
+
+        Args:
+            matvec: The product with the whole Hessian, at the present `step`.
+            vector: A random vector, shape (n,).
+            known: The step found for other weights: the search begins near it.
+
+        Returns:
+            Norm of the error of a product with a unit vector; 0 where there is nothing to measure.
+        """
+        epsilon = max(torch.finfo(p.dtype).eps for p in self.parameters)
+        size = math.sqrt(sum(float(p.double().square().sum()) for p in self._originals))
+        self.step = known or max(size, 1.0) * epsilon ** (1 / 3) / LADDER_FACTOR
+        for _ in range(2):
+            vector = matvec(vector / torch.linalg.vector_norm(vector))
+        norm = torch.linalg.vector_norm(vector)
+        if not 0 < float(norm) < math.inf:
+            return 0.0  # no curvature, or a failure, which the first product will tell
+        vector /= norm
+
+        best = (math.inf, self.step)
+        self.step *= LADDER_FACTOR if known else LADDER_FACTOR**2
+        previous = matvec(vector)
+        for _ in range(LADDER_RUNGS):
+            self.step /= LADDER_FACTOR
+            product = matvec(vector)
+            gap = float(torch.linalg.vector_norm(product - previous))
+            best = min(best, (gap, self.step))
+            if gap > 2 * best[0]:
+                break
+            previous = product
+        gap, self.step = best
+        return ERROR_MARGIN * gap
 
     def gradient(self, loss: Callable[[], Tensor]) -> list[Tensor]:
         """Return the gradient at the present parameters."""

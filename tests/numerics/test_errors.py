@@ -254,19 +254,6 @@ class TestLoss:
             self.analyse(loss, strategy)
 
 
-class OnceDifferentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.square()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 2 * x * gradient
-
-
 class TwiceDifferentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -277,6 +264,10 @@ class TwiceDifferentiable(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return 2 * x * gradient
+
+
+class OnceDifferentiable(TwiceDifferentiable):
+    backward = staticmethod(once_differentiable(TwiceDifferentiable.backward))
 
 
 class Apply(nn.Module):

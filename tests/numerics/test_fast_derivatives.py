@@ -64,6 +64,21 @@ def test_convolution(name: str, bias: bool, replaced: list[str]) -> None:
     torch.testing.assert_close(here, convolve(x, w, b, **options), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("frozen", ["input", "weight"])
+def test_convolution_with_a_frozen_part(frozen: str, replaced: list[str]) -> None:
+    torch.manual_seed(0)
+    x, w = normal(2, 3, 4, 4), normal(2, 3, 3, 3)
+    free, fixed = (w, x.detach()) if frozen == "input" else (x, w.detach())
+
+    def convolve(part: Tensor) -> Tensor:  # squared, so that there is curvature
+        return (F.conv2d(fixed, part) if frozen == "input" else F.conv2d(part, fixed)).square()
+
+    with FastDerivatives():
+        assert gradcheck(convolve, (free,))
+        assert gradgradcheck(convolve, (free,))
+    assert set(replaced) == {"_convolution"}
+
+
 @pytest.mark.parametrize("parts", ["weight and bias", "weight", "bias", ""])
 def test_batch_norm_in_evaluation(parts: str, replaced: list[str]) -> None:
     torch.manual_seed(0)

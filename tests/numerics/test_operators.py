@@ -84,7 +84,7 @@ class TestRecord:
         losses = [loss_fn(module, batch).item() for batch in batches]
         assert operator.weight == 9.0
         assert operator.loss == pytest.approx((5 * losses[0] + 3 * losses[1] + losses[2]) / 9, rel=1e-14)
-        assert (operator.strategy, operator.strategy_reason) == ("graph", "as asked")
+        assert (operator.maker.strategy, operator.maker.reason) == ("graph", "as asked")
 
     def test_time_is_counted(self):
         operator = make_operator("mlp")

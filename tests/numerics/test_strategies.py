@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_hesd import Spectrum, hessian_spectrum
 from lightning_hesd.analysis import analysis_options, analyze
 from lightning_hesd.batches import WeightedBatch
-from lightning_hesd.operators import Calibration
+from lightning_hesd.strategies import Calibration
 from tests import cases, oracles
 
 STRATEGIES = ("graph", "recompute", "finite_difference", "auto")
