@@ -30,7 +30,8 @@ CONVOLUTIONS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], dict[str, A
 
 @pytest.fixture
 def replaced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the replacements that were made."""
+    """Names of the replacements that were made, of tensors however small."""
+    monkeypatch.setattr(fast_derivatives, "_LARGE", 0)
     made: list[str] = []
     for function, replacement in fast_derivatives._REPLACEMENTS.items():
 
@@ -96,12 +97,94 @@ def test_batch_norm_in_evaluation(parts: str, replaced: list[str]) -> None:
     torch.testing.assert_close(here, apply(x, *learned), rtol=1e-12, atol=1e-12)
 
 
+OPERATIONS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
+    "convolution": (lambda x, w, b: F.conv2d(x, w, b, padding=1), [(2, 2, 3, 3), (2, 2, 3, 3), (2,)]),
+    "batch norm": (
+        lambda x, w, b: F.batch_norm(x, torch.zeros(3).double(), torch.ones(3).double(), w, b),
+        [(2, 3, 2), (3,), (3,)],
+    ),
+    "linear": (F.linear, [(4, 3), (2, 3), (2,)]),
+    "linear without bias": (F.linear, [(4, 3), (2, 3)]),
+    "linear of sequences": (F.linear, [(2, 3, 3), (2, 3), (2,)]),
+    "layer norm": (lambda x, w, b: F.layer_norm(x, (4,), w, b), [(2, 3, 4), (4,), (4,)]),
+    "layer norm without bias": (lambda x, w: F.layer_norm(x, (4,), w), [(3, 4), (4,)]),
+    "layer norm without parameters": (lambda x: torch.layer_norm(x, (4,)), [(3, 4)]),
+    "layer norm of images": (lambda x, w, b: F.layer_norm(x, (2, 3), w, b), [(3, 2, 3), (2, 3), (2, 3)]),
+    "relu": (F.relu, [(3, 4)]),
+    "relu method": (lambda x: x.relu(), [(3, 4)]),
+    "gelu": (F.gelu, [(3, 4)]),
+    "gelu by tanh": (lambda x: F.gelu(x, approximate="tanh"), [(3, 4)]),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_values_and_derivatives(name: str, replaced: list[str]) -> None:
+    operation, shapes = OPERATIONS[name]
+    torch.manual_seed(0)
+    inputs = [normal(*shape) for shape in shapes]
+    with FastDerivatives():
+        here = operation(*inputs)
+        assert len(replaced) == 1
+        assert gradcheck(operation, inputs)
+        assert gradgradcheck(operation, inputs)
+    torch.testing.assert_close(here, operation(*inputs), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen"), [(name, i) for name, (_, shapes) in OPERATIONS.items() for i in range(len(shapes))]
+)
+def test_derivatives_with_one_frozen_and_with_one_free(name: str, frozen: int, replaced: list[str]) -> None:
+    operation, shapes = OPERATIONS[name]
+    torch.manual_seed(0)
+    for free in ({*range(len(shapes))} - {frozen}, {frozen}):
+        inputs = [normal(*shape) if i in free else normal(*shape).detach() for i, shape in enumerate(shapes)]
+        if free:
+            with FastDerivatives():
+                assert gradgradcheck(lambda *x: operation(*x).pow(3), inputs)
+            assert replaced
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_hessian_of_a_loss_that_holds_derivatives(name: str, replaced: list[str]) -> None:
+    operation, shapes = OPERATIONS[name]
+    torch.manual_seed(0)
+    inputs = [normal(*shape) for shape in shapes]
+
+    def penalty_hessian_product() -> tuple[Tensor, ...]:
+        slopes = torch.autograd.grad(operation(*inputs).pow(3).sum(), inputs, create_graph=True)
+        gradients = torch.autograd.grad(sum(s.square().sum() for s in slopes), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in gradients), inputs)
+
+    with FastDerivatives():
+        here = penalty_hessian_product()
+    assert replaced
+    for mine, theirs in zip(here, penalty_hessian_product(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
 def test_batch_norm_in_training_is_left_alone(replaced: list[str]) -> None:
     layer = nn.BatchNorm1d(3)
     with FastDerivatives():
         layer(torch.randn(5, 3))
     assert not replaced
     assert layer.num_batches_tracked == 1
+
+
+def test_small_tensors_and_changes_in_place_are_left_alone(
+    replaced: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(4, 4, requires_grad=True)
+    with FastDerivatives():
+        F.relu(x * 1, inplace=True)
+        monkeypatch.setattr(fast_derivatives, "_LARGE", 17)
+        nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.GELU(), nn.ReLU())(x)
+    assert not replaced
+
+
+def test_wrong_shapes_meet_the_error_of_pytorch(replaced: list[str]) -> None:
+    with FastDerivatives(), pytest.raises(RuntimeError, match="normalized_shape"):
+        F.layer_norm(torch.randn(2, 6, requires_grad=True), (4,))
+    assert not replaced
 
 
 @pytest.mark.parametrize("surroundings", ["no gradient", "autocast", "transform"])
@@ -122,10 +205,10 @@ def test_left_alone_where_derivatives_are_others_business(surroundings: str, rep
 
 
 def test_the_analysis_uses_them(replaced: list[str]) -> None:
-    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2))
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
     x = torch.randn(2, 1, 4, 4)
     hessian_spectrum(net, [x], lambda module, batch: module(batch).square().mean(), steps=2)
-    assert set(replaced) == {"_convolution", "_batch_norm"}
+    assert set(replaced) == {"_convolution", "_batch_norm", "_relu", "_linear"}
     replaced.clear()
     net(x)
     assert not replaced
