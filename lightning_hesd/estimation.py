@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lightning_hesd import criteria, quadrature
-from lightning_hesd.lanczos import Lanczos
+from lightning_hesd.lanczos import Lanczos, gauss_quadrature
 from lightning_hesd.sampling import SamplingError, sampling_error
 from lightning_hesd.spectrum import SMALLEST_SCALE, Spectrum
 
@@ -127,9 +127,7 @@ class Estimation:
         """Return the record of these processes, by default of all."""
         runs = runs or self._runs
         operator, options, plan = self._operator, self._options, self._plan
-        nodes, weights, residuals = quadrature.stack_rules(
-            [quadrature.gauss_quadrature(run.alphas, run.betas) for run in runs]
-        )
+        nodes, weights, residuals = quadrature.stack_rules([gauss_quadrature(run.alphas, run.betas) for run in runs])
         norm = float(np.nanmax(np.abs(nodes)))
         # The result is no more accurate than the coarser of the parameters' and the vectors' arithmetic.
         epsilon = max(torch.finfo(dtype).eps for dtype in [operator.dtype, *(p.dtype for p in self._parameters)])

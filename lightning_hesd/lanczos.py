@@ -1,6 +1,7 @@
 """Lanczos tridiagonalisation of a symmetric matrix that is known by its products only.
 
-Works on flat tensors; knows nothing of modules or losses. Lanczos (1950); the basis is kept orthogonal to machine
+Works on flat tensors; knows nothing of modules or losses. Lanczos (1950), Golub & Welsch (1969) for the quadrature rule
+that the tridiagonal matrix stands for; the basis is kept orthogonal to machine
 precision by complete reorthogonalisation with classical Gram-Schmidt, twice where once is not enough (Daniel, Gragg,
 Kaufman & Stewart 1976; Giraud, Langou & Rozložník 2005).
 """
@@ -18,8 +19,9 @@ from lightning_hesd.criteria import rounding_threshold
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
+    Array = NDArray[np.float64]
     Storage = Literal["device", "cpu", "none"]
 
 STEPS_BETWEEN_CHECKS = 8
@@ -195,3 +197,40 @@ def _breakdown(alphas: NDArray[np.float64], betas: NDArray[np.float64], toleranc
     norms = np.maximum.accumulate(np.abs(alphas) + previous)  # ‖T‖ from the inside, so that β itself does not count
     ended = np.flatnonzero(betas <= tolerance * norms)
     return int(ended[0]) + 1 if len(ended) else None
+
+
+def gauss_quadrature(alphas: ArrayLike, betas: ArrayLike) -> tuple[Array, Array, Array]:
+    """Turn a Lanczos tridiagonal matrix into a Gauss quadrature rule with residual bounds.
+
+    Args:
+        alphas: Diagonal, shape (m,).
+        betas: Off-diagonal and, last, the norm of the final residual vector, shape (m,).
+
+    Returns:
+        nodes: Eigenvalues θ of the tridiagonal matrix, ascending, shape (m,).
+        weights: Squared first components of its eigenvectors, shape (m,), sum 1.
+        residuals: β_m·|last components|, shape (m,): an eigenvalue lies within the residual of each node.
+
+    Example:
+        >>> nodes, weights, residuals = gauss_quadrature([0.0, 0.0], [1.0, 0.5])
+        >>> nodes.tolist(), weights.round(3).tolist(), residuals.round(3).tolist()
+        ([-1.0, 1.0], [0.5, 0.5], [0.354, 0.354])
+    """
+    nodes, vectors = eigen(alphas, betas)
+    weights = vectors[0] ** 2
+    return nodes, weights / weights.sum(), float(np.asarray(betas)[-1]) * np.abs(vectors[-1])
+
+
+def eigen(alphas: ArrayLike, betas: ArrayLike) -> tuple[Array, Array]:
+    """Return the eigenvalues, ascending, shape (m,), and eigenvectors, columns of shape (m, m), of the matrix T.
+
+    Args:
+        alphas: Diagonal, shape (m,).
+        betas: Off-diagonal and, last, a number that does not matter, shape (m,).
+    """
+    diagonal = np.asarray(alphas, dtype=np.float64)
+    off_diagonal = np.asarray(betas, dtype=np.float64)
+    # By PyTorch: NumPy's threads go on spinning for a while, and would share the cores with those of the next product.
+    matrix = torch.from_numpy(np.diag(diagonal) + np.diag(off_diagonal[:-1], -1))  # eigh reads the lower triangle
+    nodes, vectors = torch.linalg.eigh(matrix)
+    return nodes.numpy(), vectors.numpy()

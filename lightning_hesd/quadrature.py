@@ -1,9 +1,9 @@
-"""Stochastic Lanczos quadrature: tridiagonal matrices to nodes and weights, and what follows from them.
+"""Stochastic Lanczos quadrature: what follows from nodes and weights.
 
-Golub & Welsch (1969) for the rule; Ubaru, Chen & Saad (2017) for its use with random start vectors; van Dorsselaer,
-Hochstenbach & van der Vorst (2001) for bounds on what the rule may have missed. Arrays only: a
-rule of several probes is a pair `nodes`, `weights` of shape (probes, steps), where a probe that ended early is padded
-with NaN nodes of weight 0, and the weights of each probe sum to 1.
+Ubaru, Chen & Saad (2017) for quadrature with random start vectors; van Dorsselaer, Hochstenbach & van der Vorst (2001)
+for bounds on what the rule may have missed. Arrays only: a rule of several probes is a pair `nodes`, `weights` of shape
+(probes, steps), where a probe that ended early is padded with NaN nodes of weight 0, and the weights of each probe sum
+to 1.
 """
 
 from __future__ import annotations
@@ -22,42 +22,6 @@ if TYPE_CHECKING:
 
 DENSITY_POINTS = 2048
 SIGMAS_BEYOND = 6.0  # a Gaussian keeps all but 2e-9 of its mass within six standard deviations
-
-
-def gauss_quadrature(alphas: ArrayLike, betas: ArrayLike) -> tuple[Array, Array, Array]:
-    """Turn a Lanczos tridiagonal matrix into a Gauss quadrature rule with residual bounds.
-
-    Args:
-        alphas: Diagonal, shape (m,).
-        betas: Off-diagonal and, last, the norm of the final residual vector, shape (m,).
-
-    Returns:
-        nodes: Eigenvalues θ of the tridiagonal matrix, ascending, shape (m,).
-        weights: Squared first components of its eigenvectors, shape (m,), sum 1.
-        residuals: β_m·|last components|, shape (m,): an eigenvalue lies within the residual of each node.
-
-    Example:
-        >>> nodes, weights, residuals = gauss_quadrature([0.0, 0.0], [1.0, 0.5])
-        >>> nodes.tolist(), weights.round(3).tolist(), residuals.round(3).tolist()
-        ([-1.0, 1.0], [0.5, 0.5], [0.354, 0.354])
-    """
-    nodes, vectors = eigen(alphas, betas)
-    weights = vectors[0] ** 2
-    return nodes, weights / weights.sum(), float(np.asarray(betas)[-1]) * np.abs(vectors[-1])
-
-
-def eigen(alphas: ArrayLike, betas: ArrayLike) -> tuple[Array, Array]:
-    """Return the eigenvalues, ascending, shape (m,), and eigenvectors, columns of shape (m, m), of the matrix T.
-
-    Args:
-        alphas: Diagonal, shape (m,).
-        betas: Off-diagonal and, last, a number that does not matter, shape (m,).
-    """
-    diagonal = np.asarray(alphas, dtype=np.float64)
-    off_diagonal = np.asarray(betas, dtype=np.float64)
-    matrix = np.diag(diagonal) + np.diag(off_diagonal[:-1], -1)  # eigh reads the lower triangle
-    nodes, vectors = np.linalg.eigh(matrix)
-    return nodes, vectors
 
 
 def stack_rules(rules: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
@@ -203,6 +167,7 @@ def spectrum_bounds(
         The lower bound, at most the smallest node, and the upper bound, at least the largest.
 
     Example:
+        >>> from lightning_hesd.lanczos import gauss_quadrature
         >>> low, high = spectrum_bounds(*stack_rules([gauss_quadrature([0.0, 0.0], [1.0, 1e-6])]), 100, 0.05)
         >>> -1.0001 < low < -1 and 1 < high < 1.0001
         True

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from lightning_hesd.lanczos import eigen
 from lightning_hesd.operators import AnotherProcessFailedError
-from lightning_hesd.quadrature import eigen
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

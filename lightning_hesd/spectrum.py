@@ -48,7 +48,8 @@ class Spectrum:
         matvecs: Hessian-vector products spent, those on central differences' step and on sampling errors included.
         seconds: Duration of the analysis.
         gradient_equivalents: Time in Hessian-vector products over the time of as many plain gradients on the same
-            batches, i.e. the cost of one product in gradients; None if not measured.
+            batches, i.e. the cost of one product in gradients; None if not measured. Gradients of a millisecond or two
+            count for more than they should: preparing the batch is part of them.
         matrix: Which curvature matrix ("hessian").
         probe: Distribution of the start vectors ("gaussian": uniform on the sphere, or "rademacher").
         seed: Seed of the start vectors.

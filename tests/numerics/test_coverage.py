@@ -10,8 +10,8 @@ import torch
 
 from lightning_hesd import Spectrum, hessian_spectrum
 from lightning_hesd.criteria import rounding_threshold
-from lightning_hesd.lanczos import Lanczos
-from lightning_hesd.quadrature import gauss_quadrature, stack_rules
+from lightning_hesd.lanczos import Lanczos, gauss_quadrature
+from lightning_hesd.quadrature import stack_rules
 from tests import spectra
 
 Storage = Literal["device", "cpu", "none"]

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_hesd.criteria import rounding_threshold
-from lightning_hesd.lanczos import STEPS_BETWEEN_CHECKS, Lanczos, NonFiniteProductError
-from lightning_hesd.quadrature import eigen, gauss_quadrature
+from lightning_hesd.lanczos import STEPS_BETWEEN_CHECKS, Lanczos, NonFiniteProductError, eigen, gauss_quadrature
 
 DTYPES = [torch.float64, torch.float32]
 
