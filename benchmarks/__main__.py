@@ -3,9 +3,9 @@
     python -m benchmarks                      # everything, about 50 minutes on two quiet cores
     python -m benchmarks --quick --problems mlp --out /tmp/bench
 
-Every whole run is made once, and again for as long as `--minutes` allow, candidate after candidate in every round, so that whatever
-disturbs the machine disturbs all of them; the report has the medians. Weights and true values are cached in
-`benchmarks/.cache`; making them takes some minutes more, once.
+Every whole run is made once, and again for as long as `--minutes` allow, candidate after candidate in every round, so
+that whatever disturbs the machine disturbs all of them; the report has the medians. Weights and true values are cached
+in `benchmarks/.cache`; making them takes some minutes more, once.
 """
 
 from __future__ import annotations
