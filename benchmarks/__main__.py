@@ -2,6 +2,7 @@
 
     python -m benchmarks                      # everything, about 50 minutes on two quiet cores
     python -m benchmarks --quick --problems mlp --out /tmp/bench
+    python -m benchmarks --more --rounds 2    # two more rounds of whole runs for the results that are there
 
 Every whole run is made once, and again for as long as `--minutes` allow, candidate after candidate in every round, so
 that whatever disturbs the machine disturbs all of them; the report has the medians. Weights and true values are cached
@@ -16,6 +17,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,18 +45,16 @@ def main() -> None:
     parser.add_argument("--pieces", default="1,8", help="numbers of batches (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="whole runs of each candidate, at most")
     parser.add_argument("--minutes", type=float, default=25.0, help="start no whole run that would end later")
+    parser.add_argument("--more", action="store_true", help="add rounds to the results in --out; products stay")
     parser.add_argument("--quick", action="store_true", help="tiny settings, to see whether it works")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     size: Size = "quick" if args.quick else "full"
 
-    entries = [
-        prepared(name, int(pieces), size) for name in args.problems.split(",") for pieces in args.pieces.split(",")
-    ]
+    chosen = [(name, int(pieces)) for name in args.problems.split(",") for pieces in args.pieces.split(",")]
     started = time.perf_counter()
-    for entry in entries:
-        say(started, f"{title(entry)}: products")
-        entry["products"] = in_fresh_process(products, entry["problem"], entry["pieces"], size, PRODUCT_ROUNDS[size])
+    results = earlier(args.out, size) if args.more else fresh(chosen, size, started)
+    entries = [entry for entry in results["entries"] if (entry["problem"], entry["pieces"]) in chosen]
     costs = [0.0] * len(entries)  # seconds that the last round of an entry took
     for number in range(args.rounds):
         for index, entry in enumerate(entries):
@@ -64,8 +64,33 @@ def main() -> None:
             say(started, f"{title(entry)}: whole runs, round {number + 1}")
             play_round(entry, size)
             costs[index] = time.perf_counter() - begun
-    write({"environment": environment(), "size": size, "entries": entries}, args.out)
+            write(results, args.out)
     say(started, f"done: {args.out / 'results.md'}")
+
+
+def fresh(chosen: list[tuple[str, int]], size: Size, started: float) -> dict[str, Any]:
+    """Return new results, with the products measured."""
+    entries = [prepared(name, pieces, size) for name, pieces in chosen]
+    for entry in entries:
+        say(started, f"{title(entry)}: products")
+        entry["products"] = in_fresh_process(products, entry["problem"], entry["pieces"], size, PRODUCT_ROUNDS[size])
+    return {"environment": environment(), "size": size, "entries": entries}
+
+
+def earlier(out: Path, size: Size) -> dict[str, Any]:
+    """Return the results in a folder, which must have been measured in this environment.
+
+    Raises:
+        SystemExit: If there are none, or the environment was another one.
+    """
+    path = out / "results.json"
+    if not path.is_file():
+        sys.exit(f"--more: there is no {path}; run without --more first.")
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    ours, theirs = ({**e, "date": None} for e in (environment(), results["environment"]))
+    if (ours, size) != (theirs, results["size"]):
+        sys.exit(f"--more: {path} was measured with {theirs}, size {results['size']}; here are {ours}, size {size}.")
+    return results
 
 
 def prepared(name: str, pieces: int, size: Size) -> dict[str, Any]:
