@@ -28,6 +28,7 @@ from benchmarks.figure import draw
 from benchmarks.isolation import MeasurementError, in_fresh_process
 from benchmarks.measure import CANDIDATES, products, whole
 from benchmarks.problems import RECIPES, load
+from benchmarks.profile import profile
 from benchmarks.report import document, title
 from benchmarks.truth import true_c_t
 
@@ -55,6 +56,8 @@ def main() -> None:
     started = time.perf_counter()
     results = earlier(args.out, size) if args.more else fresh(chosen, size, started)
     entries = [entry for entry in results["entries"] if (entry["problem"], entry["pieces"]) in chosen]
+    for entry in entries:
+        entry["profile"] = in_fresh_process(profile, entry["problem"], entry["pieces"], size)
     costs = [0.0] * len(entries)  # seconds that the last round of an entry took
     for number in range(args.rounds):
         for index, entry in enumerate(entries):

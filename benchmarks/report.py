@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.candidates import OURS, TOLERANCE
 from benchmarks.measure import CANDIDATES, GRADIENT
 from benchmarks.problems import RECIPES
+from benchmarks.profile import PARTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -46,6 +47,13 @@ All candidates have the same weights, the same samples, evaluation mode, and one
 - **PyHessian's loop**: retained graphs and complete reorthogonalisation in a Python loop: a lower bound for PyHessian,
   whose release does not run on current torch, and which recomputes the graphs if there is more than one batch.
 - **hessian-eigenthings, differences**: its `method="finite_difference"`.
+"""
+
+PROFILE = f"""\
+One estimate of C_t by lightning_hesd, after another one in the same process, and the shares of its parts: *interval* is
+asking whether C_t is known to {TOLERANCE:.0%}, *graphs* recording the gradients and measuring their memory,
+*a gradient* one that is timed for the record. An exact product takes at least two gradients, so over 100 steps with
+such products no method can gain more than 100 over its own number of them.
 """
 
 
@@ -181,6 +189,21 @@ def remarks(entries: Iterable[Mapping[str, Any]]) -> list[str]:
     return [f"{remark} ({'; '.join(dict.fromkeys(places))})" for remark, places in found.items()]
 
 
+def profiles(entries: Iterable[Mapping[str, Any]]) -> str:
+    """Return the Markdown table of where our time goes."""
+    lines = [
+        _line(["problem", "ms", "products", "ms each", *PARTS, "rest"]),
+        _line(["---"] + ["---:"] * (4 + len(PARTS))),
+    ]
+    for entry in entries:
+        profile = entry["profile"]
+        whole, parts, count = profile["seconds"], profile["parts"], profile["products"]
+        cells = [f"{1000 * whole:.4g}", str(count), f"{1000 * parts['products'] / count:.3g}"]
+        cells += [f"{share / whole:.0%}" for share in [*parts.values(), whole - sum(parts.values())]]
+        lines.append(_line([title(entry), *cells]))
+    return "\n".join(lines)
+
+
 def document(results: Mapping[str, Any]) -> str:
     """Return the whole report."""
     entries = results["entries"]
@@ -196,5 +219,6 @@ def document(results: Mapping[str, Any]) -> str:
     notes = "\n".join(f"- {remark}" for remark in remarks(entries))
     return (
         f"# Benchmark\n\n{environment}.\n\n![ratios](results.png)\n\n{table(entries)}\n\n{EXPLANATION}\n"
+        f"## Where our time goes\n\n{profiles(entries)}\n\n{PROFILE}\n"
         f"## Problems\n\n{chr(10).join(problems)}\n\n## Remarks\n\n{notes}\n"
     )

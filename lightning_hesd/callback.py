@@ -299,7 +299,7 @@ def _refuse_unavailable(**arguments: object) -> None:
 
 
 def _check_count(name: str, value: object, alternative: str | None = None) -> None:
-    if value in {None, alternative} or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+    if value in (None, alternative) or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return
     offered = f" or {alternative!r}" if alternative else ""
     msg = f"`{name}` must be a positive integer{offered}, got {value!r}."

@@ -1,9 +1,9 @@
 """Lanczos tridiagonalisation of a symmetric matrix that is known by its products only.
 
 Works on flat tensors; knows nothing of modules or losses. Lanczos (1950), Golub & Welsch (1969) for the quadrature rule
-that the tridiagonal matrix stands for; the basis is kept orthogonal to machine
-precision by complete reorthogonalisation with classical Gram-Schmidt, twice where once is not enough (Daniel, Gragg,
-Kaufman & Stewart 1976; Giraud, Langou & Rozložník 2005).
+that the tridiagonal matrix stands for. The basis is kept orthogonal to machine precision by complete
+reorthogonalisation with classical Gram-Schmidt, twice where once is not enough (Daniel, Gragg, Kaufman & Stewart 1976;
+Giraud, Langou & Rozložník 2005).
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -54,7 +55,7 @@ class AnalysisOptions:
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
             msg = f"`seed` must be a non-negative integer, got {self.seed!r}."
             raise ValueError(msg)
-        if not 0 < self.confidence < 1:
+        if not _is_share(self.confidence):
             msg = f"`confidence` must lie between 0 and 1, got {self.confidence!r}."
             raise ValueError(msg)
         if self.dtype not in (None, torch.float32, torch.float64):
@@ -78,9 +79,9 @@ class AnalysisOptions:
                 raise ValueError(msg)
 
     def _check_tolerance(self) -> None:
-        if self.tolerance is None or self.tolerance in {"type", "auto"}:
+        if self.tolerance in (None, "type", "auto"):
             return
-        if isinstance(self.tolerance, str | bool) or not 0 < self.tolerance < 1:
+        if not _is_share(self.tolerance):
             msg = f"`tolerance` must be a number between 0 and 1, 'type', 'auto' or None, got {self.tolerance!r}."
             raise ValueError(msg)
         object.__setattr__(self, "tolerance", float(self.tolerance))  # of NumPy, perhaps
@@ -89,6 +90,10 @@ class AnalysisOptions:
     def wants_sampling_error(self) -> bool:
         """Whether it is asked for, or needed to know when to stop."""
         return self.sampling_error or self.tolerance == "auto"
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < 1
 
 
 OPTION_NAMES = tuple(field.name for field in fields(AnalysisOptions))

@@ -14,6 +14,7 @@ import torch
 from benchmarks import isolation, measure, problems
 from benchmarks.__main__ import environment, write
 from benchmarks.candidates import OURS, TOLERANCE
+from benchmarks.profile import PARTS, profile
 from benchmarks.report import summarise
 from benchmarks.truth import steps_within, true_c_t
 
@@ -42,6 +43,7 @@ def entry(request: pytest.FixtureRequest, cache: None) -> dict[str, Any]:
         "samples": 64,
         "truth": truth,
         "products": measure.products("mlp", pieces, "quick", 1),
+        "profile": profile("mlp", pieces, "quick"),
         "whole": {name: [measure.whole("mlp", pieces, "quick", name, truth["c_t"])] for name in WHOLE},
     }
 
@@ -75,6 +77,14 @@ def test_whole_runs_find_c_t(entry: dict[str, Any], name: str) -> None:
         assert 1 < result["hindsight"] <= measure.nodes("quick")
 
 
+def test_profile_finds_every_part(entry: dict[str, Any]) -> None:
+    profile = entry["profile"]
+    assert set(profile["parts"]) == set(PARTS)
+    assert all(seconds > 0 for seconds in profile["parts"].values())
+    assert sum(profile["parts"].values()) < profile["seconds"]
+    assert profile["parts"]["products"] == max(profile["parts"].values())
+
+
 def test_report_has_everything(entry: dict[str, Any], tmp_path: Path) -> None:
     broken = {**entry, "whole": {name: [{"failure": "OSError: no luck"}] for name in WHOLE}}
     write({"environment": environment(), "size": "quick", "entries": [entry, broken]}, tmp_path)
@@ -87,6 +97,7 @@ def test_report_has_everything(entry: dict[str, Any], tmp_path: Path) -> None:
     assert (tmp_path / "results.png").stat().st_size > 10_000
     assert (tmp_path / "results.json").is_file()
     assert summarise(entry)[OURS.name].gradients is not None
+    assert text.count(f"| {entry['profile']['products']} |") >= 2
 
 
 def test_hindsight_is_the_step_from_which_the_error_stays_small() -> None:

@@ -60,6 +60,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"strategy": "linearize"}, "`strategy='linearize'` is not available in this version: use 'auto'"),
     ({"matrix": "ggn"}, "`matrix='ggn'` is not available in this version: use 'hessian'"),
     ({"basis": "disk"}, "`basis` must be 'auto' or 'device' or 'cpu' or 'none', got 'disk'"),
+    ({"num_samples": [64]}, r"`num_samples` must be a positive integer or 'auto', got \[64\]"),
+    ({"tolerance": [0.1]}, r"`tolerance` must be a number between 0 and 1, 'type', 'auto' or None, got \[0.1\]"),
     ({"tolerance": 0}, "`tolerance` must be a number between 0 and 1, 'type', 'auto' or None, got 0"),
     ({"tolerance": "1%"}, "`tolerance` must be a number between 0 and 1, 'type', 'auto' or None, got '1%'"),
     ({"output_fn": print}, "`output_fn` is not available in this version"),

@@ -38,6 +38,7 @@ OUT_OF_RANGE = [
     ("seed", False, r"`seed` must be a non-negative integer"),
     ("confidence", 0.0, r"`confidence` must lie between 0 and 1, got 0\.0"),
     ("confidence", 1, r"`confidence` must lie between 0 and 1, got 1"),
+    ("confidence", "high", r"`confidence` must lie between 0 and 1, got 'high'"),
     ("confidence", math.nan, r"`confidence` must lie between 0 and 1"),
     ("dtype", torch.float16, r"`dtype` must be torch\.float32, torch\.float64 or None, got torch\.float16"),
     ("dtype", "float32", r"`dtype` must be torch\.float32, .*got 'float32'"),

@@ -1,0 +1,46 @@
+"""Where the time of an analysis goes."""
+
+from __future__ import annotations
+
+import cProfile
+import pstats
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.candidates import OURS, attention
+from benchmarks.problems import load
+from lightning_hesd.estimation import Estimation
+from lightning_hesd.lanczos import Lanczos
+from lightning_hesd.operators import HessianOperator
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from benchmarks.problems import Size
+
+PARTS: dict[str, list[Callable[..., Any]]] = {
+    "products": [HessianOperator.matvec],
+    "orthogonalisation": [Lanczos._keep, Lanczos._reorthogonalize],  # noqa: SLF001
+    "interval": [Estimation._is_accurate],  # noqa: SLF001
+    "graphs": [HessianOperator.__init__],
+    "a gradient": [HessianOperator.time_gradient],
+}
+"""Functions that do not call each other, by what they do."""
+
+
+def profile(name: str, pieces: int, size: Size) -> dict[str, Any]:
+    """Return the seconds that our estimate of C_t takes, and those of its parts."""
+    problem = load(name, pieces=pieces, size=size)
+    assert OURS.c_t is not None  # noqa: S101 - for the type checker
+    profiler = cProfile.Profile()
+    with attention(fused=OURS.fused):
+        OURS.c_t(problem, 0)
+        run = profiler.runcall(OURS.c_t, problem, 0)
+    stats: Any = pstats.Stats(profiler)
+    cumulative = {key: entry[3] for key, entry in stats.stats.items()}
+    parts = {part: sum(cumulative.get(_key(f), 0.0) for f in functions) for part, functions in PARTS.items()}
+    return {"seconds": stats.total_tt, "products": run.products, "parts": parts}
+
+
+def _key(function: Callable[..., Any]) -> tuple[str, int, str]:
+    code = function.__code__
+    return code.co_filename, code.co_firstlineno, code.co_name
