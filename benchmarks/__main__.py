@@ -58,6 +58,7 @@ def main() -> None:
     entries = [entry for entry in results["entries"] if (entry["problem"], entry["pieces"]) in chosen]
     for entry in entries:
         entry["profile"] = in_fresh_process(profile, entry["problem"], entry["pieces"], size)
+    write(results, args.out)
     costs = [0.0] * len(entries)  # seconds that the last round of an entry took
     for number in range(args.rounds):
         for index, entry in enumerate(entries):
