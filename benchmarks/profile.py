@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cProfile
 import pstats
+import time
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.candidates import OURS, attention
@@ -34,11 +35,13 @@ def profile(name: str, pieces: int, size: Size) -> dict[str, Any]:
     profiler = cProfile.Profile()
     with attention(fused=OURS.fused):
         OURS.c_t(problem, 0)
+        started = time.perf_counter()
         run = profiler.runcall(OURS.c_t, problem, 0)
+        seconds = time.perf_counter() - started  # some of it is nobody's, to the profiler
     stats: Any = pstats.Stats(profiler)
     cumulative = {key: entry[3] for key, entry in stats.stats.items()}
     parts = {part: sum(cumulative.get(_key(f), 0.0) for f in functions) for part, functions in PARTS.items()}
-    return {"seconds": stats.total_tt, "products": run.products, "parts": parts}
+    return {"seconds": seconds, "products": run.products, "parts": parts}
 
 
 def _key(function: Callable[..., Any]) -> tuple[str, int, str]:
