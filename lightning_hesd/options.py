@@ -93,7 +93,7 @@ class AnalysisOptions:
 
 
 def _is_share(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < 1
+    return not isinstance(value, bool) and isinstance(value, Real) and 0 < float(value) < 1
 
 
 OPTION_NAMES = tuple(field.name for field in fields(AnalysisOptions))
