@@ -11,12 +11,26 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 HesdType = Literal["MP", "MN"]
 
 MP_THRESHOLD = -0.6
 """C_t above which a trained network counts as mainly positive (eq. 2)."""
+
+UNTRAINED_C_T = (-1.0, -0.73)
+"""C_t of random initialisations: about -1, because their spectra are symmetric, but up to -0.73 for ResNet18 in
+evaluation mode (section 2.2). Of such networks the type says nothing."""
+
+DELTA_R_E_THRESHOLD = 1.5
+DELTA_K_H05_THRESHOLD = 1.2
+"""Below both of these a network generalises well (eqs. 3 and 4)."""
+
+QS_FACTOR = 10.0
+"""Fall of λ_max at unchanged training metric from which on a spectrum counts as quasi-singular. The paper gives no
+number."""
 
 ROUNDING_UNITS = 16.0
 ROUNDING_UNITS_PER_ROOT_N = 0.05
@@ -176,3 +190,55 @@ def k_h(
     ratio = np.full(len(nodes), np.nan)
     np.divide(negative, positive, out=ratio, where=positive > 0)
     return ratio
+
+
+def delta(generalization: float, training: float) -> float:
+    """Return Δ, the criterion on generalization data over that on training data (eqs. 3 and 4).
+
+    Args:
+        generalization: r_e or K_H05 on the generalization data, at least 0.
+        training: The same on the training data.
+
+    Returns:
+        The ratio; NaN where `training` is 0 or one of the two is not finite.
+
+    Example:
+        >>> delta(0.3, 0.2), delta(0.3, 0.0)
+        (1.4999999999999998, nan)
+    """
+    defined = training > 0 and math.isfinite(training) and math.isfinite(generalization)
+    return generalization / training if defined else math.nan
+
+
+def delta_interval(generalization: tuple[float, float], training: tuple[float, float]) -> tuple[float, float]:
+    """Return the (low, high) that Δ can take if both criteria lie in these intervals; (NaN, NaN) if one is undefined.
+
+    Example:
+        >>> delta_interval((0.2, 0.4), (0.1, 0.2)), delta_interval((0.2, 0.4), (0.0, 0.2))
+        ((1.0, 4.0), (1.0, inf))
+    """
+    low, high = delta(generalization[0], training[1]), delta(generalization[1], training[0])
+    return low, math.inf if math.isnan(high) and not math.isnan(low) else high
+
+
+def quasi_singular(
+    lambda_max: Sequence[float], metric: Sequence[float], *, tolerance: float, factor: float = QS_FACTOR
+) -> bool:
+    """Whether the last of these states is quasi-singular (QS): excessive training shrank its spectrum (section 4.1).
+
+    That is, its largest eigenvalue is that of an earlier state with nearly the same training metric, divided by
+    `factor` or more. λ_max and trace then say nothing of flatness; C_t is the ratio of two eigenvalues and stays.
+
+    Args:
+        lambda_max: Largest eigenvalue of each state, in the order of training.
+        metric: Training metric of each state.
+        tolerance: Metrics count as the same up to this, absolute.
+        factor: Positive.
+
+    Example:
+        >>> quasi_singular([5.0, 40.0, 3.0], [0.7, 0.98, 0.99], tolerance=0.02)
+        True
+    """
+    same = np.abs(np.asarray(metric) - metric[-1]) <= tolerance
+    peak = float(np.max(np.asarray(lambda_max)[same], initial=-math.inf))
+    return peak > 0 and lambda_max[-1] <= peak / factor

@@ -1,0 +1,227 @@
+"""Every branch of Fig. 10 of Gabdullin (2025), and what leaves the verdict undecided."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lightning_hesd import Spectrum, assess_generalization
+from lightning_hesd.assessment import VERDICT_VALUES, _student_quantile
+from lightning_hesd.criteria import delta_interval, quasi_singular
+
+
+def spectrum(*nodes: float, weights: list[list[float]] | None = None, **changes: Any) -> Spectrum:
+    """A spectrum whose nodes, the same for every probe, are its eigenvalues."""
+    given = np.array([[1 / len(nodes)] * len(nodes)] if weights is None else weights)
+    values = np.tile(np.array(nodes), (len(given), 1))
+    made = Spectrum(
+        nodes=values,
+        weights=given,
+        residuals=np.zeros_like(values),
+        steps_per_probe=(len(nodes),) * len(given),
+        dimension=len(nodes),
+        num_samples=100,
+        loss=0.1,
+        rounding=0.0,
+        matvecs=len(nodes),
+        seconds=0.1,
+    )
+    return replace(made, **changes)
+
+
+TRAIN = spectrum(-0.1, 0.5, 1.0)
+
+
+def test_good() -> None:
+    assessment = assess_generalization(TRAIN, spectrum(-0.11, 0.5, 1.0))
+    assert assessment.verdict == "good"
+    assert assessment.applicable
+    assert assessment.value == VERDICT_VALUES["good"] == 1.0
+    assert assessment.delta_r_e == pytest.approx(1.1)
+    # K_H05: the square roots of 0.1, 0.5 and 1, by equal weights.
+    assert assessment.delta_k_h05 == pytest.approx(math.sqrt(1.1))
+    assert assessment.delta_r_e_interval == pytest.approx((1.1, 1.1))
+    assert math.isnan(assessment.delta_k_h05_interval[0])
+    assert "MP" in assessment.reasons[0]
+    assert "one probe" in assessment.reasons[2]
+    assert str(assessment).startswith("generalization: good (on the training data C_t = -0.1")
+
+
+@pytest.mark.parametrize(
+    ("train", "other", "failing"),
+    [
+        (TRAIN, spectrum(-0.2, 0.5, 1.0), "Δr_e = 2"),
+        (TRAIN, spectrum(-0.1, 0.05, 1.0), "ΔK_H05 = 1.4"),  # equal r_e, less positive mass
+        # The threshold itself is no longer good.
+        (spectrum(-0.125, 0.5, 1.0), spectrum(-0.1875, 0.5, 1.0), "Δr_e = 1.5"),
+    ],
+)
+def test_poor(train: Spectrum, other: Spectrum, failing: str) -> None:
+    assessment = assess_generalization(train, other)
+    assert assessment.verdict == "poor"
+    assert assessment.value == 0.0
+    assert any(reason.startswith(failing) and ">=" in reason for reason in assessment.reasons)
+
+
+def test_a_generalization_spectrum_that_turns_mn_is_poor_and_said() -> None:
+    assessment = assess_generalization(TRAIN, spectrum(-0.9, 0.5, 1.0))
+    assert assessment.verdict == "poor"
+    assert assessment.reasons[-1] == "on the generalization data the spectrum turned MN (C_t = -0.9)"
+
+
+@pytest.mark.parametrize("c_t", [-0.6, -0.73, -1.0, -math.inf])
+def test_not_applicable_to_mn(c_t: float) -> None:
+    train = spectrum(-1.0, -0.5, -0.2) if c_t == -math.inf else spectrum(c_t, 0.5, 1.0)
+    assessment = assess_generalization(train, TRAIN)
+    assert assessment.verdict == "not applicable"
+    assert assessment.applicable is False
+    assert assessment.value == -1.0
+    assert "MN" in assessment.reasons[0]
+    assert "gradients that were manipulated" in assessment.reasons[1]
+    assert "ResNet18" in assessment.reasons[1]
+
+
+def test_thresholds_are_parameters() -> None:
+    other = spectrum(-0.2, 0.5, 1.0)
+    assert assess_generalization(TRAIN, other, delta_r_e_threshold=2.1, delta_k_h05_threshold=1.5).verdict == "good"
+    assert assess_generalization(TRAIN, other, mp_threshold=-0.05).verdict == "not applicable"
+    assert assess_generalization(TRAIN, TRAIN, delta_k_h05_threshold=0.9).verdict == "poor"
+
+
+def test_undecided_where_the_type_is() -> None:
+    assessment = assess_generalization(uncertain(TRAIN, c_t=-0.59), TRAIN)
+    assert assessment.verdict == "undecided"
+    assert assessment.value == 0.5
+    assert assessment.applicable is None
+    assert "may be on either side of -0.6" in assessment.reasons[0]
+
+
+def uncertain(like: Spectrum, c_t: float) -> Spectrum:
+    """A spectrum of a larger matrix, its smallest node not converged."""
+    nodes = np.array([[c_t, 0.5, 1.0]])
+    return replace(like, nodes=nodes, residuals=np.array([[0.05, 0.0, 0.0]]), dimension=3)
+
+
+def test_undecided_where_a_ratio_may_be_on_either_side() -> None:
+    other = uncertain(TRAIN, c_t=-0.14)
+    assessment = assess_generalization(TRAIN, other)
+    low, high = assessment.delta_r_e_interval
+    bounds = [-bound / 0.1 for bound in other.c_t_interval]
+    assert (low, high) == pytest.approx((bounds[1], bounds[0]))
+    assert low < 1.4 < 1.5 < high
+    assert assessment.verdict == "undecided"
+    assert f"Δr_e = 1.4 [{low:.3g}, {high:.3g}]" in assessment.reasons[1]
+
+
+def test_sampling_errors_widen_the_interval() -> None:
+    train = replace(TRAIN, c_t_sampling_error=0.01)
+    other = replace(spectrum(-0.12, 0.5, 1.0), c_t_sampling_error=0.02)
+    assessment = assess_generalization(train, other, delta_k_h05_threshold=9)
+    low, high = assessment.delta_r_e_interval
+    assert low == pytest.approx((0.12 - 0.02 * 1.959964) / (0.1 + 0.01 * 1.959964), rel=1e-6)
+    assert high == pytest.approx((0.12 + 0.02 * 1.959964) / (0.1 - 0.01 * 1.959964), rel=1e-6)
+    assert assessment.verdict == "undecided"
+
+
+def test_a_criterion_that_fails_for_sure_outweighs_an_uncertain_one() -> None:
+    tolerant = replace(TRAIN, tolerance=0.05)
+    assert assess_generalization(tolerant, replace(spectrum(-0.3, 0.5, 1.0), tolerance=0.05)).verdict == "poor"
+
+
+def test_undecided_without_negative_part_on_training_data() -> None:
+    assessment = assess_generalization(spectrum(0.1, 0.5, 1.0), TRAIN)
+    assert assessment.verdict == "undecided"
+    assert math.isnan(assessment.delta_r_e)
+    assert "Δr_e is undefined: r_e = 0 on the training data" in assessment.reasons[1]
+    assert "ΔK_H05 is undefined: K_H05 = 0 on the training data" in assessment.reasons[2]
+
+
+@pytest.mark.parametrize("place", ["training", "generalization"])
+def test_undecided_where_c_t_is_undefined(place: str) -> None:
+    nothing = replace(TRAIN, reason="no curvature: all is flat")
+    pair = (nothing, TRAIN) if place == "training" else (TRAIN, nothing)
+    assessment = assess_generalization(*pair)
+    assert assessment.verdict == "undecided"
+    assert any("no curvature: all is flat" in reason for reason in assessment.reasons)
+
+
+@pytest.mark.parametrize(
+    ("train", "other", "why"),
+    [
+        (replace(TRAIN, tolerance=0.05), TRAIN, "without `tolerance`"),
+        (TRAIN, replace(TRAIN, tolerance="type"), "without `tolerance`"),
+        (
+            TRAIN,
+            spectrum(-0.1, 0.2, 0.5, 1.0, dimension=3),
+            "the numbers of Lanczos steps differ, (3,) on the training",
+        ),
+    ],
+)
+def test_k_h05_of_unlike_steps_is_left_out(train: Spectrum, other: Spectrum, why: str) -> None:
+    assessment = assess_generalization(train, other)
+    assert math.isnan(assessment.delta_k_h05)
+    assert assessment.verdict == "undecided"
+    assert why in assessment.reasons[2]
+
+
+def test_error_of_k_h05_comes_from_probes_in_pairs() -> None:
+    weights = [[0.3, 0.3, 0.4], [0.2, 0.4, 0.4], [0.25, 0.35, 0.4]]
+    train, other = spectrum(-0.1, 0.5, 1.0, weights=weights), spectrum(-0.11, 0.5, 1.0, weights=weights)
+    assessment = assess_generalization(train, other)
+    low, high = assessment.delta_k_h05_interval
+    assert assessment.delta_k_h05 == pytest.approx(math.sqrt(1.1))
+    assert low <= assessment.delta_k_h05 <= high
+    assert high - low < 1e-12  # the same probes on proportional spectra: no noise is left
+    unlike = spectrum(-0.11, 0.5, 1.0, weights=weights[::-1])
+    low, high = assess_generalization(train, unlike).delta_k_h05_interval
+    ours, theirs = (
+        np.sqrt([[w[0] * x, w[1] * 0.5, w[2]] for w in rows]) for rows, x in ((weights, 0.1), (weights[::-1], 0.11))
+    )
+    k, k_other = (values[:, 0] / values[:, 1:].sum(1) for values in (ours, theirs))
+    ratio = k_other.mean() / k.mean()
+    half = stats.t.ppf(0.975, 2) * np.std(k_other - ratio * k, ddof=1) / math.sqrt(3) / k.mean()
+    assert (low, high) == pytest.approx((ratio - half, ratio + half), rel=1e-5)
+    assert "may be on either side" in assess_generalization(train, unlike).reasons[2]
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"probe": "rademacher"}, {"mode": "train"}, {"matrix": "ggn"}])
+def test_spectra_that_cannot_be_compared(change: dict[str, Any]) -> None:
+    (name,) = change
+    with pytest.raises(ValueError, match=f"`{name}` is .* on the training data and {change[name]!r} on the"):
+        assess_generalization(TRAIN, replace(TRAIN, **change))
+
+
+def test_spectra_of_different_networks_cannot_be_compared() -> None:
+    with pytest.raises(ValueError, match="`dimension` is 3 on the training data and 4"):
+        assess_generalization(TRAIN, spectrum(-0.1, 0.2, 0.5, 1.0))
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 9, 49])
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.99])
+def test_student_quantile(confidence: float, degrees: int) -> None:
+    assert _student_quantile(confidence, degrees) == pytest.approx(stats.t.ppf((1 + confidence) / 2, degrees), rel=1e-4)
+
+
+def test_delta_interval() -> None:
+    assert delta_interval((0.1, 0.2), (0.05, 0.1)) == pytest.approx((1.0, 4.0))
+    assert delta_interval((0.1, 0.2), (0.0, 0.1)) == pytest.approx((1.0, math.inf))
+    assert np.isnan(delta_interval((0.1, 0.2), (0.0, 0.0))).all()
+
+
+@pytest.mark.parametrize(
+    ("lambda_max", "metric", "singular"),
+    [
+        ([40.0, 20.0, 4.0], [0.99, 0.99, 0.99], True),
+        ([40.0, 20.0, 4.1], [0.99, 0.99, 0.99], False),  # not by the factor
+        ([40.0, 20.0, 4.0], [0.5, 0.99, 0.99], False),  # the peak belongs to the training proper
+        ([0.0, 0.0], [0.99, 0.99], False),
+        ([4.0], [0.99], False),
+    ],
+)
+def test_quasi_singular(lambda_max: list[float], metric: list[float], singular: bool) -> None:
+    assert quasi_singular(lambda_max, metric, tolerance=0.01) is singular
