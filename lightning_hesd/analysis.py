@@ -51,6 +51,7 @@ def hessian_spectrum(
     output_fn: Callable[[Any, Any], Any] | None = None,
     output_loss: Callable[[Any, Any], Tensor] | None = None,
     parameters: Callable[[str, nn.Parameter], bool] | None = None,
+    include_frozen: bool = False,
     strategy: Literal["auto", "graph", "recompute", "finite_difference"] = "auto",
     mode: Mode = "eval",
     probe: Probe = "gaussian",
@@ -85,6 +86,8 @@ def hessian_spectrum(
         output_fn: For other matrices; not available in this version.
         output_loss: For other matrices; not available in this version.
         parameters: `parameters(name, parameter)` -> whether to include it.
+        include_frozen: Include parameters that do not require grad, as the loss depends on them: the spectrum of all
+            weights of a network of which a part is fine-tuned.
         strategy: "graph" keeps the gradient's graph (fast), "recompute" builds it anew for each product (lean),
             "finite_difference" takes central differences of the gradient (works without a second derivative; the
             error is part of the record's `rounding`). "auto" keeps the graphs of as many batches as fit into the
@@ -95,7 +98,8 @@ def hessian_spectrum(
         basis: Where the Krylov basis is kept, `steps` vectors: "device", "cpu", or "none", which does without
             reorthogonalisation. "auto": the first of these that fits.
         memory_budget: Bytes the analysis may take, beyond module and batches; default: half of what is free.
-        preconditioner: Not available in this version.
+        preconditioner: Parameter name -> positive diagonal D in the shape of the parameter, for all analysed ones: take
+            D^(-1/2) H D^(-1/2) for H, the curvature in the coordinates of an optimizer that steps along -D⁻¹g.
         sampling_error: Also estimate how much of C_t is due to the finite sample, in one more pass over it.
 
     Returns:
@@ -164,7 +168,7 @@ def analyze(
         The spectrum, equal in every process.
     """
     started = time.perf_counter()
-    parameters = _select_parameters(module, options.parameters)
+    parameters = _select_parameters(module, options)
     dtype = options.dtype or _vector_dtype(parameters)
     plan = _plan(module, parameters, dtype, options, all_reduce=all_reduce, processes=processes)
 
@@ -174,7 +178,7 @@ def analyze(
         with FastDerivatives():
             return _checked_loss(loss_fn(module, batch.copy().data))
 
-    with analysis_state(module, options.mode):
+    with analysis_state(module, options.mode, parameters):
         operator = HessianOperator(
             loss,
             batches,
@@ -184,6 +188,7 @@ def analyze(
             all_reduce=all_reduce,
             graph_memory=plan.graphs,
             calibration=calibration,
+            scale=_scale(module, parameters, options.preconditioner, dtype),
         )
         estimation = Estimation(operator, parameters, options, plan, started)
         try:
@@ -230,10 +235,16 @@ def _counting(report: Report, total: int) -> Callable[[], None]:
     return lambda: report(next(done), total)
 
 
-def _select_parameters(module: nn.Module, wanted: Callable[[str, nn.Parameter], bool] | None) -> list[nn.Parameter]:
-    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+def _select_parameters(module: nn.Module, options: AnalysisOptions) -> list[nn.Parameter]:
+    wanted = options.parameters
+    trainable = {
+        name: p
+        for name, p in module.named_parameters()
+        if p.requires_grad or (options.include_frozen and (p.is_floating_point() or p.is_complex()))
+    }
     if not trainable:
-        msg = f"`module` ({type(module).__name__}) has no parameter that requires grad: there is nothing to analyse."
+        hint = "" if options.include_frozen else " (`include_frozen=True` includes those that do not)"
+        msg = f"`module` ({type(module).__name__}) has no parameter that requires grad{hint}: nothing to analyse."
         raise ValueError(msg)
     selected = [p for name, p in trainable.items() if wanted is None or wanted(name, p)]
     if not selected:
@@ -244,6 +255,32 @@ def _select_parameters(module: nn.Module, wanted: Callable[[str, nn.Parameter], 
             msg = f"parameter {name!r} is complex ({p.dtype}); only real parameters can be analysed."
             raise ValueError(msg)
     return selected
+
+
+def _scale(
+    module: nn.Module, parameters: Sequence[Tensor], preconditioner: Mapping[str, Tensor] | None, dtype: torch.dtype
+) -> Tensor | None:
+    """Return D^(-1/2) as a flat vector, shape (n,).
+
+    Raises:
+        ValueError: If D does not fit the parameters.
+    """
+    if preconditioner is None:
+        return None
+    names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
+    unknown = sorted(set(preconditioner) - set(names.values()))
+    missing = [names[p] for p in parameters if names[p] not in preconditioner]
+    if unknown or missing:
+        trouble = f"names {unknown[0]!r}, which is no parameter" if unknown else f"has no diagonal for {missing[0]!r}"
+        msg = f"`preconditioner` {trouble}; it must have one for each analysed parameter of `module`."
+        raise ValueError(msg)
+    for p in parameters:
+        shape = tuple(preconditioner[names[p]].shape)
+        if shape != p.shape:
+            msg = f"`preconditioner[{names[p]!r}]` must have the shape of the parameter, {tuple(p.shape)}, got {shape}."
+            raise ValueError(msg)
+    diagonals = [preconditioner[names[p]].to(p.device).double().flatten() for p in parameters]
+    return torch.cat(diagonals).rsqrt_().to(dtype)
 
 
 def _vector_dtype(parameters: Sequence[Tensor]) -> torch.dtype:

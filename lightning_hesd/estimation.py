@@ -61,7 +61,7 @@ class Estimation:
         self._cost: float | None = None
         self._next_look = 0
         self._last_look = (0, math.inf)  # steps, and the log of how many times too large the error was
-        self._squared_weight_norm = sum(float(p.detach().double().square().sum()) for p in parameters)
+        self._squared_weight_norm = operator.squared_weight_norm()
 
     def run(self, tick: Callable[[], None] | None = None) -> None:
         """Run the processes of all probes, and whatever is to be known about their errors.
@@ -144,6 +144,7 @@ class Estimation:
             matvecs=operator.matvecs,
             seconds=time.perf_counter() - self._started,
             gradient_equivalents=self._cost,
+            matrix=options.matrix if options.preconditioner is None else "preconditioned hessian",
             probe=options.probe,
             seed=options.seed,
             mode=options.mode,

@@ -13,13 +13,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_hesd.snapshot import preserved
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 Mode = Literal["eval", "train", "keep"]
 
 
 @contextlib.contextmanager
-def analysis_state(module: nn.Module, mode: Mode = "eval") -> Iterator[None]:
+def analysis_state(module: nn.Module, mode: Mode = "eval", analysed: Sequence[nn.Parameter] = ()) -> Iterator[None]:
     """Bring `module` and PyTorch into the state for exact second derivatives; put everything back on leaving.
 
     Gradients are enabled; autocast and TF32 are off, and so is what has no second derivative: fused attention, compiled
@@ -29,6 +29,7 @@ def analysis_state(module: nn.Module, mode: Mode = "eval") -> Iterator[None]:
     Args:
         module: The module to analyse.
         mode: Module mode meanwhile; "keep" leaves every submodule in the mode it is in.
+        analysed: Parameters that require grad meanwhile, even if they are frozen.
     """
     parameters = list(module.parameters())
     gradients = [p.grad for p in parameters]
@@ -37,6 +38,7 @@ def analysis_state(module: nn.Module, mode: Mode = "eval") -> Iterator[None]:
     device_types = {p.device.type for p in parameters} | {"cpu"}
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserved(module))
+        stack.enter_context(_unfrozen(analysed))
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
         for device_type in device_types:
@@ -71,6 +73,18 @@ def _without_cudnn() -> Iterator[None]:
         yield
     finally:
         cudnn.enabled = before
+
+
+@contextlib.contextmanager
+def _unfrozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    frozen = [p for p in parameters if not p.requires_grad]
+    try:
+        for p in frozen:
+            p.requires_grad = True
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad = False
 
 
 def release_memory() -> None:

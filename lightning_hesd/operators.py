@@ -62,6 +62,7 @@ class HessianOperator:
         all_reduce: AllReduce | None = None,
         graph_memory: float = math.inf,
         calibration: Calibration | None = None,
+        scale: Tensor | None = None,
     ) -> None:
         """Evaluate the loss of every batch and prepare the products.
 
@@ -74,6 +75,7 @@ class HessianOperator:
             all_reduce: Sums a tensor over processes; None for a single process.
             graph_memory: Bytes that "auto" may spend on graphs, those that come and go included.
             calibration: What is known from an earlier analysis; brought up to date.
+            scale: Diagonal of S, shape (n,), to take S H S for H.
 
         Raises:
             ValueError: If no process has a batch.
@@ -91,6 +93,7 @@ class HessianOperator:
         self._sizes = [p.numel() for p in parameters]
         self._device = parameters[0].device
         self._all_reduce = all_reduce
+        self._scale = scale
         self._products: list[Product] = []
 
         calibration = calibration or Calibration()
@@ -158,12 +161,26 @@ class HessianOperator:
         return tensor if self._all_reduce is None else self._all_reduce(tensor)
 
     def _split(self, vector: Tensor) -> list[Tensor]:
-        """View a flat vector in the shapes, and cast it to the dtypes, of the parameters."""
-        parts = torch.split(vector, self._sizes)
+        """View a flat vector, scaled, in the shapes, and cast it to the dtypes, of the parameters."""
+        parts = torch.split(self._scaled(vector), self._sizes)
         return [part.view_as(p).to(p.dtype) for part, p in zip(parts, self._parameters, strict=True)]
+
+    def squared_weight_norm(self) -> float:
+        """Return the squared length of the parameters, in the coordinates of the vectors."""
+        weights = torch.cat([p.detach().flatten().double() for p in self._parameters])
+        return float((weights if self._scale is None else weights / self._scale).square().sum())
+
+    def _scaled(self, vector: Tensor) -> Tensor:
+        return vector if self._scale is None else vector * self._scale
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Return Hv, shape (n,), summed over batches and processes; v has shape (n,) and, for differences, length 1."""
+        if self._scale is None or self.maker.differences is None:
+            return self._matvec(vector)
+        length = float(torch.linalg.vector_norm(self._scaled(vector)))
+        return self._matvec(vector / length) * length
+
+    def _matvec(self, vector: Tensor) -> Tensor:
         started = time.perf_counter()
         result = torch.zeros(sum(self._sizes), dtype=self.dtype, device=self._device)
         try:
@@ -177,7 +194,7 @@ class HessianOperator:
             self.failure = error
         if self.failure is not None:
             result.fill_(math.nan)
-        result = self.sum_over_processes(result)
+        result = self.sum_over_processes(self._scaled(result))
         self.seconds_per_product += (time.perf_counter() - started - self.seconds_per_product) / (self._timed + 1)
         self._timed += 1
         self.matvecs += 1
@@ -206,7 +223,7 @@ class HessianOperator:
                 result = torch.zeros(len(vectors), sum(self._sizes), dtype=self.dtype, device=self._device)
                 for row, direction in zip(result, directions, strict=True):
                     self._add(product(direction), 1.0, row)
-                yield group, position, result
+                yield group, position, self._scaled(result)
         self.matvecs += len(vectors)
 
     def explain_non_finite(self, vector: Tensor | None) -> Exception:

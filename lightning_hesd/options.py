@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ class AnalysisOptions:
     output_fn: Callable[[Any, Any], Any] | None
     output_loss: Callable[[Any, Any], Tensor] | None
     parameters: Callable[[str, nn.Parameter], bool] | None
+    include_frozen: bool
     strategy: Literal["auto", "graph", "recompute", "finite_difference"]
     mode: Mode
     probe: Probe
@@ -66,13 +68,14 @@ class AnalysisOptions:
         _check_choice("strategy", self.strategy, ("auto", "graph", "recompute", "finite_difference"), ("linearize",))
         _check_choice("matrix", self.matrix, ("hessian",), ("ggn", "residual"))
         _check_choice("basis", self.basis, ("auto", "device", "cpu", "none"))
+        _check_preconditioner(self.preconditioner)
         self._check_tolerance()
         budget = self.memory_budget
         if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
             msg = f"`memory_budget` must be a positive integer, a number of bytes, or None, got {budget!r}."
             raise ValueError(msg)
         later = "is not available in this version"
-        unavailable = ("output_fn", "output_loss", "preconditioner")
+        unavailable = ("output_fn", "output_loss")
         for name in unavailable:
             if getattr(self, name) is not None:
                 msg = f"`{name}` {later}: leave it None."
@@ -97,6 +100,19 @@ def _is_share(value: object) -> bool:
 
 
 OPTION_NAMES = tuple(field.name for field in fields(AnalysisOptions))
+
+
+def _check_preconditioner(diagonals: Mapping[str, Tensor] | None) -> None:
+    if diagonals is None:
+        return
+    if not isinstance(diagonals, Mapping) or not all(isinstance(d, torch.Tensor) for d in diagonals.values()):
+        msg = f"`preconditioner` must map names of parameters to tensors, their positive diagonals; got {diagonals!r}."
+        raise ValueError(msg)
+    for name, diagonal in diagonals.items():
+        wrong = diagonal[~((diagonal > 0) & diagonal.isfinite())]
+        if len(wrong):
+            msg = f"`preconditioner[{name!r}]` must be positive and finite, got {float(wrong[0])}."
+            raise ValueError(msg)
 
 
 def _check_choice(name: str, value: object, choices: Sequence[str], later: Sequence[str] = ()) -> None:

@@ -50,7 +50,7 @@ class Spectrum:
         gradient_equivalents: Time in Hessian-vector products over the time of as many plain gradients on the same
             batches, i.e. the cost of one product in gradients; None if not measured. Gradients of a millisecond or two
             count for more than they should: preparing the batch is part of them.
-        matrix: Which curvature matrix ("hessian").
+        matrix: Which curvature matrix ("hessian", "preconditioned hessian").
         probe: Distribution of the start vectors ("gaussian": uniform on the sphere, or "rademacher").
         seed: Seed of the start vectors.
         mode: Module mode during the analysis ("eval", "train" or "keep").

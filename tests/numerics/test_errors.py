@@ -69,7 +69,7 @@ NOT_AVAILABLE = [
     ("matrix", "residual", r"`matrix='residual'` is not available in this version"),
     ("output_fn", lambda module, batch: None, r"`output_fn` is not available in this version"),
     ("output_loss", lambda outputs, batch: None, r"`output_loss` is not available in this version"),
-    ("preconditioner", {}, r"`preconditioner` is not available in this version"),
+    ("preconditioner", "adam", r"`preconditioner` must map names of parameters to tensors, .*got 'adam'"),
 ]
 
 

@@ -1,0 +1,162 @@
+"""The diagonal D by which an optimizer divides its direction of descent, and how much curvature its steps can bear.
+
+An optimizer that steps along -D⁻¹m sees the loss in coordinates where it would be plain descent: there the Hessian is
+D^(-1/2) H D^(-1/2). Descent with step length lr stays stable while its largest eigenvalue is below 2/lr, with momentum
+below a larger threshold (Cohen et al. 2021, arXiv:2103.00065; 2022, arXiv:2207.14484).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    Group = dict[str, Any]
+    State = dict[str, Tensor]
+
+
+class UnreadableOptimizerError(ValueError):
+    """The preconditioner of an optimizer cannot be read from its state."""
+
+
+@dataclass(frozen=True)
+class Preconditioner:
+    """What an optimizer does to the coordinates, at its present state.
+
+    Attributes:
+        diagonal: D for each of its parameters, positive, in the shape of the parameter.
+        threshold: Largest eigenvalue of D^(-1/2) H D^(-1/2) at which its steps stay stable, weight decay left out; None
+            where parameter groups have different ones.
+    """
+
+    diagonal: dict[Tensor, Tensor]
+    threshold: float | None
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether D is 1."""
+        return all(bool((d == 1).all()) for d in self.diagonal.values())
+
+    def named(self, module: nn.Module) -> dict[str, Tensor]:
+        """Return the diagonals by the names that a module gives its parameters."""
+        return {name: self.diagonal[p] for name, p in module.named_parameters() if p in self.diagonal}
+
+
+def check_readable(optimizers: Sequence[Optimizer]) -> None:
+    """Refuse optimizers that cannot be read, before they have a state.
+
+    Raises:
+        UnreadableOptimizerError: If one is of a kind that is not known.
+    """
+    for optimizer in optimizers:
+        _reader(optimizer)
+
+
+def read_preconditioner(optimizers: Sequence[Optimizer]) -> Preconditioner:
+    """Return the preconditioner of these optimizers, each for its own parameters.
+
+    Raises:
+        UnreadableOptimizerError: If one is of a kind that is not known, or has made no step yet.
+    """
+    diagonal: dict[Tensor, Tensor] = {}
+    thresholds = set()
+    for optimizer in optimizers:
+        read, bear = _reader(optimizer)
+        for group in optimizer.param_groups:
+            thresholds.add(bear(group))
+            for p in group["params"]:
+                if p.requires_grad:
+                    # One that never had a gradient has no state, and no curvature: any diagonal will do.
+                    idle = optimizer.state and p not in optimizer.state
+                    d = torch.ones_like(p) if idle else read(p, optimizer.state.get(p, {}), group)
+                    diagonal[p] = _positive(d, p, optimizer)
+    return Preconditioner(diagonal, thresholds.pop() if len(thresholds) == 1 else None)
+
+
+def _reader(optimizer: Optimizer) -> tuple[Callable[[Tensor, State, Group], Tensor], Callable[[Group], float]]:
+    for kind in type(optimizer).__mro__:
+        if kind.__name__ in _READERS:
+            return _READERS[kind.__name__]
+    msg = (
+        f"the preconditioner of {type(optimizer).__name__} cannot be read; known are {', '.join(_READERS)}. Pass the "
+        "diagonal yourself, `preconditioner={parameter name: diagonal}`, or leave it out."
+    )
+    raise UnreadableOptimizerError(msg)
+
+
+def _positive(diagonal: Tensor, p: Tensor, optimizer: Optimizer) -> Tensor:
+    if bool((diagonal > 0).all()) and bool(diagonal.isfinite().all()):
+        return diagonal.detach()
+    msg = (
+        f"{type(optimizer).__name__} divides a parameter of shape {tuple(p.shape)} by values from "
+        f"{float(diagonal.min()):.3g} to {float(diagonal.max()):.3g}; they must be positive and finite: set its `eps`."
+    )
+    raise UnreadableOptimizerError(msg)
+
+
+def _of(state: State, key: str) -> Tensor:
+    if key not in state:
+        msg = f"the optimizer's state holds no {key!r}: it has made no step yet, or keeps it elsewhere."
+        raise UnreadableOptimizerError(msg)
+    return state[key]
+
+
+def _sgd(p: Tensor, state: State, group: Group) -> Tensor:  # noqa: ARG001
+    return torch.ones_like(p)
+
+
+def _adam(p: Tensor, state: State, group: Group) -> Tensor:  # noqa: ARG001
+    second = _of(state, "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq")
+    correction = 1 - float(group["betas"][1]) ** float(_of(state, "step"))
+    root: Tensor = (second / correction).sqrt()
+    return root + float(group["eps"])
+
+
+def _rmsprop(p: Tensor, state: State, group: Group) -> Tensor:  # noqa: ARG001
+    second = _of(state, "square_avg")
+    if group.get("centered"):
+        second = second - _of(state, "grad_avg").square()
+    return second.sqrt() + float(group["eps"])
+
+
+def _adagrad(p: Tensor, state: State, group: Group) -> Tensor:  # noqa: ARG001
+    decay = 1 + (float(_of(state, "step")) - 1) * float(
+        group["lr_decay"]
+    )  # of the learning rate, over all steps so far
+    return (_of(state, "sum").sqrt() + float(group["eps"])) * max(decay, 1.0)
+
+
+def _adahessian(p: Tensor, state: State, group: Group) -> Tensor:  # noqa: ARG001
+    """Whatever spatial averaging there is has gone into the state."""
+    correction = 1 - float(group["betas"][1]) ** float(_of(state, "step"))
+    size: Tensor = (_of(state, "exp_hessian_diag_sq") / correction) ** (float(group["hessian_power"]) / 2)
+    return size + float(group["eps"])
+
+
+def _heavy_ball(group: Group) -> float:
+    beta, lr = float(group.get("momentum", 0.0)), float(group["lr"])
+    if group.get("nesterov"):
+        return 2 * (1 + beta) / ((1 + 2 * beta) * lr)
+    return 2 * (1 + beta) / ((1 - float(group.get("dampening", 0.0)) * bool(beta)) * lr)
+
+
+def _averaged_momentum(group: Group) -> float:
+    beta, lr = float(group["betas"][0]), float(group["lr"])
+    return 2 * (1 + beta) / ((1 - beta) * lr)
+
+
+_READERS: dict[str, tuple[Callable[[Tensor, State, Group], Tensor], Callable[[Group], float]]] = {
+    "SGD": (_sgd, _heavy_ball),
+    "Adam": (_adam, _averaged_momentum),
+    "AdamW": (_adam, _averaged_momentum),
+    "RMSprop": (_rmsprop, _heavy_ball),
+    "Adagrad": (_adagrad, _heavy_ball),
+    "AdaHessian": (_adahessian, _averaged_momentum),
+}
