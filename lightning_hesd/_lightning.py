@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_hesd.operators import AnotherProcessFailedError
 
@@ -160,3 +160,8 @@ def together(trainer: pl.Trainer, work: Callable[[], T]) -> T:
 def warn(message: str) -> None:
     """Warn once for all processes."""
     rank_zero_warn(f"lightning_hesd: {message}", category=RuntimeWarning)
+
+
+def inform(message: str) -> None:
+    """Say something that is no warning, once for all processes."""
+    rank_zero_info(message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,9 +16,10 @@ from lightning_hesd.snapshot import preserved, seed_everything
 from lightning_hesd.strategies import Calibration
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import lightning.pytorch as pl
+    from torch import Tensor
 
     from lightning_hesd.analysis import LossFunction, Report
     from lightning_hesd.options import AnalysisOptions
@@ -58,7 +60,7 @@ class TrainerAnalyzer:
         self._loss_fn = loss_fn
         self._samples: AnalysisSamples | None = None
         self._resumed: list[int] | None = None
-        self._calibration = Calibration()
+        self._calibrations: dict[bool, Calibration] = defaultdict(Calibration)  # preconditioned or not
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to draw the same samples."""
@@ -73,7 +75,7 @@ class TrainerAnalyzer:
     def release(self) -> None:
         """Let go of the samples; they are drawn anew when needed."""
         self._samples = None
-        self._calibration = Calibration()
+        self._calibrations.clear()
 
     def draw(self, trainer: pl.Trainer) -> AnalysisSamples:
         """Draw the samples, or return them if they are there already."""
@@ -97,18 +99,32 @@ class TrainerAnalyzer:
             world_size=trainer.world_size,
         )
 
-    def spectrum(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: Report | None = None) -> Spectrum:
-        """Return the spectrum at the present weights, the same in every process."""
-        spectrum = self._spectrum(trainer, pl_module, report)
+    def spectrum(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        report: Report | None = None,
+        preconditioner: Mapping[str, Tensor] | None = None,
+    ) -> Spectrum:
+        """Return the spectrum at the present weights, the same in every process; preconditioned, if so wanted."""
+        spectrum = self._spectrum(trainer, pl_module, report, preconditioner)
+        if preconditioner is not None:
+            return spectrum
         while self._grows and (factor := _growth(spectrum)) > 1 and self._num_samples < MOST_SAMPLES:
             self._num_samples = min(math.ceil(factor * self._num_samples), MOST_SAMPLES)
             self.release()
-            before, spectrum = spectrum, self._spectrum(trainer, pl_module, report)
+            before, spectrum = spectrum, self._spectrum(trainer, pl_module, report, None)
             if spectrum.num_samples <= before.num_samples:  # there are no more
                 self._grows = False
         return spectrum
 
-    def _spectrum(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: Report | None) -> Spectrum:
+    def _spectrum(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        report: Report | None,
+        preconditioner: Mapping[str, Tensor] | None,
+    ) -> Spectrum:
         all_reduce = _lightning.make_all_reduce(trainer)
         samples = self.draw(trainer)
         loss_fn = make_loss_fn(trainer, self._loss_fn)
@@ -122,10 +138,10 @@ class TrainerAnalyzer:
                     pl_module,
                     batches,
                     loss_fn,
-                    self._options,
+                    replace(self._options, preconditioner=preconditioner),
                     all_reduce=all_reduce,
                     report=report,
-                    calibration=self._calibration,
+                    calibration=self._calibrations[preconditioner is not None],
                     processes=trainer.num_devices,
                 ),
             )

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_hesd import _lightning
 from lightning_hesd.analysis import analysis_options
-from lightning_hesd.analyzer import TrainerAnalyzer
 from lightning_hesd.budget import Budget
 from lightning_hesd.checkpoint import HessianCheckpoint
-from lightning_hesd.guards import release_memory
-from lightning_hesd.history import START_EPOCH, SpectrumHistory, SpectrumRecord, SpectrumSource
+from lightning_hesd.gradient_monitor import GradientMonitor
+from lightning_hesd.history import START_EPOCH, SpectrumHistory, SpectrumSource
 from lightning_hesd.loss import check_loss_source
 from lightning_hesd.outputs import RunOutputs
 from lightning_hesd.placement import insert_checkpoint, put_hessian_checkpoints_first, warn_about_stale_monitors
-from lightning_hesd.progress import analysis_bar
+from lightning_hesd.recorder import Recorder
+from lightning_hesd.remarks import Remarks
 from lightning_hesd.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
     from lightning_hesd.analysis import LossFunction
-    from lightning_hesd.history import OnError
+    from lightning_hesd.gradient_monitor import GradientStatistics
+    from lightning_hesd.history import OnError, SpectrumRecord
+    from lightning_hesd.recorder import Preconditioning
 
 
 class HessianSpectrumCallback(SpectrumSource):
@@ -44,16 +46,24 @@ class HessianSpectrumCallback(SpectrumSource):
             `tolerance`, a number that must be given then.
         batch_size: Samples per batch of the analysis; default: the training dataloader's.
         dataloader: Draw the samples from this dataloader instead of the training dataloader.
-        generalization_dataloader: Not available in this version.
+        generalization_dataloader: Also analyse samples from this dataloader, of data that training does not see, and
+            assess generalization by comparison (`assess_generalization`); its ΔK_H05 needs fixed steps, hence no
+            `tolerance`. The metrics of this spectrum begin with `hesd_gen/`.
         loss_fn: `loss_fn(module, batch)` -> mean loss; default: the module's `training_step`, its logging muted.
         layers: Not available in this version.
         checkpoint: Rule that picks the best checkpoint, "highest_c_t" or "lowest_max_eigenvalue", or a
             HessianCheckpoint; None: no picking.
-        monitor_gradients: Not available in this version.
+        monitor_gradients: Compare, on some steps of every epoch, the gradients of the loss with those that reach the
+            optimizer and with the steps it takes: `hesd/clipped_share`, `hesd/clip_factor`, `hesd/gradient_cosine`,
+            `hesd/update_cosine`. They tell why a spectrum is MN.
         max_overhead: Skip scheduled analyses so that all of them take at most this share of the training time, such as
             0.05; training time is the wall time of the fit without analyses. The first one always runs, because its
             duration is not known before, and so does that of `at_start`; the others only if they fit, each expected
             to take as long as the one before. None: analyse whenever scheduled.
+        preconditioner: "optimizer": also analyse the Hessian in the coordinates of the optimizers, D^(-1/2) H D^(-1/2)
+            with the diagonal D by which they divide the gradients (SGD, Adam, AdamW, RMSprop, Adagrad, AdaHessian). The
+            metrics of this spectrum begin with `hesd_pre/`, and `hesd/stability_ratio` is its largest eigenvalue over
+            the one at which steps become unstable. Or diagonals of your own, as for `hessian_spectrum`.
         on_error: What to do when an analysis fails: "warn" (record the failure, go on training) or "raise".
         progress: Show C_t in the progress bar, and a bar of their own for the steps of long analyses.
         verbose: Print a line after each analysis.
@@ -91,6 +101,7 @@ class HessianSpectrumCallback(SpectrumSource):
         checkpoint: Literal["highest_c_t", "lowest_max_eigenvalue"] | HessianCheckpoint | None = None,
         monitor_gradients: bool = False,
         max_overhead: float | None = None,
+        preconditioner: Preconditioning = None,
         on_error: OnError = "warn",
         progress: bool = True,
         verbose: bool = False,
@@ -98,11 +109,7 @@ class HessianSpectrumCallback(SpectrumSource):
         **analysis: Any,
     ) -> None:
         super().__init__()
-        _refuse_unavailable(
-            generalization_dataloader=generalization_dataloader,
-            layers=layers,
-            monitor_gradients=monitor_gradients or None,
-        )
+        _refuse_unavailable(layers=layers)
         _check_count("num_samples", num_samples, alternative="auto")
         _check_count("batch_size", batch_size)
         if on_error not in {"warn", "raise"}:
@@ -128,10 +135,21 @@ class HessianSpectrumCallback(SpectrumSource):
                 f"{self.options.tolerance!r}."
             )
             raise ValueError(msg)
-        self._analyzer = TrainerAnalyzer(
-            self.options, num_samples=num_samples, batch_size=batch_size, dataloader=dataloader, loss_fn=loss_fn
+        if preconditioner != "optimizer":
+            analysis_options(**analysis, preconditioner=preconditioner)  # checks it
+        self._recorder = Recorder(
+            self.options,
+            num_samples=num_samples,
+            batch_size=batch_size,
+            dataloader=dataloader,
+            generalization_dataloader=generalization_dataloader,
+            loss_fn=loss_fn,
+            preconditioner=preconditioner,
+            name=name,
+            progress=progress,
         )
-        self._progress = progress
+        self._monitor = GradientMonitor() if monitor_gradients else None
+        self._remarks = Remarks(name)
         self._outputs = RunOutputs(name, in_progress_bar=progress)
         if self.checkpoint is not None:
             self.checkpoint.attach(self)
@@ -163,14 +181,27 @@ class HessianSpectrumCallback(SpectrumSource):
             self.budget.reset()
         with self._survived("cannot write to the loggers"):
             self._outputs.open(trainer, [callback.name for callback in _hessian_callbacks(trainer)])
-        self._analyzer.release()
+        self._recorder.start(trainer, self._survived)
+        self._remarks.restart()
+        if self._monitor is not None:
+            self._monitor.attach(trainer)
         if self.at_start and trainer.global_step == 0:
             self._analyze(trainer, pl_module, START_EPOCH)
         else:
             # Now rather than at the first analysis, because now the dataset is as it will be when the run is resumed.
             with self._survived("cannot draw the analysis samples, will try again"):
-                self._analyzer.draw(trainer)
+                self._recorder.draw(trainer)
         self.budget.start()
+
+    def on_train_epoch_start(self, *_args: Any) -> None:
+        """Look at the gradients of this epoch."""
+        if self._monitor is not None:
+            self._monitor.restart()
+
+    def on_after_backward(self, trainer: pl.Trainer, *_args: Any) -> None:
+        """Keep the gradients as the backward pass left them."""
+        if self._monitor is not None:
+            self._monitor.after_backward(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_args: Any) -> None:
         """Analyse after this optimizer step if it is scheduled."""
@@ -181,8 +212,13 @@ class HessianSpectrumCallback(SpectrumSource):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Analyse after this epoch if it is scheduled."""
+        self._outputs.log_gradients(trainer, pl_module, self._gradients)
         if self.schedule.includes_epoch(trainer.current_epoch) and self._is_affordable(trainer):
             self._analyze(trainer, pl_module, trainer.current_epoch)
+
+    @property
+    def _gradients(self) -> GradientStatistics | None:
+        return None if self._monitor is None else self._monitor.summary()
 
     def on_train_end(self, *_args: Any) -> None:
         """Stop the clock of training."""
@@ -194,7 +230,9 @@ class HessianSpectrumCallback(SpectrumSource):
 
     def teardown(self, *_args: Any, **_kwargs: Any) -> None:
         """Let go of samples and loggers."""
-        self._analyzer.release()
+        if self._monitor is not None:
+            self._monitor.detach()
+        self._recorder.release()
         self._outputs.close()
 
     def _is_affordable(self, trainer: pl.Trainer) -> bool:
@@ -216,27 +254,16 @@ class HessianSpectrumCallback(SpectrumSource):
         with contextlib.ExitStack() as watch:
             for callback in _hessian_callbacks(trainer):  # to none of them is this training
                 watch.enter_context(callback.budget.analysis() if callback is self else callback.budget.paused())
-            self._record(trainer, pl_module, epoch)
+            self.history.append(self._recorder.record(trainer, pl_module, epoch, self._survived))
             for output in self._outputs.writers(trainer, self.history, at_epoch_end=at_epoch_end):
                 with self._survived(f"cannot write the spectrum {_when(epoch)}"):
                     output()
+        self._remarks.remark(trainer, self.history, self._gradients, monitored=self._monitor is not None)
         overhead = trainer.strategy.broadcast(self.budget.overhead)
         self._outputs.log(trainer, pl_module, self.history[-1], overhead, at_epoch_end=at_epoch_end)
-        spectrum = self.history[-1].spectrum
-        if self.verbose and spectrum is not None:
-            pl_module.print(f"{self.name}: epoch {epoch}, {spectrum}")
-
-    def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
-        """Add an analysis of the present weights to the history; a failure ends here unless it is to be raised."""
-        spectrum = None
-        with (
-            self._survived(f"the analysis {_when(epoch)} failed, training goes on") as failures,
-            analysis_bar(trainer, self.name, shown=self._progress) as report,
-        ):
-            spectrum = self._analyzer.spectrum(trainer, pl_module, report)
-        if failures:
-            release_memory()
-        self.history.append(SpectrumRecord(epoch, trainer.global_step, spectrum, failures[0] if failures else None))
+        if self.verbose:
+            for line in _summary(self.history[-1]):
+                pl_module.print(f"{self.name}: epoch {epoch}, {line}")
 
     @contextlib.contextmanager
     def _survived(self, consequence: str) -> Iterator[list[str]]:
@@ -258,7 +285,7 @@ class HessianSpectrumCallback(SpectrumSource):
         """Return the history, the samples and the budget, as tensors and plain values."""
         return {
             "history": self.history.state_dict(),
-            "samples": self._analyzer.state_dict(),
+            "samples": self._recorder.state_dict(),
             "budget": self.budget.state_dict(),
         }
 
@@ -270,7 +297,7 @@ class HessianSpectrumCallback(SpectrumSource):
         if self._stage != "fit":
             return
         self.history.load_state_dict(state_dict["history"])
-        self._analyzer.load_state_dict(state_dict["samples"])
+        self._recorder.load_state_dict(state_dict["samples"])
         self.budget.load_state_dict(state_dict["budget"])
 
 
@@ -280,6 +307,12 @@ def _hessian_callbacks(trainer: pl.Trainer) -> list[HessianSpectrumCallback]:
 
 def _when(epoch: int) -> str:
     return "before the first step" if epoch == START_EPOCH else f"of epoch {epoch}"
+
+
+def _summary(record: SpectrumRecord) -> list[str]:
+    """Return the main findings, a line for each."""
+    lines = [f"{suffix.removeprefix('_')} {spectrum}".lstrip() for suffix, spectrum in record.spectra.items()]
+    return lines if record.assessment is None else [*lines, str(record.assessment)]
 
 
 def _as_checkpoint(checkpoint: object) -> HessianCheckpoint | None:

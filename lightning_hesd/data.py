@@ -100,7 +100,9 @@ def draw_samples(
             and not isinstance(dataset, IterableDataset)
             and loader.batch_sampler is not None
         ):
-            chosen = list(indices) if indices is not None else _choose(loader, num_samples, seed, max_batches)
+            chosen = (
+                _known(indices, dataset) if indices is not None else _choose(loader, num_samples, seed, max_batches)
+            )
             share = slice(rank, None, world_size)
             batches = _indexed_batches(loader, chosen, batch_size, seed, share=share, restore=restore)
         else:
@@ -114,6 +116,16 @@ def draw_samples(
         msg = "the training dataset or its sampler is empty: there are no samples to analyse."
         raise ValueError(msg)
     return AnalysisSamples(weighted, None if chosen is None else tuple(chosen))
+
+
+def _known(indices: Sequence[int], dataset: Any) -> list[int]:
+    if max(indices, default=-1) >= len(dataset):
+        msg = (
+            f"the samples drawn before reach up to position {max(indices)}, but there are {len(dataset)}: these are "
+            "not the data of that run. Draw others with another `num_samples`."
+        )
+        raise MisconfigurationException(msg)
+    return list(indices)
 
 
 def _choose(loader: DataLoader[Any], num_samples: int, seed: int, max_batches: float | None) -> list[int]:

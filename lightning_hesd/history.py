@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback
 
+from lightning_hesd.assessment import assess_generalization
 from lightning_hesd.spectrum import Spectrum
 
 if TYPE_CHECKING:
@@ -19,8 +21,16 @@ if TYPE_CHECKING:
 
     from lightning.pytorch.callbacks import Checkpoint
 
+    from lightning_hesd.assessment import Assessment
+
 INDEX_NAME = "index.json"
 INDEX_FORMAT = 1
+SUFFIXES = {"spectrum": "", "generalization": "_gen", "preconditioned": "_pre"}
+"""What distinguishes the spectra of a record in the names of files and metrics."""
+
+_PLAIN = ("epoch", "global_step", "error", "stability_threshold")
+"""The fields of a record that are plain values."""
+
 START_EPOCH = -1
 """Epoch of the record made before the first optimizer step."""
 
@@ -35,9 +45,11 @@ class SpectrumRecord:
         epoch: Epoch it was made in, as `trainer.current_epoch`; -1 before the first step.
         global_step: Optimizer steps taken by then.
         spectrum: The spectrum on the training data; None if the analysis failed.
-        error: Why it failed; None if it did not.
+        error: What failed, and why; None if nothing did.
         generalization: The spectrum on the generalization data; None where none is analysed.
         layers: The spectra of single layers; None where none are analysed.
+        preconditioned: The spectrum on the training data through the optimizer's eyes; None where it is not analysed.
+        stability_threshold: Up to which largest eigenvalue of that the optimizer's steps are stable; None: unknown.
     """
 
     epoch: int
@@ -46,11 +58,32 @@ class SpectrumRecord:
     error: str | None = None
     generalization: Spectrum | None = None
     layers: Mapping[str, Spectrum] | None = None
+    preconditioned: Spectrum | None = None
+    stability_threshold: float | None = None
 
     @property
-    def file_name(self) -> str:
-        """Name of the spectrum's file in the history's folder."""
-        return f"epoch={self.epoch}-step={self.global_step}.npz"
+    def spectra(self) -> dict[str, Spectrum]:
+        """The spectra there are, by what distinguishes them in the names of files and metrics: see `SUFFIXES`."""
+        every = {suffix: getattr(self, field) for field, suffix in SUFFIXES.items()}
+        return {suffix: spectrum for suffix, spectrum in every.items() if spectrum is not None}
+
+    @property
+    def stability_ratio(self) -> float | None:
+        """Largest preconditioned eigenvalue over the optimizer's threshold: 1 is the edge of stability."""
+        if self.preconditioned is None or self.stability_threshold is None:
+            return None
+        return self.preconditioned.lambda_max / self.stability_threshold
+
+    @cached_property
+    def assessment(self) -> Assessment | None:
+        """What the two spectra say about generalization; None where there are no two."""
+        if self.spectrum is None or self.generalization is None:
+            return None
+        return assess_generalization(self.spectrum, self.generalization)
+
+    def file_name(self, suffix: str = "") -> str:
+        """Return the name of a spectrum's file in the history's folder."""
+        return f"epoch={self.epoch}-step={self.global_step}{suffix}.npz"
 
 
 class SpectrumHistory(list[SpectrumRecord]):
@@ -72,16 +105,18 @@ class SpectrumHistory(list[SpectrumRecord]):
         directory = Path(folder)
         directory.mkdir(parents=True, exist_ok=True)
         for record in self:
-            path = directory / record.file_name
-            if record.spectrum is not None and path not in self._saved:
-                record.spectrum.save(path)
-                self._saved.add(path)
+            for suffix, spectrum in record.spectra.items():
+                path = directory / record.file_name(suffix)
+                if path not in self._saved:
+                    spectrum.save(path)
+                    self._saved.add(path)
         rows = [
             {
-                "epoch": record.epoch,
-                "global_step": record.global_step,
-                "spectrum": None if record.spectrum is None else record.file_name,
-                "error": record.error,
+                **_plain(record),
+                **{
+                    field: record.file_name(suffix) if suffix in record.spectra else None
+                    for field, suffix in SUFFIXES.items()
+                },
             }
             for record in self
         ]
@@ -112,9 +147,10 @@ class SpectrumHistory(list[SpectrumRecord]):
             index = json.loads(path.read_text(encoding="utf-8"))
             version, rows = index["format"], index["records"]
             for row in rows if version == INDEX_FORMAT else ():
-                # The name only: an index must not point outside its own folder.
-                spectrum = row["spectrum"] and Spectrum.load(directory / Path(row["spectrum"]).name)
-                history.append(SpectrumRecord(row["epoch"], row["global_step"], spectrum, row["error"]))
+                # The names only: an index must not point outside its own folder.
+                names = {field: row[field] for field in SUFFIXES}
+                spectra = {f: name and Spectrum.load(directory / Path(name).name) for f, name in names.items()}
+                history.append(_record(row, spectra))
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             msg = f"{path} is not the index of a spectrum history, or is damaged ({error!r})."
             raise ValueError(msg) from error
@@ -125,24 +161,11 @@ class SpectrumHistory(list[SpectrumRecord]):
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Return the records as tensors and plain values: Lightning loads nothing else from a checkpoint."""
-        return [
-            {
-                "epoch": record.epoch,
-                "global_step": record.global_step,
-                "spectrum": record.spectrum and _tensors(record.spectrum.to_dict()),
-                "error": record.error,
-            }
-            for record in self
-        ]
+        return [_plain(record) | {field: _tensors(getattr(record, field)) for field in SUFFIXES} for record in self]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
         """Replace the records by those of `state_dict`."""
-        self[:] = [
-            SpectrumRecord(
-                row["epoch"], row["global_step"], row["spectrum"] and Spectrum(**_arrays(row["spectrum"])), row["error"]
-            )
-            for row in state
-        ]
+        self[:] = [_record(row, {field: _spectrum(row[field]) for field in SUFFIXES}) for row in state]
 
 
 class SpectrumSource(Callback):
@@ -161,9 +184,23 @@ class SpectrumSource(Callback):
     checkpoint: Checkpoint | None = None
 
 
-def _tensors(values: dict[str, Any]) -> dict[str, Any]:
+def _plain(record: SpectrumRecord) -> dict[str, Any]:
+    return {field: getattr(record, field) for field in _PLAIN}
+
+
+def _record(row: Mapping[str, Any], spectra: Mapping[str, Any]) -> SpectrumRecord:
+    return SpectrumRecord(**{field: row[field] for field in _PLAIN}, **spectra)
+
+
+def _tensors(spectrum: Spectrum | None) -> dict[str, Any] | None:
+    if spectrum is None:
+        return None
+    values = spectrum.to_dict()
     return {key: torch.from_numpy(v.copy()) if isinstance(v, np.ndarray) else v for key, v in values.items()}
 
 
-def _arrays(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: v.cpu().numpy() if isinstance(v, torch.Tensor) else v for key, v in values.items()}
+def _spectrum(values: dict[str, Any] | None) -> Spectrum | None:
+    if values is None:
+        return None
+    arrays: dict[str, Any] = {k: v.cpu().numpy() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+    return Spectrum(**arrays)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     import lightning.pytorch as pl
 
+    from lightning_hesd.gradient_monitor import GradientStatistics
     from lightning_hesd.history import SpectrumHistory, SpectrumRecord
 
 
@@ -57,17 +59,25 @@ class RunOutputs:
         at_epoch_end: bool,
     ) -> None:
         """Log the scalars of a record, and the share of analyses in the training time if there was any training."""
-        if record.spectrum is not None:
-            values = sinks.scalars(record.spectrum, self._name)
+        if record.spectra:
+            values = sinks.scalars(record, self._name)
             if overhead is not None:
                 values[f"{self._name}/overhead"] = overhead
             _lightning.log_scalars(trainer, pl_module, values, at_epoch_end=at_epoch_end, in_bar=self._in_bar)
+
+    def log_gradients(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, gradients: GradientStatistics | None
+    ) -> None:
+        """Log at the end of an epoch what happened to its gradients, if that was looked at."""
+        if gradients is not None:
+            values = {f"{self._name}/{key}": value for key, value in asdict(gradients).items() if key != "steps"}
+            _lightning.log_scalars(trainer, pl_module, values, at_epoch_end=True, in_bar=())
 
     def writers(self, trainer: pl.Trainer, history: SpectrumHistory, *, at_epoch_end: bool) -> list[Callable[[], None]]:
         """Return what writes the last record, each apart: trouble with one output must not keep out the others."""
         record = history[-1]
         step = _lightning.logging_step(trainer, at_epoch_end=at_epoch_end)
         outputs: list[Callable[[], None]] = [
-            partial(sink.write, record, step) for sink in self._sinks if record.spectrum is not None
+            partial(sink.write, record, step) for sink in self._sinks if record.spectra
         ]
         return outputs if self._folder is None else [*outputs, partial(history.save, self._folder)]

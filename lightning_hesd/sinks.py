@@ -33,14 +33,27 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def scalars(spectrum: Spectrum, name: str) -> dict[str, float]:
+def scalars(record: SpectrumRecord, name: str) -> dict[str, float]:
     """Return what is logged as scalars, without those that are undefined (NaN)."""
+    values = {"c_t_threshold": MP_THRESHOLD} if record.spectra else {}
+    if record.assessment is not None:
+        values["delta_r_e"] = record.assessment.delta_r_e
+        values["delta_k_h05"] = record.assessment.delta_k_h05
+        values["verdict"] = record.assessment.value
+    if record.stability_ratio is not None:
+        values["stability_ratio"] = record.stability_ratio
+    keyed = {f"{name}/{key}": value for key, value in values.items()}
+    for suffix, spectrum in record.spectra.items():
+        keyed |= {f"{name}{suffix}/{key}": value for key, value in _scalars(spectrum).items()}
+    return {key: value for key, value in keyed.items() if not math.isnan(value)}
+
+
+def _scalars(spectrum: Spectrum) -> dict[str, float]:
     low, high = spectrum.c_t_interval
-    values = {
+    return {
         "c_t": spectrum.c_t,
         "c_t_low": low,
         "c_t_high": high,
-        "c_t_threshold": MP_THRESHOLD,
         "mp": math.nan if spectrum.hesd_type is None else float(spectrum.hesd_type == "MP"),
         "lambda_max": spectrum.lambda_max,
         "lambda_min": spectrum.lambda_min,
@@ -51,7 +64,6 @@ def scalars(spectrum: Spectrum, name: str) -> dict[str, float]:
         "loss": spectrum.loss,
         "seconds": spectrum.seconds,
     }
-    return {f"{name}/{key}": value for key, value in values.items() if not math.isnan(value)}
 
 
 class Sink(Protocol):
@@ -62,7 +74,7 @@ class Sink(Protocol):
 
 
 class TensorBoardSink:
-    """The density as a histogram and as a figure."""
+    """The densities as histograms and as figures, and what they say about generalization as text."""
 
     def __init__(self, logger: TensorBoardLogger, name: str) -> None:
         self._writer = logger.experiment
@@ -70,19 +82,23 @@ class TensorBoardSink:
 
     def write(self, record: SpectrumRecord, step: int) -> None:
         """Write a record that has a spectrum, at `step` of the logger's axis."""
-        assert record.spectrum is not None  # noqa: S101 - for the type checker; the caller's contract
-        self._write_histogram(record.spectrum, step)
         title = "start" if record.epoch < 0 else f"epoch {record.epoch}"
-        figure: Figure = plot_density(record.spectrum, title=title).get_figure(root=True)  # type: ignore[assignment]
-        self._writer.add_figure(f"{self._name}/density_figure", figure, global_step=step, close=False)
+        for suffix, spectrum in record.spectra.items():
+            self._write_histogram(f"{self._name}{suffix}/density", spectrum, step)
+            figure: Figure = plot_density(spectrum, title=title).get_figure(root=True)  # type: ignore[assignment]
+            self._writer.add_figure(f"{self._name}{suffix}/density_figure", figure, global_step=step, close=False)
+        if record.assessment is not None:
+            reasons = "\n".join(f"- {reason}" for reason in record.assessment.reasons)
+            text = f"**generalization: {record.assessment.verdict}** ({title})\n\n{reasons}"
+            self._writer.add_text(f"{self._name}/assessment", text, global_step=step)
 
-    def _write_histogram(self, spectrum: Spectrum, step: int) -> None:
+    def _write_histogram(self, tag: str, spectrum: Spectrum, step: int) -> None:
         mass, edges = spectrum.histogram()
         # TensorBoard drops empty buckets at the ends and lets min and max take the place of the outer edges.
         filled = mass.nonzero()[0]
         first, last = int(filled[0]), int(filled[-1]) + 1
         self._writer.add_histogram_raw(
-            f"{self._name}/density",
+            tag,
             min=float(edges[first]),
             max=float(edges[last]),
             num=1.0,
@@ -95,28 +111,30 @@ class TensorBoardSink:
 
 
 class CSVSink:
-    """The density as rows of a table beside the logger's own metrics.csv."""
+    """The densities as rows of tables beside the logger's own metrics.csv."""
 
     COLUMNS = ("epoch", "step", "left", "right", "mass")
 
     def __init__(self, logger: CSVLogger, name: str) -> None:
-        self._path = Path(logger.log_dir) / f"{name}_density.csv"
+        self._folder = Path(logger.log_dir)
+        self._name = name
 
     def write(self, record: SpectrumRecord, step: int) -> None:
         """Write a record that has a spectrum, at `step` of the logger's axis."""
-        assert record.spectrum is not None  # noqa: S101 - for the type checker; the caller's contract
-        mass, edges = record.spectrum.histogram()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not self._path.exists()
-        with self._path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if is_new:
-                writer.writerow(self.COLUMNS)
-            writer.writerows(
-                (record.epoch, step, left, right, share)
-                for left, right, share in zip(edges[:-1], edges[1:], mass, strict=True)
-                if share > 0
-            )
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for suffix, spectrum in record.spectra.items():
+            mass, edges = spectrum.histogram()
+            path = self._folder / f"{self._name}{suffix}_density.csv"
+            is_new = not path.exists()
+            with path.open("a", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                if is_new:
+                    writer.writerow(self.COLUMNS)
+                writer.writerows(
+                    (record.epoch, step, left, right, share)
+                    for left, right, share in zip(edges[:-1], edges[1:], mass, strict=True)
+                    if share > 0
+                )
 
 
 SINKS: dict[type[Logger], type[TensorBoardSink | CSVSink]] = {

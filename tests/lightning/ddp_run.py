@@ -81,7 +81,8 @@ class OwnClock:
     def govern(self, callback: HessianSpectrumCallback, module: Net) -> None:
         """Let the budget of `callback` go by this clock."""
         callback.budget._clock = self
-        callback._analyzer.spectrum = self.taking(self.cost, callback._analyzer.spectrum)
+        analyzer = callback._recorder._analyzers["training"]
+        analyzer.spectrum = self.taking(self.cost, analyzer.spectrum)
         module.training_step = self.taking(1.0, module.training_step)
 
     def taking(self, seconds: float, work: Callable[..., Any]) -> Callable[..., Any]:

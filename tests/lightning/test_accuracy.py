@@ -64,11 +64,14 @@ class TestGrowingSamples:
         many = observer_of(num_samples="auto", tolerance=1e-3)
         fit(tmp_path, few)
         fit(tmp_path, many)
-        assert many.state_dict()["samples"]["indices"][:256] == few.state_dict()["samples"]["indices"]
+        assert (
+            many.state_dict()["samples"]["training"]["indices"][:256]
+            == few.state_dict()["samples"]["training"]["indices"]
+        )
 
     def test_a_resumed_run_goes_on_with_as_many(self, tmp_path: Path) -> None:
         observer = observer_of(num_samples="auto", tolerance=1e-3)
         fit(tmp_path, observer)
         resumed = observer_of(num_samples="auto", tolerance=1e-3)
         resumed.load_state_dict(observer.state_dict())
-        assert resumed.state_dict()["samples"]["num_samples"] >= DATA
+        assert resumed.state_dict()["samples"]["training"]["num_samples"] >= DATA

@@ -52,7 +52,7 @@ def make_callback(clock: Clock, costs: Any = 5, **arguments: Any) -> HessianSpec
         clock.now += costs(len(callback.history)) if callable(costs) else costs
         return make_spectrum(-0.1)
 
-    callback._analyzer.spectrum = spectrum  # type: ignore[method-assign]
+    callback._recorder._analyzers["training"].spectrum = spectrum  # type: ignore[method-assign]
     return callback
 
 

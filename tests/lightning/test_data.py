@@ -454,7 +454,7 @@ def test_the_same_samples_at_every_analysis(workers: int, tmp_path: Path) -> Non
     assert len(others) == 2
     assert all(other == first for other in others)
     assert len(first) == (2 if workers else 3)
-    assert sorted(observer.state_dict()["samples"]["indices"]) == sorted(
+    assert sorted(observer.state_dict()["samples"]["training"]["indices"]) == sorted(
         {int(p) for batch in seen.batches for p in batch[2]}
     )
 
@@ -468,21 +468,21 @@ def test_the_same_samples_after_resume(tmp_path: Path) -> None:
     after, data = callback(loss_fn=seen), loader(Digits(SIZE + 20, NOISES["torch"]), shuffle=True)
     fit(tmp_path, after, data=data, ckpt_path=saved, max_epochs=3)
     assert [record.epoch for record in after.history] == [0, 1, 2]
-    assert after.state_dict()["samples"]["indices"] == before.state_dict()["samples"]["indices"]
+    assert after.state_dict()["samples"]["training"]["indices"] == before.state_dict()["samples"]["training"]["indices"]
     assert seen.by_analysis()[2] == seen.by_analysis()[0]
 
     fresh = callback()
     fit(tmp_path, fresh, data=loader(Digits(SIZE + 20), shuffle=True), max_epochs=1)
-    assert fresh.state_dict()["samples"]["indices"] != before.state_dict()["samples"]["indices"], (
-        "or resuming would have shown nothing"
-    )
+    assert (
+        fresh.state_dict()["samples"]["training"]["indices"] != before.state_dict()["samples"]["training"]["indices"]
+    ), "or resuming would have shown nothing"
 
 
 def test_a_callback_used_again_draws_from_the_new_data(tmp_path: Path) -> None:
     observer = callback(num_samples=SIZE)
     fit(tmp_path, observer, max_epochs=1)
     fit(tmp_path, observer, data=loader(Digits(12)), max_epochs=1)
-    assert sorted(observer.state_dict()["samples"]["indices"]) == list(range(12))
+    assert sorted(observer.state_dict()["samples"]["training"]["indices"]) == list(range(12))
     assert len(observer.history) == 1
 
 
@@ -513,13 +513,13 @@ def test_a_collection_of_loaders(name: str, tmp_path: Path) -> None:
     fit(tmp_path, one, both, module=TwoLoaders(), data=COLLECTIONS[name](), max_epochs=1)
     assert one.history[0].spectrum.num_samples == 16
     assert both.history[0].spectrum.num_samples == 16
-    assert both.state_dict()["samples"]["indices"] is None
+    assert both.state_dict()["samples"]["training"]["indices"] is None
 
 
 def test_a_dataloader_of_its_own(tmp_path: Path) -> None:
     observer = callback(dataloader=loader(sampler=SubsetRandomSampler(TRAINING)), num_samples=SIZE)
     fit(tmp_path, observer, max_epochs=1)
-    assert sorted(observer.state_dict()["samples"]["indices"]) == TRAINING
+    assert sorted(observer.state_dict()["samples"]["training"]["indices"]) == TRAINING
 
 
 def test_an_iterable_of_batches_as_training_data(tmp_path: Path) -> None:
@@ -540,7 +540,7 @@ def test_a_stream_that_cannot_be_copied_warns_and_training_goes_on(tmp_path: Pat
 def test_of_a_datamodule(tmp_path: Path) -> None:
     observer = callback(num_samples=SIZE)
     fit(tmp_path, observer, data=DataModule(lambda: loader(sampler=SubsetRandomSampler(TRAINING))), max_epochs=1)
-    assert sorted(observer.state_dict()["samples"]["indices"]) == TRAINING
+    assert sorted(observer.state_dict()["samples"]["training"]["indices"]) == TRAINING
 
 
 @dataclass

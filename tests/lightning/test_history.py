@@ -88,8 +88,11 @@ def test_newer_index(tmp_path: Path) -> None:
 
 def test_an_index_cannot_point_outside_its_folder(tmp_path: Path) -> None:
     make_spectrum(-0.2).save(tmp_path / "secret.npz")
-    (tmp_path / "hesd").mkdir()
-    row = {"epoch": 0, "global_step": 1, "error": None, "spectrum": "../secret.npz"}
-    (tmp_path / "hesd" / "index.json").write_text(json.dumps({"format": 1, "records": [row]}))
+    history = SpectrumHistory()
+    history.append(SpectrumRecord(0, 1, make_spectrum(-0.2)))
+    history.save(tmp_path / "hesd")
+    index = json.loads((tmp_path / "hesd" / "index.json").read_text())
+    index["records"][0]["spectrum"] = "../secret.npz"
+    (tmp_path / "hesd" / "index.json").write_text(json.dumps(index))
     with pytest.raises(FileNotFoundError):
         SpectrumHistory.load(tmp_path)

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from lightning_hesd import HessianSpectrumCallback
+from lightning_hesd.history import SpectrumRecord
 from lightning_hesd.sinks import scalars
 from tests.lightning.scripted import make_spectrum, make_trainer
 from tests.lightning.test_resume import Net, data
@@ -57,7 +58,7 @@ def test_tensorboard_gets_scalars_histograms_figures_and_charts(tmp_path: Path) 
     spectra = callback(at_start=True)
     trainer = fit(tmp_path, logger, spectra)
     events = read_events(logger.log_dir)
-    records = {record.epoch: record.spectrum for record in spectra.history}
+    records = {record.epoch: record for record in spectra.history}
     # Epoch-end metrics of Lightning itself are at these steps; the initialisation is at step 0.
     own_steps = [event.step for event in events.Scalars("train_acc")]
     assert own_steps == [3, 7, 11]
@@ -69,13 +70,13 @@ def test_tensorboard_gets_scalars_histograms_figures_and_charts(tmp_path: Path) 
     assert min(overheads.values()) > 0
     for key in KEYS - {"overhead"}:
         logged = {event.step: event.value for event in events.Scalars(f"hesd/{key}")}
-        expected = {steps[epoch]: scalars(spectrum, "hesd")[f"hesd/{key}"] for epoch, spectrum in records.items()}
+        expected = {steps[epoch]: scalars(record, "hesd")[f"hesd/{key}"] for epoch, record in records.items()}
         assert logged == pytest.approx(expected, rel=1e-6), key
 
     histograms = {event.step: event.histogram_value for event in events.Histograms("hesd/density")}
     assert sorted(histograms) == sorted(steps.values())
-    for epoch, spectrum in records.items():
-        histogram = histograms[steps[epoch]]
+    for epoch, record in records.items():
+        spectrum, histogram = record.spectrum, histograms[steps[epoch]]
         edges, counts = np.array(histogram.bucket_limit), np.array(histogram.bucket)
         assert counts.sum() == pytest.approx(1.0)
         negative = spectrum.weights[spectrum.nodes < 0].sum()
@@ -101,7 +102,7 @@ def test_tensorboard_gets_scalars_histograms_figures_and_charts(tmp_path: Path) 
         ("hesd/c_t_threshold",) * 3,
     ]
     assert list(largest.multiline.tag) == ["^hesd/lambda_max$"]
-    assert trainer.callback_metrics["hesd/c_t"] == pytest.approx(records[2].c_t)
+    assert trainer.callback_metrics["hesd/c_t"] == pytest.approx(records[2].spectrum.c_t)
 
 
 def test_steps_within_epochs_reach_the_logger_whatever_log_every_n_steps_is(tmp_path: Path) -> None:
@@ -213,7 +214,7 @@ def test_nan_is_never_logged(tmp_path: Path) -> None:
 
 
 def test_scalars_of_a_mainly_negative_spectrum() -> None:
-    values = scalars(make_spectrum(-0.9), "x")
+    values = scalars(SpectrumRecord(0, 1, make_spectrum(-0.9)), "x")
     assert values["x/mp"] == 0.0
     assert values["x/c_t"] == -0.9
     assert values["x/c_t_threshold"] == -0.6

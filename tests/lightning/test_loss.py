@@ -233,7 +233,7 @@ def test_loss_fn_takes_the_place_of_training_step(tmp_path: Path) -> None:
     observer = callback(loss_fn=lambda module, batch: 2 * plain_loss(module, batch))
     module = fit(tmp_path, observer, module=Talkative(), max_epochs=1).lightning_module
     assert CALLS == ["training_step"] * 5
-    batch = samples(observer.state_dict()["samples"]["indices"])
+    batch = samples(observer.state_dict()["samples"]["training"]["indices"])
     assert observer.history[0].spectrum.loss == pytest.approx(2 * plain_loss(module, batch).item(), rel=1e-5)
 
 
@@ -245,7 +245,7 @@ def test_loss_fn_takes_the_place_of_training_step(tmp_path: Path) -> None:
 def test_the_loss_is_the_mean_over_the_samples(layers: Any, num_samples: int, tmp_path: Path) -> None:
     observer = callback(num_samples=num_samples)
     module = fit(tmp_path, observer, module=Classifier(*(layer() for layer in layers))).lightning_module
-    positions = observer.state_dict()["samples"]["indices"]
+    positions = observer.state_dict()["samples"]["training"]["indices"]
     assert len(set(positions)) == num_samples
     with torch.no_grad():
         expected = plain_loss(module.eval(), samples(positions)).item()
@@ -285,7 +285,7 @@ def test_precision(module_class: type[Classifier], precision: Any, tmp_path: Pat
     module = fit(tmp_path, observer, module=Watched(), data=data, precision=precision, max_epochs=1).lightning_module
     dtype = PRECISIONS[precision]
     assert {p.dtype for p in module.parameters()} == {dtype}
-    x, y, _ = samples(observer.state_dict()["samples"]["indices"])
+    x, y, _ = samples(observer.state_dict()["samples"]["training"]["indices"])
     with torch.no_grad():
         expected = plain_loss(module, (20 * x.to(dtype), y)).item()
         with torch.autocast("cpu", torch.bfloat16):

@@ -114,9 +114,9 @@ def test_history_on_disk_is_complete_in_the_folder_of_the_resumed_run(tmp_path: 
 def test_resuming_draws_the_same_samples_also_with_another_seed(tmp_path: Path) -> None:
     """The positions come from the checkpoint, not from drawing again."""
     first, _ = fit(tmp_path / "first", fail_at=3)
-    positions = first.state_dict()["samples"]["indices"]
+    positions = first.state_dict()["samples"]["training"]["indices"]
     resumed, _ = fit(tmp_path / "second", ckpt_path=tmp_path / "first" / "last.ckpt", seed=5)
-    assert resumed.state_dict()["samples"]["indices"] == positions
+    assert resumed.state_dict()["samples"]["training"]["indices"] == positions
     assert len(set(positions)) == 48
 
 

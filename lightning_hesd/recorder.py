@@ -1,0 +1,136 @@
+"""What one analysis of a run consists of: spectra of several data sets, and through the optimizer's eyes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_hesd.analyzer import TrainerAnalyzer
+from lightning_hesd.guards import release_memory
+from lightning_hesd.history import START_EPOCH, SpectrumRecord
+from lightning_hesd.preconditioner import check_readable, read_preconditioner
+from lightning_hesd.progress import analysis_bar
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from torch import Tensor
+
+    from lightning_hesd.analysis import LossFunction
+    from lightning_hesd.options import AnalysisOptions
+    from lightning_hesd.spectrum import Spectrum
+
+    Preconditioning = Literal["optimizer"] | Mapping[str, Tensor] | None
+
+Attempt = Callable[[str], AbstractContextManager[list[str]]]
+"""Takes what to say if the block within fails, and gives a list that then has the failure."""
+
+
+class Recorder:
+    """Makes the records of a run."""
+
+    def __init__(
+        self,
+        options: AnalysisOptions,
+        *,
+        num_samples: int | Literal["auto"],
+        batch_size: int | None,
+        dataloader: Any,
+        generalization_dataloader: Any,
+        loss_fn: LossFunction | None,
+        preconditioner: Preconditioning,
+        name: str,
+        progress: bool,
+    ) -> None:
+        loaders = {"training": dataloader}
+        if generalization_dataloader is not None:
+            loaders["generalization"] = generalization_dataloader
+        self._analyzers = {
+            data: TrainerAnalyzer(
+                options, num_samples=num_samples, batch_size=batch_size, dataloader=loader, loss_fn=loss_fn
+            )
+            for data, loader in loaders.items()
+        }
+        self._preconditioner = preconditioner
+        self._readable = True
+        self._name = name
+        self._progress = progress
+
+    def start(self, trainer: pl.Trainer, attempt: Attempt) -> None:
+        """Begin with a run: let go of the samples of the last one, and look at the optimizers of this one."""
+        self.release()
+        self._readable = False
+        with attempt("there will be no spectra through the optimizer's eyes"):
+            if self._preconditioner == "optimizer":
+                check_readable(trainer.optimizers)
+            self._readable = True
+
+    def draw(self, trainer: pl.Trainer) -> None:
+        """Draw all samples."""
+        for analyzer in self._analyzers.values():
+            analyzer.draw(trainer)
+
+    def release(self) -> None:
+        """Let go of the samples."""
+        for analyzer in self._analyzers.values():
+            analyzer.release()
+
+    def record(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, attempt: Attempt
+    ) -> SpectrumRecord:
+        """Return the record of the present weights; what comes after a failure is left out."""
+        found: dict[str, Any] = {"spectrum": None}
+        parts: dict[str, Callable[[], dict[str, Any]]] = {
+            "the analysis": lambda: {"spectrum": self._spectrum(trainer, pl_module, "training")}
+        }
+        if "generalization" in self._analyzers:
+            parts["the analysis of generalization data"] = lambda: {
+                "generalization": self._spectrum(trainer, pl_module, "generalization")
+            }
+        # Before the first step optimizers have no state to read.
+        if self._preconditioner is not None and self._readable and epoch != START_EPOCH:
+            parts["the analysis through the optimizer's eyes"] = lambda: self._preconditioned(
+                trainer, pl_module, found["spectrum"]
+            )
+        when = "before the first step" if epoch == START_EPOCH else f"of epoch {epoch}"
+        error = None
+        for part, work in parts.items():
+            with attempt(f"{part} {when} failed, training goes on") as failures:
+                found |= work()
+            if failures:
+                release_memory()
+                error = failures[0] if found["spectrum"] is None else f"{part}: {failures[0]}"
+                break
+        return SpectrumRecord(epoch, trainer.global_step, error=error, **found)
+
+    def _spectrum(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        data: str,
+        preconditioner: Mapping[str, Tensor] | None = None,
+    ) -> Spectrum:
+        with analysis_bar(trainer, self._name, shown=self._progress) as report:
+            return self._analyzers[data].spectrum(trainer, pl_module, report, preconditioner)
+
+    def _preconditioned(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plain: Spectrum) -> dict[str, Any]:
+        """Return the fields of a record that show the training data through the optimizer's eyes."""
+        if self._preconditioner != "optimizer":
+            return {"preconditioned": self._spectrum(trainer, pl_module, "training", self._preconditioner)}
+        read = read_preconditioner(trainer.optimizers)
+        if read.is_identity:
+            spectrum = replace(plain, matrix="preconditioned hessian")
+        else:
+            spectrum = self._spectrum(trainer, pl_module, "training", read.named(pl_module))
+        return {"preconditioned": spectrum, "stability_threshold": read.threshold}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to draw the same samples."""
+        return {data: analyzer.state_dict() for data, analyzer in self._analyzers.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Draw the samples of the run that is resumed."""
+        for data, analyzer in self._analyzers.items():
+            if data in state:
+                analyzer.load_state_dict(state[data])
