@@ -1,0 +1,16 @@
+"""`lightning-hesd`, also as `python -m lightning_hesd`: the command line, if what it needs is installed."""
+
+import sys
+
+
+def main() -> None:
+    """Run the command line with the arguments of this process."""
+    try:
+        from lightning_hesd import cli  # noqa: PLC0415 - its dependencies are optional
+    except ModuleNotFoundError as error:
+        sys.exit(f"lightning-hesd: error: {error.name} is not installed; pip install 'lightning-hesd[cli]'")
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

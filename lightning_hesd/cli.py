@@ -1,0 +1,286 @@
+"""`lightning-hesd`: analyse checkpoints, assess generalization and draw densities from the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+import sys
+import warnings
+from glob import glob
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from rich.console import Console
+from rich.table import Table
+
+from lightning_hesd.analysis import analysis_options, hessian_spectrum
+from lightning_hesd.assessment import assess_generalization
+from lightning_hesd.posthoc import Blueprint, CheckpointError, PosthocAnalysis
+from lightning_hesd.results import RESULTS, Results, ResultsError, Row, draw, picked, table_line
+from lightning_hesd.spectrum import Spectrum
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from jsonargparse import Namespace
+
+LOSS_TOLERANCE = 0.05
+"""Losses count as the same up to this, as for HessianCheckpoint without a metric."""
+
+WIDTH_OF_FILES = 240
+"""Characters in a line of a table that goes to a file or another program."""
+
+NOT_OF_THE_COMMAND_LINE: set[str | int] = {
+    *("module", "batches", "loss_fn", "batch_weight", "matrix", "output_fn", "output_loss", "parameters"),
+    *("dtype", "preconditioner"),
+}
+SEPARATE = {"model": "model_args", "data": "data_args", "generalization": "generalization_args"}
+
+
+class CommandError(Exception):
+    """What the user asked for cannot be done; the message says why."""
+
+
+class OneLineParser(ArgumentParser):
+    """A parser whose errors take one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # noqa: ARG002
+        """Say what is wrong and where to look, and exit with code 2."""
+        sys.stderr.write(f"lightning-hesd: error: {' '.join(message.split())} (--help explains the arguments)\n")
+        sys.exit(2)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exit with code 1 if what it asks for fails, 2 if it cannot be understood."""
+    sys.path.insert(0, str(Path.cwd()))  # where `python` itself would look for the user's modules
+    parser = _parser()
+    config = parser.parse_args([_separated(a) for a in (sys.argv[1:] if arguments is None else arguments)])
+    try:
+        {"analyze": analyze, "assess": assess, "plot": plot}[config.subcommand](config[config.subcommand])
+    except (CommandError, CheckpointError, ResultsError, ValueError, OSError) as error:
+        sys.stderr.write(f"lightning-hesd: error: {' '.join(str(error).split())}\n")
+        sys.exit(1)
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(prog="lightning-hesd", description=__doc__)
+    commands = parser.add_subcommands()
+
+    sub = OneLineParser(description="Analyse the Hessian's spectrum at the weights of checkpoints.")
+    sub.add_argument(
+        "checkpoints", nargs="+", type=str, help="Lightning checkpoints, or patterns such as 'runs/*.ckpt'."
+    )
+    sub.add_argument("--config", type=str | None, help="A LightningCLI config.yaml to take `model` and `data` from.")
+    sub.add_argument(
+        "--model", type=str | None, help="LightningModule, as package.Class; --model.ARGUMENT for its own."
+    )
+    sub.add_argument("--model_args", type=dict[str, Any], default={}, help="Arguments of the module.")
+    sub.add_argument(
+        "--data", type=str | None, help="LightningDataModule, as package.Class; --data.ARGUMENT for its own."
+    )
+    sub.add_argument("--data_args", type=dict[str, Any], default={}, help="Arguments of the data module.")
+    sub.add_argument("--generalization", type=str | None, help="'val' or 'test' data of --data, or a data module.")
+    sub.add_argument("--generalization_args", type=dict[str, Any], default={}, help="Arguments of that data module.")
+    sub.add_argument("--num_samples", type=int | None, help="Samples; default: those of the run, or 512.")
+    sub.add_argument("--batch_size", type=int | None, help="Samples per batch; default: the data module's.")
+    sub.add_argument("--through_optimizer", type=bool, default=False, help="Also analyse D^(-1/2) H D^(-1/2).")
+    sub.add_argument("--name", type=str, default="hesd", help="Name of the callback in the run.")
+    sub.add_argument("--accelerator", type=str, default="auto", help="As for the Trainer.")
+    sub.add_argument("--unsafe", type=bool, default=False, help="Load checkpoints with objects of any class.")
+    sub.add_argument("--tolerance_of_loss", type=float, default=LOSS_TOLERANCE, help="For the picks of both rules.")
+    sub.add_argument(
+        "--out", type=Path, default=Path("hesd"), help="Folder of the results; an interrupted run goes on."
+    )
+    sub.add_function_arguments(hessian_spectrum, "analysis", skip=NOT_OF_THE_COMMAND_LINE)
+    commands.add_subcommand("analyze", sub, help="analyse checkpoints")
+
+    sub = OneLineParser(description="Assess generalization (Gabdullin 2025, Fig. 10).")
+    sub.add_argument("train", type=Path, help="Spectrum on training data, .npz.")
+    sub.add_argument("generalization", type=Path, help="Spectrum of the same weights on other data, .npz.")
+    commands.add_subcommand("assess", sub, help="assess generalization by two spectra")
+
+    sub = OneLineParser(description="Draw spectral densities.")
+    sub.add_argument("spectra", nargs="+", type=Path, help="Spectra, .npz.")
+    sub.add_argument("--out", type=Path, default=None, help="Folder of the figures; default: beside the spectra.")
+    commands.add_subcommand("plot", sub, help="draw densities")
+    return parser
+
+
+def _separated(argument: str) -> str:
+    """Turn --model.x, and --model.init_args.x, into what dictionaries take on the command line: --model_args.x."""
+    return re.sub(rf"^--({'|'.join(SEPARATE)})\.(init_args\.)?", lambda match: f"--{SEPARATE[match[1]]}.", argument)
+
+
+# assess and plot ----------------------------------------------------------------------------------------------------
+
+
+def assess(config: Namespace) -> None:
+    """Print the verdict and its reasons."""
+    found = assess_generalization(Spectrum.load(config.train), Spectrum.load(config.generalization))
+    print(f"generalization: {found.verdict}")
+    for reason in found.reasons:
+        print(f"- {reason}")
+
+
+def plot(config: Namespace) -> None:
+    """Draw the densities."""
+    for path, spectrum in [(path, Spectrum.load(path)) for path in config.spectra]:
+        target = (config.out or path.parent) / f"{path.stem}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draw(spectrum, path.stem, target)
+        print(target)
+
+
+# analyze ------------------------------------------------------------------------------------------------------------
+
+
+def analyze(config: Namespace) -> None:
+    """Analyse checkpoints, those left over from an interrupted run, and write table, files and figures.
+
+    Raises:
+        CommandError: If a checkpoint failed, or there is none.
+    """
+    analysis = _analysis(config)
+    paths = _checkpoints(config.checkpoints)
+    store = Results(config.out, _plain(config))
+    rows: list[Row] = []
+    for number, (name, path) in enumerate(paths.items(), start=1):
+        record = store.known(name, path)
+        again = record is not None
+        if record is None:
+            with _without_advice():
+                record = analysis.record(path)
+            store.keep(name, path, record)
+        rows.append(Row(name, path, record))
+        found = record.error or str(record.spectrum)
+        print(f"[{number}/{len(paths)}] {path}{' (known)' if again else ''}: {found}", flush=True)
+    picks = picked(rows, config.tolerance_of_loss)
+    lines = [table_line(row, picks) for row in rows]
+    store.finish(lines)
+    _print_table(lines)
+    print(f"Spectra, figures, {RESULTS} and results.csv are in {config.out}")
+    failed = [row for row in rows if row.record.error is not None]
+    if failed:
+        msg = f"{len(failed)} of {len(rows)} analyses failed; the first, of {failed[0].path}: {failed[0].record.error}"
+        raise CommandError(msg)
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Keep Lightning from saying which devices there are, and from advice that is meant for training."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=PossibleUserWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _analysis(config: Namespace) -> PosthocAnalysis:
+    given = {} if config.config is None else _lightning_config(Path(config.config))
+    generalization: Any = config.generalization
+    if generalization not in {None, "val", "test"}:
+        generalization = Blueprint(generalization, config.generalization_args)
+    return PosthocAnalysis(
+        model=_blueprint("model", config, given),
+        data=_blueprint("data", config, given),
+        generalization=generalization,
+        options=analysis_options(**config.analysis.as_dict()),
+        num_samples=config.num_samples,
+        batch_size=config.batch_size,
+        through_optimizer=config.through_optimizer,
+        name=config.name,
+        accelerator=config.accelerator,
+        unsafe=config.unsafe,
+    )
+
+
+def _lightning_config(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        msg = f"cannot read the configuration {path}: {error}"
+        raise CommandError(msg) from error
+    if not isinstance(found, dict):
+        msg = f"{path} is no configuration of LightningCLI: it must have `model` and `data`."
+        raise CommandError(msg)
+    return found
+
+
+def _blueprint(part: str, config: Namespace, given: Mapping[str, Any]) -> Blueprint:
+    """Return the class from the command line, else from the configuration, and the arguments from both.
+
+    Raises:
+        CommandError: If neither names a class.
+    """
+    configured = given.get(part) or {}
+    is_subclass = isinstance(configured, dict) and "class_path" in configured
+    class_path = config[part] or (configured["class_path"] if is_subclass else None)
+    if class_path is None:
+        msg = f"there is no {part}: pass --{part} package.Class, or --config with a `class_path` for it."
+        raise CommandError(msg)
+    arguments = configured.get("init_args") or {} if is_subclass else configured
+    return Blueprint(class_path, {**arguments, **config[SEPARATE[part]]})
+
+
+def _checkpoints(patterns: Sequence[str]) -> dict[str, Path]:
+    """Return the checkpoints by name: their stems, and their folders' where stems alone would be the same.
+
+    Raises:
+        CommandError: If a file does not exist, or a pattern matches none.
+    """
+    paths: dict[Path, None] = {}
+    for pattern in patterns:
+        found = sorted(glob(pattern, recursive=True)) if re.search(r"[*?\[]", pattern) else [pattern]  # noqa: PTH207
+        found = found or ([pattern] if Path(pattern).exists() else [])
+        if not found:
+            msg = f"no file matches {pattern!r}."
+            raise CommandError(msg)
+        paths.update((Path(path), None) for path in found)
+    for path in paths:
+        if not path.is_file():
+            msg = f"{path} is no file." if path.exists() else f"{path} does not exist."
+            raise CommandError(msg)
+    names: dict[str, Path] = {}
+    for path in paths:
+        parts = path.resolve().with_suffix("").parts
+        name = parts[-1]
+        for count in range(2, len(parts)):
+            if name not in names:
+                break
+            name = "_".join(parts[-count:])
+        names[name] = path
+    return names
+
+
+def _plain(config: Namespace) -> dict[str, Any]:
+    """Return what results depend on, as JSON has it."""
+    irrelevant = {"checkpoints", "out", "tolerance_of_loss", "unsafe", "accelerator"}
+    options = {key: value for key, value in config.as_dict().items() if key not in irrelevant}
+    plain: dict[str, Any] = json.loads(json.dumps(options, default=str))
+    return plain
+
+
+def _print_table(lines: Sequence[Mapping[str, Any]]) -> None:
+    shown = [key for key in lines[0] if key != "error" and any(line[key] not in {None, ""} for line in lines)]
+    table = Table(*(key.replace("_by", " by") for key in shown))
+    for line in lines:
+        table.add_row(*(_cell(line[key]) for key in shown))
+    console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH_OF_FILES
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
