@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 LossFunction = Callable[[Any, Any], Tensor]
 """loss_fn(module, batch) -> mean loss over the batch, a scalar tensor."""
 
+SCALING_VECTORS = 3
+"""What a preconditioner adds to the vectors: the scale, and what is scaled before and after a product."""
+
 Report = Callable[[int, int], None]
 """Takes the steps done and the most there can be."""
 
@@ -220,6 +223,7 @@ def _plan(
             device=device,
             budget=options.memory_budget,
             processes=processes,
+            more_vectors=0 if options.preconditioner is None else SCALING_VECTORS,
         )
 
     own = plan(options.basis)
@@ -279,8 +283,7 @@ def _scale(
         if shape != p.shape:
             msg = f"`preconditioner[{names[p]!r}]` must have the shape of the parameter, {tuple(p.shape)}, got {shape}."
             raise ValueError(msg)
-    diagonals = [preconditioner[names[p]].to(p.device).double().flatten() for p in parameters]
-    return torch.cat(diagonals).rsqrt_().to(dtype)
+    return torch.cat([preconditioner[names[p]].to(p.device).double().rsqrt().to(dtype).flatten() for p in parameters])
 
 
 def _vector_dtype(parameters: Sequence[Tensor]) -> torch.dtype:

@@ -16,10 +16,9 @@ from lightning_hesd.snapshot import preserved, seed_everything
 from lightning_hesd.strategies import Calibration
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     import lightning.pytorch as pl
-    from torch import Tensor
 
     from lightning_hesd.analysis import LossFunction, Report
     from lightning_hesd.options import AnalysisOptions
@@ -104,16 +103,24 @@ class TrainerAnalyzer:
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         report: Report | None = None,
-        preconditioner: Mapping[str, Tensor] | None = None,
+        **changes: Any,
     ) -> Spectrum:
-        """Return the spectrum at the present weights, the same in every process; preconditioned, if so wanted."""
-        spectrum = self._spectrum(trainer, pl_module, report, preconditioner)
-        if preconditioner is not None:
+        """Return the spectrum at the present weights, the same in every process.
+
+        Args:
+            trainer: The trainer.
+            pl_module: Its module.
+            report: Called after every Lanczos step.
+            **changes: Options that differ for this spectrum; the samples are those there are.
+        """
+        options = replace(self._options, **changes)
+        spectrum = self._spectrum(trainer, pl_module, report, options)
+        if changes:
             return spectrum
         while self._grows and (factor := _growth(spectrum)) > 1 and self._num_samples < MOST_SAMPLES:
             self._num_samples = min(math.ceil(factor * self._num_samples), MOST_SAMPLES)
             self.release()
-            before, spectrum = spectrum, self._spectrum(trainer, pl_module, report, None)
+            before, spectrum = spectrum, self._spectrum(trainer, pl_module, report, options)
             if spectrum.num_samples <= before.num_samples:  # there are no more
                 self._grows = False
         return spectrum
@@ -123,7 +130,7 @@ class TrainerAnalyzer:
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         report: Report | None,
-        preconditioner: Mapping[str, Tensor] | None,
+        options: AnalysisOptions,
     ) -> Spectrum:
         all_reduce = _lightning.make_all_reduce(trainer)
         samples = self.draw(trainer)
@@ -138,10 +145,10 @@ class TrainerAnalyzer:
                     pl_module,
                     batches,
                     loss_fn,
-                    replace(self._options, preconditioner=preconditioner),
+                    options,
                     all_reduce=all_reduce,
                     report=report,
-                    calibration=self._calibrations[preconditioner is not None],
+                    calibration=self._calibrations[options.preconditioner is not None],
                     processes=trainer.num_devices,
                 ),
             )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_hesd import _lightning
 from lightning_hesd.analysis import analysis_options
+from lightning_hesd.analyzer import TrainerAnalyzer
 from lightning_hesd.budget import Budget
 from lightning_hesd.checkpoint import HessianCheckpoint
 from lightning_hesd.gradient_monitor import GradientMonitor
-from lightning_hesd.history import START_EPOCH, SpectrumHistory, SpectrumSource
+from lightning_hesd.history import START_EPOCH, SpectrumHistory, SpectrumSource, when
 from lightning_hesd.loss import check_loss_source
 from lightning_hesd.outputs import RunOutputs
 from lightning_hesd.placement import insert_checkpoint, put_hessian_checkpoints_first, warn_about_stale_monitors
@@ -137,13 +139,12 @@ class HessianSpectrumCallback(SpectrumSource):
             raise ValueError(msg)
         if preconditioner != "optimizer":
             analysis_options(**analysis, preconditioner=preconditioner)  # checks it
+        analyzer = partial(
+            TrainerAnalyzer, self.options, num_samples=num_samples, batch_size=batch_size, loss_fn=loss_fn
+        )
         self._recorder = Recorder(
-            self.options,
-            num_samples=num_samples,
-            batch_size=batch_size,
-            dataloader=dataloader,
-            generalization_dataloader=generalization_dataloader,
-            loss_fn=loss_fn,
+            analyzer(dataloader=dataloader),
+            None if generalization_dataloader is None else analyzer(dataloader=generalization_dataloader),
             preconditioner=preconditioner,
             name=name,
             progress=progress,
@@ -184,7 +185,7 @@ class HessianSpectrumCallback(SpectrumSource):
         self._recorder.start(trainer, self._survived)
         self._remarks.restart()
         if self._monitor is not None:
-            self._monitor.attach(trainer)
+            self._monitor.attach(trainer, self._survived)
         if self.at_start and trainer.global_step == 0:
             self._analyze(trainer, pl_module, START_EPOCH)
         else:
@@ -256,9 +257,10 @@ class HessianSpectrumCallback(SpectrumSource):
                 watch.enter_context(callback.budget.analysis() if callback is self else callback.budget.paused())
             self.history.append(self._recorder.record(trainer, pl_module, epoch, self._survived))
             for output in self._outputs.writers(trainer, self.history, at_epoch_end=at_epoch_end):
-                with self._survived(f"cannot write the spectrum {_when(epoch)}"):
+                with self._survived(f"cannot write the spectrum {when(epoch)}"):
                     output()
-        self._remarks.remark(trainer, self.history, self._gradients, monitored=self._monitor is not None)
+        with self._survived("cannot remark on the spectra"):
+            self._remarks.remark(trainer, self.history, self._gradients, monitored=self._monitor is not None)
         overhead = trainer.strategy.broadcast(self.budget.overhead)
         self._outputs.log(trainer, pl_module, self.history[-1], overhead, at_epoch_end=at_epoch_end)
         if self.verbose:
@@ -303,10 +305,6 @@ class HessianSpectrumCallback(SpectrumSource):
 
 def _hessian_callbacks(trainer: pl.Trainer) -> list[HessianSpectrumCallback]:
     return [c for c in _lightning.callbacks_of(trainer) if isinstance(c, HessianSpectrumCallback)]
-
-
-def _when(epoch: int) -> str:
-    return "before the first step" if epoch == START_EPOCH else f"of epoch {epoch}"
 
 
 def _summary(record: SpectrumRecord) -> list[str]:

@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_hesd._lightning import callbacks_of, warn
 from lightning_hesd.history import SpectrumSource
-from lightning_hesd.selection import Candidate, SelectionRule
+from lightning_hesd.selection import LOSS_TOLERANCE, Candidate, SelectionRule
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,7 +90,7 @@ class HessianCheckpoint(ModelCheckpoint):
         self.train_metric = train_metric
         self.train_metric_mode = _metric_mode(train_metric, train_metric_mode)
         if tolerance is None:
-            tolerance = 0.05 if train_metric is None else 0.01
+            tolerance = LOSS_TOLERANCE if train_metric is None else 0.01
         self.selection = SelectionRule(tolerance=tolerance, require_mp=require_mp)
         self.source: SpectrumSource | None = None
         self._stage = "fit"

@@ -14,23 +14,22 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from rich.console import Console
 from rich.table import Table
 
 from lightning_hesd.analysis import analysis_options, hessian_spectrum
 from lightning_hesd.assessment import assess_generalization
-from lightning_hesd.posthoc import Blueprint, CheckpointError, PosthocAnalysis
+from lightning_hesd.posthoc import Blueprint, CheckpointError, PosthocAnalysis, imported
 from lightning_hesd.results import RESULTS, Results, ResultsError, Row, draw, picked, table_line
+from lightning_hesd.selection import LOSS_TOLERANCE
 from lightning_hesd.spectrum import Spectrum
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from jsonargparse import Namespace
-
-LOSS_TOLERANCE = 0.05
-"""Losses count as the same up to this, as for HessianCheckpoint without a metric."""
 
 WIDTH_OF_FILES = 240
 """Characters in a line of a table that goes to a file or another program."""
@@ -62,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parser.parse_args([_separated(a) for a in (sys.argv[1:] if arguments is None else arguments)])
     try:
         {"analyze": analyze, "assess": assess, "plot": plot}[config.subcommand](config[config.subcommand])
-    except (CommandError, CheckpointError, ResultsError, ValueError, OSError) as error:
+    except (CommandError, CheckpointError, ResultsError, MisconfigurationException, ValueError, OSError) as error:
         sys.stderr.write(f"lightning-hesd: error: {' '.join(str(error).split())}\n")
         sys.exit(1)
 
@@ -89,6 +88,7 @@ def _parser() -> OneLineParser:
     sub.add_argument("--num_samples", type=int | None, help="Samples; default: those of the run, or 512.")
     sub.add_argument("--batch_size", type=int | None, help="Samples per batch; default: the data module's.")
     sub.add_argument("--through_optimizer", type=bool, default=False, help="Also analyse D^(-1/2) H D^(-1/2).")
+    sub.add_argument("--loss_fn", type=str | None, help="Function (module, batch) -> mean loss, as package.function.")
     sub.add_argument("--name", type=str, default="hesd", help="Name of the callback in the run.")
     sub.add_argument("--accelerator", type=str, default="auto", help="As for the Trainer.")
     sub.add_argument("--unsafe", type=bool, default=False, help="Load checkpoints with objects of any class.")
@@ -197,6 +197,7 @@ def _analysis(config: Namespace) -> PosthocAnalysis:
         num_samples=config.num_samples,
         batch_size=config.batch_size,
         through_optimizer=config.through_optimizer,
+        loss_fn=None if config.loss_fn is None else imported(config.loss_fn),
         name=config.name,
         accelerator=config.accelerator,
         unsafe=config.unsafe,

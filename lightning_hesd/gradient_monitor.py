@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     import lightning.pytorch as pl
     from torch import Tensor
     from torch.optim import Optimizer
+
+    Attempt = Callable[[str], AbstractContextManager[list[str]]]
 
 SAMPLES_PER_EPOCH = 16
 EVERY_WITHOUT_LENGTH = 50
@@ -64,14 +67,21 @@ class GradientMonitor:
         self._weights: dict[Tensor, Tensor] = {}
         self._seen: list[Tensor] = []
         self._hooks: list[Any] = []
+        self._attempt: Attempt | None = None
 
-    def attach(self, trainer: pl.Trainer) -> None:
-        """Look at the optimizers of this trainer from now on."""
+    def attach(self, trainer: pl.Trainer, attempt: Attempt) -> None:
+        """Look at the optimizers of this trainer from now on, until that fails.
+
+        Args:
+            trainer: The trainer.
+            attempt: Takes what to say if the block within fails, and gives a list that then has the failure.
+        """
         self.detach()
+        self._attempt = attempt
         batches = trainer.num_training_batches / trainer.accumulate_grad_batches
         self._every = math.ceil(batches / SAMPLES_PER_EPOCH) if math.isfinite(batches) else EVERY_WITHOUT_LENGTH
         self._hooks = [
-            optimizer.register_step_post_hook(lambda optimizer, *_: self._compare(optimizer))
+            optimizer.register_step_post_hook(lambda optimizer, *_: self._look(lambda: self._compare(optimizer)))
             for optimizer in trainer.optimizers
         ]
 
@@ -80,6 +90,7 @@ class GradientMonitor:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._attempt = None
         self._seen = []
         self._forget()
 
@@ -89,6 +100,18 @@ class GradientMonitor:
     @torch.no_grad()
     def after_backward(self, trainer: pl.Trainer) -> None:
         """Keep gradients and weights if this is a step to look at; called before anybody changes the gradients."""
+        self._look(lambda: self._keep(trainer))
+
+    def _look(self, work: Callable[[], None]) -> None:
+        if self._attempt is None:
+            return
+        with self._attempt("the gradients will no longer be looked at") as failures:
+            work()
+        if failures:
+            self._attempt = None
+            self._forget()
+
+    def _keep(self, trainer: pl.Trainer) -> None:
         if trainer.fit_loop.batch_idx // trainer.accumulate_grad_batches % self._every:
             self._forget()  # what an optimizer skipped
             return

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback
 
 from lightning_hesd.assessment import assess_generalization
+from lightning_hesd.files import written_whole
 from lightning_hesd.spectrum import Spectrum
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ INDEX_FORMAT = 1
 SUFFIXES = {"spectrum": "", "generalization": "_gen", "preconditioned": "_pre"}
 """What distinguishes the spectra of a record in the names of files and metrics."""
 
-_PLAIN = ("epoch", "global_step", "error", "stability_threshold")
+PLAIN_FIELDS = ("epoch", "global_step", "error", "stability_threshold")
 """The fields of a record that are plain values."""
 
 START_EPOCH = -1
@@ -86,6 +87,11 @@ class SpectrumRecord:
         return f"epoch={self.epoch}-step={self.global_step}{suffix}.npz"
 
 
+def when(epoch: int) -> str:
+    """Return in words when the record of an epoch was made."""
+    return "before the first step" if epoch == START_EPOCH else f"of epoch {epoch}"
+
+
 class SpectrumHistory(list[SpectrumRecord]):
     """The records of a run in the order they were made."""
 
@@ -120,9 +126,8 @@ class SpectrumHistory(list[SpectrumRecord]):
             }
             for record in self
         ]
-        partial = directory / f"{INDEX_NAME}.partial"
-        partial.write_text(json.dumps({"format": INDEX_FORMAT, "records": rows}, indent=1), encoding="utf-8")
-        partial.replace(directory / INDEX_NAME)
+        with written_whole(directory / INDEX_NAME) as partial:
+            partial.write_text(json.dumps({"format": INDEX_FORMAT, "records": rows}, indent=1), encoding="utf-8")
 
     @classmethod
     def load(cls, log_dir: str | os.PathLike[str], name: str = "hesd") -> SpectrumHistory:
@@ -185,11 +190,11 @@ class SpectrumSource(Callback):
 
 
 def _plain(record: SpectrumRecord) -> dict[str, Any]:
-    return {field: getattr(record, field) for field in _PLAIN}
+    return {field: getattr(record, field) for field in PLAIN_FIELDS}
 
 
 def _record(row: Mapping[str, Any], spectra: Mapping[str, Any]) -> SpectrumRecord:
-    return SpectrumRecord(**{field: row[field] for field in _PLAIN}, **spectra)
+    return SpectrumRecord(**{field: row[field] for field in PLAIN_FIELDS}, **spectra)
 
 
 def _tensors(spectrum: Spectrum | None) -> dict[str, Any] | None:

@@ -89,6 +89,7 @@ def plan_memory(
     device: torch.device,
     budget: int | None = None,
     processes: int = 1,
+    more_vectors: int = 0,
 ) -> MemoryPlan:
     """Divide the budget: first the vectors, then the basis if it takes no more than half of the rest, then graphs.
 
@@ -100,11 +101,12 @@ def plan_memory(
         device: Where the parameters are.
         budget: Bytes; default: `default_budget`.
         processes: How many processes share the computer's memory.
+        more_vectors: Vectors needed beyond the usual ones.
 
     Raises:
         ValueError: If not even the vectors fit into the budget.
     """
-    fixed = sum(t.untyped_storage().nbytes() for t in tensors) + VECTORS * vector_bytes
+    fixed = sum(t.untyped_storage().nbytes() for t in tensors) + (VECTORS + more_vectors) * vector_bytes
     limit = default_budget(device, processes) if budget is None else budget
     if budget is not None and fixed > budget:
         msg = f"`memory_budget` must be at least {fixed} bytes for the vectors of this module, got {budget}."

@@ -167,8 +167,11 @@ class HessianOperator:
 
     def squared_weight_norm(self) -> float:
         """Return the squared length of the parameters, in the coordinates of the vectors."""
-        weights = torch.cat([p.detach().flatten().double() for p in self._parameters])
-        return float((weights if self._scale is None else weights / self._scale).square().sum())
+        scales: Sequence[Tensor | float] = [1.0] * len(self._sizes)
+        if self._scale is not None:
+            scales = torch.split(self._scale, self._sizes)
+        pairs = zip(self._parameters, scales, strict=True)
+        return math.fsum(float((p.detach().flatten().double() / scale).square().sum()) for p, scale in pairs)
 
     def _scaled(self, vector: Tensor) -> Tensor:
         return vector if self._scale is None else vector * self._scale

@@ -10,21 +10,28 @@ import importlib
 import inspect
 import pickle
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch import Callback
 
+from lightning_hesd.analyzer import TrainerAnalyzer
 from lightning_hesd.callback import HessianSpectrumCallback
+from lightning_hesd.loss import check_loss_source
 from lightning_hesd.recorder import Recorder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from lightning_hesd.analysis import LossFunction
     from lightning_hesd.history import SpectrumRecord
     from lightning_hesd.options import AnalysisOptions
+
+
+DEFAULT_NUM_SAMPLES: int = inspect.signature(HessianSpectrumCallback).parameters["num_samples"].default
 
 
 class CheckpointError(Exception):
@@ -56,7 +63,10 @@ class Blueprint:
         """
         from jsonargparse import ArgumentError, ArgumentParser  # noqa: PLC0415 - an optional dependency
 
-        cls = _imported(self.class_path, kind)
+        cls = imported(self.class_path)
+        if not (isinstance(cls, type) and issubclass(cls, kind)):
+            msg = f"{self.class_path} must be a {kind.__name__}, got {cls!r}."
+            raise CheckpointError(msg)
         takes = inspect.signature(cls).parameters
         takes_all = any(p.kind is p.VAR_KEYWORD for p in takes.values())
         saved = {k: v for k, v in hyperparameters.items() if (takes_all or k in takes) and not k.startswith("_")}
@@ -70,17 +80,18 @@ class Blueprint:
             raise CheckpointError(msg) from error
 
 
-def _imported(class_path: str, kind: type) -> type:
-    module_name, _, name = class_path.rpartition(".")
+def imported(path: str) -> Any:
+    """Return what "package.module.name" stands for.
+
+    Raises:
+        CheckpointError: If there is no such thing.
+    """
+    module_name, _, name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module_name), name)
+        return getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
-        msg = f"cannot import {class_path!r}: {_one_line(error)}"
+        msg = f"cannot import {path!r}: {_one_line(error)}"
         raise CheckpointError(msg) from error
-    if not (isinstance(found, type) and issubclass(found, kind)):
-        msg = f"{class_path} must be a {kind.__name__}, got {found!r}."
-        raise CheckpointError(msg)
-    return found
 
 
 def load_checkpoint(path: Path, *, unsafe: bool = False) -> dict[str, Any]:
@@ -124,6 +135,7 @@ class PosthocAnalysis:
         num_samples: Number of samples; None: those that the callback drew, as the checkpoint knows, else 512.
         batch_size: Samples per batch.
         through_optimizer: Whether to analyse the Hessian through the optimizer's eyes, too.
+        loss_fn: As for the callback; None: the module's `training_step`.
         name: Name of the callback in the run.
         accelerator: As for the Trainer.
         unsafe: Whether to load checkpoints with objects of any class.
@@ -136,6 +148,7 @@ class PosthocAnalysis:
     num_samples: int | None = None
     batch_size: int | None = None
     through_optimizer: bool = False
+    loss_fn: LossFunction | None = None
     name: str = "hesd"
     accelerator: str = "auto"
     unsafe: bool = False
@@ -145,13 +158,14 @@ class PosthocAnalysis:
 
         Raises:
             CheckpointError: If it cannot be loaded.
+            MisconfigurationException: If the module or its data cannot be used.
         """
         checkpoint = load_checkpoint(path, unsafe=self.unsafe)
         module = self.model.build(pl.LightningModule, checkpoint.get("hyper_parameters", {}))
-        data_parameters = checkpoint.get("datamodule_hyper_parameters", {})
-        data = self.data.build(pl.LightningDataModule, data_parameters)
+        data = self.data.build(pl.LightningDataModule, checkpoint.get("datamodule_hyper_parameters", {}))
         _load_weights(module, checkpoint, path)
-        work = _AtStart(self, checkpoint, data_parameters)
+        check_loss_source(module, self.loss_fn)
+        work = _AtStart(self, checkpoint)
         trainer = pl.Trainer(
             accelerator=self.accelerator,
             devices=1,
@@ -184,34 +198,43 @@ def _load_weights(module: pl.LightningModule, checkpoint: dict[str, Any], path: 
 class _AtStart(Callback):
     """Analyses at the start of training, and ends it there."""
 
-    def __init__(
-        self, analysis: PosthocAnalysis, checkpoint: dict[str, Any], data_parameters: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, analysis: PosthocAnalysis, checkpoint: dict[str, Any]) -> None:
         self.record: SpectrumRecord | None = None
         self._analysis = analysis
         self._checkpoint = checkpoint
-        self._data_parameters = data_parameters
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Analyse."""
+        """Analyse.
+
+        Raises:
+            CheckpointError: If it lacks the states of optimizers that are to be read.
+        """
         trainer.should_stop = True
         analysis = self._analysis
         samples = None if analysis.num_samples is not None else self._drawn()
-        recorder = Recorder(
+        analyzer = partial(
+            TrainerAnalyzer,
             analysis.options,
-            num_samples=samples["training"]["num_samples"] if samples else analysis.num_samples or 512,
+            num_samples=samples["training"]["num_samples"] if samples else analysis.num_samples or DEFAULT_NUM_SAMPLES,
             batch_size=analysis.batch_size,
-            dataloader=None,
-            generalization_dataloader=self._generalization_loader(trainer),
-            loss_fn=None,
+            loss_fn=analysis.loss_fn,
+        )
+        other = self._generalization_loader(trainer)
+        recorder = Recorder(
+            analyzer(dataloader=None),
+            None if other is None else analyzer(dataloader=other),
             preconditioner="optimizer" if analysis.through_optimizer else None,
-            name=analysis.name,
-            progress=False,
         )
         if samples:  # those of other data are drawn anew, for these may not be the data of the run
             recorder.load_state_dict({"training": samples["training"]})
         if analysis.through_optimizer:
             states = self._checkpoint.get("optimizer_states", [])
+            if len(states) != len(trainer.optimizers):
+                msg = (
+                    f"the checkpoint has the states of {len(states)} optimizers, the module {len(trainer.optimizers)} "
+                    "optimizers: the Hessian cannot be seen through their eyes."
+                )
+                raise CheckpointError(msg)
             for optimizer, state in zip(trainer.optimizers, states, strict=True):
                 optimizer.load_state_dict(state)
         recorder.start(trainer, _attempt)

@@ -7,9 +7,8 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_hesd.analyzer import TrainerAnalyzer
 from lightning_hesd.guards import release_memory
-from lightning_hesd.history import START_EPOCH, SpectrumRecord
+from lightning_hesd.history import START_EPOCH, SpectrumRecord, when
 from lightning_hesd.preconditioner import check_readable, read_preconditioner
 from lightning_hesd.progress import analysis_bar
 
@@ -17,8 +16,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
     from torch import Tensor
 
-    from lightning_hesd.analysis import LossFunction
-    from lightning_hesd.options import AnalysisOptions
+    from lightning_hesd.analyzer import TrainerAnalyzer
     from lightning_hesd.spectrum import Spectrum
 
     Preconditioning = Literal["optimizer"] | Mapping[str, Tensor] | None
@@ -32,26 +30,25 @@ class Recorder:
 
     def __init__(
         self,
-        options: AnalysisOptions,
+        training: TrainerAnalyzer,
+        generalization: TrainerAnalyzer | None = None,
         *,
-        num_samples: int | Literal["auto"],
-        batch_size: int | None,
-        dataloader: Any,
-        generalization_dataloader: Any,
-        loss_fn: LossFunction | None,
-        preconditioner: Preconditioning,
-        name: str,
-        progress: bool,
+        preconditioner: Preconditioning = None,
+        name: str = "hesd",
+        progress: bool = False,
     ) -> None:
-        loaders = {"training": dataloader}
-        if generalization_dataloader is not None:
-            loaders["generalization"] = generalization_dataloader
-        self._analyzers = {
-            data: TrainerAnalyzer(
-                options, num_samples=num_samples, batch_size=batch_size, dataloader=loader, loss_fn=loss_fn
-            )
-            for data, loader in loaders.items()
-        }
+        """Prepare.
+
+        Args:
+            training: Analyses the training data.
+            generalization: Analyses other data; None: nobody does.
+            preconditioner: Through whose eyes to look at the training data, too: "optimizer", or diagonals by name.
+            name: What the progress bar calls it.
+            progress: Whether there is one.
+        """
+        self._analyzers = {"training": training}
+        if generalization is not None:
+            self._analyzers["generalization"] = generalization
         self._preconditioner = preconditioner
         self._readable = True
         self._name = name
@@ -93,10 +90,9 @@ class Recorder:
             parts["the analysis through the optimizer's eyes"] = lambda: self._preconditioned(
                 trainer, pl_module, found["spectrum"]
             )
-        when = "before the first step" if epoch == START_EPOCH else f"of epoch {epoch}"
         error = None
         for part, work in parts.items():
-            with attempt(f"{part} {when} failed, training goes on") as failures:
+            with attempt(f"{part} {when(epoch)} failed, training goes on") as failures:
                 found |= work()
             if failures:
                 release_memory()
@@ -109,20 +105,23 @@ class Recorder:
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         data: str,
-        preconditioner: Mapping[str, Tensor] | None = None,
+        **changes: Any,
     ) -> Spectrum:
         with analysis_bar(trainer, self._name, shown=self._progress) as report:
-            return self._analyzers[data].spectrum(trainer, pl_module, report, preconditioner)
+            return self._analyzers[data].spectrum(trainer, pl_module, report, **changes)
 
     def _preconditioned(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plain: Spectrum) -> dict[str, Any]:
         """Return the fields of a record that show the training data through the optimizer's eyes."""
         if self._preconditioner != "optimizer":
-            return {"preconditioned": self._spectrum(trainer, pl_module, "training", self._preconditioner)}
+            return {
+                "preconditioned": self._spectrum(trainer, pl_module, "training", preconditioner=self._preconditioner)
+            }
         read = read_preconditioner(trainer.optimizers)
-        if read.is_identity:
+        diagonals = read.named(pl_module)
+        if read.is_identity and sum(d.numel() for d in diagonals.values()) == plain.dimension:
             spectrum = replace(plain, matrix="preconditioned hessian")
-        else:
-            spectrum = self._spectrum(trainer, pl_module, "training", read.named(pl_module))
+        else:  # frozen weights the optimizer does not see
+            spectrum = self._spectrum(trainer, pl_module, "training", preconditioner=diagonals, include_frozen=False)
         return {"preconditioned": spectrum, "stability_threshold": read.threshold}
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,15 +8,13 @@ from lightning_hesd import _lightning
 from lightning_hesd.criteria import quasi_singular
 from lightning_hesd.gradient_monitor import likely_causes
 from lightning_hesd.history import START_EPOCH
+from lightning_hesd.selection import LOSS_TOLERANCE
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
     from lightning_hesd.gradient_monitor import GradientStatistics
     from lightning_hesd.history import SpectrumHistory
-
-SAME_LOSS = 0.05
-"""Losses count as the same up to this, as for HessianCheckpoint without a metric."""
 
 
 class Remarks:
@@ -54,7 +52,7 @@ class Remarks:
                 f"generalization do not apply. Likely cause: {'; '.join(causes)}. An untrained network is MN, too.",
             )
         states = [r.spectrum for r in history if r.spectrum is not None]
-        if quasi_singular([s.lambda_max for s in states], [s.loss for s in states], tolerance=SAME_LOSS):
+        if quasi_singular([s.lambda_max for s in states], [s.loss for s in states], tolerance=LOSS_TOLERANCE):
             self._say(
                 "QS",
                 f"the spectrum of epoch {record.epoch} is quasi-singular: the largest eigenvalue fell to "

@@ -8,7 +8,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from lightning_hesd.history import SUFFIXES, SpectrumRecord
+from lightning_hesd.files import written_whole
+from lightning_hesd.history import PLAIN_FIELDS, SUFFIXES, SpectrumRecord
 from lightning_hesd.plotting import plot_density
 from lightning_hesd.selection import Candidate, SelectionRule
 from lightning_hesd.spectrum import Spectrum
@@ -72,10 +73,7 @@ class Results:
             field: Spectrum.load(self._spectrum(name, suffix)) if row["spectra"][field] else None
             for field, suffix in SUFFIXES.items()
         }
-        plain: dict[str, Any] = {
-            field: row[field] for field in ("epoch", "global_step", "error", "stability_threshold")
-        }
-        return SpectrumRecord(**plain, **spectra)
+        return SpectrumRecord(**{field: row[field] for field in PLAIN_FIELDS}, **spectra)
 
     def keep(self, name: str, path: Path, record: SpectrumRecord) -> None:
         """Write the spectra and figures of a record, then the record itself."""
@@ -88,10 +86,7 @@ class Results:
             draw(spectrum, name, figure)
         self._contents["checkpoints"][name] = {
             "file": _identity(path),
-            "epoch": record.epoch,
-            "global_step": record.global_step,
-            "error": record.error,
-            "stability_threshold": record.stability_threshold,
+            **{field: getattr(record, field) for field in PLAIN_FIELDS},
             "spectra": {field: suffix in record.spectra for field, suffix in SUFFIXES.items()},
             "assessment": None if record.assessment is None else asdict(record.assessment),
         }
@@ -101,14 +96,13 @@ class Results:
         """Add the table."""
         self._contents["table"] = list(lines)
         self._write()
-
-        def write(target: Path) -> None:
-            with target.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, fieldnames=list(lines[0]))
-                writer.writeheader()
-                writer.writerows(lines)
-
-        _whole(self._folder / "results.csv", write)
+        with (
+            written_whole(self._folder / "results.csv") as partial,
+            partial.open("w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.DictWriter(file, fieldnames=list(lines[0]))
+            writer.writeheader()
+            writer.writerows(lines)
 
     def _spectrum(self, name: str, suffix: str) -> Path:
         return self._folder / "spectra" / f"{name}{suffix}.npz"
@@ -116,7 +110,8 @@ class Results:
     def _write(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(_without_nan(self._contents), indent=1)
-        _whole(self._folder / RESULTS, lambda partial: partial.write_text(text, encoding="utf-8"))
+        with written_whole(self._folder / RESULTS) as partial:
+            partial.write_text(text, encoding="utf-8")
 
 
 def _without_nan(value: Any) -> Any:
@@ -180,11 +175,5 @@ def table_line(row: Row, picks: Mapping[str, str]) -> dict[str, Any]:
 def draw(spectrum: Spectrum, title: str, target: Path) -> None:
     """Write the density as a PNG."""
     figure = plot_density(spectrum, title=title).get_figure(root=True)
-    _whole(target, lambda partial: figure.savefig(partial, format="png"))  # type: ignore[union-attr]
-
-
-def _whole(target: Path, write: Callable[[Path], Any]) -> None:
-    """Let a file appear whole or not at all."""
-    partial = target.with_name(f"{target.name}.partial")
-    write(partial)
-    partial.replace(target)
+    with written_whole(target) as partial:
+        figure.savefig(partial, format="png")  # type: ignore[union-attr]

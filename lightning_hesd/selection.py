@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+LOSS_TOLERANCE = 0.05
+"""Losses over the analysis samples count as nearly the same up to this, absolute, unless somebody says otherwise."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One analysed state of the weights.

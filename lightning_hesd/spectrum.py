@@ -14,6 +14,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from lightning_hesd import criteria, quadrature
+from lightning_hesd.files import written_whole
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -330,11 +331,8 @@ class Spectrum:
         values = self.to_dict()
         arrays = {name: values.pop(name) for name in _ARRAYS}
         header = np.array(json.dumps({"format": FORMAT_VERSION, **values}))
-        target = Path(path)
-        partial = target.with_name(f"{target.name}.partial")
-        with partial.open("wb") as file:
+        with written_whole(Path(path)) as partial, partial.open("wb") as file:
             np.savez(file, header=header, **arrays)
-        partial.replace(target)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Spectrum:

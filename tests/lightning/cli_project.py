@@ -38,6 +38,19 @@ class Net(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.01)
 
 
+class ManualNet(Net):
+    """The same, optimized manually."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.automatic_optimization = False
+
+
+def loss(module: Net, batch: Any) -> Tensor:
+    """What ManualNet is trained for."""
+    return F.cross_entropy(module.net(batch[0]), batch[1])
+
+
 class Data(pl.LightningDataModule):
     """The first digits for training, later ones for everything else."""
 

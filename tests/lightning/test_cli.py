@@ -164,6 +164,26 @@ def test_checkpoints_of_one_name_are_told_apart(trained: Run, tmp_path: Path) ->
     assert sorted(found["checkpoints"]) == ["b_epoch=0", "epoch=0"]
 
 
+def test_manual_optimization_needs_a_loss(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, paths = trained
+    manual = ["--model=tests.lightning.cli_project.ManualNet", *MODEL[2:]]
+    said = refused(capsys, "analyze", paths[0], *manual, *CPU, "--out", tmp_path / "out")
+    assert "ManualNet uses manual optimization" in said
+    with_loss = analyze(tmp_path / "out", paths[0], "--loss_fn=tests.lightning.cli_project.loss", model=manual)
+    plain = analyze(tmp_path / "plain", paths[0])
+    assert with_loss["table"][0]["c_t"] == plain["table"][0]["c_t"]
+
+
+def test_optimizers_must_have_their_states(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, paths = trained
+    checkpoint = torch.load(paths[0], weights_only=True)
+    torch.save(checkpoint | {"optimizer_states": []}, tmp_path / "weights.ckpt")
+    said = refused(
+        capsys, "analyze", tmp_path / "weights.ckpt", *MODEL, *CPU, "--through_optimizer=true", "--out", tmp_path / "o"
+    )
+    assert "the checkpoint has the states of 0 optimizers, the module 1 optimizers" in said
+
+
 def test_frozen_weights_on_request(trained: Run, tmp_path: Path) -> None:
     _, paths = trained
     analyze(tmp_path / "out", paths[0], "--analysis.include_frozen=true", "--analysis.tolerance=0.5")

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hesd import HessianSpectrumCallback
+from lightning_hesd.gradient_monitor import GradientMonitor
 from tests.lightning.scripted import make_trainer
 from tests.lightning.test_loggers import read_csv
 from tests.lightning.test_resume import Net, data
@@ -129,6 +130,18 @@ def test_a_share_of_the_steps_is_clipped(tmp_path: Path) -> None:
     assert 0 < len(above) < len(net.norms)
     assert found["clipped_share"] == pytest.approx(len(above) / len(net.norms))
     assert found["clip_factor"] == pytest.approx(sum(threshold / norm for norm in above) / len(above), rel=1e-3)
+
+
+def test_a_failure_ends_the_looking_and_not_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_args: Any) -> None:
+        msg = "no luck"
+        raise OSError(msg)
+
+    monkeypatch.setattr(GradientMonitor, "_compare", broken)
+    with pytest.warns(RuntimeWarning, match="the gradients will no longer be looked at. OSError: no luck") as said:
+        found = fit(tmp_path, SGDNet())
+    assert len([w for w in said if "looked at" in str(w.message)]) == 1
+    assert found == {}
 
 
 def test_clipping_by_value_turns_the_gradient(tmp_path: Path) -> None:

@@ -201,6 +201,19 @@ def test_gradient_descent_has_eyes_of_its_own(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("make", [lambda p: SGD(p, 0.1), lambda p: Adam(p, 0.01)], ids=["SGD", "Adam"])
+def test_frozen_weights_are_not_seen_by_the_optimizer(tmp_path: Path, make: Callable[..., Optimizer]) -> None:
+    module = Trained(lambda p: make([q for q in p if q.requires_grad]))
+    module.net[0].requires_grad_(False)
+    spectra = callback(preconditioner="optimizer", include_frozen=True)
+    fit(tmp_path, spectra, module=module, max_epochs=1)
+    (record,) = spectra.history
+    assert record.spectrum is not None
+    assert record.preconditioned is not None
+    assert record.spectrum.dimension == 65 * 6 + 7 * 10
+    assert record.preconditioned.dimension == 7 * 10
+
+
 def test_diagonals_of_ones_own(tmp_path: Path) -> None:
     diagonals = {name: torch.full_like(p, 4.0) for name, p in Classifier().named_parameters()}
     spectra = callback(preconditioner=diagonals)

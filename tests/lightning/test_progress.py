@@ -130,7 +130,7 @@ def scripted(
     """Return a callback whose analyses report `steps` of `TOTAL` steps, then end or fail; and a spy."""
     observer, spy = callback(**arguments), Spy(terminal)
 
-    def spectrum(trainer: Any, pl_module: Any, report: Any, preconditioner: Any) -> Any:
+    def spectrum(trainer: Any, pl_module: Any, report: Any) -> Any:
         spy.reports.append(report)
         for step in range(1, steps + 1):
             if report is not None:

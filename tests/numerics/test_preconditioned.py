@@ -68,6 +68,14 @@ def test_identity_changes_nothing() -> None:
     assert plain.c_t_sampling_error == same.c_t_sampling_error
 
 
+def test_its_vectors_are_part_of_the_predicted_memory() -> None:
+    problem = cases.make("mlp")
+    plain = hessian_spectrum(*problem, steps=4).predicted_memory
+    scaled = hessian_spectrum(*problem, steps=4, preconditioner=diagonals(problem.module)).predicted_memory
+    assert plain is not None
+    assert scaled == plain + 3 * 43 * 8
+
+
 def test_sampling_error_is_that_of_the_preconditioned_hessian() -> None:
     """A linear model under squared error: its preconditioned Hessian is that of rescaled inputs."""
     problem = cases.regression((64,), 5, 1, torch.float64)
