@@ -1,0 +1,120 @@
+"""What is trained, declared: one `Experiment` for each training, and the sizes common to all of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+Network = Literal["resnet", "vit"]
+NETWORKS: tuple[Network, ...] = ("resnet", "vit")
+STRONG_CLIP = 0.05
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Sizes common to all experiments; every one is an option of the command line."""
+
+    train_folder: str | None = field(default=None, metadata={"help": "class folders of PNG files, instead of digits"})
+    gen_folder: str | None = field(default=None, metadata={"help": "the same classes from a shifted distribution"})
+    train_size: int = field(default=900, metadata={"help": "training samples, at most 900 of the digits"})
+    batch_size: int = field(default=64, metadata={"help": "training samples per step"})
+    resnet_width: int = field(default=8, metadata={"help": "channels of the first stage; ResNet20: 16"})
+    resnet_blocks: int = field(default=1, metadata={"help": "residual blocks per stage; ResNet20: 3"})
+    vit_width: int = field(default=24, metadata={"help": "hidden dimension; ViT small: 384"})
+    vit_depth: int = field(default=2, metadata={"help": "transformer blocks; ViT small: 12"})
+    vit_heads: int = field(default=2, metadata={"help": "attention heads; ViT small: 6"})
+    vit_patch: int = field(default=2, metadata={"help": "pixels along a patch; 4 for 32x32 images"})
+    epochs: int = field(default=48, metadata={"help": "epochs of every training; the paper's go up to 1000"})
+    points: int = field(default=6, metadata={"help": "how many of these epochs are analysed, evenly spaced"})
+    steps: int = field(default=40, metadata={"help": "Lanczos steps of every spectrum; the paper's: 100"})
+    samples: int = field(default=256, metadata={"help": "samples of every spectrum"})
+    accelerator: str = field(default="cpu", metadata={"help": "of Lightning's Trainer"})
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One training.
+
+    Attributes:
+        name: What the report calls it.
+        network: Which network.
+        optimizer: Key of `training.OPTIMIZERS`.
+        setup: The sizes.
+        seed: Of initialisation and order of samples; the data are the same for every seed.
+        task: "digits", or what networks are pre-trained on: `data.Coloured`.
+        augment: Whether training images are augmented.
+        clip: Largest global norm of gradients; None: not clipped.
+        pretrained: Whose weights to begin with, input layer and classifier excepted.
+        frozen: Whether these weights stay as they are.
+        full_analysis: Also analyse the initialisation, the generalization data, the Hessian through the optimizer's
+            eyes, and at the end how clean held-out data compare.
+        optimizer_eyes: Just the second last of these.
+    """
+
+    name: str
+    network: Network
+    optimizer: str
+    setup: Setup
+    seed: int = 0
+    task: Literal["digits", "coloured"] = "digits"
+    augment: bool = False
+    clip: float | None = None
+    pretrained: Experiment | None = None
+    frozen: bool = False
+    full_analysis: bool = False
+    optimizer_eyes: bool = False
+
+    @property
+    def every(self) -> int:
+        """Number of epochs from one analysis to the next; before fine-tuning only the result is of interest."""
+        return self.setup.epochs // (1 if self.task == "coloured" else self.setup.points)
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder of its outcome: the same settings are not trained twice."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+def experiments(setup: Setup, seeds: int) -> list[Experiment]:
+    """Return all experiments, the longest first, so that no worker ends long after the other."""
+
+    def vit(name: str, optimizer: str, **rest: object) -> Experiment:
+        return Experiment(f"vit-{name}", "vit", optimizer, setup, **rest)  # type: ignore[arg-type]
+
+    def resnet(name: str, optimizer: str, **rest: object) -> Experiment:
+        return Experiment(f"resnet-{name}", "resnet", optimizer, setup, **rest)  # type: ignore[arg-type]
+
+    pretraining = vit("pretraining", "adamw", task="coloured")
+    return [
+        pretraining,
+        vit("adahessian", "adahessian", optimizer_eyes=True),
+        resnet("adahessian", "adahessian", optimizer_eyes=True),
+        vit("adahessian-unaveraged", "adahessian-unaveraged", optimizer_eyes=True),
+        *(
+            make(f"adamw-seed{seed}", "adamw", seed=seed, full_analysis=True)
+            for seed in range(seeds)
+            for make in (resnet, vit)
+        ),
+        *(
+            vit(f"{name}-clip-{clip:g}", name, clip=clip, optimizer_eyes=True)
+            for name in ("adamw", "sgd-momentum")
+            for clip in (1.0, STRONG_CLIP)
+        ),
+        vit("sgd", "sgd"),
+        vit("sgd-momentum", "sgd-momentum"),
+        resnet("sgd-momentum", "sgd-momentum"),
+        *(vit(f"{name}-augmented", name, augment=True) for name in ("adamw", "sgd", "sgd-momentum")),
+        *(
+            vit(
+                f"{name}-{'frozen' if frozen else 'tuned'}",
+                f"{name}-tuning",
+                pretrained=pretraining,
+                frozen=frozen,
+            )
+            for name in ("sgd", "sgd-momentum")
+            for frozen in (False, True)
+        ),
+    ]
