@@ -1,0 +1,211 @@
+"""One training, as anybody would write it in Lightning, with the callback that analyses it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import warnings
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
+
+from examples.paper_hesd.adahessian import AdaHessian
+from examples.paper_hesd.data import load, rand_augment
+from examples.paper_hesd.networks import ViT, build
+from examples.paper_hesd.outcomes import WEIGHTS, Row, is_done, write
+from lightning_hesd import HessianSpectrumCallback
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from examples.paper_hesd.data import Images
+    from examples.paper_hesd.settings import Experiment
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": partial(torch.optim.AdamW, lr=3e-3, weight_decay=0.01),
+    "sgd": partial(torch.optim.SGD, lr=0.1),
+    "sgd-momentum": partial(torch.optim.SGD, lr=0.02, momentum=0.9),
+    "sgd-tuning": partial(torch.optim.SGD, lr=0.03),
+    "sgd-momentum-tuning": partial(torch.optim.SGD, lr=0.006, momentum=0.9),
+    "adahessian": partial(AdaHessian, lr=0.05),
+    "adahessian-unaveraged": partial(AdaHessian, lr=0.05, averaged=False),
+}
+GRADIENT_KEYS = ("clipped_share", "clip_factor", "gradient_cosine", "update_cosine")
+EVALUATION_BATCH = 512
+
+
+class Classifier(pl.LightningModule):
+    def __init__(self, network: nn.Module, classes: int, optimizer: str, *, augment: bool) -> None:
+        super().__init__()
+        self.network = network
+        self.optimizer = optimizer
+        self.augment = augment
+        self.train_acc, self.val_acc, self.gen_acc = (MulticlassAccuracy(classes, average="micro") for _ in range(3))
+
+    def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:  # noqa: ARG002
+        images, labels = batch
+        return [rand_augment(images) if self.augment and self.trainer.training else images, labels]
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        images, labels = batch
+        logits = self.network(images)
+        self.train_acc(logits, labels)
+        self.log("train_acc", self.train_acc, on_step=False, on_epoch=True)
+        return F.cross_entropy(logits, labels)
+
+    def training_step(self, batch: list[Tensor]) -> Tensor:
+        return self.loss(batch)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
+        name, accuracy = (("val_acc", self.val_acc), ("gen_acc", self.gen_acc))[dataloader_idx]
+        accuracy(self.network(batch[0]), batch[1])
+        self.log(name, accuracy, add_dataloader_idx=False)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return OPTIMIZERS[self.optimizer]([p for p in self.parameters() if p.requires_grad])
+
+
+class SecondOrderClassifier(Classifier):
+    """For AdaHessian, which needs the graph of the gradients."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor]) -> None:  # type: ignore[override]
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        optimizer.zero_grad()
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+            self.manual_backward(self.loss(batch), create_graph=True)
+            optimizer.step()
+
+
+def plain_loss(module: Classifier, batch: list[Tensor]) -> Tensor:
+    """What the callback analyses where calling `training_step` would train."""
+    return F.cross_entropy(module.network(batch[0]), batch[1])
+
+
+class RowKeeper(pl.Callback):
+    """Keeps a row of numbers for each analysed epoch."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.rows: list[Row] = []
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if (trainer.current_epoch + 1) % self.every:
+            return
+        metrics = trainer.callback_metrics
+        row = Row(
+            epoch=trainer.current_epoch,
+            **{name: float(metrics[name]) for name in ("train_acc", "val_acc", "gen_acc")},
+            squared_norm=sum(float(p.detach().square().sum()) for p in pl_module.parameters()),
+            gradients={key: float(metrics[f"hesd/{key}"]) for key in GRADIENT_KEYS if f"hesd/{key}" in metrics},
+        )
+        self.rows.append(row)
+
+
+def run(experiment: Experiment, out: Path) -> float:
+    """Train, and write the outcome; nothing is done if it is there. Return the seconds this took."""
+    folder = out / experiment.folder
+    if is_done(folder):
+        return 0.0
+    torch.set_num_threads(1)  # so small networks gain little from more, and the other worker needs the other core
+    started = time.perf_counter()
+    with quiet():
+        _train(experiment, out, folder, started)
+    return time.perf_counter() - started
+
+
+def _train(experiment: Experiment, out: Path, folder: Path, started: float) -> None:
+    setup = experiment.setup
+    pl.seed_everything(experiment.seed, verbose=False)
+    data = load(setup, experiment.task)
+    network = build(experiment.network, data.train[0][0], data.classes, setup)
+    if experiment.pretrained is not None:
+        assert isinstance(network, ViT)
+        weights = torch.load(out / experiment.pretrained.folder / WEIGHTS, weights_only=True)
+        network.adopt(weights, freeze=experiment.frozen)
+    kind = SecondOrderClassifier if experiment.optimizer.startswith("adahessian") else Classifier
+    model = kind(network, data.classes, experiment.optimizer, augment=experiment.augment)
+
+    evaluation = partial(DataLoader, batch_size=EVALUATION_BATCH)
+    rows = RowKeeper(experiment.every)
+    trainer = pl.Trainer(
+        max_epochs=setup.epochs,
+        check_val_every_n_epoch=experiment.every,
+        gradient_clip_val=experiment.clip,
+        accelerator=setup.accelerator,
+        default_root_dir=folder,
+        callbacks=[*spectra(experiment, data.validation, data.generalization), rows],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(
+        model,
+        DataLoader(data.train, batch_size=setup.batch_size, shuffle=True),
+        [evaluation(data.validation), evaluation(data.generalization)],
+    )
+    torch.save(network.state_dict(), folder / WEIGHTS)
+    parameters = sum(p.numel() for p in network.parameters())
+    found = {"rows": [asdict(row) for row in rows.rows], "parameters": parameters, "distinct": data.distinct}
+    write(experiment, folder, time.perf_counter() - started, **found)
+
+
+def spectra(experiment: Experiment, validation: Images, generalization: Images) -> list[pl.Callback]:
+    """Return the callbacks that analyse this experiment."""
+    setup = experiment.setup
+    analyse = partial(
+        HessianSpectrumCallback,
+        num_samples=setup.samples,
+        batch_size=setup.samples,  # small images: all in one batch
+        steps=setup.steps,
+        loss_fn=plain_loss if experiment.optimizer.startswith("adahessian") else None,
+        progress=False,
+    )
+    evaluation = partial(DataLoader, batch_size=EVALUATION_BATCH)
+    full = experiment.full_analysis
+    callbacks: list[pl.Callback] = [
+        analyse(
+            every_n_epochs=experiment.every,
+            at_start=full,
+            generalization_dataloader=evaluation(generalization) if full else None,
+            preconditioner="optimizer" if full or experiment.optimizer_eyes else None,
+            monitor_gradients=True,
+        )
+    ]
+    last = [setup.epochs - 1]
+    if full:  # a control: data on which the network does generalise
+        callbacks.append(analyse(epochs=last, generalization_dataloader=evaluation(validation), name="clean"))
+    if experiment.frozen:
+        callbacks.append(analyse(epochs=last, include_frozen=True, name="all"))
+    return callbacks
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out what is known and harmless here."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for message in (
+            ".*does not have many workers",  # the data are in memory
+            ".*smaller than the logging interval",  # nothing is logged by step
+            ".*LeafSpec.*deprecated",  # Lightning 2.6 with torch 2.13
+            ".*backward\\(\\) with create_graph=True",  # AdaHessian lets go of the graphs
+        ):
+            warnings.filterwarnings("ignore", message=message)
+        yield
