@@ -1,0 +1,139 @@
+"""How a claim of the paper is judged by numbers: the rules, each with the words that state it in the report."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from examples.paper_hesd.outcomes import TRAINED
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from matplotlib.figure import Figure
+
+    from examples.paper_hesd.outcomes import Outcome
+    from examples.paper_hesd.rules import Difference
+    from lightning_hesd import Spectrum
+
+Verdict = Literal["agrees", "differs", "cannot be seen at this scale", "not run"]
+AGREES: Verdict = "agrees"
+DIFFERS: Verdict = "differs"
+UNSEEN: Verdict = "cannot be seen at this scale"
+NOT_RUN: Verdict = "not run"
+
+
+class Table(NamedTuple):
+    """A table of the paper, or ours in the same layout."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How one claim of the paper came out."""
+
+    claim: str
+    rule: str
+    evidence: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the report says about a table or figure of the paper."""
+
+    title: str
+    paper: str | Table
+    ours: Sequence[Table] = ()
+    findings: Sequence[Finding] = ()
+    figure: Figure | None = None
+    caption: str = ""
+    notes: Sequence[str] = field(default=())
+
+    @property
+    def slug(self) -> str:
+        """The title as a file name."""
+        return re.sub(r"\W+", "-", self.title.lower())
+
+
+OF_TRAINED = f"Epochs with a training accuracy of {TRAINED} or more"
+
+
+def kind(spectrum: Spectrum | None) -> str:
+    """Return the type, "uncertain" where the interval of C_t contains the threshold, or "undefined"."""
+    if spectrum is None or spectrum.hesd_type is None:
+        return "undefined"
+    return spectrum.hesd_type if spectrum.type_certain else "uncertain"
+
+
+def counted(spectra: Iterable[Spectrum | None]) -> str:
+    """Return how many are of which type, in words."""
+    kinds = [kind(spectrum) for spectrum in spectra]
+    return ", ".join(f"{kinds.count(name)} {name}" for name in dict.fromkeys(["MP", "MN", *kinds]))
+
+
+ALWAYS_MP = "agrees if all are MP with all of their C_t interval, differs if one is MN with all of it"
+
+
+def always_mp(spectra: Sequence[Spectrum | None]) -> Verdict:
+    """Judge the claim that all spectra are MP."""
+    return combined({"MP": AGREES, "MN": DIFFERS}.get(kind(spectrum), UNSEEN) for spectrum in spectra)
+
+
+SOMETIMES_MN = "agrees if one is MN with all of its C_t interval, differs if all are MP with all of it"
+
+
+def sometimes_mn(spectra: Sequence[Spectrum | None]) -> Verdict:
+    """Judge the claim that some spectra are MN."""
+    opposite: dict[Verdict, Verdict] = {AGREES: DIFFERS, DIFFERS: AGREES}
+    verdict = always_mp(spectra)
+    return opposite.get(verdict, verdict)
+
+
+def mn_when_trained(claim: str, runs: Sequence[Outcome]) -> Finding:
+    """Judge the claim that some spectra of networks that are trained by then are MN."""
+    spectra = [point.spectrum for outcome in runs for point in outcome.trained]
+    verdict = sometimes_mn(spectra) if spectra else UNSEEN if runs else NOT_RUN
+    return Finding(claim, f"{OF_TRAINED}: {SOMETIMES_MN}", counted(spectra), verdict)
+
+
+HIGHER = "agrees (differs) if the first accuracy is higher (lower) by more than two standard errors of a difference"
+
+
+def standard_error(first: Outcome, second: Outcome) -> float:
+    """Return that of the difference of two generalization accuracies.
+
+    Both are shares of the same images; that they err together is left out, so that it is rather too large. Variations
+    of an image count as one.
+    """
+    return math.sqrt(sum(o.last.gen_acc * (1 - o.last.gen_acc) / o.distinct for o in (first, second)))
+
+
+def higher(first: Outcome, second: Outcome) -> Verdict:
+    """Judge the claim that the first generalises better than the second."""
+    return by_sign(first.last.gen_acc - second.last.gen_acc, 2 * standard_error(first, second))
+
+
+def by_sign(difference: float, noise: float) -> Verdict:
+    """Judge the claim that a difference is positive."""
+    return AGREES if difference > noise else DIFFERS if difference < -noise else UNSEEN
+
+
+INTERVAL = "agrees (differs) if the 95 % interval of the mean over seeds lies above (below) 0"
+
+
+def by_interval(difference: Difference, sign: int = 1) -> Verdict:
+    """Judge the claim that a mean difference has this sign."""
+    return {1: AGREES, -1: DIFFERS}.get(sign * difference.sign, UNSEEN)
+
+
+def combined(verdicts: Iterable[Verdict]) -> Verdict:
+    """Judge a claim that consists of several."""
+    given = list(verdicts)
+    if not given:
+        return NOT_RUN
+    return DIFFERS if DIFFERS in given else AGREES if set(given) == {AGREES} else UNSEEN
