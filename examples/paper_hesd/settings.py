@@ -10,6 +10,7 @@ from typing import Literal
 Network = Literal["resnet", "vit"]
 NETWORKS: tuple[Network, ...] = ("resnet", "vit")
 STRONG_CLIP = 0.05
+DENSER = 4
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Setup:
     vit_depth: int = field(default=2, metadata={"help": "transformer blocks; ViT small: 12"})
     vit_heads: int = field(default=2, metadata={"help": "attention heads; ViT small: 6"})
     vit_patch: int = field(default=2, metadata={"help": "pixels along a patch; 4 for 32x32 images"})
-    epochs: int = field(default=48, metadata={"help": "epochs of every training; the paper's go up to 1000"})
-    points: int = field(default=6, metadata={"help": "how many of these epochs are analysed, evenly spaced"})
+    epochs: int = field(default=32, metadata={"help": "epochs of every training; the paper's go up to 1000"})
+    points: int = field(default=4, metadata={"help": "how many of these epochs are analysed, evenly spaced"})
     steps: int = field(default=40, metadata={"help": "Lanczos steps of every spectrum; the paper's: 100"})
     samples: int = field(default=256, metadata={"help": "samples of every spectrum"})
     accelerator: str = field(default="cpu", metadata={"help": "of Lightning's Trainer"})
@@ -50,7 +51,9 @@ class Experiment:
         frozen: Whether these weights stay as they are.
         full_analysis: Also analyse the initialisation, the generalization data, the Hessian through the optimizer's
             eyes, and at the end how clean held-out data compare.
-        optimizer_eyes: Just the second last of these.
+        optimizer_eyes: Also analyse the Hessian through the optimizer's eyes.
+        dense: Analyse more often, because MN spectra may last for a few epochs only; to spend less on each of these
+            spectra, it takes as many steps as C_t needs.
     """
 
     name: str
@@ -65,11 +68,15 @@ class Experiment:
     frozen: bool = False
     full_analysis: bool = False
     optimizer_eyes: bool = False
+    dense: bool = False
 
     @property
     def every(self) -> int:
         """Number of epochs from one analysis to the next; before fine-tuning only the result is of interest."""
-        return self.setup.epochs // (1 if self.task == "coloured" else self.setup.points)
+        if self.task == "coloured":
+            return self.setup.epochs
+        usual = self.setup.epochs // self.setup.points
+        return max(1, usual // DENSER) if self.dense else usual
 
     @property
     def folder(self) -> str:
@@ -90,16 +97,17 @@ def experiments(setup: Setup, seeds: int) -> list[Experiment]:
     pretraining = vit("pretraining", "adamw", task="coloured")
     return [
         pretraining,
-        vit("adahessian", "adahessian", optimizer_eyes=True),
-        resnet("adahessian", "adahessian", optimizer_eyes=True),
-        vit("adahessian-unaveraged", "adahessian-unaveraged", optimizer_eyes=True),
+        vit("adahessian", "adahessian", optimizer_eyes=True, dense=True),
+        vit("adahessian-unaveraged", "adahessian-unaveraged", dense=True),
+        resnet("adahessian", "adahessian", optimizer_eyes=True, dense=True),
+        vit("adamw-dense", "adamw", dense=True),
         *(
             make(f"adamw-seed{seed}", "adamw", seed=seed, full_analysis=True)
             for seed in range(seeds)
             for make in (resnet, vit)
         ),
         *(
-            vit(f"{name}-clip-{clip:g}", name, clip=clip, optimizer_eyes=True)
+            vit(f"{name}-clip-{clip:g}", name, clip=clip, optimizer_eyes=True, dense=True)
             for name in ("adamw", "sgd-momentum")
             for clip in (1.0, STRONG_CLIP)
         ),

@@ -37,11 +37,12 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd-momentum": partial(torch.optim.SGD, lr=0.02, momentum=0.9),
     "sgd-tuning": partial(torch.optim.SGD, lr=0.03),
     "sgd-momentum-tuning": partial(torch.optim.SGD, lr=0.006, momentum=0.9),
-    "adahessian": partial(AdaHessian, lr=0.05),
-    "adahessian-unaveraged": partial(AdaHessian, lr=0.05, averaged=False),
+    "adahessian": AdaHessian,
+    "adahessian-unaveraged": partial(AdaHessian, averaged=False),
 }
 GRADIENT_KEYS = ("clipped_share", "clip_factor", "gradient_cosine", "update_cosine")
 EVALUATION_BATCH = 512
+DENSE_TOLERANCE = 0.1
 
 
 class Classifier(pl.LightningModule):
@@ -174,6 +175,7 @@ def spectra(experiment: Experiment, validation: Images, generalization: Images) 
         num_samples=setup.samples,
         batch_size=setup.samples,  # small images: all in one batch
         steps=setup.steps,
+        tolerance=DENSE_TOLERANCE if experiment.dense else None,  # K_H05 needs the same steps everywhere
         loss_fn=plain_loss if experiment.optimizer.startswith("adahessian") else None,
         progress=False,
     )
