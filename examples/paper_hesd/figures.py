@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
     from examples.paper_hesd.outcomes import Outcome, Point
     from examples.paper_hesd.rules import Difference
@@ -50,23 +51,24 @@ def c_t_curves(outcomes: Mapping[str, Outcome]) -> Figure:
     return figure
 
 
-def density_and_curve(spectra: Mapping[str, Spectrum], outcome: Outcome) -> Figure:
-    """Draw densities, and C_t over epochs beside them."""
+def density_and_curve(spectra: Mapping[str, Spectrum], *outcomes: Outcome) -> Figure:
+    """Draw densities, and C_t over epochs beside them: of the network they come from, and of others to compare."""
     figure, axes = panels(len(spectra) + 1)
     for ax, (title, spectrum) in zip(axes, spectra.items(), strict=False):
         plot_density(spectrum, ax, title)
-    draw_c_t(axes[-1], outcome.points)
-    axes[-1].set_title(outcome.experiment.name, fontsize=10)
+    for outcome, (colour, style) in zip(outcomes, ((BLACK, "-"), (BLUE, "--"), (ORANGE, ":")), strict=False):
+        draw_c_t(axes[-1], outcome.points, colour, style, outcome.experiment.name)
+    axes[-1].legend(fontsize=8.5, loc="upper left")
     return figure
 
 
-def draw_c_t(ax: Axes, points: Sequence[Point]) -> None:
+def draw_c_t(ax: Axes, points: Sequence[Point], colour: str = BLACK, style: str = "-", label: str = "") -> None:
     """Draw C_t with its interval and the threshold; near zero the axis is stretched."""
     low, high = zip(*(point.spectrum.c_t_interval for point in points), strict=True)
     values = [point.spectrum.c_t for point in points]
     errors = [[v - a for v, a in zip(values, low, strict=True)], [b - v for v, b in zip(values, high, strict=True)]]
     epochs = [point.epoch for point in points]
-    ax.errorbar(epochs, values, errors, color=BLACK, ecolor="0.6", capsize=2, **LINE)  # type: ignore[arg-type]
+    ax.errorbar(epochs, values, errors, color=colour, ecolor="0.6", capsize=2, linestyle=style, label=label, **LINE)  # type: ignore[arg-type]
     threshold(ax)
     epoch_axis(ax)
 
@@ -80,6 +82,20 @@ def threshold(ax: Axes) -> None:
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.set_ylabel("$C_t$")
+
+
+def plain_log(axis: Axis) -> None:
+    """Label a logarithmic axis with plain numbers, also where it spans less than a decade."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else ""))
+
+
+def mathtext(rule: str) -> str:
+    """Return the name of a rule as a figure shows it."""
+    symbols = {"C_t": "$C_t$", "λ_max": r"$\lambda_{\max}$", "K_H05": "$K_{H05}$", "r_e": "$r_e$"}
+    for symbol, formula in symbols.items():
+        rule = rule.replace(symbol, formula)
+    return rule
 
 
 def epoch_axis(ax: Axes) -> None:
@@ -107,6 +123,7 @@ def criteria_curves(outcome: Outcome) -> Figure:
         ax.plot(epochs, generalization, color=VERMILION, label="generalization data", linestyle="--", **LINE)  # type: ignore[arg-type]
         if label != "accuracy":
             ax.set_yscale("log")
+            plain_log(ax.yaxis)
         ax.set_title(label, fontsize=10)
         epoch_axis(ax)
     axes[0].legend(fontsize=9)
@@ -134,10 +151,12 @@ def picks_over_epochs(runs: Mapping[str, tuple[Outcome, Mapping[str, Point]]]) -
             ax.plot(filled, [values[e] for e in filled], "o", color="0.4", markersize=4, label="candidate")
             styles = ((BLUE, "^", 9, BLUE), (VERMILION, "v", 11, "none"))
             for (rule, point), (colour, marker, size, face) in zip(picks.items(), styles, strict=True):
+                picked = f"{mathtext(rule)} ({point.epoch})"
                 ax.plot([point.epoch], [values[point.epoch]], marker, color=colour, markersize=size,
-                        markerfacecolor=face, markeredgewidth=1.6, label=f"{rule} ({point.epoch})")  # fmt: skip
+                        markerfacecolor=face, markeredgewidth=1.6, label=picked)  # fmt: skip
             if row == 0:
                 ax.set_yscale("log")
+                plain_log(ax.yaxis)
                 ax.set_title(title, fontsize=10)
                 ax.legend(fontsize=8.5)
             ax.set_ylabel(label)
@@ -157,9 +176,8 @@ def algorithm(assessments: Mapping[str, Sequence[Assessment]]) -> Figure:
     ax.axhline(DELTA_K_H05_THRESHOLD, color="0.4", linestyle="--", linewidth=1)
     ax.set_xscale("log")
     ax.set_yscale("log")
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else ""))
+    plain_log(ax.xaxis)
+    plain_log(ax.yaxis)
     ax.set_xlabel("$\\Delta r_e$")
     ax.set_ylabel("$\\Delta K_{H05}$")
     ax.grid(visible=True, alpha=0.3)
@@ -196,9 +214,8 @@ def rule_differences(differences: Mapping[str, Mapping[str, Difference]]) -> Fig
             ax.plot([low, high], [position, position], color=colour, linewidth=2)
             ax.plot([mean], [position], "o", color=colour, markersize=5)
         ax.axvline(0, color=BLACK, linewidth=0.8)
-        ax.set_yticks(range(len(names)), names, fontsize=8.5)
+        ax.set_yticks(range(len(names)), map(mathtext, names), fontsize=8.5)
         ax.set_title(title, fontsize=10)
-        ax.set_xlabel("points of generalization accuracy more than the last epoch")
-        ax.xaxis.label.set_fontsize(9)
+        ax.set_xlabel("more than the last epoch, points")
         ax.grid(visible=True, axis="x", alpha=0.3)
     return figure

@@ -115,7 +115,7 @@ def chapter(section: Section) -> str:
 def unseen(sections: Sequence[Section], setup: Setup) -> str:
     """Return the findings that could not be made, with their evidence."""
     lines = [
-        f"- {section.title.split('.')[0]}: {finding.claim} Here: {finding.evidence}."
+        f"- {section.title}: {finding.claim} Here: {finding.evidence}."
         for section in sections
         for finding in section.findings
         if finding.verdict == UNSEEN

@@ -72,7 +72,12 @@ class Difference(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval excludes 0, else 0."""
+        """1 or -1 where the interval excludes 0, else 0.
+
+        An interval without width says nothing: accuracies are shares of few images, and their differences easily equal.
+        """
+        if not self.high - self.low > 1e-9:
+            return 0
         return int(self.low > 0) - int(self.high < 0)
 
     def shown(self, form: str) -> str:

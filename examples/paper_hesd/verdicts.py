@@ -7,6 +7,9 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import numpy as np
+from scipy.stats import fisher_exact
+
 from examples.paper_hesd.outcomes import TRAINED
 
 if TYPE_CHECKING:
@@ -96,9 +99,28 @@ def sometimes_mn(spectra: Sequence[Spectrum | None]) -> Verdict:
 
 def mn_when_trained(claim: str, runs: Sequence[Outcome]) -> Finding:
     """Judge the claim that some spectra of networks that are trained by then are MN."""
-    spectra = [point.spectrum for outcome in runs for point in outcome.trained]
+    points = [(outcome.experiment.name, point) for outcome in runs for point in outcome.trained]
+    spectra = [point.spectrum for _, point in points]
+    places = [
+        f"{name}, epoch {p.epoch}: C_t = {p.spectrum.c_t:.2f} at training accuracy {p.train_acc:.2f}"
+        for name, p in points
+        if kind(p.spectrum) == "MN"
+    ]
+    evidence = counted(spectra) + (f" ({'; '.join(places)})" if places else "")
     verdict = sometimes_mn(spectra) if spectra else UNSEEN if runs else NOT_RUN
-    return Finding(claim, f"{OF_TRAINED}: {SOMETIMES_MN}", counted(spectra), verdict)
+    return Finding(claim, f"{OF_TRAINED}: {SOMETIMES_MN}", evidence, verdict)
+
+
+MORE_OFTEN = "agrees (differs) if MN is more (less) frequent with it, one-sided p < 0.05 by Fisher's exact test"
+
+
+def more_often(with_it: Sequence[Spectrum], without: Sequence[Spectrum]) -> Verdict:
+    """Judge the claim that spectra are MN more often with something than without."""
+    if not with_it or not without:
+        return UNSEEN
+    counts = [[sum((kind(s) == "MN") == mn for s in spectra) for mn in (True, False)] for spectra in (with_it, without)]
+    less, greater = (float(fisher_exact(np.array(counts), alternative).pvalue) for alternative in ("less", "greater"))
+    return AGREES if greater < 0.05 else DIFFERS if less < 0.05 else UNSEEN
 
 
 HIGHER = "agrees (differs) if the first accuracy is higher (lower) by more than two standard errors of a difference"
