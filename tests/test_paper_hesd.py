@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +19,11 @@ from torch import nn
 
 from examples.paper_hesd.adahessian import AdaHessian, hessian_diagonals, spatial_average
 from examples.paper_hesd.data import Coloured, ImageFolder, load, rand_augment
+from examples.paper_hesd.outcomes import read
 from examples.paper_hesd.rules import RULES, paired, picks
-from examples.paper_hesd.settings import Setup
-from examples.paper_hesd.verdicts import always_mp, by_interval, sometimes_mn
+from examples.paper_hesd.settings import Experiment, Setup
+from examples.paper_hesd.training import run
+from examples.paper_hesd.verdicts import always_mp, by_interval, more_often, sometimes_mn
 from lightning_hesd import Spectrum
 from lightning_hesd.history import SpectrumRecord
 from lightning_hesd.preconditioner import read_preconditioner
@@ -49,7 +52,8 @@ def reproduce(out: Path, *options: str) -> str:
 
 def sections(out: Path) -> dict[str, str]:
     report = (out / "report.md").read_text(encoding="utf-8")
-    return {part.split(".")[0].strip(): part for part in re.split(r"^## ", report, flags=re.MULTILINE)[1:]}
+    parts = re.split(r"^## ", report, flags=re.MULTILINE)[1:]
+    return {re.split(r"[.\n]", part)[0]: part for part in parts}
 
 
 def test_everything_once(tmp_path: Path) -> None:
@@ -61,9 +65,11 @@ def test_everything_once(tmp_path: Path) -> None:
         assert title in parts["Summary"]
         assert "not run" not in parts[title]
     for title in TITLES[4:]:
-        image = re.search(r"!\[.*\]\((.*)\)", parts[title]) or (title == "Figure 2" and "no network was trained enough")
-        assert image
-        if not isinstance(image, bool):
+        image = re.search(r"!\[.*\]\((.*)\)", parts[title])
+        if title == "Figure 2":  # no network is trained enough
+            assert image is None
+        else:
+            assert image is not None
             assert (tmp_path / image[1]).read_bytes().startswith(b"\x89PNG")
     assert "| VIT small | cinic | cifar | SGD | MP | 99 | 43 |" in parts["Table 1"]
     assert len(re.findall(r"^\| (ResNet|ViT) \| digits", parts["Table 1"], re.MULTILINE)) == 5
@@ -72,27 +78,41 @@ def test_everything_once(tmp_path: Path) -> None:
     for name in RULES:
         assert len(re.findall(rf"^\| {re.escape(name)} \|", report_text(tmp_path), re.MULTILINE)) >= 2
 
+    assert "0 experiments to run, 23 finished earlier" in reproduce(tmp_path)
+
 
 def report_text(out: Path) -> str:
     return (out / "report.md").read_text(encoding="utf-8")
 
 
-def test_finished_experiments_are_not_run_again_and_others_are(tmp_path: Path) -> None:
+def test_some_experiments_only(tmp_path: Path) -> None:
     assert "1 experiments to run, 0 finished earlier" in reproduce(tmp_path, "--only", "vit-sgd", "--jobs", "1")
-    [outcome] = tmp_path.glob("vit-sgd-*/outcome.json")
-    written = outcome.stat().st_mtime_ns
-    parts = sections(tmp_path)
-    assert "**not run**" in parts["Table 2"]
-    assert "vit-sgd-momentum" in report_text(tmp_path).split("not run, or without a spectrum: ")[1].splitlines()[0]
+    [folder] = tmp_path.glob("vit-sgd-*")
+    values = json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
+    assert values["experiment"]["setup"]["steps"] == 4
+    assert [row["epoch"] for row in values["rows"]] == [0, 1]
+    assert "**not run**" in sections(tmp_path)["Table 2"]
+    left_out = report_text(tmp_path).split("not run, or without a spectrum: ")[1].splitlines()[0]
+    assert "vit-sgd-momentum" in left_out
+    assert "vit-sgd," not in left_out
 
-    stdout = reproduce(tmp_path, "--only", "vit-sgd", "--jobs", "1")
-    assert "0 experiments to run, 1 finished earlier" in stdout
-    assert outcome.stat().st_mtime_ns == written
+
+def test_finished_experiments_are_not_run_again(tmp_path: Path) -> None:
+    setup = Setup(train_size=64, resnet_width=2, epochs=1, points=1, steps=3, samples=8)
+    experiment = Experiment("small", "resnet", "sgd", setup)
+    outcome = tmp_path / experiment.folder / "outcome.json"
+    assert run(experiment, tmp_path) > 0
+    written = outcome.read_text(encoding="utf-8")
+
+    assert run(experiment, tmp_path) == 0
+    assert outcome.read_text(encoding="utf-8") == written  # which has how long it took
 
     outcome.unlink()  # as after an interruption
-    assert "1 experiments to run" in reproduce(tmp_path, "--only", "vit-sgd", "--jobs", "1")
-    assert "1 experiments to run" in reproduce(tmp_path, "--only", "vit-sgd", "--jobs", "1", "--steps", "5")
-    assert len(list(tmp_path.glob("vit-sgd-*/outcome.json"))) == 2
+    assert run(experiment, tmp_path) > 0
+    other = replace(experiment, setup=replace(setup, steps=4))
+    assert run(other, tmp_path) > 0
+    assert read([experiment, other], tmp_path)[other.name].last.spectrum.steps == 4
+    assert read([experiment], tmp_path)[experiment.name].last.spectrum.steps == 3
 
 
 # AdaHessian
@@ -216,12 +236,16 @@ def test_paired_differences() -> None:
     certain = paired([0.51, 0.52, 0.53, 0.52], [0.4, 0.4, 0.4, 0.4])
     assert (by_interval(certain), by_interval(certain, sign=-1)) == ("agrees", "differs")
     assert paired([0.5], [0.4]).sign == 0
+    assert paired([0.5, 0.6, 0.7], [0.4, 0.5, 0.6]).sign == 0  # no width, hence no evidence
 
 
 def test_verdicts_on_types() -> None:
     mp, mn, unsure = spectrum(-0.1, 1.0), spectrum(-0.9, 1.0), spectrum(-0.59, 1.0, residual=0.2)
     assert (mp.hesd_type, mn.hesd_type, unsure.hesd_type, unsure.type_certain) == ("MP", "MN", "MP", False)
     cannot = "cannot be seen at this scale"
+    assert more_often([mn] * 6 + [mp] * 4, [mp] * 10) == "agrees"
+    assert more_often([mp] * 10, [mn] * 6 + [mp] * 4) == "differs"
+    assert more_often([mn] + [mp] * 17, [mp] * 15) == cannot  # one of them may be chance
     for spectra, always, sometimes in (
         ([], "not run", "not run"),
         ([mp, mp], "agrees", "differs"),
@@ -294,11 +318,3 @@ def test_augmentation_changes_images_a_little() -> None:
     assert (change > 0).float().mean() > 0.95
     assert change.mean() < images.var()
     assert torch.allclose(rand_augment(images, operations=0), images)
-
-
-def test_outcome_names_its_settings(tmp_path: Path) -> None:
-    reproduce(tmp_path, "--only", "resnet-sgd-momentum", "--jobs", "1")
-    [outcome] = tmp_path.glob("resnet-sgd-momentum-*/outcome.json")
-    values = json.loads(outcome.read_text(encoding="utf-8"))
-    assert values["experiment"]["setup"]["steps"] == 4
-    assert [row["epoch"] for row in values["rows"]] == [0, 1]
