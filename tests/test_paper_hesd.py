@@ -85,12 +85,17 @@ def report_text(out: Path) -> str:
     return (out / "report.md").read_text(encoding="utf-8")
 
 
-def test_some_experiments_only(tmp_path: Path) -> None:
-    assert "1 experiments to run, 0 finished earlier" in reproduce(tmp_path, "--only", "vit-sgd", "--jobs", "1")
+def test_one_experiment_on_image_folders(tmp_path: Path) -> None:
+    write_images(tmp_path / "train", 3)
+    write_images(tmp_path / "shifted", 3)
+    folders = ["--train-folder", str(tmp_path / "train"), "--gen-folder", str(tmp_path / "shifted")]
+    stdout = reproduce(tmp_path, "--only", "vit-sgd", "--jobs", "1", *folders)
+    assert "1 experiments to run, 0 finished earlier" in stdout
     [folder] = tmp_path.glob("vit-sgd-*")
     values = json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
     assert values["experiment"]["setup"]["steps"] == 4
     assert [row["epoch"] for row in values["rows"]] == [0, 1]
+    assert f"| ViT | {tmp_path / 'train'} | {tmp_path / 'shifted'} | SGD |" in sections(tmp_path)["Table 1"]
     assert "**not run**" in sections(tmp_path)["Table 2"]
     left_out = report_text(tmp_path).split("not run, or without a spectrum: ")[1].splitlines()[0]
     assert "vit-sgd-momentum" in left_out

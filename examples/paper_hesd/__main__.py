@@ -1,7 +1,7 @@
 """Reproduce Gabdullin (2025, arXiv:2504.17618) on small networks and digits, and write a report.
 
     python -m examples.paper_hesd --quick                   # about ten minutes on two cores
-    python -m examples.paper_hesd                           # ten seeds, more epochs and steps: some 80 minutes
+    python -m examples.paper_hesd                           # ten seeds, more epochs and steps: over an hour
     python -m examples.paper_hesd --only 'vit-adamw-*'      # some experiments; the report shows what there is
     python -m examples.paper_hesd --train-folder cinic10/train --gen-folder cifar10/test --accelerator gpu \\
         --train-size 90000 --resnet-width 16 --resnet-blocks 3 --vit-width 384 --vit-depth 12 --vit-heads 6 \\
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from examples.paper_hesd.settings import Experiment
 
 QUICK_SEEDS, SEEDS = 3, 10
-LONG = {"epochs": 160, "points": 10, "steps": 100}
+LONG = {"epochs": 160, "points": 8, "steps": 100}
 
 
 def main() -> None:

@@ -155,7 +155,7 @@ def algorithm(outcomes: Outcomes) -> Section:
     rows, right = [], []
     for network, title in TITLES.items():
         runs = by_seed(outcomes, network)
-        for data, accuracy in (("distorted digits", "gen_acc"), ("clean held-out digits", "val_acc")):
+        for data, accuracy in (("generalization data", "gen_acc"), ("clean held-out data", "val_acc")):
             clean = accuracy == "val_acc"
             assessed = [(o.last, (o.other("clean") if clean else o.last.record).assessment) for o in runs]
             for point, assessment in assessed:

@@ -42,21 +42,24 @@ SECTIONS = (
     ranking.rules,
 )
 INTRODUCTION = """\
-What Gabdullin (2025, [arXiv:2504.17618](https://arxiv.org/abs/2504.17618)) reports, beside what small networks do on
-scikit-learn's 8x8 digits; generalization data are held-out digits, rotated, shifted and noisy. Every verdict is taken
-by the program, from the numbers, by the rule in its row. Small networks on easy images can do otherwise than large
-ones on photographs: *differs* speaks of this scale, and refutes nothing.
+What Gabdullin (2025, [arXiv:2504.17618](https://arxiv.org/abs/2504.17618)) reports, beside what networks do on
+{data}. Every verdict is taken by the program, from the numbers, by the rule beside it. Small networks on easy images
+can do otherwise than large ones on photographs: *differs* speaks of this scale, and refutes nothing.
 """
+DIGITS = """\
+scikit-learn's 8x8 digits; generalization data are held-out digits, rotated, shifted and noisy"""
+FOLDERS = "{setup.train_folder}; generalization data are {setup.gen_folder}"
 
 
 def write(outcomes: Mapping[str, Outcome], setup: Setup, seeds: int, missing: Iterable[str], out: Path) -> Path:
     """Write report and figures, and return the report's path."""
     sections = [make(outcomes) for make in SECTIONS]
+    data = FOLDERS.format(setup=setup) if setup.train_folder else DIGITS
     for section in sections:
         if section.figure is not None:
             section.figure.savefig(out / f"{section.slug}.png")
     parts = [
-        f"# Reproduction of arXiv:2504.17618\n\n{INTRODUCTION}",
+        f"# Reproduction of arXiv:2504.17618\n\n{INTRODUCTION.format(data=data).strip()}",
         header(outcomes, setup, seeds, missing),
         f"## Summary\n\n{summary(sections)}",
         *map(chapter, sections),

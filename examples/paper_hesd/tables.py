@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     Outcomes = Mapping[str, Outcome]
 
+DIGITS, COLOURED, DISTORTED = "digits", "coloured digits", "distorted digits"
 ENDING = ("HESD type", "Train acc., %", "Gen. acc., %")
 OURS = ("HESD type", "C_t", "Train acc., %", "Gen. acc., %")
 TRAINED = ("Model", "Training dataset", "Test dataset", "Optimizer")
@@ -37,9 +38,10 @@ UNTRAINED = (-1 / 0.73, -0.73)
 
 def row(outcome: Outcome, *labels: str) -> list[str]:
     """Return the row of a network after training."""
-    point = outcome.last
+    point, setup = outcome.last, outcome.experiment.setup
+    folders = {DIGITS: setup.train_folder, COLOURED: f"coloured {setup.train_folder}", DISTORTED: setup.gen_folder}
     return [
-        *labels,
+        *(folders.get(label) or label if setup.train_folder else label for label in labels),
         kind(point.spectrum),
         f"{point.spectrum.c_t:.3f}",
         f"{100 * point.train_acc:.1f}",
@@ -72,11 +74,11 @@ def better(outcomes: Outcomes, claim: str, pairs: Sequence[tuple[str, str]]) -> 
 
 def optimizers(outcomes: Outcomes) -> Section:
     rows = [
-        ("resnet-adamw-seed0", "ResNet", "digits", "distorted digits", "AdamW"),
-        ("resnet-sgd-momentum", "ResNet", "digits", "distorted digits", "SGD mom"),
-        ("vit-adamw-seed0", "ViT", "digits", "distorted digits", "AdamW"),
-        ("vit-sgd", "ViT", "digits", "distorted digits", "SGD"),
-        ("vit-sgd-momentum", "ViT", "digits", "distorted digits", "SGD mom"),
+        ("resnet-adamw-seed0", "ResNet", DIGITS, DISTORTED, "AdamW"),
+        ("resnet-sgd-momentum", "ResNet", DIGITS, DISTORTED, "SGD mom"),
+        ("vit-adamw-seed0", "ViT", DIGITS, DISTORTED, "AdamW"),
+        ("vit-sgd", "ViT", DIGITS, DISTORTED, "SGD"),
+        ("vit-sgd-momentum", "ViT", DIGITS, DISTORTED, "SGD mom"),
     ]
     paper = [
         ("ResNet20", "cinic", "cifar", "AdamW", "MP", "99", "55"),
@@ -103,7 +105,7 @@ def fine_tuning(outcomes: Outcomes) -> Section:
         for optimizer, key in (("SGD", "sgd"), ("SGD mom", "sgd-momentum"))
         for frozen in ("no", "yes")
     }
-    data = ("ViT", "coloured digits", "digits", "distorted digits")
+    data = ("ViT", COLOURED, DIGITS, DISTORTED)
     paper = [
         ("VIT", "1k", "cinic", "cifar", "SGD", "no", "MP", "99", "35"),
         ("VIT", "1k", "cinic", "cifar", "SGD", "yes", "MP", "84", "30"),
@@ -135,7 +137,7 @@ def fine_tuning(outcomes: Outcomes) -> Section:
 
 def augmentation(outcomes: Outcomes) -> Section:
     names = {"AdamW": "vit-adamw", "SGD": "vit-sgd", "SGD mom": "vit-sgd-momentum"}
-    rows = [(f"{key}-augmented", "ViT", "digits", "distorted digits", name) for name, key in names.items()]
+    rows = [(f"{key}-augmented", "ViT", DIGITS, DISTORTED, name) for name, key in names.items()]
     without = {key: "vit-adamw-seed0" if key == "vit-adamw" else key for key in names.values()}
     paper = [
         ("VIT small", "cinic", "cifar", "AdamW", "MP", "99", "75"),
@@ -164,10 +166,10 @@ def augmentation(outcomes: Outcomes) -> Section:
 
 def adahessian(outcomes: Outcomes) -> Section:
     rows = [
-        ("vit-adamw-seed0", "ViT", "digits", "distorted digits", "AdamW"),
-        ("vit-sgd", "ViT", "digits", "distorted digits", "SGD"),
-        ("vit-sgd-momentum", "ViT", "digits", "distorted digits", "SGD mom"),
-        ("vit-adahessian", "ViT", "digits", "distorted digits", "AdaHessian"),
+        ("vit-adamw-seed0", "ViT", DIGITS, DISTORTED, "AdamW"),
+        ("vit-sgd", "ViT", DIGITS, DISTORTED, "SGD"),
+        ("vit-sgd-momentum", "ViT", DIGITS, DISTORTED, "SGD mom"),
+        ("vit-adahessian", "ViT", DIGITS, DISTORTED, "AdaHessian"),
     ]
     paper = [
         ("VIT small", "cinic", "cifar", "AdamW", "MP", "99", "54"),
