@@ -7,7 +7,8 @@
         --train-size 90000 --resnet-width 16 --resnet-blocks 3 --vit-width 384 --vit-depth 12 --vit-heads 6 \\
         --vit-patch 4 --epochs 1000 --points 20             # the paper's sizes
 
-Experiments that are finished are not run again with the same settings, so that an interrupted run goes on.
+Experiments that are finished are not run again with the same settings, so that an interrupted run goes on. Changes of
+the code, learning rates among them, are not settings: take another --out.
 """
 
 from __future__ import annotations
