@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hesd import HessianSpectrumCallback
@@ -108,9 +105,7 @@ def fit(
 
 def test_plain_descent_uses_the_gradients_of_the_loss(tmp_path: Path) -> None:
     found = fit(tmp_path, SGDNet())
-    assert found == pytest.approx(
-        {"clipped_share": 0, "clip_factor": 1, "gradient_cosine": 1, "update_cosine": 1}, abs=1e-4
-    )
+    assert found == pytest.approx(UNTOUCHED, abs=1e-4)
 
 
 def test_clipping_by_norm(tmp_path: Path) -> None:
@@ -173,9 +168,7 @@ def test_each_of_several_optimizers_counts(tmp_path: Path) -> None:
 
 def test_gradients_accumulated_over_batches_count_as_one(tmp_path: Path) -> None:
     found = fit(tmp_path, SGDNet(), accumulate_grad_batches=2)
-    assert found == pytest.approx(
-        {"clipped_share": 0, "clip_factor": 1, "gradient_cosine": 1, "update_cosine": 1}, abs=1e-4
-    )
+    assert found == pytest.approx(UNTOUCHED, abs=1e-4)
 
 
 def test_adam_turns_the_update_but_not_the_gradient(tmp_path: Path) -> None:
@@ -219,43 +212,3 @@ def test_training_is_the_same_with_the_monitor(tmp_path: Path) -> None:
     for net, monitor in zip(nets, (True, False), strict=True):
         fit(tmp_path / str(monitor), net, epochs=2, monitor=monitor, gradient_clip_val=0.1)
     assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
-
-
-class Saddle(pl.LightningModule):
-    """Its loss has one positive and one larger negative curvature: MN."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.tensor([0.1, 0.1]))
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return (self.w.square() * torch.tensor([1.0, -3.0])).sum() * batch[0].mean() + 10
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return AdaHessian(self.parameters(), lr=1e-3)
-
-
-class AdaHessian(torch.optim.SGD):
-    """Stands for one by its name."""
-
-
-@pytest.mark.parametrize(
-    ("monitor", "clip", "expected"),
-    [
-        (True, 0.001, "gradients were clipped in 100% of the steps looked at, to 0.00"),
-        (False, 0.001, r"the Trainer clips gradients \(gradient_clip_val=0.001\); AdaHessian averages the Hessian"),
-        (True, None, "Likely cause: AdaHessian averages the Hessian's diagonal over space"),
-    ],
-)
-def test_mn_is_explained_once(
-    tmp_path: Path, monitor: bool, clip: float | None, expected: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    loader = DataLoader(TensorDataset(torch.ones(8, 1)), batch_size=4)
-    spectra = HessianSpectrumCallback(steps=2, num_samples=8, monitor_gradients=monitor)
-    trainer = make_trainer(tmp_path, [spectra], 2, gradient_clip_val=clip)
-    with caplog.at_level(logging.INFO):
-        trainer.fit(Saddle(), loader)
-    said = [record.getMessage() for record in caplog.records if "is MN" in record.getMessage()]
-    assert len(said) == 1
-    assert said[0].startswith("hesd: the spectrum of epoch 0 is MN (C_t = -3), so the criteria of generalization")
-    assert re.search(expected, said[0])
