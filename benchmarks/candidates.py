@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
+from lightning_hesd.products import Strategy
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -23,8 +24,9 @@ from lightning_hesd import hessian_spectrum
 from lightning_hesd.batches import WeightedBatch
 from lightning_hesd.fast_derivatives import FastDerivatives
 from lightning_hesd.guards import analysis_state
-from lightning_hesd.operators import HessianOperator
-from lightning_hesd.products import Strategy
+from lightning_hesd.matrices import HessianMatrix
+from lightning_hesd.operators import CurvatureOperator
+from lightning_hesd.sample_mean import SampleMean
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -129,14 +131,9 @@ def our_product(problem: Problem, strategy: Strategy | Literal["auto"]) -> Itera
             return loss(problem.module, batch.data)
 
     with analysis_state(problem.module):
-        operator = HessianOperator(
-            our_loss,
-            batches,
-            problem.parameters,
-            strategy=strategy,
-            dtype=problem.parameters[0].dtype,
-        )
-        yield operator.matvec
+        matrix = HessianMatrix(our_loss, problem.parameters)
+        mean = SampleMean(matrix, batches, strategy=strategy, dtype=problem.parameters[0].dtype)
+        yield CurvatureOperator(mean).matvec
 
 
 def our_spectrum(problem: Problem, steps: int, seed: int, tolerance: float | None = None) -> Run:

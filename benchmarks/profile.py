@@ -11,7 +11,7 @@ from benchmarks.candidates import OURS, attention
 from benchmarks.problems import load
 from lightning_hesd.estimation import Estimation
 from lightning_hesd.lanczos import Lanczos
-from lightning_hesd.operators import HessianOperator
+from lightning_hesd.sample_mean import SampleMean
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from benchmarks.problems import Size
 
 PARTS: dict[str, list[Callable[..., Any]]] = {
-    "products": [HessianOperator.matvec],
+    "products": [SampleMean.product],
     "orthogonalisation": [Lanczos._keep, Lanczos._reorthogonalize],  # noqa: SLF001
     "interval": [Estimation._is_accurate],  # noqa: SLF001
-    "graphs": [HessianOperator.__init__],
-    "a gradient": [HessianOperator.time_gradient],
+    "graphs": [SampleMean.__init__],
+    "a gradient": [SampleMean.gradient_equivalents],
 }
 """Functions that do not call each other, by what they do."""
 

@@ -1,6 +1,6 @@
 """Hessian eigenvalue spectral density (HESD) of a network while it trains, for PyTorch Lightning."""
 
-from lightning_hesd.analysis import hessian_spectrum
+from lightning_hesd.analysis import hessian_spectrum, layer_spectra
 from lightning_hesd.assessment import Assessment, assess_generalization
 from lightning_hesd.callback import HessianSpectrumCallback
 from lightning_hesd.checkpoint import HessianCheckpoint
@@ -17,4 +17,5 @@ __all__ = [
     "assess_generalization",
     "hesd_type",
     "hessian_spectrum",
+    "layer_spectra",
 ]

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_hesd.operators import AnotherProcessFailedError
+from lightning_hesd.sample_mean import AnotherProcessFailedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.data import Sampler
 
-    from lightning_hesd.operators import AllReduce
+    from lightning_hesd.sample_mean import AllReduce
 
     T = TypeVar("T")
 

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from lightning_hesd.batches import WeightedBatch, batch_size
-from lightning_hesd.estimation import Estimation
+from lightning_hesd.estimation import Estimation, estimate
 from lightning_hesd.fast_derivatives import FastDerivatives
 from lightning_hesd.guards import analysis_state
-from lightning_hesd.lanczos import NonFiniteProductError
+from lightning_hesd.layers import Layers, blocks
+from lightning_hesd.matrices import GaussNewtonMatrix, HessianMatrix, ResidualMatrix
 from lightning_hesd.memory import MemoryPlan, plan_memory
-from lightning_hesd.operators import HessianOperator
+from lightning_hesd.operators import CurvatureOperator
 from lightning_hesd.options import OPTION_NAMES, AnalysisOptions
+from lightning_hesd.parameters import inverse_root, select_parameters, vector_dtype
+from lightning_hesd.sample_mean import SampleMean
 from lightning_hesd.snapshot import preserved, seed_everything
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lightning_hesd.guards import Mode
     from lightning_hesd.lanczos import Storage
-    from lightning_hesd.operators import AllReduce
+    from lightning_hesd.matrices import Matrix
     from lightning_hesd.options import Probe
+    from lightning_hesd.sample_mean import AllReduce
     from lightning_hesd.spectrum import Spectrum
     from lightning_hesd.strategies import Calibration
 
@@ -50,7 +58,7 @@ def hessian_spectrum(
     seed: int = 0,
     tolerance: float | Literal["type", "auto"] | None = None,
     confidence: float = 0.95,
-    matrix: Literal["hessian"] = "hessian",
+    matrix: Literal["hessian", "ggn", "residual"] = "hessian",
     output_fn: Callable[[Any, Any], Any] | None = None,
     output_loss: Callable[[Any, Any], Tensor] | None = None,
     parameters: Callable[[str, nn.Parameter], bool] | None = None,
@@ -85,9 +93,13 @@ def hessian_spectrum(
             within 5 % of C_t, or of 0.001 where C_t is closer to zero); "type" for MP or MN to be certain; "auto" for
             a quarter of the sampling error of C_t, which is estimated on the way. None: take all steps.
         confidence: Probability, over the start vectors, with which the interval of C_t holds at least.
-        matrix: "hessian"; others are not available in this version.
-        output_fn: For other matrices; not available in this version.
-        output_loss: For other matrices; not available in this version.
+        matrix: "hessian", or one of the two parts that it is the sum of: "ggn", the generalised Gauss-Newton matrix
+            Jᵀ (∂²L/∂o²) J of outputs o with Jacobian J, and "residual", the rest (the G-term and H-term of Kiselev &
+            Grabovoy 2024, section 3.4).
+        output_fn: `output_fn(module, batch)` -> outputs o: a tensor, or tensors in lists, tuples and dicts; for "ggn"
+            and "residual".
+        output_loss: `output_loss(outputs, batch)` -> mean loss L, the same as that of `loss_fn`, and of nothing but the
+            outputs.
         parameters: `parameters(name, parameter)` -> whether to include it.
         include_frozen: Include parameters that do not require grad, as the loss depends on them: the spectrum of all
             weights of a network of which a part is fine-tuned.
@@ -110,7 +122,8 @@ def hessian_spectrum(
 
     Raises:
         ValueError: If an argument is out of range or not available in this version, if no parameter is left to
-            analyse, if there is no batch, or if the samples cannot be cut into groups for the sampling error.
+            analyse, if there is no batch, if the samples cannot be cut into groups for the sampling error, or if
+            `output_loss` is another loss than `loss_fn`.
         TypeError: If the loss is not a scalar tensor.
         ArithmeticError: If the loss or a Hessian-vector product is NaN or infinite; the message names the batch.
         RuntimeError: If the loss cannot be differentiated twice, and `strategy` is "graph" or "recompute".
@@ -124,10 +137,51 @@ def hessian_spectrum(
     """
     arguments = locals()  # before any other name: exactly the arguments
     options = AnalysisOptions(**{name: arguments[name] for name in OPTION_NAMES})
-    weigh = batch_weight or batch_size
+    return analyze(module, _weighted(batches, options), loss_fn, options)
+
+
+def layer_spectra(
+    module: nn.Module, batches: Iterable[Any], loss_fn: LossFunction, layers: Layers | None = None, **options: Any
+) -> dict[str, Spectrum]:
+    """Estimate the spectra of layer-wise (local) Hessians: of the diagonal blocks that belong to parts of a network.
+
+    The Hessian of a block holds the second derivatives of the mean loss with respect to the parameters of that block
+    only (Bolshim & Kugaevskikh 2025). All blocks take their Lanczos steps together: each step takes one gradient
+    graph, and differentiates it once more for each block.
+
+    Args:
+        module: As for `hessian_spectrum`.
+        batches: As for `hessian_spectrum`.
+        loss_fn: As for `hessian_spectrum`.
+        layers: What the blocks are. "auto" (default): every module that owns parameters, a norm together with the
+            convolution or linear layer before it, and modules of a class called attention, MLP or feed-forward as one.
+            Or names of modules, patterns of such ("encoder.*"), and classes of modules, one or several; of a module
+            and one inside of it that match, the outer one counts. Or a function: `layers(name, parameter)` -> name of
+            the parameter's block, or None. Shared parameters belong to the first block that has them.
+        **options: Those of `hessian_spectrum`.
+
+    Returns:
+        The spectrum of each block, by the name of its module (of its parameter, where the network itself owns it).
+
+    Raises:
+        ValueError: As `hessian_spectrum` does, and if `layers` names no module, or blocks that overlap.
+        TypeError: As `hessian_spectrum` does, and if `layers` or an option is of a kind that it does not take.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+        >>> data = (torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))
+        >>> spectra = layer_spectra(model, [data], lambda m, b: nn.functional.mse_loss(m(b[0]), b[1]))
+        >>> {name: spectrum.dimension for name, spectrum in spectra.items()}
+        {'0': 9, '2': 4}
+    """
+    checked = analysis_options(**options)
+    return analyze_layers(module, _weighted(batches, checked), loss_fn, layers, checked)
+
+
+def _weighted(batches: Iterable[Any], options: AnalysisOptions) -> list[WeightedBatch]:
+    weigh = options.batch_weight or batch_size
     with preserved():  # a data loader draws random numbers
-        weighted = [WeightedBatch(batch, weigh(batch), index) for index, batch in enumerate(batches)]
-    return analyze(module, weighted, loss_fn, options)
+        return [WeightedBatch(batch, weigh(batch), index) for index, batch in enumerate(batches)]
 
 
 def analysis_options(**given: Any) -> AnalysisOptions:
@@ -144,16 +198,28 @@ def analysis_options(**given: Any) -> AnalysisOptions:
     return AnalysisOptions(**{name: given.get(name, defaults[name].default) for name in OPTION_NAMES})
 
 
+class Context(TypedDict, total=False):
+    """Where an analysis runs, and what is known beforehand.
+
+    Attributes:
+        all_reduce: Sums a tensor over the processes; None for a single process.
+        processes: How many of the processes share this computer's memory.
+        report: Called after every Lanczos step with the steps done and the most there can be.
+        calibration: What earlier analyses of the same loss found out; brought up to date.
+    """
+
+    all_reduce: AllReduce | None
+    processes: int
+    report: Report | None
+    calibration: Calibration | None
+
+
 def analyze(
     module: nn.Module,
     batches: Sequence[WeightedBatch],
     loss_fn: LossFunction,
     options: AnalysisOptions,
-    *,
-    all_reduce: AllReduce | None = None,
-    report: Report | None = None,
-    calibration: Calibration | None = None,
-    processes: int = 1,
+    **context: Unpack[Context],
 ) -> Spectrum:
     """Do the work of `hessian_spectrum`, possibly as one of several processes.
 
@@ -162,43 +228,102 @@ def analyze(
         batches: This process's share of the batches.
         loss_fn: As for `hessian_spectrum`.
         options: As for `hessian_spectrum`, equal in every process.
-        all_reduce: Sums a tensor over the processes; None for a single process.
-        report: Called after every Lanczos step with the steps done and the most there can be.
-        calibration: What earlier analyses of the same loss found out; brought up to date.
-        processes: How many of the processes share this computer's memory.
+        **context: Where it runs.
 
     Returns:
         The spectrum, equal in every process.
     """
+    everything = list(select_parameters(module, options).values())
+    [spectrum] = _spectra(module, batches, loss_fn, options, [everything], **context)
+    return spectrum
+
+
+def analyze_layers(
+    module: nn.Module,
+    batches: Sequence[WeightedBatch],
+    loss_fn: LossFunction,
+    layers: Layers | None,
+    options: AnalysisOptions,
+    **context: Unpack[Context],
+) -> dict[str, Spectrum]:
+    """Do the work of `layer_spectra`, possibly as one of several processes; arguments as for `analyze`."""
+    found = blocks(module, layers, select_parameters(module, options))
+    return dict(zip(found, _spectra(module, batches, loss_fn, options, list(found.values()), **context), strict=True))
+
+
+def _spectra(
+    module: nn.Module,
+    batches: Sequence[WeightedBatch],
+    loss_fn: LossFunction,
+    options: AnalysisOptions,
+    parts: Sequence[Sequence[nn.Parameter]],
+    *,
+    all_reduce: AllReduce | None = None,
+    processes: int = 1,
+    report: Report | None = None,
+    calibration: Calibration | None = None,
+) -> list[Spectrum]:
+    """Return the spectra of the diagonal blocks that belong to these parts of the parameters."""
     started = time.perf_counter()
-    parameters = _select_parameters(module, options)
-    dtype = options.dtype or _vector_dtype(parameters)
+    parameters = [p for part in parts for p in part]
+    ends = list(itertools.accumulate(len(part) for part in parts))
+    ranges = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
+    dtype = options.dtype or vector_dtype(parameters)
     plan = _plan(module, parameters, dtype, options, all_reduce=all_reduce, processes=processes)
 
-    def loss(batch: WeightedBatch) -> Tensor:
-        # The same dropout mask at every evaluation of this batch, and not the random numbers of the start vectors.
-        seed_everything(options.seed + 1 + batch.index)
-        with FastDerivatives():
-            return _checked_loss(loss_fn(module, batch.copy().data))
-
     with analysis_state(module, options.mode, parameters):
-        operator = HessianOperator(
-            loss,
+        mean = SampleMean(
+            _matrix(module, loss_fn, parameters, ranges, options),
             batches,
-            parameters,
             strategy=options.strategy,
             dtype=dtype,
             all_reduce=all_reduce,
             graph_memory=plan.graphs,
             calibration=calibration,
-            scale=_scale(module, parameters, options.preconditioner, dtype),
         )
-        estimation = Estimation(operator, parameters, options, plan, started)
-        try:
-            estimation.run(None if report is None else _counting(report, options.probes * options.steps))
-        except NonFiniteProductError as error:
-            raise operator.explain_non_finite(error.vector) from None
-        return estimation.spectrum()
+        operators = [
+            CurvatureOperator(mean, block, inverse_root(module, part, options.preconditioner, dtype))
+            for block, part in zip(ranges, parts, strict=True)
+        ]
+        tick = None if report is None else _counting(report, options.probes * options.steps)
+        return estimate([Estimation(operator, options, plan, started) for operator in operators], tick)
+
+
+def _matrix(
+    module: nn.Module,
+    loss_fn: LossFunction,
+    parameters: Sequence[Tensor],
+    ranges: Sequence[slice],
+    options: AnalysisOptions,
+) -> Matrix:
+    """Return the matrix of a batch; it calls the user's functions."""
+
+    @contextlib.contextmanager
+    def evaluated(batch: WeightedBatch) -> Iterator[Any]:
+        # The same dropout mask at every evaluation of this batch, and not the random numbers of the start vectors.
+        seed_everything(options.seed + 1 + batch.index)
+        with FastDerivatives():
+            yield batch.copy().data
+
+    def loss(batch: WeightedBatch) -> Tensor:
+        with evaluated(batch) as data:
+            return _checked_loss(loss_fn(module, data), "loss_fn")
+
+    if options.matrix == "hessian":
+        return HessianMatrix(loss, parameters, blocks=ranges)
+    output_fn = cast("Callable[[Any, Any], Any]", options.output_fn)  # checked with the options
+    output_loss = cast("Callable[[Any, Any], Tensor]", options.output_loss)
+
+    def outputs(batch: WeightedBatch) -> Any:
+        with evaluated(batch) as data:
+            return output_fn(module, data)
+
+    def loss_of_outputs(values: Any, batch: WeightedBatch) -> Tensor:
+        with evaluated(batch) as data:
+            return _checked_loss(output_loss(values, data), "output_loss")
+
+    kind = GaussNewtonMatrix if options.matrix == "ggn" else ResidualMatrix
+    return kind(loss, parameters, outputs, loss_of_outputs, blocks=ranges)
 
 
 def _plan(
@@ -239,65 +364,11 @@ def _counting(report: Report, total: int) -> Callable[[], None]:
     return lambda: report(next(done), total)
 
 
-def _select_parameters(module: nn.Module, options: AnalysisOptions) -> list[nn.Parameter]:
-    wanted = options.parameters
-    trainable = {
-        name: p
-        for name, p in module.named_parameters()
-        if p.requires_grad or (options.include_frozen and (p.is_floating_point() or p.is_complex()))
-    }
-    if not trainable:
-        hint = "" if options.include_frozen else " (`include_frozen=True` includes those that do not)"
-        msg = f"`module` ({type(module).__name__}) has no parameter that requires grad{hint}: nothing to analyse."
-        raise ValueError(msg)
-    selected = [p for name, p in trainable.items() if wanted is None or wanted(name, p)]
-    if not selected:
-        msg = f"the filter `parameters` leaves none of the {len(trainable)} parameters: {', '.join(trainable)}."
-        raise ValueError(msg)
-    for name, p in trainable.items():
-        if p.is_complex() and any(p is chosen for chosen in selected):
-            msg = f"parameter {name!r} is complex ({p.dtype}); only real parameters can be analysed."
-            raise ValueError(msg)
-    return selected
-
-
-def _scale(
-    module: nn.Module, parameters: Sequence[Tensor], preconditioner: Mapping[str, Tensor] | None, dtype: torch.dtype
-) -> Tensor | None:
-    """Return D^(-1/2) as a flat vector, shape (n,).
-
-    Raises:
-        ValueError: If D does not fit the parameters.
-    """
-    if preconditioner is None:
-        return None
-    names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
-    unknown = sorted(set(preconditioner) - set(names.values()))
-    missing = [names[p] for p in parameters if names[p] not in preconditioner]
-    if unknown or missing:
-        trouble = f"names {unknown[0]!r}, which is no parameter" if unknown else f"has no diagonal for {missing[0]!r}"
-        msg = f"`preconditioner` {trouble}; it must have one for each analysed parameter of `module`."
-        raise ValueError(msg)
-    for p in parameters:
-        shape = tuple(preconditioner[names[p]].shape)
-        if shape != p.shape:
-            msg = f"`preconditioner[{names[p]!r}]` must have the shape of the parameter, {tuple(p.shape)}, got {shape}."
-            raise ValueError(msg)
-    return torch.cat([preconditioner[names[p]].to(p.device).double().rsqrt().to(dtype).flatten() for p in parameters])
-
-
-def _vector_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
-    dtype = torch.float32
-    for p in parameters:
-        dtype = torch.promote_types(dtype, p.dtype)
-    return dtype
-
-
-def _checked_loss(loss: Any) -> Tensor:
+def _checked_loss(loss: Any, name: str) -> Tensor:
     if not isinstance(loss, Tensor):
-        msg = f"`loss_fn` must return a scalar tensor, got {type(loss).__name__}."
+        msg = f"`{name}` must return a scalar tensor, got {type(loss).__name__}."
         raise TypeError(msg)
     if loss.numel() != 1:
-        msg = f"`loss_fn` must return a scalar tensor, the mean over the batch; got shape {tuple(loss.shape)}."
+        msg = f"`{name}` must return a scalar tensor, the mean over the batch; got shape {tuple(loss.shape)}."
         raise TypeError(msg)
     return loss.reshape(())

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from lightning_hesd import criteria, quadrature
-from lightning_hesd.lanczos import Lanczos, gauss_quadrature
+from lightning_hesd.lanczos import Lanczos, NonFiniteProductError, advance, gauss_quadrature
+from lightning_hesd.operators import joint_products
 from lightning_hesd.sampling import SamplingError, sampling_error
 from lightning_hesd.spectrum import SMALLEST_SCALE, Spectrum
 
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lightning_hesd.lanczos import Process
     from lightning_hesd.memory import MemoryPlan
-    from lightning_hesd.operators import HessianOperator
+    from lightning_hesd.operators import CurvatureOperator
     from lightning_hesd.options import AnalysisOptions, Probe
 
 COARSE = 0.2
@@ -32,12 +34,15 @@ SHARE_OF_FORECAST = 0.7
 
 
 class Estimation:
-    """Lanczos processes on an operator, and what they have found so far."""
+    """Lanczos processes on an operator, and what they have found so far.
+
+    Attributes:
+        operator: The matrix.
+    """
 
     def __init__(
         self,
-        operator: HessianOperator,
-        parameters: Sequence[Tensor],
+        operator: CurvatureOperator,
         options: AnalysisOptions,
         plan: MemoryPlan,
         started: float,
@@ -45,15 +50,13 @@ class Estimation:
         """Prepare the processes.
 
         Args:
-            operator: The Hessian.
-            parameters: The analysed parameters.
+            operator: The matrix.
             options: How many processes and steps, and how accurate.
             plan: Where the basis goes.
             started: When the analysis began, by `time.perf_counter`.
         """
         self._started = started
-        self._operator = operator
-        self._parameters = parameters
+        self.operator = operator
         self._options = options
         self._plan = plan
         self._runs: list[Lanczos] = []
@@ -63,32 +66,37 @@ class Estimation:
         self._last_look = (0, math.inf)  # steps, and the log of how many times too large the error was
         self._squared_weight_norm = operator.squared_weight_norm()
 
-    def run(self, tick: Callable[[], None] | None = None) -> None:
-        """Run the processes of all probes, and whatever is to be known about their errors.
+    def process(self) -> Process:
+        """Run the Lanczos processes of all probes.
 
-        Args:
-            tick: Called after every step.
-
-        Raises:
-            NonFiniteProductError: If a product is NaN or infinite.
-            ValueError: If the samples cannot be cut into groups for the sampling error.
+        Yields:
+            Vectors, whose products it must be sent.
         """
-        options, operator = self._options, self._operator
+        options, operator = self._options, self.operator
         stop = None if options.tolerance is None else self._is_accurate
         generator = torch.Generator().manual_seed(options.seed)
-        n, device = sum(p.numel() for p in self._parameters), self._parameters[0].device
         for _ in range(options.probes):
-            process = Lanczos(
+            run = Lanczos(
                 operator.matvec,
-                _start_vector(n, generator, options.probe, device, operator.dtype),  # unnamed: nobody else keeps it
+                _start_vector(operator, generator, options.probe),  # unnamed: nobody else keeps it
                 options.steps,
                 storage=self._plan.storage,
             )
-            self._runs.append(process)
+            self._runs.append(run)
             self._next_look, self._last_look = 0, (0, math.inf)
-            process.run(stop, report=tick)
-        self._cost = _gradient_equivalents(operator, device)
-        if options.wants_sampling_error:
+            yield from run.process(stop)
+
+    def finish(self, cost: float | None) -> None:
+        """Find out what is to be known once the processes have ended.
+
+        Args:
+            cost: Of a product, in gradients; None if it was not measured.
+
+        Raises:
+            ValueError: If the samples cannot be cut into groups for the sampling error.
+        """
+        self._cost = cost
+        if self._options.wants_sampling_error:
             self._sample(self._runs)
 
     def _is_accurate(self) -> bool:
@@ -121,57 +129,84 @@ class Estimation:
     def _sample(self, runs: Sequence[Lanczos]) -> None:
         spectrum = self.spectrum(runs)
         if self._sampling is None and spectrum.reason is None and spectrum.lambda_max > spectrum.rounding:
-            self._sampling = sampling_error(self._operator, runs)
+            self._sampling = sampling_error(self.operator, runs)
 
     def spectrum(self, runs: Sequence[Lanczos] | None = None) -> Spectrum:
         """Return the record of these processes, by default of all."""
         runs = runs or self._runs
-        operator, options, plan = self._operator, self._options, self._plan
+        operator, options, plan = self.operator, self._options, self._plan
         nodes, weights, residuals = quadrature.stack_rules([gauss_quadrature(run.alphas, run.betas) for run in runs])
         norm = float(np.nanmax(np.abs(nodes)))
         # The result is no more accurate than the coarser of the parameters' and the vectors' arithmetic.
-        epsilon = max(torch.finfo(dtype).eps for dtype in [operator.dtype, *(p.dtype for p in self._parameters)])
-        dimension = sum(p.numel() for p in self._parameters)
+        mean, dimension = operator.mean, operator.dimension
+        epsilon = max(torch.finfo(dtype).eps for dtype in [mean.dtype, *(p.dtype for p in operator.parameters)])
         return Spectrum(
             nodes=nodes,
             weights=weights,
             residuals=residuals,
             steps_per_probe=tuple(len(run.alphas) for run in runs),
             dimension=dimension,
-            num_samples=round(operator.weight),
-            loss=operator.loss,
-            rounding=max(criteria.rounding_threshold(norm, epsilon, dimension), operator.product_error),
+            num_samples=round(mean.weight),
+            loss=mean.loss,
+            rounding=max(criteria.rounding_threshold(norm, epsilon, dimension), mean.product_error),
             matvecs=operator.matvecs,
             seconds=time.perf_counter() - self._started,
             gradient_equivalents=self._cost,
-            matrix=options.matrix if options.preconditioner is None else "preconditioned hessian",
+            matrix=options.matrix if options.preconditioner is None else f"preconditioned {options.matrix}",
             probe=options.probe,
             seed=options.seed,
             mode=options.mode,
-            strategy=operator.maker.strategy,
-            strategy_reason=operator.maker.reason,
+            strategy=mean.maker.strategy,
+            strategy_reason=mean.maker.reason,
             basis=plan.storage,
-            predicted_memory=plan.predicted(operator.maker.graph_bytes),
+            predicted_memory=plan.predicted(mean.maker.graph_bytes),
             confidence=options.confidence,
             tolerance=options.tolerance,
-            reason=criteria.undefined_reason(norm, operator.loss, self._squared_weight_norm, epsilon),
+            reason=criteria.undefined_reason(norm, mean.loss, self._squared_weight_norm, epsilon),
             **({} if self._sampling is None else asdict(self._sampling)),
         )
 
 
-def _start_vector(n: int, generator: torch.Generator, probe: Probe, device: torch.device, dtype: torch.dtype) -> Tensor:
+def estimate(estimations: Sequence[Estimation], tick: Callable[[], None] | None = None) -> list[Spectrum]:
+    """Run estimations of different blocks of one matrix, each step of all of them with one pass over the samples.
+
+    Args:
+        estimations: These; one, of all of the matrix, too.
+        tick: Called after every step.
+
+    Returns:
+        The record of each.
+
+    Raises:
+        ArithmeticError: If a product is NaN or infinite; the message names the batch.
+        ValueError: If the samples cannot be cut into groups for the sampling error.
+    """
+    processes = [estimation.process() for estimation in estimations]
+    pending = {index: next(process) for index, process in enumerate(processes)}
+    while pending:
+        products = joint_products([estimations[index].operator for index in pending], list(pending.values()))
+        for index, product in zip(list(pending), products, strict=True):
+            try:
+                vector = advance(processes[index], product)
+            except NonFiniteProductError as error:
+                raise estimations[index].operator.explain_non_finite(error.vector) from None
+            if vector is None:
+                del pending[index]
+            else:
+                pending[index] = vector
+        if tick is not None:
+            tick()
+    cost = estimations[0].operator.mean.gradient_equivalents() if len(estimations) == 1 else None
+    for estimation in estimations:
+        estimation.finish(cost)
+    return [estimation.spectrum() for estimation in estimations]
+
+
+def _start_vector(operator: CurvatureOperator, generator: torch.Generator, probe: Probe) -> Tensor:
     """Draw a start vector, shape (n,): the same on every device and in every process."""
+    n = operator.dimension
     if probe == "gaussian":
         vector = torch.randn(n, generator=generator, dtype=torch.float64)
     else:
         vector = torch.randint(0, 2, (n,), generator=generator).double().mul_(2).sub_(1)
-    return vector.to(device=device, dtype=dtype)
-
-
-def _gradient_equivalents(operator: HessianOperator, device: torch.device) -> float | None:
-    """Return seconds per product over seconds per gradient, on the CPU; calls on other devices return early."""
-    if device.type != "cpu" or not operator.batches:
-        return None
-    # The last thing measured, so that the caches are as warm as they were for the products.
-    seconds = operator.time_gradient()
-    return operator.seconds_per_product / seconds if seconds > 0 else None
+    return vector.to(device=operator.mean.device, dtype=operator.mean.dtype)

@@ -17,12 +17,14 @@ from torch import Tensor
 from lightning_hesd.criteria import rounding_threshold
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
     from numpy.typing import ArrayLike, NDArray
 
     Array = NDArray[np.float64]
     Storage = Literal["device", "cpu", "none"]
+    Process = Generator[Tensor, Tensor, None]
+    """Yields vectors, and is sent their products."""
 
 STEPS_BETWEEN_CHECKS = 8
 """On an accelerator the coefficients are read back only every so many steps: reading them waits for the device."""
@@ -93,15 +95,25 @@ class Lanczos:
             device = start.device if storage == "device" else torch.device("cpu")
             self._basis = torch.empty(self._steps, start.numel(), dtype=start.dtype, device=device)
 
-    def run(self, stop: Callable[[], bool] | None = None, *, report: Callable[[], None] | None = None) -> None:
+    def run(self, stop: Callable[[], bool] | None = None) -> None:
         """Take the steps, or fewer if the Krylov space becomes invariant or `stop` says so.
 
         Args:
             stop: Asked every few steps, with `alphas` and `betas` up to date, whether they will do.
-            report: Called after every step.
 
         Raises:
             NonFiniteProductError: If a product is NaN or infinite.
+        """
+        process = self.process(stop)
+        vector = next(process, None)
+        while vector is not None:
+            vector = advance(process, self._matvec(vector))
+
+    def process(self, stop: Callable[[], bool] | None = None) -> Process:
+        """Do what `run` does, for somebody else to make the products.
+
+        Yields:
+            Vectors, whose products it must be sent.
         """
         interval = STEPS_BETWEEN_CHECKS if self._on_accelerator else 1
         limits = torch.finfo(self._start.dtype)
@@ -110,16 +122,13 @@ class Lanczos:
 
         for step in range(self._steps):
             self._keep(step, current)
-            residual = self._matvec(current)
+            residual = yield current
             if previous is not None:
                 residual = torch.addcmul(residual, previous, betas[step - 1], value=-1)
             alphas[step] = torch.dot(current, residual)
             residual = torch.addcmul(residual, current, alphas[step], value=-1)
             alphas[step] += self._reorthogonalize(residual, step)
             betas[step] = torch.linalg.vector_norm(residual)
-            if report is not None:
-                report()
-
             last = step + 1 == self._steps
             if (step + 1) % interval == 0 or last:
                 self.alphas, self.betas = (c[: step + 1].double().cpu().numpy() for c in (alphas, betas))
@@ -190,6 +199,14 @@ class Lanczos:
             culprit = int(np.argmin(finite))
             vector = current if self._basis is None else self._basis[culprit].to(current.device)
             raise NonFiniteProductError(vector.clone() if vector.isfinite().all() else None, culprit + 1)
+
+
+def advance(process: Process, product: Tensor) -> Tensor | None:
+    """Send a product, and return the next vector, or None if there is none."""
+    try:
+        return process.send(product)
+    except StopIteration:
+        return None
 
 
 def _breakdown(alphas: NDArray[np.float64], betas: NDArray[np.float64], tolerance: float) -> int | None:

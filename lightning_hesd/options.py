@@ -29,7 +29,7 @@ class AnalysisOptions:
     seed: int
     tolerance: float | Literal["type", "auto"] | None
     confidence: float
-    matrix: Literal["hessian"]
+    matrix: Literal["hessian", "ggn", "residual"]
     output_fn: Callable[[Any, Any], Any] | None
     output_loss: Callable[[Any, Any], Tensor] | None
     parameters: Callable[[str, nn.Parameter], bool] | None
@@ -66,7 +66,8 @@ class AnalysisOptions:
         _check_choice("mode", self.mode, ("eval", "train", "keep"))
         _check_choice("probe", self.probe, ("gaussian", "rademacher"))
         _check_choice("strategy", self.strategy, ("auto", "graph", "recompute", "finite_difference"), ("linearize",))
-        _check_choice("matrix", self.matrix, ("hessian",), ("ggn", "residual"))
+        _check_choice("matrix", self.matrix, ("hessian", "ggn", "residual"))
+        self._check_outputs()
         _check_choice("basis", self.basis, ("auto", "device", "cpu", "none"))
         _check_preconditioner(self.preconditioner)
         self._check_tolerance()
@@ -74,12 +75,22 @@ class AnalysisOptions:
         if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
             msg = f"`memory_budget` must be a positive integer, a number of bytes, or None, got {budget!r}."
             raise ValueError(msg)
-        later = "is not available in this version"
-        unavailable = ("output_fn", "output_loss")
-        for name in unavailable:
-            if getattr(self, name) is not None:
-                msg = f"`{name}` {later}: leave it None."
+
+    def _check_outputs(self) -> None:
+        given = {name: getattr(self, name) for name in ("output_fn", "output_loss")}
+        for name, function in given.items():
+            if self.matrix == "hessian" and function is not None:
+                msg = f"`{name}` is for `matrix='ggn'` and `matrix='residual'`: leave it None for the Hessian."
                 raise ValueError(msg)
+            if self.matrix != "hessian" and not callable(function):
+                msg = (
+                    f"`matrix={self.matrix!r}` needs `output_fn(module, batch)` and `output_loss(outputs, batch)`, the "
+                    f"two steps of the loss; `{name}` is {function!r}."
+                )
+                raise ValueError(msg)
+        if self.matrix == "ggn" and self.strategy == "finite_difference":
+            msg = "`strategy='finite_difference'` does not give `matrix='ggn'`: use 'auto', 'graph' or 'recompute'."
+            raise ValueError(msg)
 
     def _check_tolerance(self) -> None:
         if self.tolerance in (None, "type", "auto"):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lightning_hesd.lanczos import eigen
-from lightning_hesd.operators import AnotherProcessFailedError
+from lightning_hesd.sample_mean import AnotherProcessFailedError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lightning_hesd.lanczos import Lanczos
-    from lightning_hesd.operators import HessianOperator
+    from lightning_hesd.operators import CurvatureOperator
 
     Array = NDArray[np.float64]
 
@@ -55,7 +55,7 @@ class _End:
     position: int
 
 
-def sampling_error(operator: HessianOperator, runs: Sequence[Lanczos]) -> SamplingError:
+def sampling_error(operator: CurvatureOperator, runs: Sequence[Lanczos]) -> SamplingError:
     """Estimate what the finite sample does to the extremes, in one pass over the samples.
 
     Args:
@@ -114,7 +114,7 @@ def _ends(runs: Sequence[Lanczos]) -> tuple[_End, _End]:
 
 
 def _group_curvatures(
-    operator: HessianOperator, ends: Sequence[_End], unit: torch.Tensor
+    operator: CurvatureOperator, ends: Sequence[_End], unit: torch.Tensor
 ) -> tuple[Array, Array, list[Array]]:
     """Apply the groups' Hessians H_g to the Ritz vectors u of the ends.
 
@@ -124,14 +124,14 @@ def _group_curvatures(
         coordinates: For each end y_kᵀH_g u along the Ritz vectors y_k of its probe, shape (groups, steps); without a
             basis along u alone, and 0 elsewhere.
     """
-    parts = max(1, math.ceil(GROUPS / operator.num_batches))
+    parts = max(1, math.ceil(GROUPS / operator.mean.num_batches))
     lengths = [len(end.nodes) for end in ends]
     # One row for each group of all processes; every process fills in its own.
-    table = torch.zeros(operator.num_batches * parts, 3 + sum(lengths), dtype=torch.float64)
+    table = torch.zeros(operator.mean.num_batches * parts, 3 + sum(lengths), dtype=torch.float64)
     try:
         for group, position, products in operator.group_products(unit, parts):
             row = table[group.index * parts + position]
-            row[0] = group.weight / operator.weight
+            row[0] = group.weight / operator.mean.weight
             row[1:3] = products.double().square().sum(dim=1)
             for end, product, u, target in zip(ends, products, unit, torch.split(row[3:], lengths), strict=True):
                 along = end.run.project(product)
@@ -140,13 +140,13 @@ def _group_curvatures(
                 else:
                     target.copy_(torch.from_numpy(end.vectors).T @ along.double().cpu())
     except Exception as error:
-        if not operator.is_distributed:
+        if not operator.mean.is_distributed:
             raise
-        operator.failure = error
+        operator.mean.failure = error
         table.fill_(math.nan)
-    table = operator.sum_over_processes(table.to(unit.device)).cpu()
+    table = operator.mean.sum_over_processes(table.to(unit.device)).cpu()
     if table.isnan().any():
-        raise operator.failure or AnotherProcessFailedError
+        raise operator.mean.failure or AnotherProcessFailedError
     table = table[table[:, 0] > 0]
     first, second = (part.numpy() for part in torch.split(table[:, 3:], lengths, dim=1))
     return table[:, 0].numpy(), table[:, 1:3].numpy(), [first, second]

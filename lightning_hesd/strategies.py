@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from lightning_hesd.finite_differences import FiniteDifferences
+from lightning_hesd.matrices import gradient
 from lightning_hesd.memory import MemoryMeter
-from lightning_hesd.products import FiniteDifferences, gradient, recomputed_product, retained_graph_product
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
     from lightning_hesd.batches import WeightedBatch
-    from lightning_hesd.products import Product, Strategy
+    from lightning_hesd.matrices import Matrix, Product, Vector
+
+Strategy = Literal["graph", "recompute", "finite_difference"]
 
 
 @dataclass
@@ -66,8 +68,7 @@ class ProductMaker:
 
     def __init__(
         self,
-        loss_fn: Callable[[WeightedBatch], Tensor],
-        parameters: Sequence[Tensor],
+        matrix: Matrix,
         strategy: Strategy | Literal["auto"],
         *,
         graph_memory: float,
@@ -76,8 +77,7 @@ class ProductMaker:
         """Decide what can be decided without the batches.
 
         Args:
-            loss_fn: Mean loss of one batch, a scalar tensor; the same at every call.
-            parameters: The analysed parameters.
+            matrix: What is multiplied.
             strategy: How to compute products.
             graph_memory: Bytes that "auto" may spend on graphs, those that come and go included.
             calibration: What is known from an earlier analysis; brought up to date.
@@ -86,22 +86,28 @@ class ProductMaker:
         self.reason = "as asked"
         self.graph_bytes: float | None = None
         self.differences: FiniteDifferences | None = None
-        self._loss_fn = loss_fn
-        self._parameters = parameters
+        self._matrix = matrix
         self._graph_memory = graph_memory
         self._calibration = calibration
         self._plans = strategy == "auto"
         if self._plans and calibration.obstacle:
             self.fall_back(calibration.obstacle)
         elif strategy == "finite_difference":
-            self.differences = FiniteDifferences(parameters)
+            self.differences = FiniteDifferences(matrix.parameters, matrix.blocks)
 
     def fall_back(self, obstacle: str) -> None:
-        """Take central differences from now on, because of `obstacle`."""
+        """Take central differences from now on, because of `obstacle`.
+
+        Raises:
+            RuntimeError: If the matrix cannot be had by differences.
+        """
+        if not self._matrix.is_hessian:
+            msg = f"{obstacle}; central differences, which would do for the Hessian, do not give this matrix."
+            raise RuntimeError(msg)
         self._plans = False
         self._calibration.obstacle = obstacle
         self.strategy, self.reason = "finite_difference", f"auto: {obstacle}"
-        self.differences = FiniteDifferences(self._parameters)
+        self.differences = FiniteDifferences(self._matrix.parameters, self._matrix.blocks)
 
     def make_all(self, batches: Sequence[WeightedBatch]) -> Iterator[tuple[WeightedBatch, tuple[Tensor, Product]]]:
         """Yield every batch with its loss, a scalar, and its product.
@@ -109,6 +115,8 @@ class ProductMaker:
         Raises:
             NoExactProductError: If there is none, and the choice is free.
         """
+        if batches:
+            self._matrix.check(batches[0])
         if self._plans and batches:
             yield from self._planned(batches)
         else:
@@ -117,17 +125,24 @@ class ProductMaker:
 
     def make(self, batch: WeightedBatch, strategy: Strategy | None = None) -> tuple[Tensor, Product]:
         """Return the loss of a batch, a scalar, and its product by `strategy`, by default the one in use."""
-        loss = partial(self._loss_fn, batch)
+        matrix = self._matrix
         if self.differences is not None:
-            return self.differences.product(loss)
-        recomputes = (strategy or self.strategy) == "recompute"
-        return (recomputed_product if recomputes else retained_graph_product)(loss, self._parameters)
+            return matrix.loss(batch).detach(), self.differences.product(matrix.function(batch))
+        if (strategy or self.strategy) == "graph":
+            return matrix.product(batch, retain=True)
+
+        def product(vector: Vector) -> Vector:
+            _, once = matrix.product(batch, retain=False)
+            return once(vector)
+
+        loss, _ = matrix.product(batch, retain=False)  # finds out whether there is one
+        return loss, product
 
     def gradient(self, batch: WeightedBatch) -> list[Tensor]:
         """Return the plain gradient of a batch's loss, in the shapes of the parameters."""
         if self.differences is not None:
-            return self.differences.gradient(partial(self._loss_fn, batch))
-        return gradient(self._loss_fn(batch), self._parameters)
+            return self.differences.gradient(lambda: self._matrix.loss(batch))
+        return gradient(self._matrix.loss(batch), self._matrix.parameters)
 
     def _planned(self, batches: Sequence[WeightedBatch]) -> Iterator[tuple[WeightedBatch, tuple[Tensor, Product]]]:
         measured = self._measured(batches[0]) if self._calibration.graph_bytes is None else None
@@ -166,9 +181,10 @@ class ProductMaker:
             with MemoryMeter() as meter:
                 made = self.make(batch, "graph")
                 held = meter.live
-                made[1]([torch.ones_like(p) for p in self._parameters])
+                made[1]([torch.ones_like(p) for p in self._matrix.parameters])
         except RuntimeError as error:
-            FiniteDifferences(self._parameters).gradient(partial(self._loss_fn, batch))  # or else the loss is at fault
+            # If this fails, too, the loss is at fault.
+            FiniteDifferences(self._matrix.parameters).gradient(lambda: self._matrix.loss(batch))
             msg = f"the loss cannot be differentiated twice ({str(error).splitlines()[0]})"
             raise NoExactProductError(msg) from error
         self._calibration.graph_bytes = held / batch.weight

@@ -62,8 +62,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tolerance": [0.1]}, r"`tolerance` must be a number between 0 and 1, 'type', 'auto' or None, got \[0.1\]"),
     ({"tolerance": 0}, "`tolerance` must be a number between 0 and 1, 'type', 'auto' or None, got 0"),
     ({"tolerance": "1%"}, "`tolerance` must be a number between 0 and 1, 'type', 'auto' or None, got '1%'"),
-    ({"output_fn": print}, "`output_fn` is not available in this version"),
-    ({"output_loss": print}, "`output_loss` is not available in this version"),
+    ({"output_fn": print}, "`output_fn` is for `matrix='ggn'` and `matrix='residual'`"),
+    ({"output_loss": print}, "`output_loss` is for `matrix='ggn'` and `matrix='residual'`"),
     (
         {"memory_budget": 1e9},
         "`memory_budget` must be a positive integer, a number of bytes, or None, got 1000000000.0",

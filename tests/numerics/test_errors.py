@@ -65,10 +65,11 @@ OUT_OF_RANGE = [
 
 NOT_AVAILABLE = [
     ("strategy", "linearize", r"`strategy='linearize'` is not available in this version: use 'auto' or"),
-    ("matrix", "ggn", r"`matrix='ggn'` is not available in this version: use 'hessian'"),
-    ("matrix", "residual", r"`matrix='residual'` is not available in this version"),
-    ("output_fn", lambda module, batch: None, r"`output_fn` is not available in this version"),
-    ("output_loss", lambda outputs, batch: None, r"`output_loss` is not available in this version"),
+    ("matrix", "fisher", r"`matrix` must be 'hessian' or 'ggn' or 'residual', got 'fisher'"),
+    ("matrix", "ggn", r"`matrix='ggn'` needs `output_fn\(module, batch\)` and .*`output_fn` is None"),
+    ("matrix", "residual", r"`matrix='residual'` needs .*`output_fn` is None"),
+    ("output_fn", lambda module, batch: None, r"`output_fn` is for `matrix='ggn'` and .*leave it None for the Hessian"),
+    ("output_loss", lambda outputs, batch: None, r"`output_loss` is for `matrix='ggn'` and "),
     ("preconditioner", "adam", r"`preconditioner` must map names of parameters to tensors, .*got 'adam'"),
 ]
 

@@ -319,12 +319,6 @@ class TestStopping:
         process.run(lambda: asked.append(len(process.alphas)) or False)
         assert asked == [2]
 
-    def test_reports_every_step(self):
-        done = []
-        process = Lanczos(Times(make_matrix(SPECTRA["indefinite"][0], torch.float64)), make_start(30), steps=9)
-        process.run(lambda: len(process.alphas) == 6, report=lambda: done.append(len(done) + 1))
-        assert done == [1, 2, 3, 4, 5, 6]
-
     def test_an_accelerator_is_asked_only_where_it_is_read(self):
         process = Lanczos(
             Times(make_matrix(SPECTRA["indefinite"][0], torch.float64)), elsewhere(make_start(30)), steps=20

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from lightning_hesd.analysis import analysis_options, analyze
 from lightning_hesd.batches import WeightedBatch
-from lightning_hesd.operators import AnotherProcessFailedError, HessianOperator
+from lightning_hesd.matrices import HessianMatrix
+from lightning_hesd.operators import CurvatureOperator
+from lightning_hesd.sample_mean import AnotherProcessFailedError, SampleMean
 from tests import cases, oracles
 
 STRATEGIES = ("graph", "recompute")
@@ -27,18 +29,15 @@ def weighted(batches: list[Any]) -> list[WeightedBatch]:
     return [WeightedBatch(batch, float(len(batch[0])), index) for index, batch in enumerate(batches)]
 
 
-def make_operator(name: str, strategy: Any = "graph", **changes: Any) -> HessianOperator:
+def make_operator(name: str, strategy: Any = "graph", **changes: Any) -> CurvatureOperator:
     module, batches, loss_fn = cases.make(name)
     module.eval()
-    arguments = {
-        "loss_fn": lambda batch: loss_fn(module, batch.data),
-        "batches": weighted(batches),
-        "parameters": [p for p in module.parameters() if p.requires_grad],
-        "strategy": strategy,
-        "dtype": torch.float64,
-        **changes,
-    }
-    return HessianOperator(**arguments)
+    matrix = HessianMatrix(
+        changes.pop("loss_fn", lambda batch: loss_fn(module, batch.data)),
+        changes.pop("parameters", [p for p in module.parameters() if p.requires_grad]),
+    )
+    arguments = {"batches": weighted(batches), "strategy": strategy, "dtype": torch.float64, **changes}
+    return CurvatureOperator(SampleMean(matrix, **arguments))
 
 
 def vectors(n: int, count: int) -> list[Tensor]:
@@ -82,20 +81,20 @@ class TestRecord:
         module, batches, loss_fn = cases.make("mlp")
         operator = make_operator("mlp")
         losses = [loss_fn(module, batch).item() for batch in batches]
-        assert operator.weight == 9.0
-        assert operator.loss == pytest.approx((5 * losses[0] + 3 * losses[1] + losses[2]) / 9, rel=1e-14)
-        assert (operator.maker.strategy, operator.maker.reason) == ("graph", "as asked")
+        assert operator.mean.weight == 9.0
+        assert operator.mean.loss == pytest.approx((5 * losses[0] + 3 * losses[1] + losses[2]) / 9, rel=1e-14)
+        assert (operator.mean.maker.strategy, operator.mean.maker.reason) == ("graph", "as asked")
 
     def test_time_is_counted(self):
         operator = make_operator("mlp")
-        assert (operator.matvecs, operator.seconds_per_product) == (0, 0.0)
+        assert (operator.matvecs, operator.mean.seconds_per_product) == (0, 0.0)
         started = time.perf_counter()
         for _ in range(3):
             operator.matvec(vectors(43, 1)[0])
         elapsed = time.perf_counter() - started
         assert operator.matvecs == 3
-        assert 0 < operator.seconds_per_product <= elapsed / 3  # the mean, not the sum
-        assert operator.time_gradient() > 0
+        assert 0 < operator.mean.seconds_per_product <= elapsed / 3  # the mean, not the sum
+        assert operator.mean.gradient_equivalents() > 0
 
     def test_the_result_has_the_type_asked_for(self):
         operator = make_operator("mlp", dtype=torch.float32)
@@ -114,7 +113,7 @@ class TestSumOverProcesses:
         operator = make_operator("mlp", all_reduce=lambda tensor: tensor if len(tensor) > 5 else 2 * tensor)
         alone = make_operator("mlp")
         (v,) = vectors(43, 1)
-        assert operator.weight == 2 * alone.weight
+        assert operator.mean.weight == 2 * alone.mean.weight
         torch.testing.assert_close(operator.matvec(v), alone.matvec(v) / 2, rtol=1e-14, atol=0)
 
     def test_a_failure_elsewhere_is_an_error_here(self):
@@ -158,10 +157,10 @@ class TestSumOverProcesses:
         )
         (v,) = vectors(43, 1)
         assert operator.matvec(v).isnan().all()
-        assert isinstance(operator.failure, KeyError)
+        assert isinstance(operator.mean.failure, KeyError)
         assert operator.matvec(v).isnan().all()  # and it goes on contributing
         assert calls == 4  # without trying again
-        assert operator.explain_non_finite(v) is operator.failure
+        assert operator.explain_non_finite(v) is operator.mean.failure
 
     def test_a_product_that_is_not_finite_elsewhere(self):
         # The numbers of the start are fine, and so is our share of the products; the sum is not.

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from lightning_hesd import hessian_spectrum
 from lightning_hesd.batches import WeightedBatch
 from lightning_hesd.lanczos import Lanczos
-from lightning_hesd.operators import HessianOperator
+from lightning_hesd.matrices import HessianMatrix
+from lightning_hesd.operators import CurvatureOperator
+from lightning_hesd.sample_mean import SampleMean
 from lightning_hesd.sampling import SamplingError, sampling_error
 from tests import oracles
 
@@ -246,16 +248,15 @@ class TestSeveralProcesses:
             WeightedBatch(part, float(len(part[0])), index)
             for index, part in enumerate(zip(x.chunk(6), y.chunk(6), strict=True))
         ]
-        operator = HessianOperator(
-            lambda batch: loss_fn(module, batch.data),
+        mean = SampleMean(
+            HessianMatrix(lambda batch: loss_fn(module, batch.data), list(module.parameters())),
             batches[rank::ranks],
-            list(module.parameters()),
             strategy="graph",
             dtype=torch.float64,
             all_reduce=None if reduce is None else functools.partial(reduce, rank),
         )
-        n = sum(p.numel() for p in module.parameters())
-        start = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        operator = CurvatureOperator(mean)
+        start = torch.randn(operator.dimension, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         process = Lanczos(operator.matvec, start, 40)
         process.run()
         return sampling_error(operator, [process])

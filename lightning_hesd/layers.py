@@ -1,0 +1,136 @@
+"""Which parameters make up a functional block of a network.
+
+Bolshim & Kugaevskikh (2025, arXiv:2510.17486) take the Hessian of each functional block by itself: a transformation
+with parameters, and the activation that follows it. Activations have none, so that a block is a set of parameters here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+Layers = str | type[nn.Module] | Iterable[str | type[nn.Module]] | Callable[[str, nn.Parameter], str | None]
+"""What `layers` may be, see `layer_spectra`."""
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # noqa: SLF001 - batch and instance norms, of all dimensions
+GROUPED = ("attention", "mlp", "feedforward")
+"""In the name of a class, lower case without underscores: one transformation, whatever it is made of."""
+
+
+Blocks = dict[str, list[nn.Parameter]]
+
+
+def blocks(module: nn.Module, layers: Layers | None, analysed: Mapping[str, nn.Parameter]) -> Blocks:
+    """Return the parameters of each block, by name of the block; none belongs to two, shared ones to the first.
+
+    Args:
+        module: The network.
+        layers: What the blocks are, see `layer_spectra`.
+        analysed: The parameters that may be in a block, by name, each once.
+
+    Raises:
+        ValueError: If `layers` names no module, or one inside of another, or leaves no block.
+        TypeError: If `layers` is none of what it may be.
+    """
+    wanted: Any = "auto" if layers is None else layers  # any: users make mistakes
+    if isinstance(wanted, str) and wanted == "auto":
+        found = _functional(module)
+    elif isinstance(wanted, (str, type)):
+        found = _chosen(module, [wanted])
+    elif isinstance(wanted, Iterable):
+        found = _chosen(module, list(wanted))
+    elif callable(wanted):
+        found = _by_function(wanted, analysed)
+    else:
+        msg = f"`layers` must be 'auto', names, patterns or classes of modules, or a function, got {layers!r}."
+        raise TypeError(msg)
+    left = set(analysed.values())
+    result: Blocks = {}
+    for block, parameters in found.items():
+        own = [p for p in dict.fromkeys(parameters) if p in left]
+        left.difference_update(own)
+        if own:
+            result[block] = own
+    if not result:
+        msg = f"`layers` leaves no block with parameters to analyse, got {layers!r}."
+        raise ValueError(msg)
+    return result
+
+
+def _by_function(function: Callable[[str, nn.Parameter], object], analysed: Mapping[str, nn.Parameter]) -> Blocks:
+    found: Blocks = {}
+    for name, parameter in analysed.items():
+        block = function(name, parameter)
+        if block is not None and not isinstance(block, str):
+            msg = f"`layers` must return the name of a parameter's block or None, got {block!r} for {name!r}."
+            raise TypeError(msg)
+        if block is not None:
+            found.setdefault(block, []).append(parameter)
+    return found
+
+
+def _chosen(module: nn.Module, wanted: list[Any]) -> Blocks:
+    modules = {name: m for name, m in module.named_modules() if name}
+    chosen: dict[str, nn.Module] = {}
+    for item in wanted:
+        if isinstance(item, str):
+            matches = {name: m for name, m in modules.items() if fnmatchcase(name, item)}
+        elif isinstance(item, type) and issubclass(item, nn.Module):
+            matches = {name: m for name, m in modules.items() if isinstance(m, item)}
+        else:
+            msg = f"`layers` must hold names, patterns and classes of modules, got {item!r}."
+            raise TypeError(msg)
+        if not matches:
+            msg = f"`layers` has {item!r}, which is no module of this network: {', '.join(modules) or 'it has none'}."
+            raise ValueError(msg)
+        chosen |= matches
+    # Of a module and one inside of it that match, the outer one counts, unless the inner one was asked for by name.
+    outer = {name: m for name, m in chosen.items() if not any(name.startswith(f"{other}.") for other in chosen)}
+    for name in wanted:
+        if isinstance(name, str) and name in chosen and name not in outer:
+            msg = f"`layers` has {name!r} and a module that it is part of; blocks must not overlap."
+            raise ValueError(msg)
+    return {name: list(m.parameters()) for name, m in outer.items()}
+
+
+def _functional(module: nn.Module, name: str = "") -> Blocks:
+    """Return every module that owns parameters, norms with what they follow, and attention and MLPs as one."""
+    prefix = f"{name}." if name else ""
+    if name and _is_one(module):
+        return {name: list(module.parameters())}
+    found: Blocks = {}
+    for parameter_name, parameter in module.named_parameters(recurse=False):
+        found.setdefault(name or parameter_name, []).append(parameter)
+    before, features = "", None  # the transformation that a norm may belong to, and what comes out of it
+    for child_name, child in module.named_children():
+        if next(child.parameters(), None) is None:
+            continue
+        if before and features is not None and _normalised(child, module) == features:
+            found[before] += child.parameters()
+            continue
+        inside = _functional(child, f"{prefix}{child_name}")
+        found |= inside
+        before, features = (next(iter(inside)) if len(inside) == 1 else ""), _output_features(child)
+    return found
+
+
+def _is_one(module: nn.Module) -> bool:
+    kind = type(module).__name__.lower().replace("_", "")
+    return any(word in kind for word in GROUPED)
+
+
+def _normalised(module: nn.Module, parent: nn.Module) -> int | None:
+    """Return the number of features that a norm normalises, if it belongs to the transformation before it."""
+    if isinstance(module, NORMS):
+        return getattr(module, "num_features", None) or getattr(module, "num_channels", None)
+    # Transformers register their norms in any order; in a Sequential the order is that of execution.
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and isinstance(parent, nn.Sequential):
+        return module.normalized_shape[-1]
+    return None
+
+
+def _output_features(module: nn.Module) -> int | None:
+    return getattr(module, "out_channels", None) or getattr(module, "out_features", None)
