@@ -175,7 +175,7 @@ def layer_spectra(
         {'0': 9, '2': 4}
     """
     checked = analysis_options(**options)
-    return analyze_layers(module, _weighted(batches, checked), loss_fn, layers, checked)
+    return analyze_layers(module, _weighted(batches, checked), loss_fn, checked, layers)
 
 
 def _weighted(batches: Iterable[Any], options: AnalysisOptions) -> list[WeightedBatch]:
@@ -242,8 +242,8 @@ def analyze_layers(
     module: nn.Module,
     batches: Sequence[WeightedBatch],
     loss_fn: LossFunction,
-    layers: Layers | None,
     options: AnalysisOptions,
+    layers: Layers | None,
     **context: Unpack[Context],
 ) -> dict[str, Spectrum]:
     """Do the work of `layer_spectra`, possibly as one of several processes; arguments as for `analyze`."""

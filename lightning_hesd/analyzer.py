@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lightning_hesd import _lightning
-from lightning_hesd.analysis import analyze
+from lightning_hesd.analysis import analyze, analyze_layers
 from lightning_hesd.batches import WeightedBatch
 from lightning_hesd.data import AnalysisSamples, draw_samples, training_loader
 from lightning_hesd.loss import make_loss_fn, muted
@@ -16,13 +17,16 @@ from lightning_hesd.snapshot import preserved, seed_everything
 from lightning_hesd.strategies import Calibration
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import lightning.pytorch as pl
 
     from lightning_hesd.analysis import LossFunction, Report
+    from lightning_hesd.layers import Layers
     from lightning_hesd.options import AnalysisOptions
     from lightning_hesd.spectrum import Spectrum
+
+Result = TypeVar("Result")
 
 FIRST_SAMPLES = 256
 MOST_SAMPLES = 16_384
@@ -59,7 +63,7 @@ class TrainerAnalyzer:
         self._loss_fn = loss_fn
         self._samples: AnalysisSamples | None = None
         self._resumed: list[int] | None = None
-        self._calibrations: dict[bool, Calibration] = defaultdict(Calibration)  # preconditioned or not
+        self._calibrations: dict[object, Calibration] = defaultdict(Calibration)  # for each kind of analysis
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to draw the same samples."""
@@ -114,24 +118,39 @@ class TrainerAnalyzer:
             **changes: Options that differ for this spectrum; the samples are those there are.
         """
         options = replace(self._options, **changes)
-        spectrum = self._spectrum(trainer, pl_module, report, options)
+        spectrum = self._analyze(trainer, pl_module, report, analyze, options)
         if changes:
             return spectrum
         while self._grows and (factor := _growth(spectrum)) > 1 and self._num_samples < MOST_SAMPLES:
             self._num_samples = min(math.ceil(factor * self._num_samples), MOST_SAMPLES)
             self.release()
-            before, spectrum = spectrum, self._spectrum(trainer, pl_module, report, options)
+            before, spectrum = spectrum, self._analyze(trainer, pl_module, report, analyze, options)
             if spectrum.num_samples <= before.num_samples:  # there are no more
                 self._grows = False
         return spectrum
 
-    def _spectrum(
+    def layers(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Layers, report: Report | None = None
+    ) -> dict[str, Spectrum]:
+        """Return the spectra of layers at the present weights, the same in every process.
+
+        Args:
+            trainer: The trainer.
+            pl_module: Its module.
+            layers: Which, as for `layer_spectra`.
+            report: Called after every Lanczos step.
+        """
+        return self._analyze(trainer, pl_module, report, partial(analyze_layers, layers=layers), self._options)
+
+    def _analyze(
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         report: Report | None,
+        work: Callable[..., Result],
         options: AnalysisOptions,
-    ) -> Spectrum:
+    ) -> Result:
+        """Let `work` analyse the samples, in all processes together."""
         all_reduce = _lightning.make_all_reduce(trainer)
         samples = self.draw(trainer)
         loss_fn = make_loss_fn(trainer, self._loss_fn)
@@ -139,20 +158,20 @@ class TrainerAnalyzer:
         with muted(trainer, pl_module), preserved(datamodule, tensors=False):
             with preserved(pl_module):  # its transfer hooks may leave traces, as `training_step` may
                 batches = _lightning.together(trainer, lambda: self._transfer(trainer, pl_module, samples.batches))
-            spectrum = _lightning.together(
+            result = _lightning.together(
                 trainer,
-                lambda: analyze(
+                lambda: work(
                     pl_module,
                     batches,
                     loss_fn,
-                    options,
+                    options=options,
                     all_reduce=all_reduce,
                     report=report,
-                    calibration=self._calibrations[options.preconditioner is not None],
+                    calibration=self._calibrations[work is analyze, options.matrix, options.preconditioner is not None],
                     processes=trainer.num_devices,
                 ),
             )
-        return trainer.strategy.broadcast(spectrum)
+        return trainer.strategy.broadcast(result)
 
     def _transfer(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: Sequence[WeightedBatch]

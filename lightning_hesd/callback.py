@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lightning_hesd.analysis import LossFunction
     from lightning_hesd.gradient_monitor import GradientStatistics
     from lightning_hesd.history import OnError, SpectrumRecord
+    from lightning_hesd.layers import Layers
     from lightning_hesd.recorder import Preconditioning
 
 
@@ -52,7 +53,11 @@ class HessianSpectrumCallback(SpectrumSource):
             assess generalization by comparison (`assess_generalization`); its ΔK_H05 needs fixed steps, hence no
             `tolerance`. The metrics of this spectrum begin with `hesd_gen/`.
         loss_fn: `loss_fn(module, batch)` -> mean loss; default: the module's `training_step`, its logging muted.
-        layers: Not available in this version.
+        layers: Also analyse layers by themselves, as `layer_spectra` does: "auto" for every functional block, names,
+            patterns or classes of modules, or a function. Their metrics begin with `hesd/layer/`.
+        decompose: Also analyse the two parts of the Hessian, the Gauss-Newton matrix, from which the outliers come, and
+            the residual, from which the bulk does (Kiselev & Grabovoy 2024, section 3.4); needs `output_fn` and
+            `output_loss` of `hessian_spectrum`. Their metrics begin with `hesd_ggn/` and `hesd_residual/`.
         checkpoint: Rule that picks the best checkpoint, "highest_c_t" or "lowest_max_eigenvalue", or a
             HessianCheckpoint; None: no picking.
         monitor_gradients: Compare, on some steps of every epoch, the gradients of the loss with those that reach the
@@ -99,7 +104,8 @@ class HessianSpectrumCallback(SpectrumSource):
         dataloader: Any = None,
         generalization_dataloader: Any = None,
         loss_fn: LossFunction | None = None,
-        layers: Any = None,
+        layers: Layers | None = None,
+        decompose: bool = False,
         checkpoint: Literal["highest_c_t", "lowest_max_eigenvalue"] | HessianCheckpoint | None = None,
         monitor_gradients: bool = False,
         max_overhead: float | None = None,
@@ -111,7 +117,6 @@ class HessianSpectrumCallback(SpectrumSource):
         **analysis: Any,
     ) -> None:
         super().__init__()
-        _refuse_unavailable(layers=layers)
         _check_count("num_samples", num_samples, alternative="auto")
         _check_count("batch_size", batch_size)
         if on_error not in {"warn", "raise"}:
@@ -130,6 +135,7 @@ class HessianSpectrumCallback(SpectrumSource):
         self.history = SpectrumHistory()
         self._stage = "fit"
         self.budget = Budget(max_overhead)
+        parts = _parts_of_the_hessian(analysis) if decompose else None
         self.options = analysis_options(**analysis)
         if num_samples == "auto" and not isinstance(self.options.tolerance, float):
             msg = (
@@ -146,6 +152,8 @@ class HessianSpectrumCallback(SpectrumSource):
             analyzer(dataloader=dataloader),
             None if generalization_dataloader is None else analyzer(dataloader=generalization_dataloader),
             preconditioner=preconditioner,
+            layers=layers,
+            parts=parts,
             name=name,
             progress=progress,
         )
@@ -322,11 +330,21 @@ def _as_checkpoint(checkpoint: object) -> HessianCheckpoint | None:
     raise TypeError(msg)
 
 
-def _refuse_unavailable(**arguments: object) -> None:
-    for name, value in arguments.items():
-        if value is not None:
-            msg = f"`{name}={value!r}` is not available in this version: leave it out."
-            raise ValueError(msg)
+def _parts_of_the_hessian(analysis: dict[str, Any]) -> dict[str, Any]:
+    """Take the options for the parts of the Hessian out of those for all of it, checked.
+
+    Raises:
+        ValueError: If one is missing.
+    """
+    if analysis.get("matrix", "hessian") != "hessian":
+        msg = f"`decompose=True` is about the parts of the Hessian: leave `matrix` out, got {analysis['matrix']!r}."
+        raise ValueError(msg)
+    if analysis.get("strategy") == "finite_difference":
+        msg = "`decompose=True` needs exact products: use another `strategy` than 'finite_difference'."
+        raise ValueError(msg)
+    parts = {name: analysis.pop(name, None) for name in ("output_fn", "output_loss")}
+    analysis_options(matrix="ggn", **parts)
+    return parts
 
 
 def _check_count(name: str, value: object, alternative: str | None = None) -> None:

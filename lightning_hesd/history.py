@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,11 +14,11 @@ from lightning.pytorch import Callback
 
 from lightning_hesd.assessment import assess_generalization
 from lightning_hesd.files import written_whole
-from lightning_hesd.spectrum import Spectrum
+from lightning_hesd.spectrum import Spectrum, load_layers, save_layers
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from lightning.pytorch.callbacks import Checkpoint
 
@@ -26,11 +26,19 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "index.json"
 INDEX_FORMAT = 1
-SUFFIXES = {"spectrum": "", "generalization": "_gen", "preconditioned": "_pre"}
+SUFFIXES = {
+    "spectrum": "",
+    "generalization": "_gen",
+    "preconditioned": "_pre",
+    "ggn": "_ggn",
+    "residual": "_residual",
+}
 """What distinguishes the spectra of a record in the names of files and metrics."""
 
 PLAIN_FIELDS = ("epoch", "global_step", "error", "stability_threshold")
 """The fields of a record that are plain values."""
+
+LAYERS_SUFFIX = "_layers"
 
 START_EPOCH = -1
 """Epoch of the record made before the first optimizer step."""
@@ -48,9 +56,11 @@ class SpectrumRecord:
         spectrum: The spectrum on the training data; None if the analysis failed.
         error: What failed, and why; None if nothing did.
         generalization: The spectrum on the generalization data; None where none is analysed.
-        layers: The spectra of single layers; None where none are analysed.
+        layers: The spectra of single layers, by name; None where none are analysed.
         preconditioned: The spectrum on the training data through the optimizer's eyes; None where it is not analysed.
         stability_threshold: Up to which largest eigenvalue of that the optimizer's steps are stable; None: unknown.
+        ggn: The spectrum of the Gauss-Newton matrix; None where it is not analysed.
+        residual: The spectrum of the rest of the Hessian; None where it is not analysed.
     """
 
     epoch: int
@@ -61,6 +71,8 @@ class SpectrumRecord:
     layers: Mapping[str, Spectrum] | None = None
     preconditioned: Spectrum | None = None
     stability_threshold: float | None = None
+    ggn: Spectrum | None = None
+    residual: Spectrum | None = None
 
     @property
     def spectra(self) -> dict[str, Spectrum]:
@@ -113,9 +125,9 @@ class SpectrumHistory(list[SpectrumRecord]):
         for record in self:
             for suffix, spectrum in record.spectra.items():
                 path = directory / record.file_name(suffix)
-                if path not in self._saved:
-                    spectrum.save(path)
-                    self._saved.add(path)
+                self._save_once(path, spectrum.save)
+            if record.layers:
+                self._save_once(directory / record.file_name(LAYERS_SUFFIX), partial(save_layers, record.layers))
         rows = [
             {
                 **_plain(record),
@@ -123,11 +135,17 @@ class SpectrumHistory(list[SpectrumRecord]):
                     field: record.file_name(suffix) if suffix in record.spectra else None
                     for field, suffix in SUFFIXES.items()
                 },
+                "layers": record.file_name(LAYERS_SUFFIX) if record.layers else None,
             }
             for record in self
         ]
-        with written_whole(directory / INDEX_NAME) as partial:
-            partial.write_text(json.dumps({"format": INDEX_FORMAT, "records": rows}, indent=1), encoding="utf-8")
+        with written_whole(directory / INDEX_NAME) as incomplete:
+            incomplete.write_text(json.dumps({"format": INDEX_FORMAT, "records": rows}, indent=1), encoding="utf-8")
+
+    def _save_once(self, path: Path, save: Callable[[Path], None]) -> None:
+        if path not in self._saved:
+            save(path)
+            self._saved.add(path)
 
     @classmethod
     def load(cls, log_dir: str | os.PathLike[str], name: str = "hesd") -> SpectrumHistory:
@@ -153,9 +171,10 @@ class SpectrumHistory(list[SpectrumRecord]):
             version, rows = index["format"], index["records"]
             for row in rows if version == INDEX_FORMAT else ():
                 # The names only: an index must not point outside its own folder.
-                names = {field: row[field] for field in SUFFIXES}
-                spectra = {f: name and Spectrum.load(directory / Path(name).name) for f, name in names.items()}
-                history.append(_record(row, spectra))
+                paths = {f: row[f] and directory / Path(row[f]).name for f in (*SUFFIXES, "layers")}
+                layers = paths.pop("layers")
+                spectra = {f: path and Spectrum.load(path) for f, path in paths.items()}
+                history.append(_record(row, spectra, layers and load_layers(layers)))
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             msg = f"{path} is not the index of a spectrum history, or is damaged ({error!r})."
             raise ValueError(msg) from error
@@ -166,11 +185,18 @@ class SpectrumHistory(list[SpectrumRecord]):
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Return the records as tensors and plain values: Lightning loads nothing else from a checkpoint."""
-        return [_plain(record) | {field: _tensors(getattr(record, field)) for field in SUFFIXES} for record in self]
+        return [_state(record) for record in self]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
         """Replace the records by those of `state_dict`."""
-        self[:] = [_record(row, {field: _spectrum(row[field]) for field in SUFFIXES}) for row in state]
+        self[:] = [
+            _record(
+                row,
+                {field: _spectrum(row[field]) for field in SUFFIXES},
+                row["layers"] and {name: _spectrum(values) for name, values in row["layers"].items()},
+            )
+            for row in state
+        ]
 
 
 class SpectrumSource(Callback):
@@ -193,8 +219,14 @@ def _plain(record: SpectrumRecord) -> dict[str, Any]:
     return {field: getattr(record, field) for field in PLAIN_FIELDS}
 
 
-def _record(row: Mapping[str, Any], spectra: Mapping[str, Any]) -> SpectrumRecord:
-    return SpectrumRecord(**{field: row[field] for field in PLAIN_FIELDS}, **spectra)
+def _state(record: SpectrumRecord) -> dict[str, Any]:
+    spectra: dict[str, Any] = {field: _tensors(getattr(record, field)) for field in SUFFIXES}
+    layers: Any = record.layers and {name: _tensors(spectrum) for name, spectrum in record.layers.items()}
+    return {**_plain(record), **spectra, "layers": layers}
+
+
+def _record(row: Mapping[str, Any], spectra: Mapping[str, Any], layers: Any) -> SpectrumRecord:
+    return SpectrumRecord(**{field: row[field] for field in PLAIN_FIELDS}, **spectra, layers=layers)
 
 
 def _tensors(spectrum: Spectrum | None) -> dict[str, Any] | None:
@@ -204,7 +236,7 @@ def _tensors(spectrum: Spectrum | None) -> dict[str, Any] | None:
     return {key: torch.from_numpy(v.copy()) if isinstance(v, np.ndarray) else v for key, v in values.items()}
 
 
-def _spectrum(values: dict[str, Any] | None) -> Spectrum | None:
+def _spectrum(values: dict[str, Any] | None) -> Any:
     if values is None:
         return None
     arrays: dict[str, Any] = {k: v.cpu().numpy() if isinstance(v, torch.Tensor) else v for k, v in values.items()}

@@ -75,9 +75,8 @@ class RunOutputs:
 
     def writers(self, trainer: pl.Trainer, history: SpectrumHistory, *, at_epoch_end: bool) -> list[Callable[[], None]]:
         """Return what writes the last record, each apart: trouble with one output must not keep out the others."""
-        record = history[-1]
         step = _lightning.logging_step(trainer, at_epoch_end=at_epoch_end)
         outputs: list[Callable[[], None]] = [
-            partial(sink.write, record, step) for sink in self._sinks if record.spectra
+            partial(sink.write, history, step) for sink in self._sinks if history[-1].spectra
         ]
         return outputs if self._folder is None else [*outputs, partial(history.save, self._folder)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_hesd.guards import release_memory
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_hesd.analyzer import TrainerAnalyzer
+    from lightning_hesd.layers import Layers
     from lightning_hesd.spectrum import Spectrum
 
     Preconditioning = Literal["optimizer"] | Mapping[str, Tensor] | None
@@ -34,6 +36,8 @@ class Recorder:
         generalization: TrainerAnalyzer | None = None,
         *,
         preconditioner: Preconditioning = None,
+        layers: Layers | None = None,
+        parts: Mapping[str, Any] | None = None,
         name: str = "hesd",
         progress: bool = False,
     ) -> None:
@@ -43,6 +47,8 @@ class Recorder:
             training: Analyses the training data.
             generalization: Analyses other data; None: nobody does.
             preconditioner: Through whose eyes to look at the training data, too: "optimizer", or diagonals by name.
+            layers: Which layers of the network to analyse by themselves, too; None: none.
+            parts: Options with which to analyse the parts of the Hessian, too: `output_fn` and `output_loss`.
             name: What the progress bar calls it.
             progress: Whether there is one.
         """
@@ -50,6 +56,8 @@ class Recorder:
         if generalization is not None:
             self._analyzers["generalization"] = generalization
         self._preconditioner = preconditioner
+        self._layers = layers
+        self._parts = parts
         self._readable = True
         self._name = name
         self._progress = progress
@@ -90,6 +98,13 @@ class Recorder:
             parts["the analysis through the optimizer's eyes"] = lambda: self._preconditioned(
                 trainer, pl_module, found["spectrum"]
             )
+        if self._parts is not None:
+            for matrix, title in (("ggn", "Gauss-Newton matrix"), ("residual", "residual")):
+                parts[f"the analysis of the {title}"] = partial(
+                    self._part, trainer, pl_module, matrix=matrix, **self._parts
+                )
+        if self._layers is not None:
+            parts["the analysis of layers"] = partial(self._layer_spectra, trainer, pl_module, self._layers)
         error = None
         for part, work in parts.items():
             with attempt(f"{part} {when(epoch)} failed, training goes on") as failures:
@@ -123,6 +138,13 @@ class Recorder:
         else:  # frozen weights the optimizer does not see
             spectrum = self._spectrum(trainer, pl_module, "training", preconditioner=diagonals, include_frozen=False)
         return {"preconditioned": spectrum, "stability_threshold": read.threshold}
+
+    def _part(self, trainer: pl.Trainer, pl_module: pl.LightningModule, matrix: str, **of: Any) -> dict[str, Any]:
+        return {matrix: self._spectrum(trainer, pl_module, "training", matrix=matrix, **of)}
+
+    def _layer_spectra(self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Layers) -> dict[str, Any]:
+        with analysis_bar(trainer, self._name, shown=self._progress) as report:
+            return {"layers": self._analyzers["training"].layers(trainer, pl_module, layers, report)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to draw the same samples."""

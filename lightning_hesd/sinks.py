@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import logging
 import math
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,15 +20,17 @@ from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG, PLUGI
 from tensorboard.util.tensor_util import make_tensor_proto
 
 from lightning_hesd.criteria import MP_THRESHOLD
-from lightning_hesd.plotting import plot_density
+from lightning_hesd.indicators import LayerIndicators, layer_indicators
+from lightning_hesd.plotting import plot_decomposition, plot_density, plot_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from lightning.pytorch.loggers import Logger
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lightning_hesd.history import SpectrumRecord
+    from lightning_hesd.history import SpectrumHistory, SpectrumRecord
     from lightning_hesd.spectrum import Spectrum
 
 log = logging.getLogger(__name__)
@@ -45,6 +48,8 @@ def scalars(record: SpectrumRecord, name: str) -> dict[str, float]:
     keyed = {f"{name}/{key}": value for key, value in values.items()}
     for suffix, spectrum in record.spectra.items():
         keyed |= {f"{name}{suffix}/{key}": value for key, value in _scalars(spectrum).items()}
+    for layer, indicators in layer_indicators(record.layers or {}).items():
+        keyed |= {f"{name}/layer/{layer}/{key}": value for key, value in asdict(indicators).items()}
     return {key: value for key, value in keyed.items() if not math.isnan(value)}
 
 
@@ -66,11 +71,19 @@ def _scalars(spectrum: Spectrum) -> dict[str, float]:
     }
 
 
+def layer_table(layers: Mapping[str, Spectrum]) -> str:
+    """Return the indicators of layers as a table in Markdown."""
+    rows = [["layer", *(field.name for field in fields(LayerIndicators))]]
+    rows += [[name, *(f"{v:.3g}" for v in asdict(found).values())] for name, found in layer_indicators(layers).items()]
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 class Sink(Protocol):
     """Writes what a logger can show beyond scalars."""
 
-    def write(self, record: SpectrumRecord, step: int) -> None:
-        """Write a record that has a spectrum, at `step` of the logger's axis."""
+    def write(self, history: SpectrumHistory, step: int) -> None:
+        """Write the last record, which has a spectrum, at `step` of the logger's axis."""
 
 
 class TensorBoardSink:
@@ -80,17 +93,31 @@ class TensorBoardSink:
         self._writer = logger.experiment
         self._name = name
 
-    def write(self, record: SpectrumRecord, step: int) -> None:
-        """Write a record that has a spectrum, at `step` of the logger's axis."""
+    def write(self, history: SpectrumHistory, step: int) -> None:
+        """Write the last record, which has a spectrum, at `step` of the logger's axis."""
+        record = history[-1]
         title = "start" if record.epoch < 0 else f"epoch {record.epoch}"
         for suffix, spectrum in record.spectra.items():
             self._write_histogram(f"{self._name}{suffix}/density", spectrum, step)
-            figure: Figure = plot_density(spectrum, title=title).get_figure(root=True)  # type: ignore[assignment]
-            self._writer.add_figure(f"{self._name}{suffix}/density_figure", figure, global_step=step, close=False)
+            self._write_figure(f"{self._name}{suffix}/density_figure", plot_density(spectrum, title=title), step)
+        if record.spectrum and record.ggn and record.residual:
+            axes = plot_decomposition(record.spectrum, record.ggn, record.residual)
+            self._write_figure(f"{self._name}/decomposition_figure", axes, step)
+        if record.layers:
+            by_epoch = {r.epoch: r.layers for r in history if r.layers}
+            by_step = {r.global_step: r.layers for r in history if r.layers}
+            one_each = len(by_epoch) == len(by_step)
+            axes = plot_layers(by_epoch) if one_each else plot_layers(by_step, xlabel="step")
+            self._write_figure(f"{self._name}/layers_figure", axes, step)
+            self._writer.add_text(f"{self._name}/layers", layer_table(record.layers), global_step=step)
         if record.assessment is not None:
             reasons = "\n".join(f"- {reason}" for reason in record.assessment.reasons)
             text = f"**generalization: {record.assessment.verdict}** ({title})\n\n{reasons}"
             self._writer.add_text(f"{self._name}/assessment", text, global_step=step)
+
+    def _write_figure(self, tag: str, axes: Axes, step: int) -> None:
+        figure: Figure = axes.get_figure(root=True)  # type: ignore[assignment]
+        self._writer.add_figure(tag, figure, global_step=step, close=False)
 
     def _write_histogram(self, tag: str, spectrum: Spectrum, step: int) -> None:
         mass, edges = spectrum.histogram()
@@ -119,8 +146,9 @@ class CSVSink:
         self._folder = Path(logger.log_dir)
         self._name = name
 
-    def write(self, record: SpectrumRecord, step: int) -> None:
-        """Write a record that has a spectrum, at `step` of the logger's axis."""
+    def write(self, history: SpectrumHistory, step: int) -> None:
+        """Write the last record, which has a spectrum, at `step` of the logger's axis."""
+        record = history[-1]
         self._folder.mkdir(parents=True, exist_ok=True)
         for suffix, spectrum in record.spectra.items():
             mass, edges = spectrum.histogram()

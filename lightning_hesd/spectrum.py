@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from dataclasses import dataclass, fields
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from zipfile import BadZipFile
 
 import numpy as np
 
 from lightning_hesd import criteria, quadrature
-from lightning_hesd.files import written_whole
+from lightning_hesd.files import opened_archive, save_archive
 
 if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+
     from numpy.typing import ArrayLike, NDArray
 
-FORMAT_VERSION = 1
 DEFAULT_TOLERANCE = 0.05
 SMALLEST_SCALE = 1e-3
 """C_t is judged relative to its size, but never finer than relative to this: a C_t of 0 has no relative error."""
@@ -51,7 +49,7 @@ class Spectrum:
         gradient_equivalents: Time in Hessian-vector products over the time of as many plain gradients on the same
             batches, i.e. the cost of one product in gradients; None if not measured. Gradients of a millisecond or two
             count for more than they should: preparing the batch is part of them.
-        matrix: Which curvature matrix ("hessian", "preconditioned hessian").
+        matrix: Which curvature matrix ("hessian", "ggn", "residual", or "preconditioned" and one of these).
         probe: Distribution of the start vectors ("gaussian": uniform on the sphere, or "rademacher").
         seed: Seed of the start vectors.
         mode: Module mode during the analysis ("eval", "train" or "keep").
@@ -328,11 +326,8 @@ class Spectrum:
 
         The file appears whole or not at all.
         """
-        values = self.to_dict()
-        arrays = {name: values.pop(name) for name in _ARRAYS}
-        header = np.array(json.dumps({"format": FORMAT_VERSION, **values}))
-        with written_whole(Path(path)) as partial, partial.open("wb") as file:
-            np.savez(file, header=header, **arrays)
+        header, arrays = self._parts()
+        save_archive(path, header, arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Spectrum:
@@ -342,20 +337,40 @@ class Spectrum:
             FileNotFoundError: If there is no such file.
             ValueError: If the file is not a spectrum, is damaged, or was written by a newer version.
         """
-        try:
-            # Opened here, because `np.load` leaves a damaged file open.
-            with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
-                header = json.loads(str(archive["header"]))
-                version = header.pop("format")
-                if version == FORMAT_VERSION:
-                    return cls(**{name: archive[name] for name in _ARRAYS}, **header)
-        except FileNotFoundError:
-            raise
-        except (BadZipFile, KeyError, TypeError, AttributeError, EOFError, ValueError, OSError, RuntimeError) as error:
-            msg = f"{os.fspath(path)} is not a spectrum written by `Spectrum.save`, or is damaged ({error})."
-            raise ValueError(msg) from error
-        msg = f"{os.fspath(path)} has format {version}, this version reads {FORMAT_VERSION}: update lightning_hesd."
-        raise ValueError(msg)
+        with opened_archive(path, "a spectrum written by `Spectrum.save`") as (header, arrays):
+            spectrum = cls(**{name: arrays[name] for name in _ARRAYS}, **header)
+        return spectrum  # noqa: RET504 - inside, damage could still come to light
+
+    def _parts(self) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
+        values = self.to_dict()
+        arrays = {name: values.pop(name) for name in _ARRAYS}
+        return values, arrays
+
+
+def save_layers(spectra: Mapping[str, Spectrum], path: str | os.PathLike[str]) -> None:
+    """Write the spectra of layers, by name, to one file as `Spectrum.save` writes one."""
+    headers: list[dict[str, Any]] = []
+    arrays: dict[str, NDArray[np.float64]] = {}
+    for index, (layer, spectrum) in enumerate(spectra.items()):
+        values, own = spectrum._parts()  # noqa: SLF001 - of this module
+        headers.append({"layer": layer, "fields": values})
+        arrays |= {f"{index}/{name}": array for name, array in own.items()}
+    save_archive(path, {"layers": headers}, arrays)
+
+
+def load_layers(path: str | os.PathLike[str]) -> dict[str, Spectrum]:
+    """Read what `save_layers` wrote.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is something else, is damaged, or was written by a newer version.
+    """
+    with opened_archive(path, "the spectra of layers") as (header, arrays):
+        spectra = {
+            entry["layer"]: Spectrum(**{name: arrays[f"{index}/{name}"] for name in _ARRAYS}, **entry["fields"])
+            for index, entry in enumerate(header["layers"])
+        }
+    return spectra  # noqa: RET504 - inside, damage could still come to light
 
 
 def _standard_error(values: NDArray[np.float64]) -> float | None:

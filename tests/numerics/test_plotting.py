@@ -10,7 +10,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from lightning_hesd import Spectrum
-from lightning_hesd.plotting import NEGATIVE, POSITIVE, describe, plot_density
+from lightning_hesd.plotting import NEGATIVE, POSITIVE, describe, plot_decomposition, plot_density, plot_layers
 
 
 def spectrum(*nodes: float, residual: float = 0.0, reason: str | None = None) -> Spectrum:
@@ -75,3 +75,52 @@ def test_title_tells_type_and_interval() -> None:
     assert low < -0.6 < -0.5 < high
     assert describe(uncertain) == f"MP-HESD (uncertain)\n$C_t$ = -0.5  [{low:.4g}, {high:.4g}]"
     assert describe(spectrum(0.0, reason="none"), "start") == "start\n$C_t$ undefined: no curvature"
+
+
+class TestDecomposition:
+    def test_all_extremes_are_within_the_axes(self):
+        ax = plot_decomposition(spectrum(-1.0, 0.0, 40.0), spectrum(0.0, 0.1, 38.0), spectrum(-5.0, 0.0, 3.0))
+        left, right = ax.get_xlim()
+        assert left < -5
+        assert right > 40
+        bottom = ax.get_ylim()[0]
+        assert [line.get_label() for line in ax.lines] == [
+            "Hessian, up to 40", "Gauss-Newton, up to 38", "residual, up to 3",
+        ]  # fmt: skip
+        for line, highest in zip(ax.lines, (40.0, 38.0, 3.0), strict=True):
+            x, y = line.get_data()
+            assert y[np.abs(x - highest).argmin()] > bottom
+
+    def test_draws_where_it_is_told(self):
+        ax = Figure().add_subplot()
+        zero = spectrum(0.0)
+        assert plot_decomposition(zero, zero, zero, ax) is ax
+
+
+class TestLayers:
+    layers = {
+        -1: {"a": spectrum(-1.0, 2.0), "b": spectrum(-0.5, 0.1)},
+        4: {"a": spectrum(-1.0, 20.0), "b": spectrum(-1.0, -0.5)},
+    }
+
+    def test_rows_are_layers_and_columns_epochs(self):
+        ax = plot_layers(self.layers)
+        image = ax.images[0].get_array()
+        assert image.tolist() == [[2.0, 20.0], [0.1, None]]  # no logarithm of what is not positive
+        assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
+        assert [label.get_text() for label in ax.get_xticklabels()] == ["start", "4"]
+
+    def test_other_quantities_are_linear(self):
+        ax = plot_layers(self.layers, "c_t", Figure().add_subplot(), xlabel="step")
+        assert ax.images[0].get_array().tolist() == [[-0.5, -0.05], [-5.0, -np.inf]]
+        assert ax.get_xlabel() == "step"
+
+    def test_a_layer_that_came_later_is_empty_before(self):
+        layers = {0: {"a": spectrum(1.0)}, 1: {"a": spectrum(2.0), "b": spectrum(3.0)}}
+        assert plot_layers(layers).images[0].get_array().tolist() == [[1.0, 2.0], [None, 3.0]]
+
+    def test_mistakes(self):
+        with pytest.raises(ValueError, match="`quantity` must be one of lambda_max, c_t, .*got 'size'"):
+            plot_layers(self.layers, "size")
+        with pytest.raises(ValueError, match="`layers` has no epoch"):
+            plot_layers({})

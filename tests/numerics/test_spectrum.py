@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lightning_hesd import Spectrum, criteria, quadrature
-from lightning_hesd.spectrum import FORMAT_VERSION
+from lightning_hesd.files import FORMAT_VERSION
 
 NAN = math.nan
 ARRAYS = ("nodes", "weights", "residuals")
