@@ -45,7 +45,7 @@ OUT_OF_RANGE = [
     ("mode", "test", r"`mode` must be 'eval' or 'train' or 'keep', got 'test'"),
     ("probe", "normal", r"`probe` must be 'gaussian' or 'rademacher', got 'normal'"),
     ("strategy", "fast", r"`strategy` must be 'auto' or 'graph' or 'recompute' or 'finite_difference', got 'fast'"),
-    ("matrix", "fisher", r"`matrix` must be 'hessian', got 'fisher'"),
+    ("matrix", "fisher", r"`matrix` must be 'hessian' or 'ggn' or 'residual', got 'fisher'"),
     ("basis", "disk", r"`basis` must be 'auto' or 'device' or 'cpu' or 'none', got 'disk'"),
     *[
         ("tolerance", value, rf"`tolerance` must be a number between 0 and 1, 'type', 'auto' or None, got {said}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -98,7 +99,7 @@ class TestDecomposition:
 
 
 class TestLayers:
-    layers = {
+    layers: ClassVar[dict[int, dict[str, Spectrum]]] = {
         -1: {"a": spectrum(-1.0, 2.0), "b": spectrum(-0.5, 0.1)},
         4: {"a": spectrum(-1.0, 20.0), "b": spectrum(-1.0, -0.5)},
     }
@@ -112,7 +113,7 @@ class TestLayers:
 
     def test_other_quantities_are_linear(self):
         ax = plot_layers(self.layers, "c_t", Figure().add_subplot(), xlabel="step")
-        assert ax.images[0].get_array().tolist() == [[-0.5, -0.05], [-5.0, -np.inf]]
+        assert ax.images[0].get_array().tolist() == [[-0.5, -0.05], [-5.0, None]]  # infinity has no colour
         assert ax.get_xlabel() == "step"
 
     def test_a_layer_that_came_later_is_empty_before(self):
@@ -120,7 +121,7 @@ class TestLayers:
         assert plot_layers(layers).images[0].get_array().tolist() == [[1.0, 2.0], [None, 3.0]]
 
     def test_mistakes(self):
-        with pytest.raises(ValueError, match="`quantity` must be one of lambda_max, c_t, .*got 'size'"):
+        with pytest.raises(ValueError, match=r"`quantity` must be one of lambda_max, c_t, .*got 'size'"):
             plot_layers(self.layers, "size")
         with pytest.raises(ValueError, match="`layers` has no epoch"):
             plot_layers({})
