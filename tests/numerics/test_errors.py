@@ -65,7 +65,6 @@ OUT_OF_RANGE = [
 
 NOT_AVAILABLE = [
     ("strategy", "linearize", r"`strategy='linearize'` is not available in this version: use 'auto' or"),
-    ("matrix", "fisher", r"`matrix` must be 'hessian' or 'ggn' or 'residual', got 'fisher'"),
     ("matrix", "ggn", r"`matrix='ggn'` needs `output_fn\(module, batch\)` and .*`output_fn` is None"),
     ("matrix", "residual", r"`matrix='residual'` needs .*`output_fn` is None"),
     ("output_fn", lambda module, batch: None, r"`output_fn` is for `matrix='ggn'` and .*leave it None for the Hessian"),
