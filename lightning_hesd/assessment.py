@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from lightning_hesd import criteria
+from lightning_hesd.intervals import student_quantile
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from lightning_hesd.spectrum import Spectrum
 
 Verdict = Literal["good", "poor", "undecided", "not applicable"]
@@ -176,16 +173,5 @@ def _delta_k_h05(train: Spectrum, generalization: Spectrum) -> tuple[float, Inte
     if math.isnan(value) or len(under) < 2:
         return value, UNKNOWN, f"K_H05 = {under.mean():.3g} on the training data, {over.mean():.3g} on the other"
     error = float((over - value * under).std(ddof=1)) / math.sqrt(len(under)) / float(under.mean())
-    half = _student_quantile(train.confidence, len(under) - 1) * error
+    half = student_quantile(train.confidence, len(under) - 1) * error
     return value, (value - half, value + half), ""
-
-
-def _student_quantile(confidence: float, degrees: int) -> float:
-    """Return t such that |T| <= t with this probability, for Student's T with so many degrees of freedom.
-
-    With T = √degrees · tan φ the density of φ is proportional to cos φ to the power degrees - 1.
-    """
-    angles: NDArray[np.float64] = np.linspace(0.0, math.pi / 2, 20_001)
-    density = np.cos(angles) ** (degrees - 1)
-    mass = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
-    return math.sqrt(degrees) * math.tan(float(np.interp(confidence * mass[-1], mass, angles)))

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from lightning_hesd import Spectrum, assess_generalization
-from lightning_hesd.assessment import VERDICT_VALUES, _student_quantile
+from lightning_hesd.assessment import VERDICT_VALUES
 from lightning_hesd.criteria import delta_interval, quasi_singular
 
 
@@ -199,12 +199,6 @@ def test_spectra_that_cannot_be_compared(change: dict[str, Any]) -> None:
 def test_spectra_of_different_networks_cannot_be_compared() -> None:
     with pytest.raises(ValueError, match="`dimension` is 3 on the training data and 4"):
         assess_generalization(TRAIN, spectrum(-0.1, 0.2, 0.5, 1.0))
-
-
-@pytest.mark.parametrize("degrees", [1, 2, 3, 9, 49])
-@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.99])
-def test_student_quantile(confidence: float, degrees: int) -> None:
-    assert _student_quantile(confidence, degrees) == pytest.approx(stats.t.ppf((1 + confidence) / 2, degrees), rel=1e-4)
 
 
 def test_delta_interval() -> None:
