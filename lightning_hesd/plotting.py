@@ -1,4 +1,4 @@
-"""Figures of spectra. Every function draws on the Axes it is given, or on a new figure's, and returns it.
+"""Figures of spectra, and axes for others. Every function draws on the Axes it is given, or a new figure's.
 
 Figures are made without pyplot, so no global state and no display are involved. Colours are those of Okabe & Ito
 (2008), which colour-blind readers can tell apart.
@@ -39,8 +39,7 @@ def plot_density(spectrum: Spectrum, ax: Axes | None = None, title: str = "") ->
             TensorBoard, which are 350 pixels wide.
         title: Text before the type in the title.
     """
-    if ax is None:
-        ax = Figure(figsize=(4.6, 3.5), dpi=160, layout="constrained").add_subplot()
+    ax = ax or _new_axes()
     low, high = spectrum.lambda_min, spectrum.lambda_max
     sigma = _smoothing(low, high)
     grid, density = spectrum.density(sigma=sigma)
@@ -69,8 +68,28 @@ def plot_density(spectrum: Spectrum, ax: Axes | None = None, title: str = "") ->
     ax.set_ylabel("spectral density")
     ax.set_title(describe(spectrum, title), fontsize=10)
     ax.grid(visible=True, alpha=0.3)
-    ax.legend(fontsize=9, loc="upper right", framealpha=0.9, handlelength=1.2)
+    place_legend(ax)
     return ax
+
+
+def _new_axes() -> Axes:
+    return Figure(figsize=(4.6, 3.5), dpi=160, layout="constrained").add_subplot()
+
+
+def settling_axes(ax: Axes | None, ylabel: str) -> Axes:
+    """Return axes, by default of a new figure, for what falls with the sample size k: logarithmic in what falls."""
+    ax = ax or _new_axes()
+    ax.set_yscale("log")
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel("sample size $k$")
+    ax.set_ylabel(ylabel)
+    ax.grid(visible=True, alpha=0.3)
+    return ax
+
+
+def place_legend(ax: Axes) -> None:
+    """Draw the legend where curves that fall leave room for it."""
+    ax.legend(fontsize=9, loc="upper right", framealpha=0.9, handlelength=1.2)
 
 
 def plot_decomposition(hessian: Spectrum, ggn: Spectrum, residual: Spectrum, ax: Axes | None = None) -> Axes:
@@ -85,8 +104,7 @@ def plot_decomposition(hessian: Spectrum, ggn: Spectrum, residual: Spectrum, ax:
         residual: Spectrum of the rest.
         ax: Where to draw it; default: a new figure, small in inches as that of `plot_density`.
     """
-    if ax is None:
-        ax = Figure(figsize=(4.6, 3.5), dpi=160, layout="constrained").add_subplot()
+    ax = ax or _new_axes()
     spectra = {"Hessian": hessian, "Gauss-Newton": ggn, "residual": residual}
     width = max(s.lambda_max for s in spectra.values()) - min(s.lambda_min for s in spectra.values())
     sigma = 0.005 * width if width > 0 else None
