@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from lightning_hesd.batches import WeightedBatch, batch_size
-from lightning_hesd.estimation import Estimation, estimate
+from lightning_hesd.estimation import Estimation, run_together
 from lightning_hesd.fast_derivatives import FastDerivatives
 from lightning_hesd.guards import analysis_state
 from lightning_hesd.layers import Layers, blocks
@@ -27,8 +27,6 @@ from lightning_hesd.sample_mean import SampleMean
 from lightning_hesd.snapshot import preserved, seed_everything
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from lightning_hesd.guards import Mode
     from lightning_hesd.lanczos import Storage
     from lightning_hesd.matrices import Matrix
@@ -234,8 +232,8 @@ def analyze(
         The spectrum, equal in every process.
     """
     everything = list(select_parameters(module, options).values())
-    [spectrum] = _spectra(module, batches, loss_fn, options, [everything], **context)
-    return spectrum
+    with estimated(module, batches, loss_fn, options, [everything], **context) as [estimation]:
+        return estimation.spectrum()
 
 
 def analyze_layers(
@@ -248,10 +246,12 @@ def analyze_layers(
 ) -> dict[str, Spectrum]:
     """Do the work of `layer_spectra`, possibly as one of several processes; arguments as for `analyze`."""
     found = blocks(module, layers, select_parameters(module, options))
-    return dict(zip(found, _spectra(module, batches, loss_fn, options, list(found.values()), **context), strict=True))
+    with estimated(module, batches, loss_fn, options, list(found.values()), **context) as estimations:
+        return {name: estimation.spectrum() for name, estimation in zip(found, estimations, strict=True)}
 
 
-def _spectra(
+@contextlib.contextmanager
+def estimated(
     module: nn.Module,
     batches: Sequence[WeightedBatch],
     loss_fn: LossFunction,
@@ -262,8 +262,12 @@ def _spectra(
     processes: int = 1,
     report: Report | None = None,
     calibration: Calibration | None = None,
-) -> list[Spectrum]:
-    """Return the spectra of the diagonal blocks that belong to these parts of the parameters."""
+) -> Iterator[list[Estimation]]:
+    """Run the Lanczos processes of the diagonal blocks that belong to these parts of the parameters.
+
+    Yields:
+        The processes of each block, in the state in which products are possible.
+    """
     started = time.perf_counter()
     parameters = [p for part in parts for p in part]
     ends = list(itertools.accumulate(len(part) for part in parts))
@@ -286,7 +290,9 @@ def _spectra(
             for block, part in zip(ranges, parts, strict=True)
         ]
         tick = None if report is None else _counting(report, options.probes * options.steps)
-        return estimate([Estimation(operator, options, plan, started) for operator in operators], tick)
+        estimations = [Estimation(operator, options, plan, started) for operator in operators]
+        run_together(estimations, tick)
+        yield estimations
 
 
 def _matrix(

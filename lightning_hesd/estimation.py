@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lightning_hesd import criteria, quadrature
-from lightning_hesd.lanczos import Lanczos, NonFiniteProductError, advance, gauss_quadrature
+from lightning_hesd.lanczos import Lanczos, NonFiniteProductError, advance, eigen, gauss_quadrature
 from lightning_hesd.operators import joint_products
 from lightning_hesd.sampling import SamplingError, sampling_error
 from lightning_hesd.spectrum import SMALLEST_SCALE, Spectrum
@@ -19,12 +19,15 @@ from lightning_hesd.spectrum import SMALLEST_SCALE, Spectrum
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from lightning_hesd.lanczos import Process
     from lightning_hesd.memory import MemoryPlan
     from lightning_hesd.operators import CurvatureOperator
     from lightning_hesd.options import AnalysisOptions, Probe
+
+    Array = NDArray[np.float64]
 
 COARSE = 0.2
 """Relative accuracy of C_t at which the extreme Ritz vectors are good enough for the sampling error."""
@@ -166,16 +169,35 @@ class Estimation:
             **({} if self._sampling is None else asdict(self._sampling)),
         )
 
+    def leading(self, count: int) -> tuple[Array, Tensor, Array]:
+        """Return the largest Ritz values of the first process, descending, their vectors and residuals.
 
-def estimate(estimations: Sequence[Estimation], tick: Callable[[], None] | None = None) -> list[Spectrum]:
+        Returns:
+            values: Shape (count,).
+            vectors: One in each row, of unit length, shape (count, n).
+            residuals: ‖Hy − θy‖, shape (count,): an eigenvalue lies within this of each value.
+
+        Raises:
+            ValueError: If the process found fewer.
+        """
+        run = self._runs[0]
+        values, coefficients = eigen(run.alphas, run.betas)
+        if len(values) < count:
+            msg = (
+                f"Lanczos found {len(values)} eigenvalues in {len(run.alphas)} steps, fewer than the {count} asked for."
+            )
+            raise ValueError(msg)
+        last = np.arange(len(values) - 1, len(values) - count - 1, -1)
+        vectors = torch.nn.functional.normalize(run.ritz_vectors(coefficients[:, last]), dim=1)
+        return values[last], vectors, float(run.betas[-1]) * np.abs(coefficients[-1, last])
+
+
+def run_together(estimations: Sequence[Estimation], tick: Callable[[], None] | None = None) -> None:
     """Run estimations of different blocks of one matrix, each step of all of them with one pass over the samples.
 
     Args:
         estimations: These; one, of all of the matrix, too.
         tick: Called after every step.
-
-    Returns:
-        The record of each.
 
     Raises:
         ArithmeticError: If a product is NaN or infinite; the message names the batch.
@@ -199,7 +221,6 @@ def estimate(estimations: Sequence[Estimation], tick: Callable[[], None] | None 
     cost = estimations[0].operator.mean.gradient_equivalents() if len(estimations) == 1 else None
     for estimation in estimations:
         estimation.finish(cost)
-    return [estimation.spectrum() for estimation in estimations]
 
 
 def _start_vector(operator: CurvatureOperator, generator: torch.Generator, probe: Probe) -> Tensor:
