@@ -109,12 +109,13 @@ def checked_values(name: str, values: ArrayLike) -> Array:
     return found
 
 
-def check_orders(orders: int) -> None:
-    """Check a number of random orders.
+def check_orders(orders: int, seed: int) -> None:
+    """Check a number of random orders and their seed.
 
     Raises:
-        ValueError: If it is not an integer of at least 2, which an error over orders needs.
+        ValueError: If they are not integers, of at least 2, which an error over orders needs, and 0.
     """
-    if not isinstance(orders, int) or isinstance(orders, bool) or orders < 2:
-        msg = f"`orders` must be an integer of at least 2, got {orders!r}."
-        raise ValueError(msg)
+    for name, value, least in (("orders", orders, 2), ("seed", seed, 0)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            msg = f"`{name}` must be an integer of at least {least}, got {value!r}."
+            raise ValueError(msg)

@@ -35,7 +35,7 @@ PAPER_FACTOR = 0.99
 """Smoothing factor of the paper's figures."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LossDifferences:
     """|L_{k+1} − L_k| for k = 1, ..., N − 1, averaged over random orders of N samples.
 
@@ -166,7 +166,7 @@ def loss_differences(
         TypeError: If `loss_fn` does not return a tensor.
         ArithmeticError: If a loss is NaN or infinite.
     """
-    _check(orders, confidence)
+    _check(orders, seed, confidence)
     losses = per_sample_losses(module, batches, loss_fn, mode=mode)
     return differences_of(losses, orders=orders, seed=seed, confidence=confidence)
 
@@ -188,7 +188,7 @@ def differences_of(losses: ArrayLike, *, orders: int = 100, seed: int = 0, confi
         >>> found.num_samples, found.expected_rms.round(3).tolist()
         (3, [0.707, 0.408])
     """
-    _check(orders, confidence)
+    _check(orders, seed, confidence)
     values = increments.checked_values("losses", losses)[:, None]
 
     def curves() -> Iterable[Array]:
@@ -215,8 +215,8 @@ def differences_of(losses: ArrayLike, *, orders: int = 100, seed: int = 0, confi
     )
 
 
-def _check(orders: int, confidence: float) -> None:
-    increments.check_orders(orders)
+def _check(orders: int, seed: int, confidence: float) -> None:
+    increments.check_orders(orders, seed)
     if not 0 < confidence < 1:
         msg = f"`confidence` must lie between 0 and 1, got {confidence!r}."
         raise ValueError(msg)

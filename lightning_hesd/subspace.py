@@ -50,15 +50,15 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DominantDirections:
     """The directions of largest curvature.
 
     Attributes:
         directions: Orthonormal Ritz vectors as columns, shape (n, D), in the order of the eigenvalues.
         eigenvalues: Largest Ritz values, descending, shape (D,).
-        residuals: An eigenvalue lies within this of each, shape (D,). A vector is determined as far as its residual is
-            small beside the gap to the other eigenvalues; more `steps` make it smaller.
+        residuals: An eigenvalue lies within this, and rounding, of each, shape (D,). A vector is determined as far as
+            its residual is small beside the gap to the other eigenvalues; more `steps` make it smaller.
     """
 
     directions: Tensor
@@ -113,7 +113,7 @@ def dominant_directions(
     return DominantDirections(vectors.T, values, residuals)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SubspaceStabilization:
     """Δ₂(k) for k = 1, ..., N − 1, averaged over random orders, the same ones for the closed form and the draws.
 
@@ -235,7 +235,7 @@ def subspace_stabilization(
         raise ValueError(msg)
     _check_count("draws", draws, 2)
     _check_count("chunk_size", 1 if chunk_size is None else chunk_size, 1)
-    increments.check_orders(orders)
+    increments.check_orders(orders, seed)
     dimension = directions.shape[1]
     generator = torch.Generator().manual_seed(seed)
     displacements = sigma * torch.randn(draws, dimension, generator=generator, dtype=torch.float64)

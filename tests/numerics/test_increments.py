@@ -112,4 +112,10 @@ def test_values_must_be_finite(wrong: float) -> None:
 @pytest.mark.parametrize("orders", [1, 0, -1, 2.0, True, None])
 def test_an_error_over_orders_needs_two(orders: object) -> None:
     with pytest.raises(ValueError, match="`orders` must be an integer of at least 2, got"):
-        check_orders(orders)
+        check_orders(orders, 0)
+
+
+@pytest.mark.parametrize("seed", [-1, 0.0, True, None])
+def test_seeds_are_integers(seed: object) -> None:
+    with pytest.raises(ValueError, match="`seed` must be an integer of at least 0, got"):
+        check_orders(2, seed)

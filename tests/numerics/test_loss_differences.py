@@ -135,6 +135,8 @@ class TestOfANetwork:
         module, batches, _ = self.arguments()
         with pytest.raises(ValueError, match="`orders` must be"):
             loss_differences(module, batches, None, orders=1)
+        with pytest.raises(ValueError, match="`seed` must be"):
+            loss_differences(module, batches, None, seed=-1)
         for confidence in (0.0, 1.0, math.nan):
             with pytest.raises(ValueError, match="`confidence` must lie between 0 and 1, got"):
                 loss_differences(module, batches, None, confidence=confidence)

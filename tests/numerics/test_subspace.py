@@ -148,13 +148,25 @@ class TestQuadraticLoss:
         assert found.rate == pytest.approx(-2.0, abs=4 * found.rate_error)
         assert found.rate_error < 0.02
 
-    def test_samples_that_do_not_depend_on_the_weights(self) -> None:
-        problem = Quadratic(6)
-        c, g, h = problem.batch
-        flat = (c, torch.zeros_like(g), torch.zeros_like(h))
-        found = subspace_stabilization(problem.module, [flat], lambda m, b: b[0], orthonormal(5, 2), sigma=1.0)
-        assert found.constant == pytest.approx(float(c.var()), rel=1e-12)
-        assert found.monte_carlo_constant == pytest.approx(float(c.var()), rel=1e-12)
+    def test_batches_whose_losses_do_not_depend_on_the_weights_or_linearly_only(self) -> None:
+        problem = Quadratic(12)
+        _, g, h = problem.batch
+        g[:4], h[:8] = 0.0, 0.0
+        outside = nn.Parameter(torch.ones(()))  # whose graph does not lead to the weights
+
+        def loss_fn(module: nn.Module, batch: Batch) -> Tensor:
+            c, g, h = batch
+            if not g.any():
+                return c * outside
+            return problem.loss_fn(module, batch) if h.any() else c + g @ (module.w - problem.origin)
+
+        u = orthonormal(5, 2)
+        plain, other = (
+            subspace_stabilization(problem.module, problem.batches(4), each, u, sigma=1.0, draws=2, orders=2)
+            for each in (problem.loss_fn, loss_fn)
+        )
+        assert other.constant == pytest.approx(plain.constant, rel=1e-12)
+        np.testing.assert_allclose(other.monte_carlo, plain.monte_carlo, rtol=1e-12)
 
 
 @functools.cache
@@ -379,7 +391,9 @@ class TestRefusals:
         with pytest.raises(ValueError, match="`sigma` must be positive and finite, got"):
             self.call(sigma=sigma)
 
-    @pytest.mark.parametrize(("name", "wrong", "least"), [("draws", 1, 2), ("orders", 1, 2), ("chunk_size", 0, 1)])
+    @pytest.mark.parametrize(
+        ("name", "wrong", "least"), [("draws", 1, 2), ("orders", 1, 2), ("chunk_size", 0, 1), ("seed", -1, 0)]
+    )
     def test_of_counts(self, name: str, wrong: int, least: int) -> None:
         with pytest.raises(ValueError, match=f"`{name}` must be an integer of at least {least}, got {wrong}"):
             self.call(**{name: wrong})
