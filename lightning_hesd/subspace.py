@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_hesd import increments
-from lightning_hesd.analysis import analysis_options, estimated, select_parameters
+from lightning_hesd.analysis import analysis_options, estimated
 from lightning_hesd.guards import analysis_state
+from lightning_hesd.parameters import select_parameters
 from lightning_hesd.plotting import NEGATIVE, POSITIVE, place_legend, settling_axes
 from lightning_hesd.samples import check_finite, read_batches, sample_losses
 
@@ -108,7 +109,12 @@ def dominant_directions(
     """
     _check_count("count", count, 1)
     options = analysis_options(steps=steps, seed=seed, strategy=strategy, mode=mode)
-    with estimated(module, read_batches(batches), lambda m, b: loss_fn(m, b).mean(), options) as estimation:
+    parameters = list(select_parameters(module, options).values())
+
+    def mean_loss(m: nn.Module, batch: Any) -> Tensor:
+        return loss_fn(m, batch).mean()
+
+    with estimated(module, read_batches(batches), mean_loss, options, [parameters]) as [estimation]:
         values, vectors, residuals = estimation.leading(count)
     return DominantDirections(vectors.T, values, residuals)
 
@@ -228,7 +234,7 @@ def subspace_stabilization(
         TypeError: If `loss_fn` does not return a tensor.
         ArithmeticError: If a loss is NaN or infinite, at the weights or at displaced ones.
     """
-    parameters = select_parameters(module, analysis_options())
+    parameters = list(select_parameters(module, analysis_options()).values())
     _check_directions(directions, sum(p.numel() for p in parameters))
     if not 0 < sigma < math.inf:
         msg = f"`sigma` must be positive and finite, got {sigma!r}."
