@@ -13,6 +13,7 @@ from lightning_hesd.analysis import analyze, analyze_layers
 from lightning_hesd.batches import WeightedBatch
 from lightning_hesd.data import AnalysisSamples, draw_samples, training_loader
 from lightning_hesd.loss import make_loss_fn, muted
+from lightning_hesd.sampling import samples_needed
 from lightning_hesd.snapshot import preserved, seed_everything
 from lightning_hesd.strategies import Calibration
 
@@ -191,4 +192,4 @@ def _growth(spectrum: Spectrum) -> float:
     if error is None or error <= spectrum.allowed_error:
         return 1.0
     # Standard errors fall with the square root; a little more, because they are estimates themselves.
-    return min(1.2 * (error / spectrum.allowed_error) ** 2, LARGEST_GROWTH)
+    return min(1.2 * samples_needed(1, spectrum.allowed_error, error), LARGEST_GROWTH)

@@ -28,3 +28,23 @@ def student_quantile(confidence: float, degrees: int) -> float:
     density = np.cos(angles) ** (degrees - 1)
     mass = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
     return math.sqrt(degrees) * math.tan(float(np.interp(confidence * mass[-1], mass, angles)))
+
+
+def chi_square_quantile(probability: float, degrees: int) -> float:
+    """Return x such that X <= x with this probability, for X of the chi-squared distribution.
+
+    Args:
+        probability: Between 0 and 1.
+        degrees: Degrees of freedom, at least 1.
+
+    Example:
+        >>> round(chi_square_quantile(0.95, 15), 2)
+        25.0
+    """
+    # √X, whose density is finite everywhere, lies about √degrees with a standard deviation below 1.
+    roots: NDArray[np.float64] = np.linspace(0.0, math.sqrt(degrees) + 10, 20_001)
+    with np.errstate(divide="ignore"):
+        logarithm = (degrees - 1) * np.log(roots) - roots**2 / 2 if degrees > 1 else -(roots**2) / 2
+    density = np.exp(logarithm - logarithm.max())
+    mass = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    return float(np.interp(probability * mass[-1], mass, roots)) ** 2

@@ -106,6 +106,27 @@ def sampling_error(operator: CurvatureOperator, runs: Sequence[Lanczos]) -> Samp
     )
 
 
+def samples_needed(num_samples: float, allowed: float, error: float, bias: float = 0.0) -> float:
+    """Return at how many samples an error that falls with their root, and a bias that falls with them, are allowed.
+
+    Solves error·√(N/k) + |bias|·N/k = allowed for k.
+
+    Args:
+        num_samples: N, at which error and bias are known.
+        allowed: Their sum at the number of samples sought.
+        error: Error at N.
+        bias: Bias at N.
+
+    Example:
+        >>> samples_needed(100, allowed=0.1, error=0.2), samples_needed(100, allowed=0.1, error=0.0, bias=-0.2)
+        (400.0, 200.0)
+    """
+    if not allowed > 0:
+        return math.inf
+    root = math.sqrt(error**2 + 4 * abs(bias) * allowed)
+    return num_samples * ((error + root) / (2 * allowed)) ** 2
+
+
 def _ends(runs: Sequence[Lanczos]) -> tuple[_End, _End]:
     pairs = [(run, *eigen(run.alphas, run.betas)) for run in runs]
     lowest = min(pairs, key=lambda pair: float(pair[1][0]))
