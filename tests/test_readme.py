@@ -47,7 +47,7 @@ def data() -> DataLoader[Any]:
 @pytest.mark.filterwarnings("ignore:.*called with Trainer configured with multiple .ModelCheckpoint. callbacks")
 def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 9
     monkeypatch.chdir(tmp_path)  # as in a user's folder: everything is written below it
     torch.manual_seed(0)
     namespace: dict[str, Any] = {"model": Plain(), "train_dataloader": data(), "test_dataloader": data()}
@@ -64,9 +64,9 @@ def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "C_t = " in capsys.readouterr().out
 
 
-def test_files_it_names_exist() -> None:
-    text = README.read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+@pytest.mark.parametrize("page", [README, *sorted((README.parent / "docs").glob("*.md"))], ids=lambda page: page.name)
+def test_files_it_names_exist(page: Path) -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")) if "://" not in link]
     assert links
     for link in links:
-        assert (README.parent / link).is_file(), link
+        assert (page.parent / link).is_file(), link
