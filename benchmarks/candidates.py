@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
-from lightning_hesd.products import Strategy
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -27,6 +26,7 @@ from lightning_hesd.guards import analysis_state
 from lightning_hesd.matrices import HessianMatrix
 from lightning_hesd.operators import CurvatureOperator
 from lightning_hesd.sample_mean import SampleMean
+from lightning_hesd.strategies import Strategy
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

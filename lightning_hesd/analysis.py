@@ -20,7 +20,7 @@ from lightning_hesd.guards import analysis_state
 from lightning_hesd.layers import Layers, blocks
 from lightning_hesd.matrices import GaussNewtonMatrix, HessianMatrix, ResidualMatrix
 from lightning_hesd.memory import MemoryPlan, plan_memory
-from lightning_hesd.operators import CurvatureOperator
+from lightning_hesd.operators import CurvatureOperator, prepare_differences
 from lightning_hesd.options import OPTION_NAMES, AnalysisOptions
 from lightning_hesd.parameters import inverse_root, select_parameters, vector_dtype
 from lightning_hesd.sample_mean import SampleMean
@@ -289,6 +289,7 @@ def estimated(
             CurvatureOperator(mean, block, inverse_root(module, part, options.preconditioner, dtype))
             for block, part in zip(ranges, parts, strict=True)
         ]
+        prepare_differences(operators)
         tick = None if report is None else _counting(report, options.probes * options.steps)
         estimations = [Estimation(operator, options, plan, started) for operator in operators]
         run_together(estimations, tick)

@@ -26,7 +26,7 @@ class CurvatureOperator:
         block: The range of its parameters.
         parameters: These.
         dimension: n, the number of their elements.
-        matvecs: Products so far, those included that were needed to prepare them.
+        matvecs: Products so far.
     """
 
     def __init__(self, mean: SampleMean, block: slice = slice(None), scale: Tensor | None = None) -> None:
@@ -43,7 +43,7 @@ class CurvatureOperator:
         self.parameters = everything[block]
         self._sizes = [p.numel() for p in self.parameters]
         self.dimension = sum(self._sizes)
-        self.matvecs = mean.passes
+        self.matvecs = 0
         self._scale = scale
         self._offset = sum(p.numel() for p in everything[: block.start or 0])
 
@@ -105,3 +105,24 @@ def joint_products(operators: Sequence[CurvatureOperator], vectors: Sequence[Ten
         operator.matvecs += 1
     product = mean.product(together)
     return [operator._own(product) for operator in operators]  # noqa: SLF001 - of the same class
+
+
+def prepare_differences(operators: Sequence[CurvatureOperator]) -> None:
+    """Choose the step of central differences, if they are in use, and state the error of products.
+
+    Args:
+        operators: All blocks, in the coordinates in which the error counts.
+    """
+    mean = operators[0].mean
+    differences = mean.maker.differences
+    if differences is None:
+        return
+    sizes = [operator.dimension for operator in operators]
+
+    def matvec(vector: Tensor) -> Tensor:
+        return torch.cat(joint_products(operators, torch.split(vector, sizes)))
+
+    vector = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = vector.to(device=mean.device, dtype=mean.dtype)
+    mean.product_error = differences.choose_step(matvec, start, mean.calibration.step)
+    mean.calibration.step = differences.step

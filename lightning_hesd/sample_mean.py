@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_hesd.batches import WeightedBatch
-    from lightning_hesd.finite_differences import FiniteDifferences
     from lightning_hesd.matrices import Matrix, Product, Vector
     from lightning_hesd.strategies import Strategy
 
@@ -49,7 +48,9 @@ class SampleMean:
         weight: Sum of the weights of all batches.
         num_batches: Number of batches of all processes.
         maker: Makes the products, and knows their strategy.
-        product_error: Norm of the error of a product with a unit vector, beyond rounding: of central differences.
+        calibration: What is known about the loss.
+        product_error: Norm of the error of a product with a unit vector, beyond rounding: of central differences, see
+            `prepare_differences`.
         failure: What went wrong in this process, if anything did.
         passes: Products so far.
         seconds_per_product: Mean time; meaningful on the CPU only, where calls do not return early.
@@ -94,14 +95,11 @@ class SampleMean:
         self._products: list[Product] = []
         self._sizes = [p.numel() for p in matrix.parameters]
 
-        calibration = calibration or Calibration()
-        calibration.renew(sum(self._sizes))
-        self.maker = ProductMaker(matrix, strategy, graph_memory=graph_memory, calibration=calibration)
+        self.calibration = calibration or Calibration()
+        self.calibration.renew(sum(self._sizes))
+        self.maker = ProductMaker(matrix, strategy, graph_memory=graph_memory, calibration=self.calibration)
         if not self._prepare():
             self._prepare()
-        if self.maker.differences is not None:
-            self._choose_step(self.maker.differences, calibration.step)
-            calibration.step = self.maker.differences.step
 
     def _prepare(self) -> bool:
         """Prepare the products of all batches.
@@ -233,13 +231,6 @@ class SampleMean:
             self.maker.gradient(batch)
         seconds = time.perf_counter() - started
         return self.seconds_per_product / seconds if seconds > 0 else None
-
-    def _choose_step(self, differences: FiniteDifferences, known: float | None) -> None:
-        generator = torch.Generator().manual_seed(0)
-        vector = torch.randn(sum(self._sizes), generator=generator, dtype=torch.float64)
-        self.product_error = differences.choose_step(
-            lambda v: self.product(in_shape(v, self.matrix.parameters)), vector.to(self.device, self.dtype), known
-        )
 
 
 def in_shape(vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
