@@ -11,24 +11,15 @@ from scipy.stats import spearmanr
 
 from examples.paper_hesd import figures
 from examples.paper_hesd.rules import paired
-from examples.paper_hesd.verdicts import (
-    AGREES,
-    DIFFERS,
-    INTERVAL,
-    NOT_RUN,
-    UNSEEN,
-    Finding,
-    Section,
-    Table,
-    by_interval,
-)
+from examples.paper_hesd.verdicts import INTERVAL, Section, by_interval
+from examples.shared import AGREES, DIFFERS, NOT_RUN, UNSEEN, Finding, Table
 from lightning_hesd.criteria import QS_FACTOR
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from examples.paper_hesd.outcomes import Outcome, Point
-    from examples.paper_hesd.verdicts import Verdict
+    from examples.shared import Verdict
     from lightning_hesd import Assessment
 
     Outcomes = Mapping[str, Outcome]

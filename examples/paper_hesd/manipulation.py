@@ -9,19 +9,8 @@ from examples.paper_hesd import figures
 from examples.paper_hesd.figures import SEED_0
 from examples.paper_hesd.settings import STRONG_CLIP
 from examples.paper_hesd.spectra import lowest_c_t
-from examples.paper_hesd.verdicts import (
-    AGREES,
-    DIFFERS,
-    NOT_RUN,
-    OF_TRAINED,
-    UNSEEN,
-    Finding,
-    Section,
-    Table,
-    combined,
-    kind,
-    mn_when_trained,
-)
+from examples.paper_hesd.verdicts import OF_TRAINED, Section, combined, kind, mn_when_trained
+from examples.shared import AGREES, DIFFERS, NOT_RUN, UNSEEN, Finding, Table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from examples.paper_hesd import figures
 from examples.paper_hesd.generalization import TITLES, by_seed
 from examples.paper_hesd.rules import BEST, HIGHEST_C_T, LAST, LOWEST_MAX, RULES, paired, picks
-from examples.paper_hesd.verdicts import INTERVAL, NOT_RUN, Finding, Section, Table, by_interval
+from examples.paper_hesd.verdicts import INTERVAL, Section, by_interval
+from examples.shared import NOT_RUN, Finding, Table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

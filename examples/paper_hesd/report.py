@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from examples.paper_hesd import generalization, manipulation, ranking, spectra, tables
 from examples.paper_hesd.figures import SEED_0
 from examples.paper_hesd.settings import Setup
-from examples.paper_hesd.verdicts import UNSEEN, Table
+from examples.shared import UNSEEN, Table, markdown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -139,9 +139,3 @@ def runs(outcomes: Mapping[str, Outcome]) -> str:
         for name, o in outcomes.items()
     ]  # fmt: skip
     return markdown(Table(("Run", "Seconds", "Train acc.", "Val. acc.", "Gen. acc.", "Failed analyses"), rows))
-
-
-def markdown(table: Table) -> str:
-    """Return a table in Markdown."""
-    lines = [table.header, ["---"] * len(table.header), *table.rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -7,13 +7,9 @@ from typing import TYPE_CHECKING
 from examples.paper_hesd import figures
 from examples.paper_hesd.figures import SEED_0
 from examples.paper_hesd.verdicts import (
-    AGREES,
     ALWAYS_MP,
     MORE_OFTEN,
-    NOT_RUN,
     OF_TRAINED,
-    UNSEEN,
-    Finding,
     Section,
     always_mp,
     counted,
@@ -21,12 +17,13 @@ from examples.paper_hesd.verdicts import (
     mn_when_trained,
     more_often,
 )
+from examples.shared import AGREES, NOT_RUN, UNSEEN, Finding
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from examples.paper_hesd.outcomes import Outcome, Point
-    from examples.paper_hesd.verdicts import Verdict
+    from examples.shared import Verdict
     from lightning_hesd import Spectrum
 
     Outcomes = Mapping[str, Outcome]

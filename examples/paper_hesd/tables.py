@@ -8,9 +8,7 @@ from examples.paper_hesd.figures import SEED_0
 from examples.paper_hesd.verdicts import (
     ALWAYS_MP,
     HIGHER,
-    Finding,
     Section,
-    Table,
     always_mp,
     combined,
     counted,
@@ -19,6 +17,7 @@ from examples.paper_hesd.verdicts import (
     mn_when_trained,
     standard_error,
 )
+from examples.shared import Finding, Table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import time
-import warnings
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,10 +19,11 @@ from examples.paper_hesd.adahessian import AdaHessian
 from examples.paper_hesd.data import load, rand_augment
 from examples.paper_hesd.networks import ViT, build
 from examples.paper_hesd.outcomes import WEIGHTS, Row, is_done, write
+from examples.shared import quiet
 from lightning_hesd import HessianSpectrumCallback
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from examples.paper_hesd.data import Images
@@ -196,18 +194,3 @@ def spectra(experiment: Experiment, validation: Images, generalization: Images) 
     if experiment.frozen:
         callbacks.append(analyse(epochs=last, include_frozen=True, name="all"))
     return callbacks
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Leave out what is known and harmless here."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        for message in (
-            ".*does not have many workers",  # the data are in memory
-            ".*smaller than the logging interval",  # nothing is logged by step
-            ".*LeafSpec.*deprecated",  # Lightning 2.6 with torch 2.13
-            ".*backward\\(\\) with create_graph=True",  # AdaHessian lets go of the graphs
-        ):
-            warnings.filterwarnings("ignore", message=message)
-        yield

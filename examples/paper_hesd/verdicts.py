@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.stats import fisher_exact
 
 from examples.paper_hesd.outcomes import TRAINED
+from examples.shared import AGREES, DIFFERS, NOT_RUN, UNSEEN, Finding
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -19,30 +20,8 @@ if TYPE_CHECKING:
 
     from examples.paper_hesd.outcomes import Outcome
     from examples.paper_hesd.rules import Difference
+    from examples.shared import Table, Verdict
     from lightning_hesd import Spectrum
-
-Verdict = Literal["agrees", "differs", "cannot be seen at this scale", "not run"]
-AGREES: Verdict = "agrees"
-DIFFERS: Verdict = "differs"
-UNSEEN: Verdict = "cannot be seen at this scale"
-NOT_RUN: Verdict = "not run"
-
-
-class Table(NamedTuple):
-    """A table of the paper, or ours in the same layout."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """How one claim of the paper came out."""
-
-    claim: str
-    rule: str
-    evidence: str
-    verdict: Verdict
 
 
 @dataclass(frozen=True)
