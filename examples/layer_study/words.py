@@ -1,0 +1,184 @@
+"""The paper's three words: which quantity stands for each, what is asked of it, and by which rule it is judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from examples.layer_study import associations as statistics
+from examples.layer_study.indicators import NAMES
+from examples.shared import AGREES, DIFFERS, UNSEEN, Finding
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from examples.layer_study.associations import Array, Association
+    from examples.layer_study.outcomes import Outcome
+    from examples.layer_study.settings import Study
+    from examples.shared import Verdict
+
+UNEXPLAINED = 0.1
+"""A network is under-parameterised if it leaves more than this share of what the best one explains unexplained."""
+
+RELEVANT, LEVEL = 0.3, 0.05
+RULE = (
+    f"agrees if at least one indicator has an average correlation of {RELEVANT} or more, in size, with corrected "
+    f"p < {LEVEL} and an interval that excludes 0; differs if the 95 % intervals of all indicators lie between "
+    f"−{RELEVANT} and {RELEVANT}"
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """All runs of a study as arrays, which end with the axes (data sets, seeds, configurations)."""
+
+    study: Study
+    indicators: Array
+    numbers: dict[str, Array]
+
+    @property
+    def gap(self) -> Array:
+        """Test loss minus training loss."""
+        return self.numbers["test_loss"] - self.numbers["train_loss"]
+
+    @property
+    def score_gap(self) -> Array:
+        """Training accuracy (R²) minus test accuracy (R²)."""
+        return self.numbers["train_score"] - self.numbers["test_score"]
+
+    @property
+    def unexplained(self) -> Array:
+        """Share of what the best network of the stratum explains that a network leaves unexplained.
+
+        Explained is by how much the training loss is below that of the best constant prediction.
+        """
+        loss = self.numbers["train_loss"]
+        best = loss.min(axis=-1, keepdims=True)
+        share: Array = (loss - best) / (self.numbers["constant_loss"] - best)
+        return share
+
+    @property
+    def shortfall(self) -> Array:
+        """What is left unexplained beyond the share that is allowed; 0 for networks that are large enough."""
+        return np.maximum(self.unexplained - UNEXPLAINED, 0)
+
+    @property
+    def memorised(self) -> Array:
+        """Share of shuffled targets that a network explains."""
+        return 1 - self.numbers["shuffled_loss"] / self.numbers["constant_loss"]
+
+
+def sample(study: Study, outcomes: Sequence[Outcome]) -> Sample:
+    """Return the outcomes of all runs of a study, in their order, as arrays."""
+    shape = (len(study.datasets), study.seeds, len(study.configurations))
+    values = [[outcome.indicators[name] for outcome in outcomes] for name in NAMES]
+    numbers = {
+        name: np.array([getattr(outcome.numbers, name) for outcome in outcomes], dtype=float).reshape(shape)
+        for name in vars(outcomes[0].numbers)
+    }
+    return Sample(study, np.array(values).reshape(-1, *shape), numbers)
+
+
+@dataclass(frozen=True)
+class Word:
+    """One of the paper's words.
+
+    Attributes:
+        name: The word.
+        quantity: What stands for it, in words.
+        values: The same of all runs.
+        loss_given: Whether to ask, too, what the spectra say beyond the training loss; not of what is made of it.
+    """
+
+    name: str
+    quantity: str
+    values: Callable[[Sample], Array]
+    loss_given: bool = True
+
+
+WORDS = (
+    Word("Overfitting", "the generalization gap, test loss minus training loss", lambda s: s.gap),
+    Word(
+        "Under-parameterisation",
+        "the shortfall: of what the best network on the same samples explains of the targets (how far its training "
+        f"loss is below that of the best constant prediction) the share that a network does not, as far as it exceeds "
+        f"{UNEXPLAINED:.0%}; 0 for all networks that are large enough",
+        lambda s: s.shortfall,
+        loss_given=False,
+    ),
+    Word(
+        "Expressivity",
+        "what the same network, trained alike, explains of shuffled targets, which can only be learnt by heart: 1 "
+        "minus the ratio of its training loss to that of the best constant prediction",
+        lambda s: s.memorised,
+    ),
+)
+
+RAW, SIZE, SIZE_AND_LOSS, SAME = (
+    "raw", "given the size", "given size and training loss", "equal architectures",
+)  # fmt: skip
+CLAIMS = {
+    RAW: "Spectral properties of layer-wise Hessians go with {} (the abstract).",
+    SIZE: "So they do among networks of the same number of parameters and depth (our question).",
+    SIZE_AND_LOSS: "So they do among those of the same training loss, too, which is known without Hessians (our "
+    "question).",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came out about one word: associations by view, in the order of the indicators, and what is found."""
+
+    word: Word
+    views: dict[str, list[Association]]
+    size_alone: Association
+    findings: list[Finding]
+
+
+def answer(word: Word, data: Sample) -> Answer:
+    """Return what the study says about a word."""
+    y = word.values(data)
+    parameters = data.numbers["parameters"]
+    depths = np.array([depth for _, depth in data.study.configurations], dtype=float)
+    size = [parameters, np.broadcast_to(depths, y.shape)]
+    views = {
+        RAW: statistics.associations(data.indicators, y, statistics.plain),
+        SIZE: statistics.associations(data.indicators, y, statistics.given, size),
+    }
+    if word.loss_given:
+        controls = [*size, data.numbers["train_loss"]]
+        views[SIZE_AND_LOSS] = statistics.associations(data.indicators, y, statistics.given, controls)
+    findings = [
+        Finding(CLAIMS[name].format(word.name.lower()), RULE, evidence(views[name]), verdict(views[name]))
+        for name in views
+    ]
+    views[SAME] = statistics.associations(data.indicators, y, statistics.within, test=False)
+    [size_alone] = statistics.associations(parameters[None], y, statistics.plain)
+    return Answer(word, views, size_alone, findings)
+
+
+def is_seen(found: Association) -> bool:
+    """Whether a correlation is relevant, and no chance."""
+    return abs(found.mean) >= RELEVANT and found.p < LEVEL and found.low * found.high > 0
+
+
+def verdict(found: Sequence[Association]) -> Verdict:
+    """Judge the claim that indicators go with an outcome."""
+    defined = [one for one in found if not np.isnan(one.mean)]
+    if any(is_seen(one) for one in defined):
+        return AGREES
+    return DIFFERS if defined and all(max(-one.low, one.high) < RELEVANT for one in defined) else UNSEEN
+
+
+def evidence(found: Sequence[Association]) -> str:
+    """Return how many indicators are seen, and the strongest of all."""
+    strongest = sorted((n for n, one in enumerate(found) if not np.isnan(one.mean)), key=lambda n: -abs(found[n].mean))[
+        :3
+    ]
+    named = "; ".join(
+        f"{NAMES[n]} {found[n].mean:+.2f} [{found[n].low:+.2f}, {found[n].high:+.2f}], p = {found[n].p:.2g}"
+        for n in strongest
+    )
+    return f"{sum(map(is_seen, found))} of {len(found)} indicators; the strongest: {named}"
