@@ -10,6 +10,7 @@ code are not settings: take another --out.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -25,7 +26,7 @@ from examples.layer_study.training import run
 from examples.layer_study.words import sample
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from examples.layer_study.settings import Run
 
@@ -62,10 +63,13 @@ def run_all(runs: Sequence[Run], out: Path, jobs: int) -> None:
     if not todo:
         return
     started = time.perf_counter()
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(run, settings, out) for settings in todo]
-        for number, future in enumerate(as_completed(futures), start=1):
-            future.result()
+    with contextlib.ExitStack() as stack:
+        if jobs == 1:  # no need for another process
+            done: Iterable[float] = (run(settings, out) for settings in todo)
+        else:
+            pool = stack.enter_context(ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")))
+            done = (future.result() for future in as_completed([pool.submit(run, settings, out) for settings in todo]))
+        for number, _ in enumerate(done, start=1):
             if number % 10 == 0 or number == len(todo):
                 print(f"[{(time.perf_counter() - started) / 60:5.1f} min] {number}/{len(todo)}", flush=True)
 

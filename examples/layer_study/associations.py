@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
     View = Callable[[Array, Sequence[Array]], Array]  # of values, and of directions that are left out
 
-RESAMPLES, PERMUTATIONS = 2000, 10_000
+RESAMPLES, PERMUTATIONS = 1000, 5000
 CONFIDENCE = 0.95
 ROUNDING = 1e-9
 NO_SPREAD = 1e-6

@@ -173,12 +173,14 @@ def verdict(found: Sequence[Association]) -> Verdict:
 
 
 def evidence(found: Sequence[Association]) -> str:
-    """Return how many indicators are seen, and the strongest of all."""
+    """Return how many indicators are seen, and the strongest of all, with the data sets that have its sign."""
     strongest = sorted((n for n, one in enumerate(found) if not np.isnan(one.mean)), key=lambda n: -abs(found[n].mean))[
         :3
     ]
     named = "; ".join(
-        f"{NAMES[n]} {found[n].mean:+.2f} [{found[n].low:+.2f}, {found[n].high:+.2f}], p = {found[n].p:.2g}"
+        f"{NAMES[n]} {found[n].mean:+.2f} [{found[n].low:+.2f}, {found[n].high:+.2f}], p = {found[n].p:.2g}, "
+        f"{(found[n].by_dataset * found[n].mean > 0).sum()} data sets of {len(found[n].by_dataset)}"
         for n in strongest
     )
-    return f"{sum(map(is_seen, found))} of {len(found)} indicators; the strongest: {named}"
+    count = sum(is_seen(one) for one in found)
+    return f"{count} of {len(found)} indicators; the strongest, and how many data sets share their sign: {named}"
