@@ -151,12 +151,14 @@ def runs(data: Sample) -> str:
 
 def chapter(answer: Answer, data: Sample) -> str:
     """Return all correlations with one quantity, and the findings."""
+    _, whole = rules.split(answer.views[RAW])
     findings = [f"- **{finding.verdict}**: {finding.claim} Here: {finding.evidence}." for finding in answer.findings]
     return "\n\n".join(
         [
             f"## {answer.word.name}",
             f"What stands for it: {answer.word.quantity}.",
             *findings,
+            f"The same of the Hessian of the whole network, for comparison: {rules.evidence(whole)}.",
             f"The number of parameters alone has an average correlation of {average(answer.size_alone)} with it.",
             markdown(correlations(answer, data.study.datasets)),
         ]
@@ -186,8 +188,8 @@ def other_gap(data: Sample, overfitting: Answer) -> str:
     opposite = sum(a.mean * b.mean < 0 and max(a.p, b.p) < rules.LEVEL for a, b in zip(found, by_loss, strict=True))
     text = (
         "Training minus test score instead of test minus training loss, which over-confident networks drive up at "
-        f"unchanged accuracy. Not part of the verdicts. {rules.evidence(found)}. Indicators with corrected p < "
-        f"{rules.LEVEL} for both, of opposite sign: {opposite}."
+        f"unchanged accuracy. Not part of the verdicts. {rules.evidence(rules.split(found)[0])}. Indicators with "
+        f"corrected p < {rules.LEVEL} for both, of opposite sign: {opposite}."
     )
     return f"{text}\n\n{markdown(Table(('Indicator', 'average, gap in score', 'average, gap in loss'), rows))}"
 

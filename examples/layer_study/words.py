@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from examples.layer_study import associations as statistics
-from examples.layer_study.indicators import NAMES
+from examples.layer_study.indicators import NAMES, PLACES
 from examples.shared import AGREES, DIFFERS, UNSEEN, Finding
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from examples.layer_study.associations import Array, Association
     from examples.layer_study.outcomes import Outcome
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 UNEXPLAINED = 0.1
 """A network is under-parameterised if it leaves more than this share of what the best one explains unexplained."""
 
+WHOLE = PLACES[0]
 RELEVANT, LEVEL = 0.3, 0.05
 RULE = (
-    f"agrees if at least one indicator has an average correlation of {RELEVANT} or more, in size, with corrected "
-    f"p < {LEVEL} and an interval that excludes 0; differs if the 95 % intervals of all indicators lie between "
+    f"agrees if at least one indicator of layers has an average correlation of {RELEVANT} or more, in size, with "
+    f"corrected p < {LEVEL} and an interval that excludes 0; differs if the 95 % intervals of all of them lie between "
     f"−{RELEVANT} and {RELEVANT}"
 )
 
@@ -150,10 +151,11 @@ def answer(word: Word, data: Sample) -> Answer:
     if word.loss_given:
         controls = [*size, data.numbers["train_loss"]]
         views[SIZE_AND_LOSS] = statistics.associations(data.indicators, y, statistics.given, controls)
-    findings = [
-        Finding(CLAIMS[name].format(word.name.lower()), RULE, evidence(views[name]), verdict(views[name]))
-        for name in views
-    ]
+    findings = []
+    for view, found in views.items():
+        layers, _ = split(found)
+        claim = CLAIMS[view].format(word.name.lower())
+        findings.append(Finding(claim, RULE, evidence(layers), verdict(list(layers.values()))))
     views[SAME] = statistics.associations(data.indicators, y, statistics.within, test=False)
     [size_alone] = statistics.associations(parameters[None], y, statistics.plain)
     return Answer(word, views, size_alone, findings)
@@ -172,15 +174,24 @@ def verdict(found: Sequence[Association]) -> Verdict:
     return DIFFERS if defined and all(max(-one.low, one.high) < RELEVANT for one in defined) else UNSEEN
 
 
-def evidence(found: Sequence[Association]) -> str:
+def split(found: Sequence[Association]) -> tuple[dict[str, Association], dict[str, Association]]:
+    """Return the indicators of layers, which the paper is about, and those of the whole network, by name."""
+    by_name = dict(zip(NAMES, found, strict=True))
+    whole = {name: one for name, one in by_name.items() if name.endswith(f", {WHOLE}")}
+    return {name: one for name, one in by_name.items() if name not in whole}, whole
+
+
+def evidence(found: Mapping[str, Association]) -> str:
     """Return how many indicators are seen, and the strongest of all, with the data sets that have its sign."""
-    strongest = sorted((n for n, one in enumerate(found) if not np.isnan(one.mean)), key=lambda n: -abs(found[n].mean))[
-        :3
-    ]
-    named = "; ".join(
-        f"{NAMES[n]} {found[n].mean:+.2f} [{found[n].low:+.2f}, {found[n].high:+.2f}], p = {found[n].p:.2g}, "
-        f"{(found[n].by_dataset * found[n].mean > 0).sum()} data sets of {len(found[n].by_dataset)}"
-        for n in strongest
+    defined = [name for name, one in found.items() if not np.isnan(one.mean)]
+    strongest = sorted(defined, key=lambda name: -abs(found[name].mean))[:3]
+    count = sum(is_seen(one) for one in found.values())
+    return f"{count} of {len(found)} indicators; the strongest, and how many data sets share their sign: " + "; ".join(
+        f"{name} {described(found[name])}" for name in strongest
     )
-    count = sum(is_seen(one) for one in found)
-    return f"{count} of {len(found)} indicators; the strongest, and how many data sets share their sign: {named}"
+
+
+def described(one: Association) -> str:
+    """Return a correlation in words."""
+    sharing = int((one.by_dataset * one.mean > 0).sum())
+    return f"{one.mean:+.2f} [{one.low:+.2f}, {one.high:+.2f}], p = {one.p:.2g}, {sharing} of {len(one.by_dataset)}"
