@@ -35,12 +35,12 @@ def forest(answers: Sequence[Answer]) -> Figure:
         ax.axvspan(-RELEVANT, RELEVANT, color="0.94", linewidth=0)
         ax.axvline(0, color="0.5", linewidth=0.8)
         for view, (colour, marker, offset) in VIEWS.items():
-            for row, found in enumerate(answer.views[view]):
-                ax.plot([found.low, found.high], [row + offset] * 2, color=colour, linewidth=1)
-                ax.plot(
-                    found.mean, row + offset, marker, color=colour, markersize=4.5,
-                    markerfacecolor=colour if is_seen(found) else "white",
-                )  # fmt: skip
+            found = answer.views[view]
+            rows, means = np.arange(len(found)) + offset, np.array([one.mean for one in found])
+            ax.hlines(rows, [one.low for one in found], [one.high for one in found], color=colour, linewidth=1)
+            seen = np.array([is_seen(one) for one in found])
+            for chosen, fill in ((seen, colour), (~seen, "white")):
+                ax.plot(means[chosen], rows[chosen], marker, color=colour, markersize=4.5, markerfacecolor=fill)
             ax.plot([], [], f"{marker}-", color=colour, markersize=4.5, linewidth=1, label=view)
         ax.set_xlim(-1, 1)
         ax.set_xticks([-1, -0.5, 0, 0.5, 1])
