@@ -40,6 +40,9 @@ PLAIN_FIELDS = ("epoch", "global_step", "error", "stability_threshold")
 
 LAYERS_SUFFIX = "_layers"
 
+LATER_FIELDS = ("ggn", "residual", "layers")
+"""What the first histories did not have."""
+
 START_EPOCH = -1
 """Epoch of the record made before the first optimizer step."""
 
@@ -169,7 +172,7 @@ class SpectrumHistory(list[SpectrumRecord]):
         try:
             index = json.loads(path.read_text(encoding="utf-8"))
             version, rows = index["format"], index["records"]
-            for row in rows if version == INDEX_FORMAT else ():
+            for row in map(_completed, rows if version == INDEX_FORMAT else ()):
                 # The names only: an index must not point outside its own folder.
                 paths = {f: row[f] and directory / Path(row[f]).name for f in (*SUFFIXES, "layers")}
                 layers = paths.pop("layers")
@@ -195,7 +198,7 @@ class SpectrumHistory(list[SpectrumRecord]):
                 {field: _spectrum(row[field]) for field in SUFFIXES},
                 row["layers"] and {name: _spectrum(values) for name, values in row["layers"].items()},
             )
-            for row in state
+            for row in map(_completed, state)
         ]
 
 
@@ -213,6 +216,10 @@ class SpectrumSource(Callback):
     history: SpectrumHistory
     on_error: OnError
     checkpoint: Checkpoint | None = None
+
+
+def _completed(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {**dict.fromkeys(LATER_FIELDS), **row}
 
 
 def _plain(record: SpectrumRecord) -> dict[str, Any]:
