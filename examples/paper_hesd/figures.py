@@ -58,7 +58,7 @@ def density_and_curve(spectra: Mapping[str, Spectrum], *outcomes: Outcome) -> Fi
         plot_density(spectrum, ax, title)
     for outcome, (colour, style) in zip(outcomes, ((BLACK, "-"), (BLUE, "--"), (ORANGE, ":")), strict=False):
         draw_c_t(axes[-1], outcome.points, colour, style, outcome.experiment.name)
-    axes[-1].legend(fontsize=8.5, loc="upper left")
+    axes[-1].legend(fontsize=8.5, loc="lower right")
     return figure
 
 
@@ -156,9 +156,10 @@ def picks_over_epochs(runs: Mapping[str, tuple[Outcome, Mapping[str, Point]]]) -
                         markerfacecolor=face, markeredgewidth=1.6, label=picked)  # fmt: skip
             if row == 0:
                 ax.set_yscale("log")
+                ax.set_ylim(top=12 * max(values.values()))  # room for the legend
                 plain_log(ax.yaxis)
                 ax.set_title(title, fontsize=10)
-                ax.legend(fontsize=8.5)
+                ax.legend(fontsize=8.5, loc="upper center")
             ax.set_ylabel(label)
             epoch_axis(ax)
     return figure
