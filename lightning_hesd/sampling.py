@@ -118,8 +118,8 @@ def samples_needed(num_samples: float, allowed: float, error: float, bias: float
         bias: Bias at N.
 
     Example:
-        >>> samples_needed(100, allowed=0.1, error=0.2), samples_needed(100, allowed=0.1, error=0.0, bias=-0.2)
-        (400.0, 200.0)
+        >>> round(samples_needed(100, allowed=0.1, error=0.2))
+        400
     """
     if not allowed > 0:
         return math.inf
