@@ -9,10 +9,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lightning_hesd import _lightning
-from lightning_hesd.analysis import analyze, analyze_layers
 from lightning_hesd.batches import WeightedBatch
 from lightning_hesd.data import AnalysisSamples, draw_samples, training_loader
 from lightning_hesd.loss import make_loss_fn, muted
+from lightning_hesd.pipeline import analyze, analyze_layers
 from lightning_hesd.sampling import samples_needed
 from lightning_hesd.snapshot import preserved, seed_everything
 from lightning_hesd.strategies import Calibration
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     import lightning.pytorch as pl
 
-    from lightning_hesd.analysis import LossFunction, Report
     from lightning_hesd.layers import Layers
     from lightning_hesd.options import AnalysisOptions
+    from lightning_hesd.pipeline import LossFunction, Report
     from lightning_hesd.spectrum import Spectrum
 
 Result = TypeVar("Result")

@@ -38,6 +38,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_hesd.checks import check_count
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -91,7 +93,7 @@ def hessian_bound(
         6.0
     """
     _check_norms(input_norm=input_norm, weight_norm=weight_norm, bias_norm=0.0 if bias_norm is None else bias_norm)
-    _check_count("layers", layers)
+    check_count("layers", layers)
     _check_choices(kind, matrix, bias_norm)
     biased = bias_norm is not None
     with np.errstate(over="ignore"):
@@ -142,7 +144,7 @@ def hidden_size_bound(
         True
     """
     _check_norms(entry_bound=entry_bound)
-    _check_count("hidden_size", hidden_size)
+    check_count("hidden_size", hidden_size)
     return hessian_bound(input_norm, hidden_size * entry_bound, layers, kind=kind)
 
 
@@ -253,12 +255,6 @@ def _check_norms(**norms: float) -> None:
         if not 0 <= value < math.inf:
             msg = f"`{name}` must be finite and not negative, got {value!r}."
             raise ValueError(msg)
-
-
-def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        msg = f"`{name}` must be a positive integer, got {value!r}."
-        raise ValueError(msg)
 
 
 def _check_choices(kind: Kind, matrix: Matrix, bias_norm: float | None) -> None:

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
     import lightning.pytorch as pl
 
-    from lightning_hesd.analysis import LossFunction
     from lightning_hesd.gradient_monitor import GradientStatistics
     from lightning_hesd.history import OnError, SpectrumRecord
     from lightning_hesd.layers import Layers
+    from lightning_hesd.pipeline import LossFunction
     from lightning_hesd.recorder import Preconditioning
 
 
@@ -135,7 +135,7 @@ class HessianSpectrumCallback(SpectrumSource):
         self.history = SpectrumHistory()
         self._stage = "fit"
         self.budget = Budget(max_overhead)
-        parts = _parts_of_the_hessian(analysis) if decompose else None
+        decomposition = _options_of_the_parts(analysis) if decompose else None
         self.options = analysis_options(**analysis)
         if num_samples == "auto" and not isinstance(self.options.tolerance, float):
             msg = (
@@ -153,7 +153,7 @@ class HessianSpectrumCallback(SpectrumSource):
             None if generalization_dataloader is None else analyzer(dataloader=generalization_dataloader),
             preconditioner=preconditioner,
             layers=layers,
-            parts=parts,
+            decomposition=decomposition,
             name=name,
             progress=progress,
         )
@@ -330,7 +330,7 @@ def _as_checkpoint(checkpoint: object) -> HessianCheckpoint | None:
     raise TypeError(msg)
 
 
-def _parts_of_the_hessian(analysis: dict[str, Any]) -> dict[str, Any]:
+def _options_of_the_parts(analysis: dict[str, Any]) -> dict[str, Any]:
     """Take the options for the parts of the Hessian out of those for all of it, checked.
 
     Raises:

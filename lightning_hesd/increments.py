@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lightning_hesd.checks import check_count
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -115,7 +117,5 @@ def check_orders(orders: int, seed: int) -> None:
     Raises:
         ValueError: If they are not integers, of at least 2, which an error over orders needs, and 0.
     """
-    for name, value, least in (("orders", orders, 2), ("seed", seed, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            msg = f"`{name}` must be an integer of at least {least}, got {value!r}."
-            raise ValueError(msg)
+    check_count("orders", orders, least=2)
+    check_count("seed", seed, least=0)

@@ -80,9 +80,7 @@ class CurvatureOperator:
 
     def expand(self, vector: Tensor) -> list[Tensor | None]:
         """Return a vector, scaled, as one of all parameters, in their shapes and dtypes."""
-        result: list[Tensor | None] = [None] * len(self.mean.matrix.parameters)
-        result[self.block] = in_shape(self._scaled(vector), self.parameters)
-        return result
+        return _joint([self], [vector])
 
     def _own(self, products: Tensor) -> Tensor:
         return self._scaled(products[..., self._offset : self._offset + self.dimension])
@@ -98,13 +96,18 @@ def joint_products(operators: Sequence[CurvatureOperator], vectors: Sequence[Ten
         operators: Different blocks of one matrix.
         vectors: A vector for each, shape (n,).
     """
-    mean = operators[0].mean
-    together: list[Tensor | None] = [None] * len(mean.matrix.parameters)
-    for operator, vector in zip(operators, vectors, strict=True):
-        together[operator.block] = operator.expand(vector)[operator.block]
+    for operator in operators:
         operator.matvecs += 1
-    product = mean.product(together)
-    return [operator._own(product) for operator in operators]  # noqa: SLF001 - of the same class
+    product = operators[0].mean.product(_joint(operators, vectors))
+    return [operator._own(product) for operator in operators]  # noqa: SLF001 - of this module
+
+
+def _joint(operators: Sequence[CurvatureOperator], vectors: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the vectors, scaled, as one of all parameters, in their shapes and dtypes."""
+    joint: list[Tensor | None] = [None] * len(operators[0].mean.matrix.parameters)
+    for operator, vector in zip(operators, vectors, strict=True):
+        joint[operator.block] = in_shape(operator._scaled(vector), operator.parameters)  # noqa: SLF001 - of this module
+    return joint
 
 
 def prepare_differences(operators: Sequence[CurvatureOperator]) -> None:

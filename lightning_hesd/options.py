@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from lightning_hesd.checks import check_count
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -49,11 +51,8 @@ class AnalysisOptions:
         Raises:
             ValueError: If one is out of range or not available in this version.
         """
-        for name in ("steps", "probes"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                msg = f"`{name}` must be a positive integer, got {value!r}."
-                raise ValueError(msg)
+        check_count("steps", self.steps)
+        check_count("probes", self.probes)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
             msg = f"`seed` must be a non-negative integer, got {self.seed!r}."
             raise ValueError(msg)

@@ -64,7 +64,7 @@ def plot_density(spectrum: Spectrum, ax: Axes | None = None, title: str = "") ->
     ax.set_yscale("log")
     ax.yaxis.set_minor_locator(NullLocator())  # laying them out takes as long as all the rest
     ax.set_ylim(bottom, top * 3)
-    ax.set_xlabel("Hessian eigenvalue")
+    ax.set_xlabel("Hessian eigenvalue" if spectrum.matrix == "hessian" else f"eigenvalue, {spectrum.matrix}")
     ax.set_ylabel("spectral density")
     ax.set_title(describe(spectrum, title), fontsize=10)
     ax.grid(visible=True, alpha=0.3)

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from lightning_hesd.analysis import LossFunction
     from lightning_hesd.history import SpectrumRecord
     from lightning_hesd.options import AnalysisOptions
+    from lightning_hesd.pipeline import LossFunction
 
 
 DEFAULT_NUM_SAMPLES: int = inspect.signature(HessianSpectrumCallback).parameters["num_samples"].default

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     import lightning.pytorch as pl
 
-    from lightning_hesd.analysis import Report
+    from lightning_hesd.pipeline import Report
 
 DELAY = 1.0
 """Seconds before a bar appears, so that short analyses do not flicker."""

@@ -37,7 +37,7 @@ class Recorder:
         *,
         preconditioner: Preconditioning = None,
         layers: Layers | None = None,
-        parts: Mapping[str, Any] | None = None,
+        decomposition: Mapping[str, Any] | None = None,
         name: str = "hesd",
         progress: bool = False,
     ) -> None:
@@ -48,7 +48,7 @@ class Recorder:
             generalization: Analyses other data; None: nobody does.
             preconditioner: Through whose eyes to look at the training data, too: "optimizer", or diagonals by name.
             layers: Which layers of the network to analyse by themselves, too; None: none.
-            parts: Options with which to analyse the parts of the Hessian, too: `output_fn` and `output_loss`.
+            decomposition: Options with which to analyse the parts of the Hessian, too: `output_fn` and `output_loss`.
             name: What the progress bar calls it.
             progress: Whether there is one.
         """
@@ -57,7 +57,7 @@ class Recorder:
             self._analyzers["generalization"] = generalization
         self._preconditioner = preconditioner
         self._layers = layers
-        self._parts = parts
+        self._decomposition = decomposition
         self._readable = True
         self._name = name
         self._progress = progress
@@ -98,10 +98,10 @@ class Recorder:
             parts["the analysis through the optimizer's eyes"] = lambda: self._preconditioned(
                 trainer, pl_module, found["spectrum"]
             )
-        if self._parts is not None:
+        if self._decomposition is not None:
             for matrix, title in (("ggn", "Gauss-Newton matrix"), ("residual", "residual")):
                 parts[f"the analysis of the {title}"] = partial(
-                    self._part, trainer, pl_module, matrix=matrix, **self._parts
+                    self._part, trainer, pl_module, matrix=matrix, **self._decomposition
                 )
         if self._layers is not None:
             parts["the analysis of layers"] = partial(self._layer_spectra, trainer, pl_module, self._layers)
@@ -134,7 +134,7 @@ class Recorder:
         read = read_preconditioner(trainer.optimizers)
         diagonals = read.named(pl_module)
         if read.is_identity and sum(d.numel() for d in diagonals.values()) == plain.dimension:
-            spectrum = replace(plain, matrix="preconditioned hessian")
+            spectrum = replace(plain, matrix=f"preconditioned {plain.matrix}")
         else:  # frozen weights the optimizer does not see
             spectrum = self._spectrum(trainer, pl_module, "training", preconditioner=diagonals, include_frozen=False)
         return {"preconditioned": spectrum, "stability_threshold": read.threshold}

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lightning_hesd.analysis import analysis_options, analyze
+from lightning_hesd.analysis import analysis_options
 from lightning_hesd.intervals import chi_square_quantile, student_quantile
-from lightning_hesd.samples import per_sample_losses, read_batches
+from lightning_hesd.pipeline import analyze
+from lightning_hesd.samples import mean_loss, per_sample_losses, read_batches
 from lightning_hesd.sampling import samples_needed
 from lightning_hesd.spectrum import SMALLEST_SCALE
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from numpy.typing import NDArray
-    from torch import Tensor, nn
+    from torch import nn
 
     from lightning_hesd.guards import Mode
     from lightning_hesd.samples import SampleLoss
@@ -146,11 +147,7 @@ def recommend_sample_size(
         steps=steps, seed=seed, strategy=strategy, mode=mode, tolerance="auto", confidence=confidence
     )
     pilot = read_batches(batches)
-
-    def mean_loss(m: nn.Module, batch: Any) -> Tensor:
-        return loss_fn(m, batch).mean()
-
-    spectrum = analyze(module, pilot, mean_loss, options)
+    spectrum = analyze(module, pilot, mean_loss(loss_fn), options)
     if spectrum.c_t_sampling_error is None:
         msg = f"the spectrum has no sampling error: {spectrum.reason or 'no eigenvalue is positive'}."
         raise ArithmeticError(msg)

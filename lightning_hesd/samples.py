@@ -60,6 +60,11 @@ def per_sample_losses(
     return np.concatenate(found)
 
 
+def mean_loss(loss_fn: SampleLoss) -> Callable[[Any, Any], Tensor]:
+    """Return the function of module and batch whose value is the mean of the losses, a scalar."""
+    return lambda module, batch: loss_fn(module, batch).mean()
+
+
 def read_batches(batches: Iterable[Any]) -> list[WeightedBatch]:
     """Read the batches once, each weighing its number of samples.
 

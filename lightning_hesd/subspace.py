@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_hesd import increments
-from lightning_hesd.analysis import analysis_options, estimated
+from lightning_hesd.analysis import analysis_options
+from lightning_hesd.checks import check_count
 from lightning_hesd.guards import analysis_state
 from lightning_hesd.parameters import select_parameters
 from lightning_hesd.plotting import NEGATIVE, POSITIVE, place_legend, settling_axes
@@ -49,74 +50,6 @@ if TYPE_CHECKING:
     from lightning_hesd.samples import SampleLoss
 
     Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True, eq=False)
-class DominantDirections:
-    """The directions of largest curvature.
-
-    Attributes:
-        directions: Orthonormal Ritz vectors as columns, shape (n, D), in the order of the eigenvalues.
-        eigenvalues: Largest Ritz values, descending, shape (D,).
-        residuals: An eigenvalue lies within this, and rounding, of each, shape (D,). A vector is determined as far as
-            its residual is small beside the gap to the other eigenvalues; more `steps` make it smaller.
-    """
-
-    directions: Tensor
-    eigenvalues: Array
-    residuals: Array
-
-
-def dominant_directions(
-    module: nn.Module,
-    batches: Iterable[Any],
-    loss_fn: SampleLoss,
-    count: int,
-    *,
-    steps: int = 100,
-    seed: int = 0,
-    strategy: Literal["auto", "graph", "recompute", "finite_difference"] = "auto",
-    mode: Mode = "eval",
-) -> DominantDirections:
-    """Find the eigenvectors of the Hessian of the mean loss with the largest eigenvalues, by Lanczos.
-
-    Of an eigenvalue that occurs several times one vector is found.
-
-    Args:
-        module: The module, on the device of the batches.
-        batches: Batches as `loss_fn` takes them; read once.
-        loss_fn: `loss_fn(module, batch)` -> losses of the samples, shape (batch,), or their mean, a scalar.
-        count: Number D of directions.
-        steps: Lanczos steps, hence Hessian-vector products; never more than there are parameters.
-        seed: Seed of the start vector.
-        strategy: How to compute products, see `hessian_spectrum`.
-        mode: Module mode meanwhile: "eval", "train", or "keep" for no change.
-
-    Returns:
-        The directions with their eigenvalues, over all parameters that require grad.
-
-    Raises:
-        ValueError: If an argument is out of range, or Lanczos finds fewer directions.
-        ArithmeticError: If the loss or a product is NaN or infinite.
-        RuntimeError: If the loss cannot be differentiated twice, and `strategy` is "graph" or "recompute".
-
-    Example:
-        >>> model = nn.Linear(2, 1, bias=False)
-        >>> data = (torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))
-        >>> found = dominant_directions(model, [data], lambda m, b: (m(b[0]) - b[1]).square().mean(dim=1), 1)
-        >>> found.directions.abs().round(decimals=3).tolist(), found.eigenvalues.round(3).tolist()
-        ([[0.0], [1.0]], [4.0])
-    """
-    _check_count("count", count, 1)
-    options = analysis_options(steps=steps, seed=seed, strategy=strategy, mode=mode)
-    parameters = list(select_parameters(module, options).values())
-
-    def mean_loss(m: nn.Module, batch: Any) -> Tensor:
-        return loss_fn(m, batch).mean()
-
-    with estimated(module, read_batches(batches), mean_loss, options, [parameters]) as [estimation]:
-        values, vectors, residuals = estimation.leading(count)
-    return DominantDirections(vectors.T, values, residuals)
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,8 +172,8 @@ def subspace_stabilization(
     if not 0 < sigma < math.inf:
         msg = f"`sigma` must be positive and finite, got {sigma!r}."
         raise ValueError(msg)
-    _check_count("draws", draws, 2)
-    _check_count("chunk_size", 1 if chunk_size is None else chunk_size, 1)
+    check_count("draws", draws, least=2)
+    check_count("chunk_size", 1 if chunk_size is None else chunk_size)
     increments.check_orders(orders, seed)
     dimension = directions.shape[1]
     generator = torch.Generator().manual_seed(seed)
@@ -398,10 +331,4 @@ def _check_directions(directions: Tensor, n: int) -> None:
     off = float((products - torch.eye(len(products), dtype=torch.float64, device=products.device)).abs().max())
     if not off <= math.sqrt(torch.finfo(directions.dtype).eps):
         msg = f"`directions` must have orthonormal columns, but UᵀU differs from the identity by {off:.3g}."
-        raise ValueError(msg)
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        msg = f"`{name}` must be an integer of at least {least}, got {value!r}."
         raise ValueError(msg)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from examples.layer_study.indicators import indicators
 from lightning_hesd import SpectrumHistory
+from lightning_hesd.files import written_whole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,9 +65,8 @@ def is_done(folder: Path) -> bool:
 
 def write(run: Run, folder: Path, numbers: Numbers) -> None:
     """Write what the callback has not written; this comes last, so that an interrupted run is not done."""
-    partial = folder / f"{OUTCOME}.partial"
-    partial.write_text(json.dumps({"run": asdict(run), "numbers": asdict(numbers)}, indent=1), encoding="utf-8")
-    partial.replace(folder / OUTCOME)
+    with written_whole(folder / OUTCOME) as partial:
+        partial.write_text(json.dumps({"run": asdict(run), "numbers": asdict(numbers)}, indent=1), encoding="utf-8")
 
 
 def read(run: Run, out: Path) -> Outcome:

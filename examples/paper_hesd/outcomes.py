@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lightning_hesd import SpectrumHistory
+from lightning_hesd.files import written_whole
 from lightning_hesd.history import START_EPOCH
 
 if TYPE_CHECKING:
@@ -113,9 +114,8 @@ def is_done(folder: Path) -> bool:
 def write(experiment: Experiment, folder: Path, seconds: float, **found: object) -> None:
     """Write what the callback has not written; this comes last, so that an interrupted experiment is not done."""
     values = {"experiment": asdict(experiment), "seconds": seconds, **found}
-    partial = folder / f"{OUTCOME}.partial"
-    partial.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    partial.replace(folder / OUTCOME)
+    with written_whole(folder / OUTCOME) as partial:
+        partial.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 def read(experiments: Iterable[Experiment], out: Path) -> dict[str, Outcome]:

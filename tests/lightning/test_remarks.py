@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from examples.paper_hesd.adahessian import AdaHessian
 from lightning_hesd import HessianSpectrumCallback
+from lightning_hesd.gradient_monitor import MANIPULATING
 from tests.lightning.scripted import make_trainer
 from tests.lightning.test_resume import Net, data
 
@@ -83,6 +84,22 @@ def test_mn_is_explained_once(
     [said] = said_in(caplog, "is MN")
     assert said.startswith("hesd: the spectrum of epoch 0 is MN (C_t = -3), so the criteria of generalization")
     assert re.search(f"Likely cause: {expected}", said)
+
+
+@pytest.mark.parametrize(("name", "how"), MANIPULATING.items())
+def test_every_optimizer_that_manipulates_gradients_is_named(
+    tmp_path: Path, name: str, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Named(Saddle):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            optimizer: torch.optim.Optimizer = type(name.upper(), (torch.optim.SGD,), {})(self.parameters(), lr=1e-3)
+            return optimizer
+
+    loader = DataLoader(TensorDataset(torch.ones(8, 1)), batch_size=4)
+    with caplog.at_level(logging.INFO):
+        make_trainer(tmp_path, [HessianSpectrumCallback(steps=2, num_samples=8)], 1).fit(Named(), loader)
+    [said] = said_in(caplog, "is MN")
+    assert f"Likely cause: {name.upper()} {how}." in said
 
 
 def test_excessive_training_makes_a_spectrum_quasi_singular(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

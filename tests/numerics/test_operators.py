@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_hesd.analysis import analysis_options, analyze
+from lightning_hesd.analysis import analysis_options, layer_spectra
 from lightning_hesd.batches import WeightedBatch
 from lightning_hesd.matrices import HessianMatrix
 from lightning_hesd.operators import CurvatureOperator
+from lightning_hesd.pipeline import analyze, analyze_layers
 from lightning_hesd.sample_mean import AnotherProcessFailedError, SampleMean
 from tests import cases, oracles
 
@@ -225,6 +226,14 @@ def failing_loss(first_failure: int) -> Callable[[Any, Any], Tensor]:
     return loss
 
 
+def layers_of_shares(rank: int, strategy: str) -> Any:
+    module, batches, loss_fn = cases.make("mlp")
+    options = analysis_options(steps=20, strategy=strategy)
+    own = share(weighted(batches), rank)
+    found = analyze_layers(module, own, loss_fn, options, "auto", all_reduce=all_reduce)
+    return {name: spectrum.to_dict() for name, spectrum in found.items()}
+
+
 def loss_fails_at_once(rank: int, strategy: str) -> Any:
     loss_fn = failing_loss(1) if rank == 1 else cases.cross_entropy
     return run_analysis(share(weighted(cases.make("mlp").batches), rank), loss_fn, reduce=all_reduce, strategy=strategy)
@@ -254,6 +263,7 @@ def product_is_nan(rank: int, strategy: str) -> Any:
 
 SCENARIOS: list[Callable[[int, str], Any]] = [
     sum_of_shares,
+    layers_of_shares,
     dropout_masks,
     rank_without_batches,
     nobody_has_batches,
@@ -315,6 +325,16 @@ class TestTwoProcesses:
         assert {k: v for k, v in first.items() if k not in volatile} == {
             k: v for k, v in second.items() if k not in volatile
         }
+
+    def test_layers_equal_those_of_one_process(self, strategy, results):
+        one = layer_spectra(*cases.make("mlp"), steps=20, strategy=strategy)
+        for rank in range(WORLD_SIZE):
+            found = results[rank]["layers_of_shares", strategy]
+            assert list(found) == list(one)
+            for name, spectrum in one.items():
+                np.testing.assert_allclose(
+                    found[name]["nodes"], spectrum.nodes, rtol=0, atol=1e-11 * spectrum.lambda_max
+                )
 
     def test_dropout_does_not_depend_on_the_number_of_processes(self, strategy, results):
         module, batches, loss_fn = cases.make("mlp")

@@ -13,8 +13,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lightning_hesd import Spectrum, hessian_spectrum
-from lightning_hesd.analysis import analysis_options, analyze
+from lightning_hesd.analysis import analysis_options
 from lightning_hesd.batches import WeightedBatch
+from lightning_hesd.pipeline import analyze
 from lightning_hesd.strategies import Calibration
 from tests import cases, oracles
 

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from lightning_hesd.directions import dominant_directions
 from lightning_hesd.increments import increments
 from lightning_hesd.samples import per_sample_losses
-from lightning_hesd.subspace import SubspaceStabilization, dominant_directions, subspace_stabilization
+from lightning_hesd.subspace import SubspaceStabilization, subspace_stabilization
 from tests import cases, oracles
 
 Batch = tuple[Tensor, ...]
@@ -343,7 +344,7 @@ class TestDominantDirections:
         module, batches, loss_fn = cases.regression((6,), 3, 1, torch.float64)
         with pytest.raises(ValueError, match="Lanczos found 3 eigenvalues in 3 steps, fewer than the 4 asked for"):
             dominant_directions(module, batches, loss_fn, 4)
-        with pytest.raises(ValueError, match="`count` must be an integer of at least 1, got 0"):
+        with pytest.raises(ValueError, match="`count` must be a positive integer, got 0"):
             dominant_directions(module, batches, loss_fn, 0)
 
 
@@ -392,10 +393,16 @@ class TestRefusals:
             self.call(sigma=sigma)
 
     @pytest.mark.parametrize(
-        ("name", "wrong", "least"), [("draws", 1, 2), ("orders", 1, 2), ("chunk_size", 0, 1), ("seed", -1, 0)]
+        ("name", "wrong", "wanted"),
+        [
+            ("draws", 1, "an integer of at least 2"),
+            ("orders", 1, "an integer of at least 2"),
+            ("chunk_size", 0, "a positive integer"),
+            ("seed", -1, "an integer of at least 0"),
+        ],
     )
-    def test_of_counts(self, name: str, wrong: int, least: int) -> None:
-        with pytest.raises(ValueError, match=f"`{name}` must be an integer of at least {least}, got {wrong}"):
+    def test_of_counts(self, name: str, wrong: int, wanted: str) -> None:
+        with pytest.raises(ValueError, match=f"`{name}` must be {wanted}, got {wrong}"):
             self.call(**{name: wrong})
 
     def test_of_too_few_samples(self) -> None:
