@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from benchmarks.problems import Size
 
 PRODUCT_ROUNDS = {"full": 9, "quick": 2}
-PACKAGES = ["torch", "hessian-eigenthings", "curvlinops-for-pytorch", "lightning-hesd"]
+PACKAGES = ["hessian-eigenthings", "curvlinops-for-pytorch", "lightning-hesd"]
 
 
 def main() -> None:
@@ -125,6 +125,7 @@ def environment() -> dict[str, Any]:
     versions = {name: _version(name) for name in PACKAGES}
     return {
         "Python": platform.python_version(),
+        "torch": torch.__version__,  # with the build, which the metadata may lack
         **versions,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
