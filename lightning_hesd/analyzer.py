@@ -13,6 +13,7 @@ from lightning_hesd.batches import WeightedBatch
 from lightning_hesd.data import AnalysisSamples, draw_samples, training_loader
 from lightning_hesd.loss import make_loss_fn, muted
 from lightning_hesd.pipeline import analyze, analyze_layers
+from lightning_hesd.sample_size import find_sample_size
 from lightning_hesd.sampling import samples_needed
 from lightning_hesd.snapshot import preserved, seed_everything
 from lightning_hesd.strategies import Calibration
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_hesd.layers import Layers
     from lightning_hesd.options import AnalysisOptions
     from lightning_hesd.pipeline import LossFunction, Report
+    from lightning_hesd.sample_size import SampleSize, Stability
     from lightning_hesd.spectrum import Spectrum
 
 Result = TypeVar("Result")
@@ -142,6 +144,16 @@ class TrainerAnalyzer:
             report: Called after every Lanczos step.
         """
         return self._analyze(trainer, pl_module, report, partial(analyze_layers, layers=layers), self._options)
+
+    def sample_size(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stability: Stability) -> SampleSize:
+        """Return how many samples are enough at the present weights, with those there are as the pilot; one process.
+
+        Args:
+            trainer: The trainer.
+            pl_module: Its module.
+            stability: How stable is stable enough.
+        """
+        return self._analyze(trainer, pl_module, None, partial(find_sample_size, stability=stability), self._options)
 
     def _analyze(
         self,

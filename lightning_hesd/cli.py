@@ -1,8 +1,9 @@
-"""`lightning-hesd`: analyse checkpoints, assess generalization and draw densities from the command line."""
+"""`lightning-hesd`: analyse checkpoints, assess generalization, ask for the sample size and draw densities."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 import re
@@ -21,8 +22,10 @@ from rich.table import Table
 
 from lightning_hesd.analysis import analysis_options, hessian_spectrum
 from lightning_hesd.assessment import assess_generalization
-from lightning_hesd.posthoc import Blueprint, CheckpointError, PosthocAnalysis, imported
+from lightning_hesd.posthoc import PosthocAnalysis, sample_size
+from lightning_hesd.project import Blueprint, CheckpointError, Project, imported
 from lightning_hesd.results import RESULTS, Results, ResultsError, Row, draw, picked, table_line
+from lightning_hesd.sample_size import Stability, pilot_options, recommend_sample_size
 from lightning_hesd.selection import LOSS_TOLERANCE
 from lightning_hesd.spectrum import Spectrum
 
@@ -45,6 +48,13 @@ class CommandError(Exception):
     """What the user asked for cannot be done; the message says why."""
 
 
+REPORTED = (
+    *(CommandError, CheckpointError, ResultsError, MisconfigurationException),
+    *(ValueError, OSError, ArithmeticError, RuntimeError, TypeError),
+)
+"""Exceptions that end the command with their message, in one line."""
+
+
 class OneLineParser(ArgumentParser):
     """A parser whose errors take one line."""
 
@@ -60,8 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     config = parser.parse_args([_separated(a) for a in (sys.argv[1:] if arguments is None else arguments)])
     try:
-        {"analyze": analyze, "assess": assess, "plot": plot}[config.subcommand](config[config.subcommand])
-    except (CommandError, CheckpointError, ResultsError, MisconfigurationException, ValueError, OSError) as error:
+        COMMANDS[config.subcommand](config[config.subcommand])
+    except REPORTED as error:
         sys.stderr.write(f"lightning-hesd: error: {' '.join(str(error).split())}\n")
         sys.exit(1)
 
@@ -71,27 +81,10 @@ def _parser() -> OneLineParser:
     commands = parser.add_subcommands()
 
     sub = OneLineParser(description="Analyse the Hessian's spectrum at the weights of checkpoints.")
-    sub.add_argument(
-        "checkpoints", nargs="+", type=str, help="Lightning checkpoints, or patterns such as 'runs/*.ckpt'."
-    )
-    sub.add_argument("--config", type=str | None, help="A LightningCLI config.yaml to take `model` and `data` from.")
-    sub.add_argument(
-        "--model", type=str | None, help="LightningModule, as package.Class; --model.ARGUMENT for its own."
-    )
-    sub.add_argument("--model_args", type=dict[str, Any], default={}, help="Arguments of the module.")
-    sub.add_argument(
-        "--data", type=str | None, help="LightningDataModule, as package.Class; --data.ARGUMENT for its own."
-    )
-    sub.add_argument("--data_args", type=dict[str, Any], default={}, help="Arguments of the data module.")
+    _add_project(sub)
     sub.add_argument("--generalization", type=str | None, help="'val' or 'test' data of --data, or a data module.")
     sub.add_argument("--generalization_args", type=dict[str, Any], default={}, help="Arguments of that data module.")
-    sub.add_argument("--num_samples", type=int | None, help="Samples; default: those of the run, or 512.")
-    sub.add_argument("--batch_size", type=int | None, help="Samples per batch; default: the data module's.")
     sub.add_argument("--through_optimizer", type=bool, default=False, help="Also analyse D^(-1/2) H D^(-1/2).")
-    sub.add_argument("--loss_fn", type=str | None, help="Function (module, batch) -> mean loss, as package.function.")
-    sub.add_argument("--name", type=str, default="hesd", help="Name of the callback in the run.")
-    sub.add_argument("--accelerator", type=str, default="auto", help="As for the Trainer.")
-    sub.add_argument("--unsafe", type=bool, default=False, help="Load checkpoints with objects of any class.")
     sub.add_argument("--tolerance_of_loss", type=float, default=LOSS_TOLERANCE, help="For the picks of both rules.")
     sub.add_argument(
         "--out", type=Path, default=Path("hesd"), help="Folder of the results; an interrupted run goes on."
@@ -108,7 +101,38 @@ def _parser() -> OneLineParser:
     sub.add_argument("spectra", nargs="+", type=Path, help="Spectra, .npz.")
     sub.add_argument("--out", type=Path, default=None, help="Folder of the figures; default: beside the spectra.")
     commands.add_subcommand("plot", sub, help="draw densities")
+
+    sub = OneLineParser(
+        description="Ask how many samples are enough at the weights of checkpoints; those analysed are the pilot."
+    )
+    _add_project(sub)
+    sub.add_function_arguments(recommend_sample_size, skip={"module", "batches", "loss_fn"})
+    commands.add_subcommand("sample-size", sub, help="ask how many samples are enough")
     return parser
+
+
+def _add_project(parser: OneLineParser) -> None:
+    """Add what checkpoints are of."""
+    parser.add_argument(
+        "checkpoints", nargs="+", type=str, help="Lightning checkpoints, or patterns such as 'runs/*.ckpt'."
+    )
+    parser.add_argument("--config", type=str | None, help="A LightningCLI config.yaml to take `model` and `data` from.")
+    parser.add_argument(
+        "--model", type=str | None, help="LightningModule, as package.Class; --model.ARGUMENT for its own."
+    )
+    parser.add_argument("--model_args", type=dict[str, Any], default={}, help="Arguments of the module.")
+    parser.add_argument(
+        "--data", type=str | None, help="LightningDataModule, as package.Class; --data.ARGUMENT for its own."
+    )
+    parser.add_argument("--data_args", type=dict[str, Any], default={}, help="Arguments of the data module.")
+    parser.add_argument("--num_samples", type=int | None, help="Samples; default: those of the run, or 512.")
+    parser.add_argument("--batch_size", type=int | None, help="Samples per batch; default: the data module's.")
+    parser.add_argument(
+        "--loss_fn", type=str | None, help="Function (module, batch) -> mean loss, as package.function."
+    )
+    parser.add_argument("--name", type=str, default="hesd", help="Name of the callback in the run.")
+    parser.add_argument("--accelerator", type=str, default="auto", help="As for the Trainer.")
+    parser.add_argument("--unsafe", type=bool, default=False, help="Load checkpoints with objects of any class.")
 
 
 def _separated(argument: str) -> str:
@@ -134,6 +158,20 @@ def plot(config: Namespace) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         draw(spectrum, path.stem, target)
         print(target)
+
+
+# sample-size --------------------------------------------------------------------------------------------------------
+
+
+def ask_sample_size(config: Namespace) -> None:
+    """Print how many samples are enough at each checkpoint, and why."""
+    project = _project(config)
+    stability = Stability(config.tolerance, config.loss_tolerance)
+    options = pilot_options(**{name: config[name] for name in inspect.signature(pilot_options).parameters})
+    for path in _checkpoints(config.checkpoints).values():
+        with _without_advice():
+            found = sample_size(project, path, stability, options)
+        print(f"{path}: {found}", flush=True)
 
 
 # analyze ------------------------------------------------------------------------------------------------------------
@@ -185,18 +223,21 @@ def _without_advice() -> Iterator[None]:
 
 
 def _analysis(config: Namespace) -> PosthocAnalysis:
-    given = {} if config.config is None else _lightning_config(Path(config.config))
     generalization: Any = config.generalization
     if generalization not in {None, "val", "test"}:
         generalization = Blueprint(generalization, config.generalization_args)
     return PosthocAnalysis(
+        _project(config), analysis_options(**config.analysis.as_dict()), generalization, config.through_optimizer
+    )
+
+
+def _project(config: Namespace) -> Project:
+    given = {} if config.config is None else _lightning_config(Path(config.config))
+    return Project(
         model=_blueprint("model", config, given),
         data=_blueprint("data", config, given),
-        generalization=generalization,
-        options=analysis_options(**config.analysis.as_dict()),
         num_samples=config.num_samples,
         batch_size=config.batch_size,
-        through_optimizer=config.through_optimizer,
         loss_fn=None if config.loss_fn is None else imported(config.loss_fn),
         name=config.name,
         accelerator=config.accelerator,
@@ -285,3 +326,6 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+COMMANDS = {"analyze": analyze, "assess": assess, "plot": plot, "sample-size": ask_sample_size}

@@ -20,25 +20,52 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from typing_extensions import Unpack
 
 from lightning_hesd.analysis import analysis_options
 from lightning_hesd.intervals import chi_square_quantile, student_quantile
-from lightning_hesd.pipeline import analyze
+from lightning_hesd.pipeline import Context, analyze
 from lightning_hesd.samples import mean_loss, per_sample_losses, read_batches
 from lightning_hesd.sampling import samples_needed
 from lightning_hesd.spectrum import SMALLEST_SCALE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
     from torch import nn
 
+    from lightning_hesd.batches import WeightedBatch
     from lightning_hesd.guards import Mode
+    from lightning_hesd.options import AnalysisOptions
     from lightning_hesd.samples import SampleLoss
     from lightning_hesd.spectrum import Spectrum
 
 Quantity = Literal["loss", "lambda_max", "c_t"]
+
+
+@dataclass(frozen=True)
+class Stability:
+    """How stable is stable enough.
+
+    Attributes:
+        tolerance: How far λ_max and C_t may lie from those of infinitely many samples, relative to them.
+        loss_tolerance: How far one more sample may move the mean loss, relative to it.
+    """
+
+    tolerance: float
+    loss_tolerance: float
+
+    def __post_init__(self) -> None:
+        """Check both.
+
+        Raises:
+            ValueError: If one is not positive and finite.
+        """
+        for name, value in vars(self).items():
+            if not 0 < value < math.inf:
+                msg = f"`{name}` must be positive and finite, got {value!r}."
+                raise ValueError(msg)
 
 
 @dataclass(frozen=True)
@@ -139,21 +166,55 @@ def recommend_sample_size(
         TypeError: If `loss_fn` does not return a tensor.
         ArithmeticError: If the loss or a product is NaN or infinite, or the spectrum has no positive eigenvalue.
     """
-    for name, value in (("tolerance", tolerance), ("loss_tolerance", loss_tolerance)):
-        if not 0 < value < math.inf:
-            msg = f"`{name}` must be positive and finite, got {value!r}."
-            raise ValueError(msg)
-    options = analysis_options(
+    stability = Stability(tolerance, loss_tolerance)
+    options = pilot_options(steps=steps, seed=seed, strategy=strategy, mode=mode, confidence=confidence)
+    return find_sample_size(module, read_batches(batches), loss_fn, stability=stability, options=options)
+
+
+def pilot_options(
+    *,
+    steps: int,
+    seed: int,
+    strategy: Literal["auto", "graph", "recompute", "finite_difference"],
+    mode: Mode,
+    confidence: float,
+) -> AnalysisOptions:
+    """Return the options with which the pilot sample is analysed; they are those of `recommend_sample_size`."""
+    return analysis_options(
         steps=steps, seed=seed, strategy=strategy, mode=mode, tolerance="auto", confidence=confidence
     )
-    pilot = read_batches(batches)
-    spectrum = analyze(module, pilot, mean_loss(loss_fn), options)
+
+
+def find_sample_size(
+    module: nn.Module,
+    pilot: Sequence[WeightedBatch],
+    loss_fn: SampleLoss,
+    *,
+    stability: Stability,
+    options: AnalysisOptions,
+    **context: Unpack[Context],
+) -> SampleSize:
+    """Do the work of `recommend_sample_size`, in a single process.
+
+    Args:
+        module: The module.
+        pilot: The batches of the pilot sample, at least 8 samples.
+        loss_fn: As for `recommend_sample_size`.
+        stability: How stable is stable enough.
+        options: See `pilot_options`.
+        **context: Where it runs.
+
+    Raises:
+        ArithmeticError: If the spectrum has no positive eigenvalue, or there are too few samples.
+    """
+    spectrum = analyze(module, pilot, mean_loss(loss_fn), options, **context)
     if spectrum.c_t_sampling_error is None:
         msg = f"the spectrum has no sampling error: {spectrum.reason or 'no eigenvalue is positive'}."
         raise ArithmeticError(msg)
-    losses = per_sample_losses(module, [batch.data for batch in pilot], loss_fn, mode=mode)
+    losses = per_sample_losses(module, [batch.data for batch in pilot], loss_fn, mode=options.mode)
+    tolerance, confidence = stability.tolerance, options.confidence
     requirements: dict[Quantity, Requirement] = {
-        "loss": loss_requirement(losses, loss_tolerance, confidence),
+        "loss": loss_requirement(losses, stability.loss_tolerance, confidence),
         "lambda_max": _spectral_requirement(spectrum, "lambda_max", tolerance, confidence),
         "c_t": _spectral_requirement(spectrum, "c_t", tolerance, confidence),
     }

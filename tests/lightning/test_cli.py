@@ -13,12 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
+from torch.utils.data import DataLoader
 
 import lightning_hesd
 from lightning_hesd import HessianSpectrumCallback, Spectrum, __main__
 from lightning_hesd.cli import main
+from lightning_hesd.sample_size import recommend_sample_size
 from tests.lightning import cli_project
+from tests.lightning.modules import Digits
 
 MODEL = ["--model", "tests.lightning.cli_project.Net", "--data", "tests.lightning.cli_project.Data"]
 STEPS = [f"--analysis.{name}={value}" for name, value in cli_project.ANALYSIS.items()]
@@ -271,6 +275,50 @@ def test_assess_and_plot(trained: Run, tmp_path: Path, capsys: pytest.CaptureFix
     assert "bad.npz is not a spectrum" in refused(capsys, "plot", tmp_path / "bad.npz", "--out", tmp_path / "none")
     assert not (tmp_path / "none").exists()
     assert "none.npz" in refused(capsys, "assess", tmp_path / "none.npz", tmp_path / "gen.npz")
+
+
+def test_sample_size(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, paths = trained
+    asked = ["--tolerance=0.3", "--confidence=0.8", "--steps=40"]
+    main(["sample-size", str(paths[0]), str(paths[2]), *MODEL, *CPU, "--num_samples=40", *asked])
+    said = capsys.readouterr().out
+    # All samples that there are, so that those of the command are known.
+    module = cli_project.Net.load_from_checkpoint(paths[2])
+    found = recommend_sample_size(
+        module,
+        DataLoader(Digits(40), batch_size=8),
+        lambda net, batch: F.cross_entropy(net.net(batch[0]), batch[1], reduction="none"),
+        tolerance=0.3,
+        confidence=0.8,
+        steps=40,
+    )
+    ours = said[said.index(str(paths[2])) :].removeprefix(f"{paths[2]}: ").splitlines()
+    assert said.startswith(f"{paths[0]}: ")
+    assert said.count("samples are enough (pilot: 40, confidence 80%)") == 2
+    assert ours[1] == str(found).splitlines()[1]  # the loss; the spectra differ by grouping
+    for name in ("lambda_max", "c_t"):
+        (line,) = (line for line in ours if line.startswith(f"- {name}: "))
+        samples = float(line.split()[2].replace(",", ""))
+        assert found.requirements[name].interval[0] / 2 < samples < 2 * found.requirements[name].interval[1]
+
+    main(["sample-size", str(paths[0]), *MODEL, *CPU])
+    assert "(pilot: 24, " in capsys.readouterr().out  # the samples of the run
+
+
+def test_sample_size_refuses_in_one_line(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, paths = trained
+    checkpoint = torch.load(paths[0], weights_only=True)
+    checkpoint["state_dict"]["net.0.bias"].fill_(torch.nan)
+    torch.save(checkpoint, tmp_path / "nan.ckpt")
+    cases: list[tuple[list[Any], str]] = [
+        ([paths[0], "--tolerance=0"], "`tolerance` must be positive and finite, got 0.0"),
+        ([paths[0], "--confidence=2"], "`confidence` must lie between 0 and 1, got 2.0"),
+        ([paths[0], "--num_samples=5"], "8"),
+        ([tmp_path / "nan.ckpt"], "the loss of batch 0 is nan"),
+        ([tmp_path / "none.ckpt"], "none.ckpt does not exist"),
+    ]
+    for arguments, message in cases:
+        assert message in refused(capsys, "sample-size", *MODEL, *CPU, *arguments)
 
 
 def test_the_command_is_installed() -> None:
