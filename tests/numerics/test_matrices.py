@@ -136,6 +136,7 @@ class TestParts:
         assert float(errors.max()) <= differences.mean.product_error < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # curvlinops
 def test_gauss_newton_equals_that_of_curvlinops():
     if importlib.util.find_spec("curvlinops") is None:
         pytest.skip("curvlinops is not installed")
