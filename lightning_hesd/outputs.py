@@ -7,7 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_hesd import _lightning, sinks
+from lightning_hesd import _lightning
+from lightning_hesd.scalars import scalars
+from lightning_hesd.sinks import make_sinks
+from lightning_hesd.sinks.tensorboard import write_layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
     from lightning_hesd.gradient_monitor import GradientStatistics
     from lightning_hesd.history import SpectrumHistory, SpectrumRecord
+    from lightning_hesd.sinks.sink import Sink
 
 
 class RunOutputs:
@@ -24,7 +28,7 @@ class RunOutputs:
     def __init__(self, name: str, *, in_progress_bar: bool) -> None:
         self._name = name
         self._in_bar = {f"{name}/c_t"} if in_progress_bar else set()
-        self._sinks: list[sinks.Sink] = []
+        self._sinks: list[Sink] = []
         self._folder: Path | None = None
 
     def open(self, trainer: pl.Trainer, names: Sequence[str]) -> None:
@@ -40,9 +44,9 @@ class RunOutputs:
             self.close()
             return
         self._folder = Path(log_dir or trainer.default_root_dir) / self._name
-        self._sinks = sinks.make_sinks(trainer.loggers, self._name)
+        self._sinks = make_sinks(trainer.loggers, self._name)
         if names[0] == self._name:
-            sinks.write_layout(trainer.loggers, names)
+            write_layout(trainer.loggers, names)
 
     def close(self) -> None:
         """Let go of the loggers."""
@@ -60,7 +64,7 @@ class RunOutputs:
     ) -> None:
         """Log the scalars of a record, and the share of analyses in the training time if there was any training."""
         if record.spectra:
-            values = sinks.scalars(record, self._name)
+            values = scalars(record, self._name)
             if overhead is not None:
                 values[f"{self._name}/overhead"] = overhead
             _lightning.log_scalars(trainer, pl_module, values, at_epoch_end=at_epoch_end, in_bar=self._in_bar)

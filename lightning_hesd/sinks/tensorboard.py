@@ -1,0 +1,116 @@
+"""TensorBoardLogger: histograms, figures, text, and the layout of charts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG, PLUGIN_NAME
+from tensorboard.util.tensor_util import make_tensor_proto
+
+from lightning_hesd.plotting import plot_decomposition, plot_density, plot_layers
+from lightning_hesd.sinks.sink import layer_table, title
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from lightning.pytorch.loggers import Logger
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from lightning_hesd.history import SpectrumHistory
+    from lightning_hesd.spectrum import Spectrum
+
+
+class TensorBoardSink:
+    """The densities as histograms and as figures, and what they say about generalization as text."""
+
+    def __init__(self, logger: TensorBoardLogger, name: str) -> None:
+        self._writer = logger.experiment
+        self._name = name
+
+    def write(self, history: SpectrumHistory, step: int) -> None:
+        """Write the last record, which has a spectrum, at `step` of the logger's axis."""
+        record = history[-1]
+        for suffix, spectrum in record.spectra.items():
+            self._write_histogram(f"{self._name}{suffix}/density", spectrum, step)
+            self._write_figure(
+                f"{self._name}{suffix}/density_figure", plot_density(spectrum, title=title(record)), step
+            )
+        if record.spectrum and record.ggn and record.residual:
+            axes = plot_decomposition(record.spectrum, record.ggn, record.residual)
+            self._write_figure(f"{self._name}/decomposition_figure", axes, step)
+        if record.layers:
+            by_epoch = {r.epoch: r.layers for r in history if r.layers}
+            by_step = {r.global_step: r.layers for r in history if r.layers}
+            one_each = len(by_epoch) == len(by_step)
+            axes = plot_layers(by_epoch) if one_each else plot_layers(by_step, xlabel="step")
+            self._write_figure(f"{self._name}/layers_figure", axes, step)
+            self._writer.add_text(f"{self._name}/layers", layer_table(record.layers), global_step=step)
+        if record.assessment is not None:
+            reasons = "\n".join(f"- {reason}" for reason in record.assessment.reasons)
+            text = f"**generalization: {record.assessment.verdict}** ({title(record)})\n\n{reasons}"
+            self._writer.add_text(f"{self._name}/assessment", text, global_step=step)
+
+    def _write_figure(self, tag: str, axes: Axes, step: int) -> None:
+        figure: Figure = axes.get_figure(root=True)  # type: ignore[assignment]
+        self._writer.add_figure(tag, figure, global_step=step, close=False)
+
+    def _write_histogram(self, tag: str, spectrum: Spectrum, step: int) -> None:
+        mass, edges = spectrum.histogram()
+        # TensorBoard drops empty buckets at the ends and lets min and max take the place of the outer edges.
+        filled = mass.nonzero()[0]
+        first, last = int(filled[0]), int(filled[-1]) + 1
+        self._writer.add_histogram_raw(
+            tag,
+            min=float(edges[first]),
+            max=float(edges[last]),
+            num=1.0,
+            sum=spectrum.moment(1),
+            sum_squares=spectrum.moment(2),
+            bucket_limits=edges[first + 1 : last + 1].tolist(),
+            bucket_counts=mass[first:last].tolist(),
+            global_step=step,
+        )
+
+
+def write_layout(loggers: Iterable[Logger], names: Sequence[str]) -> None:
+    """Give TensorBoard's custom scalars tab its charts: C_t with interval and threshold, and λ_max.
+
+    A run has one layout, so it is written once, for all callbacks of the Trainer.
+
+    Args:
+        loggers: All loggers; only TensorBoard's get the layout.
+        names: The callbacks' names, each a category of charts.
+    """
+    layout = layout_pb2.Layout(category=[_charts(name) for name in names])
+    value = Summary.Value(
+        tag=CONFIG_SUMMARY_TAG,
+        tensor=make_tensor_proto(layout.SerializeToString()),
+        metadata=SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=PLUGIN_NAME)),
+    )
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            # The public `add_custom_scalars` knows charts with one series only.
+            logger.experiment._get_file_writer().add_summary(Summary(value=[value]))  # noqa: SLF001
+
+
+def _charts(name: str) -> layout_pb2.Category:
+    series = layout_pb2.MarginChartContent.Series
+    threshold = f"{name}/c_t_threshold"
+    margin = layout_pb2.MarginChartContent(
+        series=[
+            series(value=f"{name}/c_t", lower=f"{name}/c_t_low", upper=f"{name}/c_t_high"),
+            series(value=threshold, lower=threshold, upper=threshold),
+        ]
+    )
+    largest = layout_pb2.MultilineChartContent(tag=[f"^{name}/lambda_max$"])
+    return layout_pb2.Category(
+        title=name,
+        chart=[
+            layout_pb2.Chart(title="C_t with its interval, and the MP threshold", margin=margin),
+            layout_pb2.Chart(title="largest eigenvalue", multiline=largest),
+        ],
+    )
