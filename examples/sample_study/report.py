@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import importlib.metadata
 import platform
+from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -59,10 +60,11 @@ READING = """\
   losses over samples.
 - **The moving average** starts at the first and largest difference and forgets it by 1 % a step: in the figures it lies
   above what it averages for the first thousand samples. It is linear in the curves, so it does not change their order.
-- **c and the loss**: where most losses are near zero, c is nearly twice the mean loss, so that c compares how well
-  the networks are trained. At initialisation all mean losses are about log 10, and c is the spread of the outputs.
+- **c and the loss**: where few samples have most of the loss, c, their mean absolute deviation, is one to two times the
+  mean loss, so that trained networks are compared by how well they are trained. At initialisation all mean losses are
+  about log 10, and c is about how far the outputs differ.
 - **Depth at initialisation**: PyTorch's initialisation shrinks the signal in every ReLU layer, so that outputs, losses'
-  spread and curvature fall exponentially with depth there, while the bounds grow, because M_W is more than 1.
+  spread and curvature fall exponentially with depth there. The bounds know only the largest norm, M_W, and grow.
 """
 LIMITS = """\
 - One small data set, one optimizer, one number of epochs: deep and narrow networks are not trained to the end here.
@@ -87,7 +89,7 @@ def write(data: Outcomes, out: Path) -> Path:
     before = at_initialisation(data)
     parts = [
         f"# How the loss settles with the sample size\n\n{introduction(data)}",
-        f"## Summary\n\n{summary(found)}",
+        f"## Summary\n\n{counts(found)}\n\n{summary(found)}",
         f"## Figures\n\n{picture('differences-trained', 'As Figure 2 of the paper: means over seeds.')}",
         picture("differences-initial", "The same networks before training."),
         picture("trends", "Geometric means over seeds with 95 % intervals."),
@@ -143,6 +145,12 @@ def summary(found: Iterable[Statement]) -> str:
     header = ("The paper says", "Inputs", "We see", "Evidence", "Verdict")
     rows = [(s.finding.claim, s.inputs, s.seen, s.finding.evidence, f"**{s.finding.verdict}**") for s in found]
     return markdown(Table(header, rows))
+
+
+def counts(found: Iterable[Statement]) -> str:
+    """Return how often each verdict was given."""
+    given = Counter(s.finding.verdict for s in found)
+    return f"{sum(given.values())} statements: " + ", ".join(f"{count} {verdict}" for verdict, count in given.items())
 
 
 def rules(found: Iterable[Statement]) -> str:

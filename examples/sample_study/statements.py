@@ -36,7 +36,7 @@ QUANTITIES: dict[str, Callable[[State], float]] = {
     "‖H‖": lambda state: state.numbers.hessian,
     "Theorem 1": lambda state: state.numbers.published,
 }
-UNIT = {WIDTH: "per factor of e in size", DEPTH: "per layer"}
+UNIT = {WIDTH: "against log h", DEPTH: "per layer"}
 UNDECIDED = "nothing that could not be chance"
 DIRECTION: dict[Verdict, str] = {AGREES: "it grows", DIFFERS: "it falls", UNSEEN: UNDECIDED}
 """Of slopes, judged by `POSITIVE`."""
