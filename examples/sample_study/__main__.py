@@ -1,7 +1,7 @@
 """Ask how the loss settles with the sample size, by width and depth, as section 5 of the paper does.
 
     python -m examples.sample_study --quick      # about a minute
-    python -m examples.sample_study              # 280 networks: about 12 minutes on two cores
+    python -m examples.sample_study              # 280 networks: 10 to 15 minutes on two cores
 
 Runs that are finished are not run again with the same settings, so that an interrupted study goes on. Changes of the
 code are not settings: take another --out.

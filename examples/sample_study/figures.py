@@ -108,7 +108,7 @@ def bounds(data: Outcomes) -> Figure:
             band(ax, data, (PIXELS, TRAINED, sweep), quantity, **look)
         swept(ax, data, sweep)
         ax.set_title("pixels, trained", fontsize=10)
-        ax.legend(fontsize=7)
+    axes[1].legend(fontsize=7, loc="upper left")
     study, ax = data.study, axes[-1]
     state = data.find(PIXELS, TRAINED, study.width, study.depth)[0]
     settling_axes(ax, r"$|L_{k+1} - L_k|$")

@@ -156,10 +156,10 @@ def _of_norms(data: Outcomes, inputs: str, state: str) -> Iterator[Statement]:
             f"slope of log ‖H‖ {found.slope.shown()} {UNIT[sweep]}, R² {found.straightness:.2f}; of Theorem 1's bound "
             f"{bound.slope.shown()}"
         )
-        seen = DIRECTION[trends.POSITIVE.judge([found.slope])] + ", but on no line" * (
-            found.straightness < trends.STRAIGHT
-        )
-        yield Statement(inputs, seen, Finding(claim, rule, evidence, trends.judge_growth(found)))
+        verdict, direction = trends.judge_growth(found), DIRECTION[trends.POSITIVE.judge([found.slope])]
+        bent = verdict == UNSEEN and direction != UNDECIDED
+        seen = direction + ", but on no line" * bent
+        yield Statement(inputs, seen, Finding(claim, rule, evidence, verdict))
 
 
 def _of_distance(data: Outcomes, inputs: str) -> Statement:
