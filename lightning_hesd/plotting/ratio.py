@@ -71,7 +71,8 @@ def plot_c_t(
     axis.label_on(ax)
     ax.set_ylabel("$C_t$")
     ax.grid(visible=True, alpha=0.3)
-    place = free_corner(ax, np.tile(at, len(curves)), [_value(spectrum) for c in curves.values() for spectrum in c])
+    heights = np.array([_value(spectrum) for curve in curves.values() for spectrum in curve])
+    place = free_corner(ax, np.tile(at, len(curves)), np.nan_to_num(heights, nan=ax.get_ylim()[0]))
     ax.legend(fontsize=8, framealpha=0.9, handlelength=1.4, loc=place)
     return ax
 
