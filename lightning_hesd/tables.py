@@ -12,7 +12,6 @@ from lightning_hesd.scalars import SPECTRUM_SCALARS, comparison_scalars, spectru
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import ModuleType
 
     import pandas as pd
 
@@ -92,7 +91,7 @@ def _table(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> pd.DataFr
     )
 
 
-def _pandas() -> ModuleType:
+def _pandas() -> Any:
     try:
         import pandas  # noqa: ICN001, PLC0415 - optional, and slow to import
     except ImportError as error:

@@ -62,7 +62,8 @@ def plot_density_evolution(history: Sequence[SpectrumRecord], ax: Axes | None = 
         raise ValueError(msg)
     ax = ax or new_axes()
     page = _set_scale(ax, present)
-    edges = np.linspace(*page.heights(np.array(ax.get_ylim())), ROWS + 1)
+    bottom, top = page.heights(np.array(ax.get_ylim()))
+    edges = np.linspace(bottom, top, ROWS + 1)
     rows = (edges[1:] + edges[:-1]) / 2
     columns = [np.full(ROWS, math.nan) if s is None else _per_decade(s, page, rows) for s in spectra]
     faintest = FAINTEST / max(s.dimension for s in present) / (SMOOTHING * math.sqrt(2 * math.pi))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -11,6 +11,8 @@ from matplotlib.ticker import NullLocator
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import ArrayLike
+
+    Corner: TypeAlias = Literal["upper right", "lower right", "upper left", "lower left"]
 
 POSITIVE = "#0072B2"
 NEGATIVE = "#D55E00"
@@ -39,11 +41,16 @@ def place_legend(ax: Axes) -> None:
     ax.legend(fontsize=9, loc="upper right", framealpha=0.9, handlelength=1.2)
 
 
-def free_corner(ax: Axes, at: ArrayLike, values: ArrayLike) -> str:
+def free_corner(ax: Axes, at: ArrayLike, values: ArrayLike) -> Corner:
     """Return the corner with the fewest of these points, for a legend; without trying out all places, which is slow."""
     points = np.column_stack([np.asarray(at, dtype=np.float64), np.asarray(values, dtype=np.float64)])
     points = points[np.isfinite(points).all(axis=1)]
     right, up = ax.transAxes.inverted().transform(ax.transData.transform(points)).T
-    corners = {"upper right": (right, up), "lower right": (right, 1 - up), "upper left": (1 - right, up),
-               "lower left": (1 - right, 1 - up)}  # fmt: skip
+    left, down = 1 - right, 1 - up
+    corners: dict[Corner, Any] = {
+        "upper right": (right, up),
+        "lower right": (right, down),
+        "upper left": (left, up),
+        "lower left": (left, down),
+    }
     return min(corners, key=lambda corner: int(((corners[corner][0] > 0.4) & (corners[corner][1] > 0.6)).sum()))

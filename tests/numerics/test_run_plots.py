@@ -251,6 +251,17 @@ class TestEvolution:
         peak = 0.5 / (SMOOTHING * math.sqrt(2 * math.pi))
         assert float(values[upper].max()) == pytest.approx(peak, rel=0.02)
 
+    def test_probes_share_the_density(self):
+        one = record(0, 1e-3, 100.0)
+        arrays = ("nodes", "weights", "residuals")
+        twice = replace(
+            one.spectrum,
+            steps_per_probe=(2, 2),
+            **{name: np.repeat(getattr(one.spectrum, name), 2, axis=0) for name in arrays},
+        )
+        shown = [mesh(plot_density_evolution([r])).get_array() for r in (one, replace(one, spectrum=twice))]
+        np.testing.assert_allclose(shown[0], shown[1])
+
     def test_colours_reach_down_to_single_eigenvalues(self):
         image = mesh(plot_density_evolution(RUN))
         one = 1 / RUN[0].spectrum.dimension / (SMOOTHING * math.sqrt(2 * math.pi))
