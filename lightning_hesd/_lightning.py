@@ -102,6 +102,12 @@ def start_rich_progress(bar: RichProgressBar, trainer: pl.Trainer) -> Progress:
     return bar.progress
 
 
+def stop_rich_progress(bar: RichProgressBar) -> None:
+    """End the live display of a Rich progress bar now, if it runs; its own hook will find that done."""
+    if not bar._progress_stopped:  # noqa: SLF001
+        bar._stop_progress()  # noqa: SLF001
+
+
 def transfer_batch(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
     """Bring a batch to the device as Lightning does, through the module's or datamodule's own hooks."""
     batch = trainer.precision_plugin.convert_input(batch)

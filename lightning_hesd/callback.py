@@ -6,7 +6,7 @@ import contextlib
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_hesd import _lightning
+from lightning_hesd import _lightning, terminal
 from lightning_hesd.analysis import analysis_options
 from lightning_hesd.analyzer import TrainerAnalyzer
 from lightning_hesd.budget import Budget
@@ -19,6 +19,7 @@ from lightning_hesd.placement import insert_checkpoint, put_hessian_checkpoints_
 from lightning_hesd.recorder import Recorder
 from lightning_hesd.remarks import Remarks
 from lightning_hesd.schedule import Schedule
+from lightning_hesd.summary import analysis_lines, summarize
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
     from lightning_hesd.gradient_monitor import GradientStatistics
-    from lightning_hesd.history import OnError, SpectrumRecord
+    from lightning_hesd.history import OnError
     from lightning_hesd.layers import Layers
     from lightning_hesd.pipeline import LossFunction
     from lightning_hesd.recorder import Preconditioning
@@ -73,7 +74,8 @@ class HessianSpectrumCallback(SpectrumSource):
             the one at which steps become unstable. Or diagonals of your own, as for `hessian_spectrum`.
         on_error: What to do when an analysis fails: "warn" (record the failure, go on training) or "raise".
         progress: Show C_t in the progress bar, and a bar of their own for the steps of long analyses.
-        verbose: Print a line after each analysis.
+        verbose: Print a line after each analysis, and at the end of `fit`, also an interrupted one, a table of them
+            with what the rules pick.
         name: Prefix of metrics and state, and name of the folder of spectra; two callbacks in one Trainer need two.
         **analysis: Options of `hessian_spectrum`: steps, probes, seed, mode, ...
 
@@ -160,6 +162,7 @@ class HessianSpectrumCallback(SpectrumSource):
         self._monitor = GradientMonitor() if monitor_gradients else None
         self._remarks = Remarks(name)
         self._outputs = RunOutputs(name, in_progress_bar=progress)
+        self._summary_is_due = False
         if self.checkpoint is not None:
             self.checkpoint.attach(self)
 
@@ -192,6 +195,7 @@ class HessianSpectrumCallback(SpectrumSource):
             self._outputs.open(trainer, [callback.name for callback in _hessian_callbacks(trainer)])
         self._recorder.start(trainer, self._survived)
         self._remarks.restart()
+        self._summary_is_due = self.verbose and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if self._monitor is not None:
             self._monitor.attach(trainer, self._survived)
         if self.at_start and trainer.global_step == 0:
@@ -233,9 +237,14 @@ class HessianSpectrumCallback(SpectrumSource):
         """Stop the clock of training."""
         self.budget.stop()
 
-    def on_exception(self, *_args: Any) -> None:
-        """Stop the clock of training: what comes until the Trainer is used again is none."""
+    def on_fit_end(self, trainer: pl.Trainer, *_args: Any) -> None:
+        """Sum up."""
+        self._sum_up(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, *_args: Any) -> None:
+        """Stop the clock of training: what comes until the Trainer is used again is none. And sum up what was done."""
         self.budget.stop()
+        self._sum_up(trainer)
 
     def teardown(self, *_args: Any, **_kwargs: Any) -> None:
         """Let go of samples and loggers."""
@@ -272,8 +281,25 @@ class HessianSpectrumCallback(SpectrumSource):
         overhead = trainer.strategy.broadcast(self.budget.overhead)
         self._outputs.log(trainer, pl_module, self.history[-1], overhead, at_epoch_end=at_epoch_end)
         if self.verbose:
-            for line in _summary(self.history[-1]):
-                pl_module.print(f"{self.name}: epoch {epoch}, {line}")
+            by_step = self.schedule.every_n_train_steps is not None
+            terminal.say(trainer, *analysis_lines(self.history[-1], self.name, by_step=by_step))
+
+    def _sum_up(self, trainer: pl.Trainer) -> None:
+        """Print the table of all analyses, once in a fit and if asked for."""
+        if not self._summary_is_due:
+            return
+        self._summary_is_due = False
+        checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, HessianCheckpoint) and c.source is self]
+        summary = partial(
+            summarize,
+            self.history,
+            self.name,
+            seconds=self.budget.analysis_seconds,
+            overhead=self.budget.overhead,
+            kept={checkpoint.rule_name: checkpoint.best for checkpoint in checkpoints if checkpoint.best is not None},
+            folder=self._outputs.folder,
+        )
+        terminal.show(trainer, summary)
 
     @contextlib.contextmanager
     def _survived(self, consequence: str) -> Iterator[list[str]]:
@@ -313,12 +339,6 @@ class HessianSpectrumCallback(SpectrumSource):
 
 def _hessian_callbacks(trainer: pl.Trainer) -> list[HessianSpectrumCallback]:
     return [c for c in _lightning.callbacks_of(trainer) if isinstance(c, HessianSpectrumCallback)]
-
-
-def _summary(record: SpectrumRecord) -> list[str]:
-    """Return the main findings, a line for each."""
-    lines = [f"{suffix.removeprefix('_')} {spectrum}".lstrip() for suffix, spectrum in record.spectra.items()]
-    return lines if record.assessment is None else [*lines, str(record.assessment)]
 
 
 def _as_checkpoint(checkpoint: object) -> HessianCheckpoint | None:

@@ -48,6 +48,11 @@ class RunOutputs:
         if names[0] == self._name:
             write_layout(trainer.loggers, names)
 
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the run's spectra; None if nothing is written."""
+        return self._folder
+
     def close(self) -> None:
         """Let go of the loggers."""
         self._sinks = []
