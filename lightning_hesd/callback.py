@@ -230,12 +230,14 @@ class HessianSpectrumCallback(SpectrumSource):
         return None if self._monitor is None else self._monitor.summary()
 
     def on_train_end(self, *_args: Any) -> None:
-        """Stop the clock of training."""
+        """Stop the clock of training, and write what is left to write."""
         self.budget.stop()
+        self._finish(self.on_error)
 
     def on_exception(self, *_args: Any) -> None:
-        """Stop the clock of training: what comes until the Trainer is used again is none."""
+        """Stop the clock of training: what comes until the Trainer is used again is none. Write what there is."""
         self.budget.stop()
+        self._finish("warn")  # another exception would take the place of the first
 
     def teardown(self, *_args: Any, **_kwargs: Any) -> None:
         """Let go of samples and loggers."""
@@ -275,9 +277,18 @@ class HessianSpectrumCallback(SpectrumSource):
             for line in _summary(self.history[-1]):
                 pl_module.print(f"{self.name}: epoch {epoch}, {line}")
 
+    def _finish(self, on_error: OnError) -> None:
+        for output in self._outputs.finishers(self.history):
+            with self._survived("cannot write the spectra at the end of training", on_error):
+                output()
+
     @contextlib.contextmanager
-    def _survived(self, consequence: str) -> Iterator[list[str]]:
+    def _survived(self, consequence: str, on_error: OnError | None = None) -> Iterator[list[str]]:
         """Turn an exception into a warning and an entry of a list, unless exceptions are to be raised.
+
+        Args:
+            consequence: What it means.
+            on_error: What to do; default: what the user says.
 
         Yields:
             The list.
@@ -286,7 +297,7 @@ class HessianSpectrumCallback(SpectrumSource):
         try:
             yield failures
         except Exception as error:
-            if self.on_error == "raise":
+            if (on_error or self.on_error) == "raise":
                 raise
             failures.append(f"{type(error).__name__}: {error}")
             _lightning.warn(f"{consequence}. {failures[-1]}")
