@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from lightning_hesd.history import SpectrumHistory, SpectrumRecord
     from lightning_hesd.spectrum import Spectrum
 
+THINNING = 5
+"""Of the density's points every fifth is in a chart: three or more on each standard deviation of the smoothing."""
+
 
 class WandbSink:
     """The densities as histograms, charts and figures, layers and verdicts as tables; the spectra as an artifact."""
@@ -53,7 +56,7 @@ class WandbSink:
 
     def _chart(self, spectrum: Spectrum, headline: str) -> CustomChart:
         """Return a chart of the density to zoom into, of logarithms because W&B's charts have no logarithmic axis."""
-        grid, density = spectrum.density()
+        grid, density = (values[::THINNING] for values in spectrum.density())
         logarithms = np.log10(density.clip(density.max() * LOWEST_PART))
         columns = ["eigenvalue", "log10 density"]
         table = self._wandb.Table(columns=columns, data=np.stack([grid, logarithms], axis=1).tolist())
