@@ -23,7 +23,8 @@ class MLflowSink:
     def __init__(self, logger: MLFlowLogger, name: str) -> None:
         self._client = logger.experiment
         self._run = logger.run_id
-        self._name = re.sub(r"[^A-Za-z0-9_. -]", "", name)  # MLflow refuses others, and Lightning drops them, too
+        # MLflow refuses others, and Lightning drops them from metrics, too.
+        self._name = re.sub(r"[^A-Za-z0-9_. -]", "", name).strip() or "hesd"
 
     def write(self, history: SpectrumHistory, step: int) -> None:
         """Write the last record, which has a spectrum, at `step` of the logger's axis."""

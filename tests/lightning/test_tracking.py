@@ -7,6 +7,7 @@ import runpy
 import shutil
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,11 +69,10 @@ class WandbFiles:
     """A run of W&B, finished, and read back from its file of records."""
 
     def __init__(self, logger: WandbLogger) -> None:
-        record_type = pytest.importorskip("wandb.proto.wandb_internal_pb2").Record
         self.folder = Path(logger.experiment.dir)
         (file,) = self.folder.parent.glob("*.wandb")
         logger.experiment.finish()
-        records = [record_type.FromString(text) for text in _records(file.read_bytes())]
+        records = _finished(file)
         self.rows = [_nested(record.history.item) for record in records if record.HasField("history")]
         # Every table is an artifact, too.
         self.artifacts = [r.artifact for r in records if r.HasField("artifact") and r.artifact.type != "run_table"]
@@ -98,20 +98,35 @@ class WandbFiles:
         return SpectrumHistory.load(folder)
 
 
+def _finished(file: Path) -> list[Any]:
+    """The records of a run whose end is among them: W&B's own process writes it a moment after `finish`."""
+    record_type = pytest.importorskip("wandb.proto.wandb_internal_pb2").Record
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        records = [record_type.FromString(text) for text in _records(file.read_bytes())]
+        if any(record.HasField("exit") for record in records):
+            return records
+        time.sleep(0.05)
+    pytest.fail(f"{file} has no end")
+
+
 def _records(file: bytes, block: int = 32768) -> Iterator[bytes]:
-    """The records of a log in LevelDB's format: parts with checksum, length and kind, none across a block's end."""
-    position, parts = 7, b""
+    """The whole records of a log in LevelDB's format: parts with checksum, length and kind, each within a block."""
+    position, record = 7, b""
     while position + 7 <= len(file):
         left = block - position % block
         if left < 7:
             position += left
             continue
         _, length, kind = struct.unpack("<IHB", file[position : position + 7])
-        parts += file[position + 7 : position + 7 + length]
+        part = file[position + 7 : position + 7 + length]
+        if len(part) < length:
+            return
         position += 7 + length
+        record += part
         if kind in {1, 4}:  # the whole, or the last part
-            yield parts
-            parts = b""
+            yield record
+            record = b""
 
 
 def _nested(items: Any) -> dict[str, Any]:
@@ -342,7 +357,7 @@ def test_a_logger_that_fails_costs_its_own_output_only(tmp_path: Path, monkeypat
     assert [artifact.name for artifact in files.artifacts] == [f"___all_-{wandb.version}"]
     mlflow_files = MLflowFiles(mlflow)
     assert list(mlflow_files.metric(" all/c_t")) == STEPS
-    folder = mlflow_files.client.download_artifacts(mlflow.run_id, " all", str(tmp_path))
+    folder = mlflow_files.client.download_artifacts(mlflow.run_id, "all", str(tmp_path))
     assert_same(SpectrumHistory.load(folder), callback.history)
 
 
