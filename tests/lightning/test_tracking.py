@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import runpy
 import shutil
 import struct
@@ -39,6 +40,8 @@ def spectra(**arguments: Any) -> HessianSpectrumCallback:
 
 
 def train(folder: Path, loggers: list[Logger], *callbacks: HessianSpectrumCallback, fail_at: int | None = None) -> Net:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - what a logger might draw from
     torch.manual_seed(0)
     trainer = make_trainer(folder, list(callbacks), EPOCHS, logger=loggers, enable_checkpointing=False)
     trainer.fit(module := Net(fail_at), data())
