@@ -40,6 +40,8 @@ def spectra(**arguments: Any) -> HessianSpectrumCallback:
 
 
 def train(folder: Path, loggers: list[Logger], *callbacks: HessianSpectrumCallback, fail_at: int | None = None) -> Net:
+    for logger in loggers:
+        _ = logger.experiment  # MLflow itself draws the name of a run from Python's generator
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - what a logger might draw from
     torch.manual_seed(0)
