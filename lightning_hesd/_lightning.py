@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -49,6 +51,20 @@ def logging_step(trainer: pl.Trainer, *, at_epoch_end: bool) -> int:
     """Return the step at which Lightning itself puts metrics that are logged now."""
     step = int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
     return max(step - 1, 0) if at_epoch_end else step
+
+
+def run_folder(trainer: pl.Trainer) -> Path:
+    """Return the folder of this run, in which Lightning puts its checkpoints; every process must ask for it.
+
+    With loggers other than TensorBoard's and CSV's, `trainer.log_dir` is where the folders of all runs lie, and a
+    folder that is none of these is taken by MLflow for a damaged experiment.
+    """
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    logger = trainer.logger
+    if logger is None or isinstance(logger, TensorBoardLogger | CSVLogger):
+        return folder
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return folder / str(logger.name) / version
 
 
 def log_scalars(

@@ -234,16 +234,18 @@ class HessianSpectrumCallback(SpectrumSource):
         return None if self._monitor is None else self._monitor.summary()
 
     def on_train_end(self, *_args: Any) -> None:
-        """Stop the clock of training."""
+        """Stop the clock of training, and write what is left to write."""
         self.budget.stop()
+        self._finish(self.on_error)
 
     def on_fit_end(self, trainer: pl.Trainer, *_args: Any) -> None:
         """Sum up."""
         self._sum_up(trainer)
 
     def on_exception(self, trainer: pl.Trainer, *_args: Any) -> None:
-        """Stop the clock of training: what comes until the Trainer is used again is none. And sum up what was done."""
+        """Stop the clock of training: what comes until the Trainer is used again is none. Write and sum up what is."""
         self.budget.stop()
+        self._finish("warn")  # another exception would take the place of the first
         self._sum_up(trainer)
 
     def teardown(self, *_args: Any, **_kwargs: Any) -> None:
@@ -301,9 +303,18 @@ class HessianSpectrumCallback(SpectrumSource):
         )
         terminal.show(trainer, summary)
 
+    def _finish(self, on_error: OnError) -> None:
+        for output in self._outputs.finishers(self.history):
+            with self._survived("cannot write the spectra at the end of training", on_error):
+                output()
+
     @contextlib.contextmanager
-    def _survived(self, consequence: str) -> Iterator[list[str]]:
+    def _survived(self, consequence: str, on_error: OnError | None = None) -> Iterator[list[str]]:
         """Turn an exception into a warning and an entry of a list, unless exceptions are to be raised.
+
+        Args:
+            consequence: What it means.
+            on_error: What to do; default: what the user says.
 
         Yields:
             The list.
@@ -312,7 +323,7 @@ class HessianSpectrumCallback(SpectrumSource):
         try:
             yield failures
         except Exception as error:
-            if self.on_error == "raise":
+            if (on_error or self.on_error) == "raise":
                 raise
             failures.append(f"{type(error).__name__}: {error}")
             _lightning.warn(f"{consequence}. {failures[-1]}")
