@@ -51,7 +51,7 @@ class HessianSpectrumCallback(SpectrumSource):
         dataloader: Draw the samples from this dataloader instead of the training dataloader.
         generalization_dataloader: Also analyse samples from this dataloader, of data that training does not see, and
             assess generalization by comparison (`assess_generalization`); its ΔK_H05 needs fixed steps, hence no
-            `tolerance`. The metrics of this spectrum begin with `hesd_gen/`.
+            `tolerance`. "val": the validation data. The metrics of this spectrum begin with `hesd_gen/`.
         loss_fn: `loss_fn(module, batch)` -> mean loss; default: the module's `training_step`, its logging muted.
         layers: Also analyse layers by themselves, as `layer_spectra` does: "auto" for every functional block, names,
             patterns or classes of modules, or a function. Their metrics begin with `hesd/layer/`.
@@ -122,6 +122,13 @@ class HessianSpectrumCallback(SpectrumSource):
         if on_error not in {"warn", "raise"}:
             msg = f"`on_error` must be 'warn' or 'raise', got {on_error!r}."
             raise ValueError(msg)
+        for key, loader, offered in (
+            ("dataloader", dataloader, ""),
+            ("generalization_dataloader", generalization_dataloader, " or 'val'"),
+        ):
+            if isinstance(loader, str) and not (offered and loader == "val"):
+                msg = f"`{key}` must be a dataloader{offered}, got {loader!r}."
+                raise ValueError(msg)
         if not name or "/" in name:
             msg = f"`name` must be a non-empty text without '/', got {name!r}."
             raise ValueError(msg)

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-Layers = str | type[nn.Module] | Iterable[str | type[nn.Module]] | Callable[[str, nn.Parameter], str | None]
-"""What `layers` may be, see `layer_spectra`."""
+Layers = type[nn.Module] | Callable[[str, nn.Parameter], str | None] | str | Iterable[type[nn.Module] | str]
+"""What `layers` may be, see `layer_spectra`; text last, so that LightningCLI first tries to import what it is given."""
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # noqa: SLF001 - batch and instance norms, of all dimensions
 GROUPED = ("attention", "mlp", "feedforward")
