@@ -21,9 +21,10 @@ from lightning_hesd.remarks import Remarks
 from lightning_hesd.schedule import Schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
     import lightning.pytorch as pl
+    from torch.utils.data import DataLoader
 
     from lightning_hesd.gradient_monitor import GradientStatistics
     from lightning_hesd.history import OnError, SpectrumRecord
@@ -101,8 +102,9 @@ class HessianSpectrumCallback(SpectrumSource):
         at_start: bool = False,
         num_samples: int | Literal["auto"] = 512,
         batch_size: int | None = None,
-        dataloader: Any = None,
-        generalization_dataloader: Any = None,
+        # Of DataLoader[Any], LightningCLI would find subclasses, but not the arguments they take.
+        dataloader: DataLoader | Iterable[Any] | None = None,  # type: ignore[type-arg]
+        generalization_dataloader: DataLoader | Iterable[Any] | Literal["val"] | None = None,  # type: ignore[type-arg]
         loss_fn: LossFunction | None = None,
         layers: Layers | None = None,
         decompose: bool = False,
