@@ -93,6 +93,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, HessianSpectrumCallback
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-dir", type=Path, default=Path("runs/finetuning"))
     options = parser.parse_args(args)
+    torch.set_num_threads(1)  # so small a network gains nothing from more, and loses much where the cores are shared
 
     spectra = {
         "trained": HessianSpectrumCallback(name="trained", every_n_epochs=2, steps=options.steps),

@@ -113,6 +113,7 @@ def main(args: Sequence[str] | None = None) -> tuple[Segmenter, HessianSpectrumC
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-dir", type=Path, default=Path("runs/segmentation"))
     options = parser.parse_args(args)
+    torch.set_num_threads(1)  # so small a network gains nothing from more, and loses much where the cores are shared
 
     rule = HessianCheckpoint("highest_c_t", train_metric="train_iou", tolerance=0.03)
     spectra = HessianSpectrumCallback(

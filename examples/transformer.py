@@ -173,6 +173,7 @@ def main(args: Sequence[str] | None = None) -> HessianSpectrumCallback:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-dir", type=Path, default=Path("runs/transformer"))
     options = parser.parse_args(args)
+    torch.set_num_threads(1)  # so small a network gains nothing from more, and loses much where the cores are shared
 
     with quiet():
         pl.seed_everything(options.seed, verbose=False)

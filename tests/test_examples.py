@@ -69,6 +69,7 @@ def test_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     saved = Path(trainer.log_dir, "config.yaml")
     again = lightning_cli.main(["fit", "--config", str(saved)]).trainer
     [repeated] = [c for c in again.callbacks if isinstance(c, HessianSpectrumCallback)]
+    assert all(record.error is None for record in repeated.history)
     assert [r.spectrum.c_t for r in repeated.history] == [r.spectrum.c_t for r in spectra.history]
 
 

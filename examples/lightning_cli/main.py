@@ -21,6 +21,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.cli import LightningCLI
 
 from examples.shared import quiet
@@ -46,6 +47,7 @@ class CLI(LightningCLI):
 
 
 def main(args: Sequence[str] | None = None) -> CLI:
+    torch.set_num_threads(1)  # so small a network gains nothing from more, and loses much where the cores are shared
     with quiet():
         return CLI(
             pl.LightningModule,

@@ -71,11 +71,6 @@ def without_biases(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1
 
 
-def side(name: str, parameter: nn.Parameter) -> str:
-    """Which layer a parameter belongs to."""
-    return "in" if name.startswith("net.0") else "out"
-
-
 def negated_loss(record: Any) -> float:
     """A rule."""
     return -record.spectrum.loss
