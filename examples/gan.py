@@ -5,8 +5,8 @@ callback gets a `loss_fn(module, batch)`, and `parameters` that leaves out the o
 generator's loss with respect to the generator, and that of the discriminator's loss with respect to the discriminator.
 What is random in the forward pass, here the noise, is the same in every product and in every analysis.
 
-The points to imitate lie around the corners of an octagon. A generator that has found them all has not found a minimum
-of its loss, which changes with the discriminator: expect negative curvature, C_t far below zero, to the end.
+The points to imitate lie around the corners of an octagon. A generator that has found them all is at no minimum of its
+loss, which changes with the discriminator: its λ_min stays clearly negative, although C_t approaches 0, as λ_max grows.
 
     python -m examples.gan
     python -m examples.gan --epochs 80

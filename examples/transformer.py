@@ -166,7 +166,7 @@ def report(record: SpectrumRecord) -> None:
 
 def main(args: Sequence[str] | None = None) -> HessianSpectrumCallback:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20, help="Lanczos steps")
     parser.add_argument("--samples", type=int, default=64, help="pieces of text to analyse")
