@@ -131,6 +131,14 @@ def transfer_batch(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: An
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
+def validation_loaders(trainer: pl.Trainer) -> Any:
+    """Return what `trainer.val_dataloaders` holds or will hold: where validation comes later or never, it is None."""
+    if trainer.val_dataloaders is not None:
+        return trainer.val_dataloaders
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source  # noqa: SLF001
+    return source.dataloader() if source.is_defined() else None
+
+
 def unwrap_sampler(sampler: Sampler[Any]) -> Sampler[Any]:
     """Return the user's own sampler behind the one Lightning distributes over processes, if it wrapped it."""
     return getattr(getattr(sampler, "dataset", None), "_sampler", sampler)

@@ -22,9 +22,10 @@ from lightning_hesd.schedule import Schedule
 from lightning_hesd.summary import analysis_lines, summarize
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
     import lightning.pytorch as pl
+    from torch.utils.data import DataLoader
 
     from lightning_hesd.gradient_monitor import GradientStatistics
     from lightning_hesd.history import OnError
@@ -52,7 +53,7 @@ class HessianSpectrumCallback(SpectrumSource):
         dataloader: Draw the samples from this dataloader instead of the training dataloader.
         generalization_dataloader: Also analyse samples from this dataloader, of data that training does not see, and
             assess generalization by comparison (`assess_generalization`); its ΔK_H05 needs fixed steps, hence no
-            `tolerance`. The metrics of this spectrum begin with `hesd_gen/`.
+            `tolerance`. "val": the validation data. The metrics of this spectrum begin with `hesd_gen/`.
         loss_fn: `loss_fn(module, batch)` -> mean loss; default: the module's `training_step`, its logging muted.
         layers: Also analyse layers by themselves, as `layer_spectra` does: "auto" for every functional block, names,
             patterns or classes of modules, or a function. Their metrics begin with `hesd/layer/`.
@@ -103,8 +104,9 @@ class HessianSpectrumCallback(SpectrumSource):
         at_start: bool = False,
         num_samples: int | Literal["auto"] = 512,
         batch_size: int | None = None,
-        dataloader: Any = None,
-        generalization_dataloader: Any = None,
+        # Of DataLoader[Any], LightningCLI would find subclasses, but not the arguments they take.
+        dataloader: DataLoader | Iterable[Any] | None = None,  # type: ignore[type-arg]
+        generalization_dataloader: DataLoader | Iterable[Any] | Literal["val"] | None = None,  # type: ignore[type-arg]
         loss_fn: LossFunction | None = None,
         layers: Layers | None = None,
         decompose: bool = False,
@@ -124,6 +126,13 @@ class HessianSpectrumCallback(SpectrumSource):
         if on_error not in {"warn", "raise"}:
             msg = f"`on_error` must be 'warn' or 'raise', got {on_error!r}."
             raise ValueError(msg)
+        for key, loader, offered in (
+            ("dataloader", dataloader, ""),
+            ("generalization_dataloader", generalization_dataloader, " or 'val'"),
+        ):
+            if isinstance(loader, str) and not (offered and loader == "val"):
+                msg = f"`{key}` must be a dataloader{offered}, got {loader!r}."
+                raise ValueError(msg)
         if not name or "/" in name:
             msg = f"`name` must be a non-empty text without '/', got {name!r}."
             raise ValueError(msg)
