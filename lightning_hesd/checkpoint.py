@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_hesd._lightning import callbacks_of, warn
 from lightning_hesd.history import SpectrumSource
-from lightning_hesd.selection import LOSS_TOLERANCE, Candidate, SelectionRule
+from lightning_hesd.selection import CRITERIA, LOSS_TOLERANCE, Candidate, Choice, SelectionRule
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 
     Rule = Literal["highest_c_t", "lowest_max_eigenvalue"] | Callable[[SpectrumRecord], float]
 
-CRITERIA: dict[str, Callable[[Spectrum], float]] = {
-    "highest_c_t": lambda spectrum: spectrum.c_t,
-    "lowest_max_eigenvalue": lambda spectrum: -spectrum.lambda_max,
-}
 REFUSED = (
     *("monitor", "mode", "save_top_k", "every_n_train_steps", "every_n_epochs", "train_time_interval"),
     "save_on_train_epoch_end",
@@ -101,15 +97,19 @@ class HessianCheckpoint(ModelCheckpoint):
     @property
     def state_key(self) -> str:
         """Key of this callback's state in a checkpoint: equal rules would overwrite each other's."""
-        rule = self.rule if isinstance(self.rule, str) else getattr(self.rule, "__qualname__", repr(type(self.rule)))
         return self._generate_state_key(
-            rule=rule,
+            rule=self.rule_name,
             train_metric=self.train_metric,
             train_metric_mode=self.train_metric_mode,
             tolerance=self.selection.tolerance,
             require_mp=self.selection.require_mp,
             source=self.source.name if self.source else None,
         )
+
+    @property
+    def rule_name(self) -> str:
+        """The rule's name, or its function's."""
+        return self.rule if isinstance(self.rule, str) else getattr(self.rule, "__qualname__", repr(type(self.rule)))
 
     @property
     def best(self) -> Candidate | None:
@@ -212,6 +212,11 @@ class HessianCheckpoint(ModelCheckpoint):
         for candidate in before:
             if candidate not in kept and self._should_remove_checkpoint(trainer, candidate.path, path):
                 self._remove_checkpoint(trainer, candidate.path)
+        assert self.source is not None  # noqa: S101 - found in `setup`
+        self.source.take_note(
+            trainer,
+            Choice(self.rule_name, self.train_metric, self.train_metric_mode, self.selection, newcomer, pick=self.best),
+        )
         return newcomer in kept
 
     def _update(self, candidates: list[Candidate], best: float) -> None:
@@ -288,7 +293,7 @@ class HessianCheckpoint(ModelCheckpoint):
             warn(f"checkpoints of earlier candidates are gone and cannot be picked any more: {', '.join(missing)}.")
 
 
-def _metric_mode(metric: str | None, mode: str | None) -> str:
+def _metric_mode(metric: str | None, mode: Literal["min", "max"] | None) -> Literal["min", "max"]:
     if mode not in (None, "min", "max"):
         msg = f"`train_metric_mode` must be 'min' or 'max', got {mode!r}."
         raise MisconfigurationException(msg)

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping
 
+    import lightning.pytorch as pl
     from lightning.pytorch.callbacks import Checkpoint
 
     from lightning_hesd.assessment import Assessment
+    from lightning_hesd.selection import Choice
 
 INDEX_NAME = "index.json"
 INDEX_FORMAT = 1
@@ -216,6 +218,9 @@ class SpectrumSource(Callback):
     history: SpectrumHistory
     on_error: OnError
     checkpoint: Checkpoint | None = None
+
+    def take_note(self, trainer: pl.Trainer, choice: Choice) -> None:
+        """Hear from a HessianCheckpoint what it makes of the latest record."""
 
 
 def _completed(row: Mapping[str, Any]) -> dict[str, Any]:

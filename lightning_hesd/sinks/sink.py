@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from lightning_hesd.history import START_EPOCH
 from lightning_hesd.indicators import LayerIndicators, layer_indicators
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lightning_hesd.history import SpectrumHistory, SpectrumRecord
+    from lightning_hesd.selection import Choice
     from lightning_hesd.spectrum import Spectrum
 
 
@@ -25,6 +26,14 @@ class Sink(Protocol):
 
     def write(self, history: SpectrumHistory, step: int) -> None:
         """Write the last record, which has a spectrum, at `step` of the logger's axis."""
+
+
+@runtime_checkable
+class ChoiceSink(Protocol):
+    """Writes also which state of the weights a checkpoint rule takes; not every sink can."""
+
+    def write_choice(self, choice: Choice, step: int) -> None:
+        """Write what a rule made of the latest record at `step` of the logger's axis."""
 
 
 def layer_table(layers: Mapping[str, Spectrum]) -> str:
