@@ -180,9 +180,11 @@ def _plain(value: Any) -> Any:
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
+Fields = Mapping[str, type | tuple[type, ...]]
+
 NUMBER, OPTIONAL = (int, float), (int, float, NoneType)
-RECORD_FIELDS = {"epoch": int, "global_step": int, "spectra": dict, "thresholds": dict}
-SPECTRUM_FIELDS = {
+RECORD_FIELDS: Fields = {"epoch": int, "global_step": int, "spectra": dict, "thresholds": dict}
+SPECTRUM_FIELDS: Fields = {
     "nodes": list,
     "weights": list,
     "lambda_min": NUMBER,
@@ -194,7 +196,7 @@ SPECTRUM_FIELDS = {
     "c_t_high": OPTIONAL,
     "type": (str, NoneType),
 }
-CHOICE_FIELDS = {
+CHOICE_FIELDS: Fields = {
     "key": str,
     "rule": str,
     "epoch": int,
@@ -209,8 +211,6 @@ CHOICE_FIELDS = {
     "pick": (dict, NoneType),
 }
 """Fields that readers rely on, and their types."""
-
-Fields = Mapping[str, type | tuple[type, ...]]
 
 
 def read_payload(text: str | bytes, fields: Fields = RECORD_FIELDS) -> dict[str, Any]:

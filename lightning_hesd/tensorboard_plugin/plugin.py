@@ -59,7 +59,7 @@ class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
     def _answer(self, find: Callable[[Request, Any, str], dict[str, Any]]) -> Application:
         """Return an application that answers in JSON, also about errors."""
 
-        @wrappers.Request.application  # type: ignore[arg-type]  # http_util is untyped
+        @wrappers.Request.application
         def respond(request: Request) -> Response:
             try:
                 if request.method != "GET":
@@ -165,7 +165,7 @@ def _respond(request: Request, body: dict[str, Any], code: int = 200) -> Respons
 
 
 def _asset_app(name: str) -> Application:
-    @wrappers.Request.application  # type: ignore[arg-type]  # http_util is untyped
+    @wrappers.Request.application
     def respond(request: Request) -> Response:
         try:
             found = content(name)

@@ -23,8 +23,8 @@ export const ofSpectrum = (key, field = "spectrum") => (record) => spectrumOf(re
 export function axisOf(runs) {
   const clash = runs.some((run) => new Set(run.records.map((r) => r.epoch)).size < run.records.length);
   const start = runs.some((run) => run.records.some((r) => r.epoch < 0));
-  if (clash) return { key: "global_step", title: "optimizer step" };
-  return { key: "epoch", title: start ? "epoch (−1: before the first step)" : "epoch" };
+  if (clash) return { key: "global_step", short: "step", title: "optimizer step" };
+  return { key: "epoch", short: "epoch", title: start ? "epoch (−1: before the first step)" : "epoch" };
 }
 
 export function when(record, axis) {

@@ -13,20 +13,20 @@ export function literal(text) {
 }
 
 /** Return a text of this module with indices set low. */
-const low = (text) => text.replace(/_([A-Za-z0-9]+)/g, "<sub>$1</sub>");
+const indexed = (text) => text.replace(/_([A-Za-z0-9]+)/g, "<sub>$1</sub>");
 
 // Common parts ------------------------------------------------------------------------------------------------------
 
 function layoutOf(theme, x, y, more = {}) {
   const axis = (given) => ({
     automargin: true, gridcolor: theme.grid, linecolor: theme.muted, zeroline: false, ticks: "outside", tickcolor: theme.grid,
-    ...given, title: { text: low(given.title), standoff: 8 },
+    ...given, title: { text: indexed(given.title), standoff: 8 },
   });
   return {
     font: { family: "Roboto, 'Segoe UI', system-ui, sans-serif", size: 12, color: theme.text },
     paper_bgcolor: theme.paper, plot_bgcolor: theme.paper,
-    margin: { l: 64, r: 20, t: 10, b: 46 },
-    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", xanchor: "left", font: { size: 11 } },
+    margin: { l: 64, r: 52, t: 10, b: 46 },
+    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", xanchor: "left", traceorder: "normal", font: { size: 11 } },
     hoverlabel: { font: { size: 12 } },
     hovermode: "closest",
     dragmode: "zoom",
@@ -43,16 +43,18 @@ function curve(run, axis, theme, values, { dash = "solid", label, digits = 4, ya
     x: run.records.map((r) => r[axis.key]), y: values, yaxis, name: literal(run.run), legendgroup: run.key, showlegend: false,
     mode: few ? "lines+markers" : "lines",
     line: { color: colour, width: 1.8, dash },
-    marker: few
-      ? {
-          symbol: SYMBOLS[run.colour % SYMBOLS.length], size: 7,
-          color: run.records.map((r) => (!candidates || candidates.has(r.global_step) ? colour : theme.paper)),
-          line: { color: colour, width: 1.5 },
-        }
-      : undefined,
+    ...(few ? { marker: marks(run, colour, theme, candidates) } : {}),
     customdata: run.records.map((r) => [when(r, axis), r.global_step]),
-    hovertemplate: `${literal(run.run)}<br>%{customdata[0]}<br>${low(label)} = %{y:.${digits}g}<extra></extra>`,
+    hovertemplate: `${literal(run.run)}<br>%{customdata[0]}<br>${indexed(label)} = %{y:.${digits}g}<extra></extra>`,
     meta: { key: run.key },
+  };
+}
+
+/** Return marks, filled for candidates; without rules, all are. */
+function marks(run, colour, theme, candidates) {
+  return {
+    symbol: SYMBOLS[run.colour % SYMBOLS.length], size: 6.5, line: { color: colour, width: 1.5 },
+    color: run.records.map((r) => (!candidates || candidates.has(r.global_step) ? colour : theme.paper)),
   };
 }
 
@@ -68,10 +70,10 @@ function legend(runs, theme, meanings) {
   return [...named, ...meanings.map(([name, more]) => entry(name, more))];
 }
 
-const dashed = (name, dash, theme) => [low(name), { mode: "lines", line: { color: theme.muted, width: 1.8, dash } }];
+const dashed = (name, dash, theme) => [indexed(name), { mode: "lines", line: { color: theme.muted, width: 1.8, dash } }];
 
 const marked = (name, symbol, theme, filled = true) => [
-  low(name),
+  indexed(name),
   { mode: "markers", marker: { symbol, size: symbol === "star" ? 12 : 7, color: filled ? theme.muted : theme.paper,
     line: { color: theme.muted, width: 1.5 } } },
 ];
@@ -96,7 +98,7 @@ function picksOf(runs, axis, theme, name, valueOf) {
       name: `pick: ${literal(rule.title)}`,
       marker: { symbol: "star", size: 15, color: colour, line: { color: theme.text, width: 1 } },
       customdata: at.map((r) => [when(r, axis), r.global_step]), meta: { key: run.key, pick: rule.rule },
-      hovertemplate: `${literal(run.run)}<br>${rule.title === rule.rule ? literal(rule.title) : low(rule.title)} picks %{customdata[0]}<extra></extra>`,
+      hovertemplate: `${literal(run.run)}<br>${rule.title === rule.rule ? literal(rule.title) : indexed(rule.title)} picks %{customdata[0]}<extra></extra>`,
     };
     return run.records.length > FEW ? [underlay, star] : [star];
   });
@@ -106,16 +108,18 @@ function horizontal(value, theme, dash = "dash") {
   return { type: "line", xref: "paper", x0: 0, x1: 1, y0: value, y1: value, line: { color: theme.text, width: 1.2, dash } };
 }
 
-/** Return the line at the chosen record. */
-export function cursor(place, theme) {
-  return { type: "line", yref: "paper", x0: place, x1: place, y0: 0, y1: 1, name: "chosen",
-    line: { color: theme.muted, width: 1.2, dash: "dot" } };
+/** Return the line at the chosen record: white on black, to be seen on every colour of a heat map. */
+export function cursor(record, axis) {
+  if (record === null) return [];
+  const line = { type: "line", yref: "paper", x0: record[axis.key], x1: record[axis.key], y0: 0, y1: 1 };
+  return [
+    { ...line, name: "chosen", line: { color: "rgba(0, 0, 0, 0.6)", width: 3 } },
+    { ...line, line: { color: "#ffffff", width: 1.2, dash: "dash" } },
+  ];
 }
 
-const note = (text, y, theme, more = {}) => ({
-  xref: "paper", x: 1, xanchor: "right", y, yanchor: "bottom", text: low(text), showarrow: false, bgcolor: theme.paper, opacity: 0.85, borderpad: 1,
-  font: { size: 11, color: theme.text }, ...more,
-});
+/** Return a text in the right margin. */
+const note = (text, y) => ({ xref: "paper", x: 1, xanchor: "left", xshift: 4, y, yanchor: "middle", align: "left", text: indexed(text), showarrow: false, font: { size: 11 } });
 
 // C_t ---------------------------------------------------------------------------------------------------------------
 
@@ -136,7 +140,6 @@ export function ctFigure(runs, theme, logarithmic, threshold) {
   const edge = (index) => (logarithmic ? 10 ** range[index] : range[index]);
   const shade = (y0, y1, color) => ({ type: "rect", layer: "below", xref: "paper", x0: 0, x1: 1, y0, y1, fillcolor: color, line: { width: 0 } });
   const place = logarithmic ? Math.log10(at) : at;
-  const text = `threshold ${String(threshold).replace("-", "−")}`;
   return {
     data: [
       ...data,
@@ -152,13 +155,13 @@ export function ctFigure(runs, theme, logarithmic, threshold) {
       },
       {
         shapes: [shade(at, edge(1), theme.positive), shade(edge(0), at, theme.negative), horizontal(at, theme)],
-        annotations: [
-          note(`MP above ${text}`, place, theme), note("MN below", place, theme, { yanchor: "top" }),
-        ],
+        annotations: [note(`MP ↑<br>${minus(threshold)}<br>MN ↓`, place)],
       }
     ),
   };
 }
+
+const minus = (value) => String(value).replaceAll("-", "−");
 
 const negated = ({ tickvals }) => ({ tickvals, ticktext: tickvals.map((value) => `−${value}`) });
 
@@ -228,10 +231,7 @@ export function deltasFigure(runs, theme, thresholds) {
       { title: "generalization / training (log)", type: "log", range: [Math.log10(least / 1.3), Math.log10(most * 1.3)], ...ratios(least / 1.3, most * 1.3) },
       {
         shapes: [horizontal(thresholds.delta_r_e, theme), horizontal(thresholds.delta_k_h05, theme, "dot")],
-        annotations: [
-          note(`good: Δr_e < ${thresholds.delta_r_e}`, Math.log10(thresholds.delta_r_e), theme),
-          note(`good: ΔK_H05 < ${thresholds.delta_k_h05}`, Math.log10(thresholds.delta_k_h05), theme, { yanchor: "top" }),
-        ],
+        annotations: [thresholds.delta_r_e, thresholds.delta_k_h05].map((value) => note(`&lt; ${value}`, Math.log10(value))),
       }
     ),
   };
@@ -287,7 +287,7 @@ export function mapFigure(run, theme, field, chosen) {
   const ticks = symlogTicks(scale);
   const edge = (key) => ({
     x, y: column(run, ofSpectrum(key, field)).map((v) => (v === null ? null : scale.to(v))), mode: "lines", showlegend: false,
-    line: { color: theme.dark ? "#ffffff" : "#000000", width: 1.2 }, hoverinfo: "skip",
+    line: { color: "#ffffff", width: 1.4 }, hoverinfo: "skip",
   });
   const eigenvalues = centres.map((place) => scale.back(place));
   return {
@@ -295,20 +295,20 @@ export function mapFigure(run, theme, field, chosen) {
       {
         type: "heatmap", x, y: centres, z: rows, colorscale: LOW_TO_HIGH, zmin: -6, zmax: 0, hoverongaps: false,
         colorbar: { title: { text: "log<sub>10</sub> mass", side: "right" }, thickness: 12, outlinewidth: 0 },
-        customdata: eigenvalues.map((value) => run.records.map((r) => [value, when(r, axis)])),
-        hovertemplate: "%{customdata[1]}<br>λ ≈ %{customdata[0]:.3g}<br>log₁₀ mass %{z:.2f}<extra></extra>",
+        customdata: eigenvalues.map((value) => new Array(x.length).fill(value)),
+        hovertemplate: `${axis.short} %{x}<br>λ ≈ %{customdata:.3g}<br>log₁₀ mass %{z:.2f}<extra></extra>`,
       },
       edge("lambda_max"), edge("lambda_min"),
     ],
     layout: layoutOf(
       theme, { title: axis.title, showgrid: false },
       { title: `eigenvalue (symlog, linear below ${powerText(scale.linear)})`, tickvals: ticks.places, ticktext: ticks.texts, showgrid: false },
-      { shapes: chosen === null ? [] : [cursor(chosen[axis.key], theme)] }
+      { shapes: cursor(chosen, axis) }
     ),
   };
 }
 
-const powerText = (value) => `10<sup>${String(Math.round(Math.log10(value))).replace("-", "−")}</sup>`;
+const powerText = (value) => `10<sup>${minus(Math.round(Math.log10(value)))}</sup>`;
 
 const LOWEST_PART = 1e-10; // where rounding begins to matter
 
@@ -333,7 +333,7 @@ export function densityFigure(record, theme) {
 }
 
 function curvesOfDensity({ spectrum, label, colour, dash, grid, values }, rug, filled, bottom) {
-  const ends = low(`${label}: λ_min ${short(spectrum.lambda_min)}, λ_max ${short(spectrum.lambda_max)}`);
+  const ends = indexed(`${label}: λ_min ${short(spectrum.lambda_min)}, λ_max ${short(spectrum.lambda_max)}`);
   return [
     {
       x: grid, y: values.map((v) => Math.max(v, bottom / 10)), mode: "lines", name: ends, line: { color: colour, width: 1.6, dash },
@@ -348,7 +348,7 @@ function curvesOfDensity({ spectrum, label, colour, dash, grid, values }, rug, f
   ];
 }
 
-const short = (value) => String(Number(value.toPrecision(3))).replaceAll("-", "−");
+const short = (value) => minus(Number(value.toPrecision(3)));
 
 function peaks(spectrum, grid, values) {
   const at = new Set(spectrum.nodes);
@@ -371,15 +371,15 @@ export function layersFigure(run, theme, quantity, chosen) {
     data: [
       {
         type: "heatmap", x: places(run, axis), y: names.map((_, index) => index), z: shown, colorscale: LOW_TO_HIGH, hoverongaps: false,
-        colorbar: { title: { text: low(logarithmic ? `log_10 ${title}` : title), side: "right" }, thickness: 12, outlinewidth: 0 },
-        customdata: rows.map((row, index) => row.map((value, at) => [literal(names[index]), value, when(run.records[at], axis)])),
-        hovertemplate: `%{customdata[0]}<br>%{customdata[2]}<br>${low(title)} = %{customdata[1]:.4g}<extra></extra>`,
+        colorbar: { title: { text: indexed(logarithmic ? `log_10 ${title}` : title), side: "right" }, thickness: 12, outlinewidth: 0 },
+        customdata: rows.map((row, index) => row.map((value) => [literal(names[index]), value])),
+        hovertemplate: `%{customdata[0]}<br>${axis.short} %{x}<br>${indexed(title)} = %{customdata[1]:.4g}<extra></extra>`,
       },
     ],
     layout: layoutOf(
       theme, { title: axis.title, showgrid: false },
       { title: "layer", autorange: "reversed", tickvals: names.map((_, index) => index), ticktext: names.map(short), showgrid: false },
-      { shapes: chosen === null ? [] : [cursor(chosen[axis.key], theme)] }
+      { shapes: cursor(chosen, axis) }
     ),
   };
 }

@@ -2,7 +2,7 @@
 
 import { LAYER_QUANTITIES, axisOf, column, finite, median, ofSpectrum, tableOf, toCsv, when } from "./data.js";
 import { button, download, element, menu, table, typeset } from "./dom.js";
-import { ctFigure, deltasFigure, densityFigure, extremesFigure, layersFigure, literal, lossFigure, mapFigure } from "./figures.js";
+import { ctFigure, cursor, deltasFigure, densityFigure, extremesFigure, layersFigure, literal, lossFigure, mapFigure } from "./figures.js";
 import { SYMBOLS, colourOf, watchTheme } from "./theme.js";
 import { assessmentOf, pickOf, summary } from "./words.js";
 
@@ -10,9 +10,7 @@ const AT_FIRST = 10; // runs that are shown without being asked for
 const SMALL = 0.1; // C_t this close to zero is legible on the logarithmic axis only
 const THRESHOLDS = { c_t: -0.6, delta_r_e: 1.5, delta_k_h05: 1.2 }; // where there is no record that says
 
-const EMPTY = `HessianSpectrumCallback writes what this tab shows to TensorBoardLogger. Add it to the Trainer:
-
-from lightning.pytorch import Trainer
+const EMPTY = `from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_hesd import HessianSpectrumCallback
 
@@ -143,7 +141,7 @@ class Page {
     this.pending = requestAnimationFrame(() => {
       this.pending = null;
       this.showSlider();
-      this.drawDetail();
+      this.drawRecord();
     });
   }
 
@@ -154,7 +152,9 @@ class Page {
     this.parts = {
       problems: made("div", { id: "problems" }),
       empty: element("section", { id: "empty", hidden: true, "aria-labelledby": "empty-title" },
-        element("h2", { id: "empty-title" }, "No spectra yet"), element("pre", { tabindex: "0" }, EMPTY)),
+        element("h2", { id: "empty-title" }, "No spectra yet"),
+        element("p", {}, "HessianSpectrumCallback writes what is shown here, by way of TensorBoardLogger. Add it to the Trainer, and point TensorBoard's --logdir at its folder; the first spectrum is here after the first epoch."),
+        element("pre", { tabindex: "0" }, EMPTY)),
       runs: element("fieldset", { id: "runs" }, element("legend", {}, "Runs")),
       tools: made("div", { class: "tools", id: "tools" }),
       detailTools: made("div", { class: "tools", id: "detail-tools" }),
@@ -309,23 +309,37 @@ class Page {
     this.root.dataset.drawn = String(Number(this.root.dataset.drawn ?? 0) + 1);
   }
 
+  /** Draw what is about one run. */
   async drawDetail() {
     const { detailed: run, record, theme } = this;
-    const axis = axisOf([run]);
-    this.parts.assessment.replaceChildren(...assessmentOf(record, axis));
+    const text = run.run;
     this.parts.picks.replaceChildren(...run.rules.map(pickOf));
-    const text = `${run.run}, ${when(record, axis)}`;
     const has = finite(column(run, ofSpectrum("lambda_max"))).length > 0;
     const hasLayers = run.records.some((r) => r.layers.length);
     await Promise.all([
       has ? this.plot("map", mapFigure(run, theme, "spectrum", record), `Spectral density over training, ${text}.`)
         : this.absent("map", "There is no spectrum on the training data."),
-      Object.keys(record.spectra).some((field) => field === "spectrum" || field === "generalization")
-        ? this.plot("density", densityFigure(record, theme), `Spectral density, ${text}. Its extremes are in the assessment.`)
-        : this.absent("density", "This analysis failed."),
-      hasLayers ? this.plot("layers", layersFigure(run, theme, this.quantity, record), `${LAYER_QUANTITIES[this.quantity][0]} of layers, ${run.run}.`)
+      this.drawDensity(),
+      hasLayers ? this.plot("layers", layersFigure(run, theme, this.quantity, record), `${LAYER_QUANTITIES[this.quantity][0]} of layers, ${text}.`)
         : this.absent("layers", "No layers were analysed: pass layers=\"auto\" to HessianSpectrumCallback."),
     ]);
+  }
+
+  /** Draw what is about one record; the heat maps stay, and only their lines move. */
+  async drawRecord() {
+    const shapes = cursor(this.record, axisOf([this.detailed]));
+    const maps = ["map", "layers"].map((id) => document.getElementById(id)).filter((node) => node.data);
+    await Promise.all([...maps.map((node) => Plotly.relayout(node, { shapes })), this.drawDensity()]);
+  }
+
+  async drawDensity() {
+    const { detailed: run, record, theme } = this;
+    const axis = axisOf([run]);
+    this.parts.assessment.replaceChildren(...assessmentOf(record, axis));
+    if (record.spectra.spectrum || record.spectra.generalization) {
+      const label = `Spectral density, ${run.run}, ${when(record, axis)}. Its extremes are in the assessment.`;
+      await this.plot("density", densityFigure(record, theme), label);
+    } else this.absent("density", "This analysis failed.");
     this.root.dataset.detail = `${run.key} ${record.global_step}`;
   }
 
