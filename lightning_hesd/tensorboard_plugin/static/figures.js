@@ -17,15 +17,18 @@ const indexed = (text) => text.replace(/_([A-Za-z0-9]+)/g, "<sub>$1</sub>");
 
 // Common parts ------------------------------------------------------------------------------------------------------
 
+const MARGIN = { l: 72, r: 52, t: 10, b: 52 };
+
 function layoutOf(theme, x, y, more = {}) {
+  // Margins are fixed, since Plotly would take a third of the drawing time to find them.
   const axis = (given) => ({
-    automargin: true, gridcolor: theme.grid, linecolor: theme.muted, zeroline: false, ticks: "outside", tickcolor: theme.grid,
+    automargin: false, gridcolor: theme.grid, linecolor: theme.muted, zeroline: false, ticks: "outside", tickcolor: theme.grid,
     ...given, title: { text: indexed(given.title), standoff: 8 },
   });
   return {
     font: { family: "Roboto, 'Segoe UI', system-ui, sans-serif", size: 12, color: theme.text },
     paper_bgcolor: theme.paper, plot_bgcolor: theme.paper,
-    margin: { l: 64, r: 52, t: 10, b: 46 },
+    margin: MARGIN,
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", xanchor: "left", traceorder: "normal", font: { size: 11 } },
     hoverlabel: { font: { size: 12 } },
     hovermode: "closest",
@@ -263,14 +266,14 @@ export function lossFigure(runs, theme) {
   const meanings = [dashed("training loss", "solid", theme)];
   if (other) meanings.push(dashed("generalization loss", "dash", theme));
   if (metric) meanings.push([`${literal(metric)} (right axis)`, dashed("", "dot", theme)[1]]);
-  const second = { title: { text: literal(metric ?? "") }, overlaying: "y", side: "right", tickmode: "auto", showgrid: false, automargin: true, zeroline: false };
+  const second = { title: { text: literal(metric ?? "") }, overlaying: "y", side: "right", tickmode: "auto", showgrid: false, zeroline: false };
   const [least, most] = extent(data.filter((t) => t.yaxis === "y").flatMap((t) => t.y));
   return {
     data: [...data, ...legend(runs, theme, meanings)],
     layout: layoutOf(
       theme, { title: axis.title },
       { title: "mean loss (log)", type: "log", ...(most / least < 30 ? ratios(least / 1.2, most * 1.2) : powers) },
-      metric ? { yaxis2: second } : {}
+      metric ? { yaxis2: second, margin: { ...MARGIN, r: 64 } } : {}
     ),
   };
 }
@@ -378,7 +381,7 @@ export function layersFigure(run, theme, quantity, chosen) {
     ],
     layout: layoutOf(
       theme, { title: axis.title, showgrid: false },
-      { title: "layer", autorange: "reversed", tickvals: names.map((_, index) => index), ticktext: names.map(short), showgrid: false },
+      { title: "layer", automargin: true, autorange: "reversed", tickvals: names.map((_, index) => index), ticktext: names.map(short), showgrid: false },
       { shapes: cursor(chosen, axis) }
     ),
   };

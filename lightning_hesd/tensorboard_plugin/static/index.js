@@ -2,7 +2,7 @@
 
 import { start } from "./page.js";
 
-const LIVE_MS = 15000;
+const LIVE_MS = 10000;
 
 /** Load what the tab needs, and draw; TensorBoard calls this. */
 export async function render() {
