@@ -118,10 +118,10 @@ def measured(driver: webdriver.Chrome, page: Path) -> list[tuple[str, float]]:
     """Return what took how long, in milliseconds."""
 
     def wait(condition: str) -> None:
-        WebDriverWait(driver, 120, 0.05).until(lambda d: d.execute_script(f"return {condition}"))  # type: ignore[no-untyped-call]
+        WebDriverWait(driver, 120, 0.05).until(lambda d: d.execute_script(f"return {condition}"))
 
     def draws() -> list[float]:
-        found: list[float] = driver.execute_script(  # type: ignore[no-untyped-call]
+        found: list[float] = driver.execute_script(
             "return performance.getEntriesByName('hesd draw').map((entry) => entry.duration)"
         )
         return found
@@ -129,10 +129,10 @@ def measured(driver: webdriver.Chrome, page: Path) -> list[tuple[str, float]]:
     driver.get(page.as_uri())
     wait("document.getElementById('hesd').dataset.drawn > 0")
     first = draws()[-1]
-    driver.execute_script("document.querySelector('#runs input').click()")  # type: ignore[no-untyped-call]
+    driver.execute_script("document.querySelector('#runs input').click()")
     wait("document.getElementById('hesd').dataset.drawn > 1")
     again = draws()[-1]
-    moved: float = driver.execute_script(  # type: ignore[no-untyped-call]
+    moved: float = driver.execute_script(
         "const slider = document.getElementById('epoch'); const began = performance.now(); slider.value = 10;"
         "slider.dispatchEvent(new Event('input'));"
         "const there = () => document.getElementById('hesd').dataset.detail.endsWith(' 11');"

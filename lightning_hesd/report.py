@@ -57,13 +57,18 @@ def run_data(log_dir: str | os.PathLike[str], name: str = "hesd") -> dict[str, A
     choices, problems = _choices(folder / CHOICES_NAME)
     rules = picks(records, choices)
     return {
-        "run": Path(log_dir).resolve().name,
+        "run": _run_name(Path(log_dir).resolve()),
         "name": name,
         "colour": 0,
         "records": records,
         "rules": rules,
         "problems": problems,
     }
+
+
+def _run_name(folder: Path) -> str:
+    """Return the name of a run's folder, with the one around it where Lightning has numbered it."""
+    return f"{folder.parent.name}/{folder.name}" if folder.name.startswith("version_") else folder.name
 
 
 def _choices(path: Path) -> tuple[list[dict[str, Any]], list[str]]:

@@ -188,6 +188,37 @@ def test_several_runs_have_tensorboards_colours_and_can_be_switched_off(page: Pa
     page.assert_clean(address)
 
 
+def test_a_zoom_outlives_new_data_and_can_be_undone(page: Page, address: str) -> None:
+    page.open_tab(address)
+    span = "const [low, high] = document.getElementById('extremes')._fullLayout.xaxis.range; return high - low"
+    whole = page.script(span)
+    left, top, width, height = page.script(
+        "const area = document.querySelector('#extremes .nsewdrag').getBoundingClientRect();"
+        "return [area.left, area.top, area.width, area.height]"
+    )
+    for kind, x, y in (("Pressed", 0.3, 0.3), ("Moved", 0.6, 0.7), ("Released", 0.6, 0.7)):
+        page.driver.execute_cdp_cmd(
+            "Input.dispatchMouseEvent",
+            {
+                "type": f"mouse{kind}",
+                "x": left + x * width,
+                "y": top + y * height,
+                "button": "left",
+                "buttons": 1,
+                "clickCount": 1,
+            },
+        )
+    page.until(f"{span} < arguments[0] / 2", whole)
+    drawn = page.script("return Number(document.body.dataset.drawn)")
+    page.script("document.querySelector('#runs input').click()")
+    page.until("return document.body.dataset.drawn > arguments[0]", drawn)
+    assert page.script(span) < whole / 2
+    page.script(
+        "[...document.querySelectorAll('figure button')].find((b) => b.title.includes('zoom of “Extreme')).click()"
+    )
+    page.until(f"{span} > arguments[0] * 0.7", whole)  # the run that is off was the longest
+
+
 def test_hostile_names_are_shown_as_they_are(page: Page, address: str) -> None:
     page.open_tab(address)
     assert EVIL in page.text("#runs")

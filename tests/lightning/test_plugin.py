@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.plugin_event_multiplexer import EventM
 from tensorboard.plugins.base_plugin import TBContext
 from werkzeug.test import Client
 
-from lightning_hesd import SpectrumHistory
+from lightning_hesd import SpectrumHistory, cli
 from lightning_hesd.history import SUFFIXES, SpectrumRecord
 from lightning_hesd.payload import CHOICES_NAME, MAX_NODES, SPECTRA, PayloadError, read_payload, record_payload, to_json
 from lightning_hesd.picks import picks, rewound
@@ -349,6 +349,21 @@ def test_a_history_without_choices_and_one_with_a_torn_line(trained: tuple[Path,
     assert found["rules"][0]["metric"] == "train_acc"
     (problem,) = found["problems"]
     assert problem.startswith(f"{CHOICES_NAME}, line 5: this is no payload")
+
+
+def test_the_command_writes_a_report(
+    trained: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "report.html"
+    cli.main(["report", str(trained[0] / "net" / "version_0"), "--out", str(out)])
+    assert capsys.readouterr().out == f"{out}\n"
+    document = out.read_text()
+    assert "<title>HESD: net/version_0</title>" in document
+    assert "http-equiv" in document
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", str(trained[0]), "--name", "other", "--out", str(out)])
+    assert ended.value.code == 1
+    assert "pass the log directory of a run" in capsys.readouterr().err
 
 
 def test_a_report_of_nothing_says_so(tmp_path: Path) -> None:

@@ -1,20 +1,18 @@
 /** The page: what is chosen, what is shown, and when it is drawn anew. */
 
+import { indexed, literal } from "./base.js";
+import { ctFigure, deltasFigure, extremesFigure, lossFigure } from "./curves.js";
 import { LAYER_QUANTITIES, axisOf, column, finite, median, ofSpectrum, tableOf, toCsv, when } from "./data.js";
-import { button, download, element, menu, table, typeset } from "./dom.js";
-import { ctFigure, cursor, deltasFigure, densityFigure, extremesFigure, layersFigure, literal, lossFigure, mapFigure } from "./figures.js";
+import { cursor, densityFigure, layersFigure, mapFigure } from "./details.js";
+import { button, download, element, menu, table } from "./dom.js";
+import { layOut } from "./layout.js";
 import { SYMBOLS, colourOf, watchTheme } from "./theme.js";
 import { assessmentOf, pickOf, summary } from "./words.js";
 
 const AT_FIRST = 10; // runs that are shown without being asked for
 const SMALL = 0.1; // C_t this close to zero is legible on the logarithmic axis only
+const OF_ONE_RUN = new Set(["map", "density", "layers"]);
 const THRESHOLDS = { c_t: -0.6, delta_r_e: 1.5, delta_k_h05: 1.2 }; // where there is no record that says
-
-const EMPTY = `from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning_hesd import HessianSpectrumCallback
-
-Trainer(logger=TensorBoardLogger("runs"), callbacks=[HessianSpectrumCallback()])`;
 
 /**
  * Show runs.
@@ -34,14 +32,20 @@ class Page {
     this.root = root;
     this.listed = []; // {key, run, name, colour, stamp}
     this.loaded = new Map(); // key -> Run
-    this.selected = null; // keys; null: nobody has chosen yet
+    this.selected = new Set(); // keys
+    this.known = new Set(); // keys of runs that were there before
     this.detail = null; // key of the run shown in detail
     this.step = null; // its chosen record, by step; null: the last one
     this.scale = null; // of C_t; null: what suits
     this.quantity = "lambda_max";
     this.follow = true;
     this.failures = [];
-    this.skeleton();
+    this.layouts = {}; // of the figures, as they were before anybody zoomed
+    this.parts = layOut(root, {
+      save: (id, title, format) => this.save(id, title, format),
+      reset: (id) => this.reset(id),
+      openTable: () => this.fillTable(),
+    });
   }
 
   // Data ------------------------------------------------------------------------------------------------------------
@@ -57,7 +61,7 @@ class Page {
           key: JSON.stringify([one.run, name]), run: one.run, name, colour: one.colour, stamp: JSON.stringify(series),
         }))
       );
-      this.selected ??= this.listed.length ? new Set(this.listed.slice(0, AT_FIRST).map((one) => one.key)) : null;
+      this.selectNew();
       this.failures = [];
       const changed = await this.load();
       if (changed || !this.drawn) await this.show();
@@ -66,6 +70,14 @@ class Page {
       this.showProblems();
     } finally {
       this.busy = false;
+    }
+  }
+
+  /** Show new runs as long as there are few. */
+  selectNew() {
+    for (const { key } of this.listed) {
+      if (!this.known.has(key) && this.selected.size < AT_FIRST) this.selected.add(key);
+      this.known.add(key);
     }
   }
 
@@ -145,66 +157,6 @@ class Page {
     });
   }
 
-  // Layout ----------------------------------------------------------------------------------------------------------
-
-  skeleton() {
-    const made = (tag, attributes) => element(tag, attributes);
-    this.parts = {
-      problems: made("div", { id: "problems" }),
-      empty: element("section", { id: "empty", hidden: true, "aria-labelledby": "empty-title" },
-        element("h2", { id: "empty-title" }, "No spectra yet"),
-        element("p", {}, "HessianSpectrumCallback writes what is shown here, by way of TensorBoardLogger. Add it to the Trainer, and point TensorBoard's --logdir at its folder; the first spectrum is here after the first epoch."),
-        element("pre", { tabindex: "0" }, EMPTY)),
-      runs: element("fieldset", { id: "runs" }, element("legend", {}, "Runs")),
-      tools: made("div", { class: "tools", id: "tools" }),
-      detailTools: made("div", { class: "tools", id: "detail-tools" }),
-      assessment: made("div", { id: "assessment", "aria-live": "polite" }),
-      picks: made("ul", { id: "picks" }),
-      table: element("details", { id: "table", ontoggle: () => this.fillTable() }, element("summary", {}, "Data table")),
-    };
-    const figure = (...given) => this.figure(...given);
-    const { problems, empty, runs, tools, detailTools, assessment, picks } = this.parts;
-    this.content = element(
-      "div",
-      { id: "content", hidden: true },
-      element("section", { "aria-labelledby": "all-title" },
-        element("h2", { id: "all-title" }, "Runs over training"), tools,
-        element("div", { class: "grid" },
-          figure("ct", "C_t with its interval", "Ratio of the extreme negative and positive eigenvalue (training data)."),
-          figure("extremes", "Extreme eigenvalues", "Of the Hessian of the training loss."),
-          figure("deltas", "Generalization criteria", "Ratios of r_e and K_H05 on generalization and training data."),
-          figure("loss", "Loss and metric", "Mean loss over the analysis samples, and the checkpoint rule's metric."))),
-      element("section", { "aria-labelledby": "detail-title" },
-        element("h2", { id: "detail-title" }, "One run in detail"), detailTools,
-        element("div", { class: "grid" },
-          figure("map", "Density over training", "Spectral mass per bin, training data; lines: λ_max and λ_min."),
-          figure("density", "Density at the chosen state", "Ticks: quadrature nodes; vertical lines: extremes."),
-          element("section", { class: "card", "aria-labelledby": "assessment-title" }, element("h3", { id: "assessment-title" }, "Assessment"), assessment),
-          element("section", { class: "card", "aria-labelledby": "picks-title" }, element("h3", { id: "picks-title" }, "Which checkpoint the rules take"), picks),
-          figure("layers", "Layers over training", "Of the Hessian of each layer's own parameters, training data.", "wide"))),
-      this.parts.table
-    );
-    this.root.replaceChildren(
-      element("main", { class: "page" },
-        element("h1", {}, "Hessian eigenvalue spectral density"), problems, empty, runs, this.content)
-    );
-  }
-
-  figure(id, title, caption, more = "") {
-    const plot = element("div", { id, class: "plot", role: "img" });
-    return element(
-      "figure",
-      { class: `card ${more}`, "aria-labelledby": `${id}-title` },
-      element("div", { class: "head" }, element("h3", { id: `${id}-title` }, ...typeset(title)),
-        element("span", { class: "export" },
-          button("PNG", `Save “${title}” as PNG`, () => this.save(id, title, "png")),
-          button("SVG", `Save “${title}” as SVG`, () => this.save(id, title, "svg")),
-          button("Reset", `Reset the zoom of “${title}”`, () => this.plot(id, null)))),
-      plot,
-      element("figcaption", {}, ...typeset(caption))
-    );
-  }
-
   // Showing ---------------------------------------------------------------------------------------------------------
 
   /** Show everything anew. */
@@ -212,7 +164,7 @@ class Page {
     const { empty, runs } = this.parts;
     empty.hidden = this.listed.length > 0;
     runs.hidden = this.listed.length === 0;
-    this.content.hidden = this.runs.length === 0;
+    this.parts.content.hidden = this.runs.length === 0;
     this.showRuns();
     this.showProblems();
     if (this.runs.length) {
@@ -225,7 +177,7 @@ class Page {
   }
 
   showProblems() {
-    const said = [...this.failures, ...[...this.loaded.values()].filter((run) => this.selected?.has(run.key))
+    const said = [...this.failures, ...[...this.loaded.values()].filter((run) => this.selected.has(run.key))
       .flatMap((run) => several(run.problems).map((problem) => `${run.run}, ${problem}`))];
     this.parts.problems.replaceChildren(...said.map((text) => element("p", { class: "problem", role: "alert" }, text)));
   }
@@ -234,7 +186,7 @@ class Page {
     const focused = document.activeElement?.dataset?.key; // the focus must survive
     const boxes = this.listed.map((one) =>
       element("label", { class: "run" },
-        element("input", { type: "checkbox", checked: this.selected?.has(one.key), "data-key": one.key,
+        element("input", { type: "checkbox", checked: this.selected.has(one.key), "data-key": one.key,
           onchange: (event) => this.select(one.key, event.target.checked) }),
         element("span", { class: `swatch ${SYMBOLS[one.colour % SYMBOLS.length]}`, style: `background:${colourOf(this.theme, one.colour)}`, "aria-hidden": "true" }),
         this.nameOf(one))
@@ -343,11 +295,11 @@ class Page {
     this.root.dataset.detail = `${run.key} ${record.global_step}`;
   }
 
-  /** Draw a figure, or with null the same as before in its first frame. */
+  /** Draw a figure; where somebody has zoomed in, it stays so. */
   async plot(id, figure, label) {
     const node = document.getElementById(id);
-    if (figure === null) return node.data ? Plotly.react(node, node.data, { ...this.layouts[id] }) : undefined;
-    (this.layouts ??= {})[id] = figure.layout;
+    figure.layout.uirevision = OF_ONE_RUN.has(id) ? this.detailed.key : String(this.logarithmic);
+    this.layouts[id] = figure.layout;
     if (!node.classList.contains("js-plotly-plot")) node.replaceChildren();
     node.classList.remove("absent");
     node.setAttribute("aria-label", label);
@@ -358,6 +310,12 @@ class Page {
       node.hesd = true;
       node.on("plotly_click", (event) => this.clicked(event.points[0]));
     }
+  }
+
+  /** Undo what has been zoomed and hidden. */
+  reset(id) {
+    const node = document.getElementById(id);
+    if (node.data) Plotly.react(node, node.data, { ...structuredClone(this.layouts[id]), uirevision: Math.random() });
   }
 
   absent(id, text) {
@@ -385,9 +343,8 @@ class Page {
     const node = document.getElementById(id);
     if (!node.data) return;
     const { clientWidth: width, clientHeight: height } = node;
-    const detailed = ["map", "density", "layers"].includes(id);
-    const text = detailed ? `${title} – ${this.detailed.run}` : title;
-    const layout = { ...node.layout, title: { text: literal(text), font: { size: 14 }, x: 0.02 }, margin: { ...node.layout.margin, t: 76 } };
+    const text = OF_ONE_RUN.has(id) ? `${indexed(title)}, ${literal(this.detailed.run)}` : indexed(title);
+    const layout = { ...node.layout, title: { text, font: { size: 14 }, x: 0.02 }, margin: { ...node.layout.margin, t: 76 } };
     const url = await Plotly.toImage({ data: node.data, layout }, { format, width, height: height + 60, scale: format === "png" ? 3 : 1 });
     download(`hesd-${id}.${format}`, url, null);
   }
