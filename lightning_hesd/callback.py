@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lightning_hesd.layers import Layers
     from lightning_hesd.pipeline import LossFunction
     from lightning_hesd.recorder import Preconditioning
+    from lightning_hesd.selection import Choice
 
 
 class HessianSpectrumCallback(SpectrumSource):
@@ -316,6 +317,11 @@ class HessianSpectrumCallback(SpectrumSource):
         for output in self._outputs.finishers(self.history):
             with self._survived("cannot write the spectra at the end of training", on_error):
                 output()
+
+    def take_note(self, trainer: pl.Trainer, choice: Choice) -> None:
+        """Write down what a HessianCheckpoint makes of the latest record."""
+        with self._survived("cannot write what the checkpoint rule chose"):
+            self._outputs.write_choice(trainer, choice, at_epoch_end=self.schedule.every_n_train_steps is None)
 
     @contextlib.contextmanager
     def _survived(self, consequence: str, on_error: OnError | None = None) -> Iterator[list[str]]:

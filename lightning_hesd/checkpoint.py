@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_hesd._lightning import callbacks_of, warn
 from lightning_hesd.history import SpectrumSource
-from lightning_hesd.selection import CRITERIA, LOSS_TOLERANCE, Candidate, SelectionRule
+from lightning_hesd.selection import CRITERIA, LOSS_TOLERANCE, Candidate, Choice, SelectionRule
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -222,6 +222,11 @@ class HessianCheckpoint(ModelCheckpoint):
         for candidate in before:
             if candidate not in kept and self._should_remove_checkpoint(trainer, candidate.path, path):
                 self._remove_checkpoint(trainer, candidate.path)
+        assert self.source is not None  # noqa: S101 - found in `setup`
+        self.source.take_note(
+            trainer,
+            Choice(self.rule_name, self.train_metric, self.train_metric_mode, self.selection, newcomer, pick=self.best),
+        )
         return newcomer in kept
 
     def _update(self, candidates: list[Candidate], best: float) -> None:
@@ -298,7 +303,7 @@ class HessianCheckpoint(ModelCheckpoint):
             warn(f"checkpoints of earlier candidates are gone and cannot be picked any more: {', '.join(missing)}.")
 
 
-def _metric_mode(metric: str | None, mode: str | None) -> str:
+def _metric_mode(metric: str | None, mode: Literal["min", "max"] | None) -> Literal["min", "max"]:
     if mode not in (None, "min", "max"):
         msg = f"`train_metric_mode` must be 'min' or 'max', got {mode!r}."
         raise MisconfigurationException(msg)

@@ -1,4 +1,4 @@
-"""`lightning-hesd`: analyse checkpoints, assess generalization, ask for the sample size and draw densities."""
+"""`lightning-hesd`: analyse checkpoints, assess generalization, ask for the sample size, draw and report."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from lightning_hesd.analysis import analysis_options, hessian_spectrum
 from lightning_hesd.assessment import assess_generalization
 from lightning_hesd.posthoc import PosthocAnalysis, sample_size
 from lightning_hesd.project import Blueprint, CheckpointError, Project, imported
+from lightning_hesd.report import write_report
 from lightning_hesd.results import RESULTS, Results, ResultsError, Row, draw, picked, table_line
 from lightning_hesd.sample_size import Stability, pilot_options, recommend_sample_size
 from lightning_hesd.selection import LOSS_TOLERANCE
@@ -102,6 +103,12 @@ def _parser() -> OneLineParser:
     sub.add_argument("--out", type=Path, default=None, help="Folder of the figures; default: beside the spectra.")
     commands.add_subcommand("plot", sub, help="draw densities")
 
+    sub = OneLineParser(description="Write what TensorBoard's HESD tab shows of a run as one HTML file.")
+    sub.add_argument("log_dir", type=Path, help="The run's log directory.")
+    sub.add_argument("--name", type=str, default="hesd", help="Name of the callback in the run.")
+    sub.add_argument("--out", type=Path, default=Path("report.html"), help="The file.")
+    commands.add_subcommand("report", sub, help="write a run as one HTML file")
+
     sub = OneLineParser(
         description="Ask how many samples are enough at the weights of checkpoints; those analysed are the pilot."
     )
@@ -158,6 +165,15 @@ def plot(config: Namespace) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         draw(spectrum, path.stem, target)
         print(target)
+
+
+# report -------------------------------------------------------------------------------------------------------------
+
+
+def write_html(config: Namespace) -> None:
+    """Write the report."""
+    write_report(config.log_dir, config.out, config.name)
+    print(config.out)
 
 
 # sample-size --------------------------------------------------------------------------------------------------------
@@ -328,4 +344,4 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-COMMANDS = {"analyze": analyze, "assess": assess, "plot": plot, "sample-size": ask_sample_size}
+COMMANDS = {"analyze": analyze, "assess": assess, "plot": plot, "report": write_html, "sample-size": ask_sample_size}

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping
 
+    import lightning.pytorch as pl
     import pandas as pd
     from lightning.pytorch.callbacks import Checkpoint
+
+    from lightning_hesd.selection import Choice
 
 __all__ = ["PLAIN_FIELDS", "START_EPOCH", "SUFFIXES", "SpectrumHistory", "SpectrumRecord", "SpectrumSource", "when"]
 
@@ -166,6 +169,9 @@ class SpectrumSource(Callback):
     history: SpectrumHistory
     on_error: OnError
     checkpoint: Checkpoint | None = None
+
+    def take_note(self, trainer: pl.Trainer, choice: Choice) -> None:
+        """Hear from a HessianCheckpoint what it makes of the latest record."""
 
 
 def _completed(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lightning_hesd import _lightning
+from lightning_hesd.payload import CHOICES_NAME, choice_payload, to_json
 from lightning_hesd.scalars import scalars
 from lightning_hesd.sinks import make_sinks
+from lightning_hesd.sinks.sink import ChoiceSink
 from lightning_hesd.sinks.tensorboard import write_layout
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
     from lightning_hesd.gradient_monitor import GradientStatistics
     from lightning_hesd.history import SpectrumHistory, SpectrumRecord
+    from lightning_hesd.selection import Choice
     from lightning_hesd.sinks.sink import Sink
 
 
@@ -45,6 +48,8 @@ class RunOutputs:
             return
         self._folder = run_folder / self._name
         self._sinks = make_sinks(trainer.loggers, self._name)
+        if trainer.global_step == 0:
+            (self._folder / CHOICES_NAME).unlink(missing_ok=True)  # of an earlier run in the same folder
         if names[0] == self._name:
             write_layout(trainer.loggers, names)
 
@@ -81,6 +86,17 @@ class RunOutputs:
         if gradients is not None:
             values = {f"{self._name}/{key}": value for key, value in asdict(gradients).items() if key != "steps"}
             _lightning.log_scalars(trainer, pl_module, values, at_epoch_end=True, in_bar=())
+
+    def write_choice(self, trainer: pl.Trainer, choice: Choice, *, at_epoch_end: bool) -> None:
+        """Write what a checkpoint rule made of the latest record to the loggers that can show it, and to the folder."""
+        step = _lightning.logging_step(trainer, at_epoch_end=at_epoch_end)
+        for sink in self._sinks:
+            if isinstance(sink, ChoiceSink):
+                sink.write_choice(choice, step)
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with (self._folder / CHOICES_NAME).open("a", encoding="utf-8") as file:
+                file.write(to_json(choice_payload(choice)) + "\n")
 
     def writers(self, trainer: pl.Trainer, history: SpectrumHistory, *, at_epoch_end: bool) -> list[Callable[[], None]]:
         """Return what writes the last record, each apart: trouble with one output must not keep out the others."""

@@ -143,6 +143,17 @@ def _equal_edges(low: float, high: float, bins: int) -> Array:
     return edges
 
 
+def legible_sigma(low: float, high: float) -> float | None:
+    """Return a standard deviation that lets the smaller extreme stand out from zero, 0.2 to 1 % of the width.
+
+    None, for the default of `density`, where all nodes are one up to rounding.
+    """
+    width = high - low
+    if width <= 1e-10 * max(abs(low), abs(high)):
+        return None
+    return max(0.002 * width, min(0.01 * width, abs(low) / 4, abs(high) / 4))
+
+
 def spectrum_bounds(
     nodes: Array, weights: Array, residuals: Array, dimension: int, failure: float
 ) -> tuple[float, float]:

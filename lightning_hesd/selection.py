@@ -7,7 +7,7 @@ Python: no files, no trainer.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from lightning_hesd.record import START_EPOCH
 
@@ -15,17 +15,28 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from lightning_hesd.record import SpectrumRecord
-    from lightning_hesd.spectrum import Spectrum
-
-LOSS_TOLERANCE = 0.05
-"""Losses over the analysis samples count as nearly the same up to this, absolute, unless somebody says otherwise."""
 
 
-CRITERIA: dict[str, Callable[[Spectrum], float]] = {
+class Ranked(Protocol):
+    """What the rules look at: a spectrum, or what is left of one."""
+
+    @property
+    def c_t(self) -> float:
+        """C_t."""
+
+    @property
+    def lambda_max(self) -> float:
+        """The largest eigenvalue."""
+
+
+CRITERIA: dict[str, Callable[[Ranked], float]] = {
     "highest_c_t": lambda spectrum: spectrum.c_t,
     "lowest_max_eigenvalue": lambda spectrum: -spectrum.lambda_max,
 }
 """What the rules rank by, higher is better: the paper's, and the one it compares with."""
+
+LOSS_TOLERANCE = 0.05
+"""Losses over the analysis samples count as nearly the same up to this, absolute, unless somebody says otherwise."""
 
 RULE_NAMES = {"highest_c_t": "highest C_t", "lowest_max_eigenvalue": "lowest λ_max"}
 """What people call them."""
@@ -129,3 +140,30 @@ def picks(
         if (pick := rule.pick(candidates, best)) is not None:
             found[name] = analysed[int(pick.path)][0]
     return found
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a rule made of the latest analysed state of the weights.
+
+    Attributes:
+        rule: Its name.
+        train_metric: Key of the training metric; None: the mean loss of the analysis.
+        train_metric_mode: Whether more of it is better.
+        selection: The parameters of the rule.
+        newcomer: The latest state.
+        pick: Which state the rule takes by now.
+    """
+
+    rule: str
+    train_metric: str | None
+    train_metric_mode: Literal["min", "max"]
+    selection: SelectionRule
+    newcomer: Candidate
+    pick: Candidate | None
+
+    @property
+    def key(self) -> str:
+        """What tells the rule from others that one run may have."""
+        metric, whom = self.train_metric or "loss", "mp" if self.selection.require_mp else "all"
+        return f"{self.rule}/{metric}/{self.selection.tolerance:g}/{whom}"

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.ticker import NullLocator
 
 from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, SMOOTHING, new_axes, place_legend
+from lightning_hesd.quadrature import legible_sigma
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +31,7 @@ def plot_density(spectrum: Spectrum, ax: Axes | None = None, title: str = "") ->
     """
     ax = ax or new_axes()
     low, high = spectrum.lambda_min, spectrum.lambda_max
-    sigma = _smoothing(low, high)
+    sigma = legible_sigma(low, high)
     grid, density = spectrum.density(sigma=sigma)
     grid, density = spectrum.density(np.union1d(grid, (low, 0.0, high)), sigma)
     nodes = spectrum.nodes[~np.isnan(spectrum.nodes)]
@@ -93,17 +94,6 @@ def plot_decomposition(hessian: Spectrum, ggn: Spectrum, residual: Spectrum, ax:
     ax.grid(visible=True, alpha=0.3)
     ax.legend(fontsize=9, loc="upper right", framealpha=0.9, handlelength=2.2)
     return ax
-
-
-def _smoothing(low: float, high: float) -> float | None:
-    """Return a standard deviation that lets the smaller extreme stand out from zero, 0.2 to 1 % of the width.
-
-    None, for the default of `Spectrum.density`, where all nodes are one up to rounding.
-    """
-    width = high - low
-    if width <= 1e-10 * max(abs(low), abs(high)):
-        return None
-    return max(0.002 * width, min(0.01 * width, abs(low) / 4, abs(high) / 4))
 
 
 def describe(spectrum: Spectrum, title: str = "") -> str:

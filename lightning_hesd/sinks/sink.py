@@ -6,7 +6,7 @@ import contextlib
 import tempfile
 from dataclasses import astuple, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from lightning_hesd.assessment import Assessment
     from lightning_hesd.history import SpectrumRecord
+    from lightning_hesd.selection import Choice
     from lightning_hesd.spectrum import Spectrum
 
 LAYER_COLUMNS = ("layer", *(field.name for field in fields(LayerIndicators)))
@@ -72,6 +73,14 @@ def pixels(axes: Axes) -> NDArray[np.uint8]:
 def layer_rows(layers: Mapping[str, Spectrum]) -> list[tuple[str | float, ...]]:
     """Return the indicators of layers, a row for each."""
     return [(name, *astuple(found)) for name, found in layer_indicators(layers).items()]
+
+
+@runtime_checkable
+class ChoiceSink(Protocol):
+    """Writes also which state of the weights a checkpoint rule takes; not every sink can."""
+
+    def write_choice(self, choice: Choice, step: int) -> None:
+        """Write what a rule made of the latest record at `step` of the logger's axis."""
 
 
 def layer_table(layers: Mapping[str, Spectrum]) -> str:

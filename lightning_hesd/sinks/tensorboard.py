@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG, PLUGIN_NAME
 from tensorboard.util.tensor_util import make_tensor_proto
 
+from lightning_hesd.payload import CHOICE, RECORD, choice_payload, record_payload, to_json
+from lightning_hesd.payload import PLUGIN_NAME as PAYLOADS
 from lightning_hesd.sinks.sink import figures, layer_table, title, verdict_text
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from lightning_hesd.history import SpectrumHistory
+    from lightning_hesd.selection import Choice
     from lightning_hesd.spectrum import Spectrum
 
 
@@ -32,6 +35,7 @@ class TensorBoardSink:
     def write(self, history: SpectrumHistory, step: int) -> None:
         """Write the last record, which has a spectrum, at `step` of the logger's axis."""
         record = history[-1]
+        self._write_payload(RECORD, to_json(record_payload(record)), step)
         for suffix, spectrum in record.spectra.items():
             self._write_histogram(f"{self._name}{suffix}/density", spectrum, step)
         for tag, axes in figures(history):
@@ -45,6 +49,22 @@ class TensorBoardSink:
 
     def finish(self, history: SpectrumHistory) -> None:
         """Leave it at that: there is no place for files."""
+
+    def write_choice(self, choice: Choice, step: int) -> None:
+        """Write what a checkpoint rule made of the latest record at `step` of the logger's axis."""
+        self._write_payload(f"{CHOICE}/{choice.key}", to_json(choice_payload(choice)), step)
+
+    def _write_payload(self, tag: str, text: str, step: int) -> None:
+        """Write what the HESD tab reads."""
+        value = Summary.Value(
+            tag=f"{self._name}/{tag}",
+            tensor=make_tensor_proto(text),
+            metadata=SummaryMetadata(
+                plugin_data=SummaryMetadata.PluginData(plugin_name=PAYLOADS),
+                data_class=DATA_CLASS_TENSOR,  # without it the data provider does not list the tag
+            ),
+        )
+        self._writer._get_file_writer().add_summary(Summary(value=[value]), global_step=step)  # noqa: SLF001
 
     def _write_histogram(self, tag: str, spectrum: Spectrum, step: int) -> None:
         mass, edges = spectrum.histogram()

@@ -1,0 +1,146 @@
+"""Measure how long the HESD tab takes to draw: 5 runs of 500 analyses with 100 nodes each.
+
+    python -m benchmarks.tab
+
+It opens a report of made-up payloads in a headless Chromium; the report draws with the files of the tab. The time is
+that from data in memory to all figures drawn, by the page's own clock, and includes the browser's compilation of Plotly
+the first time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.ui import WebDriverWait
+
+from lightning_hesd.payload import THRESHOLDS, VERSION, to_json
+from lightning_hesd.picks import picks
+from lightning_hesd.quadrature import legible_sigma
+from lightning_hesd.report import report
+
+
+def main() -> None:
+    """Measure, and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=500)
+    parser.add_argument("--nodes", type=int, default=100)
+    args = parser.parse_args()
+    rng = np.random.default_rng(0)
+    runs = [run(rng, index, args.epochs, args.nodes) for index in range(args.runs)]
+    sizes = [len(to_json(record)) for record in runs[0]["records"]]
+    print(
+        f"{args.runs} runs, {args.epochs} records each, {args.nodes} nodes; a record takes {np.mean(sizes):.0f} bytes"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "report.html"
+        page.write_text(report(*runs), encoding="utf-8")
+        driver = browser()
+        try:
+            for what, milliseconds in measured(driver, page):
+                print(f"{what:28} {milliseconds:6.0f} ms")
+        finally:
+            driver.quit()
+
+
+def run(rng: np.random.Generator, index: int, epochs: int, nodes: int) -> dict[str, Any]:
+    """Return the data of a run whose curvature falls while it trains."""
+    records = [record(rng, epoch, epochs, nodes) for epoch in range(epochs)]
+    return {
+        "run": f"run_{index}",
+        "name": "hesd",
+        "colour": index,
+        "records": records,
+        "rules": picks(records, []),
+        "problems": [],
+    }
+
+
+def record(rng: np.random.Generator, epoch: int, epochs: int, nodes: int) -> dict[str, Any]:
+    """Return a payload with the fields that are drawn."""
+    largest = 50 * math.exp(-3 * epoch / epochs + 0.05 * rng.standard_normal())
+    smallest = -largest * 0.3 * math.exp(-4 * epoch / epochs + 0.1 * rng.standard_normal())
+    theta = np.sort(
+        np.concatenate(
+            [np.geomspace(1e-3, 1, nodes - nodes // 3) * largest, np.geomspace(1e-3, 1, nodes // 3) * smallest]
+        )
+    )
+    tau = rng.dirichlet(np.ones(nodes))
+    c_t = smallest / largest
+    spectrum = {
+        "c_t": c_t,
+        "c_t_low": 1.1 * c_t,
+        "c_t_high": 0.98 * c_t,
+        "type": "MP",
+        "type_certain": True,
+        "lambda_min": smallest,
+        "lambda_max": largest,
+        "loss": 2 * math.exp(-5 * epoch / epochs),
+        "confidence": 0.95,
+        "num_samples": 512,
+        "sigma": legible_sigma(smallest, largest),
+        "nodes": [float(f"{t:.7g}") for t in theta],
+        "weights": [float(f"{t:.7g}") for t in tau],
+    }
+    return {
+        "version": VERSION,
+        "epoch": epoch,
+        "global_step": epoch + 1,
+        "error": None,
+        "spectra": {"spectrum": spectrum},
+        "thresholds": THRESHOLDS,
+        "assessment": None,
+        "stability_ratio": None,
+        "layers": [],
+    }
+
+
+def browser() -> webdriver.Chrome:
+    """Return a headless Chromium; it and its driver must be installed."""
+    os.environ["SE_OFFLINE"] = "true"
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1000"):
+        options.add_argument(flag)
+    return webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+
+
+def measured(driver: webdriver.Chrome, page: Path) -> list[tuple[str, float]]:
+    """Return what took how long, in milliseconds."""
+
+    def wait(condition: str) -> None:
+        WebDriverWait(driver, 120, 0.05).until(lambda d: d.execute_script(f"return {condition}"))
+
+    def draws() -> list[float]:
+        found: list[float] = driver.execute_script(
+            "return performance.getEntriesByName('hesd draw').map((entry) => entry.duration)"
+        )
+        return found
+
+    driver.get(page.as_uri())
+    wait("document.getElementById('hesd').dataset.drawn > 0")
+    first = draws()[-1]
+    driver.execute_script("document.querySelector('#runs input').click()")
+    wait("document.getElementById('hesd').dataset.drawn > 1")
+    again = draws()[-1]
+    moved: float = driver.execute_script(
+        "const slider = document.getElementById('epoch'); const began = performance.now(); slider.value = 10;"
+        "slider.dispatchEvent(new Event('input'));"
+        "const there = () => document.getElementById('hesd').dataset.detail.endsWith(' 11');"
+        "return new Promise((done) => { const look = () =>"
+        " there() ? done(performance.now() - began) : setTimeout(look); look(); })"
+    )
+    return [("first drawing", first), ("drawing again, a run less", again), ("moving the slider", moved)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""The files of the frontend: this package's own, and Plotly's from the plotly package."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+SHARED = ("dom.js", "theme.js", "data.js", "base.js", "curves.js", "details.js", "words.js", "layout.js", "page.js")
+"""Modules of both frontends, each after those it imports."""
+
+REPORT = "report.js"
+STYLE = "style.css"
+STATIC = ("index.js", *SHARED, STYLE)
+"""What the tab may ask for."""
+
+PLOTLY = "plotly.min.js"
+
+
+def content(name: str) -> bytes:
+    """Return the content of a file, one of those named above."""
+    if name == PLOTLY:
+        return files("plotly").joinpath("package_data", PLOTLY).read_bytes()
+    return files("lightning_hesd.tensorboard_plugin").joinpath("static", name).read_bytes()
+
+
+def content_type(name: str) -> str:
+    """Return the media type of a file."""
+    return "text/css" if name.endswith(".css") else "text/javascript"

@@ -1,0 +1,179 @@
+"""The backend of the HESD tab: payloads from TensorBoard's data provider, as JSON, and the files of the frontend.
+
+It reads nothing but what the data provider offers; names in requests are looked up there, and never become paths.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tensorboard import errors, plugin_util
+from tensorboard.backend import http_util
+from tensorboard.data import provider
+from tensorboard.plugins import base_plugin
+from werkzeug import wrappers
+
+from lightning_hesd.payload import CHOICE, CHOICE_FIELDS, PLUGIN_NAME, RECORD, PayloadError, read_payload
+from lightning_hesd.picks import picks, rewound
+from lightning_hesd.tensorboard_plugin.assets import PLOTLY, STATIC, content, content_type
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Iterable
+
+    from werkzeug.wrappers import Request, Response
+
+    Application = Callable[..., Any]
+
+SAMPLES = 1000
+"""Records of a run to keep, where the user does not say otherwise; TensorBoard's own default is ten."""
+
+
+ALL = 1_000_000
+"""What --samples_per_plugin=hesd=0 amounts to."""
+
+
+class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
+    """TensorBoard's HESD tab."""
+
+    plugin_name = PLUGIN_NAME
+
+    def __init__(self, context: base_plugin.TBContext) -> None:
+        super().__init__(context)
+        self._provider = context.data_provider
+        self._samples = (context.sampling_hints or {}).get(PLUGIN_NAME, SAMPLES) or ALL
+
+    def get_plugin_apps(self) -> dict[str, Application]:
+        """Return what answers which request."""
+        apps: dict[str, Application] = {f"/{name}": _asset_app(name) for name in (*STATIC, PLOTLY)}
+        return {**apps, "/runs": self._answer(self._runs), "/records": self._answer(self._records)}
+
+    def is_active(self) -> bool:
+        """Leave it to the data: TensorBoard shows the tab when some run has payloads."""
+        return False
+
+    def frontend_metadata(self) -> base_plugin.FrontendMetadata:
+        """Return where the frontend starts."""
+        return base_plugin.FrontendMetadata(es_module_path="/index.js", tab_name="HESD")
+
+    def _answer(self, find: Callable[[Request, Any, str], dict[str, Any]]) -> Application:
+        """Return an application that answers in JSON, also about errors."""
+
+        @wrappers.Request.application
+        def respond(request: Request) -> Response:
+            try:
+                if request.method != "GET":
+                    return _respond(request, {"error": "only GET is answered here."}, 405)
+                context, experiment = plugin_util.context(request.environ), plugin_util.experiment_id(request.environ)
+                return _respond(request, find(request, context, experiment))
+            except errors.PublicError as error:
+                return _respond(request, {"error": str(error)}, error.http_code)
+
+        return respond
+
+    def _runs(self, _request: Request, context: Any, experiment: str) -> dict[str, Any]:
+        """Return the runs with payloads, and how many there are."""
+        listed = self._listed(context, experiment)
+        # In the order in which TensorBoard gives colours to runs, those without payloads included.
+        runs = sorted(
+            self._provider.list_runs(context, experiment_id=experiment),
+            key=lambda run: (float("inf") if run.start_time is None else run.start_time, run.run_name),
+        )
+        return {
+            "runs": [
+                {
+                    "run": run.run_name,
+                    "colour": colour,
+                    "names": {
+                        tag.removesuffix(f"/{RECORD}"): {"last_step": series.max_step, "changed": series.max_wall_time}
+                        for tag, series in sorted(listed[run.run_name].items())
+                        if tag.endswith(f"/{RECORD}")
+                    },
+                }
+                for colour, run in enumerate(runs)
+                if run.run_name in listed
+            ]
+        }
+
+    def _records(self, request: Request, context: Any, experiment: str) -> dict[str, Any]:
+        """Return the payloads of a run, what the rules take, and what could not be read.
+
+        Raises:
+            NotFoundError: If there is no such run, or no such name in it.
+        """
+        run, name = _argument(request, "run"), _argument(request, "name")
+        listed = self._listed(context, experiment)
+        if run not in listed:
+            msg = f"no run {run!r} with payloads of lightning_hesd"
+            raise errors.NotFoundError(msg)
+        tag = f"{name}/{RECORD}"
+        if tag not in listed[run]:
+            msg = f"run {run!r} has no records of a callback named {name!r}"
+            raise errors.NotFoundError(msg)
+        rules = [other for other in listed[run] if other.startswith(f"{name}/{CHOICE}/")]
+        read = self._provider.read_tensors(
+            context,
+            experiment_id=experiment,
+            plugin_name=PLUGIN_NAME,
+            downsample=self._samples,
+            run_tag_filter=provider.RunTagFilter(runs=[run], tags=[tag, *rules]),
+        ).get(run, {})
+        problems: list[str] = []
+        records = rewound(_payloads(read.get(tag, ()), problems))
+        choices = [c for rule in rules for c in rewound(_payloads(read.get(rule, ()), problems, CHOICE_FIELDS))]
+        return {"run": run, "name": name, "records": records, "rules": picks(records, choices), "problems": problems}
+
+    def _listed(self, context: Any, experiment: str) -> dict[str, Any]:
+        found: dict[str, Any] = self._provider.list_tensors(context, experiment_id=experiment, plugin_name=PLUGIN_NAME)
+        return found
+
+
+class HESDLoader(base_plugin.TBLoader):  # type: ignore[misc]  # untyped
+    """What TensorBoard finds by the entry point."""
+
+    def fix_flags(self, flags: argparse.Namespace) -> None:
+        """Ask TensorBoard to keep more than ten records of a run."""
+        flags.samples_per_plugin = {PLUGIN_NAME: SAMPLES, **(flags.samples_per_plugin or {})}
+
+    def load(self, context: base_plugin.TBContext) -> HESDPlugin | None:
+        """Return the plugin; None where there is no data provider to read from."""
+        return HESDPlugin(context) if context.data_provider is not None else None
+
+
+def _payloads(data: Iterable[Any], problems: list[str], *fields: Any) -> list[dict[str, Any]]:
+    """Return the payloads that can be read, and note what is wrong with the others."""
+    found = []
+    for datum in data:
+        try:
+            found.append(read_payload(datum.numpy.tolist(), *fields))
+        except PayloadError as error:  # noqa: PERF203 - one bad payload must not cost the others
+            problems.append(f"step {datum.step}: {error}")
+    return found
+
+
+def _argument(request: Request, name: str) -> str:
+    value = request.args.get(name)
+    if not value:
+        msg = f"the argument `{name}` is missing"
+        raise errors.InvalidArgumentError(msg)
+    return value
+
+
+def _respond(request: Request, body: dict[str, Any], code: int = 200) -> Response:
+    response: Response = http_util.Respond(request, body, "application/json", code=code)
+    return response
+
+
+def _asset_app(name: str) -> Application:
+    @wrappers.Request.application
+    def respond(request: Request) -> Response:
+        try:
+            found = content(name)
+        except OSError as error:
+            return _respond(request, {"error": f"{name} is missing from the installation: {error.strerror}"}, 404)
+        # Plotly is large and does not change while TensorBoard runs.
+        expires = 3600 if name == PLOTLY else 0
+        response: Response = http_util.Respond(request, found, content_type(name), expires=expires)
+        return response
+
+    return respond

@@ -1,0 +1,202 @@
+/** From payloads to numbers that can be drawn. Pure functions; fields and units: docs/tensorboard-plugin.md. */
+
+/**
+ * A run as the page holds it.
+ * @typedef {{key: string, run: string, name: string, colour: number, records: Object[], rules: Object[],
+ *   problems: string[]}} Run
+ */
+
+const MAP_BINS = 140;
+const MAP_SMOOTHING = 1.2; // bins
+const LINEAR_SHARE = 1e-4; // eigenvalues below this share of the largest are drawn on a linear scale
+
+export const spectrumOf = (record, field = "spectrum") => record.spectra[field] ?? null;
+
+/** Return the values of a run's records, null where there is none. */
+export function column(run, valueOf) {
+  return run.records.map((record) => valueOf(record) ?? null);
+}
+
+export const ofSpectrum = (key, field = "spectrum") => (record) => spectrumOf(record, field)?.[key] ?? null;
+
+/** Return what the horizontal axis shows: epochs, or steps where an epoch has several records. */
+export function axisOf(runs) {
+  const clash = runs.some((run) => new Set(run.records.map((r) => r.epoch)).size < run.records.length);
+  const start = runs.some((run) => run.records.some((r) => r.epoch < 0));
+  if (clash) return { key: "global_step", short: "step", title: "optimizer step" };
+  return { key: "epoch", short: "epoch", title: start ? "epoch (−1: before the first step)" : "epoch" };
+}
+
+export function when(record, axis) {
+  if (record.epoch < 0) return "start";
+  return axis.key === "epoch" ? `epoch ${record.epoch}` : `step ${record.global_step} (epoch ${record.epoch})`;
+}
+
+export function finite(values) {
+  return values.filter((value) => value !== null && Number.isFinite(value));
+}
+
+export function median(values) {
+  const sorted = finite(values).sort((a, b) => a - b);
+  return sorted.length ? sorted[Math.floor(sorted.length / 2)] : null;
+}
+
+/** Smallest and largest in one pass: spreading long arrays into Math.min overflows the stack. */
+export function extent(values) {
+  let low = Infinity;
+  let high = -Infinity;
+  for (const value of values) {
+    if (value === null || !Number.isFinite(value)) continue;
+    if (value < low) low = value;
+    if (value > high) high = value;
+  }
+  return [low, high];
+}
+
+// Densities ---------------------------------------------------------------------------------------------------------
+
+/** Return a grid and the density on it: Gaussians of width `sigma` at the nodes, as `plot_density` draws it. */
+export function density(spectrum, points = 400) {
+  const { lambda_min: low, lambda_max: high, nodes, weights } = spectrum;
+  const width = high - low;
+  const sigma = spectrum.sigma ?? (Math.max(Math.abs(low), Math.abs(high)) * 0.01 || 1);
+  const [from, to] = [low - 5 * sigma - 0.01 * width, high + 5 * sigma + 0.01 * width];
+  const regular = Array.from({ length: points }, (_, i) => from + ((to - from) * i) / (points - 1));
+  const grid = [...new Set([...regular, ...nodes, 0])].filter((t) => t >= from && t <= to).sort((a, b) => a - b);
+  const norm = 1 / (sigma * Math.sqrt(2 * Math.PI));
+  const values = grid.map((t) => {
+    let sum = 0;
+    for (let i = 0; i < nodes.length; i++) sum += weights[i] * Math.exp(-0.5 * ((t - nodes[i]) / sigma) ** 2);
+    return sum * norm;
+  });
+  return { grid, values };
+}
+
+/** A scale that is logarithmic for large eigenvalues of both signs, and linear around zero. */
+export function symlog(linear) {
+  const to = (value) => Math.sign(value) * Math.log10(1 + Math.abs(value) / linear);
+  const back = (place) => Math.sign(place) * linear * (10 ** Math.abs(place) - 1);
+  return { linear, to, back };
+}
+
+/** Return the scale for all eigenvalues of a run, and how far it reaches. */
+export function scaleOf(run, field) {
+  const spectra = run.records.map((record) => spectrumOf(record, field)).filter(Boolean);
+  const [low, high] = extent(spectra.flatMap((s) => [s.lambda_min, s.lambda_max]));
+  const largest = Math.max(Math.abs(low), Math.abs(high)) || 1;
+  return { ...symlog(10 ** Math.round(Math.log10(largest * LINEAR_SHARE))), low: Math.min(low, 0), high: Math.max(high, 0) };
+}
+
+/** Return places and texts of ticks at powers of ten. */
+export function symlogTicks(scale) {
+  const exponents = [];
+  const first = Math.round(Math.log10(scale.linear));
+  const last = Math.floor(Math.log10(Math.max(scale.high, -scale.low)));
+  const step = Math.max(1, Math.ceil((last - first) / 4));
+  for (let e = last; e > first; e -= step) exponents.push(e);
+  const values = [0, ...exponents.flatMap((e) => [10 ** e, -(10 ** e)])].filter((v) => v >= scale.low && v <= scale.high);
+  return { places: values.map(scale.to), texts: values.map(powerOfTen) };
+}
+
+function powerOfTen(value) {
+  if (value === 0) return "0";
+  const exponent = Math.round(Math.log10(Math.abs(value)));
+  const sign = value < 0 ? "−" : "";
+  if (exponent >= -2 && exponent <= 3) return sign + String(Number((10 ** exponent).toPrecision(1)));
+  return `${sign}10<sup>${String(exponent).replace("-", "−")}</sup>`;
+}
+
+/**
+ * Return the spectral mass over records and eigenvalues: a column for each record, as log10 of the mass in a bin.
+ * The nodes are few, so each is spread over its neighbouring bins.
+ */
+export function densityMap(run, field) {
+  const scale = scaleOf(run, field);
+  const [from, to] = [scale.to(scale.low), scale.to(scale.high)];
+  const width = (to - from) / MAP_BINS || 1;
+  const centres = Array.from({ length: MAP_BINS }, (_, i) => from + (i + 0.5) * width);
+  const reach = Math.ceil(4 * MAP_SMOOTHING);
+  const rows = centres.map(() => []);
+  for (const record of run.records) {
+    const spectrum = spectrumOf(record, field);
+    const mass = new Float64Array(MAP_BINS);
+    if (spectrum) spread(spectrum, mass, (value) => (scale.to(value) - from) / width - 0.5, reach);
+    for (let i = 0; i < MAP_BINS; i++) rows[i].push(mass[i] > 1e-9 ? Math.log10(mass[i]) : null);
+  }
+  return { scale, centres, rows };
+}
+
+function spread(spectrum, mass, placeOf, reach) {
+  spectrum.nodes.forEach((node, index) => {
+    const place = placeOf(node);
+    const [first, last] = [Math.max(Math.round(place) - reach, 0), Math.min(Math.round(place) + reach, mass.length - 1)];
+    let total = 0;
+    for (let i = first; i <= last; i++) total += Math.exp(-0.5 * ((i - place) / MAP_SMOOTHING) ** 2);
+    for (let i = first; i <= last; i++)
+      mass[i] += (spectrum.weights[index] * Math.exp(-0.5 * ((i - place) / MAP_SMOOTHING) ** 2)) / total;
+  });
+}
+
+// Layers ------------------------------------------------------------------------------------------------------------
+
+/** Indicators of layers: title, and whether its axis is logarithmic. */
+export const LAYER_QUANTITIES = {
+  lambda_max: ["λ_max", true],
+  c_t: ["C_t", false],
+  trace: ["trace", true],
+  trace_share: ["share of the trace", false],
+  effective_rank: ["effective rank (directions)", true],
+  near_zero_share: ["share of directions near zero", false],
+  negative_share: ["share of negative curvature", false],
+};
+
+/** Return names of layers in the order of the network, and the values of a quantity, a row for each layer. */
+export function layerMap(run, quantity) {
+  const names = [...new Set(run.records.flatMap((record) => record.layers.map((layer) => layer.name)))];
+  const rows = names.map((name) =>
+    column(run, (record) => record.layers.find((layer) => layer.name === name)?.[quantity])
+  );
+  return { names, rows };
+}
+
+// Tables ------------------------------------------------------------------------------------------------------------
+
+const COLUMNS = {
+  run: (run) => run.run,
+  epoch: (_, r) => r.epoch,
+  step: (_, r) => r.global_step,
+  c_t: (_, r) => ofSpectrum("c_t")(r),
+  c_t_low: (_, r) => ofSpectrum("c_t_low")(r),
+  c_t_high: (_, r) => ofSpectrum("c_t_high")(r),
+  type: (_, r) => ofSpectrum("type")(r),
+  lambda_min: (_, r) => ofSpectrum("lambda_min")(r),
+  lambda_max: (_, r) => ofSpectrum("lambda_max")(r),
+  trace: (_, r) => ofSpectrum("trace")(r),
+  k_h05: (_, r) => ofSpectrum("k_h05")(r),
+  loss: (_, r) => ofSpectrum("loss")(r),
+  generalization_loss: (_, r) => ofSpectrum("loss", "generalization")(r),
+  generalization_c_t: (_, r) => ofSpectrum("c_t", "generalization")(r),
+  delta_r_e: (_, r) => r.assessment?.delta_r_e ?? null,
+  delta_k_h05: (_, r) => r.assessment?.delta_k_h05 ?? null,
+  verdict: (_, r) => r.assessment?.verdict ?? null,
+  picked_by: (run, r) =>
+    run.rules.filter((rule) => rule.pick?.global_step === r.global_step).map((rule) => rule.title).join(", ") || null,
+};
+
+/** Return head and rows of the table of all records, without columns that hold nothing. */
+export function tableOf(runs) {
+  const names = Object.keys(COLUMNS);
+  const rows = runs.flatMap((run) => run.records.map((record) => names.map((name) => COLUMNS[name](run, record))));
+  const kept = names.map((_, index) => index).filter((index) => rows.some((row) => row[index] !== null));
+  return { head: kept.map((i) => names[i]), rows: rows.map((row) => kept.map((i) => row[i])) };
+}
+
+/** Return a table as CSV. Texts that a spreadsheet would take for a formula get an apostrophe. */
+export function toCsv({ head, rows }) {
+  const cell = (value) => {
+    if (value === null) return "";
+    const text = typeof value === "string" && /^[=+\-@\t\r]/.test(value) ? `'${value}` : String(value);
+    return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  };
+  return [head, ...rows].map((row) => row.map(cell).join(",")).join("\r\n") + "\r\n";
+}

@@ -1,0 +1,74 @@
+/** Elements, tables and downloads. Text goes in as text nodes only: names of runs and layers are anybody's. */
+
+/**
+ * Make an element. Attributes named `on...` are listeners; null and false leave an attribute out.
+ * @param {string} tag
+ * @param {Object<string, *>} attributes
+ * @param {...(Node|string|null)} children
+ */
+export function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (value === true) made.setAttribute(name, "");
+    else if (value !== null && value !== false && value !== undefined) made.setAttribute(name, String(value));
+  }
+  made.append(...children.filter((child) => child !== null && child !== undefined));
+  return made;
+}
+
+/** Return a text as nodes, with what follows an underscore as an index: C_t, λ_max. For texts of this page only. */
+export function typeset(text) {
+  return text.split(/(_[A-Za-z0-9]+)/).map((part) => (part.startsWith("_") ? element("sub", {}, part.slice(1)) : part));
+}
+
+/** Make a menu with a label in front; `choose` gets the value. */
+export function menu(label, options, chosen, choose) {
+  const entries = options.map(([value, text]) =>
+    element("option", { value, selected: value === chosen }, text)
+  );
+  const select = element("select", { onchange: (event) => choose(event.target.value) }, ...entries);
+  return element("label", { class: "control" }, element("span", {}, ...typeset(label)), select);
+}
+
+export function button(text, label, press) {
+  return element("button", { type: "button", "aria-label": label, title: label, onclick: press }, text);
+}
+
+/** Make a table; numbers are aligned to the right by style. */
+export function table(caption, head, rows) {
+  const cell = (value) =>
+    element("td", typeof value === "number" ? { class: "number" } : {}, value === null ? "–" : shown(value));
+  return element(
+    "table",
+    {},
+    element("caption", {}, caption),
+    element("thead", {}, element("tr", {}, ...head.map((title) => element("th", { scope: "col" }, title)))),
+    element("tbody", {}, ...rows.map((row) => element("tr", {}, ...row.map(cell))))
+  );
+}
+
+const shown = (value) => (typeof value === "number" ? number(value) : String(value));
+
+/** Write a number with a few digits and a true minus. */
+export function number(value, digits = 4) {
+  if (value === null || value === undefined || Number.isNaN(value)) return "–";
+  const size = Math.abs(value);
+  const text =
+    Number.isInteger(value) && size < 1e6
+      ? String(value)
+      : size !== 0 && (size < 1e-3 || size >= 1e5)
+        ? value.toExponential(Math.max(digits - 2, 1))
+        : String(Number(value.toPrecision(digits)));
+  return text.replaceAll("-", "−");
+}
+
+/** Let the browser save a text, or what a data URL holds. */
+export function download(name, content, type) {
+  const url = type ? URL.createObjectURL(new Blob([content], { type })) : content;
+  const link = element("a", { href: url, download: name });
+  document.body.append(link);
+  link.click();
+  link.remove();
+  if (type) setTimeout(() => URL.revokeObjectURL(url), 1000);
+}

@@ -1,0 +1,40 @@
+/** The tab: data come from TensorBoard's server. */
+
+import { start } from "./page.js";
+
+const LIVE_MS = 10000;
+
+/** Load what the tab needs, and draw; TensorBoard calls this. */
+export async function render() {
+  const style = document.createElement("link");
+  style.rel = "stylesheet";
+  style.href = place("style.css");
+  document.documentElement.lang = "en";
+  document.title = "HESD";
+  document.head.append(style);
+  await Promise.all([loaded(style), script("plotly.min.js")]);
+  await start({ runs: () => answer("runs"), load: (run, name) => answer("records", { run, name }), live: LIVE_MS }, document.body);
+}
+
+const place = (name) => new URL(name, import.meta.url).href;
+
+function script(name) {
+  const made = document.createElement("script");
+  made.src = place(name);
+  document.head.append(made);
+  return loaded(made);
+}
+
+function loaded(node) {
+  return new Promise((resolve, reject) => {
+    node.addEventListener("load", resolve);
+    node.addEventListener("error", () => reject(new Error(`cannot load ${node.src ?? node.href}`)));
+  });
+}
+
+async function answer(route, query = {}) {
+  const response = await fetch(`${place(route)}?${new URLSearchParams(query)}`);
+  const body = await response.json().catch(() => ({ error: `the server answered ${response.status}` }));
+  if (!response.ok) throw new Error(body.error ?? `the server answered ${response.status}`);
+  return body;
+}

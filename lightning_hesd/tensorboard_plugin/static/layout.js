@@ -1,0 +1,78 @@
+/** What stands where on the page. */
+
+import { button, element, typeset } from "./dom.js";
+
+const EMPTY = `from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning_hesd import HessianSpectrumCallback
+
+Trainer(logger=TensorBoardLogger("runs"), callbacks=[HessianSpectrumCallback()])`;
+
+/**
+ * Put the parts of the page into `root` and return those that are filled later.
+ * @param {HTMLElement} root
+ * @param {{save: function(string, string, string), reset: function(string), openTable: function()}} actions
+ */
+export function layOut(root, actions) {
+  const parts = {
+    problems: element("div", { id: "problems" }, element("p", { role: "status" }, "Loading …")),
+    empty: emptyState(),
+    runs: element("fieldset", { id: "runs", hidden: true }),
+    tools: element("div", { class: "tools", id: "tools" }),
+    detailTools: element("div", { class: "tools", id: "detail-tools" }),
+    assessment: element("div", { id: "assessment", "aria-live": "polite" }),
+    picks: element("ul", { id: "picks" }),
+    table: element("details", { id: "table", ontoggle: actions.openTable }, element("summary", {}, "Data table")),
+  };
+  const figure = (...given) => figureCard(actions, ...given);
+  parts.content = element(
+    "div",
+    { id: "content", hidden: true },
+    titled("h2", "all", "Runs over training", {},
+      parts.tools,
+      element("div", { class: "grid" },
+        figure("ct", "C_t with its interval", "Ratio of the extreme negative and positive eigenvalue (training data)."),
+        figure("extremes", "Extreme eigenvalues", "Of the Hessian of the training loss."),
+        figure("deltas", "Generalization criteria", "Ratios of r_e and K_H05 on generalization and training data."),
+        figure("loss", "Loss and metric", "Mean loss over the analysis samples, and the checkpoint rule's metric."))),
+    titled("h2", "detail", "One run in detail", {},
+      parts.detailTools,
+      element("div", { class: "grid" },
+        figure("map", "Density over training", "Spectral mass per bin, training data; lines: λ_max and λ_min."),
+        figure("density", "Density at the chosen state", "Ticks: quadrature nodes; vertical lines: extremes."),
+        titled("h3", "assessment", "Assessment", { class: "card" }, parts.assessment),
+        titled("h3", "picks", "Which checkpoint the rules take", { class: "card" }, parts.picks),
+        figure("layers", "Layers over training", "Of the Hessian of each layer's own parameters, training data.", "wide"))),
+    parts.table
+  );
+  const title = element("h1", {}, "Hessian eigenvalue spectral density");
+  root.replaceChildren(element("main", { class: "page" }, title, parts.problems, parts.empty, parts.runs, parts.content));
+  return parts;
+}
+
+/** Make a section with a heading that names it. */
+function titled(level, id, title, attributes, ...children) {
+  return element("section", { ...attributes, "aria-labelledby": `${id}-title` }, element(level, { id: `${id}-title` }, title), ...children);
+}
+
+function emptyState() {
+  const what =
+    "HessianSpectrumCallback writes what is shown here, by way of TensorBoardLogger. Add it to the Trainer, and start " +
+    "TensorBoard with the logger's folder as --logdir. The first spectrum appears after the first epoch.";
+  return titled("h2", "empty", "No spectra yet", { id: "empty", hidden: true }, element("p", {}, what), element("pre", { tabindex: "0" }, EMPTY));
+}
+
+/** Make the card of a figure: its title, what saves it, the place to draw, and a caption. */
+function figureCard({ save, reset }, id, title, caption, more = "") {
+  const tools = element("span", { class: "export" },
+    button("PNG", `Save “${title}” as PNG`, () => save(id, title, "png")),
+    button("SVG", `Save “${title}” as SVG`, () => save(id, title, "svg")),
+    button("Reset", `Reset the zoom of “${title}”`, () => reset(id)));
+  return element(
+    "figure",
+    { class: `card ${more}`, "aria-labelledby": `${id}-title` },
+    element("div", { class: "head" }, element("h3", { id: `${id}-title` }, ...typeset(title)), tools),
+    element("div", { id, class: "plot", role: "img" }),
+    element("figcaption", {}, ...typeset(caption))
+  );
+}

@@ -1,0 +1,62 @@
+/** What the numbers say, in words: for everybody, and for those who cannot see the figures. */
+
+import { finite, ofSpectrum, spectrumOf, when } from "./data.js";
+import { element, number } from "./dom.js";
+
+/** Return the verdict on a record and its reasons. */
+export function assessmentOf(record, axis) {
+  const spectrum = spectrumOf(record);
+  const parts = [element("p", { class: "verdict" }, ...verdict(record, axis))];
+  if (record.error) parts.push(element("p", { class: "problem", role: "alert" }, `The analysis failed: ${record.error}`));
+  if (spectrum) parts.push(element("p", {}, describe(spectrum)));
+  const reasons = record.assessment?.reasons ?? [];
+  if (reasons.length) parts.push(element("ul", {}, ...reasons.map((reason) => element("li", {}, reason))));
+  if (record.stability_ratio !== null && record.stability_ratio !== undefined)
+    parts.push(element("p", {}, `λ_max through the optimizer's eyes is ${number(record.stability_ratio, 3)} of its threshold of stability.`));
+  return parts;
+}
+
+function verdict(record, axis) {
+  const title = `${when(record, axis)}: `;
+  if (record.assessment) return [title, "generalization is ", element("strong", {}, VERDICTS[record.assessment.verdict] ?? record.assessment.verdict)];
+  return [title, "not assessed; pass ", element("code", {}, "generalization_dataloader=..."), " to HessianSpectrumCallback."];
+}
+
+const VERDICTS = { "not applicable": "not assessable by these criteria" };
+
+function describe(s) {
+  if (s.type === null) return `C_t is undefined: ${s.reason ?? "no curvature"}`;
+  const certain = s.type_certain ? "" : ", which is not certain";
+  const value = s.c_t === null ? "−∞" : number(s.c_t);
+  return (
+    `On the training data C_t = ${value} [${number(s.c_t_low)}, ${number(s.c_t_high)}] (confidence ${number(s.confidence)}): ` +
+    `the spectrum is ${TYPES[s.type]}${certain}. λ_max = ${number(s.lambda_max)}, λ_min = ${number(s.lambda_min)}, ` +
+    `loss ${number(s.loss)} over ${number(s.num_samples)} samples.`
+  );
+}
+
+const TYPES = { MP: "mainly positive (MP)", MN: "mainly negative (MN)" };
+
+/** Return what a rule takes, and why. */
+export function pickOf(rule) {
+  const pick = rule.pick;
+  const what = pick ? `epoch ${pick.epoch} (step ${pick.global_step})` : "nothing yet";
+  return element(
+    "li",
+    { "data-rule": rule.rule },
+    element("p", {}, element("strong", {}, rule.title), ` takes `, element("strong", {}, what), rule.used ? "" : " (no checkpoint was kept by this rule)"),
+    element("p", { class: "why" }, rule.why),
+    pick?.path ? element("p", { class: "path" }, "Checkpoint: ", element("code", {}, pick.path)) : null
+  );
+}
+
+/** Describe a figure in a sentence, from the last values of its curves. */
+export function summary(title, runs, valueOf) {
+  const said = runs.map((run) => {
+    const values = finite(run.records.map(valueOf));
+    return values.length ? `${run.run}: ${values.length} values, the last ${number(values.at(-1))}` : `${run.run}: none`;
+  });
+  return `${title}. ${said.join("; ")}. All values are in the data table.`;
+}
+
+export const lastCt = ofSpectrum("c_t");

@@ -1,0 +1,98 @@
+"""Runs for the HESD tab: a real training, payloads of any content, and a TensorBoard that serves them."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
+from lightning_hesd.payload import to_json
+from lightning_hesd.sinks.tensorboard import TensorBoardSink
+from tests.lightning.scripted import make_trainer
+from tests.lightning.test_resume import Net, data
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).resolve().parent.parent
+EPOCHS = 4
+
+
+def train(folder: Path, seed: int = 0, **arguments: Any) -> tuple[str, HessianSpectrumCallback]:
+    """Train and return the log directory and the callback, whose checkpoint looks at the training accuracy."""
+    torch.manual_seed(seed)
+    logger = TensorBoardLogger(folder, name="net")
+    callback = HessianSpectrumCallback(
+        steps=8,
+        num_samples=48,
+        batch_size=16,
+        checkpoint=HessianCheckpoint("highest_c_t", train_metric="train_acc", tolerance=0.2),
+        progress=False,
+        **arguments,
+    )
+    make_trainer(folder, [callback], EPOCHS, logger=logger, log_every_n_steps=4).fit(Net(), data())
+    return str(logger.log_dir), callback
+
+
+def write_payloads(folder: Path, payloads: list[Any], tag: str = "record") -> None:
+    """Write payloads of any content, texts or objects, at steps 0, 1, ..."""
+    logger = TensorBoardLogger(folder, name="", version="")
+    sink = TensorBoardSink(logger, "hesd")
+    for step, payload in enumerate(payloads):
+        sink._write_payload(tag, payload if isinstance(payload, str) else to_json(payload), step)
+    logger.finalize("success")
+    logger.experiment.close()
+
+
+def plugin_path(folder: Path) -> str:
+    """Return a PYTHONPATH with which TensorBoard finds the tab, also where the package is not installed anew."""
+    if not any(point.name == "hesd" for point in entry_points(group="tensorboard_plugins")):
+        info = folder / "hesd_tab-0.dist-info"
+        info.mkdir(exist_ok=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hesd-tab\nVersion: 0\n")
+        pyproject = (ROOT / "pyproject.toml").read_text()
+        (point,) = re.findall(r'^hesd = "(.*)"$', pyproject, re.MULTILINE)
+        (info / "entry_points.txt").write_text(f"[tensorboard_plugins]\nhesd = {point}\n")
+    return os.pathsep.join([str(ROOT), str(folder), os.environ.get("PYTHONPATH", "")])
+
+
+@contextmanager
+def tensorboard(log_dir: Path, folder: Path, *flags: str) -> Iterator[str]:
+    """Serve a log directory as a user would, on a free port.
+
+    Yields:
+        The address.
+    """
+    log = folder / f"tensorboard-{log_dir.name}.log"
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(log_dir), "--port", "0", *flags]
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": plugin_path(folder), "PYTHONWARNINGS": "default"},
+            start_new_session=True,  # its data server is a process of its own
+        )
+    try:
+        for _ in range(600):
+            if found := re.search(r"http://\S+?:\d+/", log.read_text()):
+                break
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.1)
+        else:
+            raise TimeoutError(log.read_text())
+        yield found[0]
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(10)
