@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ("benchmarks/results", "examples/*/results")
+OUTSIDE = ("benchmarks/results", "examples/*/results", "examples/lightning_cli")
 LINK = re.compile(r"\]\(((?:\.\./)+[^)#]+)")
 
 
 def on_files(files: Files, config: Any, **_: Any) -> Files:
-    """Add the results."""
-    for pattern in RESULTS:
+    """Add what pages link to."""
+    for pattern in OUTSIDE:
         for path in sorted(p for folder in ROOT.glob(pattern) for p in folder.iterdir()):
-            if path.suffix in {".md", ".png"}:
+            if path.suffix in {".md", ".png", ".py", ".yaml"}:
                 name = path.relative_to(ROOT).as_posix()
                 files.append(File.generated(config, name, abs_src_path=str(path)))
     return files

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -97,14 +98,43 @@ def test_python_of_a_page_runs(
         assert found.history[-1].error is None
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "bash")], ids=lambda page: page.stem)
-def test_commands_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's folder with a module `my`."""
     monkeypatch.chdir(tmp_path)
-    cli_project.run(tmp_path / "runs", epochs=1)
-    (tmp_path / "runs" / "epoch=0.ckpt").rename(tmp_path / "runs" / "last.ckpt")
     monkeypatch.setitem(sys.modules, "my", cli_project)
     monkeypatch.setattr(cli_project, "Module", cli_project.Net, raising=False)
     monkeypatch.setattr(cli_project, "DataModule", cli_project.Data, raising=False)
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.filterwarnings("ignore:GPU available but not used")
+@pytest.mark.filterwarnings("ignore:.*called with Trainer configured with multiple .ModelCheckpoint. callbacks")
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "yaml")], ids=lambda page: page.stem)
+def test_configuration_of_a_page_trains(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train"])
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 with jsonargparse 4.53
+    for block in blocks(page, "yaml"):
+        (tmp_path / "config.yaml").write_text(block, encoding="utf-8")
+        cli = LightningCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=["fit", "--config", "config.yaml", "--trainer.accelerator", "cpu"],
+        )
+        callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
+        (found,) = (c for c in callbacks if isinstance(c, HessianSpectrumCallback))
+        assert [record.error for record in found.history] == [None] * 3
+        assert found.history[-1].layers
+        assert found.checkpoint.best_model_path
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "bash")], ids=lambda page: page.stem)
+def test_commands_of_a_page_run(page: Path, tmp_path: Path) -> None:
+    cli_project.run(tmp_path / "runs", epochs=1)
+    (tmp_path / "runs" / "epoch=0.ckpt").rename(tmp_path / "runs" / "last.ckpt")
     for line in "".join(blocks(page, "bash")).splitlines():
         command, *arguments = shlex.split(line)
         if command == "lightning-hesd":
