@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -61,29 +62,9 @@ def names() -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("ignore:GPU available but not used")
 @pytest.mark.filterwarnings("ignore:.*called with Trainer configured with multiple .ModelCheckpoint. callbacks")
-def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    found = blocks(README, "python")
-    assert len(found) == 9
-    monkeypatch.chdir(tmp_path)  # as in a user's folder: everything is written below it
-    namespace = names()
-    for block in found:
-        exec(compile(block, str(README), "exec"), namespace)  # noqa: S102
-        trainer = namespace["trainer"]
-        if "callback" not in namespace:
-            namespace["callback"] = next(c for c in trainer.callbacks if isinstance(c, HessianSpectrumCallback))
-            assert len(namespace["callback"].history) == 10
-    assert Path(trainer.checkpoint_callback.best_model_path).is_file()
-    assert namespace["callback"].history[-1].assessment is not None
-    assert "test_loss" in trainer.callback_metrics
-    assert namespace["spectrum"].dimension == 8 * 32 + 32 + 32 * 3 + 3
-    assert "C_t = " in capsys.readouterr().out
-
-
-@pytest.mark.filterwarnings("ignore:GPU available but not used")
-@pytest.mark.filterwarnings("ignore:.*called with Trainer configured with multiple .ModelCheckpoint. callbacks")
 @pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
 @pytest.mark.filterwarnings("ignore:.*failed, training goes on")  # what a page is about
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [README, *(p for p in PAGES if blocks(p, "python"))], ids=lambda page: page.stem)
 def test_python_of_a_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,6 +77,12 @@ def test_python_of_a_page_runs(
         assert found.history[-1].error in page.read_text(encoding="utf-8")
     elif found is not None:
         assert found.history[-1].error is None
+    if page in {README, README.parent / "docs" / "index.md"}:
+        trainer = namespace["trainer"]
+        (first,) = (c for c in trainer.callbacks if isinstance(c, HessianSpectrumCallback))
+        assert [record.error for record in first.history] == [None] * 10
+        assert Path(trainer.checkpoint_callback.best_model_path).is_file()
+        assert "test_loss" in trainer.callback_metrics
 
 
 @pytest.fixture
@@ -135,6 +122,7 @@ def test_configuration_of_a_page_trains(page: Path, tmp_path: Path, monkeypatch:
 def test_commands_of_a_page_run(page: Path, tmp_path: Path) -> None:
     cli_project.run(tmp_path / "runs", epochs=1)
     (tmp_path / "runs" / "epoch=0.ckpt").rename(tmp_path / "runs" / "last.ckpt")
+    shutil.copytree(tmp_path / "runs", tmp_path / "lightning_logs" / "version_0")
     for line in "".join(blocks(page, "bash")).splitlines():
         command, *arguments = shlex.split(line)
         if command == "lightning-hesd":

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 TINY = Setup(epochs=1, orders=4, steps=4, extractor_epochs=1)
+QUICKEST = ["--quick", "--seeds", "2", "--epochs", "2", "--jobs", "1"]
 NAN = Interval(math.nan, math.nan, math.nan)
 
 # The program
@@ -37,7 +38,7 @@ NAN = Interval(math.nan, math.nan, math.nan)
 
 def study(out: Path) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "examples.sample_study", "--quick", "--seeds", "2", "--epochs", "2", "--out", str(out)],
+        [sys.executable, "-m", "examples.sample_study", "--out", str(out), *QUICKEST],
         cwd=ROOT,
         capture_output=True,
         text=True,

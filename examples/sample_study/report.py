@@ -61,8 +61,8 @@ READING = """\
 - **The moving average** starts at the first and largest difference and forgets it by 1 % a step: in the figures it lies
   above what it averages for the first thousand samples. It is linear in the curves, so it does not change their order.
 - **c and the loss**: where few samples have most of the loss, c, the losses' mean absolute deviation, is of the order
-  of the mean loss, up to twice it (see the numbers): trained networks are compared by how well they are trained.
-  At initialisation all mean losses are about log 10, and c is about how far the outputs differ.
+  of the mean loss, up to twice it (see the numbers), so that trained networks are compared by how well they are
+  trained. At initialisation all mean losses are about log 10, and c is about how far the outputs differ.
 - **Depth at initialisation**: PyTorch's initialisation shrinks the signal in every ReLU layer, so that outputs, losses'
   spread and curvature fall exponentially with depth there. The bounds know only the largest norm, M_W, and grow.
 """

@@ -84,4 +84,4 @@ class Study:
         return [Run(inputs, *pair, seed, self.setup) for seed in seeds for inputs in INPUTS for pair in every]
 
 
-QUICK = Study(widths=(4, 64), depths=(1, 4), seeds=3, setup=Setup(epochs=12, orders=20, extractor_epochs=2))
+QUICK = Study(widths=(4, 64), depths=(1, 4), seeds=3, setup=Setup(epochs=12, orders=20, steps=12, extractor_epochs=1))
