@@ -118,12 +118,8 @@ def _why(rule: str, metric: str, selection: SelectionRule, count: int, near: Seq
     if selection.require_mp and not positive:
         return f"{found}; none of them is MP, so the best {metric} decides (epoch {best.epoch})."
     whom = (
-        f"; the {len(positive)} of these that are MP are candidates" if selection.require_mp else "; all of these are"
+        f"the {len(positive)} of these that are MP are candidates" if selection.require_mp else "these are candidates"
     )
-    return f"{found}{whom}, and of equals the earliest is taken. {_ranking(rule)}"
-
-
-def _ranking(rule: str) -> str:
     return (
-        f"Among the candidates the {TITLES[rule]} wins." if rule in TITLES else f"Among the candidates {rule} decides."
+        f"{found}; {whom}. Among them the {TITLES.get(rule, f'highest value of {rule}')} wins, the earliest of equals."
     )
