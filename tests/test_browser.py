@@ -28,7 +28,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs Chromium (or Chrome) and chromedriver")
 
-EVIL = "<img src=x onerror=window.injected=1>"
+EVIL = "<b><img src=x onerror=window.injected=1>"
 COLOURS = ("#425066", "#12b5cb", "#e52592", "#f9ab00", "#9334e6")
 """What TensorBoard gives to runs, in the order of /data/runs."""
 
