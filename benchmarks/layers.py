@@ -41,14 +41,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     torch.set_num_threads(2)
-    rows = [
-        measure(name, args.steps, args.rounds, "quick" if args.quick else "full") for name in args.problems.split(",")
-    ]
+    rows: list[list[str]] = []
+    for name in args.problems.split(","):
+        rows.append(measure(name, args.steps, args.rounds, "quick" if args.quick else "full"))
+        print(*rows[-1], sep=", ", flush=True)
     table = "\n".join(f"| {' | '.join(row)} |" for row in (HEADER, ["---"] * len(HEADER), *rows))
     args.out.mkdir(parents=True, exist_ok=True)
     text = f"# Layers\n\n{EXPLANATION.format(steps=args.steps, rounds=args.rounds)}\n{table}\n"
     (args.out / "layers.md").write_text(text, encoding="utf-8")
-    print(table)
 
 
 def measure(name: str, steps: int, rounds: int, size: Size) -> list[str]:
@@ -74,5 +74,4 @@ def timed(work: Callable[..., Any], problem: Problem, steps: int) -> tuple[float
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
     main()

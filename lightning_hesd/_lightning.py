@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -49,6 +51,20 @@ def logging_step(trainer: pl.Trainer, *, at_epoch_end: bool) -> int:
     """Return the step at which Lightning itself puts metrics that are logged now."""
     step = int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
     return max(step - 1, 0) if at_epoch_end else step
+
+
+def run_folder(trainer: pl.Trainer) -> Path:
+    """Return the folder of this run, in which Lightning puts its checkpoints; every process must ask for it.
+
+    With loggers other than TensorBoard's and CSV's, `trainer.log_dir` is where the folders of all runs lie, and a
+    folder that is none of these is taken by MLflow for a damaged experiment.
+    """
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    logger = trainer.logger
+    if logger is None or isinstance(logger, TensorBoardLogger | CSVLogger):
+        return folder
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return folder / str(logger.name) / version
 
 
 def log_scalars(
@@ -102,11 +118,25 @@ def start_rich_progress(bar: RichProgressBar, trainer: pl.Trainer) -> Progress:
     return bar.progress
 
 
+def stop_rich_progress(bar: RichProgressBar) -> None:
+    """End the live display of a Rich progress bar now, if it runs; its own hook will find that done."""
+    if not bar._progress_stopped:  # noqa: SLF001
+        bar._stop_progress()  # noqa: SLF001
+
+
 def transfer_batch(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
     """Bring a batch to the device as Lightning does, through the module's or datamodule's own hooks."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)  # noqa: SLF001
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def validation_loaders(trainer: pl.Trainer) -> Any:
+    """Return what `trainer.val_dataloaders` holds or will hold: where validation comes later or never, it is None."""
+    if trainer.val_dataloaders is not None:
+        return trainer.val_dataloaders
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source  # noqa: SLF001
+    return source.dataloader() if source.is_defined() else None
 
 
 def unwrap_sampler(sampler: Sampler[Any]) -> Sampler[Any]:

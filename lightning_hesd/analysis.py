@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,7 +37,7 @@ def hessian_spectrum(
     confidence: float = 0.95,
     matrix: Literal["hessian", "ggn", "residual"] = "hessian",
     output_fn: Callable[[Any, Any], Any] | None = None,
-    output_loss: Callable[[Any, Any], Tensor] | None = None,
+    output_loss: Callable[[Any, Any], Any] | None = None,
     parameters: Callable[[str, nn.Parameter], bool] | None = None,
     include_frozen: bool = False,
     strategy: Literal["auto", "graph", "recompute", "finite_difference"] = "auto",
@@ -172,3 +173,17 @@ def analysis_options(**given: Any) -> AnalysisOptions:
         raise TypeError(msg)
     defaults = inspect.signature(hessian_spectrum).parameters
     return AnalysisOptions(**{name: given.get(name, defaults[name].default) for name in OPTION_NAMES})
+
+
+def _show_options_in_signature() -> None:
+    """Let `analysis_options` show what its keywords are: names, types, defaults, and what `hessian_spectrum` says.
+
+    LightningCLI reads this where the callback hands its `**analysis` on.
+    """
+    signature = inspect.signature(hessian_spectrum)
+    options = [parameter for name, parameter in signature.parameters.items() if name in OPTION_NAMES]
+    functools.update_wrapper(analysis_options, hessian_spectrum, assigned=("__doc__", "__annotations__"))
+    analysis_options.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
+
+
+_show_options_in_signature()

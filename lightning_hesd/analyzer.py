@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lightning_hesd import _lightning
 from lightning_hesd.batches import WeightedBatch
-from lightning_hesd.data import AnalysisSamples, draw_samples, training_loader
+from lightning_hesd.data import AnalysisSamples, draw_samples, training_loader, validation_loader
 from lightning_hesd.loss import make_loss_fn, muted
 from lightning_hesd.pipeline import analyze, analyze_layers
 from lightning_hesd.sample_size import find_sample_size
@@ -94,7 +94,7 @@ class TrainerAnalyzer:
     def _draw(self, trainer: pl.Trainer) -> AnalysisSamples:
         own = self._dataloader is not None
         return draw_samples(
-            self._dataloader if own else training_loader(trainer.train_dataloader),
+            self._loader(trainer),
             self._num_samples,
             max_batches=None if own else trainer.num_training_batches,
             batch_size=self._batch_size,
@@ -104,6 +104,14 @@ class TrainerAnalyzer:
             rank=trainer.global_rank,
             world_size=trainer.world_size,
         )
+
+    def _loader(self, trainer: pl.Trainer) -> Any:
+        if self._dataloader is None:
+            return training_loader(trainer.train_dataloader)
+        if isinstance(self._dataloader, str):
+            with preserved():  # it may be made only now
+                return validation_loader(_lightning.validation_loaders(trainer))
+        return self._dataloader
 
     def spectrum(
         self,

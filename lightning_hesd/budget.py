@@ -72,6 +72,11 @@ class Budget:
         return self._trained + running
 
     @property
+    def analysis_seconds(self) -> float:
+        """Time in analyses so far."""
+        return self._analyzed
+
+    @property
     def overhead(self) -> float | None:
         """Time in analyses as a share of the training time so far; None before training."""
         trained = self._training_seconds()

@@ -6,7 +6,7 @@ import contextlib
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_hesd import _lightning
+from lightning_hesd import _lightning, terminal
 from lightning_hesd.analysis import analysis_options
 from lightning_hesd.analyzer import TrainerAnalyzer
 from lightning_hesd.budget import Budget
@@ -19,14 +19,16 @@ from lightning_hesd.placement import insert_checkpoint, put_hessian_checkpoints_
 from lightning_hesd.recorder import Recorder
 from lightning_hesd.remarks import Remarks
 from lightning_hesd.schedule import Schedule
+from lightning_hesd.summary import analysis_lines, summarize
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
     import lightning.pytorch as pl
+    from torch.utils.data import DataLoader
 
     from lightning_hesd.gradient_monitor import GradientStatistics
-    from lightning_hesd.history import OnError, SpectrumRecord
+    from lightning_hesd.history import OnError
     from lightning_hesd.layers import Layers
     from lightning_hesd.pipeline import LossFunction
     from lightning_hesd.recorder import Preconditioning
@@ -52,7 +54,7 @@ class HessianSpectrumCallback(SpectrumSource):
         dataloader: Draw the samples from this dataloader instead of the training dataloader.
         generalization_dataloader: Also analyse samples from this dataloader, of data that training does not see, and
             assess generalization by comparison (`assess_generalization`); its ΔK_H05 needs fixed steps, hence no
-            `tolerance`. The metrics of this spectrum begin with `hesd_gen/`.
+            `tolerance`. "val": the validation data. The metrics of this spectrum begin with `hesd_gen/`.
         loss_fn: `loss_fn(module, batch)` -> mean loss; default: the module's `training_step`, its logging muted.
         layers: Also analyse layers by themselves, as `layer_spectra` does: "auto" for every functional block, names,
             patterns or classes of modules, or a function. Their metrics begin with `hesd/layer/`.
@@ -74,7 +76,8 @@ class HessianSpectrumCallback(SpectrumSource):
             the one at which steps become unstable. Or diagonals of your own, as for `hessian_spectrum`.
         on_error: What to do when an analysis fails: "warn" (record the failure, go on training) or "raise".
         progress: Show C_t in the progress bar, and a bar of their own for the steps of long analyses.
-        verbose: Print a line after each analysis.
+        verbose: Print a line after each analysis, and at the end of `fit`, also an interrupted one, a table of them
+            with what the rules pick.
         name: Prefix of metrics and state, and name of the folder of spectra; two callbacks in one Trainer need two.
         **analysis: Options of `hessian_spectrum`: steps, probes, seed, mode, ...
 
@@ -102,8 +105,9 @@ class HessianSpectrumCallback(SpectrumSource):
         at_start: bool = False,
         num_samples: int | Literal["auto"] = 512,
         batch_size: int | None = None,
-        dataloader: Any = None,
-        generalization_dataloader: Any = None,
+        # Of DataLoader[Any], LightningCLI would find subclasses, but not the arguments they take.
+        dataloader: DataLoader | Iterable[Any] | None = None,  # type: ignore[type-arg]
+        generalization_dataloader: DataLoader | Iterable[Any] | Literal["val"] | None = None,  # type: ignore[type-arg]
         loss_fn: LossFunction | None = None,
         layers: Layers | None = None,
         decompose: bool = False,
@@ -123,6 +127,13 @@ class HessianSpectrumCallback(SpectrumSource):
         if on_error not in {"warn", "raise"}:
             msg = f"`on_error` must be 'warn' or 'raise', got {on_error!r}."
             raise ValueError(msg)
+        for key, loader, offered in (
+            ("dataloader", dataloader, ""),
+            ("generalization_dataloader", generalization_dataloader, " or 'val'"),
+        ):
+            if isinstance(loader, str) and not (offered and loader == "val"):
+                msg = f"`{key}` must be a dataloader{offered}, got {loader!r}."
+                raise ValueError(msg)
         if not name or "/" in name:
             msg = f"`name` must be a non-empty text without '/', got {name!r}."
             raise ValueError(msg)
@@ -161,6 +172,7 @@ class HessianSpectrumCallback(SpectrumSource):
         self._monitor = GradientMonitor() if monitor_gradients else None
         self._remarks = Remarks(name)
         self._outputs = RunOutputs(name, in_progress_bar=progress)
+        self._summary_is_due = False
         if self.checkpoint is not None:
             self.checkpoint.attach(self)
 
@@ -193,6 +205,7 @@ class HessianSpectrumCallback(SpectrumSource):
             self._outputs.open(trainer, [callback.name for callback in _hessian_callbacks(trainer)])
         self._recorder.start(trainer, self._survived)
         self._remarks.restart()
+        self._summary_is_due = self.verbose and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if self._monitor is not None:
             self._monitor.attach(trainer, self._survived)
         if self.at_start and trainer.global_step == 0:
@@ -231,12 +244,19 @@ class HessianSpectrumCallback(SpectrumSource):
         return None if self._monitor is None else self._monitor.summary()
 
     def on_train_end(self, *_args: Any) -> None:
-        """Stop the clock of training."""
+        """Stop the clock of training, and write what is left to write."""
         self.budget.stop()
+        self._finish(self.on_error)
 
-    def on_exception(self, *_args: Any) -> None:
-        """Stop the clock of training: what comes until the Trainer is used again is none."""
+    def on_fit_end(self, trainer: pl.Trainer, *_args: Any) -> None:
+        """Sum up."""
+        self._sum_up(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, *_args: Any) -> None:
+        """Stop the clock of training: what comes until the Trainer is used again is none. Write and sum up what is."""
         self.budget.stop()
+        self._finish("warn")  # another exception would take the place of the first
+        self._sum_up(trainer)
 
     def teardown(self, *_args: Any, **_kwargs: Any) -> None:
         """Let go of samples and loggers."""
@@ -273,8 +293,30 @@ class HessianSpectrumCallback(SpectrumSource):
         overhead = trainer.strategy.broadcast(self.budget.overhead)
         self._outputs.log(trainer, pl_module, self.history[-1], overhead, at_epoch_end=at_epoch_end)
         if self.verbose:
-            for line in _summary(self.history[-1]):
-                pl_module.print(f"{self.name}: epoch {epoch}, {line}")
+            by_step = self.schedule.every_n_train_steps is not None
+            terminal.say(trainer, *analysis_lines(self.history[-1], self.name, by_step=by_step))
+
+    def _sum_up(self, trainer: pl.Trainer) -> None:
+        """Print the table of all analyses, once in a fit and if asked for."""
+        if not self._summary_is_due:
+            return
+        self._summary_is_due = False
+        checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, HessianCheckpoint) and c.source is self]
+        summary = partial(
+            summarize,
+            self.history,
+            self.name,
+            seconds=self.budget.analysis_seconds,
+            overhead=self.budget.overhead,
+            kept={checkpoint.rule_name: checkpoint.best for checkpoint in checkpoints if checkpoint.best is not None},
+            folder=self._outputs.folder,
+        )
+        terminal.show(trainer, summary)
+
+    def _finish(self, on_error: OnError) -> None:
+        for output in self._outputs.finishers(self.history):
+            with self._survived("cannot write the spectra at the end of training", on_error):
+                output()
 
     def take_note(self, trainer: pl.Trainer, choice: Choice) -> None:
         """Write down what a HessianCheckpoint makes of the latest record."""
@@ -282,8 +324,12 @@ class HessianSpectrumCallback(SpectrumSource):
             self._outputs.write_choice(trainer, choice, at_epoch_end=self.schedule.every_n_train_steps is None)
 
     @contextlib.contextmanager
-    def _survived(self, consequence: str) -> Iterator[list[str]]:
+    def _survived(self, consequence: str, on_error: OnError | None = None) -> Iterator[list[str]]:
         """Turn an exception into a warning and an entry of a list, unless exceptions are to be raised.
+
+        Args:
+            consequence: What it means.
+            on_error: What to do; default: what the user says.
 
         Yields:
             The list.
@@ -292,7 +338,7 @@ class HessianSpectrumCallback(SpectrumSource):
         try:
             yield failures
         except Exception as error:
-            if self.on_error == "raise":
+            if (on_error or self.on_error) == "raise":
                 raise
             failures.append(f"{type(error).__name__}: {error}")
             _lightning.warn(f"{consequence}. {failures[-1]}")
@@ -319,12 +365,6 @@ class HessianSpectrumCallback(SpectrumSource):
 
 def _hessian_callbacks(trainer: pl.Trainer) -> list[HessianSpectrumCallback]:
     return [c for c in _lightning.callbacks_of(trainer) if isinstance(c, HessianSpectrumCallback)]
-
-
-def _summary(record: SpectrumRecord) -> list[str]:
-    """Return the main findings, a line for each."""
-    lines = [f"{suffix.removeprefix('_')} {spectrum}".lstrip() for suffix, spectrum in record.spectra.items()]
-    return lines if record.assessment is None else [*lines, str(record.assessment)]
 
 
 def _as_checkpoint(checkpoint: object) -> HessianCheckpoint | None:

@@ -81,7 +81,17 @@ class HessianCheckpoint(ModelCheckpoint):
         if tolerance is not None and not tolerance >= 0:
             msg = f"`tolerance` must not be negative, got {tolerance!r}."
             raise MisconfigurationException(msg)
-        super().__init__(monitor=None, mode="max", save_top_k=1, save_on_train_epoch_end=True, **kwargs)
+        # What is given here, configurations of LightningCLI neither show nor take.
+        super().__init__(
+            monitor=None,
+            mode="max",
+            save_top_k=1,
+            save_on_train_epoch_end=True,
+            every_n_train_steps=None,
+            train_time_interval=None,
+            every_n_epochs=None,
+            **kwargs,
+        )
         self.rule = rule
         self.train_metric = train_metric
         self.train_metric_mode = _metric_mode(train_metric, train_metric_mode)
@@ -108,7 +118,7 @@ class HessianCheckpoint(ModelCheckpoint):
 
     @property
     def rule_name(self) -> str:
-        """The rule's name, or its function's."""
+        """Name of the rule: its own, or that of the function."""
         return self.rule if isinstance(self.rule, str) else getattr(self.rule, "__qualname__", repr(type(self.rule)))
 
     @property

@@ -57,6 +57,24 @@ def training_loader(loaders: Any) -> Any:
     return loaders
 
 
+def validation_loader(loaders: Any) -> Any:
+    """Return the one loader of validation data, given what `trainer.val_dataloaders` holds.
+
+    Raises:
+        MisconfigurationException: If there is not exactly one.
+    """
+    if isinstance(loaders, list | tuple) and len(loaders) == 1:
+        [loaders] = loaders
+    if isinstance(loaders, dict | list | tuple | CombinedLoader) or loaders is None:
+        kind = "no validation dataloader" if loaders is None else f"a {type(loaders).__name__} of them for validation"
+        msg = (
+            f"the Trainer has {kind}, so `generalization_dataloader='val'` does not say which samples to analyse: pass "
+            "a dataloader."
+        )
+        raise MisconfigurationException(msg)
+    return loaders
+
+
 def draw_samples(
     loader: Any,
     num_samples: int,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,101 +11,29 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback
 
-from lightning_hesd.assessment import assess_generalization
 from lightning_hesd.files import written_whole
+from lightning_hesd.record import LAYERS_SUFFIX, PLAIN_FIELDS, START_EPOCH, SUFFIXES, SpectrumRecord, when
 from lightning_hesd.spectrum import Spectrum, load_layers, save_layers
+from lightning_hesd.tables import layers_table, records_table
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping
 
     import lightning.pytorch as pl
+    import pandas as pd
     from lightning.pytorch.callbacks import Checkpoint
 
-    from lightning_hesd.assessment import Assessment
     from lightning_hesd.selection import Choice
+
+__all__ = ["PLAIN_FIELDS", "START_EPOCH", "SUFFIXES", "SpectrumHistory", "SpectrumRecord", "SpectrumSource", "when"]
 
 INDEX_NAME = "index.json"
 INDEX_FORMAT = 1
-SUFFIXES = {
-    "spectrum": "",
-    "generalization": "_gen",
-    "preconditioned": "_pre",
-    "ggn": "_ggn",
-    "residual": "_residual",
-}
-"""What distinguishes the spectra of a record in the names of files and metrics."""
-
-PLAIN_FIELDS = ("epoch", "global_step", "error", "stability_threshold")
-"""The fields of a record that are plain values."""
-
-LAYERS_SUFFIX = "_layers"
-
 LATER_FIELDS = ("ggn", "residual", "layers")
 """What the first histories did not have."""
 
-START_EPOCH = -1
-"""Epoch of the record made before the first optimizer step."""
-
 OnError = Literal["warn", "raise"]
-
-
-@dataclass(frozen=True)
-class SpectrumRecord:
-    """One analysis of a run.
-
-    Attributes:
-        epoch: Epoch it was made in, as `trainer.current_epoch`; -1 before the first step.
-        global_step: Optimizer steps taken by then.
-        spectrum: The spectrum on the training data; None if the analysis failed.
-        error: What failed, and why; None if nothing did.
-        generalization: The spectrum on the generalization data; None where none is analysed.
-        layers: The spectra of single layers, by name; None where none are analysed.
-        preconditioned: The spectrum on the training data through the optimizer's eyes; None where it is not analysed.
-        stability_threshold: Up to which largest eigenvalue of that the optimizer's steps are stable; None: unknown.
-        ggn: The spectrum of the Gauss-Newton matrix; None where it is not analysed.
-        residual: The spectrum of the rest of the Hessian; None where it is not analysed.
-    """
-
-    epoch: int
-    global_step: int
-    spectrum: Spectrum | None
-    error: str | None = None
-    generalization: Spectrum | None = None
-    layers: Mapping[str, Spectrum] | None = None
-    preconditioned: Spectrum | None = None
-    stability_threshold: float | None = None
-    ggn: Spectrum | None = None
-    residual: Spectrum | None = None
-
-    @property
-    def spectra(self) -> dict[str, Spectrum]:
-        """The spectra there are, by what distinguishes them in the names of files and metrics: see `SUFFIXES`."""
-        every = {suffix: getattr(self, field) for field, suffix in SUFFIXES.items()}
-        return {suffix: spectrum for suffix, spectrum in every.items() if spectrum is not None}
-
-    @property
-    def stability_ratio(self) -> float | None:
-        """Largest preconditioned eigenvalue over the optimizer's threshold: 1 is the edge of stability."""
-        if self.preconditioned is None or self.stability_threshold is None:
-            return None
-        return self.preconditioned.lambda_max / self.stability_threshold
-
-    @cached_property
-    def assessment(self) -> Assessment | None:
-        """What the two spectra say about generalization; None where there are no two."""
-        if self.spectrum is None or self.generalization is None:
-            return None
-        return assess_generalization(self.spectrum, self.generalization)
-
-    def file_name(self, suffix: str = "") -> str:
-        """Return the name of a spectrum's file in the history's folder."""
-        return f"epoch={self.epoch}-step={self.global_step}{suffix}.npz"
-
-
-def when(epoch: int) -> str:
-    """Return in words when the record of an epoch was made."""
-    return "before the first step" if epoch == START_EPOCH else f"of epoch {epoch}"
 
 
 class SpectrumHistory(list[SpectrumRecord]):
@@ -187,6 +114,30 @@ class SpectrumHistory(list[SpectrumRecord]):
             msg = f"{path} has format {version}, this version reads {INDEX_FORMAT}: update lightning_hesd."
             raise ValueError(msg)
         return history
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Return a pandas table with a row for each record, in their order.
+
+        Columns are `epoch`, `global_step` and the scalars that are logged, without the prefix of their names: `c_t`,
+        `c_t_low`, `c_t_high`, `lambda_max`, ..., `loss`, `seconds`. Those of other spectra begin with `gen_`, `pre_`,
+        `ggn_` or `residual_`, and are there if some record has such a spectrum; so are `delta_r_e`, `delta_k_h05` and
+        `verdict` (in words), and `stability_ratio`. `hesd_type` is "MP" or "MN". What is undefined, or was not found
+        because the analysis failed, is missing; `error` has what failed.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        return records_table(self)
+
+    def layers_to_dataframe(self) -> pd.DataFrame:
+        """Return a pandas table with a row for each analysed layer of each record, and its `LayerIndicators`.
+
+        Columns are `epoch`, `global_step`, `layer`, `c_t`, `lambda_max`, `trace`, ...; `pivot` makes a matrix of one.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        return layers_table(self)
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Return the records as tensors and plain values: Lightning loads nothing else from a checkpoint."""

@@ -12,8 +12,12 @@ from typing import Any
 
 from torch import nn
 
-Layers = str | type[nn.Module] | Iterable[str | type[nn.Module]] | Callable[[str, nn.Parameter], str | None]
-"""What `layers` may be, see `layer_spectra`."""
+Layers = Iterable[type[nn.Module] | str] | type[nn.Module] | str | Callable[[str, nn.Parameter], str | None]
+"""What `layers` may be, see `layer_spectra`.
+
+LightningCLI takes the first that fits: a class before text, which may be the path of one. A function is last, because
+it cannot save what it tries as one; so functions cannot be given in a configuration.
+"""
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # noqa: SLF001 - batch and instance norms, of all dimensions
 GROUPED = ("attention", "mlp", "feedforward")

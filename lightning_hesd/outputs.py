@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_hesd import _lightning
@@ -16,6 +15,7 @@ from lightning_hesd.sinks.tensorboard import write_layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     import lightning.pytorch as pl
 
@@ -41,17 +41,22 @@ class RunOutputs:
             trainer: The trainer.
             names: Names of all callbacks of this kind in the Trainer; the first one lays out the charts for all.
         """
-        log_dir = trainer.log_dir  # every process must ask for it
+        run_folder = _lightning.run_folder(trainer)  # every process must ask for it
         fast_dev_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
         if not trainer.is_global_zero or fast_dev_run:
             self.close()
             return
-        self._folder = Path(log_dir or trainer.default_root_dir) / self._name
+        self._folder = run_folder / self._name
         self._sinks = make_sinks(trainer.loggers, self._name)
         if trainer.global_step == 0:
             (self._folder / CHOICES_NAME).unlink(missing_ok=True)  # of an earlier run in the same folder
         if names[0] == self._name:
             write_layout(trainer.loggers, names)
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the run's spectra; None if nothing is written."""
+        return self._folder
 
     def close(self) -> None:
         """Let go of the loggers."""
@@ -100,3 +105,8 @@ class RunOutputs:
             partial(sink.write, history, step) for sink in self._sinks if history[-1].spectra
         ]
         return outputs if self._folder is None else [*outputs, partial(history.save, self._folder)]
+
+    def finishers(self, history: SpectrumHistory) -> list[Callable[[], None]]:
+        """Return what is left to write at the end of training, each apart; nothing is written after it."""
+        sinks, self._sinks = self._sinks, []
+        return [partial(sink.finish, history) for sink in sinks if any(record.spectra for record in history)]

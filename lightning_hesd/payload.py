@@ -21,7 +21,7 @@ from lightning_hesd.quadrature import legible_sigma
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from lightning_hesd.history import SpectrumRecord
+    from lightning_hesd.record import SpectrumRecord
     from lightning_hesd.selection import Candidate, Choice
     from lightning_hesd.spectrum import Spectrum
 

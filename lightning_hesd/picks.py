@@ -6,14 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lightning_hesd.selection import CRITERIA, LOSS_TOLERANCE, Candidate, SelectionRule
+from lightning_hesd.selection import CRITERIA, LOSS_TOLERANCE, RULE_NAMES, Candidate, SelectionRule
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     Payload = Mapping[str, Any]
 
-TITLES = {"highest_c_t": "highest C_t", "lowest_max_eigenvalue": "lowest λ_max"}
 LOSS = "loss over the analysis samples"
 
 
@@ -97,7 +96,7 @@ def _described(rule: str, metric: str, selection: SelectionRule, candidates: Seq
     pick = selection.pick(candidates, best)
     return {
         "rule": rule,
-        "title": TITLES.get(rule, rule),
+        "title": RULE_NAMES.get(rule, rule),
         "metric": metric,
         "tolerance": selection.tolerance,
         "require_mp": selection.require_mp,
@@ -120,6 +119,4 @@ def _why(rule: str, metric: str, selection: SelectionRule, count: int, near: Seq
     whom = (
         f"the {len(positive)} of these that are MP are candidates" if selection.require_mp else "these are candidates"
     )
-    return (
-        f"{found}; {whom}. Among them the {TITLES.get(rule, f'highest value of {rule}')} wins, the earliest of equals."
-    )
+    return f"{found}; {whom}. Among them the {RULE_NAMES.get(rule, f'highest value of {rule}')} wins, the earliest of equals."

@@ -32,8 +32,11 @@ if TYPE_CHECKING:
     from lightning_hesd.spectrum import Spectrum
     from lightning_hesd.strategies import Calibration
 
-LossFunction = Callable[[Any, Any], Tensor]
-"""loss_fn(module, batch) -> mean loss over the batch, a scalar tensor."""
+LossFunction = Callable[[Any, Any], Any]
+"""loss_fn(module, batch) -> mean loss over the batch, a scalar tensor.
+
+With `Tensor` for the result, LightningCLI would refuse functions that do not say what they return.
+"""
 
 Report = Callable[[int, int], None]
 """Takes the steps done and the most there can be."""

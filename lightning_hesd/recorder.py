@@ -8,6 +8,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from torch import Tensor
+
 from lightning_hesd.guards import release_memory
 from lightning_hesd.history import START_EPOCH, SpectrumRecord, when
 from lightning_hesd.preconditioner import check_readable, read_preconditioner
@@ -15,13 +17,12 @@ from lightning_hesd.progress import analysis_bar
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
-    from torch import Tensor
 
     from lightning_hesd.analyzer import TrainerAnalyzer
     from lightning_hesd.layers import Layers
     from lightning_hesd.spectrum import Spectrum
 
-    Preconditioning = Literal["optimizer"] | Mapping[str, Tensor] | None
+Preconditioning = Literal["optimizer"] | Mapping[str, Tensor] | None
 
 Attempt = Callable[[str], AbstractContextManager[list[str]]]
 """Takes what to say if the block within fails, and gives a list that then has the failure."""

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from lightning_hesd.files import written_whole
 from lightning_hesd.history import PLAIN_FIELDS, SUFFIXES, SpectrumRecord
 from lightning_hesd.plotting import plot_density
-from lightning_hesd.selection import Candidate, SelectionRule
+from lightning_hesd.selection import RULE_NAMES, picks
 from lightning_hesd.spectrum import Spectrum
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 RESULTS = "results.json"
@@ -130,22 +130,8 @@ def _identity(path: Path) -> dict[str, Any]:
 
 def picked(rows: Sequence[Row], tolerance: float) -> dict[str, str]:
     """Return the names that both rules pick, among equal losses of MP spectra."""
-    analysed = [(row.name, row.record, row.record.spectrum) for row in rows if row.record.spectrum is not None]
-    analysed = [entry for entry in analysed if entry[2].reason is None]
-    rules: dict[str, Callable[[Spectrum], float]] = {
-        "highest C_t": lambda spectrum: spectrum.c_t,
-        "lowest λ_max": lambda spectrum: -spectrum.lambda_max,
-    }
-    picks = {}
-    for rule, criterion in rules.items():
-        candidates = [
-            Candidate(record.epoch, record.global_step, -s.loss, criterion(s), s.hesd_type == "MP", name)
-            for name, record, s in analysed
-        ]
-        best = max((c.goodness for c in candidates), default=0.0)
-        if (pick := SelectionRule(tolerance, require_mp=True).pick(candidates, best)) is not None:
-            picks[rule] = pick.path
-    return picks
+    records = [row.record for row in rows]
+    return {RULE_NAMES[rule]: rows[records.index(record)].name for rule, record in picks(records, tolerance).items()}
 
 
 def table_line(row: Row, picks: Mapping[str, str]) -> dict[str, Any]:

@@ -9,8 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from lightning_hesd.record import START_EPOCH
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from lightning_hesd.record import SpectrumRecord
 
 
 class Ranked(Protocol):
@@ -29,10 +33,13 @@ CRITERIA: dict[str, Callable[[Ranked], float]] = {
     "highest_c_t": lambda spectrum: spectrum.c_t,
     "lowest_max_eigenvalue": lambda spectrum: -spectrum.lambda_max,
 }
-"""What a rule ranks by, higher is better."""
+"""What the rules rank by, higher is better: the paper's, and the one it compares with."""
 
 LOSS_TOLERANCE = 0.05
 """Losses over the analysis samples count as nearly the same up to this, absolute, unless somebody says otherwise."""
+
+RULE_NAMES = {"highest_c_t": "highest C_t", "lowest_max_eigenvalue": "lowest λ_max"}
+"""What people call them."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,34 @@ class SelectionRule:
                 for rival, other in enumerate(qualified)
             )
         ]
+
+
+def picks(
+    records: Sequence[SpectrumRecord], tolerance: float = LOSS_TOLERANCE, *, fallback: bool = True
+) -> dict[str, SpectrumRecord]:
+    """Return the record that each rule of `CRITERIA` picks, by the loss over the analysis samples.
+
+    Only MP spectra count. The start is no candidate.
+
+    Args:
+        records: The records of a run, or of several checkpoints.
+        tolerance: How far the loss may lie above the lowest one, absolute.
+        fallback: Whether the lowest loss wins if none of the candidates is MP, rather than nobody.
+    """
+    analysed = [(r, r.spectrum) for r in records if r.epoch != START_EPOCH and r.spectrum and not r.spectrum.reason]
+    best = max((-spectrum.loss for _, spectrum in analysed), default=0.0)
+    rule = SelectionRule(tolerance, require_mp=True)
+    found = {}
+    for name, criterion in CRITERIA.items():
+        candidates = [
+            Candidate(r.epoch, r.global_step, -s.loss, criterion(s), s.hesd_type == "MP", str(place))
+            for place, (r, s) in enumerate(analysed)
+        ]
+        if not fallback and not rule.qualified(candidates, best):
+            continue
+        if (pick := rule.pick(candidates, best)) is not None:
+            found[name] = analysed[int(pick.path)][0]
+    return found
 
 
 @dataclass(frozen=True)

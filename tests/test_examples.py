@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -9,6 +10,10 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from examples import finetuning, gan, segmentation, transformer
+from examples.lightning_cli import main as lightning_cli
+from lightning_hesd import HessianSpectrumCallback
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -39,3 +44,100 @@ def test_digits(tmp_path: Path, optimizer: str) -> None:
     assert {"hesd/c_t", "hesd/lambda_max", "train_acc", "gen_acc"} <= set(events.Tags()["scalars"])
     assert events.Tags()["histograms"] == ["hesd/density"]
     assert events.Tags()["images"] == ["hesd/density_figure"]
+
+
+def test_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["main"])
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 with jsonargparse 4.53
+    config = EXAMPLES / "lightning_cli" / "config.yaml"
+    quick = ["--trainer.callbacks.every_n_epochs=1", "--trainer.callbacks.steps=8", "--trainer.max_epochs=2"]
+    trainer = lightning_cli.main(["fit", "--config", str(config), *quick]).trainer
+    [spectra] = [c for c in trainer.callbacks if isinstance(c, HessianSpectrumCallback)]
+    assert [record.epoch for record in spectra.history] == [0, 1]
+    for record in spectra.history:
+        assert record.error is None
+        assert math.isfinite(record.spectrum.c_t)
+        assert list(record.layers) == ["net.0", "net.2"]
+        assert record.assessment is not None
+        assert record.preconditioned is not None
+    printed = capsys.readouterr().out
+    [best] = re.findall(r"^best by highest_c_t: (.+\.ckpt)$", printed, re.MULTILINE)
+    assert Path(best).exists()
+    assert len(re.findall(r"^epoch +[01]: generalization: ", printed, re.MULTILINE)) == 2
+
+    saved = Path(trainer.log_dir, "config.yaml")
+    again = lightning_cli.main(["fit", "--config", str(saved)]).trainer
+    [repeated] = [c for c in again.callbacks if isinstance(c, HessianSpectrumCallback)]
+    assert all(record.error is None for record in repeated.history)
+    assert [r.spectrum.c_t for r in repeated.history] == [r.spectrum.c_t for r in spectra.history]
+
+
+def test_transformer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spectra = transformer.main(["--epochs=2", "--layers=1", "--steps=4", "--samples=16", f"--log-dir={tmp_path}"])
+    assert [record.epoch for record in spectra.history] == [0, 1]
+    *_, record = spectra.history
+    assert record.error is None
+    assert math.isfinite(record.spectrum.c_t)
+    blocks = {name: layer.dimension for name, layer in record.layers.items()}
+    assert {"model.tokens", "model.layers.0.attention", "model.layers.0.mlp", "model.norm"} <= set(blocks)
+    assert sum(blocks.values()) == record.spectrum.dimension
+    printed = capsys.readouterr().out
+    for name, dimension in blocks.items():
+        assert re.search(rf"^{re.escape(name)} +{dimension} +-?\d\.\d{{4}} ", printed, re.MULTILINE)
+    assert (tmp_path / "version_0" / "hesd" / "index.json").exists()
+
+
+def test_gan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spectra = gan.main(["--epochs=2", "--every=1", "--steps=4", f"--log-dir={tmp_path}"])
+    players = {"generator": gan.network(gan.NOISE, 2), "discriminator": gan.network(2, 1)}
+    for name, player in players.items():
+        assert [record.epoch for record in spectra[name].history] == [0, 1]
+        for record in spectra[name].history:
+            assert record.error is None
+            assert math.isfinite(record.spectrum.c_t)
+            assert record.spectrum.dimension == sum(p.numel() for p in player.parameters())
+        assert (tmp_path / "version_0" / name / "index.json").exists()
+    one, other = (spectra[name].history[0].spectrum.loss for name in players)
+    assert one != other
+    printed = capsys.readouterr().out
+    assert (
+        len(re.findall(r"^    [01] ( +-?\d+\.\d{4}){4}  M[PN] +( +-?\d+\.\d{4}){4}  M[PN]$", printed, re.MULTILINE))
+        == 2
+    )
+
+
+@pytest.mark.filterwarnings("ignore:lightning_hesd. none of the epochs with nearly the best:RuntimeWarning")
+def test_segmentation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--epochs=4", "--steps=6", "--images=64", f"--log-dir={tmp_path}"]
+    module, spectra, rule = segmentation.main(arguments)
+    assert [record.epoch for record in spectra.history] == [1, 3]
+    assert all(math.isfinite(record.spectrum.c_t) for record in spectra.history)
+    assert rule.best is not None
+    assert Path(rule.best_model_path).exists()
+    assert rule.best.goodness == pytest.approx(module.ious[rule.best.epoch][0])
+    printed = capsys.readouterr().out
+    assert re.search(rf"^ +{rule.best.epoch} .* picked$", printed, re.MULTILINE)
+    assert re.search(r"^The pick has an IoU of 0\.\d+ on other images\.$", printed, re.MULTILINE)
+
+
+def test_pixels_on_edges_do_not_count() -> None:
+    images, labels = segmentation.shapes(4, seed=0).tensors
+    assert segmentation.labelled_pixels([images, labels]) == sum(int((labels == c).sum()) for c in range(3))
+    assert set(labels.unique().tolist()) == {0, 1, 2, segmentation.EDGE}
+
+
+def test_finetuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--pretraining=1", "--epochs=4", "--thaw=2", "--steps=6", f"--log-dir={tmp_path}"]
+    spectra = finetuning.main(arguments)
+    head, everything = 5 * (finetuning.FEATURES + 1), sum(p.numel() for p in finetuning.Classifier().parameters())
+    frozen, thawed = zip(*(callback.history for callback in spectra.values()), strict=True)
+    assert [record.spectrum.dimension for record in frozen] == [head, everything]
+    assert [record.spectrum.dimension for record in thawed] == [everything, everything]
+    trained, of_all = (record.spectrum for record in frozen)
+    assert trained.c_t == pytest.approx(0, abs=1e-4)
+    assert of_all.c_t < -1e-3
+    assert trained.loss == pytest.approx(of_all.loss, rel=1e-5)
+    trained, of_all = (record.spectrum for record in thawed)
+    assert trained.c_t == pytest.approx(of_all.c_t, rel=1e-5)
+    assert "accuracy on 5 to 9: " in capsys.readouterr().out

@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from lightning_hesd.sinks.csv_files import CSVSink
+from lightning_hesd.sinks.mlflow_runs import MLflowSink
 from lightning_hesd.sinks.tensorboard import TensorBoardSink
+from lightning_hesd.sinks.wandb_runs import WandbSink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -26,6 +28,8 @@ log = logging.getLogger(__name__)
 SINKS: dict[type[Logger], Callable[[Any, str], Sink]] = {
     TensorBoardLogger: TensorBoardSink,
     CSVLogger: CSVSink,
+    WandbLogger: WandbSink,
+    MLFlowLogger: MLflowSink,
 }
 """Makes a sink of a logger and the name of the callback."""
 

@@ -38,3 +38,6 @@ class CSVSink:
                     for left, right, share in zip(edges[:-1], edges[1:], mass, strict=True)
                     if share > 0
                 )
+
+    def finish(self, history: SpectrumHistory) -> None:
+        """Leave it at that: the spectra lie beside the tables already."""

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+import contextlib
+import tempfile
+from dataclasses import astuple, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from lightning_hesd.history import START_EPOCH
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from lightning_hesd.history import START_EPOCH, SpectrumHistory
 from lightning_hesd.indicators import LayerIndicators, layer_indicators
+from lightning_hesd.plotting import plot_decomposition, plot_density, plot_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
-    from lightning_hesd.history import SpectrumHistory, SpectrumRecord
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+    from lightning_hesd.assessment import Assessment
+    from lightning_hesd.history import SpectrumRecord
     from lightning_hesd.selection import Choice
     from lightning_hesd.spectrum import Spectrum
 
-
-def title(record: SpectrumRecord) -> str:
-    """Return when a record was made, short."""
-    return "start" if record.epoch == START_EPOCH else f"epoch {record.epoch}"
+LAYER_COLUMNS = ("layer", *(field.name for field in fields(LayerIndicators)))
+"""Names of what `layer_rows` returns."""
 
 
 class Sink(Protocol):
@@ -26,6 +35,44 @@ class Sink(Protocol):
 
     def write(self, history: SpectrumHistory, step: int) -> None:
         """Write the last record, which has a spectrum, at `step` of the logger's axis."""
+
+    def finish(self, history: SpectrumHistory) -> None:
+        """Write what is written once, at the end of training, also of training that failed; there is a spectrum."""
+
+
+def title(record: SpectrumRecord) -> str:
+    """Return when a record was made, short."""
+    return "start" if record.epoch == START_EPOCH else f"epoch {record.epoch}"
+
+
+def figures(history: SpectrumHistory) -> Iterator[tuple[str, Axes]]:
+    """Draw the figures of the last record, one after the other.
+
+    Yields:
+        What to append to the callback's name, and the drawing.
+    """
+    record = history[-1]
+    for suffix, spectrum in record.spectra.items():
+        yield f"{suffix}/density_figure", plot_density(spectrum, title=title(record))
+    if record.spectrum and record.ggn and record.residual:
+        yield "/decomposition_figure", plot_decomposition(record.spectrum, record.ggn, record.residual)
+    if record.layers:
+        by_epoch = {r.epoch: r.layers for r in history if r.layers}
+        by_step = {r.global_step: r.layers for r in history if r.layers}
+        one_each = len(by_epoch) == len(by_step)
+        yield "/layers_figure", plot_layers(by_epoch) if one_each else plot_layers(by_step, xlabel="step")
+
+
+def pixels(axes: Axes) -> NDArray[np.uint8]:
+    """Return a drawing as an image, shape (height, width, 4)."""
+    canvas = FigureCanvasAgg(axes.get_figure(root=True))
+    canvas.draw()  # type: ignore[no-untyped-call]
+    return np.array(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
+
+
+def layer_rows(layers: Mapping[str, Spectrum]) -> list[tuple[str | float, ...]]:
+    """Return the indicators of layers, a row for each."""
+    return [(name, *astuple(found)) for name, found in layer_indicators(layers).items()]
 
 
 @runtime_checkable
@@ -38,7 +85,27 @@ class ChoiceSink(Protocol):
 
 def layer_table(layers: Mapping[str, Spectrum]) -> str:
     """Return the indicators of layers as a table in Markdown."""
-    rows = [["layer", *(field.name for field in fields(LayerIndicators))]]
-    rows += [[name, *(f"{v:.3g}" for v in asdict(found).values())] for name, found in layer_indicators(layers).items()]
-    rows.insert(1, ["---"] * len(rows[0]))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [[str(name), *(f"{value:.3g}" for value in values)] for name, *values in layer_rows(layers)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (LAYER_COLUMNS, ["---"] * len(LAYER_COLUMNS), *rows))
+
+
+def verdict_text(assessment: Assessment, when: str) -> str:
+    """Return a verdict and its reasons in Markdown."""
+    reasons = "\n".join(f"- {reason}" for reason in assessment.reasons)
+    return f"**generalization: {assessment.verdict}** ({when})\n\n{reasons}"
+
+
+@contextlib.contextmanager
+def saved(history: SpectrumHistory) -> Iterator[Path]:
+    """Write a history to a folder for upload, which is then gone.
+
+    The folder of the run may have files of other runs in it, or lack some of this one's, if it could not be written.
+
+    Yields:
+        The folder: `SpectrumHistory.load` reads it.
+    """
+    copy = SpectrumHistory()  # the history itself would remember the folder
+    copy.extend(history)
+    with tempfile.TemporaryDirectory() as folder:
+        copy.save(folder)
+        yield Path(folder)

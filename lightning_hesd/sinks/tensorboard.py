@@ -12,14 +12,12 @@ from tensorboard.util.tensor_util import make_tensor_proto
 
 from lightning_hesd.payload import CHOICE, RECORD, choice_payload, record_payload, to_json
 from lightning_hesd.payload import PLUGIN_NAME as PAYLOADS
-from lightning_hesd.plotting import plot_decomposition, plot_density, plot_layers
-from lightning_hesd.sinks.sink import layer_table, title
+from lightning_hesd.sinks.sink import figures, layer_table, title, verdict_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from lightning.pytorch.loggers import Logger
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from lightning_hesd.history import SpectrumHistory
@@ -40,23 +38,17 @@ class TensorBoardSink:
         self._write_payload(RECORD, to_json(record_payload(record)), step)
         for suffix, spectrum in record.spectra.items():
             self._write_histogram(f"{self._name}{suffix}/density", spectrum, step)
-            self._write_figure(
-                f"{self._name}{suffix}/density_figure", plot_density(spectrum, title=title(record)), step
-            )
-        if record.spectrum and record.ggn and record.residual:
-            axes = plot_decomposition(record.spectrum, record.ggn, record.residual)
-            self._write_figure(f"{self._name}/decomposition_figure", axes, step)
+        for tag, axes in figures(history):
+            figure: Figure = axes.get_figure(root=True)  # type: ignore[assignment]
+            self._writer.add_figure(f"{self._name}{tag}", figure, global_step=step, close=False)
         if record.layers:
-            by_epoch = {r.epoch: r.layers for r in history if r.layers}
-            by_step = {r.global_step: r.layers for r in history if r.layers}
-            one_each = len(by_epoch) == len(by_step)
-            axes = plot_layers(by_epoch) if one_each else plot_layers(by_step, xlabel="step")
-            self._write_figure(f"{self._name}/layers_figure", axes, step)
             self._writer.add_text(f"{self._name}/layers", layer_table(record.layers), global_step=step)
         if record.assessment is not None:
-            reasons = "\n".join(f"- {reason}" for reason in record.assessment.reasons)
-            text = f"**generalization: {record.assessment.verdict}** ({title(record)})\n\n{reasons}"
+            text = verdict_text(record.assessment, title(record))
             self._writer.add_text(f"{self._name}/assessment", text, global_step=step)
+
+    def finish(self, history: SpectrumHistory) -> None:
+        """Leave it at that: there is no place for files."""
 
     def write_choice(self, choice: Choice, step: int) -> None:
         """Write what a checkpoint rule made of the latest record at `step` of the logger's axis."""
@@ -73,10 +65,6 @@ class TensorBoardSink:
             ),
         )
         self._writer._get_file_writer().add_summary(Summary(value=[value]), global_step=step)  # noqa: SLF001
-
-    def _write_figure(self, tag: str, axes: Axes, step: int) -> None:
-        figure: Figure = axes.get_figure(root=True)  # type: ignore[assignment]
-        self._writer.add_figure(tag, figure, global_step=step, close=False)
 
     def _write_histogram(self, tag: str, spectrum: Spectrum, step: int) -> None:
         mass, edges = spectrum.histogram()

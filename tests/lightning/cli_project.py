@@ -51,6 +51,38 @@ def loss(module: Net, batch: Any) -> Tensor:
     return F.cross_entropy(module.net(batch[0]), batch[1])
 
 
+def plain_loss(module, batch):  # type: ignore[no-untyped-def]  # as many users write functions
+    """The same for Net, without a word on types."""
+    return loss(module, batch)
+
+
+class Loss:
+    """The same as an object with an argument."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
+
+    def __call__(self, module: Net, batch: Any) -> Tensor:
+        return self.scale * loss(module, batch)
+
+
+def without_biases(name: str, parameter: nn.Parameter) -> bool:
+    """What to analyse."""
+    return parameter.ndim > 1
+
+
+def negated_loss(record: Any) -> float:
+    """A rule."""
+    return -record.spectrum.loss
+
+
+class FirstDigits(DataLoader[Any]):
+    """A dataloader that a configuration can name."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(Digits(size), batch_size=5)
+
+
 class Data(pl.LightningDataModule):
     """The first digits for training, later ones for everything else."""
 

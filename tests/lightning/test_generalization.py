@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
@@ -68,6 +69,60 @@ def test_weights_are_those_of_a_training_without(tmp_path: Path) -> None:
     with_it = fit(tmp_path / "with", callback()).lightning_module.state_dict()
     without = fit(tmp_path / "without").lightning_module.state_dict()
     assert all(torch.equal(with_it[key], without[key]) for key in without)
+
+
+class Validated(Net):
+    """Its validation data are made when asked for, with random numbers."""
+
+    def __init__(self, loaders: int = 1) -> None:
+        super().__init__()
+        self.loaders = loaders
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def val_dataloader(self) -> Any:
+        torch.rand(1)
+        return other_data() if self.loaders == 1 else [other_data() for _ in range(self.loaders)]
+
+
+def fit_validated(tmp_path: Path, *callbacks: Any, loaders: int = 1, **arguments: Any) -> Any:
+    torch.manual_seed(0)
+    trainer = make_trainer(tmp_path, list(callbacks), EPOCHS, log_every_n_steps=4, **arguments)
+    trainer.fit(Validated(loaders), data())
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "validation",
+    [{}, {"num_sanity_val_steps": 0}, {"num_sanity_val_steps": 0, "check_val_every_n_epoch": 2}],
+    ids=["checked", "unchecked", "later"],
+)
+def test_validation_data_by_name(validation: dict[str, Any], tmp_path: Path) -> None:
+    by_name, given = callback(generalization_dataloader="val", on_error="raise"), callback()
+    trainer = fit_validated(tmp_path / "name", by_name, **validation)
+    random_state = torch.get_rng_state()
+    fit_validated(tmp_path / "loader", given, **validation)
+    for ours, theirs in zip(by_name.history, given.history, strict=True):
+        np.testing.assert_array_equal(ours.generalization.nodes, theirs.generalization.nodes)  # type: ignore[union-attr]
+    without = fit_validated(tmp_path / "without", **validation).lightning_module.state_dict()
+    assert all(torch.equal(trainer.lightning_module.state_dict()[key], without[key]) for key in without)
+    assert torch.equal(random_state, torch.get_rng_state())
+
+
+def test_validation_data_without_validation(tmp_path: Path) -> None:
+    spectra = callback(generalization_dataloader="val", on_error="raise")
+    fit_validated(tmp_path, spectra, limit_val_batches=0)
+    assert spectra.history[-1].generalization is not None
+
+
+@pytest.mark.parametrize(
+    ("loaders", "message"), [(0, "no validation dataloader"), (2, "a list of them for validation")]
+)
+def test_validation_data_must_be_one(loaders: int, message: str, tmp_path: Path) -> None:
+    spectra = callback(generalization_dataloader="val", on_error="raise")
+    with pytest.raises(MisconfigurationException, match=f"the Trainer has {message}, so `generalization_dataloader="):
+        fit(tmp_path, spectra) if loaders == 0 else fit_validated(tmp_path, spectra, loaders=loaders)
 
 
 def test_loggers_get_metrics_and_text(tmp_path: Path) -> None:

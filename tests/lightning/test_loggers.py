@@ -190,7 +190,7 @@ def test_a_sink_that_fails_costs_its_own_output_only(tmp_path: Path, monkeypatch
         msg = "disk full"
         raise OSError(msg)
 
-    monkeypatch.setattr("lightning_hesd.sinks.tensorboard.plot_density", fail)
+    monkeypatch.setattr("lightning_hesd.sinks.sink.plot_density", fail)
     logger = TensorBoardLogger(tmp_path)
     spectra = callback()
     with pytest.warns(RuntimeWarning, match=r"cannot write the spectrum of epoch \d\. OSError: disk full") as caught:

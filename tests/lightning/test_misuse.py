@@ -32,6 +32,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"num_samples": "auto", "tolerance": "auto"}, "`num_samples='auto'` needs a number for `tolerance`.* got 'auto'"),
     ({"batch_size": -1}, "`batch_size` must be a positive integer, got -1"),
     ({"on_error": "ignore"}, "`on_error` must be 'warn' or 'raise', got 'ignore'"),
+    ({"dataloader": "val"}, "`dataloader` must be a dataloader, got 'val'"),
+    ({"generalization_dataloader": "test"}, "`generalization_dataloader` must be a dataloader or 'val', got 'test'"),
     ({"name": ""}, "`name` must be a non-empty text without '/', got ''"),
     ({"name": "a/b"}, "`name` must be a non-empty text without '/', got 'a/b'"),
     ({"every_n_epochs": 0}, "`every_n_epochs` must be a positive integer, got 0"),

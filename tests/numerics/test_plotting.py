@@ -123,5 +123,5 @@ class TestLayers:
     def test_mistakes(self):
         with pytest.raises(ValueError, match=r"`quantity` must be one of lambda_max, c_t, .*got 'size'"):
             plot_layers(self.layers, "size")
-        with pytest.raises(ValueError, match="`layers` has no epoch"):
+        with pytest.raises(ValueError, match="`history` has no spectra of layers"):
             plot_layers({})

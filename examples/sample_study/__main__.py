@@ -1,0 +1,70 @@
+"""Ask how the loss settles with the sample size, by width and depth, as section 5 of the paper does.
+
+    python -m examples.sample_study --quick      # about a minute
+    python -m examples.sample_study              # 280 networks: 10 to 15 minutes on two cores
+
+Runs that are finished are not run again with the same settings, so that an interrupted study goes on. Changes of the
+code are not settings: take another --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from examples.sample_study import outcomes, report
+from examples.sample_study.data import load
+from examples.sample_study.measuring import run
+from examples.sample_study.settings import FEATURES, QUICK, Study
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from examples.sample_study.settings import Run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="settings for about a minute")
+    parser.add_argument("--out", type=Path, default=Path("runs/sample_study"), help="default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, help="number of seeds, at least 2")
+    parser.add_argument("--epochs", type=int, help="epochs of every training")
+    args = parser.parse_args()
+    study = QUICK if args.quick else Study()
+    setup = replace(study.setup, epochs=args.epochs or study.setup.epochs)
+    study = replace(study, seeds=args.seeds or study.seeds, setup=setup)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # small networks gain nothing from more, and lose where others compute, too
+    load(FEATURES, study.setup, args.out)  # trains the extractor, before all need it
+    run_all(study.runs(), args.out, args.jobs)
+    print(f"Report: {report.write(outcomes.read(study, args.out), args.out)}")
+
+
+def run_all(runs: Sequence[Run], out: Path, jobs: int) -> None:
+    """Train the networks that are not finished, so many at a time."""
+    todo = [settings for settings in runs if not (out / settings.file).is_file()]
+    print(f"{len(todo)} runs to do, {len(runs) - len(todo)} finished earlier", flush=True)
+    started = time.perf_counter()
+    if jobs == 1:  # no need for another process
+        for settings in todo:
+            run(settings, out)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        done = as_completed([pool.submit(run, settings, out) for settings in todo])
+        for number, future in enumerate(done, start=1):
+            future.result()
+            if number % 10 == 0 or number == len(todo):
+                print(f"[{(time.perf_counter() - started) / 60:5.1f} min] {number}/{len(todo)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

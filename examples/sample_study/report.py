@@ -1,0 +1,191 @@
+"""The report: what the paper says beside what came out here, as Markdown with figures."""
+
+from __future__ import annotations
+
+import datetime as dt
+import importlib.metadata
+import platform
+from collections import Counter
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from examples.sample_study import figures
+from examples.sample_study.data import features, load
+from examples.sample_study.measuring import loss_fn, trained_network
+from examples.sample_study.settings import DEPTH, INITIAL, INPUTS, PIXELS, STATES, SWEEPS, TRAINED, WIDTH, Run
+from examples.sample_study.statements import QUANTITIES, at_initialisation, follow_up, statements
+from examples.sample_study.trends import logarithm, student
+from examples.shared import Table, markdown
+from lightning_hesd.directions import dominant_directions
+from lightning_hesd.subspace import subspace_stabilization
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from examples.sample_study.outcomes import Outcomes
+    from examples.sample_study.statements import Statement
+    from lightning_hesd.subspace import SubspaceStabilization
+
+PACKAGES = ("lightning-hesd", "torch", "numpy", "scikit-learn")
+DIRECTIONS, SIGMAS = 10, (0.01, 0.2)
+INTRODUCTION = """\
+Kiselev & Grabovoy (2024, [arXiv:2409.11995](https://arxiv.org/abs/2409.11995)) ask how much the mean loss L_k of the
+first k samples changes with one more, by width and depth of the network: one network each, on MNIST and three other
+data sets. Here the same is done on scikit-learn's digits with {seeds} networks each, so that every statement has an
+uncertainty. Every verdict is taken by the program, from the numbers, by a rule that was fixed before. *Differs* speaks
+of this scale, and refutes nothing.
+"""
+METHOD = """\
+- **Data**: all 1,797 digits, 8x8, scaled into [0, 1]; the networks are trained on all of them, as the paper's are.
+- **Networks**: fully connected, ReLU after all layers but the last, PyTorch's initialisation. No biases, because the
+  paper's formulas have none. Hidden sizes {widths} with {depth} hidden layers; {depths} hidden layers of size {width}.
+  The paper's number of layers in the sweep of sizes, and its learning rate, are missing from the text that we have.
+- **Training**: Adam, learning rate {learning_rate:g}, batches of {batch_size}, {epochs} epochs, {steps_taken:,} steps
+  (ten epochs of the paper's 10,000 images are 1,570).
+- **Features**: no pre-trained ViT could be had. A convolutional network of three layers (16, 32 and 16 channels) was
+  trained for {extractor_epochs} epochs to tell by how many right angles a digit is turned, which it then does with an
+  accuracy of {extractor:.1%}, and frozen; its 64 outputs, scaled into [0, 1], are the inputs. It differs from the
+  paper's in kind and size, and has seen the same images, though not their classes. All seeds share it.
+- **Differences**: {orders} random orders for each network; c is the constant of the fit c/√(k(k + 1)), about c/k.
+- **Norms**: largest absolute eigenvalue of G and H, of the mean over samples, by {steps} Lanczos steps: from below.
+- **Distance**: {directions} random directions, as far from the trained weights as the shares of their norm say.
+- **Intervals**: 95 %, Student's, over the {seeds} seeds. They tell how other initialisations and batches would come
+  out; not other data. The slopes of a sweep are fitted to each seed by itself. They are not corrected for the number
+  of statements.
+"""
+READING = """\
+- **The exponent says nothing about networks.** L_(k+1) - L_k is the new sample's deviation from the mean divided by
+  k + 1, and falls as 1/k for any losses of finite variance. All there is to compare is c, which is the spread of the
+  losses over samples.
+- **The moving average** starts at the first and largest difference and forgets it by 1 % a step: in the figures it lies
+  above what it averages for the first thousand samples. It is linear in the curves, so it does not change their order.
+- **c and the loss**: where few samples have most of the loss, c, the losses' mean absolute deviation, is of the order
+  of the mean loss, up to twice it (see the numbers): trained networks are compared by how well they are trained.
+  At initialisation all mean losses are about log 10, and c is about how far the outputs differ.
+- **Depth at initialisation**: PyTorch's initialisation shrinks the signal in every ReLU layer, so that outputs, losses'
+  spread and curvature fall exponentially with depth there. The bounds know only the largest norm, M_W, and grow.
+"""
+LIMITS = """\
+- One small data set, one optimizer, one number of epochs: deep and narrow networks are not trained to the end here.
+- w is no local minimum of L_k for small k (Assumption 1), nor quite one of L_N; Lemma 2's proof needs both.
+- Theorem 1 is about every sample; norms were measured of the mean, which is at most the largest of those.
+"""
+
+
+def write(data: Outcomes, out: Path) -> Path:
+    """Write report and figures, and return the report's path."""
+    measured = dominant_subspace(data, out)
+    drawn = {
+        "differences-trained": figures.differences(data, TRAINED),
+        "differences-initial": figures.differences(data, INITIAL),
+        "trends": figures.tendencies(data),
+        "bounds": figures.bounds(data),
+        "subspace": figures.subspace(measured),
+    }
+    for name, figure in drawn.items():
+        figure.savefig(out / f"{name}.png")
+    found = [*statements(data), *(one for each in measured for one in follow_up(each))]
+    before = at_initialisation(data)
+    parts = [
+        f"# How the loss settles with the sample size\n\n{introduction(data)}",
+        f"## Summary\n\n{counts(found)}\n\n{summary(found)}",
+        f"## Figures\n\n{picture('differences-trained', 'As Figure 2 of the paper: means over seeds.')}",
+        picture("differences-initial", "The same networks before training."),
+        picture("trends", "Geometric means over seeds with 95 % intervals."),
+        picture("bounds", "Left and centre: what is measured and what is proved. Right: Lemma 2 and one network."),
+        picture("subspace", f"One trained network, {DIRECTIONS} leading directions: the quadratic model and draws."),
+        f"## The same rules at initialisation\n\nOf which the paper does not speak.\n\n{summary(before)}",
+        f"## How to read it\n\n{READING.strip()}",
+        f"## How it was done\n\n{method(data, out)}",
+        f"## Rules\n\n{rules([*found, *before])}",
+        *(f"## Numbers, {state}\n\n{numbers(data, state)}" for state in STATES),
+        f"## What this cannot tell\n\n{LIMITS.strip()}",
+    ]
+    path = out / "report.md"
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return path
+
+
+def dominant_subspace(data: Outcomes, out: Path) -> list[SubspaceStabilization]:
+    """Return the follow-up's criterion for one trained network, near the weights and farther away."""
+    study = data.study
+    x, y = load(PIXELS, study.setup, out)
+    _, network = trained_network(Run(PIXELS, study.width, study.depth, 0, study.setup), x, y)
+    batch = x.double(), y
+    directions = dominant_directions(network, [batch], loss_fn, DIRECTIONS, steps=60).directions
+    orders = study.setup.orders
+    return [
+        subspace_stabilization(network, [batch], loss_fn, directions, sigma=sigma, orders=orders) for sigma in SIGMAS
+    ]
+
+
+def introduction(data: Outcomes) -> str:
+    """Return what this is, with versions and duration."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    return (
+        f"{INTRODUCTION.format(seeds=data.study.seeds).strip()}\n\n"
+        f"- {dt.datetime.now(tz=dt.timezone.utc).date()}; Python {platform.python_version()}, {versions}\n"
+        f"- {len(data.study.runs())} networks, {data.seconds / 60:.1f} minutes on one thread each"
+    )
+
+
+def method(data: Outcomes, out: Path) -> str:
+    """Return how the study was made."""
+    study = data.study
+    x, _ = load(PIXELS, study.setup, out)
+    fields = {**asdict(study), **asdict(study.setup)}
+    fields["widths"], fields["depths"] = (", ".join(map(str, study.sizes(sweep))) for sweep in SWEEPS)
+    steps_taken = study.setup.epochs * -(-len(x) // study.setup.batch_size)
+    return METHOD.format(**fields, steps_taken=steps_taken, extractor=features(x, study.setup, out)[1]).strip()
+
+
+def summary(found: Iterable[Statement]) -> str:
+    """Return a table of statements."""
+    header = ("The paper says", "Inputs", "We see", "Evidence", "Verdict")
+    rows = [(s.finding.claim, s.inputs, s.seen, s.finding.evidence, f"**{s.finding.verdict}**") for s in found]
+    return markdown(Table(header, rows))
+
+
+def counts(found: Iterable[Statement]) -> str:
+    """Return how often each verdict was given."""
+    given = Counter(s.finding.verdict for s in found)
+    return (
+        f"Of {given.total()} statements: " + ", ".join(f"{verdict} {count}" for verdict, count in given.items()) + "."
+    )
+
+
+def rules(found: Iterable[Statement]) -> str:
+    """Return the rule of each claim, once."""
+    by_claim = {s.finding.claim: s.finding.rule for s in found}
+    return "\n".join(f"- {claim} *Rule: {rule}.*" for claim, rule in by_claim.items())
+
+
+def picture(name: str, caption: str) -> str:
+    return f"![{name}]({name}.png)\n\n*{caption}*"
+
+
+def numbers(data: Outcomes, state: str) -> str:
+    """Return a table of all configurations."""
+    rows = []
+    for inputs in INPUTS:
+        for sweep in SWEEPS:
+            for width, depth in data.study.configurations(sweep):
+                if sweep == DEPTH and (width, depth) in data.study.configurations(WIDTH):
+                    continue
+                found = data.find(inputs, state, width, depth)
+                geometric = {
+                    name: student(logarithm([quantity(s) for s in found])) for name, quantity in QUANTITIES.items()
+                }
+                accuracy = student([s.numbers.accuracy for s in found])
+                rate = student([s.settling.rate for s in found])
+                norm = student([s.numbers.weight_norm for s in found])
+                rows.append(
+                    (inputs, str(width), str(depth), accuracy.shown(".3f"), rate.shown(".3f"),
+                     *(geometric[name].factor() for name in ("mean loss", "c", "c/mean loss", "‖G‖", "‖H‖")),
+                     norm.shown(".3g"), geometric["Theorem 1"].factor())
+                )  # fmt: skip
+    header = ("Inputs", "Width", "Depth", "Accuracy", "Exponent", "Mean loss", "c", "c/mean loss", "‖G‖", "‖H‖", "M_W",
+              "Theorem 1")  # fmt: skip
+    caption = "Means over seeds with 95 % intervals; geometric from the mean loss on, but for M_W."
+    return f"{caption}\n\n{markdown(Table(header, rows))}"

@@ -1,0 +1,144 @@
+"""The density of spectra over a run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.patheffects import Normal, Stroke
+
+from lightning_hesd.plotting.run_axis import RunAxis
+from lightning_hesd.plotting.signed_log import linear_threshold, set_signed_log
+from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, new_axes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.axes import Axes
+    from matplotlib.transforms import Transform
+    from numpy.typing import NDArray
+
+    from lightning_hesd.record import SpectrumRecord
+    from lightning_hesd.spectrum import Spectrum
+
+    Array: TypeAlias = NDArray[np.float64]
+
+ROWS = 400
+SMOOTHING, WIDEST = 0.06, 0.5
+"""Least and largest standard deviation, in decades."""
+
+HEADROOM = 0.12
+"""Space for the legend, as a share of the axis."""
+
+EDGE = 10.0**0.15
+"""How far the axis reaches beyond the extremes, as a factor."""
+
+FAINTEST = 0.05
+"""Densities below this share of that of a single eigenvalue are not drawn: of what lies between the eigenvalues."""
+
+
+def plot_density_evolution(history: Sequence[SpectrumRecord], ax: Axes | None = None) -> Axes:
+    """Draw the spectral density over a run as a heat map, with the extreme eigenvalues as lines.
+
+    The axis of eigenvalues is logarithmic on both sides of zero, and so is the density, which counts eigenvalues per
+    decade of that axis (of its linear part: as many as on the same length). Failed analyses are marked at the bottom
+    of an empty column.
+
+    Args:
+        history: The records; over steps rather than epochs if an epoch has several.
+        ax: Where to draw it; default: a new figure, small in inches as that of `plot_density`.
+
+    Raises:
+        ValueError: If there is no record with a spectrum.
+    """
+    axis = RunAxis.of(history)
+    spectra = [record.spectrum for record in history]
+    present = [spectrum for spectrum in spectra if spectrum is not None]
+    if not present:
+        msg = "the history has no spectrum: all analyses failed."
+        raise ValueError(msg)
+    ax = ax or new_axes()
+    page = _set_scale(ax, present)
+    bottom, top = page.heights(np.array(ax.get_ylim()))
+    edges = np.linspace(bottom, top, ROWS + 1)
+    rows = (edges[1:] + edges[:-1]) / 2
+    columns = [np.full(ROWS, math.nan) if s is None else _per_decade(s, page, rows) for s in spectra]
+    faintest = FAINTEST / max(s.dimension for s in present) / (SMOOTHING * math.sqrt(2 * math.pi))
+    values = np.ma.masked_less(np.ma.masked_invalid(np.array(columns).T), faintest)
+    image = ax.pcolormesh(
+        axis.edges(), page.back(edges), values, cmap="Greys", norm=LogNorm(vmin=faintest),
+        rasterized=True,
+    )  # fmt: skip
+    ax.figure.colorbar(image, ax=ax, label="share of eigenvalues per decade")
+
+    at = np.array(axis.positions)
+    ax.axhline(0, color="0.5", linewidth=0.6)
+    outlined = [Stroke(linewidth=3, foreground="white"), Normal()]
+    for name, colour, label in (("max", POSITIVE, r"$\lambda_{\max}$"), ("min", NEGATIVE, r"$\lambda_{\min}$")):
+        line = [math.nan if s is None else getattr(s, f"lambda_{name}") for s in spectra]
+        marker = "o" if len(at) <= 20 else ""
+        ax.plot(at, line, color=colour, linewidth=1.4, marker=marker, markersize=3, path_effects=outlined, label=label)
+    failed = at[[s is None for s in spectra]]
+    if len(failed):
+        ax.plot(
+            failed, np.full(len(failed), 0.035), "x", color=NEGATIVE, markersize=6, markeredgewidth=1.6,
+            transform=ax.get_xaxis_transform(), label="failed",
+        )  # fmt: skip
+    axis.label_on(ax)
+    ax.set_ylabel("Hessian eigenvalue" if present[0].matrix == "hessian" else f"eigenvalue, {present[0].matrix}")
+    ax.legend(fontsize=8, framealpha=0.9, handlelength=1.4, loc="upper right", ncols=3, columnspacing=1.2)
+    return ax
+
+
+@dataclass(frozen=True)
+class Page:
+    """Where eigenvalues are on the page, in decades.
+
+    Attributes:
+        transform: That of the axis.
+        threshold: Its unit.
+    """
+
+    transform: Transform
+    threshold: float
+
+    def heights(self, values: Array) -> Array:
+        """Return the heights of these eigenvalues."""
+        heights: Array = self.transform.transform(values)
+        return heights / self.threshold
+
+    def back(self, heights: Array) -> Array:
+        """Return the eigenvalues at these heights."""
+        values: Array = self.transform.inverted().transform(heights * self.threshold)
+        return values
+
+
+def _set_scale(ax: Axes, spectra: Sequence[Spectrum]) -> Page:
+    """Choose the scale of the vertical axis such that all extremes are clear of zero, and return what it does."""
+    extremes = [value for s in spectra for value in (s.lambda_min, s.lambda_max)]
+    threshold = linear_threshold(v for s in spectra for v in (s.lambda_min, s.lambda_max) if abs(v) > s.rounding)
+    low, high = min(-threshold, EDGE * min(extremes)), max(threshold, EDGE * max(extremes))
+    set_signed_log(ax, threshold, low, high)
+    page = Page(ax.yaxis.get_transform(), threshold)
+    bottom, top = page.heights(np.array([low, high]))
+    set_signed_log(ax, threshold, low, float(page.back(top + HEADROOM * (top - bottom))))
+    return page
+
+
+def _per_decade(spectrum: Spectrum, page: Page, rows: Array) -> Array:
+    """Return the density on the page: each node smeared over what its residual says, at least `SMOOTHING`.
+
+    A node that has converged is an eigenvalue; others stand for all eigenvalues around them, so that a fixed smoothing
+    would show where the nodes happen to lie. Beyond the extremes there is nothing.
+    """
+    present = ~np.isnan(spectrum.nodes)
+    nodes, residuals = spectrum.nodes[present], spectrum.residuals[present]
+    weights = spectrum.weights[present] / len(spectrum.nodes)
+    sigma = ((page.heights(nodes + residuals) - page.heights(nodes - residuals)) / 2).clip(SMOOTHING, WIDEST)
+    low, high = page.heights(np.array([spectrum.lambda_min, spectrum.lambda_max]))
+    distance = (rows[:, None] - page.heights(nodes)) / sigma
+    density: Array = np.exp(-0.5 * distance**2) @ (weights / sigma) / math.sqrt(2 * math.pi)
+    return np.where((rows > low - 2 * SMOOTHING) & (rows < high + 2 * SMOOTHING), density, 0.0)

@@ -1,0 +1,88 @@
+"""Layers over the epochs of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from lightning_hesd.indicators import layer_indicators
+from lightning_hesd.plotting.run_axis import RunAxis
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.axes import Axes
+
+    from lightning_hesd.record import SpectrumRecord
+    from lightning_hesd.spectrum import Spectrum
+
+LAYER_QUANTITIES = {
+    "lambda_max": r"$\lambda_{\max}$",
+    "c_t": "$C_t$",
+    "trace": "trace",
+    "trace_share": "share of the trace",
+    "effective_rank": "effective rank",
+    "near_zero_share": "share of directions near zero",
+    "negative_share": "share of negative curvature",
+}
+LOGARITHMIC = {"lambda_max", "trace", "effective_rank"}
+
+
+def plot_layers(
+    history: Sequence[SpectrumRecord] | Mapping[int, Mapping[str, Spectrum]],
+    quantity: str = "lambda_max",
+    ax: Axes | None = None,
+    *,
+    xlabel: str | None = None,
+) -> Axes:
+    """Draw a heat map of a quantity: layers over the analyses of a run.
+
+    Args:
+        history: The records, or epoch -> spectra by layer, as in `SpectrumRecord.layers`; the layers of the last one
+            are drawn. Epoch -1 is the start.
+        quantity: A field of `LayerIndicators`.
+        ax: Where to draw it; default: a new figure as high as there are layers.
+        xlabel: What the keys are, if not epochs.
+
+    Raises:
+        ValueError: If there is no epoch, or `quantity` is none of the fields.
+    """
+    if quantity not in LAYER_QUANTITIES:
+        msg = f"`quantity` must be one of {', '.join(LAYER_QUANTITIES)}, got {quantity!r}."
+        raise ValueError(msg)
+    layers, found_label = (history, "epoch") if isinstance(history, Mapping) else _by_position(history)
+    if not layers:
+        msg = "`history` has no spectra of layers: was the callback given `layers`?"
+        raise ValueError(msg)
+    epochs = list(layers)
+    names = list(layers[epochs[-1]])
+    found = [layer_indicators(layers[epoch]) for epoch in epochs]
+    values = np.array([[getattr(f[n], quantity) if n in f else math.nan for f in found] for n in names])
+    logarithmic = quantity in LOGARITHMIC and bool((values > 0).any())
+    if logarithmic:
+        values = np.where(values > 0, values, math.nan)
+    if ax is None:
+        ax = Figure(figsize=(5.6, 1.4 + 0.24 * len(names)), dpi=120, layout="constrained").add_subplot()
+    image = ax.imshow(
+        values, aspect="auto", interpolation="nearest", cmap="viridis", norm=LogNorm() if logarithmic else None
+    )
+    ax.set_yticks(range(len(names)), [name if len(name) <= 28 else f"…{name[-27:]}" for name in names], fontsize=8)
+    shown = np.unique(np.linspace(0, len(epochs) - 1, min(len(epochs), 8)).round().astype(int))
+    ax.set_xticks(shown, ["start" if epochs[i] < 0 else str(epochs[i]) for i in shown], fontsize=8)
+    ax.set_xlabel(xlabel or found_label)
+    ax.figure.colorbar(image, ax=ax, label=LAYER_QUANTITIES[quantity])
+    return ax
+
+
+def _by_position(records: Sequence[SpectrumRecord]) -> tuple[dict[int, Mapping[str, Spectrum]], str]:
+    """Return the spectra by layer that there are, by their place on the axis of the run, and what that is."""
+    analysed = [record for record in records if record.layers]
+    if not analysed:
+        return {}, ""
+    axis = RunAxis.of(analysed)
+    return {at: record.layers for at, record in zip(axis.positions, analysed, strict=True) if record.layers}, axis.label

@@ -1,0 +1,158 @@
+"""C_t over a run, the ratio of the extreme negative and positive curvatures."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lightning_hesd.criteria import MP_THRESHOLD
+from lightning_hesd.plotting.run_axis import RunAxis
+from lightning_hesd.plotting.signed_log import linear_threshold, set_signed_log
+from lightning_hesd.plotting.style import NEGATIVE, OTHER, POSITIVE, free_corner, new_axes
+from lightning_hesd.selection import LOSS_TOLERANCE, picks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.axes import Axes
+
+    from lightning_hesd.record import SpectrumRecord
+    from lightning_hesd.spectrum import Spectrum
+
+LINEAR_FROM = 0.05
+"""A linear axis shows values of this size and larger well enough."""
+
+SMALLEST = 1e-4
+"""Smaller values are drawn as zero, more or less."""
+
+DEEPEST = 100.0
+"""Far below -1 every spectrum is much the same, so the axis does not follow further down than this."""
+
+BOTTOM = 0.035
+"""Height, as a share of that of the axes, of marks that have no value."""
+
+
+def plot_c_t(
+    history: Sequence[SpectrumRecord], ax: Axes | None = None, *, tolerance: float | None = LOSS_TOLERANCE
+) -> Axes:
+    """Draw C_t over a run, with its interval, the threshold between MP and MN, and what the rules pick.
+
+    Points are hollow where the interval leaves the type open. Failed analyses, and those that found no curvature, are
+    marked at the bottom. The generalization data's C_t are drawn where they were analysed. The axis is logarithmic
+    near zero if there are values near zero.
+
+    Args:
+        history: The records; over steps rather than epochs if an epoch has several.
+        ax: Where to draw it; default: a new figure, small in inches as that of `plot_density`.
+        tolerance: The picks are those among MP spectra with a loss within this of the lowest one; None: no picks.
+
+    Raises:
+        ValueError: If there is no record.
+    """
+    axis = RunAxis.of(history)
+    ax = ax or new_axes()
+    at = np.array(axis.positions)
+    curves = {"training": [record.spectrum for record in history]}
+    if any(record.generalization for record in history):
+        curves["generalization"] = [record.generalization for record in history]
+    found = [spectrum for curve in curves.values() for spectrum in curve if spectrum is not None]
+    _set_scale(ax, found)
+    _shade(ax)
+    styles: tuple[dict[str, Any], ...] = ({"color": "0.15", "marker": "o"}, {"color": OTHER, "marker": "s"})
+    for (label, curve), style in zip(curves.items(), styles, strict=False):
+        _draw(ax, at, curve, style, label if len(curves) > 1 else "$C_t$ and its interval")
+    if tolerance is not None:
+        _mark_picks(ax, axis, history, tolerance)
+    _mark(ax, at[[record.spectrum is None for record in history]], "x", "failed")
+    undefined = [record.spectrum is not None and math.isnan(record.spectrum.c_t) for record in history]
+    _mark(ax, at[undefined], "d", "undefined")
+    axis.label_on(ax)
+    ax.set_ylabel("$C_t$")
+    ax.grid(visible=True, alpha=0.3)
+    heights = np.array([_value(spectrum) for curve in curves.values() for spectrum in curve])
+    place = free_corner(ax, np.tile(at, len(curves)), np.nan_to_num(heights, nan=ax.get_ylim()[0]))
+    ax.legend(fontsize=8, framealpha=0.9, handlelength=1.4, loc=place)
+    return ax
+
+
+def _set_scale(ax: Axes, spectra: Sequence[Spectrum]) -> None:
+    """Choose the scale of the vertical axis."""
+    values = [spectrum.c_t for spectrum in spectra if math.isfinite(spectrum.c_t)]
+    bottom = max(1.2 * min([-1.0, *values]), -DEEPEST)
+    sizes = [abs(value) for value in values if abs(value) >= SMALLEST]
+    if min(sizes, default=1.0) >= LINEAR_FROM:
+        ax.set_ylim(bottom, -0.03 * bottom)
+    else:
+        threshold = linear_threshold(sizes)
+        set_signed_log(ax, threshold, bottom, 0.5 * threshold, linear_part=0.4)
+
+
+def _shade(ax: Axes) -> None:
+    """Tell the types apart: colours, names and the threshold."""
+    bottom, top = ax.get_ylim()
+    ax.axhline(MP_THRESHOLD, color="black", linestyle=":", linewidth=1)
+    for low, high, colour, name, offset, side in (
+        (MP_THRESHOLD, top, POSITIVE, "MP", 2, "bottom"),
+        (bottom, MP_THRESHOLD, NEGATIVE, "MN", -3, "top"),
+    ):
+        ax.axhspan(low, high, color=colour, alpha=0.07, linewidth=0)
+        ax.annotate(
+            name, (1, MP_THRESHOLD), (3, offset), ("axes fraction", "data"), "offset points",
+            color=colour, fontsize=8, horizontalalignment="left", verticalalignment=side,
+        )  # fmt: skip
+
+
+def _value(spectrum: Spectrum | None) -> float:
+    return math.nan if spectrum is None else spectrum.c_t
+
+
+def _draw(ax: Axes, at: Any, curve: Sequence[Spectrum | None], style: dict[str, Any], label: str) -> None:
+    """Draw one curve with its band; it breaks where there is no value."""
+    bottom = ax.get_ylim()[0]
+    nothing = (math.nan, math.nan)
+    values = np.array([_value(spectrum) for spectrum in curve])
+    low, high = np.array([nothing if spectrum is None else spectrum.c_t_interval for spectrum in curve]).T
+    low, high = low.clip(bottom), high.clip(bottom)
+    colour, size = style["color"], 4.0 if len(at) <= 40 else 2.5
+    ax.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
+    ax.vlines(at, low, high, color=colour, alpha=0.5, linewidth=1)  # a band of a single analysis has no area
+    beyond = values < bottom
+    shown = np.where(beyond, bottom, values)
+    ax.plot(at, shown, color=colour, linewidth=1, marker=style["marker"], markersize=size, label=label)
+    open_ones = np.array([spectrum is not None and not spectrum.type_certain for spectrum in curve])
+    open_ones &= np.isfinite(shown)
+    if open_ones.any():
+        ax.plot(
+            at[open_ones], shown[open_ones], style["marker"], color=colour, markersize=size + 1,
+            markerfacecolor="white", label="type uncertain", zorder=3,
+        )  # fmt: skip
+    if beyond.any():
+        ax.plot(
+            at[beyond], shown[beyond], "v", color=colour, markersize=7, label="further down", clip_on=False, zorder=3
+        )
+
+
+def _mark_picks(ax: Axes, axis: RunAxis, history: Sequence[SpectrumRecord], tolerance: float) -> None:
+    styles: dict[str, dict[str, Any]] = {
+        "highest_c_t": {"marker": "^", "color": POSITIVE, "markersize": 8, "label": "highest $C_t$"},
+        "lowest_max_eigenvalue": {
+            "marker": "v", "color": NEGATIVE, "markersize": 10, "markerfacecolor": "none", "markeredgewidth": 1.6,
+            "label": r"lowest $\lambda_{\max}$",
+        },
+    }  # fmt: skip
+    for rule, record in picks(history, tolerance, fallback=False).items():
+        style, position = styles[rule], axis.positions[history.index(record)]
+        label = f"{style.pop('label')}: {axis.label} {axis.name(position)}"
+        assert record.spectrum is not None  # noqa: S101 - nothing else is picked
+        ax.plot([position], [record.spectrum.c_t], linestyle="none", zorder=4, label=label, **style)
+
+
+def _mark(ax: Axes, at: Any, marker: str, label: str) -> None:
+    if len(at):
+        heights = np.full(len(at), BOTTOM)
+        ax.plot(
+            at, heights, marker, color=NEGATIVE, markersize=6, markeredgewidth=1.6, markerfacecolor="none",
+            transform=ax.get_xaxis_transform(), label=label,
+        )  # fmt: skip

@@ -1,0 +1,155 @@
+"""The code of the README and of the documentation runs as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningCLI
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_hesd import HessianSpectrumCallback
+from lightning_hesd.cli import main
+from tests.lightning import cli_project
+
+README = Path(__file__).parents[1] / "README.md"
+PAGES = sorted((README.parent / "docs").rglob("*.md"))
+
+
+class Plain(LightningModule):
+    """The LightningModule of a user who has never heard of Hessians."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters())
+
+
+def data() -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 8, generator=generator)
+    return DataLoader(TensorDataset(x, x[:, :3].argmax(1)), batch_size=20)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def names() -> dict[str, Any]:
+    """Return what pages take for granted."""
+    torch.manual_seed(0)
+    return {"model": Plain(), "train_dataloader": data(), "test_dataloader": data()}
+
+
+@pytest.mark.filterwarnings("ignore:GPU available but not used")
+@pytest.mark.filterwarnings("ignore:.*called with Trainer configured with multiple .ModelCheckpoint. callbacks")
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = blocks(README, "python")
+    assert len(found) == 9
+    monkeypatch.chdir(tmp_path)  # as in a user's folder: everything is written below it
+    namespace = names()
+    for block in found:
+        exec(compile(block, str(README), "exec"), namespace)  # noqa: S102
+        trainer = namespace["trainer"]
+        if "callback" not in namespace:
+            namespace["callback"] = next(c for c in trainer.callbacks if isinstance(c, HessianSpectrumCallback))
+            assert len(namespace["callback"].history) == 10
+    assert Path(trainer.checkpoint_callback.best_model_path).is_file()
+    assert namespace["callback"].history[-1].assessment is not None
+    assert "test_loss" in trainer.callback_metrics
+    assert namespace["spectrum"].dimension == 8 * 32 + 32 + 32 * 3 + 3
+    assert "C_t = " in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:GPU available but not used")
+@pytest.mark.filterwarnings("ignore:.*called with Trainer configured with multiple .ModelCheckpoint. callbacks")
+@pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
+@pytest.mark.filterwarnings("ignore:.*failed, training goes on")  # what a page is about
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda page: page.stem)
+def test_python_of_a_page_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace = names()
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), namespace)  # noqa: S102
+    found = namespace.get("callback")
+    if page.stem == "failures":
+        assert found.history[-1].error in page.read_text(encoding="utf-8")
+    elif found is not None:
+        assert found.history[-1].error is None
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's folder with a module `my`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "my", cli_project)
+    monkeypatch.setattr(cli_project, "Module", cli_project.Net, raising=False)
+    monkeypatch.setattr(cli_project, "DataModule", cli_project.Data, raising=False)
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.filterwarnings("ignore:GPU available but not used")
+@pytest.mark.filterwarnings("ignore:.*called with Trainer configured with multiple .ModelCheckpoint. callbacks")
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "yaml")], ids=lambda page: page.stem)
+def test_configuration_of_a_page_trains(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train"])
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 with jsonargparse 4.53
+    for block in blocks(page, "yaml"):
+        (tmp_path / "config.yaml").write_text(block, encoding="utf-8")
+        cli = LightningCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=["fit", "--config", "config.yaml", "--trainer.accelerator", "cpu"],
+        )
+        callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
+        (found,) = (c for c in callbacks if isinstance(c, HessianSpectrumCallback))
+        assert [record.error for record in found.history] == [None] * 3
+        assert found.history[-1].layers
+        assert found.checkpoint.best_model_path
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "bash")], ids=lambda page: page.stem)
+def test_commands_of_a_page_run(page: Path, tmp_path: Path) -> None:
+    cli_project.run(tmp_path / "runs", epochs=1)
+    (tmp_path / "runs" / "epoch=0.ckpt").rename(tmp_path / "runs" / "last.ckpt")
+    for line in "".join(blocks(page, "bash")).splitlines():
+        command, *arguments = shlex.split(line)
+        if command == "lightning-hesd":
+            main([*arguments, "--accelerator=cpu"] if arguments[0] in {"analyze", "sample-size"} else arguments)
+        else:  # other programs, not ours to test
+            assert command in {"pip", "tensorboard"}, line
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
+def test_files_it_names_exist(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        if "://" not in link:
+            assert (page.parent / link.partition("#")[0]).resolve().is_file(), link
+
+
+def test_code_is_in_languages_that_are_tested() -> None:
+    languages = {language for page in PAGES for language in re.findall(r"```(\w+)\n", page.read_text(encoding="utf-8"))}
+    assert languages <= {"python", "bash", "yaml"}
