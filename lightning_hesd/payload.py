@@ -183,7 +183,15 @@ def _plain(value: Any) -> Any:
 Fields = Mapping[str, type | tuple[type, ...]]
 
 NUMBER, OPTIONAL = (int, float), (int, float, NoneType)
-RECORD_FIELDS: Fields = {"epoch": int, "global_step": int, "spectra": dict, "thresholds": dict}
+RECORD_FIELDS: Fields = {
+    "epoch": int,
+    "global_step": int,
+    "error": (str, NoneType),
+    "spectra": dict,
+    "thresholds": dict,
+    "assessment": (dict, NoneType),
+    "layers": list,
+}
 SPECTRUM_FIELDS: Fields = {
     "nodes": list,
     "weights": list,

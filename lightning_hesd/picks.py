@@ -117,11 +117,6 @@ def _why(rule: str, metric: str, selection: SelectionRule, count: int, near: Seq
     if selection.require_mp and not positive:
         return f"{found}; none of them is MP, so the best {metric} decides (epoch {best.epoch})."
     whom = (
-        f"; the {len(positive)} of these that are MP are candidates" if selection.require_mp else "; all of these are"
+        f"the {len(positive)} of these that are MP are candidates" if selection.require_mp else "these are candidates"
     )
-    return f"{found}{whom}, and of equals the earliest is taken. {_ranking(rule)}"
-
-
-def _ranking(rule: str) -> str:
-    decides = f"the {RULE_NAMES[rule]} wins" if rule in RULE_NAMES else f"{rule} decides"
-    return f"Among the candidates {decides}."
+    return f"{found}; {whom}. Among them the {RULE_NAMES.get(rule, f'highest value of {rule}')} wins, the earliest of equals."

@@ -28,7 +28,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs Chromium (or Chrome) and chromedriver")
 
-EVIL = "<img src=x onerror=window.injected=1>"
+EVIL = "<b><img src=x onerror=window.injected=1>"
 COLOURS = ("#425066", "#12b5cb", "#e52592", "#f9ab00", "#9334e6")
 """What TensorBoard gives to runs, in the order of /data/runs."""
 
@@ -222,6 +222,8 @@ def test_a_zoom_outlives_new_data_and_can_be_undone(page: Page, address: str) ->
 def test_hostile_names_are_shown_as_they_are(page: Page, address: str) -> None:
     page.open_tab(address)
     assert EVIL in page.text("#runs")
+    legend = page.script("return [...document.querySelectorAll('#ct .legendtext')].map((text) => text.textContent)")
+    assert EVIL in legend  # Plotly takes markup in texts for markup
     page.show_in_detail(EVIL)
     page.until("return document.getElementById('layers').classList.contains('js-plotly-plot')")
     assert page.script("return document.querySelector('#layers .ytick text').textContent").endswith(EVIL[-12:])
