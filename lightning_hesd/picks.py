@@ -119,4 +119,5 @@ def _why(rule: str, metric: str, selection: SelectionRule, count: int, near: Seq
     whom = (
         f"the {len(positive)} of these that are MP are candidates" if selection.require_mp else "these are candidates"
     )
-    return f"{found}; {whom}. Among them the {RULE_NAMES.get(rule, f'highest value of {rule}')} wins, the earliest of equals."
+    wins = RULE_NAMES.get(rule, f"highest value of {rule}")
+    return f"{found}; {whom}. Among them the {wins} wins, the earliest of equals."
