@@ -2,7 +2,7 @@
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types layers doctest docs bench clean
+.PHONY: help setup demo test check lint types layers doctest docs package bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,7 +23,7 @@ demo: $(INSTALLED) ## train on the digits, with the spectrum in TensorBoard
 test: $(INSTALLED) ## run the tests
 	$(RUN) -m pytest -n 2
 
-check: lint types layers test doctest docs ## run everything that a change must pass
+check: lint types layers test doctest docs package ## run everything that a change must pass
 
 lint: $(INSTALLED) ## check style and formatting
 	$(RUN) -m ruff check .
@@ -40,6 +40,9 @@ doctest: $(INSTALLED) ## run the examples in docstrings
 
 docs: $(INSTALLED) ## build the documentation in site/, strictly
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
+
+package: $(INSTALLED) ## build the distributions, and use the wheel outside of the repository
+	$(RUN) -m tests.packaging.check_wheel
 
 bench: $(INSTALLED) ## compare with other packages: time, memory, accuracy
 	$(RUN) -m pip install --no-deps -r benchmarks/requirements.txt
