@@ -1,15 +1,21 @@
-"""What the studies of papers have in common: how a claim is judged, tables in Markdown, and silence."""
+"""What the studies of papers have in common: runs in processes, how a claim is judged, tables in Markdown, silence."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
+import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from pathlib import Path
+
+Run = TypeVar("Run")
 
 Verdict = Literal["agrees", "differs", "cannot be seen at this scale", "not run"]
 AGREES: Verdict = "agrees"
@@ -54,3 +60,23 @@ def quiet() -> Iterator[None]:
         ):
             warnings.filterwarnings("ignore", message=message)
         yield
+
+
+def run_all(
+    runs: Sequence[Run], run: Callable[[Run, Path], object], out: Path, *, is_done: Callable[[Run], bool], jobs: int
+) -> None:
+    """Do the runs that are not done, so many at a time, and say how far they are."""
+    todo = [settings for settings in runs if not is_done(settings)]
+    print(f"{len(todo)} runs to do, {len(runs) - len(todo)} finished earlier", flush=True)
+    if not todo:
+        return
+    started = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        if jobs == 1:  # no need for another process
+            done: Iterable[object] = (run(settings, out) for settings in todo)
+        else:
+            pool = stack.enter_context(ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")))
+            done = (future.result() for future in as_completed([pool.submit(run, settings, out) for settings in todo]))
+        for number, _ in enumerate(done, start=1):
+            if number % 10 == 0 or number == len(todo):
+                print(f"[{(time.perf_counter() - started) / 60:5.1f} min] {number}/{len(todo)}", flush=True)

@@ -17,13 +17,13 @@ from scipy.stats import spearmanr
 
 from examples.layer_study import associations as statistics
 from examples.layer_study import data as data_sets
-from examples.layer_study.__main__ import run_all
 from examples.layer_study.associations import Association, associations, given, of_controls, plain, within
 from examples.layer_study.indicators import NAMES
-from examples.layer_study.outcomes import read
+from examples.layer_study.outcomes import is_done, read
 from examples.layer_study.settings import Run, Setup, Study
 from examples.layer_study.training import MLP, constant_loss, run
 from examples.layer_study.words import Sample, verdict
+from examples.shared import run_all
 from lightning_hesd import SpectrumHistory
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +71,7 @@ def test_everything_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert (tmp_path / image).read_bytes().startswith(b"\x89PNG")
     assert "nan" not in report
 
-    run_all(STUDY.runs(), tmp_path, 1)
+    run_all(STUDY.runs(), run, tmp_path, is_done=lambda s: is_done(tmp_path / s.folder), jobs=1)
     assert "0 runs to do, 12 finished earlier" in capsys.readouterr().out
 
 

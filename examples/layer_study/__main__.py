@@ -10,13 +10,8 @@ code are not settings: take another --out.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import multiprocessing
-import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from examples.layer_study import report
 from examples.layer_study.data import NAMES
@@ -24,11 +19,7 @@ from examples.layer_study.outcomes import is_done, read
 from examples.layer_study.settings import QUICK, Study
 from examples.layer_study.training import run
 from examples.layer_study.words import sample
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from examples.layer_study.settings import Run
+from examples.shared import run_all
 
 
 def main() -> None:
@@ -51,27 +42,9 @@ def main() -> None:
         parser.error(f"--epochs must be even, got {study.setup.epochs}.")
 
     args.out.mkdir(parents=True, exist_ok=True)
-    run_all(study.runs(), args.out, args.jobs)
+    run_all(study.runs(), run, args.out, is_done=lambda s: is_done(args.out / s.folder), jobs=args.jobs)
     data = sample(study, [read(settings, args.out) for settings in study.runs()])
     print(f"Report: {report.write(data, args.out)}")
-
-
-def run_all(runs: Sequence[Run], out: Path, jobs: int) -> None:
-    """Train the networks that are not finished, so many at a time."""
-    todo = [settings for settings in runs if not is_done(out / settings.folder)]
-    print(f"{len(todo)} runs to do, {len(runs) - len(todo)} finished earlier", flush=True)
-    if not todo:
-        return
-    started = time.perf_counter()
-    with contextlib.ExitStack() as stack:
-        if jobs == 1:  # no need for another process
-            done: Iterable[float] = (run(settings, out) for settings in todo)
-        else:
-            pool = stack.enter_context(ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")))
-            done = (future.result() for future in as_completed([pool.submit(run, settings, out) for settings in todo]))
-        for number, _ in enumerate(done, start=1):
-            if number % 10 == 0 or number == len(todo):
-                print(f"[{(time.perf_counter() - started) / 60:5.1f} min] {number}/{len(todo)}", flush=True)
 
 
 if __name__ == "__main__":

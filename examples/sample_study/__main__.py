@@ -10,12 +10,8 @@ code are not settings: take another --out.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,11 +19,7 @@ from examples.sample_study import outcomes, report
 from examples.sample_study.data import load
 from examples.sample_study.measuring import run
 from examples.sample_study.settings import FEATURES, QUICK, Study
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from examples.sample_study.settings import Run
+from examples.shared import run_all
 
 
 def main() -> None:
@@ -45,25 +37,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # small networks gain nothing from more, and lose where others compute, too
     load(FEATURES, study.setup, args.out)  # trains the extractor, before all need it
-    run_all(study.runs(), args.out, args.jobs)
+    run_all(study.runs(), run, args.out, is_done=lambda s: (args.out / s.file).is_file(), jobs=args.jobs)
     print(f"Report: {report.write(outcomes.read(study, args.out), args.out)}")
-
-
-def run_all(runs: Sequence[Run], out: Path, jobs: int) -> None:
-    """Train the networks that are not finished, so many at a time."""
-    todo = [settings for settings in runs if not (out / settings.file).is_file()]
-    print(f"{len(todo)} runs to do, {len(runs) - len(todo)} finished earlier", flush=True)
-    started = time.perf_counter()
-    if jobs == 1:  # no need for another process
-        for settings in todo:
-            run(settings, out)
-        return
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        done = as_completed([pool.submit(run, settings, out) for settings in todo])
-        for number, future in enumerate(done, start=1):
-            future.result()
-            if number % 10 == 0 or number == len(todo):
-                print(f"[{(time.perf_counter() - started) / 60:5.1f} min] {number}/{len(todo)}", flush=True)
 
 
 if __name__ == "__main__":
