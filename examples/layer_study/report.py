@@ -93,14 +93,10 @@ def write(data: Sample, out: Path) -> Path:
 
 
 def introduction(data: Sample) -> str:
-    """Return what this is, with versions and duration."""
+    """Return what this is, with versions."""
     text = INTRODUCTION.format(count=data.gap.size, datasets=len(data.study.datasets)).strip()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    minutes = data.numbers["seconds"].sum() / 60
-    return (
-        f"{text}\n\n- {dt.datetime.now(tz=dt.timezone.utc).date()}; Python {platform.python_version()}, {versions}\n"
-        f"- {minutes:.1f} minutes of trainings and analyses on one thread each, more than one at a time or not"
-    )
+    return f"{text}\n\n{dt.datetime.now(tz=dt.timezone.utc).date()}; Python {platform.python_version()}, {versions}."
 
 
 def method(data: Sample) -> str:
