@@ -1,7 +1,7 @@
 """Build the distributions, and use the wheel in a clean environment, outside of the repository.
 
-    python -m tests.packaging.check_wheel                 # with the packages of this environment: seconds
-    python -m tests.packaging.check_wheel newest oldest   # with packages installed for it: minutes
+    python -m tests.packaging.check_wheel                               # with the packages of this environment
+    python -m tests.packaging.check_wheel --environments newest oldest  # with packages installed for it: minutes
 
 "oldest" takes the lowest versions that pyproject.toml allows of what does not depend on torch's version. torch itself
 is that of constraints.txt.
@@ -26,7 +26,7 @@ USE = Path(__file__).with_name("use.py")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("environments", nargs="*", choices=["this", "newest", "oldest"], default=["this"])
+    parser.add_argument("--environments", nargs="+", choices=["this", "newest", "oldest"], default=["this"])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
