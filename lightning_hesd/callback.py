@@ -11,6 +11,7 @@ from lightning_hesd.analysis import analysis_options
 from lightning_hesd.analyzer import TrainerAnalyzer
 from lightning_hesd.budget import Budget
 from lightning_hesd.checkpoint import HessianCheckpoint
+from lightning_hesd.checks import check_count
 from lightning_hesd.gradient_monitor import GradientMonitor
 from lightning_hesd.history import START_EPOCH, SpectrumHistory, SpectrumSource, when
 from lightning_hesd.loss import check_loss_source
@@ -122,8 +123,9 @@ class HessianSpectrumCallback(SpectrumSource):
         **analysis: Any,
     ) -> None:
         super().__init__()
-        _check_count("num_samples", num_samples, alternative="auto")
-        _check_count("batch_size", batch_size)
+        check_count("num_samples", num_samples, alternative="auto")
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
         if on_error not in {"warn", "raise"}:
             msg = f"`on_error` must be 'warn' or 'raise', got {on_error!r}."
             raise ValueError(msg)
@@ -294,7 +296,8 @@ class HessianSpectrumCallback(SpectrumSource):
         self._outputs.log(trainer, pl_module, self.history[-1], overhead, at_epoch_end=at_epoch_end)
         if self.verbose:
             by_step = self.schedule.every_n_train_steps is not None
-            terminal.say(trainer, *analysis_lines(self.history[-1], self.name, by_step=by_step))
+            with self._survived("cannot print what was found"):
+                terminal.say(trainer, *analysis_lines(self.history[-1], self.name, by_step=by_step))
 
     def _sum_up(self, trainer: pl.Trainer) -> None:
         """Print the table of all analyses, once in a fit and if asked for."""
@@ -391,11 +394,3 @@ def _options_of_the_parts(analysis: dict[str, Any]) -> dict[str, Any]:
     parts = {name: analysis.pop(name, None) for name in ("output_fn", "output_loss")}
     analysis_options(matrix="ggn", **parts)
     return parts
-
-
-def _check_count(name: str, value: object, alternative: str | None = None) -> None:
-    if value in (None, alternative) or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-        return
-    offered = f" or {alternative!r}" if alternative else ""
-    msg = f"`{name}` must be a positive integer{offered}, got {value!r}."
-    raise ValueError(msg)

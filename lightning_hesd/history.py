@@ -30,7 +30,7 @@ __all__ = ["PLAIN_FIELDS", "START_EPOCH", "SUFFIXES", "SpectrumHistory", "Spectr
 
 INDEX_NAME = "index.json"
 INDEX_FORMAT = 1
-LATER_FIELDS = ("ggn", "residual", "layers")
+LATER_FIELDS = ("generalization", "preconditioned", "stability_threshold", "ggn", "residual", "layers")
 """What the first histories did not have."""
 
 OnError = Literal["warn", "raise"]

@@ -53,9 +53,7 @@ class AnalysisOptions:
         """
         check_count("steps", self.steps)
         check_count("probes", self.probes)
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
-            msg = f"`seed` must be a non-negative integer, got {self.seed!r}."
-            raise ValueError(msg)
+        check_count("seed", self.seed, least=0)
         if not _is_share(self.confidence):
             msg = f"`confidence` must lie between 0 and 1, got {self.confidence!r}."
             raise ValueError(msg)

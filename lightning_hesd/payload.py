@@ -17,6 +17,7 @@ import numpy as np
 from lightning_hesd import criteria
 from lightning_hesd.indicators import layer_indicators
 from lightning_hesd.quadrature import legible_sigma
+from lightning_hesd.record import SUFFIXES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -42,9 +43,6 @@ MAX_NODES = 256
 DIGITS = 7
 """Significant digits of numbers."""
 
-SPECTRA = ("spectrum", "generalization", "preconditioned", "ggn", "residual")
-"""The fields of a record that hold spectra, under the same names as in `SpectrumRecord`."""
-
 THRESHOLDS = {
     "c_t": criteria.MP_THRESHOLD,
     "delta_r_e": criteria.DELTA_R_E_THRESHOLD,
@@ -61,7 +59,7 @@ class PayloadError(ValueError):
 
 def record_payload(record: SpectrumRecord) -> dict[str, Any]:
     """Return a record as plain values."""
-    spectra = {field: getattr(record, field) for field in SPECTRA}
+    spectra = {field: getattr(record, field) for field in SUFFIXES}
     layers = layer_indicators(record.layers or {})
     values = {
         "version": VERSION,

@@ -205,7 +205,7 @@ def find_sample_size(
         **context: Where it runs.
 
     Raises:
-        ArithmeticError: If the spectrum has no positive eigenvalue, or there are too few samples.
+        ArithmeticError: If the spectrum has no positive eigenvalue.
     """
     spectrum = analyze(module, pilot, mean_loss(loss_fn), options, **context)
     if spectrum.c_t_sampling_error is None:

@@ -61,8 +61,11 @@ def per_sample_losses(
 
 
 def mean_loss(loss_fn: SampleLoss) -> Callable[[Any, Any], Tensor]:
-    """Return the function of module and batch whose value is the mean of the losses, a scalar."""
-    return lambda module, batch: loss_fn(module, batch).mean()
+    """Return the function of module and batch whose value is the mean of the losses, a scalar.
+
+    It raises a TypeError if `loss_fn` does not return a tensor.
+    """
+    return lambda module, batch: _checked(loss_fn(module, batch)).mean()
 
 
 def read_batches(batches: Iterable[Any]) -> list[WeightedBatch]:
@@ -95,10 +98,7 @@ def sample_losses(module: Any, batch: WeightedBatch, loss_fn: SampleLoss) -> Ten
 
 def _losses(module: Any, batch: WeightedBatch, loss_fn: SampleLoss) -> Tensor:
     size = int(batch_size(batch.data))
-    losses: Any = loss_fn(module, batch.data)
-    if not isinstance(losses, Tensor):
-        msg = f"`loss_fn` must return a tensor, got {type(losses).__name__}."
-        raise TypeError(msg)
+    losses = _checked(loss_fn(module, batch.data))
     if losses.ndim == 0 and size > 1:
         return torch.cat([_losses(module, sample, loss_fn) for sample in batch.split(size)])
     if losses.ndim and losses.shape != (size,):
@@ -108,6 +108,13 @@ def _losses(module: Any, batch: WeightedBatch, loss_fn: SampleLoss) -> Tensor:
         )
         raise ValueError(msg)
     return losses.reshape(size)
+
+
+def _checked(losses: Any) -> Tensor:
+    if isinstance(losses, Tensor):
+        return losses
+    msg = f"`loss_fn` must return a tensor, got {type(losses).__name__}."
+    raise TypeError(msg)
 
 
 def check_finite(losses: Tensor, batch: WeightedBatch) -> None:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lightning_hesd.checks import check_count
+
 if TYPE_CHECKING:
     from collections.abc import Collection
 
@@ -33,11 +35,9 @@ class Schedule:
         Raises:
             ValueError: If one is out of range, or two contradict each other.
         """
-        for name in ("every_n_epochs", "every_n_train_steps"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                msg = f"`{name}` must be a positive integer, got {value!r}."
-                raise ValueError(msg)
+        check_count("every_n_epochs", self.every_n_epochs)
+        if self.every_n_train_steps is not None:
+            check_count("every_n_train_steps", self.every_n_train_steps)
         share = self.max_overhead
         if share is not None and (
             not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share < math.inf

@@ -149,9 +149,10 @@ def _findings(record: SpectrumRecord) -> tuple[str, str, str, str, str]:
 
 
 def _seconds(record: SpectrumRecord) -> str:
-    """Return how long all spectra of a record took together."""
-    spectra = [*record.spectra.values(), *(record.layers or {}).values()]
-    return f"{sum(spectrum.seconds for spectrum in spectra):.1f}" if spectra else ""
+    """Return how long all spectra of a record took; those of layers are computed together, in the time of the last."""
+    whole = sum(spectrum.seconds for spectrum in record.spectra.values())
+    layers = max((spectrum.seconds for spectrum in (record.layers or {}).values()), default=0.0)
+    return f"{whole + layers:.1f}" if record.spectra or record.layers else ""
 
 
 def _shortened(rows: Sequence[tuple[str, ...]], marked: Sequence[int]) -> list[tuple[str, ...]]:

@@ -9,6 +9,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.request import urlopen
 
 import pytest
 
@@ -355,7 +356,9 @@ def test_dark_and_light(page: Page, address: str) -> None:
 
 
 def test_in_tensorboard_itself(page: Page, address: str) -> None:
-    """The tab is there, the only one of this name, and follows TensorBoard's theme rather than the system's."""
+    """The tab is there, and follows TensorBoard's theme rather than the system's."""
+    with urlopen(f"{address}data/plugins_listing") as answer:  # noqa: S310 - our own server
+        assert json.load(answer)["hesd"]["enabled"]
     page.open(f"{address}#hesd")
     frame = page.until("return document.querySelector('iframe')")
     page.script("document.body.classList.add('dark-mode')")

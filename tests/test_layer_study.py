@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,8 @@ from examples.layer_study.training import MLP, constant_loss, run
 from examples.layer_study.words import Sample, verdict
 from examples.shared import run_all
 from lightning_hesd import SpectrumHistory
+from tests.programs import run_python
 
-ROOT = Path(__file__).parents[1]
 SHAPE = (3, 2, 12)  # data sets, seeds, configurations
 TINY = ["--datasets", "iris", "diabetes", "--widths", "2", "3", "4", "--depths", "1", "--seeds", "2", "--epochs", "2"]
 STUDY = Study(("iris", "diabetes"), (2, 3, 4), (1,), 2, Setup(epochs=2))
@@ -46,17 +44,8 @@ def normal(*shape: int, seed: int = 0) -> Any:
 
 
 def test_everything_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "examples.layer_study", "--out", str(tmp_path), "--jobs", "1", *TINY],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Warning" not in done.stderr, done.stderr
-    assert "12 runs to do, 0 finished earlier" in done.stdout
+    said = run_python("-m", "examples.layer_study", "--out", str(tmp_path), "--jobs", "1", *TINY)
+    assert "12 runs to do, 0 finished earlier" in said
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
     parts = dict(re.findall(r"^## (.*)\n\n((?:(?!^## ).*\n?)*)", report, re.MULTILINE))
     for word, claims in (("Overfitting", 3), ("Under-parameterisation", 2), ("Expressivity", 3)):

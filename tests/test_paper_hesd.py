@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,8 +25,8 @@ from examples.paper_hesd.verdicts import always_mp, by_interval, more_often, som
 from lightning_hesd import Spectrum
 from lightning_hesd.history import SpectrumRecord
 from lightning_hesd.preconditioner import read_preconditioner
+from tests.programs import run_python
 
-ROOT = Path(__file__).parents[1]
 TINY = [
     *("--epochs", "2", "--points", "2", "--seeds", "2", "--steps", "4", "--samples", "16", "--train-size", "100"),
     *("--resnet-width", "2", "--vit-width", "4", "--vit-depth", "1", "--vit-patch", "4"),
@@ -37,17 +35,7 @@ TITLES = [*(f"Table {number}" for number in range(1, 5)), *(f"Figure {number}" f
 
 
 def reproduce(out: Path, *options: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "examples.paper_hesd", "--quick", "--out", str(out), *TINY, *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Warning" not in done.stderr, done.stderr
-    return done.stdout
+    return run_python("-m", "examples.paper_hesd", "--quick", "--out", str(out), *TINY, *options)
 
 
 def sections(out: Path) -> dict[str, str]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +22,11 @@ from examples.sample_study.statements import Statement, at_initialisation, follo
 from examples.sample_study.trends import Interval, Region, Trend, student, trend
 from examples.shared import AGREES, DIFFERS, UNSEEN
 from lightning_hesd.loss_differences import differences_of
+from tests.programs import run_python
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-ROOT = Path(__file__).parents[1]
 TINY = Setup(epochs=1, orders=4, steps=4, extractor_epochs=1)
 QUICKEST = ["--quick", "--seeds", "2", "--epochs", "2", "--jobs", "1"]
 NAN = Interval(math.nan, math.nan, math.nan)
@@ -37,17 +35,7 @@ NAN = Interval(math.nan, math.nan, math.nan)
 
 
 def study(out: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "examples.sample_study", "--out", str(out), *QUICKEST],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Warning" not in done.stderr, done.stderr
-    return done.stdout
+    return run_python("-m", "examples.sample_study", "--out", str(out), *QUICKEST)
 
 
 def test_everything_once(tmp_path: Path) -> None:

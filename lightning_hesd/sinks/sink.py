@@ -57,10 +57,7 @@ def figures(history: SpectrumHistory) -> Iterator[tuple[str, Axes]]:
     if record.spectrum and record.ggn and record.residual:
         yield "/decomposition_figure", plot_decomposition(record.spectrum, record.ggn, record.residual)
     if record.layers:
-        by_epoch = {r.epoch: r.layers for r in history if r.layers}
-        by_step = {r.global_step: r.layers for r in history if r.layers}
-        one_each = len(by_epoch) == len(by_step)
-        yield "/layers_figure", plot_layers(by_epoch) if one_each else plot_layers(by_step, xlabel="step")
+        yield "/layers_figure", plot_layers(history)
 
 
 def pixels(axes: Axes) -> NDArray[np.uint8]:

@@ -80,13 +80,13 @@ def test_tensorboard_gets_metrics_figures_and_a_table(tmp_path: Path) -> None:
     assert table.splitlines()[2].startswith(f"| net.0 | {layers['net.0'].c_t:.3g} | {layers['net.0'].lambda_max:.3g} |")
 
 
-def test_histories_from_before_there_were_layers_are_read(tmp_path: Path) -> None:
+def test_histories_from_before_there_was_all_this_are_read(tmp_path: Path) -> None:
     spectra = callback(layers=None, decompose=False, output_fn=None, output_loss=None)
     fit(tmp_path, spectra)
     index, state = tmp_path / "hesd/index.json", spectra.history.state_dict()
     written = json.loads(index.read_text(encoding="utf-8"))
     for row in (*written["records"], *state):
-        for field in ("ggn", "residual", "layers"):
+        for field in ("generalization", "preconditioned", "stability_threshold", "ggn", "residual", "layers"):
             assert row.pop(field) is None
     index.write_text(json.dumps(written), encoding="utf-8")
     loaded = SpectrumHistory()

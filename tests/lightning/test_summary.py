@@ -96,7 +96,9 @@ class TestTable:
         assert "?: the interval contains both types" in found.notes
 
     def test_seconds_are_those_of_all_spectra(self):
-        made = replace(record(0), generalization=make_spectrum(-0.2), layers={"a": make_spectrum(-0.2)})
+        """Layers are computed together, and count once."""
+        layers = {"a": make_spectrum(-0.2), "b": make_spectrum(-0.1)}
+        made = replace(record(0), generalization=make_spectrum(-0.2), layers=layers)
         found = summary(made)
         assert cells(found, "s") == ["0.3"]
         assert cells(found, "generalization") == [made.assessment.verdict]

@@ -344,14 +344,14 @@ def test_a_run_has_a_folder_of_its_own(tmp_path: Path) -> None:
     wandb.experiment.finish()
 
 
+def fail(*_args: Any, **_kwargs: Any) -> None:
+    msg = "server gone"
+    raise OSError(msg)
+
+
 @pytest.mark.filterwarnings("ignore:MLFlow only allows:RuntimeWarning")
 def test_a_logger_that_fails_costs_its_own_output_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here with a name that neither of both takes as it is."""
-
-    def fail(*_args: Any, **_kwargs: Any) -> None:
-        msg = "server gone"
-        raise OSError(msg)
-
     wandb, mlflow = WandbLogger(save_dir=tmp_path), MLFlowLogger(tracking_uri=f"file://{tmp_path}/mlruns")
     callback = spectra(name="λ (all)")
     monkeypatch.setattr("lightning_hesd.sinks.mlflow_runs.MLflowSink.write", fail)
@@ -370,11 +370,6 @@ def test_a_logger_that_fails_costs_its_own_output_only(tmp_path: Path, monkeypat
 
 def test_training_that_fails_leaves_its_spectra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what goes wrong then does not hide why it failed, even if errors are to be raised."""
-
-    def fail(*_args: Any, **_kwargs: Any) -> None:
-        msg = "server gone"
-        raise OSError(msg)
-
     wandb, mlflow = WandbLogger(save_dir=tmp_path), MLFlowLogger(tracking_uri=f"file://{tmp_path}/mlruns")
     callback = spectra(on_error="raise")
     monkeypatch.setattr("lightning_hesd.sinks.mlflow_runs.MLflowSink.finish", fail)

@@ -117,5 +117,5 @@ def test_an_error_over_orders_needs_two(orders: object) -> None:
 
 @pytest.mark.parametrize("seed", [-1, 0.0, True, None])
 def test_seeds_are_integers(seed: object) -> None:
-    with pytest.raises(ValueError, match="`seed` must be an integer of at least 0, got"):
+    with pytest.raises(ValueError, match="`seed` must be a non-negative integer, got"):
         check_orders(2, seed)

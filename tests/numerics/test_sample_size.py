@@ -192,6 +192,12 @@ def test_mistakes(problem, options, message):
         recommend_sample_size(module, [(x[:20], y[:20])], loss_fn, **options)
 
 
+def test_a_loss_that_is_no_tensor(problem):
+    module, x, y = problem
+    with pytest.raises(TypeError, match="`loss_fn` must return a tensor, got float"):
+        recommend_sample_size(module, [(x[:20], y[:20])], lambda m, b: 1.0)
+
+
 def test_too_few_samples(problem):
     module, x, y = problem
     with pytest.raises(ValueError, match="needs at least 8 groups"):

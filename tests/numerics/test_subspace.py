@@ -398,7 +398,7 @@ class TestRefusals:
             ("draws", 1, "an integer of at least 2"),
             ("orders", 1, "an integer of at least 2"),
             ("chunk_size", 0, "a positive integer"),
-            ("seed", -1, "an integer of at least 0"),
+            ("seed", -1, "a non-negative integer"),
         ],
     )
     def test_of_counts(self, name: str, wrong: int, wanted: str) -> None:
