@@ -179,6 +179,7 @@ def train(name: str, args: argparse.Namespace) -> Run:
         num_samples=200,  # this and `steps` are below their defaults to be quick
         batch_size=200,
         steps=40,
+        generalization_dataloader=generalization_loader,  # for the assessment; the rules do not see it
         checkpoint=by_c_t,  # this one becomes the Trainer's "best"
     )
     trainer = pl.Trainer(
