@@ -17,9 +17,8 @@ from tests.programs import run_python
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd-momentum"])
-def test_digits(tmp_path: Path, optimizer: str) -> None:
-    options = ["--model", "resnet", "--epochs", "6", "--optimizer", optimizer]
+def test_digits(tmp_path: Path) -> None:
+    options = ["--model", "resnet", "--epochs", "6", "--optimizer", "sgd-momentum"]
     said = run_python(str(EXAMPLES / "digits.py"), *options, cwd=tmp_path)
     rows = re.findall(r"^ *(start|\d+)  .*\[ *(-?\d\.\d+), *(-?\d\.\d+)\] +(\d+\.\d+)  (MP|MN)", said, re.MULTILINE)
     assert [row[0] for row in rows] == ["start", "2", "5"]
@@ -31,8 +30,8 @@ def test_digits(tmp_path: Path, optimizer: str) -> None:
     events = EventAccumulator(str(next((tmp_path / "runs" / "digits").rglob("events.*")).parent))
     events.Reload()
     assert {"hesd/c_t", "hesd/lambda_max", "train_acc", "gen_acc"} <= set(events.Tags()["scalars"])
-    assert events.Tags()["histograms"] == ["hesd/density"]
-    assert events.Tags()["images"] == ["hesd/density_figure"]
+    assert events.Tags()["histograms"] == ["hesd/density", "hesd_gen/density"]
+    assert events.Tags()["images"] == ["hesd/density_figure", "hesd_gen/density_figure"]
 
 
 def test_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
