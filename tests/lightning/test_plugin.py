@@ -21,8 +21,8 @@ from tensorboard.plugins.base_plugin import TBContext
 from werkzeug.test import Client
 
 from lightning_hesd import SpectrumHistory, cli
-from lightning_hesd.history import SUFFIXES, SpectrumRecord
-from lightning_hesd.payload import CHOICES_NAME, MAX_NODES, SPECTRA, PayloadError, read_payload, record_payload, to_json
+from lightning_hesd.history import SpectrumRecord
+from lightning_hesd.payload import CHOICES_NAME, MAX_NODES, PayloadError, read_payload, record_payload, to_json
 from lightning_hesd.picks import picks, rewound
 from lightning_hesd.report import report, run_data
 from lightning_hesd.spectrum import Spectrum
@@ -279,10 +279,6 @@ def test_many_nodes_are_merged_and_keep_mass_mean_and_extremes() -> None:
     assert (nodes[0], nodes[-1]) == pytest.approx((spectrum.lambda_min, spectrum.lambda_max), rel=1e-6)
     assert weights.sum() == pytest.approx(1.0, abs=1e-6)
     assert weights @ nodes == pytest.approx(spectrum.moment(1), abs=1e-6 * np.abs(nodes).max())
-
-
-def test_payloads_know_the_spectra_of_records() -> None:
-    assert set(SPECTRA) == set(SUFFIXES)
 
 
 def test_a_payload_that_is_no_object_is_refused() -> None:
