@@ -35,9 +35,9 @@ class Schedule:
         Raises:
             ValueError: If one is out of range, or two contradict each other.
         """
-        check_count("every_n_epochs", self.every_n_epochs)
-        if self.every_n_train_steps is not None:
-            check_count("every_n_train_steps", self.every_n_train_steps)
+        for name in ("every_n_epochs", "every_n_train_steps"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
         share = self.max_overhead
         if share is not None and (
             not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share < math.inf
