@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lightning_hesd.sample_mean import AnotherProcessFailedError
 
@@ -185,6 +185,11 @@ def together(trainer: pl.Trainer, work: Callable[[], T]) -> T:
     if failed > 0:
         raise failure or AnotherProcessFailedError
     return result  # type: ignore[return-value]
+
+
+def is_first_process() -> bool:
+    """Whether this is process zero of those that Lightning, torchrun or SLURM started; also where no Trainer is."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def warn(message: str) -> None:

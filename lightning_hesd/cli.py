@@ -1,4 +1,4 @@
-"""`lightning-hesd`: analyse checkpoints, assess generalization, ask for the sample size, draw and report."""
+"""`lightning-hesd`: analyse checkpoints, estimate what that costs, assess generalization, draw and report."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import logging
 import re
 import sys
 import warnings
+from dataclasses import replace
 from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -20,8 +21,10 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from rich.console import Console
 from rich.table import Table
 
+from lightning_hesd._lightning import is_first_process
 from lightning_hesd.analysis import analysis_options, hessian_spectrum
 from lightning_hesd.assessment import assess_generalization
+from lightning_hesd.cost import Machine, Strategy, Workload, cost_lines, measured_bandwidth
 from lightning_hesd.posthoc import PosthocAnalysis, sample_size
 from lightning_hesd.project import Blueprint, CheckpointError, Project, imported
 from lightning_hesd.report import write_report
@@ -83,6 +86,9 @@ def _parser() -> OneLineParser:
 
     sub = OneLineParser(description="Analyse the Hessian's spectrum at the weights of checkpoints.")
     _add_project(sub)
+    sub.add_argument("--devices", type=int | str, default=1, help="Processes of each node, as for the Trainer.")
+    sub.add_argument("--num_nodes", type=int, default=1, help="Nodes, as for the Trainer.")
+    sub.add_argument("--strategy", type=str, default="auto", help="How they work together, as for the Trainer.")
     sub.add_argument("--generalization", type=str | None, help="'val' or 'test' data of --data, or a data module.")
     sub.add_argument("--generalization_args", type=dict[str, Any], default={}, help="Arguments of that data module.")
     sub.add_argument("--through_optimizer", type=bool, default=False, help="Also analyse D^(-1/2) H D^(-1/2).")
@@ -115,6 +121,10 @@ def _parser() -> OneLineParser:
     _add_project(sub)
     sub.add_function_arguments(recommend_sample_size, skip={"module", "batches", "loss_fn"})
     commands.add_subcommand("sample-size", sub, help="ask how many samples are enough")
+
+    sub = OneLineParser(description="Estimate what one analysis will cost: time, memory and communication.")
+    _add_workload(sub)
+    commands.add_subcommand("estimate", sub, help="estimate the cost of an analysis")
     return parser
 
 
@@ -140,6 +150,33 @@ def _add_project(parser: OneLineParser) -> None:
     parser.add_argument("--name", type=str, default="hesd", help="Name of the callback in the run.")
     parser.add_argument("--accelerator", type=str, default="auto", help="As for the Trainer.")
     parser.add_argument("--unsafe", type=bool, default=False, help="Load checkpoints with objects of any class.")
+
+
+def _add_workload(parser: OneLineParser) -> None:
+    """Add what an analysis is of, and what it runs on."""
+    parser.add_argument("--params", type=float, required=True, help="Number of parameters, such as 7e9.")
+    parser.add_argument(
+        "--gradient_seconds", type=float, required=True, help="Time of forward and backward pass per sample."
+    )
+    parser.add_argument("--samples", type=int, default=Workload.samples, help="Samples of the analysis.")
+    parser.add_argument("--batch_size", type=int, default=Workload.batch_size, help="Samples per batch.")
+    parser.add_argument("--steps", type=int, default=Workload.steps, help="Lanczos steps per probe.")
+    parser.add_argument("--probes", type=int, default=Workload.probes, help="Probes.")
+    parser.add_argument("--processes", type=int, default=Workload.processes, help="Processes that share the samples.")
+    parser.add_argument("--sharded", type=bool, default=False, help="Whether they share the parameters, too.")
+    parser.add_argument("--strategy", type=Strategy | None, help="Default: finite_difference if sharded, else graph.")
+    parser.add_argument("--basis", type=bool, default=True, help="Whether the Krylov basis is kept.")
+    parser.add_argument("--value_bytes", type=int, default=Workload.value_bytes, help="Bytes of a parameter.")
+    parser.add_argument(
+        "--graph_bytes", type=float, default=0.0, help="Bytes of the gradient's graph per sample; 0: not counted."
+    )
+    parser.add_argument(
+        "--memory_bandwidth", type=float | None, help="Of a device, in GB/s; default: as measured here on the CPU."
+    )
+    parser.add_argument("--network_bandwidth", type=float, default=100.0, help="Of a process, in Gbit/s.")
+    parser.add_argument(
+        "--orthogonalisations", type=int, default=Machine.orthogonalisations, help="2, on a CPU mostly 1."
+    )
 
 
 def _separated(argument: str) -> str:
@@ -190,6 +227,32 @@ def ask_sample_size(config: Namespace) -> None:
         print(f"{path}: {found}", flush=True)
 
 
+# estimate -----------------------------------------------------------------------------------------------------------
+
+
+def estimate(config: Namespace) -> None:
+    """Print what an analysis will cost."""
+    workload = Workload(
+        parameters=round(config.params),
+        samples=config.samples,
+        batch_size=config.batch_size,
+        steps=config.steps,
+        probes=config.probes,
+        processes=config.processes,
+        sharded=config.sharded,
+        strategy=config.strategy or ("finite_difference" if config.sharded else "graph"),
+        basis=config.basis,
+        value_bytes=config.value_bytes,
+        graph_bytes=config.graph_bytes,
+    )
+    memory_bandwidth = measured_bandwidth() if config.memory_bandwidth is None else config.memory_bandwidth * 1e9
+    machine = Machine(
+        config.gradient_seconds, memory_bandwidth, config.network_bandwidth * 1e9 / 8, config.orthogonalisations
+    )
+    for line in cost_lines(workload, machine):
+        print(line)
+
+
 # analyze ------------------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +265,7 @@ def analyze(config: Namespace) -> None:
     analysis = _analysis(config)
     paths = _checkpoints(config.checkpoints)
     store = Results(config.out, _plain(config))
+    writes = is_first_process()  # all processes run this command, with Lightning or torchrun to start them
     rows: list[Row] = []
     for number, (name, path) in enumerate(paths.items(), start=1):
         record = store.known(name, path)
@@ -209,10 +273,14 @@ def analyze(config: Namespace) -> None:
         if record is None:
             with _without_advice():
                 record = analysis.record(path)
-            store.keep(name, path, record)
+            if writes:
+                store.keep(name, path, record)
         rows.append(Row(name, path, record))
         found = record.error or str(record.spectrum)
-        print(f"[{number}/{len(paths)}] {path}{' (known)' if again else ''}: {found}", flush=True)
+        if writes:
+            print(f"[{number}/{len(paths)}] {path}{' (known)' if again else ''}: {found}", flush=True)
+    if not writes:
+        return
     picks = picked(rows, config.tolerance_of_loss)
     lines = [table_line(row, picks) for row in rows]
     store.finish(lines)
@@ -243,7 +311,10 @@ def _analysis(config: Namespace) -> PosthocAnalysis:
     if generalization not in {None, "val", "test"}:
         generalization = Blueprint(generalization, config.generalization_args)
     return PosthocAnalysis(
-        _project(config), analysis_options(**config.analysis.as_dict()), generalization, config.through_optimizer
+        replace(_project(config), devices=config.devices, num_nodes=config.num_nodes, strategy=config.strategy),
+        analysis_options(**config.analysis.as_dict()),
+        generalization,
+        config.through_optimizer,
     )
 
 
@@ -321,7 +392,16 @@ def _checkpoints(patterns: Sequence[str]) -> dict[str, Path]:
 
 def _plain(config: Namespace) -> dict[str, Any]:
     """Return what results depend on, as JSON has it."""
-    irrelevant = {"checkpoints", "out", "tolerance_of_loss", "unsafe", "accelerator"}
+    irrelevant = {
+        "checkpoints",
+        "out",
+        "tolerance_of_loss",
+        "unsafe",
+        "accelerator",
+        "devices",
+        "num_nodes",
+        "strategy",
+    }
     options = {key: value for key, value in config.as_dict().items() if key not in irrelevant}
     plain: dict[str, Any] = json.loads(json.dumps(options, default=str))
     return plain
@@ -344,4 +424,11 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-COMMANDS = {"analyze": analyze, "assess": assess, "plot": plot, "report": write_html, "sample-size": ask_sample_size}
+COMMANDS = {
+    "analyze": analyze,
+    "assess": assess,
+    "plot": plot,
+    "report": write_html,
+    "sample-size": ask_sample_size,
+    "estimate": estimate,
+}

@@ -132,6 +132,9 @@ class Project:
         loss_fn: As for the callback; None: the module's `training_step`.
         name: Name of the callback in the run.
         accelerator: As for the Trainer.
+        devices: As for the Trainer.
+        num_nodes: As for the Trainer.
+        strategy: As for the Trainer.
         unsafe: Whether to load checkpoints with objects of any class.
     """
 
@@ -142,6 +145,9 @@ class Project:
     loss_fn: LossFunction | None = None
     name: str = "hesd"
     accelerator: str = "auto"
+    devices: int | str = 1
+    num_nodes: int = 1
+    strategy: str = "auto"
     unsafe: bool = False
 
     def at(
@@ -161,7 +167,9 @@ class Project:
         found: list[Result] = []
         trainer = pl.Trainer(
             accelerator=self.accelerator,
-            devices=1,
+            devices=self.devices,
+            num_nodes=self.num_nodes,
+            strategy=self.strategy,
             max_epochs=1,
             min_epochs=0,
             callbacks=[_AtStart(lambda trainer, module: found.append(work(trainer, module, checkpoint)))],

@@ -86,6 +86,56 @@ def test_another_process_finds_what_the_callback_found(trained: Run, tmp_path: P
     assert "[3/3]" in finished.stdout
 
 
+@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+def test_several_processes_find_what_one_finds(trained: Run, tmp_path: Path, launcher: str) -> None:
+    """Also at the second checkpoint, for which there are processes already; process zero writes and speaks for all."""
+    spectra, paths = trained
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m"] if launcher == "torchrun" else [sys.executable, "-m"]
+    arguments = ["lightning_hesd", "analyze", *map(str, paths[:2]), *MODEL, *STEPS, *CPU, "--out", str(tmp_path)]
+    processes = ["--batch_size", "8", "--devices", "2", "--strategy", "ddp"]
+    finished = subprocess.run(
+        [*command, *arguments, *processes], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "MEMBER: 2/2" in finished.stderr
+    assert finished.stdout.count("[1/2]") == finished.stdout.count("[2/2]") == 1
+    for record, path in zip(spectra.history, paths[:2], strict=False):
+        assert record.spectrum is not None
+        ours = Spectrum.load(tmp_path / "spectra" / f"{path.stem}.npz")
+        assert ours.num_samples == record.spectrum.num_samples > 8
+        assert ours.c_t == pytest.approx(record.spectrum.c_t, rel=1e-5)
+
+
+def test_estimate(capsys: pytest.CaptureFixture[str]) -> None:
+    machine = ["--gradient_seconds", "0.01", "--memory_bandwidth", "1000"]
+    main(["estimate", "--params", "1e9", *machine])
+    said = capsys.readouterr().out
+    # 100 products of two gradients and three more, of 512 samples at 10 ms; 111 vectors of a billion float32.
+    assert "100 products, in all 203 gradients" in said
+    assert "products     17.3 min" in said
+    assert "memory         413.5 GiB a process" in said
+    assert "without basis  41.0 GiB" in said
+    main(["estimate", "--params", "1e9", "--processes", "8", "--sharded", "true", *machine])
+    said = capsys.readouterr().out
+    assert "memory         51.7 GiB a process" in said
+    main(["estimate", "--params", "1e6", "--gradient_seconds", "0.01"])
+    assert " at 0 GB/s" not in capsys.readouterr().out  # measured
+
+
+@pytest.mark.parametrize(
+    ("arguments", "trouble"),
+    [
+        (["--params", "-1"], "`parameters` must be a positive integer, got -1"),
+        (["--params", "1e9", "--sharded", "true", "--strategy", "graph"], "`strategy` must be 'finite_difference'"),
+        (["--params", "1e9", "--network_bandwidth", "0"], "`network_bandwidth` must be positive, got 0.0"),
+        (["--params", "1e9", "--graph_bytes", "-1"], "`graph_bytes` must be at least 0 and finite, got -1.0"),
+    ],
+)
+def test_estimate_refuses_in_one_line(arguments: list[str], trouble: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert trouble in refused(capsys, "estimate", "--gradient_seconds", "0.01", *arguments)
+
+
 def test_an_interrupted_run_goes_on(
     trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
