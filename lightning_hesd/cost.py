@@ -195,8 +195,9 @@ def _sent(workload: Workload, gradients: float) -> float:
 def _memory(workload: Workload, samples: int) -> float:
     basis = min(workload.steps, workload.parameters) if workload.basis else 0
     copies = 1  # of the module's parameters
-    held = {"graph": samples, "recompute": workload.batch_size, "finite_difference": 0}[workload.strategy]
-    return (copies + VECTORS + basis) * workload.vector_bytes + held * workload.graph_bytes
+    kept = {"graph": samples, "recompute": workload.batch_size, "finite_difference": 0}[workload.strategy]
+    passing = workload.batch_size  # what a product takes of a batch, beside its graph, is about as large
+    return (copies + VECTORS + basis) * workload.vector_bytes + (kept + passing) * workload.graph_bytes
 
 
 def measured_bandwidth(rows: int = 32, columns: int = 2**21) -> float:
