@@ -179,7 +179,7 @@ def _problem(case: Case) -> tuple[nn.Module, list[WeightedBatch], Callable[[Any,
     data = TensorDataset(inputs, labels)
     loader: Iterable[Any] = DataLoader(data, batch_size=BATCH)
     batches = [WeightedBatch(batch, len(batch[0]), index) for index, batch in enumerate(loader)]
-    return module.eval(), batches, lambda m, batch: F.cross_entropy(m(batch[0]), batch[1])
+    return module.eval(), batches, lambda m, batch: F.cross_entropy(m(batch[0]), batch[1].flatten())
 
 
 def _ingredients(case: Case) -> tuple[nn.Module, Tensor, Tensor]:
