@@ -193,6 +193,8 @@ class HessianSpectrumCallback(SpectrumSource):
         self._stage = stage
         if stage == "fit":
             check_loss_source(pl_module, self.loss_fn)
+            with self._survived("there will be no spectra"):
+                _lightning.check_strategy(trainer)
         if self.checkpoint is not None:
             insert_checkpoint(trainer, self.checkpoint)
         put_hessian_checkpoints_first(trainer)
