@@ -9,7 +9,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lightning_hesd import _lightning
-from lightning_hesd.batches import WeightedBatch
 from lightning_hesd.data import AnalysisSamples, draw_samples, training_loader, validation_loader
 from lightning_hesd.loss import make_loss_fn, muted
 from lightning_hesd.pipeline import analyze, analyze_layers
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
     import lightning.pytorch as pl
 
+    from lightning_hesd.batches import WeightedBatch
     from lightning_hesd.layers import Layers
     from lightning_hesd.options import AnalysisOptions
     from lightning_hesd.pipeline import LossFunction, Report

@@ -187,8 +187,8 @@ class _Full(torch.autograd.Function):
         return shard.gather(part)
 
     @staticmethod
-    def backward(ctx: Any, full: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _Part.apply(full, ctx.shard), None
+    def backward(ctx: Any, full: Tensor) -> tuple[Tensor, None]:
+        return _Part.apply(full, ctx.shard), None  # type: ignore[no-untyped-call]
 
 
 class _Part(torch.autograd.Function):
@@ -200,8 +200,8 @@ class _Part(torch.autograd.Function):
         return shard.scatter_sum(full)
 
     @staticmethod
-    def backward(ctx: Any, part: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _Full.apply(part, ctx.shard), None
+    def backward(ctx: Any, part: Tensor) -> tuple[Tensor, None]:
+        return _Full.apply(part, ctx.shard), None  # type: ignore[no-untyped-call]
 
 
 class _Weights(torch.autograd.Function):
@@ -213,8 +213,8 @@ class _Weights(torch.autograd.Function):
         return gathered.values(shard).detach()
 
     @staticmethod
-    def backward(ctx: Any, full: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _Part.apply(full, ctx.shard), None, None
+    def backward(ctx: Any, full: Tensor) -> tuple[Tensor, None, None]:
+        return _Part.apply(full, ctx.shard), None, None  # type: ignore[no-untyped-call]
 
 
 class GatheredParameters:
@@ -237,7 +237,7 @@ class GatheredParameters:
                 return value
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         shard = self._shards.get(id(value))
-        return value if shard is None else _Weights.apply(shard.part, shard, self)
+        return value if shard is None else _Weights.apply(shard.part, shard, self)  # type: ignore[no-untyped-call]
 
     def forget(self) -> None:
         """Let go of full values: the parameters may have been moved."""

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lightning_hesd.batches import WeightedBatch
-    from lightning_hesd.options import AnalysisOptions
 
     AllReduce = Callable[[Tensor], Tensor]
     """Sums a tensor over all processes."""
@@ -29,8 +28,13 @@ class Layout:
 
     all_reduce: AllReduce | None = None
 
-    def check(self, options: AnalysisOptions) -> None:
-        """Raise a ValueError if the analysis cannot be done with this layout."""
+    def check(self, *, groups: bool, scaled: bool) -> None:
+        """Raise a ValueError if there cannot be, with this layout, what an analysis needs.
+
+        Args:
+            groups: Whether it needs the products of groups of samples, each by itself.
+            scaled: Whether it needs them in other coordinates.
+        """
 
     def parts(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return what this process holds of each parameter to analyse: what to differentiate by."""

@@ -28,9 +28,9 @@ from lightning_hesd.snapshot import seed_everything
 if TYPE_CHECKING:
     from lightning_hesd.batches import WeightedBatch
     from lightning_hesd.lanczos import Storage
+    from lightning_hesd.layout import AllReduce
     from lightning_hesd.matrices import Matrix
     from lightning_hesd.options import AnalysisOptions
-    from lightning_hesd.layout import AllReduce
     from lightning_hesd.spectrum import Spectrum
     from lightning_hesd.strategies import Calibration
 
@@ -124,17 +124,17 @@ def estimated(
     """
     started = time.perf_counter()
     layout = layout or Layout()
-    layout.check(options)
+    layout.check(groups=options.wants_sampling_error, scaled=options.preconditioner is not None)
     analysed = [p for part in parts for p in part]
     parameters = layout.parts(analysed)
     ends = list(itertools.accumulate(len(part) for part in parts))
     ranges = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
     dtype = options.dtype or vector_dtype(parameters)
-    plan = _plan(module, parameters, dtype, options, layout, all_reduce=all_reduce, processes=processes)
+    plan = _plan(module, parameters, dtype, options=options, layout=layout, all_reduce=all_reduce, processes=processes)
 
     with analysis_state(module, options.mode, analysed), layout.opened(module):
         mean = SampleMean(
-            _matrix(module, loss_fn, parameters, ranges, options, layout),
+            _matrix(module, loss_fn, parameters, ranges, options=options, layout=layout),
             layout.joint(batches),
             strategy=options.strategy,
             dtype=dtype,
@@ -159,6 +159,7 @@ def _matrix(
     loss_fn: LossFunction,
     parameters: Sequence[Tensor],
     ranges: Sequence[slice],
+    *,
     options: AnalysisOptions,
     layout: Layout,
 ) -> Matrix:
@@ -196,9 +197,9 @@ def _plan(
     module: nn.Module,
     parameters: Sequence[Tensor],
     dtype: torch.dtype,
+    *,
     options: AnalysisOptions,
     layout: Layout,
-    *,
     all_reduce: AllReduce | None,
     processes: int,
 ) -> MemoryPlan:

@@ -1,11 +1,11 @@
 """The layout in which every process holds a part of each parameter (`fully_shard` of PyTorch, FSDP2).
 
-The parameters stay where they are. Vectors lie as they do: each process has those elements that belong to its parts, and
+The parameters stay where they are. Vectors lie as they do: each process has the elements that belong to its parts, and
 only inner products are summed over the processes. What the user's functions see are full parameters, gathered one at a
-time where they are used (see `gathering`); the hooks of `fully_shard`, which know only one backward pass, are set aside.
+time where they are used (see `gathering`). The hooks of `fully_shard` are set aside: what they do has no derivative.
 
-A product takes one batch of each process at a time, and gives the product with the mean over these, in parts: the sum over
-processes lies within the derivative. A process that has no batch left takes part with one that counts for nothing.
+A product takes one batch of each process at a time, and gives the product with the mean over these, in parts: the sum
+over processes lies within the derivative. A process that has no batch left takes part with one that counts for nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard as ShardPlacement
+from typing_extensions import override
 
 from lightning_hesd.batches import WeightedBatch
 from lightning_hesd.dtensors import is_distributed, local_part
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
     from torch import Generator
     from torch.autograd.graph import Node
-
-    from lightning_hesd.options import AnalysisOptions
 
 
 class UnsupportedLayoutError(ValueError):
@@ -66,24 +65,31 @@ class ShardedSpace(VectorSpace):
         self._shards = shards
         self._processes = processes
 
+    @override
     def total(self, value: float) -> float:
         return self._sum(torch.tensor(value, dtype=torch.float64)).item()
 
+    @override
     def dot(self, first: Tensor, second: Tensor) -> Tensor:
         return self._sum(torch.dot(first, second))
 
+    @override
     def norm(self, vector: Tensor) -> Tensor:
         return self._sum(torch.linalg.vector_norm(vector, dtype=torch.float64).square()).sqrt().to(vector.dtype)
 
+    @override
     def coefficients(self, basis: Tensor, vector: Tensor) -> Tensor:
         return self._sum(basis @ vector)
 
+    @override
     def is_finite(self, vector: Tensor) -> bool:
         return not self._processes.largest(float(not vector.isfinite().all()))
 
+    @override
     def gaussian(self, generator: Generator) -> Tensor:
         return self._draw(gaussian_pieces, generator)
 
+    @override
     def signs(self, generator: Generator) -> Tensor:
         return self._draw(sign_pieces, generator)
 
@@ -131,22 +137,24 @@ class ShardedLayout(Layout):
         self._gathered = GatheredParameters(list(self._shards.values()))
         self._followed: set[int] = set()
 
-    def check(self, options: AnalysisOptions) -> None:
-        """Refuse what needs the products of groups of samples, each by itself, or vectors as a whole.
+    @override
+    def check(self, *, groups: bool, scaled: bool) -> None:
+        """Refuse what has not been built for parts.
 
         Raises:
             ValueError: If that is asked for.
         """
-        if options.wants_sampling_error:
+        if groups:
             msg = (
                 "sampling errors are not available for sharded parameters: leave out `sampling_error=True`, "
                 "`tolerance='auto'` and `num_samples='auto'`."
             )
             raise ValueError(msg)
-        if options.preconditioner is not None:
+        if scaled:
             msg = "`preconditioner` is not available for sharded parameters: leave it out."
             raise ValueError(msg)
 
+    @override
     def parts(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return what this process holds of each parameter.
 
@@ -162,6 +170,7 @@ class ShardedLayout(Layout):
             raise UnsupportedLayoutError(msg)
         return [self._shards[p].part.requires_grad_() for p in parameters]
 
+    @override
     @contextlib.contextmanager
     def opened(self, module: nn.Module) -> Iterator[None]:
         """Let the user's functions find full parameters."""
@@ -172,9 +181,11 @@ class ShardedLayout(Layout):
         finally:
             self._gathered.forget()
 
+    @override
     def space(self, parts: Sequence[Tensor]) -> VectorSpace:
         return ShardedSpace([self._by_part[part] for part in parts], self.processes)
 
+    @override
     def joint(self, batches: Sequence[WeightedBatch]) -> Sequence[WeightedBatch]:
         """Let each process take part in as many rounds as the one with most batches has.
 
@@ -202,10 +213,12 @@ class ShardedLayout(Layout):
             for row, batch in enumerate(own)
         ]
 
+    @override
     def evaluation(self) -> AbstractContextManager[None]:
         self._gathered.forget()
         return Gathering(self._gathered)
 
+    @override
     def loss(self, own: Tensor, batch: WeightedBatch) -> Tensor:
         """Return the mean loss over the batches of all processes, of which the derivative here is the own one's.
 
@@ -220,14 +233,20 @@ class ShardedLayout(Layout):
         if batch.index not in self._followed:
             self._check_followed(own)
             self._followed.add(batch.index)
-        return _Total.apply(own * batch.share, self.processes)
+        total: Tensor = _Total.apply(own * batch.share, self.processes)  # type: ignore[no-untyped-call]
+        return total
 
+    @override
     def largest(self, value: float) -> float:
         return self.processes.largest(value)
 
     def _check_followed(self, loss: Tensor) -> None:
-        """Refuse a loss through which gradients would go past the parts."""
-        pending: list[Node | None] = [loss.grad_fn]
+        """Look whether gradients would go past the parts.
+
+        Raises:
+            UnsupportedLayoutError: If they would.
+        """
+        pending: list[Any] = [loss.grad_fn]
         seen: set[Node] = set()
         while pending:
             node = pending.pop()
@@ -252,7 +271,7 @@ class _Total(torch.autograd.Function):
         return processes.sum(own)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # noqa: ARG004
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
         return slope, None
 
 
@@ -268,29 +287,22 @@ def _shard(name: str, parameter: Any, number: int, processes: Processes) -> Shar
     Raises:
         UnsupportedLayoutError: If it is not cut along one dimension, over all processes.
     """
-    placements = parameter.placements
-    if (
-        len(placements) != 1
-        or type(placements[0]) is not ShardPlacement
-        or parameter.device_mesh.size() != processes.size
-    ):
-        msg = (
-            f"parameter {name!r} lies as {tuple(placements)} on {parameter.device_mesh}, which the analysis does not know: "
-            f"shard it over all {processes.size} processes, fully_shard(module, mesh=self.device_mesh['data_parallel']), "
-            "without tensor parallelism."
-        )
-        raise UnsupportedLayoutError(msg)
-    return Shard(parameter, local_part(parameter).detach(), placements[0].dim, number, processes)
+    placements, mesh = parameter.placements, parameter.device_mesh
+    if len(placements) == 1 and type(placements[0]) is ShardPlacement and mesh.size() == processes.size:
+        return Shard(parameter, local_part(parameter).detach(), placements[0].dim, number, processes)
+    msg = (
+        f"parameter {name!r} lies as {tuple(placements)} on {mesh}, which the analysis does not know: shard it over "
+        f"all {processes.size} processes, fully_shard(module, mesh=self.device_mesh['data_parallel']), without tensor "
+        "parallelism."
+    )
+    raise UnsupportedLayoutError(msg)
 
 
 @contextlib.contextmanager
 def _without_hooks(module: nn.Module) -> Iterator[None]:
     """Set the hooks of `fully_shard` aside."""
-    hooks: list[tuple[dict[int, Any], dict[int, Any]]] = []
-    for part in module.modules():
-        for registered in (part._forward_pre_hooks, part._forward_hooks):  # noqa: SLF001
-            if any(_is_of_fsdp(hook) for hook in registered.values()):
-                hooks.append((registered, dict(registered)))
+    registries = [hooks for part in module.modules() for hooks in (part._forward_pre_hooks, part._forward_hooks)]  # noqa: SLF001
+    hooks = [(registered, dict(registered)) for registered in registries if any(map(_is_of_fsdp, registered.values()))]
     try:
         for registered, _ in hooks:
             for key in [key for key, hook in registered.items() if _is_of_fsdp(hook)]:

@@ -40,7 +40,8 @@ class VectorSpace:
 
     def norm(self, vector: Tensor) -> Tensor:
         """Return the length, a scalar."""
-        return torch.linalg.vector_norm(vector)
+        norm: Tensor = torch.linalg.vector_norm(vector)
+        return norm
 
     def coefficients(self, basis: Tensor, vector: Tensor) -> Tensor:
         """Return the inner products with the rows of `basis`, shape (rows,)."""
@@ -75,10 +76,13 @@ def sign_pieces(sizes: Sequence[int], generator: Generator) -> Iterator[Tensor]:
 
 
 def _gaussian_chunks(n: int, generator: Generator) -> Iterator[Tensor]:
-    """Yield `torch.randn(n)` in chunks.
+    """Draw `torch.randn(n)` in chunks.
 
     It goes through the vector in blocks. Where the last one would be incomplete, the last 16 elements are drawn again,
     after what the rest of the vector would have taken from the generator.
+
+    Yields:
+        The chunks.
     """
     draw: Callable[..., Tensor] = torch.randn
     whole = n if n < BLOCK or n % BLOCK == 0 else n - BLOCK
@@ -96,7 +100,11 @@ def _gaussian_chunks(n: int, generator: Generator) -> Iterator[Tensor]:
 
 
 def _pieces(sizes: Sequence[int], chunks: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Cut a stream of chunks into pieces of these sizes."""
+    """Cut a stream of chunks.
+
+    Yields:
+        Pieces of these sizes.
+    """
     rest = torch.empty(0, dtype=torch.float64)
     for size in sizes:
         parts = [rest]

@@ -47,7 +47,9 @@ class Net(pl.LightningModule):
 
     def configure_model(self) -> None:
         if self.how == "layers split":
-            parallelize_module(self.net[0], self.device_mesh["tensor_parallel"], ColwiseParallel(output_layouts=Replicate()))
+            parallelize_module(
+                self.net[0], self.device_mesh["tensor_parallel"], ColwiseParallel(output_layouts=Replicate())
+            )
         if self.how != "whole" and not any(isinstance(p, DTensor) for p in self.parameters()):
             mesh = self.device_mesh["data_parallel"]
             for layer in (self.net[0], self.net[3], self.net):
