@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_hesd.sample_mean import AnotherProcessFailedError
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-END, SUM, LARGEST, FIRST_PARAMETER = range(4)
+END, NUMBER, SUM, LARGEST, FIRST_PARAMETER = range(5)
 """Places where processes meet; from the last one on, each parameter has two."""
 
 
@@ -84,8 +84,8 @@ class Processes:
             self._exchange(failed=True, place=END)
             raise
 
-    def meet(self, place: int) -> None:
-        """Wait until all processes are in this place.
+    def meet(self, place: int, number: float = 0.0) -> float:
+        """Wait until all processes are in this place, and return the sum of the numbers they bring.
 
         Raises:
             AnotherProcessFailedError: If one of them has failed instead.
@@ -93,21 +93,24 @@ class Processes:
         """
         if self._failure is not None:  # somebody has caught it and goes on, but the others are gone
             raise self._failure
-        failed, last, first = self._exchange(failed=False, place=place)
-        if failed:
+        failures, places, squares, total = self._exchange(failed=False, place=place, number=number)
+        if failures:
             self._failure = AnotherProcessFailedError()
-        elif last != -first:
+        elif places**2 != self.size * squares:  # equal if and only if all places are
             self._failure = OutOfStepError()
         if self._failure is not None:
             raise self._failure
+        return total
 
-    def _exchange(self, *, failed: bool, place: int) -> list[float]:
-        state = torch.tensor([float(failed), place, -place], device=self._device, dtype=torch.float64)
-        dist.all_reduce(state, dist.ReduceOp.MAX, self._group)
+    def _exchange(self, *, failed: bool, place: int, number: float = 0.0) -> list[float]:
+        state = torch.tensor([float(failed), place, place**2, number], dtype=torch.float64).to(self._device)
+        dist.all_reduce(state, group=self._group)
         return state.tolist()
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over the processes, the same in all of them."""
+        if tensor.ndim == 0:
+            return tensor.new_tensor(self.meet(NUMBER, tensor.item()))
         self.meet(SUM)
         total = tensor.detach().to(self._device, copy=True)
         dist.all_reduce(total, group=self._group)
@@ -281,8 +284,23 @@ _VALUES = {Tensor.T, Tensor.mT, Tensor.H, Tensor.mH, Tensor.data, Tensor.real}
 """Attributes of tensors that are more than that."""
 
 
+@contextlib.contextmanager
+def full_attributes(gathered: GatheredParameters) -> Iterator[None]:
+    """Let modules have full parameters in place of sharded ones, also where a backward pass evaluates them anew."""
+    own = nn.Module.__getattr__
+
+    def full(self: nn.Module, name: str) -> Any:
+        return gathered(own(self, name))
+
+    nn.Module.__getattr__ = full  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__getattr__ = own  # type: ignore[method-assign]
+
+
 class Gathering(TorchFunctionMode):
-    """Gives every operation full parameters in place of sharded ones."""
+    """Gives operations full parameters in place of sharded ones that were not found as attributes of their modules."""
 
     def __init__(self, gathered: GatheredParameters) -> None:
         super().__init__()

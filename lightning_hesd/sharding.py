@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from lightning_hesd.batches import WeightedBatch
 from lightning_hesd.dtensors import is_distributed, local_part
-from lightning_hesd.gathering import GatheredParameters, Gathering, Processes, Shard
+from lightning_hesd.gathering import GatheredParameters, Gathering, Processes, Shard, full_attributes
 from lightning_hesd.layout import Layout
 from lightning_hesd.vectors import VectorSpace, gaussian_pieces, sign_pieces
 
@@ -175,8 +175,7 @@ class ShardedLayout(Layout):
     def opened(self, module: nn.Module) -> Iterator[None]:
         """Let the user's functions find full parameters."""
         try:
-            # For what a backward pass evaluates anew (activation checkpoints) the mode must be on now, too.
-            with _without_hooks(module), self._gathered.named(), Gathering(self._gathered):
+            with _without_hooks(module), self._gathered.named(), full_attributes(self._gathered):
                 yield
         finally:
             self._gathered.forget()
@@ -256,8 +255,8 @@ class ShardedLayout(Layout):
             if isinstance(getattr(node, "variable", None), nn.Parameter):
                 msg = (
                     f"the loss uses a sharded parameter of shape {tuple(node.variable.shape)} in a way that cannot be "
-                    "followed (in a custom autograd function, or a method that `register_fsdp_forward_method` was "
-                    "applied to): pass a `loss_fn` of plain operations."
+                    "followed (a method that `register_fsdp_forward_method` was applied to, or a custom autograd "
+                    "function of what `parameters()` returns): pass a `loss_fn` that calls modules."
                 )
                 raise UnsupportedLayoutError(msg)
             pending.extend(parent for parent, _ in node.next_functions)
