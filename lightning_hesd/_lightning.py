@@ -174,6 +174,20 @@ def is_sharded(trainer: pl.Trainer) -> bool:
     return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
+def check_whole(trainer: pl.Trainer, option: str) -> None:
+    """Refuse an option that needs what is not there where processes hold parts of the parameters.
+
+    Raises:
+        MisconfigurationException: If they do.
+    """
+    if is_sharded(trainer):
+        msg = (
+            f"`{option}` is not available with {type(trainer.strategy).__name__}, where every process holds a part of "
+            "the parameters: leave it out."
+        )
+        raise MisconfigurationException(msg)
+
+
 @contextlib.contextmanager
 def opened_layout(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Layout]:
     """Do something with the parameters as they lie in the processes, in all of them together.

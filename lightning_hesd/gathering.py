@@ -127,21 +127,26 @@ class Processes:
         """Return all rows of a tensor that is cut as `torch.chunk` does, given those of this process."""
         self.meet(place)
         chunk = -(-rows // self.size)
-        padded = part.new_zeros(chunk, *part.shape[1:])
-        padded[: len(part)] = part
         full = part.new_empty(chunk * self.size, *part.shape[1:])
-        _all_gather(full, padded, group=self._group)
+        _all_gather(full, _padded(part, chunk), group=self._group)
         return full[:rows]
 
     def scatter_sum(self, full: Tensor, rows: int, place: int) -> Tensor:
         """Return this process's rows, of which there are `rows`, of the sum of a tensor over the processes."""
         self.meet(place)
         chunk = -(-len(full) // self.size)
-        padded = full.new_zeros(chunk * self.size, *full.shape[1:])
-        padded[: len(full)] = full
         part = full.new_empty(chunk, *full.shape[1:])
-        _reduce_scatter(part, padded, group=self._group)
+        _reduce_scatter(part, _padded(full, chunk * self.size), group=self._group)
         return part[:rows]
+
+
+def _padded(tensor: Tensor, rows: int) -> Tensor:
+    """Return a tensor with so many rows, the last ones zero, in one piece of memory."""
+    if len(tensor) == rows:
+        return tensor.contiguous()
+    padded = tensor.new_zeros(rows, *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    return padded
 
 
 @dataclass(eq=False)

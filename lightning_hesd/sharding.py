@@ -164,7 +164,7 @@ class ShardedLayout(Layout):
         whole = [self._names[p] for p in parameters if p not in self._shards]
         if whole:
             msg = (
-                f"parameter {whole[0]!r} is not sharded, unlike others: apply `fully_shard` to a module that holds it, "
+                f"parameter {whole[0]!r} is not sharded: apply `fully_shard` to a module that holds it, "
                 "freeze it, or leave it out with `parameters=`."
             )
             raise UnsupportedLayoutError(msg)

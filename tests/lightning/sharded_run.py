@@ -162,6 +162,7 @@ def main() -> None:
         program.fit("failing", [callback(loss_fn=failing, checkpoint="highest_c_t")])
         program.fit("resumed", callbacks(), ckpt_path=program.results["main"]["best"], max_epochs=EPOCHS + 1)
         program.fit("sampling", [callback(sampling_error=True)], max_epochs=1)
+        program.fit("optimizer", [callback(preconditioner="optimizer", monitor_gradients=True)], max_epochs=1)
         program.fit("split", [callback()], "layers split", max_epochs=1)
     (options.out / f"rank{trainer.global_rank}.json").write_text(json.dumps(program.results))
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
+from lightning_hesd import _lightning
 from tests.lightning import processes
 from tests.lightning.processes import read
 
@@ -30,7 +34,7 @@ def spectra(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str
 @pytest.mark.parametrize("devices", [2, 3])
 def test_spectra_are_those_of_whole_parameters(spectra: dict[int, list[dict[str, Any]]], devices: int) -> None:
     first, *others = spectra[devices]
-    assert len(first["expected"]) == (9 if devices == 2 else 4)
+    assert len(first["expected"]) == (8 if devices == 2 else 2)
     for name, expected in first["expected"].items():
         found = first["spectra"][name]
         assert all(rank["spectra"][name] == found for rank in others)
@@ -140,6 +144,17 @@ def test_a_failure_in_one_process_is_recorded_in_all_and_training_goes_on(runs: 
         assert Path(rank["failing"]["best"]).is_dir()
 
 
+def test_what_is_not_available_beside_the_spectrum_is_left_out_with_a_warning(runs: Path) -> None:
+    first, second = read(runs / "2")
+    for rank in (first, second):
+        (record,) = rank["optimizer"]["records"]["hesd"]
+        assert record["c_t"] == rank["main"]["records"]["hesd"][0]["c_t"]
+    warnings = first["optimizer"]["said"]
+    assert len(warnings) == 2
+    for option, warning in zip(("preconditioner", "monitor_gradients"), warnings, strict=True):
+        assert f"`{option}` is not available with ModelParallelStrategy" in warning
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -156,3 +171,10 @@ def test_what_is_not_available_is_refused(runs: Path, name: str, message: str) -
     assert message in first[name]["said"][0]
     if name == "split":
         assert first[name]["said"][0].startswith("lightning_hesd: there will be no spectra.")  # before training
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy(), DeepSpeedStrategy.__new__(DeepSpeedStrategy)])
+def test_strategies_that_cannot_run_here_are_refused_by_their_name(strategy: Any) -> None:
+    """They need a GPU, or a package of its own; the Trainer only hands them over."""
+    with pytest.raises(MisconfigurationException, match=rf"{type(strategy).__name__} splits .* ModelParallelStrategy"):
+        _lightning.check_strategy(SimpleNamespace(strategy=strategy))  # type: ignore[arg-type]
