@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,17 +13,18 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
+from lightning_hesd.layout import Layout
 from lightning_hesd.sample_mean import AnotherProcessFailedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Iterator
 
     from lightning.pytorch.callbacks import RichProgressBar
     from rich.progress import Progress
     from torch import Tensor
     from torch.utils.data import Sampler
 
-    from lightning_hesd.sample_mean import AllReduce
+    from lightning_hesd.layout import AllReduce
 
     T = TypeVar("T")
 
@@ -144,18 +146,68 @@ def unwrap_sampler(sampler: Sampler[Any]) -> Sampler[Any]:
     return getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
 
 
-def make_all_reduce(trainer: pl.Trainer) -> AllReduce | None:
-    """Return a sum over the processes of the trainer; None if there is one process only.
+def check_strategy(trainer: pl.Trainer) -> None:
+    """Refuse strategies that split parameters in a way the analysis does not know.
 
     Raises:
-        MisconfigurationException: If the strategy splits the parameters.
+        MisconfigurationException: If it is one.
     """
-    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+    strategy = trainer.strategy
+    if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
         msg = (
-            f"{type(trainer.strategy).__name__} splits the parameters over processes, which the analysis does not "
-            "support in this version: use a strategy that replicates them (such as 'ddp')."
+            f"{type(strategy).__name__} splits the parameters over processes in a way that the analysis does not "
+            "support: shard them by ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1), with "
+            "`fully_shard` in `configure_model`, or use a strategy that replicates them (such as 'ddp')."
         )
         raise MisconfigurationException(msg)
+    if isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["tensor_parallel"].size() > 1:
+        msg = (
+            "ModelParallelStrategy(tensor_parallel_size="
+            f"{strategy.device_mesh['tensor_parallel'].size()}) splits layers over processes, which the analysis does "
+            f"not support: use data_parallel_size={trainer.world_size} and tensor_parallel_size=1."
+        )
+        raise MisconfigurationException(msg)
+
+
+def is_sharded(trainer: pl.Trainer) -> bool:
+    """Whether the processes may hold parts of the parameters, and must work on every batch together."""
+    return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+def check_whole(trainer: pl.Trainer, option: str) -> None:
+    """Refuse an option that needs what is not there where processes hold parts of the parameters.
+
+    Raises:
+        MisconfigurationException: If they do.
+    """
+    if is_sharded(trainer):
+        msg = (
+            f"`{option}` is not available with {type(trainer.strategy).__name__}, where every process holds a part of "
+            "the parameters: leave it out."
+        )
+        raise MisconfigurationException(msg)
+
+
+@contextlib.contextmanager
+def opened_layout(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Layout]:
+    """Do something with the parameters as they lie in the processes, in all of them together.
+
+    Yields:
+        How they lie.
+    """
+    if not is_sharded(trainer):
+        yield Layout()
+        return
+    from lightning_hesd.gathering import Processes  # noqa: PLC0415 - they need what not every build of PyTorch has
+    from lightning_hesd.sharding import ShardedLayout  # noqa: PLC0415
+
+    processes = Processes(torch.distributed.group.WORLD, trainer.strategy.root_device)
+    with processes.in_step():
+        yield ShardedLayout(pl_module, processes)
+
+
+def make_all_reduce(trainer: pl.Trainer) -> AllReduce | None:
+    """Return a sum over the processes of the trainer; None if there is one process only."""
     if trainer.world_size == 1:
         return None
 

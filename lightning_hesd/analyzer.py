@@ -9,7 +9,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lightning_hesd import _lightning
-from lightning_hesd.batches import WeightedBatch
 from lightning_hesd.data import AnalysisSamples, draw_samples, training_loader, validation_loader
 from lightning_hesd.loss import make_loss_fn, muted
 from lightning_hesd.pipeline import analyze, analyze_layers
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
     import lightning.pytorch as pl
 
+    from lightning_hesd.batches import WeightedBatch
     from lightning_hesd.layers import Layers
     from lightning_hesd.options import AnalysisOptions
     from lightning_hesd.pipeline import LossFunction, Report
@@ -103,6 +103,7 @@ class TrainerAnalyzer:
             indices=self._resumed,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
+            spare=_lightning.is_sharded(trainer),
         )
 
     def _loader(self, trainer: pl.Trainer) -> Any:
@@ -172,26 +173,31 @@ class TrainerAnalyzer:
         options: AnalysisOptions,
     ) -> Result:
         """Let `work` analyse the samples, in all processes together."""
-        all_reduce = _lightning.make_all_reduce(trainer)
+        _lightning.check_strategy(trainer)
+        all_reduce = None if _lightning.is_sharded(trainer) else _lightning.make_all_reduce(trainer)
         samples = self.draw(trainer)
         loss_fn = make_loss_fn(trainer, self._loss_fn)
         datamodule = getattr(trainer, "datamodule", None)
         with muted(trainer, pl_module), preserved(datamodule, tensors=False):
             with preserved(pl_module):  # its transfer hooks may leave traces, as `training_step` may
                 batches = _lightning.together(trainer, lambda: self._transfer(trainer, pl_module, samples.batches))
-            result = _lightning.together(
-                trainer,
-                lambda: work(
-                    pl_module,
-                    batches,
-                    loss_fn,
-                    options=options,
-                    all_reduce=all_reduce,
-                    report=report,
-                    calibration=self._calibrations[work is analyze, options.matrix, options.preconditioner is not None],
-                    processes=trainer.num_devices,
-                ),
-            )
+            calibration = self._calibrations[work is analyze, options.matrix, options.preconditioner is not None]
+
+            def analysis() -> Result:
+                with _lightning.opened_layout(trainer, pl_module) as layout:
+                    return work(
+                        pl_module,
+                        batches,
+                        loss_fn,
+                        options=options,
+                        all_reduce=all_reduce,
+                        layout=layout,
+                        report=report,
+                        calibration=calibration,
+                        processes=trainer.num_devices,
+                    )
+
+            result = _lightning.together(trainer, analysis)
         return trainer.strategy.broadcast(result)
 
     def _transfer(
@@ -202,7 +208,7 @@ class TrainerAnalyzer:
         for batch in batches:
             seed_everything(self._options.seed + batch.index)
             data = _lightning.transfer_batch(trainer, pl_module, batch.copy().data)
-            moved.append(WeightedBatch(data, batch.weight, batch.index))
+            moved.append(replace(batch, data=data))
         return moved
 
 

@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,13 @@ class WeightedBatch:
         data: The batch as the loss function takes it.
         weight: Its weight in the mean loss: its number of samples.
         index: Its position among the batches of all processes; it seeds whatever is random in the forward pass.
+        is_spare: Whether it only lets a process take part that has no batch of its own, and counts for nothing.
     """
 
     data: Any
     weight: float
     index: int
+    is_spare: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check the weight.
@@ -36,6 +38,11 @@ class WeightedBatch:
         if not 0 < self.weight < math.inf:
             msg = f"`batch_weight` must be positive and finite, got {self.weight} for batch {self.index}."
             raise ValueError(msg)
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"batch {self.index}"
 
     def copy(self) -> WeightedBatch:
         """Return a copy for code that may change its batch in place, which every evaluation must find unchanged."""
@@ -79,7 +86,7 @@ def _tensors(batch: Any) -> Iterable[Tensor]:
     elif isinstance(batch, Mapping):
         yield from _tensors(list(batch.values()))
     elif is_dataclass(batch) and not isinstance(batch, type):
-        yield from _tensors([getattr(batch, field.name) for field in fields(batch)])
+        yield from _tensors([getattr(batch, f.name) for f in fields(batch)])
     elif isinstance(batch, Iterable) and not isinstance(batch, str | bytes):
         for part in batch:
             yield from _tensors(part)
@@ -96,8 +103,8 @@ def _part(batch: Any, size: int, chosen: slice) -> Any:
         return parts
     if is_dataclass(batch) and not isinstance(batch, type):
         parts = copy.copy(batch)
-        for field in fields(batch):
-            object.__setattr__(parts, field.name, _part(getattr(batch, field.name), size, chosen))
+        for f in fields(batch):
+            object.__setattr__(parts, f.name, _part(getattr(batch, f.name), size, chosen))
         return parts
     if isinstance(batch, list):
         return [_part(value, size, chosen) for value in batch]

@@ -193,6 +193,8 @@ class HessianSpectrumCallback(SpectrumSource):
         self._stage = stage
         if stage == "fit":
             check_loss_source(pl_module, self.loss_fn)
+            with self._survived("there will be no spectra"):
+                _lightning.check_strategy(trainer)
         if self.checkpoint is not None:
             insert_checkpoint(trainer, self.checkpoint)
         put_hessian_checkpoints_first(trainer)
@@ -209,7 +211,9 @@ class HessianSpectrumCallback(SpectrumSource):
         self._remarks.restart()
         self._summary_is_due = self.verbose and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if self._monitor is not None:
-            self._monitor.attach(trainer, self._survived)
+            with self._survived("the gradients will not be looked at"):
+                _lightning.check_whole(trainer, "monitor_gradients")
+                self._monitor.attach(trainer, self._survived)
         if self.at_start and trainer.global_step == 0:
             self._analyze(trainer, pl_module, START_EPOCH)
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +33,8 @@ class AnalysisSamples:
     """What an analysis runs on.
 
     Attributes:
-        batches: This process's share, as the collate function made them, not yet on the device.
+        batches: This process's share, as the collate function made them, not yet on the device; a spare one if it
+            would be empty and must not be.
         indices: Positions in the dataset of the samples of all processes; None where it has no positions.
     """
 
@@ -86,6 +87,7 @@ def draw_samples(
     indices: Sequence[int] | None = None,
     rank: int = 0,
     world_size: int = 1,
+    spare: bool = False,
 ) -> AnalysisSamples:
     """Draw the analysis samples and deal their batches to the processes, one after the other.
 
@@ -103,6 +105,7 @@ def draw_samples(
         indices: Draw exactly these positions of a map-style dataset (those of the run that is resumed).
         rank: This process.
         world_size: Number of processes.
+        spare: Whether a process whose share is empty gets the first batch as a spare one.
 
     Raises:
         MisconfigurationException: If the loader's samples cannot be read without disturbing training.
@@ -110,7 +113,43 @@ def draw_samples(
     """
     if isinstance(loader, dict):
         training_loader(loader)
+
+    def dealt(share: slice) -> tuple[tuple[WeightedBatch, ...], list[int] | None]:
+        return _dealt(
+            loader,
+            num_samples,
+            share,
+            max_batches=max_batches,
+            batch_size=batch_size,
+            batch_weight=batch_weight,
+            seed=seed,
+            indices=indices,
+        )
+
+    weighted, chosen = dealt(slice(rank, None, world_size))
+    if spare and not weighted:
+        first, _ = dealt(slice(0, 1))
+        weighted = tuple(replace(batch, is_spare=True) for batch in first)
+    if chosen is not None and not chosen:
+        msg = "the training dataset or its sampler is empty: there are no samples to analyse."
+        raise ValueError(msg)
+    return AnalysisSamples(weighted, None if chosen is None else tuple(chosen))
+
+
+def _dealt(
+    loader: Any,
+    num_samples: int,
+    share: slice,
+    *,
+    max_batches: float | None,
+    batch_size: int | None,
+    batch_weight: Callable[[Any], float] | None,
+    seed: int,
+    indices: Sequence[int] | None,
+) -> tuple[tuple[WeightedBatch, ...], list[int] | None]:
+    """Return the batches of a share, and the positions of the samples of all of them."""
     dataset = getattr(loader, "dataset", None)
+    chosen: list[int] | None = None
     with preserved(loader, dataset, tensors=False) as restore:
         seed_everything(seed)
         if (
@@ -121,19 +160,16 @@ def draw_samples(
             chosen = (
                 _known(indices, dataset) if indices is not None else _choose(loader, num_samples, seed, max_batches)
             )
-            share = slice(rank, None, world_size)
             batches = _indexed_batches(loader, chosen, batch_size, seed, share=share, restore=restore)
         else:
-            chosen = None
-            batches = itertools.islice(_streamed_batches(loader, num_samples, batch_size), rank, None, world_size)
+            streamed = _streamed_batches(loader, num_samples, batch_size)
+            batches = itertools.islice(streamed, share.start, share.stop, share.step)
+        step = share.step or 1
         weighted = tuple(
-            WeightedBatch(data, batch_weight(data) if batch_weight else float(size), rank + position * world_size)
+            WeightedBatch(data, batch_weight(data) if batch_weight else float(size), share.start + position * step)
             for position, (data, size) in enumerate(batches)
         )
-    if chosen is not None and not chosen:
-        msg = "the training dataset or its sampler is empty: there are no samples to analyse."
-        raise ValueError(msg)
-    return AnalysisSamples(weighted, None if chosen is None else tuple(chosen))
+    return weighted, chosen
 
 
 def _known(indices: Sequence[int], dataset: Any) -> list[int]:

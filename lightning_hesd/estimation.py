@@ -84,6 +84,7 @@ class Estimation:
                 _start_vector(operator, generator, options.probe),  # unnamed: nobody else keeps it
                 options.steps,
                 storage=self._plan.storage,
+                space=operator.space,
             )
             self._runs.append(run)
             self._next_look, self._last_look = 0, (0, math.inf)
@@ -225,9 +226,6 @@ def run_together(estimations: Sequence[Estimation], tick: Callable[[], None] | N
 
 def _start_vector(operator: CurvatureOperator, generator: torch.Generator, probe: Probe) -> Tensor:
     """Draw a start vector, shape (n,): the same on every device and in every process."""
-    n = operator.dimension
-    if probe == "gaussian":
-        vector = torch.randn(n, generator=generator, dtype=torch.float64)
-    else:
-        vector = torch.randint(0, 2, (n,), generator=generator).double().mul_(2).sub_(1)
+    space = operator.space
+    vector = space.gaussian(generator) if probe == "gaussian" else space.signs(generator)
     return vector.to(device=operator.mean.device, dtype=operator.mean.dtype)

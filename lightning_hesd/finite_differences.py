@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_hesd.matrices import EVERYTHING, gradient
+from lightning_hesd.vectors import VectorSpace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,11 +37,13 @@ class FiniteDifferences:
         parameters: The analysed parameters.
         blocks: The diagonal blocks that are wanted, each a range of the parameters.
         step: How far they are moved along the vector, to either side.
+        space: The space of vectors over all parameters; default: of vectors that are whole.
     """
 
     parameters: Sequence[Tensor]
     blocks: Sequence[slice] = (EVERYTHING,)
     step: float = 0.0
+    space: VectorSpace = field(default_factory=lambda: VectorSpace(0))
     _originals: list[Tensor] = field(init=False)
     _by_backward: bool = field(init=False, default=False)
 
@@ -59,7 +62,8 @@ class FiniteDifferences:
         return product
 
     def _block_product(self, function: Callable[[], Tensor], block: slice, vector: Vector) -> list[Tensor | None]:
-        length = math.sqrt(sum(float(v.double().square().sum()) for v in vector if v is not None))
+        squares = sum(float(v.double().square().sum()) for v in vector if v is not None)
+        length = math.sqrt(self.space.total(squares))
         if not length:
             return [None] * len(vector)
         try:
@@ -87,11 +91,11 @@ class FiniteDifferences:
             Norm of the error of a product with a unit vector; 0 where there is nothing to measure.
         """
         epsilon = max(torch.finfo(p.dtype).eps for p in self.parameters)
-        size = math.sqrt(sum(float(p.double().square().sum()) for p in self._originals))
+        size = math.sqrt(self.space.total(sum(float(p.double().square().sum()) for p in self._originals)))
         self.step = known or max(size, 1.0) * epsilon ** (1 / 3) / LADDER_FACTOR
         for _ in range(2):
-            vector = matvec(vector / torch.linalg.vector_norm(vector))
-        norm = torch.linalg.vector_norm(vector)
+            vector = matvec(vector / self.space.norm(vector))
+        norm = self.space.norm(vector)
         if not 0 < float(norm) < math.inf:
             return 0.0  # no curvature, or a failure, which the first product will tell
         vector /= norm
@@ -102,7 +106,7 @@ class FiniteDifferences:
         for _ in range(LADDER_RUNGS):
             self.step /= LADDER_FACTOR
             product = matvec(vector)
-            gap = float(torch.linalg.vector_norm(product - previous))
+            gap = float(self.space.norm(product - previous))
             best = min(best, (gap, self.step))
             if gap > 2 * best[0]:
                 break

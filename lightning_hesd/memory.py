@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_hesd.dtensors import local_part
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -106,7 +108,7 @@ def plan_memory(
     Raises:
         ValueError: If not even the vectors fit into the budget.
     """
-    fixed = sum(t.untyped_storage().nbytes() for t in tensors) + (VECTORS + more_vectors) * vector_bytes
+    fixed = sum(local_part(t).untyped_storage().nbytes() for t in tensors) + (VECTORS + more_vectors) * vector_bytes
     limit = default_budget(device, processes) if budget is None else budget
     if budget is not None and fixed > budget:
         msg = f"`memory_budget` must be at least {fixed} bytes for the vectors of this module, got {budget}."

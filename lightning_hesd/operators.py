@@ -25,7 +25,8 @@ class CurvatureOperator:
         mean: The matrix.
         block: The range of its parameters.
         parameters: These.
-        dimension: n, the number of their elements.
+        space: The space of vectors over them.
+        size: Number of elements of a vector in this process: n, unless others hold parts of it.
         matvecs: Products so far.
     """
 
@@ -42,10 +43,16 @@ class CurvatureOperator:
         self.block = block
         self.parameters = everything[block]
         self._sizes = [p.numel() for p in self.parameters]
-        self.dimension = sum(self._sizes)
+        self.size = sum(self._sizes)
+        self.space = mean.layout.space(self.parameters)
         self.matvecs = 0
         self._scale = scale
         self._offset = sum(p.numel() for p in everything[: block.start or 0])
+
+    @property
+    def dimension(self) -> int:
+        """Order n of the block."""
+        return self.space.dimension
 
     def squared_weight_norm(self) -> float:
         """Return the squared length of the parameters, in the coordinates of the vectors."""
@@ -53,7 +60,8 @@ class CurvatureOperator:
         if self._scale is not None:
             scales = torch.split(self._scale, self._sizes)
         pairs = zip(self.parameters, scales, strict=True)
-        return math.fsum(float((p.detach().flatten().double() / scale).square().sum()) for p, scale in pairs)
+        squares = (float((p.detach().flatten().double() / scale).square().sum()) for p, scale in pairs)
+        return self.space.total(math.fsum(squares))
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Return Hv, shape (n,), summed over batches and processes; v has shape (n,)."""
@@ -83,7 +91,7 @@ class CurvatureOperator:
         return _joint([self], [vector])
 
     def _own(self, products: Tensor) -> Tensor:
-        return self._scaled(products[..., self._offset : self._offset + self.dimension])
+        return self._scaled(products[..., self._offset : self._offset + self.size])
 
     def _scaled(self, vector: Tensor) -> Tensor:
         return vector if self._scale is None else vector * self._scale
@@ -120,12 +128,12 @@ def prepare_differences(operators: Sequence[CurvatureOperator]) -> None:
     differences = mean.maker.differences
     if differences is None:
         return
-    sizes = [operator.dimension for operator in operators]
+    sizes = [operator.size for operator in operators]
 
     def matvec(vector: Tensor) -> Tensor:
         return torch.cat(joint_products(operators, torch.split(vector, sizes)))
 
-    vector = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    vector = mean.space.gaussian(torch.Generator().manual_seed(0))
     start = vector.to(device=mean.device, dtype=mean.dtype)
     mean.product_error = differences.choose_step(matvec, start, mean.calibration.step)
     mean.calibration.step = differences.step

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 import torch
@@ -16,6 +17,7 @@ from lightning_hesd.estimation import Estimation, run_together
 from lightning_hesd.fast_derivatives import FastDerivatives
 from lightning_hesd.guards import analysis_state
 from lightning_hesd.layers import Layers, blocks
+from lightning_hesd.layout import Layout
 from lightning_hesd.matrices import GaussNewtonMatrix, HessianMatrix, ResidualMatrix
 from lightning_hesd.memory import MemoryPlan, plan_memory
 from lightning_hesd.operators import CurvatureOperator, prepare_differences
@@ -26,9 +28,9 @@ from lightning_hesd.snapshot import seed_everything
 if TYPE_CHECKING:
     from lightning_hesd.batches import WeightedBatch
     from lightning_hesd.lanczos import Storage
+    from lightning_hesd.layout import AllReduce
     from lightning_hesd.matrices import Matrix
     from lightning_hesd.options import AnalysisOptions
-    from lightning_hesd.sample_mean import AllReduce
     from lightning_hesd.spectrum import Spectrum
     from lightning_hesd.strategies import Calibration
 
@@ -50,12 +52,14 @@ class Context(TypedDict, total=False):
 
     Attributes:
         all_reduce: Sums a tensor over the processes; None for a single process.
+        layout: How the parameters lie in the processes; None: each holds all of them.
         processes: How many of the processes share this computer's memory.
         report: Called after every Lanczos step with the steps done and the most there can be.
         calibration: What earlier analyses of the same loss found out; brought up to date.
     """
 
     all_reduce: AllReduce | None
+    layout: Layout | None
     processes: int
     report: Report | None
     calibration: Calibration | None
@@ -71,7 +75,7 @@ def analyze(
     """Do the work of `hessian_spectrum`, possibly as one of several processes.
 
     Args:
-        module: The module, with equal parameters in every process.
+        module: The module, with equal parameters in every process, or parts of the same ones.
         batches: This process's share of the batches.
         loss_fn: As for `hessian_spectrum`.
         options: As for `hessian_spectrum`, equal in every process.
@@ -108,6 +112,7 @@ def estimated(
     parts: Sequence[Sequence[nn.Parameter]],
     *,
     all_reduce: AllReduce | None = None,
+    layout: Layout | None = None,
     processes: int = 1,
     report: Report | None = None,
     calibration: Calibration | None = None,
@@ -118,21 +123,25 @@ def estimated(
         The processes of each block, in the state in which products are possible.
     """
     started = time.perf_counter()
-    parameters = [p for part in parts for p in part]
+    layout = layout or Layout()
+    layout.check(groups=options.wants_sampling_error, scaled=options.preconditioner is not None)
+    analysed = [p for part in parts for p in part]
+    parameters = layout.parts(analysed)
     ends = list(itertools.accumulate(len(part) for part in parts))
     ranges = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
     dtype = options.dtype or vector_dtype(parameters)
-    plan = _plan(module, parameters, dtype, options, all_reduce=all_reduce, processes=processes)
+    plan = _plan(module, parameters, dtype, options=options, layout=layout, all_reduce=all_reduce, processes=processes)
 
-    with analysis_state(module, options.mode, parameters):
+    with analysis_state(module, options.mode, analysed), layout.opened(module):
         mean = SampleMean(
-            _matrix(module, loss_fn, parameters, ranges, options),
-            batches,
+            _matrix(module, loss_fn, parameters, ranges, options=options, layout=layout),
+            layout.joint(batches),
             strategy=options.strategy,
             dtype=dtype,
             all_reduce=all_reduce,
             graph_memory=plan.graphs,
             calibration=calibration,
+            layout=layout,
         )
         operators = [
             CurvatureOperator(mean, block, inverse_root(module, part, options.preconditioner, dtype))
@@ -150,7 +159,9 @@ def _matrix(
     loss_fn: LossFunction,
     parameters: Sequence[Tensor],
     ranges: Sequence[slice],
+    *,
     options: AnalysisOptions,
+    layout: Layout,
 ) -> Matrix:
     """Return the matrix of a batch; it calls the user's functions."""
 
@@ -158,12 +169,12 @@ def _matrix(
     def evaluated(batch: WeightedBatch) -> Iterator[Any]:
         # The same dropout mask at every evaluation of this batch, and not the random numbers of the start vectors.
         seed_everything(options.seed + 1 + batch.index)
-        with FastDerivatives():
+        with FastDerivatives(), layout.evaluation():
             yield batch.copy().data
 
     def loss(batch: WeightedBatch) -> Tensor:
         with evaluated(batch) as data:
-            return _checked_loss(loss_fn(module, data), "loss_fn")
+            return layout.loss(_checked_loss(loss_fn(module, data), "loss_fn"), batch)
 
     if options.matrix == "hessian":
         return HessianMatrix(loss, parameters, blocks=ranges)
@@ -176,7 +187,7 @@ def _matrix(
 
     def loss_of_outputs(values: Any, batch: WeightedBatch) -> Tensor:
         with evaluated(batch) as data:
-            return _checked_loss(output_loss(values, data), "output_loss")
+            return layout.loss(_checked_loss(output_loss(values, data), "output_loss"), batch)
 
     kind = GaussNewtonMatrix if options.matrix == "ggn" else ResidualMatrix
     return kind(loss, parameters, outputs, loss_of_outputs, blocks=ranges)
@@ -186,20 +197,22 @@ def _plan(
     module: nn.Module,
     parameters: Sequence[Tensor],
     dtype: torch.dtype,
-    options: AnalysisOptions,
     *,
+    options: AnalysisOptions,
+    layout: Layout,
     all_reduce: AllReduce | None,
     processes: int,
 ) -> MemoryPlan:
     """Plan the memory, with the same storage in every process: the leanest that one of them needs."""
-    n = sum(p.numel() for p in parameters)
+    own_elements = sum(p.numel() for p in parameters)
+    steps = min(options.steps, layout.space(parameters).dimension)
     device = parameters[0].device
 
     def plan(basis: Literal["auto"] | Storage) -> MemoryPlan:
         return plan_memory(
             [*module.parameters(), *module.buffers()],
-            n * dtype.itemsize,
-            min(options.steps, n),
+            own_elements * dtype.itemsize,
+            steps,
             basis=basis,
             device=device,
             budget=options.memory_budget,
@@ -208,11 +221,14 @@ def _plan(
         )
 
     own = plan(options.basis)
-    if all_reduce is None:
+    add = all_reduce or layout.all_reduce
+    if add is None:
         return own
     storages: list[Storage] = ["device", "cpu", "none"]
-    votes = all_reduce(torch.tensor([float(own.storage == s) for s in storages], device=device)).tolist()
-    return plan([storage for storage, vote in zip(storages, votes, strict=True) if vote][-1])
+    votes = add(torch.tensor([float(own.storage == s) for s in storages], device=device)).tolist()
+    agreed = plan([storage for storage, vote in zip(storages, votes, strict=True) if vote][-1])
+    # Processes that work together must keep the graphs of the same batches.
+    return replace(agreed, graphs=-int(layout.largest(-agreed.graphs)))
 
 
 def _counting(report: Report, total: int) -> Callable[[], None]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
+from lightning_hesd._lightning import check_whole
 from lightning_hesd.guards import release_memory
 from lightning_hesd.history import START_EPOCH, SpectrumRecord, when
 from lightning_hesd.preconditioner import check_readable, read_preconditioner
@@ -68,6 +69,8 @@ class Recorder:
         self.release()
         self._readable = False
         with attempt("there will be no spectra through the optimizer's eyes"):
+            if self._preconditioner is not None:
+                check_whole(trainer, "preconditioner")
             if self._preconditioner == "optimizer":
                 check_readable(trainer.optimizers)
             self._readable = True

@@ -1,7 +1,8 @@
 """A matrix of the mean loss over all samples: the weighted mean of the batches' matrices, over all processes.
 
 H = Σ_b (w_b/W) H_b over batches b with weights w_b (their numbers of samples), W = Σ w_b. The sum may run over
-several processes: each holds a share of the batches, and `all_reduce` adds the shares up.
+several processes: each holds a share of the batches, and `all_reduce` adds the shares up. Where processes work on one
+batch together, which their `layout` tells, its product is complete as it is.
 """
 
 from __future__ import annotations
@@ -12,19 +13,18 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from lightning_hesd.layout import Layout
 from lightning_hesd.strategies import Calibration, NoExactProductError, ProductMaker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
     from lightning_hesd.batches import WeightedBatch
+    from lightning_hesd.layout import AllReduce
     from lightning_hesd.matrices import Matrix, Product, Vector
     from lightning_hesd.strategies import Strategy
-
-    AllReduce = Callable[[Tensor], Tensor]
-    """Sums a tensor over all processes."""
 
 
 class AnotherProcessFailedError(RuntimeError):
@@ -44,6 +44,8 @@ class SampleMean:
         matrix: The matrix of a batch.
         batches: This process's share.
         dtype: Floating-point type of the products.
+        layout: How the parameters lie in the processes.
+        space: The space of vectors over all parameters.
         loss: Mean loss over all batches.
         weight: Sum of the weights of all batches.
         num_batches: Number of batches of all processes.
@@ -66,6 +68,7 @@ class SampleMean:
         all_reduce: AllReduce | None = None,
         graph_memory: float = math.inf,
         calibration: Calibration | None = None,
+        layout: Layout | None = None,
     ) -> None:
         """Evaluate the loss of every batch and prepare the products.
 
@@ -77,6 +80,7 @@ class SampleMean:
             all_reduce: Sums a tensor over processes; None for a single process.
             graph_memory: Bytes that "auto" may spend on graphs, those that come and go included.
             calibration: What is known from an earlier analysis; brought up to date.
+            layout: How the parameters lie in the processes; default: each holds all of them.
 
         Raises:
             ValueError: If no process has a batch, or the matrix cannot be what it is asked to be.
@@ -96,8 +100,12 @@ class SampleMean:
         self._sizes = [p.numel() for p in matrix.parameters]
 
         self.calibration = calibration or Calibration()
-        self.calibration.renew(sum(self._sizes))
-        self.maker = ProductMaker(matrix, strategy, graph_memory=graph_memory, calibration=self.calibration)
+        self.layout = layout or Layout()
+        self.space = self.layout.space(matrix.parameters)
+        self.calibration.renew(self.space.dimension)
+        self.maker = ProductMaker(
+            matrix, strategy, graph_memory=graph_memory, calibration=self.calibration, layout=self.layout
+        )
         if not self._prepare():
             self._prepare()
 
@@ -116,7 +124,7 @@ class SampleMean:
         try:
             for batch, (loss, product) in self.maker.make_all(self.batches):
                 if not loss.isfinite():
-                    msg = f"the loss of batch {batch.index} is {loss.item()}; the Hessian is undefined there."
+                    msg = f"the loss of {batch.label} is {loss.item()}; the Hessian is undefined there."
                     raise ArithmeticError(msg)  # noqa: TRY301 - on its way to the other processes
                 self._products.append(product)
                 own += torch.tensor([batch.weight, batch.weight * loss.item(), 1.0, 0.0, 0.0], dtype=torch.float64)
@@ -208,18 +216,19 @@ class SampleMean:
         if self.failure is not None:
             return self.failure
         for batch, product in zip(self.batches, self._products, strict=True):
-            for part in product(vector):
-                if part is not None and not part.isfinite().all():
-                    msg = (
-                        f"the Hessian-vector product of batch {batch.index} is NaN or infinite, though its loss is "
-                        "finite; look for operations with undefined second derivatives (a square root or norm at "
-                        "zero, for example)."
-                    )
-                    return ArithmeticError(msg)
-        if total.isfinite().all():
+            if not self._is_finite(product(vector)):
+                msg = (
+                    f"the Hessian-vector product of {batch.label} is NaN or infinite, though its loss is finite; look "
+                    "for operations with undefined second derivatives (a square root or norm at zero, for example)."
+                )
+                return ArithmeticError(msg)
+        if self._is_finite([total]):
             msg = f"the Hessian-vector products are too large for the arithmetic of {self.dtype}: scale the loss down."
             return ArithmeticError(msg)
         return AnotherProcessFailedError()
+
+    def _is_finite(self, vector: Vector) -> bool:
+        return not self.layout.largest(float(any(part is not None and not part.isfinite().all() for part in vector)))
 
     def gradient_equivalents(self) -> float | None:
         """Return seconds per product over seconds per gradient, on the CPU; calls on other devices return early."""

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import Dataset
 
+from lightning_hesd.dtensors import is_distributed, local_part
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
@@ -137,6 +139,11 @@ class _Snapshot:
 
     def _take_tensor(self, tensor: Tensor) -> None:
         if not self._tensors or is_lazy(tensor) or tensor.is_inference():
+            return
+        if is_distributed(tensor):
+            if tensor.is_leaf:
+                self._restorers.append(partial(tensor.requires_grad_, tensor.requires_grad))
+            self._take(local_part(tensor))
             return
         version, saved, requires_grad = tensor._version, tensor.detach().clone(), tensor.requires_grad  # noqa: SLF001
         memory = tensor.data  # the same storage, which `tensor.data = ...` would leave

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from lightning_hesd.finite_differences import FiniteDifferences
+from lightning_hesd.layout import Layout
 from lightning_hesd.matrices import gradient
 from lightning_hesd.memory import MemoryMeter
 
@@ -73,6 +74,7 @@ class ProductMaker:
         *,
         graph_memory: float,
         calibration: Calibration,
+        layout: Layout | None = None,
     ) -> None:
         """Decide what can be decided without the batches.
 
@@ -81,7 +83,9 @@ class ProductMaker:
             strategy: How to compute products.
             graph_memory: Bytes that "auto" may spend on graphs, those that come and go included.
             calibration: What is known from an earlier analysis; brought up to date.
+            layout: How the parameters lie in the processes; default: each holds all of them.
         """
+        self._layout = layout or Layout()
         self.strategy: Strategy = "graph" if strategy == "auto" else strategy
         self.reason = "as asked"
         self.graph_bytes: float | None = None
@@ -93,7 +97,7 @@ class ProductMaker:
         if self._plans and calibration.obstacle:
             self.fall_back(calibration.obstacle)
         elif strategy == "finite_difference":
-            self.differences = FiniteDifferences(matrix.parameters, matrix.blocks)
+            self._take_differences()
 
     def fall_back(self, obstacle: str) -> None:
         """Take central differences from now on, because of `obstacle`.
@@ -107,7 +111,12 @@ class ProductMaker:
         self._plans = False
         self._calibration.obstacle = obstacle
         self.strategy, self.reason = "finite_difference", f"auto: {obstacle}"
-        self.differences = FiniteDifferences(self._matrix.parameters, self._matrix.blocks)
+        self._take_differences()
+
+    def _take_differences(self) -> None:
+        matrix = self._matrix
+        space = self._layout.space(matrix.parameters)
+        self.differences = FiniteDifferences(matrix.parameters, matrix.blocks, space=space)
 
     def make_all(self, batches: Sequence[WeightedBatch]) -> Iterator[tuple[WeightedBatch, tuple[Tensor, Product]]]:
         """Yield every batch with its loss, a scalar, and its product.
@@ -187,6 +196,7 @@ class ProductMaker:
             FiniteDifferences(self._matrix.parameters).gradient(lambda: self._matrix.loss(batch))
             msg = f"the loss cannot be differentiated twice ({str(error).splitlines()[0]})"
             raise NoExactProductError(msg) from error
-        self._calibration.graph_bytes = held / batch.weight
-        self._calibration.product_bytes = max(meter.peak - held, held) / batch.weight
+        # The same in all processes that work on it together: what follows from it must be.
+        self._calibration.graph_bytes = self._layout.largest(held / batch.weight)
+        self._calibration.product_bytes = self._layout.largest(max(meter.peak - held, held) / batch.weight)
         return made
