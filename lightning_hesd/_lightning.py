@@ -187,6 +187,11 @@ def together(trainer: pl.Trainer, work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
+def anywhere(trainer: pl.Trainer, happened: bool) -> bool:  # noqa: FBT001 - the thing itself, no option
+    """Return whether something happened in any process; every process must ask."""
+    return trainer.strategy.reduce_boolean_decision(happened, all=False)
+
+
 def warn(message: str) -> None:
     """Warn once for all processes."""
     rank_zero_warn(f"lightning_hesd: {message}", category=RuntimeWarning)

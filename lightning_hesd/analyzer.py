@@ -13,6 +13,7 @@ from lightning_hesd.batches import WeightedBatch
 from lightning_hesd.data import AnalysisSamples, draw_samples, training_loader, validation_loader
 from lightning_hesd.loss import make_loss_fn, muted
 from lightning_hesd.pipeline import analyze, analyze_layers
+from lightning_hesd.retry import retried
 from lightning_hesd.sample_size import find_sample_size
 from lightning_hesd.sampling import samples_needed
 from lightning_hesd.snapshot import preserved, seed_everything
@@ -179,19 +180,25 @@ class TrainerAnalyzer:
         with muted(trainer, pl_module), preserved(datamodule, tensors=False):
             with preserved(pl_module):  # its transfer hooks may leave traces, as `training_step` may
                 batches = _lightning.together(trainer, lambda: self._transfer(trainer, pl_module, samples.batches))
-            result = _lightning.together(
-                trainer,
-                lambda: work(
-                    pl_module,
-                    batches,
-                    loss_fn,
-                    options=options,
-                    all_reduce=all_reduce,
-                    report=report,
-                    calibration=self._calibrations[work is analyze, options.matrix, options.preconditioner is not None],
-                    processes=trainer.num_devices,
-                ),
-            )
+            calibration = self._calibrations[work is analyze, options.matrix, options.preconditioner is not None]
+
+            def attempt(options: AnalysisOptions, reason: str | None) -> Result:
+                return _lightning.together(
+                    trainer,
+                    lambda: work(
+                        pl_module,
+                        batches,
+                        loss_fn,
+                        options=options,
+                        all_reduce=all_reduce,
+                        report=report,
+                        calibration=calibration,
+                        processes=trainer.num_devices,
+                        reason=reason,
+                    ),
+                )
+
+            result = retried(attempt, options, calibration, partial(_lightning.anywhere, trainer))
         return trainer.strategy.broadcast(result)
 
     def _transfer(

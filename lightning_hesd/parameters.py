@@ -36,7 +36,8 @@ def select_parameters(module: nn.Module, options: AnalysisOptions) -> dict[str, 
         msg = f"the filter `parameters` leaves none of the {len(trainable)} parameters: {', '.join(trainable)}."
         raise ValueError(msg)
     for name, p in selected.items():
-        if is_lazy(p):
+        has_no_shape: bool = is_lazy(p)  # by a name: to mypy no parameter can be lazy
+        if has_no_shape:
             # The first forward pass draws the initial weights: if it were ours, training would start from other ones.
             msg = f"parameter {name!r} is lazy, and no forward pass has given it a shape yet: analyse after the first."
             raise ValueError(msg)
