@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.stress import trainers
+from tests.stress import faults, trainers
 from tests.stress.harness import Case
 
 
@@ -14,4 +14,4 @@ def matrix(*, kills: int, seed: int, soak: int | None) -> list[Case]:
         seed: Of the moments of the kills.
         soak: Epochs of the soak; None: none.
     """
-    return [*trainers.CASES]
+    return [*trainers.CASES, *faults.CASES]
