@@ -247,7 +247,7 @@ class NoHistograms(TensorBoardLogger):
     @property
     def experiment(self) -> Any:
         writer = super().experiment
-        writer.add_histogram_raw = writer.add_figure = _refuse
+        writer.add_histogram_raw = writer.add_image = _refuse
         return writer
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tests.stress import faults, trainers
+from tests.stress import faults, interruptions, trainers
+from tests.stress import soak as soaking
 from tests.stress.harness import Case
 
 
@@ -14,4 +15,9 @@ def matrix(*, kills: int, seed: int, soak: int | None) -> list[Case]:
         seed: Of the moments of the kills.
         soak: Epochs of the soak; None: none.
     """
-    return [*trainers.CASES, *faults.CASES]
+    return [
+        *trainers.CASES,
+        *faults.CASES,
+        *interruptions.cases(kills_each_way=kills, seed=seed),
+        *(soaking.cases(soak) if soak else []),
+    ]
