@@ -7,15 +7,20 @@ import resource
 import signal
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
+import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
-from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SpectrumHistory
+from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, Spectrum, SpectrumHistory
+from lightning_hesd.cli import main
 from tests.lightning.modules import callback, fit, loader, plain_loss
 from tests.lightning.test_misuse import Broken, nan_curvature, nan_loss
 from tests.scarcity import EXHAUSTIONS, Scarce, ScarceInProducts
@@ -110,6 +115,40 @@ MEMORY: list[Case] = [
         for kind, error in (("CPU", "can't allocate memory"), ("GPU", "CUDA out of memory"), ("Python", "MemoryError"))
     ),
 ]
+
+
+class ScarceOnOne:
+    """A loss that runs out of memory `times` times in the second of two processes, and never in the first."""
+
+    def __init__(self, times: float) -> None:
+        self._scarce = Scarce(plain_loss, EXHAUSTIONS["CPU"], times)
+
+    def __call__(self, module: pl.LightningModule, batch: Any) -> Tensor:
+        return (self._scarce if module.global_rank == 1 else plain_loss)(module, batch)
+
+
+def scarce_on_one_of_two(folder: Path, times: float) -> str:
+    """Let one of two processes run out of memory: both try again, and neither waits for the other."""
+    for name, loss in (("whole", plain_loss), ("scarce", ScarceOnOne(times))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fit(
+                folder / name,
+                callback(on_error="warn", loss_fn=loss),
+                strategy=DDPStrategy(start_method="fork", process_group_backend="gloo"),
+                devices=2,
+            )
+    whole, scarce = (SpectrumHistory.load(folder / name) for name in ("whole", "scarce"))
+    told = []
+    for record, other in zip(scarce, whole, strict=True):
+        assert other.spectrum is not None
+        if record.spectrum is None:
+            told.append(str(record.error).split(":")[0])
+        else:
+            assert abs(record.spectrum.c_t - other.spectrum.c_t) < 1e-4, "C_t differs"  # float32, and another order
+            told.append(record.spectrum.strategy)
+    return ", then ".join(told)
+
 
 # Data -----------------------------------------------------------------------------------------------------------------
 
@@ -295,6 +334,41 @@ def over_damaged_files(folder: Path) -> str:
     return "2 analyses, read back"
 
 
+def damaged_files_read(folder: Path) -> str:
+    """Give files that are torn, empty, foreign or dangerous to whatever reads the files of a run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(folder / "run", callback())
+    whole = (folder / "run" / "hesd" / "epoch=0-step=5.npz").read_bytes()
+    spectra = [whole[:100], whole[: len(whole) // 2], b"", b"\x00" * 500, b"PK\x03\x04" + bytes(range(200))]
+    foreign = folder / "foreign.npz"
+    np.savez(foreign, a=np.ones(3))
+    pickled = folder / "pickled.npz"
+    np.savez(pickled, header=np.array([object()], dtype=object), allow_pickle=True)
+    tried = 0
+    for number, content in enumerate([*spectra, foreign.read_bytes(), pickled.read_bytes()]):
+        path = folder / f"{number}.npz"
+        path.write_bytes(content)
+        _refused(lambda path=path: Spectrum.load(path), ValueError)
+        _refused(lambda path=path: main(["plot", str(path)]), SystemExit)
+        tried += 1
+    for number, text in enumerate(["", "[]", "{}", "null", '{"format": 1}', '{"format": 1, "records": [{}]}', "\x00"]):
+        run = folder / f"run{number}" / "hesd"
+        run.mkdir(parents=True)
+        (run / "index.json").write_text(text, encoding="utf-8")
+        _refused(lambda run=run: SpectrumHistory.load(run), ValueError)
+        _refused(lambda run=run: main(["report", str(run.parent), "--out", str(folder / "page.html")]), SystemExit)
+        tried += 1
+    assert not (folder / "page.html").exists()
+    return f"{tried} files refused with a message, by load and by the command line"
+
+
+def _refused(read: Callable[[], Any], error: type[BaseException]) -> None:
+    with pytest.raises(error) as caught:
+        read()
+    assert getattr(caught.value, "code", 1) == 1, "the exit code of what cannot be understood"
+
+
 def damaged_checkpoint(folder: Path) -> str:
     """Resume from a truncated checkpoint: it is refused, and nothing is touched."""
     with warnings.catch_warnings():
@@ -322,6 +396,17 @@ EARLIER: list[Case] = [
     ),
     Program("resumed from a run without the callback", "analyses of epochs 2 and 3", resumed_from_foreign),
     Program("damaged files of an earlier run", "2 analyses, read back", over_damaged_files),
+    Program("out of memory in one of two processes", "recompute, then graph", partial(scarce_on_one_of_two, times=1)),
+    Program(
+        "out of memory for good in one of two processes",
+        "AnotherProcessFailedError, then AnotherProcessFailedError",
+        partial(scarce_on_one_of_two, times=math.inf),
+    ),
+    Program(
+        "damaged files, read",
+        "14 files refused with a message, by load and by the command line",
+        damaged_files_read,
+    ),
     Program("a truncated checkpoint", "PyTorch refuses it, no analyses", damaged_checkpoint),
 ]
 

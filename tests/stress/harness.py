@@ -52,12 +52,27 @@ class Case(Protocol):
 
 @dataclass(frozen=True)
 class Program:
-    """A case that no declaration covers: a function that does it all."""
+    """A case that no declaration covers: a function that does it all.
+
+    Attributes:
+        name: What the table calls it.
+        expected: What it should return.
+        work: The function; what is not as expected fails an assertion.
+        seconds: How long it may take.
+        measures: Whether it returns measurements, which it has judged itself, instead.
+    """
 
     name: str
     expected: str
-    run: Callable[[Path], str]
+    work: Callable[[Path], str]
     seconds: float = SECONDS
+    measures: bool = False
+
+    def run(self, folder: Path) -> str:
+        """Do it, and compare."""
+        got = self.work(folder)
+        assert self.measures or got == self.expected, got
+        return got
 
 
 @dataclass(frozen=True)

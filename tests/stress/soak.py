@@ -107,4 +107,12 @@ def cases(epochs: int) -> list[Case]:
             f", memory at most {MOST_KIB:+g} KiB per epoch, the last quarter at most {MOST_SLOWER:g} × as long as the "
             "one before"
         )
-    return [Program(f"soak of {epochs} epochs", expected, partial(soak, epochs=epochs), seconds=120 + 10.0 * epochs)]
+    return [
+        Program(
+            f"soak of {epochs} epochs",
+            expected,
+            partial(soak, epochs=epochs),
+            seconds=120 + 10.0 * epochs,
+            measures=True,
+        )
+    ]
