@@ -48,6 +48,7 @@ def document(results: list[Result], verdict: str) -> str:
         "What goes wrong, or is out of the ordinary, while a real Trainer runs with the callback (`make stress`). "
         "*Trained as without the callback* means: weights, buffers, optimizer states, logged metrics and random number "
         "generators are bit by bit those of the same run without it.\n\n"
+        "All of it on a CPU: what a GPU does out of memory is simulated.\n\n"
         f"{environment()}\n\n{verdict}\n\n{as_table(results)}\n"
     )
 

@@ -64,9 +64,27 @@ def pairs() -> list[dict[str, Any]]:
     return [{"a": samples(range(i, i + 8)), "b": samples(range(i, i + 8))} for i in (0, 8)]
 
 
+def weights_in_the_pick(observer: HessianSpectrumCallback, trainer: pl.Trainer) -> str:
+    """Say which weights the pick of the rule holds."""
+    assert observer.checkpoint is not None
+    saved = torch.load(observer.checkpoint.best_model_path, weights_only=True)
+    averaged, analysed = (
+        torch.cat([part.flatten() for part in saved[key].values()]) for key in ("state_dict", "current_model_state")
+    )
+    assert not torch.equal(averaged, analysed)
+    return "the pick has the averaged weights, and the analysed ones"
+
+
+def _files(trainer: pl.Trainer, pattern: str) -> list[Path]:
+    return sorted(Path(trainer.default_root_dir).rglob(pattern))
+
+
 PRECISIONS: list[Case] = [
-    Fit(f"precision {name}", trainer=trainer_options(precision=name))
-    for name in ("16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")
+    Fit(f"precision {name}{remark}", trainer=trainer_options(precision=name))
+    for name, remark in (
+        ("16-mixed", " (bf16-mixed on a CPU)"),
+        *((name, "") for name in ("bf16-mixed", "16-true", "bf16-true", "64-true")),
+    )
 ]
 
 MODULES: list[Case] = [
@@ -114,6 +132,14 @@ MODULES: list[Case] = [
 BESIDE: list[Case] = [
     Fit("EMA of the weights beside", beside=averaging),
     Fit(
+        "EMA of the weights beside, with checkpoints",
+        beside=averaging,
+        options=lambda: {"checkpoint": "highest_c_t"},
+        trainer=trainer_options(enable_checkpointing=True),
+        check=weights_in_the_pick,
+        note="the pick has the averaged weights, and the analysed ones",
+    ),
+    Fit(
         "stochastic weight averaging beside",
         beside=lambda: [StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)],
         trainer=trainer_options(max_epochs=3),
@@ -150,6 +176,22 @@ TRAINERS: list[Case] = [
         "several loggers",
         trainer=lambda folder: {"logger": [TensorBoardLogger(folder), CSVLogger(folder, name="csv")]},
     ),
+    Fit(
+        "all kinds of analyses",
+        Validated,
+        options=lambda: {
+            "at_start": True,
+            "layers": "auto",
+            "preconditioner": "optimizer",
+            "monitor_gradients": True,
+            "generalization_dataloader": "val",
+            "sampling_error": True,
+            "max_overhead": 100.0,
+            "verbose": True,
+        },
+        trainer=lambda folder: {"logger": TensorBoardLogger(folder)},
+        analyses=3,
+    ),
     Fit("every step", options=lambda: {"every_n_train_steps": 1}, analyses=10),
 ]
 
@@ -160,10 +202,6 @@ DATA: list[Case] = [
     Fit("persistent workers", data=lambda: loader(shuffle=True, num_workers=2, persistent_workers=True)),
     Fit("validation data as generalization data", Validated, options=lambda: {"generalization_dataloader": "val"}),
 ]
-
-
-def _files(trainer: pl.Trainer, pattern: str) -> list[Path]:
-    return sorted(Path(trainer.default_root_dir).rglob(pattern))
 
 
 def validate_only(folder: Path) -> str:
