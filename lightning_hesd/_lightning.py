@@ -244,6 +244,11 @@ def is_first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
+def anywhere(trainer: pl.Trainer, happened: bool) -> bool:  # noqa: FBT001 - the thing itself, no option
+    """Return whether something happened in any process; every process must ask."""
+    return trainer.strategy.reduce_boolean_decision(happened, all=False)
+
+
 def warn(message: str) -> None:
     """Warn once for all processes."""
     rank_zero_warn(f"lightning_hesd: {message}", category=RuntimeWarning)

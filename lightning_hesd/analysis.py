@@ -12,7 +12,9 @@ from torch import Tensor, nn  # noqa: TC002 - the examples in docstrings need th
 from lightning_hesd.batches import WeightedBatch, batch_size
 from lightning_hesd.options import OPTION_NAMES, AnalysisOptions
 from lightning_hesd.pipeline import analyze, analyze_layers
+from lightning_hesd.retry import retried
 from lightning_hesd.snapshot import preserved
+from lightning_hesd.strategies import Calibration
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -83,7 +85,8 @@ def hessian_spectrum(
         strategy: "graph" keeps the gradient's graph (fast), "recompute" builds it anew for each product (lean),
             "finite_difference" takes central differences of the gradient (works without a second derivative; the
             error is part of the record's `rounding`). "auto" keeps the graphs of as many batches as fit into the
-            memory and recomputes the rest; it takes differences only where there is no exact product.
+            memory and recomputes the rest; it takes differences only where there is no exact product. An analysis that
+            runs out of memory is repeated with "recompute", and if need be without a basis; `strategy_reason` says so.
         mode: Module mode during the analysis: "eval", "train", or "keep" for no change.
         probe: "gaussian" (start vectors uniform on the sphere) or "rademacher" (random signs, as the papers use).
         dtype: Floating-point type of the Lanczos vectors; default: the parameters', at least float32.
@@ -114,7 +117,13 @@ def hessian_spectrum(
     """
     arguments = locals()  # before any other name: exactly the arguments
     options = AnalysisOptions(**{name: arguments[name] for name in OPTION_NAMES})
-    return analyze(module, _weighted(batches, options), loss_fn, options)
+    weighted = _weighted(batches, options)
+    calibration = Calibration()
+
+    def attempt(options: AnalysisOptions, reason: str | None) -> Spectrum:
+        return analyze(module, weighted, loss_fn, options, calibration=calibration, reason=reason)
+
+    return retried(attempt, options, calibration)
 
 
 def layer_spectra(
@@ -152,7 +161,13 @@ def layer_spectra(
         {'0': 9, '2': 4}
     """
     checked = analysis_options(**options)
-    return analyze_layers(module, _weighted(batches, checked), loss_fn, checked, layers)
+    weighted = _weighted(batches, checked)
+    calibration = Calibration()
+
+    def attempt(options: AnalysisOptions, reason: str | None) -> dict[str, Spectrum]:
+        return analyze_layers(module, weighted, loss_fn, options, layers, calibration=calibration, reason=reason)
+
+    return retried(attempt, checked, calibration)
 
 
 def _weighted(batches: Iterable[Any], options: AnalysisOptions) -> list[WeightedBatch]:

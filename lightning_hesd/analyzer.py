@@ -12,6 +12,7 @@ from lightning_hesd import _lightning
 from lightning_hesd.data import AnalysisSamples, draw_samples, training_loader, validation_loader
 from lightning_hesd.loss import make_loss_fn, muted
 from lightning_hesd.pipeline import analyze, analyze_layers
+from lightning_hesd.retry import retried
 from lightning_hesd.sample_size import find_sample_size
 from lightning_hesd.sampling import samples_needed
 from lightning_hesd.snapshot import preserved, seed_everything
@@ -183,7 +184,7 @@ class TrainerAnalyzer:
                 batches = _lightning.together(trainer, lambda: self._transfer(trainer, pl_module, samples.batches))
             calibration = self._calibrations[work is analyze, options.matrix, options.preconditioner is not None]
 
-            def analysis() -> Result:
+            def analysis(options: AnalysisOptions, reason: str | None) -> Result:
                 with _lightning.opened_layout(trainer, pl_module) as layout:
                     return work(
                         pl_module,
@@ -195,9 +196,13 @@ class TrainerAnalyzer:
                         report=report,
                         calibration=calibration,
                         processes=trainer.num_devices,
+                        reason=reason,
                     )
 
-            result = _lightning.together(trainer, analysis)
+            def attempt(options: AnalysisOptions, reason: str | None) -> Result:
+                return _lightning.together(trainer, lambda: analysis(options, reason))
+
+            result = retried(attempt, options, calibration, partial(_lightning.anywhere, trainer))
         return trainer.strategy.broadcast(result)
 
     def _transfer(

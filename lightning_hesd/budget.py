@@ -98,13 +98,17 @@ class Budget:
         return self._analyzed + self._last_analysis <= self._max_overhead * self._training_seconds()
 
     def decide(self, global_step: int, *, analyze: bool) -> None:
-        """Keep a decision, so that it is the same whenever training passes this step."""
-        self._decisions[global_step] = analyze
+        """Keep a decision, so that it is the same when training meets this step again.
+
+        Several batches may end at one step, and a resumed run begins at the last one of the run before. Steps never go
+        back, so that earlier decisions are of no use: there may be millions.
+        """
+        self._decisions = {global_step: analyze}
 
     # State ----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return times and decisions as plain values."""
+        """Return the times and the last decision as plain values."""
         return {
             "training_seconds": self._training_seconds(),
             "analysis_seconds": self._analyzed,
@@ -113,7 +117,7 @@ class Budget:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the times and decisions of `state_dict`; training is yet to start."""
+        """Go on with the times and the decision of `state_dict`; training is yet to start."""
         self._trained = state["training_seconds"]
         self._training_since = None
         self._analyzed = state["analysis_seconds"]

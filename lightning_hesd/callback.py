@@ -241,7 +241,8 @@ class HessianSpectrumCallback(SpectrumSource):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Analyse after this epoch if it is scheduled."""
-        self._outputs.log_gradients(trainer, pl_module, self._gradients)
+        with self._survived("cannot log what happened to the gradients"):
+            self._outputs.log_gradients(trainer, pl_module, self._gradients)
         if self.schedule.includes_epoch(trainer.current_epoch) and self._is_affordable(trainer):
             self._analyze(trainer, pl_module, trainer.current_epoch)
 
@@ -297,7 +298,8 @@ class HessianSpectrumCallback(SpectrumSource):
         with self._survived("cannot remark on the spectra"):
             self._remarks.remark(trainer, self.history, self._gradients, monitored=self._monitor is not None)
         overhead = trainer.strategy.broadcast(self.budget.overhead)
-        self._outputs.log(trainer, pl_module, self.history[-1], overhead, at_epoch_end=at_epoch_end)
+        with self._survived(f"cannot log the scalars {when(epoch)}"):
+            self._outputs.log(trainer, pl_module, self.history[-1], overhead, at_epoch_end=at_epoch_end)
         if self.verbose:
             by_step = self.schedule.every_n_train_steps is not None
             with self._survived("cannot print what was found"):

@@ -21,14 +21,19 @@ FORMAT_VERSION = 1
 
 @contextlib.contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
-    """Give a path to write to, which takes the place of `target` when all is written.
+    """Give a path to write to, which takes the place of `target` when all is written; if that fails it is removed.
 
     Yields:
         A path in the same folder.
     """
     partial = target.with_name(f"{target.name}.partial")
-    yield partial
-    partial.replace(target)
+    try:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())  # else a power cut may keep the new name, and lose what it stands for
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)  # on a full disk it would be in the way of all that comes next
 
 
 def save_archive(

@@ -62,6 +62,17 @@ def free_system_memory(root: Path = Path("/")) -> int:
     return max(min(free), 0)
 
 
+SIGNS_OF_EXHAUSTION = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+"""In what allocators and CUDA's libraries say, lower case; they share one exception with all other trouble."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception says that memory has run out, on any device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS_OF_EXHAUSTION)
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """What an analysis spends its memory on.

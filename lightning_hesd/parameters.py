@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.parameter import is_lazy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ def select_parameters(module: nn.Module, options: AnalysisOptions) -> dict[str, 
     """Return the parameters to analyse by name, each once.
 
     Raises:
-        ValueError: If there is none, or one is complex.
+        ValueError: If there is none, or one is complex or without a shape yet.
     """
     wanted = options.parameters
     trainable = {
@@ -35,6 +36,11 @@ def select_parameters(module: nn.Module, options: AnalysisOptions) -> dict[str, 
         msg = f"the filter `parameters` leaves none of the {len(trainable)} parameters: {', '.join(trainable)}."
         raise ValueError(msg)
     for name, p in selected.items():
+        has_no_shape: bool = is_lazy(p)  # by a name: to mypy no parameter can be lazy
+        if has_no_shape:
+            # The first forward pass draws the initial weights: if it were ours, training would start from other ones.
+            msg = f"parameter {name!r} is lazy, and no forward pass has given it a shape yet: analyse after the first."
+            raise ValueError(msg)
         if p.is_complex():
             msg = f"parameter {name!r} is complex ({p.dtype}); only real parameters can be analysed."
             raise ValueError(msg)

@@ -56,6 +56,7 @@ class Context(TypedDict, total=False):
         processes: How many of the processes share this computer's memory.
         report: Called after every Lanczos step with the steps done and the most there can be.
         calibration: What earlier analyses of the same loss found out; brought up to date.
+        reason: Why the options are not those of the user; None if they are.
     """
 
     all_reduce: AllReduce | None
@@ -63,6 +64,7 @@ class Context(TypedDict, total=False):
     processes: int
     report: Report | None
     calibration: Calibration | None
+    reason: str | None
 
 
 def analyze(
@@ -116,6 +118,7 @@ def estimated(
     processes: int = 1,
     report: Report | None = None,
     calibration: Calibration | None = None,
+    reason: str | None = None,
 ) -> Iterator[list[Estimation]]:
     """Run the Lanczos processes of the diagonal blocks that belong to these parts of the parameters.
 
@@ -143,6 +146,8 @@ def estimated(
             calibration=calibration,
             layout=layout,
         )
+        if reason is not None:
+            mean.maker.reason = reason if options.strategy != "auto" else f"{mean.maker.reason}; {reason}"
         operators = [
             CurvatureOperator(mean, block, inverse_root(module, part, options.preconditioner, dtype))
             for block, part in zip(ranges, parts, strict=True)

@@ -10,7 +10,7 @@ import torch
 from lightning_hesd.finite_differences import FiniteDifferences
 from lightning_hesd.layout import Layout
 from lightning_hesd.matrices import gradient
-from lightning_hesd.memory import MemoryMeter
+from lightning_hesd.memory import MemoryMeter, is_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -185,6 +185,7 @@ class ProductMaker:
 
         Raises:
             NoExactProductError: If there is none, though there is a gradient.
+            RuntimeError: If memory runs out.
         """
         try:
             with MemoryMeter() as meter:
@@ -192,6 +193,8 @@ class ProductMaker:
                 held = meter.live
                 made[1]([torch.ones_like(p) for p in self._matrix.parameters])
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             # If this fails, too, the loss is at fault.
             FiniteDifferences(self._matrix.parameters).gradient(lambda: self._matrix.loss(batch))
             msg = f"the loss cannot be differentiated twice ({str(error).splitlines()[0]})"

@@ -7,7 +7,7 @@ import io
 import re
 from typing import TYPE_CHECKING
 
-from lightning_hesd.sinks.sink import LAYER_COLUMNS, figures, layer_rows, pixels, saved, title, verdict_text
+from lightning_hesd.sinks.sink import LAYER_COLUMNS, figures, layer_rows, saved, title, verdict_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,8 +29,8 @@ class MLflowSink:
     def write(self, history: SpectrumHistory, step: int) -> None:
         """Write the last record, which has a spectrum, at `step` of the logger's axis."""
         record = history[-1]
-        for tag, axes in figures(history):
-            self._client.log_image(self._run, pixels(axes), key=f"{self._name}{tag}", step=step)
+        for tag, image in figures(history):
+            self._client.log_image(self._run, image, key=f"{self._name}{tag}", step=step)
         when = f"epoch={record.epoch}-step={record.global_step}"
         if record.layers:
             table = _as_csv([LAYER_COLUMNS, *layer_rows(record.layers)])

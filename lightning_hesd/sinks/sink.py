@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from lightning_hesd.history import START_EPOCH, SpectrumHistory
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
     from lightning_hesd.assessment import Assessment
@@ -45,26 +47,31 @@ def title(record: SpectrumRecord) -> str:
     return "start" if record.epoch == START_EPOCH else f"epoch {record.epoch}"
 
 
-def figures(history: SpectrumHistory) -> Iterator[tuple[str, Axes]]:
+def figures(history: SpectrumHistory) -> Iterator[tuple[str, NDArray[np.uint8]]]:
     """Draw the figures of the last record, one after the other.
 
     Yields:
-        What to append to the callback's name, and the drawing.
+        What to append to the callback's name, and the drawing as an image, shape (height, width, 4).
     """
     record = history[-1]
     for suffix, spectrum in record.spectra.items():
-        yield f"{suffix}/density_figure", plot_density(spectrum, title=title(record))
+        yield f"{suffix}/density_figure", _pixels(plot_density(spectrum, title=title(record)))
     if record.spectrum and record.ggn and record.residual:
-        yield "/decomposition_figure", plot_decomposition(record.spectrum, record.ggn, record.residual)
+        yield "/decomposition_figure", _pixels(plot_decomposition(record.spectrum, record.ggn, record.residual))
     if record.layers:
-        yield "/layers_figure", plot_layers(history)
+        yield "/layers_figure", _pixels(plot_layers(history))
 
 
-def pixels(axes: Axes) -> NDArray[np.uint8]:
-    """Return a drawing as an image, shape (height, width, 4)."""
-    canvas = FigureCanvasAgg(axes.get_figure(root=True))
+def _pixels(axes: Axes) -> NDArray[np.uint8]:
+    """Return a drawing as an image, and let go of the drawing."""
+    figure: Figure = axes.get_figure(root=True)  # type: ignore[assignment]
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]
-    return np.array(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
+    image = np.array(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
+    # Figures and what is in them point at each other: a megabyte each, until Python looks for such rings.
+    figure.clear()
+    FigureCanvasBase(figure)
+    return image
 
 
 def layer_rows(layers: Mapping[str, Spectrum]) -> list[tuple[str | float, ...]]:

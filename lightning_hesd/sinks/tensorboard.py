@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from lightning.pytorch.loggers import Logger
-    from matplotlib.figure import Figure
 
     from lightning_hesd.history import SpectrumHistory
     from lightning_hesd.selection import Choice
@@ -38,9 +37,8 @@ class TensorBoardSink:
         self._write_payload(RECORD, to_json(record_payload(record)), step)
         for suffix, spectrum in record.spectra.items():
             self._write_histogram(f"{self._name}{suffix}/density", spectrum, step)
-        for tag, axes in figures(history):
-            figure: Figure = axes.get_figure(root=True)  # type: ignore[assignment]
-            self._writer.add_figure(f"{self._name}{tag}", figure, global_step=step, close=False)
+        for tag, image in figures(history):
+            self._writer.add_image(f"{self._name}{tag}", image[:, :, :3], global_step=step, dataformats="HWC")
         if record.layers:
             self._writer.add_text(f"{self._name}/layers", layer_table(record.layers), global_step=step)
         if record.assessment is not None:

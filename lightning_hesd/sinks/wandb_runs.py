@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_hesd.plotting.density import LOWEST_PART
-from lightning_hesd.sinks.sink import LAYER_COLUMNS, figures, layer_rows, pixels, saved, title
+from lightning_hesd.sinks.sink import LAYER_COLUMNS, figures, layer_rows, saved, title
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import WandbLogger
@@ -38,8 +38,8 @@ class WandbSink:
         for suffix, spectrum in record.spectra.items():
             shown[f"{suffix}/density"] = self._wandb.Histogram(np_histogram=spectrum.histogram())
             shown[f"{suffix}/density_chart"] = self._chart(spectrum, f"{self._name}{suffix}, {title(record)}")
-        for tag, axes in figures(history):
-            shown[tag] = self._wandb.Image(pixels(axes), caption=title(record))
+        for tag, image in figures(history):
+            shown[tag] = self._wandb.Image(image, caption=title(record))
         shown |= {
             tag: self._wandb.Table(columns=columns, data=rows) for tag, (columns, rows) in _tables(record).items()
         }

@@ -113,7 +113,7 @@ def test_steps_are_decided_on_as_well(tmp_path: Path) -> None:
     callback = make_callback(Clock(), 5, max_overhead=0.125, every_n_train_steps=2)
     fit(tmp_path, callback)
     assert analyzed(callback) == [(0, 2), (3, 8), (5, 12), (7, 16), (9, 20)]
-    assert callback.budget.state_dict()["decisions"] == {step: step in {2, 8, 12, 16, 20} for step in range(2, 21, 2)}
+    assert callback.budget.state_dict()["decisions"] == {20: True}  # no more than one, however long the run
 
 
 def test_a_step_is_decided_on_once(tmp_path: Path) -> None:
@@ -207,7 +207,6 @@ def test_a_resumed_run_goes_on_with_its_budget(tmp_path: Path, stop_after: int) 
     fit(tmp_path, resumed, ckpt_path=tmp_path / "last.ckpt")
     assert analyzed(resumed) == analyzed(whole)
     assert resumed.budget.state_dict() == whole.budget.state_dict()
-    assert len(resumed.budget.state_dict()["decisions"]) == 10
 
 
 def test_a_resumed_run_repeats_decisions(tmp_path: Path) -> None:

@@ -46,6 +46,17 @@ def test_files_are_written_once_and_no_partial_ones_remain(tmp_path: Path) -> No
     assert all((tmp_path / name).stat().st_mtime_ns == time for name, time in times.items())
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_leaves_no_partial_file_and_the_next_try_succeeds(tmp_path: Path) -> None:
+    history = example()
+    (tmp_path / "epoch=1-step=20.npz.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        history.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"epoch=-1-step=0.npz"}
+    history.save(tmp_path)
+    assert len(SpectrumHistory.load(tmp_path)) == 3
+
+
 def test_another_folder_gets_everything(tmp_path: Path) -> None:
     history = example()
     history.save(tmp_path / "a")

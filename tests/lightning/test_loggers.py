@@ -201,6 +201,31 @@ def test_a_sink_that_fails_costs_its_own_output_only(tmp_path: Path, monkeypatch
     assert len(list((Path(logger.log_dir) / "hesd").glob("*.npz"))) == EPOCHS
 
 
+class Unreachable(CSVLogger):
+    """Its server does not answer."""
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        msg = "no answer"
+        raise ConnectionError(msg)
+
+
+def test_a_logger_that_fails_within_an_epoch_costs_no_training(tmp_path: Path) -> None:
+    """Within epochs the loggers get scalars from the callback, at their ends from Lightning, which raises."""
+    spectra = callback(every_n_train_steps=3)
+    trainer = make_trainer(
+        tmp_path, [spectra], EPOCHS, logger=Unreachable(tmp_path), log_every_n_steps=100, enable_checkpointing=False
+    )
+    with pytest.warns(RuntimeWarning, match=r"cannot log the scalars of epoch \d\. ConnectionError: no answer"):
+        trainer.fit(Quiet(), data())
+    assert trainer.state.finished
+    assert [record.error for record in spectra.history] == [None] * 4
+
+
+class Quiet(Net):
+    def log(self, *_args: Any, **_kwargs: Any) -> None:
+        """Log nothing."""
+
+
 def test_nan_is_never_logged(tmp_path: Path) -> None:
     """A loss without curvature has no C_t; everything else is logged all the same."""
     logger = ListLogger()

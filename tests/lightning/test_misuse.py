@@ -270,6 +270,27 @@ def test_a_passing_failure_is_overcome(fails: str, tmp_path: Path) -> None:
     assert observer.history[1].spectrum.num_samples == 16
 
 
+class Lazy(Classifier):
+    """Has layers that the first forward pass gives their shapes and weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.LazyLinear(6), torch.nn.Tanh(), torch.nn.LazyLinear(10))
+
+
+def test_lazy_layers_are_not_initialised_by_an_analysis(tmp_path: Path) -> None:
+    observer = callback(on_error="warn", at_start=True)
+    with pytest.warns(RuntimeWarning, match="before the first step failed") as caught:
+        trainer = fit(tmp_path, observer, module=Lazy())
+    assert len(said(caught)) == 1
+    assert re.match(
+        r"ValueError: parameter 'net\.0\.weight' is lazy, .*analyse after the first", observer.history[0].error
+    )
+    assert [record.error for record in observer.history[1:]] == [None, None]
+    without = fit(tmp_path / "without", module=Lazy())
+    assert freeze(trainer.lightning_module.state_dict()) == freeze(without.lightning_module.state_dict())
+
+
 # Trainers of all kinds ------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,413 @@
+"""Numbers, memory, data, disks and loggers that fail: training stays the same, and what failed is told."""
+
+from __future__ import annotations
+
+import math
+import resource
+import signal
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+
+from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, Spectrum, SpectrumHistory
+from lightning_hesd.cli import main
+from tests.lightning.modules import callback, fit, loader, plain_loss
+from tests.lightning.test_misuse import Broken, nan_curvature, nan_loss
+from tests.scarcity import EXHAUSTIONS, Scarce, ScarceInProducts
+from tests.stress.fits import Fit
+from tests.stress.harness import Case, Program, one_line
+from tests.stress.networks import BrokenNow
+
+NOT_FINITE = "the loss of batch 0 is "
+
+# Numbers --------------------------------------------------------------------------------------------------------------
+
+
+def infinite_loss(module: Any, batch: Any) -> Tensor:
+    """Return a loss that is infinite."""
+    return plain_loss(module, batch) + math.inf
+
+
+class Poison(pl.Callback):
+    """Makes a weight NaN or infinite when the second epoch begins."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            with torch.no_grad():
+                next(pl_module.parameters())[0, 0] = self.value
+
+
+NUMBERS: list[Case] = [
+    Fit("NaN in the loss", options=lambda: {"loss_fn": nan_loss}, failures=2, error=NOT_FINITE + "nan"),
+    Fit("infinite loss", options=lambda: {"loss_fn": infinite_loss}, failures=2, error=NOT_FINITE + "inf"),
+    Fit("NaN in a product", options=lambda: {"loss_fn": nan_curvature}, failures=2, error="product of batch 0 is NaN"),
+    Fit("NaN in a weight", beside=lambda: [Poison(math.nan)], failures=1, error=NOT_FINITE + "nan"),
+    Fit("infinite weight", beside=lambda: [Poison(math.inf)], failures=1, error=NOT_FINITE + "nan"),
+]
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+def strategies(observer: HessianSpectrumCallback, trainer: pl.Trainer) -> str:
+    """Say how each analysis was made."""
+    spectra = [record.spectrum for record in observer.history if record.spectrum]
+    told = [s.strategy_reason.startswith("out of memory") for s in spectra]
+    assert told == [s.strategy == "recompute" for s in spectra]
+    return ", then ".join(f"{s.strategy} with basis {s.basis}" for s in spectra)
+
+
+def released(observer: HessianSpectrumCallback, trainer: pl.Trainer) -> str:
+    """Say whether a failed analysis has let go of its tensors."""
+    held: list[Any] = observer.loss_fn.held
+    assert len(held) == 6, "three attempts at each of two analyses"
+    return f"{sum(tensor() is not None for tensor in held)} tensors still held"
+
+
+def scarce(kind: str, times: float) -> Callable[[], dict[str, Any]]:
+    """Return what makes options with a loss that runs out of memory."""
+    return lambda: {"loss_fn": Scarce(plain_loss, EXHAUSTIONS[kind], times)}
+
+
+MEMORY: list[Case] = [
+    *(
+        Fit(
+            f"out of memory once, {kind}",
+            options=scarce(kind, 1),
+            check=strategies,
+            note="recompute with basis device, then graph with basis device",
+        )
+        for kind in EXHAUSTIONS
+    ),
+    Fit(
+        "out of memory twice",
+        options=scarce("CPU", 2),
+        check=strategies,
+        note="recompute with basis none, then graph with basis device",
+    ),
+    Fit(
+        "out of memory in a product",
+        options=lambda: {"loss_fn": ScarceInProducts(plain_loss, 1)},
+        check=strategies,
+        note="recompute with basis device, then graph with basis device",
+    ),
+    *(
+        Fit(
+            f"out of memory for good, {kind}",
+            options=scarce(kind, math.inf),
+            failures=2,
+            error=error,
+            check=released,
+            note="0 tensors still held",
+        )
+        for kind, error in (("CPU", "can't allocate memory"), ("GPU", "CUDA out of memory"), ("Python", "MemoryError"))
+    ),
+]
+
+
+class ScarceOnOne:
+    """A loss that runs out of memory `times` times in the second of two processes, and never in the first."""
+
+    def __init__(self, times: float) -> None:
+        self._scarce = Scarce(plain_loss, EXHAUSTIONS["CPU"], times)
+
+    def __call__(self, module: pl.LightningModule, batch: Any) -> Tensor:
+        return (self._scarce if module.global_rank == 1 else plain_loss)(module, batch)
+
+
+def scarce_on_one_of_two(folder: Path, times: float) -> str:
+    """Let one of two processes run out of memory: both try again, and neither waits for the other."""
+    for name, loss in (("whole", plain_loss), ("scarce", ScarceOnOne(times))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fit(
+                folder / name,
+                callback(on_error="warn", loss_fn=loss),
+                strategy=DDPStrategy(start_method="fork", process_group_backend="gloo"),
+                devices=2,
+            )
+    whole, scarce = (SpectrumHistory.load(folder / name) for name in ("whole", "scarce"))
+    told = []
+    for record, other in zip(scarce, whole, strict=True):
+        assert other.spectrum is not None
+        if record.spectrum is None:
+            told.append(str(record.error).split(":")[0])
+        else:
+            assert abs(record.spectrum.c_t - other.spectrum.c_t) < 1e-4, "C_t differs"  # float32, and another order
+            told.append(record.spectrum.strategy)
+    return ", then ".join(told)
+
+
+# Data -----------------------------------------------------------------------------------------------------------------
+
+DATA: list[Case] = [
+    Fit(
+        "a sample that cannot be read",
+        options=lambda: {"dataloader": loader(Broken())},
+        failures=2,
+        error="unreadable file",
+    ),
+    Fit(
+        "a sample that cannot be read, behind those of training",
+        data=lambda: loader(BrokenNow()),
+        trainer=lambda _: {"limit_train_batches": 2},
+    ),
+]
+
+# Disks ----------------------------------------------------------------------------------------------------------------
+
+
+class Obstacle(pl.Callback):
+    """Puts something in the way of the run's files when training begins."""
+
+    def __init__(self, name: str, put: Callable[[Path], None]) -> None:
+        self.name = name
+        self.put = put
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch == 0:
+            path = Path(trainer.default_root_dir) / self.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.put(path)
+
+
+def full_disk(path: Path) -> None:
+    """Let whatever is written to a path meet a full disk."""
+    path.symlink_to("/dev/full")
+
+
+def occupied(path: Path) -> None:
+    """Put a file where a folder should be."""
+    path.write_text("not a folder", encoding="utf-8")
+
+
+def on_disk(observer: HessianSpectrumCallback, trainer: pl.Trainer) -> str:
+    """Say what can be read back, and that nothing half-written is left."""
+    folder = Path(trainer.default_root_dir)
+    assert not list(folder.rglob("*.partial")), "a file left half-written"
+    try:
+        found = len(SpectrumHistory.load(folder))
+    except FileNotFoundError:
+        found = 0
+    assert len(observer.history) == 2
+    return f"{found} analyses on disk"
+
+
+def checkpoints_too(observer: HessianSpectrumCallback, trainer: pl.Trainer) -> str:
+    """Say what can be read back, and that the checkpoints hold all of the history."""
+    assert observer.checkpoint is not None
+    best = torch.load(observer.checkpoint.last_model_path, weights_only=True)
+    [state] = [value for key, value in best["callbacks"].items() if key.startswith("HessianSpectrumCallback")]
+    assert len(state["history"]) == 2
+    assert Path(observer.checkpoint.best_model_path).is_file()
+    return on_disk(observer, trainer) + ", and checkpoints are whole"
+
+
+def with_checkpoint() -> dict[str, Any]:
+    """Return options with a checkpoint rule."""
+    return {"checkpoint": HessianCheckpoint(save_last=True)}
+
+
+FIRST = "hesd/epoch=0-step=5.npz.partial"
+
+DISKS: list[Case] = [
+    *(
+        Fit(
+            name,
+            options=with_checkpoint,
+            trainer=lambda _: {"enable_checkpointing": True},
+            beside=lambda what=what, put=put: [Obstacle(what, put)],
+            check=checkpoints_too,
+            note=f"{left} analyses on disk, and checkpoints are whole",
+        )
+        for name, what, put, left in (
+            ("disk full at the first spectrum, not at the next", FIRST, full_disk, 2),
+            ("disk full at the first index, not at the next", "hesd/index.json.partial", full_disk, 2),
+            ("disk full at the log of choices", "hesd/choices.jsonl", full_disk, 2),
+            ("a file in the place of the folder", "hesd", occupied, 0),
+        )
+    ),
+]
+
+
+def no_room_for_checkpoints(folder: Path) -> str:
+    """Let no file grow beyond 4 KiB after the first epoch: Lightning stops, and what was written stays readable."""
+
+    class Fills(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            if trainer.current_epoch == 1:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    checkpoint = HessianCheckpoint(save_last=True, dirpath=folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            fit(folder, Fills(), callback(on_error="warn", checkpoint=checkpoint), enable_checkpointing=True)
+        except OSError as error:
+            failure = one_line(error.strerror)
+        else:
+            failure = "nothing"
+    readable = [torch.load(path, weights_only=True)["epoch"] for path in sorted(folder.glob("*.ckpt"))]
+    assert readable == [0, 0], readable
+    assert failure == "File too large"
+    assert len(SpectrumHistory.load(folder)) >= 1
+    return "stops as without the callback; pick and last.ckpt of epoch 0 are whole"
+
+
+# Loggers --------------------------------------------------------------------------------------------------------------
+
+
+class RefusesOurs(CSVLogger):
+    """Raises whenever it gets one of the callback's metrics."""
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if any(key.startswith("hesd/") for key in metrics):
+            msg = "this logger takes no slashes"
+            raise ValueError(msg)
+        super().log_metrics(metrics, step)
+
+
+class NoHistograms(TensorBoardLogger):
+    """Its writer raises at anything but scalars."""
+
+    @property
+    def experiment(self) -> Any:
+        writer = super().experiment
+        writer.add_histogram_raw = writer.add_image = _refuse
+        return writer
+
+
+def _refuse(*_args: Any, **_kwargs: Any) -> None:
+    msg = "the server is gone"
+    raise ConnectionError(msg)
+
+
+LOGGERS: list[Case] = [
+    Fit(
+        "a logger that refuses metrics, at steps",
+        options=lambda: {"every_n_train_steps": 2},
+        trainer=lambda folder: {"logger": RefusesOurs(folder)},
+        analyses=5,
+    ),
+    Fit("a logger that refuses figures", trainer=lambda folder: {"logger": NoHistograms(folder)}),
+]
+
+# What earlier runs left -----------------------------------------------------------------------------------------------
+
+
+def resumed_from_foreign(folder: Path) -> str:
+    """Resume from a checkpoint of a run without the callback."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        foreign = fit(folder / "first", enable_checkpointing=True).checkpoint_callback.best_model_path
+        observer = callback(on_error="warn", checkpoint="highest_c_t")
+        trainer = fit(folder / "second", observer, ckpt_path=foreign, max_epochs=4, enable_checkpointing=True)
+    assert trainer.state.finished
+    assert [(record.epoch, record.error) for record in observer.history] == [(2, None), (3, None)]
+    return "analyses of epochs 2 and 3"
+
+
+def over_damaged_files(folder: Path) -> str:
+    """Train in a folder with the damaged files of an earlier run."""
+    old = folder / "run" / "hesd"
+    old.mkdir(parents=True)
+    for name in ("index.json", "choices.jsonl", "epoch=0-step=5.npz", "epoch=7-step=40.npz", "x.npz.partial"):
+        (old / name).write_bytes(b"\x00damaged")
+    observer = callback(on_error="warn", checkpoint="highest_c_t")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(folder / "run", observer, enable_checkpointing=True)
+    assert [r.epoch for r in SpectrumHistory.load(folder / "run")] == [0, 1]
+    return "2 analyses, read back"
+
+
+def damaged_files_read(folder: Path) -> str:
+    """Give files that are torn, empty, foreign or dangerous to whatever reads the files of a run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(folder / "run", callback())
+    whole = (folder / "run" / "hesd" / "epoch=0-step=5.npz").read_bytes()
+    spectra = [whole[:100], whole[: len(whole) // 2], b"", b"\x00" * 500, b"PK\x03\x04" + bytes(range(200))]
+    foreign = folder / "foreign.npz"
+    np.savez(foreign, a=np.ones(3))
+    pickled = folder / "pickled.npz"
+    np.savez(pickled, header=np.array([object()], dtype=object), allow_pickle=True)
+    tried = 0
+    for number, content in enumerate([*spectra, foreign.read_bytes(), pickled.read_bytes()]):
+        path = folder / f"{number}.npz"
+        path.write_bytes(content)
+        _refused(lambda path=path: Spectrum.load(path), ValueError)
+        _refused(lambda path=path: main(["plot", str(path)]), SystemExit)
+        tried += 1
+    for number, text in enumerate(["", "[]", "{}", "null", '{"format": 1}', '{"format": 1, "records": [{}]}', "\x00"]):
+        run = folder / f"run{number}" / "hesd"
+        run.mkdir(parents=True)
+        (run / "index.json").write_text(text, encoding="utf-8")
+        _refused(lambda run=run: SpectrumHistory.load(run), ValueError)
+        _refused(lambda run=run: main(["report", str(run.parent), "--out", str(folder / "page.html")]), SystemExit)
+        tried += 1
+    assert not (folder / "page.html").exists()
+    return f"{tried} files refused with a message, by load and by the command line"
+
+
+def _refused(read: Callable[[], Any], error: type[BaseException]) -> None:
+    with pytest.raises(error) as caught:
+        read()
+    assert getattr(caught.value, "code", 1) == 1, "the exit code of what cannot be understood"
+
+
+def damaged_checkpoint(folder: Path) -> str:
+    """Resume from a truncated checkpoint: it is refused, and nothing is touched."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = Path(fit(folder / "first", enable_checkpointing=True).checkpoint_callback.best_model_path)
+        torn = folder / "torn.ckpt"
+        torn.write_bytes(whole.read_bytes()[:-200])
+        observer = callback(on_error="warn")
+        try:
+            fit(folder / "second", observer, ckpt_path=torn, max_epochs=4)
+        except Exception as error:  # noqa: BLE001 - whatever PyTorch raises
+            failure = type(error).__name__
+        else:
+            failure = "nothing"
+    assert failure in {"OSError", "RuntimeError", "UnpicklingError", "EOFError"}, failure
+    assert not observer.history
+    return "PyTorch refuses it, no analyses"
+
+
+EARLIER: list[Case] = [
+    Program(
+        "no room for checkpoints",
+        "stops as without the callback; pick and last.ckpt of epoch 0 are whole",
+        no_room_for_checkpoints,
+    ),
+    Program("resumed from a run without the callback", "analyses of epochs 2 and 3", resumed_from_foreign),
+    Program("damaged files of an earlier run", "2 analyses, read back", over_damaged_files),
+    Program("out of memory in one of two processes", "recompute, then graph", partial(scarce_on_one_of_two, times=1)),
+    Program(
+        "out of memory for good in one of two processes",
+        "AnotherProcessFailedError, then AnotherProcessFailedError",
+        partial(scarce_on_one_of_two, times=math.inf),
+    ),
+    Program(
+        "damaged files, read",
+        "14 files refused with a message, by load and by the command line",
+        damaged_files_read,
+    ),
+    Program("a truncated checkpoint", "PyTorch refuses it, no analyses", damaged_checkpoint),
+]
+
+CASES = [*NUMBERS, *MEMORY, *DATA, *DISKS, *LOGGERS, *EARLIER]

@@ -1,0 +1,98 @@
+"""`Fit`: a run with the callback beside the same run without it, declared."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lightning_hesd import HessianSpectrumCallback
+from tests.lightning.modules import Classifier, callback, fit, freeze, global_generators, loader
+from tests.stress.harness import SECONDS, one_line
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A training run that must be the same with and without the callback.
+
+    Attributes:
+        name: What the table calls it.
+        module: Makes the module.
+        data: Makes the dataloader.
+        options: Makes the options of the callback.
+        trainer: Makes the arguments of the Trainer, which writes to the given folder.
+        beside: Makes other callbacks, of both runs.
+        analyses: How many records there should be.
+        failures: How many of them should have failed.
+        error: Pattern of what those say.
+        check: Looks at the callback and the trainer afterwards, and says what it saw.
+        note: What it should see.
+        seconds: How long both runs may take.
+    """
+
+    name: str
+    module: Callable[[], pl.LightningModule] = Classifier
+    data: Callable[[], Any] = lambda: loader(shuffle=True)
+    options: Callable[[], dict[str, Any]] = dict
+    trainer: Callable[[Path], dict[str, Any]] = lambda _: {}
+    beside: Callable[[], list[pl.Callback]] = list
+    analyses: int = 2
+    failures: int = 0
+    error: str = ""
+    check: Callable[[HessianSpectrumCallback, pl.Trainer], str] | None = None
+    note: str = ""
+    seconds: float = SECONDS
+
+    @property
+    def expected(self) -> str:
+        """What should come of it, in words."""
+        return _told(self.analyses, self.failures, self.error, self.note)
+
+    def run(self, folder: Path) -> str:
+        """Train without and with the callback, compare, and say what came of it."""
+        without = self._train(folder / "without")
+        observer = callback(on_error="warn", **self.options())
+        trainer, outcome = self._train(folder / "with", observer)
+        assert outcome == without[1], "training differs: " + ", ".join(
+            k for k, v in outcome.items() if v != without[1][k]
+        )
+        assert without[0].state.finished
+        assert trainer.state.finished
+        errors = [record.error for record in observer.history if record.error]
+        seen = "" if self.check is None else self.check(observer, trainer)
+        got = _told(len(observer.history), len(errors), one_line(errors[0]) if errors else "", seen)
+        assert (len(observer.history), len(errors)) == (self.analyses, self.failures), got
+        assert all(re.search(self.error, error) for error in errors), got
+        return got
+
+    def _train(self, folder: Path, *observers: pl.Callback) -> tuple[pl.Trainer, dict[str, Any]]:
+        folder.mkdir()
+        module = self.module()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = fit(folder, *self.beside(), *observers, module=module, data=self.data(), **self.trainer(folder))
+        return trainer, {
+            "weights and buffers": freeze({k: v.detach().clone().to_dense() for k, v in _tensors(module).items()}),
+            "modes": [m.training for m in module.modules()],
+            "optimizers": freeze([o.state_dict().get("state") for o in trainer.optimizers]),
+            "random number generators": global_generators(),
+            "progress": (trainer.global_step, trainer.current_epoch),
+            "metrics": freeze({k: v for k, v in trainer.callback_metrics.items() if not k.startswith("hesd")}),
+        }
+
+
+def _tensors(module: pl.LightningModule) -> dict[str, Any]:
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: value for name, value in named.items() if value.numel()}
+
+
+def _told(analyses: int, failures: int, error: str, note: str) -> str:
+    parts = ["trained as without the callback", f"{analyses} analyses"]
+    if failures:
+        parts.append(f"{failures} failed: {error}")
+    return "; ".join([*parts, note] if note else parts)

@@ -1,0 +1,181 @@
+"""Modules and data out of the ordinary, around the classifier of `tests.lightning.modules`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from tests.lightning.modules import Classifier, Digits, digits, loader, plain_loss
+
+
+class Silent(Classifier):
+    """Logs nothing, as a compiled or a barebones run demands."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return plain_loss(self, batch)
+
+
+class Validated(Classifier):
+    """Validates on the digits."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", plain_loss(self, batch))
+
+    def val_dataloader(self) -> Any:
+        return loader(Digits(16))
+
+
+class Around(Silent):
+    """A classifier around any network, made reproducibly."""
+
+    def __init__(self, make_net: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(11)
+            self.net = make_net()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+class MadeLate(Silent):
+    """Makes its network in `configure_model`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = None
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = Classifier().net
+
+
+class TwoOptimizers(Silent):
+    """Optimizes its two layers in turn, by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(plain_loss(self, batch))
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.net[i].parameters(), lr=0.1) for i in (0, 2)]
+
+
+class NothingToTrain(Around):
+    """Looks at the data, and optimizes nothing."""
+
+    def __init__(self, make_net: Callable[[], nn.Module]) -> None:
+        super().__init__(make_net)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        plain_loss(self, batch)
+
+    def configure_optimizers(self) -> None:
+        return None
+
+
+class TwoLoaders(Silent):
+    """Trains on batches of two dataloaders at once."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return plain_loss(self, batch["a"]) + plain_loss(self, batch["b"])
+
+
+class Recurrent(nn.Module):
+    """Reads an image row by row."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.rows = kind(8, 6, batch_first=True)
+        self.head = nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rows(x.reshape(len(x), 8, 8))[0][:, -1])
+
+
+class Bag(nn.Module):
+    """Embeds the grey levels of the pixels."""
+
+    def __init__(self, *, sparse: bool) -> None:
+        super().__init__()
+        self.levels = nn.Embedding(17, 4, sparse=sparse)
+        self.head = nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.levels((x * 16).long()).mean(1)))
+
+
+class Tied(nn.Module):
+    """Uses one weight in two layers, and one layer twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice, self.head = nn.Linear(64, 6), nn.Linear(6, 6), nn.Linear(6, 10)
+        self.tied = nn.Linear(6, 6)
+        self.tied.weight = self.twice.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.twice(torch.tanh(self.twice(torch.tanh(self.first(x))))))
+        return self.head(torch.tanh(self.tied(hidden)))
+
+
+class ComplexWeight(nn.Module):
+    """Multiplies with a complex number on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, 10)
+        self.turn = nn.Parameter(torch.ones(10, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.head(x) * self.turn).real
+
+
+def partly_quantised() -> nn.Module:
+    """Return a network whose frozen first layer has been quantised."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is to move
+        first = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(64, 6)), {nn.Linear}, torch.qint8)
+    return nn.Sequential(first, nn.Tanh(), nn.Linear(6, 10))
+
+
+def partly_frozen() -> nn.Module:
+    """Return a network with a frozen first layer."""
+    net = nn.Sequential(nn.Linear(64, 6), nn.Tanh(), nn.Linear(6, 10))
+    net[0].requires_grad_(requires_grad=False)
+    return net
+
+
+def frozen() -> nn.Module:
+    """Return a network without anything to train."""
+    return nn.Linear(64, 10).requires_grad_(requires_grad=False)
+
+
+class Stream(IterableDataset[Any]):
+    """The digits one after the other."""
+
+    def __iter__(self) -> Iterator[Any]:
+        x, y = digits()
+        return ((x[i], y[i], i) for i in range(40))
+
+
+class BrokenNow(Digits):
+    """Has an item that cannot be read; training, which has two batches, does not come across it."""
+
+    def __getitem__(self, position: int) -> Any:
+        if position >= 16:
+            msg = f"sample {position} cannot be read"
+            raise OSError(msg)
+        return super().__getitem__(position)

@@ -1,0 +1,294 @@
+"""Precisions, modules, data and Trainers of all kinds: training stays the same, and the analyses are made."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import warnings
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import nn
+
+from lightning_hesd import HessianSpectrumCallback
+from tests.lightning.modules import Classifier, Digits, callback, loader, make_trainer, plain_loss, samples, seed
+from tests.stress import networks
+from tests.stress.fits import Fit
+from tests.stress.harness import Case, Program
+from tests.stress.networks import Around, Silent, Validated
+
+
+def compiled(backend: str, *, whole: bool) -> pl.LightningModule:
+    """Return a classifier compiled by itself, or whose network is."""
+    module: Any = Silent()
+    if whole:
+        return torch.compile(module, backend=backend)
+    module.net = torch.compile(module.net, backend=backend)
+    return module
+
+
+def averaging() -> list[pl.Callback]:
+    """Return the callback that keeps an exponential moving average, where Lightning has one."""
+    callbacks: Any = importlib.import_module("lightning.pytorch.callbacks")
+    return [callbacks.EMAWeightAveraging(decay=0.9)]
+
+
+def dimension(expected: int) -> Any:
+    """Return a check of how many parameters were analysed."""
+
+    def check(observer: HessianSpectrumCallback, trainer: pl.Trainer) -> str:
+        found = {record.spectrum.dimension for record in observer.history if record.spectrum}
+        return f"of {', '.join(map(str, sorted(found)))} parameters"
+
+    return {"check": check, "note": f"of {expected} parameters"}
+
+
+def trainer_options(**options: Any) -> Any:
+    """Return arguments of the Trainer that need no folder."""
+    return lambda _: options
+
+
+def two_loaders() -> dict[str, Any]:
+    """Return dataloaders whose batches training gets together."""
+    return {"a": loader(shuffle=True), "b": loader(Digits(16))}
+
+
+def pairs() -> list[dict[str, Any]]:
+    """Return batches as training gets them from these."""
+    return [{"a": samples(range(i, i + 8)), "b": samples(range(i, i + 8))} for i in (0, 8)]
+
+
+def weights_in_the_pick(observer: HessianSpectrumCallback, trainer: pl.Trainer) -> str:
+    """Say which weights the pick of the rule holds."""
+    assert observer.checkpoint is not None
+    saved = torch.load(observer.checkpoint.best_model_path, weights_only=True)
+    averaged, analysed = (
+        torch.cat([part.flatten() for part in saved[key].values()]) for key in ("state_dict", "current_model_state")
+    )
+    assert not torch.equal(averaged, analysed)
+    return "the pick has the averaged weights, and the analysed ones"
+
+
+def _files(trainer: pl.Trainer, pattern: str) -> list[Path]:
+    return sorted(Path(trainer.default_root_dir).rglob(pattern))
+
+
+PRECISIONS: list[Case] = [
+    Fit(f"precision {name}{remark}", trainer=trainer_options(precision=name))
+    for name, remark in (
+        ("16-mixed", " (bf16-mixed on a CPU)"),
+        *((name, "") for name in ("bf16-mixed", "16-true", "bf16-true", "64-true")),
+    )
+]
+
+MODULES: list[Case] = [
+    Fit("module compiled", partial(compiled, "aot_eager", whole=True)),
+    Fit("submodule compiled, aot_eager", partial(compiled, "aot_eager", whole=False)),
+    Fit("submodule compiled, inductor", partial(compiled, "inductor", whole=False)),
+    Fit("made in configure_model", networks.MadeLate),
+    Fit("two optimizers by hand", networks.TwoOptimizers, options=lambda: {"loss_fn": plain_loss}),
+    Fit("lazy layers", lambda: Around(lambda: nn.Sequential(nn.LazyLinear(6), nn.Tanh(), nn.LazyLinear(10)))),
+    Fit(
+        "lazy layers, at start",
+        lambda: Around(lambda: nn.Sequential(nn.LazyLinear(6), nn.Tanh(), nn.LazyLinear(10))),
+        options=lambda: {"at_start": True},
+        analyses=3,
+        failures=1,
+        error="'net.0.weight' is lazy",
+    ),
+    Fit("tied weights", lambda: Around(networks.Tied), **dimension(390 + 42 + 70 + 6)),
+    Fit("sparse embedding", lambda: Around(partial(networks.Bag, sparse=True))),
+    Fit("dense embedding", lambda: Around(partial(networks.Bag, sparse=False))),
+    Fit("layer of buffers only", lambda: Classifier(nn.BatchNorm1d(6, affine=False))),
+    *(
+        Fit(f"recurrent, {kind.__name__}", lambda kind=kind: Around(partial(networks.Recurrent, kind)))
+        for kind in (nn.RNN, nn.LSTM, nn.GRU)
+    ),
+    Fit("partly quantised", lambda: Around(networks.partly_quantised), **dimension(70)),
+    Fit("partly frozen", lambda: Around(networks.partly_frozen), **dimension(70)),
+    Fit("complex weight", lambda: Around(networks.ComplexWeight), failures=2, error="'net.turn' is complex"),
+    Fit(
+        "no parameters",
+        lambda: networks.NothingToTrain(nn.Flatten),
+        options=lambda: {"loss_fn": plain_loss},
+        failures=2,
+        error="no parameter that requires grad",
+    ),
+    Fit(
+        "all frozen",
+        lambda: networks.NothingToTrain(networks.frozen),
+        options=lambda: {"loss_fn": plain_loss},
+        failures=2,
+        error="no parameter that requires grad",
+    ),
+]
+
+BESIDE: list[Case] = [
+    Fit("EMA of the weights beside", beside=averaging),
+    Fit(
+        "EMA of the weights beside, with checkpoints",
+        beside=averaging,
+        options=lambda: {"checkpoint": "highest_c_t"},
+        trainer=trainer_options(enable_checkpointing=True),
+        check=weights_in_the_pick,
+        note="the pick has the averaged weights, and the analysed ones",
+    ),
+    Fit(
+        "stochastic weight averaging beside",
+        beside=lambda: [StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)],
+        trainer=trainer_options(max_epochs=3),
+        analyses=3,
+    ),
+    Fit(
+        "own checkpoints beside",
+        Validated,
+        beside=lambda: [ModelCheckpoint(monitor="val_loss", save_top_k=-1)],
+        options=lambda: {"checkpoint": "highest_c_t"},
+        trainer=trainer_options(enable_checkpointing=True),
+        check=lambda observer, trainer: f"{len(_files(trainer, '*.ckpt'))} checkpoints",
+        note="3 checkpoints",
+    ),
+]
+
+TRAINERS: list[Case] = [
+    Fit("gradient accumulation", trainer=trainer_options(accumulate_grad_batches=2)),
+    Fit("fast_dev_run", Validated, trainer=trainer_options(fast_dev_run=True), analyses=1),
+    Fit("overfit_batches", trainer=trainer_options(overfit_batches=2)),
+    Fit("limit_train_batches=2", trainer=trainer_options(limit_train_batches=2)),
+    Fit("limit_train_batches=0.5", trainer=trainer_options(limit_train_batches=0.5)),
+    Fit("limit_train_batches=0", trainer=trainer_options(limit_train_batches=0), analyses=0),
+    Fit("sanity check", Validated, trainer=trainer_options(num_sanity_val_steps=2)),
+    Fit("dataloaders made anew every epoch", trainer=trainer_options(reload_dataloaders_every_n_epochs=1)),
+    Fit("max_steps within an epoch", trainer=trainer_options(max_steps=7, max_epochs=-1)),
+    Fit("max_time", trainer=trainer_options(max_time=timedelta(microseconds=1), max_epochs=-1), analyses=1),
+    Fit("val_check_interval", Validated, trainer=trainer_options(val_check_interval=2)),
+    Fit("check_val_every_n_epoch", Validated, trainer=trainer_options(check_val_every_n_epoch=2)),
+    Fit("barebones", Silent, trainer=trainer_options(barebones=True)),
+    Fit("no checkpoints", trainer=trainer_options(enable_checkpointing=False)),
+    Fit("no logger", trainer=trainer_options(logger=False)),
+    Fit(
+        "several loggers",
+        trainer=lambda folder: {"logger": [TensorBoardLogger(folder), CSVLogger(folder, name="csv")]},
+    ),
+    Fit(
+        "all kinds of analyses",
+        Validated,
+        options=lambda: {
+            "at_start": True,
+            "layers": "auto",
+            "preconditioner": "optimizer",
+            "monitor_gradients": True,
+            "generalization_dataloader": "val",
+            "sampling_error": True,
+            "max_overhead": 100.0,
+            "verbose": True,
+        },
+        trainer=lambda folder: {"logger": TensorBoardLogger(folder)},
+        analyses=3,
+    ),
+    Fit("every step", options=lambda: {"every_n_train_steps": 1}, analyses=10),
+]
+
+DATA: list[Case] = [
+    Fit("IterableDataset", data=lambda: loader(networks.Stream())),
+    Fit("dict of dataloaders", networks.TwoLoaders, two_loaders, failures=2, error="pass `dataloader=`"),
+    Fit("dict of dataloaders, own samples", networks.TwoLoaders, two_loaders, lambda: {"dataloader": pairs()}),
+    Fit("persistent workers", data=lambda: loader(shuffle=True, num_workers=2, persistent_workers=True)),
+    Fit("validation data as generalization data", Validated, options=lambda: {"generalization_dataloader": "val"}),
+]
+
+
+def validate_only(folder: Path) -> str:
+    """Validate, test with nothing trained: the callback stands by."""
+    observer = callback(checkpoint="highest_c_t")
+    trainer = make_trainer(folder, observer, enable_checkpointing=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        [metrics] = trainer.validate(Validated(), verbose=False)
+    assert not observer.history
+    assert math.isfinite(metrics["val_loss"])
+    assert not list(folder.rglob("*.npz"))
+    return "validated, no analyses, no files"
+
+
+def fit_inside_a_fit(folder: Path) -> str:
+    """Train another module, with a callback of its own, in a hook of the first."""
+    inner = callback(on_error="warn")
+
+    class Nested(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            with torch.random.fork_rng():
+                make_trainer(folder / "inner", inner, max_epochs=1).fit(Silent(), loader())
+
+    weights = []
+    for observers in ([], [callback(on_error="warn", every_n_train_steps=2)]):
+        seed(7)
+        module = Silent()
+        trainer = make_trainer(folder / str(len(observers)), Nested(), *observers)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.fit(module, loader())
+        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    assert torch.equal(*weights)
+    assert [len(c.history) for c in (*observers, inner)] == [5, 1]
+    assert not [r.error for c in (*observers, inner) for r in c.history if r.error]
+    return "same weights, 5 and 1 analyses"
+
+
+def fit_twice(folder: Path) -> str:
+    """Fit the same Trainer again: it goes on, with and without the callback."""
+    weights = []
+    for observers in ([], [callback(on_error="warn", checkpoint="highest_c_t")]):
+        seed(7)
+        module = Silent()
+        trainer = make_trainer(folder / str(len(observers)), *observers, enable_checkpointing=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.fit(module, loader())
+            trainer.fit(module, loader())  # has nothing left to do
+            trainer.fit_loop.max_epochs = 4
+            trainer.fit(module, loader())
+        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    assert torch.equal(*weights)
+    [observer] = observers
+    epochs = [record.epoch for record in observer.history]
+    assert epochs == [0, 1, 2, 3], epochs
+    assert Path(observer.checkpoint.best_model_path).is_file()
+    return "same weights, analyses of epochs 0 to 3, the pick's file is there"
+
+
+def two_callbacks(folder: Path) -> str:
+    """Let two callbacks observe one run, into the same loggers."""
+    one, other = callback(name="one", on_error="warn"), callback(name="other", on_error="warn", every_n_train_steps=2)
+    weights = []
+    for observers in ([], [one, other]):
+        seed(7)
+        module = Silent()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            make_trainer(folder / str(len(observers)), *observers).fit(module, loader())
+        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    assert torch.equal(*weights)
+    counts = [len(list((folder / "2" / name).glob("*.npz"))) for name in ("one", "other")]
+    assert counts == [2, 5], counts
+    return "same weights, 2 and 5 analyses in folders of their own"
+
+
+PROGRAMS: list[Case] = [
+    Program("validate only", "validated, no analyses, no files", validate_only),
+    Program("a fit inside a fit", "same weights, 5 and 1 analyses", fit_inside_a_fit),
+    Program(
+        "the same Trainer again",
+        "same weights, analyses of epochs 0 to 3, the pick's file is there",
+        fit_twice,
+    ),
+    Program("two callbacks", "same weights, 2 and 5 analyses in folders of their own", two_callbacks),
+]
+
+CASES = [*PRECISIONS, *MODULES, *BESIDE, *TRAINERS, *DATA, *PROGRAMS]
