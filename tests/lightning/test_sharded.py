@@ -29,7 +29,7 @@ def spectra(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_spectra_are_those_of_whole_parameters(spectra: list[dict[str, Any]]) -> None:
-    assert len(spectra[0]["expected"]) == 8
+    assert len(spectra[0]["expected"]) == 9
     check_spectra(spectra)
 
 
@@ -89,7 +89,7 @@ def test_weights_gradients_and_random_numbers_are_left_as_they_were(spectra: lis
 def test_each_process_holds_its_share_of_the_vectors(spectra: list[dict[str, Any]]) -> None:
     """Basis and vectors are halved; what remains is a layer, gathered, and the graph of the batch."""
     alone = spectra[0]["expected bytes"]
-    assert alone > 15 * spectra[0]["parameters"]
+    assert alone > 10 * spectra[0]["parameters"]
     assert all(rank["bytes"] < 0.6 * alone for rank in spectra)
 
 
