@@ -111,32 +111,33 @@ class Processes:
         """Return the sum of a tensor over the processes, the same in all of them."""
         if tensor.ndim == 0:
             return tensor.new_tensor(self.meet(NUMBER, tensor.item()))
-        self.meet(SUM)
         total = tensor.detach().to(self._device, copy=True)
+        self.meet(SUM)
         dist.all_reduce(total, group=self._group)
         return total.to(tensor.device)
 
     def largest(self, value: float) -> float:
         """Return the largest of the processes' values."""
-        self.meet(LARGEST)
         found = torch.tensor(value, device=self._device, dtype=torch.float64)
+        self.meet(LARGEST)
         dist.all_reduce(found, dist.ReduceOp.MAX, self._group)
         return found.item()
 
     def gather(self, part: Tensor, rows: int, place: int) -> Tensor:
         """Return all rows of a tensor that is cut as `torch.chunk` does, given those of this process."""
-        self.meet(place)
         chunk = -(-rows // self.size)
-        full = part.new_empty(chunk * self.size, *part.shape[1:])
-        _all_gather(full, _padded(part, chunk), group=self._group)
+        # Between meeting and exchange nothing must fail, not even for want of memory.
+        padded, full = _padded(part, chunk), part.new_empty(chunk * self.size, *part.shape[1:])
+        self.meet(place)
+        _all_gather(full, padded, group=self._group)
         return full[:rows]
 
     def scatter_sum(self, full: Tensor, rows: int, place: int) -> Tensor:
         """Return this process's rows, of which there are `rows`, of the sum of a tensor over the processes."""
-        self.meet(place)
         chunk = -(-len(full) // self.size)
-        part = full.new_empty(chunk, *full.shape[1:])
-        _reduce_scatter(part, _padded(full, chunk * self.size), group=self._group)
+        padded, part = _padded(full, chunk * self.size), full.new_empty(chunk, *full.shape[1:])
+        self.meet(place)
+        _reduce_scatter(part, padded, group=self._group)
         return part[:rows]
 
 

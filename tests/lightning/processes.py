@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 120
+TIMEOUT = 240
 
 
 def run(script: Path, folder: Path, devices: int, **options: Any) -> None:
