@@ -2,7 +2,7 @@
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types layers doctest docs package bench clean
+.PHONY: help setup demo test check lint types layers doctest docs package bench stress clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -47,6 +47,9 @@ package: $(INSTALLED) ## build the distributions, and use the wheel outside of t
 bench: $(INSTALLED) ## compare with other packages: time, memory, accuracy
 	$(RUN) -m pip install --no-deps -r benchmarks/requirements.txt
 	$(RUN) -m benchmarks
+
+stress: $(INSTALLED) ## run everything that can go wrong in a training run, and some minutes of killing
+	$(RUN) -m tests.stress
 
 clean: ## remove .venv, caches and builds; logs of runs stay
 	rm -rf $(VENV) build dist site .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -55,13 +55,12 @@ class Fit:
 
     def run(self, folder: Path) -> str:
         """Train without and with the callback, compare, and say what came of it."""
-        without = self._train(folder / "without")
+        reference, untouched = self._train(folder / "without")
         observer = callback(on_error="warn", **self.options())
         trainer, outcome = self._train(folder / "with", observer)
-        assert outcome == without[1], "training differs: " + ", ".join(
-            k for k, v in outcome.items() if v != without[1][k]
-        )
-        assert without[0].state.finished
+        different = [what for what, value in untouched.items() if outcome[what] != value]
+        assert not different, f"training differs: {', '.join(different)}"
+        assert reference.state.finished
         assert trainer.state.finished
         errors = [record.error for record in observer.history if record.error]
         seen = "" if self.check is None else self.check(observer, trainer)

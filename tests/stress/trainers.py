@@ -186,7 +186,7 @@ TRAINERS: list[Case] = [
             "monitor_gradients": True,
             "generalization_dataloader": "val",
             "sampling_error": True,
-            "max_overhead": 100.0,
+            "max_overhead": 1e9,
             "verbose": True,
         },
         trainer=lambda folder: {"logger": TensorBoardLogger(folder)},
