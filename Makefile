@@ -2,7 +2,7 @@
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types layers doctest docs package bench clean
+.PHONY: help setup demo test check lint types layers doctest docs package matrix stress bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -43,6 +43,12 @@ docs: $(INSTALLED) ## build the documentation in site/, strictly
 
 package: $(INSTALLED) ## build the distributions, and use the wheel outside of the repository
 	$(RUN) -m tests.packaging.check_wheel
+
+matrix: $(INSTALLED) ## run a part of the tests with other versions of Python and of what it needs
+	$(RUN) -m tests.packaging.check_matrix --out benchmarks/results/matrix.md
+
+stress: $(INSTALLED) ## run the tests that take long, and damage a hundred times as many files
+	HESD_FUZZ=100 $(RUN) -m pytest --slow tests/test_fuzz.py tests/lightning/test_ddp_options.py
 
 bench: $(INSTALLED) ## compare with other packages: time, memory, accuracy
 	$(RUN) -m pip install --no-deps -r benchmarks/requirements.txt
