@@ -2,7 +2,7 @@
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types layers doctest docs package bench stress clean
+.PHONY: help setup demo test check lint types layers doctest docs package matrix stress bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -44,12 +44,16 @@ docs: $(INSTALLED) ## build the documentation in site/, strictly
 package: $(INSTALLED) ## build the distributions, and use the wheel outside of the repository
 	$(RUN) -m tests.packaging.check_wheel
 
+matrix: $(INSTALLED) ## run a part of the tests with other versions of Python and of what it needs
+	$(RUN) -m tests.packaging.check_matrix --out benchmarks/results/matrix.md
+
 bench: $(INSTALLED) ## compare with other packages: time, memory, accuracy
 	$(RUN) -m pip install --no-deps -r benchmarks/requirements.txt
 	$(RUN) -m benchmarks
 
 stress: $(INSTALLED) ## run everything that can go wrong in a training run, and some minutes of killing
 	$(RUN) -m tests.stress
+	HESD_FUZZ=100 $(RUN) -m pytest --slow tests/test_fuzz.py tests/lightning/test_ddp_options.py
 
 clean: ## remove .venv, caches and builds; logs of runs stay
 	rm -rf $(VENV) build dist site .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

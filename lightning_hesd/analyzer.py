@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lightning_hesd import _lightning
 from lightning_hesd.data import AnalysisSamples, draw_samples, training_loader, validation_loader
+from lightning_hesd.foreign import at_least, each, misfit, optional
 from lightning_hesd.loss import make_loss_fn, muted
 from lightning_hesd.pipeline import analyze, analyze_layers
 from lightning_hesd.retry import retried
@@ -37,6 +38,23 @@ MOST_SAMPLES = 16_384
 """`num_samples="auto"` begins with the first number and ends at the second, for the samples are kept in memory."""
 
 LARGEST_GROWTH = 4.0
+
+SAMPLES = {
+    "indices": optional(each(at_least(0))),
+    "num_samples": at_least(1),
+}
+
+
+def check_samples(state: object) -> None:
+    """Check what a checkpoint says of the samples drawn.
+
+    Raises:
+        ValueError: If that is not what `TrainerAnalyzer.state_dict` says.
+    """
+    wrong = misfit(state, SAMPLES)
+    if wrong is not None:
+        msg = f"`{wrong}` of the samples is missing or is something else"
+        raise ValueError(msg)
 
 
 class TrainerAnalyzer:
@@ -74,7 +92,12 @@ class TrainerAnalyzer:
         return {"indices": self.indices, "num_samples": self._num_samples}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Draw the samples of the run that is resumed the next time samples are drawn."""
+        """Draw the samples of the run that is resumed the next time samples are drawn.
+
+        Raises:
+            ValueError: If it does not say which.
+        """
+        check_samples(state)
         self._resumed = state["indices"]
         if self._grows:
             self._num_samples = state["num_samples"]

@@ -79,7 +79,7 @@ def assess_generalization(
     Raises:
         ValueError: If the two spectra cannot be compared; the message names what differs.
     """
-    _check_comparable(train, generalization)
+    check_comparable(train, generalization)
     r_e, r_e_interval = _delta_r_e(train, generalization)
     k_h05, k_h05_interval, no_k_h05 = _delta_k_h05(train, generalization)
     applicable, reasons = _applicable(train, mp_threshold)
@@ -97,7 +97,12 @@ def assess_generalization(
     return Assessment(verdict, applicable, r_e, r_e_interval, k_h05, k_h05_interval, tuple(reasons))
 
 
-def _check_comparable(train: Spectrum, generalization: Spectrum) -> None:
+def check_comparable(train: Spectrum, generalization: Spectrum) -> None:
+    """Check that two spectra are of the same weights, analysed with the same options, as far as they say.
+
+    Raises:
+        ValueError: If they are not; the message names what differs.
+    """
     for name in ("dimension", "matrix", "mode", "probe", "seed"):
         ours, theirs = getattr(train, name), getattr(generalization, name)
         if ours != theirs:

@@ -6,8 +6,19 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
+from lightning_hesd.foreign import integer, misfit, of, optional, within
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+
+_SECONDS = within(0.0, 1e12)
+_STATE = {
+    "training_seconds": _SECONDS,
+    "analysis_seconds": _SECONDS,
+    "last_analysis_seconds": optional(_SECONDS),
+    "decisions": lambda value: isinstance(value, dict) and all(integer(k) and of(bool)(v) for k, v in value.items()),
+}
 
 
 class Budget:
@@ -117,7 +128,15 @@ class Budget:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the times and the decision of `state_dict`; training is yet to start."""
+        """Go on with the times and the decision of `state_dict`; training is yet to start.
+
+        Raises:
+            ValueError: If that is something else.
+        """
+        wrong = misfit(state, _STATE)
+        if wrong is not None:
+            msg = f"`{wrong}` of the budget is missing or is something else"
+            raise ValueError(msg)
         self._trained = state["training_seconds"]
         self._training_since = None
         self._analyzed = state["analysis_seconds"]

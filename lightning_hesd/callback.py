@@ -12,6 +12,7 @@ from lightning_hesd.analyzer import TrainerAnalyzer
 from lightning_hesd.budget import Budget
 from lightning_hesd.checkpoint import HessianCheckpoint
 from lightning_hesd.checks import check_count
+from lightning_hesd.foreign import DAMAGE, misfit, of, one_line
 from lightning_hesd.gradient_monitor import GradientMonitor
 from lightning_hesd.history import START_EPOCH, SpectrumHistory, SpectrumSource, when
 from lightning_hesd.loss import check_loss_source
@@ -136,7 +137,7 @@ class HessianSpectrumCallback(SpectrumSource):
             if isinstance(loader, str) and not (offered and loader == "val"):
                 msg = f"`{key}` must be a dataloader{offered}, got {loader!r}."
                 raise ValueError(msg)
-        if not name or "/" in name:
+        if not name or "/" in name or name in {".", ".."}:
             msg = f"`name` must be a non-empty text without '/', got {name!r}."
             raise ValueError(msg)
         self.schedule = Schedule(every_n_epochs, epochs, every_n_train_steps, max_overhead)
@@ -364,12 +365,28 @@ class HessianSpectrumCallback(SpectrumSource):
         """Go on with the history, the samples and the budget of the run that is resumed.
 
         Testing a checkpoint loads this too, though nothing is resumed; it must not undo what came after it.
+
+        Raises:
+            ValueError: If it is something else, or is damaged.
         """
         if self._stage != "fit":
             return
-        self.history.load_state_dict(state_dict["history"])
-        self._recorder.load_state_dict(state_dict["samples"])
-        self.budget.load_state_dict(state_dict["budget"])
+        try:
+            if (wrong := misfit(state_dict, _STATE)) is not None:
+                msg = f"`{wrong}` is missing or is something else"
+                raise ValueError(msg)
+            self.history.load_state_dict(state_dict["history"])
+            self._recorder.load_state_dict(state_dict["samples"])
+            self.budget.load_state_dict(state_dict["budget"])
+        except DAMAGE as error:
+            msg = (
+                f"the state of HessianSpectrumCallback(name={self.name!r}) in the checkpoint is damaged, or of another "
+                f"version ({one_line(error)}): resume with another `name`, which starts a new history."
+            )
+            raise ValueError(msg) from error
+
+
+_STATE = {"history": of(list), "samples": of(dict), "budget": of(dict)}
 
 
 def _hessian_callbacks(trainer: pl.Trainer) -> list[HessianSpectrumCallback]:

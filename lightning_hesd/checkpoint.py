@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_hesd._lightning import callbacks_of, warn
+from lightning_hesd.foreign import each, having, integer, misfit, number, of, text
 from lightning_hesd.history import SpectrumSource
 from lightning_hesd.selection import CRITERIA, LOSS_TOLERANCE, Candidate, Choice, SelectionRule
 
@@ -28,6 +30,23 @@ REFUSED = (
     *("monitor", "mode", "save_top_k", "every_n_train_steps", "every_n_epochs", "train_time_interval"),
     "save_on_train_epoch_end",
 )
+
+_CANDIDATE = {
+    "epoch": integer,
+    "global_step": integer,
+    "goodness": number,
+    "criterion": number,
+    "mainly_positive": of(bool),
+    "path": text,
+}
+_STATE = {
+    "candidates": each(having(_CANDIDATE)),
+    "best_goodness": number,
+    "offered_step": integer,
+    "best_model_path": text,
+    "last_model_path": text,
+    "dirpath": text,
+}
 
 
 class HessianCheckpoint(ModelCheckpoint):
@@ -229,6 +248,13 @@ class HessianCheckpoint(ModelCheckpoint):
         )
         return newcomer in kept
 
+    def _should_remove_checkpoint(self, trainer: pl.Trainer, previous: str, current: str) -> bool:
+        """Return whether to delete a checkpoint: only of the own folder, whatever paths the resumed state has.
+
+        Lightning compares them as they are written: those with `..` in them would lead out of the folder.
+        """
+        return super()._should_remove_checkpoint(trainer, previous, current) and _lies_in(previous, str(self.dirpath))
+
     def _update(self, candidates: list[Candidate], best: float) -> None:
         """Set the candidates, and what ModelCheckpoint says about them."""
         self.candidates, self._best_goodness = candidates, best
@@ -288,10 +314,21 @@ class HessianCheckpoint(ModelCheckpoint):
         """Take up the candidates of the run that is resumed.
 
         Testing a checkpoint loads this too, though nothing is resumed; it must not undo what came after it.
+
+        Raises:
+            ValueError: If it is something else, or is damaged.
         """
         if self._stage != "fit":
             return
-        candidates = [Candidate(**values) for values in state_dict["candidates"]]
+        wrong = misfit(state_dict, _STATE)
+        if wrong is not None:
+            msg = (
+                f"the state of HessianCheckpoint(rule={self.rule_name!r}) in the checkpoint is damaged, or of another "
+                f"version: its `{wrong}` is missing or is something else. Resume with another `tolerance`, which "
+                "starts a new ranking."
+            )
+            raise ValueError(msg)
+        candidates = [Candidate(**{name: values[name] for name in _CANDIDATE}) for values in state_dict["candidates"]]
         self._update(candidates, state_dict["best_goodness"])
         self._offered_step = state_dict["offered_step"]
         if str(self.dirpath) == state_dict["dirpath"]:
@@ -301,6 +338,16 @@ class HessianCheckpoint(ModelCheckpoint):
             present = [c for c in candidates if c.path not in missing]
             self._update(present, state_dict["best_goodness"])
             warn(f"checkpoints of earlier candidates are gone and cannot be picked any more: {', '.join(missing)}.")
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    """Return whether a path is that of a checkpoint in a folder or below it, also on other filesystems."""
+    if not path.endswith(ModelCheckpoint.FILE_EXTENSION):
+        return False
+    if "://" in folder:
+        return path.startswith(f"{folder.rstrip('/')}/") and ".." not in path.split("/")
+    # Of a link itself, not of what it points to: "last.ckpt" may be one.
+    return "://" not in path and Path(path).parent.resolve().is_relative_to(Path(folder).resolve())
 
 
 def _metric_mode(metric: str | None, mode: Literal["min", "max"] | None) -> Literal["min", "max"]:

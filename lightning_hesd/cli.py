@@ -20,6 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lightning_hesd._lightning import is_first_process
 from lightning_hesd.analysis import analysis_options, hessian_spectrum
@@ -411,7 +412,7 @@ def _print_table(lines: Sequence[Mapping[str, Any]]) -> None:
     shown = [key for key in lines[0] if key != "error" and any(line[key] not in {None, ""} for line in lines)]
     table = Table(*(key.replace("_by", " by") for key in shown))
     for line in lines:
-        table.add_row(*(_cell(line[key]) for key in shown))
+        table.add_row(*(Text(_cell(line[key])) for key in shown))  # names of files are no markup
     console = Console()
     if not console.is_terminal:
         console.width = WIDTH_OF_FILES

@@ -30,6 +30,9 @@ def analysis_state(module: nn.Module, mode: Mode = "eval", analysed: Sequence[nn
         module: The module to analyse.
         mode: Module mode meanwhile; "keep" leaves every submodule in the mode it is in.
         analysed: Parameters that require grad meanwhile, even if they are frozen.
+
+    Raises:
+        ValueError: If a norm would wait for other processes.
     """
     parameters = list(module.parameters())
     gradients = [p.grad for p in parameters]
@@ -56,12 +59,30 @@ def analysis_state(module: nn.Module, mode: Mode = "eval", analysed: Sequence[nn
                 p._backward_hooks = None  # noqa: SLF001
             if mode != "keep":
                 module.train(mode == "train")
+            _check_norms(module)
             yield
         finally:
             for p, grad in zip(parameters, gradients, strict=True):
                 p.grad = grad
             for p, hooks in hooked.items():
                 p._backward_hooks = hooks  # noqa: SLF001
+
+
+def _check_norms(module: nn.Module) -> None:
+    """Refuse norms that wait for the statistics of other processes, whose batches are others, or none at all.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
+    if alone or torch.distributed.get_world_size() == 1:
+        return
+    if any(isinstance(m, nn.SyncBatchNorm) and m.training for m in module.modules()):
+        msg = (
+            "SyncBatchNorm in training mode waits for the batches of all processes, and an analysis deals them out "
+            "unevenly: analyse with mode='eval'."
+        )
+        raise ValueError(msg)
 
 
 @contextlib.contextmanager

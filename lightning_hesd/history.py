@@ -11,7 +11,20 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback
 
+from lightning_hesd.assessment import check_comparable
 from lightning_hesd.files import written_whole
+from lightning_hesd.foreign import (
+    DAMAGE,
+    check_regular,
+    each_named,
+    integer,
+    misfit,
+    number,
+    of,
+    optional,
+    parsed,
+    text,
+)
 from lightning_hesd.record import LAYERS_SUFFIX, PLAIN_FIELDS, START_EPOCH, SUFFIXES, SpectrumRecord, when
 from lightning_hesd.spectrum import Spectrum, load_layers, save_layers
 from lightning_hesd.tables import layers_table, records_table
@@ -24,6 +37,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from lightning.pytorch.callbacks import Checkpoint
 
+    from lightning_hesd.foreign import Check
     from lightning_hesd.selection import Choice
 
 __all__ = ["PLAIN_FIELDS", "START_EPOCH", "SUFFIXES", "SpectrumHistory", "SpectrumRecord", "SpectrumSource", "when"]
@@ -96,23 +110,18 @@ class SpectrumHistory(list[SpectrumRecord]):
         if directory is None:
             msg = f"no {INDEX_NAME} in {folders[0]} or {folders[1]}: pass the log directory of a run with the callback."
             raise FileNotFoundError(msg)
-        path = directory / INDEX_NAME
         history = cls()
-        try:
-            index = json.loads(path.read_text(encoding="utf-8"))
-            version, rows = index["format"], index["records"]
-            for row in map(_completed, rows if version == INDEX_FORMAT else ()):
-                # The names only: an index must not point outside its own folder.
-                paths = {f: row[f] and directory / Path(row[f]).name for f in (*SUFFIXES, "layers")}
-                layers = paths.pop("layers")
-                spectra = {f: path and Spectrum.load(path) for f, path in paths.items()}
+        path = directory / INDEX_NAME
+        for row in _index(path):
+            # The names only: an index must not point outside its own folder.
+            paths = {f: row[f] and directory / Path(row[f]).name for f in (*SUFFIXES, "layers")}
+            layers = paths.pop("layers")
+            spectra = {f: file and Spectrum.load(file) for f, file in paths.items()}
+            try:
                 history.append(_record(row, spectra, layers and load_layers(layers)))
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            msg = f"{path} is not the index of a spectrum history, or is damaged ({error!r})."
-            raise ValueError(msg) from error
-        if version != INDEX_FORMAT:
-            msg = f"{path} has format {version}, this version reads {INDEX_FORMAT}: update lightning_hesd."
-            raise ValueError(msg)
+            except ValueError as error:
+                msg = f"a record in {path} is damaged: {error}"
+                raise ValueError(msg) from error
         return history
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -144,14 +153,18 @@ class SpectrumHistory(list[SpectrumRecord]):
         return [_state(record) for record in self]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
-        """Replace the records by those of `state_dict`."""
+        """Replace the records by those of `state_dict`.
+
+        Raises:
+            ValueError: If that is something else, or is damaged.
+        """
         self[:] = [
             _record(
                 row,
                 {field: _spectrum(row[field]) for field in SUFFIXES},
                 row["layers"] and {name: _spectrum(values) for name, values in row["layers"].items()},
             )
-            for row in map(_completed, state)
+            for row in _completed(state, optional(of(dict)), optional(each_named(of(dict))))
         ]
 
 
@@ -174,8 +187,59 @@ class SpectrumSource(Callback):
         """Hear from a HessianCheckpoint what it makes of the latest record."""
 
 
-def _completed(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {**dict.fromkeys(LATER_FIELDS), **row}
+def _index(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of an index.
+
+    Raises:
+        ValueError: If it is damaged, or was written by a newer version.
+    """
+    try:
+        check_regular(path)
+        index = parsed(path.read_text(encoding="utf-8"), finite=False)
+        version, rows = index["format"], index["records"]
+        if not integer(version):
+            msg = "its format is no number"
+            raise ValueError(msg)
+        if version == INDEX_FORMAT:
+            name = optional(lambda value: text(value) and Path(value).name != "")
+            return _completed(rows, name, name)
+    except DAMAGE as error:
+        msg = f"{path} is not the index of a spectrum history, or is damaged ({error!r})."
+        raise ValueError(msg) from error
+    msg = f"{path} has format {version}, this version reads {INDEX_FORMAT}: update lightning_hesd."
+    raise ValueError(msg)
+
+
+def _completed(rows: object, spectrum: Check, layers: Check) -> list[dict[str, Any]]:
+    """Return rows with the fields that the first histories did not have, checked.
+
+    Args:
+        rows: The rows, of anybody.
+        spectrum: What stands for a spectrum in them.
+        layers: What stands for the spectra of layers.
+
+    Raises:
+        ValueError: If a field is missing or is something else.
+    """
+    fields = {
+        "epoch": integer,
+        "global_step": integer,
+        "error": optional(text),
+        "stability_threshold": optional(number),
+        **dict.fromkeys(SUFFIXES, spectrum),
+        "layers": layers,
+    }
+    if not isinstance(rows, list):
+        msg = f"the records must be a list, got {type(rows).__name__}"
+        raise ValueError(msg)  # noqa: TRY004 - of files, not of arguments
+    completed = []
+    for row in rows:
+        wrong = misfit({**dict.fromkeys(LATER_FIELDS), **row} if isinstance(row, dict) else row, fields)
+        if wrong is not None:
+            msg = f"`{wrong}` of a record is missing or is something else"
+            raise ValueError(msg)
+        completed.append({**dict.fromkeys(LATER_FIELDS), **row})
+    return completed
 
 
 def _plain(record: SpectrumRecord) -> dict[str, Any]:
@@ -189,7 +253,10 @@ def _state(record: SpectrumRecord) -> dict[str, Any]:
 
 
 def _record(row: Mapping[str, Any], spectra: Mapping[str, Any], layers: Any) -> SpectrumRecord:
-    return SpectrumRecord(**{field: row[field] for field in PLAIN_FIELDS}, **spectra, layers=layers)
+    record = SpectrumRecord(**{field: row[field] for field in PLAIN_FIELDS}, **spectra, layers=layers)
+    if record.spectrum is not None and record.generalization is not None:
+        check_comparable(record.spectrum, record.generalization)  # else the assessment would fail, later on
+    return record
 
 
 def _tensors(spectrum: Spectrum | None) -> dict[str, Any] | None:
@@ -203,4 +270,4 @@ def _spectrum(values: dict[str, Any] | None) -> Any:
     if values is None:
         return None
     arrays: dict[str, Any] = {k: v.cpu().numpy() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
-    return Spectrum(**arrays)
+    return Spectrum.from_dict(arrays)

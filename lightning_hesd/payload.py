@@ -7,21 +7,36 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import asdict
-from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lightning_hesd import criteria
+from lightning_hesd.foreign import (
+    DAMAGE,
+    each,
+    each_named,
+    having,
+    integer,
+    misfit,
+    number,
+    of,
+    one_line,
+    optional,
+    parsed,
+    text,
+)
 from lightning_hesd.indicators import layer_indicators
 from lightning_hesd.quadrature import legible_sigma
 from lightning_hesd.record import SUFFIXES
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
+    from lightning_hesd.foreign import Fields
     from lightning_hesd.record import SpectrumRecord
     from lightning_hesd.selection import Candidate, Choice
     from lightning_hesd.spectrum import Spectrum
@@ -178,79 +193,84 @@ def _plain(value: Any) -> Any:
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
-Fields = Mapping[str, type | tuple[type, ...]]
-
-NUMBER, OPTIONAL = (int, float), (int, float, NoneType)
 RECORD_FIELDS: Fields = {
-    "epoch": int,
-    "global_step": int,
-    "error": (str, NoneType),
-    "spectra": dict,
-    "thresholds": dict,
-    "assessment": (dict, NoneType),
-    "layers": list,
+    "epoch": integer,
+    "global_step": integer,
+    "error": optional(text),
+    "spectra": of(dict),
+    "thresholds": each_named(number),
+    "assessment": optional(
+        having(
+            {
+                "verdict": text,
+                "reasons": each(text),
+                "delta_r_e": optional(number),
+                "delta_k_h05": optional(number),
+            }
+        )
+    ),
+    "layers": each(having({"name": text})),
 }
 SPECTRUM_FIELDS: Fields = {
-    "nodes": list,
-    "weights": list,
-    "lambda_min": NUMBER,
-    "lambda_max": NUMBER,
-    "sigma": OPTIONAL,
-    "loss": OPTIONAL,
-    "c_t": OPTIONAL,
-    "c_t_low": OPTIONAL,
-    "c_t_high": OPTIONAL,
-    "type": (str, NoneType),
+    "nodes": each(number),
+    "weights": each(number),
+    "lambda_min": number,
+    "lambda_max": number,
+    "sigma": optional(number),
+    "loss": optional(number),
+    "c_t": optional(number),
+    "c_t_low": optional(number),
+    "c_t_high": optional(number),
+    "type": optional(text),
 }
 CHOICE_FIELDS: Fields = {
-    "key": str,
-    "rule": str,
-    "epoch": int,
-    "global_step": int,
-    "tolerance": NUMBER,
-    "require_mp": bool,
-    "train_metric": (str, NoneType),
-    "train_metric_mode": str,
-    "metric": NUMBER,
-    "criterion": OPTIONAL,
-    "mainly_positive": bool,
-    "pick": (dict, NoneType),
+    "key": text,
+    "rule": text,
+    "epoch": integer,
+    "global_step": integer,
+    "tolerance": number,
+    "require_mp": of(bool),
+    "train_metric": optional(text),
+    "train_metric_mode": text,
+    "metric": number,
+    "criterion": optional(number),
+    "mainly_positive": of(bool),
+    "pick": optional(having({"epoch": integer, "global_step": integer, "path": optional(text)})),
 }
-"""Fields that readers rely on, and their types."""
+"""Fields that readers rely on, and what they may be."""
 
 
-def read_payload(text: str | bytes, fields: Fields = RECORD_FIELDS) -> dict[str, Any]:
-    """Return a payload from its text.
+def read_payload(source: str | bytes, fields: Fields = RECORD_FIELDS) -> dict[str, Any]:
+    """Return a payload from its text, which may be anybody's.
 
     Args:
-        text: The text.
+        source: The text.
         fields: Fields it must have: `RECORD_FIELDS` or `CHOICE_FIELDS`.
 
     Raises:
         PayloadError: If it is damaged, or of a version this one does not know.
     """
     try:
-        payload = json.loads(text)
+        payload = parsed(source)
         version = payload["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        msg = f"this is no payload of lightning_hesd, or it is damaged ({type(error).__name__}: {error})."
+    except DAMAGE as error:
+        msg = f"this is no payload of lightning_hesd, or it is damaged ({type(error).__name__}: {one_line(error)})."
         raise PayloadError(msg) from error
     if version != VERSION:
-        msg = f"the payload has version {version!r}, and this lightning_hesd reads version {VERSION}: update it."
+        msg = f"the payload has version {version!r:.40}, and this lightning_hesd reads version {VERSION}: update it."
         raise PayloadError(msg)
     _check(payload, fields)
-    for spectrum in payload.get("spectra", {}).values():
+    for spectrum in payload["spectra"].values() if "spectra" in fields else ():
         _check(spectrum, SPECTRUM_FIELDS)
+        if len(spectrum["nodes"]) != len(spectrum["weights"]):
+            msg = "the payload is damaged: it has another number of weights than of nodes."
+            raise PayloadError(msg)
     found: dict[str, Any] = payload
     return found
 
 
 def _check(values: Any, fields: Fields) -> None:
-    wrong = (
-        list(fields)
-        if not isinstance(values, dict)
-        else [name for name, kind in fields.items() if name not in values or not isinstance(values[name], kind)]
-    )
-    if wrong:
-        msg = f"the payload is damaged: its `{wrong[0]}` is missing or is something else."
+    wrong = misfit(values, fields)
+    if wrong is not None:
+        msg = f"the payload is damaged: its `{wrong}` is missing or is something else."
         raise PayloadError(msg)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 
-from lightning_hesd.project import Blueprint, CheckpointError, one_line
+from lightning_hesd.foreign import DAMAGE, one_line
+from lightning_hesd.project import Blueprint, CheckpointError
 from lightning_hesd.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ class PosthocAnalysis:
             MisconfigurationException: If the module or its data cannot be used.
         """
         record, checkpoint = self.project.at(path, self._record)
-        return replace(record, epoch=int(checkpoint.get("epoch", 0)), global_step=int(checkpoint.get("global_step", 0)))
+        return replace(
+            record, epoch=int(checkpoint.get("epoch") or 0), global_step=int(checkpoint.get("global_step") or 0)
+        )
 
     def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Checkpoint) -> SpectrumRecord:
         other = self._generalization_loader(trainer)
@@ -92,15 +95,19 @@ def sample_size(project: Project, path: Path, stability: Stability, options: Ana
 
 
 def _load_optimizers(trainer: pl.Trainer, checkpoint: Checkpoint) -> None:
-    states = checkpoint.get("optimizer_states", [])
+    states = checkpoint.get("optimizer_states") or []
     if len(states) != len(trainer.optimizers):
         msg = (
             f"the checkpoint has the states of {len(states)} optimizers, the module {len(trainer.optimizers)} "
             "optimizers: the Hessian cannot be seen through their eyes."
         )
         raise CheckpointError(msg)
-    for optimizer, state in zip(trainer.optimizers, states, strict=True):
-        optimizer.load_state_dict(state)
+    try:
+        for optimizer, state in zip(trainer.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+    except DAMAGE as error:
+        msg = f"the states of optimizers in the checkpoint do not fit those of the module: {one_line(error)}"
+        raise CheckpointError(msg) from error
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,12 +16,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch import Callback
 
-from lightning_hesd.analyzer import TrainerAnalyzer
+from lightning_hesd.analyzer import TrainerAnalyzer, check_samples
 from lightning_hesd.callback import HessianSpectrumCallback
+from lightning_hesd.foreign import DAMAGE, each, integer, misfit, of, one_line, optional
 from lightning_hesd.loss import check_loss_source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from pathlib import Path
 
     from lightning_hesd.options import AnalysisOptions
@@ -30,6 +32,18 @@ DEFAULT_NUM_SAMPLES: int = inspect.signature(HessianSpectrumCallback).parameters
 
 Result = TypeVar("Result")
 Checkpoint = dict[str, Any]
+
+
+PARTS = {
+    "state_dict": of(Mapping),
+    "epoch": optional(integer),
+    "global_step": optional(integer),
+    "hyper_parameters": optional(of(Mapping)),
+    "datamodule_hyper_parameters": optional(of(Mapping)),
+    "callbacks": optional(of(dict)),
+    "optimizer_states": optional(each(of(dict))),
+}
+"""What is taken from a checkpoint, if it is there."""
 
 
 class CheckpointError(Exception):
@@ -111,11 +125,15 @@ def load_checkpoint(path: Path, *, unsafe: bool = False) -> Checkpoint:
         hint = "" if unsafe else ", or holds other objects than weights and plain values (--unsafe loads those, too)"
         msg = f"{path} is damaged{hint}: {one_line(error)}"
         raise CheckpointError(msg) from error
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, AttributeError, ImportError) as error:
+    except Exception as error:  # a damaged file makes the unpickler stumble over anything
         msg = f"{path} cannot be read as a checkpoint: {one_line(error)}"
         raise CheckpointError(msg) from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         msg = f"{path} is no Lightning checkpoint: it has no 'state_dict'."
+        raise CheckpointError(msg)
+    wrong = misfit({**dict.fromkeys(PARTS), **checkpoint}, PARTS)
+    if wrong is not None:
+        msg = f"{path} is damaged: its {wrong!r} is something else than Lightning writes."
         raise CheckpointError(msg)
     return checkpoint
 
@@ -160,8 +178,8 @@ class Project:
             MisconfigurationException: If the module or its data cannot be used.
         """
         checkpoint = load_checkpoint(path, unsafe=self.unsafe)
-        module = self.model.build(pl.LightningModule, checkpoint.get("hyper_parameters", {}))
-        data = self.data.build(pl.LightningDataModule, checkpoint.get("datamodule_hyper_parameters", {}))
+        module = self.model.build(pl.LightningModule, checkpoint.get("hyper_parameters") or {})
+        data = self.data.build(pl.LightningDataModule, checkpoint.get("datamodule_hyper_parameters") or {})
         _load_weights(module, checkpoint, path)
         check_loss_source(module, self.loss_fn)
         found: list[Result] = []
@@ -208,10 +226,22 @@ class Project:
         )
 
     def _drawn(self, checkpoint: Checkpoint) -> dict[str, Any] | None:
-        """Return what the callback of the run says of its training samples, if they are wanted."""
+        """Return what the callback of the run says of its training samples, if they are wanted.
+
+        Raises:
+            CheckpointError: If it says something else.
+        """
         key = HessianSpectrumCallback(name=self.name).state_key
-        state = checkpoint.get("callbacks", {}).get(key)
-        return None if state is None or self.num_samples is not None else state["samples"]["training"]
+        state = (checkpoint.get("callbacks") or {}).get(key)
+        if state is None or self.num_samples is not None:
+            return None
+        try:
+            drawn: dict[str, Any] = state["samples"]["training"]
+            check_samples(drawn)
+        except DAMAGE as error:
+            msg = f"the checkpoint's callback {self.name!r} does not say which samples it drew ({one_line(error)})."
+            raise CheckpointError(msg) from error
+        return drawn
 
 
 class _AtStart(Callback):
@@ -231,11 +261,6 @@ def _load_weights(module: pl.LightningModule, checkpoint: Checkpoint, path: Path
         module.configure_model()
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
+    except DAMAGE as error:
         msg = f"the weights in {path} do not fit {type(module).__name__}: {one_line(error)}"
         raise CheckpointError(msg) from error
-
-
-def one_line(error: BaseException) -> str:
-    """Return the message of an exception without line breaks, its class if there is none."""
-    return " ".join(str(error).split()) or type(error).__name__

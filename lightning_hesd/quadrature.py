@@ -194,8 +194,8 @@ def spectrum_bounds(
 
 def _upper_bound(probes: Sequence[tuple[Array, Array, Array]], dimension: int, failure: float) -> float:
     largest = max(float(theta[-1]) for theta, _, _ in probes)
-    if any(not (r > 0).any() for _, _, r in probes):
-        return largest  # an invariant Krylov space: almost surely nothing is outside
+    if any(not (tau * r**2 > 0).any() for _, tau, r in probes):
+        return largest  # Πβ_j = 0, an invariant Krylov space: almost surely nothing is outside
     dimension = max(dimension, 2)
     kernels = [_log_christoffel(*probe, largest) for probe in probes]
     # P(|qᵀv| ≤ z) ≤ scale·z: the density of one coordinate on the sphere is largest at zero.
@@ -246,7 +246,9 @@ def _log_product_quantile(probability: float, count: int) -> float:
     """
 
     def log_probability(log_q: float) -> float:
-        return log_q + math.log(sum((-log_q) ** j / math.factorial(j) for j in range(count)))
+        logs = [j * math.log(-log_q) - math.lgamma(j + 1) for j in range(count)]  # factorials of many would overflow
+        largest = max(logs)
+        return log_q + largest + math.log(sum(math.exp(log - largest) for log in logs))
 
     low, high = math.log(probability), 0.0
     while log_probability(low) > math.log(probability):

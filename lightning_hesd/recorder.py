@@ -155,7 +155,11 @@ class Recorder:
         return {data: analyzer.state_dict() for data, analyzer in self._analyzers.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Draw the samples of the run that is resumed."""
+        """Draw the samples of the run that is resumed.
+
+        Raises:
+            ValueError: If it does not say which.
+        """
         for data, analyzer in self._analyzers.items():
             if data in state:
                 analyzer.load_state_dict(state[data])

@@ -39,7 +39,8 @@ def write_report(log_dir: str | os.PathLike[str], out: str | os.PathLike[str], n
     target = Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(target) as partial:
-        partial.write_text(document, encoding="utf-8")
+        # Names of files need not be text; what has no letters gets question marks.
+        partial.write_text(document, encoding="utf-8", errors="replace")
 
 
 def run_data(log_dir: str | os.PathLike[str], name: str = "hesd") -> dict[str, Any]:

@@ -9,6 +9,19 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.files import written_whole
+from lightning_hesd.foreign import (
+    DAMAGE,
+    check_regular,
+    each_named,
+    having,
+    integer,
+    number,
+    of,
+    one_line,
+    optional,
+    parsed,
+    text,
+)
 from lightning_hesd.history import PLAIN_FIELDS, SUFFIXES, SpectrumRecord
 from lightning_hesd.plotting import plot_density
 from lightning_hesd.selection import RULE_NAMES, picks
@@ -20,6 +33,17 @@ if TYPE_CHECKING:
 
 RESULTS = "results.json"
 FORMAT = 1
+
+
+KNOWN = {
+    "file": of(dict),
+    "epoch": integer,
+    "global_step": integer,
+    "error": optional(text),
+    "stability_threshold": optional(number),
+    "spectra": having(dict.fromkeys(SUFFIXES, of(bool))),
+}
+"""What must be known of a checkpoint that was analysed before."""
 
 
 class ResultsError(Exception):
@@ -50,13 +74,14 @@ class Results:
         if not path.exists():
             return
         try:
-            contents = json.loads(path.read_text(encoding="utf-8"))
+            check_regular(path)
+            contents = parsed(path.read_text(encoding="utf-8"))
             differing = [
                 key for key in {*contents["options"], *options} if contents["options"].get(key) != options.get(key)
             ]
-            known = contents["format"] == FORMAT and isinstance(contents["checkpoints"], dict)
-        except (ValueError, KeyError, TypeError) as error:
-            msg = f"{path} is damaged ({error}): remove it, or choose another --out."
+            known = contents["format"] == FORMAT and each_named(having(KNOWN))(contents["checkpoints"])
+        except DAMAGE as error:
+            msg = f"{path} is damaged ({one_line(error)}): remove it, or choose another --out."
             raise ResultsError(msg) from error
         if not known or differing:
             what = f"`{differing[0]}` was {contents['options'].get(differing[0])!r}" if differing else "another format"

@@ -11,6 +11,7 @@ import numpy as np
 
 from lightning_hesd import criteria, quadrature
 from lightning_hesd.files import opened_archive, save_archive
+from lightning_hesd.foreign import at_least, each, misfit, number, of, optional, text, within
 
 if TYPE_CHECKING:
     import os
@@ -26,6 +27,36 @@ SHARE_OF_SAMPLING_ERROR = 0.25
 """More accuracy than this share of the sampling error is of no use (tolerance "auto")."""
 
 _ARRAYS = ("nodes", "weights", "residuals")
+
+_LARGEST = 1e150
+"""Its square is a number, too."""
+
+_NEEDED = {
+    "steps_per_probe": each(at_least(1)),
+    "dimension": at_least(1),
+    "num_samples": at_least(0),
+    "loss": number,
+    "rounding": within(0.0, _LARGEST),
+    "matvecs": at_least(0),
+    "seconds": number,
+}
+_WITH_DEFAULT = {
+    **dict.fromkeys(("matrix", "probe", "mode", "strategy", "strategy_reason", "basis"), text),
+    "seed": of(int),
+    "confidence": within(1e-9, 1 - 1e-9),
+    "tolerance": optional(lambda value: value in {"type", "auto"} if text(value) else within(0.0, _LARGEST)(value)),
+    "reason": optional(text),
+    **dict.fromkeys(("predicted_memory", "sampling_groups"), optional(at_least(0))),
+    **dict.fromkeys(
+        (
+            *("gradient_equivalents", "c_t_sampling_error", "c_t_sampling_bias"),
+            *("lambda_min_sampling_error", "lambda_max_sampling_error"),
+            *("lambda_min_sampling_bias", "lambda_max_sampling_bias"),
+        ),
+        optional(number),
+    ),
+}
+"""What the fields of a record may be that was read from somewhere."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,6 +352,34 @@ class Spectrum:
         """Return the fields: arrays as NumPy arrays, everything else as plain Python values."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Spectrum:
+        """Return the record of `to_dict`, from a file or a checkpoint, that is: of anybody.
+
+        Raises:
+            ValueError: If a field is missing or is something else.
+            TypeError: If there is one more.
+        """
+        given = {name: check for name, check in _WITH_DEFAULT.items() if name in values}
+        wrong = misfit(values, {**dict.fromkeys(_ARRAYS, of(np.ndarray)), **_NEEDED, **given})
+        if wrong is not None:
+            msg = f"`{wrong}` is missing or is something else"
+            raise ValueError(msg)
+        spectrum = cls(**values)
+        present = ~np.isnan(spectrum.nodes)
+        fit = (
+            present.sum(axis=1) == spectrum.steps_per_probe,
+            present[:, :-1] >= present[:, 1:],  # the padding comes last
+            np.abs(spectrum.nodes[present]) <= _LARGEST,
+            spectrum.weights >= 0,
+            np.abs(spectrum.weights.sum(axis=1) - 1) <= 1e-6,
+            (spectrum.residuals >= 0) & (spectrum.residuals <= _LARGEST),
+        )
+        if not all(np.all(part) for part in fit):
+            msg = "its nodes, weights and residuals are no quadrature rules of so many steps"
+            raise ValueError(msg)
+        return spectrum
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the record to `path` as .npz: arrays and one JSON text, no pickle.
 
@@ -337,8 +396,8 @@ class Spectrum:
             FileNotFoundError: If there is no such file.
             ValueError: If the file is not a spectrum, is damaged, or was written by a newer version.
         """
-        with opened_archive(path, "a spectrum written by `Spectrum.save`") as (header, arrays):
-            spectrum = cls(**{name: arrays[name] for name in _ARRAYS}, **header)
+        with opened_archive(path, "a spectrum written by `Spectrum.save`") as (header, array):
+            spectrum = cls.from_dict({**header, **{name: array(name) for name in _ARRAYS}})
         return spectrum  # noqa: RET504 - inside, damage could still come to light
 
     def _parts(self) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
@@ -365,9 +424,11 @@ def load_layers(path: str | os.PathLike[str]) -> dict[str, Spectrum]:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is something else, is damaged, or was written by a newer version.
     """
-    with opened_archive(path, "the spectra of layers") as (header, arrays):
+    with opened_archive(path, "the spectra of layers") as (header, array):
         spectra = {
-            entry["layer"]: Spectrum(**{name: arrays[f"{index}/{name}"] for name in _ARRAYS}, **entry["fields"])
+            str(entry["layer"]): Spectrum.from_dict(
+                {**entry["fields"], **{name: array(f"{index}/{name}") for name in _ARRAYS}}
+            )
             for index, entry in enumerate(header["layers"])
         }
     return spectra  # noqa: RET504 - inside, damage could still come to light

@@ -36,8 +36,8 @@ def features(pixels: Tensor, setup: Setup, out: Path) -> tuple[Tensor, float]:
         with torch.no_grad():
             found = extractor(pixels.reshape(-1, 1, 8, 8))
         save_archive(path, {"accuracy": accuracy}, {"features": (found / found.max()).double().numpy()})
-    with opened_archive(path, "an archive of features") as (header, arrays):
-        return torch.tensor(arrays["features"], dtype=torch.float32), header["accuracy"]
+    with opened_archive(path, "an archive of features") as (header, array):
+        return torch.tensor(array("features"), dtype=torch.float32), header["accuracy"]
 
 
 def _trained_extractor(images: Tensor, setup: Setup) -> tuple[nn.Module, float]:

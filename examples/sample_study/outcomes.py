@@ -136,10 +136,10 @@ def read(study: Study, out: Path) -> Outcomes:
     states: dict[str, dict[Run, State]] = {state: {} for state in STATES}
     seconds = 0.0
     for run in study.runs():
-        with opened_archive(out / run.file, "the outcome of a run") as (header, arrays):
+        with opened_archive(out / run.file, "the outcome of a run") as (header, array):
             seconds += header["seconds"]
             for state in STATES:
                 moved = tuple(Displaced(*d) for d in header["displaced"]) if state == STATES[0] else ()
                 numbers = Numbers(**header["numbers"][state])
-                states[state][run] = State(run, numbers, arrays[state], moved)
+                states[state][run] = State(run, numbers, array(state), moved)
     return Outcomes(study, states, seconds)

@@ -5,6 +5,7 @@ It reads nothing but what the data provider offers; names in requests are looked
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from tensorboard import errors, plugin_util
@@ -85,7 +86,10 @@ class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
                     "run": run.run_name,
                     "colour": colour,
                     "names": {
-                        tag.removesuffix(f"/{RECORD}"): {"last_step": series.max_step, "changed": series.max_wall_time}
+                        tag.removesuffix(f"/{RECORD}"): {
+                            "last_step": series.max_step,
+                            "changed": str(series.max_wall_time),
+                        }
                         for tag, series in sorted(listed[run.run_name].items())
                         if tag.endswith(f"/{RECORD}")
                     },
@@ -160,7 +164,8 @@ def _argument(request: Request, name: str) -> str:
 
 
 def _respond(request: Request, body: dict[str, Any], code: int = 200) -> Response:
-    response: Response = http_util.Respond(request, body, "application/json", code=code)
+    # In ASCII, because names of folders need not be text; without NaN, which browsers do not read.
+    response: Response = http_util.Respond(request, json.dumps(body, allow_nan=False), "application/json", code=code)
     return response
 
 

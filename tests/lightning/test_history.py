@@ -84,7 +84,10 @@ def test_nothing_to_load(tmp_path: Path) -> None:
         SpectrumHistory.load(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"format": 1}', '{"format": 1, "records": [{}]}'])
+NAMELESS = '{"format": 1, "records": [{"epoch": 0, "global_step": 1, "error": null, "spectrum": ""}]}'
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": 1}', '{"format": 1, "records": [{}]}', NAMELESS])
 def test_damaged_index(tmp_path: Path, text: str) -> None:
     (tmp_path / "index.json").write_text(text)
     with pytest.raises(ValueError, match="is not the index of a spectrum history, or is damaged"):

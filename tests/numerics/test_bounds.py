@@ -221,6 +221,14 @@ class TestBreakdown:
         for probes in ([whole, unfinished], [unfinished, whole]):
             assert bounds(probes, 1000, 1e-6) == (nodes[0], nodes[-1])
 
+    def test_a_hundred_probes_are_no_trouble(self):
+        # Their probabilities multiply, and factorials of their number are no longer floats. That the bound still moves
+        # inwards shows that no term of the sum was lost.
+        probes = [tridiagonal(SPECTRA["outlier"], make_start(120, k), 4) for k in range(300)]
+        lows, highs = zip(*(bounds(probes[:count], 120, 0.025) for count in (100, 140, 200, 300)), strict=True)
+        assert list(lows) == sorted(lows)
+        assert list(highs) == sorted(highs, reverse=True)
+
     @pytest.mark.parametrize("beta", [1e-8, 1e-14, 1e-200])
     def test_an_almost_invariant_space_leaves_almost_nothing(self, beta):
         nearly = (np.array([1.0, 2.0]), np.array([0.5, beta]))

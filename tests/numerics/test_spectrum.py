@@ -346,7 +346,11 @@ class TestStorage:
             make(**FULL),
             make(loss=0.1 + 0.2, seconds=1e-300, rounding=5e-324),
             make(loss=math.inf),
-            make(nodes=np.random.default_rng(0).normal(size=(2, 3)), residuals=[[-0.0, 1e300, 5e-324]] * 2),
+            make(
+                nodes=np.random.default_rng(0).normal(size=(2, 3)),
+                residuals=[[-0.0, 1e149, 5e-324]] * 2,
+                steps_per_probe=(3, 3),
+            ),
         ],
         ids=["padded", "every field", "odd floats", "infinite loss", "arbitrary arrays"],
     )

@@ -50,9 +50,13 @@ def use(wheel: Path, environment: str, folder: Path) -> None:
         run(python, "-m", "pip", "install", "--quiet", "--no-deps", wheel)
     else:
         pins = oldest() if environment == "oldest" else []
-        torch = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
-        run(python, "-m", "pip", "install", "--quiet", f"{wheel}[cli]", torch, *pins)
+        run(python, "-m", "pip", "install", "--quiet", f"{wheel}[cli]", pinned_torch(), *pins)
     run(python, USE, folder / "bin" / "lightning-hesd", cwd=folder)
+
+
+def pinned_torch() -> str:
+    """Return torch as constraints.txt has it."""
+    return next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
 
 
 def oldest() -> list[str]:

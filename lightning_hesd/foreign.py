@@ -1,0 +1,159 @@
+"""Data of unknown origin, read without trust: JSON from files, checkpoints' states, payloads of event files.
+
+Nothing here runs what it reads. What is not as expected ends in a ValueError, never in another exception later on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Check = Callable[[Any], bool]
+Fields = Mapping[str, Check]
+
+DEEPEST = 16
+"""Levels of nesting; ours have seven. Far deeper ones would overflow the stack of whoever walks through them."""
+
+LARGEST_INTEGER = 2**64
+"""Seeds of 64 bits are the largest whole numbers there are; larger ones do not even become floats."""
+
+
+def parsed(source: str | bytes, *, finite: bool = True) -> Any:
+    """Return what a JSON text stands for.
+
+    Args:
+        source: The text, in UTF-8 if it is bytes.
+        finite: Whether NaN and infinity are errors.
+
+    Raises:
+        ValueError: If it is no JSON, nested deeper than `DEEPEST`, or has numbers or texts beyond what ours have.
+    """
+    json_text = source.decode() if isinstance(source, bytes) else source
+    try:
+        value = json.loads(
+            json_text,
+            parse_int=_integer,
+            parse_float=_finite if finite else float,
+            parse_constant=_finite if finite else float,
+        )
+    except RecursionError as error:
+        msg = "it is nested too deeply"
+        raise ValueError(msg) from error
+    _check_depth(value)
+    if "\\ud" in json_text.lower():
+        # Half of a pair of surrogates is no character: nobody could print it, or write it to a file.
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def _integer(text: str) -> int:
+    value = int(text) if len(text) <= 21 else LARGEST_INTEGER
+    if abs(value) >= LARGEST_INTEGER:
+        msg = f"it has a whole number of {len(text)} digits"
+        raise ValueError(msg)
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        msg = f"it has the number {text[:20]}"
+        raise ValueError(msg)
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            entry
+            for part in level
+            if isinstance(part, dict | list)
+            for entry in (part.values() if isinstance(part, dict) else part)
+        ]
+        if not level:
+            return
+    msg = f"it is nested more than {DEEPEST} levels deep"
+    raise ValueError(msg)
+
+
+DAMAGE = (
+    *(KeyError, TypeError, AttributeError, ValueError, OSError, RuntimeError, ArithmeticError, EOFError, MemoryError),
+    *(IndexError, BadZipFile, struct.error),
+)
+"""What comes out of libraries that read a damaged file."""
+
+LONGEST_MESSAGE = 2000
+"""Characters: a damaged file may have got any text into a message."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an exception without line breaks, not too long; its class if there is none."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= LONGEST_MESSAGE else f"{said[:LONGEST_MESSAGE]} ..."
+
+
+def check_regular(path: Path) -> None:
+    """Check that opening a path will not wait for somebody to write, as opening a named pipe does.
+
+    Raises:
+        ValueError: If there is something else than a file.
+    """
+    if path.exists() and not path.is_file():
+        msg = "it is no regular file"
+        raise ValueError(msg)
+
+
+# What values may be -----------------------------------------------------------------------------------------------
+
+
+def of(*kinds: type) -> Check:
+    """Check that a value is of one of these types; a truth value is no number."""
+    return lambda value: isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+
+
+def each(check: Check) -> Check:
+    """Check all entries of a list or tuple."""
+    return lambda value: isinstance(value, list | tuple) and all(map(check, value))
+
+
+def each_named(check: Check) -> Check:
+    """Check all values of a dict, whose keys are texts."""
+    return lambda value: isinstance(value, dict) and all(isinstance(k, str) and check(v) for k, v in value.items())
+
+
+def having(fields: Fields) -> Check:
+    """Check that a value is a dict with these fields."""
+    return lambda value: misfit(value, fields) is None
+
+
+def optional(check: Check) -> Check:
+    """Check a value unless it is None."""
+    return lambda value: value is None or check(value)
+
+
+integer, number, text = of(int), of(int, float), of(str)
+
+
+def at_least(least: int) -> Check:
+    """Check that a value is a whole number no smaller than this."""
+    return lambda value: integer(value) and value >= least
+
+
+def within(low: float, high: float) -> Check:
+    """Check that a value is a number between two, and not NaN."""
+    return lambda value: number(value) and low <= value <= high
+
+
+def misfit(values: object, fields: Fields) -> str | None:
+    """Return the name of the first field that is missing or is something else; None if all are there."""
+    if not isinstance(values, dict):
+        return next(iter(fields))
+    return next((name for name, check in fields.items() if name not in values or not check(values[name])), None)

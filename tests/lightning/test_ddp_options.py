@@ -1,0 +1,142 @@
+"""Options of DDP leave training and findings alone; processes that are interrupted or killed hang nobody."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("ddp_options.py")
+TIMEOUT = 100
+"""Seconds until processes count as hanging: a few times what they take on a busy machine."""
+
+
+@contextmanager
+def processes(folder: Path, what: str, *arguments: object, count: int = 2) -> Iterator[list[subprocess.Popen[str]]]:
+    """Start that many processes of one run, and leave none of them behind.
+
+    Yields:
+        The processes, by rank.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        **os.environ,
+        "PYTHONPATH": str(SCRIPT.parents[2]),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count),
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), what, "--out", str(folder), *map(str, arguments)],
+            env={**shared, "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+def run(folder: Path, what: str, *arguments: object, count: int = 2) -> list[Any]:
+    """Return what each process saw, by rank."""
+    with processes(folder, what, *arguments, count=count) as started:
+        for process in started:
+            said, _ = process.communicate(timeout=TIMEOUT)
+            assert process.returncode == 0, said
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(count)]
+
+
+def wait_for(condition: Callable[[], bool], started: list[subprocess.Popen[str]]) -> None:
+    """Wait until a condition holds, while all processes run."""
+    ends = time.monotonic() + TIMEOUT
+    while not condition():
+        for process in started:
+            assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+
+
+NAMES = ["find_unused_parameters", "static_graph", "bucket_view", "comm_hook"]
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+def options(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """What each process saw with every option, one after the other in the same processes."""
+    return run(tmp_path_factory.mktemp("options"), "options", count=request.param)
+
+
+# One worker makes what these share.
+@pytest.mark.xdist_group("ddp-options")
+@pytest.mark.parametrize("name", NAMES)
+def test_training_is_the_same_with_and_without_analyses(options: list[dict[str, Any]], name: str) -> None:
+    for rank in options:
+        assert rank[name]["weights"]
+        assert all(rank[name]["weights"])
+        assert rank[name]["some_gradients"]
+        assert all(rank[name]["gradients"])  # the very same tensors, with the same values
+    first, *others = (rank[name]["records"] for rank in options)
+    assert all(other == first for other in others)
+    assert len(first["hesd"]) >= 2  # the first one before training
+    for record in (*first["hesd"], *first["train"]):
+        assert record["error"] is None
+        assert record["c_t"] < 0
+
+
+@pytest.mark.xdist_group("ddp-options")
+def test_gradients_in_the_buckets_stay_there(options: list[dict[str, Any]]) -> None:
+    assert all(all(rank["bucket_view"]["views"]) for rank in options)
+    assert not any(any(rank["static_graph"]["views"]) for rank in options)
+
+
+@pytest.mark.xdist_group("ddp-options")
+def test_norms_that_wait_for_other_processes_are_refused(options: list[dict[str, Any]]) -> None:
+    for rank in options:
+        assert rank["norms"]["eval"] is None
+        for mode in ("train", "keep"):
+            assert "SyncBatchNorm in training mode waits" in rank["norms"][mode]
+            assert "mode='eval'" in rank["norms"][mode]
+
+
+def test_a_process_that_is_killed_in_an_analysis_leaves_nobody_waiting(tmp_path: Path) -> None:
+    with processes(tmp_path, "interrupted") as started:
+        wait_for((tmp_path / "analysing").exists, started)
+        time.sleep(0.3)  # well within it: it takes seconds
+        started[1].kill()
+        said, _ = started[0].communicate(timeout=TIMEOUT)
+        assert started[0].returncode not in {0, None}
+        assert "peer" in said  # "Connection closed by peer", or "reset": the error of the process group
+
+
+def test_a_killed_run_goes_on_with_the_decisions_it_made(tmp_path: Path) -> None:
+    # By the clock of process zero not every epoch can be afforded; by that of the other one all of them.
+    costs = ["--costs", 1.7, 0.0]
+    whole = run(tmp_path / "whole", "budgeted", *costs)
+    assert whole[0] == {**whole[1], "overhead": whole[0]["overhead"]}  # each by its own clock
+    assert whole[0]["epochs"] == [0, 4, 6]  # one before the run is cut, one after it, and some that cost too much
+    cut = tmp_path / "cut"
+    with processes(cut, "budgeted", *costs, "--pause", 5) as started:
+        wait_for(lambda: all((cut / f"paused{rank}").exists() for rank in range(2)), started)
+        for process in started:
+            process.kill()
+    resumed = run(tmp_path / "resumed", "budgeted", *costs, "--ckpt", cut / "last.ckpt")
+    assert resumed[0] == whole[0]
+    assert resumed[1]["decisions"] == whole[1]["decisions"]

@@ -1,0 +1,113 @@
+"""Run a part of the tests in clean environments: interpreters, and the oldest and newest versions that are supported.
+
+    python -m tests.packaging.check_matrix                  # every interpreter that is there: many minutes
+    python -m tests.packaging.check_matrix --pythons 3.11
+
+Prints a table. torch is that of constraints.txt; "oldest" and "newest" are as in `check_wheel`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.packaging.check_wheel import HELD, ROOT, oldest, pinned_torch, run
+
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+TESTS = [
+    *("test_accuracy", "test_checkpoint", "test_generalization", "test_history", "test_layers", "test_progress"),
+    *("test_loggers", "test_plugin", "test_resume", "test_schedule", "test_selection", "test_training_untouched"),
+]
+"""In tests/lightning: what touches Lightning, TorchMetrics, TensorBoard and NumPy most."""
+
+TOOLS = ("hypothesis", "pandas", "pytest", "pytest-timeout", "pytest-xdist", "scikit-learn")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pythons", nargs="+", default=list(PYTHONS))
+    parser.add_argument("--environments", nargs="+", choices=["newest", "oldest"], default=["newest", "oldest"])
+    parser.add_argument("--out", type=Path, help="also write the table there")
+    args = parser.parse_args()
+    lines = ["| Python | environment | " + " | ".join(HELD) + " | torch | tests |", "| --- " * (len(HELD) + 4) + "|"]
+    for version in args.pythons:
+        for environment in args.environments:
+            found, outcome = tried(version, environment)
+            cells = [version, environment, *(found.get(name, "") for name in (*HELD, "torch")), outcome]
+            lines.append(f"| {' | '.join(cells)} |")
+            print(lines[-1], flush=True)
+    print("\n".join(["", *lines]))
+    if args.out is not None:
+        args.out.write_text(page(lines), encoding="utf-8")
+
+
+def page(lines: list[str]) -> str:
+    """Return the page with the table."""
+    tests = ", ".join(f"`{name}`" for name in TESTS)
+    return "\n".join(
+        [
+            "# Versions it was tried with",
+            "",
+            f"Made by `make matrix` on {dt.datetime.now(dt.timezone.utc):%Y-%m-%d}: clean environments with the oldest",
+            "and the newest versions that could be installed, and in each these files of `tests/lightning`:",
+            f"{tests}.",
+            "",
+            *lines,
+            "",
+        ]
+    )
+
+
+def tried(version: str, environment: str) -> tuple[dict[str, str], str]:
+    """Return the versions installed, and how the tests ended, in words."""
+    interpreter = find_python(version)
+    if interpreter is None:
+        return {}, "no interpreter"
+    with tempfile.TemporaryDirectory() as name:
+        python = Path(name) / "bin" / "python"
+        try:
+            run(interpreter, "-m", "venv", name)
+            run(python, "-m", "pip", "install", "--quiet", pinned_torch())
+            pins = oldest() if environment == "oldest" else []
+            run(python, "-m", "pip", "install", "--quiet", f"{ROOT}[cli]", *TOOLS, pinned_torch(), *pins)
+        except subprocess.CalledProcessError:
+            return {}, "cannot be installed"
+        command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "--no-header"]
+        files = [ROOT / "tests" / "lightning" / f"{test}.py" for test in TESTS]
+        done = subprocess.run(
+            [str(part) for part in (*command, *files)], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            print(done.stdout[-6000:], done.stderr[-2000:], file=sys.stderr)
+        summary = re.sub(r" in .*|=", "", done.stdout.strip().splitlines()[-1]).strip()
+        return installed(python), summary
+
+
+def find_python(version: str) -> str | None:
+    """Return an interpreter of this version; shims of pyenv are there for versions that are not."""
+    versions = sorted((Path.home() / ".pyenv" / "versions").glob(f"{version}.*/bin/python"))
+    for candidate in (shutil.which(f"python{version}"), *map(str, versions)):
+        if (
+            candidate
+            and subprocess.run([candidate, "-c", "import venv"], capture_output=True, check=False).returncode == 0
+        ):
+            return candidate
+    return None
+
+
+def installed(python: Path) -> dict[str, str]:
+    """Return the versions of what the table shows."""
+    code = "import importlib.metadata as m, sys; print(*(m.version(name) for name in sys.argv[1:]))"
+    names = (*HELD, "torch")
+    done = subprocess.run([str(python), "-c", code, *names], capture_output=True, text=True, check=True)
+    return dict(zip(names, done.stdout.split(), strict=True))
+
+
+if __name__ == "__main__":
+    main()

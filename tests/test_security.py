@@ -1,0 +1,273 @@
+"""Attacks with a name: what a file, a checkpoint or a run of a stranger could try. Damage by chance: test_fuzz.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import tracemalloc
+import zipfile
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, Spectrum, SpectrumHistory, cli
+from lightning_hesd.payload import CHOICES_NAME, choice_payload, record_payload, to_json
+from lightning_hesd.record import SpectrumRecord
+from lightning_hesd.report import write_report
+from lightning_hesd.selection import Candidate, Choice, SelectionRule
+from tests.lightning.scripted import (
+    Epoch,
+    ScriptedModule,
+    ScriptedSource,
+    loader,
+    make_spectrum,
+    make_trainer,
+    run_script,
+)
+from tests.lightning.test_plugin import Tab
+from tests.tab import write_payloads
+
+MEBIBYTE = 2**20
+
+
+class Marker:
+    """Unpickling this makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+# Code -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pickle_in_an_archive_is_not_run(tmp_path: Path) -> None:
+    values = {"header": np.array([Marker(tmp_path / "run")], dtype=object), "nodes": np.zeros((1, 1))}
+    np.savez(tmp_path / "evil.npz", **values)
+    with pytest.raises(ValueError, match="`header` has dtype object"):
+        Spectrum.load(tmp_path / "evil.npz")
+    assert not (tmp_path / "run").exists()
+    np.load(tmp_path / "evil.npz", allow_pickle=True)["header"]
+    assert (tmp_path / "run").exists()
+
+
+def test_a_pickle_in_a_checkpoint_is_run_on_request_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"state_dict": {}, "evil": Marker(tmp_path / "run")}, tmp_path / "evil.ckpt")
+    project = ["--model=tests.lightning.cli_project.Net", "--data=tests.lightning.cli_project.Data"]
+    arguments = ["analyze", str(tmp_path / "evil.ckpt"), *project, "--out", str(tmp_path / "out")]
+    for unsafe in (False, True):
+        with pytest.raises(SystemExit):
+            cli.main([*arguments, *(["--unsafe=true"] if unsafe else [])])
+        assert (tmp_path / "run").exists() == unsafe
+        assert ("--unsafe loads those" in capsys.readouterr().err) != unsafe
+
+
+# Memory and time ------------------------------------------------------------------------------------------------------
+
+
+def member(shape: tuple[int, ...], data: bytes = b"", dtype: str = "<f8") -> bytes:
+    """An array of an archive that claims a shape, whatever data follow."""
+    file = BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return file.getvalue() + data
+
+
+def archive(path: Path, compression: int = zipfile.ZIP_STORED, **changed: bytes) -> Path:
+    """A spectrum's file with some of its arrays exchanged."""
+    make_spectrum(-0.2).save(path)
+    with zipfile.ZipFile(path) as file:
+        contents = {name: file.read(name) for name in file.namelist()}
+    contents |= {f"{name}.npy": data for name, data in changed.items()}
+    with zipfile.ZipFile(path, "w", compression) as file:
+        for name, data in contents.items():
+            file.writestr(name, data)
+    return path
+
+
+ZEROS = bytes(64 * MEBIBYTE)
+
+
+@pytest.mark.parametrize(
+    ("compression", "nodes", "message"),
+    [
+        (zipfile.ZIP_DEFLATED, member((1, len(ZEROS) // 8), ZEROS), "its arrays are compressed, which ours never are"),
+        (zipfile.ZIP_STORED, member((10**9, 10**6)), "cannot reshape array of size 0"),
+        (zipfile.ZIP_STORED, member((2**40, 0)), "`nodes` must have shape"),
+        (zipfile.ZIP_STORED, member((1, 2), dtype="|O"), "`nodes` has dtype object"),
+        (zipfile.ZIP_STORED, b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 65535, "Header info length"),
+        (zipfile.ZIP_STORED, b"\x93NUMPY\x03\x00\xff\xff", "another version of NumPy's format"),
+    ],
+    ids=["compressed", "claims-petabytes", "empty-but-large", "objects", "nested-header", "version"],
+)
+def test_an_archive_takes_no_more_memory_than_its_size(
+    tmp_path: Path, compression: int, nodes: bytes, message: str
+) -> None:
+    path = archive(tmp_path / "evil.npz", compression, nodes=nodes)
+    assert path.stat().st_size < MEBIBYTE
+    started = time.perf_counter()
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=message):
+            Spectrum.load(path)
+        assert tracemalloc.get_traced_memory()[1] < 2 * MEBIBYTE
+    finally:
+        tracemalloc.stop()
+    assert time.perf_counter() - started < 2
+
+
+def test_overlapping_members_do_not_multiply(tmp_path: Path) -> None:
+    """Many entries of an archive's index may be one and the same data."""
+    path = archive(tmp_path / "evil.npz")
+    with zipfile.ZipFile(path, "a") as file:
+        (nodes,) = (m for m in file.infolist() if m.filename == "nodes.npy")
+        file.filelist += [nodes] * 50
+        file._didModify = True
+    with pytest.raises(ValueError, match="which ours never are"):
+        Spectrum.load(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.timeout(20)
+def test_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "epoch=0-step=4.npz")
+    with pytest.raises(ValueError, match="it is no regular file"):
+        Spectrum.load(tmp_path / "epoch=0-step=4.npz")
+
+
+# Paths ----------------------------------------------------------------------------------------------------------------
+
+
+def test_names_in_an_index_are_looked_up_in_its_folder_only(tmp_path: Path) -> None:
+    make_spectrum(-0.9).save(tmp_path / "secret.npz")
+    history = SpectrumHistory()
+    history.append(SpectrumRecord(0, 4, make_spectrum(-0.1)))
+    history.save(tmp_path / "hesd")
+    index = tmp_path / "hesd" / "index.json"
+    text = index.read_text()
+    for name in ("../secret.npz", str(tmp_path / "secret.npz"), "..", ".", "../hesd/../secret.npz"):
+        index.write_text(text.replace('"epoch=0-step=4.npz"', json.dumps(name)))
+        with pytest.raises((FileNotFoundError, ValueError), match=str(tmp_path / "hesd")):
+            SpectrumHistory.load(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_resumed_checkpoint_cannot_have_other_files_deleted(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "checkpoints", tmp_path / "outside"
+    outside.mkdir()
+    targets = [outside / "weights.ckpt", folder / "notes.txt", outside / "folder.ckpt" / "file"]
+    script = [Epoch(-0.3), Epoch(-0.2)]
+
+    def callbacks() -> list[Any]:
+        return [ScriptedSource(script), HessianCheckpoint(dirpath=folder, save_last=True)]
+
+    run_script(tmp_path, script[:1], callbacks())
+    state = torch.load(folder / "last.ckpt", weights_only=True)
+    (key,) = (key for key in state["callbacks"] if "HessianCheckpoint" in key)
+    ours = state["callbacks"][key]
+    (candidate,) = ours["candidates"]
+    paths = [f"{folder}/../outside/weights.ckpt", str(targets[1]), f"{folder}/../outside/folder.ckpt"]
+    # All are worse than what comes, so all would be deleted.
+    ours["candidates"] += [{**candidate, "path": path, "criterion": -0.5} for path in paths]
+    ours["last_model_path"] = paths[0]
+    torch.save(state, tmp_path / "evil.ckpt")
+    for target in targets:
+        target.parent.mkdir(exist_ok=True)
+        target.write_text("precious")
+    trainer = make_trainer(tmp_path, callbacks(), len(script))
+    trainer.fit(ScriptedModule(script), loader(), ckpt_path=tmp_path / "evil.ckpt")
+    assert [c.epoch for c in trainer.checkpoint_callback.candidates] == [1]
+    assert not Path(candidate["path"]).exists()  # ours, and beaten
+    assert [target.read_text() for target in targets] == ["precious"] * 3
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/b", ""])
+def test_a_callback_writes_to_a_folder_of_its_own(name: str) -> None:
+    with pytest.raises(ValueError, match="`name` must be a non-empty text without '/'"):
+        HessianSpectrumCallback(name=name)
+
+
+# Pages ----------------------------------------------------------------------------------------------------------------
+
+EVIL = "</script></title><img src=x onerror=alert(1)><script>alert(2)</script>"
+
+
+class Elements(HTMLParser):
+    """The elements of a page, and their attributes that run something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [tag, *(name for name, _ in attrs if name.startswith("on") or name in {"src", "href"})]
+
+
+def test_the_report_has_no_element_that_data_made(tmp_path: Path) -> None:
+    def written(said: str) -> list[str]:
+        folder = tmp_path / said.replace("/", "\N{DIVISION SLASH}")
+        history = SpectrumHistory()
+        history.append(SpectrumRecord(0, 4, None, error=said))
+        history.append(SpectrumRecord(1, 8, make_spectrum(-0.1), layers={said: make_spectrum(-0.2)}))
+        history.save(folder / "hesd")
+        candidate = Candidate(1, 8, -0.5, -0.1, mainly_positive=True, path=said)
+        choice = Choice(said, said, "min", SelectionRule(0.05, require_mp=True), candidate, candidate)
+        (folder / "hesd" / CHOICES_NAME).write_text(f"{to_json(choice_payload(choice))}\n{said}\n")
+        write_report(folder, tmp_path / "report.html")
+        document = (tmp_path / "report.html").read_text()
+        assert document.count(said.replace("<", "\\u003c")) >= 5  # it is there, but as text
+        page = Elements()
+        page.feed(document)
+        return page.found
+
+    assert written(EVIL) == written("harmless")
+
+
+def test_texts_that_cannot_be_written_are_replaced(tmp_path: Path) -> None:
+    """Folders may have names that are no text in any encoding."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/run-\xff"))
+    history = SpectrumHistory()
+    history.append(SpectrumRecord(0, 4, make_spectrum(-0.1)))
+    history.save(folder / "hesd")
+    write_report(folder, tmp_path / "report.html")
+    assert "<title>HESD: run-?</title>" in (tmp_path / "report.html").read_text()
+
+
+def test_a_hostile_payload_costs_itself_only(tmp_path: Path) -> None:
+    good = record_payload(SpectrumRecord(0, 1, make_spectrum(-0.1)))
+    text = to_json(good)
+    nested = "[" * 5000 + "]" * 5000
+    evil = [
+        "[" * 100_000,
+        text.replace('"error":null', f'"error":null,"more":{nested}'),
+        text.replace('"error":null', '"error":"\\ud800"'),
+        text.replace('"epoch":0', f'"epoch":{"9" * 5000}'),
+        text.replace('"epoch":0', '"epoch":"<img src=x onerror=alert(1)>"'),
+        text.replace('"loss":0.5', '"loss":1e999'),
+        text.replace('"loss":0.5', '"loss":NaN'),
+        text.replace('"layers":[]', '"layers":[null]'),
+    ]
+    assert all(one != text for one in evil)
+    write_payloads(tmp_path / EVIL.replace("/", "|"), [*evil, {**good, "global_step": 2}])
+    tab = Tab(tmp_path)
+    code, listed = tab.get("runs")
+    assert (code, [run["run"] for run in listed["runs"]]) == (200, [EVIL.replace("/", "|")])
+    code, found = tab.get("records", run=EVIL.replace("/", "|"), name="hesd")
+    assert code == 200
+    assert [record["global_step"] for record in found["records"]] == [2]
+    assert len(found["problems"]) == len(evil)
+    answer = tab.client.get("/data/plugin/hesd/runs")
+    assert answer.mimetype == "application/json"  # not a page, whatever is in it
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_names_are_no_markup_of_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    cli._print_table([{"checkpoint": "[/b][link=x]y", "epoch": 1, "error": None}])
+    assert "[/b][link=x]y" in capsys.readouterr().out
