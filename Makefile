@@ -51,9 +51,10 @@ bench: $(INSTALLED) ## compare with other packages: time, memory, accuracy
 	$(RUN) -m pip install --no-deps -r benchmarks/requirements.txt
 	$(RUN) -m benchmarks
 
-stress: $(INSTALLED) ## run everything that can go wrong in a training run, and some minutes of killing
+stress: $(INSTALLED) ## run everything that can go wrong, and all tests that take long: an hour
 	$(RUN) -m tests.stress
-	HESD_FUZZ=100 $(RUN) -m pytest --slow tests/test_fuzz.py tests/lightning/test_ddp_options.py
+	$(RUN) -m pytest --slow -m slow
+	HESD_FUZZ=100 $(RUN) -m pytest tests/test_fuzz.py
 
 clean: ## remove .venv, caches and builds; logs of runs stay
 	rm -rf $(VENV) build dist site .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

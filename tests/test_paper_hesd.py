@@ -44,6 +44,7 @@ def sections(out: Path) -> dict[str, str]:
     return {re.split(r"[.\n]", part)[0]: part for part in parts}
 
 
+@pytest.mark.slow
 def test_everything_once(tmp_path: Path) -> None:
     stdout = reproduce(tmp_path)
     assert "0 finished earlier" in stdout

@@ -38,6 +38,7 @@ def study(out: Path) -> str:
     return run_python("-m", "examples.sample_study", "--out", str(out), *QUICKEST)
 
 
+@pytest.mark.slow
 def test_everything_once(tmp_path: Path) -> None:
     assert "20 runs to do, 0 finished earlier" in study(tmp_path)
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
