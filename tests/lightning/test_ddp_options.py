@@ -138,5 +138,7 @@ def test_a_killed_run_goes_on_with_the_decisions_it_made(tmp_path: Path) -> None
         for process in started:
             process.kill()
     resumed = run(tmp_path / "resumed", "budgeted", *costs, "--ckpt", cut / "last.ckpt")
-    assert resumed[0] == whole[0]
-    assert resumed[1]["decisions"] == whole[1]["decisions"]
+    for ours, theirs in zip(resumed, whole, strict=True):
+        assert (ours["epochs"], ours["decisions"]) == (theirs["epochs"], theirs["decisions"])
+        assert ours["c_t"][:2] == theirs["c_t"][:2]  # then dropout differs: Lightning does not resume random numbers
+    assert resumed[0]["overhead"] == pytest.approx(whole[0]["overhead"])
