@@ -126,6 +126,7 @@ def test_a_process_that_is_killed_in_an_analysis_leaves_nobody_waiting(tmp_path:
         assert "peer" in said  # "Connection closed by peer", or "reset": the error of the process group
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_decisions_it_made(tmp_path: Path) -> None:
     # By the clock of process zero not every epoch can be afforded; by that of the other one all of them.
     costs = ["--costs", 1.7, 0.0]
@@ -138,5 +139,7 @@ def test_a_killed_run_goes_on_with_the_decisions_it_made(tmp_path: Path) -> None
         for process in started:
             process.kill()
     resumed = run(tmp_path / "resumed", "budgeted", *costs, "--ckpt", cut / "last.ckpt")
-    assert resumed[0] == whole[0]
-    assert resumed[1]["decisions"] == whole[1]["decisions"]
+    for ours, theirs in zip(resumed, whole, strict=True):
+        assert (ours["epochs"], ours["decisions"]) == (theirs["epochs"], theirs["decisions"])
+        assert ours["c_t"][:2] == theirs["c_t"][:2]  # then dropout differs: Lightning does not resume random numbers
+    assert resumed[0]["overhead"] == pytest.approx(whole[0]["overhead"])
