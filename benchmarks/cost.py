@@ -70,17 +70,15 @@ CASES = [
     Case("wide MLP", 512, 30, basis="none"),
     Case("wide MLP", 512, 30, strategy="recompute"),
     Case("wide MLP", 512, 30, strategy="finite_difference"),
-    Case("ResNet20", 64, 10),
     Case("ResNet20", 128, 10),
     Case("ResNet20", 64, 10, strategy="recompute"),
-    Case("GPT", 32, 30),
+    Case("GPT", 32, 10),
     Case("wide MLP", 512, 30, processes=2),
     Case("wide MLP", 512, 30, processes=3),
     Case("wide MLP", 512, 30, processes=4),
     Case("ResNet20", 128, 10, processes=2),
     Case("ResNet20", 128, 10, processes=4),
-    Case("GPT", 128, 10, processes=2),
-    Case("GPT", 128, 10, processes=4),
+    Case("GPT", 64, 10, processes=4),
 ]
 QUICK = [Case("narrow MLP", 64, 5), Case("narrow MLP", 64, 5, processes=2)]
 

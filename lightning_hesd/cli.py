@@ -165,7 +165,7 @@ def _add_workload(parser: OneLineParser) -> None:
     parser.add_argument("--probes", type=int, default=Workload.probes, help="Probes.")
     parser.add_argument("--processes", type=int, default=Workload.processes, help="Processes that share the samples.")
     parser.add_argument("--sharded", type=bool, default=False, help="Whether they share the parameters, too.")
-    parser.add_argument("--strategy", type=Strategy | None, help="Default: finite_difference if sharded, else graph.")
+    parser.add_argument("--strategy", type=Strategy, default=Workload.strategy, help="How products are made.")
     parser.add_argument("--basis", type=bool, default=True, help="Whether the Krylov basis is kept.")
     parser.add_argument("--value_bytes", type=int, default=Workload.value_bytes, help="Bytes of a parameter.")
     parser.add_argument(
@@ -241,7 +241,7 @@ def estimate(config: Namespace) -> None:
         probes=config.probes,
         processes=config.processes,
         sharded=config.sharded,
-        strategy=config.strategy or ("finite_difference" if config.sharded else "graph"),
+        strategy=config.strategy,
         basis=config.basis,
         value_bytes=config.value_bytes,
         graph_bytes=config.graph_bytes,

@@ -127,7 +127,7 @@ def test_estimate(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "trouble"),
     [
         (["--params", "-1"], "`parameters` must be a positive integer, got -1"),
-        (["--params", "1e9", "--sharded", "true", "--strategy", "graph"], "`strategy` must be 'finite_difference'"),
+        (["--params", "1e9", "--strategy", "guess"], "guess"),
         (["--params", "1e9", "--network_bandwidth", "0"], "`network_bandwidth` must be positive, got 0.0"),
         (["--params", "1e9", "--graph_bytes", "-1"], "`graph_bytes` must be at least 0 and finite, got -1.0"),
     ],

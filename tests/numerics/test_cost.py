@@ -70,7 +70,7 @@ def test_what_processes_share() -> None:
     assert two.memory == alone.memory
     assert alone.sent == alone.communication_seconds == 0
     assert two.communication_seconds == two.sent / 1e9
-    sharded = analysis_cost(Workload(10**6, processes=2, sharded=True, strategy="finite_difference"), MACHINE)
+    sharded = analysis_cost(Workload(10**6, processes=2, sharded=True), MACHINE)
     assert sharded.memory == two.memory / 2
     assert sharded.sent > two.sent
     assert sharded.seconds == math.fsum(
@@ -106,7 +106,6 @@ def test_bandwidth_is_measured() -> None:
     [
         ({"parameters": 0}, "`parameters` must be a positive integer, got 0"),
         ({"strategy": "guess"}, "`strategy` must be one of graph, recompute, finite_difference, got 'guess'"),
-        ({"sharded": True}, "with `sharded` parameters `strategy` must be 'finite_difference', got 'graph'"),
         ({"graph_bytes": math.inf}, "`graph_bytes` must be at least 0 and finite, got inf"),
     ],
 )
