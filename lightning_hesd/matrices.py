@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from typing_extensions import override
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch.autograd.graph import Node
 
     from lightning_hesd.batches import WeightedBatch
@@ -233,6 +235,23 @@ def _derivative(
     return list(torch.autograd.grad(outputs, inputs, directions, **options))
 
 
+def graph_nodes(tensors: Sequence[Tensor]) -> Iterator[Node]:
+    """Walk through the graph behind some tensors.
+
+    Yields:
+        Its nodes, each once, in no particular order.
+    """
+    pending: list[Node | None] = [tensor.grad_fn for tensor in tensors]
+    seen: set[Node] = set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        pending.extend(parent for parent, _ in node.next_functions)
+
+
 def check_twice_differentiable(gradients: Sequence[Tensor]) -> None:
     """Refuse gradients that autograd would differentiate again silently wrong.
 
@@ -242,13 +261,7 @@ def check_twice_differentiable(gradients: Sequence[Tensor]) -> None:
     Raises:
         RuntimeError: If there is such a node.
     """
-    pending: list[Node | None] = [g.grad_fn for g in gradients]
-    seen: set[Node] = set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in graph_nodes(gradients):
         if node.name() == "torch::autograd::Error":
             msg = (
                 "the loss cannot be differentiated twice: it passes through a custom autograd function marked "
@@ -256,4 +269,3 @@ def check_twice_differentiable(gradients: Sequence[Tensor]) -> None:
                 "plain operations for the analysis, for example with `loss_fn`."
             )
             raise RuntimeError(msg)
-        pending.extend(parent for parent, _ in node.next_functions)

@@ -23,6 +23,7 @@ from lightning_hesd.batches import WeightedBatch
 from lightning_hesd.dtensors import is_distributed, local_part
 from lightning_hesd.gathering import GatheredParameters, Gathering, Processes, Shard, full_attributes
 from lightning_hesd.layout import Layout
+from lightning_hesd.matrices import graph_nodes
 from lightning_hesd.vectors import VectorSpace, gaussian_pieces, sign_pieces
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from torch import Generator
-    from torch.autograd.graph import Node
 
 
 class UnsupportedLayoutError(ValueError):
@@ -245,21 +245,15 @@ class ShardedLayout(Layout):
         Raises:
             UnsupportedLayoutError: If they would.
         """
-        pending: list[Any] = [loss.grad_fn]
-        seen: set[Node] = set()
-        while pending:
-            node = pending.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if isinstance(getattr(node, "variable", None), nn.Parameter):
+        for node in graph_nodes([loss]):
+            variable = getattr(node, "variable", None)  # of nodes that add up the gradient of a leaf
+            if isinstance(variable, nn.Parameter):
                 msg = (
-                    f"the loss uses a sharded parameter of shape {tuple(node.variable.shape)} in a way that cannot be "
+                    f"the loss uses a sharded parameter of shape {tuple(variable.shape)} in a way that cannot be "
                     "followed (a method that `register_fsdp_forward_method` was applied to, or a custom autograd "
                     "function of what `parameters()` returns): pass a `loss_fn` that calls modules."
                 )
                 raise UnsupportedLayoutError(msg)
-            pending.extend(parent for parent, _ in node.next_functions)
 
 
 class _Total(torch.autograd.Function):

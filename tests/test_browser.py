@@ -27,10 +27,7 @@ webdriver = pytest.importorskip("selenium.webdriver", reason="selenium drives th
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs Chromium (or Chrome) and chromedriver"),
-    pytest.mark.xdist_group("browser"),  # one worker makes what its tests share
-]
+pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs Chromium (or Chrome) and chromedriver")
 
 EVIL = "<b><img src=x onerror=window.injected=1>"
 COLOURS = ("#425066", "#12b5cb", "#e52592", "#f9ab00", "#9334e6")

@@ -52,7 +52,6 @@ pytestmark = [
     # Of absurd numbers the arithmetic warns.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     pytest.mark.timeout(60 + 120 * TIMES),
-    pytest.mark.xdist_group("fuzz"),
 ]
 
 
@@ -240,13 +239,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
 
 
+def written(folder: Path, kind: str) -> Path:
+    """Return a file of this kind, written once."""
+    path = folder / f"{kind}.npz"
+    if not path.exists():
+        KINDS[kind][0](path)
+    return path
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
 @fuzz(250)
 def test_bytes_of_archives(folder: Path, kind: str, data: st.DataObject) -> None:
-    original = folder / f"{kind}.npz"
-    if not original.exists():
-        KINDS[kind][0](original)
+    original = written(folder, kind)
     path = folder / "damaged.npz"
     path.write_bytes(data.draw(damaged_bytes(original.read_bytes())))
     load(path, kind)
@@ -272,9 +277,7 @@ ARRAYS = st.sampled_from(
 @given(data=st.data())
 @fuzz(150)
 def test_contents_of_archives(folder: Path, kind: str, data: st.DataObject) -> None:
-    original = folder / f"{kind}.npz"
-    if not original.exists():
-        KINDS[kind][0](original)
+    original = written(folder, kind)
     with np.load(original) as archive:
         contents = {name: archive[name] for name in archive.files}
     if data.draw(st.booleans()):

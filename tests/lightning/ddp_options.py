@@ -87,6 +87,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def make_trainer(out: Path, *, ddp: dict[str, Any] | None = None, **options: Any) -> pl.Trainer:
+    """Return a quiet Trainer of all processes."""
+    return pl.Trainer(
+        accelerator="cpu",
+        devices=WORLD_SIZE,
+        strategy=DDPStrategy(process_group_backend="gloo", **(ddp or {})),
+        default_root_dir=out,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
 def train(out: Path, name: str, *, analysed: bool) -> dict[str, Any]:
     """Return the trained weights and momenta, and what the callbacks found."""
     option = OPTIONS[name]
@@ -96,17 +110,12 @@ def train(out: Path, name: str, *, analysed: bool) -> dict[str, Any]:
         HessianSpectrumCallback(**shared, at_start=True, every_n_train_steps=2),
         HessianSpectrumCallback(**shared, mode="train", name="train"),
     ]
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=WORLD_SIZE,
-        strategy=DDPStrategy(process_group_backend="gloo", **option.get("ddp", {})),
+    trainer = make_trainer(
+        out / f"{name}-{analysed}",
         max_epochs=1,
-        default_root_dir=out / f"{name}-{analysed}",
-        logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=[Before(gradients), *ours, After(gradients)] if analysed else [],
+        ddp=option.get("ddp", {}),
         **option.get("trainer", {}),
     )
     net = Net(**option.get("net", {}))
@@ -165,17 +174,7 @@ def interrupted(out: Path) -> dict[str, Any]:
         return F.cross_entropy(module(batch[0]), batch[1])
 
     callback = HessianSpectrumCallback(steps=100, num_samples=40, batch_size=10, loss_fn=loss_fn, progress=False)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=WORLD_SIZE,
-        strategy=DDPStrategy(process_group_backend="gloo"),
-        max_epochs=1000,
-        default_root_dir=out,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[callback],
-    )
+    trainer = make_trainer(out, max_epochs=1000, callbacks=[callback])
     trainer.fit(Net(), DataLoader(Blobs(None), batch_size=12))
     return {}
 
@@ -198,17 +197,7 @@ def budgeted(out: Path, costs: list[float], ckpt: Path | None, pause: int | None
         progress=False,
     )
     last = pl.callbacks.ModelCheckpoint(out, save_last=True, save_on_train_epoch_end=True)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=WORLD_SIZE,
-        strategy=DDPStrategy(process_group_backend="gloo"),
-        max_epochs=8,
-        default_root_dir=out,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[callback, last, Pause()],
-    )
+    trainer = make_trainer(out, max_epochs=8, callbacks=[callback, last, Pause()])
     net = Net()
     OwnClock(costs[RANK]).govern(callback, net)  # type: ignore[arg-type]
     trainer.fit(net, DataLoader(Blobs(None), batch_size=24), ckpt_path=ckpt)

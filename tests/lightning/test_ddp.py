@@ -11,8 +11,6 @@ import torch
 from tests.lightning import processes
 from tests.lightning.processes import read
 
-pytestmark = pytest.mark.xdist_group("ddp")  # one worker makes what its tests share
-
 run = partial(processes.run, Path(__file__).with_name("ddp_run.py"))
 
 

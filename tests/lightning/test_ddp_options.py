@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.lightning.processes import environment, read
 
 SCRIPT = Path(__file__).with_name("ddp_options.py")
 TIMEOUT = 100
@@ -28,16 +27,7 @@ def processes(folder: Path, what: str, *arguments: object, count: int = 2) -> It
         The processes, by rank.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        **os.environ,
-        "PYTHONPATH": str(SCRIPT.parents[2]),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(count),
-    }
+    shared = {**environment(SCRIPT), "WORLD_SIZE": str(count)}
     started = [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), what, "--out", str(folder), *map(str, arguments)],
@@ -62,7 +52,7 @@ def run(folder: Path, what: str, *arguments: object, count: int = 2) -> list[Any
         for process in started:
             said, _ = process.communicate(timeout=TIMEOUT)
             assert process.returncode == 0, said
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(count)]
+    return read(folder)
 
 
 def wait_for(condition: Callable[[], bool], started: list[subprocess.Popen[str]]) -> None:
@@ -84,8 +74,6 @@ def options(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     return run(tmp_path_factory.mktemp("options"), "options", count=request.param)
 
 
-# One worker makes what these share.
-@pytest.mark.xdist_group("ddp-options")
 @pytest.mark.parametrize("name", NAMES)
 def test_training_is_the_same_with_and_without_analyses(options: list[dict[str, Any]], name: str) -> None:
     for rank in options:
@@ -101,13 +89,11 @@ def test_training_is_the_same_with_and_without_analyses(options: list[dict[str, 
         assert record["c_t"] < 0
 
 
-@pytest.mark.xdist_group("ddp-options")
 def test_gradients_in_the_buckets_stay_there(options: list[dict[str, Any]]) -> None:
     assert all(all(rank["bucket_view"]["views"]) for rank in options)
     assert not any(any(rank["static_graph"]["views"]) for rank in options)
 
 
-@pytest.mark.xdist_group("ddp-options")
 def test_norms_that_wait_for_other_processes_are_refused(options: list[dict[str, Any]]) -> None:
     for rank in options:
         assert rank["norms"]["eval"] is None

@@ -32,8 +32,6 @@ from tests.lightning.scripted import make_spectrum
 from tests.lightning.test_resume import data
 from tests.tab import EPOCHS, ROOT, plugin_path, train, write_payloads
 
-pytestmark = pytest.mark.xdist_group("plugin")  # one worker makes what its tests share
-
 RUN = {"run": "net/version_0", "name": "hesd"}
 
 

@@ -15,8 +15,6 @@ from lightning_hesd import _lightning
 from tests.lightning import processes
 from tests.lightning.processes import read
 
-pytestmark = pytest.mark.xdist_group("sharded")  # one worker makes what its tests share
-
 HERE = Path(__file__).parent
 EXACT = 1e-12
 """Of float64: sums over processes are taken in another order."""

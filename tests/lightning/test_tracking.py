@@ -28,8 +28,6 @@ from tests.lightning.scripted import make_trainer
 from tests.lightning.test_loggers import read_csv, read_events
 from tests.lightning.test_resume import Net, data
 
-pytestmark = pytest.mark.xdist_group("tracking")  # one worker makes what its tests share
-
 EPOCHS = 2
 STEPS = [3, 7]
 """Where Lightning has its own metrics of the ends of these epochs."""

@@ -307,7 +307,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[tupl
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-@pytest.mark.xdist_group("two-processes")  # one worker makes what its tests share
 @pytest.mark.parametrize("strategy", STRATEGIES)
 class TestTwoProcesses:
     def test_the_sum_equals_one_process(self, strategy, results):

@@ -19,8 +19,6 @@ from lightning_hesd.sample_size import SampleSize, loss_requirement, recommend_s
 from lightning_hesd.sampling import samples_needed
 from tests import oracles
 
-pytestmark = pytest.mark.xdist_group("sample_size")  # one worker makes what its tests share
-
 POPULATION, PILOT, SEEDS = 8000, 256, 60
 CONFIDENCE, TOLERANCE, LOSS_TOLERANCE = 0.9, 0.15, 0.02
 

@@ -113,19 +113,15 @@ MODULES: list[Case] = [
     Fit("partly quantised", lambda: Around(networks.partly_quantised), **dimension(70)),
     Fit("partly frozen", lambda: Around(networks.partly_frozen), **dimension(70)),
     Fit("complex weight", lambda: Around(networks.ComplexWeight), failures=2, error="'net.turn' is complex"),
-    Fit(
-        "no parameters",
-        lambda: networks.NothingToTrain(nn.Flatten),
-        options=lambda: {"loss_fn": plain_loss},
-        failures=2,
-        error="no parameter that requires grad",
-    ),
-    Fit(
-        "all frozen",
-        lambda: networks.NothingToTrain(networks.frozen),
-        options=lambda: {"loss_fn": plain_loss},
-        failures=2,
-        error="no parameter that requires grad",
+    *(
+        Fit(
+            name,
+            lambda make=make: networks.NothingToTrain(make),
+            options=lambda: {"loss_fn": plain_loss},
+            failures=2,
+            error="no parameter that requires grad",
+        )
+        for name, make in (("no parameters", nn.Flatten), ("all frozen", networks.frozen))
     ),
 ]
 
