@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_hesd.matrices import EVERYTHING, gradient
-from lightning_hesd.vectors import VectorSpace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_hesd.matrices import Product, Vector
+    from lightning_hesd.vectors import VectorSpace
 
 LADDER_FACTOR = 4.0
 """Ratio of neighbouring steps in the search for the best step of central differences."""
@@ -35,15 +35,15 @@ class FiniteDifferences:
 
     Attributes:
         parameters: The analysed parameters.
+        space: The space of vectors over them.
         blocks: The diagonal blocks that are wanted, each a range of the parameters.
         step: How far they are moved along the vector, to either side.
-        space: The space of vectors over all parameters; default: of vectors that are whole.
     """
 
     parameters: Sequence[Tensor]
+    space: VectorSpace
     blocks: Sequence[slice] = (EVERYTHING,)
     step: float = 0.0
-    space: VectorSpace = field(default_factory=lambda: VectorSpace(0))
     _originals: list[Tensor] = field(init=False)
     _by_backward: bool = field(init=False, default=False)
 

@@ -137,8 +137,8 @@ class Lanczos:
                 residual = torch.addcmul(residual, previous, betas[step - 1], value=-1)
             alphas[step] = space.dot(current, residual)
             residual = torch.addcmul(residual, current, alphas[step], value=-1)
-            alphas[step] += self._reorthogonalize(residual, step)
-            betas[step] = space.norm(residual)
+            correction, betas[step] = self._reorthogonalize(residual, step)
+            alphas[step] += correction
             last = step + 1 == self._steps
             if (step + 1) % interval == 0 or last:
                 self.alphas, self.betas = (c[: step + 1].double().cpu().numpy() for c in (alphas, betas))
@@ -183,25 +183,32 @@ class Lanczos:
         if self._basis is not None:
             self._basis[step].copy_(vector)
 
-    def _reorthogonalize(self, residual: Tensor, step: int) -> Tensor | float:
-        """Remove, in place, what the basis still spans; return the correction to α that this amounts to."""
+    def _reorthogonalize(self, residual: Tensor, step: int) -> tuple[Tensor | float, Tensor]:
+        """Remove, in place, what the basis still spans.
+
+        Returns:
+            correction: What this amounts to in α.
+            norm: That of what is left.
+        """
         if self._basis is None:
-            return 0.0
+            return 0.0, self._space.norm(residual)
         known = self._basis[: step + 1]
         moved = residual.device != known.device
         vector = residual.to(known.device) if moved else residual
         correction: Tensor | float = 0.0
+        norm = self._space.norm(vector)
         for _ in range(2):
-            before = self._space.norm(vector)
+            before = norm
             coefficients = self._space.coefficients(known, vector)
             vector.addmv_(known.T, coefficients, alpha=-1)
             correction = correction + coefficients[step]
+            norm = self._space.norm(vector)
             # Asking an accelerator would mean waiting for it; there the second pass is the cheaper answer.
-            if not self._on_accelerator and float(self._space.norm(vector)) > LOST_NORM * float(before):
+            if not self._on_accelerator and float(norm) > LOST_NORM * float(before):
                 break
         if moved:
             residual.copy_(vector)
-        return correction.to(residual.device) if isinstance(correction, Tensor) else correction
+        return correction.to(residual.device) if isinstance(correction, Tensor) else correction, norm
 
     def _check_finite(self, current: Tensor) -> None:
         finite = np.isfinite(self.alphas) & np.isfinite(self.betas)

@@ -97,7 +97,7 @@ class ProductMaker:
         if self._plans and calibration.obstacle:
             self.fall_back(calibration.obstacle)
         elif strategy == "finite_difference":
-            self._take_differences()
+            self.differences = self._make_differences()
 
     def fall_back(self, obstacle: str) -> None:
         """Take central differences from now on, because of `obstacle`.
@@ -111,12 +111,11 @@ class ProductMaker:
         self._plans = False
         self._calibration.obstacle = obstacle
         self.strategy, self.reason = "finite_difference", f"auto: {obstacle}"
-        self._take_differences()
+        self.differences = self._make_differences()
 
-    def _take_differences(self) -> None:
+    def _make_differences(self) -> FiniteDifferences:
         matrix = self._matrix
-        space = self._layout.space(matrix.parameters)
-        self.differences = FiniteDifferences(matrix.parameters, matrix.blocks, space=space)
+        return FiniteDifferences(matrix.parameters, self._layout.space(matrix.parameters), matrix.blocks)
 
     def make_all(self, batches: Sequence[WeightedBatch]) -> Iterator[tuple[WeightedBatch, tuple[Tensor, Product]]]:
         """Yield every batch with its loss, a scalar, and its product.
@@ -196,7 +195,7 @@ class ProductMaker:
             if is_out_of_memory(error):
                 raise
             # If this fails, too, the loss is at fault.
-            FiniteDifferences(self._matrix.parameters).gradient(lambda: self._matrix.loss(batch))
+            self._make_differences().gradient(lambda: self._matrix.loss(batch))
             msg = f"the loss cannot be differentiated twice ({str(error).splitlines()[0]})"
             raise NoExactProductError(msg) from error
         # The same in all processes that work on it together: what follows from it must be.
