@@ -14,7 +14,9 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import rich
+import rich.markup
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks.progress import rich_progress
 
 from lightning_hesd import HessianSpectrumCallback, progress
 from tests.lightning.modules import (
@@ -81,8 +83,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
     """The terminal of a run, on which bars appear at once."""
     monkeypatch.setattr(progress, "DELAY", 0.0)
     monkeypatch.setenv("TERM", "xterm")
-    # As in notebooks: Rich draws at once rather than, now and then, in a thread.
-    monkeypatch.setattr("lightning.pytorch.callbacks.progress.rich_progress._IS_INTERACTIVE", True)
+    # As in notebooks: Rich draws at once rather than, now and then, in a thread. Older Lightning does so everywhere.
+    monkeypatch.setattr(rich_progress, "_IS_INTERACTIVE", True, raising=False)
     yield Terminal()
     rich.reconfigure()
 
@@ -209,7 +211,8 @@ def test_before_the_first_step(kind: str, order: str, tmp_path: Path, terminal: 
 
         def on_train_epoch_end(self, *_args: Any) -> None:
             if isinstance(bar, RichProgressBar):
-                tasks.append((bar.train_progress_bar.description, bar.val_progress_bar.description))
+                found = (bar.train_progress_bar.description, bar.val_progress_bar.description)
+                tasks.append(tuple(rich.markup.render(text).plain for text in found))
 
     train(tmp_path, terminal, *([bar, observer] if order == "bar first" else [observer, bar]), spy, Tasks())
     assert f"1/{TOTAL}" in counts_in(terminal.showing("Lanczos"))

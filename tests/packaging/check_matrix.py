@@ -26,6 +26,9 @@ TESTS = [
 ]
 """In tests/lightning: what touches Lightning, TorchMetrics, TensorBoard and NumPy most."""
 
+OLD_RICH = "rich<14.1"
+"""With later ones the Rich bar of Lightning 2.4 cannot be shown, whatever the callbacks."""
+
 TOOLS = ("hypothesis", "pandas", "pytest", "pytest-timeout", "pytest-xdist", "scikit-learn")
 
 
@@ -74,7 +77,7 @@ def tried(version: str, environment: str) -> tuple[dict[str, str], str]:
         try:
             run(interpreter, "-m", "venv", name)
             run(python, "-m", "pip", "install", "--quiet", pinned_torch())
-            pins = oldest() if environment == "oldest" else []
+            pins = [*oldest(), OLD_RICH] if environment == "oldest" else []
             run(python, "-m", "pip", "install", "--quiet", f"{ROOT}[cli]", *TOOLS, pinned_torch(), *pins)
         except subprocess.CalledProcessError:
             return {}, "cannot be installed"
