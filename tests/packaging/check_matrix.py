@@ -2,8 +2,9 @@
 
     python -m tests.packaging.check_matrix                  # every interpreter that is there: many minutes
     python -m tests.packaging.check_matrix --pythons 3.11
+    python -m tests.packaging.check_matrix --torch torch==2.13.0+cpu  # this build or none
 
-Prints a table. torch is that of constraints.txt; "oldest" and "newest" are as in `check_wheel`.
+Prints a table. "oldest" and "newest" are as in `check_wheel`.
 """
 
 from __future__ import annotations
@@ -36,12 +37,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pythons", nargs="+", default=list(PYTHONS))
     parser.add_argument("--environments", nargs="+", choices=["newest", "oldest"], default=["newest", "oldest"])
+    parser.add_argument("--torch", default=pinned_torch(), help="the requirement; default: as in constraints.txt")
     parser.add_argument("--out", type=Path, help="also write the table there")
     args = parser.parse_args()
     lines = ["| Python | environment | " + " | ".join(HELD) + " | torch | tests |", "| --- " * (len(HELD) + 4) + "|"]
     for version in args.pythons:
         for environment in args.environments:
-            found, outcome = tried(version, environment)
+            found, outcome = tried(version, environment, args.torch)
             cells = [version, environment, *(found.get(name, "") for name in (*HELD, "torch")), outcome]
             lines.append(f"| {' | '.join(cells)} |")
             print(lines[-1], flush=True)
@@ -67,7 +69,7 @@ def page(lines: list[str]) -> str:
     )
 
 
-def tried(version: str, environment: str) -> tuple[dict[str, str], str]:
+def tried(version: str, environment: str, torch: str) -> tuple[dict[str, str], str]:
     """Return the versions installed, and how the tests ended, in words."""
     interpreter = find_python(version)
     if interpreter is None:
@@ -76,9 +78,12 @@ def tried(version: str, environment: str) -> tuple[dict[str, str], str]:
         python = Path(name) / "bin" / "python"
         try:
             run(interpreter, "-m", "venv", name)
-            run(python, "-m", "pip", "install", "--quiet", pinned_torch())
+            run(python, "-m", "pip", "install", "--quiet", torch)
+        except subprocess.CalledProcessError:
+            return {}, f"no {torch} for it"
+        try:
             pins = [*oldest(), OLD_RICH] if environment == "oldest" else []
-            run(python, "-m", "pip", "install", "--quiet", f"{ROOT}[cli]", *TOOLS, pinned_torch(), *pins)
+            run(python, "-m", "pip", "install", "--quiet", f"{ROOT}[cli]", *TOOLS, torch, *pins)
         except subprocess.CalledProcessError:
             return {}, "cannot be installed"
         command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "--no-header"]
