@@ -20,13 +20,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.problems import loss
 from lightning_hesd import hessian_spectrum
-from lightning_hesd.batches import WeightedBatch
-from lightning_hesd.fast_derivatives import FastDerivatives
-from lightning_hesd.guards import analysis_state
-from lightning_hesd.matrices import HessianMatrix
-from lightning_hesd.operators import CurvatureOperator
-from lightning_hesd.sample_mean import SampleMean
-from lightning_hesd.strategies import Strategy
+from lightning_hesd.numerics.batches import WeightedBatch
+from lightning_hesd.numerics.fast_derivatives import FastDerivatives
+from lightning_hesd.numerics.guards import analysis_state
+from lightning_hesd.numerics.matrices import HessianMatrix
+from lightning_hesd.numerics.operators import CurvatureOperator
+from lightning_hesd.numerics.sample_mean import SampleMean
+from lightning_hesd.numerics.strategies import Strategy
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

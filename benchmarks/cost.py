@@ -25,11 +25,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import networks
 from benchmarks.isolation import PeakMemory
-from lightning_hesd.analysis import analysis_options
-from lightning_hesd.batches import WeightedBatch
-from lightning_hesd.cost import Machine, Workload, analysis_cost, measured_bandwidth
-from lightning_hesd.pipeline import analyze
-from lightning_hesd.strategies import Calibration
+from lightning_hesd.numerics.analysis import analysis_options
+from lightning_hesd.numerics.batches import WeightedBatch
+from lightning_hesd.numerics.cost import Machine, Workload, analysis_cost, measured_bandwidth
+from lightning_hesd.numerics.pipeline import analyze
+from lightning_hesd.numerics.strategies import Calibration
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EXPLANATION = """\
-What `lightning_hesd.cost` says beside what was measured: seconds of a whole analysis, the memory it takes on top of
-network and samples (the most of any process), and what a process hands to reductions, counted as the ring that the
+What `lightning-hesd estimate` says beside what was measured: seconds of a whole analysis, the memory it takes on top
+of network and samples (the most of any process), and what a process hands to reductions, counted as the ring that the
 model supposes would send it. Each process has one thread on a machine of two cores, so that more than two processes
 share them. The times of a gradient per sample, of reading a basis and of a reduction were measured in the same
 processes at the same time, and so were the bytes of a graph per sample, which are part of the memory. Medians of

@@ -22,10 +22,10 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
 
-from lightning_hesd.payload import THRESHOLDS, VERSION, to_json
-from lightning_hesd.picks import picks
-from lightning_hesd.quadrature import legible_sigma
-from lightning_hesd.report import report
+from lightning_hesd.commands.report import report
+from lightning_hesd.spectra.payload import THRESHOLDS, VERSION, to_json
+from lightning_hesd.spectra.picks import picks
+from lightning_hesd.spectra.quadrature import legible_sigma
 
 
 def main() -> None:

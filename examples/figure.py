@@ -17,8 +17,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_hesd import Spectrum, SpectrumHistory
-from lightning_hesd.criteria import MP_THRESHOLD
 from lightning_hesd.plotting import plot_density
+from lightning_hesd.spectra.criteria import MP_THRESHOLD
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -28,12 +28,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from examples.shared import quiet
 from lightning_hesd import HessianSpectrumCallback
-from lightning_hesd.indicators import layer_indicators
+from lightning_hesd.spectra.indicators import layer_indicators
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lightning_hesd.history import SpectrumRecord
+    from lightning_hesd.training.history import SpectrumRecord
 
 
 @dataclass(frozen=True)

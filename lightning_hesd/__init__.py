@@ -4,13 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_hesd.analysis import hessian_spectrum, layer_spectra
-    from lightning_hesd.assessment import Assessment, assess_generalization
-    from lightning_hesd.callback import HessianSpectrumCallback
-    from lightning_hesd.checkpoint import HessianCheckpoint
-    from lightning_hesd.criteria import hesd_type
-    from lightning_hesd.history import SpectrumHistory
-    from lightning_hesd.spectrum import Spectrum
+    from lightning_hesd.numerics.analysis import hessian_spectrum, layer_spectra
+    from lightning_hesd.spectra.assessment import Assessment, assess_generalization
+    from lightning_hesd.spectra.criteria import hesd_type
+    from lightning_hesd.spectra.spectrum import Spectrum
+    from lightning_hesd.training.callback import HessianSpectrumCallback
+    from lightning_hesd.training.checkpoint import HessianCheckpoint
+    from lightning_hesd.training.history import SpectrumHistory
 
 __all__ = [
     "Assessment",
@@ -25,15 +25,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Assessment": "assessment",
-    "HessianCheckpoint": "checkpoint",
-    "HessianSpectrumCallback": "callback",
-    "Spectrum": "spectrum",
-    "SpectrumHistory": "history",
-    "assess_generalization": "assessment",
-    "hesd_type": "criteria",
-    "hessian_spectrum": "analysis",
-    "layer_spectra": "analysis",
+    "Assessment": "spectra.assessment",
+    "HessianCheckpoint": "training.checkpoint",
+    "HessianSpectrumCallback": "training.callback",
+    "Spectrum": "spectra.spectrum",
+    "SpectrumHistory": "training.history",
+    "assess_generalization": "spectra.assessment",
+    "hesd_type": "spectra.criteria",
+    "hessian_spectrum": "numerics.analysis",
+    "layer_spectra": "numerics.analysis",
 }
 
 

@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Run the command line with the arguments of this process."""
     try:
-        from lightning_hesd import cli  # noqa: PLC0415 - its dependencies are optional
+        from lightning_hesd.commands import cli  # noqa: PLC0415 - its dependencies are optional
     except ModuleNotFoundError as error:
         sys.exit(f"lightning-hesd: error: {error.name} is not installed; pip install 'lightning-hesd[cli]'")
     cli.main()

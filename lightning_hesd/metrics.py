@@ -10,8 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_hesd.functional import generalization_criteria, hessian_criteria
-from lightning_hesd.spectrum import Spectrum
+from lightning_hesd.numerics.functional import generalization_criteria, hessian_criteria
+from lightning_hesd.spectra.spectrum import Spectrum
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

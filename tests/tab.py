@@ -17,8 +17,8 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
-from lightning_hesd.payload import to_json
-from lightning_hesd.sinks.tensorboard import TensorBoardSink
+from lightning_hesd.spectra.payload import to_json
+from lightning_hesd.training.sinks.tensorboard import TensorBoardSink
 from tests.lightning.scripted import make_trainer
 from tests.lightning.test_resume import Net, data
 

@@ -13,9 +13,9 @@ from urllib.request import urlopen
 
 import pytest
 
-from lightning_hesd.history import SpectrumHistory, SpectrumRecord
-from lightning_hesd.payload import record_payload
-from lightning_hesd.report import write_report
+from lightning_hesd.commands.report import write_report
+from lightning_hesd.spectra.payload import record_payload
+from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
 from tests.lightning.scripted import make_spectrum
 from tests.lightning.test_resume import data
 from tests.tab import EPOCHS, tensorboard, train, write_payloads

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hesd import HessianSpectrumCallback
-from lightning_hesd.cli import main
+from lightning_hesd.commands.cli import main
 from tests.lightning import cli_project
 
 README = Path(__file__).parents[1] / "README.md"

@@ -23,9 +23,12 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, Spectrum, SpectrumHistory, cli
-from lightning_hesd.budget import Budget
-from lightning_hesd.payload import (
+from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, Spectrum, SpectrumHistory
+from lightning_hesd.commands import cli
+from lightning_hesd.commands.project import Blueprint, CheckpointError, Project, load_checkpoint
+from lightning_hesd.commands.report import report, run_data
+from lightning_hesd.commands.results import Results, ResultsError
+from lightning_hesd.spectra.payload import (
     CHOICE_FIELDS,
     CHOICES_NAME,
     RECORD_FIELDS,
@@ -35,13 +38,11 @@ from lightning_hesd.payload import (
     record_payload,
     to_json,
 )
-from lightning_hesd.picks import picks, rewound
-from lightning_hesd.project import Blueprint, CheckpointError, Project, load_checkpoint
-from lightning_hesd.record import SpectrumRecord
-from lightning_hesd.report import report, run_data
-from lightning_hesd.results import Results, ResultsError
-from lightning_hesd.selection import Candidate, Choice, SelectionRule
-from lightning_hesd.spectrum import load_layers, save_layers
+from lightning_hesd.spectra.picks import picks, rewound
+from lightning_hesd.spectra.record import SpectrumRecord
+from lightning_hesd.spectra.selection import Candidate, Choice, SelectionRule
+from lightning_hesd.spectra.spectrum import load_layers, save_layers
+from lightning_hesd.training.budget import Budget
 from tests.lightning.scripted import make_spectrum
 from tests.lightning.test_plugin import Tab
 from tests.tab import write_payloads
@@ -360,14 +361,27 @@ def state() -> dict[str, Any]:
     }
 
 
-def another_seed() -> dict[str, Any]:
-    return {**state()["history"][2]["generalization"], "seed": 5}
+def with_records(change: Callable[[list[Any]], object]) -> dict[str, Any]:
+    found = state()
+    records = json.loads(found["history"]["records"])
+    change(records)
+    return {**found, "history": {**found["history"], "records": json.dumps(records)}}
 
 
-@given(changed=st.one_of(damaged(state(), st.one_of(JUNK, TENSORS)), JUNK))
+@st.composite
+def states(draw: st.DrawFn) -> dict[str, Any]:
+    """Draw a state with something else somewhere: in the records, which are a text, or around them."""
+    found: dict[str, Any] = draw(damaged(state(), st.one_of(JUNK, TENSORS)))
+    if draw(st.booleans()):
+        records = draw(texts(json.loads(state()["history"]["records"])))
+        found = {**state(), "history": {**state()["history"], "records": records}}
+    return found
+
+
+@given(changed=st.one_of(states(), JUNK))
 @fuzz(200)
-@example(changed={**state(), "history": [{**state()["history"][0], "epoch": "../../escaped"}]})
-@example(changed={**state(), "history": [{**state()["history"][2], "generalization": another_seed()}]})
+@example(changed=with_records(lambda records: records[0].update(epoch="../../escaped")))
+@example(changed=with_records(lambda records: records[2]["generalization"].update(seed=5)))
 def test_states_of_the_callback(folder: Path, changed: Any) -> None:
     callback = HessianSpectrumCallback(num_samples=3)
     try:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_hesd import Spectrum, assess_generalization, hessian_spectrum
-from lightning_hesd.functional import generalization_criteria, hessian_criteria
 from lightning_hesd.metrics import GeneralizationCriteria, HessianCriteria
+from lightning_hesd.numerics.functional import generalization_criteria, hessian_criteria
 from tests import cases
 
 

@@ -23,8 +23,8 @@ from examples.paper_hesd.settings import Experiment, Setup
 from examples.paper_hesd.training import run
 from examples.paper_hesd.verdicts import always_mp, by_interval, more_often, sometimes_mn
 from lightning_hesd import Spectrum
-from lightning_hesd.history import SpectrumRecord
-from lightning_hesd.preconditioner import read_preconditioner
+from lightning_hesd.training.history import SpectrumRecord
+from lightning_hesd.training.preconditioner import read_preconditioner
 from tests.programs import run_python
 
 TINY = [

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, Spectrum, SpectrumHistory, cli
-from lightning_hesd.payload import CHOICES_NAME, choice_payload, record_payload, to_json
-from lightning_hesd.record import SpectrumRecord
-from lightning_hesd.report import write_report
-from lightning_hesd.selection import Candidate, Choice, SelectionRule
+from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, Spectrum, SpectrumHistory
+from lightning_hesd.commands import cli
+from lightning_hesd.commands.report import write_report
+from lightning_hesd.spectra.payload import CHOICES_NAME, choice_payload, record_payload, to_json
+from lightning_hesd.spectra.record import SpectrumRecord
+from lightning_hesd.spectra.selection import Candidate, Choice, SelectionRule
 from tests.lightning.scripted import (
     Epoch,
     ScriptedModule,

@@ -6,13 +6,13 @@ import math
 import statistics
 from typing import TYPE_CHECKING
 
-from lightning_hesd.indicators import layer_indicators
+from lightning_hesd.spectra.indicators import layer_indicators
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lightning_hesd import Spectrum
-    from lightning_hesd.history import SpectrumRecord
+    from lightning_hesd.training.history import SpectrumRecord
 
 QUANTITIES = {
     "r_e": "−C_t",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from examples.layer_study.indicators import indicators
 from lightning_hesd import SpectrumHistory
-from lightning_hesd.files import written_whole
+from lightning_hesd.spectra.files import written_whole
 
 if TYPE_CHECKING:
     from pathlib import Path

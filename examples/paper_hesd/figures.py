@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from lightning_hesd.criteria import DELTA_K_H05_THRESHOLD, DELTA_R_E_THRESHOLD, MP_THRESHOLD
 from lightning_hesd.plotting import plot_density
+from lightning_hesd.spectra.criteria import DELTA_K_H05_THRESHOLD, DELTA_R_E_THRESHOLD, MP_THRESHOLD
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from examples.paper_hesd.outcomes import Outcome, Point
     from examples.paper_hesd.rules import Difference
     from lightning_hesd import Spectrum
-    from lightning_hesd.assessment import Assessment
+    from lightning_hesd.spectra.assessment import Assessment
 
 SEED_0 = {"ResNet": "resnet-adamw-seed0", "ViT": "vit-adamw-seed0"}
 BLACK, BLUE, VERMILION, GREEN, ORANGE = "black", "#0072B2", "#D55E00", "#009E73", "#E69F00"

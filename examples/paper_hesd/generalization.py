@@ -13,7 +13,7 @@ from examples.paper_hesd import figures
 from examples.paper_hesd.rules import paired
 from examples.paper_hesd.verdicts import INTERVAL, Section, by_interval
 from examples.shared import AGREES, DIFFERS, NOT_RUN, UNSEEN, Finding, Table
-from lightning_hesd.criteria import QS_FACTOR
+from lightning_hesd.spectra.criteria import QS_FACTOR
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

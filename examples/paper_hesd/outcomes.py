@@ -9,8 +9,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lightning_hesd import SpectrumHistory
-from lightning_hesd.files import written_whole
-from lightning_hesd.history import START_EPOCH
+from lightning_hesd.spectra.files import written_whole
+from lightning_hesd.training.history import START_EPOCH
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from examples.paper_hesd.settings import Experiment
     from lightning_hesd import Spectrum
-    from lightning_hesd.history import SpectrumRecord
+    from lightning_hesd.training.history import SpectrumRecord
 
 OUTCOME, WEIGHTS = "outcome.json", "weights.pt"
 TOLERANCE = 0.01

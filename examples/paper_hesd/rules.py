@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from scipy.stats import t as student
 
 from examples.paper_hesd.outcomes import TOLERANCE
-from lightning_hesd.selection import Candidate, SelectionRule
+from lightning_hesd.spectra.selection import Candidate, SelectionRule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

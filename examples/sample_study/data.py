@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from examples.sample_study.settings import PIXELS
-from lightning_hesd.files import opened_archive, save_archive
+from lightning_hesd.spectra.files import opened_archive, save_archive
 
 if TYPE_CHECKING:
     from pathlib import Path

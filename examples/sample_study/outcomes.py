@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from examples.sample_study.settings import STATES, Run
-from lightning_hesd.files import opened_archive, save_archive
-from lightning_hesd.loss_differences import LossDifferences, differences_of
+from lightning_hesd.landscape.loss_differences import LossDifferences, differences_of
+from lightning_hesd.spectra.files import opened_archive, save_archive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from examples.shared import AGREES, DIFFERS, UNSEEN
-from lightning_hesd.intervals import student_quantile
+from lightning_hesd.spectra.intervals import student_quantile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

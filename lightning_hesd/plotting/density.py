@@ -9,12 +9,12 @@ import numpy as np
 from matplotlib.ticker import NullLocator
 
 from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, SMOOTHING, new_axes, place_legend
-from lightning_hesd.quadrature import legible_sigma
+from lightning_hesd.spectra.quadrature import legible_sigma
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from lightning_hesd.spectrum import Spectrum
+    from lightning_hesd.spectra.spectrum import Spectrum
 
 LOWEST_PART = 1e-10
 """The logarithmic axis ends this far below the highest density, where rounding begins to matter."""

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.transforms import Transform
     from numpy.typing import NDArray
 
-    from lightning_hesd.record import SpectrumRecord
-    from lightning_hesd.spectrum import Spectrum
+    from lightning_hesd.spectra.record import SpectrumRecord
+    from lightning_hesd.spectra.spectrum import Spectrum
 
     Array: TypeAlias = NDArray[np.float64]
 

@@ -10,16 +10,16 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from lightning_hesd.indicators import layer_indicators
 from lightning_hesd.plotting.run_axis import RunAxis
+from lightning_hesd.spectra.indicators import layer_indicators
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from matplotlib.axes import Axes
 
-    from lightning_hesd.record import SpectrumRecord
-    from lightning_hesd.spectrum import Spectrum
+    from lightning_hesd.spectra.record import SpectrumRecord
+    from lightning_hesd.spectra.spectrum import Spectrum
 
 LAYER_QUANTITIES = {
     "lambda_max": r"$\lambda_{\max}$",

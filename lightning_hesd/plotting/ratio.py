@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_hesd.criteria import MP_THRESHOLD
 from lightning_hesd.plotting.run_axis import RunAxis
 from lightning_hesd.plotting.signed_log import linear_threshold, set_signed_log
 from lightning_hesd.plotting.style import NEGATIVE, OTHER, POSITIVE, free_corner, new_axes
-from lightning_hesd.selection import LOSS_TOLERANCE, picks
+from lightning_hesd.spectra.criteria import MP_THRESHOLD
+from lightning_hesd.spectra.selection import LOSS_TOLERANCE, picks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from matplotlib.axes import Axes
 
-    from lightning_hesd.record import SpectrumRecord
-    from lightning_hesd.spectrum import Spectrum
+    from lightning_hesd.spectra.record import SpectrumRecord
+    from lightning_hesd.spectra.spectrum import Spectrum
 
 LINEAR_FROM = 0.05
 """A linear axis shows values of this size and larger well enough."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from lightning_hesd.record import START_EPOCH
+from lightning_hesd.spectra.record import START_EPOCH
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-    from lightning_hesd.record import SpectrumRecord
+    from lightning_hesd.spectra.record import SpectrumRecord
 
 FEW = 8
 """Up to this many analyses have a tick each."""

@@ -14,8 +14,8 @@ from tensorboard.data import provider
 from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
-from lightning_hesd.payload import CHOICE, CHOICE_FIELDS, PLUGIN_NAME, RECORD, PayloadError, read_payload
-from lightning_hesd.picks import picks, rewound
+from lightning_hesd.spectra.payload import CHOICE, CHOICE_FIELDS, PLUGIN_NAME, RECORD, PayloadError, read_payload
+from lightning_hesd.spectra.picks import picks, rewound
 from lightning_hesd.tensorboard_plugin.assets import PLOTLY, STATIC, content, content_type
 
 if TYPE_CHECKING:

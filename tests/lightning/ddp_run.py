@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
-from lightning_hesd.history import SpectrumRecord
+from lightning_hesd.training.history import SpectrumRecord
 
 torch.set_num_threads(1)
 

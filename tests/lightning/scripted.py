@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hesd import Spectrum
-from lightning_hesd.history import SpectrumHistory, SpectrumRecord, SpectrumSource
+from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord, SpectrumSource
 
 
 def make_spectrum(c_t: float, *, lambda_max: float = 1.0, loss: float = 0.5) -> Spectrum:

@@ -25,12 +25,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from lightning_hesd import Spectrum, hessian_spectrum
-from lightning_hesd.analysis import analysis_options
-from lightning_hesd.batches import WeightedBatch
-from lightning_hesd.gathering import Processes
-from lightning_hesd.memory import MemoryMeter
-from lightning_hesd.pipeline import analyze
-from lightning_hesd.sharding import ShardedLayout
+from lightning_hesd.numerics.analysis import analysis_options
+from lightning_hesd.numerics.batches import WeightedBatch
+from lightning_hesd.numerics.gathering import Processes
+from lightning_hesd.numerics.memory import MemoryMeter
+from lightning_hesd.numerics.pipeline import analyze
+from lightning_hesd.numerics.sharding import ShardedLayout
 
 Batch = tuple[Tensor, Tensor]
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lightning_hesd import HessianSpectrumCallback
-from lightning_hesd._lightning import wait_for_device
-from lightning_hesd.budget import Budget
+from lightning_hesd.training._lightning import wait_for_device
+from lightning_hesd.training.budget import Budget
 from tests.lightning.scripted import Epoch, ScriptedModule, loader, make_spectrum, make_trainer, run_script
 from tests.lightning.test_loggers import ListLogger
 
@@ -150,7 +150,7 @@ def test_writing_counts_and_waiting_for_the_device_does_not(tmp_path: Path, monk
 
         return wait
 
-    monkeypatch.setattr("lightning_hesd._lightning.wait_for_device", take(40))
+    monkeypatch.setattr("lightning_hesd.training._lightning.wait_for_device", take(40))
     monkeypatch.setattr(callback.history, "save", take(7))
     fit(tmp_path, callback, epochs=1)
     state = callback.budget.state_dict()

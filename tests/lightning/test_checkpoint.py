@@ -19,7 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
-from lightning_hesd.history import SpectrumRecord
+from lightning_hesd.training.history import SpectrumRecord
 from tests.lightning.scripted import (
     Epoch,
     ScriptedModule,

@@ -17,10 +17,9 @@ import torch.nn.functional as F
 import yaml
 from torch.utils.data import DataLoader
 
-import lightning_hesd
-from lightning_hesd import HessianSpectrumCallback, Spectrum, __main__
-from lightning_hesd.cli import main
-from lightning_hesd.sample_size import recommend_sample_size
+from lightning_hesd import HessianSpectrumCallback, Spectrum, __main__, commands
+from lightning_hesd.commands.cli import main
+from lightning_hesd.landscape.sample_size import recommend_sample_size
 from tests.lightning import cli_project
 from tests.lightning.modules import Digits
 
@@ -377,8 +376,8 @@ def test_the_command_is_installed() -> None:
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "lightning_hesd.cli")
-    monkeypatch.delattr(lightning_hesd, "cli")
+    monkeypatch.delitem(sys.modules, "lightning_hesd.commands.cli")
+    monkeypatch.delattr(commands, "cli")
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
     with pytest.raises(SystemExit, match=r"jsonargparse is not installed; pip install 'lightning-hesd\[cli\]'"):
         __main__.main()

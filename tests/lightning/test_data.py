@@ -29,7 +29,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from lightning_hesd.data import AnalysisSamples, draw_samples
+from lightning_hesd.training.data import AnalysisSamples, draw_samples
 
 from .modules import (
     NOISES,

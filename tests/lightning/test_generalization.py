@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SpectrumHistory, hessian_spectrum
-from lightning_hesd.assessment import VERDICT_VALUES
+from lightning_hesd.spectra.assessment import VERDICT_VALUES
 from tests.lightning.scripted import make_trainer
 from tests.lightning.test_loggers import read_events
 from tests.lightning.test_resume import Net, data

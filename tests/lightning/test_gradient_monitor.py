@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hesd import HessianSpectrumCallback
-from lightning_hesd.gradient_monitor import GradientMonitor
+from lightning_hesd.training.gradient_monitor import GradientMonitor
 from tests.lightning.scripted import make_trainer
 from tests.lightning.test_loggers import read_csv
 from tests.lightning.test_resume import Net, data

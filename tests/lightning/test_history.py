@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
+import torch
 
 from lightning_hesd import SpectrumHistory
-from lightning_hesd.history import SpectrumRecord
+from lightning_hesd.training.history import SpectrumRecord
 from tests.lightning.scripted import make_spectrum
 
 
@@ -70,6 +72,23 @@ def test_state_dict_round_trip() -> None:
     assert [r.error for r in history] == [None, "RuntimeError: no luck", None]
     assert history[2].spectrum.c_t == -0.2
     assert history[2].spectrum.steps_per_probe == (2,)
+
+
+def test_more_records_are_no_more_parts_of_a_checkpoint(tmp_path: Path) -> None:
+    history = example()
+    parts = []
+    for path in (tmp_path / "a.ckpt", tmp_path / "b.ckpt"):
+        torch.save(history.state_dict(), path)
+        with ZipFile(path) as archive:
+            parts.append(len(archive.namelist()))
+        history.extend(example())
+    assert parts[0] == parts[1]
+
+
+def test_an_empty_history_has_a_state() -> None:
+    history = example()
+    history.load_state_dict(SpectrumHistory().state_dict())
+    assert history == []
 
 
 @pytest.mark.parametrize(("step", "epochs"), [(0, []), (10, [-1, 0]), (25, [-1, 0, 1])])

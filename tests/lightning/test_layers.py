@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_hesd import HessianSpectrumCallback, SpectrumHistory, hessian_spectrum, layer_spectra
-from lightning_hesd.indicators import layer_indicators
+from lightning_hesd.spectra.indicators import layer_indicators
 from tests.lightning.scripted import make_trainer
 from tests.lightning.test_loggers import read_events
 from tests.lightning.test_resume import Net, data
@@ -85,12 +85,13 @@ def test_histories_from_before_there_was_all_this_are_read(tmp_path: Path) -> No
     fit(tmp_path, spectra)
     index, state = tmp_path / "hesd/index.json", spectra.history.state_dict()
     written = json.loads(index.read_text(encoding="utf-8"))
-    for row in (*written["records"], *state):
+    records = json.loads(state["records"])
+    for row in (*written["records"], *records):
         for field in ("generalization", "preconditioned", "stability_threshold", "ggn", "residual", "layers"):
             assert row.pop(field) is None
     index.write_text(json.dumps(written), encoding="utf-8")
     loaded = SpectrumHistory()
-    loaded.load_state_dict(state)
+    loaded.load_state_dict({**state, "records": json.dumps(records)})
     for history in (SpectrumHistory.load(tmp_path), loaded):
         assert [r.spectrum.c_t for r in history] == [r.spectrum.c_t for r in spectra.history]  # type: ignore[union-attr]
         assert history[0].layers is None

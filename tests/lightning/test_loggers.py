@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from lightning_hesd import HessianSpectrumCallback
-from lightning_hesd.history import SpectrumRecord
-from lightning_hesd.scalars import scalars
+from lightning_hesd.spectra.scalars import scalars
+from lightning_hesd.training.history import SpectrumRecord
 from tests.lightning.scripted import make_spectrum, make_trainer
 from tests.lightning.test_resume import Net, data
 
@@ -190,7 +190,7 @@ def test_a_sink_that_fails_costs_its_own_output_only(tmp_path: Path, monkeypatch
         msg = "disk full"
         raise OSError(msg)
 
-    monkeypatch.setattr("lightning_hesd.sinks.sink.plot_density", fail)
+    monkeypatch.setattr("lightning_hesd.training.sinks.sink.plot_density", fail)
     logger = TensorBoardLogger(tmp_path)
     spectra = callback()
     with pytest.warns(RuntimeWarning, match=r"cannot write the spectrum of epoch \d\. OSError: disk full") as caught:

@@ -20,14 +20,15 @@ from tensorboard.backend.event_processing.plugin_event_multiplexer import EventM
 from tensorboard.plugins.base_plugin import TBContext
 from werkzeug.test import Client
 
-from lightning_hesd import SpectrumHistory, cli
-from lightning_hesd.history import SpectrumRecord
-from lightning_hesd.payload import CHOICES_NAME, MAX_NODES, PayloadError, read_payload, record_payload, to_json
-from lightning_hesd.picks import picks, rewound
-from lightning_hesd.report import report, run_data
-from lightning_hesd.spectrum import Spectrum
+from lightning_hesd import SpectrumHistory
+from lightning_hesd.commands import cli
+from lightning_hesd.commands.report import report, run_data
+from lightning_hesd.spectra.payload import CHOICES_NAME, MAX_NODES, PayloadError, read_payload, record_payload, to_json
+from lightning_hesd.spectra.picks import picks, rewound
+from lightning_hesd.spectra.spectrum import Spectrum
 from lightning_hesd.tensorboard_plugin.assets import SHARED, STATIC, content
 from lightning_hesd.tensorboard_plugin.plugin import HESDLoader, HESDPlugin
+from lightning_hesd.training.history import SpectrumRecord
 from tests.lightning.scripted import make_spectrum
 from tests.lightning.test_resume import data
 from tests.tab import EPOCHS, ROOT, plugin_path, train, write_payloads
@@ -129,8 +130,9 @@ def test_records_appear_while_training_writes(tmp_path: Path) -> None:
     before = tab.get("runs")[1]
     assert len(tab.get("records", run="run", name="hesd")[1]["records"]) == 1
     write_payloads(tmp_path / "run" / "more", [payload(0), payload(1)])
+    (first,) = (tmp_path / "run").glob("events*")
     (file,) = (tmp_path / "run" / "more").glob("events*")
-    file.rename(tmp_path / "run" / f"{file.name}.2")
+    file.rename(first.with_name(f"{first.name}.2"))  # behind it in the order of names, in which TensorBoard reads them
     tab.reload()
     assert tab.get("runs")[1] != before  # by which the frontend knows that it must ask again
     epochs = [r["epoch"] for r in tab.get("records", run="run", name="hesd")[1]["records"]]

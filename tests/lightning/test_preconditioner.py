@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from lightning_hesd import SpectrumHistory, hessian_spectrum
-from lightning_hesd.preconditioner import UnreadableOptimizerError, read_preconditioner
+from lightning_hesd.training.preconditioner import UnreadableOptimizerError, read_preconditioner
 from tests.lightning.modules import Classifier, callback, fit, plain_loss, samples
 
 LR = 0.01

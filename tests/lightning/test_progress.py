@@ -18,7 +18,8 @@ import rich.markup
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress import rich_progress
 
-from lightning_hesd import HessianSpectrumCallback, progress
+from lightning_hesd import HessianSpectrumCallback
+from lightning_hesd.training import progress
 from tests.lightning.modules import (
     Classifier,
     callback,

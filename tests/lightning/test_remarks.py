@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from examples.paper_hesd.adahessian import AdaHessian
 from lightning_hesd import HessianSpectrumCallback
-from lightning_hesd.gradient_monitor import MANIPULATING
+from lightning_hesd.training.gradient_monitor import MANIPULATING
 from tests.lightning.scripted import make_trainer
 from tests.lightning.test_resume import Net, data
 

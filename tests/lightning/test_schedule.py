@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lightning_hesd import HessianSpectrumCallback
-from lightning_hesd.schedule import Schedule
+from lightning_hesd.training.schedule import Schedule
 from tests.lightning.scripted import Epoch, run_script
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_hesd.selection import Candidate, SelectionRule
+from lightning_hesd.spectra.selection import Candidate, SelectionRule
 
 # A coarse grid of values, so that ties are frequent; sums and differences of eighths are exact.
 candidates = st.lists(st.tuples(st.integers(0, 8), st.integers(-8, 0), st.booleans()), min_size=1, max_size=12).map(

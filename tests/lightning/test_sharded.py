@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
-from lightning_hesd import _lightning
+from lightning_hesd.training import _lightning
 from tests.lightning import processes
 from tests.lightning.processes import read
 

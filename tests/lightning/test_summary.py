@@ -16,10 +16,11 @@ import lightning.pytorch as pl
 import pytest
 import rich
 
-from lightning_hesd import HessianCheckpoint, terminal
-from lightning_hesd.history import SpectrumRecord
-from lightning_hesd.selection import Candidate
-from lightning_hesd.summary import GAP, MOST_ROWS, Summary, analysis_lines, summarize
+from lightning_hesd import HessianCheckpoint
+from lightning_hesd.spectra.selection import Candidate
+from lightning_hesd.spectra.summary import GAP, MOST_ROWS, Summary, analysis_lines, summarize
+from lightning_hesd.training import terminal
+from lightning_hesd.training.history import SpectrumRecord
 from tests.lightning.modules import Classifier, callback, fit
 from tests.lightning.scripted import make_spectrum
 from tests.lightning.test_progress import BARS, Terminal, scripted, train

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from lightning_hesd import SpectrumHistory
-from lightning_hesd.history import SpectrumRecord
-from lightning_hesd.indicators import layer_indicators
-from lightning_hesd.scalars import scalars
+from lightning_hesd.spectra.indicators import layer_indicators
+from lightning_hesd.spectra.scalars import scalars
+from lightning_hesd.training.history import SpectrumRecord
 from tests.lightning.scripted import make_spectrum
 
 pd = pytest.importorskip("pandas")

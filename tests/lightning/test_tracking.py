@@ -20,9 +20,10 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from torch.nn.functional import cross_entropy
 
-from lightning_hesd import HessianSpectrumCallback, SpectrumHistory, sinks
-from lightning_hesd.indicators import layer_indicators
-from lightning_hesd.scalars import scalars
+from lightning_hesd import HessianSpectrumCallback, SpectrumHistory
+from lightning_hesd.spectra.indicators import layer_indicators
+from lightning_hesd.spectra.scalars import scalars
+from lightning_hesd.training import sinks
 from tests.lightning.modules import global_generators
 from tests.lightning.scripted import make_trainer
 from tests.lightning.test_loggers import read_csv, read_events
@@ -352,7 +353,7 @@ def test_a_logger_that_fails_costs_its_own_output_only(tmp_path: Path, monkeypat
     """Here with a name that neither of both takes as it is."""
     wandb, mlflow = WandbLogger(save_dir=tmp_path), MLFlowLogger(tracking_uri=f"file://{tmp_path}/mlruns")
     callback = spectra(name="λ (all)")
-    monkeypatch.setattr("lightning_hesd.sinks.mlflow_runs.MLflowSink.write", fail)
+    monkeypatch.setattr("lightning_hesd.training.sinks.mlflow_runs.MLflowSink.write", fail)
     with pytest.warns(RuntimeWarning, match="server gone") as caught:
         train(tmp_path, [mlflow, wandb], callback)
     assert sum("server gone" in str(warning.message) for warning in caught) == EPOCHS
@@ -370,7 +371,7 @@ def test_training_that_fails_leaves_its_spectra(tmp_path: Path, monkeypatch: pyt
     """And what goes wrong then does not hide why it failed, even if errors are to be raised."""
     wandb, mlflow = WandbLogger(save_dir=tmp_path), MLFlowLogger(tracking_uri=f"file://{tmp_path}/mlruns")
     callback = spectra(on_error="raise")
-    monkeypatch.setattr("lightning_hesd.sinks.mlflow_runs.MLflowSink.finish", fail)
+    monkeypatch.setattr("lightning_hesd.training.sinks.mlflow_runs.MLflowSink.finish", fail)
     with (
         pytest.raises(RuntimeError, match="power cut"),
         pytest.warns(RuntimeWarning, match="cannot write the spectra at the end of training. OSError: server gone"),

@@ -19,9 +19,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, hessian_spectrum
-from lightning_hesd.analysis import analysis_options
-from lightning_hesd.cli import main as command
-from lightning_hesd.options import OPTION_NAMES
+from lightning_hesd.commands.cli import main as command
+from lightning_hesd.numerics.analysis import analysis_options
+from lightning_hesd.numerics.options import OPTION_NAMES
 from tests.lightning import cli_project
 
 PROJECT = "tests.lightning.cli_project"

@@ -11,8 +11,8 @@ import pytest
 from scipy import stats
 
 from lightning_hesd import Spectrum, assess_generalization
-from lightning_hesd.assessment import VERDICT_VALUES
-from lightning_hesd.criteria import delta_interval, quasi_singular
+from lightning_hesd.spectra.assessment import VERDICT_VALUES
+from lightning_hesd.spectra.criteria import delta_interval, quasi_singular
 
 
 def spectrum(*nodes: float, weights: list[list[float]] | None = None, **changes: Any) -> Spectrum:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_hesd.batches import WeightedBatch
+from lightning_hesd.numerics.batches import WeightedBatch
 
 
 class Pair(NamedTuple):

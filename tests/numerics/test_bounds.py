@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from lightning_hesd.lanczos import gauss_quadrature
-from lightning_hesd.quadrature import spectrum_bounds, stack_rules
+from lightning_hesd.numerics.lanczos import gauss_quadrature
+from lightning_hesd.spectra.quadrature import spectrum_bounds, stack_rules
 
 Tridiagonal = tuple[np.ndarray, np.ndarray]
 

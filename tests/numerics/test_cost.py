@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_hesd.analysis import analysis_options
-from lightning_hesd.batches import WeightedBatch
-from lightning_hesd.cost import Machine, Workload, analysis_cost, cost_lines, measured_bandwidth
-from lightning_hesd.pipeline import analyze
-from lightning_hesd.strategies import Calibration
+from lightning_hesd.numerics.analysis import analysis_options
+from lightning_hesd.numerics.batches import WeightedBatch
+from lightning_hesd.numerics.cost import Machine, Workload, analysis_cost, cost_lines, measured_bandwidth
+from lightning_hesd.numerics.pipeline import analyze
+from lightning_hesd.numerics.strategies import Calibration
 
 MACHINE = Machine(gradient_seconds=1e-3, memory_bandwidth=1e10, network_bandwidth=1e9)
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lightning_hesd import Spectrum, hessian_spectrum
-from lightning_hesd.criteria import rounding_threshold
-from lightning_hesd.lanczos import Lanczos, gauss_quadrature
-from lightning_hesd.quadrature import stack_rules
+from lightning_hesd.numerics.lanczos import Lanczos, gauss_quadrature
+from lightning_hesd.spectra.criteria import rounding_threshold
+from lightning_hesd.spectra.quadrature import stack_rules
 from tests import spectra
 
 Storage = Literal["device", "cpu", "none"]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lightning_hesd import criteria
+from lightning_hesd.spectra import criteria
 
 # Derandomized: the suite gives the same verdict every time.
 reproducibly = settings(derandomize=True, deadline=None, max_examples=300, database=None)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_hesd import hessian_spectrum
-from lightning_hesd.analysis import analysis_options
-from lightning_hesd.batches import batch_size
-from lightning_hesd.options import OPTION_NAMES
+from lightning_hesd.numerics.analysis import analysis_options
+from lightning_hesd.numerics.batches import batch_size
+from lightning_hesd.numerics.options import OPTION_NAMES
 from tests import cases
 
 STRATEGIES = ("graph", "recompute")

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_hesd import Spectrum, criteria, hessian_spectrum
+from lightning_hesd import Spectrum, hessian_spectrum
+from lightning_hesd.spectra import criteria
 from tests import cases, oracles
 
 # Of the spectral radius. float64: nothing but rounding. float32: the weights and data are the same numbers, so that

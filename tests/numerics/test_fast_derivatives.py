@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_hesd import fast_derivatives, hessian_spectrum
-from lightning_hesd.fast_derivatives import FastDerivatives
+from lightning_hesd import hessian_spectrum
+from lightning_hesd.numerics import fast_derivatives
+from lightning_hesd.numerics.fast_derivatives import FastDerivatives
 
 CONVOLUTIONS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "plain": (2, (2, 3, 5, 5), (4, 3, 3, 3), {}),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_hesd import hessian_spectrum
-from lightning_hesd.snapshot import preserved
+from lightning_hesd.numerics.snapshot import preserved
 from tests import cases
 
 Tamper = Callable[[nn.Module], object]

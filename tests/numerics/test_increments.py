@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from lightning_hesd.increments import check_orders, checked_values, fit_rate, increments, scale_of_sizes
+from lightning_hesd.landscape.increments import check_orders, checked_values, fit_rate, increments, scale_of_sizes
 
 
 def by_definition(ordered: np.ndarray) -> np.ndarray:

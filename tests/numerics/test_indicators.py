@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_hesd import Spectrum, hessian_spectrum, layer_spectra
-from lightning_hesd.indicators import effective_rank, layer_indicators, near_zero_share, negative_share
+from lightning_hesd.spectra.indicators import effective_rank, layer_indicators, near_zero_share, negative_share
 from tests import cases, oracles
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from scipy import stats
 
-from lightning_hesd.intervals import student_quantile
+from lightning_hesd.spectra.intervals import student_quantile
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 9, 49, 99])

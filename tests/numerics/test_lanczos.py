@@ -6,8 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_hesd.criteria import rounding_threshold
-from lightning_hesd.lanczos import STEPS_BETWEEN_CHECKS, Lanczos, NonFiniteProductError, eigen, gauss_quadrature
+from lightning_hesd.numerics.lanczos import (
+    STEPS_BETWEEN_CHECKS,
+    Lanczos,
+    NonFiniteProductError,
+    eigen,
+    gauss_quadrature,
+)
+from lightning_hesd.spectra.criteria import rounding_threshold
 
 DTYPES = [torch.float64, torch.float32]
 

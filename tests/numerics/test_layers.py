@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.networks import GPT, ViT, resnet20
 from lightning_hesd import hessian_spectrum, layer_spectra
-from lightning_hesd.layers import blocks
+from lightning_hesd.numerics.layers import blocks
 from tests import cases, oracles
 
 

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import nn
 
-from lightning_hesd.loss_differences import LossDifferences, differences_of, loss_differences
-from lightning_hesd.samples import per_sample_losses
+from lightning_hesd.landscape.loss_differences import LossDifferences, differences_of, loss_differences
+from lightning_hesd.landscape.samples import per_sample_losses
 
 
 def lognormal(count: int, seed: int = 0) -> np.ndarray:

@@ -16,10 +16,10 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_hesd import hessian_spectrum
-from lightning_hesd.batches import WeightedBatch
-from lightning_hesd.matrices import GaussNewtonMatrix, HessianMatrix, Matrix, ResidualMatrix
-from lightning_hesd.operators import CurvatureOperator, joint_products, prepare_differences
-from lightning_hesd.sample_mean import SampleMean
+from lightning_hesd.numerics.batches import WeightedBatch
+from lightning_hesd.numerics.matrices import GaussNewtonMatrix, HessianMatrix, Matrix, ResidualMatrix
+from lightning_hesd.numerics.operators import CurvatureOperator, joint_products, prepare_differences
+from lightning_hesd.numerics.sample_mean import SampleMean
 from tests import cases, oracles
 
 Loss = Callable[[Any, Any], Tensor]

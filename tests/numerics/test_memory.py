@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hesd import Spectrum, hessian_spectrum
-from lightning_hesd.memory import VECTORS, MemoryMeter, free_system_memory, plan_memory
+from lightning_hesd.numerics.memory import VECTORS, MemoryMeter, free_system_memory, plan_memory
 from tests import cases
 
 GIB = 2**30

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
-from lightning_hesd.bounds import (
+from lightning_hesd.landscape.bounds import (
     bias_norm,
     hessian_bound,
     hidden_size_bound,

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_hesd.analysis import analysis_options, layer_spectra
-from lightning_hesd.batches import WeightedBatch
-from lightning_hesd.matrices import HessianMatrix
-from lightning_hesd.operators import CurvatureOperator
-from lightning_hesd.pipeline import analyze, analyze_layers
-from lightning_hesd.sample_mean import AnotherProcessFailedError, SampleMean
+from lightning_hesd.numerics.analysis import analysis_options, layer_spectra
+from lightning_hesd.numerics.batches import WeightedBatch
+from lightning_hesd.numerics.matrices import HessianMatrix
+from lightning_hesd.numerics.operators import CurvatureOperator
+from lightning_hesd.numerics.pipeline import analyze, analyze_layers
+from lightning_hesd.numerics.sample_mean import AnotherProcessFailedError, SampleMean
 from tests import cases, oracles
 
 STRATEGIES = ("graph", "recompute")

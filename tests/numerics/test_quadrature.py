@@ -6,8 +6,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lightning_hesd import quadrature
-from lightning_hesd.lanczos import gauss_quadrature
+from lightning_hesd.numerics.lanczos import gauss_quadrature
+from lightning_hesd.spectra import quadrature
 
 # Derandomized: the suite gives the same verdict every time.
 reproducibly = settings(derandomize=True, deadline=None, max_examples=200, database=None)

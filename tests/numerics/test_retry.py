@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_hesd import hessian_spectrum, layer_spectra
-from lightning_hesd.memory import is_out_of_memory
+from lightning_hesd.numerics.memory import is_out_of_memory
 from tests import cases
 from tests.scarcity import EXHAUSTIONS, Scarce, ScarceInProducts
 

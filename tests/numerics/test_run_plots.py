@@ -17,7 +17,7 @@ from lightning_hesd.plotting.evolution import FAINTEST, SMOOTHING
 from lightning_hesd.plotting.ratio import BOTTOM
 from lightning_hesd.plotting.run_axis import RunAxis
 from lightning_hesd.plotting.signed_log import linear_threshold
-from lightning_hesd.record import SpectrumRecord
+from lightning_hesd.spectra.record import SpectrumRecord
 from tests.numerics.test_plotting import spectrum
 
 

@@ -14,9 +14,9 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_hesd.intervals import chi_square_quantile
-from lightning_hesd.sample_size import SampleSize, loss_requirement, recommend_sample_size
-from lightning_hesd.sampling import samples_needed
+from lightning_hesd.landscape.sample_size import SampleSize, loss_requirement, recommend_sample_size
+from lightning_hesd.numerics.sampling import samples_needed
+from lightning_hesd.spectra.intervals import chi_square_quantile
 from tests import oracles
 
 POPULATION, PILOT, SEEDS = 8000, 256, 60

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_hesd.samples import per_sample_losses, read_batches
+from lightning_hesd.landscape.samples import per_sample_losses, read_batches
 from tests import cases
 
 SIZES = (5, 3, 1)

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_hesd import hessian_spectrum
-from lightning_hesd.batches import WeightedBatch
-from lightning_hesd.lanczos import Lanczos
-from lightning_hesd.matrices import HessianMatrix
-from lightning_hesd.operators import CurvatureOperator
-from lightning_hesd.sample_mean import SampleMean
-from lightning_hesd.sampling import SamplingError, sampling_error
+from lightning_hesd.numerics.batches import WeightedBatch
+from lightning_hesd.numerics.lanczos import Lanczos
+from lightning_hesd.numerics.matrices import HessianMatrix
+from lightning_hesd.numerics.operators import CurvatureOperator
+from lightning_hesd.numerics.sample_mean import SampleMean
+from lightning_hesd.numerics.sampling import SamplingError, sampling_error
 from tests import oracles
 
 Batch = tuple[Tensor, Tensor]

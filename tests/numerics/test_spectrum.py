@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from lightning_hesd import Spectrum, criteria, quadrature
-from lightning_hesd.files import FORMAT_VERSION
+from lightning_hesd import Spectrum
+from lightning_hesd.spectra import criteria, quadrature
+from lightning_hesd.spectra.files import FORMAT_VERSION
 
 NAN = math.nan
 ARRAYS = ("nodes", "weights", "residuals")

@@ -13,10 +13,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lightning_hesd import Spectrum, hessian_spectrum
-from lightning_hesd.analysis import analysis_options
-from lightning_hesd.batches import WeightedBatch
-from lightning_hesd.pipeline import analyze
-from lightning_hesd.strategies import Calibration
+from lightning_hesd.numerics.analysis import analysis_options
+from lightning_hesd.numerics.batches import WeightedBatch
+from lightning_hesd.numerics.pipeline import analyze
+from lightning_hesd.numerics.strategies import Calibration
 from tests import cases, oracles
 
 STRATEGIES = ("graph", "recompute", "finite_difference", "auto")

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from lightning_hesd.directions import dominant_directions
-from lightning_hesd.increments import increments
-from lightning_hesd.samples import per_sample_losses
-from lightning_hesd.subspace import SubspaceStabilization, subspace_stabilization
+from lightning_hesd.landscape.directions import dominant_directions
+from lightning_hesd.landscape.increments import increments
+from lightning_hesd.landscape.samples import per_sample_losses
+from lightning_hesd.landscape.subspace import SubspaceStabilization, subspace_stabilization
 from tests import cases, oracles
 
 Batch = tuple[Tensor, ...]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_hesd.vectors import CHUNK, VectorSpace, gaussian_pieces, sign_pieces
+from lightning_hesd.numerics.vectors import CHUNK, VectorSpace, gaussian_pieces, sign_pieces
 
 
 @pytest.mark.parametrize("draw", ["gaussian", "signs"])

@@ -76,16 +76,15 @@ def tried(version: str, environment: str, torch: str) -> tuple[dict[str, str], s
         return {}, "no interpreter"
     with tempfile.TemporaryDirectory() as name:
         python = Path(name) / "bin" / "python"
+        pins = [*oldest(), OLD_RICH] if environment == "oldest" else []
+        run(interpreter, "-m", "venv", name)
+        problem = f"no {torch} for it"
         try:
-            run(interpreter, "-m", "venv", name)
             run(python, "-m", "pip", "install", "--quiet", torch)
-        except subprocess.CalledProcessError:
-            return {}, f"no {torch} for it"
-        try:
-            pins = [*oldest(), OLD_RICH] if environment == "oldest" else []
+            problem = "cannot be installed"
             run(python, "-m", "pip", "install", "--quiet", f"{ROOT}[cli]", *TOOLS, torch, *pins)
         except subprocess.CalledProcessError:
-            return {}, "cannot be installed"
+            return {}, problem
         command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "--no-header"]
         files = [ROOT / "tests" / "lightning" / f"{test}.py" for test in TESTS]
         done = subprocess.run(

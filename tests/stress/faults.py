@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import resource
 import signal
@@ -20,7 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, Spectrum, SpectrumHistory
-from lightning_hesd.cli import main
+from lightning_hesd.commands.cli import main
 from tests.lightning.modules import callback, fit, loader, plain_loss
 from tests.lightning.test_misuse import Broken, nan_curvature, nan_loss
 from tests.scarcity import EXHAUSTIONS, Scarce, ScarceInProducts
@@ -210,7 +211,7 @@ def checkpoints_too(observer: HessianSpectrumCallback, trainer: pl.Trainer) -> s
     assert observer.checkpoint is not None
     best = torch.load(observer.checkpoint.last_model_path, weights_only=True)
     [state] = [value for key, value in best["callbacks"].items() if key.startswith("HessianSpectrumCallback")]
-    assert len(state["history"]) == 2
+    assert len(json.loads(state["history"]["records"])) == 2
     assert Path(observer.checkpoint.best_model_path).is_file()
     return on_disk(observer, trainer) + ", and checkpoints are whole"
 

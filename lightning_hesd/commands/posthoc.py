@@ -1,0 +1,124 @@
+"""Analyses of checkpoints that exist, as the callback makes them in a run, and how many samples they need."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning.pytorch as pl
+
+from lightning_hesd.commands.project import Blueprint, CheckpointError
+from lightning_hesd.spectra.foreign import DAMAGE, one_line
+from lightning_hesd.training.recorder import Recorder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from lightning_hesd.commands.project import Checkpoint, Project
+    from lightning_hesd.landscape.sample_size import SampleSize, Stability
+    from lightning_hesd.numerics.options import AnalysisOptions
+    from lightning_hesd.training.history import SpectrumRecord
+
+
+@dataclass(frozen=True)
+class PosthocAnalysis:
+    """What to analyse in every checkpoint.
+
+    Attributes:
+        project: What the checkpoints are of.
+        options: As for `hessian_spectrum`.
+        generalization: "val" or "test" for other data of the same data module, or a data module of its own, whose
+            training data are taken; None: no generalization data.
+        through_optimizer: Whether to analyse the Hessian through the optimizer's eyes, too.
+    """
+
+    project: Project
+    options: AnalysisOptions
+    generalization: Literal["val", "test"] | Blueprint | None = None
+    through_optimizer: bool = False
+
+    def record(self, path: Path) -> SpectrumRecord:
+        """Analyse the weights in a checkpoint.
+
+        Raises:
+            CheckpointError: If it cannot be loaded, or lacks the states of optimizers that are to be read.
+            MisconfigurationException: If the module or its data cannot be used.
+        """
+        record, checkpoint = self.project.at(path, self._record)
+        return replace(
+            record, epoch=int(checkpoint.get("epoch") or 0), global_step=int(checkpoint.get("global_step") or 0)
+        )
+
+    def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Checkpoint) -> SpectrumRecord:
+        other = self._generalization_loader(trainer)
+        recorder = Recorder(
+            self.project.training_analyzer(self.options, checkpoint),
+            # Drawn anew, for these may not be the data of the run.
+            None if other is None else self.project.analyzer(self.options, checkpoint, other),
+            preconditioner="optimizer" if self.through_optimizer else None,
+        )
+        if self.through_optimizer:
+            _load_optimizers(trainer, checkpoint)
+        recorder.start(trainer, _attempt)
+        return recorder.record(trainer, pl_module, trainer.current_epoch, _attempt)
+
+    def _generalization_loader(self, trainer: pl.Trainer) -> Any:
+        wanted = self.generalization
+        if wanted is None:
+            return None
+        if isinstance(wanted, Blueprint):
+            data = wanted.build(pl.LightningDataModule, {})
+            data.prepare_data()
+            data.setup("fit")
+            return data.train_dataloader()
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        data.setup("validate" if wanted == "val" else "test")
+        return data.val_dataloader() if wanted == "val" else data.test_dataloader()
+
+
+def sample_size(project: Project, path: Path, stability: Stability, options: AnalysisOptions) -> SampleSize:
+    """Find how many samples are enough at the weights in a checkpoint.
+
+    Raises:
+        CheckpointError: If it cannot be loaded.
+        MisconfigurationException: If the module or its data cannot be used.
+        ValueError: If there are fewer than 8 samples.
+        ArithmeticError: If the loss or a product is NaN or infinite, or the spectrum has no positive eigenvalue.
+    """
+
+    def work(trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Checkpoint) -> SampleSize:
+        return project.training_analyzer(options, checkpoint).sample_size(trainer, pl_module, stability)
+
+    return project.at(path, work)[0]
+
+
+def _load_optimizers(trainer: pl.Trainer, checkpoint: Checkpoint) -> None:
+    states = checkpoint.get("optimizer_states") or []
+    if len(states) != len(trainer.optimizers):
+        msg = (
+            f"the checkpoint has the states of {len(states)} optimizers, the module {len(trainer.optimizers)} "
+            "optimizers: the Hessian cannot be seen through their eyes."
+        )
+        raise CheckpointError(msg)
+    try:
+        for optimizer, state in zip(trainer.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+    except DAMAGE as error:
+        msg = f"the states of optimizers in the checkpoint do not fit those of the module: {one_line(error)}"
+        raise CheckpointError(msg) from error
+
+
+@contextlib.contextmanager
+def _attempt(consequence: str) -> Iterator[list[str]]:  # noqa: ARG001 - the record says it
+    """Turn an exception into an entry of a list.
+
+    Yields:
+        The list.
+    """
+    failures: list[str] = []
+    try:
+        yield failures
+    except Exception as error:  # noqa: BLE001 - whatever it is, it goes into the record
+        failures.append(f"{type(error).__name__}: {one_line(error)}")

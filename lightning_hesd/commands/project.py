@@ -1,0 +1,266 @@
+"""A model, its data, and checkpoints of it: load one, and let a Trainer prepare everything up to the start of training.
+
+So modules, data modules and devices are treated as the callback finds them in a run, and no step is taken.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch import Callback
+
+from lightning_hesd.spectra.foreign import DAMAGE, each, integer, misfit, of, one_line, optional
+from lightning_hesd.training.analyzer import TrainerAnalyzer, check_samples
+from lightning_hesd.training.callback import HessianSpectrumCallback
+from lightning_hesd.training.loss import check_loss_source
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from lightning_hesd.numerics.options import AnalysisOptions
+    from lightning_hesd.numerics.pipeline import LossFunction
+
+DEFAULT_NUM_SAMPLES: int = inspect.signature(HessianSpectrumCallback).parameters["num_samples"].default
+
+Result = TypeVar("Result")
+Checkpoint = dict[str, Any]
+
+
+PARTS = {
+    "state_dict": of(Mapping),
+    "epoch": optional(integer),
+    "global_step": optional(integer),
+    "hyper_parameters": optional(of(Mapping)),
+    "datamodule_hyper_parameters": optional(of(Mapping)),
+    "callbacks": optional(of(dict)),
+    "optimizer_states": optional(each(of(dict))),
+}
+"""What is taken from a checkpoint, if it is there."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint, or what it is to be loaded into, cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A class and what to give it.
+
+    Attributes:
+        class_path: Where to import it from, such as "package.module.Class".
+        arguments: Arguments of its `__init__`; they take precedence over hyperparameters in a checkpoint. Objects may
+            be given as LightningCLI does, as `class_path` and `init_args`.
+    """
+
+    class_path: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self, kind: type, hyperparameters: Mapping[str, Any]) -> Any:
+        """Return an instance.
+
+        Args:
+            kind: What it must be an instance of.
+            hyperparameters: As saved in a checkpoint; those that the class does not take are passed over.
+
+        Raises:
+            CheckpointError: If there is no such class, or it cannot be instantiated.
+        """
+        from jsonargparse import ArgumentError, ArgumentParser  # noqa: PLC0415 - an optional dependency
+
+        cls = imported(self.class_path)
+        if not (isinstance(cls, type) and issubclass(cls, kind)):
+            msg = f"{self.class_path} must be a {kind.__name__}, got {cls!r}."
+            raise CheckpointError(msg)
+        takes = inspect.signature(cls).parameters
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+        saved = {k: v for k, v in hyperparameters.items() if (takes_all or k in takes) and not k.startswith("_")}
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(cls, "instance", fail_untyped=False)
+        try:
+            config = parser.parse_object({"instance": {**saved, **self.arguments}})
+            return parser.instantiate(config).instance
+        except (ArgumentError, TypeError, ValueError) as error:
+            msg = f"{self.class_path} cannot be instantiated: {one_line(error)}"
+            raise CheckpointError(msg) from error
+
+
+def imported(path: str) -> Any:
+    """Return what "package.module.name" stands for.
+
+    Raises:
+        CheckpointError: If there is no such thing.
+    """
+    module_name, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        msg = f"cannot import {path!r}: {one_line(error)}"
+        raise CheckpointError(msg) from error
+
+
+def load_checkpoint(path: Path, *, unsafe: bool = False) -> Checkpoint:
+    """Read a Lightning checkpoint to the CPU.
+
+    Args:
+        path: The file.
+        unsafe: Also load objects of any class, which can run any code.
+
+    Raises:
+        CheckpointError: If it cannot be read, or holds no weights.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=not unsafe)
+    except FileNotFoundError as error:
+        msg = f"{path} does not exist."
+        raise CheckpointError(msg) from error
+    except pickle.UnpicklingError as error:
+        hint = "" if unsafe else ", or holds other objects than weights and plain values (--unsafe loads those, too)"
+        msg = f"{path} is damaged{hint}: {one_line(error)}"
+        raise CheckpointError(msg) from error
+    except Exception as error:  # a damaged file makes the unpickler stumble over anything
+        msg = f"{path} cannot be read as a checkpoint: {one_line(error)}"
+        raise CheckpointError(msg) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        msg = f"{path} is no Lightning checkpoint: it has no 'state_dict'."
+        raise CheckpointError(msg)
+    wrong = misfit({**dict.fromkeys(PARTS), **checkpoint}, PARTS)
+    if wrong is not None:
+        msg = f"{path} is damaged: its {wrong!r} is something else than Lightning writes."
+        raise CheckpointError(msg)
+    return checkpoint
+
+
+@dataclass(frozen=True)
+class Project:
+    """What checkpoints are of, and how they are analysed.
+
+    Attributes:
+        model: The LightningModule.
+        data: The LightningDataModule, whose training data are analysed.
+        num_samples: Number of samples; None: those that the callback drew, as the checkpoint knows, else 512.
+        batch_size: Samples per batch.
+        loss_fn: As for the callback; None: the module's `training_step`.
+        name: Name of the callback in the run.
+        accelerator: As for the Trainer.
+        devices: As for the Trainer.
+        num_nodes: As for the Trainer.
+        strategy: As for the Trainer.
+        unsafe: Whether to load checkpoints with objects of any class.
+    """
+
+    model: Blueprint
+    data: Blueprint
+    num_samples: int | None = None
+    batch_size: int | None = None
+    loss_fn: LossFunction | None = None
+    name: str = "hesd"
+    accelerator: str = "auto"
+    devices: int | str = 1
+    num_nodes: int = 1
+    strategy: str = "auto"
+    unsafe: bool = False
+
+    def at(
+        self, path: Path, work: Callable[[pl.Trainer, pl.LightningModule, Checkpoint], Result]
+    ) -> tuple[Result, Checkpoint]:
+        """Return what `work` finds at the weights in a checkpoint, at the start of training, and the checkpoint.
+
+        Raises:
+            CheckpointError: If it cannot be loaded.
+            MisconfigurationException: If the module or its data cannot be used.
+        """
+        checkpoint = load_checkpoint(path, unsafe=self.unsafe)
+        module = self.model.build(pl.LightningModule, checkpoint.get("hyper_parameters") or {})
+        data = self.data.build(pl.LightningDataModule, checkpoint.get("datamodule_hyper_parameters") or {})
+        _load_weights(module, checkpoint, path)
+        check_loss_source(module, self.loss_fn)
+        found: list[Result] = []
+        trainer = pl.Trainer(
+            accelerator=self.accelerator,
+            devices=self.devices,
+            num_nodes=self.num_nodes,
+            strategy=self.strategy,
+            max_epochs=1,
+            min_epochs=0,
+            callbacks=[_AtStart(lambda trainer, module: found.append(work(trainer, module, checkpoint)))],
+            logger=False,
+            num_sanity_val_steps=0,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, datamodule=data)
+        return found[0], checkpoint  # `fit` either starts or raises
+
+    def training_analyzer(self, options: AnalysisOptions, checkpoint: Checkpoint) -> TrainerAnalyzer:
+        """Return what analyses the training data: on the samples of the run, unless others are wanted."""
+        drawn = self._drawn(checkpoint)
+        analyzer = self.analyzer(options, checkpoint)
+        if drawn:
+            analyzer.load_state_dict(drawn)
+        return analyzer
+
+    def analyzer(self, options: AnalysisOptions, checkpoint: Checkpoint, dataloader: Any = None) -> TrainerAnalyzer:
+        """Return what analyses samples drawn anew, as many as in the run, unless another number is wanted.
+
+        Args:
+            options: As for `hessian_spectrum`.
+            checkpoint: The checkpoint.
+            dataloader: Whose samples; None: the training data's.
+        """
+        drawn = self._drawn(checkpoint)
+        return TrainerAnalyzer(
+            options,
+            num_samples=drawn["num_samples"] if drawn else self.num_samples or DEFAULT_NUM_SAMPLES,
+            batch_size=self.batch_size,
+            dataloader=dataloader,
+            loss_fn=self.loss_fn,
+        )
+
+    def _drawn(self, checkpoint: Checkpoint) -> dict[str, Any] | None:
+        """Return what the callback of the run says of its training samples, if they are wanted.
+
+        Raises:
+            CheckpointError: If it says something else.
+        """
+        key = HessianSpectrumCallback(name=self.name).state_key
+        state = (checkpoint.get("callbacks") or {}).get(key)
+        if state is None or self.num_samples is not None:
+            return None
+        try:
+            drawn: dict[str, Any] = state["samples"]["training"]
+            check_samples(drawn)
+        except DAMAGE as error:
+            msg = f"the checkpoint's callback {self.name!r} does not say which samples it drew ({one_line(error)})."
+            raise CheckpointError(msg) from error
+        return drawn
+
+
+class _AtStart(Callback):
+    """Works at the start of training, and ends it there."""
+
+    def __init__(self, work: Callable[[pl.Trainer, pl.LightningModule], object]) -> None:
+        self._work = work
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Work."""
+        trainer.should_stop = True
+        self._work(trainer, pl_module)
+
+
+def _load_weights(module: pl.LightningModule, checkpoint: Checkpoint, path: Path) -> None:
+    try:
+        module.configure_model()
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
+    except DAMAGE as error:
+        msg = f"the weights in {path} do not fit {type(module).__name__}: {one_line(error)}"
+        raise CheckpointError(msg) from error

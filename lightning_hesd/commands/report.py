@@ -1,0 +1,138 @@
+"""A run as one HTML file that needs nothing else: the frontend of the HESD tab, with the data in the page."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_hesd.spectra.files import written_whole
+from lightning_hesd.spectra.payload import CHOICE_FIELDS, CHOICES_NAME, PayloadError, read_payload, record_payload
+from lightning_hesd.spectra.picks import picks, rewound
+from lightning_hesd.tensorboard_plugin.assets import PLOTLY, REPORT, SHARED, STYLE, content
+from lightning_hesd.training.history import SpectrumHistory
+
+if TYPE_CHECKING:
+    import os
+
+IMPORT = re.compile(r"^import\s[^;]*;\n", re.MULTILINE)
+EXPORT = re.compile(r"^export\s+", re.MULTILINE)
+
+
+def write_report(log_dir: str | os.PathLike[str], out: str | os.PathLike[str], name: str = "hesd") -> None:
+    """Write the report of a run.
+
+    Args:
+        log_dir: The run's log directory, or the folder of its history.
+        out: The file to write.
+        name: The callback's `name`.
+
+    Raises:
+        FileNotFoundError: If there is no history.
+        ValueError: If the history is empty or damaged.
+    """
+    document = report(run_data(log_dir, name))
+    target = Path(out)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(target) as partial:
+        # Names of files need not be text; what has no letters gets question marks.
+        partial.write_text(document, encoding="utf-8", errors="replace")
+
+
+def run_data(log_dir: str | os.PathLike[str], name: str = "hesd") -> dict[str, Any]:
+    """Return what the tab's backend would answer about the records of a run.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    history = SpectrumHistory.load(log_dir, name)
+    if not history:
+        msg = f"the history in {log_dir} has no records yet."
+        raise ValueError(msg)
+    records = [record_payload(record) for record in history]
+    folder = next(f for f in (Path(log_dir) / name, Path(log_dir)) if f.is_dir())
+    choices, problems = _choices(folder / CHOICES_NAME)
+    rules = picks(records, choices)
+    return {
+        "run": _run_name(Path(log_dir).resolve()),
+        "name": name,
+        "colour": 0,
+        "records": records,
+        "rules": rules,
+        "problems": problems,
+    }
+
+
+def _run_name(folder: Path) -> str:
+    """Return the name of a run's folder, with the one around it where Lightning has numbered it."""
+    return f"{folder.parent.name}/{folder.name}" if folder.name.startswith("version_") else folder.name
+
+
+def _choices(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    if not path.is_file():
+        return [], []
+    by_rule: dict[str, list[dict[str, Any]]] = {}
+    problems = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            choice = read_payload(line, CHOICE_FIELDS)
+            by_rule.setdefault(choice["key"], []).append(choice)
+        except PayloadError as error:  # noqa: PERF203 - an interruption may have cut the last line off
+            problems.append(f"{path.name}, line {number}: {error}")
+    return [choice for made in by_rule.values() for choice in rewound(made)], problems
+
+
+def report(*runs: dict[str, Any]) -> str:
+    """Return the HTML document that shows runs.
+
+    Its scripts are the only ones that its policy lets run, and nothing may be fetched.
+
+    Raises:
+        ValueError: If a script cannot stand in a page.
+    """
+    plotly = content(PLOTLY).decode()
+    script = "\n".join(_inlined(content(file).decode()) for file in (*SHARED, REPORT))
+    for text in (plotly, script):
+        if "</script" in text.lower():
+            msg = "a script of the report would end it early: it contains '</script'."
+            raise ValueError(msg)
+    # Within a script element only "<" can do harm, and JSON takes it as an escape, too.
+    data = json.dumps({"runs": runs}, allow_nan=False).replace("<", "\\u003c")
+    policy = (
+        f"default-src 'none'; script-src {_digest(plotly)} {_digest(script)}; style-src 'unsafe-inline'; "
+        "img-src data: blob:"
+    )
+    title = html.escape(f"HESD: {', '.join(run['run'] for run in runs)}")
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+{content(STYLE).decode()}</style>
+</head>
+<body>
+<div id="hesd"></div>
+<noscript>This report is drawn by scripts, which are switched off here.</noscript>
+<script type="application/json" id="hesd-data">{data}</script>
+<script>{plotly}</script>
+<script type="module">{script}</script>
+</body>
+</html>
+"""
+
+
+def _inlined(module: str) -> str:
+    """Return a module without its imports and exports: all of them become one, in the order of their imports."""
+    return EXPORT.sub("", IMPORT.sub("", module))
+
+
+def _digest(script: str) -> str:
+    """Return the script as a Content Security Policy names it."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

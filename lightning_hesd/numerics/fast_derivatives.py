@@ -1,0 +1,170 @@
+"""Operations whose second derivatives are cheap, in place of PyTorch's while inside.
+
+On the CPU PyTorch differentiates the gradient of a convolution by convolving with whole feature maps, and those of
+normalisation and activation layers in up to thirty passes over them. With the functions below this module a
+Hessian-vector product of ResNet20 takes 2.0 gradients instead of 2.6, one of a vision transformer 2.0 instead of 2.5
+(float32, two threads); values and derivatives are the same to rounding.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_hesd.numerics.autograd_functions import (
+    Convolution,
+    Linear,
+    Scale,
+    attention,
+    bilinear,
+    gelu,
+    layer_norm,
+    relu,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_LARGE = 100_000
+"""Elements from which on fewer passes over memory outweigh a function of Python in the graph."""
+
+
+class FastDerivatives(TorchFunctionMode):
+    """Replaces what it can do faster, wherever it is called; everything else goes its usual way."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        replacement = _REPLACEMENTS.get(func)
+        if replacement is not None and torch.is_grad_enabled():
+            result = replacement(*args, **(kwargs or {}))
+            if result is not None:
+                return result
+        return func(*args, **(kwargs or {}))
+
+
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Whether these are ordinary tensors of the CPU, of one type, outside autocast and function transforms."""
+    if torch.is_autocast_enabled("cpu") or torch._C._functorch.peek_interpreter_stack() is not None:  # noqa: SLF001
+        return False
+    present = [t for t in tensors if t is not None]
+    return len({t.dtype for t in present}) == 1 and all(
+        type(t) in {Tensor, nn.Parameter}
+        and t.device.type == "cpu"
+        and t.is_floating_point()
+        and t.layout == torch.strided
+        for t in present
+    )
+
+
+def _convolution(  # noqa: PLR0917 - PyTorch's order
+    input: Tensor,  # noqa: A002 - PyTorch's name
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    dimensions = weight.ndim - 2
+    if isinstance(padding, str) or input.ndim != weight.ndim or not _is_plain(input, weight, bias):
+        return None
+    shape = [[n] * dimensions if isinstance(n, int) else [*n] for n in (stride, padding, dilation)]
+    stride, padding, dilation = (s * dimensions if len(s) == 1 else s for s in shape)
+    return bilinear(Convolution(stride, padding, dilation, groups), input, weight, bias)
+
+
+def _batch_norm(  # noqa: PLR0917 - PyTorch's order
+    input: Tensor,  # noqa: A002 - PyTorch's name
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,  # noqa: FBT001
+    momentum: float | None = 0.1,  # noqa: ARG001
+    eps: float = 1e-5,
+) -> Tensor | None:
+    if training or running_mean is None or running_var is None or not _is_plain(input, running_mean, weight, bias):
+        return None
+    scale = (running_var + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight
+    shift = -running_mean * scale
+    if bias is not None:
+        shift = shift + bias
+    shape = (1, -1, *[1] * (input.ndim - 2))
+    return bilinear(Scale(), input, scale.view(shape), shift.view(shape))
+
+
+def _layer_norm(  # noqa: PLR0917 - PyTorch's order
+    input: Tensor,  # noqa: A002 - PyTorch's name
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,  # noqa: ARG001, FBT001
+) -> Tensor | None:
+    shape = torch.Size(normalized_shape)
+    fits = input.shape[-len(shape) :] == shape and all(p is None or p.shape == shape for p in (weight, bias))
+    if not fits or input.numel() < _LARGE or not _is_plain(input, weight, bias):
+        return None
+    w, b = (None if p is None else p.flatten() for p in (weight, bias))
+    return layer_norm(input.reshape(-1, shape.numel()), w, b, eps).view(input.shape)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:  # noqa: A002 - PyTorch's name
+    fits = weight.ndim == 2 and input.ndim >= 2
+    if not fits or input.numel() < _LARGE or not _is_plain(input, weight, bias):
+        return None
+    rows = bilinear(Linear(), input.reshape(-1, input.shape[-1]), weight, bias)
+    return rows.view(*input.shape[:-1], len(weight))
+
+
+def _relu(input: Tensor, inplace: bool = False) -> Tensor | None:  # noqa: A002, FBT001 - PyTorch's names
+    if inplace or input.numel() < _LARGE or not _is_plain(input):
+        return None
+    return relu(input)
+
+
+def _gelu(input: Tensor, *, approximate: str = "none") -> Tensor | None:  # noqa: A002 - PyTorch's name
+    if input.numel() < _LARGE or not _is_plain(input):
+        return None
+    return gelu(input, approximate)
+
+
+def _attention(  # noqa: PLR0917 - PyTorch's order
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,  # noqa: FBT001
+    scale: float | None = None,
+    enable_gqa: bool = False,  # noqa: FBT001
+) -> Tensor | None:
+    special = (
+        attn_mask is not None or dropout_p or enable_gqa or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+    )
+    if special or query.numel() < _LARGE or not _is_plain(query, key, value):
+        return None
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = (x.reshape(-1, *x.shape[-2:]) for x in (query, key, value))
+    return attention(q, k, v, scale, causal=is_causal).view(*query.shape[:-1], -1)
+
+
+_REPLACEMENTS: dict[Any, Callable[..., Tensor | None]] = {
+    torch.conv1d: _convolution,
+    torch.conv2d: _convolution,
+    torch.conv3d: _convolution,
+    F.batch_norm: _batch_norm,
+    F.linear: _linear,
+    F.relu: _relu,
+    torch.relu: _relu,
+    Tensor.relu: _relu,
+    F.gelu: _gelu,
+    F.scaled_dot_product_attention: _attention,
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+}

@@ -1,0 +1,138 @@
+"""Products with a Hessian as central differences of the gradient, where there is no second derivative."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_hesd.numerics.matrices import EVERYTHING, gradient
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from lightning_hesd.numerics.matrices import Product, Vector
+    from lightning_hesd.numerics.vectors import VectorSpace
+
+LADDER_FACTOR = 4.0
+"""Ratio of neighbouring steps in the search for the best step of central differences."""
+
+LADDER_RUNGS = 10
+
+ERROR_MARGIN = 4.0
+"""The search sees one sample of the rounding; this many times as much is stated for all products."""
+
+
+@dataclass
+class FiniteDifferences:
+    """Products by central differences of the gradient: two gradients each, and nothing else is needed of the loss.
+
+    The parameters are moved in place and put back bit by bit, so that compiled, scripted and custom code sees them.
+
+    Attributes:
+        parameters: The analysed parameters.
+        space: The space of vectors over them.
+        blocks: The diagonal blocks that are wanted, each a range of the parameters.
+        step: How far they are moved along the vector, to either side.
+    """
+
+    parameters: Sequence[Tensor]
+    space: VectorSpace
+    blocks: Sequence[slice] = (EVERYTHING,)
+    step: float = 0.0
+    _originals: list[Tensor] = field(init=False)
+    _by_backward: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        self._originals = [p.detach().clone() for p in self.parameters]
+
+    def product(self, function: Callable[[], Tensor]) -> Product:
+        """Return the product with the Hessian of a function of the parameters, a scalar, at the present `step`."""
+
+        def product(vector: Vector) -> Vector:
+            result: list[Tensor | None] = [None] * len(self.parameters)
+            for block in self.blocks:
+                result[block] = self._block_product(function, block, vector[block])
+            return result
+
+        return product
+
+    def _block_product(self, function: Callable[[], Tensor], block: slice, vector: Vector) -> list[Tensor | None]:
+        squares = sum(float(v.double().square().sum()) for v in vector if v is not None)
+        length = math.sqrt(self.space.total(squares))
+        if not length:
+            return [None] * len(vector)
+        try:
+            self._move(block, vector, self.step / length)
+            ahead = self.gradient(function, block)
+            self._move(block, vector, -self.step / length)
+            behind = self.gradient(function, block)
+        finally:
+            self._move(block, vector, 0.0)
+        return [a.sub_(b).div_(2 * self.step / length) for a, b in zip(ahead, behind, strict=True)]
+
+    def choose_step(self, matvec: Callable[[Tensor], Tensor], vector: Tensor, known: float | None = None) -> float:
+        """Choose the step that balances truncation, which falls with the step, against rounding, which grows.
+
+        From a long step downward, each a quarter of the one before, products of neighbouring steps differ by the
+        truncation of the longer and the rounding of the shorter; where they differ least, that difference is the error
+        of the shorter. The test vector is made rich in the directions of extreme curvature, where truncation is worst.
+
+        Args:
+            matvec: The product with the whole Hessian, at the present `step`.
+            vector: A random vector, shape (n,).
+            known: The step found for other weights: the search begins near it.
+
+        Returns:
+            Norm of the error of a product with a unit vector; 0 where there is nothing to measure.
+        """
+        epsilon = max(torch.finfo(p.dtype).eps for p in self.parameters)
+        size = math.sqrt(self.space.total(sum(float(p.double().square().sum()) for p in self._originals)))
+        self.step = known or max(size, 1.0) * epsilon ** (1 / 3) / LADDER_FACTOR
+        for _ in range(2):
+            vector = matvec(vector / self.space.norm(vector))
+        norm = self.space.norm(vector)
+        if not 0 < float(norm) < math.inf:
+            return 0.0  # no curvature, or a failure, which the first product will tell
+        vector /= norm
+
+        best = (math.inf, self.step)
+        self.step *= LADDER_FACTOR if known else LADDER_FACTOR**2
+        previous = matvec(vector)
+        for _ in range(LADDER_RUNGS):
+            self.step /= LADDER_FACTOR
+            product = matvec(vector)
+            gap = float(self.space.norm(product - previous))
+            best = min(best, (gap, self.step))
+            if gap > 2 * best[0]:
+                break
+            previous = product
+        gap, self.step = best
+        return ERROR_MARGIN * gap
+
+    def gradient(self, function: Callable[[], Tensor], block: slice = EVERYTHING) -> list[Tensor]:
+        """Return the gradient of a function of the parameters at their present values, by default by all of them."""
+        parameters = self.parameters[block]
+        if not self._by_backward:
+            try:
+                return gradient(function(), parameters)
+            except RuntimeError:  # reentrant activation checkpointing knows `backward()` only
+                self._by_backward = True
+        for p in self.parameters:
+            p.grad = None
+        function().backward()  # type: ignore[no-untyped-call]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        for p in self.parameters:
+            p.grad = None
+        return gradients
+
+    def _move(self, block: slice, vector: Vector, distance: float) -> None:
+        for p, original, part in zip(self.parameters[block], self._originals[block], vector, strict=True):
+            if distance and part is not None:
+                torch.add(original, part, alpha=distance, out=p.data)
+            else:
+                p.data.copy_(original)

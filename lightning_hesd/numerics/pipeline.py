@@ -1,0 +1,251 @@
+"""From a module, batches and a loss to spectra: parameters, memory, matrix, operators and Lanczos processes in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from lightning_hesd.numerics.estimation import Estimation, run_together
+from lightning_hesd.numerics.fast_derivatives import FastDerivatives
+from lightning_hesd.numerics.guards import analysis_state
+from lightning_hesd.numerics.layers import Layers, blocks
+from lightning_hesd.numerics.layout import Layout
+from lightning_hesd.numerics.matrices import GaussNewtonMatrix, HessianMatrix, ResidualMatrix
+from lightning_hesd.numerics.memory import MemoryPlan, plan_memory
+from lightning_hesd.numerics.operators import CurvatureOperator, prepare_differences
+from lightning_hesd.numerics.parameters import inverse_root, select_parameters, vector_dtype
+from lightning_hesd.numerics.sample_mean import SampleMean
+from lightning_hesd.numerics.snapshot import seed_everything
+
+if TYPE_CHECKING:
+    from lightning_hesd.numerics.batches import WeightedBatch
+    from lightning_hesd.numerics.lanczos import Storage
+    from lightning_hesd.numerics.layout import AllReduce
+    from lightning_hesd.numerics.matrices import Matrix
+    from lightning_hesd.numerics.options import AnalysisOptions
+    from lightning_hesd.numerics.strategies import Calibration
+    from lightning_hesd.spectra.spectrum import Spectrum
+
+LossFunction = Callable[[Any, Any], Any]
+"""loss_fn(module, batch) -> mean loss over the batch, a scalar tensor.
+
+With `Tensor` for the result, LightningCLI would refuse functions that do not say what they return.
+"""
+
+Report = Callable[[int, int], None]
+"""Takes the steps done and the most there can be."""
+
+SCALING_VECTORS = 3
+"""What a preconditioner adds to the vectors: the scale, and what is scaled before and after a product."""
+
+
+class Context(TypedDict, total=False):
+    """Where an analysis runs, and what is known beforehand.
+
+    Attributes:
+        all_reduce: Sums a tensor over the processes; None for a single process.
+        layout: How the parameters lie in the processes; None: each holds all of them.
+        processes: How many of the processes share this computer's memory.
+        report: Called after every Lanczos step with the steps done and the most there can be.
+        calibration: What earlier analyses of the same loss found out; brought up to date.
+        reason: Why the options are not those of the user; None if they are.
+    """
+
+    all_reduce: AllReduce | None
+    layout: Layout | None
+    processes: int
+    report: Report | None
+    calibration: Calibration | None
+    reason: str | None
+
+
+def analyze(
+    module: nn.Module,
+    batches: Sequence[WeightedBatch],
+    loss_fn: LossFunction,
+    options: AnalysisOptions,
+    **context: Unpack[Context],
+) -> Spectrum:
+    """Do the work of `hessian_spectrum`, possibly as one of several processes.
+
+    Args:
+        module: The module, with equal parameters in every process, or parts of the same ones.
+        batches: This process's share of the batches.
+        loss_fn: As for `hessian_spectrum`.
+        options: As for `hessian_spectrum`, equal in every process.
+        **context: Where it runs.
+
+    Returns:
+        The spectrum, equal in every process.
+    """
+    everything = list(select_parameters(module, options).values())
+    with estimated(module, batches, loss_fn, options, [everything], **context) as [estimation]:
+        return estimation.spectrum()
+
+
+def analyze_layers(
+    module: nn.Module,
+    batches: Sequence[WeightedBatch],
+    loss_fn: LossFunction,
+    options: AnalysisOptions,
+    layers: Layers | None,
+    **context: Unpack[Context],
+) -> dict[str, Spectrum]:
+    """Do the work of `layer_spectra`, possibly as one of several processes; arguments as for `analyze`."""
+    found = blocks(module, layers, select_parameters(module, options))
+    with estimated(module, batches, loss_fn, options, list(found.values()), **context) as estimations:
+        return {name: estimation.spectrum() for name, estimation in zip(found, estimations, strict=True)}
+
+
+@contextlib.contextmanager
+def estimated(
+    module: nn.Module,
+    batches: Sequence[WeightedBatch],
+    loss_fn: LossFunction,
+    options: AnalysisOptions,
+    parts: Sequence[Sequence[nn.Parameter]],
+    *,
+    all_reduce: AllReduce | None = None,
+    layout: Layout | None = None,
+    processes: int = 1,
+    report: Report | None = None,
+    calibration: Calibration | None = None,
+    reason: str | None = None,
+) -> Iterator[list[Estimation]]:
+    """Run the Lanczos processes of the diagonal blocks that belong to these parts of the parameters.
+
+    Yields:
+        The processes of each block, in the state in which products are possible.
+    """
+    started = time.perf_counter()
+    layout = layout or Layout()
+    layout.check(groups=options.wants_sampling_error, scaled=options.preconditioner is not None)
+    analysed = [p for part in parts for p in part]
+    parameters = layout.parts(analysed)
+    ends = list(itertools.accumulate(len(part) for part in parts))
+    ranges = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
+    dtype = options.dtype or vector_dtype(parameters)
+    plan = _plan(module, parameters, dtype, options=options, layout=layout, all_reduce=all_reduce, processes=processes)
+
+    with analysis_state(module, options.mode, analysed), layout.opened(module):
+        mean = SampleMean(
+            _matrix(module, loss_fn, parameters, ranges, options=options, layout=layout),
+            layout.joint(batches),
+            strategy=options.strategy,
+            dtype=dtype,
+            all_reduce=all_reduce,
+            graph_memory=plan.graphs,
+            calibration=calibration,
+            layout=layout,
+        )
+        if reason is not None:
+            mean.maker.reason = reason if options.strategy != "auto" else f"{mean.maker.reason}; {reason}"
+        operators = [
+            CurvatureOperator(mean, block, inverse_root(module, part, options.preconditioner, dtype))
+            for block, part in zip(ranges, parts, strict=True)
+        ]
+        prepare_differences(operators)
+        tick = None if report is None else _counting(report, options.probes * options.steps)
+        estimations = [Estimation(operator, options, plan, started) for operator in operators]
+        run_together(estimations, tick)
+        yield estimations
+
+
+def _matrix(
+    module: nn.Module,
+    loss_fn: LossFunction,
+    parameters: Sequence[Tensor],
+    ranges: Sequence[slice],
+    *,
+    options: AnalysisOptions,
+    layout: Layout,
+) -> Matrix:
+    """Return the matrix of a batch; it calls the user's functions."""
+
+    @contextlib.contextmanager
+    def evaluated(batch: WeightedBatch) -> Iterator[Any]:
+        # The same dropout mask at every evaluation of this batch, and not the random numbers of the start vectors.
+        seed_everything(options.seed + 1 + batch.index)
+        with FastDerivatives(), layout.evaluation():
+            yield batch.copy().data
+
+    def loss(batch: WeightedBatch) -> Tensor:
+        with evaluated(batch) as data:
+            return layout.loss(_checked_loss(loss_fn(module, data), "loss_fn"), batch)
+
+    if options.matrix == "hessian":
+        return HessianMatrix(loss, parameters, blocks=ranges)
+    output_fn = cast("Callable[[Any, Any], Any]", options.output_fn)  # checked with the options
+    output_loss = cast("Callable[[Any, Any], Tensor]", options.output_loss)
+
+    def outputs(batch: WeightedBatch) -> Any:
+        with evaluated(batch) as data:
+            return output_fn(module, data)
+
+    def loss_of_outputs(values: Any, batch: WeightedBatch) -> Tensor:
+        with evaluated(batch) as data:
+            return layout.loss(_checked_loss(output_loss(values, data), "output_loss"), batch)
+
+    kind = GaussNewtonMatrix if options.matrix == "ggn" else ResidualMatrix
+    return kind(loss, parameters, outputs, loss_of_outputs, blocks=ranges)
+
+
+def _plan(
+    module: nn.Module,
+    parameters: Sequence[Tensor],
+    dtype: torch.dtype,
+    *,
+    options: AnalysisOptions,
+    layout: Layout,
+    all_reduce: AllReduce | None,
+    processes: int,
+) -> MemoryPlan:
+    """Plan the memory, with the same storage in every process: the leanest that one of them needs."""
+    own_elements = sum(p.numel() for p in parameters)
+    steps = min(options.steps, layout.space(parameters).dimension)
+    device = parameters[0].device
+
+    def plan(basis: Literal["auto"] | Storage) -> MemoryPlan:
+        return plan_memory(
+            [*module.parameters(), *module.buffers()],
+            own_elements * dtype.itemsize,
+            steps,
+            basis=basis,
+            device=device,
+            budget=options.memory_budget,
+            processes=processes,
+            more_vectors=0 if options.preconditioner is None else SCALING_VECTORS,
+        )
+
+    own = plan(options.basis)
+    add = all_reduce or layout.all_reduce
+    if add is None:
+        return own
+    storages: list[Storage] = ["device", "cpu", "none"]
+    votes = add(torch.tensor([float(own.storage == s) for s in storages], device=device)).tolist()
+    agreed = plan([storage for storage, vote in zip(storages, votes, strict=True) if vote][-1])
+    # Processes that work together must keep the graphs of the same batches.
+    return replace(agreed, graphs=-int(layout.largest(-agreed.graphs)))
+
+
+def _counting(report: Report, total: int) -> Callable[[], None]:
+    done = itertools.count(1)
+    return lambda: report(next(done), total)
+
+
+def _checked_loss(loss: Any, name: str) -> Tensor:
+    if not isinstance(loss, Tensor):
+        msg = f"`{name}` must return a scalar tensor, got {type(loss).__name__}."
+        raise TypeError(msg)
+    if loss.numel() != 1:
+        msg = f"`{name}` must return a scalar tensor, the mean over the batch; got shape {tuple(loss.shape)}."
+        raise TypeError(msg)
+    return loss.reshape(())

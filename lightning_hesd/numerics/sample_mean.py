@@ -1,0 +1,248 @@
+"""A matrix of the mean loss over all samples: the weighted mean of the batches' matrices, over all processes.
+
+H = Σ_b (w_b/W) H_b over batches b with weights w_b (their numbers of samples), W = Σ w_b. The sum may run over
+several processes: each holds a share of the batches, and `all_reduce` adds the shares up. Where processes work on one
+batch together, which their `layout` tells, its product is complete as it is.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from lightning_hesd.numerics.layout import Layout
+from lightning_hesd.numerics.strategies import Calibration, NoExactProductError, ProductMaker
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from lightning_hesd.numerics.batches import WeightedBatch
+    from lightning_hesd.numerics.layout import AllReduce
+    from lightning_hesd.numerics.matrices import Matrix, Product, Vector
+    from lightning_hesd.numerics.strategies import Strategy
+
+
+class AnotherProcessFailedError(RuntimeError):
+    """This process is fine, but the sum over processes cannot be completed."""
+
+    def __init__(self) -> None:
+        super().__init__("the analysis failed on another process, whose own message names the cause")
+
+
+class SampleMean:
+    """Products of the mean matrix, from one pass over the batches each.
+
+    With several processes a failure must not leave the others waiting in `all_reduce`: the process that fails goes on
+    contributing NaN, which every process sees at the same step, and raises its own error from `failure` afterwards.
+
+    Attributes:
+        matrix: The matrix of a batch.
+        batches: This process's share.
+        dtype: Floating-point type of the products.
+        layout: How the parameters lie in the processes.
+        space: The space of vectors over all parameters.
+        loss: Mean loss over all batches.
+        weight: Sum of the weights of all batches.
+        num_batches: Number of batches of all processes.
+        maker: Makes the products, and knows their strategy.
+        calibration: What is known about the loss.
+        product_error: Norm of the error of a product with a unit vector, beyond rounding: of central differences, see
+            `prepare_differences`.
+        failure: What went wrong in this process, if anything did.
+        passes: Products so far.
+        seconds_per_product: Mean time; meaningful on the CPU only, where calls do not return early.
+    """
+
+    def __init__(
+        self,
+        matrix: Matrix,
+        batches: Sequence[WeightedBatch],
+        *,
+        strategy: Strategy | Literal["auto"],
+        dtype: torch.dtype,
+        all_reduce: AllReduce | None = None,
+        graph_memory: float = math.inf,
+        calibration: Calibration | None = None,
+        layout: Layout | None = None,
+    ) -> None:
+        """Evaluate the loss of every batch and prepare the products.
+
+        Args:
+            matrix: The matrix of a batch.
+            batches: This process's share; may be empty if there are others.
+            strategy: How to compute products.
+            dtype: Floating-point type of the products.
+            all_reduce: Sums a tensor over processes; None for a single process.
+            graph_memory: Bytes that "auto" may spend on graphs, those that come and go included.
+            calibration: What is known from an earlier analysis; brought up to date.
+            layout: How the parameters lie in the processes; default: each holds all of them.
+
+        Raises:
+            ValueError: If no process has a batch, or the matrix cannot be what it is asked to be.
+            ArithmeticError: If the loss of a batch is NaN or infinite.
+            RuntimeError: If there are no products.
+            AnotherProcessFailedError: If that or anything else happened on another process.
+        """
+        self.matrix = matrix
+        self.batches = batches
+        self.dtype = dtype
+        self.failure: Exception | None = None
+        self.product_error = 0.0
+        self.passes = 0
+        self.seconds_per_product = 0.0
+        self._all_reduce = all_reduce
+        self._products: list[Product] = []
+        self._sizes = [p.numel() for p in matrix.parameters]
+
+        self.calibration = calibration or Calibration()
+        self.layout = layout or Layout()
+        self.space = self.layout.space(matrix.parameters)
+        self.calibration.renew(self.space.dimension)
+        self.maker = ProductMaker(
+            matrix, strategy, graph_memory=graph_memory, calibration=self.calibration, layout=self.layout
+        )
+        if not self._prepare():
+            self._prepare()
+
+    def _prepare(self) -> bool:
+        """Prepare the products of all batches.
+
+        If some process finds that there are no exact ones, all processes fall back and False is returned.
+
+        Raises:
+            ValueError: If no process has a batch.
+            ArithmeticError: If the loss of a batch is NaN or infinite.
+            AnotherProcessFailedError: If that or anything else happened on another process.
+        """
+        own = torch.zeros(5, dtype=torch.float64)  # weight, weight·loss, batches, failures, lacks of an exact product
+        obstacle = None
+        try:
+            for batch, (loss, product) in self.maker.make_all(self.batches):
+                if not loss.isfinite():
+                    msg = f"the loss of {batch.label} is {loss.item()}; the Hessian is undefined there."
+                    raise ArithmeticError(msg)  # noqa: TRY301 - on its way to the other processes
+                self._products.append(product)
+                own += torch.tensor([batch.weight, batch.weight * loss.item(), 1.0, 0.0, 0.0], dtype=torch.float64)
+        except NoExactProductError as error:
+            obstacle = str(error)
+            own = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+        except Exception as error:
+            if self._all_reduce is None:
+                raise
+            self.failure = error
+            own = torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0], dtype=torch.float64)
+        total = self.sum_over_processes(own.to(self.device)).tolist()
+        self.weight, weighted_loss, num_batches, failures, without_product = total
+        self.num_batches = round(num_batches)
+        if failures:
+            raise self.failure or AnotherProcessFailedError
+        if without_product:
+            self._products = []
+            self.maker.fall_back(obstacle or "another process found no exact product")
+            return False
+        if not self.weight:
+            msg = "there are no batches to analyse: `batches` is empty."
+            raise ValueError(msg)
+        self.loss = weighted_loss / self.weight
+        return True
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.matrix.parameters[0].device
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether other processes take part."""
+        return self._all_reduce is not None
+
+    def sum_over_processes(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over all processes."""
+        return tensor if self._all_reduce is None else self._all_reduce(tensor)
+
+    def product(self, vector: Vector) -> Tensor:
+        """Return the product with a vector, flat, shape (n,), summed over batches and processes."""
+        started = time.perf_counter()
+        result = torch.zeros(sum(self._sizes), dtype=self.dtype, device=self.device)
+        try:
+            if self.failure is None:
+                for batch, product in zip(self.batches, self._products, strict=True):
+                    self._add(product(vector), batch.weight / self.weight, result)
+        except Exception as error:
+            if self._all_reduce is None:
+                raise
+            self.failure = error
+        if self.failure is not None:
+            result.fill_(math.nan)
+        result = self.sum_over_processes(result)
+        self.passes += 1
+        self.seconds_per_product += (time.perf_counter() - started - self.seconds_per_product) / self.passes
+        return result
+
+    def group_products(self, vectors: Sequence[Vector], parts: int) -> Iterator[tuple[WeightedBatch, int, Tensor]]:
+        """Yield the products of groups of samples, each batch of this process cut into at most `parts` of them.
+
+        Args:
+            vectors: The vectors.
+            parts: Groups per batch.
+
+        Yields:
+            The group, its position among those of its batch, and its products, flat, shape (vectors, n).
+        """
+        for batch in self.batches:
+            for position, group in enumerate(batch.split(parts) if parts > 1 else [batch]):
+                _, product = self.maker.make(group, "graph")
+                result = torch.zeros(len(vectors), sum(self._sizes), dtype=self.dtype, device=self.device)
+                for row, vector in zip(result, vectors, strict=True):
+                    self._add(product(vector), 1.0, row)
+                yield group, position, result
+
+    def _add(self, product: Vector, weight: float, result: Tensor) -> None:
+        for target, part in zip(torch.split(result, self._sizes), product, strict=True):
+            if part is not None:
+                target.view_as(part).add_(part, alpha=weight)
+
+    def explain_non_finite(self, vector: Vector | None) -> Exception:
+        """Return the error for a product with `vector` that came out NaN or infinite, naming the batch."""
+        if vector is None:
+            msg = "a Hessian-vector product is NaN or infinite; which batch it comes from was not kept."
+            return self.failure or ArithmeticError(msg)
+        total = self.product(vector)  # before anybody returns: the other processes take part in it
+        if self.failure is not None:
+            return self.failure
+        for batch, product in zip(self.batches, self._products, strict=True):
+            if not self._is_finite(product(vector)):
+                msg = (
+                    f"the Hessian-vector product of {batch.label} is NaN or infinite, though its loss is finite; look "
+                    "for operations with undefined second derivatives (a square root or norm at zero, for example)."
+                )
+                return ArithmeticError(msg)
+        if self._is_finite([total]):
+            msg = f"the Hessian-vector products are too large for the arithmetic of {self.dtype}: scale the loss down."
+            return ArithmeticError(msg)
+        return AnotherProcessFailedError()
+
+    def _is_finite(self, vector: Vector) -> bool:
+        return not self.layout.largest(float(any(part is not None and not part.isfinite().all() for part in vector)))
+
+    def gradient_equivalents(self) -> float | None:
+        """Return seconds per product over seconds per gradient, on the CPU; calls on other devices return early."""
+        if self.device.type != "cpu" or not self.batches:
+            return None
+        # The last thing measured, so that the caches are as warm as they were for the products.
+        started = time.perf_counter()
+        for batch in self.batches:
+            self.maker.gradient(batch)
+        seconds = time.perf_counter() - started
+        return self.seconds_per_product / seconds if seconds > 0 else None
+
+
+def in_shape(vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """View a flat vector, shape (n,), in the shapes, and cast it to the dtypes, of the parameters."""
+    parts = torch.split(vector, [p.numel() for p in parameters])
+    return [part.view_as(p).to(p.dtype) for part, p in zip(parts, parameters, strict=True)]

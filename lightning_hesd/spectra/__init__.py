@@ -1,0 +1,1 @@
+"""Spectra as records, and all that follows from them: criteria, types, assessment, selection. NumPy, no torch."""

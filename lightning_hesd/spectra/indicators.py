@@ -1,0 +1,99 @@
+"""What the spectrum of a layer says about it, in numbers between 0 and 1 or in directions.
+
+Bolshim & Kugaevskikh (2025, arXiv:2510.17486) relate spectra of layer-wise Hessians to overfitting, to too few
+parameters and to expressivity. Of their indicators only the abstract is public; those here are usual measures of the
+same: how many directions are curved at all, how evenly, and how much of the curvature is negative.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lightning_hesd.spectra.spectrum import Spectrum
+
+NEAR_ZERO = 0.01
+"""Eigenvalues up to this share of the largest, in size, count as near zero."""
+
+
+@dataclass(frozen=True)
+class LayerIndicators:
+    """What the spectrum of a layer says about it.
+
+    All but the extremes are estimated by the quadrature of `Spectrum`, hence random: exact in the mean over probes.
+
+    Attributes:
+        c_t: C_t of the layer's Hessian (Gabdullin 2025, eq. 1).
+        lambda_max: Its largest eigenvalue.
+        trace: Its trace; those of all layers add up to that of the network.
+        trace_share: Of the sum of the layers' traces; NaN where that is not positive.
+        effective_rank: exp of the entropy of |λ|/Σ|λ| (Roy & Vetterli 2007): over how many directions the curvature
+            is spread, from 1 to the number of parameters; NaN where there is no curvature.
+        near_zero_share: Share of directions with |λ| at most 1 % of the largest |λ|.
+        negative_share: Σ|λ| over negative λ, as a share of Σ|λ| over all.
+    """
+
+    c_t: float
+    lambda_max: float
+    trace: float
+    trace_share: float
+    effective_rank: float
+    near_zero_share: float
+    negative_share: float
+
+
+def effective_rank(spectrum: Spectrum) -> float:
+    """Return exp(-Σ pᵢ log pᵢ) of pᵢ = |λᵢ|/Σ|λ| (Roy & Vetterli 2007); NaN where there is no curvature.
+
+    With S = Σ|λ| this is exp(log S - Σ|λ| log|λ| / S), two sums over the spectrum that quadrature estimates.
+    """
+    sizes = np.abs(spectrum.nodes)
+    curved = sizes > spectrum.rounding  # and no padding
+    sizes, shares = sizes[curved], spectrum.weights[curved] / len(spectrum.nodes)
+    total = spectrum.dimension * float(shares @ sizes)
+    if not total > 0:
+        return math.nan
+    entropy = math.log(total) - spectrum.dimension * float(shares @ (sizes * np.log(sizes))) / total
+    return math.exp(entropy)
+
+
+def near_zero_share(spectrum: Spectrum, relative: float = NEAR_ZERO) -> float:
+    """Return the share of directions with |λ| at most `relative` times the largest |λ|."""
+    sizes = np.abs(spectrum.nodes)
+    near = sizes <= max(relative * float(np.nanmax(sizes)), spectrum.rounding)
+    return float(np.where(near, spectrum.weights, 0.0).sum(axis=1).mean())
+
+
+def negative_share(spectrum: Spectrum) -> float:
+    """Return Σ|λ| over negative λ as a share of Σ|λ| over all; NaN where there is no curvature."""
+    parts = np.nan_to_num(spectrum.nodes) * spectrum.weights
+    negative = -float(np.where(spectrum.nodes < -spectrum.rounding, parts, 0.0).sum())
+    positive = float(np.where(spectrum.nodes > spectrum.rounding, parts, 0.0).sum())
+    return negative / (negative + positive) if negative + positive > 0 else math.nan
+
+
+def layer_indicators(layers: Mapping[str, Spectrum]) -> dict[str, LayerIndicators]:
+    """Return the indicators of each layer, from the spectra of all.
+
+    Args:
+        layers: What `layer_spectra` returns.
+    """
+    total = sum(spectrum.trace for spectrum in layers.values())
+    return {
+        name: LayerIndicators(
+            c_t=spectrum.c_t,
+            lambda_max=spectrum.lambda_max,
+            trace=spectrum.trace,
+            trace_share=spectrum.trace / total if total > 0 else math.nan,
+            effective_rank=effective_rank(spectrum),
+            near_zero_share=near_zero_share(spectrum),
+            negative_share=negative_share(spectrum),
+        )
+        for name, spectrum in layers.items()
+    }

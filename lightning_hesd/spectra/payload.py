@@ -1,0 +1,276 @@
+"""Records as plain JSON: what TensorBoard's HESD tab and the HTML report read. See docs/tensorboard-plugin.md.
+
+A record costs a few kilobytes. Undefined numbers are null, because JSON knows no NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lightning_hesd.spectra import criteria
+from lightning_hesd.spectra.foreign import (
+    DAMAGE,
+    each,
+    each_named,
+    having,
+    integer,
+    misfit,
+    number,
+    of,
+    one_line,
+    optional,
+    parsed,
+    text,
+)
+from lightning_hesd.spectra.indicators import layer_indicators
+from lightning_hesd.spectra.quadrature import legible_sigma
+from lightning_hesd.spectra.record import SUFFIXES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from lightning_hesd.spectra.foreign import Fields
+    from lightning_hesd.spectra.record import SpectrumRecord
+    from lightning_hesd.spectra.selection import Candidate, Choice
+    from lightning_hesd.spectra.spectrum import Spectrum
+
+VERSION = 1
+"""Changes when a field changes its meaning or goes; new fields alone do not change it."""
+
+PLUGIN_NAME = "hesd"
+RECORD = "record"
+CHOICE = "choice"
+"""The parts of tags after the callback's name: <name>/record, and <name>/choice/... for each rule."""
+
+CHOICES_NAME = "choices.jsonl"
+"""File of the payloads of choices in the folder of a history, one a line."""
+
+MAX_NODES = 256
+"""Nodes of all probes of a spectrum; of more, neighbours are drawn together."""
+
+DIGITS = 7
+"""Significant digits of numbers."""
+
+THRESHOLDS = {
+    "c_t": criteria.MP_THRESHOLD,
+    "delta_r_e": criteria.DELTA_R_E_THRESHOLD,
+    "delta_k_h05": criteria.DELTA_K_H05_THRESHOLD,
+}
+
+
+class PayloadError(ValueError):
+    """A payload cannot be read; the message says why."""
+
+
+# Writing ------------------------------------------------------------------------------------------------------------
+
+
+def record_payload(record: SpectrumRecord) -> dict[str, Any]:
+    """Return a record as plain values."""
+    spectra = {field: getattr(record, field) for field in SUFFIXES}
+    layers = layer_indicators(record.layers or {})
+    values = {
+        "version": VERSION,
+        "epoch": record.epoch,
+        "global_step": record.global_step,
+        "error": record.error,
+        "spectra": {field: _spectrum(found) for field, found in spectra.items() if found is not None},
+        "thresholds": THRESHOLDS,
+        "assessment": None if record.assessment is None else asdict(record.assessment),
+        "stability_ratio": record.stability_ratio,
+        "layers": [{"name": name, **asdict(found)} for name, found in layers.items()],
+    }
+    plain: dict[str, Any] = _plain(values)
+    return plain
+
+
+def choice_payload(choice: Choice) -> dict[str, Any]:
+    """Return what a checkpoint rule made of a record as plain values."""
+    newcomer = choice.newcomer
+    sign = 1.0 if choice.train_metric_mode == "max" else -1.0
+    values = {
+        "version": VERSION,
+        "key": choice.key,
+        "rule": choice.rule,
+        "train_metric": choice.train_metric,
+        "train_metric_mode": choice.train_metric_mode,
+        "tolerance": choice.selection.tolerance,
+        "require_mp": choice.selection.require_mp,
+        "epoch": newcomer.epoch,
+        "global_step": newcomer.global_step,
+        "metric": sign * newcomer.goodness,
+        "criterion": newcomer.criterion,
+        "mainly_positive": newcomer.mainly_positive,
+        "pick": choice.pick and _place(choice.pick),
+    }
+    plain: dict[str, Any] = _plain(values)
+    return plain
+
+
+def _place(candidate: Candidate) -> dict[str, Any]:
+    return {"epoch": candidate.epoch, "global_step": candidate.global_step, "path": candidate.path}
+
+
+def to_json(payload: Mapping[str, Any]) -> str:
+    """Return the text of a payload."""
+    return json.dumps(payload, separators=(",", ":"), allow_nan=False)
+
+
+def _spectrum(spectrum: Spectrum) -> dict[str, Any]:
+    low, high = spectrum.c_t_interval
+    present = ~np.isnan(spectrum.nodes)
+    nodes, weights = _merged(spectrum.nodes[present], spectrum.weights[present] / len(spectrum.nodes))
+    return {
+        "c_t": spectrum.c_t,
+        "c_t_low": low,
+        "c_t_high": high,
+        "c_t_sampling_error": spectrum.c_t_sampling_error,
+        "type": spectrum.hesd_type,
+        "type_certain": spectrum.type_certain,
+        "lambda_min": spectrum.lambda_min,
+        "lambda_max": spectrum.lambda_max,
+        "trace": spectrum.trace,
+        "k_h05": spectrum.k_h(0.5) if spectrum.tolerance is None else None,
+        "loss": spectrum.loss,
+        "rounding": spectrum.rounding,
+        "num_samples": spectrum.num_samples,
+        "dimension": spectrum.dimension,
+        "steps_per_probe": list(spectrum.steps_per_probe),
+        "matvecs": spectrum.matvecs,
+        "seconds": spectrum.seconds,
+        "confidence": spectrum.confidence,
+        "reason": spectrum.reason,
+        "sigma": legible_sigma(spectrum.lambda_min, spectrum.lambda_max),
+        "nodes": nodes.tolist(),
+        "weights": weights.tolist(),
+    }
+
+
+def _merged(
+    nodes: NDArray[np.float64], weights: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return nodes in ascending order with their weights, at most `MAX_NODES`.
+
+    Of too many, those between the extremes are put into bins of equal width in asinh λ, which is fine near zero, where
+    most nodes are, and coarse far out; each bin becomes a node at its centre of mass.
+    """
+    order = np.argsort(nodes)
+    nodes, weights = nodes[order], weights[order]
+    if len(nodes) <= MAX_NODES:
+        return nodes, weights
+    scale = float(np.abs(nodes).max()) / 1e4 or 1.0
+    place = np.arcsinh(nodes[1:-1] / scale)
+    edges = np.linspace(place[0], place[-1], MAX_NODES - 1)
+    bins = np.searchsorted(edges, place, side="right").clip(1, MAX_NODES - 2) - 1
+    mass = np.bincount(bins, weights[1:-1], MAX_NODES - 2)
+    moment = np.bincount(bins, weights[1:-1] * nodes[1:-1], MAX_NODES - 2)
+    filled = mass > 0
+    return (
+        np.concatenate([nodes[:1], moment[filled] / mass[filled], nodes[-1:]]),
+        np.concatenate([weights[:1], mass[filled], weights[-1:]]),
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Return the value with numbers rounded, and null for those that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    return value
+
+
+# Reading ------------------------------------------------------------------------------------------------------------
+
+
+RECORD_FIELDS: Fields = {
+    "epoch": integer,
+    "global_step": integer,
+    "error": optional(text),
+    "spectra": of(dict),
+    "thresholds": each_named(number),
+    "assessment": optional(
+        having(
+            {
+                "verdict": text,
+                "reasons": each(text),
+                "delta_r_e": optional(number),
+                "delta_k_h05": optional(number),
+            }
+        )
+    ),
+    "layers": each(having({"name": text})),
+}
+SPECTRUM_FIELDS: Fields = {
+    "nodes": each(number),
+    "weights": each(number),
+    "lambda_min": number,
+    "lambda_max": number,
+    "sigma": optional(number),
+    "loss": optional(number),
+    "c_t": optional(number),
+    "c_t_low": optional(number),
+    "c_t_high": optional(number),
+    "type": optional(text),
+}
+CHOICE_FIELDS: Fields = {
+    "key": text,
+    "rule": text,
+    "epoch": integer,
+    "global_step": integer,
+    "tolerance": number,
+    "require_mp": of(bool),
+    "train_metric": optional(text),
+    "train_metric_mode": text,
+    "metric": number,
+    "criterion": optional(number),
+    "mainly_positive": of(bool),
+    "pick": optional(having({"epoch": integer, "global_step": integer, "path": optional(text)})),
+}
+"""Fields that readers rely on, and what they may be."""
+
+
+def read_payload(source: str | bytes, fields: Fields = RECORD_FIELDS) -> dict[str, Any]:
+    """Return a payload from its text, which may be anybody's.
+
+    Args:
+        source: The text.
+        fields: Fields it must have: `RECORD_FIELDS` or `CHOICE_FIELDS`.
+
+    Raises:
+        PayloadError: If it is damaged, or of a version this one does not know.
+    """
+    try:
+        payload = parsed(source)
+        version = payload["version"]
+    except DAMAGE as error:
+        msg = f"this is no payload of lightning_hesd, or it is damaged ({type(error).__name__}: {one_line(error)})."
+        raise PayloadError(msg) from error
+    if version != VERSION:
+        msg = f"the payload has version {version!r:.40}, and this lightning_hesd reads version {VERSION}: update it."
+        raise PayloadError(msg)
+    _check(payload, fields)
+    for spectrum in payload["spectra"].values() if "spectra" in fields else ():
+        _check(spectrum, SPECTRUM_FIELDS)
+        if len(spectrum["nodes"]) != len(spectrum["weights"]):
+            msg = "the payload is damaged: it has another number of weights than of nodes."
+            raise PayloadError(msg)
+    found: dict[str, Any] = payload
+    return found
+
+
+def _check(values: Any, fields: Fields) -> None:
+    wrong = misfit(values, fields)
+    if wrong is not None:
+        msg = f"the payload is damaged: its `{wrong}` is missing or is something else."
+        raise PayloadError(msg)

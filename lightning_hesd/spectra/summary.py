@@ -1,0 +1,187 @@
+"""A run in words for the terminal: a line for each analysis, and at the end a table of all."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lightning_hesd.spectra.record import START_EPOCH
+from lightning_hesd.spectra.selection import LOSS_TOLERANCE, RULE_NAMES, picks
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from lightning_hesd.spectra.record import SpectrumRecord
+    from lightning_hesd.spectra.selection import Candidate
+
+MOST_ROWS = 20
+"""Longer tables show this many records: the picks, the first, the last, and others evenly spaced between these."""
+
+GAP = "..."
+SHORT = {"highest_c_t": "C_t", "lowest_max_eigenvalue": "λ_max"}
+FINDINGS = ("C_t", "[interval]", "type", "λ_max", "loss")
+TEXT_COLUMNS = ("type", "generalization", "pick")
+
+EQUAL = f"(MP, loss within {LOSS_TOLERANCE:g} of the lowest)"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The table of a run.
+
+    Attributes:
+        title: How many analyses, and what they took.
+        header: Names of the columns.
+        rows: A text for each column; `GAP` in the first one of a row that stands for others.
+        notes: What comes below.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Return title, table and notes as plain text."""
+        lines = [self.header, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        align = [str.ljust if name in TEXT_COLUMNS else str.rjust for name in self.header]
+        table = ["  ".join(a(t, w) for a, t, w in zip(align, line, widths, strict=True)).rstrip() for line in lines]
+        return "\n".join([self.title, *table, *self.notes])
+
+
+def analysis_lines(record: SpectrumRecord, name: str, *, by_step: bool = False) -> list[str]:
+    """Return the main findings of an analysis, a line for each spectrum.
+
+    Args:
+        record: The analysis.
+        name: Whose it is.
+        by_step: Whether epochs have several, so that the step tells them apart.
+    """
+    lines = [f"{suffix.removeprefix('_')} {spectrum}".lstrip() for suffix, spectrum in record.spectra.items()]
+    if record.assessment is not None:
+        lines.append(str(record.assessment))
+    if record.error is not None:
+        lines.append(f"failed: {_first_line(record.error)}")
+    return [f"{name}: {_when(record, by_step=by_step)}, {line}" for line in lines]
+
+
+def summarize(
+    history: Sequence[SpectrumRecord],
+    name: str,
+    *,
+    seconds: float,
+    overhead: float | None,
+    kept: Mapping[str, Candidate],
+    folder: Path | None,
+) -> Summary | None:
+    """Return the summary of a run; None if nothing was analysed.
+
+    Args:
+        history: The records.
+        name: Whose they are.
+        seconds: What all analyses took.
+        overhead: The same as a share of the training time; None: unknown.
+        kept: Rule -> the pick of the checkpoint callback that goes by it.
+        folder: Where the spectra are; None: nowhere.
+    """
+    if not history:
+        return None
+    epochs = [record.epoch for record in history]
+    by_step = len(set(epochs)) < len(epochs)
+    others = {rule: record for rule, record in picks(history, fallback=False).items() if rule not in kept}
+    chosen = {rule: pick.global_step for rule, pick in (dict(kept) | others).items()}
+    columns = _columns(history, chosen, by_step=by_step)
+    marked = [place for place, record in enumerate(history) if record.global_step in chosen.values()]
+    notes = [
+        *(f"{_rule(rule)} picks {_when(pick, by_step=by_step)}: {pick.path}" for rule, pick in kept.items()),
+        *(f"{_rule(rule)} would pick {_when(record, by_step=by_step)} {EQUAL}" for rule, record in others.items()),
+        *(f"{_when(r, by_step=by_step)} failed: {_first_line(r.error)}" for r in history if r.error is not None),
+        *(["?: the interval contains both types"] if any("?" in cell for cell in columns["type"]) else []),
+        *([] if folder is None else [f"all spectra: {folder}"]),
+    ]
+    rows = _shortened(list(zip(*columns.values(), strict=True)), marked)
+    return Summary(_title(history, name, seconds, overhead), tuple(columns), tuple(rows), tuple(notes))
+
+
+def _title(history: Sequence[SpectrumRecord], name: str, seconds: float, overhead: float | None) -> str:
+    parts = [f"{len(history)} analys{'is' if len(history) == 1 else 'es'}"]
+    if failures := sum(record.error is not None for record in history):
+        parts.append(f"{failures} failed")
+    parts.append(f"{seconds:.1f} s")
+    if overhead is not None:
+        parts[-1] += f", {overhead:.1%} of the training time"
+    return f"{name}: {', '.join(parts)}"
+
+
+def _columns(history: Sequence[SpectrumRecord], chosen: Mapping[str, int], *, by_step: bool) -> dict[str, list[str]]:
+    columns = {"epoch": [_epoch(record) for record in history]}
+    if by_step:
+        columns["step"] = [str(record.global_step) for record in history]
+    findings = zip(*map(_findings, history), strict=True)
+    columns |= {name: list(cells) for name, cells in zip(FINDINGS, findings, strict=True)}
+    columns["s"] = [_seconds(record) for record in history]
+    if any(record.assessment for record in history):
+        columns["generalization"] = [record.assessment.verdict if record.assessment else "" for record in history]
+    if chosen:
+        columns["pick"] = [
+            ", ".join(SHORT.get(rule, rule) for rule, step in chosen.items() if step == record.global_step)
+            for record in history
+        ]
+    return columns
+
+
+def _findings(record: SpectrumRecord) -> tuple[str, str, str, str, str]:
+    spectrum = record.spectrum
+    if spectrum is None:
+        return "failed", "", "", "", ""
+    largest, loss = f"{spectrum.lambda_max:.4g}", f"{spectrum.loss:.4g}"
+    if math.isnan(spectrum.c_t):
+        return "undefined", "", "", largest, loss
+    low, high = spectrum.c_t_interval
+    kind = f"{spectrum.hesd_type}{'' if spectrum.type_certain else '?'}"
+    return f"{spectrum.c_t:.4g}", f"[{low:.3g}, {high:.3g}]", kind, largest, loss
+
+
+def _seconds(record: SpectrumRecord) -> str:
+    """Return how long all spectra of a record took; those of layers are computed together, in the time of the last."""
+    whole = sum(spectrum.seconds for spectrum in record.spectra.values())
+    layers = max((spectrum.seconds for spectrum in (record.layers or {}).values()), default=0.0)
+    return f"{whole + layers:.1f}" if record.spectra or record.layers else ""
+
+
+def _shortened(rows: Sequence[tuple[str, ...]], marked: Sequence[int]) -> list[tuple[str, ...]]:
+    """Return at most about `MOST_ROWS` rows, those that are marked among them, with gaps in between."""
+    if len(rows) <= MOST_ROWS:
+        return list(rows)
+    spaced = np.linspace(0, len(rows) - 1, max(2, MOST_ROWS - len(marked))).round().astype(int)
+    shown = sorted({*spaced.tolist(), *marked})
+    found = [rows[0]]
+    for before, place in itertools.pairwise(shown):
+        if place > before + 1:
+            found.append((GAP, *[""] * (len(rows[0]) - 1)))
+        found.append(rows[place])
+    return found
+
+
+def _rule(name: str) -> str:
+    return RULE_NAMES.get(name, name)
+
+
+def _epoch(record: SpectrumRecord) -> str:
+    return "start" if record.epoch == START_EPOCH else str(record.epoch)
+
+
+def _when(place: SpectrumRecord | Candidate, *, by_step: bool) -> str:
+    if place.epoch == START_EPOCH:
+        return "start"
+    return f"epoch {place.epoch}, step {place.global_step}" if by_step else f"epoch {place.epoch}"
+
+
+def _first_line(text: str | None) -> str:
+    return next(iter((text or "").splitlines()), "")

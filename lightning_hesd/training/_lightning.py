@@ -1,0 +1,259 @@
+"""Everything the package needs from Lightning's inside: private names, and rules Lightning keeps to itself."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+
+from lightning_hesd.numerics.layout import Layout
+from lightning_hesd.numerics.sample_mean import AnotherProcessFailedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator
+
+    from lightning.pytorch.callbacks import RichProgressBar
+    from rich.progress import Progress
+    from torch import Tensor
+    from torch.utils.data import Sampler
+
+    from lightning_hesd.numerics.layout import AllReduce
+
+    T = TypeVar("T")
+
+
+def check_trainer(trainer: object) -> None:
+    """Refuse a Trainer of the separate `pytorch_lightning` package, whose classes are not these.
+
+    Raises:
+        MisconfigurationException: If it is one.
+    """
+    if not isinstance(trainer, pl.Trainer):
+        msg = (
+            f"lightning_hesd works with `lightning.pytorch`, but this Trainer comes from "
+            f"`{type(trainer).__module__.split('.')[0]}`: import Trainer and LightningModule from `lightning.pytorch`."
+        )
+        raise MisconfigurationException(msg)
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """Return the trainer's own list of callbacks."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def logging_step(trainer: pl.Trainer, *, at_epoch_end: bool) -> int:
+    """Return the step at which Lightning itself puts metrics that are logged now."""
+    step = int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
+    return max(step - 1, 0) if at_epoch_end else step
+
+
+def run_folder(trainer: pl.Trainer) -> Path:
+    """Return the folder of this run, in which Lightning puts its checkpoints; every process must ask for it.
+
+    With loggers other than TensorBoard's and CSV's, `trainer.log_dir` is where the folders of all runs lie, and a
+    folder that is none of these is taken by MLflow for a damaged experiment.
+    """
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    logger = trainer.logger
+    if logger is None or isinstance(logger, TensorBoardLogger | CSVLogger):
+        return folder
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return folder / str(logger.name) / version
+
+
+def log_scalars(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    values: dict[str, float],
+    *,
+    at_epoch_end: bool,
+    in_bar: Collection[str],
+) -> None:
+    """Log scalars so that `trainer.callback_metrics`, the progress bar and every logger see them.
+
+    At the end of an epoch the module's own `log` does all of that. Elsewhere Lightning would pass them on to the
+    loggers only at multiples of `log_every_n_steps`, or with the next epoch, so the loggers get them directly.
+
+    Args:
+        trainer: The trainer.
+        pl_module: The module that logs.
+        values: What to log.
+        at_epoch_end: Whether this is `on_train_epoch_end`.
+        in_bar: Keys to show in the progress bar.
+    """
+    if trainer.barebones:
+        return
+    if at_epoch_end:
+        for key, value in values.items():
+            pl_module.log(key, value, on_step=False, on_epoch=True, prog_bar=key in in_bar, batch_size=1)
+        return
+    tensors = {key: torch.tensor(value, dtype=torch.float32) for key, value in values.items()}
+    trainer.callback_metrics.update(tensors)
+    trainer.progress_bar_metrics.update({key: values[key] for key in in_bar if key in values})
+    step = logging_step(trainer, at_epoch_end=False)
+    for logger in trainer.loggers:
+        logger.log_metrics({**values, "epoch": trainer.current_epoch}, step=step)
+        logger.save()
+
+
+def wait_for_device(trainer: pl.Trainer) -> None:
+    """Wait for what training has queued on a GPU, so that nobody takes it for part of what comes next."""
+    if trainer.strategy.root_device.type == "cuda":
+        torch.cuda.synchronize(trainer.strategy.root_device)
+
+
+def start_rich_progress(bar: RichProgressBar, trainer: pl.Trainer) -> Progress:
+    """Return the live display of an enabled Rich progress bar, started if it does not run yet.
+
+    Before training it may not. The bar's own hook will find it running then, and leave it at that.
+    """
+    bar._init_progress(trainer)  # noqa: SLF001
+    assert bar.progress is not None  # noqa: S101 - for the type checker; an enabled bar has it now
+    return bar.progress
+
+
+def stop_rich_progress(bar: RichProgressBar) -> None:
+    """End the live display of a Rich progress bar now, if it runs; its own hook will find that done."""
+    if not bar._progress_stopped:  # noqa: SLF001
+        bar._stop_progress()  # noqa: SLF001
+
+
+def transfer_batch(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
+    """Bring a batch to the device as Lightning does, through the module's or datamodule's own hooks."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)  # noqa: SLF001
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def validation_loaders(trainer: pl.Trainer) -> Any:
+    """Return what `trainer.val_dataloaders` holds or will hold: where validation comes later or never, it is None."""
+    if trainer.val_dataloaders is not None:
+        return trainer.val_dataloaders
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source  # noqa: SLF001
+    return source.dataloader() if source.is_defined() else None
+
+
+def unwrap_sampler(sampler: Sampler[Any]) -> Sampler[Any]:
+    """Return the user's own sampler behind the one Lightning distributes over processes, if it wrapped it."""
+    return getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
+
+
+def check_strategy(trainer: pl.Trainer) -> None:
+    """Refuse strategies that split parameters in a way the analysis does not know.
+
+    Raises:
+        MisconfigurationException: If it is one.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
+        msg = (
+            f"{type(strategy).__name__} splits the parameters over processes in a way that the analysis does not "
+            "support: shard them by ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1), with "
+            "`fully_shard` in `configure_model`, or use a strategy that replicates them (such as 'ddp')."
+        )
+        raise MisconfigurationException(msg)
+    if isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["tensor_parallel"].size() > 1:
+        msg = (
+            "ModelParallelStrategy(tensor_parallel_size="
+            f"{strategy.device_mesh['tensor_parallel'].size()}) splits layers over processes, which the analysis does "
+            f"not support: use data_parallel_size={trainer.world_size} and tensor_parallel_size=1."
+        )
+        raise MisconfigurationException(msg)
+
+
+def is_sharded(trainer: pl.Trainer) -> bool:
+    """Whether the processes may hold parts of the parameters, and must work on every batch together."""
+    return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+def check_whole(trainer: pl.Trainer, option: str) -> None:
+    """Refuse an option that needs what is not there where processes hold parts of the parameters.
+
+    Raises:
+        MisconfigurationException: If they do.
+    """
+    if is_sharded(trainer):
+        msg = (
+            f"`{option}` is not available with {type(trainer.strategy).__name__}, where every process holds a part of "
+            "the parameters: leave it out."
+        )
+        raise MisconfigurationException(msg)
+
+
+@contextlib.contextmanager
+def opened_layout(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Layout]:
+    """Do something with the parameters as they lie in the processes, in all of them together.
+
+    Yields:
+        How they lie.
+    """
+    if not is_sharded(trainer):
+        yield Layout()
+        return
+    from lightning_hesd.numerics.gathering import Processes  # noqa: PLC0415 - they need what not every build of PyTorch has
+    from lightning_hesd.numerics.sharding import ShardedLayout  # noqa: PLC0415
+
+    processes = Processes(torch.distributed.group.WORLD, trainer.strategy.root_device)
+    with processes.in_step():
+        yield ShardedLayout(pl_module, processes)
+
+
+def make_all_reduce(trainer: pl.Trainer) -> AllReduce | None:
+    """Return a sum over the processes of the trainer; None if there is one process only."""
+    if trainer.world_size == 1:
+        return None
+
+    def all_reduce(tensor: Tensor) -> Tensor:
+        torch.distributed.all_reduce(tensor)
+        return tensor
+
+    return all_reduce
+
+
+def together(trainer: pl.Trainer, work: Callable[[], T]) -> T:
+    """Do `work` in every process, and fail in every process if it fails in one.
+
+    Raises:
+        AnotherProcessFailedError: If it failed elsewhere.
+    """
+    if trainer.world_size == 1:
+        return work()
+    result: T | None = None
+    failure: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:  # noqa: BLE001 - raised again below, once the others know
+        failure = error
+    failed = torch.tensor(float(failure is not None), device=trainer.strategy.root_device)
+    torch.distributed.all_reduce(failed)
+    if failed > 0:
+        raise failure or AnotherProcessFailedError
+    return result  # type: ignore[return-value]
+
+
+def is_first_process() -> bool:
+    """Whether this is process zero of those that Lightning, torchrun or SLURM started; also where no Trainer is."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def anywhere(trainer: pl.Trainer, happened: bool) -> bool:  # noqa: FBT001 - the thing itself, no option
+    """Return whether something happened in any process; every process must ask."""
+    return trainer.strategy.reduce_boolean_decision(happened, all=False)
+
+
+def warn(message: str) -> None:
+    """Warn once for all processes."""
+    rank_zero_warn(f"lightning_hesd: {message}", category=RuntimeWarning)
+
+
+def inform(message: str) -> None:
+    """Say something that is no warning, once for all processes."""
+    rank_zero_info(message)

@@ -1,0 +1,249 @@
+"""The analysis of a LightningModule in its Trainer: its samples, its loss, all processes together."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from lightning_hesd.landscape.sample_size import find_sample_size
+from lightning_hesd.numerics.pipeline import analyze, analyze_layers
+from lightning_hesd.numerics.retry import retried
+from lightning_hesd.numerics.sampling import samples_needed
+from lightning_hesd.numerics.snapshot import preserved, seed_everything
+from lightning_hesd.numerics.strategies import Calibration
+from lightning_hesd.spectra.foreign import at_least, each, misfit, optional
+from lightning_hesd.training import _lightning
+from lightning_hesd.training.data import AnalysisSamples, draw_samples, training_loader, validation_loader
+from lightning_hesd.training.loss import make_loss_fn, muted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import lightning.pytorch as pl
+
+    from lightning_hesd.landscape.sample_size import SampleSize, Stability
+    from lightning_hesd.numerics.batches import WeightedBatch
+    from lightning_hesd.numerics.layers import Layers
+    from lightning_hesd.numerics.options import AnalysisOptions
+    from lightning_hesd.numerics.pipeline import LossFunction, Report
+    from lightning_hesd.spectra.spectrum import Spectrum
+
+Result = TypeVar("Result")
+
+FIRST_SAMPLES = 256
+MOST_SAMPLES = 16_384
+"""`num_samples="auto"` begins with the first number and ends at the second, for the samples are kept in memory."""
+
+LARGEST_GROWTH = 4.0
+
+SAMPLES = {
+    "indices": optional(each(at_least(0))),
+    "num_samples": at_least(1),
+}
+
+
+def check_samples(state: object) -> None:
+    """Check what a checkpoint says of the samples drawn.
+
+    Raises:
+        ValueError: If that is not what `TrainerAnalyzer.state_dict` says.
+    """
+    wrong = misfit(state, SAMPLES)
+    if wrong is not None:
+        msg = f"`{wrong}` of the samples is missing or is something else"
+        raise ValueError(msg)
+
+
+class TrainerAnalyzer:
+    """Computes spectra of the module in training, on the same samples every time.
+
+    With `num_samples="auto"` samples are added, to those there are, until the sampling error of C_t is within
+    `tolerance`; once added they stay.
+
+    Attributes:
+        indices: Positions in the dataset of the samples last drawn; None where they have none.
+    """
+
+    def __init__(
+        self,
+        options: AnalysisOptions,
+        *,
+        num_samples: int | Literal["auto"],
+        batch_size: int | None,
+        dataloader: Any,
+        loss_fn: LossFunction | None,
+    ) -> None:
+        self.indices: list[int] | None = None
+        self._grows = num_samples == "auto"
+        self._options = replace(options, sampling_error=True) if self._grows else options
+        self._num_samples = FIRST_SAMPLES if num_samples == "auto" else num_samples
+        self._batch_size = batch_size
+        self._dataloader = dataloader
+        self._loss_fn = loss_fn
+        self._samples: AnalysisSamples | None = None
+        self._resumed: list[int] | None = None
+        self._calibrations: dict[object, Calibration] = defaultdict(Calibration)  # for each kind of analysis
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to draw the same samples."""
+        return {"indices": self.indices, "num_samples": self._num_samples}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Draw the samples of the run that is resumed the next time samples are drawn.
+
+        Raises:
+            ValueError: If it does not say which.
+        """
+        check_samples(state)
+        self._resumed = state["indices"]
+        if self._grows:
+            self._num_samples = state["num_samples"]
+
+    def release(self) -> None:
+        """Let go of the samples; they are drawn anew when needed."""
+        self._samples = None
+        self._calibrations.clear()
+
+    def draw(self, trainer: pl.Trainer) -> AnalysisSamples:
+        """Draw the samples, or return them if they are there already."""
+        if self._samples is None:
+            self._samples = _lightning.together(trainer, lambda: self._draw(trainer))
+            self.indices = None if self._samples.indices is None else list(self._samples.indices)
+            self._resumed = None
+        return self._samples
+
+    def _draw(self, trainer: pl.Trainer) -> AnalysisSamples:
+        own = self._dataloader is not None
+        return draw_samples(
+            self._loader(trainer),
+            self._num_samples,
+            max_batches=None if own else trainer.num_training_batches,
+            batch_size=self._batch_size,
+            batch_weight=self._options.batch_weight,
+            seed=self._options.seed,
+            indices=self._resumed,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            spare=_lightning.is_sharded(trainer),
+        )
+
+    def _loader(self, trainer: pl.Trainer) -> Any:
+        if self._dataloader is None:
+            return training_loader(trainer.train_dataloader)
+        if isinstance(self._dataloader, str):
+            with preserved():  # it may be made only now
+                return validation_loader(_lightning.validation_loaders(trainer))
+        return self._dataloader
+
+    def spectrum(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        report: Report | None = None,
+        **changes: Any,
+    ) -> Spectrum:
+        """Return the spectrum at the present weights, the same in every process.
+
+        Args:
+            trainer: The trainer.
+            pl_module: Its module.
+            report: Called after every Lanczos step.
+            **changes: Options that differ for this spectrum; the samples are those there are.
+        """
+        options = replace(self._options, **changes)
+        spectrum = self._analyze(trainer, pl_module, report, analyze, options)
+        if changes:
+            return spectrum
+        while self._grows and (factor := _growth(spectrum)) > 1 and self._num_samples < MOST_SAMPLES:
+            self._num_samples = min(math.ceil(factor * self._num_samples), MOST_SAMPLES)
+            self.release()
+            before, spectrum = spectrum, self._analyze(trainer, pl_module, report, analyze, options)
+            if spectrum.num_samples <= before.num_samples:  # there are no more
+                self._grows = False
+        return spectrum
+
+    def layers(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Layers, report: Report | None = None
+    ) -> dict[str, Spectrum]:
+        """Return the spectra of layers at the present weights, the same in every process.
+
+        Args:
+            trainer: The trainer.
+            pl_module: Its module.
+            layers: Which, as for `layer_spectra`.
+            report: Called after every Lanczos step.
+        """
+        return self._analyze(trainer, pl_module, report, partial(analyze_layers, layers=layers), self._options)
+
+    def sample_size(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stability: Stability) -> SampleSize:
+        """Return how many samples are enough at the present weights, with those there are as the pilot; one process.
+
+        Args:
+            trainer: The trainer.
+            pl_module: Its module.
+            stability: How stable is stable enough.
+        """
+        return self._analyze(trainer, pl_module, None, partial(find_sample_size, stability=stability), self._options)
+
+    def _analyze(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        report: Report | None,
+        work: Callable[..., Result],
+        options: AnalysisOptions,
+    ) -> Result:
+        """Let `work` analyse the samples, in all processes together."""
+        _lightning.check_strategy(trainer)
+        all_reduce = None if _lightning.is_sharded(trainer) else _lightning.make_all_reduce(trainer)
+        samples = self.draw(trainer)
+        loss_fn = make_loss_fn(trainer, self._loss_fn)
+        datamodule = getattr(trainer, "datamodule", None)
+        with muted(trainer, pl_module), preserved(datamodule, tensors=False):
+            with preserved(pl_module):  # its transfer hooks may leave traces, as `training_step` may
+                batches = _lightning.together(trainer, lambda: self._transfer(trainer, pl_module, samples.batches))
+            calibration = self._calibrations[work is analyze, options.matrix, options.preconditioner is not None]
+
+            def analysis(options: AnalysisOptions, reason: str | None) -> Result:
+                with _lightning.opened_layout(trainer, pl_module) as layout:
+                    return work(
+                        pl_module,
+                        batches,
+                        loss_fn,
+                        options=options,
+                        all_reduce=all_reduce,
+                        layout=layout,
+                        report=report,
+                        calibration=calibration,
+                        processes=trainer.num_devices,
+                        reason=reason,
+                    )
+
+            def attempt(options: AnalysisOptions, reason: str | None) -> Result:
+                return _lightning.together(trainer, lambda: analysis(options, reason))
+
+            result = retried(attempt, options, calibration, partial(_lightning.anywhere, trainer))
+        return trainer.strategy.broadcast(result)
+
+    def _transfer(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: Sequence[WeightedBatch]
+    ) -> list[WeightedBatch]:
+        """Bring the batches to the device; augmentation done there is the same every time."""
+        moved = []
+        for batch in batches:
+            seed_everything(self._options.seed + batch.index)
+            data = _lightning.transfer_batch(trainer, pl_module, batch.copy().data)
+            moved.append(replace(batch, data=data))
+        return moved
+
+
+def _growth(spectrum: Spectrum) -> float:
+    """Return by which factor the number of samples must grow for the sampling error to meet the tolerance."""
+    error = spectrum.c_t_sampling_error
+    if error is None or error <= spectrum.allowed_error:
+        return 1.0
+    # Standard errors fall with the square root; a little more, because they are estimates themselves.
+    return min(1.2 * samples_needed(1, spectrum.allowed_error, error), LARGEST_GROWTH)

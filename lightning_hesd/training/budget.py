@@ -1,0 +1,144 @@
+"""What the analyses of a run may cost: the seconds they took, those spent training, and whether another one fits."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, Any
+
+from lightning_hesd.spectra.foreign import integer, misfit, of, optional, within
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+_SECONDS = within(0.0, 1e12)
+_STATE = {
+    "training_seconds": _SECONDS,
+    "analysis_seconds": _SECONDS,
+    "last_analysis_seconds": optional(_SECONDS),
+    "decisions": lambda value: isinstance(value, dict) and all(integer(k) and of(bool)(v) for k, v in value.items()),
+}
+
+
+class Budget:
+    """Keeps the share of analyses in the training time below a limit.
+
+    Training time is the wall time of the fit without analyses. It accumulates over interrupted and resumed runs, as
+    far as the checkpoints that they are resumed from know of it.
+
+    Args:
+        max_overhead: Most that analyses may take, as a share of the training time; None: no limit.
+        clock: Returns seconds, from any origin.
+    """
+
+    def __init__(self, max_overhead: float | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._max_overhead = max_overhead
+        self._clock = clock
+        self.reset()
+
+    def reset(self) -> None:
+        """Start anew: nothing spent, nothing decided, not training."""
+        self._trained = 0.0
+        self._training_since: float | None = None
+        self._analyzed = 0.0
+        self._last_analysis: float | None = None
+        self._decisions: dict[int, bool] = {}
+
+    # Time -----------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Count the time from now on as training."""
+        self._training_since = self._clock()
+
+    def stop(self) -> None:
+        """Count the time from now on as nothing, if it has been training."""
+        self._trained = self._training_seconds()
+        self._training_since = None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count the time in between as nothing."""
+        was_training = self._training_since is not None
+        self.stop()
+        try:
+            yield
+        finally:
+            if was_training:
+                self.start()
+
+    @contextlib.contextmanager
+    def analysis(self) -> Iterator[None]:
+        """Count the time in between as an analysis, whether it fails or not."""
+        with self.paused():
+            started = self._clock()
+            try:
+                yield
+            finally:
+                self._last_analysis = self._clock() - started
+                self._analyzed += self._last_analysis
+
+    def _training_seconds(self) -> float:
+        running = 0.0 if self._training_since is None else self._clock() - self._training_since
+        return self._trained + running
+
+    @property
+    def analysis_seconds(self) -> float:
+        """Time in analyses so far."""
+        return self._analyzed
+
+    @property
+    def overhead(self) -> float | None:
+        """Time in analyses as a share of the training time so far; None before training."""
+        trained = self._training_seconds()
+        return self._analyzed / trained if trained > 0 else None
+
+    # Decisions ------------------------------------------------------------------------------------------------------
+
+    def allows(self, global_step: int) -> bool:
+        """Return whether to analyse after `global_step`: as decided before, else if the limit allows it.
+
+        The next analysis is expected to take as long as the last one. The first one is allowed because nothing is
+        known of its duration.
+        """
+        decided = self._decisions.get(global_step)
+        if decided is not None:
+            return decided
+        if self._max_overhead is None or self._last_analysis is None:
+            return True
+        return self._analyzed + self._last_analysis <= self._max_overhead * self._training_seconds()
+
+    def decide(self, global_step: int, *, analyze: bool) -> None:
+        """Keep a decision, so that it is the same when training meets this step again.
+
+        Several batches may end at one step, and a resumed run begins at the last one of the run before. Steps never go
+        back, so that earlier decisions are of no use: there may be millions.
+        """
+        self._decisions = {global_step: analyze}
+
+    # State ----------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the times and the last decision as plain values."""
+        return {
+            "training_seconds": self._training_seconds(),
+            "analysis_seconds": self._analyzed,
+            "last_analysis_seconds": self._last_analysis,
+            "decisions": dict(self._decisions),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the times and the decision of `state_dict`; training is yet to start.
+
+        Raises:
+            ValueError: If that is something else.
+        """
+        wrong = misfit(state, _STATE)
+        if wrong is not None:
+            msg = f"`{wrong}` of the budget is missing or is something else"
+            raise ValueError(msg)
+        self._trained = state["training_seconds"]
+        self._training_since = None
+        self._analyzed = state["analysis_seconds"]
+        self._last_analysis = state["last_analysis_seconds"]
+        self._decisions = dict(state["decisions"])

@@ -1,0 +1,423 @@
+"""`HessianSpectrumCallback`: the hooks that run an analysis, and nothing of the analysis itself."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_hesd.numerics.analysis import analysis_options
+from lightning_hesd.spectra.checks import check_count
+from lightning_hesd.spectra.foreign import DAMAGE, misfit, of, one_line
+from lightning_hesd.spectra.summary import analysis_lines, summarize
+from lightning_hesd.training import _lightning, terminal
+from lightning_hesd.training.analyzer import TrainerAnalyzer
+from lightning_hesd.training.budget import Budget
+from lightning_hesd.training.checkpoint import HessianCheckpoint
+from lightning_hesd.training.gradient_monitor import GradientMonitor
+from lightning_hesd.training.history import START_EPOCH, SpectrumHistory, SpectrumSource, when
+from lightning_hesd.training.loss import check_loss_source
+from lightning_hesd.training.outputs import RunOutputs
+from lightning_hesd.training.placement import (
+    insert_checkpoint,
+    put_hessian_checkpoints_first,
+    warn_about_stale_monitors,
+)
+from lightning_hesd.training.recorder import Recorder
+from lightning_hesd.training.remarks import Remarks
+from lightning_hesd.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator
+
+    import lightning.pytorch as pl
+    from torch.utils.data import DataLoader
+
+    from lightning_hesd.numerics.layers import Layers
+    from lightning_hesd.numerics.pipeline import LossFunction
+    from lightning_hesd.spectra.selection import Choice
+    from lightning_hesd.training.gradient_monitor import GradientStatistics
+    from lightning_hesd.training.history import OnError
+    from lightning_hesd.training.recorder import Preconditioning
+
+
+class HessianSpectrumCallback(SpectrumSource):
+    """Analyses the Hessian's spectrum while a LightningModule trains, and logs what it finds.
+
+    After the last optimizer step of the chosen epochs, before checkpoints are written, it estimates the spectral
+    density of the Hessian of the training loss on a fixed subset of the training samples. It logs `hesd/c_t` with its
+    interval, `hesd/lambda_max` and other scalars through the module, density histograms and figures to loggers that
+    can show them, and writes every spectrum to the log directory. Training is bit-identical with and without it.
+
+    Args:
+        every_n_epochs: After n, 2n, ... epochs, as ModelCheckpoint counts.
+        epochs: After just these epochs instead, 0-based as `trainer.current_epoch`.
+        every_n_train_steps: After n, 2n, ... optimizer steps instead.
+        at_start: Also before the first step: the random initialisation; its record has epoch -1.
+        num_samples: Size of the subset; "auto": 256, and more (up to 16,384) whenever the sampling error of C_t exceeds
+            `tolerance`, a number that must be given then.
+        batch_size: Samples per batch of the analysis; default: the training dataloader's.
+        dataloader: Draw the samples from this dataloader instead of the training dataloader.
+        generalization_dataloader: Also analyse samples from this dataloader, of data that training does not see, and
+            assess generalization by comparison (`assess_generalization`); its ΔK_H05 needs fixed steps, hence no
+            `tolerance`. "val": the validation data. The metrics of this spectrum begin with `hesd_gen/`.
+        loss_fn: `loss_fn(module, batch)` -> mean loss; default: the module's `training_step`, its logging muted.
+        layers: Also analyse layers by themselves, as `layer_spectra` does: "auto" for every functional block, names,
+            patterns or classes of modules, or a function. Their metrics begin with `hesd/layer/`.
+        decompose: Also analyse the two parts of the Hessian, the Gauss-Newton matrix, from which the outliers come, and
+            the residual, from which the bulk does (Kiselev & Grabovoy 2024, section 3.4); needs `output_fn` and
+            `output_loss` of `hessian_spectrum`. Their metrics begin with `hesd_ggn/` and `hesd_residual/`.
+        checkpoint: Rule that picks the best checkpoint, "highest_c_t" or "lowest_max_eigenvalue", or a
+            HessianCheckpoint; None: no picking.
+        monitor_gradients: Compare, on some steps of every epoch, the gradients of the loss with those that reach the
+            optimizer and with the steps it takes: `hesd/clipped_share`, `hesd/clip_factor`, `hesd/gradient_cosine`,
+            `hesd/update_cosine`. They tell why a spectrum is MN.
+        max_overhead: Skip scheduled analyses so that all of them take at most this share of the training time, such as
+            0.05; training time is the wall time of the fit without analyses. The first one always runs, because its
+            duration is not known before, and so does that of `at_start`; the others only if they fit, each expected
+            to take as long as the one before. None: analyse whenever scheduled.
+        preconditioner: "optimizer": also analyse the Hessian in the coordinates of the optimizers, D^(-1/2) H D^(-1/2)
+            with the diagonal D by which they divide the gradients (SGD, Adam, AdamW, RMSprop, Adagrad, AdaHessian). The
+            metrics of this spectrum begin with `hesd_pre/`, and `hesd/stability_ratio` is its largest eigenvalue over
+            the one at which steps become unstable. Or diagonals of your own, as for `hessian_spectrum`.
+        on_error: What to do when an analysis fails: "warn" (record the failure, go on training) or "raise".
+        progress: Show C_t in the progress bar, and a bar of their own for the steps of long analyses.
+        verbose: Print a line after each analysis, and at the end of `fit`, also an interrupted one, a table of them
+            with what the rules pick.
+        name: Prefix of metrics and state, and name of the folder of spectra; two callbacks in one Trainer need two.
+        **analysis: Options of `hessian_spectrum`: steps, probes, seed, mode, ...
+
+    Attributes:
+        history: The records so far, one for each analysis: `.epoch`, `.global_step`, `.spectrum`, `.error`, ...
+
+    Raises:
+        ValueError: If an argument is out of range or not available in this version.
+        TypeError: If a keyword is not an option of `hessian_spectrum`, or `checkpoint` is something else.
+        MisconfigurationException: If `checkpoint` is not the name of a rule.
+
+    Example:
+        >>> import lightning.pytorch as pl
+        >>> trainer = pl.Trainer(
+        ...     callbacks=[HessianSpectrumCallback(every_n_epochs=5, checkpoint="highest_c_t")], logger=False
+        ... )
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int = 1,
+        *,
+        epochs: Collection[int] | None = None,
+        every_n_train_steps: int | None = None,
+        at_start: bool = False,
+        num_samples: int | Literal["auto"] = 512,
+        batch_size: int | None = None,
+        # Of DataLoader[Any], LightningCLI would find subclasses, but not the arguments they take.
+        dataloader: DataLoader | Iterable[Any] | None = None,  # type: ignore[type-arg]
+        generalization_dataloader: DataLoader | Iterable[Any] | Literal["val"] | None = None,  # type: ignore[type-arg]
+        loss_fn: LossFunction | None = None,
+        layers: Layers | None = None,
+        decompose: bool = False,
+        checkpoint: Literal["highest_c_t", "lowest_max_eigenvalue"] | HessianCheckpoint | None = None,
+        monitor_gradients: bool = False,
+        max_overhead: float | None = None,
+        preconditioner: Preconditioning = None,
+        on_error: OnError = "warn",
+        progress: bool = True,
+        verbose: bool = False,
+        name: str = "hesd",
+        **analysis: Any,
+    ) -> None:
+        super().__init__()
+        check_count("num_samples", num_samples, alternative="auto")
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
+        if on_error not in {"warn", "raise"}:
+            msg = f"`on_error` must be 'warn' or 'raise', got {on_error!r}."
+            raise ValueError(msg)
+        for key, loader, offered in (
+            ("dataloader", dataloader, ""),
+            ("generalization_dataloader", generalization_dataloader, " or 'val'"),
+        ):
+            if isinstance(loader, str) and not (offered and loader == "val"):
+                msg = f"`{key}` must be a dataloader{offered}, got {loader!r}."
+                raise ValueError(msg)
+        if not name or "/" in name or name in {".", ".."}:
+            msg = f"`name` must be a non-empty text without '/', got {name!r}."
+            raise ValueError(msg)
+        self.schedule = Schedule(every_n_epochs, epochs, every_n_train_steps, max_overhead)
+        self.at_start = at_start
+        self.loss_fn = loss_fn
+        self.checkpoint: HessianCheckpoint | None = _as_checkpoint(checkpoint)
+        self.on_error: OnError = on_error
+        self.verbose = verbose
+        self.name = name
+        self.history = SpectrumHistory()
+        self._stage = "fit"
+        self.budget = Budget(max_overhead)
+        decomposition = _options_of_the_parts(analysis) if decompose else None
+        self.options = analysis_options(**analysis)
+        if num_samples == "auto" and not isinstance(self.options.tolerance, float):
+            msg = (
+                "`num_samples='auto'` needs a number for `tolerance`, the relative accuracy of C_t to aim at, got "
+                f"{self.options.tolerance!r}."
+            )
+            raise ValueError(msg)
+        if preconditioner != "optimizer":
+            analysis_options(**analysis, preconditioner=preconditioner)  # checks it
+        analyzer = partial(
+            TrainerAnalyzer, self.options, num_samples=num_samples, batch_size=batch_size, loss_fn=loss_fn
+        )
+        self._recorder = Recorder(
+            analyzer(dataloader=dataloader),
+            None if generalization_dataloader is None else analyzer(dataloader=generalization_dataloader),
+            preconditioner=preconditioner,
+            layers=layers,
+            decomposition=decomposition,
+            name=name,
+            progress=progress,
+        )
+        self._monitor = GradientMonitor() if monitor_gradients else None
+        self._remarks = Remarks(name)
+        self._outputs = RunOutputs(name, in_progress_bar=progress)
+        self._summary_is_due = False
+        if self.checkpoint is not None:
+            self.checkpoint.attach(self)
+
+    @property
+    def state_key(self) -> str:
+        """Key of this callback's state in a checkpoint."""
+        return self._generate_state_key(name=self.name)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check what can be checked before training, and put the checkpoint callback in place.
+
+        Raises:
+            MisconfigurationException: If the Trainer or the module cannot be used.
+        """
+        _lightning.check_trainer(trainer)
+        self._stage = stage
+        if stage == "fit":
+            check_loss_source(pl_module, self.loss_fn)
+            with self._survived("there will be no spectra"):
+                _lightning.check_strategy(trainer)
+        if self.checkpoint is not None:
+            insert_checkpoint(trainer, self.checkpoint)
+        put_hessian_checkpoints_first(trainer)
+        warn_about_stale_monitors(trainer, self.name, sparse=self.schedule.is_sparse)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the samples, and analyse the initialisation if asked to."""
+        self.history.rewind(trainer.global_step)
+        if trainer.global_step == 0:
+            self.budget.reset()
+        with self._survived("cannot write to the loggers"):
+            self._outputs.open(trainer, [callback.name for callback in _hessian_callbacks(trainer)])
+        self._recorder.start(trainer, self._survived)
+        self._remarks.restart()
+        self._summary_is_due = self.verbose and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self._monitor is not None:
+            with self._survived("the gradients will not be looked at"):
+                _lightning.check_whole(trainer, "monitor_gradients")
+                self._monitor.attach(trainer, self._survived)
+        if self.at_start and trainer.global_step == 0:
+            self._analyze(trainer, pl_module, START_EPOCH)
+        else:
+            # Now rather than at the first analysis, because now the dataset is as it will be when the run is resumed.
+            with self._survived("cannot draw the analysis samples, will try again"):
+                self._recorder.draw(trainer)
+        self.budget.start()
+
+    def on_train_epoch_start(self, *_args: Any) -> None:
+        """Look at the gradients of this epoch."""
+        if self._monitor is not None:
+            self._monitor.restart()
+
+    def on_after_backward(self, trainer: pl.Trainer, *_args: Any) -> None:
+        """Keep the gradients as the backward pass left them."""
+        if self._monitor is not None:
+            self._monitor.after_backward(trainer)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_args: Any) -> None:
+        """Analyse after this optimizer step if it is scheduled."""
+        step = trainer.global_step
+        is_new = not self.history or self.history[-1].global_step != step  # not every batch ends with a step
+        if is_new and self.schedule.includes_step(step) and self._is_affordable(trainer):
+            self._analyze(trainer, pl_module, trainer.current_epoch)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Analyse after this epoch if it is scheduled."""
+        with self._survived("cannot log what happened to the gradients"):
+            self._outputs.log_gradients(trainer, pl_module, self._gradients)
+        if self.schedule.includes_epoch(trainer.current_epoch) and self._is_affordable(trainer):
+            self._analyze(trainer, pl_module, trainer.current_epoch)
+
+    @property
+    def _gradients(self) -> GradientStatistics | None:
+        return None if self._monitor is None else self._monitor.summary()
+
+    def on_train_end(self, *_args: Any) -> None:
+        """Stop the clock of training, and write what is left to write."""
+        self.budget.stop()
+        self._finish(self.on_error)
+
+    def on_fit_end(self, trainer: pl.Trainer, *_args: Any) -> None:
+        """Sum up."""
+        self._sum_up(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, *_args: Any) -> None:
+        """Stop the clock of training: what comes until the Trainer is used again is none. Write and sum up what is."""
+        self.budget.stop()
+        self._finish("warn")  # another exception would take the place of the first
+        self._sum_up(trainer)
+
+    def teardown(self, *_args: Any, **_kwargs: Any) -> None:
+        """Let go of samples and loggers."""
+        if self._monitor is not None:
+            self._monitor.detach()
+        self._recorder.release()
+        self._outputs.close()
+
+    def _is_affordable(self, trainer: pl.Trainer) -> bool:
+        """Return whether `max_overhead` allows an analysis now.
+
+        Process zero decides for all: their clocks differ, and those that analyse would wait for those that do not.
+        """
+        if self.schedule.max_overhead is None:
+            return True
+        step = trainer.global_step
+        affordable = trainer.strategy.broadcast(self.budget.allows(step))
+        self.budget.decide(step, analyze=affordable)
+        return affordable
+
+    def _analyze(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
+        """Analyse the present weights, keep and publish the result, and know what it all took."""
+        at_epoch_end = epoch != START_EPOCH and self.schedule.every_n_train_steps is None
+        _lightning.wait_for_device(trainer)
+        with contextlib.ExitStack() as watch:
+            for callback in _hessian_callbacks(trainer):  # to none of them is this training
+                watch.enter_context(callback.budget.analysis() if callback is self else callback.budget.paused())
+            self.history.append(self._recorder.record(trainer, pl_module, epoch, self._survived))
+            for output in self._outputs.writers(trainer, self.history, at_epoch_end=at_epoch_end):
+                with self._survived(f"cannot write the spectrum {when(epoch)}"):
+                    output()
+        with self._survived("cannot remark on the spectra"):
+            self._remarks.remark(trainer, self.history, self._gradients, monitored=self._monitor is not None)
+        overhead = trainer.strategy.broadcast(self.budget.overhead)
+        with self._survived(f"cannot log the scalars {when(epoch)}"):
+            self._outputs.log(trainer, pl_module, self.history[-1], overhead, at_epoch_end=at_epoch_end)
+        if self.verbose:
+            by_step = self.schedule.every_n_train_steps is not None
+            with self._survived("cannot print what was found"):
+                terminal.say(trainer, *analysis_lines(self.history[-1], self.name, by_step=by_step))
+
+    def _sum_up(self, trainer: pl.Trainer) -> None:
+        """Print the table of all analyses, once in a fit and if asked for."""
+        if not self._summary_is_due:
+            return
+        self._summary_is_due = False
+        checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, HessianCheckpoint) and c.source is self]
+        summary = partial(
+            summarize,
+            self.history,
+            self.name,
+            seconds=self.budget.analysis_seconds,
+            overhead=self.budget.overhead,
+            kept={checkpoint.rule_name: checkpoint.best for checkpoint in checkpoints if checkpoint.best is not None},
+            folder=self._outputs.folder,
+        )
+        terminal.show(trainer, summary)
+
+    def _finish(self, on_error: OnError) -> None:
+        for output in self._outputs.finishers(self.history):
+            with self._survived("cannot write the spectra at the end of training", on_error):
+                output()
+
+    def take_note(self, trainer: pl.Trainer, choice: Choice) -> None:
+        """Write down what a HessianCheckpoint makes of the latest record."""
+        with self._survived("cannot write what the checkpoint rule chose"):
+            self._outputs.write_choice(trainer, choice, at_epoch_end=self.schedule.every_n_train_steps is None)
+
+    @contextlib.contextmanager
+    def _survived(self, consequence: str, on_error: OnError | None = None) -> Iterator[list[str]]:
+        """Turn an exception into a warning and an entry of a list, unless exceptions are to be raised.
+
+        Args:
+            consequence: What it means.
+            on_error: What to do; default: what the user says.
+
+        Yields:
+            The list.
+        """
+        failures: list[str] = []
+        try:
+            yield failures
+        except Exception as error:
+            if (on_error or self.on_error) == "raise":
+                raise
+            failures.append(f"{type(error).__name__}: {error}")
+            _lightning.warn(f"{consequence}. {failures[-1]}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the history, the samples and the budget, as tensors and plain values."""
+        return {
+            "history": self.history.state_dict(),
+            "samples": self._recorder.state_dict(),
+            "budget": self.budget.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the history, the samples and the budget of the run that is resumed.
+
+        Testing a checkpoint loads this too, though nothing is resumed; it must not undo what came after it.
+
+        Raises:
+            ValueError: If it is something else, or is damaged.
+        """
+        if self._stage != "fit":
+            return
+        try:
+            if (wrong := misfit(state_dict, _STATE)) is not None:
+                msg = f"`{wrong}` is missing or is something else"
+                raise ValueError(msg)
+            self.history.load_state_dict(state_dict["history"])
+            self._recorder.load_state_dict(state_dict["samples"])
+            self.budget.load_state_dict(state_dict["budget"])
+        except DAMAGE as error:
+            msg = (
+                f"the state of HessianSpectrumCallback(name={self.name!r}) in the checkpoint is damaged, or of another "
+                f"version ({one_line(error)}): resume with another `name`, which starts a new history."
+            )
+            raise ValueError(msg) from error
+
+
+_STATE = {"history": of(dict), "samples": of(dict), "budget": of(dict)}
+
+
+def _hessian_callbacks(trainer: pl.Trainer) -> list[HessianSpectrumCallback]:
+    return [c for c in _lightning.callbacks_of(trainer) if isinstance(c, HessianSpectrumCallback)]
+
+
+def _as_checkpoint(checkpoint: object) -> HessianCheckpoint | None:
+    if isinstance(checkpoint, str):
+        return HessianCheckpoint(checkpoint)  # type: ignore[arg-type]  # which checks the name
+    if checkpoint is None or isinstance(checkpoint, HessianCheckpoint):
+        return checkpoint
+    msg = f"`checkpoint` must be the name of a rule, a HessianCheckpoint or None, got {checkpoint!r}."
+    raise TypeError(msg)
+
+
+def _options_of_the_parts(analysis: dict[str, Any]) -> dict[str, Any]:
+    """Take the options for the parts of the Hessian out of those for all of it, checked.
+
+    Raises:
+        ValueError: If one is missing.
+    """
+    if analysis.get("matrix", "hessian") != "hessian":
+        msg = f"`decompose=True` is about the parts of the Hessian: leave `matrix` out, got {analysis['matrix']!r}."
+        raise ValueError(msg)
+    if analysis.get("strategy") == "finite_difference":
+        msg = "`decompose=True` needs exact products: use another `strategy` than 'finite_difference'."
+        raise ValueError(msg)
+    parts = {name: analysis.pop(name, None) for name in ("output_fn", "output_loss")}
+    analysis_options(matrix="ggn", **parts)
+    return parts

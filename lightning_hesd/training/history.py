@@ -1,0 +1,302 @@
+"""The records of a run: in memory, on disk and inside checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback
+
+from lightning_hesd.spectra.assessment import check_comparable
+from lightning_hesd.spectra.files import written_whole
+from lightning_hesd.spectra.foreign import (
+    DAMAGE,
+    at_least,
+    check_regular,
+    each,
+    each_named,
+    integer,
+    misfit,
+    number,
+    of,
+    optional,
+    parsed,
+    text,
+)
+from lightning_hesd.spectra.record import LAYERS_SUFFIX, PLAIN_FIELDS, START_EPOCH, SUFFIXES, SpectrumRecord, when
+from lightning_hesd.spectra.spectrum import ARRAYS, Spectrum, load_layers, save_layers
+from lightning_hesd.spectra.tables import layers_table, records_table
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Mapping, Sequence
+
+    import lightning.pytorch as pl
+    import pandas as pd
+    from lightning.pytorch.callbacks import Checkpoint
+    from numpy.typing import NDArray
+
+    from lightning_hesd.spectra.foreign import Check
+    from lightning_hesd.spectra.selection import Choice
+
+__all__ = ["PLAIN_FIELDS", "START_EPOCH", "SUFFIXES", "SpectrumHistory", "SpectrumRecord", "SpectrumSource", "when"]
+
+INDEX_NAME = "index.json"
+INDEX_FORMAT = 1
+LATER_FIELDS = ("generalization", "preconditioned", "stability_threshold", "ggn", "residual", "layers")
+"""What the first histories did not have."""
+
+_STATE = {
+    "records": text,
+    "shapes": each(each(at_least(0))),
+    "numbers": lambda value: isinstance(value, torch.Tensor) and value.dtype == torch.float64,
+}
+
+OnError = Literal["warn", "raise"]
+
+
+class SpectrumHistory(list[SpectrumRecord]):
+    """The records of a run in the order they were made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._saved: set[Path] = set()
+
+    def rewind(self, global_step: int) -> None:
+        """Forget what lies ahead of `global_step`, everything at step 0: a run starts, or goes on, from there."""
+        self[:] = [record for record in self if global_step > 0 and record.global_step <= global_step]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the spectra not yet written to `folder`, and the index of all records.
+
+        Every file appears whole or not at all, the index last.
+        """
+        directory = Path(folder)
+        directory.mkdir(parents=True, exist_ok=True)
+        for record in self:
+            for suffix, spectrum in record.spectra.items():
+                path = directory / record.file_name(suffix)
+                self._save_once(path, spectrum.save)
+            if record.layers:
+                self._save_once(directory / record.file_name(LAYERS_SUFFIX), partial(save_layers, record.layers))
+        rows = [
+            {
+                **_plain(record),
+                **{
+                    field: record.file_name(suffix) if suffix in record.spectra else None
+                    for field, suffix in SUFFIXES.items()
+                },
+                "layers": record.file_name(LAYERS_SUFFIX) if record.layers else None,
+            }
+            for record in self
+        ]
+        with written_whole(directory / INDEX_NAME) as incomplete:
+            incomplete.write_text(json.dumps({"format": INDEX_FORMAT, "records": rows}, indent=1), encoding="utf-8")
+
+    def _save_once(self, path: Path, save: Callable[[Path], None]) -> None:
+        if path not in self._saved:
+            save(path)
+            self._saved.add(path)
+
+    @classmethod
+    def load(cls, log_dir: str | os.PathLike[str], name: str = "hesd") -> SpectrumHistory:
+        """Read the history of a run back.
+
+        Args:
+            log_dir: The run's log directory, or the folder of the history in it.
+            name: The callback's `name`, which is also that of the folder.
+
+        Raises:
+            FileNotFoundError: If there is no history.
+            ValueError: If its index is damaged, or was written by a newer version.
+        """
+        folders = [Path(log_dir) / name, Path(log_dir)]
+        directory = next((folder for folder in folders if (folder / INDEX_NAME).is_file()), None)
+        if directory is None:
+            msg = f"no {INDEX_NAME} in {folders[0]} or {folders[1]}: pass the log directory of a run with the callback."
+            raise FileNotFoundError(msg)
+        history = cls()
+        path = directory / INDEX_NAME
+        for row in _index(path):
+            # The names only: an index must not point outside its own folder.
+            paths = {f: row[f] and directory / Path(row[f]).name for f in (*SUFFIXES, "layers")}
+            layers = paths.pop("layers")
+            spectra = {f: file and Spectrum.load(file) for f, file in paths.items()}
+            try:
+                history.append(_record(row, spectra, layers and load_layers(layers)))
+            except ValueError as error:
+                msg = f"a record in {path} is damaged: {error}"
+                raise ValueError(msg) from error
+        return history
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Return a pandas table with a row for each record, in their order.
+
+        Columns are `epoch`, `global_step` and the scalars that are logged, without the prefix of their names: `c_t`,
+        `c_t_low`, `c_t_high`, `lambda_max`, ..., `loss`, `seconds`. Those of other spectra begin with `gen_`, `pre_`,
+        `ggn_` or `residual_`, and are there if some record has such a spectrum; so are `delta_r_e`, `delta_k_h05` and
+        `verdict` (in words), and `stability_ratio`. `hesd_type` is "MP" or "MN". What is undefined, or was not found
+        because the analysis failed, is missing; `error` has what failed.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        return records_table(self)
+
+    def layers_to_dataframe(self) -> pd.DataFrame:
+        """Return a pandas table with a row for each analysed layer of each record, and its `LayerIndicators`.
+
+        Columns are `epoch`, `global_step`, `layer`, `c_t`, `lambda_max`, `trace`, ...; `pivot` makes a matrix of one.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        return layers_table(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the records as texts, numbers and one tensor, for checkpoints.
+
+        Every checkpoint has all records: as tensors of their own and plain values, a few hundred would take longer to
+        pickle than a small network takes to train for an epoch.
+        """
+        arrays: list[NDArray[np.float64]] = []
+        rows = [
+            {
+                **_plain(record),
+                **{field: _packed(getattr(record, field), arrays) for field in SUFFIXES},
+                "layers": record.layers and {name: _packed(layer, arrays) for name, layer in record.layers.items()},
+            }
+            for record in self
+        ]
+        return {
+            "records": json.dumps(rows, separators=(",", ":")),
+            "shapes": [array.shape for array in arrays],
+            "numbers": torch.from_numpy(np.concatenate([np.zeros(0), *(array.ravel() for array in arrays)])),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace the records by those of `state_dict`.
+
+        Raises:
+            ValueError: If that is something else, or is damaged.
+        """
+        if (wrong := misfit(state, _STATE)) is not None:
+            msg = f"`{wrong}` is missing or is something else"
+            raise ValueError(msg)
+        rows = _completed(parsed(state["records"], finite=False), optional(of(dict)), optional(each_named(of(dict))))
+        ends = np.cumsum([math.prod(shape) for shape in state["shapes"]], dtype=int)
+        parts = np.split(state["numbers"].cpu().numpy(), ends)
+        arrays = [part.reshape(shape) for part, shape in zip(parts, state["shapes"], strict=False)]
+        self[:] = [
+            _record(
+                row,
+                {field: _unpacked(row[field], arrays) for field in SUFFIXES},
+                row["layers"] and {name: _unpacked(layer, arrays) for name, layer in row["layers"].items()},
+            )
+            for row in rows
+        ]
+
+
+class SpectrumSource(Callback):
+    """A callback that fills a history: what `HessianCheckpoint` looks for among the callbacks of a Trainer.
+
+    Attributes:
+        name: Prefix of its metrics.
+        history: Its records so far.
+        on_error: What it does about errors.
+        checkpoint: The checkpoint callback it brings along, if any.
+    """
+
+    name: str
+    history: SpectrumHistory
+    on_error: OnError
+    checkpoint: Checkpoint | None = None
+
+    def take_note(self, trainer: pl.Trainer, choice: Choice) -> None:
+        """Hear from a HessianCheckpoint what it makes of the latest record."""
+
+
+def _index(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of an index.
+
+    Raises:
+        ValueError: If it is damaged, or was written by a newer version.
+    """
+    try:
+        check_regular(path)
+        index = parsed(path.read_text(encoding="utf-8"), finite=False)
+        version, rows = index["format"], index["records"]
+        if not integer(version):
+            msg = "its format is no number"
+            raise ValueError(msg)
+        if version == INDEX_FORMAT:
+            name = optional(lambda value: text(value) and Path(value).name != "")
+            return _completed(rows, name, name)
+    except DAMAGE as error:
+        msg = f"{path} is not the index of a spectrum history, or is damaged ({error!r})."
+        raise ValueError(msg) from error
+    msg = f"{path} has format {version}, this version reads {INDEX_FORMAT}: update lightning_hesd."
+    raise ValueError(msg)
+
+
+def _completed(rows: object, spectrum: Check, layers: Check) -> list[dict[str, Any]]:
+    """Return rows with the fields that the first histories did not have, checked.
+
+    Args:
+        rows: The rows, of anybody.
+        spectrum: What stands for a spectrum in them.
+        layers: What stands for the spectra of layers.
+
+    Raises:
+        ValueError: If a field is missing or is something else.
+    """
+    fields = {
+        "epoch": integer,
+        "global_step": integer,
+        "error": optional(text),
+        "stability_threshold": optional(number),
+        **dict.fromkeys(SUFFIXES, spectrum),
+        "layers": layers,
+    }
+    if not isinstance(rows, list):
+        msg = f"the records must be a list, got {type(rows).__name__}"
+        raise ValueError(msg)  # noqa: TRY004 - of files, not of arguments
+    completed = []
+    for row in rows:
+        wrong = misfit({**dict.fromkeys(LATER_FIELDS), **row} if isinstance(row, dict) else row, fields)
+        if wrong is not None:
+            msg = f"`{wrong}` of a record is missing or is something else"
+            raise ValueError(msg)
+        completed.append({**dict.fromkeys(LATER_FIELDS), **row})
+    return completed
+
+
+def _plain(record: SpectrumRecord) -> dict[str, Any]:
+    return {field: getattr(record, field) for field in PLAIN_FIELDS}
+
+
+def _record(row: Mapping[str, Any], spectra: Mapping[str, Any], layers: Any) -> SpectrumRecord:
+    record = SpectrumRecord(**{field: row[field] for field in PLAIN_FIELDS}, **spectra, layers=layers)
+    if record.spectrum is not None and record.generalization is not None:
+        check_comparable(record.spectrum, record.generalization)  # else the assessment would fail, later on
+    return record
+
+
+def _packed(spectrum: Spectrum | None, arrays: list[NDArray[np.float64]]) -> dict[str, Any] | None:
+    """Return the fields of a spectrum: for its arrays, which are appended, their positions."""
+    if spectrum is None:
+        return None
+    positions = range(len(arrays), len(arrays) + len(ARRAYS))
+    arrays.extend(getattr(spectrum, name) for name in ARRAYS)
+    return {**spectrum.to_dict(), **dict(zip(ARRAYS, positions, strict=True))}
+
+
+def _unpacked(values: dict[str, Any] | None, arrays: Sequence[NDArray[np.float64]]) -> Any:
+    if values is None:
+        return None
+    return Spectrum.from_dict({**values, **{name: arrays[values[name]] for name in ARRAYS}})

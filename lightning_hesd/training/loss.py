@@ -1,0 +1,99 @@
+"""The loss of a LightningModule as a function of module and batch: its `training_step`, with its side effects muted."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import lightning.pytorch as pl
+
+    from lightning_hesd.numerics.pipeline import LossFunction
+
+
+def check_loss_source(pl_module: pl.LightningModule, loss_fn: LossFunction | None) -> None:
+    """Check that the module has a loss to analyse.
+
+    Raises:
+        MisconfigurationException: If its `training_step` cannot be called for one.
+    """
+    if loss_fn is not None:
+        return
+    if not pl_module.automatic_optimization:
+        msg = (
+            f"{type(pl_module).__name__} uses manual optimization, so calling its `training_step` for the analysis "
+            "would change the weights: pass `loss_fn=` to HessianSpectrumCallback, a function (module, batch) -> mean "
+            "loss over the batch."
+        )
+        raise MisconfigurationException(msg)
+    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+        msg = (
+            f"the `training_step` of {type(pl_module).__name__} takes a `dataloader_iter` instead of a batch: pass "
+            "`loss_fn=` to HessianSpectrumCallback, a function (module, batch) -> mean loss over the batch."
+        )
+        raise MisconfigurationException(msg)
+
+
+def make_loss_fn(trainer: pl.Trainer, loss_fn: LossFunction | None) -> LossFunction:
+    """Return `loss_fn`, or the loss of `training_step`, evaluated at the trainer's precision but without autocast."""
+    compute = loss_fn or _training_step_loss
+    precision = trainer.precision_plugin
+    # The forward context of mixed precision is autocast; that of the others sets the dtype of new tensors.
+    context = contextlib.nullcontext if isinstance(precision, MixedPrecision) else precision.forward_context
+
+    def loss(module: pl.LightningModule, batch: Any) -> Tensor:
+        with context():
+            return compute(module, batch)
+
+    return loss
+
+
+@contextlib.contextmanager
+def muted(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+    """Silence `self.log`, `self.log_dict`, `self.print` and the loggers themselves."""
+    names = ("log", "log_dict", "print")
+    attributes = vars(pl_module)
+    before = {name: attributes[name] for name in names if name in attributes}
+    loggers = trainer.loggers
+    try:
+        for name in names:
+            attributes[name] = _ignore
+        if loggers:
+            trainer.loggers = [DummyLogger()]
+        yield
+    finally:
+        trainer.loggers = loggers
+        for name in names:
+            attributes.pop(name, None)
+        attributes.update(before)
+
+
+def _ignore(*_args: Any, **_kwargs: Any) -> None:
+    """Stand in for a logging method."""
+
+
+def _training_step_loss(pl_module: pl.LightningModule, batch: Any) -> Tensor:
+    arguments = [batch]
+    if is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2):
+        arguments.append(0)
+    if is_param_in_hook_signature(pl_module.training_step, "dataloader_idx", explicit=True):
+        arguments.append(0)
+    output = pl_module.training_step(*arguments)
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if isinstance(loss, Tensor):
+        return loss
+    found = f"a {type(output).__name__} without 'loss'" if isinstance(output, Mapping) else type(output).__name__
+    msg = (
+        f"the `training_step` of {type(pl_module).__name__} must return the loss as a tensor, or a dict with 'loss', "
+        f"got {found}: return it, or pass `loss_fn=` to HessianSpectrumCallback."
+    )
+    raise MisconfigurationException(msg)

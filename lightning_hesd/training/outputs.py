@@ -1,0 +1,112 @@
+"""Where records go: the module's log, the loggers' sinks, and the folder of the run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lightning_hesd.spectra.payload import CHOICES_NAME, choice_payload, to_json
+from lightning_hesd.spectra.scalars import scalars
+from lightning_hesd.training import _lightning
+from lightning_hesd.training.sinks import make_sinks
+from lightning_hesd.training.sinks.sink import ChoiceSink
+from lightning_hesd.training.sinks.tensorboard import write_layout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    import lightning.pytorch as pl
+
+    from lightning_hesd.spectra.selection import Choice
+    from lightning_hesd.training.gradient_monitor import GradientStatistics
+    from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
+    from lightning_hesd.training.sinks.sink import Sink
+
+
+class RunOutputs:
+    """The outputs of one callback in one run."""
+
+    def __init__(self, name: str, *, in_progress_bar: bool) -> None:
+        self._name = name
+        self._in_bar = {f"{name}/c_t"} if in_progress_bar else set()
+        self._sinks: list[Sink] = []
+        self._folder: Path | None = None
+
+    def open(self, trainer: pl.Trainer, names: Sequence[str]) -> None:
+        """Find out where to write; only process zero does, and nothing is written in a development run.
+
+        Args:
+            trainer: The trainer.
+            names: Names of all callbacks of this kind in the Trainer; the first one lays out the charts for all.
+        """
+        run_folder = _lightning.run_folder(trainer)  # every process must ask for it
+        fast_dev_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if not trainer.is_global_zero or fast_dev_run:
+            self.close()
+            return
+        self._folder = run_folder / self._name
+        self._sinks = make_sinks(trainer.loggers, self._name)
+        if trainer.global_step == 0:
+            (self._folder / CHOICES_NAME).unlink(missing_ok=True)  # of an earlier run in the same folder
+        if names[0] == self._name:
+            write_layout(trainer.loggers, names)
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the run's spectra; None if nothing is written."""
+        return self._folder
+
+    def close(self) -> None:
+        """Let go of the loggers."""
+        self._sinks = []
+        self._folder = None
+
+    def log(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        record: SpectrumRecord,
+        overhead: float | None,
+        *,
+        at_epoch_end: bool,
+    ) -> None:
+        """Log the scalars of a record, and the share of analyses in the training time if there was any training."""
+        if record.spectra:
+            values = scalars(record, self._name)
+            if overhead is not None:
+                values[f"{self._name}/overhead"] = overhead
+            _lightning.log_scalars(trainer, pl_module, values, at_epoch_end=at_epoch_end, in_bar=self._in_bar)
+
+    def log_gradients(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, gradients: GradientStatistics | None
+    ) -> None:
+        """Log at the end of an epoch what happened to its gradients, if that was looked at."""
+        if gradients is not None:
+            values = {f"{self._name}/{key}": value for key, value in asdict(gradients).items() if key != "steps"}
+            _lightning.log_scalars(trainer, pl_module, values, at_epoch_end=True, in_bar=())
+
+    def write_choice(self, trainer: pl.Trainer, choice: Choice, *, at_epoch_end: bool) -> None:
+        """Write what a checkpoint rule made of the latest record to the loggers that can show it, and to the folder."""
+        step = _lightning.logging_step(trainer, at_epoch_end=at_epoch_end)
+        for sink in self._sinks:
+            if isinstance(sink, ChoiceSink):
+                sink.write_choice(choice, step)
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with (self._folder / CHOICES_NAME).open("a", encoding="utf-8") as file:
+                file.write(to_json(choice_payload(choice)) + "\n")
+
+    def writers(self, trainer: pl.Trainer, history: SpectrumHistory, *, at_epoch_end: bool) -> list[Callable[[], None]]:
+        """Return what writes the last record, each apart: trouble with one output must not keep out the others."""
+        step = _lightning.logging_step(trainer, at_epoch_end=at_epoch_end)
+        outputs: list[Callable[[], None]] = [
+            partial(sink.write, history, step) for sink in self._sinks if history[-1].spectra
+        ]
+        return outputs if self._folder is None else [*outputs, partial(history.save, self._folder)]
+
+    def finishers(self, history: SpectrumHistory) -> list[Callable[[], None]]:
+        """Return what is left to write at the end of training, each apart; nothing is written after it."""
+        sinks, self._sinks = self._sinks, []
+        return [partial(sink.finish, history) for sink in sinks if any(record.spectra for record in history)]

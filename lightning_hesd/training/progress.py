@@ -1,0 +1,156 @@
+"""A bar for the Lanczos steps of a long analysis, beside the Trainer's own progress bar and in its manner."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+from lightning_hesd.training import _lightning
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import lightning.pytorch as pl
+
+    from lightning_hesd.numerics.pipeline import Report
+
+DELAY = 1.0
+"""Seconds before a bar appears, so that short analyses do not flicker."""
+
+
+@contextlib.contextmanager
+def analysis_bar(
+    trainer: pl.Trainer, name: str, *, shown: bool, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Report | None]:
+    """Show a bar while an analysis runs, if it runs for long and the Trainer has a progress bar that is known here.
+
+    Args:
+        trainer: The trainer.
+        name: Whose analysis it is.
+        shown: Whether a bar is wanted at all.
+        clock: Returns seconds, from any origin.
+
+    Yields:
+        What is to be called after each step; None if there is no bar in this process.
+    """
+    open_bar = _bar_opener(trainer, f"{name}: Lanczos steps") if shown and trainer.is_global_zero else None
+    if open_bar is None:
+        yield None
+        return
+    bar = _LateBar(open_bar, clock)
+    try:
+        yield bar.show
+    finally:
+        bar.close()
+
+
+class Bar(Protocol):
+    """A bar on the screen."""
+
+    def show(self, done: int, total: int) -> None:
+        """Show that `done` of `total` steps are done."""
+
+    def close(self) -> None:
+        """Remove it from the screen."""
+
+
+class _LateBar:
+    """A bar that appears after `DELAY`, and gives up if it cannot be drawn.
+
+    No failure to draw may cost the analysis, whatever `on_error` says. It is worth one warning all the same, because
+    nobody would report a bar that just is not there.
+    """
+
+    def __init__(self, open_bar: Callable[[int, int], Bar], clock: Callable[[], float]) -> None:
+        self._open = open_bar
+        self._clock = clock
+        self._started = clock()
+        self._bar: Bar | None = None
+        self._broken = False
+
+    def show(self, done: int, total: int) -> None:
+        if self._broken or self._clock() - self._started < DELAY:
+            return
+        with self._harmless():
+            if self._bar is None:
+                self._bar = self._open(done, total)
+            else:
+                self._bar.show(done, total)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            with self._harmless():
+                self._bar.close()
+
+    @contextlib.contextmanager
+    def _harmless(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is not the analysis
+            if not self._broken:
+                self._broken = True
+                _lightning.warn(f"cannot draw the progress of the analysis, which goes on. {error!r}")
+
+
+# The kinds of bars ----------------------------------------------------------------------------------------------------
+
+
+def _bar_opener(trainer: pl.Trainer, description: str) -> Callable[[int, int], Bar] | None:
+    """Return what opens a bar of the kind that the Trainer has; None if it has none, or one of another kind."""
+    owner = trainer.progress_bar_callback
+    if isinstance(owner, TQDMProgressBar) and owner.is_enabled:
+        return partial(_TqdmBar, owner, description)
+    if isinstance(owner, RichProgressBar) and owner.is_enabled:
+        return partial(_RichBar, owner, trainer, description)
+    return None
+
+
+class _TqdmBar:
+    """A line below the training bar, where the validation bar is at other times."""
+
+    def __init__(self, owner: TQDMProgressBar, description: str, done: int, total: int) -> None:
+        self._refresh_rate = owner.refresh_rate
+        self._bar = Tqdm(
+            desc=description,
+            initial=done,
+            total=total,
+            position=2 * owner.process_position + 1,
+            leave=False,
+            dynamic_ncols=True,
+            file=sys.stdout,
+            bar_format=owner.BAR_FORMAT,
+        )
+
+    def show(self, done: int, total: int) -> None:
+        self._bar.n, self._bar.total = done, total
+        if done % self._refresh_rate == 0 or done == total:
+            self._bar.refresh()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class _RichBar:
+    """A task in the live display of the Trainer's progress bar."""
+
+    def __init__(self, owner: RichProgressBar, trainer: pl.Trainer, description: str, done: int, total: int) -> None:
+        from rich.markup import escape  # noqa: PLC0415 - there only if the Trainer's bar is one of Rich
+
+        self._owner = owner
+        self._progress = _lightning.start_rich_progress(owner, trainer)
+        self._task = self._progress.add_task(escape(description), total=total, completed=done)
+
+    def show(self, done: int, total: int) -> None:
+        self._progress.update(self._task, completed=done, total=total)
+        self._owner.refresh()
+
+    def close(self) -> None:
+        # Hidden and not removed: Lightning finds its own tasks by their place in the list of all.
+        self._progress.update(self._task, visible=False)
+        self._progress.refresh()

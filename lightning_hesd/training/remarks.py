@@ -1,0 +1,66 @@
+"""What a user should be told once: that the criteria do not apply, and why, or that λ_max lost its meaning."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning_hesd.spectra.criteria import quasi_singular
+from lightning_hesd.spectra.selection import LOSS_TOLERANCE
+from lightning_hesd.training import _lightning
+from lightning_hesd.training.gradient_monitor import likely_causes
+from lightning_hesd.training.history import START_EPOCH
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from lightning_hesd.training.gradient_monitor import GradientStatistics
+    from lightning_hesd.training.history import SpectrumHistory
+
+
+class Remarks:
+    """Remarks on the history of one run, each made once."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._made: set[str] = set()
+
+    def restart(self) -> None:
+        """Make them again if there is reason to: another run begins."""
+        self._made = set()
+
+    def remark(
+        self, trainer: pl.Trainer, history: SpectrumHistory, gradients: GradientStatistics | None, *, monitored: bool
+    ) -> None:
+        """Say what the last record gives reason to.
+
+        Args:
+            trainer: The trainer.
+            history: All records.
+            gradients: What the monitor of gradients saw in this epoch.
+            monitored: Whether there is such a monitor.
+        """
+        record = history[-1]
+        if record.spectrum is None or record.epoch == START_EPOCH:
+            return
+        if record.spectrum.hesd_type == "MN" and record.spectrum.type_certain:
+            causes = likely_causes(trainer, gradients)
+            if not causes:
+                causes = ["none was found" if monitored else "unknown, `monitor_gradients=True` would look for one"]
+            self._say(
+                "MN",
+                f"the spectrum of epoch {record.epoch} is MN (C_t = {record.spectrum.c_t:.3g}), so the criteria of "
+                f"generalization do not apply. Likely cause: {'; '.join(causes)}. An untrained network is MN, too.",
+            )
+        states = [r.spectrum for r in history if r.spectrum is not None]
+        if quasi_singular([s.lambda_max for s in states], [s.loss for s in states], tolerance=LOSS_TOLERANCE):
+            self._say(
+                "QS",
+                f"the spectrum of epoch {record.epoch} is quasi-singular: the largest eigenvalue fell to "
+                f"{record.spectrum.lambda_max:.3g} while the loss hardly changed. Largest eigenvalue and trace no "
+                "longer mean flatness; prefer C_t, also to pick checkpoints.",
+            )
+
+    def _say(self, key: str, message: str) -> None:
+        if key not in self._made:
+            self._made.add(key)
+            _lightning.inform(f"{self._name}: {message}")

@@ -1,0 +1,115 @@
+"""What sinks have in common."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from dataclasses import astuple, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import numpy as np
+from matplotlib.backend_bases import FigureCanvasBase
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from lightning_hesd.plotting import plot_decomposition, plot_density, plot_layers
+from lightning_hesd.spectra.indicators import LayerIndicators, layer_indicators
+from lightning_hesd.training.history import START_EPOCH, SpectrumHistory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    from lightning_hesd.spectra.assessment import Assessment
+    from lightning_hesd.spectra.selection import Choice
+    from lightning_hesd.spectra.spectrum import Spectrum
+    from lightning_hesd.training.history import SpectrumRecord
+
+LAYER_COLUMNS = ("layer", *(field.name for field in fields(LayerIndicators)))
+"""Names of what `layer_rows` returns."""
+
+
+class Sink(Protocol):
+    """Writes what a logger can show beyond scalars."""
+
+    def write(self, history: SpectrumHistory, step: int) -> None:
+        """Write the last record, which has a spectrum, at `step` of the logger's axis."""
+
+    def finish(self, history: SpectrumHistory) -> None:
+        """Write what is written once, at the end of training, also of training that failed; there is a spectrum."""
+
+
+def title(record: SpectrumRecord) -> str:
+    """Return when a record was made, short."""
+    return "start" if record.epoch == START_EPOCH else f"epoch {record.epoch}"
+
+
+def figures(history: SpectrumHistory) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    """Draw the figures of the last record, one after the other.
+
+    Yields:
+        What to append to the callback's name, and the drawing as an image, shape (height, width, 4).
+    """
+    record = history[-1]
+    for suffix, spectrum in record.spectra.items():
+        yield f"{suffix}/density_figure", _pixels(plot_density(spectrum, title=title(record)))
+    if record.spectrum and record.ggn and record.residual:
+        yield "/decomposition_figure", _pixels(plot_decomposition(record.spectrum, record.ggn, record.residual))
+    if record.layers:
+        yield "/layers_figure", _pixels(plot_layers(history))
+
+
+def _pixels(axes: Axes) -> NDArray[np.uint8]:
+    """Return a drawing as an image, and let go of the drawing."""
+    figure: Figure = axes.get_figure(root=True)  # type: ignore[assignment]
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    image = np.array(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
+    # Figures and what is in them point at each other: a megabyte each, until Python looks for such rings.
+    figure.clear()
+    FigureCanvasBase(figure)
+    return image
+
+
+def layer_rows(layers: Mapping[str, Spectrum]) -> list[tuple[str | float, ...]]:
+    """Return the indicators of layers, a row for each."""
+    return [(name, *astuple(found)) for name, found in layer_indicators(layers).items()]
+
+
+@runtime_checkable
+class ChoiceSink(Protocol):
+    """Writes also which state of the weights a checkpoint rule takes; not every sink can."""
+
+    def write_choice(self, choice: Choice, step: int) -> None:
+        """Write what a rule made of the latest record at `step` of the logger's axis."""
+
+
+def layer_table(layers: Mapping[str, Spectrum]) -> str:
+    """Return the indicators of layers as a table in Markdown."""
+    rows = [[str(name), *(f"{value:.3g}" for value in values)] for name, *values in layer_rows(layers)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (LAYER_COLUMNS, ["---"] * len(LAYER_COLUMNS), *rows))
+
+
+def verdict_text(assessment: Assessment, when: str) -> str:
+    """Return a verdict and its reasons in Markdown."""
+    reasons = "\n".join(f"- {reason}" for reason in assessment.reasons)
+    return f"**generalization: {assessment.verdict}** ({when})\n\n{reasons}"
+
+
+@contextlib.contextmanager
+def saved(history: SpectrumHistory) -> Iterator[Path]:
+    """Write a history to a folder for upload, which is then gone.
+
+    The folder of the run may have files of other runs in it, or lack some of this one's, if it could not be written.
+
+    Yields:
+        The folder: `SpectrumHistory.load` reads it.
+    """
+    copy = SpectrumHistory()  # the history itself would remember the folder
+    copy.extend(history)
+    with tempfile.TemporaryDirectory() as folder:
+        copy.save(folder)
+        yield Path(folder)
