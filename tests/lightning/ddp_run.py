@@ -1,4 +1,4 @@
-"""One distributed training run; `test_ddp.py` starts it as a program, because the processes must be real.
+"""One process of a distributed training run; `test_ddp.py` starts it as a program, because the processes must be real.
 
 Every process writes what it saw to `<out>/rank<rank>.json`.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,8 @@ from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
 from lightning_hesd.training.history import SpectrumRecord
 
 torch.set_num_threads(1)
+
+WORLD_SIZE = int(os.environ["WORLD_SIZE"])
 
 
 class Blobs(Dataset[tuple[torch.Tensor, int]]):
@@ -111,7 +114,6 @@ def describe(record: SpectrumRecord) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--devices", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--fail", choices=["loss", "data"])
     parser.add_argument("--fail-in", type=int)
@@ -150,8 +152,8 @@ def main() -> None:
         ]
     trainer = pl.Trainer(
         accelerator="cpu",
-        devices=options.devices,
-        strategy=DDPStrategy(process_group_backend="gloo") if options.devices > 1 else "auto",
+        devices=WORLD_SIZE,
+        strategy=DDPStrategy(process_group_backend="gloo") if WORLD_SIZE > 1 else "auto",
         max_epochs=4,
         default_root_dir=options.out,
         logger=CSVLogger(options.out),
@@ -165,7 +167,7 @@ def main() -> None:
         for callback in callbacks:
             OwnClock(options.costs[trainer.global_rank]).govern(callback, module)
     # As many steps in every process, whatever their number.
-    trainer.fit(module, DataLoader(Blobs(None), batch_size=96 // (2 * options.devices)))
+    trainer.fit(module, DataLoader(Blobs(None), batch_size=96 // (2 * WORLD_SIZE)))
     result = {
         "records": {callback.name: [describe(record) for record in callback.history] for callback in callbacks},
         "best": Path(trainer.checkpoint_callback.best_model_path).name,

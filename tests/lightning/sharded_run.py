@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
 from tests.lightning.ddp_run import Blobs, describe
 
 torch.set_num_threads(1)
+
+WORLD_SIZE = int(os.environ["WORLD_SIZE"])
 
 EPOCHS = 3
 
@@ -71,8 +74,7 @@ class Net(pl.LightningModule):
 class Program:
     """The runs of one process."""
 
-    def __init__(self, devices: int, out: Path) -> None:
-        self.devices = devices
+    def __init__(self, out: Path) -> None:
         self.out = out
         self.results: dict[str, Any] = {}
 
@@ -80,15 +82,15 @@ class Program:
         self, name: str, callbacks: list[HessianSpectrumCallback], how: str = "sharded", **options: Any
     ) -> pl.Trainer:
         """Train, and note what came out."""
-        split = self.devices if how == "layers split" else 1
+        split = WORLD_SIZE if how == "layers split" else 1
         epochs = options.pop("max_epochs", EPOCHS)
         trainer = pl.Trainer(
             accelerator="cpu",
-            devices=self.devices,
+            devices=WORLD_SIZE,
             strategy="auto"
             if how == "whole"
             else ModelParallelStrategy(
-                data_parallel_size=self.devices // split,
+                data_parallel_size=WORLD_SIZE // split,
                 tensor_parallel_size=split,
                 process_group_backend="gloo",
             ),
@@ -122,7 +124,6 @@ class Program:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--devices", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--all", type=int, default=0, help="1: all runs, not only the one that is compared")
     options = parser.parse_args()
@@ -155,8 +156,8 @@ def main() -> None:
             callback(name="few", batch_size=25, epochs=[1], layers=["net.*"]),
         ]
 
-    program = Program(options.devices, options.out)
-    trainer = program.fit("main", callbacks(), "sharded" if options.devices > 1 else "whole")
+    program = Program(options.out)
+    trainer = program.fit("main", callbacks(), "sharded" if WORLD_SIZE > 1 else "whole")
     if options.all:
         program.fit("bare", [])
         program.fit("failing", [callback(loss_fn=failing, checkpoint="highest_c_t")])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -245,25 +243,18 @@ def describe(spectrum: Spectrum) -> dict[str, Any]:
     }
 
 
-def start(rank: int, devices: int, out: str, thorough: bool) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("error")
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(devices)}
-    dist.init_process_group("gloo")
-    findings = Process(rank, devices, thorough=thorough).findings()
-    Path(out, f"rank{rank}.json").write_text(json.dumps(findings))
-    dist.destroy_process_group()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--devices", type=int, required=True)
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--thorough", type=int, default=0, help="1: everything, not only one way of making products")
     options = parser.parse_args()
-    arguments = (options.devices, options.out, bool(options.thorough))
-    # Forked: what takes longest is to load all this.
-    mp.start_processes(start, arguments, options.devices, start_method="fork")
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    findings = Process(rank, dist.get_world_size(), thorough=bool(options.thorough)).findings()
+    (options.out / f"rank{rank}.json").write_text(json.dumps(findings))
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Folders of a run with one process, with two, and with three of which the last has no samples."""
     folders = {devices: tmp_path_factory.mktemp("ddp") / str(devices) for devices in (1, 2, 3)}
     for devices, folder in folders.items():
-        run(folder, devices, engine=1)
+        run(folder, devices, "--engine", 1)
     return folders
 
 
@@ -75,8 +75,7 @@ def test_only_process_zero_writes(runs: dict[int, Path]) -> None:
 def test_a_failure_in_one_process_is_recorded_in_all_and_training_goes_on(
     tmp_path: Path, fail: str, fail_in: int, cause: str
 ) -> None:
-    run(tmp_path / "run", 2, fail=fail, fail_in=fail_in)
-    ranks = read(tmp_path / "run")
+    ranks = run(tmp_path / "run", 2, "--fail", fail, "--fail-in", fail_in)
     for number, rank in enumerate(ranks):
         assert rank["steps"] == 8
         expected = cause if number == fail_in else "AnotherProcessFailedError"
@@ -89,8 +88,7 @@ def test_a_failure_in_one_process_is_recorded_in_all_and_training_goes_on(
 
 def test_all_processes_analyse_the_epochs_that_process_zero_can_afford(tmp_path: Path) -> None:
     """By its own clock the other process could afford every epoch, and would wait in epoch 1 for ever."""
-    run(tmp_path / "run", 2, max_overhead=0.5, costs="1.5 0")
-    first, second = read(tmp_path / "run")
+    first, second = run(tmp_path / "run", 2, "--max-overhead", 0.5, "--costs", 1.5, 0)
     for records in first["records"].values():
         assert [record["epoch"] for record in records] == [0, 2]
     assert first["steps"] == 8

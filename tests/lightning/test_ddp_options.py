@@ -2,65 +2,27 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.lightning.processes import environment, read
+from tests.lightning import processes
+from tests.lightning.processes import TIMEOUT, Rank
 
 SCRIPT = Path(__file__).with_name("ddp_options.py")
-TIMEOUT = 100
-"""Seconds until processes count as hanging: a few times what they take on a busy machine."""
+run, started = (partial(work, SCRIPT) for work in (processes.run, processes.started))
 
 
-@contextmanager
-def processes(folder: Path, what: str, *arguments: object, count: int = 2) -> Iterator[list[subprocess.Popen[str]]]:
-    """Start that many processes of one run, and leave none of them behind.
-
-    Yields:
-        The processes, by rank.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    shared = {**environment(SCRIPT), "WORLD_SIZE": str(count)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), what, "--out", str(folder), *map(str, arguments)],
-            env={**shared, "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    try:
-        yield started
-    finally:
-        for process in started:
-            process.kill()
-            process.communicate()
-
-
-def run(folder: Path, what: str, *arguments: object, count: int = 2) -> list[Any]:
-    """Return what each process saw, by rank."""
-    with processes(folder, what, *arguments, count=count) as started:
-        for process in started:
-            said, _ = process.communicate(timeout=TIMEOUT)
-            assert process.returncode == 0, said
-    return read(folder)
-
-
-def wait_for(condition: Callable[[], bool], started: list[subprocess.Popen[str]]) -> None:
+def wait_for(condition: Callable[[], bool], ranks: list[Rank]) -> None:
     """Wait until a condition holds, while all processes run."""
     ends = time.monotonic() + TIMEOUT
     while not condition():
-        for process in started:
-            assert process.poll() is None, process.communicate()[0]
+        for rank in ranks:
+            assert rank.process.is_alive(), rank.said
         assert time.monotonic() < ends
         time.sleep(0.05)
 
@@ -71,7 +33,7 @@ NAMES = ["find_unused_parameters", "static_graph", "bucket_view", "comm_hook"]
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def options(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """What each process saw with every option, one after the other in the same processes."""
-    return run(tmp_path_factory.mktemp("options"), "options", count=request.param)
+    return run(tmp_path_factory.mktemp("options"), request.param, "options")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -103,28 +65,27 @@ def test_norms_that_wait_for_other_processes_are_refused(options: list[dict[str,
 
 
 def test_a_process_that_is_killed_in_an_analysis_leaves_nobody_waiting(tmp_path: Path) -> None:
-    with processes(tmp_path, "interrupted") as started:
-        wait_for((tmp_path / "analysing").exists, started)
+    with started(tmp_path, 2, "interrupted") as ranks:
+        wait_for((tmp_path / "analysing").exists, ranks)
         time.sleep(0.3)  # well within it: it takes seconds
-        started[1].kill()
-        said, _ = started[0].communicate(timeout=TIMEOUT)
-        assert started[0].returncode not in {0, None}
-        assert "peer" in said  # "Connection closed by peer", or "reset": the error of the process group
+        ranks[1].process.kill()
+        assert ranks[0].wait() != 0
+        assert "peer" in ranks[0].said  # "Connection closed by peer", or "reset": the error of the process group
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_decisions_it_made(tmp_path: Path) -> None:
     # By the clock of process zero not every epoch can be afforded; by that of the other one all of them.
     costs = ["--costs", 1.7, 0.0]
-    whole = run(tmp_path / "whole", "budgeted", *costs)
+    whole = run(tmp_path / "whole", 2, "budgeted", *costs)
     assert whole[0] == {**whole[1], "overhead": whole[0]["overhead"]}  # each by its own clock
     assert whole[0]["epochs"] == [0, 4, 6]  # one before the run is cut, one after it, and some that cost too much
     cut = tmp_path / "cut"
-    with processes(cut, "budgeted", *costs, "--pause", 5) as started:
-        wait_for(lambda: all((cut / f"paused{rank}").exists() for rank in range(2)), started)
-        for process in started:
-            process.kill()
-    resumed = run(tmp_path / "resumed", "budgeted", *costs, "--ckpt", cut / "last.ckpt")
+    with started(cut, 2, "budgeted", *costs, "--pause", 5) as ranks:
+        wait_for(lambda: all((cut / f"paused{rank}").exists() for rank in range(2)), ranks)
+        for rank in ranks:
+            rank.process.kill()
+    resumed = run(tmp_path / "resumed", 2, "budgeted", *costs, "--ckpt", cut / "last.ckpt")
     for ours, theirs in zip(resumed, whole, strict=True):
         assert (ours["epochs"], ours["decisions"]) == (theirs["epochs"], theirs["decisions"])
         assert ours["c_t"][:2] == theirs["c_t"][:2]  # then dropout differs: Lightning does not resume random numbers

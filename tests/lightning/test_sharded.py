@@ -24,8 +24,7 @@ EXACT = 1e-12
 def spectra(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes found."""
     folder = tmp_path_factory.mktemp("sharded") / "2"
-    processes.run(HERE / "sharded_spectra.py", folder, 2, thorough=1)
-    return read(folder)
+    return processes.run(HERE / "sharded_spectra.py", folder, 2, "--thorough", 1)
 
 
 def test_spectra_are_those_of_whole_parameters(spectra: list[dict[str, Any]]) -> None:
@@ -35,8 +34,7 @@ def test_spectra_are_those_of_whole_parameters(spectra: list[dict[str, Any]]) ->
 
 def test_a_process_without_a_batch_takes_part(tmp_path: Path) -> None:
     """Of three processes, for two batches."""
-    processes.run(HERE / "sharded_spectra.py", tmp_path / "3", 3)
-    found = read(tmp_path / "3")
+    found = processes.run(HERE / "sharded_spectra.py", tmp_path, 3)
     assert len(found) == 3
     check_spectra(found)
 
@@ -97,8 +95,7 @@ def test_each_process_holds_its_share_of_the_vectors(spectra: list[dict[str, Any
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What an ordinary training run saw."""
     folder = tmp_path_factory.mktemp("runs") / "1"
-    processes.run(HERE / "sharded_run.py", folder, 1)
-    (rank,) = read(folder)
+    (rank,) = processes.run(HERE / "sharded_run.py", folder, 1)
     main: dict[str, Any] = rank["main"]
     return main
 
@@ -107,7 +104,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of training runs of two processes."""
     folder = tmp_path_factory.mktemp("runs") / "2"
-    processes.run(HERE / "sharded_run.py", folder, 2, all=1)
+    processes.run(HERE / "sharded_run.py", folder, 2, "--all", 1)
     return folder
 
 
