@@ -106,7 +106,8 @@ class Outcomes:
     def values(self, inputs: str, state: str, sweep: str, quantity: Callable[[State], float]) -> Array:
         """Return a quantity over a sweep, shape (seeds, sizes)."""
         pairs = self.study.configurations(sweep)
-        return np.array([[quantity(s) for s in self.find(inputs, state, *pair)] for pair in pairs]).T
+        found: Array = np.array([[quantity(s) for s in self.find(inputs, state, *pair)] for pair in pairs])
+        return found.T
 
     def of_seed(self, inputs: str, state: str, seed: int) -> list[State]:
         """Return all networks of a seed."""

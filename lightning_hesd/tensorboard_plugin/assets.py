@@ -18,8 +18,8 @@ PLOTLY = "plotly.min.js"
 def content(name: str) -> bytes:
     """Return the content of a file, one of those named above."""
     if name == PLOTLY:
-        return files("plotly").joinpath("package_data", PLOTLY).read_bytes()
-    return files("lightning_hesd.tensorboard_plugin").joinpath("static", name).read_bytes()
+        return (files("plotly") / "package_data" / PLOTLY).read_bytes()
+    return (files("lightning_hesd.tensorboard_plugin") / "static" / name).read_bytes()
 
 
 def content_type(name: str) -> str:

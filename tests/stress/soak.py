@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import time
 import warnings
@@ -35,10 +37,13 @@ class Gauge(pl.Callback):
         self.readings: dict[str, list[float]] = {}
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        gc.collect()  # figures are cycles: else it is chance when they go, and what the allocator keeps of them
+        ctypes.CDLL(None).malloc_trim(0)
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         files = [path for path in self.folder.rglob("*") if path.is_file() and not path.is_symlink()]
         for name, value in {
-            "memory": float(status["VmRSS"].split()[0]),
+            # Its own, wherever it is: pages of libraries come and go as the system likes.
+            "memory": sum(float(status[name].split()[0]) for name in ("RssAnon", "VmSwap")),
             "open files": float(len(os.listdir("/proc/self/fd"))),  # noqa: PTH208 - no path in there outlives the look
             "threads": float(status["Threads"]),
             "seconds": time.process_time(),
