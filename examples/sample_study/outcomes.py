@@ -106,8 +106,7 @@ class Outcomes:
     def values(self, inputs: str, state: str, sweep: str, quantity: Callable[[State], float]) -> Array:
         """Return a quantity over a sweep, shape (seeds, sizes)."""
         pairs = self.study.configurations(sweep)
-        found: Array = np.array([[quantity(s) for s in self.find(inputs, state, *pair)] for pair in pairs])
-        return found.T
+        return np.stack([[quantity(s) for s in self.find(inputs, state, *pair)] for pair in pairs], axis=1)
 
     def of_seed(self, inputs: str, state: str, seed: int) -> list[State]:
         """Return all networks of a seed."""
