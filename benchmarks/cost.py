@@ -41,8 +41,8 @@ What `lightning-hesd estimate` says beside what was measured: seconds of a whole
 of network and samples (the most of any process), and what a process hands to reductions, counted as the ring that the
 model supposes would send it. Each process has one thread on a machine of two cores, so that more than two processes
 share them. The times of a gradient per sample, of reading a basis and of a reduction were measured in the same
-processes at the same time, and so were the bytes of a graph per sample, which are part of the memory. Medians of
-{rounds} rounds.
+processes at the same time, and so were the bytes of a graph per sample, which are part of the memory. Rounds, of
+which each number is the median: {rounds}.
 """
 HEADER = (
     *("network", "parameters", "samples", "steps", "processes", "strategy", "basis"),
@@ -78,7 +78,7 @@ CASES = [
     Case("wide MLP", 512, 30, processes=4),
     Case("ResNet20", 128, 10, processes=2),
     Case("ResNet20", 128, 10, processes=4),
-    Case("GPT", 64, 10, processes=4),
+    Case("GPT", 128, 10, processes=4),
 ]
 QUICK = [Case("narrow MLP", 64, 5), Case("narrow MLP", 64, 5, processes=2)]
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, Spectrum, SpectrumHistory
@@ -61,6 +61,7 @@ def fuzz(examples: int) -> settings:
         max_examples=examples * TIMES,
         derandomize=TIMES == 1,
         database=None,
+        phases=[Phase.explicit, Phase.generate, Phase.shrink],  # without tracing each line, to explain failures
         deadline=timedelta(seconds=20),  # what takes longer is taken for a hang
         suppress_health_check=list(HealthCheck),  # files are written over in the same folder
         print_blob=True,
