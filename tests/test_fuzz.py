@@ -121,7 +121,7 @@ def damaged(draw: Callable[..., Any], original: Any, junk: st.SearchStrategy[Any
         container, key = where[draw(st.integers(0, len(where) - 1))]
         action = draw(st.sampled_from(["replace", "replace", "replace", "remove", "exchange"]))
         if action == "replace" or container is value:
-            container[key] = draw(junk)
+            container[key] = copy.deepcopy(draw(junk))  # a list among it may be damaged next
         elif action == "remove":
             del container[key]
         else:
@@ -462,6 +462,11 @@ def test_payloads(kind: str, data: st.DataObject) -> None:
         return
     made = picks([found], []) if kind == "record" else picks([], rewound([found, choice(9)]))
     to_json({"payload": found, "rules": made}).encode()
+
+
+def test_no_candidate_is_within_a_negative_tolerance() -> None:
+    with pytest.raises(PayloadError, match="`tolerance`"):
+        read_payload(to_json({**choice(), "tolerance": -1}), CHOICE_FIELDS)
 
 
 def test_a_run_of_damaged_payloads_is_answered(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from lightning_hesd.spectra.foreign import (
     optional,
     parsed,
     text,
+    within,
 )
 from lightning_hesd.spectra.indicators import layer_indicators
 from lightning_hesd.spectra.quadrature import legible_sigma
@@ -228,7 +229,7 @@ CHOICE_FIELDS: Fields = {
     "rule": text,
     "epoch": integer,
     "global_step": integer,
-    "tolerance": number,
+    "tolerance": within(0.0, math.inf),
     "require_mp": of(bool),
     "train_metric": optional(text),
     "train_metric_mode": text,
