@@ -164,7 +164,7 @@ def analysis_cost(workload: Workload, machine: Machine) -> Cost:
         >>> workload = Workload(parameters=25_000_000, samples=512, steps=60)
         >>> cost = analysis_cost(workload, Machine(gradient_seconds=1e-3, memory_bandwidth=1e12))
         >>> round(cost.seconds), round(cost.memory / 2**30, 1)
-        (64, 6.6)
+        (70, 6.6)
     """
     gradients = workload.products * GRADIENTS_PER_PRODUCT[workload.strategy] + PREPARATION[workload.strategy]
     samples = min(workload.batches * workload.batch_size, workload.samples)
