@@ -41,12 +41,12 @@ What `lightning-hesd estimate` says beside what was measured: seconds of a whole
 of network and samples (the most of any process), and what a process hands to reductions, counted as the ring that the
 model supposes would send it. Each process has one thread on a machine of two cores, so that more than two processes
 share them. The times of a gradient per sample, of reading a basis and of a reduction were measured in the same
-processes at the same time, and so were the bytes of a graph per sample, which are part of the memory. Rounds, of
-which each number is the median: {rounds}.
+processes at the same time, and so were the bytes of a graph per sample, which are part of the memory. Ratios
+are those of model to measurement. Rounds, of which each number is the median: {rounds}.
 """
 HEADER = (
-    *("network", "parameters", "samples", "steps", "processes", "strategy", "basis"),
-    *("time: model, s", "measured, s", "ratio", "memory: model, MiB", "measured, MiB", "ratio", "sent: ratio"),
+    *("network", "processes", "strategy", "time: ratio", "memory: ratio", "sent: ratio", "samples", "steps", "basis"),
+    *("parameters", "time: model, s", "measured, s", "memory: model, MiB", "measured, MiB"),
 )
 
 BATCH = 32
@@ -102,17 +102,18 @@ def main() -> None:
 
 
 def row(case: Case, rounds: list[dict[str, float]]) -> list[str]:
-    """Return the row of a case: what the model says with the numbers of each round, and the median of the ratios."""
+    """Return the row of a case: the medians of the ratios, model over measurement, and of both."""
     found = {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
 
-    def compared(key: str, unit: float, form: str) -> list[str]:
-        ratio = statistics.median(each[f"model_{key}"] / each[key] for each in rounds)
-        return [f"{found[f'model_{key}'] / unit:{form}}", f"{found[key] / unit:{form}}", f"{ratio:.2f}"]
+    def ratio(key: str) -> str:
+        return f"{statistics.median(each[f'model_{key}'] / each[key] for each in rounds):.2f}"
 
-    sent = f"{found['model_sent'] / found['sent']:.2f}" if found["sent"] else ""
     return [
-        *(case.network, f"{found['parameters']:,.0f}", str(case.samples), str(case.steps), str(case.processes)),
-        *(case.strategy, case.basis, *compared("seconds", 1, ".2f"), *compared("memory", 2**20, ".0f"), sent),
+        *(case.network, str(case.processes), case.strategy),
+        *(ratio("seconds"), ratio("memory"), ratio("sent") if found["sent"] else ""),
+        *(str(case.samples), str(case.steps), case.basis, f"{found['parameters']:,.0f}"),
+        *(f"{found[key]:.2f}" for key in ("model_seconds", "seconds")),
+        *(f"{found[key] / 2**20:.0f}" for key in ("model_memory", "memory")),
     ]
 
 

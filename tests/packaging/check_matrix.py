@@ -40,11 +40,11 @@ def main() -> None:
     parser.add_argument("--torch", default=pinned_torch(), help="the requirement; default: as in constraints.txt")
     parser.add_argument("--out", type=Path, help="also write the table there")
     args = parser.parse_args()
-    lines = ["| Python | environment | " + " | ".join(HELD) + " | torch | tests |", "| --- " * (len(HELD) + 4) + "|"]
+    lines = ["| Python | environment | tests | " + " | ".join(HELD) + " | torch |", "| --- " * (len(HELD) + 4) + "|"]
     for version in args.pythons:
         for environment in args.environments:
             found, outcome = tried(version, environment, args.torch)
-            cells = [version, environment, *(found.get(name, "") for name in (*HELD, "torch")), outcome]
+            cells = [version, environment, outcome, *(found.get(name, "") for name in (*HELD, "torch"))]
             lines.append(f"| {' | '.join(cells)} |")
             print(lines[-1], flush=True)
     print("\n".join(["", *lines]))
@@ -61,7 +61,7 @@ def page(lines: list[str]) -> str:
             "",
             f"Made by `make matrix` on {dt.datetime.now(dt.timezone.utc):%Y-%m-%d}: clean environments with the oldest",
             "and the newest versions that could be installed, and in each these files of `tests/lightning`:",
-            f"{tests}.",
+            f"{tests}. Types are checked for the oldest Python in any case.",
             "",
             *lines,
             "",
