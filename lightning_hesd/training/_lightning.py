@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -247,6 +249,30 @@ def is_first_process() -> bool:
 def anywhere(trainer: pl.Trainer, happened: bool) -> bool:  # noqa: FBT001 - the thing itself, no option
     """Return whether something happened in any process; every process must ask."""
     return trainer.strategy.reduce_boolean_decision(happened, all=False)
+
+
+@contextlib.contextmanager
+def sigterm_waits(trainer: pl.Trainer) -> Iterator[None]:
+    """Let SIGTERM wait until all processes are through with the block; then all stop training, whoever got it.
+
+    Lightning's handler waits for the other processes, and within an analysis those wait for this one: for ever.
+    """
+    if trainer.world_size == 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    connector = trainer._signal_connector  # noqa: SLF001 - has the flag that Lightning's loops look at
+    arrived: list[tuple[Any, ...]] = []
+    handler = signal.signal(signal.SIGTERM, lambda *arguments: arrived.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if handler is None else handler)
+    if anywhere(trainer, bool(arrived)):
+        connector.received_sigterm = True
+    # Lightning calls its own handlers and those it found.
+    for other in getattr(handler, "signal_handlers", ()) if arrived else ():
+        if callable(other) and getattr(other, "__self__", None) is not connector:
+            other(*arrived[0])
 
 
 def warn(message: str) -> None:

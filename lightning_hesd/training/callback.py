@@ -294,6 +294,7 @@ class HessianSpectrumCallback(SpectrumSource):
         at_epoch_end = epoch != START_EPOCH and self.schedule.every_n_train_steps is None
         _lightning.wait_for_device(trainer)
         with contextlib.ExitStack() as watch:
+            watch.enter_context(_lightning.sigterm_waits(trainer))
             for callback in _hessian_callbacks(trainer):  # to none of them is this training
                 watch.enter_context(callback.budget.analysis() if callback is self else callback.budget.paused())
             self.history.append(self._recorder.record(trainer, pl_module, epoch, self._survived))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable
 from functools import partial
@@ -71,6 +73,18 @@ def test_a_process_that_is_killed_in_an_analysis_leaves_nobody_waiting(tmp_path:
         ranks[1].process.kill()
         assert ranks[0].wait() != 0
         assert "peer" in ranks[0].said  # "Connection closed by peer", or "reset": the error of the process group
+
+
+@pytest.mark.parametrize("signalled", [[0], [1], [0, 1]])
+def test_sigterm_in_an_analysis_ends_all_processes(tmp_path: Path, signalled: list[int]) -> None:
+    with started(tmp_path, 2, "interrupted") as ranks:
+        wait_for((tmp_path / "analysing").exists, ranks)
+        time.sleep(0.3)  # well within it: it takes seconds
+        for number in signalled:
+            os.kill(ranks[number].process.pid or 0, signal.SIGTERM)
+        for rank in ranks:
+            assert rank.wait() == 0, rank.said  # Lightning's exception is a SystemExit, of training for ever
+    assert not list(tmp_path.glob("rank*.json"))
 
 
 @pytest.mark.slow
