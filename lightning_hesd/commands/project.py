@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from lightning_hesd.numerics.evaluation import LossFunction
     from lightning_hesd.numerics.options import AnalysisOptions
-    from lightning_hesd.numerics.pipeline import LossFunction
 
 DEFAULT_NUM_SAMPLES: int = inspect.signature(HessianSpectrumCallback).parameters["num_samples"].default
 

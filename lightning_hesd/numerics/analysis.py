@@ -19,10 +19,10 @@ from lightning_hesd.numerics.strategies import Calibration
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from lightning_hesd.numerics.evaluation import LossFunction
     from lightning_hesd.numerics.guards import Mode
     from lightning_hesd.numerics.layers import Layers
     from lightning_hesd.numerics.options import Probe
-    from lightning_hesd.numerics.pipeline import LossFunction
     from lightning_hesd.spectra.spectrum import Spectrum
 
 

@@ -7,38 +7,31 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import torch
-from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from lightning_hesd.numerics.estimation import Estimation, run_together
-from lightning_hesd.numerics.fast_derivatives import FastDerivatives
+from lightning_hesd.numerics.evaluation import Evaluator
 from lightning_hesd.numerics.guards import analysis_state
 from lightning_hesd.numerics.layers import Layers, blocks
 from lightning_hesd.numerics.layout import Layout
-from lightning_hesd.numerics.matrices import GaussNewtonMatrix, HessianMatrix, ResidualMatrix
 from lightning_hesd.numerics.memory import MemoryPlan, plan_memory
 from lightning_hesd.numerics.operators import CurvatureOperator, prepare_differences
 from lightning_hesd.numerics.parameters import inverse_root, select_parameters, vector_dtype
 from lightning_hesd.numerics.sample_mean import SampleMean
-from lightning_hesd.numerics.snapshot import seed_everything
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from lightning_hesd.numerics.batches import WeightedBatch
+    from lightning_hesd.numerics.evaluation import LossFunction
     from lightning_hesd.numerics.lanczos import Storage
     from lightning_hesd.numerics.layout import AllReduce
-    from lightning_hesd.numerics.matrices import Matrix
     from lightning_hesd.numerics.options import AnalysisOptions
     from lightning_hesd.numerics.strategies import Calibration
     from lightning_hesd.spectra.spectrum import Spectrum
-
-LossFunction = Callable[[Any, Any], Any]
-"""loss_fn(module, batch) -> mean loss over the batch, a scalar tensor.
-
-With `Tensor` for the result, LightningCLI would refuse functions that do not say what they return.
-"""
 
 Report = Callable[[int, int], None]
 """Takes the steps done and the most there can be."""
@@ -137,7 +130,7 @@ def estimated(
 
     with analysis_state(module, options.mode, analysed), layout.opened(module):
         mean = SampleMean(
-            _matrix(module, loss_fn, parameters, ranges, options=options, layout=layout),
+            Evaluator(module, loss_fn, options, layout).matrix(parameters, ranges),
             layout.joint(batches),
             strategy=options.strategy,
             dtype=dtype,
@@ -157,45 +150,6 @@ def estimated(
         estimations = [Estimation(operator, options, plan, started) for operator in operators]
         run_together(estimations, tick)
         yield estimations
-
-
-def _matrix(
-    module: nn.Module,
-    loss_fn: LossFunction,
-    parameters: Sequence[Tensor],
-    ranges: Sequence[slice],
-    *,
-    options: AnalysisOptions,
-    layout: Layout,
-) -> Matrix:
-    """Return the matrix of a batch; it calls the user's functions."""
-
-    @contextlib.contextmanager
-    def evaluated(batch: WeightedBatch) -> Iterator[Any]:
-        # The same dropout mask at every evaluation of this batch, and not the random numbers of the start vectors.
-        seed_everything(options.seed + 1 + batch.index)
-        with FastDerivatives(), layout.evaluation():
-            yield batch.copy().data
-
-    def loss(batch: WeightedBatch) -> Tensor:
-        with evaluated(batch) as data:
-            return layout.loss(_checked_loss(loss_fn(module, data), "loss_fn"), batch)
-
-    if options.matrix == "hessian":
-        return HessianMatrix(loss, parameters, blocks=ranges)
-    output_fn = cast("Callable[[Any, Any], Any]", options.output_fn)  # checked with the options
-    output_loss = cast("Callable[[Any, Any], Tensor]", options.output_loss)
-
-    def outputs(batch: WeightedBatch) -> Any:
-        with evaluated(batch) as data:
-            return output_fn(module, data)
-
-    def loss_of_outputs(values: Any, batch: WeightedBatch) -> Tensor:
-        with evaluated(batch) as data:
-            return layout.loss(_checked_loss(output_loss(values, data), "output_loss"), batch)
-
-    kind = GaussNewtonMatrix if options.matrix == "ggn" else ResidualMatrix
-    return kind(loss, parameters, outputs, loss_of_outputs, blocks=ranges)
 
 
 def _plan(
@@ -239,13 +193,3 @@ def _plan(
 def _counting(report: Report, total: int) -> Callable[[], None]:
     done = itertools.count(1)
     return lambda: report(next(done), total)
-
-
-def _checked_loss(loss: Any, name: str) -> Tensor:
-    if not isinstance(loss, Tensor):
-        msg = f"`{name}` must return a scalar tensor, got {type(loss).__name__}."
-        raise TypeError(msg)
-    if loss.numel() != 1:
-        msg = f"`{name}` must return a scalar tensor, the mean over the batch; got shape {tuple(loss.shape)}."
-        raise TypeError(msg)
-    return loss.reshape(())

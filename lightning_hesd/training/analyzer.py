@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
     from lightning_hesd.landscape.sample_size import SampleSize, Stability
     from lightning_hesd.numerics.batches import WeightedBatch
+    from lightning_hesd.numerics.evaluation import LossFunction
     from lightning_hesd.numerics.layers import Layers
     from lightning_hesd.numerics.options import AnalysisOptions
-    from lightning_hesd.numerics.pipeline import LossFunction, Report
+    from lightning_hesd.numerics.pipeline import Report
     from lightning_hesd.spectra.spectrum import Spectrum
 
 Result = TypeVar("Result")

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
     from torch.utils.data import DataLoader
 
+    from lightning_hesd.numerics.evaluation import LossFunction
     from lightning_hesd.numerics.layers import Layers
-    from lightning_hesd.numerics.pipeline import LossFunction
     from lightning_hesd.spectra.selection import Choice
     from lightning_hesd.training.gradient_monitor import GradientStatistics
     from lightning_hesd.training.history import OnError

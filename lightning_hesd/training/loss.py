@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     import lightning.pytorch as pl
 
-    from lightning_hesd.numerics.pipeline import LossFunction
+    from lightning_hesd.numerics.evaluation import LossFunction
 
 
 def check_loss_source(pl_module: pl.LightningModule, loss_fn: LossFunction | None) -> None:

@@ -1,0 +1,92 @@
+"""Evaluations of the user's loss and output functions, each from the same state and with its batch unchanged."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor
+
+from lightning_hesd.numerics.fast_derivatives import FastDerivatives
+from lightning_hesd.numerics.matrices import GaussNewtonMatrix, HessianMatrix, ResidualMatrix
+from lightning_hesd.numerics.snapshot import seed_everything
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import nn
+
+    from lightning_hesd.numerics.batches import WeightedBatch
+    from lightning_hesd.numerics.layout import Layout
+    from lightning_hesd.numerics.matrices import Matrix
+    from lightning_hesd.numerics.options import AnalysisOptions
+
+LossFunction = Callable[[Any, Any], Any]
+"""loss_fn(module, batch) -> mean loss over the batch, a scalar tensor.
+
+With `Tensor` for the result, LightningCLI would refuse functions that do not say what they return.
+"""
+
+
+class Evaluator:
+    """Calls the user's functions on batches.
+
+    Attributes:
+        module: The module they are given.
+        loss_fn: Loss of a batch.
+        options: Options of the analysis, with `output_fn`, `output_loss` and the seed.
+        layout: How the parameters lie in the processes.
+    """
+
+    def __init__(self, module: nn.Module, loss_fn: LossFunction, options: AnalysisOptions, layout: Layout) -> None:
+        self.module = module
+        self.loss_fn = loss_fn
+        self.options = options
+        self.layout = layout
+
+    def loss(self, batch: WeightedBatch) -> Tensor:
+        """Return the mean loss of a batch, a scalar with a graph."""
+        with self._evaluating(batch) as data:
+            return self.layout.loss(_checked_loss(self.loss_fn(self.module, data), "loss_fn"), batch)
+
+    def outputs(self, batch: WeightedBatch) -> Any:
+        """Return the outputs of the network for a batch."""
+        output_fn = cast("Callable[[Any, Any], Any]", self.options.output_fn)  # checked with the options
+        with self._evaluating(batch) as data:
+            return output_fn(self.module, data)
+
+    def loss_of_outputs(self, outputs: Any, batch: WeightedBatch) -> Tensor:
+        """Return the mean loss of such outputs, a scalar with a graph."""
+        output_loss = cast("Callable[[Any, Any], Tensor]", self.options.output_loss)  # checked with the options
+        with self._evaluating(batch) as data:
+            return self.layout.loss(_checked_loss(output_loss(outputs, data), "output_loss"), batch)
+
+    def matrix(self, parameters: Sequence[Tensor], blocks: Sequence[slice]) -> Matrix:
+        """Return the curvature matrix of a batch that the options ask for.
+
+        Args:
+            parameters: What its rows and columns stand for.
+            blocks: The diagonal blocks that are wanted, each a range of the parameters.
+        """
+        if self.options.matrix == "hessian":
+            return HessianMatrix(self.loss, parameters, blocks=blocks)
+        kind = GaussNewtonMatrix if self.options.matrix == "ggn" else ResidualMatrix
+        return kind(self.loss, parameters, self.outputs, self.loss_of_outputs, blocks=blocks)
+
+    @contextlib.contextmanager
+    def _evaluating(self, batch: WeightedBatch) -> Iterator[Any]:
+        # The same dropout mask at every evaluation of this batch, and not the random numbers of the start vectors.
+        seed_everything(self.options.seed + 1 + batch.index)
+        with FastDerivatives(), self.layout.evaluation():
+            yield batch.copy().data
+
+
+def _checked_loss(loss: Any, name: str) -> Tensor:
+    if not isinstance(loss, Tensor):
+        msg = f"`{name}` must return a scalar tensor, got {type(loss).__name__}."
+        raise TypeError(msg)
+    if loss.numel() != 1:
+        msg = f"`{name}` must return a scalar tensor, the mean over the batch; got shape {tuple(loss.shape)}."
+        raise TypeError(msg)
+    return loss.reshape(())
