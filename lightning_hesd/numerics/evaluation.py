@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lightning_hesd.numerics.batches import WeightedBatch
+    from lightning_hesd.numerics.isolation import Isolation
     from lightning_hesd.numerics.layout import Layout
     from lightning_hesd.numerics.matrices import Matrix
     from lightning_hesd.numerics.options import AnalysisOptions
@@ -37,27 +38,38 @@ class Evaluator:
         loss_fn: Loss of a batch.
         options: Options of the analysis, with `output_fn`, `output_loss` and the seed.
         layout: How the parameters lie in the processes.
+        isolation: What keeps evaluations apart.
     """
 
-    def __init__(self, module: nn.Module, loss_fn: LossFunction, options: AnalysisOptions, layout: Layout) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        loss_fn: LossFunction,
+        options: AnalysisOptions,
+        layout: Layout,
+        isolation: Isolation,
+    ) -> None:
         self.module = module
         self.loss_fn = loss_fn
         self.options = options
         self.layout = layout
+        self.isolation = isolation
 
     def loss(self, batch: WeightedBatch) -> Tensor:
         """Return the mean loss of a batch, a scalar with a graph."""
+        self.isolation.restore(batch.index)
         with self._evaluating(batch) as data:
             return self.layout.loss(_checked_loss(self.loss_fn(self.module, data), "loss_fn"), batch)
 
     def outputs(self, batch: WeightedBatch) -> Any:
         """Return the outputs of the network for a batch."""
         output_fn = cast("Callable[[Any, Any], Any]", self.options.output_fn)  # checked with the options
+        self.isolation.restore(batch.index)
         with self._evaluating(batch) as data:
             return output_fn(self.module, data)
 
     def loss_of_outputs(self, outputs: Any, batch: WeightedBatch) -> Tensor:
-        """Return the mean loss of such outputs, a scalar with a graph."""
+        """Return the mean loss of such outputs, a scalar with a graph, right after they were computed."""
         output_loss = cast("Callable[[Any, Any], Tensor]", self.options.output_loss)  # checked with the options
         with self._evaluating(batch) as data:
             return self.layout.loss(_checked_loss(output_loss(outputs, data), "output_loss"), batch)
@@ -78,7 +90,7 @@ class Evaluator:
     def _evaluating(self, batch: WeightedBatch) -> Iterator[Any]:
         # The same dropout mask at every evaluation of this batch, and not the random numbers of the start vectors.
         seed_everything(self.options.seed + 1 + batch.index)
-        with FastDerivatives(), self.layout.evaluation():
+        with self.isolation.evaluation(), FastDerivatives(), self.layout.evaluation():
             yield batch.copy().data
 
 

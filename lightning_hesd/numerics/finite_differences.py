@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,7 @@ import torch
 from lightning_hesd.numerics.matrices import EVERYTHING, gradient
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -26,12 +28,20 @@ LADDER_RUNGS = 10
 ERROR_MARGIN = 4.0
 """The search sees one sample of the rounding; this many times as much is stated for all products."""
 
+_displaced: ContextVar[bool] = ContextVar("displaced", default=False)
+
+
+def are_displaced() -> bool:
+    """Whether the analysed parameters are not where they belong, on purpose."""
+    return _displaced.get()
+
 
 @dataclass
 class FiniteDifferences:
     """Products by central differences of the gradient: two gradients each, and nothing else is needed of the loss.
 
     The parameters are moved in place and put back bit by bit, so that compiled, scripted and custom code sees them.
+    What the function itself writes to them (an embedding with `max_norm`) is undone.
 
     Attributes:
         parameters: The analysed parameters.
@@ -45,10 +55,11 @@ class FiniteDifferences:
     blocks: Sequence[slice] = (EVERYTHING,)
     step: float = 0.0
     _originals: list[Tensor] = field(init=False)
-    _by_backward: bool = field(init=False, default=False)
+    _versions: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self._originals = [p.detach().clone() for p in self.parameters]
+        self._versions = [p._version for p in self.parameters]  # noqa: SLF001
 
     def product(self, function: Callable[[], Tensor]) -> Product:
         """Return the product with the Hessian of a function of the parameters, a scalar, at the present `step`."""
@@ -66,13 +77,11 @@ class FiniteDifferences:
         length = math.sqrt(self.space.total(squares))
         if not length:
             return [None] * len(vector)
-        try:
+        with self._displacing():
             self._move(block, vector, self.step / length)
             ahead = self.gradient(function, block)
             self._move(block, vector, -self.step / length)
             behind = self.gradient(function, block)
-        finally:
-            self._move(block, vector, 0.0)
         return [a.sub_(b).div_(2 * self.step / length) for a, b in zip(ahead, behind, strict=True)]
 
     def choose_step(self, matvec: Callable[[Tensor], Tensor], vector: Tensor, known: float | None = None) -> float:
@@ -116,23 +125,25 @@ class FiniteDifferences:
 
     def gradient(self, function: Callable[[], Tensor], block: slice = EVERYTHING) -> list[Tensor]:
         """Return the gradient of a function of the parameters at their present values, by default by all of them."""
-        parameters = self.parameters[block]
-        if not self._by_backward:
-            try:
-                return gradient(function(), parameters)
-            except RuntimeError:  # reentrant activation checkpointing knows `backward()` only
-                self._by_backward = True
-        for p in self.parameters:
-            p.grad = None
-        function().backward()  # type: ignore[no-untyped-call]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        for p in self.parameters:
-            p.grad = None
-        return gradients
+        return gradient(function(), self.parameters[block])
+
+    @contextlib.contextmanager
+    def _displacing(self) -> Iterator[None]:
+        token = _displaced.set(True)
+        try:
+            yield
+        finally:
+            self._put_back(range(len(self.parameters)))
+            _displaced.reset(token)
 
     def _move(self, block: slice, vector: Vector, distance: float) -> None:
+        versions = [p._version for p in self.parameters]  # noqa: SLF001 - moving does not change them
+        self._put_back(i for i, version in enumerate(versions) if version != self._versions[i])
         for p, original, part in zip(self.parameters[block], self._originals[block], vector, strict=True):
-            if distance and part is not None:
+            if part is not None:
                 torch.add(original, part, alpha=distance, out=p.data)
-            else:
-                p.data.copy_(original)
+
+    def _put_back(self, indices: Iterable[int]) -> None:
+        for i in indices:
+            self.parameters[i].data.copy_(self._originals[i])
+            self._versions[i] = self.parameters[i]._version  # noqa: SLF001

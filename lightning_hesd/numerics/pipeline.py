@@ -50,6 +50,7 @@ class Context(TypedDict, total=False):
         report: Called after every Lanczos step with the steps done and the most there can be.
         calibration: What earlier analyses of the same loss found out; brought up to date.
         reason: Why the options are not those of the user; None if they are.
+        state: Objects beside the module that evaluations may change.
     """
 
     all_reduce: AllReduce | None
@@ -58,6 +59,7 @@ class Context(TypedDict, total=False):
     report: Report | None
     calibration: Calibration | None
     reason: str | None
+    state: Sequence[object]
 
 
 def analyze(
@@ -112,6 +114,7 @@ def estimated(
     report: Report | None = None,
     calibration: Calibration | None = None,
     reason: str | None = None,
+    state: Sequence[object] = (),
 ) -> Iterator[list[Estimation]]:
     """Run the Lanczos processes of the diagonal blocks that belong to these parts of the parameters.
 
@@ -128,9 +131,9 @@ def estimated(
     dtype = options.dtype or vector_dtype(parameters)
     plan = _plan(module, parameters, dtype, options=options, layout=layout, all_reduce=all_reduce, processes=processes)
 
-    with analysis_state(module, options.mode, analysed), layout.opened(module):
+    with analysis_state(module, options.mode, analysed, state) as isolation, layout.opened(module):
         mean = SampleMean(
-            Evaluator(module, loss_fn, options, layout).matrix(parameters, ranges),
+            Evaluator(module, loss_fn, options, layout, isolation).matrix(parameters, ranges),
             layout.joint(batches),
             strategy=options.strategy,
             dtype=dtype,

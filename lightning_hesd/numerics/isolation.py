@@ -1,0 +1,72 @@
+"""Isolation: what one evaluation of the user's functions leaves behind does not reach the next.
+
+Counters, lists, running statistics, queues and power iterations go on with every call, and a product that is computed
+from several evaluations (recomputed, or by differences) would be one of several losses. So each evaluation starts from
+the state that the first one found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_hesd.numerics.finite_differences import are_displaced
+from lightning_hesd.numerics.hooks import Hooks
+from lightning_hesd.numerics.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+
+class Isolation:
+    """The state from which evaluations start.
+
+    Attributes:
+        roots: The module, and other objects that evaluations may change.
+        hooks: What the user's functions register with autograd.
+    """
+
+    def __init__(self, roots: Sequence[object], analysed: Sequence[Tensor], before: Snapshot) -> None:
+        """Prepare for the first evaluation, which finds the state.
+
+        Args:
+            roots: The module, and other objects that evaluations may change.
+            analysed: Parameters that finite differences may have moved, and put back themselves.
+            before: A snapshot of the roots with the values of their tensors.
+        """
+        self.roots = roots
+        self.hooks = Hooks()
+        self._analysed = analysed
+        self._before = before
+        self._start: Snapshot | None = None
+        self._evaluated: set[object] = set()
+
+    def restore(self, what: object) -> None:
+        """Go back to the state that the first evaluation found.
+
+        Args:
+            what: What is to be evaluated. The same from the same state does the same: where a first evaluation has
+                changed nothing, a later one is not looked after as thoroughly.
+        """
+        if self._start is None:
+            self._start = Snapshot(*self.roots, known=self._before)
+        else:
+            leave = self._analysed if are_displaced() else ()
+            self._start.restore(thorough=self._latest not in self._evaluated, replacing=True, leave=leave)
+            self._before.failures.update(self._start.failures)
+            self._evaluated.add(self._latest)
+        self._latest = what
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Call the user's functions in here."""
+        dtype = torch.get_default_dtype()
+        try:
+            with self.hooks.acting(), torch.set_grad_enabled(torch.is_grad_enabled()):
+                yield
+        finally:
+            torch.set_default_dtype(dtype)
