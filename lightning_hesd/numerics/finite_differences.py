@@ -77,7 +77,7 @@ class FiniteDifferences:
         length = math.sqrt(self.space.total(squares))
         if not length:
             return [None] * len(vector)
-        with self._displacing():
+        with self._displacing(block):
             self._move(block, vector, self.step / length)
             ahead = self.gradient(function, block)
             self._move(block, vector, -self.step / length)
@@ -128,17 +128,21 @@ class FiniteDifferences:
         return gradient(function(), self.parameters[block])
 
     @contextlib.contextmanager
-    def _displacing(self) -> Iterator[None]:
+    def _displacing(self, block: slice) -> Iterator[None]:
         token = _displaced.set(True)
         try:
             yield
         finally:
-            self._put_back(range(len(self.parameters)))
+            self._put_back(range(len(self.parameters))[block])
+            self._put_back(self._written())
             _displaced.reset(token)
 
+    def _written(self) -> list[int]:
+        """Return the positions of parameters that the function has written to; moving them does not count."""
+        return [i for i, p in enumerate(self.parameters) if p._version != self._versions[i]]  # noqa: SLF001
+
     def _move(self, block: slice, vector: Vector, distance: float) -> None:
-        versions = [p._version for p in self.parameters]  # noqa: SLF001 - moving does not change them
-        self._put_back(i for i, version in enumerate(versions) if version != self._versions[i])
+        self._put_back(self._written())
         for p, original, part in zip(self.parameters[block], self._originals[block], vector, strict=True):
             if part is not None:
                 torch.add(original, part, alpha=distance, out=p.data)

@@ -90,7 +90,7 @@ def no_hooks_in_backward(leaves: Sequence[Tensor]) -> Iterator[None]:
 
     @functools.wraps(backward)
     def adding(
-        tensors: Any, grad_tensors: Any = None, retain_graph: Any = None, create_graph: bool = False, **others: Any
+        tensors: Any, grad_tensors: Any = None, retain_graph: Any = None, create_graph: Any = False, **others: Any
     ) -> None:
         roots = [tensors] if isinstance(tensors, Tensor) else tensors
         plain = not others.get("inputs") and not others.get("grad_variables") and isinstance(roots, list | tuple)
@@ -102,7 +102,7 @@ def no_hooks_in_backward(leaves: Sequence[Tensor]) -> Iterator[None]:
             return
         options = {"retain_graph": retain_graph, "create_graph": create_graph, "allow_unused": True}
         gradients = torch.autograd.grad(roots, reached, grad_tensors, **options)
-        with torch.set_grad_enabled(create_graph):
+        with torch.set_grad_enabled(bool(create_graph)):
             for leaf, gradient in zip(reached, gradients, strict=True):
                 if gradient is not None:
                     leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient

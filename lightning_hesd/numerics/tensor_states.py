@@ -46,6 +46,13 @@ def is_opaque(tensor: Tensor) -> bool:
     return tensor.layout in _SPARSE or tensor.is_mkldnn
 
 
+def size_in_memory(tensor: Tensor) -> int:
+    """Return the bytes that a copy of a tensor takes, or that lie behind it if it is a view."""
+    if is_opaque(tensor):
+        return sum(part.nbytes for part in _parts(tensor))
+    return tensor.untyped_storage().nbytes() if has_memory(tensor) else 0
+
+
 class _Member:
     """One of the tensors that lie in the same memory: what it is, apart from its values."""
 
