@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import torch
 from lightning_hesd.numerics.matrices import EVERYTHING, gradient
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -50,6 +51,20 @@ class FiniteDifferences:
     def __post_init__(self) -> None:
         self._originals = [p.detach().clone() for p in self.parameters]
 
+    @property
+    def size(self) -> float:
+        """Norm of all parameters."""
+        return math.sqrt(self.space.total(sum(float(p.double().square().sum()) for p in self._originals)))
+
+    @contextlib.contextmanager
+    def displaced(self, vector: Vector, distance: float, block: slice = EVERYTHING) -> Iterator[None]:
+        """Move the parameters of a block along a vector, and put them back bit by bit."""
+        try:
+            self._move(block, vector, distance)
+            yield
+        finally:
+            self._move(block, vector, 0.0)
+
     def product(self, function: Callable[[], Tensor]) -> Product:
         """Return the product with the Hessian of a function of the parameters, a scalar, at the present `step`."""
 
@@ -66,13 +81,10 @@ class FiniteDifferences:
         length = math.sqrt(self.space.total(squares))
         if not length:
             return [None] * len(vector)
-        try:
-            self._move(block, vector, self.step / length)
+        with self.displaced(vector, self.step / length, block):
             ahead = self.gradient(function, block)
-            self._move(block, vector, -self.step / length)
+        with self.displaced(vector, -self.step / length, block):
             behind = self.gradient(function, block)
-        finally:
-            self._move(block, vector, 0.0)
         return [a.sub_(b).div_(2 * self.step / length) for a, b in zip(ahead, behind, strict=True)]
 
     def choose_step(self, matvec: Callable[[Tensor], Tensor], vector: Tensor, known: float | None = None) -> float:
@@ -91,8 +103,7 @@ class FiniteDifferences:
             Norm of the error of a product with a unit vector; 0 where there is nothing to measure.
         """
         epsilon = max(torch.finfo(p.dtype).eps for p in self.parameters)
-        size = math.sqrt(self.space.total(sum(float(p.double().square().sum()) for p in self._originals)))
-        self.step = known or max(size, 1.0) * epsilon ** (1 / 3) / LADDER_FACTOR
+        self.step = known or max(self.size, 1.0) * epsilon ** (1 / 3) / LADDER_FACTOR
         for _ in range(2):
             vector = matvec(vector / self.space.norm(vector))
         norm = self.space.norm(vector)
