@@ -171,6 +171,7 @@ def texts(original: Any) -> st.SearchStrategy[str]:
 def spectrum(c_t: float = -0.2) -> Spectrum:
     """Two probes, one of which ended early."""
     return Spectrum(
+        verified="yes",
         nodes=np.array([[c_t, 0.1, 1.0], [c_t / 2, 0.8, np.nan]]),
         weights=np.array([[0.2, 0.7, 0.1], [0.5, 0.5, 0.0]]),
         residuals=np.array([[0.01, 0.02, 0.01], [0.01, 0.01, 0.0]]),

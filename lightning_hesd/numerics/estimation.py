@@ -135,15 +135,28 @@ class Estimation:
         if self._sampling is None and spectrum.reason is None and spectrum.lambda_max > spectrum.rounding:
             self._sampling = sampling_error(self.operator, runs)
 
+    @property
+    def epsilon(self) -> float:
+        """Machine epsilon of the coarsest arithmetic behind the products: of parameters, vectors, or the loss."""
+        mean = self.operator.mean
+        dtypes = [mean.dtype, *(p.dtype for p in self.operator.parameters)]
+        return max(mean.matrix.facts.epsilon, *(torch.finfo(dtype).eps for dtype in dtypes))
+
+    @property
+    def asymmetry(self) -> float:
+        """How far the products are from those of a symmetric matrix, relative to the norm of T: see `Spectrum`."""
+        norm = max(float(np.abs(gauss_quadrature(run.alphas, run.betas)[0]).max()) for run in self._runs)
+        largest = max(float(run.asymmetries.max()) for run in self._runs)
+        return largest / norm if norm else 0.0
+
     def spectrum(self, runs: Sequence[Lanczos] | None = None) -> Spectrum:
         """Return the record of these processes, by default of all."""
         runs = runs or self._runs
         operator, options, plan = self.operator, self._options, self._plan
         nodes, weights, residuals = quadrature.stack_rules([gauss_quadrature(run.alphas, run.betas) for run in runs])
         norm = float(np.nanmax(np.abs(nodes)))
-        # The result is no more accurate than the coarser of the parameters' and the vectors' arithmetic.
-        mean, dimension = operator.mean, operator.dimension
-        epsilon = max(torch.finfo(dtype).eps for dtype in [mean.dtype, *(p.dtype for p in operator.parameters)])
+        mean, dimension, epsilon = operator.mean, operator.dimension, self.epsilon
+        asymmetry = max(float(run.asymmetries.max()) for run in runs)
         return Spectrum(
             nodes=nodes,
             weights=weights,
@@ -152,7 +165,8 @@ class Estimation:
             dimension=dimension,
             num_samples=round(mean.weight),
             loss=mean.loss,
-            rounding=max(criteria.rounding_threshold(norm, epsilon, dimension), mean.product_error),
+            # What is asymmetric in the products is their error, and what is symmetric in it is as large.
+            rounding=max(criteria.rounding_threshold(norm, epsilon, dimension), mean.product_error, asymmetry),
             matvecs=operator.matvecs,
             seconds=time.perf_counter() - self._started,
             gradient_equivalents=self._cost,
@@ -166,6 +180,9 @@ class Estimation:
             predicted_memory=plan.predicted(mean.maker.graph_bytes),
             confidence=options.confidence,
             tolerance=options.tolerance,
+            asymmetry=asymmetry / norm if norm else 0.0,
+            verified=mean.verification.verdict(exact=mean.is_exact),
+            verification=mean.verification.words,
             reason=criteria.undefined_reason(norm, mean.loss, self._squared_weight_norm, epsilon),
             **({} if self._sampling is None else asdict(self._sampling)),
         )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from lightning_hesd.numerics.fast_derivatives import FastDerivatives
 from lightning_hesd.numerics.matrices import GaussNewtonMatrix, HessianMatrix, ResidualMatrix
@@ -14,8 +17,6 @@ from lightning_hesd.numerics.snapshot import seed_everything
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-    from torch import nn
 
     from lightning_hesd.numerics.batches import WeightedBatch
     from lightning_hesd.numerics.isolation import Isolation
@@ -54,6 +55,7 @@ class Evaluator:
         self.options = options
         self.layout = layout
         self.isolation = isolation
+        self._dtype: torch.dtype | None = None
 
     def loss(self, batch: WeightedBatch) -> Tensor:
         """Return the mean loss of a batch, a scalar with a graph."""
@@ -87,11 +89,57 @@ class Evaluator:
         return kind(self.loss, parameters, self.outputs, self.loss_of_outputs, blocks=blocks)
 
     @contextlib.contextmanager
+    def in_double(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Let copies in float64 take the place of the module's parameters, buffers and batches.
+
+        The parameters themselves stay as they are: where one changes its type, PyTorch forgets who waits for its
+        gradients (DistributedDataParallel does).
+
+        Yields:
+            A function that returns the copy of a parameter.
+        """
+        copies: dict[Tensor, Tensor] = {}
+        places: list[Callable[[], object]] = []
+        default = torch.get_default_dtype()
+        self.isolation.restore(None)
+        try:
+            for owner in self.module.modules():
+                for name, parameter in list(owner._parameters.items()):  # noqa: SLF001 - `parameters` hides ties
+                    if parameter is not None and parameter.is_floating_point():
+                        if parameter not in copies:
+                            copies[parameter] = _double(parameter)
+                        places.append(partial(setattr, owner, name, parameter))
+                        setattr(owner, name, copies[parameter])  # as recurrent networks keep lists of them, too
+                for name, buffer in list(owner._buffers.items()):  # noqa: SLF001
+                    if buffer is not None and buffer.is_floating_point():
+                        places.append(partial(owner._buffers.__setitem__, name, buffer))  # noqa: SLF001
+                        owner._buffers[name] = buffer.double()  # noqa: SLF001
+            torch.set_default_dtype(torch.float64)
+            self._dtype = torch.float64
+            with self.isolation.afresh(list(copies.values())):
+                yield copies.__getitem__
+        finally:
+            self._dtype = None
+            torch.set_default_dtype(default)
+            for put_back in places:
+                put_back()
+
+    @contextlib.contextmanager
     def _evaluating(self, batch: WeightedBatch) -> Iterator[Any]:
         # The same dropout mask at every evaluation of this batch, and not the random numbers of the start vectors.
         seed_everything(self.options.seed + 1 + batch.index)
         with self.isolation.evaluation(), FastDerivatives(), self.layout.evaluation():
-            yield batch.copy().data
+            data = batch.copy().data
+            yield data if self._dtype is None else tree_map_only(Tensor, self._cast, data)
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+
+def _double(parameter: nn.Parameter) -> nn.Parameter:
+    double = nn.Parameter(parameter.detach().double(), requires_grad=parameter.requires_grad)
+    vars(double).update(vars(parameter))  # what the user noted on it
+    return double
 
 
 def _checked_loss(loss: Any, name: str) -> Tensor:

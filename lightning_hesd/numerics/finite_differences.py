@@ -61,6 +61,25 @@ class FiniteDifferences:
         self._originals = [p.detach().clone() for p in self.parameters]
         self._versions = [p._version for p in self.parameters]  # noqa: SLF001
 
+    @property
+    def size(self) -> float:
+        """Norm of all parameters."""
+        return math.sqrt(self.space.total(sum(float(p.double().square().sum()) for p in self._originals)))
+
+    @contextlib.contextmanager
+    def displaced(self, vector: Vector, distance: float, block: slice = EVERYTHING) -> Iterator[None]:
+        """Move the parameters of a block along a vector, and put them back bit by bit."""
+        token = _displaced.set(True)
+        try:
+            self._put_back(self._written())
+            for p, original, part in zip(self.parameters[block], self._originals[block], vector, strict=True):
+                if part is not None:
+                    torch.add(original, part, alpha=distance, out=p.data)
+            yield
+        finally:
+            self._put_back([*range(len(self.parameters))[block], *self._written()])
+            _displaced.reset(token)
+
     def product(self, function: Callable[[], Tensor]) -> Product:
         """Return the product with the Hessian of a function of the parameters, a scalar, at the present `step`."""
 
@@ -77,10 +96,9 @@ class FiniteDifferences:
         length = math.sqrt(self.space.total(squares))
         if not length:
             return [None] * len(vector)
-        with self._displacing(block):
-            self._move(block, vector, self.step / length)
+        with self.displaced(vector, self.step / length, block):
             ahead = self.gradient(function, block)
-            self._move(block, vector, -self.step / length)
+        with self.displaced(vector, -self.step / length, block):
             behind = self.gradient(function, block)
         return [a.sub_(b).div_(2 * self.step / length) for a, b in zip(ahead, behind, strict=True)]
 
@@ -100,8 +118,7 @@ class FiniteDifferences:
             Norm of the error of a product with a unit vector; 0 where there is nothing to measure.
         """
         epsilon = max(torch.finfo(p.dtype).eps for p in self.parameters)
-        size = math.sqrt(self.space.total(sum(float(p.double().square().sum()) for p in self._originals)))
-        self.step = known or max(size, 1.0) * epsilon ** (1 / 3) / LADDER_FACTOR
+        self.step = known or max(self.size, 1.0) * epsilon ** (1 / 3) / LADDER_FACTOR
         for _ in range(2):
             vector = matvec(vector / self.space.norm(vector))
         norm = self.space.norm(vector)
@@ -127,25 +144,9 @@ class FiniteDifferences:
         """Return the gradient of a function of the parameters at their present values, by default by all of them."""
         return gradient(function(), self.parameters[block])
 
-    @contextlib.contextmanager
-    def _displacing(self, block: slice) -> Iterator[None]:
-        token = _displaced.set(True)
-        try:
-            yield
-        finally:
-            self._put_back(range(len(self.parameters))[block])
-            self._put_back(self._written())
-            _displaced.reset(token)
-
     def _written(self) -> list[int]:
         """Return the positions of parameters that the function has written to; moving them does not count."""
         return [i for i, p in enumerate(self.parameters) if p._version != self._versions[i]]  # noqa: SLF001
-
-    def _move(self, block: slice, vector: Vector, distance: float) -> None:
-        self._put_back(self._written())
-        for p, original, part in zip(self.parameters[block], self._originals[block], vector, strict=True):
-            if part is not None:
-                torch.add(original, part, alpha=distance, out=p.data)
 
     def _put_back(self, indices: Iterable[int]) -> None:
         for i in indices:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import _HookMixin
 
-from lightning_hesd.numerics.matrices import graph_nodes
+from lightning_hesd.numerics.graphs import graph_nodes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

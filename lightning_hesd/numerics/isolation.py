@@ -35,31 +35,44 @@ class Isolation:
 
         Args:
             roots: The module, and other objects that evaluations may change.
-            analysed: Parameters that finite differences may have moved, and put back themselves.
+            analysed: Parameters that central differences may have moved, and put back themselves.
             before: A snapshot of the roots with the values of their tensors.
         """
         self.roots = roots
         self.hooks = Hooks()
         self._analysed = analysed
-        self._before = before
+        self._before: Snapshot | None = before
         self._start: Snapshot | None = None
         self._evaluated: set[object] = set()
+        self._latest: object = None
 
     def restore(self, what: object) -> None:
         """Go back to the state that the first evaluation found.
 
         Args:
-            what: What is to be evaluated. The same from the same state does the same: where a first evaluation has
-                changed nothing, a later one is not looked after as thoroughly.
+            what: What is to be evaluated. The same from the same state does the same: what its first evaluation has not
+                changed is not looked at as thoroughly after a later one.
         """
         if self._start is None:
-            self._start = Snapshot(*self.roots, known=self._before)
+            without = self._analysed if self._before is None else ()
+            self._start = Snapshot(*self.roots, known=self._before, without=without)
         else:
             leave = self._analysed if are_displaced() else ()
             self._start.restore(thorough=self._latest not in self._evaluated, replacing=True, leave=leave)
-            self._before.failures.update(self._start.failures)
             self._evaluated.add(self._latest)
         self._latest = what
+
+    @contextlib.contextmanager
+    def afresh(self, analysed: Sequence[Tensor]) -> Iterator[None]:
+        """Let evaluations inside start from a state of their own, for which others are analysed."""
+        outside = self._analysed, self._before, self._start, self._evaluated
+        self._analysed, self._before, self._start, self._evaluated = analysed, None, None, set()
+        try:
+            yield
+        finally:
+            if self._start is not None:
+                self._start.restore()
+            self._analysed, self._before, self._start, self._evaluated = outside
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:

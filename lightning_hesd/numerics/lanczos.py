@@ -8,6 +8,7 @@ Giraud, Langou & Rozložník 2005).
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -33,6 +34,9 @@ STEPS_BETWEEN_CHECKS = 8
 STEPS_BETWEEN_STOPS = 2
 """On the CPU reading is free, but asking whether to stop is not: it takes about a millisecond."""
 
+USUAL_SIZES = (1e-12, 1e12)
+"""Norms of first products whose squares stay far from underflow and overflow in float32; others are scaled."""
+
 LOST_NORM = 0.7
 """A pass that leaves less than this share of a vector has removed so much that its rounding matters: pass again."""
 
@@ -55,6 +59,8 @@ class Lanczos:
     Attributes:
         alphas: Diagonal, shape (m,), float64.
         betas: Off-diagonal and, last, the norm of the residual vector, shape (m,), float64.
+        asymmetries: For each step j the norm of ⟨v_i, Hv_j⟩ − T_ij over the earlier Lanczos vectors i < j, shape (m,),
+            float64: rounding where H is symmetric. Without a basis for i = j − 1 only.
         breakdown: Whether the Krylov space became invariant, so that the eigenvalues of T are eigenvalues of the
             matrix.
     """
@@ -94,6 +100,7 @@ class Lanczos:
             raise ValueError(msg)
         self.alphas: NDArray[np.float64] = np.empty(0)
         self.betas: NDArray[np.float64] = np.empty(0)
+        self.asymmetries: NDArray[np.float64] = np.empty(0)
         self.breakdown = False
         self._matvec = matvec
         self._start = start / norm
@@ -127,29 +134,52 @@ class Lanczos:
         space = self._space
         interval = STEPS_BETWEEN_CHECKS if self._on_accelerator else 1
         limits = torch.finfo(self._start.dtype)
-        alphas, betas = torch.zeros(2, self._steps, dtype=self._start.dtype, device=self._start.device)
+        alphas, betas, asymmetries = torch.zeros(3, self._steps, dtype=self._start.dtype, device=self._start.device)
         previous, current = None, self._start
+        scale = 1.0
 
         for step in range(self._steps):
             self._keep(step, current)
             residual = yield current
+            if previous is None:
+                scale = self._scale(residual)
+            if scale != 1:
+                residual = residual * scale
             if previous is not None:
                 residual = torch.addcmul(residual, previous, betas[step - 1], value=-1)
             alphas[step] = space.dot(current, residual)
             residual = torch.addcmul(residual, current, alphas[step], value=-1)
-            correction, betas[step] = self._reorthogonalize(residual, step)
-            alphas[step] += correction
+            if self._basis is not None:
+                correction, betas[step], asymmetries[step] = self._reorthogonalize(self._basis[: step + 1], residual)
+                alphas[step] += correction
+            else:
+                betas[step] = space.norm(residual)
+                if previous is not None:
+                    asymmetries[step] = space.dot(previous, residual).abs()
             last = step + 1 == self._steps
             if (step + 1) % interval == 0 or last:
-                self.alphas, self.betas = (c[: step + 1].double().cpu().numpy() for c in (alphas, betas))
+                self.alphas, self.betas, self.asymmetries = (
+                    c[: step + 1].double().cpu().numpy() / scale for c in (alphas, betas, asymmetries)
+                )
                 self._check_finite(current)
                 end = _breakdown(self.alphas, self.betas, rounding_threshold(1.0, limits.eps, space.dimension))
                 if end is not None:
-                    self.alphas, self.betas, self.breakdown = self.alphas[:end], self.betas[:end], True
+                    self.alphas, self.betas, self.asymmetries, self.breakdown = (
+                        *(c[:end] for c in (self.alphas, self.betas, self.asymmetries)),
+                        True,
+                    )
                     return
                 if stop is not None and not last and (step + 1) % STEPS_BETWEEN_STOPS == 0 and stop():
                     return
             previous, current = current, residual / betas[step].clamp_min(limits.tiny)
+
+    def _scale(self, product: Tensor) -> float:
+        """Return a power of two that brings products to a size whose squares neither underflow nor overflow."""
+        low, high = USUAL_SIZES
+        if low < float(self._space.norm(product)) < high:
+            return 1.0
+        norm = float(self._space.norm(product.double()))
+        return 2.0 ** -math.frexp(norm)[1] if 0 < norm < math.inf else 1.0
 
     def ritz_vectors(self, coefficients: NDArray[np.float64]) -> Tensor:
         """Return combinations of the basis vectors, shape (count, n), in the device and type of the start vector.
@@ -183,32 +213,36 @@ class Lanczos:
         if self._basis is not None:
             self._basis[step].copy_(vector)
 
-    def _reorthogonalize(self, residual: Tensor, step: int) -> tuple[Tensor | float, Tensor]:
+    def _reorthogonalize(self, known: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Remove, in place, what the basis still spans.
+
+        Args:
+            known: Rows of the basis so far, shape (m, n).
+            residual: The product, freed from its parts along the last two of them, shape (n,).
 
         Returns:
             correction: What this amounts to in α.
             norm: That of what is left.
+            asymmetry: Norm of the components along the earlier basis vectors, which are zero for a symmetric matrix.
         """
-        if self._basis is None:
-            return 0.0, self._space.norm(residual)
-        known = self._basis[: step + 1]
         moved = residual.device != known.device
         vector = residual.to(known.device) if moved else residual
-        correction: Tensor | float = 0.0
         norm = self._space.norm(vector)
-        for _ in range(2):
-            before = norm
+        coefficients = self._space.coefficients(known, vector)
+        correction, asymmetry = coefficients[-1], torch.linalg.vector_norm(coefficients[:-1])
+        before, norm = norm, self._subtract(known, coefficients, vector)
+        # Asking an accelerator would mean waiting for it; there the second pass is the cheaper answer.
+        if self._on_accelerator or float(norm) <= LOST_NORM * float(before):
             coefficients = self._space.coefficients(known, vector)
-            vector.addmv_(known.T, coefficients, alpha=-1)
-            correction = correction + coefficients[step]
-            norm = self._space.norm(vector)
-            # Asking an accelerator would mean waiting for it; there the second pass is the cheaper answer.
-            if not self._on_accelerator and float(norm) > LOST_NORM * float(before):
-                break
+            correction, norm = correction + coefficients[-1], self._subtract(known, coefficients, vector)
         if moved:
             residual.copy_(vector)
-        return correction.to(residual.device) if isinstance(correction, Tensor) else correction, norm
+        return correction.to(residual.device), norm.to(residual.device), asymmetry.to(residual.device)
+
+    def _subtract(self, known: Tensor, coefficients: Tensor, vector: Tensor) -> Tensor:
+        """Subtract a combination of the basis in place, and return the norm of what is left."""
+        vector.addmv_(known.T, coefficients, alpha=-1)
+        return self._space.norm(vector)
 
     def _check_finite(self, current: Tensor) -> None:
         finite = np.isfinite(self.alphas) & np.isfinite(self.betas)

@@ -21,11 +21,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from typing_extensions import override
 
+from lightning_hesd.numerics.graphs import GraphFacts
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch.autograd.graph import Node
-
     from lightning_hesd.numerics.batches import WeightedBatch
 
 Vector = Sequence[Tensor | None]
@@ -44,12 +42,14 @@ class Matrix(ABC):
         loss: Mean loss of a batch, a scalar tensor that is the same at every call.
         parameters: What rows and columns of the matrix stand for.
         blocks: The diagonal blocks that are wanted of it, each a range of the parameters.
+        facts: What the graphs evaluated so far have shown of the loss.
         is_hessian: Whether it is the Hessian of a function, so that differences of gradients give it, too.
     """
 
     loss: Callable[[WeightedBatch], Tensor]
     parameters: Sequence[Tensor]
     blocks: Sequence[slice] = field(default=(EVERYTHING,), kw_only=True)
+    facts: GraphFacts = field(default_factory=GraphFacts, init=False, kw_only=True)
     is_hessian: ClassVar[bool] = True
 
     def check(self, batch: WeightedBatch) -> None:  # noqa: B027 - most have nothing to check
@@ -75,7 +75,7 @@ class HessianMatrix(Matrix):
     @override
     def product(self, batch: WeightedBatch, *, retain: bool) -> tuple[Tensor, Product]:
         loss = self.loss(batch)
-        return loss.detach(), _hessian_product(loss, self.parameters, self.blocks, retain=retain)
+        return loss.detach(), _hessian_product(loss, self, retain=retain)
 
     @override
     def function(self, batch: WeightedBatch) -> Callable[[], Tensor]:
@@ -156,7 +156,7 @@ class GaussNewtonMatrix(_OutputMatrix):
         # cᵀJ is linear in c, whatever c: its derivative along v with respect to c is Jv.
         cotangents = [torch.zeros_like(o, requires_grad=True) for o in outputs.values]
         pulled = _derivative(outputs.values, self.parameters, cotangents, create_graph=True)
-        check_twice_differentiable([p for p in pulled if p is not None])
+        self.facts.add([p for p in pulled if p is not None])
 
         def product(vector: Vector) -> Vector:
             result: list[Tensor | None] = [None] * len(self.parameters)
@@ -182,7 +182,7 @@ class ResidualMatrix(_OutputMatrix):
     def product(self, batch: WeightedBatch, *, retain: bool) -> tuple[Tensor, Product]:
         outputs = self._outputs(batch)
         weighted = _weighted_sum(outputs.values, outputs.slopes)
-        return outputs.loss.detach(), _hessian_product(weighted, self.parameters, self.blocks, retain=retain)
+        return outputs.loss.detach(), _hessian_product(weighted, self, retain=retain)
 
     @override
     def function(self, batch: WeightedBatch) -> Callable[[], Tensor]:
@@ -207,9 +207,10 @@ def gradient(loss: Tensor, parameters: Sequence[Tensor], *, create_graph: bool =
     return [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
 
 
-def _hessian_product(scalar: Tensor, parameters: Sequence[Tensor], blocks: Sequence[slice], *, retain: bool) -> Product:
+def _hessian_product(scalar: Tensor, matrix: Matrix, *, retain: bool) -> Product:
+    parameters, blocks = matrix.parameters, matrix.blocks
     gradients = gradient(scalar, parameters, create_graph=True)
-    check_twice_differentiable(gradients)
+    matrix.facts.add([scalar, *gradients])
 
     def product(vector: Vector) -> Vector:
         result: list[Tensor | None] = [None] * len(parameters)
@@ -233,39 +234,3 @@ def _derivative(
     outputs, directions = zip(*curved, strict=True)
     options = {"retain_graph": retain, "create_graph": create_graph, "allow_unused": True}
     return list(torch.autograd.grad(outputs, inputs, directions, **options))
-
-
-def graph_nodes(tensors: Sequence[Tensor]) -> Iterator[Node]:
-    """Walk through the graph behind some tensors.
-
-    Yields:
-        Its nodes, each once, in no particular order.
-    """
-    pending: list[Node | None] = [tensor.grad_fn for tensor in tensors]
-    seen: set[Node] = set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        pending.extend(parent for parent, _ in node.next_functions)
-
-
-def check_twice_differentiable(gradients: Sequence[Tensor]) -> None:
-    """Refuse gradients that autograd would differentiate again silently wrong.
-
-    A custom function marked `once_differentiable` cuts the graph: products through it come out as zeros, without an
-    error. Its cut shows as an error node in the graph.
-
-    Raises:
-        RuntimeError: If there is such a node.
-    """
-    for node in graph_nodes(gradients):
-        if node.name() == "torch::autograd::Error":
-            msg = (
-                "the loss cannot be differentiated twice: it passes through a custom autograd function marked "
-                "`once_differentiable`, whose Hessian autograd would silently take for zero; replace the function by "
-                "plain operations for the analysis, for example with `loss_fn`."
-            )
-            raise RuntimeError(msg)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_hesd.numerics.sample_mean import in_shape
+from lightning_hesd.numerics.vectors import in_shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, TypedDict
 
+import numpy as np
 import torch
 from typing_extensions import Unpack
 
@@ -21,6 +23,8 @@ from lightning_hesd.numerics.memory import MemoryPlan, plan_memory
 from lightning_hesd.numerics.operators import CurvatureOperator, prepare_differences
 from lightning_hesd.numerics.parameters import inverse_root, select_parameters, vector_dtype
 from lightning_hesd.numerics.sample_mean import SampleMean
+from lightning_hesd.numerics.verification import WrongDerivativeError
+from lightning_hesd.spectra.spectrum import Spectrum
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,7 +35,6 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.layout import AllReduce
     from lightning_hesd.numerics.options import AnalysisOptions
     from lightning_hesd.numerics.strategies import Calibration
-    from lightning_hesd.spectra.spectrum import Spectrum
 
 Report = Callable[[int, int], None]
 """Takes the steps done and the most there can be."""
@@ -82,8 +85,11 @@ def analyze(
         The spectrum, equal in every process.
     """
     everything = list(select_parameters(module, options).values())
-    with estimated(module, batches, loss_fn, options, [everything], **context) as [estimation]:
-        return estimation.spectrum()
+    try:
+        with estimated(module, batches, loss_fn, options, [everything], **context) as [estimation]:
+            return estimation.spectrum()
+    except WrongDerivativeError as error:
+        return _refused(str(error), everything, batches, options)
 
 
 def analyze_layers(
@@ -96,8 +102,38 @@ def analyze_layers(
 ) -> dict[str, Spectrum]:
     """Do the work of `layer_spectra`, possibly as one of several processes; arguments as for `analyze`."""
     found = blocks(module, layers, select_parameters(module, options))
-    with estimated(module, batches, loss_fn, options, list(found.values()), **context) as estimations:
-        return {name: estimation.spectrum() for name, estimation in zip(found, estimations, strict=True)}
+    try:
+        with estimated(module, batches, loss_fn, options, list(found.values()), **context) as estimations:
+            return {name: estimation.spectrum() for name, estimation in zip(found, estimations, strict=True)}
+    except WrongDerivativeError as error:
+        return {name: _refused(str(error), block, batches, options) for name, block in found.items()}
+
+
+def _refused(
+    reason: str, parameters: Sequence[nn.Parameter], batches: Sequence[WeightedBatch], options: AnalysisOptions
+) -> Spectrum:
+    """Return the record of an analysis that found no products to rely on."""
+    return Spectrum(
+        nodes=np.full((1, 1), math.nan),
+        weights=np.zeros((1, 1)),
+        residuals=np.zeros((1, 1)),
+        steps_per_probe=(0,),
+        dimension=sum(p.numel() for p in parameters),
+        num_samples=round(sum(batch.weight for batch in batches)),
+        loss=math.nan,
+        rounding=0.0,
+        matvecs=0,
+        seconds=0.0,
+        matrix=options.matrix,
+        probe=options.probe,
+        seed=options.seed,
+        mode=options.mode,
+        confidence=options.confidence,
+        tolerance=options.tolerance,
+        reason=reason,
+        verified="no",
+        verification=reason,
+    )
 
 
 @contextlib.contextmanager
@@ -132,8 +168,9 @@ def estimated(
     plan = _plan(module, parameters, dtype, options=options, layout=layout, all_reduce=all_reduce, processes=processes)
 
     with analysis_state(module, options.mode, analysed, state) as isolation, layout.opened(module):
+        evaluator = Evaluator(module, loss_fn, options, layout, isolation)
         mean = SampleMean(
-            Evaluator(module, loss_fn, options, layout, isolation).matrix(parameters, ranges),
+            evaluator.matrix(parameters, ranges),
             layout.joint(batches),
             strategy=options.strategy,
             dtype=dtype,
@@ -144,15 +181,43 @@ def estimated(
         )
         if reason is not None:
             mean.maker.reason = reason if options.strategy != "auto" else f"{mean.maker.reason}; {reason}"
+        mean.verify(evaluator.in_double if layout.all_reduce is None else None)
         operators = [
             CurvatureOperator(mean, block, inverse_root(module, part, options.preconditioner, dtype))
             for block, part in zip(ranges, parts, strict=True)
         ]
-        prepare_differences(operators)
         tick = None if report is None else _counting(report, options.probes * options.steps)
-        estimations = [Estimation(operator, options, plan, started) for operator in operators]
-        run_together(estimations, tick)
+        estimations = _estimate(operators, options, plan, started, tick)
+        if mean.is_exact and (words := _asymmetric(estimations)) is not None:
+            mean.refute(words)
+            estimations = _estimate(operators, options, plan, started, tick)
         yield estimations
+
+
+def _estimate(
+    operators: Sequence[CurvatureOperator],
+    options: AnalysisOptions,
+    plan: MemoryPlan,
+    started: float,
+    tick: Callable[[], None] | None,
+) -> list[Estimation]:
+    """Run the Lanczos processes of all blocks."""
+    prepare_differences(operators)
+    estimations = [Estimation(operator, options, plan, started) for operator in operators]
+    run_together(estimations, tick)
+    return estimations
+
+
+def _asymmetric(estimations: Sequence[Estimation]) -> str | None:
+    """Say how asymmetric the products are, if more so than rounding can make them."""
+    worst = max(estimations, key=lambda estimation: estimation.asymmetry)
+    limit = math.sqrt(worst.epsilon)
+    if worst.asymmetry <= limit:
+        return None
+    return (
+        f"products by differentiating twice are not those of a symmetric matrix: {worst.asymmetry:.2g} of their size "
+        f"is asymmetric, and rounding explains {limit:.1g} at most: a second derivative is wrong"
+    )
 
 
 def _plan(

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from lightning_hesd.numerics.layout import Layout
 from lightning_hesd.numerics.strategies import Calibration, NoExactProductError, ProductMaker
+from lightning_hesd.numerics.verification import GAUSS_NEWTON, Verification, WrongDerivativeError, joint_outcome, verify
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.layout import AllReduce
     from lightning_hesd.numerics.matrices import Matrix, Product, Vector
     from lightning_hesd.numerics.strategies import Strategy
+    from lightning_hesd.numerics.verification import InDouble
 
 
 class AnotherProcessFailedError(RuntimeError):
@@ -151,6 +154,75 @@ class SampleMean:
         self.loss = weighted_loss / self.weight
         return True
 
+    # Verification ---------------------------------------------------------------------------------------------------
+
+    def verify(self, in_double: InDouble | None) -> None:
+        """Compare the loss with its derivatives, once for each kind of graph that it has.
+
+        Where only the products by differentiating twice are wrong, central differences take their place, if the choice
+        is free.
+
+        Args:
+            in_double: Makes a context in which module and batches are in float64; None: there is none.
+
+        Raises:
+            WrongDerivativeError: If there are no products that can be right.
+        """
+        calibration, kinds = self.calibration, frozenset(self.matrix.facts.kinds)
+        if not self.matrix.is_hessian:
+            calibration.verification = GAUSS_NEWTON
+        elif self._anywhere(calibration.verification is None or not kinds <= calibration.kinds):
+            calibration.verification = self._compared(in_double)
+            calibration.kinds = kinds | frozenset(self.matrix.facts.kinds)
+        if self.verification.verdict(exact=self.is_exact) == "no":
+            self._give_up_exact_products()
+
+    def refute(self, words: str) -> None:
+        """Take central differences from now on, because products turned out not to be those of a symmetric matrix.
+
+        Raises:
+            WrongDerivativeError: If that will not do.
+        """
+        self.calibration.verification = replace(self.verification, products="differs", words=words)
+        self._give_up_exact_products()
+
+    @property
+    def verification(self) -> Verification:
+        """What comparing the loss with its derivatives has shown."""
+        assert self.calibration.verification is not None  # noqa: S101 - `verify` comes first
+        return self.calibration.verification
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether products come from differentiating twice, not from differences."""
+        return self.maker.differences is None
+
+    def _compared(self, in_double: InDouble | None) -> Verification:
+        """Compare in every process that has a batch, and join what they find."""
+        together = self.layout.all_reduce is not None
+        own = Verification("cannot be told", "cannot be told", "this process has no batch to compare with differences")
+        if self.batches:
+            smallest = min(self.batches, key=lambda batch: batch.weight)
+            batch = self.batches[0] if together else smallest
+            own = verify(
+                self.matrix, batch, self.space, exact=self.is_exact, in_double=in_double, may_fail=not together
+            )
+        of_gradient, of_products = (
+            joint_outcome(self.sum_over_processes(codes.to(self.device)).tolist()) for codes in own.codes()
+        )
+        return Verification(of_gradient, of_products, own.words)
+
+    def _give_up_exact_products(self) -> None:
+        if not self.maker.is_free or self.verification.gradient == "differs":
+            raise WrongDerivativeError(self.verification.words)
+        self._products = []
+        self.maker.fall_back(self.verification.words)
+        self._prepare()
+
+    def _anywhere(self, happened: bool) -> bool:  # noqa: FBT001 - the fact itself, no option
+        count = self.sum_over_processes(torch.tensor(float(happened), device=self.device))
+        return self.layout.largest(float(count)) > 0
+
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
@@ -240,9 +312,3 @@ class SampleMean:
             self.maker.gradient(batch)
         seconds = time.perf_counter() - started
         return self.seconds_per_product / seconds if seconds > 0 else None
-
-
-def in_shape(vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """View a flat vector, shape (n,), in the shapes, and cast it to the dtypes, of the parameters."""
-    parts = torch.split(vector, [p.numel() for p in parameters])
-    return [part.view_as(p).to(p.dtype) for part, p in zip(parts, parameters, strict=True)]

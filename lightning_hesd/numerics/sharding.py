@@ -22,8 +22,8 @@ from typing_extensions import override
 from lightning_hesd.numerics.batches import WeightedBatch
 from lightning_hesd.numerics.dtensors import is_distributed, local_part
 from lightning_hesd.numerics.gathering import GatheredParameters, Gathering, Processes, Shard, full_attributes
+from lightning_hesd.numerics.graphs import graph_nodes
 from lightning_hesd.numerics.layout import Layout
-from lightning_hesd.numerics.matrices import graph_nodes
 from lightning_hesd.numerics.vectors import VectorSpace, gaussian_pieces, sign_pieces
 
 if TYPE_CHECKING:

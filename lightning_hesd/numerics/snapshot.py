@@ -134,15 +134,22 @@ class Snapshot:
         failures: What could not be put back, by type, and why.
     """
 
-    def __init__(self, *roots: object, tensors: bool = True, known: Snapshot | None = None) -> None:
+    def __init__(
+        self,
+        *roots: object,
+        tensors: bool = True,
+        known: Snapshot | None = None,
+        without: Sequence[Tensor] = (),
+    ) -> None:
         """Take a snapshot.
 
         Args:
             *roots: Modules, datasets or other objects; of these all attributes are remembered, plain or not.
             tensors: Whether to remember the values of tensors and arrays too.
             known: An earlier snapshot, whose copies of values still hold: they are not copied once more.
+            without: Tensors whose values are not remembered.
         """
-        self.failures: dict[str, Exception] = {}
+        self.failures: dict[str, Exception] = {} if known is None else known.failures
         self._tensors = tensors
         self._states: list[State] = []  # holders first: tensors are held by fewer once these are as they were
         self._values: list[State] = []
@@ -160,6 +167,8 @@ class Snapshot:
                 if type(value) not in _ATOMS and id(value) not in self._seen:
                     with contextlib.suppress(Exception):  # odd objects may raise anything: they are left alone
                         pending += self._take(value, known)
+            for key in map(_storage_key, without):
+                self._memories.pop(key, None)
             for memory in self._memories.values():
                 memory.save()
         self._states += [*self._leaves, *self._memories.values(), *self._values]
@@ -178,7 +187,7 @@ class Snapshot:
             leave: Tensors whose values are left as they are.
         """
         references = self if replacing else None
-        left = {self._memories.get(local_part(tensor).untyped_storage()._cdata) for tensor in leave}  # noqa: SLF001
+        left = {self._memories.get(_storage_key(tensor)) for tensor in leave}
         with _plainly():
             for state in self._states:
                 try:
@@ -247,8 +256,7 @@ class Snapshot:
         if self._tensors and is_opaque(tensor):
             self._values.append(OpaqueTensor(tensor))
         elif self._tensors and has_memory(tensor):
-            storage = tensor.untyped_storage()
-            key = storage._cdata  # noqa: SLF001 - as an id: Python objects of one storage come and go
+            key, storage = _storage_key(tensor), tensor.untyped_storage()
             shared = None if known is None else known._memories.get(key)  # noqa: SLF001 - of this class
             memory = self._memories.setdefault(key, shared or Memory(storage))
             memory.add(tensor)
@@ -277,6 +285,11 @@ class Snapshot:
                 pending.extend(holder.values)
         self._plain.update(reached)
         return True
+
+
+def _storage_key(tensor: Tensor) -> int:
+    storage: Any = local_part(tensor).untyped_storage()
+    return storage._cdata  # type: ignore[no-any-return]  # noqa: SLF001 - as an id: Python objects come and go
 
 
 def _is_own(value: object) -> bool:

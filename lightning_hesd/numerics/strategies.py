@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from lightning_hesd.numerics.batches import WeightedBatch
     from lightning_hesd.numerics.matrices import Matrix, Product, Vector
+    from lightning_hesd.numerics.verification import Verification
 
 Strategy = Literal["graph", "recompute", "finite_difference"]
 
@@ -32,6 +33,8 @@ class Calibration:
         product_bytes: Memory that a product takes beside graphs, per unit of batch weight.
         obstacle: Why there are no exact products; None if there are.
         step: Step of central differences; None: not chosen.
+        verification: What comparing the loss with its derivatives has shown; None: not compared.
+        kinds: Names of the operations in the graphs that were compared.
         dimension: Number of analysed parameters it was found out with; None: nothing was.
     """
 
@@ -39,12 +42,14 @@ class Calibration:
     product_bytes: float = 0.0
     obstacle: str | None = None
     step: float | None = None
+    verification: Verification | None = None
+    kinds: frozenset[str] = frozenset()
     dimension: int | None = None
 
     def renew(self, dimension: int) -> None:
         """Forget what was found out with other parameters."""
         if self.dimension != dimension:
-            self.graph_bytes = self.obstacle = self.step = None
+            self.graph_bytes = self.obstacle = self.step = self.verification = None
             self.dimension = dimension
 
 
@@ -99,6 +104,11 @@ class ProductMaker:
         elif strategy == "finite_difference":
             self.differences = self._make_differences()
 
+    @property
+    def is_free(self) -> bool:
+        """Whether central differences may take the place of exact products."""
+        return self._plans and self._matrix.is_hessian
+
     def fall_back(self, obstacle: str) -> None:
         """Take central differences from now on, because of `obstacle`.
 
@@ -135,7 +145,9 @@ class ProductMaker:
         """Return the loss of a batch, a scalar, and its product by `strategy`, by default the one in use."""
         matrix = self._matrix
         if self.differences is not None:
-            return matrix.loss(batch).detach(), self.differences.product(matrix.function(batch))
+            loss = matrix.loss(batch)
+            matrix.facts.add([loss])
+            return loss.detach(), self.differences.product(matrix.function(batch))
         if (strategy or self.strategy) == "graph":
             return matrix.product(batch, retain=True)
 

@@ -115,3 +115,9 @@ def _pieces(sizes: Sequence[int], chunks: Iterator[Tensor]) -> Iterator[Tensor]:
         joined = torch.cat(parts)
         yield joined[:size]
         rest = joined[size:]
+
+
+def in_shape(vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """View a flat vector, shape (n,), in the shapes, and cast it to the dtypes, of the parameters."""
+    parts = torch.split(vector, [p.numel() for p in parameters])
+    return [part.view_as(p).to(p.dtype) for part, p in zip(parts, parameters, strict=True)]

@@ -33,7 +33,7 @@ _LARGEST = 1e150
 """Its square is a number, too."""
 
 _NEEDED = {
-    "steps_per_probe": each(at_least(1)),
+    "steps_per_probe": each(at_least(0)),
     "dimension": at_least(1),
     "num_samples": at_least(0),
     "loss": number,
@@ -47,6 +47,9 @@ _WITH_DEFAULT = {
     "confidence": within(1e-9, 1 - 1e-9),
     "tolerance": optional(lambda value: value in {"type", "auto"} if text(value) else within(0.0, _LARGEST)(value)),
     "reason": optional(text),
+    "verified": lambda value: value in {"yes", "no", "unknown"},
+    "verification": text,
+    "asymmetry": optional(number),
     **dict.fromkeys(("predicted_memory", "sampling_groups"), optional(at_least(0))),
     **dict.fromkeys(
         (
@@ -92,6 +95,11 @@ class Spectrum:
         confidence: Probability, over start vectors, with which `c_t_interval` holds at least.
         tolerance: Accuracy asked for: a number, "type" or "auto" (see `hessian_spectrum`); None: fixed steps.
         reason: Why C_t is undefined (NaN), if it is.
+        verified: Whether products and gradient were found to be those of the loss: "yes", "unknown" where that cannot
+            be told, or "no": then nothing was computed, and every number is NaN.
+        verification: What was compared and found, in words.
+        asymmetry: Largest component of a product Hv_j along earlier Lanczos vectors that a symmetric matrix does not
+            have, relative to ‖T‖: rounding, in which case it is part of `rounding`. None: not known.
         c_t_sampling_error: Standard error of C_t from the finite sample; None, as all of the following, if not asked
             for.
         c_t_sampling_bias: How far C_t is expected to lie from that of infinitely many samples; not corrected for.
@@ -124,6 +132,9 @@ class Spectrum:
     confidence: float = 0.95
     tolerance: float | Literal["type", "auto"] | None = None
     reason: str | None = None
+    verified: Literal["yes", "no", "unknown"] = "unknown"
+    verification: str = "not compared with differences of the loss"
+    asymmetry: float | None = None
     c_t_sampling_error: float | None = None
     c_t_sampling_bias: float | None = None
     lambda_min_sampling_error: float | None = None
@@ -149,12 +160,14 @@ class Spectrum:
 
     def __str__(self) -> str:
         """Return the main findings in one line."""
+        if self.verified == "no":
+            return f"no spectrum: {self.reason}"
         low, high = self.c_t_interval
         sampling = "" if self.c_t_sampling_error is None else f" ± {self.c_t_sampling_error:.2g} (sampling)"
         return (
             f"C_t = {self.c_t:.4g} [{low:.4g}, {high:.4g}]{sampling}, type {self.hesd_type}, largest eigenvalue "
             f"{self.lambda_max:.4g}, loss {self.loss:.4g} ({self.num_samples} samples, {self.matvecs} products, "
-            f"{self.seconds:.1f} s)"
+            f"{self.seconds:.1f} s){'' if self.verified == 'yes' else f'; not verified: {self.verification}'}"
         )
 
     @property
@@ -171,11 +184,12 @@ class Spectrum:
 
     @cached_property
     def _lowest(self) -> tuple[int, ...]:
-        return tuple(int(i) for i in np.unravel_index(np.nanargmin(self.nodes), self.nodes.shape))
+        # Without any node the first place, which holds NaN.
+        return tuple(int(i) for i in np.unravel_index(_argmin(self.nodes), self.nodes.shape))
 
     @cached_property
     def _highest(self) -> tuple[int, ...]:
-        return tuple(int(i) for i in np.unravel_index(np.nanargmax(self.nodes), self.nodes.shape))
+        return tuple(int(i) for i in np.unravel_index(_argmin(-self.nodes), self.nodes.shape))
 
     @property
     def lambda_min(self) -> float:
@@ -246,13 +260,15 @@ class Spectrum:
 
     @property
     def type_certain(self) -> bool:
-        """Whether all of `c_t_interval` lies on one side of the threshold."""
-        return criteria.type_certain(self.c_t_interval)
+        """Whether all of `c_t_interval` lies on one side of the threshold, and the products are verified."""
+        return self.verified == "yes" and criteria.type_certain(self.c_t_interval)
 
     @property
     def converged(self) -> bool:
         """Whether C_t is as accurate as `tolerance` asks, or to 5 % where none was given."""
-        return self.type_certain if self.tolerance == "type" else self.c_t_error <= self.allowed_error
+        if self.tolerance == "type":
+            return criteria.type_certain(self.c_t_interval)
+        return self.c_t_error <= self.allowed_error
 
     @property
     def allowed_error(self) -> float:
@@ -373,7 +389,7 @@ class Spectrum:
             present[:, :-1] >= present[:, 1:],  # the padding comes last
             np.abs(spectrum.nodes[present]) <= _LARGEST,
             spectrum.weights >= 0,
-            np.abs(spectrum.weights.sum(axis=1) - 1) <= 1e-6,
+            np.abs(spectrum.weights.sum(axis=1) - np.minimum(spectrum.steps_per_probe, 1)) <= 1e-6,
             (spectrum.residuals >= 0) & (spectrum.residuals <= _LARGEST),
         )
         if not all(np.all(part) for part in fit):
@@ -433,6 +449,10 @@ def load_layers(path: str | os.PathLike[str]) -> dict[str, Spectrum]:
             for index, entry in enumerate(header["layers"])
         }
     return spectra  # noqa: RET504 - inside, damage could still come to light
+
+
+def _argmin(values: NDArray[np.float64]) -> int:
+    return int(np.argmin(np.where(np.isnan(values), np.inf, values)))
 
 
 def _standard_error(values: NDArray[np.float64]) -> float | None:

@@ -21,6 +21,7 @@ def make_spectrum(c_t: float, *, lambda_max: float = 1.0, loss: float = 0.5) -> 
     """A spectrum of two exact nodes with the given C_t; NaN gives one without curvature."""
     undefined = math.isnan(c_t)
     return Spectrum(
+        verified="yes",
         nodes=np.zeros((1, 2)) if undefined else np.array([[c_t * lambda_max, lambda_max]]),
         weights=np.array([[0.5, 0.5]]),
         residuals=np.zeros((1, 2)),

@@ -256,6 +256,7 @@ def test_undefined_numbers_are_null() -> None:
 
 def spectrum_of(nodes: np.ndarray) -> Spectrum:
     return Spectrum(
+        verified="yes",
         nodes=nodes,
         weights=np.full(nodes.shape, 1 / nodes.shape[1]),
         residuals=np.zeros(nodes.shape),

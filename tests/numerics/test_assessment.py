@@ -20,6 +20,7 @@ def spectrum(*nodes: float, weights: list[list[float]] | None = None, **changes:
     given = np.array([[1 / len(nodes)] * len(nodes)] if weights is None else weights)
     values = np.tile(np.array(nodes), (len(given), 1))
     made = Spectrum(
+        verified="yes",
         nodes=values,
         weights=given,
         residuals=np.zeros_like(values),

