@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -28,13 +28,6 @@ LADDER_RUNGS = 10
 ERROR_MARGIN = 4.0
 """The search sees one sample of the rounding; this many times as much is stated for all products."""
 
-_displaced: ContextVar[bool] = ContextVar("displaced", default=False)
-
-
-def are_displaced() -> bool:
-    """Whether the analysed parameters are not where they belong, on purpose."""
-    return _displaced.get()
-
 
 @dataclass
 class FiniteDifferences:
@@ -54,12 +47,13 @@ class FiniteDifferences:
     space: VectorSpace
     blocks: Sequence[slice] = (EVERYTHING,)
     step: float = 0.0
-    _originals: list[Tensor] = field(init=False)
     _versions: list[int] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self._originals = [p.detach().clone() for p in self.parameters]
-        self._versions = [p._version for p in self.parameters]  # noqa: SLF001
+    @functools.cached_property
+    def _originals(self) -> list[Tensor]:
+        """Where the parameters belong: where a first evaluation left them, for `max_norm` moves those of embeddings."""
+        self._versions = [p._version for p in self.parameters]  # noqa: SLF001 - how often each was written to
+        return [p.detach().clone() for p in self.parameters]
 
     @property
     def size(self) -> float:
@@ -69,16 +63,15 @@ class FiniteDifferences:
     @contextlib.contextmanager
     def displaced(self, vector: Vector, distance: float, block: slice = EVERYTHING) -> Iterator[None]:
         """Move the parameters of a block along a vector, and put them back bit by bit."""
-        token = _displaced.set(True)
+        pairs = zip(self.parameters[block], self._originals[block], vector, strict=True)
         try:
             self._put_back(self._written())
-            for p, original, part in zip(self.parameters[block], self._originals[block], vector, strict=True):
+            for p, original, part in pairs:
                 if part is not None:
                     torch.add(original, part, alpha=distance, out=p.data)
             yield
         finally:
             self._put_back([*range(len(self.parameters))[block], *self._written()])
-            _displaced.reset(token)
 
     def product(self, function: Callable[[], Tensor]) -> Product:
         """Return the product with the Hessian of a function of the parameters, a scalar, at the present `step`."""
@@ -145,7 +138,7 @@ class FiniteDifferences:
         return gradient(function(), self.parameters[block])
 
     def _written(self) -> list[int]:
-        """Return the positions of parameters that the function has written to; moving them does not count."""
+        """Return the positions of parameters that the function itself has written to: moving them does not count."""
         return [i for i, p in enumerate(self.parameters) if p._version != self._versions[i]]  # noqa: SLF001
 
     def _put_back(self, indices: Iterable[int]) -> None:

@@ -51,6 +51,7 @@ def analysis_state(
         snapshot.set_gradients_aside()
         stack.enter_context(_unfrozen(analysed))
         stack.enter_context(isolation.hooks.passed_by())
+        stack.enter_context(isolation.power_iterations.kept())
         stack.enter_context(no_hooks_in_backward(list(module.parameters())))
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())

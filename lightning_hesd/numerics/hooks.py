@@ -63,9 +63,9 @@ class Hooks:
             return register_on_node(hooks, self._limited(hook))
 
         with (
-            _replaced(Tensor, "register_hook", register_limited),
-            _replaced(Tensor, "register_post_accumulate_grad_hook", register_limited_on_leaf),
-            _replaced(_HookMixin, "_register_hook", staticmethod(register_limited_on_node)),
+            replaced(Tensor, "register_hook", register_limited),
+            replaced(Tensor, "register_post_accumulate_grad_hook", register_limited_on_leaf),
+            replaced(_HookMixin, "_register_hook", staticmethod(register_limited_on_node)),
         ):
             yield
 
@@ -109,12 +109,12 @@ def no_hooks_in_backward(leaves: Sequence[Tensor]) -> Iterator[None]:
                 for hook in list((leaf._post_accumulate_grad_hooks or {}).values()):  # type: ignore[attr-defined] # noqa: SLF001
                     hook(leaf)
 
-    with _replaced(torch.autograd, "backward", adding):
+    with replaced(torch.autograd, "backward", adding):
         yield
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Put another function in the place of one of PyTorch's."""
     before = vars(owner)[name]
     setattr(owner, name, value)

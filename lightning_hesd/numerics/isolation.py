@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_hesd.numerics.finite_differences import are_displaced
 from lightning_hesd.numerics.hooks import Hooks
+from lightning_hesd.numerics.power_iterations import PowerIterations
 from lightning_hesd.numerics.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class Isolation:
     Attributes:
         roots: The module, and other objects that evaluations may change.
         hooks: What the user's functions register with autograd.
+        power_iterations: What spectral norms have found.
     """
 
     def __init__(self, roots: Sequence[object], analysed: Sequence[Tensor], before: Snapshot) -> None:
@@ -35,11 +36,12 @@ class Isolation:
 
         Args:
             roots: The module, and other objects that evaluations may change.
-            analysed: Parameters that central differences may have moved, and put back themselves.
+            analysed: Parameters whose values stay as they are: central differences move them, and graphs hold them.
             before: A snapshot of the roots with the values of their tensors.
         """
         self.roots = roots
         self.hooks = Hooks()
+        self.power_iterations = PowerIterations()
         self._analysed = analysed
         self._before: Snapshot | None = before
         self._start: Snapshot | None = None
@@ -54,13 +56,12 @@ class Isolation:
                 changed is not looked at as thoroughly after a later one.
         """
         if self._start is None:
-            without = self._analysed if self._before is None else ()
-            self._start = Snapshot(*self.roots, known=self._before, without=without)
+            self._start = Snapshot(*self.roots, known=self._before, without=self._analysed)
         else:
-            leave = self._analysed if are_displaced() else ()
-            self._start.restore(thorough=self._latest not in self._evaluated, replacing=True, leave=leave)
+            self._start.restore(thorough=self._latest not in self._evaluated, replacing=True)
             self._evaluated.add(self._latest)
         self._latest = what
+        self.power_iterations.begin()
 
     @contextlib.contextmanager
     def afresh(self, analysed: Sequence[Tensor]) -> Iterator[None]:
@@ -68,7 +69,8 @@ class Isolation:
         outside = self._analysed, self._before, self._start, self._evaluated
         self._analysed, self._before, self._start, self._evaluated = analysed, None, None, set()
         try:
-            yield
+            with self.power_iterations.afresh():
+                yield
         finally:
             if self._start is not None:
                 self._start.restore()

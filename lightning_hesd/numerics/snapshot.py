@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_hesd.numerics.dtensors import local_part
-from lightning_hesd.numerics.holders import attributes, class_body, container, user_classes
-from lightning_hesd.numerics.streams import GENERATORS, ITERATORS, Count, Generator, PlainIterator
+from lightning_hesd.numerics.holders import Empties, attributes, class_body, container, user_classes
+from lightning_hesd.numerics.streams import STREAMS, stream
 from lightning_hesd.numerics.tensor_states import Array, Leaf, Memory, OpaqueTensor, has_memory, is_opaque
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ _ATOMS = {type(None), bool, int, float, complex, str, bytes, type, types.Functio
 """The most frequent of these, to be found without a look at their bases."""
 
 _STATELESS = (*_IMMUTABLE, random.SystemRandom)
-_PLAIN = (*_IMMUTABLE, *GENERATORS, *ITERATORS, itertools.count, Tensor, np.ndarray, nn.Module, Dataset)
+_PLAIN = (*_IMMUTABLE, *STREAMS, Tensor, np.ndarray, nn.Module, Dataset)
 _FOREIGN = {"torch", "torchmetrics", "lightning", "lightning_fabric", "pytorch_lightning"}
 """Objects of these packages hold running machinery (trainers, optimizers, hooks), unless they are modules."""
 
@@ -151,7 +151,8 @@ class Snapshot:
         """
         self.failures: dict[str, Exception] = {} if known is None else known.failures
         self._tensors = tensors
-        self._states: list[State] = []  # holders first: tensors are held by fewer once these are as they were
+        self._empties = Empties()
+        self._states: list[State] = [self._empties]  # holders first: tensors are held by fewer once these are restored
         self._values: list[State] = []
         self._memories: dict[int, Memory] = {}  # by storage
         self._leaves: list[Leaf] = []
@@ -178,21 +179,18 @@ class Snapshot:
         for leaf in self._leaves:
             leaf.clear()
 
-    def restore(self, *, thorough: bool = True, replacing: bool = False, leave: Sequence[Tensor] = ()) -> None:
+    def restore(self, *, thorough: bool = True, replacing: bool = False) -> None:
         """Put everything back in place.
 
         Args:
             thorough: Whether to look for changes where none is likely, too: in large containers and tensors.
             replacing: Whether tensors that graphs hold are replaced by copies; otherwise the original ones come back.
-            leave: Tensors whose values are left as they are.
         """
         references = self if replacing else None
-        left = {self._memories.get(_storage_key(tensor)) for tensor in leave}
         with _plainly():
             for state in self._states:
                 try:
-                    if state not in left:
-                        state.restore(references, thorough=thorough)
+                    state.restore(references, thorough=thorough)
                 except Exception as error:  # noqa: BLE001, PERF203 - the rest must be restored; `restored` tells
                     self.failures[state.kind] = error
 
@@ -237,13 +235,10 @@ class Snapshot:
             if self._tensors and value.flags.writeable:
                 self._values.append(Array(value))
             found = value.flat if value.dtype.hasobject else ()
-        elif issubclass(kind, GENERATORS):
-            self._values.append(Generator(value))
-        elif issubclass(kind, itertools.count):
-            self._values.append(Count(value, self.replace))
-        elif issubclass(kind, ITERATORS):
-            self._values.append(PlainIterator(value))
-            found = value.__reduce__()[1]
+        elif issubclass(kind, STREAMS):
+            self._values.append(stream(value, self.replace))
+        elif Empties.fits(value):
+            self._empties.add(value)
         elif (held := container(value)) is not None:
             found = self._enter([held, *attributes(value)], value)
         elif self._is_open(value):
@@ -260,6 +255,8 @@ class Snapshot:
             shared = None if known is None else known._memories.get(key)  # noqa: SLF001 - of this class
             memory = self._memories.setdefault(key, shared or Memory(storage))
             memory.add(tensor)
+        if type(tensor) in {Tensor, nn.Parameter}:
+            return [vars(tensor)]
         return self._enter(attributes(tensor), tensor)
 
     def _is_open(self, value: object) -> bool:

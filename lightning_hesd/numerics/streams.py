@@ -13,6 +13,7 @@ import torch
 
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 ITERATORS = (type(iter([])), type(iter(())), type(iter("")), type(iter(range(0))))
+STREAMS = (*GENERATORS, *ITERATORS, itertools.count)
 
 
 class Replace(Protocol):
@@ -76,3 +77,10 @@ class PlainIterator:
             if self._iterator.__reduce__()[2:] != self._before:
                 msg = "it is exhausted"
                 raise RuntimeError(msg)
+
+
+def stream(value: Any, replace: Replace) -> Generator | Count | PlainIterator:
+    """Return the state of one of `STREAMS`."""
+    if isinstance(value, itertools.count):
+        return Count(value, replace)
+    return Generator(value) if isinstance(value, GENERATORS) else PlainIterator(value)

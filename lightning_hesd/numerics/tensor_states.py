@@ -240,11 +240,10 @@ class Leaf:
     def _set(self, wanted: tuple[Any, ...]) -> None:
         tensor: Any = self._tensor
         now = _gradient_state(tensor)
-        if all(map(is_, now, wanted)):
-            return
         if now[0] is not wanted[0]:
             tensor.requires_grad_(wanted[0])
-        tensor.grad, tensor._backward_hooks, tensor._post_accumulate_grad_hooks = wanted[1:]  # noqa: SLF001
+        if not all(map(is_, now, wanted)):
+            tensor.grad, tensor._backward_hooks, tensor._post_accumulate_grad_hooks = wanted[1:]  # noqa: SLF001
 
 
 def _gradient_state(tensor: Any) -> tuple[Any, ...]:
