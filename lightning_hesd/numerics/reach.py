@@ -68,7 +68,7 @@ class Reach:
         self._datasets = datasets
         self._seen: dict[int, object] = {} if but is None else but._seen  # noqa: SLF001 - keeps objects alive, so that an id names one only
         self._plain: dict[int, object] = {}  # those found to be
-        self._stateless: set[type] = set()
+        self._stateless: set[type] = {type(None), bool, int, float, str}  # types without state that were met
         pending = [*roots]
         for root in roots:
             pending += self._enter(attributes(root), root)
@@ -80,20 +80,26 @@ class Reach:
 
     def _enter(self, holders: Sequence[Holder], owner: object) -> list[object]:
         """Take in holders, and return those of their values that may have state."""
-        classes = [c for c in user_classes(owner) if id(c) not in self._seen]
+        classes = [c for c in user_classes(type(owner)) if id(c) not in self._seen]
         self._seen.update((id(c), c) for c in classes)
         found: list[object] = []
         for holder in [*holders, *map(class_body, classes)]:
             self.holders.append(holder)
-            kinds = set(map(type, holder.values)) - self._stateless
-            self._stateless.update(kind for kind in kinds if issubclass(kind, _STATELESS))
+            kinds = set(map(type, holder.values))
+            for first in holder.values[:10]:
+                if type(first) is tuple:
+                    kinds.update(map(type, first))
+            self._stateless.update(kind for kind in kinds - self._stateless if issubclass(kind, _STATELESS))
             if not kinds <= self._stateless:
                 found += [value for value in holder.values if not self._is_stateless(value)]
         return found
 
     def _is_stateless(self, value: object) -> bool:
+        """Whether a value has no state; a tuple that is taken for one that has costs time only."""
         kind = type(value)
-        return kind in self._stateless or (kind is tuple and set(map(type, value)) <= self._stateless)  # type: ignore[call-overload]
+        if kind is tuple:
+            return self._stateless.issuperset(map(type, value))  # type: ignore[call-overload]
+        return kind in self._stateless
 
     def _take(self, value: Any) -> Iterable[object]:
         """Take in an object, and return others that it leads to."""
