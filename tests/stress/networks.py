@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,81 @@ class MadeLate(Silent):
     def configure_model(self) -> None:
         if self.net is None:
             self.net = Classifier().net
+
+
+class Annealed(Silent):
+    """Counts its steps, in itself, in its class, in a buffer and in a queue, and lets the loss depend on that."""
+
+    seen: ClassVar[dict[str, int]] = {"n": 0}
+
+    def __init__(self) -> None:
+        super().__init__()
+        type(self).seen["n"] = 0
+        self.steps, self.queue = 0, deque(maxlen=3)
+        self.register_buffer("mean", torch.zeros(10))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.steps += 1
+        self.seen["n"] += 1
+        outputs = self.net(batch[0])
+        self.mean.mul_(0.9).add_(outputs.detach().mean(0), alpha=0.1)
+        self.queue.append(float(self.mean.norm()))
+        return plain_loss(self, batch) * (1 + 0.01 * self.steps + 0.01 * self.seen["n"] + 0.1 * sum(self.queue))
+
+
+class SteppingInBackward(Silent):
+    """Takes a step for each parameter as soon as its gradient is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        for p in self.parameters():
+            p.register_post_accumulate_grad_hook(self.step)
+
+    @staticmethod
+    def step(p: Tensor) -> None:
+        with torch.no_grad():
+            p -= 0.1 * p.grad
+        p.grad = None
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(plain_loss(self, batch))
+
+    def configure_optimizers(self) -> None:
+        return None
+
+
+class Hooked(Silent):
+    """Clips gradients within, by a hook on an activation and one on a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].register_full_backward_hook(lambda _, inputs, outputs: tuple(inputs))
+        self.net[2].register_full_backward_pre_hook(lambda _, outputs: tuple(0.5 * o for o in outputs))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        hidden = self.net[:2](batch[0])
+        hidden.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+        return nn.functional.cross_entropy(self.net[2:](hidden), batch[1])
+
+
+class Graph(Silent):
+    """Averages over neighbours by a sparse matrix, which it keeps as a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("neighbours", (torch.eye(10) + torch.eye(10).roll(1, 0)).to_sparse())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return nn.functional.cross_entropy((self.neighbours @ self.net(batch[0]).T).T, batch[1])
+
+
+class LowPrecision(Silent):
+    """Switches autocast on by itself."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return plain_loss(self, batch)
 
 
 class TwoOptimizers(Silent):

@@ -33,6 +33,17 @@ def compiled(backend: str, *, whole: bool) -> pl.LightningModule:
     return module
 
 
+def verified(observer: HessianSpectrumCallback, trainer: pl.Trainer) -> str:
+    """Say whether the derivatives are those of the loss."""
+    return "verified" if all(r.spectrum and r.spectrum.verified == "yes" for r in observer.history) else "not verified"
+
+
+def same_loss(observer: HessianSpectrumCallback, trainer: pl.Trainer) -> str:
+    """Say whether evaluations gave products of one loss: by differences of its values, and by their symmetry."""
+    assert verified(observer, trainer) == "verified"
+    return "each analysis has one loss"
+
+
 def averaging() -> list[pl.Callback]:
     """Return the callback that keeps an exponential moving average, where Lightning has one."""
     callbacks: Any = importlib.import_module("lightning.pytorch.callbacks")
@@ -93,6 +104,18 @@ MODULES: list[Case] = [
     Fit("submodule compiled, inductor", partial(compiled, "inductor", whole=False)),
     Fit("made in configure_model", networks.MadeLate),
     Fit("two optimizers by hand", networks.TwoOptimizers, options=lambda: {"loss_fn": plain_loss}),
+    *(
+        Fit(
+            f"counts its steps, {strategy}, mode {mode}", networks.Annealed, options=options, check=same_loss, note=note
+        )
+        for strategy, mode in (("graph", "eval"), ("recompute", "train"), ("finite_difference", "keep"))
+        for options in (partial(dict, strategy=strategy, mode=mode),)
+        for note in ("each analysis has one loss",)
+    ),
+    Fit("steps in backward", networks.SteppingInBackward, options=lambda: {"loss_fn": plain_loss}),
+    Fit("hooks that change gradients", networks.Hooked, check=verified, note="verified"),
+    Fit("sparse buffer", networks.Graph),
+    Fit("autocast inside", networks.LowPrecision, check=verified, note="verified"),
     Fit("lazy layers", lambda: Around(lambda: nn.Sequential(nn.LazyLinear(6), nn.Tanh(), nn.LazyLinear(10)))),
     Fit(
         "lazy layers, at start",
