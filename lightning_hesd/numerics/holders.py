@@ -26,8 +26,10 @@ class _Nothing:
     """In the place of an attribute that is not set."""
 
 
-_LIBRARIES = {"torch", "torchmetrics", "lightning", "lightning_fabric", "pytorch_lightning", "numpy"}
-_LIBRARIES |= {"abc", "builtins", "collections", "enum", "typing", "typing_extensions"}
+FRAMEWORKS = {"torch", "torchmetrics", "lightning", "lightning_fabric", "pytorch_lightning"}
+"""Objects of these packages hold running machinery (trainers, optimizers, hooks), unless they are modules."""
+
+_LIBRARIES = {*FRAMEWORKS, "abc", "builtins", "collections", "enum", "numpy", "typing", "typing_extensions"}
 """Classes of these packages do not collect what user code computes."""
 
 

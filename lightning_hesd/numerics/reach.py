@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_hesd.numerics.holders import attributes, class_body, container, user_classes
+from lightning_hesd.numerics.holders import FRAMEWORKS, attributes, class_body, container, user_classes
 from lightning_hesd.numerics.streams import STREAMS
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ _IMMUTABLE = (
 )
 _STATELESS = (*_IMMUTABLE, random.SystemRandom)
 _PLAIN = (*_IMMUTABLE, *STREAMS, Tensor, np.ndarray, nn.Module, Dataset)
-_FOREIGN = {"torch", "torchmetrics", "lightning", "lightning_fabric", "pytorch_lightning"}
-"""Objects of these packages hold running machinery (trainers, optimizers, hooks), unless they are modules."""
 
 
 class Reach:
@@ -151,4 +149,4 @@ class Reach:
 
 
 def _is_own(value: object) -> bool:
-    return type(value).__module__.split(".")[0] not in _FOREIGN
+    return type(value).__module__.split(".")[0] not in FRAMEWORKS

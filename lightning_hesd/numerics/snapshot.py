@@ -155,8 +155,9 @@ class Snapshot:
                 few = [a for a in more.arrays if a.nbytes <= DATA_SIZE][:DATA_COUNT]
                 values += [Array(a) for a in [*own.arrays, *few] if a.flags.writeable]
             values += [stream(s, self.replace) for s in [*own.streams, *more.streams]]
-            for key in map(_storage_key, without):
-                self._memories.pop(key, None)
+            for tensor in map(local_part, without):
+                if has_memory(tensor):
+                    self._memories.pop(_storage_key(tensor), None)
             for memory in self._memories.values():
                 memory.save()
         # Holders first: tensors are held by fewer once these are restored.
