@@ -197,13 +197,14 @@ class ProductMaker:
         Raises:
             NoExactProductError: If there is none, though there is a gradient.
             RuntimeError: If memory runs out.
+            Warning: If it does in place of that error.
         """
         try:
             with MemoryMeter() as meter:
                 made = self.make(batch, "graph")
                 held = meter.live
                 made[1]([torch.ones_like(p) for p in self._matrix.parameters])
-        except RuntimeError as error:
+        except (RuntimeError, Warning) as error:  # a kernel without a formula warns, which may be an error
             if is_out_of_memory(error):
                 raise
             # If this fails, too, the loss is at fault.

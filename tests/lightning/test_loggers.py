@@ -23,7 +23,19 @@ from tests.lightning.scripted import make_spectrum, make_trainer
 from tests.lightning.test_resume import Net, data
 
 KEYS = {
-    *("c_t", "c_t_low", "c_t_high", "c_t_threshold", "mp", "lambda_max", "lambda_min", "trace", "k_h05", "loss"),
+    *(
+        "c_t",
+        "c_t_low",
+        "c_t_high",
+        "c_t_threshold",
+        "verified",
+        "mp",
+        "lambda_max",
+        "lambda_min",
+        "trace",
+        "k_h05",
+        "loss",
+    ),
     *("seconds", "overhead"),
 }
 EPOCHS = 3
