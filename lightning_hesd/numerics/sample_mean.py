@@ -15,8 +15,16 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from lightning_hesd.numerics.layout import Layout
+from lightning_hesd.numerics.matrices import ResidualMatrix
 from lightning_hesd.numerics.strategies import Calibration, NoExactProductError, ProductMaker
-from lightning_hesd.numerics.verification import GAUSS_NEWTON, Verification, WrongDerivativeError, joint_outcome, verify
+from lightning_hesd.numerics.verification import (
+    GAUSS_NEWTON,
+    SHARDED_RESIDUAL,
+    Verification,
+    WrongDerivativeError,
+    joint_outcome,
+    verify,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -28,6 +36,10 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.matrices import Matrix, Product, Vector
     from lightning_hesd.numerics.strategies import Strategy
     from lightning_hesd.numerics.verification import InDouble
+
+
+EPSILONS = (0.0, *(torch.finfo(t).eps for t in (torch.float64, torch.float32, torch.float16, torch.bfloat16)))
+"""Precisions that the processes tell each other of."""
 
 
 class AnotherProcessFailedError(RuntimeError):
@@ -56,6 +68,7 @@ class SampleMean:
         calibration: What is known about the loss.
         product_error: Norm of the error of a product with a unit vector, beyond rounding: of central differences, see
             `prepare_differences`.
+        epsilon: Machine epsilon of the coarsest floating-point type in the graphs of the loss, in any process.
         failure: What went wrong in this process, if anything did.
         passes: Products so far.
         seconds_per_product: Mean time; meaningful on the CPU only, where calls do not return early.
@@ -96,6 +109,7 @@ class SampleMean:
         self.dtype = dtype
         self.failure: Exception | None = None
         self.product_error = 0.0
+        self.epsilon = 0.0
         self.passes = 0
         self.seconds_per_product = 0.0
         self._all_reduce = all_reduce
@@ -169,9 +183,14 @@ class SampleMean:
             WrongDerivativeError: If there are no products that can be right.
         """
         calibration, kinds = self.calibration, frozenset(self.matrix.facts.kinds)
+        is_new = calibration.verification is None or not kinds <= calibration.kinds
+        is_new_anywhere, *counts = self._anywhere([is_new, *(self.matrix.facts.epsilon >= e for e in EPSILONS)])
+        self.epsilon = max(epsilon for epsilon, is_there in zip(EPSILONS, counts, strict=True) if is_there)
         if not self.matrix.is_hessian:
             calibration.verification = GAUSS_NEWTON
-        elif self._anywhere(calibration.verification is None or not kinds <= calibration.kinds):
+        elif self.layout.all_reduce is not None and isinstance(self.matrix, ResidualMatrix):
+            calibration.verification = SHARDED_RESIDUAL
+        elif is_new_anywhere:
             calibration.verification = self._compared(in_double)
             calibration.kinds = kinds | frozenset(self.matrix.facts.kinds)
         if self.verification.verdict(exact=self.is_exact) == "no":
@@ -219,9 +238,10 @@ class SampleMean:
         self.maker.fall_back(self.verification.words)
         self._prepare()
 
-    def _anywhere(self, happened: bool) -> bool:  # noqa: FBT001 - the fact itself, no option
-        count = self.sum_over_processes(torch.tensor(float(happened), device=self.device))
-        return self.layout.largest(float(count)) > 0
+    def _anywhere(self, facts: Sequence[bool]) -> list[bool]:
+        """Return which of these holds in any process."""
+        counts = self.sum_over_processes(torch.tensor(facts, dtype=torch.float32, device=self.device)).tolist()
+        return [self.layout.largest(count) > 0 for count in counts]
 
     @property
     def device(self) -> torch.device:

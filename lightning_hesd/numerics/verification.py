@@ -99,6 +99,11 @@ GAUSS_NEWTON = Verification(
 )
 
 
+SHARDED_RESIDUAL = Verification(
+    "cannot be told", "cannot be told", "where parameters are sharded, the residual is not compared with differences"
+)
+
+
 class WrongDerivativeError(RuntimeError):
     """Autograd's derivatives are not those of the loss; the message says what was found."""
 
