@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from lightning_hesd.numerics.batches import WeightedBatch
+    from lightning_hesd.numerics.isolation import Isolation
     from lightning_hesd.numerics.layout import Layout
     from lightning_hesd.numerics.matrices import Matrix
     from lightning_hesd.numerics.options import AnalysisOptions
@@ -38,28 +39,39 @@ class Evaluator:
         loss_fn: Loss of a batch.
         options: Options of the analysis, with `output_fn`, `output_loss` and the seed.
         layout: How the parameters lie in the processes.
+        isolation: What keeps evaluations apart.
     """
 
-    def __init__(self, module: nn.Module, loss_fn: LossFunction, options: AnalysisOptions, layout: Layout) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        loss_fn: LossFunction,
+        options: AnalysisOptions,
+        layout: Layout,
+        isolation: Isolation,
+    ) -> None:
         self.module = module
         self.loss_fn = loss_fn
         self.options = options
         self.layout = layout
+        self.isolation = isolation
         self._dtype: torch.dtype | None = None
 
     def loss(self, batch: WeightedBatch) -> Tensor:
         """Return the mean loss of a batch, a scalar with a graph."""
+        self.isolation.restore(batch.index)
         with self._evaluating(batch) as data:
             return self.layout.loss(_checked_loss(self.loss_fn(self.module, data), "loss_fn"), batch)
 
     def outputs(self, batch: WeightedBatch) -> Any:
         """Return the outputs of the network for a batch."""
         output_fn = cast("Callable[[Any, Any], Any]", self.options.output_fn)  # checked with the options
+        self.isolation.restore(batch.index)
         with self._evaluating(batch) as data:
             return output_fn(self.module, data)
 
     def loss_of_outputs(self, outputs: Any, batch: WeightedBatch) -> Tensor:
-        """Return the mean loss of such outputs, a scalar with a graph."""
+        """Return the mean loss of such outputs, a scalar with a graph, right after they were computed."""
         output_loss = cast("Callable[[Any, Any], Tensor]", self.options.output_loss)  # checked with the options
         with self._evaluating(batch) as data:
             return self.layout.loss(_checked_loss(output_loss(outputs, data), "output_loss"), batch)
@@ -89,6 +101,7 @@ class Evaluator:
         copies: dict[Tensor, Tensor] = {}
         places: list[Callable[[], object]] = []
         default = torch.get_default_dtype()
+        self.isolation.restore(None)
         try:
             for owner in self.module.modules():
                 for name, parameter in list(owner._parameters.items()):  # noqa: SLF001 - `parameters` hides ties
@@ -103,7 +116,8 @@ class Evaluator:
                         owner._buffers[name] = buffer.double()  # noqa: SLF001
             torch.set_default_dtype(torch.float64)
             self._dtype = torch.float64
-            yield copies.__getitem__
+            with self.isolation.afresh(list(copies.values())):
+                yield copies.__getitem__
         finally:
             self._dtype = None
             torch.set_default_dtype(default)
@@ -114,7 +128,7 @@ class Evaluator:
     def _evaluating(self, batch: WeightedBatch) -> Iterator[Any]:
         # The same dropout mask at every evaluation of this batch, and not the random numbers of the start vectors.
         seed_everything(self.options.seed + 1 + batch.index)
-        with FastDerivatives(), self.layout.evaluation():
+        with self.isolation.evaluation(), FastDerivatives(), self.layout.evaluation():
             data = batch.copy().data
             yield data if self._dtype is None else tree_map_only(Tensor, self._cast, data)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ import torch
 from lightning_hesd.numerics.matrices import EVERYTHING, gradient
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -33,6 +34,7 @@ class FiniteDifferences:
     """Products by central differences of the gradient: two gradients each, and nothing else is needed of the loss.
 
     The parameters are moved in place and put back bit by bit, so that compiled, scripted and custom code sees them.
+    What the function itself writes to them (an embedding with `max_norm`) is undone.
 
     Attributes:
         parameters: The analysed parameters.
@@ -45,11 +47,13 @@ class FiniteDifferences:
     space: VectorSpace
     blocks: Sequence[slice] = (EVERYTHING,)
     step: float = 0.0
-    _originals: list[Tensor] = field(init=False)
-    _by_backward: bool = field(init=False, default=False)
+    _versions: list[int] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self._originals = [p.detach().clone() for p in self.parameters]
+    @functools.cached_property
+    def _originals(self) -> list[Tensor]:
+        """Where the parameters belong: where a first evaluation left them, for `max_norm` moves those of embeddings."""
+        self._versions = [p._version for p in self.parameters]  # noqa: SLF001 - how often each was written to
+        return [p.detach().clone() for p in self.parameters]
 
     @property
     def size(self) -> float:
@@ -59,11 +63,15 @@ class FiniteDifferences:
     @contextlib.contextmanager
     def displaced(self, vector: Vector, distance: float, block: slice = EVERYTHING) -> Iterator[None]:
         """Move the parameters of a block along a vector, and put them back bit by bit."""
+        pairs = zip(self.parameters[block], self._originals[block], vector, strict=True)
         try:
-            self._move(block, vector, distance)
+            self._put_back(self._written())
+            for p, original, part in pairs:
+                if part is not None:
+                    torch.add(original, part, alpha=distance, out=p.data)
             yield
         finally:
-            self._move(block, vector, 0.0)
+            self._put_back([*range(len(self.parameters))[block], *self._written()])
 
     def product(self, function: Callable[[], Tensor]) -> Product:
         """Return the product with the Hessian of a function of the parameters, a scalar, at the present `step`."""
@@ -127,23 +135,13 @@ class FiniteDifferences:
 
     def gradient(self, function: Callable[[], Tensor], block: slice = EVERYTHING) -> list[Tensor]:
         """Return the gradient of a function of the parameters at their present values, by default by all of them."""
-        parameters = self.parameters[block]
-        if not self._by_backward:
-            try:
-                return gradient(function(), parameters)
-            except RuntimeError:  # reentrant activation checkpointing knows `backward()` only
-                self._by_backward = True
-        for p in self.parameters:
-            p.grad = None
-        function().backward()  # type: ignore[no-untyped-call]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        for p in self.parameters:
-            p.grad = None
-        return gradients
+        return gradient(function(), self.parameters[block])
 
-    def _move(self, block: slice, vector: Vector, distance: float) -> None:
-        for p, original, part in zip(self.parameters[block], self._originals[block], vector, strict=True):
-            if distance and part is not None:
-                torch.add(original, part, alpha=distance, out=p.data)
-            else:
-                p.data.copy_(original)
+    def _written(self) -> list[int]:
+        """Return the positions of parameters that the function itself has written to: moving them does not count."""
+        return [i for i, p in enumerate(self.parameters) if p._version != self._versions[i]]  # noqa: SLF001
+
+    def _put_back(self, indices: Iterable[int]) -> None:
+        for i in indices:
+            self.parameters[i].data.copy_(self._originals[i])
+            self._versions[i] = self.parameters[i]._version  # noqa: SLF001

@@ -10,62 +10,84 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_hesd.numerics.snapshot import preserved
+from lightning_hesd.numerics.hooks import no_hooks_in_backward
+from lightning_hesd.numerics.isolation import Isolation
+from lightning_hesd.numerics.snapshot import Snapshot, restored
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 Mode = Literal["eval", "train", "keep"]
 
 
 @contextlib.contextmanager
-def analysis_state(module: nn.Module, mode: Mode = "eval", analysed: Sequence[nn.Parameter] = ()) -> Iterator[None]:
+def analysis_state(
+    module: nn.Module, mode: Mode = "eval", analysed: Sequence[nn.Parameter] = (), others: Sequence[object] = ()
+) -> Iterator[Isolation]:
     """Bring `module` and PyTorch into the state for exact second derivatives; put everything back on leaving.
 
     Gradients are enabled; autocast and TF32 are off, and so is what has no second derivative: fused attention, compiled
     code (it runs eagerly) and, for recurrent networks, cuDNN (in evaluation mode it has not even a first one). The
-    gradients the user accumulated, and hooks on parameters, are set aside.
+    gradients the user accumulated are set aside, and so are hooks: on parameters all of them, elsewhere in the
+    differentiation of the analysis (see `hooks`).
 
     Args:
         module: The module to analyse.
         mode: Module mode meanwhile; "keep" leaves every submodule in the mode it is in.
         analysed: Parameters that require grad meanwhile, even if they are frozen.
+        others: Other objects that the user's functions may change; values of tensors in datasets are left alone.
+
+    Yields:
+        What keeps evaluations of the user's functions apart.
 
     Raises:
         ValueError: If a norm would wait for other processes.
     """
-    parameters = list(module.parameters())
-    gradients = [p.grad for p in parameters]
-    # Autograd would call hooks of parameters for every gradient, and the spectrum would be that of what they return.
-    hooked = {p: p._backward_hooks for p in parameters if p._backward_hooks}  # noqa: SLF001
-    device_types = {p.device.type for p in parameters} | {"cpu"}
+    snapshot = Snapshot(module, *others)
+    isolation = Isolation([module, *others], analysed, snapshot)
+    device_types = {p.device.type for p in module.parameters()} | {"cpu"}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(preserved(module))
+        stack.enter_context(restored(snapshot))
+        snapshot.set_gradients_aside()
         stack.enter_context(_unfrozen(analysed))
+        stack.enter_context(isolation.hooks.passed_by())
+        stack.enter_context(isolation.power_iterations.kept())
+        stack.enter_context(no_hooks_in_backward(list(module.parameters())))
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
-        for device_type in device_types:
-            if torch.amp.is_autocast_available(device_type):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(_without_autocast(device_types))
         stack.enter_context(_full_float32_precision())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         if any(isinstance(m, nn.RNNBase) for m in module.modules()):
             stack.enter_context(_without_cudnn())
+        if mode != "keep":
+            module.train(mode == "train")
+        _check_norms(module)
+        yield isolation
+
+
+@contextlib.contextmanager
+def _without_autocast(device_types: Iterable[str]) -> Iterator[None]:
+    """Switch autocast off, and let contexts that would switch it on leave it off."""
+    enter = torch.autocast.__enter__
+
+    def enter_disabled(self: torch.autocast) -> object:
+        wanted, self._enabled = self._enabled, False
         try:
-            for p in parameters:
-                p.grad = None
-            for p in hooked:
-                p._backward_hooks = None  # noqa: SLF001
-            if mode != "keep":
-                module.train(mode == "train")
-            _check_norms(module)
+            return enter(self)
+        finally:
+            self._enabled = wanted
+
+    with contextlib.ExitStack() as stack:
+        for device_type in device_types:
+            if torch.amp.is_autocast_available(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        torch.autocast.__enter__ = enter_disabled  # type: ignore[method-assign]
+        try:
             yield
         finally:
-            for p, grad in zip(parameters, gradients, strict=True):
-                p.grad = grad
-            for p, hooks in hooked.items():
-                p._backward_hooks = hooks  # noqa: SLF001
+            torch.autocast.__enter__ = enter  # type: ignore[method-assign]
 
 
 def _check_norms(module: nn.Module) -> None:

@@ -30,6 +30,8 @@ Blocks = dict[str, list[nn.Parameter]]
 def blocks(module: nn.Module, layers: Layers | None, analysed: Mapping[str, nn.Parameter]) -> Blocks:
     """Return the parameters of each block, by name of the block; none belongs to two, shared ones to the first.
 
+    Parameters without elements belong to none.
+
     Args:
         module: The network.
         layers: What the blocks are, see `layer_spectra`.
@@ -54,7 +56,7 @@ def blocks(module: nn.Module, layers: Layers | None, analysed: Mapping[str, nn.P
     left = set(analysed.values())
     result: Blocks = {}
     for block, parameters in found.items():
-        own = [p for p in dict.fromkeys(parameters) if p in left]
+        own = [p for p in dict.fromkeys(parameters) if p in left and p.numel()]
         left.difference_update(own)
         if own:
             result[block] = own

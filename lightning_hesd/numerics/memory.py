@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import weakref
+import gc
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from typing_extensions import Self
 
 from lightning_hesd.numerics.dtensors import local_part
+from lightning_hesd.numerics.tensor_states import size_in_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
+
+    from torch import Tensor
 
     from lightning_hesd.numerics.lanczos import Storage
 
@@ -119,7 +120,7 @@ def plan_memory(
     Raises:
         ValueError: If not even the vectors fit into the budget.
     """
-    fixed = sum(local_part(t).untyped_storage().nbytes() for t in tensors) + (VECTORS + more_vectors) * vector_bytes
+    fixed = sum(size_in_memory(local_part(t)) for t in tensors) + (VECTORS + more_vectors) * vector_bytes
     limit = default_budget(device, processes) if budget is None else budget
     if budget is not None and fixed > budget:
         msg = f"`memory_budget` must be at least {fixed} bytes for the vectors of this module, got {budget}."
@@ -139,45 +140,50 @@ def plan_memory(
     return MemoryPlan(storage, fixed, max(limit - fixed, 0))
 
 
-class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the tensors that operations make inside it, on any device, views and inputs not.
+class MemoryMeter:
+    """Measures what tensors take while inside, by what PyTorch's allocators report to its profiler.
+
+    Nothing looks at the operations themselves: a dispatch mode would, and it changes the course of those that make
+    tensors without memory, which has crashed the process.
 
     Attributes:
-        live: Bytes that are there now.
+        live: Bytes allocated inside and not freed; None if they could not be measured, as while another profiler runs.
         peak: The most there have been.
     """
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live = 0
+    def __init__(self, device: torch.device) -> None:
+        self.live: int | None = None
         self.peak = 0
-        self._known: dict[int, weakref.ref[Any]] = {}
+        self._is_running = False
+        self._device = device
+        self._collects = False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for value in tree_leaves((args, kwargs)):
-            if isinstance(value, Tensor):
-                self._count(value, is_new=False)
-        result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self._count(value, is_new=True)
-        self.peak = max(self.peak, self.live)
-        return result
+    def __enter__(self) -> Self:
+        if self._device.type not in {"cpu", "cuda"}:
+            return self  # other allocators report nothing, or warn
+        try:
+            # Neither shapes, stacks, FLOPs nor modules: memory only.
+            kind, extra = torch.autograd.ProfilerState.CPU, torch._C._profiler._ExperimentalConfig()  # noqa: SLF001
+            torch.autograd._enable_profiler_legacy(  # type: ignore[attr-defined]  # noqa: SLF001 - the other one prints
+                torch.autograd.ProfilerConfig(kind, False, True, False, False, False, extra)
+            )
+            self._is_running = True
+        except (AttributeError, RuntimeError, TypeError):
+            pass  # another profiler is running, or this one is gone: nothing is measured
+        # What garbage collection frees now was not allocated inside.
+        self._collects = gc.isenabled()
+        gc.disable()
+        return self
 
-    def _count(self, tensor: Tensor, *, is_new: bool) -> None:
-        if tensor.layout != torch.strided:
+    def __exit__(self, *error: object) -> None:
+        if self._collects:
+            gc.enable()
+        if not self._is_running:
             return
-        storage = tensor.untyped_storage()
-        key = storage._cdata  # noqa: SLF001 - as an id: Python objects of one storage come and go
-        if key in self._known:
-            return
-        size = storage.nbytes() if is_new else 0
-        self.live += size
-        self._known[key] = weakref.ref(storage, self._forgetting(key, size))
-
-    def _forgetting(self, key: int, size: int) -> Callable[[object], None]:
-        def forget(_: object) -> None:
-            self._known.pop(key, None)
-            self.live -= size
-
-        return forget
+        threads = torch.autograd._disable_profiler_legacy()  # type: ignore[attr-defined]  # noqa: SLF001
+        events = [event for thread in threads for event in thread if event.kind() == "memory_alloc"]
+        live = 0
+        for event in sorted(events, key=lambda event: event.start_us()):
+            live += event.cpu_memory_usage() + event.cuda_memory_usage()
+            self.peak = max(self.peak, live)
+        self.live = max(live, 0)

@@ -19,7 +19,7 @@ def select_parameters(module: nn.Module, options: AnalysisOptions) -> dict[str, 
     """Return the parameters to analyse by name, each once.
 
     Raises:
-        ValueError: If there is none, or one is complex or without a shape yet.
+        ValueError: If there is none, one is complex or without a shape yet, or all are without elements.
     """
     wanted = options.parameters
     trainable = {
@@ -44,6 +44,9 @@ def select_parameters(module: nn.Module, options: AnalysisOptions) -> dict[str, 
         if p.is_complex():
             msg = f"parameter {name!r} is complex ({p.dtype}); only real parameters can be analysed."
             raise ValueError(msg)
+    if not any(p.numel() for p in selected.values()):
+        msg = f"the parameters to analyse have no elements (such as {next(iter(selected))!r}): nothing to analyse."
+        raise ValueError(msg)
     return selected
 
 

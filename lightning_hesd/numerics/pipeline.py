@@ -53,6 +53,7 @@ class Context(TypedDict, total=False):
         report: Called after every Lanczos step with the steps done and the most there can be.
         calibration: What earlier analyses of the same loss found out; brought up to date.
         reason: Why the options are not those of the user; None if they are.
+        state: Objects beside the module that evaluations may change.
     """
 
     all_reduce: AllReduce | None
@@ -61,6 +62,7 @@ class Context(TypedDict, total=False):
     report: Report | None
     calibration: Calibration | None
     reason: str | None
+    state: Sequence[object]
 
 
 def analyze(
@@ -148,6 +150,7 @@ def estimated(
     report: Report | None = None,
     calibration: Calibration | None = None,
     reason: str | None = None,
+    state: Sequence[object] = (),
 ) -> Iterator[list[Estimation]]:
     """Run the Lanczos processes of the diagonal blocks that belong to these parts of the parameters.
 
@@ -164,8 +167,8 @@ def estimated(
     dtype = options.dtype or vector_dtype(parameters)
     plan = _plan(module, parameters, dtype, options=options, layout=layout, all_reduce=all_reduce, processes=processes)
 
-    with analysis_state(module, options.mode, analysed), layout.opened(module):
-        evaluator = Evaluator(module, loss_fn, options, layout)
+    with analysis_state(module, options.mode, analysed, state) as isolation, layout.opened(module):
+        evaluator = Evaluator(module, loss_fn, options, layout, isolation)
         mean = SampleMean(
             evaluator.matrix(parameters, ranges),
             layout.joint(batches),

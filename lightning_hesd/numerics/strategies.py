@@ -166,7 +166,12 @@ class ProductMaker:
 
     def _planned(self, batches: Sequence[WeightedBatch]) -> Iterator[tuple[WeightedBatch, tuple[Tensor, Product]]]:
         measured = self._measured(batches[0]) if self._calibration.graph_bytes is None else None
-        graph, product = self._calibration.graph_bytes or 0.0, self._calibration.product_bytes
+        if self._calibration.graph_bytes is None:
+            self.strategy, self.reason = "recompute", "auto: the memory of graphs cannot be measured here"
+            for batch in batches:
+                yield batch, self.make(batch)
+            return
+        graph, product = self._calibration.graph_bytes, self._calibration.product_bytes
         largest = max(batch.weight for batch in batches)
         # A product takes some memory beside the graphs that stay, and a recomputed one a graph of its own.
         needed = product * largest
@@ -200,10 +205,7 @@ class ProductMaker:
             Warning: If it does in place of that error.
         """
         try:
-            with MemoryMeter() as meter:
-                made = self.make(batch, "graph")
-                held = meter.live
-                made[1]([torch.ones_like(p) for p in self._matrix.parameters])
+            made, held, peak = self._metered(batch)
         except (RuntimeError, Warning) as error:  # a kernel without a formula warns, which may be an error
             if is_out_of_memory(error):
                 raise
@@ -211,7 +213,35 @@ class ProductMaker:
             self._make_differences().gradient(lambda: self._matrix.loss(batch))
             msg = f"the loss cannot be differentiated twice ({str(error).splitlines()[0]})"
             raise NoExactProductError(msg) from error
-        # The same in all processes that work on it together: what follows from it must be.
-        self._calibration.graph_bytes = self._layout.largest(held / batch.weight)
-        self._calibration.product_bytes = self._layout.largest(max(meter.peak - held, held) / batch.weight)
+        if held is not None:
+            # The same in all processes that work on it together: what follows from it must be.
+            self._calibration.graph_bytes = self._layout.largest(held / batch.weight)
+            self._calibration.product_bytes = self._layout.largest(max(peak - held, held) / batch.weight)
         return made
+
+    def _metered(self, batch: WeightedBatch) -> tuple[tuple[Tensor, Product], int | None, int]:
+        """Make a product from a retained graph, and use it.
+
+        Returns:
+            made: The loss and the product.
+            held: Bytes that the graph holds; None if they could not be measured.
+            peak: The most bytes in use.
+
+        Raises:
+            RuntimeError: If there is no product, or memory runs out.
+        """
+        device = self._matrix.parameters[0].device
+        ones = [torch.ones_like(p) for p in self._matrix.parameters]
+        try:
+            with MemoryMeter(device) as building:
+                made = self.make(batch, "graph")
+            with MemoryMeter(device) as multiplying:
+                made[1](ones)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            made = self.make(batch, "graph")  # once more, in case that the loss uses the profiler itself
+            made[1](ones)
+            return made, None, 0
+        held = building.live if multiplying.live is not None else None
+        return made, held, max(building.peak, (held or 0) + multiplying.peak)

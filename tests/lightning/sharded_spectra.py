@@ -219,12 +219,12 @@ class Process:
 
         batches = [(torch.randn(2, 64), torch.zeros(2, dtype=torch.long))]
         net = network()
-        with MemoryMeter() as meter:
-            self.analyze(self.sharded(net, list(net)[::2]), batches, loss_fn, steps=2)
+        with MemoryMeter(torch.device("cpu")) as meter:
+            self.analyze(self.sharded(net, list(net)[::2]), batches, loss_fn, steps=2, strategy="graph")
         result = {"parameters": sum(p.numel() for p in net.parameters()) * 4, "bytes": meter.peak}
         if self.rank == 0:
-            with MemoryMeter() as meter:
-                hessian_spectrum(network(), batches, loss_fn, steps=2)
+            with MemoryMeter(torch.device("cpu")) as meter:
+                hessian_spectrum(network(), batches, loss_fn, steps=2, strategy="graph")
             result["expected bytes"] = meter.peak
         return result
 
