@@ -174,7 +174,7 @@ def _matrix(
     def evaluated(batch: WeightedBatch) -> Iterator[Any]:
         # The same dropout mask at every evaluation of this batch, and not the random numbers of the start vectors.
         seed_everything(options.seed + 1 + batch.index)
-        with FastDerivatives(), layout.evaluation():
+        with FastDerivatives(), layout.evaluation(), batch.evaluated():
             yield batch.copy().data
 
     def loss(batch: WeightedBatch) -> Tensor:

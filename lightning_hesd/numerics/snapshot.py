@@ -13,6 +13,7 @@ import copyreg
 import datetime as dt
 import decimal
 import enum
+import operator
 import random
 import re
 import types
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import Dataset
 
+from lightning_hesd.numerics.containers import holds_atoms
 from lightning_hesd.numerics.dtensors import is_distributed, local_part
 
 if TYPE_CHECKING:
@@ -44,6 +46,12 @@ _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, rand
 _PLAIN = (*_IMMUTABLE, *_GENERATORS, Tensor, np.ndarray, nn.Module, Dataset)
 _FOREIGN = {"torch", "torchmetrics", "lightning", "lightning_fabric", "pytorch_lightning"}
 """Objects of these packages hold running machinery (trainers, optimizers, hooks), unless they are modules."""
+
+LONGEST_SEARCHED = 10_000
+"""Of longer containers of a dataset it is remembered what they hold, but not how that looks inside."""
+
+_LONG = 100
+"""From this length on it pays to look whether a container holds plain values only."""
 
 
 @contextlib.contextmanager
@@ -176,23 +184,30 @@ class _Snapshot:
             self._restorers.append(partial(generator.setstate, generator.getstate()))
 
     def _take_container(self, container: Any) -> None:
-        items = list(container.items()) if isinstance(container, dict) else list(container)
-        self._pending.extend(container.values() if isinstance(container, dict) else items)
+        items = list(container)
+        values = list(container.values()) if isinstance(container, dict) else items
+        if self._is_searched(container):
+            self._pending.extend(values)
         if isinstance(container, tuple | frozenset):
             return
 
         def restore() -> None:
-            now = list(container.items()) if isinstance(container, dict) else list(container)
-            if len(now) == len(items) and all(map(_same, now, items)):
+            if _are_same(container, items) and (values is items or _are_same(container.values(), values)):
                 return
             container.clear()
             if isinstance(container, dict):
-                for key, value in items:  # the `update` of a Counter adds
+                for key, value in zip(items, values, strict=True):  # the `update` of a Counter adds
                     container[key] = value
             else:
                 (container.extend if isinstance(container, list | deque) else container.update)(items)
 
         self._restorers.append(restore)
+
+    def _is_searched(self, container: Any) -> bool:
+        """Whether to look at the items of a container: not at a million file names, nor at a million of anything."""
+        if not self._tensors and len(container) > LONGEST_SEARCHED:
+            return False
+        return len(container) <= _LONG or not holds_atoms(container)
 
     def _is_open(self, value: object) -> bool:
         """Whether to descend into the attributes of `value`."""
@@ -209,6 +224,8 @@ class _Snapshot:
             if isinstance(part, _PLAIN) or id(part) in reached or id(part) in self._plain:
                 continue
             reached[id(part)] = part
+            if isinstance(part, _CONTAINERS) and not self._is_searched(part):
+                continue
             parts = _parts(part)
             if parts is None:
                 return False
@@ -237,8 +254,6 @@ def _parts(value: Any) -> Iterable[object] | None:
     return [*getattr(value, "__dict__", {}).values(), *_slots(value).values()] if _has_own_attributes(value) else None
 
 
-def _same(first: object, second: object) -> bool:
-    """Whether two items of a container, or two (key, value) pairs of a dict, are the same objects."""
-    if isinstance(first, tuple) and isinstance(second, tuple) and len(first) == len(second) == 2:
-        return first[0] is second[0] and first[1] is second[1]
-    return first is second
+def _are_same(container: Any, items: list[object]) -> bool:
+    """Whether a container holds the same objects in the same order."""
+    return len(container) == len(items) and all(map(operator.is_, container, items))

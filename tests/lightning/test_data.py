@@ -29,7 +29,8 @@ from torch.utils.data import (
     default_collate,
 )
 
-from lightning_hesd.training.data import AnalysisSamples, draw_samples
+from lightning_hesd.training.data import AnalysisSamples, Processes, draw_samples
+from lightning_hesd.training.epochs import PlannedBatch
 
 from .modules import (
     NOISES,
@@ -119,7 +120,9 @@ def test_only_samples_that_the_sampler_can_draw(name: str) -> None:
     drawn = draw_samples(loader(dataset, **SUBSETS[name]()), SIZE)
     assert set(drawn.indices) <= set(TRAINING)
     assert positions(drawn) == list(drawn.indices)
-    if name != "weighted_with_replacement":
+    if name == "endless_sampler":
+        assert sorted(drawn.indices) == sorted(5 * TRAINING), "as many as there are samples"
+    elif name != "weighted_with_replacement":
         assert sorted(drawn.indices) == TRAINING, "each once, although more were asked for"
 
 
@@ -140,10 +143,8 @@ WHOLE: dict[str, Callable[[], dict[str, Any]]] = {
     "default": dict,
     "shuffle": lambda: {"shuffle": True},
     "sequential": lambda: {"sampler": SequentialSampler(range(SIZE))},
-    "with_replacement": lambda: {"sampler": RandomSampler(range(SIZE), replacement=True, num_samples=5)},
     "distributed": lambda: {"sampler": DistributedSampler(Digits(), num_replicas=3, rank=1)},
     "batches": lambda: {"batch_sampler": BatchSampler(RandomSampler(range(SIZE)), 4, drop_last=True)},
-    "drop_last_of_nothing": lambda: {"batch_size": SIZE + 1, "drop_last": True},
 }
 
 
@@ -185,13 +186,25 @@ def test_batches_as_large_as_in_training(options: dict[str, Any], size: int) -> 
 
 
 def test_given_positions_in_the_given_order() -> None:
-    drawn = draw_samples(loader(shuffle=True), 3, indices=[5, 2, 9, 2])
+    batches = [PlannedBatch([5, 2, 9], 7), PlannedBatch([2], 3)]
+    drawn = draw_samples(loader(shuffle=True), 3, drawn=batches)
     assert positions(drawn) == [5, 2, 9, 2]
+    assert [(batch.weight, batch.position) for batch in drawn.batches] == [(3, 7), (1, 3)]
+    assert drawn.drawn == tuple(batches)
 
 
-def test_nothing_to_draw() -> None:
-    with pytest.raises(ValueError, match="empty: there are no samples to analyse"):
-        draw_samples(loader(sampler=[]), 10)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": []}, "empty: there are no samples to analyse"),
+        ({"batch_size": SIZE + 1, "drop_last": True}, "empty.*`drop_last=True`"),
+        ({"collate_fn": lambda items: None}, "every batch that was read is None or empty"),
+        ({"dataset": [], "sampler": None}, "empty: there are no samples to analyse"),
+    ],
+)
+def test_nothing_to_draw(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw_samples(loader(**options), 10)
 
 
 def test_weights_by_function() -> None:
@@ -256,14 +269,30 @@ def test_attributes_behind_a_subset_are_put_back() -> None:
 
 def dealt(make_loader: Callable[[], Any], world_size: int, num_samples: int = 21, **kwargs: Any) -> list[Any]:
     """Draw in every process, and put the batches together in the order of their index."""
-    shares = []
+    shares, own = [], []
+    sums: list[list[float]] = []  # as one process finds them; several must find the same together
+
+    def found_alone(work: Callable[[], list[float]]) -> list[float]:
+        sums.append(work())
+        return sums[-1]
+
+    draw_samples(make_loader(), num_samples, processes=Processes(add=found_alone), **kwargs)
     for rank in range(world_size):
         seed(rank)  # processes may differ in their random streams
-        shares.append(draw_samples(make_loader(), num_samples, rank=rank, world_size=world_size, **kwargs))
+        remaining, found = list(sums), []
+
+        def found_together(work: Callable[[], list[float]], found: Any = found, remaining: Any = remaining) -> Any:
+            found.append(work())
+            return remaining.pop(0)
+
+        processes = Processes(rank, world_size, add=found_together)
+        shares.append(draw_samples(make_loader(), num_samples, processes=processes, **kwargs))
+        own.append(found)
+    assert [[sum(parts) for parts in zip(*rounds, strict=True)] for rounds in zip(*own, strict=True)] == sums
     assert len({share.indices for share in shares}) == 1
     assert max(len(share.batches) for share in shares) - min(len(share.batches) for share in shares) <= 1
     batches = sorted((batch for share in shares for batch in share.batches), key=lambda batch: batch.index)
-    return [(batch.index, batch.weight, freeze(batch.data)) for batch in batches]
+    return [(batch.index, batch.weight, batch.position, freeze(batch.data)) for batch in batches]
 
 
 class EndlessStream(IterableDataset[Any]):
@@ -285,15 +314,16 @@ DEALT: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("name", DEALT)
 def test_the_same_batches_for_any_number_of_processes(name: str) -> None:
     alone = dealt(DEALT[name], 1)
-    assert [index for index, _, _ in alone] == [0, 1, 2]
-    assert [weight for _, weight, _ in alone] == [8, 8, 5]
+    assert [index for index, *_ in alone] == [0, 1, 2]
+    assert [weight for _, weight, *_ in alone] == [8, 8, 5]
     for world_size in (1, 2, 3):
         assert dealt(DEALT[name], world_size) == alone
 
 
 @pytest.mark.parametrize("make_loader", [DEALT["torch"], DEALT["stream"]], ids=["dataset", "stream"])
 def test_more_processes_than_batches(make_loader: Callable[[], Any]) -> None:
-    shares = [draw_samples(make_loader(), 10, rank=rank, world_size=4) for rank in range(4)]
+    add = {"add": lambda work: (work(), [0.0, 8.0, 2.0])[1]}
+    shares = [draw_samples(make_loader(), 10, processes=Processes(rank, 4, **add)) for rank in range(4)]
     assert [[batch.index for batch in share.batches] for share in shares] == [[0], [1], [], []]
     assert len({share.indices for share in shares}) == 1
 
