@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_hesd.numerics.cuts import cut
+from lightning_hesd.numerics.cuts import attributes, cut
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -218,8 +218,8 @@ def _tensors(batch: Any, seen: frozenset[int] = frozenset()) -> Iterable[Any]:
         parts = [getattr(batch, f.name) for f in fields(batch)]
     elif isinstance(batch, Iterable):
         parts = batch
-    elif hasattr(batch, "__dict__") and not callable(batch):
-        parts = list(vars(batch).values())
+    elif not callable(batch):
+        parts = attributes(batch).values()
     for part in parts:
         yield from _tensors(part, seen | {id(batch)})
 

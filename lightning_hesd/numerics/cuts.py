@@ -139,7 +139,7 @@ class _Knife:
         Raises:
             UnsplittableBatchError: If it has as many entries as there are samples, or they cannot be seen.
         """
-        part = copy.copy(value) if _attributes(value) and not isinstance(value, Iterator) else value
+        part = copy.copy(value) if attributes(value) and not isinstance(value, Iterator) else value
         if part is not value:
             self._made[id(value)] = part
             before, self._has_cut = self._has_cut, False
@@ -153,12 +153,12 @@ class _Knife:
         return value
 
     def _cut_attributes(self, part: Any, but: Sequence[str] = ()) -> None:
-        for name, value in _attributes(part).items():
+        for name, value in attributes(part).items():
             if name not in but:
                 object.__setattr__(part, name, self._part(value))
 
 
-def _attributes(value: Any) -> dict[str, Any]:
+def attributes(value: Any) -> dict[str, Any]:
     """Return the attributes of an object, those in slots among them."""
     slots = copyreg._slotnames(type(value))  # type: ignore[attr-defined]  # noqa: SLF001 - as `copy` and `pickle` do
     found = {name: getattr(value, name) for name in slots if hasattr(value, name)}

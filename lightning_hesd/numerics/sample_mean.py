@@ -19,6 +19,7 @@ from lightning_hesd.numerics.cuts import UnsplittableBatchError
 from lightning_hesd.numerics.layout import Layout
 from lightning_hesd.numerics.memory import is_out_of_memory
 from lightning_hesd.numerics.strategies import Calibration, NoExactProductError, ProductMaker
+from lightning_hesd.spectra.foreign import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -268,7 +269,7 @@ class SampleMean:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            self.uncut = f"a part of {batch.label} has no loss ({type(error).__name__}: {str(error).splitlines()[0]})"
+            self.uncut = f"a part of {batch.label} has no loss ({type(error).__name__}: {one_line(error)})"
         else:
             return groups
         return [batch]

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from lightning_hesd.numerics.containers import holds_atoms
+from lightning_hesd.numerics.cuts import attributes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -98,7 +99,7 @@ class _Plan:
         self._kept: list[Any] = []  # identities are those of objects that live
         if dataset is not None and dataset is not source:
             self.memo[id(dataset)] = dataset
-            self._walk(_attributes(dataset), self._share)
+            self._walk(attributes(dataset).values(), self._share)
         self._walk([source], self._look)
 
     def _walk(self, roots: Iterable[Any], look: Callable[[Any], Iterable[Any]]) -> None:
@@ -118,7 +119,7 @@ class _Plan:
         if isinstance(part, (Tensor, np.ndarray, *_GENERATORS)):
             return ()
         self.memo[id(part)] = part
-        return _attributes(part)
+        return attributes(part).values()
 
     def _look(self, part: Any) -> Iterable[Any]:
         if isinstance(part, Tensor | np.ndarray):
@@ -139,7 +140,7 @@ class _Plan:
                 if isinstance(value, _BaseDataLoaderIter):
                     self.iterators.append((part, name))
                     self.memo[id(value)] = None
-        return _attributes(part)
+        return attributes(part).values()
 
 
 def _items(container: Any) -> Iterable[Any]:
@@ -147,7 +148,3 @@ def _items(container: Any) -> Iterable[Any]:
     if len(container) > _LONG and holds_atoms(container):
         return ()
     return [*container, *container.values()] if isinstance(container, dict) else list(container)
-
-
-def _attributes(value: Any) -> Iterable[Any]:
-    return list(getattr(value, "__dict__", {}).values())

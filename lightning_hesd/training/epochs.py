@@ -31,9 +31,11 @@ from lightning_hesd.training._lightning import unwrap_sampler
 from lightning_hesd.training.copies import private_copy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch.utils.data import DataLoader
+
+    Positions = np.ndarray[Any, np.dtype[np.int64]]
 
 LONGEST_EPOCH = 1_000_000
 """Samples: of a longer epoch of a sampler of the user's own, the beginning is taken for the whole."""
@@ -41,14 +43,14 @@ LONGEST_EPOCH = 1_000_000
 LARGEST_PERMUTATION = 2**24
 """Of more samples than these a few are drawn without putting all of them into an order."""
 
-LONGEST_PERIOD = 32
-"""Where a term is active in every k-th batch, the positions have it in about every k-th, for k up to this."""
+PERIODS = np.arange(2, 33)
+"""Where a term is active in every k-th batch, positions are chosen that have it in about every k-th, for these k."""
 
-WEIGHT_OF_SPREAD = 0.3
-"""How much an even spread over the epoch counts beside that."""
+MOST_TRIED = 32
+"""Gaps between runs of positions that are tried, from the widest one downward."""
 
-MOST_TRIED = LONGEST_PERIOD
-"""Gaps between runs of positions that are tried, from the widest one downward; as many as there are periods."""
+EVENNESS_OF_CONTENTS = 2.0
+"""Weight of an even spread where the position of a batch may decide what is in it."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class ComposedEpoch(Epoch):
         total = len(self._batches)
         if not self._order and total:
             mean = sum(map(len, self._batches)) / total or 1.0
-            first = spread_positions(math.ceil(count / mean), total)
+            first = spread_positions(math.ceil(count / mean), total, evenness=EVENNESS_OF_CONTENTS)
             self._order = [*first, *sorted(set(range(total)) - set(first))]
         found: list[PlannedBatch] = []
         while count > 0 and self._taken < total:
@@ -247,47 +249,55 @@ def shuffled(total: int, count: int, seed: int) -> list[int]:
     return random.Random(seed).sample(range(total), count)
 
 
-def spread_positions(count: int, total: int) -> list[int]:
-    """Choose positions in an epoch that stand for all of it: runs of consecutive ones, at equal distances.
+def spread_positions(count: int, total: int, *, evenness: float = 0.3) -> list[int]:
+    """Choose positions in an epoch that stand for all of it.
 
-    Of a term that is active in every k-th batch they have the right share as nearly as can be, whatever k: a run has
-    each remainder modulo k equally often, and the gaps between runs are such that the next one goes on with it.
-    Evenly spaced positions would have every second batch, for example, always or never.
+    A term of the loss may be active in every k-th batch only, or change with the position: of both the positions have
+    the right share as nearly as can be, whatever k up to 32. The best of some candidates is taken, which are runs of
+    consecutive positions, at equal distances, and positions drawn one from each of equal parts of the epoch. (Positions
+    at equal distances would have every second batch, for example, always or never.)
 
     Args:
         count: How many.
         total: Number of batches in an epoch.
+        evenness: How much an even spread over the epoch counts beside the shares of every k-th batch.
 
     Returns:
         The positions, ascending; all of them if there are no more than `count`.
 
     Example:
         >>> spread_positions(4, 16)
-        [1, 4, 11, 14]
+        [5, 6, 9, 10]
     """
     if count >= total:
         return list(range(total))
+    rests = np.concatenate([np.arange(period) for period in PERIODS])
+    periods = np.repeat(PERIODS, PERIODS)
+    expected = count * np.ceil((total - rests) / periods).clip(0) / total
+    first = (np.cumsum(PERIODS) - PERIODS)[:, None]
+    middles = (np.arange(count) + 0.5) / count * total
+
+    def imbalance(positions: Positions) -> float:
+        """Return by how many batches the positions miss the right shares at worst, and an even spread."""
+        found = np.bincount((positions % PERIODS[:, None] + first).ravel(), minlength=len(expected))
+        uneven = np.abs(positions + 0.5 - middles).max() * count / total
+        return float(np.abs(found - expected).max() + evenness * uneven)
+
+    best: list[int] = min(_candidates(count, total), key=imbalance).tolist()
+    return best
+
+
+def _candidates(count: int, total: int) -> Iterator[Positions]:
+    """Yield positions to choose from, fewer where there are many positions."""
+    tried = max(1, min(MOST_TRIED, MOST_TRIED * 256 // count))
     numbers = np.arange(count)
-    tried = max(1, min(MOST_TRIED, MOST_TRIED * 1024 // count))
-    candidates = []
     for run in sorted({max(1, round(count / 2**halvings)) for halvings in range(count.bit_length() + 1)}):
         runs = math.ceil(count / run)
         widest = (total - count) // (runs - 1) if runs > 1 else 0
         for gap in range(max(0, widest - tried + 1), widest + 1):
             positions = numbers + gap * (numbers // run)
-            positions += (total - 1 - positions[-1]) // 2
-            candidates.append((_imbalance(positions, total), run, gap, positions.tolist()))
-    best: list[int] = min(candidates)[-1]
-    return best
-
-
-def _imbalance(positions: np.ndarray[Any, np.dtype[np.int64]], total: int) -> float:
-    """Return by how many batches the positions miss the right shares at worst, and their even spread."""
-    count = len(positions)
-    worst = 0.0
-    for period in range(2, min(LONGEST_PERIOD, total) + 1):
-        found = np.bincount(positions % period, minlength=period)
-        expected = count * ((total - np.arange(period) + period - 1) // period) / total
-        worst = max(worst, float(np.abs(found - expected).max()))
-    uneven = np.abs((positions + 0.5) / total * count - (np.arange(count) + 0.5)).max()
-    return worst + WEIGHT_OF_SPREAD * float(uneven)
+            yield positions + (total - 1 - positions[-1]) // 2
+    ends = np.arange(count + 1) * total // count
+    generator = np.random.default_rng(0)
+    for _ in range(4 * tried):
+        yield generator.integers(ends[:-1], ends[1:])

@@ -508,6 +508,51 @@ def test_the_same_samples_after_resume(tmp_path: Path) -> None:
     ), "or resuming would have shown nothing"
 
 
+@pytest.mark.parametrize("more", [False, True], ids=["", "also_if_there_are_more_data"])
+def test_other_samples_after_resume_with_another_number(more: bool, tmp_path: Path) -> None:
+    saved = tmp_path / "saved.ckpt"
+    fit(tmp_path, callback(num_samples=16), max_epochs=1).save_checkpoint(saved)
+    data = loader(Digits(SIZE + 20 if more else SIZE), shuffle=True)
+    after = callback(num_samples=24)
+    fit(tmp_path, after, data=data, ckpt_path=saved, max_epochs=2)
+    assert [record.spectrum.num_samples for record in after.history] == [16, 24]
+    fresh = draw_samples(data, 24)
+    assert after.state_dict()["samples"]["training"]["indices"] == list(fresh.indices)
+
+
+def test_resuming_with_fewer_data_and_the_advice(tmp_path: Path) -> None:
+    saved = tmp_path / "saved.ckpt"
+    fit(tmp_path, callback(num_samples=SIZE), max_epochs=1).save_checkpoint(saved)
+    fewer = {"data": loader(Digits(12), shuffle=True), "ckpt_path": saved, "max_epochs": 2}
+    with pytest.raises(MisconfigurationException, match=r"not the data of that run.*another `num_samples`"):
+        fit(tmp_path, callback(num_samples=SIZE), **fewer)
+    after = callback(num_samples=SIZE + 1)
+    fit(tmp_path, after, **fewer)
+    assert [record.spectrum.num_samples for record in after.history] == [SIZE, 12]
+
+
+class Buckets(Sampler[list[int]]):
+    """Batches of one or of five, in an order that changes with every epoch."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = [[0], *[list(range(start, start + 5)) for start in range(5, SIZE, 5)]]
+        return iter([batches[number] for number in torch.randperm(len(batches)).tolist()])
+
+
+def test_batches_and_their_positions_stay_after_resume(tmp_path: Path) -> None:
+    saved, seen = tmp_path / "saved.ckpt", Seen()
+    before, data = callback(loss_fn=seen, num_samples=20), loader(batch_sampler=Buckets())
+    fit(tmp_path, before, data=data, max_epochs=1).save_checkpoint(saved)
+    after = callback(loss_fn=seen, num_samples=20, seed=5)
+    fit(tmp_path, after, data=data, ckpt_path=saved, max_epochs=2)
+    first, second = seen.by_analysis()
+    assert first == second
+    state = [observer.state_dict()["samples"]["training"] for observer in (before, after)]
+    assert state[0] == state[1]
+    assert len(state[0]["lengths"]) == len(first)
+    assert sum(state[0]["lengths"]) == len(state[0]["indices"])
+
+
 def test_a_callback_used_again_draws_from_the_new_data(tmp_path: Path) -> None:
     observer = callback(num_samples=SIZE)
     fit(tmp_path, observer, max_epochs=1)
@@ -630,6 +675,59 @@ def test_weights_by_function_reach_the_spectrum(tmp_path: Path) -> None:
     spectrum = observer.history[0].spectrum
     assert spectrum.num_samples == sum(weights)
     assert spectrum.loss == pytest.approx(np.average(losses, weights=weights), rel=1e-5)
+
+
+class Skipping(Classifier):
+    """Skips batches in which the first sample is of an odd class, or all."""
+
+    def __init__(self, *, everything: bool = False) -> None:
+        super().__init__()
+        self.everything = everything
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None if self.everything or batch[1][0] % 2 else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:.*training_step. returned .None.")
+def test_batches_that_training_step_skips_are_left_out(tmp_path: Path) -> None:
+    observer = callback(num_samples=SIZE)
+    fit(tmp_path, observer, module=Skipping(), data=loader(batch_size=4), max_epochs=1)
+    spectrum = observer.history[0].spectrum
+    drawn = draw_samples(loader(batch_size=4), SIZE)
+    skipped = sum(int(batch.data[1][0] % 2) for batch in drawn.batches)
+    assert 0 < skipped < 10
+    assert spectrum.num_samples == SIZE - 4 * skipped
+    assert f"{skipped} of 10 batches left out" in spectrum.strategy_reason
+
+
+@pytest.mark.filterwarnings("ignore:.*training_step. returned .None.")
+def test_if_it_skips_all_there_is_no_spectrum(tmp_path: Path) -> None:
+    observer = callback(on_error="warn")
+    with pytest.warns(RuntimeWarning, match=r"skipped all 2 batches.*Pass a `loss_fn`"):
+        fit(tmp_path, observer, module=Skipping(everything=True), max_epochs=1)
+    assert observer.history[0].spectrum is None
+    advised = callback(loss_fn=plain_loss)
+    fit(tmp_path, advised, module=Skipping(everything=True), max_epochs=1)
+    assert advised.history[0].spectrum is not None
+
+
+class Uncut:
+    """A batch whose tensors cannot be seen."""
+
+    def __init__(self, items: list[Any]) -> None:
+        batch = default_collate(items)
+        self.get = lambda: batch
+
+
+def test_batches_that_cannot_be_cut_have_no_sampling_error(tmp_path: Path) -> None:
+    options = {"loss_fn": lambda module, batch: plain_loss(module, batch.get()), "tolerance": "auto", "num_samples": 40}
+    observer = callback(**options, on_error="warn")
+    with pytest.warns(RuntimeWarning, match=r"cut into 5 only.*Pass at least 8 batches.*\(smaller ones"):
+        fit(tmp_path, observer, module=AnyBatch(lambda b: b.get()), data=loader(collate_fn=Uncut), max_epochs=1)
+    advised = callback(**options, batch_size=5, steps=20)
+    fit(tmp_path, advised, module=AnyBatch(lambda b: b.get()), data=loader(collate_fn=Uncut), max_epochs=1)
+    assert advised.history[0].spectrum.sampling_groups == 8
+    assert advised.history[0].spectrum.c_t_sampling_error > 0
 
 
 # Transfer hooks -------------------------------------------------------------------------------------------------------
