@@ -128,7 +128,7 @@ class Evaluator:
     def _evaluating(self, batch: WeightedBatch) -> Iterator[Any]:
         # The same dropout mask at every evaluation of this batch, and not the random numbers of the start vectors.
         seed_everything(self.options.seed + 1 + batch.index)
-        with self.isolation.evaluation(), FastDerivatives(), self.layout.evaluation():
+        with self.isolation.evaluation(), FastDerivatives(), self.layout.evaluation(), batch.evaluated():
             data = batch.copy().data
             yield data if self._dtype is None else tree_map_only(Tensor, self._cast, data)
 

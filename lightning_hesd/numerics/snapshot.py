@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lightning_hesd.numerics.containers import holds_atoms
 from lightning_hesd.numerics.dtensors import local_part
 from lightning_hesd.numerics.holders import Empties, attributes, class_body, container, user_classes
 from lightning_hesd.numerics.streams import STREAMS, stream
@@ -60,6 +61,9 @@ _STATELESS = (*_IMMUTABLE, random.SystemRandom)
 _PLAIN = (*_IMMUTABLE, *STREAMS, Tensor, np.ndarray, nn.Module, Dataset)
 _FOREIGN = {"torch", "torchmetrics", "lightning", "lightning_fabric", "pytorch_lightning"}
 """Objects of these packages hold running machinery (trainers, optimizers, hooks), unless they are modules."""
+
+LONGEST_SEARCHED = 10_000
+"""Of longer containers of a dataset it is remembered what they hold, but not how that looks inside."""
 
 
 @contextlib.contextmanager
@@ -214,7 +218,7 @@ class Snapshot:
             if not holder.is_fixed:
                 self._states.append(holder)
             kinds = set(map(type, holder.values))
-            found += [] if kinds <= _ATOMS else holder.values
+            found += holder.values if self._is_searched(holder.values) else []
             for kind in kinds:
                 if issubclass(kind, Tensor | itertools.count):
                     for value in holder.values:
@@ -259,6 +263,12 @@ class Snapshot:
             return [vars(tensor)]
         return self._enter(attributes(tensor), tensor)
 
+    def _is_searched(self, values: Sequence[object]) -> bool:
+        """Whether to look at each of some values: not at a million file names, nor at a million of any in datasets."""
+        if not self._tensors and len(values) > LONGEST_SEARCHED:
+            return False
+        return not holds_atoms(values)
+
     def _is_open(self, value: object) -> bool:
         """Whether to descend into the attributes of `value`."""
         if issubclass(type(value), Dataset):
@@ -279,7 +289,7 @@ class Snapshot:
             if not parts:
                 return False
             for holder in parts:
-                pending.extend(holder.values)
+                pending.extend(holder.values if self._is_searched(holder.values) else ())
         self._plain.update(reached)
         return True
 

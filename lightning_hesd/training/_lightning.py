@@ -241,6 +241,16 @@ def together(trainer: pl.Trainer, work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
+def added_up(trainer: pl.Trainer, work: Callable[[], list[float]]) -> list[float]:
+    """Do `work` in every process, and return the sums of what they found; fail in all if it fails in one."""
+    own = together(trainer, work)
+    if trainer.world_size == 1:
+        return own
+    total = torch.tensor(own, device=trainer.strategy.root_device)
+    torch.distributed.all_reduce(total)
+    return total.tolist()
+
+
 def is_first_process() -> bool:
     """Whether this is process zero of those that Lightning, torchrun or SLURM started; also where no Trainer is."""
     return getattr(rank_zero_only, "rank", 0) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from dataclasses import replace
@@ -16,7 +17,14 @@ from lightning_hesd.numerics.snapshot import preserved, seed_everything
 from lightning_hesd.numerics.strategies import Calibration
 from lightning_hesd.spectra.foreign import at_least, each, misfit, optional
 from lightning_hesd.training import _lightning
-from lightning_hesd.training.data import AnalysisSamples, draw_samples, training_loader, validation_loader
+from lightning_hesd.training.data import (
+    AnalysisSamples,
+    Processes,
+    draw_samples,
+    training_loader,
+    validation_loader,
+)
+from lightning_hesd.training.epochs import PlannedBatch
 from lightning_hesd.training.loss import make_loss_fn, muted
 
 if TYPE_CHECKING:
@@ -42,6 +50,8 @@ LARGEST_GROWTH = 4.0
 
 SAMPLES = {
     "indices": optional(each(at_least(0))),
+    "lengths": each(at_least(0)),
+    "positions": each(at_least(0)),
     "num_samples": at_least(1),
 }
 
@@ -56,6 +66,12 @@ def check_samples(state: object) -> None:
     if wrong is not None:
         msg = f"`{wrong}` of the samples is missing or is something else"
         raise ValueError(msg)
+    of: dict[str, Any] = state  # type: ignore[assignment]  # or it would not fit
+    if of["indices"] is not None and (
+        sum(of["lengths"]) != len(of["indices"]) or len(of["lengths"]) != len(of["positions"])
+    ):
+        msg = "`indices`, `lengths` and `positions` of the samples do not fit together"
+        raise ValueError(msg)
 
 
 class TrainerAnalyzer:
@@ -63,9 +79,6 @@ class TrainerAnalyzer:
 
     With `num_samples="auto"` samples are added, to those there are, until the sampling error of C_t is within
     `tolerance`; once added they stay.
-
-    Attributes:
-        indices: Positions in the dataset of the samples last drawn; None where they have none.
     """
 
     def __init__(
@@ -77,7 +90,6 @@ class TrainerAnalyzer:
         dataloader: Any,
         loss_fn: LossFunction | None,
     ) -> None:
-        self.indices: list[int] | None = None
         self._grows = num_samples == "auto"
         self._options = replace(options, sampling_error=True) if self._grows else options
         self._num_samples = FIRST_SAMPLES if num_samples == "auto" else num_samples
@@ -85,23 +97,39 @@ class TrainerAnalyzer:
         self._dataloader = dataloader
         self._loss_fn = loss_fn
         self._samples: AnalysisSamples | None = None
-        self._resumed: list[int] | None = None
+        self._drawn: tuple[PlannedBatch, ...] | None = None
+        self._resumed: tuple[PlannedBatch, ...] | None = None
         self._calibrations: dict[object, Calibration] = defaultdict(Calibration)  # for each kind of analysis
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to draw the same samples."""
-        return {"indices": self.indices, "num_samples": self._num_samples}
+        batches = self._drawn or ()
+        indices = [key for batch in batches for key in batch.keys]
+        # Keys of another kind are not for a checkpoint; they are drawn again by the same seed.
+        is_plain = self._drawn is not None and all(type(key) is int and key >= 0 for key in indices)
+        return {
+            "indices": indices if is_plain else None,
+            "lengths": [len(batch.keys) for batch in batches],
+            "positions": [batch.position for batch in batches],
+            "num_samples": self._num_samples,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Draw the samples of the run that is resumed the next time samples are drawn.
+        """Draw the samples of the run that is resumed the next time samples are drawn, unless others are wanted.
 
         Raises:
             ValueError: If it does not say which.
         """
         check_samples(state)
-        self._resumed = state["indices"]
         if self._grows:
             self._num_samples = state["num_samples"]
+        self._resumed = None
+        if state["indices"] is not None and state["num_samples"] == self._num_samples:
+            keys = iter(state["indices"])
+            self._resumed = tuple(
+                PlannedBatch(list(itertools.islice(keys, length)), position)
+                for length, position in zip(state["lengths"], state["positions"], strict=True)
+            )
 
     def release(self) -> None:
         """Let go of the samples; they are drawn anew when needed."""
@@ -112,7 +140,7 @@ class TrainerAnalyzer:
         """Draw the samples, or return them if they are there already."""
         if self._samples is None:
             self._samples = _lightning.together(trainer, lambda: self._draw(trainer))
-            self.indices = None if self._samples.indices is None else list(self._samples.indices)
+            self._drawn = self._samples.drawn
             self._resumed = None
         return self._samples
 
@@ -125,9 +153,8 @@ class TrainerAnalyzer:
             batch_size=self._batch_size,
             batch_weight=self._options.batch_weight,
             seed=self._options.seed,
-            indices=self._resumed,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
+            drawn=self._resumed,
+            processes=_processes(trainer),
             spare=_lightning.is_sharded(trainer),
         )
 
@@ -239,6 +266,15 @@ class TrainerAnalyzer:
             data = _lightning.transfer_batch(trainer, pl_module, batch.copy().data)
             moved.append(replace(batch, data=data))
         return moved
+
+
+def _processes(trainer: pl.Trainer) -> Processes:
+    return Processes(
+        trainer.global_rank,
+        trainer.world_size,
+        agree=lambda work: trainer.strategy.broadcast(_lightning.together(trainer, work)),
+        add=partial(_lightning.added_up, trainer),
+    )
 
 
 def _growth(spectrum: Spectrum) -> float:

@@ -12,6 +12,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from lightning_hesd.numerics.batches import SkippedBatchError, position_in_epoch
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -84,10 +86,12 @@ def _ignore(*_args: Any, **_kwargs: Any) -> None:
 def _training_step_loss(pl_module: pl.LightningModule, batch: Any) -> Tensor:
     arguments = [batch]
     if is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2):
-        arguments.append(0)
+        arguments.append(position_in_epoch())
     if is_param_in_hook_signature(pl_module.training_step, "dataloader_idx", explicit=True):
         arguments.append(0)
     output = pl_module.training_step(*arguments)
+    if output is None:
+        raise SkippedBatchError
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if isinstance(loss, Tensor):
         return loss
