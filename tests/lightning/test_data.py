@@ -468,10 +468,14 @@ class Seen(SeenByLoss):
         self.frozen: dict[int, list[Any]] = {}
 
     def __call__(self, module: pl.LightningModule, batch: Any) -> Tensor:
-        batches = self.frozen.setdefault(module.global_step, [])
+        self.step = module.global_step
+        return super().__call__(module, batch)
+
+    def keep(self, batch: Any) -> None:
+        batches = self.frozen.setdefault(self.step, [])
         if (frozen := freeze(batch)) not in batches:
             batches.append(frozen)
-        return super().__call__(module, batch)
+        super().keep(batch)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
