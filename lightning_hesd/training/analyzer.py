@@ -92,15 +92,22 @@ class TrainerAnalyzer:
         return {"indices": self.indices, "num_samples": self._num_samples}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Draw the samples of the run that is resumed the next time samples are drawn.
+        """Draw the samples of the run that is resumed next, unless another number of them is asked for now.
 
         Raises:
             ValueError: If it does not say which.
         """
         check_samples(state)
-        self._resumed = state["indices"]
         if self._grows:
             self._num_samples = state["num_samples"]
+        if self._num_samples == state["num_samples"]:
+            self._resumed = state["indices"]
+            return
+        self._resumed = None
+        _lightning.warn(
+            f"the run that is resumed analysed {state['num_samples']} samples, and `num_samples` is "
+            f"{self._num_samples} now: others are drawn, so spectra before and after are of different samples."
+        )
 
     def release(self) -> None:
         """Let go of the samples; they are drawn anew when needed."""
