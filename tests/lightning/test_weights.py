@@ -46,9 +46,7 @@ def test_an_unchanged_module_is_unchanged() -> None:
     assert not {name.partition(".")[0] for name in kept.state_dict()} & {"lazy", "shown", "sparse"}
 
 
-@pytest.mark.parametrize(
-    "name", ["first.weight", "first.bias", "undefined", "inferred", *(f"torch_{d}"[6:] for d in DTYPES)]
-)
+@pytest.mark.parametrize("name", ["first.weight", "first.bias", "undefined", "inferred", *map(buffer_name, DTYPES)])
 def test_a_changed_value_is_put_back_and_taken_away_again(name: str) -> None:
     module = Module()
     kept = AnalysedWeights(module)
