@@ -208,6 +208,7 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         self._begin(trainer, pl_module)
         if self._latest(trainer) is not None:
             self._pass_over(trainer)
+        self._analysed.drop()
         self._metric.begin_batch(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_args: Any, **_kwargs: Any) -> None:
@@ -322,7 +323,8 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         """Leave out a record without a training metric of its own, and say so the first time."""
         self._offered_step = trainer.global_step
         self._analysed.drop()
-        self._complain(self._metric.complaint(trainer), key="metric")
+        assert self.source is not None  # noqa: S101 - found in `setup`
+        self._complain(self._metric.complaint(trainer, self.source.name), key="metric")
 
     def _consider(self, trainer: pl.Trainer, record: SpectrumRecord, goodness: float, criterion: float) -> bool:
         before, best = self.candidates, max(goodness, self._best_goodness)

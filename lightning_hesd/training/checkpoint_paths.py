@@ -9,7 +9,7 @@ from zipfile import BadZipFile, ZipFile
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
-from lightning_hesd.training.folders import exists, is_remote, local_path
+from lightning_hesd.training.folders import exists, is_remote, joined, local_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 DEFAULT_FILENAME = "{epoch}-{step}"
 """What ModelCheckpoint makes of no file name."""
+
+SHARDED_METADATA = "meta.pt"
+"""What a checkpoint of sharded parameters, a folder, has besides these."""
 
 
 def prefix(*parts: str) -> str:
@@ -84,7 +87,9 @@ def is_written_as(path: str, mark: str) -> bool:
     """
     if not exists(path):
         return False
-    if not mark or (not is_remote(path) and local_path(path).is_dir()):
+    if not is_remote(path) and local_path(path).is_dir():
+        path = joined(path, SHARDED_METADATA)
+    if not mark or not exists(path):
         return True
     with get_filesystem(path).open(path, "rb") as file:
         if file.read(2) != b"PK":

@@ -58,14 +58,17 @@ class TrainMetric:
         is_old = _is_same(value, self._before) or logged_before_the_epoch(trainer, self.key)
         return None if value is None or is_old else sign * float(value)
 
-    def complaint(self, trainer: pl.Trainer) -> str:
-        """Return why the metric of the present weights is not known, and what to do."""
-        logged = sorted(trainer.callback_metrics)
-        why = (
-            f"the metric is not among those logged so far, {logged}"
-            if self.key not in logged
-            else "the metric was last logged for older weights"
-        )
+    def complaint(self, trainer: pl.Trainer, ours: str) -> str:
+        """Return why the metric of the present weights is not known, and what to do.
+
+        Args:
+            trainer: The trainer.
+            ours: What the names of our own metrics begin with.
+        """
+        why = "the metric was last logged for older weights"
+        if self.key not in trainer.callback_metrics:
+            logged = sorted(key for key in trainer.callback_metrics if not key.startswith(ours))
+            why = f"the metric is not among those logged so far, {logged}"
         return (
             f"HessianCheckpoint(train_metric={self.key!r}) does not rank the analysis of epoch {trainer.current_epoch} "
             f"after step {trainer.global_step}, nor others like it: {why}. Within an epoch it must be logged in "
