@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import uuid
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import torch
@@ -45,6 +47,16 @@ def check_trainer(trainer: object) -> None:
             f"`{type(trainer).__module__.split('.')[0]}`: import Trainer and LightningModule from `lightning.pytorch`."
         )
         raise MisconfigurationException(msg)
+
+
+_NAMES: WeakKeyDictionary[pl.Trainer, str] = WeakKeyDictionary()
+
+
+def name_of(trainer: pl.Trainer) -> str:
+    """Return a name that no other Trainer has, in no process; its `id` would be used again."""
+    if trainer not in _NAMES:
+        _NAMES[trainer] = uuid.uuid4().hex
+    return _NAMES[trainer]
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:

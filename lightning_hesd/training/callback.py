@@ -153,8 +153,8 @@ class HessianSpectrumCallback(SpectrumSource):
         self.name = name
         self.history = SpectrumHistory()
         self._stage = "fit"
-        self._trainer_id: int | None = None
-        self._trained_by: int | None = None
+        self._set_up_by: str | None = None
+        self._trained_by: str | None = None
         self._is_restored = False
         self.budget = Budget(max_overhead)
         decomposition = _options_of_the_parts(analysis) if decompose else None
@@ -204,19 +204,19 @@ class HessianSpectrumCallback(SpectrumSource):
             check_loss_source(pl_module, self.loss_fn)
             with self._survived("there will be no spectra"):
                 _lightning.check_strategy(trainer)
-            self._trainer_id = id(trainer)
+            self._set_up_by = _lightning.name_of(trainer)
         if self.checkpoint is not None:
             insert_checkpoint(trainer, pl_module, stage, self.checkpoint)
         put_hessian_checkpoints_first(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the samples, and analyse the initialisation if asked to."""
-        if id(trainer) != self._trainer_id:  # added after the Trainer had set up its callbacks
+        if self._set_up_by != _lightning.name_of(trainer):  # added after the Trainer had set up its callbacks
             self.setup(trainer, pl_module, "fit")
         warn_about_stale_monitors(trainer, self.name, sparse=self.schedule.is_sparse)
         # In another Trainer than before another run begins; one that is resumed has brought its records.
-        goes_on = self._is_restored or self._trained_by == id(trainer)
-        self._is_restored, self._trained_by = False, id(trainer)
+        goes_on = self._is_restored or self._trained_by == _lightning.name_of(trainer)
+        self._is_restored, self._trained_by = False, _lightning.name_of(trainer)
         self.history.rewind(trainer.global_step if goes_on else 0)
         if trainer.global_step == 0:
             self.budget.reset()

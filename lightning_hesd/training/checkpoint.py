@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_hesd.spectra.foreign import each, having, integer, misfit, number, of, text
 from lightning_hesd.spectra.selection import CRITERIA, LOSS_TOLERANCE, Candidate, Choice, SelectionRule
 from lightning_hesd.training import launched
-from lightning_hesd.training._lightning import callbacks_of, warn
+from lightning_hesd.training._lightning import callbacks_of, name_of, warn
 from lightning_hesd.training.analysed_saving import AnalysedSaving
 from lightning_hesd.training.checkpoint_paths import prefix
 from lightning_hesd.training.exclusive_checkpoint import ExclusiveCheckpoint
@@ -265,7 +265,7 @@ class HessianCheckpoint(ExclusiveCheckpoint):
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin with a run, once, also where this callback was added after the Trainer had set up the others."""
-        if self._trainer_id != id(trainer):
+        if self._set_up_by != name_of(trainer):
             self.setup(trainer, pl_module, TrainerFn.FITTING)
         if self._knows_neighbours:
             return

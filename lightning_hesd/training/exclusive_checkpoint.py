@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_hesd.training._lightning import name_of
 from lightning_hesd.training.checkpoint_paths import (
     DEFAULT_FILENAME,
     is_same_file,
@@ -40,9 +41,9 @@ class ExclusiveCheckpoint(ModelCheckpoint):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._given_filename: str | None = self.filename
-        self._given_dirpath = self.dirpath
-        self._trainer_id: int | None = None
+        self._given: dict[str, Any] = {}  # by the user, of what is set for a run
+        self._found: dict[str, Any] = {}  # and what it was set to
+        self._set_up_by: str | None = None
         self._knows_neighbours = False
         self._is_resumed = False
 
@@ -53,15 +54,21 @@ class ExclusiveCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find the folder to write to, anew in every Trainer that fits."""
-        if stage == TrainerFn.FITTING and id(trainer) != self._trainer_id:
-            if self._trainer_id is not None:
-                self.dirpath = self._given_dirpath
-            self._trainer_id = id(trainer)
+        if stage == TrainerFn.FITTING and name_of(trainer) != self._set_up_by:
+            self._set_up_by = name_of(trainer)
+            self.dirpath = self._as_given("dirpath")
             if not self._is_resumed:
                 self.forget_run()
         if stage == TrainerFn.FITTING:
             self._knows_neighbours = False
         super().setup(trainer, pl_module, stage)
+        self._found["dirpath"] = self.dirpath
+
+    def _as_given(self, name: str) -> Any:
+        """Return the user's value of an attribute that was set for the last run, unless the user has set it since."""
+        if name not in self._found or getattr(self, name) != self._found[name]:
+            self._given[name] = getattr(self, name)
+        return self._given[name]
 
     def forget_run(self) -> None:
         """Start from nothing: a callback may serve several runs."""
@@ -71,13 +78,14 @@ class ExclusiveCheckpoint(ModelCheckpoint):
     def choose_names(self, trainer: pl.Trainer) -> None:
         """Choose names that no neighbour uses; once all callbacks know their folders, before the first file."""
         neighbours = [c for c in self._neighbours(trainer) if shares_folder(self, c)]
-        given = self._given_filename
+        given: str | None = self._as_given("filename")
         if given is None:
             self.filename = f"{self.name_prefix}-{DEFAULT_FILENAME}"
         elif any(may_coincide(given, c, auto_insert_metric_name=self.auto_insert_metric_name) for c in neighbours):
             self.filename = f"{self.name_prefix}-{given}"
         else:
             self.filename = given
+        self._found["filename"] = self.filename
         # Trainer.fit(ckpt_path="last") looks for names that begin like this.
         last = type(self).CHECKPOINT_NAME_LAST
         self.CHECKPOINT_NAME_LAST = f"{last}-{self.name_prefix}" if any(c.save_last for c in neighbours) else last

@@ -277,6 +277,17 @@ def test_a_callback_serves_another_trainer_in_its_own_folder(tmp_path: Path) -> 
     assert all(Path(path).is_file() for path in files)
 
 
+def test_names_and_folders_may_be_set_between_runs(tmp_path: Path) -> None:
+    checkpoint = keeping(filename="first")
+    found = []
+    for number in range(3):
+        if number == 1:
+            checkpoint.filename, checkpoint.dirpath = "second", str(tmp_path / "own")
+        run_script(tmp_path / str(number), SCRIPT[:1], [ScriptedSource(SCRIPT), checkpoint])
+        found.append(Path(checkpoint.best_model_path).relative_to(tmp_path))
+    assert found == [Path("0/checkpoints/first.ckpt"), Path("own/second.ckpt"), Path("own/second-v1.ckpt")]
+
+
 # What has become of files ---------------------------------------------------------------------------------------------
 
 

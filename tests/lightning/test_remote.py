@@ -14,6 +14,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SpectrumHistory
+from lightning_hesd.commands.report import run_data
 from lightning_hesd.training import folders
 from lightning_hesd.training.checkpoint_paths import is_same_file, lies_in, place
 
@@ -70,6 +71,7 @@ def test_a_run_on_another_filesystem(tmp_path: Path, nothing_local: Any) -> None
         assert len(folders.read_text(f"{trainer.log_dir}/hesd", "choices.jsonl").splitlines()) == 2
         table = folders.read_text(trainer.log_dir, "hesd_density.csv").splitlines()
         assert {row["epoch"]: row["step"] for row in csv.DictReader(table)} == {"0": "1", "1": "3"}
+        assert [rule["rule"] for rule in run_data(trainer.log_dir)["rules"] if rule["used"]] == ["earliest"]
         assert checkpoint.best_model_path.startswith(REMOTE)
         assert folders.exists(checkpoint.best_model_path)
 
