@@ -41,7 +41,7 @@ class ExclusiveCheckpoint(ModelCheckpoint):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._given: dict[str, Any] = {}  # by the user, of what is set for a run
+        self._given = {"dirpath": self.dirpath, "filename": self.filename}  # by the user, of what is set for a run
         self._found: dict[str, Any] = {}  # and what it was set to
         self._set_up_by: str | None = None
         self._knows_neighbours = False

@@ -277,6 +277,20 @@ def test_a_callback_serves_another_trainer_in_its_own_folder(tmp_path: Path) -> 
     assert all(Path(path).is_file() for path in files)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_the_trainer_may_have_tested_before_it_fits(own: bool, tmp_path: Path) -> None:
+    checkpoint = keeping(**({"dirpath": tmp_path / "own", "filename": "best"} if own else {}))
+    trainer = make_trainer(tmp_path, [spectra(checkpoint=checkpoint)], 2)
+    for _ in range(2):
+        trainer.test(ScriptedModule(SCRIPT), loader(), verbose=False)
+    trainer.fit(ScriptedModule(SCRIPT), loader())
+    assert_own_files(checkpoint, 2)
+    expected = "own/best.ckpt" if own else "checkpoints/hesd-earliest-epoch=0-step=2.ckpt"
+    assert Path(checkpoint.best_model_path) == tmp_path / expected
+    trainer.test(ScriptedModule(SCRIPT), loader(), verbose=False)
+    assert Path(checkpoint.best_model_path) == tmp_path / expected
+
+
 def test_names_and_folders_may_be_set_between_runs(tmp_path: Path) -> None:
     checkpoint = keeping(filename="first")
     found = []
