@@ -6,12 +6,14 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning_hesd.training._lightning import anywhere, edited_checkpoints
-from lightning_hesd.training.weights import AnalysedWeights, Changes
+from lightning_hesd.training.weights import Changes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import lightning.pytorch as pl
+
+    from lightning_hesd.training.weights import AnalysedWeights
 
 MARK = "lightning_hesd_candidate"
 """Key of the text in a checkpoint by which its candidate knows it again."""
@@ -38,9 +40,9 @@ class AnalysedSaving:
         self._weights: AnalysedWeights | None = None
         self._changes = UNCHANGED
 
-    def keep(self, module: pl.LightningModule) -> None:
-        """Keep the present weights."""
-        self._weights = AnalysedWeights(module)
+    def keep(self, weights: AnalysedWeights) -> None:
+        """Keep what has just been analysed."""
+        self._weights = weights
 
     def drop(self) -> None:
         """Let go of them."""

@@ -26,6 +26,7 @@ from lightning_hesd.training.placement import (
 from lightning_hesd.training.recorder import Recorder
 from lightning_hesd.training.remarks import Remarks
 from lightning_hesd.training.schedule import Schedule
+from lightning_hesd.training.weights import AnalysedWeights
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -311,9 +312,8 @@ class HessianSpectrumCallback(SpectrumSource):
             for callback in _hessian_callbacks(trainer):  # to none of them is this training
                 watch.enter_context(callback.budget.analysis() if callback is self else callback.budget.paused())
             self.history.append(self._recorder.record(trainer, pl_module, epoch, self._survived))
-            for checkpoint in self._checkpoints(trainer):
-                with self._survived("cannot keep the analysed weights, a checkpoint will have those at its time"):
-                    checkpoint.keep_weights(pl_module)
+            with self._survived("cannot copy the analysed weights: if other code changes them, so is the checkpoint"):
+                self._keep_weights(trainer, pl_module)
             for output in self._outputs.writers(trainer, self.history, at_epoch_end=at_epoch_end):
                 with self._survived(f"cannot write the spectrum {when(epoch)}"):
                     output()
@@ -347,6 +347,13 @@ class HessianSpectrumCallback(SpectrumSource):
     def _checkpoints(self, trainer: pl.Trainer) -> list[HessianCheckpoint]:
         """Return the checkpoint callbacks that rank these records."""
         return [c for c in trainer.checkpoint_callbacks if isinstance(c, HessianCheckpoint) and c.source is self]
+
+    def _keep_weights(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the checkpoint callbacks have what was analysed: others may change it before they save."""
+        if checkpoints := self._checkpoints(trainer):
+            weights = AnalysedWeights(pl_module)
+            for checkpoint in checkpoints:
+                checkpoint.keep_weights(weights)
 
     def _finish(self, on_error: OnError) -> None:
         for output in self._outputs.finishers(self.history):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
     from lightning_hesd.training.history import SpectrumRecord
+    from lightning_hesd.training.weights import AnalysedWeights
 
     Rule = Literal["highest_c_t", "lowest_max_eigenvalue"] | Callable[[SpectrumRecord], float]
 
@@ -108,8 +109,8 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         if tolerance is not None and not tolerance >= 0:
             msg = f"`tolerance` must not be negative, got {tolerance!r}."
             raise MisconfigurationException(msg)
-        # What is given here, configurations of LightningCLI neither show nor take.
         self.candidates: list[Candidate] = []
+        # What is given here, configurations of LightningCLI neither show nor take.
         super().__init__(
             monitor=None,
             mode="max",
@@ -194,9 +195,9 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         self._offered_step = -1
         self._analysed.drop()
 
-    def keep_weights(self, pl_module: pl.LightningModule) -> None:
+    def keep_weights(self, weights: AnalysedWeights) -> None:
         """Keep what has just been analysed until it is ranked; for the callback that analyses."""
-        self._analysed.keep(pl_module)
+        self._analysed.keep(weights)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin with a run, or go on with the candidates of the one that is resumed."""
