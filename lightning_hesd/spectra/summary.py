@@ -14,7 +14,6 @@ from lightning_hesd.spectra.selection import LOSS_TOLERANCE, RULE_NAMES, picks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from lightning_hesd.spectra.record import SpectrumRecord
     from lightning_hesd.spectra.selection import Candidate
@@ -78,7 +77,7 @@ def summarize(
     seconds: float,
     overhead: float | None,
     kept: Mapping[str, Candidate],
-    folder: Path | None,
+    folder: str | None,
 ) -> Summary | None:
     """Return the summary of a run; None if nothing was analysed.
 

@@ -115,7 +115,7 @@ class TrainerAnalyzer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Draw the samples of the run that is resumed the next time samples are drawn, unless others are wanted.
+        """Draw the samples of the run that is resumed next, unless another number of them is asked for now.
 
         Raises:
             ValueError: If it does not say which.
@@ -124,7 +124,12 @@ class TrainerAnalyzer:
         if self._grows:
             self._num_samples = state["num_samples"]
         self._resumed = None
-        if state["indices"] is not None and state["num_samples"] == self._num_samples:
+        if self._num_samples != state["num_samples"]:
+            _lightning.warn(
+                f"the run that is resumed analysed {state['num_samples']} samples, and `num_samples` is "
+                f"{self._num_samples} now: others are drawn, so spectra before and after are of different samples."
+            )
+        elif state["indices"] is not None:
             keys = iter(state["indices"])
             self._resumed = tuple(
                 PlannedBatch(list(itertools.islice(keys, length)), position)

@@ -85,7 +85,7 @@ def test_a_failure_in_one_process_is_recorded_in_all_and_training_goes_on(
             assert [record["epoch"] for record in records] == [0, 1, 2, 3]
             assert all(record["error"].startswith(expected) for record in records)
     # No epoch could be ranked, so the final weights are the best there are.
-    assert all(rank["best"].startswith("epoch=3-step=8") for rank in ranks)
+    assert all("epoch=3-step=8" in rank["best"] for rank in ranks)
 
 
 def test_all_processes_analyse_the_epochs_that_process_zero_can_afford(tmp_path: Path) -> None:
