@@ -312,7 +312,7 @@ class HessianSpectrumCallback(SpectrumSource):
             for callback in _hessian_callbacks(trainer):  # to none of them is this training
                 watch.enter_context(callback.budget.analysis() if callback is self else callback.budget.paused())
             self.history.append(self._recorder.record(trainer, pl_module, epoch, self._survived))
-            with self._survived("cannot copy the analysed weights: if other code changes them, so is the checkpoint"):
+            with self._survived("cannot copy the analysed weights: checkpoints will have what others make of them"):
                 self._keep_weights(trainer, pl_module)
             for output in self._outputs.writers(trainer, self.history, at_epoch_end=at_epoch_end):
                 with self._survived(f"cannot write the spectrum {when(epoch)}"):

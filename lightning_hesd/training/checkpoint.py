@@ -10,14 +10,14 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_hesd.spectra.foreign import each, having, integer, misfit, number, of, text
 from lightning_hesd.spectra.selection import CRITERIA, LOSS_TOLERANCE, Candidate, Choice, SelectionRule
 from lightning_hesd.training import launched
-from lightning_hesd.training._lightning import callbacks_of, name_of, warn
+from lightning_hesd.training._lightning import name_of, warn
 from lightning_hesd.training.analysed_saving import AnalysedSaving
 from lightning_hesd.training.checkpoint_paths import prefix
 from lightning_hesd.training.exclusive_checkpoint import ExclusiveCheckpoint
-from lightning_hesd.training.history import SpectrumSource
+from lightning_hesd.training.history import SpectrumSource, only_source
+from lightning_hesd.training.ranking_state import candidates_in, wrong_field
 from lightning_hesd.training.train_metric import TrainMetric
 
 if TYPE_CHECKING:
@@ -34,23 +34,6 @@ REFUSED = (
     *("monitor", "mode", "save_top_k", "every_n_train_steps", "every_n_epochs", "train_time_interval"),
     "save_on_train_epoch_end",
 )
-
-_CANDIDATE = {
-    "epoch": integer,
-    "global_step": integer,
-    "goodness": number,
-    "criterion": number,
-    "mainly_positive": of(bool),
-    "path": text,
-}
-_STATE = {
-    "candidates": each(having(_CANDIDATE)),
-    "best_goodness": number,
-    "offered_step": integer,
-    "best_model_path": text,
-    "last_model_path": text,
-    "dirpath": text,
-}
 
 
 class HessianCheckpoint(ExclusiveCheckpoint):
@@ -186,7 +169,7 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         super().setup(trainer, pl_module, stage)
         self._stage = stage
         if self.source is None and stage == TrainerFn.FITTING:
-            self.source = _only_source(trainer)
+            self.source = only_source(trainer)
 
     def forget_run(self) -> None:
         """Start from nothing: a callback may serve several runs."""
@@ -408,7 +391,7 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         """
         if self._stage != "fit":
             return
-        wrong = misfit(state_dict, _STATE)
+        wrong = wrong_field(state_dict)
         if wrong is not None:
             msg = (
                 f"the state of HessianCheckpoint(rule={self.rule_name!r}) in the checkpoint is damaged, or of another "
@@ -420,29 +403,7 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         self._load(state_dict)
 
     def _load(self, state: dict[str, Any]) -> None:
-        candidates = [
-            Candidate(**{name: values[name] for name in _CANDIDATE}, mark=str(values.get("mark", "")))
-            for values in state["candidates"]
-        ]
-        self._update(candidates, state["best_goodness"])
+        self._update(candidates_in(state), state["best_goodness"])
         self._offered_step = state["offered_step"]
         if str(self.dirpath) == state["dirpath"]:
             self.last_model_path = state["last_model_path"]
-
-
-def _only_source(trainer: pl.Trainer) -> SpectrumSource:
-    sources = [callback for callback in callbacks_of(trainer) if isinstance(callback, SpectrumSource)]
-    if len(sources) == 1:
-        return sources[0]
-    if not sources:
-        msg = (
-            "HessianCheckpoint ranks the records of a HessianSpectrumCallback, and the Trainer has none: add "
-            "HessianSpectrumCallback() to `callbacks`."
-        )
-    else:
-        names = ", ".join(repr(source.name) for source in sources)
-        msg = (
-            f"HessianCheckpoint cannot tell which of the callbacks {names} to rank: pass it to one of them as "
-            "HessianSpectrumCallback(checkpoint=HessianCheckpoint(...))."
-        )
-    raise MisconfigurationException(msg)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
 from lightning_hesd.spectra.assessment import check_comparable
@@ -25,6 +26,7 @@ from lightning_hesd.spectra.foreign import (
 from lightning_hesd.spectra.record import LAYERS_SUFFIX, PLAIN_FIELDS, START_EPOCH, SUFFIXES, SpectrumRecord, when
 from lightning_hesd.spectra.spectrum import ARRAYS, Spectrum, load_layers
 from lightning_hesd.spectra.tables import layers_table, records_table
+from lightning_hesd.training._lightning import callbacks_of
 from lightning_hesd.training.folders import exists, fetched, joined
 from lightning_hesd.training.history_files import INDEX_NAME, HistoryFolder, completed, index_rows
 
@@ -224,6 +226,29 @@ class SpectrumSource(Callback):
 
     def take_note(self, trainer: pl.Trainer, choice: Choice) -> None:
         """Hear from a HessianCheckpoint what it makes of the latest record."""
+
+
+def only_source(trainer: pl.Trainer) -> SpectrumSource:
+    """Return the one callback of a Trainer that makes records.
+
+    Raises:
+        MisconfigurationException: If there is not exactly one.
+    """
+    sources = [callback for callback in callbacks_of(trainer) if isinstance(callback, SpectrumSource)]
+    if len(sources) == 1:
+        return sources[0]
+    if not sources:
+        msg = (
+            "HessianCheckpoint ranks the records of a HessianSpectrumCallback, and the Trainer has none: add "
+            "HessianSpectrumCallback() to `callbacks`."
+        )
+    else:
+        names = ", ".join(repr(source.name) for source in sources)
+        msg = (
+            f"HessianCheckpoint cannot tell which of the callbacks {names} to rank: pass it to one of them as "
+            "HessianSpectrumCallback(checkpoint=HessianCheckpoint(...))."
+        )
+    raise MisconfigurationException(msg)
 
 
 def _plain(record: SpectrumRecord) -> dict[str, Any]:
