@@ -66,7 +66,10 @@ class Matrix(ABC):
 
     @abstractmethod
     def function(self, batch: WeightedBatch) -> Callable[[], Tensor]:
-        """Return the function of the parameters, a scalar, whose Hessian at their present values the matrix is."""
+        """Return the function of the parameters, a scalar, whose Hessian at their present values the matrix is.
+
+        Of a matrix that is none, the loss.
+        """
 
 
 class HessianMatrix(Matrix):
@@ -100,7 +103,7 @@ class Outputs:
 
 
 @dataclass
-class _OutputMatrix(Matrix):
+class OutputMatrix(Matrix):
     """What the matrices have in common that look at the outputs of the network.
 
     Attributes:
@@ -136,6 +139,16 @@ class _OutputMatrix(Matrix):
                 )
                 raise ValueError(msg)
 
+    def values(self, batch: WeightedBatch) -> list[Any]:
+        """Return the outputs for a batch, leaf by leaf, without a graph."""
+        return [o.detach() if isinstance(o, Tensor) else o for o in tree_leaves(self.output_fn(batch))]
+
+    def loss_near(self, batch: WeightedBatch, change: Sequence[Tensor | None], distance: float) -> float:
+        """Return the loss of the outputs moved by `distance` times `change`; None leaves an output where it is."""
+        leaves, structure = tree_flatten(self.output_fn(batch))
+        moved = [o if c is None else o.detach() + distance * c for o, c in zip(leaves, change, strict=True)]
+        return self.output_loss(tree_unflatten(moved, structure), batch).item()
+
     def _outputs(self, batch: WeightedBatch) -> Outputs:
         leaves, structure = tree_flatten(self.output_fn(batch))
         heads = [o.detach().requires_grad_() if _depends(o) else o for o in leaves]
@@ -145,7 +158,7 @@ class _OutputMatrix(Matrix):
         return Outputs(values, own, loss, gradient(loss, own, create_graph=True))
 
 
-class GaussNewtonMatrix(_OutputMatrix):
+class GaussNewtonMatrix(OutputMatrix):
     """G, positive semidefinite where the loss is convex in the outputs."""
 
     is_hessian: ClassVar[bool] = False
@@ -171,11 +184,10 @@ class GaussNewtonMatrix(_OutputMatrix):
 
     @override
     def function(self, batch: WeightedBatch) -> Callable[[], Tensor]:
-        msg = "the Gauss-Newton matrix is the Hessian of no function"
-        raise TypeError(msg)
+        return lambda: self.loss(batch)
 
 
-class ResidualMatrix(_OutputMatrix):
+class ResidualMatrix(OutputMatrix):
     """R: the Hessian of the outputs, weighted by the present slopes of the loss."""
 
     @override

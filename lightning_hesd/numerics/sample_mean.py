@@ -18,12 +18,11 @@ import torch
 from lightning_hesd.numerics.batches import SkippedBatchError
 from lightning_hesd.numerics.cuts import UnsplittableBatchError
 from lightning_hesd.numerics.layout import Layout
-from lightning_hesd.numerics.matrices import ResidualMatrix
+from lightning_hesd.numerics.matrices import OutputMatrix
 from lightning_hesd.numerics.memory import is_out_of_memory
 from lightning_hesd.numerics.strategies import Calibration, NoExactProductError, ProductMaker
 from lightning_hesd.numerics.verification import (
-    GAUSS_NEWTON,
-    SHARDED_RESIDUAL,
+    SHARDED_PART,
     Verification,
     WrongDerivativeError,
     joint_outcome,
@@ -239,10 +238,8 @@ class SampleMean:
         is_new = calibration.verification is None or not kinds <= calibration.kinds
         is_new_anywhere, *counts = self._anywhere([is_new, *(self.matrix.facts.epsilon >= e for e in EPSILONS)])
         self.epsilon = max(epsilon for epsilon, is_there in zip(EPSILONS, counts, strict=True) if is_there)
-        if not self.matrix.is_hessian:
-            calibration.verification = GAUSS_NEWTON
-        elif self.layout.all_reduce is not None and isinstance(self.matrix, ResidualMatrix):
-            calibration.verification = SHARDED_RESIDUAL
+        if self.layout.all_reduce is not None and isinstance(self.matrix, OutputMatrix):
+            calibration.verification = SHARDED_PART
         elif is_new_anywhere:
             calibration.verification = self._compared(in_double)
             calibration.kinds = kinds | frozenset(self.matrix.facts.kinds)
