@@ -159,9 +159,9 @@ class SampleMean:
             if self._all_reduce is None:
                 raise
             self.failure, failed = error, 1.0
-        own = torch.tensor([*sums, self._skipped, failed, lacks_product], dtype=torch.float64)
+        own = torch.tensor([*sums, failed, lacks_product, self._skipped], dtype=torch.float64)
         total = self.sum_over_processes(own.to(self.device)).tolist()
-        self.weight, weighted_loss, num_batches, num_skipped, failures, without_product = total
+        self.weight, weighted_loss, num_batches, failures, without_product, num_skipped = total
         self.num_batches, self.num_skipped = round(num_batches), round(num_skipped)
         if failures:
             raise self.failure or AnotherProcessFailedError

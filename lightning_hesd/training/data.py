@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from lightning_hesd.numerics.batches import WeightedBatch
 from lightning_hesd.numerics.snapshot import preserved, seed_everything
 from lightning_hesd.training._lightning import warn
-from lightning_hesd.training.epochs import PlannedBatch, epochs
+from lightning_hesd.training.epochs import EVENNESS_OF_CONTENTS, PlannedBatch, epochs, spread_positions
 from lightning_hesd.training.reading import CollationError, Reader, is_plain
 
 if TYPE_CHECKING:
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
     from lightning_hesd.training.epochs import Epoch
     from lightning_hesd.training.reading import ReadBatch
+
+
+MOST_SURPLUS = 1.5
+"""Times as many samples as wanted: of more than these, some batches are left out."""
 
 
 @dataclass(frozen=True)
@@ -229,6 +233,14 @@ class _Drawing:
                 break
             self.read(planned)
             missing = self._num_samples - sum(self._sizes)
+        # Or it may add others, or each of the positions may stand for a whole batch.
+        found, batches = sum(self._sizes), self._drawn
+        if found > MOST_SURPLUS * self._num_samples:
+            enough = math.ceil(len(batches) * self._num_samples / found)
+            kept = spread_positions(enough, len(batches), evenness=EVENNESS_OF_CONTENTS)
+            if len(kept) < len(batches):
+                self._restart()
+                self.read([batches[number] for number in kept])
 
     def result(self, *, spare: bool) -> AnalysisSamples:
         """Return the samples.

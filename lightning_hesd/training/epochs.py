@@ -117,17 +117,17 @@ class MixedEpoch(Epoch):
 class ComposedEpoch(Epoch):
     """An epoch whose batches are made by a sampler of the user's own, and stay as they are."""
 
-    def __init__(self, batches: Sequence[Sequence[Any]], batch_size: int | None, replicas: int = 1) -> None:
+    def __init__(self, batches: Sequence[Sequence[Any]], batch_size: int | None, steps: float = 1.0) -> None:
         """Prepare.
 
         Args:
             batches: All batches of the epoch, each the positions of its samples in the dataset.
             batch_size: Most samples per batch: larger ones are taken in pieces. None: they stay whole.
-            replicas: So many processes share the epoch.
+            steps: Steps that a process trains for one of the batches.
         """
         self._batches = batches
         self._batch_size = batch_size
-        self._replicas = replicas
+        self._steps = steps
         self._order: list[int] = []
         self._taken = 0
 
@@ -143,7 +143,7 @@ class ComposedEpoch(Epoch):
             number = self._order[self._taken]
             keys, size = self._batches[number], self._batch_size or max(len(self._batches[number]), 1)
             pieces = [keys[start : start + size] for start in range(0, len(keys), size)]
-            found += [PlannedBatch(piece, number // self._replicas) for piece in pieces]
+            found += [PlannedBatch(piece, int(number * self._steps)) for piece in pieces]
             count -= len(keys)
             self._taken += 1
         return found
@@ -205,6 +205,11 @@ def _composed(loader: DataLoader[Any], num_samples: int, max_batches: float, bat
     sampler, replicas = _undistributed(getattr(batch_sampler, "sampler", None))
     if replicas > 1:
         batch_sampler.sampler = sampler
+    steps = 1.0
+    if batch_size is not None and type(batch_sampler) is BatchSampler:
+        steps = batch_size / batch_sampler.batch_size
+        batch_sampler.batch_size, batch_sampler.drop_last = batch_size, False
+        max_batches = math.ceil(max_batches / steps) if max_batches < math.inf else max_batches
     length = min(_length(batch_sampler), max_batches * replicas)
     # Without a length it may be endless: as many samples as there are, then.
     most = LONGEST_EPOCH if length < math.inf else max(num_samples, min(_length(loader.dataset), LONGEST_EPOCH))
@@ -215,7 +220,7 @@ def _composed(loader: DataLoader[Any], num_samples: int, max_batches: float, bat
             break
         batches.append(list(batch))  # some samplers use one list for all of them
         drawn += len(batch)
-    return ComposedEpoch(batches, batch_size, replicas)
+    return ComposedEpoch(batches, batch_size, steps / replicas)
 
 
 def _undistributed(sampler: Any) -> tuple[Any, int]:

@@ -223,12 +223,14 @@ class _Batches(Dataset[Any]):
         self.dataset = dataset
         self._collate_fn = collate_fn
         self._seed = seed
+        self._preserved: Any = None
         self._restore: Callable[[], None] | None = None
 
     def __getitem__(self, item: tuple[int, Sequence[Any]]) -> Any:
         """Read a batch in a worker."""
         if self._restore is None:  # in this worker for the first time, and for good
-            self._restore = preserved(self.dataset, tensors=False).__enter__()
+            self._preserved = preserved(self.dataset, self._collate_fn, tensors=False)
+            self._restore = self._preserved.__enter__()
         return self.read(item, self._restore)
 
     def read(self, item: tuple[int, Sequence[Any]], restore: Callable[[], None]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,16 @@ def test_the_data_are_shared_and_the_rest_is_copied(monkeypatch: pytest.MonkeyPa
     assert source.order[0] == source.groups["a"][0][0] == 0
     assert source.rng.normal() == np.random.default_rng(0).normal()
     assert torch.equal(source.generator.get_state(), torch.Generator().manual_seed(0).get_state())
+
+
+def test_a_million_names_are_copied_as_one_list() -> None:
+    source = Holder(Data())
+    source.names = [(f"{number}.jpg", number) for number in range(1_000_000)]
+    started = time.process_time()
+    copied = private_copy(source, source.data)
+    assert time.process_time() - started < 1, "a tenth of that, where one by one takes three seconds"
+    del copied.names[0]
+    assert len(source.names) == 1_000_000
 
 
 class Stream(IterableDataset[Any]):

@@ -171,6 +171,15 @@ def test_identities_stay_together(num_samples: int, drop_last: bool) -> None:
         assert counts.tolist() == [2, 2, 2, 2]
 
 
+def test_a_batch_size_of_the_analysis_regroups_what_a_sampler_draws() -> None:
+    whole = draw_samples(loader(sampler=list(range(SIZE))), 1000)
+    for size, positions_in_epoch in ((16, [0, 2, 4]), (4, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4])):
+        drawn = draw_samples(loader(sampler=list(range(SIZE))), 1000, batch_size=size)
+        assert drawn.indices == whole.indices == tuple(range(SIZE))
+        assert [batch.weight for batch in drawn.batches] == [size] * (SIZE // size) + [SIZE % size] * (SIZE % size > 0)
+        assert [batch.position for batch in drawn.batches] == positions_in_epoch
+
+
 def test_batches_that_can_only_be_put_together_by_their_sampler() -> None:
     sampler = Buckets()
     before = freeze(sampler.buckets)

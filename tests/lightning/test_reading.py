@@ -22,7 +22,7 @@ from torch.utils.data import (
 from lightning_hesd.training.data import AnalysisSamples, draw_samples
 
 from .modules import NOISES, SIZE, Digits, callback, digits, fit, freeze, global_generators, loader, samples
-from .test_data import positions
+from .test_data import DatasetOfBatches, positions
 
 # Workers --------------------------------------------------------------------------------------------------------------
 
@@ -279,7 +279,17 @@ class Views:
 
 def test_batches_that_grow() -> None:
     drawn = draw_samples(loader(shuffle=True, collate_fn=Views()), SIZE)
-    assert [batch.weight for batch in drawn.batches] == [16] * 5
+    assert [batch.weight for batch in drawn.batches] == [16] * 3, "as many as hold forty samples"
+    assert len(drawn.indices) == 24
+    assert len(draw_samples(loader(shuffle=True, collate_fn=Views()), 2 * SIZE).indices) == SIZE
+
+
+def test_positions_that_stand_for_a_whole_batch_each() -> None:
+    data = loader(DatasetOfBatches(), batch_size=1, shuffle=True, collate_fn=lambda items: items[0])
+    drawn = draw_samples(data, 8)
+    assert [batch.weight for batch in drawn.batches] == [4, 4]
+    again = draw_samples(data, 8, drawn=drawn.drawn)
+    assert freeze([batch.data for batch in again.batches]) == freeze([batch.data for batch in drawn.batches])
 
 
 def time_first(items: list[Any]) -> Any:

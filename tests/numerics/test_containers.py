@@ -40,6 +40,13 @@ class Holder(Dataset[Any]):
         self.small = [[1, 2]]
 
 
+class Module(torch.nn.Module):
+    def __init__(self, content: Any) -> None:
+        super().__init__()
+        self.content = content
+        self.small = [[1, 2]]
+
+
 CONTENTS: dict[str, Any] = {
     "pairs": lambda: [(f"{number}.jpg", number) for number in range(MILLION)],
     "names": lambda: {str(number): number for number in range(MILLION)},
@@ -47,16 +54,16 @@ CONTENTS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("kind", CONTENTS)
-def test_long_containers_are_put_back_in_no_time(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "tensors"), [("pairs", True), ("pairs", False), ("names", False), ("records", False)])
+def test_long_containers_are_put_back_in_no_time(kind: str, tensors: bool) -> None:
     content = CONTENTS[kind]()
-    holder = Holder(content)
+    holder = Holder(content) if not tensors else Module(content)
     before = len(content)
     started = time.process_time()
-    with preserved(holder, tensors=False):
+    with preserved(holder, tensors=tensors):
         pass
     assert time.process_time() - started < 2, "a tenth of a second on an idle machine"
-    with preserved(holder, tensors=False):
+    with preserved(holder, tensors=tensors):
         content.popitem() if isinstance(content, dict) else content.pop(0)
         holder.small[0].append(3)
         holder.content = None
