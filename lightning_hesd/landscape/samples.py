@@ -53,9 +53,15 @@ def per_sample_losses(
         [1.0, 4.0, 9.0]
     """
     found = []
-    with analysis_state(module, mode), torch.no_grad():
+    with analysis_state(module, mode) as isolation, torch.no_grad():
+
+        def isolated(module: Any, batch: Any) -> Tensor:
+            isolation.restore(None)
+            with isolation.evaluation():
+                return loss_fn(module, batch)
+
         for batch in read_batches(batches):
-            losses = sample_losses(module, batch, loss_fn)
+            losses = sample_losses(module, batch, isolated)
             check_finite(losses, batch)
             found.append(losses.double().cpu().numpy())
     return np.concatenate(found)

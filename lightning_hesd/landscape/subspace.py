@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from lightning_hesd.landscape.samples import SampleLoss
     from lightning_hesd.numerics.batches import WeightedBatch
     from lightning_hesd.numerics.guards import Mode
+    from lightning_hesd.numerics.isolation import Isolation
 
     Array = NDArray[np.float64]
 
@@ -179,8 +180,8 @@ def subspace_stabilization(
     generator = torch.Generator().manual_seed(seed)
     displacements = sigma * torch.randn(draws, dimension, generator=generator, dtype=torch.float64)
     weighted = read_batches(batches)
-    with analysis_state(module, mode):
-        losses_at = _displaced(module, loss_fn, parameters, directions)
+    with analysis_state(module, mode) as isolation:
+        losses_at = _displaced(module, loss_fn, parameters, directions, isolation)
         with torch.no_grad():
             displaced = np.stack([_losses(losses_at, weighted, displacement) for displacement in displacements], axis=1)
         moments = [_moments(losses_at, part, dimension, sigma) for part in _chunks(weighted, chunk_size)]
@@ -200,7 +201,11 @@ class _LossModule(nn.Module):
 
 
 def _displaced(
-    module: nn.Module, loss_fn: SampleLoss, parameters: Sequence[nn.Parameter], directions: Tensor
+    module: nn.Module,
+    loss_fn: SampleLoss,
+    parameters: Sequence[nn.Parameter],
+    directions: Tensor,
+    isolation: Isolation,
 ) -> Callable[[WeightedBatch, Tensor], Tensor]:
     """Return the losses of a batch's samples at w + Uε as a function of the batch and ε, (D,) -> (batch,)."""
     names = {p: f"module.{name}" for name, p in module.named_parameters()}
@@ -210,7 +215,9 @@ def _displaced(
 
     def losses_at(batch: WeightedBatch, displacement: Tensor) -> Tensor:
         values = {name: p + (part @ displacement.to(p)).view_as(p) for name, p, part in moved}
-        losses: Tensor = functional_call(wrapper, values, (batch,))
+        isolation.restore(batch.index)
+        with isolation.evaluation():
+            losses: Tensor = functional_call(wrapper, values, (batch,))
         return losses
 
     return losses_at

@@ -35,7 +35,7 @@ def analysis_state(
         module: The module to analyse.
         mode: Module mode meanwhile; "keep" leaves every submodule in the mode it is in.
         analysed: Parameters that require grad meanwhile, even if they are frozen.
-        others: Other objects that the user's functions may change; values of tensors in datasets are left alone.
+        others: Other objects that the user's functions may change.
 
     Yields:
         What keeps evaluations of the user's functions apart.
@@ -43,8 +43,8 @@ def analysis_state(
     Raises:
         ValueError: If a norm would wait for other processes.
     """
-    snapshot = Snapshot(module, *others)
-    isolation = Isolation([module, *others], analysed, snapshot)
+    snapshot = Snapshot(module, others=others)
+    isolation = Isolation(module, others, analysed, snapshot)
     device_types = {p.device.type for p in module.parameters()} | {"cpu"}
     with contextlib.ExitStack() as stack:
         stack.enter_context(restored(snapshot))

@@ -45,8 +45,8 @@ class Holder(ABC):
         self._originals = values
         self._changes = len(values) < LARGE
 
-    def restore(self, references: object | None, *, thorough: bool) -> None:
-        """Put the objects back where they were.
+    def restore(self, references: object | None, *, thorough: bool) -> bool:
+        """Put the objects back where they were, and return whether others were there.
 
         Args:
             references: None: the original objects belong here again, whatever has replaced them.
@@ -54,9 +54,11 @@ class Holder(ABC):
         """
         if references is None:
             self.values = self._originals
-        if (thorough or self._changes) and self._differs():
-            self._changes = True
-            self._write()
+        if not (thorough or self._changes) or not self._differs():
+            return False
+        self._changes = True
+        self._write()
+        return True
 
     def replace(self, value: object, other: object, *, for_good: bool = False) -> None:
         """Let another object belong where `value` does: until the originals come back, unless it is for good."""
@@ -213,23 +215,16 @@ class Empties:
 
     kind = "a container"
 
-    def __init__(self) -> None:
-        self._containers: list[Any] = []
+    def __init__(self, containers: Sequence[Any]) -> None:
+        self._containers = containers
 
-    @staticmethod
-    def fits(value: object) -> bool:
-        """Whether a value is an empty container whose class adds nothing to its built-in base."""
-        return type(value) in {dict, OrderedDict, list, set} and not value
-
-    def add(self, value: object) -> None:
-        """Take in an empty container."""
-        self._containers.append(value)
-
-    def restore(self, references: object | None, *, thorough: bool) -> None:  # noqa: ARG002 - for the protocol
+    def restore(self, references: object | None, *, thorough: bool) -> bool:  # noqa: ARG002 - for the protocol
         """Empty them again."""
-        if any(self._containers):
-            for value in self._containers:
-                value.clear()
+        if not any(self._containers):
+            return False
+        for value in self._containers:
+            value.clear()
+        return True
 
 
 def container(value: Any) -> Holder | None:

@@ -19,27 +19,30 @@ from lightning_hesd.numerics.snapshot import Snapshot
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 class Isolation:
     """The state from which evaluations start.
 
     Attributes:
-        roots: The module, and other objects that evaluations may change.
         hooks: What the user's functions register with autograd.
         power_iterations: What spectral norms have found.
     """
 
-    def __init__(self, roots: Sequence[object], analysed: Sequence[Tensor], before: Snapshot) -> None:
+    def __init__(
+        self, module: nn.Module, others: Sequence[object], analysed: Sequence[Tensor], before: Snapshot
+    ) -> None:
         """Prepare for the first evaluation, which finds the state.
 
         Args:
-            roots: The module, and other objects that evaluations may change.
+            module: The module.
+            others: Other objects that evaluations may change.
             analysed: Parameters whose values stay as they are: central differences move them, and graphs hold them.
-            before: A snapshot of the roots with the values of their tensors.
+            before: A snapshot of all of these.
         """
-        self.roots = roots
+        self._module = module
+        self._others = others
         self.hooks = Hooks()
         self.power_iterations = PowerIterations()
         self._analysed = analysed
@@ -56,7 +59,7 @@ class Isolation:
                 changed is not looked at as thoroughly after a later one.
         """
         if self._start is None:
-            self._start = Snapshot(*self.roots, known=self._before, without=self._analysed)
+            self._start = Snapshot(self._module, others=self._others, known=self._before, without=self._analysed)
         else:
             self._start.restore(thorough=self._latest not in self._evaluated, replacing=True)
             self._evaluated.add(self._latest)

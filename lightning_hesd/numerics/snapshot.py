@@ -9,31 +9,24 @@ connection, a logger's run).
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
-import decimal
-import enum
 import itertools
 import random
-import re
-import types
 import warnings
 from functools import partial
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import Tensor
 
-from lightning_hesd.numerics.containers import holds_atoms
 from lightning_hesd.numerics.dtensors import local_part
-from lightning_hesd.numerics.holders import Empties, attributes, class_body, container, user_classes
-from lightning_hesd.numerics.streams import STREAMS, stream
+from lightning_hesd.numerics.holders import Empties
+from lightning_hesd.numerics.reach import Reach
+from lightning_hesd.numerics.streams import stream
 from lightning_hesd.numerics.tensor_states import Array, Leaf, Memory, OpaqueTensor, has_memory, is_opaque
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from lightning_hesd.numerics.holders import Holder
     from lightning_hesd.numerics.tensor_states import References
@@ -44,26 +37,18 @@ if TYPE_CHECKING:
         kind: str
         """What it is, for messages."""
 
-        def restore(self, references: References | None, *, thorough: bool) -> None:
-            """Put it back; for the arguments see `Memory.restore`."""
+        def restore(self, references: References | None, *, thorough: bool) -> bool:
+            """Put it back, and return whether it was changed; for the arguments see `Memory.restore`."""
 
 
-_IMMUTABLE = (
-    *(type(None), bool, int, float, complex, str, bytes, range, slice, type, enum.Enum, PurePath),
-    *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType),
-    *(np.generic, np.dtype, torch.dtype, torch.device, torch.layout),
-    *(dt.date, dt.time, dt.timedelta, decimal.Decimal, re.Pattern),
-)
-_ATOMS = {type(None), bool, int, float, complex, str, bytes, type, types.FunctionType, types.BuiltinFunctionType}
-"""The most frequent of these, to be found without a look at their bases."""
+DATA_SIZE = 2**24
+"""Bytes of a tensor or an array from which on it is taken to be data, except in the module."""
 
-_STATELESS = (*_IMMUTABLE, random.SystemRandom)
-_PLAIN = (*_IMMUTABLE, *STREAMS, Tensor, np.ndarray, nn.Module, Dataset)
-_FOREIGN = {"torch", "torchmetrics", "lightning", "lightning_fabric", "pytorch_lightning"}
-"""Objects of these packages hold running machinery (trainers, optimizers, hooks), unless they are modules."""
+DATA_COUNT = 1000
+"""Tensors and arrays from which on they are taken to be data, except in the module."""
 
-LONGEST_SEARCHED = 10_000
-"""Of longer containers of a dataset it is remembered what they hold, but not how that looks inside."""
+MANY = 5000
+"""States from which on only those that have been found changed before are looked at, unless thoroughly."""
 
 
 @contextlib.contextmanager
@@ -131,57 +116,81 @@ def _global_generator_states() -> list[Callable[[], object]]:
 class Snapshot:
     """Remembers the mutable state reachable from some objects, and restores it in place.
 
-    Descends into modules, datasets, containers, classes of the user, and objects whose whole content is plain values.
-    What cannot be read is left alone.
-
     Attributes:
-        failures: What could not be put back, by type, and why.
+        failures: What could not be put back, by kind, and why.
     """
 
     def __init__(
         self,
         *roots: object,
         tensors: bool = True,
+        others: Sequence[object] = (),
         known: Snapshot | None = None,
         without: Sequence[Tensor] = (),
     ) -> None:
         """Take a snapshot.
 
         Args:
-            *roots: Modules, datasets or other objects; of these all attributes are remembered, plain or not.
-            tensors: Whether to remember the values of tensors and arrays too.
+            *roots: Modules, datasets or other objects.
+            tensors: Whether to remember the values of tensors and arrays too; then datasets are left alone.
+            others: More of them, where what may be data is left alone, but datasets are not.
             known: An earlier snapshot, whose copies of values still hold: they are not copied once more.
             without: Tensors whose values are not remembered.
         """
         self.failures: dict[str, Exception] = {} if known is None else known.failures
-        self._tensors = tensors
-        self._empties = Empties()
-        self._states: list[State] = [self._empties]  # holders first: tensors are held by fewer once these are restored
-        self._values: list[State] = []
         self._memories: dict[int, Memory] = {}  # by storage
-        self._leaves: list[Leaf] = []
-        self._places: dict[int, list[Holder]] = {}  # of tensors, and of others that may be replaced
-        self._seen: dict[int, object] = {}  # keeps the objects alive, so that an id names one object only
-        self._plain: dict[int, object] = {}  # those found to be
+        self._places: dict[int, list[Holder]] = {}  # of tensors and counts
+        self._changed: set[int] = set()  # positions of states
         with _plainly():
-            pending = [*roots]
-            for root in roots:
-                pending += self._enter(attributes(root), root)
-            while pending:  # a stack of its own, because chains of objects may be longer than Python's
-                value = pending.pop()
-                if type(value) not in _ATOMS and id(value) not in self._seen:
-                    with contextlib.suppress(Exception):  # odd objects may raise anything: they are left alone
-                        pending += self._take(value, known)
+            own = Reach(roots, datasets=not tensors)
+            more = Reach(others, datasets=True, but=own)
+            self._reached = own, more  # keeps what is in reach alive
+            for holder in [*own.holders, *more.holders]:
+                self._note_places(holder)
+            self._leaves: list[Leaf] = []
+            values: list[State] = []
+            if tensors:
+                few = [t for t in more.tensors if t.nbytes <= DATA_SIZE][:DATA_COUNT]
+                values += [state for t in [*own.tensors, *few] for state in self._states_of(t, known)]
+                few = [a for a in more.arrays if a.nbytes <= DATA_SIZE][:DATA_COUNT]
+                values += [Array(a) for a in [*own.arrays, *few] if a.flags.writeable]
+            values += [stream(s, self.replace) for s in [*own.streams, *more.streams]]
             for key in map(_storage_key, without):
                 self._memories.pop(key, None)
             for memory in self._memories.values():
                 memory.save()
-        self._states += [*self._leaves, *self._memories.values(), *self._values]
+        # Holders first: tensors are held by fewer once these are restored.
+        holders = [holder for holder in [*own.holders, *more.holders] if not holder.is_fixed]
+        empties = Empties([*own.empty, *more.empty])
+        self._states: list[State] = [empties, *holders, *self._leaves, *self._memories.values(), *values]
+
+    def _note_places(self, holder: Holder) -> None:
+        for kind in set(map(type, holder.values)):
+            if issubclass(kind, Tensor | itertools.count):
+                for value in holder.values:
+                    if type(value) is kind:
+                        self._places.setdefault(id(value), []).append(holder)
+
+    def _states_of(self, tensor: Tensor, known: Snapshot | None) -> list[State]:
+        """Remember a tensor, and return the states that it does not share with others."""
+        with contextlib.suppress(Exception):  # those of odd classes may have no values to be read
+            if tensor.is_leaf and (tensor.is_floating_point() or tensor.is_complex()):
+                self._leaves.append(Leaf(tensor))
+            if is_opaque(tensor):
+                return [OpaqueTensor(tensor)]
+            if has_memory(tensor):
+                key, storage = _storage_key(tensor), tensor.untyped_storage()
+                shared = None if known is None else known._memories.get(key)  # noqa: SLF001 - of this class
+                memory = self._memories.get(key) or shared or Memory(storage)
+                memory.add(tensor)
+                self._memories[key] = memory
+        return []
 
     def set_gradients_aside(self) -> None:
         """Leave tensors without gradients, and without hooks on them, until the next restoration."""
-        for leaf in self._leaves:
-            leaf.clear()
+        with _plainly():
+            for leaf in self._leaves:
+                leaf.clear()
 
     def restore(self, *, thorough: bool = True, replacing: bool = False) -> None:
         """Put everything back in place.
@@ -191,11 +200,14 @@ class Snapshot:
             replacing: Whether tensors that graphs hold are replaced by copies; otherwise the original ones come back.
         """
         references = self if replacing else None
+        every = thorough or not replacing or len(self._states) <= MANY
         with _plainly():
-            for state in self._states:
+            for position in range(len(self._states)) if every else sorted(self._changed):
+                state = self._states[position]
                 try:
-                    state.restore(references, thorough=thorough)
-                except Exception as error:  # noqa: BLE001, PERF203 - the rest must be restored; `restored` tells
+                    if state.restore(references, thorough=thorough):
+                        self._changed.add(position)
+                except Exception as error:  # noqa: BLE001 - the rest must be restored; `restored` tells
                     self.failures[state.kind] = error
 
     def can_replace(self, tensor: object) -> bool:
@@ -209,102 +221,20 @@ class Snapshot:
             holder.replace(value, other, for_good=for_good)
         self._places[id(other)] = places
 
-    def _enter(self, holders: Sequence[Holder], owner: object) -> list[object]:
-        """Remember what holders hold, and return it."""
-        bodies = [class_body(c) for c in user_classes(owner) if id(c) not in self._seen]
-        self._seen.update((id(c), c) for c in user_classes(owner))
-        found: list[object] = []
-        for holder in [*holders, *bodies]:
-            if not holder.is_fixed:
-                self._states.append(holder)
-            kinds = set(map(type, holder.values))
-            found += holder.values if self._is_searched(holder.values) else []
-            for kind in kinds:
-                if issubclass(kind, Tensor | itertools.count):
-                    for value in holder.values:
-                        if type(value) is kind:
-                            self._places.setdefault(id(value), []).append(holder)
-        return found
-
-    def _take(self, value: Any, known: Snapshot | None) -> Iterable[object]:
-        """Remember the state of an object, and return the objects to go on with."""
-        kind = type(value)  # not `isinstance`: objects that stand for others lie about what they are
-        found: Iterable[object] = ()
-        if issubclass(kind, _STATELESS):
-            return found
-        self._seen[id(value)] = value
-        if issubclass(kind, Tensor):
-            found = self._take_tensor(value, known)
-        elif issubclass(kind, np.ndarray):
-            if self._tensors and value.flags.writeable:
-                self._values.append(Array(value))
-            found = value.flat if value.dtype.hasobject else ()
-        elif issubclass(kind, STREAMS):
-            self._values.append(stream(value, self.replace))
-        elif Empties.fits(value):
-            self._empties.add(value)
-        elif (held := container(value)) is not None:
-            found = self._enter([held, *attributes(value)], value)
-        elif self._is_open(value):
-            found = self._enter(attributes(value), value)
-        return found
-
-    def _take_tensor(self, tensor: Tensor, known: Snapshot | None) -> list[object]:
-        if tensor.is_leaf and (tensor.is_floating_point() or tensor.is_complex()):
-            self._leaves.append(Leaf(tensor))
-        if self._tensors and is_opaque(tensor):
-            self._values.append(OpaqueTensor(tensor))
-        elif self._tensors and has_memory(tensor):
-            key, storage = _storage_key(tensor), tensor.untyped_storage()
-            shared = None if known is None else known._memories.get(key)  # noqa: SLF001 - of this class
-            memory = self._memories.setdefault(key, shared or Memory(storage))
-            memory.add(tensor)
-        if type(tensor) in {Tensor, nn.Parameter}:
-            return [vars(tensor)]
-        return self._enter(attributes(tensor), tensor)
-
-    def _is_searched(self, values: Sequence[object]) -> bool:
-        """Whether to look at each of some values: not at a million file names, nor at a million of any in datasets."""
-        if not self._tensors and len(values) > LONGEST_SEARCHED:
-            return False
-        return not holds_atoms(values)
-
-    def _is_open(self, value: object) -> bool:
-        """Whether to descend into the attributes of `value`."""
-        if issubclass(type(value), Dataset):
-            return not self._tensors
-        return issubclass(type(value), nn.Module) or (_is_own(value) and self._is_plain(value))
-
-    def _is_plain(self, value: object) -> bool:
-        """Whether `value` consists of plain values only, all the way down."""
-        reached: dict[int, object] = {}
-        pending = [value]
-        while pending:
-            part = pending.pop()
-            if issubclass(type(part), _PLAIN) or id(part) in reached or id(part) in self._plain:
-                continue
-            reached[id(part)] = part
-            held = container(part)
-            parts = [held] if held is not None else attributes(part) if _is_own(part) else []
-            if not parts:
-                return False
-            for holder in parts:
-                pending.extend(holder.values if self._is_searched(holder.values) else ())
-        self._plain.update(reached)
-        return True
-
 
 def _storage_key(tensor: Tensor) -> int:
     storage: Any = local_part(tensor).untyped_storage()
     return storage._cdata  # type: ignore[no-any-return]  # noqa: SLF001 - as an id: Python objects come and go
 
 
-def _is_own(value: object) -> bool:
-    return type(value).__module__.split(".")[0] not in _FOREIGN
-
-
 @contextlib.contextmanager
 def _plainly() -> Iterator[None]:
     """Let operations on tensors do just what they say, for tensors of any class."""
-    with torch.inference_mode(mode=False), torch.no_grad(), torch._C.DisableTorchFunction():  # noqa: SLF001
+    own: Any = torch._C  # noqa: SLF001
+    with (
+        torch.inference_mode(mode=False),
+        torch.no_grad(),
+        own.DisableTorchFunction(),
+        own._DisableTorchDispatch(),  # noqa: SLF001 - made here and no sooner: it acts from its making on
+    ):
         yield

@@ -35,9 +35,10 @@ class Generator:
         else:
             self._restore = partial(generator.set_state, generator.get_state())
 
-    def restore(self, references: object | None, *, thorough: bool) -> None:  # noqa: ARG002 - for the protocol
+    def restore(self, references: object | None, *, thorough: bool) -> bool:  # noqa: ARG002 - for the protocol
         """Put its state back."""
         self._restore()
+        return True
 
 
 class Count:
@@ -50,12 +51,14 @@ class Count:
         self._before = repr(count)
         self._replace = replace
 
-    def restore(self, references: object | None, *, thorough: bool) -> None:  # noqa: ARG002 - for the protocol
+    def restore(self, references: object | None, *, thorough: bool) -> bool:  # noqa: ARG002 - for the protocol
         """Put a new one in its place that goes on from where it was."""
-        if repr(self._count) != self._before:
-            arguments = ast.literal_eval(self._before.removeprefix("count").replace(")", ",)"))
-            before, self._count = self._count, itertools.count(*arguments)
-            self._replace(before, self._count, for_good=True)
+        if repr(self._count) == self._before:
+            return False
+        arguments = ast.literal_eval(self._before.removeprefix("count").replace(")", ",)"))
+        before, self._count = self._count, itertools.count(*arguments)
+        self._replace(before, self._count, for_good=True)
+        return True
 
 
 class PlainIterator:
@@ -66,7 +69,7 @@ class PlainIterator:
         self._iterator = iterator
         self._before = iterator.__reduce__()[2:]  # its position, unless it is exhausted
 
-    def restore(self, references: object | None, *, thorough: bool) -> None:  # noqa: ARG002 - for the protocol
+    def restore(self, references: object | None, *, thorough: bool) -> bool:  # noqa: ARG002 - for the protocol
         """Go back.
 
         Raises:
@@ -77,6 +80,7 @@ class PlainIterator:
             if self._iterator.__reduce__()[2:] != self._before:
                 msg = "it is exhausted"
                 raise RuntimeError(msg)
+        return True
 
 
 def stream(value: Any, replace: Replace) -> Generator | Count | PlainIterator:

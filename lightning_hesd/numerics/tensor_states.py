@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 SMALL = 2**16
 """Bytes up to which memory is compared at every restoration; see `Memory.restore`."""
 
-_SPARSE = {torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
+_COMPRESSED = {torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
+_SPARSE = {torch.sparse_coo, *_COMPRESSED}
 
 
 class References(Protocol):
@@ -48,9 +49,10 @@ def is_opaque(tensor: Tensor) -> bool:
 
 def size_in_memory(tensor: Tensor) -> int:
     """Return the bytes that a copy of a tensor takes, or that lie behind it if it is a view."""
-    if is_opaque(tensor):
-        return sum(part.nbytes for part in _parts(tensor))
-    return tensor.untyped_storage().nbytes() if has_memory(tensor) else 0
+    with torch._C.DisableTorchFunction():  # noqa: SLF001 - subclasses may do without
+        if is_opaque(tensor):
+            return sum(part.nbytes for part in _parts(tensor))
+        return tensor.untyped_storage().nbytes() if has_memory(tensor) else 0
 
 
 class _Member:
@@ -134,8 +136,8 @@ class Memory:
         self._saved = self._now.clone()
         self._holders = self._count_holders()
 
-    def restore(self, references: References | None, *, thorough: bool) -> None:
-        """Put values, shapes and places back.
+    def restore(self, references: References | None, *, thorough: bool) -> bool:
+        """Put values, shapes and places back, and return whether they were changed.
 
         Where a graph holds one of the tensors, writing to it would change the graph's derivatives: all of them are
         replaced by copies then, which have the values to restore. Where that is impossible, they are written to, and
@@ -150,11 +152,11 @@ class Memory:
             self._members = self._originals
             self._now = _integers(self._storage, self._start, self._stop)
         if not any(member.is_elsewhere() for member in self._members) and not self._is_changed(thorough=thorough):
-            return
+            return False
         self._changes = True
         if references is not None and self._is_held() and self._is_replaceable(references):
             self._replace(references)
-            return
+            return True
         for member in self._members:
             member.bring_back()
         if self._is_freed():
@@ -162,6 +164,7 @@ class Memory:
         self._now.copy_(self._saved)
         for member in self._members:
             member.note_change()
+        return True
 
     def _is_freed(self) -> bool:
         return self._now.untyped_storage().nbytes() < self._stop
@@ -210,14 +213,15 @@ class OpaqueTensor:
         self._saved = tensor.detach().clone()
         self._parts = _parts(self._saved)
 
-    def restore(self, references: References | None, *, thorough: bool) -> None:  # noqa: ARG002 - for the protocol
+    def restore(self, references: References | None, *, thorough: bool) -> bool:  # noqa: ARG002 - for the protocol
         """Put the values back."""
         now = _parts(self._tensor)
         if len(now) == len(self._parts) and all(map(torch.equal, now, self._parts)):
-            return
-        self._tensor.data = self._saved.clone()
-        if not self._tensor.is_inference():
-            torch.autograd.graph.increment_version(self._tensor)
+            return False
+        if self._tensor.layout in _COMPRESSED and now[-1].shape != self._parts[-1].shape:
+            self._tensor.resize_as_sparse_(self._saved)
+        self._tensor.copy_(self._saved)  # assigning to `.data` has no effect on compressed ones
+        return True
 
 
 class Leaf:
@@ -233,17 +237,19 @@ class Leaf:
         """Remove gradient and hooks, until the next restoration."""
         self._set((self._tensor.requires_grad, None, None, None))
 
-    def restore(self, references: References | None, *, thorough: bool) -> None:  # noqa: ARG002 - for the protocol
+    def restore(self, references: References | None, *, thorough: bool) -> bool:  # noqa: ARG002 - for the protocol
         """Put them back."""
-        self._set(self._before)
+        return self._set(self._before)
 
-    def _set(self, wanted: tuple[Any, ...]) -> None:
+    def _set(self, wanted: tuple[Any, ...]) -> bool:
         tensor: Any = self._tensor
         now = _gradient_state(tensor)
         if now[0] is not wanted[0]:
             tensor.requires_grad_(wanted[0])
-        if not all(map(is_, now, wanted)):
-            tensor.grad, tensor._backward_hooks, tensor._post_accumulate_grad_hooks = wanted[1:]  # noqa: SLF001
+        if all(map(is_, now, wanted)):
+            return False
+        tensor.grad, tensor._backward_hooks, tensor._post_accumulate_grad_hooks = wanted[1:]  # noqa: SLF001
+        return True
 
 
 def _gradient_state(tensor: Any) -> tuple[Any, ...]:
@@ -260,11 +266,13 @@ class Array:
         self._saved = array.copy()
         self._changes = array.nbytes <= SMALL
 
-    def restore(self, references: References | None, *, thorough: bool) -> None:  # noqa: ARG002 - for the protocol
+    def restore(self, references: References | None, *, thorough: bool) -> bool:  # noqa: ARG002 - for the protocol
         """Put the elements back."""
-        if (self._changes or thorough) and self._differs():
-            self._changes = True
-            np.copyto(self._array, self._saved)
+        if not (self._changes or thorough) or not self._differs():
+            return False
+        self._changes = True
+        np.copyto(self._array, self._saved)
+        return True
 
     def _differs(self) -> bool:
         if self._array.dtype.hasobject:

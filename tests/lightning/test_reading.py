@@ -308,7 +308,9 @@ class Temperature:
         return {"temperature": torch.tensor(2.0), "x": x, "y": y, "position": position}
 
 
-@pytest.mark.parametrize("collate", [time_first, detection, Temperature(), list], ids=str)
+@pytest.mark.parametrize(
+    "collate", [time_first, detection, Temperature(), list], ids=["time first", "detection", "scalar first", "list"]
+)
 def test_the_number_of_positions_is_the_weight_whatever_is_made_of_them(collate: Callable[[Any], Any]) -> None:
     drawn = draw_samples(loader(batch_size=7, collate_fn=collate), 20)
     assert [batch.weight for batch in drawn.batches] == [7, 7, 6]
