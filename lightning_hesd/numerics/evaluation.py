@@ -61,7 +61,8 @@ class Evaluator:
         """Return the mean loss of a batch, a scalar with a graph."""
         self.isolation.restore(batch.index)
         with self._evaluating(batch) as data:
-            return self.layout.loss(_checked_loss(self.loss_fn(self.module, data), "loss_fn"), batch)
+            loss = self.loss_fn(self.module, data)
+        return self.layout.loss(_checked_loss(loss, "loss_fn"), batch)
 
     def outputs(self, batch: WeightedBatch) -> Any:
         """Return the outputs of the network for a batch."""
@@ -74,7 +75,8 @@ class Evaluator:
         """Return the mean loss of such outputs, a scalar with a graph, right after they were computed."""
         output_loss = cast("Callable[[Any, Any], Tensor]", self.options.output_loss)  # checked with the options
         with self._evaluating(batch) as data:
-            return self.layout.loss(_checked_loss(output_loss(outputs, data), "output_loss"), batch)
+            loss = output_loss(outputs, data)
+        return self.layout.loss(_checked_loss(loss, "output_loss"), batch)
 
     def matrix(self, parameters: Sequence[Tensor], blocks: Sequence[slice]) -> Matrix:
         """Return the curvature matrix of a batch that the options ask for.

@@ -7,7 +7,7 @@ have overridden them with something else in mind.
 from __future__ import annotations
 
 import array
-import copyreg
+import functools
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from operator import is_
@@ -250,7 +250,7 @@ def attributes(value: object) -> list[Holder]:
         own = None
     if isinstance(own, dict) and own is not value:
         found.append(_Attributes(value, own))
-    names = copyreg._slotnames(type(value))  # type: ignore[attr-defined]  # noqa: SLF001 - as `copy` and `pickle` do
+    names = _slot_names(type(value))
     return [*found, _Slots(value, names)] if names else found
 
 
@@ -262,6 +262,18 @@ def user_classes(value: object) -> list[type]:
 def class_body(owner: type) -> Holder:
     """Return the holder of the data in the body of a class."""
     return _ClassBody(owner)
+
+
+@functools.lru_cache
+def _slot_names(cls: type) -> tuple[str, ...]:
+    """Return the names of the attributes that objects of a class keep in slots; `copyreg` would note them in it."""
+    names = []
+    for c in cls.__mro__:
+        own = vars(c).get("__slots__", ())
+        for name in [own] if isinstance(own, str) else own:
+            is_private = name.startswith("__") and not name.endswith("__")
+            names.append(f"_{c.__name__.lstrip('_')}{name}" if is_private else name)
+    return tuple(name for name in names if name not in {"__dict__", "__weakref__"})
 
 
 def _slot(owner: object, name: str) -> Any:

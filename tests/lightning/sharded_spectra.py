@@ -26,9 +26,9 @@ from lightning_hesd import Spectrum, hessian_spectrum
 from lightning_hesd.numerics.analysis import analysis_options
 from lightning_hesd.numerics.batches import WeightedBatch
 from lightning_hesd.numerics.gathering import Processes
-from lightning_hesd.numerics.memory import MemoryMeter
 from lightning_hesd.numerics.pipeline import analyze
 from lightning_hesd.numerics.sharding import ShardedLayout
+from tests.meter import CountingMeter
 
 Batch = tuple[Tensor, Tensor]
 
@@ -219,12 +219,12 @@ class Process:
 
         batches = [(torch.randn(2, 64), torch.zeros(2, dtype=torch.long))]
         net = network()
-        with MemoryMeter(torch.device("cpu")) as meter:
-            self.analyze(self.sharded(net, list(net)[::2]), batches, loss_fn, steps=2, strategy="graph")
+        with CountingMeter() as meter:
+            self.analyze(self.sharded(net, list(net)[::2]), batches, loss_fn, steps=2)
         result = {"parameters": sum(p.numel() for p in net.parameters()) * 4, "bytes": meter.peak}
         if self.rank == 0:
-            with MemoryMeter(torch.device("cpu")) as meter:
-                hessian_spectrum(network(), batches, loss_fn, steps=2, strategy="graph")
+            with CountingMeter() as meter:
+                hessian_spectrum(network(), batches, loss_fn, steps=2)
             result["expected bytes"] = meter.peak
         return result
 
