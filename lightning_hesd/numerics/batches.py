@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_hesd.numerics.cuts import attributes, cut
+from lightning_hesd.numerics.cuts import UnsplittableBatchError, attributes, cut
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -95,9 +95,17 @@ class WeightedBatch:
         ]
 
     def _size(self) -> int:
-        """Return the length of the dimension to cut: the weight, if there is a tensor of that length."""
-        lengths = [length for length in _lengths(self.data) if length is not None]
-        return int(self.weight) if self.weight in lengths else int(batch_size(self.data))
+        """Return the length of the dimension to cut: the weight, if there is a tensor of that length.
+
+        Raises:
+            UnsplittableBatchError: If the samples are along another dimension than the first.
+        """
+        if self.weight in _lengths(self.data):
+            return int(self.weight)
+        if any(isinstance(t, Tensor) and t.ndim > 1 and t.size(1) == self.weight for t in _tensors(self.data)):
+            msg = f"the {self.weight:.0f} samples of a batch are along the second dimension of its tensors"
+            raise UnsplittableBatchError(msg)
+        return int(batch_size(self.data))
 
 
 _position: ContextVar[int] = ContextVar("position", default=0)

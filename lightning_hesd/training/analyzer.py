@@ -24,7 +24,7 @@ from lightning_hesd.training.data import (
     training_loader,
     validation_loader,
 )
-from lightning_hesd.training.epochs import PlannedBatch
+from lightning_hesd.training.epochs import PlannedBatch, plain_key
 from lightning_hesd.training.loss import make_loss_fn, muted
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class TrainerAnalyzer:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to draw the same samples."""
         batches = self._drawn or ()
-        indices = [key for batch in batches for key in batch.keys]
+        indices = [plain_key(key) for batch in batches for key in batch.keys]
         # Keys of another kind are not for a checkpoint; they are drawn again by the same seed.
         is_plain = self._drawn is not None and all(type(key) is int and key >= 0 for key in indices)
         return {

@@ -107,7 +107,9 @@ class MixedEpoch(Epoch):
             return []
         parts = [order[start : start + size] for start in range(0, len(order), size)]
         self._positions = self._positions or spread_positions(len(parts), self._steps)
-        return [PlannedBatch([_key(self._keys[number]) for number in part], self._next_position()) for part in parts]
+        return [
+            PlannedBatch([plain_key(self._keys[number]) for number in part], self._next_position()) for part in parts
+        ]
 
     def _next_position(self) -> int:
         self._batches += 1
@@ -242,7 +244,7 @@ def _length(sized: Any) -> float:
         return math.inf
 
 
-def _key(value: Any) -> Any:
+def plain_key(value: Any) -> Any:
     """Return a position as Python's own integer if it is one of another library."""
     return int(value) if isinstance(value, np.integer | torch.Tensor) else value
 

@@ -62,14 +62,14 @@ def test_the_data_are_shared_and_the_rest_is_copied(monkeypatch: pytest.MonkeyPa
     assert torch.equal(source.generator.get_state(), torch.Generator().manual_seed(0).get_state())
 
 
-def test_a_million_names_are_copied_as_one_list() -> None:
+def test_many_names_are_copied_as_one_list() -> None:
     source = Holder(Data())
-    source.names = [(f"{number}.jpg", number) for number in range(1_000_000)]
+    source.names = [(f"{number}.jpg", number) for number in range(400_000)]
     started = time.process_time()
     copied = private_copy(source, source.data)
-    assert time.process_time() - started < 1, "a tenth of that, where one by one takes three seconds"
+    assert time.process_time() - started < 0.4, "a tenth of that, where one by one takes a second"
     del copied.names[0]
-    assert len(source.names) == 1_000_000
+    assert len(source.names) == 400_000
 
 
 class Stream(IterableDataset[Any]):

@@ -540,7 +540,7 @@ class Buckets(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         batches = [[0], *[list(range(start, start + 5)) for start in range(5, SIZE, 5)]]
-        return iter([batches[number] for number in torch.randperm(len(batches)).tolist()])
+        return iter([np.array(batches[number]) for number in torch.randperm(len(batches)).tolist()])
 
 
 def test_batches_and_their_positions_stay_after_resume(tmp_path: Path) -> None:

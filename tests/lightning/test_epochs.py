@@ -295,20 +295,20 @@ def test_batches_of_all_processes() -> None:
 
 # Time -----------------------------------------------------------------------------------------------------------------
 
-MILLION = 1_000_000
+MANY = 300_000
 
 
 class Paths(Dataset[Any]):
-    """As ImageFolder: a list of a million pairs."""
+    """As ImageFolder: a list of many pairs."""
 
     def __init__(self) -> None:
-        self.samples = [(f"{number}.jpg", number % 1000) for number in range(MILLION)]
+        self.samples = [(f"{number}.jpg", number % 1000) for number in range(MANY)]
 
     def __len__(self) -> int:
-        return MILLION
+        return MANY
 
     def __getitem__(self, position: int) -> Any:
-        if position >= MILLION:
+        if position >= MANY:
             raise IndexError(position)
         return torch.zeros(2), self.samples[position][1], position
 
@@ -323,14 +323,14 @@ class Holder(Sampler[int]):
     def __init__(self, dataset: Paths) -> None:
         self.dataset = dataset
         self.pairs = dataset.samples
-        self.order = list(range(MILLION))
+        self.order = list(range(MANY))
 
     def __iter__(self) -> Iterator[int]:
         self.order.reverse()
         return iter(self.order)
 
     def __len__(self) -> int:
-        return MILLION
+        return MANY
 
 
 class Forever:
@@ -383,11 +383,11 @@ def paths() -> Paths:
 
 
 @pytest.mark.parametrize("name", BIG)
-def test_a_million_samples_take_no_minutes(name: str, paths: Paths) -> None:
+def test_many_samples_take_no_time(name: str, paths: Paths) -> None:
     data = BIG[name](paths)
     started = time.process_time()
     drawn = draw_samples(data, 32)
-    assert time.process_time() - started < 5, "about half a second on an idle machine"
+    assert time.process_time() - started < 1.5, "a quarter of a second on an idle machine"
     assert [batch.weight for batch in drawn.batches] == [8, 8, 8, 8]
     if name == "sampler_that_holds_the_data":
         assert data.sampler.order[0] == 0

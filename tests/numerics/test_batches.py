@@ -131,6 +131,7 @@ BATCHES: dict[str, tuple[Any, Any, Any]] = {
 
 REFUSED: dict[str, Any] = {
     "graphs": {"x": X, "edges": torch.tensor([[0, 1], [1, 2]]), "y": Y},
+    "time first": (torch.zeros(7, 10, 2), torch.zeros(7, 10)),
     "pointers to samples": (X, torch.tensor([0, 4, 10])),
     "arrays of positions": (X, np.array([0, 4, 10])),
     "packed of another length": (X, pack_sequence([torch.zeros(2)])),

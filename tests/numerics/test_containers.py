@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from lightning_hesd.numerics.containers import holds_atoms
 from lightning_hesd.numerics.snapshot import preserved
 
-MILLION = 1_000_000
+MANY = 300_000
 
 
 @pytest.mark.parametrize(
@@ -48,9 +48,9 @@ class Module(torch.nn.Module):
 
 
 CONTENTS: dict[str, Any] = {
-    "pairs": lambda: [(f"{number}.jpg", number) for number in range(MILLION)],
-    "names": lambda: {str(number): number for number in range(MILLION)},
-    "records": lambda: [{"id": number} for number in range(MILLION // 4)],
+    "pairs": lambda: [(f"{number}.jpg", number) for number in range(MANY)],
+    "names": lambda: {str(number): number for number in range(MANY)},
+    "records": lambda: [{"id": number} for number in range(MANY // 4)],
 }
 
 
@@ -62,7 +62,7 @@ def test_long_containers_are_put_back_in_no_time(kind: str, tensors: bool) -> No
     started = time.process_time()
     with preserved(holder, tensors=tensors):
         pass
-    assert time.process_time() - started < 2, "a tenth of a second on an idle machine"
+    assert time.process_time() - started < 0.5, "a twentieth of a second on an idle machine"
     with preserved(holder, tensors=tensors):
         content.popitem() if isinstance(content, dict) else content.pop(0)
         holder.small[0].append(3)
