@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from typing_extensions import override
 
+from lightning_hesd.numerics.checkpointing import kept_activations
 from lightning_hesd.numerics.graphs import GraphFacts
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ class HessianMatrix(Matrix):
 
     @override
     def product(self, batch: WeightedBatch, *, retain: bool) -> tuple[Tensor, Product]:
-        loss = self.loss(batch)
+        with kept_activations():
+            loss = self.loss(batch)
         return loss.detach(), _hessian_product(loss, self, retain=retain)
 
     @override
@@ -165,7 +167,8 @@ class GaussNewtonMatrix(OutputMatrix):
 
     @override
     def product(self, batch: WeightedBatch, *, retain: bool) -> tuple[Tensor, Product]:
-        outputs = self._outputs(batch)
+        with kept_activations():
+            outputs = self._outputs(batch)
         # cᵀJ is linear in c, whatever c: its derivative along v with respect to c is Jv.
         cotangents = [torch.zeros_like(o, requires_grad=True) for o in outputs.values]
         pulled = _derivative(outputs.values, self.parameters, cotangents, create_graph=True)
@@ -192,7 +195,8 @@ class ResidualMatrix(OutputMatrix):
 
     @override
     def product(self, batch: WeightedBatch, *, retain: bool) -> tuple[Tensor, Product]:
-        outputs = self._outputs(batch)
+        with kept_activations():
+            outputs = self._outputs(batch)
         weighted = _weighted_sum(outputs.values, outputs.slopes)
         return outputs.loss.detach(), _hessian_product(weighted, self, retain=retain)
 

@@ -168,10 +168,12 @@ def estimated(
     plan = _plan(module, parameters, dtype, options=options, layout=layout, all_reduce=all_reduce, processes=processes)
 
     with analysis_state(module, options.mode, analysed, state) as isolation, layout.opened(module):
-        evaluator = Evaluator(module, loss_fn, options, layout, isolation)
+        joint = layout.joint(batches)
+        is_alone = all_reduce is None and layout.all_reduce is None
+        evaluator = Evaluator(module, loss_fn, options, layout, isolation, batches=joint if is_alone else None)
         mean = SampleMean(
             evaluator.matrix(parameters, ranges),
-            layout.joint(batches),
+            joint,
             strategy=options.strategy,
             dtype=dtype,
             all_reduce=all_reduce,
