@@ -17,7 +17,8 @@ from torch.utils.data import IterableDataset
 from lightning_hesd.numerics.batches import WeightedBatch
 from lightning_hesd.numerics.snapshot import preserved, seed_everything
 from lightning_hesd.training._lightning import warn
-from lightning_hesd.training.epochs import EVENNESS_OF_CONTENTS, PlannedBatch, epochs, spread_positions
+from lightning_hesd.training.epochs import EVENNESS_OF_CONTENTS, PlannedBatch, epochs
+from lightning_hesd.training.positions import spread_positions
 from lightning_hesd.training.reading import CollationError, Reader, is_plain
 
 if TYPE_CHECKING:

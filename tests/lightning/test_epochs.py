@@ -23,7 +23,7 @@ from torch.utils.data import (
 )
 
 from lightning_hesd.training.data import draw_samples
-from lightning_hesd.training.epochs import spread_positions
+from lightning_hesd.training.positions import spread_positions
 
 from .modules import SIZE, Classifier, Digits, callback, fit, freeze, loader, seed
 from .test_data import positions
