@@ -254,9 +254,10 @@ def attributes(value: object) -> list[Holder]:
     return [*found, _Slots(value, names)] if names else found
 
 
-def user_classes(value: object) -> list[type]:
-    """Return the classes of an object, without those of libraries."""
-    return [c for c in type(value).__mro__ if str(c.__module__).split(".", maxsplit=1)[0] not in _LIBRARIES]
+@functools.lru_cache
+def user_classes(cls: type) -> tuple[type, ...]:
+    """Return a class and its bases, without those of libraries."""
+    return tuple(c for c in cls.__mro__ if str(c.__module__).split(".", maxsplit=1)[0] not in _LIBRARIES)
 
 
 def class_body(owner: type) -> Holder:

@@ -75,7 +75,7 @@ class Reach:
         self._datasets = datasets
         self._seen: dict[int, object] = {} if but is None else but._seen  # noqa: SLF001 - keeps objects alive, so that an id names one only
         self._plain: dict[int, object] = {}  # those found to be
-        self._stateless: set[type] = set()
+        self._stateless: set[type] = {type(None), bool, int, float, str}  # types without state that were met
         pending = [*roots]
         for root in roots:
             pending += self._enter(attributes(root), root)
@@ -87,7 +87,7 @@ class Reach:
 
     def _enter(self, holders: Sequence[Holder], owner: object) -> list[object]:
         """Take in holders, and return those of their values that may have state."""
-        classes = [c for c in user_classes(owner) if id(c) not in self._seen]
+        classes = [c for c in user_classes(type(owner)) if id(c) not in self._seen]
         self._seen.update((id(c), c) for c in classes)
         found: list[object] = []
         for holder in [*holders, *map(class_body, classes)]:
@@ -105,8 +105,11 @@ class Reach:
         return len(values) <= LONG or not holds_atoms(values)
 
     def _is_stateless(self, value: object) -> bool:
+        """Whether a value has no state; a tuple that is taken for one that has costs time only."""
         kind = type(value)
-        return kind in self._stateless or (kind is tuple and set(map(type, value)) <= self._stateless)  # type: ignore[call-overload]
+        if kind is tuple:
+            return self._stateless.issuperset(map(type, value))  # type: ignore[call-overload]
+        return kind in self._stateless
 
     def _take(self, value: Any) -> Iterable[object]:
         """Take in an object, and return others that it leads to."""

@@ -490,6 +490,20 @@ def reference() -> np.ndarray:
     return hessian_spectrum(Net(), [make_batch()], cases.squared_error, steps=5).nodes
 
 
+class Halved(torch.autograd.Function):
+    """The identity, in half precision where autocast is on."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
 class TestSurroundings:
     """What the caller has switched on has no effect inside, and is on again afterwards."""
 
@@ -502,6 +516,37 @@ class TestSurroundings:
             nodes = hessian_spectrum(Net(), [make_batch()], cases.squared_error, steps=5).nodes
         assert not any(seen)
         np.testing.assert_array_equal(nodes, reference())
+
+    @pytest.mark.parametrize("how", ["context", "decorator", "object", "nested", "custom function"])
+    def test_autocast_that_the_loss_switches_on(self, how):
+        module = Net()
+        kept = torch.autocast("cpu", dtype=torch.bfloat16)
+        seen = []
+
+        def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            def forward(x: Tensor) -> Tensor:
+                seen.append(torch.is_autocast_enabled("cpu"))
+                return module(x)
+
+            if how == "decorator":
+                output = torch.autocast("cpu", dtype=torch.bfloat16)(forward)(batch[0])
+            elif how == "nested":
+                with torch.autocast("cpu", enabled=False), torch.amp.autocast("cpu"):
+                    output = forward(batch[0])
+            else:
+                with kept if how == "object" else torch.autocast("cpu", dtype=torch.bfloat16):
+                    output = forward(Halved.apply(batch[0]) if how == "custom function" else batch[0])
+            return cases.squared_error(lambda _: output.float(), batch)
+
+        found = hessian_spectrum(module, [make_batch()], loss, steps=5)
+        expected = hessian_spectrum(module, [make_batch()], cases.squared_error, steps=5)
+        np.testing.assert_array_equal(found.nodes, expected.nodes)
+        assert seen
+        assert not any(seen)
+        with kept:
+            assert torch.is_autocast_enabled("cpu")
+            assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+        assert not torch.is_autocast_enabled("cpu")
 
     @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
     def test_disabled_gradients(self, context, run):

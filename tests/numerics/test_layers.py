@@ -223,3 +223,33 @@ def test_every_option_does_for_blocks_what_it_does_for_all(options):
         if alone.c_t_sampling_error is not None:
             assert spectrum.c_t_sampling_error == pytest.approx(alone.c_t_sampling_error, rel=1e-9)
         assert spectrum.matrix == alone.matrix
+
+
+class TestParametersWithoutElements:
+    @staticmethod
+    def table() -> nn.ModuleDict:
+        """A network for a table without categories."""
+        weight = nn.Linear(1, 4, bias=False)
+        weight.weight = nn.Parameter(torch.empty(4, 0))
+        return nn.ModuleDict({"categories": weight, "numbers": nn.Linear(3, 4)})
+
+    @staticmethod
+    def loss(module: Any, batch: Any) -> Tensor:
+        hidden = module["numbers"](batch[0]) + F.linear(batch[0][:, :0], module["categories"].weight)
+        return torch.tanh(hidden).square().mean()
+
+    @pytest.mark.parametrize("strategy", ["auto", "recompute", "finite_difference"])
+    def test_make_no_block(self, strategy):
+        module, batches = self.table(), [(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)),)]
+        found = layer_spectra(module, batches, self.loss, strategy=strategy, steps=16)
+        assert {name: spectrum.dimension for name, spectrum in found.items()} == {"numbers": 16}
+        whole = hessian_spectrum(module, batches, self.loss, strategy=strategy, steps=16)
+        np.testing.assert_allclose(found["numbers"].nodes, whole.nodes, rtol=0, atol=whole.rounding)
+
+    def test_what_is_left_without_any_is_refused(self):
+        module = self.table()
+        del module["numbers"]
+        with pytest.raises(ValueError, match="the parameters to analyse have no elements"):
+            hessian_spectrum(module, [(torch.zeros(5, 3),)], self.loss)
+        with pytest.raises(ValueError, match="`layers` leaves no block with parameters to analyse"):
+            layer_spectra(self.table(), [(torch.zeros(5, 3),)], self.loss, ["categories"])
