@@ -75,7 +75,7 @@ def _without_autocast(device_types: Iterable[str]) -> Iterator[None]:
     def enter_disabled(self: torch.autocast) -> object:
         wanted, self._enabled = self._enabled, False
         try:
-            return enter(self)
+            return enter(self)  # type: ignore[no-untyped-call]
         finally:
             self._enabled = wanted
 

@@ -13,6 +13,8 @@ from collections import OrderedDict, deque
 from operator import is_
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -134,6 +136,23 @@ class _Slots(Holder):
                 object.__delattr__(self._owner, name)
 
 
+class _ScriptTensors(Holder):
+    """The parameters and buffers of a scripted module, which is not an object of Python inside."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        tensors = dict([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
+        self._names = list(tensors)
+        super().__init__(module, list(tensors.values()))
+
+    def _differs(self) -> bool:
+        return any(getattr(self._module, n) is not v for n, v in zip(self._names, self.values, strict=True))
+
+    def _write(self) -> None:
+        for name, value in zip(self._names, self.values, strict=True):
+            setattr(self._module, name, value)
+
+
 class _ClassBody(Holder):
     """The attributes of a class that are data: no methods, properties or classes."""
 
@@ -232,10 +251,12 @@ def container(value: Any) -> Holder | None:
     kind = type(value)
     if issubclass(kind, dict):
         return _Mapping(value)
-    for base in (list, deque, set):
+    growing: Sequence[type] = (list, deque, set)
+    for base in growing:
         if issubclass(kind, base):
             return _Sequence(value, base)
-    for base in (tuple, frozenset):
+    fixed: Sequence[type] = (tuple, frozenset)
+    for base in fixed:
         if issubclass(kind, base):
             return _Fixed(value, base)
     return _Numbers(value) if issubclass(kind, (bytearray, array.array)) else None
@@ -250,12 +271,17 @@ def attributes(value: object) -> list[Holder]:
         own = None
     if isinstance(own, dict) and own is not value:
         found.append(_Attributes(value, own))
-    names = _slot_names(type(value))
-    return [*found, _Slots(value, names)] if names else found
+    kind: Any = type(value)
+    names = _slot_names(kind)
+    if names:
+        found.append(_Slots(value, names))
+    if issubclass(kind, torch.jit.ScriptModule):
+        found.append(_ScriptTensors(value))
+    return found
 
 
 @functools.lru_cache
-def user_classes(cls: type) -> tuple[type, ...]:
+def user_classes(cls: Any) -> tuple[type, ...]:
     """Return a class and its bases, without those of libraries."""
     return tuple(c for c in cls.__mro__ if str(c.__module__).split(".", maxsplit=1)[0] not in _LIBRARIES)
 
@@ -266,7 +292,7 @@ def class_body(owner: type) -> Holder:
 
 
 @functools.lru_cache
-def _slot_names(cls: type) -> tuple[str, ...]:
+def _slot_names(cls: Any) -> tuple[str, ...]:
     """Return the names of the attributes that objects of a class keep in slots; `copyreg` would note them in it."""
     names = []
     for c in cls.__mro__:

@@ -106,7 +106,7 @@ def no_hooks_in_backward(leaves: Sequence[Tensor]) -> Iterator[None]:
             for leaf, gradient in zip(reached, gradients, strict=True):
                 if gradient is not None:
                     leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
-                for hook in list((leaf._post_accumulate_grad_hooks or {}).values()):  # type: ignore[attr-defined] # noqa: SLF001
+                for hook in list((leaf._post_accumulate_grad_hooks or {}).values()):  # noqa: SLF001
                     hook(leaf)
 
     with replaced(torch.autograd, "backward", adding):

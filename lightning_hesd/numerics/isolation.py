@@ -80,9 +80,12 @@ class Isolation:
             with self.power_iterations.afresh():
                 yield
         finally:
-            if self._start is not None:
-                self._start.restore()
+            self._end()
             self._analysed, self._before, self._start, self._evaluated = outside
+
+    def _end(self) -> None:
+        if self._start is not None:
+            self._start.restore()
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:

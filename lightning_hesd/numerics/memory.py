@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from typing_extensions import Self
@@ -140,11 +141,14 @@ def plan_memory(
     return MemoryPlan(storage, fixed, max(limit - fixed, 0))
 
 
+_autograd: Any = torch.autograd
+
+
 class MemoryMeter:
     """Measures what tensors take while inside, by what PyTorch's allocators report to its profiler.
 
     Nothing looks at the operations themselves: a dispatch mode would, and it changes the course of those that make
-    tensors without memory, which has crashed the process.
+    tensors without memory, which has crashed the process. What other threads free counts as if it were still there.
 
     Attributes:
         live: Bytes allocated inside and not freed; None if they could not be measured, as while another profiler runs.
@@ -161,15 +165,14 @@ class MemoryMeter:
     def __enter__(self) -> Self:
         if self._device.type not in {"cpu", "cuda"}:
             return self  # other allocators report nothing, or warn
-        try:
-            # Neither shapes, stacks, FLOPs nor modules: memory only.
-            kind, extra = torch.autograd.ProfilerState.CPU, torch._C._profiler._ExperimentalConfig()  # noqa: SLF001
-            torch.autograd._enable_profiler_legacy(  # type: ignore[attr-defined]  # noqa: SLF001 - the other one prints
-                torch.autograd.ProfilerConfig(kind, False, True, False, False, False, extra)
-            )
+        with contextlib.suppress(
+            AttributeError, RuntimeError, TypeError
+        ):  # another one is running, or this one is gone
+            extra = torch._C._profiler._ExperimentalConfig()  # noqa: SLF001
+            # Memory only: neither shapes, stacks, FLOPs nor modules.
+            config = _autograd.ProfilerConfig(_autograd.ProfilerState.CPU, False, True, False, False, False, extra)
+            _autograd._enable_profiler_legacy(config)  # noqa: SLF001 - the other one prints
             self._is_running = True
-        except (AttributeError, RuntimeError, TypeError):
-            pass  # another profiler is running, or this one is gone: nothing is measured
         # What garbage collection frees now was not allocated inside.
         self._collects = gc.isenabled()
         gc.disable()
@@ -180,7 +183,7 @@ class MemoryMeter:
             gc.enable()
         if not self._is_running:
             return
-        threads = torch.autograd._disable_profiler_legacy()  # type: ignore[attr-defined]  # noqa: SLF001
+        threads = _autograd._disable_profiler_legacy()  # noqa: SLF001
         events = [event for thread in threads for event in thread if event.kind() == "memory_alloc"]
         live = 0
         for event in sorted(events, key=lambda event: event.start_us()):

@@ -77,17 +77,17 @@ class Reach:
         self._plain: dict[int, object] = {}  # those found to be
         self._stateless: set[type] = {type(None), bool, int, float, str}  # types without state that were met
         pending = [*roots]
-        for root in roots:
-            pending += self._enter(attributes(root), root)
+        own = {id(root) for root in roots}
         while pending:  # a stack of its own, because chains of objects may be longer than Python's
             value = pending.pop()
             if id(value) not in self._seen:
                 with contextlib.suppress(Exception):  # odd objects may raise anything: they are left alone
-                    pending += self._take(value)
+                    pending += self._take(value, is_root=id(value) in own)
 
     def _enter(self, holders: Sequence[Holder], owner: object) -> list[object]:
         """Take in holders, and return those of their values that may have state."""
-        classes = [c for c in user_classes(type(owner)) if id(c) not in self._seen]
+        kind: Any = type(owner)
+        classes = [c for c in user_classes(kind) if id(c) not in self._seen]
         self._seen.update((id(c), c) for c in classes)
         found: list[object] = []
         for holder in [*holders, *map(class_body, classes)]:
@@ -111,11 +111,11 @@ class Reach:
             return self._stateless.issuperset(map(type, value))  # type: ignore[call-overload]
         return kind in self._stateless
 
-    def _take(self, value: Any) -> Iterable[object]:
+    def _take(self, value: Any, *, is_root: bool) -> Iterable[object]:
         """Take in an object, and return others that it leads to."""
         kind = type(value)  # not `isinstance`: objects that stand for others lie about what they are
         found: Iterable[object] = ()
-        if issubclass(kind, Dataset) and not self._datasets:
+        if issubclass(kind, Dataset) and not (self._datasets or is_root):
             return found
         self._seen[id(value)] = value
         if issubclass(kind, Tensor):
@@ -131,8 +131,10 @@ class Reach:
             self.empty.append(value)
         elif (held := container(value)) is not None:
             found = self._enter([held, *attributes(value)], value)
-        elif not issubclass(kind, _STATELESS) and self._is_open(value):
+        elif not issubclass(kind, _STATELESS) and (is_root or self._is_open(value)):
             found = self._enter(attributes(value), value)
+            if issubclass(kind, torch.jit.ScriptModule):
+                found += value.children()
         return found
 
     def _is_open(self, value: object) -> bool:

@@ -212,7 +212,8 @@ class Snapshot:
 
     def can_replace(self, tensor: object) -> bool:
         """Whether another object can be put in all places where this one was found."""
-        return not any(holder.is_fixed for holder in self._places.get(id(tensor), ()))
+        places = self._places.get(id(tensor), [])
+        return bool(places) and not any(holder.is_fixed for holder in places)
 
     def replace(self, value: object, other: object, *, for_good: bool = False) -> None:
         """Put another object in all places of a value, until the original ones come back unless it is for good."""

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-ITERATORS = (type(iter([])), type(iter(())), type(iter("")), type(iter(range(0))))
-STREAMS = (*GENERATORS, *ITERATORS, itertools.count)
+GENERATORS: tuple[type, ...] = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+ITERATORS: tuple[type, ...] = (type(iter([])), type(iter(())), type(iter("")), type(iter(range(0))))
+STREAMS: tuple[type, ...] = (*GENERATORS, *ITERATORS, itertools.count)
 
 
 class Replace(Protocol):

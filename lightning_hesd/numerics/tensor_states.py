@@ -37,7 +37,7 @@ class References(Protocol):
 
 def has_memory(tensor: Tensor) -> bool:
     """Whether a tensor has memory of its own: not one on the meta device, nor one that only wraps others."""
-    if is_lazy(tensor) or not torch._C._has_storage(tensor):  # type: ignore[attr-defined]  # noqa: SLF001
+    if is_lazy(tensor) or not torch._C._has_storage(tensor):  # noqa: SLF001
         return False
     return tensor.data_ptr() != 0
 
@@ -72,6 +72,11 @@ class _Member:
         """Whether autograd has noted a change in place."""
         return _version(self.tensor) != self._version
 
+    def use_count(self) -> int:
+        """Return how many hold the tensor: graphs, beside Python."""
+        tensor: Any = self.tensor
+        return tensor._use_count()  # type: ignore[no-any-return]  # noqa: SLF001
+
     def bring_back(self) -> None:
         if self.is_elsewhere():
             self.tensor.data = self.alias
@@ -95,7 +100,7 @@ class _Member:
         """Return the same tensor in a copy of the storage."""
         tensor = self.tensor
         copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        copy.set_(storage, self.alias.storage_offset(), self.alias.shape, self.alias.stride())  # type: ignore[call-overload]
+        copy.set_(storage, self.alias.storage_offset(), self.alias.shape, self.alias.stride())
         copy = nn.Parameter(copy) if type(tensor) is nn.Parameter else copy
         vars(copy).update(vars(tensor))
         return copy.requires_grad_(tensor.requires_grad)
@@ -117,7 +122,7 @@ class Memory:
         """Let a tensor of this storage take part, unless the memory is saved already."""
         if self._originals:
             return
-        start = tensor.storage_offset() * tensor.element_size()
+        start = int(tensor.storage_offset()) * tensor.element_size()
         stop = self._storage.nbytes()
         if not tensor.is_nested:
             reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -183,9 +188,9 @@ class Memory:
 
     def _count_holders(self) -> list[int]:
         """Return how many hold each tensor and the storage: graphs and views, beside Python and this object."""
-        counts = [member.tensor._use_count() for member in self._members]  # type: ignore[operator]  # noqa: SLF001
+        counts = [member.use_count() for member in self._members]
         storage: Any = self._members[0].alias.untyped_storage()
-        return [*counts, torch._C._storage_Use_Count(storage._cdata)]  # type: ignore[attr-defined]  # noqa: SLF001
+        return [*counts, torch._C._storage_Use_Count(storage._cdata)]  # noqa: SLF001
 
     def _is_held(self) -> bool:
         return any(now > before for now, before in zip(self._count_holders(), self._holders, strict=True))
@@ -194,7 +199,7 @@ class Memory:
         return all(member.can_be_copied() and references.can_replace(member.tensor) for member in self._members)
 
     def _replace(self, references: References) -> None:
-        storage = self._storage.clone()
+        storage = self._storage.clone()  # type: ignore[no-untyped-call]
         self._now = _integers(storage, self._start, self._stop)
         self._now.copy_(self._saved)
         copies = [member.copied_to(storage) for member in self._members]
@@ -293,7 +298,7 @@ def _integers(storage: torch.UntypedStorage, start: int, stop: int) -> Tensor:
     width = next(w for w in (8, 4, 2, 1) if start % w == stop % w == 0)
     dtype = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[width]
     empty = torch.empty(0, dtype=dtype, device=storage.device)
-    return empty.set_(storage, start // width, ((stop - start) // width,), (1,))  # type: ignore[call-overload, no-any-return]
+    return empty.set_(storage, start // width, ((stop - start) // width,), (1,))
 
 
 def _parts(tensor: Tensor) -> Sequence[Tensor]:

@@ -264,10 +264,12 @@ class TestTrainingMode:
                 torch.equal(now, then) for now, then in zip(module.state_dict().values(), before.values(), strict=True)
             )
 
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+    @pytest.mark.parametrize("scripted", [False, True])
     @pytest.mark.parametrize("loss", [squared_error, on_two_batches_at_once])
-    def test_batch_norm(self, loss):
+    def test_batch_norm(self, loss, scripted):
         expected = hessian_spectrum(seeded(without_statistics), make_batches(3), loss, steps=30, mode="train")
-        self.check(batch_norm, loss, expected)
+        self.check((lambda: torch.jit.script(batch_norm())) if scripted else batch_norm, loss, expected)
 
     def test_a_queue_of_keys(self):
         expected = hessian_spectrum(
