@@ -222,9 +222,13 @@ def test_signals_pass_through() -> None:
     class StopError(Exception):
         """As PyTorch ends a recomputation early."""
 
+    calls = []
+
     def stop(_: Tensor) -> Tensor:
+        calls.append(1)
         raise StopError
 
     x = torch.randn(2, 3, requires_grad=True)
     with Replacements(), torch.autograd.graph.saved_tensors_hooks(stop, lambda x: x), pytest.raises(StopError):
         F.conv1d(x[:, None], torch.ones(1, 1, 2, requires_grad=True))
+    assert len(calls) == 1
