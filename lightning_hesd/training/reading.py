@@ -139,9 +139,11 @@ class Reader:
         made_from = None
         if not isinstance(loader.dataset, IterableDataset):
             how["sampler"] = private_copy(loader.sampler, loader.dataset)
-        elif loader.batch_size is not None:
-            made_from = how["batch_size"] = batch_size or loader.batch_size
-            how["drop_last"] = loader.drop_last and batch_size is None
+        else:
+            private_copy(loader.dataset)  # what cannot be copied, workers may share with training: a queue, a socket
+            if loader.batch_size is not None:
+                how["drop_last"] = loader.drop_last and batch_size is None
+                made_from = how["batch_size"] = batch_size or loader.batch_size
         yield from ((batch, made_from) for batch in _read(self._worker_loader(loader.dataset, **how)))
 
     def _worker_loader(self, dataset: Any, *, init: Any, workers: int, **how: Any) -> DataLoader[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -348,3 +349,27 @@ def test_batches_without_tensors() -> None:
     with pytest.raises(ValueError, match="pass `batch_weight`"):
         draw_samples(stream, 12)
     assert [b.weight for b in draw_samples(stream, 12, batch_weight=lambda b: float(len(b.items))).batches] == [1, 1]
+
+
+class FromQueue(IterableDataset):
+    """Takes its samples from a queue that all processes share."""
+
+    def __init__(self, queue: Any) -> None:
+        self.queue = queue
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield self.queue.get(timeout=5)
+
+
+@pytest.mark.parametrize("init", [None, print], ids=["", "worker_init_fn"])
+def test_workers_take_nothing_from_what_they_would_share_with_training(init: Any) -> None:
+    queue = multiprocessing.get_context("fork").Queue()
+    for number in range(4):
+        queue.put(number)
+    data = DataLoader(FromQueue(queue), batch_size=None, num_workers=1, worker_init_fn=init)
+    with pytest.raises(MisconfigurationException, match="cannot be copied"):
+        draw_samples(data, 2)
+    assert [queue.get(timeout=5) for _ in range(4)] == [0, 1, 2, 3]
+    queue.close()
+    queue.join_thread()
