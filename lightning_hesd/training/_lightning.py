@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import signal
 import threading
 import uuid
@@ -346,7 +347,7 @@ def sigterm_waits(trainer: pl.Trainer) -> Iterator[None]:
     if trainer.world_size == 1 or threading.current_thread() is not threading.main_thread():
         yield
         return
-    connector = trainer._signal_connector  # noqa: SLF001 - has the flag that Lightning's loops look at
+    connector: Any = signal_connector(trainer)  # has the flag that Lightning's loops look at
     arrived: list[tuple[Any, ...]] = []
     handler = signal.signal(signal.SIGTERM, lambda *arguments: arrived.append(arguments))
     try:
@@ -359,6 +360,21 @@ def sigterm_waits(trainer: pl.Trainer) -> Iterator[None]:
     for other in getattr(handler, "signal_handlers", ()) if arrived else ():
         if callable(other) and getattr(other, "__self__", None) is not connector:
             other(*arrived[0])
+
+
+def signal_connector(trainer: pl.Trainer) -> object:
+    """Return what holds the flags that handlers of signals set."""
+    return trainer._signal_connector  # noqa: SLF001
+
+
+def handles_signal() -> bool:
+    """Whether this is called by a handler of signals of Lightning, such as that by which a SLURM job is requeued."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").endswith("connectors.signal_connector"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def warn(message: str) -> None:

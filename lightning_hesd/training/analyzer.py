@@ -7,7 +7,7 @@ import math
 from collections import defaultdict
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from lightning_hesd.landscape.sample_size import find_sample_size
 from lightning_hesd.numerics.pipeline import analyze, analyze_layers
@@ -25,7 +25,9 @@ from lightning_hesd.training.data import (
     validation_loader,
 )
 from lightning_hesd.training.epochs import PlannedBatch, plain_key
-from lightning_hesd.training.loss import make_loss_fn, muted
+from lightning_hesd.training.isolation import Isolation
+from lightning_hesd.training.loss import make_loss_fn
+from lightning_hesd.training.surroundings import DisturbedTrainingError, some_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.options import AnalysisOptions
     from lightning_hesd.numerics.pipeline import Report
     from lightning_hesd.spectra.spectrum import Spectrum
+    from lightning_hesd.training.isolation import Evaluating
 
 Result = TypeVar("Result")
 
@@ -96,6 +99,7 @@ class TrainerAnalyzer:
         self._batch_size = batch_size
         self._dataloader = dataloader
         self._loss_fn = loss_fn
+        self._isolation = Isolation()
         self._samples: AnalysisSamples | None = None
         self._drawn: tuple[PlannedBatch, ...] | None = None
         self._resumed: tuple[PlannedBatch, ...] | None = None
@@ -136,6 +140,11 @@ class TrainerAnalyzer:
                 for length, position in zip(state["lengths"], state["positions"], strict=True)
             )
 
+    def restart(self) -> None:
+        """Begin with a run: let go of the samples of the last one, and of what its analyses changed."""
+        self.release()
+        self._isolation = Isolation()
+
     def release(self) -> None:
         """Let go of the samples; they are drawn anew when needed."""
         self._samples = None
@@ -144,7 +153,10 @@ class TrainerAnalyzer:
     def draw(self, trainer: pl.Trainer) -> AnalysisSamples:
         """Draw the samples, or return them if they are there already."""
         if self._samples is None:
-            self._samples = _lightning.together(trainer, lambda: self._draw(trainer))
+            module = trainer.lightning_module
+            # A dataset or a `collate_fn` may be a method of the module, or reach for the Trainer.
+            with preserved(module), self._isolation.around(trainer, module):
+                self._samples = _lightning.together(trainer, lambda: self._draw(trainer))
             self._drawn = self._samples.drawn
             self._resumed = None
         return self._samples
@@ -231,13 +243,19 @@ class TrainerAnalyzer:
     ) -> Result:
         """Let `work` analyse the samples, in all processes together."""
         _lightning.check_strategy(trainer)
+        _lightning.together(trainer, self._check_harmless)
         all_reduce = None if _lightning.is_sharded(trainer) else _lightning.make_all_reduce(trainer)
         samples = self.draw(trainer)
-        loss_fn = make_loss_fn(trainer, self._loss_fn)
-        datamodule = getattr(trainer, "datamodule", None)
-        with muted(trainer, pl_module), preserved(datamodule, tensors=False):
+        with self._isolation.around(trainer, pl_module) as evaluating:
+            loss_fn = make_loss_fn(trainer, self._loss_fn, evaluating)
+            options = replace(
+                options,
+                output_fn=_within(evaluating, options.output_fn),
+                output_loss=_within(evaluating, options.output_loss),
+            )
             with preserved(pl_module):  # its transfer hooks may leave traces, as `training_step` may
-                batches = _lightning.together(trainer, lambda: self._transfer(trainer, pl_module, samples.batches))
+                transfer = partial(self._transfer, trainer, pl_module, samples.batches, evaluating)
+                batches = _lightning.together(trainer, transfer)
             calibration = self._calibrations[work is analyze, options.matrix, options.preconditioner is not None]
 
             def analysis(options: AnalysisOptions, reason: str | None) -> Result:
@@ -262,15 +280,40 @@ class TrainerAnalyzer:
         return trainer.strategy.broadcast(result)
 
     def _transfer(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: Sequence[WeightedBatch]
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batches: Sequence[WeightedBatch],
+        evaluating: Evaluating,
     ) -> list[WeightedBatch]:
         """Bring the batches to the device; augmentation done there is the same every time."""
         moved = []
         for batch in batches:
             seed_everything(self._options.seed + batch.index)
-            data = _lightning.transfer_batch(trainer, pl_module, batch.copy().data)
+            with evaluating():
+                data = _lightning.transfer_batch(trainer, pl_module, batch.copy().data)
             moved.append(replace(batch, data=data))
         return moved
+
+    def _check_harmless(self) -> None:
+        """Refuse to analyse again where that has changed what cannot be put back.
+
+        Raises:
+            DisturbedTrainingError: If it has.
+        """
+        if self._isolation.harm:
+            msg = f"changed in place {some_of(self._isolation.harm)} in an earlier analysis"
+            raise DisturbedTrainingError(msg)
+
+
+def _within(evaluating: Evaluating, function: Callable[..., Result] | None) -> Callable[..., Result] | None:
+    """Return a function that is called in the context of an evaluation."""
+
+    def within(*arguments: Any) -> Result:
+        with evaluating():
+            return cast("Callable[..., Result]", function)(*arguments)
+
+    return None if function is None else within
 
 
 def _processes(trainer: pl.Trainer) -> Processes:

@@ -67,7 +67,8 @@ class Recorder:
 
     def start(self, trainer: pl.Trainer, attempt: Attempt) -> None:
         """Begin with a run: let go of the samples of the last one, and look at the optimizers of this one."""
-        self.release()
+        for analyzer in self._analyzers.values():
+            analyzer.restart()
         self._readable = False
         with attempt("there will be no spectra through the optimizer's eyes"):
             if self._preconditioner is not None:
