@@ -41,8 +41,8 @@ they tell when a derivative is wrong, too.
 ALONE = """\
 ## What the replacements change
 
-PyTorch gets these derivatives wrong; an analysis writes the operations out. Without that, the comparison of the loss
-with its derivatives would find it out and take differences, or refuse:
+PyTorch has wrong derivatives of these, or none; an analysis writes the operations out. Without that, the comparison of
+the loss with its derivatives would find it out and take differences, or refuse:
 """
 
 

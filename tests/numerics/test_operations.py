@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.operations.__main__ import document
 from benchmarks.operations.case import Case
 from benchmarks.operations.functions import functions
-from benchmarks.operations.judge import Setting, judge, without_compositions
+from benchmarks.operations.judge import SETTINGS, Setting, Verdict, judge, without_compositions
 from benchmarks.operations.layers import NO_CASE, layers
 
 CASES: dict[str, Case] = {case.name: case for case in [*layers(), *functions()]}
@@ -55,3 +56,15 @@ def test_all_layers_are_there() -> None:
     assert not covered & set(NO_CASE)
     assert len([name for name in CASES if name.startswith(("torch.", "F."))]) >= 200
     assert all(torch.equal(a, b) for a, b in zip(CASES["Linear"].arguments(), CASES["Linear"].arguments(), strict=True))
+
+
+def test_the_report_lists_exceptions_by_operation() -> None:
+    chosen = [CASES["Tanh"], CASES["CTCLoss"]]
+    exact, refused = Verdict("exact"), Verdict("refused", remark="no | derivative " * 20)
+    found = {
+        (case.name, s): refused if (case.name, s) == ("CTCLoss", "loss") else exact for case in chosen for s in SETTINGS
+    }
+    text = document(chosen, found, dict.fromkeys(found, exact))
+    assert "| loss | 1 | 0 | 0 | 1 | 0 | 0 | 0 |" in text
+    assert "| CTCLoss | refused | exact | exact | no \\| derivative" in text
+    assert text.endswith("## Exact everywhere\n\n`Tanh`.\n")
