@@ -279,7 +279,7 @@ class SampleMean:
 
     def _give_up_exact_products(self) -> None:
         if not self.maker.is_free or self.verification.gradient == "differs":
-            raise WrongDerivativeError(self.verification.words)
+            raise WrongDerivativeError(self.verification.words, self.loss)
         self._products = []
         self.maker.fall_back(self.verification.words)
         self._prepare()

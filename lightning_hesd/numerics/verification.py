@@ -101,7 +101,15 @@ SHARDED_PART = Verification(
 
 
 class WrongDerivativeError(RuntimeError):
-    """Autograd's derivatives are not those of the loss; the message says what was found."""
+    """Autograd's derivatives are not those of the loss; the message says what was found.
+
+    Attributes:
+        loss: The mean loss.
+    """
+
+    def __init__(self, words: str, loss: float = math.nan) -> None:
+        super().__init__(words)
+        self.loss = loss
 
 
 class Comparison:

@@ -175,5 +175,5 @@ def _relied_on(spectrum: Spectrum) -> Spectrum:
         WrongDerivativeError: If products were not those of the loss.
     """
     if spectrum.verified == "no":
-        raise WrongDerivativeError(spectrum.reason)
+        raise WrongDerivativeError(spectrum.verification, spectrum.loss)
     return spectrum

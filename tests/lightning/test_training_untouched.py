@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset, Sampler, WeightedRandomSampler, get_worker_info
+from torch.utils.data import IterableDataset, Sampler, WeightedRandomSampler, default_collate, get_worker_info
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -389,6 +389,27 @@ SCENARIOS = {
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_bit_identical(name: str, tmp_path: Path) -> None:
     assert_untouched(SCENARIOS[name], tmp_path)
+
+
+class Collating(Classifier):
+    """Makes batches itself, and counts them: their values depend on the count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def on_fit_start(self) -> None:
+        self.trainer.fit_loop.setup_data()
+        self.trainer.train_dataloader.collate_fn = self.collate
+
+    def collate(self, items: list[Any]) -> Any:
+        self.calls += 1
+        x, *others = default_collate(items)
+        return x * self.calls, *others
+
+
+def test_bit_identical_where_the_module_makes_the_batches(tmp_path: Path) -> None:
+    assert_untouched(Scenario(Collating, callbacks=lambda: [callback(num_samples=5)]), tmp_path)
 
 
 @pytest.mark.parametrize("persistent", [True, False])
