@@ -21,10 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.problems import loss
 from lightning_hesd import hessian_spectrum
 from lightning_hesd.numerics.batches import WeightedBatch
-from lightning_hesd.numerics.fast_derivatives import FastDerivatives
 from lightning_hesd.numerics.guards import analysis_state
 from lightning_hesd.numerics.matrices import HessianMatrix
 from lightning_hesd.numerics.operators import CurvatureOperator
+from lightning_hesd.numerics.replacements import Replacements
 from lightning_hesd.numerics.sample_mean import SampleMean
 from lightning_hesd.numerics.strategies import Strategy
 
@@ -127,7 +127,7 @@ def our_product(problem: Problem, strategy: Strategy | Literal["auto"]) -> Itera
     batches = [WeightedBatch(batch, len(batch[0]), index) for index, batch in enumerate(problem.batches)]
 
     def our_loss(batch: WeightedBatch) -> Tensor:
-        with FastDerivatives():
+        with Replacements():
             return loss(problem.module, batch.data)
 
     with analysis_state(problem.module):

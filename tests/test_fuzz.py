@@ -358,7 +358,7 @@ TENSORS = st.sampled_from(
 def state() -> dict[str, Any]:
     return {
         "history": history().state_dict(),
-        "samples": {"training": {"indices": [0, 1, 2], "num_samples": 3}},
+        "samples": {"training": {"indices": [0, 1, 2], "lengths": [2, 1], "positions": [0, 1], "num_samples": 3}},
         "budget": {**Budget(0.1).state_dict(), "decisions": {4: True}},
     }
 

@@ -179,7 +179,8 @@ def test_unaveraged_diagonals_are_left_as_they_are() -> None:
 def spectrum(low: float, high: float, residual: float = 0.0) -> Spectrum:
     return Spectrum(
         nodes=[[low, 0.1, high]], weights=[[0.2, 0.5, 0.3]], residuals=[[residual, 0.0, residual]],
-        steps_per_probe=(3,), dimension=3, num_samples=8, loss=0.1, rounding=1e-7, matvecs=3, seconds=0.1, verified="yes",
+        steps_per_probe=(3,), dimension=3, num_samples=8, loss=0.1, rounding=1e-7, matvecs=3, seconds=0.1,
+        verified="yes",
     )  # fmt: skip
 
 

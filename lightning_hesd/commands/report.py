@@ -14,6 +14,7 @@ from lightning_hesd.spectra.files import written_whole
 from lightning_hesd.spectra.payload import CHOICE_FIELDS, CHOICES_NAME, PayloadError, read_payload, record_payload
 from lightning_hesd.spectra.picks import picks, rewound
 from lightning_hesd.tensorboard_plugin.assets import PLOTLY, REPORT, SHARED, STYLE, content
+from lightning_hesd.training.folders import exists, fetched, joined
 from lightning_hesd.training.history import SpectrumHistory
 
 if TYPE_CHECKING:
@@ -54,8 +55,9 @@ def run_data(log_dir: str | os.PathLike[str], name: str = "hesd") -> dict[str, A
         msg = f"the history in {log_dir} has no records yet."
         raise ValueError(msg)
     records = [record_payload(record) for record in history]
-    folder = next(f for f in (Path(log_dir) / name, Path(log_dir)) if f.is_dir())
-    choices, problems = _choices(folder / CHOICES_NAME)
+    own = joined(log_dir, name)
+    with fetched(own if exists(own) else log_dir) as folder:
+        choices, problems = _choices(folder / CHOICES_NAME)
     rules = picks(records, choices)
     return {
         "run": _run_name(Path(log_dir).resolve()),

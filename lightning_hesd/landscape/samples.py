@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_hesd.numerics.batches import WeightedBatch, batch_size
+from lightning_hesd.numerics.batches import batch_size, weighted_batches
 from lightning_hesd.numerics.guards import analysis_state
 from lightning_hesd.numerics.snapshot import preserved, seed_everything
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
+    from lightning_hesd.numerics.batches import WeightedBatch
     from lightning_hesd.numerics.guards import Mode
 
     SampleLoss = Callable[[Any, Any], Tensor]
@@ -81,7 +82,7 @@ def read_batches(batches: Iterable[Any]) -> list[WeightedBatch]:
         ValueError: If there is none.
     """
     with preserved():  # a data loader draws random numbers
-        found = [WeightedBatch(batch, batch_size(batch), index) for index, batch in enumerate(batches)]
+        found = weighted_batches(batches)
     if not found:
         msg = "there are no batches to analyse: `batches` is empty."
         raise ValueError(msg)
@@ -99,7 +100,8 @@ def sample_losses(module: Any, batch: WeightedBatch, loss_fn: SampleLoss) -> Ten
         TypeError: If `loss_fn` does not return a tensor.
     """
     seed_everything(1 + batch.index)
-    return _losses(module, batch.copy(), loss_fn)
+    with batch.evaluated():
+        return _losses(module, batch.copy(), loss_fn)
 
 
 def _losses(module: Any, batch: WeightedBatch, loss_fn: SampleLoss) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch  # noqa: TC002 - the examples in docstrings need them
 from torch import Tensor, nn  # noqa: TC002 - the examples in docstrings need them
 
-from lightning_hesd.numerics.batches import WeightedBatch, batch_size
+from lightning_hesd.numerics.batches import weighted_batches
 from lightning_hesd.numerics.options import OPTION_NAMES, AnalysisOptions
 from lightning_hesd.numerics.pipeline import analyze, analyze_layers
 from lightning_hesd.numerics.retry import retried
@@ -19,6 +19,7 @@ from lightning_hesd.numerics.strategies import Calibration
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from lightning_hesd.numerics.batches import WeightedBatch
     from lightning_hesd.numerics.evaluation import LossFunction
     from lightning_hesd.numerics.guards import Mode
     from lightning_hesd.numerics.layers import Layers
@@ -63,7 +64,7 @@ def hessian_spectrum(
         loss_fn: `loss_fn(module, batch)` -> mean loss over the batch, a scalar tensor that can be differentiated
             twice.
         batch_weight: `batch_weight(batch)` -> weight of the batch, positive; default: its number of samples, the
-            first dimension of its first tensor.
+            first dimension of its tensors; a warning says where these disagree.
         steps: Lanczos steps per probe, hence Hessian-vector products; never more than there are parameters. With
             `tolerance` the most there can be. Default from Gabdullin (2025) and Yao et al. (2020).
         probes: Number of independent start vectors.
@@ -171,9 +172,8 @@ def layer_spectra(
 
 
 def _weighted(batches: Iterable[Any], options: AnalysisOptions) -> list[WeightedBatch]:
-    weigh = options.batch_weight or batch_size
     with preserved():  # a data loader draws random numbers
-        return [WeightedBatch(batch, weigh(batch), index) for index, batch in enumerate(batches)]
+        return weighted_batches(batches, options.batch_weight)
 
 
 def analysis_options(**given: Any) -> AnalysisOptions:

@@ -1,7 +1,8 @@
 """Operations with second derivatives written out, so that a Hessian-vector product passes over memory less often.
 
 Each is a pair of functions of autograd: one for the operation, one for its gradient, whose own derivatives are what
-costs. All can be differentiated further, for losses that hold derivatives themselves. All tensors have one type.
+costs. All but the layer norm can be differentiated further, for losses that contain derivatives. All tensors have one
+type.
 """
 
 # ruff: noqa: D102 - what the methods of the bilinear operations do is said once, by their protocol
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -183,20 +185,13 @@ class _LayerNormBackward(Function):
         standard = (x - mean) * rstd
         slope = _row_sum(gradient if w is None else gradient * w, standard) / x.shape[1]
         ctx.save_for_backward(gradient, x, w, b, mean, rstd, standard, slope)
-        ctx.wanted = wanted
         return torch.ops.aten.native_layer_norm_backward(gradient, x, x.shape[1:], mean, rstd, w, b, wanted)
 
     @staticmethod
+    @once_differentiable  # the derivative of what follows would take mean and rstd for constants
     def backward(ctx: Any, along_x: Tensor | None, along_w: Tensor | None, along_b: Tensor | None) -> Any:
-        gradient, x, w, b, mean, rstd, standard, slope = ctx.saved_tensors
+        gradient, x, w, _, mean, rstd, standard, slope = ctx.saved_tensors
         kernel, shape = torch.ops.aten.native_layer_norm_backward, x.shape[1:]
-        if torch.is_grad_enabled():
-
-            def gradients(gradient: Tensor, x: Tensor, w: Tensor | None) -> Any:
-                return kernel(gradient, x, shape, mean, rstd, w, b, ctx.wanted)
-
-            along = along_x, along_w, along_b
-            return *_differentiate(gradients, (gradient, x, w), along), None, None, None, None
 
         def project(rows: Tensor) -> Tensor:
             """Return rstd · P(rows)."""
@@ -204,9 +199,9 @@ class _LayerNormBackward(Function):
             return projected
 
         along_x = torch.zeros_like(x) if along_x is None else along_x
-        along_w = torch.zeros_like(x[0]) if along_w is None else along_w
-        along_b = torch.zeros_like(x[0]) if along_b is None else along_b
-        weight = torch.ones_like(x[0]) if w is None else w
+        along_w = x.new_zeros(x.shape[1:]) if along_w is None else along_w
+        along_b = x.new_zeros(x.shape[1:]) if along_b is None else along_b
+        weight = x.new_ones(x.shape[1:]) if w is None else w
         projected = project(along_x)
         of_gradient = torch.addcmul(along_b, projected, weight).addcmul_(along_w, standard)
         of_w = gradient * projected

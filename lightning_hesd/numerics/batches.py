@@ -1,16 +1,32 @@
-"""Batches of the analysis: their weight in the mean loss, and how to cut them into smaller ones."""
+"""Batches of the analysis: their weight in the mean loss, and their position in the epoch."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from lightning_hesd.numerics.cuts import UnsplittableBatchError, attributes, cut
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+_REMEDY = "pass `batch_weight=`, a function of the batch that returns its weight."
+
+
+class SkippedBatchError(Exception):
+    """The loss function has no loss for this batch, as a `training_step` that returns None: the batch is left out."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +38,14 @@ class WeightedBatch:
         weight: Its weight in the mean loss: its number of samples.
         index: Its position among the batches of all processes; it seeds whatever is random in the forward pass.
         is_spare: Whether it only lets a process take part that has no batch of its own, and counts for nothing.
+        position: Its position in an epoch of training, the `batch_idx` of a training step; None: its index.
     """
 
     data: Any
     weight: float
     index: int
     is_spare: bool = field(default=False, kw_only=True)
+    position: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check the weight.
@@ -46,69 +64,184 @@ class WeightedBatch:
 
     def copy(self) -> WeightedBatch:
         """Return a copy for code that may change its batch in place, which every evaluation must find unchanged."""
+        return WeightedBatch(copied(self.data), self.weight, self.index, position=self.position)
+
+    @contextlib.contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """Let `position_in_epoch` tell the position of this batch meanwhile."""
+        token = _position.set(self.index if self.position is None else self.position)
         try:
-            data = copy.deepcopy(self.data)
-        except Exception:  # noqa: BLE001 - what cannot be copied is passed on as it is
-            data = self.data
-        return WeightedBatch(data, self.weight, self.index)
+            yield
+        finally:
+            _position.reset(token)
 
     def split(self, parts: int) -> list[WeightedBatch]:
         """Cut the batch into `parts` batches of nearly equal size, or fewer if it has fewer samples.
 
-        Every tensor and array whose first dimension is that of the first tensor is cut; everything else is taken to
-        be common to all samples. The weight is shared out by size.
+        What belongs to the samples is cut (see `cuts`); everything else is taken to be common to all of them. The
+        weight is shared out by size.
+
+        Raises:
+            UnsplittableBatchError: If it cannot be told what belongs to the samples, or nothing does.
         """
-        size = int(batch_size(self.data))
-        cuts = np.linspace(0, size, min(parts, size) + 1).round().astype(int).tolist()
+        size = self._size()
+        ends = np.linspace(0, size, min(parts, size) + 1).round().astype(int).tolist()
+        if len(ends) <= 2:
+            return [self]
+        ranges = [slice(start, end) for start, end in itertools.pairwise(ends)]
         return [
-            WeightedBatch(_part(self.data, size, slice(start, end)), self.weight * (end - start) / size, self.index)
-            for start, end in itertools.pairwise(cuts)
+            replace(self, data=data, weight=self.weight * (chosen.stop - chosen.start) / size)
+            for chosen, data in zip(ranges, cut(self.data, size, ranges), strict=True)
         ]
+
+    def _size(self) -> int:
+        """Return the length of the dimension to cut: the weight, if there is a tensor of that length.
+
+        Raises:
+            UnsplittableBatchError: If the samples are along another dimension than the first.
+        """
+        if self.weight in _lengths(self.data):
+            return int(self.weight)
+        if any(isinstance(t, Tensor) and t.ndim > 1 and t.size(1) == self.weight for t in _tensors(self.data)):
+            msg = f"the {self.weight:.0f} samples of a batch are along the second dimension of its tensors"
+            raise UnsplittableBatchError(msg)
+        return int(batch_size(self.data))
+
+
+_position: ContextVar[int] = ContextVar("position", default=0)
+
+
+def position_in_epoch() -> int:
+    """Return the position in the epoch of the batch that is being evaluated; 0 outside of an evaluation."""
+    return _position.get()
+
+
+def copied(data: Any) -> Any:
+    """Return a copy of a batch, or the batch itself if it cannot be copied."""
+    try:
+        return copy.deepcopy(data)
+    except Exception:  # noqa: BLE001 - batches of any kind are analysed
+        return data
 
 
 def batch_size(batch: Any) -> float:
-    """Return the number of samples of a batch as Lightning infers it: the length of its first tensor.
+    """Return the number of samples of a batch: the length of its first tensor that is not a scalar.
 
     Raises:
         ValueError: If the batch holds no tensor.
     """
-    for tensor in _tensors(batch):
-        return float(tensor.shape[0]) if tensor.ndim else 1.0
-    msg = f"cannot tell the number of samples of a batch of type {type(batch).__name__}: pass `batch_weight`."
-    raise ValueError(msg)
+    return count_samples(batch)[0]
 
 
-def _tensors(batch: Any) -> Iterable[Tensor]:
-    if isinstance(batch, Tensor):
+def weighted_batches(batches: Iterable[Any], weigh: Callable[[Any], float] | None = None) -> list[WeightedBatch]:
+    """Return batches with their weights, by default their numbers of samples; warn once if one of these is a guess.
+
+    Raises:
+        ValueError: If a batch holds no tensor, or a weight is not positive.
+    """
+    found: list[WeightedBatch] = []
+    doubts: list[str] = []
+    for index, batch in enumerate(batches):
+        weight, doubt = (weigh(batch), None) if weigh is not None else count_samples(batch)
+        if doubt is not None:
+            doubts.append(doubt)
+        found.append(WeightedBatch(batch, weight, index))
+    if doubts:
+        warnings.warn(f"lightning_hesd: {doubts[0]}", RuntimeWarning, stacklevel=3)
+    return found
+
+
+def count_samples(batch: Any, made_from: int | None = None) -> tuple[float, str | None]:
+    """Return the number of samples of a batch, and why that is a guess; None if it is none.
+
+    Args:
+        batch: The batch.
+        made_from: Number of positions of the dataset that it was made from, if known; a collate function may have
+            left some out, or added others.
+
+    Raises:
+        ValueError: If the batch holds no tensor, and it is not known what it was made from.
+    """
+    lengths = _lengths(batch)
+    if made_from is None:
+        return _count(batch, lengths)
+    known = [length for length in lengths if length is not None]
+    if not known or made_from in known or _has_entries(batch, made_from):
+        return float(made_from), None
+    shapes = [tensor.shape for tensor in _tensors(batch) if tensor.ndim]
+    along_second = all(len(shape) > 1 and shape[1] == made_from for shape in shapes)
+    if len(set(known)) == 1 and not along_second and not _is_list_of_tensors(batch, made_from):
+        return float(known[0]), None
+    return float(made_from), (
+        f"a batch of type {type(batch).__name__} is taken to hold the {made_from} samples that it was made from, but "
+        f"its tensors have first dimensions {_listed(known)}, so that `collate_fn` may have changed their number: "
+        f"{_REMEDY}"
+    )
+
+
+def _count(batch: Any, lengths: Sequence[int | None]) -> tuple[float, str | None]:
+    if not lengths:
+        msg = f"cannot tell the number of samples of a batch of type {type(batch).__name__}: pass `batch_weight`."
+        raise ValueError(msg)
+    known = [length for length in lengths if length is not None] or [1]
+    if len(set(known)) > 1:
+        obstacle = f"its tensors have first dimensions {_listed(known)}"
+    elif lengths[0] is None and len(lengths) > 1:
+        obstacle = "its first tensor is a scalar"
+    else:
+        return float(known[0]), None
+    return float(known[0]), (
+        f"a batch of type {type(batch).__name__} is taken to hold {known[0]} samples, the first dimension of its first "
+        f"tensor that has one, but {obstacle}: {_REMEDY}"
+    )
+
+
+def _listed(lengths: Sequence[int]) -> str:
+    distinct = list(dict.fromkeys(lengths))
+    return ", ".join(map(str, distinct[:4])) + (", ..." if len(distinct) > 4 else "")
+
+
+def _lengths(batch: Any) -> list[int | None]:
+    """Return the first dimensions of the tensors of a batch, None for scalars."""
+    return [_length(tensor) for tensor in _tensors(batch)]
+
+
+def _length(tensor: Any) -> int | None:
+    if isinstance(tensor, PackedSequence):
+        return int(tensor.batch_sizes[0])
+    return int(tensor.size(0)) if tensor.ndim else None
+
+
+def _tensors(batch: Any, seen: frozenset[int] = frozenset()) -> Iterable[Any]:
+    """Yield the tensors of a batch, packed sequences among them."""
+    if isinstance(batch, Tensor | PackedSequence):
         yield batch
-    elif isinstance(batch, np.ndarray):
         return
-    elif isinstance(batch, Mapping):
-        yield from _tensors(list(batch.values()))
-    elif is_dataclass(batch) and not isinstance(batch, type):
-        yield from _tensors([getattr(batch, f.name) for f in fields(batch)])
-    elif isinstance(batch, Iterable) and not isinstance(batch, str | bytes):
-        for part in batch:
-            yield from _tensors(part)
-
-
-def _part(batch: Any, size: int, chosen: slice) -> Any:
-    """Return the chosen samples of a batch, in the structure it has."""
-    if isinstance(batch, Tensor | np.ndarray):
-        return batch[chosen] if batch.ndim and batch.shape[0] == size else batch
+    if isinstance(batch, np.ndarray | str | bytes | Iterator | nn.Module | type) or id(batch) in seen:
+        return
+    parts: Iterable[Any] = ()
     if isinstance(batch, Mapping):
-        parts: Any = copy.copy(batch)
-        for key, value in batch.items():
-            parts[key] = _part(value, size, chosen)
-        return parts
-    if is_dataclass(batch) and not isinstance(batch, type):
-        parts = copy.copy(batch)
-        for f in fields(batch):
-            object.__setattr__(parts, f.name, _part(getattr(batch, f.name), size, chosen))
-        return parts
-    if isinstance(batch, list):
-        return [_part(value, size, chosen) for value in batch]
-    if isinstance(batch, tuple):
-        values = [_part(value, size, chosen) for value in batch]
-        return type(batch)(*values) if hasattr(batch, "_fields") else tuple(values)
-    return batch
+        parts = list(batch.values())
+    elif is_dataclass(batch):
+        parts = [getattr(batch, f.name) for f in fields(batch)]
+    elif isinstance(batch, Iterable):
+        parts = batch
+    elif not callable(batch):
+        parts = attributes(batch).values()
+    for part in parts:
+        yield from _tensors(part, seen | {id(batch)})
+
+
+def _has_entries(batch: Any, count: int, depth: int = 3) -> bool:
+    """Whether there is a list of so many entries in a batch, not too far down, that are no tensors."""
+    if isinstance(batch, list | tuple) and len(batch) == count and not any(isinstance(p, Tensor) for p in batch):
+        return True
+    parts: Any = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    return depth > 1 and any(_has_entries(part, count, depth - 1) for part in parts)
+
+
+def _is_list_of_tensors(batch: Any, count: int) -> bool:
+    """Whether a batch is, or begins with, a list of so many tensors."""
+    if not isinstance(batch, list | tuple) or not batch:
+        return False
+    return (len(batch) == count and isinstance(batch[0], Tensor)) or _is_list_of_tensors(batch[0], count)

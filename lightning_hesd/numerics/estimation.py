@@ -140,7 +140,7 @@ class Estimation:
         """Machine epsilon of the coarsest arithmetic behind the products: of parameters, vectors, or the loss."""
         mean = self.operator.mean
         dtypes = [mean.dtype, *(p.dtype for p in self.operator.parameters)]
-        return max(mean.matrix.facts.epsilon, *(torch.finfo(dtype).eps for dtype in dtypes))
+        return max(mean.epsilon, *(torch.finfo(dtype).eps for dtype in dtypes))
 
     @property
     def asymmetry(self) -> float:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lightning_hesd.numerics.fast_derivatives import FastDerivatives
+from lightning_hesd.numerics.checkpointing import recomputed_under
 from lightning_hesd.numerics.matrices import GaussNewtonMatrix, HessianMatrix, ResidualMatrix
+from lightning_hesd.numerics.replacements import Replacements
 from lightning_hesd.numerics.snapshot import seed_everything
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Evaluator:
         options: Options of the analysis, with `output_fn`, `output_loss` and the seed.
         layout: How the parameters lie in the processes.
         isolation: What keeps evaluations apart.
+        batches: All batches of the analysis; None: this process does not have them all.
     """
 
     def __init__(
@@ -49,6 +51,8 @@ class Evaluator:
         options: AnalysisOptions,
         layout: Layout,
         isolation: Isolation,
+        *,
+        batches: Sequence[WeightedBatch] | None = None,
     ) -> None:
         self.module = module
         self.loss_fn = loss_fn
@@ -56,26 +60,23 @@ class Evaluator:
         self.layout = layout
         self.isolation = isolation
         self._dtype: torch.dtype | None = None
+        self.batches = batches
+        self._known: dict[str, bool] = {}  # what `Replacements` has to be told
 
     def loss(self, batch: WeightedBatch) -> Tensor:
         """Return the mean loss of a batch, a scalar with a graph."""
-        self.isolation.restore(batch.index)
-        with self._evaluating(batch) as data:
-            loss = self.loss_fn(self.module, data)
+        loss = self._evaluate(lambda data: self.loss_fn(self.module, data), batch)
         return self.layout.loss(_checked_loss(loss, "loss_fn"), batch)
 
     def outputs(self, batch: WeightedBatch) -> Any:
         """Return the outputs of the network for a batch."""
         output_fn = cast("Callable[[Any, Any], Any]", self.options.output_fn)  # checked with the options
-        self.isolation.restore(batch.index)
-        with self._evaluating(batch) as data:
-            return output_fn(self.module, data)
+        return self._evaluate(lambda data: output_fn(self.module, data), batch)
 
     def loss_of_outputs(self, outputs: Any, batch: WeightedBatch) -> Tensor:
         """Return the mean loss of such outputs, a scalar with a graph, right after they were computed."""
         output_loss = cast("Callable[[Any, Any], Tensor]", self.options.output_loss)  # checked with the options
-        with self._evaluating(batch) as data:
-            loss = output_loss(outputs, data)
+        loss = self._evaluate(lambda data: output_loss(outputs, data), batch, from_start=False)
         return self.layout.loss(_checked_loss(loss, "output_loss"), batch)
 
     def matrix(self, parameters: Sequence[Tensor], blocks: Sequence[slice]) -> Matrix:
@@ -126,13 +127,57 @@ class Evaluator:
             for put_back in places:
                 put_back()
 
-    @contextlib.contextmanager
-    def _evaluating(self, batch: WeightedBatch) -> Iterator[Any]:
+    def _evaluate(self, function: Callable[[Any], Any], batch: WeightedBatch, *, from_start: bool = True) -> Any:
+        """Return the value of a function of a batch, called again where the first call shows that it has to be."""
+        while True:
+            replacements = Replacements(**self._known)
+            try:
+                result = self._evaluate_under(replacements, function, batch, from_start=from_start)
+            except Exception:
+                if not replacements.missed:
+                    raise
+            if not replacements.missed:
+                return result
+            if replacements.renormalizations:
+                self._renormalize()
+            self._known |= dict.fromkeys(replacements.missed, True)
+
+    def _evaluate_under(
+        self,
+        replacements: Replacements,
+        function: Callable[[Any], Any],
+        batch: WeightedBatch,
+        *,
+        from_start: bool = True,
+    ) -> Any:
+        if from_start:
+            self.isolation.restore(batch.index)
         # The same dropout mask at every evaluation of this batch, and not the random numbers of the start vectors.
         seed_everything(self.options.seed + 1 + batch.index)
-        with self.isolation.evaluation(), FastDerivatives(), self.layout.evaluation():
+        recomputed = recomputed_under(replacements)
+        with self.isolation.evaluation(), replacements, recomputed, self.layout.evaluation(), batch.evaluated():
             data = batch.copy().data
-            yield data if self._dtype is None else tree_map_only(Tensor, self._cast, data)
+            return function(data if self._dtype is None else tree_map_only(Tensor, self._cast, data))
+
+    def _renormalize(self) -> None:
+        """Bring the embeddings that the losses of all batches use within their `max_norm`, in place.
+
+        Raises:
+            RuntimeError: If other processes have batches, too: their weights would become others than these.
+        """
+        if self.batches is None:
+            msg = (
+                "the loss renormalises embeddings (`max_norm`) in place, each process those of its own batches, so "
+                "that the weights of the processes differ: analyse in a single process, or without `max_norm`."
+            )
+            raise RuntimeError(msg)
+        replacements = Replacements()
+        for batch in self.batches:
+            self._evaluate_under(replacements, lambda data: self.loss_fn(self.module, data), batch)
+        self.isolation.restore(None)
+        for renormalization in replacements.renormalizations:
+            torch.embedding_renorm_(*renormalization)
+        self.isolation.start_here()
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor

@@ -1,4 +1,4 @@
-"""Operations whose second derivatives are cheap, in place of PyTorch's while inside.
+"""Operations with second derivatives that are cheap, in place of those that PyTorch differentiates slowly.
 
 On the CPU PyTorch differentiates the gradient of a convolution by convolving with whole feature maps, and those of
 normalisation and activation layers in up to thirty passes over them. With the functions below this module a
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lightning_hesd.numerics.autograd_functions import (
     Convolution,
@@ -33,29 +32,21 @@ _LARGE = 100_000
 """Elements from which on fewer passes over memory outweigh a function of Python in the graph."""
 
 
-class FastDerivatives(TorchFunctionMode):
-    """Replaces what it can do faster, wherever it is called; everything else goes its usual way."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        replacement = _REPLACEMENTS.get(func)
-        if replacement is not None and torch.is_grad_enabled():
-            result = replacement(*args, **(kwargs or {}))
-            if result is not None:
-                return result
-        return func(*args, **(kwargs or {}))
-
-
 def _is_plain(*tensors: Tensor | None) -> bool:
-    """Whether these are ordinary tensors of the CPU, of one type, outside autocast and function transforms."""
-    if torch.is_autocast_enabled("cpu") or torch._C._functorch.peek_interpreter_stack() is not None:  # noqa: SLF001
+    """Whether these are ordinary tensors of the CPU, of one type, outside autocast, and one requires grad."""
+    if torch.is_autocast_enabled("cpu"):
         return False
     present = [t for t in tensors if t is not None]
-    return len({t.dtype for t in present}) == 1 and all(
-        type(t) in {Tensor, nn.Parameter}
-        and t.device.type == "cpu"
-        and t.is_floating_point()
-        and t.layout == torch.strided
-        for t in present
+    return (
+        len({t.dtype for t in present}) == 1
+        and any(t.requires_grad for t in present)
+        and all(
+            type(t) in {Tensor, nn.Parameter}
+            and t.device.type == "cpu"
+            and t.is_floating_point()
+            and t.layout == torch.strided
+            for t in present
+        )
     )
 
 
@@ -86,8 +77,13 @@ def _batch_norm(  # noqa: PLR0917 - PyTorch's order
     momentum: float | None = 0.1,  # noqa: ARG001
     eps: float = 1e-5,
 ) -> Tensor | None:
-    if training or running_mean is None or running_var is None or not _is_plain(input, running_mean, weight, bias):
+    given = [running_mean, running_var, *(p for p in (weight, bias) if p is not None)]
+    fits = all(p is not None and p.shape == input.shape[1:2] for p in given)
+    if training or running_mean is None or running_var is None or not fits or not _is_plain(input, *given):
         return None
+    is_packed = input.is_contiguous() or (input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last))
+    if not is_packed:
+        return None  # PyTorch packs the result, and what follows may rely on it
     scale = (running_var + eps).rsqrt()
     if weight is not None:
         scale = scale * weight
@@ -115,7 +111,7 @@ def _layer_norm(  # noqa: PLR0917 - PyTorch's order
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:  # noqa: A002 - PyTorch's name
-    fits = weight.ndim == 2 and input.ndim >= 2
+    fits = weight.ndim == 2 and input.ndim >= 2 and (bias is None or bias.shape == weight.shape[:1])
     if not fits or input.numel() < _LARGE or not _is_plain(input, weight, bias):
         return None
     rows = bilinear(Linear(), input.reshape(-1, input.shape[-1]), weight, bias)
@@ -154,7 +150,7 @@ def _attention(  # noqa: PLR0917 - PyTorch's order
     return attention(q, k, v, scale, causal=is_causal).view(*query.shape[:-1], -1)
 
 
-_REPLACEMENTS: dict[Any, Callable[..., Tensor | None]] = {
+SLOW: dict[Any, Callable[..., Tensor | None]] = {
     torch.conv1d: _convolution,
     torch.conv2d: _convolution,
     torch.conv3d: _convolution,
@@ -168,3 +164,4 @@ _REPLACEMENTS: dict[Any, Callable[..., Tensor | None]] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
 }
+"""Takes the arguments of an operation; returns None to leave a call to PyTorch."""

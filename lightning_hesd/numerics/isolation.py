@@ -66,6 +66,11 @@ class Isolation:
         self._latest = what
         self.power_iterations.begin()
 
+    def start_here(self) -> None:
+        """Take the present state for the one from which evaluations start."""
+        self._before = self._start = None
+        self._evaluated = set()
+
     @contextlib.contextmanager
     def afresh(self, analysed: Sequence[Tensor]) -> Iterator[None]:
         """Let evaluations inside start from a state of their own, for which others are analysed."""

@@ -229,7 +229,7 @@ class Lanczos:
         vector = residual.to(known.device) if moved else residual
         norm = self._space.norm(vector)
         coefficients = self._space.coefficients(known, vector)
-        correction, asymmetry = coefficients[-1], torch.linalg.vector_norm(coefficients[:-1])
+        correction, asymmetric = coefficients[-1], asymmetry(coefficients)
         before, norm = norm, self._subtract(known, coefficients, vector)
         # Asking an accelerator would mean waiting for it; there the second pass is the cheaper answer.
         if self._on_accelerator or float(norm) <= LOST_NORM * float(before):
@@ -237,7 +237,7 @@ class Lanczos:
             correction, norm = correction + coefficients[-1], self._subtract(known, coefficients, vector)
         if moved:
             residual.copy_(vector)
-        return correction.to(residual.device), norm.to(residual.device), asymmetry.to(residual.device)
+        return correction.to(residual.device), norm.to(residual.device), asymmetric.to(residual.device)
 
     def _subtract(self, known: Tensor, coefficients: Tensor, vector: Tensor) -> Tensor:
         """Subtract a combination of the basis in place, and return the norm of what is left."""
@@ -250,6 +250,17 @@ class Lanczos:
             culprit = int(np.argmin(finite))
             vector = current if self._basis is None else self._basis[culprit].to(current.device)
             raise NonFiniteProductError(vector.clone() if self._space.is_finite(vector) else None, culprit + 1)
+
+
+def asymmetry(coefficients: Tensor) -> Tensor:
+    """Return the norm of a remainder's components along all basis vectors but the last: zero for a symmetric matrix.
+
+    Args:
+        coefficients: Components along the basis vectors so far, shape (m,), of a product freed from its parts along the
+            last two.
+    """
+    norm: Tensor = torch.linalg.vector_norm(coefficients[:-1])
+    return norm
 
 
 def advance(process: Process, product: Tensor) -> Tensor | None:

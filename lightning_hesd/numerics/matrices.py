@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from typing_extensions import override
 
+from lightning_hesd.numerics.checkpointing import kept_activations
 from lightning_hesd.numerics.graphs import GraphFacts
 
 if TYPE_CHECKING:
@@ -66,7 +67,10 @@ class Matrix(ABC):
 
     @abstractmethod
     def function(self, batch: WeightedBatch) -> Callable[[], Tensor]:
-        """Return the function of the parameters, a scalar, whose Hessian at their present values the matrix is."""
+        """Return the function of the parameters, a scalar, whose Hessian at their present values the matrix is.
+
+        Of a matrix that is none, the loss.
+        """
 
 
 class HessianMatrix(Matrix):
@@ -74,7 +78,8 @@ class HessianMatrix(Matrix):
 
     @override
     def product(self, batch: WeightedBatch, *, retain: bool) -> tuple[Tensor, Product]:
-        loss = self.loss(batch)
+        with kept_activations():
+            loss = self.loss(batch)
         return loss.detach(), _hessian_product(loss, self, retain=retain)
 
     @override
@@ -100,7 +105,7 @@ class Outputs:
 
 
 @dataclass
-class _OutputMatrix(Matrix):
+class OutputMatrix(Matrix):
     """What the matrices have in common that look at the outputs of the network.
 
     Attributes:
@@ -136,6 +141,16 @@ class _OutputMatrix(Matrix):
                 )
                 raise ValueError(msg)
 
+    def values(self, batch: WeightedBatch) -> list[Any]:
+        """Return the outputs for a batch, leaf by leaf, without a graph."""
+        return [o.detach() if isinstance(o, Tensor) else o for o in tree_leaves(self.output_fn(batch))]
+
+    def loss_near(self, batch: WeightedBatch, change: Sequence[Tensor | None], distance: float) -> float:
+        """Return the loss of the outputs moved by `distance` times `change`; None leaves an output where it is."""
+        leaves, structure = tree_flatten(self.output_fn(batch))
+        moved = [o if c is None else o.detach() + distance * c for o, c in zip(leaves, change, strict=True)]
+        return self.output_loss(tree_unflatten(moved, structure), batch).item()
+
     def _outputs(self, batch: WeightedBatch) -> Outputs:
         leaves, structure = tree_flatten(self.output_fn(batch))
         heads = [o.detach().requires_grad_() if _depends(o) else o for o in leaves]
@@ -145,14 +160,15 @@ class _OutputMatrix(Matrix):
         return Outputs(values, own, loss, gradient(loss, own, create_graph=True))
 
 
-class GaussNewtonMatrix(_OutputMatrix):
+class GaussNewtonMatrix(OutputMatrix):
     """G, positive semidefinite where the loss is convex in the outputs."""
 
     is_hessian: ClassVar[bool] = False
 
     @override
     def product(self, batch: WeightedBatch, *, retain: bool) -> tuple[Tensor, Product]:
-        outputs = self._outputs(batch)
+        with kept_activations():
+            outputs = self._outputs(batch)
         # cᵀJ is linear in c, whatever c: its derivative along v with respect to c is Jv.
         cotangents = [torch.zeros_like(o, requires_grad=True) for o in outputs.values]
         pulled = _derivative(outputs.values, self.parameters, cotangents, create_graph=True)
@@ -171,16 +187,16 @@ class GaussNewtonMatrix(_OutputMatrix):
 
     @override
     def function(self, batch: WeightedBatch) -> Callable[[], Tensor]:
-        msg = "the Gauss-Newton matrix is the Hessian of no function"
-        raise TypeError(msg)
+        return lambda: self.loss(batch)
 
 
-class ResidualMatrix(_OutputMatrix):
+class ResidualMatrix(OutputMatrix):
     """R: the Hessian of the outputs, weighted by the present slopes of the loss."""
 
     @override
     def product(self, batch: WeightedBatch, *, retain: bool) -> tuple[Tensor, Product]:
-        outputs = self._outputs(batch)
+        with kept_activations():
+            outputs = self._outputs(batch)
         weighted = _weighted_sum(outputs.values, outputs.slopes)
         return outputs.loss.detach(), _hessian_product(weighted, self, retain=retain)
 

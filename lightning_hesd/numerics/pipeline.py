@@ -89,7 +89,7 @@ def analyze(
         with estimated(module, batches, loss_fn, options, [everything], **context) as [estimation]:
             return estimation.spectrum()
     except WrongDerivativeError as error:
-        return _refused(str(error), everything, batches, options)
+        return _refused(error, everything, batches, options)
 
 
 def analyze_layers(
@@ -106,11 +106,14 @@ def analyze_layers(
         with estimated(module, batches, loss_fn, options, list(found.values()), **context) as estimations:
             return {name: estimation.spectrum() for name, estimation in zip(found, estimations, strict=True)}
     except WrongDerivativeError as error:
-        return {name: _refused(str(error), block, batches, options) for name, block in found.items()}
+        return {name: _refused(error, block, batches, options) for name, block in found.items()}
 
 
 def _refused(
-    reason: str, parameters: Sequence[nn.Parameter], batches: Sequence[WeightedBatch], options: AnalysisOptions
+    error: WrongDerivativeError,
+    parameters: Sequence[nn.Parameter],
+    batches: Sequence[WeightedBatch],
+    options: AnalysisOptions,
 ) -> Spectrum:
     """Return the record of an analysis that found no products to rely on."""
     return Spectrum(
@@ -120,7 +123,7 @@ def _refused(
         steps_per_probe=(0,),
         dimension=sum(p.numel() for p in parameters),
         num_samples=round(sum(batch.weight for batch in batches)),
-        loss=math.nan,
+        loss=error.loss,
         rounding=0.0,
         matvecs=0,
         seconds=0.0,
@@ -130,9 +133,9 @@ def _refused(
         mode=options.mode,
         confidence=options.confidence,
         tolerance=options.tolerance,
-        reason=reason,
+        reason=str(error),
         verified="no",
-        verification=reason,
+        verification=str(error),
     )
 
 
@@ -168,10 +171,12 @@ def estimated(
     plan = _plan(module, parameters, dtype, options=options, layout=layout, all_reduce=all_reduce, processes=processes)
 
     with analysis_state(module, options.mode, analysed, state) as isolation, layout.opened(module):
-        evaluator = Evaluator(module, loss_fn, options, layout, isolation)
+        joint = layout.joint(batches)
+        is_alone = all_reduce is None and layout.all_reduce is None
+        evaluator = Evaluator(module, loss_fn, options, layout, isolation, batches=joint if is_alone else None)
         mean = SampleMean(
             evaluator.matrix(parameters, ranges),
-            layout.joint(batches),
+            joint,
             strategy=options.strategy,
             dtype=dtype,
             all_reduce=all_reduce,

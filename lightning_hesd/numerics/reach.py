@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lightning_hesd.numerics.containers import holds_atoms
 from lightning_hesd.numerics.holders import FRAMEWORKS, attributes, class_body, container, user_classes
 from lightning_hesd.numerics.streams import STREAMS
 
@@ -34,6 +35,12 @@ _IMMUTABLE = (
 )
 _STATELESS = (*_IMMUTABLE, random.SystemRandom)
 _PLAIN = (*_IMMUTABLE, *STREAMS, Tensor, np.ndarray, nn.Module, Dataset)
+
+LONGEST_SEARCHED = 10_000
+"""Of longer containers in the reach of datasets it is remembered what they hold, but not how that looks inside."""
+
+LONG = 100
+"""From this length on it pays to look whether a container holds plain values only."""
 
 
 class Reach:
@@ -83,14 +90,17 @@ class Reach:
         found: list[object] = []
         for holder in [*holders, *map(class_body, classes)]:
             self.holders.append(holder)
-            kinds = set(map(type, holder.values))
-            for first in holder.values[:10]:
-                if type(first) is tuple:
-                    kinds.update(map(type, first))
-            self._stateless.update(kind for kind in kinds - self._stateless if issubclass(kind, _STATELESS))
-            if not kinds <= self._stateless:
+            kinds = set(map(type, holder.values)) - self._stateless
+            self._stateless.update(kind for kind in kinds if issubclass(kind, _STATELESS))
+            if not kinds <= self._stateless and self._is_searched(holder.values):
                 found += [value for value in holder.values if not self._is_stateless(value)]
         return found
+
+    def _is_searched(self, values: Sequence[object]) -> bool:
+        """Whether to look at each of some values: not at a million file names, nor at a million of any in datasets."""
+        if self._datasets and len(values) > LONGEST_SEARCHED:
+            return False
+        return len(values) <= LONG or not holds_atoms(values)
 
     def _is_stateless(self, value: object) -> bool:
         """Whether a value has no state; a tuple that is taken for one that has costs time only."""
@@ -143,7 +153,7 @@ class Reach:
             if not parts:
                 return False
             for holder in parts:
-                pending.extend(holder.values)
+                pending.extend(holder.values if self._is_searched(holder.values) else ())
         self._plain.update(reached)
         return True
 

@@ -14,9 +14,21 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from lightning_hesd.numerics.batches import SkippedBatchError
+from lightning_hesd.numerics.cuts import UnsplittableBatchError
+from lightning_hesd.numerics.groups import check_groups
 from lightning_hesd.numerics.layout import Layout
+from lightning_hesd.numerics.matrices import OutputMatrix
+from lightning_hesd.numerics.memory import is_out_of_memory
 from lightning_hesd.numerics.strategies import Calibration, NoExactProductError, ProductMaker
-from lightning_hesd.numerics.verification import GAUSS_NEWTON, Verification, WrongDerivativeError, joint_outcome, verify
+from lightning_hesd.numerics.verification import (
+    SHARDED_PART,
+    Verification,
+    WrongDerivativeError,
+    joint_outcome,
+    verify,
+)
+from lightning_hesd.spectra.foreign import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -28,6 +40,10 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.matrices import Matrix, Product, Vector
     from lightning_hesd.numerics.strategies import Strategy
     from lightning_hesd.numerics.verification import InDouble
+
+
+EPSILONS = (0.0, *(torch.finfo(t).eps for t in (torch.float64, torch.float32, torch.float16, torch.bfloat16)))
+"""Precisions that the processes tell each other of."""
 
 
 class AnotherProcessFailedError(RuntimeError):
@@ -45,17 +61,20 @@ class SampleMean:
 
     Attributes:
         matrix: The matrix of a batch.
-        batches: This process's share.
+        batches: This process's share, without the batches that were skipped.
         dtype: Floating-point type of the products.
         layout: How the parameters lie in the processes.
         space: The space of vectors over all parameters.
         loss: Mean loss over all batches.
         weight: Sum of the weights of all batches.
         num_batches: Number of batches of all processes.
+        num_skipped: Number of batches that the loss function skipped, in all processes; they are left out.
+        uncut: Why a batch of this process was not cut into groups; None if all were.
         maker: Makes the products, and knows their strategy.
         calibration: What is known about the loss.
         product_error: Norm of the error of a product with a unit vector, beyond rounding: of central differences, see
             `prepare_differences`.
+        epsilon: Machine epsilon of the coarsest floating-point type in the graphs of the loss, in any process.
         failure: What went wrong in this process, if anything did.
         passes: Products so far.
         seconds_per_product: Mean time; meaningful on the CPU only, where calls do not return early.
@@ -96,10 +115,14 @@ class SampleMean:
         self.dtype = dtype
         self.failure: Exception | None = None
         self.product_error = 0.0
+        self.epsilon = 0.0
         self.passes = 0
         self.seconds_per_product = 0.0
         self._all_reduce = all_reduce
         self._products: list[Product] = []
+        self._losses: list[float] = []
+        self._skipped = 0
+        self.uncut: str | None = None
         self._sizes = [p.numel() for p in matrix.parameters]
 
         self.calibration = calibration or Calibration()
@@ -122,37 +145,76 @@ class SampleMean:
             ArithmeticError: If the loss of a batch is NaN or infinite.
             AnotherProcessFailedError: If that or anything else happened on another process.
         """
-        own = torch.zeros(5, dtype=torch.float64)  # weight, weight·loss, batches, failures, lacks of an exact product
-        obstacle = None
+        failed, lacks_product = 0.0, 0.0
+        sums, obstacle = [0.0, 0.0, 0.0], None
+        try:
+            sums = self._make_products()
+        except NoExactProductError as error:
+            obstacle, lacks_product = str(error), 1.0
+        except Exception as error:
+            if self._all_reduce is None:
+                raise
+            self.failure, failed = error, 1.0
+        own = torch.tensor([*sums, failed, lacks_product, self._skipped], dtype=torch.float64)
+        total = self.sum_over_processes(own.to(self.device)).tolist()
+        self.weight, weighted_loss, num_batches, failures, without_product, num_skipped = total
+        self.num_batches, self.num_skipped = round(num_batches), round(num_skipped)
+        if failures:
+            raise self.failure or AnotherProcessFailedError
+        if without_product:
+            self.maker.fall_back(obstacle or "another process found no exact product")
+            return False
+        if self.num_skipped:
+            everything = self.num_batches + self.num_skipped
+            self.maker.reason += f"; {self.num_skipped} of {everything} batches left out, for which there is no loss"
+        if not self.weight:
+            msg = "there are no batches to analyse: `batches` is empty."
+            if self.num_skipped:
+                msg = (
+                    f"there is no loss to analyse: the loss function skipped all {self.num_skipped} batches, as a "
+                    "`training_step` that returns None does. Pass a `loss_fn` that returns the loss of every batch."
+                )
+            raise ValueError(msg)
+        self.loss = weighted_loss / self.weight
+        return True
+
+    def _make_products(self) -> list[float]:
+        """Make the products of this process, and return the sums of its weights and weighted losses, and its batches.
+
+        Raises:
+            ArithmeticError: If the loss of a batch is NaN or infinite.
+            SkippedBatchError: If a batch is skipped that all processes must evaluate together.
+        """
+        self._products, self._losses = [], []
         try:
             for batch, (loss, product) in self.maker.make_all(self.batches):
                 if not loss.isfinite():
                     msg = f"the loss of {batch.label} is {loss.item()}; the Hessian is undefined there."
-                    raise ArithmeticError(msg)  # noqa: TRY301 - on its way to the other processes
+                    raise ArithmeticError(msg)
                 self._products.append(product)
-                own += torch.tensor([batch.weight, batch.weight * loss.item(), 1.0, 0.0, 0.0], dtype=torch.float64)
-        except NoExactProductError as error:
-            obstacle = str(error)
-            own = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
-        except Exception as error:
-            if self._all_reduce is None:
+                self._losses.append(loss.item())
+        except SkippedBatchError:
+            # Processes that work on one batch together could not tell each other.
+            if self.layout.all_reduce is not None or not self._leave_out_skipped():
                 raise
-            self.failure = error
-            own = torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0], dtype=torch.float64)
-        total = self.sum_over_processes(own.to(self.device)).tolist()
-        self.weight, weighted_loss, num_batches, failures, without_product = total
-        self.num_batches = round(num_batches)
-        if failures:
-            raise self.failure or AnotherProcessFailedError
-        if without_product:
-            self._products = []
-            self.maker.fall_back(obstacle or "another process found no exact product")
-            return False
-        if not self.weight:
-            msg = "there are no batches to analyse: `batches` is empty."
-            raise ValueError(msg)
-        self.loss = weighted_loss / self.weight
-        return True
+            return self._make_products()
+        weights = [batch.weight for batch in self.batches]
+        weighted = [weight * loss for weight, loss in zip(weights, self._losses, strict=True)]
+        return [math.fsum(weights), math.fsum(weighted), float(len(weights))]
+
+    def _leave_out_skipped(self) -> int:
+        """Leave out the batches that the loss function skips, and return how many these are."""
+        kept = [batch for batch in self.batches if not self._is_skipped(batch)]
+        skipped = len(self.batches) - len(kept)
+        self.batches, self._skipped = kept, self._skipped + skipped
+        return skipped
+
+    def _is_skipped(self, batch: WeightedBatch) -> bool:
+        try:
+            self.matrix.loss(batch)
+        except SkippedBatchError:
+            return True
+        return False
 
     # Verification ---------------------------------------------------------------------------------------------------
 
@@ -169,9 +231,12 @@ class SampleMean:
             WrongDerivativeError: If there are no products that can be right.
         """
         calibration, kinds = self.calibration, frozenset(self.matrix.facts.kinds)
-        if not self.matrix.is_hessian:
-            calibration.verification = GAUSS_NEWTON
-        elif self._anywhere(calibration.verification is None or not kinds <= calibration.kinds):
+        is_new = calibration.verification is None or not kinds <= calibration.kinds
+        is_new_anywhere, *counts = self._anywhere([is_new, *(self.matrix.facts.epsilon >= e for e in EPSILONS)])
+        self.epsilon = max(epsilon for epsilon, is_there in zip(EPSILONS, counts, strict=True) if is_there)
+        if self.layout.all_reduce is not None and isinstance(self.matrix, OutputMatrix):
+            calibration.verification = SHARDED_PART
+        elif is_new_anywhere:
             calibration.verification = self._compared(in_double)
             calibration.kinds = kinds | frozenset(self.matrix.facts.kinds)
         if self.verification.verdict(exact=self.is_exact) == "no":
@@ -214,14 +279,15 @@ class SampleMean:
 
     def _give_up_exact_products(self) -> None:
         if not self.maker.is_free or self.verification.gradient == "differs":
-            raise WrongDerivativeError(self.verification.words)
+            raise WrongDerivativeError(self.verification.words, self.loss)
         self._products = []
         self.maker.fall_back(self.verification.words)
         self._prepare()
 
-    def _anywhere(self, happened: bool) -> bool:  # noqa: FBT001 - the fact itself, no option
-        count = self.sum_over_processes(torch.tensor(float(happened), device=self.device))
-        return self.layout.largest(float(count)) > 0
+    def _anywhere(self, facts: Sequence[bool]) -> list[bool]:
+        """Return which of these holds in any process."""
+        counts = self.sum_over_processes(torch.tensor(facts, dtype=torch.float32, device=self.device)).tolist()
+        return [self.layout.largest(count) > 0 for count in counts]
 
     @property
     def device(self) -> torch.device:
@@ -266,13 +332,32 @@ class SampleMean:
         Yields:
             The group, its position among those of its batch, and its products, flat, shape (vectors, n).
         """
-        for batch in self.batches:
-            for position, group in enumerate(batch.split(parts) if parts > 1 else [batch]):
-                _, product = self.maker.make(group, "graph")
+        for batch, loss, whole in zip(self.batches, self._losses, self._products, strict=True):
+            groups = self._groups(batch, loss, parts)
+            for position, group in enumerate(groups):
+                product = whole if len(groups) == 1 else self.maker.make(group, "graph")[1]
                 result = torch.zeros(len(vectors), sum(self._sizes), dtype=self.dtype, device=self.device)
                 for row, vector in zip(result, vectors, strict=True):
                     self._add(product(vector), 1.0, row)
                 yield group, position, result
+
+    def _groups(self, batch: WeightedBatch, loss: float, parts: int) -> Sequence[WeightedBatch]:
+        """Return the groups of samples of a batch whose loss is known; the batch itself where it cannot be cut."""
+        if parts == 1:
+            return [batch]
+        try:
+            groups = batch.split(parts)
+            if len(groups) > 1:
+                check_groups(groups, [self.matrix.loss(group) for group in groups], loss)
+        except UnsplittableBatchError as error:
+            self.uncut = str(error)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            self.uncut = f"a part of {batch.label} has no loss ({type(error).__name__}: {one_line(error)})"
+        else:
+            return groups
+        return [batch]
 
     def _add(self, product: Vector, weight: float, result: Tensor) -> None:
         for target, part in zip(torch.split(result, self._sizes), product, strict=True):

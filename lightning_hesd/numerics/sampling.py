@@ -31,6 +31,9 @@ GROUPS = 16
 """As many groups as there can be, or more: a standard error from 16 is itself good to about a fifth."""
 FEWEST_GROUPS = 8
 
+ROUNDING = 64.0
+"""Units of rounding by which curvatures of groups may differ if the groups are the same."""
+
 
 @dataclass(frozen=True)
 class SamplingError:
@@ -63,7 +66,7 @@ def sampling_error(operator: CurvatureOperator, runs: Sequence[Lanczos]) -> Samp
         runs: The Lanczos processes; the lowest and the highest of all their Ritz vectors are taken.
 
     Raises:
-        ValueError: If there are fewer than 8 groups, or their mean is not the Hessian.
+        ValueError: If there are fewer than 8 groups, their mean is not the Hessian, or they do not differ.
         AnotherProcessFailedError: If it failed on another process.
     """
     ends = _ends(runs)
@@ -73,8 +76,15 @@ def sampling_error(operator: CurvatureOperator, runs: Sequence[Lanczos]) -> Samp
     if groups < FEWEST_GROUPS:
         msg = (
             f"the sampling error needs at least {FEWEST_GROUPS} groups of samples, and the batches can be cut into "
-            f"{groups} only: analyse more samples, or more batches."
+            f"{groups} only: "
         )
+        if operator.mean.uncut is not None:
+            msg += (
+                f"{operator.mean.uncut}. Pass at least {FEWEST_GROUPS} batches, so that none needs to be cut (smaller "
+                "ones, or more samples), or leave the sampling error out."
+            )
+        else:
+            msg += "analyse more samples, or more batches."
         raise ValueError(msg)
 
     own = np.stack([part[:, end.position] for part, end in zip(coordinates, ends, strict=True)], axis=1)
@@ -86,6 +96,13 @@ def sampling_error(operator: CurvatureOperator, runs: Sequence[Lanczos]) -> Samp
             f"the curvatures of groups of samples have means {weights @ own}, those of whole batches are {extremes}: "
             "the loss is not a mean over samples (it may use statistics of the batch), so that batches cannot be cut "
             f"into groups. Pass at least {GROUPS} batches, or leave the sampling error out."
+        )
+        raise ValueError(msg)
+    rounding = ROUNDING * torch.finfo(operator.mean.dtype).eps * float(np.abs(extremes).max())
+    if groups > operator.mean.num_batches and (errors <= rounding).all():
+        msg = (
+            "the curvature is the same in all groups of samples, to rounding: the loss may not depend on what was cut. "
+            f"Pass at least {GROUPS} batches, so that none needs to be cut, or leave the sampling error out."
         )
         raise ValueError(msg)
     lambda_min, lambda_max = (float(value) for value in extremes)
@@ -148,7 +165,8 @@ def _group_curvatures(
     parts = max(1, math.ceil(GROUPS / operator.mean.num_batches))
     lengths = [len(end.nodes) for end in ends]
     # One row for each group of all processes; every process fills in its own.
-    table = torch.zeros(operator.mean.num_batches * parts, 3 + sum(lengths), dtype=torch.float64)
+    mean = operator.mean
+    table = torch.zeros((mean.num_batches + mean.num_skipped) * parts, 3 + sum(lengths), dtype=torch.float64)
     try:
         for group, position, products in operator.group_products(unit, parts):
             row = table[group.index * parts + position]

@@ -206,6 +206,7 @@ class ShardedLayout(Layout):
                 batch.data,
                 float(weights[row].sum()),
                 batch.index,
+                position=batch.position,
                 share=float(weights[row, self.processes.rank] / weights[row].sum()),
                 members=tuple(int(index) for index in indices[row][weights[row] > 0]),
             )

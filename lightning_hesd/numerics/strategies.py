@@ -202,10 +202,11 @@ class ProductMaker:
         Raises:
             NoExactProductError: If there is none, though there is a gradient.
             RuntimeError: If memory runs out.
+            Warning: If it does in place of that error.
         """
         try:
             made, held, peak = self._metered(batch)
-        except RuntimeError as error:
+        except (RuntimeError, Warning) as error:  # a kernel without a formula warns, which may be an error
             if is_out_of_memory(error):
                 raise
             # If this fails, too, the loss is at fault.

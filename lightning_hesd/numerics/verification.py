@@ -6,7 +6,8 @@ product is checked once for each loss L with gradient g, along one direction v, 
 
     gᵀv  against  (L(w + hv) − L(w − hv)) / 2h,
     Hv   against  (g(w + hv) − g(w − hv)) / 2h,
-    vᵀHv against  (L(w + hv) − 2 L(w) + L(w − hv)) / h², where the gradient is too small to be compared.
+    vᵀHv against  (L(w + hv) − 2 L(w) + L(w − hv)) / h², where the gradient is too small to be compared;
+    vᵀGv against  the second difference of the loss of the outputs along Jv, for the Gauss-Newton matrix G = Jᵀ∂²L J.
 
 The step h descends: truncation falls with it and rounding grows, and a step that is short enough crosses no kink of a
 piecewise smooth network. In float64 the steps reach from 1e-4 to 1e-9 of the size of the weights.
@@ -20,16 +21,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from lightning_hesd.numerics.finite_differences import FiniteDifferences
-from lightning_hesd.numerics.matrices import EVERYTHING, gradient
+from lightning_hesd.numerics.matrices import EVERYTHING, GaussNewtonMatrix, gradient
 from lightning_hesd.numerics.vectors import in_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
-
-    from torch import Tensor
 
     from lightning_hesd.numerics.batches import WeightedBatch
     from lightning_hesd.numerics.graphs import GraphFacts
@@ -94,13 +94,22 @@ def joint_outcome(counts: Sequence[float]) -> Outcome:
     return next(outcome for outcome, count in zip(OUTCOMES, counts, strict=True) if count)
 
 
-GAUSS_NEWTON = Verification(
-    "cannot be told", "cannot be told", "the Gauss-Newton matrix is the Hessian of no function to take differences of"
+SHARDED_PART = Verification(
+    "cannot be told", "cannot be told", "where parameters are sharded, parts of the Hessian are not compared"
 )
+"""The outputs of the network differ from process to process."""
 
 
 class WrongDerivativeError(RuntimeError):
-    """Autograd's derivatives are not those of the loss; the message says what was found."""
+    """Autograd's derivatives are not those of the loss; the message says what was found.
+
+    Attributes:
+        loss: The mean loss.
+    """
+
+    def __init__(self, words: str, loss: float = math.nan) -> None:
+        super().__init__(words)
+        self.loss = loss
 
 
 class Comparison:
@@ -186,7 +195,7 @@ def verify(
     that is not to be had, or does not agree, in the precision of the module.
 
     Args:
-        matrix: The matrix, the Hessian of a function.
+        matrix: The matrix.
         batch: The batch.
         space: The space of vectors over all parameters.
         exact: Whether products come from differentiating twice; else only the gradient is compared.
@@ -284,6 +293,27 @@ class _Line:
         return float(self._space.dot(vector, self.direction))
 
 
+class _OutputLine:
+    """The loss of outputs along the change of the outputs that a line through the weights brings about."""
+
+    def __init__(self, matrix: GaussNewtonMatrix, batch: WeightedBatch, line: _Line) -> None:
+        self._matrix, self._batch, self._line = matrix, batch, line
+
+    def bend(self, step: float, far: float) -> float:
+        """Return vᵀGv: the second difference, `far` to both sides, along Jv by differences of length `step`."""
+        ahead, behind = (self._values(s) for s in (step, -step))
+        change = [
+            (a - b) / (2 * step) if isinstance(a, Tensor) and a.is_floating_point() else None
+            for a, b in zip(ahead, behind, strict=True)
+        ]
+        up, at, down = (self._matrix.loss_near(self._batch, change, d) for d in (far, 0.0, -far))
+        return (up - 2 * at + down) / far**2
+
+    def _values(self, step: float) -> list[Any]:
+        with self._line.differences.displaced(self._line.vector(), step):
+            return self._matrix.values(self._batch)
+
+
 def _findings(matrix: Matrix, batch: WeightedBatch, space: VectorSpace, *, exact: bool) -> Findings:
     """Compare in the present precision."""
     line = _Line(matrix, batch, space)
@@ -295,7 +325,9 @@ def _findings(matrix: Matrix, batch: WeightedBatch, space: VectorSpace, *, exact
     epsilon = max(facts.epsilon, *(torch.finfo(p.dtype).eps for p in matrix.parameters))
     tolerance = 2 * epsilon ** (1 / 3)
     length, claimed = line.norm(line.gradient), line.along(line.gradient)
-    curves = Comparison(product, tolerance, line.norm)
+    claimed_bend = None if product is None else line.along(product)
+    outputs = _OutputLine(matrix, batch, line) if isinstance(matrix, GaussNewtonMatrix) else None
+    curves = Comparison(product, tolerance, line.norm) if outputs is None else Comparison(claimed_bend, tolerance, abs)
     slopes = [
         Comparison(claimed, SLOPE_SHARE, abs, scale=length / math.sqrt(space.dimension)),
         Comparison(claimed, tolerance, abs),
@@ -309,13 +341,17 @@ def _findings(matrix: Matrix, batch: WeightedBatch, space: VectorSpace, *, exact
         (ahead, up), (behind, down) = line.at(step), line.at(-step)
         rounding = ROUNDING_UNITS * epsilon / step
         curve = (up - down) / (2 * step)
-        if product is not None:
+        if outputs is not None:
+            far = max(line.differences.size, 1.0) * epsilon ** STEP_EXPONENTS[0]
+            curves.add(outputs.bend(step, far), 4 * ROUNDING_UNITS * epsilon * abs(line.loss) / far**2)
+        elif product is not None:
             curves.add(curve, rounding * length)
-            of_products = curves.outcome
+        of_products = "agrees" if product is None else curves.outcome
         rises.append((ahead - behind) / (2 * step))
         for comparison in slopes:
             comparison.add(rises[-1], rounding * abs(line.loss))
-        bends = bends or Comparison(line.along(curve if product is None else product), tolerance, abs)
+        is_claimed = claimed_bend is not None and outputs is None
+        bends = bends or Comparison(claimed_bend if is_claimed else line.along(curve), tolerance, abs)
         bends.add((ahead - 2 * line.loss + behind) / step**2, 4 * rounding * abs(line.loss) / step)
         of_gradient = _first_told(slopes if facts.is_kinked else [*slopes, bends])
         if of_gradient == of_products == "agrees":

@@ -101,5 +101,6 @@ def describe(spectrum: Spectrum, title: str = "") -> str:
     if math.isnan(spectrum.c_t):
         return f"{title}\n$C_t$ undefined: no curvature".lstrip()
     low, high = spectrum.c_t_interval
-    kind = f"{spectrum.hesd_type}-HESD" if spectrum.type_certain else f"{spectrum.hesd_type}-HESD (uncertain)"
+    doubt = "" if spectrum.type_certain else " (uncertain)" if spectrum.verified == "yes" else " (not verified)"
+    kind = f"{spectrum.hesd_type}-HESD{doubt}"
     return f"{title}   {kind}\n$C_t$ = {spectrum.c_t:.4g}  [{low:.4g}, {high:.4g}]".lstrip()

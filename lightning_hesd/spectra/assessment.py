@@ -83,6 +83,9 @@ def assess_generalization(
     r_e, r_e_interval = _delta_r_e(train, generalization)
     k_h05, k_h05_interval, no_k_h05 = _delta_k_h05(train, generalization)
     applicable, reasons = _applicable(train, mp_threshold)
+    for data, spectrum in (("training", train), ("generalization", generalization)):
+        if spectrum.verified != "yes":
+            reasons.append(f"the spectrum on the {data} data is not verified: {spectrum.verification}")
     verdict: Verdict = "undecided" if applicable is None else "not applicable"
     if applicable:
         findings = [

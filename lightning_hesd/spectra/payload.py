@@ -135,6 +135,8 @@ def _spectrum(spectrum: Spectrum) -> dict[str, Any]:
         "c_t_sampling_error": spectrum.c_t_sampling_error,
         "type": spectrum.hesd_type,
         "type_certain": spectrum.type_certain,
+        "verified": spectrum.verified,
+        "verification": spectrum.verification,
         "lambda_min": spectrum.lambda_min,
         "lambda_max": spectrum.lambda_max,
         "trace": spectrum.trace,

@@ -20,6 +20,7 @@ SPECTRUM_SCALARS: dict[str, Callable[[Spectrum], float | None]] = {
     "c_t": attrgetter("c_t"),
     "c_t_low": lambda spectrum: spectrum.c_t_interval[0],
     "c_t_high": lambda spectrum: spectrum.c_t_interval[1],
+    "verified": lambda spectrum: float(spectrum.verified == "yes"),
     "mp": lambda spectrum: None if spectrum.hesd_type is None else float(spectrum.hesd_type == "MP"),
     "lambda_max": attrgetter("lambda_max"),
     "lambda_min": attrgetter("lambda_min"),

@@ -53,6 +53,7 @@ class Candidate:
         criterion: What the rule ranks by, higher is better.
         mainly_positive: Whether the HESD type is MP.
         path: Its checkpoint file.
+        mark: Text that this file alone has in it; empty: none.
     """
 
     epoch: int
@@ -61,6 +62,7 @@ class Candidate:
     criterion: float
     mainly_positive: bool
     path: str
+    mark: str = ""
 
 
 @dataclass(frozen=True)

@@ -330,7 +330,7 @@ class Spectrum:
 
     def moment(self, k: int) -> float:
         """Estimate of trace(Hᵏ)/n, the k-th moment of the density."""
-        return float(quadrature.moments(self.nodes, self.weights, k).mean())
+        return math.nan if self.verified == "no" else float(quadrature.moments(self.nodes, self.weights, k).mean())
 
     @property
     def trace(self) -> float:
@@ -356,12 +356,27 @@ class Spectrum:
     def density(
         self, grid: ArrayLike | None = None, sigma: float | None = None
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return (grid, density), each of shape (points,); the density integrates to 1. See `quadrature.density`."""
+        """Return (grid, density), each of shape (points,); the density integrates to 1. See `quadrature.density`.
+
+        Raises:
+            ValueError: If there is none, as products were not those of the loss.
+        """
+        self._check_computed()
         return quadrature.density(self.nodes, self.weights, grid, sigma)
 
     def histogram(self, bins: int | ArrayLike = 120) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return (mass, edges), shapes (bins,) and (bins + 1,); the mass sums to 1. See `quadrature.histogram`."""
+        """Return (mass, edges), shapes (bins,) and (bins + 1,); the mass sums to 1. See `quadrature.histogram`.
+
+        Raises:
+            ValueError: If there is none, as products were not those of the loss.
+        """
+        self._check_computed()
         return quadrature.histogram(self.nodes, self.weights, bins)
+
+    def _check_computed(self) -> None:
+        if self.verified == "no":
+            msg = f"there is no density, because nothing was computed: {self.reason}."
+            raise ValueError(msg)
 
     # Storage --------------------------------------------------------------------------------------------------------
 

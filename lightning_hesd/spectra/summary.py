@@ -14,7 +14,6 @@ from lightning_hesd.spectra.selection import LOSS_TOLERANCE, RULE_NAMES, picks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from lightning_hesd.spectra.record import SpectrumRecord
     from lightning_hesd.spectra.selection import Candidate
@@ -78,7 +77,7 @@ def summarize(
     seconds: float,
     overhead: float | None,
     kept: Mapping[str, Candidate],
-    folder: Path | None,
+    folder: str | None,
 ) -> Summary | None:
     """Return the summary of a run; None if nothing was analysed.
 
@@ -102,11 +101,21 @@ def summarize(
         *(f"{_rule(rule)} picks {_when(pick, by_step=by_step)}: {pick.path}" for rule, pick in kept.items()),
         *(f"{_rule(rule)} would pick {_when(record, by_step=by_step)} {EQUAL}" for rule, record in others.items()),
         *(f"{_when(r, by_step=by_step)} failed: {_first_line(r.error)}" for r in history if r.error is not None),
-        *(["?: the interval contains both types"] if any("?" in cell for cell in columns["type"]) else []),
+        *_doubts(history, columns["type"]),
         *([] if folder is None else [f"all spectra: {folder}"]),
     ]
     rows = _shortened(list(zip(*columns.values(), strict=True)), marked)
     return Summary(_title(history, name, seconds, overhead), tuple(columns), tuple(rows), tuple(notes))
+
+
+def _doubts(history: Sequence[SpectrumRecord], types: Sequence[str]) -> list[str]:
+    """Explain the question marks behind types, and say which intervals are not verified, and why."""
+    unverified = [r.spectrum for r in history if r.spectrum is not None and r.spectrum.verified != "yes"]
+    notes = ["?: the interval contains both types, or is not verified"] if any("?" in cell for cell in types) else []
+    for words in dict.fromkeys(spectrum.verification for spectrum in unverified):
+        count = sum(spectrum.verification == words for spectrum in unverified)
+        notes.append(f"not verified ({count} of {len(history)} analyses): {words}")
+    return notes
 
 
 def _title(history: Sequence[SpectrumRecord], name: str, seconds: float, overhead: float | None) -> str:

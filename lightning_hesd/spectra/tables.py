@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 TEXT, TRUTH, COUNT = "string", "boolean", "Int64"
 """Kinds of columns that know missing values, where those of NumPy do not."""
 
-SCALARS = {key: "float64" for key in SPECTRUM_SCALARS if key != "mp"}  # which `hesd_type` says in words
+SCALARS = {key: "float64" for key in SPECTRUM_SCALARS if key not in {"mp", "verified"}}  # texts say these
 MAIN = {
     "epoch": "int64",
     "global_step": "int64",
     **SCALARS,
     "hesd_type": TEXT,
     "type_certain": TRUTH,
+    "verified": TEXT,
     "steps": COUNT,
     "num_samples": COUNT,
 }
@@ -76,7 +77,7 @@ def _row(record: SpectrumRecord) -> dict[str, Any]:
     if record.assessment is not None:
         row["verdict"] = record.assessment.verdict
     if record.spectrum is not None:
-        row |= {key: getattr(record.spectrum, key) for key in ("hesd_type", "steps", "num_samples")}
+        row |= {key: getattr(record.spectrum, key) for key in ("hesd_type", "verified", "steps", "num_samples")}
         row["type_certain"] = None if record.spectrum.hesd_type is None else record.spectrum.type_certain
     return row
 

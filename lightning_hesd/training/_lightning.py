@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import signal
 import threading
-from pathlib import Path
+import uuid
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lightning_hesd.numerics.layout import Layout
 from lightning_hesd.numerics.sample_mean import AnotherProcessFailedError
+from lightning_hesd.training.folders import joined
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
-    from lightning.pytorch.callbacks import RichProgressBar
+    from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
     from rich.progress import Progress
     from torch import Tensor
     from torch.utils.data import Sampler
@@ -45,10 +50,25 @@ def check_trainer(trainer: object) -> None:
         raise MisconfigurationException(msg)
 
 
+_NAMES: WeakKeyDictionary[pl.Trainer, str] = WeakKeyDictionary()
+
+
+def name_of(trainer: pl.Trainer) -> str:
+    """Return a name that no other Trainer has, in no process; its `id` would be used again."""
+    if trainer not in _NAMES:
+        _NAMES[trainer] = uuid.uuid4().hex
+    return _NAMES[trainer]
+
+
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
     """Return the trainer's own list of callbacks."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
+
+
+def replace_callbacks(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> None:
+    """Give the trainer another list of callbacks; one that it is walking it walks to its end."""
+    trainer.callbacks = callbacks  # type: ignore[attr-defined]
 
 
 def logging_step(trainer: pl.Trainer, *, at_epoch_end: bool) -> int:
@@ -57,18 +77,55 @@ def logging_step(trainer: pl.Trainer, *, at_epoch_end: bool) -> int:
     return max(step - 1, 0) if at_epoch_end else step
 
 
-def run_folder(trainer: pl.Trainer) -> Path:
-    """Return the folder of this run, in which Lightning puts its checkpoints; every process must ask for it.
+def run_folder(trainer: pl.Trainer) -> str:
+    """Return the folder of this run, a path or a URL, in which Lightning puts its checkpoints; every process must ask.
 
     With loggers other than TensorBoard's and CSV's, `trainer.log_dir` is where the folders of all runs lie, and a
     folder that is none of these is taken by MLflow for a damaged experiment.
     """
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    folder = str(trainer.log_dir or trainer.default_root_dir)
     logger = trainer.logger
     if logger is None or isinstance(logger, TensorBoardLogger | CSVLogger):
         return folder
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return folder / str(logger.name) / version
+    return joined(folder, str(logger.name), version)
+
+
+def tag_prefix(logger: TensorBoardLogger) -> str:
+    """Return what a logger puts before the names of metrics."""
+    prefix: str = logger._prefix  # noqa: SLF001
+    return f"{prefix}{logger.LOGGER_JOIN_CHAR}" if prefix else ""
+
+
+def looks_before_the_epoch_ends(trainer: pl.Trainer, callback: ModelCheckpoint | EarlyStopping) -> bool:
+    """Return whether a callback looks at metrics in validation, before `on_train_epoch_end` of other callbacks."""
+    if not isinstance(callback, EarlyStopping):
+        return callback._save_on_train_epoch_end is not True  # noqa: SLF001
+    after_epochs = callback._check_on_train_epoch_end  # noqa: SLF001
+    if after_epochs is None:
+        after_epochs = trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
+    return not after_epochs
+
+
+@contextlib.contextmanager
+def edited_checkpoints(trainer: pl.Trainer, edit: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Let a function change what is written to checkpoints, after all hooks have had their say."""
+    strategy = trainer.strategy
+    save = strategy.save_checkpoint
+    own = "save_checkpoint" in vars(strategy)
+
+    def edited(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        edit(checkpoint)
+        save(checkpoint, *args, **kwargs)
+
+    strategy.save_checkpoint = edited  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own:
+            strategy.save_checkpoint = save  # type: ignore[method-assign]
+        else:
+            del strategy.save_checkpoint
 
 
 def log_scalars(
@@ -104,6 +161,26 @@ def log_scalars(
     for logger in trainer.loggers:
         logger.log_metrics({**values, "epoch": trainer.current_epoch}, step=step)
         logger.save()
+
+
+def logged_before_the_epoch(trainer: pl.Trainer, key: str) -> bool:
+    """Return whether a metric was logged in this epoch, but only before its first batch."""
+    results = [r for r in trainer.fit_loop.epoch_loop._results.values() if not r.has_reset]  # noqa: SLF001
+    hooks = {r.meta.fx for r in results if key in {r.meta.name, *map(r.meta.forked_name, (True, False))}}
+    return hooks == {"on_train_epoch_start"}
+
+
+def add_to_results(trainer: pl.Trainer, key: str, value: object) -> None:
+    """Send a value along with the results of the fit if its processes end with it; for use in process zero of these."""
+    launcher = trainer.strategy.launcher
+    if not isinstance(launcher, _MultiProcessingLauncher):
+        return
+    collect = launcher.get_extra_results
+
+    def extended(trainer: pl.Trainer) -> dict[str, Any]:
+        return {**collect(trainer), key: value}
+
+    launcher.get_extra_results = extended  # type: ignore[method-assign]  # of this process, which ends
 
 
 def wait_for_device(trainer: pl.Trainer) -> None:
@@ -241,6 +318,16 @@ def together(trainer: pl.Trainer, work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
+def added_up(trainer: pl.Trainer, work: Callable[[], list[float]]) -> list[float]:
+    """Do `work` in every process, and return the sums of what they found; fail in all if it fails in one."""
+    own = together(trainer, work)
+    if trainer.world_size == 1:
+        return own
+    total = torch.tensor(own, device=trainer.strategy.root_device)
+    torch.distributed.all_reduce(total)
+    return total.tolist()
+
+
 def is_first_process() -> bool:
     """Whether this is process zero of those that Lightning, torchrun or SLURM started; also where no Trainer is."""
     return getattr(rank_zero_only, "rank", 0) == 0
@@ -260,7 +347,7 @@ def sigterm_waits(trainer: pl.Trainer) -> Iterator[None]:
     if trainer.world_size == 1 or threading.current_thread() is not threading.main_thread():
         yield
         return
-    connector = trainer._signal_connector  # noqa: SLF001 - has the flag that Lightning's loops look at
+    connector: Any = signal_connector(trainer)  # has the flag that Lightning's loops look at
     arrived: list[tuple[Any, ...]] = []
     handler = signal.signal(signal.SIGTERM, lambda *arguments: arrived.append(arguments))
     try:
@@ -273,6 +360,21 @@ def sigterm_waits(trainer: pl.Trainer) -> Iterator[None]:
     for other in getattr(handler, "signal_handlers", ()) if arrived else ():
         if callable(other) and getattr(other, "__self__", None) is not connector:
             other(*arrived[0])
+
+
+def signal_connector(trainer: pl.Trainer) -> object:
+    """Return what holds the flags that handlers of signals set."""
+    return trainer._signal_connector  # noqa: SLF001
+
+
+def handles_signal() -> bool:
+    """Whether this is called by a handler of signals of Lightning, such as that by which a SLURM job is requeued."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").endswith("connectors.signal_connector"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def warn(message: str) -> None:

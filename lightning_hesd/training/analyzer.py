@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from lightning_hesd.landscape.sample_size import find_sample_size
 from lightning_hesd.numerics.pipeline import analyze, analyze_layers
@@ -16,8 +17,17 @@ from lightning_hesd.numerics.snapshot import preserved, seed_everything
 from lightning_hesd.numerics.strategies import Calibration
 from lightning_hesd.spectra.foreign import at_least, each, misfit, optional
 from lightning_hesd.training import _lightning
-from lightning_hesd.training.data import AnalysisSamples, draw_samples, training_loader, validation_loader
-from lightning_hesd.training.loss import make_loss_fn, muted
+from lightning_hesd.training.data import (
+    AnalysisSamples,
+    Processes,
+    draw_samples,
+    training_loader,
+    validation_loader,
+)
+from lightning_hesd.training.epochs import PlannedBatch, plain_key
+from lightning_hesd.training.isolation import Isolation
+from lightning_hesd.training.loss import make_loss_fn
+from lightning_hesd.training.surroundings import DisturbedTrainingError, some_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,6 +41,7 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.options import AnalysisOptions
     from lightning_hesd.numerics.pipeline import Report
     from lightning_hesd.spectra.spectrum import Spectrum
+    from lightning_hesd.training.isolation import Evaluating
 
 Result = TypeVar("Result")
 
@@ -42,6 +53,8 @@ LARGEST_GROWTH = 4.0
 
 SAMPLES = {
     "indices": optional(each(at_least(0))),
+    "lengths": each(at_least(0)),
+    "positions": each(at_least(0)),
     "num_samples": at_least(1),
 }
 
@@ -56,6 +69,12 @@ def check_samples(state: object) -> None:
     if wrong is not None:
         msg = f"`{wrong}` of the samples is missing or is something else"
         raise ValueError(msg)
+    of: dict[str, Any] = state  # type: ignore[assignment]  # or it would not fit
+    if of["indices"] is not None and (
+        sum(of["lengths"]) != len(of["indices"]) or len(of["lengths"]) != len(of["positions"])
+    ):
+        msg = "`indices`, `lengths` and `positions` of the samples do not fit together"
+        raise ValueError(msg)
 
 
 class TrainerAnalyzer:
@@ -63,9 +82,6 @@ class TrainerAnalyzer:
 
     With `num_samples="auto"` samples are added, to those there are, until the sampling error of C_t is within
     `tolerance`; once added they stay.
-
-    Attributes:
-        indices: Positions in the dataset of the samples last drawn; None where they have none.
     """
 
     def __init__(
@@ -77,31 +93,57 @@ class TrainerAnalyzer:
         dataloader: Any,
         loss_fn: LossFunction | None,
     ) -> None:
-        self.indices: list[int] | None = None
         self._grows = num_samples == "auto"
         self._options = replace(options, sampling_error=True) if self._grows else options
         self._num_samples = FIRST_SAMPLES if num_samples == "auto" else num_samples
         self._batch_size = batch_size
         self._dataloader = dataloader
         self._loss_fn = loss_fn
+        self._isolation = Isolation()
         self._samples: AnalysisSamples | None = None
-        self._resumed: list[int] | None = None
+        self._drawn: tuple[PlannedBatch, ...] | None = None
+        self._resumed: tuple[PlannedBatch, ...] | None = None
         self._calibrations: dict[object, Calibration] = defaultdict(Calibration)  # for each kind of analysis
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to draw the same samples."""
-        return {"indices": self.indices, "num_samples": self._num_samples}
+        batches = self._drawn or ()
+        indices = [plain_key(key) for batch in batches for key in batch.keys]
+        # Keys of another kind are not for a checkpoint; they are drawn again by the same seed.
+        is_plain = self._drawn is not None and all(type(key) is int and key >= 0 for key in indices)
+        return {
+            "indices": indices if is_plain else None,
+            "lengths": [len(batch.keys) for batch in batches],
+            "positions": [batch.position for batch in batches],
+            "num_samples": self._num_samples,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Draw the samples of the run that is resumed the next time samples are drawn.
+        """Draw the samples of the run that is resumed next, unless another number of them is asked for now.
 
         Raises:
             ValueError: If it does not say which.
         """
         check_samples(state)
-        self._resumed = state["indices"]
         if self._grows:
             self._num_samples = state["num_samples"]
+        self._resumed = None
+        if self._num_samples != state["num_samples"]:
+            _lightning.warn(
+                f"the run that is resumed analysed {state['num_samples']} samples, and `num_samples` is "
+                f"{self._num_samples} now: others are drawn, so spectra before and after are of different samples."
+            )
+        elif state["indices"] is not None:
+            keys = iter(state["indices"])
+            self._resumed = tuple(
+                PlannedBatch(list(itertools.islice(keys, length)), position)
+                for length, position in zip(state["lengths"], state["positions"], strict=True)
+            )
+
+    def restart(self) -> None:
+        """Begin with a run: let go of the samples of the last one, and of what its analyses changed."""
+        self.release()
+        self._isolation = Isolation()
 
     def release(self) -> None:
         """Let go of the samples; they are drawn anew when needed."""
@@ -111,8 +153,11 @@ class TrainerAnalyzer:
     def draw(self, trainer: pl.Trainer) -> AnalysisSamples:
         """Draw the samples, or return them if they are there already."""
         if self._samples is None:
-            self._samples = _lightning.together(trainer, lambda: self._draw(trainer))
-            self.indices = None if self._samples.indices is None else list(self._samples.indices)
+            module = trainer.lightning_module
+            # A dataset or a `collate_fn` may be a method of the module, or reach for the Trainer.
+            with preserved(module), self._isolation.around(trainer, module):
+                self._samples = _lightning.together(trainer, lambda: self._draw(trainer))
+            self._drawn = self._samples.drawn
             self._resumed = None
         return self._samples
 
@@ -125,9 +170,8 @@ class TrainerAnalyzer:
             batch_size=self._batch_size,
             batch_weight=self._options.batch_weight,
             seed=self._options.seed,
-            indices=self._resumed,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
+            drawn=self._resumed,
+            processes=_processes(trainer),
             spare=_lightning.is_sharded(trainer),
         )
 
@@ -199,13 +243,19 @@ class TrainerAnalyzer:
     ) -> Result:
         """Let `work` analyse the samples, in all processes together."""
         _lightning.check_strategy(trainer)
+        _lightning.together(trainer, self._check_harmless)
         all_reduce = None if _lightning.is_sharded(trainer) else _lightning.make_all_reduce(trainer)
         samples = self.draw(trainer)
-        loss_fn = make_loss_fn(trainer, self._loss_fn)
-        datamodule = getattr(trainer, "datamodule", None)
-        with muted(trainer, pl_module), preserved(datamodule, tensors=False):
+        with self._isolation.around(trainer, pl_module) as evaluating:
+            loss_fn = make_loss_fn(trainer, self._loss_fn, evaluating)
+            options = replace(
+                options,
+                output_fn=_within(evaluating, options.output_fn),
+                output_loss=_within(evaluating, options.output_loss),
+            )
             with preserved(pl_module):  # its transfer hooks may leave traces, as `training_step` may
-                batches = _lightning.together(trainer, lambda: self._transfer(trainer, pl_module, samples.batches))
+                transfer = partial(self._transfer, trainer, pl_module, samples.batches, evaluating)
+                batches = _lightning.together(trainer, transfer)
             calibration = self._calibrations[work is analyze, options.matrix, options.preconditioner is not None]
 
             def analysis(options: AnalysisOptions, reason: str | None) -> Result:
@@ -230,15 +280,49 @@ class TrainerAnalyzer:
         return trainer.strategy.broadcast(result)
 
     def _transfer(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: Sequence[WeightedBatch]
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batches: Sequence[WeightedBatch],
+        evaluating: Evaluating,
     ) -> list[WeightedBatch]:
         """Bring the batches to the device; augmentation done there is the same every time."""
         moved = []
         for batch in batches:
             seed_everything(self._options.seed + batch.index)
-            data = _lightning.transfer_batch(trainer, pl_module, batch.copy().data)
+            with evaluating():
+                data = _lightning.transfer_batch(trainer, pl_module, batch.copy().data)
             moved.append(replace(batch, data=data))
         return moved
+
+    def _check_harmless(self) -> None:
+        """Refuse to analyse again where that has changed what cannot be put back.
+
+        Raises:
+            DisturbedTrainingError: If it has.
+        """
+        if self._isolation.harm:
+            msg = f"changed in place {some_of(self._isolation.harm)} in an earlier analysis"
+            raise DisturbedTrainingError(msg)
+
+
+def _within(evaluating: Evaluating, function: Callable[..., Result] | None) -> Callable[..., Result] | None:
+    """Return a function that is called in the context of an evaluation."""
+
+    def within(*arguments: Any) -> Result:
+        with evaluating():
+            return cast("Callable[..., Result]", function)(*arguments)
+
+    return None if function is None else within
+
+
+def _processes(trainer: pl.Trainer) -> Processes:
+    return Processes(
+        trainer.global_rank,
+        trainer.world_size,
+        agree=lambda work: trainer.strategy.broadcast(_lightning.together(trainer, work)),
+        add=partial(_lightning.added_up, trainer),
+    )
 
 
 def _growth(spectrum: Spectrum) -> float:

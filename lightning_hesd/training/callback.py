@@ -10,7 +10,7 @@ from lightning_hesd.numerics.analysis import analysis_options
 from lightning_hesd.spectra.checks import check_count
 from lightning_hesd.spectra.foreign import DAMAGE, misfit, of, one_line
 from lightning_hesd.spectra.summary import analysis_lines, summarize
-from lightning_hesd.training import _lightning, terminal
+from lightning_hesd.training import _lightning, launched, terminal
 from lightning_hesd.training.analyzer import TrainerAnalyzer
 from lightning_hesd.training.budget import Budget
 from lightning_hesd.training.checkpoint import HessianCheckpoint
@@ -26,6 +26,7 @@ from lightning_hesd.training.placement import (
 from lightning_hesd.training.recorder import Recorder
 from lightning_hesd.training.remarks import Remarks
 from lightning_hesd.training.schedule import Schedule
+from lightning_hesd.training.weights import AnalysedWeights
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -153,6 +154,9 @@ class HessianSpectrumCallback(SpectrumSource):
         self.name = name
         self.history = SpectrumHistory()
         self._stage = "fit"
+        self._set_up_by: str | None = None
+        self._trained_by: str | None = None
+        self._is_restored = False
         self.budget = Budget(max_overhead)
         decomposition = _options_of_the_parts(analysis) if decompose else None
         self.options = analysis_options(**analysis)
@@ -180,6 +184,7 @@ class HessianSpectrumCallback(SpectrumSource):
         self._remarks = Remarks(name)
         self._outputs = RunOutputs(name, in_progress_bar=progress)
         self._summary_is_due = False
+        self._address = launched.address_of(self)
         if self.checkpoint is not None:
             self.checkpoint.attach(self)
 
@@ -200,18 +205,24 @@ class HessianSpectrumCallback(SpectrumSource):
             check_loss_source(pl_module, self.loss_fn)
             with self._survived("there will be no spectra"):
                 _lightning.check_strategy(trainer)
+            self._set_up_by = _lightning.name_of(trainer)
         if self.checkpoint is not None:
-            insert_checkpoint(trainer, self.checkpoint)
+            insert_checkpoint(trainer, pl_module, stage, self.checkpoint)
         put_hessian_checkpoints_first(trainer)
-        warn_about_stale_monitors(trainer, self.name, sparse=self.schedule.is_sparse)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the samples, and analyse the initialisation if asked to."""
-        self.history.rewind(trainer.global_step)
+        if self._set_up_by != _lightning.name_of(trainer):  # added after the Trainer had set up its callbacks
+            self.setup(trainer, pl_module, "fit")
+        warn_about_stale_monitors(trainer, self.name, sparse=self.schedule.is_sparse)
+        # In another Trainer than before another run begins; one that is resumed has brought its records.
+        goes_on = self._is_restored or self._trained_by == _lightning.name_of(trainer)
+        self._is_restored, self._trained_by = False, _lightning.name_of(trainer)
+        self.history.rewind(trainer.global_step if goes_on else 0)
         if trainer.global_step == 0:
             self.budget.reset()
         with self._survived("cannot write to the loggers"):
-            self._outputs.open(trainer, [callback.name for callback in _hessian_callbacks(trainer)])
+            self._outputs.open(trainer, self.history, [callback.name for callback in _hessian_callbacks(trainer)])
         self._recorder.start(trainer, self._survived)
         self._remarks.restart()
         self._summary_is_due = self.verbose and not trainer.fast_dev_run  # type: ignore[attr-defined]
@@ -270,8 +281,11 @@ class HessianSpectrumCallback(SpectrumSource):
         self._finish("warn")  # another exception would take the place of the first
         self._sum_up(trainer)
 
-    def teardown(self, *_args: Any, **_kwargs: Any) -> None:
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
         """Let go of samples and loggers."""
+        if stage == "fit":
+            with self._survived("cannot bring the history to the process that started the fit"):
+                launched.send(trainer, self._address, self.state_dict())
         if self._monitor is not None:
             self._monitor.detach()
         self._recorder.release()
@@ -298,6 +312,8 @@ class HessianSpectrumCallback(SpectrumSource):
             for callback in _hessian_callbacks(trainer):  # to none of them is this training
                 watch.enter_context(callback.budget.analysis() if callback is self else callback.budget.paused())
             self.history.append(self._recorder.record(trainer, pl_module, epoch, self._survived))
+            with self._survived("cannot copy the analysed weights: checkpoints will have what others make of them"):
+                self._keep_weights(trainer, pl_module)
             for output in self._outputs.writers(trainer, self.history, at_epoch_end=at_epoch_end):
                 with self._survived(f"cannot write the spectrum {when(epoch)}"):
                     output()
@@ -316,7 +332,7 @@ class HessianSpectrumCallback(SpectrumSource):
         if not self._summary_is_due:
             return
         self._summary_is_due = False
-        checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, HessianCheckpoint) and c.source is self]
+        checkpoints = self._checkpoints(trainer)
         summary = partial(
             summarize,
             self.history,
@@ -328,6 +344,17 @@ class HessianSpectrumCallback(SpectrumSource):
         )
         terminal.show(trainer, summary)
 
+    def _checkpoints(self, trainer: pl.Trainer) -> list[HessianCheckpoint]:
+        """Return the checkpoint callbacks that rank these records."""
+        return [c for c in trainer.checkpoint_callbacks if isinstance(c, HessianCheckpoint) and c.source is self]
+
+    def _keep_weights(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the checkpoint callbacks have what was analysed: others may change it before they save."""
+        if checkpoints := self._checkpoints(trainer):
+            weights = AnalysedWeights(pl_module)
+            for checkpoint in checkpoints:
+                checkpoint.keep_weights(weights)
+
     def _finish(self, on_error: OnError) -> None:
         for output in self._outputs.finishers(self.history):
             with self._survived("cannot write the spectra at the end of training", on_error):
@@ -337,6 +364,11 @@ class HessianSpectrumCallback(SpectrumSource):
         """Write down what a HessianCheckpoint makes of the latest record."""
         with self._survived("cannot write what the checkpoint rule chose"):
             self._outputs.write_choice(trainer, choice, at_epoch_end=self.schedule.every_n_train_steps is None)
+
+    def receive(self, state: dict[str, Any]) -> None:
+        """Take over the history of the processes that have trained, where they end with the fit."""
+        self.history.load_state_dict(state["history"])
+        self.budget.load_state_dict(state["budget"])
 
     @contextlib.contextmanager
     def _survived(self, consequence: str, on_error: OnError | None = None) -> Iterator[list[str]]:
@@ -383,6 +415,7 @@ class HessianSpectrumCallback(SpectrumSource):
             self.history.load_state_dict(state_dict["history"])
             self._recorder.load_state_dict(state_dict["samples"])
             self.budget.load_state_dict(state_dict["budget"])
+            self._is_restored = True
         except DAMAGE as error:
             msg = (
                 f"the state of HessianSpectrumCallback(name={self.name!r}) in the checkpoint is damaged, or of another "

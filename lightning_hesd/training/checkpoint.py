@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+import uuid
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_hesd.spectra.foreign import each, having, integer, misfit, number, of, text
 from lightning_hesd.spectra.selection import CRITERIA, LOSS_TOLERANCE, Candidate, Choice, SelectionRule
-from lightning_hesd.training._lightning import callbacks_of, warn
-from lightning_hesd.training.history import SpectrumSource
+from lightning_hesd.training import launched
+from lightning_hesd.training._lightning import name_of, warn
+from lightning_hesd.training.analysed_saving import AnalysedSaving
+from lightning_hesd.training.checkpoint_paths import prefix
+from lightning_hesd.training.exclusive_checkpoint import ExclusiveCheckpoint
+from lightning_hesd.training.history import SpectrumSource, only_source
+from lightning_hesd.training.ranking_state import candidates_in, wrong_field
+from lightning_hesd.training.train_metric import TrainMetric
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import lightning.pytorch as pl
 
-    from lightning_hesd.spectra.spectrum import Spectrum
     from lightning_hesd.training.history import SpectrumRecord
+    from lightning_hesd.training.weights import AnalysedWeights
 
     Rule = Literal["highest_c_t", "lowest_max_eigenvalue"] | Callable[[SpectrumRecord], float]
 
@@ -31,31 +35,17 @@ REFUSED = (
     "save_on_train_epoch_end",
 )
 
-_CANDIDATE = {
-    "epoch": integer,
-    "global_step": integer,
-    "goodness": number,
-    "criterion": number,
-    "mainly_positive": of(bool),
-    "path": text,
-}
-_STATE = {
-    "candidates": each(having(_CANDIDATE)),
-    "best_goodness": number,
-    "offered_step": integer,
-    "best_model_path": text,
-    "last_model_path": text,
-    "dirpath": text,
-}
 
-
-class HessianCheckpoint(ModelCheckpoint):
+class HessianCheckpoint(ExclusiveCheckpoint):
     """Keeps the checkpoint with the best Hessian criterion among those trained equally well.
 
     Candidates are the analysed epochs whose training metric lies within `tolerance` of the best analysed epoch's.
     Of these the rule takes the highest criterion, the earliest of equals. `best_model_path` always names the pick so
     far; `best_k_models` also holds the few checkpoints that could still become it. Everything else is deleted. With
     `save_last`, last.ckpt is written after every training epoch, analysed or not.
+
+    A checkpoint has the weights that were analysed, also if a callback or the module's `on_train_epoch_end` changes
+    them in between. Without a `filename`, files are called `hesd-<rule>-epoch=<epoch>-step=<step>.ckpt`.
 
     Pass it as `HessianSpectrumCallback(checkpoint=...)`, or in the Trainer's `callbacks` beside the one
     HessianSpectrumCallback. `trainer.test(ckpt_path="best")` then uses it, whatever other checkpoint callbacks there
@@ -64,7 +54,9 @@ class HessianCheckpoint(ModelCheckpoint):
     Args:
         rule: "highest_c_t" (the paper's), "lowest_max_eigenvalue" (the one it compares with), or a function of the
             record, higher is better.
-        train_metric: Key of a logged training metric, such as "train_acc"; None: the analysis's own mean loss.
+        train_metric: Key of a logged training metric, such as "train_acc"; None: the analysis's own mean loss. It must
+            have been logged for the analysed weights: in their last batch, as the mean over the epoch that they end, or
+            in validation right after it. Others are not ranked.
         train_metric_mode: "max" or "min"; default: "max" for a `train_metric`, but a name with "loss" or "err" needs
             it said; "min" for None.
         tolerance: How far the metric may lie from the best, absolute; default: 0.01 for a `train_metric`, 0.05 for
@@ -100,6 +92,7 @@ class HessianCheckpoint(ModelCheckpoint):
         if tolerance is not None and not tolerance >= 0:
             msg = f"`tolerance` must not be negative, got {tolerance!r}."
             raise MisconfigurationException(msg)
+        self.candidates: list[Candidate] = []
         # What is given here, configurations of LightningCLI neither show nor take.
         super().__init__(
             monitor=None,
@@ -112,16 +105,23 @@ class HessianCheckpoint(ModelCheckpoint):
             **kwargs,
         )
         self.rule = rule
-        self.train_metric = train_metric
-        self.train_metric_mode = _metric_mode(train_metric, train_metric_mode)
+        self._metric = TrainMetric(train_metric, train_metric_mode)
+        self.train_metric, self.train_metric_mode = train_metric, self._metric.mode
         if tolerance is None:
             tolerance = LOSS_TOLERANCE if train_metric is None else 0.01
         self.selection = SelectionRule(tolerance=tolerance, require_mp=require_mp)
         self.source: SpectrumSource | None = None
         self._stage = "fit"
-        self.candidates: list[Candidate] = []
+        self._analysed = AnalysedSaving(self._complain)
+        self._said: set[str] = set()
         self._best_goodness = -math.inf
         self._offered_step = -1
+        self._address = launched.address_of(self)
+
+    @property
+    def name_prefix(self) -> str:
+        """What the names of files begin with: the names of the callback whose records are ranked, and of the rule."""
+        return prefix(self.source.name if self.source else "hesd", self.rule_name.rpartition(".")[2])
 
     @property
     def state_key(self) -> str:
@@ -145,6 +145,15 @@ class HessianCheckpoint(ModelCheckpoint):
         """The pick so far, with its epoch, criterion and path; None before the first candidate."""
         return self.selection.pick(self.candidates, self._best_goodness)
 
+    @property
+    def best_model_path(self) -> str:
+        """Path of the pick so far; without candidates that of the final weights, once training has ended."""
+        return self.best.path if self.candidates and self.best else self._final_path
+
+    @best_model_path.setter
+    def best_model_path(self, path: str) -> None:
+        self._final_path = path  # Lightning assigns to it, with ddp_spawn also the path of another callback's best
+
     def attach(self, source: SpectrumSource) -> None:
         """Take the records of `source` from now on."""
         self.source = source
@@ -152,7 +161,7 @@ class HessianCheckpoint(ModelCheckpoint):
     # Hooks ----------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Find the callback whose records to rank.
+        """Find the folder to write to, and the callback whose records to rank.
 
         Raises:
             MisconfigurationException: If there is not exactly one.
@@ -160,30 +169,51 @@ class HessianCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         self._stage = stage
         if self.source is None and stage == TrainerFn.FITTING:
-            self.source = _only_source(trainer)
+            self.source = only_source(trainer)
+
+    def forget_run(self) -> None:
+        """Start from nothing: a callback may serve several runs."""
+        super().forget_run()
+        self._update([], -math.inf)
+        self._offered_step = -1
+        self._analysed.drop()
+
+    def keep_weights(self, weights: AnalysedWeights) -> None:
+        """Keep what has just been analysed until it is ranked; for the callback that analyses."""
+        self._analysed.keep(weights)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start from nothing when training does: a callback may serve several runs."""
+        """Begin with a run, or go on with the candidates of the one that is resumed."""
         super().on_train_start(trainer, pl_module)
-        if trainer.global_step == 0:
-            self._update([], -math.inf)
-            self._offered_step = -1
+        self._begin(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_args: Any) -> None:
+        """Let go of an analysis whose training metric has not come, for the weights are about to change."""
+        self._begin(trainer, pl_module)
+        if self._latest(trainer) is not None:
+            self._pass_over(trainer)
+        self._analysed.drop()
+        self._metric.begin_batch(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_args: Any, **_kwargs: Any) -> None:
-        """Take up an analysis made after this step."""
+        """Take up an analysis made after this step, if its training metric is there already."""
         self._offer_latest(trainer)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, *_args: Any) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, *_args: Any) -> None:
+        """Take up an analysis made after the last step: that of an epoch comes only after its validation."""
+        self._offer_latest(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up an analysis made after this epoch, and write last.ckpt."""
+        self._begin(trainer, pl_module)
         saved = self._offer_latest(trainer)
+        if self._latest(trainer) is not None:
+            self._pass_over(trainer)
         if self.save_last and self._may_save(trainer):
             # A link can only point to a file of this very state of the weights, so that it never dangles.
             wanted, self.save_last = self.save_last, self.save_last if saved else True
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
             self.save_last = wanted
-
-    def on_validation_end(self, *_args: Any) -> None:
-        """Do nothing: validation comes before the analysis of its epoch."""
 
     def on_train_end(self, trainer: pl.Trainer, *_args: Any) -> None:
         """Say so if the rule could not decide, and keep the final weights if it had nothing to decide on."""
@@ -197,7 +227,7 @@ class HessianCheckpoint(ModelCheckpoint):
             return
         names = self._monitor_candidates(trainer)
         names["epoch"] = torch.tensor(max(trainer.current_epoch - 1, 0))  # the trainer already counts the next one
-        path = self._get_metric_interpolated_filepath_name(names, trainer)
+        path = self.free_path(trainer, names, ())
         warn(
             f"HessianCheckpoint(rule={self.rule!r}) could rank no analysed epoch; its best_model_path is the "
             f"checkpoint of the final weights, {path}."
@@ -205,39 +235,93 @@ class HessianCheckpoint(ModelCheckpoint):
         self.best_model_path = path
         self._save_checkpoint(trainer, path)
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let the process that started the fit know the pick, if it is another one."""
+        super().teardown(trainer, pl_module, stage)
+        if stage == TrainerFn.FITTING:
+            launched.send(trainer, self._address, self.state_dict())
+
+    def receive(self, state: dict[str, Any]) -> None:
+        """Take over the candidates of the processes that have trained, where they end with the fit."""
+        self.dirpath = state["dirpath"]
+        self._load(state)
+        self.best_model_path = state["best_model_path"]
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin with a run, once, also where this callback was added after the Trainer had set up the others."""
+        if self._set_up_by != name_of(trainer):
+            self.setup(trainer, pl_module, TrainerFn.FITTING)
+        if self._knows_neighbours:
+            return
+        self._knows_neighbours = True
+        self.choose_names(trainer)
+        self._said.clear()
+        self._metric.restart(trainer)
+        if trainer.global_step == 0:
+            self.forget_run()
+        elif self._is_resumed and (gone := self.gone(trainer, self.candidates)):
+            self._update([c for c in self.candidates if c.path not in gone], self._best_goodness)
+            warn(
+                "checkpoints of earlier candidates are gone, cannot be reached or were overwritten, and cannot be "
+                f"picked any more: {', '.join(gone)}."
+            )
+        self._is_resumed = False
+        self._offered_step = trainer.global_step  # what was analysed before has had its turn
+
     # Ranking --------------------------------------------------------------------------------------------------------
 
     def _may_save(self, trainer: pl.Trainer) -> bool:
         fast_dev_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
         return not fast_dev_run and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
-    def _offer_latest(self, trainer: pl.Trainer) -> bool:
-        """Take up the latest record if it belongs to the present weights; return whether they were saved."""
-        assert self.source is not None  # noqa: S101 - found in `setup`
-        record = self.source.history[-1] if self.source.history else None
+    def _latest(self, trainer: pl.Trainer) -> SpectrumRecord | None:
+        """Return the latest record if it belongs to the present weights, was not ranked yet, and can be."""
+        record = self.source.history[-1] if self.source is not None and self.source.history else None
         step = trainer.global_step
         if record is None or record.global_step != step or step in (0, self._offered_step):
+            return None
+        is_defined = record.spectrum is not None and not math.isnan(record.spectrum.c_t)
+        return record if is_defined and self._may_save(trainer) else None
+
+    def _offer_latest(self, trainer: pl.Trainer) -> bool:
+        """Take up the latest record once its training metric is known.
+
+        Returns:
+            Whether the weights were saved, and the module still has them.
+        """
+        record = self._latest(trainer)
+        if record is None or record.spectrum is None:
             return False
-        self._offered_step = step
-        if record.spectrum is None or math.isnan(record.spectrum.c_t) or not self._may_save(trainer):
+        goodness: float | None = trainer.strategy.broadcast(self._metric.goodness(trainer, record.spectrum))
+        if goodness is None:
             return False
-        goodness = trainer.strategy.broadcast(self._goodness(trainer, record.spectrum))
+        self._offered_step = trainer.global_step
         criterion = trainer.strategy.broadcast(self._criterion(record))
-        if math.isnan(goodness) or math.isnan(criterion):
-            return False
-        return self._consider(trainer, record, goodness, criterion)
+        changes = self._analysed.compare(trainer, record.epoch)
+        can_be_ranked = not (math.isnan(goodness) or math.isnan(criterion) or changes.lost)
+        saved = can_be_ranked and self._consider(trainer, record, goodness, criterion)
+        self._analysed.drop()
+        return saved and not changes.names
+
+    def _pass_over(self, trainer: pl.Trainer) -> None:
+        """Leave out a record without a training metric of its own, and say so the first time."""
+        self._offered_step = trainer.global_step
+        self._analysed.drop()
+        assert self.source is not None  # noqa: S101 - found in `setup`
+        self._complain(self._metric.complaint(trainer, self.source.name), key="metric")
 
     def _consider(self, trainer: pl.Trainer, record: SpectrumRecord, goodness: float, criterion: float) -> bool:
-        path = self._get_metric_interpolated_filepath_name(self._monitor_candidates(trainer), trainer)
-        mainly_positive = record.spectrum is not None and record.spectrum.hesd_type == "MP"
-        newcomer = Candidate(record.epoch, record.global_step, goodness, criterion, mainly_positive, path)
         before, best = self.candidates, max(goodness, self._best_goodness)
+        path = self.free_path(trainer, self._monitor_candidates(trainer), [c.path for c in before])
+        mark: str = trainer.strategy.broadcast(uuid.uuid4().hex)
+        mainly_positive = record.spectrum is not None and record.spectrum.hesd_type == "MP"
+        newcomer = Candidate(record.epoch, record.global_step, goodness, criterion, mainly_positive, path, mark)
         kept = self.selection.still_pickable([*before, newcomer], best)
         # Updated before saving, because the checkpoint holds this very state; deleted after it, so that an interruption
         # leaves a file too many rather than one too few.
         self._update(kept, best)
         if newcomer in kept:
-            self._save_checkpoint(trainer, path)
+            self._analysed.save(trainer, mark, lambda: self._save_checkpoint(trainer, path))
         for candidate in before:
             if candidate not in kept and self._should_remove_checkpoint(trainer, candidate.path, path):
                 self._remove_checkpoint(trainer, candidate.path)
@@ -248,13 +332,6 @@ class HessianCheckpoint(ModelCheckpoint):
         )
         return newcomer in kept
 
-    def _should_remove_checkpoint(self, trainer: pl.Trainer, previous: str, current: str) -> bool:
-        """Return whether to delete a checkpoint: only of the own folder, whatever paths the resumed state has.
-
-        Lightning compares them as they are written: those with `..` in them would lead out of the folder.
-        """
-        return super()._should_remove_checkpoint(trainer, previous, current) and _lies_in(previous, str(self.dirpath))
-
     def _update(self, candidates: list[Candidate], best: float) -> None:
         """Set the candidates, and what ModelCheckpoint says about them."""
         self.candidates, self._best_goodness = candidates, best
@@ -262,24 +339,9 @@ class HessianCheckpoint(ModelCheckpoint):
         self.kth_best_model_path = min(candidates, key=lambda c: c.criterion).path if candidates else ""
         self.kth_value = self.best_k_models.get(self.kth_best_model_path, torch.tensor(-math.inf))
         pick = self.best
-        self.best_model_path = pick.path if pick else ""
+        self._final_path = ""
         self.best_model_score = torch.tensor(pick.criterion) if pick else None
         self.current_score = torch.tensor(candidates[-1].criterion) if candidates else None
-
-    def _goodness(self, trainer: pl.Trainer, spectrum: Spectrum) -> float:
-        """Return the training metric, its sign such that higher is better; NaN if there is none."""
-        sign = 1.0 if self.train_metric_mode == "max" else -1.0
-        if self.train_metric is None:
-            return sign * spectrum.loss
-        if self.train_metric in trainer.callback_metrics:
-            return sign * float(trainer.callback_metrics[self.train_metric])
-        msg = (
-            f"HessianCheckpoint(train_metric={self.train_metric!r}) does not find its metric among the logged ones, "
-            f"{sorted(trainer.callback_metrics)}, so it cannot rank epoch {trainer.current_epoch}: log it in the "
-            "LightningModule, or choose another."
-        )
-        self._complain(msg)
-        return math.nan
 
     def _criterion(self, record: SpectrumRecord) -> float:
         """Return what the rule ranks by; NaN if it cannot tell."""
@@ -289,13 +351,22 @@ class HessianCheckpoint(ModelCheckpoint):
         try:
             return float(self.rule(record))
         except Exception as error:  # noqa: BLE001 - a user's function; the run goes on without it
-            self._complain(f"the rule of HessianCheckpoint failed at epoch {record.epoch}: {error!r}", error)
+            self._complain(f"the rule of HessianCheckpoint failed at epoch {record.epoch}: {error!r}", cause=error)
             return math.nan
 
-    def _complain(self, message: str, cause: Exception | None = None) -> None:
-        if self.source is not None and self.source.on_error == "raise":
+    def _complain(
+        self, message: str, *, key: str | None = None, harmless: bool = False, cause: Exception | None = None
+    ) -> None:
+        """Warn, or raise if the callback is to raise and it is not harmless; what has a key once in a run only.
+
+        Raises:
+            MisconfigurationException: If so.
+        """
+        if not harmless and self.source is not None and self.source.on_error == "raise":
             raise MisconfigurationException(message) from cause
-        warn(message)
+        if key is None or key not in self._said:
+            warn(message)
+        self._said.update([] if key is None else [key])
 
     # State ----------------------------------------------------------------------------------------------------------
 
@@ -320,7 +391,7 @@ class HessianCheckpoint(ModelCheckpoint):
         """
         if self._stage != "fit":
             return
-        wrong = misfit(state_dict, _STATE)
+        wrong = wrong_field(state_dict)
         if wrong is not None:
             msg = (
                 f"the state of HessianCheckpoint(rule={self.rule_name!r}) in the checkpoint is damaged, or of another "
@@ -328,55 +399,11 @@ class HessianCheckpoint(ModelCheckpoint):
                 "starts a new ranking."
             )
             raise ValueError(msg)
-        candidates = [Candidate(**{name: values[name] for name in _CANDIDATE}) for values in state_dict["candidates"]]
-        self._update(candidates, state_dict["best_goodness"])
-        self._offered_step = state_dict["offered_step"]
-        if str(self.dirpath) == state_dict["dirpath"]:
-            self.last_model_path = state_dict["last_model_path"]
-        missing = [c.path for c in candidates if not self._fs.exists(c.path)]
-        if missing:
-            present = [c for c in candidates if c.path not in missing]
-            self._update(present, state_dict["best_goodness"])
-            warn(f"checkpoints of earlier candidates are gone and cannot be picked any more: {', '.join(missing)}.")
+        self._is_resumed = True
+        self._load(state_dict)
 
-
-def _lies_in(path: str, folder: str) -> bool:
-    """Return whether a path is that of a checkpoint in a folder or below it, also on other filesystems."""
-    if not path.endswith(ModelCheckpoint.FILE_EXTENSION):
-        return False
-    if "://" in folder:
-        return path.startswith(f"{folder.rstrip('/')}/") and ".." not in path.split("/")
-    # Of a link itself, not of what it points to: "last.ckpt" may be one.
-    return "://" not in path and Path(path).parent.resolve().is_relative_to(Path(folder).resolve())
-
-
-def _metric_mode(metric: str | None, mode: Literal["min", "max"] | None) -> Literal["min", "max"]:
-    if mode not in (None, "min", "max"):
-        msg = f"`train_metric_mode` must be 'min' or 'max', got {mode!r}."
-        raise MisconfigurationException(msg)
-    if mode is not None:
-        return mode
-    if metric is None:
-        return "min"
-    if any(word in metric.lower() for word in ("loss", "err")):
-        msg = f"`train_metric={metric!r}` sounds as if lower were better: say so with `train_metric_mode='min'`."
-        raise MisconfigurationException(msg)
-    return "max"
-
-
-def _only_source(trainer: pl.Trainer) -> SpectrumSource:
-    sources = [callback for callback in callbacks_of(trainer) if isinstance(callback, SpectrumSource)]
-    if len(sources) == 1:
-        return sources[0]
-    if not sources:
-        msg = (
-            "HessianCheckpoint ranks the records of a HessianSpectrumCallback, and the Trainer has none: add "
-            "HessianSpectrumCallback() to `callbacks`."
-        )
-    else:
-        names = ", ".join(repr(source.name) for source in sources)
-        msg = (
-            f"HessianCheckpoint cannot tell which of the callbacks {names} to rank: pass it to one of them as "
-            "HessianSpectrumCallback(checkpoint=HessianCheckpoint(...))."
-        )
-    raise MisconfigurationException(msg)
+    def _load(self, state: dict[str, Any]) -> None:
+        self._update(candidates_in(state), state["best_goodness"])
+        self._offered_step = state["offered_step"]
+        if str(self.dirpath) == state["dirpath"]:
+            self.last_model_path = state["last_model_path"]

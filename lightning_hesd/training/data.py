@@ -1,31 +1,35 @@
-"""The analysis samples: a fixed subset of the training samples, the same at every analysis.
+"""The analysis samples: a fixed subset of what an epoch of training consists of, the same at every analysis.
 
-They are drawn once, at the start of `fit`, without touching the user's dataloader, sampler or any random stream: the
-dataset is read through a dataloader of our own, and its attributes are put back afterwards.
+They are drawn once, at the start of `fit`, without touching the user's dataloader, sampler or any random stream: what
+reading uses up is copied, and the attributes of the dataset are put back afterwards.
 """
 
 from __future__ import annotations
 
-import copy
-import itertools
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, WeightedRandomSampler
+from torch.utils.data import IterableDataset
 
 from lightning_hesd.numerics.batches import WeightedBatch
-from lightning_hesd.numerics.batches import batch_size as infer_batch_size
 from lightning_hesd.numerics.snapshot import preserved, seed_everything
-from lightning_hesd.training._lightning import unwrap_sampler
+from lightning_hesd.training._lightning import warn
+from lightning_hesd.training.epochs import EVENNESS_OF_CONTENTS, PlannedBatch, epochs
+from lightning_hesd.training.positions import spread_positions
+from lightning_hesd.training.reading import CollationError, Reader, is_plain
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-DEFAULT_BATCH_SIZE = 64
-"""Where neither the user nor the dataloader has one."""
+    from lightning_hesd.training.epochs import Epoch
+    from lightning_hesd.training.reading import ReadBatch
+
+
+MOST_SURPLUS = 1.5
+"""Times as many samples as wanted: of more than these, some batches are left out."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,36 @@ class AnalysisSamples:
     Attributes:
         batches: This process's share, as the collate function made them, not yet on the device; a spare one if it
             would be empty and must not be.
-        indices: Positions in the dataset of the samples of all processes; None where it has no positions.
+        drawn: The batches of all processes, by the positions of their samples; None where these have none.
     """
 
     batches: tuple[WeightedBatch, ...]
-    indices: tuple[int, ...] | None
+    drawn: tuple[PlannedBatch, ...] | None
+
+    @property
+    def indices(self) -> tuple[Any, ...] | None:
+        """Positions in the dataset of the samples of all processes; None where it has no positions."""
+        return None if self.drawn is None else tuple(key for batch in self.drawn for key in batch.keys)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that read samples together.
+
+    Attributes:
+        rank: This process.
+        size: How many there are.
+        agree: Does some work in every process and returns what the first one found.
+        add: Does some work in every process and returns the sums of the numbers that they found.
+    """
+
+    rank: int = 0
+    size: int = 1
+    agree: Callable[[Callable[[], Any]], Any] = lambda work: work()
+    add: Callable[[Callable[[], list[float]]], list[float]] = lambda work: work()
+
+
+ALONE = Processes()
 
 
 def training_loader(loaders: Any) -> Any:
@@ -84,27 +113,27 @@ def draw_samples(
     batch_size: int | None = None,
     batch_weight: Callable[[Any], float] | None = None,
     seed: int = 0,
-    indices: Sequence[int] | None = None,
-    rank: int = 0,
-    world_size: int = 1,
+    drawn: Sequence[PlannedBatch] | None = None,
+    processes: Processes = ALONE,
     spare: bool = False,
 ) -> AnalysisSamples:
     """Draw the analysis samples and deal their batches to the processes, one after the other.
 
     Whole batches are dealt, so that every batch is the same for any number of processes.
 
+    Where PyTorch's own samplers shuffle or go through the data one by one, the samples are drawn at random from an
+    epoch. The batches of other samplers and batch samplers stay as these make them, and are taken from all over the
+    epoch. Streams, and loaders that iterate in a way of their own, give their first batches.
+
     Args:
         loader: A DataLoader, or any other iterable of batches.
-        num_samples: How many samples, or all if there are fewer. They are drawn at random from the sampler's indices of
-            a map-style dataset, as the sampler draws them (with repetition only if it does so itself); they are the
-            first ones of an iterable dataset, and the first whole batches of any other iterable.
-        max_batches: Of a sequential sampler only so many batches are trained on; None: all.
-        batch_size: Samples per batch; default: the loader's.
+        num_samples: How many samples, or all of an epoch if these are fewer; more if only whole batches will do.
+        max_batches: Of an epoch, each process trains on so many batches only; None: all.
+        batch_size: Most samples per batch; default: the batches as the loader makes them.
         batch_weight: Weight of a batch; default: its number of samples.
         seed: Seed of the draw, and of whatever is random in the dataset.
-        indices: Draw exactly these positions of a map-style dataset (those of the run that is resumed).
-        rank: This process.
-        world_size: Number of processes.
+        drawn: Draw exactly these batches of a map-style dataset (those of the run that is resumed).
+        processes: The processes.
         spare: Whether a process whose share is empty gets the first batch as a spare one.
 
     Raises:
@@ -113,195 +142,170 @@ def draw_samples(
     """
     if isinstance(loader, dict):
         training_loader(loader)
-
-    def dealt(share: slice) -> tuple[tuple[WeightedBatch, ...], list[int] | None]:
-        return _dealt(
-            loader,
-            num_samples,
-            share,
-            max_batches=max_batches,
-            batch_size=batch_size,
-            batch_weight=batch_weight,
-            seed=seed,
-            indices=indices,
-        )
-
-    weighted, chosen = dealt(slice(rank, None, world_size))
-    if spare and not weighted:
-        first, _ = dealt(slice(0, 1))
-        weighted = tuple(replace(batch, is_spare=True) for batch in first)
-    if chosen is not None and not chosen:
-        msg = "the training dataset or its sampler is empty: there are no samples to analyse."
-        raise ValueError(msg)
-    return AnalysisSamples(weighted, None if chosen is None else tuple(chosen))
-
-
-def _dealt(
-    loader: Any,
-    num_samples: int,
-    share: slice,
-    *,
-    max_batches: float | None,
-    batch_size: int | None,
-    batch_weight: Callable[[Any], float] | None,
-    seed: int,
-    indices: Sequence[int] | None,
-) -> tuple[tuple[WeightedBatch, ...], list[int] | None]:
-    """Return the batches of a share, and the positions of the samples of all of them."""
     dataset = getattr(loader, "dataset", None)
-    chosen: list[int] | None = None
     with preserved(loader, dataset, tensors=False) as restore:
         seed_everything(seed)
-        if (
-            isinstance(loader, DataLoader)
-            and not isinstance(dataset, IterableDataset)
-            and loader.batch_sampler is not None
-        ):
-            chosen = (
-                _known(indices, dataset) if indices is not None else _choose(loader, num_samples, seed, max_batches)
+        reader = Reader(loader, seed, restore, batch_weight)
+        if is_plain(loader) and not isinstance(dataset, IterableDataset) and loader.batch_sampler is not None:
+            drawing = _Drawing(reader, num_samples, processes)
+            if drawn is not None:
+                _check_known(drawn, dataset)
+                drawing.read(drawn)
+            else:
+                limit = math.inf if max_batches is None else max_batches
+                drawing.read_any(epochs(loader, num_samples, max_batches=limit, batch_size=batch_size, seed=seed))
+            return drawing.result(spare=spare)
+        return _streamed(reader.stream(num_samples, batch_size), processes, spare=spare)
+
+
+class _Drawing:
+    """Batches of a map-style dataset, of which every process reads its own."""
+
+    def __init__(self, reader: Reader, num_samples: int, processes: Processes) -> None:
+        self._reader = reader
+        self._num_samples = num_samples
+        self._processes = processes
+        self._restart()
+
+    def _restart(self) -> None:
+        self._drawn: list[PlannedBatch] = []
+        self._sizes: list[float] = []
+        self._own: dict[int, ReadBatch] = {}
+
+    def read(self, planned: Sequence[PlannedBatch]) -> None:
+        """Read the own ones of some batches, and find out the sizes of all.
+
+        Raises:
+            CollationError: If the collate function does not take them.
+        """
+        processes, first = self._processes, len(self._drawn)
+        mine = [pair for pair in enumerate(planned, first) if pair[0] % processes.size == processes.rank]
+
+        failure: list[CollationError] = []
+
+        def found() -> list[float]:
+            try:
+                read = self._reader.planned(mine)
+            except CollationError as error:  # which all processes must know
+                failure.append(error)
+                return [1.0, *[0.0] * len(planned)]
+            self._own |= {number: batch for (number, _), batch in zip(mine, read, strict=True)}
+            return [0.0, *(self._own[n].size if n in self._own else 0.0 for n in range(first, first + len(planned)))]
+
+        failures, *sizes = processes.add(found)
+        if failures:
+            raise failure[0] if failure else CollationError("`collate_fn` fails in another process")
+        self._sizes += sizes
+        self._drawn += planned
+
+    def read_any(self, ways: Sequence[Callable[[], Epoch]]) -> None:
+        """Read as many samples as wanted from the first epoch whose batches the collate function takes.
+
+        Raises:
+            CollationError: If it takes none.
+        """
+        first, *others = ways
+        try:
+            self._read_from(first)
+        except CollationError as error:
+            if not others:
+                raise
+            self._restart()
+            try:
+                self.read_any(others)
+            except CollationError:
+                raise error from error.__cause__
+
+    def _read_from(self, make_epoch: Callable[[], Epoch]) -> None:
+        epoch: list[Epoch] = []
+
+        def take() -> list[PlannedBatch]:
+            if not epoch:
+                epoch.append(make_epoch())
+            return epoch[0].take(count)
+
+        missing = float(self._num_samples)
+        while missing > 0:
+            # A collate function may leave samples out; then it takes more of them.
+            made_from, found = sum(len(batch.keys) for batch in self._drawn), sum(self._sizes)
+            count = math.ceil(missing * made_from / found) if found else max(self._num_samples, made_from)
+            planned = self._processes.agree(take)
+            if not planned:
+                break
+            self.read(planned)
+            missing = self._num_samples - sum(self._sizes)
+        # Or it may add others, or each of the positions may stand for a whole batch.
+        found, batches = sum(self._sizes), self._drawn
+        if found > MOST_SURPLUS * self._num_samples:
+            enough = math.ceil(len(batches) * self._num_samples / found)
+            kept = spread_positions(enough, len(batches), evenness=EVENNESS_OF_CONTENTS)
+            if len(kept) < len(batches):
+                self._restart()
+                self.read([batches[number] for number in kept])
+
+    def result(self, *, spare: bool) -> AnalysisSamples:
+        """Return the samples.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        if not self._drawn:
+            msg = (
+                "the training dataset or its sampler is empty: there are no samples to analyse (with `drop_last=True` "
+                "an epoch has none either if the samples do not fill a batch)."
             )
-            batches = _indexed_batches(loader, chosen, batch_size, seed, share=share, restore=restore)
-        else:
-            streamed = _streamed_batches(loader, num_samples, batch_size)
-            batches = itertools.islice(streamed, share.start, share.stop, share.step)
-        step = share.step or 1
-        weighted = tuple(
-            WeightedBatch(data, batch_weight(data) if batch_weight else float(size), share.start + position * step)
-            for position, (data, size) in enumerate(batches)
-        )
-    return weighted, chosen
+            raise ValueError(msg)
+        kept = [number for number, size in enumerate(self._sizes) if size > 0]
+        _check_any(kept)
+        read = [(index, self._own[number], number) for index, number in enumerate(kept) if number in self._own]
+        is_spare = spare and not read
+        if is_spare:
+            [batch] = self._reader.planned([(kept[0], self._drawn[kept[0]])])
+            read = [(0, batch, kept[0])]
+        batches = [
+            WeightedBatch(b.data, b.weight, index, position=self._drawn[number].position, is_spare=is_spare)
+            for index, b, number in read
+        ]
+        _warn_of_doubts([b for _, b, _ in read])
+        return AnalysisSamples(tuple(batches), tuple(self._drawn))
 
 
-def _known(indices: Sequence[int], dataset: Any) -> list[int]:
-    if max(indices, default=-1) >= len(dataset):
-        msg = (
-            f"the samples drawn before reach up to position {max(indices)}, but there are {len(dataset)}: these are "
-            "not the data of that run. Draw others with another `num_samples`."
-        )
-        raise MisconfigurationException(msg)
-    return list(indices)
-
-
-def _choose(loader: DataLoader[Any], num_samples: int, seed: int, max_batches: float | None) -> list[int]:
-    """Choose positions among those the loader's sampler can draw."""
-    generator = torch.Generator().manual_seed(seed)
-    sampler = unwrap_sampler(_sampler(loader))
-    if isinstance(sampler, WeightedRandomSampler):
-        weights = sampler.weights
-        count = min(num_samples, len(weights) if sampler.replacement else int((weights > 0).sum()))
-        return torch.multinomial(weights, count, sampler.replacement, generator=generator).tolist()
-    population = _population(sampler, loader)
-    if isinstance(sampler, SequentialSampler) and max_batches is not None and loader.batch_size:
-        population = population[: int(min(max_batches * loader.batch_size, len(population)))]
-    order = torch.randperm(len(population), generator=generator)[:num_samples]
-    return [population[position] for position in order.tolist()]
-
-
-def _sampler(loader: DataLoader[Any]) -> Any:
-    """Return what decides which samples the loader yields."""
-    batch_sampler = loader.batch_sampler
-    # A subclass that makes batches in its own way may leave out what its sampler offers.
-    if isinstance(batch_sampler, BatchSampler) and type(batch_sampler).__iter__ is BatchSampler.__iter__:
-        return batch_sampler.sampler
-    return batch_sampler
-
-
-def _population(sampler: Any, loader: DataLoader[Any]) -> Sequence[int]:
-    """Return the positions a sampler draws from, ascending where they must be found by drawing."""
-    if (own := getattr(sampler, "indices", None)) is not None:
-        return [int(index) for index in own]
-    dataset: Any = loader.dataset
-    if type(sampler).__module__.split(".")[0] in {"torch", "lightning"} and not isinstance(sampler, BatchSampler):
-        # Sequential, random and distributed samplers run through the whole of what they were made for.
-        return range(len(getattr(sampler, "data_source", dataset)))
-    drawn: set[int] = set()
-    for position in itertools.islice(_own_copy(sampler), 10 * len(dataset)):  # a sampler may be endless
-        drawn.update(position if isinstance(position, list | tuple) else [position])
-    return sorted(int(index) for index in drawn)
-
-
-def _indexed_batches(
-    loader: DataLoader[Any],
-    chosen: Sequence[int],
-    batch_size: int | None,
-    seed: int,
-    *,
-    share: slice,
-    restore: Callable[[], None],
-) -> Iterator[tuple[Any, int]]:
-    size = batch_size or loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or DEFAULT_BATCH_SIZE
-    batches = [list(chosen[start : start + size]) for start in range(0, len(chosen), size)]
-    # Without a generator of its own even a DataLoader without workers draws from the global stream.
-    own: DataLoader[Any] = DataLoader(
-        loader.dataset, batch_sampler=batches[share], collate_fn=loader.collate_fn, generator=torch.Generator()
-    )
-    iterator = iter(own)
-    for number in range(len(batches))[share]:
-        restore()  # the dataset's own generators, which in one process have served more batches than in another
-        seed_everything(seed + number)  # the same augmentation for any number of processes
-        yield next(iterator), len(batches[number])
-
-
-def _streamed_batches(loader: Any, num_samples: int, batch_size: int | None) -> Iterator[tuple[Any, int]]:
-    """Yield batches from the beginning of a stream that cannot be addressed by position."""
-    stream: Iterable[Any]
-    if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset) and loader.batch_size:
-        stream = DataLoader(
-            _Head(_own_copy(loader.dataset), num_samples),
-            batch_size=batch_size or loader.batch_size,
-            collate_fn=loader.collate_fn,
-            generator=torch.Generator(),
-        )
-    elif isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-        # Each of the sampler's positions stands for a whole batch.
-        stream = DataLoader(
-            loader.dataset,
-            batch_size=None,
-            sampler=_own_copy(loader.sampler),
-            collate_fn=loader.collate_fn,
-            generator=torch.Generator(),
-        )
-    elif isinstance(loader, DataLoader):  # the dataset yields whole batches
-        stream = DataLoader(
-            _own_copy(loader.dataset), batch_size=None, collate_fn=loader.collate_fn, generator=torch.Generator()
-        )
-    elif isinstance(loader, CombinedLoader):
-        stream = (batch for batch, _, _ in iter(_own_copy(loader)))
-    else:
-        stream = _own_copy(loader)
-    taken = 0
-    for batch in stream:
-        size = round(infer_batch_size(batch))
-        yield batch, size
-        taken += size
-        if taken >= num_samples:
-            return
-
-
-def _own_copy(source: Any) -> Any:
-    """Copy a stream, so that reading it does not use up what training is to read.
+def _streamed(read: Sequence[ReadBatch], processes: Processes, *, spare: bool) -> AnalysisSamples:
+    """Deal out batches that every process has read.
 
     Raises:
-        MisconfigurationException: If it cannot be copied.
+        ValueError: If there are none.
     """
-    if isinstance(source, list | tuple):
-        return source
-    try:
-        return copy.deepcopy(source)
-    except Exception as error:
+    kept = [(position, batch) for position, batch in enumerate(read) if batch.size > 0]
+    if not read:
+        msg = "the training data are empty: there are no samples to analyse."
+        raise ValueError(msg)
+    _check_any(kept)
+    _warn_of_doubts(read)
+    batches = [WeightedBatch(b.data, b.weight, index, position=p) for index, (p, b) in enumerate(kept)]
+    own = batches[processes.rank :: processes.size]
+    if spare and not own:
+        own = [replace(batches[0], is_spare=True)]
+    return AnalysisSamples(tuple(own), None)
+
+
+def _check_any(kept: Sequence[Any]) -> None:
+    if not kept:
+        msg = "there are no samples to analyse: every batch that was read is None or empty, as `collate_fn` made it."
+        raise ValueError(msg)
+
+
+def _warn_of_doubts(read: Iterable[ReadBatch]) -> None:
+    doubts = [batch.doubt for batch in read if batch.doubt is not None]
+    if doubts:
+        warn(doubts[0])
+
+
+def _check_known(drawn: Iterable[PlannedBatch], dataset: Any) -> None:
+    last = max((key for batch in drawn for key in batch.keys), default=-1)
+    if hasattr(dataset, "__len__") and last >= len(dataset):
         msg = (
-            f"{type(source).__name__} cannot be copied ({error}), and reading samples for the analysis from the "
-            "original could take them away from training: pass `dataloader=` to HessianSpectrumCallback."
+            f"the samples drawn before reach up to position {last}, but there are {len(dataset)}: these are not the "
+            "data of that run. Draw others with another `num_samples`."
         )
-        raise MisconfigurationException(msg) from error
-
-
-class _Head(IterableDataset[Any]):
-    """The first samples of an iterable dataset."""
-
-    def __init__(self, dataset: IterableDataset[Any], length: int) -> None:
-        self.dataset = dataset
-        self.length = length
-
-    def __iter__(self) -> Iterator[Any]:
-        return itertools.islice(self.dataset, self.length)
+        raise MisconfigurationException(msg)

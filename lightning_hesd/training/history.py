@@ -4,52 +4,45 @@ from __future__ import annotations
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
 from lightning_hesd.spectra.assessment import check_comparable
-from lightning_hesd.spectra.files import written_whole
 from lightning_hesd.spectra.foreign import (
-    DAMAGE,
     at_least,
-    check_regular,
     each,
     each_named,
-    integer,
     misfit,
-    number,
     of,
     optional,
     parsed,
     text,
 )
 from lightning_hesd.spectra.record import LAYERS_SUFFIX, PLAIN_FIELDS, START_EPOCH, SUFFIXES, SpectrumRecord, when
-from lightning_hesd.spectra.spectrum import ARRAYS, Spectrum, load_layers, save_layers
+from lightning_hesd.spectra.spectrum import ARRAYS, Spectrum, load_layers
 from lightning_hesd.spectra.tables import layers_table, records_table
+from lightning_hesd.training._lightning import callbacks_of
+from lightning_hesd.training.folders import exists, fetched, joined
+from lightning_hesd.training.history_files import INDEX_NAME, HistoryFolder, completed, index_rows
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     import lightning.pytorch as pl
     import pandas as pd
     from lightning.pytorch.callbacks import Checkpoint
     from numpy.typing import NDArray
 
-    from lightning_hesd.spectra.foreign import Check
     from lightning_hesd.spectra.selection import Choice
+    from lightning_hesd.training.history_files import Content
 
 __all__ = ["PLAIN_FIELDS", "START_EPOCH", "SUFFIXES", "SpectrumHistory", "SpectrumRecord", "SpectrumSource", "when"]
-
-INDEX_NAME = "index.json"
-INDEX_FORMAT = 1
-LATER_FIELDS = ("generalization", "preconditioned", "stability_threshold", "ggn", "residual", "layers")
-"""What the first histories did not have."""
 
 _STATE = {
     "records": text,
@@ -65,7 +58,7 @@ class SpectrumHistory(list[SpectrumRecord]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._saved: set[Path] = set()
+        self._folders: dict[str, HistoryFolder] = {}
 
     def rewind(self, global_step: int) -> None:
         """Forget what lies ahead of `global_step`, everything at step 0: a run starts, or goes on, from there."""
@@ -74,17 +67,37 @@ class SpectrumHistory(list[SpectrumRecord]):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the spectra not yet written to `folder`, and the index of all records.
 
-        Every file appears whole or not at all, the index last.
+        Every file appears whole or not at all, the index last. Files of another run that the folder's index names are
+        replaced or deleted; the index goes before them, so that none ever names what is not its own.
+
+        Args:
+            folder: A path, or a URL of a filesystem that fsspec knows.
         """
-        directory = Path(folder)
-        directory.mkdir(parents=True, exist_ok=True)
+        self._folder(folder).update(self._contents(), self._rows())
+
+    def is_in(self, folder: str | os.PathLike[str]) -> bool:
+        """Look into a folder, and return whether the files of all these records are there, whatever else is."""
+        self._folders.pop(str(folder), None)  # another run may have written to it since
+        return self._folder(folder).has(self._contents())
+
+    def _folder(self, folder: str | os.PathLike[str]) -> HistoryFolder:
+        location = str(folder)
+        if location not in self._folders:
+            self._folders[location] = HistoryFolder(location)
+        return self._folders[location]
+
+    def _contents(self) -> dict[str, Content]:
+        """Return the spectra by the names of their files."""
+        contents: dict[str, Content] = {}
         for record in self:
-            for suffix, spectrum in record.spectra.items():
-                path = directory / record.file_name(suffix)
-                self._save_once(path, spectrum.save)
+            contents |= {record.file_name(suffix): spectrum for suffix, spectrum in record.spectra.items()}
             if record.layers:
-                self._save_once(directory / record.file_name(LAYERS_SUFFIX), partial(save_layers, record.layers))
-        rows = [
+                contents[record.file_name(LAYERS_SUFFIX)] = dict(record.layers)
+        return contents
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """Return the rows of the index."""
+        return [
             {
                 **_plain(record),
                 **{
@@ -95,43 +108,37 @@ class SpectrumHistory(list[SpectrumRecord]):
             }
             for record in self
         ]
-        with written_whole(directory / INDEX_NAME) as incomplete:
-            incomplete.write_text(json.dumps({"format": INDEX_FORMAT, "records": rows}, indent=1), encoding="utf-8")
-
-    def _save_once(self, path: Path, save: Callable[[Path], None]) -> None:
-        if path not in self._saved:
-            save(path)
-            self._saved.add(path)
 
     @classmethod
     def load(cls, log_dir: str | os.PathLike[str], name: str = "hesd") -> SpectrumHistory:
         """Read the history of a run back.
 
         Args:
-            log_dir: The run's log directory, or the folder of the history in it.
+            log_dir: The run's log directory, or the folder of the history in it; a path, or a URL.
             name: The callback's `name`, which is also that of the folder.
 
         Raises:
             FileNotFoundError: If there is no history.
             ValueError: If its index is damaged, or was written by a newer version.
         """
-        folders = [Path(log_dir) / name, Path(log_dir)]
-        directory = next((folder for folder in folders if (folder / INDEX_NAME).is_file()), None)
-        if directory is None:
+        folders = [joined(log_dir, name), str(log_dir)]
+        location = next((folder for folder in folders if exists(joined(folder, INDEX_NAME))), None)
+        if location is None:
             msg = f"no {INDEX_NAME} in {folders[0]} or {folders[1]}: pass the log directory of a run with the callback."
             raise FileNotFoundError(msg)
         history = cls()
-        path = directory / INDEX_NAME
-        for row in _index(path):
-            # The names only: an index must not point outside its own folder.
-            paths = {f: row[f] and directory / Path(row[f]).name for f in (*SUFFIXES, "layers")}
-            layers = paths.pop("layers")
-            spectra = {f: file and Spectrum.load(file) for f, file in paths.items()}
-            try:
-                history.append(_record(row, spectra, layers and load_layers(layers)))
-            except ValueError as error:
-                msg = f"a record in {path} is damaged: {error}"
-                raise ValueError(msg) from error
+        with fetched(location) as directory:
+            path = directory / INDEX_NAME
+            for row in index_rows(path):
+                # The names only: an index must not point outside its own folder.
+                paths = {f: row[f] and directory / Path(row[f]).name for f in (*SUFFIXES, "layers")}
+                layers = paths.pop("layers")
+                spectra = {f: file and Spectrum.load(file) for f, file in paths.items()}
+                try:
+                    history.append(_record(row, spectra, layers and load_layers(layers)))
+                except ValueError as error:
+                    msg = f"a record in {path} is damaged: {error}"
+                    raise ValueError(msg) from error
         return history
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -188,7 +195,7 @@ class SpectrumHistory(list[SpectrumRecord]):
         if (wrong := misfit(state, _STATE)) is not None:
             msg = f"`{wrong}` is missing or is something else"
             raise ValueError(msg)
-        rows = _completed(parsed(state["records"], finite=False), optional(of(dict)), optional(each_named(of(dict))))
+        rows = completed(parsed(state["records"], finite=False), optional(of(dict)), optional(each_named(of(dict))))
         ends = np.cumsum([math.prod(shape) for shape in state["shapes"]], dtype=int)
         parts = np.split(state["numbers"].cpu().numpy(), ends)
         arrays = [part.reshape(shape) for part, shape in zip(parts, state["shapes"], strict=False)]
@@ -221,59 +228,27 @@ class SpectrumSource(Callback):
         """Hear from a HessianCheckpoint what it makes of the latest record."""
 
 
-def _index(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of an index.
+def only_source(trainer: pl.Trainer) -> SpectrumSource:
+    """Return the one callback of a Trainer that makes records.
 
     Raises:
-        ValueError: If it is damaged, or was written by a newer version.
+        MisconfigurationException: If there is not exactly one.
     """
-    try:
-        check_regular(path)
-        index = parsed(path.read_text(encoding="utf-8"), finite=False)
-        version, rows = index["format"], index["records"]
-        if not integer(version):
-            msg = "its format is no number"
-            raise ValueError(msg)
-        if version == INDEX_FORMAT:
-            name = optional(lambda value: text(value) and Path(value).name != "")
-            return _completed(rows, name, name)
-    except DAMAGE as error:
-        msg = f"{path} is not the index of a spectrum history, or is damaged ({error!r})."
-        raise ValueError(msg) from error
-    msg = f"{path} has format {version}, this version reads {INDEX_FORMAT}: update lightning_hesd."
-    raise ValueError(msg)
-
-
-def _completed(rows: object, spectrum: Check, layers: Check) -> list[dict[str, Any]]:
-    """Return rows with the fields that the first histories did not have, checked.
-
-    Args:
-        rows: The rows, of anybody.
-        spectrum: What stands for a spectrum in them.
-        layers: What stands for the spectra of layers.
-
-    Raises:
-        ValueError: If a field is missing or is something else.
-    """
-    fields = {
-        "epoch": integer,
-        "global_step": integer,
-        "error": optional(text),
-        "stability_threshold": optional(number),
-        **dict.fromkeys(SUFFIXES, spectrum),
-        "layers": layers,
-    }
-    if not isinstance(rows, list):
-        msg = f"the records must be a list, got {type(rows).__name__}"
-        raise ValueError(msg)  # noqa: TRY004 - of files, not of arguments
-    completed = []
-    for row in rows:
-        wrong = misfit({**dict.fromkeys(LATER_FIELDS), **row} if isinstance(row, dict) else row, fields)
-        if wrong is not None:
-            msg = f"`{wrong}` of a record is missing or is something else"
-            raise ValueError(msg)
-        completed.append({**dict.fromkeys(LATER_FIELDS), **row})
-    return completed
+    sources = [callback for callback in callbacks_of(trainer) if isinstance(callback, SpectrumSource)]
+    if len(sources) == 1:
+        return sources[0]
+    if not sources:
+        msg = (
+            "HessianCheckpoint ranks the records of a HessianSpectrumCallback, and the Trainer has none: add "
+            "HessianSpectrumCallback() to `callbacks`."
+        )
+    else:
+        names = ", ".join(repr(source.name) for source in sources)
+        msg = (
+            f"HessianCheckpoint cannot tell which of the callbacks {names} to rank: pass it to one of them as "
+            "HessianSpectrumCallback(checkpoint=HessianCheckpoint(...))."
+        )
+    raise MisconfigurationException(msg)
 
 
 def _plain(record: SpectrumRecord) -> dict[str, Any]:

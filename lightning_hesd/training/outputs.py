@@ -6,16 +6,23 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lightning_hesd.spectra.payload import CHOICES_NAME, choice_payload, to_json
+from lightning_hesd.spectra.payload import (
+    CHOICE_FIELDS,
+    CHOICES_NAME,
+    PayloadError,
+    choice_payload,
+    read_payload,
+    to_json,
+)
 from lightning_hesd.spectra.scalars import scalars
 from lightning_hesd.training import _lightning
+from lightning_hesd.training.folders import append, joined, read_text, remove, write_text
 from lightning_hesd.training.sinks import make_sinks
 from lightning_hesd.training.sinks.sink import ChoiceSink
 from lightning_hesd.training.sinks.tensorboard import write_layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     import lightning.pytorch as pl
 
@@ -32,13 +39,14 @@ class RunOutputs:
         self._name = name
         self._in_bar = {f"{name}/c_t"} if in_progress_bar else set()
         self._sinks: list[Sink] = []
-        self._folder: Path | None = None
+        self._folder: str | None = None
 
-    def open(self, trainer: pl.Trainer, names: Sequence[str]) -> None:
+    def open(self, trainer: pl.Trainer, history: SpectrumHistory, names: Sequence[str]) -> None:
         """Find out where to write; only process zero does, and nothing is written in a development run.
 
         Args:
             trainer: The trainer.
+            history: The records there are, if the run goes on from somewhere.
             names: Names of all callbacks of this kind in the Trainer; the first one lays out the charts for all.
         """
         run_folder = _lightning.run_folder(trainer)  # every process must ask for it
@@ -46,16 +54,25 @@ class RunOutputs:
         if not trainer.is_global_zero or fast_dev_run:
             self.close()
             return
-        self._folder = run_folder / self._name
+        self._folder = joined(run_folder, self._name)
         self._sinks = make_sinks(trainer.loggers, self._name)
-        if trainer.global_step == 0:
-            (self._folder / CHOICES_NAME).unlink(missing_ok=True)  # of an earlier run in the same folder
+        self._rewind_choices(self._folder, trainer.global_step if history.is_in(self._folder) else 0)
         if names[0] == self._name:
             write_layout(trainer.loggers, names)
 
+    @staticmethod
+    def _rewind_choices(folder: str, global_step: int) -> None:
+        """Delete the choices of another run in the folder, and of another continuation of this one."""
+        lines = read_text(folder, CHOICES_NAME).splitlines(keepends=True)
+        kept = [line for line in lines if 0 < _step_of(line) <= global_step]
+        if lines and not kept:
+            remove(folder, [CHOICES_NAME])
+        elif kept != lines:
+            write_text(folder, CHOICES_NAME, "".join(kept))
+
     @property
-    def folder(self) -> Path | None:
-        """The folder of the run's spectra; None if nothing is written."""
+    def folder(self) -> str | None:
+        """The folder of the run's spectra, a path or a URL; None if nothing is written."""
         return self._folder
 
     def close(self) -> None:
@@ -94,9 +111,7 @@ class RunOutputs:
             if isinstance(sink, ChoiceSink):
                 sink.write_choice(choice, step)
         if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with (self._folder / CHOICES_NAME).open("a", encoding="utf-8") as file:
-                file.write(to_json(choice_payload(choice)) + "\n")
+            append(self._folder, CHOICES_NAME, to_json(choice_payload(choice)) + "\n")
 
     def writers(self, trainer: pl.Trainer, history: SpectrumHistory, *, at_epoch_end: bool) -> list[Callable[[], None]]:
         """Return what writes the last record, each apart: trouble with one output must not keep out the others."""
@@ -110,3 +125,12 @@ class RunOutputs:
         """Return what is left to write at the end of training, each apart; nothing is written after it."""
         sinks, self._sinks = self._sinks, []
         return [partial(sink.finish, history) for sink in sinks if any(record.spectra for record in history)]
+
+
+def _step_of(line: str) -> int:
+    """Return the optimizer steps at a choice; 0 if it cannot be read."""
+    try:
+        step: int = read_payload(line, CHOICE_FIELDS)["global_step"]
+    except PayloadError:
+        return 0
+    return step

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 
-from lightning_hesd.training._lightning import callbacks_of, warn
+from lightning_hesd.spectra.record import SUFFIXES
+from lightning_hesd.training._lightning import callbacks_of, looks_before_the_epoch_ends, replace_callbacks, warn
 from lightning_hesd.training.checkpoint import HessianCheckpoint
 from lightning_hesd.training.history import SpectrumSource
 
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 
-def insert_checkpoint(trainer: pl.Trainer, checkpoint: HessianCheckpoint) -> None:
-    """Add `checkpoint` to the Trainer's callbacks; for use in `setup`, where the Trainer has not yet reached its place.
+def insert_checkpoint(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, checkpoint: HessianCheckpoint
+) -> None:
+    """Add `checkpoint` to the Trainer's callbacks, and set it up: the Trainer is setting up those it had before.
 
     Raises:
         MisconfigurationException: If the Trainer does not write checkpoints.
@@ -29,41 +32,54 @@ def insert_checkpoint(trainer: pl.Trainer, checkpoint: HessianCheckpoint) -> Non
         raise MisconfigurationException(msg)
     callbacks = callbacks_of(trainer)
     if checkpoint not in callbacks:
-        callbacks.append(checkpoint)
+        replace_callbacks(trainer, [*callbacks, checkpoint])
+        checkpoint.setup(trainer, pl_module, stage)
 
 
 def put_hessian_checkpoints_first(trainer: pl.Trainer) -> None:
     """Make Lightning take a HessianCheckpoint for "best": it takes the first checkpoint callback there is.
 
-    The one passed to a HessianSpectrumCallback comes before those that stand in `callbacks` by themselves. In place and
-    among checkpoint callbacks only, because the Trainer is walking this very list.
+    The one passed to a HessianSpectrumCallback comes before those that stand in `callbacks` by themselves, and all
+    checkpoint callbacks come last, as Lightning has them, also those added to `trainer.callbacks` later. In a new list,
+    because the Trainer may be walking the old one: each callback keeps its turn.
     """
     callbacks = callbacks_of(trainer)
     own = [source.checkpoint for source in callbacks if isinstance(source, SpectrumSource)]
     checkpoints = sorted(
         trainer.checkpoint_callbacks, key=lambda c: (not isinstance(c, HessianCheckpoint), c not in own)
     )
-    callbacks[:] = [*(c for c in callbacks if not isinstance(c, Checkpoint)), *checkpoints]
+    replace_callbacks(trainer, [*(c for c in callbacks if not isinstance(c, Checkpoint)), *checkpoints])
 
 
 def warn_about_stale_monitors(trainer: pl.Trainer, name: str, *, sparse: bool) -> None:
-    """Warn of a plain ModelCheckpoint that would rank weights by a value that is not theirs.
+    """Warn of neighbours that would judge weights by a value that is not theirs.
 
     Args:
-        trainer: The trainer.
+        trainer: The trainer, about to train.
         name: Prefix of the metrics in question.
         sparse: Whether some epochs are not analysed.
     """
-    for callback in trainer.checkpoint_callbacks:
-        if not isinstance(callback, ModelCheckpoint) or not (callback.monitor or "").startswith(f"{name}/"):
+    prefixes = tuple(f"{name}{suffix}/" for suffix in SUFFIXES.values())
+    old = "logged values persist, so where weights were not analysed it judges them by an old value"
+    for callback in callbacks_of(trainer):
+        if not isinstance(callback, ModelCheckpoint | EarlyStopping):
             continue
-        if sparse:
-            problem = "logged values persist, so on epochs without an analysis it ranks new weights by an old value"
-        elif callback._save_on_train_epoch_end is not True:  # noqa: SLF001
-            problem = "unless `save_on_train_epoch_end=True`, it may save before the analysis of the epoch"
+        if not (callback.monitor or "").startswith(prefixes):
+            continue
+        early = looks_before_the_epoch_ends(trainer, callback)
+        if not sparse and not early:
+            continue
+        if isinstance(callback, EarlyStopping):
+            problem = old if sparse else "it looks in validation, before the epoch is analysed, so at the epoch before"
+            remedy = "analyse every epoch, and set `check_on_train_epoch_end=True`"
         else:
-            continue
-        warn(
-            f"ModelCheckpoint(monitor={callback.monitor!r}): {problem}; use HessianCheckpoint, which ranks analysed "
-            "weights only."
-        )
+            problem = old if sparse else "unless `save_on_train_epoch_end=True`, it may save before the analysis"
+            remedy = "use HessianCheckpoint, which ranks analysed weights only"
+        warn(f"{type(callback).__name__}(monitor={callback.monitor!r}): {problem}; {remedy}.")
+    for config in trainer.lr_scheduler_configs:
+        in_question = config.reduce_on_plateau and (config.monitor or "").startswith(prefixes)
+        if in_question and (sparse or config.interval != "epoch"):
+            warn(
+                f"{type(config.scheduler).__name__} with monitor={config.monitor!r}: {old}; analyse every epoch, and "
+                "set `interval='epoch'`."
+            )

@@ -7,6 +7,7 @@ below a larger threshold (Cohen et al. 2021, arXiv:2103.00065; 2022, arXiv:2207.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ class Preconditioner:
     Attributes:
         diagonal: D for each of its parameters, positive, in the shape of the parameter.
         threshold: Largest eigenvalue of D^(-1/2) H D^(-1/2) at which its steps stay stable, weight decay left out; None
-            where parameter groups have different ones.
+            where parameter groups have different ones, and where steps have length zero: any eigenvalue is stable then.
     """
 
     diagonal: dict[Tensor, Tensor]
@@ -77,7 +78,8 @@ def read_preconditioner(optimizers: Sequence[Optimizer]) -> Preconditioner:
                     idle = optimizer.state and p not in optimizer.state
                     d = torch.ones_like(p) if idle else read(p, optimizer.state.get(p, {}), group)
                     diagonal[p] = _positive(d, p, optimizer)
-    return Preconditioner(diagonal, thresholds.pop() if len(thresholds) == 1 else None)
+    threshold = thresholds.pop() if len(thresholds) == 1 else math.inf
+    return Preconditioner(diagonal, threshold if math.isfinite(threshold) else None)
 
 
 def _reader(optimizer: Optimizer) -> tuple[Callable[[Tensor, State, Group], Tensor], Callable[[Group], float]]:
@@ -143,13 +145,18 @@ def _adahessian(p: Tensor, state: State, group: Group) -> Tensor:  # noqa: ARG00
 def _heavy_ball(group: Group) -> float:
     beta, lr = float(group.get("momentum", 0.0)), float(group["lr"])
     if group.get("nesterov"):
-        return 2 * (1 + beta) / ((1 + 2 * beta) * lr)
-    return 2 * (1 + beta) / ((1 - float(group.get("dampening", 0.0)) * bool(beta)) * lr)
+        return _over(2 * (1 + beta), (1 + 2 * beta) * lr)
+    return _over(2 * (1 + beta), (1 - float(group.get("dampening", 0.0)) * bool(beta)) * lr)
 
 
 def _averaged_momentum(group: Group) -> float:
     beta, lr = float(group["betas"][0]), float(group["lr"])
-    return 2 * (1 + beta) / ((1 - beta) * lr)
+    return _over(2 * (1 + beta), (1 - beta) * lr)
+
+
+def _over(numerator: float, step_length: float) -> float:
+    """Return a threshold, which is infinite where the learning rate is 0 or momentum takes in no gradient."""
+    return numerator / step_length if step_length else math.inf
 
 
 _READERS: dict[str, tuple[Callable[[Tensor, State, Group], Tensor], Callable[[Group], float]]] = {

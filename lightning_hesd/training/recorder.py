@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from lightning_hesd.numerics.guards import release_memory
+from lightning_hesd.numerics.verification import WrongDerivativeError
 from lightning_hesd.training._lightning import check_whole
 from lightning_hesd.training.history import START_EPOCH, SpectrumRecord, when
 from lightning_hesd.training.preconditioner import check_readable, read_preconditioner
@@ -66,7 +67,8 @@ class Recorder:
 
     def start(self, trainer: pl.Trainer, attempt: Attempt) -> None:
         """Begin with a run: let go of the samples of the last one, and look at the optimizers of this one."""
-        self.release()
+        for analyzer in self._analyzers.values():
+            analyzer.restart()
         self._readable = False
         with attempt("there will be no spectra through the optimizer's eyes"):
             if self._preconditioner is not None:
@@ -127,7 +129,7 @@ class Recorder:
         **changes: Any,
     ) -> Spectrum:
         with analysis_bar(trainer, self._name, shown=self._progress) as report:
-            return self._analyzers[data].spectrum(trainer, pl_module, report, **changes)
+            return _relied_on(self._analyzers[data].spectrum(trainer, pl_module, report, **changes))
 
     def _preconditioned(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plain: Spectrum) -> dict[str, Any]:
         """Return the fields of a record that show the training data through the optimizer's eyes."""
@@ -148,7 +150,8 @@ class Recorder:
 
     def _layer_spectra(self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Layers) -> dict[str, Any]:
         with analysis_bar(trainer, self._name, shown=self._progress) as report:
-            return {"layers": self._analyzers["training"].layers(trainer, pl_module, layers, report)}
+            found = self._analyzers["training"].layers(trainer, pl_module, layers, report)
+            return {"layers": {name: _relied_on(spectrum) for name, spectrum in found.items()}}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to draw the same samples."""
@@ -163,3 +166,14 @@ class Recorder:
         for data, analyzer in self._analyzers.items():
             if data in state:
                 analyzer.load_state_dict(state[data])
+
+
+def _relied_on(spectrum: Spectrum) -> Spectrum:
+    """Return a spectrum; one without numbers is a failure of the analysis.
+
+    Raises:
+        WrongDerivativeError: If products were not those of the loss.
+    """
+    if spectrum.verified == "no":
+        raise WrongDerivativeError(spectrum.verification, spectrum.loss)
+    return spectrum

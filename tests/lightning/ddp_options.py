@@ -11,12 +11,14 @@ import json
 import os
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -87,14 +89,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_trainer(out: Path, *, ddp: dict[str, Any] | None = None, **options: Any) -> pl.Trainer:
+def make_trainer(out: Path, *, ddp: dict[str, Any] | None = None, logger: Any = False, **options: Any) -> pl.Trainer:
     """Return a quiet Trainer of all processes."""
     return pl.Trainer(
         accelerator="cpu",
         devices=WORLD_SIZE,
         strategy=DDPStrategy(process_group_backend="gloo", **(ddp or {})),
         default_root_dir=out,
-        logger=False,
+        logger=logger,
         enable_progress_bar=False,
         enable_model_summary=False,
         **options,
@@ -144,6 +146,57 @@ def try_options(out: Path) -> dict[str, Any]:
             "gradients": analysed["gradients"].same,
             "some_gradients": any(g is not None for g in analysed["gradients"].before),
             "views": analysed["views"],
+        }
+    return found
+
+
+FOLDERS: list[str | None] = []
+"""Out of reach of module and Trainer."""
+
+
+def use_trainer(net: Net) -> None:
+    """Do what an analysis can undo or pass by."""
+    net.trainer.optimizers[0].param_groups[0]["lr"] *= 0.9
+    net.trainer.strategy.barrier()
+    torch.distributed.barrier()
+    FOLDERS.append(net.trainer.log_dir)
+
+
+REACHES: dict[str, Callable[[Net], object]] = {
+    "use_trainer": use_trainer,
+    "all_gather": lambda net: net.all_gather(torch.ones(1)),
+    "all_reduce": lambda net: torch.distributed.all_reduce(torch.ones(1)),
+}
+"""What a training step may do together with the other processes."""
+
+
+class Reaching(Net):
+    def __init__(self, act: Callable[[Net], object]) -> None:
+        super().__init__()
+        self.act = act
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.act(self)
+        return super().training_step(batch, batch_idx)
+
+
+def reach_out(out: Path) -> dict[str, Any]:
+    """Train networks that reach out of themselves; the processes analyse different numbers of batches."""
+    found: dict[str, Any] = {}
+    for name, act in REACHES.items():
+        callback = HessianSpectrumCallback(steps=3, num_samples=30, batch_size=10, progress=False)
+        weights = []
+        for callbacks in ([], [callback]):
+            FOLDERS.clear()
+            logger = CSVLogger(out / f"{name}{len(callbacks)}-{RANK}")  # another folder in each process
+            trainer = make_trainer(out, max_epochs=2, enable_checkpointing=False, callbacks=callbacks, logger=logger)
+            torch.manual_seed(RANK)
+            trainer.fit(net := Reaching(act), DataLoader(Blobs(None), batch_size=24, shuffle=True))
+            weights.append([*net.state_dict().values()])
+        found[name] = {
+            "same": all(map(torch.equal, *weights)),
+            "errors": [record.error for record in callback.history],
+            "folders": [str(folder).endswith("use_trainer1-0/lightning_logs/version_0") for folder in FOLDERS],
         }
     return found
 
@@ -219,7 +272,7 @@ def main() -> None:
     given = parser.parse_args()
     warnings.filterwarnings("always", message="lightning_hesd: ")
     if given.what == "options":
-        result = {**try_options(given.out), "norms": synchronous_norms()}
+        result = {**try_options(given.out), "norms": synchronous_norms(), "reaches": reach_out(given.out)}
     elif given.what == "interrupted":
         result = interrupted(given.out)
     else:

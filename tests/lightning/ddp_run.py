@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
+from lightning_hesd.numerics.batches import SkippedBatchError
 from lightning_hesd.training.history import SpectrumRecord
 
 torch.set_num_threads(1)
@@ -47,6 +48,30 @@ class Blobs(Dataset[tuple[torch.Tensor, int]]):
             msg = f"cannot read sample {position}"
             raise OSError(msg)
         return self.x[position], int(self.classes[position])
+
+
+class Own(Sampler[int]):
+    """Draws in every process by itself, with repetition."""
+
+    def __iter__(self) -> Iterator[int]:
+        rank = torch.distributed.get_rank() if WORLD_SIZE > 1 else 0
+        return iter(torch.randint(0, 96, (120,), generator=torch.Generator().manual_seed(rank)).tolist())
+
+    def __len__(self) -> int:
+        return 120
+
+
+def leave_out(samples: list[Any]) -> Any:
+    """Leave out some samples, and sometimes all."""
+    kept = [sample for sample in samples if sample[1] != samples[0][1]]
+    return default_collate(kept) if len(kept) > 2 else None
+
+
+def skipping(module: Any, batch: Any) -> torch.Tensor:
+    """Skip batches that begin with class 0."""
+    if batch[1][0] == 0:
+        raise SkippedBatchError
+    return F.cross_entropy(module.net(batch[0].double()), batch[1])
 
 
 class Net(pl.LightningModule):
@@ -149,6 +174,13 @@ def main() -> None:
             HessianSpectrumCallback(**{**shared, "steps": 60}, tolerance="auto", basis="none", name="adaptive"),
             HessianSpectrumCallback(**{**shared, "num_samples": "auto"}, tolerance=0.3, name="growing"),
             HessianSpectrumCallback(**shared, strategy="finite_difference", name="differences"),
+            HessianSpectrumCallback(
+                steps=20,
+                num_samples=50,
+                loss_fn=skipping,
+                dataloader=DataLoader(data, batch_size=6, sampler=Own(), collate_fn=leave_out),
+                name="own",
+            ),
         ]
     trainer = pl.Trainer(
         accelerator="cpu",

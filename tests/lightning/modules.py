@@ -155,14 +155,19 @@ class Recorder(pl.Callback):
 
 
 class SeenByLoss:
-    """A `loss_fn` that keeps copies of the batches of each analysis."""
+    """A `loss_fn` that keeps copies of the batches of each analysis, without those of its comparison in float64."""
 
     def __init__(self) -> None:
         self.batches: list[Any] = []
 
     def __call__(self, module: pl.LightningModule, batch: Any) -> Tensor:
-        self.batches.append([part.clone() for part in batch])
+        if torch.get_default_dtype() == torch.float32:
+            self.keep(batch)
         return plain_loss(module, batch)
+
+    def keep(self, batch: Any) -> None:
+        """Keep a copy."""
+        self.batches.append([part.clone() for part in batch])
 
 
 def callback(*args: Any, **kwargs: Any) -> HessianSpectrumCallback:

@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
 from lightning_hesd.training.history import SpectrumRecord
@@ -95,7 +95,7 @@ def test_the_file_it_names_holds_the_weights_of_the_brute_force_pick(
         expected = expected_epoch(script, rule, metric, tolerance, require_mp=require_mp)
         assert epoch_of(checkpoint.best_model_path) == expected
         assert epoch_of(str(Path(folder) / "last.ckpt")) == len(script) - 1
-        kept = {str(path) for path in Path(folder).glob("epoch*.ckpt")}
+        kept = {str(path) for path in Path(folder).glob("*epoch=*.ckpt")}
         assert kept == {*checkpoint.best_k_models, checkpoint.best_model_path}
 
 
@@ -132,8 +132,8 @@ def test_only_what_can_still_be_picked_stays_on_disk(tmp_path: Path) -> None:
     # Epoch 1 has the better C_t, epoch 3 the better loss; epoch 4's loss is out of reach.
     assert sorted(epoch_of(str(path)) for path in tmp_path.glob("*.ckpt")) == [1, 3]
     assert checkpoint.best_k_models == {
-        str(tmp_path / "epoch=1-step=4.ckpt"): torch.tensor(-0.2),
-        str(tmp_path / "epoch=3-step=8.ckpt"): torch.tensor(-0.3),
+        str(tmp_path / "hesd-highest_c_t-epoch=1-step=4.ckpt"): torch.tensor(-0.2),
+        str(tmp_path / "hesd-highest_c_t-epoch=3-step=8.ckpt"): torch.tensor(-0.3),
     }
     assert checkpoint.best_model_score == torch.tensor(-0.2)
 
@@ -326,6 +326,60 @@ def test_stale_monitors_are_warned_of(
     with warns(f"monitor='hesd/c_t'.*{message}"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*could not find the monitored key")  # Lightning's, in epoch 0
         trainer.fit(ScriptedModule(SCRIPT), loader())
+
+
+class Plateau(ScriptedModule):
+    """Lowers its rate when the C_t of its epochs stays where it is."""
+
+    interval = "epoch"
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        config = {"scheduler": scheduler, "monitor": "hesd_gen/c_t", "interval": self.interval, "strict": False}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+class PlateauOfSteps(Plateau):
+    interval = "step"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stopping", "module", "message"),
+    [
+        (
+            {"every_n_epochs": 2},
+            {"strict": False},
+            ScriptedModule,
+            r"EarlyStopping\(monitor='hesd/c_t'\): logged values",
+        ),
+        ({"every_n_train_steps": 1}, {}, ScriptedModule, r"EarlyStopping\(monitor='hesd/c_t'\): logged values persist"),
+        (
+            {},
+            {"check_on_train_epoch_end": False},
+            ScriptedModule,
+            "before the epoch is analysed.*analyse every epoch, and set `check_on_train_epoch_end=True`",
+        ),
+        ({}, {}, ScriptedModule, None),
+        ({}, {"check_on_train_epoch_end": True, "monitor": "train_acc"}, ScriptedModule, None),
+        ({}, {"check_on_train_epoch_end": True}, ScriptedModule, None),
+        ({"every_n_epochs": 2}, None, Plateau, r"ReduceLROnPlateau with monitor='hesd_gen/c_t'.*`interval='epoch'`"),
+        ({}, None, PlateauOfSteps, r"ReduceLROnPlateau with monitor='hesd_gen/c_t'.*`interval='epoch'`"),
+        ({}, None, Plateau, None),
+    ],
+)
+def test_other_readers_of_stale_values_are_warned_of(
+    tmp_path: Path, schedule: dict[str, Any], stopping: dict[str, Any] | None, module: Any, message: str | None
+) -> None:
+    callback = HessianSpectrumCallback(loss_fn=lambda module, _: module.weight**2, num_samples=2, **schedule)
+    stops = [] if stopping is None else [EarlyStopping(**{"monitor": "hesd/c_t", "mode": "max", **stopping})]
+    trainer = make_trainer(tmp_path, [*stops, callback], epochs=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module(SCRIPT), loader())
+    said = [str(w.message) for w in caught if "lightning_hesd" in str(w.message)]
+    assert len(said) == (message is not None)
+    assert message is None or re.search(message, said[0])
 
 
 def test_fast_dev_run_writes_nothing(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ from torch.utils.data import (
     default_collate,
 )
 
-from lightning_hesd.training.data import AnalysisSamples, draw_samples
+from lightning_hesd.training.data import AnalysisSamples, Processes, draw_samples
+from lightning_hesd.training.epochs import PlannedBatch
 
 from .modules import (
     NOISES,
@@ -119,7 +120,9 @@ def test_only_samples_that_the_sampler_can_draw(name: str) -> None:
     drawn = draw_samples(loader(dataset, **SUBSETS[name]()), SIZE)
     assert set(drawn.indices) <= set(TRAINING)
     assert positions(drawn) == list(drawn.indices)
-    if name != "weighted_with_replacement":
+    if name == "endless_sampler":
+        assert sorted(drawn.indices) == sorted(5 * TRAINING), "as many as there are samples"
+    elif name != "weighted_with_replacement":
         assert sorted(drawn.indices) == TRAINING, "each once, although more were asked for"
 
 
@@ -140,10 +143,8 @@ WHOLE: dict[str, Callable[[], dict[str, Any]]] = {
     "default": dict,
     "shuffle": lambda: {"shuffle": True},
     "sequential": lambda: {"sampler": SequentialSampler(range(SIZE))},
-    "with_replacement": lambda: {"sampler": RandomSampler(range(SIZE), replacement=True, num_samples=5)},
     "distributed": lambda: {"sampler": DistributedSampler(Digits(), num_replicas=3, rank=1)},
     "batches": lambda: {"batch_sampler": BatchSampler(RandomSampler(range(SIZE)), 4, drop_last=True)},
-    "drop_last_of_nothing": lambda: {"batch_size": SIZE + 1, "drop_last": True},
 }
 
 
@@ -185,13 +186,25 @@ def test_batches_as_large_as_in_training(options: dict[str, Any], size: int) -> 
 
 
 def test_given_positions_in_the_given_order() -> None:
-    drawn = draw_samples(loader(shuffle=True), 3, indices=[5, 2, 9, 2])
+    batches = [PlannedBatch([5, 2, 9], 7), PlannedBatch([2], 3)]
+    drawn = draw_samples(loader(shuffle=True), 3, drawn=batches)
     assert positions(drawn) == [5, 2, 9, 2]
+    assert [(batch.weight, batch.position) for batch in drawn.batches] == [(3, 7), (1, 3)]
+    assert drawn.drawn == tuple(batches)
 
 
-def test_nothing_to_draw() -> None:
-    with pytest.raises(ValueError, match="empty: there are no samples to analyse"):
-        draw_samples(loader(sampler=[]), 10)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": []}, "empty: there are no samples to analyse"),
+        ({"batch_size": SIZE + 1, "drop_last": True}, "empty.*`drop_last=True`"),
+        ({"collate_fn": lambda items: None}, "every batch that was read is None or empty"),
+        ({"dataset": [], "sampler": None}, "empty: there are no samples to analyse"),
+    ],
+)
+def test_nothing_to_draw(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw_samples(loader(**options), 10)
 
 
 def test_weights_by_function() -> None:
@@ -256,14 +269,30 @@ def test_attributes_behind_a_subset_are_put_back() -> None:
 
 def dealt(make_loader: Callable[[], Any], world_size: int, num_samples: int = 21, **kwargs: Any) -> list[Any]:
     """Draw in every process, and put the batches together in the order of their index."""
-    shares = []
+    shares, own = [], []
+    sums: list[list[float]] = []  # as one process finds them; several must find the same together
+
+    def found_alone(work: Callable[[], list[float]]) -> list[float]:
+        sums.append(work())
+        return sums[-1]
+
+    draw_samples(make_loader(), num_samples, processes=Processes(add=found_alone), **kwargs)
     for rank in range(world_size):
         seed(rank)  # processes may differ in their random streams
-        shares.append(draw_samples(make_loader(), num_samples, rank=rank, world_size=world_size, **kwargs))
+        remaining, found = list(sums), []
+
+        def found_together(work: Callable[[], list[float]], found: Any = found, remaining: Any = remaining) -> Any:
+            found.append(work())
+            return remaining.pop(0)
+
+        processes = Processes(rank, world_size, add=found_together)
+        shares.append(draw_samples(make_loader(), num_samples, processes=processes, **kwargs))
+        own.append(found)
+    assert [[sum(parts) for parts in zip(*rounds, strict=True)] for rounds in zip(*own, strict=True)] == sums
     assert len({share.indices for share in shares}) == 1
     assert max(len(share.batches) for share in shares) - min(len(share.batches) for share in shares) <= 1
     batches = sorted((batch for share in shares for batch in share.batches), key=lambda batch: batch.index)
-    return [(batch.index, batch.weight, freeze(batch.data)) for batch in batches]
+    return [(batch.index, batch.weight, batch.position, freeze(batch.data)) for batch in batches]
 
 
 class EndlessStream(IterableDataset[Any]):
@@ -285,15 +314,16 @@ DEALT: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("name", DEALT)
 def test_the_same_batches_for_any_number_of_processes(name: str) -> None:
     alone = dealt(DEALT[name], 1)
-    assert [index for index, _, _ in alone] == [0, 1, 2]
-    assert [weight for _, weight, _ in alone] == [8, 8, 5]
+    assert [index for index, *_ in alone] == [0, 1, 2]
+    assert [weight for _, weight, *_ in alone] == [8, 8, 5]
     for world_size in (1, 2, 3):
         assert dealt(DEALT[name], world_size) == alone
 
 
 @pytest.mark.parametrize("make_loader", [DEALT["torch"], DEALT["stream"]], ids=["dataset", "stream"])
 def test_more_processes_than_batches(make_loader: Callable[[], Any]) -> None:
-    shares = [draw_samples(make_loader(), 10, rank=rank, world_size=4) for rank in range(4)]
+    add = {"add": lambda work: (work(), [0.0, 8.0, 2.0])[1]}
+    shares = [draw_samples(make_loader(), 10, processes=Processes(rank, 4, **add)) for rank in range(4)]
     assert [[batch.index for batch in share.batches] for share in shares] == [[0], [1], [], []]
     assert len({share.indices for share in shares}) == 1
 
@@ -438,10 +468,14 @@ class Seen(SeenByLoss):
         self.frozen: dict[int, list[Any]] = {}
 
     def __call__(self, module: pl.LightningModule, batch: Any) -> Tensor:
-        batches = self.frozen.setdefault(module.global_step, [])
+        self.step = module.global_step
+        return super().__call__(module, batch)
+
+    def keep(self, batch: Any) -> None:
+        batches = self.frozen.setdefault(self.step, [])
         if (frozen := freeze(batch)) not in batches:
             batches.append(frozen)
-        return super().__call__(module, batch)
+        super().keep(batch)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -476,6 +510,51 @@ def test_the_same_samples_after_resume(tmp_path: Path) -> None:
     assert (
         fresh.state_dict()["samples"]["training"]["indices"] != before.state_dict()["samples"]["training"]["indices"]
     ), "or resuming would have shown nothing"
+
+
+@pytest.mark.parametrize("more", [False, True], ids=["", "also_if_there_are_more_data"])
+def test_other_samples_after_resume_with_another_number(more: bool, tmp_path: Path) -> None:
+    saved = tmp_path / "saved.ckpt"
+    fit(tmp_path, callback(num_samples=16), max_epochs=1).save_checkpoint(saved)
+    data = loader(Digits(SIZE + 20 if more else SIZE), shuffle=True)
+    after = callback(num_samples=24)
+    fit(tmp_path, after, data=data, ckpt_path=saved, max_epochs=2)
+    assert [record.spectrum.num_samples for record in after.history] == [16, 24]
+    fresh = draw_samples(data, 24)
+    assert after.state_dict()["samples"]["training"]["indices"] == list(fresh.indices)
+
+
+def test_resuming_with_fewer_data_and_the_advice(tmp_path: Path) -> None:
+    saved = tmp_path / "saved.ckpt"
+    fit(tmp_path, callback(num_samples=SIZE), max_epochs=1).save_checkpoint(saved)
+    fewer = {"data": loader(Digits(12), shuffle=True), "ckpt_path": saved, "max_epochs": 2}
+    with pytest.raises(MisconfigurationException, match=r"not the data of that run.*another `num_samples`"):
+        fit(tmp_path, callback(num_samples=SIZE), **fewer)
+    after = callback(num_samples=SIZE + 1)
+    fit(tmp_path, after, **fewer)
+    assert [record.spectrum.num_samples for record in after.history] == [SIZE, 12]
+
+
+class Buckets(Sampler[list[int]]):
+    """Batches of one or of five, in an order that changes with every epoch."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = [[0], *[list(range(start, start + 5)) for start in range(5, SIZE, 5)]]
+        return iter([np.array(batches[number]) for number in torch.randperm(len(batches)).tolist()])
+
+
+def test_batches_and_their_positions_stay_after_resume(tmp_path: Path) -> None:
+    saved, seen = tmp_path / "saved.ckpt", Seen()
+    before, data = callback(loss_fn=seen, num_samples=20), loader(batch_sampler=Buckets())
+    fit(tmp_path, before, data=data, max_epochs=1).save_checkpoint(saved)
+    after = callback(loss_fn=seen, num_samples=20, seed=5)
+    fit(tmp_path, after, data=data, ckpt_path=saved, max_epochs=2)
+    first, second = seen.by_analysis()
+    assert first == second
+    state = [observer.state_dict()["samples"]["training"] for observer in (before, after)]
+    assert state[0] == state[1]
+    assert len(state[0]["lengths"]) == len(first)
+    assert sum(state[0]["lengths"]) == len(state[0]["indices"])
 
 
 def test_a_callback_used_again_draws_from_the_new_data(tmp_path: Path) -> None:
@@ -600,6 +679,59 @@ def test_weights_by_function_reach_the_spectrum(tmp_path: Path) -> None:
     spectrum = observer.history[0].spectrum
     assert spectrum.num_samples == sum(weights)
     assert spectrum.loss == pytest.approx(np.average(losses, weights=weights), rel=1e-5)
+
+
+class Skipping(Classifier):
+    """Skips batches in which the first sample is of an odd class, or all."""
+
+    def __init__(self, *, everything: bool = False) -> None:
+        super().__init__()
+        self.everything = everything
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None if self.everything or batch[1][0] % 2 else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:.*training_step. returned .None.")
+def test_batches_that_training_step_skips_are_left_out(tmp_path: Path) -> None:
+    observer = callback(num_samples=SIZE)
+    fit(tmp_path, observer, module=Skipping(), data=loader(batch_size=4), max_epochs=1)
+    spectrum = observer.history[0].spectrum
+    drawn = draw_samples(loader(batch_size=4), SIZE)
+    skipped = sum(int(batch.data[1][0] % 2) for batch in drawn.batches)
+    assert 0 < skipped < 10
+    assert spectrum.num_samples == SIZE - 4 * skipped
+    assert f"{skipped} of 10 batches left out" in spectrum.strategy_reason
+
+
+@pytest.mark.filterwarnings("ignore:.*training_step. returned .None.")
+def test_if_it_skips_all_there_is_no_spectrum(tmp_path: Path) -> None:
+    observer = callback(on_error="warn")
+    with pytest.warns(RuntimeWarning, match=r"skipped all 2 batches.*Pass a `loss_fn`"):
+        fit(tmp_path, observer, module=Skipping(everything=True), max_epochs=1)
+    assert observer.history[0].spectrum is None
+    advised = callback(loss_fn=plain_loss)
+    fit(tmp_path, advised, module=Skipping(everything=True), max_epochs=1)
+    assert advised.history[0].spectrum is not None
+
+
+class Uncut:
+    """A batch whose tensors cannot be seen."""
+
+    def __init__(self, items: list[Any]) -> None:
+        batch = default_collate(items)
+        self.get = lambda: batch
+
+
+def test_batches_that_cannot_be_cut_have_no_sampling_error(tmp_path: Path) -> None:
+    options = {"loss_fn": lambda module, batch: plain_loss(module, batch.get()), "tolerance": "auto", "num_samples": 40}
+    observer = callback(**options, on_error="warn")
+    with pytest.warns(RuntimeWarning, match=r"cut into 5 only.*Pass at least 8 batches.*\(smaller ones"):
+        fit(tmp_path, observer, module=AnyBatch(lambda b: b.get()), data=loader(collate_fn=Uncut), max_epochs=1)
+    advised = callback(**options, batch_size=5, steps=20)
+    fit(tmp_path, advised, module=AnyBatch(lambda b: b.get()), data=loader(collate_fn=Uncut), max_epochs=1)
+    assert advised.history[0].spectrum.sampling_groups == 8
+    assert advised.history[0].spectrum.c_t_sampling_error > 0
 
 
 # Transfer hooks -------------------------------------------------------------------------------------------------------

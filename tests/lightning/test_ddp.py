@@ -35,7 +35,8 @@ def test_findings_are_those_of_one_process(runs: dict[int, Path], devices: int) 
             # Differences have the rounding of the gradient, magnified by their step.
             accuracy = 1e-6 if name == "differences" else 1e-9
             for mine, theirs in zip(records, rank["records"][name], strict=True):
-                assert mine["num_samples"] == theirs["num_samples"] == (96 if name == "growing" else 50)
+                assert mine["num_samples"] == theirs["num_samples"]
+                assert name == "own" or mine["num_samples"] == (96 if name == "growing" else 50)
                 assert mine["steps"] == theirs["steps"]
                 assert theirs["c_t"] == pytest.approx(mine["c_t"], rel=accuracy)
                 assert theirs["lambda_max"] == pytest.approx(mine["lambda_max"], rel=accuracy)
@@ -48,6 +49,7 @@ def test_the_runs_tell_something(runs: dict[int, Path]) -> None:
     c_t = {name: [record["c_t"] for record in records] for name, records in alone["records"].items()}
     assert len(set(c_t["hesd"])) == 4
     assert c_t["hesd"] != c_t["dropout"]
+    assert 10 < alone["records"]["own"][0]["num_samples"] < 50, "of fifty samples some are skipped"
     assert all(record["steps"] < 60 and record["sampling_error"] > 0 for record in alone["records"]["adaptive"])
 
 
@@ -83,7 +85,7 @@ def test_a_failure_in_one_process_is_recorded_in_all_and_training_goes_on(
             assert [record["epoch"] for record in records] == [0, 1, 2, 3]
             assert all(record["error"].startswith(expected) for record in records)
     # No epoch could be ranked, so the final weights are the best there are.
-    assert all(rank["best"].startswith("epoch=3-step=8") for rank in ranks)
+    assert all("epoch=3-step=8" in rank["best"] for rank in ranks)
 
 
 def test_all_processes_analyse_the_epochs_that_process_zero_can_afford(tmp_path: Path) -> None:

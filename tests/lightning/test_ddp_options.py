@@ -58,6 +58,20 @@ def test_gradients_in_the_buckets_stay_there(options: list[dict[str, Any]]) -> N
     assert not any(any(rank["static_graph"]["views"]) for rank in options)
 
 
+def test_training_steps_may_wait_for_each_other(options: list[dict[str, Any]]) -> None:
+    """Processes have different numbers of batches in an analysis: barriers are passed, other calls are refused."""
+    for rank in options:
+        found = rank["reaches"]
+        assert all(part["same"] for part in found.values())
+        assert found["use_trainer"]["errors"] == [None] * 2
+        for name in ("all_gather", "all_reduce"):
+            for error in found[name]["errors"]:
+                assert f"calls `{name}`; in an analysis the processes have different batches" in error
+                assert "pass `loss_fn=`" in error
+        assert len(found["use_trainer"]["folders"]) > 4
+        assert all(found["use_trainer"]["folders"]), "that of process zero, in training and in analyses"
+
+
 def test_norms_that_wait_for_other_processes_are_refused(options: list[dict[str, Any]]) -> None:
     for rank in options:
         assert rank["norms"]["eval"] is None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -11,19 +13,32 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from lightning_hesd import HessianSpectrumCallback
+from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SpectrumHistory
 from lightning_hesd.spectra.scalars import scalars
 from lightning_hesd.training.history import SpectrumRecord
 from tests.lightning.scripted import make_spectrum, make_trainer
 from tests.lightning.test_resume import Net, data
 
 KEYS = {
-    *("c_t", "c_t_low", "c_t_high", "c_t_threshold", "mp", "lambda_max", "lambda_min", "trace", "k_h05", "loss"),
+    *(
+        "c_t",
+        "c_t_low",
+        "c_t_high",
+        "c_t_threshold",
+        "verified",
+        "mp",
+        "lambda_max",
+        "lambda_min",
+        "trace",
+        "k_h05",
+        "loss",
+    ),
     *("seconds", "overhead"),
 }
 EPOCHS = 3
@@ -32,9 +47,8 @@ STEPS_PER_EPOCH = 4
 
 def fit(tmp_path: Path, loggers: Any, *callbacks: HessianSpectrumCallback, **arguments: Any) -> Any:
     torch.manual_seed(0)
-    trainer = make_trainer(
-        tmp_path, list(callbacks), EPOCHS, logger=loggers, log_every_n_steps=STEPS_PER_EPOCH, **arguments
-    )
+    settings = {"logger": loggers, "log_every_n_steps": STEPS_PER_EPOCH, **arguments}
+    trainer = make_trainer(tmp_path, list(callbacks), EPOCHS, **settings)
     trainer.fit(Net(), data())
     return trainer
 
@@ -152,6 +166,78 @@ def test_csv_gets_scalars_and_the_density_as_a_table(tmp_path: Path) -> None:
         mean = sum(float(row["mass"]) * (float(row["left"]) + float(row["right"])) / 2 for row in part)
         width = float(part[0]["right"]) - float(part[0]["left"])
         assert mean == pytest.approx(record.spectrum.moment(1), abs=width)
+
+
+class Diverging(Net):
+    """Trains with another rate from its second epoch on."""
+
+    rate = 1.0
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.trainer.optimizers[0].param_groups[0]["lr"] *= self.rate
+
+
+@pytest.mark.filterwarnings("ignore:(Experiment logs|Checkpoint) directory .* exists and is not empty:UserWarning")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from:UserWarning")
+def test_a_folder_used_before_has_the_last_run_only(tmp_path: Path) -> None:
+    """First by another run, then by a continuation from the first epoch; the logger's version is the same."""
+    every = ModelCheckpoint(dirpath=tmp_path / "every", save_top_k=-1, filename="{epoch}")
+    continued = {"ckpt_path": tmp_path / "every" / "epoch=0.ckpt"}
+    for rate, epochs, arguments in ((1.0, 3, {}), (2.0, 2, {}), (3.0, 3, {}), (4.0, 2, continued)):
+        torch.manual_seed(0)
+        checkpoint = HessianCheckpoint(
+            lambda record: -record.epoch, dirpath=tmp_path / str(rate), tolerance=9.0, require_mp=False
+        )
+        spectra = callback(checkpoint=checkpoint)
+        logger = CSVLogger(tmp_path, name="", version="run")
+        trainer = make_trainer(tmp_path, [spectra, *([every] if rate == 1 else [])], epochs, logger=logger)
+        module = Diverging()
+        module.rate = rate
+        trainer.fit(module, data(), **arguments)
+
+        folder = tmp_path / "run"
+        c_t = {r.epoch: r.spectrum.c_t for r in spectra.history}
+        assert list(c_t) == list(range(epochs))
+        assert {r.epoch: r.spectrum.c_t for r in SpectrumHistory.load(folder)} == c_t
+        assert len(list((folder / "hesd").glob("*.npz"))) == epochs
+        choices = [json.loads(line) for line in (folder / "hesd" / "choices.jsonl").read_text().splitlines()]
+        # Those of the first epoch belong to the run that is continued, which has not written to this folder last.
+        assert [c["epoch"] for c in choices] == list(range(epochs))[len(arguments) :]
+        losses = [spectra.history[c["epoch"]].spectrum.loss for c in choices]
+        assert [c["metric"] for c in choices] == pytest.approx(losses, rel=1e-6)
+        table = read_csv(folder / "hesd_density.csv")
+        assert {(int(row["epoch"]), int(row["step"])) for row in table} == {(e, 3 + 4 * e) for e in c_t}
+        for record in spectra.history:
+            mass = [float(row["mass"]) for row in table if int(row["epoch"]) == record.epoch]
+            assert mass == pytest.approx([share for share in record.spectrum.histogram()[0] if share > 0])
+
+
+@pytest.mark.filterwarnings("ignore:(Experiment logs|Checkpoint) directory .* exists and is not empty:UserWarning")
+def test_choices_of_the_run_that_goes_on_are_kept(tmp_path: Path) -> None:
+    for path in (None, tmp_path / "c" / "last.ckpt"):
+        torch.manual_seed(0)
+        checkpoint = HessianCheckpoint(dirpath=tmp_path / "c", tolerance=9.0, require_mp=False, save_last=True)
+        logger = CSVLogger(tmp_path, name="", version="run")
+        trainer = make_trainer(tmp_path, [callback(checkpoint=checkpoint)], 3 if path else 2, logger=logger)
+        trainer.fit(Net(), data(), ckpt_path=path)
+    choices = (tmp_path / "run" / "hesd" / "choices.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in choices] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("prefixes", [["mine"], ["", "a+b"]])
+def test_charts_have_the_tags_of_their_logger(tmp_path: Path, prefixes: list[str]) -> None:
+    loggers = [TensorBoardLogger(tmp_path / str(n), prefix=prefix) for n, prefix in enumerate(prefixes)]
+    fit(tmp_path, loggers, callback(name="c.t"), max_epochs=1)
+    for logger, prefix in zip(loggers, prefixes, strict=True):
+        events = read_events(logger.log_dir)
+        (config,) = events.Tensors("custom_scalars__config__")
+        margin, largest = layout_pb2.Layout.FromString(config.tensor_proto.string_val[0]).category[0].chart
+        tags = set(events.Tags()["scalars"])
+        assert {tag for s in margin.margin.series for tag in (s.value, s.lower, s.upper)} <= tags
+        assert [tag for tag in tags if re.match(largest.multiline.tag[0], tag)] == [
+            f"{prefix}-c.t/lambda_max" if prefix else "c.t/lambda_max"
+        ]
 
 
 def test_several_loggers_at_once(tmp_path: Path) -> None:

@@ -49,7 +49,11 @@ def test_the_forms_of_a_loss(output: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("output", "error", "message"),
     [
-        (lambda loss: None, MisconfigurationException, "`training_step` of Returns must return the loss.*got NoneType"),
+        (
+            lambda loss: None,
+            ValueError,
+            "the loss function skipped all 2 batches, as a `training_step` that returns None",
+        ),
         (
             lambda loss: {"other": loss},
             MisconfigurationException,

@@ -113,6 +113,33 @@ def test_groups_of_different_rates_have_no_common_threshold() -> None:
     assert read_preconditioner([SGD([p], 0.1), SGD([q], 0.1)]).threshold == pytest.approx(20.0)
 
 
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [{"lr": 0.0}],
+        [{"lr": torch.tensor(0.0)}],
+        [{"lr": 0.0, "momentum": 0.9, "nesterov": True}],
+        [{"lr": 0.1, "momentum": 0.9, "dampening": 1.0}],
+        [{"lr": 1e-320}],
+        [{"lr": 0.0}, {"lr": 0.1}],
+    ],
+    ids=["zero", "tensor", "Nesterov", "fully dampened", "denormal", "beside another group"],
+)
+def test_steps_of_length_zero_have_no_threshold(groups: list[dict[str, Any]]) -> None:
+    parameters = [{"params": [nn.Parameter(torch.ones(2))], **group} for group in groups]
+    assert read_preconditioner([SGD(parameters, 0.1)]).threshold is None
+
+
+def test_a_rate_held_in_a_tensor_is_read() -> None:
+    p = nn.Parameter(torch.ones(2))
+    optimizer = Adam([p], torch.tensor(0.1), capturable=False, foreach=False)
+    p.grad = torch.ones(2)
+    optimizer.step()
+    assert read_preconditioner([optimizer]).threshold == pytest.approx(380.0)
+    optimizer.param_groups[0]["lr"].zero_()
+    assert read_preconditioner([optimizer]).threshold is None
+
+
 def test_subclasses_are_read_as_what_they_derive_from() -> None:
     class Own(SGD):
         pass
@@ -139,14 +166,21 @@ def test_unreadable_optimizers_say_so() -> None:
 
 
 class Trained(Classifier):
-    """A classifier with another optimizer."""
+    """A classifier with another optimizer, and a scheduler if there is to be one."""
 
-    def __init__(self, make: Callable[..., Optimizer]) -> None:
+    def __init__(self, make: Callable[..., Optimizer], schedule: Callable[[Optimizer], Any] | None = None) -> None:
         super().__init__()
         self.make = make
+        self.schedule = schedule
 
     def configure_optimizers(self) -> Any:
-        return self.make(self.parameters())
+        optimizer = self.make(self.parameters())
+        if self.schedule is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.schedule(optimizer), "interval": "step"},
+        }
 
 
 def test_the_callback_sees_through_the_optimizers_eyes(tmp_path: Path) -> None:
@@ -177,6 +211,22 @@ def test_the_callback_sees_through_the_optimizers_eyes(tmp_path: Path) -> None:
     assert saved[-1].preconditioned is not None
     assert saved[-1].preconditioned.c_t == record.preconditioned.c_t
     assert saved[-1].stability_ratio == record.stability_ratio
+
+
+@pytest.mark.parametrize("make", [lambda p: SGD(p, 0.1), lambda p: Adam(p, 0.01)], ids=["SGD", "Adam"])
+def test_the_last_step_of_a_cosine_schedule_has_no_stability_ratio(
+    tmp_path: Path, make: Callable[..., Optimizer]
+) -> None:
+    spectra = callback(preconditioner="optimizer", monitor_gradients=True)
+    module = Trained(make, lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10))
+    trainer = fit(tmp_path, spectra, module=module, logger=CSVLogger(tmp_path))
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0
+    before, last = spectra.history
+    assert before.stability_ratio is not None
+    assert last.preconditioned is not None
+    assert (last.error, last.stability_threshold, last.stability_ratio) == (None, None, None)
+    saved = SpectrumHistory.load(trainer.log_dir or tmp_path)
+    assert [r.stability_ratio for r in saved] == [before.stability_ratio, None]
 
 
 def test_training_is_the_same_with_it(tmp_path: Path) -> None:

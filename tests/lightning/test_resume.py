@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +175,71 @@ def test_testing_a_checkpoint_loses_nothing_that_came_after_it(tmp_path: Path) -
         assert [r.epoch for r in callback.history] == list(range(EPOCHS))
         assert [first.best_model_path, second.best_model_path] == picks
         assert [first.candidates, second.candidates] == candidates
+
+
+# Other data, and advice that is followed ------------------------------------------------------------------------------
+
+
+def go_on(folder: Path, loader: Any, ckpt_path: Path, **arguments: Any) -> tuple[HessianSpectrumCallback, list[str]]:
+    """Go on with other data or options, and return what the package warned of."""
+    torch.manual_seed(0)
+    tolerance = arguments.pop("tolerance_of_rule", 0.05)
+    checkpoint = HessianCheckpoint(train_metric="train_acc", tolerance=tolerance, dirpath=folder, save_last=True)
+    options = {"steps": 8, "num_samples": 48, "batch_size": 16, **arguments}
+    callback = HessianSpectrumCallback(checkpoint=checkpoint, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(folder, [callback], EPOCHS).fit(Net(), loader, ckpt_path=ckpt_path)
+    return callback, [str(w.message) for w in caught if "lightning_hesd" in str(w.message)]
+
+
+def first_samples(count: int) -> DataLoader[Any]:
+    return DataLoader(torch.utils.data.Subset(data().dataset, range(count)), batch_size=40)
+
+
+def test_other_samples_can_be_asked_for(tmp_path: Path) -> None:
+    fit(tmp_path / "first", fail_at=3)
+    callback, said = go_on(tmp_path / "second", data(), tmp_path / "first" / "last.ckpt", num_samples=40)
+    assert [r.spectrum and r.spectrum.num_samples for r in callback.history] == [48, 48, 48, 40, 40, 40]
+    assert len(said) == 1
+    assert "analysed 48 samples, and `num_samples` is 40 now: others are drawn" in said[0]
+
+
+def test_data_without_the_samples_drawn_before(tmp_path: Path) -> None:
+    """As it says, another `num_samples` draws others."""
+    fit(tmp_path / "first", fail_at=4)
+    last = tmp_path / "first" / "last.ckpt"
+    callback, said = go_on(tmp_path / "second", first_samples(80), last)
+    assert [r.error is None for r in callback.history] == [True] * 4 + [False] * 2
+    assert all("Draw others with another `num_samples`" in message for message in said[:3])
+    callback, said = go_on(tmp_path / "third", first_samples(80), last, num_samples=47)
+    assert [r.spectrum and r.spectrum.num_samples for r in callback.history] == [48] * 4 + [47] * 2
+    assert [r.error for r in callback.history] == [None] * 6
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("whose", "field", "advice", "changes", "epochs"),
+    [
+        ("HessianCheckpoint", "candidates", "Resume with another `tolerance`", {"tolerance_of_rule": 0.04}, 6),
+        ("HessianSpectrumCallback", "history", "resume with another `name`", {"name": "again"}, 3),
+    ],
+)
+def test_a_damaged_state_says_how_to_go_on(
+    tmp_path: Path, whose: str, field: str, advice: str, changes: dict[str, Any], epochs: int
+) -> None:
+    fit(tmp_path / "first", fail_at=3)
+    path = tmp_path / "first" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    (state,) = [value for key, value in checkpoint["callbacks"].items() if key.startswith(whose)]
+    del state[field]
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match=advice):
+        go_on(tmp_path / "second", data(), path)
+    callback, said = go_on(tmp_path / "third", data(), path, **changes)
+    assert not said
+    assert [r.error for r in callback.history] == [None] * epochs
+    assert callback.checkpoint is not None
+    assert callback.checkpoint.best is not None
+    assert callback.checkpoint.best.epoch >= 3
+    assert Path(callback.checkpoint.best_model_path).is_file()

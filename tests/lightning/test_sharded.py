@@ -146,7 +146,7 @@ def test_the_best_checkpoint_is_a_folder_that_can_be_resumed_from(
         assert (best / "meta.pt").is_file()
         # Candidates that were outdone are gone; the other one is Lightning's own.
         folders = {path.name for path in best.parent.iterdir()}
-        assert folders == {"last.ckpt", best.name, best.name.replace(".ckpt", "-v1.ckpt")}
+        assert folders == {"last.ckpt", best.name, best.name.removeprefix("hesd-highest_c_t-")}
         records = rank["resumed"]["records"]["hesd"]
         assert records[:3] == rank["main"]["records"]["hesd"]
         assert [record["epoch"] for record in records] == [0, 1, 2, 3]

@@ -94,7 +94,7 @@ class TestTable:
         spectrum = replace(make_spectrum(-0.5), residuals=[[0.3, 0.3]])
         found = summary(SpectrumRecord(0, 1, spectrum))
         assert cells(found, "type") == ["MP?"]
-        assert "?: the interval contains both types" in found.notes
+        assert "?: the interval contains both types, or is not verified" in found.notes
 
     def test_seconds_are_those_of_all_spectra(self):
         """Layers are computed together, and count once."""

@@ -22,7 +22,7 @@ SPECTRUM_COLUMNS = [
     *("c_t", "c_t_low", "c_t_high", "lambda_max", "lambda_min", "trace", "k_h05", "c_t_sampling_error", "loss"),
     "seconds",
 ]
-DESCRIPTION = ["hesd_type", "type_certain", "steps", "num_samples"]
+DESCRIPTION = ["hesd_type", "type_certain", "verified", "steps", "num_samples"]
 
 
 def history(*records: SpectrumRecord) -> SpectrumHistory:
@@ -93,6 +93,7 @@ def test_columns_and_their_kinds_do_not_depend_on_what_was_found(records: tuple[
         **dict.fromkeys(SPECTRUM_COLUMNS, "float64"),
         "hesd_type": "string",
         "type_certain": "boolean",
+        "verified": "string",
         "steps": "Int64",
         "num_samples": "Int64",
         "error": "string",

@@ -393,3 +393,36 @@ def test_sinks_can_be_imported_without_clients(module: Path, monkeypatch: pytest
     for client in ("wandb", "mlflow"):
         monkeypatch.setitem(sys.modules, client, None)
     runpy.run_path(str(module))
+
+
+class WritesItself(Net):
+    """Writes to W&B and MLflow by their own functions and clients."""
+
+    def on_fit_start(self) -> None:
+        self.run = self.loggers[0].experiment
+        self.write = self.run.log
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        import mlflow  # noqa: PLC0415 - there only if it is installed
+        import wandb  # noqa: PLC0415
+
+        values = {"own": float(self.training)}
+        wandb.log(values)
+        self.write(values)
+        self.run.log(values)
+        client, run_id = self.loggers[1].experiment, self.loggers[1].run_id
+        client.log_metric(run_id, "client", float(self.training))
+        with mlflow.start_run(run_id=run_id):
+            mlflow.log_metric("fluent", float(self.training))
+        return super().training_step(batch, batch_idx)
+
+
+def test_clients_get_nothing_from_an_analysis(tmp_path: Path) -> None:
+    loggers = [WandbLogger(save_dir=tmp_path, offline=True), MLFlowLogger(save_dir=str(tmp_path / "ml"))]
+    trainer = make_trainer(tmp_path, [spectra()], 1, logger=loggers, enable_checkpointing=False)
+    sys.modules["mlflow"].set_tracking_uri(str(tmp_path / "ml"))
+    trainer.fit(WritesItself(), data())
+    client, run_id = loggers[1].experiment, loggers[1].run_id
+    for key in ("client", "fluent"):
+        assert [metric.value for metric in client.get_metric_history(run_id, key)] == [1.0] * 4
+    assert [row["own"] for row in WandbFiles(loggers[0]).rows if "own" in row] == [1.0] * 12

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import collections
+import copy
 import csv
 import dataclasses
+import functools
+import io
+import itertools
+import multiprocessing
+import queue
+import re
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,17 +20,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset, WeightedRandomSampler
+from torch.utils.data import IterableDataset, Sampler, WeightedRandomSampler, default_collate, get_worker_info
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_hesd import HessianSpectrumCallback
+from lightning_hesd.training import surroundings
 
 from .modules import (
     NOISES,
@@ -381,6 +391,27 @@ def test_bit_identical(name: str, tmp_path: Path) -> None:
     assert_untouched(SCENARIOS[name], tmp_path)
 
 
+class Collating(Classifier):
+    """Makes batches itself, and counts them: their values depend on the count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def on_fit_start(self) -> None:
+        self.trainer.fit_loop.setup_data()
+        self.trainer.train_dataloader.collate_fn = self.collate
+
+    def collate(self, items: list[Any]) -> Any:
+        self.calls += 1
+        x, *others = default_collate(items)
+        return x * self.calls, *others
+
+
+def test_bit_identical_where_the_module_makes_the_batches(tmp_path: Path) -> None:
+    assert_untouched(Scenario(Collating, callbacks=lambda: [callback(num_samples=5)]), tmp_path)
+
+
 @pytest.mark.parametrize("persistent", [True, False])
 def test_bit_identical_with_workers(persistent: bool, tmp_path: Path) -> None:
     def data() -> Any:
@@ -464,3 +495,478 @@ def test_every_analysis_finds_the_module_as_training_left_it(tmp_path: Path) -> 
     for one, other in zip(first.history, second.history, strict=True):
         assert freeze(one.spectrum.nodes) == freeze(other.spectrum.nodes)
         assert one.spectrum.loss == other.spectrum.loss
+
+
+# Code that reaches out of its module ----------------------------------------------------------------------------------
+
+
+class Priorities(Sampler[int]):
+    """Draws the samples of highest priority first, which training changes."""
+
+    def __init__(self) -> None:
+        self.priorities = torch.arange(24.0)
+        self.epoch = 0
+        self.rng = torch.Generator().manual_seed(1)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return 24
+
+    def __iter__(self) -> Any:
+        noise = torch.rand(24, generator=self.rng)
+        return iter(torch.argsort(self.priorities + self.epoch * noise).tolist())
+
+
+class Curriculum(Digits):
+    """Weighs its samples by what training writes into it."""
+
+    difficulty = 0
+
+    def __init__(self) -> None:
+        super().__init__(24)
+        self.weights = torch.ones(24)
+        self.factors = np.ones(24)
+        self.notes = np.array([{"read": 0}, None], dtype=object)
+        self.shared = multiprocessing.Value("d", 1.0)
+        self.flags = bytearray(2)
+
+    def __getitem__(self, position: int) -> Any:
+        x, y, _ = super().__getitem__(position)
+        return x * self.weights[position] * float(self.factors[position]) * self.shared.value, y, position
+
+
+class Guided(DataModule):
+    def __init__(self) -> None:
+        super().__init__(lambda: loader(Curriculum(), sampler=Priorities()))
+        self.seen: list[int] = []
+        self.table = pd.DataFrame({"loss": np.zeros(24)})
+
+
+class Neighbour(pl.Callback):
+    """What a training step might find in the list of callbacks."""
+
+    def __init__(self) -> None:
+        self.counts = {"steps": 0}
+        self.average = torch.zeros(64)
+        self.network = nn.Linear(2, 2)
+        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.1, momentum=0.9)
+        self.accuracy = MulticlassAccuracy(10)
+        self.lock = threading.Lock()
+
+
+class Reaching(Classifier):
+    """Does something in each training step, before it computes the loss."""
+
+    counts: dict[str, int] = {}  # noqa: RUF012 - as in many a module
+    steps = 0
+
+    def __init__(self, act: Callable[[Any, Any], None]) -> None:
+        super().__init__()
+        type(self).counts, type(self).steps = {"steps": 0}, 0
+        self.act = act
+        self.meter = SlottedMeter()
+        self.meters = [SlottedMeter()]
+        self.ema = copy.deepcopy(self.net)
+        self.replay: dict[str, Any] = {"x": torch.zeros(3, 64), "cursor": 0, "parts": functools.partial(print, [0])}
+        self.sums = [torch.zeros(1), np.zeros(1)]
+        self.by_class: collections.defaultdict[int, list[Any]] = collections.defaultdict(list)
+        self.queue: queue.Queue[int] = queue.Queue()
+        self.count, self.walk = itertools.count(), iter(range(1000))
+        self.center = nn.Parameter(torch.zeros(64))
+        self.center_optimizer = torch.optim.Adam([self.center], lr=0.1)
+        self.text, self.file = io.StringIO(), None
+
+    def on_fit_start(self) -> None:
+        self.file = Path(self.trainer.default_root_dir, "notes").open("w", encoding="utf-8")  # noqa: SIM115
+
+    def teardown(self, stage: str) -> None:
+        self.file.close()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.act(self, batch)
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.net.parameters(), lr=0.05)
+        schedule = {"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9), "frequency": 10**6}
+        return [optimizer], [schedule]
+
+
+def slow_down(module: Reaching, steps: float) -> None:
+    """Let what was counted decide on the training."""
+    module.trainer.optimizers[0].param_groups[0]["lr"] = 0.05 / (1 + steps)
+
+
+def step_schedule(module: Reaching, batch: Any) -> None:
+    module.lr_schedulers().step()
+
+
+def change_optimizer(module: Reaching, batch: Any) -> None:
+    optimizer = module.optimizers()
+    optimizer.param_groups[0]["lr"] *= 0.9
+    for state in module.trainer.optimizers[0].state.values():
+        state["exp_avg"].mul_(0.9)
+        state["step"] += 1
+    module.toggle_optimizer(optimizer)
+    module.untoggle_optimizer(optimizer)
+
+
+def let_optimizers_step(module: Reaching, batch: Any) -> None:
+    distance = ((batch[0] - module.center) ** 2).mean()
+    module.center_optimizer.zero_grad()
+    distance.backward()
+    module.center_optimizer.step()
+    optimizer = module.optimizers()
+    plain_loss(module, batch).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def stop_early(module: Reaching, batch: Any) -> None:
+    if not module.training:  # stands for any condition that only batches of an analysis meet
+        trainer = module.trainer
+        trainer.should_stop = True
+        trainer.limit_train_batches = trainer.fit_loop.max_epochs = 1
+        trainer.fit_loop.epoch_loop.batch_progress.current.ready += 7
+        trainer.callback_metrics["own"] = torch.ones(1)
+        trainer.callbacks.append(Neighbour())
+        trainer.optimizers.clear()
+        trainer.fit_loop._combined_loader = None
+        trainer.fit_loop.setup_data()
+        torch.set_default_dtype(torch.float64)
+        torch.use_deterministic_algorithms(mode=True)
+
+
+def use_callbacks(module: Reaching, batch: Any) -> None:
+    neighbour: Any = module.trainer.callbacks[0]
+    neighbour.counts["steps"] += 1
+    neighbour.average.lerp_(batch[0].mean(0), 0.1)
+    neighbour.latest = batch[0]
+    neighbour.network(batch[0][:, :2]).sum().backward()
+    neighbour.optimizer.step()
+    neighbour.accuracy.update(module(batch[0]), batch[1])
+    slow_down(module, neighbour.counts["steps"] + float(neighbour.average.sum()))
+
+
+def use_datamodule(module: Reaching, batch: Any) -> None:
+    datamodule = module.trainer.datamodule
+    datamodule.seen.append(len(batch[0]))
+    datamodule.table.loc[batch[2].tolist(), "loss"] += 1
+    slow_down(module, len(datamodule.seen) + datamodule.table["loss"].sum())
+
+
+def use_dataset(module: Reaching, batch: Any) -> None:
+    dataset = module.trainer.train_dataloader.dataset
+    dataset.weights[batch[2]] *= 1.1
+    dataset.factors[batch[2].numpy()] *= 0.9
+    dataset.notes[0]["read"] += 1
+    dataset.shared.value *= 1.01
+    dataset.flags[0] += 1
+    Curriculum.difficulty += 1
+    slow_down(module, Curriculum.difficulty + dataset.flags[0] + dataset.notes[0]["read"])
+
+
+def use_sampler(module: Reaching, batch: Any) -> None:
+    sampler = module.trainer.train_dataloader.sampler
+    sampler.set_epoch(sampler.epoch + 1)
+    sampler.priorities[batch[2]] += 24
+    sampler.priorities.numpy()[0] += 1  # which autograd does not notice
+    torch.rand(3, generator=sampler.rng)
+
+
+def use_own_objects(module: Reaching, batch: Any) -> None:
+    type(module).steps += 1
+    module.counts["steps"] += 1
+    for meter in (module.meter, *module.meters):
+        meter.update(batch[0].mean())
+    with torch.no_grad():
+        for average, value in zip(module.ema.parameters(), module.net.parameters(), strict=True):
+            average.lerp_(value, 0.1)
+    module.replay["x"][module.replay["cursor"] % 3] = batch[0][0]
+    module.replay["cursor"] += 1
+    module.replay["parts"].args[0][0] += 1
+    module.sums[0].add_(1)
+    module.sums[1] += 1
+    module.sums.append(module.sums[0].clone())
+    module.by_class[int(batch[1][0])].append(len(batch))
+    module.queue.put(1)
+    total = module.steps + module.counts["steps"] + len(module.sums) + len(module.by_class) + module.queue.qsize()
+    slow_down(module, total + float(module.sums[1][0]) + module.replay["parts"].args[0][0])
+
+
+def use_iterators_and_files(module: Reaching, batch: Any) -> None:
+    module.text.write("step ")
+    module.file.write("step ")
+    csv.writer(module.file).writerow(["step"])
+    slow_down(module, next(module.count) + next(module.walk) + len(module.text.getvalue()))
+
+
+def save_and_wait(module: Reaching, batch: Any) -> None:
+    folder = Path(module.trainer.default_root_dir)
+    module.trainer.save_checkpoint(folder / f"step{module.global_step}-{module.training}.ckpt")
+    module.trainer.strategy.barrier()
+    assert torch.equal(module.all_gather(torch.ones(1)), torch.ones(1))
+    assert get_worker_info() is None
+    assert module.trainer.log_dir == str(folder)
+
+
+def fail(module: Reaching, batch: Any) -> None:
+    use_callbacks(module, batch)
+    use_datamodule(module, batch)
+    if not module.training:
+        msg = "half-way"
+        raise ArithmeticError(msg)
+
+
+REACHES = [
+    *(step_schedule, change_optimizer, let_optimizers_step, stop_early, use_callbacks, use_datamodule, use_dataset),
+    *(use_sampler, use_own_objects, use_iterators_and_files, save_and_wait, fail),
+]
+
+
+def reached(trainer: pl.Trainer, folder: Path, data: Any, neighbour: Any) -> dict[str, Any]:
+    """Collect what a training step could reach."""
+    module: Any = trainer.lightning_module
+    dataset, sampler = trainer.train_dataloader.dataset, trainer.train_dataloader.sampler
+    return {
+        "weights": freeze(module.state_dict()),
+        "optimizers": freeze([o.state_dict() for o in (*trainer.optimizers, module.center_optimizer)]),
+        "schedule": freeze(trainer.lr_scheduler_configs[0].scheduler.state_dict()),
+        "progress": (trainer.global_step, trainer.current_epoch, trainer.should_stop, trainer.max_epochs),
+        "limits": (trainer.limit_train_batches, trainer.fit_loop.epoch_loop.batch_progress.current.ready),
+        "callbacks": [type(c).__name__ for c in trainer.callbacks if not isinstance(c, HessianSpectrumCallback)],  # type: ignore[attr-defined]
+        "metrics": sorted(key for key in trainer.callback_metrics if not key.startswith("hesd")),
+        "neighbour": freeze([neighbour.counts, neighbour.average, neighbour.accuracy.tp]),
+        "its optimizer": freeze([neighbour.optimizer.state_dict(), neighbour.network.state_dict()]),
+        "datamodule": [data.seen, data.table.to_json()],
+        "dataset": freeze([dataset.weights, dataset.factors, dataset.notes.tolist(), dataset.shared.value]),
+        "flags": (bytes(dataset.flags), Curriculum.difficulty),
+        "sampler": freeze([sampler.priorities, sampler.epoch, sampler.rng]),
+        "classes": (module.steps, dict(module.counts)),
+        "meters": freeze([module.meter, *module.meters]),
+        "containers": freeze([module.replay["x"], module.replay["parts"].args[0], module.sums, dict(module.by_class)]),
+        "queue": list(module.queue.queue),
+        "iterators": (next(module.count), next(module.walk), module.text.getvalue()),
+        "files": sorted((p.name, p.read_text()) for p in folder.glob("notes")),
+        "checkpoints": sorted(p.name for p in folder.glob("*.ckpt")),
+        "settings": (torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()),
+        "random number generators": global_generators(),
+    }
+
+
+def reaching_run(
+    act: Callable[[Any, Any], None], folder: Path, *callbacks: HessianSpectrumCallback, kind: Any = Reaching
+) -> tuple[dict[str, Any], list[str]]:
+    """Train, and return what can be reached afterwards, and what the package warned of."""
+    Curriculum.difficulty = 0
+    torch.manual_seed(0)
+    neighbour, data = Neighbour(), Guided()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", "lightning_hesd", RuntimeWarning)
+        trainer = fit(folder, neighbour, *callbacks, module=kind(act), data=data)
+    said = [str(w.message) for w in caught if w.category is RuntimeWarning]
+    return reached(trainer, folder, data, neighbour), said
+
+
+@pytest.mark.parametrize("act", REACHES, ids=lambda act: act.__name__)
+def test_bit_identical_where_the_training_step_reaches_out(act: Any, tmp_path: Path) -> None:
+    observer = callback(every_n_train_steps=4, at_start=True, num_samples=8, steps=2, on_error="warn")
+    (tmp_path / "without").mkdir()
+    (tmp_path / "with").mkdir()
+    without, _ = reaching_run(act, tmp_path / "without")
+    with_callback, said = reaching_run(act, tmp_path / "with", observer)
+    for key, value in without.items():
+        assert with_callback[key] == value, f"{key} differ"
+    assert len(observer.history) == 2
+    if act is fail:
+        assert all("half-way" in record.error for record in observer.history)
+        assert len(said) == 2
+    else:
+        assert [record.error for record in observer.history] == [None] * 2
+        assert not said
+
+
+# What cannot be put back ----------------------------------------------------------------------------------------------
+
+HIDDEN: list[Any] = []
+"""Out of reach of the module and the Trainer."""
+
+
+class Streaming(Reaching):
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.generator = (number for number in range(100))
+        self.extra = iter(loader(Digits(16), shuffle=True))
+        self.pairs = zip(range(100), range(100), strict=True)
+
+
+def read_generator(module: Any, batch: Any) -> None:
+    slow_down(module, next(module.generator))
+
+
+def read_loader(module: Any, batch: Any) -> None:
+    slow_down(module, float(next(module.extra)[0].sum()))
+
+
+def read_pairs(module: Any, batch: Any) -> None:
+    slow_down(module, sum(next(module.pairs)))
+
+
+def step_hidden_optimizer(module: Any, batch: Any) -> None:
+    weight, optimizer = HIDDEN
+    optimizer.step()
+    slow_down(module, weight.item())
+
+
+def write_large_array(module: Any, batch: Any) -> None:
+    factors = module.trainer.train_dataloader.dataset.factors
+    factors[0] += 1
+    slow_down(module, factors[0])
+
+
+REFUSALS = {
+    read_generator: r"reads from the iterator `self\.generator`",
+    read_loader: r"reads from the iterator `self\.extra`",
+    read_pairs: r"reads from the iterator `self\.pairs`",
+    step_hidden_optimizer: r"lets an optimizer step \(SGD, kept out of reach",
+    write_large_array: r"writes to an array of which no copy is kept because it is large \(.*`trainer\.train_",
+}
+
+
+@pytest.mark.parametrize("act", REFUSALS, ids=lambda act: act.__name__)
+def test_what_could_not_be_put_back_is_refused(act: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And training goes on as if there were no analyses; with a `loss_fn` that does without, there are some."""
+    if act is write_large_array:
+        monkeypatch.setattr(surroundings, "COPIED_BYTES", 100)
+    outcomes = []
+    observers = [
+        callback(num_samples=8, steps=2, on_error="warn", epochs=[0]),
+        callback(num_samples=8, steps=2, epochs=[0], loss_fn=plain_loss),
+    ]
+    for name, callbacks in {"without": [], "refused": observers[:1], "advised": observers[1:]}.items():
+        (tmp_path / name).mkdir()
+        weight = nn.Parameter(torch.ones(()))
+        weight.grad = torch.ones(())
+        HIDDEN[:] = [weight, torch.optim.SGD([weight], lr=0.1)]
+        found, _ = reaching_run(act, tmp_path / name, *callbacks, kind=Streaming)
+        outcomes.append(found)
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+    [refused], [advised] = (observer.history for observer in observers)
+    assert re.search(f"DisturbedTrainingError: the function that is analysed {REFUSALS[act]}", refused.error)
+    assert "pass `loss_fn=` to HessianSpectrumCallback" in refused.error
+    assert advised.error is None
+
+
+def write_large_tensor(module: Any, batch: Any) -> None:
+    module.trainer.train_dataloader.dataset.weights[batch[2]] *= 1.1
+
+
+def test_a_large_tensor_is_found_changed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not copied, so one evaluation has changed it; there is no second one in this run."""
+    monkeypatch.setattr(surroundings, "COPIED_BYTES", 60)
+    calls = []
+
+    def loss_fn(module: Any, batch: Any) -> Tensor:
+        calls.append(1)
+        write_large_tensor(module, batch)
+        return plain_loss(module, batch)
+
+    observer = callback(num_samples=8, steps=2, on_error="warn", loss_fn=loss_fn)
+    _, said = reaching_run(lambda *_: None, tmp_path, observer)
+    assert len(calls) == 1
+    assert len(said) == 2
+    found, later = (record.error for record in observer.history)
+    assert "changed `trainer.train_dataloader.dataset.weights` in place, of which no copy is kept" in found
+    assert "changed in place `trainer.train_dataloader.dataset.weights` in an earlier analysis" in later
+
+    monkeypatch.undo()
+    reaching_run(lambda *_: None, tmp_path, observer)
+    assert [record.error for record in observer.history] == [None] * 2, "another run begins anew"
+
+
+def test_a_large_tensor_that_is_given_other_memory_gets_its_own_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(surroundings, "COPIED_BYTES", 0)
+
+    def loss_fn(module: Any, batch: Any) -> Tensor:
+        weights = module.trainer.train_dataloader.dataset.weights
+        weights.data = weights + 1
+        return plain_loss(module, batch)
+
+    observer = callback(num_samples=8, steps=2, loss_fn=loss_fn)
+    found, _ = reaching_run(lambda *_: None, tmp_path, observer)
+    assert found["dataset"][0] == freeze(torch.ones(24))
+    assert [record.error for record in observer.history] == [None] * 2
+
+
+class Monitor(pl.Callback):
+    """Counts on a thread of its own, and lets training steps count as well."""
+
+    def __init__(self) -> None:
+        self.ticks: list[float] = []
+        self.steps = 0
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+
+    def watch(self) -> None:
+        while not self.stop.wait(0.001):
+            self.ticks.append(0.0)
+
+    def on_fit_start(self, *_: Any) -> None:
+        self.thread.start()
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        self.stop.set()
+        self.thread.join()
+
+
+def test_what_threads_share_is_left_to_them(tmp_path: Path) -> None:
+    monitor = Monitor()
+
+    def loss_fn(module: Any, batch: Any) -> Tensor:
+        monitor.steps += 1
+        ticks = len(monitor.ticks)
+        while len(monitor.ticks) == ticks:  # until the thread gets its turn
+            pass
+        return plain_loss(module, batch)
+
+    observer = callback(num_samples=8, steps=2, loss_fn=loss_fn, on_error="warn")
+    with pytest.warns(RuntimeWarning) as caught:
+        fit(tmp_path, monitor, observer, data=loader(Digits(16)))
+    said = [str(w.message) for w in caught if w.category is RuntimeWarning]
+    assert [record.error for record in observer.history] == [None] * 2
+    assert len(said) == 2, "once for each attribute"
+    for name, message in zip((".steps", ".ticks"), said, strict=True):
+        assert f"`trainer.callbacks[0]{name}` changed during an analysis and was not put back" in message
+        assert "it was left to the threads that may share it" in message
+        assert "pass `loss_fn=`" in message
+    assert len(monitor.ticks) >= monitor.steps > 2, "nothing of what the thread did is lost"
+
+
+def test_objects_that_do_not_let_themselves_be_looked_at_are_left_alone(tmp_path: Path) -> None:
+    class Closed:
+        def __getattribute__(self, name: str) -> Any:
+            raise ValueError(name)
+
+    class Endless(list[int]):
+        def __iter__(self) -> Any:
+            raise ValueError
+
+        def __len__(self) -> int:
+            raise ValueError
+
+    neighbour = Neighbour()
+    odd = [Closed(), Endless(), {Closed(): 1}, memoryview(b""), object(), torch.eye(2).to_sparse(), re.compile("")]
+    neighbour.odd = [*odd, torch.zeros(2, device="meta"), threading.local(), {"last": 0}]  # type: ignore[attr-defined]
+
+    def loss_fn(module: Any, batch: Any) -> Tensor:
+        neighbour.odd[-1]["last"] += 1  # type: ignore[attr-defined]
+        return plain_loss(module, batch)
+
+    observer = callback(num_samples=8, steps=2, loss_fn=loss_fn)
+    fit(tmp_path, neighbour, observer)
+    assert [record.error for record in observer.history] == [None] * 2
+    assert neighbour.odd[-1] == {"last": 0}  # type: ignore[attr-defined]

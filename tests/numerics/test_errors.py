@@ -175,7 +175,7 @@ class TestBatchSize:
             (Record("a name", torch.zeros(2, 2)), 2),
             (({"meta": ["ab", b"cd", None]}, [Record("", (1, torch.zeros(8, 3)))]), 8),
             (torch.tensor(1.0), 1),
-            ({"temperature": torch.tensor(1.0), "x": torch.zeros(5)}, 1),  # as Lightning: the first tensor decides
+            ({"temperature": torch.tensor(1.0), "x": torch.zeros(5)}, 5),
             ({"position": np.array(3), "x": torch.zeros(5)}, 5),
             ({"ids": np.arange(3), "x": torch.zeros(5)}, 5),
         ],
@@ -184,7 +184,7 @@ class TestBatchSize:
             *("0-d", "0-d first", "0-d array first", "array first"),
         ],
     )
-    def test_is_the_length_of_the_first_tensor(self, batch, expected):
+    def test_is_the_length_of_the_first_tensor_that_is_no_scalar(self, batch, expected):
         assert batch_size(batch) == expected
         assert isinstance(batch_size(batch), float)
 

@@ -424,3 +424,42 @@ class TestRitzVectors:
     def test_without_a_basis_there_is_nothing_to_project_on(self):
         process = lanczos(Times(make_matrix([1.0, 2.0], torch.float64)), make_start(2), 2, storage="none")
         assert process.project(make_start(2)) is None
+
+
+class TestAsymmetry:
+    """⟨v_i, Hv_j⟩ for i < j is known from the symmetric matrix that H ought to be."""
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("storage", ["device", "none"])
+    def test_is_rounding_for_symmetric_matrices(self, dtype, storage):
+        matrix = make_matrix(np.linspace(-1.0, 2.0, 60), dtype)
+        process = lanczos(Times(matrix), make_start(60, dtype), 15, storage=storage)
+        assert process.asymmetries.shape == process.alphas.shape
+        assert process.asymmetries.max() <= rounding_threshold(2.0, torch.finfo(dtype).eps, 60)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("storage", ["device", "none"])
+    @pytest.mark.parametrize("size", [1e-2, 1.0])
+    def test_is_of_the_size_of_the_asymmetric_part(self, dtype, storage, size):
+        matrix = make_matrix(np.linspace(-1.0, 2.0, 60), dtype)
+        part = torch.randn(60, 60, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
+        part -= part.T.clone()
+        part *= size / torch.linalg.matrix_norm(part, 2)
+        process = lanczos(Times(matrix + part), make_start(60, dtype), 15, storage=storage)
+        assert size / 10 < process.asymmetries.max()
+        if storage == "device":  # else the basis is not orthogonal, and the components grow
+            assert process.asymmetries.max() < 2 * size
+
+    @pytest.mark.parametrize("scale", [1e-22, 1e-30, 1e25])
+    @pytest.mark.parametrize("storage", ["device", "none"])
+    def test_sizes_whose_squares_under_or_overflow_in_float32(self, scale, storage):
+        spectrum = np.linspace(-1.0, 2.0, 60)
+        usual, scaled = (
+            lanczos(Times(make_matrix(s * spectrum, torch.float32)), make_start(60, torch.float32), 20, storage=storage)
+            for s in (1.0, scale)
+        )
+        nodes, _, _ = gauss_quadrature(usual.alphas, usual.betas)
+        found, _, residuals = gauss_quadrature(scaled.alphas, scaled.betas)
+        np.testing.assert_allclose(found[[0, -1]] / scale, nodes[[0, -1]], rtol=1e-5)
+        assert residuals.max() < scale
+        assert not scaled.breakdown

@@ -110,3 +110,26 @@ class OnlyOnce(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
         return gradient.clone()
+
+
+class ClippedInForward(torch.nn.Linear):
+    """Changes its weights in place in every forward pass, to the values that they have."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.weight.clamp_(-10, 10)
+        return super().forward(x)
+
+
+def test_graphs_that_later_evaluations_change_in_place_are_not_retained() -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(ClippedInForward(3, 4), torch.nn.Tanh(), ClippedInForward(4, 2))
+    batches = [(torch.randn(5, 3), torch.randn(5, 2)) for _ in range(2)]
+    spectrum = hessian_spectrum(module, batches, cases.squared_error, steps=10)
+    assert spectrum.strategy == "recompute"
+    assert "in place" in spectrum.strategy_reason
+    plain = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    plain.load_state_dict(module.state_dict())
+    truth = hessian_spectrum(plain, batches, cases.squared_error, steps=10)
+    assert truth.strategy == "graph"
+    assert spectrum.c_t == pytest.approx(truth.c_t, rel=1e-5)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_hesd import hessian_spectrum
-from lightning_hesd.numerics.batches import WeightedBatch
+from lightning_hesd.numerics.batches import SkippedBatchError, WeightedBatch
 from lightning_hesd.numerics.lanczos import Lanczos
 from lightning_hesd.numerics.matrices import HessianMatrix
 from lightning_hesd.numerics.operators import CurvatureOperator
@@ -222,6 +222,135 @@ class TestRefusals:
             hessian_spectrum(module, [draw(64, 3)], loss_fn, mode="train", sampling_error=True, steps=40)
         # In eval mode the statistics are constants, and so it is fine.
         assert hessian_spectrum(module, [draw(64, 3)], loss_fn, sampling_error=True, steps=40).sampling_groups == 16
+
+
+class Batched:
+    """A batch of a class of its own; of `visible` ones the tensors can be seen."""
+
+    def __init__(self, x: Tensor, y: Tensor, *, visible: bool = True) -> None:
+        if visible:
+            self.x, self.y = x, y
+        self.get = lambda: (x, y)
+
+    def __iter__(self) -> Any:  # as the batches of torch_geometric do
+        yield from ((name, value) for name, value in vars(self).items() if name != "get")
+
+
+def stale(module: nn.Module, batch: Batched) -> Tensor:
+    """A loss that does not see what was cut."""
+    return loss_fn(module, batch.get())
+
+
+def contrastive(module: nn.Module, batch: Batched) -> Tensor:
+    """A loss that compares every sample with all others of its batch."""
+    logits = module(batch.x)
+    return F.cross_entropy(logits @ logits.T, torch.arange(len(logits)))
+
+
+def token_mean(module: nn.Module, batch: Any) -> Tensor:
+    """A mean over more than samples: the first ones have more terms."""
+    terms = F.cross_entropy(module(batch[0]), batch[1], reduction="none")
+    weights = 1.0 + 9.0 * (batch[0][:, 0] > 0)
+    return (weights * terms).sum() / weights.sum()
+
+
+class TestVerification:
+    """Sampling errors rest on groups that are what they should be; or there are none."""
+
+    @staticmethod
+    def analyse(loss: Any, make: Any, batches: int = 1, **options: Any) -> Any:
+        x, y = draw(SAMPLES, 7)
+        parts = [make(*part) for part in zip(x.chunk(batches), y.chunk(batches), strict=True)]
+        weight = SAMPLES / batches
+        options = {"batch_weight": lambda _: weight, "steps": 40, "sampling_error": True, **options}
+        return hessian_spectrum(trained(), parts, loss, **options)
+
+    def test_batches_of_a_class_of_ones_own_are_cut(self):
+        spectrum = self.analyse(lambda module, batch: loss_fn(module, (batch.x, batch.y)), Batched)
+        assert fields(spectrum, "error").tolist() == pytest.approx(fields(analyse(7), "error").tolist(), rel=1e-9)
+
+    @pytest.mark.parametrize("options", [{}, {"tolerance": "auto", "sampling_error": False}])
+    @pytest.mark.parametrize(
+        ("loss", "make", "message"),
+        [
+            (stale, Batched, "is the same for all of its parts, and does not depend on what was cut"),
+            (stale, functools.partial(Batched, visible=False), "cannot tell the number of samples|nothing in a batch"),
+            (contrastive, Batched, "not a mean over samples"),
+            (token_mean, lambda *parts: parts, "not a mean over samples"),
+            (loss_fn, lambda x, y: (x, y, torch.tensor([0, 3, 8])), "may be positions of samples"),
+            (lambda m, b: loss_fn(m, b) / (len(b[0]) // 256), lambda *parts: parts, "has no loss|ZeroDivision|inf"),
+        ],
+    )
+    def test_others_are_refused_with_the_remedy(self, loss, make, message, options):
+        with pytest.raises(ValueError, match=rf"(?s)cut into 1 only: .*({message}).*Pass at least 8 batches"):
+            self.analyse(loss, make, **options)
+
+    @pytest.mark.parametrize("loss", [stale, contrastive])
+    def test_the_remedy_works(self, loss):
+        spectrum = self.analyse(loss, Batched, batches=8)
+        assert spectrum.sampling_groups == 8
+        assert (fields(spectrum, "error") > 0).all()
+
+    def test_curvature_that_does_not_depend_on_the_groups(self):
+        module = nn.Linear(6, 1).double()
+
+        def constant_curvature(module: nn.Module, batch: Batch) -> Tensor:
+            return module.weight.square().sum() - module.bias.square().sum() + (module(batch[0]) * 1.0).mean()
+
+        with pytest.raises(ValueError, match=r"the curvature is the same in all groups.*Pass at least 16 batches"):
+            hessian_spectrum(module, [draw(64, 3)], constant_curvature, sampling_error=True)
+
+
+def skips(module: nn.Module, batch: Batch) -> Tensor:
+    """A loss that leaves out every batch of an odd class at its beginning."""
+    if batch[1][0] == 1:
+        raise SkippedBatchError
+    return loss_fn(module, batch)
+
+
+class TestSkippedBatches:
+    @pytest.mark.parametrize("strategy", ["auto", "recompute", "finite_difference"])
+    def test_are_left_out(self, strategy):
+        x, y = draw(SAMPLES, 7)
+        parts = list(zip(x.chunk(32), y.chunk(32), strict=True))
+        kept = [part for part in parts if part[1][0] == 0]
+        assert 8 < len(kept) < 32
+        options = {"steps": 10, "sampling_error": True, "strategy": strategy}
+        found, expected = (hessian_spectrum(trained(), of, skips, **options) for of in (parts, kept))
+        assert f"{32 - len(kept)} of 32 batches left out" in found.strategy_reason
+        assert found.num_samples == 8 * len(kept)
+        assert found.loss == pytest.approx(expected.loss, rel=1e-12)
+        assert found.c_t == pytest.approx(expected.c_t, rel=1e-6)
+        assert found.sampling_groups == expected.sampling_groups > len(kept), "some cut, and some parts skipped"
+        assert found.c_t_sampling_error == pytest.approx(expected.c_t_sampling_error, rel=1e-4)
+
+    def test_all(self):
+        def none(module: nn.Module, batch: Batch) -> Tensor:
+            raise SkippedBatchError
+
+        with pytest.raises(ValueError, match=r"skipped all 2 batches.*Pass a `loss_fn`"):
+            hessian_spectrum(trained(), [draw(8, 1), draw(8, 2)], none)
+
+    def test_of_a_whole_process(self):
+        def work(rank: int, reduce: Sum) -> float:
+            module, batch = copy.deepcopy(trained()), draw(16, rank)
+            mean = SampleMean(
+                HessianMatrix(lambda batch: skips(module, batch.data), list(module.parameters())),
+                [WeightedBatch((batch[0], torch.full_like(batch[1], rank)), 16.0, rank)],
+                strategy="graph",
+                dtype=torch.float64,
+                all_reduce=functools.partial(reduce, rank),
+            )
+            assert (mean.num_batches, mean.num_skipped, mean.weight) == (1, 1, 16.0)
+            return float(mean.product([torch.ones_like(p) for p in module.parameters()]).sum())
+
+        reduce, results = Sum(2), {}
+        threads = [threading.Thread(target=lambda r=r: results.update({r: work(r, reduce)})) for r in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert results[0] == results[1] != 0
 
 
 class Sum:

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from lightning_hesd import Spectrum, hessian_spectrum
 from lightning_hesd.numerics.analysis import analysis_options
@@ -150,16 +149,6 @@ class Lambda(nn.Module):
         return self.function(x)
 
 
-class Checkpointed(nn.Module):
-    def __init__(self, inner: nn.Module, *, reentrant: bool) -> None:
-        super().__init__()
-        self.inner = inner
-        self.reentrant = reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
-
-
 def data(*shape: int, outputs: int = 2) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(4)
     return [
@@ -181,30 +170,12 @@ def perceptron(activation: nn.Module) -> nn.Module:
     return seeded(lambda: nn.Sequential(nn.Linear(3, 4), activation, nn.Linear(4, 2)))
 
 
-def between_linear_layers(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    # Reentrant checkpointing wants an input that requires grad: the first layer makes one.
-    def make() -> nn.Module:
-        inner = nn.Sequential(nn.Tanh(), nn.Linear(4, 4), nn.Tanh())
-        return nn.Sequential(nn.Linear(3, 4), wrap(inner), nn.Linear(4, 2))
-
-    return seeded(make)
-
-
-def checkpointed(*, reentrant: bool) -> nn.Module:
-    return between_linear_layers(lambda inner: Checkpointed(inner, reentrant=reentrant))
-
-
 # Name: (the module, the same function written plainly, what the reason says).
 WITHOUT_SECOND_DERIVATIVE: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], str]] = {
     "once_differentiable": (
         lambda: perceptron(Lambda(Cube.apply)),
         lambda: perceptron(Lambda(lambda x: x**3)),
         "once_differentiable",
-    ),
-    "reentrant checkpointing": (
-        lambda: checkpointed(reentrant=True),
-        lambda: between_linear_layers(lambda inner: inner),
-        "cannot be differentiated twice",
     ),
 }
 
@@ -299,7 +270,6 @@ class Recurrent(nn.Module):
 
 
 EXACT: dict[str, Callable[[], tuple[nn.Module, list[Any]]]] = {
-    "non-reentrant checkpointing": lambda: (checkpointed(reentrant=False), data(3)),
     "scaled_dot_product_attention": lambda: (seeded(Fused), data(3, 4)),
     "MultiheadAttention": lambda: (seeded(Attention), data(3, 4)),
     "TransformerEncoder": lambda: (seeded(Encoder), data(3, 4)),

@@ -31,8 +31,14 @@ function describe(s) {
   return (
     `On the training data C_t = ${value} [${number(s.c_t_low)}, ${number(s.c_t_high)}] (confidence ${number(s.confidence)}): ` +
     `the spectrum is ${TYPES[s.type]}${certain}. λ_max = ${number(s.lambda_max)}, λ_min = ${number(s.lambda_min)}, ` +
-    `loss ${number(s.loss)} over ${number(s.num_samples)} samples.`
+    `loss ${number(s.loss)} over ${number(s.num_samples)} samples. ${verification(s)}`
   );
+}
+
+/** Say whether products were found to be those of the loss; payloads of earlier versions do not tell. */
+function verification(s) {
+  if (!s.verification) return "";
+  return s.verified === "yes" ? `Verified: ${s.verification}.` : `Not verified, so that the interval may be wrong: ${s.verification}.`;
 }
 
 const TYPES = { MP: "mainly positive (MP)", MN: "mainly negative (MN)" };

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -12,6 +13,7 @@ from tensorboard.util.tensor_util import make_tensor_proto
 
 from lightning_hesd.spectra.payload import CHOICE, RECORD, choice_payload, record_payload, to_json
 from lightning_hesd.spectra.payload import PLUGIN_NAME as PAYLOADS
+from lightning_hesd.training._lightning import tag_prefix
 from lightning_hesd.training.sinks.sink import figures, layer_table, title, verdict_text
 
 if TYPE_CHECKING:
@@ -91,28 +93,31 @@ def write_layout(loggers: Iterable[Logger], names: Sequence[str]) -> None:
         loggers: All loggers; only TensorBoard's get the layout.
         names: The callbacks' names, each a category of charts.
     """
-    layout = layout_pb2.Layout(category=[_charts(name) for name in names])
-    value = Summary.Value(
-        tag=CONFIG_SUMMARY_TAG,
-        tensor=make_tensor_proto(layout.SerializeToString()),
-        metadata=SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=PLUGIN_NAME)),
-    )
     for logger in loggers:
-        if isinstance(logger, TensorBoardLogger):
-            # The public `add_custom_scalars` knows charts with one series only.
-            logger.experiment._get_file_writer().add_summary(Summary(value=[value]))  # noqa: SLF001
+        if not isinstance(logger, TensorBoardLogger):
+            continue
+        layout = layout_pb2.Layout(category=[_charts(name, tag_prefix(logger)) for name in names])
+        value = Summary.Value(
+            tag=CONFIG_SUMMARY_TAG,
+            tensor=make_tensor_proto(layout.SerializeToString()),
+            metadata=SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=PLUGIN_NAME)),
+        )
+        # The public `add_custom_scalars` knows charts with one series only.
+        logger.experiment._get_file_writer().add_summary(Summary(value=[value]))  # noqa: SLF001
 
 
-def _charts(name: str) -> layout_pb2.Category:
+def _charts(name: str, tag_prefix: str) -> layout_pb2.Category:
+    """Return the charts of a callback, whose scalars the logger has under tags with a prefix."""
     series = layout_pb2.MarginChartContent.Series
-    threshold = f"{name}/c_t_threshold"
+    tag = f"{tag_prefix}{name}"
+    threshold = f"{tag}/c_t_threshold"
     margin = layout_pb2.MarginChartContent(
         series=[
-            series(value=f"{name}/c_t", lower=f"{name}/c_t_low", upper=f"{name}/c_t_high"),
+            series(value=f"{tag}/c_t", lower=f"{tag}/c_t_low", upper=f"{tag}/c_t_high"),
             series(value=threshold, lower=threshold, upper=threshold),
         ]
     )
-    largest = layout_pb2.MultilineChartContent(tag=[f"^{name}/lambda_max$"])
+    largest = layout_pb2.MultilineChartContent(tag=[f"^{re.escape(tag)}/lambda_max$"])
     return layout_pb2.Category(
         title=name,
         chart=[

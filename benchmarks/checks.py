@@ -1,0 +1,122 @@
+"""What it costs that analyses check themselves: symmetry in every step, the loss against its derivatives once.
+
+python -m benchmarks.checks            # about five minutes on two quiet cores
+python -m benchmarks.checks --quick --problems mlp --out /tmp/bench
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+
+from benchmarks.problems import RECIPES, load, loss
+from lightning_hesd.numerics import lanczos, sample_mean
+from lightning_hesd.numerics.analysis import analysis_options
+from lightning_hesd.numerics.batches import WeightedBatch
+from lightning_hesd.numerics.graphs import GraphFacts
+from lightning_hesd.numerics.pipeline import analyze
+from lightning_hesd.numerics.strategies import Calibration
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from benchmarks.problems import Problem, Size
+
+EXPLANATION = """\
+Analyses of {steps} steps, one batch, two CPU threads, medians of {rounds} rounds. *In every analysis*: the share of the
+time that goes into the norms of asymmetric components and into reading which operations the graphs have. *In the
+first*: the seconds that the comparison of the loss with its derivatives in float64 takes once in a run, and as a
+multiple of such an analysis.
+"""
+HEADER = ("problem", "parameters", "analysis, s", "in every analysis", "in the first, s", "in the first, analyses")
+
+
+class Stopwatch:
+    """Adds up the time spent in functions.
+
+    Attributes:
+        seconds: Sum so far.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def timed(self, function: Any) -> Any:
+        """Return the function, timed."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - started
+
+        return call
+
+
+def main() -> None:
+    """Measure, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", default=",".join(RECIPES), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="Lanczos steps (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="tiny settings, to see whether it works")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    rows: list[list[str]] = []
+    for name in args.problems.split(","):
+        rows.append(measure(name, args.steps, args.rounds, "quick" if args.quick else "full"))
+        print(*rows[-1], sep=", ", flush=True)
+    table = "\n".join(f"| {' | '.join(row)} |" for row in (HEADER, ["---"] * len(HEADER), *rows))
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = f"# Checks\n\n{EXPLANATION.format(steps=args.steps, rounds=args.rounds)}\n{table}\n"
+    (args.out / "checks.md").write_text(text, encoding="utf-8")
+
+
+def measure(name: str, steps: int, rounds: int, size: Size) -> list[str]:
+    """Return the row of a problem."""
+    problem = load(name, size=size)
+    firsts, laters, shares = [], [], []
+    for _ in range(rounds):
+        calibration = Calibration()
+        with watched(sample_mean, "verify") as comparison:
+            analysis(problem, steps, calibration)
+        firsts.append(comparison.seconds)
+        with watched(GraphFacts, "add") as reading, watched(lanczos, "asymmetry") as norms:
+            laters.append(analysis(problem, steps, calibration))
+        shares.append((reading.seconds + norms.seconds) / laters[-1])
+    first, later, share = (statistics.median(values) for values in (firsts, laters, shares))
+    return [RECIPES[name].title, f"{problem.dimension:,}", f"{later:.2f}", f"{share:.1%}", f"{first:.2f}",
+            f"{first / later:.2f}"]  # fmt: skip
+
+
+@contextlib.contextmanager
+def watched(owner: Any, name: str) -> Iterator[Stopwatch]:
+    """Time a function of a module or class meanwhile.
+
+    Yields:
+        The time it took.
+    """
+    stopwatch = Stopwatch()
+    with mock.patch.object(owner, name, stopwatch.timed(getattr(owner, name))):
+        yield stopwatch
+
+
+def analysis(problem: Problem, steps: int, calibration: Calibration) -> float:
+    """Return the seconds that an analysis takes, given what is known from earlier ones."""
+    batches = [WeightedBatch(batch, float(len(batch[0])), index) for index, batch in enumerate(problem.batches)]
+    started = time.perf_counter()
+    analyze(problem.module, batches, loss, analysis_options(steps=steps), calibration=calibration)
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""All layers, losses and functions of PyTorch: are their Hessians right?"""

@@ -1,0 +1,170 @@
+"""Operations written out in elementary ones, whose derivatives PyTorch has right to every order.
+
+PyTorch's own rules take some intermediate results for constants when they are themselves differentiated: the norms of
+`torch._weight_norm` in its second derivative, mean and variance of layer, batch and instance norms in their third, and
+the factors of a matrix in derivatives of forward-mode derivatives.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    Replacement = Callable[..., Any]
+    """Takes the arguments of an operation; returns None to leave a call to PyTorch."""
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor | None:  # noqa: A002, FBT001 - PyTorch's names
+    return F.relu6(input + 3) / 6 if input.is_floating_point() and not inplace else None
+
+
+def _layer_norm(  # noqa: PLR0917 - PyTorch's order
+    input: Tensor,  # noqa: A002 - PyTorch's name
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,  # noqa: ARG001, FBT001
+) -> Tensor | None:
+    shape = torch.Size(normalized_shape)
+    if input.shape[-len(shape) :] != shape or any(p is not None and p.shape != shape for p in (weight, bias)):
+        return None
+    return _affine(_standardized(input, range(-len(shape), 0), eps), weight, bias).to(input.dtype)
+
+
+def _batch_norm(  # noqa: PLR0917 - PyTorch's order
+    input: Tensor,  # noqa: A002 - PyTorch's name
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,  # noqa: FBT001
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    if not training:
+        return None
+    with torch.no_grad():  # updates the running statistics, and refuses what PyTorch refuses
+        F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _by_channel(input, [0, *range(2, input.ndim)], weight, bias, eps)
+
+
+def _instance_norm(  # noqa: PLR0917 - PyTorch's order
+    input: Tensor,  # noqa: A002 - PyTorch's name
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,  # noqa: FBT001
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    if not use_input_stats:
+        return None
+    with torch.no_grad():
+        F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return _by_channel(input, range(2, input.ndim), weight, bias, eps)
+
+
+def _by_channel(x: Tensor, dimensions: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    weight, bias = (None if p is None else p.view(shape) for p in (weight, bias))
+    return _affine(_standardized(x, dimensions, eps), weight, bias).to(x.dtype)
+
+
+def _standardized(x: Tensor, dimensions: Sequence[int], eps: float) -> Tensor:
+    """Return (x - mean) / √(variance + eps), at least in float32, as PyTorch's kernels compute it."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    centered = x - x.mean(list(dimensions), keepdim=True)
+    return centered * (centered.square().mean(list(dimensions), keepdim=True) + eps).rsqrt()
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def _determinant(input: Tensor) -> Tensor | None:  # noqa: A002 - PyTorch's name
+    if input.is_complex():
+        return None
+    sign, diagonal = _triangular_factor(input)
+    return sign * diagonal.prod(-1)
+
+
+def _log_determinant(input: Tensor) -> Tensor | None:  # noqa: A002 - PyTorch's name
+    if input.is_complex():
+        return None
+    sign, diagonal = _triangular_factor(input)
+    negative = sign * diagonal.sign().prod(-1) < 0
+    return torch.where(negative, torch.nan, diagonal.abs().log().sum(-1))
+
+
+def _signed_log_determinant(kind: Callable[[tuple[Tensor, Tensor]], Any]) -> Replacement:
+    def replacement(input: Tensor) -> Any:  # noqa: A002 - PyTorch's name
+        if input.is_complex():
+            return None
+        sign, diagonal = _triangular_factor(input)
+        return kind((sign * diagonal.sign().prod(-1), diagonal.abs().log().sum(-1)))
+
+    return replacement
+
+
+def _triangular_factor(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the determinant of P and the diagonal of U in a = P L U."""
+    p, _, u = torch.linalg.lu(a)
+    return torch.linalg.det(p), u.diagonal(dim1=-2, dim2=-1)
+
+
+def _solve(A: Tensor, B: Tensor, *, left: bool = True) -> Tensor:  # noqa: N803 - PyTorch's names
+    is_vector = B.ndim == 1 or (B.ndim == A.ndim - 1 and B.shape == A.shape[:-1])
+    factors, pivots = torch.linalg.lu_factor(A)
+    solution = torch.linalg.lu_solve(factors, pivots, B.unsqueeze(-1) if is_vector else B, left=left)
+    return cast("Tensor", solution.squeeze(-1) if is_vector else solution)
+
+
+def _torch_batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, *rest: Any) -> Tensor | None:
+    return _batch_norm(x, mean, variance, weight, bias, *rest[:3])
+
+
+def _torch_instance_norm(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, *rest: Any) -> Tensor | None:
+    return _instance_norm(x, mean, variance, weight, bias, *rest[:3])
+
+
+WRONG_SECOND_DERIVATIVE: dict[Any, Replacement] = {
+    torch._weight_norm: _weight_norm,  # noqa: SLF001 - what both APIs of weight normalisation call
+    F.hardsigmoid: _hardsigmoid,  # has none
+}
+"""Operations that are written out wherever they are called."""
+
+WRONG_THIRD_DERIVATIVE: dict[Any, Replacement] = {
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    F.batch_norm: _batch_norm,
+    torch.batch_norm: _torch_batch_norm,
+    F.instance_norm: _instance_norm,
+    torch.instance_norm: _torch_instance_norm,
+}
+"""Operations that are written out where the loss itself holds derivatives of them."""
+
+WRONG_FORWARD_DERIVATIVE: dict[Any, Replacement] = {
+    torch.det: _determinant,
+    torch.linalg.det: _determinant,
+    Tensor.det: _determinant,
+    torch.logdet: _log_determinant,
+    Tensor.logdet: _log_determinant,
+    torch.slogdet: _signed_log_determinant(torch.return_types.slogdet),
+    Tensor.slogdet: _signed_log_determinant(torch.return_types.slogdet),
+    torch.linalg.slogdet: _signed_log_determinant(torch.return_types.linalg_slogdet),  # type: ignore[attr-defined]
+    torch.linalg.solve: _solve,
+}
+"""Operations that are written out inside function transforms and forward-mode differentiation."""

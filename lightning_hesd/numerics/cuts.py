@@ -1,0 +1,165 @@
+"""Cutting a batch into groups of samples, whatever it is made of, or saying why that cannot be done.
+
+Tensors, arrays and packed sequences belong to the samples if their first dimension is that of the samples, lists if
+they have one entry for each. What consists of such (containers, dataclasses, objects with attributes) is copied and
+filled with the parts. A batch is refused rather than cut wrongly: where it holds whole numbers that may be positions of
+samples in it, or an object with as many entries of which it is not known how to take a few.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import types
+from collections import UserDict, deque
+from collections.abc import Iterator, Mapping, Sized
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+_COMMON = (
+    *(type(None), str, bytes, int, float, complex, np.generic, torch.Size, torch.dtype, torch.device),
+    *(type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, nn.Module),
+)
+"""Values that belong to all samples, and are not looked into."""
+
+_POSITIONS = (torch.int32, torch.int64, np.dtype("int32"), np.dtype("int64"))
+"""Types that may be positions of samples."""
+
+
+class UnsplittableBatchError(ValueError):
+    """A batch cannot be cut into groups of samples; the message says why."""
+
+
+def cut(batch: Any, size: int, ranges: Sequence[slice]) -> list[Any]:
+    """Return the parts of a batch that hold the samples of these ranges, each in the structure of the whole.
+
+    Args:
+        batch: The batch.
+        size: Its number of samples.
+        ranges: Ranges of samples.
+
+    Raises:
+        UnsplittableBatchError: If it cannot be told what belongs to the samples, or nothing does.
+    """
+    return [_Knife(batch, size, chosen).part() for chosen in ranges]
+
+
+class _Knife:
+    """Takes the samples of one range out of a batch."""
+
+    def __init__(self, batch: Any, size: int, chosen: slice) -> None:
+        self._batch = batch
+        self._size = size
+        self._chosen = chosen
+        self._has_cut = False
+        self._made: dict[int, Any] = {}  # objects may refer to each other
+
+    def part(self) -> Any:
+        try:
+            part = self._part(self._batch)
+        except UnsplittableBatchError:
+            raise
+        except Exception as error:
+            msg = f"a batch of type {type(self._batch).__name__} cannot be cut ({type(error).__name__}: {error})"
+            raise UnsplittableBatchError(msg) from error
+        if not self._has_cut:
+            msg = (
+                f"nothing in a batch of type {type(self._batch).__name__} has the number of samples, {self._size}, as "
+                "its first dimension"
+            )
+            raise UnsplittableBatchError(msg)
+        return part
+
+    def _part(self, value: Any) -> Any:
+        if isinstance(value, _COMMON) or id(value) in self._made:
+            return self._made.get(id(value), value)
+        ways: list[tuple[Any, Callable[[Any], Any]]] = [
+            (PackedSequence, self._packed),
+            ((Tensor, np.ndarray), self._array),
+            ((dict, UserDict), self._mapping),
+            ((list, tuple, deque), self._sequence),
+            (object, self._object),
+        ]
+        return next(part_of for kinds, part_of in ways if isinstance(value, kinds))(value)
+
+    def _array(self, array: Any) -> Any:
+        if self._is_of_samples(array):
+            self._has_cut = True
+            return array[self._chosen]
+        if array.ndim and array.dtype in _POSITIONS:
+            msg = (
+                f"a batch of {self._size} samples holds whole numbers of shape {tuple(array.shape)}, which may be "
+                "positions of samples in the batch"
+            )
+            raise UnsplittableBatchError(msg)
+        return array
+
+    def _packed(self, sequences: PackedSequence) -> PackedSequence:
+        if int(sequences.batch_sizes[0]) != self._size:
+            msg = f"a batch of {self._size} samples holds {int(sequences.batch_sizes[0])} packed sequences"
+            raise UnsplittableBatchError(msg)
+        self._has_cut = True
+        # Without sorted indices they are sorted, and so is a part of them.
+        return pack_sequence(unpack_sequence(sequences)[self._chosen], enforce_sorted=sequences.sorted_indices is None)
+
+    def _mapping(self, mapping: Any) -> Any:
+        part = self._made[id(mapping)] = copy.copy(mapping)
+        for key, value in mapping.items():
+            part[key] = self._part(value)
+        self._cut_attributes(part, but=("data",) if isinstance(mapping, UserDict) else ())
+        return part
+
+    def _sequence(self, values: Any) -> Any:
+        fields = hasattr(values, "_fields")  # of a named tuple
+        if not fields and len(values) == self._size and not self._is_of_samples(values):
+            self._has_cut = True
+            return type(values)(list(values)[self._chosen])
+        parts = [self._part(value) for value in values]
+        return type(values)(*parts) if fields else type(values)(parts)
+
+    def _is_of_samples(self, value: Any) -> bool:
+        """Whether a value is an array with the samples along its first dimension, or a container of such."""
+        if isinstance(value, Tensor | np.ndarray):
+            return value.ndim > 0 and len(value) == self._size
+        if isinstance(value, list | tuple | Mapping):
+            return any(map(self._is_of_samples, value.values() if isinstance(value, Mapping) else value))
+        return False
+
+    def _object(self, value: Any) -> Any:
+        """Copy an object and cut its attributes; one to which no sample belongs stays as it is.
+
+        Raises:
+            UnsplittableBatchError: If it has as many entries as there are samples, or they cannot be seen.
+        """
+        part = copy.copy(value) if attributes(value) and not isinstance(value, Iterator) else value
+        if part is not value:
+            self._made[id(value)] = part
+            before, self._has_cut = self._has_cut, False
+            self._cut_attributes(part)
+            if self._has_cut:
+                return part
+            self._made[id(value)], self._has_cut = value, before
+        if isinstance(value, Iterator | Mapping) or (isinstance(value, Sized) and len(value) == self._size):
+            msg = f"a batch holds an object of type {type(value).__name__}, of which it is not known how to take a part"
+            raise UnsplittableBatchError(msg)
+        return value
+
+    def _cut_attributes(self, part: Any, but: Sequence[str] = ()) -> None:
+        for name, value in attributes(part).items():
+            if name not in but:
+                object.__setattr__(part, name, self._part(value))
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object, those in slots among them."""
+    slots = copyreg._slotnames(type(value))  # type: ignore[attr-defined]  # noqa: SLF001 - as `copy` and `pickle` do
+    found = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    return {**found, **getattr(value, "__dict__", {})}

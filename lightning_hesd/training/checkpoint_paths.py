@@ -1,0 +1,102 @@
+"""Names and places of checkpoint files: on any filesystem, and never those of another callback."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+from zipfile import BadZipFile, ZipFile
+
+from lightning.fabric.utilities.cloud_io import get_filesystem
+
+from lightning_hesd.training.folders import exists, is_remote, joined, local_path
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+DEFAULT_FILENAME = "{epoch}-{step}"
+"""What ModelCheckpoint makes of no file name."""
+
+SHARDED_METADATA = "meta.pt"
+"""What a checkpoint of sharded parameters, a folder, has besides these."""
+
+
+def prefix(*parts: str) -> str:
+    """Return a beginning of file names, of characters that no filesystem and no template takes for something else."""
+    return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", part).strip("_.") or "own" for part in parts)
+
+
+def place(path: object) -> str:
+    """Return what is the same for all paths of one file: of a link itself, not of what it points to."""
+    if is_remote(str(path)):
+        return str(path).rstrip("/")
+    local = local_path(str(path))
+    return str(local.parent.resolve() / local.name)
+
+
+def is_same_file(path: object, other: object) -> bool:
+    """Return whether two paths lead to the same file, also by way of links."""
+    if is_remote(str(path)) or is_remote(str(other)):
+        return place(path) == place(other)
+    return local_path(str(path)).resolve() == local_path(str(other)).resolve()
+
+
+def lies_in(path: str, folder: str, extension: str) -> bool:
+    """Return whether a path is that of a checkpoint in a folder or below it, also on other filesystems."""
+    if not path.endswith(extension):
+        return False
+    if is_remote(folder):
+        return path.startswith(f"{folder.rstrip('/')}/") and ".." not in path.split("/")
+    return not is_remote(path) and Path(place(path)).is_relative_to(local_path(folder).resolve())
+
+
+def shares_folder(checkpoint: ModelCheckpoint, other: ModelCheckpoint) -> bool:
+    """Return whether two callbacks write to the same folder."""
+    return place(checkpoint.dirpath) == place(other.dirpath)
+
+
+def may_coincide(filename: str, other: ModelCheckpoint, *, auto_insert_metric_name: bool) -> bool:
+    """Return whether a template of file names and that of another callback may ever give the same name."""
+    ours = _split(filename, auto_insert_metric_name)
+    theirs = _split(other.filename or DEFAULT_FILENAME, other.auto_insert_metric_name)
+    return _matches(ours, theirs) or _matches(theirs, ours)
+
+
+def _split(template: str, auto_insert_metric_name: bool) -> list[str]:  # noqa: FBT001 - an attribute, passed on
+    """Return the texts around the values in a template."""
+    texts = [""]
+    for text, name in re.findall(r"([^{]*)(?:\{([^}:]*)[^}]*\})?", template):
+        texts[-1] += text + (f"{name}=" if name and auto_insert_metric_name else "")
+        if name:
+            texts.append("")
+    return texts
+
+
+def _matches(texts: Sequence[str], others: Sequence[str]) -> bool:
+    """Return whether some values between texts can make them equal to others with any one value between them."""
+    return re.fullmatch(".*".join(map(re.escape, texts)) + r"(-v\d+)?", "0".join(others)) is not None
+
+
+def is_written_as(path: str, mark: str) -> bool:
+    """Return whether a checkpoint file still is the one that had this mark in it when it was written.
+
+    Another run, or a continuation of this one from an earlier state, may have written to the same path. True where
+    that cannot be told: in formats other than PyTorch's, and without a mark.
+    """
+    if not exists(path):
+        return False
+    if not is_remote(path) and local_path(path).is_dir():
+        path = joined(path, SHARDED_METADATA)
+    if not mark or not exists(path):
+        return True
+    with get_filesystem(path).open(path, "rb") as file:
+        if file.read(2) != b"PK":
+            return True
+        try:
+            with ZipFile(file) as archive:
+                pickles = [name for name in archive.namelist() if Path(name).name == "data.pkl"]
+                return any(mark.encode() in archive.read(name) for name in pickles)
+        except (BadZipFile, EOFError):  # half a file
+            return False

@@ -1,0 +1,124 @@
+"""Folders on this machine, or on any filesystem that fsspec knows: files in them appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning.fabric.utilities.cloud_io import get_filesystem
+
+from lightning_hesd.spectra.files import written_whole
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterable, Iterator
+
+    Location = str | os.PathLike[str]
+
+
+def is_remote(location: Location) -> bool:
+    """Return whether a path is a URL of another filesystem, such as "s3://bucket/run"."""
+    return "://" in str(location) and not str(location).startswith("file://")
+
+
+def local_path(location: Location) -> Path:
+    """Return the path of what lies on this machine."""
+    return Path(str(location).removeprefix("file://"))
+
+
+def joined(folder: Location, *names: str) -> str:
+    """Return the location of something in a folder."""
+    return (
+        "/".join([str(folder).rstrip("/"), *names]) if is_remote(folder) else str(local_path(folder).joinpath(*names))
+    )
+
+
+def exists(location: Location) -> bool:
+    """Return whether there is something; False, too, where the filesystem cannot be reached."""
+    if not is_remote(location):
+        return local_path(location).exists()
+    try:
+        return bool(get_filesystem(str(location)).exists(str(location)))
+    except Exception:  # noqa: BLE001 - whatever the client raises, or that there is none: nothing can be read there
+        return False
+
+
+@contextlib.contextmanager
+def fetched(folder: Location) -> Iterator[Path]:
+    """Give the folder, or a copy of it on this machine, with the files of the folder but not of those below.
+
+    Yields:
+        Its path.
+    """
+    if not is_remote(folder):
+        yield local_path(folder)
+        return
+    filesystem = get_filesystem(str(folder))
+    with tempfile.TemporaryDirectory() as copy:
+        if filesystem.isdir(str(folder)):
+            for entry in filesystem.ls(str(folder), detail=True):
+                if entry["type"] == "file":
+                    filesystem.get_file(entry["name"], str(Path(copy) / Path(entry["name"]).name))
+        yield Path(copy)
+
+
+def write(folder: Location, name: str, save: Callable[[Path], None]) -> None:
+    """Write a file into a folder, which is made if need be.
+
+    Args:
+        folder: The folder.
+        name: Name of the file.
+        save: Writes it to a path, so that it appears whole or not at all.
+    """
+    if not is_remote(folder):
+        directory = local_path(folder)
+        directory.mkdir(parents=True, exist_ok=True)
+        save(directory / name)
+        return
+    filesystem, target = get_filesystem(str(folder)), joined(folder, name)
+    with tempfile.TemporaryDirectory() as copy:
+        path = Path(copy) / name
+        save(path)
+        filesystem.makedirs(str(folder), exist_ok=True)
+        filesystem.put_file(str(path), f"{target}.partial")
+        filesystem.mv(f"{target}.partial", target)
+
+
+def write_text(folder: Location, name: str, text: str) -> None:
+    """Write text to a file as `write` does."""
+
+    def save(path: Path) -> None:
+        with written_whole(path) as incomplete:
+            incomplete.write_text(text, encoding="utf-8", newline="")
+
+    write(folder, name, save)
+
+
+def append(folder: Location, name: str, text: str) -> None:
+    """Add text to a file, which is made if need be; a remote one is written anew."""
+    if not is_remote(folder):
+        directory = local_path(folder)
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / name).open("a", encoding="utf-8", newline="") as file:
+            file.write(text)
+        return
+    write_text(folder, name, read_text(folder, name) + text)
+
+
+def read_text(folder: Location, name: str) -> str:
+    """Return the text of a file; none if there is no such file."""
+    location = joined(folder, name)
+    if not exists(location):
+        return ""
+    data: bytes = get_filesystem(location).cat_file(location)
+    return data.decode("utf-8", errors="replace")
+
+
+def remove(folder: Location, names: Iterable[str]) -> None:
+    """Delete files, one after the other; that one is gone already is no error."""
+    for name in names:
+        location = joined(folder, name)
+        with contextlib.suppress(FileNotFoundError):
+            get_filesystem(location).rm_file(location)

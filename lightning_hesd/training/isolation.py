@@ -1,0 +1,66 @@
+"""The isolation of an analysis from the training around it."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from lightning_hesd.training import _lightning
+from lightning_hesd.training.reach import Walk
+from lightning_hesd.training.silence import Seclusion, silenced
+from lightning_hesd.training.surroundings import Surroundings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import lightning.pytorch as pl
+
+    Evaluating = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+class Isolation:
+    """Keeps analyses of one run from changing what lies around the module.
+
+    Attributes:
+        harm: Names of what an analysis changed, and could not put back; there must be no further one then.
+    """
+
+    def __init__(self) -> None:
+        self.harm: list[str] = []
+        self._told: set[str] = set()
+
+    @contextlib.contextmanager
+    def around(self, trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[Evaluating]:
+        """Silence loggers and the like, and put back at the end whatever changed; all processes together.
+
+        Args:
+            trainer: The trainer.
+            module: Its module, which the analysis puts back itself.
+
+        Yields:
+            Makes the context of each evaluation of the user's functions.
+        """
+        seclusion = Seclusion(trainer)
+        reach = Walk(trainer, module, [_lightning.signal_connector(trainer)]).found
+        with silenced(trainer, module, reach), contextlib.ExitStack() as stack:
+            surroundings = Surroundings(reach, stack)
+            stack.callback(self._finish, surroundings)
+
+            @contextlib.contextmanager
+            def evaluating() -> Iterator[None]:
+                with surroundings.evaluation(), seclusion.evaluation():
+                    yield
+
+            yield evaluating
+
+    def _finish(self, surroundings: Surroundings) -> None:
+        surroundings.finish()
+        self.harm += surroundings.harm
+        for name, reason in surroundings.left.items():
+            if name not in self._told:
+                self._told.add(name)
+                _lightning.warn(
+                    f"`{name}` changed during an analysis and was not put back ({reason}). If the function that is "
+                    "analysed changed it, training differs from training without analyses: pass `loss_fn=` to "
+                    "HessianSpectrumCallback, a function (module, batch) -> mean loss over the batch that does not."
+                )
