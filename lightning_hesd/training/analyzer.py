@@ -153,9 +153,9 @@ class TrainerAnalyzer:
     def draw(self, trainer: pl.Trainer) -> AnalysisSamples:
         """Draw the samples, or return them if they are there already."""
         if self._samples is None:
-            module = trainer.lightning_module
-            # A dataset or a `collate_fn` may be a method of the module, or reach for the Trainer.
-            with preserved(module), self._isolation.around(trainer, module):
+            # A dataset or a `collate_fn` may be a method of the module, or of the datamodule.
+            datamodule = getattr(trainer, "datamodule", None)
+            with preserved(trainer.lightning_module), preserved(datamodule, tensors=False):
                 self._samples = _lightning.together(trainer, lambda: self._draw(trainer))
             self._drawn = self._samples.drawn
             self._resumed = None

@@ -60,7 +60,6 @@ _EMPTY: tuple[Any, ...] = ([], (), "", b"", range(0), range(2**70), {}, {}.value
 _REPEATABLE = tuple({type(iter(empty)) for empty in _EMPTY})
 
 _CSV_WRITER = type(csv.writer(io.StringIO()))
-_STREAMS = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
 
 TRACKERS = {"aim", "clearml", "comet_ml", "dvclive", "mlflow", "neptune", "swanlab", "wandb"}
 """Packages that track experiments."""
@@ -86,6 +85,12 @@ def attributes_of(value: object) -> dict[str, Any]:
     """Return the dict of the attributes of an object; an empty one if it has none of its own."""
     attributes = getattr(value, "__dict__", None)
     return attributes if isinstance(attributes, dict) else {}
+
+
+def global_generators() -> list[Any]:
+    """Return the generators of the process, which are the matter of the analysis."""
+    own = [torch.default_generator, random._inst, np.random.mtrand._rand]  # noqa: SLF001
+    return [*own, *torch.cuda.default_generators]
 
 
 class Openness:
@@ -137,7 +142,8 @@ def _is_at_work(value: object) -> bool:
     """Whether an object may change during an analysis by itself: the package's own, progress bars, workers."""
     if any(kind.__module__.split(".")[0] == "lightning_hesd" for kind in type(value).__mro__):
         return not isinstance(value, ModelCheckpoint)
-    return isinstance(value, ProgressBar) or is_spent_by_reading(value)
+    weak = type(value).__module__ in {"weakref", "_weakrefset"}  # loses what nothing else holds
+    return weak or isinstance(value, ProgressBar) or is_spent_by_reading(value)
 
 
 @functools.cache
@@ -207,7 +213,8 @@ def is_output(value: object) -> bool:
     """Whether it is a file or stream that is written to, without those of the terminal, or a writer of CSV."""
     if not isinstance(value, io.IOBase):
         return isinstance(value, _CSV_WRITER)
-    return not value.closed and value.writable() and not value.isatty() and value not in _STREAMS
+    terminal = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+    return not value.closed and value.writable() and not value.isatty() and value not in terminal
 
 
 def like_output(output: Any) -> Any:

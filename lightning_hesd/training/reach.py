@@ -109,7 +109,8 @@ class Walk:
         self._threads = kinds.Threads()
         self._names = {id(p): repr(name) for name, p in module.named_parameters()}
         rest = _roots(trainer)
-        self._see(*untouched, *module.parameters(), *module.buffers(), *module.modules(), *(root for root, _ in rest))
+        self._see(*untouched, *kinds.global_generators())
+        self._see(*module.parameters(), *module.buffers(), *module.modules(), *(root for root, _ in rest))
         for name, part in module.named_modules():
             self._enter_module(part, Place(None, f"self.{name}" if name else "self", Owner.MODULE))
         self._follow()

@@ -120,7 +120,8 @@ class _Shadows:
         """Let methods of an object do nothing."""
         attributes = attributes_of(owner)
         for name in names if attributes else ():
-            self.put(attributes, name, self._silent(getattr(owner, name)))
+            with contextlib.suppress(Exception):  # what cannot be had cannot be called
+                self.put(attributes, name, self._silent(getattr(owner, name)))
 
     def mute_functions(self, package: str, recorders: Iterable[object]) -> None:
         """Let the functions of a package do nothing that are methods of recorders, or write to a run of their own."""

@@ -2,7 +2,8 @@
 
 Everything within reach (see `reach`) is remembered when an analysis begins. Containers, attributes and generators are
 put back, and so are tensors and arrays up to a size. Larger tensors are watched by the versions that autograd counts;
-larger arrays are read-only meanwhile. A change that cannot be undone fails the analysis at once.
+larger arrays are read-only meanwhile, or compared by checksums. A change that cannot be undone fails the analysis at
+once, or is told of at its end.
 
 What belongs to the module is put back here at the end only: between evaluations that is the matter of the analysis,
 which knows what its graphs hold.
@@ -11,8 +12,10 @@ which knows what its graphs hold.
 from __future__ import annotations
 
 import contextlib
+import zlib
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -22,8 +25,6 @@ from lightning_hesd.training.structure import SETTINGS, Elements, Items, Owner, 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-
-    import numpy as np
 
     from lightning_hesd.training.reach import Reach
     from lightning_hesd.training.structure import Part, Place
@@ -95,6 +96,8 @@ class Surroundings:
         stack.enter_context(preserved(*(tensor for tensor, place in tensors if place.owner is Owner.MODULE)))
         self._restore_tensors = stack.enter_context(preserved(*self._tensors))
         self._restore_generators = stack.enter_context(preserved(*reach.generators))
+        self._sums = [(*found, _checksum(found[0])) for found in self._locked if not _can_be_locked(found[0])]
+        self._locked = [found for found in self._locked if _can_be_locked(found[0])]
         stack.enter_context(_read_only([values for values, _ in self._locked]))
         self._memories = [None if _is_odd(tensor) else tensor.data for tensor, _ in self._watched]
         self._versions = _versions(self._tensors)
@@ -154,6 +157,7 @@ class Surroundings:
         self._restore(thoroughly=True)
         self._note(self._module.restore(thoroughly=True))
         untold = [name for name in self.harm if name not in self._told]
+        untold += [str(place) for values, place, before in self._sums if _checksum(values) != before]
         self.left |= dict.fromkeys(untold, "no copy of it is kept because it is large, sparse or the like")
         for part in self._reach.shared:
             self.left |= {
@@ -210,6 +214,23 @@ def _without_gradients(leaves: Sequence[Tensor]) -> Iterator[None]:
             leaf.grad = gradient
 
 
+def _can_be_locked(values: np.ndarray[Any, Any]) -> bool:
+    """Whether an array that is made read-only can be made writable again: not where the memory is that of a tensor."""
+    owner: Any = values
+    while isinstance(owner, np.ndarray):
+        if owner.base is None:
+            return True
+        owner = owner.base
+    try:
+        return not memoryview(owner).readonly
+    except TypeError:
+        return False
+
+
+def _checksum(values: np.ndarray[Any, Any]) -> int:
+    return zlib.adler32(np.ascontiguousarray(values).data.cast("B"))
+
+
 @contextlib.contextmanager
 def _read_only(arrays: Sequence[np.ndarray[Any, Any]]) -> Iterator[None]:
     """Keep arrays from being written to."""
@@ -218,7 +239,6 @@ def _read_only(arrays: Sequence[np.ndarray[Any, Any]]) -> Iterator[None]:
     try:
         yield
     finally:
-        for values in sorted(
-            arrays, key=lambda a: a.base is not None
-        ):  # views can be written to only if their bases can
+        # Views can be writable only if what they are views of is.
+        for values in sorted(arrays, key=lambda values: isinstance(values.base, np.ndarray)):
             values.flags.writeable = True

@@ -33,6 +33,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_hesd import HessianSpectrumCallback
 from lightning_hesd.training import surroundings
+from lightning_hesd.training.structure import Elements
 
 from .modules import (
     NOISES,
@@ -900,6 +901,53 @@ def test_a_large_tensor_that_is_given_other_memory_gets_its_own_back(
     found, _ = reaching_run(lambda *_: None, tmp_path, observer)
     assert found["dataset"][0] == freeze(torch.ones(24))
     assert [record.error for record in observer.history] == [None] * 2
+
+
+def test_a_large_array_in_the_memory_of_a_tensor_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It could not be made writable again if it were made read-only."""
+    monkeypatch.setattr(surroundings, "COPIED_BYTES", 60)
+    neighbour = Neighbour()
+    neighbour.values = torch.zeros(64).numpy()  # type: ignore[attr-defined]
+    changes = [0.0, 1.0]
+
+    def loss_fn(module: Any, batch: Any) -> Tensor:
+        neighbour.values[0] += changes[module.current_epoch]  # type: ignore[attr-defined]
+        return plain_loss(module, batch)
+
+    observer = callback(num_samples=8, steps=2, loss_fn=loss_fn, on_error="warn")
+    with pytest.warns(
+        RuntimeWarning, match=r"`trainer\.callbacks\[0\]\.values` changed .* and was not put back"
+    ) as caught:
+        fit(tmp_path, neighbour, observer)
+    assert len([w for w in caught if w.category is RuntimeWarning]) == 1
+    assert [record.error for record in observer.history] == [None] * 2
+    neighbour.values[0] = 0  # type: ignore[attr-defined]  # as it can be
+
+
+def test_a_failed_restoration_goes_on_with_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_to_put_back(_: Any) -> None:
+        msg = "no"
+        raise OSError(msg)
+
+    monkeypatch.setattr(Elements, "put_back", fail_to_put_back)
+    neighbour = Neighbour()
+    neighbour.values = np.zeros(2)  # type: ignore[attr-defined]
+
+    def loss_fn(module: Any, batch: Any) -> Tensor:
+        neighbour.values += 1  # type: ignore[attr-defined]
+        neighbour.counts["steps"] += 1
+        neighbour.average += 1
+        return plain_loss(module, batch)
+
+    observer = callback(num_samples=8, steps=2, loss_fn=loss_fn, on_error="warn")
+    with pytest.warns(RuntimeWarning) as caught:
+        trainer = fit(tmp_path, neighbour, observer)
+    [said] = [str(w.message) for w in caught if w.category is RuntimeWarning]
+    assert "`trainer.callbacks[0].values` changed during an analysis and was not put back (OSError('no'))" in said
+    assert trainer.state.finished
+    assert [record.error for record in observer.history] == [None] * 2
+    assert neighbour.counts == {"steps": 0}
+    assert not neighbour.average.any()
 
 
 class Monitor(pl.Callback):
