@@ -26,7 +26,7 @@ class _Nothing:
     """In the place of an attribute that is not set."""
 
 
-FRAMEWORKS = {"torch", "torchmetrics", "lightning", "lightning_fabric", "pytorch_lightning"}
+FRAMEWORKS = {"torch", "torchmetrics", "lightning", "lightning_fabric", "pytorch_lightning", "lightning_hesd"}
 """Objects of these packages hold running machinery (trainers, optimizers, hooks), unless they are modules."""
 
 _LIBRARIES = {*FRAMEWORKS, "abc", "builtins", "collections", "enum", "numpy", "typing", "typing_extensions"}

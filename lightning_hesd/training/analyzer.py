@@ -156,7 +156,8 @@ class TrainerAnalyzer:
             # A dataset or a `collate_fn` may be a method of the module, or of the datamodule.
             datamodule = getattr(trainer, "datamodule", None)
             with preserved(trainer.lightning_module), preserved(datamodule, tensors=False):
-                self._samples = _lightning.together(trainer, lambda: self._draw(trainer))
+                samples = _lightning.together(trainer, lambda: self._draw(trainer))
+            self._samples = samples
             self._drawn = self._samples.drawn
             self._resumed = None
         return self._samples

@@ -259,7 +259,6 @@ class Setting(Part):
 _CUDNN: Any = torch.backends.cudnn
 
 SETTINGS: list[tuple[str, Callable[[], object], Callable[[Any], object]]] = [
-    ("torch.get_default_dtype()", torch.get_default_dtype, torch.set_default_dtype),
     ("torch.get_num_threads()", torch.get_num_threads, torch.set_num_threads),
     ("torch.is_anomaly_enabled()", torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
     (

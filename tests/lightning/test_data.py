@@ -512,6 +512,7 @@ def test_the_same_samples_after_resume(tmp_path: Path) -> None:
     ), "or resuming would have shown nothing"
 
 
+@pytest.mark.filterwarnings("ignore:.*others are drawn:RuntimeWarning")
 @pytest.mark.parametrize("more", [False, True], ids=["", "also_if_there_are_more_data"])
 def test_other_samples_after_resume_with_another_number(more: bool, tmp_path: Path) -> None:
     saved = tmp_path / "saved.ckpt"
@@ -524,6 +525,7 @@ def test_other_samples_after_resume_with_another_number(more: bool, tmp_path: Pa
     assert after.state_dict()["samples"]["training"]["indices"] == list(fresh.indices)
 
 
+@pytest.mark.filterwarnings("ignore:.*others are drawn:RuntimeWarning")
 def test_resuming_with_fewer_data_and_the_advice(tmp_path: Path) -> None:
     saved = tmp_path / "saved.ckpt"
     fit(tmp_path, callback(num_samples=SIZE), max_epochs=1).save_checkpoint(saved)
@@ -543,6 +545,7 @@ class Buckets(Sampler[list[int]]):
         return iter([np.array(batches[number]) for number in torch.randperm(len(batches)).tolist()])
 
 
+@pytest.mark.filterwarnings("ignore:.*others are drawn:RuntimeWarning")
 def test_batches_and_their_positions_stay_after_resume(tmp_path: Path) -> None:
     saved, seen = tmp_path / "saved.ckpt", Seen()
     before, data = callback(loss_fn=seen, num_samples=20), loader(batch_sampler=Buckets())
