@@ -38,7 +38,7 @@ class TestTolerance:
         assert 0 < spectrum.c_t_error <= spectrum.c_t_sampling_error / 4
         assert spectrum.c_t_total_error == spectrum.c_t_error + spectrum.c_t_sampling_error
         assert trainer.callback_metrics["hesd/c_t_sampling_error"] == pytest.approx(spectrum.c_t_sampling_error)
-        restored = HessianSpectrumCallback()
+        restored = HessianSpectrumCallback(num_samples=64)
         restored.load_state_dict(observer.state_dict())
         assert restored.history[-1].spectrum.to_dict().keys() == spectrum.to_dict().keys()
         assert restored.history[-1].spectrum.c_t_sampling_error == spectrum.c_t_sampling_error
