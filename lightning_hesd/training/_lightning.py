@@ -347,7 +347,7 @@ def sigterm_waits(trainer: pl.Trainer) -> Iterator[None]:
     if trainer.world_size == 1 or threading.current_thread() is not threading.main_thread():
         yield
         return
-    connector: Any = signal_connector(trainer)  # has the flag that Lightning's loops look at
+    connector = signal_connector(trainer)
     arrived: list[tuple[Any, ...]] = []
     handler = signal.signal(signal.SIGTERM, lambda *arguments: arrived.append(arguments))
     try:
@@ -362,9 +362,15 @@ def sigterm_waits(trainer: pl.Trainer) -> Iterator[None]:
             other(*arrived[0])
 
 
-def signal_connector(trainer: pl.Trainer) -> object:
-    """Return what holds the flags that handlers of signals set."""
+def signal_connector(trainer: pl.Trainer) -> Any:
+    """Return what holds the flags that handlers of signals set, at which Lightning's loops look."""
     return trainer._signal_connector  # noqa: SLF001
+
+
+def logged_results(trainer: pl.Trainer) -> list[object]:
+    """Return the collections of what was logged: only logging changes them, and they hold a metric for each value."""
+    loop = trainer.fit_loop.epoch_loop
+    return [loop._results, loop.val_loop._results]  # noqa: SLF001
 
 
 def handles_signal() -> bool:

@@ -153,28 +153,26 @@ class TrainerAnalyzer:
     def draw(self, trainer: pl.Trainer) -> AnalysisSamples:
         """Draw the samples, or return them if they are there already."""
         if self._samples is None:
-            # A dataset or a `collate_fn` may be a method of the module, or of the datamodule.
-            datamodule = getattr(trainer, "datamodule", None)
-            with preserved(trainer.lightning_module), preserved(datamodule, tensors=False):
-                samples = _lightning.together(trainer, lambda: self._draw(trainer))
-            self._samples = samples
+            self._samples = _lightning.together(trainer, lambda: self._draw(trainer))
             self._drawn = self._samples.drawn
             self._resumed = None
         return self._samples
 
     def _draw(self, trainer: pl.Trainer) -> AnalysisSamples:
         own = self._dataloader is not None
-        return draw_samples(
-            self._loader(trainer),
-            self._num_samples,
-            max_batches=None if own else trainer.num_training_batches,
-            batch_size=self._batch_size,
-            batch_weight=self._options.batch_weight,
-            seed=self._options.seed,
-            drawn=self._resumed,
-            processes=_processes(trainer),
-            spare=_lightning.is_sharded(trainer),
-        )
+        loader = self._loader(trainer)
+        with self._isolation.reading(trainer, trainer.lightning_module):
+            return draw_samples(
+                loader,
+                self._num_samples,
+                max_batches=None if own else trainer.num_training_batches,
+                batch_size=self._batch_size,
+                batch_weight=self._options.batch_weight,
+                seed=self._options.seed,
+                drawn=self._resumed,
+                processes=_processes(trainer),
+                spare=_lightning.is_sharded(trainer),
+            )
 
     def _loader(self, trainer: pl.Trainer) -> Any:
         if self._dataloader is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
+from lightning_hesd.numerics.snapshot import preserved
 from lightning_hesd.training import _lightning
 from lightning_hesd.training.reach import Walk
 from lightning_hesd.training.silence import Seclusion, silenced
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import lightning.pytorch as pl
+
+    from lightning_hesd.training.reach import Reach
 
     Evaluating = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -41,7 +44,7 @@ class Isolation:
             Makes the context of each evaluation of the user's functions.
         """
         seclusion = Seclusion(trainer)
-        reach = Walk(trainer, module, [_lightning.signal_connector(trainer)]).found
+        reach = _reach(trainer, module)
         with silenced(trainer, module, reach), contextlib.ExitStack() as stack:
             surroundings = Surroundings(reach, stack)
             stack.callback(self._finish, surroundings)
@@ -52,6 +55,22 @@ class Isolation:
                     yield
 
             yield evaluating
+
+    @contextlib.contextmanager
+    def reading(self, trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
+        """Put back at the end what reading data changes in and around the module: by a collate function, for example.
+
+        Large caches of a dataset may fill.
+
+        Args:
+            trainer: The trainer.
+            module: Its module.
+        """
+        reach = _reach(trainer, module)
+        with preserved(module), contextlib.ExitStack() as stack:
+            surroundings = Surroundings(reach, stack, watches=False)
+            stack.callback(self._finish, surroundings)
+            yield
 
     def _finish(self, surroundings: Surroundings) -> None:
         surroundings.finish()
@@ -64,3 +83,8 @@ class Isolation:
                     "analysed changed it, training differs from training without analyses: pass `loss_fn=` to "
                     "HessianSpectrumCallback, a function (module, batch) -> mean loss over the batch that does not."
                 )
+
+
+def _reach(trainer: pl.Trainer, module: pl.LightningModule) -> Reach:
+    untouched = [_lightning.signal_connector(trainer), *_lightning.logged_results(trainer)]
+    return Walk(trainer, module, untouched).found

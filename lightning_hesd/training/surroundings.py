@@ -63,20 +63,23 @@ class Surroundings:
         harm: Names of tensors that were changed and cannot be put back.
     """
 
-    def __init__(self, reach: Reach, stack: contextlib.ExitStack) -> None:
+    def __init__(self, reach: Reach, stack: contextlib.ExitStack, *, watches: bool = True) -> None:
         """Remember it.
 
         Args:
             reach: What is within reach.
             stack: Takes what is to be undone at the end, after `finish`.
+            watches: Whether to watch what is too large to be copied, and what threads may share.
         """
         self.left: dict[str, str] = {}
         self.harm: list[str] = []
         self._told: list[str] = []
-        self._reach = reach
         tensors, self._watched = _split(reach.tensors, COPIED_BYTES)
         writable = [(values, place) for values, place in reach.arrays if values.flags.writeable]
         arrays, self._locked = _split(writable, COPIED_BYTES - sum(tensor.nbytes for tensor, _ in tensors))
+        self._shared = reach.shared if watches else []
+        if not watches:
+            self._watched, self._locked = [], []
         parts = [*reach.parts]
         found: list[tuple[Callable[..., Part], Sequence[tuple[Any, ...]]]] = [
             (Items, reach.containers),
@@ -159,7 +162,7 @@ class Surroundings:
         untold = [name for name in self.harm if name not in self._told]
         untold += [str(place) for values, place, before in self._sums if _checksum(values) != before]
         self.left |= dict.fromkeys(untold, "no copy of it is kept because it is large, sparse or the like")
-        for part in self._reach.shared:
+        for part in self._shared:
             self.left |= {
                 f"{part.place}{label}": "it was left to the threads that may share it" for label in part.changed()
             }

@@ -789,6 +789,32 @@ def test_bit_identical_where_the_training_step_reaches_out(act: Any, tmp_path: P
         assert not said
 
 
+class Counting(Classifier):
+    """Counts the batches that it makes, wherever it can, and lets their numbers decide on the training."""
+
+    def collate(self, samples: list[Any]) -> Any:
+        neighbour, data = self.trainer.callbacks[0], self.trainer.datamodule
+        neighbour.counts["steps"] += 1
+        neighbour.average += 1
+        data.seen.append(len(samples))
+        slow_down(self, neighbour.counts["steps"] + neighbour.average[0].item() + len(data.seen))
+        return default_collate(samples)
+
+
+class CountedData(Guided):
+    def train_dataloader(self) -> Any:
+        return loader(Digits(24), collate_fn=self.trainer.lightning_module.collate)
+
+
+def test_reading_the_samples_leaves_no_traces_beyond_the_data(tmp_path: Path) -> None:
+    found = []
+    for callbacks in ([], [callback(num_samples=8, steps=2)]):
+        neighbour, data = Neighbour(), CountedData()
+        module = fit(tmp_path, neighbour, *callbacks, module=Counting(), data=data).lightning_module
+        found.append(freeze([module.state_dict(), neighbour.counts, neighbour.average, data.seen]))
+    assert found[0] == found[1]
+
+
 # What cannot be put back ----------------------------------------------------------------------------------------------
 
 HIDDEN: list[Any] = []
