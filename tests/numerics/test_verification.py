@@ -167,6 +167,44 @@ def test_where_the_gradient_is_not_that_of_the_loss_there_is_no_c_t(name, dtype,
     assert str(spectrum).startswith("no spectrum: the gradient")
 
 
+class Tokens(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.embedding = nn.Embedding(7, 4, **options)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embedding(tokens).mean(1)))
+
+
+def tokens() -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    return [(torch.randint(3, (12, 6)), torch.randn(12, 3))]
+
+
+def error(m: Any, b: Any) -> Tensor:
+    return F.mse_loss(m(b[0]), b[1])
+
+
+def test_a_gradient_that_is_wrong_by_less_than_float32_can_tell_is_found_out():
+    """Its slope is off by 1 %, which agrees by the measure of float32."""
+    spectrum = hessian_spectrum(Tokens(scale_grad_by_freq=True), tokens(), error, steps=20)
+    assert spectrum.verified == "no"
+    assert math.isnan(spectrum.c_t)
+    assert "scale_grad_by_freq" in spectrum.reason
+
+
+@pytest.mark.parametrize("strategy", ["auto", "finite_difference"])
+def test_sparse_gradients_are_compared_like_dense_ones(strategy):
+    found, dense = (
+        hessian_spectrum(Tokens(sparse=sparse), tokens(), error, steps=20, strategy=strategy)
+        for sparse in (True, False)
+    )
+    assert found.verified == "yes"
+    assert found.c_t == pytest.approx(dense.c_t, rel=1e-5)
+
+
 def test_the_message_names_the_custom_function():
     assert "ReverseBackward" in hessian_spectrum(*net(), reversed_branch).reason
 
