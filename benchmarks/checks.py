@@ -6,17 +6,14 @@ python -m benchmarks.checks --quick --problems mlp --out /tmp/bench
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import statistics
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-import torch
-
 from benchmarks.problems import RECIPES, load, loss
+from benchmarks.tables import tabulate
 from lightning_hesd.numerics import lanczos, sample_mean
 from lightning_hesd.numerics.analysis import analysis_options
 from lightning_hesd.numerics.batches import WeightedBatch
@@ -63,22 +60,7 @@ class Stopwatch:
 
 def main() -> None:
     """Measure, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", default=",".join(RECIPES), help="comma-separated (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="Lanczos steps (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="tiny settings, to see whether it works")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    args = parser.parse_args()
-    torch.set_num_threads(2)
-    rows: list[list[str]] = []
-    for name in args.problems.split(","):
-        rows.append(measure(name, args.steps, args.rounds, "quick" if args.quick else "full"))
-        print(*rows[-1], sep=", ", flush=True)
-    table = "\n".join(f"| {' | '.join(row)} |" for row in (HEADER, ["---"] * len(HEADER), *rows))
-    args.out.mkdir(parents=True, exist_ok=True)
-    text = f"# Checks\n\n{EXPLANATION.format(steps=args.steps, rounds=args.rounds)}\n{table}\n"
-    (args.out / "checks.md").write_text(text, encoding="utf-8")
+    tabulate("Checks", HEADER, measure, description=__doc__, explanation=EXPLANATION, rounds=5)
 
 
 def measure(name: str, steps: int, rounds: int, size: Size) -> list[str]:

@@ -6,15 +6,12 @@ python -m benchmarks.layers --quick --problems mlp --out /tmp/bench
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from benchmarks.problems import RECIPES, load, loss
+from benchmarks.tables import tabulate
 from lightning_hesd import hessian_spectrum, layer_spectra
 
 if TYPE_CHECKING:
@@ -33,22 +30,7 @@ HEADER = ("problem", "parameters", "blocks", "whole, s", "all blocks, s", "ratio
 
 def main() -> None:
     """Measure, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", default=",".join(RECIPES), help="comma-separated (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="Lanczos steps (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="tiny settings, to see whether it works")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    args = parser.parse_args()
-    torch.set_num_threads(2)
-    rows: list[list[str]] = []
-    for name in args.problems.split(","):
-        rows.append(measure(name, args.steps, args.rounds, "quick" if args.quick else "full"))
-        print(*rows[-1], sep=", ", flush=True)
-    table = "\n".join(f"| {' | '.join(row)} |" for row in (HEADER, ["---"] * len(HEADER), *rows))
-    args.out.mkdir(parents=True, exist_ok=True)
-    text = f"# Layers\n\n{EXPLANATION.format(steps=args.steps, rounds=args.rounds)}\n{table}\n"
-    (args.out / "layers.md").write_text(text, encoding="utf-8")
+    tabulate("Layers", HEADER, measure, description=__doc__, explanation=EXPLANATION, rounds=3)
 
 
 def measure(name: str, steps: int, rounds: int, size: Size) -> list[str]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import isolation, layers, measure, problems
+from benchmarks import checks, isolation, layers, measure, problems
 from benchmarks.__main__ import environment, write
 from benchmarks.candidates import OURS, TOLERANCE
 from benchmarks.profile import PARTS, profile
@@ -124,11 +125,15 @@ def test_fresh_process_answers_fails_and_dies(monkeypatch: pytest.MonkeyPatch) -
         isolation.in_fresh_process(os._exit, 3)
 
 
-def test_the_table_of_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("table", "columns"), [(layers, 7), (checks, 6)])
+def test_tables_with_a_row_for_each_problem(
+    table: ModuleType, columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = ["--quick", "--problems", "mlp", "--steps", "3", "--rounds", "1", "--out", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", ["layers", *options])
-    layers.main()
-    text = (tmp_path / "layers.md").read_text(encoding="utf-8")
-    row = [cell.strip() for cell in text.splitlines()[-1].strip("|").split("|")]
-    assert row[:3] == ["MLP", "26,122", "3"]
-    assert all(float(cell) > 0 for cell in row[3:])
+    monkeypatch.setattr("sys.argv", ["", *options])
+    table.main()
+    [page] = tmp_path.glob("*.md")
+    row = [cell.strip() for cell in page.read_text(encoding="utf-8").splitlines()[-1].strip("|").split("|")]
+    assert len(row) == columns
+    assert row[:2] == ["MLP", "26,122"]
+    assert all(float(cell.strip("%")) > 0 for cell in row[2:])

@@ -57,7 +57,8 @@ class HessianSpectrumCallback(SpectrumSource):
         at_start: Also before the first step: the random initialisation; its record has epoch -1.
         num_samples: Size of the subset; "auto": 256, and more (up to 16,384) whenever the sampling error of C_t exceeds
             `tolerance`, a number that must be given then.
-        batch_size: Samples per batch of the analysis; default: the training dataloader's.
+        batch_size: Samples per batch of the analysis; default: the training dataloader's. Batches of a batch sampler of
+            your own are cut to this size at most.
         dataloader: Draw the samples from this dataloader instead of the training dataloader.
         generalization_dataloader: Also analyse samples from this dataloader, of data that training does not see, and
             assess generalization by comparison (`assess_generalization`); its ΔK_H05 needs fixed steps, hence no
