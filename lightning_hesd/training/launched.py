@@ -47,12 +47,12 @@ class _Letter:
 
     def __init__(self, address: str, state: dict[str, Any]) -> None:
         self._address = address
-        buffer = io.BytesIO()
-        torch.save(state, buffer)  # a tensor would be sent as shared memory, which goes with the process
-        self._data = buffer.getvalue()
+        self._state = state
 
     def __reduce__(self) -> Any:
-        return _deliver, (self._address, self._data)
+        buffer = io.BytesIO()
+        torch.save(self._state, buffer)  # a tensor would be sent as shared memory, which goes with the process
+        return _deliver, (self._address, buffer.getvalue())
 
 
 def _deliver(address: str, data: bytes) -> None:
