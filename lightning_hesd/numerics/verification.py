@@ -23,9 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_hesd.numerics.finite_differences import FiniteDifferences
-from lightning_hesd.numerics.matrices import EVERYTHING, GaussNewtonMatrix, gradient
-from lightning_hesd.numerics.vectors import in_shape
+from lightning_hesd.numerics.directional import Line, OutputLine
+from lightning_hesd.numerics.matrices import EVERYTHING, GaussNewtonMatrix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
     from lightning_hesd.numerics.batches import WeightedBatch
     from lightning_hesd.numerics.graphs import GraphFacts
-    from lightning_hesd.numerics.matrices import Matrix, Vector
+    from lightning_hesd.numerics.matrices import Matrix
     from lightning_hesd.numerics.vectors import VectorSpace
 
     InDouble = Callable[[], AbstractContextManager[Callable[[Tensor], Tensor]]]
@@ -265,76 +264,9 @@ def _joint(fine: Outcome, coarse: Outcome, *, hidden: bool) -> Outcome:
     return coarse if fine == "cannot be told" else fine
 
 
-class _Line:
-    """The loss and its gradient along one line through the weights.
-
-    Attributes:
-        differences: Moves the parameters.
-        direction: Unit vector, half random and half gradient, shape (n,), float64.
-        loss: The loss at the weights.
-        gradient: Its gradient, shape (n,), float64.
-    """
-
-    def __init__(self, matrix: Matrix, batch: WeightedBatch, space: VectorSpace) -> None:
-        self._parameters, self._space = matrix.parameters, space
-        self._function = matrix.function(batch)
-        self.differences = FiniteDifferences(matrix.parameters, space)
-        random = space.gaussian(torch.Generator().manual_seed(1)).to(matrix.parameters[0].device)
-        self.direction = random / space.norm(random)
-        self.loss, self.gradient = self.at(0.0)
-        length = self.norm(self.gradient)
-        if 0 < length < math.inf:
-            self.direction += self.gradient / length
-            self.direction /= space.norm(self.direction)
-
-    def at(self, step: float) -> tuple[float, Tensor]:
-        """Return the loss, and the gradient, shape (n,), a step along the direction."""
-        with self.differences.displaced(self.vector(), step):
-            loss = self._function()
-            return loss.item(), self.flat(gradient(loss, self._parameters))
-
-    def vector(self) -> list[Tensor]:
-        """Return the direction in the shapes of the parameters."""
-        return in_shape(self.direction, self._parameters)
-
-    def flat(self, vector: Vector) -> Tensor:
-        """Return a vector in the shapes of the parameters as a flat one, shape (n,), float64."""
-        parts = [torch.zeros_like(p) if v is None else v for v, p in zip(vector, self._parameters, strict=True)]
-        return torch.cat([part.detach().to_dense().flatten() for part in parts]).double()
-
-    def norm(self, vector: Tensor) -> float:
-        """Return the length of a flat vector."""
-        return float(self._space.norm(vector))
-
-    def along(self, vector: Tensor) -> float:
-        """Return the component of a flat vector along the direction."""
-        return float(self._space.dot(vector, self.direction))
-
-
-class _OutputLine:
-    """The loss of outputs along the change of the outputs that a line through the weights brings about."""
-
-    def __init__(self, matrix: GaussNewtonMatrix, batch: WeightedBatch, line: _Line) -> None:
-        self._matrix, self._batch, self._line = matrix, batch, line
-
-    def bend(self, step: float, far: float) -> float:
-        """Return vᵀGv: the second difference, `far` to both sides, along Jv by differences of length `step`."""
-        ahead, behind = (self._values(s) for s in (step, -step))
-        change = [
-            (a - b) / (2 * step) if isinstance(a, Tensor) and a.is_floating_point() else None
-            for a, b in zip(ahead, behind, strict=True)
-        ]
-        up, at, down = (self._matrix.loss_near(self._batch, change, d) for d in (far, 0.0, -far))
-        return (up - 2 * at + down) / far**2
-
-    def _values(self, step: float) -> list[Any]:
-        with self._line.differences.displaced(self._line.vector(), step):
-            return self._matrix.values(self._batch)
-
-
 def _findings(matrix: Matrix, batch: WeightedBatch, space: VectorSpace, *, exact: bool) -> Findings:
     """Compare in the present precision."""
-    line = _Line(matrix, batch, space)
+    line = Line(matrix, batch, space)
     product = line.flat(matrix.product(batch, retain=False)[1](line.vector())) if exact else None
     facts = matrix.facts
     if not exact:
@@ -344,7 +276,7 @@ def _findings(matrix: Matrix, batch: WeightedBatch, space: VectorSpace, *, exact
     tolerance = 2 * epsilon ** (1 / 3)
     length, claimed = line.norm(line.gradient), line.along(line.gradient)
     claimed_bend = None if product is None else line.along(product)
-    outputs = _OutputLine(matrix, batch, line) if isinstance(matrix, GaussNewtonMatrix) else None
+    outputs = OutputLine(matrix, batch, line) if isinstance(matrix, GaussNewtonMatrix) else None
     curves = Comparison(product, tolerance, line.norm) if outputs is None else Comparison(claimed_bend, tolerance, abs)
     slopes = [
         Comparison(claimed, SLOPE_SHARE, abs, scale=length / math.sqrt(space.dimension)),
