@@ -100,12 +100,24 @@ def summarize(
     notes = [
         *(f"{_rule(rule)} picks {_when(pick, by_step=by_step)}: {pick.path}" for rule, pick in kept.items()),
         *(f"{_rule(rule)} would pick {_when(record, by_step=by_step)} {EQUAL}" for rule, record in others.items()),
-        *(f"{_when(r, by_step=by_step)} failed: {_first_line(r.error)}" for r in history if r.error is not None),
+        *_failures(history, by_step=by_step),
         *_doubts(history, columns["type"]),
         *([] if folder is None else [f"all spectra: {folder}"]),
     ]
     rows = _shortened(list(zip(*columns.values(), strict=True)), marked)
     return Summary(_title(history, name, seconds, overhead), tuple(columns), tuple(rows), tuple(notes))
+
+
+def _failures(history: Sequence[SpectrumRecord], *, by_step: bool) -> list[str]:
+    """Say why analyses failed, each reason once."""
+    failed: dict[str, list[str]] = {}
+    for record in history:
+        if record.error is not None:
+            failed.setdefault(_first_line(record.error), []).append(_when(record, by_step=by_step))
+    return [
+        f"{first}{f' and {len(others)} more' if others else ''} failed: {words}"
+        for words, (first, *others) in failed.items()
+    ]
 
 
 def _doubts(history: Sequence[SpectrumRecord], types: Sequence[str]) -> list[str]:

@@ -84,6 +84,12 @@ class TestTable:
         )
         assert "epoch 1 failed: RuntimeError: no luck" in found.notes
 
+    def test_a_reason_is_given_once(self):
+        found = summary(failed(0), record(1), failed(2), failed(3))
+        assert [note for note in found.notes if "no luck" in note] == [
+            "epoch 0 and 2 more failed: RuntimeError: no luck"
+        ]
+
     def test_steps_where_epochs_have_several(self):
         found = summary(record(0, step=5), record(0, -0.05, step=10))
         assert cells(found, "step") == ["5", "10"]
