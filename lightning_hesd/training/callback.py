@@ -216,7 +216,8 @@ class HessianSpectrumCallback(SpectrumSource):
         """Draw the samples, and analyse the initialisation if asked to."""
         if self._set_up_by != _lightning.name_of(trainer):  # added after the Trainer had set up its callbacks
             self.setup(trainer, pl_module, "fit")
-        warn_about_stale_monitors(trainer, self.name, sparse=self.schedule.is_sparse)
+        with self._survived("cannot tell which metrics other callbacks monitor"):
+            warn_about_stale_monitors(trainer, self.name, sparse=self.schedule.is_sparse)
         # In another Trainer than before another run begins; one that is resumed has brought its records.
         goes_on = self._is_restored or self._trained_by == _lightning.name_of(trainer)
         self._is_restored, self._trained_by = False, _lightning.name_of(trainer)
