@@ -54,6 +54,9 @@ SETTLED = 0.1
 FEW = 4
 """Samples with which the comparison begins."""
 
+MOVE = 1e-3
+"""How far from the weights kinks at the weights are avoided, relative to the root mean square of the weights."""
+
 SLOPE_SHARE = 0.01
 """gᵀv must agree to this share of what it is for a random v: no part of the gradient may be missing."""
 
@@ -203,8 +206,9 @@ def verify(
 ) -> Verification:
     """Compare the products and the gradient of a batch's loss with differences.
 
-    First in float64, which tells almost everything apart, with a few samples of the batch, then with all of them; if
-    that is not to be had, or does not agree, in the precision of the module.
+    First in float64, which tells almost everything apart, with a few samples of the batch, then with all of them, and
+    where the loss has kinks, beside the weights: a kink at the weights themselves (a zero in the data under a bias of
+    zero) looks like a wrong gradient. If that is not to be had, or does not agree, in the precision of the module.
 
     Args:
         matrix: The matrix.
@@ -215,16 +219,20 @@ def verify(
             to its counterpart there; None: there is none.
         may_fail: Whether an error makes the outcome "cannot be told"; processes that work together must raise it.
     """
-    attempts: list[tuple[InDouble, bool]] = [(_as_it_is, False)]
+    attempts: list[tuple[InDouble, bool, bool]] = [(_as_it_is, False, False)]
     if in_double is not None:
-        attempts = [(in_double, True), (in_double, False), *attempts]
+        attempts = [(in_double, True, False), (in_double, False, False), (in_double, False, True), *attempts]
     found: list[Findings] = []
     problem = ""
-    for context, few in attempts:
+    for context, few, beside in attempts:
+        if beside and not (found and found[-1].facts.is_kinked):
+            continue
         try:
             samples = batch.split(math.ceil(batch.weight / FEW))[0] if few else batch
             with context() as counterpart:
                 parameters = [counterpart(p) for p in matrix.parameters]
+                if beside:
+                    _move(parameters)
                 plain = replace(matrix, parameters=parameters, blocks=(EVERYTHING,))
                 found.append(_findings(plain, samples, space, exact=exact))
         except Exception as error:
@@ -246,6 +254,15 @@ def verify(
 
 def _as_it_is() -> AbstractContextManager[Callable[[Tensor], Tensor]]:
     return contextlib.nullcontext(lambda parameter: parameter)
+
+
+def _move(copies: Sequence[Tensor]) -> None:
+    """Move copies of parameters at random, by a thousandth of their size."""
+    generator = torch.Generator().manual_seed(2)
+    square = sum(float(copy.detach().square().sum()) for copy in copies) / sum(copy.numel() for copy in copies)
+    for copy in copies:
+        noise = torch.randn(copy.shape, generator=generator, dtype=torch.float64)
+        copy.data.add_(noise.to(copy.device), alpha=MOVE * max(math.sqrt(square), MOVE))
 
 
 def _joint(fine: Outcome, coarse: Outcome, *, hidden: bool) -> Outcome:
