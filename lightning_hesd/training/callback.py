@@ -186,7 +186,6 @@ class HessianSpectrumCallback(SpectrumSource):
         self._outputs = RunOutputs(name, in_progress_bar=progress)
         self._summary_is_due = False
         self._address = launched.address_of(self)
-        self._failure: str | None = None  # the latest one that was told of
         if self.checkpoint is not None:
             self.checkpoint.attach(self)
 
@@ -391,8 +390,7 @@ class HessianSpectrumCallback(SpectrumSource):
             if (on_error or self.on_error) == "raise":
                 raise
             failures.append(f"{type(error).__name__}: {error}")
-            is_known, self._failure = failures[-1] == self._failure, failures[-1]
-            _lightning.warn(f"{consequence}{', for the same reason.' if is_known else f'. {failures[-1]}'}")
+            _lightning.warn(f"{consequence}. {failures[-1]}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history, the samples and the budget, as tensors and plain values."""

@@ -207,17 +207,12 @@ def test_a_failure_warns_and_training_goes_on(name: str, tmp_path: Path) -> None
     with pytest.warns(RuntimeWarning) as caught:
         trainer = fit(tmp_path, observer, enable_checkpointing=True)
     messages = said(caught)
-    first, second = observer.history
-    reason = f". {first.error}"
     if name == "unreadable_data":  # which is missed at the start already
-        assert messages.pop(0) == f"lightning_hesd: cannot draw the analysis samples, will try again{reason}"
-        reason = ", for the same reason."
+        assert "cannot draw the analysis samples, will try again" in messages.pop(0)
+    assert len(messages) == 2
     assert [record.spectrum for record in observer.history] == [None, None]
-    assert messages == [
-        f"lightning_hesd: the analysis of epoch 0 failed, training goes on{reason}",
-        "lightning_hesd: the analysis of epoch 1 failed, training goes on, for the same reason.",
-    ]
-    for record in (first, second):
+    for record, text in zip(observer.history, messages, strict=True):
+        assert text == f"lightning_hesd: the analysis of epoch {record.epoch} failed, training goes on. {record.error}"
         assert re.match(f"{error.__name__}: .*{message}", record.error)
     assert trainer.state.finished
     assert trainer.global_step == 10
