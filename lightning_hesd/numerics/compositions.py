@@ -28,6 +28,12 @@ def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor | None:  # noqa
     return F.relu6(input + 3) / 6 if input.is_floating_point() and not inplace else None
 
 
+def _prelu(input: Tensor, weight: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name
+    by_channel = weight.numel() > 1 and input.dim() > 1
+    slope = weight.view(1, -1, *[1] * (input.dim() - 2)) if by_channel else weight
+    return torch.where(input > 0, input, slope * input)
+
+
 def _layer_norm(  # noqa: PLR0917 - PyTorch's order
     input: Tensor,  # noqa: A002 - PyTorch's name
     normalized_shape: Sequence[int],
@@ -143,6 +149,8 @@ def _torch_instance_norm(x: Tensor, weight: Any, bias: Any, mean: Any, variance:
 WRONG_SECOND_DERIVATIVE: dict[Any, Replacement] = {
     torch._weight_norm: _weight_norm,  # noqa: SLF001 - what both APIs of weight normalisation call
     F.hardsigmoid: _hardsigmoid,  # has none
+    torch.prelu: _prelu,  # asymmetric at zero
+    Tensor.prelu: _prelu,
 }
 """Operations that are written out wherever they are called."""
 

@@ -157,6 +157,8 @@ class Estimation:
         norm = float(np.nanmax(np.abs(nodes)))
         mean, dimension, epsilon = operator.mean, operator.dimension, self.epsilon
         asymmetry = max(float(run.asymmetries.max()) for run in runs)
+        # What is asymmetric in the products is their error, and what is symmetric in it is as large.
+        rounding = max(criteria.rounding_threshold(norm, epsilon, dimension), mean.product_error, asymmetry)
         return Spectrum(
             nodes=nodes,
             weights=weights,
@@ -165,8 +167,7 @@ class Estimation:
             dimension=dimension,
             num_samples=round(mean.weight),
             loss=mean.loss,
-            # What is asymmetric in the products is their error, and what is symmetric in it is as large.
-            rounding=max(criteria.rounding_threshold(norm, epsilon, dimension), mean.product_error, asymmetry),
+            rounding=rounding,
             matvecs=operator.matvecs,
             seconds=time.perf_counter() - self._started,
             gradient_equivalents=self._cost,
@@ -183,7 +184,7 @@ class Estimation:
             asymmetry=asymmetry / norm if norm else 0.0,
             verified=mean.verification.verdict(exact=mean.is_exact),
             verification=mean.verification.words,
-            reason=criteria.undefined_reason(norm, mean.loss, self._squared_weight_norm, epsilon),
+            reason=criteria.undefined_reason(norm, mean.loss, self._squared_weight_norm, epsilon, rounding),
             **({} if self._sampling is None else asdict(self._sampling)),
         )
 

@@ -24,10 +24,12 @@ import torch
 from torch import Tensor
 
 from lightning_hesd.numerics.directional import Line, OutputLine
+from lightning_hesd.numerics.finite_differences import FiniteDifferences
 from lightning_hesd.numerics.matrices import EVERYTHING, GaussNewtonMatrix
+from lightning_hesd.numerics.vectors import in_shape
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from lightning_hesd.numerics.batches import WeightedBatch
@@ -55,7 +57,7 @@ FEW = 4
 """Samples with which the comparison begins."""
 
 MOVE = 1e-3
-"""How far from the weights kinks at the weights are avoided, relative to the root mean square of the weights."""
+"""How far beside the weights the loss is looked at where they may lie at a kink, relative to their size."""
 
 SLOPE_SHARE = 0.01
 """gᵀv must agree to this share of what it is for a random v: no part of the gradient may be missing."""
@@ -206,9 +208,9 @@ def verify(
 ) -> Verification:
     """Compare the products and the gradient of a batch's loss with differences.
 
-    First in float64, which tells almost everything apart, with a few samples of the batch, then with all of them, and
-    where the loss has kinks, beside the weights: a kink at the weights themselves (a zero in the data under a bias of
-    zero) looks like a wrong gradient. If that is not to be had, or does not agree, in the precision of the module.
+    First in float64, which tells almost everything apart: with a few samples of the batch, then with all of them, then
+    beside the weights, as a kink at the weights themselves (zeros in the data under biases of zero) looks like a wrong
+    gradient. If that is not to be had, or does not agree, in the precision of the module.
 
     Args:
         matrix: The matrix.
@@ -225,16 +227,13 @@ def verify(
     found: list[Findings] = []
     problem = ""
     for context, few, beside in attempts:
-        if beside and not (found and found[-1].facts.is_kinked):
-            continue
         try:
             samples = batch.split(math.ceil(batch.weight / FEW))[0] if few else batch
             with context() as counterpart:
                 parameters = [counterpart(p) for p in matrix.parameters]
-                if beside:
-                    _move(parameters)
                 plain = replace(matrix, parameters=parameters, blocks=(EVERYTHING,))
-                found.append(_findings(plain, samples, space, exact=exact))
+                with _beside(parameters, space) if beside else contextlib.nullcontext():
+                    found.append(_findings(plain, samples, space, exact=exact))
         except Exception as error:
             if not may_fail:
                 raise
@@ -256,13 +255,13 @@ def _as_it_is() -> AbstractContextManager[Callable[[Tensor], Tensor]]:
     return contextlib.nullcontext(lambda parameter: parameter)
 
 
-def _move(copies: Sequence[Tensor]) -> None:
-    """Move copies of parameters at random, by a thousandth of their size."""
-    generator = torch.Generator().manual_seed(2)
-    square = sum(float(copy.detach().square().sum()) for copy in copies) / sum(copy.numel() for copy in copies)
-    for copy in copies:
-        noise = torch.randn(copy.shape, generator=generator, dtype=torch.float64)
-        copy.data.add_(noise.to(copy.device), alpha=MOVE * max(math.sqrt(square), MOVE))
+@contextlib.contextmanager
+def _beside(parameters: Sequence[Tensor], space: VectorSpace) -> Iterator[None]:
+    """Move parameters at random meanwhile."""
+    differences = FiniteDifferences(parameters, space)
+    noise = space.gaussian(torch.Generator().manual_seed(2)).to(parameters[0].device)
+    with differences.displaced(in_shape(noise / space.norm(noise), parameters), MOVE * max(differences.size, 1.0)):
+        yield
 
 
 def _joint(fine: Outcome, coarse: Outcome, *, hidden: bool) -> Outcome:

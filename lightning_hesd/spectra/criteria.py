@@ -51,7 +51,9 @@ def rounding_threshold(norm: float, epsilon: float, dimension: int) -> float:
     return max(ROUNDING_UNITS, ROUNDING_UNITS_PER_ROOT_N * math.sqrt(dimension)) * epsilon * norm
 
 
-def undefined_reason(norm: float, loss: float, squared_weight_norm: float, epsilon: float) -> str | None:
+def undefined_reason(
+    norm: float, loss: float, squared_weight_norm: float, epsilon: float, rounding: float = 0.0
+) -> str | None:
     """Say why C_t is undefined, or return None where it is defined.
 
     A second-order change of the loss is at most norm/2 times the squared length of the step. If even a step as long
@@ -63,10 +65,16 @@ def undefined_reason(norm: float, loss: float, squared_weight_norm: float, epsil
         loss: Mean loss at these weights.
         squared_weight_norm: Squared Euclidean norm of the analysed weights.
         epsilon: Machine epsilon of the arithmetic behind the loss.
+        rounding: Error of the eigenvalues.
     """
     floor = epsilon * abs(loss) / max(1.0, squared_weight_norm)
-    if norm > floor:
+    if norm > max(floor, rounding):
         return None
+    if norm > floor:
+        return (
+            f"no eigenvalue is known: the largest that was found is {norm:.3g} in size, and the error of the products "
+            f"is {rounding:.3g}. Is the loss at a kink, or noisy?"
+        )
     return (
         f"no curvature: the largest |eigenvalue| is {norm:.3g}, which does not exceed the rounding of the loss "
         f"({floor:.3g}); is the loss linear in these parameters, or do they not take part in it?"

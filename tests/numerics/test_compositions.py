@@ -33,6 +33,8 @@ def statistics() -> tuple[Tensor, Tensor]:
 
 CALLS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]], dict[str, Any]]] = {
     "weight norm": (torch._weight_norm, lambda: (numbers(3, 4), numbers(3, 1)), {}),
+    "prelu": (torch.prelu, lambda: (numbers(4, 3), numbers(1)), {}),
+    "prelu by channel": (Tensor.prelu, lambda: (numbers(2, 3, 4), numbers(3)), {}),
     "weight norm of columns": (torch._weight_norm, lambda: (numbers(3, 4), numbers(1, 4), 1), {}),
     "weight norm of all": (torch._weight_norm, lambda: (numbers(3, 4), numbers(1), -1), {}),
     "weight norm in the middle": (torch._weight_norm, lambda: (numbers(2, 3, 4), numbers(1, 3, 1), 1), {}),

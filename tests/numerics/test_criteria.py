@@ -260,6 +260,12 @@ class TestUndefinedReason:
         assert "1e-09" in reason
         assert f"{self.EPSILON:.3g}" in reason
 
+    def test_errors_larger_than_all_eigenvalues(self):
+        assert criteria.undefined_reason(2.0, 1.0, 1.0, self.EPSILON, rounding=1.9) is None
+        reason = criteria.undefined_reason(2.0, 1.0, 1.0, self.EPSILON, rounding=3.5)
+        assert reason is not None
+        assert "2 in size, and the error of the products is 3.5" in reason
+
 
 def test_rounding_threshold_is_relative_to_norm_and_arithmetic_and_grows_with_the_root_of_large_dimensions():
     reference = criteria.rounding_threshold(2.0, 1e-7, 100)

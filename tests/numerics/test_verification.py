@@ -260,16 +260,32 @@ def test_kinks_do_not_hide_the_answer_in_float64():
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
-def test_a_kink_at_the_weights_is_no_wrong_gradient(scale):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_kink_at_the_weights_is_no_wrong_gradient(scale, dtype):
     """Where data are zero and so is the bias, a ReLU is at its kink, and differences average both its slopes."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     nn.init.zeros_(module[0].bias)
     inputs = torch.randn(16, 4)
     inputs[: int(scale) // 2 + 1] = 0.0
-    spectrum = hessian_spectrum(module, [(inputs, scale * torch.randn(16, 3))], error, steps=20)
+    module.to(dtype)
+    before = [p.detach().clone() for p in module.parameters()]
+    data = [(inputs.to(dtype), scale * torch.randn(16, 3, dtype=dtype))]
+    spectrum = hessian_spectrum(module, data, error, steps=20)
     assert spectrum.verified == "yes"
     assert spectrum.strategy == "graph"
+    assert all(torch.equal(p, then) for p, then in zip(module.parameters(), before, strict=True))
+
+
+def test_the_second_derivative_of_prelu_at_zero_is_symmetric():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 8), nn.PReLU(8), nn.Linear(8, 3))
+    nn.init.zeros_(module[0].bias)
+    inputs = torch.randn(16, 4)
+    inputs[:6] = 0.0
+    spectrum = hessian_spectrum(module, [(inputs, torch.randn(16, 3))], error, steps=20)
+    assert spectrum.strategy == "graph"
+    assert spectrum.verified == "yes"
 
 
 def test_a_module_that_float64_is_not_for_is_compared_in_its_own_precision():
