@@ -24,6 +24,7 @@ from lightning_hesd.numerics.autograd_functions import (
     layer_norm,
     relu,
 )
+from lightning_hesd.numerics.cross_entropy import Labels, cross_entropy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -150,11 +151,41 @@ def _attention(  # noqa: PLR0917 - PyTorch's order
     return attention(q, k, v, scale, causal=is_causal).view(*query.shape[:-1], -1)
 
 
+def _cross_entropy(  # noqa: PLR0917 - PyTorch's order
+    input: Tensor,  # noqa: A002 - PyTorch's name
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,  # noqa: FBT001
+    ignore_index: int = -100,
+    reduce: bool | None = None,  # noqa: FBT001
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor | None:
+    is_old = size_average is not None or reduce is not None or reduction not in {"mean", "sum", "none"}
+    is_labelled = input.ndim > 1 and target.dtype == torch.long and target.shape == input.shape[:1] + input.shape[2:]
+    if is_old or not is_labelled or input.numel() < _LARGE or not _is_plain(input, weight):
+        return None
+    if type(target) is not Tensor or (weight is not None and (weight.requires_grad or len(weight) != input.shape[1])):
+        return None
+    rows, classes = input, target
+    if input.ndim > 2:
+        try:  # (samples, positions, classes) in memory, as language models have it
+            rows, classes = input.movedim(1, -1).view(-1, input.shape[1]), target.flatten()
+        except RuntimeError:
+            rows, classes = input.flatten(2), target.flatten(1)
+    labels = Labels(classes, weight, ignore_index, label_smoothing)
+    losses = cross_entropy(rows, labels).view(target.shape)
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / labels.total_weight(losses.dtype)
+
+
 SLOW: dict[Any, Callable[..., Tensor | None]] = {
     torch.conv1d: _convolution,
     torch.conv2d: _convolution,
     torch.conv3d: _convolution,
     F.batch_norm: _batch_norm,
+    F.cross_entropy: _cross_entropy,
     F.linear: _linear,
     F.relu: _relu,
     torch.relu: _relu,
