@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.warnings import PossibleUserWarning
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -33,6 +31,7 @@ from lightning_hesd.spectra.assessment import assess_generalization
 from lightning_hesd.spectra.selection import LOSS_TOLERANCE
 from lightning_hesd.spectra.spectrum import Spectrum
 from lightning_hesd.training._lightning import is_first_process
+from lightning_hesd.training.namespaces import FABRIC, PYTORCH, lightning_types
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -54,10 +53,10 @@ class CommandError(Exception):
 
 
 REPORTED = (
-    *(CommandError, CheckpointError, ResultsError, MisconfigurationException),
+    *(CommandError, CheckpointError, ResultsError),
     *(ValueError, OSError, ArithmeticError, RuntimeError, TypeError),
 )
-"""Exceptions that end the command with their message, in one line."""
+"""Exceptions that end the command with their message, in one line; so do those of Lightning."""
 
 
 class OneLineParser(ArgumentParser):
@@ -76,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parser.parse_args([_separated(a) for a in (sys.argv[1:] if arguments is None else arguments)])
     try:
         COMMANDS[config.subcommand](config[config.subcommand])
-    except REPORTED as error:
+    except (*REPORTED, *lightning_types("utilities.exceptions.MisconfigurationException", of=FABRIC)) as error:
         sys.stderr.write(f"lightning-hesd: error: {' '.join(str(error).split())}\n")
         sys.exit(1)
 
@@ -296,15 +295,15 @@ def analyze(config: Namespace) -> None:
 @contextlib.contextmanager
 def _without_advice() -> Iterator[None]:
     """Keep Lightning from saying which devices there are, and from advice that is meant for training."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=PossibleUserWarning)
-            yield
-    finally:
-        logger.setLevel(level)
+    with contextlib.ExitStack() as stack:
+        for name in PYTORCH:
+            logger = logging.getLogger(name)
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.WARNING)
+        stack.enter_context(warnings.catch_warnings())
+        for category in lightning_types("utilities.warnings.PossibleUserWarning", of=FABRIC):
+            warnings.filterwarnings("ignore", category=category)
+        yield
 
 
 def _analysis(config: Namespace) -> PosthocAnalysis:
@@ -357,6 +356,7 @@ def _blueprint(part: str, config: Namespace, given: Mapping[str, Any]) -> Bluepr
     if class_path is None:
         msg = f"there is no {part}: pass --{part} package.Class, or --config with a `class_path` for it."
         raise CommandError(msg)
+    imported(class_path)  # now, so that `_without_advice` knows which namespaces of Lightning there are
     arguments = configured.get("init_args") or {} if is_subclass else configured
     return Blueprint(class_path, {**arguments, **config[SEPARATE[part]]})
 

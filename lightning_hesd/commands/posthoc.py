@@ -6,8 +6,6 @@ import contextlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-import lightning.pytorch as pl
-
 from lightning_hesd.commands.project import Blueprint, CheckpointError
 from lightning_hesd.spectra.foreign import DAMAGE, one_line
 from lightning_hesd.training.recorder import Recorder
@@ -15,6 +13,8 @@ from lightning_hesd.training.recorder import Recorder
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    import lightning.pytorch as pl
 
     from lightning_hesd.commands.project import Checkpoint, Project
     from lightning_hesd.landscape.sample_size import SampleSize, Stability
@@ -69,7 +69,7 @@ class PosthocAnalysis:
         if wanted is None:
             return None
         if isinstance(wanted, Blueprint):
-            data = wanted.build(pl.LightningDataModule, {})
+            data = wanted.build("LightningDataModule", {})
             data.prepare_data()
             data.setup("fit")
             return data.train_dataloader()

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch import Callback
 
@@ -20,10 +19,13 @@ from lightning_hesd.spectra.foreign import DAMAGE, each, integer, misfit, of, on
 from lightning_hesd.training.analyzer import TrainerAnalyzer, check_samples
 from lightning_hesd.training.callback import HessianSpectrumCallback
 from lightning_hesd.training.loss import check_loss_source
+from lightning_hesd.training.namespaces import lightning_types, namespace_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    import lightning.pytorch as pl
 
     from lightning_hesd.numerics.evaluation import LossFunction
     from lightning_hesd.numerics.options import AnalysisOptions
@@ -63,11 +65,11 @@ class Blueprint:
     class_path: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
-    def build(self, kind: type, hyperparameters: Mapping[str, Any]) -> Any:
+    def build(self, kind: str, hyperparameters: Mapping[str, Any]) -> Any:
         """Return an instance.
 
         Args:
-            kind: What it must be an instance of.
+            kind: Name of the class of Lightning, in either namespace, of which it must be an instance.
             hyperparameters: As saved in a checkpoint; those that the class does not take are passed over.
 
         Raises:
@@ -76,8 +78,8 @@ class Blueprint:
         from jsonargparse import ArgumentError, ArgumentParser  # noqa: PLC0415 - an optional dependency
 
         cls = imported(self.class_path)
-        if not (isinstance(cls, type) and issubclass(cls, kind)):
-            msg = f"{self.class_path} must be a {kind.__name__}, got {cls!r}."
+        if not (isinstance(cls, type) and issubclass(cls, lightning_types(kind))):
+            msg = f"{self.class_path} must be a {kind}, got {cls!r}."
             raise CheckpointError(msg)
         takes = inspect.signature(cls).parameters
         takes_all = any(p.kind is p.VAR_KEYWORD for p in takes.values())
@@ -178,12 +180,12 @@ class Project:
             MisconfigurationException: If the module or its data cannot be used.
         """
         checkpoint = load_checkpoint(path, unsafe=self.unsafe)
-        module = self.model.build(pl.LightningModule, checkpoint.get("hyper_parameters") or {})
-        data = self.data.build(pl.LightningDataModule, checkpoint.get("datamodule_hyper_parameters") or {})
+        module = self.model.build("LightningModule", checkpoint.get("hyper_parameters") or {})
+        data = self.data.build("LightningDataModule", checkpoint.get("datamodule_hyper_parameters") or {})
         _load_weights(module, checkpoint, path)
         check_loss_source(module, self.loss_fn)
         found: list[Result] = []
-        trainer = pl.Trainer(
+        trainer: pl.Trainer = namespace_of(module).Trainer(
             accelerator=self.accelerator,
             devices=self.devices,
             num_nodes=self.num_nodes,

@@ -10,23 +10,20 @@ import uuid
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
-import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lightning_hesd.numerics.layout import Layout
 from lightning_hesd.numerics.sample_mean import AnotherProcessFailedError
 from lightning_hesd.training.folders import joined
+from lightning_hesd.training.namespaces import MisconfigurationException, lightning_types
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
-    from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+    import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
+    from lightning.pytorch.loggers import TensorBoardLogger
     from rich.progress import Progress
     from torch import Tensor
     from torch.utils.data import Sampler
@@ -34,20 +31,6 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.layout import AllReduce
 
     T = TypeVar("T")
-
-
-def check_trainer(trainer: object) -> None:
-    """Refuse a Trainer of the separate `pytorch_lightning` package, whose classes are not these.
-
-    Raises:
-        MisconfigurationException: If it is one.
-    """
-    if not isinstance(trainer, pl.Trainer):
-        msg = (
-            f"lightning_hesd works with `lightning.pytorch`, but this Trainer comes from "
-            f"`{type(trainer).__module__.split('.')[0]}`: import Trainer and LightningModule from `lightning.pytorch`."
-        )
-        raise MisconfigurationException(msg)
 
 
 _NAMES: WeakKeyDictionary[pl.Trainer, str] = WeakKeyDictionary()
@@ -85,7 +68,7 @@ def run_folder(trainer: pl.Trainer) -> str:
     """
     folder = str(trainer.log_dir or trainer.default_root_dir)
     logger = trainer.logger
-    if logger is None or isinstance(logger, TensorBoardLogger | CSVLogger):
+    if logger is None or isinstance(logger, lightning_types("loggers.TensorBoardLogger", "loggers.CSVLogger")):
         return folder
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     return joined(folder, str(logger.name), version)
@@ -99,8 +82,8 @@ def tag_prefix(logger: TensorBoardLogger) -> str:
 
 def looks_before_the_epoch_ends(trainer: pl.Trainer, callback: ModelCheckpoint | EarlyStopping) -> bool:
     """Return whether a callback looks at metrics in validation, before `on_train_epoch_end` of other callbacks."""
-    if not isinstance(callback, EarlyStopping):
-        return callback._save_on_train_epoch_end is not True  # noqa: SLF001
+    if not isinstance(callback, lightning_types("callbacks.EarlyStopping")):
+        return callback._save_on_train_epoch_end is not True  # type: ignore[union-attr]  # noqa: SLF001
     after_epochs = callback._check_on_train_epoch_end  # noqa: SLF001
     if after_epochs is None:
         after_epochs = trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
@@ -173,14 +156,14 @@ def logged_before_the_epoch(trainer: pl.Trainer, key: str) -> bool:
 def add_to_results(trainer: pl.Trainer, key: str, value: object) -> None:
     """Send a value along with the results of the fit if its processes end with it; for use in process zero of these."""
     launcher = trainer.strategy.launcher
-    if not isinstance(launcher, _MultiProcessingLauncher):
+    if not isinstance(launcher, lightning_types("strategies.launchers.multiprocessing._MultiProcessingLauncher")):
         return
     collect = launcher.get_extra_results
 
     def extended(trainer: pl.Trainer) -> dict[str, Any]:
         return {**collect(trainer), key: value}
 
-    launcher.get_extra_results = extended  # type: ignore[method-assign]  # of this process, which ends
+    launcher.get_extra_results = extended  # of this process, which ends
 
 
 def wait_for_device(trainer: pl.Trainer) -> None:
@@ -231,15 +214,15 @@ def check_strategy(trainer: pl.Trainer) -> None:
     Raises:
         MisconfigurationException: If it is one.
     """
-    strategy = trainer.strategy
-    if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
+    strategy: Any = trainer.strategy
+    if isinstance(strategy, lightning_types("strategies.FSDPStrategy", "strategies.DeepSpeedStrategy")):
         msg = (
             f"{type(strategy).__name__} splits the parameters over processes in a way that the analysis does not "
             "support: shard them by ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1), with "
             "`fully_shard` in `configure_model`, or use a strategy that replicates them (such as 'ddp')."
         )
         raise MisconfigurationException(msg)
-    if isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["tensor_parallel"].size() > 1:
+    if is_sharded(trainer) and strategy.device_mesh["tensor_parallel"].size() > 1:
         msg = (
             "ModelParallelStrategy(tensor_parallel_size="
             f"{strategy.device_mesh['tensor_parallel'].size()}) splits layers over processes, which the analysis does "
@@ -250,7 +233,7 @@ def check_strategy(trainer: pl.Trainer) -> None:
 
 def is_sharded(trainer: pl.Trainer) -> bool:
     """Whether the processes may hold parts of the parameters, and must work on every batch together."""
-    return isinstance(trainer.strategy, ModelParallelStrategy)
+    return isinstance(trainer.strategy, lightning_types("strategies.ModelParallelStrategy"))
 
 
 def check_whole(trainer: pl.Trainer, option: str) -> None:

@@ -17,6 +17,7 @@ from lightning_hesd.training.checkpoint import HessianCheckpoint
 from lightning_hesd.training.gradient_monitor import GradientMonitor
 from lightning_hesd.training.history import START_EPOCH, SpectrumHistory, SpectrumSource, when
 from lightning_hesd.training.loss import check_loss_source
+from lightning_hesd.training.namespaces import join_namespaces
 from lightning_hesd.training.outputs import RunOutputs
 from lightning_hesd.training.placement import (
     insert_checkpoint,
@@ -200,7 +201,7 @@ class HessianSpectrumCallback(SpectrumSource):
         Raises:
             MisconfigurationException: If the Trainer or the module cannot be used.
         """
-        _lightning.check_trainer(trainer)
+        join_namespaces()
         self._stage = stage
         if stage == "fit":
             check_loss_source(pl_module, self.loss_fn)

@@ -7,7 +7,6 @@ import uuid
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_hesd.spectra.selection import CRITERIA, LOSS_TOLERANCE, Candidate, Choice, SelectionRule
@@ -17,6 +16,7 @@ from lightning_hesd.training.analysed_saving import AnalysedSaving
 from lightning_hesd.training.checkpoint_paths import prefix
 from lightning_hesd.training.exclusive_checkpoint import ExclusiveCheckpoint
 from lightning_hesd.training.history import SpectrumSource, only_source
+from lightning_hesd.training.namespaces import MisconfigurationException
 from lightning_hesd.training.ranking_state import candidates_in, wrong_field
 from lightning_hesd.training.train_metric import TrainMetric
 

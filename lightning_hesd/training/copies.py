@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from lightning_hesd.numerics.containers import holds_atoms
 from lightning_hesd.numerics.cuts import attributes
+from lightning_hesd.training.namespaces import MisconfigurationException
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -10,14 +10,13 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import IterableDataset
 
 from lightning_hesd.numerics.batches import WeightedBatch
 from lightning_hesd.numerics.snapshot import preserved, seed_everything
 from lightning_hesd.training._lightning import warn
 from lightning_hesd.training.epochs import EVENNESS_OF_CONTENTS, PlannedBatch, epochs
+from lightning_hesd.training.namespaces import MisconfigurationException, lightning_types
 from lightning_hesd.training.positions import spread_positions
 from lightning_hesd.training.reading import CollationError, Reader, is_plain
 
@@ -77,7 +76,7 @@ def training_loader(loaders: Any) -> Any:
     Raises:
         MisconfigurationException: If there is not exactly one.
     """
-    if isinstance(loaders, dict | list | tuple | CombinedLoader) or loaders is None:
+    if isinstance(loaders, (dict, list, tuple, *lightning_types("utilities.CombinedLoader"))) or loaders is None:
         kind = "no training dataloader" if loaders is None else f"a {type(loaders).__name__} of dataloaders"
         msg = (
             f"the Trainer has {kind}, so it is not clear which samples to analyse: pass `dataloader=` to "
@@ -95,7 +94,7 @@ def validation_loader(loaders: Any) -> Any:
     """
     if isinstance(loaders, list | tuple) and len(loaders) == 1:
         [loaders] = loaders
-    if isinstance(loaders, dict | list | tuple | CombinedLoader) or loaders is None:
+    if isinstance(loaders, (dict, list, tuple, *lightning_types("utilities.CombinedLoader"))) or loaders is None:
         kind = "no validation dataloader" if loaders is None else f"a {type(loaders).__name__} of them for validation"
         msg = (
             f"the Trainer has {kind}, so `generalization_dataloader='val'` does not say which samples to analyse: pass "

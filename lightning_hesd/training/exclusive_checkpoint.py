@@ -18,6 +18,7 @@ from lightning_hesd.training.checkpoint_paths import (
     place,
     shares_folder,
 )
+from lightning_hesd.training.namespaces import join_namespaces, lightning_types, of_every_namespace
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from lightning_hesd.spectra.selection import Candidate
 
 
+@of_every_namespace("callbacks.ModelCheckpoint")
 class ExclusiveCheckpoint(ModelCheckpoint):
     """Writes files beside those of other checkpoint callbacks without getting in their way.
 
@@ -40,6 +42,7 @@ class ExclusiveCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, **kwargs: Any) -> None:
+        join_namespaces()
         super().__init__(**kwargs)
         self._given = {"dirpath": self.dirpath, "filename": self.filename}  # by the user, of what is set for a run
         self._found: dict[str, Any] = {}  # and what it was set to
@@ -54,6 +57,7 @@ class ExclusiveCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find the folder to write to, anew in every Trainer that fits."""
+        join_namespaces()
         if stage == TrainerFn.FITTING and name_of(trainer) != self._set_up_by:
             self._set_up_by = name_of(trainer)
             self.dirpath = self._as_given("dirpath")
@@ -115,7 +119,8 @@ class ExclusiveCheckpoint(ModelCheckpoint):
         )
 
     def _neighbours(self, trainer: pl.Trainer) -> list[ModelCheckpoint]:
-        return [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c is not self]
+        kinds = lightning_types("callbacks.ModelCheckpoint")
+        return [c for c in trainer.checkpoint_callbacks if isinstance(c, kinds) and c is not self]
 
     def gone(self, trainer: pl.Trainer, candidates: Iterable[Candidate]) -> list[str]:
         """Return the paths at which the files of candidates are not, or not any more, the same in every process."""

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
 from lightning_hesd.spectra.assessment import check_comparable
@@ -29,6 +28,7 @@ from lightning_hesd.spectra.tables import layers_table, records_table
 from lightning_hesd.training._lightning import callbacks_of
 from lightning_hesd.training.folders import exists, fetched, joined
 from lightning_hesd.training.history_files import INDEX_NAME, HistoryFolder, completed, index_rows
+from lightning_hesd.training.namespaces import MisconfigurationException, join_namespaces, of_every_namespace
 
 if TYPE_CHECKING:
     import os
@@ -209,6 +209,7 @@ class SpectrumHistory(list[SpectrumRecord]):
         ]
 
 
+@of_every_namespace("Callback")
 class SpectrumSource(Callback):
     """A callback that fills a history: what `HessianCheckpoint` looks for among the callbacks of a Trainer.
 
@@ -223,6 +224,10 @@ class SpectrumSource(Callback):
     history: SpectrumHistory
     on_error: OnError
     checkpoint: Checkpoint | None = None
+
+    def __init__(self) -> None:
+        join_namespaces()
+        super().__init__()
 
     def take_note(self, trainer: pl.Trainer, choice: Choice) -> None:
         """Hear from a HessianCheckpoint what it makes of the latest record."""

@@ -27,14 +27,13 @@ from enum import Enum
 from pathlib import PurePath
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
-from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lightning_hesd.training.namespaces import lightning_types
 
 ATOMS = {type(None), bool, int, float, complex, str, bytes, range, slice}
 
@@ -49,8 +48,9 @@ GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, rando
 BUFFERS = (bytearray, array.array, ctypes.Structure, ctypes.Array, ctypes._SimpleCData)  # noqa: SLF001 - of c_int, c_double, ...
 CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 
-_KINDS = (nn.Module, Dataset, DataLoader, Sampler, Optimizer, pl.Callback, pl.LightningDataModule, pl.Trainer, Logger)
-_LIGHTNING = {"lightning", "lightning_fabric", "torchmetrics"}
+_KINDS = (nn.Module, Dataset, DataLoader, Sampler, Optimizer)
+_LIGHTNING_KINDS = ("Callback", "LightningDataModule", "Trainer", "loggers.Logger")
+_LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics"}
 _TORCH = ("torch.optim.", "torch.utils.data.", "torch.amp.", "torch.cuda.amp.", "torch.nn.")
 _THREADING = (
     *(threading.Thread, type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Event),
@@ -108,7 +108,8 @@ class Openness:
         if _is_at_work(value):
             return False
         package = kind.__module__.split(".")[0]
-        known = isinstance(value, (*_KINDS, queue.Queue)) or package in _LIGHTNING or kind.__module__.startswith(_TORCH)
+        known = package in _LIGHTNING or kind.__module__.startswith(_TORCH) or isinstance(value, queue.Queue)
+        known = known or _is_framework(value)
         return known or is_users(kind.__module__)
 
     def _is_plain(self, value: object) -> bool:
@@ -135,15 +136,24 @@ def is_outward(value: object) -> bool:
     """Whether what an object holds is no matter of the module that has it in an attribute."""
     kind = type(value)
     is_module = isinstance(value, nn.Module)
-    return not is_module and (isinstance(value, _KINDS) or kind.__module__.split(".")[0] in {*_LIGHTNING, "torch"})
+    return not is_module and (_is_framework(value) or kind.__module__.split(".")[0] in {*_LIGHTNING, "torch"})
+
+
+def is_logger(value: object) -> bool:
+    """Whether it is a logger of Lightning."""
+    return isinstance(value, lightning_types("loggers.Logger"))
+
+
+def _is_framework(value: object) -> bool:
+    return isinstance(value, (*_KINDS, *lightning_types(*_LIGHTNING_KINDS)))
 
 
 def _is_at_work(value: object) -> bool:
     """Whether an object may change during an analysis by itself: the package's own, progress bars, workers."""
     if any(kind.__module__.split(".")[0] == "lightning_hesd" for kind in type(value).__mro__):
-        return not isinstance(value, ModelCheckpoint)
+        return not isinstance(value, lightning_types("callbacks.ModelCheckpoint"))
     weak = type(value).__module__ in {"weakref", "_weakrefset"}  # loses what nothing else holds
-    return weak or isinstance(value, ProgressBar) or is_spent_by_reading(value)
+    return weak or isinstance(value, lightning_types("callbacks.ProgressBar")) or is_spent_by_reading(value)
 
 
 @functools.cache
@@ -170,7 +180,7 @@ class Threads:
         if not self._running:
             return False
         given = any(value is part for part in self._theirs)
-        return given or isinstance(value, Logger) or any(isinstance(part, _THREADING) for part in held)
+        return given or is_logger(value) or any(isinstance(part, _THREADING) for part in held)
 
 
 def _is_users_thread(thread: threading.Thread) -> bool:

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
 from lightning_hesd.numerics.batches import SkippedBatchError, position_in_epoch
+from lightning_hesd.training.namespaces import MisconfigurationException, lightning_types
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,7 +58,8 @@ def make_loss_fn(
     compute = loss_fn or _training_step_loss
     precision = trainer.precision_plugin
     # The forward context of mixed precision is autocast; that of the others sets the dtype of new tensors.
-    context = contextlib.nullcontext if isinstance(precision, MixedPrecision) else precision.forward_context
+    is_mixed = isinstance(precision, lightning_types("plugins.MixedPrecision"))
+    context = contextlib.nullcontext if is_mixed else precision.forward_context
 
     def loss(module: pl.LightningModule, batch: Any) -> Tensor:
         is_compared = torch.get_default_dtype() == torch.float64  # with its derivatives, in float64

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
-
 from lightning_hesd.spectra.record import SUFFIXES
 from lightning_hesd.training._lightning import callbacks_of, looks_before_the_epoch_ends, replace_callbacks, warn
 from lightning_hesd.training.checkpoint import HessianCheckpoint
 from lightning_hesd.training.history import SpectrumSource
+from lightning_hesd.training.namespaces import MisconfigurationException, lightning_types
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -48,7 +46,8 @@ def put_hessian_checkpoints_first(trainer: pl.Trainer) -> None:
     checkpoints = sorted(
         trainer.checkpoint_callbacks, key=lambda c: (not isinstance(c, HessianCheckpoint), c not in own)
     )
-    replace_callbacks(trainer, [*(c for c in callbacks if not isinstance(c, Checkpoint)), *checkpoints])
+    others = [c for c in callbacks if not isinstance(c, lightning_types("callbacks.Checkpoint"))]
+    replace_callbacks(trainer, [*others, *checkpoints])
 
 
 def warn_about_stale_monitors(trainer: pl.Trainer, name: str, *, sparse: bool) -> None:
@@ -61,15 +60,16 @@ def warn_about_stale_monitors(trainer: pl.Trainer, name: str, *, sparse: bool) -
     """
     prefixes = tuple(f"{name}{suffix}/" for suffix in SUFFIXES.values())
     old = "logged values persist, so where weights were not analysed it judges them by an old value"
+    kinds = lightning_types("callbacks.ModelCheckpoint", "callbacks.EarlyStopping")
     for callback in callbacks_of(trainer):
-        if not isinstance(callback, ModelCheckpoint | EarlyStopping):
+        if not isinstance(callback, kinds):
             continue
         if not (callback.monitor or "").startswith(prefixes):
             continue
         early = looks_before_the_epoch_ends(trainer, callback)
         if not sparse and not early:
             continue
-        if isinstance(callback, EarlyStopping):
+        if isinstance(callback, lightning_types("callbacks.EarlyStopping")):
             problem = old if sparse else "it looks in validation, before the epoch is analysed, so at the epoch before"
             remedy = "analyse every epoch, and set `check_on_train_epoch_end=True`"
         else:

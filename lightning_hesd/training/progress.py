@@ -6,17 +6,18 @@ import contextlib
 import sys
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from lightning_hesd.training import _lightning
+from lightning_hesd.training.namespaces import lightning_types
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
     from lightning_hesd.numerics.pipeline import Report
 
@@ -103,10 +104,10 @@ class _LateBar:
 
 def _bar_opener(trainer: pl.Trainer, description: str) -> Callable[[int, int], Bar] | None:
     """Return what opens a bar of the kind that the Trainer has; None if it has none, or one of another kind."""
-    owner = trainer.progress_bar_callback
-    if isinstance(owner, TQDMProgressBar) and owner.is_enabled:
+    owner: Any = trainer.progress_bar_callback
+    if isinstance(owner, lightning_types("callbacks.TQDMProgressBar")) and owner.is_enabled:
         return partial(_TqdmBar, owner, description)
-    if isinstance(owner, RichProgressBar) and owner.is_enabled:
+    if isinstance(owner, lightning_types("callbacks.RichProgressBar")) and owner.is_enabled:
         return partial(_RichBar, owner, trainer, description)
     return None
 

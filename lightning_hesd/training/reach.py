@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -164,7 +163,7 @@ class Walk:
 
     def _visit_object(self, value: Any, place: Place) -> None:
         """Visit something that may have attributes."""
-        if isinstance(value, Logger) or kinds.is_recorder(value):
+        if kinds.is_logger(value) or kinds.is_recorder(value):
             self.found.recorders.append(value)
         if isinstance(value, Optimizer):
             self.found.optimizers.append(value)
@@ -172,7 +171,7 @@ class Walk:
         if not (attributes or slots) or not self._opens(value):
             return
         if self._threads.may_share(value, [*attributes.values(), *slots.values()]):
-            if not isinstance(value, Logger):  # which the analysed function cannot write to
+            if not kinds.is_logger(value):  # which the analysed function cannot write to
                 self._look_at(attributes, place)
             return
         if kinds.is_outward(value):

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from lightning.fabric.utilities.seed import pl_worker_init_function
-from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from lightning_hesd.numerics.batches import copied, count_samples
 from lightning_hesd.numerics.snapshot import preserved, seed_everything
 from lightning_hesd.training.copies import private_copy
+from lightning_hesd.training.namespaces import FABRIC, in_namespaces, lightning_types
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -115,7 +114,8 @@ class Reader:
         loader = self._loader
         if not is_plain(loader):
             stream = private_copy(loader, getattr(loader, "dataset", None))
-            stream = (batch for batch, _, _ in iter(stream)) if isinstance(loader, CombinedLoader) else stream
+            if isinstance(loader, lightning_types("utilities.CombinedLoader")):
+                stream = (batch for batch, _, _ in iter(stream))
             yield from ((batch, None) for batch in stream)
         elif not isinstance(loader.dataset, IterableDataset):  # each of the sampler's keys stands for a whole batch
             for key in private_copy(loader.sampler, loader.dataset):
@@ -200,7 +200,9 @@ def is_plain(loader: Any) -> bool:
 
 def _has_own_init(loader: DataLoader[Any]) -> bool:
     init: Any = loader.worker_init_fn
-    return init is not None and getattr(init, "func", init) is not pl_worker_init_function
+    return init is not None and getattr(init, "func", init) not in in_namespaces(
+        "utilities.seed.pl_worker_init_function", of=FABRIC
+    )
 
 
 def _made_from(key: Any) -> int | None:

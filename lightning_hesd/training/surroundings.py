@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_hesd.numerics.snapshot import preserved
+from lightning_hesd.training.namespaces import MisconfigurationException
 from lightning_hesd.training.structure import SETTINGS, Elements, Items, Owner, Setting, Structure
 
 if TYPE_CHECKING:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from lightning_hesd.spectra.summary import GAP, TEXT_COLUMNS
 from lightning_hesd.training import _lightning
+from lightning_hesd.training.namespaces import lightning_types
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,8 +44,8 @@ def show(trainer: pl.Trainer, make_summary: Callable[[], Summary | None]) -> Non
         summary = make_summary()
         if summary is None:
             return
-        bar = trainer.progress_bar_callback
-        if isinstance(bar, RichProgressBar):
+        bar: Any = trainer.progress_bar_callback
+        if isinstance(bar, lightning_types("callbacks.RichProgressBar")):
             _lightning.stop_rich_progress(bar)
         with _clear_of_bars(trainer):
             console = _rich_terminal()
@@ -62,7 +62,7 @@ def _clear_of_bars(trainer: pl.Trainer) -> AbstractContextManager[object]:
 
     The bar's own `print` would lose what is said before its first bar is there, or after the last one.
     """
-    if isinstance(trainer.progress_bar_callback, TQDMProgressBar):
+    if isinstance(trainer.progress_bar_callback, lightning_types("callbacks.TQDMProgressBar")):
         shielded: AbstractContextManager[object] = Tqdm.external_write_mode(file=sys.stdout)
         return shielded
     return contextlib.nullcontext()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_hesd.training._lightning import logged_before_the_epoch
+from lightning_hesd.training.namespaces import MisconfigurationException
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

@@ -114,31 +114,6 @@ def test_two_callbacks_of_one_name(tmp_path: Path) -> None:
         make_trainer(tmp_path, callback(), callback())
 
 
-@pytest.mark.filterwarnings("ignore")  # importing the other package, old and new names side by side, may warn
-def test_a_trainer_of_the_other_package(tmp_path: Path) -> None:
-    other = pytest.importorskip("pytorch_lightning")
-
-    class Module(other.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = torch.nn.Linear(64, 10)
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    trainer = other.Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[callback()], default_root_dir=tmp_path
-    )
-    with pytest.raises(
-        MisconfigurationException,
-        match=r"this Trainer comes from `pytorch_lightning`: import Trainer and LightningModule",
-    ):
-        trainer.fit(Module(), loader())
-
-
 # During training ------------------------------------------------------------------------------------------------------
 
 

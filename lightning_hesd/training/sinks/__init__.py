@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
-
+from lightning_hesd.training.namespaces import lightning_types
 from lightning_hesd.training.sinks.csv_files import CSVSink
 from lightning_hesd.training.sinks.mlflow_runs import MLflowSink
 from lightning_hesd.training.sinks.tensorboard import TensorBoardSink
@@ -25,20 +24,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SINKS: dict[type[Logger], Callable[[Any, str], Sink]] = {
-    TensorBoardLogger: TensorBoardSink,
-    CSVLogger: CSVSink,
-    WandbLogger: WandbSink,
-    MLFlowLogger: MLflowSink,
+SINKS: dict[str, Callable[[Any, str], Sink]] = {
+    "loggers.TensorBoardLogger": TensorBoardSink,
+    "loggers.CSVLogger": CSVSink,
+    "loggers.WandbLogger": WandbSink,
+    "loggers.MLFlowLogger": MLflowSink,
 }
-"""Makes a sink of a logger and the name of the callback."""
+"""Makes a sink of a logger and the name of the callback; by the name of the logger's class in Lightning."""
 
 
 def make_sinks(loggers: Iterable[Logger], name: str) -> list[Sink]:
     """Return the sinks of those loggers that have one."""
     sinks: list[Sink] = []
     for logger in loggers:
-        sink = next((sink for kind, sink in SINKS.items() if isinstance(logger, kind)), None)
+        sink = next((sink for kind, sink in SINKS.items() if isinstance(logger, lightning_types(kind))), None)
         if sink is None:
             log.debug("%s gets scalars only: lightning_hesd has no sink for it.", type(logger).__name__)
         else:

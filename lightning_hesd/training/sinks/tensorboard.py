@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG, PLUGIN_NAME
@@ -14,12 +13,13 @@ from tensorboard.util.tensor_util import make_tensor_proto
 from lightning_hesd.spectra.payload import CHOICE, RECORD, choice_payload, record_payload, to_json
 from lightning_hesd.spectra.payload import PLUGIN_NAME as PAYLOADS
 from lightning_hesd.training._lightning import tag_prefix
+from lightning_hesd.training.namespaces import lightning_types
 from lightning_hesd.training.sinks.sink import figures, layer_table, title, verdict_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
     from lightning_hesd.spectra.selection import Choice
     from lightning_hesd.spectra.spectrum import Spectrum
@@ -94,7 +94,7 @@ def write_layout(loggers: Iterable[Logger], names: Sequence[str]) -> None:
         names: The callbacks' names, each a category of charts.
     """
     for logger in loggers:
-        if not isinstance(logger, TensorBoardLogger):
+        if not isinstance(logger, lightning_types("loggers.TensorBoardLogger")):
             continue
         layout = layout_pb2.Layout(category=[_charts(name, tag_prefix(logger)) for name in names])
         value = Summary.Value(
