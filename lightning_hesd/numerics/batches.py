@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -209,7 +210,13 @@ def _lengths(batch: Any) -> list[int | None]:
 def _length(tensor: Any) -> int | None:
     if isinstance(tensor, PackedSequence):
         return int(tensor.batch_sizes[0])
-    return int(tensor.size(0)) if tensor.ndim else None
+    with _plainly():
+        return int(tensor.size(0)) if tensor.ndim else None
+
+
+def _plainly() -> Any:
+    """Return a context in which tensors of subclasses are read as tensors: those with units may refuse otherwise."""
+    return torch._C.DisableTorchFunctionSubclass()  # noqa: SLF001
 
 
 def _tensors(batch: Any, seen: frozenset[int] = frozenset()) -> Iterable[Any]:
@@ -219,17 +226,32 @@ def _tensors(batch: Any, seen: frozenset[int] = frozenset()) -> Iterable[Any]:
         return
     if isinstance(batch, np.ndarray | str | bytes | Iterator | nn.Module | type) or id(batch) in seen:
         return
-    parts: Iterable[Any] = ()
-    if isinstance(batch, Mapping):
-        parts = list(batch.values())
-    elif is_dataclass(batch):
-        parts = [getattr(batch, f.name) for f in fields(batch)]
-    elif isinstance(batch, Iterable):
-        parts = batch
-    elif not callable(batch):
-        parts = attributes(batch).values()
+    try:
+        parts = _parts(batch)
+    except Exception:  # noqa: BLE001 - objects that cannot be read by their own methods
+        parts = _plain_parts(batch)
     for part in parts:
         yield from _tensors(part, seen | {id(batch)})
+
+
+def _parts(batch: Any) -> list[Any]:
+    """Return what a batch consists of, by its own account."""
+    if isinstance(batch, Mapping):
+        return list(batch.values())
+    if is_dataclass(batch):
+        return [getattr(batch, f.name) for f in fields(batch)]
+    if isinstance(batch, Iterable):
+        return list(batch)
+    return [] if callable(batch) else list(attributes(batch).values())
+
+
+def _plain_parts(batch: Any) -> list[Any]:
+    """Return what the built-in base of a container holds; nothing of other objects."""
+    kind = type(batch)
+    if issubclass(kind, dict):
+        return list(dict.values(batch))
+    bases: Sequence[Any] = (list, tuple)
+    return next((list(base.__iter__(batch)) for base in bases if issubclass(kind, base)), [])
 
 
 def _has_entries(batch: Any, count: int, depth: int = 3) -> bool:

@@ -156,7 +156,7 @@ class _ScriptTensors(Holder):
 
 
 class _ClassBody(Holder):
-    """The attributes of a class that are data: no methods, properties or classes."""
+    """The attributes of a class that are data, classes among them: no methods or properties."""
 
     def __init__(self, owner: type) -> None:
         self._owner = owner
@@ -170,7 +170,7 @@ class _ClassBody(Holder):
         return {
             name: value
             for name, value in vars(self._owner).items()
-            if not (name.startswith("__") or isinstance(value, type) or hasattr(type(value), "__get__"))
+            if not (name.startswith("__") or hasattr(type(value), "__get__"))
         }
 
     def _differs(self) -> bool:

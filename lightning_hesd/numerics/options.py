@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from lightning_hesd.numerics.portable import Portable
 from lightning_hesd.spectra.checks import check_count
 
 if TYPE_CHECKING:
@@ -44,6 +45,11 @@ class AnalysisOptions:
     memory_budget: int | None
     preconditioner: Mapping[str, Tensor] | None
     sampling_error: bool
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the options, those that are objects of the user as `Portable`."""
+        plain = (type(None), bool, int, float, str, torch.dtype)
+        return {k: v if isinstance(v, plain) else Portable(k, v) for k, v in vars(self).items()}
 
     def __post_init__(self) -> None:
         """Check every option.

@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.holders import Holder
 
 _IMMUTABLE = (
-    *(type(None), bool, int, float, complex, str, bytes, range, slice, type, enum.Enum, PurePath),
+    *(type(None), bool, int, float, complex, str, bytes, range, slice, enum.Enum, PurePath),
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType),
     *(np.generic, np.dtype, torch.dtype, torch.device, torch.layout),
     *(dt.date, dt.time, dt.timedelta, decimal.Decimal, re.Pattern),
 )
 _STATELESS = (*_IMMUTABLE, random.SystemRandom)
-_PLAIN = (*_IMMUTABLE, *STREAMS, Tensor, np.ndarray, nn.Module, Dataset)
+_PLAIN = (*_IMMUTABLE, type, *STREAMS, Tensor, np.ndarray, nn.Module, Dataset)
 
 LONGEST_SEARCHED = 10_000
 """Of longer containers in the reach of datasets it is remembered what they hold, but not how that looks inside."""
@@ -72,6 +72,7 @@ class Reach:
         self.streams: list[Any] = []
         self._datasets = datasets
         self._seen: dict[int, object] = {} if but is None else but._seen  # noqa: SLF001 - keeps objects alive, so that an id names one only
+        self._bodies: dict[int, type] = {} if but is None else but._bodies  # noqa: SLF001 - classes that were taken in
         self._plain: dict[int, object] = {}  # those found to be
         self._stateless: set[type] = {type(None), bool, int, float, str}  # types without state that were met
         pending = [*roots]
@@ -84,9 +85,10 @@ class Reach:
 
     def _enter(self, holders: Sequence[Holder], owner: object) -> list[object]:
         """Take in holders, and return those of their values that may have state."""
-        kind: Any = type(owner)
-        classes = [c for c in user_classes(kind) if id(c) not in self._seen]
-        self._seen.update((id(c), c) for c in classes)
+        kind = type(owner)
+        described: list[Any] = [kind, type(kind), *([owner] if issubclass(kind, type) else [])]
+        classes = [c for cls in described for c in user_classes(cls) if id(c) not in self._bodies]
+        self._bodies.update((id(c), c) for c in classes)
         found: list[object] = []
         for holder in [*holders, *map(class_body, classes)]:
             self.holders.append(holder)
@@ -123,6 +125,8 @@ class Reach:
         elif issubclass(kind, np.ndarray):
             self.arrays.append(value)
             found = value.flat if value.dtype.hasobject else ()
+        elif issubclass(kind, type):
+            found = self._enter([], value)
         elif issubclass(kind, STREAMS):
             self.streams.append(value)
         elif kind in {dict, OrderedDict, list, set} and not value:

@@ -40,6 +40,10 @@ class AnalysedSaving:
         self._weights: AnalysedWeights | None = None
         self._changes = UNCHANGED
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return no weights."""
+        return {**vars(self), "_weights": None, "_changes": UNCHANGED}
+
     def keep(self, weights: AnalysedWeights) -> None:
         """Keep what has just been analysed."""
         self._weights = weights

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from lightning_hesd.landscape.sample_size import find_sample_size
 from lightning_hesd.numerics.pipeline import analyze, analyze_layers
+from lightning_hesd.numerics.portable import LeftOut, Portable
 from lightning_hesd.numerics.retry import retried
 from lightning_hesd.numerics.sampling import samples_needed
 from lightning_hesd.numerics.snapshot import preserved, seed_everything
@@ -105,6 +106,17 @@ class TrainerAnalyzer:
         self._resumed: tuple[PlannedBatch, ...] | None = None
         self._calibrations: dict[object, Calibration] = defaultdict(Calibration)  # for each kind of analysis
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the options and which samples were drawn, not the samples."""
+        return {
+            **vars(self),
+            "_dataloader": Portable("dataloader", self._dataloader),
+            "_loss_fn": Portable("loss_fn", self._loss_fn),
+            "_isolation": Isolation(),
+            "_samples": None,
+            "_calibrations": defaultdict(Calibration),
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to draw the same samples."""
         batches = self._drawn or ()
@@ -177,6 +189,8 @@ class TrainerAnalyzer:
     def _loader(self, trainer: pl.Trainer) -> Any:
         if self._dataloader is None:
             return training_loader(trainer.train_dataloader)
+        if isinstance(self._dataloader, LeftOut):
+            self._dataloader.refuse()
         if isinstance(self._dataloader, str):
             with preserved():  # it may be made only now
                 return validation_loader(_lightning.validation_loaders(trainer))

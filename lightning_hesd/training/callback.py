@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_hesd.numerics.analysis import analysis_options
+from lightning_hesd.numerics.portable import Portable, deep_copied
 from lightning_hesd.spectra.checks import check_count
 from lightning_hesd.spectra.foreign import DAMAGE, misfit, of, one_line
 from lightning_hesd.spectra.summary import analysis_lines, summarize
@@ -89,6 +91,13 @@ class HessianSpectrumCallback(SpectrumSource):
             with what the rules pick.
         name: Prefix of metrics and state, and name of the folder of spectra; two callbacks in one Trainer need two.
         **analysis: Options of `hessian_spectrum`: steps, probes, seed, mode, ...
+
+    A library may train with a deep copy of this callback. Each copy begins a history of its own when it trains;
+    the callback that it was copied from shows the same records and picks (`history`, `checkpoint.best_model_path`, ...)
+    in the same process: those of the copy that analysed last, whole, until it trains itself. A pickled callback has
+    the options, the history and the picks, and no samples or loggers. Functions that cannot be pickled, such as a
+    lambda, and dataloaders and other arguments of more than 64 KiB are left out of it; training with such a copy
+    reports which one is missing.
 
     Attributes:
         history: The records so far, one for each analysis: `.epoch`, `.global_step`, `.spectrum`, `.error`, ...
@@ -187,8 +196,35 @@ class HessianSpectrumCallback(SpectrumSource):
         self._outputs = RunOutputs(name, in_progress_bar=progress)
         self._summary_is_due = False
         self._address = launched.address_of(self)
+        self._original: HessianSpectrumCallback | None = None
         if self.checkpoint is not None:
             self.checkpoint.attach(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the options, the history and the picks, without samples, loggers and weights."""
+        return {**vars(self), "loss_fn": Portable("loss_fn", self.loss_fn), "_original": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy."""
+        vars(self).update(state)
+        self._address = launched.address_of_copy(self, self._address)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HessianSpectrumCallback:
+        """Return a copy whose records are shown by this callback, too, as described for the class."""
+        made: HessianSpectrumCallback = deep_copied(self, memo)
+        made._original = self
+        return made
+
+    def __copy__(self) -> HessianSpectrumCallback:
+        """Return a deep copy: two runs cannot share a history."""
+        return copy.deepcopy(self)
+
+    def _show(self) -> None:
+        """Let the callback that this one was copied from have the records, too."""
+        if self._original is not None:
+            self._original.history[:] = self.history
+            self._original.budget.load_state_dict(self.budget.state_dict())
+            self._original._show()  # noqa: SLF001 - of this class
 
     @property
     def state_key(self) -> str:
@@ -224,6 +260,7 @@ class HessianSpectrumCallback(SpectrumSource):
         self.history.rewind(trainer.global_step if goes_on else 0)
         if trainer.global_step == 0:
             self.budget.reset()
+        self._show()
         with self._survived("cannot write to the loggers"):
             self._outputs.open(trainer, self.history, [callback.name for callback in _hessian_callbacks(trainer)])
         self._recorder.start(trainer, self._survived)
@@ -289,6 +326,7 @@ class HessianSpectrumCallback(SpectrumSource):
         if stage == "fit":
             with self._survived("cannot bring the history to the process that started the fit"):
                 launched.send(trainer, self._address, self.state_dict())
+            self._show()
         if self._monitor is not None:
             self._monitor.detach()
         self._recorder.release()
@@ -315,6 +353,7 @@ class HessianSpectrumCallback(SpectrumSource):
             for callback in _hessian_callbacks(trainer):  # to none of them is this training
                 watch.enter_context(callback.budget.analysis() if callback is self else callback.budget.paused())
             self.history.append(self._recorder.record(trainer, pl_module, epoch, self._survived))
+            self._show()
             with self._survived("cannot copy the analysed weights: checkpoints will have what others make of them"):
                 self._keep_weights(trainer, pl_module)
             for output in self._outputs.writers(trainer, self.history, at_epoch_end=at_epoch_end):
@@ -372,6 +411,7 @@ class HessianSpectrumCallback(SpectrumSource):
         """Take over the history of the processes that have trained, where they end with the fit."""
         self.history.load_state_dict(state["history"])
         self.budget.load_state_dict(state["budget"])
+        self._show()
 
     @contextlib.contextmanager
     def _survived(self, consequence: str, on_error: OnError | None = None) -> Iterator[list[str]]:

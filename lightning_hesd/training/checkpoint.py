@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import uuid
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_hesd.numerics.portable import Portable, deep_copied
 from lightning_hesd.spectra.selection import CRITERIA, LOSS_TOLERANCE, Candidate, Choice, SelectionRule
 from lightning_hesd.training import launched
 from lightning_hesd.training._lightning import name_of, warn
@@ -117,6 +119,28 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         self._best_goodness = -math.inf
         self._offered_step = -1
         self._address = launched.address_of(self)
+        self._original: HessianCheckpoint | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the options and the candidates, without weights."""
+        state = {**vars(self), "_original": None}
+        # A name is a property of the function; a copy without the function keeps its checkpoints apart by it.
+        return state if isinstance(self.rule, str) else {**state, "rule": Portable("rule", self.rule)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy."""
+        vars(self).update(state)
+        self._address = launched.address_of_copy(self, self._address)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HessianCheckpoint:
+        """Return a copy whose pick is shown by this one, too, as described in HessianSpectrumCallback."""
+        made: HessianCheckpoint = deep_copied(self, memo)
+        made._original = self
+        return made
+
+    def __copy__(self) -> HessianCheckpoint:
+        """Return a deep copy: two runs cannot share candidates."""
+        return copy.deepcopy(self)
 
     @property
     def name_prefix(self) -> str:
@@ -240,12 +264,24 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         super().teardown(trainer, pl_module, stage)
         if stage == TrainerFn.FITTING:
             launched.send(trainer, self._address, self.state_dict())
+            self._show()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Let the callback that this one was copied from know the pick, also when the fit fails."""
+        super().on_exception(trainer, pl_module, exception)
+        self._show()
+
+    def _show(self) -> None:
+        """Let the callback that this one was copied from know the pick."""
+        if self._original is not None and self.dirpath is not None:  # a fit that fails early has no folder
+            self._original.receive(self.state_dict())
 
     def receive(self, state: dict[str, Any]) -> None:
         """Take over the candidates of the processes that have trained, where they end with the fit."""
-        self.dirpath = state["dirpath"]
+        self.dirpath = self._found["dirpath"] = state["dirpath"]
         self._load(state)
         self.best_model_path = state["best_model_path"]
+        self._show()
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin with a run, once, also where this callback was added after the Trainer had set up the others."""
@@ -325,6 +361,7 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         for candidate in before:
             if candidate not in kept and self._should_remove_checkpoint(trainer, candidate.path, path):
                 self._remove_checkpoint(trainer, candidate.path)
+        self._show()
         assert self.source is not None  # noqa: S101 - found in `setup`
         self.source.take_note(
             trainer,

@@ -69,6 +69,10 @@ class GradientMonitor:
         self._hooks: list[Any] = []
         self._attempt: Attempt | None = None
 
+    def __reduce__(self) -> Any:
+        """Let a copy watch nothing until it is attached."""
+        return GradientMonitor, ()
+
     def attach(self, trainer: pl.Trainer, attempt: Attempt) -> None:
         """Look at the optimizers of this trainer from now on, until that fails.
 

@@ -60,6 +60,10 @@ class SpectrumHistory(list[SpectrumRecord]):
         super().__init__()
         self._folders: dict[str, HistoryFolder] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return no folders: a copy looks into them anew, and file systems cannot be pickled."""
+        return {"_folders": {}}
+
     def rewind(self, global_step: int) -> None:
         """Forget what lies ahead of `global_step`, everything at step 0: a run starts, or goes on, from there."""
         self[:] = [record for record in self if global_step > 0 and record.global_step <= global_step]

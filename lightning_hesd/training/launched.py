@@ -30,8 +30,16 @@ _RECIPIENTS: WeakValueDictionary[str, Recipient] = WeakValueDictionary()
 
 
 def address_of(recipient: Recipient) -> str:
-    """Return an address for what is sent to a callback, also by its copies."""
+    """Return an address for what is sent to a callback, also by its copies in other processes."""
     address = uuid.uuid4().hex
+    _RECIPIENTS[address] = recipient
+    return address
+
+
+def address_of_copy(recipient: Recipient, address: str) -> str:
+    """Return the address of a copy: that of the original in another process, one of its own beside the original."""
+    if address in _RECIPIENTS:
+        return address_of(recipient)
     _RECIPIENTS[address] = recipient
     return address
 

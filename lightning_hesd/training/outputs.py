@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.spectra.payload import (
     CHOICE_FIELDS,
@@ -40,6 +40,10 @@ class RunOutputs:
         self._in_bar = {f"{name}/c_t"} if in_progress_bar else set()
         self._sinks: list[Sink] = []
         self._folder: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the options without what belongs to a run: loggers hold locks and connections."""
+        return {**vars(self), "_sinks": [], "_folder": None}
 
     def open(self, trainer: pl.Trainer, history: SpectrumHistory, names: Sequence[str]) -> None:
         """Find out where to write; only process zero does, and nothing is written in a development run.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from lightning_hesd.numerics.guards import release_memory
+from lightning_hesd.numerics.portable import LeftOut, Portable
 from lightning_hesd.numerics.verification import WrongDerivativeError
 from lightning_hesd.training._lightning import check_whole
 from lightning_hesd.training.history import START_EPOCH, SpectrumRecord, when
@@ -64,6 +65,14 @@ class Recorder:
         self._readable = True
         self._name = name
         self._progress = progress
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the options, those that are objects of the user as `Portable`."""
+        portable = {"_preconditioner": "preconditioner", "_layers": "layers"}
+        state = {**vars(self), **{key: Portable(name, vars(self)[key]) for key, name in portable.items()}}
+        if self._decomposition is not None:
+            state["_decomposition"] = {name: Portable(name, value) for name, value in self._decomposition.items()}
+        return state
 
     def start(self, trainer: pl.Trainer, attempt: Attempt) -> None:
         """Begin with a run: let go of the samples of the last one, and look at the optimizers of this one."""
@@ -133,6 +142,9 @@ class Recorder:
 
     def _preconditioned(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plain: Spectrum) -> dict[str, Any]:
         """Return the fields of a record that show the training data through the optimizer's eyes."""
+        given: Any = self._preconditioner
+        if isinstance(given, LeftOut):
+            given.refuse()
         if self._preconditioner != "optimizer":
             return {
                 "preconditioned": self._spectrum(trainer, pl_module, "training", preconditioner=self._preconditioner)

@@ -40,6 +40,10 @@ class TrainMetric:
         self._step = -1
         self._before: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the options without the logged tensor, whose address means nothing in a copy."""
+        return {**vars(self), "_step": -1, "_before": None}
+
     def restart(self, trainer: pl.Trainer) -> None:
         """Begin with a run: what is there already is old."""
         self._step, self._before = trainer.global_step, self._value(trainer)

@@ -239,3 +239,45 @@ def test_the_position_in_the_epoch_is_known_while_a_batch_is_evaluated():
             assert position_in_epoch() == expected
         assert batch.split(2)[1].position == batch.position
     assert position_in_epoch() == 0
+
+
+class Unreadable:
+    """Raises whatever it is asked."""
+
+    def __iter__(self) -> Any:
+        raise RuntimeError
+
+    def __len__(self) -> int:
+        raise RuntimeError
+
+
+class UnreadableList(Unreadable, list):
+    """A list that its own methods do not read."""
+
+
+class UnreadableDict(dict):
+    """A dict that its own methods do not read."""
+
+    def values(self) -> Any:
+        raise RuntimeError
+
+
+class WithUnit(Tensor):
+    """A tensor that refuses all functions."""
+
+    @classmethod
+    def __torch_function__(cls, *_: Any) -> Any:
+        raise TypeError
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        UnreadableList([torch.zeros(4, 2)]),
+        UnreadableDict(x=torch.zeros(4, 2)),
+        {"x": torch.zeros(4, 2), "note": Unreadable()},
+        torch.zeros(4, 2).as_subclass(WithUnit),
+    ],
+)
+def test_samples_of_odd_batches_are_counted(batch: Any) -> None:
+    assert count_samples(batch) == (4, None)

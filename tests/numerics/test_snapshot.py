@@ -481,3 +481,48 @@ def test_what_may_be_data_is_not_copied():
     assert (images.asked, images.objects[8].n) == (0, 1)
     snapshot.restore()
     assert images.objects[8].n == 0
+
+
+class Kind(type):
+    """A metaclass."""
+
+    made = 0
+
+
+class Apart:
+    """A class that is reached itself, not an object of it."""
+
+    count = 0
+    seen: list[int] = []  # noqa: RUF012 - a default that all share
+
+
+class InBody:
+    """The value of a class attribute."""
+
+    count = 0
+
+
+class Counting(nn.Module, metaclass=Kind):
+    """Counts in classes that none of its objects belongs to."""
+
+    state = InBody
+
+    class Nested:
+        """Stays in its place."""
+
+        count = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.apart = Apart
+
+
+def test_classes_that_are_values_are_put_back() -> None:
+    module = Counting()
+    with preserved(module):
+        Kind.made += 1
+        InBody.count += 1
+        Counting.Nested.count += 1
+        module.apart.count += 1
+        module.apart.seen.append(1)
+    assert (Kind.made, InBody.count, Counting.Nested.count, Apart.count, Apart.seen) == (0, 0, 0, 0, [])

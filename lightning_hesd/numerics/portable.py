@@ -1,0 +1,158 @@
+"""Pickling objects of the user: whole where they are small, else a stand-in that says what is missing."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from multiprocessing.context import get_spawning_popen
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MOST_BYTES = 2**16
+"""Largest pickle of one object: functions and configurations are smaller, data sets and models larger."""
+
+
+class LeftOutError(RuntimeError):
+    """A pickled copy lacks an argument of the original."""
+
+
+class LeftOut:
+    """Stands in for an argument that was not pickled; every use of it raises.
+
+    Args:
+        name: Name of the argument.
+        reason: Why it was not pickled.
+        title: The `__qualname__` of a function, by which checkpoints of its own are named; None: there is none.
+    """
+
+    def __init__(self, name: str, reason: str, title: str | None = None) -> None:
+        self._name = name
+        self._reason = reason
+        if title is not None:
+            self.__qualname__ = title
+
+    def __repr__(self) -> str:
+        return f"<`{self._name}`, not pickled: {self._reason}>"
+
+    def refuse(self) -> NoReturn:
+        """Say what is missing.
+
+        Raises:
+            LeftOutError: Always.
+        """
+        msg = (
+            f"`{self._name}` is missing in this pickled copy of the callback, because {self._reason}: make a new "
+            f"callback with `{self._name}`, or pass a function defined at the top level of a module, which can be "
+            "pickled."
+        )
+        raise LeftOutError(msg)
+
+    def __call__(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        """Take the place of a function."""
+        self.refuse()
+
+    def __iter__(self) -> Iterator[Any]:
+        self.refuse()
+
+
+class Portable:
+    """Wraps an argument in the state of an object that is copied: unpickled or deep-copied, it is the argument itself.
+
+    A deep copy shares the argument. A pickle has it if it can be pickled in `MOST_BYTES`, or goes to a process that is
+    being started; otherwise it has a `LeftOut`.
+
+    Args:
+        name: Name of the argument.
+        value: The argument.
+    """
+
+    def __init__(self, name: str, value: Any) -> None:
+        self._name = name
+        self._value = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self._value
+
+    def __reduce__(self) -> Any:
+        reason = None if get_spawning_popen() is not None and is_picklable(self._value) else obstacle(self._value)
+        if reason is None:
+            return _itself, (self._value,)
+        title = getattr(self._value, "__qualname__", None)
+        return LeftOut, (self._name, reason, title if isinstance(title, str) else None)
+
+
+def is_picklable(value: object) -> bool:
+    """Return whether an object of any size can be pickled for a process that is being started."""
+    return obstacle(value, most_bytes=None) is None
+
+
+def obstacle(value: object, most_bytes: int | None = MOST_BYTES) -> str | None:
+    """Return why an object is not pickled; None if it can be.
+
+    Args:
+        value: The object.
+        most_bytes: Largest size of the pickle; None: any size.
+    """
+    try:
+        _Pickler(_Meter(most_bytes), most_bytes).dump(value)
+    except _TooLargeError:
+        return f"it takes more than {MOST_BYTES // 1024} KiB"
+    except Exception as error:  # noqa: BLE001 - the user's objects may raise anything
+        return f"it cannot be pickled ({type(error).__name__}: {str(error)[:200]})"
+    return None
+
+
+class _TooLargeError(Exception):
+    """There is no need to pickle the rest."""
+
+
+class _Meter(io.RawIOBase):
+    """Counts the bytes written to it, and keeps none."""
+
+    def __init__(self, most_bytes: int | None) -> None:
+        super().__init__()
+        self._most_bytes = most_bytes
+        self._written = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._written += len(data)
+        if self._most_bytes is not None and self._written > self._most_bytes:
+            raise _TooLargeError
+        return len(data)
+
+
+class _Pickler(pickle.Pickler):
+    """Stops at a large tensor or array rather than copy its values."""
+
+    def __init__(self, file: Any, most_bytes: int | None) -> None:
+        super().__init__(file, protocol=2)  # that of `torch.save`
+        self._most_bytes = most_bytes
+
+    def reducer_override(self, obj: Any) -> Any:
+        if self._most_bytes is not None and issubclass(type(obj), (Tensor, np.ndarray)):
+            size = obj.untyped_storage().nbytes() if isinstance(obj, Tensor) else obj.nbytes
+            if size > self._most_bytes:
+                raise _TooLargeError
+        return NotImplemented
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def deep_copied(original: Any, memo: dict[int, Any]) -> Any:
+    """Return a deep copy of an object that has `__getstate__` and `__setstate__`, for its `__deepcopy__`."""
+    kind: Any = type(original)
+    made = kind.__new__(kind)
+    memo[id(original)] = made
+    made.__setstate__(copy.deepcopy(original.__getstate__(), memo))
+    return made

@@ -1,0 +1,157 @@
+"""Copies of the callback: libraries keep it in hyperparameters, and train with deep copies of it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
+
+FEATURES = 4096
+SMALL = 60_000
+"""Bytes of a callback with two records; its samples take a megabyte."""
+
+
+class Keeper(pl.LightningModule):
+    """Keeps the callbacks in its hyperparameters, as libraries do."""
+
+    def __init__(self, callbacks: Any = None) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Linear(FEATURES, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.net(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 1e-4)
+
+
+class PickledAtEachEpoch(pl.Callback):
+    """Pickles another callback during training."""
+
+    def __init__(self, other: pl.Callback) -> None:
+        self.other = other
+        self.sizes: list[int] = []
+
+    def on_train_epoch_end(self, *_args: Any) -> None:
+        copy.deepcopy(self.other)
+        self.sizes.append(len(pickle.dumps(self.other)))
+
+
+def loader() -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(0)
+    return DataLoader(TensorDataset(torch.randn(64, FEATURES, generator=generator)), 32)
+
+
+def fit(folder: Path, module: pl.LightningModule, *callbacks: pl.Callback, logger: bool = False) -> pl.Trainer:
+    trainer = pl.Trainer(
+        max_epochs=2,
+        callbacks=list(callbacks),
+        logger=logger,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, loader())
+    return trainer
+
+
+def callback(**options: Any) -> HessianSpectrumCallback:
+    return HessianSpectrumCallback(checkpoint="highest_c_t", steps=3, probes=1, on_error="raise", **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"loss_fn": lambda module, batch: module.training_step(batch, 0)}])
+def test_checkpoints_with_the_callback_in_their_hyperparameters_stay_small(tmp_path: Path, options: Any) -> None:
+    hesd = callback(monitor_gradients=True, **options)
+    pickler = PickledAtEachEpoch(hesd)
+    fit(tmp_path, Keeper([hesd]), pickler, hesd, logger=True)
+    assert hesd.checkpoint is not None
+    assert len(hesd.history) == 2
+    assert max(pickler.sizes) < SMALL
+    assert Path(hesd.checkpoint.best_model_path).stat().st_size < 4 * FEATURES + 2 * SMALL
+    state = torch.load(hesd.checkpoint.best_model_path, weights_only=False)
+    (kept,) = state["hyper_parameters"]["callbacks"]
+    assert kept.options.steps == 3
+
+    copied = pickle.loads(pickle.dumps(hesd))  # noqa: S301 - its own
+    assert [r.spectrum.lambda_max for r in copied.history] == [r.spectrum.lambda_max for r in hesd.history]
+    assert copied.checkpoint.best_model_path == hesd.checkpoint.best_model_path
+    assert copied.checkpoint.source is copied
+
+
+def test_a_pickled_copy_trains_as_the_original(tmp_path: Path) -> None:
+    hesd = callback(batch_size=16)
+    copied = pickle.loads(pickle.dumps(hesd))  # noqa: S301 - its own
+    for each in (hesd, copied):
+        pl.seed_everything(0, verbose=False)
+        fit(tmp_path / str(id(each)), Keeper(), each)
+    assert [r.spectrum.lambda_max for r in copied.history] == [r.spectrum.lambda_max for r in hesd.history]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("loss_fn", {"loss_fn": lambda module, batch: module.training_step(batch, 0)}),
+        ("dataloader", {"dataloader": loader()}),
+        ("batch_weight", {"batch_weight": lambda batch: float(len(batch))}),
+    ],
+)
+def test_a_pickled_copy_says_what_it_lacks(tmp_path: Path, name: str, options: Any) -> None:
+    hesd = HessianSpectrumCallback(steps=3, **options)
+    pickled = pickle.dumps(hesd)
+    assert len(pickled) < SMALL
+    copied = pickle.loads(pickled)  # noqa: S301 - its own
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about each failed analysis
+        fit(tmp_path, Keeper(), copied)
+    assert [record.spectrum for record in copied.history] == [None, None]
+    assert f"`{name}` is missing in this pickled copy" in copied.history[0].error
+    pickle.loads(pickle.dumps(copied))  # noqa: S301 - its own
+
+
+def test_a_deep_copy_keeps_functions_and_shares_the_loader() -> None:
+    data, loss_fn = loader(), lambda module, batch: module.training_step(batch, 0)
+    copied = copy.deepcopy(callback(loss_fn=loss_fn, dataloader=data))
+    assert copied.loss_fn is loss_fn
+    assert copied._recorder._analyzers["training"]._dataloader is data
+
+
+def test_the_original_shows_what_its_latest_copy_found(tmp_path: Path) -> None:
+    template = callback()
+    first, second = copy.deepcopy(template), copy.copy(copy.deepcopy(template))
+    assert template.checkpoint is not None
+    assert first.checkpoint is not None
+    for fold, each in enumerate((first, second)):
+        fit(tmp_path / f"fold{fold}", Keeper(), each)
+        assert list(template.history) == list(each.history)
+        assert len(template.history) == 2
+        assert template.checkpoint.best_model_path == each.checkpoint.best_model_path  # type: ignore[union-attr]
+        assert f"fold{fold}" in template.checkpoint.best_model_path
+    assert list(first.history) != list(second.history)
+    assert "fold0" in first.checkpoint.best_model_path
+
+    fit(tmp_path / "own", Keeper(), template)
+    assert "own" in template.checkpoint.best_model_path
+    assert len(first.history) == len(second.history) == len(template.history) == 2
+    assert "fold0" in first.checkpoint.best_model_path
+
+
+def test_a_rule_that_cannot_be_pickled_keeps_its_candidates(tmp_path: Path) -> None:
+    rule = HessianCheckpoint(lambda record: -record.spectrum.lambda_max)
+    hesd = HessianSpectrumCallback(checkpoint=rule, steps=3, on_error="raise")
+    fit(tmp_path, Keeper([hesd]), hesd)
+    copied = pickle.loads(pickle.dumps(hesd))  # noqa: S301 - its own
+    assert copied.checkpoint.best_model_path == rule.best_model_path
+    assert copied.checkpoint.rule_name == rule.rule_name
+    assert copied.checkpoint.state_key == rule.state_key
