@@ -277,6 +277,18 @@ def test_a_kink_at_the_weights_is_no_wrong_gradient(scale, dtype):
     assert all(torch.equal(p, then) for p, then in zip(module.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_jump_at_the_weights_is_not_verified_beside_them(dtype):
+    """The Householder map of PyTorch multiplies by the diagonal of its weights, which is ±1, cut to integers."""
+    torch.manual_seed(1)
+    layer = torch.nn.utils.parametrizations.orthogonal(nn.Linear(4, 4), orthogonal_map="householder")
+    module = nn.Sequential(layer, nn.Tanh(), nn.Linear(4, 2)).to(dtype)
+    batch = (torch.randn(10, 4, dtype=dtype), torch.randn(10, 2, dtype=dtype))
+    spectrum = hessian_spectrum(module, [batch], error, steps=20)
+    assert spectrum.verified != "yes"
+    assert not spectrum.type_certain
+
+
 def test_the_second_derivative_of_prelu_at_zero_is_symmetric():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, 8), nn.PReLU(8), nn.Linear(8, 3))
