@@ -31,6 +31,7 @@ from lightning_hesd.spectra.assessment import assess_generalization
 from lightning_hesd.spectra.selection import LOSS_TOLERANCE
 from lightning_hesd.spectra.spectrum import Spectrum
 from lightning_hesd.training._lightning import is_first_process
+from lightning_hesd.training.modes import AnalysisMode
 from lightning_hesd.training.namespaces import FABRIC, PYTORCH, lightning_types
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ NOT_OF_THE_COMMAND_LINE: set[str | int] = {
     *("module", "batches", "loss_fn", "batch_weight", "matrix", "output_fn", "output_loss", "parameters"),
     *("dtype", "preconditioner"),
 }
+MODE = "Mode of the module, as for HessianSpectrumCallback; 'auto' goes on with what the run chose."
 SEPARATE = {"model": "model_args", "data": "data_args", "generalization": "generalization_args"}
 
 
@@ -96,7 +98,8 @@ def _parser() -> OneLineParser:
     sub.add_argument(
         "--out", type=Path, default=Path("hesd"), help="Folder of the results; an interrupted run goes on."
     )
-    sub.add_function_arguments(hessian_spectrum, "analysis", skip=NOT_OF_THE_COMMAND_LINE)
+    sub.add_function_arguments(hessian_spectrum, "analysis", skip={*NOT_OF_THE_COMMAND_LINE, "mode"})
+    sub.add_argument("--analysis.mode", type=AnalysisMode, default="auto", help=MODE)
     commands.add_subcommand("analyze", sub, help="analyse checkpoints")
 
     sub = OneLineParser(description="Assess generalization (Gabdullin 2025, Fig. 10).")
@@ -119,7 +122,8 @@ def _parser() -> OneLineParser:
         description="Ask how many samples are enough at the weights of checkpoints; those analysed are the pilot."
     )
     _add_project(sub)
-    sub.add_function_arguments(recommend_sample_size, skip={"module", "batches", "loss_fn"})
+    sub.add_function_arguments(recommend_sample_size, skip={"module", "batches", "loss_fn", "mode"})
+    sub.add_argument("--mode", type=AnalysisMode, default="auto", help=MODE)
     commands.add_subcommand("sample-size", sub, help="ask how many samples are enough")
 
     sub = OneLineParser(description="Estimate what one analysis will cost: time, memory and communication.")
@@ -220,10 +224,11 @@ def ask_sample_size(config: Namespace) -> None:
     """Print how many samples are enough at each checkpoint, and why."""
     project = _project(config)
     stability = Stability(config.tolerance, config.loss_tolerance)
-    options = pilot_options(**{name: config[name] for name in inspect.signature(pilot_options).parameters})
+    names = [name for name in inspect.signature(pilot_options).parameters if name != "mode"]
+    options = pilot_options(**{name: config[name] for name in names}, mode="eval")  # which the mode replaces
     for path in _checkpoints(config.checkpoints).values():
         with _without_advice():
-            found = sample_size(project, path, stability, options)
+            found = sample_size(project, path, stability, options, config.mode)
         print(f"{path}: {found}", flush=True)
 
 
@@ -312,9 +317,10 @@ def _analysis(config: Namespace) -> PosthocAnalysis:
         generalization = Blueprint(generalization, config.generalization_args)
     return PosthocAnalysis(
         replace(_project(config), devices=config.devices, num_nodes=config.num_nodes, strategy=config.strategy),
-        analysis_options(**config.analysis.as_dict()),
+        analysis_options(**{key: value for key, value in config.analysis.as_dict().items() if key != "mode"}),
         generalization,
         config.through_optimizer,
+        config.analysis.mode,
     )
 
 

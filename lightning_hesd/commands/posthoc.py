@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_hesd.landscape.sample_size import SampleSize, Stability
     from lightning_hesd.numerics.options import AnalysisOptions
     from lightning_hesd.training.history import SpectrumRecord
+    from lightning_hesd.training.modes import AnalysisMode
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,14 @@ class PosthocAnalysis:
         generalization: "val" or "test" for other data of the same data module, or a data module of its own, whose
             training data are taken; None: no generalization data.
         through_optimizer: Whether to analyse the Hessian through the optimizer's eyes, too.
+        mode: Mode of the module, as for the callback.
     """
 
     project: Project
     options: AnalysisOptions
     generalization: Literal["val", "test"] | Blueprint | None = None
     through_optimizer: bool = False
+    mode: AnalysisMode = "auto"
 
     def record(self, path: Path) -> SpectrumRecord:
         """Analyse the weights in a checkpoint.
@@ -54,9 +57,9 @@ class PosthocAnalysis:
     def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Checkpoint) -> SpectrumRecord:
         other = self._generalization_loader(trainer)
         recorder = Recorder(
-            self.project.training_analyzer(self.options, checkpoint),
+            self.project.training_analyzer(self.options, checkpoint, self.mode),
             # Drawn anew, for these may not be the data of the run.
-            None if other is None else self.project.analyzer(self.options, checkpoint, other),
+            None if other is None else self.project.analyzer(self.options, checkpoint, self.mode, other),
             preconditioner="optimizer" if self.through_optimizer else None,
         )
         if self.through_optimizer:
@@ -78,7 +81,9 @@ class PosthocAnalysis:
         return data.val_dataloader() if wanted == "val" else data.test_dataloader()
 
 
-def sample_size(project: Project, path: Path, stability: Stability, options: AnalysisOptions) -> SampleSize:
+def sample_size(
+    project: Project, path: Path, stability: Stability, options: AnalysisOptions, mode: AnalysisMode
+) -> SampleSize:
     """Find how many samples are enough at the weights in a checkpoint.
 
     Raises:
@@ -89,7 +94,7 @@ def sample_size(project: Project, path: Path, stability: Stability, options: Ana
     """
 
     def work(trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Checkpoint) -> SampleSize:
-        return project.training_analyzer(options, checkpoint).sample_size(trainer, pl_module, stability)
+        return project.training_analyzer(options, checkpoint, mode).sample_size(trainer, pl_module, stability)
 
     return project.at(path, work)[0]
 

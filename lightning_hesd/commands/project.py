@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from lightning_hesd.numerics.evaluation import LossFunction
     from lightning_hesd.numerics.options import AnalysisOptions
+    from lightning_hesd.training.modes import AnalysisMode
 
 DEFAULT_NUM_SAMPLES: int = inspect.signature(HessianSpectrumCallback).parameters["num_samples"].default
 
@@ -202,20 +203,25 @@ class Project:
         trainer.fit(module, datamodule=data)
         return found[0], checkpoint  # `fit` either starts or raises
 
-    def training_analyzer(self, options: AnalysisOptions, checkpoint: Checkpoint) -> TrainerAnalyzer:
+    def training_analyzer(
+        self, options: AnalysisOptions, checkpoint: Checkpoint, mode: AnalysisMode
+    ) -> TrainerAnalyzer:
         """Return what analyses the training data: on the samples of the run, unless others are wanted."""
         drawn = self._drawn(checkpoint)
-        analyzer = self.analyzer(options, checkpoint)
+        analyzer = self.analyzer(options, checkpoint, mode)
         if drawn:
             analyzer.load_state_dict(drawn)
         return analyzer
 
-    def analyzer(self, options: AnalysisOptions, checkpoint: Checkpoint, dataloader: Any = None) -> TrainerAnalyzer:
+    def analyzer(
+        self, options: AnalysisOptions, checkpoint: Checkpoint, mode: AnalysisMode, dataloader: Any = None
+    ) -> TrainerAnalyzer:
         """Return what analyses samples drawn anew, as many as in the run, unless another number is wanted.
 
         Args:
             options: As for `hessian_spectrum`.
             checkpoint: The checkpoint.
+            mode: Mode of the module, as for the callback.
             dataloader: Whose samples; None: the training data's.
         """
         drawn = self._drawn(checkpoint)
@@ -225,6 +231,7 @@ class Project:
             batch_size=self.batch_size,
             dataloader=dataloader,
             loss_fn=self.loss_fn,
+            mode=mode,
         )
 
     def _drawn(self, checkpoint: Checkpoint) -> dict[str, Any] | None:

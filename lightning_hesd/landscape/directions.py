@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lightning_hesd.landscape.samples import SampleLoss
-    from lightning_hesd.numerics.guards import Mode
+    from lightning_hesd.numerics.modes import Mode
 
     Array = NDArray[np.float64]
 

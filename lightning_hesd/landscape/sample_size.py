@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from lightning_hesd.landscape.samples import SampleLoss
     from lightning_hesd.numerics.batches import WeightedBatch
-    from lightning_hesd.numerics.guards import Mode
+    from lightning_hesd.numerics.modes import Mode
     from lightning_hesd.numerics.options import AnalysisOptions
     from lightning_hesd.spectra.spectrum import Spectrum
 

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lightning_hesd.numerics.batches import WeightedBatch
-    from lightning_hesd.numerics.guards import Mode
+    from lightning_hesd.numerics.modes import Mode, ModuleModes
 
     SampleLoss = Callable[[Any, Any], Tensor]
     """loss_fn(module, batch) -> losses of the samples, shape (batch,), or their mean, a scalar."""
 
 
 def per_sample_losses(
-    module: nn.Module, batches: Iterable[Any], loss_fn: SampleLoss, *, mode: Mode = "eval"
+    module: nn.Module, batches: Iterable[Any], loss_fn: SampleLoss, *, mode: Mode | ModuleModes = "eval"
 ) -> NDArray[np.float64]:
     """Return the loss of every sample, shape (N,), in the order of the batches, in one pass without gradients.
 

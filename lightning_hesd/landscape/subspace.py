@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 
     from lightning_hesd.landscape.samples import SampleLoss
     from lightning_hesd.numerics.batches import WeightedBatch
-    from lightning_hesd.numerics.guards import Mode
     from lightning_hesd.numerics.isolation import Isolation
+    from lightning_hesd.numerics.modes import Mode
 
     Array = NDArray[np.float64]
 

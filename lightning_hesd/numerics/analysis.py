@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from lightning_hesd.numerics.batches import WeightedBatch
     from lightning_hesd.numerics.evaluation import LossFunction
-    from lightning_hesd.numerics.guards import Mode
     from lightning_hesd.numerics.layers import Layers
+    from lightning_hesd.numerics.modes import Mode
     from lightning_hesd.numerics.options import Probe
     from lightning_hesd.spectra.spectrum import Spectrum
 

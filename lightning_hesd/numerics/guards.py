@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,17 +12,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_hesd.numerics.hooks import no_hooks_in_backward
 from lightning_hesd.numerics.isolation import Isolation
+from lightning_hesd.numerics.modes import set_mode
 from lightning_hesd.numerics.snapshot import Snapshot, restored
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-Mode = Literal["eval", "train", "keep"]
+    from lightning_hesd.numerics.modes import Mode, ModuleModes
 
 
 @contextlib.contextmanager
 def analysis_state(
-    module: nn.Module, mode: Mode = "eval", analysed: Sequence[nn.Parameter] = (), others: Sequence[object] = ()
+    module: nn.Module,
+    mode: Mode | ModuleModes = "eval",
+    analysed: Sequence[nn.Parameter] = (),
+    others: Sequence[object] = (),
 ) -> Iterator[Isolation]:
     """Bring `module` and PyTorch into the state for exact second derivatives; put everything back on leaving.
 
@@ -61,8 +65,7 @@ def analysis_state(
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         if any(isinstance(m, nn.RNNBase) for m in module.modules()):
             stack.enter_context(_without_cudnn())
-        if mode != "keep":
-            module.train(mode == "train")
+        set_mode(module, mode)
         _check_norms(module)
         yield isolation
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from lightning_hesd.numerics.modes import ModuleModes
 from lightning_hesd.numerics.portable import Portable
 from lightning_hesd.spectra.checks import check_count
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from lightning_hesd.numerics.guards import Mode
+    from lightning_hesd.numerics.modes import Mode
 
 Probe = Literal["gaussian", "rademacher"]
 
@@ -38,7 +39,7 @@ class AnalysisOptions:
     parameters: Callable[[str, nn.Parameter], bool] | None
     include_frozen: bool
     strategy: Literal["auto", "graph", "recompute", "finite_difference"]
-    mode: Mode
+    mode: Mode | ModuleModes
     probe: Probe
     dtype: torch.dtype | None
     basis: Literal["auto", "device", "cpu", "none"]
@@ -66,7 +67,8 @@ class AnalysisOptions:
         if self.dtype not in (None, torch.float32, torch.float64):
             msg = f"`dtype` must be torch.float32, torch.float64 or None, got {self.dtype!r}."
             raise ValueError(msg)
-        _check_choice("mode", self.mode, ("eval", "train", "keep"))
+        if not isinstance(self.mode, ModuleModes):
+            _check_choice("mode", self.mode, ("eval", "train", "keep"))
         _check_choice("probe", self.probe, ("gaussian", "rademacher"))
         _check_choice("strategy", self.strategy, ("auto", "graph", "recompute", "finite_difference"), ("linearize",))
         _check_choice("matrix", self.matrix, ("hessian", "ggn", "residual"))

@@ -20,6 +20,7 @@ from lightning_hesd.numerics.guards import analysis_state
 from lightning_hesd.numerics.layers import Layers, blocks
 from lightning_hesd.numerics.layout import Layout
 from lightning_hesd.numerics.memory import MemoryPlan, plan_memory
+from lightning_hesd.numerics.modes import name_of_mode
 from lightning_hesd.numerics.operators import CurvatureOperator, prepare_differences
 from lightning_hesd.numerics.parameters import inverse_root, select_parameters, vector_dtype
 from lightning_hesd.numerics.sample_mean import SampleMean
@@ -130,7 +131,7 @@ def _refused(
         matrix=options.matrix,
         probe=options.probe,
         seed=options.seed,
-        mode=options.mode,
+        mode=name_of_mode(options.mode),
         confidence=options.confidence,
         tolerance=options.tolerance,
         reason=str(error),

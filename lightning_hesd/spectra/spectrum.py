@@ -87,7 +87,8 @@ class Spectrum:
         matrix: Which curvature matrix ("hessian", "ggn", "residual", or "preconditioned" and one of these).
         probe: Distribution of the start vectors ("gaussian": uniform on the sphere, or "rademacher").
         seed: Seed of the start vectors.
-        mode: Module mode during the analysis ("eval", "train" or "keep").
+        mode: Module mode during the analysis ("eval", "train", "keep", or "deterministic": training mode without
+            dropout and without statistics of the batch).
         strategy: How the products were computed ("graph", "recompute" or "finite_difference").
         strategy_reason: Why this strategy.
         basis: Where the Krylov basis was kept ("device", "cpu" or "none").
@@ -124,7 +125,7 @@ class Spectrum:
     matrix: str = "hessian"
     probe: Literal["gaussian", "rademacher"] = "gaussian"
     seed: int = 0
-    mode: Literal["eval", "train", "keep"] = "eval"
+    mode: Literal["eval", "deterministic", "train", "keep"] = "eval"
     strategy: str = "graph"
     strategy_reason: str = ""
     basis: Literal["device", "cpu", "none"] = "device"
@@ -164,9 +165,10 @@ class Spectrum:
             return f"no spectrum: {self.reason}"
         low, high = self.c_t_interval
         sampling = "" if self.c_t_sampling_error is None else f" ± {self.c_t_sampling_error:.2g} (sampling)"
+        mode = "" if self.mode == "eval" else f" in mode {self.mode!r}"
         return (
             f"C_t = {self.c_t:.4g} [{low:.4g}, {high:.4g}]{sampling}, type {self.hesd_type}, largest eigenvalue "
-            f"{self.lambda_max:.4g}, loss {self.loss:.4g} ({self.num_samples} samples, {self.matvecs} products, "
+            f"{self.lambda_max:.4g}, loss {self.loss:.4g}{mode} ({self.num_samples} samples, {self.matvecs} products, "
             f"{self.seconds:.1f} s){'' if self.verified == 'yes' else f'; not verified: {self.verification}'}"
         )
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from lightning_hesd.landscape.sample_size import find_sample_size
+from lightning_hesd.numerics.modes import name_of_mode
 from lightning_hesd.numerics.pipeline import analyze, analyze_layers
 from lightning_hesd.numerics.portable import LeftOut, Portable
 from lightning_hesd.numerics.retry import retried
@@ -28,6 +29,7 @@ from lightning_hesd.training.data import (
 from lightning_hesd.training.epochs import PlannedBatch, plain_key
 from lightning_hesd.training.isolation import Isolation
 from lightning_hesd.training.loss import make_loss_fn
+from lightning_hesd.training.modes import AnalyzedLoss, LossMode
 from lightning_hesd.training.surroundings import DisturbedTrainingError, some_of
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.pipeline import Report
     from lightning_hesd.spectra.spectrum import Spectrum
     from lightning_hesd.training.isolation import Evaluating
+    from lightning_hesd.training.modes import AnalysisMode
 
 Result = TypeVar("Result")
 
@@ -83,6 +86,9 @@ class TrainerAnalyzer:
 
     With `num_samples="auto"` samples are added, to those there are, until the sampling error of C_t is within
     `tolerance`; once added they stay.
+
+    Attributes:
+        mode: The mode in which the loss is analysed; analyzers of one run share it.
     """
 
     def __init__(
@@ -93,7 +99,9 @@ class TrainerAnalyzer:
         batch_size: int | None,
         dataloader: Any,
         loss_fn: LossFunction | None,
+        mode: AnalysisMode = "auto",
     ) -> None:
+        self.mode = LossMode(mode)
         self._grows = num_samples == "auto"
         self._options = replace(options, sampling_error=True) if self._grows else options
         self._num_samples = FIRST_SAMPLES if num_samples == "auto" else num_samples
@@ -128,6 +136,7 @@ class TrainerAnalyzer:
             "lengths": [len(batch.keys) for batch in batches],
             "positions": [batch.position for batch in batches],
             "num_samples": self._num_samples,
+            "mode": self.mode.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -137,6 +146,7 @@ class TrainerAnalyzer:
             ValueError: If it does not say which.
         """
         check_samples(state)
+        self.mode.load_state_dict(state.get("mode"))
         if self._grows:
             self._num_samples = state["num_samples"]
         self._resumed = None
@@ -152,9 +162,10 @@ class TrainerAnalyzer:
                 for length, position in zip(state["lengths"], state["positions"], strict=True)
             )
 
-    def restart(self) -> None:
+    def restart(self, trainer: pl.Trainer) -> None:
         """Begin with a run: let go of the samples of the last one, and of what its analyses changed."""
         self.release()
+        self.mode.restart(trainer)
         self._isolation = Isolation()
 
     def release(self) -> None:
@@ -260,16 +271,21 @@ class TrainerAnalyzer:
         all_reduce = None if _lightning.is_sharded(trainer) else _lightning.make_all_reduce(trainer)
         samples = self.draw(trainer)
         with self._isolation.around(trainer, pl_module) as evaluating:
-            loss_fn = make_loss_fn(trainer, self._loss_fn, evaluating)
-            options = replace(
-                options,
-                output_fn=_within(evaluating, options.output_fn),
-                output_loss=_within(evaluating, options.output_loss),
-            )
             with preserved(pl_module):  # its transfer hooks may leave traces, as `training_step` may
                 transfer = partial(self._transfer, trainer, pl_module, samples.batches, evaluating)
                 batches = _lightning.together(trainer, transfer)
-            calibration = self._calibrations[work is analyze, options.matrix, options.preconditioner is not None]
+            make_loss = partial(make_loss_fn, trainer, self._loss_fn)
+            loss = AnalyzedLoss(trainer, pl_module, batches, make_loss, options, evaluating)
+            setting = self.mode.settle(loss)
+            loss_fn = make_loss(setting.evaluating)
+            options = replace(
+                options,
+                mode=setting.mode,
+                output_fn=_within(setting.evaluating, options.output_fn),
+                output_loss=_within(setting.evaluating, options.output_loss),
+            )
+            kind = work is analyze, options.matrix, options.preconditioner is not None, name_of_mode(setting.mode)
+            calibration = self._calibrations[kind]
 
             def analysis(options: AnalysisOptions, reason: str | None) -> Result:
                 with _lightning.opened_layout(trainer, pl_module) as layout:

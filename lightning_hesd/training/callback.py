@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from lightning_hesd.spectra.selection import Choice
     from lightning_hesd.training.gradient_monitor import GradientStatistics
     from lightning_hesd.training.history import OnError
+    from lightning_hesd.training.modes import AnalysisMode
     from lightning_hesd.training.recorder import Preconditioning
 
 
@@ -67,6 +68,12 @@ class HessianSpectrumCallback(SpectrumSource):
             assess generalization by comparison (`assess_generalization`); its ΔK_H05 needs fixed steps, hence no
             `tolerance`. "val": the validation data. The metrics of this spectrum begin with `hesd_gen/`.
         loss_fn: `loss_fn(module, batch)` -> mean loss; default: the module's `training_step`, its logging muted.
+        mode: Mode of the module in which the loss is analysed. "eval": evaluation mode, as the module's own
+            `on_validation_model_eval` sets it. "deterministic": training mode without dropout and without statistics of
+            the batch. "train": training mode. "keep": the mode each module is in. "auto" compares loss and gradient in
+            the first two at the first analysis of a run: where they agree, as for most modules, it takes "eval"; where
+            they do not, or there is no loss in evaluation mode, "deterministic", unless that is random still. It says
+            once where they differ.
         layers: Also analyse layers by themselves, as `layer_spectra` does: "auto" for every functional block, names,
             patterns or classes of modules, or a function. Their metrics begin with `hesd/layer/`.
         decompose: Also analyse the two parts of the Hessian, the Gauss-Newton matrix, from which the outliers come, and
@@ -90,7 +97,7 @@ class HessianSpectrumCallback(SpectrumSource):
         verbose: Print a line after each analysis, and at the end of `fit`, also an interrupted one, a table of them
             with what the rules pick.
         name: Prefix of metrics and state, and name of the folder of spectra; two callbacks in one Trainer need two.
-        **analysis: Options of `hessian_spectrum`: steps, probes, seed, mode, ...
+        **analysis: Options of `hessian_spectrum`: steps, probes, seed, tolerance, ...
 
     A library may train with a deep copy of this callback. Each copy begins a history of its own when it trains;
     the callback that it was copied from shows the same records and picks (`history`, `checkpoint.best_model_path`, ...)
@@ -127,6 +134,7 @@ class HessianSpectrumCallback(SpectrumSource):
         dataloader: DataLoader | Iterable[Any] | None = None,  # type: ignore[type-arg]
         generalization_dataloader: DataLoader | Iterable[Any] | Literal["val"] | None = None,  # type: ignore[type-arg]
         loss_fn: LossFunction | None = None,
+        mode: AnalysisMode = "auto",
         layers: Layers | None = None,
         decompose: bool = False,
         checkpoint: Literal["highest_c_t", "lowest_max_eigenvalue"] | HessianCheckpoint | None = None,
@@ -170,7 +178,7 @@ class HessianSpectrumCallback(SpectrumSource):
         self._is_restored = False
         self.budget = Budget(max_overhead)
         decomposition = _options_of_the_parts(analysis) if decompose else None
-        self.options = analysis_options(**analysis)
+        self.options = analysis_options(**analysis, mode=mode if mode in {"train", "keep"} else "eval")
         if num_samples == "auto" and not isinstance(self.options.tolerance, float):
             msg = (
                 "`num_samples='auto'` needs a number for `tolerance`, the relative accuracy of C_t to aim at, got "
@@ -180,7 +188,7 @@ class HessianSpectrumCallback(SpectrumSource):
         if preconditioner != "optimizer":
             analysis_options(**analysis, preconditioner=preconditioner)  # checks it
         analyzer = partial(
-            TrainerAnalyzer, self.options, num_samples=num_samples, batch_size=batch_size, loss_fn=loss_fn
+            TrainerAnalyzer, self.options, num_samples=num_samples, batch_size=batch_size, loss_fn=loss_fn, mode=mode
         )
         self._recorder = Recorder(
             analyzer(dataloader=dataloader),
@@ -288,8 +296,9 @@ class HessianSpectrumCallback(SpectrumSource):
         if self._monitor is not None:
             self._monitor.after_backward(trainer)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_args: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_args: Any) -> None:
         """Analyse after this optimizer step if it is scheduled."""
+        self._recorder.mode.report(trainer, outputs)
         step = trainer.global_step
         is_new = not self.history or self.history[-1].global_step != step  # not every batch ends with a step
         if is_new and self.schedule.includes_step(step) and self._is_affordable(trainer):
@@ -367,7 +376,8 @@ class HessianSpectrumCallback(SpectrumSource):
         if self.verbose:
             by_step = self.schedule.every_n_train_steps is not None
             with self._survived("cannot print what was found"):
-                terminal.say(trainer, *analysis_lines(self.history[-1], self.name, by_step=by_step))
+                first = [f"{self.name}: {words}" for words in self._recorder.mode.news()]
+                terminal.say(trainer, *first, *analysis_lines(self.history[-1], self.name, by_step=by_step))
 
     def _sum_up(self, trainer: pl.Trainer) -> None:
         """Print the table of all analyses, once in a fit and if asked for."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.layers import Layers
     from lightning_hesd.spectra.spectrum import Spectrum
     from lightning_hesd.training.analyzer import TrainerAnalyzer
+    from lightning_hesd.training.modes import LossMode
 
 Preconditioning = Literal["optimizer"] | Mapping[str, Tensor] | None
 
@@ -58,6 +59,7 @@ class Recorder:
         """
         self._analyzers = {"training": training}
         if generalization is not None:
+            generalization.mode = training.mode  # or the two could not be compared
             self._analyzers["generalization"] = generalization
         self._preconditioner = preconditioner
         self._layers = layers
@@ -77,7 +79,7 @@ class Recorder:
     def start(self, trainer: pl.Trainer, attempt: Attempt) -> None:
         """Begin with a run: let go of the samples of the last one, and look at the optimizers of this one."""
         for analyzer in self._analyzers.values():
-            analyzer.restart()
+            analyzer.restart(trainer)
         self._readable = False
         with attempt("there will be no spectra through the optimizer's eyes"):
             if self._preconditioner is not None:
@@ -85,6 +87,11 @@ class Recorder:
             if self._preconditioner == "optimizer":
                 check_readable(trainer.optimizers)
             self._readable = True
+
+    @property
+    def mode(self) -> LossMode:
+        """The mode in which the loss is analysed."""
+        return self._analyzers["training"].mode
 
     def draw(self, trainer: pl.Trainer) -> None:
         """Draw all samples."""

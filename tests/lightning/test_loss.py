@@ -66,9 +66,9 @@ def test_the_forms_of_a_loss(output: Any, tmp_path: Path) -> None:
 )
 def test_no_loss(output: Any, error: type[Exception], message: str, tmp_path: Path) -> None:
     with pytest.raises(error, match=message):
-        fit(tmp_path, callback(), module=Returns(output))
+        fit(tmp_path, callback(mode="eval"), module=Returns(output))
 
-    observer = callback(on_error="warn")
+    observer = callback(on_error="warn", mode="eval")
     with pytest.warns(RuntimeWarning, match=message):
         trainer = fit(tmp_path, observer, module=Returns(output))
     assert trainer.global_step == 10

@@ -53,7 +53,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"seed": -1}, "`seed` must be a non-negative integer, got -1"),
     ({"confidence": 1}, "`confidence` must lie between 0 and 1, got 1"),
     ({"dtype": torch.float16}, "`dtype` must be torch.float32, torch.float64 or None, got torch.float16"),
-    ({"mode": "test"}, "`mode` must be 'eval' or 'train' or 'keep', got 'test'"),
+    ({"mode": "test"}, "`mode` must be 'auto' or 'eval' or 'deterministic' or 'train' or 'keep', got 'test'"),
     ({"probe": "uniform"}, "`probe` must be 'gaussian' or 'rademacher', got 'uniform'"),
     ({"strategy": "fast"}, "`strategy` must be 'auto' or 'graph' or 'recompute' or 'finite_difference', got 'fast'"),
     ({"strategy": "linearize"}, "`strategy='linearize'` is not available in this version: use 'auto'"),

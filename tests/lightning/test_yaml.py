@@ -160,7 +160,10 @@ UNREADABLE: list[tuple[dict[str, Any], str]] = [
     (spectra_config(step=5), "Option 'step' is not accepted"),
     (spectra_config(steps="many"), r'key "steps":\s+Expected a <class \'int\'>'),
     (spectra_config(at_start=3), r'key "at_start":\s+Expected a <class \'bool\'>'),
-    (spectra_config(mode="test"), r"key \"mode\":\s+Expected a typing.Literal\['eval', 'train', 'keep'\]"),
+    (
+        spectra_config(mode="test"),
+        r"key \"mode\":\s+Expected a typing.Literal\['auto', 'eval', 'deterministic', 'train', 'keep'\]",
+    ),
     (spectra_config(loss_fn="nowhere.loss"), 'key "loss_fn":(.|\n)*nowhere.loss'),
     (spectra_config(dataloader="val"), r"key \"dataloader\":(.|\n)*Given value: val"),
     (spectra_config(generalization_dataloader="test"), r"key \"generalization_dataloader\":(.|\n)*Literal\['val'\]"),
