@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lightning_hesd.numerics.layout import Layout
 from lightning_hesd.numerics.sample_mean import AnotherProcessFailedError
@@ -193,6 +193,61 @@ def transfer_batch(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: An
     batch = trainer.precision_plugin.convert_input(batch)
     batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)  # noqa: SLF001
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def watch_batches(trainer: pl.Trainer, see: Callable[[Any, int], None]) -> Callable[[], None]:
+    """Let a function see each training batch, and its index, as `training_step` gets it: after all other hooks.
+
+    Args:
+        trainer: The trainer.
+        see: The function.
+
+    Returns:
+        A function that ends it.
+    """
+    strategy: Any = trainer.strategy
+    name = "on_train_batch_start"  # the strategy's is the last one
+    watched = vars(strategy).get(name)
+    if not isinstance(watched, _WatchedHook):
+        strategy.on_train_batch_start = watched = _WatchedHook(watched, strategy)
+    watched.watchers.append(see)
+
+    def end() -> None:
+        watched.watchers.remove(see)
+        if not watched.watchers and vars(strategy).get(name) is watched:
+            if watched.own is None:
+                del strategy.on_train_batch_start
+            else:
+                strategy.on_train_batch_start = watched.own
+
+    return end
+
+
+class _WatchedHook:
+    """A strategy's hook, after which others may look at the batch.
+
+    Attributes:
+        own: The hook in the strategy's own attributes; None if it is that of the class.
+        watchers: The functions that look.
+    """
+
+    def __init__(self, own: Any, strategy: Any) -> None:
+        self.own = own
+        self.watchers: list[Callable[[Any, int], None]] = []
+        self._strategy = strategy
+
+    def __call__(self, batch: Any, batch_idx: int) -> Any:
+        hook = self.own or type(self._strategy).on_train_batch_start.__get__(self._strategy)
+        result = hook(batch, batch_idx)
+        for see in list(self.watchers):
+            see(batch, batch_idx)
+        return result
+
+
+def combined_like_training(trainer: pl.Trainer, loaders: Any) -> CombinedLoader:
+    """Return one loader that combines several as training does."""
+    combined = trainer.fit_loop._combined_loader  # noqa: SLF001
+    return CombinedLoader(loaders, "max_size_cycle" if combined is None else combined._mode)  # noqa: SLF001
 
 
 def validation_loaders(trainer: pl.Trainer) -> Any:

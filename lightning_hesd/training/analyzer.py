@@ -19,6 +19,7 @@ from lightning_hesd.numerics.snapshot import preserved, seed_everything
 from lightning_hesd.numerics.strategies import Calibration
 from lightning_hesd.spectra.foreign import at_least, each, misfit, optional
 from lightning_hesd.training import _lightning
+from lightning_hesd.training.copies import NotCopiedError
 from lightning_hesd.training.data import (
     AnalysisSamples,
     Processes,
@@ -28,8 +29,10 @@ from lightning_hesd.training.data import (
 )
 from lightning_hesd.training.epochs import PlannedBatch, plain_key
 from lightning_hesd.training.isolation import Isolation
-from lightning_hesd.training.loss import make_loss_fn
+from lightning_hesd.training.kept import KeptBatches, NoBatchesError
+from lightning_hesd.training.loss import check_gets_batches, make_loss_fn
 from lightning_hesd.training.modes import AnalyzedLoss, LossMode
+from lightning_hesd.training.sources import holds_batches, is_addressable, is_collection, share_data
 from lightning_hesd.training.surroundings import DisturbedTrainingError, some_of
 
 if TYPE_CHECKING:
@@ -100,7 +103,21 @@ class TrainerAnalyzer:
         dataloader: Any,
         loss_fn: LossFunction | None,
         mode: AnalysisMode = "auto",
+        keeps: bool = False,
     ) -> None:
+        """Prepare.
+
+        Args:
+            options: The options of the analyses.
+            num_samples: How many samples, in all processes together.
+            batch_size: Most samples per batch; None: as the loader makes them.
+            dataloader: Whose samples; None: the training data's; "val": the validation data's.
+            loss_fn: The loss; None: that of `training_step`.
+            mode: In which modes of its modules the loss is evaluated.
+            keeps: Whether training follows, whose first batches are kept as samples where its loader is not one of
+                which samples can be drawn; `after_batch` and `after_epoch` are called then. Without it, the loader is
+                read.
+        """
         self.mode = LossMode(mode)
         self._grows = num_samples == "auto"
         self._options = replace(options, sampling_error=True) if self._grows else options
@@ -109,9 +126,12 @@ class TrainerAnalyzer:
         self._dataloader = dataloader
         self._loss_fn = loss_fn
         self._isolation = Isolation()
+        self._keeps = keeps
+        self._kept: KeptBatches | None = None
         self._samples: AnalysisSamples | None = None
         self._drawn: tuple[PlannedBatch, ...] | None = None
         self._resumed: tuple[PlannedBatch, ...] | None = None
+        self._source: Any = None  # the loader of the first draw, which training may replace after an epoch
         self._calibrations: dict[object, Calibration] = defaultdict(Calibration)  # for each kind of analysis
 
     def __getstate__(self) -> dict[str, Any]:
@@ -171,19 +191,105 @@ class TrainerAnalyzer:
     def release(self) -> None:
         """Let go of the samples; they are drawn anew when needed."""
         self._samples = None
+        self._source = None
+        if self._kept is not None:
+            self._kept.finish()
+            self._kept = None
         self._calibrations.clear()
 
-    def draw(self, trainer: pl.Trainer) -> AnalysisSamples:
-        """Draw the samples, or return them if they are there already."""
-        if self._samples is None:
-            self._samples = _lightning.together(trainer, lambda: self._draw(trainer))
+    def prepare(self, trainer: pl.Trainer) -> None:
+        """Draw the samples, or begin to keep those that training will see, unless that is done."""
+        if self._samples is not None or self._kept is not None:
+            return
+        if self._source is None:
+            self._source = _lightning.together(trainer, lambda: self._loader(trainer))
+        may_keep = self._keeps and self._is_training_loader(trainer)
+        if may_keep and not is_addressable(self._source):
+            self._keep(trainer)
+            return
+        try:
+            self._samples = _lightning.together(trainer, lambda: self._draw(trainer, self._source))
+        except Exception as error:
+            if not (may_keep and _lightning.anywhere(trainer, isinstance(error, NotCopiedError))):
+                raise
+            self._keep(trainer)
+        else:
             self._drawn = self._samples.drawn
             self._resumed = None
-        return self._samples
 
-    def _draw(self, trainer: pl.Trainer) -> AnalysisSamples:
+    def _keep(self, trainer: pl.Trainer) -> None:
+        """Begin to keep the first batches of training.
+
+        Raises:
+            MisconfigurationException: If `training_step` fetches its batches itself.
+        """
+        check_gets_batches(trainer.lightning_module)
+        wanted = MOST_SAMPLES if self._grows else self._num_samples
+        self._kept = KeptBatches(trainer, wanted, self._options.batch_weight)
+        self._drawn = self._resumed = None
+        if holds_batches(self._source):
+            _lightning.warn(
+                "Lightning takes each entry of a list of training dataloaders for a loader, and of batches each "
+                "tensor: a step trains on one row of each tensor, and so does the analysis. To train on the batches, "
+                "pass `train_dataloaders=DataLoader(batches, batch_size=None)`."
+            )
+        if trainer.global_step > 0:
+            _lightning.warn(
+                "the samples are the first batches that training sees from now on, because those of before this fit "
+                "cannot be drawn again: spectra before and after are of different samples."
+            )
+
+    def waits(self) -> bool:
+        """Whether there are no samples before training has seen its first batches."""
+        return self._kept is not None
+
+    def after_batch(self) -> None:
+        """Take note that training has done a step with the last batch."""
+        if self._kept is not None:
+            self._kept.trained()
+
+    def after_epoch(self) -> None:
+        """Take note that an epoch of training has ended."""
+        if self._kept is not None:
+            self._kept.epoch_ended()
+
+    def draw(self, trainer: pl.Trainer) -> AnalysisSamples:
+        """Draw the samples, or return them if they are there already.
+
+        Raises:
+            NoBatchesError: If training has not seen any.
+        """
+        self.prepare(trainer)
+        if self._samples is not None:
+            return self._samples
+        kept = cast("KeptBatches", self._kept)
+        batches: list[WeightedBatch] = []
+
+        def count() -> list[float]:
+            batches.extend(kept.batches(self._num_samples))
+            return [float(len(batches)), float(not batches)]
+
+        found, without = _lightning.added_up(trainer, count)
+        if found == 0 or (without and _lightning.is_sharded(trainer)):
+            msg = (
+                f"training has not seen a batch to analyse: samples of {type(self._source).__name__} are its first "
+                "training batches. Pass `dataloader=` to HessianSpectrumCallback, a loader or a list of batches, for "
+                "others."
+            )
+            raise NoBatchesError(msg)
+        samples = AnalysisSamples(tuple(batches), None, transferred=True)
+        if kept.is_complete:
+            self._samples = samples
+        else:
+            self._calibrations.clear()  # of fewer batches
+        return samples
+
+    def _is_training_loader(self, trainer: pl.Trainer) -> bool:
+        return self._dataloader is None or self._dataloader is trainer.train_dataloader
+
+    def _draw(self, trainer: pl.Trainer, loader: Any) -> AnalysisSamples:
         own = self._dataloader is not None
-        loader = self._loader(trainer)
+        is_free = not self._keeps or (own and not share_data(loader, trainer.train_dataloader))
         with self._isolation.reading(trainer, trainer.lightning_module):
             return draw_samples(
                 loader,
@@ -195,11 +301,15 @@ class TrainerAnalyzer:
                 drawn=self._resumed,
                 processes=_processes(trainer),
                 spare=_lightning.is_sharded(trainer),
+                uses_up=is_free and not isinstance(self._dataloader, str),
             )
 
     def _loader(self, trainer: pl.Trainer) -> Any:
         if self._dataloader is None:
-            return training_loader(trainer.train_dataloader)
+            loaders = training_loader(trainer.train_dataloader)
+            # For `draw_samples` a list of batches is one loader, for the Trainer it is several.
+            is_one = self._keeps or not is_collection(loaders)
+            return loaders if is_one else _lightning.combined_like_training(trainer, loaders)
         if isinstance(self._dataloader, LeftOut):
             self._dataloader.refuse()
         if isinstance(self._dataloader, str):
@@ -228,7 +338,8 @@ class TrainerAnalyzer:
             return spectrum
         while self._grows and (factor := _growth(spectrum)) > 1 and self._num_samples < MOST_SAMPLES:
             self._num_samples = min(math.ceil(factor * self._num_samples), MOST_SAMPLES)
-            self.release()
+            self._samples = None
+            self._calibrations.clear()
             before, spectrum = spectrum, self._analyze(trainer, pl_module, report, analyze, options)
             if spectrum.num_samples <= before.num_samples:  # there are no more
                 self._grows = False
@@ -273,7 +384,7 @@ class TrainerAnalyzer:
         with self._isolation.around(trainer, pl_module) as evaluating:
             with preserved(pl_module):  # its transfer hooks may leave traces, as `training_step` may
                 transfer = partial(self._transfer, trainer, pl_module, samples.batches, evaluating)
-                batches = _lightning.together(trainer, transfer)
+                batches = list(samples.batches) if samples.transferred else _lightning.together(trainer, transfer)
             make_loss = partial(make_loss_fn, trainer, self._loss_fn)
             loss = AnalyzedLoss(trainer, pl_module, batches, make_loss, options, evaluating)
             setting = self.mode.settle(loss)

@@ -188,7 +188,13 @@ class HessianSpectrumCallback(SpectrumSource):
         if preconditioner != "optimizer":
             analysis_options(**analysis, preconditioner=preconditioner)  # checks it
         analyzer = partial(
-            TrainerAnalyzer, self.options, num_samples=num_samples, batch_size=batch_size, loss_fn=loss_fn, mode=mode
+            TrainerAnalyzer,
+            self.options,
+            num_samples=num_samples,
+            batch_size=batch_size,
+            loss_fn=loss_fn,
+            mode=mode,
+            keeps=True,
         )
         self._recorder = Recorder(
             analyzer(dataloader=dataloader),
@@ -278,12 +284,18 @@ class HessianSpectrumCallback(SpectrumSource):
             with self._survived("the gradients will not be looked at"):
                 _lightning.check_whole(trainer, "monitor_gradients")
                 self._monitor.attach(trainer, self._survived)
+        # Now rather than at the first analysis, because now the dataset is as it will be when the run is resumed.
+        with self._survived("cannot draw the analysis samples, will try again"):
+            self._recorder.draw(trainer)
         if self.at_start and trainer.global_step == 0:
-            self._analyze(trainer, pl_module, START_EPOCH)
-        else:
-            # Now rather than at the first analysis, because now the dataset is as it will be when the run is resumed.
-            with self._survived("cannot draw the analysis samples, will try again"):
-                self._recorder.draw(trainer)
+            if self._recorder.waits():
+                _lightning.warn(
+                    "the analysis before the first step (`at_start`) is left out: no samples can be drawn from this "
+                    "training dataloader without taking them away from training, so that its first batches are kept "
+                    "as samples. Pass `dataloader=` to HessianSpectrumCallback, a loader or a list of batches."
+                )
+            else:
+                self._analyze(trainer, pl_module, START_EPOCH)
         self.budget.start()
 
     def on_train_epoch_start(self, *_args: Any) -> None:
@@ -299,6 +311,7 @@ class HessianSpectrumCallback(SpectrumSource):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_args: Any) -> None:
         """Analyse after this optimizer step if it is scheduled."""
         self._recorder.mode.report(trainer, outputs)
+        self._recorder.after_batch()
         step = trainer.global_step
         is_new = not self.history or self.history[-1].global_step != step  # not every batch ends with a step
         if is_new and self.schedule.includes_step(step) and self._is_affordable(trainer):
@@ -308,6 +321,7 @@ class HessianSpectrumCallback(SpectrumSource):
         """Analyse after this epoch if it is scheduled."""
         with self._survived("cannot log what happened to the gradients"):
             self._outputs.log_gradients(trainer, pl_module, self._gradients)
+        self._recorder.after_epoch()
         if self.schedule.includes_epoch(trainer.current_epoch) and self._is_affordable(trainer):
             self._analyze(trainer, pl_module, trainer.current_epoch)
 

@@ -48,6 +48,10 @@ _IN_PROCESS = {
 """Attributes of a DataLoader that reads in this process."""
 
 
+class NotCopiedError(MisconfigurationException):
+    """A loader, sampler or stream cannot be copied."""
+
+
 def private_copy(source: Any, dataset: Any = None, *, in_process: bool = True) -> Any:
     """Copy a sampler, a loader or a stream.
 
@@ -59,7 +63,7 @@ def private_copy(source: Any, dataset: Any = None, *, in_process: bool = True) -
         in_process: Whether the DataLoaders in the copy read in this process instead of through workers.
 
     Raises:
-        MisconfigurationException: If it cannot be copied.
+        NotCopiedError: If it cannot be copied.
     """
     if isinstance(source, list | tuple | range):
         return source
@@ -72,7 +76,7 @@ def private_copy(source: Any, dataset: Any = None, *, in_process: bool = True) -
             "original could take them away from training: pass `dataloader=` to HessianSpectrumCallback, another "
             "loader or a list of batches."
         )
-        raise MisconfigurationException(msg) from error
+        raise NotCopiedError(msg) from error
     for loader in plan.loaders:
         attributes = vars(plan.memo[id(loader)])
         attributes.update(_IN_PROCESS if in_process else {"persistent_workers": False})

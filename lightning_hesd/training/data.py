@@ -10,15 +10,14 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import IterableDataset
-
 from lightning_hesd.numerics.batches import WeightedBatch
 from lightning_hesd.numerics.snapshot import preserved, seed_everything
 from lightning_hesd.training._lightning import warn
 from lightning_hesd.training.epochs import EVENNESS_OF_CONTENTS, PlannedBatch, epochs
-from lightning_hesd.training.namespaces import MisconfigurationException, lightning_types
+from lightning_hesd.training.namespaces import MisconfigurationException
 from lightning_hesd.training.positions import spread_positions
-from lightning_hesd.training.reading import CollationError, Reader, is_plain
+from lightning_hesd.training.reading import CollationError, Reader
+from lightning_hesd.training.sources import combined, is_addressable, is_collection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -39,10 +38,12 @@ class AnalysisSamples:
         batches: This process's share, as the collate function made them, not yet on the device; a spare one if it
             would be empty and must not be.
         drawn: The batches of all processes, by the positions of their samples; None where these have none.
+        transferred: Whether the batches are on the device, as training's transfer hooks left them.
     """
 
     batches: tuple[WeightedBatch, ...]
     drawn: tuple[PlannedBatch, ...] | None
+    transferred: bool = False
 
     @property
     def indices(self) -> tuple[Any, ...] | None:
@@ -71,16 +72,15 @@ ALONE = Processes()
 
 
 def training_loader(loaders: Any) -> Any:
-    """Return the one loader the analysis can draw from, given what `trainer.train_dataloader` holds.
+    """Return what `trainer.train_dataloader` holds: a loader, or a collection of them.
 
     Raises:
-        MisconfigurationException: If there is not exactly one.
+        MisconfigurationException: If there is none.
     """
-    if isinstance(loaders, (dict, list, tuple, *lightning_types("utilities.CombinedLoader"))) or loaders is None:
-        kind = "no training dataloader" if loaders is None else f"a {type(loaders).__name__} of dataloaders"
+    if loaders is None:
         msg = (
-            f"the Trainer has {kind}, so it is not clear which samples to analyse: pass `dataloader=` to "
-            "HessianSpectrumCallback, a dataloader whose batches `training_step` (or your `loss_fn`) takes."
+            "the Trainer has no training dataloader, so it is not clear which samples to analyse: pass `dataloader=` "
+            "to HessianSpectrumCallback, a loader or a list of batches that `training_step` (or your `loss_fn`) takes."
         )
         raise MisconfigurationException(msg)
     return loaders
@@ -94,7 +94,7 @@ def validation_loader(loaders: Any) -> Any:
     """
     if isinstance(loaders, list | tuple) and len(loaders) == 1:
         [loaders] = loaders
-    if isinstance(loaders, (dict, list, tuple, *lightning_types("utilities.CombinedLoader"))) or loaders is None:
+    if is_collection(loaders) or loaders is None:
         kind = "no validation dataloader" if loaders is None else f"a {type(loaders).__name__} of them for validation"
         msg = (
             f"the Trainer has {kind}, so `generalization_dataloader='val'` does not say which samples to analyse: pass "
@@ -115,6 +115,7 @@ def draw_samples(
     drawn: Sequence[PlannedBatch] | None = None,
     processes: Processes = ALONE,
     spare: bool = False,
+    uses_up: bool = False,
 ) -> AnalysisSamples:
     """Draw the analysis samples and deal their batches to the processes, one after the other.
 
@@ -122,10 +123,11 @@ def draw_samples(
 
     Where PyTorch's own samplers shuffle or go through the data one by one, the samples are drawn at random from an
     epoch. The batches of other samplers and batch samplers stay as these make them, and are taken from all over the
-    epoch. Streams, and loaders that iterate in a way of their own, give their first batches.
+    epoch. Streams, and loaders that iterate in a way of their own, give their first batches, read from copies.
 
     Args:
-        loader: A DataLoader, or any other iterable of batches.
+        loader: A DataLoader, any other iterable of batches, or a collection of loaders, which are combined as Lightning
+            does it.
         num_samples: How many samples, or all of an epoch if these are fewer; more if only whole batches will do.
         max_batches: Of an epoch, each process trains on so many batches only; None: all.
         batch_size: Most samples per batch; default: the batches as the loader makes them.
@@ -134,18 +136,18 @@ def draw_samples(
         drawn: Draw exactly these batches of a map-style dataset (those of the run that is resumed).
         processes: The processes.
         spare: Whether a process whose share is empty gets the first batch as a spare one.
+        uses_up: Whether a loader that cannot be copied may be iterated itself, which takes its batches away.
 
     Raises:
         MisconfigurationException: If the loader's samples cannot be read without disturbing training.
         ValueError: If there are no samples.
     """
-    if isinstance(loader, dict):
-        training_loader(loader)
+    loader = combined(loader)
     dataset = getattr(loader, "dataset", None)
     with preserved(loader, dataset, tensors=False) as restore:
         seed_everything(seed)
-        reader = Reader(loader, seed, restore, batch_weight)
-        if is_plain(loader) and not isinstance(dataset, IterableDataset) and loader.batch_sampler is not None:
+        reader = Reader(loader, seed, restore, batch_weight, uses_up=uses_up)
+        if is_addressable(loader):
             drawing = _Drawing(reader, num_samples, processes)
             if drawn is not None:
                 _check_known(drawn, dataset)

@@ -45,6 +45,21 @@ def check_loss_source(pl_module: pl.LightningModule, loss_fn: LossFunction | Non
         raise MisconfigurationException(msg)
 
 
+def check_gets_batches(pl_module: pl.LightningModule) -> None:
+    """Check that `training_step` is given batches, which can be kept for an analysis.
+
+    Raises:
+        MisconfigurationException: If it fetches them.
+    """
+    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+        msg = (
+            f"the `training_step` of {type(pl_module).__name__} takes a `dataloader_iter` instead of a batch, and no "
+            "samples can be drawn from the training dataloader: pass `dataloader=` to HessianSpectrumCallback, a "
+            "loader or a list of batches."
+        )
+        raise MisconfigurationException(msg)
+
+
 def make_loss_fn(
     trainer: pl.Trainer, loss_fn: LossFunction | None, evaluating: Callable[[], AbstractContextManager[None]]
 ) -> LossFunction:

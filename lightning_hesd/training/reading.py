@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from lightning_hesd.numerics.batches import copied, count_samples
 from lightning_hesd.numerics.snapshot import preserved, seed_everything
-from lightning_hesd.training.copies import private_copy
-from lightning_hesd.training.namespaces import FABRIC, in_namespaces, lightning_types
+from lightning_hesd.training.copies import NotCopiedError, private_copy
+from lightning_hesd.training.namespaces import FABRIC, in_namespaces
+from lightning_hesd.training.sources import is_combined, is_plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -56,7 +57,13 @@ class Reader:
     """Reads batches of a loader."""
 
     def __init__(
-        self, loader: Any, seed: int, restore: Callable[[], None], batch_weight: Callable[[Any], float] | None
+        self,
+        loader: Any,
+        seed: int,
+        restore: Callable[[], None],
+        batch_weight: Callable[[Any], float] | None,
+        *,
+        uses_up: bool = False,
     ) -> None:
         """Prepare.
 
@@ -65,8 +72,10 @@ class Reader:
             seed: Seed of whatever is random in the dataset.
             restore: Puts the state of the dataset back.
             batch_weight: Weight of a batch; None: its number of samples.
+            uses_up: Whether a loader that cannot be copied may be iterated itself.
         """
         self._loader = loader
+        self._uses_up = uses_up
         self._seed = seed
         self._restore = restore
         self._batch_weight = batch_weight
@@ -87,10 +96,14 @@ class Reader:
             return list(_read(own))
 
         made = self._anyhow(here, through_workers) if items else []
-        return [self._measured(data, len(keys)) for data, (_, keys) in zip(made, items, strict=True)]
+        return [measured(data, len(keys), self._batch_weight) for data, (_, keys) in zip(made, items, strict=True)]
 
     def stream(self, num_samples: int, batch_size: int | None) -> list[ReadBatch]:
-        """Read batches, of so many samples together, from the beginning of what cannot be addressed by position."""
+        """Read batches, of so many samples together, from the beginning of what cannot be addressed by position.
+
+        Raises:
+            NotCopiedError: If the loader cannot be copied, and may not be used up.
+        """
 
         def here() -> list[ReadBatch]:
             taken: list[ReadBatch] = []
@@ -100,11 +113,17 @@ class Reader:
         def through_workers() -> list[ReadBatch]:
             return self._until(num_samples, self._made_by_workers(batch_size), [])
 
-        return self._anyhow(here, through_workers)
+        try:
+            return self._anyhow(here, through_workers)
+        except NotCopiedError:
+            if not self._uses_up:
+                raise
+            self._restore()
+            return self._until(num_samples, ((batch, None) for batch in _read(self._loader)), [])
 
     def _until(self, num_samples: int, made: Iterable[Made], taken: list[ReadBatch]) -> list[ReadBatch]:
         for data, made_from in made:
-            taken.append(self._measured(data, made_from))
+            taken.append(measured(data, made_from, self._batch_weight))
             if sum(batch.size for batch in taken) >= num_samples:
                 break
         return taken
@@ -113,10 +132,8 @@ class Reader:
         """Yield batches, read in this process from copies of what reading uses up."""
         loader = self._loader
         if not is_plain(loader):
-            stream = private_copy(loader, getattr(loader, "dataset", None))
-            if isinstance(loader, lightning_types("utilities.CombinedLoader")):
-                stream = (batch for batch, _, _ in iter(stream))
-            yield from ((batch, None) for batch in stream)
+            copy = private_copy(loader, getattr(loader, "dataset", None))
+            yield from ((batch, None) for batch in _batches(copy, iter(copy)))
         elif not isinstance(loader.dataset, IterableDataset):  # each of the sampler's keys stands for a whole batch
             for key in private_copy(loader.sampler, loader.dataset):
                 yield loader.collate_fn(loader.dataset[key]), _made_from(key)
@@ -175,27 +192,30 @@ class Reader:
             except Exception as again:
                 raise error from again
 
-    def _measured(self, data: Any, made_from: int | None) -> ReadBatch:
-        if data is None:  # Lightning skips it
-            return ReadBatch(data, 0.0, 0.0)
-        if self._batch_weight is None:
-            size, doubt = count_samples(data, made_from)
-            return ReadBatch(data, size, size, doubt)
-        weight = self._batch_weight(data)
-        try:
-            return ReadBatch(data, count_samples(data, made_from)[0], weight)
-        except ValueError:
-            return ReadBatch(data, weight, weight)
+
+def measured(data: Any, made_from: int | None, batch_weight: Callable[[Any], float] | None) -> ReadBatch:
+    """Return a batch with its size and weight.
+
+    Args:
+        data: The batch.
+        made_from: Number of positions or items that it was made from, if known.
+        batch_weight: Weight of a batch; None: its number of samples.
+    """
+    if data is None:  # Lightning skips it
+        return ReadBatch(data, 0.0, 0.0)
+    if batch_weight is None:
+        size, doubt = count_samples(data, made_from)
+        return ReadBatch(data, size, size, doubt)
+    weight = batch_weight(data)
+    try:
+        return ReadBatch(data, count_samples(data, made_from)[0], weight)
+    except ValueError:
+        return ReadBatch(data, weight, weight)
 
 
-def is_plain(loader: Any) -> bool:
-    """Whether a loader iterates as PyTorch's DataLoader does, so that it can be taken apart."""
-    kind: Any = type(loader)
-    return (
-        isinstance(loader, DataLoader)
-        and kind.__iter__ is DataLoader.__iter__
-        and kind._get_iterator is DataLoader._get_iterator  # noqa: SLF001 - some subclasses replace it
-    )
+def _batches(loader: Any, iterator: Iterator[Any]) -> Iterator[Any]:
+    """Return the batches that an iterator over a loader, or over several together, yields."""
+    return (batch for batch, _, _ in iterator) if is_combined(loader) else iterator
 
 
 def _has_own_init(loader: DataLoader[Any]) -> bool:
@@ -210,13 +230,13 @@ def _made_from(key: Any) -> int | None:
 
 
 def _read(loader: Any) -> Iterator[Any]:
-    """Yield the batches of a loader with workers, in memory of this process, and end the workers."""
+    """Yield the batches of a loader with workers, in memory of this process, and end the workers it does not keep."""
     iterator = iter(loader)
     try:
-        yield from map(copied, iterator)
+        yield from map(copied, _batches(loader, iterator))
     finally:
         end = getattr(iterator, "_shutdown_workers", None)
-        if end is not None:
+        if end is not None and getattr(loader, "_iterator", None) is not iterator:
             end()
 
 

@@ -94,9 +94,23 @@ class Recorder:
         return self._analyzers["training"].mode
 
     def draw(self, trainer: pl.Trainer) -> None:
-        """Draw all samples."""
+        """Draw all samples, or begin to keep those that training will see."""
         for analyzer in self._analyzers.values():
-            analyzer.draw(trainer)
+            analyzer.prepare(trainer)
+
+    def waits(self) -> bool:
+        """Whether there are no samples of training data before training has seen its first batches."""
+        return self._analyzers["training"].waits()
+
+    def after_batch(self) -> None:
+        """Take note that training has done a step with the last batch."""
+        for analyzer in self._analyzers.values():
+            analyzer.after_batch()
+
+    def after_epoch(self) -> None:
+        """Take note that an epoch of training has ended."""
+        for analyzer in self._analyzers.values():
+            analyzer.after_epoch()
 
     def release(self) -> None:
         """Let go of the samples."""

@@ -585,9 +585,6 @@ COLLECTIONS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("name", COLLECTIONS)
 def test_a_collection_of_loaders(name: str, tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match=r"not clear which samples to analyse: pass `dataloader=`"):
-        fit(tmp_path, callback(), module=TwoLoaders(), data=COLLECTIONS[name]())
-
     one, both = (
         callback(dataloader=loader(), loss_fn=plain_loss),
         callback(dataloader=CombinedLoader({"a": loader(), "b": loader()}, "min_size"), name="both"),
@@ -612,9 +609,11 @@ def test_an_iterable_of_batches_as_training_data(tmp_path: Path) -> None:
     assert observer.history[1].spectrum.num_samples == 8
 
 
-def test_a_stream_that_cannot_be_copied_warns_and_training_goes_on(tmp_path: Path) -> None:
-    with pytest.warns(RuntimeWarning, match="pass `dataloader=`"):
-        trainer = fit(tmp_path, observer := callback(on_error="warn"), data=loader(GeneratorStream()), max_epochs=1)
+def test_a_stream_shared_with_training_that_cannot_be_copied_warns_and_training_goes_on(tmp_path: Path) -> None:
+    stream = GeneratorStream()
+    observer = callback(on_error="warn", dataloader=loader(stream))
+    with pytest.warns(RuntimeWarning, match="cannot be copied.*pass `dataloader=`"):
+        trainer = fit(tmp_path, observer, data=loader(stream), max_epochs=1)
     assert trainer.global_step == 3, "all twenty samples"
     assert "cannot be copied" in observer.history[0].error
 

@@ -22,7 +22,7 @@ from torch.utils.data import (
 
 from lightning_hesd.training.data import AnalysisSamples, draw_samples
 
-from .modules import NOISES, SIZE, Digits, callback, digits, fit, freeze, global_generators, loader, samples
+from .modules import NOISES, SIZE, Classifier, Digits, callback, digits, fit, freeze, global_generators, loader, samples
 from .test_data import DatasetOfBatches, positions
 
 # Workers --------------------------------------------------------------------------------------------------------------
@@ -234,8 +234,10 @@ def test_a_loader_with_an_iter_of_its_own_is_not_taken_apart(name: str) -> None:
 
 
 def test_the_loss_analysed_is_the_one_trained(tmp_path: Path) -> None:
-    observer = callback(num_samples=SIZE, at_start=True)
-    trainer = fit(tmp_path, observer, data=Scaled(Digits(), batch_size=SIZE), max_epochs=1)
+    observer = callback(num_samples=SIZE)
+    module = Classifier()
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)
+    trainer = fit(tmp_path, observer, module=module, data=Scaled(Digits(), batch_size=SIZE), max_epochs=1)
     assert observer.history[0].spectrum.loss == pytest.approx(float(trainer.callback_metrics["train_loss"]), rel=1e-5)
 
 
