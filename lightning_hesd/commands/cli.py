@@ -23,12 +23,11 @@ from rich.text import Text
 from lightning_hesd.commands.posthoc import PosthocAnalysis, sample_size
 from lightning_hesd.commands.project import Blueprint, CheckpointError, Project, imported
 from lightning_hesd.commands.report import write_report
-from lightning_hesd.commands.results import RESULTS, Results, ResultsError, Row, draw, picked, table_line
+from lightning_hesd.commands.results import RESULTS, Results, ResultsError, Row, candidates, draw, picked, table_line
 from lightning_hesd.landscape.sample_size import Stability, pilot_options, recommend_sample_size
 from lightning_hesd.numerics.analysis import analysis_options, hessian_spectrum
 from lightning_hesd.numerics.cost import Machine, Strategy, Workload, cost_lines, measured_bandwidth
 from lightning_hesd.spectra.assessment import assess_generalization
-from lightning_hesd.spectra.selection import LOSS_TOLERANCE
 from lightning_hesd.spectra.spectrum import Spectrum
 from lightning_hesd.training._lightning import is_first_process
 from lightning_hesd.training.modes import AnalysisMode
@@ -94,7 +93,11 @@ def _parser() -> OneLineParser:
     sub.add_argument("--generalization", type=str | None, help="'val' or 'test' data of --data, or a data module.")
     sub.add_argument("--generalization_args", type=dict[str, Any], default={}, help="Arguments of that data module.")
     sub.add_argument("--through_optimizer", type=bool, default=False, help="Also analyse D^(-1/2) H D^(-1/2).")
-    sub.add_argument("--tolerance_of_loss", type=float, default=LOSS_TOLERANCE, help="For the picks of both rules.")
+    sub.add_argument(
+        "--tolerance_of_loss",
+        type=float | None,
+        help="Candidates of both rules have a loss within this of the lowest; default: 5 % of its drop.",
+    )
     sub.add_argument(
         "--out", type=Path, default=Path("hesd"), help="Folder of the results; an interrupted run goes on."
     )
@@ -287,7 +290,8 @@ def analyze(config: Namespace) -> None:
     if not writes:
         return
     picks = picked(rows, config.tolerance_of_loss)
-    lines = [table_line(row, picks) for row in rows]
+    among = candidates(rows, config.tolerance_of_loss)
+    lines = [table_line(row, picks, among) for row in rows]
     store.finish(lines)
     _print_table(lines)
     print(f"Spectra, figures, {RESULTS} and results.csv are in {config.out}")

@@ -23,12 +23,12 @@ from lightning_hesd.spectra.foreign import (
     parsed,
     text,
 )
-from lightning_hesd.spectra.selection import RULE_NAMES, picks
+from lightning_hesd.spectra.selection import RULE_NAMES, candidates_of, picks
 from lightning_hesd.spectra.spectrum import Spectrum
 from lightning_hesd.training.history import PLAIN_FIELDS, SUFFIXES, SpectrumRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Container, Mapping, Sequence
     from pathlib import Path
 
 RESULTS = "results.json"
@@ -153,13 +153,19 @@ def _identity(path: Path) -> dict[str, Any]:
     return {"path": str(path.resolve()), "size": status.st_size, "modified": status.st_mtime_ns}
 
 
-def picked(rows: Sequence[Row], tolerance: float) -> dict[str, str]:
-    """Return the names that both rules pick, among equal losses of MP spectra."""
+def picked(rows: Sequence[Row], tolerance: float | None) -> dict[str, str]:
+    """Return the names that both rules pick, among the candidates by `tolerance` of the loss."""
     records = [row.record for row in rows]
     return {RULE_NAMES[rule]: rows[records.index(record)].name for rule, record in picks(records, tolerance).items()}
 
 
-def table_line(row: Row, picks: Mapping[str, str]) -> dict[str, Any]:
+def candidates(rows: Sequence[Row], tolerance: float | None) -> set[str]:
+    """Return the names of the checkpoints among which the rules decide; without MP spectra, of the lowest loss."""
+    records = [row.record for row in rows]
+    return {rows[records.index(record)].name for record in candidates_of(records, tolerance)}
+
+
+def table_line(row: Row, picks: Mapping[str, str], candidates: Container[str]) -> dict[str, Any]:
     """Return a line of the table, numbers and texts."""
     record, spectrum, assessment = row.record, row.record.spectrum, row.record.assessment
     low, high = (None, None) if spectrum is None else spectrum.c_t_interval
@@ -178,6 +184,7 @@ def table_line(row: Row, picks: Mapping[str, str]) -> dict[str, Any]:
         "delta_k_h05": assessment and assessment.delta_k_h05,
         "generalization": assessment and assessment.verdict,
         "stability_ratio": record.stability_ratio,
+        "candidate": "yes" if row.name in candidates else "",
         "picked_by": ", ".join(rule for rule, name in picks.items() if name == row.name),
         "error": record.error,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from lightning_hesd.plotting.run_axis import RunAxis
 from lightning_hesd.plotting.signed_log import linear_threshold, set_signed_log
 from lightning_hesd.plotting.style import NEGATIVE, OTHER, POSITIVE, free_corner, new_axes
 from lightning_hesd.spectra.criteria import MP_THRESHOLD
-from lightning_hesd.spectra.selection import LOSS_TOLERANCE, picks
+from lightning_hesd.spectra.selection import candidates_of, picks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,18 +35,20 @@ BOTTOM = 0.035
 
 
 def plot_c_t(
-    history: Sequence[SpectrumRecord], ax: Axes | None = None, *, tolerance: float | None = LOSS_TOLERANCE
+    history: Sequence[SpectrumRecord], ax: Axes | None = None, *, tolerance: float | Literal["auto"] | None = "auto"
 ) -> Axes:
     """Draw C_t over a run, with its interval, the threshold between MP and MN, and what the rules pick.
 
-    Points are hollow where the interval leaves the type open. Failed analyses, and those that found no curvature, are
+    Points are hollow where the interval leaves the type open. Candidates, the states among which the rules decide, have
+    a ring. Failed analyses, and those that found no curvature, are
     marked at the bottom. The generalization data's C_t are drawn where they were analysed. The axis is logarithmic
     near zero if there are values near zero.
 
     Args:
         history: The records; over steps rather than epochs if an epoch has several.
         ax: Where to draw it; default: a new figure, small in inches as that of `plot_density`.
-        tolerance: The picks are those among MP spectra with a loss within this of the lowest one; None: no picks.
+        tolerance: Candidates are MP spectra with a loss within this of the lowest one; "auto": within 5 % of the drop
+            from the first analysed loss to the lowest; None: no picks.
 
     Raises:
         ValueError: If there is no record.
@@ -64,7 +66,7 @@ def plot_c_t(
     for (label, curve), style in zip(curves.items(), styles, strict=False):
         _draw(ax, at, curve, style, label if len(curves) > 1 else "$C_t$ and its interval")
     if tolerance is not None:
-        _mark_picks(ax, axis, history, tolerance)
+        _mark_picks(ax, axis, history, None if tolerance == "auto" else tolerance)
     _mark(ax, at[[record.spectrum is None for record in history]], "x", "failed")
     undefined = [record.spectrum is not None and math.isnan(record.spectrum.c_t) for record in history]
     _mark(ax, at[undefined], "d", "undefined")
@@ -134,7 +136,7 @@ def _draw(ax: Axes, at: Any, curve: Sequence[Spectrum | None], style: dict[str, 
         )
 
 
-def _mark_picks(ax: Axes, axis: RunAxis, history: Sequence[SpectrumRecord], tolerance: float) -> None:
+def _mark_picks(ax: Axes, axis: RunAxis, history: Sequence[SpectrumRecord], tolerance: float | None) -> None:
     styles: dict[str, dict[str, Any]] = {
         "highest_c_t": {"marker": "^", "color": POSITIVE, "markersize": 8, "label": "highest $C_t$"},
         "lowest_max_eigenvalue": {
@@ -142,6 +144,14 @@ def _mark_picks(ax: Axes, axis: RunAxis, history: Sequence[SpectrumRecord], tole
             "label": r"lowest $\lambda_{\max}$",
         },
     }  # fmt: skip
+    candidates = candidates_of(history, tolerance, fallback=False)
+    places = [axis.positions[history.index(record)] for record in candidates]
+    values = [_value(record.spectrum) for record in candidates]
+    if candidates:
+        ax.plot(
+            places, values, "o", color="0.15", markersize=8, markerfacecolor="none", markeredgewidth=0.8,
+            label="candidates", zorder=3.5,
+        )  # fmt: skip
     for rule, record in picks(history, tolerance, fallback=False).items():
         style, position = styles[rule], axis.positions[history.index(record)]
         label = f"{style.pop('label')}: {axis.label} {axis.name(position)}"

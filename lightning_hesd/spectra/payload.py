@@ -103,6 +103,7 @@ def choice_payload(choice: Choice) -> dict[str, Any]:
         "train_metric": choice.train_metric,
         "train_metric_mode": choice.train_metric_mode,
         "tolerance": choice.selection.tolerance,
+        "is_relative": choice.is_relative,
         "require_mp": choice.selection.require_mp,
         "epoch": newcomer.epoch,
         "global_step": newcomer.global_step,

@@ -6,7 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lightning_hesd.spectra.selection import CRITERIA, LOSS_TOLERANCE, RULE_NAMES, Candidate, SelectionRule
+from lightning_hesd.spectra.selection import (
+    CRITERIA,
+    LOSS_SHARE,
+    RULE_NAMES,
+    Candidate,
+    SelectionRule,
+    progress_tolerance,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -63,7 +70,13 @@ def _of_checkpoint(made: Sequence[Payload]) -> dict[str, Any]:
         )
         for c in made
     ]
-    found = _described(last["rule"], metric, SelectionRule(last["tolerance"], last["require_mp"]), candidates)
+    found = _described(
+        last["rule"],
+        metric,
+        SelectionRule(last["tolerance"], last["require_mp"]),
+        candidates,
+        is_relative=last.get("is_relative") is True,
+    )
     metrics = [{"global_step": c["global_step"], "value": c["metric"]} for c in made] if last["train_metric"] else []
     return {**found, "used": True, "pick": last["pick"], "metrics": metrics}
 
@@ -71,8 +84,11 @@ def _of_checkpoint(made: Sequence[Payload]) -> dict[str, Any]:
 def _of_losses(rule: str, records: Sequence[Payload]) -> dict[str, Any]:
     """Return what a rule would take by the losses of the records, as it does with its default settings."""
     candidates = []
+    first = None
     for record in records:
         spectrum = record["spectra"].get("spectrum")
+        if first is None and spectrum is not None and spectrum["loss"] is not None:
+            first = -spectrum["loss"]
         # As HessianCheckpoint has it: nothing is saved before the first step, nor where C_t is undefined.
         if spectrum is None or spectrum["type"] is None or spectrum["loss"] is None or record["global_step"] == 0:
             continue
@@ -87,10 +103,14 @@ def _of_losses(rule: str, records: Sequence[Payload]) -> dict[str, Any]:
                 "",
             )
         )
-    return {**_described(rule, LOSS, SelectionRule(LOSS_TOLERANCE, require_mp=True), candidates), "used": False}
+    best = max((c.goodness for c in candidates), default=-math.inf)
+    selection = SelectionRule(progress_tolerance(first, best), require_mp=True)
+    return {**_described(rule, LOSS, selection, candidates, is_relative=True), "used": False}
 
 
-def _described(rule: str, metric: str, selection: SelectionRule, candidates: Sequence[Candidate]) -> dict[str, Any]:
+def _described(
+    rule: str, metric: str, selection: SelectionRule, candidates: Sequence[Candidate], *, is_relative: bool
+) -> dict[str, Any]:
     best = max((c.goodness for c in candidates), default=-math.inf)
     near = [c for c in candidates if best - c.goodness <= selection.tolerance]
     pick = selection.pick(candidates, best)
@@ -103,16 +123,19 @@ def _described(rule: str, metric: str, selection: SelectionRule, candidates: Seq
         "near": [c.global_step for c in near],
         "candidates": [c.global_step for c in selection.qualified(candidates, best)],
         "pick": pick and {"epoch": pick.epoch, "global_step": pick.global_step, "path": None},
-        "why": _why(rule, metric, selection, len(candidates), near),
+        "why": _why(rule, metric, selection, len(candidates), near, is_relative=is_relative),
         "metrics": [],
     }
 
 
-def _why(rule: str, metric: str, selection: SelectionRule, count: int, near: Sequence[Candidate]) -> str:
+def _why(
+    rule: str, metric: str, selection: SelectionRule, count: int, near: Sequence[Candidate], *, is_relative: bool
+) -> str:
     if not count:
         return "There is no analysed state of trained weights with a defined C_t yet."
     best = max(near, key=lambda c: c.goodness)
-    found = f"{len(near)} of {count} analysed states have a {metric} within {selection.tolerance:g} of the best"
+    width = f"{selection.tolerance:g}" + (f" ({LOSS_SHARE:.0%} of its drop)" if is_relative else "")
+    found = f"{len(near)} of {count} analysed states have a {metric} within {width} of the best"
     positive = [c for c in near if c.mainly_positive]
     if selection.require_mp and not positive:
         return f"{found}; none of them is MP, so the best {metric} decides (epoch {best.epoch})."

@@ -6,6 +6,7 @@ Python: no files, no trainer.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -35,8 +36,8 @@ CRITERIA: dict[str, Callable[[Ranked], float]] = {
 }
 """What the rules rank by, higher is better: the paper's, and the one it compares with."""
 
-LOSS_TOLERANCE = 0.05
-"""Losses over the analysis samples count as nearly the same up to this, absolute, unless somebody says otherwise."""
+LOSS_SHARE = 0.05
+"""By default, losses count as nearly the same up to this share of the drop from the first analysed loss to the best."""
 
 RULE_NAMES = {"highest_c_t": "highest C_t", "lowest_max_eigenvalue": "lowest λ_max"}
 """What people call them."""
@@ -70,7 +71,8 @@ class SelectionRule:
     """The rule's parameters.
 
     Attributes:
-        tolerance: How far the training metric may lie from the best one, absolute.
+        tolerance: How far the training metric may lie from the best one, absolute. It may grow with the best one, by
+            less than that itself grows, as `progress_tolerance` does.
         require_mp: Whether only MP spectra qualify; if none does, the best training metric wins.
     """
 
@@ -97,7 +99,8 @@ class SelectionRule:
     def still_pickable(self, candidates: Sequence[Candidate], best: float) -> list[Candidate]:
         """Return the candidates that some continuation of training could still make the pick.
 
-        The best metric only ever improves, so a candidate outside the tolerance stays outside, and one that another
+        The best metric only ever improves, and more so than a tolerance relative to the progress grows. So a candidate
+        outside the tolerance stays outside, and one that another
         beats on both metric and criterion stays beaten, because the other is within the tolerance whenever it is.
         While some candidate qualifies, an unqualified one can never be picked: only a better metric can end that, and
         then the pick is the newcomer that brought it.
@@ -116,32 +119,70 @@ class SelectionRule:
         ]
 
 
-def picks(
-    records: Sequence[SpectrumRecord], tolerance: float = LOSS_TOLERANCE, *, fallback: bool = True
-) -> dict[str, SpectrumRecord]:
-    """Return the record that each rule of `CRITERIA` picks, by the loss over the analysis samples.
+def progress_tolerance(first: float | None, best: float) -> float:
+    """Return `LOSS_SHARE` of the progress from the first goodness, a loss with its sign reversed, to the best one.
+
+    The unit of the loss, and what is added to it, then make no difference. Zero without progress.
+
+    Args:
+        first: Goodness of the first analysed state; None: not known.
+        best: The best goodness so far.
+
+    Example:
+        >>> progress_tolerance(-2.0, -1.0), progress_tolerance(-1.0, -2.0)
+        (0.05, 0.0)
+    """
+    if first is None or not (math.isfinite(first) and math.isfinite(best)):
+        return 0.0
+    return LOSS_SHARE * max(best - first, 0.0)
+
+
+def first_loss(records: Sequence[SpectrumRecord]) -> float | None:
+    """Return the finite loss over the analysis samples after the fewest optimizer steps; None if there is none.
+
+    Of several checkpoints after equally many steps, the highest.
+    """
+    losses = [(r.global_step, -r.spectrum.loss) for r in records if r.spectrum and math.isfinite(r.spectrum.loss)]
+    return -min(losses)[1] if losses else None
+
+
+def loss_tolerance(records: Sequence[SpectrumRecord]) -> float:
+    """Return how far losses of these records may lie apart and count as nearly the same."""
+    first = first_loss(records)
+    losses = [r.spectrum.loss for r in records if r.spectrum and math.isfinite(r.spectrum.loss)]
+    return 0.0 if first is None else progress_tolerance(-first, -min(losses))
+
+
+def candidates_of(
+    records: Sequence[SpectrumRecord], tolerance: float | None = None, *, fallback: bool = True
+) -> list[SpectrumRecord]:
+    """Return the records among which the rules of `CRITERIA` decide, by the loss over the analysis samples.
 
     Only MP spectra count. The start is no candidate.
 
     Args:
         records: The records of a run, or of several checkpoints.
-        tolerance: How far the loss may lie above the lowest one, absolute.
-        fallback: Whether the lowest loss wins if none of the candidates is MP, rather than nobody.
+        tolerance: How far the loss may lie above the lowest one, absolute; None: `LOSS_SHARE` of its drop.
+        fallback: Whether the lowest loss is the candidate if none is MP, rather than none.
     """
     analysed = [(r, r.spectrum) for r in records if r.epoch != START_EPOCH and r.spectrum and not r.spectrum.reason]
-    best = max((-spectrum.loss for _, spectrum in analysed), default=0.0)
-    rule = SelectionRule(tolerance, require_mp=True)
-    found = {}
-    for name, criterion in CRITERIA.items():
-        candidates = [
-            Candidate(r.epoch, r.global_step, -s.loss, criterion(s), s.hesd_type == "MP", str(place))
-            for place, (r, s) in enumerate(analysed)
-        ]
-        if not fallback and not rule.qualified(candidates, best):
-            continue
-        if (pick := rule.pick(candidates, best)) is not None:
-            found[name] = analysed[int(pick.path)][0]
-    return found
+    best = min((spectrum.loss for _, spectrum in analysed), default=0.0)
+    first = first_loss(records)
+    width = progress_tolerance(None if first is None else -first, -best) if tolerance is None else tolerance
+    near = [r for r, s in analysed if s.loss - best <= width and s.hesd_type == "MP"]
+    return near or [r for r, s in analysed if fallback and s.loss == best][:1]
+
+
+def picks(
+    records: Sequence[SpectrumRecord], tolerance: float | None = None, *, fallback: bool = True
+) -> dict[str, SpectrumRecord]:
+    """Return the record that each rule of `CRITERIA` picks among `candidates_of` these, the earliest of equals."""
+    candidates = [(r, r.spectrum) for r in candidates_of(records, tolerance, fallback=fallback) if r.spectrum]
+    return {
+        name: max(candidates, key=lambda pair: criterion(pair[1]))[0]
+        for name, criterion in CRITERIA.items()
+        if candidates
+    }
 
 
 @dataclass(frozen=True)
@@ -155,6 +196,7 @@ class Choice:
         selection: The parameters of the rule.
         newcomer: The latest state.
         pick: Which state the rule takes by now.
+        is_relative: Whether the tolerance is a share of the progress; `selection` has what that is by now.
     """
 
     rule: str
@@ -163,9 +205,11 @@ class Choice:
     selection: SelectionRule
     newcomer: Candidate
     pick: Candidate | None
+    is_relative: bool = False
 
     @property
     def key(self) -> str:
         """What tells the rule from others that one run may have."""
         metric, whom = self.train_metric or "loss", "mp" if self.selection.require_mp else "all"
-        return f"{self.rule}/{metric}/{self.selection.tolerance:g}/{whom}"
+        tolerance = "relative" if self.is_relative else f"{self.selection.tolerance:g}"
+        return f"{self.rule}/{metric}/{tolerance}/{whom}"

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_hesd.spectra.record import START_EPOCH
-from lightning_hesd.spectra.selection import LOSS_TOLERANCE, RULE_NAMES, picks
+from lightning_hesd.spectra.selection import LOSS_SHARE, RULE_NAMES, candidates_of, loss_tolerance, picks
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from lightning_hesd.spectra.record import SpectrumRecord
     from lightning_hesd.spectra.selection import Candidate
@@ -24,9 +24,20 @@ MOST_ROWS = 20
 GAP = "..."
 SHORT = {"highest_c_t": "C_t", "lowest_max_eigenvalue": "λ_max"}
 FINDINGS = ("C_t", "[interval]", "type", "λ_max", "loss")
-TEXT_COLUMNS = ("type", "generalization", "pick")
+TEXT_COLUMNS = ("type", "generalization", "candidate", "pick")
 
-EQUAL = f"(MP, loss within {LOSS_TOLERANCE:g} of the lowest)"
+
+@dataclass(frozen=True)
+class Kept:
+    """What a checkpoint callback has at the end of a run.
+
+    Attributes:
+        pick: What it takes.
+        candidates: Optimizer steps of the analysed states among which its rule decided.
+    """
+
+    pick: Candidate
+    candidates: Collection[int]
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,7 @@ def summarize(
     *,
     seconds: float,
     overhead: float | None,
-    kept: Mapping[str, Candidate],
+    kept: Mapping[str, Kept],
     folder: str | None,
 ) -> Summary | None:
     """Return the summary of a run; None if nothing was analysed.
@@ -86,7 +97,7 @@ def summarize(
         name: Whose they are.
         seconds: What all analyses took.
         overhead: The same as a share of the training time; None: unknown.
-        kept: Rule -> the pick of the checkpoint callback that goes by it.
+        kept: Rule -> what the checkpoint callback that goes by it has.
         folder: Where the spectra are; None: nowhere.
     """
     if not history:
@@ -94,12 +105,19 @@ def summarize(
     epochs = [record.epoch for record in history]
     by_step = len(set(epochs)) < len(epochs)
     others = {rule: record for rule, record in picks(history, fallback=False).items() if rule not in kept}
-    chosen = {rule: pick.global_step for rule, pick in (dict(kept) | others).items()}
-    columns = _columns(history, chosen, by_step=by_step)
+    equal = [record.global_step for record in candidates_of(history, fallback=False)]
+    chosen = {rule: found.pick.global_step for rule, found in kept.items()}
+    chosen |= {rule: record.global_step for rule, record in others.items()}
+    candidates = {rule: found.candidates for rule, found in kept.items()} | dict.fromkeys(others, equal)
+    columns = _columns(history, chosen, candidates, by_step=by_step)
+    of_drop = f"(MP, loss within {loss_tolerance(history):.3g}, {LOSS_SHARE:.0%} of its drop, of the lowest)"
     marked = [place for place, record in enumerate(history) if record.global_step in chosen.values()]
     notes = [
-        *(f"{_rule(rule)} picks {_when(pick, by_step=by_step)}: {pick.path}" for rule, pick in kept.items()),
-        *(f"{_rule(rule)} would pick {_when(record, by_step=by_step)} {EQUAL}" for rule, record in others.items()),
+        *(
+            f"{_rule(rule)} picks {_when(found.pick, by_step=by_step)}: {found.pick.path}"
+            for rule, found in kept.items()
+        ),
+        *(f"{_rule(rule)} would pick {_when(record, by_step=by_step)} {of_drop}" for rule, record in others.items()),
         *_failures(history, by_step=by_step),
         *_doubts(history, columns["type"]),
         *([] if folder is None else [f"all spectra: {folder}"]),
@@ -140,7 +158,13 @@ def _title(history: Sequence[SpectrumRecord], name: str, seconds: float, overhea
     return f"{name}: {', '.join(parts)}"
 
 
-def _columns(history: Sequence[SpectrumRecord], chosen: Mapping[str, int], *, by_step: bool) -> dict[str, list[str]]:
+def _columns(
+    history: Sequence[SpectrumRecord],
+    chosen: Mapping[str, int],
+    candidates: Mapping[str, Collection[int]],
+    *,
+    by_step: bool,
+) -> dict[str, list[str]]:
     columns = {"epoch": [_epoch(record) for record in history]}
     if by_step:
         columns["step"] = [str(record.global_step) for record in history]
@@ -150,6 +174,10 @@ def _columns(history: Sequence[SpectrumRecord], chosen: Mapping[str, int], *, by
     if any(record.assessment for record in history):
         columns["generalization"] = [record.assessment.verdict if record.assessment else "" for record in history]
     if chosen:
+        columns["candidate"] = [
+            ", ".join(SHORT.get(rule, rule) for rule, steps in candidates.items() if record.global_step in steps)
+            for record in history
+        ]
         columns["pick"] = [
             ", ".join(SHORT.get(rule, rule) for rule, step in chosen.items() if step == record.global_step)
             for record in history

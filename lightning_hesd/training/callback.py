@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,19 +12,19 @@ from lightning_hesd.numerics.analysis import analysis_options
 from lightning_hesd.numerics.portable import Portable, deep_copied
 from lightning_hesd.spectra.checks import check_count
 from lightning_hesd.spectra.foreign import DAMAGE, misfit, of, one_line
-from lightning_hesd.spectra.summary import analysis_lines, summarize
+from lightning_hesd.spectra.summary import Kept, analysis_lines, summarize
 from lightning_hesd.training import _lightning, launched, terminal
 from lightning_hesd.training.analyzer import TrainerAnalyzer
 from lightning_hesd.training.budget import Budget
 from lightning_hesd.training.checkpoint import HessianCheckpoint
 from lightning_hesd.training.gradient_monitor import GradientMonitor
-from lightning_hesd.training.history import START_EPOCH, SpectrumHistory, SpectrumSource, when
+from lightning_hesd.training.history import START_EPOCH, SpectrumHistory, SpectrumRecord, SpectrumSource, when
 from lightning_hesd.training.loss import check_loss_source
-from lightning_hesd.training.namespaces import join_namespaces
+from lightning_hesd.training.namespaces import MisconfigurationException, join_namespaces
 from lightning_hesd.training.outputs import RunOutputs
 from lightning_hesd.training.placement import (
     insert_checkpoint,
-    put_hessian_checkpoints_first,
+    order_checkpoints,
     warn_about_stale_monitors,
 )
 from lightning_hesd.training.recorder import Recorder
@@ -92,7 +93,8 @@ class HessianSpectrumCallback(SpectrumSource):
             with the diagonal D by which they divide the gradients (SGD, Adam, AdamW, RMSprop, Adagrad, AdaHessian). The
             metrics of this spectrum begin with `hesd_pre/`, and `hesd/stability_ratio` is its largest eigenvalue over
             the one at which steps become unstable. Or diagonals of your own, as for `hessian_spectrum`.
-        on_error: What to do when an analysis fails: "warn" (record the failure, go on training) or "raise".
+        on_error: What to do when an analysis fails, or the Trainer or the module cannot be analysed: "warn" (record the
+            reason, go on training) or "raise".
         progress: Show C_t in the progress bar, and a bar of their own for the steps of long analyses.
         verbose: Print a line after each analysis, and at the end of `fit`, also an interrupted one, a table of them
             with what the rules pick.
@@ -176,6 +178,7 @@ class HessianSpectrumCallback(SpectrumSource):
         self._set_up_by: str | None = None
         self._trained_by: str | None = None
         self._is_restored = False
+        self._shares_name = False
         self.budget = Budget(max_overhead)
         decomposition = _options_of_the_parts(analysis) if decompose else None
         self.options = analysis_options(**analysis, mode=mode if mode in {"train", "keep"} else "eval")
@@ -248,19 +251,41 @@ class HessianSpectrumCallback(SpectrumSource):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check what can be checked before training, and put the checkpoint callback in place.
 
+        Where there can be no spectra, a warning says why, and records have that reason as their error.
+
         Raises:
-            MisconfigurationException: If the Trainer or the module cannot be used.
+            MisconfigurationException: If the Trainer or the module cannot be used, and that is to be raised.
         """
         join_namespaces()
         self._stage = stage
         if stage == "fit":
-            check_loss_source(pl_module, self.loss_fn)
-            with self._survived("there will be no spectra"):
-                _lightning.check_strategy(trainer)
             self._set_up_by = _lightning.name_of(trainer)
-        if self.checkpoint is not None:
-            insert_checkpoint(trainer, pl_module, stage, self.checkpoint)
-        put_hessian_checkpoints_first(trainer)
+            self._shares_name = any(callback.name == self.name for callback in _before(self, trainer))
+            rule = self.checkpoint is not None and not self._shares_name
+            with self._survived(
+                "there will be no spectra" + (", and the final weights take the place of the pick" if rule else "")
+            ) as failures:
+                self._check_name()
+                check_loss_source(pl_module, self.loss_fn)
+                _lightning.check_strategy(trainer)
+            self.refusal = failures[0] if failures else None
+        with self._survived("there will be no pick"):
+            if self.checkpoint is not None and not self._shares_name:
+                insert_checkpoint(trainer, pl_module, stage, self.checkpoint, self.on_error)
+        order_checkpoints(trainer)
+
+    def _check_name(self) -> None:
+        """Refuse to write to the metrics, files and state of another callback.
+
+        Raises:
+            MisconfigurationException: If there is one of the same name.
+        """
+        if self._shares_name:
+            msg = (
+                f"the Trainer has another HessianSpectrumCallback(name={self.name!r}), whose metrics, files and state "
+                "this one would overwrite: pass another `name`."
+            )
+            raise MisconfigurationException(msg)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the samples, and analyse the initialisation if asked to."""
@@ -275,11 +300,15 @@ class HessianSpectrumCallback(SpectrumSource):
         if trainer.global_step == 0:
             self.budget.reset()
         self._show()
+        self._summary_is_due = self.verbose and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.refusal is not None:
+            if self.at_start and trainer.global_step == 0:
+                self._refuse(trainer, START_EPOCH)
+            return
         with self._survived("cannot write to the loggers"):
             self._outputs.open(trainer, self.history, [callback.name for callback in _hessian_callbacks(trainer)])
         self._recorder.start(trainer, self._survived)
         self._remarks.restart()
-        self._summary_is_due = self.verbose and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if self._monitor is not None:
             with self._survived("the gradients will not be looked at"):
                 _lightning.check_whole(trainer, "monitor_gradients")
@@ -369,6 +398,9 @@ class HessianSpectrumCallback(SpectrumSource):
 
     def _analyze(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
         """Analyse the present weights, keep and publish the result, and know what it all took."""
+        if self.refusal is not None:
+            self._refuse(trainer, epoch)
+            return
         at_epoch_end = epoch != START_EPOCH and self.schedule.every_n_train_steps is None
         _lightning.wait_for_device(trainer)
         with contextlib.ExitStack() as watch:
@@ -393,6 +425,10 @@ class HessianSpectrumCallback(SpectrumSource):
                 first = [f"{self.name}: {words}" for words in self._recorder.mode.news()]
                 terminal.say(trainer, *first, *analysis_lines(self.history[-1], self.name, by_step=by_step))
 
+    def _refuse(self, trainer: pl.Trainer, epoch: int) -> None:
+        """Record why there is no spectrum; a warning has said so before training, and there is nothing to publish."""
+        self.history.append(SpectrumRecord(epoch, trainer.global_step, None, self.refusal))
+
     def _sum_up(self, trainer: pl.Trainer) -> None:
         """Print the table of all analyses, once in a fit and if asked for."""
         if not self._summary_is_due:
@@ -405,7 +441,7 @@ class HessianSpectrumCallback(SpectrumSource):
             self.name,
             seconds=self.budget.analysis_seconds,
             overhead=self.budget.overhead,
-            kept={checkpoint.rule_name: checkpoint.best for checkpoint in checkpoints if checkpoint.best is not None},
+            kept={c.rule_name: Kept(c.best, c.qualified_steps) for c in checkpoints if c.best is not None},
             folder=self._outputs.folder,
         )
         terminal.show(trainer, summary)
@@ -459,6 +495,8 @@ class HessianSpectrumCallback(SpectrumSource):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history, the samples and the budget, as tensors and plain values."""
+        if self._shares_name:
+            return {}  # or it would take the place of the other callback's
         return {
             "history": self.history.state_dict(),
             "samples": self._recorder.state_dict(),
@@ -473,7 +511,7 @@ class HessianSpectrumCallback(SpectrumSource):
         Raises:
             ValueError: If it is something else, or is damaged.
         """
-        if self._stage != "fit":
+        if self._stage != "fit" or self._shares_name:
             return
         try:
             if (wrong := misfit(state_dict, _STATE)) is not None:
@@ -496,6 +534,11 @@ _STATE = {"history": of(dict), "samples": of(dict), "budget": of(dict)}
 
 def _hessian_callbacks(trainer: pl.Trainer) -> list[HessianSpectrumCallback]:
     return [c for c in _lightning.callbacks_of(trainer) if isinstance(c, HessianSpectrumCallback)]
+
+
+def _before(callback: HessianSpectrumCallback, trainer: pl.Trainer) -> list[HessianSpectrumCallback]:
+    """Return those that come before a callback; all if it is not among them."""
+    return list(itertools.takewhile(lambda other: other is not callback, _hessian_callbacks(trainer)))
 
 
 def _as_checkpoint(checkpoint: object) -> HessianCheckpoint | None:

@@ -11,15 +11,23 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_hesd.numerics.portable import Portable, deep_copied
-from lightning_hesd.spectra.selection import CRITERIA, LOSS_TOLERANCE, Candidate, Choice, SelectionRule
+from lightning_hesd.spectra.selection import (
+    CRITERIA,
+    RULE_NAMES,
+    Candidate,
+    Choice,
+    SelectionRule,
+    first_loss,
+    progress_tolerance,
+)
 from lightning_hesd.training import launched
-from lightning_hesd.training._lightning import name_of, warn
+from lightning_hesd.training._lightning import inform, name_of, warn
 from lightning_hesd.training.analysed_saving import AnalysedSaving
 from lightning_hesd.training.checkpoint_paths import prefix
 from lightning_hesd.training.exclusive_checkpoint import ExclusiveCheckpoint
-from lightning_hesd.training.history import SpectrumSource, only_source
+from lightning_hesd.training.history import SpectrumSource, only_source, raises_anywhere
 from lightning_hesd.training.namespaces import MisconfigurationException
-from lightning_hesd.training.ranking_state import candidates_in, wrong_field
+from lightning_hesd.training.ranking_state import candidates_in, completed, ranked_in, ranked_state, wrong_field
 from lightning_hesd.training.train_metric import TrainMetric
 
 if TYPE_CHECKING:
@@ -37,6 +45,9 @@ REFUSED = (
     "save_on_train_epoch_end",
 )
 
+ACCURACY_TOLERANCE = 0.01
+"""How far an accuracy, or another metric of which more is better, may lie below the best one, by default."""
+
 
 class HessianCheckpoint(ExclusiveCheckpoint):
     """Keeps the checkpoint with the best Hessian criterion among those trained equally well.
@@ -50,8 +61,9 @@ class HessianCheckpoint(ExclusiveCheckpoint):
     them in between. Without a `filename`, files are called `hesd-<rule>-epoch=<epoch>-step=<step>.ckpt`.
 
     Pass it as `HessianSpectrumCallback(checkpoint=...)`, or in the Trainer's `callbacks` beside the one
-    HessianSpectrumCallback. `trainer.test(ckpt_path="best")` then uses it, whatever other checkpoint callbacks there
-    are.
+    HessianSpectrumCallback. It stands before the ModelCheckpoint that Lightning adds by itself, so that
+    `trainer.test(ckpt_path="best")` uses it, and after every other one, so that `trainer.checkpoint_callback` and
+    "best" remain what they are without it. The end of training says where the pick is.
 
     Args:
         rule: "highest_c_t" (the paper's), "lowest_max_eigenvalue" (the one it compares with), or a function of the
@@ -61,8 +73,9 @@ class HessianCheckpoint(ExclusiveCheckpoint):
             in validation right after it. Others are not ranked.
         train_metric_mode: "max" or "min"; default: "max" for a `train_metric`, but a name with "loss" or "err" needs
             it said; "min" for None.
-        tolerance: How far the metric may lie from the best, absolute; default: 0.01 for a `train_metric`, 0.05 for
-            the loss.
+        tolerance: How far the metric may lie from the best, absolute. Default: 0.01 for a `train_metric` of which more
+            is better, such as an accuracy; for the loss, and a `train_metric` of which less is better, 5 % of the drop
+            from the first analysed value to the best, whatever its scale.
         require_mp: Only mainly positive spectra qualify, by the point value of C_t; if none of the candidates is MP,
             the best training metric wins and a warning says so.
         **kwargs: Of ModelCheckpoint: dirpath, filename, save_last, save_weights_only, verbose, ...
@@ -109,14 +122,16 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         self.rule = rule
         self._metric = TrainMetric(train_metric, train_metric_mode)
         self.train_metric, self.train_metric_mode = train_metric, self._metric.mode
-        if tolerance is None:
-            tolerance = LOSS_TOLERANCE if train_metric is None else 0.01
-        self.selection = SelectionRule(tolerance=tolerance, require_mp=require_mp)
+        if tolerance is None and self._metric.mode == "max":
+            tolerance = ACCURACY_TOLERANCE
+        self.tolerance, self.require_mp = tolerance, require_mp
         self.source: SpectrumSource | None = None
         self._stage = "fit"
         self._analysed = AnalysedSaving(self._complain)
         self._said: set[str] = set()
         self._best_goodness = -math.inf
+        self._first_goodness: float | None = None
+        self._ranked: list[Candidate] = []
         self._offered_step = -1
         self._address = launched.address_of(self)
         self._original: HessianCheckpoint | None = None
@@ -154,8 +169,8 @@ class HessianCheckpoint(ExclusiveCheckpoint):
             rule=self.rule_name,
             train_metric=self.train_metric,
             train_metric_mode=self.train_metric_mode,
-            tolerance=self.selection.tolerance,
-            require_mp=self.selection.require_mp,
+            tolerance="relative" if self.tolerance is None else self.tolerance,
+            require_mp=self.require_mp,
             source=self.source.name if self.source else None,
         )
 
@@ -163,6 +178,21 @@ class HessianCheckpoint(ExclusiveCheckpoint):
     def rule_name(self) -> str:
         """Name of the rule: its own, or that of the function."""
         return self.rule if isinstance(self.rule, str) else getattr(self.rule, "__qualname__", repr(type(self.rule)))
+
+    @property
+    def selection(self) -> SelectionRule:
+        """The rule's parameters by now; a tolerance relative to the progress grows with it."""
+        return self._selection(self._best_goodness)
+
+    def _selection(self, best: float) -> SelectionRule:
+        tolerance = progress_tolerance(self._first_goodness, best) if self.tolerance is None else self.tolerance
+        return SelectionRule(tolerance=tolerance, require_mp=self.require_mp)
+
+    @property
+    def qualified_steps(self) -> list[int]:
+        """Optimizer steps of all analysed states among which the rule decides, also those whose files are deleted."""
+        near = self.selection.qualified(self._ranked, self._best_goodness)
+        return [c.global_step for c in near or self.candidates]
 
     @property
     def best(self) -> Candidate | None:
@@ -176,7 +206,9 @@ class HessianCheckpoint(ExclusiveCheckpoint):
 
     @best_model_path.setter
     def best_model_path(self, path: str) -> None:
-        self._final_path = path  # Lightning assigns to it, with ddp_spawn also the path of another callback's best
+        """Ignore what Lightning assigns: after ddp_spawn it is the path of whichever callback came first there."""
+
+    _final_path = ""
 
     def attach(self, source: SpectrumSource) -> None:
         """Take the records of `source` from now on."""
@@ -188,16 +220,23 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         """Find the folder to write to, and the callback whose records to rank.
 
         Raises:
-            MisconfigurationException: If there is not exactly one.
+            MisconfigurationException: If there is not exactly one, and one of several is to raise.
         """
         super().setup(trainer, pl_module, stage)
         self._stage = stage
-        if self.source is None and stage == TrainerFn.FITTING:
+        if self.source is not None or stage != TrainerFn.FITTING:
+            return
+        try:
             self.source = only_source(trainer)
+        except MisconfigurationException as error:
+            if raises_anywhere(trainer):
+                raise
+            warn(f"there will be no pick but the final weights. {error}")
 
     def forget_run(self) -> None:
         """Start from nothing: a callback may serve several runs."""
         super().forget_run()
+        self._first_goodness, self._ranked = None, []
         self._update([], -math.inf)
         self._offered_step = -1
         self._analysed.drop()
@@ -240,6 +279,12 @@ class HessianCheckpoint(ExclusiveCheckpoint):
             self.save_last = wanted
 
     def on_train_end(self, trainer: pl.Trainer, *_args: Any) -> None:
+        """Keep the final weights if the rule had nothing to decide on, and say where the pick is."""
+        self._keep_final(trainer)
+        if self.best_model_path and self._may_save(trainer):
+            self._say_where(trainer)
+
+    def _keep_final(self, trainer: pl.Trainer) -> None:
         """Say so if the rule could not decide, and keep the final weights if it had nothing to decide on."""
         if self.candidates and not self.selection.qualified(self.candidates, self._best_goodness):
             warn(
@@ -252,12 +297,27 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         names = self._monitor_candidates(trainer)
         names["epoch"] = torch.tensor(max(trainer.current_epoch - 1, 0))  # the trainer already counts the next one
         path = self.free_path(trainer, names, ())
-        warn(
-            f"HessianCheckpoint(rule={self.rule!r}) could rank no analysed epoch; its best_model_path is the "
-            f"checkpoint of the final weights, {path}."
-        )
-        self.best_model_path = path
+        if self.source is not None and self.source.refusal is None:  # else a warning has said so
+            warn(
+                f"HessianCheckpoint(rule={self.rule!r}) could rank no analysed epoch; its best_model_path is the "
+                f"checkpoint of the final weights, {path}."
+            )
+        self._final_path = path
         self._save_checkpoint(trainer, path)
+
+    def _say_where(self, trainer: pl.Trainer) -> None:
+        """Say which file is the pick, and whether Lightning's "best" is that one."""
+        name = self.source.name if self.source else "hesd"
+        rule = RULE_NAMES.get(self.rule_name, self.rule_name)
+        what = "the final weights" if self.best is None else f"epoch {self.best.epoch}"
+        first = trainer.checkpoint_callback
+        if first is self:
+            whose = '`ckpt_path="best"` loads it'
+        else:
+            attached = self.source is not None and self.source.checkpoint is self
+            own = f"`{'callback.checkpoint' if attached else 'HessianCheckpoint'}.best_model_path`"
+            whose = f'it is {own}, and `ckpt_path="best"` remains the best of {type(first).__name__}'
+        inform(f"{name}: {rule} picks {what}, {self.best_model_path}; {whose}.")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let the process that started the fit know the pick, if it is another one."""
@@ -280,7 +340,7 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         """Take over the candidates of the processes that have trained, where they end with the fit."""
         self.dirpath = self._found["dirpath"] = state["dirpath"]
         self._load(state)
-        self.best_model_path = state["best_model_path"]
+        self._final_path = state["best_model_path"]
         self._show()
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -332,12 +392,21 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         if goodness is None:
             return False
         self._offered_step = trainer.global_step
+        if self._first_goodness is None:
+            self._first_goodness = trainer.strategy.broadcast(self._first(goodness))
         criterion = trainer.strategy.broadcast(self._criterion(record))
         changes = self._analysed.compare(trainer, record.epoch)
         can_be_ranked = not (math.isnan(goodness) or math.isnan(criterion) or changes.lost)
         saved = can_be_ranked and self._consider(trainer, record, goodness, criterion)
         self._analysed.drop()
         return saved and not changes.names
+
+    def _first(self, goodness: float) -> float | None:
+        """Return the goodness of the first analysed state, of which this one is the first to be ranked."""
+        if self.train_metric is None and self.source is not None:
+            loss = first_loss(self.source.history)
+            return None if loss is None else -loss
+        return goodness if math.isfinite(goodness) else None
 
     def _pass_over(self, trainer: pl.Trainer) -> None:
         """Leave out a record without a training metric of its own, and say so the first time."""
@@ -352,7 +421,8 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         mark: str = trainer.strategy.broadcast(uuid.uuid4().hex)
         mainly_positive = record.spectrum is not None and record.spectrum.hesd_type == "MP"
         newcomer = Candidate(record.epoch, record.global_step, goodness, criterion, mainly_positive, path, mark)
-        kept = self.selection.still_pickable([*before, newcomer], best)
+        kept = self._selection(best).still_pickable([*before, newcomer], best)
+        self._ranked = [*self._ranked, newcomer]
         # Updated before saving, because the checkpoint holds this very state; deleted after it, so that an interruption
         # leaves a file too many rather than one too few.
         self._update(kept, best)
@@ -365,7 +435,15 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         assert self.source is not None  # noqa: S101 - found in `setup`
         self.source.take_note(
             trainer,
-            Choice(self.rule_name, self.train_metric, self.train_metric_mode, self.selection, newcomer, pick=self.best),
+            Choice(
+                self.rule_name,
+                self.train_metric,
+                self.train_metric_mode,
+                self.selection,
+                newcomer,
+                pick=self.best,
+                is_relative=self.tolerance is None,
+            ),
         )
         return newcomer in kept
 
@@ -412,6 +490,8 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         return {
             "candidates": [vars(candidate) for candidate in self.candidates],
             "best_goodness": self._best_goodness,
+            "first_goodness": self._first_goodness,
+            "ranked": ranked_state(self._ranked),
             "offered_step": self._offered_step,
             "best_model_path": self.best_model_path,
             "last_model_path": self.last_model_path,
@@ -440,6 +520,8 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         self._load(state_dict)
 
     def _load(self, state: dict[str, Any]) -> None:
+        state = completed(state)
+        self._first_goodness, self._ranked = state["first_goodness"], ranked_in(state)
         self._update(candidates_in(state), state["best_goodness"])
         self._offered_step = state["offered_step"]
         if str(self.dirpath) == state["dirpath"]:

@@ -222,12 +222,14 @@ class SpectrumSource(Callback):
         history: Its records so far.
         on_error: What it does about errors.
         checkpoint: The checkpoint callback it brings along, if any.
+        refusal: Why there can be no spectra in this run, as found out before it; None: there can.
     """
 
     name: str
     history: SpectrumHistory
     on_error: OnError
     checkpoint: Checkpoint | None = None
+    refusal: str | None = None
 
     def __init__(self) -> None:
         join_namespaces()
@@ -235,6 +237,12 @@ class SpectrumSource(Callback):
 
     def take_note(self, trainer: pl.Trainer, choice: Choice) -> None:
         """Hear from a HessianCheckpoint what it makes of the latest record."""
+
+
+def raises_anywhere(trainer: pl.Trainer) -> bool:
+    """Return whether a callback of the Trainer that makes records is to raise."""
+    sources = [callback for callback in callbacks_of(trainer) if isinstance(callback, SpectrumSource)]
+    return any(source.on_error == "raise" for source in sources)
 
 
 def only_source(trainer: pl.Trainer) -> SpectrumSource:

@@ -2,52 +2,107 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.spectra.record import SUFFIXES
-from lightning_hesd.training._lightning import callbacks_of, looks_before_the_epoch_ends, replace_callbacks, warn
+from lightning_hesd.training._lightning import (
+    callbacks_of,
+    looks_before_the_epoch_ends,
+    replace_callbacks,
+    run_folder,
+    warn,
+)
 from lightning_hesd.training.checkpoint import HessianCheckpoint
+from lightning_hesd.training.checkpoint_paths import place as path_of
+from lightning_hesd.training.folders import joined
 from lightning_hesd.training.history import SpectrumSource
-from lightning_hesd.training.namespaces import MisconfigurationException, lightning_types
+from lightning_hesd.training.namespaces import MisconfigurationException, in_namespaces, lightning_types
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
+    from lightning_hesd.training.history import OnError
+
+SETTINGS = frozenset(
+    {
+        *("dirpath", "filename", "monitor", "verbose", "save_last", "save_top_k", "save_weights_only", "mode"),
+        *("auto_insert_metric_name", "save_on_exception", "_save_on_train_epoch_end", "_enable_version_counter"),
+        *("_every_n_train_steps", "_train_time_interval", "_every_n_epochs"),
+    }
+)
+"""Attributes of a ModelCheckpoint that its arguments set."""
+
 
 def insert_checkpoint(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, checkpoint: HessianCheckpoint
+    trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, checkpoint: HessianCheckpoint, on_error: OnError
 ) -> None:
     """Add `checkpoint` to the Trainer's callbacks, and set it up: the Trainer is setting up those it had before.
 
+    Args:
+        trainer: The trainer.
+        pl_module: Its module.
+        stage: What it is about to do.
+        checkpoint: The checkpoint callback.
+        on_error: Whether to "raise" if the Trainer is to write no checkpoints, or to "warn" and add it all the same.
+
     Raises:
-        MisconfigurationException: If the Trainer does not write checkpoints.
+        MisconfigurationException: If it is to write none, and that is to be raised.
     """
-    if not trainer.checkpoint_callbacks:
-        msg = (
+    if stage == "fit" and not trainer.checkpoint_callbacks:
+        problem = (
             f"the rule {checkpoint.rule!r} picks a checkpoint, but the Trainer was made with "
-            "`enable_checkpointing=False`: drop one of the two."
+            "`enable_checkpointing=False`: "
         )
-        raise MisconfigurationException(msg)
+        if on_error == "raise":
+            msg = f"{problem}drop one of the two."
+            raise MisconfigurationException(msg)
+        warn(f"{problem}the checkpoints of the rule are written all the same; pass `checkpoint=None` to have none.")
     callbacks = callbacks_of(trainer)
     if checkpoint not in callbacks:
-        replace_callbacks(trainer, [*callbacks, checkpoint])
         checkpoint.setup(trainer, pl_module, stage)
+        replace_callbacks(trainer, [*callbacks, checkpoint])
 
 
-def put_hessian_checkpoints_first(trainer: pl.Trainer) -> None:
-    """Make Lightning take a HessianCheckpoint for "best": it takes the first checkpoint callback there is.
+def order_checkpoints(trainer: pl.Trainer) -> None:
+    """Put the HessianCheckpoints where "best" is what the user expects: Lightning takes the first checkpoint callback.
 
-    The one passed to a HessianSpectrumCallback comes before those that stand in `callbacks` by themselves, and all
-    checkpoint callbacks come last, as Lightning has them, also those added to `trainer.callbacks` later. In a new list,
-    because the Trainer may be walking the old one: each callback keeps its turn.
+    A ModelCheckpoint of the user's, or of a library's, remains the first one. The HessianCheckpoints come next, those
+    passed to a HessianSpectrumCallback before others, and then the ModelCheckpoint that Lightning adds to a Trainer
+    without any, and callbacks that know no best checkpoint. All of them come last, as Lightning has them, also those
+    added to `trainer.callbacks` later. In a new list, because the Trainer may be walking the old one: each callback
+    keeps its turn.
     """
     callbacks = callbacks_of(trainer)
     own = [source.checkpoint for source in callbacks if isinstance(source, SpectrumSource)]
-    checkpoints = sorted(
-        trainer.checkpoint_callbacks, key=lambda c: (not isinstance(c, HessianCheckpoint), c not in own)
+    others = [checkpoint for checkpoint in trainer.checkpoint_callbacks if checkpoint not in own]
+    is_alone = len(others) == 1 and _is_made_without_arguments(trainer, others[0])
+
+    def place(checkpoint: pl.Callback) -> int:
+        if isinstance(checkpoint, HessianCheckpoint):
+            return 1 if checkpoint in own else 2
+        return 3 if is_alone or not hasattr(checkpoint, "best_model_path") else 0
+
+    checkpoints = sorted(trainer.checkpoint_callbacks, key=place)
+    replace_callbacks(
+        trainer, [*(c for c in callbacks if not isinstance(c, lightning_types("callbacks.Checkpoint"))), *checkpoints]
     )
-    others = [c for c in callbacks if not isinstance(c, lightning_types("callbacks.Checkpoint"))]
-    replace_callbacks(trainer, [*others, *checkpoints])
+
+
+def _is_made_without_arguments(trainer: pl.Trainer, checkpoint: Any) -> bool:
+    """Return whether this may be the ModelCheckpoint that Lightning adds to a Trainer without any.
+
+    It is made without arguments, and nothing tells it from a plain `ModelCheckpoint()` in `callbacks` that is alone
+    there and does the same: it keeps the last weights.
+    """
+    if type(checkpoint) not in in_namespaces("callbacks.ModelCheckpoint") or any(
+        name.isupper() for name in vars(checkpoint)
+    ):
+        return False
+    plain = vars(type(checkpoint)())
+    differing = {name for name in SETTINGS & vars(checkpoint).keys() if vars(checkpoint)[name] != plain.get(name)}
+    if differing == {"dirpath"} and checkpoint.dirpath is not None:  # found when the callback was set up
+        return path_of(checkpoint.dirpath) == path_of(joined(run_folder(trainer), "checkpoints"))
+    return not differing
 
 
 def warn_about_stale_monitors(trainer: pl.Trainer, name: str, *, sparse: bool) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
-from lightning_hesd.spectra.foreign import each, having, integer, misfit, number, of, text
+from lightning_hesd.spectra.foreign import each, having, integer, misfit, number, of, optional, text
 from lightning_hesd.spectra.selection import Candidate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _CANDIDATE = {
     "epoch": integer,
@@ -18,6 +22,8 @@ _CANDIDATE = {
 _STATE = {
     "candidates": each(having(_CANDIDATE)),
     "best_goodness": number,
+    "first_goodness": optional(number),
+    "ranked": each(having({"global_step": integer, "goodness": number, "mainly_positive": of(bool)})),
     "offered_step": integer,
     "best_model_path": text,
     "last_model_path": text,
@@ -27,7 +33,12 @@ _STATE = {
 
 def wrong_field(state: object) -> str | None:
     """Return the name of the first field that is missing or is something else; None if there is none."""
-    return misfit(state, _STATE)
+    return misfit(completed(state), _STATE)
+
+
+def completed(state: object) -> Any:
+    """Return a state with what the first versions did not write: neither of these was needed."""
+    return {"first_goodness": None, "ranked": [], **state} if isinstance(state, dict) else state
 
 
 def candidates_in(state: dict[str, Any]) -> list[Candidate]:
@@ -35,4 +46,18 @@ def candidates_in(state: dict[str, Any]) -> list[Candidate]:
     return [
         Candidate(**{name: values[name] for name in _CANDIDATE}, mark=str(values.get("mark", "")))
         for values in state["candidates"]
+    ]
+
+
+def ranked_in(state: dict[str, Any]) -> list[Candidate]:
+    """Return what a state says of all that were ranked: enough to tell which of them qualify."""
+    return [
+        Candidate(-1, r["global_step"], r["goodness"], math.nan, r["mainly_positive"], path="") for r in state["ranked"]
+    ]
+
+
+def ranked_state(ranked: Iterable[Candidate]) -> list[dict[str, Any]]:
+    """Return what `ranked_in` reads."""
+    return [
+        {"global_step": c.global_step, "goodness": c.goodness, "mainly_positive": c.mainly_positive} for c in ranked
     ]

@@ -55,6 +55,7 @@ class ScriptedSource(SpectrumSource):
         self.name = name
         self.on_error = on_error
         self.history = SpectrumHistory()
+        self.forgets = False
 
     @property
     def state_key(self) -> str:
@@ -72,7 +73,8 @@ class ScriptedSource(SpectrumSource):
         return {"history": self.history.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history.load_state_dict(state_dict["history"])
+        if not self.forgets:
+            self.history.load_state_dict(state_dict["history"])
 
 
 class ScriptedModule(pl.LightningModule):

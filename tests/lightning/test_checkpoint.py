@@ -8,6 +8,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
 from lightning_hesd.training.history import SpectrumRecord
@@ -138,18 +139,78 @@ def test_only_what_can_still_be_picked_stays_on_disk(tmp_path: Path) -> None:
     assert checkpoint.best_model_score == torch.tensor(-0.2)
 
 
-@pytest.mark.parametrize("others_first", [True, False])
-def test_best_is_ours_beside_the_users_own_checkpoint(tmp_path: Path, others_first: bool) -> None:
-    ours = HessianCheckpoint(dirpath=tmp_path / "ours")
-    others = ModelCheckpoint(dirpath=tmp_path / "others", monitor="train_acc", mode="max", save_on_train_epoch_end=True)
-    callbacks = [others, ours] if others_first else [ours, others]
-    trainer = make_trainer(
-        tmp_path, [HessianSpectrumCallback(epochs=[], loss_fn=lambda module, _: module.weight**2), *callbacks], 2
-    )
-    with warns("could rank no analysed epoch"):
-        trainer.fit(ScriptedModule(SCRIPT), loader())
-    assert trainer.checkpoint_callback is ours
-    assert epoch_of(others.best_model_path) == 1
+class Bringing(ScriptedModule):
+    """A library's module, with a checkpoint callback of its own."""
+
+    def __init__(self, script: list[Epoch], brought: Checkpoint) -> None:
+        super().__init__(script)
+        self.brought = brought
+
+    def configure_callbacks(self) -> list[Any]:
+        return [self.brought]
+
+
+def by_accuracy(**arguments: Any) -> ModelCheckpoint:
+    return ModelCheckpoint(monitor="train_acc", mode="max", save_on_train_epoch_end=True, **arguments)
+
+
+class Own(ModelCheckpoint):
+    """A library's subclass."""
+
+
+@pytest.mark.parametrize(
+    ("make", "kept", "way"),
+    [
+        (by_accuracy, True, "first"),
+        (by_accuracy, True, "last"),
+        (by_accuracy, True, "module"),
+        (lambda: ModelCheckpoint(save_last=True), True, "last"),
+        (lambda: ModelCheckpoint(dirpath=tempfile.mkdtemp()), True, "module"),
+        (Own, True, "first"),
+        (OnExceptionCheckpoint, False, "last"),  # knows no best one
+        (None, False, "last"),
+    ],
+    ids=["monitor", "monitor last", "monitor of module", "last", "dirpath", "subclass", "exception", "Lightning's"],
+)
+@pytest.mark.filterwarnings("ignore:.*ckpt_path=")  # Lightning's, beside OnExceptionCheckpoint
+def test_the_best_checkpoint_of_others_stays_theirs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, make: Any, kept: bool, way: str
+) -> None:
+    theirs = make(tmp_path) if make is OnExceptionCheckpoint else make and make()
+    spectra = HessianSpectrumCallback(checkpoint="highest_c_t", loss_fn=lambda m, _: (m.weight - 1) ** 2, num_samples=2)
+    given = [theirs] if theirs is not None and way != "module" else []
+    trainer = make_trainer(tmp_path, [*given, spectra] if way == "first" else [spectra, *given], 3)
+    module = Bringing(SCRIPT, theirs) if way == "module" else ScriptedModule(SCRIPT)
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        trainer.fit(module, loader())
+    pick = spectra.checkpoint.best_model_path
+    assert epoch_of(pick) == 0
+    assert Path(pick).name == "hesd-highest_c_t-epoch=0-step=2.ckpt"
+    assert torch.load(pick, weights_only=True)["global_step"] == 2
+    assert not list(tmp_path.rglob("*-v1*"))
+    [said] = [line for line in caplog.messages if line.startswith("hesd: highest C_t picks epoch 0, ")]
+    assert pick in said
+    if kept:
+        assert trainer.checkpoint_callback is theirs
+        assert epoch_of(theirs.best_model_path) == 2
+        assert "`callback.checkpoint.best_model_path`" in said
+    else:
+        assert trainer.checkpoint_callback is spectra.checkpoint
+        assert '`ckpt_path="best"` loads it' in said
+    trainer.test(module, loader(), verbose=False)  # sets up the callbacks once more
+    assert (trainer.checkpoint_callback is spectra.checkpoint) is not kept
+
+
+def test_one_that_stands_alone_comes_after_a_plain_one_of_the_user(tmp_path: Path) -> None:
+    ours, theirs = HessianCheckpoint(dirpath=tmp_path / "ours"), ModelCheckpoint()
+    trainer = run_script(tmp_path, SCRIPT[:2], [ScriptedSource(SCRIPT), ours, theirs])
+    assert trainer.checkpoint_callback is ours  # no HessianSpectrumCallback orders them here
+    spectra = HessianSpectrumCallback(loss_fn=lambda m, _: (m.weight - 1) ** 2, num_samples=2)
+    ours, theirs = HessianCheckpoint(dirpath=tmp_path / "again" / "ours"), ModelCheckpoint()
+    trainer = run_script(tmp_path / "again", SCRIPT[:2], [spectra, ours, theirs])
+    assert trainer.checkpoint_callback is theirs
+    assert epoch_of(theirs.best_model_path) == 1
+    assert epoch_of(ours.best_model_path) == 0
 
 
 @pytest.mark.parametrize("own", ["highest_c_t", "lowest_max_eigenvalue"])
@@ -285,21 +346,38 @@ def test_invalid_arguments(arguments: dict[str, Any], message: str) -> None:
         HessianCheckpoint(**arguments)
 
 
-def test_alone_it_needs_a_spectrum_callback(tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match=r"add HessianSpectrumCallback\(\)"):
-        run_script(tmp_path, SCRIPT, [HessianCheckpoint(dirpath=tmp_path)])
+def test_without_a_spectrum_callback_it_keeps_the_final_weights(tmp_path: Path) -> None:
+    checkpoint = HessianCheckpoint(dirpath=tmp_path)
+    with pytest.warns(RuntimeWarning, match=r"but the final weights.*add HessianSpectrumCallback\(\)") as caught:
+        run_script(tmp_path, SCRIPT, [checkpoint], quiet=False)
+    assert len([w for w in caught if w.category is RuntimeWarning]) == 1
+    assert epoch_of(checkpoint.best_model_path) == 4
 
 
 def test_alone_it_cannot_choose_between_two_spectrum_callbacks(tmp_path: Path) -> None:
-    sources = [ScriptedSource(SCRIPT, name="first"), ScriptedSource(SCRIPT, name="second")]
-    with pytest.raises(MisconfigurationException, match="'first', 'second'"):
-        run_script(tmp_path, SCRIPT, [*sources, HessianCheckpoint(dirpath=tmp_path)])
+    for on_error in ("warn", "raise"):
+        sources = [ScriptedSource(SCRIPT, name="first", on_error=on_error), ScriptedSource(SCRIPT, name="second")]
+        checkpoint = HessianCheckpoint(dirpath=tmp_path / on_error)
+        if on_error == "raise":
+            with pytest.raises(MisconfigurationException, match="'first', 'second'"):
+                run_script(tmp_path, SCRIPT, [*sources, checkpoint])
+        else:
+            with warns("'first', 'second'"):
+                run_script(tmp_path, SCRIPT, [*sources, checkpoint], quiet=False)
+            assert epoch_of(checkpoint.best_model_path) == 4
 
 
-def test_a_rule_needs_checkpointing(tmp_path: Path) -> None:
-    callback = HessianSpectrumCallback(checkpoint="highest_c_t")
+def test_a_rule_works_without_checkpointing(tmp_path: Path) -> None:
+    options = {"checkpoint": "highest_c_t", "loss_fn": lambda module, _: (module.weight - 1) ** 2, "num_samples": 2}
+    callback = HessianSpectrumCallback(**options)
+    with pytest.warns(RuntimeWarning, match="enable_checkpointing=False.*are written all the same") as caught:
+        trainer = run_script(tmp_path, SCRIPT, [callback], enable_checkpointing=False, quiet=False)
+    assert len([w for w in caught if w.category is RuntimeWarning]) == 1
+    assert epoch_of(callback.checkpoint.best_model_path) == 0
+    assert trainer.checkpoint_callback is callback.checkpoint
+    assert trainer.test(dataloaders=loader(), ckpt_path="best", verbose=False) == [{"weight": 2.0}]
     with pytest.raises(MisconfigurationException, match="enable_checkpointing=False"):
-        run_script(tmp_path, SCRIPT, [callback], enable_checkpointing=False)
+        run_script(tmp_path, SCRIPT, [HessianSpectrumCallback(on_error="raise", **options)], enable_checkpointing=False)
 
 
 def test_without_a_rule_checkpointing_may_be_off(tmp_path: Path) -> None:
@@ -389,3 +467,69 @@ def test_fast_dev_run_writes_nothing(tmp_path: Path) -> None:
     run_script(tmp_path, SCRIPT, [callback], fast_dev_run=True)
     assert len(callback.history) == 1
     assert not list(tmp_path.rglob("*.*"))
+
+
+# The scale of the loss ------------------------------------------------------------------------------------------------
+
+
+FALLING = [Epoch(-0.1, loss=1.0), Epoch(-0.3, loss=0.2), Epoch(-0.2, loss=0.04), Epoch(-0.5, loss=0.0)]
+
+
+@pytest.mark.parametrize(("unit", "offset"), [(1, 0), (1e-6, 0), (3e4, 0), (1, -40), (1e-6, -1e-6), (3e4, -1e5)])
+def test_the_unit_of_the_loss_and_what_is_added_to_it_make_no_difference(
+    tmp_path: Path, unit: float, offset: float
+) -> None:
+    script = [replace(epoch, loss=unit * epoch.loss + offset) for epoch in FALLING]
+    checkpoint = HessianCheckpoint(dirpath=tmp_path)
+    run_script(tmp_path, script, [ScriptedSource(script), checkpoint])
+    assert epoch_of(checkpoint.best_model_path) == 2  # 0.04 lies within 5 % of the drop from 1 to 0, and 0.2 does not
+    assert checkpoint.selection.tolerance == pytest.approx(0.05 * unit)
+    assert checkpoint.qualified_steps == [6, 8]
+
+
+@pytest.mark.parametrize(
+    ("losses", "epoch", "tolerance"),
+    [
+        ([0.3], 0, 0.0),
+        ([0.3, 0.31, 0.4], 0, 0.0),  # no progress: equals only
+        ([0.3, 0.3, 0.3], 2, 0.0),
+        ([0.5, 2.0, 0.1, 0.115], 3, 0.02),  # the first loss counts, not the highest
+        ([math.inf, 1.0, 0.5, 0.51], 3, 0.025),  # the first finite one
+    ],
+)
+def test_progress_is_counted_from_the_first_loss(
+    tmp_path: Path, losses: list[float], epoch: int, tolerance: float
+) -> None:
+    script = [Epoch(-0.5 + 0.1 * number, loss=loss) for number, loss in enumerate(losses)]
+    checkpoint = HessianCheckpoint(dirpath=tmp_path)
+    run_script(tmp_path, script, [ScriptedSource(script), checkpoint])
+    assert epoch_of(checkpoint.best_model_path) == epoch
+    assert checkpoint.selection.tolerance == pytest.approx(tolerance)
+
+
+def test_a_tolerance_that_is_given_is_absolute(tmp_path: Path) -> None:
+    for arguments, tolerance in (
+        ({"tolerance": 0.05}, 0.05),
+        ({"train_metric": "train_acc"}, 0.01),
+        ({"train_metric": "train_acc", "train_metric_mode": "min"}, None),
+    ):
+        assert HessianCheckpoint(**arguments).tolerance == tolerance
+    script = [replace(epoch, loss=3e4 * epoch.loss) for epoch in FALLING]
+    checkpoint = HessianCheckpoint(tolerance=0.05, dirpath=tmp_path)
+    run_script(tmp_path, script, [ScriptedSource(script), checkpoint])
+    assert epoch_of(checkpoint.best_model_path) == 3
+
+
+def test_a_resumed_run_counts_progress_from_its_first_loss(tmp_path: Path) -> None:
+    """Also where the history does not come along."""
+    checkpoint = HessianCheckpoint(dirpath=tmp_path / "first", save_last=True)
+    run_script(tmp_path, FALLING[:2], [ScriptedSource(FALLING), checkpoint])
+    for name in ("hesd", "new"):
+        resumed, source = HessianCheckpoint(dirpath=tmp_path / name), ScriptedSource(FALLING)
+        source.forgets = name == "new"
+        trainer = make_trainer(tmp_path, [source, resumed], 4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.fit(ScriptedModule(FALLING), loader(), ckpt_path=checkpoint.last_model_path)
+        assert epoch_of(resumed.best_model_path) == 2
+        assert resumed.qualified_steps == [6, 8]

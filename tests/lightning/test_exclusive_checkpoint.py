@@ -257,7 +257,7 @@ def test_callbacks_added_after_construction(
     trainer.fit(SelfAppending(SCRIPT), loader())
     assert_own_files(checkpoint)
     assert Path(checkpoint.dirpath) == tmp_path / "checkpoints"
-    assert trainer.checkpoint_callback is checkpoint
+    assert trainer.checkpoint_callback is other
     assert other.calls == ["setup", "start"]
     assert {step_in(path) for path in other.best_k_models or [other.best_model_path]} <= {2, 4, 6}
     kinds = [isinstance(callback, Checkpoint) for callback in trainer.callbacks]

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_hesd import HessianSpectrumCallback
+from lightning_hesd.training import _lightning
 
 from .modules import Classifier, Digits, callback, fit, freeze, loader, make_trainer, plain_loss, seed
 
@@ -102,11 +103,98 @@ def test_a_checkpoint_that_is_no_rule(checkpoint: Any) -> None:
 # At the start of fit --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("on_error", ["warn", "raise"])
-def test_a_rule_without_checkpointing(on_error: str, tmp_path: Path) -> None:
-    observer = callback(checkpoint="highest_c_t", on_error=on_error)
-    with pytest.raises(MisconfigurationException, match=r"'highest_c_t'.*`enable_checkpointing=False`: drop one"):
-        fit(tmp_path, observer)
+class ByHand(Classifier):
+    """Manual optimization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+class Streaming(Classifier):
+    """Fetches its batches itself."""
+
+    def training_step(self, dataloader_iter: Any) -> Tensor:
+        batch, batch_idx, _ = next(dataloader_iter)
+        return super().training_step(batch, batch_idx)
+
+
+class Late(HessianSpectrumCallback):
+    """Joins the Trainer only when it sets up its callbacks, so that Lightning does not compare the names."""
+
+    @property
+    def state_key(self) -> str:
+        return super().state_key if self._set_up_by else "another"
+
+
+def of_one_name(on_error: Any) -> list[pl.Callback]:
+    return [callback(), Late(steps=3, num_samples=16, checkpoint="highest_c_t", on_error=on_error)]
+
+
+REFUSED: dict[str, tuple[type[Classifier], Callable[[Any], list[pl.Callback]], str]] = {
+    "manual": (ByHand, lambda e: [callback(on_error=e, checkpoint="highest_c_t", at_start=True)], "pass `loss_fn=`"),
+    "iterator": (
+        Streaming,
+        lambda e: [callback(on_error=e, monitor_gradients=True, verbose=True)],
+        "takes a `dataloader_iter`.* pass `loss_fn=`",
+    ),
+    "name": (Classifier, of_one_name, "another HessianSpectrumCallback.* pass another `name`"),
+    "strategy": (Classifier, lambda e: [callback(on_error=e, max_overhead=0.5)], "Refusing.* use another"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_analysed_is_said_before_training(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With "warn" once, and training goes on as it would; the reason is in the records, where spectra would be."""
+    module, make, message = REFUSED[case]
+    if case == "strategy":  # FSDP and DeepSpeed need a GPU
+
+        def refuse(trainer: pl.Trainer) -> None:
+            msg = "Refusing splits parameters: use another"
+            raise MisconfigurationException(msg)
+
+        monkeypatch.setattr(_lightning, "check_strategy", refuse)
+    observers = make("warn")
+    with pytest.warns(RuntimeWarning) as caught:
+        trainer = fit(tmp_path, *observers, module=module(), enable_checkpointing=True)
+    [text] = said(caught)
+    refused: Any = observers[-1]
+    assert text.startswith("lightning_hesd: there will be no spectra")
+    assert re.search(message, text)
+    assert {record.error for record in refused.history} == {refused.refusal}
+    assert refused.refusal in text
+    assert [record.epoch for record in refused.history] == ([-1, 0, 1] if case == "manual" else [0, 1])
+    assert trainer.state.finished
+    if case == "manual":
+        assert "final weights take the place of the pick" in text
+        assert trainer.checkpoint_callback is refused.checkpoint
+        assert Path(refused.checkpoint.best_model_path).is_file()
+    if case == "name":
+        assert all(record.error is None for record in observers[0].history)
+        assert refused.checkpoint not in trainer.checkpoint_callbacks
+        state = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["callbacks"]
+        assert "records" in state[observers[0].state_key]["history"]
+    without = fit(tmp_path / "without", module=module())
+    assert freeze(trainer.lightning_module.state_dict()) == freeze(without.lightning_module.state_dict())
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(tmp_path / "raise", *make("raise"), module=module(), enable_checkpointing=True)
+
+
+def test_a_refusal_holds_for_its_run_only(tmp_path: Path) -> None:
+    observer = callback(on_error="warn")
+    with pytest.warns(RuntimeWarning, match="no spectra"):
+        fit(tmp_path / "first", observer, module=ByHand())
+    fit(tmp_path / "second", observer)
+    assert [record.error for record in observer.history] == [None, None]
 
 
 def test_two_callbacks_of_one_name(tmp_path: Path) -> None:

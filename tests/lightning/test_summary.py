@@ -18,7 +18,7 @@ import rich
 
 from lightning_hesd import HessianCheckpoint
 from lightning_hesd.spectra.selection import Candidate
-from lightning_hesd.spectra.summary import GAP, MOST_ROWS, Summary, analysis_lines, summarize
+from lightning_hesd.spectra.summary import GAP, MOST_ROWS, Kept, Summary, analysis_lines, summarize
 from lightning_hesd.training import terminal
 from lightning_hesd.training.history import SpectrumRecord
 from tests.lightning.modules import Classifier, callback, fit
@@ -75,12 +75,12 @@ class TestTable:
             record(2, math.nan),
         )
         assert found.title == "hesd: 4 analyses, 1 failed, 3.2 s, 4.6% of the training time"
-        assert found.header == ("epoch", "C_t", "[interval]", "type", "λ_max", "loss", "s", "pick")
+        assert found.header == ("epoch", "C_t", "[interval]", "type", "λ_max", "loss", "s", "candidate", "pick")
         assert found.rows == (
-            ("start", "-0.9", "[-0.9, -0.9]", "MN", "1", "2.3", "0.1", ""),
-            ("0", "-0.25", "[-0.25, -0.25]", "MP", "4", "0.51", "0.1", "C_t, λ_max"),
-            ("1", "failed", "", "", "", "", "", ""),
-            ("2", "undefined", "", "", "0", "0.5", "0.1", ""),
+            ("start", "-0.9", "[-0.9, -0.9]", "MN", "1", "2.3", "0.1", "", ""),
+            ("0", "-0.25", "[-0.25, -0.25]", "MP", "4", "0.51", "0.1", "C_t, λ_max", "C_t, λ_max"),
+            ("1", "failed", "", "", "", "", "", "", ""),
+            ("2", "undefined", "", "", "0", "0.5", "0.1", "", ""),
         )
         assert "epoch 1 failed: RuntimeError: no luck" in found.notes
 
@@ -91,9 +91,11 @@ class TestTable:
         ]
 
     def test_steps_where_epochs_have_several(self):
-        found = summary(record(0, step=5), record(0, -0.05, step=10))
+        found = summary(record(0, step=5, loss=0.5), record(0, -0.05, step=10, loss=0.3))
         assert cells(found, "step") == ["5", "10"]
-        assert found.notes[0] == "highest C_t would pick epoch 0, step 10 (MP, loss within 0.05 of the lowest)"
+        assert found.notes[0] == (
+            "highest C_t would pick epoch 0, step 10 (MP, loss within 0.01, 5% of its drop, of the lowest)"
+        )
         assert "step" not in summary(record(0), record(1)).header
 
     def test_an_open_type_has_a_question_mark(self):
@@ -113,15 +115,16 @@ class TestTable:
     def test_picks_of_checkpoints_come_before_those_of_losses(self):
         """A checkpoint may go by another metric than the loss, and its file is what can be loaded."""
         kept = {
-            "highest_c_t": Candidate(0, 10, 0.5, -0.3, True, "some/0.ckpt"),
-            "my_rule": Candidate(1, 20, 0.5, 1.0, True, "some/1.ckpt"),
+            "highest_c_t": Kept(Candidate(0, 10, 0.5, -0.3, True, "some/0.ckpt"), [10]),
+            "my_rule": Kept(Candidate(1, 20, 0.5, 1.0, True, "some/1.ckpt"), [10, 20]),
         }
         found = summary(record(0, -0.3, lambda_max=2.0), record(1, -0.1), kept=kept)
+        assert cells(found, "candidate") == ["C_t, my_rule, λ_max", "my_rule, λ_max"]
         assert cells(found, "pick") == ["C_t", "my_rule, λ_max"]
         assert found.notes == (
             "highest C_t picks epoch 0: some/0.ckpt",
             "my_rule picks epoch 1: some/1.ckpt",
-            "lowest λ_max would pick epoch 1 (MP, loss within 0.05 of the lowest)",
+            "lowest λ_max would pick epoch 1 (MP, loss within 0, 5% of its drop, of the lowest)",
         )
 
     def test_nothing_is_picked_of_mn_spectra_or_of_the_start(self):
@@ -145,9 +148,9 @@ class TestTable:
 
     def test_plain_text_is_aligned(self):
         lines = str(summary(record(0, -0.25), record(10, -0.125), folder=Path("run") / "hesd")).splitlines()
-        assert lines[1] == "epoch     C_t        [interval]  type  λ_max  loss    s  pick"
-        assert lines[2] == "    0   -0.25    [-0.25, -0.25]  MP        1   0.5  0.1  λ_max"
-        assert lines[3] == "   10  -0.125  [-0.125, -0.125]  MP        1   0.5  0.1  C_t"
+        assert lines[1] == "epoch     C_t        [interval]  type  λ_max  loss    s  candidate   pick"
+        assert lines[2] == "    0   -0.25    [-0.25, -0.25]  MP        1   0.5  0.1  C_t, λ_max  λ_max"
+        assert lines[3] == "   10  -0.125  [-0.125, -0.125]  MP        1   0.5  0.1  C_t, λ_max  C_t"
         assert lines[-1] == f"all spectra: {Path('run') / 'hesd'}"
 
     def test_nothing_analysed(self):
@@ -204,7 +207,7 @@ def test_lines_stay_whole_above_the_bar_and_the_table_comes_below(
     assert [line[:7] for line in last if "Epoch" in line] == ["Epoch 1"]
     assert last[3].startswith("Epoch 1")
     assert last[4].startswith("hesd: 3 analyses, ")
-    assert last[5].split() == ["epoch", "C_t", "[interval]", "type", "λ_max", "loss", "s", "pick"]
+    assert last[5].split() == ["epoch", "C_t", "[interval]", "type", "λ_max", "loss", "s", "candidate", "pick"]
     assert [line.split()[0] for line in last if "MP" in line and "[" in line and "Epoch" not in line][3:] == [
         "start", "0", "1",
     ]  # fmt: skip
