@@ -16,10 +16,11 @@ import torch
 from lightning.pytorch import Callback
 
 from lightning_hesd.spectra.foreign import DAMAGE, each, integer, misfit, of, one_line, optional
-from lightning_hesd.training.analyzer import TrainerAnalyzer, check_samples
+from lightning_hesd.training.analyzer import TrainerAnalyzer
 from lightning_hesd.training.callback import HessianSpectrumCallback
 from lightning_hesd.training.loss import check_loss_source
 from lightning_hesd.training.namespaces import lightning_types, namespace_of
+from lightning_hesd.training.samples import check_samples
 
 if TYPE_CHECKING:
     from collections.abc import Callable

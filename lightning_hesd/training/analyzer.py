@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections import defaultdict
 from dataclasses import replace
 from functools import partial
@@ -12,27 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from lightning_hesd.landscape.sample_size import find_sample_size
 from lightning_hesd.numerics.modes import name_of_mode
 from lightning_hesd.numerics.pipeline import analyze, analyze_layers
-from lightning_hesd.numerics.portable import LeftOut, Portable
+from lightning_hesd.numerics.portable import Portable
 from lightning_hesd.numerics.retry import retried
 from lightning_hesd.numerics.sampling import samples_needed
 from lightning_hesd.numerics.snapshot import preserved, seed_everything
 from lightning_hesd.numerics.strategies import Calibration
-from lightning_hesd.spectra.foreign import at_least, each, misfit, optional
 from lightning_hesd.training import _lightning
-from lightning_hesd.training.copies import NotCopiedError
-from lightning_hesd.training.data import (
-    AnalysisSamples,
-    Processes,
-    draw_samples,
-    training_loader,
-    validation_loader,
-)
-from lightning_hesd.training.epochs import PlannedBatch, plain_key
 from lightning_hesd.training.isolation import Isolation
-from lightning_hesd.training.kept import KeptBatches, NoBatchesError
-from lightning_hesd.training.loss import check_gets_batches, make_loss_fn
+from lightning_hesd.training.loss import make_loss_fn
 from lightning_hesd.training.modes import AnalyzedLoss, LossMode
-from lightning_hesd.training.sources import holds_batches, is_addressable, is_collection, share_data
+from lightning_hesd.training.samples import RunSamples
 from lightning_hesd.training.surroundings import DisturbedTrainingError, some_of
 
 if TYPE_CHECKING:
@@ -47,41 +34,14 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.options import AnalysisOptions
     from lightning_hesd.numerics.pipeline import Report
     from lightning_hesd.spectra.spectrum import Spectrum
+    from lightning_hesd.training.data import AnalysisSamples
     from lightning_hesd.training.isolation import Evaluating
     from lightning_hesd.training.modes import AnalysisMode
 
 Result = TypeVar("Result")
 
-FIRST_SAMPLES = 256
-MOST_SAMPLES = 16_384
-"""`num_samples="auto"` begins with the first number and ends at the second, for the samples are kept in memory."""
-
 LARGEST_GROWTH = 4.0
-
-SAMPLES = {
-    "indices": optional(each(at_least(0))),
-    "lengths": each(at_least(0)),
-    "positions": each(at_least(0)),
-    "num_samples": at_least(1),
-}
-
-
-def check_samples(state: object) -> None:
-    """Check what a checkpoint says of the samples drawn.
-
-    Raises:
-        ValueError: If that is not what `TrainerAnalyzer.state_dict` says.
-    """
-    wrong = misfit(state, SAMPLES)
-    if wrong is not None:
-        msg = f"`{wrong}` of the samples is missing or is something else"
-        raise ValueError(msg)
-    of: dict[str, Any] = state  # type: ignore[assignment]  # or it would not fit
-    if of["indices"] is not None and (
-        sum(of["lengths"]) != len(of["indices"]) or len(of["lengths"]) != len(of["positions"])
-    ):
-        msg = "`indices`, `lengths` and `positions` of the samples do not fit together"
-        raise ValueError(msg)
+"""Most samples of a spectrum, as a multiple of those of the one before, with `num_samples="auto"`."""
 
 
 class TrainerAnalyzer:
@@ -92,6 +52,7 @@ class TrainerAnalyzer:
 
     Attributes:
         mode: The mode in which the loss is analysed; analyzers of one run share it.
+        samples: The samples that are analysed.
     """
 
     def __init__(
@@ -119,68 +80,42 @@ class TrainerAnalyzer:
                 read.
         """
         self.mode = LossMode(mode)
-        self._grows = num_samples == "auto"
-        self._options = replace(options, sampling_error=True) if self._grows else options
-        self._num_samples = FIRST_SAMPLES if num_samples == "auto" else num_samples
-        self._batch_size = batch_size
-        self._dataloader = dataloader
+        self._options = replace(options, sampling_error=True) if num_samples == "auto" else options
         self._loss_fn = loss_fn
         self._isolation = Isolation()
-        self._keeps = keeps
-        self._kept: KeptBatches | None = None
-        self._samples: AnalysisSamples | None = None
-        self._drawn: tuple[PlannedBatch, ...] | None = None
-        self._resumed: tuple[PlannedBatch, ...] | None = None
-        self._source: Any = None  # the loader of the first draw, which training may replace after an epoch
+        self.samples = RunSamples(
+            num_samples,
+            batch_size=batch_size,
+            batch_weight=options.batch_weight,
+            dataloader=dataloader,
+            seed=options.seed,
+            keeps=keeps,
+        )
+        self._calibrated: AnalysisSamples | None = None
         self._calibrations: dict[object, Calibration] = defaultdict(Calibration)  # for each kind of analysis
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the options and which samples were drawn, not the samples."""
+        """Return the options and which samples were drawn, not what a run has found."""
         return {
             **vars(self),
-            "_dataloader": Portable("dataloader", self._dataloader),
             "_loss_fn": Portable("loss_fn", self._loss_fn),
             "_isolation": Isolation(),
-            "_samples": None,
+            "_calibrated": None,
             "_calibrations": defaultdict(Calibration),
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to draw the same samples."""
-        batches = self._drawn or ()
-        indices = [plain_key(key) for batch in batches for key in batch.keys]
-        # Keys of another kind are not for a checkpoint; they are drawn again by the same seed.
-        is_plain = self._drawn is not None and all(type(key) is int and key >= 0 for key in indices)
-        return {
-            "indices": indices if is_plain else None,
-            "lengths": [len(batch.keys) for batch in batches],
-            "positions": [batch.position for batch in batches],
-            "num_samples": self._num_samples,
-            "mode": self.mode.state_dict(),
-        }
+        """Return what a resumed run needs to analyse the same loss of the same samples."""
+        return {**self.samples.state_dict(), "mode": self.mode.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Draw the samples of the run that is resumed next, unless another number of them is asked for now.
+        """Go on with the samples of the run that is resumed next, unless another number of them is asked for now.
 
         Raises:
             ValueError: If it does not say which.
         """
-        check_samples(state)
+        self.samples.load_state_dict(state)
         self.mode.load_state_dict(state.get("mode"))
-        if self._grows:
-            self._num_samples = state["num_samples"]
-        self._resumed = None
-        if self._num_samples != state["num_samples"]:
-            _lightning.warn(
-                f"the run that is resumed analysed {state['num_samples']} samples, and `num_samples` is "
-                f"{self._num_samples} now: others are drawn, so spectra before and after are of different samples."
-            )
-        elif state["indices"] is not None:
-            keys = iter(state["indices"])
-            self._resumed = tuple(
-                PlannedBatch(list(itertools.islice(keys, length)), position)
-                for length, position in zip(state["lengths"], state["positions"], strict=True)
-            )
 
     def restart(self, trainer: pl.Trainer) -> None:
         """Begin with a run: let go of the samples of the last one, and of what its analyses changed."""
@@ -190,68 +125,13 @@ class TrainerAnalyzer:
 
     def release(self) -> None:
         """Let go of the samples; they are drawn anew when needed."""
-        self._samples = None
-        self._source = None
-        if self._kept is not None:
-            self._kept.finish()
-            self._kept = None
+        self.samples.release()
+        self._calibrated = None
         self._calibrations.clear()
 
     def prepare(self, trainer: pl.Trainer) -> None:
         """Draw the samples, or begin to keep those that training will see, unless that is done."""
-        if self._samples is not None or self._kept is not None:
-            return
-        if self._source is None:
-            self._source = _lightning.together(trainer, lambda: self._loader(trainer))
-        may_keep = self._keeps and self._is_training_loader(trainer)
-        if may_keep and not is_addressable(self._source):
-            self._keep(trainer)
-            return
-        try:
-            self._samples = _lightning.together(trainer, lambda: self._draw(trainer, self._source))
-        except Exception as error:
-            if not (may_keep and _lightning.anywhere(trainer, isinstance(error, NotCopiedError))):
-                raise
-            self._keep(trainer)
-        else:
-            self._drawn = self._samples.drawn
-            self._resumed = None
-
-    def _keep(self, trainer: pl.Trainer) -> None:
-        """Begin to keep the first batches of training.
-
-        Raises:
-            MisconfigurationException: If `training_step` fetches its batches itself.
-        """
-        check_gets_batches(trainer.lightning_module)
-        wanted = MOST_SAMPLES if self._grows else self._num_samples
-        self._kept = KeptBatches(trainer, wanted, self._options.batch_weight)
-        self._drawn = self._resumed = None
-        if holds_batches(self._source):
-            _lightning.warn(
-                "Lightning takes each entry of a list of training dataloaders for a loader, and of batches each "
-                "tensor: a step trains on one row of each tensor, and so does the analysis. To train on the batches, "
-                "pass `train_dataloaders=DataLoader(batches, batch_size=None)`."
-            )
-        if trainer.global_step > 0:
-            _lightning.warn(
-                "the samples are the first batches that training sees from now on, because those of before this fit "
-                "cannot be drawn again: spectra before and after are of different samples."
-            )
-
-    def waits(self) -> bool:
-        """Whether there are no samples before training has seen its first batches."""
-        return self._kept is not None
-
-    def after_batch(self) -> None:
-        """Take note that training has done a step with the last batch."""
-        if self._kept is not None:
-            self._kept.trained()
-
-    def after_epoch(self) -> None:
-        """Take note that an epoch of training has ended."""
-        if self._kept is not None:
-            self._kept.epoch_ended()
+        self.samples.prepare(trainer, self._isolation)
 
     def draw(self, trainer: pl.Trainer) -> AnalysisSamples:
         """Draw the samples, or return them if they are there already.
@@ -259,63 +139,11 @@ class TrainerAnalyzer:
         Raises:
             NoBatchesError: If training has not seen any.
         """
-        self.prepare(trainer)
-        if self._samples is not None:
-            return self._samples
-        kept = cast("KeptBatches", self._kept)
-        batches: list[WeightedBatch] = []
-
-        def count() -> list[float]:
-            batches.extend(kept.batches(self._num_samples))
-            return [float(len(batches)), float(not batches)]
-
-        found, without = _lightning.added_up(trainer, count)
-        if found == 0 or (without and _lightning.is_sharded(trainer)):
-            msg = (
-                f"training has not seen a batch to analyse: samples of {type(self._source).__name__} are its first "
-                "training batches. Pass `dataloader=` to HessianSpectrumCallback, a loader or a list of batches, for "
-                "others."
-            )
-            raise NoBatchesError(msg)
-        samples = AnalysisSamples(tuple(batches), None, transferred=True)
-        if kept.is_complete:
-            self._samples = samples
-        else:
-            self._calibrations.clear()  # of fewer batches
+        samples = self.samples.draw(trainer, self._isolation)
+        if samples is not self._calibrated:
+            self._calibrations.clear()
+            self._calibrated = samples
         return samples
-
-    def _is_training_loader(self, trainer: pl.Trainer) -> bool:
-        return self._dataloader is None or self._dataloader is trainer.train_dataloader
-
-    def _draw(self, trainer: pl.Trainer, loader: Any) -> AnalysisSamples:
-        own = self._dataloader is not None
-        is_free = not self._keeps or (own and not share_data(loader, trainer.train_dataloader))
-        with self._isolation.reading(trainer, trainer.lightning_module):
-            return draw_samples(
-                loader,
-                self._num_samples,
-                max_batches=None if own else trainer.num_training_batches,
-                batch_size=self._batch_size,
-                batch_weight=self._options.batch_weight,
-                seed=self._options.seed,
-                drawn=self._resumed,
-                processes=_processes(trainer),
-                spare=_lightning.is_sharded(trainer),
-                uses_up=is_free and not isinstance(self._dataloader, str),
-            )
-
-    def _loader(self, trainer: pl.Trainer) -> Any:
-        if self._dataloader is None:
-            loaders = training_loader(trainer.train_dataloader)
-            # For `draw_samples` a list of batches is one loader, for the Trainer it is several.
-            is_one = self._keeps or not is_collection(loaders)
-            return loaders if is_one else _lightning.combined_like_training(trainer, loaders)
-        if isinstance(self._dataloader, LeftOut):
-            self._dataloader.refuse()
-        if isinstance(self._dataloader, str):
-            with preserved():  # it may be made only now
-                return validation_loader(_lightning.validation_loaders(trainer))
-        return self._dataloader
 
     def spectrum(
         self,
@@ -336,13 +164,10 @@ class TrainerAnalyzer:
         spectrum = self._analyze(trainer, pl_module, report, analyze, options)
         if changes:
             return spectrum
-        while self._grows and (factor := _growth(spectrum)) > 1 and self._num_samples < MOST_SAMPLES:
-            self._num_samples = min(math.ceil(factor * self._num_samples), MOST_SAMPLES)
-            self._samples = None
-            self._calibrations.clear()
+        while self.samples.grows and self.samples.grow(_growth(spectrum)):
             before, spectrum = spectrum, self._analyze(trainer, pl_module, report, analyze, options)
             if spectrum.num_samples <= before.num_samples:  # there are no more
-                self._grows = False
+                self.samples.grows = False
         return spectrum
 
     def layers(
@@ -454,15 +279,6 @@ def _within(evaluating: Evaluating, function: Callable[..., Result] | None) -> C
             return cast("Callable[..., Result]", function)(*arguments)
 
     return None if function is None else within
-
-
-def _processes(trainer: pl.Trainer) -> Processes:
-    return Processes(
-        trainer.global_rank,
-        trainer.world_size,
-        agree=lambda work: trainer.strategy.broadcast(_lightning.together(trainer, work)),
-        add=partial(_lightning.added_up, trainer),
-    )
 
 
 def _growth(spectrum: Spectrum) -> float:

@@ -100,17 +100,17 @@ class Recorder:
 
     def waits(self) -> bool:
         """Whether there are no samples of training data before training has seen its first batches."""
-        return self._analyzers["training"].waits()
+        return self._analyzers["training"].samples.waits()
 
     def after_batch(self) -> None:
         """Take note that training has done a step with the last batch."""
         for analyzer in self._analyzers.values():
-            analyzer.after_batch()
+            analyzer.samples.after_batch()
 
     def after_epoch(self) -> None:
         """Take note that an epoch of training has ended."""
         for analyzer in self._analyzers.values():
-            analyzer.after_epoch()
+            analyzer.samples.after_epoch()
 
     def release(self) -> None:
         """Let go of the samples."""

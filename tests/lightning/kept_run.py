@@ -43,6 +43,7 @@ def main() -> None:
     observer = callback(num_samples=24, loss_fn=loss_fn, steps=10)
     for callbacks in ([], [observer]):
         trainer = pl.Trainer(
+            default_root_dir=out,
             accelerator="cpu",
             devices=world,
             strategy=DDPStrategy(process_group_backend="gloo") if world > 1 else "auto",

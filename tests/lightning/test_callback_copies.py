@@ -124,7 +124,7 @@ def test_a_deep_copy_keeps_functions_and_shares_the_loader() -> None:
     data, loss_fn = loader(), lambda module, batch: module.training_step(batch, 0)
     copied = copy.deepcopy(callback(loss_fn=loss_fn, dataloader=data))
     assert copied.loss_fn is loss_fn
-    assert copied._recorder._analyzers["training"]._dataloader is data
+    assert copied._recorder._analyzers["training"].samples._dataloader is data
 
 
 def test_the_original_shows_what_its_latest_copy_found(tmp_path: Path) -> None:

@@ -214,15 +214,12 @@ class TakesIterator(Classifier):
     ("module", "message"),
     [(Manual, "manual optimization.*pass `loss_fn=`"), (TakesIterator, "takes a `dataloader_iter`.*pass `loss_fn=`")],
 )
-@pytest.mark.parametrize("on_error", ["warn", "raise"])
 @pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")  # Lightning's own, of an experimental feature
-def test_a_training_step_that_cannot_be_called(
-    on_error: str, module: type[Classifier], message: str, tmp_path: Path
-) -> None:
+def test_a_training_step_that_cannot_be_called(module: type[Classifier], message: str, tmp_path: Path) -> None:
     untouched = freeze(module().state_dict())
     refused = module()
     with pytest.raises(MisconfigurationException, match=message):
-        fit(tmp_path, callback(on_error=on_error, at_start=True), module=refused)
+        fit(tmp_path, callback(at_start=True), module=refused)
     assert freeze(refused.state_dict()) == untouched, "refused before the first step"
 
     observer, trained = callback(loss_fn=plain_loss), module()

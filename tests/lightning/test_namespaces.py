@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
 from lightning_hesd.commands.cli import main
 from lightning_hesd.training import _lightning, kinds, progress
-from lightning_hesd.training.data import training_loader
 from lightning_hesd.training.namespaces import lightning_types, namespace_of
 from lightning_hesd.training.reading import _has_own_init
+from lightning_hesd.training.sources import is_combined
 from tests.lightning import processes
 from tests.lightning.namespace_project import DATA, NAMESPACES, NETS, loader
 
@@ -218,8 +218,7 @@ def test_strategies_and_loaders(name: str, tmp_path: Path) -> None:
         _lightning.check_strategy(SimpleNamespace(strategy=sharded))  # type: ignore[arg-type]
     parallel = object.__new__(namespace.strategies.ModelParallelStrategy)
     assert _lightning.is_sharded(SimpleNamespace(strategy=parallel))  # type: ignore[arg-type]
-    with pytest.raises(refusal, match="has a CombinedLoader of dataloaders"):
-        training_loader(namespace.utilities.CombinedLoader([loader()]))
+    assert is_combined(namespace.utilities.CombinedLoader([loader()]))
     initialise = inspect.getmodule(namespace.seed_everything).pl_worker_init_function  # type: ignore[union-attr]
     assert not _has_own_init(DataLoader([], worker_init_fn=functools.partial(initialise, rank=0)))
     assert namespace_of(trainer_of(name, tmp_path)) is namespace_of(NETS[name]()) is namespace

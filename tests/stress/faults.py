@@ -78,8 +78,8 @@ def released(observer: HessianSpectrumCallback, trainer: pl.Trainer) -> str:
 
 
 def scarce(kind: str, times: float) -> Callable[[], dict[str, Any]]:
-    """Return what makes options with a loss that runs out of memory."""
-    return lambda: {"loss_fn": Scarce(plain_loss, EXHAUSTIONS[kind], times)}
+    """Return what makes options with a loss that runs out of memory; its times are not used up by comparing modes."""
+    return lambda: {"loss_fn": Scarce(plain_loss, EXHAUSTIONS[kind], times), "mode": "eval"}
 
 
 MEMORY: list[Case] = [
@@ -135,7 +135,7 @@ def scarce_on_one_of_two(folder: Path, times: float) -> str:
             warnings.simplefilter("ignore")
             fit(
                 folder / name,
-                callback(on_error="warn", loss_fn=loss),
+                callback(on_error="warn", loss_fn=loss, mode="eval"),
                 strategy=DDPStrategy(start_method="fork", process_group_backend="gloo"),
                 devices=2,
             )
