@@ -115,10 +115,14 @@ def no_hooks_in_backward(leaves: Sequence[Tensor]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Put another function in the place of one of PyTorch's."""
-    before = vars(owner)[name]
+    """Give an object, a class or a module another attribute of its own for a while: mostly a function."""
+    own = vars(owner)
+    had, before = name in own, own.get(name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, before)
+        if had:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)

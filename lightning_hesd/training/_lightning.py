@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_only, rank_zero_warn
 
+from lightning_hesd.numerics.hooks import replaced
 from lightning_hesd.numerics.layout import Layout
 from lightning_hesd.numerics.sample_mean import AnotherProcessFailedError
 from lightning_hesd.training.folders import joined
@@ -93,22 +94,41 @@ def looks_before_the_epoch_ends(trainer: pl.Trainer, callback: ModelCheckpoint |
 @contextlib.contextmanager
 def edited_checkpoints(trainer: pl.Trainer, edit: Callable[[dict[str, Any]], None]) -> Iterator[None]:
     """Let a function change what is written to checkpoints, after all hooks have had their say."""
-    strategy = trainer.strategy
-    save = strategy.save_checkpoint
-    own = "save_checkpoint" in vars(strategy)
+    save = trainer.strategy.save_checkpoint
 
     def edited(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         edit(checkpoint)
         save(checkpoint, *args, **kwargs)
 
-    strategy.save_checkpoint = edited  # type: ignore[method-assign]
-    try:
+    with replaced(trainer.strategy, "save_checkpoint", edited):
         yield
-    finally:
-        if own:
-            strategy.save_checkpoint = save  # type: ignore[method-assign]
-        else:
-            del strategy.save_checkpoint
+
+
+@contextlib.contextmanager
+def failing_together(trainer: pl.Trainer) -> Iterator[None]:
+    """Let `Trainer.save_checkpoint` raise OSError in all processes if the file cannot be written in one of them.
+
+    Otherwise those that write nothing would wait for the one that has failed.
+    """
+    strategy, save, write = trainer.strategy, trainer.save_checkpoint, trainer.strategy.save_checkpoint
+
+    def save_together(*args: Any, **kwargs: Any) -> None:
+        failures: list[OSError] = []
+
+        def attempt(*args: Any, **kwargs: Any) -> None:
+            try:
+                write(*args, **kwargs)
+            except OSError as error:
+                failures.append(error)
+
+        with replaced(strategy, "save_checkpoint", attempt):
+            save(*args, **kwargs)
+        if anywhere(trainer, bool(failures)):
+            raise failures[0] if failures else OSError("another process could not write the checkpoint")
+
+    # A sharded strategy writes in all processes, which wait for each other within.
+    with contextlib.nullcontext() if is_sharded(trainer) else replaced(trainer, "save_checkpoint", save_together):
+        yield
 
 
 def log_scalars(

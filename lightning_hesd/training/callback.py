@@ -316,6 +316,9 @@ class HessianSpectrumCallback(SpectrumSource):
         # Now rather than at the first analysis, because now the dataset is as it will be when the run is resumed.
         with self._survived("cannot draw the analysis samples, will try again"):
             self._recorder.draw(trainer)
+            if self.verbose:
+                loss = "`training_step`" if self.loss_fn is None else "`loss_fn`"
+                terminal.say(trainer, f"{self.name}: the mean loss of {loss} over {self._recorder.samples} is analysed")
         if self.at_start and trainer.global_step == 0:
             if self._recorder.waits():
                 _lightning.warn(

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_hesd.numerics.portable import Portable, deep_copied
+from lightning_hesd.spectra.foreign import one_line
 from lightning_hesd.spectra.selection import (
     CRITERIA,
     RULE_NAMES,
@@ -21,7 +22,7 @@ from lightning_hesd.spectra.selection import (
     progress_tolerance,
 )
 from lightning_hesd.training import launched
-from lightning_hesd.training._lightning import inform, name_of, warn
+from lightning_hesd.training._lightning import failing_together, inform, name_of, warn
 from lightning_hesd.training.analysed_saving import AnalysedSaving
 from lightning_hesd.training.checkpoint_paths import prefix
 from lightning_hesd.training.exclusive_checkpoint import ExclusiveCheckpoint
@@ -275,7 +276,8 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         if self.save_last and self._may_save(trainer):
             # A link can only point to a file of this very state of the weights, so that it never dangles.
             wanted, self.save_last = self.save_last, self.save_last if saved else True
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            names = self._monitor_candidates(trainer)
+            self._is_written("last.ckpt", lambda: self._save_last_checkpoint(trainer, names))
             self.save_last = wanted
 
     def on_train_end(self, trainer: pl.Trainer, *_args: Any) -> None:
@@ -296,14 +298,14 @@ class HessianCheckpoint(ExclusiveCheckpoint):
             return
         names = self._monitor_candidates(trainer)
         names["epoch"] = torch.tensor(max(trainer.current_epoch - 1, 0))  # the trainer already counts the next one
-        path = self.free_path(trainer, names, ())
-        if self.source is not None and self.source.refusal is None:  # else a warning has said so
+        path = self._final_path = self.free_path(trainer, names, ())
+        if not self._is_written(path, lambda: self._save_checkpoint(trainer, path)):
+            self._final_path = ""
+        elif self.source is not None and self.source.refusal is None:  # else a warning has said so
             warn(
                 f"HessianCheckpoint(rule={self.rule!r}) could rank no analysed epoch; its best_model_path is the "
                 f"checkpoint of the final weights, {path}."
             )
-        self._final_path = path
-        self._save_checkpoint(trainer, path)
 
     def _say_where(self, trainer: pl.Trainer) -> None:
         """Say which file is the pick, and whether Lightning's "best" is that one."""
@@ -425,9 +427,13 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         self._ranked = [*self._ranked, newcomer]
         # Updated before saving, because the checkpoint holds this very state; deleted after it, so that an interruption
         # leaves a file too many rather than one too few.
+        state = self.state_dict()
         self._update(kept, best)
-        if newcomer in kept:
-            self._analysed.save(trainer, mark, lambda: self._save_checkpoint(trainer, path))
+        if newcomer in kept and not self._is_written(
+            path, lambda: self._analysed.save(trainer, mark, lambda: self._save_checkpoint(trainer, path))
+        ):
+            self._load(state)
+            return False
         for candidate in before:
             if candidate not in kept and self._should_remove_checkpoint(trainer, candidate.path, path):
                 self._remove_checkpoint(trainer, candidate.path)
@@ -446,6 +452,26 @@ class HessianCheckpoint(ExclusiveCheckpoint):
             ),
         )
         return newcomer in kept
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        """Write a checkpoint; where that fails, it does so in all processes."""
+        with failing_together(trainer):
+            super()._save_checkpoint(trainer, filepath)
+
+    def _is_written(self, name: str, write: Callable[[], None]) -> bool:
+        """Write a file; a full disk costs the file, and not the training.
+
+        Raises:
+            OSError: If it cannot be written, and exceptions are to be raised.
+        """
+        try:
+            write()
+        except OSError as error:
+            if self.source is not None and self.source.on_error == "raise":
+                raise
+            warn(f"HessianCheckpoint(rule={self.rule!r}) could not write {name} ({one_line(error)}).")
+            return False
+        return True
 
     def _update(self, candidates: list[Candidate], best: float) -> None:
         """Set the candidates, and what ModelCheckpoint says about them."""

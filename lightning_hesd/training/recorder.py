@@ -98,6 +98,11 @@ class Recorder:
         for analyzer in self._analyzers.values():
             analyzer.prepare(trainer)
 
+    @property
+    def samples(self) -> str:
+        """Which samples of training data these are, in words."""
+        return self._analyzers["training"].samples.description
+
     def waits(self) -> bool:
         """Whether there are no samples of training data before training has seen its first batches."""
         return self._analyzers["training"].samples.waits()

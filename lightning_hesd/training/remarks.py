@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lightning_hesd.spectra.criteria import quasi_singular
+from lightning_hesd.spectra.selection import loss_tolerance
 from lightning_hesd.training import _lightning
 from lightning_hesd.training.gradient_monitor import likely_causes
 from lightning_hesd.training.history import START_EPOCH
@@ -14,9 +15,6 @@ if TYPE_CHECKING:
 
     from lightning_hesd.training.gradient_monitor import GradientStatistics
     from lightning_hesd.training.history import SpectrumHistory
-
-SAME_LOSS = 0.05
-"""Losses count as the same up to this, absolute, when the largest eigenvalue falls."""
 
 
 class Remarks:
@@ -54,7 +52,7 @@ class Remarks:
                 f"generalization do not apply. Likely cause: {'; '.join(causes)}. An untrained network is MN, too.",
             )
         states = [r.spectrum for r in history if r.spectrum is not None]
-        if quasi_singular([s.lambda_max for s in states], [s.loss for s in states], tolerance=SAME_LOSS):
+        if quasi_singular([s.lambda_max for s in states], [s.loss for s in states], tolerance=loss_tolerance(history)):
             self._say(
                 "QS",
                 f"the spectrum of epoch {record.epoch} is quasi-singular: the largest eigenvalue fell to "

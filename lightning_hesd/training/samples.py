@@ -213,6 +213,18 @@ class RunSamples:
                 "cannot be drawn again: spectra before and after are of different samples."
             )
 
+    @property
+    def description(self) -> str:
+        """Which samples these are, in words; once they are drawn, or begun to be kept."""
+        if self._kept is not None:
+            return f"the first {self._num_samples} samples that training sees"
+        whose = {None: "the training data", "val": "the validation data"}
+        of = whose.get(self._dataloader, "`dataloader`") if isinstance(self._dataloader, str | None) else "`dataloader`"
+        if not self._drawn:
+            return f"{self._num_samples} samples of {of}"
+        count, batches = sum(len(batch.keys) for batch in self._drawn), len(self._drawn)
+        return f"{count} samples of {of} in {batches} batch{'es' if batches > 1 else ''}"
+
     def waits(self) -> bool:
         """Whether there are no samples before training has seen its first batches."""
         return self._kept is not None

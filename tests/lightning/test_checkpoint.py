@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import re
 import tempfile
@@ -16,11 +17,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
 from lightning_hesd.training.history import SpectrumRecord
+from tests.lightning.modules import callback, fit
 from tests.lightning.scripted import (
     Epoch,
     ScriptedModule,
@@ -533,3 +537,61 @@ def test_a_resumed_run_counts_progress_from_its_first_loss(tmp_path: Path) -> No
             trainer.fit(ScriptedModule(FALLING), loader(), ckpt_path=checkpoint.last_model_path)
         assert epoch_of(resumed.best_model_path) == 2
         assert resumed.qualified_steps == [6, 8]
+
+
+# A disk that is full --------------------------------------------------------------------------------------------------
+
+
+class FullDisk(TorchCheckpointIO):
+    """Has no room for checkpoints of a rule after these epochs, nor for any last.ckpt."""
+
+    def __init__(self, *epochs: int) -> None:
+        self.names = ("last.ckpt", *(f"hesd-highest_c_t-epoch={epoch}-" for epoch in epochs))
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if Path(path).name.startswith(self.names):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_file_that_cannot_be_written_costs_no_more_than_the_file(processes: int, tmp_path: Path) -> None:
+    """In several processes those that write nothing do not wait for ever for the one that has failed."""
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo") if processes > 1 else "auto"
+    observer = callback(on_error="warn", checkpoint=HessianCheckpoint(require_mp=False, tolerance=9.0, save_last=True))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = fit(
+            tmp_path,
+            observer,
+            max_epochs=3,
+            enable_checkpointing=True,
+            plugins=[FullDisk(1)],
+            devices=processes,
+            strategy=strategy,
+            limit_train_batches=4,
+        )
+    assert trainer.state.finished
+    assert [record.error for record in observer.history] == [None] * 3
+    rule = observer.checkpoint
+    assert {c.epoch for c in rule.candidates} <= {0, 2}
+    assert rule.best_model_path == rule.best.path
+    assert Path(rule.best_model_path).is_file()
+    told = [str(w.message) for w in caught if "could not write" in str(w.message)]
+    if processes == 1:
+        assert len(told) == 4, "one of the rule's, and last.ckpt three times"
+        assert sum("No space left on device" in text and "epoch=1-step=8.ckpt" in text for text in told) == 1
+
+
+def test_a_file_that_cannot_be_written_raises_if_the_callback_is_to_raise(tmp_path: Path) -> None:
+    observer = callback(on_error="raise", checkpoint=HessianCheckpoint(require_mp=False))
+    with pytest.raises(OSError, match="No space left"):
+        fit(tmp_path, observer, enable_checkpointing=True, plugins=[FullDisk(0)], limit_train_batches=4)
+
+
+def test_without_room_for_any_file_there_is_no_pick(tmp_path: Path) -> None:
+    observer = callback(on_error="warn", checkpoint="highest_c_t", at_start=True)
+    with warns("could not write .*hesd-highest_c_t-epoch=1-step=8.ckpt"):
+        trainer = fit(tmp_path, observer, enable_checkpointing=True, plugins=[FullDisk(0, 1)], limit_train_batches=4)
+    assert trainer.state.finished
+    assert observer.checkpoint.best_model_path == ""

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_hesd import HessianSpectrumCallback
 from lightning_hesd.training import modes
 
-from .modules import Classifier, callback, fit, freeze
+from .modules import Classifier, Digits, callback, fit, freeze, loader, plain_loss
 
 SAMPLES = 12
 Weights = dict[str, Tensor]
@@ -417,10 +417,34 @@ def test_the_choice_is_made_once_and_kept_on_resume(tmp_path: Path, monkeypatch:
     assert [record.spectrum.mode for record in resumed.history] == ["eval"]
 
 
-def test_verbose_says_what_is_analysed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fit(tmp_path, callback(verbose=True), max_epochs=2)
-    lines = [line for line in capsys.readouterr().out.splitlines() if "analysed in" in line]
-    (line,) = lines
-    assert line.startswith(
-        "hesd: the loss is analysed in evaluation mode (the same loss and gradient as in training mode"
+OWN = "`loss_fn` over 10 samples of `dataloader` in 2 batches"
+
+
+class Own(DataLoader[Any]):
+    def __iter__(self) -> Any:
+        return iter(list(super().__iter__()))
+
+
+@pytest.mark.parametrize(
+    ("options", "made", "first"),
+    [
+        ({}, loader, "`training_step` over 10 samples of the training data in 2 batches"),
+        (
+            {"dataloader": loader(), "loss_fn": plain_loss},
+            loader,
+            "`loss_fn` over 10 samples of `dataloader` in 2 batches",
+        ),
+        ({}, lambda: Own(Digits(), batch_size=8), "`training_step` over the first 10 samples that training sees"),
+    ],
+    ids=["training", "own", "kept"],
+)
+def test_verbose_says_what_is_analysed(
+    options: Any, made: Any, first: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(tmp_path, callback(verbose=True, num_samples=10, **options), data=made(), max_epochs=2)
+    said = [line for line in capsys.readouterr().out.splitlines() if "analysed" in line]
+    assert said[0] == f"hesd: the mean loss of {first} is analysed"
+    assert said[1].startswith(
+        "hesd: the loss is analysed in evaluation mode (the same loss and gradient as in training"
     )
+    assert len(said) == 2
