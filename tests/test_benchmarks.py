@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import checks, isolation, layers, measure, problems
+from benchmarks import checks, isolation, language_models, layers, measure, problems
 from benchmarks.__main__ import environment, write
 from benchmarks.candidates import OURS, TOLERANCE
 from benchmarks.profile import PARTS, profile
@@ -137,3 +137,14 @@ def test_tables_with_a_row_for_each_problem(
     assert len(row) == columns
     assert row[:2] == ["MLP", "26,122"]
     assert all(float(cell.strip("%")) > 0 for cell in row[2:])
+
+
+def test_memory_of_language_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["", "--quick", "--rounds", "1", "--out", str(tmp_path)])
+    monkeypatch.setattr(language_models, "in_fresh_process", lambda work, *args: work(*args))
+    language_models.main()
+    page = (tmp_path / "language_models.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()[-4:]]
+    assert [row[2] for row in rows] == ["PyTorch", "lightning_hesd"] * 2
+    theirs, ours = ([float(cell) for cell in row[3:7]] for row in rows[2:])
+    assert all(mine < 0.5 * other for mine, other in zip(ours, theirs, strict=True))  # of the long context

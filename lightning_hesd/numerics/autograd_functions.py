@@ -183,7 +183,7 @@ class _LayerNormBackward(Function):
     def forward(ctx: Any, gradient: Tensor, x: Tensor, *others: Any) -> Any:
         w, b, mean, rstd, wanted = others
         standard = (x - mean) * rstd
-        slope = _row_sum(gradient if w is None else gradient * w, standard) / x.shape[1]
+        slope = row_sum(gradient if w is None else gradient * w, standard) / x.shape[1]
         ctx.save_for_backward(gradient, x, w, b, mean, rstd, standard, slope)
         return torch.ops.aten.native_layer_norm_backward(gradient, x, x.shape[1:], mean, rstd, w, b, wanted)
 
@@ -206,7 +206,7 @@ class _LayerNormBackward(Function):
         of_gradient = torch.addcmul(along_b, projected, weight).addcmul_(along_w, standard)
         of_w = gradient * projected
         of_rstd = (of_w @ weight).unsqueeze(1) * (rstd / x.shape[1])
-        turn = torch.addcmul(along_w, _row_sum(along_x, standard) * (rstd / x.shape[1]), weight, value=-1)
+        turn = torch.addcmul(along_w, row_sum(along_x, standard) * (rstd / x.shape[1]), weight, value=-1)
         turn = turn.mul_(gradient).addcmul_(along_x, rstd * slope, value=-1)
         of_x = project(turn).addcmul_(standard, of_rstd, value=-1)
         return of_gradient, of_x, None if w is None else of_w.sum(0), None, None, None, None
@@ -284,93 +284,16 @@ class _GELUBackward(Function):
         gradient, x, second = ctx.saved_tensors
         slope = functools.partial(torch.ops.aten.gelu_backward, approximate=ctx.approximate)
         if torch.is_grad_enabled():
-            return *_differentiate(lambda g, x: [slope(g, x)], (gradient, x), [along]), None
+            return *differentiate(lambda g, x: [slope(g, x)], (gradient, x), [along]), None
         return slope(along, x), along * second, None
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool) -> Tensor:
-    """Return softmax(scale · query keyᵀ) value, for three tensors of shape (batch, tokens, width)."""
-    return _Attention.apply(query, key, value, scale, causal)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _Attention(Function):
-    """o = P v with P = softmax(scale · q kᵀ)."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        q, k, v, scale, causal = inputs
-        probabilities = _probabilities(q, k, scale, causal=causal)
-        ctx.save_for_backward(q, k, v, probabilities)
-        ctx.options = scale, causal
-        attended: Tensor = probabilities @ v
-        return attended
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        of_inputs = _AttentionBackward.apply(gradient, *ctx.saved_tensors, ctx.options)  # type: ignore[no-untyped-call]
-        return *of_inputs, None, None
-
-
-class _AttentionBackward(Function):
-    """The gradients of o = P v with respect to q, k and v."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *inputs: Any) -> Any:
-        q, k, v, probabilities, (scale, _) = inputs
-        of_probabilities = gradient @ v.mT
-        of_scores = _through_softmax(of_probabilities, probabilities) * scale
-        ctx.save_for_backward(gradient, q, k, v, probabilities, of_probabilities, of_scores)
-        ctx.options = inputs[-1]
-        return of_scores @ k, of_scores.mT @ q, probabilities.mT @ gradient
-
-    @staticmethod
-    def backward(ctx: Any, along_q: Tensor, along_k: Tensor, along_v: Tensor) -> Any:
-        gradient, q, k, v, probabilities, of_probabilities, of_scores = ctx.saved_tensors
-        scale, causal = ctx.options
-        if torch.is_grad_enabled():
-
-            def gradients(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-                probabilities = _probabilities(q, k, scale, causal=causal)
-                of_scores = _through_softmax(gradient @ v.mT, probabilities) * scale
-                return [of_scores @ k, of_scores.mT @ q, probabilities.mT @ gradient]
-
-            along = along_q, along_k, along_v
-            return *_differentiate(gradients, (gradient, q, k, v), along), None, None
-        along_scores = torch.baddbmm(along_q @ k.mT, q, along_k.mT, beta=scale, alpha=scale)
-        along_probabilities = _through_softmax(along_scores, probabilities)
-        # The gradient on the scores is P ∘ (Q - rows of P ∘ Q) with Q the one on P; this differentiates it by P.
-        turn = along_scores * (of_probabilities - _row_sum(probabilities, of_probabilities))
-        turn.addcmul_(_row_sum(probabilities, along_scores), of_probabilities, value=-1).baddbmm_(gradient, along_v.mT)
-        turn = _through_softmax(turn, probabilities).mul_(scale)
-        return (
-            torch.baddbmm(probabilities @ along_v, along_probabilities, v),
-            torch.baddbmm(turn @ k, of_scores, along_k),
-            torch.baddbmm(turn.mT @ q, of_scores.mT, along_q),
-            along_probabilities.mT @ gradient,
-            None,
-            None,
-        )
-
-
-def _probabilities(q: Tensor, k: Tensor, scale: float, *, causal: bool) -> Tensor:
-    scores = q @ k.mT * scale
-    if causal:
-        scores = scores.masked_fill(scores.new_ones(scores.shape[1:], dtype=torch.bool).triu(1), -torch.inf)
-    return torch.softmax(scores, -1)
-
-
-def _through_softmax(gradient: Tensor, probabilities: Tensor) -> Tensor:
-    """Return the gradient with respect to what the softmax takes, given that with respect to what it gives."""
-    result: Tensor = torch.ops.aten._softmax_backward_data(gradient, probabilities, -1, gradient.dtype)  # noqa: SLF001
-    return result
-
-
-def _row_sum(a: Tensor, b: Tensor) -> Tensor:
+def row_sum(a: Tensor, b: Tensor) -> Tensor:
     """Return the sum of a · b over the last dimension, which is kept."""
     return (a * b).sum(-1, keepdim=True)
 
 
-def _differentiate(
+def differentiate(
     function: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Tensor | None], along: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """Return PyTorch's own derivatives of a function's results, for a loss that holds derivatives itself."""

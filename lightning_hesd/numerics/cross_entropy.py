@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _CHUNK = 2**19
-"""Logits in a chunk: intermediate results of this size stay in the cache."""
+"""Logits in a chunk on the CPU, where intermediate results of this size stay in the cache."""
+
+_CHUNK_ELSEWHERE = 2**24
+"""Logits in a chunk on accelerators, which need large operations."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ class Labels:
     def total_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the sum of the weights of the rows' classes, a scalar."""
         kept = self.classes != self.ignored
-        return kept.sum().to(dtype) if self.weight is None else self.weight[self.classes[kept]].sum()
+        if self.weight is None:
+            return kept.sum().to(dtype)
+        return self.weight[self.classes.where(kept, 0)].where(kept, 0).sum()
 
     def part(self, rows: slice) -> Labels:
         """Return the labels of some rows."""
@@ -156,7 +161,8 @@ class _CrossEntropyBackward(Function):
 
 
 def _chunks(z: Tensor) -> Iterator[slice]:
-    """Yield the rows of a tensor in chunks of about `_CHUNK` numbers."""
-    length = max(1, _CHUNK // max(1, z[:1].numel()))
+    """Yield the rows of a tensor in chunks of about as many numbers as its device works on best."""
+    chunk = _CHUNK if z.device.type == "cpu" else _CHUNK_ELSEWHERE
+    length = max(1, chunk // max(1, z[:1].numel()))
     for start in range(0, len(z), length):
         yield slice(start, start + length)

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_hesd.numerics.attention import long_attention, short_attention
 from lightning_hesd.numerics.autograd_functions import (
     Convolution,
     Linear,
     Scale,
-    attention,
     bilinear,
     gelu,
     layer_norm,
@@ -32,22 +32,31 @@ if TYPE_CHECKING:
 _LARGE = 100_000
 """Elements from which on fewer passes over memory outweigh a function of Python in the graph."""
 
+_LONG = 2**18
+"""Scores of a head from which on attention computes them again instead of keeping them."""
 
-def _is_plain(*tensors: Tensor | None) -> bool:
-    """Whether these are ordinary tensors of the CPU, of one type, outside autocast, and one requires grad."""
-    if torch.is_autocast_enabled("cpu"):
-        return False
+
+def _is_plain(*tensors: Tensor | None, anywhere: bool = False) -> bool:
+    """Whether these are ordinary tensors of the CPU, of one type, outside autocast, and one requires grad.
+
+    Args:
+        *tensors: The tensors; None is none.
+        anywhere: Whether any other device will do, if they share it.
+    """
     present = [t for t in tensors if t is not None]
+    device = present[0].device
     return (
         len({t.dtype for t in present}) == 1
         and any(t.requires_grad for t in present)
+        and (anywhere or device.type == "cpu")
         and all(
             type(t) in {Tensor, nn.Parameter}
-            and t.device.type == "cpu"
+            and t.device == device
             and t.is_floating_point()
             and t.layout == torch.strided
             for t in present
         )
+        and not (torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type))
     )
 
 
@@ -113,7 +122,7 @@ def _layer_norm(  # noqa: PLR0917 - PyTorch's order
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:  # noqa: A002 - PyTorch's name
     fits = weight.ndim == 2 and input.ndim >= 2 and (bias is None or bias.shape == weight.shape[:1])
-    if not fits or input.numel() < _LARGE or not _is_plain(input, weight, bias):
+    if not fits or input.numel() * max(1, len(weight) / input.shape[-1]) < _LARGE or not _is_plain(input, weight, bias):
         return None
     rows = bilinear(Linear(), input.reshape(-1, input.shape[-1]), weight, bias)
     return rows.view(*input.shape[:-1], len(weight))
@@ -141,14 +150,25 @@ def _attention(  # noqa: PLR0917 - PyTorch's order
     scale: float | None = None,
     enable_gqa: bool = False,  # noqa: FBT001
 ) -> Tensor | None:
-    special = (
-        attn_mask is not None or dropout_p or enable_gqa or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
-    )
-    if special or query.numel() < _LARGE or not _is_plain(query, key, value):
+    tensors = query, key, value
+    if dropout_p or (is_causal and attn_mask is not None) or min(t.ndim for t in tensors) < 2:
         return None
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    q, k, v = (x.reshape(-1, *x.shape[-2:]) for x in (query, key, value))
-    return attention(q, k, v, scale, causal=is_causal).view(*query.shape[:-1], -1)
+    if query.shape[-2] * key.shape[-2] >= _LONG and _is_plain(*tensors, anywhere=True):
+        if attn_mask is not None and not _is_fixed_mask(attn_mask, query):
+            return None
+        return long_attention(*tensors, attn_mask, scale, causal=is_causal, grouped=enable_gqa)
+    special = attn_mask is not None or enable_gqa or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+    if special or query.numel() < _LARGE or not _is_plain(*tensors):
+        return None
+    q, k, v = (x.reshape(-1, *x.shape[-2:]) for x in tensors)
+    return short_attention(q, k, v, scale, causal=is_causal).view(*query.shape[:-1], -1)
+
+
+def _is_fixed_mask(mask: Tensor, query: Tensor) -> bool:
+    """Whether a mask of scores is an ordinary tensor that goes with the queries, and has no derivatives itself."""
+    fits = mask.ndim >= 2 and mask.dtype in {torch.bool, query.dtype} and mask.device == query.device
+    return fits and type(mask) is Tensor and not mask.requires_grad
 
 
 def _cross_entropy(  # noqa: PLR0917 - PyTorch's order
@@ -163,7 +183,7 @@ def _cross_entropy(  # noqa: PLR0917 - PyTorch's order
 ) -> Tensor | None:
     is_old = size_average is not None or reduce is not None or reduction not in {"mean", "sum", "none"}
     is_labelled = input.ndim > 1 and target.dtype == torch.long and target.shape == input.shape[:1] + input.shape[2:]
-    if is_old or not is_labelled or input.numel() < _LARGE or not _is_plain(input, weight):
+    if is_old or not is_labelled or input.numel() < _LARGE or not _is_plain(input, weight, anywhere=True):
         return None
     if type(target) is not Tensor or (weight is not None and (weight.requires_grad or len(weight) != input.shape[1])):
         return None

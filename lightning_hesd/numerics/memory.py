@@ -173,6 +173,8 @@ class MemoryMeter:
             config = _autograd.ProfilerConfig(_autograd.ProfilerState.CPU, False, True, False, False, False, extra)
             _autograd._enable_profiler_legacy(config)  # noqa: SLF001 - the other one prints
             self._is_running = True
+            # Events of operations take 16 KB each, those of memory little.
+            _autograd._enable_record_function(False)  # noqa: SLF001
         # What garbage collection frees now was not allocated inside.
         self._collects = gc.isenabled()
         gc.disable()
@@ -183,6 +185,7 @@ class MemoryMeter:
             gc.enable()
         if not self._is_running:
             return
+        _autograd._enable_record_function(True)  # noqa: SLF001
         threads = _autograd._disable_profiler_legacy()  # noqa: SLF001
         events = [event for thread in threads for event in thread if event.kind() == "memory_alloc"]
         live = 0

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 _DIFFERENTIATING = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 _EMBEDDING = {F.embedding, F.embedding_bag}
+
+_ATTENTION_LAYER: Any = F.multi_head_attention_forward
+"""A function of Python that reports itself, but not the operations inside, to a mode."""
 
 _CONCERNED = {
     *_DIFFERENTIATING,
@@ -67,6 +71,9 @@ class Replacements(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is _ATTENTION_LAYER and {*types} <= {Tensor, nn.Parameter}:
+            with self:
+                return _unwatched(func)(*args, **kwargs)
         if func not in _CONCERNED:
             if is_control_flow(func):
                 with self:  # the functions that it calls are the user's
@@ -120,3 +127,11 @@ def _in_transform() -> bool:
     """Whether a function transform or forward-mode differentiation is going on, which may differentiate anything."""
     has_interpreter = torch._C._functorch.peek_interpreter_stack() is not None  # noqa: SLF001
     return has_interpreter or forward_ad._current_level >= 0  # noqa: SLF001
+
+
+def _unwatched(function: FunctionType) -> FunctionType:
+    """Return a function of PyTorch that reports the operations inside to modes, in place of itself."""
+    names = {**function.__globals__, "has_torch_function": lambda _: False}
+    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy

@@ -169,6 +169,18 @@ def test_masked_classes_and_rows_that_are_all_ignored() -> None:
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 
 
+def test_on_other_devices_nothing_is_read_back(made: list[str]) -> None:
+    """PyTorch's device without data refuses whatever would wait for a result, or mix devices."""
+    logits = torch.randn(5, CLASSES, device="meta", requires_grad=True)
+    target, weight = torch.zeros(5, dtype=torch.long, device="meta"), torch.ones(CLASSES, device="meta")
+    with Replacements():
+        loss = F.cross_entropy(logits, target, weight, label_smoothing=0.1)
+        (slope,) = torch.autograd.grad(loss, logits, create_graph=True)
+    (product,) = torch.autograd.grad(slope, logits, slope)
+    assert made
+    assert product.shape == logits.shape
+
+
 OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
     "probabilities": lambda z: F.cross_entropy(z, z.detach().softmax(1)),
     "no batch": lambda z: F.cross_entropy(z[0], torch.tensor(1)),

@@ -251,6 +251,17 @@ def test_small_tensors_and_changes_in_place_are_left_alone(
     assert not replaced
 
 
+def test_a_small_input_with_a_large_output_is_no_small_one(
+    replaced: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast_derivatives, "_LARGE", 16)
+    with Replacements():
+        F.linear(normal(1, 3), normal(6, 3))
+        assert not replaced
+        F.linear(normal(1, 3), normal(32, 3))
+    assert replaced == ["_linear"]
+
+
 WRONG: dict[str, Callable[[], object]] = {
     "channels": lambda: F.conv2d(normal(1, 2, 4, 4), normal(3, 3, 3, 3)),
     "stride": lambda: F.conv2d(normal(1, 3, 4, 4), normal(3, 3, 3, 3), stride=(1, 2, 3)),

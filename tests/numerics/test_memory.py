@@ -149,6 +149,27 @@ class TestMeter:
         assert (meter.live, meter.peak) == (None, 0)
 
 
+def test_a_measurement_takes_no_memory_for_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each event of the profiler holds kilobytes, which would add up where an operation works in many blocks."""
+    events: list[str] = []
+    disable = torch.autograd._disable_profiler_legacy
+
+    def spy() -> Any:
+        found = disable()
+        events.extend(event.kind() for thread in found for event in thread)
+        return found
+
+    monkeypatch.setattr(torch.autograd, "_disable_profiler_legacy", spy)
+    x = torch.zeros(8)
+    with MemoryMeter(torch.device("cpu")) as meter:
+        x.add_(1)
+    assert meter.live == 0
+    assert {*events} <= {"mark", "memory_alloc"}
+    with torch.profiler.profile() as after:
+        x.add_(1)
+    assert "aten::add_" in [event.key for event in after.key_averages()]  # others see them again
+
+
 class TestUnmeasured:
     """The strategy is the lean one where memory cannot be measured, and never differences."""
 
