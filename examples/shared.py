@@ -56,6 +56,7 @@ def quiet() -> Iterator[None]:
             ".*does not have many workers",  # the data are in memory
             ".*smaller than the logging interval",  # nothing is logged by step
             ".*LeafSpec.*deprecated",  # Lightning 2.6 with torch 2.13
+            ".*gradient_checkpointing.* is deprecated",  # transformers 5.24, which has another name for it
             ".*backward\\(\\) with create_graph=True",  # AdaHessian lets go of the graphs
         ):
             warnings.filterwarnings("ignore", message=message)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from examples import finetuning, gan, segmentation, transformer
+from examples import finetuning, gan, hugging_face, segmentation, transformer
 from examples.lightning_cli import main as lightning_cli
 from lightning_hesd import HessianSpectrumCallback
 from tests.programs import run_python
@@ -74,6 +74,27 @@ def test_transformer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for name, dimension in blocks.items():
         assert re.search(rf"^{re.escape(name)} +{dimension} +-?\d\.\d{{4}} ", printed, re.MULTILINE)
     assert (tmp_path / "version_0" / "hesd" / "index.json").exists()
+
+
+def test_hugging_face(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers", reason="not a dependency; tests/lightning/test_language_models.py stands in")
+    pytest.importorskip("peft")
+    quick = [
+        "--pretraining=2",
+        "--epochs=2",
+        "--steps=3",
+        f"--log-dir={tmp_path}",
+        f"--figure={tmp_path / 'figure.png'}",
+    ]
+    module, spectra, rule = hugging_face.main(quick)
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert [record.epoch for record in spectra.history] == [-1, 1]
+    for record in spectra.history:
+        assert record.error is None
+        assert record.spectrum.dimension == trained
+    assert Path(rule.best_model_path).is_file()
+    assert (tmp_path / "figure.png").is_file()
+    assert re.search(r"^    1 .* M[PN]  picked$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_gan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,6 +46,7 @@ NOT_OF_THE_COMMAND_LINE: set[str | int] = {
     *("dtype", "preconditioner"),
 }
 MODE = "Mode of the module, as for HessianSpectrumCallback; 'auto' goes on with what the run chose."
+BATCH_WEIGHT = "'tokens', or a function batch -> its weight, as package.function; default: its samples."
 SEPARATE = {"model": "model_args", "data": "data_args", "generalization": "generalization_args"}
 
 
@@ -103,6 +104,7 @@ def _parser() -> OneLineParser:
     )
     sub.add_function_arguments(hessian_spectrum, "analysis", skip={*NOT_OF_THE_COMMAND_LINE, "mode"})
     sub.add_argument("--analysis.mode", type=AnalysisMode, default="auto", help=MODE)
+    sub.add_argument("--analysis.batch_weight", type=str | None, help=BATCH_WEIGHT)
     commands.add_subcommand("analyze", sub, help="analyse checkpoints")
 
     sub = OneLineParser(description="Assess generalization (Gabdullin 2025, Fig. 10).")
@@ -319,9 +321,12 @@ def _analysis(config: Namespace) -> PosthocAnalysis:
     generalization: Any = config.generalization
     if generalization not in {None, "val", "test"}:
         generalization = Blueprint(generalization, config.generalization_args)
+    options = {key: value for key, value in config.analysis.as_dict().items() if key != "mode"}
+    if options["batch_weight"] not in {None, "tokens"}:
+        options["batch_weight"] = imported(options["batch_weight"])
     return PosthocAnalysis(
         replace(_project(config), devices=config.devices, num_nodes=config.num_nodes, strategy=config.strategy),
-        analysis_options(**{key: value for key, value in config.analysis.as_dict().items() if key != "mode"}),
+        analysis_options(**options),
         generalization,
         config.through_optimizer,
         config.analysis.mode,

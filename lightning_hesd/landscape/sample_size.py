@@ -15,7 +15,7 @@ freedom takes the place of the normal one.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +24,7 @@ from typing_extensions import Unpack
 
 from lightning_hesd.landscape.samples import mean_loss, per_sample_losses, read_batches
 from lightning_hesd.numerics.analysis import analysis_options
+from lightning_hesd.numerics.batches import batch_size
 from lightning_hesd.numerics.pipeline import Context, analyze
 from lightning_hesd.numerics.sampling import samples_needed
 from lightning_hesd.spectra.intervals import chi_square_quantile, student_quantile
@@ -207,6 +208,7 @@ def find_sample_size(
     Raises:
         ArithmeticError: If the spectrum has no positive eigenvalue.
     """
+    options = replace(options, batch_weight=batch_size)  # what is asked for are numbers of samples
     spectrum = analyze(module, pilot, mean_loss(loss_fn), options, **context)
     if spectrum.c_t_sampling_error is None:
         msg = f"the spectrum has no sampling error: {spectrum.reason or 'no eigenvalue is positive'}."

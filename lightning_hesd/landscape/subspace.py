@@ -237,7 +237,7 @@ def _losses(
 
 def _chunks(batches: Sequence[WeightedBatch], chunk_size: int | None) -> Iterator[WeightedBatch]:
     for batch in batches:
-        yield from [batch] if chunk_size is None else batch.split(math.ceil(batch.weight / chunk_size))
+        yield from [batch] if chunk_size is None else batch.split(math.ceil(batch.num_samples / chunk_size))
 
 
 def _moments(

@@ -32,7 +32,7 @@ def hessian_spectrum(
     batches: Iterable[Any],
     loss_fn: LossFunction,
     *,
-    batch_weight: Callable[[Any], float] | None = None,
+    batch_weight: Literal["tokens"] | Callable[[Any], float] | None = None,
     steps: int = 100,
     probes: int = 1,
     seed: int = 0,
@@ -64,7 +64,10 @@ def hessian_spectrum(
         loss_fn: `loss_fn(module, batch)` -> mean loss over the batch, a scalar tensor that can be differentiated
             twice.
         batch_weight: `batch_weight(batch)` -> weight of the batch, positive; default: its number of samples, the
-            first dimension of its tensors; a warning says where these disagree.
+            first dimension of its tensors; a warning says where these disagree. "tokens": the number of its `labels`
+            other than -100 (without the first of each row if the loss does not depend on it), or without `labels` of
+            the nonzero values of its `attention_mask`. The default turns to "tokens", with a warning, where the losses
+            of two parts of a batch show that its loss is the mean over tokens and not over samples.
         steps: Lanczos steps per probe, hence Hessian-vector products; never more than there are parameters. With
             `tolerance` the most there can be. Default from Gabdullin (2025) and Yao et al. (2020).
         probes: Number of independent start vectors.

@@ -7,10 +7,10 @@ import copy
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -20,8 +20,10 @@ from torch.nn.utils.rnn import PackedSequence
 from lightning_hesd.numerics.cuts import UnsplittableBatchError, attributes, cut
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
+Weigh = Literal["tokens"] | Callable[[Any], float]
+"""How a batch is weighed, other than by its number of samples."""
 
 _REMEDY = "pass `batch_weight=`, a function of the batch that returns its weight."
 
@@ -36,10 +38,12 @@ class WeightedBatch:
 
     Attributes:
         data: The batch as the loss function takes it.
-        weight: Its weight in the mean loss: its number of samples.
+        weight: Its weight in the mean loss: its number of samples, unless the user counts otherwise.
         index: Its position among the batches of all processes; it seeds whatever is random in the forward pass.
         is_spare: Whether it only lets a process take part that has no batch of its own, and counts for nothing.
         position: Its position in an epoch of training, the `batch_idx` of a training step; None: its index.
+        size: Its number of samples; None: its weight.
+        weigh: The weight of a batch, or of a part of one, as a function of its data; None: its number of samples.
     """
 
     data: Any
@@ -47,6 +51,8 @@ class WeightedBatch:
     index: int
     is_spare: bool = field(default=False, kw_only=True)
     position: int | None = field(default=None, kw_only=True)
+    size: float | None = field(default=None, kw_only=True)
+    weigh: Callable[[Any], float] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check the weight.
@@ -63,9 +69,15 @@ class WeightedBatch:
         """What messages call it."""
         return f"batch {self.index}"
 
+    @property
+    def num_samples(self) -> float:
+        """Its number of samples, as far as known."""
+        return self.weight if self.size is None else self.size
+
     def copy(self) -> WeightedBatch:
         """Return a copy for code that may change its batch in place, which every evaluation must find unchanged."""
-        return WeightedBatch(copied(self.data), self.weight, self.index, position=self.position)
+        others = {"position": self.position, "size": self.size, "weigh": self.weigh}
+        return WeightedBatch(copied(self.data), self.weight, self.index, **others)  # type: ignore[arg-type]
 
     @contextlib.contextmanager
     def evaluated(self) -> Iterator[None]:
@@ -79,32 +91,44 @@ class WeightedBatch:
     def split(self, parts: int) -> list[WeightedBatch]:
         """Cut the batch into `parts` batches of nearly equal size, or fewer if it has fewer samples.
 
-        What belongs to the samples is cut (see `cuts`); everything else is taken to be common to all of them. The
-        weight is shared out by size.
+        What belongs to the samples is cut (see `cuts`); everything else is taken to be common to all of them. Parts
+        weigh what `weigh` says if that adds up to the weight of the batch, and those that weigh nothing are left out;
+        otherwise the weight is shared out by size.
 
         Raises:
             UnsplittableBatchError: If it cannot be told what belongs to the samples, or nothing does.
         """
-        size = self._size()
+        size = self.length()
         ends = np.linspace(0, size, min(parts, size) + 1).round().astype(int).tolist()
-        if len(ends) <= 2:
-            return [self]
-        ranges = [slice(start, end) for start, end in itertools.pairwise(ends)]
+        return self.cut_at(ends[1:-1]) if len(ends) > 2 else [self]
+
+    def cut_at(self, positions: Sequence[int]) -> list[WeightedBatch]:
+        """Cut the batch before the samples at these positions, as `split` does."""
+        size = self.length()
+        ranges = [slice(start, end) for start, end in itertools.pairwise([0, *positions, size])]
+        sizes = [chosen.stop - chosen.start for chosen in ranges]
+        data = cut(self.data, size, ranges)
+        weights = [] if self.weigh is None else [float(self.weigh(part)) for part in data]
+        if not weights or min(weights) < 0 or not math.isclose(math.fsum(weights), self.weight, rel_tol=1e-6):
+            weights = [self.weight * n / size for n in sizes]
+        per_sample = self.num_samples / size
         return [
-            replace(self, data=data, weight=self.weight * (chosen.stop - chosen.start) / size)
-            for chosen, data in zip(ranges, cut(self.data, size, ranges), strict=True)
+            replace(self, data=part, weight=weight, size=None if self.size is None else n * per_sample)
+            for part, weight, n in zip(data, weights, sizes, strict=True)
+            if weight > 0
         ]
 
-    def _size(self) -> int:
-        """Return the length of the dimension to cut: the weight, if there is a tensor of that length.
+    def length(self) -> int:
+        """Return the length of the dimension to cut: the number of samples, if there is a tensor of that length.
 
         Raises:
             UnsplittableBatchError: If the samples are along another dimension than the first.
         """
-        if self.weight in _lengths(self.data):
-            return int(self.weight)
-        if any(isinstance(t, Tensor) and t.ndim > 1 and t.size(1) == self.weight for t in _tensors(self.data)):
-            msg = f"the {self.weight:.0f} samples of a batch are along the second dimension of its tensors"
+        size = self.num_samples
+        if size in _lengths(self.data):
+            return int(size)
+        if any(isinstance(t, Tensor) and t.ndim > 1 and t.size(1) == size for t in _tensors(self.data)):
+            msg = f"the {size:.0f} samples of a batch are along the second dimension of its tensors"
             raise UnsplittableBatchError(msg)
         return int(batch_size(self.data))
 
@@ -134,7 +158,7 @@ def batch_size(batch: Any) -> float:
     return count_samples(batch)[0]
 
 
-def weighted_batches(batches: Iterable[Any], weigh: Callable[[Any], float] | None = None) -> list[WeightedBatch]:
+def weighted_batches(batches: Iterable[Any], weigh: Weigh | None = None) -> list[WeightedBatch]:
     """Return batches with their weights, by default their numbers of samples; warn once if one of these is a guess.
 
     Raises:
@@ -143,13 +167,37 @@ def weighted_batches(batches: Iterable[Any], weigh: Callable[[Any], float] | Non
     found: list[WeightedBatch] = []
     doubts: list[str] = []
     for index, batch in enumerate(batches):
-        weight, doubt = (weigh(batch), None) if weigh is not None else count_samples(batch)
+        size, weight, doubt = measured(batch, weigh)
         if doubt is not None:
             doubts.append(doubt)
-        found.append(WeightedBatch(batch, weight, index))
+        found.append(WeightedBatch(batch, weight, index, size=size))
     if doubts:
         warnings.warn(f"lightning_hesd: {doubts[0]}", RuntimeWarning, stacklevel=3)
     return found
+
+
+def measured(batch: Any, weigh: Weigh | None, made_from: int | None = None) -> tuple[float, float, str | None]:
+    """Return the number of samples of a batch, its weight, and why that is a guess; None if it is none.
+
+    Args:
+        batch: The batch.
+        weigh: How it is weighed; by its tokens, which takes the loss, it is later (see `tokens`).
+        made_from: As for `count_samples`.
+
+    Raises:
+        ValueError: If the batch holds no tensor, and its weight is its number of samples.
+    """
+    if weigh is None:
+        size, doubt = count_samples(batch, made_from)
+        return size, size, doubt
+    try:
+        size, _ = count_samples(batch, made_from)
+    except ValueError:
+        if not callable(weigh):
+            raise
+        weight = weigh(batch)
+        return weight, weight, None
+    return size, weigh(batch) if callable(weigh) else size, None
 
 
 def count_samples(batch: Any, made_from: int | None = None) -> tuple[float, str | None]:

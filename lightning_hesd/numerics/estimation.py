@@ -166,7 +166,7 @@ class Estimation:
             residuals=residuals,
             steps_per_probe=tuple(len(run.alphas) for run in runs),
             dimension=dimension,
-            num_samples=round(mean.weight),
+            num_samples=round(mean.num_samples),
             loss=mean.loss,
             rounding=rounding,
             matvecs=operator.matvecs,

@@ -28,12 +28,13 @@ class Layout:
 
     all_reduce: AllReduce | None = None
 
-    def check(self, *, groups: bool, scaled: bool) -> None:
+    def check(self, *, groups: bool, scaled: bool, weighed: bool) -> None:
         """Raise a ValueError if there cannot be, with this layout, what an analysis needs.
 
         Args:
             groups: Whether it needs the products of groups of samples, each by itself.
             scaled: Whether it needs them in other coordinates.
+            weighed: Whether it needs the losses of parts of batches to tell how the batches are weighed.
         """
 
     def parts(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:

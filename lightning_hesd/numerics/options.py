@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from lightning_hesd.numerics.batches import Weigh
     from lightning_hesd.numerics.modes import Mode
 
 Probe = Literal["gaussian", "rademacher"]
@@ -27,7 +28,7 @@ Probe = Literal["gaussian", "rademacher"]
 class AnalysisOptions:
     """The options of `hessian_spectrum`, checked; their meaning and defaults are documented there."""
 
-    batch_weight: Callable[[Any], float] | None
+    batch_weight: Weigh | None
     steps: int
     probes: int
     seed: int
@@ -58,6 +59,10 @@ class AnalysisOptions:
         Raises:
             ValueError: If one is out of range or not available in this version.
         """
+        weight: object = self.batch_weight
+        if not (callable(weight) or weight in (None, "tokens")):
+            msg = f'`batch_weight` must be a function of the batch, "tokens" or None, got {weight!r}.'
+            raise ValueError(msg)
         check_count("steps", self.steps)
         check_count("probes", self.probes)
         check_count("seed", self.seed, least=0)

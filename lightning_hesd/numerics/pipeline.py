@@ -24,7 +24,9 @@ from lightning_hesd.numerics.modes import name_of_mode
 from lightning_hesd.numerics.operators import CurvatureOperator, prepare_differences
 from lightning_hesd.numerics.parameters import inverse_root, select_parameters, vector_dtype
 from lightning_hesd.numerics.sample_mean import SampleMean
+from lightning_hesd.numerics.strategies import Calibration
 from lightning_hesd.numerics.verification import WrongDerivativeError
+from lightning_hesd.numerics.weighing import Weighing
 from lightning_hesd.spectra.spectrum import Spectrum
 
 if TYPE_CHECKING:
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.lanczos import Storage
     from lightning_hesd.numerics.layout import AllReduce
     from lightning_hesd.numerics.options import AnalysisOptions
-    from lightning_hesd.numerics.strategies import Calibration
 
 Report = Callable[[int, int], None]
 """Takes the steps done and the most there can be."""
@@ -123,7 +124,7 @@ def _refused(
         residuals=np.zeros((1, 1)),
         steps_per_probe=(0,),
         dimension=sum(p.numel() for p in parameters),
-        num_samples=round(sum(batch.weight for batch in batches)),
+        num_samples=round(sum(batch.num_samples for batch in batches)),
         loss=error.loss,
         rounding=0.0,
         matvecs=0,
@@ -163,18 +164,26 @@ def estimated(
     """
     started = time.perf_counter()
     layout = layout or Layout()
-    layout.check(groups=options.wants_sampling_error, scaled=options.preconditioner is not None)
+    layout.check(
+        groups=options.wants_sampling_error,
+        scaled=options.preconditioner is not None,
+        weighed=options.batch_weight == "tokens",
+    )
     analysed = [p for part in parts for p in part]
     parameters = layout.parts(analysed)
     ends = list(itertools.accumulate(len(part) for part in parts))
     ranges = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
     dtype = options.dtype or vector_dtype(parameters)
+    device = parameters[0].device
     plan = _plan(module, parameters, dtype, options=options, layout=layout, all_reduce=all_reduce, processes=processes)
 
     with analysis_state(module, options.mode, analysed, state) as isolation, layout.opened(module):
         joint = layout.joint(batches)
         is_alone = all_reduce is None and layout.all_reduce is None
         evaluator = Evaluator(module, loss_fn, options, layout, isolation, batches=joint if is_alone else None)
+        if layout.all_reduce is None:
+            calibration = calibration or Calibration()
+            joint = _weighed(Weighing(options.batch_weight, joint, evaluator.loss, all_reduce, device), calibration)
         mean = SampleMean(
             evaluator.matrix(parameters, ranges),
             joint,
@@ -198,6 +207,13 @@ def estimated(
             mean.refute(words)
             estimations = _estimate(operators, options, plan, started, tick)
         yield estimations
+
+
+def _weighed(weighing: Weighing, calibration: Calibration) -> list[WeightedBatch]:
+    """Weigh the batches, as in earlier analyses if there were any."""
+    count = calibration.count if calibration.is_weighed else weighing.decide()
+    calibration.count, calibration.is_weighed = count, calibration.is_weighed or weighing.is_settled
+    return weighing.apply(count)
 
 
 def _estimate(

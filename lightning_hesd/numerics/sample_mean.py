@@ -67,6 +67,7 @@ class SampleMean:
         space: The space of vectors over all parameters.
         loss: Mean loss over all batches.
         weight: Sum of the weights of all batches.
+        num_samples: Number of samples of all batches.
         num_batches: Number of batches of all processes.
         num_skipped: Number of batches that the loss function skipped, in all processes; they are left out.
         uncut: Why a batch of this process was not cut into groups; None if all were.
@@ -155,9 +156,10 @@ class SampleMean:
             if self._all_reduce is None:
                 raise
             self.failure, failed = error, 1.0
-        own = torch.tensor([*sums, failed, lacks_product, self._skipped], dtype=torch.float64)
+        samples = math.fsum(batch.num_samples for batch in self.batches)
+        own = torch.tensor([*sums, failed, lacks_product, self._skipped, samples], dtype=torch.float64)
         total = self.sum_over_processes(own.to(self.device)).tolist()
-        self.weight, weighted_loss, num_batches, failures, without_product, num_skipped = total
+        self.weight, weighted_loss, num_batches, failures, without_product, num_skipped, self.num_samples = total
         self.num_batches, self.num_skipped = round(num_batches), round(num_skipped)
         if failures:
             raise self.failure or AnotherProcessFailedError
@@ -267,7 +269,7 @@ class SampleMean:
         together = self.layout.all_reduce is not None
         own = Verification("cannot be told", "cannot be told", "this process has no batch to compare with differences")
         if self.batches:
-            smallest = min(self.batches, key=lambda batch: batch.weight)
+            smallest = min(self.batches, key=lambda batch: batch.num_samples)
             batch = self.batches[0] if together else smallest
             own = verify(
                 self.matrix, batch, self.space, exact=self.is_exact, in_double=in_double, may_fail=not together

@@ -91,14 +91,14 @@ def sampling_error(operator: CurvatureOperator, runs: Sequence[Lanczos]) -> Samp
     covariance = _covariance_of_mean(own, weights)
     extremes = np.array([end.nodes[end.position] for end in ends])
     errors = np.sqrt(np.diag(covariance))
-    if (np.abs(weights @ own - extremes) > errors + 0.01 * np.abs(extremes)).any():
+    rounding = ROUNDING * torch.finfo(operator.mean.dtype).eps * float(np.abs(extremes).max())
+    if (np.abs(weights @ own - extremes) > errors + 0.01 * np.abs(extremes) + rounding).any():
         msg = (
             f"the curvatures of groups of samples have means {weights @ own}, those of whole batches are {extremes}: "
             "the loss is not a mean over samples (it may use statistics of the batch), so that batches cannot be cut "
             f"into groups. Pass at least {GROUPS} batches, or leave the sampling error out."
         )
         raise ValueError(msg)
-    rounding = ROUNDING * torch.finfo(operator.mean.dtype).eps * float(np.abs(extremes).max())
     if groups > operator.mean.num_batches and (errors <= rounding).all():
         msg = (
             "the curvature is the same in all groups of samples, to rounding: the loss may not depend on what was cut. "

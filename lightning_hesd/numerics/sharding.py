@@ -24,6 +24,7 @@ from lightning_hesd.numerics.dtensors import is_distributed, local_part
 from lightning_hesd.numerics.gathering import GatheredParameters, Gathering, Processes, Shard, full_attributes
 from lightning_hesd.numerics.graphs import graph_nodes
 from lightning_hesd.numerics.layout import Layout
+from lightning_hesd.numerics.tokens import ADVICE
 from lightning_hesd.numerics.vectors import VectorSpace, gaussian_pieces, sign_pieces
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ class ShardedLayout(Layout):
         self._followed: set[int] = set()
 
     @override
-    def check(self, *, groups: bool, scaled: bool) -> None:
+    def check(self, *, groups: bool, scaled: bool, weighed: bool) -> None:
         """Refuse what has not been built for parts.
 
         Raises:
@@ -152,6 +153,12 @@ class ShardedLayout(Layout):
             raise ValueError(msg)
         if scaled:
             msg = "`preconditioner` is not available for sharded parameters: leave it out."
+            raise ValueError(msg)
+        if weighed:
+            msg = (
+                '`batch_weight="tokens"` is not available for sharded parameters: pass a function of the batch, such '
+                f"as `{ADVICE}`."
+            )
             raise ValueError(msg)
 
     @override
@@ -196,10 +203,11 @@ class ShardedLayout(Layout):
             raise ValueError(msg)
         counted = [batch for batch in batches if not batch.is_spare]
         rounds = round(self.processes.largest(len(counted)))
-        table = torch.zeros(2, rounds, self.processes.size, dtype=torch.float64)
+        table = torch.zeros(3, rounds, self.processes.size, dtype=torch.float64)
         for row, batch in enumerate(counted):
-            table[:, row, self.processes.rank] = torch.tensor([batch.weight, batch.index], dtype=torch.float64)
-        weights, indices = self.processes.sum(table)
+            own_row = [batch.weight, batch.index, batch.num_samples]
+            table[:, row, self.processes.rank] = torch.tensor(own_row, dtype=torch.float64)
+        weights, indices, sizes = self.processes.sum(table)
         own = [*counted, *[batches[0]] * (rounds - len(counted))]
         return [
             JointBatch(
@@ -207,6 +215,7 @@ class ShardedLayout(Layout):
                 float(weights[row].sum()),
                 batch.index,
                 position=batch.position,
+                size=float(sizes[row].sum()),
                 share=float(weights[row, self.processes.rank] / weights[row].sum()),
                 members=tuple(int(index) for index in indices[row][weights[row] > 0]),
             )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from lightning_hesd.numerics.batches import WeightedBatch
     from lightning_hesd.numerics.matrices import Matrix, Product, Vector
+    from lightning_hesd.numerics.tokens import TokenCount
     from lightning_hesd.numerics.verification import Verification
 
 Strategy = Literal["graph", "recompute", "finite_difference"]
@@ -29,13 +30,15 @@ class Calibration:
     """What is found out about a loss at its first analysis, and holds as long as shapes stay the same.
 
     Attributes:
-        graph_bytes: Memory that the gradient's graph holds per unit of batch weight; None: not measured.
-        product_bytes: Memory that a product takes beside graphs, per unit of batch weight.
+        graph_bytes: Memory that the gradient's graph holds per sample; None: not measured.
+        product_bytes: Memory that a product takes beside graphs, per sample.
         obstacle: Why there are no exact products; None if there are.
         step: Step of central differences; None: not chosen.
         verification: What comparing the loss with its derivatives has shown; None: not compared.
         kinds: Names of the operations in the graphs that were compared.
         dimension: Number of analysed parameters it was found out with; None: nothing was.
+        is_weighed: Whether it is known how batches are weighed.
+        count: How their tokens are counted, if they are weighed by them.
     """
 
     graph_bytes: float | None = None
@@ -45,6 +48,8 @@ class Calibration:
     verification: Verification | None = None
     kinds: frozenset[str] = frozenset()
     dimension: int | None = None
+    is_weighed: bool = False
+    count: TokenCount | None = None
 
     def renew(self, dimension: int) -> None:
         """Forget what was found out with other parameters."""
@@ -172,10 +177,10 @@ class ProductMaker:
                 yield batch, self.make(batch)
             return
         graph, product = self._calibration.graph_bytes, self._calibration.product_bytes
-        largest = max(batch.weight for batch in batches)
+        largest = max(batch.num_samples for batch in batches)
         # A product takes some memory beside the graphs that stay, and a recomputed one a graph of its own.
         needed = product * largest
-        if graph * sum(batch.weight for batch in batches) + needed > self._graph_memory:
+        if graph * sum(batch.num_samples for batch in batches) + needed > self._graph_memory:
             needed += graph * largest
         room = f"there is room for {self._graph_memory / 2**20:.1f} MiB"
         if needed > self._graph_memory:
@@ -183,10 +188,10 @@ class ProductMaker:
             raise NoExactProductError(msg)
         kept, held = 0, 0.0
         for batch in batches:
-            fits = held + graph * batch.weight + needed <= self._graph_memory
+            fits = held + graph * batch.num_samples + needed <= self._graph_memory
             ready, measured = (measured if fits else None), None  # the measured one is the first batch's
             yield batch, ready or self.make(batch, "graph" if fits else "recompute")
-            held += graph * batch.weight if fits else 0.0
+            held += graph * batch.num_samples if fits else 0.0
             kept += fits
         self.strategy = "graph" if kept else "recompute"
         self.graph_bytes = held + needed
@@ -215,8 +220,8 @@ class ProductMaker:
             raise NoExactProductError(msg) from error
         if held is not None:
             # The same in all processes that work on it together: what follows from it must be.
-            self._calibration.graph_bytes = self._layout.largest(held / batch.weight)
-            self._calibration.product_bytes = self._layout.largest(max(peak - held, held) / batch.weight)
+            self._calibration.graph_bytes = self._layout.largest(held / batch.num_samples)
+            self._calibration.product_bytes = self._layout.largest(max(peak - held, held) / batch.num_samples)
         return made
 
     def _metered(self, batch: WeightedBatch) -> tuple[tuple[Tensor, Product], int | None, int]:

@@ -76,7 +76,7 @@ class Spectrum:
         residuals: An eigenvalue lies within this distance of each node, shape (probes, steps).
         steps_per_probe: Lanczos steps taken by each probe.
         dimension: Number of analysed parameters n.
-        num_samples: Number of samples the loss is the mean of (the sum of the batch weights).
+        num_samples: Number of samples, whatever they weigh; of batches whose samples cannot be counted, their weight.
         loss: That mean loss.
         rounding: Eigenvalues closer to zero than this are indistinguishable from it.
         matvecs: Hessian-vector products spent, those on central differences' step and on sampling errors included.

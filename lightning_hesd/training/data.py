@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lightning_hesd.numerics.batches import WeightedBatch
 from lightning_hesd.numerics.snapshot import preserved, seed_everything
 from lightning_hesd.training._lightning import warn
 from lightning_hesd.training.epochs import EVENNESS_OF_CONTENTS, PlannedBatch, epochs
@@ -22,6 +21,7 @@ from lightning_hesd.training.sources import combined, is_addressable, is_collect
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from lightning_hesd.numerics.batches import Weigh, WeightedBatch
     from lightning_hesd.training.epochs import Epoch
     from lightning_hesd.training.reading import ReadBatch
 
@@ -110,7 +110,7 @@ def draw_samples(
     *,
     max_batches: float | None = None,
     batch_size: int | None = None,
-    batch_weight: Callable[[Any], float] | None = None,
+    batch_weight: Weigh | None = None,
     seed: int = 0,
     drawn: Sequence[PlannedBatch] | None = None,
     processes: Processes = ALONE,
@@ -264,8 +264,7 @@ class _Drawing:
             [batch] = self._reader.planned([(kept[0], self._drawn[kept[0]])])
             read = [(0, batch, kept[0])]
         batches = [
-            WeightedBatch(b.data, b.weight, index, position=self._drawn[number].position, is_spare=is_spare)
-            for index, b, number in read
+            b.weighted(b.data, index, self._drawn[number].position, is_spare=is_spare) for index, b, number in read
         ]
         _warn_of_doubts([b for _, b, _ in read])
         return AnalysisSamples(tuple(batches), tuple(self._drawn))
@@ -283,7 +282,7 @@ def _streamed(read: Sequence[ReadBatch], processes: Processes, *, spare: bool) -
         raise ValueError(msg)
     _check_any(kept)
     _warn_of_doubts(read)
-    batches = [WeightedBatch(b.data, b.weight, index, position=p) for index, (p, b) in enumerate(kept)]
+    batches = [b.weighted(b.data, index, p) for index, (p, b) in enumerate(kept)]
     own = batches[processes.rank :: processes.size]
     if spare and not own:
         own = [replace(batches[0], is_spare=True)]

@@ -16,7 +16,6 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
-from lightning_hesd.numerics.batches import WeightedBatch
 from lightning_hesd.numerics.containers import holds_atoms
 from lightning_hesd.numerics.cuts import attributes
 from lightning_hesd.numerics.memory import SHARE_OF_FREE_MEMORY, default_budget
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 
     import lightning.pytorch as pl
 
+    from lightning_hesd.numerics.batches import Weigh, WeightedBatch
     from lightning_hesd.training.reading import ReadBatch
 
 LARGEST_KEPT = 2**30
@@ -65,7 +65,7 @@ class KeptBatches:
         self,
         trainer: pl.Trainer,
         wanted: float,
-        batch_weight: Callable[[Any], float] | None = None,
+        batch_weight: Weigh | None = None,
         *,
         limit: int | None = None,
     ) -> None:
@@ -174,7 +174,7 @@ class KeptBatches:
             data, index = kept.batch.data, number * self._processes + self._rank
             if kept.is_moved:
                 data = move_data_to_device(_copied(data), self._device)
-            found.append(WeightedBatch(data, kept.batch.weight, index, position=kept.position))
+            found.append(kept.batch.weighted(data, index, kept.position))
             missing -= kept.batch.size
         return found
 

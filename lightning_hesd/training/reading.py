@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from lightning_hesd.numerics.batches import copied, count_samples
+from lightning_hesd.numerics import batches
+from lightning_hesd.numerics.batches import WeightedBatch, copied
 from lightning_hesd.numerics.snapshot import preserved, seed_everything
 from lightning_hesd.training.copies import NotCopiedError, private_copy
 from lightning_hesd.training.namespaces import FABRIC, in_namespaces
@@ -24,6 +25,7 @@ from lightning_hesd.training.sources import is_combined, is_plain
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from lightning_hesd.numerics.batches import Weigh
     from lightning_hesd.training.epochs import PlannedBatch
 
     Made = tuple[Any, int | None]
@@ -52,6 +54,10 @@ class ReadBatch:
     weight: float
     doubt: str | None = None
 
+    def weighted(self, data: Any, index: int, position: int, *, is_spare: bool = False) -> WeightedBatch:
+        """Return it as a batch of the analysis, with these data in place of its own."""
+        return WeightedBatch(data, self.weight, index, position=position, size=self.size, is_spare=is_spare)
+
 
 class Reader:
     """Reads batches of a loader."""
@@ -61,7 +67,7 @@ class Reader:
         loader: Any,
         seed: int,
         restore: Callable[[], None],
-        batch_weight: Callable[[Any], float] | None,
+        batch_weight: Weigh | None,
         *,
         uses_up: bool = False,
     ) -> None:
@@ -193,7 +199,7 @@ class Reader:
                 raise error from again
 
 
-def measured(data: Any, made_from: int | None, batch_weight: Callable[[Any], float] | None) -> ReadBatch:
+def measured(data: Any, made_from: int | None, batch_weight: Weigh | None) -> ReadBatch:
     """Return a batch with its size and weight.
 
     Args:
@@ -203,14 +209,7 @@ def measured(data: Any, made_from: int | None, batch_weight: Callable[[Any], flo
     """
     if data is None:  # Lightning skips it
         return ReadBatch(data, 0.0, 0.0)
-    if batch_weight is None:
-        size, doubt = count_samples(data, made_from)
-        return ReadBatch(data, size, size, doubt)
-    weight = batch_weight(data)
-    try:
-        return ReadBatch(data, count_samples(data, made_from)[0], weight)
-    except ValueError:
-        return ReadBatch(data, weight, weight)
+    return ReadBatch(data, *batches.measured(data, batch_weight, made_from))
 
 
 def _batches(loader: Any, iterator: Iterator[Any]) -> Iterator[Any]:

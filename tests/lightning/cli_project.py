@@ -66,6 +66,11 @@ class Loss:
         return self.scale * loss(module, batch)
 
 
+def weight(batch: Any) -> float:
+    """How much a batch counts."""
+    return float(len(batch[0]))
+
+
 def without_biases(name: str, parameter: nn.Parameter) -> bool:
     """What to analyse."""
     return parameter.ndim > 1

@@ -95,6 +95,8 @@ KINDS: list[tuple[dict[str, Any], Callable[[Any], bool]]] = [
         {"loss_fn": {"class_path": f"{PROJECT}.Loss", "init_args": {"scale": 2.0}}},
         lambda c: isinstance(c.loss_fn, cli_project.Loss) and c.loss_fn.scale == 2.0,
     ),
+    ({"batch_weight": "tokens"}, lambda c: c.options.batch_weight == "tokens"),
+    ({"batch_weight": f"{PROJECT}.weight"}, lambda c: c.options.batch_weight is cli_project.weight),
     ({"layers": "auto"}, lambda c: c._recorder._layers == "auto"),
     ({"layers": ["net.0", "net.*"]}, lambda c: c._recorder._layers == ["net.0", "net.*"]),
     ({"layers": "torch.nn.Linear"}, lambda c: c._recorder._layers is nn.Linear),

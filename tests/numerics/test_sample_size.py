@@ -206,3 +206,17 @@ def test_no_curvature():
     batch = (torch.zeros(16, 2), torch.zeros(16, dtype=torch.long))
     with pytest.raises(ArithmeticError, match="the spectrum has no sampling error"):
         recommend_sample_size(nn.Linear(2, 1), [batch], loss_fn)
+
+
+def test_of_a_mean_over_tokens() -> None:
+    """Samples are not what such a loss is the mean of: there is no number of them to recommend."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, (16, 5), generator=generator)
+    mask = torch.arange(5) < torch.arange(2, 18).remainder(4)[:, None] + 2
+    batch = {"input_ids": ids, "labels": ids.where(mask, -100)}
+
+    def loss(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(module(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten())
+
+    with pytest.raises(ValueError, match="the loss is not a mean over samples"):
+        recommend_sample_size(nn.Embedding(4, 4), [batch], loss, steps=5)
