@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_hesd.numerics.devices import moved
 from lightning_hesd.numerics.functional import generalization_criteria, hessian_criteria
 from lightning_hesd.spectra.spectrum import Spectrum
 
@@ -28,31 +29,32 @@ class _SpectrumMetric(Metric):
     full_state_update = False
 
     def _add_spectrum(self, name: str) -> None:
-        for state in ("nodes", "weights", "steps"):
+        for state in ("nodes", "weights", "steps", "rounding"):
             self.add_state(f"{name}_{state}", default=[], dist_reduce_fx="cat")
-        self.add_state(f"{name}_rounding", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="max")
 
     def _append(self, name: str, spectrum: Spectrum | tuple[Tensor, Tensor]) -> None:
         """Add the probes of a spectrum: as flat tensors and their lengths, because those may differ over processes."""
         if isinstance(spectrum, Spectrum):
-            nodes, weights = torch.tensor(spectrum.nodes), torch.tensor(spectrum.weights)
-            rounding = getattr(self, f"{name}_rounding")
-            setattr(self, f"{name}_rounding", rounding.clamp_min(spectrum.rounding))
+            nodes, weights, rounding = map(torch.tensor, (spectrum.nodes, spectrum.weights, [spectrum.rounding]))
         else:
             hessian_criteria(*spectrum)  # refuses what is none
             nodes, weights = (part.detach().reshape(-1, part.shape[-1]) for part in spectrum)
+            rounding = nodes.new_zeros(1)
         present = ~nodes.isnan()
-        for state, value in (("nodes", nodes[present]), ("weights", weights[present]), ("steps", present.sum(1))):
-            getattr(self, f"{name}_{state}").append(value.to(self.device))
+        found = {"nodes": nodes[present], "weights": weights[present], "steps": present.sum(1), "rounding": rounding}
+        for state, value in found.items():
+            getattr(self, f"{name}_{state}").append(moved(value, self.device))
 
     def _criteria(self, name: str) -> dict[str, Tensor]:
         """Return the criteria of all probes together."""
-        nodes, weights, steps = (dim_zero_cat(getattr(self, f"{name}_{s}")) for s in ("nodes", "weights", "steps"))
+        nodes, weights, steps, rounding = (
+            dim_zero_cat(getattr(self, f"{name}_{state}")) for state in ("nodes", "weights", "steps", "rounding")
+        )
         padded_nodes, padded_weights = (
             pad_sequence(list(torch.split(flat, steps.tolist())), batch_first=True, padding_value=padding)
             for flat, padding in ((nodes, torch.nan), (weights, 0.0))
         )
-        return hessian_criteria(padded_nodes, padded_weights, float(getattr(self, f"{name}_rounding")))
+        return hessian_criteria(padded_nodes, padded_weights, float(rounding.max()))
 
     def plot(
         self, val: dict[str, Tensor] | Sequence[dict[str, Tensor]] | None = None, ax: Axes | None = None

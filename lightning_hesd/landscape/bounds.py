@@ -210,13 +210,15 @@ def network_bound(module: nn.Module, inputs: Tensor, *, kind: Kind = "tight", ma
 
 def weight_norm(module: nn.Module) -> float:
     """Return M_W, the largest spectral norm of the weight matrices of a fully connected ReLU network."""
-    return max(float(torch.linalg.matrix_norm(layer.weight.detach().double(), 2)) for layer in _linear_layers(module))
+    return max(
+        float(torch.linalg.matrix_norm(layer.weight.detach().cpu().double(), 2)) for layer in _linear_layers(module)
+    )
 
 
 def bias_norm(module: nn.Module) -> float:
     """Return M_b, the largest Euclidean norm of the bias vectors of a fully connected ReLU network; 0 without any."""
     biases = [layer.bias for layer in _linear_layers(module) if layer.bias is not None]
-    return max((float(torch.linalg.vector_norm(bias.detach().double())) for bias in biases), default=0.0)
+    return max((float(torch.linalg.vector_norm(bias.detach().cpu().double())) for bias in biases), default=0.0)
 
 
 def input_norm(inputs: Tensor) -> float:
@@ -228,7 +230,7 @@ def input_norm(inputs: Tensor) -> float:
     if inputs.ndim < 2 or not len(inputs):
         msg = f"`inputs` must have shape (N, ...) with N at least 1, got {tuple(inputs.shape)}."
         raise ValueError(msg)
-    return float(torch.linalg.vector_norm(inputs.detach().double().flatten(1), dim=1).max())
+    return float(torch.linalg.vector_norm(inputs.detach().cpu().double().flatten(1), dim=1).max())
 
 
 def _linear_layers(module: nn.Module) -> Sequence[nn.Linear]:

@@ -63,7 +63,7 @@ def per_sample_losses(
         for batch in read_batches(batches):
             losses = sample_losses(module, batch, isolated)
             check_finite(losses, batch)
-            found.append(losses.double().cpu().numpy())
+            found.append(losses.cpu().double().numpy())
     return np.concatenate(found)
 
 

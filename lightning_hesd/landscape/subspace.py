@@ -34,6 +34,7 @@ from torch.func import functional_call
 from lightning_hesd.landscape import increments
 from lightning_hesd.landscape.samples import check_finite, read_batches, sample_losses
 from lightning_hesd.numerics.analysis import analysis_options
+from lightning_hesd.numerics.devices import finest_dtype, in_float64
 from lightning_hesd.numerics.guards import analysis_state
 from lightning_hesd.numerics.parameters import select_parameters
 from lightning_hesd.plotting import NEGATIVE, POSITIVE, place_legend, settling_axes
@@ -231,7 +232,7 @@ def _losses(
     for batch in batches:
         losses = losses_at(batch, displacement)
         check_finite(losses, batch)
-        found.append(losses.double().cpu().numpy())
+        found.append(losses.cpu().double().numpy())
     return np.concatenate(found)
 
 
@@ -249,22 +250,22 @@ def _moments(
     check_finite(losses, batch)
     gradients, hessians = _derivatives(losses, point)
     trace = hessians.diagonal(dim1=1, dim2=2).sum(dim=1)
-    shifted = losses.detach().double() + sigma**2 / 2 * trace
+    shifted = losses.detach().to(gradients) + sigma**2 / 2 * trace
     columns = [shifted[:, None], sigma * gradients, sigma**2 / math.sqrt(2) * hessians.flatten(1)]
-    moments: Array = torch.cat(columns, dim=1).cpu().numpy()
+    moments: Array = torch.cat(columns, dim=1).cpu().double().numpy()
     return moments
 
 
 def _derivatives(losses: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
-    """Return gradients and Hessians of losses (batch,) in the point (D,), shapes (batch, D) and (batch, D, D), float64.
+    """Return gradients and Hessians of losses (batch,) in the point (D,), shapes (batch, D) and (batch, D, D).
 
     By reverse mode alone, which every loss with a Hessian has, whereas forward mode stops at some activations, and
     for all samples at once: Jᵀu is linear in u, and the derivative of its i-th element in u is column i of J, an
     element per sample. The columns of J are differentiated in the same way again. As fast as forward over forward.
     """
     count, dimension = len(losses), len(point)
-    gradients = torch.empty(count, dimension, dtype=torch.float64, device=losses.device)
-    hessians = torch.empty(count, dimension, dimension, dtype=torch.float64, device=losses.device)
+    options: Any = {"dtype": finest_dtype(losses.device), "device": losses.device}
+    gradients, hessians = torch.empty(count, dimension, **options), torch.empty(count, dimension, dimension, **options)
     outer, inner = torch.ones_like(losses, requires_grad=True), torch.ones_like(losses, requires_grad=True)
     total = _gradient(losses, point, outer)
     for i in range(dimension):
@@ -334,8 +335,8 @@ def _check_directions(directions: Tensor, n: int) -> None:
             f"grad, and D from 1 to n; got {tuple(directions.shape)}."
         )
         raise ValueError(msg)
-    products = directions.detach().double().T @ directions.detach().double()
-    off = float((products - torch.eye(len(products), dtype=torch.float64, device=products.device)).abs().max())
+    columns = in_float64(directions.detach())
+    off = float((columns.T @ columns - torch.eye(directions.shape[1]).to(columns)).abs().max())
     if not off <= math.sqrt(torch.finfo(directions.dtype).eps):
         msg = f"`directions` must have orthonormal columns, but UᵀU differs from the identity by {off:.3g}."
         raise ValueError(msg)

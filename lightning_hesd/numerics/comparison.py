@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from lightning_hesd.numerics.batches import SkippedBatchError
+from lightning_hesd.numerics.devices import accelerators
 from lightning_hesd.numerics.evaluation import Evaluator
 from lightning_hesd.numerics.guards import analysis_state
 from lightning_hesd.numerics.matrices import gradient
@@ -111,9 +112,7 @@ def _fingerprint() -> int:
     """Return a number that tells apart the states of the global random number generators."""
     _, keys, position, *_ = cast("tuple[Any, ...]", np.random.get_state())  # noqa: NPY002
     states: list[Any] = [random.getstate(), keys.tobytes(), position, torch.get_rng_state().numpy().tobytes()]
-    if torch.accelerator.is_available():
-        device: Any = torch.get_device_module(torch.accelerator.current_accelerator())
-        states.append(device.get_rng_state().numpy().tobytes())
+    states += [module.get_rng_state().cpu().numpy().tobytes() for module in accelerators()]
     return hash(tuple(states))
 
 

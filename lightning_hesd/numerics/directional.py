@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_hesd.numerics.devices import finest_dtype
 from lightning_hesd.numerics.finite_differences import FiniteDifferences
 from lightning_hesd.numerics.matrices import gradient
 from lightning_hesd.numerics.vectors import in_shape
@@ -23,16 +24,18 @@ class Line:
 
     Attributes:
         differences: Moves the parameters.
-        direction: Unit vector, half random and half gradient, shape (n,), float64.
+        direction: Unit vector, half random and half gradient, shape (n,), in the finest precision of the device.
         loss: The loss at the weights.
-        gradient: Its gradient, shape (n,), float64.
+        gradient: Its gradient, shape (n,), likewise.
     """
 
     def __init__(self, matrix: Matrix, batch: WeightedBatch, space: VectorSpace) -> None:
         self._parameters, self._space = matrix.parameters, space
         self._function = matrix.function(batch)
         self.differences = FiniteDifferences(matrix.parameters, space)
-        random = space.gaussian(torch.Generator().manual_seed(1)).to(matrix.parameters[0].device)
+        device = matrix.parameters[0].device
+        self._dtype = finest_dtype(device)
+        random = space.gaussian(torch.Generator().manual_seed(1)).to(device, self._dtype)
         self.direction = random / space.norm(random)
         self.loss, self.gradient = self.at(0.0)
         length = self.norm(self.gradient)
@@ -51,9 +54,9 @@ class Line:
         return in_shape(self.direction, self._parameters)
 
     def flat(self, vector: Vector) -> Tensor:
-        """Return a vector in the shapes of the parameters as a flat one, shape (n,), float64."""
+        """Return a vector in the shapes of the parameters as a flat one, shape (n,)."""
         parts = [torch.zeros_like(p) if v is None else v for v, p in zip(vector, self._parameters, strict=True)]
-        return torch.cat([part.detach().to_dense().flatten() for part in parts]).double()
+        return torch.cat([part.detach().to_dense().flatten() for part in parts]).to(self._dtype)
 
     def norm(self, vector: Tensor) -> float:
         """Return the length of a flat vector."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_hesd.numerics.checkpointing import recomputed_under
+from lightning_hesd.numerics.devices import finest_dtype
 from lightning_hesd.numerics.matrices import GaussNewtonMatrix, HessianMatrix, ResidualMatrix
 from lightning_hesd.numerics.replacements import Replacements
 from lightning_hesd.numerics.snapshot import seed_everything
@@ -92,8 +93,8 @@ class Evaluator:
         return kind(self.loss, parameters, self.outputs, self.loss_of_outputs, blocks=blocks)
 
     @contextlib.contextmanager
-    def in_double(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Let copies in float64 take the place of the module's parameters, buffers and batches.
+    def in_finest(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Let copies in the finest precision of the device take the place of the module's parameters, buffers, batches.
 
         The parameters themselves stay as they are: where one changes its type, PyTorch forgets who waits for its
         gradients (DistributedDataParallel does).
@@ -104,21 +105,22 @@ class Evaluator:
         copies: dict[Tensor, Tensor] = {}
         places: list[Callable[[], object]] = []
         default = torch.get_default_dtype()
+        dtype = finest_dtype(next(self.module.parameters()).device)
         self.isolation.restore(None)
         try:
             for owner in self.module.modules():
                 for name, parameter in list(owner._parameters.items()):  # noqa: SLF001 - `parameters` hides ties
                     if parameter is not None and parameter.is_floating_point():
                         if parameter not in copies:
-                            copies[parameter] = _double(parameter)
+                            copies[parameter] = _converted(parameter, dtype)
                         places.append(partial(setattr, owner, name, parameter))
                         setattr(owner, name, copies[parameter])  # as recurrent networks keep lists of them, too
                 for name, buffer in list(owner._buffers.items()):  # noqa: SLF001
                     if buffer is not None and buffer.is_floating_point():
                         places.append(partial(owner._buffers.__setitem__, name, buffer))  # noqa: SLF001
-                        owner._buffers[name] = buffer.double()  # noqa: SLF001
-            torch.set_default_dtype(torch.float64)
-            self._dtype = torch.float64
+                        owner._buffers[name] = buffer.to(dtype, copy=True)  # noqa: SLF001
+            torch.set_default_dtype(dtype)
+            self._dtype = dtype
             with self.isolation.afresh(list(copies.values())):
                 yield copies.__getitem__
         finally:
@@ -183,10 +185,10 @@ class Evaluator:
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
 
-def _double(parameter: nn.Parameter) -> nn.Parameter:
-    double = nn.Parameter(parameter.detach().double(), requires_grad=parameter.requires_grad)
-    vars(double).update(vars(parameter))  # what the user noted on it
-    return double
+def _converted(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    converted = nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=parameter.requires_grad)
+    vars(converted).update(vars(parameter))  # what the user noted on it
+    return converted
 
 
 def _checked_loss(loss: Any, name: str) -> Tensor:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_hesd.numerics.matrices import EVERYTHING, gradient
+from lightning_hesd.numerics.vectors import norm_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -58,7 +59,7 @@ class FiniteDifferences:
     @property
     def size(self) -> float:
         """Norm of all parameters."""
-        return math.sqrt(self.space.total(sum(float(p.double().square().sum()) for p in self._originals)))
+        return self._length(self._originals)
 
     @contextlib.contextmanager
     def displaced(self, vector: Vector, distance: float, block: slice = EVERYTHING) -> Iterator[None]:
@@ -85,8 +86,7 @@ class FiniteDifferences:
         return product
 
     def _block_product(self, function: Callable[[], Tensor], block: slice, vector: Vector) -> list[Tensor | None]:
-        squares = sum(float(v.double().square().sum()) for v in vector if v is not None)
-        length = math.sqrt(self.space.total(squares))
+        length = self._length([v for v in vector if v is not None])
         if not length:
             return [None] * len(vector)
         with self.displaced(vector, self.step / length, block):
@@ -94,6 +94,11 @@ class FiniteDifferences:
         with self.displaced(vector, -self.step / length, block):
             behind = self.gradient(function, block)
         return [a.sub_(b).div_(2 * self.step / length) for a, b in zip(ahead, behind, strict=True)]
+
+    def _length(self, parts: Sequence[Tensor]) -> float:
+        """Return the norm of a vector, given its parts in this process; the computer waits for the device once."""
+        norms = torch.stack([norm_of(part) for part in parts]).tolist() if parts else []
+        return math.sqrt(self.space.total(math.fsum(norm**2 for norm in norms)))
 
     def choose_step(self, matvec: Callable[[Tensor], Tensor], vector: Tensor, known: float | None = None) -> float:
         """Choose the step that balances truncation, which falls with the step, against rounding, which grows.

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_hesd.numerics.devices import accelerators
 from lightning_hesd.numerics.hooks import no_hooks_in_backward
 from lightning_hesd.numerics.isolation import Isolation
 from lightning_hesd.numerics.modes import set_mode
@@ -136,8 +137,9 @@ def _unfrozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 def release_memory() -> None:
     """Give back what a failed analysis held, so that training finds the memory it had."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    for module in accelerators():
+        if hasattr(module, "empty_cache"):
+            module.empty_cache()
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_hesd.numerics.devices import in_float64
 from lightning_hesd.numerics.vectors import VectorSpace
 from lightning_hesd.spectra.criteria import rounding_threshold
 
@@ -134,7 +135,8 @@ class Lanczos:
         space = self._space
         interval = STEPS_BETWEEN_CHECKS if self._on_accelerator else 1
         limits = torch.finfo(self._start.dtype)
-        alphas, betas, asymmetries = torch.zeros(3, self._steps, dtype=self._start.dtype, device=self._start.device)
+        coefficients = torch.zeros(3, self._steps, dtype=self._start.dtype, device=self._start.device)
+        alphas, betas, asymmetries = coefficients
         previous, current = None, self._start
         scale = 1.0
 
@@ -158,9 +160,8 @@ class Lanczos:
                     asymmetries[step] = space.dot(previous, residual).abs()
             last = step + 1 == self._steps
             if (step + 1) % interval == 0 or last:
-                self.alphas, self.betas, self.asymmetries = (
-                    c[: step + 1].double().cpu().numpy() / scale for c in (alphas, betas, asymmetries)
-                )
+                known = coefficients[:, : step + 1].cpu().double() / scale
+                self.alphas, self.betas, self.asymmetries = known.numpy()
                 self._check_finite(current)
                 end = _breakdown(self.alphas, self.betas, rounding_threshold(1.0, limits.eps, space.dimension))
                 if end is not None:
@@ -178,7 +179,7 @@ class Lanczos:
         low, high = USUAL_SIZES
         if low < float(self._space.norm(product)) < high:
             return 1.0
-        norm = float(self._space.norm(product.double()))
+        norm = float(self._space.norm(in_float64(product)))
         return 2.0 ** -math.frexp(norm)[1] if 0 < norm < math.inf else 1.0
 
     def ritz_vectors(self, coefficients: NDArray[np.float64]) -> Tensor:

@@ -36,11 +36,12 @@ def default_budget(device: torch.device, processes: int = 1) -> int:
 
     Args:
         device: Where the parameters are.
-        processes: How many processes share the computer's memory; every accelerator has its own.
+        processes: How many processes share the computer's memory; an accelerator that tells its memory has its own.
     """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    module: Any = getattr(torch, device.type, None)
+    if hasattr(module, "mem_get_info"):
+        free, _ = module.mem_get_info(device)
+        cached = module.memory_reserved(device) - module.memory_allocated(device)
         return int(SHARE_OF_FREE_MEMORY * (free + cached))
     return int(SHARE_OF_FREE_MEMORY * free_system_memory() / processes)
 

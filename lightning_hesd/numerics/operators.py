@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_hesd.numerics.vectors import in_shape
+from lightning_hesd.numerics.vectors import in_shape, norm_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -60,8 +60,8 @@ class CurvatureOperator:
         if self._scale is not None:
             scales = torch.split(self._scale, self._sizes)
         pairs = zip(self.parameters, scales, strict=True)
-        squares = (float((p.detach().flatten().double() / scale).square().sum()) for p, scale in pairs)
-        return self.space.total(math.fsum(squares))
+        norms = torch.stack([norm_of(p.detach().flatten() / scale) for p, scale in pairs]).tolist()
+        return self.space.total(math.fsum(norm**2 for norm in norms))
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Return Hv, shape (n,), summed over batches and processes; v has shape (n,)."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.parameter import is_lazy
 
+from lightning_hesd.numerics.devices import in_float64
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -72,7 +74,7 @@ def inverse_root(
         if shape != p.shape:
             msg = f"`preconditioner[{names[p]!r}]` must have the shape of the parameter, {tuple(p.shape)}, got {shape}."
             raise ValueError(msg)
-    return torch.cat([preconditioner[names[p]].to(p.device).double().rsqrt().to(dtype).flatten() for p in parameters])
+    return torch.cat([in_float64(preconditioner[names[p]]).rsqrt().to(p.device, dtype).flatten() for p in parameters])
 
 
 def vector_dtype(parameters: Sequence[Tensor]) -> torch.dtype:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from typing_extensions import Unpack
 
+from lightning_hesd.numerics.devices import finest_dtype
 from lightning_hesd.numerics.estimation import Estimation, run_together
 from lightning_hesd.numerics.evaluation import Evaluator
 from lightning_hesd.numerics.guards import analysis_state
@@ -175,6 +176,7 @@ def estimated(
     ranges = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
     dtype = options.dtype or vector_dtype(parameters)
     device = parameters[0].device
+    _check_dtype(dtype, device)
     plan = _plan(module, parameters, dtype, options=options, layout=layout, all_reduce=all_reduce, processes=processes)
 
     with analysis_state(module, options.mode, analysed, state) as isolation, layout.opened(module):
@@ -196,7 +198,7 @@ def estimated(
         )
         if reason is not None:
             mean.maker.reason = reason if options.strategy != "auto" else f"{mean.maker.reason}; {reason}"
-        mean.verify(evaluator.in_double if layout.all_reduce is None else None)
+        mean.verify(evaluator.in_finest if layout.all_reduce is None else None)
         operators = [
             CurvatureOperator(mean, block, inverse_root(module, part, options.preconditioner, dtype))
             for block, part in zip(ranges, parts, strict=True)
@@ -214,6 +216,17 @@ def _weighed(weighing: Weighing, calibration: Calibration) -> list[WeightedBatch
     count = calibration.count if calibration.is_weighed else weighing.decide()
     calibration.count, calibration.is_weighed = count, calibration.is_weighed or weighing.is_settled
     return weighing.apply(count)
+
+
+def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse vectors in a type that the device does not have.
+
+    Raises:
+        ValueError: If these are such.
+    """
+    if dtype is torch.float64 and finest_dtype(device) is not torch.float64:
+        msg = f"`dtype=torch.float64` is not available on the device of the parameters, {device}: leave it None."
+        raise ValueError(msg)
 
 
 def _estimate(

@@ -16,6 +16,7 @@ import torch
 
 from lightning_hesd.numerics.batches import SkippedBatchError
 from lightning_hesd.numerics.cuts import UnsplittableBatchError
+from lightning_hesd.numerics.devices import moved
 from lightning_hesd.numerics.groups import check_groups
 from lightning_hesd.numerics.layout import Layout
 from lightning_hesd.numerics.matrices import OutputMatrix
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.layout import AllReduce
     from lightning_hesd.numerics.matrices import Matrix, Product, Vector
     from lightning_hesd.numerics.strategies import Strategy
-    from lightning_hesd.numerics.verification import InDouble
+    from lightning_hesd.numerics.verification import InFinest
 
 
 EPSILONS = (0.0, *(torch.finfo(t).eps for t in (torch.float64, torch.float32, torch.float16, torch.bfloat16)))
@@ -158,7 +159,7 @@ class SampleMean:
             self.failure, failed = error, 1.0
         samples = math.fsum(batch.num_samples for batch in self.batches)
         own = torch.tensor([*sums, failed, lacks_product, self._skipped, samples], dtype=torch.float64)
-        total = self.sum_over_processes(own.to(self.device)).tolist()
+        total = self.sum_of_numbers(own).tolist()
         self.weight, weighted_loss, num_batches, failures, without_product, num_skipped, self.num_samples = total
         self.num_batches, self.num_skipped = round(num_batches), round(num_skipped)
         if failures:
@@ -190,11 +191,12 @@ class SampleMean:
         self._products, self._losses = [], []
         try:
             for batch, (loss, product) in self.maker.make_all(self.batches):
-                if not loss.isfinite():
-                    msg = f"the loss of {batch.label} is {loss.item()}; the Hessian is undefined there."
+                value = loss.item()
+                if not math.isfinite(value):
+                    msg = f"the loss of {batch.label} is {value}; the Hessian is undefined there."
                     raise ArithmeticError(msg)
                 self._products.append(product)
-                self._losses.append(loss.item())
+                self._losses.append(value)
         except SkippedBatchError:
             # Processes that work on one batch together could not tell each other.
             if self.layout.all_reduce is not None or not self._leave_out_skipped():
@@ -220,14 +222,15 @@ class SampleMean:
 
     # Verification ---------------------------------------------------------------------------------------------------
 
-    def verify(self, in_double: InDouble | None) -> None:
+    def verify(self, in_finest: InFinest | None) -> None:
         """Compare the loss with its derivatives, once for each kind of graph that it has.
 
         Where only the products by differentiating twice are wrong, central differences take their place, if the choice
         is free.
 
         Args:
-            in_double: Makes a context in which module and batches are in float64; None: there is none.
+            in_finest: Makes a context in which module and batches are in the finest precision of the device; None:
+                there is none.
 
         Raises:
             WrongDerivativeError: If there are no products that can be right.
@@ -239,7 +242,7 @@ class SampleMean:
         if self.layout.all_reduce is not None and isinstance(self.matrix, OutputMatrix):
             calibration.verification = SHARDED_PART
         elif is_new_anywhere:
-            calibration.verification = self._compared(in_double)
+            calibration.verification = self._compared(in_finest)
             calibration.kinds = kinds | frozenset(self.matrix.facts.kinds)
         if self.verification.verdict(exact=self.is_exact) == "no":
             self._give_up_exact_products()
@@ -264,7 +267,7 @@ class SampleMean:
         """Whether products come from differentiating twice, not from differences."""
         return self.maker.differences is None
 
-    def _compared(self, in_double: InDouble | None) -> Verification:
+    def _compared(self, in_finest: InFinest | None) -> Verification:
         """Compare in every process that has a batch, and join what they find."""
         together = self.layout.all_reduce is not None
         own = Verification("cannot be told", "cannot be told", "this process has no batch to compare with differences")
@@ -272,11 +275,9 @@ class SampleMean:
             smallest = min(self.batches, key=lambda batch: batch.num_samples)
             batch = self.batches[0] if together else smallest
             own = verify(
-                self.matrix, batch, self.space, exact=self.is_exact, in_double=in_double, may_fail=not together
+                self.matrix, batch, self.space, exact=self.is_exact, in_finest=in_finest, may_fail=not together
             )
-        of_gradient, of_products = (
-            joint_outcome(self.sum_over_processes(codes.to(self.device)).tolist()) for codes in own.codes()
-        )
+        of_gradient, of_products = (joint_outcome(self.sum_of_numbers(codes).tolist()) for codes in own.codes())
         return Verification(of_gradient, of_products, own.words)
 
     def _give_up_exact_products(self) -> None:
@@ -288,7 +289,7 @@ class SampleMean:
 
     def _anywhere(self, facts: Sequence[bool]) -> list[bool]:
         """Return which of these holds in any process."""
-        counts = self.sum_over_processes(torch.tensor(facts, dtype=torch.float32, device=self.device)).tolist()
+        counts = self.sum_of_numbers(torch.tensor(facts, dtype=torch.float64)).tolist()
         return [self.layout.largest(count) > 0 for count in counts]
 
     @property
@@ -304,6 +305,12 @@ class SampleMean:
     def sum_over_processes(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes."""
         return tensor if self._all_reduce is None else self._all_reduce(tensor)
+
+    def sum_of_numbers(self, numbers: Tensor) -> Tensor:
+        """Return the sum of numbers on the CPU over all processes, float64, on the CPU."""
+        if self._all_reduce is None:
+            return numbers
+        return self._all_reduce(moved(numbers, self.device)).cpu().double()
 
     def product(self, vector: Vector) -> Tensor:
         """Return the product with a vector, flat, shape (n,), summed over batches and processes."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from lightning_hesd.numerics.devices import finest_dtype
 from lightning_hesd.numerics.lanczos import eigen
 from lightning_hesd.numerics.sample_mean import AnotherProcessFailedError
 
@@ -171,19 +172,19 @@ def _group_curvatures(
         for group, position, products in operator.group_products(unit, parts):
             row = table[group.index * parts + position]
             row[0] = group.weight / operator.mean.weight
-            row[1:3] = products.double().square().sum(dim=1)
+            row[1:3] = torch.linalg.vector_norm(products, dim=1, dtype=finest_dtype(products.device)).square()
             for end, product, u, target in zip(ends, products, unit, torch.split(row[3:], lengths), strict=True):
                 along = end.run.project(product)
                 if along is None:
                     target[end.position] = torch.dot(u, product)
                 else:
-                    target.copy_(torch.from_numpy(end.vectors).T @ along.double().cpu())
+                    target.copy_(torch.from_numpy(end.vectors).T @ along.cpu().double())
     except Exception as error:
         if not operator.mean.is_distributed:
             raise
         operator.mean.failure = error
         table.fill_(math.nan)
-    table = operator.mean.sum_over_processes(table.to(unit.device)).cpu()
+    table = operator.mean.sum_of_numbers(table)
     if table.isnan().any():
         raise operator.mean.failure or AnotherProcessFailedError
     table = table[table[:, 0] > 0]

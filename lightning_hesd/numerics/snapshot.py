@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_hesd.numerics.devices import accelerators
 from lightning_hesd.numerics.dtensors import local_part
 from lightning_hesd.numerics.holders import Empties
 from lightning_hesd.numerics.reach import Reach
@@ -94,9 +95,10 @@ def seed_everything(seed: int) -> None:
     """Seed the global generators of Python, NumPy and PyTorch (all devices); call it inside `preserved`."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - the user's code may draw from the legacy generator
-    # Without accelerators `torch.manual_seed` notes, at each call, from where it was called, in case that one turns up:
-    # a millisecond, which is more than the loss of a small network takes.
-    (torch if torch.accelerator.is_available() else torch.default_generator).manual_seed(seed)
+    # `torch.manual_seed` would have the seed wait for accelerators that are not in use, to begin with it one day.
+    torch.default_generator.manual_seed(seed)
+    for module in accelerators():
+        (module.manual_seed_all if hasattr(module, "manual_seed_all") else module.manual_seed)(seed)
 
 
 def _global_generator_states() -> list[Callable[[], object]]:
@@ -106,10 +108,9 @@ def _global_generator_states() -> list[Callable[[], object]]:
         partial(np.random.set_state, np.random.get_state()),  # noqa: NPY002
         partial(torch.set_rng_state, torch.get_rng_state()),
     ]
-    if torch.accelerator.is_available():
-        device: Any = torch.get_device_module(torch.accelerator.current_accelerator())
-        which = "rng_state_all" if hasattr(device, "get_rng_state_all") else "rng_state"
-        restorers.append(partial(getattr(device, f"set_{which}"), getattr(device, f"get_{which}")()))
+    for module in accelerators():
+        which = "rng_state_all" if hasattr(module, "get_rng_state_all") else "rng_state"
+        restorers.append(partial(getattr(module, f"set_{which}"), getattr(module, f"get_{which}")()))
     return restorers
 
 

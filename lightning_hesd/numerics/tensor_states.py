@@ -177,8 +177,11 @@ class Memory:
     def _is_changed(self, *, thorough: bool) -> bool:
         if self._is_freed():
             return True
+        is_cheap = self._saved.device.type == "cpu"  # to compare; the computer would wait for an accelerator
+        if self._changes and not is_cheap and not self._is_held():
+            return True
         touched = [member for member in self._members if member.is_touched()]
-        if not (touched or thorough or self._changes or self._saved.nbytes <= SMALL):
+        if not (touched or thorough or self._changes or (is_cheap and self._saved.nbytes <= SMALL)):
             return False
         if not torch.equal(self._now, self._saved):
             return True

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_hesd.numerics.devices import finest_dtype
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -115,6 +117,12 @@ def _pieces(sizes: Sequence[int], chunks: Iterator[Tensor]) -> Iterator[Tensor]:
         joined = torch.cat(parts)
         yield joined[:size]
         rest = joined[size:]
+
+
+def norm_of(part: Tensor) -> Tensor:
+    """Return the norm of a tensor, a scalar, summed in the finest precision of its device."""
+    norm: Tensor = torch.linalg.vector_norm(part, dtype=finest_dtype(part.device))
+    return norm
 
 
 def in_shape(vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -10,7 +10,8 @@ product is checked once for each loss L with gradient g, along one direction v, 
     vᵀGv against  the second difference of the loss of the outputs along Jv, for the Gauss-Newton matrix G = Jᵀ∂²L J.
 
 The step h descends: truncation falls with it and rounding grows, and a step that is short enough crosses no kink of a
-piecewise smooth network. In float64 the steps reach from 1e-4 to 1e-9 of the size of the weights.
+piecewise smooth network. In float64 the steps reach from 1e-4 to 1e-9 of the size of the weights, in float32, on
+devices that have no other, from 0.02 to 1e-4: kinks hide more.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_hesd.numerics.devices import finest_dtype, moved
 from lightning_hesd.numerics.directional import Line, OutputLine
 from lightning_hesd.numerics.finite_differences import FiniteDifferences
 from lightning_hesd.numerics.matrices import EVERYTHING, GaussNewtonMatrix
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.matrices import Matrix
     from lightning_hesd.numerics.vectors import VectorSpace
 
-    InDouble = Callable[[], AbstractContextManager[Callable[[Tensor], Tensor]]]
+    InFinest = Callable[[], AbstractContextManager[Callable[[Tensor], Tensor]]]
 
 Verdict = Literal["yes", "no", "unknown"]
 Outcome = Literal["agrees", "differs", "cannot be told"]
@@ -205,27 +207,28 @@ def verify(
     space: VectorSpace,
     *,
     exact: bool,
-    in_double: InDouble | None = None,
+    in_finest: InFinest | None = None,
     may_fail: bool = True,
 ) -> Verification:
     """Compare the products and the gradient of a batch's loss with differences.
 
-    First in float64, which tells almost everything apart: with a few samples of the batch, then with all of them, then
-    beside the weights, as a kink at the weights themselves (zeros in the data under biases of zero) looks like a wrong
-    gradient. If that is not to be had, or does not agree, in the precision of the module.
+    First in the finest precision of the device, float64 unless it has none, which tells almost everything apart: with a
+    few samples of the batch, then with all of them, then beside the weights, as a kink at the weights themselves (zeros
+    in the data under biases of zero) looks like a wrong gradient. If that is not to be had, or does not agree, in the
+    precision of the module.
 
     Args:
         matrix: The matrix.
         batch: The batch.
         space: The space of vectors over all parameters.
         exact: Whether products come from differentiating twice; else only the gradient is compared.
-        in_double: Makes a context in which module and batches are in float64, and gives the function from a parameter
-            to its counterpart there; None: there is none.
+        in_finest: Makes a context in which module and batches are in the finest precision of the device, and gives the
+            function from a parameter to its counterpart there; None: there is none.
         may_fail: Whether an error makes the outcome "cannot be told"; processes that work together must raise it.
     """
-    attempts: list[tuple[InDouble, bool, bool]] = [(_as_it_is, False, False)]
-    if in_double is not None:
-        attempts = [(in_double, True, False), (in_double, False, False), (in_double, False, True), *attempts]
+    attempts: list[tuple[InFinest, bool, bool]] = [(_as_it_is, False, False)]
+    if in_finest is not None:
+        attempts = [(in_finest, True, False), (in_finest, False, False), (in_finest, False, True), *attempts]
     found: list[Findings] = []
     problem = ""
     for context, few, beside in attempts:
@@ -263,21 +266,22 @@ def _as_it_is() -> AbstractContextManager[Callable[[Tensor], Tensor]]:
 def _beside(parameters: Sequence[Tensor], space: VectorSpace) -> Iterator[None]:
     """Move parameters at random meanwhile."""
     differences = FiniteDifferences(parameters, space)
-    noise = space.gaussian(torch.Generator().manual_seed(2)).to(parameters[0].device)
-    with differences.displaced(in_shape(noise / space.norm(noise), parameters), MOVE * max(differences.size, 1.0)):
+    noise = space.gaussian(torch.Generator().manual_seed(2))
+    vector = moved(noise / space.norm(noise), parameters[0].device)
+    with differences.displaced(in_shape(vector, parameters), MOVE * max(differences.size, 1.0)):
         yield
 
 
 def _joint(fine: Outcome, coarse: Outcome, *, hidden: bool) -> Outcome:
-    """Join the outcomes in float64 and in the precision of the module.
+    """Join the outcomes in the finest precision and in that of the module.
 
-    Operations may compute in a coarser precision than their types show: then float64 differs, and only then does the
+    Operations may compute in a coarser precision than their types show: then the finest differs, and only then does the
     module's own precision agree. It says nothing where the difference is one that it cannot see.
 
     Args:
-        fine: Outcome in float64.
+        fine: Outcome in the finest precision.
         coarse: Outcome in the precision of the module.
-        hidden: Whether the difference in float64 is smaller than what counts as agreement in that precision.
+        hidden: Whether the difference in the finest precision is smaller than what counts as agreement in the other.
     """
     if fine == "differs":
         return "cannot be told" if coarse == "agrees" and not hidden else "differs"
@@ -340,9 +344,14 @@ def _findings(matrix: Matrix, batch: WeightedBatch, space: VectorSpace, *, exact
         curves.gap,
         changes[-1] <= max(SETTLED * changes[0], ROUNDING_UNITS * epsilon * abs(line.loss)) or len(changes) == 1,
         2 * tolerance,  # the tolerance itself, and as much rounding
-        "float64" if is_fine else f"a precision of {epsilon:.1g}",
+        "float64" if is_fine else f"a precision of {epsilon:.1g}{_excuse(epsilon, matrix.parameters[0].device)}",
         facts,
     )
+
+
+def _excuse(epsilon: float, device: torch.device) -> str:
+    """Say that there is no finer precision, if so."""
+    return f", the finest on {device.type}" if epsilon <= torch.finfo(finest_dtype(device)).eps else ""
 
 
 def _first_told(comparisons: Sequence[Comparison]) -> Outcome:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_hesd.numerics.devices import moved
 from lightning_hesd.numerics.graphs import GraphFacts
 from lightning_hesd.numerics.tokens import ADVICE, IGNORED, TokenCount, find
 from lightning_hesd.spectra.foreign import one_line
@@ -308,7 +309,7 @@ class Weighing:
         """Return sums over all processes."""
         if self._all_reduce is None:
             return numbers
-        total: list[float] = self._all_reduce(torch.tensor(numbers, dtype=torch.float64, device=self._device)).tolist()
+        total: list[float] = self._all_reduce(moved(torch.tensor(numbers, dtype=torch.float64), self._device)).tolist()
         return total
 
     def _warn(self, message: str) -> None:

@@ -187,9 +187,10 @@ def add_to_results(trainer: pl.Trainer, key: str, value: object) -> None:
 
 
 def wait_for_device(trainer: pl.Trainer) -> None:
-    """Wait for what training has queued on a GPU, so that nobody takes it for part of what comes next."""
-    if trainer.strategy.root_device.type == "cuda":
-        torch.cuda.synchronize(trainer.strategy.root_device)
+    """Wait for what training has queued on its accelerator, so that nobody takes it for part of what comes next."""
+    module: Any = getattr(torch, trainer.strategy.root_device.type, None)
+    if hasattr(module, "synchronize"):
+        module.synchronize()  # the present device, which is that of the trainer
 
 
 def start_rich_progress(bar: RichProgressBar, trainer: pl.Trainer) -> Progress:

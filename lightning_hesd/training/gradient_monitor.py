@@ -142,7 +142,7 @@ class GradientMonitor:
 
     def summary(self) -> GradientStatistics | None:
         """Return what was seen in this epoch; None if that is nothing."""
-        rows = torch.stack(self._seen).double().cpu() if self._seen else torch.empty(0, 6)
+        rows = torch.stack(self._seen).cpu().double() if self._seen else torch.empty(0, 6)
         rows = rows[(rows[:, 0] > 0) & rows.isfinite().all(1)]
         if not len(rows):
             return None

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lightning_hesd.numerics.devices import accelerators
 from lightning_hesd.training.namespaces import lightning_types
 
 ATOMS = {type(None), bool, int, float, complex, str, bytes, range, slice}
@@ -90,7 +91,7 @@ def attributes_of(value: object) -> dict[str, Any]:
 def global_generators() -> list[Any]:
     """Return the generators of the process, which are the matter of the analysis."""
     own = [torch.default_generator, random._inst, np.random.mtrand._rand]  # noqa: SLF001
-    return [*own, *torch.cuda.default_generators]
+    return [*own, *(g for module in accelerators() for g in getattr(module, "default_generators", ()))]
 
 
 class Openness:

@@ -25,11 +25,10 @@ from lightning_hesd.training.loss import check_gets_batches
 from lightning_hesd.training.sources import holds_batches, is_addressable, is_collection, share_data
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
 
     import lightning.pytorch as pl
 
-    from lightning_hesd.numerics.batches import WeightedBatch
+    from lightning_hesd.numerics.batches import Weigh, WeightedBatch
     from lightning_hesd.training.isolation import Isolation
 
 FIRST_SAMPLES = 256
@@ -74,7 +73,7 @@ class RunSamples:
         num_samples: int | Literal["auto"],
         *,
         batch_size: int | None,
-        batch_weight: Callable[[Any], float] | None,
+        batch_weight: Weigh | None,
         dataloader: Any,
         seed: int,
         keeps: bool,

@@ -104,8 +104,8 @@ class AnalysedWeights:
         for name, copy in self._copies.items():
             saved = state_dict.get(name)
             if _is_plain(saved) and not is_distributed(saved) and saved.shape == copy.shape:
-                converted = copy.to(saved.dtype)
-                if not _equal(saved.to(copy.device), converted):
+                converted = copy.to(saved.device).to(saved.dtype)  # the device of the copy may not have that precision
+                if not _equal(saved, converted):
                     return name
         return None
 
