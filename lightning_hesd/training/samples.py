@@ -25,7 +25,6 @@ from lightning_hesd.training.loss import check_gets_batches
 from lightning_hesd.training.sources import holds_batches, is_addressable, is_collection, share_data
 
 if TYPE_CHECKING:
-
     import lightning.pytorch as pl
 
     from lightning_hesd.numerics.batches import Weigh, WeightedBatch
