@@ -233,6 +233,8 @@ def _count(batch: Any, lengths: Sequence[int | None]) -> tuple[float, str | None
         msg = f"cannot tell the number of samples of a batch of type {type(batch).__name__}: pass `batch_weight`."
         raise ValueError(msg)
     known = [length for length in lengths if length is not None] or [1]
+    if (stated := _stated_size(batch, known)) is not None:
+        return float(stated), None
     if len(set(known)) > 1:
         obstacle = f"its tensors have first dimensions {_listed(known)}"
     elif lengths[0] is None and len(lengths) > 1:
@@ -243,6 +245,27 @@ def _count(batch: Any, lengths: Sequence[int | None]) -> tuple[float, str | None
         f"a batch of type {type(batch).__name__} is taken to hold {known[0]} samples, the first dimension of its first "
         f"tensor that has one, but {obstacle}: {_REMEDY}"
     )
+
+
+def _stated_size(batch: Any, lengths: Sequence[int], depth: int = 3) -> int | None:
+    """Return the number of samples that a batch, or all parts of it that say, state; None if none does.
+
+    Batches of graphs do, whose tensors have as many rows as there are nodes and edges. It must be the length of a
+    tensor, or one less than that of the offsets of graphs; otherwise it is something else, such as a setting.
+    """
+    if isinstance(batch, list | tuple | dict):
+        found = (
+            {_stated_size(part, lengths, depth - 1) for part in _plain_parts(batch)} - {None} if depth > 1 else set()
+        )
+        return found.pop() if len(found) == 1 else None
+    if isinstance(batch, Tensor | PackedSequence | nn.Module | type):
+        return None
+    for name in ("batch_size", "num_graphs"):
+        with contextlib.suppress(Exception):  # of objects that cannot be read
+            size = getattr(batch, name)
+            if type(size) is int and size > 0 and not {size, size + 1}.isdisjoint(lengths):
+                return size
+    return None
 
 
 def _listed(lengths: Sequence[int]) -> str:
@@ -289,7 +312,10 @@ def _parts(batch: Any) -> list[Any]:
     if is_dataclass(batch):
         return [getattr(batch, f.name) for f in fields(batch)]
     if isinstance(batch, Iterable):
-        return list(batch)
+        parts = list(batch)
+        # As the characters of a text are texts, an event of a batch of events may be a batch of events, without end.
+        if isinstance(batch, list | tuple) or not any(type(part) is type(batch) for part in parts):
+            return parts
     return [] if callable(batch) else list(attributes(batch).values())
 
 

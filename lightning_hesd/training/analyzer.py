@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from lightning_hesd.landscape.sample_size import find_sample_size
+from lightning_hesd.numerics.memory import is_out_of_memory
 from lightning_hesd.numerics.modes import name_of_mode
 from lightning_hesd.numerics.pipeline import analyze, analyze_layers
 from lightning_hesd.numerics.portable import Portable
@@ -15,6 +16,7 @@ from lightning_hesd.numerics.retry import retried
 from lightning_hesd.numerics.sampling import samples_needed
 from lightning_hesd.numerics.snapshot import preserved, seed_everything
 from lightning_hesd.numerics.strategies import Calibration
+from lightning_hesd.spectra.foreign import one_line
 from lightning_hesd.training import _lightning
 from lightning_hesd.training.isolation import Isolation
 from lightning_hesd.training.loss import make_loss_fn
@@ -201,7 +203,41 @@ class TrainerAnalyzer:
         work: Callable[..., Result],
         options: AnalysisOptions,
     ) -> Result:
-        """Let `work` analyse the samples, in all processes together."""
+        """Let `work` analyse the samples, in all processes together.
+
+        Where training has replaced its dataloader, `training_step` may have come to need what the samples of the first
+        one lack, such as values that a baseline has added to the data. Then samples of the present one replace them.
+        """
+        try:
+            return self._analyze_samples(trainer, pl_module, report, work, options)
+        except Exception as error:
+            if not self.samples.is_outdated(trainer):
+                raise
+            of_weights = isinstance(error, ArithmeticError | DisturbedTrainingError)  # a loss that is NaN, for example
+            says_nothing_of_samples = of_weights or is_out_of_memory(error)
+            if _lightning.anywhere(trainer, says_nothing_of_samples):
+                raise
+            self.release()
+            self.prepare(trainer)
+            if self.samples.waits():
+                raise
+            failure = one_line(error)
+        result = self._analyze_samples(trainer, pl_module, report, work, options)
+        _lightning.warn(
+            "training has replaced its dataloader, and the samples of the first one can no longer be analysed "
+            f"({failure}), so samples of the present one are from now on: spectra before and after are of different "
+            "samples."
+        )
+        return result
+
+    def _analyze_samples(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        report: Report | None,
+        work: Callable[..., Result],
+        options: AnalysisOptions,
+    ) -> Result:
         _lightning.check_strategy(trainer)
         _lightning.together(trainer, self._check_harmless)
         all_reduce = None if _lightning.is_sharded(trainer) else _lightning.make_all_reduce(trainer)

@@ -149,6 +149,11 @@ class RunSamples:
             self._kept.finish()
             self._kept = None
 
+    def is_outdated(self, trainer: pl.Trainer) -> bool:
+        """Whether training has replaced the dataloader from which the samples were drawn; the same in all processes."""
+        drawn_from_training = self._dataloader is None and self._drawn is not None and self._source is not None
+        return self._keeps and drawn_from_training and self._source is not trainer.train_dataloader
+
     def grow(self, factor: float) -> bool:
         """Ask for more samples.
 

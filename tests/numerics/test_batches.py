@@ -3,6 +3,7 @@
 import collections
 import collections.abc
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -213,6 +214,12 @@ class TestWeights:
             ((torch.zeros(7, 10, 3), Y), 7, "its tensors have first dimensions 7, 10"),
             ([torch.zeros(3, 9), torch.zeros(2, 9)], 3, "its tensors have first dimensions 3, 2"),
             (torch.tensor(1.0), 1, None),
+            (SimpleNamespace(nodes=torch.zeros(7, 3), graph=torch.zeros(7), y=Y, batch_size=10), 10, None),
+            (SimpleNamespace(nodes=torch.zeros(7, 3), offsets=torch.zeros(3), num_graphs=2), 2, None),
+            ([SimpleNamespace(nodes=torch.zeros(n), y=Y, batch_size=10) for n in (7, 8)], 10, None),
+            ((SimpleNamespace(nodes=torch.zeros(7), y=Y, batch_size=10), torch.zeros(10)), 10, None),
+            (SimpleNamespace(nodes=torch.zeros(7), y=Y, batch_size=32), 7, "its tensors have first dimensions 7, 10"),
+            ([SimpleNamespace(y=torch.zeros(n), batch_size=n) for n in (7, 8)], 7, "first dimensions 7, 8"),
         ],
     )
     def test_of_batches_of_unknown_origin(self, batch, expected, doubt):
@@ -270,9 +277,20 @@ class WithUnit(Tensor):
         raise TypeError
 
 
+class Events:
+    """Consists of batches of one event, as those do."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def __iter__(self) -> Any:
+        return (Events(row[None]) for row in self.x)
+
+
 @pytest.mark.parametrize(
     "batch",
     [
+        Events(torch.zeros(4, 2)),
         UnreadableList([torch.zeros(4, 2)]),
         UnreadableDict(x=torch.zeros(4, 2)),
         {"x": torch.zeros(4, 2), "note": Unreadable()},

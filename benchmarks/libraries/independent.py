@@ -1,0 +1,218 @@
+"""The extreme eigenvalues of the Hessian once more, by code that shares none with the package's products.
+
+The batches and their weights are those of the callback, because the question is whether its numbers are right for them;
+`analyzed_batches` is the only place that reaches into the package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+from lightning_hesd import HessianSpectrumCallback
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+DENSE = 300
+"""Up to this many parameters the Hessian is computed column by column, beyond it ARPACK does with products."""
+
+ARPACK_TOLERANCE = 1e-4
+"""Residuals relative to the eigenvalue; the error of the eigenvalue of a symmetric matrix is of second order in it."""
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """What the independent computation found.
+
+    Attributes:
+        dimension: Number of parameters.
+        loss: The loss.
+        lambda_min: Smallest eigenvalue.
+        lambda_max: Largest eigenvalue.
+    """
+
+    dimension: int
+    loss: float
+    lambda_min: float
+    lambda_max: float
+
+
+class CheckedCallback(HessianSpectrumCallback):
+    """The callback; after the last analysis it computes the extreme eigenvalues independently, in `found`."""
+
+    def __init__(self, *, last_epoch: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.last_epoch = last_epoch
+        self.found: list[Extremes] = _Shared()
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Analyse, then check."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if trainer.current_epoch != self.last_epoch:
+            return
+        spectrum = self.history[-1].spectrum
+        if spectrum is not None:
+            batches = analyzed_batches(self, trainer, pl_module)
+            self.found.append(extremes(pl_module, batches, self.loss_fn, spectrum.mode))
+
+
+class _Shared(list[Any]):
+    """A list that copies of its owner share: libraries train with copies of callbacks."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch on the device.
+
+    Attributes:
+        data: What `training_step` gets.
+        share: Weight of its mean loss in the loss.
+        index: Seeds what is random in it.
+        position: What `training_step` gets as `batch_idx`.
+    """
+
+    data: Any
+    share: float
+    index: int
+    position: int
+
+
+def analyzed_batches(callback: HessianSpectrumCallback, trainer: Any, module: Any) -> list[Batch]:
+    """Return the batches that the callback analyses."""
+    samples = callback._recorder._analyzers["training"].draw(trainer)  # noqa: SLF001 - there is no public way
+    total = sum(batch.weight for batch in samples.batches)
+    return [
+        Batch(
+            copy.deepcopy(batch.data) if samples.transferred else _moved(trainer, module, batch.data, batch.index),
+            batch.weight / total,
+            batch.index,
+            batch.position or 0,
+        )
+        for batch in samples.batches
+    ]
+
+
+def _moved(trainer: Any, module: Any, data: Any, index: int) -> Any:
+    """Do with a batch what Lightning does between the loader and `training_step`."""
+    _seed(index)
+    data = trainer.precision_plugin.convert_input(copy.deepcopy(data))
+    data = module._on_before_batch_transfer(data, dataloader_idx=0)  # noqa: SLF001 - as Lightning's loop does
+    return trainer.strategy.batch_to_device(data, dataloader_idx=0)
+
+
+def extremes(module: Any, batches: Sequence[Batch], loss_fn: Callable[[Any, Any], Any] | None, mode: str) -> Extremes:
+    """Return the extreme eigenvalues of the Hessian of the mean loss, by double backward.
+
+    Args:
+        module: The LightningModule.
+        batches: The samples.
+        loss_fn: The loss; None: that of `training_step`.
+        mode: "eval", or "deterministic": training mode with dropout and normalization in evaluation mode.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    dimension = sum(p.numel() for p in parameters)
+    total, gradients = 0.0, []
+    # Attention's fused kernels have no second derivative.
+    with _in_mode(module, mode), _unlogged(module), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        for batch in batches:
+            loss = _loss(module, batch, loss_fn).reshape(())
+            gradient = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+            gradients.append((_flat(gradient), batch.share))
+            total += batch.share * loss.item()
+
+    def product(vector: NDArray[Any]) -> NDArray[Any]:
+        direction = torch.as_tensor(vector.reshape(-1), dtype=parameters[0].dtype)
+        found = torch.zeros(dimension, dtype=torch.float64)
+        for gradient, share in gradients:
+            if gradient.requires_grad:
+                rows = torch.autograd.grad(gradient, parameters, direction, retain_graph=True, materialize_grads=True)
+                found += share * _flat(rows).double()
+        return found.numpy()
+
+    return Extremes(dimension, total, *_ends(product, dimension))
+
+
+def _ends(product: Callable[[NDArray[Any]], NDArray[Any]], dimension: int) -> tuple[float, float]:
+    """Return the smallest and the largest eigenvalue; NaN for one that does not converge."""
+    if dimension <= DENSE:
+        hessian = np.stack([product(column) for column in np.eye(dimension)])
+        eigenvalues = np.linalg.eigvalsh((hessian + hessian.T) / 2)
+        return float(eigenvalues[0]), float(eigenvalues[-1])
+    operator = LinearOperator((dimension, dimension), matvec=product, dtype=np.float64)
+    start = np.random.default_rng(7).standard_normal(dimension)
+    found = []
+    for end in ("SA", "LA"):
+        try:
+            [eigenvalue] = eigsh(
+                operator, k=1, which=end, ncv=60, v0=start, tol=ARPACK_TOLERANCE, return_eigenvectors=False
+            )
+        except ArpackNoConvergence:
+            eigenvalue = np.nan
+        found.append(float(eigenvalue))
+    return found[0], found[1]
+
+
+def _loss(module: Any, batch: Batch, loss_fn: Callable[[Any, Any], Any] | None) -> Tensor:
+    _seed(1 + batch.index)
+    data = copy.deepcopy(batch.data)
+    if loss_fn is not None:
+        output = loss_fn(module, data)
+    else:
+        takes = [p for p in inspect.signature(module.training_step).parameters.values() if p.kind <= p.VAR_POSITIONAL]
+        output = module.training_step(data, batch.position) if len(takes) > 1 else module.training_step(data)
+    loss: Tensor = output if isinstance(output, Tensor) else output["loss"]
+    return loss
+
+
+@contextlib.contextmanager
+def _in_mode(module: Any, mode: str) -> Iterator[None]:
+    """Bring a module into a mode, and back."""
+    before = {part: part.training for part in module.modules()}
+    kinds = (_DropoutNd, _NormBase, nn.RNNBase, nn.MultiheadAttention)
+    with contextlib.ExitStack() as stack:
+        if mode == "eval":
+            module.on_validation_model_eval()
+        else:
+            for part in module.modules():
+                part.training = before[part] and not isinstance(part, kinds)
+            stack.enter_context(mock.patch("torch.nn.functional.dropout", lambda x, *_, **__: x))
+        yield
+    for part, training in before.items():
+        part.training = training
+
+
+@contextlib.contextmanager
+def _unlogged(module: Any) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for name in ("log", "log_dict", "print"):
+            stack.enter_context(mock.patch.object(module, name, return_value=None))
+        yield
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - the libraries draw from it
+    torch.manual_seed(seed)

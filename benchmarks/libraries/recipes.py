@@ -1,0 +1,84 @@
+"""The recipes of the page "Works with": each is run in the environment of its library, and its output put below it.
+
+A recipe is a block that is titled with the registry's name of a library, or plain Python with nothing but this package;
+what it prints replaces the block titled "Output" that follows it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.libraries.environments import ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+PAGE = ROOT / "docs" / "works-with.md"
+
+RECIPE = re.compile(
+    r'```(?:py title="(?P<library>[^"]+)"|python)\n(?P<code>.*?)```\n\n```text title="Output"\n(?P<output>.*?)```',
+    re.DOTALL,
+)
+
+PROGRAM = """\
+import json, sys, torch
+torch.set_num_threads(1)
+shown = []
+code = compile(open(sys.argv[1], encoding="utf-8").read(), "recipe.py", "exec")
+exec(code, {"__name__": "recipe", "print": lambda *values: shown.append(" ".join(map(str, values)))})
+open(sys.argv[2], "w", encoding="utf-8").write(json.dumps(shown))
+"""
+"""Takes what the recipe prints, and not what libraries print."""
+
+
+def renew(page: Path, pythons: Mapping[str | None, Callable[[], Path]]) -> None:
+    """Run the recipes of a page, and put what they print below them.
+
+    Args:
+        page: The page.
+        pythons: For each library, and for None, a function that returns the interpreter; without one, the output stays
+            as it is.
+    """
+
+    def with_output(match: re.Match[str]) -> str:
+        if match["library"] not in pythons:
+            return match[0]
+        before = match.start("output") - match.start()
+        return f"{match[0][:before]}{run(pythons[match['library']](), match['code'])}\n```"
+
+    page.write_text(RECIPE.sub(with_output, page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def run(python: Path, code: str) -> str:
+    """Run a recipe in a folder of its own, and return what it prints, with paths relative to that folder.
+
+    Args:
+        python: The interpreter.
+        code: The recipe.
+
+    Raises:
+        RuntimeError: If it fails.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        (folder / "program.py").write_text(PROGRAM, encoding="utf-8")
+        (folder / "recipe.py").write_text(code, encoding="utf-8")
+        done = subprocess.run(  # noqa: S603 - the recipes of this repository
+            [str(python), "program.py", "recipe.py", "shown.json"],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"},
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            msg = f"expected the recipe to run, but it failed:\n{code}\n{done.stderr[-2000:]}"
+            raise RuntimeError(msg)
+        shown = json.loads((folder / "shown.json").read_text(encoding="utf-8"))
+        return "\n".join(shown).replace(f"{folder}/", "")
