@@ -119,8 +119,10 @@ class ExclusiveCheckpoint(ModelCheckpoint):
         )
 
     def _neighbours(self, trainer: pl.Trainer) -> list[ModelCheckpoint]:
+        """Return the other callbacks that write checkpoints to a folder; a mock has no attributes of such a one."""
         kinds = lightning_types("callbacks.ModelCheckpoint")
-        return [c for c in trainer.checkpoint_callbacks if isinstance(c, kinds) and c is not self]
+        others = [c for c in trainer.checkpoint_callbacks if isinstance(c, kinds) and c is not self]
+        return [c for c in others if hasattr(c, "dirpath") and hasattr(c, "best_k_models")]
 
     def gone(self, trainer: pl.Trainer, candidates: Iterable[Candidate]) -> list[str]:
         """Return the paths at which the files of candidates are not, or not any more, the same in every process."""

@@ -119,7 +119,7 @@ def warn_about_stale_monitors(trainer: pl.Trainer, name: str, *, sparse: bool) -
     for callback in callbacks_of(trainer):
         if not isinstance(callback, kinds):
             continue
-        if not (callback.monitor or "").startswith(prefixes):
+        if not (getattr(callback, "monitor", None) or "").startswith(prefixes):
             continue
         early = looks_before_the_epoch_ends(trainer, callback)
         if not sparse and not early:

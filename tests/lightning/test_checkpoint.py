@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -595,3 +596,13 @@ def test_without_room_for_any_file_there_is_no_pick(tmp_path: Path) -> None:
         trainer = fit(tmp_path, observer, enable_checkpointing=True, plugins=[FullDisk(0, 1)], limit_train_batches=4)
     assert trainer.state.finished
     assert observer.checkpoint.best_model_path == ""
+
+
+def test_a_mock_of_a_checkpoint_callback_is_no_neighbour(tmp_path: Path) -> None:
+    """It has the methods of its class, and none of the attributes that `__init__` sets."""
+    observer = callback(on_error="raise", checkpoint="highest_c_t")
+    mock = Mock(spec=ModelCheckpoint, state_key="mock")
+    mock.state_dict.return_value = {}
+    trainer = fit(tmp_path, observer, mock, enable_checkpointing=True)
+    assert trainer.state.finished
+    assert Path(observer.checkpoint.best_model_path).is_file()
