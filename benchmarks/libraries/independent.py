@@ -54,17 +54,17 @@ class Extremes:
 
 
 class CheckedCallback(HessianSpectrumCallback):
-    """The callback; after the last analysis it computes the extreme eigenvalues independently, in `found`."""
+    """The callback, for one epoch; after its analysis it computes the extreme eigenvalues independently, in `found`."""
 
-    def __init__(self, *, last_epoch: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.last_epoch = last_epoch
+    def __init__(self, epoch: int, **kwargs: Any) -> None:
+        super().__init__(epochs=[epoch], **kwargs)
+        self.epoch = epoch
         self.found: list[Extremes] = _Shared()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Analyse, then check."""
         super().on_train_epoch_end(trainer, pl_module)
-        if trainer.current_epoch != self.last_epoch:
+        if trainer.current_epoch != self.epoch:
             return
         spectrum = self.history[-1].spectrum
         if spectrum is not None:
@@ -130,22 +130,23 @@ def extremes(module: Any, batches: Sequence[Batch], loss_fn: Callable[[Any, Any]
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     dimension = sum(p.numel() for p in parameters)
-    total, gradients = 0.0, []
-    # Attention's fused kernels have no second derivative.
-    with _in_mode(module, mode), _unlogged(module), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        for batch in batches:
+
+    def gradient(batch: Batch) -> tuple[float, Tensor]:
+        # Attention's fused kernels have no second derivative.
+        with _in_mode(module, mode), _unlogged(module), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             loss = _loss(module, batch, loss_fn).reshape(())
-            gradient = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
-            gradients.append((_flat(gradient), batch.share))
-            total += batch.share * loss.item()
+            return loss.item(), _flat(torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True))
+
+    total = sum(batch.share * gradient(batch)[0] for batch in batches)
 
     def product(vector: NDArray[Any]) -> NDArray[Any]:
         direction = torch.as_tensor(vector.reshape(-1), dtype=parameters[0].dtype)
         found = torch.zeros(dimension, dtype=torch.float64)
-        for gradient, share in gradients:
-            if gradient.requires_grad:
-                rows = torch.autograd.grad(gradient, parameters, direction, retain_graph=True, materialize_grads=True)
-                found += share * _flat(rows).double()
+        for batch in batches:  # anew each time: some backward passes change what they have saved
+            _, flat = gradient(batch)
+            if flat.requires_grad:
+                rows = torch.autograd.grad(flat, parameters, direction, materialize_grads=True)
+                found += batch.share * _flat(rows).double()
         return found.numpy()
 
     return Extremes(dimension, total, *_ends(product, dimension))

@@ -38,21 +38,30 @@ open(sys.argv[2], "w", encoding="utf-8").write(json.dumps(shown))
 
 
 def renew(page: Path, pythons: Mapping[str | None, Callable[[], Path]]) -> None:
-    """Run the recipes of a page, and put what they print below them.
+    """Run the recipes of a page, and put what they print below them, each as soon as it has run.
 
     Args:
         page: The page.
         pythons: For each library, and for None, a function that returns the interpreter; without one, the output stays
             as it is.
+
+    Raises:
+        RuntimeError: If recipes fail; the others are renewed all the same.
     """
-
-    def with_output(match: re.Match[str]) -> str:
-        if match["library"] not in pythons:
-            return match[0]
-        before = match.start("output") - match.start()
-        return f"{match[0][:before]}{run(pythons[match['library']](), match['code'])}\n```"
-
-    page.write_text(RECIPE.sub(with_output, page.read_text(encoding="utf-8")), encoding="utf-8")
+    failures = []
+    for recipe in RECIPE.finditer(page.read_text(encoding="utf-8")):
+        if recipe["library"] not in pythons:
+            continue
+        try:
+            output = run(pythons[recipe["library"]](), recipe["code"])
+        except RuntimeError as error:
+            failures.append(str(error))
+            continue
+        before = recipe[0][: recipe.start("output") - recipe.start()]
+        text = page.read_text(encoding="utf-8").replace(recipe[0], f"{before}{output}\n```")
+        page.write_text(text, encoding="utf-8")
+    if failures:
+        raise RuntimeError("\n\n".join(failures))
 
 
 def run(python: Path, code: str) -> str:

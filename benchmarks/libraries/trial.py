@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import random
+import sys
 import time
 import warnings
 from dataclasses import dataclass, replace
@@ -121,7 +122,7 @@ def attempt(case: Case, folder: Path) -> Outcome:
         mode=spectrum.mode,
         verified=spectrum.verified,
     )
-    checked = CheckedCallback(last_epoch=callback.history[-1].epoch, **options)
+    checked = CheckedCallback(callback.history[-1].epoch, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _trained(case, [checked], folder / "checked")
@@ -200,7 +201,7 @@ def _difference(spectrum: Spectrum, found: Extremes) -> float:
     """Return the largest relative difference between a spectrum and the independent computation."""
     floor = SMALLEST_SHARE * max(abs(found.lambda_min), abs(found.lambda_max))
     pairs = [
-        (spectrum.loss, found.loss, 0.0),
+        (spectrum.loss, found.loss, sys.float_info.min),
         (spectrum.lambda_min, found.lambda_min, floor),
         (spectrum.lambda_max, found.lambda_max, floor),
     ]
