@@ -54,12 +54,17 @@ class Extremes:
 
 
 class CheckedCallback(HessianSpectrumCallback):
-    """The callback, for one epoch; after its analysis it computes the extreme eigenvalues independently, in `found`."""
+    """The callback, for one epoch; after its analysis it computes the extreme eigenvalues independently.
+
+    Attributes:
+        epoch: The epoch.
+        found: The extreme eigenvalues, or why they cannot be had.
+    """
 
     def __init__(self, epoch: int, **kwargs: Any) -> None:
         super().__init__(epochs=[epoch], **kwargs)
         self.epoch = epoch
-        self.found: list[Extremes] = _Shared()
+        self.found: list[Extremes | str] = _Shared()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Analyse, then check."""
@@ -69,7 +74,10 @@ class CheckedCallback(HessianSpectrumCallback):
         spectrum = self.history[-1].spectrum
         if spectrum is not None:
             batches = analyzed_batches(self, trainer, pl_module)
-            self.found.append(extremes(pl_module, batches, self.loss_fn, spectrum.mode))
+            try:
+                self.found.append(extremes(pl_module, batches, self.loss_fn, spectrum.mode))
+            except RuntimeError as error:  # not every loss has a plain double backward pass
+                self.found.append(str(error).partition("\n")[0])
 
 
 class _Shared(list[Any]):

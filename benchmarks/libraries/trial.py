@@ -127,6 +127,9 @@ def attempt(case: Case, folder: Path) -> Outcome:
         warnings.simplefilter("ignore")
         _trained(case, [checked], folder / "checked")
     [found] = checked.found
+    if isinstance(found, str):
+        how = f"The analysis took products by {spectrum.strategy}; the independent computation fails: {found}"
+        return replace(outcome, note=f"{case.note} {how}".strip())
     return replace(outcome, difference=_difference(spectrum, found))
 
 
