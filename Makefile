@@ -2,7 +2,7 @@
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types layers doctest docs package matrix stress bench clean
+.PHONY: help setup demo test check lint types layers doctest docs package matrix stress bench libraries clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -50,6 +50,9 @@ matrix: $(INSTALLED) ## run a part of the tests with other versions of Python an
 bench: $(INSTALLED) ## compare with other packages: time, memory, accuracy
 	$(RUN) -m pip install --no-deps -r benchmarks/requirements.txt
 	$(RUN) -m benchmarks
+
+libraries: $(INSTALLED) ## train models of other libraries, each in an environment of its own: an hour, 1.5 GB for each
+	$(RUN) -m benchmarks.libraries
 
 stress: $(INSTALLED) ## run everything that can go wrong, and all tests that take long: an hour
 	$(RUN) -m tests.stress

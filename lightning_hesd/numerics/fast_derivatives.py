@@ -122,7 +122,8 @@ def _layer_norm(  # noqa: PLR0917 - PyTorch's order
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:  # noqa: A002 - PyTorch's name
     fits = weight.ndim == 2 and input.ndim >= 2 and (bias is None or bias.shape == weight.shape[:1])
-    if not fits or input.numel() * max(1, len(weight) / input.shape[-1]) < _LARGE or not _is_plain(input, weight, bias):
+    results = input.numel() // max(1, input.shape[-1]) * len(weight)
+    if not fits or max(input.numel(), results) < _LARGE or not _is_plain(input, weight, bias):
         return None
     rows = bilinear(Linear(), input.reshape(-1, input.shape[-1]), weight, bias)
     return rows.view(*input.shape[:-1], len(weight))

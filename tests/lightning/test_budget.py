@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -157,12 +158,14 @@ def test_writing_counts_and_waiting_for_the_device_does_not(tmp_path: Path, monk
     assert (state["training_seconds"], state["analysis_seconds"]) == (60, 12)
 
 
-def test_waiting_for_a_device_means_that_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    waited = []
-    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    for device in ("cpu", "cuda:1"):
+def test_waiting_for_a_device_means_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which one of the kind Lightning has set for the process; Apple's takes no number."""
+    waited: list[str] = []
+    for kind in ("cuda", "mps"):
+        monkeypatch.setattr(getattr(torch, kind), "synchronize", partial(waited.append, kind))
+    for device in ("cpu", "cuda:1", "mps:0"):
         wait_for_device(SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device))))  # type: ignore[arg-type]
-    assert waited == [torch.device("cuda:1")]
+    assert waited == ["cuda", "mps"]
 
 
 def test_rules_rank_analysed_epochs_only(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def parsed(**init_args: Any) -> HessianSpectrumCallback:
 KINDS: list[tuple[dict[str, Any], Callable[[Any], bool]]] = [
     ({"every_n_epochs": 3}, lambda c: c.schedule.every_n_epochs == 3),
     ({"epochs": [0, 4]}, lambda c: [e for e in range(9) if c.schedule.includes_epoch(e)] == [0, 4]),
-    ({"num_samples": "auto", "tolerance": 0.1}, lambda c: c._recorder._analyzers["training"]._grows),
+    ({"num_samples": "auto", "tolerance": 0.1}, lambda c: c._recorder._analyzers["training"].samples.grows),
     ({"tolerance": "type"}, lambda c: c.options.tolerance == "type"),
     (
         {"steps": 7, "probes": 2, "mode": "train"},
@@ -123,7 +123,10 @@ KINDS: list[tuple[dict[str, Any], Callable[[Any], bool]]] = [
         },
         lambda c: c._recorder._decomposition == {"output_fn": cli_project.plain_loss, "output_loss": cli_project.loss},
     ),
-    ({"generalization_dataloader": "val"}, lambda c: c._recorder._analyzers["generalization"]._dataloader == "val"),
+    (
+        {"generalization_dataloader": "val"},
+        lambda c: c._recorder._analyzers["generalization"].samples._dataloader == "val",
+    ),
     (
         {
             "generalization_dataloader": {
@@ -132,7 +135,7 @@ KINDS: list[tuple[dict[str, Any], Callable[[Any], bool]]] = [
             }
         },
         lambda c: (
-            isinstance(loader := c._recorder._analyzers["generalization"]._dataloader, DataLoader)
+            isinstance(loader := c._recorder._analyzers["generalization"].samples._dataloader, DataLoader)
             and (len(loader.dataset), loader.batch_size) == (7, 5)
         ),
     ),

@@ -106,12 +106,16 @@ class TestRecord:
             make_operator("mlp", batches=[])
 
 
+SUMS = 7
+"""Numbers that processes add up before the first product."""
+
+
 class TestSumOverProcesses:
     """What one process contributes, with a stand-in for the others."""
 
     def test_every_process_divides_by_the_weight_of_all(self):
         # Another process of the same weight, whose share is zero.
-        operator = make_operator("mlp", all_reduce=lambda tensor: tensor if len(tensor) > 6 else 2 * tensor)
+        operator = make_operator("mlp", all_reduce=lambda tensor: tensor if len(tensor) > SUMS else 2 * tensor)
         alone = make_operator("mlp")
         (v,) = vectors(43, 1)
         assert operator.mean.weight == 2 * alone.mean.weight
@@ -119,7 +123,7 @@ class TestSumOverProcesses:
 
     def test_a_failure_elsewhere_is_an_error_here(self):
         def all_reduce(tensor: Tensor) -> Tensor:
-            return tensor + torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0, 0.0])
+            return tensor + torch.eye(SUMS)[3]
 
         with pytest.raises(AnotherProcessFailedError, match="failed on another process"):
             make_operator("mlp", all_reduce=all_reduce)
@@ -136,7 +140,7 @@ class TestSumOverProcesses:
 
         with pytest.raises(KeyError, match="label"):
             make_operator("mlp", loss_fn=loss, all_reduce=all_reduce)
-        assert told == [[0.0, 0.0, 0.0, 1.0, 0.0, 0.0]]
+        assert told == [[0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 9.0]], "that it has failed, and with how many samples"
 
     def test_a_failing_product_contributes_nan(self):
         calls = 0
@@ -165,7 +169,7 @@ class TestSumOverProcesses:
 
     def test_a_product_that_is_not_finite_elsewhere(self):
         # The numbers of the start are fine, and so is our share of the products; the sum is not.
-        operator = make_operator("mlp", all_reduce=lambda tensor: tensor if len(tensor) == 6 else tensor * torch.nan)
+        operator = make_operator("mlp", all_reduce=lambda tensor: tensor if len(tensor) == SUMS else tensor * torch.nan)
         (v,) = vectors(43, 1)
         assert operator.matvec(v).isnan().all()
         assert isinstance(operator.explain_non_finite(v), AnotherProcessFailedError)
