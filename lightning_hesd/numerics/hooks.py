@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import _HookMixin
 
 from lightning_hesd.numerics.graphs import graph_nodes
+from lightning_hesd.numerics.patches import patched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -63,9 +64,9 @@ class Hooks:
             return register_on_node(hooks, self._limited(hook))
 
         with (
-            replaced(Tensor, "register_hook", register_limited),
-            replaced(Tensor, "register_post_accumulate_grad_hook", register_limited_on_leaf),
-            replaced(_HookMixin, "_register_hook", staticmethod(register_limited_on_node)),
+            patched(Tensor, "register_hook", register_limited),
+            patched(Tensor, "register_post_accumulate_grad_hook", register_limited_on_leaf),
+            patched(_HookMixin, "_register_hook", staticmethod(register_limited_on_node)),
         ):
             yield
 
@@ -109,20 +110,5 @@ def no_hooks_in_backward(leaves: Sequence[Tensor]) -> Iterator[None]:
                 for hook in list((leaf._post_accumulate_grad_hooks or {}).values()):  # noqa: SLF001
                     hook(leaf)
 
-    with replaced(torch.autograd, "backward", adding):
+    with patched(torch.autograd, "backward", adding):
         yield
-
-
-@contextlib.contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Give an object, a class or a module another attribute of its own for a while: mostly a function."""
-    own = vars(owner)
-    had, before = name in own, own.get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if had:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)

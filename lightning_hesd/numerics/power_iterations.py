@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from lightning_hesd.numerics.hooks import replaced
+from lightning_hesd.numerics.patches import patched
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,8 +72,8 @@ class PowerIterations:
             return compute(norm, module, do_power_iteration=False)
 
         with (
-            replaced(_SpectralNorm, "_power_method", power_method),
-            replaced(SpectralNorm, "compute_weight", compute_weight),
+            patched(_SpectralNorm, "_power_method", power_method),
+            patched(SpectralNorm, "compute_weight", compute_weight),
         ):
             yield
 

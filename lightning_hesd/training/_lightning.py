@@ -13,8 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_only, rank_zero_warn
 
-from lightning_hesd.numerics.hooks import replaced
 from lightning_hesd.numerics.layout import Layout
+from lightning_hesd.numerics.patches import patched
 from lightning_hesd.numerics.sample_mean import AnotherProcessFailedError
 from lightning_hesd.training.folders import joined
 from lightning_hesd.training.namespaces import MisconfigurationException, lightning_types
@@ -100,7 +100,7 @@ def edited_checkpoints(trainer: pl.Trainer, edit: Callable[[dict[str, Any]], Non
         edit(checkpoint)
         save(checkpoint, *args, **kwargs)
 
-    with replaced(trainer.strategy, "save_checkpoint", edited):
+    with patched(trainer.strategy, "save_checkpoint", edited):
         yield
 
 
@@ -121,13 +121,13 @@ def failing_together(trainer: pl.Trainer) -> Iterator[None]:
             except OSError as error:
                 failures.append(error)
 
-        with replaced(strategy, "save_checkpoint", attempt):
+        with patched(strategy, "save_checkpoint", attempt):
             save(*args, **kwargs)
         if anywhere(trainer, bool(failures)):
             raise failures[0] if failures else OSError("another process could not write the checkpoint")
 
     # A sharded strategy writes in all processes, which wait for each other within.
-    with contextlib.nullcontext() if is_sharded(trainer) else replaced(trainer, "save_checkpoint", save_together):
+    with contextlib.nullcontext() if is_sharded(trainer) else patched(trainer, "save_checkpoint", save_together):
         yield
 
 
