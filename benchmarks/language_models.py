@@ -1,6 +1,6 @@
 """What Hessian products of language models take: of large vocabularies, of long contexts, and of small ones.
 
-python -m benchmarks.language_models            # about five minutes on two quiet cores
+python -m benchmarks.language_models            # about a minute on a quiet machine
 python -m benchmarks.language_models --quick --out /tmp/bench
 """
 
