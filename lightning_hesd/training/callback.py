@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_hesd.numerics.analysis import analysis_options
 from lightning_hesd.numerics.portable import Portable, deep_copied
+from lightning_hesd.numerics.verification import WrongDerivativeError
 from lightning_hesd.spectra.checks import check_count
 from lightning_hesd.spectra.foreign import DAMAGE, misfit, of, one_line
 from lightning_hesd.spectra.summary import Kept, analysis_lines, summarize
@@ -30,6 +31,7 @@ from lightning_hesd.training.placement import (
 from lightning_hesd.training.recorder import Recorder
 from lightning_hesd.training.remarks import Remarks
 from lightning_hesd.training.schedule import Schedule
+from lightning_hesd.training.surroundings import DisturbedTrainingError
 from lightning_hesd.training.weights import AnalysedWeights
 
 if TYPE_CHECKING:
@@ -45,6 +47,9 @@ if TYPE_CHECKING:
     from lightning_hesd.training.history import OnError
     from lightning_hesd.training.modes import AnalysisMode
     from lightning_hesd.training.recorder import Preconditioning
+
+FAULTS_OF_THE_LOSS = (DisturbedTrainingError, WrongDerivativeError)
+"""Failures that every later analysis of the same loss will most likely repeat, so that a run warns once of each."""
 
 
 class HessianSpectrumCallback(SpectrumSource):
@@ -179,6 +184,7 @@ class HessianSpectrumCallback(SpectrumSource):
         self._trained_by: str | None = None
         self._is_restored = False
         self._shares_name = False
+        self._reported_faults: set[type[Exception]] = set()
         self.budget = Budget(max_overhead)
         decomposition = _options_of_the_parts(analysis) if decompose else None
         self.options = analysis_options(**analysis, mode=mode if mode in {"train", "keep"} else "eval")
@@ -260,6 +266,7 @@ class HessianSpectrumCallback(SpectrumSource):
         self._stage = stage
         if stage == "fit":
             self._set_up_by = _lightning.name_of(trainer)
+            self._reported_faults.clear()
             self._shares_name = any(callback.name == self.name for callback in _before(self, trainer))
             rule = self.checkpoint is not None and not self._shares_name
             with self._survived(
@@ -494,7 +501,12 @@ class HessianSpectrumCallback(SpectrumSource):
             if (on_error or self.on_error) == "raise":
                 raise
             failures.append(f"{type(error).__name__}: {error}")
-            _lightning.warn(f"{consequence}. {failures[-1]}")
+            message = f"{consequence}. {failures[-1]}"
+            if isinstance(error, FAULTS_OF_THE_LOSS) and type(error) in self._reported_faults:
+                _lightning.inform(message)
+            else:
+                self._reported_faults.add(type(error))
+                _lightning.warn(message)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history, the samples and the budget, as tensors and plain values."""

@@ -263,6 +263,24 @@ def said(caught: Any) -> list[str]:
     return [str(w.message) for w in caught if w.category is RuntimeWarning]
 
 
+def hidden_part(module: Any, batch: Any) -> Tensor:
+    """A loss whose gradient is not that of its value."""
+    weight = module.net[0].weight
+    return plain_loss(module, batch) + weight.detach().square().sum()
+
+
+def test_a_loss_that_cannot_be_analysed_is_warned_of_once_in_a_run(tmp_path: Path) -> None:
+    observer = callback(on_error="warn", loss_fn=hidden_part)
+    for run in ("first", "second"):
+        with pytest.warns(RuntimeWarning) as caught:
+            fit(tmp_path / run, observer)
+        [message] = said(caught)
+        assert "the analysis of epoch 0 failed, training goes on. WrongDerivativeError" in message
+        errors = [record.error for record in observer.history]
+        assert len(errors) == 2
+        assert all("WrongDerivativeError" in error for error in errors)
+
+
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_failure_warns_and_training_goes_on(name: str, tmp_path: Path) -> None:
     options, error, message = FAILURES[name]

@@ -904,7 +904,7 @@ def test_a_large_tensor_is_found_changed_at_once(tmp_path: Path, monkeypatch: py
     observer = callback(num_samples=8, steps=2, on_error="warn", loss_fn=loss_fn)
     _, said = reaching_run(lambda *_: None, tmp_path, observer)
     assert len(calls) == 1
-    assert len(said) == 2
+    assert len(said) == 1, "later analyses fail for the same reason"
     found, later = (record.error for record in observer.history)
     assert "changed `trainer.train_dataloader.dataset.weights` in place, of which no copy is kept" in found
     assert "changed in place `trainer.train_dataloader.dataset.weights` in an earlier analysis" in later
