@@ -20,13 +20,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.problems import loss
 from lightning_hesd import hessian_spectrum
-from lightning_hesd.numerics.batches import WeightedBatch
-from lightning_hesd.numerics.guards import analysis_state
-from lightning_hesd.numerics.matrices import HessianMatrix
-from lightning_hesd.numerics.operators import CurvatureOperator
-from lightning_hesd.numerics.replacements import Replacements
-from lightning_hesd.numerics.sample_mean import SampleMean
-from lightning_hesd.numerics.strategies import Strategy
+from lightning_hesd.numerics.derivatives.replacements import Replacements
+from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.isolation.exact_mode import analysis_state
+from lightning_hesd.numerics.operators.curvature import HessianMatrix
+from lightning_hesd.numerics.operators.operator import CurvatureOperator
+from lightning_hesd.numerics.operators.risk_operator import SampleMean
+from lightning_hesd.numerics.operators.strategies import Strategy
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

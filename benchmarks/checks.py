@@ -14,12 +14,13 @@ from unittest import mock
 
 from benchmarks.problems import RECIPES, load, loss
 from benchmarks.tables import tabulate
-from lightning_hesd.numerics import lanczos, sample_mean
-from lightning_hesd.numerics.analysis import analysis_options
-from lightning_hesd.numerics.batches import WeightedBatch
-from lightning_hesd.numerics.graphs import GraphFacts
-from lightning_hesd.numerics.pipeline import analyze
-from lightning_hesd.numerics.strategies import Calibration
+from lightning_hesd.numerics.analysis.api import analysis_options
+from lightning_hesd.numerics.analysis.engine import analyze
+from lightning_hesd.numerics.derivatives.graphs import GraphFacts
+from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.krylov import lanczos
+from lightning_hesd.numerics.operators import risk_operator
+from lightning_hesd.numerics.operators.strategies import Calibration
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,7 +70,7 @@ def measure(name: str, steps: int, rounds: int, size: Size) -> list[str]:
     firsts, laters, shares = [], [], []
     for _ in range(rounds):
         calibration = Calibration()
-        with watched(sample_mean, "verify") as comparison:
+        with watched(risk_operator, "verify") as comparison:
             analysis(problem, steps, calibration)
         firsts.append(comparison.seconds)
         with watched(GraphFacts, "add") as reading, watched(lanczos, "asymmetry") as norms:

@@ -25,11 +25,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import networks
 from benchmarks.isolation import PeakMemory
-from lightning_hesd.numerics.analysis import analysis_options
-from lightning_hesd.numerics.batches import WeightedBatch
-from lightning_hesd.numerics.cost import Machine, Workload, analysis_cost, measured_bandwidth
-from lightning_hesd.numerics.pipeline import analyze
-from lightning_hesd.numerics.strategies import Calibration
+from lightning_hesd.commands.cost import Machine, Workload, analysis_cost, measured_bandwidth
+from lightning_hesd.numerics.analysis.api import analysis_options
+from lightning_hesd.numerics.analysis.engine import analyze
+from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.operators.strategies import Calibration
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -20,16 +20,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.isolation import PeakMemory, in_fresh_process
 from benchmarks.networks import GPT
-from lightning_hesd.numerics import fast_derivatives
-from lightning_hesd.numerics.batches import WeightedBatch
-from lightning_hesd.numerics.matrices import HessianMatrix
-from lightning_hesd.numerics.memory import MemoryMeter
-from lightning_hesd.numerics.replacements import Replacements
+from lightning_hesd.numerics.derivatives import fast_derivatives
+from lightning_hesd.numerics.derivatives.replacements import Replacements
+from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.operators.curvature import HessianMatrix
+from lightning_hesd.numerics.operators.memory import MemoryMeter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightning_hesd.numerics.matrices import Product
+    from lightning_hesd.numerics.operators.curvature import Product
 
 EXPLANATION = """\
 Hessian products of a GPT of width 64 with four heads, float32, one CPU thread, each row in a fresh process; times are

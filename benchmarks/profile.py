@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.candidates import OURS, attention
 from benchmarks.problems import load
-from lightning_hesd.numerics.estimation import Estimation
-from lightning_hesd.numerics.lanczos import Lanczos
-from lightning_hesd.numerics.sample_mean import SampleMean
+from lightning_hesd.numerics.analysis.estimation import Estimation
+from lightning_hesd.numerics.krylov.lanczos import Lanczos
+from lightning_hesd.numerics.operators.risk_operator import SampleMean
 
 if TYPE_CHECKING:
     from collections.abc import Callable

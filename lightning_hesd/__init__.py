@@ -4,12 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_hesd.numerics.analysis import hessian_spectrum, layer_spectra
+    from lightning_hesd.numerics.analysis.api import hessian_spectrum, layer_spectra
     from lightning_hesd.spectra.assessment import Assessment, assess_generalization
     from lightning_hesd.spectra.criteria import hesd_type
     from lightning_hesd.spectra.spectrum import Spectrum
     from lightning_hesd.training.callback import HessianSpectrumCallback
-    from lightning_hesd.training.checkpoint import HessianCheckpoint
+    from lightning_hesd.training.checkpoints.checkpoint import HessianCheckpoint
     from lightning_hesd.training.history import SpectrumHistory
 
 __all__ = [
@@ -26,14 +26,14 @@ __all__ = [
 
 _HOMES = {
     "Assessment": "spectra.assessment",
-    "HessianCheckpoint": "training.checkpoint",
+    "HessianCheckpoint": "training.checkpoints.checkpoint",
     "HessianSpectrumCallback": "training.callback",
     "Spectrum": "spectra.spectrum",
     "SpectrumHistory": "training.history",
     "assess_generalization": "spectra.assessment",
     "hesd_type": "spectra.criteria",
-    "hessian_spectrum": "numerics.analysis",
-    "layer_spectra": "numerics.analysis",
+    "hessian_spectrum": "numerics.analysis.api",
+    "layer_spectra": "numerics.analysis.api",
 }
 
 

@@ -18,9 +18,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
 from lightning_hesd.spectra.payload import to_json
-from lightning_hesd.training.sinks.tensorboard import TensorBoardSink
-from tests.lightning.scripted import make_trainer
-from tests.lightning.test_resume import Net, data
+from lightning_hesd.training.loggers.tensorboard import TensorBoardSink
+from tests.training.scripted import make_trainer
+from tests.training.test_resume import Net, data
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hesd import HessianSpectrumCallback
 from lightning_hesd.commands.cli import main
-from tests.lightning import cli_project
+from tests.training import cli_project
 
 README = Path(__file__).parents[1] / "README.md"
 PAGES = sorted((README.parent / "docs").rglob("*.md"))

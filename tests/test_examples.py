@@ -77,7 +77,7 @@ def test_transformer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_hugging_face(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("transformers", reason="not a dependency; tests/lightning/test_language_models.py stands in")
+    pytest.importorskip("transformers", reason="not a dependency; tests/training/test_language_models.py stands in")
     pytest.importorskip("peft")
     quick = [
         "--pretraining=2",

@@ -21,7 +21,7 @@ from examples.sample_study.settings import DEPTH, FEATURES, INPUTS, PIXELS, STAT
 from examples.sample_study.statements import Statement, at_initialisation, follow_up, statements, trend_of
 from examples.sample_study.trends import Interval, Region, Trend, student, trend
 from examples.shared import AGREES, DIFFERS, UNSEEN
-from lightning_hesd.landscape.loss_differences import differences_of
+from lightning_hesd.sample_size.loss_differences import differences_of
 from tests.programs import run_python
 
 if TYPE_CHECKING:

@@ -22,7 +22,9 @@ from lightning_hesd.commands.report import write_report
 from lightning_hesd.spectra.payload import CHOICES_NAME, choice_payload, record_payload, to_json
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.spectra.selection import Candidate, Choice, SelectionRule
-from tests.lightning.scripted import (
+from tests.tab import write_payloads
+from tests.tensorboard_plugin.test_plugin import Tab
+from tests.training.scripted import (
     Epoch,
     ScriptedModule,
     ScriptedSource,
@@ -31,8 +33,6 @@ from tests.lightning.scripted import (
     make_trainer,
     run_script,
 )
-from tests.lightning.test_plugin import Tab
-from tests.tab import write_payloads
 
 MEBIBYTE = 2**20
 
@@ -62,7 +62,7 @@ def test_a_pickle_in_an_archive_is_not_run(tmp_path: Path) -> None:
 
 def test_a_pickle_in_a_checkpoint_is_run_on_request_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"state_dict": {}, "evil": Marker(tmp_path / "run")}, tmp_path / "evil.ckpt")
-    project = ["--model=tests.lightning.cli_project.Net", "--data=tests.lightning.cli_project.Data"]
+    project = ["--model=tests.training.cli_project.Net", "--data=tests.training.cli_project.Data"]
     arguments = ["analyze", str(tmp_path / "evil.ckpt"), *project, "--out", str(tmp_path / "out")]
     for unsafe in (False, True):
         with pytest.raises(SystemExit):

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_hesd import hessian_spectrum
-from lightning_hesd.numerics.compositions import (
+from lightning_hesd.numerics.derivatives.compositions import (
     WRONG_FORWARD_DERIVATIVE,
     WRONG_SECOND_DERIVATIVE,
     WRONG_THIRD_DERIVATIVE,
 )
-from lightning_hesd.numerics.guards import analysis_state
-from lightning_hesd.numerics.vectors import VectorSpace
+from lightning_hesd.numerics.isolation.exact_mode import analysis_state
+from lightning_hesd.numerics.krylov.vectors import VectorSpace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

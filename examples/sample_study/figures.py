@@ -13,8 +13,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from examples.sample_study.settings import DEPTH, INITIAL, INPUTS, PIXELS, STATES, SWEEPS, TRAINED, WIDTH
 from examples.sample_study.statements import QUANTITIES
 from examples.sample_study.trends import logarithm, student
-from lightning_hesd.landscape.loss_differences import PAPER_FACTOR
 from lightning_hesd.plotting import NEGATIVE, POSITIVE, settling_axes
+from lightning_hesd.sample_size.loss_differences import PAPER_FACTOR
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from examples.sample_study.outcomes import Outcomes, State
-    from lightning_hesd.landscape.subspace import SubspaceStabilization
+    from lightning_hesd.sample_size.subspace import SubspaceStabilization
 
 DPI = 110
 COLOURS = dict(zip(INPUTS, (POSITIVE, NEGATIVE), strict=True))

@@ -16,9 +16,9 @@ from examples.sample_study.data import fit, load
 from examples.sample_study.outcomes import Displaced, Numbers, save
 from examples.sample_study.settings import INITIAL, TRAINED
 from lightning_hesd import hessian_spectrum
-from lightning_hesd.landscape.bounds import network_bound, weight_norm
-from lightning_hesd.landscape.loss_differences import differences_of
-from lightning_hesd.landscape.samples import mean_loss, per_sample_losses
+from lightning_hesd.sample_size.bounds import network_bound, weight_norm
+from lightning_hesd.sample_size.loss_differences import differences_of
+from lightning_hesd.sample_size.sample_losses import mean_loss, per_sample_losses
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from examples.sample_study.settings import STATES, Run
-from lightning_hesd.landscape.loss_differences import LossDifferences, differences_of
+from lightning_hesd.sample_size.loss_differences import LossDifferences, differences_of
 from lightning_hesd.spectra.files import opened_archive, save_archive
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from examples.sample_study.settings import DEPTH, INITIAL, INPUTS, PIXELS, STATE
 from examples.sample_study.statements import QUANTITIES, at_initialisation, follow_up, statements
 from examples.sample_study.trends import logarithm, student
 from examples.shared import Table, markdown
-from lightning_hesd.landscape.directions import dominant_directions
-from lightning_hesd.landscape.subspace import subspace_stabilization
+from lightning_hesd.sample_size.directions import dominant_directions
+from lightning_hesd.sample_size.subspace import subspace_stabilization
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from examples.sample_study.outcomes import Outcomes
     from examples.sample_study.statements import Statement
-    from lightning_hesd.landscape.subspace import SubspaceStabilization
+    from lightning_hesd.sample_size.subspace import SubspaceStabilization
 
 PACKAGES = ("lightning-hesd", "torch", "numpy", "scikit-learn")
 DIRECTIONS, SIGMAS = 10, (0.01, 0.2)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from examples.sample_study.outcomes import Outcomes, State
     from examples.shared import Verdict
-    from lightning_hesd.landscape.subspace import SubspaceStabilization
+    from lightning_hesd.sample_size.subspace import SubspaceStabilization
 
 
 class Statement(NamedTuple):

@@ -20,18 +20,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lightning_hesd.commands.cost import Machine, Strategy, Workload, cost_lines, measured_bandwidth
 from lightning_hesd.commands.posthoc import PosthocAnalysis, sample_size
 from lightning_hesd.commands.project import Blueprint, CheckpointError, Project, imported
 from lightning_hesd.commands.report import write_report
 from lightning_hesd.commands.results import RESULTS, Results, ResultsError, Row, candidates, draw, picked, table_line
-from lightning_hesd.landscape.sample_size import Stability, pilot_options, recommend_sample_size
-from lightning_hesd.numerics.analysis import analysis_options, hessian_spectrum
-from lightning_hesd.numerics.cost import Machine, Strategy, Workload, cost_lines, measured_bandwidth
+from lightning_hesd.numerics.analysis.api import analysis_options, hessian_spectrum
+from lightning_hesd.sample_size.recommendation import Stability, pilot_options, recommend_sample_size
 from lightning_hesd.spectra.assessment import assess_generalization
 from lightning_hesd.spectra.spectrum import Spectrum
-from lightning_hesd.training._lightning import is_first_process
-from lightning_hesd.training.modes import AnalysisMode
-from lightning_hesd.training.namespaces import FABRIC, PYTORCH, lightning_types
+from lightning_hesd.training.compat.internals import is_first_process
+from lightning_hesd.training.compat.namespaces import FABRIC, PYTORCH, lightning_types
+from lightning_hesd.training.loss_mode import AnalysisMode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_hesd.commands.project import Blueprint, CheckpointError
-from lightning_hesd.spectra.foreign import DAMAGE, one_line
+from lightning_hesd.spectra.validation import DAMAGE, one_line
 from lightning_hesd.training.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
     from lightning_hesd.commands.project import Checkpoint, Project
-    from lightning_hesd.landscape.sample_size import SampleSize, Stability
-    from lightning_hesd.numerics.options import AnalysisOptions
+    from lightning_hesd.numerics.inputs.options import AnalysisOptions
+    from lightning_hesd.sample_size.recommendation import SampleSize, Stability
     from lightning_hesd.training.history import SpectrumRecord
-    from lightning_hesd.training.modes import AnalysisMode
+    from lightning_hesd.training.loss_mode import AnalysisMode
 
 
 @dataclass(frozen=True)

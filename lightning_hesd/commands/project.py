@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from lightning.pytorch import Callback
 
-from lightning_hesd.spectra.foreign import DAMAGE, each, integer, misfit, of, one_line, optional
+from lightning_hesd.spectra.validation import DAMAGE, each, integer, misfit, of, one_line, optional
 from lightning_hesd.training.analyzer import TrainerAnalyzer
 from lightning_hesd.training.callback import HessianSpectrumCallback
+from lightning_hesd.training.compat.namespaces import lightning_types, namespace_of
 from lightning_hesd.training.loss import check_loss_source
-from lightning_hesd.training.namespaces import lightning_types, namespace_of
-from lightning_hesd.training.samples import check_samples
+from lightning_hesd.training.samples.run_samples import check_samples
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
     import lightning.pytorch as pl
 
-    from lightning_hesd.numerics.evaluation import LossFunction
-    from lightning_hesd.numerics.options import AnalysisOptions
-    from lightning_hesd.training.modes import AnalysisMode
+    from lightning_hesd.numerics.analysis.evaluation import LossFunction
+    from lightning_hesd.numerics.inputs.options import AnalysisOptions
+    from lightning_hesd.training.loss_mode import AnalysisMode
 
 DEFAULT_NUM_SAMPLES: int = inspect.signature(HessianSpectrumCallback).parameters["num_samples"].default
 

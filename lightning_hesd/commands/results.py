@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.plotting import plot_density
 from lightning_hesd.spectra.files import written_whole
-from lightning_hesd.spectra.foreign import (
+from lightning_hesd.spectra.selection import RULE_NAMES, candidates_of, picks
+from lightning_hesd.spectra.spectrum import Spectrum
+from lightning_hesd.spectra.validation import (
     DAMAGE,
     check_regular,
     each_named,
@@ -23,8 +25,6 @@ from lightning_hesd.spectra.foreign import (
     parsed,
     text,
 )
-from lightning_hesd.spectra.selection import RULE_NAMES, candidates_of, picks
-from lightning_hesd.spectra.spectrum import Spectrum
 from lightning_hesd.training.history import PLAIN_FIELDS, SUFFIXES, SpectrumRecord
 
 if TYPE_CHECKING:

@@ -4,10 +4,10 @@ Figures are made without pyplot, so no global state and no display are involved.
 (2008), which colour-blind readers can tell apart.
 """
 
+from lightning_hesd.plotting.c_t import plot_c_t
 from lightning_hesd.plotting.density import describe, plot_decomposition, plot_density
 from lightning_hesd.plotting.evolution import plot_density_evolution
 from lightning_hesd.plotting.layers import plot_layers
-from lightning_hesd.plotting.ratio import plot_c_t
 from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, SMOOTHING, new_axes, place_legend, settling_axes
 
 __all__ = [

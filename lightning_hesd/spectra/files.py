@@ -16,7 +16,7 @@ from zipfile import ZIP_STORED, ZipFile
 import numpy as np
 from numpy.lib import format as npy
 
-from lightning_hesd.spectra.foreign import DAMAGE, check_regular, integer, one_line, parsed
+from lightning_hesd.spectra.validation import DAMAGE, check_regular, integer, one_line, parsed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

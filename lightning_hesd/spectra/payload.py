@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_hesd.spectra import criteria
-from lightning_hesd.spectra.foreign import (
+from lightning_hesd.spectra.indicators import layer_indicators
+from lightning_hesd.spectra.quadrature import legible_sigma
+from lightning_hesd.spectra.record import SUFFIXES
+from lightning_hesd.spectra.validation import (
     DAMAGE,
     each,
     each_named,
@@ -28,19 +31,16 @@ from lightning_hesd.spectra.foreign import (
     text,
     within,
 )
-from lightning_hesd.spectra.indicators import layer_indicators
-from lightning_hesd.spectra.quadrature import legible_sigma
-from lightning_hesd.spectra.record import SUFFIXES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
-    from lightning_hesd.spectra.foreign import Fields
     from lightning_hesd.spectra.record import SpectrumRecord
     from lightning_hesd.spectra.selection import Candidate, Choice
     from lightning_hesd.spectra.spectrum import Spectrum
+    from lightning_hesd.spectra.validation import Fields
 
 VERSION = 1
 """Changes when a field changes its meaning or goes; new fields alone do not change it."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from lightning_hesd.spectra import criteria, quadrature
 from lightning_hesd.spectra.files import opened_archive, save_archive
-from lightning_hesd.spectra.foreign import at_least, each, misfit, number, of, optional, text, within
+from lightning_hesd.spectra.validation import at_least, each, misfit, number, of, optional, text, within
 
 if TYPE_CHECKING:
     import os

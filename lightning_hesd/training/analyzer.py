@@ -7,38 +7,38 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
-from lightning_hesd.landscape.sample_size import find_sample_size
-from lightning_hesd.numerics.memory import is_out_of_memory
-from lightning_hesd.numerics.modes import name_of_mode
-from lightning_hesd.numerics.pipeline import analyze, analyze_layers
-from lightning_hesd.numerics.portable import Portable
-from lightning_hesd.numerics.retry import retried
-from lightning_hesd.numerics.sampling import samples_needed
-from lightning_hesd.numerics.snapshot import preserved, seed_everything
-from lightning_hesd.numerics.strategies import Calibration
-from lightning_hesd.spectra.foreign import one_line
-from lightning_hesd.training import _lightning
-from lightning_hesd.training.isolation import Isolation
+from lightning_hesd.numerics.analysis.engine import analyze, analyze_layers
+from lightning_hesd.numerics.analysis.retry import retried
+from lightning_hesd.numerics.analysis.sampling_error import samples_needed
+from lightning_hesd.numerics.inputs.portable import Portable
+from lightning_hesd.numerics.isolation.modes import name_of_mode
+from lightning_hesd.numerics.isolation.snapshot import preserved, seed_everything
+from lightning_hesd.numerics.operators.memory import is_out_of_memory
+from lightning_hesd.numerics.operators.strategies import Calibration
+from lightning_hesd.sample_size.recommendation import find_sample_size
+from lightning_hesd.spectra.validation import one_line
+from lightning_hesd.training.compat import internals
+from lightning_hesd.training.isolation.isolation import Isolation
+from lightning_hesd.training.isolation.surroundings import DisturbedTrainingError, some_of
 from lightning_hesd.training.loss import make_loss_fn
-from lightning_hesd.training.modes import AnalyzedLoss, LossMode
-from lightning_hesd.training.samples import RunSamples
-from lightning_hesd.training.surroundings import DisturbedTrainingError, some_of
+from lightning_hesd.training.loss_mode import AnalyzedLoss, LossMode
+from lightning_hesd.training.samples.run_samples import RunSamples
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import lightning.pytorch as pl
 
-    from lightning_hesd.landscape.sample_size import SampleSize, Stability
-    from lightning_hesd.numerics.batches import WeightedBatch
-    from lightning_hesd.numerics.evaluation import LossFunction
-    from lightning_hesd.numerics.layers import Layers
-    from lightning_hesd.numerics.options import AnalysisOptions
-    from lightning_hesd.numerics.pipeline import Report
+    from lightning_hesd.numerics.analysis.engine import Report
+    from lightning_hesd.numerics.analysis.evaluation import LossFunction
+    from lightning_hesd.numerics.inputs.batches import WeightedBatch
+    from lightning_hesd.numerics.inputs.blocks import Layers
+    from lightning_hesd.numerics.inputs.options import AnalysisOptions
+    from lightning_hesd.sample_size.recommendation import SampleSize, Stability
     from lightning_hesd.spectra.spectrum import Spectrum
-    from lightning_hesd.training.data import AnalysisSamples
-    from lightning_hesd.training.isolation import Evaluating
-    from lightning_hesd.training.modes import AnalysisMode
+    from lightning_hesd.training.isolation.isolation import Evaluating
+    from lightning_hesd.training.loss_mode import AnalysisMode
+    from lightning_hesd.training.samples.analysis_samples import AnalysisSamples
 
 Result = TypeVar("Result")
 
@@ -215,7 +215,7 @@ class TrainerAnalyzer:
                 raise
             of_weights = isinstance(error, ArithmeticError | DisturbedTrainingError)  # a loss that is NaN, for example
             says_nothing_of_samples = of_weights or is_out_of_memory(error)
-            if _lightning.anywhere(trainer, says_nothing_of_samples):
+            if internals.anywhere(trainer, says_nothing_of_samples):
                 raise
             self.release()
             self.prepare(trainer)
@@ -223,7 +223,7 @@ class TrainerAnalyzer:
                 raise
             failure = one_line(error)
         result = self._analyze_samples(trainer, pl_module, report, work, options)
-        _lightning.warn(
+        internals.warn(
             "training has replaced its dataloader, and the samples of the first one can no longer be analysed "
             f"({failure}), so samples of the present one are from now on: spectra before and after are of different "
             "samples."
@@ -238,14 +238,14 @@ class TrainerAnalyzer:
         work: Callable[..., Result],
         options: AnalysisOptions,
     ) -> Result:
-        _lightning.check_strategy(trainer)
-        _lightning.together(trainer, self._check_harmless)
-        all_reduce = None if _lightning.is_sharded(trainer) else _lightning.make_all_reduce(trainer)
+        internals.check_strategy(trainer)
+        internals.together(trainer, self._check_harmless)
+        all_reduce = None if internals.is_sharded(trainer) else internals.make_all_reduce(trainer)
         samples = self.draw(trainer)
         with self._isolation.around(trainer, pl_module) as evaluating:
             with preserved(pl_module):  # its transfer hooks may leave traces, as `training_step` may
                 transfer = partial(self._transfer, trainer, pl_module, samples.batches, evaluating)
-                batches = list(samples.batches) if samples.transferred else _lightning.together(trainer, transfer)
+                batches = list(samples.batches) if samples.transferred else internals.together(trainer, transfer)
             make_loss = partial(make_loss_fn, trainer, self._loss_fn)
             loss = AnalyzedLoss(trainer, pl_module, batches, make_loss, options, evaluating)
             setting = self.mode.settle(loss)
@@ -260,7 +260,7 @@ class TrainerAnalyzer:
             calibration = self._calibrations[kind]
 
             def analysis(options: AnalysisOptions, reason: str | None) -> Result:
-                with _lightning.opened_layout(trainer, pl_module) as layout:
+                with internals.opened_layout(trainer, pl_module) as layout:
                     return work(
                         pl_module,
                         batches,
@@ -275,9 +275,9 @@ class TrainerAnalyzer:
                     )
 
             def attempt(options: AnalysisOptions, reason: str | None) -> Result:
-                return _lightning.together(trainer, lambda: analysis(options, reason))
+                return internals.together(trainer, lambda: analysis(options, reason))
 
-            result = retried(attempt, options, calibration, partial(_lightning.anywhere, trainer))
+            result = retried(attempt, options, calibration, partial(internals.anywhere, trainer))
         return trainer.strategy.broadcast(result)
 
     def _transfer(
@@ -292,7 +292,7 @@ class TrainerAnalyzer:
         for batch in batches:
             seed_everything(self._options.seed + batch.index)
             with evaluating():
-                data = _lightning.transfer_batch(trainer, pl_module, batch.copy().data)
+                data = internals.transfer_batch(trainer, pl_module, batch.copy().data)
             moved.append(replace(batch, data=data))
         return moved
 

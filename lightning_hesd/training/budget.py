@@ -6,7 +6,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
-from lightning_hesd.spectra.foreign import integer, misfit, of, optional, within
+from lightning_hesd.spectra.validation import integer, misfit, of, optional, within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -8,31 +8,32 @@ import itertools
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_hesd.numerics.analysis import analysis_options
-from lightning_hesd.numerics.portable import Portable, deep_copied
-from lightning_hesd.numerics.verification import WrongDerivativeError
+from lightning_hesd.numerics.analysis.api import analysis_options
+from lightning_hesd.numerics.inputs.portable import Portable, deep_copied
+from lightning_hesd.numerics.operators.verification import WrongDerivativeError
 from lightning_hesd.spectra.checks import check_count
-from lightning_hesd.spectra.foreign import DAMAGE, misfit, of, one_line
 from lightning_hesd.spectra.summary import Kept, analysis_lines, summarize
-from lightning_hesd.training import _lightning, launched, terminal
+from lightning_hesd.spectra.validation import DAMAGE, misfit, of, one_line
+from lightning_hesd.training import terminal
 from lightning_hesd.training.analyzer import TrainerAnalyzer
 from lightning_hesd.training.budget import Budget
-from lightning_hesd.training.checkpoint import HessianCheckpoint
-from lightning_hesd.training.gradient_monitor import GradientMonitor
-from lightning_hesd.training.history import START_EPOCH, SpectrumHistory, SpectrumRecord, SpectrumSource, when
-from lightning_hesd.training.loss import check_loss_source
-from lightning_hesd.training.namespaces import MisconfigurationException, join_namespaces
-from lightning_hesd.training.outputs import RunOutputs
-from lightning_hesd.training.placement import (
+from lightning_hesd.training.checkpoints.checkpoint import HessianCheckpoint
+from lightning_hesd.training.checkpoints.placement import (
     insert_checkpoint,
     order_checkpoints,
     warn_about_stale_monitors,
 )
+from lightning_hesd.training.checkpoints.weights import AnalysedWeights
+from lightning_hesd.training.compat import internals, launched
+from lightning_hesd.training.compat.namespaces import MisconfigurationException, join_namespaces
+from lightning_hesd.training.gradient_monitor import GradientMonitor
+from lightning_hesd.training.history import START_EPOCH, SpectrumHistory, SpectrumRecord, SpectrumSource, when
+from lightning_hesd.training.isolation.surroundings import DisturbedTrainingError
+from lightning_hesd.training.loss import check_loss_source
+from lightning_hesd.training.outputs import RunOutputs
 from lightning_hesd.training.recorder import Recorder
 from lightning_hesd.training.remarks import Remarks
 from lightning_hesd.training.schedule import Schedule
-from lightning_hesd.training.surroundings import DisturbedTrainingError
-from lightning_hesd.training.weights import AnalysedWeights
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -40,12 +41,12 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
     from torch.utils.data import DataLoader
 
-    from lightning_hesd.numerics.evaluation import LossFunction
-    from lightning_hesd.numerics.layers import Layers
+    from lightning_hesd.numerics.analysis.evaluation import LossFunction
+    from lightning_hesd.numerics.inputs.blocks import Layers
     from lightning_hesd.spectra.selection import Choice
     from lightning_hesd.training.gradient_monitor import GradientStatistics
     from lightning_hesd.training.history import OnError
-    from lightning_hesd.training.modes import AnalysisMode
+    from lightning_hesd.training.loss_mode import AnalysisMode
     from lightning_hesd.training.recorder import Preconditioning
 
 FAULTS_OF_THE_LOSS = (DisturbedTrainingError, WrongDerivativeError)
@@ -265,7 +266,7 @@ class HessianSpectrumCallback(SpectrumSource):
         join_namespaces()
         self._stage = stage
         if stage == "fit":
-            self._set_up_by = _lightning.name_of(trainer)
+            self._set_up_by = internals.name_of(trainer)
             self._reported_faults.clear()
             self._shares_name = any(callback.name == self.name for callback in _before(self, trainer))
             rule = self.checkpoint is not None and not self._shares_name
@@ -274,7 +275,7 @@ class HessianSpectrumCallback(SpectrumSource):
             ) as failures:
                 self._check_name()
                 check_loss_source(pl_module, self.loss_fn)
-                _lightning.check_strategy(trainer)
+                internals.check_strategy(trainer)
             self.refusal = failures[0] if failures else None
         with self._survived("there will be no pick"):
             if self.checkpoint is not None and not self._shares_name:
@@ -296,13 +297,13 @@ class HessianSpectrumCallback(SpectrumSource):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the samples, and analyse the initialisation if asked to."""
-        if self._set_up_by != _lightning.name_of(trainer):  # added after the Trainer had set up its callbacks
+        if self._set_up_by != internals.name_of(trainer):  # added after the Trainer had set up its callbacks
             self.setup(trainer, pl_module, "fit")
         with self._survived("cannot tell which metrics other callbacks monitor"):
             warn_about_stale_monitors(trainer, self.name, sparse=self.schedule.is_sparse)
         # In another Trainer than before another run begins; one that is resumed has brought its records.
-        goes_on = self._is_restored or self._trained_by == _lightning.name_of(trainer)
-        self._is_restored, self._trained_by = False, _lightning.name_of(trainer)
+        goes_on = self._is_restored or self._trained_by == internals.name_of(trainer)
+        self._is_restored, self._trained_by = False, internals.name_of(trainer)
         self.history.rewind(trainer.global_step if goes_on else 0)
         if trainer.global_step == 0:
             self.budget.reset()
@@ -318,7 +319,7 @@ class HessianSpectrumCallback(SpectrumSource):
         self._remarks.restart()
         if self._monitor is not None:
             with self._survived("the gradients will not be looked at"):
-                _lightning.check_whole(trainer, "monitor_gradients")
+                internals.check_whole(trainer, "monitor_gradients")
                 self._monitor.attach(trainer, self._survived)
         # Now rather than at the first analysis, because now the dataset is as it will be when the run is resumed.
         with self._survived("cannot draw the analysis samples, will try again"):
@@ -328,7 +329,7 @@ class HessianSpectrumCallback(SpectrumSource):
                 terminal.say(trainer, f"{self.name}: the mean loss of {loss} over {self._recorder.samples} is analysed")
         if self.at_start and trainer.global_step == 0:
             if self._recorder.waits():
-                _lightning.warn(
+                internals.warn(
                     "the analysis before the first step (`at_start`) is left out: no samples can be drawn from this "
                     "training dataloader without taking them away from training, so that its first batches are kept "
                     "as samples. Pass `dataloader=` to HessianSpectrumCallback, a loader or a list of batches."
@@ -412,9 +413,9 @@ class HessianSpectrumCallback(SpectrumSource):
             self._refuse(trainer, epoch)
             return
         at_epoch_end = epoch != START_EPOCH and self.schedule.every_n_train_steps is None
-        _lightning.wait_for_device(trainer)
+        internals.wait_for_device(trainer)
         with contextlib.ExitStack() as watch:
-            watch.enter_context(_lightning.sigterm_waits(trainer))
+            watch.enter_context(internals.sigterm_waits(trainer))
             for callback in _hessian_callbacks(trainer):  # to none of them is this training
                 watch.enter_context(callback.budget.analysis() if callback is self else callback.budget.paused())
             self.history.append(self._recorder.record(trainer, pl_module, epoch, self._survived))
@@ -503,10 +504,10 @@ class HessianSpectrumCallback(SpectrumSource):
             failures.append(f"{type(error).__name__}: {error}")
             message = f"{consequence}. {failures[-1]}"
             if isinstance(error, FAULTS_OF_THE_LOSS) and type(error) in self._reported_faults:
-                _lightning.inform(message)
+                internals.inform(message)
             else:
                 self._reported_faults.add(type(error))
-                _lightning.warn(message)
+                internals.warn(message)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history, the samples and the budget, as tensors and plain values."""
@@ -548,7 +549,7 @@ _STATE = {"history": of(dict), "samples": of(dict), "budget": of(dict)}
 
 
 def _hessian_callbacks(trainer: pl.Trainer) -> list[HessianSpectrumCallback]:
-    return [c for c in _lightning.callbacks_of(trainer) if isinstance(c, HessianSpectrumCallback)]
+    return [c for c in internals.callbacks_of(trainer) if isinstance(c, HessianSpectrumCallback)]
 
 
 def _before(callback: HessianSpectrumCallback, trainer: pl.Trainer) -> list[HessianSpectrumCallback]:

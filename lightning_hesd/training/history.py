@@ -12,7 +12,10 @@ import torch
 from lightning.pytorch import Callback
 
 from lightning_hesd.spectra.assessment import check_comparable
-from lightning_hesd.spectra.foreign import (
+from lightning_hesd.spectra.record import LAYERS_SUFFIX, PLAIN_FIELDS, START_EPOCH, SUFFIXES, SpectrumRecord, when
+from lightning_hesd.spectra.spectrum import ARRAYS, Spectrum, load_layers
+from lightning_hesd.spectra.tables import layers_table, records_table
+from lightning_hesd.spectra.validation import (
     at_least,
     each,
     each_named,
@@ -22,13 +25,10 @@ from lightning_hesd.spectra.foreign import (
     parsed,
     text,
 )
-from lightning_hesd.spectra.record import LAYERS_SUFFIX, PLAIN_FIELDS, START_EPOCH, SUFFIXES, SpectrumRecord, when
-from lightning_hesd.spectra.spectrum import ARRAYS, Spectrum, load_layers
-from lightning_hesd.spectra.tables import layers_table, records_table
-from lightning_hesd.training._lightning import callbacks_of
+from lightning_hesd.training.compat.internals import callbacks_of
+from lightning_hesd.training.compat.namespaces import MisconfigurationException, join_namespaces, of_every_namespace
 from lightning_hesd.training.folders import exists, fetched, joined
 from lightning_hesd.training.history_files import INDEX_NAME, HistoryFolder, completed, index_rows
-from lightning_hesd.training.namespaces import MisconfigurationException, join_namespaces, of_every_namespace
 
 if TYPE_CHECKING:
     import os

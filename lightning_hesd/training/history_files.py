@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_hesd.spectra.foreign import (
+from lightning_hesd.spectra.record import LAYERS_SUFFIX, SUFFIXES, SpectrumRecord
+from lightning_hesd.spectra.spectrum import ARRAYS, Spectrum, load_layers, save_layers
+from lightning_hesd.spectra.validation import (
     DAMAGE,
     check_regular,
     integer,
@@ -19,14 +21,12 @@ from lightning_hesd.spectra.foreign import (
     parsed,
     text,
 )
-from lightning_hesd.spectra.record import LAYERS_SUFFIX, SUFFIXES, SpectrumRecord
-from lightning_hesd.spectra.spectrum import ARRAYS, Spectrum, load_layers, save_layers
 from lightning_hesd.training.folders import exists, fetched, joined, remove, write, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from lightning_hesd.spectra.foreign import Check
+    from lightning_hesd.spectra.validation import Check
 
     Content = Spectrum | Mapping[str, Spectrum] | None
 

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-from lightning_hesd.numerics.batches import SkippedBatchError, position_in_epoch
-from lightning_hesd.training.namespaces import MisconfigurationException, lightning_types
+from lightning_hesd.numerics.inputs.batches import SkippedBatchError, position_in_epoch
+from lightning_hesd.training.compat.namespaces import MisconfigurationException, lightning_types
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import lightning.pytorch as pl
 
-    from lightning_hesd.numerics.evaluation import LossFunction
+    from lightning_hesd.numerics.analysis.evaluation import LossFunction
 
 
 def check_loss_source(pl_module: pl.LightningModule, loss_fn: LossFunction | None) -> None:

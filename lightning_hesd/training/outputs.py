@@ -15,11 +15,11 @@ from lightning_hesd.spectra.payload import (
     to_json,
 )
 from lightning_hesd.spectra.scalars import scalars
-from lightning_hesd.training import _lightning
+from lightning_hesd.training.compat import internals
 from lightning_hesd.training.folders import append, joined, read_text, remove, write_text
-from lightning_hesd.training.sinks import make_sinks
-from lightning_hesd.training.sinks.sink import ChoiceSink
-from lightning_hesd.training.sinks.tensorboard import write_layout
+from lightning_hesd.training.loggers import make_sinks
+from lightning_hesd.training.loggers.sink import ChoiceSink
+from lightning_hesd.training.loggers.tensorboard import write_layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lightning_hesd.spectra.selection import Choice
     from lightning_hesd.training.gradient_monitor import GradientStatistics
     from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
-    from lightning_hesd.training.sinks.sink import Sink
+    from lightning_hesd.training.loggers.sink import Sink
 
 
 class RunOutputs:
@@ -53,7 +53,7 @@ class RunOutputs:
             history: The records there are, if the run goes on from somewhere.
             names: Names of all callbacks of this kind in the Trainer; the first one lays out the charts for all.
         """
-        run_folder = _lightning.run_folder(trainer)  # every process must ask for it
+        run_folder = internals.run_folder(trainer)  # every process must ask for it
         fast_dev_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
         if not trainer.is_global_zero or fast_dev_run:
             self.close()
@@ -98,7 +98,7 @@ class RunOutputs:
             values = scalars(record, self._name)
             if overhead is not None:
                 values[f"{self._name}/overhead"] = overhead
-            _lightning.log_scalars(trainer, pl_module, values, at_epoch_end=at_epoch_end, in_bar=self._in_bar)
+            internals.log_scalars(trainer, pl_module, values, at_epoch_end=at_epoch_end, in_bar=self._in_bar)
 
     def log_gradients(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, gradients: GradientStatistics | None
@@ -106,11 +106,11 @@ class RunOutputs:
         """Log at the end of an epoch what happened to its gradients, if that was looked at."""
         if gradients is not None:
             values = {f"{self._name}/{key}": value for key, value in asdict(gradients).items() if key != "steps"}
-            _lightning.log_scalars(trainer, pl_module, values, at_epoch_end=True, in_bar=())
+            internals.log_scalars(trainer, pl_module, values, at_epoch_end=True, in_bar=())
 
     def write_choice(self, trainer: pl.Trainer, choice: Choice, *, at_epoch_end: bool) -> None:
         """Write what a checkpoint rule made of the latest record to the loggers that can show it, and to the folder."""
-        step = _lightning.logging_step(trainer, at_epoch_end=at_epoch_end)
+        step = internals.logging_step(trainer, at_epoch_end=at_epoch_end)
         for sink in self._sinks:
             if isinstance(sink, ChoiceSink):
                 sink.write_choice(choice, step)
@@ -119,7 +119,7 @@ class RunOutputs:
 
     def writers(self, trainer: pl.Trainer, history: SpectrumHistory, *, at_epoch_end: bool) -> list[Callable[[], None]]:
         """Return what writes the last record, each apart: trouble with one output must not keep out the others."""
-        step = _lightning.logging_step(trainer, at_epoch_end=at_epoch_end)
+        step = internals.logging_step(trainer, at_epoch_end=at_epoch_end)
         outputs: list[Callable[[], None]] = [
             partial(sink.write, history, step) for sink in self._sinks if history[-1].spectra
         ]

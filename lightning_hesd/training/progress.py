@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from lightning_hesd.training import _lightning
-from lightning_hesd.training.namespaces import lightning_types
+from lightning_hesd.training.compat import internals
+from lightning_hesd.training.compat.namespaces import lightning_types
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
-    from lightning_hesd.numerics.pipeline import Report
+    from lightning_hesd.numerics.analysis.engine import Report
 
 DELAY = 1.0
 """Seconds before a bar appears, so that short analyses do not flicker."""
@@ -96,7 +96,7 @@ class _LateBar:
         except Exception as error:  # noqa: BLE001 - whatever it is, it is not the analysis
             if not self._broken:
                 self._broken = True
-                _lightning.warn(f"cannot draw the progress of the analysis, which goes on. {error!r}")
+                internals.warn(f"cannot draw the progress of the analysis, which goes on. {error!r}")
 
 
 # The kinds of bars ----------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class _RichBar:
         from rich.markup import escape  # noqa: PLC0415 - there only if the Trainer's bar is one of Rich
 
         self._owner = owner
-        self._progress = _lightning.start_rich_progress(owner, trainer)
+        self._progress = internals.start_rich_progress(owner, trainer)
         self._task = self._progress.add_task(escape(description), total=total, completed=done)
 
     def show(self, done: int, total: int) -> None:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from lightning_hesd.numerics.guards import release_memory
-from lightning_hesd.numerics.portable import LeftOut, Portable
-from lightning_hesd.numerics.verification import WrongDerivativeError
-from lightning_hesd.training._lightning import check_whole
+from lightning_hesd.numerics.inputs.portable import LeftOut, Portable
+from lightning_hesd.numerics.isolation.exact_mode import release_memory
+from lightning_hesd.numerics.operators.verification import WrongDerivativeError
+from lightning_hesd.training.compat.internals import check_whole
 from lightning_hesd.training.history import START_EPOCH, SpectrumRecord, when
 from lightning_hesd.training.preconditioner import check_readable, read_preconditioner
 from lightning_hesd.training.progress import analysis_bar
@@ -21,10 +21,10 @@ from lightning_hesd.training.progress import analysis_bar
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-    from lightning_hesd.numerics.layers import Layers
+    from lightning_hesd.numerics.inputs.blocks import Layers
     from lightning_hesd.spectra.spectrum import Spectrum
     from lightning_hesd.training.analyzer import TrainerAnalyzer
-    from lightning_hesd.training.modes import LossMode
+    from lightning_hesd.training.loss_mode import LossMode
 
 Preconditioning = Literal["optimizer"] | Mapping[str, Tensor] | None
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lightning_hesd.spectra.criteria import quasi_singular
 from lightning_hesd.spectra.selection import loss_tolerance
-from lightning_hesd.training import _lightning
+from lightning_hesd.training.compat import internals
 from lightning_hesd.training.gradient_monitor import likely_causes
 from lightning_hesd.training.history import START_EPOCH
 
@@ -63,4 +63,4 @@ class Remarks:
     def _say(self, key: str, message: str) -> None:
         if key not in self._made:
             self._made.add(key)
-            _lightning.inform(f"{self._name}: {message}")
+            internals.inform(f"{self._name}: {message}")

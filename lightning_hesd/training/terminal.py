@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from lightning_hesd.spectra.summary import GAP, TEXT_COLUMNS
-from lightning_hesd.training import _lightning
-from lightning_hesd.training.namespaces import lightning_types
+from lightning_hesd.training.compat import internals
+from lightning_hesd.training.compat.namespaces import lightning_types
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +46,7 @@ def show(trainer: pl.Trainer, make_summary: Callable[[], Summary | None]) -> Non
             return
         bar: Any = trainer.progress_bar_callback
         if isinstance(bar, lightning_types("callbacks.RichProgressBar")):
-            _lightning.stop_rich_progress(bar)
+            internals.stop_rich_progress(bar)
         with _clear_of_bars(trainer):
             console = _rich_terminal()
             if console is None:
@@ -54,7 +54,7 @@ def show(trainer: pl.Trainer, make_summary: Callable[[], Summary | None]) -> Non
             else:
                 _print_rich(console, summary)
     except Exception as error:  # noqa: BLE001 - whatever it is, the run is worth more than its summary
-        _lightning.warn(f"cannot print the summary. {error!r}")
+        internals.warn(f"cannot print the summary. {error!r}")
 
 
 def _clear_of_bars(trainer: pl.Trainer) -> AbstractContextManager[object]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_hesd.numerics.devices import accelerators, finest_dtype, in_float64, moved
-from lightning_hesd.numerics.guards import release_memory
-from lightning_hesd.numerics.memory import SHARE_OF_FREE_MEMORY, default_budget
-from lightning_hesd.numerics.snapshot import preserved, seed_everything
+from lightning_hesd.numerics.isolation.exact_mode import release_memory
+from lightning_hesd.numerics.isolation.snapshot import preserved, seed_everything
+from lightning_hesd.numerics.operators.memory import SHARE_OF_FREE_MEMORY, default_budget
 
 
 class Accelerator:

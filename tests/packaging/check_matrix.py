@@ -22,10 +22,23 @@ from tests.packaging.check_wheel import HELD, ROOT, oldest, pinned_torch, run
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 TESTS = [
-    *("test_accuracy", "test_checkpoint", "test_generalization", "test_history", "test_layers", "test_progress"),
-    *("test_loggers", "test_plugin", "test_resume", "test_schedule", "test_selection", "test_training_untouched"),
+    *(
+        "test_accuracy",
+        "checkpoints/test_checkpoint",
+        "test_generalization",
+        "test_history",
+        "test_layers",
+        "test_progress",
+    ),
+    *(
+        "test_loggers",
+        "test_resume",
+        "test_schedule",
+        "checkpoints/test_selection",
+        "isolation/test_training_untouched",
+    ),
 ]
-"""In tests/lightning: what touches Lightning, TorchMetrics, TensorBoard and NumPy most."""
+"""In tests/training: what touches Lightning, TorchMetrics, TensorBoard and NumPy most."""
 
 OLD_RICH = "rich<14.1"
 """With later ones the Rich bar of Lightning 2.4 cannot be shown, whatever the callbacks."""
@@ -60,7 +73,7 @@ def page(lines: list[str]) -> str:
             "# Versions it was tried with",
             "",
             f"Made by `make matrix` on {dt.datetime.now(dt.timezone.utc):%Y-%m-%d}: clean environments with the oldest",
-            "and the newest versions that could be installed, and in each these files of `tests/lightning`:",
+            "and the newest versions that could be installed, and in each these files of `tests/training`:",
             f"{tests}. Types are checked for the oldest Python in any case.",
             "",
             *lines,
@@ -86,7 +99,7 @@ def tried(version: str, environment: str, torch: str) -> tuple[dict[str, str], s
         except subprocess.CalledProcessError:
             return {}, problem
         command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "--no-header"]
-        files = [ROOT / "tests" / "lightning" / f"{test}.py" for test in TESTS]
+        files = [ROOT / "tests" / "training" / f"{test}.py" for test in TESTS]
         done = subprocess.run(
             [str(part) for part in (*command, *files)], cwd=ROOT, capture_output=True, text=True, check=False
         )

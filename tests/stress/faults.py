@@ -22,12 +22,12 @@ from torch import Tensor
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, Spectrum, SpectrumHistory
 from lightning_hesd.commands.cli import main
-from tests.lightning.modules import callback, fit, loader, plain_loss
-from tests.lightning.test_misuse import Broken, nan_curvature, nan_loss
 from tests.scarcity import EXHAUSTIONS, Scarce, ScarceInProducts
 from tests.stress.fits import Fit
 from tests.stress.harness import Case, Program, one_line
 from tests.stress.networks import BrokenNow
+from tests.training.modules import callback, fit, loader, plain_loss
+from tests.training.test_misuse import Broken, nan_curvature, nan_loss
 
 NOT_FINITE = "the loss of batch 0 is "
 

@@ -12,8 +12,8 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_hesd import HessianSpectrumCallback
-from tests.lightning.modules import Classifier, callback, fit, freeze, global_generators, loader
 from tests.stress.harness import SECONDS, one_line
+from tests.training.modules import Classifier, callback, fit, freeze, global_generators, loader
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from lightning_hesd import HessianCheckpoint, Spectrum, SpectrumHistory
-from tests.lightning.modules import callback, fit, freeze, loader, plain_loss
 from tests.stress.harness import FORK, Case, Program
+from tests.training.modules import callback, fit, freeze, loader, plain_loss
 
 EPOCHS = 5
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND

@@ -1,4 +1,4 @@
-"""Modules and data out of the ordinary, around the classifier of `tests.lightning.modules`."""
+"""Modules and data out of the ordinary, around the classifier of `tests.training.modules`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from tests.lightning.modules import Classifier, Digits, digits, loader, plain_loss
+from tests.training.modules import Classifier, Digits, digits, loader, plain_loss
 
 
 class Silent(Classifier):

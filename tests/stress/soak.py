@@ -16,8 +16,8 @@ import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_hesd import HessianCheckpoint
-from tests.lightning.modules import Digits, callback, fit, loader
 from tests.stress.harness import Case, Program
+from tests.training.modules import Digits, callback, fit, loader
 
 LONG = 100
 """Epochs from which on memory and time are judged: the first fifty figures fill the arenas of the allocator."""

@@ -17,11 +17,11 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 
 from lightning_hesd import HessianSpectrumCallback
-from tests.lightning.modules import Classifier, Digits, callback, loader, make_trainer, plain_loss, samples, seed
 from tests.stress import networks
 from tests.stress.fits import Fit
 from tests.stress.harness import Case, Program
 from tests.stress.networks import Around, Silent, Validated
+from tests.training.modules import Classifier, Digits, callback, loader, make_trainer, plain_loss, samples, seed
 
 
 def compiled(backend: str, *, whole: bool) -> pl.LightningModule:

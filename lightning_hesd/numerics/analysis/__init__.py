@@ -1,0 +1,1 @@
+"""The engine of an analysis: options in, a Spectrum out."""

@@ -1,0 +1,201 @@
+"""Evaluations of the user's loss and output functions, each from the same state and with its batch unchanged."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from lightning_hesd.numerics.derivatives.checkpointing import recomputed_under
+from lightning_hesd.numerics.derivatives.replacements import Replacements
+from lightning_hesd.numerics.devices import finest_dtype
+from lightning_hesd.numerics.isolation.snapshot import seed_everything
+from lightning_hesd.numerics.operators.curvature import GaussNewtonMatrix, HessianMatrix, ResidualMatrix
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from lightning_hesd.numerics.inputs.batches import WeightedBatch
+    from lightning_hesd.numerics.inputs.options import AnalysisOptions
+    from lightning_hesd.numerics.inputs.parameter_sharding import Layout
+    from lightning_hesd.numerics.isolation.isolation import Isolation
+    from lightning_hesd.numerics.operators.curvature import Matrix
+
+LossFunction = Callable[[Any, Any], Any]
+"""loss_fn(module, batch) -> mean loss over the batch, a scalar tensor.
+
+With `Tensor` for the result, LightningCLI would refuse functions that do not say what they return.
+"""
+
+
+class Evaluator:
+    """Calls the user's functions on batches.
+
+    Attributes:
+        module: The module they are given.
+        loss_fn: Loss of a batch.
+        options: Options of the analysis, with `output_fn`, `output_loss` and the seed.
+        layout: How the parameters lie in the processes.
+        isolation: What keeps evaluations apart.
+        batches: All batches of the analysis; None: this process does not have them all.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss_fn: LossFunction,
+        options: AnalysisOptions,
+        layout: Layout,
+        isolation: Isolation,
+        *,
+        batches: Sequence[WeightedBatch] | None = None,
+    ) -> None:
+        self.module = module
+        self.loss_fn = loss_fn
+        self.options = options
+        self.layout = layout
+        self.isolation = isolation
+        self._dtype: torch.dtype | None = None
+        self.batches = batches
+        self._known: dict[str, bool] = {}  # what `Replacements` has to be told
+
+    def loss(self, batch: WeightedBatch) -> Tensor:
+        """Return the mean loss of a batch, a scalar with a graph."""
+        loss = self._evaluate(lambda data: self.loss_fn(self.module, data), batch)
+        return self.layout.loss(_checked_loss(loss, "loss_fn"), batch)
+
+    def outputs(self, batch: WeightedBatch) -> Any:
+        """Return the outputs of the network for a batch."""
+        output_fn = cast("Callable[[Any, Any], Any]", self.options.output_fn)  # checked with the options
+        return self._evaluate(lambda data: output_fn(self.module, data), batch)
+
+    def loss_of_outputs(self, outputs: Any, batch: WeightedBatch) -> Tensor:
+        """Return the mean loss of such outputs, a scalar with a graph, right after they were computed."""
+        output_loss = cast("Callable[[Any, Any], Tensor]", self.options.output_loss)  # checked with the options
+        loss = self._evaluate(lambda data: output_loss(outputs, data), batch, from_start=False)
+        return self.layout.loss(_checked_loss(loss, "output_loss"), batch)
+
+    def matrix(self, parameters: Sequence[Tensor], blocks: Sequence[slice]) -> Matrix:
+        """Return the curvature matrix of a batch that the options ask for.
+
+        Args:
+            parameters: What its rows and columns stand for.
+            blocks: The diagonal blocks that are wanted, each a range of the parameters.
+        """
+        if self.options.matrix == "hessian":
+            return HessianMatrix(self.loss, parameters, blocks=blocks)
+        kind = GaussNewtonMatrix if self.options.matrix == "ggn" else ResidualMatrix
+        return kind(self.loss, parameters, self.outputs, self.loss_of_outputs, blocks=blocks)
+
+    @contextlib.contextmanager
+    def in_finest(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Let copies in the finest precision of the device take the place of the module's parameters, buffers, batches.
+
+        The parameters themselves stay as they are: where one changes its type, PyTorch forgets who waits for its
+        gradients (DistributedDataParallel does).
+
+        Yields:
+            A function that returns the copy of a parameter.
+        """
+        copies: dict[Tensor, Tensor] = {}
+        places: list[Callable[[], object]] = []
+        default = torch.get_default_dtype()
+        dtype = finest_dtype(next(self.module.parameters()).device)
+        self.isolation.restore(None)
+        try:
+            for owner in self.module.modules():
+                for name, parameter in list(owner._parameters.items()):  # noqa: SLF001 - `parameters` hides ties
+                    if parameter is not None and parameter.is_floating_point():
+                        if parameter not in copies:
+                            copies[parameter] = _converted(parameter, dtype)
+                        places.append(partial(setattr, owner, name, parameter))
+                        setattr(owner, name, copies[parameter])  # as recurrent networks keep lists of them, too
+                for name, buffer in list(owner._buffers.items()):  # noqa: SLF001
+                    if buffer is not None and buffer.is_floating_point():
+                        places.append(partial(owner._buffers.__setitem__, name, buffer))  # noqa: SLF001
+                        owner._buffers[name] = buffer.to(dtype, copy=True)  # noqa: SLF001
+            torch.set_default_dtype(dtype)
+            self._dtype = dtype
+            with self.isolation.afresh(list(copies.values())):
+                yield copies.__getitem__
+        finally:
+            self._dtype = None
+            torch.set_default_dtype(default)
+            for put_back in places:
+                put_back()
+
+    def _evaluate(self, function: Callable[[Any], Any], batch: WeightedBatch, *, from_start: bool = True) -> Any:
+        """Return the value of a function of a batch, called again where the first call shows that it has to be."""
+        while True:
+            replacements = Replacements(**self._known)
+            try:
+                result = self._evaluate_under(replacements, function, batch, from_start=from_start)
+            except Exception:
+                if not replacements.missed:
+                    raise
+            if not replacements.missed:
+                return result
+            if replacements.renormalizations:
+                self._renormalize()
+            self._known |= dict.fromkeys(replacements.missed, True)
+
+    def _evaluate_under(
+        self,
+        replacements: Replacements,
+        function: Callable[[Any], Any],
+        batch: WeightedBatch,
+        *,
+        from_start: bool = True,
+    ) -> Any:
+        if from_start:
+            self.isolation.restore(batch.index)
+        # The same dropout mask at every evaluation of this batch, and not the random numbers of the start vectors.
+        seed_everything(self.options.seed + 1 + batch.index)
+        recomputed = recomputed_under(replacements)
+        with self.isolation.evaluation(), replacements, recomputed, self.layout.evaluation(), batch.evaluated():
+            data = batch.copy().data
+            return function(data if self._dtype is None else tree_map_only(Tensor, self._cast, data))
+
+    def _renormalize(self) -> None:
+        """Bring the embeddings that the losses of all batches use within their `max_norm`, in place.
+
+        Raises:
+            RuntimeError: If other processes have batches, too: their weights would become others than these.
+        """
+        if self.batches is None:
+            msg = (
+                "the loss renormalises embeddings (`max_norm`) in place, each process those of its own batches, so "
+                "that the weights of the processes differ: analyse in a single process, or without `max_norm`."
+            )
+            raise RuntimeError(msg)
+        replacements = Replacements()
+        for batch in self.batches:
+            self._evaluate_under(replacements, lambda data: self.loss_fn(self.module, data), batch)
+        self.isolation.restore(None)
+        for renormalization in replacements.renormalizations:
+            torch.embedding_renorm_(*renormalization)
+        self.isolation.start_here()
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+
+def _converted(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    converted = nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=parameter.requires_grad)
+    vars(converted).update(vars(parameter))  # what the user noted on it
+    return converted
+
+
+def _checked_loss(loss: Any, name: str) -> Tensor:
+    if not isinstance(loss, Tensor):
+        msg = f"`{name}` must return a scalar tensor, got {type(loss).__name__}."
+        raise TypeError(msg)
+    if loss.numel() != 1:
+        msg = f"`{name}` must return a scalar tensor, the mean over the batch; got shape {tuple(loss.shape)}."
+        raise TypeError(msg)
+    return loss.reshape(())

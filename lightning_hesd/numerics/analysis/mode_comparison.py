@@ -1,0 +1,187 @@
+"""The value of a loss and its gradient in one mode of the module, to compare modes by."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+
+from lightning_hesd.numerics.analysis.evaluation import Evaluator
+from lightning_hesd.numerics.devices import accelerators
+from lightning_hesd.numerics.inputs.batches import SkippedBatchError
+from lightning_hesd.numerics.inputs.parameters import select_parameters, vector_dtype
+from lightning_hesd.numerics.isolation.exact_mode import analysis_state
+from lightning_hesd.numerics.operators.curvature import gradient
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor, nn
+
+    from lightning_hesd.numerics.analysis.evaluation import LossFunction
+    from lightning_hesd.numerics.inputs.batches import WeightedBatch
+    from lightning_hesd.numerics.inputs.options import AnalysisOptions
+    from lightning_hesd.numerics.inputs.parameter_sharding import Layout
+    from lightning_hesd.numerics.krylov.vectors import VectorSpace
+
+FLOAT32_EPSILON = torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A loss at the present weights, on this process's batches.
+
+    Attributes:
+        weights: Weight of each batch.
+        losses: Loss of each batch; None where the loss function skipped it.
+        draws: Fingerprint, for each batch, of the random number generators after its loss was computed.
+        gradient: Gradient of the weighted sum of the losses, flat, shape (n,).
+        norm: Weighted sum of the norms of the batches' gradients.
+    """
+
+    weights: tuple[float, ...]
+    losses: tuple[float | None, ...]
+    draws: tuple[int, ...]
+    gradient: Tensor
+    norm: float
+
+
+def gradient_space(module: nn.Module, options: AnalysisOptions, layout: Layout) -> VectorSpace:
+    """Return the space of gradients with respect to the analysed parameters."""
+    return layout.space(layout.parts(list(select_parameters(module, options).values())))
+
+
+def evaluated(
+    module: nn.Module,
+    batches: Sequence[WeightedBatch],
+    loss_fn: LossFunction,
+    options: AnalysisOptions,
+    layout: Layout,
+    *,
+    alone: bool,
+) -> Evaluated:
+    """Evaluate the loss of every batch and its gradient, as an analysis with these options does.
+
+    Args:
+        module: The module.
+        batches: This process's share of the batches.
+        loss_fn: As for `hessian_spectrum`.
+        options: As for `hessian_spectrum`.
+        layout: How the parameters lie in the processes.
+        alone: Whether there is no other process.
+
+    Raises:
+        ArithmeticError: If a loss or its gradient is NaN or infinite.
+        SkippedBatchError: If a batch is skipped that all processes must evaluate together.
+    """
+    analysed = list(select_parameters(module, options).values())
+    parameters = layout.parts(analysed)
+    space = layout.space(parameters)
+    total = torch.zeros(sum(p.numel() for p in parameters), dtype=vector_dtype(parameters), device=parameters[0].device)
+    losses: list[float | None] = []
+    draws: list[int] = []
+    norm = 0.0
+    with analysis_state(module, options.mode, analysed) as isolation, layout.opened(module):
+        joint = layout.joint(batches)
+        evaluator = Evaluator(module, loss_fn, options, layout, isolation, batches=joint if alone else None)
+        for batch in joint:
+            try:
+                loss = evaluator.loss(batch)
+            except SkippedBatchError:
+                if layout.all_reduce is not None:  # the processes could not tell each other
+                    raise
+                losses.append(None)
+                draws.append(0)
+                continue
+            draws.append(_fingerprint())
+            flat = torch.cat([g.reshape(-1).to(total.dtype) for g in gradient(loss, parameters)])
+            losses.append(loss.item())
+            norm += batch.weight * space.norm(flat).item()
+            total.add_(flat, alpha=batch.weight)
+            if not math.isfinite(losses[-1] or 0.0) or not math.isfinite(norm):
+                msg = f"the loss of {batch.label} is {losses[-1]}, or its gradient is not finite."
+                raise ArithmeticError(msg)
+    return Evaluated(tuple(batch.weight for batch in joint), tuple(losses), tuple(draws), total, norm)
+
+
+def _fingerprint() -> int:
+    """Return a number that tells apart the states of the global random number generators."""
+    _, keys, position, *_ = cast("tuple[Any, ...]", np.random.get_state())  # noqa: NPY002
+    states: list[Any] = [random.getstate(), keys.tobytes(), position, torch.get_rng_state().numpy().tobytes()]
+    states += [module.get_rng_state().cpu().numpy().tobytes() for module in accelerators()]
+    return hash(tuple(states))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two losses differ, over all processes.
+
+    Attributes:
+        losses: The two mean losses; NaN where all batches are skipped.
+        loss: Mean distance of the batches' losses, relative to their mean size.
+        gradient: Distance of the gradients, relative to the mean norm of the batches' gradients.
+        in_draws: Whether they draw other random numbers.
+        limit: What rounding can make of `loss` and `gradient`.
+    """
+
+    losses: tuple[float, float]
+    loss: float
+    gradient: float
+    in_draws: bool
+    limit: float
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether the two are the same function, as far as that can be told."""
+        return self.loss <= self.limit and self.gradient <= self.limit
+
+
+def difference(
+    first: Evaluated,
+    second: Evaluated,
+    space: VectorSpace,
+    add: Callable[[Callable[[], list[float]]], list[float]],
+) -> Difference:
+    """Compare two losses of the same batches.
+
+    Args:
+        first: One.
+        second: The other.
+        space: The space of their gradients.
+        add: Does some work in every process and returns the sums of the numbers that they found.
+    """
+
+    def compare() -> list[float]:
+        both = list(zip(first.weights, first.losses, second.losses, strict=True))
+        skipped = sum((one is None) != (other is None) for _, one, other in both)
+        kept = [(w, one, other) for w, one, other in both if one is not None and other is not None]
+        apart = space.norm(first.gradient - second.gradient).item()
+        return [
+            math.fsum(w for w, *_ in kept),
+            math.fsum(w * one for w, one, _ in kept),
+            math.fsum(w * other for w, _, other in kept),
+            math.fsum(w * abs(one - other) for w, one, other in kept),
+            math.fsum(w * max(abs(one), abs(other)) for w, one, other in kept),
+            apart,
+            max(first.norm, second.norm),
+            float(skipped),
+            float(first.draws != second.draws),
+        ]
+
+    weight, one, other, apart, size, gradients_apart, norms, skipped, draws = add(compare)
+    epsilon = torch.finfo(first.gradient.dtype).eps
+    return Difference(
+        (one / weight, other / weight) if weight else (math.nan, math.nan),
+        math.inf if skipped else _share(apart, size),
+        _share(gradients_apart, norms),
+        in_draws=draws > 0,
+        limit=math.sqrt(min(epsilon, FLOAT32_EPSILON)),
+    )
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0

@@ -1,0 +1,222 @@
+"""How much of C_t is due to the finite sample: standard errors and bias of the extremes over groups of samples.
+
+H is the mean of the Hessians H_g of groups of samples, and λ = uᵀHu at an extreme eigenvector u. To first order another
+sample changes λ as it changes uᵀHu: the spread of uᵀH_g u over groups gives the standard error. To second order the
+extremes lie outside those of the whole population, because an eigenvector adapts to its sample.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from lightning_hesd.numerics.devices import finest_dtype
+from lightning_hesd.numerics.krylov.lanczos import eigen
+from lightning_hesd.numerics.operators.risk_operator import AnotherProcessFailedError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from lightning_hesd.numerics.krylov.lanczos import Lanczos
+    from lightning_hesd.numerics.operators.operator import CurvatureOperator
+
+    Array = NDArray[np.float64]
+
+GROUPS = 16
+"""As many groups as there can be, or more: a standard error from 16 is itself good to about a fifth."""
+FEWEST_GROUPS = 8
+
+ROUNDING = 64.0
+"""Units of rounding by which curvatures of groups may differ if the groups are the same."""
+
+
+@dataclass(frozen=True)
+class SamplingError:
+    """What the finite sample does to the extremes and to C_t: fields of `Spectrum`, which explains them."""
+
+    c_t_sampling_error: float
+    c_t_sampling_bias: float
+    lambda_min_sampling_error: float
+    lambda_max_sampling_error: float
+    lambda_min_sampling_bias: float
+    lambda_max_sampling_bias: float
+    sampling_groups: int
+
+
+@dataclass(frozen=True)
+class _End:
+    """One end of the spectrum: its Ritz vector among those of its probe."""
+
+    run: Lanczos
+    nodes: Array
+    vectors: Array
+    position: int
+
+
+def sampling_error(operator: CurvatureOperator, runs: Sequence[Lanczos]) -> SamplingError:
+    """Estimate what the finite sample does to the extremes, in one pass over the samples.
+
+    Args:
+        operator: The Hessian.
+        runs: The Lanczos processes; the lowest and the highest of all their Ritz vectors are taken.
+
+    Raises:
+        ValueError: If there are fewer than 8 groups, their mean is not the Hessian, or they do not differ.
+        AnotherProcessFailedError: If it failed on another process.
+    """
+    ends = _ends(runs)
+    unit = [torch.nn.functional.normalize(e.run.ritz_vectors(e.vectors[:, [e.position]])[0], dim=0) for e in ends]
+    weights, squares, coordinates = _group_curvatures(operator, ends, torch.stack(unit))
+    groups = len(weights)
+    if groups < FEWEST_GROUPS:
+        msg = (
+            f"the sampling error needs at least {FEWEST_GROUPS} groups of samples, and the batches can be cut into "
+            f"{groups} only: "
+        )
+        if operator.mean.uncut is not None:
+            msg += (
+                f"{operator.mean.uncut}. Pass at least {FEWEST_GROUPS} batches, so that none needs to be cut (smaller "
+                "ones, or more samples), or leave the sampling error out."
+            )
+        else:
+            msg += "analyse more samples, or more batches."
+        raise ValueError(msg)
+
+    own = np.stack([part[:, end.position] for part, end in zip(coordinates, ends, strict=True)], axis=1)
+    covariance = _covariance_of_mean(own, weights)
+    extremes = np.array([end.nodes[end.position] for end in ends])
+    errors = np.sqrt(np.diag(covariance))
+    rounding = ROUNDING * torch.finfo(operator.mean.dtype).eps * float(np.abs(extremes).max())
+    if (np.abs(weights @ own - extremes) > errors + 0.01 * np.abs(extremes) + rounding).any():
+        msg = (
+            f"the curvatures of groups of samples have means {weights @ own}, those of whole batches are {extremes}: "
+            "the loss is not a mean over samples (it may use statistics of the batch), so that batches cannot be cut "
+            f"into groups. Pass at least {GROUPS} batches, or leave the sampling error out."
+        )
+        raise ValueError(msg)
+    if groups > operator.mean.num_batches and (errors <= rounding).all():
+        msg = (
+            "the curvature is the same in all groups of samples, to rounding: the loss may not depend on what was cut. "
+            f"Pass at least {GROUPS} batches, so that none needs to be cut, or leave the sampling error out."
+        )
+        raise ValueError(msg)
+    lambda_min, lambda_max = (float(value) for value in extremes)
+    mean = float(np.mean([run.alphas[0] for run in runs]))
+    shifts = [_shift(weights, *parts, mean) for parts in zip(coordinates, squares.T, ends, strict=True)]
+    biases = np.array([-shifts[0], shifts[1]])
+    # C_t = λ_min/λ_max to first order (the delta method), its mean to second.
+    slopes = np.array([1 / lambda_max, -lambda_min / lambda_max**2])
+    bend = (covariance[1, 1] * lambda_min / lambda_max - covariance[0, 1]) / lambda_max**2
+    return SamplingError(
+        c_t_sampling_error=math.sqrt(max(float(slopes @ covariance @ slopes), 0.0)),
+        c_t_sampling_bias=float(slopes @ biases + bend),
+        lambda_min_sampling_error=float(errors[0]),
+        lambda_max_sampling_error=float(errors[1]),
+        lambda_min_sampling_bias=float(biases[0]),
+        lambda_max_sampling_bias=float(biases[1]),
+        sampling_groups=groups,
+    )
+
+
+def samples_needed(num_samples: float, allowed: float, error: float, bias: float = 0.0) -> float:
+    """Return at how many samples an error that falls with their root, and a bias that falls with them, are allowed.
+
+    Solves error·√(N/k) + |bias|·N/k = allowed for k.
+
+    Args:
+        num_samples: N, at which error and bias are known.
+        allowed: Their sum at the number of samples sought.
+        error: Error at N.
+        bias: Bias at N.
+
+    Example:
+        >>> round(samples_needed(100, allowed=0.1, error=0.2))
+        400
+    """
+    if not allowed > 0:
+        return math.inf
+    root = math.sqrt(error**2 + 4 * abs(bias) * allowed)
+    return num_samples * ((error + root) / (2 * allowed)) ** 2
+
+
+def _ends(runs: Sequence[Lanczos]) -> tuple[_End, _End]:
+    pairs = [(run, *eigen(run.alphas, run.betas)) for run in runs]
+    lowest = min(pairs, key=lambda pair: float(pair[1][0]))
+    highest = max(pairs, key=lambda pair: float(pair[1][-1]))
+    return _End(*lowest, position=0), _End(*highest, position=len(highest[1]) - 1)
+
+
+def _group_curvatures(
+    operator: CurvatureOperator, ends: Sequence[_End], unit: torch.Tensor
+) -> tuple[Array, Array, list[Array]]:
+    """Apply the groups' Hessians H_g to the Ritz vectors u of the ends.
+
+    Returns:
+        weights: Share of each group in the mean, shape (groups,), sum 1.
+        squares: ‖H_g u‖², shape (groups, 2).
+        coordinates: For each end y_kᵀH_g u along the Ritz vectors y_k of its probe, shape (groups, steps); without a
+            basis along u alone, and 0 elsewhere.
+    """
+    parts = max(1, math.ceil(GROUPS / operator.mean.num_batches))
+    lengths = [len(end.nodes) for end in ends]
+    # One row for each group of all processes; every process fills in its own.
+    mean = operator.mean
+    table = torch.zeros((mean.num_batches + mean.num_skipped) * parts, 3 + sum(lengths), dtype=torch.float64)
+    try:
+        for group, position, products in operator.group_products(unit, parts):
+            row = table[group.index * parts + position]
+            row[0] = group.weight / operator.mean.weight
+            row[1:3] = torch.linalg.vector_norm(products, dim=1, dtype=finest_dtype(products.device)).square()
+            for end, product, u, target in zip(ends, products, unit, torch.split(row[3:], lengths), strict=True):
+                along = end.run.project(product)
+                if along is None:
+                    target[end.position] = torch.dot(u, product)
+                else:
+                    target.copy_(torch.from_numpy(end.vectors).T @ along.cpu().double())
+    except Exception as error:
+        if not operator.mean.is_distributed:
+            raise
+        operator.mean.failure = error
+        table.fill_(math.nan)
+    table = operator.mean.sum_of_numbers(table)
+    if table.isnan().any():
+        raise operator.mean.failure or AnotherProcessFailedError
+    table = table[table[:, 0] > 0]
+    first, second = (part.numpy() for part in torch.split(table[:, 3:], lengths, dim=1))
+    return table[:, 0].numpy(), table[:, 1:3].numpy(), [first, second]
+
+
+def _covariance_of_mean(values: Array, weights: Array) -> Array:
+    """Return the covariance of the weighted mean of independent rows, shape (columns, columns)."""
+    deviations = (values - weights @ values) * weights[:, None]
+    groups = len(weights)
+    covariance: Array = deviations.T @ deviations * (groups / (groups - 1))
+    return covariance
+
+
+def _shift(weights: Array, coordinates: Array, squares: Array, end: _End, mean_eigenvalue: float) -> float:
+    """Return how far outward the sample pushes the eigenvalue at one end, at least 0.
+
+    Second-order perturbation theory: Σ_k s_k²/gap_k with s_k² the sampling variance of y_kᵀHu, here with the shift
+    itself in the denominator (Brillouin & Wigner), x = Σ_k s_k²/(gap_k + x), so that close eigenvalues do no harm.
+    What the Krylov space does not hold counts as one more level at the mean of the spectrum.
+    """
+    groups = len(weights)
+    variances = np.diag(_covariance_of_mean(coordinates, weights)).copy()
+    variances[end.position] = 0.0
+    rest = np.maximum(squares - (coordinates**2).sum(axis=1), 0.0)
+    variances = np.append(variances, float(weights**2 @ rest) * groups / (groups - 1))
+    gaps = np.abs(np.append(end.nodes, mean_eigenvalue) - end.nodes[end.position])
+    low, high = 0.0, math.sqrt(float(variances.sum()))  # x² ≤ Σ s_k², with equality where all gaps are zero
+    for _ in range(60):
+        x = (low + high) / 2
+        if x == 0:
+            break
+        low, high = (x, high) if float((variances / (gaps + x)).sum()) > x else (low, x)
+    return high

@@ -1,0 +1,86 @@
+"""Spectral normalisation in training mode: its singular vectors count as constants, as they do in evaluation mode.
+
+With singular vectors u and v of a weight W its spectral norm is uᵀWv. In training mode every use of the weight improves
+u and v by a power iteration that autograd does not see. At displaced weights they would come out displaced, so that
+products by differences would belong to another function than exact ones. So the k-th use of a weight in an evaluation
+finds the vectors that its first k-th use did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from lightning_hesd.numerics.derivatives.patches import patched
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor, nn
+
+
+class PowerIterations:
+    """The singular vectors that power iterations find, kept for the next evaluation."""
+
+    def __init__(self) -> None:
+        self._uses: Counter[object] = Counter()
+        self._vectors: dict[tuple[object, int], tuple[Tensor, Tensor]] = {}
+
+    def begin(self) -> None:
+        """Begin an evaluation: the next use of each weight is its first."""
+        self._uses.clear()
+
+    @contextlib.contextmanager
+    def afresh(self) -> Iterator[None]:
+        """Know nothing inside, where weights are of another type."""
+        outside, self._vectors = self._vectors, {}
+        try:
+            yield
+        finally:
+            self._vectors = outside
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Let spectral norms of both kinds find vectors that are known already."""
+        iterate: Any = _SpectralNorm._power_method  # noqa: SLF001 - of the parametrization
+        compute: Any = SpectralNorm.compute_weight  # of the older hook, which keeps its vectors in the module
+
+        def power_method(norm: Any, matrix: Tensor, iterations: int) -> None:
+            use = self._use(norm)
+            if use in self._vectors:
+                norm._u, norm._v = self._copies(use)  # noqa: SLF001
+            else:
+                iterate(norm, matrix, iterations)
+                self._vectors[use] = norm._u, norm._v  # noqa: SLF001
+                self._vectors[use] = self._copies(use)
+
+        def compute_weight(norm: SpectralNorm, module: nn.Module, do_power_iteration: bool) -> Any:  # noqa: FBT001
+            if not do_power_iteration:
+                return compute(norm, module, do_power_iteration)
+            use, names = self._use(norm), (f"{norm.name}_u", f"{norm.name}_v")
+            if use not in self._vectors:
+                weight = compute(norm, module, do_power_iteration)
+                self._vectors[use] = getattr(module, names[0]), getattr(module, names[1])
+                self._vectors[use] = self._copies(use)
+                return weight
+            for name, vector in zip(names, self._copies(use), strict=True):
+                setattr(module, name, vector)
+            return compute(norm, module, do_power_iteration=False)
+
+        with (
+            patched(_SpectralNorm, "_power_method", power_method),
+            patched(SpectralNorm, "compute_weight", compute_weight),
+        ):
+            yield
+
+    def _use(self, norm: object) -> tuple[object, int]:
+        self._uses[norm] += 1
+        return norm, self._uses[norm]
+
+    def _copies(self, use: tuple[object, int]) -> tuple[Tensor, Tensor]:
+        u, v = self._vectors[use]
+        return u.detach().clone(), v.detach().clone()

@@ -1,0 +1,1 @@
+"""What an analysis is made from: batches, parameters, blocks of layers, options."""

@@ -1,0 +1,85 @@
+"""Which parameters of a module are analysed, and in which coordinates."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from lightning_hesd.numerics.devices import in_float64
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor, nn
+
+    from lightning_hesd.numerics.inputs.options import AnalysisOptions
+
+
+def select_parameters(module: nn.Module, options: AnalysisOptions) -> dict[str, nn.Parameter]:
+    """Return the parameters to analyse by name, each once.
+
+    Raises:
+        ValueError: If there is none, one is complex or without a shape yet, or all are without elements.
+    """
+    wanted = options.parameters
+    trainable = {
+        name: p
+        for name, p in module.named_parameters()
+        if p.requires_grad or (options.include_frozen and (p.is_floating_point() or p.is_complex()))
+    }
+    if not trainable:
+        hint = "" if options.include_frozen else " (`include_frozen=True` includes those that do not)"
+        msg = f"`module` ({type(module).__name__}) has no parameter that requires grad{hint}: nothing to analyse."
+        raise ValueError(msg)
+    selected = {name: p for name, p in trainable.items() if wanted is None or wanted(name, p)}
+    if not selected:
+        msg = f"the filter `parameters` leaves none of the {len(trainable)} parameters: {', '.join(trainable)}."
+        raise ValueError(msg)
+    for name, p in selected.items():
+        has_no_shape: bool = is_lazy(p)  # by a name: to mypy no parameter can be lazy
+        if has_no_shape:
+            # The first forward pass draws the initial weights: if it were ours, training would start from other ones.
+            msg = f"parameter {name!r} is lazy, and no forward pass has given it a shape yet: analyse after the first."
+            raise ValueError(msg)
+        if p.is_complex():
+            msg = f"parameter {name!r} is complex ({p.dtype}); only real parameters can be analysed."
+            raise ValueError(msg)
+    if not any(p.numel() for p in selected.values()):
+        msg = f"the parameters to analyse have no elements (such as {next(iter(selected))!r}): nothing to analyse."
+        raise ValueError(msg)
+    return selected
+
+
+def inverse_root(
+    module: nn.Module, parameters: Sequence[Tensor], preconditioner: Mapping[str, Tensor] | None, dtype: torch.dtype
+) -> Tensor | None:
+    """Return D^(-1/2) as a flat vector, shape (n,).
+
+    Raises:
+        ValueError: If D does not fit the parameters.
+    """
+    if preconditioner is None:
+        return None
+    names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
+    unknown = sorted(set(preconditioner) - set(names.values()))
+    missing = [names[p] for p in parameters if names[p] not in preconditioner]
+    if unknown or missing:
+        trouble = f"names {unknown[0]!r}, which is no parameter" if unknown else f"has no diagonal for {missing[0]!r}"
+        msg = f"`preconditioner` {trouble}; it must have one for each analysed parameter of `module`."
+        raise ValueError(msg)
+    for p in parameters:
+        shape = tuple(preconditioner[names[p]].shape)
+        if shape != p.shape:
+            msg = f"`preconditioner[{names[p]!r}]` must have the shape of the parameter, {tuple(p.shape)}, got {shape}."
+            raise ValueError(msg)
+    return torch.cat([in_float64(preconditioner[names[p]]).rsqrt().to(p.device, dtype).flatten() for p in parameters])
+
+
+def vector_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
+    """Return a type that holds the parameters, at least float32."""
+    dtype = torch.float32
+    for p in parameters:
+        dtype = torch.promote_types(dtype, p.dtype)
+    return dtype

@@ -1,0 +1,1 @@
+"""Lanczos tridiagonalization on flat vectors, for any symmetric matrix."""

@@ -1,0 +1,88 @@
+"""The loss, its gradient and its outputs along one line through the weights, for comparisons with differences."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_hesd.numerics.devices import finest_dtype
+from lightning_hesd.numerics.krylov.vectors import in_shape
+from lightning_hesd.numerics.operators.curvature import gradient
+from lightning_hesd.numerics.operators.finite_differences import FiniteDifferences
+
+if TYPE_CHECKING:
+    from lightning_hesd.numerics.inputs.batches import WeightedBatch
+    from lightning_hesd.numerics.krylov.vectors import VectorSpace
+    from lightning_hesd.numerics.operators.curvature import GaussNewtonMatrix, Matrix, Vector
+
+
+class Line:
+    """The loss and its gradient along one line through the weights.
+
+    Attributes:
+        differences: Moves the parameters.
+        direction: Unit vector, half random and half gradient, shape (n,), in the finest precision of the device.
+        loss: The loss at the weights.
+        gradient: Its gradient, shape (n,), likewise.
+    """
+
+    def __init__(self, matrix: Matrix, batch: WeightedBatch, space: VectorSpace) -> None:
+        self._parameters, self._space = matrix.parameters, space
+        self._function = matrix.function(batch)
+        self.differences = FiniteDifferences(matrix.parameters, space)
+        device = matrix.parameters[0].device
+        self._dtype = finest_dtype(device)
+        random = space.gaussian(torch.Generator().manual_seed(1)).to(device, self._dtype)
+        self.direction = random / space.norm(random)
+        self.loss, self.gradient = self.at(0.0)
+        length = self.norm(self.gradient)
+        if 0 < length < math.inf:
+            self.direction += self.gradient / length
+            self.direction /= space.norm(self.direction)
+
+    def at(self, step: float) -> tuple[float, Tensor]:
+        """Return the loss, and the gradient, shape (n,), a step along the direction."""
+        with self.differences.displaced(self.vector(), step):
+            loss = self._function()
+            return loss.item(), self.flat(gradient(loss, self._parameters))
+
+    def vector(self) -> list[Tensor]:
+        """Return the direction in the shapes of the parameters."""
+        return in_shape(self.direction, self._parameters)
+
+    def flat(self, vector: Vector) -> Tensor:
+        """Return a vector in the shapes of the parameters as a flat one, shape (n,)."""
+        parts = [torch.zeros_like(p) if v is None else v for v, p in zip(vector, self._parameters, strict=True)]
+        return torch.cat([part.detach().to_dense().flatten() for part in parts]).to(self._dtype)
+
+    def norm(self, vector: Tensor) -> float:
+        """Return the length of a flat vector."""
+        return float(self._space.norm(vector))
+
+    def along(self, vector: Tensor) -> float:
+        """Return the component of a flat vector along the direction."""
+        return float(self._space.dot(vector, self.direction))
+
+
+class OutputLine:
+    """The loss of outputs along the change of the outputs that a line through the weights brings about."""
+
+    def __init__(self, matrix: GaussNewtonMatrix, batch: WeightedBatch, line: Line) -> None:
+        self._matrix, self._batch, self._line = matrix, batch, line
+
+    def bend(self, step: float, far: float) -> float:
+        """Return vᵀGv: the second difference, `far` to both sides, along Jv by differences of length `step`."""
+        ahead, behind = (self._values(s) for s in (step, -step))
+        change = [
+            (a - b) / (2 * step) if isinstance(a, Tensor) and a.is_floating_point() else None
+            for a, b in zip(ahead, behind, strict=True)
+        ]
+        up, at, down = (self._matrix.loss_near(self._batch, change, d) for d in (far, 0.0, -far))
+        return (up - 2 * at + down) / far**2
+
+    def _values(self, step: float) -> list[Any]:
+        with self._line.differences.displaced(self._line.vector(), step):
+            return self._matrix.values(self._batch)

@@ -1,0 +1,89 @@
+"""The directions in which the loss is curved most: leading eigenvectors of its Hessian."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_hesd.numerics.analysis.api import analysis_options
+from lightning_hesd.numerics.analysis.engine import estimated
+from lightning_hesd.numerics.inputs.parameters import select_parameters
+from lightning_hesd.sample_size.sample_losses import mean_loss, read_batches
+from lightning_hesd.spectra.checks import check_count
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from lightning_hesd.numerics.isolation.modes import Mode
+    from lightning_hesd.sample_size.sample_losses import SampleLoss
+
+    Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class DominantDirections:
+    """The directions of largest curvature.
+
+    Attributes:
+        directions: Orthonormal Ritz vectors as columns, shape (n, D), in the order of the eigenvalues.
+        eigenvalues: Largest Ritz values, descending, shape (D,).
+        residuals: An eigenvalue lies within this, and rounding, of each, shape (D,). A vector is determined as far as
+            its residual is small beside the gap to the other eigenvalues; more `steps` make it smaller.
+    """
+
+    directions: Tensor
+    eigenvalues: Array
+    residuals: Array
+
+
+def dominant_directions(
+    module: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: SampleLoss,
+    count: int,
+    *,
+    steps: int = 100,
+    seed: int = 0,
+    strategy: Literal["auto", "graph", "recompute", "finite_difference"] = "auto",
+    mode: Mode = "eval",
+) -> DominantDirections:
+    """Find the eigenvectors of the Hessian of the mean loss with the largest eigenvalues, by Lanczos.
+
+    Of an eigenvalue that occurs several times one vector is found.
+
+    Args:
+        module: The module, on the device of the batches.
+        batches: Batches as `loss_fn` takes them; read once.
+        loss_fn: `loss_fn(module, batch)` -> losses of the samples, shape (batch,), or their mean, a scalar.
+        count: Number D of directions.
+        steps: Lanczos steps, hence Hessian-vector products; never more than there are parameters.
+        seed: Seed of the start vector.
+        strategy: How to compute products, see `hessian_spectrum`.
+        mode: Module mode meanwhile: "eval", "train", or "keep" for no change.
+
+    Returns:
+        The directions with their eigenvalues, over all parameters that require grad.
+
+    Raises:
+        ValueError: If an argument is out of range, or Lanczos finds fewer directions.
+        ArithmeticError: If the loss or a product is NaN or infinite.
+        RuntimeError: If the loss cannot be differentiated twice, and `strategy` is "graph" or "recompute".
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> data = (torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))
+        >>> found = dominant_directions(model, [data], lambda m, b: (m(b[0]) - b[1]).square().mean(dim=1), 1)
+        >>> found.directions.abs().round(decimals=3).tolist(), found.eigenvalues.round(3).tolist()
+        ([[0.0], [1.0]], [4.0])
+    """
+    check_count("count", count)
+    options = analysis_options(steps=steps, seed=seed, strategy=strategy, mode=mode)
+    parameters = list(select_parameters(module, options).values())
+    with estimated(module, read_batches(batches), mean_loss(loss_fn), options, [parameters]) as [estimation]:
+        values, vectors, residuals = estimation.leading(count)
+    return DominantDirections(vectors.T, values, residuals)

@@ -1,0 +1,281 @@
+"""How many samples are enough: the use that Kiselev & Grabovoy (2024, arXiv:2409.11995, section 6) point to.
+
+Three things settle as the sample grows: the mean loss, the largest eigenvalue of its Hessian, and C_t. From a pilot
+sample it is estimated how far each of them still moves, and at what size that is as little as asked.
+
+*The loss.* L_{k+1} − L_k = (ℓ_{k+1} − L_k)/(k + 1): one more sample moves the mean by its deviation, divided. A
+quantile of the deviations |ℓ − L| of the pilot, taken as an order statistic as in conformal prediction (Vovk et al.
+2005), holds for the next sample with the promised probability, whatever the distribution.
+
+*The spectrum.* With k samples an extreme eigenvalue, or C_t, has a standard error s√(N/k) and a bias bN/k, with those
+of the pilot of N samples: see `sampling`. As s is estimated from g groups, Student's quantile with g − 1 degrees of
+freedom takes the place of the normal one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from typing_extensions import Unpack
+
+from lightning_hesd.numerics.analysis.api import analysis_options
+from lightning_hesd.numerics.analysis.engine import Context, analyze
+from lightning_hesd.numerics.analysis.sampling_error import samples_needed
+from lightning_hesd.numerics.inputs.batches import batch_size
+from lightning_hesd.sample_size.sample_losses import mean_loss, per_sample_losses, read_batches
+from lightning_hesd.spectra.intervals import chi_square_quantile, student_quantile
+from lightning_hesd.spectra.spectrum import SMALLEST_SCALE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from lightning_hesd.numerics.inputs.batches import WeightedBatch
+    from lightning_hesd.numerics.inputs.options import AnalysisOptions
+    from lightning_hesd.numerics.isolation.modes import Mode
+    from lightning_hesd.sample_size.sample_losses import SampleLoss
+    from lightning_hesd.spectra.spectrum import Spectrum
+
+Quantity = Literal["loss", "lambda_max", "c_t"]
+
+
+@dataclass(frozen=True)
+class Stability:
+    """How stable is stable enough.
+
+    Attributes:
+        tolerance: How far λ_max and C_t may lie from those of infinitely many samples, relative to them.
+        loss_tolerance: How far one more sample may move the mean loss, relative to it.
+    """
+
+    tolerance: float
+    loss_tolerance: float
+
+    def __post_init__(self) -> None:
+        """Check both.
+
+        Raises:
+            ValueError: If one is not positive and finite.
+        """
+        for name, value in vars(self).items():
+            if not 0 < value < math.inf:
+                msg = f"`{name}` must be positive and finite, got {value!r}."
+                raise ValueError(msg)
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """How many samples one quantity needs.
+
+    Attributes:
+        allowed: How far it may move, in its own units.
+        pilot: How far it moves at the size of the pilot sample, with the promised probability, in the same units.
+        samples: Smallest number of samples at which it moves no further than allowed; infinite where the pilot is too
+            small to tell.
+        interval: Between these two that number lies, as far as the pilot's own randomness goes, with the promised
+            probability.
+    """
+
+    allowed: float
+    pilot: float
+    samples: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class SampleSize:
+    """How many samples are enough, and why.
+
+    Attributes:
+        requirements: What each quantity needs.
+        pilot: Number of samples this was found out with.
+        confidence: The promised probability, of each quantity by itself.
+        spectrum: The spectrum of the pilot sample.
+    """
+
+    requirements: dict[Quantity, Requirement]
+    pilot: int
+    confidence: float
+    spectrum: Spectrum
+
+    @property
+    def samples(self) -> float:
+        """The number that is enough for all quantities; infinite where the pilot is too small to tell."""
+        return max(requirement.samples for requirement in self.requirements.values())
+
+    @property
+    def is_extrapolated(self) -> bool:
+        """Whether it lies beyond the pilot's: then a pilot of that size would tell it better."""
+        return self.samples > self.pilot
+
+    def __str__(self) -> str:
+        """Return the numbers in words, a line for each quantity."""
+        lines = [f"{_count(self.samples)} samples are enough (pilot: {self.pilot}, confidence {self.confidence:.0%})"]
+        lines += [
+            f"- {quantity}: {_count(r.samples)} [{_count(r.interval[0])}, {_count(r.interval[1])}] to move by at most "
+            f"{r.allowed:.3g}; with {self.pilot} it moves by {r.pilot:.3g}"
+            for quantity, r in self.requirements.items()
+        ]
+        return "\n".join(lines)
+
+
+def _count(samples: float) -> str:
+    return f"{samples:,.0f}" if math.isfinite(samples) else "more than can be told"
+
+
+def recommend_sample_size(
+    module: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: SampleLoss,
+    *,
+    tolerance: float = 0.1,
+    loss_tolerance: float = 0.01,
+    confidence: float = 0.95,
+    steps: int = 200,
+    seed: int = 0,
+    strategy: Literal["auto", "graph", "recompute", "finite_difference"] = "auto",
+    mode: Mode = "eval",
+) -> SampleSize:
+    """Find the smallest number of samples at which the loss, the largest eigenvalue and C_t are stable.
+
+    With probability `confidence`, for each quantity by itself and over samples drawn at random, the next sample moves
+    the mean loss by at most `loss_tolerance` of it, and λ_max and C_t lie within `tolerance` of those of infinitely
+    many samples. That is to first order for the spectrum: where a few samples carry all curvature, as late in training,
+    it takes more than is said here.
+
+    Args:
+        module: The module, on the device of the batches; afterwards as it was.
+        batches: The pilot sample, at random; read once and kept for the analysis. At least 8 samples, better hundreds.
+        loss_fn: `loss_fn(module, batch)` -> losses of the samples, shape (batch,), which is fast, or their mean, a
+            scalar, for which every sample is evaluated by itself.
+        tolerance: Relative; of C_t, or of 0.001 where C_t is closer to zero, and of λ_max.
+        loss_tolerance: Relative to the mean loss.
+        confidence: The promised probability.
+        steps: Most Lanczos steps; they end when the extremes are known to a quarter of their sampling error.
+        seed: Of the start vector.
+        strategy: How to compute products, see `hessian_spectrum`.
+        mode: Module mode meanwhile: "eval", "train", or "keep" for no change.
+
+    Raises:
+        ValueError: If an argument is out of range, or there are fewer than 8 samples.
+        TypeError: If `loss_fn` does not return a tensor.
+        ArithmeticError: If the loss or a product is NaN or infinite, or the spectrum has no positive eigenvalue.
+    """
+    stability = Stability(tolerance, loss_tolerance)
+    options = pilot_options(steps=steps, seed=seed, strategy=strategy, mode=mode, confidence=confidence)
+    return find_sample_size(module, read_batches(batches), loss_fn, stability=stability, options=options)
+
+
+def pilot_options(
+    *,
+    steps: int,
+    seed: int,
+    strategy: Literal["auto", "graph", "recompute", "finite_difference"],
+    mode: Mode,
+    confidence: float,
+) -> AnalysisOptions:
+    """Return the options with which the pilot sample is analysed; they are those of `recommend_sample_size`."""
+    return analysis_options(
+        steps=steps, seed=seed, strategy=strategy, mode=mode, tolerance="auto", confidence=confidence
+    )
+
+
+def find_sample_size(
+    module: nn.Module,
+    pilot: Sequence[WeightedBatch],
+    loss_fn: SampleLoss,
+    *,
+    stability: Stability,
+    options: AnalysisOptions,
+    **context: Unpack[Context],
+) -> SampleSize:
+    """Do the work of `recommend_sample_size`, in a single process.
+
+    Args:
+        module: The module.
+        pilot: The batches of the pilot sample, at least 8 samples.
+        loss_fn: As for `recommend_sample_size`.
+        stability: How stable is stable enough.
+        options: See `pilot_options`.
+        **context: Where it runs.
+
+    Raises:
+        ArithmeticError: If the spectrum has no positive eigenvalue.
+    """
+    options = replace(options, batch_weight=batch_size)  # what is asked for are numbers of samples
+    spectrum = analyze(module, pilot, mean_loss(loss_fn), options, **context)
+    if spectrum.c_t_sampling_error is None:
+        msg = f"the spectrum has no sampling error: {spectrum.reason or 'no eigenvalue is positive'}."
+        raise ArithmeticError(msg)
+    losses = per_sample_losses(module, [batch.data for batch in pilot], loss_fn, mode=options.mode)
+    tolerance, confidence = stability.tolerance, options.confidence
+    requirements: dict[Quantity, Requirement] = {
+        "loss": loss_requirement(losses, stability.loss_tolerance, confidence),
+        "lambda_max": _spectral_requirement(spectrum, "lambda_max", tolerance, confidence),
+        "c_t": _spectral_requirement(spectrum, "c_t", tolerance, confidence),
+    }
+    return SampleSize(requirements, len(losses), confidence, spectrum)
+
+
+def loss_requirement(losses: NDArray[np.float64], tolerance: float, confidence: float) -> Requirement:
+    """Return how many samples it takes until one more moves their mean loss by at most `tolerance` of it.
+
+    Args:
+        losses: Losses of a pilot sample, shape (N,).
+        tolerance: Relative to their mean.
+        confidence: Probability with which it holds for the next sample.
+    """
+    count, mean = len(losses), float(losses.mean())
+    allowed = tolerance * abs(mean)
+    deviations = np.sort(np.abs(losses - mean))
+    low, at, high = (_order_statistic(deviations, rank) for rank in _ranks(count, confidence))
+
+    def needed(deviation: float) -> float:
+        return max(1.0, math.ceil(deviation / allowed) - 1) if allowed and math.isfinite(deviation) else math.inf
+
+    return Requirement(allowed, at / (count + 1), needed(at), (needed(low), needed(high)))
+
+
+def _ranks(count: int, confidence: float) -> tuple[int, int, int]:
+    """Return ranks, from 1, of order statistics: of the quantile, between two that enclose it.
+
+    The middle one is not exceeded by one more value with this probability. The quantile of the population lies between
+    the others with this probability, too, by the normal approximation of the binomial distribution.
+    """
+    middle = math.ceil(confidence * (count + 1))
+    spread = _normal_quantile(confidence) * math.sqrt(count * confidence * (1 - confidence))
+    return max(1, math.floor(count * confidence - spread)), middle, math.ceil(count * confidence + spread) + 1
+
+
+def _normal_quantile(confidence: float) -> float:
+    return NormalDist().inv_cdf((1 + confidence) / 2)
+
+
+def _order_statistic(ascending: NDArray[np.float64], rank: int) -> float:
+    return float(ascending[rank - 1]) if rank <= len(ascending) else math.inf
+
+
+def _spectral_requirement(
+    spectrum: Spectrum, quantity: Literal["lambda_max", "c_t"], tolerance: float, confidence: float
+) -> Requirement:
+    value: float = getattr(spectrum, quantity)
+    error: float = getattr(spectrum, f"{quantity}_sampling_error")
+    bias: float = getattr(spectrum, f"{quantity}_sampling_bias")
+    degrees = (spectrum.sampling_groups or 2) - 1
+    quantile = student_quantile(confidence, degrees)
+    true = value - bias  # as far as known
+    allowed = tolerance * (max(abs(true), SMALLEST_SCALE) if quantity == "c_t" else abs(true))
+    # The pilot's standard error is one of those that χ² with so many degrees of freedom allows for.
+    tails = ((1 + confidence) / 2, (1 - confidence) / 2)
+    factors = [math.sqrt(degrees / chi_square_quantile(tail, degrees)) for tail in tails]
+    needed = [
+        max(1.0, float(math.ceil(samples_needed(spectrum.num_samples, allowed, q * error, bias))))
+        for q in (quantile, *(factor * _normal_quantile(confidence) for factor in factors))
+    ]
+    return Requirement(allowed, abs(bias) + quantile * error, needed[0], (needed[1], needed[2]))

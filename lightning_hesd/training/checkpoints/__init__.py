@@ -1,0 +1,1 @@
+"""HessianCheckpoint, and the files it writes."""

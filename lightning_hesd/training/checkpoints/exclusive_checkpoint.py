@@ -1,0 +1,152 @@
+"""A ModelCheckpoint whose files are its own: no two states share a path, and no neighbour can take or delete one."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_hesd.training.checkpoints.paths import (
+    DEFAULT_FILENAME,
+    is_same_file,
+    is_written_as,
+    lies_in,
+    may_coincide,
+    place,
+    shares_folder,
+)
+from lightning_hesd.training.compat.internals import name_of
+from lightning_hesd.training.compat.namespaces import join_namespaces, lightning_types, of_every_namespace
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import lightning.pytorch as pl
+    from torch import Tensor
+
+    from lightning_hesd.spectra.selection import Candidate
+
+
+@of_every_namespace("callbacks.ModelCheckpoint")
+class ExclusiveCheckpoint(ModelCheckpoint):
+    """Writes files beside those of other checkpoint callbacks without getting in their way.
+
+    Without a `filename` of the user's, names begin with `name_prefix`. With one they do so only where another callback
+    of the Trainer may write the same name to the same folder. `enable_version_counter=False` allows overwriting what an
+    earlier run has left, as in ModelCheckpoint, but neither a file of this run nor the one it was resumed from.
+
+    Args:
+        **kwargs: Of ModelCheckpoint.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        join_namespaces()
+        super().__init__(**kwargs)
+        self._given = {"dirpath": self.dirpath, "filename": self.filename}  # by the user, of what is set for a run
+        self._found: dict[str, Any] = {}  # and what it was set to
+        self._set_up_by: str | None = None
+        self._knows_neighbours = False
+        self._is_resumed = False
+
+    @property
+    def name_prefix(self) -> str:
+        """What the names of files begin with."""
+        raise NotImplementedError
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Find the folder to write to, anew in every Trainer that fits."""
+        join_namespaces()
+        if stage == TrainerFn.FITTING and name_of(trainer) != self._set_up_by:
+            self._set_up_by = name_of(trainer)
+            self.dirpath = self._as_given("dirpath")
+            if not self._is_resumed:
+                self.forget_run()
+        if stage == TrainerFn.FITTING:
+            self._knows_neighbours = False
+        super().setup(trainer, pl_module, stage)
+        self._found["dirpath"] = self.dirpath
+
+    def _as_given(self, name: str) -> Any:
+        """Return the user's value of an attribute that was set for the last run, unless the user has set it since."""
+        if name not in self._found or getattr(self, name) != self._found[name]:
+            self._given[name] = getattr(self, name)
+        return self._given[name]
+
+    def forget_run(self) -> None:
+        """Start from nothing: a callback may serve several runs."""
+        self.best_model_path = self.last_model_path = self._last_checkpoint_saved = ""
+        self._last_global_step_saved = 0
+
+    def choose_names(self, trainer: pl.Trainer) -> None:
+        """Choose names that no neighbour uses; once all callbacks know their folders, before the first file."""
+        neighbours = [c for c in self._neighbours(trainer) if shares_folder(self, c)]
+        given: str | None = self._as_given("filename")
+        if given is None:
+            self.filename = f"{self.name_prefix}-{DEFAULT_FILENAME}"
+        elif any(may_coincide(given, c, auto_insert_metric_name=self.auto_insert_metric_name) for c in neighbours):
+            self.filename = f"{self.name_prefix}-{given}"
+        else:
+            self.filename = given
+        self._found["filename"] = self.filename
+        # Trainer.fit(ckpt_path="last") looks for names that begin like this.
+        last = type(self).CHECKPOINT_NAME_LAST
+        self.CHECKPOINT_NAME_LAST = f"{last}-{self.name_prefix}" if any(c.save_last for c in neighbours) else last
+
+    def free_path(self, trainer: pl.Trainer, names: dict[str, Tensor], own: Iterable[str]) -> str:
+        """Return a path to write to that belongs to nothing else.
+
+        Args:
+            trainer: The trainer.
+            names: Values for the template of the file name.
+            own: Paths of the files to keep.
+        """
+        taken = {place(path) for path in own}
+        for neighbour in self._neighbours(trainer):
+            files = (neighbour.best_model_path, neighbour.last_model_path, *neighbour.best_k_models)
+            taken.update(place(path) for path in files if path)
+        if trainer.ckpt_path is not None:
+            taken.add(place(trainer.ckpt_path))
+        if self.save_last:
+            taken.add(place(self.format_checkpoint_name(names, self.CHECKPOINT_NAME_LAST)))
+        versions: Iterable[int | None] = itertools.chain([None], itertools.count(self.STARTING_VERSION))
+        paths = (self.format_checkpoint_name(names, ver=version) for version in versions)
+        return next(
+            path
+            for path in paths
+            if place(path) not in taken and not (self._enable_version_counter and self.file_exists(path, trainer))
+        )
+
+    def _neighbours(self, trainer: pl.Trainer) -> list[ModelCheckpoint]:
+        """Return the other callbacks that write checkpoints to a folder; a mock has no attributes of such a one."""
+        kinds = lightning_types("callbacks.ModelCheckpoint")
+        others = [c for c in trainer.checkpoint_callbacks if isinstance(c, kinds) and c is not self]
+        return [c for c in others if hasattr(c, "dirpath") and hasattr(c, "best_k_models")]
+
+    def gone(self, trainer: pl.Trainer, candidates: Iterable[Candidate]) -> list[str]:
+        """Return the paths at which the files of candidates are not, or not any more, the same in every process."""
+        paths = [c.path for c in candidates if not is_written_as(c.path, c.mark)] if trainer.is_global_zero else []
+        found: list[str] = trainer.strategy.broadcast(paths)
+        return found
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """With `save_on_exception`, write the present state under a name of its own."""
+        usual, self.filename = self.filename, f"{self.filename or DEFAULT_FILENAME}-exception"
+        try:
+            super().on_exception(trainer, pl_module, exception)
+        finally:
+            self.filename = usual
+
+    def _should_remove_checkpoint(self, trainer: pl.Trainer, previous: str, current: str) -> bool:
+        """Return whether to delete a checkpoint: only of the own folder, and never the one that was resumed.
+
+        Lightning compares paths as they are written: those with `..` in them would lead out of the folder, links to
+        the resumed file would hide it, and on other filesystems it does not look at all.
+        """
+        resumed = trainer.ckpt_path is not None and is_same_file(previous, trainer.ckpt_path)
+        return (
+            not resumed
+            and super()._should_remove_checkpoint(trainer, previous, current)
+            and lies_in(previous, str(self.dirpath), self.FILE_EXTENSION)
+        )

@@ -1,0 +1,140 @@
+"""Where a HessianCheckpoint stands among the callbacks of a Trainer, and which neighbours to warn of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_hesd.spectra.record import SUFFIXES
+from lightning_hesd.training.checkpoints.checkpoint import HessianCheckpoint
+from lightning_hesd.training.checkpoints.paths import place as path_of
+from lightning_hesd.training.compat.internals import (
+    callbacks_of,
+    looks_before_the_epoch_ends,
+    replace_callbacks,
+    run_folder,
+    warn,
+)
+from lightning_hesd.training.compat.namespaces import MisconfigurationException, in_namespaces, lightning_types
+from lightning_hesd.training.folders import joined
+from lightning_hesd.training.history import SpectrumSource
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from lightning_hesd.training.history import OnError
+
+SETTINGS = frozenset(
+    {
+        *("dirpath", "filename", "monitor", "verbose", "save_last", "save_top_k", "save_weights_only", "mode"),
+        *("auto_insert_metric_name", "save_on_exception", "_save_on_train_epoch_end", "_enable_version_counter"),
+        *("_every_n_train_steps", "_train_time_interval", "_every_n_epochs"),
+    }
+)
+"""Attributes of a ModelCheckpoint that its arguments set."""
+
+
+def insert_checkpoint(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, checkpoint: HessianCheckpoint, on_error: OnError
+) -> None:
+    """Add `checkpoint` to the Trainer's callbacks, and set it up: the Trainer is setting up those it had before.
+
+    Args:
+        trainer: The trainer.
+        pl_module: Its module.
+        stage: What it is about to do.
+        checkpoint: The checkpoint callback.
+        on_error: Whether to "raise" if the Trainer is to write no checkpoints, or to "warn" and add it all the same.
+
+    Raises:
+        MisconfigurationException: If it is to write none, and that is to be raised.
+    """
+    if stage == "fit" and not trainer.checkpoint_callbacks:
+        problem = (
+            f"the rule {checkpoint.rule!r} picks a checkpoint, but the Trainer was made with "
+            "`enable_checkpointing=False`: "
+        )
+        if on_error == "raise":
+            msg = f"{problem}drop one of the two."
+            raise MisconfigurationException(msg)
+        warn(f"{problem}the checkpoints of the rule are written all the same; pass `checkpoint=None` to have none.")
+    callbacks = callbacks_of(trainer)
+    if checkpoint not in callbacks:
+        checkpoint.setup(trainer, pl_module, stage)
+        replace_callbacks(trainer, [*callbacks, checkpoint])
+
+
+def order_checkpoints(trainer: pl.Trainer) -> None:
+    """Put the HessianCheckpoints where "best" is what the user expects: Lightning takes the first checkpoint callback.
+
+    A ModelCheckpoint of the user's, or of a library's, remains the first one. The HessianCheckpoints come next, those
+    passed to a HessianSpectrumCallback before others, and then the ModelCheckpoint that Lightning adds to a Trainer
+    without any, and callbacks that know no best checkpoint. All of them come last, as Lightning has them, also those
+    added to `trainer.callbacks` later. In a new list, because the Trainer may be walking the old one: each callback
+    keeps its turn.
+    """
+    callbacks = callbacks_of(trainer)
+    own = [source.checkpoint for source in callbacks if isinstance(source, SpectrumSource)]
+    others = [checkpoint for checkpoint in trainer.checkpoint_callbacks if checkpoint not in own]
+    is_alone = len(others) == 1 and _is_made_without_arguments(trainer, others[0])
+
+    def place(checkpoint: pl.Callback) -> int:
+        if isinstance(checkpoint, HessianCheckpoint):
+            return 1 if checkpoint in own else 2
+        return 3 if is_alone or not hasattr(checkpoint, "best_model_path") else 0
+
+    checkpoints = sorted(trainer.checkpoint_callbacks, key=place)
+    replace_callbacks(
+        trainer, [*(c for c in callbacks if not isinstance(c, lightning_types("callbacks.Checkpoint"))), *checkpoints]
+    )
+
+
+def _is_made_without_arguments(trainer: pl.Trainer, checkpoint: Any) -> bool:
+    """Return whether this may be the ModelCheckpoint that Lightning adds to a Trainer without any.
+
+    It is made without arguments, and nothing tells it from a plain `ModelCheckpoint()` in `callbacks` that is alone
+    there and does the same: it keeps the last weights.
+    """
+    if type(checkpoint) not in in_namespaces("callbacks.ModelCheckpoint") or any(
+        name.isupper() for name in vars(checkpoint)
+    ):
+        return False
+    plain = vars(type(checkpoint)())
+    differing = {name for name in SETTINGS & vars(checkpoint).keys() if vars(checkpoint)[name] != plain.get(name)}
+    if differing == {"dirpath"} and checkpoint.dirpath is not None:  # found when the callback was set up
+        return path_of(checkpoint.dirpath) == path_of(joined(run_folder(trainer), "checkpoints"))
+    return not differing
+
+
+def warn_about_stale_monitors(trainer: pl.Trainer, name: str, *, sparse: bool) -> None:
+    """Warn of neighbours that would judge weights by a value that is not theirs.
+
+    Args:
+        trainer: The trainer, about to train.
+        name: Prefix of the metrics in question.
+        sparse: Whether some epochs are not analysed.
+    """
+    prefixes = tuple(f"{name}{suffix}/" for suffix in SUFFIXES.values())
+    old = "logged values persist, so where weights were not analysed it judges them by an old value"
+    kinds = lightning_types("callbacks.ModelCheckpoint", "callbacks.EarlyStopping")
+    for callback in callbacks_of(trainer):
+        if not isinstance(callback, kinds):
+            continue
+        if not (getattr(callback, "monitor", None) or "").startswith(prefixes):
+            continue
+        early = looks_before_the_epoch_ends(trainer, callback)
+        if not sparse and not early:
+            continue
+        if isinstance(callback, lightning_types("callbacks.EarlyStopping")):
+            problem = old if sparse else "it looks in validation, before the epoch is analysed, so at the epoch before"
+            remedy = "analyse every epoch, and set `check_on_train_epoch_end=True`"
+        else:
+            problem = old if sparse else "unless `save_on_train_epoch_end=True`, it may save before the analysis"
+            remedy = "use HessianCheckpoint, which ranks analysed weights only"
+        warn(f"{type(callback).__name__}(monitor={callback.monitor!r}): {problem}; {remedy}.")
+    for config in trainer.lr_scheduler_configs:
+        in_question = config.reduce_on_plateau and (config.monitor or "").startswith(prefixes)
+        if in_question and (sparse or config.interval != "epoch"):
+            warn(
+                f"{type(config.scheduler).__name__} with monitor={config.monitor!r}: {old}; analyse every epoch, and "
+                "set `interval='epoch'`."
+            )

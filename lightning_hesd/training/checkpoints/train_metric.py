@@ -1,0 +1,105 @@
+"""The training metric by which checkpoints qualify, and whether a logged value is one of the present weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from lightning_hesd.training.compat.internals import logged_before_the_epoch
+from lightning_hesd.training.compat.namespaces import MisconfigurationException
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from lightning_hesd.spectra.spectrum import Spectrum
+
+    Mode = Literal["min", "max"]
+
+
+class TrainMetric:
+    """A logged metric, or the mean loss of the analysis.
+
+    Logged values persist and say nothing of their age. One belongs to the present weights if it was written after the
+    batch that led to them began: in its `training_step`, as the mean over the epoch that ended with it, or in the
+    validation that followed. Lightning makes a new tensor whenever a metric is logged, or computed from what was
+    logged, and hands out views of it. So another memory address than when the batch began is a new value; the old
+    tensor is held here, so that its address is not used again.
+
+    Args:
+        key: Key of the metric; None: the mean loss of the analysis.
+        mode: Whether less or more of it is better; None: more, except of a loss.
+
+    Raises:
+        MisconfigurationException: If that is not clear.
+    """
+
+    def __init__(self, key: str | None, mode: Mode | None) -> None:
+        self.key = key
+        self.mode = _mode(key, mode)
+        self._step = -1
+        self._before: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the options without the logged tensor, whose address means nothing in a copy."""
+        return {**vars(self), "_step": -1, "_before": None}
+
+    def restart(self, trainer: pl.Trainer) -> None:
+        """Begin with a run: what is there already is old."""
+        self._step, self._before = trainer.global_step, self._value(trainer)
+
+    def begin_batch(self, trainer: pl.Trainer) -> None:
+        """Remember what is there before the first of the batches that make up an optimizer step."""
+        if trainer.global_step != self._step:
+            self.restart(trainer)
+
+    def goodness(self, trainer: pl.Trainer, spectrum: Spectrum) -> float | None:
+        """Return the metric of the present weights, its sign such that higher is better; None if it is not known."""
+        sign = 1.0 if self.mode == "max" else -1.0
+        if self.key is None:
+            return sign * spectrum.loss
+        value = self._value(trainer)
+        is_old = _is_same(value, self._before) or logged_before_the_epoch(trainer, self.key)
+        return None if value is None or is_old else sign * float(value)
+
+    def complaint(self, trainer: pl.Trainer, ours: str) -> str:
+        """Return why the metric of the present weights is not known, and what to do.
+
+        Args:
+            trainer: The trainer.
+            ours: What the names of our own metrics begin with.
+        """
+        why = "the metric was last logged for older weights"
+        if self.key not in trainer.callback_metrics:
+            logged = sorted(key for key in trainer.callback_metrics if not key.startswith(ours))
+            why = f"the metric is not among those logged so far, {logged}"
+        return (
+            f"HessianCheckpoint(train_metric={self.key!r}) does not rank the analysis of epoch {trainer.current_epoch} "
+            f"after step {trainer.global_step}, nor others like it: {why}. Within an epoch it must be logged in "
+            "`training_step` with `on_step=True`; at the end of an epoch by the end of the module's "
+            "`on_train_epoch_end`; in validation only where validation comes right after the analysed step. Log it so, "
+            "analyse after such epochs or steps only, or leave `train_metric` out to go by the loss of the analysis."
+        )
+
+    def _value(self, trainer: pl.Trainer) -> Any:
+        return None if self.key is None else trainer.callback_metrics.get(self.key)
+
+
+def _is_same(value: Any, before: Any) -> bool:
+    if isinstance(value, torch.Tensor) and isinstance(before, torch.Tensor):
+        return value.data_ptr() == before.data_ptr()
+    return value is before
+
+
+def _mode(metric: str | None, mode: Mode | None) -> Mode:
+    if mode not in {None, "min", "max"}:
+        msg = f"`train_metric_mode` must be 'min' or 'max', got {mode!r}."
+        raise MisconfigurationException(msg)
+    if mode is not None:
+        return mode
+    if metric is None:
+        return "min"
+    if any(word in metric.lower() for word in ("loss", "err")):
+        msg = f"`train_metric={metric!r}` sounds as if lower were better: say so with `train_metric_mode='min'`."
+        raise MisconfigurationException(msg)
+    return "max"

@@ -1,0 +1,1 @@
+"""The training around an analysis stays as it was."""

@@ -1,0 +1,76 @@
+"""WandbLogger: histograms, charts, figures and tables of each analysis, and all spectra as an artifact."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lightning_hesd.plotting.density import LOWEST_PART
+from lightning_hesd.training.loggers.sink import LAYER_COLUMNS, figures, layer_rows, saved, title
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import WandbLogger
+    from wandb.plot import CustomChart
+
+    from lightning_hesd.spectra.spectrum import Spectrum
+    from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
+
+THINNING = 5
+"""Of the density's points every fifth is in a chart: three or more on each standard deviation of the smoothing."""
+
+
+class WandbSink:
+    """The densities as histograms, charts and figures, layers and verdicts as tables; the spectra as an artifact."""
+
+    def __init__(self, logger: WandbLogger, name: str) -> None:
+        import wandb  # noqa: PLC0415 - there only if its logger is used
+
+        self._wandb = wandb
+        self._logger = logger
+        self._name = name
+
+    def write(self, history: SpectrumHistory, step: int) -> None:
+        """Write the last record, which has a spectrum, at `step` of the logger's axis."""
+        record = history[-1]
+        shown: dict[str, Any] = {}
+        for suffix, spectrum in record.spectra.items():
+            shown[f"{suffix}/density"] = self._wandb.Histogram(np_histogram=spectrum.histogram())
+            shown[f"{suffix}/density_chart"] = self._chart(spectrum, f"{self._name}{suffix}, {title(record)}")
+        for tag, image in figures(history):
+            shown[tag] = self._wandb.Image(image, caption=title(record))
+        shown |= {
+            tag: self._wandb.Table(columns=columns, data=rows) for tag, (columns, rows) in _tables(record).items()
+        }
+        # Through the logger, which has the prefix and the axis: W&B itself counts calls.
+        self._logger.log_metrics({f"{self._name}{tag}": value for tag, value in shown.items()}, step=step)
+
+    def finish(self, history: SpectrumHistory) -> None:
+        """Write all spectra with their index as one artifact of type "hesd"."""
+        run = self._logger.experiment
+        artifact = self._wandb.Artifact(f"{re.sub(r'[^A-Za-z0-9_.-]', '_', self._name)}-{run.id}", type="hesd")
+        with saved(history) as folder:
+            artifact.add_dir(str(folder))
+        run.log_artifact(artifact)
+
+    def _chart(self, spectrum: Spectrum, headline: str) -> CustomChart:
+        """Return a chart of the density to zoom into, of logarithms because W&B's charts have no logarithmic axis."""
+        grid, density = (values[::THINNING] for values in spectrum.density())
+        logarithms = np.log10(density.clip(density.max() * LOWEST_PART))
+        columns = ["eigenvalue", "log10 density"]
+        table = self._wandb.Table(columns=columns, data=np.stack([grid, logarithms], axis=1).tolist())
+        return self._wandb.plot.line(table, *columns, title=headline)
+
+
+def _tables(record: SpectrumRecord) -> dict[str, tuple[list[str], list[list[Any]]]]:
+    """Return columns and rows of what is text, or has too many numbers for charts."""
+    tables: dict[str, tuple[list[str], list[list[Any]]]] = {}
+    when = [record.epoch, record.global_step]
+    if record.layers:
+        rows = [[*when, *row] for row in layer_rows(record.layers)]
+        tables["/layers"] = (["epoch", "step", *LAYER_COLUMNS], rows)
+    if record.assessment is not None:
+        row = [*when, record.assessment.verdict, "\n".join(record.assessment.reasons)]
+        tables["/assessment"] = (["epoch", "step", "generalization", "reasons"], [row])
+    return tables

@@ -1,0 +1,283 @@
+"""Reading batches from a loader's data, in this process or through the loader's own kind of workers.
+
+Every batch of a map-style dataset is read from the same state of the dataset and of the random number generators,
+whoever reads it and whatever was read before: augmentation is the same for any number of processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from lightning_hesd.numerics.inputs import batches
+from lightning_hesd.numerics.inputs.batches import WeightedBatch, copied
+from lightning_hesd.numerics.isolation.snapshot import preserved, seed_everything
+from lightning_hesd.training.compat.namespaces import FABRIC, in_namespaces
+from lightning_hesd.training.samples.copies import NotCopiedError, private_copy
+from lightning_hesd.training.samples.sources import is_combined, is_plain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from lightning_hesd.numerics.inputs.batches import Weigh
+    from lightning_hesd.training.samples.epochs import PlannedBatch
+
+    Made = tuple[Any, int | None]
+    """A batch, and from how many positions or items it was made, if that is known."""
+
+T = TypeVar("T")
+
+
+class CollationError(RuntimeError):
+    """The collate function does not put these samples together."""
+
+
+@dataclass(frozen=True)
+class ReadBatch:
+    """A batch as the collate function made it.
+
+    Attributes:
+        data: The batch.
+        size: Its number of samples; 0 where training would skip it.
+        weight: Its weight in the mean loss.
+        doubt: Why the size is a guess; None if it is none.
+    """
+
+    data: Any
+    size: float
+    weight: float
+    doubt: str | None = None
+
+    def weighted(self, data: Any, index: int, position: int, *, is_spare: bool = False) -> WeightedBatch:
+        """Return it as a batch of the analysis, with these data in place of its own."""
+        return WeightedBatch(data, self.weight, index, position=position, size=self.size, is_spare=is_spare)
+
+
+class Reader:
+    """Reads batches of a loader."""
+
+    def __init__(
+        self,
+        loader: Any,
+        seed: int,
+        restore: Callable[[], None],
+        batch_weight: Weigh | None,
+        *,
+        uses_up: bool = False,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            loader: A DataLoader, or any other iterable of batches.
+            seed: Seed of whatever is random in the dataset.
+            restore: Puts the state of the dataset back.
+            batch_weight: Weight of a batch; None: its number of samples.
+            uses_up: Whether a loader that cannot be copied may be iterated itself.
+        """
+        self._loader = loader
+        self._uses_up = uses_up
+        self._seed = seed
+        self._restore = restore
+        self._batch_weight = batch_weight
+
+    def planned(self, planned: Sequence[tuple[int, PlannedBatch]]) -> list[ReadBatch]:
+        """Read batches of a map-style dataset, given with their numbers, which go into the seeds."""
+        loader = self._loader
+        source = _Batches(loader.dataset, loader.collate_fn, self._seed)
+        items = [(number, batch.keys) for number, batch in planned]
+
+        def here() -> list[Any]:
+            return [source.read(item, self._restore) for item in items]
+
+        def through_workers() -> list[Any]:
+            init = functools.partial(_init_worker, loader.worker_init_fn)
+            workers = min(loader.num_workers, len(items))
+            own = self._worker_loader(source, sampler=items, collate_fn=_unchanged, init=init, workers=workers)
+            return list(_read(own))
+
+        made = self._anyhow(here, through_workers) if items else []
+        return [measured(data, len(keys), self._batch_weight) for data, (_, keys) in zip(made, items, strict=True)]
+
+    def stream(self, num_samples: int, batch_size: int | None) -> list[ReadBatch]:
+        """Read batches, of so many samples together, from the beginning of what cannot be addressed by position.
+
+        Raises:
+            NotCopiedError: If the loader cannot be copied, and may not be used up.
+        """
+
+        def here() -> list[ReadBatch]:
+            taken: list[ReadBatch] = []
+            made = self._made(batch_size, lambda: num_samples - sum(batch.size for batch in taken))
+            return self._until(num_samples, made, taken)
+
+        def through_workers() -> list[ReadBatch]:
+            return self._until(num_samples, self._made_by_workers(batch_size), [])
+
+        try:
+            return self._anyhow(here, through_workers)
+        except NotCopiedError:
+            if not self._uses_up:
+                raise
+            self._restore()
+            return self._until(num_samples, ((batch, None) for batch in _read(self._loader)), [])
+
+    def _until(self, num_samples: int, made: Iterable[Made], taken: list[ReadBatch]) -> list[ReadBatch]:
+        for data, made_from in made:
+            taken.append(measured(data, made_from, self._batch_weight))
+            if sum(batch.size for batch in taken) >= num_samples:
+                break
+        return taken
+
+    def _made(self, batch_size: int | None, wanted: Callable[[], float]) -> Iterator[Made]:
+        """Yield batches, read in this process from copies of what reading uses up."""
+        loader = self._loader
+        if not is_plain(loader):
+            copy = private_copy(loader, getattr(loader, "dataset", None))
+            yield from ((batch, None) for batch in _batches(copy, iter(copy)))
+        elif not isinstance(loader.dataset, IterableDataset):  # each of the sampler's keys stands for a whole batch
+            for key in private_copy(loader.sampler, loader.dataset):
+                yield loader.collate_fn(loader.dataset[key]), _made_from(key)
+        elif loader.batch_size is None:  # the dataset yields whole batches
+            yield from ((loader.collate_fn(batch), None) for batch in private_copy(loader.dataset))
+        else:
+            items, most = iter(private_copy(loader.dataset)), batch_size or loader.batch_size
+            whole = loader.drop_last and batch_size is None
+            while chunk := list(itertools.islice(items, most if whole else min(most, math.ceil(wanted())))):
+                if not whole or len(chunk) == most:
+                    yield loader.collate_fn(chunk), len(chunk)
+
+    def _made_by_workers(self, batch_size: int | None) -> Iterator[Made]:
+        loader = self._loader
+        if not is_plain(loader):
+            yield from ((batch, None) for batch in _read(private_copy(loader, loader.dataset, in_process=False)))
+            return
+        how: dict[str, Any] = {"init": loader.worker_init_fn, "workers": loader.num_workers}
+        how["collate_fn"] = loader.collate_fn
+        made_from = None
+        if not isinstance(loader.dataset, IterableDataset):
+            how["sampler"] = private_copy(loader.sampler, loader.dataset)
+        else:
+            private_copy(loader.dataset)  # what cannot be copied, workers may share with training: a queue, a socket
+            if loader.batch_size is not None:
+                how["drop_last"] = loader.drop_last and batch_size is None
+                made_from = how["batch_size"] = batch_size or loader.batch_size
+        yield from ((batch, made_from) for batch in _read(self._worker_loader(loader.dataset, **how)))
+
+    def _worker_loader(self, dataset: Any, *, init: Any, workers: int, **how: Any) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            **{"batch_size": None, **how},
+            num_workers=max(workers, 1),
+            worker_init_fn=init,
+            multiprocessing_context=self._loader.multiprocessing_context,
+            timeout=self._loader.timeout,
+            generator=torch.Generator().manual_seed(self._seed),
+        )
+
+    def _anyhow(self, here: Callable[[], T], through_workers: Callable[[], T]) -> T:
+        """Read in this process, or through workers where training does so and the data need it.
+
+        They may if the loader has a function of its own to prepare its workers.
+        """
+        if not getattr(self._loader, "num_workers", 0) or not isinstance(self._loader, DataLoader):
+            return here()
+        if _has_own_init(self._loader):
+            return through_workers()
+        try:
+            return here()
+        except Exception as error:  # noqa: BLE001 - raised again below, if the workers fail as well
+            self._restore()
+            try:
+                return through_workers()
+            except Exception as again:
+                raise error from again
+
+
+def measured(data: Any, made_from: int | None, batch_weight: Weigh | None) -> ReadBatch:
+    """Return a batch with its size and weight.
+
+    Args:
+        data: The batch.
+        made_from: Number of positions or items that it was made from, if known.
+        batch_weight: Weight of a batch; None: its number of samples.
+    """
+    if data is None:  # Lightning skips it
+        return ReadBatch(data, 0.0, 0.0)
+    return ReadBatch(data, *batches.measured(data, batch_weight, made_from))
+
+
+def _batches(loader: Any, iterator: Iterator[Any]) -> Iterator[Any]:
+    """Return the batches that an iterator over a loader, or over several together, yields."""
+    return (batch for batch, _, _ in iterator) if is_combined(loader) else iterator
+
+
+def _has_own_init(loader: DataLoader[Any]) -> bool:
+    init: Any = loader.worker_init_fn
+    return init is not None and getattr(init, "func", init) not in in_namespaces(
+        "utilities.seed.pl_worker_init_function", of=FABRIC
+    )
+
+
+def _made_from(key: Any) -> int | None:
+    return len(key) if isinstance(key, list | tuple) else None
+
+
+def _read(loader: Any) -> Iterator[Any]:
+    """Yield the batches of a loader with workers, in memory of this process, and end the workers it does not keep."""
+    iterator = iter(loader)
+    try:
+        yield from map(copied, _batches(loader, iterator))
+    finally:
+        end = getattr(iterator, "_shutdown_workers", None)
+        if end is not None and getattr(loader, "_iterator", None) is not iterator:
+            end()
+
+
+class _Batches(Dataset[Any]):
+    """Whole batches of a dataset, addressed by their numbers and the keys of their samples."""
+
+    def __init__(self, dataset: Any, collate_fn: Callable[[Any], Any], seed: int) -> None:
+        self.dataset = dataset
+        self._collate_fn = collate_fn
+        self._seed = seed
+        self._preserved: Any = None
+        self._restore: Callable[[], None] | None = None
+
+    def __getitem__(self, item: tuple[int, Sequence[Any]]) -> Any:
+        """Read a batch in a worker."""
+        if self._restore is None:  # in this worker for the first time, and for good
+            self._preserved = preserved(self.dataset, self._collate_fn, tensors=False)
+            self._restore = self._preserved.__enter__()
+        return self.read(item, self._restore)
+
+    def read(self, item: tuple[int, Sequence[Any]], restore: Callable[[], None]) -> Any:
+        number, keys = item
+        restore()
+        seed_everything(self._seed + number)
+        if getattr(self.dataset, "__getitems__", None):
+            samples = self.dataset.__getitems__(keys)
+        else:
+            samples = [self.dataset[key] for key in keys]
+        try:
+            return self._collate_fn(samples)
+        except Exception as error:
+            msg = f"`collate_fn` fails for a batch of {len(keys)} samples ({type(error).__name__}: {error})"
+            raise CollationError(msg) from error
+
+
+def _init_worker(own: Callable[[int], None] | None, worker_id: int) -> None:
+    """Let the function that prepares the loader's workers find the dataset it knows."""
+    info: Any = get_worker_info()
+    object.__setattr__(info, "dataset", info.dataset.dataset)
+    if own is not None:
+        own(worker_id)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,383 @@
+"""The command line: real checkpoints of a real run, from this process and from another one."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from torch.utils.data import DataLoader
+
+from lightning_hesd import HessianSpectrumCallback, Spectrum, __main__, commands
+from lightning_hesd.commands.cli import main
+from lightning_hesd.sample_size.recommendation import recommend_sample_size
+from tests.training import cli_project
+from tests.training.modules import Digits
+
+MODEL = ["--model", "tests.training.cli_project.Net", "--data", "tests.training.cli_project.Data"]
+STEPS = [f"--analysis.{name}={value}" for name, value in cli_project.ANALYSIS.items()]
+CPU = ["--accelerator", "cpu"]
+
+Run = tuple[HessianSpectrumCallback, list[Path]]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return cli_project.run(tmp_path_factory.mktemp("run"), preconditioner="optimizer")
+
+
+def analyze(out: Path, *arguments: Any, model: list[str] | None = None) -> dict[str, Any]:
+    main(["analyze", *map(str, arguments), *(MODEL if model is None else model), *STEPS, *CPU, "--out", str(out)])
+    return json.loads((out / "results.json").read_text())
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    """Return the one line that a refused command leaves."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in arguments])
+    assert exit_.value.code in {1, 2}
+    said = capsys.readouterr().err
+    assert said.startswith("lightning-hesd: error: ")
+    assert said.count("\n") == 1
+    return said
+
+
+def test_another_process_finds_what_the_callback_found(trained: Run, tmp_path: Path) -> None:
+    spectra, paths = trained
+    command = [sys.executable, "-m", "lightning_hesd"]
+    arguments = ["analyze", str(paths[0].parent / "*.ckpt"), *MODEL, *STEPS, *CPU, "--generalization", "val"]
+    arguments += ["--through_optimizer", "true", "--out", str(tmp_path / "out")]
+    finished = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    for record, path in zip(spectra.history, paths, strict=True):
+        pairs = [
+            (record.spectrum, f"{path.stem}.npz"),
+            (record.generalization, f"{path.stem}_gen.npz"),
+            (record.preconditioned, f"{path.stem}_pre.npz"),
+        ]
+        for theirs, name in pairs:
+            ours = Spectrum.load(tmp_path / "out" / "spectra" / name)
+            assert theirs is not None
+            assert ours.num_samples == theirs.num_samples
+            for value in ("c_t", "lambda_min", "lambda_max"):
+                assert getattr(ours, value) == pytest.approx(getattr(theirs, value), rel=1e-5)
+            assert ours.k_h() == pytest.approx(theirs.k_h(), rel=1e-3)
+            assert (tmp_path / "out" / "figures" / name).with_suffix(".png").stat().st_size > 10_000
+    with (tmp_path / "out" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row, record in zip(rows, spectra.history, strict=True):
+        assert record.assessment is not None
+        assert (int(row["epoch"]), int(row["step"])) == (record.epoch, record.global_step)
+        assert row["generalization"] == record.assessment.verdict
+        assert float(row["delta_k_h05"]) == pytest.approx(record.assessment.delta_k_h05, rel=1e-3)
+        assert float(row["stability_ratio"]) == pytest.approx(record.stability_ratio, rel=1e-5)
+    assert {rule for row in rows for rule in row["picked_by"].split(", ") if rule} == {"highest C_t", "lowest λ_max"}
+    assert "picked by" in finished.stdout
+    assert "[3/3]" in finished.stdout
+
+
+@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+def test_several_processes_find_what_one_finds(trained: Run, tmp_path: Path, launcher: str) -> None:
+    """Also at the second checkpoint, for which there are processes already; process zero writes and speaks for all."""
+    spectra, paths = trained
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m"] if launcher == "torchrun" else [sys.executable, "-m"]
+    arguments = ["lightning_hesd", "analyze", *map(str, paths[:2]), *MODEL, *STEPS, *CPU, "--out", str(tmp_path)]
+    processes = ["--batch_size", "8", "--devices", "2", "--strategy", "ddp"]
+    finished = subprocess.run(
+        [*command, *arguments, *processes], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "MEMBER: 2/2" in finished.stderr
+    assert finished.stdout.count("[1/2]") == finished.stdout.count("[2/2]") == 1
+    for record, path in zip(spectra.history, paths[:2], strict=False):
+        assert record.spectrum is not None
+        ours = Spectrum.load(tmp_path / "spectra" / f"{path.stem}.npz")
+        assert ours.num_samples == record.spectrum.num_samples > 8
+        assert ours.c_t == pytest.approx(record.spectrum.c_t, rel=1e-5)
+
+
+def test_estimate(capsys: pytest.CaptureFixture[str]) -> None:
+    machine = ["--gradient_seconds", "0.01", "--memory_bandwidth", "1000"]
+    main(["estimate", "--params", "1e9", *machine])
+    said = capsys.readouterr().out
+    # 100 products of two gradients and three more, of 512 samples at 10 ms; 111 vectors of a billion float32.
+    assert "100 products, in all 223 gradients" in said
+    assert "products     19.0 min" in said
+    assert "memory         413.5 GiB a process" in said
+    assert "without basis  41.0 GiB" in said
+    main(["estimate", "--params", "1e9", "--processes", "8", "--sharded", "true", *machine])
+    said = capsys.readouterr().out
+    assert "memory         51.7 GiB a process" in said
+    main(["estimate", "--params", "1e6", "--gradient_seconds", "0.01"])
+    assert " at 0 GB/s" not in capsys.readouterr().out  # measured
+
+
+@pytest.mark.parametrize(
+    ("arguments", "trouble"),
+    [
+        (["--params", "-1"], "`parameters` must be a positive integer, got -1"),
+        (["--params", "1e9", "--strategy", "guess"], "guess"),
+        (["--params", "1e9", "--network_bandwidth", "0"], "`network_bandwidth` must be positive, got 0.0"),
+        (["--params", "1e9", "--graph_bytes", "-1"], "`graph_bytes` must be at least 0 and finite, got -1.0"),
+    ],
+)
+def test_estimate_refuses_in_one_line(arguments: list[str], trouble: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert trouble in refused(capsys, "estimate", "--gradient_seconds", "0.01", *arguments)
+
+
+def test_an_interrupted_run_goes_on(
+    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, paths = trained
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for path in paths[:2]:
+        shutil.copy2(path, folder)
+    analyze(tmp_path / "out", folder / "*.ckpt")
+    before = (tmp_path / "out" / "spectra" / "epoch=0.npz").stat().st_mtime_ns
+    shutil.copy2(paths[2], folder)
+    capsys.readouterr()
+    found = analyze(tmp_path / "out", folder / "*.ckpt")
+    assert sorted(found["checkpoints"]) == ["epoch=0", "epoch=1", "epoch=2"]
+    assert (tmp_path / "out" / "spectra" / "epoch=0.npz").stat().st_mtime_ns == before
+    said = capsys.readouterr().out
+    assert said.count("(known)") == 2
+    # A file that has changed since is analysed anew.
+    shutil.copy(paths[1], folder / paths[0].name)
+    assert analyze(tmp_path / "out", folder / "*.ckpt")["table"][0]["epoch"] == 1
+
+
+def test_results_of_other_options_are_not_mixed(
+    trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, paths = trained
+    analyze(tmp_path / "out", paths[0])
+    said = refused(
+        capsys, "analyze", paths[0], *MODEL, *CPU, "--analysis.steps=7", "--num_samples=9", "--out", tmp_path / "out"
+    )
+    assert "results.json has results of another analysis (`" in said
+    (tmp_path / "out" / "results.json").write_text("{")
+    said = refused(capsys, "analyze", paths[0], *MODEL, *CPU, "--out", tmp_path / "out")
+    assert "results.json is damaged" in said
+
+
+def test_a_configuration_of_lightning_cli_will_do(trained: Run, tmp_path: Path) -> None:
+    _, paths = trained
+    config = {
+        "seed_everything": 1,
+        "trainer": {"max_epochs": 3},
+        "model": {
+            "class_path": "tests.training.cli_project.Net",
+            "init_args": {"width": 6, "activation": {"class_path": "torch.nn.Sigmoid"}},
+        },
+        "data": {"class_path": "tests.training.cli_project.Data", "init_args": {"size": 20}},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    from_config = ["--config", tmp_path / "config.yaml"]
+    sigmoid = analyze(tmp_path / "out", paths[0], *from_config, "--num_samples=24", model=[])
+    tanh = analyze(tmp_path / "tanh", paths[0], "--num_samples=24")
+    assert sigmoid["table"][0]["loss"] != tanh["table"][0]["loss"]
+    # What the command line says goes first.
+    smaller = analyze(tmp_path / "smaller", paths[0], *from_config, "--data.size=16", "--num_samples=99", model=[])
+    assert Spectrum.load(tmp_path / "smaller" / "spectra" / "epoch=0.npz").num_samples == 16
+    assert smaller["options"]["data_args"] == {"size": 16}
+
+
+def test_samples_of_the_run_must_exist(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, paths = trained
+    said = refused(capsys, "analyze", paths[0], *MODEL, *CPU, "--data.size=20", "--out", tmp_path / "out")
+    assert "but there are 20: these are not the data of that run. Draw others with another `num_samples`" in said
+
+
+def test_another_data_module_for_generalization(trained: Run, tmp_path: Path) -> None:
+    _, paths = trained
+    other = ["--generalization", "tests.training.cli_project.Other", "--generalization.batch_size=4"]
+    found = analyze(tmp_path / "other", paths[2], *other, "--num_samples=40")
+    own = analyze(tmp_path / "own", paths[2], "--generalization=val", "--num_samples=40")
+    for key in ("delta_r_e", "delta_k_h05"):
+        assert found["table"][0][key] == pytest.approx(own["table"][0][key], rel=1e-3)
+
+
+def test_checkpoints_of_one_name_are_told_apart(trained: Run, tmp_path: Path) -> None:
+    _, paths = trained
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(paths[0], tmp_path / folder)
+    found = analyze(tmp_path / "out", tmp_path / "a" / "epoch=0.ckpt", tmp_path / "b" / "epoch=0.ckpt")
+    assert sorted(found["checkpoints"]) == ["b_epoch=0", "epoch=0"]
+
+
+def test_manual_optimization_needs_a_loss(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, paths = trained
+    manual = ["--model=tests.training.cli_project.ManualNet", *MODEL[2:]]
+    said = refused(capsys, "analyze", paths[0], *manual, *CPU, "--out", tmp_path / "out")
+    assert "ManualNet uses manual optimization" in said
+    with_loss = analyze(tmp_path / "out", paths[0], "--loss_fn=tests.training.cli_project.loss", model=manual)
+    plain = analyze(tmp_path / "plain", paths[0])
+    assert with_loss["table"][0]["c_t"] == plain["table"][0]["c_t"]
+
+
+def test_optimizers_must_have_their_states(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, paths = trained
+    checkpoint = torch.load(paths[0], weights_only=True)
+    torch.save(checkpoint | {"optimizer_states": []}, tmp_path / "weights.ckpt")
+    said = refused(
+        capsys, "analyze", tmp_path / "weights.ckpt", *MODEL, *CPU, "--through_optimizer=true", "--out", tmp_path / "o"
+    )
+    assert "the checkpoint has the states of 0 optimizers, the module 1 optimizers" in said
+
+
+def test_frozen_weights_on_request(trained: Run, tmp_path: Path) -> None:
+    _, paths = trained
+    analyze(tmp_path / "out", paths[0], "--analysis.include_frozen=true", "--analysis.tolerance=0.5")
+    assert Spectrum.load(tmp_path / "out" / "spectra" / "epoch=0.npz").tolerance == 0.5
+
+
+def test_bad_input_takes_one_line(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, paths = trained
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    torch.save({"weights": 1}, tmp_path / "other.ckpt")
+    torch.save({"state_dict": {}, "object": Path("x")}, tmp_path / "object.ckpt")
+    damaged = bytearray(paths[0].read_bytes())
+    (tmp_path / "cut.ckpt").write_bytes(damaged[: len(damaged) // 2])
+    out = ["--out", str(tmp_path / "out")]
+    cases: list[tuple[list[Any], str]] = [
+        ([tmp_path / "none.ckpt"], "none.ckpt does not exist"),
+        ([tmp_path / "*.none"], "no file matches"),
+        ([tmp_path], "is no file"),
+        ([tmp_path / "text.ckpt"], "text.ckpt"),
+        ([tmp_path / "cut.ckpt"], "cut.ckpt cannot be read as a checkpoint"),
+        ([tmp_path / "other.ckpt"], "is no Lightning checkpoint: it has no 'state_dict'"),
+        ([tmp_path / "object.ckpt"], r"--unsafe"),
+        ([paths[0], "--model.width=7"], "do not fit Net: "),
+        ([paths[0], "--model.depth=7"], "Net cannot be instantiated: "),
+        (
+            [paths[0], "--model=tests.training.cli_project.Nothing"],
+            "cannot import 'tests.training.cli_project.Nothing'",
+        ),
+        ([paths[0], "--model=nowhere.Net"], "cannot import 'nowhere.Net': No module named 'nowhere'"),
+        ([paths[0], "--model=tests.training.cli_project.Data"], "must be a LightningModule, got "),
+        ([paths[0], "--generalization=tests.training.cli_project.Net"], "must be a LightningDataModule"),
+        ([paths[0], "--config", tmp_path / "none.yaml"], "cannot read the configuration"),
+        ([paths[0], "--analysis.steps=0"], "`steps` must be a positive integer, got 0"),
+        ([paths[0], "--analysis.steps=many"], "steps"),
+        ([paths[0], "--step=5"], "--step"),
+    ]
+    for arguments, message in cases:
+        said = refused(capsys, "analyze", *MODEL, *CPU, *out, *arguments)
+        assert message in said, said
+    assert "there is no model: pass --model package.Class" in refused(capsys, "analyze", paths[0], *out)
+    assert "subcommand" in refused(capsys)
+    assert not (tmp_path / "out" / "results.csv").exists()
+
+
+def test_objects_are_loaded_on_request_only(trained: Run, tmp_path: Path) -> None:
+    _, paths = trained
+    checkpoint = torch.load(paths[0], weights_only=True)
+    torch.save(checkpoint | {"object": Path("x")}, tmp_path / "object.ckpt")
+    found = analyze(tmp_path / "out", tmp_path / "object.ckpt", "--unsafe=true")
+    assert found["table"][0]["c_t"] is not None
+
+
+def test_one_failure_does_not_stop_the_others(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, paths = trained
+    checkpoint = torch.load(paths[0], weights_only=True)
+    checkpoint["state_dict"]["net.0.bias"].fill_(torch.nan)
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    said = refused(capsys, "analyze", tmp_path / "a.ckpt", paths[1], *MODEL, *STEPS, *CPU, "--out", tmp_path / "out")
+    assert "1 of 2 analyses failed; the first, of " in said
+    assert "the loss of batch 0 is nan" in said
+    table = json.loads((tmp_path / "out" / "results.json").read_text())["table"]
+    assert [row["error"] is None for row in table] == [False, True]
+    assert table[1]["picked_by"] == "highest C_t, lowest λ_max"
+
+
+def test_assess_and_plot(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spectra, _ = trained
+    record = spectra.history[-1]
+    assert record.spectrum is not None
+    assert record.generalization is not None
+    assert record.assessment is not None
+    record.spectrum.save(tmp_path / "train.npz")
+    record.generalization.save(tmp_path / "gen.npz")
+    main(["assess", str(tmp_path / "train.npz"), str(tmp_path / "gen.npz")])
+    said = capsys.readouterr().out
+    assert said.splitlines() == [
+        f"generalization: {record.assessment.verdict}",
+        *(f"- {reason}" for reason in record.assessment.reasons),
+    ]
+    main(["plot", str(tmp_path / "train.npz"), str(tmp_path / "gen.npz"), "--out", str(tmp_path / "figures")])
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["gen.png", "train.png"]
+    main(["plot", str(tmp_path / "train.npz")])
+    assert (tmp_path / "train.png").stat().st_size > 10_000
+    (tmp_path / "bad.npz").write_bytes(b"no archive")
+    assert "bad.npz is not a spectrum" in refused(capsys, "plot", tmp_path / "bad.npz", "--out", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    assert "none.npz" in refused(capsys, "assess", tmp_path / "none.npz", tmp_path / "gen.npz")
+
+
+def test_sample_size(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, paths = trained
+    asked = ["--tolerance=0.3", "--confidence=0.8", "--steps=40"]
+    main(["sample-size", str(paths[0]), str(paths[2]), *MODEL, *CPU, "--num_samples=40", *asked])
+    said = capsys.readouterr().out
+    # All samples that there are, so that those of the command are known.
+    module = cli_project.Net.load_from_checkpoint(paths[2])
+    found = recommend_sample_size(
+        module,
+        DataLoader(Digits(40), batch_size=8),
+        lambda net, batch: F.cross_entropy(net.net(batch[0]), batch[1], reduction="none"),
+        tolerance=0.3,
+        confidence=0.8,
+        steps=40,
+    )
+    ours = said[said.index(str(paths[2])) :].removeprefix(f"{paths[2]}: ").splitlines()
+    assert said.startswith(f"{paths[0]}: ")
+    assert said.count("samples are enough (pilot: 40, confidence 80%)") == 2
+    assert ours[1] == str(found).splitlines()[1]  # the loss; the spectra differ by grouping
+    for name in ("lambda_max", "c_t"):
+        (line,) = (line for line in ours if line.startswith(f"- {name}: "))
+        samples = float(line.split()[2].replace(",", ""))
+        assert found.requirements[name].interval[0] / 2 < samples < 2 * found.requirements[name].interval[1]
+
+    main(["sample-size", str(paths[0]), *MODEL, *CPU])
+    assert "(pilot: 24, " in capsys.readouterr().out  # the samples of the run
+
+
+def test_sample_size_refuses_in_one_line(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, paths = trained
+    checkpoint = torch.load(paths[0], weights_only=True)
+    checkpoint["state_dict"]["net.0.bias"].fill_(torch.nan)
+    torch.save(checkpoint, tmp_path / "nan.ckpt")
+    cases: list[tuple[list[Any], str]] = [
+        ([paths[0], "--tolerance=0"], "`tolerance` must be positive and finite, got 0.0"),
+        ([paths[0], "--confidence=2"], "`confidence` must lie between 0 and 1, got 2.0"),
+        ([paths[0], "--num_samples=5"], "8"),
+        ([tmp_path / "nan.ckpt"], "the loss of batch 0 is nan"),
+        ([tmp_path / "none.ckpt"], "none.ckpt does not exist"),
+    ]
+    for arguments, message in cases:
+        assert message in refused(capsys, "sample-size", *MODEL, *CPU, *arguments)
+
+
+def test_the_command_is_installed() -> None:
+    (entry,) = importlib.metadata.entry_points(group="console_scripts", name="lightning-hesd")
+    assert entry.load() is __main__.main
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "lightning_hesd.commands.cli")
+    monkeypatch.delattr(commands, "cli")
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    with pytest.raises(SystemExit, match=r"jsonargparse is not installed; pip install 'lightning-hesd\[cli\]'"):
+        __main__.main()

@@ -1,0 +1,410 @@
+"""Sampling errors against brute force: what C_t and the extremes really do from one sample to the next."""
+
+import copy
+import functools
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_hesd import hessian_spectrum
+from lightning_hesd.numerics.analysis.sampling_error import SamplingError, sampling_error
+from lightning_hesd.numerics.inputs.batches import SkippedBatchError, WeightedBatch
+from lightning_hesd.numerics.krylov.lanczos import Lanczos
+from lightning_hesd.numerics.operators.curvature import HessianMatrix
+from lightning_hesd.numerics.operators.operator import CurvatureOperator
+from lightning_hesd.numerics.operators.risk_operator import SampleMean
+from tests import oracles
+
+Batch = tuple[Tensor, Tensor]
+SAMPLES = 256
+EXTREMES = ("lambda_min", "lambda_max", "c_t")
+
+
+def draw(samples: int, seed: int) -> Batch:
+    """Samples of a population: two classes that a noisy plane divides."""
+    generator = torch.Generator().manual_seed(seed)
+    plane = torch.tensor([1.0, -0.6, 0.4, 0.9, -1.2, 0.3], dtype=torch.float64)
+    widths = torch.tensor([2.0, 1.0, 1.0, 0.7, 0.5, 0.5], dtype=torch.float64)
+    x = widths * torch.randn(samples, 6, generator=generator, dtype=torch.float64)
+    noise = 0.5 * torch.randn(samples, generator=generator, dtype=torch.float64)
+    return x, (x @ plane + noise > 0).long()
+
+
+def loss_fn(module: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(module(batch[0]), batch[1])
+
+
+@functools.cache
+def trained() -> nn.Module:
+    """A network on its way: extreme eigenvalues that stand out, so that first order theory applies."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        module = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    optimizer, data = torch.optim.Adam(module.parameters(), lr=0.02), draw(2048, 1)
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss_fn(module, data).backward()
+        optimizer.step()
+    return module.eval().requires_grad_(True)
+
+
+def extremes(batch: Batch) -> np.ndarray:
+    values = torch.linalg.eigvalsh(oracles.dense_hessian(trained(), [batch], loss_fn)).numpy()
+    return np.array([values[0], values[-1], values[0] / values[-1]])
+
+
+def analyse(seed: int, batches: int = 1, samples: int = SAMPLES, **options: Any) -> Any:
+    x, y = draw(samples, seed)
+    parts = list(zip(x.chunk(batches), y.chunk(batches), strict=True))
+    options = {"steps": 40, "sampling_error": True, "strategy": "graph", **options}
+    return hessian_spectrum(trained(), parts, loss_fn, **options)
+
+
+def fields(spectrum: Any, kind: str) -> np.ndarray:
+    return np.array([getattr(spectrum, f"{name}_sampling_{kind}") for name in EXTREMES])
+
+
+@functools.cache
+def brute_force() -> tuple[np.ndarray, np.ndarray]:
+    """Standard deviations over samples, and biases against a sample eighty times as large."""
+    values = np.array([extremes(draw(SAMPLES, 100 + seed)) for seed in range(100)])
+    return values.std(axis=0, ddof=1), values.mean(axis=0) - extremes(draw(80 * SAMPLES, 9))
+
+
+@functools.cache
+def estimates() -> tuple[np.ndarray, np.ndarray]:
+    """Mean stated standard errors and biases of twenty of these samples."""
+    found = [analyse(100 + seed) for seed in range(20)]
+    return tuple(np.mean([fields(spectrum, kind) for spectrum in found], axis=0) for kind in ("error", "bias"))
+
+
+class TestAgainstBruteForce:
+    @pytest.mark.parametrize("name", EXTREMES)
+    def test_standard_errors_are_standard_deviations(self, name):
+        position = EXTREMES.index(name)
+        assert 0.7 <= estimates()[0][position] / brute_force()[0][position] <= 1.5
+
+    def test_extremes_are_pushed_outward(self):
+        _, (true_min, true_max, true_c_t) = brute_force()
+        _, (bias_min, bias_max, bias_c_t) = estimates()
+        deviations = brute_force()[0]
+        assert true_min < -2 * deviations[0] / 10  # beyond chance, over a hundred samples
+        assert 1 / 3 <= bias_min / true_min <= 3
+        # The other two biases are small beside their noise here.
+        assert bias_max > 0
+        assert bias_c_t < 0
+        assert abs(bias_max - true_max) <= deviations[1] / 2
+        assert abs(bias_c_t - true_c_t) <= deviations[2] / 2
+
+    def test_single_records_have_the_signs_that_theory_says(self):
+        for seed in range(5):
+            spectrum = analyse(300 + seed)
+            assert spectrum.lambda_min_sampling_bias <= 0 <= spectrum.lambda_max_sampling_bias
+            assert (fields(spectrum, "error") > 0).all()
+            assert spectrum.c_t_total_error == spectrum.c_t_error + spectrum.c_t_sampling_error
+
+    def test_four_times_the_samples_halve_the_error(self):
+        few, many = (
+            np.mean([fields(analyse(seed, samples=samples), "error") for seed in range(6)], axis=0)
+            for samples in (SAMPLES, 4 * SAMPLES)
+        )
+        np.testing.assert_allclose(few / many, 2.0, rtol=0.4)
+
+
+class TestClosedForm:
+    """Samples whose Hessians are diag(a, 0, ..., −b): eigenvectors stay, so that everything is known."""
+
+    @staticmethod
+    def analyse(a: Tensor, b: Tensor) -> Any:
+        module = nn.Module()
+        module.register_parameter("w", nn.Parameter(torch.full((6,), 0.1, dtype=torch.float64)))
+
+        def loss(module: nn.Module, batch: Batch) -> Tensor:
+            return ((batch[0] * module.w[0] ** 2 - batch[1] * module.w[-1] ** 2) / 2).mean()
+
+        return hessian_spectrum(module, [(a, b)], loss, sampling_error=True)
+
+    @staticmethod
+    def samples(seed: int) -> Tensor:
+        return 1 + torch.rand(64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    @staticmethod
+    def error_of_mean(values: Tensor) -> float:
+        return float(values.view(16, 4).mean(dim=1).std()) / 4
+
+    def test_extremes(self):
+        a, b = self.samples(0), self.samples(1) / 3
+        spectrum = self.analyse(a, b)
+        assert spectrum.lambda_max_sampling_error == pytest.approx(self.error_of_mean(a), rel=1e-8)
+        assert spectrum.lambda_min_sampling_error == pytest.approx(self.error_of_mean(b), rel=1e-8)
+        assert spectrum.lambda_min_sampling_bias == pytest.approx(0.0, abs=1e-8)
+        assert spectrum.lambda_max_sampling_bias == pytest.approx(0.0, abs=1e-8)
+
+    def test_a_ratio_of_independent_numbers(self):
+        a, b = self.samples(0), self.samples(1) / 3
+        ratio = float(b.mean() / a.mean())
+        # The error of b − ratio·a, to first order: the numbers as they are, correlation included.
+        expected = self.error_of_mean(b - ratio * a) / float(a.mean())
+        assert self.analyse(a, b).c_t_sampling_error == pytest.approx(expected, rel=1e-8)
+
+    def test_extremes_that_move_together_leave_their_ratio(self):
+        a = self.samples(0)
+        spectrum = self.analyse(a, a / 3)
+        assert spectrum.c_t == pytest.approx(-1 / 3, rel=1e-12)
+        assert spectrum.lambda_max_sampling_error > 0.01
+        assert spectrum.c_t_sampling_error == pytest.approx(0.0, abs=1e-8)
+        assert spectrum.c_t_sampling_bias == pytest.approx(0.0, abs=1e-8)
+
+    def test_the_mean_of_a_ratio_is_not_the_ratio_of_means(self):
+        # E[−b/a] for constant b: −b/ā·(1 + Var(ā)/ā²).
+        a = self.samples(0)
+        spectrum = self.analyse(a, torch.full_like(a, 0.5))
+        expected = -0.5 / float(a.mean()) * (self.error_of_mean(a) / float(a.mean())) ** 2
+        assert spectrum.c_t_sampling_bias == pytest.approx(expected, rel=1e-4)
+
+
+class TestGroups:
+    @pytest.mark.parametrize("batches", [4, 16])
+    def test_how_the_samples_are_batched_does_not_matter(self, batches):
+        # Sixteen groups of the same samples in every case, in the same order.
+        one, other = analyse(7), analyse(7, batches)
+        assert other.sampling_groups == one.sampling_groups == 16
+        np.testing.assert_allclose(fields(other, "error"), fields(one, "error"), rtol=1e-6)
+        np.testing.assert_allclose(fields(other, "bias"), fields(one, "bias"), rtol=1e-6)
+
+    def test_more_batches_are_more_groups(self):
+        one, other = analyse(7), analyse(7, 64)
+        assert other.sampling_groups == 64
+        np.testing.assert_allclose(fields(other, "error"), fields(one, "error"), rtol=0.6)
+
+    @pytest.mark.parametrize("strategy", ["recompute", "finite_difference", "auto"])
+    def test_nor_does_the_strategy(self, strategy):
+        one, other = analyse(7), analyse(7, strategy=strategy)
+        np.testing.assert_allclose(fields(other, "error"), fields(one, "error"), rtol=1e-4)
+        np.testing.assert_allclose(fields(other, "bias"), fields(one, "bias"), rtol=1e-3)
+
+    @pytest.mark.parametrize("steps", [12, 40])
+    def test_errors_need_no_basis(self, steps):
+        one, other = (analyse(7, steps=steps, basis=basis) for basis in ("device", "none"))
+        np.testing.assert_allclose(fields(other, "error"), fields(one, "error"), rtol=1e-4)
+        assert (np.sign(fields(other, "bias"))[:2] == [-1, 1]).all()
+
+    def test_cost_one_pass_over_the_samples(self):
+        assert analyse(7).matvecs == analyse(7, sampling_error=False).matvecs + 2  # one for each end
+
+    def test_are_not_made_unasked(self):
+        spectrum = analyse(7, sampling_error=False)
+        assert spectrum.sampling_groups is None
+        assert spectrum.c_t_sampling_error is None
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(("samples", "batches"), [(7, 1), (7, 7), (1, 1), (5, 2)])
+    def test_fewer_than_eight_groups(self, samples, batches):
+        with pytest.raises(
+            ValueError, match=rf"at least 8 groups of samples, and the batches can be cut into {samples}"
+        ):
+            analyse(7, batches, samples=samples)
+
+    def test_eight_are_enough(self):
+        assert analyse(7, 1, samples=8).sampling_groups == 8
+
+    def test_statistics_of_the_batch(self):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            module = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2)).double()
+        with pytest.raises(ValueError, match=r"not a mean over samples \(it may use statistics of the batch\)"):
+            hessian_spectrum(module, [draw(64, 3)], loss_fn, mode="train", sampling_error=True, steps=40)
+        # In eval mode the statistics are constants, and so it is fine.
+        assert hessian_spectrum(module, [draw(64, 3)], loss_fn, sampling_error=True, steps=40).sampling_groups == 16
+
+
+class Batched:
+    """A batch of a class of its own; of `visible` ones the tensors can be seen."""
+
+    def __init__(self, x: Tensor, y: Tensor, *, visible: bool = True) -> None:
+        if visible:
+            self.x, self.y = x, y
+        self.get = lambda: (x, y)
+
+    def __iter__(self) -> Any:  # as the batches of torch_geometric do
+        yield from ((name, value) for name, value in vars(self).items() if name != "get")
+
+
+def stale(module: nn.Module, batch: Batched) -> Tensor:
+    """A loss that does not see what was cut."""
+    return loss_fn(module, batch.get())
+
+
+def contrastive(module: nn.Module, batch: Batched) -> Tensor:
+    """A loss that compares every sample with all others of its batch."""
+    logits = module(batch.x)
+    return F.cross_entropy(logits @ logits.T, torch.arange(len(logits)))
+
+
+def token_mean(module: nn.Module, batch: Any) -> Tensor:
+    """A mean over more than samples: the first ones have more terms."""
+    terms = F.cross_entropy(module(batch[0]), batch[1], reduction="none")
+    weights = 1.0 + 9.0 * (batch[0][:, 0] > 0)
+    return (weights * terms).sum() / weights.sum()
+
+
+class TestVerification:
+    """Sampling errors rest on groups that are what they should be; or there are none."""
+
+    @staticmethod
+    def analyse(loss: Any, make: Any, batches: int = 1, **options: Any) -> Any:
+        x, y = draw(SAMPLES, 7)
+        parts = [make(*part) for part in zip(x.chunk(batches), y.chunk(batches), strict=True)]
+        weight = SAMPLES / batches
+        options = {"batch_weight": lambda _: weight, "steps": 40, "sampling_error": True, **options}
+        return hessian_spectrum(trained(), parts, loss, **options)
+
+    def test_batches_of_a_class_of_ones_own_are_cut(self):
+        spectrum = self.analyse(lambda module, batch: loss_fn(module, (batch.x, batch.y)), Batched)
+        assert fields(spectrum, "error").tolist() == pytest.approx(fields(analyse(7), "error").tolist(), rel=1e-9)
+
+    @pytest.mark.parametrize("options", [{}, {"tolerance": "auto", "sampling_error": False}])
+    @pytest.mark.parametrize(
+        ("loss", "make", "message"),
+        [
+            (stale, Batched, "is the same for all of its parts, and does not depend on what was cut"),
+            (stale, functools.partial(Batched, visible=False), "cannot tell the number of samples|nothing in a batch"),
+            (contrastive, Batched, "not a mean over samples"),
+            (token_mean, lambda *parts: parts, "not a mean over samples"),
+            (loss_fn, lambda x, y: (x, y, torch.tensor([0, 3, 8])), "may be positions of samples"),
+            (lambda m, b: loss_fn(m, b) / (len(b[0]) // 256), lambda *parts: parts, "has no loss|ZeroDivision|inf"),
+        ],
+    )
+    def test_others_are_refused_with_the_remedy(self, loss, make, message, options):
+        with pytest.raises(ValueError, match=rf"(?s)cut into 1 only: .*({message}).*Pass at least 8 batches"):
+            self.analyse(loss, make, **options)
+
+    @pytest.mark.parametrize("loss", [stale, contrastive])
+    def test_the_remedy_works(self, loss):
+        spectrum = self.analyse(loss, Batched, batches=8)
+        assert spectrum.sampling_groups == 8
+        assert (fields(spectrum, "error") > 0).all()
+
+    def test_curvature_that_does_not_depend_on_the_groups(self):
+        module = nn.Linear(6, 1).double()
+
+        def constant_curvature(module: nn.Module, batch: Batch) -> Tensor:
+            return module.weight.square().sum() - module.bias.square().sum() + (module(batch[0]) * 1.0).mean()
+
+        with pytest.raises(ValueError, match=r"the curvature is the same in all groups.*Pass at least 16 batches"):
+            hessian_spectrum(module, [draw(64, 3)], constant_curvature, sampling_error=True)
+
+
+def skips(module: nn.Module, batch: Batch) -> Tensor:
+    """A loss that leaves out every batch of an odd class at its beginning."""
+    if batch[1][0] == 1:
+        raise SkippedBatchError
+    return loss_fn(module, batch)
+
+
+class TestSkippedBatches:
+    @pytest.mark.parametrize("strategy", ["auto", "recompute", "finite_difference"])
+    def test_are_left_out(self, strategy):
+        x, y = draw(SAMPLES, 7)
+        parts = list(zip(x.chunk(32), y.chunk(32), strict=True))
+        kept = [part for part in parts if part[1][0] == 0]
+        assert 8 < len(kept) < 32
+        options = {"steps": 10, "sampling_error": True, "strategy": strategy}
+        found, expected = (hessian_spectrum(trained(), of, skips, **options) for of in (parts, kept))
+        assert f"{32 - len(kept)} of 32 batches left out" in found.strategy_reason
+        assert found.num_samples == 8 * len(kept)
+        assert found.loss == pytest.approx(expected.loss, rel=1e-12)
+        assert found.c_t == pytest.approx(expected.c_t, rel=1e-6)
+        assert found.sampling_groups == expected.sampling_groups > len(kept), "some cut, and some parts skipped"
+        assert found.c_t_sampling_error == pytest.approx(expected.c_t_sampling_error, rel=1e-4)
+
+    def test_all(self):
+        def none(module: nn.Module, batch: Batch) -> Tensor:
+            raise SkippedBatchError
+
+        with pytest.raises(ValueError, match=r"skipped all 2 batches.*Pass a `loss_fn`"):
+            hessian_spectrum(trained(), [draw(8, 1), draw(8, 2)], none)
+
+    def test_of_a_whole_process(self):
+        def work(rank: int, reduce: Sum) -> float:
+            module, batch = copy.deepcopy(trained()), draw(16, rank)
+            mean = SampleMean(
+                HessianMatrix(lambda batch: skips(module, batch.data), list(module.parameters())),
+                [WeightedBatch((batch[0], torch.full_like(batch[1], rank)), 16.0, rank)],
+                strategy="graph",
+                dtype=torch.float64,
+                all_reduce=functools.partial(reduce, rank),
+            )
+            assert (mean.num_batches, mean.num_skipped, mean.weight) == (1, 1, 16.0)
+            return float(mean.product([torch.ones_like(p) for p in module.parameters()]).sum())
+
+        reduce, results = Sum(2), {}
+        threads = [threading.Thread(target=lambda r=r: results.update({r: work(r, reduce)})) for r in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert results[0] == results[1] != 0
+
+
+class Sum:
+    """Sums tensors over threads that stand for processes."""
+
+    def __init__(self, members: int) -> None:
+        self.barrier = threading.Barrier(members, timeout=60)
+        self.given: dict[int, Tensor] = {}
+
+    def __call__(self, rank: int, tensor: Tensor) -> Tensor:
+        self.given[rank] = tensor.clone()
+        self.barrier.wait()
+        total = torch.stack([self.given[member] for member in sorted(self.given)]).sum(dim=0)
+        self.barrier.wait()  # nobody gives anew before everybody has read
+        return total
+
+
+class TestSeveralProcesses:
+    @staticmethod
+    def share(rank: int, ranks: int, reduce: Sum | None) -> SamplingError:
+        module = copy.deepcopy(trained())
+        x, y = draw(SAMPLES, 7)
+        batches = [
+            WeightedBatch(part, float(len(part[0])), index)
+            for index, part in enumerate(zip(x.chunk(6), y.chunk(6), strict=True))
+        ]
+        mean = SampleMean(
+            HessianMatrix(lambda batch: loss_fn(module, batch.data), list(module.parameters())),
+            batches[rank::ranks],
+            strategy="graph",
+            dtype=torch.float64,
+            all_reduce=None if reduce is None else functools.partial(reduce, rank),
+        )
+        operator = CurvatureOperator(mean)
+        start = torch.randn(operator.dimension, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        process = Lanczos(operator.matvec, start, 40)
+        process.run()
+        return sampling_error(operator, [process])
+
+    @pytest.mark.parametrize("ranks", [2, 4])
+    def test_find_the_same_together_as_one_alone(self, ranks):
+        reduce, results = Sum(ranks), {}
+
+        def work(rank: int) -> None:
+            results[rank] = self.share(rank, ranks, reduce)
+
+        threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(ranks)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=120)
+        alone = vars(self.share(0, 1, None))
+        assert alone["sampling_groups"] == 18
+        assert len(results) == ranks
+        for result in results.values():
+            assert vars(result) == pytest.approx(alone, rel=1e-8)
+            assert result == results[0]

@@ -1,0 +1,323 @@
+"""Attention in long contexts has the derivatives of its formula, and no matrix of all scores."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+
+from lightning_hesd import hessian_spectrum
+from lightning_hesd.numerics.derivatives import attention as module_under_test
+from lightning_hesd.numerics.derivatives import fast_derivatives
+from lightning_hesd.numerics.derivatives.replacements import Replacements
+from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.operators.curvature import HessianMatrix
+from lightning_hesd.numerics.operators.memory import MemoryMeter
+
+QUERIES, KEYS = 5, 6
+SOME = torch.tensor([1, 0, 1, 1, 0, 1]).bool() | torch.eye(QUERIES, KEYS).bool()
+NONE_FOR_ONE = SOME & (torch.arange(QUERIES) != 3).unsqueeze(1)
+NUMBERS = torch.linspace(-1, 2, QUERIES * KEYS).view(QUERIES, KEYS).double()
+
+Shape = tuple[int, ...]
+
+CASES: dict[str, tuple[Shape, Shape, Shape, dict[str, Any]]] = {
+    "one head": ((5, 2), (6, 2), (6, 3), {}),
+    "heads": ((2, 3, 5, 2), (2, 3, 6, 2), (2, 3, 6, 3), {"scale": 0.3}),
+    "heads that broadcast": ((2, 1, 5, 2), (1, 3, 6, 2), (3, 6, 3), {}),
+    "causal": ((2, 5, 2), (2, 5, 2), (2, 5, 3), {"is_causal": True}),
+    "causal, more keys": ((2, 5, 2), (2, 6, 2), (2, 6, 3), {"is_causal": True}),
+    "causal, more queries": ((2, 5, 2), (2, 3, 2), (2, 3, 3), {"is_causal": True}),
+    "mask": ((2, 2, 5, 2), (2, 2, 6, 2), (2, 2, 6, 3), {"attn_mask": SOME}),
+    "mask of samples": ((2, 2, 5, 2), (2, 2, 6, 2), (2, 2, 6, 3), {"attn_mask": SOME[:2, None, None]}),
+    "mask of a whole row": ((2, 5, 2), (2, 6, 2), (2, 6, 3), {"attn_mask": NONE_FOR_ONE[None]}),
+    "added mask": ((2, 5, 2), (2, 6, 2), (2, 6, 3), {"attn_mask": NUMBERS}),
+    "added infinities": (
+        (2, 5, 2),
+        (2, 6, 2),
+        (2, 6, 3),
+        {"attn_mask": NUMBERS.masked_fill(~NONE_FOR_ONE, -torch.inf)},
+    ),
+    "grouped": ((1, 4, 5, 2), (1, 2, 6, 2), (1, 2, 6, 3), {"enable_gqa": True}),
+    "grouped, mask": (
+        (4, 5, 2),
+        (2, 6, 2),
+        (2, 6, 3),
+        {"enable_gqa": True, "attn_mask": SOME | (torch.arange(4) == 1)[:, None, None]},
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Long attention even where the context is short, in blocks of two rows."""
+    monkeypatch.setattr(fast_derivatives, "_LONG", 0)
+    monkeypatch.setattr(module_under_test, "_BLOCK", 1)
+    monkeypatch.setattr(module_under_test, "_FEWEST_ROWS", 2)
+    found: list[str] = []
+    long_attention = module_under_test.long_attention
+
+    def spy(*args: Any, **options: Any) -> Tensor:
+        result = long_attention(*args, **options)
+        found.append("made")
+        return result
+
+    monkeypatch.setattr(fast_derivatives, "long_attention", spy)
+    return found
+
+
+def written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Return softmax(scale · q kᵀ + mask) v, from exponentials; zeros where all is masked."""
+    if enable_gqa:
+        k, v = (x.repeat_interleave(q.shape[-3] // k.shape[-3], -3) for x in (k, v))
+    exponentials = (torch.einsum("...id,...jd->...ij", q, k) * (scale or q.shape[-1] ** -0.5)).exp()
+    if attn_mask is not None:
+        exponentials = exponentials * (attn_mask if attn_mask.dtype == torch.bool else attn_mask.exp())
+    if is_causal:
+        exponentials = exponentials.tril()
+    total = exponentials.sum(-1, keepdim=True)
+    return torch.einsum("...ij,...jd->...id", exponentials / total.where(total > 0, 1), v)
+
+
+def drawn(*shapes: Shape) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+def derivatives(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """Return loss, gradient and a product with the Hessian, of a loss without and with a penalty on the gradient."""
+
+    def loss() -> Tensor:
+        return function(*inputs).sin().sum()
+
+    def penalised() -> Tensor:
+        slopes = torch.autograd.grad(loss(), inputs, create_graph=True)
+        return torch.stack([(s.square() + s.sin()).sum() for s in slopes]).sum()
+
+    results = []
+    for scalar in (loss(), penalised()):
+        slopes = torch.autograd.grad(scalar, inputs, create_graph=True)
+        directions = [torch.linspace(-1, 1, s.numel(), dtype=torch.float64).cos().view(s.shape) for s in slopes]
+        results += [scalar, *slopes, *torch.autograd.grad(slopes, inputs, directions)]
+    return [result.detach() for result in results]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_derivatives(name: str, made: list[str]) -> None:
+    *shapes, options = CASES[name]
+    inputs = drawn(*shapes)
+    with Replacements():
+        here = derivatives(lambda *i: F.scaled_dot_product_attention(*i, **options), inputs)
+    assert made
+    there = derivatives(lambda *i: written_out(*i, **options), inputs)
+    for mine, expected in zip(here, there, strict=True):
+        scale = max(1.0, float(expected.abs().max()))
+        torch.testing.assert_close(mine, expected, rtol=0, atol=1e-12 * scale)
+    with sdpa_kernel(SDPBackend.MATH):
+        theirs = F.scaled_dot_product_attention(*inputs, **options)
+    with Replacements():
+        ours = F.scaled_dot_product_attention(*inputs, **options)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14, check_stride=True)
+
+
+@pytest.mark.parametrize("name", ["causal", "mask of a whole row", "grouped"])
+def test_products_agree_with_differences_of_the_loss(name: str) -> None:
+    *shapes, options = CASES[name]
+    inputs, step = drawn(*shapes), 1e-4
+    directions = [i.detach().flip(-1).cos() for i in inputs]
+
+    def loss(inputs: list[Tensor]) -> Tensor:
+        return F.scaled_dot_product_attention(*inputs, **options).square().sum()
+
+    with Replacements():
+        slopes = torch.autograd.grad(loss(inputs), inputs, create_graph=True)
+        products = torch.autograd.grad(slopes, inputs, directions)
+    curvature = sum(float((p * d).sum()) for p, d in zip(products, directions, strict=True))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        ahead, at, behind = (
+            loss([i + s * d for i, d in zip(inputs, directions, strict=True)]) for s in (step, 0.0, -step)
+        )
+    assert curvature == pytest.approx(float((ahead - 2 * at + behind) / step**2), rel=1e-6)
+
+
+def test_a_frozen_input_and_one_that_depends_on_another() -> None:
+    (x,) = drawn((2, 5, 2))
+    fixed = x.detach().cos()
+    found = []
+    for function, context in ((F.scaled_dot_product_attention, Replacements()), (written_out, torch.enable_grad())):
+        with context:
+            found.append(derivatives(lambda x, f=function: f(x, x.sin(), x) + f(fixed, x, fixed), [x]))
+    for mine, expected in zip(*found, strict=True):
+        scale = max(1.0, float(expected.abs().max()))
+        torch.testing.assert_close(mine, expected, rtol=0, atol=1e-12 * scale)
+
+
+def test_half_precision_is_computed_in_single_as_by_pytorch(made: list[str]) -> None:
+    inputs = [i.detach().bfloat16().requires_grad_() for i in drawn((2, 5, 2), (2, 6, 2), (2, 6, 3))]
+    found = []
+    for context in (Replacements(), sdpa_kernel(SDPBackend.MATH)):
+        with context:
+            result = F.scaled_dot_product_attention(*inputs, attn_mask=NUMBERS.bfloat16())
+            found.append([result, *torch.autograd.grad(result.float().square().sum(), inputs)])
+    assert made
+    for mine, theirs in zip(*found, strict=True):
+        assert mine.dtype == torch.bfloat16
+        torch.testing.assert_close(mine, theirs, rtol=2**-7, atol=2**-8)  # the last digit
+
+
+def test_on_other_devices_nothing_is_read_back(made: list[str]) -> None:
+    """PyTorch's device without data refuses whatever would wait for a result, or mix devices."""
+    inputs = [torch.randn(shape, device="meta", requires_grad=True) for shape in ((2, 5, 2), (2, 6, 2), (2, 6, 3))]
+    with Replacements():
+        result = F.scaled_dot_product_attention(*inputs, attn_mask=NONE_FOR_ONE.to("meta"))
+        slopes = torch.autograd.grad(result.sum(), inputs, create_graph=True)
+    products = torch.autograd.grad(slopes, inputs, slopes)
+    assert made
+    assert [p.shape for p in products] == [i.shape for i in inputs]
+
+
+LEFT: dict[str, Callable[[Tensor], Tensor]] = {
+    "learned mask": lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=x[:1] @ x[:1].mT),
+    "dropout": lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
+    "no gradient": lambda x: F.scaled_dot_product_attention(x.detach(), x.detach(), x.detach()),
+    "a kind of mask": lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=causal_lower_right(5, 5)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_left_to_pytorch(name: str, made: list[str]) -> None:
+    (x,) = drawn((2, 5, 5))
+    torch.manual_seed(0)
+    with Replacements():
+        here = LEFT[name](x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(here, LEFT[name](x), rtol=0, atol=1e-14)
+    assert not made
+
+
+WRONG: dict[str, Callable[[Tensor], Tensor]] = {
+    "width": lambda x: F.scaled_dot_product_attention(x, x[..., :1], x),
+    "keys": lambda x: F.scaled_dot_product_attention(x, x, x[:, :1]),
+    "mask": lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=torch.ones(3, 3).bool()),
+    "type of mask": lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=torch.ones(5, 5).long()),
+    "two masks": lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=torch.ones(5, 5).bool(), is_causal=True),
+    "groups": lambda x: F.scaled_dot_product_attention(x[:3], x[:2], x[:2], enable_gqa=True),
+    "no groups": lambda x: F.scaled_dot_product_attention(x[:3], x[:2], x[:2]),
+    "dimensions": lambda x: F.scaled_dot_product_attention(x[0, 0], x, x),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_meet_the_error_of_pytorch(name: str, made: list[str]) -> None:
+    (x,) = drawn((4, 5, 2))
+    with pytest.raises(RuntimeError) as theirs, sdpa_kernel(SDPBackend.MATH):
+        WRONG[name](x)
+    with Replacements(), pytest.raises(RuntimeError, match=re.escape(str(theirs.value))), sdpa_kernel(SDPBackend.MATH):
+        WRONG[name](x)
+    assert not made
+
+
+@pytest.mark.parametrize("how", ["batched", "vmap"])
+def test_a_loss_with_derivatives_along_many_directions_at_once(how: str, made: list[str]) -> None:
+    def loss(net: nn.Module, x: Tensor, how: str) -> Tensor:
+        h = net(x)
+        y = F.scaled_dot_product_attention(h, h, h)
+        units = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
+        if how == "batched":
+            (rows,) = torch.autograd.grad(y, h, units, create_graph=True, is_grads_batched=True)
+        elif how == "vmap":
+            rows = torch.func.vmap(lambda v: torch.autograd.grad(y, h, v, create_graph=True)[0])(units)
+        else:
+            rows = torch.stack([torch.autograd.grad(y, h, v, create_graph=True)[0] for v in units])
+        return y.square().mean() + rows.square().sum()
+
+    torch.manual_seed(0)
+    net, x = nn.Linear(2, 2).double(), torch.randn(1, 3, 2).double()
+    nodes = [
+        hessian_spectrum(net, [x], lambda net, x, way=way: loss(net, x, way), steps=2).nodes
+        for way in (how, "one by one")
+    ]
+    assert made
+    torch.testing.assert_close(*map(torch.tensor, nodes), rtol=1e-9, atol=1e-9)
+
+
+class Layer(nn.Module):
+    def __init__(self, *, causal: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.causal, self.heads, self.mix = causal, nn.Linear(8, 24), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        mask = None if self.causal else torch.ones(1, x.shape[1]).bool()
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal)
+        return self.mix(attended.transpose(1, 2).flatten(2)).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("causal", "penalty"), [(True, False), (False, False), (True, True)], ids=["causal", "mask", "penalty"]
+)
+def test_memory_is_linear_in_the_context(causal: bool, penalty: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_under_test, "_BLOCK", 2**15)
+    context = 1024
+    net, x = Layer(causal=causal), torch.randn(1, context, 8)
+    scores, tokens = 4 * context**2, 4 * context * 8  # bytes of a head's scores, and of all queries
+
+    def loss(_: WeightedBatch) -> Tensor:
+        with Replacements():
+            value: Tensor = net(x)
+            if penalty:
+                slopes = torch.autograd.grad(value, list(net.parameters()), create_graph=True)
+                value = value + torch.stack([s.square().sum() for s in slopes]).sum()
+        return value
+
+    parameters = list(net.parameters())
+    with MemoryMeter(torch.device("cpu")) as building:
+        _, product = HessianMatrix(loss, parameters).product(WeightedBatch(x, 1.0, 0), retain=True)
+    with MemoryMeter(torch.device("cpu")) as multiplying:
+        product([torch.ones_like(p) for p in parameters])
+    assert building.live is not None
+    assert building.live < (90 if penalty else 40) * tokens
+    assert max(building.peak - building.live, multiplying.peak) < 0.8 * scores
+
+
+@pytest.mark.parametrize("kind", ["MultiheadAttention", "TransformerEncoderLayer"])
+def test_layers_of_pytorch(kind: str, made: list[str]) -> None:
+    torch.manual_seed(0)
+    x, padding = torch.randn(2, 5, 4).double(), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    layer: Any
+    if kind == "MultiheadAttention":
+        layer = nn.MultiheadAttention(4, 2, batch_first=True).double()
+    else:
+        layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, activation="gelu").double().eval()
+
+    def loss() -> Tensor:
+        if kind == "MultiheadAttention":
+            return layer(x, x, x, key_padding_mask=padding, need_weights=False)[0].square().sum()  # type: ignore[no-any-return]
+        return layer(x, src_key_padding_mask=padding).pow(3).sum()  # type: ignore[no-any-return]
+
+    parameters, found = list(layer.parameters()), []
+    for context in (Replacements(), sdpa_kernel(SDPBackend.MATH)):
+        with context:
+            slopes = torch.autograd.grad(loss(), parameters, create_graph=True)
+        products = torch.autograd.grad(slopes, parameters, [p.cos() for p in parameters])
+        found.append([t.detach() for t in (*slopes, *products)])
+        assert made
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12 * max(1.0, float(theirs.abs().max())))

@@ -1,0 +1,259 @@
+"""The cross-entropy of labels has the derivatives of the same loss written out, and one tensor of the logits' size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_hesd.numerics.derivatives import cross_entropy as module_under_test
+from lightning_hesd.numerics.derivatives import fast_derivatives
+from lightning_hesd.numerics.derivatives.replacements import Replacements
+from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.operators.curvature import HessianMatrix
+from lightning_hesd.numerics.operators.memory import MemoryMeter
+
+CLASSES = 4
+
+SHAPES: dict[str, Callable[[], Tensor]] = {
+    "rows": lambda: torch.randn(5, CLASSES),
+    "images": lambda: torch.randn(3, CLASSES, 2, 1),
+    "sequences": lambda: torch.randn(2, 3, CLASSES).transpose(1, 2),
+}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "ignored": {"ignore_index": 2},
+    "smoothed": {"label_smoothing": 0.3, "ignore_index": -100},
+    "weighted": {"weight": torch.tensor([0.5, 2.0, 0.0, 3.0]).double()},
+    "all": {
+        "weight": torch.tensor([0.5, 0.0, 2.0, 3.0]).double(),
+        "label_smoothing": 0.2,
+        "ignore_index": 1,
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replacements of small tensors, in chunks of two rows."""
+    monkeypatch.setattr(fast_derivatives, "_LARGE", 0)
+    monkeypatch.setattr(module_under_test, "_CHUNK", 2 * CLASSES)
+    found: list[str] = []
+    replacement = fast_derivatives.SLOW[F.cross_entropy]
+
+    def spy(*args: Any, **options: Any) -> Any:
+        result = replacement(*args, **options)
+        found.extend(["made"] if result is not None else [])
+        return result
+
+    monkeypatch.setitem(fast_derivatives.SLOW, F.cross_entropy, spy)
+    return found
+
+
+def written_out(logits: Tensor, target: Tensor, *, reduction: str, **options: Any) -> Tensor:
+    """Return -Σ_c q_c log p_c, from exponentials."""
+    z, classes = logits.movedim(1, -1).reshape(-1, CLASSES), target.flatten()
+    weight = options.get("weight", torch.ones(CLASSES).double())
+    smoothing = options.get("label_smoothing", 0.0)
+    kept = (classes != options.get("ignore_index", -100)).double()
+    chosen = torch.where(kept > 0, classes, 0)
+    log_p = z - z.exp().sum(1, keepdim=True).log()
+    share = (1 - smoothing) * torch.eye(CLASSES).double()[chosen] + smoothing / CLASSES
+    losses = -kept * (share * weight * log_p).sum(1)
+    if reduction == "none":
+        return losses.view(target.shape)
+    return losses.sum() if reduction == "sum" else losses.sum() / (kept * weight[chosen]).sum()
+
+
+def drawn(shape: str) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    logits = SHAPES[shape]().double()
+    target = torch.randint(CLASSES, (*logits.shape[:1], *logits.shape[2:]))
+    target.view(-1)[:3] = torch.tensor([1, 2, 3])
+    return logits, target
+
+
+def derivatives(function: Callable[..., Tensor], logits: Tensor, *, nonlinear: bool) -> list[Tensor]:
+    """Return loss, gradient, Hessian, and the gradient and Hessian of the loss plus the gradient's squares."""
+    z = logits.detach().requires_grad_()
+
+    def loss(z: Tensor) -> Tensor:
+        terms = function(z)
+        parts = terms * torch.linspace(0, 2, terms.numel()).double().view(terms.shape) if terms.ndim else terms
+        return parts.sum().square() if nonlinear else parts.sum()
+
+    def penalised(z: Tensor) -> Tensor:
+        value = loss(z)
+        (slope,) = torch.autograd.grad(value, z, create_graph=True)
+        return value + slope.square().sum()
+
+    results = []
+    for scalar in (loss, penalised):
+        value = scalar(z)
+        (slope,) = torch.autograd.grad(value, z, create_graph=True)
+        rows = [torch.autograd.grad(s, z, retain_graph=True)[0].flatten() for s in slope.flatten()]
+        results += [value.detach(), slope.detach(), torch.stack(rows)]
+    return results
+
+
+@pytest.mark.parametrize(
+    ("reduction", "nonlinear"), [("mean", False), ("mean", True), ("sum", False), ("none", False), ("none", True)]
+)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_loss_and_derivatives(shape: str, options: str, reduction: str, nonlinear: bool, made: list[str]) -> None:
+    logits, target = drawn(shape)
+    given: dict[str, Any] = {**OPTIONS[options], "reduction": reduction}
+    with Replacements():
+        here = derivatives(lambda z: F.cross_entropy(z, target, **given), logits, nonlinear=nonlinear)
+    assert made
+    there = derivatives(lambda z: written_out(z, target, **given), logits, nonlinear=nonlinear)
+    pytorchs = derivatives(lambda z: F.cross_entropy(z, target, **given), logits, nonlinear=nonlinear)
+    for mine, expected, theirs in zip(here, there, pytorchs, strict=True):
+        scale = max(1.0, float(expected.abs().max()))
+        torch.testing.assert_close(mine, expected, rtol=0, atol=1e-12 * scale)
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12 * scale)
+
+
+def test_products_agree_with_differences_of_the_loss() -> None:
+    logits, target = drawn("rows")
+    direction, step = torch.randn_like(logits), 1e-4
+
+    def loss(z: Tensor) -> Tensor:
+        return F.cross_entropy(z, target, label_smoothing=0.1, ignore_index=2)
+
+    with Replacements():
+        z = logits.requires_grad_()
+        (slope,) = torch.autograd.grad(loss(z), z, create_graph=True)
+        (product,) = torch.autograd.grad(slope, z, direction)
+    ahead, at, behind = (loss(logits.detach() + s * direction) for s in (step, 0.0, -step))
+    assert float((product * direction).sum()) == pytest.approx(float((ahead - 2 * at + behind) / step**2), rel=1e-6)
+
+
+@pytest.mark.parametrize("weight", [None, torch.arange(1.0, 5.0).double()], ids=["", "weighted"])
+def test_losses_with_no_weight_keep_their_derivatives(weight: Tensor | None) -> None:
+    """A factor on a row's loss that is zero, and learned: what depends on the row's probabilities remains."""
+    logits, target = drawn("rows")
+
+    def second(function: Callable[..., Tensor]) -> list[Tensor]:
+        z, factors = logits.clone().requires_grad_(), torch.zeros(5).double().requires_grad_()
+        slopes = torch.autograd.grad((function(z) * factors).sum(), (z, factors), create_graph=True)
+        return list(torch.autograd.grad(sum(s.sin().sum() + s.sum() for s in slopes), (z, factors)))
+
+    with Replacements():
+        here = second(lambda z: F.cross_entropy(z, target, weight, reduction="none"))
+    options = {} if weight is None else {"weight": weight}
+    there = second(lambda z: written_out(z, target, reduction="none", **options))
+    for mine, expected in zip(here, there, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=0, atol=1e-12)
+
+
+def test_masked_classes_and_rows_that_are_all_ignored() -> None:
+    logits, target = drawn("rows")
+    logits[:, 3] = -torch.inf
+    target[:] = torch.tensor([0, 1, 2, -100, -100])
+    found = []
+    for context in (Replacements(), torch.enable_grad()):
+        with context:
+            z = logits.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(F.cross_entropy(z, target, reduction="sum"), z, create_graph=True)
+            found.append([slope, *torch.autograd.grad(slope.pow(3).sum(), z)])
+            assert F.cross_entropy(z, torch.full_like(target, -100)).isnan()
+    for mine, theirs in zip(*found, strict=True):
+        assert mine.isfinite().all()
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
+def test_on_other_devices_nothing_is_read_back(made: list[str]) -> None:
+    """PyTorch's device without data refuses whatever would wait for a result, or mix devices."""
+    logits = torch.randn(5, CLASSES, device="meta", requires_grad=True)
+    target, weight = torch.zeros(5, dtype=torch.long, device="meta"), torch.ones(CLASSES, device="meta")
+    with Replacements():
+        loss = F.cross_entropy(logits, target, weight, label_smoothing=0.1)
+        (slope,) = torch.autograd.grad(loss, logits, create_graph=True)
+    (product,) = torch.autograd.grad(slope, logits, slope)
+    assert made
+    assert product.shape == logits.shape
+
+
+OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "probabilities": lambda z: F.cross_entropy(z, z.detach().softmax(1)),
+    "no batch": lambda z: F.cross_entropy(z[0], torch.tensor(1)),
+    "old reduction": lambda z: F.cross_entropy(z, torch.tensor([1, 2]), reduce=True, size_average=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce args:UserWarning")
+@pytest.mark.parametrize("name", OTHERS)
+def test_left_to_pytorch(name: str, made: list[str]) -> None:
+    z = torch.randn(2, CLASSES, requires_grad=True)
+    with Replacements():
+        here = OTHERS[name](z)
+    assert torch.equal(here, OTHERS[name](z))
+    assert not made
+
+
+WRONG: dict[str, Callable[[Tensor], Tensor]] = {
+    "class": lambda z: F.cross_entropy(z, torch.tensor([1, CLASSES])),
+    "smoothing": lambda z: F.cross_entropy(z, torch.tensor([1, 2]), label_smoothing=1.5),
+    "weights": lambda z: F.cross_entropy(z, torch.tensor([1, 2]), torch.ones(3)),
+    "reduction": lambda z: F.cross_entropy(z, torch.tensor([1, 2]), reduction="some"),
+    "learned weights": lambda z: F.cross_entropy(z, torch.tensor([1, 2]), torch.ones(4).requires_grad_()),
+    "labels": lambda z: F.cross_entropy(z, torch.tensor([1, 2, 3])),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_meet_the_error_of_pytorch(name: str, made: list[str]) -> None:
+    z = torch.randn(2, CLASSES, requires_grad=True)
+    with pytest.raises((IndexError, RuntimeError, ValueError)) as theirs:
+        WRONG[name](z)
+    with Replacements(), pytest.raises(theirs.type) as ours:
+        WRONG[name](z)
+    assert str(ours.value) == str(theirs.value)
+    assert not made
+
+
+class Model(nn.Module):
+    def __init__(self, classes: int, width: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = nn.Embedding(classes, width), nn.Linear(width, classes, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.words(ids))
+        return logits
+
+
+@pytest.mark.parametrize("way", ["layer", "sequences", "tied by hand"])
+def test_memory_of_a_product(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_under_test, "_CHUNK", 2**16)
+    vocabulary, context = 20_000, 256
+    net, ids = Model(vocabulary), torch.randint(vocabulary, (1, context))
+    logits = 4 * context * vocabulary
+
+    def loss(_: WeightedBatch) -> Tensor:
+        with Replacements():
+            if way == "tied by hand":
+                return F.cross_entropy((net.words(ids) @ net.head.weight.T).flatten(0, 1), ids.flatten())
+            return (
+                F.cross_entropy(net(ids).mT, ids)
+                if way == "sequences"
+                else F.cross_entropy(net(ids).flatten(0, 1), ids[0])
+            )
+
+    parameters = list(net.parameters())
+    matrix, ones = HessianMatrix(loss, parameters), [torch.ones_like(p) for p in parameters]
+    with MemoryMeter(torch.device("cpu")) as building:
+        _, product = matrix.product(WeightedBatch(ids, 1.0, 0), retain=True)
+    with MemoryMeter(torch.device("cpu")) as multiplying:
+        product(ones)
+    assert building.live is not None
+    assert building.live < 1.1 * logits  # the gradient on the logits
+    assert building.peak < 2.3 * logits
+    assert multiplying.peak < 2.3 * logits  # the derivatives of the logits and of their gradient

@@ -1,0 +1,319 @@
+"""Replaced operations give the values and derivatives that PyTorch's own give."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_hesd import hessian_spectrum
+from lightning_hesd.numerics.derivatives import fast_derivatives
+from lightning_hesd.numerics.derivatives.graphs import GraphFacts
+from lightning_hesd.numerics.derivatives.replacements import Replacements
+
+CONVOLUTIONS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "plain": (2, (2, 3, 5, 5), (4, 3, 3, 3), {}),
+    "strided": (2, (2, 3, 6, 6), (4, 3, 3, 3), {"stride": 2, "padding": 1}),
+    "uneven": (2, (2, 3, 6, 5), (2, 3, 2, 3), {"stride": (2, 1), "padding": (1, 0)}),
+    "dilated": (2, (2, 2, 7, 7), (3, 2, 3, 3), {"dilation": 2}),
+    "grouped": (2, (2, 4, 4, 4), (6, 2, 3, 3), {"groups": 2, "padding": 1}),
+    "depthwise": (2, (2, 3, 4, 4), (3, 1, 3, 3), {"groups": 3, "padding": (1,)}),
+    "1d": (1, (2, 3, 7), (4, 3, 3), {"padding": 1}),
+    "3d": (3, (1, 2, 3, 4, 3), (2, 2, 2, 2, 2), {}),
+    "same": (2, (2, 3, 4, 4), (2, 3, 3, 3), {"padding": "same"}),
+    "unbatched": (2, (3, 4, 4), (2, 3, 3, 3), {}),
+}
+
+
+@pytest.fixture
+def replaced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the replacements that were made, of tensors however small."""
+    monkeypatch.setattr(fast_derivatives, "_LARGE", 0)
+    made: list[str] = []
+    for function, replacement in fast_derivatives.SLOW.items():
+
+        def spy(*args: Any, replacement: Callable[..., Any] = replacement, **kwargs: Any) -> Any:
+            result = replacement(*args, **kwargs)
+            if result is not None:
+                made.append(replacement.__name__)
+            return result
+
+        monkeypatch.setitem(fast_derivatives.SLOW, function, spy)
+    return made
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64).requires_grad_()
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution(name: str, bias: bool, replaced: list[str]) -> None:
+    dimensions, x_shape, w_shape, options = CONVOLUTIONS[name]
+    torch.manual_seed(0)
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[dimensions - 1]
+    x, w, b = normal(*x_shape), normal(*w_shape), normal(w_shape[0]) if bias else None
+    with Replacements():
+        here = convolve(x, w, b, **options)
+        assert len(replaced) == (name not in {"same", "unbatched"})
+        inputs = (x, w) if b is None else (x, w, b)
+        assert gradcheck(lambda *i: convolve(*i, **options), inputs)
+        assert gradgradcheck(lambda *i: convolve(*i, **options), inputs)
+    torch.testing.assert_close(here, convolve(x, w, b, **options), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", ["input", "weight"])
+def test_convolution_with_a_frozen_part(frozen: str, replaced: list[str]) -> None:
+    torch.manual_seed(0)
+    x, w = normal(2, 3, 4, 4), normal(2, 3, 3, 3)
+    free, fixed = (w, x.detach()) if frozen == "input" else (x, w.detach())
+
+    def convolve(part: Tensor) -> Tensor:  # squared, so that there is curvature
+        return (F.conv2d(fixed, part) if frozen == "input" else F.conv2d(part, fixed)).square()
+
+    with Replacements():
+        assert gradcheck(convolve, (free,))
+        assert gradgradcheck(convolve, (free,))
+    assert set(replaced) == {"_convolution"}
+
+
+@pytest.mark.parametrize("parts", ["weight and bias", "weight", "bias", ""])
+def test_batch_norm_in_evaluation(parts: str, replaced: list[str]) -> None:
+    torch.manual_seed(0)
+    x, mean, variance = normal(3, 4, 2), torch.randn(4).double(), 0.5 + torch.rand(4).double()
+    learned = [normal(4) for name in ("weight", "bias") if name in parts]
+
+    def apply(x: Tensor, *given: Tensor) -> Tensor:
+        keys = [name for name in ("weight", "bias") if name in parts]
+        return F.batch_norm(x, mean, variance, **dict(zip(keys, given, strict=True)))
+
+    with Replacements():
+        here = apply(x, *learned)
+        assert replaced == ["_batch_norm"]
+        assert gradgradcheck(apply, (x, *learned))
+    torch.testing.assert_close(here, apply(x, *learned), rtol=1e-12, atol=1e-12)
+
+
+OPERATIONS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
+    "convolution": (lambda x, w, b: F.conv2d(x, w, b, padding=1), [(2, 2, 3, 3), (2, 2, 3, 3), (2,)]),
+    "batch norm": (
+        lambda x, w, b: F.batch_norm(x, torch.zeros(3).double(), torch.ones(3).double(), w, b),
+        [(2, 3, 2), (3,), (3,)],
+    ),
+    "linear": (F.linear, [(4, 3), (2, 3), (2,)]),
+    "linear without bias": (F.linear, [(4, 3), (2, 3)]),
+    "linear of sequences": (F.linear, [(2, 3, 3), (2, 3), (2,)]),
+    "layer norm": (lambda x, w, b: F.layer_norm(x, (4,), w, b), [(2, 3, 4), (4,), (4,)]),
+    "layer norm without bias": (lambda x, w: F.layer_norm(x, (4,), w), [(3, 4), (4,)]),
+    "layer norm without parameters": (lambda x: torch.layer_norm(x, (4,)), [(3, 4)]),
+    "layer norm of images": (lambda x, w, b: F.layer_norm(x, (2, 3), w, b), [(3, 2, 3), (2, 3), (2, 3)]),
+    "relu": (F.relu, [(3, 4)]),
+    "relu method": (lambda x: x.relu(), [(3, 4)]),
+    "attention": (F.scaled_dot_product_attention, [(2, 3, 2), (2, 4, 2), (2, 4, 3)]),
+    "attention with heads": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.3), [(2, 2, 3, 2)] * 3),
+    "causal attention": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), [(2, 3, 2)] * 3),
+    "gelu": (F.gelu, [(3, 4)]),
+    "gelu by tanh": (lambda x: F.gelu(x, approximate="tanh"), [(3, 4)]),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_values_and_derivatives(name: str, replaced: list[str]) -> None:
+    operation, shapes = OPERATIONS[name]
+    torch.manual_seed(0)
+    inputs = [normal(*shape) for shape in shapes]
+    with Replacements():
+        here = operation(*inputs)
+        assert len(replaced) == 1
+        assert gradcheck(operation, inputs)
+        assert gradgradcheck(operation, inputs)
+    torch.testing.assert_close(here, operation(*inputs), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen"), [(name, i) for name, (_, shapes) in OPERATIONS.items() for i in range(len(shapes))]
+)
+def test_derivatives_with_one_frozen_and_with_one_free(name: str, frozen: int, replaced: list[str]) -> None:
+    operation, shapes = OPERATIONS[name]
+    torch.manual_seed(0)
+    for free in ({*range(len(shapes))} - {frozen}, {frozen}):
+        inputs = [normal(*shape) if i in free else normal(*shape).detach() for i, shape in enumerate(shapes)]
+        if free:
+            with Replacements():
+                assert gradgradcheck(lambda *x: operation(*x).pow(3), inputs)
+            assert replaced
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if not name.startswith("layer norm")])
+def test_hessian_of_a_loss_that_holds_derivatives(name: str, replaced: list[str]) -> None:
+    operation, shapes = OPERATIONS[name]
+    torch.manual_seed(0)
+    inputs = [normal(*shape) for shape in shapes]
+
+    def penalty_hessian_product() -> tuple[Tensor, ...]:
+        slopes = torch.autograd.grad(operation(*inputs).pow(3).sum(), inputs, create_graph=True)
+        gradients = torch.autograd.grad(sum(s.square().sum() for s in slopes), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in gradients), inputs)
+
+    with Replacements():
+        here = penalty_hessian_product()
+    assert replaced
+    with sdpa_kernel(SDPBackend.MATH):
+        there = penalty_hessian_product()
+    for mine, theirs in zip(here, there, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_a_layer_norm_is_differentiated_twice_or_not_at_all(replaced: list[str]) -> None:
+    x = normal(3, 4)
+    with Replacements():
+        gradient = torch.autograd.grad(F.layer_norm(x, (4,)).pow(3).sum(), x, create_graph=True)
+    second = torch.autograd.grad(gradient[0].square().sum(), x, create_graph=True)
+    assert replaced == ["_layer_norm"]
+    with pytest.raises(RuntimeError, match="differentiated twice"):  # as any gradient is checked before a product
+        GraphFacts().add(second)
+
+
+def arranged(shape: tuple[int, ...], how: str) -> Tensor:
+    """Return numbers that lie in memory in this way."""
+    size = torch.Size(shape).numel()
+    numbers = torch.linspace(-1, 1.2, 2 * size, dtype=torch.float64).sin().requires_grad_()
+    if how == "channels last":
+        return numbers[:size].view(shape).contiguous(memory_format=torch.channels_last)
+    if how == "transposed":
+        return numbers[:size].view(shape[::-1]).permute(*reversed(range(len(shape))))
+    if how == "strided":
+        return numbers[::2].view(shape)
+    if how == "overlapping":
+        return numbers.as_strided(shape, [1] * len(shape))
+    if how == "expanded":
+        return numbers[: size // shape[0]].view(1, *shape[1:]).expand(shape)
+    return numbers[:0].view(0, *shape[1:])
+
+
+ARRANGED: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
+    "convolution": (lambda x, w: F.conv2d(x, w, padding=1), ((2, 3, 4, 4), (2, 3, 3, 3))),
+    "batch norm": (
+        lambda x: F.batch_norm(x, torch.zeros(3).double(), torch.ones(3).double(), torch.ones(3).double()),
+        ((2, 3, 4, 4),),
+    ),
+    "linear": (F.linear, ((2, 4, 3), (2, 3))),
+    "layer norm": (lambda x: F.layer_norm(x, (4,)), ((2, 3, 4),)),
+    "gelu": (F.gelu, ((3, 4),)),
+    "attention": (lambda x: F.scaled_dot_product_attention(x, x, x), ((2, 3, 4),)),
+}
+
+
+@pytest.mark.parametrize("how", ["channels last", "transposed", "strided", "overlapping", "expanded", "empty"])
+@pytest.mark.parametrize("name", ARRANGED)
+@pytest.mark.usefixtures("replaced")
+def test_inputs_may_lie_in_memory_as_they_like(name: str, how: str) -> None:
+    operation, (shape, *others) = ARRANGED[name]
+    if how == "channels last" and len(shape) != 4:
+        return
+    torch.manual_seed(0)
+    inputs = [arranged(shape, how), *(normal(*other) for other in others)]
+    found = []
+    for context in (Replacements(), sdpa_kernel(SDPBackend.MATH)):
+        with context:
+            result = operation(*inputs)
+        gradients = torch.autograd.grad(result.pow(3).sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.sin().sum() for g in gradients), inputs, materialize_grads=True)
+        found.append([result, *gradients, *second])
+    for here, there in zip(*found, strict=True):
+        torch.testing.assert_close(here, there, rtol=1e-10, atol=1e-10)
+    assert found[0][0].stride() == found[1][0].stride()
+
+
+def test_batch_norm_in_training_is_left_alone(replaced: list[str]) -> None:
+    layer = nn.BatchNorm1d(3)
+    with Replacements():
+        layer(torch.randn(5, 3))
+    assert not replaced
+    assert layer.num_batches_tracked == 1
+
+
+def test_small_tensors_and_changes_in_place_are_left_alone(
+    replaced: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(4, 4, requires_grad=True)
+    with Replacements():
+        F.relu(x * 1, inplace=True)
+        monkeypatch.setattr(fast_derivatives, "_LARGE", 17)
+        nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.GELU(), nn.ReLU())(x)
+    assert not replaced
+
+
+def test_a_small_input_with_a_large_output_is_no_small_one(
+    replaced: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast_derivatives, "_LARGE", 16)
+    with Replacements():
+        F.linear(normal(1, 3), normal(6, 3))
+        assert not replaced
+        F.linear(normal(1, 3), normal(32, 3))
+    assert replaced == ["_linear"]
+
+
+WRONG: dict[str, Callable[[], object]] = {
+    "channels": lambda: F.conv2d(normal(1, 2, 4, 4), normal(3, 3, 3, 3)),
+    "stride": lambda: F.conv2d(normal(1, 3, 4, 4), normal(3, 3, 3, 3), stride=(1, 2, 3)),
+    "keyword": lambda: F.relu(normal(2), out=None),  # type: ignore[call-arg]
+    "statistics": lambda: F.batch_norm(normal(2, 3), torch.zeros(1).double(), torch.ones(1).double()),
+    "weight": lambda: F.batch_norm(normal(2, 3), torch.zeros(3).double(), torch.ones(3).double(), normal(1)),
+    "bias": lambda: F.linear(normal(2, 3), normal(4, 3), normal(3)),
+    "types": lambda: F.linear(normal(2, 3), torch.randn(2, 3, requires_grad=True)),
+    "shape": lambda: F.layer_norm(normal(2, 6), (4,)),
+    "width": lambda: F.scaled_dot_product_attention(normal(2, 3, 4), normal(2, 3, 5), normal(2, 3, 4)),
+    "approximation": lambda: F.gelu(normal(2), approximate="some"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_meet_the_error_of_pytorch(name: str, replaced: list[str]) -> None:
+    with pytest.raises((RuntimeError, TypeError)) as theirs:
+        WRONG[name]()
+    with Replacements(), pytest.raises(theirs.type, match=re.escape(str(theirs.value))):
+        WRONG[name]()
+    assert not replaced
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # PyTorch's own, at the first dual tensor
+@pytest.mark.parametrize("surroundings", ["no gradient", "autocast", "transform", "forward mode", "all frozen"])
+def test_left_alone_where_derivatives_are_others_business(surroundings: str, replaced: list[str]) -> None:
+    torch.manual_seed(0)
+    x, layer = torch.randn(2, 3, 5, 5), nn.Conv2d(3, 2, 3)
+    with Replacements():
+        if surroundings == "no gradient":
+            with torch.no_grad():
+                layer(x)
+        elif surroundings == "autocast":
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                assert layer(x).dtype == torch.bfloat16
+        elif surroundings == "transform":
+            weights = dict(layer.named_parameters())
+            torch.func.grad(lambda w: torch.func.functional_call(layer, w, (x,)).sum())(weights)
+        elif surroundings == "forward mode":
+            with forward_ad.dual_level():
+                result = layer(forward_ad.make_dual(x, torch.ones_like(x)))
+                assert forward_ad.unpack_dual(result).tangent is not None
+        else:
+            layer.requires_grad_(requires_grad=False)(x)
+    assert not replaced
+
+
+def test_the_analysis_uses_them(replaced: list[str]) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+    x = torch.randn(2, 1, 4, 4)
+    hessian_spectrum(net, [x], lambda module, batch: module(batch).square().mean(), steps=2)
+    assert set(replaced) == {"_convolution", "_batch_norm", "_relu", "_linear"}
+    replaced.clear()
+    net(x)
+    assert not replaced

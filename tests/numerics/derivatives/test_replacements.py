@@ -1,0 +1,234 @@
+"""Replacements that depend on the whole loss, or on other batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_hesd import hessian_spectrum, layer_spectra
+from lightning_hesd.numerics.analysis.api import analysis_options
+from lightning_hesd.numerics.analysis.engine import analyze
+from lightning_hesd.numerics.analysis.evaluation import Evaluator
+from lightning_hesd.numerics.derivatives import fast_derivatives
+from lightning_hesd.numerics.derivatives.replacements import Replacements
+from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.inputs.parameter_sharding import Layout
+from lightning_hesd.numerics.isolation.exact_mode import analysis_state
+
+STRATEGIES = ["auto", "graph", "recompute", "finite_difference"]
+
+IDS = [torch.tensor([[0, 1, 2], [4, 5, 5]]), torch.tensor([[2, 3, 1], [0, 0, 6]])]
+"""Of batches that share some rows, and leave rows 7 and 8 out."""
+
+
+class Words(nn.Module):
+    """An embedding that is used in one of several ways, tied with the output layer."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.way = way
+        kind = nn.EmbeddingBag if way == "bag" else nn.Embedding
+        self.embedding = kind(9, 3, max_norm=0.7 if way in {"layer", "bag"} else None).double()
+
+    @property
+    def weight(self) -> Tensor:
+        weight = self.embedding.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.way == "function":
+            words = F.embedding(ids, self.weight, max_norm=0.7).sum(1)
+        elif self.way == "by hand":
+            torch.embedding_renorm_(self.weight.detach(), ids, 0.7, 2.0)
+            words = F.embedding(ids, self.weight).sum(1)
+        else:
+            words = self.embedding(ids) if self.way == "bag" else self.embedding(ids).sum(1)
+        return words.tanh() @ self.weight.T
+
+
+def loss(net: nn.Module, ids: Tensor) -> Tensor:
+    return F.cross_entropy(net(ids), ids[:, 0])
+
+
+class Bag(Words):
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.embedding(ids).tanh() @ self.weight.T
+
+
+@pytest.mark.parametrize(
+    ("way", "strategy"),
+    [*(("layer", s) for s in STRATEGIES), ("function", "auto"), ("by hand", "auto"), ("bag", "auto"), ("bag", "graph")],
+)
+def test_embeddings_with_max_norm(way: str, strategy: Any) -> None:
+    net = Words(way)
+    before = net.weight.detach().clone()
+    if (way, strategy) == ("bag", "graph"):  # PyTorch has no second derivative of the mean of a bag
+        with pytest.raises(RuntimeError, match="embedding_bag"):
+            hessian_spectrum(net, IDS, loss, strategy=strategy)
+        assert torch.equal(net.weight, before)
+        return
+    assert (before.norm(dim=1) > 0.7).any()
+    found = hessian_spectrum(net, IDS, loss, strategy=strategy, steps=8)
+    assert torch.equal(net.weight, before)
+    expected = hessian_spectrum(_plain(way), IDS, loss, steps=8)
+    assert found.verified == expected.verified == "yes"
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)  # PyTorch scales by max_norm / (norm + 1e-7)
+    torch.testing.assert_close(torch.tensor(found.nodes), torch.tensor(expected.nodes), rtol=1e-5, atol=1e-5)
+
+
+def _plain(way: str, batches: list[Tensor] = IDS) -> Words:
+    """Return a network without `max_norm` whose rows that the batches use are within it."""
+    net = Bag("without") if way == "bag" else Words("without")
+    if way == "bag":
+        net.embedding = nn.EmbeddingBag(9, 3).double()
+    net.embedding.load_state_dict(Words(way).embedding.state_dict())
+    used = torch.unique(torch.cat(batches))
+    with torch.no_grad():
+        net.weight[used] = torch.renorm(net.weight[used], 2, 0, 0.7)
+    return net
+
+
+def test_max_norm_of_an_embedding_that_is_not_analysed() -> None:
+    class Two(nn.Module):
+        def __init__(self, words: Words) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.words, self.last = words, nn.Linear(9, 7).double()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            result: Tensor = self.last(self.words(ids))
+            return result
+
+    nodes = []
+    for words in (Words("layer"), _plain("layer")):
+        words.requires_grad_(requires_grad=False)
+        before = words.weight.clone()
+        nodes.append(hessian_spectrum(Two(words), IDS, loss, steps=5, strategy="recompute").nodes)
+        assert torch.equal(words.weight, before)
+    torch.testing.assert_close(*map(torch.tensor, nodes), rtol=1e-5, atol=1e-5)
+
+
+def test_max_norm_with_layers_and_groups() -> None:
+    net, plain = Words("layer"), _plain("layer")
+    found, expected = (layer_spectra(n, IDS, loss, steps=5)["embedding"] for n in (net, plain))
+    assert found.lambda_max == pytest.approx(expected.lambda_max, rel=1e-6)
+    batches = [torch.randint(9, (8, 3), generator=torch.Generator().manual_seed(0)), *IDS]
+    sampled = [
+        hessian_spectrum(n, batches, loss, steps=5, sampling_error=True) for n in (net, _plain("layer", batches))
+    ]
+    assert sampled[0].c_t_sampling_error == pytest.approx(sampled[1].c_t_sampling_error, rel=1e-4)
+
+
+def test_several_processes_with_max_norm_are_refused() -> None:
+    net = Words("layer")
+    batches = [WeightedBatch(ids, 2.0, index) for index, ids in enumerate(IDS)]
+    with pytest.raises(RuntimeError, match="single process, or without `max_norm`"):
+        analyze(net, batches, loss, analysis_options(steps=2), all_reduce=lambda total: total)
+
+
+def penalised(net: nn.Module, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    value = net(x).sum()
+    (slope,) = torch.autograd.grad(value, x, create_graph=True)
+    return value + slope.square().sum()
+
+
+@pytest.mark.parametrize(
+    ("layer", "function", "again"),
+    [
+        (nn.Tanh(), penalised, False),
+        (nn.LayerNorm(3), lambda net, x: net(x).square().mean(), False),
+        (nn.LayerNorm(3), penalised, True),
+    ],
+    ids=["derivative, no norm", "norm, no derivative", "derivative of a norm"],
+)
+def test_a_loss_is_called_again_once_where_it_differentiates_a_norm(layer: Any, function: Any, again: bool) -> None:
+    net, batch = nn.Sequential(nn.Linear(3, 3), layer).double(), WeightedBatch(torch.ones(2, 3).double(), 2.0, 0)
+    calls = 0
+
+    def counted(net: nn.Module, x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        result: Tensor = function(net, x)
+        return result
+
+    with analysis_state(net) as isolation:
+        evaluator = Evaluator(net, counted, analysis_options(), Layout(), isolation)
+        for expected in (2 if again else 1, 1):
+            calls = 0
+            evaluator.loss(batch)
+            assert calls == expected
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize("by", ["grad", "backward", "method"])
+def test_inner_derivatives_are_noticed(by: str) -> None:
+    x = torch.randn(2, 3, requires_grad=True)
+    for create_graph in (False, True):
+        with Replacements() as replacements:
+            value = F.layer_norm(x, (3,)).pow(3).sum()
+            if by == "grad":
+                torch.autograd.grad(value, x, create_graph=create_graph)
+            elif by == "backward":
+                torch.autograd.backward(value, inputs=[x], create_graph=create_graph, retain_graph=True)
+            else:
+                value.backward(inputs=[x], create_graph=create_graph)
+        x.grad = None
+        assert replacements.missed == ({"differentiated"} if create_graph else set())
+
+
+def batched(net: nn.Module, x: Tensor, how: str) -> Tensor:
+    """Return a loss with the Jacobian of a network, taken in several directions at once or in one after the other."""
+    x = x.clone().requires_grad_()
+    y = net(x)
+    units = torch.eye(y.numel(), dtype=x.dtype).view(-1, *y.shape)
+    if how == "batched":
+        (rows,) = torch.autograd.grad(y, x, units, create_graph=True, is_grads_batched=True)
+    elif how == "vectorized":
+        rows = torch.autograd.functional.jacobian(net, x, create_graph=True, vectorize=True)
+    elif how == "vmap":
+        rows = torch.func.vmap(lambda v: torch.autograd.grad(y, x, v, create_graph=True)[0])(units)
+    else:
+        rows = torch.stack([torch.autograd.grad(y, x, v, create_graph=True)[0] for v in units])
+    return y.square().mean() + rows.square().sum()
+
+
+@pytest.mark.parametrize("how", ["batched", "vectorized", "vmap"])
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda: [nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 2, 3), nn.BatchNorm1d(2), nn.Tanh(), nn.Flatten()],
+        lambda: [nn.Linear(4, 3), nn.GELU(), nn.LayerNorm(3)],
+    ],
+    ids=["convolution", "linear"],
+)
+def test_derivatives_along_many_directions_at_once(layers: Any, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_derivatives, "_LARGE", 0)
+    nodes = []
+    for way in (how, "one by one"):
+        torch.manual_seed(0)
+        net, x = nn.Sequential(*layers()).double(), torch.randn(3, 4).double()
+        nodes.append(hessian_spectrum(net, [x], lambda net, x, way=way: batched(net, x, way), steps=4).nodes)
+    torch.testing.assert_close(*map(torch.tensor, nodes), rtol=1e-9, atol=1e-9)
+
+
+def test_signals_pass_through() -> None:
+    class StopError(Exception):
+        """As PyTorch ends a recomputation early."""
+
+    calls = []
+
+    def stop(_: Tensor) -> Tensor:
+        calls.append(1)
+        raise StopError
+
+    x = torch.randn(2, 3, requires_grad=True)
+    with Replacements(), torch.autograd.graph.saved_tensors_hooks(stop, lambda x: x), pytest.raises(StopError):
+        F.conv1d(x[:, None], torch.ones(1, 1, 2, requires_grad=True))
+    assert len(calls) == 1

@@ -1,0 +1,72 @@
+"""Long containers of plain values, and snapshots of what holds them."""
+
+import collections
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from lightning_hesd.numerics.isolation.containers import holds_atoms
+from lightning_hesd.numerics.isolation.snapshot import preserved
+
+MANY = 300_000
+
+
+@pytest.mark.parametrize(
+    ("container", "expected"),
+    [
+        ([1, "a", None, 2.0, b"", True], True),
+        ([("a", 1), ("b", 2)], True),
+        ({"a": 1, "b": ("c", 2)}, True),
+        ({("a", 1): 2}, True),
+        (collections.deque([1, 2]), True),
+        ([], True),
+        ([("a", [1])], False),
+        ([[1], [2]], False),
+        ({"a": {}}, False),
+        ([torch.zeros(1)], False),
+        ([(("a", 1), 2)], False),
+    ],
+)
+def test_what_holds_plain_values_only(container: Any, expected: bool) -> None:
+    assert holds_atoms(container) is expected
+
+
+class Holder(Dataset[Any]):
+    def __init__(self, content: Any) -> None:
+        self.content = content
+        self.small = [[1, 2]]
+
+
+class Module(torch.nn.Module):
+    def __init__(self, content: Any) -> None:
+        super().__init__()
+        self.content = content
+        self.small = [[1, 2]]
+
+
+CONTENTS: dict[str, Any] = {
+    "pairs": lambda: [(f"{number}.jpg", number) for number in range(MANY)],
+    "names": lambda: {str(number): number for number in range(MANY)},
+    "records": lambda: [{"id": number} for number in range(MANY // 4)],
+}
+
+
+@pytest.mark.parametrize(("kind", "tensors"), [("pairs", True), ("pairs", False), ("names", False), ("records", False)])
+def test_long_containers_are_put_back_in_no_time(kind: str, tensors: bool) -> None:
+    content = CONTENTS[kind]()
+    holder = Holder(content) if not tensors else Module(content)
+    before = len(content)
+    started = time.process_time()
+    with preserved(holder, tensors=tensors):
+        pass
+    assert time.process_time() - started < 0.5, "a twentieth of a second on an idle machine"
+    with preserved(holder, tensors=tensors):
+        content.popitem() if isinstance(content, dict) else content.pop(0)
+        holder.small[0].append(3)
+        holder.content = None
+    assert holder.content is content
+    assert len(content) == before
+    assert holder.small == [[1, 2]]

@@ -1,0 +1,718 @@
+import contextlib
+import copy
+import dataclasses
+import random
+import threading
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchmetrics
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lightning_hesd import hessian_spectrum
+from lightning_hesd.numerics.isolation.snapshot import preserved
+from tests import cases
+
+Tamper = Callable[[nn.Module], object]
+Run = Callable[..., None]
+
+
+class Boom(Exception):
+    """Raised by a loss function."""
+
+
+class Net(nn.Module):
+    """A module with a submodule, to be given attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first = nn.Linear(3, 4)
+            self.norm = nn.BatchNorm1d(4)
+            self.drop = nn.Dropout(0.5)
+            self.last = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.drop(torch.tanh(self.norm(self.first(x)))))
+
+
+def make_batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(6, 3, generator=generator), torch.randn(6, 2, generator=generator)
+
+
+@pytest.fixture(params=["success", "failure at once", "failure in a product"])
+def run(request: pytest.FixtureRequest) -> Run:
+    """Analyse a module with a loss function that tampers with it, and that may fail."""
+
+    batch = make_batch()
+
+    def analyse(module: nn.Module, tamper: Tamper = lambda module: None, **options: Any) -> None:
+        calls = 0
+
+        def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            nonlocal calls
+            calls += 1
+            tamper(module)
+            if request.param == "failure at once" or (request.param == "failure in a product" and calls >= 5):
+                raise Boom
+            return cases.squared_error(module, batch)
+
+        fails = contextlib.nullcontext() if request.param == "success" else pytest.raises(Boom)
+        with fails:
+            hessian_spectrum(module, [batch], loss, steps=4, strategy="recompute", **options)
+        assert calls == 1 if request.param == "failure at once" else calls > 5
+
+    return analyse
+
+
+def describe(value: Any) -> Any:
+    """Return something that compares equal exactly if two values have the same type and content."""
+    if isinstance(value, Tensor):
+        return "tensor", value.dtype, value.requires_grad, value.detach().tolist()
+    if isinstance(value, np.ndarray):
+        return "array", value.dtype, value.tolist()
+    if isinstance(value, defaultdict):
+        return "defaultdict", value.default_factory, describe(dict(value))
+    if isinstance(value, dict):
+        return type(value), [(key, describe(item)) for key, item in value.items()]
+    if isinstance(value, deque):
+        return "deque", value.maxlen, [describe(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return type(value), frozenset(value)
+    if isinstance(value, list | tuple):
+        return type(value), [describe(item) for item in value]
+    if dataclasses.is_dataclass(value):
+        return type(value), [describe(getattr(value, field.name)) for field in dataclasses.fields(value)]
+    return (type(value), describe(vars(value))) if hasattr(value, "__dict__") else value
+
+
+class TestGlobalGenerators:
+    @staticmethod
+    def states() -> tuple[Any, ...]:
+        return random.getstate(), describe(np.random.get_state()), torch.get_rng_state().tolist()  # noqa: NPY002
+
+    def test_are_put_back(self, run):
+        random.seed(11)
+        np.random.seed(12)  # noqa: NPY002 - users may draw from the legacy generator
+        torch.manual_seed(13)
+        before = self.states()
+
+        def tamper(module: nn.Module) -> None:
+            assert self.states() != before  # seeded for the analysis
+            random.random()
+            np.random.random()  # noqa: NPY002
+            torch.rand(1)
+
+        run(Net(), tamper, mode="train")
+        assert self.states() == before
+
+    @pytest.mark.parametrize("shuffle", [False, True])
+    def test_reading_a_loader_draws_nothing_either(self, shuffle):
+        loader = DataLoader(TensorDataset(*make_batch()), batch_size=2, shuffle=shuffle)
+        torch.manual_seed(13)
+        before = self.states()
+        hessian_spectrum(Net(), loader, cases.squared_error, steps=2)
+        assert self.states() == before
+
+
+class TestModes:
+    def test_mixed_modes_are_put_back(self, run):
+        module = Net().train()
+        module.norm.eval()
+        before = [m.training for m in module.modules()]
+
+        def tamper(module: nn.Module) -> None:
+            module.last.train(not module.last.training)
+
+        for mode in ("eval", "train", "keep"):
+            run(module, tamper, mode=mode)
+            assert [m.training for m in module.modules()] == before
+
+    @pytest.mark.parametrize("mode", ["eval", "train", "keep"])
+    def test_the_mode_holds_in_every_submodule_meanwhile(self, mode):
+        module = Net().train()
+        module.norm.eval()
+        seen = []
+
+        def loss(module: nn.Module, batch: Any) -> Tensor:
+            seen.append([m.training for m in module.modules()])
+            return cases.squared_error(module, batch)
+
+        hessian_spectrum(module, [make_batch()], loss, steps=2, mode=mode)
+        expected = {"eval": [False] * 5, "train": [True] * 5, "keep": [True, True, False, True, True]}[mode]
+        assert seen
+        assert all(modes == expected for modes in seen)
+
+
+class TestTensors:
+    def test_batchnorm_buffers_are_put_back(self, run):
+        module = Net()
+        module.norm.running_mean.fill_(0.25)
+        module.norm.running_var.fill_(2.5)
+        module.norm.num_batches_tracked.fill_(7)
+        before, objects = copy.deepcopy(module.state_dict()), list(module.buffers())
+        run(module, mode="train")
+        assert describe(dict(module.state_dict())) == describe(dict(before))
+        assert all(now is then for now, then in zip(module.buffers(), objects, strict=True))
+
+    @pytest.mark.parametrize(
+        "tamper",
+        [
+            lambda module: module.first.weight.detach().mul_(1.5),
+            lambda module: module.first.weight.data.mul_(1.5),  # does not count as a change to autograd
+            lambda module: module.first.weight.detach().numpy().__imul__(1.5),  # nor does this
+            lambda module: setattr(module.first.weight, "data", module.first.weight.data * 1.5),
+            lambda module: setattr(module.first, "weight", nn.Parameter(1.5 * module.first.weight.detach())),
+            lambda module: torch.optim.SGD([module.first.weight.requires_grad_()], lr=1.0).step(
+                lambda: cases.squared_error(module, make_batch()).backward()
+            ),
+        ],
+        ids=["in place", "through .data", "through NumPy", "new .data", "new parameter", "an optimizer's step"],
+    )
+    def test_parameters_are_put_back(self, tamper, run):
+        module = Net()
+        weight, bias = module.first.weight, module.first.bias
+        address = weight.data_ptr()
+        before = copy.deepcopy(module.state_dict())
+        run(module, tamper)
+        assert module.first.weight is weight
+        assert weight.data_ptr() == address  # an optimizer's state, or a tied weight, may refer to this storage
+        assert module.first.bias is bias
+        assert describe(dict(module.state_dict())) == describe(dict(before))
+
+    def test_requires_grad_is_put_back(self, run):
+        module = Net()
+        module.last.bias.requires_grad_(False)
+        before = [p.requires_grad for p in module.parameters()]
+
+        def tamper(module: nn.Module) -> None:
+            # As `toggle_optimizer` does with the parameters of the other optimizers.
+            module.norm.weight.requires_grad_(False)
+            module.last.bias.requires_grad_(True)
+
+        run(module, tamper, parameters=lambda name, p: name != "norm.weight")
+        assert [p.requires_grad for p in module.parameters()] == before
+
+    def test_gradients_are_out_of_sight_meanwhile(self):
+        module, seen = Net(), []
+        for p in module.parameters():
+            p.grad = torch.ones_like(p)
+
+        def loss(module: nn.Module, batch: Any) -> Tensor:
+            seen.extend(p.grad for p in module.parameters())
+            return cases.squared_error(module, batch)
+
+        hessian_spectrum(module, [make_batch()], loss, steps=2)
+        assert seen
+        assert all(grad is None for grad in seen)
+
+    @pytest.mark.parametrize(
+        "tamper",
+        [
+            lambda module: None,
+            lambda module: cases.squared_error(module, make_batch()).backward(),
+            lambda module: module.zero_grad(),
+            lambda module: setattr(module.first.weight, "grad", torch.ones(4, 3)),
+        ],
+        ids=["nothing", "backward", "zero_grad", "assignment"],
+    )
+    def test_gradients_are_set_aside_and_put_back(self, tamper, run):
+        module = Net()
+        module.last.bias.requires_grad_(False)
+        for number, p in enumerate(module.parameters()):
+            p.grad = torch.full_like(p, float(number))
+        module.norm.weight.grad = None
+        objects = [p.grad for p in module.parameters()]
+        values = describe(objects)
+
+        run(module, tamper)
+        assert all(p.grad is then for p, then in zip(module.parameters(), objects, strict=True))
+        assert describe(objects) == values
+
+    def test_views_of_changed_tensors_are_put_back_too(self, run):
+        module = Net()
+        module.register_buffer("base", torch.zeros(2))
+        module.register_buffer("part", module.base[:1])
+        module.register_buffer("wide", module.base[:1].expand(4))  # several elements in one place cannot be written
+        run(module, lambda module: module.base.add_(1.0))
+        assert module.base.tolist() == [0.0, 0.0]
+        assert module.part.tolist() == [0.0]
+        assert module.wide.tolist() == [0.0] * 4
+
+    def test_tensors_nobody_touched_are_not_written(self, run):
+        # Writing would invalidate graphs that the user holds.
+        module = Net()
+        held = (module.first.weight**2).sum()
+        run(module)
+        held.backward()
+        assert torch.equal(module.first.weight.grad, 2 * module.first.weight)
+
+
+class Meter:
+    """A running average, as many training scripts have."""
+
+    def __init__(self) -> None:
+        self.total, self.count, self.history = 0.0, 0, [0.5]
+
+    def update(self, value: float) -> None:
+        self.total += value
+        self.count += 1
+        self.history.append(value)
+
+
+@dataclasses.dataclass
+class Settings:
+    """A plain record."""
+
+    rate: Any
+    names: Any
+
+
+@dataclasses.dataclass(slots=True)
+class SlottedSettings:
+    """A plain record without a __dict__."""
+
+    rate: Any
+    names: Any
+
+
+ATTRIBUTES: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
+    "list": (lambda: [1, 2], lambda value: value.append(3)),
+    "list reordered": (lambda: [1, 2], lambda value: value.reverse()),
+    "list of pairs": (lambda: [("a", 1), ("b", 2)], lambda value: value.__setitem__(0, ("a", 5))),
+    "dict": (lambda: {"a": 1}, lambda value: value.update(a=value["a"] + 1, b=2)),
+    "dict of lists": (lambda: {"a": [1], "b": []}, lambda value: (value["a"].append(2), value.pop("b", None))),
+    "tuple of lists": (lambda: ([1], [2]), lambda value: value[1].append(3)),
+    "deque": (lambda: deque([1, 2, 3], maxlen=3), lambda value: value.append(4)),
+    "set": (lambda: {1, 2}, lambda value: value.add(len(value) + 1)),
+    "Counter": (lambda: Counter("aab"), lambda value: value.update("ac")),
+    "defaultdict": (lambda: defaultdict(list, a=[1]), lambda value: value["b"].append(1)),
+    "OrderedDict": (lambda: OrderedDict(a=1, b=2), lambda value: value.move_to_end("a")),
+    "array": (lambda: np.arange(3.0), lambda value: np.add(value, 1.0, out=value)),
+    "read-only view": (lambda: np.broadcast_to(np.arange(2.0), (2, 2)), lambda value: None),
+    "tensor": (lambda: torch.arange(3.0), lambda value: value.add_(1.0)),
+    "tensor through .data": (lambda: torch.arange(3.0), lambda value: value.data.add_(1.0)),
+    "list of tensors": (lambda: [torch.zeros(2)], lambda value: (value[0].add_(1.0), value.append(torch.ones(2)))),
+    "meter": (Meter, lambda value: value.update(1.0)),
+    "dataclass": (lambda: Settings(0.1, ["a"]), lambda value: (setattr(value, "rate", 0.2), value.names.clear())),
+    "slotted dataclass": (
+        lambda: SlottedSettings(0.1, ["a"]),
+        lambda value: (setattr(value, "rate", 0.2), value.names.clear()),
+    ),
+    "list of objects": (lambda: [Meter()], lambda value: value[0].update(1.0)),
+    "dict of objects": (lambda: {"a": Meter()}, lambda value: value["a"].update(1.0)),
+    "object in an object": (
+        lambda: Settings(0.1, Meter()),
+        lambda value: (value.names.update(1.0), setattr(value, "rate", torch.ones(1))),
+    ),
+}
+
+
+class TestAttributes:
+    @pytest.mark.parametrize("kind", ATTRIBUTES)
+    def test_are_put_back_in_place(self, kind, run):
+        make, change = ATTRIBUTES[kind]
+        module = Net()
+        module.last.thing = thing = make()
+        before = describe(thing)
+        changed = []
+
+        def tamper(module: nn.Module) -> None:
+            change(module.last.thing)
+            changed.append(describe(module.last.thing) != before)
+
+        run(module, tamper)
+        assert changed[0] or kind == "read-only view"
+        assert module.last.thing is thing
+        assert describe(thing) == before
+
+    def test_assignments_are_undone(self, run):
+        module = Net()
+        module.count, module.name, module.cache = 3, "before", None
+        module.last.best = torch.ones(2)
+        best = module.last.best
+
+        def tamper(module: nn.Module) -> None:
+            module.count += 1
+            module.name = "after"
+            module.cache = torch.zeros(3)
+            module.last.best = module.last.best * 2
+
+        run(module, tamper)
+        assert (module.count, module.name, module.cache) == (3, "before", None)
+        assert module.last.best is best
+        assert best.tolist() == [1.0, 1.0]
+
+    def test_new_attributes_are_removed(self, run):
+        module = Net()
+
+        def tamper(module: nn.Module) -> None:
+            module.new = 1
+            module.last.new_cache = []
+            module.new_layer = nn.Linear(1, 1)
+            module.register_buffer("new_buffer", torch.zeros(1))
+
+        before = set(vars(module)), set(module.state_dict())
+        run(module, tamper)
+        assert (set(vars(module)), set(module.state_dict())) == before
+        assert not hasattr(module.last, "new_cache")
+        assert not hasattr(module, "new_layer")
+
+    def test_deleted_attributes_come_back(self, run):
+        module = Net()
+        module.cache = cache = [1]
+
+        def tamper(module: nn.Module) -> None:
+            module.__dict__.pop("cache", None)
+
+        run(module, tamper)
+        assert module.cache is cache
+
+    @pytest.mark.parametrize(
+        ("make", "draw"),
+        [
+            (lambda: random.Random(3), lambda rng: rng.random()),
+            (lambda: np.random.default_rng(3), lambda rng: rng.random()),
+            (lambda: np.random.RandomState(3), lambda rng: rng.random_sample()),
+            (lambda: torch.Generator().manual_seed(3), lambda rng: torch.rand(1, generator=rng).item()),
+        ],
+        ids=["Random", "Generator", "RandomState", "torch.Generator"],
+    )
+    def test_own_generators_draw_on_as_if_nothing_had_happened(self, make, draw, run):
+        module = Net()
+        module.last.rng = make()
+        first = draw(module.last.rng)
+        run(module, lambda module: draw(module.last.rng))
+        twin = make()
+        assert [first, draw(module.last.rng)] == [draw(twin), draw(twin)]
+
+    def test_a_generator_without_state_is_left_alone(self, run):
+        module = Net()
+        module.rng = random.SystemRandom()
+        run(module, lambda module: module.rng.random())
+        assert isinstance(module.rng, random.SystemRandom)
+
+    def test_objects_that_hold_a_lock_are_left_alone(self, run):
+        class Service:
+            def __init__(self) -> None:
+                self.lock, self.sent = threading.Lock(), []
+
+        module = Net()
+        module.service = service = Service()
+        module.services = [service]
+        lock = service.lock
+
+        def tamper(module: nn.Module) -> None:
+            with module.service.lock:
+                module.service.sent.append(1)
+            module.services.append(None)
+
+        run(module, tamper)
+        assert module.service is service
+        assert service.lock is lock
+        assert not lock.locked()
+        assert len(service.sent) > 0  # not undone: the object may stand for something outside this process
+        assert module.services == [service]  # the list is the module's own
+
+    def test_cycles_terminate(self, run):
+        module = Net()
+        node = Meter()
+        node.owner, node.itself, node.ring = module, node, []
+        node.ring.append(node.ring)
+        module.last.node = node
+        module.last.loop = {"loop": None}
+        module.last.loop["loop"] = module.last.loop
+
+        def tamper(module: nn.Module) -> None:
+            module.last.node.update(1.0)
+            module.last.node.ring.append(1)
+            module.last.loop["new"] = 1
+
+        run(module, tamper)
+        assert (node.total, node.count, node.history) == (0.0, 0, [0.5])
+        assert len(node.ring) == 1
+        assert node.ring[0] is node.ring
+        assert list(module.last.loop) == ["loop"]
+
+    def test_long_chains_of_objects(self, run):
+        module = Net()
+        module.last.chain = node = Meter()
+        for _ in range(1000):
+            node.next = Meter()
+            node = node.next
+
+        run(module, lambda module: node.update(1.0))
+        assert node.count == 0
+
+
+class TestMetrics:
+    @pytest.mark.parametrize(
+        "make",
+        [
+            torchmetrics.MeanMetric,
+            torchmetrics.CatMetric,
+            lambda: torchmetrics.MetricCollection([torchmetrics.SumMetric(), torchmetrics.MaxMetric()]),
+        ],
+        ids=["tensor state", "list state", "collection"],
+    )
+    @pytest.mark.parametrize("forward", [True, False])
+    def test_states_are_put_back(self, make, forward, run):
+        module = Net()
+        module.last.metric = metric = make()
+        twin = make()
+        for value in (1.0, 4.0):
+            metric.update(torch.tensor(value))
+            twin.update(torch.tensor(value))
+
+        def tamper(module: nn.Module) -> None:
+            (module.last.metric if forward else module.last.metric.update)(torch.tensor(9.0))
+            module.last.metric.compute()
+
+        run(module, tamper)
+        assert describe(metric.compute()) == describe(twin.compute())
+        for ours, theirs in zip(metric.modules(), twin.modules(), strict=True):
+            if isinstance(ours, torchmetrics.Metric):
+                assert ours.update_count == theirs.update_count == 2
+                assert describe(ours.metric_state) == describe(theirs.metric_state)
+        metric.update(torch.tensor(2.0))  # still in working order
+        twin.update(torch.tensor(2.0))
+        assert describe(metric.compute()) == describe(twin.compute())
+
+
+def reference() -> np.ndarray:
+    return hessian_spectrum(Net(), [make_batch()], cases.squared_error, steps=5).nodes
+
+
+class Halved(torch.autograd.Function):
+    """The identity, in half precision where autocast is on."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class TestSurroundings:
+    """What the caller has switched on has no effect inside, and is on again afterwards."""
+
+    def test_autocast(self, run):
+        seen = []
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            run(Net(), lambda module: seen.append(torch.is_autocast_enabled("cpu")))
+            assert torch.is_autocast_enabled("cpu")
+            assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+            nodes = hessian_spectrum(Net(), [make_batch()], cases.squared_error, steps=5).nodes
+        assert not any(seen)
+        np.testing.assert_array_equal(nodes, reference())
+
+    @pytest.mark.parametrize("how", ["context", "decorator", "object", "nested", "custom function"])
+    def test_autocast_that_the_loss_switches_on(self, how):
+        module = Net()
+        kept = torch.autocast("cpu", dtype=torch.bfloat16)
+        seen = []
+
+        def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            def forward(x: Tensor) -> Tensor:
+                seen.append(torch.is_autocast_enabled("cpu"))
+                return module(x)
+
+            if how == "decorator":
+                output = torch.autocast("cpu", dtype=torch.bfloat16)(forward)(batch[0])
+            elif how == "nested":
+                with torch.autocast("cpu", enabled=False), torch.amp.autocast("cpu"):
+                    output = forward(batch[0])
+            else:
+                with kept if how == "object" else torch.autocast("cpu", dtype=torch.bfloat16):
+                    output = forward(Halved.apply(batch[0]) if how == "custom function" else batch[0])
+            return cases.squared_error(lambda _: output.float(), batch)
+
+        found = hessian_spectrum(module, [make_batch()], loss, steps=5)
+        expected = hessian_spectrum(module, [make_batch()], cases.squared_error, steps=5)
+        np.testing.assert_array_equal(found.nodes, expected.nodes)
+        assert seen
+        assert not any(seen)
+        with kept:
+            assert torch.is_autocast_enabled("cpu")
+            assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+        assert not torch.is_autocast_enabled("cpu")
+
+    @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+    def test_disabled_gradients(self, context, run):
+        module = Net()
+        module.norm.running_mean.fill_(0.25)
+        module.cache = [torch.zeros(1)]
+        before = copy.deepcopy(module.state_dict())
+
+        def tamper(module: nn.Module) -> None:
+            assert torch.is_grad_enabled()
+            assert not torch.is_inference_mode_enabled()
+            module.cache[0].add_(1.0)
+            module.last.bias.requires_grad_(False)
+            module.first.weight.detach().add_(1.0)
+
+        plain, batch = Net(), make_batch()
+        with context():
+            run(module, tamper, mode="train", parameters=lambda name, p: name == "last.weight")
+            assert not torch.is_grad_enabled()
+            assert torch.is_inference_mode_enabled() is (context is torch.inference_mode)
+            nodes = hessian_spectrum(plain, [batch], cases.squared_error, steps=5).nodes
+        assert describe(dict(module.state_dict())) == describe(dict(before))
+        assert module.cache[0].item() == 0.0
+        assert module.last.bias.requires_grad
+        np.testing.assert_array_equal(nodes, reference())
+
+    def test_batches_made_in_inference_mode(self):
+        # As everything is that a data loader makes inside `trainer.validate` or `trainer.test`.
+        module = Net()
+        with torch.inference_mode():
+            batch = make_batch()
+            assert batch[0].is_inference()
+            nodes = hessian_spectrum(module, [batch], cases.squared_error, steps=5).nodes
+        np.testing.assert_array_equal(nodes, reference())
+
+    def test_enabled_gradients_stay_enabled(self, run):
+        run(Net())
+        assert torch.is_grad_enabled()
+
+    def test_attention_backends(self, run):
+        before = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
+        seen = []
+        run(Net(), lambda module: seen.append(torch.backends.cuda.flash_sdp_enabled()))
+        assert not any(seen)
+        assert (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()) == before
+
+    def test_compiled_modules_run_eagerly(self):
+        # Compiled code has no second derivative.
+        compiled = torch.compile(Net(), backend="aot_eager")
+        nodes = hessian_spectrum(compiled, [make_batch()], cases.squared_error, steps=5).nodes
+        np.testing.assert_array_equal(nodes, reference())
+
+    @pytest.mark.parametrize("mode", ["eval", "train"])
+    def test_the_loss_function_may_change_its_batch(self, mode):
+        def loss(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            target = batch.pop("y")
+            batch["x"].mul_(2.0)
+            return cases.squared_error(module, (batch["x"], target))
+
+        x, y = make_batch()
+        spectra = [
+            hessian_spectrum(Net(), [{"x": x, "y": y}], loss, steps=5, mode=mode, strategy=strategy)
+            for strategy in ("graph", "recompute")
+        ]
+        np.testing.assert_allclose(spectra[0].nodes, spectra[1].nodes, rtol=0, atol=1e-6)
+        assert torch.equal(x, make_batch()[0])
+
+
+def backends() -> list[Any]:
+    if hasattr(torch.backends.cudnn, "conv"):
+        return [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul]
+    return [torch.backends.cuda.matmul, torch.backends.cudnn]
+
+
+def precisions() -> list[Any]:
+    name = "fp32_precision" if hasattr(torch.backends.cudnn, "conv") else "allow_tf32"
+    return [getattr(backend, name) for backend in backends()]
+
+
+class TestReducedPrecision:
+    @pytest.fixture(params=["high", "medium"])
+    def reduced(self, request: pytest.FixtureRequest) -> Iterator[str]:
+        before = precisions()
+        torch.set_float32_matmul_precision(request.param)
+        yield request.param
+        torch.set_float32_matmul_precision("highest")
+        if hasattr(torch.backends.cudnn, "conv"):
+            for backend, precision in zip(backends(), before, strict=True):
+                backend.fp32_precision = precision
+
+    def test_is_off_inside_and_on_again_afterwards(self, reduced, run):
+        before, seen = precisions(), []
+        run(Net(), lambda module: seen.extend(precisions()))
+        assert set(seen) <= {"ieee", False}
+        assert precisions() == before
+        assert torch.get_float32_matmul_precision() == reduced
+
+    def test_the_old_flags_can_still_be_read_afterwards(self, reduced, run):
+        run(Net())
+        assert torch.backends.cuda.matmul.allow_tf32 is True
+
+
+class Cached(Dataset[Tensor]):
+    """A dataset with a cache, a counter and a generator of its own."""
+
+    def __init__(self) -> None:
+        self.data = torch.zeros(4)
+        self.cache: dict[int, Tensor] = {}
+        self.reads = 0
+        self.rng = np.random.default_rng(0)
+        self.lock = threading.Lock()
+
+    def __getitem__(self, index: int) -> Tensor:
+        self.reads += 1
+        self.cache[index] = self.data[index] + self.rng.random()
+        return self.cache[index]
+
+
+class TestPreserved:
+    def test_a_dataset_without_its_tensors(self):
+        dataset = Cached()
+        state = dataset.rng.bit_generator.state
+        with preserved(dataset, tensors=False):
+            dataset[0]
+            dataset[1]
+            dataset.data.add_(1.0)
+        assert (dataset.reads, dataset.cache) == (0, {})
+        assert dataset.rng.bit_generator.state == state
+        assert dataset.data.tolist() == [1.0] * 4  # nothing was copied, so nothing could be put back
+
+    def test_a_dataset_with_its_tensors(self):
+        dataset = Cached()
+        with preserved(dataset):
+            dataset.data.add_(1.0)
+        assert dataset.data.tolist() == [0.0] * 4
+
+    def test_datasets_inside_datasets(self):
+        dataset = Cached()
+        outer = torch.utils.data.Subset(dataset, [0, 1])
+        with preserved(outer, tensors=False):
+            outer[1]
+            assert dataset.reads == 1
+        assert dataset.reads == 0
+
+    def test_a_root_with_its_attributes_even_if_they_are_not_plain(self):
+        root = Meter()
+        root.lock = threading.Lock()
+        with preserved(root):
+            root.update(1.0)
+        assert (root.count, root.history) == (0, [0.5])
+
+    def test_several_roots_and_exceptions(self):
+        first, second = Meter(), [1]
+
+        def tamper_and_fail() -> None:
+            first.update(1.0)
+            second.clear()
+            raise Boom
+
+        with pytest.raises(Boom), preserved(first, second):
+            tamper_and_fail()
+        assert (first.count, second) == (0, [1])
+
+    def test_no_root_keeps_the_global_generators(self):
+        torch.manual_seed(3)
+        before = torch.get_rng_state()
+        with preserved():
+            torch.rand(5)
+        assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,378 @@
+"""What one evaluation leaves behind does not reach the next: every strategy finds the spectrum of the first one."""
+
+import copy
+import itertools
+import random
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchmetrics
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, spectral_norm
+
+from lightning_hesd import Spectrum, hessian_spectrum
+from lightning_hesd.numerics.analysis.api import analysis_options
+from lightning_hesd.numerics.analysis.engine import analyze
+from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.isolation.snapshot import DATA_SIZE
+from lightning_hesd.sample_size.sample_losses import per_sample_losses
+
+STRATEGIES = ("graph", "recompute", "finite_difference")
+
+
+def make_batches(count: int = 2) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return [(normal(4, 3), normal(4, 2)) for _ in range(count)]
+
+
+class Stateful(nn.Module):
+    """A network with a penalty whose weight follows from its state, which goes on with every evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = nn.Linear(3, 2).double()
+
+    def loss(self, batch: tuple[Tensor, Tensor], weight: Any) -> Tensor:
+        outputs = torch.tanh(self.net(batch[0]))
+        return F.mse_loss(outputs, batch[1]) + (weight * outputs.square().mean()) / 8
+
+
+class Record:
+    """An object of the user."""
+
+    def __init__(self) -> None:
+        self.count, self.inner = 0, [0]
+
+    def next(self) -> int:
+        self.count += 1
+        self.inner[0] += 1
+        return self.count * self.inner[0]
+
+
+def buffer(module: Stateful, **others: Any) -> None:
+    module.register_buffer("thing", torch.zeros((), dtype=torch.float64))
+    vars(module).update(others)
+
+
+def views(module: Stateful) -> None:
+    module.register_buffer("base", torch.zeros(4, dtype=torch.float64))
+    module.part, module.parts = module.base[1:3], [module.base[2:]]
+
+
+def shared_with_numpy(module: Stateful) -> None:
+    module.array = np.zeros(1)
+    module.thing = torch.from_numpy(module.array)
+
+
+def frozen(module: Stateful) -> None:
+    module.teacher = nn.Parameter(torch.zeros(2, dtype=torch.float64), requires_grad=False)
+
+
+def attribute(make: Callable[[], Any]) -> Callable[[Stateful], None]:
+    return lambda module: setattr(module, "thing", make())
+
+
+def after(change: object, value: Any) -> Any:
+    """Return the second argument: the first has been evaluated before."""
+    return value
+
+
+# How the state is made, how it goes on and gives the weight, and what this is at the first evaluation.
+STATES: dict[str, tuple[Callable[[Stateful], Any], Callable[[Stateful], Any], float]] = {
+    "attribute": (attribute(int), lambda m: after(setattr(m, "thing", m.thing + 1), m.thing), 1),
+    "new attribute": (lambda m: None, lambda m: after(setattr(m, "new", getattr(m, "new", 0) + 1), m.new), 1),
+    "list": (attribute(list), lambda m: after(m.thing.append(0), len(m.thing)), 1),
+    "filled list": (attribute(lambda: [0]), lambda m: after(m.thing.append(0), len(m.thing)), 2),
+    "deque": (attribute(deque), lambda m: after(m.thing.append(0), len(m.thing)), 1),
+    "dict": (attribute(lambda: {"n": 0}), lambda m: after(m.thing.update(n=m.thing["n"] + 1), m.thing["n"]), 1),
+    "Counter": (attribute(Counter), lambda m: after(m.thing.update("a"), m.thing["a"]), 1),
+    "defaultdict": (
+        attribute(lambda: defaultdict(list)),
+        lambda m: after(m.thing["a"].append(0), len(m.thing["a"])),
+        1,
+    ),
+    "set": (attribute(set), lambda m: after(m.thing.add(len(m.thing)), len(m.thing)), 1),
+    "bytearray": (attribute(bytearray), lambda m: after(m.thing.append(0), len(m.thing)), 1),
+    "count": (attribute(lambda: itertools.count(1)), lambda m: next(m.thing), 1),
+    "iterator": (attribute(lambda: iter(list(range(1, 1000)))), lambda m: next(m.thing), 1),
+    "large list": (attribute(lambda: [0] * 2000), lambda m: after(m.thing.append(0), len(m.thing) - 2000), 1),
+    "object": (attribute(Record), lambda m: m.thing.next(), 1),
+    "array": (attribute(lambda: np.zeros(1)), lambda m: after(m.thing.__iadd__(1), m.thing.item()), 1),
+    "array of objects": (
+        attribute(lambda: np.array([[0]], dtype=object)),
+        lambda m: after(m.thing.__iadd__(1), m.thing.item()),
+        1,
+    ),
+    "torch.Generator": (
+        attribute(lambda: torch.Generator().manual_seed(3)),
+        lambda m: torch.rand((), generator=m.thing).item(),
+        torch.rand((), generator=torch.Generator().manual_seed(3)).item(),
+    ),
+    "NumPy generator": (
+        attribute(lambda: np.random.default_rng(3)),
+        lambda m: m.thing.random(),
+        np.random.default_rng(3).random(),
+    ),
+    "Random": (attribute(lambda: random.Random(3)), lambda m: m.thing.random(), random.Random(3).random()),
+    "metric": (attribute(torchmetrics.SumMetric), lambda m: after(m.thing.update(1.0), m.thing.compute()), 1),
+    "buffer": (buffer, lambda m: m.thing.add_(1).clone(), 1),
+    "buffer that the graph holds": (buffer, lambda m: m.thing.add_(1), 1),
+    "buffer that the graph and a tuple hold": (
+        lambda m: after(buffer(m), setattr(m, "pair", (m.thing, 0))),
+        lambda m: m.thing.add_(1).clone(),
+        1,
+    ),
+    "buffer through .data": (buffer, lambda m: after(m.thing.data.add_(1), m.thing), 1),
+    "buffer of new memory": (buffer, lambda m: after(setattr(m.thing, "data", m.thing + 1), m.thing), 1),
+    "buffer bound anew": (buffer, lambda m: after(setattr(m, "thing", m.thing + 1), m.thing), 1),
+    "views": (views, lambda m: after(m.base.add_(1), m.part[0] * m.parts[0][0]), 1),
+    "shared with NumPy": (shared_with_numpy, lambda m: after(m.array.__iadd__(1), m.thing.clone()), 1),
+    "frozen parameter": (frozen, lambda m: after(m.teacher.data.mul_(0.9).add_(1), m.teacher.sum()), 2),
+    "large tensor through .data": (
+        attribute(lambda: torch.zeros(2**15, dtype=torch.float64)),
+        lambda m: after(m.thing.data.add_(1), m.thing[-1].clone()),
+        1,
+    ),
+}
+
+
+def assert_same(found: Spectrum, expected: Spectrum) -> None:
+    slack = 2 * (expected.rounding + found.rounding)  # Ritz values of products that are each as accurate as stated
+    np.testing.assert_allclose(found.nodes, expected.nodes, rtol=0, atol=slack)
+    assert found.verified == "yes", found.verification
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_every_strategy_finds_the_loss_of_the_first_evaluation(kind):
+    make, step, weight = STATES[kind]
+    batches = make_batches()
+    expected = hessian_spectrum(Stateful(), batches, lambda m, b: m.loss(b, weight), steps=4, strategy="graph")
+    module = Stateful()
+    make(module)
+    before = copy.deepcopy(vars(module)), repr(vars(module))
+    for strategy in STRATEGIES:
+        found = hessian_spectrum(module, batches, lambda m, b: m.loss(b, step(m)), steps=4, strategy=strategy)
+        assert_same(found, expected)
+        assert repr(vars(module)) == before[1]
+
+
+# Class attributes -----------------------------------------------------------------------------------------------------
+
+
+class InClass(Stateful):
+    """Keeps its state in its class."""
+
+    counts: ClassVar[dict[str, int]] = {"n": 0}
+    calls = 0
+    tensor: ClassVar[Tensor] = torch.zeros(())
+    record = Record()
+
+    @property
+    def doubled(self) -> int:
+        return 2 * type(self).calls
+
+    def step(self) -> float:
+        cls = type(self)
+        self.counts["n"] += 1
+        cls.calls += 1
+        cls.tensor.add_(1)
+        cls.fresh = getattr(cls, "fresh", 0) + 1
+        return self.counts["n"] + self.doubled + cls.tensor.item() + cls.fresh + self.record.next()
+
+
+class Inherited(InClass):
+    """Finds it in the class above, and binds some of it in its own."""
+
+
+@pytest.mark.parametrize("cls", [InClass, Inherited])
+def test_attributes_of_classes(cls):
+    batches = make_batches()
+    expected = hessian_spectrum(Stateful(), batches, lambda m, b: m.loss(b, 6.0), steps=4, strategy="graph")
+    names = [dict(vars(c)) for c in (InClass, Inherited)]
+    for strategy in STRATEGIES:
+        found = hessian_spectrum(cls(), batches, lambda m, b: m.loss(b, m.step()), steps=4, strategy=strategy)
+        assert_same(found, expected)
+        assert [dict(vars(c)) for c in (InClass, Inherited)] == names
+        assert (InClass.counts, InClass.tensor.item(), vars(InClass.record)) == ({"n": 0}, 0.0, vars(Record()))
+
+
+# Training mode --------------------------------------------------------------------------------------------------------
+
+
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make().double()
+
+
+def squared_error(module: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.mse_loss(module(batch[0]), batch[1])
+
+
+def on_two_batches_at_once(module: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """As adversarial losses evaluate a critic."""
+    return squared_error(module, batch) + module(2 * batch[0]).square().mean()
+
+
+class Contrast(nn.Module):
+    """A loss with a queue of earlier keys, as in momentum contrast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(3, 4), nn.Linear(3, 4).requires_grad_(False)
+        self.register_buffer("queue", torch.randn(4, 8))
+        self.register_buffer("place", torch.zeros(1, dtype=torch.long))
+
+    def loss(self, batch: tuple[Tensor, Tensor], *, enqueue: bool = True) -> Tensor:
+        queries, keys = F.normalize(self.query(batch[0])), F.normalize(self.key(batch[0]))
+        logits = torch.cat([(queries * keys).sum(1, keepdim=True), queries @ self.queue.clone().detach()], dim=1)
+        if enqueue:
+            place = int(self.place)
+            self.queue[:, place : place + 4] = keys.T
+            self.place[0] = (place + 4) % 8
+        return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
+
+
+def batch_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def without_statistics() -> nn.Module:
+    """The same network, whose norm keeps no running statistics."""
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Tanh(), nn.Linear(4, 2))
+
+
+class TestTrainingMode:
+    def check(self, make: Any, loss: Any, expected: Spectrum) -> None:
+        module = seeded(make)
+        before = copy.deepcopy(module.state_dict())
+        for strategy in (*STRATEGIES, "auto"):
+            found = hessian_spectrum(module, make_batches(3), loss, steps=30, strategy=strategy, mode="train")
+            assert_same(found, expected)
+            assert all(
+                torch.equal(now, then) for now, then in zip(module.state_dict().values(), before.values(), strict=True)
+            )
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+    @pytest.mark.parametrize("scripted", [False, True])
+    @pytest.mark.parametrize("loss", [squared_error, on_two_batches_at_once])
+    def test_batch_norm(self, loss, scripted):
+        expected = hessian_spectrum(seeded(without_statistics), make_batches(3), loss, steps=30, mode="train")
+        self.check((lambda: torch.jit.script(batch_norm())) if scripted else batch_norm, loss, expected)
+
+    def test_a_queue_of_keys(self):
+        expected = hessian_spectrum(
+            seeded(Contrast), make_batches(3), lambda m, b: m.loss(b, enqueue=False), steps=30, mode="train"
+        )
+        self.check(Contrast, lambda m, b: m.loss(b), expected)
+
+    def test_dropout(self):
+        def make() -> nn.Module:
+            return nn.Sequential(nn.Linear(3, 8), nn.Dropout(), nn.Tanh(), nn.Linear(8, 2))
+
+        expected = hessian_spectrum(seeded(make), make_batches(3), squared_error, steps=30, mode="train")
+        self.check(make, squared_error, expected)
+
+    @pytest.mark.filterwarnings("ignore:`torch.nn.utils.spectral_norm` is deprecated:FutureWarning")
+    @pytest.mark.parametrize("loss", [squared_error, on_two_batches_at_once])
+    @pytest.mark.parametrize("normalise", [parametrizations.spectral_norm, spectral_norm])
+    def test_spectral_norm(self, normalise, loss):
+        """With the singular vectors that power iterations find at the weights, which count as constants."""
+        module = seeded(lambda: normalise(nn.Linear(3, 2)))
+        weight = module.parametrizations.weight.original if hasattr(module, "parametrizations") else module.weight_orig
+        norm = module.parametrizations.weight[0] if hasattr(module, "parametrizations") else None
+        twin, vectors = copy.deepcopy(module), []
+        with torch.no_grad():
+            for _ in range(2):
+                twin(make_batches()[0][0])
+                other = twin.parametrizations.weight[0] if norm else twin
+                names = ("_u", "_v") if norm else ("weight_u", "weight_v")
+                vectors.append([getattr(other, name).clone() for name in names])
+        plain = nn.Linear(3, 2).double()
+        plain.weight.data, plain.bias.data = weight.data.clone(), module.bias.data.clone()
+
+        def written_out(module: nn.Linear, batch: tuple[Tensor, Tensor]) -> Tensor:
+            uses = iter(vectors)
+
+            def call(x: Tensor) -> Tensor:
+                u, v = next(uses)
+                return F.linear(x, module.weight / (u @ module.weight @ v), module.bias)
+
+            return loss(call, batch)
+
+        expected = hessian_spectrum(plain, make_batches(3), written_out, steps=30)
+        # Its parameters are in another order.
+        for strategy in STRATEGIES:
+            found = hessian_spectrum(module, make_batches(3), loss, steps=30, strategy=strategy, mode="train")
+            assert found.lambda_max == pytest.approx(expected.lambda_max, abs=expected.rounding + found.rounding)
+            assert found.lambda_min == pytest.approx(expected.lambda_min, abs=expected.rounding + found.rounding)
+            assert found.verified == "yes", found.verification
+
+
+# Surroundings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [lambda: torch.set_grad_enabled(False), lambda: torch.set_default_dtype(torch.float16)],
+    ids=["gradients off", "default type"],
+)
+def test_what_a_loss_switches_is_switched_back(leave):
+    def loss(module: Stateful, batch: tuple[Tensor, Tensor]) -> Tensor:
+        result = module.loss(batch, torch.ones(()).double())
+        leave()
+        return result
+
+    batches = make_batches()
+    expected = hessian_spectrum(Stateful(), batches, lambda m, b: m.loss(b, 1.0), steps=4, strategy="recompute")
+    assert_same(hessian_spectrum(Stateful(), batches, loss, steps=4, strategy="recompute"), expected)
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32
+
+
+class Data(torch.utils.data.Dataset[Any]):
+    """Counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.asked, self.tensor, self.large = 0, torch.zeros(2), torch.zeros(DATA_SIZE // 4 + 1)
+
+    def ask(self) -> int:
+        self.asked += 1
+        self.tensor.add_(1)
+        self.large.add_(1)
+        return self.asked + int(self.tensor[0])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_other_objects_start_from_the_same_state_too(strategy):
+    batches, data = make_batches(), Data()
+    weighted = [WeightedBatch(batch, 4.0, index) for index, batch in enumerate(batches)]
+    options = analysis_options(steps=4, strategy=strategy)
+    expected = hessian_spectrum(Stateful(), batches, lambda m, b: m.loss(b, 2.0), steps=4)
+    found = analyze(Stateful(), weighted, lambda m, b: m.loss(b, data.ask()), options, state=[{"data": data}])
+    assert_same(found, expected)
+    assert (data.asked, data.tensor.tolist()) == (0, [0.0, 0.0])
+    assert data.large[0] > 0  # taken to be data, of which there may be too much to copy
+
+
+def test_losses_of_samples_are_those_of_first_evaluations():
+    module = Stateful()
+    module.calls = 0
+
+    def loss(module: Stateful, batch: tuple[Tensor, Tensor]) -> Tensor:
+        module.calls += 1
+        return module.loss(batch, module.calls)  # a mean: each sample is evaluated by itself
+
+    expected = per_sample_losses(Stateful(), make_batches(), lambda m, b: m.loss(b, 1.0))
+    np.testing.assert_array_equal(per_sample_losses(module, make_batches(), loss), expected)

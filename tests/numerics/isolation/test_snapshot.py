@@ -1,0 +1,528 @@
+"""State of every kind is put back, or left alone, and what cannot be put back keeps nothing else from it."""
+
+import array
+import collections
+import contextlib
+import functools
+import itertools
+import threading
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.masked import masked_tensor
+
+from lightning_hesd import hessian_spectrum
+from lightning_hesd.numerics.isolation.snapshot import DATA_COUNT, DATA_SIZE, MANY, Snapshot, preserved
+from tests import cases
+
+# Tensors --------------------------------------------------------------------------------------------------------------
+
+
+class Labelled(torch.Tensor):
+    """A tensor with an attribute that its copies insist on."""
+
+    labels: list[str]
+
+    def clone(self, *arguments: Any, **options: Any) -> Any:
+        copy = super().clone(*arguments, **options)
+        copy.labels = list(self.labels)
+        return copy
+
+
+class Silent(torch.Tensor):
+    """A tensor that refuses all functions."""
+
+    @classmethod
+    def __torch_function__(cls, *_: Any) -> Any:
+        raise NotImplementedError
+
+
+class Wrapper(torch.Tensor):
+    """A tensor without memory of its own, that refuses all operations."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, *_: Any) -> Any:
+        raise NotImplementedError
+
+
+class Mute(Wrapper):
+    """The same with memory of its own."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Any:
+        return torch.Tensor._make_subclass(cls, inner)
+
+
+def labelled() -> Tensor:
+    tensor = torch.ones(3).as_subclass(Labelled)
+    tensor.labels = ["a"]
+    return tensor
+
+
+def caught(transform: Any) -> Tensor:
+    """Return a tensor that a function transform made, and that has outlived it."""
+    found: list[Tensor] = []
+    transform(lambda x: (found.append(x), x.sum())[1])(
+        torch.ones(3, 2) if transform is torch.func.vmap else torch.ones(3)
+    )
+    return found[0]
+
+
+def inferred() -> Tensor:
+    with torch.inference_mode():
+        return torch.ones(3)
+
+
+def fake() -> Tensor:
+    with FakeTensorMode():
+        return torch.ones(3)
+
+
+def nested(layout: Any) -> Tensor:
+    return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
+
+
+def times_three(tensor: Tensor) -> object:
+    with torch.no_grad():
+        return tensor.mul_(3)
+
+
+def no_change(tensor: Tensor) -> None:
+    """Leave it alone: nothing can be done with it."""
+
+
+def read(tensor: Any) -> Any:
+    """Return what is in a tensor, whatever its kind."""
+    if isinstance(tensor, Wrapper):
+        return tensor.inner.tolist()
+    with torch._C.DisableTorchFunction():
+        if tensor.layout is torch.jagged or type(tensor).__name__ == "MaskedTensor":
+            return [part.tolist() for part in vars(tensor).values() if type(part) is Tensor]
+        if tensor.is_nested:
+            return [part.tolist() for part in tensor.unbind()]
+        if tensor.layout is not torch.strided:
+            return tensor.to_dense().tolist(), tensor._nnz() if tensor.is_sparse else 0
+        return tensor.int_repr().tolist() if tensor.is_quantized else bytes(tensor.untyped_storage().tolist())
+
+
+KINDS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
+    "COO": (lambda: torch.eye(4).to_sparse(), times_three),
+    "COO, more elements": (lambda: torch.eye(4).to_sparse(), lambda t: t.add_(torch.ones(4, 4).to_sparse())),
+    "COO, values": (lambda: torch.eye(4).to_sparse(), lambda t: t._values().mul_(3)),
+    "COO, not coalesced": (
+        lambda: torch.sparse_coo_tensor([[0, 0], [1, 1]], [1.0, 2.0], check_invariants=False),
+        times_three,
+    ),
+    "CSR": (lambda: torch.eye(4).to_sparse_csr(), times_three),
+    "CSR, more elements": (lambda: torch.eye(4).to_sparse_csr(), lambda t: t.add_(torch.ones(4, 4).to_sparse_csr())),
+    "CSR, elsewhere": (lambda: torch.eye(4).to_sparse_csr(), lambda t: t.copy_(torch.eye(4).flip(0).to_sparse_csr())),
+    "CSC": (lambda: torch.eye(4).to_sparse_csc(), times_three),
+    "BSR": (lambda: torch.eye(4).to_sparse_bsr((2, 2)), times_three),
+    "BSC": (lambda: torch.eye(4).to_sparse_bsc((2, 2)), times_three),
+    "frozen and sparse": (lambda: nn.Parameter(torch.eye(4).to_sparse(), requires_grad=False), times_three),
+    "nested": (lambda: nested(torch.strided), times_three),
+    "jagged": (lambda: nested(torch.jagged), times_three),
+    "oneDNN": (lambda: torch.ones(3, 3).to_mkldnn(), lambda t: t.mul_(t.clone().add_(t))),
+    "masked": (
+        lambda: masked_tensor(torch.ones(3), torch.tensor([True, False, True])),
+        lambda t: t._masked_data.mul_(3),
+    ),
+    "quantised": (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), lambda t: t.fill_(0.5)),
+    "inference": (inferred, lambda t: t.numpy().__imul__(3)),
+    "float8": (lambda: torch.ones(3).to(torch.float8_e4m3fn), lambda t: t.fill_(2.0)),
+    "bool": (lambda: torch.ones(5, dtype=torch.bool), lambda t: t.logical_not_()),
+    "complex": (lambda: torch.ones(3, dtype=torch.complex64), times_three),
+    "conjugate": (lambda: torch.ones(3, dtype=torch.complex64).conj(), times_three),
+    "NaN": (lambda: torch.full((3,), torch.nan), lambda t: t.fill_(1.0)),
+    "minus zero": (lambda: torch.full((3,), -0.0), lambda t: t.abs_()),
+    "expanded": (lambda: torch.ones(1).expand(4), lambda t: t[:1].mul_(3)),
+    "not contiguous": (lambda: torch.ones(4, 4)[:, 1:3].T, times_three),
+    "leaf": (lambda: torch.ones(3, requires_grad=True), times_three),
+    "labelled": (labelled, lambda t: after(t.labels.append("b"), t.mul_(3))),
+    "without its label": (lambda: torch.ones(3).as_subclass(Labelled), times_three),
+    "silent": (lambda: torch.ones(3).as_subclass(Silent), lambda t: t.__dict__.update(new=1)),
+    "wrapper": (lambda: Wrapper(torch.ones(3)), lambda t: t.inner.mul_(3)),
+    "mute": (lambda: Mute(torch.ones(3)), lambda t: t.inner.mul_(3)),
+    "meta": (lambda: torch.ones(3, device="meta"), no_change),
+    "fake": (fake, no_change),
+    "of torch.func.grad": (lambda: caught(torch.func.grad), no_change),
+    "of torch.func.vmap": (lambda: caught(torch.func.vmap), no_change),
+    "zero": (lambda: torch._efficientzerotensor(3), no_change),
+    "empty": (lambda: torch.empty(0), no_change),
+    "freed": (lambda: after(None, torch.ones(5).resize_(0)), no_change),
+}
+PLACES: dict[str, Callable[[nn.Module, Any], object]] = {
+    "buffer": lambda module, tensor: module._buffers.update(thing=tensor),
+    "attribute": lambda module, tensor: setattr(module, "thing", tensor),
+    "tuple": lambda module, tensor: setattr(module, "things", (tensor, 1)),
+    "object": lambda module, tensor: setattr(module, "thing", types.SimpleNamespace(tensor=[tensor])),
+}
+
+
+def after(change: object, value: Any) -> Any:
+    """Return the second argument: the first has been evaluated before."""
+    return value
+
+
+@pytest.mark.filterwarnings("ignore:Sparse", "ignore:.*beta", "ignore:.*prototype", "ignore:.*deprecated")
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_of_any_kind(kind):
+    make, change = KINDS[kind]
+    for place, put in PLACES.items():
+        tensor, module = make(), nn.Linear(3, 2)
+        put(module, tensor)
+        before = None if change is no_change else read(tensor)
+        labels, generator = vars(tensor).copy(), torch.get_rng_state()
+
+        def loss(module: Any, batch: Any, tensor: Any = tensor) -> Tensor:
+            change(tensor)
+            module.calls = getattr(module, "calls", 0) + 1
+            torch.rand(1)
+            return cases.squared_error(module, batch) * module.calls
+
+        batches = [(torch.ones(4, 3), torch.ones(4, 2)), (torch.zeros(4, 3), torch.ones(4, 2))]
+        strategy = "recompute" if place == "tuple" else "auto"
+        # Only some places, to save time, with the products.
+        if place in {"buffer", "tuple"}:
+            spectrum = hessian_spectrum(module, batches, loss, steps=2, strategy=strategy)
+            assert spectrum.loss == hessian_spectrum(module, batches, cases.squared_error, steps=2).loss
+        else:
+            with preserved(module):
+                loss(module, batches[0])
+        assert before is None or read(tensor) == before
+        assert vars(tensor) == labels
+        assert module.training
+        assert not hasattr(module, "calls")
+        assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_operations_on_wrappers_work_afterwards():
+    with preserved(nn.Linear(2, 2)):
+        pass
+    assert nested(torch.jagged).shape[0] == 2
+    with pytest.raises(NotImplementedError):
+        Wrapper(torch.ones(2)) + 1
+
+
+def test_memory_that_was_freed_is_there_again():
+    tensor = torch.arange(6.0)
+    with preserved([tensor]):
+        tensor.untyped_storage().resize_(0)
+    assert tensor.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def test_shapes_and_types_that_were_changed():
+    tensor, address = torch.arange(6.0), 0
+    address = tensor.data_ptr()
+    for change in (lambda t: t.resize_(2), lambda t: t.unsqueeze_(0), lambda t: setattr(t, "data", t.data.half())):
+        with preserved([tensor]):
+            change(tensor)
+        assert (tensor.tolist(), tensor.dtype, tensor.data_ptr()) == ([0, 1, 2, 3, 4, 5], torch.float32, address)
+
+
+# Objects --------------------------------------------------------------------------------------------------------------
+
+
+class OddTuple(tuple):
+    """A tuple whose own methods fail."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    __iter__ = __len__
+
+
+class Pair(tuple):
+    """A tuple that is made in another way, and lies about its length."""
+
+    def __new__(cls, first: Any, second: Any) -> Any:
+        return super().__new__(cls, (first, second))
+
+    def __len__(self) -> int:
+        return 99
+
+
+class OddDict(dict):
+    """A dict whose own methods fail."""
+
+    def items(self) -> Any:
+        raise NotImplementedError
+
+    __iter__ = clear = keys = values = items
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise NotImplementedError
+
+
+class OddList(list):
+    """A list that claims to be empty."""
+
+    def __len__(self) -> int:
+        return 0
+
+
+class AttributeDict(dict):
+    """A dict whose items are its attributes."""
+
+    def __init__(self, **items: Any) -> None:
+        super().__init__(**items)
+        self.__dict__ = self
+
+
+class Shy:
+    """An object whose attributes cannot be read."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+
+class Liar:
+    """An object that will not say what it is."""
+
+    @property
+    def __class__(self) -> Any:
+        raise RuntimeError
+
+    def __bool__(self) -> bool:
+        raise RuntimeError
+
+    __eq__ = __bool__
+    __hash__ = None
+
+
+class Slotted:
+    """An object with slots, of which one is not filled, and one is private."""
+
+    __slots__ = ("__private", "__weakref__", "filled", "open")
+
+    def __init__(self) -> None:
+        self.filled, self.__private = [1], [1]
+
+    def grow(self) -> None:
+        self.filled.append(2)
+        self.__private.append(2)
+        self.open = 3
+
+    def state(self) -> Any:
+        return self.filled, self.__private, hasattr(self, "open")
+
+
+def looped() -> list[Any]:
+    ring: list[Any] = [1]
+    ring.append(ring)
+    return ring
+
+
+class Plain:
+    """An object whose attributes may all be replaced at once."""
+
+    def __init__(self) -> None:
+        self.a = [1]
+
+    def replace(self) -> None:
+        self.__dict__ = {"a": 5}
+
+
+OBJECTS: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable[[Any], Any]]] = {
+    "odd tuple": (
+        lambda: OddTuple((1, [2])),
+        lambda v: tuple.__getitem__(v, 1).append(3),
+        lambda v: tuple.__getitem__(v, 1),
+    ),
+    "pair": (lambda: Pair([1], 2), lambda v: v[0].append(3), lambda v: v[0]),
+    "odd dict": (lambda: OddDict(a=[1]), lambda v: dict.__setitem__(v, "b", 2), dict.__repr__),
+    "odd list": (lambda: OddList([1]), lambda v: v.append(2), list.__repr__),
+    "attribute dict": (lambda: AttributeDict(a=[1]), lambda v: (v.a.append(2), setattr(v, "b", 2)), dict.__repr__),
+    "slots": (Slotted, Slotted.grow, Slotted.state),
+    "namespace": (lambda: types.SimpleNamespace(a=[1]), lambda v: (v.a.append(2), setattr(v, "b", 2)), repr),
+    "new __dict__": (Plain, Plain.replace, vars),
+    "UserDict": (lambda: collections.UserDict(a=1), lambda v: v.update(b=2), repr),
+    "ChainMap": (lambda: collections.ChainMap({}, {"a": 1}), lambda v: v.update(b=2), repr),
+    "numbers": (lambda: array.array("d", [1.0]), lambda v: v.append(2.0), repr),
+    "ring": (looped, lambda v: v[1].append(2), len),
+    "count": (lambda: types.SimpleNamespace(n=itertools.count(2, 3)), lambda v: next(v.n), lambda v: repr(v.n)),
+    "iterator": (lambda: iter([1, 2, 3]), next, lambda v: v.__reduce__()[2]),
+    "frozen array": (lambda: np.broadcast_to(np.ones(1), 3), no_change, repr),
+}
+LEFT_ALONE: dict[str, Callable[[], Any]] = {
+    "shy": Shy,
+    "liar": Liar,
+    "mock": mock.Mock,
+    "mock of a tensor": lambda: mock.MagicMock(spec=Tensor),
+    "mock of a module": lambda: mock.MagicMock(spec=nn.Module),
+    "dead proxy": lambda: weakref.proxy(Slotted()),
+    "lock": threading.Lock,
+    "generator": lambda: (i for i in range(3)),
+    "view of bytes": lambda: memoryview(bytearray(3)),
+    "weak keys": weakref.WeakKeyDictionary,
+    "cached function": lambda: functools.lru_cache(len),
+    "exhausted iterator": lambda: after(None, iter([])),
+}
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_objects_of_any_kind(kind):
+    make, change, state = OBJECTS[kind]
+    module = nn.Linear(1, 1)
+    vars(module).update(thing=make(), calls=0)
+    before = repr(state(module.thing))
+    with preserved(module) as restore:
+        for _ in range(3):
+            change(vars(module)["thing"])
+            module.calls += 1
+            assert change is no_change or repr(state(vars(module)["thing"])) != before
+            restore()
+            assert (repr(state(vars(module)["thing"])), module.calls) == (before, 0)
+
+
+@pytest.mark.parametrize("kind", LEFT_ALONE)
+def test_objects_that_cannot_be_read_are_left_alone(kind):
+    module = nn.Linear(3, 2)
+    vars(module).update(thing=LEFT_ALONE[kind](), calls=0)
+    thing = vars(module)["thing"]
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        module.calls += 1
+        return cases.squared_error(module, batch)
+
+    hessian_spectrum(module, [(torch.ones(4, 3), torch.ones(4, 2))], loss, steps=2)
+    assert vars(module)["thing"] is thing
+    assert (module.calls, module.training) == (0, True)
+
+
+# Failures -------------------------------------------------------------------------------------------------------------
+
+
+def lock(module: Any) -> None:
+    if module.array.flags.writeable:
+        module.array += 1
+        module.array.flags.writeable = False
+
+
+def exhaust(module: Any) -> None:
+    list(module.iterator)
+
+
+@pytest.mark.parametrize(("change", "named"), [(lock, "an array"), (exhaust, "a list_iterator")])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_restoration_that_fails_goes_on_with_the_rest(change, named, fails):
+    module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    module.array, module.iterator, module.calls, module.last = np.zeros(2), iter([1, 2]), 0, [1]
+    next(module.iterator)
+    before, generator = module[1].running_mean.clone(), torch.get_rng_state()
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        change(module)
+        module.calls += 1
+        module.last.append(2)
+        module[1].running_mean += 1
+        torch.rand(1)
+        if fails:
+            raise ZeroDivisionError
+        return cases.squared_error(module, batch)
+
+    batches = [(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.ones(4, 2))]
+
+    def run() -> None:
+        with contextlib.suppress(ZeroDivisionError), preserved(module):
+            hessian_spectrum(module, batches, loss, mode="eval", strategy="recompute", steps=2)
+
+    with pytest.warns(RuntimeWarning, match=f"could not put back all that the analysis changed: {named} "):
+        run()
+    assert module.training
+    assert (module.calls, module.last) == (0, [1])
+    assert torch.equal(module[1].running_mean, before)
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+# Data -----------------------------------------------------------------------------------------------------------------
+
+
+class Images(torch.utils.data.Dataset[Any]):
+    """A dataset with as many samples as some have."""
+
+    def __init__(self) -> None:
+        self.samples = [(f"{i}.png", i) for i in range(200_000)]
+        self.tensors = [torch.zeros(1) for _ in range(DATA_COUNT + 10)]
+        self.large = torch.zeros(DATA_SIZE // 4 + 1)
+        self.asked, self.objects = 0, [types.SimpleNamespace(n=0) for _ in range(MANY)]
+
+
+def test_what_may_be_data_is_not_copied():
+    images = Images()
+    snapshot = Snapshot(nn.Linear(1, 1), others=[images])
+    images.asked += 1
+    images.samples.append(("new.png", 0))
+    images.objects[7].n += 1
+    for tensor in (*images.tensors, images.large):
+        tensor.add_(1)
+    snapshot.restore(replacing=True)
+    assert (images.asked, len(images.samples), images.objects[7].n) == (0, 200_000, 0)
+    assert sum(tensor.item() for tensor in images.tensors) == 10
+    assert images.large[0] == 1
+    images.asked += 1  # has been found changed before: looked at again even where there is much else
+    images.objects[8].n += 1
+    snapshot.restore(replacing=True, thorough=False)
+    assert (images.asked, images.objects[8].n) == (0, 1)
+    snapshot.restore()
+    assert images.objects[8].n == 0
+
+
+class Kind(type):
+    """A metaclass."""
+
+    made = 0
+
+
+class Apart:
+    """A class that is reached itself, not an object of it."""
+
+    count = 0
+    seen: list[int] = []  # noqa: RUF012 - a default that all share
+
+
+class InBody:
+    """The value of a class attribute."""
+
+    count = 0
+
+
+class Counting(nn.Module, metaclass=Kind):
+    """Counts in classes that none of its objects belongs to."""
+
+    state = InBody
+
+    class Nested:
+        """Stays in its place."""
+
+        count = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.apart = Apart
+
+
+def test_classes_that_are_values_are_put_back() -> None:
+    module = Counting()
+    with preserved(module):
+        Kind.made += 1
+        InBody.count += 1
+        Counting.Nested.count += 1
+        module.apart.count += 1
+        module.apart.seen.append(1)
+    assert (Kind.made, InBody.count, Counting.Nested.count, Apart.count, Apart.seen) == (0, 0, 0, 0, [])

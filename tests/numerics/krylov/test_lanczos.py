@@ -1,0 +1,465 @@
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_hesd.numerics.krylov.lanczos import (
+    STEPS_BETWEEN_CHECKS,
+    Lanczos,
+    NonFiniteProductError,
+    eigen,
+    gauss_quadrature,
+)
+from lightning_hesd.spectra.criteria import rounding_threshold
+
+DTYPES = [torch.float64, torch.float32]
+
+# Name: (spectrum, number of distinct eigenvalues).
+SPECTRA: dict[str, tuple[list[float], int]] = {
+    "indefinite": (np.linspace(-3.0, 5.0, 30).tolist(), 30),
+    "clustered": ([-2.0] * 4 + [0.5] * 20 + [3.0] * 5 + [7.0], 4),
+    "rank_deficient": ([0.0] * 40 + [-1.0, 2.0, 10.0], 4),
+    "all_positive": (np.geomspace(0.1, 8.0, 25).tolist(), 25),
+    "all_negative": ((-np.geomspace(0.1, 8.0, 25)).tolist(), 25),
+    "zero": ([0.0] * 12, 1),
+    "multiple_of_identity": ([-2.5] * 12, 1),
+    "one_by_one": ([3.0], 1),
+    "pair": ([-1.0, 1.0], 2),
+}
+
+
+def make_matrix(spectrum: list[float], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """A dense symmetric matrix with this spectrum and random eigenvectors."""
+    generator = torch.Generator().manual_seed(seed)
+    n = len(spectrum)
+    basis, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    matrix = basis @ torch.diag(torch.tensor(spectrum, dtype=torch.float64)) @ basis.T
+    return ((matrix + matrix.T) / 2).to(dtype)
+
+
+def make_start(n: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+class Times:
+    """The product with a matrix, which counts its calls."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix, self.calls = matrix, 0
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        self.calls += 1
+        return self.matrix @ vector
+
+
+def lanczos(matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int, **options: Any) -> Lanczos:
+    """A process that has been run."""
+    process = Lanczos(matvec, start, steps, **options)
+    process.run()
+    return process
+
+
+def run(name: str, dtype: torch.dtype, steps: int) -> tuple[Lanczos, np.ndarray, float]:
+    """The result, the true eigenvalues, and how far rounding may move an eigenvalue of this matrix."""
+    spectrum = SPECTRA[name][0]
+    matrix = make_matrix(spectrum, dtype)
+    true = np.sort(spectrum)
+    rounding = rounding_threshold(float(np.abs(true).max()), torch.finfo(dtype).eps, len(true))
+    return lanczos(Times(matrix), make_start(len(spectrum), dtype), steps), true, rounding
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SPECTRA)
+class TestPrescribedSpectra:
+    def test_breaks_down_after_one_step_per_distinct_eigenvalue_and_finds_them_all(self, name, dtype):
+        distinct = SPECTRA[name][1]
+        result, true, rounding = run(name, dtype, steps=1000)
+        assert result.breakdown
+        assert len(result.alphas) == len(result.betas) == distinct
+        nodes, _, residuals = gauss_quadrature(result.alphas, result.betas)
+        # Repeated eigenvalues once, none left out, none invented.
+        np.testing.assert_allclose(nodes, np.unique(true), rtol=0, atol=rounding)
+        assert residuals.max() <= rounding
+
+    def test_nodes_lie_inside_the_spectrum_and_eigenvalues_within_their_residuals(self, name, dtype):
+        for steps in range(1, SPECTRA[name][1] + 1):
+            result, true, rounding = run(name, dtype, steps)
+            assert len(result.alphas) == steps
+            nodes, _, residuals = gauss_quadrature(result.alphas, result.betas)
+            assert nodes.min() >= true[0] - rounding
+            assert nodes.max() <= true[-1] + rounding
+            distances = np.abs(nodes[:, None] - true).min(axis=1)
+            assert np.all(distances <= residuals + rounding)
+
+    def test_weights_are_those_of_the_start_vector(self, name, dtype):
+        spectrum, distinct = SPECTRA[name]
+        matrix, start = make_matrix(spectrum, torch.float64), make_start(len(spectrum))
+        result = lanczos(Times(matrix.to(dtype)), start.to(dtype), distinct)
+        _, weights, _ = gauss_quadrature(result.alphas, result.betas)
+        values, vectors = torch.linalg.eigh(matrix)
+        shares = (vectors.T @ (start / start.norm())).square()
+        expected = [float(shares[(values - value).abs() < 1e-6].sum()) for value in np.unique(spectrum)]
+        # Eigenvectors of T are as well determined as the gaps are wide; the narrowest here is 0.019.
+        np.testing.assert_allclose(weights, expected, rtol=0, atol=1e4 * torch.finfo(dtype).eps)
+
+
+class TestOrthogonality:
+    """Lost orthogonality shows as copies of eigenvalues that are there once."""
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_no_ghosts_of_outlying_eigenvalues(self, dtype):
+        # Outliers converge early; without reorthogonalisation rounding would let them in again and again.
+        spectrum = np.concatenate([np.linspace(-1.0, 1.0, 197), [1e2, 1e3, 1e4]])
+        matrix = make_matrix(spectrum.tolist(), dtype)
+        result = lanczos(Times(matrix), make_start(200, dtype), steps=100)
+        nodes, _, _ = gauss_quadrature(result.alphas, result.betas)
+        rounding = rounding_threshold(1e4, torch.finfo(dtype).eps, 200)
+        outliers = nodes[nodes > 50]
+        np.testing.assert_allclose(outliers, [1e2, 1e3, 1e4], rtol=0, atol=rounding)
+
+    @pytest.mark.parametrize(("dtype", "tail"), [(torch.float64, 2e-12), (torch.float32, 2e-4)])
+    def test_a_small_remainder_after_the_dominant_part_is_found(self, dtype, tail):
+        # β falls to the size of the tail after three steps: one Gram-Schmidt pass leaves a component of relative size
+        # epsilon/tail along the dominant part, which would falsify every later coefficient.
+        spectrum = np.concatenate([tail * np.linspace(-1.0, 1.0, 97), [2.0, 3.0, 5.0]])
+        matrix = torch.diag(torch.tensor(spectrum, dtype=dtype))
+        result = lanczos(Times(matrix), make_start(100, dtype), steps=60)
+        assert len(result.alphas) == 60
+        basis = result.ritz_vectors(np.eye(60))
+        torch.testing.assert_close(
+            basis @ basis.T, torch.eye(60, dtype=dtype), rtol=0, atol=16 * torch.finfo(dtype).eps
+        )
+        nodes, _, _ = gauss_quadrature(result.alphas, result.betas)
+        np.testing.assert_allclose(nodes[-3:], [2.0, 3.0, 5.0], rtol=0, atol=8 * torch.finfo(dtype).eps * 5)
+        rest = nodes[:-3]
+        slack = 8 * torch.finfo(dtype).eps * 5
+        assert np.abs(rest).max() <= tail + slack
+        # Ninety-seven even eigenvalues, 57 nodes: the ends are found well.
+        assert rest.min() == pytest.approx(-tail, abs=0.01 * tail + slack)
+        assert rest.max() == pytest.approx(tail, abs=0.01 * tail + slack)
+
+
+class TestBreakdown:
+    @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_is_relative_to_the_norm(self, dtype, scale):
+        spectrum = [0.0] * 97 + [-scale, 2 * scale, 3 * scale]
+        matrix = make_matrix(spectrum, dtype)
+        result = lanczos(Times(matrix), make_start(100, dtype), steps=100)
+        assert result.breakdown
+        # Three eigenvalues and zero, with one more step where rounding hides the end of the Krylov space.
+        assert 4 <= len(result.alphas) <= 5
+        nodes, _, _ = gauss_quadrature(result.alphas, result.betas)
+        rounding = rounding_threshold(3 * scale, torch.finfo(dtype).eps, 100)
+        assert np.abs(nodes[:, None] - np.array(spectrum)).min(axis=1).max() <= rounding
+        assert (nodes > rounding).sum() == 2
+        assert (nodes < -rounding).sum() == 1
+
+    def test_a_start_vector_in_an_invariant_subspace_sees_only_that(self):
+        matrix = torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
+        result = lanczos(Times(matrix), torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64), steps=4)
+        assert result.breakdown
+        nodes, weights, _ = gauss_quadrature(result.alphas, result.betas)
+        np.testing.assert_allclose(nodes, [1.0, 4.0], rtol=1e-14)
+        np.testing.assert_allclose(weights, [0.5, 0.5], rtol=1e-14)
+
+    def test_a_zero_first_coefficient_is_no_breakdown(self):
+        matrix = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+        result = lanczos(Times(matrix), torch.tensor([1.0, 0.0], dtype=torch.float64), steps=2)
+        nodes, _, _ = gauss_quadrature(result.alphas, result.betas)
+        np.testing.assert_allclose(nodes, [-1.0, 1.0], rtol=1e-14)
+
+    def test_stopping_early_is_no_breakdown(self):
+        matvec = Times(make_matrix(SPECTRA["indefinite"][0], torch.float64))
+        result = lanczos(matvec, make_start(30), steps=7)
+        assert not result.breakdown
+        assert matvec.calls == len(result.alphas) == 7
+        assert result.betas[-1] > 0.1
+
+    def test_longer_runs_continue_shorter_ones(self):
+        short, _, _ = run("indefinite", torch.float64, steps=7)
+        long, _, _ = run("indefinite", torch.float64, steps=12)
+        np.testing.assert_array_equal(long.alphas[:7], short.alphas)
+        np.testing.assert_array_equal(long.betas[:7], short.betas)
+
+    def test_the_length_of_the_start_vector_does_not_matter(self):
+        matrix = make_matrix(SPECTRA["indefinite"][0], torch.float64)
+        start = make_start(30)
+        first, second = (lanczos(Times(matrix), scale * start, steps=10) for scale in (1.0, 1e-3))
+        np.testing.assert_allclose(first.alphas, second.alphas, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(first.betas, second.betas, rtol=0, atol=1e-12)
+
+    def test_the_start_vector_is_left_alone(self):
+        start = make_start(30)
+        before = start.clone()
+        lanczos(Times(make_matrix(SPECTRA["indefinite"][0], torch.float64)), start, steps=10)
+        assert torch.equal(start, before)
+
+
+class TestErrors:
+    @pytest.mark.parametrize("steps", [0, -1])
+    def test_at_least_one_step(self, steps):
+        with pytest.raises(ValueError, match=rf"`steps` must be at least 1, got {steps}"):
+            lanczos(lambda vector: vector, torch.ones(3), steps)
+
+    @pytest.mark.parametrize("value", [0.0, float("inf"), float("nan")])
+    def test_the_start_vector_must_have_a_direction(self, value):
+        with pytest.raises(ValueError, match=r"`start` must be finite and not zero"):
+            lanczos(lambda vector: vector, torch.full((3,), value), 2)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("bad_step", [1, 3])
+    def test_a_non_finite_product_names_the_step_and_hands_out_the_vector(self, value, bad_step):
+        matrix, vectors = make_matrix(SPECTRA["indefinite"][0], torch.float64), []
+
+        def matvec(vector: Tensor) -> Tensor:
+            vectors.append(vector.clone())
+            product = matrix @ vector
+            if len(vectors) >= bad_step:
+                product[5] = value
+            return product
+
+        with pytest.raises(NonFiniteProductError, match=rf"step {bad_step} ") as caught:
+            lanczos(matvec, make_start(30), steps=20)
+        assert len(vectors) == bad_step  # on the CPU the error comes at once
+        assert caught.value.vector.isfinite().all()
+        assert torch.equal(caught.value.vector, vectors[bad_step - 1])
+
+
+class _Elsewhere(str):
+    """A device name that works like "cpu" and says that it is an accelerator."""
+
+    type = "accelerator"
+
+
+class _OnAccelerator(Tensor):
+    """A CPU tensor that claims to live on an accelerator, whose coefficients are read back only now and then."""
+
+    device = property(lambda self: _Elsewhere("cpu"))  # type: ignore[assignment]
+
+
+def elsewhere(start: Tensor) -> Tensor:
+    return start.as_subclass(_OnAccelerator)
+
+
+def assert_same_rule(first: Lanczos, second: Lanczos, rounding: float) -> None:
+    """Not bit for bit: where the device is not asked, Gram-Schmidt passes twice whether or not it has to."""
+    ours, theirs = (gauss_quadrature(process.alphas, process.betas) for process in (first, second))
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=0, atol=rounding)
+    np.testing.assert_allclose(ours[2], theirs[2], rtol=0, atol=rounding)
+
+
+class TestCheckInterval:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("name", SPECTRA)
+    def test_late_checks_change_nothing_but_the_number_of_products(self, name, dtype):
+        spectrum, distinct = SPECTRA[name]
+        matrix, start = make_matrix(spectrum, dtype), make_start(len(spectrum), dtype)
+        at_once = lanczos(Times(matrix), start, steps=1000)
+        matvec = Times(matrix)
+        late = lanczos(matvec, elsewhere(start), steps=1000)
+        assert late.breakdown
+        assert_same_rule(late, at_once, rounding_threshold(np.abs(spectrum).max(), torch.finfo(dtype).eps, len(start)))
+        blocks = -(-distinct // STEPS_BETWEEN_CHECKS) * STEPS_BETWEEN_CHECKS
+        assert matvec.calls == min(blocks, len(spectrum))
+
+    @pytest.mark.parametrize("steps", [1, STEPS_BETWEEN_CHECKS, STEPS_BETWEEN_CHECKS + 3])
+    def test_a_last_incomplete_block_is_read_too(self, steps):
+        matrix, start = make_matrix(SPECTRA["indefinite"][0], torch.float64), make_start(30)
+        matvec = Times(matrix)
+        late = lanczos(matvec, elsewhere(start), steps)
+        at_once = lanczos(Times(matrix), start, steps)
+        assert not late.breakdown
+        assert matvec.calls == steps
+        assert_same_rule(late, at_once, rounding_threshold(5.0, torch.finfo(torch.float64).eps, 30))
+
+    def test_a_non_finite_product_is_found_late_with_the_right_step_and_vector(self):
+        matrix, vectors = make_matrix(SPECTRA["indefinite"][0], torch.float64), []
+
+        def matvec(vector: Tensor) -> Tensor:
+            vectors.append(vector.clone())
+            return matrix @ vector * (float("nan") if len(vectors) == 3 else 1.0)
+
+        with pytest.raises(NonFiniteProductError, match=r"step 3 ") as caught:
+            lanczos(matvec, elsewhere(make_start(30)), steps=20)
+        assert len(vectors) == STEPS_BETWEEN_CHECKS
+        assert caught.value.vector.isfinite().all()
+        assert torch.equal(caught.value.vector, vectors[2])
+
+
+class TestStopping:
+    """`stop` is asked every second step, with the coefficients up to date."""
+
+    def test_stops_where_it_is_told_to(self):
+        matvec = Times(make_matrix(SPECTRA["indefinite"][0], torch.float64))
+        process = Lanczos(matvec, make_start(30), steps=20)
+        asked = []
+
+        def stop() -> bool:
+            asked.append(len(process.alphas))
+            assert len(process.betas) == matvec.calls == asked[-1]
+            return asked[-1] >= 9
+
+        process.run(stop)
+        assert asked == [2, 4, 6, 8, 10]
+        assert matvec.calls == len(process.alphas) == 10
+        assert not process.breakdown
+
+    def test_what_it_has_then_is_what_it_would_have_had(self):
+        matrix, start = make_matrix(SPECTRA["indefinite"][0], torch.float64), make_start(30)
+        stopped, whole = Lanczos(Times(matrix), start, steps=20), lanczos(Times(matrix), start, steps=20)
+        stopped.run(lambda: len(stopped.alphas) == 6)
+        np.testing.assert_array_equal(stopped.alphas, whole.alphas[:6])
+        np.testing.assert_array_equal(stopped.betas, whole.betas[:6])
+
+    def test_is_not_asked_after_the_last_step_or_a_breakdown(self):
+        asked = []
+        for steps in (4, 12):  # two distinct eigenvalues
+            process = Lanczos(Times(make_matrix([1.0] * 3 + [2.0] * 9, torch.float64)), make_start(12), steps)
+            process.run(lambda: asked.append(1) or False)
+            assert (len(process.alphas), process.breakdown) == (2, True)
+        process = Lanczos(Times(make_matrix(SPECTRA["indefinite"][0], torch.float64)), make_start(30), steps=4)
+        process.run(lambda: asked.append(len(process.alphas)) or False)
+        assert asked == [2]
+
+    def test_an_accelerator_is_asked_only_where_it_is_read(self):
+        process = Lanczos(
+            Times(make_matrix(SPECTRA["indefinite"][0], torch.float64)), elsewhere(make_start(30)), steps=20
+        )
+        asked = []
+        process.run(lambda: asked.append(len(process.alphas)) or False)
+        assert asked == [STEPS_BETWEEN_CHECKS, 2 * STEPS_BETWEEN_CHECKS]
+
+
+# Outliers that converge after a few steps: without a basis, ghosts of them appear.
+OUTLIERS = [*np.linspace(-1.0, 1.0, 197).tolist(), -8.0, 20.0, 50.0]
+
+
+class TestStorage:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("start", [make_start, lambda n, dtype: elsewhere(make_start(n, dtype))])
+    def test_a_basis_in_other_memory_gives_the_same_rule(self, start, dtype):
+        matrix = make_matrix(OUTLIERS, dtype)
+        near, far = (lanczos(Times(matrix), start(200, dtype), 60, storage=storage) for storage in ("device", "cpu"))
+        np.testing.assert_array_equal(far.alphas, near.alphas)
+        np.testing.assert_array_equal(far.betas, near.betas)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_without_a_basis_there_are_ghosts_and_the_right_extremes(self, dtype):
+        matrix = make_matrix(OUTLIERS, dtype)
+        kept, without = (lanczos(Times(matrix), make_start(200, dtype), 100, storage=s) for s in ("device", "none"))
+        nodes, _, _ = gauss_quadrature(kept.alphas, kept.betas)
+        ghostly, _, residuals = gauss_quadrature(without.alphas, without.betas)
+        rounding = rounding_threshold(50.0, torch.finfo(dtype).eps, 200)
+        assert (nodes > 10).sum() == 2
+        assert (ghostly > 10).sum() > 2  # or there would be nothing to show
+        np.testing.assert_allclose(ghostly[[0, -1]], [-8.0, 50.0], rtol=0, atol=rounding)
+        distances = np.abs(ghostly[:, None] - np.sort(OUTLIERS)).min(axis=1)
+        # A ghost that is still on its way to an eigenvalue says so by its residual.
+        assert (distances <= residuals + rounding)[ghostly > 10].all()
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_without_a_basis_the_weights_of_ghosts_add_up(self, dtype):
+        matrix = make_matrix(OUTLIERS, dtype)
+        rules = [
+            gauss_quadrature(p.alphas, p.betas)
+            for p in (lanczos(Times(matrix), make_start(200, dtype), 100, storage=s) for s in ("device", "none"))
+        ]
+        for eigenvalue in (-8.0, 20.0, 50.0):
+            kept, without = (weights[np.abs(nodes - eigenvalue) < 1].sum() for nodes, weights, _ in rules)
+            assert without == pytest.approx(kept, rel=1e4 * torch.finfo(dtype).eps)
+
+
+class TestRitzVectors:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("storage", ["device", "cpu", "none"])
+    def test_have_the_residuals_of_the_rule(self, storage, dtype):
+        # Few steps, before any orthogonality is lost.
+        matrix = make_matrix(SPECTRA["indefinite"][0], dtype)
+        process = lanczos(Times(matrix), make_start(30, dtype), 12, storage=storage)
+        nodes, vectors = eigen(process.alphas, process.betas)
+        ritz = process.ritz_vectors(vectors).double()
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(ritz @ ritz.T, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e4 * eps)
+        residuals = torch.linalg.vector_norm(ritz @ matrix.double() - torch.from_numpy(nodes)[:, None] * ritz, dim=1)
+        expected = gauss_quadrature(process.alphas, process.betas)[2]
+        np.testing.assert_allclose(residuals, expected, rtol=0, atol=1e4 * eps)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("storage", ["device", "none"])
+    def test_of_outliers_are_eigenvectors_ghosts_or_not(self, storage, dtype):
+        values, vectors = torch.linalg.eigh(make_matrix(OUTLIERS, torch.float64))
+        process = lanczos(Times(make_matrix(OUTLIERS, dtype)), make_start(200, dtype), 100, storage=storage)
+        _, coefficients = eigen(process.alphas, process.betas)
+        for position in (0, -1):
+            (ritz,) = process.ritz_vectors(coefficients[:, [position]]).double()
+            # A ghost's share of the combination may be of any length: only the direction counts.
+            alignment = float(torch.dot(ritz, vectors[:, position]).abs() / ritz.norm())
+            assert alignment == pytest.approx(1.0, abs=1e-3)
+        assert values[-1] == pytest.approx(50.0)
+
+    def test_repeating_the_process_takes_one_product_less_than_it_had_steps(self):
+        matvec = Times(make_matrix(SPECTRA["indefinite"][0], torch.float64))
+        process = lanczos(matvec, make_start(30), 12, storage="none")
+        matvec.calls = 0
+        process.ritz_vectors(np.eye(12)[:, :1])
+        assert matvec.calls == 11
+
+    @pytest.mark.parametrize("storage", ["device", "cpu"])
+    def test_projections_are_along_the_basis(self, storage):
+        process = lanczos(
+            Times(make_matrix(SPECTRA["indefinite"][0], torch.float64)), make_start(30), 7, storage=storage
+        )
+        basis = process.ritz_vectors(np.eye(7))
+        vector = make_start(30, seed=8)
+        np.testing.assert_allclose(process.project(vector), basis @ vector, rtol=0, atol=1e-14)
+
+    def test_after_a_breakdown_only_the_steps_that_count_are_projected_on(self):
+        process = lanczos(Times(make_matrix([1.0] * 5 + [2.0] * 7, torch.float64)), make_start(12), 10)
+        assert process.project(make_start(12, seed=8)).shape == (2,)
+
+    def test_without_a_basis_there_is_nothing_to_project_on(self):
+        process = lanczos(Times(make_matrix([1.0, 2.0], torch.float64)), make_start(2), 2, storage="none")
+        assert process.project(make_start(2)) is None
+
+
+class TestAsymmetry:
+    """⟨v_i, Hv_j⟩ for i < j is known from the symmetric matrix that H ought to be."""
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("storage", ["device", "none"])
+    def test_is_rounding_for_symmetric_matrices(self, dtype, storage):
+        matrix = make_matrix(np.linspace(-1.0, 2.0, 60), dtype)
+        process = lanczos(Times(matrix), make_start(60, dtype), 15, storage=storage)
+        assert process.asymmetries.shape == process.alphas.shape
+        assert process.asymmetries.max() <= rounding_threshold(2.0, torch.finfo(dtype).eps, 60)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("storage", ["device", "none"])
+    @pytest.mark.parametrize("size", [1e-2, 1.0])
+    def test_is_of_the_size_of_the_asymmetric_part(self, dtype, storage, size):
+        matrix = make_matrix(np.linspace(-1.0, 2.0, 60), dtype)
+        part = torch.randn(60, 60, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
+        part -= part.T.clone()
+        part *= size / torch.linalg.matrix_norm(part, 2)
+        process = lanczos(Times(matrix + part), make_start(60, dtype), 15, storage=storage)
+        assert size / 10 < process.asymmetries.max()
+        if storage == "device":  # else the basis is not orthogonal, and the components grow
+            assert process.asymmetries.max() < 2 * size
+
+    @pytest.mark.parametrize("scale", [1e-22, 1e-30, 1e25])
+    @pytest.mark.parametrize("storage", ["device", "none"])
+    def test_sizes_whose_squares_under_or_overflow_in_float32(self, scale, storage):
+        spectrum = np.linspace(-1.0, 2.0, 60)
+        usual, scaled = (
+            lanczos(Times(make_matrix(s * spectrum, torch.float32)), make_start(60, torch.float32), 20, storage=storage)
+            for s in (1.0, scale)
+        )
+        nodes, _, _ = gauss_quadrature(usual.alphas, usual.betas)
+        found, _, residuals = gauss_quadrature(scaled.alphas, scaled.betas)
+        np.testing.assert_allclose(found[[0, -1]] / scale, nodes[[0, -1]], rtol=1e-5)
+        assert residuals.max() < scale
+        assert not scaled.breakdown

@@ -1,0 +1,363 @@
+"""What an analysis spends its memory on, and that it keeps to what it was given."""
+
+import gc
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_hesd import Spectrum, hessian_spectrum
+from lightning_hesd.numerics.analysis.api import analysis_options
+from lightning_hesd.numerics.analysis.engine import analyze
+from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.operators.memory import VECTORS, MemoryMeter, free_system_memory, plan_memory
+from lightning_hesd.numerics.operators.strategies import Calibration
+from tests import cases
+
+GIB = 2**30
+CPU = torch.device("cpu")
+
+
+class TestFreeSystemMemory:
+    MEMINFO = "MemTotal:       16000000 kB\nMemFree:         1000000 kB\nMemAvailable:    4000000 kB\n"
+
+    @staticmethod
+    def tree(root: Path, *, meminfo: str | None = None, limit: str | None = None, used: str | None = None) -> Path:
+        (root / "proc").mkdir()
+        (root / "sys/fs/cgroup").mkdir(parents=True)
+        for name, text in (
+            ("proc/meminfo", meminfo),
+            ("sys/fs/cgroup/memory.max", limit),
+            ("sys/fs/cgroup/memory.current", used),
+        ):
+            if text is not None:
+                (root / name).write_text(text)
+        return root
+
+    @pytest.mark.parametrize(
+        ("files", "expected"),
+        [
+            ({"meminfo": MEMINFO}, 4_096_000_000),
+            ({"meminfo": MEMINFO, "limit": "3000000000\n", "used": "1000000000\n"}, 2_000_000_000),
+            ({"meminfo": MEMINFO, "limit": "9000000000\n", "used": "1000000000\n"}, 4_096_000_000),
+            ({"meminfo": MEMINFO, "limit": "max\n", "used": "1000000000\n"}, 4_096_000_000),
+            ({"meminfo": MEMINFO, "limit": "3000000000\n"}, 4_096_000_000),
+            ({"meminfo": MEMINFO, "limit": "1000\n", "used": "2000\n"}, 0),
+            ({}, 4 * GIB),
+            ({"meminfo": "MemTotal: 16000000 kB\n"}, 4 * GIB),
+            ({"meminfo": "MemAvailable: unknown\n"}, 4 * GIB),
+        ],
+        ids=[
+            *("system", "container", "roomy container", "no limit", "unknown use", "exhausted", "no Linux"),
+            *("old Linux", "odd"),
+        ],
+    )
+    def test_is_the_least_that_the_system_and_the_container_leave(self, files, expected, tmp_path):
+        assert free_system_memory(self.tree(tmp_path, **files)) == expected
+
+    def test_of_this_computer(self):
+        assert free_system_memory() > 0
+
+
+class TestPlan:
+    TENSORS = (torch.zeros(1000), torch.zeros(50))
+    FIXED = 4 * 1050 + VECTORS * 4000
+
+    def plan(self, budget: int, steps: int = 100, basis: Any = "auto") -> Any:
+        return plan_memory(self.TENSORS, 4000, steps, basis=basis, device=CPU, budget=budget)
+
+    def test_the_basis_takes_at_most_half_of_what_the_vectors_leave(self):
+        exact = self.FIXED + 2 * 100 * 4000
+        assert self.plan(exact).storage == "device"
+        assert self.plan(exact - 2).storage == "none"
+
+    @pytest.mark.parametrize(("basis", "share"), [("device", 400_000), ("cpu", 400_000), ("none", 0)])
+    def test_graphs_get_the_rest(self, basis, share):
+        plan = self.plan(10**6, basis=basis)
+        assert plan.fixed == self.FIXED + share
+        assert plan.graphs == 10**6 - plan.fixed
+        assert plan.predicted(5000.0) == plan.fixed + 5000
+        assert plan.predicted(None) is None
+
+    def test_views_of_one_storage_are_not_small(self):
+        # A copy of a view keeps what lies behind it.
+        plan = plan_memory([torch.zeros(1000)[:1]], 4, 1, basis="none", device=CPU, budget=10**6)
+        assert plan.fixed == 4000 + 4 * VECTORS
+
+    def test_too_little_for_the_vectors_is_refused_with_what_is_needed(self):
+        assert self.plan(self.FIXED).graphs == 0
+        with pytest.raises(
+            ValueError, match=rf"`memory_budget` must be at least {self.FIXED} bytes .*got {self.FIXED - 1}"
+        ):
+            self.plan(self.FIXED - 1)
+
+
+class TestMeter:
+    def test_counts_what_is_alive_and_the_most_there_was(self):
+        x = torch.zeros(1000)
+        with MemoryMeter(CPU) as meter:
+            y = x + 1
+            z = y.mul(y)
+            del y
+        assert (meter.live, meter.peak) == (4000, 8000)
+        del z
+
+    def test_views_and_operations_in_place_are_free(self):
+        x = torch.zeros(10, 100)
+        with MemoryMeter(CPU) as meter:
+            kept = [x[1:], x.T, x.view(-1), x.mul_(x)]
+        assert (meter.live, meter.peak) == (0, 0)
+        with MemoryMeter(CPU) as meter:
+            y = x.clone()
+            kept += [y[:5], y.view(-1)]
+            del y
+        assert meter.live == 4000  # its views still hold it
+
+    def test_a_graph_holds_what_backward_needs(self):
+        weight = torch.zeros(100, 100, requires_grad=True)
+        with MemoryMeter(CPU) as meter:
+            loss = (torch.ones(50, 100) @ weight).tanh().sum()
+        held = meter.live
+        with MemoryMeter(CPU) as meter:
+            torch.autograd.grad(loss, weight)
+        assert held == 2 * 50 * 100 * 4 + 4  # the input of the product, the result of tanh, and the sum
+        assert meter.peak >= 2 * 50 * 100 * 4
+
+    def test_what_was_there_before_counts_for_nothing_when_garbage_is_collected(self):
+        class Ring:
+            def __init__(self) -> None:
+                self.itself, self.tensor = self, torch.zeros(1000)
+
+        Ring()
+        with MemoryMeter(CPU) as meter:
+            kept = [Ring.__new__(Ring) for _ in range(2000)]  # enough for a collection
+        assert (meter.live, gc.isenabled()) == (0, True)
+        del kept
+
+    def test_says_so_where_it_cannot_measure(self):
+        with MemoryMeter(torch.device("meta")) as meter:
+            torch.zeros(10)
+        assert (meter.live, meter.peak) == (None, 0)
+        with torch.profiler.profile(), MemoryMeter(CPU) as meter:
+            torch.zeros(10)
+        assert (meter.live, meter.peak) == (None, 0)
+
+
+def test_a_measurement_takes_no_memory_for_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each event of the profiler holds kilobytes, which would add up where an operation works in many blocks."""
+    events: list[str] = []
+    disable = torch.autograd._disable_profiler_legacy
+
+    def spy() -> Any:
+        found = disable()
+        events.extend(event.kind() for thread in found for event in thread)
+        return found
+
+    monkeypatch.setattr(torch.autograd, "_disable_profiler_legacy", spy)
+    x = torch.zeros(8)
+    with MemoryMeter(torch.device("cpu")) as meter:
+        x.add_(1)
+    assert meter.live == 0
+    assert {*events} <= {"mark", "memory_alloc"}
+    with torch.profiler.profile() as after:
+        x.add_(1)
+    assert "aten::add_" in [event.key for event in after.key_averages()]  # others see them again
+
+
+class TestUnmeasured:
+    """The strategy is the lean one where memory cannot be measured, and never differences."""
+
+    def test_while_the_user_profiles(self):
+        with torch.profiler.profile():
+            spectrum = hessian_spectrum(*problem("MLP"), steps=4)
+        assert spectrum.strategy == "recompute"
+        assert "cannot be measured" in spectrum.strategy_reason
+        assert spectrum.c_t == pytest.approx(hessian_spectrum(*problem("MLP"), steps=4).c_t, rel=1e-5)
+
+    def test_a_loss_that_profiles_itself(self):
+        module, batches, loss = problem("MLP")
+
+        def profiled(module: nn.Module, batch: Any) -> Tensor:
+            with torch.autograd.profiler.profile():
+                return loss(module, batch)
+
+        assert hessian_spectrum(module, batches, profiled, steps=4).strategy == "recompute"
+
+
+def test_a_loss_through_function_transforms_survives():
+    # In a process of its own: a dispatch mode over it has ended it by SIGSEGV.
+    result = subprocess.run([sys.executable, "-c", PINN], capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stdout.split()) == (0, ["graph"] * 3), result.stderr
+
+
+PINN = """
+import torch
+from torch import nn
+from lightning_hesd import hessian_spectrum
+def laplacian(module, points):
+    h = torch.func.vmap(torch.func.hessian(lambda z: module(z).sum()))(points)
+    return h.diagonal(dim1=-2, dim2=-1).sum(-1).square().mean()
+for activation in (nn.Tanh(), nn.GELU(), nn.Sigmoid()):
+    net = nn.Sequential(nn.Linear(2, 8), activation, nn.Linear(8, 1))
+    print(hessian_spectrum(net, [torch.rand(8, 2)], laplacian, steps=5).strategy)
+"""
+
+
+# Budgets --------------------------------------------------------------------------------------------------------------
+
+
+def mlp() -> tuple[nn.Module, tuple[int, ...]]:
+    return nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 2)), (20,)
+
+
+def convolutional() -> tuple[nn.Module, tuple[int, ...]]:
+    module = nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.SiLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.SiLU(),
+        nn.AvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(32, 2),
+    )
+    return module, (2, 8, 8)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x + self.attention(x, x, x, need_weights=False)[0]).mean(dim=1))
+
+
+def attention() -> tuple[nn.Module, tuple[int, ...]]:
+    return Attention(), (12, 16)
+
+
+MODULES: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
+    "MLP": mlp,
+    "convolutions": convolutional,
+    "attention": attention,
+}
+
+
+def problem(name: str, batches: int = 8, samples: int = 128, dtype: torch.dtype = torch.float32) -> cases.Problem:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module, shape = MODULES[name]()
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(samples, *shape, generator=generator), torch.randn(samples, 2, generator=generator)
+    parts = zip(x.to(dtype).chunk(batches), y.to(dtype).chunk(batches), strict=True)
+    return cases.Problem(module.to(dtype), list(parts), cases.squared_error)
+
+
+def vectors_alone(name: str, dtype: torch.dtype = torch.float32) -> int:
+    with pytest.raises(ValueError, match="`memory_budget` must be at least") as caught:
+        hessian_spectrum(*problem(name, dtype=dtype), memory_budget=1)
+    return int(str(caught.value).split("at least ")[1].split()[0])
+
+
+@pytest.mark.parametrize("name", MODULES)
+class TestBudget:
+    STEPS = 12
+
+    def analyse(self, name: str, budget: int, **options: Any) -> Spectrum:
+        options = {"basis": "none", "steps": self.STEPS, **options}
+        return hessian_spectrum(*problem(name, dtype=torch.float64), memory_budget=budget, **options)
+
+    def test_decides_how_many_graphs_are_kept_and_no_number_depends_on_it(self, name):
+        fixed = vectors_alone(name, torch.float64)
+        ample = self.analyse(name, GIB)
+        assert ample.strategy == "graph"
+        assert "8 of 8 batches" in ample.strategy_reason
+        graphs = ample.predicted_memory - fixed  # of eight batches, and a product's room
+        some = self.analyse(name, fixed + graphs // 2)
+        assert some.strategy == "graph"
+        assert "the rest is recomputed" in some.strategy_reason
+        kept = int(some.strategy_reason.split("graphs of ")[1].split()[0])
+        assert 2 <= kept <= 5
+        none = self.analyse(name, fixed + graphs // 9)
+        assert none.strategy == "finite_difference"
+        assert "there is room for" in none.strategy_reason
+        for other in (some, none):
+            slack = 1e-12 * ample.lambda_max + other.rounding
+            np.testing.assert_allclose(other.nodes, ample.nodes, rtol=0, atol=10 * slack)
+            assert other.c_t == pytest.approx(ample.c_t, rel=1e-5)
+
+    def test_too_little_is_refused_with_what_is_needed(self, name):
+        fixed = vectors_alone(name)
+        with pytest.raises(ValueError, match=rf"must be at least {fixed} bytes"):
+            hessian_spectrum(*problem(name), memory_budget=fixed - 1)
+        spectrum = hessian_spectrum(*problem(name), memory_budget=fixed, steps=2)
+        assert (spectrum.basis, spectrum.strategy) == ("none", "finite_difference")
+
+    def test_eight_batches_give_the_same_as_one(self, name):
+        one, other = (hessian_spectrum(*problem(name, number), steps=40) for number in (1, 8))
+        assert other.c_t == pytest.approx(one.c_t, rel=1e-5)
+
+    @pytest.mark.parametrize("basis", ["device", "none"])
+    @pytest.mark.parametrize("share", [0.4, 0.6, 2.0])
+    def test_is_kept(self, name, share, basis):
+        # Of what all graphs would need: with some of them recomputed, and with none.
+        fixed = self.analyse(name, GIB, basis=basis).predicted_memory
+        vectors = vectors_alone(name, torch.float64) + (
+            0 if basis == "none" else self.STEPS * 8 * self.analyse(name, GIB).dimension
+        )
+        budget = int(vectors + share * (fixed - vectors))
+        module, batches, loss = problem(name, dtype=torch.float64)
+        weighted = [WeightedBatch(batch, len(batch[0]), i) for i, batch in enumerate(batches)]
+        options = analysis_options(memory_budget=budget, basis=basis, steps=self.STEPS)
+        calibration = Calibration()  # what is measured is known the second time
+        analyze(module, weighted, loss, options, calibration=calibration)
+        with MemoryMeter(CPU) as meter:
+            spectrum = analyze(module, weighted, loss, options, calibration=calibration)
+        assert spectrum.strategy == "graph"
+        assert spectrum.predicted_memory is not None
+        assert spectrum.predicted_memory <= budget
+        assert meter.peak <= spectrum.predicted_memory
+        # And it is made use of.
+        assert meter.peak > 0.2 * spectrum.predicted_memory
+
+
+PROGRAM = """
+import sys, torch
+from torch import nn
+from lightning_hesd import hessian_spectrum
+torch.set_num_threads(1)
+def peak():  # not ru_maxrss, which starts at the size of the process that started this one
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+torch.manual_seed(0)
+module = nn.Sequential(nn.Linear(500, 1000), nn.Tanh(), nn.Linear(1000, 1400), nn.Tanh(), nn.Linear(1400, 10))
+batches = [(torch.randn(8, 500), torch.randn(8, 10)) for _ in range(2)]
+loss = lambda module, batch: nn.functional.mse_loss(module(batch[0]), batch[1])
+# Code is loaded and threads are started once.
+hessian_spectrum(nn.Linear(500, 10), batches, loss, steps=5)
+loss(module, batches[0]).backward()
+module.zero_grad()
+before = peak()
+spectrum = hessian_spectrum(module, batches, loss, steps=60, memory_budget=int(sys.argv[1]))
+print(spectrum.dimension, spectrum.predicted_memory, peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_process_grows_by_no_more_than_the_budget():
+    budget = 1_200_000_000
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(budget)], capture_output=True, text=True, timeout=120, check=True
+    )
+    dimension, predicted, grown = (int(word) for word in result.stdout.split())
+    assert dimension > 1_900_000
+    assert predicted <= budget
+    assert 60 * 4 * dimension < grown <= budget  # with the basis, and so not by chance

@@ -1,0 +1,308 @@
+"""How products are computed: every strategy against dense Hessians, and what "auto" does with losses that resist."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lightning_hesd import Spectrum, hessian_spectrum
+from lightning_hesd.numerics.analysis.api import analysis_options
+from lightning_hesd.numerics.analysis.engine import analyze
+from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.operators.strategies import Calibration
+from tests import cases, oracles
+
+STRATEGIES = ("graph", "recompute", "finite_difference", "auto")
+BASES = ("device", "cpu", "none")
+DTYPES = (torch.float64, torch.float32)
+
+
+def true_eigenvalues(problem: tuple[Any, Any, Any]) -> np.ndarray:
+    return torch.linalg.eigvalsh(oracles.dense_hessian(*problem)).numpy()
+
+
+def assert_within_stated_errors(spectrum: Spectrum, true: np.ndarray) -> None:
+    """The run went on until the extremes had converged: nothing but rounding and product errors is left."""
+    oracle = 16 * np.finfo(np.float64).eps * np.abs(true).max()  # the dense Hessian is rounded as well
+    assert true[0] < -100 * spectrum.rounding
+    assert abs(spectrum.lambda_min - true[0]) <= spectrum.lambda_min_error + oracle
+    assert abs(spectrum.lambda_max - true[-1]) <= spectrum.lambda_max_error + oracle
+    low, high = spectrum.c_t_interval
+    assert low - 2 * oracle / true[-1] <= true[0] / true[-1] <= high + 2 * oracle / true[-1]
+    # And these errors are small enough to mean something.
+    assert max(spectrum.lambda_min_error, spectrum.lambda_max_error) <= 2e-2 * np.abs(true).max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", cases.NAMES)
+def test_every_strategy_is_within_its_stated_errors(name, strategy, dtype):
+    spectrum = hessian_spectrum(*cases.make(name, dtype), strategy=strategy)
+    assert spectrum.strategy == ("graph" if strategy == "auto" else strategy)
+    assert_within_stated_errors(spectrum, true_eigenvalues(cases.make(name)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("name", cases.NAMES)
+def test_every_basis_is_within_its_stated_errors(name, basis, dtype):
+    spectrum = hessian_spectrum(*cases.make(name, dtype), basis=basis)
+    assert (spectrum.basis, spectrum.reorthogonalized) == (basis, basis != "none")
+    assert_within_stated_errors(spectrum, true_eigenvalues(cases.make(name)))
+
+
+class TestFiniteDifferences:
+    def test_state_their_own_error(self):
+        exact, differences = (
+            hessian_spectrum(*cases.make("mlp"), strategy=strategy) for strategy in ("graph", "finite_difference")
+        )
+        # Gradients of 16 digits leave about 10 in their difference, where no more than 5 would be a bad step.
+        assert exact.rounding < differences.rounding < 1e-5 * exact.lambda_max
+        assert differences.matvecs > exact.matvecs  # those that found the step count
+
+    def test_a_known_step_is_not_searched_again_from_scratch(self):
+        module, batches, loss_fn = cases.make("mlp")
+        weighted = [WeightedBatch(batch, float(len(batch[0])), index) for index, batch in enumerate(batches)]
+        calibration, options = Calibration(), analysis_options(strategy="finite_difference", steps=20)
+        first = analyze(module, weighted, loss_fn, options, calibration=calibration)
+        assert calibration.step is not None
+        again = analyze(module, weighted, loss_fn, options, calibration=calibration)
+        assert again.matvecs < first.matvecs
+        assert again.rounding <= 10 * first.rounding
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("failing_call", [None, 2, 3, 5, 8, 25, 60])
+    def test_parameters_are_put_back_bit_by_bit(self, failing_call, dtype):
+        module, batches, loss_fn = cases.make("mlp", dtype)
+        before = [p.detach().clone() for p in module.parameters()]
+        calls = 0
+
+        def loss(module: nn.Module, batch: Any) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if failing_call is not None and calls >= failing_call:
+                raise KeyError("label")
+            return loss_fn(module, batch)
+
+        def analyse() -> None:
+            hessian_spectrum(module, batches, loss, steps=8, strategy="finite_difference")
+
+        if failing_call is None:
+            analyse()
+        else:
+            with pytest.raises(KeyError, match="label"):
+                analyse()
+        for p, original in zip(module.parameters(), before, strict=True):
+            assert torch.equal(p, original)
+            assert p.grad is None
+
+    def test_the_loss_sees_the_original_parameters_between_products(self):
+        module, batches, loss_fn = cases.make("mlp")
+        before = module[0].weight.detach().clone()
+        values = []
+
+        def loss(module: nn.Module, batch: Any) -> Tensor:
+            values.append(float((module[0].weight.detach() - before).norm()))
+            return loss_fn(module, batch)
+
+        hessian_spectrum(module, batches[:1], loss, steps=2, strategy="finite_difference")
+        assert values[0] == 0.0
+        assert values[-1] == 0.0  # the plain gradient, for the cost
+        assert max(values) > 0.0
+
+    def test_a_loss_without_curvature_stays_undefined(self):
+        module, batches, _ = cases.regression((4, 3), inputs=3, outputs=2, dtype=torch.float64)
+        spectrum = hessian_spectrum(module, batches, lambda m, b: m(b[0]).mean() * 0, strategy="finite_difference")
+        assert spectrum.reason is not None
+
+
+# Losses that "auto" must find a way with ------------------------------------------------------------------------------
+
+
+class Cube(torch.autograd.Function):
+    """x³, whose derivative is not differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * gradient
+
+
+class Lambda(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def data(*shape: int, outputs: int = 2) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(4)
+    return [
+        (
+            torch.randn(size, *shape, generator=generator, dtype=torch.float64),
+            torch.randn(size, outputs, generator=generator, dtype=torch.float64),
+        )
+        for size in (5, 3)
+    ]
+
+
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make().double()
+
+
+def perceptron(activation: nn.Module) -> nn.Module:
+    return seeded(lambda: nn.Sequential(nn.Linear(3, 4), activation, nn.Linear(4, 2)))
+
+
+# Name: (the module, the same function written plainly, what the reason says).
+WITHOUT_SECOND_DERIVATIVE: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], str]] = {
+    "once_differentiable": (
+        lambda: perceptron(Lambda(Cube.apply)),
+        lambda: perceptron(Lambda(lambda x: x**3)),
+        "once_differentiable",
+    ),
+}
+
+
+class TestFallback:
+    @pytest.mark.parametrize("name", WITHOUT_SECOND_DERIVATIVE)
+    def test_goes_on_with_differences_and_says_why(self, name):
+        make, plain, reason = WITHOUT_SECOND_DERIVATIVE[name]
+        spectrum = hessian_spectrum(make(), data(3), cases.squared_error)
+        assert spectrum.strategy == "finite_difference"
+        assert spectrum.strategy_reason.startswith("auto: ")
+        assert reason in spectrum.strategy_reason
+        assert_within_stated_errors(spectrum, true_eigenvalues((plain(), data(3), cases.squared_error)))
+
+    @pytest.mark.parametrize("operation", ["cdist", "embedding_bag"])
+    def test_goes_on_where_only_the_product_fails(self, operation):
+        """The graph of these can be built; differentiating it fails."""
+        torch.manual_seed(0)
+        module, x = nn.Linear(4, 8), torch.randn(8, 4)
+
+        def loss(module: nn.Module, batch: Tensor) -> Tensor:
+            y = torch.tanh(module(batch))
+            if operation == "cdist":
+                return torch.cdist(y, y + batch.sum(1, keepdim=True)).sum()
+            return F.embedding_bag(torch.arange(4).reshape(2, 2), y[:4]).square().sum()
+
+        spectrum = hessian_spectrum(module, [x], loss, steps=5)
+        assert spectrum.strategy == "finite_difference"
+        assert "not implemented" in spectrum.strategy_reason
+
+    @pytest.mark.parametrize("name", WITHOUT_SECOND_DERIVATIVE)
+    @pytest.mark.parametrize("strategy", ["graph", "recompute"])
+    def test_not_where_something_else_was_asked_for(self, name, strategy):
+        make, _, _ = WITHOUT_SECOND_DERIVATIVE[name]
+        with pytest.raises(RuntimeError):
+            hessian_spectrum(make(), data(3), cases.squared_error, strategy=strategy)
+
+    @pytest.mark.parametrize("error", [KeyError, RuntimeError, ValueError, NotImplementedError])
+    @pytest.mark.parametrize("failing_call", [1, 2])
+    def test_a_loss_that_fails_is_no_reason(self, error, failing_call):
+        calls, calibration = itertools.count(1), Calibration()
+
+        def loss(module: nn.Module, batch: Any) -> Tensor:
+            if next(calls) >= failing_call:
+                raise error("the loss's own trouble")
+            return cases.squared_error(module, batch)
+
+        batches = [WeightedBatch(batch, float(len(batch[0])), index) for index, batch in enumerate(data(3))]
+        with pytest.raises(error, match="the loss's own trouble"):
+            analyze(perceptron(nn.Tanh()), batches, loss, analysis_options(steps=5), calibration=calibration)
+        assert calibration.obstacle is None  # or the next analysis would be by differences
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x, x, x)[0].mean(dim=1))
+
+
+class Fused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.head = nn.Linear(4, 12), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x).chunk(3, dim=-1)
+        return self.head(F.scaled_dot_product_attention(q, k, v).mean(dim=1))
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True, activation="gelu")
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x).mean(dim=1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.LSTM | nn.GRU]) -> None:
+        super().__init__()
+        self.recurrent, self.head = kind(4, 3, batch_first=True), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.recurrent(x)[0][:, -1])
+
+
+EXACT: dict[str, Callable[[], tuple[nn.Module, list[Any]]]] = {
+    "scaled_dot_product_attention": lambda: (seeded(Fused), data(3, 4)),
+    "MultiheadAttention": lambda: (seeded(Attention), data(3, 4)),
+    "TransformerEncoder": lambda: (seeded(Encoder), data(3, 4)),
+    "LSTM": lambda: (seeded(lambda: Recurrent(nn.LSTM)), data(3, 4)),
+    "GRU": lambda: (seeded(lambda: Recurrent(nn.GRU)), data(3, 4)),
+}
+
+
+class TestStaysExact:
+    @pytest.mark.parametrize("name", EXACT)
+    def test_with_modules_that_have_a_second_derivative(self, name):
+        module, batches = EXACT[name]()
+        spectrum = hessian_spectrum(module, batches, cases.squared_error, steps=200)
+        assert spectrum.strategy == "graph"
+        true = true_eigenvalues((module.eval(), batches, cases.squared_error))
+        assert spectrum.lambda_min == pytest.approx(true[0], rel=0, abs=1e-9 * true[-1])
+        assert spectrum.lambda_max == pytest.approx(true[-1], rel=1e-9)
+
+    def test_with_compiled_modules_which_still_work_afterwards(self):
+        module = perceptron(nn.Tanh())
+        true = true_eigenvalues((module, data(3), cases.squared_error))
+        compiled = torch.compile(module, backend="eager")
+        expected = compiled(data(3)[0][0]).detach()
+        spectrum = hessian_spectrum(compiled, data(3), cases.squared_error)
+        assert spectrum.strategy == "graph"
+        assert_within_stated_errors(spectrum, true)
+        torch.testing.assert_close(compiled(data(3)[0][0]), expected, rtol=0, atol=1e-14)
+        cases.squared_error(compiled, data(3)[0]).backward()
+        assert all(p.grad is not None for p in module.parameters())
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+    def test_with_scripted_modules(self):
+        module = perceptron(nn.Tanh())
+        spectrum = hessian_spectrum(torch.jit.script(module), data(3), cases.squared_error)
+        assert spectrum.strategy == "graph"
+        assert_within_stated_errors(spectrum, true_eigenvalues((module, data(3), cases.squared_error)))

@@ -1,0 +1,462 @@
+"""Products and gradients that are not those of the loss are found out: never a wrong C_t that looks certain."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_hesd import Spectrum, hessian_spectrum, layer_spectra
+from lightning_hesd.numerics.analysis import engine
+from lightning_hesd.numerics.analysis.api import analysis_options
+from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.operators import risk_operator
+from lightning_hesd.numerics.operators.strategies import Calibration
+from lightning_hesd.numerics.operators.verification import Comparison, Verification
+from tests import cases
+
+
+class Swish(torch.autograd.Function):
+    """Saves the sigmoid, whose own derivative is then missing in the second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        s = x.sigmoid()
+        ctx.save_for_backward(x, s)
+        return x * s
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        x, s = ctx.saved_tensors
+        return g * (s + x * s * (1 - s))
+
+
+class Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return -0.5 * g
+
+
+class DataSilu(torch.autograd.Function):
+    """Its backward pass leaves autograd by `.data`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.silu(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        s = ctx.saved_tensors[0].data.sigmoid()
+        return g * (s + ctx.saved_tensors[0].data * s * (1 - s))
+
+
+class NumPyTanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.y = np.tanh(x.detach().numpy())
+        return torch.from_numpy(ctx.y)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * torch.from_numpy(1 - ctx.y**2)
+
+
+class Times(torch.autograd.Function):
+    """x wᵀ whose gradient by x forgets that it depends on w: its double backward pass is not symmetric."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w.T
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return g @ w.data, g.T @ x
+
+
+class Float32Tanh(torch.autograd.Function):
+    """A kernel for one type only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            msg = "float32 only"
+            raise TypeError(msg)
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * (1 - ctx.saved_tensors[0].tanh() ** 2)
+
+
+def straight_through(x: Tensor) -> Tensor:
+    return x + (torch.round(4 * x) / 4 - x).detach()
+
+
+def net(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, list[Any]]:
+    torch.manual_seed(0)
+    module = nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 2)]).to(dtype)
+    return module, [(torch.randn(6, 3, dtype=dtype), torch.randn(6, 2, dtype=dtype))]
+
+
+def loss_through(function: Any) -> Any:
+    return lambda m, b: F.mse_loss(m[1](function(m[0](b[0]))), b[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("function", "plain"), [(Swish.apply, F.silu), (DataSilu.apply, F.silu), (NumPyTanh.apply, torch.tanh)]
+)
+def test_a_wrong_second_derivative_is_replaced_by_differences(function, plain, dtype):
+    found, truth = (hessian_spectrum(*net(dtype), loss_through(f)) for f in (function, plain))
+    assert found.strategy == "finite_difference"
+    assert "Backward" in found.strategy_reason
+    assert found.verified == "yes"
+    low, high = found.c_t_interval
+    assert low <= truth.c_t <= high
+    assert high - low < 0.02
+    assert truth.verified == "yes"
+    assert truth.strategy == "graph"
+
+
+def detached(m: Any, b: Any) -> Tensor:
+    outputs = m[1](torch.tanh(m[0](b[0])))
+    return F.mse_loss(outputs, (2 * outputs).detach())
+
+
+def by_item(m: Any, b: Any) -> Tensor:
+    loss = loss_through(torch.tanh)(m, b)
+    return loss * float(loss.detach())
+
+
+def reversed_branch(m: Any, b: Any) -> Tensor:
+    return loss_through(torch.tanh)(m, b) + loss_through(Reverse.apply)(m, b)
+
+
+NOT_DERIVATIVES = {
+    "gradient reversal": reversed_branch,
+    "straight-through estimator": loss_through(straight_through),
+    "detached target": detached,
+    "a number taken out of the graph": by_item,
+}
+
+
+@pytest.mark.parametrize("name", NOT_DERIVATIVES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("strategy", ["auto", "finite_difference"])
+def test_where_the_gradient_is_not_that_of_the_loss_there_is_no_c_t(name, dtype, strategy):
+    spectrum = hessian_spectrum(*net(dtype), NOT_DERIVATIVES[name], strategy=strategy, steps=10)
+    assert spectrum.verified == "no"
+    assert math.isnan(spectrum.c_t)
+    assert math.isnan(spectrum.lambda_max)
+    assert math.isnan(spectrum.lambda_min)
+    assert math.isnan(spectrum.trace)
+    assert not spectrum.type_certain
+    assert "not the derivative of the loss" in spectrum.reason
+    assert str(spectrum).startswith("no spectrum: the gradient")
+
+
+class Tokens(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.embedding = nn.Embedding(7, 4, **options)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embedding(tokens).mean(1)))
+
+
+def tokens() -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    return [(torch.randint(3, (12, 6)), torch.randn(12, 3))]
+
+
+def error(m: Any, b: Any) -> Tensor:
+    return F.mse_loss(m(b[0]), b[1])
+
+
+def test_a_gradient_that_is_wrong_by_less_than_float32_can_tell_is_found_out():
+    """Its slope is off by 1 %, which agrees by the measure of float32."""
+    spectrum = hessian_spectrum(Tokens(scale_grad_by_freq=True), tokens(), error, steps=20)
+    assert spectrum.verified == "no"
+    assert math.isnan(spectrum.c_t)
+    assert "scale_grad_by_freq" in spectrum.reason
+
+
+@pytest.mark.parametrize("strategy", ["auto", "finite_difference"])
+def test_sparse_gradients_are_compared_like_dense_ones(strategy):
+    found, dense = (
+        hessian_spectrum(Tokens(sparse=sparse), tokens(), error, steps=20, strategy=strategy)
+        for sparse in (True, False)
+    )
+    assert found.verified == "yes"
+    assert found.c_t == pytest.approx(dense.c_t, rel=1e-5)
+
+
+def test_the_message_names_the_custom_function():
+    assert "ReverseBackward" in hessian_spectrum(*net(), reversed_branch).reason
+
+
+def test_layers_without_right_products_have_no_c_t():
+    spectra = layer_spectra(*net(), reversed_branch)
+    assert {name: spectrum.verified for name, spectrum in spectra.items()} == {"0": "no", "1": "no"}
+
+
+def test_a_strategy_that_was_asked_for_is_not_replaced():
+    spectrum = hessian_spectrum(*net(), loss_through(Swish.apply), strategy="graph")
+    assert spectrum.verified == "no"
+    assert math.isnan(spectrum.c_t)
+    assert "SwishBackward" in spectrum.reason
+
+
+def test_a_kernel_without_an_autograd_formula():
+    library = torch.library.Library("hesd_tests", "DEF")
+    library.define("sin_backward(Tensor g, Tensor x) -> Tensor")
+    library.impl("sin_backward", lambda g, x: g * x.cos(), "CPU")
+
+    class Sin(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x.sin()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return torch.ops.hesd_tests.sin_backward(g, *ctx.saved_tensors)
+
+    found, truth = (hessian_spectrum(*net(), loss_through(f)) for f in (Sin.apply, torch.sin))
+    assert found.strategy == "finite_difference"
+    low, high = found.c_t_interval
+    assert low <= truth.c_t <= high
+
+
+@pytest.mark.parametrize("name", cases.NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_smooth_networks_are_verified(name, dtype):
+    spectrum = hessian_spectrum(*cases.make(name, dtype), steps=3)
+    assert spectrum.verified == "yes"
+    assert spectrum.asymmetry < 20 * torch.finfo(dtype).eps
+
+
+def test_kinks_do_not_hide_the_answer_in_float64():
+    torch.manual_seed(0)
+    layers = [layer for _ in range(4) for layer in (nn.Linear(32, 32), nn.ReLU())]
+    data = (torch.randn(64, 32), torch.randn(64, 32))
+    spectrum = hessian_spectrum(nn.Sequential(*layers), [data], cases.squared_error, steps=3)
+    assert spectrum.verified == "yes"
+    assert spectrum.strategy == "graph"
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_kink_at_the_weights_is_no_wrong_gradient(scale, dtype):
+    """Where data are zero and so is the bias, a ReLU is at its kink, and differences average both its slopes."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    nn.init.zeros_(module[0].bias)
+    inputs = torch.randn(16, 4)
+    inputs[: int(scale) // 2 + 1] = 0.0
+    module.to(dtype)
+    before = [p.detach().clone() for p in module.parameters()]
+    data = [(inputs.to(dtype), scale * torch.randn(16, 3, dtype=dtype))]
+    spectrum = hessian_spectrum(module, data, error, steps=20)
+    assert spectrum.verified == "yes"
+    assert spectrum.strategy == "graph"
+    assert all(torch.equal(p, then) for p, then in zip(module.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_jump_at_the_weights_is_not_verified_beside_them(dtype):
+    """The Householder map of PyTorch multiplies by the diagonal of its weights, which is ±1, cut to integers."""
+    torch.manual_seed(1)
+    layer = torch.nn.utils.parametrizations.orthogonal(nn.Linear(4, 4), orthogonal_map="householder")
+    module = nn.Sequential(layer, nn.Tanh(), nn.Linear(4, 2)).to(dtype)
+    batch = (torch.randn(10, 4, dtype=dtype), torch.randn(10, 2, dtype=dtype))
+    spectrum = hessian_spectrum(module, [batch], error, steps=20)
+    assert spectrum.verified != "yes"
+    assert not spectrum.type_certain
+
+
+def test_the_second_derivative_of_prelu_at_zero_is_symmetric():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 8), nn.PReLU(8), nn.Linear(8, 3))
+    nn.init.zeros_(module[0].bias)
+    inputs = torch.randn(16, 4)
+    inputs[:6] = 0.0
+    spectrum = hessian_spectrum(module, [(inputs, torch.randn(16, 3))], error, steps=20)
+    assert spectrum.strategy == "graph"
+    assert spectrum.verified == "yes"
+
+
+def test_a_module_that_float64_is_not_for_is_compared_in_its_own_precision():
+    spectrum = hessian_spectrum(*net(), loss_through(Float32Tanh.apply))
+    assert spectrum.verified == "yes"
+    assert "a precision of 1e-07" in spectrum.verification
+    kinked = hessian_spectrum(*net(), loss_through(lambda x: Float32Tanh.apply(x).relu()))
+    assert kinked.verified in {"yes", "unknown"}
+    assert not math.isnan(kinked.c_t)
+
+
+def test_low_precision_inside_the_loss_widens_the_interval():
+    exact = loss_through(torch.tanh)
+    coarse = loss_through(lambda x: torch.tanh(x.bfloat16()).to(x.dtype))
+    truth, found = (hessian_spectrum(*net(torch.float64), loss) for loss in (exact, coarse))
+    assert found.rounding >= 0.01 * found.lambda_max
+    low, high = found.c_t_interval
+    assert low <= truth.c_t <= high
+    assert not found.type_certain
+
+
+def test_unverified_spectra_are_never_certain():
+    coarse = loss_through(lambda x: torch.tanh(x.bfloat16()).to(x.dtype).relu())
+    spectrum = hessian_spectrum(*net(torch.float64), coarse, tolerance="type")
+    assert spectrum.verified == "unknown"
+    assert not spectrum.type_certain
+    assert "not verified" in str(spectrum)
+
+
+@pytest.mark.parametrize("matrix", ["ggn", "residual"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", [torch.tanh, torch.relu])
+def test_the_parts_of_the_hessian_are_compared_too(matrix, dtype, activation):
+    options = {"output_fn": lambda m, b: m[1](activation(m[0](b[0]))), "output_loss": lambda o, b: F.mse_loss(o, b[1])}
+    spectrum = hessian_spectrum(*net(dtype), loss_through(activation), matrix=matrix, **options)
+    assert spectrum.verified == "yes"
+
+
+class WrongSquare(torch.autograd.Function):
+    """Its second derivative is half of what it should be."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return g * (x + x.detach())
+
+
+def test_a_gauss_newton_matrix_with_a_wrong_curvature_of_the_loss_is_refused():
+    def output_loss(outputs: Any, batch: Any) -> Tensor:
+        return WrongSquare.apply(outputs - batch[1]).mean()
+
+    def output_fn(module: Any, batch: Any) -> Tensor:
+        return module[1](torch.tanh(module[0](batch[0])))
+
+    spectrum = hessian_spectrum(
+        *net(torch.float64), lambda m, b: output_loss(output_fn(m, b), b), matrix="ggn", output_fn=output_fn,
+        output_loss=output_loss,
+    )  # fmt: skip
+    assert spectrum.verified == "no"
+    assert math.isnan(spectrum.lambda_max)
+
+
+def test_parameters_stay_the_same_objects_with_the_same_gradient_accumulators():
+    """DistributedDataParallel waits at these accumulators."""
+    module, batches = net()
+    accumulators = [p.view_as(p).grad_fn.next_functions[0][0] for p in module.parameters()]
+    before = [(p, p.data_ptr(), p.dtype, p.detach().clone()) for p in module.parameters()]
+    hessian_spectrum(module, batches, loss_through(torch.tanh), steps=3)
+    for p, (same, pointer, dtype, values) in zip(module.parameters(), before, strict=True):
+        assert p is same
+        assert (p.data_ptr(), p.dtype) == (pointer, dtype)
+        assert torch.equal(p, values)
+    assert accumulators == [p.view_as(p).grad_fn.next_functions[0][0] for p in module.parameters()]
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_recurrent_networks_are_compared_in_float64():
+    torch.manual_seed(0)
+    module = nn.LSTM(3, 4, batch_first=True)
+    data = (torch.randn(2, 5, 3), torch.randn(2, 5, 4))
+    spectrum = hessian_spectrum(module, [data], lambda m, b: F.mse_loss(m(b[0])[0], b[1]), steps=3)
+    assert spectrum.verified == "yes"
+    assert "float64" in spectrum.verification
+
+
+class TestOnceForEachLoss:
+    def analyse(self, calibration: Calibration, function: Any) -> int:
+        calls = 0
+        module, batches = net()
+
+        def loss(m: Any, b: Any) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return loss_through(function)(m, b)
+
+        weighted = [WeightedBatch(batch, 6.0, 0) for batch in batches]
+        engine.analyze(module, weighted, loss, analysis_options(steps=4), calibration=calibration)
+        return calls
+
+    def test_later_analyses_compare_nothing(self):
+        calibration = Calibration()
+        first, later = (self.analyse(calibration, torch.tanh) for _ in range(2))
+        assert first > later
+        assert later == 2  # the graph, and the timed gradient
+
+    def test_unless_the_graph_has_other_operations(self):
+        calibration = Calibration()
+        first, same, other = (self.analyse(calibration, f) for f in (torch.tanh, torch.tanh, torch.sin))
+        assert other == first > same
+
+
+def test_asymmetric_products_that_the_comparison_missed_are_found_out(monkeypatch):
+    monkeypatch.setattr(risk_operator, "verify", lambda *_, **__: Verification("agrees", "agrees", "not really"))
+
+    def loss(m: Any, b: Any) -> Tensor:
+        return F.mse_loss(Times.apply(m[0](b[0]).tanh(), m[1].weight), b[1])
+
+    found = hessian_spectrum(*net(torch.float64), loss)
+    truth = hessian_spectrum(*net(torch.float64), lambda m, b: F.mse_loss(m[0](b[0]).tanh() @ m[1].weight.T, b[1]))
+    assert found.strategy == "finite_difference"
+    assert "asymmetric" in found.strategy_reason
+    assert found.c_t == pytest.approx(truth.c_t, rel=1e-4)
+    refused = hessian_spectrum(*net(torch.float64), loss, strategy="recompute")
+    assert refused.verified == "no"
+
+
+def test_a_spectrum_without_numbers_can_be_saved(tmp_path):
+    spectrum = hessian_spectrum(*net(), reversed_branch)
+    spectrum.save(tmp_path / "refused.npz")
+    again = Spectrum.load(tmp_path / "refused.npz")
+    assert again.reason == spectrum.reason
+    assert again.verified == "no"
+    assert math.isnan(again.c_t)
+
+
+class TestComparison:
+    def compare(self, values: list[float], rounding: float = 0.0, tolerance: float = 1e-3) -> str:
+        comparison = Comparison(1.0, tolerance, abs)
+        for value in values:
+            comparison.add(value, rounding)
+        return comparison.outcome
+
+    def test_one_estimate_that_is_close_will_do(self):
+        assert self.compare([2.0, 1.3, 1.0005, 7.0]) == "agrees"
+
+    def test_estimates_that_settle_elsewhere_contradict(self):
+        assert self.compare([2.0, 1.3, 1.2, 1.201]) == "differs"
+
+    def test_estimates_that_do_not_settle_say_nothing(self):
+        assert self.compare([2.0, 1.3, 1.7, 0.6]) == "cannot be told"
+
+    def test_nor_does_a_single_one(self):
+        assert self.compare([2.0]) == "cannot be told"
+
+    def test_nor_do_those_that_rounding_may_have_moved(self):
+        assert self.compare([1.2, 1.2, 1.0], rounding=0.1) == "cannot be told"

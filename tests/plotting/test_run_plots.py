@@ -1,0 +1,300 @@
+"""What the figures of a run show."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from lightning_hesd.plotting import NEGATIVE, POSITIVE, plot_c_t, plot_density_evolution, plot_layers
+from lightning_hesd.plotting.c_t import BOTTOM
+from lightning_hesd.plotting.evolution import FAINTEST, SMOOTHING
+from lightning_hesd.plotting.run_axis import RunAxis
+from lightning_hesd.plotting.signed_log import linear_threshold
+from lightning_hesd.spectra.record import SpectrumRecord
+from tests.plotting.test_plotting import spectrum
+
+
+def record(epoch: int, *nodes: float, step: int | None = None, **arguments: Any) -> SpectrumRecord:
+    return SpectrumRecord(epoch, (epoch + 1) * 10 if step is None else step, spectrum(*nodes, **arguments))
+
+
+FAILED = SpectrumRecord(1, 20, None, "RuntimeError: no luck")
+RUN = [record(-1, -0.9, 1.0), record(0, -0.5, 2.0), FAILED, record(2, -0.1, 4.0), record(5, -0.2, 2.5)]
+KINDS = {
+    "usual": RUN,
+    "one": RUN[1:2],
+    "failures only": [FAILED, replace(FAILED, epoch=2)],
+    "steps": [record(0, -0.1, 1.0, step=3), record(0, -0.2, 1.0, step=6)],
+    "positive": [record(epoch, 0.1, 1.0) for epoch in range(60)],
+    "negative": [record(0, -2.0, -0.1), record(1, -1.0, 2.0)],
+    "deep": [record(0, -1e6, 1.0), record(1, -1e-9, 1.0)],
+    "zero": [record(0, 0.0, reason="no curvature"), record(1, -0.1, 1.0)],
+    "nothing": [record(0, 0.0, reason="no curvature")],
+}
+
+
+def drawn(ax: Any) -> None:
+    """Draw the figure; whatever cannot be drawn warns here."""
+    image = io.BytesIO()
+    ax.figure.savefig(image, dpi=60)
+    assert image.tell() > 1000
+
+
+def line(ax: Any, label: str) -> Any:
+    [found] = [line for line in ax.lines if line.get_label() == label]
+    return found
+
+
+def labels(ax: Any) -> list[str]:
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def names(ax: Any) -> list[str]:
+    return [label.get_text() for label in ax.get_xticklabels()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_run_can_be_drawn(kind: str) -> None:
+    drawn(plot_c_t(KINDS[kind]))
+    if kind != "failures only":
+        drawn(plot_density_evolution(KINDS[kind]))
+
+
+@pytest.mark.parametrize("plot", [plot_c_t, plot_density_evolution])
+def test_draws_on_the_axes_it_is_given(plot: Any) -> None:
+    ax = Figure().subplots(1, 2)[1]
+    assert plot(RUN, ax) is ax
+    assert ax.lines
+
+
+def test_nothing_to_draw() -> None:
+    for plot in (plot_c_t, plot_density_evolution):
+        with pytest.raises(ValueError, match="the history has no record"):
+            plot([])
+    with pytest.raises(ValueError, match="all analyses failed"):
+        plot_density_evolution([FAILED])
+
+
+# The axis along the run -----------------------------------------------------------------------------------------------
+
+
+class TestRunAxis:
+    def test_epochs_or_steps(self):
+        assert RunAxis.of(RUN) == RunAxis((-1, 0, 1, 2, 5), "epoch")
+        assert RunAxis.of(KINDS["steps"]) == RunAxis((3, 6), "step")
+
+    def test_few_have_a_tick_each(self):
+        assert names(plot_c_t(RUN)) == ["start", "0", "1", "2", "5"]
+        assert names(plot_c_t(KINDS["steps"])) == ["3", "6"]
+
+    def test_many_have_round_numbers_and_the_start_apart(self):
+        axis = RunAxis((-1, *range(60)), "epoch")
+        assert axis.ticks() == [-1, 10, 20, 30, 40, 50]
+        assert axis.name(-1) == "start"
+        assert RunAxis(tuple(range(60)), "epoch").ticks()[0] == 0
+        assert RunAxis((-1, 30, 60, 90), "step").name(-1) == "-1"
+
+    def test_two_that_are_close_do_not_collide(self):
+        assert RunAxis((-1, 0, 99), "epoch").ticks()[:2] == [-1, 15]
+
+    def test_edges_are_half_way(self):
+        assert RunAxis((-1, 0, 4), "epoch").edges().tolist() == [-1.5, -0.5, 2.0, 6.0]
+        assert RunAxis((7,), "epoch").edges().tolist() == [6.5, 7.5]
+
+
+def test_linear_threshold() -> None:
+    assert linear_threshold([-3.0, 0.02, 0.0]) == pytest.approx(0.01)
+    assert linear_threshold([0.01]) == pytest.approx(0.01)
+    assert linear_threshold([1e-12, 5.0]) == pytest.approx(1e-5)  # far below the largest there is nothing to see
+    assert linear_threshold([0.0, math.inf]) == 1.0
+
+
+# C_t ------------------------------------------------------------------------------------------------------------------
+
+
+class TestC_t:
+    def test_values_and_interval(self):
+        run = [record(0, -0.5, 2.0, residual=0.05), record(1, -0.4, 2.0, residual=0.2)]
+        ax = plot_c_t(run)
+        assert line(ax, "$C_t$ and its interval").get_xydata().tolist() == [[0, -0.25], [1, -0.2]]
+        [band] = [c for c in ax.collections if type(c).__name__ in {"PolyCollection", "FillBetweenPolyCollection"}]
+        corners = {tuple(point) for point in band.get_paths()[0].vertices}
+        bounds = [(r.epoch, bound) for r in run for bound in r.spectrum.c_t_interval]
+        assert {(x, max(y, ax.get_ylim()[0])) for x, y in bounds} <= corners
+        [bars] = [c for c in ax.collections if type(c).__name__ == "LineCollection"]
+        assert [segment[:, 0].tolist() for segment in bars.get_segments()] == [[0, 0], [1, 1]]
+
+    def test_threshold_and_sides(self):
+        ax = plot_c_t(RUN)
+        [threshold] = [line for line in ax.lines if line.get_linestyle() == ":"]
+        assert threshold.get_ydata() == [-0.6, -0.6]
+        heights = {}
+        for patch in ax.patches:
+            corners = patch.get_patch_transform().transform(patch.get_path().vertices)
+            heights[to_hex(patch.get_facecolor()).upper()] = (corners[:, 1].min(), corners[:, 1].max())
+        bottom, top = ax.get_ylim()
+        assert heights == {POSITIVE: pytest.approx((-0.6, top)), NEGATIVE: pytest.approx((bottom, -0.6))}
+        assert {text.get_text() for text in ax.texts} == {"MP", "MN"}
+
+    @pytest.mark.parametrize(("smallest", "scale"), [(0.2, "linear"), (0.01, "symlog")])
+    def test_logarithmic_only_if_there_are_values_near_zero(self, smallest: float, scale: str):
+        ax = plot_c_t([record(0, -0.9, 1.0), record(1, -smallest, 1.0)])
+        assert ax.get_yscale() == scale
+        assert ax.get_ylim()[0] < -1 < -smallest < 0 < ax.get_ylim()[1]
+
+    def test_failed_and_undefined(self):
+        ax = plot_c_t([*RUN, record(6, 0.0, reason="no curvature")])
+        assert line(ax, "failed").get_xdata().tolist() == [1]
+        assert line(ax, "undefined").get_xdata().tolist() == [6]
+        curve = line(ax, "$C_t$ and its interval").get_ydata()
+        assert np.isnan(curve).tolist() == [False, False, True, False, False, True]  # a gap, and no line across it
+        assert {"failed", "undefined"} <= set(labels(ax))
+        assert not {"failed", "undefined"} & set(labels(plot_c_t(RUN[:2])))
+
+    def test_hollow_where_the_type_is_open(self):
+        ax = plot_c_t([record(0, -0.1, 1.0), record(1, -0.55, 1.0, residual=0.2)])
+        hollow = line(ax, "type uncertain")
+        assert hollow.get_xydata().tolist() == [[1, -0.55]]
+        assert hollow.get_markerfacecolor() == "white"
+
+    def test_beyond_the_axis(self):
+        """Without positive curvature C_t is minus infinity: at the bottom, with a mark of its own."""
+        ax = plot_c_t(KINDS["negative"])
+        assert line(ax, "further down").get_xydata().tolist() == [[0, ax.get_ylim()[0]]]
+
+    def test_generalization_beside(self):
+        run = [replace(record(0, -0.1, 1.0), generalization=spectrum(-0.3, 1.0)), record(1, -0.2, 1.0)]
+        ax = plot_c_t(run)
+        assert line(ax, "training").get_ydata().tolist() == [-0.1, -0.2]
+        other = line(ax, "generalization").get_ydata()
+        assert other[0] == -0.3
+        assert math.isnan(other[1])
+        assert line(ax, "training").get_color() != line(ax, "generalization").get_color()
+
+    def test_the_legend_hides_no_mark(self):
+        run = [
+            *(record(epoch, -0.1 - 0.04 * epoch, 1.0) for epoch in range(4)),
+            *(replace(FAILED, epoch=e) for e in (4, 5)),
+        ]
+        ax = plot_c_t(run)
+        drawn(ax)
+        legend = ax.get_legend().get_window_extent()
+        marks = ax.get_xaxis_transform().transform([(4, BOTTOM), (5, BOTTOM)])
+        points = ax.transData.transform([(r.epoch, r.spectrum.c_t) for r in run[:4]])
+        assert not any(legend.contains(*point) for point in [*marks, *points])
+
+    def test_picks(self):
+        ax = plot_c_t(RUN)
+        assert line(ax, "highest $C_t$: epoch 2").get_xydata().tolist() == [[2, -0.025]]
+        assert line(ax, r"lowest $\lambda_{\max}$: epoch 0").get_xydata().tolist() == [[0, -0.25]]
+        assert not any("est $" in label for label in labels(plot_c_t(RUN, tolerance=None)))
+
+    def test_picks_are_among_equal_losses_and_mp(self):
+        low_loss = replace(record(7, -0.5, 1.0), spectrum=replace(spectrum(-0.5, 1.0), loss=0.1))
+        assert "highest $C_t$: epoch 7" in labels(plot_c_t([*RUN, low_loss]))
+        assert "highest $C_t$: epoch 2" in labels(plot_c_t([*RUN, low_loss], tolerance=1.0))
+        assert not any("highest" in label for label in labels(plot_c_t([record(0, -0.9, 1.0)])))
+
+
+# Densities ------------------------------------------------------------------------------------------------------------
+
+
+def mesh(ax: Any) -> Any:
+    [found] = [collection for collection in ax.collections if type(collection).__name__ == "QuadMesh"]
+    return found
+
+
+class TestEvolution:
+    def test_lines_are_the_extremes(self):
+        ax = plot_density_evolution(RUN)
+        assert line(ax, r"$\lambda_{\max}$").get_xdata().tolist() == [-1, 0, 1, 2, 5]
+        np.testing.assert_array_equal(line(ax, r"$\lambda_{\max}$").get_ydata(), [1.0, 2.0, math.nan, 4.0, 2.5])
+        np.testing.assert_array_equal(line(ax, r"$\lambda_{\min}$").get_ydata(), [-0.9, -0.5, math.nan, -0.1, -0.2])
+        assert line(ax, "failed").get_xdata().tolist() == [1]
+
+    def test_extent(self):
+        ax = plot_density_evolution(RUN)
+        corners = mesh(ax).get_coordinates()
+        assert corners[0, :, 0].tolist() == RunAxis.of(RUN).edges().tolist()
+        assert (corners[0, 0, 1], corners[-1, 0, 1]) == pytest.approx(ax.get_ylim())
+        assert ax.get_yscale() == "symlog"
+        assert ax.get_ylim()[0] < -0.9
+        assert ax.get_ylim()[1] > 4.0
+
+    def test_every_column_has_its_nodes_and_a_failed_one_nothing(self):
+        ax = plot_density_evolution(RUN)
+        values, heights = mesh(ax).get_array(), mesh(ax).get_coordinates()[:, 0, 1]
+        for column, made in enumerate(RUN):
+            shown = ~np.ma.getmaskarray(values)[:, column]
+            if made.spectrum is None:
+                assert not shown.any()
+                continue
+            for node in made.spectrum.nodes.ravel():
+                assert shown[np.searchsorted(heights, node) - 1]
+            assert heights[:-1][shown].min() > 1.5 * made.spectrum.lambda_min
+            assert heights[1:][shown].max() < 1.5 * made.spectrum.lambda_max
+
+    def test_density_is_per_decade(self):
+        """An eigenvalue of weight 1/2 far from zero: half of all, spread by a Gaussian on the logarithmic axis."""
+        ax = plot_density_evolution([record(0, 1e-3, 100.0)])
+        values, heights = mesh(ax).get_array()[:, 0], mesh(ax).get_coordinates()[:, 0, 1]
+        upper = heights[:-1] > 1.0
+        widths = np.diff(np.log10(heights[heights > 1.0]))
+        assert float((values[upper].filled(0.0)[: len(widths)] * widths).sum()) == pytest.approx(0.5, rel=0.06)
+        peak = 0.5 / (SMOOTHING * math.sqrt(2 * math.pi))
+        assert float(values[upper].max()) == pytest.approx(peak, rel=0.02)
+
+    def test_probes_share_the_density(self):
+        one = record(0, 1e-3, 100.0)
+        arrays = ("nodes", "weights", "residuals")
+        twice = replace(
+            one.spectrum,
+            steps_per_probe=(2, 2),
+            **{name: np.repeat(getattr(one.spectrum, name), 2, axis=0) for name in arrays},
+        )
+        shown = [mesh(plot_density_evolution([r])).get_array() for r in (one, replace(one, spectrum=twice))]
+        np.testing.assert_allclose(shown[0], shown[1])
+
+    def test_colours_reach_down_to_single_eigenvalues(self):
+        image = mesh(plot_density_evolution(RUN))
+        one = 1 / RUN[0].spectrum.dimension / (SMOOTHING * math.sqrt(2 * math.pi))
+        assert image.norm.vmin == pytest.approx(FAINTEST * one)
+        assert type(image.norm).__name__ == "LogNorm"
+
+    def test_a_node_with_a_residual_is_smeared(self):
+        def height(residual: float) -> float:
+            ax = plot_density_evolution([record(0, -1.0, 1.0, residual=residual)])
+            return float(mesh(ax).get_array()[:, 0].max())
+
+        assert height(0.5) < 0.6 * height(0.0)
+
+    def test_smallest_extreme_is_clear_of_zero(self):
+        ax = plot_density_evolution([record(0, -0.003, 50.0)])
+        assert ax.yaxis.get_transform().linthresh == pytest.approx(0.001)
+        assert [label.get_text() for label in ax.get_yticklabels()] == ["0", "100", "1", "0.01"]
+
+
+class TestLayersOfAHistory:
+    def test_epochs_with_layers_only(self):
+        layers = {"a": spectrum(-1.0, 2.0), "b": spectrum(-0.5, 4.0)}
+        run = [*RUN, replace(record(6, 1.0), layers=layers), replace(record(9, 1.0), layers=layers)]
+        ax = plot_layers(run)
+        assert ax.images[0].get_array().tolist() == [[2.0, 2.0], [4.0, 4.0]]
+        assert names(ax) == ["6", "9"]
+        assert ax.get_xlabel() == "epoch"
+
+    def test_steps_where_epochs_have_several(self):
+        run = [replace(r, layers={"a": spectrum(1.0, 2.0)}) for r in KINDS["steps"]]
+        assert names(plot_layers(run)) == ["3", "6"]
+        assert plot_layers(run).get_xlabel() == "step"
+
+    def test_without_layers(self):
+        with pytest.raises(ValueError, match="`history` has no spectra of layers: was the callback given `layers`"):
+            plot_layers(RUN)

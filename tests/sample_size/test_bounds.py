@@ -1,0 +1,322 @@
+"""Bounds on Hessians of ReLU networks against dense ones, by automatic differentiation sample by sample."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+
+from lightning_hesd.sample_size.bounds import (
+    bias_norm,
+    hessian_bound,
+    hidden_size_bound,
+    input_norm,
+    loss_difference_bound,
+    network_bound,
+    weight_norm,
+)
+from tests import oracles
+
+SAFE_WEIGHT_NORM = 2**-0.75
+"""Above it the published bound exceeds the one that holds."""
+
+
+def network(layers: int, scale: float, seed: int, *, biased: bool, relu_on_logits: bool) -> nn.Sequential:
+    generator = torch.Generator().manual_seed(seed)
+    widths = [3, *[4] * (layers - 1), 3]
+    modules: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise(widths):
+        layer = nn.Linear(inputs, outputs, bias=biased, dtype=torch.float64)
+        with torch.no_grad():
+            for p in layer.parameters():
+                p.copy_(scale * torch.randn(p.shape, generator=generator, dtype=torch.float64) / math.sqrt(inputs))
+        modules += [layer, nn.ReLU()]
+    return nn.Sequential(*(modules if relu_on_logits else modules[:-1]))
+
+
+def cross_entropy(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(module(batch[0]), batch[1])
+
+
+def dense_terms(module: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The G-term and the whole Hessian of one sample."""
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+    blocks = jacrev(lambda values: functional_call(module, values, (x[None],))[0])(parameters)
+    jacobian = torch.cat([block.flatten(1) for block in blocks.values()], dim=1)
+    softmax = module(x[None])[0].detach().softmax(0)
+    ggn = jacobian.T @ (torch.diag(softmax) - torch.outer(softmax, softmax)) @ jacobian
+    return ggn, oracles.dense_hessian(module, [(x[None], y[None])], cross_entropy)
+
+
+class Case(NamedTuple):
+    layers: int
+    biased: bool
+    relu_on_logits: bool
+    weight_norm: float
+    ggn: float
+    residual: float
+    hessian: float
+    tight: dict[str, float]
+    published: float
+
+    @property
+    def rounding(self) -> float:
+        """That of the difference of dense terms, whose summands are as large as ‖J‖²."""
+        return 16 * torch.finfo(torch.float64).eps * self.tight["ggn"]
+
+
+@functools.cache
+def cases() -> list[Case]:
+    """Random networks from very small to large weights, each with one sample, and the norms of its terms."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    settings = itertools.product((1, 2, 3, 4), (0.05, 0.3, 0.7, 1.0, 2.0), (False, True), (False, True))
+    for seed, (layers, scale, biased, relu_on_logits) in enumerate(settings):
+        module = network(layers, scale, seed, biased=biased, relu_on_logits=relu_on_logits)
+        x = torch.randn(3, generator=generator, dtype=torch.float64) * (0.1, 1.0, 3.0)[seed % 3]
+        ggn, hessian = dense_terms(module, x, torch.tensor(seed % 3))
+        norms = [float(torch.linalg.matrix_norm(term, 2)) for term in (ggn, hessian - ggn, hessian)]
+        tight = {name: network_bound(module, x[None], matrix=name) for name in ("ggn", "residual", "hessian")}
+        published = hessian_bound(input_norm(x[None]), weight_norm(module), layers, kind="published")
+        found.append(Case(layers, biased, relu_on_logits, weight_norm(module), *norms, tight, published))
+    return found
+
+
+class TestTight:
+    @pytest.mark.parametrize("matrix", ["ggn", "residual", "hessian"])
+    def test_holds_always(self, matrix: str) -> None:
+        for case in cases():
+            assert getattr(case, matrix) <= case.tight[matrix] * (1 + 1e-12) + case.rounding, case
+
+    @pytest.mark.parametrize("layers", [1, 2, 3, 4])
+    @pytest.mark.parametrize("biased", [False, True])
+    def test_on_the_g_term_is_met_with_equality(self, biased: bool, layers: int) -> None:
+        # Hidden layers are multiples of the identity, inputs and biases point along (1, 1), so all units are active and
+        # no size is lost; the last layer looks along (1, −1), so that the two classes are equally likely.
+        m_w, m_b, along, across = 1.3, 0.7, torch.tensor([1.0, 1.0]).double(), torch.tensor([1.0, -1.0]).double()
+        linear = [nn.Linear(2, 2, bias=biased, dtype=torch.float64) for _ in range(layers)]
+        with torch.no_grad():
+            for layer in linear:
+                layer.weight.copy_(m_w * torch.eye(2).double())
+                if biased:
+                    layer.bias.copy_(m_b * along / math.sqrt(2))
+            linear[-1].weight.copy_(m_w * torch.outer(across, across) / 2)
+        module = nn.Sequential(*[part for layer in linear for part in (layer, nn.ReLU())][:-1])
+        ggn, _ = dense_terms(module, x := 0.4 * along, torch.tensor(0))
+        bound = network_bound(module, x[None], matrix="ggn")
+        assert float(torch.linalg.matrix_norm(ggn, 2)) == pytest.approx(bound, rel=1e-12)
+
+    @pytest.mark.parametrize("biased", [False, True])
+    def test_on_the_h_term_is_met_by_errors_that_are_certain(self, biased: bool) -> None:
+        module = network(2, 20.0, 0, biased=biased, relu_on_logits=False)
+        x = torch.tensor([1.0, 2.0, -2.0], dtype=torch.float64)
+        ggn, hessian = dense_terms(module, x, module(x).argmin())
+        bound = hessian_bound(3.0, weight_norm(module), 2, matrix="residual", bias_norm=0.0 if biased else None)
+        assert float(torch.linalg.matrix_norm(hessian - ggn, 2)) == pytest.approx(bound, rel=1e-6)
+
+    @pytest.mark.parametrize("m_b", [None, 0.7])
+    def test_on_the_h_term_is_the_norm_of_the_pairs_of_layers(self, m_b: float | None) -> None:
+        m_x, m_w, layers = 1.5, 1.3, 4
+        sizes = {0: m_x}
+        for p in range(1, layers):
+            sizes[p] = m_w * sizes[p - 1] + (m_b or 0.0)
+        pairs = np.zeros((layers, layers))
+        for p, q in itertools.combinations(range(1, layers + 1), 2):
+            # From the logits down to layer q, and from below it down to layer p, which is given x_{p−1} and a one.
+            along = m_w ** (layers - q) * m_w ** (q - 1 - p)
+            pairs[p - 1, q - 1] = pairs[q - 1, p - 1] = math.sqrt(2) * along * math.hypot(sizes[p - 1], m_b is not None)
+        found = hessian_bound(m_x, m_w, layers, matrix="residual", bias_norm=m_b)
+        assert found == pytest.approx(np.linalg.norm(pairs, 2), rel=1e-12)
+        whole = hessian_bound(m_x, m_w, layers, matrix="hessian", bias_norm=m_b)
+        assert whole == pytest.approx(found + hessian_bound(m_x, m_w, layers, bias_norm=m_b), rel=1e-14)
+
+    def test_one_layer_has_no_h_term(self) -> None:
+        assert hessian_bound(2.0, 3.0, 1, matrix="residual") == 0.0
+        assert all(case.residual <= case.rounding for case in cases() if case.layers == 1)
+
+    def test_softmax_of_two_equal_classes_meets_it(self) -> None:
+        module = nn.Linear(3, 2, bias=False, dtype=torch.float64)
+        nn.init.zeros_(module.weight)
+        x = torch.tensor([1.0, 2.0, 2.0], dtype=torch.float64)
+        ggn, hessian = dense_terms(module, x, torch.tensor(1))
+        assert float(torch.linalg.matrix_norm(ggn, 2)) == pytest.approx(4.5, rel=1e-12)
+        assert network_bound(module, x[None], matrix="ggn") == pytest.approx(4.5, rel=1e-12)
+        assert torch.allclose(ggn, hessian, rtol=0, atol=1e-14)
+
+
+class TestTheHessianBesidesTheGTerm:
+    def test_is_not_covered_by_a_bound_on_the_g_term(self) -> None:
+        ratios = [case.hessian / case.tight["ggn"] for case in cases() if case.layers > 1]
+        assert max(ratios) > 100
+        assert 0.1 < np.mean(np.array(ratios) > 1) < 0.6
+
+    def test_does_not_vanish_with_the_weights(self) -> None:
+        # Two layers, W → 0: G is of the order of W², the H-term that of ‖π − y‖·‖relu'‖·‖x‖.
+        x = torch.tensor([1.0, -2.0, 2.0], dtype=torch.float64)
+        for scale in (1e-2, 1e-4):
+            module = network(2, scale, 3, biased=False, relu_on_logits=False)
+            ggn, hessian = dense_terms(module, x, torch.tensor(0))
+            bounds = {matrix: network_bound(module, x[None], matrix=matrix) for matrix in ("ggn", "hessian")}
+            assert float(torch.linalg.matrix_norm(ggn, 2)) <= bounds["ggn"] < 40 * scale**2
+            # ‖π − y‖ = √(2/3) for three classes that are equally likely, as long as one unit is active.
+            assert float(torch.linalg.matrix_norm(hessian, 2)) == pytest.approx(3 * math.sqrt(2 / 3), rel=3 * scale)
+            assert bounds["hessian"] == pytest.approx(3 * math.sqrt(2), rel=3 * scale)
+
+
+class TestPublished:
+    def test_is_the_formula(self) -> None:
+        m_x, m_w, layers = 1.7, 1.2, 4
+        first = math.sqrt(2) * layers * m_x**2 * m_w ** (2 * layers)
+        second = math.sqrt(2) * m_w**2 * (m_w ** (2 * layers) - 1) / (m_w**2 - 1)
+        assert hessian_bound(m_x, m_w, layers, kind="published") == pytest.approx(first + second, rel=1e-13)
+
+    @pytest.mark.parametrize("m_w", [1.0, 1 + 1e-15, 1 - 1e-15])
+    def test_has_its_limit_at_one(self, m_w: float) -> None:
+        found = hessian_bound(3.0, m_w, 5, kind="published")
+        assert found == pytest.approx(math.sqrt(2) * 5 * (3.0**2 + 1), rel=1e-13)
+        if m_w == 1.0:
+            assert found == pytest.approx(math.sqrt(2) * 50, rel=2e-16)
+
+    @pytest.mark.parametrize("m_w", [0.1, 0.5, 1.0, 3.0])
+    def test_is_a_multiple_of_the_tight_one_for_biases_of_zero(self, m_w: float) -> None:
+        tight = hessian_bound(1.5, m_w, 3, bias_norm=0.0)
+        assert hessian_bound(1.5, m_w, 3, kind="published") == pytest.approx(2 * math.sqrt(2) * m_w**2 * tight)
+
+    def test_holds_for_weights_that_are_not_small(self) -> None:
+        covered = [case for case in cases() if not case.biased and case.weight_norm >= SAFE_WEIGHT_NORM]
+        assert len(covered) >= 15
+        assert all(case.ggn <= case.published for case in covered)
+
+    def test_does_not_hold_for_small_ones(self) -> None:
+        broken = [case for case in cases() if not case.biased and case.ggn > case.published]
+        assert broken
+        assert all(case.weight_norm < SAFE_WEIGHT_NORM for case in broken)
+
+    @pytest.mark.parametrize("scale", [1e-1, 1e-3, 1e-6])
+    def test_vanishes_where_the_hessian_does_not(self, scale: float) -> None:
+        module = network(1, scale, 1, biased=False, relu_on_logits=False)
+        x = torch.tensor([0.0, 3.0, 4.0], dtype=torch.float64)
+        ggn, _ = dense_terms(module, x, torch.tensor(0))
+        norm = float(torch.linalg.matrix_norm(ggn, 2))
+        assert norm == pytest.approx(25 / 3, rel=5 * scale)  # ‖diag π − ππᵀ‖ = 1/3 for three equal classes
+        assert hessian_bound(5.0, weight_norm(module), 1, kind="published") < 200 * scale**2
+
+
+class TestLemmas:
+    @pytest.mark.parametrize("kind", ["published", "tight"])
+    def test_hidden_size_stands_for_the_weight_norm(self, kind: Any) -> None:
+        assert hidden_size_bound(1.5, 0.3, 8, 3, kind=kind) == hessian_bound(1.5, 8 * 0.3, 3, kind=kind)
+
+    def test_hidden_size_bounds_the_spectral_norm(self) -> None:
+        for seed in range(20):
+            module = network(3, 1.0, seed, biased=False, relu_on_logits=False)
+            largest = max(float(p.detach().abs().max()) for p in module.parameters())
+            x = torch.randn(1, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            bound = hidden_size_bound(input_norm(x), largest, 4, 3, kind="tight")
+            assert bound >= network_bound(module, x, matrix="ggn")
+
+    def test_loss_differences_under_its_assumptions(self) -> None:
+        # ℓ_i(w) = c_i + (w − w*)ᵀH_i(w − w*)/2 with one minimum for all samples: the quadratic model itself.
+        rng = np.random.default_rng(0)
+        count, radius = 30, 0.8
+        constants, roots = rng.uniform(0, 2, count), rng.normal(size=(count, 4, 4))
+        hessians = roots @ roots.transpose(0, 2, 1)
+        step = rng.normal(size=4)
+        step *= radius / np.linalg.norm(step)
+        losses = constants + np.einsum("i,nij,j->n", step, hessians, step) / 2
+        means = np.cumsum(losses) / np.arange(1, count + 1)
+        norm = np.linalg.norm(hessians, 2, axis=(1, 2)).max()
+        bounds = loss_difference_bound(np.arange(1, count), constants.max(), norm, radius)
+        assert (np.abs(np.diff(means)) <= bounds / 2).all()  # as the docstring says
+
+    def test_loss_differences_are_the_formula(self) -> None:
+        found = loss_difference_bound([[1, 2], [3, 9]], 0.5, 2.0, 3.0)
+        np.testing.assert_allclose(found, 2 / np.array([[2, 3], [4, 10]]) * 18.5, rtol=1e-15)
+
+
+class TestMeasured:
+    def test_norms(self) -> None:
+        module = nn.Sequential(nn.Flatten(), nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 2))
+        with torch.no_grad():
+            module[1].weight.copy_(torch.tensor([[3.0, 0, 0, 0], [0, 1, 0, 0]]))
+            module[3].weight.copy_(torch.tensor([[0.0, 2.0], [0.0, 0.0]]))
+            module[1].bias.copy_(torch.tensor([3.0, 4.0]))
+            module[3].bias.zero_()
+        assert weight_norm(module) == pytest.approx(3.0, rel=1e-12)
+        assert bias_norm(module) == 5.0
+        images = torch.tensor([[[1.0, 1.0], [1.0, 1.0]], [[0.0, 3.0], [0.0, 4.0]]])
+        assert input_norm(images) == 5.0
+        assert network_bound(module, images) == hessian_bound(5.0, 3.0, 2, matrix="hessian", bias_norm=5.0)
+
+    def test_without_biases(self) -> None:
+        module = nn.Sequential(nn.Linear(2, 2, bias=False))
+        assert bias_norm(module) == 0.0
+        bound = network_bound(module, torch.ones(1, 2), matrix="ggn")
+        assert bound == pytest.approx(1.0, rel=1e-12)  # ½·‖x‖²: nothing of a bias
+
+    @pytest.mark.parametrize(
+        ("module", "message"),
+        [
+            (nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), "got BatchNorm1d at '1'"),
+            (nn.Sequential(nn.Linear(2, 2), nn.Tanh()), "got Tanh at '1'"),
+            (nn.Sequential(nn.ReLU()), "must have linear layers, each with weights of its own, got 0"),
+            (nn.Sequential(*[nn.Linear(2, 2)] * 2), "must have linear layers, each with weights of its own, got 2"),
+        ],
+    )
+    def test_refuses_other_networks(self, module: nn.Module, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            weight_norm(module)
+
+    @pytest.mark.parametrize("shape", [(3,), (0, 2), ()])
+    def test_refuses_what_is_no_inputs(self, shape: tuple[int, ...]) -> None:
+        with pytest.raises(ValueError, match=r"`inputs` must have shape \(N, ...\)"):
+            input_norm(torch.zeros(shape))
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("wrong", [-1.0, math.nan, math.inf])
+    @pytest.mark.parametrize("name", ["input_norm", "weight_norm", "bias_norm"])
+    def test_of_norms(self, name: str, wrong: float) -> None:
+        given = {"input_norm": 1.0, "weight_norm": 1.0, "bias_norm": 0.5, name: wrong}
+        with pytest.raises(ValueError, match=f"`{name}` must be finite and not negative, got"):
+            hessian_bound(**given, layers=2)
+
+    @pytest.mark.parametrize("layers", [0, -1, 2.0, True])
+    def test_of_layers(self, layers: Any) -> None:
+        with pytest.raises(ValueError, match="`layers` must be a positive integer, got"):
+            hessian_bound(1.0, 1.0, layers)
+
+    def test_of_choices(self) -> None:
+        with pytest.raises(ValueError, match="`kind` must be 'published' or 'tight', got 'loose'"):
+            hessian_bound(1.0, 1.0, 2, kind="loose")
+        with pytest.raises(ValueError, match="`matrix` must be 'ggn', 'residual' or 'hessian', got 'fisher'"):
+            hessian_bound(1.0, 1.0, 2, matrix="fisher")
+
+    @pytest.mark.parametrize("beyond", [{"bias_norm": 0.1}, {"matrix": "hessian"}, {"matrix": "residual"}])
+    def test_of_what_the_published_bound_does_not_cover(self, beyond: Any) -> None:
+        with pytest.raises(ValueError, match="the published bound is one on the G-term, without biases: got"):
+            hessian_bound(1.0, 1.0, 2, kind="published", **beyond)
+
+    def test_of_lemmas(self) -> None:
+        with pytest.raises(ValueError, match=r"`entry_bound` must be finite and not negative, got -1\.0"):
+            hidden_size_bound(1.0, -1.0, 2, 2)
+        with pytest.raises(ValueError, match="`hidden_size` must be a positive integer, got 0"):
+            hidden_size_bound(1.0, 1.0, 0, 2)
+        with pytest.raises(ValueError, match="`radius` must be finite and not negative, got nan"):
+            loss_difference_bound([1], 1.0, 1.0, math.nan)
+        with pytest.raises(ValueError, match=r"`sample_sizes` must be at least 1, got 0\.0"):
+            loss_difference_bound([1, 0], 1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("matrix", ["ggn", "residual", "hessian"])
+def test_what_exceeds_all_numbers_is_infinite(matrix: Any) -> None:
+    assert hessian_bound(1.0, 1e200, 4, matrix=matrix) == math.inf
+    assert hessian_bound(1.0, 1e200, 4, kind="published") == math.inf

@@ -1,0 +1,121 @@
+"""Increments of means over random orders, against all orders there are."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from lightning_hesd.sample_size.increments import check_orders, checked_values, fit_rate, increments, scale_of_sizes
+
+
+def by_definition(ordered: np.ndarray) -> np.ndarray:
+    means = [ordered[:k].mean(axis=0) for k in range(1, len(ordered) + 1)]
+    return np.diff(means, axis=0)
+
+
+def lognormal(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).lognormal(size=count)
+
+
+def all_orders(values: np.ndarray) -> np.ndarray:
+    return np.array([by_definition(values[list(order)]) for order in itertools.permutations(range(len(values)))])
+
+
+class TestTheory:
+    def test_the_mean_square_over_all_orders_is_exact(self) -> None:
+        values = lognormal(6)
+        expected = values.var(ddof=1) / scale_of_sizes(6) ** 2
+        np.testing.assert_allclose((all_orders(values) ** 2).mean(axis=0), expected, rtol=1e-12)
+
+    def test_increments_of_different_sizes_are_uncorrelated(self) -> None:
+        curves = all_orders(lognormal(6))
+        products = curves.T @ curves / len(curves)
+        np.testing.assert_allclose(products - np.diag(np.diag(products)), 0.0, atol=1e-14)
+
+
+class TestIncrements:
+    def test_are_differences_of_means_in_orders_that_are_equally_likely(self) -> None:
+        values = lognormal(4)
+        possible = all_orders(values)
+        counts = np.zeros(len(possible))
+        for curve in increments(values[:, None], 2400, seed=3):
+            matches = np.isclose(curve[:, 0], possible, rtol=1e-12, atol=0).all(axis=1)
+            assert matches.sum() == 1
+            counts += matches
+        # χ² with 23 degrees of freedom exceeds 49.7 once in a thousand times.
+        assert ((counts - 100) ** 2 / 100).sum() < 49.7
+
+    def test_columns_go_together(self) -> None:
+        values = np.stack([lognormal(7), 3 * lognormal(7), np.arange(7.0)], axis=1)
+        for curve in increments(values, 5, seed=0):
+            np.testing.assert_allclose(curve[:, 1], 3 * curve[:, 0], rtol=1e-12)
+            assert abs(np.corrcoef(curve[:, 0], curve[:, 2])[0, 1]) < 0.999
+
+    def test_seeds_are_orders(self) -> None:
+        first, again, other = (np.array(list(increments(lognormal(9)[:, None], 3, seed))) for seed in (1, 1, 2))
+        np.testing.assert_array_equal(first, again)
+        assert (first != other).any()
+
+    def test_a_common_shift_costs_no_digits(self) -> None:
+        # Multiples of 2⁻²⁰, so that the shifted values, and their means over 64, are exact.
+        values = np.random.default_rng(0).integers(0, 2**20, (64, 1)) / 2.0**20
+        for plain, shifted in zip(increments(values, 3, 0), increments(values + 2.0**24, 3, 0), strict=True):
+            np.testing.assert_array_equal(plain, shifted)
+
+
+class TestFitRate:
+    @pytest.mark.parametrize("exponent", [-2.0, -1.0, -0.5])
+    def test_finds_powers(self, exponent: float) -> None:
+        curve = 3 * scale_of_sizes(50) ** exponent
+        found, error = fit_rate([0.5 * curve, 1.5 * curve], curve)
+        assert found == pytest.approx(exponent, rel=1e-12)
+        assert error == pytest.approx(0.0, abs=1e-12)
+
+    def test_the_root_mean_square_falls_with_exponent_minus_one_at_any_number_of_samples(self) -> None:
+        for count in (3, 5, 100):
+            curve = 1 / scale_of_sizes(count)
+            assert fit_rate([curve, curve], curve)[0] == pytest.approx(-1.0, rel=1e-12)
+
+    def test_the_stated_error_is_the_standard_deviation_over_sets_of_orders(self) -> None:
+        values = lognormal(60)[:, None]
+        found = []
+        for seed in range(300):
+            curves = [np.abs(curve[:, 0]) for curve in increments(values, 30, seed)]
+            found.append(fit_rate(curves, np.mean(curves, axis=0)))
+        rates, errors = np.array(found).T
+        # A standard deviation of 300 is good to 4 %; the linearisation is off by the relative error of a mean of 30.
+        assert rates.std(ddof=1) == pytest.approx(errors.mean(), rel=0.15)
+
+    def test_leaves_out_what_has_no_logarithm(self) -> None:
+        curve = 2 / scale_of_sizes(9)
+        curve[3] = 0.0
+        assert fit_rate([curve, curve], curve)[0] == pytest.approx(-1.0, rel=1e-12)
+        nothing = np.where(np.arange(8) == 2, curve, 0.0)
+        assert all(math.isnan(value) for value in fit_rate([nothing, nothing], nothing))
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0], [[1.0, 2.0, 3.0]], 1.0])
+def test_values_must_be_at_least_three(values: object) -> None:
+    with pytest.raises(ValueError, match=r"`losses` must have shape \(N,\) with N at least 3, got \("):
+        checked_values("losses", values)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_values_must_be_finite(wrong: float) -> None:
+    with pytest.raises(ValueError, match=r"`losses` must be finite, got (nan|inf) for sample 2"):
+        checked_values("losses", [1.0, 2.0, wrong, 4.0])
+
+
+@pytest.mark.parametrize("orders", [1, 0, -1, 2.0, True, None])
+def test_an_error_over_orders_needs_two(orders: object) -> None:
+    with pytest.raises(ValueError, match="`orders` must be an integer of at least 2, got"):
+        check_orders(orders, 0)
+
+
+@pytest.mark.parametrize("seed", [-1, 0.0, True, None])
+def test_seeds_are_integers(seed: object) -> None:
+    with pytest.raises(ValueError, match="`seed` must be a non-negative integer, got"):
+        check_orders(2, seed)

@@ -1,0 +1,174 @@
+"""Loss differences: identities that hold exactly, errors that are what they say, and the figure."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from scipy import stats
+from torch import nn
+
+from lightning_hesd.sample_size.loss_differences import LossDifferences, differences_of, loss_differences
+from lightning_hesd.sample_size.sample_losses import per_sample_losses
+
+
+def lognormal(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).lognormal(size=count)
+
+
+def all_orders(losses: np.ndarray) -> np.ndarray:
+    """|L_{k+1} − L_k| for every order there is, by definition, shape (N!, N − 1)."""
+    orders = np.array(list(itertools.permutations(losses)))
+    return np.abs(np.diff(np.cumsum(orders, axis=1) / np.arange(1, len(losses) + 1), axis=1))
+
+
+class TestAgainstAllOrders:
+    def test_mean(self) -> None:
+        found = differences_of(lognormal(6), orders=4000)
+        z = (found.mean - all_orders(lognormal(6)).mean(axis=0)) / found.standard_error
+        assert (np.abs(z) < 4).all()
+        assert (np.abs(z) > 1e-3).all()  # errors of the size that chance has, not large ones
+
+    def test_standard_error(self) -> None:
+        found = differences_of(lognormal(6), orders=4000)
+        expected = all_orders(lognormal(6)).std(axis=0) / math.sqrt(4000)
+        np.testing.assert_allclose(found.standard_error, expected, rtol=0.1)
+
+    def test_expected_rms_is_exact(self) -> None:
+        expected = np.sqrt((all_orders(lognormal(6)) ** 2).mean(axis=0))
+        np.testing.assert_allclose(differences_of(lognormal(6)).expected_rms, expected, rtol=1e-12)
+
+    def test_bands_cover_as_often_as_they_say(self) -> None:
+        truth = all_orders(lognormal(6)).mean(axis=0)
+        inside = []
+        for seed in range(400):
+            low, high = differences_of(lognormal(6), orders=20, seed=seed, confidence=0.8).band
+            inside.append((low <= truth) & (truth <= high))
+        # Twenty skewed differences: the coverage of Student's interval is right to a few percent.
+        np.testing.assert_allclose(np.mean(inside, axis=0), 0.8, atol=0.08)
+
+
+def test_the_band_is_student_s() -> None:
+    found = differences_of(lognormal(6), orders=3, confidence=0.9)
+    low, high = found.band
+    half = stats.t.ppf(0.95, 2) * found.standard_error
+    np.testing.assert_allclose(high, found.mean + half, rtol=1e-4)
+    np.testing.assert_allclose(low, np.maximum(found.mean - half, 0.0), rtol=1e-3)
+    assert (low == 0).any()  # an absolute difference is not below 0
+
+
+class TestRate:
+    @pytest.mark.parametrize("draw", ["lognormal", "normal", "uniform"])
+    def test_is_minus_one_whatever_the_losses(self, draw: str) -> None:
+        losses = getattr(np.random.default_rng(1), draw)(size=2000)
+        found = differences_of(losses)
+        assert found.rate == pytest.approx(-1.0, abs=0.02)
+        assert 0.001 < found.rate_error < 0.01
+
+    def test_constant_is_the_mean_absolute_deviation(self) -> None:
+        losses = lognormal(2000)
+        assert differences_of(losses).constant == pytest.approx(np.abs(losses - losses.mean()).mean(), rel=0.01)
+
+    def test_scale_and_shift(self) -> None:
+        plain, other = differences_of(lognormal(50)), differences_of(5 - 3 * lognormal(50))
+        np.testing.assert_allclose(other.mean, 3 * plain.mean, rtol=1e-12)
+        np.testing.assert_allclose(other.standard_error, 3 * plain.standard_error, rtol=1e-11)
+        assert other.rate == pytest.approx(plain.rate, rel=1e-12)
+
+    def test_losses_that_do_not_differ_have_none(self) -> None:
+        found = differences_of([2.0] * 5)
+        assert (found.mean == 0).all()
+        assert (found.expected_rms == 0).all()
+        assert math.isnan(found.rate)
+
+
+class TestSmoothed:
+    def test_is_the_paper_s(self) -> None:
+        found = differences_of(lognormal(30))
+        expected = [found.mean[0]]
+        for value in found.mean[1:]:
+            expected.append(0.99 * expected[-1] + (1 - 0.99) * value)
+        np.testing.assert_allclose(found.smoothed(0.99), expected, rtol=1e-13)
+        np.testing.assert_array_equal(found.smoothed(), found.smoothed(0.99))
+        np.testing.assert_array_equal(found.smoothed(0.0), found.mean)
+
+    @pytest.mark.parametrize("factor", [1.0, -0.1, 1.5, math.nan])
+    def test_refuses_other_factors(self, factor: float) -> None:
+        with pytest.raises(ValueError, match="`factor` must be at least 0 and less than 1, got"):
+            differences_of(lognormal(5)).smoothed(factor)
+
+
+class TestOfANetwork:
+    @staticmethod
+    def arguments(reduction: str = "none") -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            module = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+            batches = [(torch.randn(size, 3).double(), torch.randint(2, (size,))) for size in (6, 5)]
+        return module, batches, lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction=reduction)
+
+    @pytest.mark.parametrize("reduction", ["none", "mean"])
+    def test_is_that_of_its_losses(self, reduction: str) -> None:
+        found = loss_differences(*self.arguments(reduction), orders=7, seed=3, confidence=0.5)
+        expected = differences_of(per_sample_losses(*self.arguments()), orders=7, seed=3, confidence=0.5)
+        assert (found.num_samples, found.orders, found.seed, found.confidence) == (11, 7, 3, 0.5)
+        np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-12)
+        assert found.rate == pytest.approx(expected.rate, rel=1e-10)
+        assert found.sample_sizes.tolist() == list(range(1, 11))
+
+    def test_is_taken_in_the_mode_asked_for(self) -> None:
+        module, batches, loss_fn = self.arguments()
+        module.append(nn.Dropout())
+        found = loss_differences(module, batches, loss_fn, mode="train")
+        expected = differences_of(per_sample_losses(module, batches, loss_fn, mode="train"))
+        np.testing.assert_array_equal(found.mean, expected.mean)
+        assert (found.mean != loss_differences(module, batches, loss_fn).mean).any()
+
+    def test_checks_its_arguments_before_it_works(self) -> None:
+        module, batches, _ = self.arguments()
+        with pytest.raises(ValueError, match="`orders` must be"):
+            loss_differences(module, batches, None, orders=1)
+        with pytest.raises(ValueError, match="`seed` must be"):
+            loss_differences(module, batches, None, seed=-1)
+        for confidence in (0.0, 1.0, math.nan):
+            with pytest.raises(ValueError, match="`confidence` must lie between 0 and 1, got"):
+                loss_differences(module, batches, None, confidence=confidence)
+
+
+class TestPlot:
+    @staticmethod
+    def curves(found: LossDifferences, **options: Any) -> dict[str, np.ndarray]:
+        ax = found.plot(**options)
+        assert ax.get_yscale() == "log"
+        image = io.BytesIO()
+        ax.get_figure().savefig(image)  # whatever cannot be drawn warns here
+        assert image.tell() > 5000
+        return {line.get_label(): np.asarray(line.get_ydata()) for line in ax.lines}
+
+    def test_shows_mean_moving_average_fit_and_bounds(self) -> None:
+        found = differences_of(lognormal(40))
+        declining = 9 / (found.sample_sizes + 1)
+        curves = self.curves(found, bounds={"flat": 2.0, "declining": declining})
+        np.testing.assert_array_equal(curves["mean of 100 orders"], found.mean)
+        np.testing.assert_array_equal(curves["moving average (0.99)"], found.smoothed())
+        fit = curves[f"{found.constant:.3g}/k"]
+        np.testing.assert_allclose(fit * np.sqrt(found.sample_sizes * (found.sample_sizes + 1.0)), found.constant)
+        assert (curves["flat"] == 2.0).all()
+        np.testing.assert_array_equal(curves["declining"], declining)
+
+    def test_draws_on_the_axes_it_is_given(self) -> None:
+        ax = Figure().add_subplot()
+        assert differences_of(lognormal(4), orders=2).plot(ax) is ax
+        assert len(ax.lines) == 3
+        assert len(ax.collections) == 1  # the band
+
+    def test_refuses_bounds_of_another_length(self) -> None:
+        with pytest.raises(ValueError, match="broadcast"):
+            differences_of(lognormal(40)).plot(bounds={"wrong": np.ones(7)})

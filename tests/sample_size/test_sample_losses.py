@@ -1,0 +1,170 @@
+"""Losses of single samples, whichever way the loss function gives them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_hesd.sample_size.sample_losses import per_sample_losses, read_batches
+from tests import cases
+
+SIZES = (5, 3, 1)
+
+
+def batches(dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(size, 4, generator=generator).to(dtype), torch.randint(3, (size,), generator=generator))
+        for size in SIZES
+    ]
+
+
+def network(dtype: torch.dtype = torch.float64) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(), nn.Linear(6, 3)).to(dtype)
+
+
+def each(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(module(batch[0]), batch[1], reduction="none")
+
+
+def mean(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(module(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("loss_fn", [each, mean])
+def test_are_those_of_the_samples_one_by_one(loss_fn: Any, dtype: torch.dtype) -> None:
+    module = network(dtype).eval()
+    found = per_sample_losses(module, batches(dtype), loss_fn)
+    expected = [
+        F.cross_entropy(module(x[None]), y[None]).item()
+        for xs, ys in batches(dtype)
+        for x, y in zip(xs, ys, strict=True)
+    ]
+    assert found.dtype == np.float64
+    assert found.shape == (sum(SIZES),)
+    np.testing.assert_allclose(found, expected, rtol=8 * torch.finfo(dtype).eps)
+
+
+def test_a_mean_is_taken_apart_in_any_structure() -> None:
+    given = [{"inputs": [x, x.numpy()], "labels": (y,), "name": "common"} for x, y in batches()]
+
+    def loss_fn(module: nn.Module, batch: dict[str, Any]) -> Tensor:
+        assert batch["name"] == "common"
+        assert np.array_equal(batch["inputs"][0].numpy(), batch["inputs"][1])
+        return mean(module, (batch["inputs"][0], batch["labels"][0]))
+
+    np.testing.assert_array_equal(
+        per_sample_losses(network(), given, loss_fn), per_sample_losses(network(), batches(), mean)
+    )
+
+
+@pytest.mark.parametrize("name", cases.NAMES)
+def test_their_mean_is_the_loss_of_the_analysis(name: str) -> None:
+    module, data, loss_fn = cases.make(name)
+    module.eval()
+    losses = per_sample_losses(module, data, loss_fn)
+    sizes = [len(batch[0]) for batch in data]
+    total = sum(size * loss_fn(module, batch).item() for size, batch in zip(sizes, data, strict=True)) / sum(sizes)
+    assert losses.mean() == pytest.approx(total, rel=1e-12)
+
+
+def test_each_way_costs_what_the_docstring_says() -> None:
+    calls: list[int] = []
+
+    def counted(loss_fn: Any) -> Any:
+        def call(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            calls.append(len(batch[0]))
+            assert not torch.is_grad_enabled()
+            return loss_fn(module, batch)
+
+        return call
+
+    per_sample_losses(network(), batches(), counted(each))
+    assert calls == list(SIZES)
+    calls.clear()
+    per_sample_losses(network(), batches(), counted(mean))
+    assert calls.count(1) == sum(SIZES)
+
+
+class TestState:
+    @pytest.mark.parametrize("fails", [False, True])
+    @pytest.mark.parametrize("mode", ["eval", "train", "keep"])
+    def test_is_put_back(self, mode: Any, fails: bool) -> None:
+        module = nn.Sequential(network(), nn.BatchNorm1d(3).double()).train()
+        module[0].eval()
+        module[1].weight.grad = torch.ones(3, dtype=torch.float64)
+        before, random = copy.deepcopy(module.state_dict()), torch.get_rng_state()
+
+        def loss_fn(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            losses = each(module, batch)
+            assert module[1].training is (mode != "eval")
+            assert module[0].training is (mode == "train")
+            if fails:
+                msg = "no"
+                raise RuntimeError(msg)
+            return losses
+
+        if fails:
+            with pytest.raises(RuntimeError, match=r"^no$"):
+                per_sample_losses(module, batches()[:2], loss_fn, mode=mode)
+        else:
+            per_sample_losses(module, batches()[:2], loss_fn, mode=mode)
+        assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+        assert torch.equal(torch.get_rng_state(), random)
+        assert (module.training, module[0].training) == (True, False)
+        assert torch.equal(module[1].weight.grad, torch.ones(3, dtype=torch.float64))
+
+    @pytest.mark.parametrize("loss_fn", [each, mean])
+    def test_what_is_random_is_the_same_every_time(self, loss_fn: Any) -> None:
+        found = []
+        for seed in range(2):
+            torch.manual_seed(seed)
+            found.append(per_sample_losses(network(), batches(), loss_fn, mode="train"))
+        np.testing.assert_array_equal(*found)
+        assert (found[0] != per_sample_losses(network(), batches(), loss_fn)).any()  # there is dropout
+
+    def test_batches_that_the_loss_changes_are_copies(self) -> None:
+        given = batches()
+
+        def loss_fn(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            losses = each(module, batch)
+            batch[0].zero_()
+            return losses
+
+        found = per_sample_losses(network(), given, loss_fn)
+        np.testing.assert_array_equal(found, per_sample_losses(network(), given, each))
+
+
+class TestRefusals:
+    def test_of_a_wrong_number(self) -> None:
+        with pytest.raises(ValueError, match=r"shape \(5,\) for batch 0, or their mean, a scalar; got shape \(10,\)"):
+            per_sample_losses(network(), batches(), lambda m, b: each(m, b).repeat(2))
+
+    @pytest.mark.parametrize("shape", [(1,), (5, 1)])
+    def test_of_other_shapes(self, shape: tuple[int, ...]) -> None:
+        with pytest.raises(ValueError, match=r"must return one loss per sample, shape \(5,\)"):
+            per_sample_losses(network(), batches(), lambda m, b: torch.ones(shape))
+
+    def test_of_what_is_no_tensor(self) -> None:
+        with pytest.raises(TypeError, match="`loss_fn` must return a tensor, got float"):
+            per_sample_losses(network(), batches(), lambda m, b: 1.0)
+
+    def test_of_no_batches(self) -> None:
+        with pytest.raises(ValueError, match="`batches` is empty"):
+            read_batches([])
+
+    @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+    def test_of_losses_that_are_not_finite(self, wrong: float) -> None:
+        data = batches()
+        data[1][0][2, 0] = wrong
+        with pytest.raises(ArithmeticError, match=r"the loss of a sample of batch 1 is (nan|inf)"):
+            per_sample_losses(nn.Identity(), data, lambda m, b: b[0][:, 0])

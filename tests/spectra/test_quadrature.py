@@ -1,0 +1,333 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from lightning_hesd.numerics.krylov.lanczos import gauss_quadrature
+from lightning_hesd.spectra import quadrature
+
+# Derandomized: the suite gives the same verdict every time.
+reproducibly = settings(derandomize=True, deadline=None, max_examples=200, database=None)
+
+NAN = math.nan
+
+
+def random_tridiagonal(steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=steps), rng.uniform(0.1, 2.0, size=steps)
+
+
+def dense(alphas: np.ndarray, betas: np.ndarray) -> np.ndarray:
+    return np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1)
+
+
+@st.composite
+def rules(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    """Rules of one to three probes of different lengths, with nodes of both signs, zeros, ties, and padding."""
+    node = st.one_of(st.just(0.0), st.floats(-1e6, -1e-6), st.floats(1e-6, 1e6), st.sampled_from([-1.0, 1.0]))
+    stacked = []
+    for _ in range(draw(st.integers(1, 3))):
+        theta = np.sort(np.array(draw(st.lists(node, min_size=1, max_size=6))))
+        parts = np.array(draw(st.lists(st.integers(1, 100), min_size=len(theta), max_size=len(theta))), dtype=float)
+        stacked.append((theta, parts / parts.sum()))
+    return quadrature.stack_rules(stacked)
+
+
+class TestGaussQuadrature:
+    @pytest.mark.parametrize("steps", [1, 2, 3, 6, 10])
+    @pytest.mark.parametrize("seed", [0, 1])
+    def test_moments_are_those_of_the_matrix_up_to_degree_2m_minus_1(self, steps, seed):
+        # T_m is the leading part of a longer T: e₁ᵀTᵏe₁ agree up to k = 2m − 1, which is what makes the rule Gaussian.
+        alphas, betas = random_tridiagonal(steps + 8, seed)
+        nodes, weights, _ = gauss_quadrature(alphas[:steps], betas[:steps])
+        whole = dense(alphas, betas)
+        norm = np.linalg.norm(whole, 2)
+        power = np.eye(len(whole))
+        for degree in range(2 * steps):
+            expected = power[0, 0]
+            assert (weights * nodes**degree).sum() == pytest.approx(expected, rel=0, abs=1e-13 * norm**degree)
+            power = power @ whole
+        # One degree more is no longer exact: the test above can fail.
+        assert abs((weights * nodes ** (2 * steps)).sum() - power[0, 0]) > 1e-6
+
+    def test_nodes_are_ascending_eigenvalues_and_weights_sum_to_one(self):
+        alphas, betas = random_tridiagonal(20, seed=2)
+        nodes, weights, _ = gauss_quadrature(alphas, betas)
+        assert np.all(np.diff(nodes) > 0)
+        np.testing.assert_allclose(nodes, np.linalg.eigvalsh(dense(alphas, betas)), rtol=0, atol=1e-13)
+        assert weights.min() >= 0
+        assert weights.sum() == pytest.approx(1.0, abs=1e-15)
+
+    def test_weights_and_residuals_are_the_ends_of_the_eigenvectors(self):
+        alphas, betas = random_tridiagonal(7, seed=3)
+        nodes, weights, residuals = gauss_quadrature(alphas, betas)
+        values, vectors = np.linalg.eigh(dense(alphas, betas))
+        np.testing.assert_allclose(nodes, values, rtol=0, atol=1e-14)
+        np.testing.assert_allclose(weights, vectors[0] ** 2, rtol=0, atol=1e-14)
+        np.testing.assert_allclose(residuals, betas[-1] * np.abs(vectors[-1]), rtol=0, atol=1e-14)
+
+    def test_an_eigenvalue_lies_within_the_residual_of_each_node(self):
+        alphas, betas = random_tridiagonal(30, seed=4)
+        true = np.linalg.eigvalsh(dense(alphas, betas))
+        for steps in range(1, 30):
+            nodes, _, residuals = gauss_quadrature(alphas[:steps], betas[:steps])
+            distances = np.abs(nodes[:, None] - true).min(axis=1)
+            assert np.all(distances <= residuals + 1e-13)
+
+    def test_a_single_step(self):
+        nodes, weights, residuals = gauss_quadrature([3.0], [0.5])
+        assert (nodes.tolist(), weights.tolist(), residuals.tolist()) == ([3.0], [1.0], [0.5])
+
+    @reproducibly
+    @given(
+        entries=st.lists(st.tuples(st.floats(-10, 10), st.floats(0.01, 10)), min_size=1, max_size=8),
+        shift=st.floats(-1e3, 1e3),
+    )
+    def test_shifting_the_matrix_shifts_the_nodes_and_nothing_else(self, entries, shift):
+        alphas, betas = (np.array(column) for column in zip(*entries, strict=True))
+        nodes, weights, residuals = gauss_quadrature(alphas, betas)
+        moved, moved_weights, moved_residuals = gauss_quadrature(alphas + shift, betas)
+        np.testing.assert_allclose(moved, nodes + shift, rtol=0, atol=1e-13 * (abs(shift) + 30))
+        # Eigenvectors are as well determined as the gaps between eigenvalues are wide.
+        gap = np.diff(nodes).min(initial=math.inf)
+        assume(gap > 1e-3)
+        np.testing.assert_allclose(moved_weights, weights, rtol=0, atol=1e-12 * (abs(shift) + 30) / min(gap, 1.0))
+        np.testing.assert_allclose(moved_residuals, residuals, rtol=0, atol=1e-11 * (abs(shift) + 30) / min(gap, 1.0))
+
+
+class TestStackRules:
+    def test_pads_nodes_with_nan_and_everything_else_with_zero(self):
+        nodes, weights, residuals = quadrature.stack_rules(
+            [
+                (np.array([1.0, 2.0, 3.0]), np.array([0.2, 0.3, 0.5]), np.array([0.1, 0.2, 0.3])),
+                (np.array([4.0]), np.array([1.0]), np.array([0.4])),
+            ]
+        )
+        np.testing.assert_array_equal(nodes, [[1, 2, 3], [4, NAN, NAN]])
+        np.testing.assert_array_equal(weights, [[0.2, 0.3, 0.5], [1, 0, 0]])
+        np.testing.assert_array_equal(residuals, [[0.1, 0.2, 0.3], [0.4, 0, 0]])
+
+    def test_probes_of_equal_length_need_no_padding(self):
+        nodes, weights = quadrature.stack_rules([(np.array([1.0]), np.array([1.0]))] * 2)
+        assert nodes.tolist() == [[1.0], [1.0]]
+        assert weights.tolist() == [[1.0], [1.0]]
+
+
+class TestMoments:
+    NODES = np.array([[-2.0, 1.0, 3.0], [4.0, NAN, NAN]])
+    WEIGHTS = np.array([[0.25, 0.25, 0.5], [1.0, 0.0, 0.0]])
+
+    @pytest.mark.parametrize(("k", "expected"), [(0, [1, 1]), (1, [1.25, 4]), (2, [5.75, 16]), (3, [11.75, 64])])
+    def test_each_probe_by_hand(self, k, expected):
+        assert quadrature.moments(self.NODES, self.WEIGHTS, k).tolist() == expected
+
+    def test_negative_powers_are_refused(self):
+        with pytest.raises(ValueError, match=r"`k` must be a non-negative integer, got -1"):
+            quadrature.moments(self.NODES, self.WEIGHTS, -1)
+
+
+class TestDensity:
+    @pytest.mark.parametrize(
+        ("nodes", "weights"),
+        [
+            ([[-1.0, 0.5, 3.0]], [[0.5, 0.3, 0.2]]),
+            ([[-1.0, 0.5, 3.0], [2.0, NAN, NAN]], [[0.5, 0.3, 0.2], [1.0, 0.0, 0.0]]),
+            ([[5.0]], [[1.0]]),  # a single eigenvalue: no width
+            ([[-5e-7]], [[1.0]]),
+            ([[0.0]], [[1.0]]),  # the zero matrix: no scale either
+            ([[1e12, 1.0001e12]], [[0.5, 0.5]]),  # narrow and far from zero
+            ([[-1e-30, 1e-30]], [[0.5, 0.5]]),
+        ],
+    )
+    def test_integrates_to_one_on_the_default_grid(self, nodes, weights):
+        grid, values = quadrature.density(np.array(nodes), np.array(weights))
+        assert np.trapezoid(values, grid) == pytest.approx(1.0, abs=1e-8)
+        assert values.min() >= 0
+
+    def test_nodes_that_differ_by_rounding_are_one_eigenvalue(self):
+        # Several probes of a multiple of the identity find the same eigenvalue up to rounding. Its width is no width.
+        theta = 1.4
+        nodes = np.array([[theta], [np.nextafter(theta, 2)], [np.nextafter(theta, 1)]])
+        grid, values = quadrature.density(nodes, np.ones((3, 1)))
+        assert np.trapezoid(values, grid) == pytest.approx(1.0, abs=1e-6)
+
+    @pytest.mark.parametrize("sigma", [1e-4, 0.01, 1.0, 100.0])
+    def test_integrates_to_one_for_narrow_and_wide_kernels(self, sigma):
+        nodes, weights = np.array([[-1.0, 0.5, 3.0]]), np.array([[0.5, 0.3, 0.2]])
+        grid, values = quadrature.density(nodes, weights, sigma=sigma)
+        assert np.trapezoid(values, grid) == pytest.approx(1.0, abs=1e-8)
+
+    @reproducibly
+    @given(rule=rules(), width=st.floats(0.005, 2.0))
+    def test_integrates_to_one_whatever_the_rule(self, rule, width):
+        nodes, weights = rule
+        spread = float(np.nanmax(nodes) - np.nanmin(nodes)) or 1.0
+        grid, values = quadrature.density(nodes, weights, sigma=width * spread)
+        assert np.trapezoid(values, grid) == pytest.approx(1.0, abs=1e-8)
+
+    def test_is_the_mean_over_probes_of_weighted_gaussians(self):
+        nodes = np.array([[-1.0, 2.0], [0.5, NAN]])
+        weights = np.array([[0.25, 0.75], [1.0, 0.0]])
+        grid = np.array([-1.0, 0.0, 0.7, 2.5])
+
+        def gaussian(t: float, center: float) -> float:
+            return math.exp(-0.5 * ((t - center) / 0.4) ** 2) / (0.4 * math.sqrt(2 * math.pi))
+
+        expected = [
+            (0.25 * gaussian(t, -1.0) + 0.75 * gaussian(t, 2.0)) / 2 + gaussian(t, 0.5) / 2 for t in grid.tolist()
+        ]
+        points, values = quadrature.density(nodes, weights, grid, sigma=0.4)
+        assert points.tolist() == grid.tolist()
+        np.testing.assert_allclose(values, expected, rtol=1e-14)
+
+    def test_default_sigma_is_one_percent_of_the_width(self):
+        nodes, weights = np.array([[-1.0, 4.0]]), np.array([[0.5, 0.5]])
+        _, default = quadrature.density(nodes, weights, [-1.0, -0.9, 0.0])
+        _, explicit = quadrature.density(nodes, weights, [-1.0, -0.9, 0.0], sigma=0.05)
+        assert default.tolist() == explicit.tolist()
+
+    def test_default_grid_reaches_beyond_both_extremes(self):
+        grid, values = quadrature.density(np.array([[-1.0, 4.0]]), np.array([[0.5, 0.5]]))
+        assert grid[0] < -1.0
+        assert grid[-1] > 4.0
+        assert max(values[0], values[-1]) < 1e-6 * values.max()
+
+    @pytest.mark.parametrize("sigma", [0.0, -1.0, NAN])
+    def test_sigma_must_be_positive(self, sigma):
+        with pytest.raises(ValueError, match=r"`sigma` must be positive"):
+            quadrature.density(np.array([[1.0]]), np.array([[1.0]]), sigma=sigma)
+
+    @pytest.mark.parametrize("grid", [0.5, [[0.0, 1.0]]])
+    def test_the_grid_must_be_one_dimensional(self, grid):
+        with pytest.raises(ValueError, match=r"`grid` must be one-dimensional"):
+            quadrature.density(np.array([[1.0]]), np.array([[1.0]]), grid)
+
+
+class TestHistogram:
+    NODES = np.array([[-1.0, 0.0, 3.0], [2.0, NAN, NAN]])
+    WEIGHTS = np.array([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]])
+
+    def test_explicit_edges_by_hand(self):
+        mass, edges = quadrature.histogram(self.NODES, self.WEIGHTS, [-1.0, 0.0, 2.5, 3.0])
+        assert mass.tolist() == [0.25, 0.625, 0.125]
+        assert edges.tolist() == [-1.0, 0.0, 2.5, 3.0]
+
+    @pytest.mark.parametrize("bins", [2, 3, 7, 50, 120])
+    def test_zero_is_an_edge_of_a_spectrum_with_both_signs(self, bins):
+        mass, edges = quadrature.histogram(self.NODES, self.WEIGHTS, bins)
+        assert 0.0 in edges
+        assert bins <= len(mass) <= bins + 1
+        np.testing.assert_allclose(np.diff(edges), (3.0 - -1.0) / bins, rtol=1e-12)
+        assert (edges[0] <= -1.0, edges[-1] >= 3.0) == (True, True)
+
+    def test_one_bin_of_both_signs_does_not_mix_them(self):
+        # The docstring: no bin mixes negative and positive curvature; the number of bins is approximate.
+        mass, edges = quadrature.histogram(self.NODES, self.WEIGHTS, 1)
+        assert 0.0 in edges
+        assert mass[edges[:-1] < 0].sum() == 0.25
+
+    @pytest.mark.parametrize("sign", [1.0, -1.0])
+    def test_one_sided_spectra_are_laid_from_node_to_node(self, sign):
+        nodes = np.sort(sign * np.array([[1.0, 2.0, 5.0]]))
+        mass, edges = quadrature.histogram(nodes, np.array([[0.2, 0.3, 0.5]]), 4)
+        assert edges.tolist() == sorted(sign * edge for edge in (1.0, 2.0, 3.0, 4.0, 5.0))
+        assert mass.sum() == pytest.approx(1.0, abs=1e-15)
+
+    @pytest.mark.parametrize("node", [5.0, -5.0, 0.0, 1e-30])
+    def test_a_single_eigenvalue_has_one_bin(self, node):
+        mass, edges = quadrature.histogram(np.array([[node]]), np.array([[1.0]]))
+        assert mass.tolist() == [1.0]
+        assert edges[0] < node < edges[-1]
+
+    @reproducibly
+    @given(rule=rules(), bins=st.integers(2, 200))
+    def test_mass_is_one_and_left_of_zero_it_is_the_negative_weight(self, rule, bins):
+        nodes, weights = rule
+        mass, edges = quadrature.histogram(nodes, weights, bins)
+        assert mass.shape == (len(edges) - 1,)
+        assert mass.min() >= 0
+        assert mass.sum() == pytest.approx(1.0, abs=1e-12)
+        assert np.all(np.diff(edges) > 0)
+        if np.nanmin(nodes) < 0 < np.nanmax(nodes):
+            negative = weights[nodes < 0].sum() / len(nodes)
+            assert mass[edges[:-1] < 0].sum() == pytest.approx(negative, abs=1e-12)
+
+    def test_equal_bins_default_to_about_120(self):
+        mass, _ = quadrature.histogram(self.NODES, self.WEIGHTS)
+        assert len(mass) in {120, 121}
+
+    @pytest.mark.parametrize("bins", [0, -3])
+    def test_at_least_one_bin(self, bins):
+        with pytest.raises(ValueError, match=r"`bins` must be at least 1"):
+            quadrature.histogram(self.NODES, self.WEIGHTS, bins)
+
+    @pytest.mark.parametrize("edges", [[-0.5, 3.0], [-1.0, 2.9], [4.0, 5.0], [], [-1.0, NAN, 3.0], [3.0, -1.0]])
+    def test_edges_must_enclose_every_node(self, edges):
+        # A histogram that silently lost mass would no longer sum to 1.
+        with pytest.raises(ValueError, match=r"bins"):
+            quadrature.histogram(self.NODES, self.WEIGHTS, edges)
+
+    def test_one_edge_is_no_bin(self):
+        # No bin has no mass, although the edge "encloses" the node.
+        with pytest.raises(ValueError, match=r"bins"):
+            quadrature.histogram(np.array([[0.0]]), np.array([[1.0]]), [0.0])
+
+    def test_the_nodes_of_a_multiple_of_the_identity_differ_by_rounding_only(self):
+        nodes = np.array([[1.4], [np.nextafter(1.4, 2)]])
+        mass, _ = quadrature.histogram(nodes, np.ones((2, 1)))
+        assert mass.sum() == pytest.approx(1.0, abs=1e-12)
+
+
+class TestMissProbability:
+    @staticmethod
+    def one_end(dimension: int, steps: int, tolerance: float) -> float:
+        return 1.648 * math.sqrt(dimension) * math.exp(-math.sqrt(tolerance) * (2 * steps - 1))
+
+    @pytest.mark.parametrize(("dimension", "steps", "tolerance"), [(1000, 60, 0.05), (272_000, 100, 0.01)])
+    def test_is_the_bound_for_both_ends(self, dimension, steps, tolerance):
+        expected = 2 * self.one_end(dimension, steps, tolerance)
+        assert 0 < expected < 1
+        assert quadrature.miss_probability(dimension, [steps], tolerance) == pytest.approx(expected, rel=1e-14)
+
+    def test_independent_probes_multiply(self):
+        ends = [self.one_end(1000, steps, 0.05) for steps in (20, 30)]
+        assert max(ends) < 1
+        expected = 2 * math.prod(ends)
+        assert quadrature.miss_probability(1000, [20, 30], 0.05) == pytest.approx(expected, rel=1e-14)
+
+    def test_a_useless_probe_does_not_make_the_bound_worse(self):
+        alone = quadrature.miss_probability(1000, [30], 0.05)
+        assert quadrature.miss_probability(1000, [30, 1], 0.05) == pytest.approx(alone, rel=1e-14)
+
+    def test_never_exceeds_one(self):
+        assert quadrature.miss_probability(10**9, [1], 0.01) == 1.0
+        # Both ends together exceed 1 although neither does.
+        assert 0.5 < self.one_end(1000, 10, 0.05) < 1
+        assert quadrature.miss_probability(1000, [10], 0.05) == 1.0
+
+    def test_as_many_steps_as_dimensions_miss_nothing(self):
+        assert quadrature.miss_probability(30, [30], 0.01) == 0.0
+        assert quadrature.miss_probability(30, [5, 30], 0.01) == 0.0
+        assert quadrature.miss_probability(30, [29], 0.01) > 0.0
+
+    def test_more_work_and_looser_tolerances_lower_it(self):
+        bounds = [quadrature.miss_probability(10_000, [steps], 0.05) for steps in (40, 50, 60)]
+        assert all(first > second for first, second in itertools.pairwise(bounds))
+        assert quadrature.miss_probability(10_000, [50], 0.06) < quadrature.miss_probability(10_000, [50], 0.05)
+
+    def test_holds_for_a_spectrum_whose_top_is_easily_missed(self):
+        spectrum = np.linspace(0.0, 1.0, 60) ** 10
+        steps, tolerance, runs = 8, 0.1, 300
+        rng = np.random.default_rng(0)
+        missed = 0
+        for _ in range(runs):
+            powers = [rng.normal(size=60)]
+            for _ in range(steps - 1):
+                powers.append(spectrum * powers[-1])
+            basis, _ = np.linalg.qr(np.array(powers).T)
+            top = np.linalg.eigvalsh(basis.T @ (spectrum[:, None] * basis))[-1]
+            missed += top < spectrum[-1] - tolerance * np.ptp(spectrum)
+        assert 0 < missed / runs <= quadrature.miss_probability(60, [steps], tolerance) < 0.25

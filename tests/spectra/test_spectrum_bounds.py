@@ -1,0 +1,299 @@
+"""`spectrum_bounds`: what Lanczos may have missed, against the polynomials themselves and against its own theorem."""
+
+import functools
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from lightning_hesd.numerics.krylov.lanczos import gauss_quadrature
+from lightning_hesd.spectra.quadrature import spectrum_bounds, stack_rules
+
+Tridiagonal = tuple[np.ndarray, np.ndarray]
+
+SPECTRA: dict[str, np.ndarray] = {
+    "uniform": np.linspace(-1.0, 2.0, 120),
+    "outlier": np.concatenate([np.linspace(-1.0, 1.0, 119), [6.0]]),
+    "lone negative": np.concatenate([[-0.5], np.linspace(0.0, 4.0, 119) ** 2]),
+    "close top": np.concatenate([np.linspace(-1.0, 0.0, 118), [0.99, 1.0]]),
+    "positive": np.geomspace(1e-3, 10.0, 120),
+    "negative": -np.geomspace(1e-3, 10.0, 120),
+}
+FAILURES = (0.15, 0.025, 1e-4)
+
+
+def make_start(n: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=n)
+
+
+def tridiagonal(spectrum: np.ndarray, start: np.ndarray, steps: int) -> Tridiagonal:
+    """Lanczos on a diagonal matrix, reorthogonalised without thrift."""
+    basis = [start / np.linalg.norm(start)]
+    alphas, betas = [], []
+    for _ in range(steps):
+        vector = spectrum * basis[-1]
+        alphas.append(basis[-1] @ vector)
+        for _ in range(2):
+            vector = vector - np.array(basis).T @ (np.array(basis) @ vector)
+        betas.append(np.linalg.norm(vector))
+        basis.append(vector / (betas[-1] or 1.0))
+    return np.array(alphas), np.array(betas)
+
+
+def bounds(probes: list[Tridiagonal], dimension: int, failure: float) -> tuple[float, float]:
+    return spectrum_bounds(*stack_rules([gauss_quadrature(*probe) for probe in probes]), dimension, failure)
+
+
+def kernel(probe: Tridiagonal, x: float) -> float:
+    """K(x) = Σ_j p_j(x)², j = 0, ..., m, by the three-term recurrence, in extended precision."""
+    previous, current = np.longdouble(0), np.longdouble(1)
+    total, beta_before = current**2, np.longdouble(0)
+    for alpha, beta in zip(*probe, strict=True):
+        previous, current = current, ((np.longdouble(x) - alpha) * current - beta_before * previous) / beta
+        beta_before = np.longdouble(beta)
+        total += current**2
+    return float(total)
+
+
+@functools.cache
+def largest_density(n: int) -> float:
+    """The density of |one coordinate| of a unit vector uniform on the sphere, at zero, where it is largest (n >= 3)."""
+    t = np.linspace(-1.0, 1.0, 200_001)
+    return 2 / float(np.trapezoid((1 - t**2) ** ((n - 3) / 2), t))
+
+
+class TestAgainstTheRecurrence:
+    @pytest.mark.parametrize("failure", FAILURES)
+    @pytest.mark.parametrize("steps", [1, 2, 5, 12])
+    @pytest.mark.parametrize("name", SPECTRA)
+    def test_there_the_start_vector_becomes_as_improbable_as_failure(self, name, steps, failure):
+        spectrum = SPECTRA[name]
+        n = len(spectrum)
+        for sign in (1.0, -1.0):
+            probe = tridiagonal(sign * spectrum, make_start(n, 3), steps)
+            nodes, weights, _ = gauss_quadrature(*probe)
+            low, high = bounds([probe], n, failure)
+            for end, mirror, weight in ((high, 1.0, weights[-1]), (low, -1.0, weights[0])):
+                outermost = mirror * (mirror * nodes).max()
+                unlucky = min(1.0, largest_density(n) * math.sqrt(weight))  # how improbable the start is in any case
+
+                def probability(share: float, end: float = end, outermost: float = outermost, probe=probe) -> float:
+                    x = outermost + share * (end - outermost)
+                    return min(1.0, largest_density(n) / math.sqrt(kernel(probe, x)))
+
+                # The distance is found to a thousandth.
+                assert probability(1.0 + 1e-6) <= failure * unlucky <= probability(1.0 - 2e-3)
+
+    def test_an_unlucky_start_is_allowed_for(self):
+        # The outlier was found although the start vector had next to nothing of it. `failure` is then that of what may
+        # lie beyond, relative to that of such a start; or the bound would be the node itself.
+        spectrum, failure = SPECTRA["outlier"], 0.025
+        probe = tridiagonal(spectrum, with_component(120, 119, 1e-4, seed=2), 10)
+        nodes, weights, _ = gauss_quadrature(*probe)
+        assert nodes[-1] == pytest.approx(6.0, rel=1e-3)
+        unlucky = largest_density(120) * math.sqrt(weights[-1])
+        assert unlucky < failure / 10
+        _, high = bounds([probe], 120, failure)
+        assert high > nodes[-1]
+        below, beyond = (kernel(probe, nodes[-1] + share * (high - nodes[-1])) for share in (1.0 - 2e-3, 1.0 + 1e-6))
+        assert largest_density(120) / math.sqrt(beyond) <= failure * unlucky <= largest_density(120) / math.sqrt(below)
+
+    @pytest.mark.parametrize("count", [2, 3])
+    def test_several_starts_are_as_improbable_together(self, count):
+        # Products of uniform random numbers fall below q with probability q·Σ(−log q)ʲ/j!.
+        n, failure = 120, 0.025
+        probes = [tridiagonal(SPECTRA["uniform"], make_start(n, seed), 6) for seed in range(count)]
+        largest = max(gauss_quadrature(*probe)[0][-1] for probe in probes)
+        _, high = bounds(probes, n, failure)
+
+        def together(x: float) -> float:
+            q = math.prod(min(1.0, largest_density(n) / math.sqrt(kernel(probe, x))) for probe in probes)
+            return q * sum((-math.log(q)) ** j / math.factorial(j) for j in range(count))
+
+        assert together(largest + 1e-9) == pytest.approx(1.0)  # no unlucky start among these
+        assert together(high + 1e-6) <= failure <= together(largest + (1 - 2e-3) * (high - largest))
+
+    def test_one_step_in_closed_form(self):
+        # K(x) = 1 + ((x − α)/β)².
+        low, high = bounds([(np.array([0.5]), np.array([2.0]))], 100, 0.1)
+        distance = 2.0 * math.sqrt((largest_density(100) / 0.1) ** 2 - 1)
+        assert high == pytest.approx(0.5 + distance, rel=2e-3)
+        assert low == pytest.approx(0.5 - distance, rel=2e-3)
+
+    @pytest.mark.parametrize("dimension", [2, 3])
+    def test_small_spheres(self, dimension):
+        # In three dimensions one coordinate is uniform (Archimedes), in two it is more likely to be large.
+        _, high = bounds([(np.array([0.0]), np.array([1.0]))], dimension, 0.1)
+        assert high == pytest.approx(math.sqrt(1 / 0.1**2 - 1), rel=2e-3)
+
+    @pytest.mark.parametrize("spectrum", [[2.0], [-1.0, 3.0], [-1.0, 0.5, 3.0]], ids=len)
+    def test_as_many_steps_as_dimensions_leave_nothing_outside(self, spectrum):
+        n = len(spectrum)
+        alphas, betas = tridiagonal(np.array(spectrum), np.arange(1.0, n + 1), n)
+        betas[-1] = 0.0
+        low, high = bounds([(alphas, betas)], n, 0.01)
+        assert (low, high) == pytest.approx((spectrum[0], spectrum[-1]), rel=1e-14)
+
+
+def upper_distances(probes: list[Tridiagonal], dimension: int, failure: float) -> tuple[float, float]:
+    """How far the bounds lie outside the nodes."""
+    nodes = np.concatenate([gauss_quadrature(*probe)[0] for probe in probes])
+    low, high = bounds(probes, dimension, failure)
+    return nodes.min() - low, high - nodes.max()
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+class TestProperties:
+    def test_less_failure_is_wider(self, name):
+        probe = tridiagonal(SPECTRA[name], make_start(120, 1), 8)
+        distances = [upper_distances([probe], 120, failure) for failure in (0.4, 0.1, 0.025, 1e-3, 1e-6)]
+        for (low, high), (wider_low, wider_high) in itertools.pairwise(distances):
+            assert 0 < low < wider_low
+            assert 0 < high < wider_high
+
+    def test_more_dimensions_are_wider(self, name):
+        probe = tridiagonal(SPECTRA[name], make_start(120, 1), 8)
+        distances = [upper_distances([probe], dimension, 0.05) for dimension in (120, 10**4, 10**8)]
+        for (low, high), (wider_low, wider_high) in itertools.pairwise(distances):
+            assert low < wider_low
+            assert high < wider_high
+
+    @pytest.mark.parametrize("scale", [1e-100, 1e-30, 1e-3, 7.0, 1e30, 1e100])
+    def test_scales_with_the_matrix(self, name, scale):
+        alphas, betas = tridiagonal(SPECTRA[name], make_start(120, 1), 10)
+        expected = np.array(upper_distances([(alphas, betas)], 120, 0.05))
+        scaled = upper_distances([(scale * alphas, scale * betas)], 120, 0.05)
+        np.testing.assert_allclose(np.array(scaled) / scale, expected, rtol=2e-3)
+
+    @pytest.mark.parametrize("shift", [-3.0, 0.7, 20.0])
+    def test_shifts_with_the_matrix(self, name, shift):
+        alphas, betas = tridiagonal(SPECTRA[name], make_start(120, 1), 10)
+        expected = upper_distances([(alphas, betas)], 120, 0.05)
+        np.testing.assert_allclose(upper_distances([(alphas + shift, betas)], 120, 0.05), expected, rtol=2e-3)
+
+    def test_reflects_with_the_matrix(self, name):
+        alphas, betas = tridiagonal(SPECTRA[name], make_start(120, 1), 10)
+        low, high = bounds([(alphas, betas)], 120, 0.05)
+        assert bounds([(-alphas, betas)], 120, 0.05) == pytest.approx((-high, -low), rel=1e-12)
+
+    def test_more_steps_are_tighter(self, name):
+        widths = []
+        for steps in (2, 5, 10, 20, 40):
+            low, high = bounds([tridiagonal(SPECTRA[name], make_start(120, 1), steps)], 120, 0.05)
+            assert low <= SPECTRA[name].min() + 1e-12
+            assert high >= SPECTRA[name].max() - 1e-12
+            widths.append(high - low)
+        assert all(wide > narrow for wide, narrow in itertools.pairwise(widths))
+        assert widths[-1] <= 1.05 * np.ptp(SPECTRA[name])
+
+    def test_the_order_of_the_probes_does_not_matter(self, name):
+        probes = [tridiagonal(SPECTRA[name], make_start(120, seed), steps) for seed, steps in enumerate((4, 9, 6))]
+        expected = bounds(probes, 120, 0.05)
+        assert bounds(probes[::-1], 120, 0.05) == pytest.approx(expected, rel=1e-12)
+
+    def test_more_probes_are_mostly_tighter(self, name):
+        # All of them would have to be unlucky. One lucky probe may still do better alone, as for three the single ones
+        # count a little less.
+        tighter = 0
+        for seed in range(30):
+            probes = [tridiagonal(SPECTRA[name], make_start(120, 3 * seed + k), 6) for k in range(3)]
+            low, high = bounds(probes, 120, 0.025)
+            single_low, single_high = bounds(probes[:1], 120, 0.025)
+            tighter += high - low <= single_high - single_low
+        assert tighter >= 27
+
+
+class TestBreakdown:
+    def test_one_dimension_has_nothing_outside(self):
+        rule = (np.array([[1.0]]), np.array([[1.0]]), np.array([[1e-9]]))
+        assert spectrum_bounds(*rule, 1, 0.05) == pytest.approx((1.0, 1.0), abs=1e-6)
+
+    def test_an_invariant_space_leaves_nothing_outside(self):
+        whole = (np.array([1.0, 2.0]), np.array([0.5, 0.0]))
+        nodes, _, _ = gauss_quadrature(*whole)
+        assert bounds([whole], 1000, 1e-6) == (nodes[0], nodes[-1])
+
+    def test_one_such_probe_is_enough(self):
+        whole = (np.array([1.0, 2.0]), np.array([0.5, 0.0]))
+        unfinished = (np.array([1.5]), np.array([3.0]))
+        nodes, _, _ = gauss_quadrature(*whole)
+        for probes in ([whole, unfinished], [unfinished, whole]):
+            assert bounds(probes, 1000, 1e-6) == (nodes[0], nodes[-1])
+
+    def test_a_hundred_probes_are_no_trouble(self):
+        # Their probabilities multiply, and factorials of their number are no longer floats. That the bound still moves
+        # inwards shows that no term of the sum was lost.
+        probes = [tridiagonal(SPECTRA["outlier"], make_start(120, k), 4) for k in range(300)]
+        lows, highs = zip(*(bounds(probes[:count], 120, 0.025) for count in (100, 140, 200, 300)), strict=True)
+        assert list(lows) == sorted(lows)
+        assert list(highs) == sorted(highs, reverse=True)
+
+    @pytest.mark.parametrize("beta", [1e-8, 1e-14, 1e-200])
+    def test_an_almost_invariant_space_leaves_almost_nothing(self, beta):
+        nearly = (np.array([1.0, 2.0]), np.array([0.5, beta]))
+        nodes, _, _ = gauss_quadrature(*nearly)
+        low, high = bounds([nearly], 1000, 1e-3)
+        scale = largest_density(1000) / 1e-3  # |x − θ| = β·this at the end of one converged node
+        assert nodes[0] - 2 * scale * beta <= low <= nodes[0]
+        assert nodes[-1] <= high <= nodes[-1] + 2 * scale * beta + 1e-15
+
+    def test_a_zero_matrix(self):
+        assert bounds([(np.zeros(1), np.zeros(1))], 50, 0.05) == (0.0, 0.0)
+
+
+# The theorem itself: for every start vector whose component q along the extreme eigenvector is not as improbable as
+# `failure`, the bound holds. Nothing here is left to chance, so no single exception is allowed.
+COMPONENTS = np.geomspace(1e-6, 0.5, 25)
+
+
+def with_component(n: int, position: int, component: float, seed: int) -> np.ndarray:
+    """A unit vector with this component at `position`, and random ones elsewhere."""
+    rest = np.random.default_rng(seed).normal(size=n)
+    rest[position] = 0.0
+    rest *= math.sqrt(1 - component**2) / np.linalg.norm(rest)
+    rest[position] = component
+    return rest
+
+
+class TestGuarantee:
+    @pytest.mark.parametrize("failure", FAILURES)
+    @pytest.mark.parametrize("name", SPECTRA)
+    def test_holds_at_every_step_for_every_start_that_is_no_less_probable(self, name, failure):
+        spectrum = np.sort(SPECTRA[name])
+        n, slack = len(spectrum), 1e-12 * np.abs(spectrum).max()
+        density = largest_density(n)
+        missed = 0
+        for sign, component in itertools.product((1.0, -1.0), COMPONENTS):
+            position = n - 1 if sign > 0 else 0
+            alphas, betas = tridiagonal(spectrum, with_component(n, position, component, seed=4), 24)
+            for steps in (1, 2, 4, 8, 16, 24):
+                low, high = bounds([(alphas[:steps], betas[:steps])], n, failure)
+                holds = high >= spectrum[-1] - slack if sign > 0 else low <= spectrum[0] + slack
+                missed += not holds
+                # Its probability is at most this; below `failure` nothing is promised.
+                assert holds or density * component <= failure
+        if failure == FAILURES[0] and name in {"outlier", "lone negative"}:
+            assert missed > 0  # a bound that is never wrong would prove nothing here
+
+    @pytest.mark.parametrize("name", SPECTRA)
+    def test_holds_for_several_probes_unless_all_together_are_improbable(self, name):
+        spectrum, failure = np.sort(SPECTRA[name]), 0.1
+        n, slack = len(spectrum), 1e-12 * np.abs(spectrum).max()
+        density = largest_density(n)
+        for components in itertools.product(np.geomspace(1e-5, 0.3, 6), repeat=2):
+            probes = [
+                tridiagonal(spectrum, with_component(n, n - 1, component, seed), 6)
+                for seed, component in enumerate(components)
+            ]
+            product = math.prod(min(1.0, density * component) for component in components)
+            # Two uniform random numbers multiply to at most q with probability q(1 − log q).
+            if product * (1 - math.log(product)) > failure:
+                assert bounds(probes, n, failure)[1] >= spectrum[-1] - slack
+
+    def test_is_not_bought_with_useless_width(self):
+        # After 30 steps on an outlier the bound is the outlier.
+        spectrum = SPECTRA["outlier"]
+        for seed in range(20):
+            _, high = bounds([tridiagonal(spectrum, make_start(120, seed), 30)], 120, 0.025)
+            assert 6.0 - 1e-9 <= high <= 6.0 + 1e-6

@@ -1,0 +1,446 @@
+"""The HESD tab and the report in a browser: what is drawn, said, and asked of the server."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.request import urlopen
+
+import pytest
+
+from lightning_hesd.commands.report import write_report
+from lightning_hesd.spectra.payload import record_payload
+from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
+from tests.tab import EPOCHS, tensorboard, train, write_payloads
+from tests.training.scripted import make_spectrum
+from tests.training.test_resume import data
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium drives the browser")
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs Chromium (or Chrome) and chromedriver")
+
+EVIL = "<b><img src=x onerror=window.injected=1>"
+COLOURS = ("#425066", "#12b5cb", "#e52592", "#f9ab00", "#9334e6")
+"""What TensorBoard gives to runs, in the order of /data/runs."""
+
+FIRST, SECOND = "net/version_0", "net/version_1"
+
+
+class Page:
+    """A page, and what the tests ask of it."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def open(self, address: str) -> None:
+        self.driver.get_log("browser")
+        self.driver.get(address)
+
+    def script(self, code: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(code, *arguments)
+
+    def until(self, condition: str, *arguments: Any) -> Any:
+        """Wait until a script returns something true, and return it."""
+        from selenium.webdriver.support.ui import WebDriverWait  # noqa: PLC0415 - optional
+
+        message = f"never: {condition}"
+        return WebDriverWait(self.driver, 30, 0.05).until(
+            lambda driver: driver.execute_script(condition, *arguments), message
+        )
+
+    def open_tab(self, address: str) -> None:
+        self.open(f"{address}data/plugin_entry.html?name=hesd")
+        self.until("return document.body.dataset.drawn > 0")
+
+    def show_in_detail(self, run: str) -> None:
+        self.script(
+            "const menu = document.querySelector('#detail-tools select');"
+            "menu.value = [...menu.options].find((option) => option.text === arguments[0]).value;"
+            "menu.dispatchEvent(new Event('change'))",
+            run,
+        )
+        self.until("return document.body.dataset.detail?.includes(arguments[0])", run)
+
+    def traces(self, figure: str) -> list[dict[str, Any]]:
+        """What Plotly has drawn, without the entries of the legend."""
+        found = self.script(
+            "return JSON.stringify(document.getElementById(arguments[0])._fullData"
+            ".map(({x, y, z, name, mode, meta, line}) => ({x, y, z, name, mode, meta, dash: line?.dash})))",
+            figure,
+        )
+        return [trace for trace in json.loads(found) if trace["x"] != [None]]
+
+    def curves(self, figure: str) -> list[dict[str, Any]]:
+        """The curves of runs: what has a key and is no pick."""
+        return [t for t in self.traces(figure) if (t["meta"] or {}).get("key") and "pick" not in t["meta"]]
+
+    def text(self, selector: str) -> str:
+        return self.script("return document.querySelector(arguments[0])?.innerText ?? ''", selector)
+
+    def press(self, *keys: str) -> None:
+        from selenium.webdriver.common.action_chains import ActionChains  # noqa: PLC0415 - optional
+
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    def assert_clean(self, *hosts: str) -> None:
+        """Nothing was complained about, injected, or fetched from elsewhere."""
+        said = [e["message"] for e in self.driver.get_log("browser") if "favicon.ico" not in e["message"]]
+        assert said == []
+        assert self.script("return window.injected ?? null") is None
+        asked = self.script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+        assert [url for url in asked if not url.startswith(("data:", "blob:", *hosts))] == []
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Any]:
+    from selenium.webdriver.chrome.service import Service  # noqa: PLC0415 - optional
+
+    os.environ["SE_OFFLINE"] = "true"  # look for no other driver on the network
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1000"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    found = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield found
+    found.quit()
+
+
+@pytest.fixture
+def page(driver: Any) -> Page:
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    return Page(driver)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """Two trainings, a run with hostile names, one from the future and one that is damaged."""
+    folder = tmp_path_factory.mktemp("runs")
+    _, first = train(folder, at_start=True, layers="auto", generalization_dataloader=data())
+    train(folder, seed=1)
+    hostile = record_payload(SpectrumRecord(0, 4, make_spectrum(-0.3), layers={EVIL: make_spectrum(-0.2)}))
+    write_payloads(folder / EVIL, [hostile])
+    write_payloads(folder / "newer", [{**hostile, "version": 2}])
+    (folder / "damaged").mkdir()
+    (folder / "damaged" / "events.out.tfevents.1.host").write_bytes(bytes(range(256)) * 8)
+    return folder, first
+
+
+@pytest.fixture(scope="module")
+def address(runs: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with tensorboard(runs[0], tmp_path_factory.mktemp("server")) as found:
+        yield found
+
+
+def test_the_curves_are_the_records(page: Page, address: str, runs: tuple[Path, Any]) -> None:
+    _, callback = runs
+    page.open_tab(address)
+    page.script("document.querySelector('#tools select').value = 'linear'")
+    page.script("document.querySelector('#tools select').dispatchEvent(new Event('change'))")
+    page.until("return document.getElementById('ct')._fullLayout.yaxis.type === 'linear'")
+    records = callback.history
+    c_t = next(trace for trace in page.curves("ct") if FIRST in trace["name"])
+    assert c_t["x"] == [record.epoch for record in records]
+    assert c_t["y"] == pytest.approx([record.spectrum.c_t for record in records], rel=1e-6)
+    band = next(trace for trace in page.traces("ct") if FIRST in (trace["meta"] or {}).get("band", ""))
+    low, high = zip(*(record.spectrum.c_t_interval for record in records), strict=True)
+    assert band["y"] == pytest.approx([*high, *reversed(low)], rel=1e-6)
+    lines = page.script("return document.getElementById('ct').layout.shapes.filter((s) => s.type === 'line')")
+    assert [(line["y0"], line["y1"]) for line in lines] == [(-0.6, -0.6)]
+    largest, smallest = (trace for trace in page.curves("extremes") if FIRST in trace["name"])
+    assert largest["y"] == pytest.approx([record.spectrum.lambda_max for record in records], rel=1e-6)
+    assert smallest["y"] == pytest.approx([-record.spectrum.lambda_min for record in records], rel=1e-6)
+    r_e, k_h05 = (trace for trace in page.curves("deltas") if FIRST in trace["name"])
+    assert r_e["y"] == pytest.approx([record.assessment.delta_r_e for record in records], rel=1e-6)
+    assert k_h05["y"] == pytest.approx([record.assessment.delta_k_h05 for record in records], rel=1e-6)
+    training, other, accuracy = (trace for trace in page.curves("loss") if FIRST in trace["name"])
+    assert training["y"] == pytest.approx([record.spectrum.loss for record in records], rel=1e-6)
+    assert other["y"] == pytest.approx([record.generalization.loss for record in records], rel=1e-6)
+    assert accuracy["y"][0] is None  # nothing was trained yet
+    assert len(accuracy["y"]) == EPOCHS + 1
+    page.assert_clean(address)
+
+
+def test_several_runs_have_tensorboards_colours_and_can_be_switched_off(page: Page, address: str) -> None:
+    page.open_tab(address)
+    order = page.script("return fetch('/data/runs').then((answer) => answer.json())")
+    boxes = page.script("return [...document.querySelectorAll('#runs label')].map((label) => label.innerText.trim())")
+    assert boxes == [run for run in order if run != "damaged"]
+    drawn = dict(
+        page.script(
+            "return document.getElementById('ct')._fullData.filter((t) => t.meta?.key && !t.meta.pick)"
+            ".map((t) => [JSON.parse(t.meta.key)[0], t.line.color])"
+        )
+    )
+    assert drawn == {run: COLOURS[order.index(run)] for run in (FIRST, SECOND, EVIL)}
+    page.script(f"[...document.querySelectorAll('#runs label')].find((l) => l.innerText.includes('{SECOND}')).click()")
+    page.until("return document.getElementById('ct')._fullData.filter((t) => t.meta?.key && !t.meta.pick).length === 2")
+    assert not any(SECOND in trace["name"] for trace in page.curves("ct"))
+    page.assert_clean(address)
+
+
+def test_a_zoom_outlives_new_data_and_can_be_undone(page: Page, address: str) -> None:
+    page.open_tab(address)
+    span = "const [low, high] = document.getElementById('extremes')._fullLayout.xaxis.range; return high - low"
+    whole = page.script(span)
+    left, top, width, height = page.script(
+        "const area = document.querySelector('#extremes .nsewdrag').getBoundingClientRect();"
+        "return [area.left, area.top, area.width, area.height]"
+    )
+    for kind, x, y in (("Pressed", 0.3, 0.3), ("Moved", 0.6, 0.7), ("Released", 0.6, 0.7)):
+        page.driver.execute_cdp_cmd(
+            "Input.dispatchMouseEvent",
+            {
+                "type": f"mouse{kind}",
+                "x": left + x * width,
+                "y": top + y * height,
+                "button": "left",
+                "buttons": 1,
+                "clickCount": 1,
+            },
+        )
+    page.until(f"{span} < arguments[0] / 2", whole)
+    drawn = page.script("return Number(document.body.dataset.drawn)")
+    page.script("document.querySelector('#runs input').click()")
+    page.until("return document.body.dataset.drawn > arguments[0]", drawn)
+    assert page.script(span) < whole / 2
+    page.script(
+        "[...document.querySelectorAll('figure button')].find((b) => b.title.includes('zoom of “Extreme')).click()"
+    )
+    page.until(f"{span} > arguments[0] * 0.7", whole)  # the run that is off was the longest
+
+
+def test_hostile_names_are_shown_as_they_are(page: Page, address: str) -> None:
+    page.open_tab(address)
+    assert EVIL in page.text("#runs")
+    legend = page.script("return [...document.querySelectorAll('#ct .legendtext')].map((text) => text.textContent)")
+    assert EVIL in legend  # Plotly takes markup in texts for markup
+    page.show_in_detail(EVIL)
+    page.until("return document.getElementById('layers').classList.contains('js-plotly-plot')")
+    assert page.script("return document.querySelector('#layers .ytick text').textContent").endswith(EVIL[-12:])
+    page.script("document.getElementById('table').open = true")
+    page.until("return document.querySelector('#table td')")
+    assert EVIL in page.text("#table")
+    assert page.script("return document.querySelectorAll('img').length") == 0
+    page.assert_clean(address)
+
+
+def test_what_cannot_be_read_is_said(page: Page, address: str) -> None:
+    page.open_tab(address)
+    assert page.text("#problems") == (
+        "newer, step 0: the payload has version 2, and this lightning_hesd reads version 1: update it."
+    )
+    assert page.script("return document.querySelector('#problems p').getAttribute('role')") == "alert"
+
+
+def test_the_pick_and_why(page: Page, address: str, runs: tuple[Path, Any]) -> None:
+    best = runs[1].checkpoint.best
+    page.open_tab(address)
+    page.show_in_detail(FIRST)
+    said = page.text("[data-rule=highest_c_t]")
+    assert f"highest C_t takes epoch {best.epoch} (step {best.global_step})" in said
+    assert "have a train_acc within 0.2 of the best" in said
+    assert best.path in said
+    assert "no checkpoint was kept by this rule" in page.text("[data-rule=lowest_max_eigenvalue]")
+    stars = [
+        t for t in page.traces("ct") if (t["meta"] or {}).get("pick") == "highest_c_t" and FIRST in t["meta"]["key"]
+    ]
+    assert [star["x"] for star in stars] == [[best.epoch]]
+
+
+def test_the_slider_moves_density_and_assessment_by_keyboard(page: Page, address: str, runs: tuple[Path, Any]) -> None:
+    from selenium.webdriver.common.keys import Keys  # noqa: PLC0415 - optional
+
+    _, callback = runs
+    page.open_tab(address)
+    page.show_in_detail(FIRST)
+    page.script("document.getElementById('epoch').focus()")
+    last = callback.history[-1]
+    for key, record in ((None, last), (Keys.ARROW_LEFT, callback.history[-2]), (Keys.HOME, callback.history[0])):
+        if key is not None:
+            page.press(key)
+        page.until("return document.body.dataset.detail.endsWith(arguments[0])", f" {record.global_step}")
+        nodes = [t for t in page.traces("density") if "nodes" in (t["meta"] or {})]
+        assert [t["meta"]["nodes"] for t in nodes] == ["training", "generalization"]
+        for trace, spectrum in zip(nodes, (record.spectrum, record.generalization), strict=True):
+            assert trace["x"] == pytest.approx(spectrum.nodes[0], rel=1e-6)
+        (curve,) = [t for t in page.traces("density") if (t["meta"] or {}).get("density") == "training"]
+        assert mass(curve["x"], curve["y"]) == pytest.approx(1.0, abs=0.02)
+        title = "start" if record.epoch < 0 else f"epoch {record.epoch}"
+        assert page.script("return document.getElementById('epoch').getAttribute('aria-valuetext')") == title
+        said = page.text("#assessment")
+        assert said.startswith(f"{title}: generalization is")
+        assert all(reason in said for reason in record.assessment.reasons)
+        line = page.script("return document.getElementById('map').layout.shapes.find((s) => s.name === 'chosen').x0")
+        assert line == record.epoch
+    page.assert_clean(address)
+
+
+def mass(x: list[float], y: list[float]) -> float:
+    pairs = list(zip(x, y, strict=True))
+    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(pairs))
+
+
+def test_heat_maps(page: Page, address: str, runs: tuple[Path, Any]) -> None:
+    _, callback = runs
+    page.open_tab(address)
+    page.show_in_detail(FIRST)
+    density = page.traces("map")[0]
+    assert density["x"] == [record.epoch for record in callback.history]
+    for column in range(len(callback.history)):
+        logs = [row[column] for row in density["z"] if row[column] is not None]
+        assert sum(10**value for value in logs) == pytest.approx(1.0, abs=1e-6)
+    layers = page.traces("layers")[0]
+    names = list(callback.history[0].layers)
+    for name, row in zip(names, layers["z"], strict=True):
+        expected = [record.layers[name].lambda_max for record in callback.history]
+        assert [10**value for value in row] == pytest.approx(expected, rel=1e-6)
+    assert (
+        page.script("return [...document.querySelectorAll('#layers .ytick text')].map((t) => t.textContent)") == names
+    )
+
+
+def test_keyboard_and_screen_reader(page: Page, address: str) -> None:
+    from selenium.webdriver.common.keys import Keys  # noqa: PLC0415 - optional
+
+    page.open_tab(address)
+    reached = []
+    for _ in range(60):
+        page.press(Keys.TAB)
+        reached.append(
+            page.script(
+                "const e = document.activeElement; return [e.tagName, e.type ?? '', getComputedStyle(e).outlineStyle]"
+            )
+        )
+        if reached[-1][0] == "SUMMARY":
+            break
+    assert {"INPUT", "SELECT", "BUTTON", "SUMMARY"} <= {tag for tag, _, _ in reached}
+    assert ["INPUT", "range", "solid"] in reached
+    assert all(outline == "solid" for _, _, outline in reached), reached  # the focus can be seen
+    page.press(Keys.ENTER)
+    page.until("return document.querySelector('#table td')")
+    unnamed = page.script(
+        "return [...document.querySelectorAll('.plot, figure, button')].filter((e) => !e.hidden &&"
+        " !e.getAttribute('aria-label') && !document.getElementById(e.getAttribute('aria-labelledby'))).length"
+    )
+    assert unnamed == 0
+    unlabelled = page.script(
+        "return [...document.querySelectorAll('input, select')].filter((e) => !e.labels.length).length"
+    )
+    assert unlabelled == 0
+    label = page.script("return document.getElementById('ct').getAttribute('aria-label')")
+    assert f"{FIRST}: {EPOCHS + 1} values" in label
+
+
+def test_dark_and_light(page: Page, address: str) -> None:
+    look = "return [document.documentElement.dataset.theme, document.getElementById('ct')._fullLayout.paper_bgcolor]"
+    page.open_tab(address)
+    assert page.script(look) == ["light", "#ffffff"]
+    dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+    page.until("return document.getElementById('ct')._fullLayout.paper_bgcolor === '#2b2c2f'")
+    assert page.script(look)[0] == "dark"
+
+
+def test_in_tensorboard_itself(page: Page, address: str) -> None:
+    """The tab is there, and follows TensorBoard's theme rather than the system's."""
+    with urlopen(f"{address}data/plugins_listing") as answer:  # noqa: S310 - our own server
+        assert json.load(answer)["hesd"]["enabled"]
+    page.open(f"{address}#hesd")
+    frame = page.until("return document.querySelector('iframe')")
+    page.script("document.body.classList.add('dark-mode')")
+    page.driver.switch_to.frame(frame)
+    try:
+        page.until("return document.body.dataset.drawn > 0")
+        page.until("return document.getElementById('ct')._fullLayout.paper_bgcolor === '#2b2c2f'")
+        page.script("window.parent.document.body.classList.remove('dark-mode')")
+        page.until("return document.getElementById('ct')._fullLayout.paper_bgcolor === '#ffffff'")
+    finally:
+        page.driver.switch_to.default_content()
+
+
+def test_figures_and_data_can_be_saved(page: Page, address: str, tmp_path: Path) -> None:
+    page.open_tab(address)
+    page.driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    for button in ("#ct", "#map"):
+        for kind in ("PNG", "SVG"):
+            page.script(
+                "[...document.querySelector(arguments[0]).closest('figure').querySelectorAll('button')]"
+                ".find((b) => b.textContent === arguments[1]).click()",
+                button,
+                kind,
+            )
+    for kind in ("CSV", "JSON"):
+        page.script(
+            "[...document.querySelectorAll('#tools button')].find((b) => b.textContent === arguments[0]).click()", kind
+        )
+    names = {"hesd-ct.png", "hesd-ct.svg", "hesd-map.png", "hesd-map.svg", "hesd.csv", "hesd.json"}
+    wait_for(lambda: names <= {path.name for path in tmp_path.iterdir()})
+    assert (tmp_path / "hesd-ct.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "hesd-ct.svg").read_text().startswith("<svg")
+    rows = (tmp_path / "hesd.csv").read_text().splitlines()
+    assert rows[0].startswith("run,epoch,step,c_t,")
+    assert sum(row.startswith(FIRST) for row in rows) == EPOCHS + 1
+    assert {run["run"] for run in json.loads((tmp_path / "hesd.json").read_text())} == {FIRST, SECOND, EVIL}
+
+
+def wait_for(condition: Any) -> None:
+    for _ in range(200):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+def test_nothing_logged_yet(page: Page, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with tensorboard(tmp_path / "empty", tmp_path, "--load_fast", "false") as address:
+        page.open(f"{address}data/plugin_entry.html?name=hesd")
+        page.until("return document.getElementById('empty') && !document.getElementById('empty').hidden")
+        assert "callbacks=[HessianSpectrumCallback()]" in page.text("#empty")
+        assert page.script("return document.getElementById('content').hidden")
+        # The first records appear without anybody's doing.
+        write_payloads(tmp_path / "empty" / "run", [record_payload(SpectrumRecord(0, 4, make_spectrum(-0.3)))])
+        page.until("return document.getElementById('ct').data?.length > 0")
+        assert page.script("return document.getElementById('empty').hidden")
+        page.assert_clean(address)
+
+
+def test_the_report(page: Page, runs: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, callback = runs
+    out = tmp_path / "report.html"
+    write_report(folder / "net" / "version_0", out)
+    page.open(out.as_uri())
+    page.until("return document.getElementById('hesd').dataset.drawn > 0")
+    c_t = page.curves("ct")[0]
+    assert c_t["x"] == [record.epoch for record in callback.history]
+    best = callback.checkpoint.best
+    assert f"takes epoch {best.epoch} " in page.text("[data-rule=highest_c_t]")
+    assert best.path in page.text("[data-rule=highest_c_t]")
+    page.script("const s = document.getElementById('epoch'); s.value = 0; s.dispatchEvent(new Event('input'))")
+    page.until("return document.getElementById('hesd').dataset.detail.endsWith(' 0')")
+    page.assert_clean(out.as_uri())
+
+
+def test_a_report_of_hostile_names_and_a_failed_analysis(page: Page, tmp_path: Path) -> None:
+    history = SpectrumHistory()
+    history.append(SpectrumRecord(0, 4, make_spectrum(-0.3), layers={f"</script>{EVIL}": make_spectrum(-0.2)}))
+    history.append(SpectrumRecord(1, 8, None, error=EVIL))
+    history.save(tmp_path / EVIL / "hesd")
+    write_report(tmp_path / EVIL, tmp_path / "report.html")
+    page.open((tmp_path / "report.html").as_uri())
+    page.until("return document.getElementById('hesd').dataset.drawn > 0")
+    assert f"The analysis failed: {EVIL}" in page.text("#assessment")
+    assert page.script("return document.title") == f"HESD: {EVIL}"
+    assert page.text("#density") == "This analysis failed."
+    page.assert_clean((tmp_path / "report.html").as_uri())

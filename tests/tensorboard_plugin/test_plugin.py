@@ -1,0 +1,376 @@
+"""The HESD tab's backend: payloads of a real training, read through TensorBoard's data provider."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from tensorboard.backend.application import TensorBoardWSGI
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.plugins.base_plugin import TBContext
+from werkzeug.test import Client
+
+from lightning_hesd import SpectrumHistory
+from lightning_hesd.commands import cli
+from lightning_hesd.commands.report import report, run_data
+from lightning_hesd.spectra.payload import CHOICES_NAME, MAX_NODES, PayloadError, read_payload, record_payload, to_json
+from lightning_hesd.spectra.picks import picks, rewound
+from lightning_hesd.spectra.spectrum import Spectrum
+from lightning_hesd.tensorboard_plugin.assets import SHARED, STATIC, content
+from lightning_hesd.tensorboard_plugin.plugin import HESDLoader, HESDPlugin
+from lightning_hesd.training.history import SpectrumRecord
+from tests.tab import EPOCHS, ROOT, plugin_path, train, write_payloads
+from tests.training.scripted import make_spectrum
+from tests.training.test_resume import data
+
+RUN = {"run": "net/version_0", "name": "hesd"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("runs")
+    _, callback = train(folder, at_start=True, layers="auto", generalization_dataloader=data())
+    return folder, callback
+
+
+class Tab:
+    """The plugin in TensorBoard's application, without a socket."""
+
+    def __init__(self, folder: Path) -> None:
+        self.events = EventMultiplexer(tensor_size_guidance={"hesd": 1000})
+        self.folder = folder
+        provider = MultiplexerDataProvider(self.events, str(folder))
+        plugin = HESDLoader().load(TBContext(data_provider=provider))
+        self.client = Client(TensorBoardWSGI([plugin], data_provider=provider))
+        self.reload()
+
+    def reload(self) -> None:
+        self.events.AddRunsFromDirectory(str(self.folder))
+        self.events.Reload()
+
+    def get(self, route: str, **query: str) -> tuple[int, Any]:
+        answer = self.client.get(f"/data/plugin/hesd/{route}", query_string=query)
+        return answer.status_code, json.loads(answer.get_data())
+
+
+def payload(epoch: int = 0, c_t: float = -0.1, **spectrum: Any) -> dict[str, Any]:
+    return record_payload(SpectrumRecord(epoch, 10 * (epoch + 1), make_spectrum(c_t, **spectrum)))
+
+
+# Reading what a training wrote --------------------------------------------------------------------------------------
+
+
+def test_records_of_a_training(trained: tuple[Path, Any]) -> None:
+    folder, callback = trained
+    tab = Tab(folder)
+    code, listed = tab.get("runs")
+    assert code == 200
+    (run,) = listed["runs"]
+    assert (run["run"], run["colour"], list(run["names"])) == ("net/version_0", 0, ["hesd"])
+    code, found = tab.get("records", **RUN)
+    assert code == 200
+    assert found["problems"] == []
+    assert [r["epoch"] for r in found["records"]] == [-1, *range(EPOCHS)]
+    for read, record in zip(found["records"], callback.history, strict=True):
+        assert read["global_step"] == record.global_step
+        for field, spectrum in (("spectrum", record.spectrum), ("generalization", record.generalization)):
+            shown = read["spectra"][field]
+            for key in ("c_t", "lambda_min", "lambda_max", "loss", "trace"):
+                assert shown[key] == pytest.approx(getattr(spectrum, key), rel=1e-6), key
+            assert (shown["c_t_low"], shown["c_t_high"]) == pytest.approx(spectrum.c_t_interval, rel=1e-6)
+            assert shown["nodes"] == pytest.approx(spectrum.nodes[0], rel=1e-6)
+            assert sum(shown["weights"]) == pytest.approx(1.0, abs=1e-6)
+            assert shown["type"] == spectrum.hesd_type
+        assert read["assessment"]["verdict"] == record.assessment.verdict
+        assert [layer["name"] for layer in read["layers"]] == list(record.layers)
+    assert len(to_json(found["records"][-1])) < 8000  # two spectra of 8 nodes, two layers, the assessment
+
+
+def test_the_pick_is_that_of_the_checkpoint_callback(trained: tuple[Path, Any]) -> None:
+    folder, callback = trained
+    by_c_t, by_lambda_max = Tab(folder).get("records", **RUN)[1]["rules"]
+    best = callback.checkpoint.best
+    assert by_c_t["pick"] == {"epoch": best.epoch, "global_step": best.global_step, "path": best.path}
+    assert Path(by_c_t["pick"]["path"]).is_file()
+    assert (by_c_t["metric"], by_c_t["tolerance"], by_c_t["used"]) == ("train_acc", 0.2, True)
+    assert best.global_step in by_c_t["candidates"]
+    assert [m["global_step"] for m in by_c_t["metrics"]] == [4, 8, 12, 16]
+    assert all(0 <= m["value"] <= 1 for m in by_c_t["metrics"])
+    # No callback has this rule: the tab computes what it would take by the losses.
+    assert (by_lambda_max["rule"], by_lambda_max["used"]) == ("lowest_max_eigenvalue", False)
+    spectra = {r.global_step: r.spectrum for r in callback.history if r.global_step > 0}
+    least = min(s.loss for s in spectra.values())
+    near = {step: s for step, s in spectra.items() if s.loss <= least + 0.05 and s.hesd_type == "MP"}
+    assert by_lambda_max["candidates"] == list(near)
+    assert by_lambda_max["pick"]["global_step"] == min(near, key=lambda step: near[step].lambda_max)
+    assert by_lambda_max["pick"]["path"] is None
+
+
+def test_the_report_has_what_the_tab_has(trained: tuple[Path, Any]) -> None:
+    folder, _ = trained
+    tab = Tab(folder).get("records", **RUN)[1]
+    ours = json.loads(json.dumps(run_data(folder / "net" / "version_0")))
+    for key in ("records", "rules", "problems"):
+        assert ours[key] == tab[key], key
+
+
+def test_records_appear_while_training_writes(tmp_path: Path) -> None:
+    write_payloads(tmp_path / "run", [payload(0)])
+    tab = Tab(tmp_path)
+    before = tab.get("runs")[1]
+    assert len(tab.get("records", run="run", name="hesd")[1]["records"]) == 1
+    write_payloads(tmp_path / "run" / "more", [payload(0), payload(1)])
+    (first,) = (tmp_path / "run").glob("events*")
+    (file,) = (tmp_path / "run" / "more").glob("events*")
+    file.rename(first.with_name(f"{first.name}.2"))  # behind it in the order of names, in which TensorBoard reads them
+    tab.reload()
+    assert tab.get("runs")[1] != before  # by which the frontend knows that it must ask again
+    epochs = [r["epoch"] for r in tab.get("records", run="run", name="hesd")[1]["records"]]
+    assert epochs == [0, 1]  # the first epoch was made anew
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+def test_errors_say_what_is_wrong(trained: tuple[Path, Any]) -> None:
+    tab = Tab(trained[0])
+    for query, code, message in (
+        ({"name": "hesd"}, 400, "`run` is missing"),
+        ({"run": "net/version_0"}, 400, "`name` is missing"),
+        ({**RUN, "run": "../../etc/passwd"}, 404, "no run '../../etc/passwd'"),
+        ({**RUN, "name": "other"}, 404, "no records of a callback named 'other'"),
+    ):
+        found, body = tab.get("records", **query)
+        assert found == code, query
+        assert message in body["error"]
+    answer = tab.client.post("/data/plugin/hesd/records", query_string=RUN)
+    assert (answer.status_code, json.loads(answer.get_data())["error"]) == (405, "only GET is answered here.")
+
+
+def test_an_empty_log_directory(tmp_path: Path) -> None:
+    tab = Tab(tmp_path)
+    assert tab.get("runs") == (200, {"runs": []})
+    assert tab.get("records", **RUN)[0] == 404
+
+
+def test_what_cannot_be_read_is_said_and_the_rest_is_shown(tmp_path: Path) -> None:
+    damaged = copy.deepcopy(payload(2))
+    damaged["spectra"]["spectrum"]["nodes"] = "none"
+    good = payload(4)
+    write_payloads(tmp_path / "run", ["{", {**payload(1), "version": 2}, damaged, "[]", good])
+    found = Tab(tmp_path).get("records", run="run", name="hesd")[1]
+    assert found["records"] == [good]
+    cut, newer, wrong, none = found["problems"]
+    assert cut.startswith("step 0: this is no payload")
+    assert newer == "step 1: the payload has version 2, and this lightning_hesd reads version 1: update it."
+    assert "its `nodes` is missing or is something else" in wrong
+    assert none.startswith("step 3: this is no payload")
+
+
+def test_a_corrupt_event_file_costs_its_own_run_only(tmp_path: Path) -> None:
+    write_payloads(tmp_path / "whole", [payload(0), payload(1)])
+    write_payloads(tmp_path / "cut", [payload(0), payload(1)])
+    (file,) = (tmp_path / "cut").glob("events*")
+    file.write_bytes(file.read_bytes()[:-40])  # a machine that stopped while writing
+    (tmp_path / "noise").mkdir()
+    (tmp_path / "noise" / file.name).write_bytes(bytes(range(256)) * 4)
+    tab = Tab(tmp_path)
+    assert {run["run"] for run in tab.get("runs")[1]["runs"]} == {"whole", "cut"}
+    assert len(tab.get("records", run="whole", name="hesd")[1]["records"]) == 2
+    assert len(tab.get("records", run="cut", name="hesd")[1]["records"]) == 1
+
+
+# The frontend's files -------------------------------------------------------------------------------------------------
+
+
+def test_assets_come_from_installed_packages_and_nothing_else_is_served(trained: tuple[Path, Any]) -> None:
+    tab = Tab(trained[0])
+    for name in (*STATIC, "plotly.min.js"):
+        answer = tab.client.get(f"/data/plugin/hesd/{name}")
+        assert answer.status_code == 200, name
+        assert answer.get_data() == content(name)
+        assert answer.mimetype == ("text/css" if name.endswith(".css") else "text/javascript")
+    for name in ("report.js", "../plugin.py", "..%2fplugin.py", "%2e%2e/plugin.py", "static/index.js"):
+        assert tab.client.get(f"/data/plugin/hesd/{name}").status_code == 404, name
+
+
+def test_modules_import_only_those_before_them() -> None:
+    """The report makes one script of them, in this order."""
+    for position, name in enumerate(SHARED):
+        imported = [line.split('"')[1] for line in content(name).decode().splitlines() if ' from "' in line]
+        assert set(imported) <= {f"./{earlier}" for earlier in SHARED[:position]}, name
+        assert "innerHTML" not in content(name).decode(), name
+
+
+def test_tensorboard_is_asked_to_keep_records() -> None:
+    for given, expected in ((None, 1000), ({"scalars": 5}, 1000), ({"hesd": 0}, 0), ({"hesd": 7}, 7)):
+        flags = SimpleNamespace(samples_per_plugin=given)
+        HESDLoader().fix_flags(flags)
+        assert flags.samples_per_plugin == {**(given or {}), "hesd": expected}
+    context = TBContext(data_provider=object(), sampling_hints={"hesd": 0})
+    assert HESDPlugin(context)._samples >= 1_000_000
+    assert HESDLoader().load(TBContext()) is None
+
+
+def test_the_entry_point_is_the_loader(tmp_path: Path) -> None:
+    plugin_path(tmp_path)
+    points = [point for point in entry_points(group="tensorboard_plugins") if point.name == "hesd"]
+    if not points:
+        (text,) = (tmp_path / "hesd_tab-0.dist-info" / "entry_points.txt").read_text().splitlines()[1:]
+        name, value = text.split(" = ")
+        points = [EntryPoint(name, value, "tensorboard_plugins")]
+    assert [point.load() for point in points] == [HESDLoader]
+
+
+def test_tensorboard_does_not_pay_for_torch() -> None:
+    code = (
+        "import sys, lightning_hesd.tensorboard_plugin.plugin; "
+        "sys.exit(sorted({'torch', 'lightning', 'matplotlib'} & set(sys.modules)) or 0)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+
+
+# Payloads -------------------------------------------------------------------------------------------------------------
+
+
+def test_undefined_numbers_are_null() -> None:
+    undefined = payload(0, math.nan)["spectra"]["spectrum"]
+    assert undefined["c_t"] is None
+    assert undefined["type"] is None
+    assert undefined["reason"] == "no curvature"
+    assert read_payload(to_json(payload(0, math.nan)))["spectra"]["spectrum"] == undefined
+    negative = record_payload(SpectrumRecord(0, 1, spectrum_of(np.array([[-2.0, -1.0]]))))["spectra"]["spectrum"]
+    assert (negative["c_t"], negative["type"], negative["reason"]) == (None, "MN", None)
+
+
+def spectrum_of(nodes: np.ndarray) -> Spectrum:
+    return Spectrum(
+        verified="yes",
+        nodes=nodes,
+        weights=np.full(nodes.shape, 1 / nodes.shape[1]),
+        residuals=np.zeros(nodes.shape),
+        steps_per_probe=(nodes.shape[1],) * len(nodes),
+        dimension=100,
+        num_samples=8,
+        loss=0.5,
+        rounding=1e-12,
+        matvecs=2,
+        seconds=0.1,
+    )
+
+
+def test_many_nodes_are_merged_and_keep_mass_mean_and_extremes() -> None:
+    rng = np.random.default_rng(0)
+    spectrum = spectrum_of(np.sort(rng.standard_normal((8, 200)) ** 3, axis=1))
+    shown = record_payload(SpectrumRecord(0, 1, spectrum))["spectra"]["spectrum"]
+    nodes, weights = np.array(shown["nodes"]), np.array(shown["weights"])
+    assert MAX_NODES / 3 < len(nodes) <= MAX_NODES
+    assert (np.diff(nodes) > 0).all()
+    assert (nodes[0], nodes[-1]) == pytest.approx((spectrum.lambda_min, spectrum.lambda_max), rel=1e-6)
+    assert weights.sum() == pytest.approx(1.0, abs=1e-6)
+    assert weights @ nodes == pytest.approx(spectrum.moment(1), abs=1e-6 * np.abs(nodes).max())
+
+
+def test_a_payload_that_is_no_object_is_refused() -> None:
+    for text in (
+        "3",
+        "null",
+        '{"version": 1}',
+        '{"version": 1, "epoch": 0, "global_step": 0, "spectra": [], "thresholds": {}}',
+    ):
+        with pytest.raises(PayloadError):
+            read_payload(text)
+
+
+# Picks ----------------------------------------------------------------------------------------------------------------
+
+
+def test_rules_without_a_checkpoint_callback() -> None:
+    records = [
+        payload(-1, -0.9, loss=1.0),  # global_step 0: the initialisation is never a candidate
+        payload(0, -0.001, loss=2.0),  # far from the best loss
+        payload(1, -0.3, loss=0.12, lambda_max=1.0),
+        payload(2, -0.1, loss=0.10, lambda_max=3.0),
+        payload(3, -0.7, loss=0.10, lambda_max=0.1),  # MN
+        payload(4, math.nan, loss=0.01),
+    ]
+    by_c_t, by_lambda_max = picks(records, [])
+    assert (by_c_t["near"], by_c_t["candidates"]) == ([20, 30, 40], [20, 30])
+    assert (by_c_t["pick"]["epoch"], by_lambda_max["pick"]["epoch"]) == (2, 1)
+    assert (
+        "3 of 4 analysed states have a loss over the analysis samples within 0.045 (5% of its drop) of the best"
+        in by_c_t["why"]
+    )
+    assert "the 2 of these that are MP are candidates" in by_c_t["why"]
+    (none, _) = picks([payload(3, -0.7, loss=0.2), payload(4, -0.8, loss=0.19)], [])
+    assert none["pick"]["epoch"] == 4
+    assert "none of them is MP" in none["why"]
+    assert [rule["pick"] for rule in picks([], [])] == [None, None]
+
+
+def test_what_a_resumed_run_made_anew_replaces_the_old() -> None:
+    first, again = [payload(epoch) for epoch in range(4)], [payload(epoch, -0.2) for epoch in (1, 2)]
+    assert rewound([*first, *again]) == [first[0], *again]
+
+
+# The report -----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_in_the_data_ends_the_reports_script() -> None:
+    evil = "</script><script>window.injected = true</script><!--"
+    run = {"run": evil, "name": "hesd", "colour": 0, "records": [payload(0)], "rules": [], "problems": [evil]}
+    document = report(run)
+    assert "<script>window.injected" not in document
+    assert document.count("</script>") == 3
+    assert "&lt;/script&gt;" in document.split("</title>")[0]
+    data = document.split('id="hesd-data">')[1].split("</script>")[0]
+    assert json.loads(data)["runs"] == [run]
+
+
+def test_a_history_without_choices_and_one_with_a_torn_line(trained: tuple[Path, Any], tmp_path: Path) -> None:
+    history = SpectrumHistory()
+    history.append(SpectrumRecord(0, 4, make_spectrum(-0.1)))
+    history.append(SpectrumRecord(1, 8, None, error="no memory"))
+    history.save(tmp_path / "hesd")
+    assert [rule["used"] for rule in run_data(tmp_path)["rules"]] == [False, False]
+    assert run_data(tmp_path)["records"][1]["error"] == "no memory"
+    written = (trained[0] / "net" / "version_0" / "hesd" / CHOICES_NAME).read_text()
+    (tmp_path / "hesd" / CHOICES_NAME).write_text(written + written[:50])
+    found = run_data(tmp_path)
+    assert found["rules"][0]["metric"] == "train_acc"
+    (problem,) = found["problems"]
+    assert problem.startswith(f"{CHOICES_NAME}, line 5: this is no payload")
+
+
+def test_the_command_writes_a_report(
+    trained: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "report.html"
+    cli.main(["report", str(trained[0] / "net" / "version_0"), "--out", str(out)])
+    assert capsys.readouterr().out == f"{out}\n"
+    document = out.read_text()
+    assert "<title>HESD: net/version_0</title>" in document
+    assert "http-equiv" in document
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", str(trained[0]), "--name", "other", "--out", str(out)])
+    assert ended.value.code == 1
+    assert "pass the log directory of a run" in capsys.readouterr().err
+
+
+def test_a_report_of_nothing_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no index\.json"):
+        run_data(tmp_path)
+    SpectrumHistory().save(tmp_path / "hesd")
+    with pytest.raises(ValueError, match="has no records yet"):
+        run_data(tmp_path)

@@ -1,0 +1,608 @@
+"""HessianCheckpoint in a real Trainer, judged by the weights in the files it leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+
+from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
+from lightning_hesd.training.history import SpectrumRecord
+from tests.training.modules import callback, fit
+from tests.training.scripted import (
+    Epoch,
+    ScriptedModule,
+    ScriptedSource,
+    epoch_of,
+    loader,
+    make_trainer,
+    run_script,
+)
+
+
+@contextlib.contextmanager
+def warns(pattern: str) -> Iterator[None]:
+    """Expect a warning of the package; unlike pytest.warns, let others of its warnings pass."""
+    with pytest.warns(RuntimeWarning) as caught:
+        yield
+    assert any(re.search(pattern, str(warning.message)) for warning in caught)
+
+
+C_T = [-math.inf, -0.9, -0.6, -0.3, -0.1, 0.0]
+
+scripts = st.lists(
+    st.builds(
+        Epoch,
+        c_t=st.sampled_from([None, math.nan, *C_T[1:]]),
+        lambda_max=st.sampled_from([0.5, 1.0, 2.0]),
+        loss=st.sampled_from([0.1, 0.12, 0.2, 0.4]),
+        accuracy=st.sampled_from([0.5, 0.9, 0.905, 0.95]),
+        error=st.booleans(),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+def expected_epoch(script: list[Epoch], rule: str, metric: str | None, tolerance: float, *, require_mp: bool) -> int:
+    """The design's rule, by brute force over the whole history; without anything to rank, the last epoch."""
+    analysed = [(number, e) for number, e in enumerate(script) if not e.error and e.c_t is not None]
+    analysed = [(number, e) for number, e in analysed if not math.isnan(e.c_t or 0.0)]
+    if not analysed:
+        return len(script) - 1
+
+    def goodness(e: Epoch) -> float:
+        # As float32, in which Lightning keeps logged metrics.
+        return -e.loss if metric is None else float(torch.tensor(e.accuracy))
+
+    best = max(goodness(e) for _, e in analysed)
+    near = [(number, e) for number, e in analysed if best - goodness(e) <= tolerance]
+    if require_mp:
+        near = [(number, e) for number, e in near if (e.c_t or 0.0) > -0.6]
+        if not near:
+            return min(number for number, e in analysed if goodness(e) == best)
+    score = {"highest_c_t": lambda e: e.c_t, "lowest_max_eigenvalue": lambda e: -e.lambda_max}[rule]
+    return min(near, key=lambda row: (-score(row[1]), row[0]))[0]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(
+    script=scripts,
+    rule=st.sampled_from(["highest_c_t", "lowest_max_eigenvalue"]),
+    metric=st.sampled_from([None, "train_acc"]),
+    tolerance=st.sampled_from([0.0, 0.01, 0.05, 1.0]),
+    require_mp=st.booleans(),
+)
+def test_the_file_it_names_holds_the_weights_of_the_brute_force_pick(
+    script: list[Epoch], rule: Any, metric: str | None, tolerance: float, require_mp: bool
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = HessianCheckpoint(
+            rule, train_metric=metric, tolerance=tolerance, require_mp=require_mp, dirpath=folder, save_last=True
+        )
+        run_script(Path(folder), script, [ScriptedSource(script), checkpoint])
+        expected = expected_epoch(script, rule, metric, tolerance, require_mp=require_mp)
+        assert epoch_of(checkpoint.best_model_path) == expected
+        assert epoch_of(str(Path(folder) / "last.ckpt")) == len(script) - 1
+        kept = {str(path) for path in Path(folder).glob("*epoch=*.ckpt")}
+        assert kept == {*checkpoint.best_k_models, checkpoint.best_model_path}
+
+
+SCRIPT = [
+    Epoch(-0.9, lambda_max=1.0, loss=0.5, accuracy=0.50),
+    Epoch(-0.2, lambda_max=4.0, loss=0.12, accuracy=0.99),
+    Epoch(None, lambda_max=9.0, loss=0.10, accuracy=1.00),
+    Epoch(-0.3, lambda_max=2.0, loss=0.11, accuracy=1.00),
+    Epoch(-0.1, lambda_max=3.0, loss=0.30, accuracy=0.90),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "epoch"),
+    [
+        ({}, 1),
+        ({"rule": "lowest_max_eigenvalue"}, 3),
+        ({"train_metric": "train_acc"}, 1),
+        ({"train_metric": "train_acc", "tolerance": 0.0}, 3),
+        ({"tolerance": 10.0}, 4),
+        ({"train_metric": "train_acc", "train_metric_mode": "min", "tolerance": 0.0}, 0),
+        ({"rule": lambda record: -record.epoch}, 1),
+    ],
+)
+def test_rules_and_gates(tmp_path: Path, arguments: dict[str, Any], epoch: int) -> None:
+    checkpoint = HessianCheckpoint(dirpath=tmp_path, **arguments)
+    run_script(tmp_path, SCRIPT, [ScriptedSource(SCRIPT), checkpoint])
+    assert epoch_of(checkpoint.best_model_path) == epoch
+
+
+def test_only_what_can_still_be_picked_stays_on_disk(tmp_path: Path) -> None:
+    checkpoint = HessianCheckpoint(dirpath=tmp_path)
+    run_script(tmp_path, SCRIPT, [ScriptedSource(SCRIPT), checkpoint])
+    # Epoch 1 has the better C_t, epoch 3 the better loss; epoch 4's loss is out of reach.
+    assert sorted(epoch_of(str(path)) for path in tmp_path.glob("*.ckpt")) == [1, 3]
+    assert checkpoint.best_k_models == {
+        str(tmp_path / "hesd-highest_c_t-epoch=1-step=4.ckpt"): torch.tensor(-0.2),
+        str(tmp_path / "hesd-highest_c_t-epoch=3-step=8.ckpt"): torch.tensor(-0.3),
+    }
+    assert checkpoint.best_model_score == torch.tensor(-0.2)
+
+
+class Bringing(ScriptedModule):
+    """A library's module, with a checkpoint callback of its own."""
+
+    def __init__(self, script: list[Epoch], brought: Checkpoint) -> None:
+        super().__init__(script)
+        self.brought = brought
+
+    def configure_callbacks(self) -> list[Any]:
+        return [self.brought]
+
+
+def by_accuracy(**arguments: Any) -> ModelCheckpoint:
+    return ModelCheckpoint(monitor="train_acc", mode="max", save_on_train_epoch_end=True, **arguments)
+
+
+class Own(ModelCheckpoint):
+    """A library's subclass."""
+
+
+@pytest.mark.parametrize(
+    ("make", "kept", "way"),
+    [
+        (by_accuracy, True, "first"),
+        (by_accuracy, True, "last"),
+        (by_accuracy, True, "module"),
+        (lambda: ModelCheckpoint(save_last=True), True, "last"),
+        (lambda: ModelCheckpoint(dirpath=tempfile.mkdtemp()), True, "module"),
+        (Own, True, "first"),
+        (OnExceptionCheckpoint, False, "last"),  # knows no best one
+        (None, False, "last"),
+    ],
+    ids=["monitor", "monitor last", "monitor of module", "last", "dirpath", "subclass", "exception", "Lightning's"],
+)
+@pytest.mark.filterwarnings("ignore:.*ckpt_path=")  # Lightning's, beside OnExceptionCheckpoint
+def test_the_best_checkpoint_of_others_stays_theirs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, make: Any, kept: bool, way: str
+) -> None:
+    theirs = make(tmp_path) if make is OnExceptionCheckpoint else make and make()
+    spectra = HessianSpectrumCallback(checkpoint="highest_c_t", loss_fn=lambda m, _: (m.weight - 1) ** 2, num_samples=2)
+    given = [theirs] if theirs is not None and way != "module" else []
+    trainer = make_trainer(tmp_path, [*given, spectra] if way == "first" else [spectra, *given], 3)
+    module = Bringing(SCRIPT, theirs) if way == "module" else ScriptedModule(SCRIPT)
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        trainer.fit(module, loader())
+    pick = spectra.checkpoint.best_model_path
+    assert epoch_of(pick) == 0
+    assert Path(pick).name == "hesd-highest_c_t-epoch=0-step=2.ckpt"
+    assert torch.load(pick, weights_only=True)["global_step"] == 2
+    assert not list(tmp_path.rglob("*-v1*"))
+    [said] = [line for line in caplog.messages if line.startswith("hesd: highest C_t picks epoch 0, ")]
+    assert pick in said
+    if kept:
+        assert trainer.checkpoint_callback is theirs
+        assert epoch_of(theirs.best_model_path) == 2
+        assert "`callback.checkpoint.best_model_path`" in said
+    else:
+        assert trainer.checkpoint_callback is spectra.checkpoint
+        assert '`ckpt_path="best"` loads it' in said
+    trainer.test(module, loader(), verbose=False)  # sets up the callbacks once more
+    assert (trainer.checkpoint_callback is spectra.checkpoint) is not kept
+
+
+def test_one_that_stands_alone_comes_after_a_plain_one_of_the_user(tmp_path: Path) -> None:
+    ours, theirs = HessianCheckpoint(dirpath=tmp_path / "ours"), ModelCheckpoint()
+    trainer = run_script(tmp_path, SCRIPT[:2], [ScriptedSource(SCRIPT), ours, theirs])
+    assert trainer.checkpoint_callback is ours  # no HessianSpectrumCallback orders them here
+    spectra = HessianSpectrumCallback(loss_fn=lambda m, _: (m.weight - 1) ** 2, num_samples=2)
+    ours, theirs = HessianCheckpoint(dirpath=tmp_path / "again" / "ours"), ModelCheckpoint()
+    trainer = run_script(tmp_path / "again", SCRIPT[:2], [spectra, ours, theirs])
+    assert trainer.checkpoint_callback is theirs
+    assert epoch_of(theirs.best_model_path) == 1
+    assert epoch_of(ours.best_model_path) == 0
+
+
+@pytest.mark.parametrize("own", ["highest_c_t", "lowest_max_eigenvalue"])
+def test_best_is_the_one_passed_to_the_callback_beside_one_that_stands_alone(tmp_path: Path, own: Any) -> None:
+    callback = HessianSpectrumCallback(checkpoint=own, loss_fn=lambda module, _: module.weight**2, num_samples=2)
+    alone = HessianCheckpoint(lambda record: record.epoch, dirpath=tmp_path)
+    trainer = run_script(tmp_path, SCRIPT, [alone, callback])
+    assert trainer.checkpoint_callback is callback.checkpoint
+    assert callback.checkpoint.best.epoch == epoch_of(callback.checkpoint.best_model_path)
+    assert HessianCheckpoint().best is None
+
+
+def test_default_checkpoint_is_left_alone(tmp_path: Path) -> None:
+    spectrum_callback = HessianSpectrumCallback(
+        checkpoint="highest_c_t", loss_fn=lambda module, _: (module.weight - 1) ** 2, num_samples=2
+    )
+    trainer = make_trainer(tmp_path, [spectrum_callback], 3)
+    trainer.fit(ScriptedModule(SCRIPT), loader())
+    ours, default = trainer.checkpoint_callbacks
+    assert isinstance(ours, HessianCheckpoint)
+    assert type(default) is ModelCheckpoint
+    assert epoch_of(default.best_model_path) == 2
+    assert epoch_of(trainer.checkpoint_callback.best_model_path) == 0
+    # C_t is 0 in every epoch, and the loss (w - 1)² is least after the first.
+    assert [record.spectrum.c_t for record in spectrum_callback.history] == [0.0] * 3
+    with pytest.warns(UserWarning, match="first checkpoint callback"):
+        results = trainer.test(dataloaders=loader(), ckpt_path="best", verbose=False)
+    assert results == [{"weight": 2.0}]
+
+
+def test_every_record_is_ranked_once(tmp_path: Path) -> None:
+    """With gradient accumulation the next epoch's first batch ends at the step of the last record."""
+    ranked: list[int] = []
+
+    def rule(record: SpectrumRecord) -> float:
+        ranked.append(record.epoch)
+        return 0.0
+
+    script = [Epoch(-0.1)] * 4
+    checkpoint = HessianCheckpoint(rule, dirpath=tmp_path)
+    run_script(tmp_path, script, [ScriptedSource(script), checkpoint], accumulate_grad_batches=2)
+    assert ranked == [0, 1, 2, 3]
+
+
+def test_last_is_of_the_last_epoch_also_without_an_analysis(tmp_path: Path) -> None:
+    script = [*SCRIPT[:2], Epoch(None), Epoch(None)]
+    checkpoint = HessianCheckpoint(dirpath=tmp_path, save_last=True)
+    run_script(tmp_path, script, [ScriptedSource(script), checkpoint])
+    assert epoch_of(checkpoint.last_model_path) == 3
+    assert epoch_of(checkpoint.best_model_path) == 1
+
+
+def test_a_last_link_never_dangles(tmp_path: Path) -> None:
+    # The last two epochs have no checkpoint of their own: one is beaten, the other not analysed.
+    script = [Epoch(-0.2, loss=0.3), Epoch(-0.9, loss=0.1), Epoch(-0.1, loss=0.11), Epoch(-0.3, loss=0.12), Epoch(None)]
+    for epochs in range(1, len(script) + 1):
+        folder = tmp_path / str(epochs)
+        checkpoint = HessianCheckpoint(dirpath=folder, save_last="link")
+        run_script(folder, script[:epochs], [ScriptedSource(script), checkpoint])
+        assert epoch_of(str(folder / "last.ckpt")) == epochs - 1
+
+
+def test_without_mainly_positive_candidates_the_metric_decides_and_it_says_so(tmp_path: Path) -> None:
+    script = [Epoch(-0.7, loss=0.10), Epoch(-0.9, loss=0.09), Epoch(-0.8, loss=0.2)]
+    checkpoint = HessianCheckpoint(dirpath=tmp_path)
+    with warns(r"mainly positive \(MP\)"):
+        run_script(tmp_path, script, [ScriptedSource(script), checkpoint], quiet=False)
+    assert epoch_of(checkpoint.best_model_path) == 1
+
+
+def test_without_anything_to_rank_the_final_weights_are_kept(tmp_path: Path) -> None:
+    script = [Epoch(None), Epoch(math.nan), Epoch(-0.5, error=True)]
+    checkpoint = HessianCheckpoint(dirpath=tmp_path)
+    with warns("final weights"):
+        run_script(tmp_path, script, [ScriptedSource(script), checkpoint], quiet=False)
+    assert epoch_of(checkpoint.best_model_path) == 2
+
+
+def test_missing_metric_is_named_and_training_goes_on(tmp_path: Path) -> None:
+    checkpoint = HessianCheckpoint(train_metric="accuracy", dirpath=tmp_path)
+    with warns(r"train_metric='accuracy'.*\['train_acc'\]"):
+        run_script(tmp_path, SCRIPT, [ScriptedSource(SCRIPT), checkpoint], quiet=False)
+    assert epoch_of(checkpoint.best_model_path) == 4
+
+
+def test_missing_metric_raises_if_the_callback_is_to_raise(tmp_path: Path) -> None:
+    checkpoint = HessianCheckpoint(train_metric="accuracy", dirpath=tmp_path)
+    with pytest.raises(MisconfigurationException, match="train_metric='accuracy'"):
+        run_script(tmp_path, SCRIPT, [ScriptedSource(SCRIPT, on_error="raise"), checkpoint])
+
+
+def test_a_rule_that_raises_is_reported_and_training_goes_on(tmp_path: Path) -> None:
+    def rule(record: SpectrumRecord) -> float:
+        if record.epoch == 1:
+            msg = "no idea"
+            raise RuntimeError(msg)
+        return -record.epoch
+
+    checkpoint = HessianCheckpoint(rule, dirpath=tmp_path)
+    with warns(r"rule of HessianCheckpoint failed at epoch 1.*no idea"):
+        run_script(tmp_path, SCRIPT, [ScriptedSource(SCRIPT), checkpoint], quiet=False)
+    assert epoch_of(checkpoint.best_model_path) == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("monitor", "val_loss"),
+        ("mode", "min"),
+        ("save_top_k", 3),
+        ("every_n_epochs", 2),
+        ("every_n_train_steps", 10),
+        ("train_time_interval", None),
+        ("save_on_train_epoch_end", False),
+    ],
+)
+def test_arguments_that_contradict_the_rule_are_refused(option: str, value: Any) -> None:
+    with pytest.raises(MisconfigurationException, match=f"`{option}={value!r}` would contradict"):
+        HessianCheckpoint(**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rule": "best"}, "`rule` must be 'highest_c_t' or 'lowest_max_eigenvalue' or a function.*'best'"),
+        ({"tolerance": -0.1}, "`tolerance` must not be negative, got -0.1"),
+        ({"train_metric": "train_acc", "train_metric_mode": "up"}, "'min' or 'max', got 'up'"),
+        ({"train_metric": "train_loss"}, "train_metric_mode='min'"),
+    ],
+)
+def test_invalid_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        HessianCheckpoint(**arguments)
+
+
+def test_without_a_spectrum_callback_it_keeps_the_final_weights(tmp_path: Path) -> None:
+    checkpoint = HessianCheckpoint(dirpath=tmp_path)
+    with pytest.warns(RuntimeWarning, match=r"but the final weights.*add HessianSpectrumCallback\(\)") as caught:
+        run_script(tmp_path, SCRIPT, [checkpoint], quiet=False)
+    assert len([w for w in caught if w.category is RuntimeWarning]) == 1
+    assert epoch_of(checkpoint.best_model_path) == 4
+
+
+def test_alone_it_cannot_choose_between_two_spectrum_callbacks(tmp_path: Path) -> None:
+    for on_error in ("warn", "raise"):
+        sources = [ScriptedSource(SCRIPT, name="first", on_error=on_error), ScriptedSource(SCRIPT, name="second")]
+        checkpoint = HessianCheckpoint(dirpath=tmp_path / on_error)
+        if on_error == "raise":
+            with pytest.raises(MisconfigurationException, match="'first', 'second'"):
+                run_script(tmp_path, SCRIPT, [*sources, checkpoint])
+        else:
+            with warns("'first', 'second'"):
+                run_script(tmp_path, SCRIPT, [*sources, checkpoint], quiet=False)
+            assert epoch_of(checkpoint.best_model_path) == 4
+
+
+def test_a_rule_works_without_checkpointing(tmp_path: Path) -> None:
+    options = {"checkpoint": "highest_c_t", "loss_fn": lambda module, _: (module.weight - 1) ** 2, "num_samples": 2}
+    callback = HessianSpectrumCallback(**options)
+    with pytest.warns(RuntimeWarning, match="enable_checkpointing=False.*are written all the same") as caught:
+        trainer = run_script(tmp_path, SCRIPT, [callback], enable_checkpointing=False, quiet=False)
+    assert len([w for w in caught if w.category is RuntimeWarning]) == 1
+    assert epoch_of(callback.checkpoint.best_model_path) == 0
+    assert trainer.checkpoint_callback is callback.checkpoint
+    assert trainer.test(dataloaders=loader(), ckpt_path="best", verbose=False) == [{"weight": 2.0}]
+    with pytest.raises(MisconfigurationException, match="enable_checkpointing=False"):
+        run_script(tmp_path, SCRIPT, [HessianSpectrumCallback(on_error="raise", **options)], enable_checkpointing=False)
+
+
+def test_without_a_rule_checkpointing_may_be_off(tmp_path: Path) -> None:
+    callback = HessianSpectrumCallback(loss_fn=lambda module, _: module.weight**2, num_samples=2)
+    trainer = run_script(tmp_path, SCRIPT[:2], [callback], enable_checkpointing=False)
+    assert len(callback.history) == 2
+    assert not trainer.checkpoint_callbacks
+
+
+@pytest.mark.parametrize(
+    ("schedule", "arguments", "message"),
+    [
+        ({"every_n_epochs": 2}, {"save_on_train_epoch_end": True}, "logged values persist"),
+        ({"max_overhead": 0.1}, {"save_on_train_epoch_end": True}, "logged values persist"),
+        ({}, {}, "save_on_train_epoch_end=True"),
+    ],
+)
+def test_stale_monitors_are_warned_of(
+    tmp_path: Path, schedule: dict[str, Any], arguments: dict[str, Any], message: str
+) -> None:
+    callback = HessianSpectrumCallback(loss_fn=lambda module, _: module.weight**2, num_samples=2, **schedule)
+    plain = ModelCheckpoint(dirpath=tmp_path, monitor="hesd/c_t", mode="max", **arguments)
+    trainer = make_trainer(tmp_path, [callback, plain], epochs=2)
+    with warns(f"monitor='hesd/c_t'.*{message}"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*could not find the monitored key")  # Lightning's, in epoch 0
+        trainer.fit(ScriptedModule(SCRIPT), loader())
+
+
+class Plateau(ScriptedModule):
+    """Lowers its rate when the C_t of its epochs stays where it is."""
+
+    interval = "epoch"
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        config = {"scheduler": scheduler, "monitor": "hesd_gen/c_t", "interval": self.interval, "strict": False}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+class PlateauOfSteps(Plateau):
+    interval = "step"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stopping", "module", "message"),
+    [
+        (
+            {"every_n_epochs": 2},
+            {"strict": False},
+            ScriptedModule,
+            r"EarlyStopping\(monitor='hesd/c_t'\): logged values",
+        ),
+        ({"every_n_train_steps": 1}, {}, ScriptedModule, r"EarlyStopping\(monitor='hesd/c_t'\): logged values persist"),
+        (
+            {},
+            {"check_on_train_epoch_end": False},
+            ScriptedModule,
+            "before the epoch is analysed.*analyse every epoch, and set `check_on_train_epoch_end=True`",
+        ),
+        ({}, {}, ScriptedModule, None),
+        ({}, {"check_on_train_epoch_end": True, "monitor": "train_acc"}, ScriptedModule, None),
+        ({}, {"check_on_train_epoch_end": True}, ScriptedModule, None),
+        ({"every_n_epochs": 2}, None, Plateau, r"ReduceLROnPlateau with monitor='hesd_gen/c_t'.*`interval='epoch'`"),
+        ({}, None, PlateauOfSteps, r"ReduceLROnPlateau with monitor='hesd_gen/c_t'.*`interval='epoch'`"),
+        ({}, None, Plateau, None),
+    ],
+)
+def test_other_readers_of_stale_values_are_warned_of(
+    tmp_path: Path, schedule: dict[str, Any], stopping: dict[str, Any] | None, module: Any, message: str | None
+) -> None:
+    callback = HessianSpectrumCallback(loss_fn=lambda module, _: module.weight**2, num_samples=2, **schedule)
+    stops = [] if stopping is None else [EarlyStopping(**{"monitor": "hesd/c_t", "mode": "max", **stopping})]
+    trainer = make_trainer(tmp_path, [*stops, callback], epochs=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module(SCRIPT), loader())
+    said = [str(w.message) for w in caught if "lightning_hesd" in str(w.message)]
+    assert len(said) == (message is not None)
+    assert message is None or re.search(message, said[0])
+
+
+def test_fast_dev_run_writes_nothing(tmp_path: Path) -> None:
+    callback = HessianSpectrumCallback(
+        checkpoint="highest_c_t", loss_fn=lambda module, _: module.weight**2, num_samples=2
+    )
+    run_script(tmp_path, SCRIPT, [callback], fast_dev_run=True)
+    assert len(callback.history) == 1
+    assert not list(tmp_path.rglob("*.*"))
+
+
+# The scale of the loss ------------------------------------------------------------------------------------------------
+
+
+FALLING = [Epoch(-0.1, loss=1.0), Epoch(-0.3, loss=0.2), Epoch(-0.2, loss=0.04), Epoch(-0.5, loss=0.0)]
+
+
+@pytest.mark.parametrize(("unit", "offset"), [(1, 0), (1e-6, 0), (3e4, 0), (1, -40), (1e-6, -1e-6), (3e4, -1e5)])
+def test_the_unit_of_the_loss_and_what_is_added_to_it_make_no_difference(
+    tmp_path: Path, unit: float, offset: float
+) -> None:
+    script = [replace(epoch, loss=unit * epoch.loss + offset) for epoch in FALLING]
+    checkpoint = HessianCheckpoint(dirpath=tmp_path)
+    run_script(tmp_path, script, [ScriptedSource(script), checkpoint])
+    assert epoch_of(checkpoint.best_model_path) == 2  # 0.04 lies within 5 % of the drop from 1 to 0, and 0.2 does not
+    assert checkpoint.selection.tolerance == pytest.approx(0.05 * unit)
+    assert checkpoint.qualified_steps == [6, 8]
+
+
+@pytest.mark.parametrize(
+    ("losses", "epoch", "tolerance"),
+    [
+        ([0.3], 0, 0.0),
+        ([0.3, 0.31, 0.4], 0, 0.0),  # no progress: equals only
+        ([0.3, 0.3, 0.3], 2, 0.0),
+        ([0.5, 2.0, 0.1, 0.115], 3, 0.02),  # the first loss counts, not the highest
+        ([math.inf, 1.0, 0.5, 0.51], 3, 0.025),  # the first finite one
+    ],
+)
+def test_progress_is_counted_from_the_first_loss(
+    tmp_path: Path, losses: list[float], epoch: int, tolerance: float
+) -> None:
+    script = [Epoch(-0.5 + 0.1 * number, loss=loss) for number, loss in enumerate(losses)]
+    checkpoint = HessianCheckpoint(dirpath=tmp_path)
+    run_script(tmp_path, script, [ScriptedSource(script), checkpoint])
+    assert epoch_of(checkpoint.best_model_path) == epoch
+    assert checkpoint.selection.tolerance == pytest.approx(tolerance)
+
+
+def test_a_tolerance_that_is_given_is_absolute(tmp_path: Path) -> None:
+    for arguments, tolerance in (
+        ({"tolerance": 0.05}, 0.05),
+        ({"train_metric": "train_acc"}, 0.01),
+        ({"train_metric": "train_acc", "train_metric_mode": "min"}, None),
+    ):
+        assert HessianCheckpoint(**arguments).tolerance == tolerance
+    script = [replace(epoch, loss=3e4 * epoch.loss) for epoch in FALLING]
+    checkpoint = HessianCheckpoint(tolerance=0.05, dirpath=tmp_path)
+    run_script(tmp_path, script, [ScriptedSource(script), checkpoint])
+    assert epoch_of(checkpoint.best_model_path) == 3
+
+
+def test_a_resumed_run_counts_progress_from_its_first_loss(tmp_path: Path) -> None:
+    """Also where the history does not come along."""
+    checkpoint = HessianCheckpoint(dirpath=tmp_path / "first", save_last=True)
+    run_script(tmp_path, FALLING[:2], [ScriptedSource(FALLING), checkpoint])
+    for name in ("hesd", "new"):
+        resumed, source = HessianCheckpoint(dirpath=tmp_path / name), ScriptedSource(FALLING)
+        source.forgets = name == "new"
+        trainer = make_trainer(tmp_path, [source, resumed], 4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.fit(ScriptedModule(FALLING), loader(), ckpt_path=checkpoint.last_model_path)
+        assert epoch_of(resumed.best_model_path) == 2
+        assert resumed.qualified_steps == [6, 8]
+
+
+# A disk that is full --------------------------------------------------------------------------------------------------
+
+
+class FullDisk(TorchCheckpointIO):
+    """Has no room for checkpoints of a rule after these epochs, nor for any last.ckpt."""
+
+    def __init__(self, *epochs: int) -> None:
+        self.names = ("last.ckpt", *(f"hesd-highest_c_t-epoch={epoch}-" for epoch in epochs))
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if Path(path).name.startswith(self.names):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_file_that_cannot_be_written_costs_no_more_than_the_file(processes: int, tmp_path: Path) -> None:
+    """In several processes those that write nothing do not wait for ever for the one that has failed."""
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo") if processes > 1 else "auto"
+    observer = callback(on_error="warn", checkpoint=HessianCheckpoint(require_mp=False, tolerance=9.0, save_last=True))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = fit(
+            tmp_path,
+            observer,
+            max_epochs=3,
+            enable_checkpointing=True,
+            plugins=[FullDisk(1)],
+            devices=processes,
+            strategy=strategy,
+            limit_train_batches=4,
+        )
+    assert trainer.state.finished
+    assert [record.error for record in observer.history] == [None] * 3
+    rule = observer.checkpoint
+    assert {c.epoch for c in rule.candidates} <= {0, 2}
+    assert rule.best_model_path == rule.best.path
+    assert Path(rule.best_model_path).is_file()
+    told = [str(w.message) for w in caught if "could not write" in str(w.message)]
+    if processes == 1:
+        assert len(told) == 4, "one of the rule's, and last.ckpt three times"
+        assert sum("No space left on device" in text and "epoch=1-step=8.ckpt" in text for text in told) == 1
+
+
+def test_a_file_that_cannot_be_written_raises_if_the_callback_is_to_raise(tmp_path: Path) -> None:
+    observer = callback(on_error="raise", checkpoint=HessianCheckpoint(require_mp=False))
+    with pytest.raises(OSError, match="No space left"):
+        fit(tmp_path, observer, enable_checkpointing=True, plugins=[FullDisk(0)], limit_train_batches=4)
+
+
+def test_without_room_for_any_file_there_is_no_pick(tmp_path: Path) -> None:
+    observer = callback(on_error="warn", checkpoint="highest_c_t", at_start=True)
+    with warns("could not write .*hesd-highest_c_t-epoch=1-step=8.ckpt"):
+        trainer = fit(tmp_path, observer, enable_checkpointing=True, plugins=[FullDisk(0, 1)], limit_train_batches=4)
+    assert trainer.state.finished
+    assert observer.checkpoint.best_model_path == ""
+
+
+def test_a_mock_of_a_checkpoint_callback_is_no_neighbour(tmp_path: Path) -> None:
+    """It has the methods of its class, and none of the attributes that `__init__` sets."""
+    observer = callback(on_error="raise", checkpoint="highest_c_t")
+    mock = Mock(spec=ModelCheckpoint, state_key="mock")
+    mock.state_dict.return_value = {}
+    trainer = fit(tmp_path, observer, mock, enable_checkpointing=True)
+    assert trainer.state.finished
+    assert Path(observer.checkpoint.best_model_path).is_file()

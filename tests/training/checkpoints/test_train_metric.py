@@ -1,0 +1,229 @@
+"""Which values of a logged metric belong to the analysed weights: no other is ever ranked."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torchmetrics import MeanMetric, SumMetric
+
+from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
+from lightning_hesd.training.history import SpectrumRecord
+from tests.training.modules import Classifier, fit, loader, plain_loss
+
+EPOCHS = 3
+STEPS = 5
+"""Optimizer steps in an epoch."""
+
+
+class Logging(Classifier):
+    """Logs in many ways what tells when it was logged: the global step before, times a hundred, plus one."""
+
+    def __init__(self, every: int = 1) -> None:
+        super().__init__()
+        self.every = every
+        self.mean, self.total = MeanMetric(), SumMetric()
+
+    @property
+    def now(self) -> float:
+        return 100.0 * self.global_step + 1
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx % self.every == 0:
+            self.log("step", self.now, on_step=True, on_epoch=False)
+        self.log("both", self.now, on_step=True, on_epoch=True, batch_size=1)
+        self.log("max", self.now, on_step=False, on_epoch=True, reduce_fx="max")
+        if batch_idx == 0:
+            self.log("early", self.now, on_step=False, on_epoch=True)
+        self.mean.update(self.now)
+        self.total.update(1.0)
+        self.log("mean", self.mean, on_step=False, on_epoch=True)
+        self.log("total", self.total, on_step=False, on_epoch=True)
+        return plain_loss(self, batch)
+
+    def on_train_epoch_start(self) -> None:
+        self.log("start", self.now)
+
+    def on_train_batch_end(self, *_args: Any) -> None:
+        self.log("batch_end", self.now, on_step=True, on_epoch=False)
+
+    def on_train_epoch_end(self) -> None:
+        self.log("end", self.now)
+        self.trainer.callback_metrics["direct"] = torch.tensor(self.now)
+
+
+class Spied(HessianCheckpoint):
+    """Remembers the metric with which each step was ranked."""
+
+    def __init__(self, key: str, folder: Path) -> None:
+        super().__init__(lambda _: 0.0, train_metric=key, tolerance=1e9, require_mp=False, dirpath=folder)
+        self.seen: dict[int, float] = {}
+
+    def _consider(self, trainer: Any, record: SpectrumRecord, goodness: float, criterion: float) -> bool:
+        assert trainer.global_step == record.global_step
+        self.seen[record.global_step] = goodness
+        return super()._consider(trainer, record, goodness, criterion)
+
+
+def ranked(
+    folder: Path, *keys: str, module: Logging | None = None, schedule: dict[str, Any] | None = None, **arguments: Any
+) -> dict[str, tuple[dict[int, float], str]]:
+    """Train once, and return by metric with which values steps were ranked, and what was said."""
+    checkpoints = {key: Spied(key, folder) for key in keys}
+    observer = HessianSpectrumCallback(
+        steps=2, num_samples=8, loss_fn=plain_loss, **{"checkpoint": None, "on_error": "warn", **(schedule or {})}
+    )
+    trainer = {"max_epochs": EPOCHS, "enable_checkpointing": True, "limit_val_batches": 0, "data": loader()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(folder, observer, *checkpoints.values(), module=module or Logging(), **{**trainer, **arguments})
+    said = [str(w.message) for w in caught if "does not rank" in str(w.message)]
+    by_key = {key: [message for message in said if f"train_metric={key!r}" in message] for key in keys}
+    assert max(map(len, by_key.values())) <= 1
+    return {key: (checkpoint.seen, "".join(by_key[key])) for key, checkpoint in checkpoints.items()}
+
+
+AT_ENDS = {  # of epochs: what each metric is then
+    "step": [401, 901, 1401],
+    "both": [201, 701, 1201],
+    "both_epoch": [201, 701, 1201],
+    "both_step": [401, 901, 1401],
+    "max": [401, 901, 1401],
+    "early": [1, 501, 1001],
+    "mean": [201, 701, 1201],
+    "total": [5, 5, 5],
+    "batch_end": [501, 1001, 1501],
+    "end": [501, 1001, 1501],
+    "direct": [501, 1001, 1501],
+}
+
+
+def test_at_the_ends_of_epochs(tmp_path: Path) -> None:
+    found = ranked(tmp_path, *AT_ENDS, "start", "nowhere")
+    assert found.pop("start")[0] == {}
+    assert re.search(r"not among those logged so far, \['batch_end', .*'total'\]", found.pop("nowhere")[1])
+    assert found == {key: (dict(zip([5, 10, 15], values, strict=True)), "") for key, values in AT_ENDS.items()}
+
+
+EVERY_STEP = {2: 101.0, 4: 301.0, 6: 501.0, 8: 701.0, 10: 901.0}
+
+WITHIN = {
+    "step": EVERY_STEP,
+    "both": EVERY_STEP,
+    # Step 10 is the last of its epoch, whose mean it waits for.
+    "both_epoch": {10: 701.0},
+    "max": {10: 901.0},
+    "mean": {10: 701.0},
+    "end": {10: 1001.0},
+    "batch_end": {10: 1001.0},
+    "direct": {10: 1001.0},
+}
+
+
+def test_within_epochs(tmp_path: Path) -> None:
+    found = ranked(tmp_path, *WITHIN, "start", schedule={"every_n_train_steps": 2}, max_epochs=2)
+    assert found.pop("start")[0] == {}
+    assert {key: seen for key, (seen, _) in found.items()} == WITHIN
+    for key, (seen, said) in found.items():
+        assert bool(said) == (len(seen) < 5), key
+        assert not said or "does not rank the analysis of epoch 0 after step 2, nor others like it" in said
+
+
+def test_one_that_is_logged_now_and_then(tmp_path: Path) -> None:
+    """The logged value stays, and is not that of the steps after."""
+    schedule = {"every_n_train_steps": 1}
+    found = ranked(tmp_path, "step", "both", module=Logging(every=3), schedule=schedule, max_epochs=1)
+    seen, said = found["step"]
+    assert seen == {1: 1, 4: 301}
+    assert "after step 2, nor others like it: the metric was last logged for older weights" in said
+    assert list(found["both"][0]) == [1, 2, 3, 4, 5]
+
+
+def test_with_accumulated_gradients(tmp_path: Path) -> None:
+    found = ranked(tmp_path, "step", schedule={"every_n_train_steps": 1}, max_epochs=1, accumulate_grad_batches=2)
+    assert found["step"] == ({1: 1, 2: 101, 3: 201}, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "schedule", "expected", "missed"),
+    [
+        ({"check_val_every_n_epoch": 2}, {}, {10: 1001}, True),
+        ({"check_val_every_n_epoch": 2}, {"epochs": [1]}, {10: 1001}, False),
+        ({"val_check_interval": 2}, {}, {}, True),  # the last one is before the last step
+        (
+            {"val_check_interval": 4, "check_val_every_n_epoch": None},
+            {"every_n_train_steps": 2},
+            {4: 401, 8: 801, 12: 1201},
+            True,
+        ),
+    ],
+)
+def test_of_validation(
+    arguments: dict[str, Any], schedule: dict[str, Any], expected: dict[int, float], missed: bool, tmp_path: Path
+) -> None:
+    class WithValidation(Logging):
+        def val_dataloader(self) -> Any:
+            return loader()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val", self.now, batch_size=1)
+
+    module = WithValidation()
+    seen, said = ranked(tmp_path, "val", module=module, schedule=schedule, limit_val_batches=1, **arguments)["val"]
+    assert seen == expected
+    assert bool(said) == missed
+
+
+def test_the_advice_of_analysing_when_it_is_logged(tmp_path: Path) -> None:
+    found = ranked(tmp_path, "max", schedule={"every_n_train_steps": STEPS}, max_epochs=2)
+    assert found["max"] == ({5: 401, 10: 901}, "")
+
+
+def test_it_raises_if_the_callback_is_to_raise(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="does not rank the analysis of epoch 0 after step 2"):
+        ranked(tmp_path, "step", module=Logging(every=3), schedule={"every_n_train_steps": 1, "on_error": "raise"})
+
+
+def test_what_is_not_logged_any_more_is_old(tmp_path: Path) -> None:
+    class Once(Logging):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if self.current_epoch == 0:
+                self.log("once", 1.0, on_step=False, on_epoch=True)
+            return plain_loss(self, batch)
+
+    seen, said = ranked(tmp_path, "once", module=Once(), max_epochs=2)["once"]
+    assert seen == {5: 1.0}
+    assert "does not rank the analysis of epoch 1 after step 10" in said
+
+
+def test_the_weights_wait_with_the_analysis(tmp_path: Path) -> None:
+    """The analysis of the last step is ranked at the end of the epoch, after others have had the module."""
+
+    class Changing(Logging):
+        def on_train_batch_end(self, *_args: Any) -> None:
+            with torch.no_grad():
+                self.net[0].weight.mul_(0.5)
+
+    states: dict[int, torch.Tensor] = {}
+    checkpoint = HessianCheckpoint(
+        lambda r: -r.epoch, train_metric="max", tolerance=1e9, require_mp=False, dirpath=tmp_path
+    )
+
+    def loss_fn(module: Any, batch: Any) -> torch.Tensor:
+        states[module.global_step] = module.net[0].weight.detach().clone()
+        return plain_loss(module, batch)
+
+    observer = HessianSpectrumCallback(
+        steps=2, num_samples=8, loss_fn=loss_fn, checkpoint=checkpoint, every_n_train_steps=STEPS
+    )
+    with pytest.warns(RuntimeWarning, match="changed after their analysis"):
+        fit(tmp_path, observer, module=Changing(), data=loader(), max_epochs=2, enable_checkpointing=True)
+    assert [c.global_step for c in checkpoint.candidates] == [5, 10]
+    for candidate in checkpoint.candidates:
+        saved = torch.load(candidate.path, weights_only=True)
+        assert torch.equal(saved["state_dict"]["net.0.weight"], states[candidate.global_step])

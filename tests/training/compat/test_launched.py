@@ -1,0 +1,72 @@
+"""Strategies whose processes end with the fit: the callbacks of the process that called `fit` know what happened."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+from unittest import mock
+from weakref import WeakValueDictionary
+
+import pytest
+import torch
+
+from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SpectrumHistory
+from lightning_hesd.training.compat import launched
+from lightning_hesd.training.history import SpectrumRecord
+from tests.training.scripted import STEPS_PER_EPOCH, Epoch, ScriptedModule, loader, make_trainer
+
+
+class Curved(ScriptedModule):
+    """A loss with a minimum, beyond which training does not go."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return (self.weight - 9) ** 2 / 100
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")
+def test_the_history_and_the_pick_come_back(tmp_path: Path) -> None:
+    alone = HessianCheckpoint("lowest_max_eigenvalue", tolerance=9.0, dirpath=tmp_path / "alone")
+    spectra = HessianSpectrumCallback(checkpoint=HessianCheckpoint(tolerance=9.0, save_last=True), num_samples=2)
+    trainer = make_trainer(tmp_path, [spectra, alone], 2, strategy="ddp_fork", devices=2)
+    trainer.fit(Curved([Epoch(None)] * 2), loader())
+    steps = STEPS_PER_EPOCH // 2  # each process has half of the batches
+    assert [(r.epoch, r.global_step, r.error) for r in spectra.history] == [(0, steps, None), (1, 2 * steps, None)]
+    assert spectra.history[1].spectrum.c_t == trainer.callback_metrics["hesd/c_t"] == 0.0
+    on_disk = SpectrumHistory.load(tmp_path)
+    assert [r.spectrum.loss for r in on_disk] == [r.spectrum.loss for r in spectra.history]
+    for checkpoint in (spectra.checkpoint, alone):
+        assert checkpoint.best is not None
+        assert checkpoint.best_model_path == checkpoint.best.path
+        assert torch.load(checkpoint.best_model_path)["global_step"] == checkpoint.best.global_step
+    assert Path(spectra.checkpoint.last_model_path) == tmp_path / "checkpoints" / "last.ckpt"
+    assert trainer.checkpoint_callback.best_model_path in {spectra.checkpoint.best_model_path, alone.best_model_path}
+
+
+def test_letters_find_the_original() -> None:
+    original = HessianSpectrumCallback()
+    pickled = pickle.dumps(original)
+    with mock.patch.object(launched, "_RECIPIENTS", WeakValueDictionary()):
+        in_another_process = pickle.loads(pickled)  # noqa: S301
+    assert in_another_process._address == original._address
+    received: list[Any] = []
+    original.receive = received.append  # type: ignore[method-assign]
+    pickle.loads(pickle.dumps(launched._Letter(in_another_process._address, {"a": torch.ones(1)})))  # noqa: S301
+    assert received == [{"a": torch.ones(1)}]
+    assert pickle.loads(pickle.dumps(launched._Letter("of nobody", {}))) is None  # noqa: S301
+
+
+def test_letters_to_a_copy_reach_the_original_too() -> None:
+    original = HessianSpectrumCallback()
+    copied, trained = copy.deepcopy(original), copy.deepcopy(original)
+    trained.history.append(SpectrumRecord(0, 1, None, error="failed"))
+    pickle.loads(pickle.dumps(launched._Letter(copied._address, trained.state_dict())))  # noqa: S301
+    assert [r.error for r in copied.history] == [r.error for r in original.history] == ["failed"]
+
+
+def test_nothing_is_sent_where_the_process_goes_on(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, [], 1)
+    launched.send(trainer, "address", {})
+    assert trainer.strategy.launcher is None

@@ -1,0 +1,283 @@
+"""A Trainer of `pytorch_lightning` works as one of `lightning.pytorch` does, with the same callbacks in one process."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import functools
+import importlib
+import inspect
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
+
+from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
+from lightning_hesd.commands.cli import main
+from lightning_hesd.training import progress
+from lightning_hesd.training.compat import internals
+from lightning_hesd.training.compat.namespaces import lightning_types, namespace_of
+from lightning_hesd.training.isolation import kinds
+from lightning_hesd.training.samples.reading import _has_own_init
+from lightning_hesd.training.samples.sources import is_combined
+from tests.training import processes
+from tests.training.namespace_project import DATA, NAMESPACES, NETS, loader
+
+QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
+ANALYSIS: dict[str, Any] = {"num_samples": 16, "steps": 6, "on_error": "raise"}
+BOTH = pytest.mark.parametrize("name", NAMESPACES)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:It is recommended to use `self.log"),
+    pytest.mark.filterwarnings("ignore:.*Trainer configured with multiple `ModelCheckpoint` callbacks"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+
+def spectra(**arguments: Any) -> HessianSpectrumCallback:
+    return HessianSpectrumCallback(**{**ANALYSIS, **arguments})
+
+
+def trainer_of(name: str, folder: Path, *callbacks: Any, epochs: int = 2, **arguments: Any) -> Any:
+    options = {**QUIET, "logger": False, "max_epochs": epochs, "callbacks": list(callbacks), **arguments}
+    return NAMESPACES[name].Trainer(default_root_dir=folder, **options)
+
+
+def fit(name: str, folder: Path, *callbacks: Any, ckpt_path: Any = None, **arguments: Any) -> Any:
+    trainer = trainer_of(name, folder, *callbacks, **arguments)
+    trainer.fit(NETS[name](), loader(), loader(), ckpt_path=ckpt_path)
+    return trainer
+
+
+def weights(trainer: Any) -> list[list[float]]:
+    return [parameter.flatten().tolist() for parameter in trainer.lightning_module.parameters()]
+
+
+def found(callback: HessianSpectrumCallback) -> list[tuple[Any, ...]]:
+    return [(r.epoch, r.global_step, r.spectrum.c_t, r.spectrum.lambda_max) for r in callback.history]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
+    """What a run of three epochs with `lightning.pytorch` finds."""
+    callback = spectra()
+    fit("lightning.pytorch", tmp_path_factory.mktemp("expected"), callback, epochs=3)
+    return found(callback)
+
+
+# The main path --------------------------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_fit_log_pick_test_and_resume(name: str, tmp_path: Path, expected: list[Any]) -> None:
+    namespace = NAMESPACES[name]
+    loggers = [namespace.loggers.TensorBoardLogger(tmp_path), namespace.loggers.CSVLogger(tmp_path, name="csv")]
+    callback = spectra(checkpoint=HessianCheckpoint(save_last=True, tolerance=9.0))
+    trainer = fit(name, tmp_path, callback, logger=loggers)
+    pick = callback.checkpoint
+    assert found(callback) == expected[:2]
+    assert weights(trainer) == weights(fit(name, tmp_path / "plain"))
+
+    events = EventAccumulator(loggers[0].log_dir)
+    events.Reload()
+    assert {"hesd/c_t", "hesd/lambda_max", "train_loss"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["histograms"] == ["hesd/density"]
+    assert events.Tags()["images"] == ["hesd/density_figure"]
+    assert {"custom_scalars__config__", "hesd/record"} <= set(events.Tags()["tensors"])
+    table = list(csv.DictReader(Path(loggers[1].log_dir, "metrics.csv").read_text().splitlines()))
+    assert [float(row["hesd/c_t"]) for row in table if row["hesd/c_t"]] == pytest.approx([e[2] for e in expected[:2]])
+    assert Path(loggers[1].log_dir, "hesd_density.csv").exists()
+    assert Path(loggers[0].log_dir, "hesd").is_dir()
+
+    assert trainer.checkpoint_callback is pick
+    trainer.test(NETS[name](), loader(), ckpt_path="best", verbose=False)
+    assert trainer.ckpt_path == pick.best_model_path == pick.best.path
+    saved = torch.load(pick.last_model_path)["callbacks"]
+    assert {callback.state_key, pick.state_key} <= saved.keys()
+
+    again = spectra(checkpoint=HessianCheckpoint(tolerance=9.0))
+    with pytest.warns(UserWarning, match="The dirpath has changed"):  # of Lightning's own ModelCheckpoint
+        fit(name, tmp_path, again, epochs=3, ckpt_path=pick.last_model_path)
+    assert found(again) == expected
+    assert len(again.checkpoint.candidates) >= len(pick.candidates)
+
+
+def test_the_same_callbacks_in_both_namespaces(tmp_path: Path, expected: list[Any]) -> None:
+    callback = spectra(checkpoint="highest_c_t")
+    alone = HessianCheckpoint("lowest_max_eigenvalue")
+    for number, name in enumerate(["pytorch_lightning", "lightning.pytorch", "pytorch_lightning"]):
+        trainer = fit(name, tmp_path / str(number), callback, alone)
+        assert found(callback) == expected[:2]
+        assert trainer.checkpoint_callbacks == [callback.checkpoint, alone]
+        for checkpoint in trainer.checkpoint_callbacks:
+            assert Path(checkpoint.best_model_path).is_relative_to(tmp_path / str(number))
+
+
+def test_a_run_goes_on_in_the_other_namespace(tmp_path: Path, expected: list[Any]) -> None:
+    first = spectra(checkpoint=HessianCheckpoint(save_last=True))
+    fit("lightning.pytorch", tmp_path, first)
+    second = spectra(checkpoint=HessianCheckpoint(save_last=True))
+    fit("pytorch_lightning", tmp_path, second, epochs=3, ckpt_path=first.checkpoint.last_model_path)
+    assert found(second) == expected
+
+
+@BOTH
+def test_the_constructor_of_the_trainer_knows_the_callbacks(name: str, tmp_path: Path) -> None:
+    namespace = NAMESPACES[name]
+    users, pick = namespace.callbacks.ModelCheckpoint(), HessianCheckpoint()
+    trainer = trainer_of(name, tmp_path, users, pick, spectra())
+    assert trainer.checkpoint_callbacks == [users, pick]
+    trainer.fit(NETS[name](), loader(), loader())
+    assert set(trainer.callbacks[-2:]) == set(trainer.checkpoint_callbacks) == {users, pick}
+    alone = trainer_of(name, tmp_path, HessianCheckpoint(), spectra())
+    assert len(alone.checkpoint_callbacks) == 1  # no ModelCheckpoint of Lightning's beside it
+    with pytest.raises(namespace.utilities.exceptions.MisconfigurationException, match="enable_checkpointing=False"):
+        trainer_of(name, tmp_path, HessianCheckpoint(), enable_checkpointing=False)
+    single = spectra()
+    assert namespace.Trainer(callbacks=single, logger=False, **QUIET).callbacks[0] is single
+
+
+@BOTH
+def test_precision_and_a_metric_of_training(name: str, tmp_path: Path) -> None:
+    ranking = HessianCheckpoint(train_metric="train_loss", train_metric_mode="min", tolerance=9.0)
+    callback = spectra(checkpoint=ranking, num_samples=32)
+    trainer = fit(name, tmp_path, callback, epochs=1, precision="bf16-mixed")
+    assert callback.checkpoint.best.epoch == 0
+    x, y = loader().dataset[:]
+    exact = torch.nn.functional.cross_entropy(trainer.lightning_module.net(x), y)
+    assert callback.history[0].spectrum.loss == pytest.approx(exact.item(), rel=1e-6)  # no autocast in the analysis
+
+
+@BOTH
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_two_processes(name: str, tmp_path: Path, expected: list[Any]) -> None:
+    callback = spectra(checkpoint="highest_c_t", dataloader=loader())
+    trainer = fit(name, tmp_path, callback, strategy="ddp_fork", devices=2)
+    assert [record.error for record in callback.history] == [None, None]
+    assert trainer.callback_metrics["hesd/c_t"] == pytest.approx(callback.history[1].spectrum.c_t)
+    assert Path(callback.checkpoint.best_model_path).exists()
+    assert callback.checkpoint.best.path == callback.checkpoint.best_model_path
+
+
+# What belongs to a namespace ------------------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["TQDMProgressBar", "RichProgressBar"])
+def test_progress_bars(name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "DELAY", 0.0)
+    screen = io.StringIO()
+    console = {"file": screen, "force_terminal": True, "width": 120, "color_system": None}
+    bar = getattr(NAMESPACES[name].callbacks, kind)(**({"console_kwargs": console} if "Rich" in kind else {}))
+    with contextlib.redirect_stdout(screen):
+        fit(name, tmp_path, spectra(verbose=True), bar, epochs=1, enable_progress_bar=True, logger=False)
+    assert "hesd: Lanczos steps" in screen.getvalue()
+    assert "hesd/c_t" in screen.getvalue()
+
+
+@BOTH
+def test_other_progress_bars_and_loggers_are_told_apart(name: str) -> None:
+    namespace = NAMESPACES[name]
+    assert not kinds.Openness()(namespace.callbacks.TQDMProgressBar())  # it moves by itself
+    assert kinds.is_outward(namespace.callbacks.EarlyStopping("x"))
+    assert kinds.is_outward(DATA[name]())
+    assert kinds.is_logger(namespace.loggers.CSVLogger("x"))
+
+
+@BOTH
+def test_neighbours_with_stale_monitors(name: str, tmp_path: Path) -> None:
+    callbacks = NAMESPACES[name].callbacks
+    neighbours = [callbacks.EarlyStopping("hesd/c_t", strict=False), callbacks.ModelCheckpoint(monitor="hesd/c_t")]
+    with pytest.warns(RuntimeWarning) as caught:
+        fit(name, tmp_path, spectra(epochs=[0]), *neighbours)
+    said = [str(warning.message) for warning in caught if "logged values persist" in str(warning.message)]
+    assert [text.split("(")[0].split()[-1] for text in said] == ["EarlyStopping", "ModelCheckpoint"]
+
+
+@BOTH
+def test_files_of_neighbours_are_left_alone(name: str, tmp_path: Path) -> None:
+    users = NAMESPACES[name].callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_last=True)
+    pick = HessianCheckpoint(dirpath=tmp_path, filename="{epoch}", tolerance=9.0, save_last=True)
+    fit(name, tmp_path, spectra(checkpoint=pick), users)
+    files = {path.name for path in tmp_path.glob("*.ckpt")}
+    assert {"epoch=0.ckpt", "epoch=1.ckpt", "last.ckpt", "last-hesd-highest_c_t.ckpt"} <= files
+    assert Path(pick.best_model_path).name.startswith("hesd-highest_c_t-epoch=")
+
+
+@BOTH
+def test_strategies_and_loaders(name: str, tmp_path: Path) -> None:
+    namespace = NAMESPACES[name]
+    refusal = namespace.utilities.exceptions.MisconfigurationException  # by which its users catch ours
+    sharded = object.__new__(namespace.strategies.FSDPStrategy)
+    with pytest.raises(refusal, match="FSDPStrategy splits the parameters"):
+        internals.check_strategy(SimpleNamespace(strategy=sharded))  # type: ignore[arg-type]
+    parallel = object.__new__(namespace.strategies.ModelParallelStrategy)
+    assert internals.is_sharded(SimpleNamespace(strategy=parallel))  # type: ignore[arg-type]
+    assert is_combined(namespace.utilities.CombinedLoader([loader()]))
+    initialise = inspect.getmodule(namespace.seed_everything).pl_worker_init_function  # type: ignore[union-attr]
+    assert not _has_own_init(DataLoader([], worker_init_fn=functools.partial(initialise, rank=0)))
+    assert namespace_of(trainer_of(name, tmp_path)) is namespace_of(NETS[name]()) is namespace
+
+
+def test_names_that_a_version_lacks_are_passed_over() -> None:
+    assert lightning_types("callbacks.NoSuchThing", "Trainer") == tuple(n.Trainer for n in NAMESPACES.values())
+    with pytest.raises(TypeError, match=r"expected an object of lightning.pytorch or pytorch_lightning, got int of"):
+        namespace_of(1)
+
+
+# Ways in --------------------------------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_callbacks_of_entry_points(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def points(group: str = "") -> list[Any]:
+        factory = SimpleNamespace(load=lambda: lambda: [spectra()], name="hesd")
+        return [factory] if group == f"{name}.callbacks_factory" else []
+
+    connector = inspect.getmodule(type(trainer_of(name, tmp_path)._callback_connector))
+    registry = inspect.getmodule(connector._load_external_callbacks)  # type: ignore[union-attr]
+    monkeypatch.setattr(registry, "entry_points", points)
+    trainer = fit(name, tmp_path, epochs=1)
+    [callback] = [c for c in trainer.callbacks if isinstance(c, HessianSpectrumCallback)]
+    assert len(callback.history) == 1
+
+
+@BOTH
+def test_lightning_cli(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["main"])
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 with jsonargparse 4.53
+    checkpoint = {"class_path": "lightning_hesd.HessianCheckpoint", "init_args": {"dirpath": str(tmp_path)}}
+    arguments = {"checkpoint": checkpoint, "num_samples": 16, "on_error": "raise"}
+    callback = {"class_path": "lightning_hesd.HessianSpectrumCallback", "init_args": arguments}
+    trainer = {**QUIET, "max_epochs": 1, "logger": False, "default_root_dir": str(tmp_path), "callbacks": [callback]}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"seed_everything": 1, "trainer": trainer}))
+    cli = importlib.import_module(f"{name}.cli")
+    ran = cli.LightningCLI(
+        NETS[name], DATA[name], args=["fit", "--config", str(tmp_path / "config.yaml")], save_config_callback=None
+    ).trainer
+    path = ran.checkpoint_callback.best_model_path
+    assert isinstance(ran.checkpoint_callback, HessianCheckpoint)
+
+    # And the command line of this package, on the checkpoint.
+    model = ["--model", f"{NETS[name].__module__}.{NETS[name].__name__}"]
+    model += ["--data", f"{DATA[name].__module__}.{DATA[name].__name__}", "--accelerator", "cpu"]
+    capsys.readouterr()
+    main(["analyze", path, *model, "--analysis.steps=6", "--out", str(tmp_path / "out")])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    [callback_of_run] = [c for c in ran.callbacks if isinstance(c, HessianSpectrumCallback)]
+    assert results["table"][0]["loss"] == pytest.approx(callback_of_run.history[0].spectrum.loss)
+    assert "GPU available" not in capsys.readouterr().err
+
+
+def test_the_other_namespace_is_joined_when_it_has_been_imported_and_not_before(tmp_path: Path) -> None:
+    [seen] = processes.run(Path(__file__).with_name("late_import.py"), tmp_path, 1)
+    assert seen == {"imported by itself": [], "known": [True] * 4}

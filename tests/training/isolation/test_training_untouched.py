@@ -1,0 +1,1046 @@
+"""Training with the callback is bit-identical to training without it."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import csv
+import dataclasses
+import functools
+import io
+import itertools
+import multiprocessing
+import queue
+import re
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset, Sampler, WeightedRandomSampler, default_collate, get_worker_info
+from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_hesd import HessianSpectrumCallback
+from lightning_hesd.training.isolation import surroundings
+from lightning_hesd.training.isolation.structure import Elements
+from tests.training.modules import (
+    NOISES,
+    Classifier,
+    DataModule,
+    Digits,
+    NoisyDigits,
+    Recorder,
+    callback,
+    digits,
+    fit,
+    freeze,
+    global_generators,
+    loader,
+    plain_loss,
+)
+
+# Modules and data that an analysis could disturb ----------------------------------------------------------------------
+
+
+class Metrics(Classifier):
+    """Logs metrics as objects, and computes one by hand at the end of the epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.acc = MulticlassAccuracy(10)
+        self.collection = MetricCollection({"top2": MulticlassAccuracy(10, top_k=2), "micro": MulticlassAccuracy(10)})
+        self.by_hand = MeanMetric()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        logits = self(batch[0])
+        self.acc(logits, batch[1])
+        self.collection(logits, batch[1])
+        self.by_hand.update(loss)
+        self.log("acc", self.acc, on_step=True, on_epoch=True)
+        self.log_dict(self.collection, on_step=False, on_epoch=True)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.log("by_hand", self.by_hand.compute())
+        self.by_hand.reset()
+
+
+class Meter:
+    """The running average of many a training script."""
+
+    def __init__(self) -> None:
+        self.total, self.count, self.last, self.trace = 0.0, 0, None, []
+
+    def update(self, value: Tensor) -> None:
+        self.total += value.item()
+        self.count += 1
+        self.last = value.detach().clone()
+        self.trace.append(self.count)
+
+
+class SlottedMeter:
+    """A running average that keeps its values in slots instead of a `__dict__`."""
+
+    __slots__ = ("count", "total")
+
+    def __init__(self) -> None:
+        self.total, self.count = 0.0, 0
+
+    def update(self, value: Tensor) -> None:
+        self.total += value.item()
+        self.count += 1
+
+
+class Hoarder(Classifier):
+    """Keeps all it can from every step, and uses it at the end of the epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[Tensor] = []
+        self.by_kind: dict[str, Any] = {"classes": [], "nested": {"sums": [0]}}
+        self.steps = 0
+        self.last_logits: Tensor | None = None
+        self.meter = Meter()
+        self.seen_classes: set[int] = set()
+        self.recent: collections.deque[float] = collections.deque(maxlen=3)
+        self.per_class: collections.defaultdict[int, int] = collections.defaultdict(int)
+        self.total_in_place = torch.zeros(1)
+        self.totals_of_numpy = np.zeros(2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(loss.detach())
+        self.by_kind["classes"].extend(batch[1].tolist())
+        self.by_kind["nested"]["sums"].append(float(batch[0].sum()))
+        self.steps += 1
+        self.last_logits = self(batch[0]).detach()
+        self.meter.update(loss)
+        self.seen_classes.update(batch[1].tolist())
+        self.recent.append(loss.item())
+        self.per_class[int(batch[1][0])] += 1
+        self.total_in_place += loss.detach()
+        self.totals_of_numpy += loss.item()
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.log("mean_of_list", torch.stack(self.losses).mean())
+        self.log("samples_in_epoch", float(len(self.by_kind["classes"])))
+        self.log("meter", self.meter.total / self.meter.count)
+        self.losses.clear()
+        self.by_kind["classes"] = []
+
+
+class CounterHoarder(Classifier):
+    """A Counter is a dict whose `update` adds instead of replacing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classes: collections.Counter[int] = collections.Counter()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.classes.update(batch[1].tolist())
+        return super().training_step(batch, batch_idx)
+
+
+class SlottedHoarder(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.meter = SlottedMeter()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.meter.update(loss)
+        return loss
+
+
+class MovingAverage(Classifier):
+    """A buffer updated as an exponential moving average; through `.data`, autograd does not count the change."""
+
+    def __init__(self, *, through_data: bool) -> None:
+        super().__init__()
+        self.through_data = through_data
+        self.register_buffer("center", torch.zeros(64))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        center = self.center.data if self.through_data else self.center
+        center.mul_(0.9).add_(0.1 * batch[0].mean(0))
+        return super().training_step([batch[0] - self.center, *batch[1:]], batch_idx)
+
+
+class Switching(Classifier):
+    """Trains with its batch normalisation in eval mode, as fine-tuning does."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.BatchNorm1d(6), nn.Dropout(0.3))
+
+    def on_train_epoch_start(self) -> None:
+        self.net[1].eval()
+
+
+class AugmentingModule(Classifier):
+    """Augments whole batches, from a generator of its own, and keeps running statistics of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rng = torch.Generator().manual_seed(1)
+        self.register_buffer("mean", torch.zeros(64))
+        self.num_batches = 0
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        x = batch[0] + 0.3 * torch.randn(batch[0].shape, generator=self.rng)
+        self.mean.mul_(0.9).add_(0.1 * x.mean(0))
+        self.num_batches += 1
+        return [x - self.mean, *batch[1:]]
+
+
+class AugmentingDataModule(DataModule):
+    """Augments whole batches, the more the later, from a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: loader(shuffle=True))
+        self.rng = np.random.default_rng(1)
+        self.num_batches = 0
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.num_batches += 1
+        noise = torch.tensor(self.rng.normal(size=batch[0].shape), dtype=torch.float32)
+        return [batch[0] + 0.1 * self.num_batches * noise, *batch[1:]]
+
+
+class Stream(IterableDataset[Any]):
+    """Goes on where it stopped: what is read once is gone."""
+
+    def __init__(self) -> None:
+        self.cursor = 0
+
+    def __iter__(self) -> Any:
+        while self.cursor < 200:
+            self.cursor += 1
+            yield digits()[0][self.cursor], digits()[1][self.cursor], self.cursor
+
+
+class RaisesEveryOtherTime:
+    """A `loss_fn` that leaves a mess behind before it fails, in every second epoch."""
+
+    def __call__(self, module: Any, batch: Any) -> Tensor:
+        loss = plain_loss(module, batch)
+        if module.current_epoch % 2 == 1:
+            module.train()
+            module.mess = torch.rand(1)
+            np.random.rand()  # noqa: NPY002
+            module.net[0].weight.grad = torch.ones_like(module.net[0].weight)
+            module.net[1].running_mean.add_(1.0)
+            msg = "every second time"
+            raise OSError(msg)
+        return loss
+
+
+# Two runs, and everything about them ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Scenario:
+    """A training run, and the callbacks to leave it untouched."""
+
+    module: Callable[[], pl.LightningModule] = Classifier
+    data: Callable[[], Any] = lambda: loader(shuffle=True)
+    callbacks: Callable[[], list[HessianSpectrumCallback]] = lambda: [callback()]
+    trainer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    records: int = 2
+    failures: int = 0
+
+
+def outcome(trainer: pl.Trainer, recorder: Recorder, data: Any) -> dict[str, Any]:
+    """Collect whatever a run leaves behind, except what the callback is there to add."""
+    module = trainer.lightning_module
+    train_loader = trainer.train_dataloader
+    return {
+        "random number generators": global_generators(),
+        "batches": freeze(recorder.batches),
+        "modes": recorder.modes,
+        "final modes": [m.training for m in module.modules()],
+        "weights and buffers": freeze(module.state_dict()),
+        "gradients": freeze([p.grad for p in module.parameters()]),
+        "optimizer": freeze(trainer.optimizers[0].state_dict()["state"]),
+        "scheduler": freeze(trainer.lr_scheduler_configs[0].scheduler.state_dict()),
+        "metrics": freeze({k: v for k, v in trainer.callback_metrics.items() if not k.startswith("hesd")}),
+        "rows": rows(Path(trainer.log_dir) / "metrics.csv"),
+        "attributes": freeze({k: v for k, v in vars(module).items() if not k.startswith("_")}),
+        "metric objects": freeze([vars(metric) for metric in module.modules() if isinstance(metric, Metric)]),
+        "dataset": freeze(vars(train_loader.dataset)),
+        "loader's generator": freeze(train_loader.generator),
+        "datamodule": freeze([getattr(data, name, None) for name in ("rng", "num_batches")]),
+        "progress": (trainer.global_step, trainer.current_epoch),
+    }
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """Read the CSV logger's rows, without the callback's columns and the rows that hold nothing else."""
+    with path.open(newline="", encoding="utf-8") as file:
+        read = [{k: v for k, v in row.items() if not k.startswith("hesd") and v != ""} for row in csv.DictReader(file)]
+    return [row for row in read if set(row) - {"epoch", "step"}]
+
+
+def assert_untouched(scenario: Scenario, tmp_path: Path) -> None:
+    """Run twice, with and without the callbacks, and compare."""
+    outcomes = []
+    for callbacks in ([], scenario.callbacks()):
+        recorder, data = Recorder(), scenario.data()
+        folder = tmp_path / ("with" if callbacks else "without")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.filterwarnings("always", "lightning_hesd", RuntimeWarning)
+            trainer = fit(
+                folder,
+                recorder,
+                *callbacks,
+                module=scenario.module(),
+                data=data,
+                logger=CSVLogger(folder),
+                **scenario.trainer,
+            )
+        assert len([w for w in caught if w.category is RuntimeWarning]) == (scenario.failures if callbacks else 0)
+        outcomes.append(outcome(trainer, recorder, data))
+    without, with_callback = outcomes
+    assert [c.history for c in callbacks]
+    for c in callbacks:
+        assert len(c.history) == scenario.records
+        assert sum(record.error is not None for record in c.history) == scenario.failures / len(callbacks)
+    assert without["batches"], "the run must have trained for the comparison to mean anything"
+    for key, value in without.items():
+        assert with_callback[key] == value, f"{key} differ"
+
+
+def weighted_loader() -> Any:
+    return loader(sampler=WeightedRandomSampler(torch.arange(40.0), 24, generator=torch.Generator().manual_seed(2)))
+
+
+SCENARIOS = {
+    "plain": Scenario(),
+    "dropout": Scenario(lambda: Classifier(nn.Dropout(0.5))),
+    "batch_norm": Scenario(lambda: Classifier(nn.BatchNorm1d(6))),
+    **{
+        f"augmentation_from_{name}": Scenario(data=lambda noise=noise: loader(Digits(augment=noise), shuffle=True))
+        for name, noise in NOISES.items()
+    },
+    "dataset_with_generator": Scenario(data=lambda: loader(NoisyDigits(), shuffle=True)),
+    "loader_with_generator": Scenario(
+        data=lambda: loader(shuffle=True, generator=torch.Generator().manual_seed(3)),
+    ),
+    "sampler_with_generator": Scenario(data=weighted_loader),
+    "stream": Scenario(data=lambda: loader(Stream()), trainer={"limit_train_batches": 4}),
+    "datamodule": Scenario(data=lambda: DataModule(lambda: loader(shuffle=True))),
+    "torchmetrics": Scenario(Metrics),
+    "torchmetrics_in_train_mode": Scenario(Metrics, callbacks=lambda: [callback(mode="train")]),
+    "hoarder": Scenario(Hoarder),
+    "hoarder_at_steps": Scenario(Hoarder, callbacks=lambda: [callback(every_n_train_steps=3)], records=3),
+    "counter": Scenario(CounterHoarder),
+    "slots": Scenario(SlottedHoarder),
+    "moving_average": Scenario(lambda: MovingAverage(through_data=False)),
+    "moving_average_through_data": Scenario(lambda: MovingAverage(through_data=True)),
+    "augmenting_module": Scenario(AugmentingModule),
+    "augmenting_datamodule": Scenario(data=AugmentingDataModule),
+    "accumulation": Scenario(
+        trainer={"accumulate_grad_batches": 2},
+        callbacks=lambda: [callback(every_n_train_steps=1)],
+        records=6,
+    ),
+    "clipping": Scenario(trainer={"gradient_clip_val": 0.1}),
+    "train_mode": Scenario(
+        lambda: Classifier(nn.BatchNorm1d(6), nn.Dropout(0.3)), callbacks=lambda: [callback(mode="train")]
+    ),
+    "keep_mode": Scenario(Switching, callbacks=lambda: [callback(mode="keep", every_n_train_steps=2)], records=5),
+    "mixed_modes": Scenario(Switching, callbacks=lambda: [callback(every_n_train_steps=2)], records=5),
+    "at_start": Scenario(
+        lambda: Classifier(nn.BatchNorm1d(6), nn.Dropout(0.3)), callbacks=lambda: [callback(at_start=True)], records=3
+    ),
+    "several_epochs": Scenario(trainer={"max_epochs": 4}, callbacks=lambda: [callback(2)]),
+    "failing": Scenario(
+        lambda: Classifier(nn.BatchNorm1d(6), nn.Dropout(0.3)),
+        callbacks=lambda: [callback(loss_fn=RaisesEveryOtherTime(), on_error="warn")],
+        trainer={"max_epochs": 4},
+        records=4,
+        failures=2,
+    ),
+    "two_callbacks": Scenario(
+        Hoarder, callbacks=lambda: [callback(name="hesd"), callback(name="hesd_train", mode="train", seed=1)]
+    ),
+    "bf16_mixed": Scenario(lambda: Classifier(nn.Dropout(0.3)), trainer={"precision": "bf16-mixed"}),
+    "bf16_true": Scenario(lambda: Classifier(nn.Dropout(0.3)), trainer={"precision": "bf16-true"}),
+    "float64": Scenario(lambda: Classifier(nn.Dropout(0.3)), trainer={"precision": "64-true"}),
+    "recomputed_products": Scenario(
+        lambda: Classifier(nn.BatchNorm1d(6), nn.Dropout(0.3)),
+        callbacks=lambda: [callback(mode="train", strategy="recompute")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_bit_identical(name: str, tmp_path: Path) -> None:
+    assert_untouched(SCENARIOS[name], tmp_path)
+
+
+class Collating(Classifier):
+    """Makes batches itself, and counts them: their values depend on the count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def on_fit_start(self) -> None:
+        self.trainer.fit_loop.setup_data()
+        self.trainer.train_dataloader.collate_fn = self.collate
+
+    def collate(self, items: list[Any]) -> Any:
+        self.calls += 1
+        x, *others = default_collate(items)
+        return x * self.calls, *others
+
+
+def test_bit_identical_where_the_module_makes_the_batches(tmp_path: Path) -> None:
+    assert_untouched(Scenario(Collating, callbacks=lambda: [callback(num_samples=5)]), tmp_path)
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_bit_identical_with_workers(persistent: bool, tmp_path: Path) -> None:
+    def data() -> Any:
+        dataset = Digits(size=16, augment=NOISES["torch"])
+        return loader(dataset, shuffle=True, num_workers=2, persistent_workers=persistent)
+
+    assert_untouched(Scenario(data=data, callbacks=lambda: [callback(num_samples=8)]), tmp_path)
+
+
+class Validated(Classifier):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", plain_loss(self, batch))
+
+
+def test_bit_identical_with_validation_and_checkpoints(tmp_path: Path) -> None:
+    states = []
+    for callbacks in ([], [callback(checkpoint="highest_c_t", at_start=True)]):
+        folder = tmp_path / str(len(callbacks))
+        checkpoint = ModelCheckpoint(folder, monitor="val_loss", save_top_k=-1)
+        trainer = fit(
+            folder,
+            checkpoint,
+            *callbacks,
+            module=Validated(nn.Dropout(0.3)),
+            data=DataModuleWithValidation(lambda: loader(shuffle=True)),
+            enable_checkpointing=True,
+        )
+        saved = [torch.load(path, weights_only=False) for path in sorted(checkpoint.best_k_models)]
+        assert len(saved) == 2
+        states.append(
+            {
+                "checkpoints": freeze([{k: c[k] for k in ("state_dict", "optimizer_states")} for c in saved]),
+                "files": [Path(path).name for path in sorted(checkpoint.best_k_models)],
+                "ranking": freeze(checkpoint.best_model_score),
+                "best": Path(checkpoint.best_model_path).name,
+                "random number generators": global_generators(),
+                "metrics": freeze({k: v for k, v in trainer.callback_metrics.items() if not k.startswith("hesd")}),
+            }
+        )
+    assert states[0] == states[1]
+
+
+class DataModuleWithValidation(DataModule):
+    def val_dataloader(self) -> Any:
+        return loader(Digits(16))
+
+
+class WritesToTheLogger(Classifier):
+    """Talks to the logger behind Lightning's back, which `self.log` being silent does not stop."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.logger.experiment.add_scalar("direct/loss", loss.detach(), self.global_step)
+        self.loggers[0].log_metrics({"direct/again": loss.item()}, self.global_step)
+        return loss
+
+
+@pytest.mark.parametrize(
+    "schedule", [{}, {"every_n_train_steps": 5}, {"at_start": True, "epochs": []}], ids=["epochs", "steps", "start"]
+)
+def test_no_events_of_the_module_from_an_analysis(schedule: dict[str, Any], tmp_path: Path) -> None:
+    events = []
+    for callbacks in ([], [callback(**schedule)]):
+        folder = tmp_path / str(len(callbacks))
+        fit(folder, *callbacks, module=WritesToTheLogger(), logger=TensorBoardLogger(folder), max_epochs=1)
+        read = EventAccumulator(str(folder / "lightning_logs" / "version_0")).Reload()
+        # Lightning adds the epoch to whatever is logged, so it comes with the callback's scalars too.
+        tags = [tag for tag in read.Tags()["scalars"] if tag != "epoch" and not tag.startswith("hesd/")]
+        events.append({tag: [(event.step, event.value) for event in read.Scalars(tag)] for tag in tags})
+    assert len(callbacks[0].history) == 1
+    assert read.Tags()["histograms"] == ["hesd/density"]
+    assert len(events[0]["direct/loss"]) == len(events[0]["direct/again"]) == 5
+    assert events[1] == events[0]
+
+
+def test_every_analysis_finds_the_module_as_training_left_it(tmp_path: Path) -> None:
+    """Nothing that one analysis leaves behind, not even inside the module's own objects, reaches the next one."""
+    first, second = callback(name="first", mode="train"), callback(name="second", mode="train")
+    module = Classifier(nn.BatchNorm1d(6), nn.Dropout(0.3))
+    fit(tmp_path, first, second, module=module, data=loader(Digits(augment=NOISES["torch"])))
+    for one, other in zip(first.history, second.history, strict=True):
+        assert freeze(one.spectrum.nodes) == freeze(other.spectrum.nodes)
+        assert one.spectrum.loss == other.spectrum.loss
+
+
+# Code that reaches out of its module ----------------------------------------------------------------------------------
+
+
+class Priorities(Sampler[int]):
+    """Draws the samples of highest priority first, which training changes."""
+
+    def __init__(self) -> None:
+        self.priorities = torch.arange(24.0)
+        self.epoch = 0
+        self.rng = torch.Generator().manual_seed(1)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return 24
+
+    def __iter__(self) -> Any:
+        noise = torch.rand(24, generator=self.rng)
+        return iter(torch.argsort(self.priorities + self.epoch * noise).tolist())
+
+
+class Curriculum(Digits):
+    """Weighs its samples by what training writes into it."""
+
+    difficulty = 0
+
+    def __init__(self) -> None:
+        super().__init__(24)
+        self.weights = torch.ones(24)
+        self.factors = np.ones(24)
+        self.notes = np.array([{"read": 0}, None], dtype=object)
+        self.shared = multiprocessing.Value("d", 1.0)
+        self.flags = bytearray(2)
+
+    def __getitem__(self, position: int) -> Any:
+        x, y, _ = super().__getitem__(position)
+        return x * self.weights[position] * float(self.factors[position]) * self.shared.value, y, position
+
+
+class Guided(DataModule):
+    def __init__(self) -> None:
+        super().__init__(lambda: loader(Curriculum(), sampler=Priorities()))
+        self.seen: list[int] = []
+        self.table = pd.DataFrame({"loss": np.zeros(24)})
+
+
+class Neighbour(pl.Callback):
+    """What a training step might find in the list of callbacks."""
+
+    def __init__(self) -> None:
+        self.counts = {"steps": 0}
+        self.average = torch.zeros(64)
+        self.network = nn.Linear(2, 2)
+        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.1, momentum=0.9)
+        self.accuracy = MulticlassAccuracy(10)
+        self.lock = threading.Lock()
+
+
+class Reaching(Classifier):
+    """Does something in each training step, before it computes the loss."""
+
+    counts: dict[str, int] = {}  # noqa: RUF012 - as in many a module
+    steps = 0
+
+    def __init__(self, act: Callable[[Any, Any], None]) -> None:
+        super().__init__()
+        type(self).counts, type(self).steps = {"steps": 0}, 0
+        self.act = act
+        self.meter = SlottedMeter()
+        self.meters = [SlottedMeter()]
+        self.ema = copy.deepcopy(self.net)
+        self.replay: dict[str, Any] = {"x": torch.zeros(3, 64), "cursor": 0, "parts": functools.partial(print, [0])}
+        self.sums = [torch.zeros(1), np.zeros(1)]
+        self.by_class: collections.defaultdict[int, list[Any]] = collections.defaultdict(list)
+        self.queue: queue.Queue[int] = queue.Queue()
+        self.count, self.walk = itertools.count(), iter(range(1000))
+        self.center = nn.Parameter(torch.zeros(64))
+        self.center_optimizer = torch.optim.Adam([self.center], lr=0.1)
+        self.text, self.file = io.StringIO(), None
+
+    def on_fit_start(self) -> None:
+        self.file = Path(self.trainer.default_root_dir, "notes").open("w", encoding="utf-8")  # noqa: SIM115
+
+    def teardown(self, stage: str) -> None:
+        self.file.close()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.act(self, batch)
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.net.parameters(), lr=0.05)
+        schedule = {"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9), "frequency": 10**6}
+        return [optimizer], [schedule]
+
+
+def slow_down(module: Reaching, steps: float) -> None:
+    """Let what was counted decide on the training."""
+    module.trainer.optimizers[0].param_groups[0]["lr"] = 0.05 / (1 + steps)
+
+
+def step_schedule(module: Reaching, batch: Any) -> None:
+    module.lr_schedulers().step()
+
+
+def change_optimizer(module: Reaching, batch: Any) -> None:
+    optimizer = module.optimizers()
+    optimizer.param_groups[0]["lr"] *= 0.9
+    for state in module.trainer.optimizers[0].state.values():
+        state["exp_avg"].mul_(0.9)
+        state["step"] += 1
+    module.toggle_optimizer(optimizer)
+    module.untoggle_optimizer(optimizer)
+
+
+def let_optimizers_step(module: Reaching, batch: Any) -> None:
+    distance = ((batch[0] - module.center) ** 2).mean()
+    module.center_optimizer.zero_grad()
+    distance.backward()
+    module.center_optimizer.step()
+    optimizer = module.optimizers()
+    plain_loss(module, batch).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def stop_early(module: Reaching, batch: Any) -> None:
+    if not module.training:  # stands for any condition that only batches of an analysis meet
+        trainer = module.trainer
+        trainer.should_stop = True
+        trainer.limit_train_batches = trainer.fit_loop.max_epochs = 1
+        trainer.fit_loop.epoch_loop.batch_progress.current.ready += 7
+        trainer.callback_metrics["own"] = torch.ones(1)
+        trainer.callbacks.append(Neighbour())
+        trainer.optimizers.clear()
+        trainer.fit_loop._combined_loader = None
+        trainer.fit_loop.setup_data()
+        torch.set_default_dtype(torch.float64)
+        torch.use_deterministic_algorithms(mode=True)
+
+
+def use_callbacks(module: Reaching, batch: Any) -> None:
+    neighbour: Any = module.trainer.callbacks[0]
+    neighbour.counts["steps"] += 1
+    neighbour.average.lerp_(batch[0].mean(0), 0.1)
+    neighbour.latest = batch[0]
+    neighbour.network(batch[0][:, :2]).sum().backward()
+    neighbour.optimizer.step()
+    neighbour.accuracy.update(module(batch[0]), batch[1])
+    slow_down(module, neighbour.counts["steps"] + float(neighbour.average.sum()))
+
+
+def use_datamodule(module: Reaching, batch: Any) -> None:
+    datamodule = module.trainer.datamodule
+    datamodule.seen.append(len(batch[0]))
+    datamodule.table.loc[batch[2].tolist(), "loss"] += 1
+    slow_down(module, len(datamodule.seen) + datamodule.table["loss"].sum())
+
+
+def use_dataset(module: Reaching, batch: Any) -> None:
+    dataset = module.trainer.train_dataloader.dataset
+    dataset.weights[batch[2]] *= 1.1
+    dataset.factors[batch[2].numpy()] *= 0.9
+    dataset.notes[0]["read"] += 1
+    dataset.shared.value *= 1.01
+    dataset.flags[0] += 1
+    Curriculum.difficulty += 1
+    slow_down(module, Curriculum.difficulty + dataset.flags[0] + dataset.notes[0]["read"])
+
+
+def use_sampler(module: Reaching, batch: Any) -> None:
+    sampler = module.trainer.train_dataloader.sampler
+    sampler.set_epoch(sampler.epoch + 1)
+    sampler.priorities[batch[2]] += 24
+    sampler.priorities.numpy()[0] += 1  # which autograd does not notice
+    torch.rand(3, generator=sampler.rng)
+
+
+def use_own_objects(module: Reaching, batch: Any) -> None:
+    type(module).steps += 1
+    module.counts["steps"] += 1
+    for meter in (module.meter, *module.meters):
+        meter.update(batch[0].mean())
+    with torch.no_grad():
+        for average, value in zip(module.ema.parameters(), module.net.parameters(), strict=True):
+            average.lerp_(value, 0.1)
+    module.replay["x"][module.replay["cursor"] % 3] = batch[0][0]
+    module.replay["cursor"] += 1
+    module.replay["parts"].args[0][0] += 1
+    module.sums[0].add_(1)
+    module.sums[1] += 1
+    module.sums.append(module.sums[0].clone())
+    module.by_class[int(batch[1][0])].append(len(batch))
+    module.queue.put(1)
+    total = module.steps + module.counts["steps"] + len(module.sums) + len(module.by_class) + module.queue.qsize()
+    slow_down(module, total + float(module.sums[1][0]) + module.replay["parts"].args[0][0])
+
+
+def use_iterators_and_files(module: Reaching, batch: Any) -> None:
+    module.text.write("step ")
+    module.file.write("step ")
+    csv.writer(module.file).writerow(["step"])
+    slow_down(module, next(module.count) + next(module.walk) + len(module.text.getvalue()))
+
+
+def save_and_wait(module: Reaching, batch: Any) -> None:
+    folder = Path(module.trainer.default_root_dir)
+    module.trainer.save_checkpoint(folder / f"step{module.global_step}-{module.training}.ckpt")
+    module.trainer.strategy.barrier()
+    assert torch.equal(module.all_gather(torch.ones(1)), torch.ones(1))
+    assert get_worker_info() is None
+    assert module.trainer.log_dir == str(folder)
+
+
+def fail(module: Reaching, batch: Any) -> None:
+    use_callbacks(module, batch)
+    use_datamodule(module, batch)
+    if not module.training:
+        msg = "half-way"
+        raise ArithmeticError(msg)
+
+
+REACHES = [
+    *(step_schedule, change_optimizer, let_optimizers_step, stop_early, use_callbacks, use_datamodule, use_dataset),
+    *(use_sampler, use_own_objects, use_iterators_and_files, save_and_wait, fail),
+]
+
+
+def reached(trainer: pl.Trainer, folder: Path, data: Any, neighbour: Any) -> dict[str, Any]:
+    """Collect what a training step could reach."""
+    module: Any = trainer.lightning_module
+    dataset, sampler = trainer.train_dataloader.dataset, trainer.train_dataloader.sampler
+    return {
+        "weights": freeze(module.state_dict()),
+        "optimizers": freeze([o.state_dict() for o in (*trainer.optimizers, module.center_optimizer)]),
+        "schedule": freeze(trainer.lr_scheduler_configs[0].scheduler.state_dict()),
+        "progress": (trainer.global_step, trainer.current_epoch, trainer.should_stop, trainer.max_epochs),
+        "limits": (trainer.limit_train_batches, trainer.fit_loop.epoch_loop.batch_progress.current.ready),
+        "callbacks": [type(c).__name__ for c in trainer.callbacks if not isinstance(c, HessianSpectrumCallback)],  # type: ignore[attr-defined]
+        "metrics": sorted(key for key in trainer.callback_metrics if not key.startswith("hesd")),
+        "neighbour": freeze([neighbour.counts, neighbour.average, neighbour.accuracy.tp]),
+        "its optimizer": freeze([neighbour.optimizer.state_dict(), neighbour.network.state_dict()]),
+        "datamodule": [data.seen, data.table.to_json()],
+        "dataset": freeze([dataset.weights, dataset.factors, dataset.notes.tolist(), dataset.shared.value]),
+        "flags": (bytes(dataset.flags), Curriculum.difficulty),
+        "sampler": freeze([sampler.priorities, sampler.epoch, sampler.rng]),
+        "classes": (module.steps, dict(module.counts)),
+        "meters": freeze([module.meter, *module.meters]),
+        "containers": freeze([module.replay["x"], module.replay["parts"].args[0], module.sums, dict(module.by_class)]),
+        "queue": list(module.queue.queue),
+        "iterators": (next(module.count), next(module.walk), module.text.getvalue()),
+        "files": sorted((p.name, p.read_text()) for p in folder.glob("notes")),
+        "checkpoints": sorted(p.name for p in folder.glob("*.ckpt")),
+        "settings": (torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()),
+        "random number generators": global_generators(),
+    }
+
+
+def reaching_run(
+    act: Callable[[Any, Any], None], folder: Path, *callbacks: HessianSpectrumCallback, kind: Any = Reaching
+) -> tuple[dict[str, Any], list[str]]:
+    """Train, and return what can be reached afterwards, and what the package warned of."""
+    Curriculum.difficulty = 0
+    torch.manual_seed(0)
+    neighbour, data = Neighbour(), Guided()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", "lightning_hesd", RuntimeWarning)
+        trainer = fit(folder, neighbour, *callbacks, module=kind(act), data=data)
+    said = [str(w.message) for w in caught if w.category is RuntimeWarning]
+    return reached(trainer, folder, data, neighbour), said
+
+
+@pytest.mark.parametrize("act", REACHES, ids=lambda act: act.__name__)
+def test_bit_identical_where_the_training_step_reaches_out(act: Any, tmp_path: Path) -> None:
+    mode = "eval" if act is fail else "auto"  # it fails in evaluation mode only
+    observer = callback(every_n_train_steps=4, at_start=True, num_samples=8, steps=2, on_error="warn", mode=mode)
+    (tmp_path / "without").mkdir()
+    (tmp_path / "with").mkdir()
+    without, _ = reaching_run(act, tmp_path / "without")
+    with_callback, said = reaching_run(act, tmp_path / "with", observer)
+    for key, value in without.items():
+        assert with_callback[key] == value, f"{key} differ"
+    assert len(observer.history) == 2
+    if act is fail:
+        assert all("half-way" in record.error for record in observer.history)
+        assert len(said) == 2
+    else:
+        assert [record.error for record in observer.history] == [None] * 2
+        assert not said
+
+
+class Counting(Classifier):
+    """Counts the batches that it makes, wherever it can, and lets their numbers decide on the training."""
+
+    def collate(self, samples: list[Any]) -> Any:
+        neighbour, data = self.trainer.callbacks[0], self.trainer.datamodule
+        neighbour.counts["steps"] += 1
+        neighbour.average += 1
+        data.seen.append(len(samples))
+        slow_down(self, neighbour.counts["steps"] + neighbour.average[0].item() + len(data.seen))
+        return default_collate(samples)
+
+
+class CountedData(Guided):
+    def train_dataloader(self) -> Any:
+        return loader(Digits(24), collate_fn=self.trainer.lightning_module.collate)
+
+
+def test_reading_the_samples_leaves_no_traces_beyond_the_data(tmp_path: Path) -> None:
+    found = []
+    for callbacks in ([], [callback(num_samples=8, steps=2)]):
+        neighbour, data = Neighbour(), CountedData()
+        module = fit(tmp_path, neighbour, *callbacks, module=Counting(), data=data).lightning_module
+        found.append(freeze([module.state_dict(), neighbour.counts, neighbour.average, data.seen]))
+    assert found[0] == found[1]
+
+
+# What cannot be put back ----------------------------------------------------------------------------------------------
+
+HIDDEN: list[Any] = []
+"""Out of reach of the module and the Trainer."""
+
+
+class Streaming(Reaching):
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.generator = (number for number in range(100))
+        self.extra = iter(loader(Digits(16), shuffle=True))
+        self.pairs = zip(range(100), range(100), strict=True)
+
+
+def read_generator(module: Any, batch: Any) -> None:
+    slow_down(module, next(module.generator))
+
+
+def read_loader(module: Any, batch: Any) -> None:
+    slow_down(module, float(next(module.extra)[0].sum()))
+
+
+def read_pairs(module: Any, batch: Any) -> None:
+    slow_down(module, sum(next(module.pairs)))
+
+
+def step_hidden_optimizer(module: Any, batch: Any) -> None:
+    weight, optimizer = HIDDEN
+    optimizer.step()
+    slow_down(module, weight.item())
+
+
+def write_large_array(module: Any, batch: Any) -> None:
+    factors = module.trainer.train_dataloader.dataset.factors
+    factors[0] += 1
+    slow_down(module, factors[0])
+
+
+REFUSALS = {
+    read_generator: r"reads from the iterator `self\.generator`",
+    read_loader: r"reads from the iterator `self\.extra`",
+    read_pairs: r"reads from the iterator `self\.pairs`",
+    step_hidden_optimizer: r"lets an optimizer step \(SGD, kept out of reach",
+    write_large_array: r"writes to an array of which no copy is kept because it is large \(.*`trainer\.train_",
+}
+
+
+@pytest.mark.parametrize("act", REFUSALS, ids=lambda act: act.__name__)
+def test_what_could_not_be_put_back_is_refused(act: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And training goes on as if there were no analyses; with a `loss_fn` that does without, there are some."""
+    if act is write_large_array:
+        monkeypatch.setattr(surroundings, "COPIED_BYTES", 100)
+    outcomes = []
+    observers = [
+        callback(num_samples=8, steps=2, on_error="warn", epochs=[0]),
+        callback(num_samples=8, steps=2, epochs=[0], loss_fn=plain_loss),
+    ]
+    for name, callbacks in {"without": [], "refused": observers[:1], "advised": observers[1:]}.items():
+        (tmp_path / name).mkdir()
+        weight = nn.Parameter(torch.ones(()))
+        weight.grad = torch.ones(())
+        HIDDEN[:] = [weight, torch.optim.SGD([weight], lr=0.1)]
+        found, _ = reaching_run(act, tmp_path / name, *callbacks, kind=Streaming)
+        outcomes.append(found)
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+    [refused], [advised] = (observer.history for observer in observers)
+    assert re.search(f"DisturbedTrainingError: the function that is analysed {REFUSALS[act]}", refused.error)
+    assert "pass `loss_fn=` to HessianSpectrumCallback" in refused.error
+    assert advised.error is None
+
+
+def write_large_tensor(module: Any, batch: Any) -> None:
+    module.trainer.train_dataloader.dataset.weights[batch[2]] *= 1.1
+
+
+def test_a_large_tensor_is_found_changed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not copied, so one evaluation has changed it; there is no second one in this run."""
+    monkeypatch.setattr(surroundings, "COPIED_BYTES", 60)
+    calls = []
+
+    def loss_fn(module: Any, batch: Any) -> Tensor:
+        calls.append(1)
+        write_large_tensor(module, batch)
+        return plain_loss(module, batch)
+
+    observer = callback(num_samples=8, steps=2, on_error="warn", loss_fn=loss_fn)
+    _, said = reaching_run(lambda *_: None, tmp_path, observer)
+    assert len(calls) == 1
+    assert len(said) == 1, "later analyses fail for the same reason"
+    found, later = (record.error for record in observer.history)
+    assert "changed `trainer.train_dataloader.dataset.weights` in place, of which no copy is kept" in found
+    assert "changed in place `trainer.train_dataloader.dataset.weights` in an earlier analysis" in later
+
+    monkeypatch.undo()
+    reaching_run(lambda *_: None, tmp_path, observer)
+    assert [record.error for record in observer.history] == [None] * 2, "another run begins anew"
+
+
+def test_a_large_tensor_that_is_given_other_memory_gets_its_own_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(surroundings, "COPIED_BYTES", 0)
+
+    def loss_fn(module: Any, batch: Any) -> Tensor:
+        weights = module.trainer.train_dataloader.dataset.weights
+        weights.data = weights + 1
+        return plain_loss(module, batch)
+
+    observer = callback(num_samples=8, steps=2, loss_fn=loss_fn)
+    found, _ = reaching_run(lambda *_: None, tmp_path, observer)
+    assert found["dataset"][0] == freeze(torch.ones(24))
+    assert [record.error for record in observer.history] == [None] * 2
+
+
+def test_a_large_array_in_the_memory_of_a_tensor_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It could not be made writable again if it were made read-only."""
+    monkeypatch.setattr(surroundings, "COPIED_BYTES", 60)
+    neighbour = Neighbour()
+    neighbour.values = torch.zeros(64).numpy()  # type: ignore[attr-defined]
+    changes = [0.0, 1.0]
+
+    def loss_fn(module: Any, batch: Any) -> Tensor:
+        neighbour.values[0] += changes[module.current_epoch]  # type: ignore[attr-defined]
+        return plain_loss(module, batch)
+
+    observer = callback(num_samples=8, steps=2, loss_fn=loss_fn, on_error="warn")
+    with pytest.warns(
+        RuntimeWarning, match=r"`trainer\.callbacks\[0\]\.values` changed .* and was not put back"
+    ) as caught:
+        fit(tmp_path, neighbour, observer)
+    assert len([w for w in caught if w.category is RuntimeWarning]) == 1
+    assert [record.error for record in observer.history] == [None] * 2
+    neighbour.values[0] = 0  # type: ignore[attr-defined]  # as it can be
+
+
+def test_a_failed_restoration_goes_on_with_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_to_put_back(_: Any) -> None:
+        msg = "no"
+        raise OSError(msg)
+
+    monkeypatch.setattr(Elements, "put_back", fail_to_put_back)
+    neighbour = Neighbour()
+    neighbour.values = np.zeros(2)  # type: ignore[attr-defined]
+
+    def loss_fn(module: Any, batch: Any) -> Tensor:
+        neighbour.values += 1  # type: ignore[attr-defined]
+        neighbour.counts["steps"] += 1
+        neighbour.average += 1
+        return plain_loss(module, batch)
+
+    observer = callback(num_samples=8, steps=2, loss_fn=loss_fn, on_error="warn")
+    with pytest.warns(RuntimeWarning) as caught:
+        trainer = fit(tmp_path, neighbour, observer)
+    [said] = [str(w.message) for w in caught if w.category is RuntimeWarning]
+    assert "`trainer.callbacks[0].values` changed during an analysis and was not put back (OSError('no'))" in said
+    assert trainer.state.finished
+    assert [record.error for record in observer.history] == [None] * 2
+    assert neighbour.counts == {"steps": 0}
+    assert not neighbour.average.any()
+
+
+class Monitor(pl.Callback):
+    """Counts on a thread of its own, and lets training steps count as well."""
+
+    def __init__(self) -> None:
+        self.ticks: list[float] = []
+        self.steps = 0
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+
+    def watch(self) -> None:
+        while not self.stop.wait(0.001):
+            self.ticks.append(0.0)
+
+    def on_fit_start(self, *_: Any) -> None:
+        self.thread.start()
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        self.stop.set()
+        self.thread.join()
+
+
+def test_what_threads_share_is_left_to_them(tmp_path: Path) -> None:
+    monitor = Monitor()
+
+    def loss_fn(module: Any, batch: Any) -> Tensor:
+        monitor.steps += 1
+        ticks = len(monitor.ticks)
+        while len(monitor.ticks) == ticks:  # until the thread gets its turn
+            pass
+        return plain_loss(module, batch)
+
+    observer = callback(num_samples=8, steps=2, loss_fn=loss_fn, on_error="warn")
+    with pytest.warns(RuntimeWarning) as caught:
+        fit(tmp_path, monitor, observer, data=loader(Digits(16)))
+    said = [str(w.message) for w in caught if w.category is RuntimeWarning]
+    assert [record.error for record in observer.history] == [None] * 2
+    assert len(said) == 2, "once for each attribute"
+    for name, message in zip((".steps", ".ticks"), said, strict=True):
+        assert f"`trainer.callbacks[0]{name}` changed during an analysis and was not put back" in message
+        assert "it was left to the threads that may share it" in message
+        assert "pass `loss_fn=`" in message
+    assert len(monitor.ticks) >= monitor.steps > 2, "nothing of what the thread did is lost"
+
+
+def test_objects_that_do_not_let_themselves_be_looked_at_are_left_alone(tmp_path: Path) -> None:
+    class Closed:
+        def __getattribute__(self, name: str) -> Any:
+            raise ValueError(name)
+
+    class Endless(list[int]):
+        def __iter__(self) -> Any:
+            raise ValueError
+
+        def __len__(self) -> int:
+            raise ValueError
+
+    neighbour = Neighbour()
+    odd = [Closed(), Endless(), {Closed(): 1}, memoryview(b""), object(), torch.eye(2).to_sparse(), re.compile("")]
+    neighbour.odd = [*odd, torch.zeros(2, device="meta"), threading.local(), {"last": 0}]  # type: ignore[attr-defined]
+
+    def loss_fn(module: Any, batch: Any) -> Tensor:
+        neighbour.odd[-1]["last"] += 1  # type: ignore[attr-defined]
+        return plain_loss(module, batch)
+
+    observer = callback(num_samples=8, steps=2, loss_fn=loss_fn)
+    fit(tmp_path, neighbour, observer)
+    assert [record.error for record in observer.history] == [None] * 2
+    assert neighbour.odd[-1] == {"last": 0}  # type: ignore[attr-defined]

@@ -1,0 +1,85 @@
+"""The same module and data in both namespaces of Lightning, as a configuration can name them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import pytorch_lightning
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.training.modules import digits
+
+NAMESPACES = {"lightning.pytorch": pl, "pytorch_lightning": pytorch_lightning}
+
+
+def loader() -> DataLoader[Any]:
+    """Four batches of eight digits."""
+    x, y = digits()
+    return DataLoader(TensorDataset(x[:32], y[:32]), batch_size=8)
+
+
+class Steps:
+    """What the modules have in common."""
+
+    net: nn.Module
+    log: Any
+    parameters: Any
+
+    def build(self) -> None:
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(64, 6), nn.Tanh(), nn.Linear(6, 10))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+class Net(Steps, pl.LightningModule):
+    """Of `lightning.pytorch`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.build()
+
+
+class OtherNet(Steps, pytorch_lightning.LightningModule):
+    """Of `pytorch_lightning`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.build()
+
+
+class Data(pl.LightningDataModule):
+    """Of `lightning.pytorch`."""
+
+    def train_dataloader(self) -> Any:
+        return loader()
+
+    val_dataloader = train_dataloader
+
+
+class OtherData(pytorch_lightning.LightningDataModule):
+    """Of `pytorch_lightning`."""
+
+    def train_dataloader(self) -> Any:
+        return loader()
+
+    val_dataloader = train_dataloader
+
+
+NETS: dict[str, type[Any]] = {"lightning.pytorch": Net, "pytorch_lightning": OtherNet}
+DATA: dict[str, type[Any]] = {"lightning.pytorch": Data, "pytorch_lightning": OtherData}

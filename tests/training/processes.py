@@ -1,0 +1,112 @@
+"""Programs run as several real processes, with the ranks that torchrun would give them.
+
+They are forked from a server that has loaded what takes longest to load.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+TIMEOUT = 240
+"""Seconds until processes count as hanging: a few times what they take on a busy machine."""
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    [
+        *("lightning.pytorch", "lightning.pytorch.strategies", "torch.distributed.fsdp", "torch.distributed.tensor"),
+        *(
+            "lightning_hesd.training.callback",
+            "lightning_hesd.training.loggers",
+            "lightning_hesd.numerics.distributed.fully_sharded",
+        ),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One of the processes, and where it writes to."""
+
+    process: BaseProcess
+    log: Path
+
+    @property
+    def said(self) -> str:
+        """What it has written so far."""
+        return self.log.read_text() if self.log.exists() else ""
+
+    def wait(self) -> int:
+        """Return its exit code."""
+        self.process.join(TIMEOUT)
+        assert self.process.exitcode is not None, f"hangs\n{self.said}"
+        return self.process.exitcode
+
+
+@contextmanager
+def started(script: Path, folder: Path, count: int, *arguments: object) -> Iterator[list[Rank]]:
+    """Run a script with that many processes, which write to a folder, and leave none of them behind.
+
+    Yields:
+        The processes, by rank.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
+    flags = ["--out", str(folder), *map(str, arguments)]
+    ranks = []
+    for number in range(count):
+        log = folder / f"rank{number}.log"
+        variables = {**shared, "RANK": str(number), "LOCAL_RANK": str(number)}
+        ranks.append(Rank(SERVER.Process(target=_be_rank, args=(script, flags, variables, log)), log))
+    try:
+        for rank in ranks:
+            rank.process.start()
+        yield ranks
+    finally:
+        for rank in ranks:
+            rank.process.kill()
+            rank.process.join()
+
+
+def run(script: Path, folder: Path, count: int, *arguments: object) -> list[Any]:
+    """Run a script with that many processes; it must succeed, and hang nowhere.
+
+    Returns:
+        What each process saw, by rank.
+    """
+    with started(script, folder, count, *arguments) as ranks:
+        for rank in ranks:
+            assert rank.wait() == 0, rank.said
+    return read(folder)
+
+
+def read(folder: Path) -> list[Any]:
+    """What each process saw, by rank."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
+
+
+def free_port() -> int:
+    """Return a port by which processes can meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def _be_rank(script: Path, flags: list[str], variables: dict[str, str], log: Path) -> None:
+    os.environ.update(variables)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, sys.stdout.fileno())
+    os.dup2(descriptor, sys.stderr.fileno())
+    sys.argv = [str(script), *flags]
+    runpy.run_path(str(script), run_name="__main__")

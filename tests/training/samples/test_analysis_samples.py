@@ -1,0 +1,833 @@
+"""The analysis samples: drawn as promised, the same every time, and from nothing that training still needs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    default_collate,
+)
+
+from lightning_hesd.training.samples.analysis_samples import AnalysisSamples, Processes, draw_samples
+from lightning_hesd.training.samples.epochs import PlannedBatch
+from tests.training.modules import (
+    NOISES,
+    SIZE,
+    Classifier,
+    DataModule,
+    Digits,
+    NoisyDigits,
+    SeenByLoss,
+    callback,
+    digits,
+    fit,
+    freeze,
+    global_generators,
+    loader,
+    plain_loss,
+    samples,
+    seed,
+)
+
+TRAINING = [1, 3, 4, 7, 9, 12, 20, 31]
+"""Positions of the training samples where the others are for validation."""
+
+
+def positions(drawn: AnalysisSamples) -> list[int]:
+    """Return the positions of the samples, read from the batches themselves."""
+    return [position for batch in drawn.batches for position in batch.data[2].tolist()]
+
+
+# Which samples --------------------------------------------------------------------------------------------------------
+
+
+class CustomSampler(Sampler[int]):
+    """Knows its positions under a name of its own; `epochs` counts how often it was started."""
+
+    def __init__(self, *, endless: bool = False) -> None:
+        self.endless = endless
+        self.epochs = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.epochs += 1
+        yield from itertools.cycle(TRAINING) if self.endless else TRAINING
+
+
+class CustomBatches:
+    """A batch sampler that derives from nothing and has no `sampler`."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield TRAINING[:3]
+        yield TRAINING[3:]
+
+    def __len__(self) -> int:
+        return 2
+
+
+class ChoosingBatches(BatchSampler):
+    """Has a `sampler` as every BatchSampler has, and leaves most of what it offers out."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in super().__iter__():
+            yield [position for position in batch if position in TRAINING]
+
+
+SUBSETS: dict[str, Callable[[], dict[str, Any]]] = {
+    "subset_sampler": lambda: {"sampler": SubsetRandomSampler(TRAINING)},
+    "list_as_sampler": lambda: {"sampler": TRAINING},
+    "custom_sampler": lambda: {"sampler": CustomSampler()},
+    "endless_sampler": lambda: {"sampler": CustomSampler(endless=True)},
+    "batches_of_subset": lambda: {"batch_sampler": BatchSampler(SubsetRandomSampler(TRAINING), 3, drop_last=False)},
+    "list_of_batches": lambda: {"batch_sampler": [TRAINING[:4], TRAINING[4:]]},
+    "custom_batches": lambda: {"batch_sampler": CustomBatches()},
+    "choosing_batches": lambda: {"batch_sampler": ChoosingBatches(SequentialSampler(range(SIZE)), 8, drop_last=False)},
+    "weighted_with_replacement": lambda: {"sampler": WeightedRandomSampler(training_weights(), 100)},
+    "weighted": lambda: {"sampler": WeightedRandomSampler(training_weights(), len(TRAINING), replacement=False)},
+}
+
+
+def training_weights() -> Tensor:
+    weights = torch.zeros(SIZE)
+    weights[TRAINING] = torch.arange(1.0, 1.0 + len(TRAINING))
+    return weights
+
+
+@pytest.mark.parametrize("name", SUBSETS)
+def test_only_samples_that_the_sampler_can_draw(name: str) -> None:
+    dataset = Digits()
+    drawn = draw_samples(loader(dataset, **SUBSETS[name]()), SIZE)
+    assert set(drawn.indices) <= set(TRAINING)
+    assert positions(drawn) == list(drawn.indices)
+    if name == "endless_sampler":
+        assert sorted(drawn.indices) == sorted(5 * TRAINING), "as many as there are samples"
+    elif name != "weighted_with_replacement":
+        assert sorted(drawn.indices) == TRAINING, "each once, although more were asked for"
+
+
+SUBRANGES: dict[str, Callable[[], Any]] = {
+    "random": lambda: RandomSampler(range(10)),
+    "sequential": lambda: SequentialSampler(range(10)),
+    "range": lambda: range(10),
+}
+
+
+@pytest.mark.parametrize("name", SUBRANGES)
+def test_a_sampler_of_the_first_positions_only(name: str) -> None:
+    drawn = draw_samples(loader(sampler=SUBRANGES[name]()), SIZE)
+    assert sorted(drawn.indices) == list(range(10))
+
+
+WHOLE: dict[str, Callable[[], dict[str, Any]]] = {
+    "default": dict,
+    "shuffle": lambda: {"shuffle": True},
+    "sequential": lambda: {"sampler": SequentialSampler(range(SIZE))},
+    "distributed": lambda: {"sampler": DistributedSampler(Digits(), num_replicas=3, rank=1)},
+    "batches": lambda: {"batch_sampler": BatchSampler(RandomSampler(range(SIZE)), 4, drop_last=True)},
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_whole_dataset_where_the_sampler_runs_through_it(name: str) -> None:
+    drawn = draw_samples(loader(**WHOLE[name]()), 1000)
+    assert sorted(drawn.indices) == list(range(SIZE)), "all of them, each once"
+    assert sorted(positions(drawn)) == list(range(SIZE))
+
+
+def test_the_draw_is_random_and_decided_by_the_seed_alone() -> None:
+    def draw(number: int) -> Any:
+        seed(number)
+        return [draw_samples(loader(shuffle=True), 10, seed=s).indices for s in (0, 1)]
+
+    first, again = draw(1), draw(2)
+    assert first == again
+    assert set(first[0]) != set(first[1])
+    assert list(first[0]) != sorted(first[0])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 100])
+def test_the_batch_size_does_not_change_the_samples(batch_size: int) -> None:
+    expected = draw_samples(loader(shuffle=True), 10)
+    drawn = draw_samples(loader(shuffle=True), 10, batch_size=batch_size)
+    assert positions(drawn) == list(expected.indices)
+    full = [batch.weight for batch in drawn.batches][:-1]
+    assert full == [batch_size] * (len(drawn.batches) - 1)
+    assert sum(batch.weight for batch in drawn.batches) == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [({"batch_size": 5}, 5), ({"batch_sampler": BatchSampler(RandomSampler(range(SIZE)), 7, drop_last=False)}, 7)],
+    ids=["loader", "batch_sampler"],
+)
+def test_batches_as_large_as_in_training(options: dict[str, Any], size: int) -> None:
+    assert draw_samples(loader(**options), 10).batches[0].weight == size
+
+
+def test_given_positions_in_the_given_order() -> None:
+    batches = [PlannedBatch([5, 2, 9], 7), PlannedBatch([2], 3)]
+    drawn = draw_samples(loader(shuffle=True), 3, drawn=batches)
+    assert positions(drawn) == [5, 2, 9, 2]
+    assert [(batch.weight, batch.position) for batch in drawn.batches] == [(3, 7), (1, 3)]
+    assert drawn.drawn == tuple(batches)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": []}, "empty: there are no samples to analyse"),
+        ({"batch_size": SIZE + 1, "drop_last": True}, "empty.*`drop_last=True`"),
+        ({"collate_fn": lambda items: None}, "every batch that was read is None or empty"),
+        ({"dataset": [], "sampler": None}, "empty: there are no samples to analyse"),
+    ],
+)
+def test_nothing_to_draw(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw_samples(loader(**options), 10)
+
+
+def test_weights_by_function() -> None:
+    drawn = draw_samples(loader(), 16, batch_weight=lambda batch: float(batch[2].sum()))
+    assert [batch.weight for batch in drawn.batches] == [float(batch.data[2].sum()) for batch in drawn.batches]
+
+
+# Nothing of the user's is disturbed -----------------------------------------------------------------------------------
+
+
+class LazyDigits(Digits):
+    """Opens its file when the first sample is read, counts, and draws from generators of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.handle: list[str] | None = None
+        self.reads = 0
+        self.rng = np.random.default_rng(5)
+        self.generator = torch.Generator().manual_seed(5)
+        self.cache: dict[int, Tensor] = {}
+
+    def __getitem__(self, position: int) -> Any:
+        if self.handle is None:
+            self.handle = ["open"]
+        self.reads += 1
+        x, y, _ = super().__getitem__(position)
+        x += self.rng.normal() + torch.randn(1, generator=self.generator)
+        self.cache[position] = x
+        return x, y, position
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["", "also_after_an_error"])
+@pytest.mark.parametrize("noise", NOISES)
+def test_dataset_generators_and_sampler_are_put_back(noise: str, fails: bool) -> None:
+    dataset = LazyDigits()
+    dataset.augment = NOISES[noise]
+    if fails:
+        dataset.size = 3  # reading further fails
+    sampler = CustomSampler()
+    generator = torch.Generator().manual_seed(9)
+    train_loader = loader(dataset, sampler=sampler, generator=generator, worker_init_fn=print)
+    before = freeze([vars(dataset), generator, vars(sampler)]), global_generators()
+    if fails:
+        with pytest.raises(IndexError):
+            draw_samples(train_loader, 10)
+    else:
+        assert len(draw_samples(train_loader, 10).indices) == len(TRAINING)
+    assert (freeze([vars(dataset), generator, vars(sampler)]), global_generators()) == before
+    assert dataset.handle is None
+
+
+def test_attributes_behind_a_subset_are_put_back() -> None:
+    dataset = LazyDigits()
+    subset = torch.utils.data.ConcatDataset([torch.utils.data.Subset(dataset, TRAINING)])
+    before = freeze(vars(dataset))
+    assert len(draw_samples(loader(subset), 10).indices) == len(TRAINING)
+    assert freeze(vars(dataset)) == before
+
+
+# Random augmentation, and any number of processes ---------------------------------------------------------------------
+
+
+def dealt(make_loader: Callable[[], Any], world_size: int, num_samples: int = 21, **kwargs: Any) -> list[Any]:
+    """Draw in every process, and put the batches together in the order of their index."""
+    shares, own = [], []
+    sums: list[list[float]] = []  # as one process finds them; several must find the same together
+
+    def found_alone(work: Callable[[], list[float]]) -> list[float]:
+        sums.append(work())
+        return sums[-1]
+
+    draw_samples(make_loader(), num_samples, processes=Processes(add=found_alone), **kwargs)
+    for rank in range(world_size):
+        seed(rank)  # processes may differ in their random streams
+        remaining, found = list(sums), []
+
+        def found_together(work: Callable[[], list[float]], found: Any = found, remaining: Any = remaining) -> Any:
+            found.append(work())
+            return remaining.pop(0)
+
+        processes = Processes(rank, world_size, add=found_together)
+        shares.append(draw_samples(make_loader(), num_samples, processes=processes, **kwargs))
+        own.append(found)
+    assert [[sum(parts) for parts in zip(*rounds, strict=True)] for rounds in zip(*own, strict=True)] == sums
+    assert len({share.indices for share in shares}) == 1
+    assert max(len(share.batches) for share in shares) - min(len(share.batches) for share in shares) <= 1
+    batches = sorted((batch for share in shares for batch in share.batches), key=lambda batch: batch.index)
+    return [(batch.index, batch.weight, batch.position, freeze(batch.data)) for batch in batches]
+
+
+class EndlessStream(IterableDataset[Any]):
+    """Yields random samples for ever."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for position in itertools.count():
+            yield NOISES["torch"](digits()[0][position]), digits()[1][position], position
+
+
+DEALT: dict[str, Callable[[], Any]] = {
+    **{name: lambda noise=noise: loader(Digits(augment=noise), shuffle=True) for name, noise in NOISES.items()},
+    "generator_of_the_dataset": lambda: loader(NoisyDigits(), shuffle=True),
+    "stream": lambda: loader(EndlessStream()),
+    "weighted": lambda: loader(sampler=WeightedRandomSampler(training_weights(), 40)),
+}
+
+
+@pytest.mark.parametrize("name", DEALT)
+def test_the_same_batches_for_any_number_of_processes(name: str) -> None:
+    alone = dealt(DEALT[name], 1)
+    assert [index for index, *_ in alone] == [0, 1, 2]
+    assert [weight for _, weight, *_ in alone] == [8, 8, 5]
+    for world_size in (1, 2, 3):
+        assert dealt(DEALT[name], world_size) == alone
+
+
+@pytest.mark.parametrize("make_loader", [DEALT["torch"], DEALT["stream"]], ids=["dataset", "stream"])
+def test_more_processes_than_batches(make_loader: Callable[[], Any]) -> None:
+    add = {"add": lambda work: (work(), [0.0, 8.0, 2.0])[1]}
+    shares = [draw_samples(make_loader(), 10, processes=Processes(rank, 4, **add)) for rank in range(4)]
+    assert [[batch.index for batch in share.batches] for share in shares] == [[0], [1], [], []]
+    assert len({share.indices for share in shares}) == 1
+
+
+def test_batches_are_augmented_differently() -> None:
+    dataset = Digits(augment=torch.randn_like)
+    first, second = (batch.data[0] for batch in draw_samples(loader(dataset), 16).batches)
+    assert not torch.equal(first, second)
+
+
+# Streams --------------------------------------------------------------------------------------------------------------
+
+
+class FiniteStream(IterableDataset[Any]):
+    """Goes on from its cursor: what is read once is gone."""
+
+    def __init__(self, size: int = 20) -> None:
+        self.size = size
+        self.cursor = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.cursor < self.size:
+            self.cursor += 1
+            yield digits()[0][self.cursor - 1], digits()[1][self.cursor - 1], self.cursor - 1
+
+
+class GeneratorStream(IterableDataset[Any]):
+    """Holds a generator, which cannot be copied."""
+
+    def __init__(self) -> None:
+        self.source = iter((digits()[0][p], digits()[1][p], p) for p in range(20))
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.source
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 6, 50])
+def test_a_stream_gives_its_first_samples(batch_size: int | None) -> None:
+    endless = draw_samples(loader(EndlessStream()), 13, batch_size=batch_size)
+    assert positions(endless) == list(range(13))
+    assert endless.indices is None
+    finite = draw_samples(loader(FiniteStream()), 50, batch_size=batch_size)
+    assert positions(finite) == list(range(20))
+
+
+def test_a_stream_keeps_its_place() -> None:
+    stream = FiniteStream()
+    next(iter(stream))
+    assert positions(draw_samples(loader(stream), 5)) == [1, 2, 3, 4, 5]
+    assert stream.cursor == 1
+
+
+@pytest.mark.parametrize("make_loader", [loader, lambda stream: stream.source], ids=["dataset", "generator"])
+def test_a_stream_that_cannot_be_copied_is_refused_and_left_alone(make_loader: Callable[[Any], Any]) -> None:
+    stream = GeneratorStream()
+    with pytest.raises(MisconfigurationException, match=r"cannot be copied.*pass `dataloader=`"):
+        draw_samples(make_loader(stream), 5)
+    assert len(list(stream)) == 20
+
+
+# Whole batches --------------------------------------------------------------------------------------------------------
+
+
+class DatasetOfBatches(Dataset[Any]):
+    """Item b is the b-th batch of four."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, number: int) -> Any:
+        if number >= 5:
+            raise IndexError(number)
+        return samples(list(range(4 * number, 4 * number + 4)))
+
+
+class StreamOfBatches(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return (samples(list(range(4 * number, 4 * number + 4))) for number in range(5))
+
+
+class BatchesOnDemand:
+    """An iterable of batches that is no DataLoader; it counts how many it gave away."""
+
+    def __init__(self) -> None:
+        self.given = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in range(5):
+            self.given += 1
+            yield samples(list(range(4 * number, 4 * number + 4)))
+
+
+WHOLE_BATCHES: dict[str, Callable[[], Any]] = {
+    "dataset": lambda: DataLoader(DatasetOfBatches(), batch_size=None),
+    "stream": lambda: DataLoader(StreamOfBatches(), batch_size=None),
+    "iterable": BatchesOnDemand,
+    "list": lambda: list(BatchesOnDemand()),
+    "combined_loader": lambda: CombinedLoader([DataLoader(StreamOfBatches(), batch_size=None)], "sequential"),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_BATCHES)
+def test_whole_batches_are_taken_from_the_beginning(name: str) -> None:
+    source = WHOLE_BATCHES[name]()
+    drawn = draw_samples(source, 10)
+    assert positions(drawn) == list(range(12)), "whole batches, as few as hold ten samples"
+    assert [batch.weight for batch in drawn.batches] == [4, 4, 4]
+    assert positions(draw_samples(source, 1000)) == list(range(20))
+    if name == "iterable":
+        assert source.given == 0
+
+
+class BulkDigits(Digits):
+    """Reads a list of positions at once."""
+
+    def __getitem__(self, chosen: Any) -> Any:
+        self.read.extend(chosen)
+        return samples(list(chosen))
+
+
+def test_a_batch_sampler_in_the_place_of_the_sampler() -> None:
+    """The idiom of PyTorch's documentation for data sets that read in bulk: only the sampler knows the batches."""
+    bulk = DataLoader(
+        BulkDigits(), sampler=BatchSampler(SubsetRandomSampler(TRAINING), 3, drop_last=False), batch_size=None
+    )
+    drawn = draw_samples(bulk, SIZE)
+    assert sorted(positions(drawn)) == TRAINING
+    assert [batch.weight for batch in drawn.batches] == [3, 3, 2]
+
+
+# In the Trainer -------------------------------------------------------------------------------------------------------
+
+
+class Seen(SeenByLoss):
+    """Sorts the batches by the step at which they were analysed."""
+
+    def by_analysis(self) -> list[Any]:
+        return list(self.frozen.values())
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen: dict[int, list[Any]] = {}
+
+    def __call__(self, module: pl.LightningModule, batch: Any) -> Tensor:
+        self.step = module.global_step
+        return super().__call__(module, batch)
+
+    def keep(self, batch: Any) -> None:
+        batches = self.frozen.setdefault(self.step, [])
+        if (frozen := freeze(batch)) not in batches:
+            batches.append(frozen)
+        super().keep(batch)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_same_samples_at_every_analysis(workers: int, tmp_path: Path) -> None:
+    seen = Seen()
+    observer = callback(at_start=True, loss_fn=seen, num_samples=20)
+    data = loader(Digits(16 if workers else SIZE, augment=NOISES["torch"]), shuffle=True, num_workers=workers)
+    fit(tmp_path, observer, data=data)
+    first, *others = seen.by_analysis()
+    assert len(others) == 2
+    assert all(other == first for other in others)
+    assert len(first) == (2 if workers else 3)
+    assert sorted(observer.state_dict()["samples"]["training"]["indices"]) == sorted(
+        {int(p) for batch in seen.batches for p in batch[2]}
+    )
+
+
+def test_the_same_samples_after_resume(tmp_path: Path) -> None:
+    """Although the dataset has grown since, which changes what would be drawn from it."""
+    seen, saved = Seen(), tmp_path / "saved.ckpt"
+    before, data = callback(loss_fn=seen), loader(Digits(SIZE, NOISES["torch"]), shuffle=True)
+    fit(tmp_path, before, data=data).save_checkpoint(saved)
+
+    after, data = callback(loss_fn=seen), loader(Digits(SIZE + 20, NOISES["torch"]), shuffle=True)
+    fit(tmp_path, after, data=data, ckpt_path=saved, max_epochs=3)
+    assert [record.epoch for record in after.history] == [0, 1, 2]
+    assert after.state_dict()["samples"]["training"]["indices"] == before.state_dict()["samples"]["training"]["indices"]
+    assert seen.by_analysis()[2] == seen.by_analysis()[0]
+
+    fresh = callback()
+    fit(tmp_path, fresh, data=loader(Digits(SIZE + 20), shuffle=True), max_epochs=1)
+    assert (
+        fresh.state_dict()["samples"]["training"]["indices"] != before.state_dict()["samples"]["training"]["indices"]
+    ), "or resuming would have shown nothing"
+
+
+@pytest.mark.filterwarnings("ignore:.*others are drawn:RuntimeWarning")
+@pytest.mark.parametrize("more", [False, True], ids=["", "also_if_there_are_more_data"])
+def test_other_samples_after_resume_with_another_number(more: bool, tmp_path: Path) -> None:
+    saved = tmp_path / "saved.ckpt"
+    fit(tmp_path, callback(num_samples=16), max_epochs=1).save_checkpoint(saved)
+    data = loader(Digits(SIZE + 20 if more else SIZE), shuffle=True)
+    after = callback(num_samples=24)
+    fit(tmp_path, after, data=data, ckpt_path=saved, max_epochs=2)
+    assert [record.spectrum.num_samples for record in after.history] == [16, 24]
+    fresh = draw_samples(data, 24)
+    assert after.state_dict()["samples"]["training"]["indices"] == list(fresh.indices)
+
+
+@pytest.mark.filterwarnings("ignore:.*others are drawn:RuntimeWarning")
+def test_resuming_with_fewer_data_and_the_advice(tmp_path: Path) -> None:
+    saved = tmp_path / "saved.ckpt"
+    fit(tmp_path, callback(num_samples=SIZE), max_epochs=1).save_checkpoint(saved)
+    fewer = {"data": loader(Digits(12), shuffle=True), "ckpt_path": saved, "max_epochs": 2}
+    with pytest.raises(MisconfigurationException, match=r"not the data of that run.*another `num_samples`"):
+        fit(tmp_path, callback(num_samples=SIZE), **fewer)
+    after = callback(num_samples=SIZE + 1)
+    fit(tmp_path, after, **fewer)
+    assert [record.spectrum.num_samples for record in after.history] == [SIZE, 12]
+
+
+class Buckets(Sampler[list[int]]):
+    """Batches of one or of five, in an order that changes with every epoch."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = [[0], *[list(range(start, start + 5)) for start in range(5, SIZE, 5)]]
+        return iter([np.array(batches[number]) for number in torch.randperm(len(batches)).tolist()])
+
+
+@pytest.mark.filterwarnings("ignore:.*others are drawn:RuntimeWarning")
+def test_batches_and_their_positions_stay_after_resume(tmp_path: Path) -> None:
+    saved, seen = tmp_path / "saved.ckpt", Seen()
+    before, data = callback(loss_fn=seen, num_samples=20), loader(batch_sampler=Buckets())
+    fit(tmp_path, before, data=data, max_epochs=1).save_checkpoint(saved)
+    after = callback(loss_fn=seen, num_samples=20, seed=5)
+    fit(tmp_path, after, data=data, ckpt_path=saved, max_epochs=2)
+    first, second = seen.by_analysis()
+    assert first == second
+    state = [observer.state_dict()["samples"]["training"] for observer in (before, after)]
+    assert state[0] == state[1]
+    assert len(state[0]["lengths"]) == len(first)
+    assert sum(state[0]["lengths"]) == len(state[0]["indices"])
+
+
+def test_a_callback_used_again_draws_from_the_new_data(tmp_path: Path) -> None:
+    observer = callback(num_samples=SIZE)
+    fit(tmp_path, observer, max_epochs=1)
+    fit(tmp_path, observer, data=loader(Digits(12)), max_epochs=1)
+    assert sorted(observer.state_dict()["samples"]["training"]["indices"]) == list(range(12))
+    assert len(observer.history) == 1
+
+
+class TwoLoaders(Classifier):
+    """Trains on batches of several loaders at once."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        parts = batch.values() if isinstance(batch, dict) else batch
+        return sum(plain_loss(self, part) for part in parts)
+
+
+COLLECTIONS: dict[str, Callable[[], Any]] = {
+    "dict": lambda: {"a": loader(), "b": loader()},
+    "list": lambda: [loader(), loader()],
+    "combined": lambda: CombinedLoader({"a": loader(), "b": loader()}, "min_size"),
+}
+
+
+@pytest.mark.parametrize("name", COLLECTIONS)
+def test_a_collection_of_loaders(name: str, tmp_path: Path) -> None:
+    one, both = (
+        callback(dataloader=loader(), loss_fn=plain_loss),
+        callback(dataloader=CombinedLoader({"a": loader(), "b": loader()}, "min_size"), name="both"),
+    )
+    fit(tmp_path, one, both, module=TwoLoaders(), data=COLLECTIONS[name](), max_epochs=1)
+    assert one.history[0].spectrum.num_samples == 16
+    assert both.history[0].spectrum.num_samples == 16
+    assert both.state_dict()["samples"]["training"]["indices"] is None
+
+
+def test_a_dataloader_of_its_own(tmp_path: Path) -> None:
+    observer = callback(dataloader=loader(sampler=SubsetRandomSampler(TRAINING)), num_samples=SIZE)
+    fit(tmp_path, observer, max_epochs=1)
+    assert sorted(observer.state_dict()["samples"]["training"]["indices"]) == TRAINING
+
+
+def test_an_iterable_of_batches_as_training_data(tmp_path: Path) -> None:
+    batches = BatchesOnDemand()
+    observer = callback(num_samples=8)
+    trainer = fit(tmp_path, observer, data=batches)
+    assert trainer.global_step == batches.given == 10
+    assert observer.history[1].spectrum.num_samples == 8
+
+
+def test_a_stream_shared_with_training_that_cannot_be_copied_warns_and_training_goes_on(tmp_path: Path) -> None:
+    stream = GeneratorStream()
+    observer = callback(on_error="warn", dataloader=loader(stream))
+    with pytest.warns(RuntimeWarning, match="cannot be copied.*pass `dataloader=`"):
+        trainer = fit(tmp_path, observer, data=loader(stream), max_epochs=1)
+    assert trainer.global_step == 3, "all twenty samples"
+    assert "cannot be copied" in observer.history[0].error
+
+
+def test_of_a_datamodule(tmp_path: Path) -> None:
+    observer = callback(num_samples=SIZE)
+    fit(tmp_path, observer, data=DataModule(lambda: loader(sampler=SubsetRandomSampler(TRAINING))), max_epochs=1)
+    assert sorted(observer.state_dict()["samples"]["training"]["indices"]) == TRAINING
+
+
+@dataclass
+class DataclassBatch:
+    x: Tensor
+    y: Tensor
+
+
+class NamedBatch(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+class AnyBatch(Classifier):
+    """Takes the batch apart with a function."""
+
+    def __init__(self, unpack: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.unpack = unpack
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(self.unpack(batch), batch_idx)
+
+
+BATCH_TYPES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "tuple": (lambda b: (b[0], b[1]), lambda b: b),
+    "dict": (lambda b: {"x": b[0], "y": b[1], "name": "digits"}, lambda b: (b["x"], b["y"])),
+    "dataclass": (lambda b: DataclassBatch(b[0], b[1]), lambda b: (b.x, b.y)),
+    "named_tuple": (lambda b: NamedBatch(b[0], b[1]), lambda b: (b.x, b.y)),
+    "nested": (
+        lambda b: {"names": ["a"], "deep": ({"x": b[0]}, [b[1]])},
+        lambda b: (b["deep"][0]["x"], b["deep"][1][0]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BATCH_TYPES)
+def test_batches_of_any_type(name: str, tmp_path: Path) -> None:
+    pack, unpack = BATCH_TYPES[name]
+    plain, packed = callback(), callback()
+    fit(tmp_path, plain, max_epochs=1)
+    data = loader(shuffle=True, collate_fn=lambda items: pack(default_collate(items)))
+    fit(tmp_path, packed, module=AnyBatch(unpack), data=data, max_epochs=1)
+    expected, spectrum = plain.history[0].spectrum, packed.history[0].spectrum
+    assert spectrum.num_samples == expected.num_samples == 16
+    assert freeze(spectrum.nodes) == freeze(expected.nodes)
+
+
+def test_weights_by_function_reach_the_spectrum(tmp_path: Path) -> None:
+    seen = SeenByLoss()
+    observer = callback(batch_weight=lambda batch: float(batch[2].sum()), loss_fn=seen, num_samples=12)
+    module = fit(tmp_path, observer, max_epochs=1).lightning_module
+    batches = {tuple(batch[2].tolist()): batch for batch in seen.batches}.values()
+    losses, weights = zip(*[(plain_loss(module, b).item(), int(b[2].sum())) for b in batches], strict=True)
+    assert len(losses) == 2
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    spectrum = observer.history[0].spectrum
+    assert spectrum.num_samples == 12
+    assert spectrum.loss == pytest.approx(np.average(losses, weights=weights), rel=1e-5)
+
+
+class Skipping(Classifier):
+    """Skips batches in which the first sample is of an odd class, or all."""
+
+    def __init__(self, *, everything: bool = False) -> None:
+        super().__init__()
+        self.everything = everything
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None if self.everything or batch[1][0] % 2 else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:.*training_step. returned .None.")
+def test_batches_that_training_step_skips_are_left_out(tmp_path: Path) -> None:
+    observer = callback(num_samples=SIZE)
+    fit(tmp_path, observer, module=Skipping(), data=loader(batch_size=4), max_epochs=1)
+    spectrum = observer.history[0].spectrum
+    drawn = draw_samples(loader(batch_size=4), SIZE)
+    skipped = sum(int(batch.data[1][0] % 2) for batch in drawn.batches)
+    assert 0 < skipped < 10
+    assert spectrum.num_samples == SIZE - 4 * skipped
+    assert f"{skipped} of 10 batches left out" in spectrum.strategy_reason
+
+
+@pytest.mark.filterwarnings("ignore:.*training_step. returned .None.")
+def test_if_it_skips_all_there_is_no_spectrum(tmp_path: Path) -> None:
+    observer = callback(on_error="warn")
+    with pytest.warns(RuntimeWarning, match=r"skipped all 2 batches.*Pass a `loss_fn`"):
+        fit(tmp_path, observer, module=Skipping(everything=True), max_epochs=1)
+    assert observer.history[0].spectrum is None
+    advised = callback(loss_fn=plain_loss)
+    fit(tmp_path, advised, module=Skipping(everything=True), max_epochs=1)
+    assert advised.history[0].spectrum is not None
+
+
+class Uncut:
+    """A batch whose tensors cannot be seen."""
+
+    def __init__(self, items: list[Any]) -> None:
+        batch = default_collate(items)
+        self.get = lambda: batch
+
+
+def test_batches_that_cannot_be_cut_have_no_sampling_error(tmp_path: Path) -> None:
+    options = {"loss_fn": lambda module, batch: plain_loss(module, batch.get()), "tolerance": "auto", "num_samples": 40}
+    observer = callback(**options, on_error="warn")
+    with pytest.warns(RuntimeWarning, match=r"cut into 5 only.*Pass at least 8 batches.*\(smaller ones"):
+        fit(tmp_path, observer, module=AnyBatch(lambda b: b.get()), data=loader(collate_fn=Uncut), max_epochs=1)
+    advised = callback(**options, batch_size=5, steps=20)
+    fit(tmp_path, advised, module=AnyBatch(lambda b: b.get()), data=loader(collate_fn=Uncut), max_epochs=1)
+    assert advised.history[0].spectrum.sampling_groups == 8
+    assert advised.history[0].spectrum.c_t_sampling_error > 0
+
+
+# Transfer hooks -------------------------------------------------------------------------------------------------------
+
+
+def shift(batch: Any) -> Any:
+    return [batch[0] + 1, *batch[1:]]
+
+
+def shift_in_place(batch: Any) -> Any:
+    batch[0] += 1
+    return batch
+
+
+def shift_and_add_noise(batch: Any) -> Any:
+    return [batch[0] + 1 + 0.1 * torch.randn(batch[0].shape), *batch[1:]]
+
+
+class Hooked:
+    """The transfer hooks, each of which may be replaced by a function of the batch."""
+
+    def use(self, hook: str, change: Callable[[Any], Any]) -> Any:
+        self.hook, self.change = hook, change
+        return self
+
+    def _changed(self, hook: str, batch: Any) -> Any:
+        return self.change(batch) if hook == self.hook else batch
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self._changed("on_before_batch_transfer", batch)
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return self._changed("transfer_batch_to_device", batch)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self._changed("on_after_batch_transfer", batch)
+
+
+class HookedModule(Hooked, Classifier): ...
+
+
+class HookedData(Hooked, DataModule): ...
+
+
+@pytest.mark.parametrize("change", [shift, shift_in_place, shift_and_add_noise])
+@pytest.mark.parametrize("where", ["module", "datamodule"])
+@pytest.mark.parametrize("hook", ["on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"])
+def test_transfer_hooks(hook: str, where: str, change: Callable[[Any], Any], tmp_path: Path) -> None:
+    """They are applied, once to each batch, with the same result at every analysis."""
+    seen = Seen()
+    observer = callback(loss_fn=seen, at_start=True)
+    module = HookedModule().use(hook, change) if where == "module" else Classifier()
+    data = HookedData().use(hook, change) if where == "datamodule" else loader()
+    fit(tmp_path, observer, module=module, data=data, max_epochs=1, limit_train_batches=2)
+    first, second = seen.by_analysis()
+    assert len(first) == 2
+    assert second == first
+    for batch in seen.batches:
+        noise = batch[0] - 1 - samples(batch[2])[0]
+        assert noise.abs().max() < 1e-6 if change is not shift_and_add_noise else 0.05 < noise.std() < 0.2
+
+
+class InPlace(Classifier):
+    """Changes its batch, in place or not, with the same effect on the loss."""
+
+    def __init__(self, *, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.in_place:
+            batch[0].mul_(0.5)
+            batch[1] += 1
+            batch[1] %= 10
+            return super().training_step(batch, batch_idx)
+        return super().training_step([0.5 * batch[0], (batch[1] + 1) % 10, batch[2]], batch_idx)
+
+
+@pytest.mark.parametrize("strategy", ["graph", "recompute"])
+def test_a_training_step_that_changes_its_batch_in_place(strategy: str, tmp_path: Path) -> None:
+    nodes = []
+    for in_place in (False, True):
+        observer = callback(at_start=True, strategy=strategy)
+        fit(tmp_path, observer, module=InPlace(in_place=in_place))
+        nodes.append(freeze([record.spectrum.nodes for record in observer.history]))
+    assert len(nodes[0]) == 3
+    assert nodes[0] == nodes[1]
+
+
+def test_the_users_own_batches_are_not_changed(tmp_path: Path) -> None:
+    batches = [samples([0, 1, 2]), samples([3, 4])]
+    before = freeze(batches)
+    observer = callback(dataloader=batches)
+    module = HookedModule().use("on_before_batch_transfer", shift_in_place)
+    fit(tmp_path, observer, module=module, max_epochs=1)
+    assert observer.history[0].spectrum.num_samples == 5
+    assert freeze(batches) == before

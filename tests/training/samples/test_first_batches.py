@@ -1,0 +1,447 @@
+"""Kept batches: loaders that are not taken apart, whose samples are the first batches that training gets."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
+
+from lightning_hesd.training.samples import first_batches
+from tests.training import processes
+from tests.training.modules import (
+    SIZE,
+    Classifier,
+    DataModule,
+    Digits,
+    callback,
+    fit,
+    freeze,
+    global_generators,
+    loader,
+    plain_loss,
+    samples,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+def loss_of(module: pl.LightningModule, batch: Any) -> Any:
+    """Return the loss of a batch of one loader or of several."""
+    if isinstance(batch, dict):
+        return sum(loss_of(module, part) for part in batch.values())
+    if not isinstance(batch[0], torch.Tensor):
+        return sum(loss_of(module, part) for part in batch)
+    x, y = batch[:2]
+    return plain_loss(module, [x.reshape(-1, 64), y.reshape(-1)])
+
+
+class Observed(Classifier):
+    """Records the batches that `training_step` gets from training, and changes them in place if asked to."""
+
+    def __init__(self, *, in_place: bool = False) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.trained: list[Any] = []
+        self.transfers = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.trained.append(freeze(batch))
+        if self.in_place:
+            batch[0].mul_(0)
+        return loss_of(self, batch)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.transfers += 1
+        return batch
+
+
+class Seen:
+    """A `loss_fn` that records the batches of the analyses, once each."""
+
+    def __init__(self) -> None:
+        self.batches: list[Any] = []
+
+    def __call__(self, module: pl.LightningModule, batch: Any) -> Any:
+        frozen = freeze(batch)
+        if torch.get_default_dtype() == torch.float32 and frozen not in self.batches:
+            self.batches.append(frozen)
+        return loss_of(module, batch)
+
+
+# Loaders --------------------------------------------------------------------------------------------------------------
+
+
+class Counted:
+    """Counts how many batches are taken from an iterable."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+        self.taken = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.source:
+            self.taken += 1
+            yield batch
+
+
+class OwnIter(DataLoader[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        for x, *rest in super().__iter__():
+            yield [x / 100, *rest]
+
+
+class OwnIterator(DataLoader[Any]):
+    def _get_iterator(self) -> Any:
+        return iter([[x / 100, *rest] for x, *rest in super()._get_iterator()])
+
+
+class OwnIndices(DataLoader[Any]):
+    @property
+    def _index_sampler(self) -> Any:
+        return [[3, 2], [1, 0], [5, 4]]
+
+
+class Endless(IterableDataset[Any]):
+    def __init__(self) -> None:
+        self.cursor = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            self.cursor += 1
+            yield [part[0] for part in samples([self.cursor % SIZE])]
+
+
+def filled(count: int = SIZE) -> queue.Queue[int]:
+    full: queue.Queue[int] = queue.Queue()
+    for position in range(count):
+        full.put(position)
+    return full
+
+
+class FromQueue(IterableDataset[Any]):
+    def __init__(self) -> None:
+        self.queue = filled()
+
+    def __iter__(self) -> Iterator[Any]:
+        while not self.queue.empty():
+            yield [part[0] for part in samples([self.queue.get()])]
+
+
+class MapFromQueue(Dataset[Any]):
+    """Has positions, and gives the next sample whatever the position."""
+
+    def __init__(self) -> None:
+        self.sources = {"train": filled(2 * SIZE)}
+
+    def __len__(self) -> int:
+        return SIZE
+
+    def __getitem__(self, position: int) -> Any:
+        return [part[0] for part in samples([self.sources["train"].get(timeout=1) % SIZE])]
+
+
+class LockedSampler(Sampler[int]):
+    """Cannot be copied, and remembers in which order it gave its positions last."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.epochs = 0
+
+    def __len__(self) -> int:
+        return SIZE
+
+    def __iter__(self) -> Iterator[int]:
+        self.epochs += 1
+        with self.lock:
+            return iter(torch.randperm(SIZE).tolist())
+
+
+class LockedLoader:
+    """An iterable that cannot be copied."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.given = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in range(5):
+            self.given += 1
+            yield samples(list(range(8 * number, 8 * number + 8)))
+
+
+class Bulk(Digits):
+    def __getitem__(self, chosen: Any) -> Any:
+        return samples(list(chosen))
+
+
+def batches(count: int = 5) -> Iterator[Any]:
+    return (samples(list(range(8 * n % SIZE, 8 * n % SIZE + 8))) for n in range(count))
+
+
+LOADERS: dict[str, Callable[[], Any]] = {
+    "own_iter": lambda: OwnIter(Digits(), batch_size=8, shuffle=True),
+    "own_get_iterator": lambda: OwnIterator(Digits(), batch_size=8, shuffle=True),
+    "own_indices": lambda: OwnIndices(Digits(), batch_size=8),
+    "whole_batches": lambda: DataLoader(
+        Bulk(), sampler=BatchSampler(RandomSampler(range(SIZE)), 8, drop_last=False), batch_size=None
+    ),
+    "stream": lambda: loader(Endless()),
+    "queue": lambda: loader(FromQueue()),
+    "map_style_queue": lambda: loader(MapFromQueue()),
+    "single_pass": lambda: batches(15),
+    "uncopyable": LockedLoader,
+    "uncopyable_sampler": lambda: loader(sampler=LockedSampler()),
+    "list_of_loaders": lambda: [loader(shuffle=True), loader(Endless())],
+    "dict_of_loaders": lambda: {"a": loader(shuffle=True), "b": loader(Digits(), batch_size=8)},
+    "combined": lambda: CombinedLoader({"a": loader(shuffle=True), "b": loader()}, "min_size"),
+    "datamodule": lambda: DataModule(lambda: [OwnIter(Digits(), batch_size=8), loader(shuffle=True)]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:You have overridden")
+@pytest.mark.parametrize("name", LOADERS)
+def test_the_samples_are_the_first_batches_of_training(name: str, tmp_path: Path) -> None:
+    """Bit by bit, with no more of the loader used, and training the same."""
+    ends = []
+    for observers in ([], [callback(loss_fn=(seen := Seen()), num_samples=16)]):
+        module = Observed()
+        data = LOADERS[name]()
+        counted = Counted(data) if name in {"single_pass", "uncopyable"} else data
+        trainer = fit(tmp_path, *observers, module=module, data=counted, limit_train_batches=3)
+        left = [getattr(counted, "taken", None), getattr(getattr(data, "dataset", None), "cursor", None)]
+        left.append(getattr(getattr(data, "sampler", None), "epochs", None))
+        ends.append((freeze(module.state_dict()), global_generators(), module.transfers, left, module.trained))
+        assert "on_train_batch_start" not in vars(trainer.strategy), "nothing is left behind"
+    assert ends[0] == ends[1]
+    spectra = [record.spectrum for record in observers[0].history]
+    assert len(spectra) == 2
+    assert spectra[0].num_samples == spectra[1].num_samples
+    count = 3 if name == "own_indices" else 2
+    assert sorted(map(str, seen.batches)) == sorted(map(str, module.trained[:count]))
+
+
+def test_a_list_of_batches_is_several_loaders_to_lightning(tmp_path: Path) -> None:
+    """Each yields its rows, which is what is trained, and hardly what was meant."""
+    seen, module = Seen(), Observed()
+    with pytest.warns(RuntimeWarning, match=r"entry of a list .* batch_size=None"):
+        fit(tmp_path, callback(loss_fn=seen, num_samples=128), module=module, data=list(batches(2)), max_epochs=1)
+    assert len(module.trained) == 8
+    assert seen.batches == module.trained[:2]
+
+
+# When and what --------------------------------------------------------------------------------------------------------
+
+
+def test_what_others_make_of_a_batch_before_the_step(tmp_path: Path) -> None:
+    """Transfer hooks are applied once, hooks at the start of a batch are seen, and changes in place are not."""
+
+    class Mixes(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            batch[0].mul_(3)
+
+    class Changed(Observed):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return [batch[0] + 1, *batch[1:]]
+
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return [batch[0] + torch.randn_like(batch[0]), *batch[1:]]
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+            batch[0].add_(1)
+            return -1 if batch_idx == 2 and self.current_epoch == 0 else None
+
+    seen, module = Seen(), Changed(in_place=True)
+    fit(tmp_path, callback(loss_fn=seen, num_samples=64), Mixes(), module=module, data=OwnIter(Digits(), batch_size=8))
+    assert seen.batches == module.trained[:2], "the third is not trained, and ends the epoch"
+
+
+def test_an_analysis_at_the_start_is_left_out(tmp_path: Path) -> None:
+    observer = callback(at_start=True)
+    with pytest.warns(RuntimeWarning, match=r"`at_start`.* is left out.*a loader or a list of batches"):
+        fit(tmp_path, observer, data=loader(Endless()), limit_train_batches=2)
+    assert [record.epoch for record in observer.history] == [0, 1]
+    assert all(record.spectrum.num_samples == 16 for record in observer.history)
+
+
+def test_analyses_between_steps_have_what_is_kept_so_far(tmp_path: Path) -> None:
+    observer = callback(every_n_train_steps=1, num_samples=24)
+    fit(tmp_path, observer, data=loader(Endless()), limit_train_batches=5, max_epochs=1)
+    assert [record.spectrum.num_samples for record in observer.history] == [8, 16, 24, 24, 24]
+
+
+def test_samples_stay_when_data_are_made_anew_and_are_those_of_one_epoch(tmp_path: Path) -> None:
+    sizes = iter([4, 2, 1, 1])
+
+    class Shrinking(DataModule):
+        def train_dataloader(self) -> Any:
+            return OwnIter(Digits(8 * next(sizes)), batch_size=8, shuffle=True)
+
+    seen, module = Seen(), Observed()
+    observer = callback(num_samples=SIZE, loss_fn=seen)
+    fit(tmp_path, observer, module=module, data=Shrinking(), max_epochs=3, reload_dataloaders_every_n_epochs=1)
+    assert [record.spectrum.num_samples for record in observer.history] == [32, 32, 32]
+    assert seen.batches == module.trained[:4]
+
+
+def test_more_samples_come_from_the_epoch_they_began_with(tmp_path: Path) -> None:
+    observer = callback(num_samples="auto", tolerance=1e-9, steps=4)
+    fit(tmp_path, observer, data=OwnIter(Digits(600), batch_size=100), max_epochs=2)
+    assert [record.spectrum.num_samples for record in observer.history] == [600, 600]
+
+
+def test_batches_are_kept_anew_by_a_resumed_run(tmp_path: Path) -> None:
+    data = OwnIter(Digits(), batch_size=8, shuffle=True)
+    trainer = fit(tmp_path, callback(), data=data, max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    state = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]
+    assert [s["samples"]["training"]["indices"] for key, s in state.items() if "Hessian" in key] == [None]
+    seen, module = Seen(), Observed()
+    observer = callback(loss_fn=seen)
+    with pytest.warns(RuntimeWarning, match="spectra before and after are of different samples"):
+        fit(tmp_path, observer, module=module, data=data, ckpt_path=tmp_path / "a.ckpt")
+    assert [record.epoch for record in observer.history] == [0, 1]
+    assert seen.batches == module.trained[:2]
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batches_kept", [1, 2])
+def test_the_memory_of_kept_batches_is_bounded(batches_kept: int, tmp_path: Path, monkeypatch: Any) -> None:
+    size = sum(part.nbytes for part in samples(list(range(8))))
+    monkeypatch.setattr(first_batches, "LARGEST_KEPT", batches_kept * size + size // 2 - size * (batches_kept == 1))
+    observer = callback(num_samples=32)
+    with pytest.warns(RuntimeWarning, match=rf"{8 * batches_kept} samples .* instead of 32: .* more than 0 MiB"):
+        fit(tmp_path, observer, data=LockedLoader(), max_epochs=1)
+    assert observer.history[0].spectrum.num_samples == 8 * batches_kept
+
+
+def test_a_view_is_copied_without_the_memory_around_it() -> None:
+    whole = torch.randn(1000, 4)
+    batch = {"x": whole[:2], "y": [whole[5, :1]], "long": list(range(1000))}
+    copy = first_batches._copied(batch)
+    assert freeze(copy) == freeze(batch)
+    assert copy["x"].untyped_storage().nbytes() == copy["x"].nbytes
+    assert copy["y"][0].untyped_storage().nbytes() == 4
+    whole.zero_()
+    assert copy["x"].abs().sum() > 0
+
+
+def test_what_is_kept_on_the_cpu_comes_back_the_same(tmp_path: Path, monkeypatch: Any) -> None:
+    """As on an accelerator, of which the device of a tensor is the only sign here."""
+    moves: list[str] = []
+
+    def moved(data: Any, device: torch.device) -> Any:
+        moves.append(device.type)
+        return data
+
+    monkeypatch.setattr(first_batches, "SMALL", -1)
+    monkeypatch.setattr(first_batches, "move_data_to_device", moved)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    batch = samples([1, 2])
+    keeping = first_batches.KeptBatches(trainer, 2)
+    keeping._device = torch.device("meta")
+    trainer.strategy.on_train_batch_start(batch, 0)
+    keeping.trained()
+    [found] = keeping.batches(2)
+    assert moves == ["cpu", "meta"]
+    assert freeze(found.data) == freeze(samples([1, 2]))
+    assert found.data[0] is not batch[0]
+    assert keeping.is_complete
+
+
+# What cannot be kept --------------------------------------------------------------------------------------------------
+
+
+class Attached(Classifier):
+    """Batches that have passed through a layer are of the module's graph: a copy would be another function."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [self.net[0].weight.sum() * batch[0], *batch[1:]]
+
+
+def test_batches_that_cannot_be_copied(tmp_path: Path) -> None:
+    observer = callback(on_error="warn")
+    with pytest.warns(RuntimeWarning, match=r"cannot be kept .*RuntimeError.*pass `dataloader=`"):
+        trainer = fit(tmp_path, observer, module=Attached(), data=LockedLoader(), max_epochs=1)
+    assert trainer.global_step == 5
+    assert observer.history[0].spectrum is None
+
+
+@dataclass
+class Opaque:
+    items: Any
+
+
+def test_batches_of_unknown_size(tmp_path: Path) -> None:
+    class Takes(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return plain_loss(self, [torch.tensor(part) for part in batch.items])
+
+    data = [Opaque([part.numpy() for part in samples([0, 1, 2])])] * 3
+    observer = callback(on_error="warn")
+    with pytest.warns(RuntimeWarning, match="pass `batch_weight`"):
+        fit(tmp_path, observer, module=Takes(), data=Counted(data), max_epochs=1)
+    observer = callback(batch_weight=lambda batch: float(len(batch.items[0])), num_samples=6)
+    fit(tmp_path, observer, module=Takes(), data=Counted(data), max_epochs=1)
+    assert observer.history[0].spectrum.num_samples == 6
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter`", "ignore:Found `dataloader_iter`")
+def test_a_step_that_fetches_its_batches(tmp_path: Path) -> None:
+    class Fetches(Classifier):
+        def training_step(self, dataloader_iter: Any) -> Any:
+            return plain_loss(self, next(dataloader_iter)[0])
+
+    with pytest.raises(MisconfigurationException, match=r"`dataloader_iter`.*no samples .*pass `dataloader=`"):
+        fit(tmp_path, callback(loss_fn=plain_loss), module=Fetches(), data=loader(Endless()), limit_train_batches=2)
+
+
+# Several processes ----------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_keep_half_of_the_samples_each(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("kept_run.py")
+    (alone,), both = (processes.run(script, tmp_path / str(world), world) for world in (1, 2))
+    for rank in both:
+        assert rank["same"]
+        for mine, theirs in zip(alone["records"], rank["records"], strict=True):
+            assert mine["num_samples"] == theirs["num_samples"] == 24
+            assert theirs["lambda_max"] == pytest.approx(mine["lambda_max"], rel=1e-9)
+            assert theirs["c_t"] == pytest.approx(mine["c_t"], rel=1e-9)
+
+
+# A dataloader of the user's own ---------------------------------------------------------------------------------------
+
+
+def test_a_dataloader_of_the_users_that_cannot_be_copied_is_iterated(tmp_path: Path) -> None:
+    for own in (LockedLoader(), source := batches()):
+        observer = callback(dataloader=own)
+        fit(tmp_path, observer)
+        assert [record.spectrum.num_samples for record in observer.history] == [16, 16]
+    assert len(list(source)) == 3, "of five batches two were taken"
+
+
+def test_the_training_dataloader_given_again_is_that_of_training(tmp_path: Path) -> None:
+    data = Counted(LockedLoader())
+    observer = callback(dataloader=data)
+    fit(tmp_path, observer, data=data, max_epochs=1)
+    assert data.taken == 5
+    assert observer.history[0].spectrum.num_samples == 16
+
+
+@pytest.mark.parametrize("make", [lambda *of: list(of), lambda *of: dict(zip("ab", of, strict=True))])
+def test_several_dataloaders_of_the_users(make: Callable[..., Any], tmp_path: Path) -> None:
+    seen = Seen()
+    fit(tmp_path, callback(dataloader=make(loader(), loader()), loss_fn=seen), max_epochs=1)
+    assert len(seen.batches) == 2

@@ -1,0 +1,64 @@
+"""The whole path on an accelerator: one that stands in for those that are not here, with float64 and without it."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils import backend_registration
+
+from tests.training import processes
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this version of PyTorch has no backends in Python",
+)
+
+run = partial(processes.run, Path(__file__).with_name("accelerated.py"))
+
+WITH_FLOAT64 = [
+    *("differences_wait_once_for_each_batch", "fit", "float64_is_refused_where_there_is_none"),
+    *("nothing_waits_in_a_step", "random_numbers_of_the_device"),
+]
+
+WITHOUT_FLOAT64 = [
+    *WITH_FLOAT64,
+    *("autocast", "batches_of_training_are_kept", "checkpoints_may_be_finer_than_the_device", "landscape", "layers"),
+    *("metrics", "resume", "samples_are_added"),
+    *("analysis_basis_on_the_cpu", "analysis_differences", "analysis_ggn", "analysis_no_basis"),
+    *("analysis_preconditioned", "analysis_recomputed", "analysis_residual", "analysis_retained"),
+    *("analysis_sampling_error", "analysis_training_mode", "analysis_until_accurate"),
+]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What a single process found."""
+    (alone,) = run(tmp_path_factory.mktemp("alone"), 1)
+    return alone
+
+
+@pytest.mark.parametrize("case", WITH_FLOAT64)
+def test_with_float64(found: Any, case: str) -> None:
+    outcome = found["float64=True"][case]
+    assert outcome is None, outcome
+
+
+@pytest.mark.parametrize("case", WITHOUT_FLOAT64)
+def test_without_float64(found: Any, case: str) -> None:
+    outcome = found["float64=False"][case]
+    assert outcome is None, outcome
+
+
+def test_all_cases_are_listed(found: Any) -> None:
+    assert sorted(found["float64=True"]) == sorted(WITH_FLOAT64)
+    assert sorted(found["float64=False"]) == sorted(WITHOUT_FLOAT64)
+
+
+def test_two_processes_find_what_one_finds(found: Any, tmp_path: Path) -> None:
+    first, second = run(tmp_path, 2)
+    assert first == second
+    [alone], [together] = found["training"], first["training"]
+    assert together == pytest.approx(alone, rel=1e-4)

@@ -1,0 +1,214 @@
+"""What the monitor says of gradients that a real Trainer clips, in every way there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_hesd import HessianSpectrumCallback
+from lightning_hesd.training.gradient_monitor import GradientMonitor
+from tests.training.scripted import make_trainer
+from tests.training.test_loggers import read_csv
+from tests.training.test_resume import Net, data
+
+KEYS = ("clipped_share", "clip_factor", "gradient_cosine", "update_cosine")
+
+UNTOUCHED = {"clipped_share": 0, "clip_factor": 1, "gradient_cosine": 1, "update_cosine": 1}
+
+
+class SGDNet(Net):
+    """Keeps the norms of its gradients, as backward leaves them."""
+
+    def __init__(self, optimizer: Any = torch.optim.SGD) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+        self.norms: list[float] = []
+
+    def on_after_backward(self) -> None:
+        self.norms.append(float(torch.cat([p.grad.flatten() for p in self.parameters() if p.grad is not None]).norm()))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = self.optimizer(self.parameters(), lr=0.01)
+        return optimizer
+
+
+class OwnClipping(SGDNet):
+    def configure_gradient_clipping(self, optimizer: Any, *_args: Any, **_kwargs: Any) -> None:
+        for p in self.parameters():
+            assert p.grad is not None
+            p.grad.mul_(0.5)
+
+
+class Manual(SGDNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        self.clip_gradients(optimizer, gradient_clip_val=0.01, gradient_clip_algorithm="norm")
+        optimizer.step()
+        return loss
+
+
+class TwoOptimizers(SGDNet):
+    """The first layer is clipped, the last is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        first, last = self.optimizers()
+        first.zero_grad()
+        last.zero_grad()
+        self.manual_backward(loss)
+        self.clip_gradients(first, gradient_clip_val=0.001, gradient_clip_algorithm="norm")
+        first.step()
+        last.step()
+        return loss
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:  # type: ignore[override]
+        return [torch.optim.SGD(self.net[i].parameters(), lr=0.01) for i in (0, 2)]
+
+
+def fit(
+    tmp_path: Path, net: pl.LightningModule, *, epochs: int = 1, monitor: bool = True, **arguments: Any
+) -> dict[str, float]:
+    """Train, and return the last values that were logged."""
+    torch.manual_seed(0)
+    spectra = HessianSpectrumCallback(
+        epochs=[epochs - 1],
+        steps=4,
+        num_samples=40,
+        monitor_gradients=monitor,
+        loss_fn=None if net.automatic_optimization else lambda module, batch: Net.training_step(module, batch, 0),
+    )
+    trainer = make_trainer(tmp_path, [spectra], epochs, **arguments)
+    trainer.fit(net, data())
+    assert not any(optimizer._optimizer_step_post_hooks for optimizer in trainer.optimizers)
+    return {
+        key: float(trainer.callback_metrics[f"hesd/{key}"]) for key in KEYS if f"hesd/{key}" in trainer.callback_metrics
+    }
+
+
+def test_plain_descent_uses_the_gradients_of_the_loss(tmp_path: Path) -> None:
+    found = fit(tmp_path, SGDNet())
+    assert found == pytest.approx(UNTOUCHED, abs=1e-4)
+
+
+def test_clipping_by_norm(tmp_path: Path) -> None:
+    net = SGDNet()
+    found = fit(tmp_path, net, gradient_clip_val=0.01)
+    factor = sum(0.01 / norm for norm in net.norms) / len(net.norms)
+    expected = {"clipped_share": 1, "clip_factor": factor, "gradient_cosine": 1, "update_cosine": 1}
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_share_of_the_steps_is_clipped(tmp_path: Path) -> None:
+    free, net = SGDNet(), SGDNet()
+    fit(tmp_path / "free", free)
+    threshold = sorted(free.norms)[len(free.norms) // 2]
+    found = fit(tmp_path / "clipped", net, gradient_clip_val=threshold)
+    above = [norm for norm in net.norms if norm > threshold]
+    assert 0 < len(above) < len(net.norms)
+    assert found["clipped_share"] == pytest.approx(len(above) / len(net.norms))
+    assert found["clip_factor"] == pytest.approx(sum(threshold / norm for norm in above) / len(above), rel=1e-3)
+
+
+def test_a_failure_ends_the_looking_and_not_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_args: Any) -> None:
+        msg = "no luck"
+        raise OSError(msg)
+
+    monkeypatch.setattr(GradientMonitor, "_compare", broken)
+    with pytest.warns(RuntimeWarning, match="the gradients will no longer be looked at. OSError: no luck") as said:
+        found = fit(tmp_path, SGDNet())
+    assert len([w for w in said if "looked at" in str(w.message)]) == 1
+    assert found == {}
+
+
+def test_clipping_by_value_turns_the_gradient(tmp_path: Path) -> None:
+    found = fit(tmp_path, SGDNet(), gradient_clip_val=0.002, gradient_clip_algorithm="value")
+    assert found["clipped_share"] == 1
+    assert 0.3 < found["gradient_cosine"] < 0.99
+    assert found["update_cosine"] == pytest.approx(found["gradient_cosine"], abs=1e-4)
+
+
+def test_own_clipping(tmp_path: Path) -> None:
+    found = fit(tmp_path, OwnClipping())
+    expected = {"clipped_share": 1, "clip_factor": 0.5, "gradient_cosine": 1, "update_cosine": 1}
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_clipping_in_manual_optimization(tmp_path: Path) -> None:
+    net = Manual()
+    found = fit(tmp_path, net)
+    factor = sum(0.01 / norm for norm in net.norms) / len(net.norms)
+    assert found["clipped_share"] == 1
+    assert found["clip_factor"] == pytest.approx(factor, rel=1e-3)
+
+
+def test_each_of_several_optimizers_counts(tmp_path: Path) -> None:
+    found = fit(tmp_path, TwoOptimizers())
+    assert found["clipped_share"] == 0.5
+    assert found["update_cosine"] == pytest.approx(1, abs=1e-4)
+
+
+def test_gradients_accumulated_over_batches_count_as_one(tmp_path: Path) -> None:
+    found = fit(tmp_path, SGDNet(), accumulate_grad_batches=2)
+    assert found == pytest.approx(UNTOUCHED, abs=1e-4)
+
+
+def test_adam_turns_the_update_but_not_the_gradient(tmp_path: Path) -> None:
+    found = fit(tmp_path, SGDNet(torch.optim.Adam))
+    assert found["clipped_share"] == 0
+    assert found["gradient_cosine"] == pytest.approx(1, abs=1e-4)
+    assert 0.1 < found["update_cosine"] < 0.95
+
+
+def test_every_epoch_is_logged_by_itself(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    fit(tmp_path, SGDNet(), epochs=3, logger=logger, gradient_clip_val=0.01)
+    rows = [row for row in read_csv(Path(logger.log_dir) / "metrics.csv") if row.get("hesd/clip_factor")]
+    assert [row["step"] for row in rows] == ["3", "7", "11"]
+    assert len({row["hesd/clip_factor"] for row in rows}) == 3
+
+
+def test_long_epochs_are_sampled(tmp_path: Path) -> None:
+    steps: list[int] = []
+
+    class Counting(SGDNet):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    torch.manual_seed(0)
+    loader = DataLoader(TensorDataset(torch.rand(100, 64), torch.randint(10, (100,))), batch_size=2)
+    spectra = HessianSpectrumCallback(epochs=[5], num_samples=8, monitor_gradients=True)
+    trainer = make_trainer(tmp_path, [spectra], 1)
+    monitor = spectra._monitor
+    assert monitor is not None
+    compare = monitor._compare
+    monitor._compare = lambda o: (compare(o), steps.append(len(monitor._seen)))  # type: ignore[method-assign,assignment,func-returns-value]
+    trainer.fit(Counting(), loader)
+    assert steps[-1] == 13  # every 4th of 50
+    assert not monitor._raw
+
+
+def test_training_is_the_same_with_the_monitor(tmp_path: Path) -> None:
+    nets = [Net(), Net()]
+    nets[1].load_state_dict(nets[0].state_dict())
+    for net, monitor in zip(nets, (True, False), strict=True):
+        fit(tmp_path / str(monitor), net, epochs=2, monitor=monitor, gradient_clip_val=0.1)
+    assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))

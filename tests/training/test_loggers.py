@@ -1,0 +1,345 @@
+"""What reaches the loggers, read back with TensorBoard's own reader and from CSV files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+
+from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SpectrumHistory
+from lightning_hesd.spectra.scalars import scalars
+from lightning_hesd.training.history import SpectrumRecord
+from tests.training.scripted import make_spectrum, make_trainer
+from tests.training.test_resume import Net, data
+
+KEYS = {
+    *(
+        "c_t",
+        "c_t_low",
+        "c_t_high",
+        "c_t_threshold",
+        "verified",
+        "mp",
+        "lambda_max",
+        "lambda_min",
+        "trace",
+        "k_h05",
+        "loss",
+    ),
+    *("seconds", "overhead"),
+}
+EPOCHS = 3
+STEPS_PER_EPOCH = 4
+
+
+def fit(tmp_path: Path, loggers: Any, *callbacks: HessianSpectrumCallback, **arguments: Any) -> Any:
+    torch.manual_seed(0)
+    settings = {"logger": loggers, "log_every_n_steps": STEPS_PER_EPOCH, **arguments}
+    trainer = make_trainer(tmp_path, list(callbacks), EPOCHS, **settings)
+    trainer.fit(Net(), data())
+    return trainer
+
+
+def callback(**arguments: Any) -> HessianSpectrumCallback:
+    return HessianSpectrumCallback(**{"steps": 8, "num_samples": 48, "batch_size": 16, **arguments})
+
+
+def read_events(folder: Path | str) -> EventAccumulator:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0, "images": 0, "tensors": 0})
+    events.Reload()
+    return events
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_tensorboard_gets_scalars_histograms_figures_and_charts(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    spectra = callback(at_start=True)
+    trainer = fit(tmp_path, logger, spectra)
+    events = read_events(logger.log_dir)
+    records = {record.epoch: record for record in spectra.history}
+    # Epoch-end metrics of Lightning itself are at these steps; the initialisation is at step 0.
+    own_steps = [event.step for event in events.Scalars("train_acc")]
+    assert own_steps == [3, 7, 11]
+    steps = {-1: 0, **dict(enumerate(own_steps))}
+
+    assert {tag for tag in events.Tags()["scalars"] if tag.startswith("hesd/")} == {f"hesd/{key}" for key in KEYS}
+    overheads = {event.step: event.value for event in events.Scalars("hesd/overhead")}
+    assert sorted(overheads) == own_steps  # none at the start, where there was no training yet
+    assert min(overheads.values()) > 0
+    for key in KEYS - {"overhead"}:
+        logged = {event.step: event.value for event in events.Scalars(f"hesd/{key}")}
+        expected = {steps[epoch]: scalars(record, "hesd")[f"hesd/{key}"] for epoch, record in records.items()}
+        assert logged == pytest.approx(expected, rel=1e-6), key
+
+    histograms = {event.step: event.histogram_value for event in events.Histograms("hesd/density")}
+    assert sorted(histograms) == sorted(steps.values())
+    for epoch, record in records.items():
+        spectrum, histogram = record.spectrum, histograms[steps[epoch]]
+        edges, counts = np.array(histogram.bucket_limit), np.array(histogram.bucket)
+        assert counts.sum() == pytest.approx(1.0)
+        negative = spectrum.weights[spectrum.nodes < 0].sum()
+        assert counts[edges <= 1e-9].sum() == pytest.approx(negative)
+        # The outermost nodes lie in the outermost bars: nothing stretches, nothing is cut off.
+        assert histogram.min <= spectrum.lambda_min < edges[0]
+        assert edges[0] - histogram.min == pytest.approx(edges[1] - edges[0])
+        assert edges[-2] < spectrum.lambda_max <= histogram.max
+        assert counts[0] > 0
+        assert counts[-1] > 0
+
+    images = events.Images("hesd/density_figure")
+    assert [image.step for image in images] == sorted(steps.values())
+    for image in images:
+        width, height = struct.unpack(">II", image.encoded_image_string[16:24])  # the PNG header
+        assert (width, height) >= (600, 400)
+
+    (config,) = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(config.tensor_proto.string_val[0])
+    margin, largest = layout.category[0].chart
+    assert [(s.value, s.lower, s.upper) for s in margin.margin.series] == [
+        ("hesd/c_t", "hesd/c_t_low", "hesd/c_t_high"),
+        ("hesd/c_t_threshold",) * 3,
+    ]
+    assert list(largest.multiline.tag) == ["^hesd/lambda_max$"]
+    assert trainer.callback_metrics["hesd/c_t"] == pytest.approx(records[2].spectrum.c_t)
+
+
+def test_steps_within_epochs_reach_the_logger_whatever_log_every_n_steps_is(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    spectra = callback(every_n_train_steps=3)
+    trainer = fit(tmp_path, logger, spectra)
+    events = read_events(logger.log_dir)
+    logged = {event.step: event.value for event in events.Scalars("hesd/c_t")}
+    assert list(logged.values()) == pytest.approx([r.spectrum.c_t for r in spectra.history])
+    # As with `self.log(on_step=True)`, the value after n steps is at n - 1.
+    assert list(logged) == [r.global_step - 1 for r in spectra.history] == [2, 5, 8, 11]
+    assert [event.step for event in events.Histograms("hesd/density")] == list(logged)
+    assert trainer.callback_metrics["hesd/c_t"] == pytest.approx(spectra.history[-1].spectrum.c_t)
+
+
+def test_two_callbacks_have_keys_folders_states_and_charts_of_their_own(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    first = callback(checkpoint="highest_c_t")
+    second = callback(name="head", parameters=lambda name, _: name.startswith("net.2"), checkpoint="highest_c_t")
+    trainer = fit(tmp_path, logger, first, second)
+    events = read_events(logger.log_dir)
+    for name, spectra in (("hesd", first), ("head", second)):
+        values = [event.value for event in events.Scalars(f"{name}/lambda_max")]
+        assert values == pytest.approx([r.spectrum.lambda_max for r in spectra.history])
+        assert (Path(logger.log_dir) / name / "index.json").is_file()
+    (config,) = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(config.tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == ["hesd", "head"]
+    assert first.history[0].spectrum.dimension > second.history[0].spectrum.dimension == 90
+    state = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["callbacks"]
+    assert {first.state_key, second.state_key, first.checkpoint.state_key, second.checkpoint.state_key} <= set(state)
+
+
+def test_csv_gets_scalars_and_the_density_as_a_table(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    spectra = callback()
+    fit(tmp_path, logger, spectra)
+    folder = Path(logger.log_dir)
+    rows = read_csv(folder / "metrics.csv")
+    values = {int(row["step"]): float(row["hesd/c_t"]) for row in rows if row["hesd/c_t"]}
+    assert values == pytest.approx({3 + 4 * r.epoch: r.spectrum.c_t for r in spectra.history})
+    table = read_csv(folder / "hesd_density.csv")
+    for record in spectra.history:
+        part = [row for row in table if int(row["epoch"]) == record.epoch]
+        assert sum(float(row["mass"]) for row in part) == pytest.approx(1.0)
+        assert {int(row["step"]) for row in part} == {3 + 4 * record.epoch}
+        mean = sum(float(row["mass"]) * (float(row["left"]) + float(row["right"])) / 2 for row in part)
+        width = float(part[0]["right"]) - float(part[0]["left"])
+        assert mean == pytest.approx(record.spectrum.moment(1), abs=width)
+
+
+class Diverging(Net):
+    """Trains with another rate from its second epoch on."""
+
+    rate = 1.0
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.trainer.optimizers[0].param_groups[0]["lr"] *= self.rate
+
+
+@pytest.mark.filterwarnings("ignore:(Experiment logs|Checkpoint) directory .* exists and is not empty:UserWarning")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from:UserWarning")
+def test_a_folder_used_before_has_the_last_run_only(tmp_path: Path) -> None:
+    """First by another run, then by a continuation from the first epoch; the logger's version is the same."""
+    every = ModelCheckpoint(dirpath=tmp_path / "every", save_top_k=-1, filename="{epoch}")
+    continued = {"ckpt_path": tmp_path / "every" / "epoch=0.ckpt"}
+    for rate, epochs, arguments in ((1.0, 3, {}), (2.0, 2, {}), (3.0, 3, {}), (4.0, 2, continued)):
+        torch.manual_seed(0)
+        checkpoint = HessianCheckpoint(
+            lambda record: -record.epoch, dirpath=tmp_path / str(rate), tolerance=9.0, require_mp=False
+        )
+        spectra = callback(checkpoint=checkpoint)
+        logger = CSVLogger(tmp_path, name="", version="run")
+        trainer = make_trainer(tmp_path, [spectra, *([every] if rate == 1 else [])], epochs, logger=logger)
+        module = Diverging()
+        module.rate = rate
+        trainer.fit(module, data(), **arguments)
+
+        folder = tmp_path / "run"
+        c_t = {r.epoch: r.spectrum.c_t for r in spectra.history}
+        assert list(c_t) == list(range(epochs))
+        assert {r.epoch: r.spectrum.c_t for r in SpectrumHistory.load(folder)} == c_t
+        assert len(list((folder / "hesd").glob("*.npz"))) == epochs
+        choices = [json.loads(line) for line in (folder / "hesd" / "choices.jsonl").read_text().splitlines()]
+        # Those of the first epoch belong to the run that is continued, which has not written to this folder last.
+        assert [c["epoch"] for c in choices] == list(range(epochs))[len(arguments) :]
+        losses = [spectra.history[c["epoch"]].spectrum.loss for c in choices]
+        assert [c["metric"] for c in choices] == pytest.approx(losses, rel=1e-6)
+        table = read_csv(folder / "hesd_density.csv")
+        assert {(int(row["epoch"]), int(row["step"])) for row in table} == {(e, 3 + 4 * e) for e in c_t}
+        for record in spectra.history:
+            mass = [float(row["mass"]) for row in table if int(row["epoch"]) == record.epoch]
+            assert mass == pytest.approx([share for share in record.spectrum.histogram()[0] if share > 0])
+
+
+@pytest.mark.filterwarnings("ignore:(Experiment logs|Checkpoint) directory .* exists and is not empty:UserWarning")
+def test_choices_of_the_run_that_goes_on_are_kept(tmp_path: Path) -> None:
+    for path in (None, tmp_path / "c" / "last.ckpt"):
+        torch.manual_seed(0)
+        checkpoint = HessianCheckpoint(dirpath=tmp_path / "c", tolerance=9.0, require_mp=False, save_last=True)
+        logger = CSVLogger(tmp_path, name="", version="run")
+        trainer = make_trainer(tmp_path, [callback(checkpoint=checkpoint)], 3 if path else 2, logger=logger)
+        trainer.fit(Net(), data(), ckpt_path=path)
+    choices = (tmp_path / "run" / "hesd" / "choices.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in choices] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("prefixes", [["mine"], ["", "a+b"]])
+def test_charts_have_the_tags_of_their_logger(tmp_path: Path, prefixes: list[str]) -> None:
+    loggers = [TensorBoardLogger(tmp_path / str(n), prefix=prefix) for n, prefix in enumerate(prefixes)]
+    fit(tmp_path, loggers, callback(name="c.t"), max_epochs=1)
+    for logger, prefix in zip(loggers, prefixes, strict=True):
+        events = read_events(logger.log_dir)
+        (config,) = events.Tensors("custom_scalars__config__")
+        margin, largest = layout_pb2.Layout.FromString(config.tensor_proto.string_val[0]).category[0].chart
+        tags = set(events.Tags()["scalars"])
+        assert {tag for s in margin.margin.series for tag in (s.value, s.lower, s.upper)} <= tags
+        assert [tag for tag in tags if re.match(largest.multiline.tag[0], tag)] == [
+            f"{prefix}-c.t/lambda_max" if prefix else "c.t/lambda_max"
+        ]
+
+
+def test_several_loggers_at_once(tmp_path: Path) -> None:
+    loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tensorboard")]
+    fit(tmp_path, loggers, callback())
+    assert (Path(loggers[0].log_dir) / "hesd_density.csv").is_file()
+    assert len(read_events(loggers[1].log_dir).Histograms("hesd/density")) == EPOCHS
+
+
+class ListLogger(DummyLogger):
+    """A logger of a kind the package does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics: list[dict[str, float]] = []
+
+    @property
+    def save_dir(self) -> None:
+        return None
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.metrics.append(metrics)
+
+
+def test_unknown_loggers_get_scalars_and_a_debug_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logger = ListLogger()
+    with caplog.at_level(logging.DEBUG, logger="lightning_hesd"):
+        fit(tmp_path, logger, callback())
+    assert sum("hesd/c_t" in metrics for metrics in logger.metrics) == EPOCHS
+    notes = [record for record in caplog.records if record.name.startswith("lightning_hesd")]
+    assert [note.getMessage() for note in notes] == ["ListLogger gets scalars only: lightning_hesd has no sink for it."]
+
+
+def test_a_sink_that_fails_costs_its_own_output_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_args: Any, **_kwargs: Any) -> None:
+        msg = "disk full"
+        raise OSError(msg)
+
+    monkeypatch.setattr("lightning_hesd.training.loggers.sink.plot_density", fail)
+    logger = TensorBoardLogger(tmp_path)
+    spectra = callback()
+    with pytest.warns(RuntimeWarning, match=r"cannot write the spectrum of epoch \d\. OSError: disk full") as caught:
+        fit(tmp_path, logger, spectra)
+    assert sum("disk full" in str(warning.message) for warning in caught) == EPOCHS
+    events = read_events(logger.log_dir)
+    assert len(events.Scalars("hesd/c_t")) == len(events.Histograms("hesd/density")) == EPOCHS
+    assert len(list((Path(logger.log_dir) / "hesd").glob("*.npz"))) == EPOCHS
+
+
+class Unreachable(CSVLogger):
+    """Its server does not answer."""
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        msg = "no answer"
+        raise ConnectionError(msg)
+
+
+def test_a_logger_that_fails_within_an_epoch_costs_no_training(tmp_path: Path) -> None:
+    """Within epochs the loggers get scalars from the callback, at their ends from Lightning, which raises."""
+    spectra = callback(every_n_train_steps=3)
+    trainer = make_trainer(
+        tmp_path, [spectra], EPOCHS, logger=Unreachable(tmp_path), log_every_n_steps=100, enable_checkpointing=False
+    )
+    with pytest.warns(RuntimeWarning, match=r"cannot log the scalars of epoch \d\. ConnectionError: no answer"):
+        trainer.fit(Quiet(), data())
+    assert trainer.state.finished
+    assert [record.error for record in spectra.history] == [None] * 4
+
+
+class Quiet(Net):
+    def log(self, *_args: Any, **_kwargs: Any) -> None:
+        """Log nothing."""
+
+
+def test_nan_is_never_logged(tmp_path: Path) -> None:
+    """A loss without curvature has no C_t; everything else is logged all the same."""
+    logger = ListLogger()
+    spectra = callback(loss_fn=lambda module, batch: module.net[0].weight.mean())
+    trainer = fit(tmp_path, logger, spectra)
+    assert spectra.history[0].spectrum.reason is not None
+    keys = {key for metrics in logger.metrics for key in metrics if key.startswith("hesd/")}
+    undefined = {"c_t", "c_t_low", "c_t_high", "mp", "k_h05"}
+    assert keys == {f"hesd/{key}" for key in KEYS - undefined}
+    assert "hesd/c_t" not in trainer.callback_metrics
+
+
+def test_scalars_of_a_mainly_negative_spectrum() -> None:
+    values = scalars(SpectrumRecord(0, 1, make_spectrum(-0.9)), "x")
+    assert values["x/mp"] == 0.0
+    assert values["x/c_t"] == -0.9
+    assert values["x/c_t_threshold"] == -0.6
+
+
+def test_progress_bar_shows_c_t(tmp_path: Path) -> None:
+    for progress in (True, False):
+        trainer = fit(tmp_path / str(progress), False, callback(progress=progress))
+        assert ("hesd/c_t" in trainer.progress_bar_metrics) is progress
+
+
+def test_verbose_prints_a_line_for_each_analysis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(tmp_path, False, callback(verbose=True))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("hesd: epoch")]
+    assert len(lines) == EPOCHS
+    assert "C_t = " in lines[0]
+    assert "type M" in lines[0]

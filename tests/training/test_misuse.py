@@ -1,0 +1,476 @@
+"""What goes wrong is said clearly and early, and never costs the training."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_hesd import HessianSpectrumCallback
+from lightning_hesd.training.compat import internals
+from tests.training.modules import Classifier, Digits, callback, fit, freeze, loader, make_trainer, plain_loss, seed
+
+# At construction ------------------------------------------------------------------------------------------------------
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"num_samples": 0}, "`num_samples` must be a positive integer or 'auto', got 0"),
+    ({"num_samples": 10.0}, "`num_samples` must be a positive integer or 'auto', got 10.0"),
+    ({"num_samples": True}, "`num_samples` must be a positive integer or 'auto', got True"),
+    ({"num_samples": "all"}, "`num_samples` must be a positive integer or 'auto', got 'all'"),
+    ({"num_samples": "auto"}, "`num_samples='auto'` needs a number for `tolerance`.* got None"),
+    ({"num_samples": "auto", "tolerance": "auto"}, "`num_samples='auto'` needs a number for `tolerance`.* got 'auto'"),
+    ({"batch_size": -1}, "`batch_size` must be a positive integer, got -1"),
+    ({"on_error": "ignore"}, "`on_error` must be 'warn' or 'raise', got 'ignore'"),
+    ({"dataloader": "val"}, "`dataloader` must be a dataloader, got 'val'"),
+    ({"generalization_dataloader": "test"}, "`generalization_dataloader` must be a dataloader or 'val', got 'test'"),
+    ({"name": ""}, "`name` must be a non-empty text without '/', got ''"),
+    ({"name": "a/b"}, "`name` must be a non-empty text without '/', got 'a/b'"),
+    ({"every_n_epochs": 0}, "`every_n_epochs` must be a positive integer, got 0"),
+    ({"every_n_epochs": None, "every_n_train_steps": 0}, "`every_n_train_steps` must be a positive integer, got 0"),
+    ({"epochs": [1, -1]}, r"`epochs` must be non-negative integers \(0-based\), got -1"),
+    ({"epochs": [0.5]}, r"`epochs` must be non-negative integers \(0-based\), got 0.5"),
+    ({"every_n_epochs": 2, "epochs": [1]}, "`every_n_epochs` and `epochs` exclude each other: choose one"),
+    ({"epochs": [1], "every_n_train_steps": 5}, "`epochs` and `every_n_train_steps` exclude each other: choose one"),
+    ({"max_overhead": 0}, "`max_overhead` must be a finite number above 0, got 0"),
+    ({"max_overhead": -0.1}, "`max_overhead` must be a finite number above 0, got -0.1"),
+    ({"max_overhead": float("inf")}, "`max_overhead` must be a finite number above 0, got inf"),
+    ({"max_overhead": float("nan")}, "`max_overhead` must be a finite number above 0, got nan"),
+    ({"max_overhead": True}, "`max_overhead` must be a finite number above 0, got True"),
+    ({"max_overhead": "5 %"}, "`max_overhead` must be a finite number above 0, got '5 %'"),
+    ({"steps": 0}, "`steps` must be a positive integer, got 0"),
+    ({"probes": 1.5}, "`probes` must be a positive integer, got 1.5"),
+    ({"seed": -1}, "`seed` must be a non-negative integer, got -1"),
+    ({"confidence": 1}, "`confidence` must lie between 0 and 1, got 1"),
+    ({"dtype": torch.float16}, "`dtype` must be torch.float32, torch.float64 or None, got torch.float16"),
+    ({"mode": "test"}, "`mode` must be 'auto' or 'eval' or 'deterministic' or 'train' or 'keep', got 'test'"),
+    ({"probe": "uniform"}, "`probe` must be 'gaussian' or 'rademacher', got 'uniform'"),
+    ({"strategy": "fast"}, "`strategy` must be 'auto' or 'graph' or 'recompute' or 'finite_difference', got 'fast'"),
+    ({"strategy": "linearize"}, "`strategy='linearize'` is not available in this version: use 'auto'"),
+    ({"matrix": "fisher"}, "`matrix` must be 'hessian' or 'ggn' or 'residual', got 'fisher'"),
+    ({"basis": "disk"}, "`basis` must be 'auto' or 'device' or 'cpu' or 'none', got 'disk'"),
+    ({"num_samples": [64]}, r"`num_samples` must be a positive integer or 'auto', got \[64\]"),
+    ({"tolerance": [0.1]}, r"`tolerance` must be a number between 0 and 1, 'type', 'auto' or None, got \[0.1\]"),
+    ({"tolerance": 0}, "`tolerance` must be a number between 0 and 1, 'type', 'auto' or None, got 0"),
+    ({"tolerance": "1%"}, "`tolerance` must be a number between 0 and 1, 'type', 'auto' or None, got '1%'"),
+    ({"output_fn": print}, "`output_fn` is for `matrix='ggn'` and `matrix='residual'`"),
+    ({"output_loss": print}, "`output_loss` is for `matrix='ggn'` and `matrix='residual'`"),
+    (
+        {"memory_budget": 1e9},
+        "`memory_budget` must be a positive integer, a number of bytes, or None, got 1000000000.0",
+    ),
+    ({"preconditioner": "adam"}, "`preconditioner` must map names of parameters to tensors.*got 'adam'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), WRONG, ids=["-".join(f"{k}" for k in a) + f"_{n}" for n, (a, _) in enumerate(WRONG)]
+)
+def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HessianSpectrumCallback(**arguments)
+
+
+def test_an_unknown_keyword() -> None:
+    with pytest.raises(
+        TypeError, match=r"unexpected keyword argument 'step'; the analysis takes .*steps, probes, seed"
+    ):
+        HessianSpectrumCallback(step=5)
+
+
+def test_an_unknown_rule() -> None:
+    with pytest.raises(MisconfigurationException, match=r"`rule` must be 'highest_c_t' or .*got 'best'"):
+        HessianSpectrumCallback(checkpoint="best")
+
+
+@pytest.mark.parametrize("checkpoint", [ModelCheckpoint(monitor="hesd/c_t"), True], ids=["ModelCheckpoint", "True"])
+def test_a_checkpoint_that_is_no_rule(checkpoint: Any) -> None:
+    with pytest.raises((ValueError, TypeError, MisconfigurationException), match="`checkpoint` must be"):
+        HessianSpectrumCallback(checkpoint=checkpoint)
+
+
+# At the start of fit --------------------------------------------------------------------------------------------------
+
+
+class ByHand(Classifier):
+    """Manual optimization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+class Streaming(Classifier):
+    """Fetches its batches itself."""
+
+    def training_step(self, dataloader_iter: Any) -> Tensor:
+        batch, batch_idx, _ = next(dataloader_iter)
+        return super().training_step(batch, batch_idx)
+
+
+class Late(HessianSpectrumCallback):
+    """Joins the Trainer only when it sets up its callbacks, so that Lightning does not compare the names."""
+
+    @property
+    def state_key(self) -> str:
+        return super().state_key if self._set_up_by else "another"
+
+
+def of_one_name(on_error: Any) -> list[pl.Callback]:
+    return [callback(), Late(steps=3, num_samples=16, checkpoint="highest_c_t", on_error=on_error)]
+
+
+REFUSED: dict[str, tuple[type[Classifier], Callable[[Any], list[pl.Callback]], str]] = {
+    "manual": (ByHand, lambda e: [callback(on_error=e, checkpoint="highest_c_t", at_start=True)], "pass `loss_fn=`"),
+    "iterator": (
+        Streaming,
+        lambda e: [callback(on_error=e, monitor_gradients=True, verbose=True)],
+        "takes a `dataloader_iter`.* pass `loss_fn=`",
+    ),
+    "name": (Classifier, of_one_name, "another HessianSpectrumCallback.* pass another `name`"),
+    "strategy": (Classifier, lambda e: [callback(on_error=e, max_overhead=0.5)], "Refusing.* use another"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_analysed_is_said_before_training(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With "warn" once, and training goes on as it would; the reason is in the records, where spectra would be."""
+    module, make, message = REFUSED[case]
+    if case == "strategy":  # FSDP and DeepSpeed need a GPU
+
+        def refuse(trainer: pl.Trainer) -> None:
+            msg = "Refusing splits parameters: use another"
+            raise MisconfigurationException(msg)
+
+        monkeypatch.setattr(internals, "check_strategy", refuse)
+    observers = make("warn")
+    with pytest.warns(RuntimeWarning) as caught:
+        trainer = fit(tmp_path, *observers, module=module(), enable_checkpointing=True)
+    [text] = said(caught)
+    refused: Any = observers[-1]
+    assert text.startswith("lightning_hesd: there will be no spectra")
+    assert re.search(message, text)
+    assert {record.error for record in refused.history} == {refused.refusal}
+    assert refused.refusal in text
+    assert [record.epoch for record in refused.history] == ([-1, 0, 1] if case == "manual" else [0, 1])
+    assert trainer.state.finished
+    if case == "manual":
+        assert "final weights take the place of the pick" in text
+        assert trainer.checkpoint_callback is refused.checkpoint
+        assert Path(refused.checkpoint.best_model_path).is_file()
+    if case == "name":
+        assert all(record.error is None for record in observers[0].history)
+        assert refused.checkpoint not in trainer.checkpoint_callbacks
+        state = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["callbacks"]
+        assert "records" in state[observers[0].state_key]["history"]
+    without = fit(tmp_path / "without", module=module())
+    assert freeze(trainer.lightning_module.state_dict()) == freeze(without.lightning_module.state_dict())
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(tmp_path / "raise", *make("raise"), module=module(), enable_checkpointing=True)
+
+
+def test_a_refusal_holds_for_its_run_only(tmp_path: Path) -> None:
+    observer = callback(on_error="warn")
+    with pytest.warns(RuntimeWarning, match="no spectra"):
+        fit(tmp_path / "first", observer, module=ByHand())
+    fit(tmp_path / "second", observer)
+    assert [record.error for record in observer.history] == [None, None]
+
+
+def test_two_callbacks_of_one_name(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `HessianSpectrumCallback`"):
+        make_trainer(tmp_path, callback(), callback())
+
+
+# During training ------------------------------------------------------------------------------------------------------
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.clone()
+
+
+def once_differentiable_loss(module: Any, batch: Any) -> Tensor:
+    return plain_loss(module, [OnceDifferentiable.apply(module.net[0].weight).sum() * 1e-3 + batch[0], batch[1]])
+
+
+def nan_curvature(module: Any, batch: Any) -> Tensor:
+    """A norm at zero: its value is fine, its second derivative is not."""
+    weight = module.net[0].weight
+    return plain_loss(module, batch) + torch.linalg.vector_norm(weight - weight.detach())
+
+
+def nan_loss(module: Any, batch: Any) -> Tensor:
+    return plain_loss(module, batch) * float("nan")
+
+
+def out_of_luck(module: Any, batch: Any) -> Tensor:
+    msg = "no luck"
+    raise OSError(msg)
+
+
+class Broken(Digits):
+    def __getitem__(self, position: int) -> Any:
+        msg = "unreadable file"
+        raise OSError(msg)
+
+
+FAILURES: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = {
+    "once_differentiable": (
+        lambda: {"loss_fn": once_differentiable_loss, "strategy": "graph"},
+        RuntimeError,
+        "cannot be differentiated twice: .*marked `once_differentiable`",
+    ),
+    "nan_curvature": (
+        lambda: {"loss_fn": nan_curvature},
+        ArithmeticError,
+        "Hessian-vector product of batch 0 is NaN or infinite, though its loss is finite",
+    ),
+    "nan_loss": (lambda: {"loss_fn": nan_loss}, ArithmeticError, "the loss of batch 0 is nan"),
+    "any_error": (lambda: {"loss_fn": out_of_luck}, OSError, "no luck"),
+    "unreadable_data": (lambda: {"dataloader": loader(Broken())}, OSError, "unreadable file"),
+}
+
+
+def said(caught: Any) -> list[str]:
+    """Return the messages of the warnings that are the package's own."""
+    return [str(w.message) for w in caught if w.category is RuntimeWarning]
+
+
+def hidden_part(module: Any, batch: Any) -> Tensor:
+    """A loss whose gradient is not that of its value."""
+    weight = module.net[0].weight
+    return plain_loss(module, batch) + weight.detach().square().sum()
+
+
+def test_a_loss_that_cannot_be_analysed_is_warned_of_once_in_a_run(tmp_path: Path) -> None:
+    observer = callback(on_error="warn", loss_fn=hidden_part)
+    for run in ("first", "second"):
+        with pytest.warns(RuntimeWarning) as caught:
+            fit(tmp_path / run, observer)
+        [message] = said(caught)
+        assert "the analysis of epoch 0 failed, training goes on. WrongDerivativeError" in message
+        errors = [record.error for record in observer.history]
+        assert len(errors) == 2
+        assert all("WrongDerivativeError" in error for error in errors)
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_warns_and_training_goes_on(name: str, tmp_path: Path) -> None:
+    options, error, message = FAILURES[name]
+    observer = callback(on_error="warn", **options())
+    with pytest.warns(RuntimeWarning) as caught:
+        trainer = fit(tmp_path, observer, enable_checkpointing=True)
+    messages = said(caught)
+    if name == "unreadable_data":  # which is missed at the start already
+        assert "cannot draw the analysis samples, will try again" in messages.pop(0)
+    assert len(messages) == 2
+    assert [record.spectrum for record in observer.history] == [None, None]
+    for record, text in zip(observer.history, messages, strict=True):
+        assert text == f"lightning_hesd: the analysis of epoch {record.epoch} failed, training goes on. {record.error}"
+        assert re.match(f"{error.__name__}: .*{message}", record.error)
+    assert trainer.state.finished
+    assert trainer.global_step == 10
+    assert not [key for key in trainer.callback_metrics if key.startswith("hesd")]
+    assert Path(trainer.checkpoint_callback.best_model_path).is_file()
+    without = fit(tmp_path / "without")
+    assert freeze(trainer.lightning_module.state_dict()) == freeze(without.lightning_module.state_dict())
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_is_raised_as_it_is(name: str, tmp_path: Path) -> None:
+    options, error, message = FAILURES[name]
+    observer = callback(on_error="raise", **options())
+    with pytest.raises(error, match=message) as caught:
+        fit(tmp_path, observer)
+    assert caught.type is error
+
+
+def test_a_failure_in_every_epoch_leaves_a_best_checkpoint(tmp_path: Path) -> None:
+    observer = callback(on_error="warn", loss_fn=nan_loss, checkpoint="highest_c_t")
+    with pytest.warns(RuntimeWarning) as caught:
+        trainer = fit(tmp_path, observer, enable_checkpointing=True)
+    assert len(said(caught)) == 3
+    assert "could rank no analysed epoch" in said(caught)[-1]
+    best = trainer.checkpoint_callback.best_model_path
+    assert trainer.checkpoint_callback is observer.checkpoint
+    saved = torch.load(best, weights_only=True)["state_dict"]
+    assert freeze(dict(saved)) == freeze(dict(trainer.lightning_module.state_dict()))
+
+
+@pytest.mark.parametrize("fails", ["draw", "loss"])
+def test_a_passing_failure_is_overcome(fails: str, tmp_path: Path) -> None:
+    """What fails once is tried again at the next analysis."""
+    attempts = []
+
+    class FlakyDigits(Digits):
+        def __getitem__(self, position: int) -> Any:
+            attempts.append(position)
+            if fails == "draw" and len(attempts) == 1:
+                msg = "unreadable just now"
+                raise OSError(msg)
+            return super().__getitem__(position)
+
+    def loss_fn(module: Any, batch: Any) -> Tensor:
+        return (
+            out_of_luck(module, batch) if fails == "loss" and module.current_epoch == 0 else plain_loss(module, batch)
+        )
+
+    observer = callback(on_error="warn", loss_fn=loss_fn, dataloader=loader(FlakyDigits()))
+    with pytest.warns(RuntimeWarning) as caught:
+        fit(tmp_path, observer)
+    assert len(said(caught)) == 1
+    expected = {"draw": [None, None], "loss": ["OSError: no luck", None]}
+    assert [record.error for record in observer.history] == expected[fails]
+    assert observer.history[1].spectrum.num_samples == 16
+
+
+class Lazy(Classifier):
+    """Has layers that the first forward pass gives their shapes and weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.LazyLinear(6), torch.nn.Tanh(), torch.nn.LazyLinear(10))
+
+
+def test_lazy_layers_are_not_initialised_by_an_analysis(tmp_path: Path) -> None:
+    observer = callback(on_error="warn", at_start=True)
+    with pytest.warns(RuntimeWarning, match="before the first step failed") as caught:
+        trainer = fit(tmp_path, observer, module=Lazy())
+    assert len(said(caught)) == 1
+    assert re.match(
+        r"ValueError: parameter 'net\.0\.weight' is lazy, .*analyse after the first", observer.history[0].error
+    )
+    assert [record.error for record in observer.history[1:]] == [None, None]
+    without = fit(tmp_path / "without", module=Lazy())
+    assert freeze(trainer.lightning_module.state_dict()) == freeze(without.lightning_module.state_dict())
+
+
+# Trainers of all kinds ------------------------------------------------------------------------------------------------
+
+
+class Silent(Classifier):
+    """Logs nothing: a barebones Trainer does not allow it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return plain_loss(self, batch)
+
+
+TRAINERS: dict[str, tuple[dict[str, Any], list[tuple[int, int]]]] = {
+    "fast_dev_run": ({"fast_dev_run": True}, [(0, 1)]),
+    "fast_dev_run_of_two": ({"fast_dev_run": 2}, [(0, 2)]),
+    "barebones": ({"barebones": True}, [(0, 5), (1, 10)]),
+    "limit_train_batches": ({"limit_train_batches": 2}, [(0, 2), (1, 4)]),
+    "overfit_batches": ({"overfit_batches": 2}, [(0, 2), (1, 4)]),
+    "max_steps": ({"max_steps": 7}, [(0, 5), (1, 7)]),
+    "max_steps_at_epoch_end": ({"max_steps": 5}, [(0, 5)]),
+    "min_epochs": ({"min_epochs": 1, "max_epochs": 1}, [(0, 5)]),
+}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_trainers_of_all_kinds(name: str, tmp_path: Path) -> None:
+    options, expected = TRAINERS[name]
+    observer = callback()
+    trainer = fit(tmp_path, observer, module=Silent(), data=loader(), **options)
+    assert [(record.epoch, record.global_step) for record in observer.history] == expected
+    assert ("hesd/c_t" in trainer.callback_metrics) == (name != "barebones")
+    assert any(tmp_path.rglob("*.npz")) == (not name.startswith("fast_dev_run"))
+
+
+def test_a_development_run_with_a_rule(tmp_path: Path) -> None:
+    observer = callback(checkpoint="highest_c_t", at_start=True, every_n_train_steps=1)
+    trainer = fit(tmp_path, observer, fast_dev_run=2, enable_checkpointing=True)
+    assert trainer.state.finished
+    assert [record.error for record in observer.history] == [None] * 3
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("option", ["overfit_batches", "limit_train_batches"])
+def test_only_samples_that_such_a_trainer_trains_on(option: str, tmp_path: Path) -> None:
+    """Of the others training sees nothing, so their loss is not the training loss."""
+    observer = callback(num_samples=40)
+    fit(tmp_path, observer, data=loader(), max_epochs=1, **{option: 2})
+    assert sorted(observer.state_dict()["samples"]["training"]["indices"]) == list(range(16))
+
+
+def test_all_samples_where_a_limited_trainer_shuffles(tmp_path: Path) -> None:
+    observer = callback(num_samples=40)
+    fit(tmp_path, observer, data=loader(shuffle=True), max_epochs=1, limit_train_batches=2)
+    assert sorted(observer.state_dict()["samples"]["training"]["indices"]) == list(range(40))
+
+
+@pytest.fixture
+def interrupt_signal() -> Iterator[None]:
+    """Lightning ignores further interrupts while it shuts down, and leaves it at that."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("by_signal", [True, False], ids=["signal", "exception"])
+@pytest.mark.usefixtures("interrupt_signal")
+def test_an_interrupt_during_an_analysis(by_signal: bool, tmp_path: Path) -> None:
+    """Ctrl+C is no failure of the analysis: training stops in Lightning's way, the module as training left it."""
+    module = Classifier(torch.nn.BatchNorm1d(6))
+    module.steps_seen = [0]
+    states = []
+
+    class Before(pl.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            states.append(state(pl_module))
+
+        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+            states.append(state(pl_module))
+
+    def state(pl_module: Any) -> Any:
+        attributes = {name for name in ("log", "log_dict", "print") if name in vars(pl_module)}
+        modes = [m.training for m in pl_module.modules()]
+        gradients = freeze([p.grad for p in pl_module.parameters()])
+        generators = torch.get_rng_state().tolist()
+        return freeze(pl_module.state_dict()), modes, gradients, attributes, list(pl_module.steps_seen), generators
+
+    def interrupted(pl_module: Any, batch: Any) -> Tensor:
+        pl_module.net[1].running_mean += torch.rand(6)
+        pl_module.steps_seen.append(1)
+        pl_module.log("never", 1.0)
+        if by_signal:
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(1000):  # until Python gets to the signal
+                pass
+        raise KeyboardInterrupt
+
+    observer = callback(loss_fn=interrupted, on_error="warn")
+    trainer = make_trainer(tmp_path, Before(), observer)
+    seed(7)
+    with pytest.raises(SystemExit):
+        trainer.fit(module, loader())
+    assert trainer.interrupted
+    assert len(states) == 2
+    assert states[0] == states[1]
+    assert not observer.history

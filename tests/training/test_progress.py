@@ -1,0 +1,396 @@
+"""The bar of a long analysis, as it appears on a terminal between Lightning's own bars."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import rich
+import rich.markup
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks.progress import rich_progress
+
+from lightning_hesd import HessianSpectrumCallback
+from lightning_hesd.training import progress
+from tests.training.modules import (
+    Classifier,
+    callback,
+    fit,
+    freeze,
+    global_generators,
+    loader,
+    make_trainer,
+    plain_loss,
+)
+from tests.training.scripted import make_spectrum
+
+TOTAL = 8
+
+
+class Terminal(io.StringIO):
+    """Knows the control sequences that progress bars use; `frames` is what the screen showed after each output."""
+
+    TOKENS = re.compile(r"\x1b\[(?P<count>[?\d;]*)(?P<command>[A-Za-z])|(?P<control>[\r\n])|(?P<text>[^\x1b\r\n]+)")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines = [""]
+        self.row = self.column = 0
+        self.frames: list[list[str]] = []
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        for token in self.TOKENS.finditer(text):
+            if token["text"]:
+                self._put(token["text"])
+            elif token["control"] == "\r":
+                self.column = 0
+            elif token["control"] == "\n":
+                self.row, self.column = self.row + 1, 0
+                self.lines += [""] * (self.row + 1 - len(self.lines))
+            elif token["command"] == "A":
+                self.row = max(0, self.row - int(token["count"] or 1))
+            elif token["command"] == "K":
+                self.lines[self.row] = ""
+            else:
+                assert token["command"] in "mhl", token  # colours, and whether there is a cursor
+        frame = [line.rstrip() for line in self.lines]
+        if not self.frames or frame != self.frames[-1]:
+            self.frames.append(frame)
+        return len(text)
+
+    def _put(self, text: str) -> None:
+        line = self.lines[self.row].ljust(self.column)
+        self.lines[self.row] = line[: self.column] + text + line[self.column + len(text) :]
+        self.column += len(text)
+
+    def showing(self, text: str) -> list[list[str]]:
+        """Return the frames with this text in them."""
+        return [frame for frame in self.frames if any(text in line for line in frame)]
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
+    """The terminal of a run, on which bars appear at once."""
+    monkeypatch.setattr(progress, "DELAY", 0.0)
+    monkeypatch.setenv("TERM", "xterm")
+    # As in notebooks: Rich draws at once rather than, now and then, in a thread. Older Lightning does so everywhere.
+    monkeypatch.setattr(rich_progress, "_IS_INTERACTIVE", True, raising=False)
+    yield Terminal()
+    rich.reconfigure()
+
+
+def tqdm_bar(terminal: Terminal, **arguments: Any) -> TQDMProgressBar:
+    return TQDMProgressBar(**arguments)  # which writes to standard output, whatever that is by then
+
+
+def rich_bar(terminal: Terminal, **arguments: Any) -> RichProgressBar:
+    console = {"file": terminal, "force_terminal": True, "width": 120, "color_system": None}
+    return RichProgressBar(console_kwargs=console, **arguments)
+
+
+BARS: dict[str, Callable[..., ProgressBar]] = {"tqdm": tqdm_bar, "rich": rich_bar}
+
+
+class Validated(Classifier):
+    """Has a validation bar, and logs nothing: a barebones Trainer does not allow it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return plain_loss(self, batch)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch[0])
+
+
+class Spy(pl.Callback):
+    """Notes what each analysis gets to report to, and what the screen shows when it is over."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self.terminal = terminal
+        self.reports: list[Any] = []
+        self.afterwards: list[list[str]] = []
+
+    def on_train_start(self, *_args: Any) -> None:
+        if self.reports:
+            self.afterwards.append(self.terminal.frames[-1] if self.terminal.frames else [])
+
+    on_train_epoch_end = on_train_batch_end = on_train_start
+
+
+def scripted(
+    terminal: Terminal, *, steps: int = TOTAL, fails: bool = False, **arguments: Any
+) -> tuple[HessianSpectrumCallback, Spy]:
+    """Return a callback whose analyses report `steps` of `TOTAL` steps, then end or fail; and a spy."""
+    observer, spy = callback(**arguments), Spy(terminal)
+
+    def spectrum(trainer: Any, pl_module: Any, report: Any) -> Any:
+        spy.reports.append(report)
+        for step in range(1, steps + 1):
+            if report is not None:
+                report(step, TOTAL)
+        if fails:
+            msg = "no luck"
+            raise OSError(msg)
+        return make_spectrum(-0.1)
+
+    observer._recorder._analyzers["training"].spectrum = spectrum  # type: ignore[method-assign]
+    return observer, spy
+
+
+def train(tmp_path: Path, terminal: Terminal, *callbacks: pl.Callback, **arguments: Any) -> pl.Trainer:
+    """Train for two epochs of five batches each, with two batches of validation in each."""
+    bars = {} if arguments.get("barebones") else {"enable_progress_bar": True, "limit_val_batches": 2}
+    trainer = make_trainer(tmp_path, *callbacks, **{**bars, **arguments})
+    with contextlib.redirect_stdout(terminal):
+        trainer.fit(Validated(), loader(), loader())
+    return trainer
+
+
+def counts_in(frames: list[list[str]]) -> list[str]:
+    """Return the steps that the bar showed, in order and each once."""
+    shown = [re.search(r"Lanczos steps.* (\d/\d+) ", " ".join(frame))[1] for frame in frames]  # type: ignore[index]
+    return list(dict.fromkeys(shown))
+
+
+# On the screen --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", BARS)
+def test_a_bar_of_its_own_below_the_training_bar(kind: str, tmp_path: Path, terminal: Terminal) -> None:
+    observer, spy = scripted(terminal)
+    train(tmp_path, terminal, BARS[kind](terminal), observer, spy)
+    frames = terminal.showing("Lanczos")
+    assert f"1/{TOTAL}" in counts_in(frames)
+    for frame in frames:
+        first, second = (line for line in frame if line)
+        assert re.match(r"Epoch [01].* 5/5 ", first)
+        assert second.startswith("hesd: Lanczos steps")
+    assert {frame[0][:7] for frame in frames} == {"Epoch 0", "Epoch 1"}
+    # Gone when the next callback has its turn.
+    assert not any("Lanczos" in line for frame in spy.afterwards for line in frame)
+
+
+@pytest.mark.parametrize("kind", BARS)
+def test_the_bars_of_lightning_go_on_as_without_it(kind: str, tmp_path: Path, terminal: Terminal) -> None:
+    def train_and_look(*callbacks: pl.Callback) -> tuple[list[str], set[str], list[str]]:
+        terminal.__init__()  # type: ignore[misc]
+        train(tmp_path, terminal, BARS[kind](terminal), *callbacks)
+        training = [line for frame in terminal.frames for line in frame if line.startswith("Epoch")]
+        places = {frame[1][:10] for frame in terminal.showing("Validation")}
+        # Without times and speeds, which vary, and C_t, which is there on purpose.
+        varying = r"[-\d.:?]+(it/s|s/it)|[-\d]+:[-\d:]+|,? ?hesd/c_t\S+( \S+)?"
+        final = [re.sub(varying, "", line).rstrip(" ]") for line in terminal.frames[-1] if line]
+        return list(dict.fromkeys(line[:8] for line in training)), places, final
+
+    with_it = train_and_look(scripted(terminal)[0])
+    without = train_and_look()
+    assert with_it == without
+    assert with_it[1] == {"Validation"}
+    assert len(with_it[2]) == 1
+    assert re.match(r"Epoch 1.* 5/5 ", with_it[2][0])
+
+
+@pytest.mark.parametrize("order", ["bar first", "bar last"])
+@pytest.mark.parametrize("kind", BARS)
+def test_before_the_first_step(kind: str, order: str, tmp_path: Path, terminal: Terminal) -> None:
+    observer, spy = scripted(terminal, at_start=True, epochs=[])
+    bar = BARS[kind](terminal)
+    tasks = []
+
+    class Tasks(pl.Callback):
+        """Finds Lightning's tasks as its users do."""
+
+        def on_train_epoch_end(self, *_args: Any) -> None:
+            if isinstance(bar, RichProgressBar):
+                found = (bar.train_progress_bar.description, bar.val_progress_bar.description)
+                tasks.append(tuple(rich.markup.render(text).plain for text in found))
+
+    train(tmp_path, terminal, *([bar, observer] if order == "bar first" else [observer, bar]), spy, Tasks())
+    assert f"1/{TOTAL}" in counts_in(terminal.showing("Lanczos"))
+    assert not any("Epoch" in line for frame in terminal.showing("Lanczos") for line in frame)
+    assert spy.afterwards
+    assert not any("Lanczos" in line for frame in spy.afterwards for line in frame)
+    assert tasks == ([] if kind == "tqdm" else [("Epoch 0/1 ", "Validation"), ("Epoch 1/1 ", "Validation")])
+    assert re.match(r"Epoch 1.* 5/5 ", next(line for line in terminal.frames[-1] if line))
+
+
+@pytest.mark.parametrize("kind", BARS)
+def test_within_an_epoch(kind: str, tmp_path: Path, terminal: Terminal) -> None:
+    observer, spy = scripted(terminal, every_n_train_steps=2)
+    train(tmp_path, terminal, BARS[kind](terminal), observer, spy)
+    frames = terminal.showing("Lanczos")
+    assert f"1/{TOTAL}" in counts_in(frames)
+    assert all(re.match(r"Epoch [01].* \d/5 ", frame[0]) for frame in frames)
+    assert not any("Lanczos" in line for frame in spy.afterwards for line in frame)
+    assert re.match(r"Epoch 1.* 5/5 ", terminal.frames[-1][0])
+
+
+@pytest.mark.parametrize("kind", BARS)
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+@pytest.mark.parametrize("at_start", [True, False])
+def test_gone_after_a_failure(kind: str, on_error: str, at_start: bool, tmp_path: Path, terminal: Terminal) -> None:
+    observer, spy = scripted(terminal, steps=3, fails=True, on_error=on_error, at_start=at_start)
+    own_stdout = sys.stdout
+    expectation = pytest.raises(OSError, match="no luck") if on_error == "raise" else pytest.warns(RuntimeWarning)
+    with expectation:
+        train(tmp_path, terminal, observer, BARS[kind](terminal), spy)
+    assert f"1/{TOTAL}" in counts_in(terminal.showing("Lanczos"))
+    assert not any("Lanczos" in line for line in terminal.frames[-1])
+    assert not any("Lanczos" in line for frame in spy.afterwards for line in frame)
+    assert sys.stdout is own_stdout  # a live display redirects it while it runs
+
+
+@pytest.mark.parametrize("kind", BARS)
+def test_every_step_moves_it_and_ending_early_removes_it(kind: str, tmp_path: Path, terminal: Terminal) -> None:
+    observer, spy = scripted(terminal, steps=5)
+    train(tmp_path, terminal, BARS[kind](terminal), observer, spy, max_epochs=1)
+    assert counts_in(terminal.showing("Lanczos")) == [f"{step}/{TOTAL}" for step in (1, 2, 3, 4, 5)]
+    assert not any("Lanczos" in line for frame in spy.afterwards for line in frame)
+
+
+def test_refresh_rate_holds_for_it_too(tmp_path: Path, terminal: Terminal) -> None:
+    observer, _ = scripted(terminal)
+    train(tmp_path, terminal, tqdm_bar(terminal, refresh_rate=3), observer, max_epochs=1)
+    assert counts_in(terminal.showing("Lanczos")) == [f"{step}/{TOTAL}" for step in (1, 3, 6, 8)]
+
+
+def test_process_position_moves_it_too(tmp_path: Path, terminal: Terminal) -> None:
+    observer, _ = scripted(terminal)
+    train(tmp_path, terminal, tqdm_bar(terminal, process_position=2), observer, max_epochs=1)
+    assert terminal.showing("Lanczos")
+    for frame in terminal.showing("Lanczos"):
+        assert ["Epoch" in line for line in frame].index(True) == 4
+        assert ["Lanczos" in line for line in frame].index(True) == 5
+
+
+@pytest.mark.parametrize("kind", BARS)
+def test_a_total_that_shrinks_and_a_count_that_starts_again(kind: str, tmp_path: Path, terminal: Terminal) -> None:
+    """An analysis may have several parts, and know only on the way how many steps there can be."""
+    bar = BARS[kind](terminal)
+    trainer = make_trainer(tmp_path, bar, enable_progress_bar=True)
+    with contextlib.redirect_stdout(terminal), progress.analysis_bar(trainer, "x", shown=True) as report:
+        assert report is not None
+        for done, total in ((1, 100), (2, 4), (4, 4), (1, 4)):
+            report(done, total)
+    assert counts_in(terminal.showing("x: Lanczos")) == ["1/100", "2/4", "4/4", "1/4"]
+    if isinstance(bar, RichProgressBar):
+        bar.teardown(trainer, Validated(), "fit")
+
+
+def test_a_name_is_no_markup(tmp_path: Path, terminal: Terminal) -> None:
+    observer, _ = scripted(terminal, name="[red]h[bold]")
+    train(tmp_path, terminal, rich_bar(terminal), observer, max_epochs=1)
+    assert terminal.showing("[red]h[bold]: Lanczos steps")
+
+
+@pytest.mark.parametrize("kind", BARS)
+def test_real_analyses_report_their_steps_and_training_is_as_without(
+    kind: str, tmp_path: Path, terminal: Terminal
+) -> None:
+    def outcome(*callbacks: pl.Callback, **arguments: Any) -> Any:
+        with contextlib.redirect_stdout(terminal):
+            trainer = fit(tmp_path, *callbacks, **arguments)
+        return freeze(dict(trainer.lightning_module.state_dict())), global_generators()
+
+    with_bar = outcome(BARS[kind](terminal), callback(at_start=True, steps=4), enable_progress_bar=True)
+    assert "1/4" in counts_in(terminal.showing("hesd: Lanczos steps"))
+    assert with_bar == outcome()
+
+
+# No bar ---------------------------------------------------------------------------------------------------------------
+
+
+class OwnBar(ProgressBar):
+    """A kind of bar that the package does not know."""
+
+    def disable(self) -> None:
+        pass
+
+
+NO_BARS: dict[str, tuple[Callable[[Terminal], ProgressBar] | None, dict[str, Any], dict[str, Any]]] = {
+    "turned off": (None, {"enable_progress_bar": False}, {}),
+    "barebones": (None, {"barebones": True}, {}),
+    "unknown kind": (lambda _: OwnBar(), {}, {}),
+    "tqdm disabled": (lambda terminal: tqdm_bar(terminal, refresh_rate=0), {}, {}),
+    "rich disabled": (lambda terminal: rich_bar(terminal, refresh_rate=0), {}, {}),
+    "not wanted": (tqdm_bar, {}, {"progress": False}),
+}
+
+
+@pytest.mark.parametrize("name", NO_BARS)
+def test_without_a_bar_nobody_is_reported_to(name: str, tmp_path: Path, terminal: Terminal) -> None:
+    make_bar, arguments, options = NO_BARS[name]
+    observer, spy = scripted(terminal, at_start=True, **options)
+    train(tmp_path, terminal, *([make_bar(terminal)] if make_bar else []), observer, spy, **arguments)
+    assert spy.reports == [None, None, None]
+    assert not terminal.showing("Lanczos")
+
+
+def test_process_zero_only(tmp_path: Path) -> None:
+    for rank, wanted in ((0, True), (1, False)):
+        trainer = SimpleNamespace(is_global_zero=rank == 0, progress_bar_callback=TQDMProgressBar())
+        with progress.analysis_bar(trainer, "hesd", shown=True) as report:  # type: ignore[arg-type]
+            assert (report is not None) is wanted
+
+
+@pytest.mark.parametrize("kind", BARS)
+def test_short_analyses_do_not_flicker(
+    kind: str, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "DELAY", 1.0)
+    bar = BARS[kind](terminal)
+    trainer = make_trainer(tmp_path, bar, enable_progress_bar=True)
+    times = iter([50.0, 50.9, 51.0])
+    analysis_bar = progress.analysis_bar(trainer, "hesd", shown=True, clock=lambda: next(times))
+    with contextlib.redirect_stdout(terminal), analysis_bar as report:
+        assert report is not None
+        report(1, TOTAL)
+        assert terminal.frames == []
+        report(2, TOTAL)
+        assert counts_in(terminal.showing("Lanczos")) == [f"2/{TOTAL}"]
+    if isinstance(bar, RichProgressBar):
+        bar.teardown(trainer, Validated(), "fit")
+
+
+def test_the_delay_is_about_a_second() -> None:
+    assert 0.5 <= progress.DELAY <= 3
+
+
+# Trouble --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("methods", [["__init__"], ["show"], ["close"], ["show", "close"]])
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_a_bar_that_cannot_be_drawn_costs_one_warning_and_is_given_up(
+    methods: list[str], on_error: str, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def failing(method: str) -> Callable[..., None]:
+        def fail(*_args: Any) -> None:
+            calls.append(method)
+            msg = "the screen is gone"
+            raise OSError(msg)
+
+        return fail
+
+    for method in methods:
+        monkeypatch.setattr(progress._TqdmBar, method, failing(method))
+    observer, _ = scripted(terminal, on_error=on_error)
+    with pytest.warns(RuntimeWarning, match="cannot draw the progress .* which goes on.*the screen is gone") as caught:
+        trainer = train(tmp_path, terminal, tqdm_bar(terminal), observer, max_epochs=1)
+    assert len([warning for warning in caught if "cannot draw" in str(warning.message)]) == 1
+    assert calls == methods
+    assert trainer.state.finished
+    assert [record.error for record in observer.history] == [None]
+    assert "close" in methods or not any("Lanczos" in line for line in terminal.frames[-1])

@@ -1,0 +1,190 @@
+"""Sharded parameters give the spectrum of whole ones, stay in parts, and a failure in one process hangs nobody."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+
+from lightning_hesd.training.compat import internals
+from tests.training import processes
+from tests.training.processes import read
+
+HERE = Path(__file__).parent
+EXACT = 1e-12
+"""Of float64: sums over processes are taken in another order."""
+
+
+@pytest.fixture(scope="module")
+def spectra(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two processes found."""
+    folder = tmp_path_factory.mktemp("sharded") / "2"
+    return processes.run(HERE / "sharded_spectra.py", folder, 2, "--thorough", 1)
+
+
+def test_spectra_are_those_of_whole_parameters(spectra: list[dict[str, Any]]) -> None:
+    assert len(spectra[0]["expected"]) == 9
+    check_spectra(spectra)
+
+
+def test_a_process_without_a_batch_takes_part(tmp_path: Path) -> None:
+    """Of three processes, for two batches."""
+    found = processes.run(HERE / "sharded_spectra.py", tmp_path, 3)
+    assert len(found) == 3
+    check_spectra(found)
+
+
+def check_spectra(ranks: list[dict[str, Any]]) -> None:
+    first, *others = ranks
+    for name, expected in first["expected"].items():
+        found = first["spectra"][name]
+        assert all(rank["spectra"][name] == found for rank in others)
+        for key in ("steps", "samples", "dimension"):
+            assert found[key] == expected[key]
+        # What the record states of rounding, of which that of differences is the largest part; the loss has its own.
+        allowed = expected["rounding"] if "32" in name or "differences" in name else EXACT * expected["lambda_max"]
+        for key in ("lambda_min", "lambda_max"):
+            assert found[key] == pytest.approx(expected[key], abs=allowed)
+        assert found["c_t"] == pytest.approx(expected["c_t"], abs=4 * allowed / expected["lambda_max"])
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6 if "32" in name else EXACT)
+
+
+def test_the_spectra_tell_something(spectra: list[dict[str, Any]]) -> None:
+    """They are not all the same, and the process is stopped before its last step."""
+    found = spectra[0]["spectra"]
+    assert len({round(s["lambda_max"], 6) for name, s in found.items() if "float64" in name}) >= 3
+    assert found["graph, torch.float64"]["c_t"] < -0.01
+    assert found["stopped early, torch.float64"]["steps"] < found["graph, torch.float64"]["steps"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ("shortcut", ["OutOfStepError: the processes take different paths"] * 2),
+        ("broken", ["AnotherProcessFailedError: ", "MemoryError: no memory here"]),
+        ("infinite", ["AnotherProcessFailedError: ", "ArithmeticError: the loss of batch 1 is inf"]),
+        ("kinked", ["ArithmeticError: the Hessian-vector product of one of the batches 0, 1 is NaN"] * 2),
+        ("opaque", ["UnsupportedLayoutError: the loss uses a sharded parameter of shape (5, 6)"] * 2),
+    ],
+)
+def test_what_goes_wrong_is_said_and_leaves_the_processes_in_step(
+    spectra: list[dict[str, Any]], loss: str, message: list[str]
+) -> None:
+    for rank, expected in zip(spectra, message, strict=True):
+        assert rank["failures"][loss].startswith(expected)
+        assert rank["failures"]["afterwards"] == repr(rank["spectra"]["graph, torch.float64"]["c_t"])
+
+
+def test_weights_gradients_and_random_numbers_are_left_as_they_were(spectra: list[dict[str, Any]]) -> None:
+    assert all(rank["untouched"] for rank in spectra)
+
+
+def test_each_process_holds_its_share_of_the_vectors(spectra: list[dict[str, Any]]) -> None:
+    """Basis and vectors are halved; what remains is a layer, gathered, and the graph of the batch."""
+    alone = spectra[0]["expected bytes"]
+    assert alone > 10 * spectra[0]["parameters"]
+    assert all(rank["bytes"] < 0.6 * alone for rank in spectra)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What an ordinary training run saw."""
+    folder = tmp_path_factory.mktemp("runs") / "1"
+    (rank,) = processes.run(HERE / "sharded_run.py", folder, 1)
+    main: dict[str, Any] = rank["main"]
+    return main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of training runs of two processes."""
+    folder = tmp_path_factory.mktemp("runs") / "2"
+    processes.run(HERE / "sharded_run.py", folder, 2, "--all", 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> list[dict[str, Any]]:
+    """What these saw."""
+    return read(folder)
+
+
+def test_records_are_those_of_one_process(alone: dict[str, Any], runs: list[dict[str, Any]]) -> None:
+    for rank in runs:
+        main = rank["main"]
+        assert not main["said"]
+        for name, records in alone["records"].items():
+            for mine, theirs in zip(records, main["records"][name], strict=True):
+                assert theirs["epoch"] == mine["epoch"]
+                assert theirs["num_samples"] == 50
+                assert theirs["c_t"] == pytest.approx(mine["c_t"], rel=1e-9)
+                assert theirs["lambda_max"] == pytest.approx(mine["lambda_max"], rel=1e-9)
+        assert main["layers"]["few"] == pytest.approx(alone["layers"]["few"], rel=1e-9, abs=1e-12)
+    assert len({record["c_t"] for record in alone["records"]["hesd"]}) == 3
+
+
+def test_training_is_the_same_to_the_last_bit(folder: Path) -> None:
+    for rank in range(2):
+        weights = {name: torch.load(folder / name / f"weights{rank}.pt") for name in ("main", "bare", "failing")}
+        assert any(p.numel() == 0 for p in weights["bare"]) == (rank == 1)
+        for name in ("main", "failing"):
+            assert all(map(torch.equal, weights[name], weights["bare"]))
+
+
+def test_the_best_checkpoint_is_a_folder_that_can_be_resumed_from(
+    alone: dict[str, Any], runs: list[dict[str, Any]]
+) -> None:
+    for rank in runs:
+        best = Path(rank["main"]["best"])
+        assert best.name == Path(alone["best"]).name
+        assert [Path(path).name for path in rank["main"]["kept"]] == [Path(p).name for p in alone["kept"]]
+        assert (best / "meta.pt").is_file()
+        # Candidates that were outdone are gone; the other one is Lightning's own.
+        folders = {path.name for path in best.parent.iterdir()}
+        assert folders == {"last.ckpt", best.name, best.name.removeprefix("hesd-highest_c_t-")}
+        records = rank["resumed"]["records"]["hesd"]
+        assert records[:3] == rank["main"]["records"]["hesd"]
+        assert [record["epoch"] for record in records] == [0, 1, 2, 3]
+        assert records[3]["c_t"] != records[2]["c_t"]
+
+
+def test_a_failure_in_one_process_is_recorded_in_all_and_training_goes_on(runs: list[dict[str, Any]]) -> None:
+    causes = ["AnotherProcessFailedError", "MemoryError: no memory here"]
+    for rank, cause in zip(runs, causes, strict=True):
+        records = rank["failing"]["records"]["hesd"]
+        assert [record["epoch"] for record in records] == [0, 1, 2]
+        assert all(record["error"].startswith(cause) for record in records)
+        assert rank["failing"]["steps"] == rank["bare"]["steps"]
+        assert Path(rank["failing"]["best"]).is_dir()
+
+
+def test_what_is_not_available_is_refused_and_the_rest_is_done(runs: list[dict[str, Any]]) -> None:
+    for rank in runs:
+        (plain,), (sampling,) = (rank["refused"]["records"][name] for name in ("hesd", "sampling"))
+        assert plain["c_t"] == rank["main"]["records"]["hesd"][0]["c_t"]
+        assert sampling["error"].startswith("ValueError: sampling errors are not available for sharded parameters")
+    warnings = runs[0]["refused"]["said"]
+    assert len(warnings) == 3
+    for option, warning in zip(("preconditioner", "monitor_gradients"), warnings, strict=False):
+        assert f"`{option}` is not available with ModelParallelStrategy" in warning
+
+
+def test_tensor_parallelism_is_refused_before_training(runs: list[dict[str, Any]]) -> None:
+    message = "MisconfigurationException: ModelParallelStrategy(tensor_parallel_size=2) splits layers over processes"
+    for rank in runs:
+        (record,) = rank["split"]["records"]["hesd"]
+        assert record["error"].startswith(message)
+        assert rank["split"]["steps"] > 0
+    assert runs[0]["split"]["said"][0].startswith(f"lightning_hesd: there will be no spectra. {message}")
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy(), DeepSpeedStrategy.__new__(DeepSpeedStrategy)])
+def test_strategies_that_cannot_run_here_are_refused_by_their_name(strategy: Any) -> None:
+    """They need a GPU, or a package of its own; the Trainer only hands them over."""
+    with pytest.raises(MisconfigurationException, match=rf"{type(strategy).__name__} splits .* ModelParallelStrategy"):
+        internals.check_strategy(SimpleNamespace(strategy=strategy))  # type: ignore[arg-type]

@@ -1,0 +1,118 @@
+"""The history as tables of pandas."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from lightning_hesd import SpectrumHistory
+from lightning_hesd.spectra.indicators import layer_indicators
+from lightning_hesd.spectra.scalars import scalars
+from lightning_hesd.training.history import SpectrumRecord
+from tests.training.scripted import make_spectrum
+
+pd = pytest.importorskip("pandas")
+
+FAILED = SpectrumRecord(1, 20, None, "RuntimeError: no luck")
+SPECTRUM_COLUMNS = [
+    *("c_t", "c_t_low", "c_t_high", "lambda_max", "lambda_min", "trace", "k_h05", "c_t_sampling_error", "loss"),
+    "seconds",
+]
+DESCRIPTION = ["hesd_type", "type_certain", "verified", "steps", "num_samples"]
+
+
+def history(*records: SpectrumRecord) -> SpectrumHistory:
+    found = SpectrumHistory()
+    found.extend(records)
+    return found
+
+
+def full_record() -> SpectrumRecord:
+    spectrum = make_spectrum(-0.25, lambda_max=4.0)
+    return SpectrumRecord(
+        3,
+        40,
+        spectrum,
+        generalization=make_spectrum(-0.9, lambda_max=6.0, loss=1.5),
+        layers={"a": make_spectrum(-0.5), "b": make_spectrum(-0.1, lambda_max=3.0)},
+        preconditioned=replace(spectrum, matrix="preconditioned hessian"),
+        stability_threshold=8.0,
+    )
+
+
+def test_a_row_has_the_scalars_that_are_logged() -> None:
+    record = full_record()
+    row = history(record).to_dataframe().iloc[0].to_dict()
+    logged = scalars(record, "x")
+    named = {key: f"x/{key}" for key in SPECTRUM_COLUMNS}
+    named |= {f"{kind}_{key}": f"x_{kind}/{key}" for kind in ("gen", "pre") for key in SPECTRUM_COLUMNS}
+    named |= {key: f"x/{key}" for key in ("delta_r_e", "delta_k_h05", "stability_ratio")}
+    for column, key in named.items():
+        assert row[column] == logged[key] if key in logged else math.isnan(row[column]), column
+    assert row["c_t"] == -0.25
+    assert row["gen_c_t"] == -0.9
+    assert row["stability_ratio"] == 0.5
+    assert (row["epoch"], row["global_step"]) == (3, 40)
+    assert (row["hesd_type"], row["type_certain"], row["steps"], row["num_samples"]) == ("MP", True, 2, 8)
+    assert row["verdict"] == "poor"
+    assert pd.isna(row["error"])
+    assert set(row) == {"epoch", "global_step", *named, *DESCRIPTION, "verdict", "error"}
+
+
+def test_a_failed_analysis_is_a_row_of_nothing_but_its_error() -> None:
+    table = history(SpectrumRecord(-1, 0, make_spectrum(-0.9)), FAILED).to_dataframe()
+    assert table.epoch.tolist() == [-1, 1]
+    assert table.c_t.tolist()[0] == -0.9
+    assert table.loc[1, [*SPECTRUM_COLUMNS, *DESCRIPTION]].isna().all()
+    assert table.error.isna().tolist() == [True, False]
+    assert table.error[1] == "RuntimeError: no luck"
+
+
+def test_an_undefined_c_t_is_missing_but_not_the_rest() -> None:
+    row = history(SpectrumRecord(0, 10, make_spectrum(math.nan))).to_dataframe().iloc[0]
+    assert row[["c_t", "c_t_low", "c_t_high", "hesd_type", "type_certain"]].isna().all()
+    assert row.loss == 0.5
+
+
+def test_no_positive_curvature_is_minus_infinity() -> None:
+    record = SpectrumRecord(0, 10, replace(make_spectrum(-0.5), nodes=[[-2.0, -1.0]]))
+    assert history(record).to_dataframe().c_t.tolist() == [-math.inf]
+
+
+@pytest.mark.parametrize("records", [(), (FAILED,), (SpectrumRecord(0, 10, make_spectrum(-0.2)), FAILED)])
+def test_columns_and_their_kinds_do_not_depend_on_what_was_found(records: tuple[SpectrumRecord, ...]) -> None:
+    table = history(*records).to_dataframe()
+    kinds: dict[str, Any] = {column: str(kind) for column, kind in table.dtypes.items()}
+    assert kinds == {
+        "epoch": "int64",
+        "global_step": "int64",
+        **dict.fromkeys(SPECTRUM_COLUMNS, "float64"),
+        "hesd_type": "string",
+        "type_certain": "boolean",
+        "verified": "string",
+        "steps": "Int64",
+        "num_samples": "Int64",
+        "error": "string",
+    }
+    assert len(table) == len(records)
+
+
+def test_layers_have_a_row_each() -> None:
+    record = full_record()
+    table = history(FAILED, record, replace(record, epoch=4)).layers_to_dataframe()
+    assert list(zip(table.epoch, table.layer, strict=True)) == [(3, "a"), (3, "b"), (4, "a"), (4, "b")]
+    assert table.lambda_max.tolist() == [1.0, 3.0, 1.0, 3.0]
+    assert table.trace_share.tolist()[:2] == [found.trace_share for found in layer_indicators(record.layers).values()]
+    assert table.pivot(index="layer", columns="epoch", values="c_t").loc["b"].tolist() == pytest.approx([-0.1, -0.1])
+    assert history(FAILED).layers_to_dataframe().columns.tolist() == table.columns.tolist()
+
+
+def test_without_pandas_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    for method in ("to_dataframe", "layers_to_dataframe"):
+        with pytest.raises(ImportError, match="pip install pandas"):
+            getattr(history(FAILED), method)()
