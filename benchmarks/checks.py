@@ -20,7 +20,7 @@ from lightning_hesd.numerics.derivatives.graphs import GraphFacts
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
 from lightning_hesd.numerics.krylov import lanczos
 from lightning_hesd.numerics.operators import risk_operator
-from lightning_hesd.numerics.operators.strategies import Calibration
+from lightning_hesd.numerics.operators.strategies import AnalysisCache
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,12 +69,12 @@ def measure(name: str, steps: int, rounds: int, size: Size) -> list[str]:
     problem = load(name, size=size)
     firsts, laters, shares = [], [], []
     for _ in range(rounds):
-        calibration = Calibration()
+        cache = AnalysisCache()
         with watched(risk_operator, "verify") as comparison:
-            analysis(problem, steps, calibration)
+            analysis(problem, steps, cache)
         firsts.append(comparison.seconds)
         with watched(GraphFacts, "add") as reading, watched(lanczos, "asymmetry") as norms:
-            laters.append(analysis(problem, steps, calibration))
+            laters.append(analysis(problem, steps, cache))
         shares.append((reading.seconds + norms.seconds) / laters[-1])
     first, later, share = (statistics.median(values) for values in (firsts, laters, shares))
     return [RECIPES[name].title, f"{problem.dimension:,}", f"{later:.2f}", f"{share:.1%}", f"{first:.2f}",
@@ -93,11 +93,11 @@ def watched(owner: Any, name: str) -> Iterator[Stopwatch]:
         yield stopwatch
 
 
-def analysis(problem: Problem, steps: int, calibration: Calibration) -> float:
+def analysis(problem: Problem, steps: int, cache: AnalysisCache) -> float:
     """Return the seconds that an analysis takes, given what is known from earlier ones."""
     batches = [WeightedBatch(batch, float(len(batch[0])), index) for index, batch in enumerate(problem.batches)]
     started = time.perf_counter()
-    analyze(problem.module, batches, loss, analysis_options(steps=steps), calibration=calibration)
+    analyze(problem.module, batches, loss, analysis_options(steps=steps), cache=cache)
     return time.perf_counter() - started
 
 

@@ -29,7 +29,7 @@ from lightning_hesd.commands.cost import Machine, Workload, analysis_cost, measu
 from lightning_hesd.numerics.analysis.api import analysis_options
 from lightning_hesd.numerics.analysis.engine import analyze
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
-from lightning_hesd.numerics.operators.strategies import Calibration
+from lightning_hesd.numerics.operators.strategies import AnalysisCache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -222,9 +222,9 @@ def _machine(module: nn.Module, batches: list[WeightedBatch], loss: Callable[...
 
 def _graph_bytes(module: nn.Module, batches: list[WeightedBatch], loss: Callable[..., Tensor]) -> float:
     """Return what an analysis of one batch finds out about the size of graphs, per sample."""
-    calibration = Calibration()
-    analyze(module, batches[:1], loss, analysis_options(steps=1, memory_budget=2**40), calibration=calibration)
-    return calibration.graph_bytes or math.nan  # "auto" measures it
+    cache = AnalysisCache()
+    analyze(module, batches[:1], loss, analysis_options(steps=1, memory_budget=2**40), cache=cache)
+    return cache.graph_bytes or math.nan  # "auto" measures it
 
 
 if __name__ == "__main__":

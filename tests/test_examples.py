@@ -124,7 +124,7 @@ def test_segmentation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert all(math.isfinite(record.spectrum.c_t) for record in spectra.history)
     assert rule.best is not None
     assert Path(rule.best_model_path).exists()
-    assert rule.best.goodness == pytest.approx(module.ious[rule.best.epoch][0])
+    assert rule.best.score == pytest.approx(module.ious[rule.best.epoch][0])
     printed = capsys.readouterr().out
     assert re.search(rf"^ +{rule.best.epoch} .* picked$", printed, re.MULTILINE)
     assert re.search(r"^The pick has an IoU of 0\.\d+ on other images\.$", printed, re.MULTILINE)

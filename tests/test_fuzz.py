@@ -40,7 +40,7 @@ from lightning_hesd.spectra.payload import (
 )
 from lightning_hesd.spectra.picks import picks, rewound
 from lightning_hesd.spectra.record import SpectrumRecord
-from lightning_hesd.spectra.selection import Candidate, Choice, SelectionRule
+from lightning_hesd.spectra.selection import Candidate, SelectionEvent, SelectionRule
 from lightning_hesd.spectra.spectrum import load_layers, save_layers
 from lightning_hesd.training.budget import Budget
 from tests.tab import write_payloads
@@ -200,8 +200,10 @@ def history() -> SpectrumHistory:
 
 
 def choice(epoch: int = 1) -> dict[str, Any]:
-    newcomer = Candidate(epoch, 4 * epoch, -0.5, -0.2, mainly_positive=True, path="a.ckpt")
-    return choice_payload(Choice("highest_c_t", None, "min", SelectionRule(0.05, require_mp=True), newcomer, newcomer))
+    latest = Candidate(epoch, 4 * epoch, -0.5, -0.2, mainly_positive=True, path="a.ckpt")
+    return choice_payload(
+        SelectionEvent("highest_c_t", None, "min", SelectionRule(0.05, require_mp=True), latest, latest)
+    )
 
 
 def described(*found: SpectrumRecord) -> None:

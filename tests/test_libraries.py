@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from benchmarks.libraries.__main__ import libraries, write
 from benchmarks.libraries.case import Case
 from benchmarks.libraries.independent import Batch, extremes
-from benchmarks.libraries.recipes import PAGE, RECIPE, renew
+from benchmarks.libraries.recipes import PAGE, RECIPE, invalidate
 from benchmarks.libraries.report import Tried, document, from_plain
 from benchmarks.libraries.trial import Outcome, attempt, seed_everything
 
@@ -105,5 +105,5 @@ def test_recipes_are_of_known_libraries_and_show_their_output(tmp_path: Path) ->
     page = tmp_path / "page.md"
     block = '```py title="one"\nprint(1 + 1)\n```\n\n```text title="Output"\n{}```\n'
     page.write_text(block.format("") + block.replace("one", "two").format("kept\n"), encoding="utf-8")
-    renew(page, {"one": lambda: Path(sys.executable)})
+    invalidate(page, {"one": lambda: Path(sys.executable)})
     assert page.read_text(encoding="utf-8") == block.format("2\n") + block.replace("one", "two").format("kept\n")

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import benchmarks.libraries
 from benchmarks.libraries.environments import ROOT, environment, version
-from benchmarks.libraries.recipes import PAGE, renew
+from benchmarks.libraries.recipes import PAGE, invalidate
 from benchmarks.libraries.report import Tried, document, from_plain, rows_of
 from benchmarks.libraries.trial import Outcome
 
@@ -55,7 +55,7 @@ def main() -> None:
         known[name].name: partial(environment, known[name], environments) for name in names
     }
     pythons[None] = lambda: Path(sys.executable)
-    renew(PAGE, pythons)
+    invalidate(PAGE, pythons)
 
 
 def write(tried: Tried, folder: Path) -> None:

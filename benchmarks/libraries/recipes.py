@@ -37,7 +37,7 @@ open(sys.argv[2], "w", encoding="utf-8").write(json.dumps(shown))
 """Takes what the recipe prints, and not what libraries print."""
 
 
-def renew(page: Path, pythons: Mapping[str | None, Callable[[], Path]]) -> None:
+def invalidate(page: Path, pythons: Mapping[str | None, Callable[[], Path]]) -> None:
     """Run the recipes of a page, and put what they print below them, each as soon as it has run.
 
     Args:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from examples.layer_study.indicators import indicators
 from lightning_hesd import SpectrumHistory
-from lightning_hesd.spectra.files import written_whole
+from lightning_hesd.spectra.files import atomic_write
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,7 +65,7 @@ def is_done(folder: Path) -> bool:
 
 def write(run: Run, folder: Path, numbers: Numbers) -> None:
     """Write what the callback has not written; this comes last, so that an interrupted run is not done."""
-    with written_whole(folder / OUTCOME) as partial:
+    with atomic_write(folder / OUTCOME) as partial:
         partial.write_text(json.dumps({"run": asdict(run), "numbers": asdict(numbers)}, indent=1), encoding="utf-8")
 
 

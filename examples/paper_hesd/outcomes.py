@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lightning_hesd import SpectrumHistory
-from lightning_hesd.spectra.files import written_whole
+from lightning_hesd.spectra.files import atomic_write
 from lightning_hesd.training.history import START_EPOCH
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def is_done(folder: Path) -> bool:
 def write(experiment: Experiment, folder: Path, seconds: float, **found: object) -> None:
     """Write what the callback has not written; this comes last, so that an interrupted experiment is not done."""
     values = {"experiment": asdict(experiment), "seconds": seconds, **found}
-    with written_whole(folder / OUTCOME) as partial:
+    with atomic_write(folder / OUTCOME) as partial:
         partial.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 

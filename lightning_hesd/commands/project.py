@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from lightning.pytorch import Callback
 
-from lightning_hesd.spectra.validation import DAMAGE, each, integer, misfit, of, one_line, optional
+from lightning_hesd.spectra.validation import (
+    CORRUPT_FILE_ERRORS,
+    each,
+    first_invalid_field,
+    integer,
+    of,
+    one_line,
+    optional,
+)
 from lightning_hesd.training.analyzer import TrainerAnalyzer
 from lightning_hesd.training.callback import HessianSpectrumCallback
 from lightning_hesd.training.compat.namespaces import lightning_types, namespace_of
@@ -135,7 +143,7 @@ def load_checkpoint(path: Path, *, unsafe: bool = False) -> Checkpoint:
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         msg = f"{path} is no Lightning checkpoint: it has no 'state_dict'."
         raise CheckpointError(msg)
-    wrong = misfit({**dict.fromkeys(PARTS), **checkpoint}, PARTS)
+    wrong = first_invalid_field({**dict.fromkeys(PARTS), **checkpoint}, PARTS)
     if wrong is not None:
         msg = f"{path} is damaged: its {wrong!r} is something else than Lightning writes."
         raise CheckpointError(msg)
@@ -248,7 +256,7 @@ class Project:
         try:
             drawn: dict[str, Any] = state["samples"]["training"]
             check_samples(drawn)
-        except DAMAGE as error:
+        except CORRUPT_FILE_ERRORS as error:
             msg = f"the checkpoint's callback {self.name!r} does not say which samples it drew ({one_line(error)})."
             raise CheckpointError(msg) from error
         return drawn
@@ -271,6 +279,6 @@ def _load_weights(module: pl.LightningModule, checkpoint: Checkpoint, path: Path
         module.configure_model()
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
-    except DAMAGE as error:
+    except CORRUPT_FILE_ERRORS as error:
         msg = f"the weights in {path} do not fit {type(module).__name__}: {one_line(error)}"
         raise CheckpointError(msg) from error

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_hesd.spectra.files import written_whole
+from lightning_hesd.spectra.files import atomic_write
 from lightning_hesd.spectra.payload import CHOICE_FIELDS, CHOICES_NAME, PayloadError, read_payload, record_payload
 from lightning_hesd.spectra.picks import picks, rewound
 from lightning_hesd.tensorboard_plugin.assets import PLOTLY, REPORT, SHARED, STYLE, content
@@ -39,7 +39,7 @@ def write_report(log_dir: str | os.PathLike[str], out: str | os.PathLike[str], n
     document = report(run_data(log_dir, name))
     target = Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(target) as partial:
+    with atomic_write(target) as partial:
         # Names of files need not be text; what has no letters gets question marks.
         partial.write_text(document, encoding="utf-8", errors="replace")
 

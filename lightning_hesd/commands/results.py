@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.plotting import plot_density
-from lightning_hesd.spectra.files import written_whole
+from lightning_hesd.spectra.files import atomic_write
 from lightning_hesd.spectra.selection import RULE_NAMES, candidates_of, picks
 from lightning_hesd.spectra.spectrum import Spectrum
 from lightning_hesd.spectra.validation import (
-    DAMAGE,
+    CORRUPT_FILE_ERRORS,
     check_regular,
     each_named,
     having,
@@ -80,7 +80,7 @@ class Results:
                 key for key in {*contents["options"], *options} if contents["options"].get(key) != options.get(key)
             ]
             known = contents["format"] == FORMAT and each_named(having(KNOWN))(contents["checkpoints"])
-        except DAMAGE as error:
+        except CORRUPT_FILE_ERRORS as error:
             msg = f"{path} is damaged ({one_line(error)}): remove it, or choose another --out."
             raise ResultsError(msg) from error
         if not known or differing:
@@ -122,7 +122,7 @@ class Results:
         self._contents["table"] = list(lines)
         self._write()
         with (
-            written_whole(self._folder / "results.csv") as partial,
+            atomic_write(self._folder / "results.csv") as partial,
             partial.open("w", newline="", encoding="utf-8") as file,
         ):
             writer = csv.DictWriter(file, fieldnames=list(lines[0]))
@@ -135,7 +135,7 @@ class Results:
     def _write(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(_without_nan(self._contents), indent=1)
-        with written_whole(self._folder / RESULTS) as partial:
+        with atomic_write(self._folder / RESULTS) as partial:
             partial.write_text(text, encoding="utf-8")
 
 
@@ -193,5 +193,5 @@ def table_line(row: Row, picks: Mapping[str, str], candidates: Container[str]) -
 def draw(spectrum: Spectrum, title: str, target: Path) -> None:
     """Write the density as a PNG."""
     figure = plot_density(spectrum, title=title).get_figure(root=True)
-    with written_whole(target) as partial:
+    with atomic_write(target) as partial:
         figure.savefig(partial, format="png")  # type: ignore[union-attr]

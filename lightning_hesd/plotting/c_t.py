@@ -27,7 +27,7 @@ LINEAR_FROM = 0.05
 SMALLEST = 1e-4
 """Smaller values are drawn as zero, more or less."""
 
-DEEPEST = 100.0
+MAX_DEPTH = 100.0
 """Far below -1 every spectrum is much the same, so the axis does not follow further down than this."""
 
 BOTTOM = 0.035
@@ -82,7 +82,7 @@ def plot_c_t(
 def _set_scale(ax: Axes, spectra: Sequence[Spectrum]) -> None:
     """Choose the scale of the vertical axis."""
     values = [spectrum.c_t for spectrum in spectra if math.isfinite(spectrum.c_t)]
-    bottom = max(1.2 * min([-1.0, *values]), -DEEPEST)
+    bottom = max(1.2 * min([-1.0, *values]), -MAX_DEPTH)
     sizes = [abs(value) for value in values if abs(value) >= SMALLEST]
     if min(sizes, default=1.0) >= LINEAR_FROM:
         ax.set_ylim(bottom, -0.03 * bottom)

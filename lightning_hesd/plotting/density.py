@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from lightning_hesd.spectra.spectrum import Spectrum
 
-LOWEST_PART = 1e-10
+MIN_SHARE = 1e-10
 """The logarithmic axis ends this far below the highest density, where rounding begins to matter."""
 
 
@@ -37,7 +37,7 @@ def plot_density(spectrum: Spectrum, ax: Axes | None = None, title: str = "") ->
     nodes = spectrum.nodes[~np.isnan(spectrum.nodes)]
     peaks = density[np.searchsorted(grid, nodes).clip(0, len(grid) - 1)]
     top = float(density.max())
-    bottom = max(float(peaks.min()) / 10, top * LOWEST_PART)
+    bottom = max(float(peaks.min()) / 10, top * MIN_SHARE)
 
     # The sign of the curvature is what the criteria are about, so it has a colour of its own. Beyond the extremes there
     # is nothing but the smoothing.
@@ -88,7 +88,7 @@ def plot_decomposition(hessian: Spectrum, ggn: Spectrum, residual: Spectrum, ax:
         top, bottom = max(top, float(density.max())), min(bottom, float(at_extremes.min()))
     ax.set_yscale("log")
     ax.yaxis.set_minor_locator(NullLocator())
-    ax.set_ylim(max(bottom / 10, top * LOWEST_PART), top * 3)
+    ax.set_ylim(max(bottom / 10, top * MIN_SHARE), top * 3)
     ax.set_xlabel("eigenvalue")
     ax.set_ylabel("spectral density")
     ax.grid(visible=True, alpha=0.3)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Array: TypeAlias = NDArray[np.float64]
 
 ROWS = 400
-SMOOTHING, WIDEST = 0.06, 0.5
+SMOOTHING, MAX_WIDTH = 0.06, 0.5
 """Least and largest standard deviation, in decades."""
 
 HEADROOM = 0.12
@@ -36,7 +36,7 @@ HEADROOM = 0.12
 EDGE = 10.0**0.15
 """How far the axis reaches beyond the extremes, as a factor."""
 
-FAINTEST = 0.05
+MIN_BRIGHTNESS = 0.05
 """Densities below this share of that of a single eigenvalue are not drawn: of what lies between the eigenvalues."""
 
 
@@ -66,7 +66,7 @@ def plot_density_evolution(history: Sequence[SpectrumRecord], ax: Axes | None = 
     edges = np.linspace(bottom, top, ROWS + 1)
     rows = (edges[1:] + edges[:-1]) / 2
     columns = [np.full(ROWS, math.nan) if s is None else _per_decade(s, page, rows) for s in spectra]
-    faintest = FAINTEST / max(s.dimension for s in present) / (SMOOTHING * math.sqrt(2 * math.pi))
+    faintest = MIN_BRIGHTNESS / max(s.dimension for s in present) / (SMOOTHING * math.sqrt(2 * math.pi))
     values = np.ma.masked_less(np.ma.masked_invalid(np.array(columns).T), faintest)
     image = ax.pcolormesh(
         axis.edges(), page.back(edges), values, cmap="Greys", norm=LogNorm(vmin=faintest),
@@ -137,7 +137,7 @@ def _per_decade(spectrum: Spectrum, page: Page, rows: Array) -> Array:
     present = ~np.isnan(spectrum.nodes)
     nodes, residuals = spectrum.nodes[present], spectrum.residuals[present]
     weights = spectrum.weights[present] / len(spectrum.nodes)
-    sigma = ((page.heights(nodes + residuals) - page.heights(nodes - residuals)) / 2).clip(SMOOTHING, WIDEST)
+    sigma = ((page.heights(nodes + residuals) - page.heights(nodes - residuals)) / 2).clip(SMOOTHING, MAX_WIDTH)
     low, high = page.heights(np.array([spectrum.lambda_min, spectrum.lambda_max]))
     distance = (rows[:, None] - page.heights(nodes)) / sigma
     density: Array = np.exp(-0.5 * distance**2) @ (weights / sigma) / math.sqrt(2 * math.pi)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-MOST_DECADES = 5
+MAX_DECADES = 5
 """Sizes this many decades below the largest are drawn as zero, more or less."""
 
 LABELS_PER_SIGN = 4
@@ -23,7 +23,7 @@ def linear_threshold(sizes: Iterable[float]) -> float:
     present = [size for size in map(abs, sizes) if 0 < size < math.inf]
     if not present:
         return 1.0
-    smallest = max(min(present), max(present) * 10.0**-MOST_DECADES)
+    smallest = max(min(present), max(present) * 10.0**-MAX_DECADES)
     return 10.0 ** math.floor(math.log10(smallest) + 1e-9)
 
 

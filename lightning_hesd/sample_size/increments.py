@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-FEWEST_VALUES = 3
+MIN_VALUES = 3
 """From two values there is one increment, and no rate."""
 
 
@@ -101,8 +101,8 @@ def checked_values(name: str, values: ArrayLike) -> Array:
         ValueError: If they are not.
     """
     found: Array = np.asarray(values, dtype=np.float64)
-    if found.ndim != 1 or len(found) < FEWEST_VALUES:
-        msg = f"`{name}` must have shape (N,) with N at least {FEWEST_VALUES}, got {found.shape}."
+    if found.ndim != 1 or len(found) < MIN_VALUES:
+        msg = f"`{name}` must have shape (N,) with N at least {MIN_VALUES}, got {found.shape}."
         raise ValueError(msg)
     if not np.isfinite(found).all():
         position = int(np.argmin(np.isfinite(found)))

@@ -28,7 +28,7 @@ from lightning_hesd.numerics.analysis.sampling_error import samples_needed
 from lightning_hesd.numerics.inputs.batches import batch_size
 from lightning_hesd.sample_size.sample_losses import mean_loss, per_sample_losses, read_batches
 from lightning_hesd.spectra.intervals import chi_square_quantile, student_quantile
-from lightning_hesd.spectra.spectrum import SMALLEST_SCALE
+from lightning_hesd.spectra.spectrum import MIN_SCALE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -270,7 +270,7 @@ def _spectral_requirement(
     degrees = (spectrum.sampling_groups or 2) - 1
     quantile = student_quantile(confidence, degrees)
     true = value - bias  # as far as known
-    allowed = tolerance * (max(abs(true), SMALLEST_SCALE) if quantity == "c_t" else abs(true))
+    allowed = tolerance * (max(abs(true), MIN_SCALE) if quantity == "c_t" else abs(true))
     # The pilot's standard error is one of those that χ² with so many degrees of freedom allows for.
     tails = ((1 + confidence) / 2, (1 - confidence) / 2)
     factors = [math.sqrt(degrees / chi_square_quantile(tail, degrees)) for tail in tails]

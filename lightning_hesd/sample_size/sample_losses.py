@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_hesd.numerics.inputs.batches import batch_size, weighted_batches
 from lightning_hesd.numerics.isolation.exact_mode import analysis_state
-from lightning_hesd.numerics.isolation.snapshot import preserved, seed_everything
+from lightning_hesd.numerics.isolation.snapshot import restore_state, seed_everything
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -81,7 +81,7 @@ def read_batches(batches: Iterable[Any]) -> list[WeightedBatch]:
     Raises:
         ValueError: If there is none.
     """
-    with preserved():  # a data loader draws random numbers
+    with restore_state():  # a data loader draws random numbers
         found = weighted_batches(batches)
     if not found:
         msg = "there are no batches to analyse: `batches` is empty."
@@ -92,8 +92,8 @@ def read_batches(batches: Iterable[Any]) -> list[WeightedBatch]:
 def sample_losses(module: Any, batch: WeightedBatch, loss_fn: SampleLoss) -> Tensor:
     """Return the losses of the samples of one batch, shape (batch,), differentiable if gradients are enabled.
 
-    Call it inside `preserved` or `analysis_state`: it seeds the global generators, so that whatever is random is the
-    same at every call.
+    Call it inside `restore_state` or `analysis_state`: it seeds the global generators, so that whatever is random is
+    the same at every call.
 
     Raises:
         ValueError: If the number of losses is not that of the samples.

@@ -16,7 +16,7 @@ from zipfile import ZIP_STORED, ZipFile
 import numpy as np
 from numpy.lib import format as npy
 
-from lightning_hesd.spectra.validation import DAMAGE, check_regular, integer, one_line, parsed
+from lightning_hesd.spectra.validation import CORRUPT_FILE_ERRORS, check_regular, integer, one_line, parsed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +27,7 @@ FORMAT_VERSION = 1
 
 
 @contextlib.contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
+def atomic_write(target: Path) -> Iterator[Path]:
     """Give a path to write to, which takes the place of `target` when all is written; if that fails it is removed.
 
     Yields:
@@ -48,7 +48,7 @@ def save_archive(
 ) -> None:
     """Write plain values and arrays as .npz; the file appears whole or not at all."""
     text = np.array(json.dumps({"format": FORMAT_VERSION, **header}))
-    with written_whole(Path(path)) as partial, partial.open("wb") as file:
+    with atomic_write(Path(path)) as partial, partial.open("wb") as file:
         np.savez(file, header=text, **arrays)  # type: ignore[arg-type]  # names of arrays, no other argument
 
 
@@ -83,7 +83,7 @@ def opened_archive(
                 yield header, lambda name: _array(archive, name, "f").astype(np.float64)
     except FileNotFoundError:
         raise
-    except DAMAGE as error:
+    except CORRUPT_FILE_ERRORS as error:
         msg = f"{os.fspath(path)} is not {kind}, or is damaged ({one_line(error)})."
         raise ValueError(msg) from error
     if version != FORMAT_VERSION:

@@ -17,12 +17,12 @@ from lightning_hesd.spectra.indicators import layer_indicators
 from lightning_hesd.spectra.quadrature import legible_sigma
 from lightning_hesd.spectra.record import SUFFIXES
 from lightning_hesd.spectra.validation import (
-    DAMAGE,
+    CORRUPT_FILE_ERRORS,
     each,
     each_named,
+    first_invalid_field,
     having,
     integer,
-    misfit,
     number,
     of,
     one_line,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lightning_hesd.spectra.record import SpectrumRecord
-    from lightning_hesd.spectra.selection import Candidate, Choice
+    from lightning_hesd.spectra.selection import Candidate, SelectionEvent
     from lightning_hesd.spectra.spectrum import Spectrum
     from lightning_hesd.spectra.validation import Fields
 
@@ -92,9 +92,9 @@ def record_payload(record: SpectrumRecord) -> dict[str, Any]:
     return plain
 
 
-def choice_payload(choice: Choice) -> dict[str, Any]:
+def choice_payload(choice: SelectionEvent) -> dict[str, Any]:
     """Return what a checkpoint rule made of a record as plain values."""
-    newcomer = choice.newcomer
+    latest = choice.latest
     sign = 1.0 if choice.train_metric_mode == "max" else -1.0
     values = {
         "version": VERSION,
@@ -105,11 +105,11 @@ def choice_payload(choice: Choice) -> dict[str, Any]:
         "tolerance": choice.selection.tolerance,
         "is_relative": choice.is_relative,
         "require_mp": choice.selection.require_mp,
-        "epoch": newcomer.epoch,
-        "global_step": newcomer.global_step,
-        "metric": sign * newcomer.goodness,
-        "criterion": newcomer.criterion,
-        "mainly_positive": newcomer.mainly_positive,
+        "epoch": latest.epoch,
+        "global_step": latest.global_step,
+        "metric": sign * latest.score,
+        "criterion": latest.criterion,
+        "mainly_positive": latest.mainly_positive,
         "pick": choice.pick and _place(choice.pick),
     }
     plain: dict[str, Any] = _plain(values)
@@ -257,7 +257,7 @@ def read_payload(source: str | bytes, fields: Fields = RECORD_FIELDS) -> dict[st
     try:
         payload = parsed(source)
         version = payload["version"]
-    except DAMAGE as error:
+    except CORRUPT_FILE_ERRORS as error:
         msg = f"this is no payload of lightning_hesd, or it is damaged ({type(error).__name__}: {one_line(error)})."
         raise PayloadError(msg) from error
     if version != VERSION:
@@ -274,7 +274,7 @@ def read_payload(source: str | bytes, fields: Fields = RECORD_FIELDS) -> dict[st
 
 
 def _check(values: Any, fields: Fields) -> None:
-    wrong = misfit(values, fields)
+    wrong = first_invalid_field(values, fields)
     if wrong is not None:
         msg = f"the payload is damaged: its `{wrong}` is missing or is something else."
         raise PayloadError(msg)

@@ -103,7 +103,7 @@ def _of_losses(rule: str, records: Sequence[Payload]) -> dict[str, Any]:
                 "",
             )
         )
-    best = max((c.goodness for c in candidates), default=-math.inf)
+    best = max((c.score for c in candidates), default=-math.inf)
     selection = SelectionRule(progress_tolerance(first, best), require_mp=True)
     return {**_described(rule, LOSS, selection, candidates, is_relative=True), "used": False}
 
@@ -111,8 +111,8 @@ def _of_losses(rule: str, records: Sequence[Payload]) -> dict[str, Any]:
 def _described(
     rule: str, metric: str, selection: SelectionRule, candidates: Sequence[Candidate], *, is_relative: bool
 ) -> dict[str, Any]:
-    best = max((c.goodness for c in candidates), default=-math.inf)
-    near = [c for c in candidates if best - c.goodness <= selection.tolerance]
+    best = max((c.score for c in candidates), default=-math.inf)
+    near = [c for c in candidates if best - c.score <= selection.tolerance]
     pick = selection.pick(candidates, best)
     return {
         "rule": rule,
@@ -133,7 +133,7 @@ def _why(
 ) -> str:
     if not count:
         return "There is no analysed state of trained weights with a defined C_t yet."
-    best = max(near, key=lambda c: c.goodness)
+    best = max(near, key=lambda c: c.score)
     width = f"{selection.tolerance:g}" + (f" ({LOSS_SHARE:.0%} of its drop)" if is_relative else "")
     found = f"{len(near)} of {count} analysed states have a {metric} within {width} of the best"
     positive = [c for c in near if c.mainly_positive]

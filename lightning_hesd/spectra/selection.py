@@ -50,7 +50,7 @@ class Candidate:
     Attributes:
         epoch: Epoch of the analysis.
         global_step: Optimizer steps taken by then.
-        goodness: The training metric, its sign such that higher is better.
+        score: The training metric, its sign such that higher is better.
         criterion: What the rule ranks by, higher is better.
         mainly_positive: Whether the HESD type is MP.
         path: Its checkpoint file.
@@ -59,7 +59,7 @@ class Candidate:
 
     epoch: int
     global_step: int
-    goodness: float
+    score: float
     criterion: float
     mainly_positive: bool
     path: str
@@ -84,35 +84,35 @@ class SelectionRule:
 
         Args:
             candidates: In the order of training.
-            best: Best goodness over all analysed states, also those no longer among `candidates`.
+            best: Best score over all analysed states, also those no longer among `candidates`.
         """
         return [
-            c for c in candidates if best - c.goodness <= self.tolerance and (c.mainly_positive or not self.require_mp)
+            c for c in candidates if best - c.score <= self.tolerance and (c.mainly_positive or not self.require_mp)
         ]
 
     def pick(self, candidates: Sequence[Candidate], best: float) -> Candidate | None:
         """Return the candidate to take, the earliest of equals; None without candidates."""
         if qualified := self.qualified(candidates, best):
             return max(qualified, key=lambda c: c.criterion)  # max returns the first of equals
-        return max(candidates, key=lambda c: c.goodness, default=None)
+        return max(candidates, key=lambda c: c.score, default=None)
 
-    def still_pickable(self, candidates: Sequence[Candidate], best: float) -> list[Candidate]:
+    def pareto_front(self, candidates: Sequence[Candidate], best: float) -> list[Candidate]:
         """Return the candidates that some continuation of training could still make the pick.
 
         The best metric only ever improves, and more so than a tolerance relative to the progress grows. So a candidate
         outside the tolerance stays outside, and one that another
         beats on both metric and criterion stays beaten, because the other is within the tolerance whenever it is.
         While some candidate qualifies, an unqualified one can never be picked: only a better metric can end that, and
-        then the pick is the newcomer that brought it.
+        then the pick is the latest that brought it.
         """
         qualified = self.qualified(candidates, best)
         if not qualified:
-            return [c for c in candidates if c.goodness == best][:1]
+            return [c for c in candidates if c.score == best][:1]
         return [
             c
             for position, c in enumerate(qualified)
             if not any(
-                other.goodness >= c.goodness
+                other.score >= c.score
                 and (other.criterion > c.criterion or (other.criterion == c.criterion and rival < position))
                 for rival, other in enumerate(qualified)
             )
@@ -120,13 +120,13 @@ class SelectionRule:
 
 
 def progress_tolerance(first: float | None, best: float) -> float:
-    """Return `LOSS_SHARE` of the progress from the first goodness, a loss with its sign reversed, to the best one.
+    """Return `LOSS_SHARE` of the progress from the first score, a loss with its sign reversed, to the best one.
 
     The unit of the loss, and what is added to it, then make no difference. Zero without progress.
 
     Args:
         first: Goodness of the first analysed state; None: not known.
-        best: The best goodness so far.
+        best: The best score so far.
 
     Example:
         >>> progress_tolerance(-2.0, -1.0), progress_tolerance(-1.0, -2.0)
@@ -186,7 +186,7 @@ def picks(
 
 
 @dataclass(frozen=True)
-class Choice:
+class SelectionEvent:
     """What a rule made of the latest analysed state of the weights.
 
     Attributes:
@@ -194,7 +194,7 @@ class Choice:
         train_metric: Key of the training metric; None: the mean loss of the analysis.
         train_metric_mode: Whether more of it is better.
         selection: The parameters of the rule.
-        newcomer: The latest state.
+        latest: The latest state.
         pick: Which state the rule takes by now.
         is_relative: Whether the tolerance is a share of the progress; `selection` has what that is by now.
     """
@@ -203,7 +203,7 @@ class Choice:
     train_metric: str | None
     train_metric_mode: Literal["min", "max"]
     selection: SelectionRule
-    newcomer: Candidate
+    latest: Candidate
     pick: Candidate | None
     is_relative: bool = False
 

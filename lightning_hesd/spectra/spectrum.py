@@ -11,7 +11,7 @@ import numpy as np
 
 from lightning_hesd.spectra import criteria, quadrature
 from lightning_hesd.spectra.files import opened_archive, save_archive
-from lightning_hesd.spectra.validation import at_least, each, misfit, number, of, optional, text, within
+from lightning_hesd.spectra.validation import at_least, each, first_invalid_field, number, of, optional, text, within
 
 if TYPE_CHECKING:
     import os
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 DEFAULT_TOLERANCE = 0.05
-SMALLEST_SCALE = 1e-3
+MIN_SCALE = 1e-3
 """C_t is judged relative to its size, but never finer than relative to this: a C_t of 0 has no relative error."""
 
 SHARE_OF_SAMPLING_ERROR = 0.25
@@ -277,7 +277,7 @@ class Spectrum:
         """What `tolerance` amounts to in units of C_t; 5 % where it is None or "type"."""
         if self.tolerance == "auto":
             return SHARE_OF_SAMPLING_ERROR * (self.c_t_sampling_error or 0.0)
-        return self._relative_tolerance * max(abs(self.c_t), SMALLEST_SCALE)
+        return self._relative_tolerance * max(abs(self.c_t), MIN_SCALE)
 
     @property
     def _relative_tolerance(self) -> float:
@@ -395,7 +395,7 @@ class Spectrum:
             TypeError: If there is one more.
         """
         given = {name: check for name, check in _WITH_DEFAULT.items() if name in values}
-        wrong = misfit(values, {**dict.fromkeys(ARRAYS, of(np.ndarray)), **_NEEDED, **given})
+        wrong = first_invalid_field(values, {**dict.fromkeys(ARRAYS, of(np.ndarray)), **_NEEDED, **given})
         if wrong is not None:
             msg = f"`{wrong}` is missing or is something else"
             raise ValueError(msg)

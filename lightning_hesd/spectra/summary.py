@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lightning_hesd.spectra.record import SpectrumRecord
     from lightning_hesd.spectra.selection import Candidate
 
-MOST_ROWS = 20
+MAX_ROWS = 20
 """Longer tables show this many records: the picks, the first, the last, and others evenly spaced between these."""
 
 GAP = "..."
@@ -205,10 +205,10 @@ def _seconds(record: SpectrumRecord) -> str:
 
 
 def _shortened(rows: Sequence[tuple[str, ...]], marked: Sequence[int]) -> list[tuple[str, ...]]:
-    """Return at most about `MOST_ROWS` rows, those that are marked among them, with gaps in between."""
-    if len(rows) <= MOST_ROWS:
+    """Return at most about `MAX_ROWS` rows, those that are marked among them, with gaps in between."""
+    if len(rows) <= MAX_ROWS:
         return list(rows)
-    spaced = np.linspace(0, len(rows) - 1, max(2, MOST_ROWS - len(marked))).round().astype(int)
+    spaced = np.linspace(0, len(rows) - 1, max(2, MAX_ROWS - len(marked))).round().astype(int)
     shown = sorted({*spaced.tolist(), *marked})
     found = [rows[0]]
     for before, place in itertools.pairwise(shown):

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 Check = Callable[[Any], bool]
 Fields = Mapping[str, Check]
 
-DEEPEST = 16
+MAX_DEPTH = 16
 """Levels of nesting; ours have seven. Far deeper ones would overflow the stack of whoever walks through them."""
 
-LARGEST_INTEGER = 2**64
+MAX_INTEGER = 2**64
 """Seeds of 64 bits are the largest whole numbers there are; larger ones do not even become floats."""
 
 
@@ -33,7 +33,7 @@ def parsed(source: str | bytes, *, finite: bool = True) -> Any:
         finite: Whether NaN and infinity are errors.
 
     Raises:
-        ValueError: If it is no JSON, nested deeper than `DEEPEST`, or has numbers or texts beyond what ours have.
+        ValueError: If it is no JSON, nested deeper than `MAX_DEPTH`, or has numbers or texts beyond what ours have.
     """
     json_text = source.decode() if isinstance(source, bytes) else source
     try:
@@ -54,8 +54,8 @@ def parsed(source: str | bytes, *, finite: bool = True) -> Any:
 
 
 def _integer(text: str) -> int:
-    value = int(text) if len(text) <= 21 else LARGEST_INTEGER
-    if abs(value) >= LARGEST_INTEGER:
+    value = int(text) if len(text) <= 21 else MAX_INTEGER
+    if abs(value) >= MAX_INTEGER:
         msg = f"it has a whole number of {len(text)} digits"
         raise ValueError(msg)
     return value
@@ -71,7 +71,7 @@ def _finite(text: str) -> float:
 
 def _check_depth(value: Any) -> None:
     level = [value]
-    for _ in range(DEEPEST):
+    for _ in range(MAX_DEPTH):
         level = [
             entry
             for part in level
@@ -80,24 +80,24 @@ def _check_depth(value: Any) -> None:
         ]
         if not level:
             return
-    msg = f"it is nested more than {DEEPEST} levels deep"
+    msg = f"it is nested more than {MAX_DEPTH} levels deep"
     raise ValueError(msg)
 
 
-DAMAGE = (
+CORRUPT_FILE_ERRORS = (
     *(KeyError, TypeError, AttributeError, ValueError, OSError, RuntimeError, ArithmeticError, EOFError, MemoryError),
     *(IndexError, BadZipFile, struct.error),
 )
 """What comes out of libraries that read a damaged file."""
 
-LONGEST_MESSAGE = 2000
+MAX_MESSAGE_LENGTH = 2000
 """Characters: a damaged file may have got any text into a message."""
 
 
 def one_line(error: BaseException) -> str:
     """Return the message of an exception without line breaks, not too long; its class if there is none."""
     said = " ".join(str(error).split()) or type(error).__name__
-    return said if len(said) <= LONGEST_MESSAGE else f"{said[:LONGEST_MESSAGE]} ..."
+    return said if len(said) <= MAX_MESSAGE_LENGTH else f"{said[:MAX_MESSAGE_LENGTH]} ..."
 
 
 def check_regular(path: Path) -> None:
@@ -131,7 +131,7 @@ def each_named(check: Check) -> Check:
 
 def having(fields: Fields) -> Check:
     """Check that a value is a dict with these fields."""
-    return lambda value: misfit(value, fields) is None
+    return lambda value: first_invalid_field(value, fields) is None
 
 
 def optional(check: Check) -> Check:
@@ -152,7 +152,7 @@ def within(low: float, high: float) -> Check:
     return lambda value: number(value) and low <= value <= high
 
 
-def misfit(values: object, fields: Fields) -> str | None:
+def first_invalid_field(values: object, fields: Fields) -> str | None:
     """Return the name of the first field that is missing or is something else; None if all are there."""
     if not isinstance(values, dict):
         return next(iter(fields))

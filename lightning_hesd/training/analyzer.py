@@ -8,13 +8,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from lightning_hesd.numerics.analysis.engine import analyze, analyze_layers
-from lightning_hesd.numerics.analysis.retry import retried
+from lightning_hesd.numerics.analysis.retry import retry_on_oom
 from lightning_hesd.numerics.analysis.sampling_error import samples_needed
 from lightning_hesd.numerics.inputs.portable import Portable
 from lightning_hesd.numerics.isolation.modes import name_of_mode
-from lightning_hesd.numerics.isolation.snapshot import preserved, seed_everything
+from lightning_hesd.numerics.isolation.snapshot import restore_state, seed_everything
 from lightning_hesd.numerics.operators.memory import is_out_of_memory
-from lightning_hesd.numerics.operators.strategies import Calibration
+from lightning_hesd.numerics.operators.strategies import AnalysisCache
 from lightning_hesd.sample_size.recommendation import find_sample_size
 from lightning_hesd.spectra.validation import one_line
 from lightning_hesd.training.compat import internals
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-LARGEST_GROWTH = 4.0
+MAX_GROWTH = 4.0
 """Most samples of a spectrum, as a multiple of those of the one before, with `num_samples="auto"`."""
 
 
@@ -93,8 +93,8 @@ class TrainerAnalyzer:
             seed=options.seed,
             keeps=keeps,
         )
-        self._calibrated: AnalysisSamples | None = None
-        self._calibrations: dict[object, Calibration] = defaultdict(Calibration)  # for each kind of analysis
+        self._cached_samples: AnalysisSamples | None = None
+        self._caches: dict[object, AnalysisCache] = defaultdict(AnalysisCache)  # for each kind of analysis
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the options and which samples were drawn, not what a run has found."""
@@ -102,8 +102,8 @@ class TrainerAnalyzer:
             **vars(self),
             "_loss_fn": Portable("loss_fn", self._loss_fn),
             "_isolation": Isolation(),
-            "_calibrated": None,
-            "_calibrations": defaultdict(Calibration),
+            "_cached_samples": None,
+            "_caches": defaultdict(AnalysisCache),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -128,8 +128,8 @@ class TrainerAnalyzer:
     def release(self) -> None:
         """Let go of the samples; they are drawn anew when needed."""
         self.samples.release()
-        self._calibrated = None
-        self._calibrations.clear()
+        self._cached_samples = None
+        self._caches.clear()
 
     def prepare(self, trainer: pl.Trainer) -> None:
         """Draw the samples, or begin to keep those that training will see, unless that is done."""
@@ -142,9 +142,9 @@ class TrainerAnalyzer:
             NoBatchesError: If training has not seen any.
         """
         samples = self.samples.draw(trainer, self._isolation)
-        if samples is not self._calibrated:
-            self._calibrations.clear()
-            self._calibrated = samples
+        if samples is not self._cached_samples:
+            self._caches.clear()
+            self._cached_samples = samples
         return samples
 
     def spectrum(
@@ -243,7 +243,7 @@ class TrainerAnalyzer:
         all_reduce = None if internals.is_sharded(trainer) else internals.make_all_reduce(trainer)
         samples = self.draw(trainer)
         with self._isolation.around(trainer, pl_module) as evaluating:
-            with preserved(pl_module):  # its transfer hooks may leave traces, as `training_step` may
+            with restore_state(pl_module):  # its transfer hooks may leave traces, as `training_step` may
                 transfer = partial(self._transfer, trainer, pl_module, samples.batches, evaluating)
                 batches = list(samples.batches) if samples.transferred else internals.together(trainer, transfer)
             make_loss = partial(make_loss_fn, trainer, self._loss_fn)
@@ -257,7 +257,7 @@ class TrainerAnalyzer:
                 output_loss=_within(setting.evaluating, options.output_loss),
             )
             kind = work is analyze, options.matrix, options.preconditioner is not None, name_of_mode(setting.mode)
-            calibration = self._calibrations[kind]
+            cache = self._caches[kind]
 
             def analysis(options: AnalysisOptions, reason: str | None) -> Result:
                 with internals.opened_layout(trainer, pl_module) as layout:
@@ -269,7 +269,7 @@ class TrainerAnalyzer:
                         all_reduce=all_reduce,
                         layout=layout,
                         report=report,
-                        calibration=calibration,
+                        cache=cache,
                         processes=trainer.num_devices,
                         reason=reason,
                     )
@@ -277,7 +277,7 @@ class TrainerAnalyzer:
             def attempt(options: AnalysisOptions, reason: str | None) -> Result:
                 return internals.together(trainer, lambda: analysis(options, reason))
 
-            result = retried(attempt, options, calibration, partial(internals.anywhere, trainer))
+            result = retry_on_oom(attempt, options, cache, partial(internals.anywhere, trainer))
         return trainer.strategy.broadcast(result)
 
     def _transfer(
@@ -323,4 +323,4 @@ def _growth(spectrum: Spectrum) -> float:
     if error is None or error <= spectrum.allowed_error:
         return 1.0
     # Standard errors fall with the square root; a little more, because they are estimates themselves.
-    return min(1.2 * samples_needed(1, spectrum.allowed_error, error), LARGEST_GROWTH)
+    return min(1.2 * samples_needed(1, spectrum.allowed_error, error), MAX_GROWTH)

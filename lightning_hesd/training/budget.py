@@ -6,7 +6,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
-from lightning_hesd.spectra.validation import integer, misfit, of, optional, within
+from lightning_hesd.spectra.validation import first_invalid_field, integer, of, optional, within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -133,7 +133,7 @@ class Budget:
         Raises:
             ValueError: If that is something else.
         """
-        wrong = misfit(state, _STATE)
+        wrong = first_invalid_field(state, _STATE)
         if wrong is not None:
             msg = f"`{wrong}` of the budget is missing or is something else"
             raise ValueError(msg)

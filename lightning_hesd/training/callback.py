@@ -13,7 +13,7 @@ from lightning_hesd.numerics.inputs.portable import Portable, deep_copied
 from lightning_hesd.numerics.operators.verification import WrongDerivativeError
 from lightning_hesd.spectra.checks import check_count
 from lightning_hesd.spectra.summary import Kept, analysis_lines, summarize
-from lightning_hesd.spectra.validation import DAMAGE, misfit, of, one_line
+from lightning_hesd.spectra.validation import CORRUPT_FILE_ERRORS, first_invalid_field, of, one_line
 from lightning_hesd.training import terminal
 from lightning_hesd.training.analyzer import TrainerAnalyzer
 from lightning_hesd.training.budget import Budget
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from lightning_hesd.numerics.analysis.evaluation import LossFunction
     from lightning_hesd.numerics.inputs.blocks import Layers
-    from lightning_hesd.spectra.selection import Choice
+    from lightning_hesd.spectra.selection import SelectionEvent
     from lightning_hesd.training.gradient_monitor import GradientStatistics
     from lightning_hesd.training.history import OnError
     from lightning_hesd.training.loss_mode import AnalysisMode
@@ -473,10 +473,10 @@ class HessianSpectrumCallback(SpectrumSource):
             with self._survived("cannot write the spectra at the end of training", on_error):
                 output()
 
-    def take_note(self, trainer: pl.Trainer, choice: Choice) -> None:
+    def record_selection(self, trainer: pl.Trainer, choice: SelectionEvent) -> None:
         """Write down what a HessianCheckpoint makes of the latest record."""
         with self._survived("cannot write what the checkpoint rule chose"):
-            self._outputs.write_choice(trainer, choice, at_epoch_end=self.schedule.every_n_train_steps is None)
+            self._outputs.write_selection(trainer, choice, at_epoch_end=self.schedule.every_n_train_steps is None)
 
     def receive(self, state: dict[str, Any]) -> None:
         """Take over the history of the processes that have trained, where they end with the fit."""
@@ -530,14 +530,14 @@ class HessianSpectrumCallback(SpectrumSource):
         if self._stage != "fit" or self._shares_name:
             return
         try:
-            if (wrong := misfit(state_dict, _STATE)) is not None:
+            if (wrong := first_invalid_field(state_dict, _STATE)) is not None:
                 msg = f"`{wrong}` is missing or is something else"
                 raise ValueError(msg)
             self.history.load_state_dict(state_dict["history"])
             self._recorder.load_state_dict(state_dict["samples"])
             self.budget.load_state_dict(state_dict["budget"])
             self._is_restored = True
-        except DAMAGE as error:
+        except CORRUPT_FILE_ERRORS as error:
             msg = (
                 f"the state of HessianSpectrumCallback(name={self.name!r}) in the checkpoint is damaged, or of another "
                 f"version ({one_line(error)}): resume with another `name`, which starts a new history."

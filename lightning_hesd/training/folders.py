@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
-from lightning_hesd.spectra.files import written_whole
+from lightning_hesd.spectra.files import atomic_write
 
 if TYPE_CHECKING:
     import os
@@ -90,7 +90,7 @@ def write_text(folder: Location, name: str, text: str) -> None:
     """Write text to a file as `write` does."""
 
     def save(path: Path) -> None:
-        with written_whole(path) as incomplete:
+        with atomic_write(path) as incomplete:
             incomplete.write_text(text, encoding="utf-8", newline="")
 
     write(folder, name, save)

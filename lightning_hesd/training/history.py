@@ -19,7 +19,7 @@ from lightning_hesd.spectra.validation import (
     at_least,
     each,
     each_named,
-    misfit,
+    first_invalid_field,
     of,
     optional,
     parsed,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Checkpoint
     from numpy.typing import NDArray
 
-    from lightning_hesd.spectra.selection import Choice
+    from lightning_hesd.spectra.selection import SelectionEvent
     from lightning_hesd.training.history_files import Content
 
 __all__ = ["PLAIN_FIELDS", "START_EPOCH", "SUFFIXES", "SpectrumHistory", "SpectrumRecord", "SpectrumSource", "when"]
@@ -196,7 +196,7 @@ class SpectrumHistory(list[SpectrumRecord]):
         Raises:
             ValueError: If that is something else, or is damaged.
         """
-        if (wrong := misfit(state, _STATE)) is not None:
+        if (wrong := first_invalid_field(state, _STATE)) is not None:
             msg = f"`{wrong}` is missing or is something else"
             raise ValueError(msg)
         rows = completed(parsed(state["records"], finite=False), optional(of(dict)), optional(each_named(of(dict))))
@@ -235,7 +235,7 @@ class SpectrumSource(Callback):
         join_namespaces()
         super().__init__()
 
-    def take_note(self, trainer: pl.Trainer, choice: Choice) -> None:
+    def record_selection(self, trainer: pl.Trainer, choice: SelectionEvent) -> None:
         """Hear from a HessianCheckpoint what it makes of the latest record."""
 
 

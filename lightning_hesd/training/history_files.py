@@ -12,10 +12,10 @@ import numpy as np
 from lightning_hesd.spectra.record import LAYERS_SUFFIX, SUFFIXES, SpectrumRecord
 from lightning_hesd.spectra.spectrum import ARRAYS, Spectrum, load_layers, save_layers
 from lightning_hesd.spectra.validation import (
-    DAMAGE,
+    CORRUPT_FILE_ERRORS,
     check_regular,
+    first_invalid_field,
     integer,
-    misfit,
     number,
     optional,
     parsed,
@@ -141,7 +141,7 @@ def index_rows(path: Path) -> list[dict[str, Any]]:
         if version == INDEX_FORMAT:
             name = optional(lambda value: text(value) and Path(value).name != "")
             return completed(rows, name, name)
-    except DAMAGE as error:
+    except CORRUPT_FILE_ERRORS as error:
         msg = f"{path} is not the index of a spectrum history, or is damaged ({error!r})."
         raise ValueError(msg) from error
     msg = f"{path} has format {version}, this version reads {INDEX_FORMAT}: update lightning_hesd."
@@ -172,7 +172,7 @@ def completed(rows: object, spectrum: Check, layers: Check) -> list[dict[str, An
         raise ValueError(msg)  # noqa: TRY004 - of files, not of arguments
     completed = []
     for row in rows:
-        wrong = misfit({**dict.fromkeys(LATER_FIELDS), **row} if isinstance(row, dict) else row, fields)
+        wrong = first_invalid_field({**dict.fromkeys(LATER_FIELDS), **row} if isinstance(row, dict) else row, fields)
         if wrong is not None:
             msg = f"`{wrong}` of a record is missing or is something else"
             raise ValueError(msg)

@@ -21,9 +21,9 @@ from torch import Tensor
 from lightning_hesd.numerics.analysis.mode_comparison import difference, evaluated, gradient_space
 from lightning_hesd.numerics.derivatives.checkpointing import recomputed_under
 from lightning_hesd.numerics.isolation.modes import ModuleModes, WithoutRandomness, set_mode, without_randomness
-from lightning_hesd.numerics.isolation.snapshot import preserved
+from lightning_hesd.numerics.isolation.snapshot import restore_state
 from lightning_hesd.numerics.operators.memory import is_out_of_memory
-from lightning_hesd.spectra.validation import misfit, one_line, text
+from lightning_hesd.spectra.validation import first_invalid_field, one_line, text
 from lightning_hesd.training.compat import internals
 from lightning_hesd.training.isolation.surroundings import DisturbedTrainingError
 
@@ -121,7 +121,7 @@ class AnalyzedLoss:
         roots = (self.trainer.strategy.model or self.module, self.module)  # its default is about the wrapped module
         before = [ModuleModes.of(root, "eval") for root in roots]
         kept_gradients = torch.set_grad_enabled(torch.is_grad_enabled())
-        with preserved(self.module, *self.trainer.optimizers), self.evaluating(), kept_gradients:
+        with restore_state(self.module, *self.trainer.optimizers), self.evaluating(), kept_gradients:
             hook()
             modes = ModuleModes.of(self.module, "eval")
         for root, earlier in zip(roots, before, strict=True):
@@ -217,7 +217,7 @@ class LossMode:
         """
         if state is None:
             return
-        if (wrong := misfit(state, _STATE)) is not None:
+        if (wrong := first_invalid_field(state, _STATE)) is not None:
             msg = f"`{wrong}` of the mode is missing or is something else"
             raise ValueError(msg)
         if self.wanted == "auto":

@@ -18,7 +18,7 @@ from lightning_hesd.spectra.scalars import scalars
 from lightning_hesd.training.compat import internals
 from lightning_hesd.training.folders import append, joined, read_text, remove, write_text
 from lightning_hesd.training.loggers import make_sinks
-from lightning_hesd.training.loggers.sink import ChoiceSink
+from lightning_hesd.training.loggers.sink import SelectionSink
 from lightning_hesd.training.loggers.tensorboard import write_layout
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     import lightning.pytorch as pl
 
-    from lightning_hesd.spectra.selection import Choice
+    from lightning_hesd.spectra.selection import SelectionEvent
     from lightning_hesd.training.gradient_monitor import GradientStatistics
     from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
     from lightning_hesd.training.loggers.sink import Sink
@@ -108,12 +108,12 @@ class RunOutputs:
             values = {f"{self._name}/{key}": value for key, value in asdict(gradients).items() if key != "steps"}
             internals.log_scalars(trainer, pl_module, values, at_epoch_end=True, in_bar=())
 
-    def write_choice(self, trainer: pl.Trainer, choice: Choice, *, at_epoch_end: bool) -> None:
+    def write_selection(self, trainer: pl.Trainer, choice: SelectionEvent, *, at_epoch_end: bool) -> None:
         """Write what a checkpoint rule made of the latest record to the loggers that can show it, and to the folder."""
         step = internals.logging_step(trainer, at_epoch_end=at_epoch_end)
         for sink in self._sinks:
-            if isinstance(sink, ChoiceSink):
-                sink.write_choice(choice, step)
+            if isinstance(sink, SelectionSink):
+                sink.write_selection(choice, step)
         if self._folder is not None:
             append(self._folder, CHOICES_NAME, to_json(choice_payload(choice)) + "\n")
 

@@ -14,7 +14,7 @@ from lightning_hesd.commands.cost import Machine, Workload, analysis_cost, cost_
 from lightning_hesd.numerics.analysis.api import analysis_options
 from lightning_hesd.numerics.analysis.engine import analyze
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
-from lightning_hesd.numerics.operators.strategies import Calibration
+from lightning_hesd.numerics.operators.strategies import AnalysisCache
 
 MACHINE = Machine(gradient_seconds=1e-3, memory_bandwidth=1e10, network_bandwidth=1e9)
 
@@ -50,13 +50,11 @@ def test_traffic_is_what_the_engine_reduces() -> None:
 @pytest.mark.parametrize("basis", ["device", "none"])
 def test_memory_is_what_the_engine_plans(basis: Any) -> None:
     module, batches, n = problem()
-    calibration = Calibration()
+    cache = AnalysisCache()
     options = analysis_options(steps=12, basis=basis)
-    spectrum = analyze(module, batches, loss, options, calibration=calibration)
-    assert calibration.graph_bytes
-    workload = Workload(
-        n, samples=64, batch_size=16, steps=12, basis=basis == "device", graph_bytes=calibration.graph_bytes
-    )
+    spectrum = analyze(module, batches, loss, options, cache=cache)
+    assert cache.graph_bytes
+    workload = Workload(n, samples=64, batch_size=16, steps=12, basis=basis == "device", graph_bytes=cache.graph_bytes)
     # What a product takes beside the graphs is at least what a graph holds.
     assert analysis_cost(workload, MACHINE).memory == pytest.approx(spectrum.predicted_memory, rel=0.25)
     fixed = analysis_cost(Workload(n, steps=12, basis=basis == "device"), MACHINE).memory

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_hesd.numerics.devices import accelerators, finest_dtype, in_float64, moved
 from lightning_hesd.numerics.isolation.exact_mode import release_memory
-from lightning_hesd.numerics.isolation.snapshot import preserved, seed_everything
+from lightning_hesd.numerics.isolation.snapshot import restore_state, seed_everything
 from lightning_hesd.numerics.operators.memory import SHARE_OF_FREE_MEMORY, default_budget
 
 
@@ -74,7 +74,7 @@ def test_generators_of_all_kinds_of_accelerators_are_kept(provide: Provide) -> N
     modules = [provide(name, Accelerator()) for name in ("cuda", "mps", "mtia")]
     expected = [Accelerator().draw() for _ in modules]
     drawn = []
-    with preserved():
+    with restore_state():
         for _ in range(2):
             seed_everything(7)
             drawn.append([module.draw() for module in modules])
@@ -85,7 +85,7 @@ def test_generators_of_all_kinds_of_accelerators_are_kept(provide: Provide) -> N
 def test_an_accelerator_that_is_not_in_use_is_left_alone(provide: Provide) -> None:
     """In a forked process it could not even be initialized, and a seed would wait until it is."""
     provide("cuda", Accelerator(is_initialized=False))
-    with preserved():
+    with restore_state():
         seed_everything(7)
     assert accelerators() == []
 

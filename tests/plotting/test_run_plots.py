@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from lightning_hesd.plotting import NEGATIVE, POSITIVE, plot_c_t, plot_density_evolution, plot_layers
 from lightning_hesd.plotting.c_t import BOTTOM
-from lightning_hesd.plotting.evolution import FAINTEST, SMOOTHING
+from lightning_hesd.plotting.evolution import MIN_BRIGHTNESS, SMOOTHING
 from lightning_hesd.plotting.run_axis import RunAxis
 from lightning_hesd.plotting.signed_log import linear_threshold
 from lightning_hesd.spectra.record import SpectrumRecord
@@ -265,7 +265,7 @@ class TestEvolution:
     def test_colours_reach_down_to_single_eigenvalues(self):
         image = mesh(plot_density_evolution(RUN))
         one = 1 / RUN[0].spectrum.dimension / (SMOOTHING * math.sqrt(2 * math.pi))
-        assert image.norm.vmin == pytest.approx(FAINTEST * one)
+        assert image.norm.vmin == pytest.approx(MIN_BRIGHTNESS * one)
         assert type(image.norm).__name__ == "LogNorm"
 
     def test_a_node_with_a_residual_is_smeared(self):

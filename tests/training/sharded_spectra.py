@@ -109,10 +109,10 @@ class Process:
         return self.sharded(net, [net.first, net.block])
 
     def own(self, batches: list[Batch]) -> list[WeightedBatch]:
-        """This process's share, or a spare batch."""
+        """This process's share, or a padding batch."""
         weighted = [WeightedBatch(batch, float(len(batch[1])), index) for index, batch in enumerate(batches)]
-        spare = WeightedBatch(batches[0], float(len(batches[0][1])), 0, is_spare=True)
-        return weighted[self.rank :: self.devices] or [spare]
+        padding = WeightedBatch(batches[0], float(len(batches[0][1])), 0, is_padding=True)
+        return weighted[self.rank :: self.devices] or [padding]
 
     def analyze(self, module: nn.Module, batches: list[Batch], loss: Callable[..., Tensor], **options: Any) -> Spectrum:
         processes = Processes(dist.group.WORLD, torch.device("cpu"))

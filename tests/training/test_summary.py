@@ -18,7 +18,7 @@ import rich
 
 from lightning_hesd import HessianCheckpoint
 from lightning_hesd.spectra.selection import Candidate
-from lightning_hesd.spectra.summary import GAP, MOST_ROWS, Kept, Summary, analysis_lines, summarize
+from lightning_hesd.spectra.summary import GAP, MAX_ROWS, Kept, Summary, analysis_lines, summarize
 from lightning_hesd.training import terminal
 from lightning_hesd.training.history import SpectrumRecord
 from tests.training.modules import Classifier, callback, fit
@@ -142,9 +142,9 @@ class TestTable:
         assert {"57", "101"} <= set(epochs)
         shown = [int(epoch) for epoch in epochs if epoch != GAP]
         assert shown == sorted(set(shown))
-        assert MOST_ROWS - 2 <= len(shown) <= MOST_ROWS
+        assert MAX_ROWS - 2 <= len(shown) <= MAX_ROWS
         assert found.title.startswith("hesd: 150 analyses")
-        assert len(summary(*records[:MOST_ROWS]).rows) == MOST_ROWS
+        assert len(summary(*records[:MAX_ROWS]).rows) == MAX_ROWS
 
     def test_plain_text_is_aligned(self):
         lines = str(summary(record(0, -0.25), record(10, -0.125), folder=Path("run") / "hesd")).splitlines()

@@ -10,11 +10,11 @@ import torch  # noqa: TC002 - the examples in docstrings need them
 from torch import Tensor, nn  # noqa: TC002 - the examples in docstrings need them
 
 from lightning_hesd.numerics.analysis.engine import analyze, analyze_layers
-from lightning_hesd.numerics.analysis.retry import retried
+from lightning_hesd.numerics.analysis.retry import retry_on_oom
 from lightning_hesd.numerics.inputs.batches import weighted_batches
 from lightning_hesd.numerics.inputs.options import OPTION_NAMES, AnalysisOptions
-from lightning_hesd.numerics.isolation.snapshot import preserved
-from lightning_hesd.numerics.operators.strategies import Calibration
+from lightning_hesd.numerics.isolation.snapshot import restore_state
+from lightning_hesd.numerics.operators.strategies import AnalysisCache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -122,12 +122,12 @@ def hessian_spectrum(
     arguments = locals()  # before any other name: exactly the arguments
     options = AnalysisOptions(**{name: arguments[name] for name in OPTION_NAMES})
     weighted = _weighted(batches, options)
-    calibration = Calibration()
+    cache = AnalysisCache()
 
     def attempt(options: AnalysisOptions, reason: str | None) -> Spectrum:
-        return analyze(module, weighted, loss_fn, options, calibration=calibration, reason=reason)
+        return analyze(module, weighted, loss_fn, options, cache=cache, reason=reason)
 
-    return retried(attempt, options, calibration)
+    return retry_on_oom(attempt, options, cache)
 
 
 def layer_spectra(
@@ -166,16 +166,16 @@ def layer_spectra(
     """
     checked = analysis_options(**options)
     weighted = _weighted(batches, checked)
-    calibration = Calibration()
+    cache = AnalysisCache()
 
     def attempt(options: AnalysisOptions, reason: str | None) -> dict[str, Spectrum]:
-        return analyze_layers(module, weighted, loss_fn, options, layers, calibration=calibration, reason=reason)
+        return analyze_layers(module, weighted, loss_fn, options, layers, cache=cache, reason=reason)
 
-    return retried(attempt, checked, calibration)
+    return retry_on_oom(attempt, checked, cache)
 
 
 def _weighted(batches: Iterable[Any], options: AnalysisOptions) -> list[WeightedBatch]:
-    with preserved():  # a data loader draws random numbers
+    with restore_state():  # a data loader draws random numbers
         return weighted_batches(batches, options.batch_weight)
 
 

@@ -26,7 +26,7 @@ from lightning_hesd.numerics.isolation.modes import name_of_mode
 from lightning_hesd.numerics.operators.memory import MemoryPlan, plan_memory
 from lightning_hesd.numerics.operators.operator import CurvatureOperator, prepare_differences
 from lightning_hesd.numerics.operators.risk_operator import SampleMean
-from lightning_hesd.numerics.operators.strategies import Calibration
+from lightning_hesd.numerics.operators.strategies import AnalysisCache
 from lightning_hesd.numerics.operators.verification import WrongDerivativeError
 from lightning_hesd.spectra.spectrum import Spectrum
 
@@ -54,7 +54,7 @@ class Context(TypedDict, total=False):
         layout: How the parameters lie in the processes; None: each holds all of them.
         processes: How many of the processes share this computer's memory.
         report: Called after every Lanczos step with the steps done and the most there can be.
-        calibration: What earlier analyses of the same loss found out; brought up to date.
+        cache: What earlier analyses of the same loss found out; brought up to date.
         reason: Why the options are not those of the user; None if they are.
         state: Objects beside the module that evaluations may change.
     """
@@ -63,7 +63,7 @@ class Context(TypedDict, total=False):
     layout: Layout | None
     processes: int
     report: Report | None
-    calibration: Calibration | None
+    cache: AnalysisCache | None
     reason: str | None
     state: Sequence[object]
 
@@ -154,7 +154,7 @@ def estimated(
     layout: Layout | None = None,
     processes: int = 1,
     report: Report | None = None,
-    calibration: Calibration | None = None,
+    cache: AnalysisCache | None = None,
     reason: str | None = None,
     state: Sequence[object] = (),
 ) -> Iterator[list[Estimation]]:
@@ -184,8 +184,8 @@ def estimated(
         is_alone = all_reduce is None and layout.all_reduce is None
         evaluator = Evaluator(module, loss_fn, options, layout, isolation, batches=joint if is_alone else None)
         if layout.all_reduce is None:
-            calibration = calibration or Calibration()
-            joint = _weighed(Weighing(options.batch_weight, joint, evaluator.loss, all_reduce, device), calibration)
+            cache = cache or AnalysisCache()
+            joint = _weighed(Weighing(options.batch_weight, joint, evaluator.loss, all_reduce, device), cache)
         mean = SampleMean(
             evaluator.matrix(parameters, ranges),
             joint,
@@ -193,7 +193,7 @@ def estimated(
             dtype=dtype,
             all_reduce=all_reduce,
             graph_memory=plan.graphs,
-            calibration=calibration,
+            cache=cache,
             layout=layout,
         )
         if reason is not None:
@@ -211,10 +211,10 @@ def estimated(
         yield estimations
 
 
-def _weighed(weighing: Weighing, calibration: Calibration) -> list[WeightedBatch]:
+def _weighed(weighing: Weighing, cache: AnalysisCache) -> list[WeightedBatch]:
     """Weigh the batches, as in earlier analyses if there were any."""
-    count = calibration.count if calibration.is_weighed else weighing.decide()
-    calibration.count, calibration.is_weighed = count, calibration.is_weighed or weighing.is_settled
+    count = cache.count if cache.is_weighed else weighing.decide()
+    cache.count, cache.is_weighed = count, cache.is_weighed or weighing.is_settled
     return weighing.apply(count)
 
 

@@ -15,7 +15,7 @@ from lightning_hesd.numerics.isolation.modes import name_of_mode
 from lightning_hesd.numerics.krylov.lanczos import Lanczos, NonFiniteProductError, advance, eigen, gauss_quadrature
 from lightning_hesd.numerics.operators.operator import joint_products
 from lightning_hesd.spectra import criteria, quadrature
-from lightning_hesd.spectra.spectrum import SMALLEST_SCALE, Spectrum
+from lightning_hesd.spectra.spectrum import MIN_SCALE, Spectrum
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -111,7 +111,7 @@ class Estimation:
         if steps < self._next_look:
             return False
         spectrum = self.spectrum(running)
-        if self._options.tolerance == "auto" and spectrum.c_t_error <= COARSE * max(abs(spectrum.c_t), SMALLEST_SCALE):
+        if self._options.tolerance == "auto" and spectrum.c_t_error <= COARSE * max(abs(spectrum.c_t), MIN_SCALE):
             self._sample(running)
             spectrum = self.spectrum(running)
         if spectrum.converged:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lightning_hesd.numerics.inputs.options import AnalysisOptions
-    from lightning_hesd.numerics.operators.strategies import Calibration
+    from lightning_hesd.numerics.operators.strategies import AnalysisCache
 
 Result = TypeVar("Result")
 
@@ -20,10 +20,10 @@ CHANGED_GRAPH = "modified by an inplace operation"
 """In PyTorch's message that a tensor is not what it was when the graph was made."""
 
 
-def retried(
+def retry_on_oom(
     attempt: Callable[[AnalysisOptions, str | None], Result],
     options: AnalysisOptions,
-    calibration: Calibration,
+    cache: AnalysisCache,
     agree: Callable[[bool], bool] = bool,
 ) -> Result:
     """Return the result of an attempt, repeated with other options where it fails for want of memory or of a graph.
@@ -35,7 +35,7 @@ def retried(
     Args:
         attempt: Takes options, and why they are not the given ones (None if they are).
         options: What to begin with.
-        calibration: What is known about the loss.
+        cache: What is known about the loss.
         agree: Takes whether this process failed in one of these ways, and returns whether any did; called where all
             have failed.
     """
@@ -48,9 +48,9 @@ def retried(
             other = None
             # Every process must ask both.
             if agree(is_out_of_memory(error)):
-                other, cause = _leaner(options, calibration), f"out of memory ({first_line})"
+                other, cause = _leaner(options, cache), f"out of memory ({first_line})"
             if agree(CHANGED_GRAPH in str(error)) and other is None:
-                other, cause = _without_graphs(options, calibration), "an evaluation changes in place what graphs keep"
+                other, cause = _without_graphs(options, cache), "an evaluation changes in place what graphs keep"
             if other is None:
                 raise
             options, change = other
@@ -60,18 +60,18 @@ def retried(
         reason = message if reason is None else f"{reason}; {message}"
 
 
-def _leaner(options: AnalysisOptions, calibration: Calibration) -> tuple[AnalysisOptions, str] | None:
+def _leaner(options: AnalysisOptions, cache: AnalysisCache) -> tuple[AnalysisOptions, str] | None:
     """Return options that take less memory, and how in words; None if there is nothing left to save."""
-    if (other := _without_graphs(options, calibration)) is not None:
+    if (other := _without_graphs(options, cache)) is not None:
         return other
     if options.basis == "auto":
         return replace(options, basis="none"), "no basis is kept"
     return None
 
 
-def _without_graphs(options: AnalysisOptions, calibration: Calibration) -> tuple[AnalysisOptions, str] | None:
+def _without_graphs(options: AnalysisOptions, cache: AnalysisCache) -> tuple[AnalysisOptions, str] | None:
     """Return options that retain no graphs, and how in words; None if these do not."""
     # The attempt may have found that there are no exact products.
-    if options.strategy == "graph" or (options.strategy == "auto" and calibration.obstacle is None):
+    if options.strategy == "graph" or (options.strategy == "auto" and cache.obstacle is None):
         return replace(options, strategy="recompute"), "products are recomputed"
     return None

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 GROUPS = 16
 """As many groups as there can be, or more: a standard error from 16 is itself good to about a fifth."""
-FEWEST_GROUPS = 8
+MIN_GROUPS = 8
 
 ROUNDING = 64.0
 """Units of rounding by which curvatures of groups may differ if the groups are the same."""
@@ -74,14 +74,14 @@ def sampling_error(operator: CurvatureOperator, runs: Sequence[Lanczos]) -> Samp
     unit = [torch.nn.functional.normalize(e.run.ritz_vectors(e.vectors[:, [e.position]])[0], dim=0) for e in ends]
     weights, squares, coordinates = _group_curvatures(operator, ends, torch.stack(unit))
     groups = len(weights)
-    if groups < FEWEST_GROUPS:
+    if groups < MIN_GROUPS:
         msg = (
-            f"the sampling error needs at least {FEWEST_GROUPS} groups of samples, and the batches can be cut into "
+            f"the sampling error needs at least {MIN_GROUPS} groups of samples, and the batches can be cut into "
             f"{groups} only: "
         )
         if operator.mean.uncut is not None:
             msg += (
-                f"{operator.mean.uncut}. Pass at least {FEWEST_GROUPS} batches, so that none needs to be cut (smaller "
+                f"{operator.mean.uncut}. Pass at least {MIN_GROUPS} batches, so that none needs to be cut (smaller "
                 "ones, or more samples), or leave the sampling error out."
             )
         else:

@@ -29,7 +29,7 @@ _BLOCK = 2**18
 _BLOCK_ELSEWHERE = 2**24
 """Scores in a block on accelerators, which need large operations."""
 
-_FEWEST_ROWS = 16
+_MIN_ROWS = 16
 """Rows in a block at least: with fewer, matrix products are slow."""
 
 
@@ -161,7 +161,7 @@ class _Scores:
     def blocks(self, queries: int, keys: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
         """Yield ranges of queries, each with the range of keys to which they attend."""
         size = _BLOCK if device.type == "cpu" else _BLOCK_ELSEWHERE
-        rows = max(_FEWEST_ROWS, size // max(1, keys))
+        rows = max(_MIN_ROWS, size // max(1, keys))
         for start in range(0, queries, rows):
             stop = min(start + rows, queries)
             yield slice(start, stop), slice(0, min(stop, keys) if self.causal else keys)

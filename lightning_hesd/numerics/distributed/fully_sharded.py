@@ -202,12 +202,12 @@ class ShardedLayout(Layout):
         """Let each process take part in as many rounds as the one with most batches has.
 
         Raises:
-            ValueError: If a process has none, not even a spare one.
+            ValueError: If a process has none, not even a padding batch.
         """
         if not batches:
             msg = "a process has no batch, but must take part: `batches` is empty."
             raise ValueError(msg)
-        counted = [batch for batch in batches if not batch.is_spare]
+        counted = [batch for batch in batches if not batch.is_padding]
         rounds = round(self.processes.largest(len(counted)))
         table = torch.zeros(3, rounds, self.processes.size, dtype=torch.float64)
         for row, batch in enumerate(counted):

@@ -40,7 +40,7 @@ class WeightedBatch:
         data: The batch as the loss function takes it.
         weight: Its weight in the mean loss: its number of samples, unless the user counts otherwise.
         index: Its position among the batches of all processes; it seeds whatever is random in the forward pass.
-        is_spare: Whether it only lets a process take part that has no batch of its own, and counts for nothing.
+        is_padding: Whether it only lets a process take part that has no batch of its own, and counts for nothing.
         position: Its position in an epoch of training, the `batch_idx` of a training step; None: its index.
         size: Its number of samples; None: its weight.
         weigh: The weight of a batch, or of a part of one, as a function of its data; None: its number of samples.
@@ -49,7 +49,7 @@ class WeightedBatch:
     data: Any
     weight: float
     index: int
-    is_spare: bool = field(default=False, kw_only=True)
+    is_padding: bool = field(default=False, kw_only=True)
     position: int | None = field(default=None, kw_only=True)
     size: float | None = field(default=None, kw_only=True)
     weigh: Callable[[Any], float] | None = field(default=None, kw_only=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-MOST_BYTES = 2**16
+MAX_PICKLED_BYTES = 2**16
 """Largest pickle of one object: functions and configurations are smaller, data sets and models larger."""
 
 
@@ -64,8 +64,8 @@ class LeftOut:
 class Portable:
     """Wraps an argument in the state of an object that is copied: unpickled or deep-copied, it is the argument itself.
 
-    A deep copy shares the argument. A pickle has it if it can be pickled in `MOST_BYTES`, or goes to a process that is
-    being started; otherwise it has a `LeftOut`.
+    A deep copy shares the argument. A pickle has it if it can be pickled in `MAX_PICKLED_BYTES`, or goes to a process
+    that is being started; otherwise it has a `LeftOut`.
 
     Args:
         name: Name of the argument.
@@ -92,7 +92,7 @@ def is_picklable(value: object) -> bool:
     return obstacle(value, most_bytes=None) is None
 
 
-def obstacle(value: object, most_bytes: int | None = MOST_BYTES) -> str | None:
+def obstacle(value: object, most_bytes: int | None = MAX_PICKLED_BYTES) -> str | None:
     """Return why an object is not pickled; None if it can be.
 
     Args:
@@ -102,7 +102,7 @@ def obstacle(value: object, most_bytes: int | None = MOST_BYTES) -> str | None:
     try:
         _Pickler(_Meter(most_bytes), most_bytes).dump(value)
     except _TooLargeError:
-        return f"it takes more than {MOST_BYTES // 1024} KiB"
+        return f"it takes more than {MAX_PICKLED_BYTES // 1024} KiB"
     except Exception as error:  # noqa: BLE001 - the user's objects may raise anything
         return f"it cannot be pickled ({type(error).__name__}: {str(error)[:200]})"
     return None

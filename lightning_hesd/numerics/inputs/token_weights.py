@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.inputs.parameter_sharding import AllReduce
     from lightning_hesd.numerics.inputs.tokens import Source
 
-SMALLEST_DIFFERENCE = 1e-6
+MIN_DIFFERENCE = 1e-6
 """Of shares of a part in the tokens and in the samples of its batch: less cannot be seen in the loss."""
 
 ROUNDING = 64.0
@@ -276,7 +276,7 @@ class Weighing:
     def _uneven(self, source: Source) -> tuple[WeightedBatch, int] | None:
         """Return the batch, and where to cut it in two, whose parts differ most in tokens per sample."""
         count = TokenCount(source, shifted=True)
-        best, found = SMALLEST_DIFFERENCE, None
+        best, found = MIN_DIFFERENCE, None
         for batch in self._batches:
             counts = count.per_sample(batch.data).double()
             if len(counts) != batch.num_samples or not counts.sum():

@@ -36,7 +36,7 @@ _IMMUTABLE = (
 _STATELESS = (*_IMMUTABLE, random.SystemRandom)
 _PLAIN = (*_IMMUTABLE, type, *STREAMS, Tensor, np.ndarray, nn.Module, Dataset)
 
-LONGEST_SEARCHED = 10_000
+MAX_SEARCHED_LENGTH = 10_000
 """Of longer containers in the reach of datasets it is remembered what they hold, but not how that looks inside."""
 
 LONG = 100
@@ -100,7 +100,7 @@ class Reach:
 
     def _is_searched(self, values: Sequence[object]) -> bool:
         """Whether to look at each of some values: not at a million file names, nor at a million of any in datasets."""
-        if self._datasets and len(values) > LONGEST_SEARCHED:
+        if self._datasets and len(values) > MAX_SEARCHED_LENGTH:
             return False
         return len(values) <= LONG or not holds_atoms(values)
 

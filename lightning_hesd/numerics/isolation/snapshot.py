@@ -53,7 +53,7 @@ MANY = 5000
 
 
 @contextlib.contextmanager
-def preserved(*roots: object, tensors: bool = True) -> Iterator[Callable[[], None]]:
+def restore_state(*roots: object, tensors: bool = True) -> Iterator[Callable[[], None]]:
     """Put back all state reachable from `roots`, and the global random number generators, on leaving.
 
     Args:
@@ -92,7 +92,7 @@ def restored(snapshot: Snapshot) -> Iterator[None]:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the global generators of Python, NumPy and PyTorch (all devices); call it inside `preserved`."""
+    """Seed the global generators of Python, NumPy and PyTorch (all devices); call it inside `restore_state`."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - the user's code may draw from the legacy generator
     # `torch.manual_seed` would have the seed wait for accelerators that are not in use, to begin with it one day.

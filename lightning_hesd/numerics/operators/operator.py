@@ -135,5 +135,5 @@ def prepare_differences(operators: Sequence[CurvatureOperator]) -> None:
 
     vector = mean.space.gaussian(torch.Generator().manual_seed(0))
     start = vector.to(device=mean.device, dtype=mean.dtype)
-    mean.product_error = differences.choose_step(matvec, start, mean.calibration.step)
-    mean.calibration.step = differences.step
+    mean.product_error = differences.choose_step(matvec, start, mean.cache.step)
+    mean.cache.step = differences.step

@@ -21,7 +21,7 @@ from lightning_hesd.numerics.inputs.groups import check_groups
 from lightning_hesd.numerics.inputs.parameter_sharding import Layout
 from lightning_hesd.numerics.operators.curvature import OutputMatrix
 from lightning_hesd.numerics.operators.memory import is_out_of_memory
-from lightning_hesd.numerics.operators.strategies import Calibration, NoExactProductError, ProductMaker
+from lightning_hesd.numerics.operators.strategies import AnalysisCache, NoExactProductError, ProductMaker
 from lightning_hesd.numerics.operators.verification import (
     SHARDED_PART,
     Verification,
@@ -73,7 +73,7 @@ class SampleMean:
         num_skipped: Number of batches that the loss function skipped, in all processes; they are left out.
         uncut: Why a batch of this process was not cut into groups; None if all were.
         maker: Makes the products, and knows their strategy.
-        calibration: What is known about the loss.
+        cache: What is known about the loss.
         product_error: Norm of the error of a product with a unit vector, beyond rounding: of central differences, see
             `prepare_differences`.
         epsilon: Machine epsilon of the coarsest floating-point type in the graphs of the loss, in any process.
@@ -91,7 +91,7 @@ class SampleMean:
         dtype: torch.dtype,
         all_reduce: AllReduce | None = None,
         graph_memory: float = math.inf,
-        calibration: Calibration | None = None,
+        cache: AnalysisCache | None = None,
         layout: Layout | None = None,
     ) -> None:
         """Evaluate the loss of every batch and prepare the products.
@@ -103,7 +103,7 @@ class SampleMean:
             dtype: Floating-point type of the products.
             all_reduce: Sums a tensor over processes; None for a single process.
             graph_memory: Bytes that "auto" may spend on graphs, those that come and go included.
-            calibration: What is known from an earlier analysis; brought up to date.
+            cache: What is known from an earlier analysis; brought up to date.
             layout: How the parameters lie in the processes; default: each holds all of them.
 
         Raises:
@@ -127,13 +127,11 @@ class SampleMean:
         self.uncut: str | None = None
         self._sizes = [p.numel() for p in matrix.parameters]
 
-        self.calibration = calibration or Calibration()
+        self.cache = cache or AnalysisCache()
         self.layout = layout or Layout()
         self.space = self.layout.space(matrix.parameters)
-        self.calibration.renew(self.space.dimension)
-        self.maker = ProductMaker(
-            matrix, strategy, graph_memory=graph_memory, calibration=self.calibration, layout=self.layout
-        )
+        self.cache.invalidate(self.space.dimension)
+        self.maker = ProductMaker(matrix, strategy, graph_memory=graph_memory, cache=self.cache, layout=self.layout)
         if not self._prepare():
             self._prepare()
 
@@ -235,15 +233,15 @@ class SampleMean:
         Raises:
             WrongDerivativeError: If there are no products that can be right.
         """
-        calibration, kinds = self.calibration, frozenset(self.matrix.facts.kinds)
-        is_new = calibration.verification is None or not kinds <= calibration.kinds
+        cache, kinds = self.cache, frozenset(self.matrix.facts.kinds)
+        is_new = cache.verification is None or not kinds <= cache.kinds
         is_new_anywhere, *counts = self._anywhere([is_new, *(self.matrix.facts.epsilon >= e for e in EPSILONS)])
         self.epsilon = max(epsilon for epsilon, is_there in zip(EPSILONS, counts, strict=True) if is_there)
         if self.layout.all_reduce is not None and isinstance(self.matrix, OutputMatrix):
-            calibration.verification = SHARDED_PART
+            cache.verification = SHARDED_PART
         elif is_new_anywhere:
-            calibration.verification = self._compared(in_finest)
-            calibration.kinds = kinds | frozenset(self.matrix.facts.kinds)
+            cache.verification = self._compared(in_finest)
+            cache.kinds = kinds | frozenset(self.matrix.facts.kinds)
         if self.verification.verdict(exact=self.is_exact) == "no":
             self._give_up_exact_products()
 
@@ -253,14 +251,14 @@ class SampleMean:
         Raises:
             WrongDerivativeError: If that will not do.
         """
-        self.calibration.verification = replace(self.verification, products="differs", words=words)
+        self.cache.verification = replace(self.verification, products="differs", words=words)
         self._give_up_exact_products()
 
     @property
     def verification(self) -> Verification:
         """What comparing the loss with its derivatives has shown."""
-        assert self.calibration.verification is not None  # noqa: S101 - `verify` comes first
-        return self.calibration.verification
+        assert self.cache.verification is not None  # noqa: S101 - `verify` comes first
+        return self.cache.verification
 
     @property
     def is_exact(self) -> bool:

@@ -26,7 +26,7 @@ Strategy = Literal["graph", "recompute", "finite_difference"]
 
 
 @dataclass
-class Calibration:
+class AnalysisCache:
     """What is found out about a loss at its first analysis, and holds as long as shapes stay the same.
 
     Attributes:
@@ -51,7 +51,7 @@ class Calibration:
     is_weighed: bool = False
     count: TokenCount | None = None
 
-    def renew(self, dimension: int) -> None:
+    def invalidate(self, dimension: int) -> None:
         """Forget what was found out with other parameters."""
         if self.dimension != dimension:
             self.graph_bytes = self.obstacle = self.step = self.verification = None
@@ -83,7 +83,7 @@ class ProductMaker:
         strategy: Strategy | Literal["auto"],
         *,
         graph_memory: float,
-        calibration: Calibration,
+        cache: AnalysisCache,
         layout: Layout | None = None,
     ) -> None:
         """Decide what can be decided without the batches.
@@ -92,7 +92,7 @@ class ProductMaker:
             matrix: What is multiplied.
             strategy: How to compute products.
             graph_memory: Bytes that "auto" may spend on graphs, those that come and go included.
-            calibration: What is known from an earlier analysis; brought up to date.
+            cache: What is known from an earlier analysis; brought up to date.
             layout: How the parameters lie in the processes; default: each holds all of them.
         """
         self._layout = layout or Layout()
@@ -102,10 +102,10 @@ class ProductMaker:
         self.differences: FiniteDifferences | None = None
         self._matrix = matrix
         self._graph_memory = graph_memory
-        self._calibration = calibration
+        self._cache = cache
         self._plans = strategy == "auto"
-        if self._plans and calibration.obstacle:
-            self.fall_back(calibration.obstacle)
+        if self._plans and cache.obstacle:
+            self.fall_back(cache.obstacle)
         elif strategy == "finite_difference":
             self.differences = self._make_differences()
 
@@ -124,7 +124,7 @@ class ProductMaker:
             msg = f"{obstacle}; central differences, which would do for the Hessian, do not give this matrix."
             raise RuntimeError(msg)
         self._plans = False
-        self._calibration.obstacle = obstacle
+        self._cache.obstacle = obstacle
         self.strategy, self.reason = "finite_difference", f"auto: {obstacle}"
         self.differences = self._make_differences()
 
@@ -170,13 +170,13 @@ class ProductMaker:
         return gradient(self._matrix.loss(batch), self._matrix.parameters)
 
     def _planned(self, batches: Sequence[WeightedBatch]) -> Iterator[tuple[WeightedBatch, tuple[Tensor, Product]]]:
-        measured = self._measured(batches[0]) if self._calibration.graph_bytes is None else None
-        if self._calibration.graph_bytes is None:
+        measured = self._measured(batches[0]) if self._cache.graph_bytes is None else None
+        if self._cache.graph_bytes is None:
             self.strategy, self.reason = "recompute", "auto: the memory of graphs cannot be measured here"
             for batch in batches:
                 yield batch, self.make(batch)
             return
-        graph, product = self._calibration.graph_bytes, self._calibration.product_bytes
+        graph, product = self._cache.graph_bytes, self._cache.product_bytes
         largest = max(batch.num_samples for batch in batches)
         # A product takes some memory beside the graphs that stay, and a recomputed one a graph of its own.
         needed = product * largest
@@ -220,8 +220,8 @@ class ProductMaker:
             raise NoExactProductError(msg) from error
         if held is not None:
             # The same in all processes that work on it together: what follows from it must be.
-            self._calibration.graph_bytes = self._layout.largest(held / batch.num_samples)
-            self._calibration.product_bytes = self._layout.largest(max(peak - held, held) / batch.num_samples)
+            self._cache.graph_bytes = self._layout.largest(held / batch.num_samples)
+            self._cache.product_bytes = self._layout.largest(max(peak - held, held) / batch.num_samples)
         return made
 
     def _metered(self, batch: WeightedBatch) -> tuple[tuple[Tensor, Product], int | None, int]:

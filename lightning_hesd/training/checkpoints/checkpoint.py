@@ -15,7 +15,7 @@ from lightning_hesd.spectra.selection import (
     CRITERIA,
     RULE_NAMES,
     Candidate,
-    Choice,
+    SelectionEvent,
     SelectionRule,
     first_loss,
     progress_tolerance,
@@ -136,8 +136,8 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         self._stage = "fit"
         self._analysed = AnalysedSaving(self._complain)
         self._said: set[str] = set()
-        self._best_goodness = -math.inf
-        self._first_goodness: float | None = None
+        self._best_score = -math.inf
+        self._first_score: float | None = None
         self._ranked: list[Candidate] = []
         self._offered_step = -1
         self._address = launched.address_of(self)
@@ -189,22 +189,22 @@ class HessianCheckpoint(ExclusiveCheckpoint):
     @property
     def selection(self) -> SelectionRule:
         """The rule's parameters by now; a tolerance relative to the progress grows with it."""
-        return self._selection(self._best_goodness)
+        return self._selection(self._best_score)
 
     def _selection(self, best: float) -> SelectionRule:
-        tolerance = progress_tolerance(self._first_goodness, best) if self.tolerance is None else self.tolerance
+        tolerance = progress_tolerance(self._first_score, best) if self.tolerance is None else self.tolerance
         return SelectionRule(tolerance=tolerance, require_mp=self.require_mp)
 
     @property
     def qualified_steps(self) -> list[int]:
         """Optimizer steps of all analysed states among which the rule decides, also those whose files are deleted."""
-        near = self.selection.qualified(self._ranked, self._best_goodness)
+        near = self.selection.qualified(self._ranked, self._best_score)
         return [c.global_step for c in near or self.candidates]
 
     @property
     def best(self) -> Candidate | None:
         """The pick so far, with its epoch, criterion and path; None before the first candidate."""
-        return self.selection.pick(self.candidates, self._best_goodness)
+        return self.selection.pick(self.candidates, self._best_score)
 
     @property
     def best_model_path(self) -> str:
@@ -243,7 +243,7 @@ class HessianCheckpoint(ExclusiveCheckpoint):
     def forget_run(self) -> None:
         """Start from nothing: a callback may serve several runs."""
         super().forget_run()
-        self._first_goodness, self._ranked = None, []
+        self._first_score, self._ranked = None, []
         self._update([], -math.inf)
         self._offered_step = -1
         self._analysed.drop()
@@ -294,7 +294,7 @@ class HessianCheckpoint(ExclusiveCheckpoint):
 
     def _keep_final(self, trainer: pl.Trainer) -> None:
         """Say so if the rule could not decide, and keep the final weights if it had nothing to decide on."""
-        if self.candidates and not self.selection.qualified(self.candidates, self._best_goodness):
+        if self.candidates and not self.selection.qualified(self.candidates, self._best_score):
             warn(
                 "none of the epochs with nearly the best training metric has a mainly positive (MP) spectrum, so "
                 f"HessianCheckpoint(rule={self.rule!r}) took the best training metric; `require_mp=False` ranks MN "
@@ -364,7 +364,7 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         if trainer.global_step == 0:
             self.forget_run()
         elif self._is_resumed and (gone := self.gone(trainer, self.candidates)):
-            self._update([c for c in self.candidates if c.path not in gone], self._best_goodness)
+            self._update([c for c in self.candidates if c.path not in gone], self._best_score)
             warn(
                 "checkpoints of earlier candidates are gone, cannot be reached or were overwritten, and cannot be "
                 f"picked any more: {', '.join(gone)}."
@@ -396,25 +396,25 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         record = self._latest(trainer)
         if record is None or record.spectrum is None:
             return False
-        goodness: float | None = trainer.strategy.broadcast(self._metric.goodness(trainer, record.spectrum))
-        if goodness is None:
+        score: float | None = trainer.strategy.broadcast(self._metric.score(trainer, record.spectrum))
+        if score is None:
             return False
         self._offered_step = trainer.global_step
-        if self._first_goodness is None:
-            self._first_goodness = trainer.strategy.broadcast(self._first(goodness))
+        if self._first_score is None:
+            self._first_score = trainer.strategy.broadcast(self._first(score))
         criterion = trainer.strategy.broadcast(self._criterion(record))
         changes = self._analysed.compare(trainer, record.epoch)
-        can_be_ranked = not (math.isnan(goodness) or math.isnan(criterion) or changes.lost)
-        saved = can_be_ranked and self._consider(trainer, record, goodness, criterion)
+        can_be_ranked = not (math.isnan(score) or math.isnan(criterion) or changes.lost)
+        saved = can_be_ranked and self._consider(trainer, record, score, criterion)
         self._analysed.drop()
         return saved and not changes.names
 
-    def _first(self, goodness: float) -> float | None:
-        """Return the goodness of the first analysed state, of which this one is the first to be ranked."""
+    def _first(self, score: float) -> float | None:
+        """Return the score of the first analysed state, of which this one is the first to be ranked."""
         if self.train_metric is None and self.source is not None:
             loss = first_loss(self.source.history)
             return None if loss is None else -loss
-        return goodness if math.isfinite(goodness) else None
+        return score if math.isfinite(score) else None
 
     def _pass_over(self, trainer: pl.Trainer) -> None:
         """Leave out a record without a training metric of its own, and say so the first time."""
@@ -423,19 +423,19 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         assert self.source is not None  # noqa: S101 - found in `setup`
         self._complain(self._metric.complaint(trainer, self.source.name), key="metric")
 
-    def _consider(self, trainer: pl.Trainer, record: SpectrumRecord, goodness: float, criterion: float) -> bool:
-        before, best = self.candidates, max(goodness, self._best_goodness)
+    def _consider(self, trainer: pl.Trainer, record: SpectrumRecord, score: float, criterion: float) -> bool:
+        before, best = self.candidates, max(score, self._best_score)
         path = self.free_path(trainer, self._monitor_candidates(trainer), [c.path for c in before])
         mark: str = trainer.strategy.broadcast(uuid.uuid4().hex)
         mainly_positive = record.spectrum is not None and record.spectrum.hesd_type == "MP"
-        newcomer = Candidate(record.epoch, record.global_step, goodness, criterion, mainly_positive, path, mark)
-        kept = self._selection(best).still_pickable([*before, newcomer], best)
-        self._ranked = [*self._ranked, newcomer]
+        latest = Candidate(record.epoch, record.global_step, score, criterion, mainly_positive, path, mark)
+        kept = self._selection(best).pareto_front([*before, latest], best)
+        self._ranked = [*self._ranked, latest]
         # Updated before saving, because the checkpoint holds this very state; deleted after it, so that an interruption
         # leaves a file too many rather than one too few.
         state = self.state_dict()
         self._update(kept, best)
-        if newcomer in kept and not self._is_written(
+        if latest in kept and not self._is_written(
             path, lambda: self._analysed.save(trainer, mark, lambda: self._save_checkpoint(trainer, path))
         ):
             self._load(state)
@@ -445,19 +445,19 @@ class HessianCheckpoint(ExclusiveCheckpoint):
                 self._remove_checkpoint(trainer, candidate.path)
         self._show()
         assert self.source is not None  # noqa: S101 - found in `setup`
-        self.source.take_note(
+        self.source.record_selection(
             trainer,
-            Choice(
+            SelectionEvent(
                 self.rule_name,
                 self.train_metric,
                 self.train_metric_mode,
                 self.selection,
-                newcomer,
+                latest,
                 pick=self.best,
                 is_relative=self.tolerance is None,
             ),
         )
-        return newcomer in kept
+        return latest in kept
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         """Write a checkpoint; where that fails, it does so in all processes."""
@@ -481,7 +481,7 @@ class HessianCheckpoint(ExclusiveCheckpoint):
 
     def _update(self, candidates: list[Candidate], best: float) -> None:
         """Set the candidates, and what ModelCheckpoint says about them."""
-        self.candidates, self._best_goodness = candidates, best
+        self.candidates, self._best_score = candidates, best
         self.best_k_models = {c.path: torch.tensor(c.criterion) for c in candidates}
         self.kth_best_model_path = min(candidates, key=lambda c: c.criterion).path if candidates else ""
         self.kth_value = self.best_k_models.get(self.kth_best_model_path, torch.tensor(-math.inf))
@@ -521,8 +521,8 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         """Return the candidates; plain values only."""
         return {
             "candidates": [vars(candidate) for candidate in self.candidates],
-            "best_goodness": self._best_goodness,
-            "first_goodness": self._first_goodness,
+            "best_goodness": self._best_score,
+            "first_goodness": self._first_score,
             "ranked": ranked_state(self._ranked),
             "offered_step": self._offered_step,
             "best_model_path": self.best_model_path,
@@ -553,7 +553,7 @@ class HessianCheckpoint(ExclusiveCheckpoint):
 
     def _load(self, state: dict[str, Any]) -> None:
         state = completed(state)
-        self._first_goodness, self._ranked = state["first_goodness"], ranked_in(state)
+        self._first_score, self._ranked = state["first_goodness"], ranked_in(state)
         self._update(candidates_in(state), state["best_goodness"])
         self._offered_step = state["offered_step"]
         if str(self.dirpath) == state["dirpath"]:

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.spectra.selection import Candidate
-from lightning_hesd.spectra.validation import each, having, integer, misfit, number, of, optional, text
+from lightning_hesd.spectra.validation import each, first_invalid_field, having, integer, number, of, optional, text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _CANDIDATE = {
     "epoch": integer,
     "global_step": integer,
-    "goodness": number,
+    "score": number,
     "criterion": number,
     "mainly_positive": of(bool),
     "path": text,
@@ -23,7 +23,7 @@ _STATE = {
     "candidates": each(having(_CANDIDATE)),
     "best_goodness": number,
     "first_goodness": optional(number),
-    "ranked": each(having({"global_step": integer, "goodness": number, "mainly_positive": of(bool)})),
+    "ranked": each(having({"global_step": integer, "score": number, "mainly_positive": of(bool)})),
     "offered_step": integer,
     "best_model_path": text,
     "last_model_path": text,
@@ -33,7 +33,7 @@ _STATE = {
 
 def wrong_field(state: object) -> str | None:
     """Return the name of the first field that is missing or is something else; None if there is none."""
-    return misfit(completed(state), _STATE)
+    return first_invalid_field(completed(state), _STATE)
 
 
 def completed(state: object) -> Any:
@@ -52,12 +52,10 @@ def candidates_in(state: dict[str, Any]) -> list[Candidate]:
 def ranked_in(state: dict[str, Any]) -> list[Candidate]:
     """Return what a state says of all that were ranked: enough to tell which of them qualify."""
     return [
-        Candidate(-1, r["global_step"], r["goodness"], math.nan, r["mainly_positive"], path="") for r in state["ranked"]
+        Candidate(-1, r["global_step"], r["score"], math.nan, r["mainly_positive"], path="") for r in state["ranked"]
     ]
 
 
 def ranked_state(ranked: Iterable[Candidate]) -> list[dict[str, Any]]:
     """Return what `ranked_in` reads."""
-    return [
-        {"global_step": c.global_step, "goodness": c.goodness, "mainly_positive": c.mainly_positive} for c in ranked
-    ]
+    return [{"global_step": c.global_step, "score": c.score, "mainly_positive": c.mainly_positive} for c in ranked]

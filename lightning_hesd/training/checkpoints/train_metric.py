@@ -53,7 +53,7 @@ class TrainMetric:
         if trainer.global_step != self._step:
             self.restart(trainer)
 
-    def goodness(self, trainer: pl.Trainer, spectrum: Spectrum) -> float | None:
+    def score(self, trainer: pl.Trainer, spectrum: Spectrum) -> float | None:
         """Return the metric of the present weights, its sign such that higher is better; None if it is not known."""
         sign = 1.0 if self.mode == "max" else -1.0
         if self.key is None:

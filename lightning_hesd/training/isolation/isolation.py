@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from lightning_hesd.numerics.isolation.snapshot import preserved
+from lightning_hesd.numerics.isolation.snapshot import restore_state
 from lightning_hesd.training.compat import internals
 from lightning_hesd.training.isolation.reach import Walk
 from lightning_hesd.training.isolation.silence import Seclusion, silenced
@@ -67,7 +67,7 @@ class Isolation:
             module: Its module.
         """
         reach = _reach(trainer, module)
-        with preserved(module), contextlib.ExitStack() as stack:
+        with restore_state(module), contextlib.ExitStack() as stack:
             surroundings = Surroundings(reach, stack, watches=False)
             stack.callback(self._finish, surroundings)
             yield

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from lightning_hesd.training.isolation.structure import Part
 
-MOST_OBJECTS = 50_000
+MAX_OBJECTS = 50_000
 """Objects that are followed, the nearest first; what lies further away is out of reach."""
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
@@ -103,7 +103,7 @@ class Walk:
         self.found = Reach()
         self._seen: dict[int, object] = {}  # keeps the objects alive, so that an id names one only
         self._pending: deque[tuple[Any, Place]] = deque()
-        self._left = MOST_OBJECTS
+        self._left = MAX_OBJECTS
         self._opens = kinds.Openness()
         self._threads = kinds.Threads()
         self._names = {id(p): repr(name) for name, p in module.named_parameters()}

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_hesd.numerics.isolation.snapshot import preserved
+from lightning_hesd.numerics.isolation.snapshot import restore_state
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
 from lightning_hesd.training.isolation.structure import SETTINGS, Elements, Items, Owner, Setting, Structure
 
@@ -96,9 +96,9 @@ class Surroundings:
         self._leaves = [tensor for tensor, _ in reach.tensors if tensor.is_leaf and tensor.requires_grad]
         stack.enter_context(_without_gradients(self._leaves))
         self._tensors = [tensor for tensor, place in tensors if place.owner is not Owner.MODULE]
-        stack.enter_context(preserved(*(tensor for tensor, place in tensors if place.owner is Owner.MODULE)))
-        self._restore_tensors = stack.enter_context(preserved(*self._tensors))
-        self._restore_generators = stack.enter_context(preserved(*reach.generators))
+        stack.enter_context(restore_state(*(tensor for tensor, place in tensors if place.owner is Owner.MODULE)))
+        self._restore_tensors = stack.enter_context(restore_state(*self._tensors))
+        self._restore_generators = stack.enter_context(restore_state(*reach.generators))
         self._sums = [(*found, _checksum(found[0])) for found in self._locked if not _can_be_locked(found[0])]
         self._locked = [found for found in self._locked if _can_be_locked(found[0])]
         stack.enter_context(_read_only([values for values, _ in self._locked]))

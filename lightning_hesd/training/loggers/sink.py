@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lightning_hesd.spectra.assessment import Assessment
-    from lightning_hesd.spectra.selection import Choice
+    from lightning_hesd.spectra.selection import SelectionEvent
     from lightning_hesd.spectra.spectrum import Spectrum
     from lightning_hesd.training.history import SpectrumRecord
 
@@ -80,10 +80,10 @@ def layer_rows(layers: Mapping[str, Spectrum]) -> list[tuple[str | float, ...]]:
 
 
 @runtime_checkable
-class ChoiceSink(Protocol):
+class SelectionSink(Protocol):
     """Writes also which state of the weights a checkpoint rule takes; not every sink can."""
 
-    def write_choice(self, choice: Choice, step: int) -> None:
+    def write_selection(self, choice: SelectionEvent, step: int) -> None:
         """Write what a rule made of the latest record at `step` of the logger's axis."""
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-    from lightning_hesd.spectra.selection import Choice
+    from lightning_hesd.spectra.selection import SelectionEvent
     from lightning_hesd.spectra.spectrum import Spectrum
     from lightning_hesd.training.history import SpectrumHistory
 
@@ -50,7 +50,7 @@ class TensorBoardSink:
     def finish(self, history: SpectrumHistory) -> None:
         """Leave it at that: there is no place for files."""
 
-    def write_choice(self, choice: Choice, step: int) -> None:
+    def write_selection(self, choice: SelectionEvent, step: int) -> None:
         """Write what a checkpoint rule made of the latest record at `step` of the logger's axis."""
         self._write_payload(f"{CHOICE}/{choice.key}", to_json(choice_payload(choice)), step)
 

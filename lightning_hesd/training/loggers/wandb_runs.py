@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_hesd.plotting.density import LOWEST_PART
+from lightning_hesd.plotting.density import MIN_SHARE
 from lightning_hesd.training.loggers.sink import LAYER_COLUMNS, figures, layer_rows, saved, title
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class WandbSink:
     def _chart(self, spectrum: Spectrum, headline: str) -> CustomChart:
         """Return a chart of the density to zoom into, of logarithms because W&B's charts have no logarithmic axis."""
         grid, density = (values[::THINNING] for values in spectrum.density())
-        logarithms = np.log10(density.clip(density.max() * LOWEST_PART))
+        logarithms = np.log10(density.clip(density.max() * MIN_SHARE))
         columns = ["eigenvalue", "log10 density"]
         table = self._wandb.Table(columns=columns, data=np.stack([grid, logarithms], axis=1).tolist())
         return self._wandb.plot.line(table, *columns, title=headline)

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lightning_hesd.numerics.isolation.snapshot import preserved, seed_everything
+from lightning_hesd.numerics.isolation.snapshot import restore_state, seed_everything
 from lightning_hesd.training.compat.internals import warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
 from lightning_hesd.training.samples.epochs import EVENNESS_OF_CONTENTS, PlannedBatch, epochs
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lightning_hesd.training.samples.reading import ReadBatch
 
 
-MOST_SURPLUS = 1.5
+MAX_SURPLUS = 1.5
 """Times as many samples as wanted: of more than these, some batches are left out."""
 
 
@@ -35,8 +35,8 @@ class AnalysisSamples:
     """What an analysis runs on.
 
     Attributes:
-        batches: This process's share, as the collate function made them, not yet on the device; a spare one if it
-            would be empty and must not be.
+        batches: This process's share, as the collate function made them, not yet on the device; a padding batch
+            if the share would be empty and must not be.
         drawn: The batches of all processes, by the positions of their samples; None where these have none.
         transferred: Whether the batches are on the device, as training's transfer hooks left them.
     """
@@ -114,7 +114,7 @@ def draw_samples(
     seed: int = 0,
     drawn: Sequence[PlannedBatch] | None = None,
     processes: Processes = ALONE,
-    spare: bool = False,
+    padding: bool = False,
     uses_up: bool = False,
 ) -> AnalysisSamples:
     """Draw the analysis samples and deal their batches to the processes, one after the other.
@@ -135,7 +135,7 @@ def draw_samples(
         seed: Seed of the draw, and of whatever is random in the dataset.
         drawn: Draw exactly these batches of a map-style dataset (those of the run that is resumed).
         processes: The processes.
-        spare: Whether a process whose share is empty gets the first batch as a spare one.
+        padding: Whether a process whose share is empty gets the first batch as padding.
         uses_up: Whether a loader that cannot be copied may be iterated itself, which takes its batches away.
 
     Raises:
@@ -144,7 +144,7 @@ def draw_samples(
     """
     loader = combined(loader)
     dataset = getattr(loader, "dataset", None)
-    with preserved(loader, dataset, tensors=False) as restore:
+    with restore_state(loader, dataset, tensors=False) as restore:
         seed_everything(seed)
         reader = Reader(loader, seed, restore, batch_weight, uses_up=uses_up)
         if is_addressable(loader):
@@ -155,8 +155,8 @@ def draw_samples(
             else:
                 limit = math.inf if max_batches is None else max_batches
                 drawing.read_any(epochs(loader, num_samples, max_batches=limit, batch_size=batch_size, seed=seed))
-            return drawing.result(spare=spare)
-        return _streamed(reader.stream(num_samples, batch_size), processes, spare=spare)
+            return drawing.result(padding=padding)
+        return _streamed(reader.stream(num_samples, batch_size), processes, padding=padding)
 
 
 class _Drawing:
@@ -237,14 +237,14 @@ class _Drawing:
             missing = self._num_samples - sum(self._sizes)
         # Or it may add others, or each of the positions may stand for a whole batch.
         found, batches = sum(self._sizes), self._drawn
-        if found > MOST_SURPLUS * self._num_samples:
+        if found > MAX_SURPLUS * self._num_samples:
             enough = math.ceil(len(batches) * self._num_samples / found)
             kept = spread_positions(enough, len(batches), evenness=EVENNESS_OF_CONTENTS)
             if len(kept) < len(batches):
                 self._restart()
                 self.read([batches[number] for number in kept])
 
-    def result(self, *, spare: bool) -> AnalysisSamples:
+    def result(self, *, padding: bool) -> AnalysisSamples:
         """Return the samples.
 
         Raises:
@@ -259,18 +259,18 @@ class _Drawing:
         kept = [number for number, size in enumerate(self._sizes) if size > 0]
         _check_any(kept)
         read = [(index, self._own[number], number) for index, number in enumerate(kept) if number in self._own]
-        is_spare = spare and not read
-        if is_spare:
+        is_padding = padding and not read
+        if is_padding:
             [batch] = self._reader.planned([(kept[0], self._drawn[kept[0]])])
             read = [(0, batch, kept[0])]
         batches = [
-            b.weighted(b.data, index, self._drawn[number].position, is_spare=is_spare) for index, b, number in read
+            b.weighted(b.data, index, self._drawn[number].position, is_padding=is_padding) for index, b, number in read
         ]
         _warn_of_doubts([b for _, b, _ in read])
         return AnalysisSamples(tuple(batches), tuple(self._drawn))
 
 
-def _streamed(read: Sequence[ReadBatch], processes: Processes, *, spare: bool) -> AnalysisSamples:
+def _streamed(read: Sequence[ReadBatch], processes: Processes, *, padding: bool) -> AnalysisSamples:
     """Deal out batches that every process has read.
 
     Raises:
@@ -284,8 +284,8 @@ def _streamed(read: Sequence[ReadBatch], processes: Processes, *, spare: bool) -
     _warn_of_doubts(read)
     batches = [b.weighted(b.data, index, p) for index, (p, b) in enumerate(kept)]
     own = batches[processes.rank :: processes.size]
-    if spare and not own:
-        own = [replace(batches[0], is_spare=True)]
+    if padding and not own:
+        own = [replace(batches[0], is_padding=True)]
     return AnalysisSamples(tuple(own), None)
 
 

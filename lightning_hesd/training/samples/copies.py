@@ -25,7 +25,7 @@ from lightning_hesd.training.compat.namespaces import MisconfigurationException
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-LARGEST_COPY = 2**28
+MAX_COPIED_BYTES = 2**28
 """Bytes: larger tensors and arrays are data, and shared."""
 
 _LONG = 100
@@ -127,7 +127,7 @@ class _Plan:
 
     def _look(self, part: Any) -> Iterable[Any]:
         if isinstance(part, Tensor | np.ndarray):
-            if part.nbytes > LARGEST_COPY:
+            if part.nbytes > MAX_COPIED_BYTES:
                 self.memo[id(part)] = part
             return ()
         if isinstance(part, _CONTAINERS):

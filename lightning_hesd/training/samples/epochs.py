@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
     from torch.utils.data import DataLoader
 
-LONGEST_EPOCH = 1_000_000
+MAX_EPOCH_LENGTH = 1_000_000
 """Samples: of a longer epoch of a sampler of the user's own, the beginning is taken for the whole."""
 
-LARGEST_PERMUTATION = 2**24
+MAX_PERMUTATION = 2**24
 """Of more samples than these a few are drawn without putting all of them into an order."""
 
 EVENNESS_OF_CONTENTS = 2.0
@@ -191,7 +191,7 @@ def _keys(sampler: Any, dataset: Any) -> Sequence[Any]:
         return sampler.indices
     if type(sampler) is SequentialSampler or (type(sampler) is RandomSampler and not sampler.replacement):
         return range(len(sampler.data_source))
-    return list(itertools.islice(private_copy(sampler, dataset), LONGEST_EPOCH))
+    return list(itertools.islice(private_copy(sampler, dataset), MAX_EPOCH_LENGTH))
 
 
 def _composed(loader: DataLoader[Any], num_samples: int, max_batches: float, batch_size: int | None) -> ComposedEpoch:
@@ -207,7 +207,7 @@ def _composed(loader: DataLoader[Any], num_samples: int, max_batches: float, bat
         max_batches = math.ceil(max_batches / steps) if max_batches < math.inf else max_batches
     length = min(_length(batch_sampler), max_batches * replicas)
     # Without a length it may be endless: as many samples as there are, then.
-    most = LONGEST_EPOCH if length < math.inf else max(num_samples, min(_length(loader.dataset), LONGEST_EPOCH))
+    most = MAX_EPOCH_LENGTH if length < math.inf else max(num_samples, min(_length(loader.dataset), MAX_EPOCH_LENGTH))
     batches: list[Sequence[Any]] = []
     drawn = 0
     for batch in batch_sampler:
@@ -244,6 +244,6 @@ def plain_key(value: Any) -> Any:
 
 def shuffled(total: int, count: int, seed: int) -> list[int]:
     """Return the first numbers of a random order of range(total); of another `count` they are the same."""
-    if total <= LARGEST_PERMUTATION:
+    if total <= MAX_PERMUTATION:
         return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].tolist()
     return random.Random(seed).sample(range(total), count)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_hesd.numerics.inputs.cuts import attributes
 from lightning_hesd.numerics.isolation.containers import holds_atoms
-from lightning_hesd.numerics.isolation.snapshot import preserved
+from lightning_hesd.numerics.isolation.snapshot import restore_state
 from lightning_hesd.numerics.isolation.tensor_states import is_opaque, size_in_memory
 from lightning_hesd.numerics.operators.memory import SHARE_OF_FREE_MEMORY, default_budget
 from lightning_hesd.training.compat import internals
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.inputs.batches import Weigh, WeightedBatch
     from lightning_hesd.training.samples.reading import ReadBatch
 
-LARGEST_KEPT = 2**30
+MAX_KEPT_BYTES = 2**30
 """Bytes: kept batches take no more in a process, ..."""
 
 SHARE_KEPT = 0.1
@@ -75,11 +75,11 @@ class KeptBatches:
             trainer: The trainer.
             wanted: Number of samples, in all processes together.
             batch_weight: Weight of a batch; None: its number of samples.
-            limit: Bytes that the batches may take; None: as `LARGEST_KEPT` and `SHARE_KEPT` say.
+            limit: Bytes that the batches may take; None: as `MAX_KEPT_BYTES` and `SHARE_KEPT` say.
         """
         if limit is None:
             free = default_budget(torch.device("cpu"), trainer.num_devices) / SHARE_OF_FREE_MEMORY
-            limit = min(LARGEST_KEPT, int(SHARE_KEPT * free))
+            limit = min(MAX_KEPT_BYTES, int(SHARE_KEPT * free))
         self._rank, self._processes = trainer.global_rank, trainer.world_size
         self._device = trainer.strategy.root_device
         self._share = wanted / trainer.world_size
@@ -107,7 +107,7 @@ class KeptBatches:
         """Copy a batch that `training_step` is about to get."""
         self._pending = None
         try:
-            with preserved():  # functions of the user's may draw random numbers
+            with restore_state():  # functions of the user's may draw random numbers
                 self._copy(batch, position)
         except Exception as error:  # noqa: BLE001 - training goes on; `batches` raises it
             self._failure = error

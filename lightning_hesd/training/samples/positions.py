@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 PERIODS = np.arange(2, 33)
 """Where a term is active in every k-th batch, positions are chosen that have it in about every k-th, for these k."""
 
-MOST_TRIED = 32
+MAX_TRIED = 32
 """Gaps between runs of positions that are tried, from the widest one downward."""
 
 
@@ -59,7 +59,7 @@ def spread_positions(count: int, total: int, *, evenness: float = 0.3) -> list[i
 
 def _candidates(count: int, total: int) -> Iterator[Positions]:
     """Yield positions to choose from, fewer where there are many positions."""
-    tried = max(1, min(MOST_TRIED, MOST_TRIED * 256 // count))
+    tried = max(1, min(MAX_TRIED, MAX_TRIED * 256 // count))
     numbers = np.arange(count)
     for run in sorted({max(1, round(count / 2**halvings)) for halvings in range(count.bit_length() + 1)}):
         runs = math.ceil(count / run)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from lightning_hesd.numerics.inputs import batches
 from lightning_hesd.numerics.inputs.batches import WeightedBatch, copied
-from lightning_hesd.numerics.isolation.snapshot import preserved, seed_everything
+from lightning_hesd.numerics.isolation.snapshot import restore_state, seed_everything
 from lightning_hesd.training.compat.namespaces import FABRIC, in_namespaces
 from lightning_hesd.training.samples.copies import NotCopiedError, private_copy
 from lightning_hesd.training.samples.sources import is_combined, is_plain
@@ -54,9 +54,9 @@ class ReadBatch:
     weight: float
     doubt: str | None = None
 
-    def weighted(self, data: Any, index: int, position: int, *, is_spare: bool = False) -> WeightedBatch:
+    def weighted(self, data: Any, index: int, position: int, *, is_padding: bool = False) -> WeightedBatch:
         """Return it as a batch of the analysis, with these data in place of its own."""
-        return WeightedBatch(data, self.weight, index, position=position, size=self.size, is_spare=is_spare)
+        return WeightedBatch(data, self.weight, index, position=position, size=self.size, is_padding=is_padding)
 
 
 class Reader:
@@ -246,14 +246,14 @@ class _Batches(Dataset[Any]):
         self.dataset = dataset
         self._collate_fn = collate_fn
         self._seed = seed
-        self._preserved: Any = None
+        self._restoring: Any = None
         self._restore: Callable[[], None] | None = None
 
     def __getitem__(self, item: tuple[int, Sequence[Any]]) -> Any:
         """Read a batch in a worker."""
         if self._restore is None:  # in this worker for the first time, and for good
-            self._preserved = preserved(self.dataset, self._collate_fn, tensors=False)
-            self._restore = self._preserved.__enter__()
+            self._restoring = restore_state(self.dataset, self._collate_fn, tensors=False)
+            self._restore = self._restoring.__enter__()
         return self.read(item, self._restore)
 
     def read(self, item: tuple[int, Sequence[Any]], restore: Callable[[], None]) -> Any:

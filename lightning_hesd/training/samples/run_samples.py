@@ -8,8 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lightning_hesd.numerics.inputs.portable import LeftOut, Portable
-from lightning_hesd.numerics.isolation.snapshot import preserved
-from lightning_hesd.spectra.validation import at_least, each, misfit, optional
+from lightning_hesd.numerics.isolation.snapshot import restore_state
+from lightning_hesd.spectra.validation import at_least, each, first_invalid_field, optional
 from lightning_hesd.training.compat import internals
 from lightning_hesd.training.loss import check_gets_batches
 from lightning_hesd.training.samples.analysis_samples import (
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lightning_hesd.training.isolation.isolation import Isolation
 
 FIRST_SAMPLES = 256
-MOST_SAMPLES = 16_384
+MAX_SAMPLES = 16_384
 """`num_samples="auto"` begins with the first number and ends at the second, for the samples are kept in memory."""
 
 SAMPLES = {
@@ -48,7 +48,7 @@ def check_samples(state: object) -> None:
     Raises:
         ValueError: If that is not what `RunSamples.state_dict` says.
     """
-    wrong = misfit(state, SAMPLES)
+    wrong = first_invalid_field(state, SAMPLES)
     if wrong is not None:
         msg = f"`{wrong}` of the samples is missing or is something else"
         raise ValueError(msg)
@@ -158,14 +158,14 @@ class RunSamples:
         """Ask for more samples.
 
         Args:
-            factor: How many times as many, `MOST_SAMPLES` at most.
+            factor: How many times as many, `MAX_SAMPLES` at most.
 
         Returns:
             Whether more may be had.
         """
-        if factor <= 1 or self._num_samples >= MOST_SAMPLES:
+        if factor <= 1 or self._num_samples >= MAX_SAMPLES:
             return False
-        self._num_samples = min(math.ceil(factor * self._num_samples), MOST_SAMPLES)
+        self._num_samples = min(math.ceil(factor * self._num_samples), MAX_SAMPLES)
         self._samples = None
         return True
 
@@ -201,7 +201,7 @@ class RunSamples:
             MisconfigurationException: If `training_step` fetches its batches itself.
         """
         check_gets_batches(trainer.lightning_module)
-        wanted = MOST_SAMPLES if self.grows else self._num_samples
+        wanted = MAX_SAMPLES if self.grows else self._num_samples
         self._kept = KeptBatches(trainer, wanted, self._batch_weight)
         self._drawn = self._resumed = None
         if holds_batches(self._source):
@@ -291,7 +291,7 @@ class RunSamples:
                 seed=self._seed,
                 drawn=self._resumed,
                 processes=_processes(trainer),
-                spare=internals.is_sharded(trainer),
+                padding=internals.is_sharded(trainer),
                 uses_up=is_free and not isinstance(self._dataloader, str),
             )
 
@@ -304,7 +304,7 @@ class RunSamples:
         if isinstance(self._dataloader, LeftOut):
             self._dataloader.refuse()
         if isinstance(self._dataloader, str):
-            with preserved():  # it may be made only now
+            with restore_state():  # it may be made only now
                 return validation_loader(internals.validation_loaders(trainer))
         return self._dataloader
 

@@ -60,7 +60,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Long attention even where the context is short, in blocks of two rows."""
     monkeypatch.setattr(fast_derivatives, "_LONG", 0)
     monkeypatch.setattr(module_under_test, "_BLOCK", 1)
-    monkeypatch.setattr(module_under_test, "_FEWEST_ROWS", 2)
+    monkeypatch.setattr(module_under_test, "_MIN_ROWS", 2)
     found: list[str] = []
     long_attention = module_under_test.long_attention
 

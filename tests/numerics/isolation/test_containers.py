@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from lightning_hesd.numerics.isolation.containers import holds_atoms
-from lightning_hesd.numerics.isolation.snapshot import preserved
+from lightning_hesd.numerics.isolation.snapshot import restore_state
 
 MANY = 300_000
 
@@ -60,10 +60,10 @@ def test_long_containers_are_put_back_in_no_time(kind: str, tensors: bool) -> No
     holder = Holder(content) if not tensors else Module(content)
     before = len(content)
     started = time.process_time()
-    with preserved(holder, tensors=tensors):
+    with restore_state(holder, tensors=tensors):
         pass
     assert time.process_time() - started < 0.5, "a twentieth of a second on an idle machine"
-    with preserved(holder, tensors=tensors):
+    with restore_state(holder, tensors=tensors):
         content.popitem() if isinstance(content, dict) else content.pop(0)
         holder.small[0].append(3)
         holder.content = None

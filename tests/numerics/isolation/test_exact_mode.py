@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_hesd import hessian_spectrum
-from lightning_hesd.numerics.isolation.snapshot import preserved
+from lightning_hesd.numerics.isolation.snapshot import restore_state
 from tests import cases
 
 Tamper = Callable[[nn.Module], object]
@@ -669,7 +669,7 @@ class TestPreserved:
     def test_a_dataset_without_its_tensors(self):
         dataset = Cached()
         state = dataset.rng.bit_generator.state
-        with preserved(dataset, tensors=False):
+        with restore_state(dataset, tensors=False):
             dataset[0]
             dataset[1]
             dataset.data.add_(1.0)
@@ -679,14 +679,14 @@ class TestPreserved:
 
     def test_a_dataset_with_its_tensors(self):
         dataset = Cached()
-        with preserved(dataset):
+        with restore_state(dataset):
             dataset.data.add_(1.0)
         assert dataset.data.tolist() == [0.0] * 4
 
     def test_datasets_inside_datasets(self):
         dataset = Cached()
         outer = torch.utils.data.Subset(dataset, [0, 1])
-        with preserved(outer, tensors=False):
+        with restore_state(outer, tensors=False):
             outer[1]
             assert dataset.reads == 1
         assert dataset.reads == 0
@@ -694,7 +694,7 @@ class TestPreserved:
     def test_a_root_with_its_attributes_even_if_they_are_not_plain(self):
         root = Meter()
         root.lock = threading.Lock()
-        with preserved(root):
+        with restore_state(root):
             root.update(1.0)
         assert (root.count, root.history) == (0, [0.5])
 
@@ -706,13 +706,13 @@ class TestPreserved:
             second.clear()
             raise Boom
 
-        with pytest.raises(Boom), preserved(first, second):
+        with pytest.raises(Boom), restore_state(first, second):
             tamper_and_fail()
         assert (first.count, second) == (0, [1])
 
     def test_no_root_keeps_the_global_generators(self):
         torch.manual_seed(3)
         before = torch.get_rng_state()
-        with preserved():
+        with restore_state():
             torch.rand(5)
         assert torch.equal(torch.get_rng_state(), before)

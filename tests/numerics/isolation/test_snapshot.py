@@ -20,7 +20,7 @@ from torch._subclasses import FakeTensorMode
 from torch.masked import masked_tensor
 
 from lightning_hesd import hessian_spectrum
-from lightning_hesd.numerics.isolation.snapshot import DATA_COUNT, DATA_SIZE, MANY, Snapshot, preserved
+from lightning_hesd.numerics.isolation.snapshot import DATA_COUNT, DATA_SIZE, MANY, Snapshot, restore_state
 from tests import cases
 
 # Tensors --------------------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def test_tensors_of_any_kind(kind):
             spectrum = hessian_spectrum(module, batches, loss, steps=2, strategy=strategy)
             assert spectrum.loss == hessian_spectrum(module, batches, cases.squared_error, steps=2).loss
         else:
-            with preserved(module):
+            with restore_state(module):
                 loss(module, batches[0])
         assert before is None or read(tensor) == before
         assert vars(tensor) == labels
@@ -212,7 +212,7 @@ def test_tensors_of_any_kind(kind):
 
 
 def test_operations_on_wrappers_work_afterwards():
-    with preserved(nn.Linear(2, 2)):
+    with restore_state(nn.Linear(2, 2)):
         pass
     assert nested(torch.jagged).shape[0] == 2
     with pytest.raises(NotImplementedError):
@@ -221,7 +221,7 @@ def test_operations_on_wrappers_work_afterwards():
 
 def test_memory_that_was_freed_is_there_again():
     tensor = torch.arange(6.0)
-    with preserved([tensor]):
+    with restore_state([tensor]):
         tensor.untyped_storage().resize_(0)
     assert tensor.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
 
@@ -230,7 +230,7 @@ def test_shapes_and_types_that_were_changed():
     tensor, address = torch.arange(6.0), 0
     address = tensor.data_ptr()
     for change in (lambda t: t.resize_(2), lambda t: t.unsqueeze_(0), lambda t: setattr(t, "data", t.data.half())):
-        with preserved([tensor]):
+        with restore_state([tensor]):
             change(tensor)
         assert (tensor.tolist(), tensor.dtype, tensor.data_ptr()) == ([0, 1, 2, 3, 4, 5], torch.float32, address)
 
@@ -381,7 +381,7 @@ def test_objects_of_any_kind(kind):
     module = nn.Linear(1, 1)
     vars(module).update(thing=make(), calls=0)
     before = repr(state(module.thing))
-    with preserved(module) as restore:
+    with restore_state(module) as restore:
         for _ in range(3):
             change(vars(module)["thing"])
             module.calls += 1
@@ -439,7 +439,7 @@ def test_a_restoration_that_fails_goes_on_with_the_rest(change, named, fails):
     batches = [(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.ones(4, 2))]
 
     def run() -> None:
-        with contextlib.suppress(ZeroDivisionError), preserved(module):
+        with contextlib.suppress(ZeroDivisionError), restore_state(module):
             hessian_spectrum(module, batches, loss, mode="eval", strategy="recompute", steps=2)
 
     with pytest.warns(RuntimeWarning, match=f"could not put back all that the analysis changed: {named} "):
@@ -519,7 +519,7 @@ class Counting(nn.Module, metaclass=Kind):
 
 def test_classes_that_are_values_are_put_back() -> None:
     module = Counting()
-    with preserved(module):
+    with restore_state(module):
         Kind.made += 1
         InBody.count += 1
         Counting.Nested.count += 1

@@ -17,7 +17,7 @@ from lightning_hesd.numerics.analysis.api import analysis_options
 from lightning_hesd.numerics.analysis.engine import analyze
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
 from lightning_hesd.numerics.operators.memory import VECTORS, MemoryMeter, free_system_memory, plan_memory
-from lightning_hesd.numerics.operators.strategies import Calibration
+from lightning_hesd.numerics.operators.strategies import AnalysisCache
 from tests import cases
 
 GIB = 2**30
@@ -317,10 +317,10 @@ class TestBudget:
         module, batches, loss = problem(name, dtype=torch.float64)
         weighted = [WeightedBatch(batch, len(batch[0]), i) for i, batch in enumerate(batches)]
         options = analysis_options(memory_budget=budget, basis=basis, steps=self.STEPS)
-        calibration = Calibration()  # what is measured is known the second time
-        analyze(module, weighted, loss, options, calibration=calibration)
+        cache = AnalysisCache()  # what is measured is known the second time
+        analyze(module, weighted, loss, options, cache=cache)
         with MemoryMeter(CPU) as meter:
-            spectrum = analyze(module, weighted, loss, options, calibration=calibration)
+            spectrum = analyze(module, weighted, loss, options, cache=cache)
         assert spectrum.strategy == "graph"
         assert spectrum.predicted_memory is not None
         assert spectrum.predicted_memory <= budget

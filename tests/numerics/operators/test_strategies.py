@@ -15,7 +15,7 @@ from lightning_hesd import Spectrum, hessian_spectrum
 from lightning_hesd.numerics.analysis.api import analysis_options
 from lightning_hesd.numerics.analysis.engine import analyze
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
-from lightning_hesd.numerics.operators.strategies import Calibration
+from lightning_hesd.numerics.operators.strategies import AnalysisCache
 from tests import cases, oracles
 
 STRATEGIES = ("graph", "recompute", "finite_difference", "auto")
@@ -69,10 +69,10 @@ class TestFiniteDifferences:
     def test_a_known_step_is_not_searched_again_from_scratch(self):
         module, batches, loss_fn = cases.make("mlp")
         weighted = [WeightedBatch(batch, float(len(batch[0])), index) for index, batch in enumerate(batches)]
-        calibration, options = Calibration(), analysis_options(strategy="finite_difference", steps=20)
-        first = analyze(module, weighted, loss_fn, options, calibration=calibration)
-        assert calibration.step is not None
-        again = analyze(module, weighted, loss_fn, options, calibration=calibration)
+        cache, options = AnalysisCache(), analysis_options(strategy="finite_difference", steps=20)
+        first = analyze(module, weighted, loss_fn, options, cache=cache)
+        assert cache.step is not None
+        again = analyze(module, weighted, loss_fn, options, cache=cache)
         assert again.matvecs < first.matvecs
         assert again.rounding <= 10 * first.rounding
 
@@ -216,7 +216,7 @@ class TestFallback:
     @pytest.mark.parametrize("error", [KeyError, RuntimeError, ValueError, NotImplementedError])
     @pytest.mark.parametrize("failing_call", [1, 2])
     def test_a_loss_that_fails_is_no_reason(self, error, failing_call):
-        calls, calibration = itertools.count(1), Calibration()
+        calls, cache = itertools.count(1), AnalysisCache()
 
         def loss(module: nn.Module, batch: Any) -> Tensor:
             if next(calls) >= failing_call:
@@ -225,8 +225,8 @@ class TestFallback:
 
         batches = [WeightedBatch(batch, float(len(batch[0])), index) for index, batch in enumerate(data(3))]
         with pytest.raises(error, match="the loss's own trouble"):
-            analyze(perceptron(nn.Tanh()), batches, loss, analysis_options(steps=5), calibration=calibration)
-        assert calibration.obstacle is None  # or the next analysis would be by differences
+            analyze(perceptron(nn.Tanh()), batches, loss, analysis_options(steps=5), cache=cache)
+        assert cache.obstacle is None  # or the next analysis would be by differences
 
 
 class Attention(nn.Module):

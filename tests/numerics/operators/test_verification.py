@@ -16,7 +16,7 @@ from lightning_hesd.numerics.analysis import engine
 from lightning_hesd.numerics.analysis.api import analysis_options
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
 from lightning_hesd.numerics.operators import risk_operator
-from lightning_hesd.numerics.operators.strategies import Calibration
+from lightning_hesd.numerics.operators.strategies import AnalysisCache
 from lightning_hesd.numerics.operators.verification import Comparison, Verification
 from tests import cases
 
@@ -390,7 +390,7 @@ def test_recurrent_networks_are_compared_in_float64():
 
 
 class TestOnceForEachLoss:
-    def analyse(self, calibration: Calibration, function: Any) -> int:
+    def analyse(self, cache: AnalysisCache, function: Any) -> int:
         calls = 0
         module, batches = net()
 
@@ -400,18 +400,18 @@ class TestOnceForEachLoss:
             return loss_through(function)(m, b)
 
         weighted = [WeightedBatch(batch, 6.0, 0) for batch in batches]
-        engine.analyze(module, weighted, loss, analysis_options(steps=4), calibration=calibration)
+        engine.analyze(module, weighted, loss, analysis_options(steps=4), cache=cache)
         return calls
 
     def test_later_analyses_compare_nothing(self):
-        calibration = Calibration()
-        first, later = (self.analyse(calibration, torch.tanh) for _ in range(2))
+        cache = AnalysisCache()
+        first, later = (self.analyse(cache, torch.tanh) for _ in range(2))
         assert first > later
         assert later == 2  # the graph, and the timed gradient
 
     def test_unless_the_graph_has_other_operations(self):
-        calibration = Calibration()
-        first, same, other = (self.analyse(calibration, f) for f in (torch.tanh, torch.tanh, torch.sin))
+        cache = AnalysisCache()
+        first, same, other = (self.analyse(cache, f) for f in (torch.tanh, torch.tanh, torch.sin))
         assert other == first > same
 
 

@@ -68,16 +68,16 @@ def expected_epoch(script: list[Epoch], rule: str, metric: str | None, tolerance
     if not analysed:
         return len(script) - 1
 
-    def goodness(e: Epoch) -> float:
+    def score(e: Epoch) -> float:
         # As float32, in which Lightning keeps logged metrics.
         return -e.loss if metric is None else float(torch.tensor(e.accuracy))
 
-    best = max(goodness(e) for _, e in analysed)
-    near = [(number, e) for number, e in analysed if best - goodness(e) <= tolerance]
+    best = max(score(e) for _, e in analysed)
+    near = [(number, e) for number, e in analysed if best - score(e) <= tolerance]
     if require_mp:
         near = [(number, e) for number, e in near if (e.c_t or 0.0) > -0.6]
         if not near:
-            return min(number for number, e in analysed if goodness(e) == best)
+            return min(number for number, e in analysed if score(e) == best)
     score = {"highest_c_t": lambda e: e.c_t, "lowest_max_eigenvalue": lambda e: -e.lambda_max}[rule]
     return min(near, key=lambda row: (-score(row[1]), row[0]))[0]
 

@@ -10,8 +10,8 @@ from lightning_hesd.spectra.selection import Candidate, SelectionRule
 # A coarse grid of values, so that ties are frequent; sums and differences of eighths are exact.
 candidates = st.lists(st.tuples(st.integers(0, 8), st.integers(-8, 0), st.booleans()), min_size=1, max_size=12).map(
     lambda rows: [
-        Candidate(epoch, 10 * epoch, goodness / 8, criterion / 8, mainly_positive, path=f"{epoch}.ckpt")
-        for epoch, (goodness, criterion, mainly_positive) in enumerate(rows)
+        Candidate(epoch, 10 * epoch, score / 8, criterion / 8, mainly_positive, path=f"{epoch}.ckpt")
+        for epoch, (score, criterion, mainly_positive) in enumerate(rows)
     ]
 )
 rules = st.builds(SelectionRule, tolerance=st.sampled_from([0.0, 0.125, 0.25, 2.0]), require_mp=st.booleans())
@@ -19,12 +19,12 @@ rules = st.builds(SelectionRule, tolerance=st.sampled_from([0.0, 0.125, 0.25, 2.
 
 def brute_force(history: list[Candidate], rule: SelectionRule) -> Candidate:
     """The rule as the design states it, over the whole history."""
-    best = max(c.goodness for c in history)
-    near = [c for c in history if abs(c.goodness - best) <= rule.tolerance]
+    best = max(c.score for c in history)
+    near = [c for c in history if abs(c.score - best) <= rule.tolerance]
     if rule.require_mp:
         near = [c for c in near if c.mainly_positive]
         if not near:
-            return min((c for c in history if c.goodness == best), key=lambda c: c.epoch)
+            return min((c for c in history if c.score == best), key=lambda c: c.epoch)
     return min(near, key=lambda c: (-c.criterion, c.epoch))
 
 
@@ -33,21 +33,19 @@ def test_pick_from_what_is_kept_equals_the_pick_from_everything(history: list[Ca
     kept: list[Candidate] = []
     best = float("-inf")
     for number, candidate in enumerate(history, 1):
-        best = max(best, candidate.goodness)
-        kept = rule.still_pickable([*kept, candidate], best)
+        best = max(best, candidate.score)
+        kept = rule.pareto_front([*kept, candidate], best)
         assert rule.pick(kept, best) == brute_force(history[:number], rule)
 
 
 @given(candidates, rules)
 def test_nothing_is_kept_that_no_continuation_could_pick(history: list[Candidate], rule: SelectionRule) -> None:
     """Every kept candidate wins in some continuation: one that raises the best metric just to its tolerance."""
-    best = max(c.goodness for c in history)
-    kept = rule.still_pickable(history, best)
+    best = max(c.score for c in history)
+    kept = rule.pareto_front(history, best)
     for candidate in kept:
-        newcomer = Candidate(
-            99, 990, max(best, candidate.goodness + rule.tolerance), -1e9, mainly_positive=False, path=""
-        )
-        continued = [*history, newcomer]
+        latest = Candidate(99, 990, max(best, candidate.score + rule.tolerance), -1e9, mainly_positive=False, path="")
+        continued = [*history, latest]
         assert candidate in {brute_force(history, rule), brute_force(continued, rule)}
 
 
@@ -55,7 +53,7 @@ def test_the_earlier_of_equals_wins() -> None:
     first, second = (Candidate(e, e, 1.0, -0.25, mainly_positive=True, path=f"{e}") for e in (1, 2))
     rule = SelectionRule(tolerance=0.1, require_mp=True)
     assert rule.pick([first, second], 1.0) is first
-    assert rule.still_pickable([first, second], 1.0) == [first]
+    assert rule.pareto_front([first, second], 1.0) == [first]
 
 
 def test_no_candidates() -> None:

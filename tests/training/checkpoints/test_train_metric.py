@@ -64,10 +64,10 @@ class Spied(HessianCheckpoint):
         super().__init__(lambda _: 0.0, train_metric=key, tolerance=1e9, require_mp=False, dirpath=folder)
         self.seen: dict[int, float] = {}
 
-    def _consider(self, trainer: Any, record: SpectrumRecord, goodness: float, criterion: float) -> bool:
+    def _consider(self, trainer: Any, record: SpectrumRecord, score: float, criterion: float) -> bool:
         assert trainer.global_step == record.global_step
-        self.seen[record.global_step] = goodness
-        return super()._consider(trainer, record, goodness, criterion)
+        self.seen[record.global_step] = score
+        return super()._consider(trainer, record, score, criterion)
 
 
 def ranked(

@@ -45,7 +45,7 @@ class Holder:
 
 
 def test_the_data_are_shared_and_the_rest_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "LARGEST_COPY", 1000)
+    monkeypatch.setattr(copies, "MAX_COPIED_BYTES", 1000)
     source = Holder(Data())
     copied = private_copy(source, source.data)
     for name in ("data", "other", "table", "model", "features"):

@@ -319,7 +319,7 @@ def test_batches_are_kept_anew_by_a_resumed_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("batches_kept", [1, 2])
 def test_the_memory_of_kept_batches_is_bounded(batches_kept: int, tmp_path: Path, monkeypatch: Any) -> None:
     size = sum(part.nbytes for part in samples(list(range(8))))
-    monkeypatch.setattr(first_batches, "LARGEST_KEPT", batches_kept * size + size // 2 - size * (batches_kept == 1))
+    monkeypatch.setattr(first_batches, "MAX_KEPT_BYTES", batches_kept * size + size // 2 - size * (batches_kept == 1))
     observer = callback(num_samples=32)
     with pytest.warns(RuntimeWarning, match=rf"{8 * batches_kept} samples .* instead of 32: .* more than 0 MiB"):
         fit(tmp_path, observer, data=LockedLoader(), max_epochs=1)
