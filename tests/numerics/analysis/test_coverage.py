@@ -12,7 +12,7 @@ from lightning_hesd import Spectrum, hessian_spectrum
 from lightning_hesd.numerics.krylov.lanczos import Lanczos, gauss_quadrature
 from lightning_hesd.spectra.criteria import rounding_threshold
 from lightning_hesd.spectra.quadrature import stack_rules
-from tests import spectra
+from tests import example_spectra as spectra
 
 Storage = Literal["device", "cpu", "none"]
 

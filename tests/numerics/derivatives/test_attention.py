@@ -175,6 +175,8 @@ def test_half_precision_is_computed_in_single_as_by_pytorch(made: list[str]) -> 
         with context:
             result = F.scaled_dot_product_attention(*inputs, attn_mask=NUMBERS.bfloat16())
             found.append([result, *torch.autograd.grad(result.float().square().sum(), inputs)])
+    exact = written_out(*(i.double() for i in inputs), attn_mask=NUMBERS.bfloat16().double())
+    torch.testing.assert_close(found[0][0].double(), exact, rtol=1.01 * 2**-8, atol=0)  # rounded once, at the end
     assert made
     for mine, theirs in zip(*found, strict=True):
         assert mine.dtype == torch.bfloat16
