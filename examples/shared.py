@@ -67,6 +67,8 @@ def run_all(
     runs: Sequence[Run], run: Callable[[Run, Path], object], out: Path, *, is_done: Callable[[Run], bool], jobs: int
 ) -> None:
     """Do the runs that are not done, so many at a time, and say how far they are."""
+    if not runs:
+        return
     todo = [settings for settings in runs if not is_done(settings)]
     print(f"{len(todo)} runs to do, {len(runs) - len(todo)} finished earlier", flush=True)
     if not todo:

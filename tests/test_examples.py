@@ -18,13 +18,13 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def test_digits(tmp_path: Path) -> None:
-    options = ["--model", "resnet", "--epochs", "6", "--optimizer", "sgd-momentum"]
+    options = ["--model", "resnet", "--epochs", "3", "--optimizer", "sgd-momentum"]
     said = run_python(str(EXAMPLES / "digits.py"), *options, cwd=tmp_path)
     rows = re.findall(r"^ *(start|\d+)  .*\[ *(-?\d\.\d+), *(-?\d\.\d+)\] +(\d+\.\d+)  (MP|MN)", said, re.MULTILINE)
-    assert [row[0] for row in rows] == ["start", "2", "5"]
+    assert [row[0] for row in rows] == ["start", "2"]
     assert all(float(low) <= float(high) <= 0 for _, low, high, *_ in rows)
     for rule in ("highest C_t", "lowest λ_max"):
-        assert re.search(rf"^{rule} +picks epoch +[25], generalization accuracy 0\.\d+", said, re.MULTILINE)
+        assert re.search(rf"^{rule} +picks epoch +2, generalization accuracy 0\.\d+", said, re.MULTILINE)
     assert "tensorboard --logdir runs/digits" in said
 
     events = EventAccumulator(str(next((tmp_path / "runs" / "digits").rglob("events.*")).parent))
@@ -53,12 +53,6 @@ def test_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     [best] = re.findall(r"^best by highest_c_t: (.+\.ckpt)$", printed, re.MULTILINE)
     assert Path(best).exists()
     assert len(re.findall(r"^epoch +[01]: generalization: ", printed, re.MULTILINE)) == 2
-
-    saved = Path(trainer.log_dir, "config.yaml")
-    again = lightning_cli.main(["fit", "--config", str(saved)]).trainer
-    [repeated] = [c for c in again.callbacks if isinstance(c, HessianSpectrumCallback)]
-    assert all(record.error is None for record in repeated.history)
-    assert [r.spectrum.c_t for r in repeated.history] == [r.spectrum.c_t for r in spectra.history]
 
 
 def test_transformer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

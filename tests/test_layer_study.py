@@ -43,6 +43,7 @@ def normal(*shape: int, seed: int = 0) -> Any:
 # The program
 
 
+@pytest.mark.slow
 def test_everything_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = run_python("-m", "examples.layer_study", "--out", str(tmp_path), "--jobs", "1", *TINY)
     assert "12 runs to do, 0 finished earlier" in said

@@ -67,7 +67,7 @@ def test_everything_once(tmp_path: Path) -> None:
     for name in RULES:
         assert len(re.findall(rf"^\| {re.escape(name)} \|", report_text(tmp_path), re.MULTILINE)) >= 2
 
-    assert "0 experiments to run, 23 finished earlier" in reproduce(tmp_path)
+    assert set(re.findall(r"(\d+) runs to do", reproduce(tmp_path))) == {"0"}
 
 
 def report_text(out: Path) -> str:
@@ -79,7 +79,7 @@ def test_one_experiment_on_image_folders(tmp_path: Path) -> None:
     write_images(tmp_path / "shifted", 3)
     folders = ["--train-folder", str(tmp_path / "train"), "--gen-folder", str(tmp_path / "shifted")]
     stdout = reproduce(tmp_path, "--only", "vit-sgd", "--jobs", "1", *folders)
-    assert "1 experiments to run, 0 finished earlier" in stdout
+    assert "1 runs to do, 0 finished earlier" in stdout
     [folder] = tmp_path.glob("vit-sgd-*")
     values = json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
     assert values["experiment"]["setup"]["steps"] == 4

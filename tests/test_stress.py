@@ -1,4 +1,4 @@
-"""The matrix of `make stress`, in short: the most telling cases; and whether its harness sees failures."""
+"""The matrix of `make stress`, in short: a few cases; and whether its harness sees failures."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ import pytest
 from tests.programs import ROOT
 from tests.stress.__main__ import main
 
-TELLING = [
-    *("precision bf16-true", "EMA*, with checkpoints", "NaN in a weight", "out of memory twice"),
-    *("out of memory in one of two processes", "disk full at the first spectrum*", "a logger that refuses metrics*"),
-    *("Ctrl-C*", "killed at * changes*", "soak*"),
-]
+SHORT = ["precision bf16-true", "NaN in a weight", "out of memory twice", "a logger that refuses metrics*"]
 
 HARNESS = """
 import json, os, sys, tempfile, time
@@ -53,10 +49,10 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
 
 
-def test_the_most_telling_cases() -> None:
-    done = run("-m", "tests.stress", "--kills", "2", "--soak", "4", "--only", *TELLING)
+def test_a_few_cases() -> None:
+    done = run("-m", "tests.stress", "--kills", "0", "--soak", "0", "--only", *SHORT)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"\n{len(TELLING)} cases, 0 not as expected." in done.stdout, done.stdout
+    assert f"\n{len(SHORT)} cases, 0 not as expected." in done.stdout, done.stdout
 
 
 def test_what_is_not_as_expected_is_seen() -> None:

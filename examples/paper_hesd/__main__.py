@@ -14,9 +14,6 @@ the code, learning rates among them, are not settings: take another --out.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import time
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import fields, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -26,6 +23,7 @@ from examples.paper_hesd import report
 from examples.paper_hesd.outcomes import is_done, read
 from examples.paper_hesd.settings import Setup, experiments
 from examples.paper_hesd.training import run
+from examples.shared import run_all
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,7 +61,10 @@ def main() -> None:
     if not chosen:
         parser.error(f"--only {args.only} is none of {', '.join(experiment.name for experiment in every)}.")
     args.out.mkdir(parents=True, exist_ok=True)
-    run_all(chosen, args.out, args.jobs)
+    wanted = {experiment.pretrained for experiment in chosen}
+    first = [experiment for experiment in chosen if experiment in wanted]  # others begin with their weights
+    for group in (first, [experiment for experiment in chosen if experiment not in wanted]):
+        run_all(group, run, args.out, is_done=lambda e: is_done(args.out / e.folder), jobs=args.jobs)
     outcomes = read(every, args.out)
     missing = [experiment.name for experiment in every if experiment.name not in outcomes]
     print(f"Report: {report.write(outcomes, setup, seeds, missing, args.out)}")
@@ -75,30 +76,6 @@ def select(every: Sequence[Experiment], only: str | None) -> list[Experiment]:
     chosen = [e for e in every if any(fnmatch(e.name, pattern) for pattern in patterns)]
     first = [e.pretrained for e in chosen if e.pretrained is not None and e.pretrained not in chosen]
     return [*dict.fromkeys(first), *chosen]
-
-
-def run_all(chosen: Sequence[Experiment], out: Path, jobs: int) -> None:
-    """Run the experiments that are not finished, so many at a time."""
-    todo = [experiment for experiment in chosen if not is_done(out / experiment.folder)]
-    print(f"{len(todo)} experiments to run, {len(chosen) - len(todo)} finished earlier", flush=True)
-    if not todo:
-        return
-    started = time.perf_counter()
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures: dict[Future[float], Experiment] = {}
-        # What others begin with goes first, and is waited for before these are handed out.
-        for ready in (False, True):
-            for experiment in todo:
-                if (experiment.pretrained is not None) == ready:
-                    futures[pool.submit(run, experiment, out)] = experiment
-            wanted = {experiment.pretrained for experiment in todo}
-            for future, experiment in futures.items():
-                if experiment in wanted and not ready:
-                    future.result()
-        for number, future in enumerate(as_completed(futures), start=1):
-            seconds = future.result()
-            minutes = (time.perf_counter() - started) / 60
-            print(f"[{minutes:5.1f} min] {number}/{len(todo)} {futures[future].name}: {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

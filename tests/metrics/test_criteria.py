@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from lightning_hesd import Spectrum, assess_generalization, hessian_spectrum
 from lightning_hesd.metrics import GeneralizationCriteria, HessianCriteria
 from lightning_hesd.metrics.functional import generalization_criteria, hessian_criteria
-from tests import cases
+from tests import cases, programs
 
 
 def spectrum(seed: int = 0, probes: int = 2, steps: int = 9, problem: str = "mlp") -> Spectrum:
@@ -140,7 +140,8 @@ def _process(rank: int, folder: str) -> None:
 
 
 def test_processes_pool_their_probes(tmp_path: Any) -> None:
-    torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
+    server = programs.SERVER.get_start_method()
+    torch.multiprocessing.start_processes(_process, (str(tmp_path),), nprocs=2, start_method=server)
     alone = HessianCriteria()
     for seed in (0, 1, 2):
         alone.update(spectrum(seed=seed, probes=1, steps=9 - 2 * seed))

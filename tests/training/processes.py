@@ -1,12 +1,8 @@
-"""Programs run as several real processes, with the ranks that torchrun would give them.
-
-They are forked from a server that has loaded what takes longest to load.
-"""
+"""Programs run as several real processes, with the ranks that torchrun would give them."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import runpy
 import socket
@@ -18,20 +14,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from tests.programs import SERVER, redirect
+
 TIMEOUT = 240
 """Seconds until processes count as hanging: a few times what they take on a busy machine."""
-
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    [
-        *("lightning.pytorch", "lightning.pytorch.strategies", "torch.distributed.fsdp", "torch.distributed.tensor"),
-        *(
-            "lightning_hesd.training.callback",
-            "lightning_hesd.training.loggers",
-            "lightning_hesd.numerics.distributed.fully_sharded",
-        ),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -105,8 +91,6 @@ def free_port() -> int:
 
 def _be_rank(script: Path, flags: list[str], variables: dict[str, str], log: Path) -> None:
     os.environ.update(variables)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
-    os.dup2(descriptor, sys.stdout.fileno())
-    os.dup2(descriptor, sys.stderr.fileno())
+    redirect(log, log)
     sys.argv = [str(script), *flags]
     runpy.run_path(str(script), run_name="__main__")

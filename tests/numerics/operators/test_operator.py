@@ -1,4 +1,3 @@
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from lightning_hesd.numerics.operators.curvature import HessianMatrix
 from lightning_hesd.numerics.operators.operator import CurvatureOperator
 from lightning_hesd.numerics.operators.risk_operator import AnotherProcessFailedError, SampleMean
 from tests import cases, oracles
+from tests.programs import SERVER
 
 STRATEGIES = ("graph", "recompute")
 WORLD_SIZE = 2
@@ -301,7 +301,7 @@ def in_process(rank: int, rendezvous: str) -> dict[tuple[str, str], Any]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[tuple[str, str], Any]]]:
     """What each of two processes got out of every scenario; starting processes is slow, so they do all of it."""
     rendezvous: Path = tmp_path_factory.mktemp("processes") / "rendezvous"
-    pool = ProcessPoolExecutor(WORLD_SIZE, mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(WORLD_SIZE, mp_context=SERVER)
     try:
         futures = [pool.submit(in_process, rank, str(rendezvous)) for rank in range(WORLD_SIZE)]
         yield [future.result(timeout=SECONDS) for future in futures]
