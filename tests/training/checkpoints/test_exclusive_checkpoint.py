@@ -187,6 +187,8 @@ def test_templates_that_may_coincide() -> None:
     other = ModelCheckpoint(filename="best-v{epoch}", auto_insert_metric_name=False)
     assert may_coincide("best", other, auto_insert_metric_name=True)
     assert not may_coincide("best-epoch", other, auto_insert_metric_name=True)
+    assert may_coincide("best-v{epoch}", ModelCheckpoint(filename="best"), auto_insert_metric_name=False)
+    assert not may_coincide("{epoch}", ModelCheckpoint(filename="{step}"), auto_insert_metric_name=True)
     nested = ModelCheckpoint(filename="a/{hesd/c_t}-{epoch}")
     assert may_coincide("a/{hesd/c_t:.3f}-{epoch:02d}", nested, auto_insert_metric_name=True)
     assert not may_coincide("b/{hesd/c_t}-{epoch}", nested, auto_insert_metric_name=True)
