@@ -23,8 +23,8 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
 
 from lightning_hesd.commands.report import report
+from lightning_hesd.spectra.decisions import run_payload
 from lightning_hesd.spectra.payload import THRESHOLDS, VERSION, to_json
-from lightning_hesd.spectra.picks import picks
 from lightning_hesd.spectra.quadrature import legible_sigma
 
 
@@ -55,14 +55,7 @@ def main() -> None:
 def run(rng: np.random.Generator, index: int, epochs: int, nodes: int) -> dict[str, Any]:
     """Return the data of a run whose curvature falls while it trains."""
     records = [record(rng, epoch, epochs, nodes) for epoch in range(epochs)]
-    return {
-        "run": f"run_{index}",
-        "name": "hesd",
-        "colour": index,
-        "records": records,
-        "rules": picks(records, []),
-        "problems": [],
-    }
+    return {**run_payload(f"run_{index}", "hesd", records, [], []), "colour": index}
 
 
 def record(rng: np.random.Generator, epoch: int, epochs: int, nodes: int) -> dict[str, Any]:
@@ -100,6 +93,7 @@ def record(rng: np.random.Generator, epoch: int, epochs: int, nodes: int) -> dic
         "thresholds": THRESHOLDS,
         "assessment": None,
         "stability_ratio": None,
+        "scores": {"highest_c_t": c_t, "lowest_max_eigenvalue": -largest},
         "layers": [],
     }
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.plotting import plot_density
 from lightning_hesd.spectra.files import atomic_write
-from lightning_hesd.spectra.selection import RULE_NAMES, candidates_of, picks
+from lightning_hesd.spectra.rules import rule_title
+from lightning_hesd.spectra.scalars import RECORD_SCALARS, SPECTRUM_SCALARS, shown_in
+from lightning_hesd.spectra.selection import candidates_of, picks
 from lightning_hesd.spectra.spectrum import Spectrum
 from lightning_hesd.spectra.validation import (
     CORRUPT_FILE_ERRORS,
@@ -156,7 +158,7 @@ def _identity(path: Path) -> dict[str, Any]:
 def picked(rows: Sequence[Row], tolerance: float | None) -> dict[str, str]:
     """Return the names that both rules pick, among the candidates by `tolerance` of the loss."""
     records = [row.record for row in rows]
-    return {RULE_NAMES[rule]: rows[records.index(record)].name for rule, record in picks(records, tolerance).items()}
+    return {rule_title(rule): rows[records.index(record)].name for rule, record in picks(records, tolerance).items()}
 
 
 def candidates(rows: Sequence[Row], tolerance: float | None) -> set[str]:
@@ -168,22 +170,14 @@ def candidates(rows: Sequence[Row], tolerance: float | None) -> set[str]:
 def table_line(row: Row, picks: Mapping[str, str], candidates: Container[str]) -> dict[str, Any]:
     """Return a line of the table, numbers and texts."""
     record, spectrum, assessment = row.record, row.record.spectrum, row.record.assessment
-    low, high = (None, None) if spectrum is None else spectrum.c_t_interval
     return {
         "checkpoint": row.name,
         "epoch": record.epoch,
         "step": record.global_step,
-        "loss": spectrum and spectrum.loss,
-        "c_t": spectrum and spectrum.c_t,
-        "c_t_low": low,
-        "c_t_high": high,
+        **{s.key: spectrum and s.value(spectrum) for s in shown_in("command line", SPECTRUM_SCALARS)},
         "type": spectrum and spectrum.hesd_type,
-        "lambda_min": spectrum and spectrum.lambda_min,
-        "lambda_max": spectrum and spectrum.lambda_max,
-        "delta_r_e": assessment and assessment.delta_r_e,
-        "delta_k_h05": assessment and assessment.delta_k_h05,
+        **{s.key: s.value(record) for s in shown_in("command line", RECORD_SCALARS)},
         "generalization": assessment and assessment.verdict,
-        "stability_ratio": record.stability_ratio,
         "candidate": "yes" if row.name in candidates else "",
         "picked_by": ", ".join(rule for rule, name in picks.items() if name == row.name),
         "error": record.error,

@@ -16,6 +16,8 @@ from lightning_hesd.spectra import criteria
 from lightning_hesd.spectra.indicators import layer_indicators
 from lightning_hesd.spectra.quadrature import legible_sigma
 from lightning_hesd.spectra.record import SUFFIXES
+from lightning_hesd.spectra.rules import RULES
+from lightning_hesd.spectra.scalars import LAYER_SCALARS, data_of_record, data_of_spectrum
 from lightning_hesd.spectra.validation import (
     CORRUPT_FILE_ERRORS,
     each,
@@ -77,6 +79,7 @@ def record_payload(record: SpectrumRecord) -> dict[str, Any]:
     """Return a record as plain values."""
     spectra = {field: getattr(record, field) for field in SUFFIXES}
     layers = layer_indicators(record.layers or {})
+    scores = {name: rule.score(record) for name, rule in RULES.items()}
     values = {
         "version": VERSION,
         "epoch": record.epoch,
@@ -85,8 +88,12 @@ def record_payload(record: SpectrumRecord) -> dict[str, Any]:
         "spectra": {field: _spectrum(found) for field, found in spectra.items() if found is not None},
         "thresholds": THRESHOLDS,
         "assessment": None if record.assessment is None else asdict(record.assessment),
-        "stability_ratio": record.stability_ratio,
-        "layers": [{"name": name, **asdict(found)} for name, found in layers.items()],
+        **data_of_record(record),
+        "scores": {name: score for name, score in scores.items() if not math.isnan(score)},
+        "layers": [
+            {"name": name, **{key: scalar.of(found) for key, scalar in LAYER_SCALARS.items()}}
+            for name, found in layers.items()
+        ],
     }
     plain: dict[str, Any] = _plain(values)
     return plain
@@ -102,9 +109,9 @@ def choice_payload(choice: SelectionEvent) -> dict[str, Any]:
         "rule": choice.rule,
         "train_metric": choice.train_metric,
         "train_metric_mode": choice.train_metric_mode,
-        "tolerance": choice.selection.tolerance,
+        "tolerance": choice.filter.tolerance,
         "is_relative": choice.is_relative,
-        "require_mp": choice.selection.require_mp,
+        "require_mp": choice.filter.require_mp,
         "epoch": latest.epoch,
         "global_step": latest.global_step,
         "metric": sign * latest.score,
@@ -126,29 +133,19 @@ def to_json(payload: Mapping[str, Any]) -> str:
 
 
 def _spectrum(spectrum: Spectrum) -> dict[str, Any]:
-    low, high = spectrum.c_t_interval
     present = ~np.isnan(spectrum.nodes)
     nodes, weights = _merged(spectrum.nodes[present], spectrum.weights[present] / len(spectrum.nodes))
     return {
-        "c_t": spectrum.c_t,
-        "c_t_low": low,
-        "c_t_high": high,
-        "c_t_sampling_error": spectrum.c_t_sampling_error,
+        **data_of_spectrum(spectrum),
         "type": spectrum.hesd_type,
         "type_certain": spectrum.type_certain,
         "verified": spectrum.verified,
         "verification": spectrum.verification,
-        "lambda_min": spectrum.lambda_min,
-        "lambda_max": spectrum.lambda_max,
-        "trace": spectrum.trace,
-        "k_h05": spectrum.k_h(0.5) if spectrum.tolerance is None else None,
-        "loss": spectrum.loss,
         "rounding": spectrum.rounding,
         "num_samples": spectrum.num_samples,
         "dimension": spectrum.dimension,
         "steps_per_probe": list(spectrum.steps_per_probe),
         "matvecs": spectrum.matvecs,
-        "seconds": spectrum.seconds,
         "confidence": spectrum.confidence,
         "reason": spectrum.reason,
         "sigma": legible_sigma(spectrum.lambda_min, spectrum.lambda_max),
@@ -213,6 +210,7 @@ RECORD_FIELDS: Fields = {
             }
         )
     ),
+    "scores": each_named(optional(number)),
     "layers": each(having({"name": text})),
 }
 SPECTRUM_FIELDS: Fields = {
