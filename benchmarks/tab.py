@@ -24,8 +24,9 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from lightning_hesd.commands.report import report
 from lightning_hesd.spectra.decisions import run_payload
-from lightning_hesd.spectra.payload import THRESHOLDS, VERSION, to_json
+from lightning_hesd.spectra.payload import THRESHOLDS, to_json
 from lightning_hesd.spectra.quadrature import legible_sigma
+from lightning_hesd.spectra.validation import FORMAT_VERSION
 
 
 def main() -> None:
@@ -85,7 +86,7 @@ def record(rng: np.random.Generator, epoch: int, epochs: int, nodes: int) -> dic
         "weights": [float(f"{t:.7g}") for t in tau],
     }
     return {
-        "version": VERSION,
+        "version": FORMAT_VERSION,
         "epoch": epoch,
         "global_step": epoch + 1,
         "error": None,

@@ -28,6 +28,7 @@ from lightning_hesd.commands import cli
 from lightning_hesd.commands.project import Blueprint, CheckpointError, Project, load_checkpoint
 from lightning_hesd.commands.report import report, run_data
 from lightning_hesd.commands.results import Results, ResultsError
+from lightning_hesd.spectra.codec import load_layers, save
 from lightning_hesd.spectra.decisions import decisions, rewound
 from lightning_hesd.spectra.payload import (
     CHOICE_FIELDS,
@@ -41,7 +42,6 @@ from lightning_hesd.spectra.payload import (
 )
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.spectra.selection import Candidate, CandidateFilter, SelectionEvent
-from lightning_hesd.spectra.spectrum import load_layers, save_layers
 from lightning_hesd.training.budget import Budget
 from tests.tab import write_payloads
 from tests.tensorboard_plugin.test_plugin import Tab
@@ -220,7 +220,7 @@ def described(*found: SpectrumRecord) -> None:
 
 
 def saved_layers(path: Path) -> None:
-    save_layers({"a": spectrum(), "b": spectrum(-0.5)}, path)
+    save({"a": spectrum(), "b": spectrum(-0.5)}, path)
 
 
 def of_layers(path: Path) -> list[Spectrum]:

@@ -156,7 +156,7 @@ def _mark_picks(ax: Axes, axis: RunAxis, history: Sequence[SpectrumRecord], tole
         record = picked[rule.name]
         position = axis.positions[history.index(record)]
         # The first is filled, the others are outlines around it, each larger, so that all show at one record.
-        style = {"markerfacecolor": "none", "markeredgewidth": 1.6} if place else {}
+        style: dict[str, Any] = {"markerfacecolor": "none", "markeredgewidth": 1.6} if place else {}
         ax.plot(
             [position], [_value(record.spectrum)], marker=rule.marker, zorder=4, linestyle="none",
             markersize=8 + 2 * place, color=PICK_COLORS[place % len(PICK_COLORS)],

@@ -19,10 +19,11 @@ from lightning_hesd.spectra.record import SUFFIXES
 from lightning_hesd.spectra.rules import RULES
 from lightning_hesd.spectra.scalars import LAYER_SCALARS, data_of_record, data_of_spectrum
 from lightning_hesd.spectra.validation import (
-    CORRUPT_FILE_ERRORS,
+    FORMAT_VERSION,
+    check_fields,
+    check_version,
     each,
     each_named,
-    first_invalid_field,
     having,
     integer,
     number,
@@ -31,6 +32,7 @@ from lightning_hesd.spectra.validation import (
     optional,
     parsed,
     text,
+    version_in,
     within,
 )
 
@@ -43,9 +45,6 @@ if TYPE_CHECKING:
     from lightning_hesd.spectra.selection import Candidate, SelectionEvent
     from lightning_hesd.spectra.spectrum import Spectrum
     from lightning_hesd.spectra.validation import Fields
-
-VERSION = 1
-"""Changes when a field changes its meaning or goes; new fields alone do not change it."""
 
 PLUGIN_NAME = "hesd"
 RECORD = "record"
@@ -81,7 +80,7 @@ def record_payload(record: SpectrumRecord) -> dict[str, Any]:
     layers = layer_indicators(record.layers or {})
     scores = {name: rule.score(record) for name, rule in RULES.items()}
     values = {
-        "version": VERSION,
+        "version": FORMAT_VERSION,
         "epoch": record.epoch,
         "global_step": record.global_step,
         "error": record.error,
@@ -104,7 +103,7 @@ def choice_payload(choice: SelectionEvent) -> dict[str, Any]:
     latest = choice.latest
     sign = 1.0 if choice.train_metric_mode == "max" else -1.0
     values = {
-        "version": VERSION,
+        "version": FORMAT_VERSION,
         "key": choice.key,
         "rule": choice.rule,
         "train_metric": choice.train_metric,
@@ -243,7 +242,7 @@ CHOICE_FIELDS: Fields = {
 
 
 def read_payload(source: str | bytes, fields: Fields = RECORD_FIELDS) -> dict[str, Any]:
-    """Return a payload from its text, which may be anybody's.
+    """Return a payload from its text, which may be of unknown origin.
 
     Args:
         source: The text.
@@ -253,26 +252,23 @@ def read_payload(source: str | bytes, fields: Fields = RECORD_FIELDS) -> dict[st
         PayloadError: If it is damaged, or of a version this one does not know.
     """
     try:
-        payload = parsed(source)
-        version = payload["version"]
-    except CORRUPT_FILE_ERRORS as error:
-        msg = f"this is no payload of lightning_hesd, or it is damaged ({type(error).__name__}: {one_line(error)})."
+        payload: dict[str, Any] = parsed(source)
+        version = version_in(payload, "version")
+    except ValueError as error:
+        msg = f"this is no payload of lightning_hesd, or it is damaged ({one_line(error)})."
         raise PayloadError(msg) from error
-    if version != VERSION:
-        msg = f"the payload has version {version!r:.40}, and this lightning_hesd reads version {VERSION}: update it."
-        raise PayloadError(msg)
-    _check(payload, fields)
-    for spectrum in payload["spectra"].values() if "spectra" in fields else ():
-        _check(spectrum, SPECTRUM_FIELDS)
-        if len(spectrum["nodes"]) != len(spectrum["weights"]):
-            msg = "the payload is damaged: it has another number of weights than of nodes."
-            raise PayloadError(msg)
-    found: dict[str, Any] = payload
-    return found
+    try:
+        check_version(version, "the payload")
+        check_fields(payload, fields, "the payload")
+        for spectrum in payload["spectra"].values() if "spectra" in fields else ():
+            _check_spectrum(spectrum)
+    except ValueError as error:
+        raise PayloadError(one_line(error)) from error
+    return payload
 
 
-def _check(values: Any, fields: Fields) -> None:
-    wrong = first_invalid_field(values, fields)
-    if wrong is not None:
-        msg = f"the payload is damaged: its `{wrong}` is missing or is something else."
-        raise PayloadError(msg)
+def _check_spectrum(spectrum: Any) -> None:
+    check_fields(spectrum, SPECTRUM_FIELDS, "a spectrum")
+    if len(spectrum["nodes"]) != len(spectrum["weights"]):
+        msg = f"a spectrum has {len(spectrum['nodes'])} nodes and {len(spectrum['weights'])} weights."
+        raise ValueError(msg)

@@ -175,7 +175,7 @@ def _columns(
     criterion = zip(*(_criterion(record.spectrum) for record in history), strict=True)
     columns |= dict(zip((SPECTRUM_SCALARS["c_t"].title, "[interval]", "type"), map(list, criterion), strict=True))
     for scalar in shown_in("summary", SPECTRUM_SCALARS):
-        columns[scalar.title] = [_cell(r.spectrum and scalar.value(r.spectrum)) for r in history]
+        columns[scalar.title] = [_cell(scalar.value(r.spectrum) if r.spectrum else None) for r in history]
     for scalar in shown_in("summary", RECORD_SCALARS):
         columns[scalar.title] = [_cell(scalar.value(r)) for r in history]
     columns["s"] = [_seconds(record) for record in history]

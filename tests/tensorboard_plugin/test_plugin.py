@@ -173,7 +173,7 @@ def test_what_cannot_be_read_is_said_and_the_rest_is_shown(tmp_path: Path) -> No
     cut, newer, wrong, none = found["problems"]
     assert cut.startswith("step 0: this is no payload")
     assert newer == "step 1: the payload has version 2, and this lightning_hesd reads version 1: update it."
-    assert "its `nodes` is missing or is something else" in wrong
+    assert wrong == "step 2: `nodes` of a spectrum is missing or invalid, got 'none'"
     assert none.startswith("step 3: this is no payload")
 
 
