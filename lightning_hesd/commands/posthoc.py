@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_hesd.commands.project import Blueprint, CheckpointError
-from lightning_hesd.spectra.validation import CORRUPT_FILE_ERRORS, one_line
+from lightning_hesd.spectra.validation import one_line
 from lightning_hesd.training.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _load_optimizers(trainer: pl.Trainer, checkpoint: Checkpoint) -> None:
     try:
         for optimizer, state in zip(trainer.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
-    except CORRUPT_FILE_ERRORS as error:
+    except (KeyError, ValueError) as error:  # those of PyTorch for missing entries and other groups of parameters
         msg = f"the states of optimizers in the checkpoint do not fit those of the module: {one_line(error)}"
         raise CheckpointError(msg) from error
 

@@ -16,9 +16,10 @@ import torch
 from lightning.pytorch import Callback
 
 from lightning_hesd.spectra.validation import (
-    CORRUPT_FILE_ERRORS,
+    check_fields,
     each,
-    first_invalid_field,
+    each_named,
+    having,
     integer,
     of,
     one_line,
@@ -47,7 +48,7 @@ Checkpoint = dict[str, Any]
 
 
 PARTS = {
-    "state_dict": of(Mapping),
+    "state_dict": each_named(lambda _: True),
     "epoch": optional(integer),
     "global_step": optional(integer),
     "hyper_parameters": optional(of(Mapping)),
@@ -143,10 +144,11 @@ def load_checkpoint(path: Path, *, unsafe: bool = False) -> Checkpoint:
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         msg = f"{path} is no Lightning checkpoint: it has no 'state_dict'."
         raise CheckpointError(msg)
-    wrong = first_invalid_field({**dict.fromkeys(PARTS), **checkpoint}, PARTS)
-    if wrong is not None:
-        msg = f"{path} is damaged: its {wrong!r} is something else than Lightning writes."
-        raise CheckpointError(msg)
+    try:
+        check_fields({**dict.fromkeys(PARTS), **checkpoint}, PARTS, "the checkpoint")
+    except ValueError as error:
+        msg = f"{path} is damaged: {one_line(error)}"
+        raise CheckpointError(msg) from error
     return checkpoint
 
 
@@ -254,9 +256,10 @@ class Project:
         if state is None or self.num_samples is not None:
             return None
         try:
+            check_fields(state, {"samples": having({"training": of(dict)})}, "the callback's state")
             drawn: dict[str, Any] = state["samples"]["training"]
             check_samples(drawn)
-        except CORRUPT_FILE_ERRORS as error:
+        except ValueError as error:
             msg = f"the checkpoint's callback {self.name!r} does not say which samples it drew ({one_line(error)})."
             raise CheckpointError(msg) from error
         return drawn
@@ -275,10 +278,10 @@ class _AtStart(Callback):
 
 
 def _load_weights(module: pl.LightningModule, checkpoint: Checkpoint, path: Path) -> None:
+    module.configure_model()
+    module.on_load_checkpoint(checkpoint)
     try:
-        module.configure_model()
-        module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
-    except CORRUPT_FILE_ERRORS as error:
+    except RuntimeError as error:  # that of PyTorch for missing, unexpected or misshaped weights
         msg = f"the weights in {path} do not fit {type(module).__name__}: {one_line(error)}"
         raise CheckpointError(msg) from error

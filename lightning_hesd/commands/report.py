@@ -10,9 +10,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_hesd.spectra.decisions import rewound, run_payload
 from lightning_hesd.spectra.files import atomic_write
 from lightning_hesd.spectra.payload import CHOICE_FIELDS, CHOICES_NAME, PayloadError, read_payload, record_payload
-from lightning_hesd.spectra.picks import picks, rewound
 from lightning_hesd.tensorboard_plugin.assets import PLOTLY, REPORT, SHARED, STYLE, content
 from lightning_hesd.training.folders import exists, fetched, joined
 from lightning_hesd.training.history import SpectrumHistory
@@ -58,15 +58,7 @@ def run_data(log_dir: str | os.PathLike[str], name: str = "hesd") -> dict[str, A
     own = joined(log_dir, name)
     with fetched(own if exists(own) else log_dir) as folder:
         choices, problems = _choices(folder / CHOICES_NAME)
-    rules = picks(records, choices)
-    return {
-        "run": _run_name(Path(log_dir).resolve()),
-        "name": name,
-        "colour": 0,
-        "records": records,
-        "rules": rules,
-        "problems": problems,
-    }
+    return {**run_payload(_run_name(Path(log_dir).resolve()), name, records, choices, problems), "colour": 0}
 
 
 def _run_name(folder: Path) -> str:

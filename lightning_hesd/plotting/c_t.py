@@ -9,8 +9,9 @@ import numpy as np
 
 from lightning_hesd.plotting.run_axis import RunAxis
 from lightning_hesd.plotting.signed_log import linear_threshold, set_signed_log
-from lightning_hesd.plotting.style import NEGATIVE, OTHER, POSITIVE, free_corner, new_axes
+from lightning_hesd.plotting.style import NEGATIVE, OTHER, POSITIVE, free_corner, new_axes, typeset
 from lightning_hesd.spectra.criteria import MP_THRESHOLD
+from lightning_hesd.spectra.rules import RULES
 from lightning_hesd.spectra.selection import candidates_of, picks
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ LINEAR_FROM = 0.05
 
 SMALLEST = 1e-4
 """Smaller values are drawn as zero, more or less."""
+
+PICK_COLORS = (POSITIVE, NEGATIVE, OTHER, "#CC79A7", "#E69F00")
+"""Colors of the picks, one for each rule."""
 
 MAX_DEPTH = 100.0
 """Far below -1 every spectrum is much the same, so the axis does not follow further down than this."""
@@ -137,13 +141,6 @@ def _draw(ax: Axes, at: Any, curve: Sequence[Spectrum | None], style: dict[str, 
 
 
 def _mark_picks(ax: Axes, axis: RunAxis, history: Sequence[SpectrumRecord], tolerance: float | None) -> None:
-    styles: dict[str, dict[str, Any]] = {
-        "highest_c_t": {"marker": "^", "color": POSITIVE, "markersize": 8, "label": "highest $C_t$"},
-        "lowest_max_eigenvalue": {
-            "marker": "v", "color": NEGATIVE, "markersize": 10, "markerfacecolor": "none", "markeredgewidth": 1.6,
-            "label": r"lowest $\lambda_{\max}$",
-        },
-    }  # fmt: skip
     candidates = candidates_of(history, tolerance, fallback=False)
     places = [axis.positions[history.index(record)] for record in candidates]
     values = [_value(record.spectrum) for record in candidates]
@@ -152,11 +149,19 @@ def _mark_picks(ax: Axes, axis: RunAxis, history: Sequence[SpectrumRecord], tole
             places, values, "o", color="0.15", markersize=8, markerfacecolor="none", markeredgewidth=0.8,
             label="candidates", zorder=3.5,
         )  # fmt: skip
-    for rule, record in picks(history, tolerance, fallback=False).items():
-        style, position = styles[rule], axis.positions[history.index(record)]
-        label = f"{style.pop('label')}: {axis.label} {axis.name(position)}"
-        assert record.spectrum is not None  # noqa: S101 - nothing else is picked
-        ax.plot([position], [record.spectrum.c_t], linestyle="none", zorder=4, label=label, **style)
+    picked = picks(history, tolerance, fallback=False)
+    for place, rule in enumerate(RULES.values()):
+        if rule.name not in picked:
+            continue
+        record = picked[rule.name]
+        position = axis.positions[history.index(record)]
+        # The first is filled, the others are outlines around it, each larger, so that all show at one record.
+        style: dict[str, Any] = {"markerfacecolor": "none", "markeredgewidth": 1.6} if place else {}
+        ax.plot(
+            [position], [_value(record.spectrum)], marker=rule.marker, zorder=4, linestyle="none",
+            markersize=8 + 2 * place, color=PICK_COLORS[place % len(PICK_COLORS)],
+            label=f"{typeset(rule.title)}: {axis.label} {axis.name(position)}", **style,
+        )  # fmt: skip
 
 
 def _mark(ax: Axes, at: Any, marker: str, label: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -18,6 +19,24 @@ POSITIVE = "#0072B2"
 NEGATIVE = "#D55E00"
 OTHER = "#009E73"
 SMOOTHING = "0.6"
+
+
+SYMBOLS = {"λ": r"\lambda", "max": r"\max", "min": r"\min"}
+
+
+def typeset(title: str) -> str:
+    r"""Return a title with its symbols in Matplotlib's mathematical notation.
+
+    Example:
+        >>> typeset("lowest λ_max"), typeset("highest C_t")
+        ('lowest $\\lambda_{\\max}$', 'highest $C_t$')
+    """
+
+    def symbol(match: re.Match[str]) -> str:
+        name, index = (SYMBOLS.get(part, part) for part in match.groups())
+        return f"${name}_{index}$" if len(index) == 1 else f"${name}_{{{index}}}$"
+
+    return re.sub(r"(\w+)_(\w+)", symbol, title)
 
 
 def new_axes() -> Axes:

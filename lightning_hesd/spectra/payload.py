@@ -16,11 +16,14 @@ from lightning_hesd.spectra import criteria
 from lightning_hesd.spectra.indicators import layer_indicators
 from lightning_hesd.spectra.quadrature import legible_sigma
 from lightning_hesd.spectra.record import SUFFIXES
+from lightning_hesd.spectra.rules import RULES
+from lightning_hesd.spectra.scalars import LAYER_SCALARS, data_of_record, data_of_spectrum
 from lightning_hesd.spectra.validation import (
-    CORRUPT_FILE_ERRORS,
+    FORMAT_VERSION,
+    check_fields,
+    check_version,
     each,
     each_named,
-    first_invalid_field,
     having,
     integer,
     number,
@@ -29,6 +32,7 @@ from lightning_hesd.spectra.validation import (
     optional,
     parsed,
     text,
+    version_in,
     within,
 )
 
@@ -41,9 +45,6 @@ if TYPE_CHECKING:
     from lightning_hesd.spectra.selection import Candidate, SelectionEvent
     from lightning_hesd.spectra.spectrum import Spectrum
     from lightning_hesd.spectra.validation import Fields
-
-VERSION = 1
-"""Changes when a field changes its meaning or goes; new fields alone do not change it."""
 
 PLUGIN_NAME = "hesd"
 RECORD = "record"
@@ -77,16 +78,21 @@ def record_payload(record: SpectrumRecord) -> dict[str, Any]:
     """Return a record as plain values."""
     spectra = {field: getattr(record, field) for field in SUFFIXES}
     layers = layer_indicators(record.layers or {})
+    scores = {name: rule.score(record) for name, rule in RULES.items()}
     values = {
-        "version": VERSION,
+        "version": FORMAT_VERSION,
         "epoch": record.epoch,
         "global_step": record.global_step,
         "error": record.error,
         "spectra": {field: _spectrum(found) for field, found in spectra.items() if found is not None},
         "thresholds": THRESHOLDS,
         "assessment": None if record.assessment is None else asdict(record.assessment),
-        "stability_ratio": record.stability_ratio,
-        "layers": [{"name": name, **asdict(found)} for name, found in layers.items()],
+        **data_of_record(record),
+        "scores": {name: score for name, score in scores.items() if not math.isnan(score)},
+        "layers": [
+            {"name": name, **{key: scalar.of(found) for key, scalar in LAYER_SCALARS.items()}}
+            for name, found in layers.items()
+        ],
     }
     plain: dict[str, Any] = _plain(values)
     return plain
@@ -97,14 +103,14 @@ def choice_payload(choice: SelectionEvent) -> dict[str, Any]:
     latest = choice.latest
     sign = 1.0 if choice.train_metric_mode == "max" else -1.0
     values = {
-        "version": VERSION,
+        "version": FORMAT_VERSION,
         "key": choice.key,
         "rule": choice.rule,
         "train_metric": choice.train_metric,
         "train_metric_mode": choice.train_metric_mode,
-        "tolerance": choice.selection.tolerance,
+        "tolerance": choice.filter.tolerance,
         "is_relative": choice.is_relative,
-        "require_mp": choice.selection.require_mp,
+        "require_mp": choice.filter.require_mp,
         "epoch": latest.epoch,
         "global_step": latest.global_step,
         "metric": sign * latest.score,
@@ -126,29 +132,19 @@ def to_json(payload: Mapping[str, Any]) -> str:
 
 
 def _spectrum(spectrum: Spectrum) -> dict[str, Any]:
-    low, high = spectrum.c_t_interval
     present = ~np.isnan(spectrum.nodes)
     nodes, weights = _merged(spectrum.nodes[present], spectrum.weights[present] / len(spectrum.nodes))
     return {
-        "c_t": spectrum.c_t,
-        "c_t_low": low,
-        "c_t_high": high,
-        "c_t_sampling_error": spectrum.c_t_sampling_error,
+        **data_of_spectrum(spectrum),
         "type": spectrum.hesd_type,
         "type_certain": spectrum.type_certain,
         "verified": spectrum.verified,
         "verification": spectrum.verification,
-        "lambda_min": spectrum.lambda_min,
-        "lambda_max": spectrum.lambda_max,
-        "trace": spectrum.trace,
-        "k_h05": spectrum.k_h(0.5) if spectrum.tolerance is None else None,
-        "loss": spectrum.loss,
         "rounding": spectrum.rounding,
         "num_samples": spectrum.num_samples,
         "dimension": spectrum.dimension,
         "steps_per_probe": list(spectrum.steps_per_probe),
         "matvecs": spectrum.matvecs,
-        "seconds": spectrum.seconds,
         "confidence": spectrum.confidence,
         "reason": spectrum.reason,
         "sigma": legible_sigma(spectrum.lambda_min, spectrum.lambda_max),
@@ -213,6 +209,7 @@ RECORD_FIELDS: Fields = {
             }
         )
     ),
+    "scores": each_named(optional(number)),
     "layers": each(having({"name": text})),
 }
 SPECTRUM_FIELDS: Fields = {
@@ -245,7 +242,7 @@ CHOICE_FIELDS: Fields = {
 
 
 def read_payload(source: str | bytes, fields: Fields = RECORD_FIELDS) -> dict[str, Any]:
-    """Return a payload from its text, which may be anybody's.
+    """Return a payload from its text, which may be of unknown origin.
 
     Args:
         source: The text.
@@ -255,26 +252,23 @@ def read_payload(source: str | bytes, fields: Fields = RECORD_FIELDS) -> dict[st
         PayloadError: If it is damaged, or of a version this one does not know.
     """
     try:
-        payload = parsed(source)
-        version = payload["version"]
-    except CORRUPT_FILE_ERRORS as error:
-        msg = f"this is no payload of lightning_hesd, or it is damaged ({type(error).__name__}: {one_line(error)})."
+        payload: dict[str, Any] = parsed(source)
+        version = version_in(payload, "version")
+    except ValueError as error:
+        msg = f"this is no payload of lightning_hesd, or it is damaged ({one_line(error)})."
         raise PayloadError(msg) from error
-    if version != VERSION:
-        msg = f"the payload has version {version!r:.40}, and this lightning_hesd reads version {VERSION}: update it."
-        raise PayloadError(msg)
-    _check(payload, fields)
-    for spectrum in payload["spectra"].values() if "spectra" in fields else ():
-        _check(spectrum, SPECTRUM_FIELDS)
-        if len(spectrum["nodes"]) != len(spectrum["weights"]):
-            msg = "the payload is damaged: it has another number of weights than of nodes."
-            raise PayloadError(msg)
-    found: dict[str, Any] = payload
-    return found
+    try:
+        check_version(version, "the payload")
+        check_fields(payload, fields, "the payload")
+        for spectrum in payload["spectra"].values() if "spectra" in fields else ():
+            _check_spectrum(spectrum)
+    except ValueError as error:
+        raise PayloadError(one_line(error)) from error
+    return payload
 
 
-def _check(values: Any, fields: Fields) -> None:
-    wrong = first_invalid_field(values, fields)
-    if wrong is not None:
-        msg = f"the payload is damaged: its `{wrong}` is missing or is something else."
-        raise PayloadError(msg)
+def _check_spectrum(spectrum: Any) -> None:
+    check_fields(spectrum, SPECTRUM_FIELDS, "a spectrum")
+    if len(spectrum["nodes"]) != len(spectrum["weights"]):
+        msg = f"a spectrum has {len(spectrum['nodes'])} nodes and {len(spectrum['weights'])} weights."
+        raise ValueError(msg)

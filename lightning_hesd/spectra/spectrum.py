@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lightning_hesd.spectra import criteria, quadrature
-from lightning_hesd.spectra.files import opened_archive, save_archive
-from lightning_hesd.spectra.validation import at_least, each, first_invalid_field, number, of, optional, text, within
+from lightning_hesd.spectra.files import damage_named, read_archive, save_archive
+from lightning_hesd.spectra.spectrum_fields import ARRAYS, check_rules, check_spectrum
 
 if TYPE_CHECKING:
     import os
@@ -25,42 +25,6 @@ MIN_SCALE = 1e-3
 
 SHARE_OF_SAMPLING_ERROR = 0.25
 """More accuracy than this share of the sampling error is of no use (tolerance "auto")."""
-
-ARRAYS = ("nodes", "weights", "residuals")
-"""The fields that are arrays."""
-
-_LARGEST = 1e150
-"""Its square is a number, too."""
-
-_NEEDED = {
-    "steps_per_probe": each(at_least(0)),
-    "dimension": at_least(1),
-    "num_samples": at_least(0),
-    "loss": number,
-    "rounding": within(0.0, _LARGEST),
-    "matvecs": at_least(0),
-    "seconds": number,
-}
-_WITH_DEFAULT = {
-    **dict.fromkeys(("matrix", "probe", "mode", "strategy", "strategy_reason", "basis"), text),
-    "seed": of(int),
-    "confidence": within(1e-9, 1 - 1e-9),
-    "tolerance": optional(lambda value: value in {"type", "auto"} if text(value) else within(0.0, _LARGEST)(value)),
-    "reason": optional(text),
-    "verified": lambda value: value in {"yes", "no", "unknown"},
-    "verification": text,
-    "asymmetry": optional(number),
-    **dict.fromkeys(("predicted_memory", "sampling_groups"), optional(at_least(0))),
-    **dict.fromkeys(
-        (
-            *("gradient_equivalents", "c_t_sampling_error", "c_t_sampling_bias"),
-            *("lambda_min_sampling_error", "lambda_max_sampling_error"),
-            *("lambda_min_sampling_bias", "lambda_max_sampling_bias"),
-        ),
-        optional(number),
-    ),
-}
-"""What the fields of a record may be that was read from somewhere."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -388,84 +352,37 @@ class Spectrum:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Spectrum:
-        """Return the record of `to_dict`, from a file or a checkpoint, that is: of anybody.
+        """Return the spectrum of `to_dict`, from a file or a checkpoint, which may be of unknown origin.
 
         Raises:
-            ValueError: If a field is missing or is something else.
-            TypeError: If there is one more.
+            ValueError: If a field is missing, is unknown or is invalid.
         """
-        given = {name: check for name, check in _WITH_DEFAULT.items() if name in values}
-        wrong = first_invalid_field(values, {**dict.fromkeys(ARRAYS, of(np.ndarray)), **_NEEDED, **given})
-        if wrong is not None:
-            msg = f"`{wrong}` is missing or is something else"
-            raise ValueError(msg)
+        check_spectrum(values)
         spectrum = cls(**values)
-        present = ~np.isnan(spectrum.nodes)
-        fit = (
-            present.sum(axis=1) == spectrum.steps_per_probe,
-            present[:, :-1] >= present[:, 1:],  # the padding comes last
-            np.abs(spectrum.nodes[present]) <= _LARGEST,
-            spectrum.weights >= 0,
-            np.abs(spectrum.weights.sum(axis=1) - np.minimum(spectrum.steps_per_probe, 1)) <= 1e-6,
-            (spectrum.residuals >= 0) & (spectrum.residuals <= _LARGEST),
-        )
-        if not all(np.all(part) for part in fit):
-            msg = "its nodes, weights and residuals are no quadrature rules of so many steps"
-            raise ValueError(msg)
+        check_rules(spectrum.nodes, spectrum.weights, spectrum.residuals, spectrum.steps_per_probe)
         return spectrum
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the record to `path` as .npz: arrays and one JSON text, no pickle.
+        """Write the spectrum to `path` as .npz: arrays and one JSON text, no pickle.
 
         The file appears whole or not at all.
         """
-        header, arrays = self._parts()
-        save_archive(path, header, arrays)
+        values = self.to_dict()
+        arrays = {name: values.pop(name) for name in ARRAYS}
+        save_archive(path, values, arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Spectrum:
-        """Read a record that `save` wrote.
+        """Read a spectrum that `save` wrote.
 
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If the file is not a spectrum, is damaged, or was written by a newer version.
         """
-        with opened_archive(path, "a spectrum written by `Spectrum.save`") as (header, array):
-            spectrum = cls.from_dict({**header, **{name: array(name) for name in ARRAYS}})
-        return spectrum  # noqa: RET504 - inside, damage could still come to light
-
-    def _parts(self) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
-        values = self.to_dict()
-        arrays = {name: values.pop(name) for name in ARRAYS}
-        return values, arrays
-
-
-def save_layers(spectra: Mapping[str, Spectrum], path: str | os.PathLike[str]) -> None:
-    """Write the spectra of layers, by name, to one file as `Spectrum.save` writes one."""
-    headers: list[dict[str, Any]] = []
-    arrays: dict[str, NDArray[np.float64]] = {}
-    for index, (layer, spectrum) in enumerate(spectra.items()):
-        values, own = spectrum._parts()  # noqa: SLF001 - of this module
-        headers.append({"layer": layer, "fields": values})
-        arrays |= {f"{index}/{name}": array for name, array in own.items()}
-    save_archive(path, {"layers": headers}, arrays)
-
-
-def load_layers(path: str | os.PathLike[str]) -> dict[str, Spectrum]:
-    """Read what `save_layers` wrote.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is something else, is damaged, or was written by a newer version.
-    """
-    with opened_archive(path, "the spectra of layers") as (header, array):
-        spectra = {
-            str(entry["layer"]): Spectrum.from_dict(
-                {**entry["fields"], **{name: array(f"{index}/{name}") for name in ARRAYS}}
-            )
-            for index, entry in enumerate(header["layers"])
-        }
-    return spectra  # noqa: RET504 - inside, damage could still come to light
+        kind = "a spectrum written by `Spectrum.save`"
+        header, arrays = read_archive(path, kind)
+        with damage_named(path, kind):
+            return cls.from_dict({**header, **arrays})
 
 
 def _argmin(values: NDArray[np.float64]) -> int:

@@ -10,20 +10,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_hesd.spectra.record import START_EPOCH
-from lightning_hesd.spectra.selection import LOSS_SHARE, RULE_NAMES, candidates_of, loss_tolerance, picks
+from lightning_hesd.spectra.rules import rule_short_title, rule_title
+from lightning_hesd.spectra.scalars import RECORD_SCALARS, SPECTRUM_SCALARS, shown_in
+from lightning_hesd.spectra.selection import LOSS_SHARE, candidates_of, loss_tolerance, picks
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from lightning_hesd.spectra.record import SpectrumRecord
     from lightning_hesd.spectra.selection import Candidate
+    from lightning_hesd.spectra.spectrum import Spectrum
 
 MAX_ROWS = 20
 """Longer tables show this many records: the picks, the first, the last, and others evenly spaced between these."""
 
 GAP = "..."
-SHORT = {"highest_c_t": "C_t", "lowest_max_eigenvalue": "λ_max"}
-FINDINGS = ("C_t", "[interval]", "type", "λ_max", "loss")
 TEXT_COLUMNS = ("type", "generalization", "candidate", "pick")
 
 
@@ -114,10 +115,13 @@ def summarize(
     marked = [place for place, record in enumerate(history) if record.global_step in chosen.values()]
     notes = [
         *(
-            f"{_rule(rule)} picks {_when(found.pick, by_step=by_step)}: {found.pick.path}"
+            f"{rule_title(rule)} picks {_when(found.pick, by_step=by_step)}: {found.pick.path}"
             for rule, found in kept.items()
         ),
-        *(f"{_rule(rule)} would pick {_when(record, by_step=by_step)} {of_drop}" for rule, record in others.items()),
+        *(
+            f"{rule_title(rule)} would pick {_when(record, by_step=by_step)} {of_drop}"
+            for rule, record in others.items()
+        ),
         *_failures(history, by_step=by_step),
         *_doubts(history, columns["type"]),
         *([] if folder is None else [f"all spectra: {folder}"]),
@@ -168,33 +172,43 @@ def _columns(
     columns = {"epoch": [_epoch(record) for record in history]}
     if by_step:
         columns["step"] = [str(record.global_step) for record in history]
-    findings = zip(*map(_findings, history), strict=True)
-    columns |= {name: list(cells) for name, cells in zip(FINDINGS, findings, strict=True)}
+    criterion = zip(*(_criterion(record.spectrum) for record in history), strict=True)
+    columns |= dict(zip((SPECTRUM_SCALARS["c_t"].title, "[interval]", "type"), map(list, criterion), strict=True))
+    for scalar in shown_in("summary", SPECTRUM_SCALARS):
+        columns[scalar.title] = [_cell(scalar.value(r.spectrum) if r.spectrum else None) for r in history]
+    for scalar in shown_in("summary", RECORD_SCALARS):
+        columns[scalar.title] = [_cell(scalar.value(r)) for r in history]
     columns["s"] = [_seconds(record) for record in history]
     if any(record.assessment for record in history):
         columns["generalization"] = [record.assessment.verdict if record.assessment else "" for record in history]
     if chosen:
         columns["candidate"] = [
-            ", ".join(SHORT.get(rule, rule) for rule, steps in candidates.items() if record.global_step in steps)
+            ", ".join(rule_short_title(rule) for rule, steps in candidates.items() if record.global_step in steps)
             for record in history
         ]
         columns["pick"] = [
-            ", ".join(SHORT.get(rule, rule) for rule, step in chosen.items() if step == record.global_step)
+            ", ".join(rule_short_title(rule) for rule, step in chosen.items() if step == record.global_step)
             for record in history
         ]
     return columns
 
 
-def _findings(record: SpectrumRecord) -> tuple[str, str, str, str, str]:
-    spectrum = record.spectrum
+def _criterion(spectrum: Spectrum | None) -> tuple[str, str, str]:
+    """Return C_t, its interval and the type."""
     if spectrum is None:
-        return "failed", "", "", "", ""
-    largest, loss = f"{spectrum.lambda_max:.4g}", f"{spectrum.loss:.4g}"
+        return "failed", "", ""
     if math.isnan(spectrum.c_t):
-        return "undefined", "", "", largest, loss
+        return "undefined", "", ""
     low, high = spectrum.c_t_interval
-    kind = f"{spectrum.hesd_type}{'' if spectrum.type_certain else '?'}"
-    return f"{spectrum.c_t:.4g}", f"[{low:.3g}, {high:.3g}]", kind, largest, loss
+    return (
+        f"{spectrum.c_t:.4g}",
+        f"[{low:.3g}, {high:.3g}]",
+        f"{spectrum.hesd_type}{'' if spectrum.type_certain else '?'}",
+    )
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def _seconds(record: SpectrumRecord) -> str:
@@ -216,10 +230,6 @@ def _shortened(rows: Sequence[tuple[str, ...]], marked: Sequence[int]) -> list[t
             found.append((GAP, *[""] * (len(rows[0]) - 1)))
         found.append(rows[place])
     return found
-
-
-def _rule(name: str) -> str:
-    return RULE_NAMES.get(name, name)
 
 
 def _epoch(record: SpectrumRecord) -> str:

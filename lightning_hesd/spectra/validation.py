@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -84,11 +82,39 @@ def _check_depth(value: Any) -> None:
     raise ValueError(msg)
 
 
-CORRUPT_FILE_ERRORS = (
-    *(KeyError, TypeError, AttributeError, ValueError, OSError, RuntimeError, ArithmeticError, EOFError, MemoryError),
-    *(IndexError, BadZipFile, struct.error),
-)
-"""What comes out of libraries that read a damaged file."""
+FORMAT_VERSION = 1
+"""Version of everything that is written: files, states in checkpoints, payloads, results of the command line.
+
+It changes when a field changes its meaning or goes; new fields alone do not change it."""
+
+
+def version_in(values: object, key: str = "format") -> int:
+    """Return the version that data name.
+
+    Raises:
+        ValueError: If they name none.
+    """
+    version: Any = values.get(key) if isinstance(values, dict) else None
+    if not integer(version):
+        msg = f"its `{key}` must be a whole number, got {version!r:.40}"
+        raise ValueError(msg)
+    return int(version)
+
+
+def check_version(version: int, where: str) -> None:
+    """Check that data were written in the format of this version.
+
+    Args:
+        version: The version that the data name.
+        where: Subject of the message, such as the name of a file.
+
+    Raises:
+        ValueError: If the version is another one.
+    """
+    if version != FORMAT_VERSION:
+        msg = f"{where} has version {version}, and this lightning_hesd reads version {FORMAT_VERSION}: update it."
+        raise ValueError(msg)
+
 
 MAX_MESSAGE_LENGTH = 2000
 """Characters: a damaged file may have got any text into a message."""
@@ -153,7 +179,25 @@ def within(low: float, high: float) -> Check:
 
 
 def first_invalid_field(values: object, fields: Fields) -> str | None:
-    """Return the name of the first field that is missing or is something else; None if all are there."""
+    """Return the name of the first field that is missing or invalid; None if all are valid."""
     if not isinstance(values, dict):
         return next(iter(fields))
     return next((name for name, check in fields.items() if name not in values or not check(values[name])), None)
+
+
+def check_fields(values: object, fields: Fields, owner: str) -> None:
+    """Check the fields of a dict.
+
+    Args:
+        values: The dict.
+        fields: Check of each field that must be there.
+        owner: Subject of the message.
+
+    Raises:
+        ValueError: If a field is missing or has another kind of value; the message names it.
+    """
+    wrong = first_invalid_field(values, fields)
+    if wrong is not None:
+        found = values.get(wrong, "nothing") if isinstance(values, dict) else values
+        msg = f"`{wrong}` of {owner} is missing or invalid, got {found!r:.80}"
+        raise ValueError(msg)

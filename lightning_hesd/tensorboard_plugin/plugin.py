@@ -14,8 +14,8 @@ from tensorboard.data import provider
 from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
+from lightning_hesd.spectra.decisions import rewound, run_payload
 from lightning_hesd.spectra.payload import CHOICE, CHOICE_FIELDS, PLUGIN_NAME, RECORD, PayloadError, read_payload
-from lightning_hesd.spectra.picks import picks, rewound
 from lightning_hesd.tensorboard_plugin.assets import PLOTLY, STATIC, content, content_type
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
         problems: list[str] = []
         records = rewound(_payloads(read.get(tag, ()), problems))
         choices = [c for rule in rules for c in rewound(_payloads(read.get(rule, ()), problems, CHOICE_FIELDS))]
-        return {"run": run, "name": name, "records": records, "rules": picks(records, choices), "problems": problems}
+        return run_payload(run, name, records, choices, problems)
 
     def _listed(self, context: Any, experiment: str) -> dict[str, Any]:
         found: dict[str, Any] = self._provider.list_tensors(context, experiment_id=experiment, plugin_name=PLUGIN_NAME)

@@ -13,7 +13,7 @@ from lightning_hesd.numerics.inputs.portable import Portable, deep_copied
 from lightning_hesd.numerics.operators.verification import WrongDerivativeError
 from lightning_hesd.spectra.checks import check_count
 from lightning_hesd.spectra.summary import Kept, analysis_lines, summarize
-from lightning_hesd.spectra.validation import CORRUPT_FILE_ERRORS, first_invalid_field, of, one_line
+from lightning_hesd.spectra.validation import check_fields, of, one_line
 from lightning_hesd.training import terminal
 from lightning_hesd.training.analyzer import TrainerAnalyzer
 from lightning_hesd.training.budget import Budget
@@ -530,14 +530,12 @@ class HessianSpectrumCallback(SpectrumSource):
         if self._stage != "fit" or self._shares_name:
             return
         try:
-            if (wrong := first_invalid_field(state_dict, _STATE)) is not None:
-                msg = f"`{wrong}` is missing or is something else"
-                raise ValueError(msg)
+            check_fields(state_dict, _STATE, "the state")
             self.history.load_state_dict(state_dict["history"])
             self._recorder.load_state_dict(state_dict["samples"])
             self.budget.load_state_dict(state_dict["budget"])
             self._is_restored = True
-        except CORRUPT_FILE_ERRORS as error:
+        except ValueError as error:
             msg = (
                 f"the state of HessianSpectrumCallback(name={self.name!r}) in the checkpoint is damaged, or of another "
                 f"version ({one_line(error)}): resume with another `name`, which starts a new history."

@@ -122,7 +122,7 @@ class TestLayers:
         assert plot_layers(layers).images[0].get_array().tolist() == [[1.0, 2.0], [None, 3.0]]
 
     def test_mistakes(self):
-        with pytest.raises(ValueError, match=r"`quantity` must be one of lambda_max, c_t, .*got 'size'"):
+        with pytest.raises(ValueError, match=r"`quantity` must be one of c_t, lambda_max, .*got 'size'"):
             plot_layers(self.layers, "size")
         with pytest.raises(ValueError, match="`history` has no spectra of layers"):
             plot_layers({})

@@ -11,7 +11,7 @@ import pytest
 
 from lightning_hesd import Spectrum
 from lightning_hesd.spectra import criteria, quadrature
-from lightning_hesd.spectra.files import FORMAT_VERSION
+from lightning_hesd.spectra.validation import FORMAT_VERSION
 
 NAN = math.nan
 ARRAYS = ("nodes", "weights", "residuals")
@@ -500,13 +500,13 @@ class TestLoadErrors:
 
     def test_a_newer_format(self, saved):
         rewrite(saved, header={**self.header(saved), "format": FORMAT_VERSION + 1})
-        with pytest.raises(ValueError, match=rf"has format {FORMAT_VERSION + 1}.*update lightning_hesd"):
+        with pytest.raises(ValueError, match=rf"has version {FORMAT_VERSION + 1}.*update it"):
             Spectrum.load(saved)
 
     def test_a_newer_format_may_hold_other_arrays(self, saved):
         # That is what a new format is for: the message must still be that of a newer format.
         rewrite(saved, header={**self.header(saved), "format": FORMAT_VERSION + 1}, without=("residuals",))
-        with pytest.raises(ValueError, match=rf"has format {FORMAT_VERSION + 1}.*update lightning_hesd"):
+        with pytest.raises(ValueError, match=rf"has version {FORMAT_VERSION + 1}.*update it"):
             Spectrum.load(saved)
 
     def test_the_file_is_closed_again(self, saved):

@@ -23,8 +23,8 @@ from werkzeug.test import Client
 from lightning_hesd import SpectrumHistory
 from lightning_hesd.commands import cli
 from lightning_hesd.commands.report import report, run_data
+from lightning_hesd.spectra.decisions import decisions, rewound
 from lightning_hesd.spectra.payload import CHOICES_NAME, MAX_NODES, PayloadError, read_payload, record_payload, to_json
-from lightning_hesd.spectra.picks import picks, rewound
 from lightning_hesd.spectra.spectrum import Spectrum
 from lightning_hesd.tensorboard_plugin.assets import SHARED, STATIC, content
 from lightning_hesd.tensorboard_plugin.plugin import HESDLoader, HESDPlugin
@@ -173,7 +173,7 @@ def test_what_cannot_be_read_is_said_and_the_rest_is_shown(tmp_path: Path) -> No
     cut, newer, wrong, none = found["problems"]
     assert cut.startswith("step 0: this is no payload")
     assert newer == "step 1: the payload has version 2, and this lightning_hesd reads version 1: update it."
-    assert "its `nodes` is missing or is something else" in wrong
+    assert wrong == "step 2: `nodes` of a spectrum is missing or invalid, got 'none'"
     assert none.startswith("step 3: this is no payload")
 
 
@@ -305,18 +305,18 @@ def test_rules_without_a_checkpoint_callback() -> None:
         payload(3, -0.7, loss=0.10, lambda_max=0.1),  # MN
         payload(4, math.nan, loss=0.01),
     ]
-    by_c_t, by_lambda_max = picks(records, [])
+    by_c_t, by_lambda_max = decisions(records, [])
     assert (by_c_t["near"], by_c_t["candidates"]) == ([20, 30, 40], [20, 30])
     assert (by_c_t["pick"]["epoch"], by_lambda_max["pick"]["epoch"]) == (2, 1)
     assert (
-        "3 of 4 analysed states have a loss over the analysis samples within 0.045 (5% of its drop) of the best"
+        "3 of 4 analyzed states have a loss over the analysis samples within 0.045 (5% of its drop) of the best"
         in by_c_t["why"]
     )
     assert "the 2 of these that are MP are candidates" in by_c_t["why"]
-    (none, _) = picks([payload(3, -0.7, loss=0.2), payload(4, -0.8, loss=0.19)], [])
+    (none, _) = decisions([payload(3, -0.7, loss=0.2), payload(4, -0.8, loss=0.19)], [])
     assert none["pick"]["epoch"] == 4
     assert "none of them is MP" in none["why"]
-    assert [rule["pick"] for rule in picks([], [])] == [None, None]
+    assert [rule["pick"] for rule in decisions([], [])] == [None, None]
 
 
 def test_what_a_resumed_run_made_anew_replaces_the_old() -> None:

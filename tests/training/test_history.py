@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_hesd import Spectrum, SpectrumHistory
-from lightning_hesd.spectra.spectrum import load_layers
+from lightning_hesd.spectra.codec import load_layers
 from lightning_hesd.training.history import SpectrumRecord
 from tests.training.scripted import make_spectrum
 
@@ -223,7 +223,7 @@ def test_damaged_index(tmp_path: Path, text: str) -> None:
 
 def test_newer_index(tmp_path: Path) -> None:
     (tmp_path / "index.json").write_text(json.dumps({"format": 99, "records": []}))
-    with pytest.raises(ValueError, match="has format 99"):
+    with pytest.raises(ValueError, match="has version 99"):
         SpectrumHistory.load(tmp_path)
 
 

@@ -1,7 +1,7 @@
 /** Figures of several runs over training, as plain {data, layout} for Plotly. */
 
 import { MARGIN, horizontal, indexed, layoutOf, literal, logTicks, minus, note, ratios } from "./base.js";
-import { axisOf, column, extent, ofSpectrum, when } from "./data.js";
+import { axisOf, column, extent, ofSpectrum, scalarOf, when } from "./data.js";
 import { SYMBOLS, colourOf, faint } from "./theme.js";
 
 const FEW = 80; // records up to which each gets a mark
@@ -49,13 +49,13 @@ const marked = (name, symbol, theme, filled = true) => [
     line: { color: theme.muted, width: 1.5 } } },
 ];
 
-const ruleOf = (run, name) => run.rules.find((rule) => rule.rule === name) ?? null;
+/** Return the rules of a run that rank by a scalar; of several checkpoint callbacks with one rule, the first. */
+const rulesBy = (run, scalar) =>
+  run.rules.filter((rule, index, all) => rule.scalar === scalar && all.findIndex((one) => one.rule === rule.rule) === index);
 
-/** Return marks at the picks of a rule, and a pale underlay where there are too many candidates to mark each. */
-function picksOf(runs, axis, theme, name, valueOf) {
-  return runs.flatMap((run) => {
-    const rule = ruleOf(run, name);
-    if (!rule) return [];
+/** Return marks at the picks of rules, and a pale underlay where there are too many candidates to mark each. */
+function picksOf(runs, axis, theme, scalar, valueOf) {
+  return runs.flatMap((run) => rulesBy(run, scalar).flatMap((rule) => {
     const colour = colourOf(theme, run.colour);
     const at = run.records.filter((record) => record.global_step === rule.pick?.global_step);
     const candidates = new Set(rule.candidates);
@@ -72,8 +72,12 @@ function picksOf(runs, axis, theme, name, valueOf) {
       hovertemplate: `${literal(run.run)}<br>${rule.title === rule.rule ? literal(rule.title) : indexed(rule.title)} picks %{customdata[0]}<extra></extra>`,
     };
     return run.records.length > FEW ? [underlay, star] : [star];
-  });
+  }));
 }
+
+/** Return entries of the legend for the picks of rules that rank by a scalar. */
+const starsOf = (runs, scalar, theme) =>
+  [...new Set(runs.flatMap((run) => rulesBy(run, scalar).map((rule) => rule.title)))].map((title) => marked(title, "star", theme));
 
 // C_t ---------------------------------------------------------------------------------------------------------------
 
@@ -88,7 +92,7 @@ export function ctFigure(runs, theme, logarithmic, threshold) {
   const range = logarithmic ? reversedLog(ends, -threshold) : linear(values.flat(), ends, threshold);
   const data = runs.flatMap((run, index) => [
     band(run, axis, theme, show, 0.28 / Math.sqrt(runs.length)),
-    curve(run, axis, theme, values[index], { label: logarithmic ? "−C_t" : "C_t", candidates: candidatesOf(run, "highest_c_t") }),
+    curve(run, axis, theme, values[index], { label: logarithmic ? "−C_t" : "C_t", candidates: candidatesOf(run, "c_t") }),
   ]);
   const at = show(threshold);
   const edge = (index) => (logarithmic ? 10 ** range[index] : range[index]);
@@ -97,9 +101,9 @@ export function ctFigure(runs, theme, logarithmic, threshold) {
   return {
     data: [
       ...data,
-      ...picksOf(runs, axis, theme, "highest_c_t", (r) => show(ofSpectrum("c_t")(r))),
+      ...picksOf(runs, axis, theme, "c_t", (r) => show(ofSpectrum("c_t")(r))),
       ...legend(runs, theme, [
-        marked("candidate", "circle", theme), marked("not a candidate", "circle", theme, false), marked("highest C_t", "star", theme),
+        marked("candidate", "circle", theme), marked("not a candidate", "circle", theme, false), ...starsOf(runs, "c_t", theme),
       ]),
     ],
     layout: layoutOf(
@@ -117,7 +121,7 @@ export function ctFigure(runs, theme, logarithmic, threshold) {
 
 const negated = ({ tickvals }) => ({ tickvals, ticktext: tickvals.map((value) => `−${value}`) });
 
-const candidatesOf = (run, rule) => new Set(ruleOf(run, rule)?.candidates ?? []);
+const candidatesOf = (run, scalar) => new Set(rulesBy(run, scalar).flatMap((rule) => rule.candidates));
 
 function linear(values, ends, threshold) {
   const [low] = extent([threshold, ...values]);
@@ -150,14 +154,14 @@ export function extremesFigure(runs, theme) {
     return value !== null && sign * value > 0 ? sign * value : null;
   };
   const data = runs.flatMap((run) => [
-    curve(run, axis, theme, column(run, positive("lambda_max", 1)), { label: "λ_max", candidates: candidatesOf(run, "lowest_max_eigenvalue") }),
+    curve(run, axis, theme, column(run, positive("lambda_max", 1)), { label: "λ_max", candidates: candidatesOf(run, "lambda_max") }),
     curve(run, axis, theme, column(run, positive("lambda_min", -1)), { label: "−λ_min", dash: "dot" }),
   ]);
   return {
     data: [
       ...data,
-      ...picksOf(runs, axis, theme, "lowest_max_eigenvalue", positive("lambda_max", 1)),
-      ...legend(runs, theme, [dashed("λ_max", "solid", theme), dashed("−λ_min", "dot", theme), marked("lowest λ_max", "star", theme)]),
+      ...picksOf(runs, axis, theme, "lambda_max", positive("lambda_max", 1)),
+      ...legend(runs, theme, [dashed("λ_max", "solid", theme), dashed("−λ_min", "dot", theme), ...starsOf(runs, "lambda_max", theme)]),
     ],
     layout: layoutOf(theme, { title: axis.title }, { title: "eigenvalue (loss / parameter²)", type: "log", ...logTicks(data.flatMap((t) => t.y)) }),
   };
@@ -166,10 +170,9 @@ export function extremesFigure(runs, theme) {
 export function deltasFigure(runs, theme, thresholds) {
   const axis = axisOf(runs);
   const of = (key) => (record) => {
-    const value = record.assessment?.[key] ?? null;
-    return value !== null && value > 0 ? value : null;
+    return record[key] > 0 ? record[key] : null;
   };
-  const quantities = [["delta_r_e", "Δr_e", "solid"], ["delta_k_h05", "ΔK_H05", "dot"]];
+  const quantities = [["delta_r_e", "solid"], ["delta_k_h05", "dot"]].map(([key, dash]) => [key, scalarOf(runs[0], "record", key).title, dash]);
   const data = runs.flatMap((run) =>
     quantities.map(([key, label, dash]) => curve(run, axis, theme, column(run, of(key)), { label, dash }))
   );

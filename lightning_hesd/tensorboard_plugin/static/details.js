@@ -2,7 +2,7 @@
 
 import { indexed, layoutOf, literal, minus } from "./base.js";
 import {
-  LAYER_QUANTITIES, axisOf, column, density, densityMap, extent, finite, layerMap, ofSpectrum, spectrumOf, symlogTicks,
+  axisOf, column, density, densityMap, extent, finite, layerMap, ofSpectrum, scalarOf, spectrumOf, symlogTicks,
 } from "./data.js";
 import { LOW_TO_HIGH, faint } from "./theme.js";
 
@@ -103,7 +103,7 @@ function extremes(spectrum, colour, dash) {
 export function layersFigure(run, theme, quantity, chosen) {
   const axis = axisOf([run]);
   const { names, rows } = layerMap(run, quantity);
-  const [title, logarithmic] = LAYER_QUANTITIES[quantity];
+  const { title, is_logarithmic: logarithmic } = scalarOf(run, "layers", quantity);
   const shown = logarithmic ? rows.map((row) => row.map((v) => (v > 0 ? Math.log10(v) : null))) : rows;
   const short = (name) => literal(name.length <= 26 ? name : `…${name.slice(-25)}`);
   return {

@@ -2,7 +2,7 @@
 
 import { indexed, literal } from "./base.js";
 import { ctFigure, deltasFigure, extremesFigure, lossFigure } from "./curves.js";
-import { LAYER_QUANTITIES, axisOf, column, finite, median, ofSpectrum, tableOf, toCsv, when } from "./data.js";
+import { axisOf, column, finite, median, ofSpectrum, scalarOf, tableOf, toCsv, when } from "./data.js";
 import { cursor, densityFigure, layersFigure, mapFigure } from "./details.js";
 import { button, download, element, menu, table } from "./dom.js";
 import { layOut } from "./layout.js";
@@ -213,7 +213,7 @@ class Page {
       oninput: (event) => this.choose(run.records[Number(event.target.value)].global_step) });
     this.shown = element("output", { for: "epoch" });
     const runs = this.runs.map((one) => [one.key, one.run]);
-    const quantities = Object.entries(LAYER_QUANTITIES).map(([key, [title]]) => [key, title]);
+    const quantities = run.scalars.layers.map(({ key, title }) => [key, title]);
     const layers = run.records.some((record) => record.layers.length);
     keepFocus(this.parts.detailTools, [
       menu("Run", runs, run.key, (key) => this.setDetail(key)),
@@ -251,7 +251,7 @@ class Page {
       this.plot("ct", ctFigure(runs, theme, this.logarithmic, this.thresholds.c_t), summary("C_t", runs, ofSpectrum("c_t"))),
       this.plot("extremes", extremesFigure(runs, theme), summary("Largest eigenvalue", runs, ofSpectrum("lambda_max"))),
       assessed
-        ? this.plot("deltas", deltasFigure(runs, theme, this.thresholds), summary("Δr_e", runs, (r) => r.assessment?.delta_r_e ?? null))
+        ? this.plot("deltas", deltasFigure(runs, theme, this.thresholds), summary("Δr_e", runs, (r) => r.delta_r_e))
         : this.absent("deltas", "No generalization data were analysed: pass generalization_dataloader=... to HessianSpectrumCallback."),
       this.plot("loss", lossFigure(runs, theme), summary("Training loss", runs, ofSpectrum("loss"))),
       this.drawDetail(),
@@ -272,7 +272,7 @@ class Page {
       has ? this.plot("map", mapFigure(run, theme, "spectrum", record), `Spectral density over training, ${text}.`)
         : this.absent("map", "There is no spectrum on the training data."),
       this.drawDensity(),
-      hasLayers ? this.plot("layers", layersFigure(run, theme, this.quantity, record), `${LAYER_QUANTITIES[this.quantity][0]} of layers, ${text}.`)
+      hasLayers ? this.plot("layers", layersFigure(run, theme, this.quantity, record), `${scalarOf(run, "layers", this.quantity).title} of layers, ${text}.`)
         : this.absent("layers", "No layers were analysed: pass layers=\"auto\" to HessianSpectrumCallback."),
     ]);
   }

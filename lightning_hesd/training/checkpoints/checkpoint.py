@@ -11,12 +11,11 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_hesd.numerics.inputs.portable import Portable, deep_copied
+from lightning_hesd.spectra.rules import RULES, rule_title
 from lightning_hesd.spectra.selection import (
-    CRITERIA,
-    RULE_NAMES,
     Candidate,
+    CandidateFilter,
     SelectionEvent,
-    SelectionRule,
     first_loss,
     progress_tolerance,
 )
@@ -108,8 +107,8 @@ class HessianCheckpoint(ExclusiveCheckpoint):
                     f"{kwargs[name]!r}` would contradict: drop it, or use ModelCheckpoint."
                 )
                 raise MisconfigurationException(msg)
-        if not callable(rule) and rule not in CRITERIA:
-            msg = f"`rule` must be {' or '.join(map(repr, CRITERIA))} or a function of the record, got {rule!r}."
+        if not callable(rule) and rule not in RULES:
+            msg = f"`rule` must be {' or '.join(map(repr, RULES))} or a function of the record, got {rule!r}."
             raise MisconfigurationException(msg)
         if tolerance is not None and not tolerance >= 0:
             msg = f"`tolerance` must not be negative, got {tolerance!r}."
@@ -187,13 +186,13 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         return self.rule if isinstance(self.rule, str) else getattr(self.rule, "__qualname__", repr(type(self.rule)))
 
     @property
-    def selection(self) -> SelectionRule:
+    def selection(self) -> CandidateFilter:
         """The rule's parameters by now; a tolerance relative to the progress grows with it."""
         return self._selection(self._best_score)
 
-    def _selection(self, best: float) -> SelectionRule:
+    def _selection(self, best: float) -> CandidateFilter:
         tolerance = progress_tolerance(self._first_score, best) if self.tolerance is None else self.tolerance
-        return SelectionRule(tolerance=tolerance, require_mp=self.require_mp)
+        return CandidateFilter(tolerance=tolerance, require_mp=self.require_mp)
 
     @property
     def qualified_steps(self) -> list[int]:
@@ -316,7 +315,7 @@ class HessianCheckpoint(ExclusiveCheckpoint):
     def _say_where(self, trainer: pl.Trainer) -> None:
         """Say which file is the pick, and whether Lightning's "best" is that one."""
         name = self.source.name if self.source else "hesd"
-        rule = RULE_NAMES.get(self.rule_name, self.rule_name)
+        rule = rule_title(self.rule_name)
         what = "the final weights" if self.best is None else f"epoch {self.best.epoch}"
         first = trainer.checkpoint_callback
         if first is self:
@@ -494,7 +493,7 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         """Return what the rule ranks by; NaN if it cannot tell."""
         assert record.spectrum is not None  # noqa: S101 - checked by the caller
         if isinstance(self.rule, str):
-            return CRITERIA[self.rule](record.spectrum)
+            return RULES[self.rule].score(record)
         try:
             return float(self.rule(record))
         except Exception as error:  # noqa: BLE001 - a user's function; the run goes on without it
