@@ -29,7 +29,7 @@ from lightning_hesd.numerics.analysis.api import analysis_options, hessian_spect
 from lightning_hesd.sample_size.recommendation import Stability, pilot_options, recommend_sample_size
 from lightning_hesd.spectra.assessment import assess_generalization
 from lightning_hesd.spectra.spectrum import Spectrum
-from lightning_hesd.training.compat.internals import is_first_process
+from lightning_hesd.training.compat.collectives import is_first_rank
 from lightning_hesd.training.compat.namespaces import FABRIC, PYTORCH, lightning_types
 from lightning_hesd.training.loss_mode import AnalysisMode
 
@@ -275,7 +275,7 @@ def analyze(config: Namespace) -> None:
     analysis = _analysis(config)
     paths = _checkpoints(config.checkpoints)
     store = Results(config.out, _plain(config))
-    writes = is_first_process()  # all processes run this command, with Lightning or torchrun to start them
+    writes = is_first_rank()  # all processes run this command, with Lightning or torchrun to start them
     rows: list[Row] = []
     for number, (name, path) in enumerate(paths.items(), start=1):
         record = store.known(name, path)

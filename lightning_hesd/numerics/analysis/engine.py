@@ -16,9 +16,10 @@ from typing_extensions import Unpack
 
 from lightning_hesd.numerics.analysis.estimation import Estimation, run_together
 from lightning_hesd.numerics.analysis.evaluation import Evaluator
+from lightning_hesd.numerics.collectives import LOCAL, Collectives
 from lightning_hesd.numerics.devices import finest_dtype
 from lightning_hesd.numerics.inputs.blocks import Layers, blocks
-from lightning_hesd.numerics.inputs.parameter_sharding import Layout
+from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
 from lightning_hesd.numerics.inputs.parameters import inverse_root, select_parameters, vector_dtype
 from lightning_hesd.numerics.inputs.token_weights import Weighing
 from lightning_hesd.numerics.isolation.exact_mode import analysis_state
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.analysis.evaluation import LossFunction
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.inputs.options import AnalysisOptions
-    from lightning_hesd.numerics.inputs.parameter_sharding import AllReduce
     from lightning_hesd.numerics.krylov.lanczos import Storage
 
 Report = Callable[[int, int], None]
@@ -50,8 +50,8 @@ class Context(TypedDict, total=False):
     """Where an analysis runs, and what is known beforehand.
 
     Attributes:
-        all_reduce: Sums a tensor over the processes; None for a single process.
-        layout: How the parameters lie in the processes; None: each holds all of them.
+        collectives: Communication between the ranks that the batches are divided among.
+        sharding: How the parameters are distributed over ranks; None: every rank holds all of them.
         processes: How many of the processes share this computer's memory.
         report: Called after every Lanczos step with the steps done and the most there can be.
         cache: What earlier analyses of the same loss found out; brought up to date.
@@ -59,8 +59,8 @@ class Context(TypedDict, total=False):
         state: Objects beside the module that evaluations may change.
     """
 
-    all_reduce: AllReduce | None
-    layout: Layout | None
+    collectives: Collectives
+    sharding: ParameterSharding | None
     processes: int
     report: Report | None
     cache: AnalysisCache | None
@@ -150,8 +150,8 @@ def estimated(
     options: AnalysisOptions,
     parts: Sequence[Sequence[nn.Parameter]],
     *,
-    all_reduce: AllReduce | None = None,
-    layout: Layout | None = None,
+    collectives: Collectives = LOCAL,
+    sharding: ParameterSharding | None = None,
     processes: int = 1,
     report: Report | None = None,
     cache: AnalysisCache | None = None,
@@ -164,41 +164,43 @@ def estimated(
         The processes of each block, in the state in which products are possible.
     """
     started = time.perf_counter()
-    layout = layout or Layout()
-    layout.check(
+    sharding = sharding or ParameterSharding()
+    sharding.check(
         groups=options.wants_sampling_error,
         scaled=options.preconditioner is not None,
         weighed=options.batch_weight == "tokens",
     )
     analysed = [p for part in parts for p in part]
-    parameters = layout.parts(analysed)
+    parameters = sharding.local_shards(analysed)
     ends = list(itertools.accumulate(len(part) for part in parts))
     ranges = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
     dtype = options.dtype or vector_dtype(parameters)
     device = parameters[0].device
     _check_dtype(dtype, device)
-    plan = _plan(module, parameters, dtype, options=options, layout=layout, all_reduce=all_reduce, processes=processes)
+    plan = _plan(
+        module, parameters, dtype, options=options, sharding=sharding, collectives=collectives, processes=processes
+    )
 
-    with analysis_state(module, options.mode, analysed, state) as isolation, layout.opened(module):
-        joint = layout.joint(batches)
-        is_alone = all_reduce is None and layout.all_reduce is None
-        evaluator = Evaluator(module, loss_fn, options, layout, isolation, batches=joint if is_alone else None)
-        if layout.all_reduce is None:
+    with analysis_state(module, options.mode, analysed, state) as isolation, sharding.full_parameters(module):
+        joint = sharding.joint_batches(batches)
+        is_alone = not collectives.is_distributed and not sharding.is_sharded
+        evaluator = Evaluator(module, loss_fn, options, sharding, isolation, batches=joint if is_alone else None)
+        if not sharding.is_sharded:
             cache = cache or AnalysisCache()
-            joint = _weighed(Weighing(options.batch_weight, joint, evaluator.loss, all_reduce, device), cache)
+            joint = _weighed(Weighing(options.batch_weight, joint, evaluator.loss, collectives), cache)
         mean = SampleMean(
             evaluator.matrix(parameters, ranges),
             joint,
             strategy=options.strategy,
             dtype=dtype,
-            all_reduce=all_reduce,
+            collectives=collectives,
             graph_memory=plan.graphs,
             cache=cache,
-            layout=layout,
+            sharding=sharding,
         )
         if reason is not None:
             mean.maker.reason = reason if options.strategy != "auto" else f"{mean.maker.reason}; {reason}"
-        mean.verify(evaluator.in_finest if layout.all_reduce is None else None)
+        mean.verify(evaluator.in_finest if not sharding.is_sharded else None)
         operators = [
             CurvatureOperator(mean, block, inverse_root(module, part, options.preconditioner, dtype))
             for block, part in zip(ranges, parts, strict=True)
@@ -261,13 +263,13 @@ def _plan(
     dtype: torch.dtype,
     *,
     options: AnalysisOptions,
-    layout: Layout,
-    all_reduce: AllReduce | None,
+    sharding: ParameterSharding,
+    collectives: Collectives,
     processes: int,
 ) -> MemoryPlan:
     """Plan the memory, with the same storage in every process: the leanest that one of them needs."""
     own_elements = sum(p.numel() for p in parameters)
-    steps = min(options.steps, layout.space(parameters).dimension)
+    steps = min(options.steps, sharding.space(parameters).dimension)
     device = parameters[0].device
 
     def plan(basis: Literal["auto"] | Storage) -> MemoryPlan:
@@ -283,14 +285,11 @@ def _plan(
         )
 
     own = plan(options.basis)
-    add = all_reduce or layout.all_reduce
-    if add is None:
-        return own
     storages: list[Storage] = ["device", "cpu", "none"]
-    votes = add(torch.tensor([float(own.storage == s) for s in storages], device=device)).tolist()
-    agreed = plan([storage for storage, vote in zip(storages, votes, strict=True) if vote][-1])
-    # Processes that work together must keep the graphs of the same batches.
-    return replace(agreed, graphs=-int(layout.largest(-agreed.graphs)))
+    leanest = storages[round(sharding.collectives.max(collectives.max(storages.index(own.storage))))]
+    agreed = own if leanest == own.storage else plan(leanest)
+    # Ranks that evaluate every batch together must keep the graphs of the same batches.
+    return replace(agreed, graphs=-int(sharding.collectives.max(-agreed.graphs)))
 
 
 def _counting(report: Report, total: int) -> Callable[[], None]:

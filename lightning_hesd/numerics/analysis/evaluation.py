@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.inputs.options import AnalysisOptions
-    from lightning_hesd.numerics.inputs.parameter_sharding import Layout
+    from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
     from lightning_hesd.numerics.isolation.isolation import Isolation
     from lightning_hesd.numerics.operators.curvature import Matrix
 
@@ -40,7 +40,7 @@ class Evaluator:
         module: The module they are given.
         loss_fn: Loss of a batch.
         options: Options of the analysis, with `output_fn`, `output_loss` and the seed.
-        layout: How the parameters lie in the processes.
+        sharding: How the parameters are distributed over ranks.
         isolation: What keeps evaluations apart.
         batches: All batches of the analysis; None: this process does not have them all.
     """
@@ -50,7 +50,7 @@ class Evaluator:
         module: nn.Module,
         loss_fn: LossFunction,
         options: AnalysisOptions,
-        layout: Layout,
+        sharding: ParameterSharding,
         isolation: Isolation,
         *,
         batches: Sequence[WeightedBatch] | None = None,
@@ -58,7 +58,7 @@ class Evaluator:
         self.module = module
         self.loss_fn = loss_fn
         self.options = options
-        self.layout = layout
+        self.sharding = sharding
         self.isolation = isolation
         self._dtype: torch.dtype | None = None
         self.batches = batches
@@ -67,7 +67,7 @@ class Evaluator:
     def loss(self, batch: WeightedBatch) -> Tensor:
         """Return the mean loss of a batch, a scalar with a graph."""
         loss = self._evaluate(lambda data: self.loss_fn(self.module, data), batch)
-        return self.layout.loss(_checked_loss(loss, "loss_fn"), batch)
+        return self.sharding.mean_loss(_checked_loss(loss, "loss_fn"), batch)
 
     def outputs(self, batch: WeightedBatch) -> Any:
         """Return the outputs of the network for a batch."""
@@ -78,7 +78,7 @@ class Evaluator:
         """Return the mean loss of such outputs, a scalar with a graph, right after they were computed."""
         output_loss = cast("Callable[[Any, Any], Tensor]", self.options.output_loss)  # checked with the options
         loss = self._evaluate(lambda data: output_loss(outputs, data), batch, from_start=False)
-        return self.layout.loss(_checked_loss(loss, "output_loss"), batch)
+        return self.sharding.mean_loss(_checked_loss(loss, "output_loss"), batch)
 
     def matrix(self, parameters: Sequence[Tensor], blocks: Sequence[slice]) -> Matrix:
         """Return the curvature matrix of a batch that the options ask for.
@@ -157,7 +157,7 @@ class Evaluator:
         # The same dropout mask at every evaluation of this batch, and not the random numbers of the start vectors.
         seed_everything(self.options.seed + 1 + batch.index)
         recomputed = recomputed_under(replacements)
-        with self.isolation.evaluation(), replacements, recomputed, self.layout.evaluation(), batch.evaluated():
+        with self.isolation.evaluation(), replacements, recomputed, self.sharding.evaluation(), batch.evaluated():
             data = batch.copy().data
             return function(data if self._dtype is None else tree_map_only(Tensor, self._cast, data))
 

@@ -18,14 +18,15 @@ from lightning_hesd.numerics.isolation.exact_mode import analysis_state
 from lightning_hesd.numerics.operators.curvature import gradient
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor, nn
 
     from lightning_hesd.numerics.analysis.evaluation import LossFunction
+    from lightning_hesd.numerics.collectives import Collectives
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.inputs.options import AnalysisOptions
-    from lightning_hesd.numerics.inputs.parameter_sharding import Layout
+    from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
     from lightning_hesd.numerics.krylov.vectors import VectorSpace
 
 FLOAT32_EPSILON = torch.finfo(torch.float32).eps
@@ -50,9 +51,9 @@ class Evaluated:
     norm: float
 
 
-def gradient_space(module: nn.Module, options: AnalysisOptions, layout: Layout) -> VectorSpace:
+def gradient_space(module: nn.Module, options: AnalysisOptions, sharding: ParameterSharding) -> VectorSpace:
     """Return the space of gradients with respect to the analysed parameters."""
-    return layout.space(layout.parts(list(select_parameters(module, options).values())))
+    return sharding.space(sharding.local_shards(list(select_parameters(module, options).values())))
 
 
 def evaluated(
@@ -60,7 +61,7 @@ def evaluated(
     batches: Sequence[WeightedBatch],
     loss_fn: LossFunction,
     options: AnalysisOptions,
-    layout: Layout,
+    sharding: ParameterSharding,
     *,
     alone: bool,
 ) -> Evaluated:
@@ -71,7 +72,7 @@ def evaluated(
         batches: This process's share of the batches.
         loss_fn: As for `hessian_spectrum`.
         options: As for `hessian_spectrum`.
-        layout: How the parameters lie in the processes.
+        sharding: How the parameters are distributed over ranks.
         alone: Whether there is no other process.
 
     Raises:
@@ -79,20 +80,20 @@ def evaluated(
         SkippedBatchError: If a batch is skipped that all processes must evaluate together.
     """
     analysed = list(select_parameters(module, options).values())
-    parameters = layout.parts(analysed)
-    space = layout.space(parameters)
+    parameters = sharding.local_shards(analysed)
+    space = sharding.space(parameters)
     total = torch.zeros(sum(p.numel() for p in parameters), dtype=vector_dtype(parameters), device=parameters[0].device)
     losses: list[float | None] = []
     draws: list[int] = []
     norm = 0.0
-    with analysis_state(module, options.mode, analysed) as isolation, layout.opened(module):
-        joint = layout.joint(batches)
-        evaluator = Evaluator(module, loss_fn, options, layout, isolation, batches=joint if alone else None)
+    with analysis_state(module, options.mode, analysed) as isolation, sharding.full_parameters(module):
+        joint = sharding.joint_batches(batches)
+        evaluator = Evaluator(module, loss_fn, options, sharding, isolation, batches=joint if alone else None)
         for batch in joint:
             try:
                 loss = evaluator.loss(batch)
             except SkippedBatchError:
-                if layout.all_reduce is not None:  # the processes could not tell each other
+                if sharding.is_sharded:  # the processes could not tell each other
                     raise
                 losses.append(None)
                 draws.append(0)
@@ -144,7 +145,7 @@ def difference(
     first: Evaluated,
     second: Evaluated,
     space: VectorSpace,
-    add: Callable[[Callable[[], list[float]]], list[float]],
+    collectives: Collectives,
 ) -> Difference:
     """Compare two losses of the same batches.
 
@@ -152,7 +153,7 @@ def difference(
         first: One.
         second: The other.
         space: The space of their gradients.
-        add: Does some work in every process and returns the sums of the numbers that they found.
+        collectives: Communication between all ranks.
     """
 
     def compare() -> list[float]:
@@ -172,7 +173,9 @@ def difference(
             float(first.draws != second.draws),
         ]
 
-    weight, one, other, apart, size, gradients_apart, norms, skipped, draws = add(compare)
+    weight, one, other, apart, size, gradients_apart, norms, skipped, draws = collectives.sum_values(
+        collectives.run_together(compare)
+    )
     epsilon = torch.finfo(first.gradient.dtype).eps
     return Difference(
         (one / weight, other / weight) if weight else (math.nan, math.nan),

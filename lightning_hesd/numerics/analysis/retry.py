@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
+from lightning_hesd.numerics.collectives import LOCAL, Collectives
 from lightning_hesd.numerics.isolation.exact_mode import release_memory
 from lightning_hesd.numerics.operators.memory import is_out_of_memory
 
@@ -24,7 +25,7 @@ def retry_on_oom(
     attempt: Callable[[AnalysisOptions, str | None], Result],
     options: AnalysisOptions,
     cache: AnalysisCache,
-    agree: Callable[[bool], bool] = bool,
+    collectives: Collectives = LOCAL,
 ) -> Result:
     """Return the result of an attempt, repeated with other options where it fails for want of memory or of a graph.
 
@@ -36,8 +37,7 @@ def retry_on_oom(
         attempt: Takes options, and why they are not the given ones (None if they are).
         options: What to begin with.
         cache: What is known about the loss.
-        agree: Takes whether this process failed in one of these ways, and returns whether any did; called where all
-            have failed.
+        collectives: Communication between the ranks, all of which fail if one does.
     """
     reason: str | None = None
     while True:
@@ -46,10 +46,10 @@ def retry_on_oom(
         except Exception as error:
             first_line = (str(error) or type(error).__name__).splitlines()[0]
             other = None
-            # Every process must ask both.
-            if agree(is_out_of_memory(error)):
+            # Every rank must ask both.
+            if collectives.any(is_out_of_memory(error)):
                 other, cause = _leaner(options, cache), f"out of memory ({first_line})"
-            if agree(CHANGED_GRAPH in str(error)) and other is None:
+            if collectives.any(CHANGED_GRAPH in str(error)) and other is None:
                 other, cause = _without_graphs(options, cache), "an evaluation changes in place what graphs keep"
             if other is None:
                 raise

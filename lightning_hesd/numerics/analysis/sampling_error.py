@@ -16,7 +16,6 @@ import torch
 
 from lightning_hesd.numerics.devices import finest_dtype
 from lightning_hesd.numerics.krylov.lanczos import eigen
-from lightning_hesd.numerics.operators.risk_operator import AnotherProcessFailedError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,7 +67,7 @@ def sampling_error(operator: CurvatureOperator, runs: Sequence[Lanczos]) -> Samp
 
     Raises:
         ValueError: If there are fewer than 8 groups, their mean is not the Hessian, or they do not differ.
-        AnotherProcessFailedError: If it failed on another process.
+        AnotherRankFailedError: If it failed on another rank.
     """
     ends = _ends(runs)
     unit = [torch.nn.functional.normalize(e.run.ritz_vectors(e.vectors[:, [e.position]])[0], dim=0) for e in ends]
@@ -165,13 +164,14 @@ def _group_curvatures(
     """
     parts = max(1, math.ceil(GROUPS / operator.mean.num_batches))
     lengths = [len(end.nodes) for end in ends]
-    # One row for each group of all processes; every process fills in its own.
     mean = operator.mean
+    # One row for each group of all ranks; every rank fills in its own.
     table = torch.zeros((mean.num_batches + mean.num_skipped) * parts, 3 + sum(lengths), dtype=torch.float64)
-    try:
+
+    def fill() -> None:
         for group, position, products in operator.group_products(unit, parts):
             row = table[group.index * parts + position]
-            row[0] = group.weight / operator.mean.weight
+            row[0] = group.weight / mean.weight
             row[1:3] = torch.linalg.vector_norm(products, dim=1, dtype=finest_dtype(products.device)).square()
             for end, product, u, target in zip(ends, products, unit, torch.split(row[3:], lengths), strict=True):
                 along = end.run.project(product)
@@ -179,14 +179,9 @@ def _group_curvatures(
                     target[end.position] = torch.dot(u, product)
                 else:
                     target.copy_(torch.from_numpy(end.vectors).T @ along.cpu().double())
-    except Exception as error:
-        if not operator.mean.is_distributed:
-            raise
-        operator.mean.failure = error
-        table.fill_(math.nan)
-    table = operator.mean.sum_of_numbers(table)
-    if table.isnan().any():
-        raise operator.mean.failure or AnotherProcessFailedError
+
+    mean.collectives.run_together(fill)
+    table = mean.collectives.sum(table)
     table = table[table[:, 0] > 0]
     first, second = (part.numpy() for part in torch.split(table[:, 3:], lengths, dim=1))
     return table[:, 0].numpy(), table[:, 1:3].numpy(), [first, second]

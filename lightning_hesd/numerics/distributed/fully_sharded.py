@@ -1,4 +1,4 @@
-"""The layout in which every process holds a part of each parameter (`fully_shard` of PyTorch, FSDP2).
+"""The sharding in which every process holds a part of each parameter (`fully_shard` of PyTorch, FSDP2).
 
 The parameters stay where they are. Vectors lie as they do: each process has the elements that belong to its parts, and
 only inner products are summed over the processes. What the user's functions see are full parameters, gathered one at a
@@ -21,15 +21,15 @@ from typing_extensions import override
 
 from lightning_hesd.numerics.derivatives.graphs import graph_nodes
 from lightning_hesd.numerics.distributed.gathering import (
+    CheckedCollectives,
     GatheredParameters,
     Gathering,
-    Processes,
     Shard,
     full_attributes,
 )
 from lightning_hesd.numerics.dtensors import is_distributed, local_part
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
-from lightning_hesd.numerics.inputs.parameter_sharding import Layout
+from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
 from lightning_hesd.numerics.inputs.tokens import ADVICE
 from lightning_hesd.numerics.krylov.vectors import VectorSpace, gaussian_pieces, sign_pieces
 
@@ -39,8 +39,10 @@ if TYPE_CHECKING:
 
     from torch import Generator
 
+    from lightning_hesd.numerics.collectives import Collectives
 
-class UnsupportedLayoutError(ValueError):
+
+class UnsupportedShardingError(ValueError):
     """The parameters lie in a way that the analysis does not know."""
 
 
@@ -67,10 +69,10 @@ class JointBatch(WeightedBatch):
 class ShardedSpace(VectorSpace):
     """Vectors of which this process holds the elements that belong to its parts of the parameters, shape (m,)."""
 
-    def __init__(self, shards: Sequence[Shard], processes: Processes) -> None:
+    def __init__(self, shards: Sequence[Shard], collectives: Collectives) -> None:
         super().__init__(sum(shard.parameter.numel() for shard in shards))
         self._shards = shards
-        self._processes = processes
+        self._collectives = collectives
 
     @override
     def total(self, value: float) -> float:
@@ -90,7 +92,7 @@ class ShardedSpace(VectorSpace):
 
     @override
     def is_finite(self, vector: Tensor) -> bool:
-        return not self._processes.largest(float(not vector.isfinite().all()))
+        return not self._collectives.any(not vector.isfinite().all())
 
     @override
     def gaussian(self, generator: Generator) -> Tensor:
@@ -101,7 +103,7 @@ class ShardedSpace(VectorSpace):
         return self._draw(sign_pieces, generator)
 
     def _sum(self, parts: Tensor) -> Tensor:
-        return self._processes.sum(parts.double()).to(parts.dtype)
+        return self._collectives.sum(parts.double()).to(parts.dtype)
 
     def _draw(self, pieces: Callable[[Sequence[int], Generator], Iterator[Tensor]], generator: Generator) -> Tensor:
         """Keep of each parameter's piece what belongs to the part here."""
@@ -111,32 +113,33 @@ class ShardedSpace(VectorSpace):
         return torch.cat([shard.own(piece.view(shape)).flatten().clone() for shard, shape, piece in drawn])
 
 
-class ShardedLayout(Layout):
-    """Every process holds a part of each parameter.
+class FullySharded(ParameterSharding):
+    """Every rank holds a shard of each parameter.
 
     Attributes:
-        processes: They.
+        collectives: Communication between all ranks.
     """
 
-    def __init__(self, module: nn.Module, processes: Processes) -> None:
+    is_sharded = True
+
+    def __init__(self, module: nn.Module, collectives: CheckedCollectives) -> None:
         """Look how the parameters lie.
 
         Args:
             module: The module; the parameters of its parts that `fully_shard` was applied to are put back into pieces,
                 should they be gathered now.
-            processes: All processes.
+            collectives: Communication between all ranks.
 
         Raises:
-            UnsupportedLayoutError: If a parameter lies otherwise.
+            UnsupportedShardingError: If a parameter lies otherwise.
         """
-        self.processes = processes
-        self.all_reduce = processes.sum
+        self.collectives = collectives
         for part in module.modules():
             if isinstance(part, _fsdp_module()):
                 part.reshard()
         self._names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         self._shards = {
-            p: _shard(name, p, number, processes)
+            p: _shard(name, p, number, collectives)
             for number, (p, name) in enumerate(self._names.items())
             if is_distributed(p)
         }
@@ -168,11 +171,11 @@ class ShardedLayout(Layout):
             raise ValueError(msg)
 
     @override
-    def parts(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+    def local_shards(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return what this process holds of each parameter.
 
         Raises:
-            UnsupportedLayoutError: If one of these is not sharded.
+            UnsupportedShardingError: If one of these is not sharded.
         """
         whole = [self._names[p] for p in parameters if p not in self._shards]
         if whole:
@@ -180,12 +183,12 @@ class ShardedLayout(Layout):
                 f"parameter {whole[0]!r} is not sharded: apply `fully_shard` to a module that holds it, "
                 "freeze it, or leave it out with `parameters=`."
             )
-            raise UnsupportedLayoutError(msg)
+            raise UnsupportedShardingError(msg)
         return [self._shards[p].part.requires_grad_() for p in parameters]
 
     @override
     @contextlib.contextmanager
-    def opened(self, module: nn.Module) -> Iterator[None]:
+    def full_parameters(self, module: nn.Module) -> Iterator[None]:
         """Let the user's functions find full parameters."""
         try:
             with _without_hooks(module), self._gathered.named(), full_attributes(self._gathered):
@@ -195,10 +198,10 @@ class ShardedLayout(Layout):
 
     @override
     def space(self, parts: Sequence[Tensor]) -> VectorSpace:
-        return ShardedSpace([self._by_part[part] for part in parts], self.processes)
+        return ShardedSpace([self._by_part[part] for part in parts], self.collectives)
 
     @override
-    def joint(self, batches: Sequence[WeightedBatch]) -> Sequence[WeightedBatch]:
+    def joint_batches(self, batches: Sequence[WeightedBatch]) -> Sequence[WeightedBatch]:
         """Let each process take part in as many rounds as the one with most batches has.
 
         Raises:
@@ -208,12 +211,12 @@ class ShardedLayout(Layout):
             msg = "a process has no batch, but must take part: `batches` is empty."
             raise ValueError(msg)
         counted = [batch for batch in batches if not batch.is_padding]
-        rounds = round(self.processes.largest(len(counted)))
-        table = torch.zeros(3, rounds, self.processes.size, dtype=torch.float64)
+        rounds = round(self.collectives.max(len(counted)))
+        table = torch.zeros(3, rounds, self.collectives.size, dtype=torch.float64)
         for row, batch in enumerate(counted):
             own_row = [batch.weight, batch.index, batch.num_samples]
-            table[:, row, self.processes.rank] = torch.tensor(own_row, dtype=torch.float64)
-        weights, indices, sizes = self.processes.sum(table)
+            table[:, row, self.collectives.rank] = torch.tensor(own_row, dtype=torch.float64)
+        weights, indices, sizes = self.collectives.sum(table)
         own = [*counted, *[batches[0]] * (rounds - len(counted))]
         return [
             JointBatch(
@@ -222,7 +225,7 @@ class ShardedLayout(Layout):
                 batch.index,
                 position=batch.position,
                 size=float(sizes[row].sum()),
-                share=float(weights[row, self.processes.rank] / weights[row].sum()),
+                share=float(weights[row, self.collectives.rank] / weights[row].sum()),
                 members=tuple(int(index) for index in indices[row][weights[row] > 0]),
             )
             for row, batch in enumerate(own)
@@ -234,32 +237,28 @@ class ShardedLayout(Layout):
         return Gathering(self._gathered)
 
     @override
-    def loss(self, own: Tensor, batch: WeightedBatch) -> Tensor:
+    def mean_loss(self, local_loss: Tensor, batch: WeightedBatch) -> Tensor:
         """Return the mean loss over the batches of all processes, of which the derivative here is the own one's.
 
         Raises:
             ArithmeticError: If the own loss is NaN or infinite.
-            UnsupportedLayoutError: If it was computed with other parameters than those of the layout.
+            UnsupportedShardingError: If it was computed with other parameters than those of the sharding.
         """
         assert isinstance(batch, JointBatch)  # noqa: S101 - see `joint`
-        if not own.isfinite():
-            msg = f"the loss of batch {batch.index} is {own.item()}; the Hessian is undefined there."
+        if not local_loss.isfinite():
+            msg = f"the loss of batch {batch.index} is {local_loss.item()}; the Hessian is undefined there."
             raise ArithmeticError(msg)
         if batch.index not in self._followed:
-            self._check_followed(own)
+            self._check_followed(local_loss)
             self._followed.add(batch.index)
-        total: Tensor = _Total.apply(own * batch.share, self.processes)  # type: ignore[no-untyped-call]
+        total: Tensor = _Total.apply(local_loss * batch.share, self.collectives)  # type: ignore[no-untyped-call]
         return total
-
-    @override
-    def largest(self, value: float) -> float:
-        return self.processes.largest(value)
 
     def _check_followed(self, loss: Tensor) -> None:
         """Look whether gradients would go past the parts.
 
         Raises:
-            UnsupportedLayoutError: If they would.
+            UnsupportedShardingError: If they would.
         """
         for node in graph_nodes([loss]):
             variable = getattr(node, "variable", None)  # of nodes that add up the gradient of a leaf
@@ -269,15 +268,15 @@ class ShardedLayout(Layout):
                     "followed (a method that `register_fsdp_forward_method` was applied to, or a custom autograd "
                     "function of what `parameters()` returns): pass a `loss_fn` that calls modules."
                 )
-                raise UnsupportedLayoutError(msg)
+                raise UnsupportedShardingError(msg)
 
 
 class _Total(torch.autograd.Function):
     """The sum over processes, as a function of the own summand."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, processes: Processes) -> Tensor:  # noqa: ARG004
-        return processes.sum(own)
+    def forward(ctx: Any, own: Tensor, collectives: CheckedCollectives) -> Tensor:  # noqa: ARG004
+        return collectives.sum(own)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
@@ -290,21 +289,21 @@ def _fsdp_module() -> Any:
     return FSDPModule
 
 
-def _shard(name: str, parameter: Any, number: int, processes: Processes) -> Shard:
+def _shard(name: str, parameter: Any, number: int, collectives: CheckedCollectives) -> Shard:
     """Return how a parameter is cut.
 
     Raises:
-        UnsupportedLayoutError: If it is not cut along one dimension, over all processes.
+        UnsupportedShardingError: If it is not cut along one dimension, over all processes.
     """
     placements, mesh = parameter.placements, parameter.device_mesh
-    if len(placements) == 1 and type(placements[0]) is ShardPlacement and mesh.size() == processes.size:
-        return Shard(parameter, local_part(parameter).detach(), placements[0].dim, number, processes)
+    if len(placements) == 1 and type(placements[0]) is ShardPlacement and mesh.size() == collectives.size:
+        return Shard(parameter, local_part(parameter).detach(), placements[0].dim, number, collectives)
     msg = (
-        f"parameter {name!r} lies as {tuple(placements)} on {mesh}, which the analysis does not know: shard it over "
-        f"all {processes.size} processes, fully_shard(module, mesh=self.device_mesh['data_parallel']), without tensor "
-        "parallelism."
+        f"parameter {name!r} is distributed as {tuple(placements)} on {mesh}, which the analysis does not support: "
+        f"shard it over all {collectives.size} processes, fully_shard(module, mesh=self.device_mesh['data_parallel']), "
+        "without tensor parallelism."
     )
-    raise UnsupportedLayoutError(msg)
+    raise UnsupportedShardingError(msg)
 
 
 @contextlib.contextmanager

@@ -14,28 +14,31 @@ from __future__ import annotations
 import contextlib
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
-from lightning_hesd.numerics.operators.risk_operator import AnotherProcessFailedError
+from lightning_hesd.numerics.collectives import AnotherRankFailedError, DistributedCollectives
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+T = TypeVar("T")
 
 # Names of torch >= 2.13, where the old ones warn.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-END, NUMBER, SUM, LARGEST, FIRST_PARAMETER = range(5)
-"""Places where processes meet; from the last one on, each parameter has two."""
+END, NUMBERS, SUM, MAX, FIRST_PARAMETER = range(5)
+"""Numbers of the calls at which ranks meet; from the last one on, each parameter has two."""
 
 
 class OutOfStepError(RuntimeError):
-    """The processes go different ways."""
+    """The ranks have reached different calls."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -44,99 +47,86 @@ class OutOfStepError(RuntimeError):
         )
 
 
-class Processes:
-    """The processes that hold the parts.
+class CheckedCollectives(DistributedCollectives):
+    """Communication that never waits for a rank that has failed, or that has reached another call.
 
-    Attributes:
-        rank: This one.
-        size: How many there are.
+    Before each exchange the ranks meet: they tell each other which call each has reached, and whether it failed.
     """
 
-    def __init__(self, group: Any, device: torch.device) -> None:
-        """Take a group.
-
-        Args:
-            group: A process group of torch.distributed.
-            device: Where its collectives work.
-        """
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
-        self._group = group
-        self._device = device
+    def __init__(self, device: torch.device, group: Any = None) -> None:
+        """Take a process group; arguments as for `DistributedCollectives`."""
+        super().__init__(device, group)
         self._failure: Exception | None = None
 
-    @contextlib.contextmanager
-    def in_step(self) -> Iterator[None]:
-        """Do something in all processes that fails in all of them if it fails in one.
+    @override
+    def run_together(self, function: Callable[[], T]) -> T:
+        """Call a function on every rank, and return this rank's result; if it fails on any rank, raise on all of them.
 
         Raises:
-            AnotherProcessFailedError: If it failed elsewhere.
-            OutOfStepError: If the processes are not in the same place.
+            AnotherRankFailedError: If it failed on another rank only.
+            OutOfStepError: If the ranks have reached different calls.
         """
         self._failure = None
         try:
-            yield
-            self.meet(END)
+            result = function()
+            self._meet(END)
         except Exception as error:
-            if self._failure is not None:  # which all of them know; what came of it does not matter
+            if self._failure is not None:  # every rank knows of it; later errors do not matter
                 raise self._failure from None
             self._failure = error
-            self._exchange(failed=True, place=END)
+            self._exchange(failed=True, call=END)
             raise
+        return result
 
-    def meet(self, place: int, number: float = 0.0) -> float:
-        """Wait until all processes are in this place, and return the sum of the numbers they bring.
+    def _meet(self, call: int, number: float = 0.0) -> float:
+        """Wait until all ranks have reached a call, and return the sum of the numbers they bring.
 
         Raises:
-            AnotherProcessFailedError: If one of them has failed instead.
-            OutOfStepError: If one of them is somewhere else.
+            AnotherRankFailedError: If a rank has failed instead.
+            OutOfStepError: If a rank has reached another call.
         """
-        if self._failure is not None:  # somebody has caught it and goes on, but the others are gone
+        if self._failure is not None:  # the user's code has caught it and goes on, but the other ranks have left
             raise self._failure
-        failures, places, squares, total = self._exchange(failed=False, place=place, number=number)
+        failures, calls, squares, total = self._exchange(failed=False, call=call, number=number)
         if failures:
-            self._failure = AnotherProcessFailedError()
-        elif places**2 != self.size * squares:  # equal if and only if all places are
+            self._failure = AnotherRankFailedError()
+        elif calls**2 != self.size * squares:  # equal if and only if all calls are
             self._failure = OutOfStepError()
         if self._failure is not None:
             raise self._failure
         return total
 
-    def _exchange(self, *, failed: bool, place: int, number: float = 0.0) -> list[float]:
-        state = torch.tensor([float(failed), place, place**2, number], dtype=torch.float64).to(self._device)
-        dist.all_reduce(state, group=self._group)
-        return state.tolist()
+    def _exchange(self, *, failed: bool, call: int, number: float = 0.0) -> list[float]:
+        state = torch.tensor([float(failed), call, call**2, number], dtype=torch.float64)
+        return super().sum(state).tolist()
 
+    @override
     def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum of a tensor over the processes, the same in all of them."""
+        """Return the sum of a tensor over the ranks, equal on all of them; a scalar travels with the meeting."""
         if tensor.ndim == 0:
-            return tensor.new_tensor(self.meet(NUMBER, tensor.item()))
-        total = tensor.detach().to(self._device, copy=True)
-        self.meet(SUM)
-        dist.all_reduce(total, group=self._group)
-        return total.to(tensor.device)
+            return tensor.new_tensor(self._meet(NUMBERS, tensor.item()))
+        total = tensor.detach().clone()  # nothing may fail between meeting and exchange, not even for want of memory
+        self._meet(SUM)
+        return super().sum(total)
 
-    def largest(self, value: float) -> float:
-        """Return the largest of the processes' values."""
-        found = torch.tensor(value, device=self._device, dtype=torch.float64)
-        self.meet(LARGEST)
-        dist.all_reduce(found, dist.ReduceOp.MAX, self._group)
-        return found.item()
+    @override
+    def max(self, value: float) -> float:
+        self._meet(MAX)
+        return super().max(value)
 
-    def gather(self, part: Tensor, rows: int, place: int) -> Tensor:
-        """Return all rows of a tensor that is cut as `torch.chunk` does, given those of this process."""
+    def gather(self, part: Tensor, rows: int, call: int) -> Tensor:
+        """Return all rows of a tensor that is cut as `torch.chunk` does, given the rows of this rank."""
         chunk = -(-rows // self.size)
-        # Between meeting and exchange nothing must fail, not even for want of memory.
         padded, full = _padded(part, chunk), part.new_empty(chunk * self.size, *part.shape[1:])
-        self.meet(place)
+        self._meet(call)
         _all_gather(full, padded, group=self._group)
         return full[:rows]
 
-    def scatter_sum(self, full: Tensor, rows: int, place: int) -> Tensor:
-        """Return this process's rows, of which there are `rows`, of the sum of a tensor over the processes."""
+    def scatter_sum(self, full: Tensor, rows: int, call: int) -> Tensor:
+        """Return this rank's rows, of which there are `rows`, of the sum of a tensor over the ranks."""
         chunk = -(-len(full) // self.size)
         padded, part = _padded(full, chunk * self.size), full.new_empty(chunk, *full.shape[1:])
-        self.meet(place)
+        self._meet(call)
         _reduce_scatter(part, padded, group=self._group)
         return part[:rows]
 
@@ -159,31 +149,31 @@ class Shard:
         part: What this process holds of it, in the same memory: a leaf to differentiate by.
         dim: Along which dimension it is cut.
         number: Its number among all parameters.
-        processes: Those that hold its parts.
+        collectives: Communication between the ranks that hold its shards.
     """
 
     parameter: Tensor
     part: Tensor
     dim: int
     number: int
-    processes: Processes
+    collectives: CheckedCollectives
 
     def gather(self, part: Tensor) -> Tensor:
         """Return G·parts, in the shape of the parameter."""
         moved = part.detach().movedim(self.dim, 0)
-        full = self.processes.gather(moved, self.parameter.shape[self.dim], FIRST_PARAMETER + 2 * self.number)
+        full = self.collectives.gather(moved, self.parameter.shape[self.dim], FIRST_PARAMETER + 2 * self.number)
         return full.movedim(0, self.dim)
 
     def scatter_sum(self, full: Tensor) -> Tensor:
         """Return this process's part of Gᵀ·full, in the shape of the part."""
         moved = full.detach().movedim(self.dim, 0)
         rows = self.part.shape[self.dim]
-        return self.processes.scatter_sum(moved, rows, FIRST_PARAMETER + 2 * self.number + 1).movedim(0, self.dim)
+        return self.collectives.scatter_sum(moved, rows, FIRST_PARAMETER + 2 * self.number + 1).movedim(0, self.dim)
 
     def own(self, full: Tensor) -> Tensor:
         """Return this process's part of a tensor in the shape of the parameter."""
         size = self.parameter.shape[self.dim]
-        start = min(self.processes.rank * -(-size // self.processes.size), size)
+        start = min(self.collectives.rank * -(-size // self.collectives.size), size)
         return full.narrow(self.dim, start, self.part.shape[self.dim])
 
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_hesd.numerics.collectives import LOCAL, Collectives
 from lightning_hesd.numerics.derivatives.graphs import GraphFacts
-from lightning_hesd.numerics.devices import moved
 from lightning_hesd.numerics.inputs.tokens import ADVICE, IGNORED, TokenCount, find
 from lightning_hesd.spectra.validation import one_line
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_hesd.numerics.inputs.batches import Weigh, WeightedBatch
-    from lightning_hesd.numerics.inputs.parameter_sharding import AllReduce
     from lightning_hesd.numerics.inputs.tokens import Source
 
 MIN_DIFFERENCE = 1e-6
@@ -81,8 +80,7 @@ class Weighing:
         wanted: Weigh | None,
         batches: Sequence[WeightedBatch],
         loss: Callable[[WeightedBatch], Tensor],
-        all_reduce: AllReduce | None,
-        device: torch.device,
+        collectives: Collectives = LOCAL,
     ) -> None:
         """Prepare.
 
@@ -90,15 +88,13 @@ class Weighing:
             wanted: As for `hessian_spectrum`.
             batches: This process's share of the batches.
             loss: Mean loss of a batch.
-            all_reduce: Sums a tensor over all processes; None for a single one.
-            device: Where the sums are made.
+            collectives: Communication between the ranks that the batches are divided among.
         """
         self.is_settled = True
         self._wanted = wanted
         self._batches = batches
         self._loss = loss
-        self._all_reduce = all_reduce
-        self._device = device
+        self._collectives = collectives
         self._obstacle = ""
 
     def decide(self) -> TokenCount | None:
@@ -140,7 +136,7 @@ class Weighing:
             weigh = self._wanted if callable(self._wanted) else None
             return [replace(batch, weigh=weigh) for batch in self._batches]
         weights = [count(batch.data) for batch in self._batches]
-        if not self._total([math.fsum(weights)])[0]:
+        if not self._collectives.sum_values([math.fsum(weights)])[0]:
             msg = f"no batch has a token: there are no {count}."
             raise ValueError(msg)
         pairs = zip(self._batches, weights, strict=True)
@@ -150,13 +146,13 @@ class Weighing:
         """Return which entry tells the tokens, the same in the batches of all processes."""
         sources: tuple[Source, Source] = ("labels", "attention_mask")
         has = [sum(find(batch.data, source) is not None for batch in self._batches) for source in sources]
-        total, *found = self._total([len(self._batches), *has])
+        total, *found = self._collectives.sum_values([len(self._batches), *has])
         known = next(((s, count) for s, count in zip(sources, found, strict=True) if count), None)
         return known[0] if known is not None and known[1] == total else None
 
     def _is_mean_over_tokens(self, source: Source) -> bool:
         """Return whether the losses of parts make that of their batch if weighed by tokens, and not by samples."""
-        if source == "attention_mask" and self._all_reduce is not None:
+        if source == "attention_mask" and self._collectives.is_distributed:
             return False  # a loss of whole texts may compare those of all processes, and needs equally many of each
 
         def judge(found: _Parts) -> list[float]:
@@ -205,7 +201,7 @@ class Weighing:
         batches = sorted(self._batches, key=lambda batch: batch.num_samples)
         changed = [(batch, other) for batch in batches if (other := _with_other_first_labels(batch)) is not None]
         pair = next(iter(changed), None)
-        if not self._total([float(pair is not None)])[0]:
+        if not self._collectives.sum_values([float(pair is not None)])[0]:
             return [0.0, 0.0, 0.0]
 
         def tell() -> list[float]:
@@ -218,7 +214,7 @@ class Weighing:
             counts = abs(after.item() - before.item()) > 8 * torch.finfo(before.dtype).eps * abs(before.item())
             return [float(counts), float(not counts)]
 
-        return self._total(self._attempt(tell, 2))
+        return self._collectives.sum_values(self._attempt(tell, 2))
 
     def _votes_by_mask(self) -> list[float]:
         """Return in how many processes all values agree better with the loss, and in how many those after the first.
@@ -239,9 +235,9 @@ class Weighing:
     def _matters(self, source: Source) -> bool:
         """Return whether the weights of batches depend on whether first tokens count."""
         both = [[TokenCount(source, shifted=s)(batch.data) for s in (False, True)] for batch in self._batches]
-        every, after_first = self._total([math.fsum(pair[i] for pair in both) for i in (0, 1)])
+        every, after_first = self._collectives.sum_values([math.fsum(pair[i] for pair in both) for i in (0, 1)])
         unlike = any(not math.isclose(a * after_first, b * every, rel_tol=1e-12) for a, b in both)
-        return self._total([float(unlike)])[0] > 0
+        return self._collectives.sum_values([float(unlike)])[0] > 0
 
     def _check(self, count: TokenCount) -> None:
         """Warn if the loss is not the mean over these tokens, where that can be told."""
@@ -260,7 +256,7 @@ class Weighing:
         alike: losses may wait for those of other processes.
         """
         cut = self._uneven(source)
-        if not self._total([float(cut is not None)])[0]:
+        if not self._collectives.sum_values([float(cut is not None)])[0]:
             return None
 
         def compare() -> list[float]:
@@ -271,7 +267,7 @@ class Weighing:
                     self._loss(batch)
             return [0.0] * length
 
-        return self._total(self._attempt(compare, length))
+        return self._collectives.sum_values(self._attempt(compare, length))
 
     def _uneven(self, source: Source) -> tuple[WeightedBatch, int] | None:
         """Return the batch, and where to cut it in two, whose parts differ most in tokens per sample."""
@@ -304,13 +300,6 @@ class Weighing:
         except Exception as error:  # noqa: BLE001 - other processes wait; that of the whole batch fails again, later
             self._obstacle = f"{type(error).__name__}: {one_line(error)}"
             return [1.0, *[0.0] * length]
-
-    def _total(self, numbers: list[float]) -> list[float]:
-        """Return sums over all processes."""
-        if self._all_reduce is None:
-            return numbers
-        total: list[float] = self._all_reduce(moved(torch.tensor(numbers, dtype=torch.float64), self._device)).tolist()
-        return total
 
     def _warn(self, message: str) -> None:
         if any(batch.index == 0 for batch in self._batches):  # in one process
