@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.inputs.options import AnalysisOptions
     from lightning_hesd.numerics.inputs.parameter_sharding import AllReduce
-    from lightning_hesd.numerics.krylov.lanczos import Storage
+    from lightning_hesd.numerics.krylov.lanczos import Basis
 
 Report = Callable[[int, int], None]
 """Takes the steps done and the most there can be."""
@@ -236,7 +236,7 @@ def _estimate(
     started: float,
     tick: Callable[[], None] | None,
 ) -> list[Estimation]:
-    """Run the Lanczos processes of all blocks."""
+    """Run Lanczos on all blocks."""
     prepare_differences(operators)
     estimations = [Estimation(operator, options, plan, started) for operator in operators]
     run_together(estimations, tick)
@@ -270,7 +270,7 @@ def _plan(
     steps = min(options.steps, layout.space(parameters).dimension)
     device = parameters[0].device
 
-    def plan(basis: Literal["auto"] | Storage) -> MemoryPlan:
+    def plan(basis: Literal["auto"] | Basis) -> MemoryPlan:
         return plan_memory(
             [*module.parameters(), *module.buffers()],
             own_elements * dtype.itemsize,
@@ -286,9 +286,9 @@ def _plan(
     add = all_reduce or layout.all_reduce
     if add is None:
         return own
-    storages: list[Storage] = ["device", "cpu", "none"]
-    votes = add(torch.tensor([float(own.storage == s) for s in storages], device=device)).tolist()
-    agreed = plan([storage for storage, vote in zip(storages, votes, strict=True) if vote][-1])
+    choices: list[Basis] = ["device", "cpu", "none"]
+    votes = add(torch.tensor([float(own.basis == c) for c in choices], device=device)).tolist()
+    agreed = plan([choice for choice, vote in zip(choices, votes, strict=True) if vote][-1])
     # Processes that work together must keep the graphs of the same batches.
     return replace(agreed, graphs=-int(layout.largest(-agreed.graphs)))
 
