@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.analysis.evaluation import LossFunction
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.inputs.options import AnalysisOptions
-    from lightning_hesd.numerics.krylov.lanczos import Storage
+    from lightning_hesd.numerics.krylov.lanczos import Basis
 
 Report = Callable[[int, int], None]
 """Takes the steps done and the most there can be."""
@@ -238,7 +238,7 @@ def _estimate(
     started: float,
     tick: Callable[[], None] | None,
 ) -> list[Estimation]:
-    """Run the Lanczos processes of all blocks."""
+    """Run Lanczos on all blocks."""
     prepare_differences(operators)
     estimations = [Estimation(operator, options, plan, started) for operator in operators]
     run_together(estimations, tick)
@@ -272,7 +272,7 @@ def _plan(
     steps = min(options.steps, sharding.space(parameters).dimension)
     device = parameters[0].device
 
-    def plan(basis: Literal["auto"] | Storage) -> MemoryPlan:
+    def plan(basis: Literal["auto"] | Basis) -> MemoryPlan:
         return plan_memory(
             [*module.parameters(), *module.buffers()],
             own_elements * dtype.itemsize,
@@ -285,9 +285,9 @@ def _plan(
         )
 
     own = plan(options.basis)
-    storages: list[Storage] = ["device", "cpu", "none"]
-    leanest = storages[round(sharding.collectives.max(collectives.max(storages.index(own.storage))))]
-    agreed = own if leanest == own.storage else plan(leanest)
+    choices: list[Basis] = ["device", "cpu", "none"]
+    leanest = choices[round(sharding.collectives.max(collectives.max(choices.index(own.basis))))]
+    agreed = own if leanest == own.basis else plan(leanest)
     # Ranks that evaluate every batch together must keep the graphs of the same batches.
     return replace(agreed, graphs=-int(sharding.collectives.max(-agreed.graphs)))
 

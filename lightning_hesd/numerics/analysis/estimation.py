@@ -12,7 +12,8 @@ import torch
 
 from lightning_hesd.numerics.analysis.sampling_error import SamplingError, sampling_error
 from lightning_hesd.numerics.isolation.modes import name_of_mode
-from lightning_hesd.numerics.krylov.lanczos import Lanczos, NonFiniteProductError, advance, eigen, gauss_quadrature
+from lightning_hesd.numerics.krylov.lanczos import Lanczos, NonFiniteProductError
+from lightning_hesd.numerics.krylov.ritz import gauss_quadrature, tridiagonal_eigh
 from lightning_hesd.numerics.operators.operator import joint_products
 from lightning_hesd.spectra import criteria, quadrature
 from lightning_hesd.spectra.spectrum import MIN_SCALE, Spectrum
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_hesd.numerics.inputs.options import AnalysisOptions, Probe
-    from lightning_hesd.numerics.krylov.lanczos import Process
     from lightning_hesd.numerics.operators.memory import MemoryPlan
     from lightning_hesd.numerics.operators.operator import CurvatureOperator
 
@@ -69,27 +69,41 @@ class Estimation:
         self._next_look = 0
         self._last_look = (0, math.inf)  # steps, and the log of how many times too large the error was
         self._squared_weight_norm = operator.squared_weight_norm()
+        self._generator = torch.Generator().manual_seed(options.seed)
+        self._start_run()
 
-    def process(self) -> Process:
-        """Run the Lanczos processes of all probes.
-
-        Yields:
-            Vectors, whose products it must be sent.
-        """
+    def _start_run(self) -> None:
+        """Start the Lanczos run of the next probe."""
         options, operator = self._options, self.operator
-        stop = None if options.tolerance is None else self._is_accurate
-        generator = torch.Generator().manual_seed(options.seed)
-        for _ in range(options.probes):
-            run = Lanczos(
-                operator.matvec,
-                _start_vector(operator, generator, options.probe),  # unnamed: nobody else keeps it
-                options.steps,
-                storage=self._plan.storage,
-                space=operator.space,
-            )
-            self._runs.append(run)
-            self._next_look, self._last_look = 0, (0, math.inf)
-            yield from run.process(stop)
+        run = Lanczos(
+            operator.matvec,
+            _start_vector(operator, self._generator, options.probe),  # without a name, so that its memory is freed
+            options.steps,
+            basis=self._plan.basis,
+            space=operator.space,
+        )
+        self._runs.append(run)
+        self._next_look, self._last_look = 0, (0, math.inf)
+
+    @property
+    def vector(self) -> Tensor:
+        """The vector whose product comes next, shape (n,)."""
+        return self._runs[-1].vector
+
+    def update(self, product: Tensor) -> bool:
+        """Take one Lanczos step, and return whether the runs of all probes have ended.
+
+        Args:
+            product: Hv of `vector`, shape (n,).
+        """
+        run = self._runs[-1]
+        wants_accuracy = self._options.tolerance is not None
+        if not run.update(product) and not (wants_accuracy and run.may_stop and self._is_accurate()):
+            return False
+        if len(self._runs) == self._options.probes:
+            return True
+        self._start_run()
+        return False
 
     def finish(self, cost: float | None) -> None:
         """Find out what is to be known once the processes have ended.
@@ -178,7 +192,7 @@ class Estimation:
             mode=name_of_mode(options.mode),
             strategy=mean.maker.strategy,
             strategy_reason=mean.maker.reason,
-            basis=plan.storage,
+            basis=plan.basis,
             predicted_memory=plan.predicted(mean.maker.graph_bytes),
             confidence=options.confidence,
             tolerance=options.tolerance,
@@ -201,7 +215,7 @@ class Estimation:
             ValueError: If the process found fewer.
         """
         run = self._runs[0]
-        values, coefficients = eigen(run.alphas, run.betas)
+        values, coefficients = tridiagonal_eigh(run.alphas, run.betas)
         if len(values) < count:
             msg = (
                 f"Lanczos found {len(values)} eigenvalues in {len(run.alphas)} steps, fewer than the {count} asked for."
@@ -223,19 +237,18 @@ def run_together(estimations: Sequence[Estimation], tick: Callable[[], None] | N
         ArithmeticError: If a product is NaN or infinite; the message names the batch.
         ValueError: If the samples cannot be cut into groups for the sampling error.
     """
-    processes = [estimation.process() for estimation in estimations]
-    pending = {index: next(process) for index, process in enumerate(processes)}
+    pending = list(estimations)
     while pending:
-        products = joint_products([estimations[index].operator for index in pending], list(pending.values()))
-        for index, product in zip(list(pending), products, strict=True):
+        products = joint_products([e.operator for e in pending], [e.vector for e in pending])
+        running = []
+        for estimation, product in zip(pending, products, strict=True):
             try:
-                vector = advance(processes[index], product)
+                has_ended = estimation.update(product)
             except NonFiniteProductError as error:
-                raise estimations[index].operator.explain_non_finite(error.vector) from None
-            if vector is None:
-                del pending[index]
-            else:
-                pending[index] = vector
+                raise estimation.operator.explain_non_finite(error.vector) from None
+            if not has_ended:
+                running.append(estimation)
+        pending = running
         if tick is not None:
             tick()
     cost = estimations[0].operator.mean.gradient_equivalents() if len(estimations) == 1 else None

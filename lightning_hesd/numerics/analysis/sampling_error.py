@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lightning_hesd.numerics.devices import finest_dtype
-from lightning_hesd.numerics.krylov.lanczos import eigen
+from lightning_hesd.numerics.krylov.ritz import tridiagonal_eigh
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -145,7 +145,7 @@ def samples_needed(num_samples: float, allowed: float, error: float, bias: float
 
 
 def _ends(runs: Sequence[Lanczos]) -> tuple[_End, _End]:
-    pairs = [(run, *eigen(run.alphas, run.betas)) for run in runs]
+    pairs = [(run, *tridiagonal_eigh(run.alphas, run.betas)) for run in runs]
     lowest = min(pairs, key=lambda pair: float(pair[1][0]))
     highest = max(pairs, key=lambda pair: float(pair[1][-1]))
     return _End(*lowest, position=0), _End(*highest, position=len(highest[1]) - 1)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_hesd import Spectrum, hessian_spectrum
-from tests import spectra
+from tests import example_spectra as spectra
 
 TRAINED_LIKE = ("few outliers on a narrow bulk", "lone small negative", "geometric", "rank deficient")
 INIT_LIKE = ("semicircle", "symmetric")
