@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks import networks
 from benchmarks.isolation import PeakMemory
 from lightning_hesd.commands.cost import Machine, Workload, analysis_cost, measured_bandwidth
-from lightning_hesd.numerics.analysis.api import analysis_options
 from lightning_hesd.numerics.analysis.engine import analyze
 from lightning_hesd.numerics.collectives import DistributedCollectives
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_hesd.numerics.analysis.api import analysis_options
 from lightning_hesd.numerics.analysis.engine import estimated
+from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.inputs.parameters import select_parameters
 from lightning_hesd.sample_size.sample_losses import mean_loss, read_batches
 from lightning_hesd.spectra.checks import check_count

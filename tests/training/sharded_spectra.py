@@ -23,11 +23,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from lightning_hesd import Spectrum, hessian_spectrum
-from lightning_hesd.numerics.analysis.api import analysis_options
 from lightning_hesd.numerics.analysis.engine import analyze
 from lightning_hesd.numerics.distributed.fully_sharded import FullySharded
 from lightning_hesd.numerics.distributed.gathering import CheckedCollectives
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.inputs.options import analysis_options
 from tests.meter import CountingMeter
 
 Batch = tuple[Tensor, Tensor]

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_hesd import hessian_spectrum, layer_spectra
-from lightning_hesd.numerics.analysis.api import analysis_options
 from lightning_hesd.numerics.analysis.engine import analyze
 from lightning_hesd.numerics.analysis.evaluation import Evaluator
 from lightning_hesd.numerics.derivatives import fast_derivatives
 from lightning_hesd.numerics.derivatives.replacements import Replacements
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
 from lightning_hesd.numerics.isolation.exact_mode import analysis_state
 from tests.ranks import StandIn

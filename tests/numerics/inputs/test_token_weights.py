@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_hesd import hessian_spectrum
-from lightning_hesd.numerics.analysis.api import analysis_options
 from lightning_hesd.numerics.collectives import LOCAL, Collectives
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.inputs.token_weights import Weighing
 from lightning_hesd.numerics.inputs.tokens import TokenCount
 from tests.ranks import in_threads

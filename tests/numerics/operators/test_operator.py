@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_hesd.numerics.analysis.api import analysis_options, layer_spectra
+from lightning_hesd.numerics.analysis.api import layer_spectra
 from lightning_hesd.numerics.analysis.engine import analyze, analyze_layers
 from lightning_hesd.numerics.collectives import LOCAL, AnotherRankFailedError, Collectives, DistributedCollectives
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.operators.curvature import HessianMatrix
 from lightning_hesd.numerics.operators.operator import CurvatureOperator
 from lightning_hesd.numerics.operators.risk_operator import SampleMean
