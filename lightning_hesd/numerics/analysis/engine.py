@@ -7,43 +7,33 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
-import torch
 from typing_extensions import Unpack
 
 from lightning_hesd.numerics.analysis.estimation import Estimation, run_together
-from lightning_hesd.numerics.analysis.evaluation import Evaluator
+from lightning_hesd.numerics.analysis.preparation import opened_operators
 from lightning_hesd.numerics.collectives import LOCAL, Collectives
-from lightning_hesd.numerics.devices import finest_dtype
 from lightning_hesd.numerics.inputs.blocks import Layers, blocks
-from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
-from lightning_hesd.numerics.inputs.parameters import inverse_root, select_parameters, vector_dtype
-from lightning_hesd.numerics.inputs.token_weights import Weighing
-from lightning_hesd.numerics.isolation.exact_mode import analysis_state
+from lightning_hesd.numerics.inputs.parameters import select_parameters
 from lightning_hesd.numerics.isolation.modes import name_of_mode
-from lightning_hesd.numerics.operators.memory import MemoryPlan, plan_memory
 from lightning_hesd.numerics.operators.operator import CurvatureOperator, prepare_differences
-from lightning_hesd.numerics.operators.risk_operator import SampleMean
-from lightning_hesd.numerics.operators.strategies import AnalysisCache
 from lightning_hesd.numerics.operators.verification import WrongDerivativeError
 from lightning_hesd.spectra.spectrum import Spectrum
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from lightning_hesd.numerics.analysis.evaluation import LossFunction
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.inputs.options import AnalysisOptions
-    from lightning_hesd.numerics.krylov.lanczos import Basis
+    from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
+    from lightning_hesd.numerics.operators.memory import MemoryPlan
+    from lightning_hesd.numerics.operators.strategies import AnalysisCache
 
 Report = Callable[[int, int], None]
 """Takes the steps done and the most there can be."""
-
-SCALING_VECTORS = 3
-"""What a preconditioner adds to the vectors: the scale, and what is scaled before and after a product."""
 
 
 class Context(TypedDict, total=False):
@@ -164,71 +154,27 @@ def estimated(
         The processes of each block, in the state in which products are possible.
     """
     started = time.perf_counter()
-    sharding = sharding or ParameterSharding()
-    sharding.check(
-        groups=options.wants_sampling_error,
-        scaled=options.preconditioner is not None,
-        weighed=options.batch_weight == "tokens",
+    prepared = opened_operators(
+        module,
+        batches,
+        loss_fn,
+        options,
+        parts,
+        collectives=collectives,
+        sharding=sharding,
+        processes=processes,
+        cache=cache,
+        reason=reason,
+        state=state,
     )
-    analysed = [p for part in parts for p in part]
-    parameters = sharding.local_shards(analysed)
-    ends = list(itertools.accumulate(len(part) for part in parts))
-    ranges = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
-    dtype = options.dtype or vector_dtype(parameters)
-    device = parameters[0].device
-    _check_dtype(dtype, device)
-    plan = _plan(
-        module, parameters, dtype, options=options, sharding=sharding, collectives=collectives, processes=processes
-    )
-
-    with analysis_state(module, options.mode, analysed, state) as isolation, sharding.full_parameters(module):
-        joint = sharding.joint_batches(batches)
-        is_alone = not collectives.is_distributed and not sharding.is_sharded
-        evaluator = Evaluator(module, loss_fn, options, sharding, isolation, batches=joint if is_alone else None)
-        if not sharding.is_sharded:
-            cache = cache or AnalysisCache()
-            joint = _weighed(Weighing(options.batch_weight, joint, evaluator.loss, collectives), cache)
-        mean = SampleMean(
-            evaluator.matrix(parameters, ranges),
-            joint,
-            strategy=options.strategy,
-            dtype=dtype,
-            collectives=collectives,
-            graph_memory=plan.graphs,
-            cache=cache,
-            sharding=sharding,
-        )
-        if reason is not None:
-            mean.maker.reason = reason if options.strategy != "auto" else f"{mean.maker.reason}; {reason}"
-        mean.verify(evaluator.in_finest if not sharding.is_sharded else None)
-        operators = [
-            CurvatureOperator(mean, block, inverse_root(module, part, options.preconditioner, dtype))
-            for block, part in zip(ranges, parts, strict=True)
-        ]
+    with prepared as (operators, plan):
+        mean = operators[0].mean
         tick = None if report is None else _counting(report, options.probes * options.steps)
         estimations = _estimate(operators, options, plan, started, tick)
         if mean.is_exact and (words := _asymmetric(estimations)) is not None:
             mean.refute(words)
             estimations = _estimate(operators, options, plan, started, tick)
         yield estimations
-
-
-def _weighed(weighing: Weighing, cache: AnalysisCache) -> list[WeightedBatch]:
-    """Weigh the batches, as in earlier analyses if there were any."""
-    count = cache.count if cache.is_weighed else weighing.decide()
-    cache.count, cache.is_weighed = count, cache.is_weighed or weighing.is_settled
-    return weighing.apply(count)
-
-
-def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse vectors in a type that the device does not have.
-
-    Raises:
-        ValueError: If these are such.
-    """
-    if dtype is torch.float64 and finest_dtype(device) is not torch.float64:
-        msg = f"`dtype=torch.float64` is not available on the device of the parameters, {device}: leave it None."
-        raise ValueError(msg)
 
 
 def _estimate(
@@ -255,41 +201,6 @@ def _asymmetric(estimations: Sequence[Estimation]) -> str | None:
         f"products by differentiating twice are not those of a symmetric matrix: {worst.asymmetry:.2g} of their size "
         f"is asymmetric, and rounding explains {limit:.1g} at most: a second derivative is wrong"
     )
-
-
-def _plan(
-    module: nn.Module,
-    parameters: Sequence[Tensor],
-    dtype: torch.dtype,
-    *,
-    options: AnalysisOptions,
-    sharding: ParameterSharding,
-    collectives: Collectives,
-    processes: int,
-) -> MemoryPlan:
-    """Plan the memory, with the same storage in every process: the leanest that one of them needs."""
-    own_elements = sum(p.numel() for p in parameters)
-    steps = min(options.steps, sharding.space(parameters).dimension)
-    device = parameters[0].device
-
-    def plan(basis: Literal["auto"] | Basis) -> MemoryPlan:
-        return plan_memory(
-            [*module.parameters(), *module.buffers()],
-            own_elements * dtype.itemsize,
-            steps,
-            basis=basis,
-            device=device,
-            budget=options.memory_budget,
-            processes=processes,
-            more_vectors=0 if options.preconditioner is None else SCALING_VECTORS,
-        )
-
-    own = plan(options.basis)
-    choices: list[Basis] = ["device", "cpu", "none"]
-    leanest = choices[round(sharding.collectives.max(collectives.max(choices.index(own.basis))))]
-    agreed = own if leanest == own.basis else plan(leanest)
-    # Ranks that evaluate every batch together must keep the graphs of the same batches.
-    return replace(agreed, graphs=-int(sharding.collectives.max(-agreed.graphs)))
 
 
 def _counting(report: Report, total: int) -> Callable[[], None]:
