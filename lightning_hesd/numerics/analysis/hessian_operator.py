@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_hesd.numerics.analysis.api import analysis_options
 from lightning_hesd.numerics.analysis.preparation import opened_operators
 from lightning_hesd.numerics.inputs.batches import weighted_batches
+from lightning_hesd.numerics.inputs.options import AnalysisOptions
 from lightning_hesd.numerics.inputs.parameters import select_parameters, vector_dtype
 from lightning_hesd.numerics.isolation.snapshot import restore_state
 from lightning_hesd.numerics.operators.operator import CurvatureOperator, prepare_differences
@@ -93,7 +93,7 @@ class HessianOperator:
         memory_budget: int | None = None,
         preconditioner: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self._options = options = analysis_options(
+        self._options = options = AnalysisOptions(
             matrix=matrix,
             output_fn=output_fn,
             output_loss=output_loss,

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from lightning_hesd.numerics.distributed.checked_collectives import CheckedCollectives
+    from lightning_hesd.numerics.inputs.options import AnalysisOptions
     from lightning_hesd.numerics.krylov.vectors import VectorSpace
 
 
@@ -94,22 +95,22 @@ class FullySharded(ParameterSharding):
         self._checked: set[int] = set()  # indices of batches
 
     @override
-    def check(self, *, groups: bool, scaled: bool, weighed: bool) -> None:
+    def check(self, options: AnalysisOptions) -> None:
         """Refuse options that are not available for sharded parameters.
 
         Raises:
             ValueError: If an option is not available.
         """
-        if groups:
+        if options.wants_sampling_error:
             msg = (
                 "sampling errors are not available for sharded parameters: leave out `sampling_error=True`, "
                 "`tolerance='auto'` and `num_samples='auto'`."
             )
             raise ValueError(msg)
-        if scaled:
+        if options.preconditioner is not None:
             msg = "`preconditioner` is not available for sharded parameters: leave it out."
             raise ValueError(msg)
-        if weighed:
+        if options.batch_weight == "tokens":
             msg = (
                 '`batch_weight="tokens"` is not available for sharded parameters: pass a function of the batch, such '
                 f"as `{ADVICE}`."
