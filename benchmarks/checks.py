@@ -14,10 +14,10 @@ from unittest import mock
 
 from benchmarks.problems import RECIPES, load, loss
 from benchmarks.tables import tabulate
-from lightning_hesd.numerics.analysis.api import analysis_options
 from lightning_hesd.numerics.analysis.engine import analyze
 from lightning_hesd.numerics.derivatives.graphs import GraphFacts
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.krylov import lanczos
 from lightning_hesd.numerics.operators import risk_operator
 from lightning_hesd.numerics.operators.strategies import AnalysisCache

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PARTS: dict[str, list[Callable[..., Any]]] = {
     "products": [SampleMean.product],
-    "orthogonalisation": [Lanczos._keep, Lanczos._reorthogonalize],  # noqa: SLF001
+    "orthogonalisation": [Lanczos._reorthogonalize],  # noqa: SLF001
     "interval": [Estimation._is_accurate],  # noqa: SLF001
     "graphs": [SampleMean.__init__],
     "a gradient": [SampleMean.gradient_equivalents],

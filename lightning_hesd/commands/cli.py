@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import logging
 import re
@@ -25,11 +24,11 @@ from lightning_hesd.commands.posthoc import PosthocAnalysis, sample_size
 from lightning_hesd.commands.project import Blueprint, CheckpointError, Project, imported
 from lightning_hesd.commands.report import write_report
 from lightning_hesd.commands.results import RESULTS, Results, ResultsError, Row, candidates, draw, picked, table_line
-from lightning_hesd.numerics.analysis.api import analysis_options, hessian_spectrum
+from lightning_hesd.numerics.inputs.options import AnalysisOptions
 from lightning_hesd.sample_size.recommendation import Stability, pilot_options, recommend_sample_size
 from lightning_hesd.spectra.assessment import assess_generalization
 from lightning_hesd.spectra.spectrum import Spectrum
-from lightning_hesd.training.compat.internals import is_first_process
+from lightning_hesd.training.compat.collectives import is_first_rank
 from lightning_hesd.training.compat.namespaces import FABRIC, PYTORCH, lightning_types
 from lightning_hesd.training.loss_mode import AnalysisMode
 
@@ -42,8 +41,7 @@ WIDTH_OF_FILES = 240
 """Characters in a line of a table that goes to a file or another program."""
 
 NOT_OF_THE_COMMAND_LINE: set[str | int] = {
-    *("module", "batches", "loss_fn", "batch_weight", "matrix", "output_fn", "output_loss", "parameters"),
-    *("dtype", "preconditioner"),
+    *("batch_weight", "matrix", "output_fn", "output_loss", "parameters", "dtype", "preconditioner"),
 }
 MODE = "Mode of the module, as for HessianSpectrumCallback; 'auto' goes on with what the run chose."
 BATCH_WEIGHT = "'tokens', or a function batch -> its weight, as package.function; default: its samples."
@@ -102,7 +100,7 @@ def _parser() -> OneLineParser:
     sub.add_argument(
         "--out", type=Path, default=Path("hesd"), help="Folder of the results; an interrupted run goes on."
     )
-    sub.add_function_arguments(hessian_spectrum, "analysis", skip={*NOT_OF_THE_COMMAND_LINE, "mode"})
+    sub.add_class_arguments(AnalysisOptions, "analysis", skip={*NOT_OF_THE_COMMAND_LINE, "mode"})
     sub.add_argument("--analysis.mode", type=AnalysisMode, default="auto", help=MODE)
     sub.add_argument("--analysis.batch_weight", type=str | None, help=BATCH_WEIGHT)
     commands.add_subcommand("analyze", sub, help="analyse checkpoints")
@@ -229,8 +227,13 @@ def ask_sample_size(config: Namespace) -> None:
     """Print how many samples are enough at each checkpoint, and why."""
     project = _project(config)
     stability = Stability(config.tolerance, config.loss_tolerance)
-    names = [name for name in inspect.signature(pilot_options).parameters if name != "mode"]
-    options = pilot_options(**{name: config[name] for name in names}, mode="eval")  # which the mode replaces
+    options = pilot_options(
+        steps=config.steps,
+        seed=config.seed,
+        strategy=config.strategy,
+        confidence=config.confidence,
+        mode="eval",  # which the mode replaces
+    )
     for path in _checkpoints(config.checkpoints).values():
         with _without_advice():
             found = sample_size(project, path, stability, options, config.mode)
@@ -275,7 +278,7 @@ def analyze(config: Namespace) -> None:
     analysis = _analysis(config)
     paths = _checkpoints(config.checkpoints)
     store = Results(config.out, _plain(config))
-    writes = is_first_process()  # all processes run this command, with Lightning or torchrun to start them
+    writes = is_first_rank()  # all processes run this command, with Lightning or torchrun to start them
     rows: list[Row] = []
     for number, (name, path) in enumerate(paths.items(), start=1):
         record = store.known(name, path)
@@ -326,7 +329,7 @@ def _analysis(config: Namespace) -> PosthocAnalysis:
         options["batch_weight"] = imported(options["batch_weight"])
     return PosthocAnalysis(
         replace(_project(config), devices=config.devices, num_nodes=config.num_nodes, strategy=config.strategy),
-        analysis_options(**options),
+        AnalysisOptions(**options),
         generalization,
         config.through_optimizer,
         config.analysis.mode,

@@ -26,7 +26,7 @@ from lightning_hesd.spectra.validation import (
     optional,
 )
 from lightning_hesd.training.analyzer import TrainerAnalyzer
-from lightning_hesd.training.callback import HessianSpectrumCallback
+from lightning_hesd.training.callback import DEFAULT_NUM_SAMPLES, HessianSpectrumCallback
 from lightning_hesd.training.compat.namespaces import lightning_types, namespace_of
 from lightning_hesd.training.loss import check_loss_source
 from lightning_hesd.training.samples.run_samples import check_samples
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.analysis.evaluation import LossFunction
     from lightning_hesd.numerics.inputs.options import AnalysisOptions
     from lightning_hesd.training.loss_mode import AnalysisMode
-
-DEFAULT_NUM_SAMPLES: int = inspect.signature(HessianSpectrumCallback).parameters["num_samples"].default
 
 Result = TypeVar("Result")
 Checkpoint = dict[str, Any]

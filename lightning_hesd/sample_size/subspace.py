@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_hesd.numerics.analysis.api import analysis_options
 from lightning_hesd.numerics.devices import finest_dtype, in_float64
+from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.inputs.parameters import select_parameters
 from lightning_hesd.numerics.isolation.exact_mode import analysis_state
 from lightning_hesd.plotting import NEGATIVE, POSITIVE, place_legend, settling_axes

@@ -178,7 +178,7 @@ def spectrum_bounds(
         The lower bound, at most the smallest node, and the upper bound, at least the largest.
 
     Example:
-        >>> from lightning_hesd.numerics.krylov.lanczos import gauss_quadrature
+        >>> from lightning_hesd.numerics.krylov.ritz import gauss_quadrature
         >>> low, high = spectrum_bounds(*stack_rules([gauss_quadrature([0.0, 0.0], [1.0, 1e-6])]), 100, 0.05)
         >>> -1.0001 < low < -1 and 1 < high < 1.0001
         True

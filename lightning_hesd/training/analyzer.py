@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from lightning_hesd.numerics.analysis.engine import analyze, analyze_layers
 from lightning_hesd.numerics.analysis.retry import retry_on_oom
 from lightning_hesd.numerics.analysis.sampling_error import samples_needed
+from lightning_hesd.numerics.collectives import LOCAL
 from lightning_hesd.numerics.inputs.portable import Portable
 from lightning_hesd.numerics.isolation.modes import name_of_mode
 from lightning_hesd.numerics.isolation.snapshot import restore_state, seed_everything
@@ -18,6 +19,7 @@ from lightning_hesd.numerics.operators.strategies import AnalysisCache
 from lightning_hesd.sample_size.recommendation import find_sample_size
 from lightning_hesd.spectra.validation import one_line
 from lightning_hesd.training.compat import internals
+from lightning_hesd.training.compat.collectives import collectives_of, parameter_sharding_of
 from lightning_hesd.training.isolation.isolation import Isolation
 from lightning_hesd.training.isolation.surroundings import DisturbedTrainingError, some_of
 from lightning_hesd.training.loss import make_loss_fn
@@ -215,7 +217,7 @@ class TrainerAnalyzer:
                 raise
             of_weights = isinstance(error, ArithmeticError | DisturbedTrainingError)  # a loss that is NaN, for example
             says_nothing_of_samples = of_weights or is_out_of_memory(error)
-            if internals.anywhere(trainer, says_nothing_of_samples):
+            if collectives_of(trainer).any(says_nothing_of_samples):
                 raise
             self.release()
             self.prepare(trainer)
@@ -239,13 +241,13 @@ class TrainerAnalyzer:
         options: AnalysisOptions,
     ) -> Result:
         internals.check_strategy(trainer)
-        internals.together(trainer, self._check_harmless)
-        all_reduce = None if internals.is_sharded(trainer) else internals.make_all_reduce(trainer)
+        ranks = collectives_of(trainer)
+        ranks.run_together(self._check_harmless)
         samples = self.draw(trainer)
         with self._isolation.around(trainer, pl_module) as evaluating:
             with restore_state(pl_module):  # its transfer hooks may leave traces, as `training_step` may
                 transfer = partial(self._transfer, trainer, pl_module, samples.batches, evaluating)
-                batches = list(samples.batches) if samples.transferred else internals.together(trainer, transfer)
+                batches = list(samples.batches) if samples.transferred else ranks.run_together(transfer)
             make_loss = partial(make_loss_fn, trainer, self._loss_fn)
             loss = AnalyzedLoss(trainer, pl_module, batches, make_loss, options, evaluating)
             setting = self.mode.settle(loss)
@@ -260,25 +262,27 @@ class TrainerAnalyzer:
             cache = self._caches[kind]
 
             def analysis(options: AnalysisOptions, reason: str | None) -> Result:
-                with internals.opened_layout(trainer, pl_module) as layout:
-                    return work(
-                        pl_module,
-                        batches,
-                        loss_fn,
-                        options=options,
-                        all_reduce=all_reduce,
-                        layout=layout,
-                        report=report,
-                        cache=cache,
-                        processes=trainer.num_devices,
-                        reason=reason,
-                    )
+                sharding = parameter_sharding_of(trainer, pl_module)
+                run = partial(
+                    work,
+                    pl_module,
+                    batches,
+                    loss_fn,
+                    options=options,
+                    collectives=LOCAL if sharding.is_sharded else ranks,
+                    sharding=sharding,
+                    report=report,
+                    cache=cache,
+                    processes=trainer.num_devices,
+                    reason=reason,
+                )
+                return sharding.collectives.run_together(run)
 
             def attempt(options: AnalysisOptions, reason: str | None) -> Result:
-                return internals.together(trainer, lambda: analysis(options, reason))
+                return ranks.run_together(partial(analysis, options, reason))
 
-            result = retry_on_oom(attempt, options, cache, partial(internals.anywhere, trainer))
-        return trainer.strategy.broadcast(result)
+            result = retry_on_oom(attempt, options, cache, ranks)
+        return ranks.broadcast(result)
 
     def _transfer(
         self,

@@ -8,7 +8,7 @@ import itertools
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_hesd.numerics.analysis.api import analysis_options
+from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.inputs.portable import Portable, deep_copied
 from lightning_hesd.numerics.operators.verification import WrongDerivativeError
 from lightning_hesd.spectra.checks import check_count
@@ -48,6 +48,9 @@ if TYPE_CHECKING:
     from lightning_hesd.training.history import OnError
     from lightning_hesd.training.loss_mode import AnalysisMode
     from lightning_hesd.training.recorder import Preconditioning
+
+DEFAULT_NUM_SAMPLES = 512
+"""Samples of an analysis unless the user says otherwise."""
 
 FAULTS_OF_THE_LOSS = (DisturbedTrainingError, WrongDerivativeError)
 """Failures that every later analysis of the same loss will most likely repeat, so that a run warns once of each."""
@@ -105,7 +108,7 @@ class HessianSpectrumCallback(SpectrumSource):
         verbose: Print a line after each analysis, and at the end of `fit`, also an interrupted one, a table of them
             with what the rules pick.
         name: Prefix of metrics and state, and name of the folder of spectra; two callbacks in one Trainer need two.
-        **analysis: Options of `hessian_spectrum`: steps, probes, seed, tolerance, ...
+        **analysis: Options of `hessian_spectrum`, which `AnalysisOptions` explains: steps, probes, seed, tolerance, ...
 
     A library may train with a deep copy of this callback. Each copy begins a history of its own when it trains;
     the callback that it was copied from shows the same records and picks (`history`, `checkpoint.best_model_path`, ...)
@@ -136,7 +139,7 @@ class HessianSpectrumCallback(SpectrumSource):
         epochs: Collection[int] | None = None,
         every_n_train_steps: int | None = None,
         at_start: bool = False,
-        num_samples: int | Literal["auto"] = 512,
+        num_samples: int | Literal["auto"] = DEFAULT_NUM_SAMPLES,
         batch_size: int | None = None,
         # Of DataLoader[Any], LightningCLI would find subclasses, but not the arguments they take.
         dataloader: DataLoader | Iterable[Any] | None = None,  # type: ignore[type-arg]

@@ -220,7 +220,7 @@ class SpectrumSource(Callback):
         """Hear from a HessianCheckpoint what it makes of the latest record."""
 
 
-def raises_anywhere(trainer: pl.Trainer) -> bool:
+def any_source_raises(trainer: pl.Trainer) -> bool:
     """Return whether a callback of the Trainer that makes records is to raise."""
     sources = [callback for callback in callbacks_of(trainer) if isinstance(callback, SpectrumSource)]
     return any(source.on_error == "raise" for source in sources)

@@ -25,6 +25,7 @@ from lightning_hesd.numerics.isolation.snapshot import restore_state
 from lightning_hesd.numerics.operators.memory import is_out_of_memory
 from lightning_hesd.spectra.validation import first_invalid_field, one_line, text
 from lightning_hesd.training.compat import internals
+from lightning_hesd.training.compat.collectives import collectives_of, parameter_sharding_of
 from lightning_hesd.training.isolation.surroundings import DisturbedTrainingError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from lightning_hesd.numerics.analysis.evaluation import LossFunction
     from lightning_hesd.numerics.analysis.mode_comparison import Difference, Evaluated
+    from lightning_hesd.numerics.collectives import Collectives
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.inputs.options import AnalysisOptions
     from lightning_hesd.numerics.isolation.modes import Mode, ModeName
@@ -95,6 +97,11 @@ class AnalyzedLoss:
     options: AnalysisOptions
     evaluating: Evaluating
 
+    @property
+    def collectives(self) -> Collectives:
+        """Communication between all ranks."""
+        return collectives_of(self.trainer)
+
     def setting(self, mode: ModeName) -> Setting:
         """Return the setting for a mode."""
         if mode == "eval":
@@ -129,7 +136,7 @@ class AnalyzedLoss:
         return modes
 
     def evaluate(self, mode: Choice, **changes: Any) -> Evaluated:
-        """Evaluate loss and gradient in a mode, in all processes together; they fail together, too.
+        """Evaluate loss and gradient in a mode, on all ranks together; if it fails on one, it fails on all.
 
         Args:
             mode: The mode.
@@ -139,12 +146,14 @@ class AnalyzedLoss:
         def work() -> Evaluated:
             setting = self.setting(mode)
             options = replace(self.options, mode=setting.mode, **changes)
-            alone = self.trainer.world_size == 1
-            with internals.opened_layout(self.trainer, self.module) as layout:
-                loss_fn = self.make_loss(setting.evaluating)
-                return evaluated(self.module, self.batches, loss_fn, options, layout, alone=alone)
+            loss_fn = self.make_loss(setting.evaluating)
+            sharding = parameter_sharding_of(self.trainer, self.module)
+            return sharding.collectives.run_together(
+                lambda: evaluated(self.module, self.batches, loss_fn, options, sharding, alone=not ranks.is_distributed)
+            )
 
-        return internals.together(self.trainer, work)
+        ranks = self.collectives
+        return ranks.run_together(work)
 
     def attempt(self, mode: Choice) -> Evaluated | str:
         """Evaluate loss and gradient in a mode, or return why they cannot be had in it.
@@ -156,18 +165,18 @@ class AnalyzedLoss:
         try:
             return self.evaluate(mode)
         except Exception as error:
-            # Every process must ask both.
-            if internals.anywhere(self.trainer, is_out_of_memory(error)):
+            # Every rank must ask both.
+            if self.collectives.any(is_out_of_memory(error)):
                 raise _Undecided from error
-            if internals.anywhere(self.trainer, isinstance(error, DisturbedTrainingError)):
+            if self.collectives.any(isinstance(error, DisturbedTrainingError)):
                 raise
             return one_line(error)
 
     def compare(self, first: Evaluated, second: Evaluated) -> Difference:
-        """Compare two evaluations, over all processes."""
-        with internals.opened_layout(self.trainer, self.module) as layout:
-            space = gradient_space(self.module, self.options, layout)
-            return difference(first, second, space, partial(internals.added_up, self.trainer))
+        """Compare two evaluations, over all ranks."""
+        sharding = parameter_sharding_of(self.trainer, self.module)
+        space = gradient_space(self.module, self.options, sharding)
+        return sharding.collectives.run_together(lambda: difference(first, second, space, self.collectives))
 
 
 class LossMode:
@@ -249,7 +258,7 @@ class LossMode:
                     self.chosen, self.reason = self._choose(loss)
                     self._reported.clear()
             mode = self.chosen or "eval"
-        return internals.together(loss.trainer, partial(loss.setting, mode))
+        return loss.collectives.run_together(partial(loss.setting, mode))
 
     def _choose(self, loss: AnalyzedLoss) -> tuple[Choice, str]:
         """Choose, and say so where it matters.
@@ -299,7 +308,7 @@ class LossMode:
         """Say what training itself reported, if it did."""
         losses = [parts * loss.item() for loss, parts in self._reported]  # divided by gradient accumulation
         losses = [loss for loss in losses if math.isfinite(loss)]
-        total, count = internals.added_up(trainer, lambda: [math.fsum(losses), float(len(losses))])
+        total, count = collectives_of(trainer).sum_values([math.fsum(losses), float(len(losses))])
         if not count:
             return ""
         return f"; training itself reported {total / count:.4g} on average over its last {len(self._reported)} steps"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lightning_hesd.numerics.krylov.lanczos import gauss_quadrature
+from lightning_hesd.numerics.krylov.ritz import gauss_quadrature
 from lightning_hesd.spectra import quadrature
 
 # Derandomized: the suite gives the same verdict every time.

@@ -400,7 +400,7 @@ EARLIER: list[Case] = [
     Program("out of memory in one of two processes", "recompute, then graph", partial(scarce_on_one_of_two, times=1)),
     Program(
         "out of memory for good in one of two processes",
-        "AnotherProcessFailedError, then AnotherProcessFailedError",
+        "AnotherRankFailedError, then AnotherRankFailedError",
         partial(scarce_on_one_of_two, times=math.inf),
     ),
     Program(

@@ -65,11 +65,11 @@ def test_the_spectra_tell_something(spectra: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        ("shortcut", ["OutOfStepError: the processes take different paths"] * 2),
-        ("broken", ["AnotherProcessFailedError: ", "MemoryError: no memory here"]),
-        ("infinite", ["AnotherProcessFailedError: ", "ArithmeticError: the loss of batch 1 is inf"]),
+        ("shortcut", ["OutOfStepError: the ranks take different paths"] * 2),
+        ("broken", ["AnotherRankFailedError: ", "MemoryError: no memory here"]),
+        ("infinite", ["AnotherRankFailedError: ", "ArithmeticError: the loss of batch 1 is inf"]),
         ("kinked", ["ArithmeticError: the Hessian-vector product of one of the batches 0, 1 is NaN"] * 2),
-        ("opaque", ["UnsupportedLayoutError: the loss uses a sharded parameter of shape (5, 6)"] * 2),
+        ("opaque", ["UnsupportedShardingError: the loss uses a sharded parameter of shape (5, 6)"] * 2),
     ],
 )
 def test_what_goes_wrong_is_said_and_leaves_the_processes_in_step(
@@ -154,7 +154,7 @@ def test_the_best_checkpoint_is_a_folder_that_can_be_resumed_from(
 
 
 def test_a_failure_in_one_process_is_recorded_in_all_and_training_goes_on(runs: list[dict[str, Any]]) -> None:
-    causes = ["AnotherProcessFailedError", "MemoryError: no memory here"]
+    causes = ["AnotherRankFailedError", "MemoryError: no memory here"]
     for rank, cause in zip(runs, causes, strict=True):
         records = rank["failing"]["records"]["hesd"]
         assert [record["epoch"] for record in records] == [0, 1, 2]

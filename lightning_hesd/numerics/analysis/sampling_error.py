@@ -1,4 +1,4 @@
-"""How much of C_t is due to the finite sample: standard errors and bias of the extremes over groups of samples.
+"""Sampling error of C_t: standard errors and biases of the extreme eigenvalues, from groups of samples.
 
 H is the mean of the Hessians H_g of groups of samples, and λ = uᵀHu at an extreme eigenvector u. To first order another
 sample changes λ as it changes uᵀHu: the spread of uᵀH_g u over groups gives the standard error. To second order the
@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from lightning_hesd.numerics.devices import finest_dtype
-from lightning_hesd.numerics.krylov.lanczos import eigen
-from lightning_hesd.numerics.operators.risk_operator import AnotherProcessFailedError
+from lightning_hesd.numerics.krylov.ritz import tridiagonal_eigh
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +37,7 @@ ROUNDING = 64.0
 
 @dataclass(frozen=True)
 class SamplingError:
-    """What the finite sample does to the extremes and to C_t: fields of `Spectrum`, which explains them."""
+    """Errors of the extremes and of C_t due to the finite sample: fields of `Spectrum`, which explains them."""
 
     c_t_sampling_error: float
     c_t_sampling_bias: float
@@ -51,7 +50,7 @@ class SamplingError:
 
 @dataclass(frozen=True)
 class _End:
-    """One end of the spectrum: its Ritz vector among those of its probe."""
+    """One end of the spectrum: an extreme Ritz vector among those of its Lanczos run."""
 
     run: Lanczos
     nodes: Array
@@ -60,15 +59,15 @@ class _End:
 
 
 def sampling_error(operator: CurvatureOperator, runs: Sequence[Lanczos]) -> SamplingError:
-    """Estimate what the finite sample does to the extremes, in one pass over the samples.
+    """Estimate the errors of the extreme eigenvalues due to the finite sample, in one pass over the samples.
 
     Args:
         operator: The Hessian.
-        runs: The Lanczos processes; the lowest and the highest of all their Ritz vectors are taken.
+        runs: The Lanczos runs; the lowest and the highest of all their Ritz vectors are taken.
 
     Raises:
         ValueError: If there are fewer than 8 groups, their mean is not the Hessian, or they do not differ.
-        AnotherProcessFailedError: If it failed on another process.
+        AnotherRankFailedError: If it failed on another rank.
     """
     ends = _ends(runs)
     unit = [torch.nn.functional.normalize(e.run.ritz_vectors(e.vectors[:, [e.position]])[0], dim=0) for e in ends]
@@ -85,7 +84,7 @@ def sampling_error(operator: CurvatureOperator, runs: Sequence[Lanczos]) -> Samp
                 "ones, or more samples), or leave the sampling error out."
             )
         else:
-            msg += "analyse more samples, or more batches."
+            msg += "analyze more samples, or more batches."
         raise ValueError(msg)
 
     own = np.stack([part[:, end.position] for part, end in zip(coordinates, ends, strict=True)], axis=1)
@@ -111,11 +110,11 @@ def sampling_error(operator: CurvatureOperator, runs: Sequence[Lanczos]) -> Samp
     shifts = [_shift(weights, *parts, mean) for parts in zip(coordinates, squares.T, ends, strict=True)]
     biases = np.array([-shifts[0], shifts[1]])
     # C_t = λ_min/λ_max to first order (the delta method), its mean to second.
-    slopes = np.array([1 / lambda_max, -lambda_min / lambda_max**2])
-    bend = (covariance[1, 1] * lambda_min / lambda_max - covariance[0, 1]) / lambda_max**2
+    derivative = np.array([1 / lambda_max, -lambda_min / lambda_max**2])
+    curvature = (covariance[1, 1] * lambda_min / lambda_max - covariance[0, 1]) / lambda_max**2
     return SamplingError(
-        c_t_sampling_error=math.sqrt(max(float(slopes @ covariance @ slopes), 0.0)),
-        c_t_sampling_bias=float(slopes @ biases + bend),
+        c_t_sampling_error=math.sqrt(max(float(derivative @ covariance @ derivative), 0.0)),
+        c_t_sampling_bias=float(derivative @ biases + curvature),
         lambda_min_sampling_error=float(errors[0]),
         lambda_max_sampling_error=float(errors[1]),
         lambda_min_sampling_bias=float(biases[0]),
@@ -146,7 +145,7 @@ def samples_needed(num_samples: float, allowed: float, error: float, bias: float
 
 
 def _ends(runs: Sequence[Lanczos]) -> tuple[_End, _End]:
-    pairs = [(run, *eigen(run.alphas, run.betas)) for run in runs]
+    pairs = [(run, *tridiagonal_eigh(run.alphas, run.betas)) for run in runs]
     lowest = min(pairs, key=lambda pair: float(pair[1][0]))
     highest = max(pairs, key=lambda pair: float(pair[1][-1]))
     return _End(*lowest, position=0), _End(*highest, position=len(highest[1]) - 1)
@@ -160,18 +159,19 @@ def _group_curvatures(
     Returns:
         weights: Share of each group in the mean, shape (groups,), sum 1.
         squares: ‖H_g u‖², shape (groups, 2).
-        coordinates: For each end y_kᵀH_g u along the Ritz vectors y_k of its probe, shape (groups, steps); without a
-            basis along u alone, and 0 elsewhere.
+        coordinates: For each end y_kᵀH_g u with the Ritz vectors y_k of its run, shape (groups, steps); without a
+            Krylov basis uᵀH_g u only, and 0 for other Ritz vectors.
     """
     parts = max(1, math.ceil(GROUPS / operator.mean.num_batches))
     lengths = [len(end.nodes) for end in ends]
-    # One row for each group of all processes; every process fills in its own.
     mean = operator.mean
+    # One row for each group of all ranks; every rank fills in its own.
     table = torch.zeros((mean.num_batches + mean.num_skipped) * parts, 3 + sum(lengths), dtype=torch.float64)
-    try:
+
+    def fill() -> None:
         for group, position, products in operator.group_products(unit, parts):
             row = table[group.index * parts + position]
-            row[0] = group.weight / operator.mean.weight
+            row[0] = group.weight / mean.weight
             row[1:3] = torch.linalg.vector_norm(products, dim=1, dtype=finest_dtype(products.device)).square()
             for end, product, u, target in zip(ends, products, unit, torch.split(row[3:], lengths), strict=True):
                 along = end.run.project(product)
@@ -179,14 +179,9 @@ def _group_curvatures(
                     target[end.position] = torch.dot(u, product)
                 else:
                     target.copy_(torch.from_numpy(end.vectors).T @ along.cpu().double())
-    except Exception as error:
-        if not operator.mean.is_distributed:
-            raise
-        operator.mean.failure = error
-        table.fill_(math.nan)
-    table = operator.mean.sum_of_numbers(table)
-    if table.isnan().any():
-        raise operator.mean.failure or AnotherProcessFailedError
+
+    mean.collectives.run_together(fill)
+    table = mean.collectives.sum(table)
     table = table[table[:, 0] > 0]
     first, second = (part.numpy() for part in torch.split(table[:, 3:], lengths, dim=1))
     return table[:, 0].numpy(), table[:, 1:3].numpy(), [first, second]
@@ -201,11 +196,11 @@ def _covariance_of_mean(values: Array, weights: Array) -> Array:
 
 
 def _shift(weights: Array, coordinates: Array, squares: Array, end: _End, mean_eigenvalue: float) -> float:
-    """Return how far outward the sample pushes the eigenvalue at one end, at least 0.
+    """Return the outward bias of the eigenvalue at one end, at least 0.
 
     Second-order perturbation theory: Σ_k s_k²/gap_k with s_k² the sampling variance of y_kᵀHu, here with the shift
-    itself in the denominator (Brillouin & Wigner), x = Σ_k s_k²/(gap_k + x), so that close eigenvalues do no harm.
-    What the Krylov space does not hold counts as one more level at the mean of the spectrum.
+    itself in the denominator (Brillouin & Wigner), x = Σ_k s_k²/(gap_k + x), which stays finite for close eigenvalues.
+    The complement of the Krylov space counts as one more eigenvalue at the mean of the spectrum.
     """
     groups = len(weights)
     variances = np.diag(_covariance_of_mean(coordinates, weights)).copy()

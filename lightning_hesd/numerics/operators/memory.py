@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lightning_hesd.numerics.krylov.lanczos import Storage
+    from lightning_hesd.numerics.krylov.lanczos import Basis
 
 SHARE_OF_FREE_MEMORY = 0.5
 """Of what is free when the analysis starts; the rest is for what training and others may still ask for."""
@@ -81,13 +81,13 @@ class MemoryPlan:
     """What an analysis spends its memory on.
 
     Attributes:
-        storage: Where the Krylov basis goes.
+        basis: Where the Krylov basis is kept.
         fixed: Bytes that are needed in any case: a copy of the module's tensors, vectors, and the basis if it is on
             the device.
         graphs: Bytes that remain for graphs.
     """
 
-    storage: Storage
+    basis: Basis
     fixed: int
     graphs: int
 
@@ -101,7 +101,7 @@ def plan_memory(
     vector_bytes: int,
     steps: int,
     *,
-    basis: Literal["auto"] | Storage,
+    basis: Literal["auto"] | Basis,
     device: torch.device,
     budget: int | None = None,
     processes: int = 1,
@@ -128,18 +128,18 @@ def plan_memory(
         msg = f"`memory_budget` must be at least {fixed} bytes for the vectors of this module, got {budget}."
         raise ValueError(msg)
     needed = steps * vector_bytes
-    storage: Storage
+    place: Basis
     if basis != "auto":
-        storage = basis
+        place = basis
     elif needed <= (limit - fixed) / 2:
-        storage = "device"
+        place = "device"
     elif device.type != "cpu" and needed <= default_budget(torch.device("cpu"), processes):
-        storage = "cpu"
+        place = "cpu"
     else:
-        storage = "none"
-    if storage == "device" or (storage == "cpu" and device.type == "cpu"):
+        place = "none"
+    if place == "device" or (place == "cpu" and device.type == "cpu"):
         fixed += needed
-    return MemoryPlan(storage, fixed, max(limit - fixed, 0))
+    return MemoryPlan(place, fixed, max(limit - fixed, 0))
 
 
 _autograd: Any = torch.autograd

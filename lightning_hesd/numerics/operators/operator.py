@@ -44,7 +44,7 @@ class CurvatureOperator:
         self.parameters = everything[block]
         self._sizes = [p.numel() for p in self.parameters]
         self.size = sum(self._sizes)
-        self.space = mean.layout.space(self.parameters)
+        self.space = mean.sharding.space(self.parameters)
         self.matvecs = 0
         self._scale = scale
         self._offset = sum(p.numel() for p in everything[: block.start or 0])

@@ -1,8 +1,8 @@
 """A matrix of the mean loss over all samples: the weighted mean of the batches' matrices, over all processes.
 
-H = Σ_b (w_b/W) H_b over batches b with weights w_b (their numbers of samples), W = Σ w_b. The sum may run over
-several processes: each holds a share of the batches, and `all_reduce` adds the shares up. Where processes work on one
-batch together, which their `layout` tells, its product is complete as it is.
+H = Σ_b (w_b/W) H_b over batches b with weights w_b (their numbers of samples), W = Σ w_b. The sum runs over the batches
+of all ranks: `collectives` adds up the products of the ranks. Where parameters are sharded, all ranks evaluate every
+batch together, and the product of a batch is complete without that sum.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from lightning_hesd.numerics.devices import moved
+from lightning_hesd.numerics.collectives import LOCAL, AnotherRankFailedError, Collectives
 from lightning_hesd.numerics.inputs.batches import SkippedBatchError
 from lightning_hesd.numerics.inputs.cuts import UnsplittableBatchError
 from lightning_hesd.numerics.inputs.groups import check_groups
-from lightning_hesd.numerics.inputs.parameter_sharding import Layout
+from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
 from lightning_hesd.numerics.operators.curvature import OutputMatrix
 from lightning_hesd.numerics.operators.memory import is_out_of_memory
 from lightning_hesd.numerics.operators.strategies import AnalysisCache, NoExactProductError, ProductMaker
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
-    from lightning_hesd.numerics.inputs.parameter_sharding import AllReduce
     from lightning_hesd.numerics.operators.curvature import Matrix, Product, Vector
     from lightning_hesd.numerics.operators.strategies import Strategy
     from lightning_hesd.numerics.operators.verification import InFinest
@@ -47,24 +46,18 @@ EPSILONS = (0.0, *(torch.finfo(t).eps for t in (torch.float64, torch.float32, to
 """Precisions that the processes tell each other of."""
 
 
-class AnotherProcessFailedError(RuntimeError):
-    """This process is fine, but the sum over processes cannot be completed."""
-
-    def __init__(self) -> None:
-        super().__init__("the analysis failed on another process, whose own message names the cause")
-
-
 class SampleMean:
     """Products of the mean matrix, from one pass over the batches each.
 
-    With several processes a failure must not leave the others waiting in `all_reduce`: the process that fails goes on
-    contributing NaN, which every process sees at the same step, and raises its own error from `failure` afterwards.
+    On several ranks the failure of one must not leave the others waiting for its product: the rank that failed goes on
+    contributing NaN, which every rank finds at the same step, and raises its own error, `failure`, afterwards.
 
     Attributes:
         matrix: The matrix of a batch.
         batches: This process's share, without the batches that were skipped.
         dtype: Floating-point type of the products.
-        layout: How the parameters lie in the processes.
+        sharding: How the parameters are distributed over ranks.
+        collectives: Communication between the ranks that the batches are divided among.
         space: The space of vectors over all parameters.
         loss: Mean loss over all batches.
         weight: Sum of the weights of all batches.
@@ -89,10 +82,10 @@ class SampleMean:
         *,
         strategy: Strategy | Literal["auto"],
         dtype: torch.dtype,
-        all_reduce: AllReduce | None = None,
+        collectives: Collectives = LOCAL,
         graph_memory: float = math.inf,
         cache: AnalysisCache | None = None,
-        layout: Layout | None = None,
+        sharding: ParameterSharding | None = None,
     ) -> None:
         """Evaluate the loss of every batch and prepare the products.
 
@@ -101,16 +94,16 @@ class SampleMean:
             batches: This process's share; may be empty if there are others.
             strategy: How to compute products.
             dtype: Floating-point type of the products.
-            all_reduce: Sums a tensor over processes; None for a single process.
+            collectives: Communication between the ranks that the batches are divided among.
             graph_memory: Bytes that "auto" may spend on graphs, those that come and go included.
             cache: What is known from an earlier analysis; brought up to date.
-            layout: How the parameters lie in the processes; default: each holds all of them.
+            sharding: How the parameters are distributed over ranks; default: every rank holds all of them.
 
         Raises:
             ValueError: If no process has a batch, or the matrix cannot be what it is asked to be.
             ArithmeticError: If the loss of a batch is NaN or infinite.
             RuntimeError: If there are no products.
-            AnotherProcessFailedError: If that or anything else happened on another process.
+            AnotherRankFailedError: If that or anything else happened on another process.
         """
         self.matrix = matrix
         self.batches = batches
@@ -120,7 +113,7 @@ class SampleMean:
         self.epsilon = 0.0
         self.passes = 0
         self.seconds_per_product = 0.0
-        self._all_reduce = all_reduce
+        self.collectives = collectives
         self._products: list[Product] = []
         self._losses: list[float] = []
         self._skipped = 0
@@ -128,10 +121,10 @@ class SampleMean:
         self._sizes = [p.numel() for p in matrix.parameters]
 
         self.cache = cache or AnalysisCache()
-        self.layout = layout or Layout()
-        self.space = self.layout.space(matrix.parameters)
+        self.sharding = sharding or ParameterSharding()
+        self.space = self.sharding.space(matrix.parameters)
         self.cache.invalidate(self.space.dimension)
-        self.maker = ProductMaker(matrix, strategy, graph_memory=graph_memory, cache=self.cache, layout=self.layout)
+        self.maker = ProductMaker(matrix, strategy, graph_memory=graph_memory, cache=self.cache, sharding=self.sharding)
         if not self._prepare():
             self._prepare()
 
@@ -143,27 +136,25 @@ class SampleMean:
         Raises:
             ValueError: If no process has a batch.
             ArithmeticError: If the loss of a batch is NaN or infinite.
-            AnotherProcessFailedError: If that or anything else happened on another process.
+            AnotherRankFailedError: If that or anything else happened on another process.
         """
-        failed, lacks_product = 0.0, 0.0
-        sums, obstacle = [0.0, 0.0, 0.0], None
-        try:
-            sums = self._make_products()
-        except NoExactProductError as error:
-            obstacle, lacks_product = str(error), 1.0
-        except Exception as error:
-            if self._all_reduce is None:
-                raise
-            self.failure, failed = error, 1.0
+        obstacle: str | None = None
+
+        def make_products() -> list[float]:
+            nonlocal obstacle
+            try:
+                return self._make_products()
+            except NoExactProductError as error:
+                obstacle = str(error)
+                return [0.0, 0.0, 0.0]
+
+        sums = self.collectives.run_together(make_products)
         samples = math.fsum(batch.num_samples for batch in self.batches)
-        own = torch.tensor([*sums, failed, lacks_product, self._skipped, samples], dtype=torch.float64)
-        total = self.sum_of_numbers(own).tolist()
-        self.weight, weighted_loss, num_batches, failures, without_product, num_skipped, self.num_samples = total
+        total = self.collectives.sum_values([*sums, float(obstacle is not None), float(self._skipped), samples])
+        self.weight, weighted_loss, num_batches, without_product, num_skipped, self.num_samples = total
         self.num_batches, self.num_skipped = round(num_batches), round(num_skipped)
-        if failures:
-            raise self.failure or AnotherProcessFailedError
         if without_product:
-            self.maker.fall_back(obstacle or "another process found no exact product")
+            self.maker.fall_back(obstacle or "another rank found no exact product")
             return False
         if self.num_skipped:
             everything = self.num_batches + self.num_skipped
@@ -197,7 +188,7 @@ class SampleMean:
                 self._losses.append(value)
         except SkippedBatchError:
             # Processes that work on one batch together could not tell each other.
-            if self.layout.all_reduce is not None or not self._leave_out_skipped():
+            if self.sharding.is_sharded or not self._leave_out_skipped():
                 raise
             return self._make_products()
         weights = [batch.weight for batch in self.batches]
@@ -237,7 +228,7 @@ class SampleMean:
         is_new = cache.verification is None or not kinds <= cache.kinds
         is_new_anywhere, *counts = self._anywhere([is_new, *(self.matrix.facts.epsilon >= e for e in EPSILONS)])
         self.epsilon = max(epsilon for epsilon, is_there in zip(EPSILONS, counts, strict=True) if is_there)
-        if self.layout.all_reduce is not None and isinstance(self.matrix, OutputMatrix):
+        if self.sharding.is_sharded and isinstance(self.matrix, OutputMatrix):
             cache.verification = SHARDED_PART
         elif is_new_anywhere:
             cache.verification = self._compared(in_finest)
@@ -267,7 +258,7 @@ class SampleMean:
 
     def _compared(self, in_finest: InFinest | None) -> Verification:
         """Compare in every process that has a batch, and join what they find."""
-        together = self.layout.all_reduce is not None
+        together = self.sharding.is_sharded
         own = Verification("cannot be told", "cannot be told", "this process has no batch to compare with differences")
         if self.batches:
             smallest = min(self.batches, key=lambda batch: batch.num_samples)
@@ -275,7 +266,7 @@ class SampleMean:
             own = verify(
                 self.matrix, batch, self.space, exact=self.is_exact, in_finest=in_finest, may_fail=not together
             )
-        of_gradient, of_products = (joint_outcome(self.sum_of_numbers(codes).tolist()) for codes in own.codes())
+        of_gradient, of_products = (joint_outcome(self.collectives.sum_values(codes)) for codes in own.codes())
         return Verification(of_gradient, of_products, own.words)
 
     def _give_up_exact_products(self) -> None:
@@ -287,28 +278,13 @@ class SampleMean:
 
     def _anywhere(self, facts: Sequence[bool]) -> list[bool]:
         """Return which of these holds in any process."""
-        counts = self.sum_of_numbers(torch.tensor(facts, dtype=torch.float64)).tolist()
-        return [self.layout.largest(count) > 0 for count in counts]
+        counts = self.collectives.sum_values([float(fact) for fact in facts])
+        return [self.sharding.collectives.max(count) > 0 for count in counts]
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.matrix.parameters[0].device
-
-    @property
-    def is_distributed(self) -> bool:
-        """Whether other processes take part."""
-        return self._all_reduce is not None
-
-    def sum_over_processes(self, tensor: Tensor) -> Tensor:
-        """Return the sum of a tensor over all processes."""
-        return tensor if self._all_reduce is None else self._all_reduce(tensor)
-
-    def sum_of_numbers(self, numbers: Tensor) -> Tensor:
-        """Return the sum of numbers on the CPU over all processes, float64, on the CPU."""
-        if self._all_reduce is None:
-            return numbers
-        return self._all_reduce(moved(numbers, self.device)).cpu().double()
 
     def product(self, vector: Vector) -> Tensor:
         """Return the product with a vector, flat, shape (n,), summed over batches and processes."""
@@ -319,12 +295,12 @@ class SampleMean:
                 for batch, product in zip(self.batches, self._products, strict=True):
                     self._add(product(vector), batch.weight / self.weight, result)
         except Exception as error:
-            if self._all_reduce is None:
+            if not self.collectives.is_distributed:
                 raise
             self.failure = error
         if self.failure is not None:
             result.fill_(math.nan)
-        result = self.sum_over_processes(result)
+        result = self.collectives.sum(result)
         self.passes += 1
         self.seconds_per_product += (time.perf_counter() - started - self.seconds_per_product) / self.passes
         return result
@@ -389,10 +365,11 @@ class SampleMean:
         if self._is_finite([total]):
             msg = f"the Hessian-vector products are too large for the arithmetic of {self.dtype}: scale the loss down."
             return ArithmeticError(msg)
-        return AnotherProcessFailedError()
+        return AnotherRankFailedError()
 
     def _is_finite(self, vector: Vector) -> bool:
-        return not self.layout.largest(float(any(part is not None and not part.isfinite().all() for part in vector)))
+        infinite = any(part is not None and not part.isfinite().all() for part in vector)
+        return not self.sharding.collectives.any(infinite)
 
     def gradient_equivalents(self) -> float | None:
         """Return seconds per product over seconds per gradient, on the CPU; calls on other devices return early."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from lightning_hesd.numerics.inputs.parameter_sharding import Layout
+from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
 from lightning_hesd.numerics.operators.curvature import gradient
 from lightning_hesd.numerics.operators.finite_differences import FiniteDifferences
 from lightning_hesd.numerics.operators.memory import MemoryMeter, is_out_of_memory
@@ -84,7 +84,7 @@ class ProductMaker:
         *,
         graph_memory: float,
         cache: AnalysisCache,
-        layout: Layout | None = None,
+        sharding: ParameterSharding | None = None,
     ) -> None:
         """Decide what can be decided without the batches.
 
@@ -93,9 +93,9 @@ class ProductMaker:
             strategy: How to compute products.
             graph_memory: Bytes that "auto" may spend on graphs, those that come and go included.
             cache: What is known from an earlier analysis; brought up to date.
-            layout: How the parameters lie in the processes; default: each holds all of them.
+            sharding: How the parameters are distributed over ranks; default: every rank holds all of them.
         """
-        self._layout = layout or Layout()
+        self._sharding = sharding or ParameterSharding()
         self.strategy: Strategy = "graph" if strategy == "auto" else strategy
         self.reason = "as asked"
         self.graph_bytes: float | None = None
@@ -130,7 +130,7 @@ class ProductMaker:
 
     def _make_differences(self) -> FiniteDifferences:
         matrix = self._matrix
-        return FiniteDifferences(matrix.parameters, self._layout.space(matrix.parameters), matrix.blocks)
+        return FiniteDifferences(matrix.parameters, self._sharding.space(matrix.parameters), matrix.blocks)
 
     def make_all(self, batches: Sequence[WeightedBatch]) -> Iterator[tuple[WeightedBatch, tuple[Tensor, Product]]]:
         """Yield every batch with its loss, a scalar, and its product.
@@ -220,8 +220,8 @@ class ProductMaker:
             raise NoExactProductError(msg) from error
         if held is not None:
             # The same in all processes that work on it together: what follows from it must be.
-            self._cache.graph_bytes = self._layout.largest(held / batch.num_samples)
-            self._cache.product_bytes = self._layout.largest(max(peak - held, held) / batch.num_samples)
+            self._cache.graph_bytes = self._sharding.collectives.max(held / batch.num_samples)
+            self._cache.product_bytes = self._sharding.collectives.max(max(peak - held, held) / batch.num_samples)
         return made
 
     def _metered(self, batch: WeightedBatch) -> tuple[tuple[Tensor, Product], int | None, int]:

@@ -90,9 +90,9 @@ class Verification:
             return "no"
         return "yes" if outcomes == {"agrees"} else "unknown"
 
-    def codes(self) -> list[Tensor]:
-        """Return the outcomes for gradient and products as one-hot vectors, which processes can add up."""
-        return [torch.tensor([float(own == o) for o in OUTCOMES]) for own in (self.gradient, self.products)]
+    def codes(self) -> list[list[float]]:
+        """Return the outcomes for gradient and products as one-hot vectors, whose sums over ranks are counts."""
+        return [[float(own == o) for o in OUTCOMES] for own in (self.gradient, self.products)]
 
 
 def joint_outcome(counts: Sequence[float]) -> Outcome:

@@ -6,7 +6,8 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning_hesd.training.checkpoints.weights import Changes
-from lightning_hesd.training.compat.internals import anywhere, edited_checkpoints
+from lightning_hesd.training.compat.collectives import collectives_of
+from lightning_hesd.training.compat.internals import edited_checkpoints
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,9 +57,10 @@ class AnalysedSaving:
         """Return what has become of the weights, the same verdict in every process, and say so if they were changed."""
         if self._weights is not None:
             self._changes = self._weights.changes(trainer.lightning_module)
-        if not anywhere(trainer, bool(self._changes.names)):
+        collectives = collectives_of(trainer)
+        if not collectives.any(bool(self._changes.names)):
             return self._changes
-        lost = anywhere(trainer, self._changes.lost)
+        lost = collectives.any(self._changes.lost)
         outcome = (
             "these cannot be had back, so HessianCheckpoint does not rank them"
             if lost

@@ -32,9 +32,10 @@ from lightning_hesd.training.checkpoints.ranking_state import (
 )
 from lightning_hesd.training.checkpoints.train_metric import TrainMetric
 from lightning_hesd.training.compat import launched
-from lightning_hesd.training.compat.internals import failing_together, inform, name_of, warn
+from lightning_hesd.training.compat.collectives import saving_together
+from lightning_hesd.training.compat.internals import inform, name_of, warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
-from lightning_hesd.training.history import SpectrumSource, only_source, raises_anywhere
+from lightning_hesd.training.history import SpectrumSource, any_source_raises, only_source
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -235,7 +236,7 @@ class HessianCheckpoint(ExclusiveCheckpoint):
         try:
             self.source = only_source(trainer)
         except MisconfigurationException as error:
-            if raises_anywhere(trainer):
+            if any_source_raises(trainer):
                 raise
             warn(f"there will be no pick but the final weights. {error}")
 
@@ -460,7 +461,7 @@ class HessianCheckpoint(ExclusiveCheckpoint):
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         """Write a checkpoint; where that fails, it does so in all processes."""
-        with failing_together(trainer):
+        with saving_together(trainer):
             super()._save_checkpoint(trainer, filepath)
 
     def _is_written(self, name: str, write: Callable[[], None]) -> bool:

@@ -7,15 +7,13 @@ import inspect
 import signal
 import threading
 import uuid
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 
 from lightning_hesd.numerics.derivatives.patches import patched
-from lightning_hesd.numerics.inputs.parameter_sharding import Layout
-from lightning_hesd.numerics.operators.risk_operator import AnotherProcessFailedError
 from lightning_hesd.training.compat.namespaces import MisconfigurationException, lightning_types
 from lightning_hesd.training.folders import joined
 
@@ -26,12 +24,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
     from lightning.pytorch.loggers import TensorBoardLogger
     from rich.progress import Progress
-    from torch import Tensor
     from torch.utils.data import Sampler
-
-    from lightning_hesd.numerics.inputs.parameter_sharding import AllReduce
-
-    T = TypeVar("T")
 
 
 _NAMES: WeakKeyDictionary[pl.Trainer, str] = WeakKeyDictionary()
@@ -101,33 +94,6 @@ def edited_checkpoints(trainer: pl.Trainer, edit: Callable[[dict[str, Any]], Non
         save(checkpoint, *args, **kwargs)
 
     with patched(trainer.strategy, "save_checkpoint", edited):
-        yield
-
-
-@contextlib.contextmanager
-def failing_together(trainer: pl.Trainer) -> Iterator[None]:
-    """Let `Trainer.save_checkpoint` raise OSError in all processes if the file cannot be written in one of them.
-
-    Otherwise those that write nothing would wait for the one that has failed.
-    """
-    strategy, save, write = trainer.strategy, trainer.save_checkpoint, trainer.strategy.save_checkpoint
-
-    def save_together(*args: Any, **kwargs: Any) -> None:
-        failures: list[OSError] = []
-
-        def attempt(*args: Any, **kwargs: Any) -> None:
-            try:
-                write(*args, **kwargs)
-            except OSError as error:
-                failures.append(error)
-
-        with patched(strategy, "save_checkpoint", attempt):
-            save(*args, **kwargs)
-        if anywhere(trainer, bool(failures)):
-            raise failures[0] if failures else OSError("another process could not write the checkpoint")
-
-    # A sharded strategy writes in all processes, which wait for each other within.
-    with contextlib.nullcontext() if is_sharded(trainer) else patched(trainer, "save_checkpoint", save_together):
         yield
 
 
@@ -327,77 +293,6 @@ def check_whole(trainer: pl.Trainer, option: str) -> None:
 
 
 @contextlib.contextmanager
-def opened_layout(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Layout]:
-    """Do something with the parameters as they lie in the processes, in all of them together.
-
-    Yields:
-        How they lie.
-    """
-    if not is_sharded(trainer):
-        yield Layout()
-        return
-    from lightning_hesd.numerics.distributed.fully_sharded import ShardedLayout  # noqa: PLC0415
-    from lightning_hesd.numerics.distributed.gathering import Processes  # noqa: PLC0415 - they need what not every build of PyTorch has
-
-    processes = Processes(torch.distributed.group.WORLD, trainer.strategy.root_device)
-    with processes.in_step():
-        yield ShardedLayout(pl_module, processes)
-
-
-def make_all_reduce(trainer: pl.Trainer) -> AllReduce | None:
-    """Return a sum over the processes of the trainer; None if there is one process only."""
-    if trainer.world_size == 1:
-        return None
-
-    def all_reduce(tensor: Tensor) -> Tensor:
-        torch.distributed.all_reduce(tensor)
-        return tensor
-
-    return all_reduce
-
-
-def together(trainer: pl.Trainer, work: Callable[[], T]) -> T:
-    """Do `work` in every process, and fail in every process if it fails in one.
-
-    Raises:
-        AnotherProcessFailedError: If it failed elsewhere.
-    """
-    if trainer.world_size == 1:
-        return work()
-    result: T | None = None
-    failure: Exception | None = None
-    try:
-        result = work()
-    except Exception as error:  # noqa: BLE001 - raised again below, once the others know
-        failure = error
-    failed = torch.tensor(float(failure is not None), device=trainer.strategy.root_device)
-    torch.distributed.all_reduce(failed)
-    if failed > 0:
-        raise failure or AnotherProcessFailedError
-    return result  # type: ignore[return-value]
-
-
-def added_up(trainer: pl.Trainer, work: Callable[[], list[float]]) -> list[float]:
-    """Do `work` in every process, and return the sums of what they found; fail in all if it fails in one."""
-    own = together(trainer, work)
-    if trainer.world_size == 1:
-        return own
-    total = torch.tensor(own, device=trainer.strategy.root_device)
-    torch.distributed.all_reduce(total)
-    return total.tolist()
-
-
-def is_first_process() -> bool:
-    """Whether this is process zero of those that Lightning, torchrun or SLURM started; also where no Trainer is."""
-    return getattr(rank_zero_only, "rank", 0) == 0
-
-
-def anywhere(trainer: pl.Trainer, happened: bool) -> bool:  # noqa: FBT001 - the thing itself, no option
-    """Return whether something happened in any process; every process must ask."""
-    return trainer.strategy.reduce_boolean_decision(happened, all=False)
-
-
-@contextlib.contextmanager
 def sigterm_waits(trainer: pl.Trainer) -> Iterator[None]:
     """Let SIGTERM wait until all processes are through with the block; then all stop training, whoever got it.
 
@@ -413,7 +308,7 @@ def sigterm_waits(trainer: pl.Trainer) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if handler is None else handler)
-    if anywhere(trainer, bool(arrived)):
+    if trainer.strategy.reduce_boolean_decision(bool(arrived), all=False):
         connector.received_sigterm = True
     # Lightning calls its own handlers and those it found.
     for other in getattr(handler, "signal_handlers", ()) if arrived else ():

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from lightning_hesd.numerics.collectives import LOCAL, Collectives
 from lightning_hesd.numerics.isolation.snapshot import restore_state, seed_everything
 from lightning_hesd.training.compat.internals import warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
@@ -49,26 +50,6 @@ class AnalysisSamples:
     def indices(self) -> tuple[Any, ...] | None:
         """Positions in the dataset of the samples of all processes; None where it has no positions."""
         return None if self.drawn is None else tuple(key for batch in self.drawn for key in batch.keys)
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The processes that read samples together.
-
-    Attributes:
-        rank: This process.
-        size: How many there are.
-        agree: Does some work in every process and returns what the first one found.
-        add: Does some work in every process and returns the sums of the numbers that they found.
-    """
-
-    rank: int = 0
-    size: int = 1
-    agree: Callable[[Callable[[], Any]], Any] = lambda work: work()
-    add: Callable[[Callable[[], list[float]]], list[float]] = lambda work: work()
-
-
-ALONE = Processes()
 
 
 def training_loader(loaders: Any) -> Any:
@@ -113,7 +94,7 @@ def draw_samples(
     batch_weight: Weigh | None = None,
     seed: int = 0,
     drawn: Sequence[PlannedBatch] | None = None,
-    processes: Processes = ALONE,
+    collectives: Collectives = LOCAL,
     padding: bool = False,
     uses_up: bool = False,
 ) -> AnalysisSamples:
@@ -134,7 +115,7 @@ def draw_samples(
         batch_weight: Weight of a batch; default: its number of samples.
         seed: Seed of the draw, and of whatever is random in the dataset.
         drawn: Draw exactly these batches of a map-style dataset (those of the run that is resumed).
-        processes: The processes.
+        collectives: Communication between the ranks that the batches are dealt to.
         padding: Whether a process whose share is empty gets the first batch as padding.
         uses_up: Whether a loader that cannot be copied may be iterated itself, which takes its batches away.
 
@@ -148,7 +129,7 @@ def draw_samples(
         seed_everything(seed)
         reader = Reader(loader, seed, restore, batch_weight, uses_up=uses_up)
         if is_addressable(loader):
-            drawing = _Drawing(reader, num_samples, processes)
+            drawing = _Drawing(reader, num_samples, collectives)
             if drawn is not None:
                 _check_known(drawn, dataset)
                 drawing.read(drawn)
@@ -156,16 +137,16 @@ def draw_samples(
                 limit = math.inf if max_batches is None else max_batches
                 drawing.read_any(epochs(loader, num_samples, max_batches=limit, batch_size=batch_size, seed=seed))
             return drawing.result(padding=padding)
-        return _streamed(reader.stream(num_samples, batch_size), processes, padding=padding)
+        return _streamed(reader.stream(num_samples, batch_size), collectives, padding=padding)
 
 
 class _Drawing:
     """Batches of a map-style dataset, of which every process reads its own."""
 
-    def __init__(self, reader: Reader, num_samples: int, processes: Processes) -> None:
+    def __init__(self, reader: Reader, num_samples: int, collectives: Collectives) -> None:
         self._reader = reader
         self._num_samples = num_samples
-        self._processes = processes
+        self._collectives = collectives
         self._restart()
 
     def _restart(self) -> None:
@@ -179,21 +160,21 @@ class _Drawing:
         Raises:
             CollationError: If the collate function does not take them.
         """
-        processes, first = self._processes, len(self._drawn)
-        mine = [pair for pair in enumerate(planned, first) if pair[0] % processes.size == processes.rank]
+        ranks, first = self._collectives, len(self._drawn)
+        mine = [pair for pair in enumerate(planned, first) if pair[0] % ranks.size == ranks.rank]
 
         failure: list[CollationError] = []
 
         def found() -> list[float]:
             try:
                 read = self._reader.planned(mine)
-            except CollationError as error:  # which all processes must know
+            except CollationError as error:  # which all ranks must know
                 failure.append(error)
                 return [1.0, *[0.0] * len(planned)]
             self._own |= {number: batch for (number, _), batch in zip(mine, read, strict=True)}
             return [0.0, *(self._own[n].size if n in self._own else 0.0 for n in range(first, first + len(planned)))]
 
-        failures, *sizes = processes.add(found)
+        failures, *sizes = ranks.sum_values(ranks.run_together(found))
         if failures:
             raise failure[0] if failure else CollationError("`collate_fn` fails in another process")
         self._sizes += sizes
@@ -230,7 +211,7 @@ class _Drawing:
             # A collate function may leave samples out; then it takes more of them.
             made_from, found = sum(len(batch.keys) for batch in self._drawn), sum(self._sizes)
             count = math.ceil(missing * made_from / found) if found else max(self._num_samples, made_from)
-            planned = self._processes.agree(take)
+            planned = self._collectives.broadcast(self._collectives.run_together(take))
             if not planned:
                 break
             self.read(planned)
@@ -270,7 +251,7 @@ class _Drawing:
         return AnalysisSamples(tuple(batches), tuple(self._drawn))
 
 
-def _streamed(read: Sequence[ReadBatch], processes: Processes, *, padding: bool) -> AnalysisSamples:
+def _streamed(read: Sequence[ReadBatch], collectives: Collectives, *, padding: bool) -> AnalysisSamples:
     """Deal out batches that every process has read.
 
     Raises:
@@ -283,7 +264,7 @@ def _streamed(read: Sequence[ReadBatch], processes: Processes, *, padding: bool)
     _check_any(kept)
     _warn_of_doubts(read)
     batches = [b.weighted(b.data, index, p) for index, (p, b) in enumerate(kept)]
-    own = batches[processes.rank :: processes.size]
+    own = batches[collectives.rank :: collectives.size]
     if padding and not own:
         own = [replace(batches[0], is_padding=True)]
     return AnalysisSamples(tuple(own), None)

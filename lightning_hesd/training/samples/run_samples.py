@@ -11,10 +11,10 @@ from lightning_hesd.numerics.inputs.portable import LeftOut, Portable
 from lightning_hesd.numerics.isolation.snapshot import restore_state
 from lightning_hesd.spectra.validation import at_least, each, first_invalid_field, optional
 from lightning_hesd.training.compat import internals
+from lightning_hesd.training.compat.collectives import collectives_of
 from lightning_hesd.training.loss import check_gets_batches
 from lightning_hesd.training.samples.analysis_samples import (
     AnalysisSamples,
-    Processes,
     draw_samples,
     training_loader,
     validation_loader,
@@ -27,7 +27,7 @@ from lightning_hesd.training.samples.sources import holds_batches, is_addressabl
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-    from lightning_hesd.numerics.inputs.batches import Weigh, WeightedBatch
+    from lightning_hesd.numerics.inputs.batches import Weigh
     from lightning_hesd.training.isolation.isolation import Isolation
 
 FIRST_SAMPLES = 256
@@ -179,15 +179,15 @@ class RunSamples:
         if self._samples is not None or self._kept is not None:
             return
         if self._source is None:
-            self._source = internals.together(trainer, lambda: self._loader(trainer))
+            self._source = collectives_of(trainer).run_together(partial(self._loader, trainer))
         may_keep = self._keeps and self._is_training_loader(trainer)
         if may_keep and not is_addressable(self._source):
             self._keep(trainer)
             return
         try:
-            self._samples = internals.together(trainer, lambda: self._draw(trainer, isolation))
+            self._samples = collectives_of(trainer).run_together(partial(self._draw, trainer, isolation))
         except Exception as error:
-            if not (may_keep and internals.anywhere(trainer, isinstance(error, NotCopiedError))):
+            if not (may_keep and collectives_of(trainer).any(isinstance(error, NotCopiedError))):
                 raise
             self._keep(trainer)
         else:
@@ -256,13 +256,9 @@ class RunSamples:
         if self._samples is not None:
             return self._samples
         kept = cast("KeptBatches", self._kept)
-        batches: list[WeightedBatch] = []
-
-        def count() -> list[float]:
-            batches.extend(kept.batches(self._num_samples))
-            return [float(len(batches)), float(not batches)]
-
-        found, without = internals.added_up(trainer, count)
+        ranks = collectives_of(trainer)
+        batches = ranks.run_together(partial(kept.batches, self._num_samples))
+        found, without = ranks.sum_values([float(len(batches)), float(not batches)])
         if found == 0 or (without and internals.is_sharded(trainer)):
             msg = (
                 f"training has not seen a batch to analyse: samples of {type(self._source).__name__} are its first "
@@ -290,7 +286,7 @@ class RunSamples:
                 batch_weight=self._batch_weight,
                 seed=self._seed,
                 drawn=self._resumed,
-                processes=_processes(trainer),
+                collectives=collectives_of(trainer),
                 padding=internals.is_sharded(trainer),
                 uses_up=is_free and not isinstance(self._dataloader, str),
             )
@@ -307,12 +303,3 @@ class RunSamples:
             with restore_state():  # it may be made only now
                 return validation_loader(internals.validation_loaders(trainer))
         return self._dataloader
-
-
-def _processes(trainer: pl.Trainer) -> Processes:
-    return Processes(
-        trainer.global_rank,
-        trainer.world_size,
-        agree=lambda work: trainer.strategy.broadcast(internals.together(trainer, work)),
-        add=partial(internals.added_up, trainer),
-    )

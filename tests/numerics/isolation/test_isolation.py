@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm
 
 from lightning_hesd import Spectrum, hessian_spectrum
-from lightning_hesd.numerics.analysis.api import analysis_options
 from lightning_hesd.numerics.analysis.engine import analyze
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.isolation.snapshot import DATA_SIZE
 from lightning_hesd.sample_size.sample_losses import per_sample_losses
 

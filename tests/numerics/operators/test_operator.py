@@ -11,14 +11,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_hesd.numerics.analysis.api import analysis_options, layer_spectra
+from lightning_hesd.numerics.analysis.api import layer_spectra
 from lightning_hesd.numerics.analysis.engine import analyze, analyze_layers
+from lightning_hesd.numerics.collectives import LOCAL, AnotherRankFailedError, Collectives, DistributedCollectives
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.operators.curvature import HessianMatrix
 from lightning_hesd.numerics.operators.operator import CurvatureOperator
-from lightning_hesd.numerics.operators.risk_operator import AnotherProcessFailedError, SampleMean
+from lightning_hesd.numerics.operators.risk_operator import SampleMean
 from tests import cases, oracles
 from tests.programs import SERVER
+from tests.ranks import StandIn
 
 STRATEGIES = ("graph", "recompute")
 WORLD_SIZE = 2
@@ -106,32 +109,29 @@ class TestRecord:
             make_operator("mlp", batches=[])
 
 
-SUMS = 7
-"""Numbers that processes add up before the first product."""
+SUMS = 6
+"""Numbers that ranks add up before the first product."""
 
 
-class TestSumOverProcesses:
-    """What one process contributes, with a stand-in for the others."""
+class TestSumOverRanks:
+    """What one rank contributes, with a stand-in for the others."""
 
-    def test_every_process_divides_by_the_weight_of_all(self):
-        # Another process of the same weight, whose share is zero.
-        operator = make_operator("mlp", all_reduce=lambda tensor: tensor if len(tensor) > SUMS else 2 * tensor)
+    def test_every_rank_divides_by_the_weight_of_all(self):
+        # Another rank of the same weight, whose share is zero.
+        operator = make_operator("mlp", collectives=StandIn(lambda t: t if len(t) > SUMS else 2 * t))
         alone = make_operator("mlp")
         (v,) = vectors(43, 1)
         assert operator.mean.weight == 2 * alone.mean.weight
         torch.testing.assert_close(operator.matvec(v), alone.matvec(v) / 2, rtol=1e-14, atol=0)
 
     def test_a_failure_elsewhere_is_an_error_here(self):
-        def all_reduce(tensor: Tensor) -> Tensor:
-            return tensor + torch.eye(SUMS)[3]
-
-        with pytest.raises(AnotherProcessFailedError, match="failed on another process"):
-            make_operator("mlp", all_reduce=all_reduce)
+        with pytest.raises(AnotherRankFailedError, match="failed on another rank"):
+            make_operator("mlp", collectives=StandIn(lambda t: t + 1))
 
     def test_a_failure_here_is_told_to_the_others_before_it_is_raised(self):
         told = []
 
-        def all_reduce(tensor: Tensor) -> Tensor:
+        def sum_of(tensor: Tensor) -> Tensor:
             told.append(tensor.tolist())
             return tensor
 
@@ -139,8 +139,8 @@ class TestSumOverProcesses:
             raise KeyError("label")
 
         with pytest.raises(KeyError, match="label"):
-            make_operator("mlp", loss_fn=loss, all_reduce=all_reduce)
-        assert told == [[0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 9.0]], "that it has failed, and with how many samples"
+            make_operator("mlp", loss_fn=loss, collectives=StandIn(sum_of))
+        assert told == [[1.0]], "that it has failed"
 
     def test_a_failing_product_contributes_nan(self):
         calls = 0
@@ -158,7 +158,7 @@ class TestSumOverProcesses:
             "recompute",
             loss_fn=loss,
             parameters=list(problem.module.parameters()),
-            all_reduce=lambda tensor: tensor,
+            collectives=StandIn(),
         )
         (v,) = vectors(43, 1)
         assert operator.matvec(v).isnan().all()
@@ -169,18 +169,17 @@ class TestSumOverProcesses:
 
     def test_a_product_that_is_not_finite_elsewhere(self):
         # The numbers of the start are fine, and so is our share of the products; the sum is not.
-        operator = make_operator("mlp", all_reduce=lambda tensor: tensor if len(tensor) == SUMS else tensor * torch.nan)
+        operator = make_operator("mlp", collectives=StandIn(lambda t: t if len(t) <= SUMS else t * torch.nan))
         (v,) = vectors(43, 1)
         assert operator.matvec(v).isnan().all()
-        assert isinstance(operator.explain_non_finite(v), AnotherProcessFailedError)
+        assert isinstance(operator.explain_non_finite(v), AnotherRankFailedError)
 
 
 # Two real processes ---------------------------------------------------------------------------------------------------
 
 
-def all_reduce(tensor: Tensor) -> Tensor:
-    dist.all_reduce(tensor)
-    return tensor
+def all_ranks() -> Collectives:
+    return DistributedCollectives(torch.device("cpu"))
 
 
 def share(batches: list[WeightedBatch], rank: int) -> list[WeightedBatch]:
@@ -188,33 +187,33 @@ def share(batches: list[WeightedBatch], rank: int) -> list[WeightedBatch]:
 
 
 def run_analysis(
-    batches: list[WeightedBatch], loss_fn: Callable[[Any, Any], Tensor], *, reduce: Any = None, **options: Any
+    batches: list[WeightedBatch], loss_fn: Callable[[Any, Any], Tensor], *, ranks: Any = LOCAL, **options: Any
 ) -> Any:
     module = cases.make("mlp").module
-    return analyze(module, batches, loss_fn, analysis_options(**{"steps": 20, **options}), all_reduce=reduce)
+    return analyze(module, batches, loss_fn, analysis_options(**{"steps": 20, **options}), collectives=ranks)
 
 
 def sum_of_shares(rank: int, strategy: str) -> Any:
     _, batches, loss_fn = cases.make("mlp")
     options = {"strategy": strategy, "probes": 2}
-    return run_analysis(share(weighted(batches), rank), loss_fn, reduce=all_reduce, **options).to_dict()
+    return run_analysis(share(weighted(batches), rank), loss_fn, ranks=all_ranks(), **options).to_dict()
 
 
 def dropout_masks(rank: int, strategy: str) -> Any:
     module, batches, loss_fn = cases.make("mlp")
     module.insert(2, nn.Dropout(0.5))
     options = analysis_options(steps=20, mode="train", strategy=strategy)
-    return analyze(module, share(weighted(batches), rank), loss_fn, options, all_reduce=all_reduce).to_dict()
+    return analyze(module, share(weighted(batches), rank), loss_fn, options, collectives=all_ranks()).to_dict()
 
 
 def rank_without_batches(rank: int, strategy: str) -> Any:
     _, batches, loss_fn = cases.make("mlp")
     mine = weighted(batches) if rank == 1 else []
-    return run_analysis(mine, loss_fn, reduce=all_reduce, strategy=strategy).to_dict()
+    return run_analysis(mine, loss_fn, ranks=all_ranks(), strategy=strategy).to_dict()
 
 
 def nobody_has_batches(rank: int, strategy: str) -> Any:
-    return run_analysis([], cases.cross_entropy, reduce=all_reduce, strategy=strategy)
+    return run_analysis([], cases.cross_entropy, ranks=all_ranks(), strategy=strategy)
 
 
 def failing_loss(first_failure: int) -> Callable[[Any, Any], Tensor]:
@@ -234,26 +233,26 @@ def layers_of_shares(rank: int, strategy: str) -> Any:
     module, batches, loss_fn = cases.make("mlp")
     options = analysis_options(steps=20, strategy=strategy)
     own = share(weighted(batches), rank)
-    found = analyze_layers(module, own, loss_fn, options, "auto", all_reduce=all_reduce)
+    found = analyze_layers(module, own, loss_fn, options, "auto", collectives=all_ranks())
     return {name: spectrum.to_dict() for name, spectrum in found.items()}
 
 
 def loss_fails_at_once(rank: int, strategy: str) -> Any:
     loss_fn = failing_loss(1) if rank == 1 else cases.cross_entropy
-    return run_analysis(share(weighted(cases.make("mlp").batches), rank), loss_fn, reduce=all_reduce, strategy=strategy)
+    return run_analysis(share(weighted(cases.make("mlp").batches), rank), loss_fn, ranks=all_ranks(), strategy=strategy)
 
 
 def loss_fails_in_a_product(rank: int, strategy: str) -> Any:
     loss_fn = failing_loss(6) if rank == 1 else cases.cross_entropy
     batches = share(weighted(cases.make("mlp").batches), rank)
-    return run_analysis(batches, loss_fn, reduce=all_reduce, strategy="recompute")
+    return run_analysis(batches, loss_fn, ranks=all_ranks(), strategy="recompute")
 
 
 def loss_is_nan(rank: int, strategy: str) -> Any:
     def loss(module: nn.Module, batch: Any) -> Tensor:
         return cases.cross_entropy(module, batch) * (float("nan") if rank == 1 else 1.0)
 
-    return run_analysis(share(weighted(cases.make("mlp").batches), rank), loss, reduce=all_reduce, strategy=strategy)
+    return run_analysis(share(weighted(cases.make("mlp").batches), rank), loss, ranks=all_ranks(), strategy=strategy)
 
 
 def product_is_nan(rank: int, strategy: str) -> Any:
@@ -262,7 +261,7 @@ def product_is_nan(rank: int, strategy: str) -> Any:
         # Finite value and gradient-free at zero, without a second derivative there.
         return usual + (module[0].weight.square().sum() * 0).sqrt() if rank == 1 else usual
 
-    return run_analysis(share(weighted(cases.make("mlp").batches), rank), loss, reduce=all_reduce, strategy=strategy)
+    return run_analysis(share(weighted(cases.make("mlp").batches), rank), loss, ranks=all_ranks(), strategy=strategy)
 
 
 SCENARIOS: list[Callable[[int, str], Any]] = [
@@ -291,7 +290,7 @@ def in_process(rank: int, rendezvous: str) -> dict[tuple[str, str], Any]:
             except Exception as error:  # noqa: BLE001 - the tests look at it
                 results[scenario.__name__, strategy] = (type(error).__name__, str(error))
             # Whatever happened, both must be at the same point: a collective too many or too few would show here.
-            if all_reduce(torch.ones(1)).item() != WORLD_SIZE:
+            if all_ranks().sum(torch.ones(1)).item() != WORLD_SIZE:
                 raise RuntimeError(f"out of step after {scenario.__name__}")
     dist.destroy_process_group()
     return results
@@ -369,7 +368,7 @@ class TestTwoProcesses:
 
     @pytest.mark.parametrize("scenario", ["loss_fails_at_once", "loss_fails_in_a_product"])
     def test_a_failing_loss_fails_everywhere_and_is_told_where_it_happened(self, scenario, strategy, results):
-        assert results[0][scenario, strategy] == ("AnotherProcessFailedError", str(AnotherProcessFailedError()))
+        assert results[0][scenario, strategy] == ("AnotherRankFailedError", str(AnotherRankFailedError()))
         assert results[1][scenario, strategy] == ("KeyError", "'label'")
 
     @pytest.mark.parametrize(
@@ -377,7 +376,7 @@ class TestTwoProcesses:
         [("loss_is_nan", "the loss of batch 1 is nan"), ("product_is_nan", "Hessian-vector product of batch 1 is NaN")],
     )
     def test_numbers_that_are_not_finite(self, scenario, message, strategy, results):
-        assert results[0][scenario, strategy] == ("AnotherProcessFailedError", str(AnotherProcessFailedError()))
+        assert results[0][scenario, strategy] == ("AnotherRankFailedError", str(AnotherRankFailedError()))
         kind, said = results[1][scenario, strategy]
         assert kind == "ArithmeticError"
         assert message in said

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_hesd import Spectrum, hessian_spectrum
-from lightning_hesd.numerics.analysis.api import analysis_options
 from lightning_hesd.numerics.analysis.engine import analyze
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
 from tests import cases, oracles
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lightning_hesd import Spectrum, hessian_spectrum, layer_spectra
 from lightning_hesd.numerics.analysis import engine
-from lightning_hesd.numerics.analysis.api import analysis_options
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.operators import risk_operator
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
 from lightning_hesd.numerics.operators.verification import Comparison, Verification

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,8 @@ from torch.utils.data import (
     default_collate,
 )
 
-from lightning_hesd.training.samples.analysis_samples import AnalysisSamples, Processes, draw_samples
+from lightning_hesd.numerics.collectives import Collectives
+from lightning_hesd.training.samples.analysis_samples import AnalysisSamples, draw_samples
 from lightning_hesd.training.samples.epochs import PlannedBatch
 from tests.training.modules import (
     NOISES,
@@ -266,26 +268,30 @@ def test_attributes_behind_a_subset_are_put_back() -> None:
 # Random augmentation, and any number of processes ---------------------------------------------------------------------
 
 
+class Scripted(Collectives):
+    """One of several ranks, which runs by itself; functions take what it contributes to sums, and give the sums."""
+
+    def __init__(
+        self, contribute: Callable[[list[float]], None], total: Callable[[], list[float]], rank: int = 0, size: int = 1
+    ) -> None:
+        self.rank, self.size = rank, size
+        self._contribute, self._total = contribute, total
+
+    def sum_values(self, values: Sequence[float]) -> list[float]:
+        self._contribute(list(values))
+        return self._total()
+
+
 def dealt(make_loader: Callable[[], Any], world_size: int, num_samples: int = 21, **kwargs: Any) -> list[Any]:
     """Draw in every process, and put the batches together in the order of their index."""
     shares, own = [], []
-    sums: list[list[float]] = []  # as one process finds them; several must find the same together
-
-    def found_alone(work: Callable[[], list[float]]) -> list[float]:
-        sums.append(work())
-        return sums[-1]
-
-    draw_samples(make_loader(), num_samples, processes=Processes(add=found_alone), **kwargs)
+    sums: list[list[float]] = []  # as one rank finds them; several must find the same sums
+    draw_samples(make_loader(), num_samples, collectives=Scripted(sums.append, lambda: sums[-1]), **kwargs)
     for rank in range(world_size):
-        seed(rank)  # processes may differ in their random streams
-        remaining, found = list(sums), []
-
-        def found_together(work: Callable[[], list[float]], found: Any = found, remaining: Any = remaining) -> Any:
-            found.append(work())
-            return remaining.pop(0)
-
-        processes = Processes(rank, world_size, add=found_together)
-        shares.append(draw_samples(make_loader(), num_samples, processes=processes, **kwargs))
+        seed(rank)  # ranks may differ in their random streams
+        found: list[list[float]] = []
+        ranks = Scripted(found.append, functools.partial(next, iter(sums)), rank, world_size)
+        shares.append(draw_samples(make_loader(), num_samples, collectives=ranks, **kwargs))
         own.append(found)
     assert [[sum(parts) for parts in zip(*rounds, strict=True)] for rounds in zip(*own, strict=True)] == sums
     assert len({share.indices for share in shares}) == 1
@@ -321,8 +327,8 @@ def test_the_same_batches_for_any_number_of_processes(name: str) -> None:
 
 @pytest.mark.parametrize("make_loader", [DEALT["torch"], DEALT["stream"]], ids=["dataset", "stream"])
 def test_more_processes_than_batches(make_loader: Callable[[], Any]) -> None:
-    add = {"add": lambda work: (work(), [0.0, 8.0, 2.0])[1]}
-    shares = [draw_samples(make_loader(), 10, processes=Processes(rank, 4, **add)) for rank in range(4)]
+    ranks = [Scripted(lambda own: None, lambda: [0.0, 8.0, 2.0], rank, 4) for rank in range(4)]
+    shares = [draw_samples(make_loader(), 10, collectives=each) for each in ranks]
     assert [[batch.index for batch in share.batches] for share in shares] == [[0], [1], [], []]
     assert len({share.indices for share in shares}) == 1
 
