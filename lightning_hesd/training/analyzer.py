@@ -11,15 +11,15 @@ from lightning_hesd.numerics.analysis.engine import analyze, analyze_layers
 from lightning_hesd.numerics.analysis.retry import retry_on_oom
 from lightning_hesd.numerics.analysis.sampling_error import samples_needed
 from lightning_hesd.numerics.inputs.portable import Portable
-from lightning_hesd.numerics.isolation.modes import name_of_mode
+from lightning_hesd.numerics.isolation.modes import mode_name
 from lightning_hesd.numerics.isolation.snapshot import restore_state, seed_everything
 from lightning_hesd.numerics.operators.memory import is_out_of_memory
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
 from lightning_hesd.sample_size.recommendation import find_sample_size
 from lightning_hesd.spectra.validation import one_line
 from lightning_hesd.training.compat import internals
-from lightning_hesd.training.isolation.isolation import Isolation
-from lightning_hesd.training.isolation.surroundings import DisturbedTrainingError, some_of
+from lightning_hesd.training.isolation.isolation import TrainingIsolation
+from lightning_hesd.training.isolation.training_snapshot import DisturbedTrainingError, names_in_words
 from lightning_hesd.training.loss import make_loss_fn
 from lightning_hesd.training.loss_mode import AnalyzedLoss, LossMode
 from lightning_hesd.training.samples.run_samples import RunSamples
@@ -84,7 +84,7 @@ class TrainerAnalyzer:
         self.mode = LossMode(mode)
         self._options = replace(options, sampling_error=True) if num_samples == "auto" else options
         self._loss_fn = loss_fn
-        self._isolation = Isolation()
+        self._isolation = TrainingIsolation()
         self.samples = RunSamples(
             num_samples,
             batch_size=batch_size,
@@ -101,7 +101,7 @@ class TrainerAnalyzer:
         return {
             **vars(self),
             "_loss_fn": Portable("loss_fn", self._loss_fn),
-            "_isolation": Isolation(),
+            "_isolation": TrainingIsolation(),
             "_cached_samples": None,
             "_caches": defaultdict(AnalysisCache),
         }
@@ -123,7 +123,7 @@ class TrainerAnalyzer:
         """Begin with a run: let go of the samples of the last one, and of what its analyses changed."""
         self.release()
         self.mode.restart(trainer)
-        self._isolation = Isolation()
+        self._isolation = TrainingIsolation()
 
     def release(self) -> None:
         """Let go of the samples; they are drawn anew when needed."""
@@ -242,7 +242,7 @@ class TrainerAnalyzer:
         internals.together(trainer, self._check_harmless)
         all_reduce = None if internals.is_sharded(trainer) else internals.make_all_reduce(trainer)
         samples = self.draw(trainer)
-        with self._isolation.around(trainer, pl_module) as evaluating:
+        with self._isolation.analysis(trainer, pl_module) as evaluating:
             with restore_state(pl_module):  # its transfer hooks may leave traces, as `training_step` may
                 transfer = partial(self._transfer, trainer, pl_module, samples.batches, evaluating)
                 batches = list(samples.batches) if samples.transferred else internals.together(trainer, transfer)
@@ -256,7 +256,7 @@ class TrainerAnalyzer:
                 output_fn=_within(setting.evaluating, options.output_fn),
                 output_loss=_within(setting.evaluating, options.output_loss),
             )
-            kind = work is analyze, options.matrix, options.preconditioner is not None, name_of_mode(setting.mode)
+            kind = work is analyze, options.matrix, options.preconditioner is not None, mode_name(setting.mode)
             cache = self._caches[kind]
 
             def analysis(options: AnalysisOptions, reason: str | None) -> Result:
@@ -302,8 +302,8 @@ class TrainerAnalyzer:
         Raises:
             DisturbedTrainingError: If it has.
         """
-        if self._isolation.harm:
-            msg = f"changed in place {some_of(self._isolation.harm)} in an earlier analysis"
+        if self._isolation.damaged:
+            msg = f"changed in place {names_in_words(self._isolation.damaged)} in an earlier analysis"
             raise DisturbedTrainingError(msg)
 
 

@@ -21,8 +21,8 @@ from lightning_hesd.numerics.inputs.blocks import Layers, blocks
 from lightning_hesd.numerics.inputs.parameter_sharding import Layout
 from lightning_hesd.numerics.inputs.parameters import inverse_root, select_parameters, vector_dtype
 from lightning_hesd.numerics.inputs.token_weights import Weighing
-from lightning_hesd.numerics.isolation.exact_mode import analysis_state
-from lightning_hesd.numerics.isolation.modes import name_of_mode
+from lightning_hesd.numerics.isolation.exact_mode import exact_mode
+from lightning_hesd.numerics.isolation.modes import mode_name
 from lightning_hesd.numerics.operators.memory import MemoryPlan, plan_memory
 from lightning_hesd.numerics.operators.operator import CurvatureOperator, prepare_differences
 from lightning_hesd.numerics.operators.risk_operator import SampleMean
@@ -133,7 +133,7 @@ def _refused(
         matrix=options.matrix,
         probe=options.probe,
         seed=options.seed,
-        mode=name_of_mode(options.mode),
+        mode=mode_name(options.mode),
         confidence=options.confidence,
         tolerance=options.tolerance,
         reason=str(error),
@@ -179,7 +179,7 @@ def estimated(
     _check_dtype(dtype, device)
     plan = _plan(module, parameters, dtype, options=options, layout=layout, all_reduce=all_reduce, processes=processes)
 
-    with analysis_state(module, options.mode, analysed, state) as isolation, layout.opened(module):
+    with exact_mode(module, options.mode, analysed, state) as isolation, layout.opened(module):
         joint = layout.joint(batches)
         is_alone = all_reduce is None and layout.all_reduce is None
         evaluator = Evaluator(module, loss_fn, options, layout, isolation, batches=joint if is_alone else None)

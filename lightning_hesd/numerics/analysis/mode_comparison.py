@@ -14,7 +14,7 @@ from lightning_hesd.numerics.analysis.evaluation import Evaluator
 from lightning_hesd.numerics.devices import accelerators
 from lightning_hesd.numerics.inputs.batches import SkippedBatchError
 from lightning_hesd.numerics.inputs.parameters import select_parameters, vector_dtype
-from lightning_hesd.numerics.isolation.exact_mode import analysis_state
+from lightning_hesd.numerics.isolation.exact_mode import exact_mode
 from lightning_hesd.numerics.operators.curvature import gradient
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def evaluated(
     losses: list[float | None] = []
     draws: list[int] = []
     norm = 0.0
-    with analysis_state(module, options.mode, analysed) as isolation, layout.opened(module):
+    with exact_mode(module, options.mode, analysed) as isolation, layout.opened(module):
         joint = layout.joint(batches)
         evaluator = Evaluator(module, loss_fn, options, layout, isolation, batches=joint if alone else None)
         for batch in joint:

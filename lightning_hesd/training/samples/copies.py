@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from lightning_hesd.numerics.inputs.cuts import attributes
-from lightning_hesd.numerics.isolation.containers import holds_atoms
+from lightning_hesd.numerics.isolation.containers import has_plain_items
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -149,6 +149,6 @@ class _Plan:
 
 def _items(container: Any) -> Iterable[Any]:
     """Return the items of a container, nothing for a long one of plain values."""
-    if len(container) > _LONG and holds_atoms(container):
+    if len(container) > _LONG and has_plain_items(container):
         return ()
     return [*container, *container.values()] if isinstance(container, dict) else list(container)

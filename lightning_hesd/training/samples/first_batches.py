@@ -17,7 +17,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from lightning_hesd.numerics.inputs.cuts import attributes
-from lightning_hesd.numerics.isolation.containers import holds_atoms
+from lightning_hesd.numerics.isolation.containers import has_plain_items
 from lightning_hesd.numerics.isolation.snapshot import restore_state
 from lightning_hesd.numerics.isolation.tensor_states import is_opaque, size_in_memory
 from lightning_hesd.numerics.operators.memory import SHARE_OF_FREE_MEMORY, default_budget
@@ -206,7 +206,7 @@ def _arrays(batch: Any) -> list[Tensor | np.ndarray[Any, Any]]:
         if isinstance(part, Tensor | np.ndarray):
             found.append(part)
         elif isinstance(part, list | tuple | set | frozenset | deque | dict):
-            if not holds_atoms(part):
+            if not has_plain_items(part):
                 pending.extend(part.values() if isinstance(part, dict) else part)
         else:
             pending.extend(part.values() if isinstance(part, Mapping) else ())

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
     from lightning_hesd.numerics.inputs.batches import Weigh, WeightedBatch
-    from lightning_hesd.training.isolation.isolation import Isolation
+    from lightning_hesd.training.isolation.isolation import TrainingIsolation
 
 FIRST_SAMPLES = 256
 MAX_SAMPLES = 16_384
@@ -169,7 +169,7 @@ class RunSamples:
         self._samples = None
         return True
 
-    def prepare(self, trainer: pl.Trainer, isolation: Isolation) -> None:
+    def prepare(self, trainer: pl.Trainer, isolation: TrainingIsolation) -> None:
         """Draw the samples, or begin to keep those that training will see, unless that is done.
 
         Args:
@@ -242,7 +242,7 @@ class RunSamples:
         if self._kept is not None:
             self._kept.epoch_ended()
 
-    def draw(self, trainer: pl.Trainer, isolation: Isolation) -> AnalysisSamples:
+    def draw(self, trainer: pl.Trainer, isolation: TrainingIsolation) -> AnalysisSamples:
         """Draw the samples, or return them if they are there already.
 
         Args:
@@ -278,7 +278,7 @@ class RunSamples:
     def _is_training_loader(self, trainer: pl.Trainer) -> bool:
         return self._dataloader is None or self._dataloader is trainer.train_dataloader
 
-    def _draw(self, trainer: pl.Trainer, isolation: Isolation) -> AnalysisSamples:
+    def _draw(self, trainer: pl.Trainer, isolation: TrainingIsolation) -> AnalysisSamples:
         own = self._dataloader is not None
         is_free = not self._keeps or (own and not share_data(self._source, trainer.train_dataloader))
         with isolation.reading(trainer, trainer.lightning_module):

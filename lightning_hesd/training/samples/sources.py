@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_hesd.numerics.inputs.cuts import attributes
-from lightning_hesd.numerics.isolation.containers import holds_atoms
+from lightning_hesd.numerics.isolation.containers import has_plain_items
 from lightning_hesd.numerics.isolation.streams import STREAMS
 from lightning_hesd.training.compat.namespaces import lightning_types
-from lightning_hesd.training.isolation.kinds import is_spent_by_reading
+from lightning_hesd.training.isolation.kinds import is_one_way_iterator
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,7 +93,7 @@ def _read_from(loader: Any) -> Iterator[Any]:
 
 def _is_used_up(part: Any) -> bool:
     """Whether reading takes away from it, for good."""
-    return isinstance(part, _QUEUES) or (is_spent_by_reading(part) and not isinstance(part, STREAMS))
+    return isinstance(part, _QUEUES) or (is_one_way_iterator(part) and not isinstance(part, STREAMS))
 
 
 def _parts(dataset: Any) -> Iterator[Any]:
@@ -107,7 +107,7 @@ def _parts(dataset: Any) -> Iterator[Any]:
         yield part
         if isinstance(part, Dataset) or part is dataset:
             pending.extend(attributes(part).values())
-        elif isinstance(part, list | tuple | dict) and len(part) <= _SHORT and not holds_atoms(part):
+        elif isinstance(part, list | tuple | dict) and len(part) <= _SHORT and not has_plain_items(part):
             pending.extend(part.values() if isinstance(part, dict) else part)
 
 
