@@ -91,7 +91,7 @@ class TrainerAnalyzer:
             batch_weight=options.batch_weight,
             dataloader=dataloader,
             seed=options.seed,
-            keeps=keeps,
+            in_training=keeps,
         )
         self._cached_samples: AnalysisSamples | None = None
         self._caches: dict[object, AnalysisCache] = defaultdict(AnalysisCache)  # for each kind of analysis

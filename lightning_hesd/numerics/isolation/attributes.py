@@ -49,7 +49,8 @@ class SlotState(ContentState):
 
     def __init__(self, owner: object) -> None:
         self._owner = owner
-        self._names = slot_names(type(owner))
+        kind: Any = type(owner)
+        self._names = slot_names(kind)
         super().__init__(owner, self._values(), self._names)
 
     def _values(self) -> list[Any]:

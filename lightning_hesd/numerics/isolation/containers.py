@@ -89,7 +89,7 @@ class MappingState(ContentState):
         self._base: Any = OrderedDict if isinstance(mapping, OrderedDict) else dict
         self._mapping = mapping
         self.views = self._base.keys(mapping), self._base.values(mapping)
-        keys, values = map(list, self.views)
+        keys, values = list(self.views[0]), list(self.views[1])
         self._has_names = set(map(type, keys)) == {str}
         super().__init__(mapping, values, keys)
 
@@ -106,7 +106,7 @@ class MappingState(ContentState):
     def _has_saved_keys(self) -> bool:
         keys: Any = self.keys
         if self._has_names:
-            return list(self.views[0]) == keys
+            return bool(list(self.views[0]) == keys)
         return len(self.views[0]) == len(keys) and all(map(is_, self.views[0], keys))
 
     @override

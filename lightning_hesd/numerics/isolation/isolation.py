@@ -84,9 +84,12 @@ class Isolation:
             with self.power_iterations.separate():
                 yield
         finally:
-            if self._start is not None:
-                self._start.restore()
+            self._restore_start()
             self._analyzed, self._before, self._start, self._evaluated = outside
+
+    def _restore_start(self) -> None:
+        if self._start is not None:
+            self._start.restore()
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:

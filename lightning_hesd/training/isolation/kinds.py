@@ -78,7 +78,8 @@ _INSTALLED = tuple(
 
 def slots_of(value: object) -> dict[str, Any]:
     """Return the attributes that an object keeps in slots, None where one is not set."""
-    return {name: getattr(value, name, None) for name in slot_names(type(value))}
+    kind: Any = type(value)
+    return {name: getattr(value, name, None) for name in slot_names(kind)}
 
 
 def attributes_of(value: object) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from lightning_hesd.numerics.dtensors import is_distributed, local_part
 from lightning_hesd.numerics.isolation.attributes import SlotState
 from lightning_hesd.numerics.isolation.containers import BufferState
+from lightning_hesd.numerics.isolation.streams import GENERATORS
 from lightning_hesd.training.isolation import kinds
 from lightning_hesd.training.isolation.kinds import attributes_of, slots_of
 from lightning_hesd.training.isolation.places import Owner, Place
@@ -158,7 +159,7 @@ class _Search:
             self.found.arrays.append((value, place))
             if value.dtype == object and value.size <= LARGE_CONTAINER:
                 self._add_pending(place, {f".flat[{i}]": item for i, item in enumerate(value.flat)})
-        elif isinstance(value, kinds.GENERATORS):
+        elif isinstance(value, GENERATORS):
             self.found.generators.append(value)
         elif isinstance(value, kinds.BUFFERS):
             self.found.states.append(TrackedContent(BufferState(value), place))

@@ -29,7 +29,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from lightning_hesd.training.samples.analysis_samples import AnalysisSamples, Processes, draw_samples
+from lightning_hesd.training.samples.analysis_samples import AnalysisSamples, Ranks, draw_samples
 from lightning_hesd.training.samples.epochs import PlannedBatch
 from tests.training.modules import (
     NOISES,
@@ -195,10 +195,13 @@ def test_given_positions_in_the_given_order() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": []}, "empty: there are no samples to analyse"),
+        ({"sampler": []}, "because the training dataset or its sampler is empty"),
         ({"batch_size": SIZE + 1, "drop_last": True}, "empty.*`drop_last=True`"),
-        ({"collate_fn": lambda items: None}, "every batch that was read is None or empty"),
-        ({"dataset": [], "sampler": None}, "empty: there are no samples to analyse"),
+        ({"collate_fn": lambda items: None}, "returned None or an empty batch"),
+        (
+            {"dataset": [], "sampler": None},
+            "because the training dataset or its sampler is empty",
+        ),
     ],
 )
 def test_nothing_to_draw(options: dict[str, Any], message: str) -> None:
@@ -275,7 +278,7 @@ def dealt(make_loader: Callable[[], Any], world_size: int, num_samples: int = 21
         sums.append(work())
         return sums[-1]
 
-    draw_samples(make_loader(), num_samples, processes=Processes(add=found_alone), **kwargs)
+    draw_samples(make_loader(), num_samples, ranks=Ranks(add=found_alone), **kwargs)
     for rank in range(world_size):
         seed(rank)  # processes may differ in their random streams
         remaining, found = list(sums), []
@@ -284,8 +287,8 @@ def dealt(make_loader: Callable[[], Any], world_size: int, num_samples: int = 21
             found.append(work())
             return remaining.pop(0)
 
-        processes = Processes(rank, world_size, add=found_together)
-        shares.append(draw_samples(make_loader(), num_samples, processes=processes, **kwargs))
+        ranks = Ranks(rank, world_size, add=found_together)
+        shares.append(draw_samples(make_loader(), num_samples, ranks=ranks, **kwargs))
         own.append(found)
     assert [[sum(parts) for parts in zip(*rounds, strict=True)] for rounds in zip(*own, strict=True)] == sums
     assert len({share.indices for share in shares}) == 1
@@ -322,7 +325,7 @@ def test_the_same_batches_for_any_number_of_processes(name: str) -> None:
 @pytest.mark.parametrize("make_loader", [DEALT["torch"], DEALT["stream"]], ids=["dataset", "stream"])
 def test_more_processes_than_batches(make_loader: Callable[[], Any]) -> None:
     add = {"add": lambda work: (work(), [0.0, 8.0, 2.0])[1]}
-    shares = [draw_samples(make_loader(), 10, processes=Processes(rank, 4, **add)) for rank in range(4)]
+    shares = [draw_samples(make_loader(), 10, ranks=Ranks(rank, 4, **add)) for rank in range(4)]
     assert [[batch.index for batch in share.batches] for share in shares] == [[0], [1], [], []]
     assert len({share.indices for share in shares}) == 1
 
@@ -511,7 +514,7 @@ def test_the_same_samples_after_resume(tmp_path: Path) -> None:
     ), "or resuming would have shown nothing"
 
 
-@pytest.mark.filterwarnings("ignore:.*others are drawn:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*other samples are drawn:RuntimeWarning")
 @pytest.mark.parametrize("more", [False, True], ids=["", "also_if_there_are_more_data"])
 def test_other_samples_after_resume_with_another_number(more: bool, tmp_path: Path) -> None:
     saved = tmp_path / "saved.ckpt"
@@ -524,12 +527,12 @@ def test_other_samples_after_resume_with_another_number(more: bool, tmp_path: Pa
     assert after.state_dict()["samples"]["training"]["indices"] == list(fresh.indices)
 
 
-@pytest.mark.filterwarnings("ignore:.*others are drawn:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*other samples are drawn:RuntimeWarning")
 def test_resuming_with_fewer_data_and_the_advice(tmp_path: Path) -> None:
     saved = tmp_path / "saved.ckpt"
     fit(tmp_path, callback(num_samples=SIZE), max_epochs=1).save_checkpoint(saved)
     fewer = {"data": loader(Digits(12), shuffle=True), "ckpt_path": saved, "max_epochs": 2}
-    with pytest.raises(MisconfigurationException, match=r"not the data of that run.*another `num_samples`"):
+    with pytest.raises(MisconfigurationException, match=r"resume with the data of that run.*another `num_samples`"):
         fit(tmp_path, callback(num_samples=SIZE), **fewer)
     after = callback(num_samples=SIZE + 1)
     fit(tmp_path, after, **fewer)
@@ -544,7 +547,7 @@ class Buckets(Sampler[list[int]]):
         return iter([np.array(batches[number]) for number in torch.randperm(len(batches)).tolist()])
 
 
-@pytest.mark.filterwarnings("ignore:.*others are drawn:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*other samples are drawn:RuntimeWarning")
 def test_batches_and_their_positions_stay_after_resume(tmp_path: Path) -> None:
     saved, seen = tmp_path / "saved.ckpt", Seen()
     before, data = callback(loss_fn=seen, num_samples=20), loader(batch_sampler=Buckets())
