@@ -1,4 +1,4 @@
-"""The directions in which the loss is curved most: leading eigenvectors of its Hessian."""
+"""Directions of largest curvature: leading eigenvectors of the Hessian."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ class DominantDirections:
     Attributes:
         directions: Orthonormal Ritz vectors as columns, shape (n, D), in the order of the eigenvalues.
         eigenvalues: Largest Ritz values, descending, shape (D,).
-        residuals: An eigenvalue lies within this, and rounding, of each, shape (D,). A vector is determined as far as
-            its residual is small beside the gap to the other eigenvalues; more `steps` make it smaller.
+        residuals: Ritz residuals, shape (D,): an eigenvalue lies within the residual, and rounding, of each Ritz value.
+            A vector is accurate if its residual is small compared with the gap to the other eigenvalues; more `steps`
+            reduce it.
     """
 
     directions: Tensor
@@ -53,7 +54,7 @@ def dominant_directions(
 ) -> DominantDirections:
     """Find the eigenvectors of the Hessian of the mean loss with the largest eigenvalues, by Lanczos.
 
-    Of an eigenvalue that occurs several times one vector is found.
+    For a multiple eigenvalue one vector is found.
 
     Args:
         module: The module, on the device of the batches.
@@ -62,8 +63,8 @@ def dominant_directions(
         count: Number D of directions.
         steps: Lanczos steps, hence Hessian-vector products; never more than there are parameters.
         seed: Seed of the start vector.
-        strategy: How to compute products, see `hessian_spectrum`.
-        mode: Module mode meanwhile: "eval", "train", or "keep" for no change.
+        strategy: HVP strategy, see `hessian_spectrum`.
+        mode: Module mode during the measurement: "eval", "train", or "keep" for no change.
 
     Returns:
         The directions with their eigenvalues, over all parameters that require grad.

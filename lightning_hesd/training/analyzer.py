@@ -12,7 +12,7 @@ from lightning_hesd.numerics.analysis.retry import retry_on_oom
 from lightning_hesd.numerics.analysis.sampling_error import samples_needed
 from lightning_hesd.numerics.collectives import LOCAL
 from lightning_hesd.numerics.inputs.portable import Portable
-from lightning_hesd.numerics.isolation.modes import name_of_mode
+from lightning_hesd.numerics.isolation.modes import mode_name
 from lightning_hesd.numerics.isolation.snapshot import restore_state, seed_everything
 from lightning_hesd.numerics.operators.memory import is_out_of_memory
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
@@ -20,8 +20,8 @@ from lightning_hesd.sample_size.recommendation import find_sample_size
 from lightning_hesd.spectra.validation import one_line
 from lightning_hesd.training.compat import internals
 from lightning_hesd.training.compat.collectives import collectives_of, parameter_sharding_of
-from lightning_hesd.training.isolation.isolation import Isolation
-from lightning_hesd.training.isolation.surroundings import DisturbedTrainingError, some_of
+from lightning_hesd.training.isolation.isolation import TrainingIsolation
+from lightning_hesd.training.isolation.training_snapshot import DisturbedTrainingError, names_in_words
 from lightning_hesd.training.loss import make_loss_fn
 from lightning_hesd.training.loss_mode import AnalyzedLoss, LossMode
 from lightning_hesd.training.samples.run_samples import RunSamples
@@ -86,14 +86,14 @@ class TrainerAnalyzer:
         self.mode = LossMode(mode)
         self._options = replace(options, sampling_error=True) if num_samples == "auto" else options
         self._loss_fn = loss_fn
-        self._isolation = Isolation()
+        self._isolation = TrainingIsolation()
         self.samples = RunSamples(
             num_samples,
             batch_size=batch_size,
             batch_weight=options.batch_weight,
             dataloader=dataloader,
             seed=options.seed,
-            keeps=keeps,
+            in_training=keeps,
         )
         self._cached_samples: AnalysisSamples | None = None
         self._caches: dict[object, AnalysisCache] = defaultdict(AnalysisCache)  # for each kind of analysis
@@ -103,7 +103,7 @@ class TrainerAnalyzer:
         return {
             **vars(self),
             "_loss_fn": Portable("loss_fn", self._loss_fn),
-            "_isolation": Isolation(),
+            "_isolation": TrainingIsolation(),
             "_cached_samples": None,
             "_caches": defaultdict(AnalysisCache),
         }
@@ -125,7 +125,7 @@ class TrainerAnalyzer:
         """Begin with a run: let go of the samples of the last one, and of what its analyses changed."""
         self.release()
         self.mode.restart(trainer)
-        self._isolation = Isolation()
+        self._isolation = TrainingIsolation()
 
     def release(self) -> None:
         """Let go of the samples; they are drawn anew when needed."""
@@ -244,7 +244,7 @@ class TrainerAnalyzer:
         ranks = collectives_of(trainer)
         ranks.run_together(self._check_harmless)
         samples = self.draw(trainer)
-        with self._isolation.around(trainer, pl_module) as evaluating:
+        with self._isolation.analysis(trainer, pl_module) as evaluating:
             with restore_state(pl_module):  # its transfer hooks may leave traces, as `training_step` may
                 transfer = partial(self._transfer, trainer, pl_module, samples.batches, evaluating)
                 batches = list(samples.batches) if samples.transferred else ranks.run_together(transfer)
@@ -258,7 +258,7 @@ class TrainerAnalyzer:
                 output_fn=_within(setting.evaluating, options.output_fn),
                 output_loss=_within(setting.evaluating, options.output_loss),
             )
-            kind = work is analyze, options.matrix, options.preconditioner is not None, name_of_mode(setting.mode)
+            kind = work is analyze, options.matrix, options.preconditioner is not None, mode_name(setting.mode)
             cache = self._caches[kind]
 
             def analysis(options: AnalysisOptions, reason: str | None) -> Result:
@@ -306,8 +306,8 @@ class TrainerAnalyzer:
         Raises:
             DisturbedTrainingError: If it has.
         """
-        if self._isolation.harm:
-            msg = f"changed in place {some_of(self._isolation.harm)} in an earlier analysis"
+        if self._isolation.damaged:
+            msg = f"changed in place {names_in_words(self._isolation.damaged)} in an earlier analysis"
             raise DisturbedTrainingError(msg)
 
 

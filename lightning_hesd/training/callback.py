@@ -28,7 +28,7 @@ from lightning_hesd.training.compat import internals, launched
 from lightning_hesd.training.compat.namespaces import MisconfigurationException, join_namespaces
 from lightning_hesd.training.gradient_monitor import GradientMonitor
 from lightning_hesd.training.history import START_EPOCH, SpectrumHistory, SpectrumRecord, SpectrumSource, when
-from lightning_hesd.training.isolation.surroundings import DisturbedTrainingError
+from lightning_hesd.training.isolation.training_snapshot import DisturbedTrainingError
 from lightning_hesd.training.loss import check_loss_source
 from lightning_hesd.training.outputs import RunOutputs
 from lightning_hesd.training.recorder import Recorder

@@ -26,7 +26,7 @@ from lightning_hesd.numerics.operators.memory import is_out_of_memory
 from lightning_hesd.spectra.validation import first_invalid_field, one_line, text
 from lightning_hesd.training.compat import internals
 from lightning_hesd.training.compat.collectives import collectives_of, parameter_sharding_of
-from lightning_hesd.training.isolation.surroundings import DisturbedTrainingError
+from lightning_hesd.training.isolation.training_snapshot import DisturbedTrainingError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -196,7 +196,7 @@ def test_a_configuration_of_lightning_cli_will_do(trained: Run, tmp_path: Path) 
 def test_samples_of_the_run_must_exist(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, paths = trained
     said = refused(capsys, "analyze", paths[0], *MODEL, *CPU, "--data.size=20", "--out", tmp_path / "out")
-    assert "but there are 20: these are not the data of that run. Draw others with another `num_samples`" in said
+    assert "has 20 samples: resume with the data of that run, or draw other samples with another `num_samples`" in said
 
 
 def test_another_data_module_for_generalization(trained: Run, tmp_path: Path) -> None:

@@ -297,7 +297,7 @@ class Stream(IterableDataset[Any]):
 def case_batches_of_training_are_kept() -> None:
     callback = HessianSpectrumCallback(steps=6, num_samples=64, on_error="raise")
     plain, net = Net(), Net()
-    first_batches.SMALL = 2 * X[:16].nbytes  # the others go to the CPU
+    first_batches.MAX_DEVICE_BYTES = 2 * X[:16].nbytes  # the others go to the CPU
     fit(None, net=plain, enable_checkpointing=False, data=DataLoader(Stream(), batch_size=16))
     fit(callback, net=net, enable_checkpointing=False, data=DataLoader(Stream(), batch_size=16))
     assert same(plain, net)

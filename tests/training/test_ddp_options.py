@@ -66,7 +66,7 @@ def test_training_steps_may_wait_for_each_other(options: list[dict[str, Any]]) -
         assert found["use_trainer"]["errors"] == [None] * 2
         for name in ("all_gather", "all_reduce"):
             for error in found[name]["errors"]:
-                assert f"calls `{name}`; in an analysis the processes have different batches" in error
+                assert f"calls `{name}`; in an analysis each rank has other batches" in error
                 assert "pass `loss_fn=`" in error
         assert len(found["use_trainer"]["folders"]) > 4
         assert all(found["use_trainer"]["folders"]), "that of process zero, in training and in analyses"
@@ -76,7 +76,7 @@ def test_norms_that_wait_for_other_processes_are_refused(options: list[dict[str,
     for rank in options:
         assert rank["norms"]["eval"] is None
         for mode in ("train", "keep"):
-            assert "SyncBatchNorm in training mode waits" in rank["norms"][mode]
+            assert "in training mode SyncBatchNorm waits" in rank["norms"][mode]
             assert "mode='eval'" in rank["norms"][mode]
 
 

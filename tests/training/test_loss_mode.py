@@ -433,7 +433,7 @@ class Own(DataLoader[Any]):
             loader,
             "`loss_fn` over 10 samples of `dataloader` in 2 batches",
         ),
-        ({}, lambda: Own(Digits(), batch_size=8), "`training_step` over the first 10 samples that training sees"),
+        ({}, lambda: Own(Digits(), batch_size=8), "`training_step` over the first 10 samples of training"),
     ],
     ids=["training", "own", "kept"],
 )

@@ -202,7 +202,7 @@ def test_other_samples_can_be_asked_for(tmp_path: Path) -> None:
     callback, said = go_on(tmp_path / "second", data(), tmp_path / "first" / "last.ckpt", num_samples=40)
     assert [r.spectrum and r.spectrum.num_samples for r in callback.history] == [48, 48, 48, 40, 40, 40]
     assert len(said) == 1
-    assert "analysed 48 samples, and `num_samples` is 40 now: others are drawn" in said[0]
+    assert "analyzed 48 samples, and `num_samples` is 40 now: other samples are drawn" in said[0]
 
 
 def test_data_without_the_samples_drawn_before(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from lightning_hesd.numerics.analysis.estimation import Estimation, run_lanczos
 from lightning_hesd.numerics.analysis.preparation import opened_operators
 from lightning_hesd.numerics.inputs.blocks import Layers, blocks
 from lightning_hesd.numerics.inputs.parameters import select_parameters
-from lightning_hesd.numerics.isolation.modes import name_of_mode
+from lightning_hesd.numerics.isolation.modes import mode_name
 from lightning_hesd.numerics.operators.verification import WrongDerivativeError
 from lightning_hesd.spectra.spectrum import Spectrum
 
@@ -184,7 +184,7 @@ def _undefined_spectrum(
         matrix=options.matrix,
         probe=options.probe,
         seed=options.seed,
-        mode=name_of_mode(options.mode),
+        mode=mode_name(options.mode),
         confidence=options.confidence,
         tolerance=options.tolerance,
         reason=str(error),

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lightning_hesd.numerics.analysis.sampling_error import SamplingError, sampling_error
-from lightning_hesd.numerics.isolation.modes import name_of_mode
+from lightning_hesd.numerics.isolation.modes import mode_name
 from lightning_hesd.numerics.krylov.lanczos import Lanczos, NonFiniteProductError
 from lightning_hesd.numerics.krylov.ritz import gauss_quadrature, tridiagonal_eigh
 from lightning_hesd.numerics.operators.operator import joint_products, prepare_differences
@@ -226,7 +226,7 @@ class Estimation:
             matrix=options.matrix if options.preconditioner is None else f"preconditioned {options.matrix}",
             probe=options.probe,
             seed=options.seed,
-            mode=name_of_mode(options.mode),
+            mode=mode_name(options.mode),
             strategy=mean.maker.strategy,
             strategy_reason=mean.maker.reason,
             basis=plan.basis,

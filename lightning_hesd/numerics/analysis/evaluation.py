@@ -123,7 +123,7 @@ class Evaluator:
                         owner._buffers[name] = buffer.to(dtype, copy=True)  # noqa: SLF001
             torch.set_default_dtype(dtype)
             self._dtype = dtype
-            with self.isolation.afresh(list(copies.values())):
+            with self.isolation.separate(list(copies.values())):
                 yield copies.__getitem__
         finally:
             self._dtype = None
@@ -181,7 +181,7 @@ class Evaluator:
         self.isolation.restore(None)
         for renormalization in replacements.renormalizations:
             torch.embedding_renorm_(*renormalization)
-        self.isolation.start_here()
+        self.isolation.restart()
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor

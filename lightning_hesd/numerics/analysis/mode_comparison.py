@@ -14,7 +14,7 @@ from lightning_hesd.numerics.analysis.evaluation import Evaluator
 from lightning_hesd.numerics.devices import accelerators
 from lightning_hesd.numerics.inputs.batches import SkippedBatchError
 from lightning_hesd.numerics.inputs.parameters import select_parameters, vector_dtype
-from lightning_hesd.numerics.isolation.exact_mode import analysis_state
+from lightning_hesd.numerics.isolation.exact_mode import exact_mode
 from lightning_hesd.numerics.operators.curvature import gradient
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def evaluated(
     losses: list[float | None] = []
     draws: list[int] = []
     norm = 0.0
-    with analysis_state(module, options.mode, analyzed) as isolation, sharding.full_parameters(module):
+    with exact_mode(module, options.mode, analyzed) as isolation, sharding.full_parameters(module):
         joint = sharding.joint_batches(batches)
         evaluator = Evaluator(module, loss_fn, options, sharding, isolation, batches=joint if alone else None)
         for batch in joint:

@@ -15,7 +15,7 @@ from lightning_hesd.numerics.devices import finest_dtype
 from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
 from lightning_hesd.numerics.inputs.parameters import inverse_root, vector_dtype
 from lightning_hesd.numerics.inputs.token_weights import Weighing
-from lightning_hesd.numerics.isolation.exact_mode import analysis_state
+from lightning_hesd.numerics.isolation.exact_mode import exact_mode
 from lightning_hesd.numerics.operators.memory import MemoryPlan, plan_memory
 from lightning_hesd.numerics.operators.operator import CurvatureOperator
 from lightning_hesd.numerics.operators.risk_operator import SampleMean
@@ -80,7 +80,7 @@ def opened_operators(
         module, parameters, dtype, options=options, sharding=sharding, collectives=collectives, processes=processes
     )
 
-    with analysis_state(module, options.mode, analyzed, state) as isolation, sharding.full_parameters(module):
+    with exact_mode(module, options.mode, analyzed, state) as isolation, sharding.full_parameters(module):
         joint = sharding.joint_batches(batches)
         is_alone = not collectives.is_distributed and not sharding.is_sharded
         evaluator = Evaluator(module, loss_fn, options, sharding, isolation, batches=joint if is_alone else None)

@@ -17,7 +17,7 @@ from lightning_hesd.numerics.derivatives.replacements import Replacements
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
 from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
-from lightning_hesd.numerics.isolation.exact_mode import analysis_state
+from lightning_hesd.numerics.isolation.exact_mode import exact_mode
 from tests.ranks import StandIn
 
 STRATEGIES = ["auto", "graph", "recompute", "finite_difference"]
@@ -159,7 +159,7 @@ def test_a_loss_is_called_again_once_where_it_differentiates_a_norm(layer: Any, 
         result: Tensor = function(net, x)
         return result
 
-    with analysis_state(net) as isolation:
+    with exact_mode(net) as isolation:
         evaluator = Evaluator(net, counted, analysis_options(), ParameterSharding(), isolation)
         for expected in (2 if again else 1, 1):
             calls = 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from lightning_hesd.numerics.isolation.containers import holds_atoms
+from lightning_hesd.numerics.isolation.containers import has_plain_items
 from lightning_hesd.numerics.isolation.snapshot import restore_state
 
 MANY = 300_000
@@ -31,7 +31,7 @@ MANY = 300_000
     ],
 )
 def test_what_holds_plain_values_only(container: Any, expected: bool) -> None:
-    assert holds_atoms(container) is expected
+    assert has_plain_items(container) is expected
 
 
 class Holder(Dataset[Any]):

@@ -20,7 +20,13 @@ from torch._subclasses import FakeTensorMode
 from torch.masked import masked_tensor
 
 from lightning_hesd import hessian_spectrum
-from lightning_hesd.numerics.isolation.snapshot import DATA_COUNT, DATA_SIZE, MANY, Snapshot, restore_state
+from lightning_hesd.numerics.isolation.snapshot import (
+    MAX_COMPARED_STATES,
+    MAX_COPIED,
+    MAX_COPIED_BYTES,
+    Snapshot,
+    restore_state,
+)
 from tests import cases
 
 # Tensors --------------------------------------------------------------------------------------------------------------
@@ -442,7 +448,7 @@ def test_a_restoration_that_fails_goes_on_with_the_rest(change, named, fails):
         with contextlib.suppress(ZeroDivisionError), restore_state(module):
             hessian_spectrum(module, batches, loss, mode="eval", strategy="recompute", steps=2)
 
-    with pytest.warns(RuntimeWarning, match=f"could not put back all that the analysis changed: {named} "):
+    with pytest.warns(RuntimeWarning, match=f"could not restore everything that the analysis changed: {named} "):
         run()
     assert module.training
     assert (module.calls, module.last) == (0, [1])
@@ -458,9 +464,9 @@ class Images(torch.utils.data.Dataset[Any]):
 
     def __init__(self) -> None:
         self.samples = [(f"{i}.png", i) for i in range(200_000)]
-        self.tensors = [torch.zeros(1) for _ in range(DATA_COUNT + 10)]
-        self.large = torch.zeros(DATA_SIZE // 4 + 1)
-        self.asked, self.objects = 0, [types.SimpleNamespace(n=0) for _ in range(MANY)]
+        self.tensors = [torch.zeros(1) for _ in range(MAX_COPIED + 10)]
+        self.large = torch.zeros(MAX_COPIED_BYTES // 4 + 1)
+        self.asked, self.objects = 0, [types.SimpleNamespace(n=0) for _ in range(MAX_COMPARED_STATES)]
 
 
 def test_what_may_be_data_is_not_copied():

@@ -185,9 +185,9 @@ def test_progress_bars(name: str, kind: str, tmp_path: Path, monkeypatch: pytest
 @BOTH
 def test_other_progress_bars_and_loggers_are_told_apart(name: str) -> None:
     namespace = NAMESPACES[name]
-    assert not kinds.Openness()(namespace.callbacks.TQDMProgressBar())  # it moves by itself
-    assert kinds.is_outward(namespace.callbacks.EarlyStopping("x"))
-    assert kinds.is_outward(DATA[name]())
+    assert namespace.callbacks.TQDMProgressBar() not in kinds.SearchedObjects()  # it moves by itself
+    assert kinds.is_outside_module(namespace.callbacks.EarlyStopping("x"))
+    assert kinds.is_outside_module(DATA[name]())
     assert kinds.is_logger(namespace.loggers.CSVLogger("x"))
 
 

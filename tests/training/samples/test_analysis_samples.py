@@ -197,10 +197,13 @@ def test_given_positions_in_the_given_order() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": []}, "empty: there are no samples to analyse"),
+        ({"sampler": []}, "because the training dataset or its sampler is empty"),
         ({"batch_size": SIZE + 1, "drop_last": True}, "empty.*`drop_last=True`"),
-        ({"collate_fn": lambda items: None}, "every batch that was read is None or empty"),
-        ({"dataset": [], "sampler": None}, "empty: there are no samples to analyse"),
+        ({"collate_fn": lambda items: None}, "returned None or an empty batch"),
+        (
+            {"dataset": [], "sampler": None},
+            "because the training dataset or its sampler is empty",
+        ),
     ],
 )
 def test_nothing_to_draw(options: dict[str, Any], message: str) -> None:
@@ -517,7 +520,7 @@ def test_the_same_samples_after_resume(tmp_path: Path) -> None:
     ), "or resuming would have shown nothing"
 
 
-@pytest.mark.filterwarnings("ignore:.*others are drawn:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*other samples are drawn:RuntimeWarning")
 @pytest.mark.parametrize("more", [False, True], ids=["", "also_if_there_are_more_data"])
 def test_other_samples_after_resume_with_another_number(more: bool, tmp_path: Path) -> None:
     saved = tmp_path / "saved.ckpt"
@@ -530,12 +533,12 @@ def test_other_samples_after_resume_with_another_number(more: bool, tmp_path: Pa
     assert after.state_dict()["samples"]["training"]["indices"] == list(fresh.indices)
 
 
-@pytest.mark.filterwarnings("ignore:.*others are drawn:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*other samples are drawn:RuntimeWarning")
 def test_resuming_with_fewer_data_and_the_advice(tmp_path: Path) -> None:
     saved = tmp_path / "saved.ckpt"
     fit(tmp_path, callback(num_samples=SIZE), max_epochs=1).save_checkpoint(saved)
     fewer = {"data": loader(Digits(12), shuffle=True), "ckpt_path": saved, "max_epochs": 2}
-    with pytest.raises(MisconfigurationException, match=r"not the data of that run.*another `num_samples`"):
+    with pytest.raises(MisconfigurationException, match=r"resume with the data of that run.*another `num_samples`"):
         fit(tmp_path, callback(num_samples=SIZE), **fewer)
     after = callback(num_samples=SIZE + 1)
     fit(tmp_path, after, **fewer)
@@ -550,7 +553,7 @@ class Buckets(Sampler[list[int]]):
         return iter([np.array(batches[number]) for number in torch.randperm(len(batches)).tolist()])
 
 
-@pytest.mark.filterwarnings("ignore:.*others are drawn:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*other samples are drawn:RuntimeWarning")
 def test_batches_and_their_positions_stay_after_resume(tmp_path: Path) -> None:
     saved, seen = tmp_path / "saved.ckpt", Seen()
     before, data = callback(loss_fn=seen, num_samples=20), loader(batch_sampler=Buckets())

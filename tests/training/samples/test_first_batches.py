@@ -307,7 +307,7 @@ def test_batches_are_kept_anew_by_a_resumed_run(tmp_path: Path) -> None:
     assert [s["samples"]["training"]["indices"] for key, s in state.items() if "Hessian" in key] == [None]
     seen, module = Seen(), Observed()
     observer = callback(loss_fn=seen)
-    with pytest.warns(RuntimeWarning, match="spectra before and after are of different samples"):
+    with pytest.warns(RuntimeWarning, match="spectra before and after belong to different samples"):
         fit(tmp_path, observer, module=module, data=data, ckpt_path=tmp_path / "a.ckpt")
     assert [record.epoch for record in observer.history] == [0, 1]
     assert seen.batches == module.trained[:2]
@@ -319,9 +319,9 @@ def test_batches_are_kept_anew_by_a_resumed_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("batches_kept", [1, 2])
 def test_the_memory_of_kept_batches_is_bounded(batches_kept: int, tmp_path: Path, monkeypatch: Any) -> None:
     size = sum(part.nbytes for part in samples(list(range(8))))
-    monkeypatch.setattr(first_batches, "MAX_KEPT_BYTES", batches_kept * size + size // 2 - size * (batches_kept == 1))
+    monkeypatch.setattr(first_batches, "MAX_COPIED_BYTES", batches_kept * size + size // 2 - size * (batches_kept == 1))
     observer = callback(num_samples=32)
-    with pytest.warns(RuntimeWarning, match=rf"{8 * batches_kept} samples .* instead of 32: .* more than 0 MiB"):
+    with pytest.warns(RuntimeWarning, match=rf"{8 * batches_kept} samples .* instead of 32, .* more than 0 MiB"):
         fit(tmp_path, observer, data=LockedLoader(), max_epochs=1)
     assert observer.history[0].spectrum.num_samples == 8 * batches_kept
 
@@ -345,14 +345,14 @@ def test_what_is_kept_on_the_cpu_comes_back_the_same(tmp_path: Path, monkeypatch
         moves.append(device.type)
         return data
 
-    monkeypatch.setattr(first_batches, "SMALL", -1)
+    monkeypatch.setattr(first_batches, "MAX_DEVICE_BYTES", -1)
     monkeypatch.setattr(first_batches, "move_data_to_device", moved)
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     batch = samples([1, 2])
-    keeping = first_batches.KeptBatches(trainer, 2)
+    keeping = first_batches.FirstBatches(trainer, 2)
     keeping._device = torch.device("meta")
     trainer.strategy.on_train_batch_start(batch, 0)
-    keeping.trained()
+    keeping.after_step()
     [found] = keeping.batches(2)
     assert moves == ["cpu", "meta"]
     assert freeze(found.data) == freeze(samples([1, 2]))
@@ -372,7 +372,7 @@ class Attached(Classifier):
 
 def test_batches_that_cannot_be_copied(tmp_path: Path) -> None:
     observer = callback(on_error="warn")
-    with pytest.warns(RuntimeWarning, match=r"cannot be kept .*RuntimeError.*pass `dataloader=`"):
+    with pytest.warns(RuntimeWarning, match=r"cannot be copied .*RuntimeError.*pass `dataloader=`"):
         trainer = fit(tmp_path, observer, module=Attached(), data=LockedLoader(), max_epochs=1)
     assert trainer.global_step == 5
     assert observer.history[0].spectrum is None
@@ -411,7 +411,7 @@ def test_a_step_that_fetches_its_batches(tmp_path: Path) -> None:
 
 
 def test_two_processes_keep_half_of_the_samples_each(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("kept_run.py")
+    script = Path(__file__).with_name("first_batches_run.py")
     (alone,), both = (processes.run(script, tmp_path / str(world), world) for world in (1, 2))
     for rank in both:
         assert rank["same"]

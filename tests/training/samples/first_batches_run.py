@@ -1,4 +1,4 @@
-"""One process of a run whose samples are kept batches of a stream; `test_kept.py` starts it as a program."""
+"""One rank of a run whose samples are the first batches of a stream; `test_first_batches.py` starts it as a program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What containers, objects and arrays held is put back in place: the same objects, in the same order."""
+"""States of containers, objects and arrays are restored in place: the same objects, in the same order."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ import pandas as pd
 import pytest
 import torch
 
-from lightning_hesd.training.isolation.structure import (
-    LARGE,
-    Elements,
-    Items,
-    Memory,
-    Owner,
-    Part,
-    Place,
-    Setting,
-    Slots,
-    Structure,
-    Table,
+from lightning_hesd.numerics.isolation.attributes import SlotState
+from lightning_hesd.numerics.isolation.containers import BufferState
+from lightning_hesd.training.isolation.places import Owner, Place
+from lightning_hesd.training.isolation.tracked_states import (
+    LARGE_CONTAINER,
+    TrackedArray,
+    TrackedContent,
+    TrackedSetting,
+    TrackedState,
+    TrackedStates,
+    TrackedTable,
 )
 
 PLACE = Place(None, "x", Owner.USER)
@@ -62,11 +61,11 @@ def reorder(items: Any) -> None:
     items["a"] = items.pop("a")
 
 
-Case = tuple[Callable[[], Any], Callable[[Any], Part], Callable[[Any], object], Callable[[Any], object]]
+Case = tuple[Callable[[], Any], Callable[[Any], TrackedState], Callable[[Any], object], Callable[[Any], object]]
 
 
-def items(value: Any) -> Part:
-    return Items(value, PLACE)
+def items(value: Any) -> TrackedState:
+    return TrackedContent.of(value, PLACE)
 
 
 CASES: dict[str, Case] = {
@@ -89,12 +88,12 @@ CASES: dict[str, Case] = {
     "counter": (lambda: collections.Counter("aab"), items, lambda d: d.update("a"), dict),
     "list": (lambda: [1, [2]], items, lambda v: v.append(3), list),
     "list_replaced": (lambda: [[1], [2]], items, lambda v: v.__setitem__(0, [1]), lambda v: list(map(id, v))),
-    "long_list": (lambda: list(range(LARGE + 1)), items, lambda v: v.pop(), list),
+    "long_list": (lambda: list(range(LARGE_CONTAINER + 1)), items, lambda v: v.pop(), list),
     "deque": (lambda: collections.deque([1, 2], maxlen=2), items, lambda v: v.append(3), list),
     "set": (lambda: {1, 2}, items, lambda v: v.add(3), set),
     "attributes": (
         Attributes,
-        lambda o: Items(vars(o), PLACE._replace(of_attributes=True)),
+        lambda o: TrackedContent.of(vars(o), PLACE._replace(of_attributes=True)),
         lambda o: (setattr(o, "a", 3), setattr(o, "c", 1), delattr(o, "b")),
         lambda o: list(vars(o)),
     ),
@@ -106,55 +105,55 @@ CASES: dict[str, Case] = {
     ),
     "slots": (
         Slotted,
-        lambda o: Slots(o, ["a", "b"], PLACE),
+        lambda o: TrackedContent(SlotState(o), PLACE),
         lambda o: (setattr(o, "a", 3), setattr(o, "b", 1)),
         lambda o: (o.a, hasattr(o, "b")),
     ),
     "array": (
         lambda: np.array([1.0, np.nan]),
-        lambda a: Elements(a, PLACE),
+        lambda a: TrackedArray(a, PLACE),
         lambda a: a.__setitem__(0, 2.0),
         lambda a: a.tobytes(),
     ),
     "array_of_objects": (
         lambda: np.array([{"n": 1}, None]),
-        lambda a: Elements(a, PLACE),
+        lambda a: TrackedArray(a, PLACE),
         lambda a: a.__setitem__(1, 2),
         lambda a: a.tolist(),
     ),
     "bytearray": (
         lambda: bytearray(2),
-        lambda b: Memory(b, PLACE),
+        lambda b: TrackedContent(BufferState(b), PLACE),
         lambda b: b.extend(b"1"),
         bytes,
     ),
     "array_of_numbers": (
         lambda: array.array("d", [1.0, 2.0]),
-        lambda b: Memory(b, PLACE),
+        lambda b: TrackedContent(BufferState(b), PLACE),
         lambda b: b.__setitem__(0, 3.0),
         list,
     ),
     "shared_number": (
         lambda: ctypes.c_double(1.0),
-        lambda b: Memory(b, PLACE),
+        lambda b: TrackedContent(BufferState(b), PLACE),
         lambda b: setattr(b, "value", 2.0),
         lambda b: b.value,
     ),
     "table": (
         lambda: pd.DataFrame({"a": [1.0, np.nan], "b": ["x", "y"]}),
-        lambda t: Table(t, PLACE),
+        lambda t: TrackedTable(t, PLACE),
         lambda t: (t.__setitem__("c", 1), t.loc.__setitem__((0, "a"), 3.0)),
         lambda t: t.to_json(),
     ),
     "series": (
         lambda: pd.Series([1.0, 2.0]),
-        lambda t: Table(t, PLACE),
+        lambda t: TrackedTable(t, PLACE),
         lambda t: t.__setitem__(0, 3.0),
         list,
     ),
     "setting": (
         lambda: torch,
-        lambda _: Setting("torch.get_default_dtype()", torch.get_default_dtype, torch.set_default_dtype),
+        lambda _: TrackedSetting("torch.get_default_dtype()", torch.get_default_dtype, torch.set_default_dtype),
         lambda _: torch.set_default_dtype(torch.float64),
         lambda _: torch.get_default_dtype(),
     ),
@@ -162,73 +161,73 @@ CASES: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_was_held_is_put_back(name: str) -> None:
-    make, part_of, change, look = CASES[name]
+def test_what_was_held_is_restore(name: str) -> None:
+    make, track, change, look = CASES[name]
     value = make()
-    part = part_of(value)
-    structure = Structure([part])
+    state = track(value)
+    states = TrackedStates([state])
     before = look(value)
-    assert structure.restore() == {}
-    assert not part.changed()
+    assert states.restore() == {}
+    assert not state.changed()
     for _ in range(2):
         change(value)
-        assert part.changed()
-        assert structure.restore() == {}
+        assert state.changed()
+        assert states.restore() == {}
         assert look(value) == before
-        assert not part.changed()
+        assert not state.changed()
 
 
 def test_labels_name_what_changed() -> None:
     place = Place(Place(None, "trainer", Owner.TRAINER), ".callbacks[0]", Owner.USER)
     value = Attributes()
-    attributes, mapping = Items(vars(value), place._replace(of_attributes=True)), {"n": 1, 2: 0}
-    parts = [attributes, Items(mapping, Place(place, ".b", Owner.USER)), Items([0], place)]
+    attributes, mapping = TrackedContent.of(vars(value), place._replace(of_attributes=True)), {"n": 1, 2: 0}
+    tracked = [attributes, TrackedContent.of(mapping, Place(place, ".b", Owner.USER)), TrackedContent.of([0], place)]
     value.a, value.new = 5, 6  # type: ignore[attr-defined]
     mapping["n"], mapping[2] = 2, 3
-    changed = [f"{part.place}{label}" for part in parts for label in part.changed()]
+    changed = [f"{state.place}{label}" for state in tracked for label in state.changed()]
     expected = ["trainer.callbacks[0].a", "trainer.callbacks[0].new", "trainer.callbacks[0].b['n']"]
     assert changed == [*expected, "trainer.callbacks[0].b[2]"]
 
 
 def test_items_of_a_long_container_are_compared_at_the_end_only() -> None:
-    value = list(range(LARGE + 1))
-    structure = Structure([Items(value, PLACE)])
+    value = list(range(LARGE_CONTAINER + 1))
+    states = TrackedStates([TrackedContent.of(value, PLACE)])
     value[0] = -1
-    assert structure.restore() == {}
+    assert states.restore() == {}
     assert value[0] == -1
-    assert structure.restore(thoroughly=True) == {}
-    assert value == list(range(LARGE + 1))
+    assert states.restore(thorough=True) == {}
+    assert value == list(range(LARGE_CONTAINER + 1))
 
 
 def test_what_moves_from_one_container_to_the_next_is_noticed() -> None:
     """All items together are the same objects in the same order then."""
     first, second = [[1], [2]], [[3]]
-    structure = Structure([Items(first, PLACE), Items(second, PLACE)])
+    states = TrackedStates([TrackedContent.of(first, PLACE), TrackedContent.of(second, PLACE)])
     second.insert(0, first.pop())
-    structure.restore()
+    states.restore()
     assert (first, second) == ([[1], [2]], [[3]])
 
 
 def test_a_failure_leaves_the_rest_to_be_restored() -> None:
-    class Stubborn(Elements):
-        def put_back(self) -> None:
+    class Stubborn(TrackedArray):
+        def restore(self) -> None:
             msg = "no"
             raise OSError(msg)
 
-    class Forgetful(Elements):
-        def put_back(self) -> None:
+    class Forgetful(TrackedArray):
+        def restore(self) -> None:
             """Do nothing."""
 
     arrays, after = [np.zeros(2), np.zeros(2)], [1]
-    parts = [
+    tracked = [
         kind(a, Place(None, kind.__name__, Owner.USER)) for kind, a in zip((Stubborn, Forgetful), arrays, strict=True)
     ]
-    structure = Structure([*parts, Items(after, PLACE)])
+    states = TrackedStates([*tracked, TrackedContent.of(after, PLACE)])
     for values in arrays:
         values.fill(1)
     after.append(2)
-    left = structure.restore()
+    unrestored = states.restore()
     assert after == [1]
-    assert list(left) == ["Stubborn", "Forgetful"]
-    assert isinstance(left["Stubborn"], OSError)
-    assert left["Forgetful"] is None
+    assert list(unrestored) == ["Stubborn", "Forgetful"]
+    assert isinstance(unrestored["Stubborn"], OSError)
+    assert unrestored["Forgetful"] is None
