@@ -1,6 +1,6 @@
-"""What the pages link to outside this folder: results become pages of the site, modules entries of the reference.
+"""Make links of pages to files outside `docs` work on the site, too.
 
-So the links of a page work in the repository, and on the site.
+Results become pages of the site, and links to modules become links to the reference.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LINK = re.compile(r"\]\(((?:\.\./)+[^)#]+)")
 
 
 def on_files(files: Files, config: Any, **_: Any) -> Files:
-    """Add what pages link to."""
+    """Add the files outside `docs` that pages link to."""
     for pattern in OUTSIDE:
         for path in sorted(p for folder in ROOT.glob(pattern) for p in folder.iterdir()):
             if path.suffix in {".md", ".png", ".py", ".yaml"}:

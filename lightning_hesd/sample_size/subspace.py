@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lightning_hesd.numerics.devices import finest_dtype, in_float64
+from lightning_hesd.numerics.devices import in_float64
 from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.inputs.parameters import select_parameters
 from lightning_hesd.numerics.isolation.exact_mode import exact_mode

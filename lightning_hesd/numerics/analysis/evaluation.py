@@ -62,9 +62,7 @@ class Evaluator:
         self.isolation = isolation
         self._dtype: torch.dtype | None = None
         self.batches = batches
-        self._known: dict[
-            str, bool
-        ] = {}  # arguments of `Replacements`, from earlier evaluations
+        self._known: dict[str, bool] = {}  # arguments of `Replacements`, from earlier evaluations
 
     def loss(self, batch: WeightedBatch) -> Tensor:
         """Return the mean loss of a batch, a scalar with a graph."""

@@ -52,8 +52,6 @@ class AnalysisSamples:
         return None if self.drawn is None else tuple(key for batch in self.drawn for key in batch.keys)
 
 
-
-
 def draw_samples(
     loader: Any,
     num_samples: int,
