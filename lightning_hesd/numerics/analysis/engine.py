@@ -18,7 +18,8 @@ from lightning_hesd.numerics.collectives import LOCAL, Collectives
 from lightning_hesd.numerics.inputs.blocks import Layers, blocks
 from lightning_hesd.numerics.inputs.parameters import select_parameters
 from lightning_hesd.numerics.isolation.modes import name_of_mode
-from lightning_hesd.numerics.operators.operator import CurvatureOperator, prepare_differences
+from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock, choose_difference_step
+from lightning_hesd.numerics.operators.self_checks import refute
 from lightning_hesd.numerics.operators.verification import WrongDerivativeError
 from lightning_hesd.spectra.spectrum import Spectrum
 
@@ -168,24 +169,24 @@ def estimated(
         state=state,
     )
     with prepared as (operators, plan):
-        mean = operators[0].mean
+        risk = operators[0].risk
         tick = None if report is None else _counting(report, options.probes * options.steps)
         estimations = _estimate(operators, options, plan, started, tick)
-        if mean.is_exact and (words := _asymmetric(estimations)) is not None:
-            mean.refute(words)
+        if risk.is_exact and (words := _asymmetric(estimations)) is not None:
+            refute(risk, words)
             estimations = _estimate(operators, options, plan, started, tick)
         yield estimations
 
 
 def _estimate(
-    operators: Sequence[CurvatureOperator],
+    operators: Sequence[DiagonalBlock],
     options: AnalysisOptions,
     plan: MemoryPlan,
     started: float,
     tick: Callable[[], None] | None,
 ) -> list[Estimation]:
     """Run Lanczos on all blocks."""
-    prepare_differences(operators)
+    choose_difference_step(operators)
     estimations = [Estimation(operator, options, plan, started) for operator in operators]
     run_together(estimations, tick)
     return estimations

@@ -72,6 +72,6 @@ def _leaner(options: AnalysisOptions, cache: AnalysisCache) -> tuple[AnalysisOpt
 def _without_graphs(options: AnalysisOptions, cache: AnalysisCache) -> tuple[AnalysisOptions, str] | None:
     """Return options that retain no graphs, and how in words; None if these do not."""
     # The attempt may have found that there are no exact products.
-    if options.strategy == "graph" or (options.strategy == "auto" and cache.obstacle is None):
+    if options.strategy == "graph" or (options.strategy == "auto" and cache.inexact_reason is None):
         return replace(options, strategy="recompute"), "products are recomputed"
     return None

@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from lightning_hesd.numerics.derivatives.checkpointing import kept_activations
 from lightning_hesd.numerics.derivatives.graphs import GraphFacts
+from lightning_hesd.numerics.inputs.batches import SkippedBatchError
 
 if TYPE_CHECKING:
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
@@ -30,13 +31,14 @@ if TYPE_CHECKING:
 Vector = Sequence[Tensor | None]
 """Parts in the shapes of the parameters; None stands for zero."""
 
-Product = Callable[[Vector], Vector]
+Matvec = Callable[[Vector], Vector]
+"""Product with a curvature matrix, v -> Hv."""
 
 EVERYTHING = slice(None)
 
 
 @dataclass
-class Matrix(ABC):
+class CurvatureMatrix(ABC):
     """A symmetric matrix that belongs to the loss of a batch.
 
     Attributes:
@@ -53,11 +55,19 @@ class Matrix(ABC):
     facts: GraphFacts = field(default_factory=GraphFacts, init=False, kw_only=True)
     is_hessian: ClassVar[bool] = True
 
+    def has_loss(self, batch: WeightedBatch) -> bool:
+        """Return whether the loss function has a loss for a batch, and does not skip it."""
+        try:
+            self.loss(batch)
+        except SkippedBatchError:
+            return False
+        return True
+
     def check(self, batch: WeightedBatch) -> None:  # noqa: B027 - most have nothing to check
         """Raise a ValueError if the matrix cannot be what it is asked to be."""
 
     @abstractmethod
-    def product(self, batch: WeightedBatch, *, retain: bool) -> tuple[Tensor, Product]:
+    def make_matvec(self, batch: WeightedBatch, *, retain: bool) -> tuple[Tensor, Matvec]:
         """Return the loss of a batch, a scalar without graph, and the product with its matrix.
 
         Args:
@@ -73,14 +83,14 @@ class Matrix(ABC):
         """
 
 
-class HessianMatrix(Matrix):
+class HessianMatrix(CurvatureMatrix):
     """The Hessian of the loss."""
 
     @override
-    def product(self, batch: WeightedBatch, *, retain: bool) -> tuple[Tensor, Product]:
+    def make_matvec(self, batch: WeightedBatch, *, retain: bool) -> tuple[Tensor, Matvec]:
         with kept_activations():
             loss = self.loss(batch)
-        return loss.detach(), _hessian_product(loss, self, retain=retain)
+        return loss.detach(), _hessian_matvec(loss, self, retain=retain)
 
     @override
     def function(self, batch: WeightedBatch) -> Callable[[], Tensor]:
@@ -105,7 +115,7 @@ class Outputs:
 
 
 @dataclass
-class OutputMatrix(Matrix):
+class OutputMatrix(CurvatureMatrix):
     """What the matrices have in common that look at the outputs of the network.
 
     Attributes:
@@ -166,7 +176,7 @@ class GaussNewtonMatrix(OutputMatrix):
     is_hessian: ClassVar[bool] = False
 
     @override
-    def product(self, batch: WeightedBatch, *, retain: bool) -> tuple[Tensor, Product]:
+    def make_matvec(self, batch: WeightedBatch, *, retain: bool) -> tuple[Tensor, Matvec]:
         with kept_activations():
             outputs = self._outputs(batch)
         # cᵀJ is linear in c, whatever c: its derivative along v with respect to c is Jv.
@@ -174,7 +184,7 @@ class GaussNewtonMatrix(OutputMatrix):
         pulled = _derivative(outputs.values, self.parameters, cotangents, create_graph=True)
         self.facts.add([p for p in pulled if p is not None])
 
-        def product(vector: Vector) -> Vector:
+        def matvec(vector: Vector) -> Vector:
             result: list[Tensor | None] = [None] * len(self.parameters)
             for block in self.blocks:
                 along = _derivative(pulled[block], cotangents, vector[block])
@@ -183,7 +193,7 @@ class GaussNewtonMatrix(OutputMatrix):
                 result[block] = _derivative(outputs.values, self.parameters[block], curved, retain=not once)
             return result
 
-        return outputs.loss.detach(), product
+        return outputs.loss.detach(), matvec
 
     @override
     def function(self, batch: WeightedBatch) -> Callable[[], Tensor]:
@@ -194,11 +204,11 @@ class ResidualMatrix(OutputMatrix):
     """R: the Hessian of the outputs, weighted by the present slopes of the loss."""
 
     @override
-    def product(self, batch: WeightedBatch, *, retain: bool) -> tuple[Tensor, Product]:
+    def make_matvec(self, batch: WeightedBatch, *, retain: bool) -> tuple[Tensor, Matvec]:
         with kept_activations():
             outputs = self._outputs(batch)
         weighted = _weighted_sum(outputs.values, outputs.slopes)
-        return outputs.loss.detach(), _hessian_product(weighted, self, retain=retain)
+        return outputs.loss.detach(), _hessian_matvec(weighted, self, retain=retain)
 
     @override
     def function(self, batch: WeightedBatch) -> Callable[[], Tensor]:
@@ -223,19 +233,19 @@ def gradient(loss: Tensor, parameters: Sequence[Tensor], *, create_graph: bool =
     return [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
 
 
-def _hessian_product(scalar: Tensor, matrix: Matrix, *, retain: bool) -> Product:
+def _hessian_matvec(scalar: Tensor, matrix: CurvatureMatrix, *, retain: bool) -> Matvec:
     parameters, blocks = matrix.parameters, matrix.blocks
     gradients = gradient(scalar, parameters, create_graph=True)
     matrix.facts.add([scalar, *gradients])
 
-    def product(vector: Vector) -> Vector:
+    def matvec(vector: Vector) -> Vector:
         result: list[Tensor | None] = [None] * len(parameters)
         for block in blocks:
             last = block == blocks[-1]
             result[block] = _derivative(gradients[block], parameters[block], vector[block], retain=retain or not last)
         return result
 
-    return product
+    return matvec
 
 
 def _derivative(

@@ -144,7 +144,7 @@ class TestParameters:
 
 class TestBatches:
     def test_there_must_be_one(self):
-        with pytest.raises(ValueError, match=r"no batches to analyse: `batches` is empty"):
+        with pytest.raises(ValueError, match=r"no batches to analyze: `batches` is empty"):
             hessian_spectrum(nn.Linear(2, 1), [], cases.squared_error)
 
     @pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
