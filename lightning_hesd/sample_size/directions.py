@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_hesd.numerics.analysis.engine import estimated
+from lightning_hesd.numerics.analysis.engine import estimate
 from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.inputs.parameters import select_parameters
 from lightning_hesd.sample_size.sample_losses import mean_loss, read_batches
@@ -84,6 +84,8 @@ def dominant_directions(
     check_count("count", count)
     options = analysis_options(steps=steps, seed=seed, strategy=strategy, mode=mode)
     parameters = list(select_parameters(module, options).values())
-    with estimated(module, read_batches(batches), mean_loss(loss_fn), options, [parameters]) as [estimation]:
-        values, vectors, residuals = estimation.leading(count)
+    weighted = read_batches(batches)
+    [(values, vectors, residuals)] = estimate(
+        module, weighted, mean_loss(loss_fn), options, [parameters], result=lambda runs: runs.leading(count)
+    )
     return DominantDirections(vectors.T, values, residuals)

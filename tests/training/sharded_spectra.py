@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_hesd import Spectrum, hessian_spectrum
 from lightning_hesd.numerics.analysis.engine import analyze
+from lightning_hesd.numerics.distributed.checked_collectives import CheckedCollectives
 from lightning_hesd.numerics.distributed.fully_sharded import FullySharded
-from lightning_hesd.numerics.distributed.gathering import CheckedCollectives
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
 from lightning_hesd.numerics.inputs.options import analysis_options
 from tests.meter import CountingMeter

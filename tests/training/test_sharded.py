@@ -65,7 +65,7 @@ def test_the_spectra_tell_something(spectra: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        ("shortcut", ["OutOfStepError: the processes take different paths"] * 2),
+        ("shortcut", ["OutOfStepError: the ranks take different paths"] * 2),
         ("broken", ["AnotherRankFailedError: ", "MemoryError: no memory here"]),
         ("infinite", ["AnotherRankFailedError: ", "ArithmeticError: the loss of batch 1 is inf"]),
         ("kinked", ["ArithmeticError: the Hessian-vector product of one of the batches 0, 1 is NaN"] * 2),

@@ -70,11 +70,7 @@ def opened_operators(
         The operator of each block, verified, and the memory plan.
     """
     sharding = sharding or ParameterSharding()
-    sharding.check(
-        groups=options.wants_sampling_error,
-        scaled=options.preconditioner is not None,
-        weighed=options.batch_weight == "tokens",
-    )
+    sharding.check(options)
     analyzed = [p for block in blocks for p in block]
     parameters = sharding.local_shards(analyzed)
     ends = list(itertools.accumulate(len(block) for block in blocks))

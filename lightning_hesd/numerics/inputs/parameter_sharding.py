@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
+    from lightning_hesd.numerics.inputs.options import AnalysisOptions
 
 
 class ParameterSharding:
@@ -28,14 +29,8 @@ class ParameterSharding:
     is_sharded: bool = False
     collectives: Collectives = LOCAL
 
-    def check(self, *, groups: bool, scaled: bool, weighed: bool) -> None:
-        """Refuse analyses that this sharding does not support.
-
-        Args:
-            groups: Whether the analysis needs products of groups of samples.
-            scaled: Whether the analysis needs products in the coordinates of a preconditioner.
-            weighed: Whether the analysis needs losses of chunks of batches, to find the weights of batches.
-        """
+    def check(self, options: AnalysisOptions) -> None:
+        """Refuse options that this sharding does not support."""
 
     def local_shards(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return this rank's shard of each parameter, a leaf to differentiate by."""

@@ -51,8 +51,8 @@ def parameter_sharding_of(trainer: pl.Trainer, pl_module: pl.LightningModule) ->
     if not is_sharded(trainer):
         return ParameterSharding()
     # Not every build of PyTorch has the modules that these import.
+    from lightning_hesd.numerics.distributed.checked_collectives import CheckedCollectives  # noqa: PLC0415
     from lightning_hesd.numerics.distributed.fully_sharded import FullySharded  # noqa: PLC0415
-    from lightning_hesd.numerics.distributed.gathering import CheckedCollectives  # noqa: PLC0415
 
     return FullySharded(pl_module, CheckedCollectives(trainer.strategy.root_device))
 
