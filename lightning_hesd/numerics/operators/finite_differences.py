@@ -38,7 +38,7 @@ class FiniteDifferences:
     What the function itself writes to them (an embedding with `max_norm`) is undone.
 
     Attributes:
-        parameters: The analysed parameters.
+        parameters: The analyzed parameters.
         space: The space of vectors over them.
         blocks: The diagonal blocks that are wanted, each a range of the parameters.
         step: How far they are moved along the vector, to either side.

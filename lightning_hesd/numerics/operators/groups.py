@@ -9,6 +9,7 @@ import torch
 from lightning_hesd.numerics.collectives import AnotherRankFailedError
 from lightning_hesd.numerics.inputs.cuts import UnsplittableBatchError
 from lightning_hesd.numerics.inputs.groups import check_groups
+from lightning_hesd.numerics.krylov.vectors import add_in_shape
 from lightning_hesd.numerics.operators.memory import is_out_of_memory
 from lightning_hesd.numerics.operators.strategies import graph
 from lightning_hesd.spectra.validation import one_line
@@ -44,7 +45,7 @@ def group_products(
                 _, matvec = graph(risk.matrix, group) if risk.is_exact else risk.make_matvec(group)
             result = torch.zeros(len(vectors), risk.size, dtype=risk.dtype, device=risk.device)
             for row, vector in zip(result, vectors, strict=True):
-                risk.add(matvec(vector), 1.0, row)
+                add_in_shape(row, matvec(vector), [p.numel() for p in risk.matrix.parameters])
             yield group, position, result
 
 

@@ -16,7 +16,7 @@ import torch
 from lightning_hesd.numerics.collectives import LOCAL, Collectives
 from lightning_hesd.numerics.inputs.batches import SkippedBatchError
 from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
-from lightning_hesd.numerics.krylov.vectors import in_shape
+from lightning_hesd.numerics.krylov.vectors import add_in_shape, in_shape
 from lightning_hesd.numerics.operators.curvature import gradient
 from lightning_hesd.numerics.operators.finite_differences import FiniteDifferences
 from lightning_hesd.numerics.operators.strategies import (
@@ -45,14 +45,13 @@ class RiskOperator:
     With "auto", products are exact wherever the loss can be differentiated twice. Only where there is no exact product,
     or no memory for one, central differences take its place.
 
-    On several ranks the failure of one must not leave the others waiting for its product: the rank that failed goes on
-    contributing NaN, which every rank finds at the same step, and raises its own error, `failure`, afterwards.
+    A rank that fails must not leave the others waiting for its product: it goes on contributing NaN, which every rank
+    finds at the same step, and raises its own error, `failure`, afterwards.
 
     Attributes:
         matrix: The curvature matrix of a batch.
         batches: This rank's share of the batches, without the skipped ones.
-        matvecs: Their products, from vectors in the shapes of the parameters to such vectors.
-        losses: Their losses.
+        matvecs, losses: Their products, in the shapes of the parameters, and their losses.
         dtype: Floating-point type of the products.
         sharding: How the parameters are distributed over ranks.
         collectives: Communication between the ranks that the batches are divided among.
@@ -61,20 +60,18 @@ class RiskOperator:
         loss: Mean loss over all batches.
         weight: Sum of the weights of all batches.
         num_samples: Number of samples of all batches.
-        num_batches: Number of batches of all ranks.
-        num_skipped: Number of batches of all ranks that the loss function skipped; they are left out.
+        num_batches: Number of batches of all ranks, without the skipped ones.
+        num_skipped: Number of batches of all ranks that the loss function skipped.
         uncut_reason: Why a batch of this rank was not cut into groups; None if all were.
-        strategy: HVP strategy in use; "graph" if the graph of any batch is kept.
-        strategy_reason: Why it is in use.
+        strategy: HVP strategy in use, for the `strategy_reason`; "graph" if the graph of any batch is kept.
         graph_bytes: Bytes of the kept graphs and of a product; None unless "auto" measured them.
         differences: Central differences; None: products are exact.
         cache: What earlier analyses of the same loss have measured.
-        product_error: Norm of the error of a product with a unit vector, beyond rounding: of central differences, see
-            `choose_difference_step`.
+        product_error: Norm of the error of a product with a unit vector, beyond rounding: of central differences.
         epsilon: Machine epsilon of the coarsest floating-point type in the graphs of the loss, on any rank.
         failure: Error of this rank; None if it did not fail.
-        passes: Number of products so far.
-        seconds_per_product: Mean duration; meaningful on the CPU only, where calls do not return early.
+        passes: Number of products so far, of `seconds_per_product` on average (on the CPU, where calls do not return
+            early).
     """
 
     def __init__(
@@ -137,7 +134,7 @@ class RiskOperator:
             self.fall_back(self.cache.inexact_reason)
         else:
             if strategy == "finite_difference":
-                self.differences = self._make_differences()
+                self.differences = FiniteDifferences(matrix.parameters, self.space, matrix.blocks)
             self._prepare()
 
     @property
@@ -167,18 +164,16 @@ class RiskOperator:
         Raises:
             RuntimeError: If differences of gradients do not give this matrix.
         """
-        if not self.matrix.is_hessian:
+        matrix = self.matrix
+        if not matrix.is_hessian:
             msg = f"{reason}; central differences, which would do for the Hessian, do not give this matrix."
             raise RuntimeError(msg)
         self.matvecs = []
         self._is_auto = False
         self.cache.inexact_reason = reason
         self.strategy, self.strategy_reason = "finite_difference", f"auto: {reason}"
-        self.differences = self._make_differences()
+        self.differences = FiniteDifferences(matrix.parameters, self.space, matrix.blocks)
         self._prepare()
-
-    def _make_differences(self) -> FiniteDifferences:
-        return FiniteDifferences(self.matrix.parameters, self.space, self.matrix.blocks)
 
     def _prepare(self) -> None:
         """Make the products of all batches; if a rank finds no exact ones, all ranks fall back.
@@ -234,9 +229,13 @@ class RiskOperator:
                 self.matvecs.append(matvec)
                 self.losses.append(value)
         except SkippedBatchError:
-            # Ranks that evaluate every batch together cannot tell each other.
-            if self.sharding.is_sharded or not self._leave_out_skipped():
+            if self.sharding.is_sharded:  # ranks that evaluate every batch together cannot tell each other
                 raise
+            kept = [batch for batch in self.batches if self.matrix.has_loss(batch)]
+            if len(kept) == len(self.batches):
+                raise
+            self._skipped += len(self.batches) - len(kept)
+            self.batches = kept
             return self._make_matvecs()
         weights = [batch.weight for batch in self.batches]
         weighted = [weight * loss for weight, loss in zip(weights, self.losses, strict=True)]
@@ -268,13 +267,6 @@ class RiskOperator:
         self.matrix.facts.add([loss])
         return loss.detach(), self.differences.make_matvec(self.matrix.function(batch))
 
-    def _leave_out_skipped(self) -> int:
-        """Leave out the batches that the loss function skips, and return their number."""
-        kept = [batch for batch in self.batches if self.matrix.has_loss(batch)]
-        skipped = len(self.batches) - len(kept)
-        self.batches, self._skipped = kept, self._skipped + skipped
-        return skipped
-
     def matvec(self, vector: Tensor) -> Tensor:
         """Return Hv, shape (n,), summed over batches and ranks; v has shape (n,)."""
         return self.product(in_shape(vector, self.matrix.parameters))
@@ -286,7 +278,7 @@ class RiskOperator:
         try:
             if self.failure is None:
                 for batch, matvec in zip(self.batches, self.matvecs, strict=True):
-                    self.add(matvec(vector), batch.weight / self.weight, result)
+                    add_in_shape(result, matvec(vector), self._sizes, batch.weight / self.weight)
         except Exception as error:
             if not self.collectives.is_distributed:
                 raise
@@ -297,12 +289,6 @@ class RiskOperator:
         self.passes += 1
         self.seconds_per_product += (time.perf_counter() - started - self.seconds_per_product) / self.passes
         return result
-
-    def add(self, product: Vector, weight: float, result: Tensor) -> None:
-        """Add a multiple of a vector in the shapes of the parameters to a flat one, shape (n,), in place."""
-        for target, part in zip(torch.split(result, self._sizes), product, strict=True):
-            if part is not None:
-                target.view_as(part).add_(part, alpha=weight)
 
     def gradient_equivalents(self) -> float | None:
         """Return seconds per product over seconds per gradient, on the CPU; calls on other devices return early."""

@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from lightning_hesd import hessian_spectrum, layer_spectra
 from lightning_hesd.numerics.analysis import api
-from lightning_hesd.numerics.inputs.batches import batch_size
 from lightning_hesd.numerics.inputs.options import OPTION_NAMES, AnalysisOptions, analysis_options
+from lightning_hesd.numerics.inputs.sample_counts import batch_size
 from tests import cases
 
 STRATEGIES = ("graph", "recompute")

@@ -274,7 +274,7 @@ class TestVerification:
     @pytest.mark.parametrize(
         ("loss", "make", "message"),
         [
-            (stale, Batched, "is the same for all of its parts, and does not depend on what was cut"),
+            (stale, Batched, "is the same for all of its groups of samples: it does not depend"),
             (stale, functools.partial(Batched, visible=False), "cannot tell the number of samples|nothing in a batch"),
             (contrastive, Batched, "not a mean over samples"),
             (token_mean, lambda *parts: parts, "not a mean over samples"),
