@@ -24,8 +24,8 @@ from typing_extensions import Unpack
 
 from lightning_hesd.numerics.analysis.engine import Context, analyze
 from lightning_hesd.numerics.analysis.sampling_error import samples_needed
-from lightning_hesd.numerics.inputs.batches import batch_size
 from lightning_hesd.numerics.inputs.options import analysis_options
+from lightning_hesd.numerics.inputs.sample_counts import batch_size
 from lightning_hesd.sample_size.sample_losses import mean_loss, per_sample_losses, read_batches
 from lightning_hesd.spectra.intervals import chi_square_quantile, student_quantile
 from lightning_hesd.spectra.spectrum import MIN_SCALE

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_hesd.numerics.inputs.batches import batch_size, weighted_batches
+from lightning_hesd.numerics.inputs.batches import weighted_batches
+from lightning_hesd.numerics.inputs.sample_counts import batch_size
 from lightning_hesd.numerics.isolation.exact_mode import exact_mode
 from lightning_hesd.numerics.isolation.snapshot import restore_state, seed_everything
 

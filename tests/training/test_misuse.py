@@ -363,7 +363,7 @@ def test_lazy_layers_are_not_initialised_by_an_analysis(tmp_path: Path) -> None:
         trainer = fit(tmp_path, observer, module=Lazy())
     assert len(said(caught)) == 1
     assert re.match(
-        r"ValueError: parameter 'net\.0\.weight' is lazy, .*analyse after the first", observer.history[0].error
+        r"ValueError: parameter 'net\.0\.weight' is lazy, .*analyze after the first", observer.history[0].error
     )
     assert [record.error for record in observer.history[1:]] == [None, None]
     without = fit(tmp_path / "without", module=Lazy())

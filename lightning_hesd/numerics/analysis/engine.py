@@ -19,6 +19,7 @@ from lightning_hesd.numerics.analysis.preparation import opened_operators
 from lightning_hesd.numerics.inputs.blocks import Layers, blocks
 from lightning_hesd.numerics.inputs.parameters import select_parameters
 from lightning_hesd.numerics.isolation.modes import mode_name
+from lightning_hesd.numerics.operators.self_checks import refute
 from lightning_hesd.numerics.operators.verification import WrongDerivativeError
 from lightning_hesd.spectra.spectrum import Spectrum
 
@@ -144,9 +145,9 @@ def estimate(
     prepared = opened_operators(module, batches, loss_fn, options, parameters, **circumstances)
     with prepared as (operators, plan):
         estimations = run_lanczos(operators, options, plan, started, report)
-        mean = operators[0].mean
-        if mean.is_exact and (words := _asymmetry(estimations)) is not None:
-            mean.refute(words)  # products are central differences from now on
+        risk = operators[0].risk
+        if risk.is_exact and (words := _asymmetry(estimations)) is not None:
+            refute(risk, words)  # products are central differences from now on
             estimations = run_lanczos(operators, options, plan, started, report)
         return [result(estimation) for estimation in estimations]
 

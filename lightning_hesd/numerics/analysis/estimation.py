@@ -14,7 +14,7 @@ from lightning_hesd.numerics.analysis.sampling_error import SamplingError, sampl
 from lightning_hesd.numerics.isolation.modes import mode_name
 from lightning_hesd.numerics.krylov.lanczos import Lanczos, NonFiniteProductError
 from lightning_hesd.numerics.krylov.ritz import gauss_quadrature, tridiagonal_eigh
-from lightning_hesd.numerics.operators.operator import joint_products, prepare_differences
+from lightning_hesd.numerics.operators.diagonal_block import block_products, choose_difference_step
 from lightning_hesd.spectra import criteria, quadrature
 from lightning_hesd.spectra.spectrum import MIN_SCALE, Spectrum
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_hesd.numerics.inputs.options import AnalysisOptions, Probe
+    from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock
     from lightning_hesd.numerics.operators.memory import MemoryPlan
-    from lightning_hesd.numerics.operators.operator import CurvatureOperator
 
     Array = NDArray[np.float64]
 
@@ -38,7 +38,7 @@ SHARE_OF_FORECAST = 0.7
 
 
 def run_lanczos(
-    operators: Sequence[CurvatureOperator],
+    operators: Sequence[DiagonalBlock],
     options: AnalysisOptions,
     plan: MemoryPlan,
     started: float,
@@ -60,16 +60,16 @@ def run_lanczos(
         ArithmeticError: If a product is NaN or infinite; the message names the batch.
         ValueError: If the samples cannot be cut into groups for the sampling error.
     """
-    prepare_differences(operators)
+    choose_difference_step(operators)
     estimations = [Estimation(operator, options, plan, started) for operator in operators]
     running, steps = estimations, 0
     while running:
-        products = joint_products([e.operator for e in running], [e.vector for e in running])
+        products = block_products([e.operator for e in running], [e.vector for e in running])
         running = [e for e, product in zip(running, products, strict=True) if not _has_ended(e, product)]
         steps += 1
         if report is not None:
             report(steps, options.probes * options.steps)
-    cost = operators[0].mean.gradient_equivalents() if len(operators) == 1 else None
+    cost = operators[0].risk.gradient_equivalents() if len(operators) == 1 else None
     for estimation in estimations:
         estimation.finish(cost)
     return estimations
@@ -91,7 +91,7 @@ class Estimation:
 
     def __init__(
         self,
-        operator: CurvatureOperator,
+        operator: DiagonalBlock,
         options: AnalysisOptions,
         plan: MemoryPlan,
         started: float,
@@ -190,9 +190,9 @@ class Estimation:
     @property
     def epsilon(self) -> float:
         """Machine epsilon of the coarsest dtype among parameters, vectors and the graph of the loss."""
-        mean = self.operator.mean
-        dtypes = [mean.dtype, *(p.dtype for p in self.operator.parameters)]
-        return max(mean.epsilon, *(torch.finfo(dtype).eps for dtype in dtypes))
+        risk = self.operator.risk
+        dtypes = [risk.dtype, *(p.dtype for p in self.operator.parameters)]
+        return max(risk.epsilon, *(torch.finfo(dtype).eps for dtype in dtypes))
 
     @property
     def asymmetry(self) -> float:
@@ -207,18 +207,18 @@ class Estimation:
         operator, options, plan = self.operator, self._options, self._plan
         nodes, weights, residuals = quadrature.stack_rules([gauss_quadrature(run.alphas, run.betas) for run in runs])
         norm = float(np.nanmax(np.abs(nodes)))
-        mean, dimension, epsilon = operator.mean, operator.dimension, self.epsilon
+        risk, dimension, epsilon = operator.risk, operator.dimension, self.epsilon
         asymmetry = max(float(run.asymmetries.max()) for run in runs)
         # Asymmetry is error; the symmetric part of the error, which cannot be seen, is as large.
-        rounding = max(criteria.rounding_threshold(norm, epsilon, dimension), mean.product_error, asymmetry)
+        rounding = max(criteria.rounding_threshold(norm, epsilon, dimension), risk.product_error, asymmetry)
         return Spectrum(
             nodes=nodes,
             weights=weights,
             residuals=residuals,
             steps_per_probe=tuple(len(run.alphas) for run in runs),
             dimension=dimension,
-            num_samples=round(mean.num_samples),
-            loss=mean.loss,
+            num_samples=round(risk.num_samples),
+            loss=risk.loss,
             rounding=rounding,
             matvecs=operator.matvecs,
             seconds=time.perf_counter() - self._started,
@@ -227,16 +227,16 @@ class Estimation:
             probe=options.probe,
             seed=options.seed,
             mode=mode_name(options.mode),
-            strategy=mean.maker.strategy,
-            strategy_reason=mean.maker.reason,
+            strategy=risk.strategy,
+            strategy_reason=risk.strategy_reason,
             basis=plan.basis,
-            predicted_memory=plan.predicted(mean.maker.graph_bytes),
+            predicted_memory=plan.predicted(risk.graph_bytes),
             confidence=options.confidence,
             tolerance=options.tolerance,
             asymmetry=asymmetry / norm if norm else 0.0,
-            verified=mean.verification.verdict(exact=mean.is_exact),
-            verification=mean.verification.words,
-            reason=criteria.undefined_reason(norm, mean.loss, self._squared_weight_norm, epsilon, rounding),
+            verified=risk.verification.verdict(exact=risk.is_exact),
+            verification=risk.verification.words,
+            reason=criteria.undefined_reason(norm, risk.loss, self._squared_weight_norm, epsilon, rounding),
             **({} if self._sampling is None else asdict(self._sampling)),
         )
 
@@ -263,8 +263,8 @@ class Estimation:
         return values[last], vectors, float(run.betas[-1]) * np.abs(coefficients[-1, last])
 
 
-def _start_vector(operator: CurvatureOperator, generator: torch.Generator, probe: Probe) -> Tensor:
+def _start_vector(operator: DiagonalBlock, generator: torch.Generator, probe: Probe) -> Tensor:
     """Draw a start vector, shape (n,), the same on every device and for any number of ranks."""
     space = operator.space
     vector = space.gaussian(generator) if probe == "gaussian" else space.signs(generator)
-    return vector.to(device=operator.mean.device, dtype=operator.mean.dtype)
+    return vector.to(device=operator.risk.device, dtype=operator.risk.dtype)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.inputs.options import AnalysisOptions
     from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
     from lightning_hesd.numerics.isolation.isolation import Isolation
-    from lightning_hesd.numerics.operators.curvature import Matrix
+    from lightning_hesd.numerics.operators.curvature import CurvatureMatrix
 
 LossFunction = Callable[[Any, Any], Any]
 """loss_fn(module, batch) -> mean loss over the batch, a scalar tensor.
@@ -80,7 +80,7 @@ class Evaluator:
         loss = self._evaluate(lambda data: output_loss(outputs, data), batch, from_start=False)
         return self.sharding.mean_loss(_checked_loss(loss, "output_loss"), batch)
 
-    def matrix(self, parameters: Sequence[Tensor], blocks: Sequence[slice]) -> Matrix:
+    def matrix(self, parameters: Sequence[Tensor], blocks: Sequence[slice]) -> CurvatureMatrix:
         """Return the curvature matrix of a batch that the options ask for.
 
         Args:

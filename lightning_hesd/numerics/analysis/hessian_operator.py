@@ -14,7 +14,7 @@ from lightning_hesd.numerics.inputs.batches import weighted_batches
 from lightning_hesd.numerics.inputs.options import AnalysisOptions
 from lightning_hesd.numerics.inputs.parameters import select_parameters, vector_dtype
 from lightning_hesd.numerics.isolation.snapshot import restore_state
-from lightning_hesd.numerics.operators.operator import CurvatureOperator, prepare_differences
+from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock, choose_difference_step
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class HessianOperator:
         self._cache = AnalysisCache()
         self._entered = 0
         self._contexts = contextlib.ExitStack()
-        self._operator: CurvatureOperator | None = None
+        self._operator: DiagonalBlock | None = None
 
     @property
     def device(self) -> torch.device:
@@ -140,11 +140,11 @@ class HessianOperator:
                     self._module, self._batches, self._loss_fn, self._options, [self._parameters], cache=self._cache
                 )
                 [operator], _ = stack.enter_context(opened)
-                prepare_differences([operator])
+                choose_difference_step([operator])
                 self._contexts, self._operator = stack.pop_all(), operator
-            mean = operator.mean
-            self.loss, self.strategy, self.strategy_reason = mean.loss, mean.maker.strategy, mean.maker.reason
-            self.verified = mean.verification.verdict(exact=mean.is_exact)
+            risk = operator.risk
+            self.loss, self.strategy, self.strategy_reason = risk.loss, risk.strategy, risk.strategy_reason
+            self.verified = risk.verification.verdict(exact=risk.is_exact)
         self._entered += 1
         return self
 

@@ -16,9 +16,10 @@ from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
 from lightning_hesd.numerics.inputs.parameters import inverse_root, vector_dtype
 from lightning_hesd.numerics.inputs.token_weights import Weighing
 from lightning_hesd.numerics.isolation.exact_mode import exact_mode
+from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock
 from lightning_hesd.numerics.operators.memory import MemoryPlan, plan_memory
-from lightning_hesd.numerics.operators.operator import CurvatureOperator
-from lightning_hesd.numerics.operators.risk_operator import SampleMean
+from lightning_hesd.numerics.operators.risk_operator import RiskOperator
+from lightning_hesd.numerics.operators.self_checks import check_derivatives
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def opened_operators(
     cache: AnalysisCache | None = None,
     reason: str | None = None,
     state: Sequence[object] = (),
-) -> Iterator[tuple[list[CurvatureOperator], MemoryPlan]]:
+) -> Iterator[tuple[list[DiagonalBlock], MemoryPlan]]:
     """Bring the module into the analysis state, and make the curvature operators of diagonal blocks there.
 
     Args:
@@ -87,7 +88,7 @@ def opened_operators(
         if not sharding.is_sharded:
             cache = cache or AnalysisCache()
             joint = _weighed(Weighing(options.batch_weight, joint, evaluator.loss, collectives), cache)
-        mean = SampleMean(
+        risk = RiskOperator(
             evaluator.matrix(parameters, ranges),
             joint,
             strategy=options.strategy,
@@ -98,10 +99,10 @@ def opened_operators(
             sharding=sharding,
         )
         if reason is not None:
-            mean.maker.reason = reason if options.strategy != "auto" else f"{mean.maker.reason}; {reason}"
-        mean.verify(evaluator.in_finest if not sharding.is_sharded else None)
+            risk.strategy_reason = reason if options.strategy != "auto" else f"{risk.strategy_reason}; {reason}"
+        check_derivatives(risk, evaluator.in_finest if not sharding.is_sharded else None)
         operators = [
-            CurvatureOperator(mean, chosen, inverse_root(module, block, options.preconditioner, dtype))
+            DiagonalBlock(risk, chosen, inverse_root(module, block, options.preconditioner, dtype))
             for chosen, block in zip(ranges, blocks, strict=True)
         ]
         yield operators, plan

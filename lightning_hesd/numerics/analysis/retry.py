@@ -62,7 +62,7 @@ def _leaner(
     else:
         cause = "an evaluation changes in place what graphs keep"
     # With "auto" the failed attempt may have found that there are no exact products, hence no graphs.
-    retains_graphs = options.strategy == "graph" or (options.strategy == "auto" and cache.obstacle is None)
+    retains_graphs = options.strategy == "graph" or (options.strategy == "auto" and cache.inexact_reason is None)
     if retains_graphs and (is_short_of_memory or is_graph_changed):
         return replace(options, strategy="recompute"), f"{cause}, hence products are recomputed"
     if options.basis == "auto" and is_short_of_memory:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lightning_hesd.numerics.krylov.lanczos import Lanczos
-    from lightning_hesd.numerics.operators.operator import CurvatureOperator
+    from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock
 
     Array = NDArray[np.float64]
 
@@ -58,7 +58,7 @@ class _End:
     position: int
 
 
-def sampling_error(operator: CurvatureOperator, runs: Sequence[Lanczos]) -> SamplingError:
+def sampling_error(operator: DiagonalBlock, runs: Sequence[Lanczos]) -> SamplingError:
     """Estimate the errors of the extreme eigenvalues due to the finite sample, in one pass over the samples.
 
     Args:
@@ -78,10 +78,10 @@ def sampling_error(operator: CurvatureOperator, runs: Sequence[Lanczos]) -> Samp
             f"the sampling error needs at least {MIN_GROUPS} groups of samples, and the batches can be cut into "
             f"{groups} only: "
         )
-        if operator.mean.uncut is not None:
+        if operator.risk.uncut_reason is not None:
             msg += (
-                f"{operator.mean.uncut}. Pass at least {MIN_GROUPS} batches, so that none needs to be cut (smaller "
-                "ones, or more samples), or leave the sampling error out."
+                f"{operator.risk.uncut_reason}. Pass at least {MIN_GROUPS} batches, so that none needs to be cut "
+                "(smaller ones, or more samples), or leave the sampling error out."
             )
         else:
             msg += "analyze more samples, or more batches."
@@ -91,7 +91,7 @@ def sampling_error(operator: CurvatureOperator, runs: Sequence[Lanczos]) -> Samp
     covariance = _covariance_of_mean(own, weights)
     extremes = np.array([end.nodes[end.position] for end in ends])
     errors = np.sqrt(np.diag(covariance))
-    rounding = ROUNDING * torch.finfo(operator.mean.dtype).eps * float(np.abs(extremes).max())
+    rounding = ROUNDING * torch.finfo(operator.risk.dtype).eps * float(np.abs(extremes).max())
     if (np.abs(weights @ own - extremes) > errors + 0.01 * np.abs(extremes) + rounding).any():
         msg = (
             f"the curvatures of groups of samples have means {weights @ own}, those of whole batches are {extremes}: "
@@ -99,7 +99,7 @@ def sampling_error(operator: CurvatureOperator, runs: Sequence[Lanczos]) -> Samp
             f"into groups. Pass at least {GROUPS} batches, or leave the sampling error out."
         )
         raise ValueError(msg)
-    if groups > operator.mean.num_batches and (errors <= rounding).all():
+    if groups > operator.risk.num_batches and (errors <= rounding).all():
         msg = (
             "the curvature is the same in all groups of samples, to rounding: the loss may not depend on what was cut. "
             f"Pass at least {GROUPS} batches, so that none needs to be cut, or leave the sampling error out."
@@ -152,7 +152,7 @@ def _ends(runs: Sequence[Lanczos]) -> tuple[_End, _End]:
 
 
 def _group_curvatures(
-    operator: CurvatureOperator, ends: Sequence[_End], unit: torch.Tensor
+    operator: DiagonalBlock, ends: Sequence[_End], unit: torch.Tensor
 ) -> tuple[Array, Array, list[Array]]:
     """Apply the groups' Hessians H_g to the Ritz vectors u of the ends.
 
@@ -162,16 +162,16 @@ def _group_curvatures(
         coordinates: For each end y_kᵀH_g u with the Ritz vectors y_k of its run, shape (groups, steps); without a
             Krylov basis uᵀH_g u only, and 0 for other Ritz vectors.
     """
-    parts = max(1, math.ceil(GROUPS / operator.mean.num_batches))
+    parts = max(1, math.ceil(GROUPS / operator.risk.num_batches))
     lengths = [len(end.nodes) for end in ends]
-    mean = operator.mean
+    risk = operator.risk
     # One row for each group of all ranks; every rank fills in its own.
-    table = torch.zeros((mean.num_batches + mean.num_skipped) * parts, 3 + sum(lengths), dtype=torch.float64)
+    table = torch.zeros((risk.num_batches + risk.num_skipped) * parts, 3 + sum(lengths), dtype=torch.float64)
 
     def fill() -> None:
         for group, position, products in operator.group_products(unit, parts):
             row = table[group.index * parts + position]
-            row[0] = group.weight / mean.weight
+            row[0] = group.weight / risk.weight
             row[1:3] = torch.linalg.vector_norm(products, dim=1, dtype=finest_dtype(products.device)).square()
             for end, product, u, target in zip(ends, products, unit, torch.split(row[3:], lengths), strict=True):
                 along = end.run.project(product)
@@ -180,8 +180,8 @@ def _group_curvatures(
                 else:
                     target.copy_(torch.from_numpy(end.vectors).T @ along.cpu().double())
 
-    mean.collectives.run_together(fill)
-    table = mean.collectives.sum(table)
+    risk.collectives.run_together(fill)
+    table = risk.collectives.sum(table)
     table = table[table[:, 0] > 0]
     first, second = (part.numpy() for part in torch.split(table[:, 3:], lengths, dim=1))
     return table[:, 0].numpy(), table[:, 1:3].numpy(), [first, second]

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_hesd.numerics.devices import finest_dtype
+from lightning_hesd.numerics.devices import finest_dtype, moved
 from lightning_hesd.numerics.krylov.vectors import in_shape
 from lightning_hesd.numerics.operators.curvature import gradient
 from lightning_hesd.numerics.operators.finite_differences import FiniteDifferences
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.krylov.vectors import VectorSpace
-    from lightning_hesd.numerics.operators.curvature import GaussNewtonMatrix, Matrix, Vector
+    from lightning_hesd.numerics.operators.curvature import CurvatureMatrix, GaussNewtonMatrix, Vector
+
+
+MOVE = 1e-3
+"""How far beside the weights the loss is looked at where they may lie at a kink, relative to their size."""
+
+
+@contextlib.contextmanager
+def beside_the_weights(parameters: Sequence[Tensor], space: VectorSpace) -> Iterator[None]:
+    """Move parameters at random meanwhile."""
+    differences = FiniteDifferences(parameters, space)
+    noise = space.gaussian(torch.Generator().manual_seed(2))
+    vector = moved(noise / space.norm(noise), parameters[0].device)
+    with differences.displaced(in_shape(vector, parameters), MOVE * max(differences.size, 1.0)):
+        yield
 
 
 class Line:
@@ -29,7 +46,7 @@ class Line:
         gradient: Its gradient, shape (n,), likewise.
     """
 
-    def __init__(self, matrix: Matrix, batch: WeightedBatch, space: VectorSpace) -> None:
+    def __init__(self, matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace) -> None:
         self._parameters, self._space = matrix.parameters, space
         self._function = matrix.function(batch)
         self.differences = FiniteDifferences(matrix.parameters, space)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_hesd.numerics.krylov.vectors import VectorSpace
-    from lightning_hesd.numerics.operators.curvature import Product, Vector
+    from lightning_hesd.numerics.operators.curvature import Matvec, Vector
 
 LADDER_FACTOR = 4.0
 """Ratio of neighbouring steps in the search for the best step of central differences."""
@@ -38,7 +38,7 @@ class FiniteDifferences:
     What the function itself writes to them (an embedding with `max_norm`) is undone.
 
     Attributes:
-        parameters: The analysed parameters.
+        parameters: The analyzed parameters.
         space: The space of vectors over them.
         blocks: The diagonal blocks that are wanted, each a range of the parameters.
         step: How far they are moved along the vector, to either side.
@@ -74,16 +74,16 @@ class FiniteDifferences:
         finally:
             self._put_back([*range(len(self.parameters))[block], *self._written()])
 
-    def product(self, function: Callable[[], Tensor]) -> Product:
+    def make_matvec(self, function: Callable[[], Tensor]) -> Matvec:
         """Return the product with the Hessian of a function of the parameters, a scalar, at the present `step`."""
 
-        def product(vector: Vector) -> Vector:
+        def matvec(vector: Vector) -> Vector:
             result: list[Tensor | None] = [None] * len(self.parameters)
             for block in self.blocks:
                 result[block] = self._block_product(function, block, vector[block])
             return result
 
-        return product
+        return matvec
 
     def _block_product(self, function: Callable[[], Tensor], block: slice, vector: Vector) -> list[Tensor | None]:
         length = self._length([v for v in vector if v is not None])

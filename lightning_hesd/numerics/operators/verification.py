@@ -19,32 +19,29 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_hesd.numerics.devices import finest_dtype, moved
-from lightning_hesd.numerics.krylov.vectors import in_shape
+from lightning_hesd.numerics.devices import finest_dtype
+from lightning_hesd.numerics.operators.comparison import SETTLED, Comparison
 from lightning_hesd.numerics.operators.curvature import EVERYTHING, GaussNewtonMatrix
-from lightning_hesd.numerics.operators.directional import Line, OutputLine
-from lightning_hesd.numerics.operators.finite_differences import FiniteDifferences
+from lightning_hesd.numerics.operators.directional import Line, OutputLine, beside_the_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
     from lightning_hesd.numerics.derivatives.graphs import GraphFacts
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.krylov.vectors import VectorSpace
-    from lightning_hesd.numerics.operators.curvature import Matrix
+    from lightning_hesd.numerics.operators.comparison import Outcome
+    from lightning_hesd.numerics.operators.curvature import CurvatureMatrix
 
     InFinest = Callable[[], AbstractContextManager[Callable[[Tensor], Tensor]]]
 
 Verdict = Literal["yes", "no", "unknown"]
-Outcome = Literal["agrees", "differs", "cannot be told"]
-OUTCOMES: tuple[Outcome, ...] = ("differs", "agrees", "cannot be told")
-"""In the order in which one outweighs the others: the first that a process found holds for all processes."""
 
 STEP_EXPONENTS = (1 / 4, 3 / 8, 1 / 2, 9 / 16)
 """Steps h are these powers of the machine epsilon, relative to the size of the weights."""
@@ -52,14 +49,8 @@ STEP_EXPONENTS = (1 / 4, 3 / 8, 1 / 2, 9 / 16)
 ROUNDING_UNITS = 30.0
 """Rounding of losses and gradients that is allowed for, in machine epsilons."""
 
-SETTLED = 0.1
-"""Two estimates that lie closer together than this share of their distance from a claim speak against it."""
-
 FEW = 4
 """Samples with which the comparison begins."""
-
-MOVE = 1e-3
-"""How far beside the weights the loss is looked at where they may lie at a kink, relative to their size."""
 
 SLOPE_SHARE = 0.01
 """gᵀv must agree to this share of what it is for a random v: no part of the gradient may be missing."""
@@ -90,21 +81,6 @@ class Verification:
             return "no"
         return "yes" if outcomes == {"agrees"} else "unknown"
 
-    def codes(self) -> list[list[float]]:
-        """Return the outcomes for gradient and products as one-hot vectors, whose sums over ranks are counts."""
-        return [[float(own == o) for o in OUTCOMES] for own in (self.gradient, self.products)]
-
-
-def joint_outcome(counts: Sequence[float]) -> Outcome:
-    """Return the outcome that holds for all processes, given how many found each of `OUTCOMES`."""
-    return next(outcome for outcome, count in zip(OUTCOMES, counts, strict=True) if count)
-
-
-SHARDED_PART = Verification(
-    "cannot be told", "cannot be told", "where parameters are sharded, parts of the Hessian are not compared"
-)
-"""The outputs of the network differ from process to process."""
-
 
 class WrongDerivativeError(RuntimeError):
     """Autograd's derivatives are not those of the loss; the message says what was found.
@@ -116,58 +92,6 @@ class WrongDerivativeError(RuntimeError):
     def __init__(self, words: str, loss: float = math.nan) -> None:
         super().__init__(words)
         self.loss = loss
-
-
-class Comparison:
-    """A claim beside estimates of it at descending steps.
-
-    Attributes:
-        gap: Smallest distance of an estimate from the claim so far, relative to their size.
-    """
-
-    def __init__(self, claim: Any, tolerance: float, size: Callable[[Any], float], scale: float | None = None) -> None:
-        """Take a claim.
-
-        Args:
-            claim: A number or a vector.
-            tolerance: Up to which relative distance they agree.
-            size: Absolute value of a number, or norm of a vector.
-            scale: What distances are relative to; default: the size of the claim or of the estimate.
-        """
-        self.gap = math.inf
-        self._claim, self._tolerance, self._size, self._scale = claim, tolerance, size, scale
-        self._estimates: list[tuple[float, float]] = []  # gap and change, where rounding lets one tell
-        self._agrees = False
-        self._before: Any = None
-
-    def add(self, value: Any, rounding: float) -> None:
-        """Add the estimate at the next step, with its absolute rounding."""
-        scale = max(self._size(self._claim), self._size(value)) if self._scale is None else self._scale
-        before, self._before = self._before, value
-        if not math.isfinite(scale) or rounding > self._tolerance * scale:
-            return
-        gap = self._size(value - self._claim)
-        self._agrees |= gap <= self._tolerance * scale + rounding
-        self._estimates.append((gap, math.inf if before is None else self._size(value - before)))
-        self.gap = min(self.gap, gap / scale if scale else 0.0)
-
-    @property
-    def is_hidden(self) -> bool:
-        """Whether rounding hides the answer at every step."""
-        return not self._estimates
-
-    @property
-    def outcome(self) -> Outcome:
-        """What the estimates say, as far as rounding lets them.
-
-        The claim agrees if one of them comes within the tolerance. It differs if the last two lie close together and
-        far from it. Otherwise the answer is hidden, by kinks or by rounding.
-        """
-        if self._agrees:
-            return "agrees"
-        if len(self._estimates) > 1 and self._estimates[-1][1] <= SETTLED * self._estimates[-1][0]:
-            return "differs"
-        return "cannot be told"
 
 
 @dataclass(frozen=True)
@@ -202,7 +126,7 @@ class Findings:
 
 
 def verify(
-    matrix: Matrix,
+    matrix: CurvatureMatrix,
     batch: WeightedBatch,
     space: VectorSpace,
     *,
@@ -239,7 +163,7 @@ def verify(
             with context() as counterpart:
                 parameters = [counterpart(p) for p in matrix.parameters]
                 plain = replace(matrix, parameters=parameters, blocks=(EVERYTHING,))
-                with _beside(parameters, space) if beside else contextlib.nullcontext():
+                with beside_the_weights(parameters, space) if beside else contextlib.nullcontext():
                     found.append(_findings(plain, samples, space, exact=exact))
         except Exception as error:
             if not may_fail:
@@ -262,16 +186,6 @@ def _as_it_is() -> AbstractContextManager[Callable[[Tensor], Tensor]]:
     return contextlib.nullcontext(lambda parameter: parameter)
 
 
-@contextlib.contextmanager
-def _beside(parameters: Sequence[Tensor], space: VectorSpace) -> Iterator[None]:
-    """Move parameters at random meanwhile."""
-    differences = FiniteDifferences(parameters, space)
-    noise = space.gaussian(torch.Generator().manual_seed(2))
-    vector = moved(noise / space.norm(noise), parameters[0].device)
-    with differences.displaced(in_shape(vector, parameters), MOVE * max(differences.size, 1.0)):
-        yield
-
-
 def _joint(fine: Outcome, coarse: Outcome, *, hidden: bool) -> Outcome:
     """Join the outcomes in the finest precision and in that of the module.
 
@@ -288,10 +202,10 @@ def _joint(fine: Outcome, coarse: Outcome, *, hidden: bool) -> Outcome:
     return coarse if fine == "cannot be told" else fine
 
 
-def _findings(matrix: Matrix, batch: WeightedBatch, space: VectorSpace, *, exact: bool) -> Findings:
+def _findings(matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace, *, exact: bool) -> Findings:
     """Compare in the present precision."""
     line = Line(matrix, batch, space)
-    product = line.flat(matrix.product(batch, retain=False)[1](line.vector())) if exact else None
+    product = line.flat(matrix.make_matvec(batch, retain=False)[1](line.vector())) if exact else None
     facts = matrix.facts
     if not exact:
         facts.add([matrix.loss(batch)])

@@ -209,7 +209,7 @@ def measure_batch(data: Any, made_from: int | None, batch_weight: Weigh | None) 
     """
     if data is None:  # Lightning skips it
         return ReadBatch(data, 0.0, 0.0)
-    return ReadBatch(data, *batches.measured(data, batch_weight, made_from))
+    return ReadBatch(data, *batches.size_and_weight(data, batch_weight, made_from))
 
 
 def _batches(loader: Any, iterator: Iterator[Any]) -> Iterator[Any]:

@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from lightning_hesd import hessian_spectrum, layer_spectra
 from lightning_hesd.numerics.analysis import api
-from lightning_hesd.numerics.inputs.batches import batch_size
 from lightning_hesd.numerics.inputs.options import OPTION_NAMES, AnalysisOptions, analysis_options
+from lightning_hesd.numerics.inputs.sample_counts import batch_size
 from tests import cases
 
 STRATEGIES = ("graph", "recompute")
@@ -144,7 +144,7 @@ class TestParameters:
 
 class TestBatches:
     def test_there_must_be_one(self):
-        with pytest.raises(ValueError, match=r"no batches to analyse: `batches` is empty"):
+        with pytest.raises(ValueError, match=r"no batches to analyze: `batches` is empty"):
             hessian_spectrum(nn.Linear(2, 1), [], cases.squared_error)
 
     @pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])

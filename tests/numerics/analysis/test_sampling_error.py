@@ -16,8 +16,8 @@ from lightning_hesd.numerics.collectives import LOCAL, Collectives
 from lightning_hesd.numerics.inputs.batches import SkippedBatchError, WeightedBatch
 from lightning_hesd.numerics.krylov.lanczos import Lanczos
 from lightning_hesd.numerics.operators.curvature import HessianMatrix
-from lightning_hesd.numerics.operators.operator import CurvatureOperator
-from lightning_hesd.numerics.operators.risk_operator import SampleMean
+from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock
+from lightning_hesd.numerics.operators.risk_operator import RiskOperator
 from tests import oracles
 from tests.ranks import in_threads
 
@@ -274,7 +274,7 @@ class TestVerification:
     @pytest.mark.parametrize(
         ("loss", "make", "message"),
         [
-            (stale, Batched, "is the same for all of its parts, and does not depend on what was cut"),
+            (stale, Batched, "is the same for all of its groups of samples: it does not depend"),
             (stale, functools.partial(Batched, visible=False), "cannot tell the number of samples|nothing in a batch"),
             (contrastive, Batched, "not a mean over samples"),
             (token_mean, lambda *parts: parts, "not a mean over samples"),
@@ -336,15 +336,15 @@ class TestSkippedBatches:
         def work(ranks: Collectives) -> float:
             rank = ranks.rank
             module, batch = copy.deepcopy(trained()), draw(16, rank)
-            mean = SampleMean(
+            risk = RiskOperator(
                 HessianMatrix(lambda batch: skips(module, batch.data), list(module.parameters())),
                 [WeightedBatch((batch[0], torch.full_like(batch[1], rank)), 16.0, rank)],
                 strategy="graph",
                 dtype=torch.float64,
                 collectives=ranks,
             )
-            assert (mean.num_batches, mean.num_skipped, mean.weight) == (1, 1, 16.0)
-            return float(mean.product([torch.ones_like(p) for p in module.parameters()]).sum())
+            assert (risk.num_batches, risk.num_skipped, risk.weight) == (1, 1, 16.0)
+            return float(risk.product([torch.ones_like(p) for p in module.parameters()]).sum())
 
         first, second = in_threads(2, work)
         assert first == second != 0
@@ -359,14 +359,14 @@ class TestSeveralProcesses:
             WeightedBatch(part, float(len(part[0])), index)
             for index, part in enumerate(zip(x.chunk(6), y.chunk(6), strict=True))
         ]
-        mean = SampleMean(
+        risk = RiskOperator(
             HessianMatrix(lambda batch: loss_fn(module, batch.data), list(module.parameters())),
             batches[ranks.rank :: ranks.size],
             strategy="graph",
             dtype=torch.float64,
             collectives=ranks,
         )
-        operator = CurvatureOperator(mean)
+        operator = DiagonalBlock(risk)
         start = torch.randn(operator.dimension, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         process = Lanczos(operator.matvec, start, 40)
         process.run()

@@ -17,8 +17,8 @@ from lightning_hesd.numerics.collectives import LOCAL, AnotherRankFailedError, C
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
 from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.operators.curvature import HessianMatrix
-from lightning_hesd.numerics.operators.operator import CurvatureOperator
-from lightning_hesd.numerics.operators.risk_operator import SampleMean
+from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock
+from lightning_hesd.numerics.operators.risk_operator import RiskOperator
 from tests import cases, oracles
 from tests.programs import SERVER
 from tests.ranks import StandIn
@@ -33,7 +33,7 @@ def weighted(batches: list[Any]) -> list[WeightedBatch]:
     return [WeightedBatch(batch, float(len(batch[0])), index) for index, batch in enumerate(batches)]
 
 
-def make_operator(name: str, strategy: Any = "graph", **changes: Any) -> CurvatureOperator:
+def make_operator(name: str, strategy: Any = "graph", **changes: Any) -> DiagonalBlock:
     module, batches, loss_fn = cases.make(name)
     module.eval()
     matrix = HessianMatrix(
@@ -41,7 +41,7 @@ def make_operator(name: str, strategy: Any = "graph", **changes: Any) -> Curvatu
         changes.pop("parameters", [p for p in module.parameters() if p.requires_grad]),
     )
     arguments = {"batches": weighted(batches), "strategy": strategy, "dtype": torch.float64, **changes}
-    return CurvatureOperator(SampleMean(matrix, **arguments))
+    return DiagonalBlock(RiskOperator(matrix, **arguments))
 
 
 def vectors(n: int, count: int) -> list[Tensor]:
@@ -85,27 +85,27 @@ class TestRecord:
         module, batches, loss_fn = cases.make("mlp")
         operator = make_operator("mlp")
         losses = [loss_fn(module, batch).item() for batch in batches]
-        assert operator.mean.weight == 9.0
-        assert operator.mean.loss == pytest.approx((5 * losses[0] + 3 * losses[1] + losses[2]) / 9, rel=1e-14)
-        assert (operator.mean.maker.strategy, operator.mean.maker.reason) == ("graph", "as asked")
+        assert operator.risk.weight == 9.0
+        assert operator.risk.loss == pytest.approx((5 * losses[0] + 3 * losses[1] + losses[2]) / 9, rel=1e-14)
+        assert (operator.risk.strategy, operator.risk.strategy_reason) == ("graph", "as asked")
 
     def test_time_is_counted(self):
         operator = make_operator("mlp")
-        assert (operator.matvecs, operator.mean.seconds_per_product) == (0, 0.0)
+        assert (operator.matvecs, operator.risk.seconds_per_product) == (0, 0.0)
         started = time.perf_counter()
         for _ in range(3):
             operator.matvec(vectors(43, 1)[0])
         elapsed = time.perf_counter() - started
         assert operator.matvecs == 3
-        assert 0 < operator.mean.seconds_per_product <= elapsed / 3  # the mean, not the sum
-        assert operator.mean.gradient_equivalents() > 0
+        assert 0 < operator.risk.seconds_per_product <= elapsed / 3  # the mean, not the sum
+        assert operator.risk.gradient_equivalents() > 0
 
     def test_the_result_has_the_type_asked_for(self):
         operator = make_operator("mlp", dtype=torch.float32)
         assert operator.matvec(vectors(43, 1)[0].float()).dtype == torch.float32
 
     def test_no_batch_at_all_is_refused(self):
-        with pytest.raises(ValueError, match="no batches to analyse"):
+        with pytest.raises(ValueError, match="no batches to analyze"):
             make_operator("mlp", batches=[])
 
 
@@ -121,7 +121,7 @@ class TestSumOverRanks:
         operator = make_operator("mlp", collectives=StandIn(lambda t: t if len(t) > SUMS else 2 * t))
         alone = make_operator("mlp")
         (v,) = vectors(43, 1)
-        assert operator.mean.weight == 2 * alone.mean.weight
+        assert operator.risk.weight == 2 * alone.risk.weight
         torch.testing.assert_close(operator.matvec(v), alone.matvec(v) / 2, rtol=1e-14, atol=0)
 
     def test_a_failure_elsewhere_is_an_error_here(self):
@@ -162,10 +162,10 @@ class TestSumOverRanks:
         )
         (v,) = vectors(43, 1)
         assert operator.matvec(v).isnan().all()
-        assert isinstance(operator.mean.failure, KeyError)
+        assert isinstance(operator.risk.failure, KeyError)
         assert operator.matvec(v).isnan().all()  # and it goes on contributing
         assert calls == 4  # without trying again
-        assert operator.explain_non_finite(v) is operator.mean.failure
+        assert operator.explain_non_finite(v) is operator.risk.failure
 
     def test_a_product_that_is_not_finite_elsewhere(self):
         # The numbers of the start are fine, and so is our share of the products; the sum is not.
@@ -364,7 +364,7 @@ class TestTwoProcesses:
     def test_no_batch_in_any_process(self, strategy, results):
         for result in results:
             kind, message = result["nobody_has_batches", strategy]
-            assert (kind, "no batches to analyse" in message) == ("ValueError", True)
+            assert (kind, "no batches to analyze" in message) == ("ValueError", True)
 
     @pytest.mark.parametrize("scenario", ["loss_fails_at_once", "loss_fails_in_a_product"])
     def test_a_failing_loss_fails_everywhere_and_is_told_where_it_happened(self, scenario, strategy, results):
