@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_hesd.numerics.analysis.api import hessian_spectrum, layer_spectra
     from lightning_hesd.numerics.analysis.hessian_operator import HessianOperator
+    from lightning_hesd.numerics.inputs.options import AnalysisOptions
     from lightning_hesd.numerics.krylov.eigenpairs import top_eigenpairs
     from lightning_hesd.spectra.assessment import Assessment, assess_generalization
     from lightning_hesd.spectra.criteria import hesd_type
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_hesd.training.history import SpectrumHistory
 
 __all__ = [
+    "AnalysisOptions",
     "Assessment",
     "HessianCheckpoint",
     "HessianOperator",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AnalysisOptions": "numerics.inputs.options",
     "Assessment": "spectra.assessment",
     "HessianCheckpoint": "training.checkpoints.checkpoint",
     "HessianOperator": "numerics.analysis.hessian_operator",

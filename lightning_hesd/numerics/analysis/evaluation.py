@@ -37,12 +37,12 @@ class Evaluator:
     """Calls the user's functions on batches.
 
     Attributes:
-        module: The module they are given.
+        module: First argument of the functions.
         loss_fn: Loss of a batch.
         options: Options of the analysis, with `output_fn`, `output_loss` and the seed.
         sharding: How the parameters are distributed over ranks.
-        isolation: What keeps evaluations apart.
-        batches: All batches of the analysis; None: this process does not have them all.
+        isolation: Restores the state before each evaluation.
+        batches: All batches of the analysis; None if other ranks have some of them.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Evaluator:
         self.isolation = isolation
         self._dtype: torch.dtype | None = None
         self.batches = batches
-        self._known: dict[str, bool] = {}  # what `Replacements` has to be told
+        self._known: dict[str, bool] = {}  # arguments of `Replacements`, from earlier evaluations
 
     def loss(self, batch: WeightedBatch) -> Tensor:
         """Return the mean loss of a batch, a scalar with a graph."""
@@ -75,7 +75,7 @@ class Evaluator:
         return self._evaluate(lambda data: output_fn(self.module, data), batch)
 
     def loss_of_outputs(self, outputs: Any, batch: WeightedBatch) -> Tensor:
-        """Return the mean loss of such outputs, a scalar with a graph, right after they were computed."""
+        """Return the mean loss of outputs that were computed right before, a scalar with a graph."""
         output_loss = cast("Callable[[Any, Any], Tensor]", self.options.output_loss)  # checked with the options
         loss = self._evaluate(lambda data: output_loss(outputs, data), batch, from_start=False)
         return self.sharding.mean_loss(_checked_loss(loss, "output_loss"), batch)
@@ -84,8 +84,8 @@ class Evaluator:
         """Return the curvature matrix of a batch that the options ask for.
 
         Args:
-            parameters: What its rows and columns stand for.
-            blocks: The diagonal blocks that are wanted, each a range of the parameters.
+            parameters: The parameters, to which rows and columns belong.
+            blocks: Diagonal blocks to be analyzed, each a range of the parameters.
         """
         if self.options.matrix == "hessian":
             return HessianMatrix(self.loss, parameters, blocks=blocks)
@@ -94,10 +94,10 @@ class Evaluator:
 
     @contextlib.contextmanager
     def in_finest(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Let copies in the finest precision of the device take the place of the module's parameters, buffers, batches.
+        """Replace the module's parameters and buffers, and batches, by copies in the finest precision of the device.
 
-        The parameters themselves stay as they are: where one changes its type, PyTorch forgets who waits for its
-        gradients (DistributedDataParallel does).
+        The parameters themselves stay as they are: if one changes its dtype, PyTorch forgets the hooks on its gradient,
+        such as those of DistributedDataParallel.
 
         Yields:
             A function that returns the copy of a parameter.
@@ -114,7 +114,7 @@ class Evaluator:
                         if parameter not in copies:
                             copies[parameter] = _converted(parameter, dtype)
                         places.append(partial(setattr, owner, name, parameter))
-                        setattr(owner, name, copies[parameter])  # as recurrent networks keep lists of them, too
+                        setattr(owner, name, copies[parameter])  # recurrent networks keep lists of them, too
                 for name, buffer in list(owner._buffers.items()):  # noqa: SLF001
                     if buffer is not None and buffer.is_floating_point():
                         places.append(partial(owner._buffers.__setitem__, name, buffer))  # noqa: SLF001
@@ -130,7 +130,7 @@ class Evaluator:
                 put_back()
 
     def _evaluate(self, function: Callable[[Any], Any], batch: WeightedBatch, *, from_start: bool = True) -> Any:
-        """Return the value of a function of a batch, called again where the first call shows that it has to be."""
+        """Return the value of a function of a batch, called again if replacements were missing."""
         while True:
             replacements = Replacements(**self._known)
             try:
@@ -165,12 +165,12 @@ class Evaluator:
         """Bring the embeddings that the losses of all batches use within their `max_norm`, in place.
 
         Raises:
-            RuntimeError: If other processes have batches, too: their weights would become others than these.
+            RuntimeError: If other ranks have batches, too: their parameters would then differ from this rank's.
         """
         if self.batches is None:
             msg = (
-                "the loss renormalises embeddings (`max_norm`) in place, each process those of its own batches, so "
-                "that the weights of the processes differ: analyse in a single process, or without `max_norm`."
+                "the loss renormalizes embeddings (`max_norm`) in place, each process those of its own batches, so "
+                "that the weights of the processes differ: analyze in a single process, or without `max_norm`."
             )
             raise RuntimeError(msg)
         replacements = Replacements()
@@ -187,7 +187,7 @@ class Evaluator:
 
 def _converted(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
     converted = nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=parameter.requires_grad)
-    vars(converted).update(vars(parameter))  # what the user noted on it
+    vars(converted).update(vars(parameter))  # attributes that the user has set
     return converted
 
 

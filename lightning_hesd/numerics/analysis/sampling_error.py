@@ -1,4 +1,4 @@
-"""How much of C_t is due to the finite sample: standard errors and bias of the extremes over groups of samples.
+"""Sampling error of C_t: standard errors and biases of the extreme eigenvalues, from groups of samples.
 
 H is the mean of the Hessians H_g of groups of samples, and λ = uᵀHu at an extreme eigenvector u. To first order another
 sample changes λ as it changes uᵀHu: the spread of uᵀH_g u over groups gives the standard error. To second order the
@@ -37,7 +37,7 @@ ROUNDING = 64.0
 
 @dataclass(frozen=True)
 class SamplingError:
-    """What the finite sample does to the extremes and to C_t: fields of `Spectrum`, which explains them."""
+    """Errors of the extremes and of C_t due to the finite sample: fields of `Spectrum`, which explains them."""
 
     c_t_sampling_error: float
     c_t_sampling_bias: float
@@ -50,7 +50,7 @@ class SamplingError:
 
 @dataclass(frozen=True)
 class _End:
-    """One end of the spectrum: its Ritz vector among those of its probe."""
+    """One end of the spectrum: an extreme Ritz vector among those of its Lanczos run."""
 
     run: Lanczos
     nodes: Array
@@ -59,11 +59,11 @@ class _End:
 
 
 def sampling_error(operator: DiagonalBlock, runs: Sequence[Lanczos]) -> SamplingError:
-    """Estimate what the finite sample does to the extremes, in one pass over the samples.
+    """Estimate the errors of the extreme eigenvalues due to the finite sample, in one pass over the samples.
 
     Args:
         operator: The Hessian.
-        runs: The Lanczos processes; the lowest and the highest of all their Ritz vectors are taken.
+        runs: The Lanczos runs; the lowest and the highest of all their Ritz vectors are taken.
 
     Raises:
         ValueError: If there are fewer than 8 groups, their mean is not the Hessian, or they do not differ.
@@ -84,7 +84,7 @@ def sampling_error(operator: DiagonalBlock, runs: Sequence[Lanczos]) -> Sampling
                 "(smaller ones, or more samples), or leave the sampling error out."
             )
         else:
-            msg += "analyse more samples, or more batches."
+            msg += "analyze more samples, or more batches."
         raise ValueError(msg)
 
     own = np.stack([part[:, end.position] for part, end in zip(coordinates, ends, strict=True)], axis=1)
@@ -110,11 +110,11 @@ def sampling_error(operator: DiagonalBlock, runs: Sequence[Lanczos]) -> Sampling
     shifts = [_shift(weights, *parts, mean) for parts in zip(coordinates, squares.T, ends, strict=True)]
     biases = np.array([-shifts[0], shifts[1]])
     # C_t = λ_min/λ_max to first order (the delta method), its mean to second.
-    slopes = np.array([1 / lambda_max, -lambda_min / lambda_max**2])
-    bend = (covariance[1, 1] * lambda_min / lambda_max - covariance[0, 1]) / lambda_max**2
+    derivative = np.array([1 / lambda_max, -lambda_min / lambda_max**2])
+    curvature = (covariance[1, 1] * lambda_min / lambda_max - covariance[0, 1]) / lambda_max**2
     return SamplingError(
-        c_t_sampling_error=math.sqrt(max(float(slopes @ covariance @ slopes), 0.0)),
-        c_t_sampling_bias=float(slopes @ biases + bend),
+        c_t_sampling_error=math.sqrt(max(float(derivative @ covariance @ derivative), 0.0)),
+        c_t_sampling_bias=float(derivative @ biases + curvature),
         lambda_min_sampling_error=float(errors[0]),
         lambda_max_sampling_error=float(errors[1]),
         lambda_min_sampling_bias=float(biases[0]),
@@ -159,8 +159,8 @@ def _group_curvatures(
     Returns:
         weights: Share of each group in the mean, shape (groups,), sum 1.
         squares: ‖H_g u‖², shape (groups, 2).
-        coordinates: For each end y_kᵀH_g u along the Ritz vectors y_k of its probe, shape (groups, steps); without a
-            basis along u alone, and 0 elsewhere.
+        coordinates: For each end y_kᵀH_g u with the Ritz vectors y_k of its run, shape (groups, steps); without a
+            Krylov basis uᵀH_g u only, and 0 for other Ritz vectors.
     """
     parts = max(1, math.ceil(GROUPS / operator.risk.num_batches))
     lengths = [len(end.nodes) for end in ends]
@@ -196,11 +196,11 @@ def _covariance_of_mean(values: Array, weights: Array) -> Array:
 
 
 def _shift(weights: Array, coordinates: Array, squares: Array, end: _End, mean_eigenvalue: float) -> float:
-    """Return how far outward the sample pushes the eigenvalue at one end, at least 0.
+    """Return the outward bias of the eigenvalue at one end, at least 0.
 
     Second-order perturbation theory: Σ_k s_k²/gap_k with s_k² the sampling variance of y_kᵀHu, here with the shift
-    itself in the denominator (Brillouin & Wigner), x = Σ_k s_k²/(gap_k + x), so that close eigenvalues do no harm.
-    What the Krylov space does not hold counts as one more level at the mean of the spectrum.
+    itself in the denominator (Brillouin & Wigner), x = Σ_k s_k²/(gap_k + x), which stays finite for close eigenvalues.
+    The complement of the Krylov space counts as one more eigenvalue at the mean of the spectrum.
     """
     groups = len(weights)
     variances = np.diag(_covariance_of_mean(coordinates, weights)).copy()

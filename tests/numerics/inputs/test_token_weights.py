@@ -160,7 +160,7 @@ class TestTokens:
             (
                 [FORMS["mask"](b) for b in BATCHES],
                 lambda m, b: from_mask(m, b) + len(b["input_ids"]),
-                "neither weights",
+                "neither by samples nor by tokens",
             ),
         ],
     )
@@ -198,8 +198,11 @@ class TestSamples:
     @pytest.mark.parametrize(
         ("loss", "obstacle"),
         [
-            (squared_mean, "with neither weights"),
-            (lambda m, b: squared_mean(m, b) / (torch.tensor(len(b["labels"])) // 2), "with neither weights"),
+            (squared_mean, "neither by samples nor by tokens"),
+            (
+                lambda m, b: squared_mean(m, b) / (torch.tensor(len(b["labels"])) // 2),
+                "neither by samples nor by tokens",
+            ),
             (lambda m, b: squared_mean(m, b) * (1 // (len(b["labels"]) // 2)), "ZeroDivisionError"),
         ],
     )
