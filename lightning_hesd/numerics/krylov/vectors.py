@@ -23,8 +23,8 @@ CHUNK = 2**16
 class VectorSpace:
     """The space of vectors of shape (n,), whole on this rank.
 
-    Where parameters are sharded, a subclass takes this rank's shard of a vector, shape (m,), for the vector. Results are
-    the same on all ranks.
+    Where parameters are sharded, a subclass takes this rank's shard of a vector, shape (m,), for the vector, and the
+    results are the same on all ranks.
 
     Attributes:
         dimension: Number n of elements of a whole vector.

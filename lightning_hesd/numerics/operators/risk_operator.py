@@ -111,10 +111,8 @@ class RiskOperator:
         self.sharding = sharding or ParameterSharding()
         self.space = self.sharding.space(matrix.parameters)
         self.failure: Exception | None = None
-        self.product_error = 0.0
-        self.epsilon = 0.0
+        self.product_error = self.epsilon = self.seconds_per_product = 0.0
         self.passes = 0
-        self.seconds_per_product = 0.0
         self.num_skipped = 0
         self.uncut_reason: str | None = None
         self.strategy: Strategy = "graph" if strategy == "auto" else strategy
