@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from lightning.pytorch import Callback
 
+from lightning_hesd.commands.errors import CommandError
 from lightning_hesd.spectra.validation import (
     check_fields,
     each,
@@ -59,7 +60,7 @@ PARTS = {
 """What is taken from a checkpoint, if it is there."""
 
 
-class CheckpointError(Exception):
+class CheckpointError(CommandError):
     """A checkpoint, or what it is to be loaded into, cannot be used; the message says why."""
 
 

@@ -1,4 +1,4 @@
-"""A run as one HTML file that needs nothing else: the frontend of the HESD tab, with the data in the page."""
+"""`lightning-hesd report`: a run as one HTML file, with the frontend of the HESD tab and the data in the page."""
 
 from __future__ import annotations
 
@@ -20,8 +20,23 @@ from lightning_hesd.training.history import SpectrumHistory
 if TYPE_CHECKING:
     import os
 
+    from jsonargparse import ArgumentParser, Namespace
+
 IMPORT = re.compile(r"^import\s[^;]*;\n", re.MULTILINE)
 EXPORT = re.compile(r"^export\s+", re.MULTILINE)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("log_dir", type=Path, help="The run's log directory.")
+    parser.add_argument("--name", type=str, default="hesd", help="Name of the callback in the run.")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="The file.")
+
+
+def run(config: Namespace) -> None:
+    """Write the report, and print the name of its file."""
+    write_report(config.log_dir, config.out, config.name)
+    print(config.out)
 
 
 def write_report(log_dir: str | os.PathLike[str], out: str | os.PathLike[str], name: str = "hesd") -> None:

@@ -8,7 +8,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from lightning_hesd.plotting import plot_density
+from lightning_hesd.commands.errors import CommandError
+from lightning_hesd.commands.plot import draw
 from lightning_hesd.spectra.codec import FIELDS, decode_record, encode_record, load, record_fields, save
 from lightning_hesd.spectra.files import atomic_write, damage_named
 from lightning_hesd.spectra.rules import rule_title
@@ -43,7 +44,7 @@ FIELDS_OF_RESULTS = {
 }
 
 
-class ResultsError(Exception):
+class ResultsError(CommandError):
     """The folder cannot be used; the message says why."""
 
 
@@ -181,10 +182,3 @@ def table_line(row: Row, picks: Mapping[str, str], candidates: Container[str]) -
         "picked_by": ", ".join(rule for rule, name in picks.items() if name == row.name),
         "error": record.error,
     }
-
-
-def draw(spectrum: Spectrum, title: str, target: Path) -> None:
-    """Write the density as a PNG."""
-    figure = plot_density(spectrum, title=title).get_figure(root=True)
-    with atomic_write(target) as partial:
-        figure.savefig(partial, format="png")  # type: ignore[union-attr]
