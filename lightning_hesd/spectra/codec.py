@@ -15,7 +15,7 @@ from lightning_hesd.spectra.assessment import check_comparable
 from lightning_hesd.spectra.files import damage_named, read_archive, save_archive
 from lightning_hesd.spectra.record import LAYERS_SUFFIX, PLAIN_FIELDS, SUFFIXES, SpectrumRecord
 from lightning_hesd.spectra.spectrum import Spectrum
-from lightning_hesd.spectra.spectrum_fields import ARRAYS
+from lightning_hesd.spectra.spectrum_data import ARRAYS
 from lightning_hesd.spectra.validation import (
     at_least,
     check_fields,
