@@ -47,16 +47,21 @@ BATCH_WEIGHT = "'tokens', or a function batch -> its weight, as package.function
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of the command."""
     add_project(parser)
-    parser.add_argument("--devices", type=int | str, default=1, help="Processes of each node, as for the Trainer.")
+    parser.add_argument("--devices", type=int | str, default=1, help="Devices of each node, as for the Trainer.")
     parser.add_argument("--num_nodes", type=int, default=1, help="Nodes, as for the Trainer.")
-    parser.add_argument("--strategy", type=str, default="auto", help="How they work together, as for the Trainer.")
+    parser.add_argument("--strategy", type=str, default="auto", help="Strategy of several devices, as for the Trainer.")
     parser.add_argument("--generalization", type=str | None, help="'val' or 'test' data of --data, or a data module.")
     parser.add_argument("--generalization_args", type=dict[str, Any], default={}, help="Arguments of that data module.")
-    parser.add_argument("--through_optimizer", type=bool, default=False, help="Also analyse D^(-1/2) H D^(-1/2).")
+    parser.add_argument(
+        "--preconditioned",
+        type=bool,
+        default=False,
+        help="Also analyze the Hessian preconditioned by the optimizer, D^(-1/2) H D^(-1/2).",
+    )
     parser.add_argument(
         "--tolerance_of_loss",
         type=float | None,
-        help="Candidates of both rules have a loss within this of the lowest; default: 5 % of its drop.",
+        help="Candidates have a loss within this of the lowest one; default: 5 % of its drop.",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("hesd"), help="Folder of the results; an interrupted run goes on."
@@ -67,10 +72,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(config: Namespace) -> None:
-    """Analyse checkpoints, those left over from an interrupted run, and write table, files and figures.
+    """Analyze the checkpoints that are not in the folder yet, and write the table, files and figures.
 
     Raises:
-        CommandError: If a checkpoint failed, or there is none.
+        CommandError: If the analysis of a checkpoint failed, or no checkpoint exists.
     """
     analysis = _analysis(config)
     paths = checkpoints_of(config.checkpoints)
@@ -114,13 +119,13 @@ def _analysis(config: Namespace) -> PosthocAnalysis:
         replace(project_of(config), devices=config.devices, num_nodes=config.num_nodes, strategy=config.strategy),
         analysis_options(**options),
         generalization,
-        config.through_optimizer,
+        config.preconditioned,
         config.analysis.mode,
     )
 
 
 def _plain(config: Namespace) -> dict[str, Any]:
-    """Return what results depend on, as JSON has it."""
+    """Return the options that the results depend on, as JSON values."""
     irrelevant = {
         "checkpoints",
         "out",

@@ -46,11 +46,13 @@ def add_project(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--name", type=str, default="hesd", help="Name of the callback in the run.")
     parser.add_argument("--accelerator", type=str, default="auto", help="As for the Trainer.")
-    parser.add_argument("--unsafe", type=bool, default=False, help="Load checkpoints with objects of any class.")
+    parser.add_argument(
+        "--unsafe", type=bool, default=False, help="Load objects of any class from checkpoints; they can run any code."
+    )
 
 
 def separated(argument: str) -> str:
-    """Turn --model.x, and --model.init_args.x, into what dictionaries take on the command line: --model_args.x."""
+    """Return --model.x and --model.init_args.x as --model_args.x, the form for entries of dictionaries."""
     return re.sub(rf"^--({'|'.join(SEPARATE)})\.(init_args\.)?", lambda match: f"--{SEPARATE[match[1]]}.", argument)
 
 
@@ -82,7 +84,7 @@ def _lightning_config(path: Path) -> dict[str, Any]:
 
 
 def _blueprint(part: str, config: Namespace, given: Mapping[str, Any]) -> Blueprint:
-    """Return the class from the command line, else from the configuration, and the arguments from both.
+    """Return the class that the command line names, else the configuration, with the arguments of both.
 
     Raises:
         CommandError: If neither names a class.
@@ -93,13 +95,13 @@ def _blueprint(part: str, config: Namespace, given: Mapping[str, Any]) -> Bluepr
     if class_path is None:
         msg = f"there is no {part}: pass --{part} package.Class, or --config with a `class_path` for it."
         raise CommandError(msg)
-    imported(class_path)  # now, so that `without_advice` knows which namespaces of Lightning there are
+    imported(class_path)  # now, so that `without_advice` finds the namespace of Lightning that it uses
     arguments = configured.get("init_args") or {} if is_subclass else configured
     return Blueprint(class_path, {**arguments, **config[SEPARATE[part]]})
 
 
 def checkpoints_of(patterns: Sequence[str]) -> dict[str, Path]:
-    """Return the checkpoints by name: their stems, and their folders' where stems alone would be the same.
+    """Return the checkpoints by name: the stem, after the names of folders where stems are the same.
 
     Raises:
         CommandError: If a file does not exist, or a pattern matches none.
@@ -130,7 +132,7 @@ def checkpoints_of(patterns: Sequence[str]) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def without_advice() -> Iterator[None]:
-    """Keep Lightning from saying which devices there are, and from advice that is meant for training."""
+    """Silence Lightning's list of devices, and its advice on training."""
     with contextlib.ExitStack() as stack:
         for name in PYTORCH:
             logger = logging.getLogger(name)

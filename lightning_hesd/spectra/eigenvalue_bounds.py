@@ -67,7 +67,7 @@ def _upper_bound(probes: Sequence[tuple[Array, Array, Array]], dimension: int, f
     allowed = _log_product_quantile(failure, len(probes))
 
     def log_probability(log_distance: float) -> float:
-        """Log of the probability of start vectors like these, if λ is that far beyond the last node."""
+        """Log of the probability of start vectors like these if λ lies at this distance beyond the last node."""
         distance = math.exp(log_distance)
         return sum(min(0.0, log_scale - log_kernel(distance) / 2) for log_kernel in kernels)
 

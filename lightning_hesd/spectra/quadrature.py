@@ -25,7 +25,7 @@ SIGMAS_BEYOND = 6.0  # a Gaussian keeps all but 2e-9 of its mass within six stan
 def stack_rules(rules: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
     """Stack (nodes, weights, ...) of several probes into arrays of shape (probes, most steps), padded.
 
-    Nodes, the first array, are padded with NaN; everything else with 0.
+    The nodes, the first array, are padded with NaN, the others with 0.
     """
     steps = max(len(rule[0]) for rule in rules)
     stacked = []
@@ -118,14 +118,14 @@ def density(
 
 
 def histogram(nodes: Array, weights: Array, bins: int | ArrayLike = 120) -> tuple[Array, Array]:
-    """Return the share of eigenvalues in each bin, straight from the quadrature weights: no smoothing, no sampling.
+    """Return the share of eigenvalues in each bin, the sum of quadrature weights: no smoothing, no sampling.
 
     Args:
         nodes: Quadrature nodes, shape (probes, steps).
         weights: Quadrature weights, shape (probes, steps).
-        bins: The edges, shape (bins + 1,), which must enclose every node; or about how many equal bins to lay from
-            the smallest to the largest node. Zero is always one of the equal bins' edges where the spectrum has both
-            signs, so that no bin mixes negative and positive curvature.
+        bins: Edges, shape (bins + 1,), which must enclose every node; or the approximate number of equal bins from the
+            smallest to the largest node. Zero is an edge of equal bins where the spectrum has both signs, so that no
+            bin mixes negative and positive curvature.
 
     Returns:
         mass: Share of each bin, shape (bins,), sum 1.
@@ -168,7 +168,7 @@ def _equal_edges(low: float, high: float, bins: int) -> Array:
 def legible_sigma(low: float, high: float) -> float | None:
     """Return a standard deviation that lets the smaller extreme stand out from zero, 0.2 to 1 % of the width.
 
-    None, for the default of `density`, where all nodes are one up to rounding.
+    None where all nodes are equal up to rounding: `density` then takes its default.
     """
     width = high - low
     if width <= 1e-10 * max(abs(low), abs(high)):
