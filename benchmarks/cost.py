@@ -221,7 +221,7 @@ def _machine(module: nn.Module, batches: list[WeightedBatch], loss: Callable[...
             times.append(time.perf_counter() - started)
         sent = 2 * (processes - 1) / processes * tensor.numel() * tensor.element_size()
         network = sent / statistics.median(times)
-    return Machine(gradient / sum(batch.weight for batch in batches), memory, network, orthogonalisations=1)
+    return Machine(gradient / sum(batch.weight for batch in batches), memory, network, orthogonalizations=1)
 
 
 def _graph_bytes(module: nn.Module, batches: list[WeightedBatch], loss: Callable[..., Tensor]) -> float:

@@ -56,7 +56,7 @@ def main() -> None:
 def run(rng: np.random.Generator, index: int, epochs: int, nodes: int) -> dict[str, Any]:
     """Return the data of a run whose curvature falls while it trains."""
     records = [record(rng, epoch, epochs, nodes) for epoch in range(epochs)]
-    return {**run_payload(f"run_{index}", "hesd", records, [], []), "colour": index}
+    return {**run_payload(f"run_{index}", "hesd", records, [], []), "color": index}
 
 
 def record(rng: np.random.Generator, epoch: int, epochs: int, nodes: int) -> dict[str, Any]:
@@ -76,6 +76,8 @@ def record(rng: np.random.Generator, epoch: int, epochs: int, nodes: int) -> dic
         "c_t_high": 0.98 * c_t,
         "type": "MP",
         "type_certain": True,
+        "verified": "yes",
+        "verification": "made up",
         "lambda_min": smallest,
         "lambda_max": largest,
         "loss": 2 * math.exp(-5 * epoch / epochs),

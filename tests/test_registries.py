@@ -20,6 +20,7 @@ from lightning_hesd.spectra.payload import record_payload
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.spectra.rules import RULES, CheckpointRule
 from lightning_hesd.spectra.scalars import RECORD_SCALARS, SPECTRUM_SCALARS, Scalar
+from tests.tab import ROOT
 from tests.training import cli_project
 from tests.training.scripted import make_spectrum
 
@@ -120,3 +121,8 @@ def test_a_rule_without_a_checkpoint_callback_has_its_picks_computed_and_drawn(
     shown = [text.get_text() for text in legend.get_texts()]
     assert "lowest trace: epoch 1" in shown
     assert not any("Δ" in text for text in shown)
+
+
+def test_every_scalar_is_documented() -> None:
+    page = (ROOT / "docs" / "how-to" / "results.md").read_text()
+    assert [key for key in (*SPECTRUM_SCALARS, *RECORD_SCALARS) if f"`hesd/{key}`" not in page] == []

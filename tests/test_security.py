@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, Spectrum, SpectrumHistory
-from lightning_hesd.commands import cli
+from lightning_hesd.commands import analyze, cli
 from lightning_hesd.commands.report import write_report
 from lightning_hesd.spectra.payload import CHOICES_NAME, choice_payload, record_payload, to_json
 from lightning_hesd.spectra.record import SpectrumRecord
@@ -270,5 +270,5 @@ def test_a_hostile_payload_costs_itself_only(tmp_path: Path) -> None:
 
 
 def test_names_are_no_markup_of_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    cli._print_table([{"checkpoint": "[/b][link=x]y", "epoch": 1, "error": None}])
+    analyze._print_table([{"checkpoint": "[/b][link=x]y", "epoch": 1, "error": None}])
     assert "[/b][link=x]y" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Analyses of checkpoints that exist, as the callback makes them in a run, and how many samples they need."""
+"""Analyses of existing checkpoints, as the callback makes them in a run, and the samples that these need."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PosthocAnalysis:
-    """What to analyse in every checkpoint.
+    """The analysis of each checkpoint.
 
     Attributes:
-        project: What the checkpoints are of.
-        options: As for `hessian_spectrum`.
+        project: Model and data of the checkpoints.
+        options: Options as for `hessian_spectrum`.
         generalization: "val" or "test" for other data of the same data module, or a data module of its own, whose
             training data are taken; None: no generalization data.
-        through_optimizer: Whether to analyse the Hessian through the optimizer's eyes, too.
+        preconditioned: Whether to analyze the preconditioned Hessian, too.
         mode: Mode of the module, as for the callback.
     """
 
     project: Project
     options: AnalysisOptions
     generalization: Literal["val", "test"] | Blueprint | None = None
-    through_optimizer: bool = False
+    preconditioned: bool = False
     mode: AnalysisMode = "auto"
 
     def record(self, path: Path) -> SpectrumRecord:
-        """Analyse the weights in a checkpoint.
+        """Analyze the weights in a checkpoint.
 
         Raises:
-            CheckpointError: If it cannot be loaded, or lacks the states of optimizers that are to be read.
+            CheckpointError: If it cannot be loaded, or lacks the states of optimizers.
             MisconfigurationException: If the module or its data cannot be used.
         """
         record, checkpoint = self.project.at(path, self._record)
@@ -58,11 +58,11 @@ class PosthocAnalysis:
         other = self._generalization_loader(trainer)
         recorder = Recorder(
             self.project.training_analyzer(self.options, checkpoint, self.mode),
-            # Drawn anew, for these may not be the data of the run.
+            # Samples drawn anew, for these may not be the data of the run.
             None if other is None else self.project.analyzer(self.options, checkpoint, self.mode, other),
-            preconditioner="optimizer" if self.through_optimizer else None,
+            preconditioner="optimizer" if self.preconditioned else None,
         )
-        if self.through_optimizer:
+        if self.preconditioned:
             _load_optimizers(trainer, checkpoint)
         recorder.start(trainer, _attempt)
         return recorder.record(trainer, pl_module, trainer.current_epoch, _attempt)
@@ -104,7 +104,8 @@ def _load_optimizers(trainer: pl.Trainer, checkpoint: Checkpoint) -> None:
     if len(states) != len(trainer.optimizers):
         msg = (
             f"the checkpoint has the states of {len(states)} optimizers, the module {len(trainer.optimizers)} "
-            "optimizers: the Hessian cannot be seen through their eyes."
+            "optimizers, so the Hessian cannot be preconditioned: leave `--preconditioned` out, or analyze a "
+            "checkpoint of this module."
         )
         raise CheckpointError(msg)
     try:

@@ -1,4 +1,4 @@
-"""The folder of results of many checkpoints: spectra, figures and tables, and what of these is known already."""
+"""The folder of results of many checkpoints: spectra, figures, tables, and an index for a later continuation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from lightning_hesd.plotting import plot_density
+from lightning_hesd.commands.errors import CommandError
+from lightning_hesd.commands.plot import draw
 from lightning_hesd.spectra.codec import FIELDS, decode_record, encode_record, load, record_fields, save
 from lightning_hesd.spectra.files import atomic_write, damage_named
 from lightning_hesd.spectra.rules import rule_title
@@ -43,13 +44,13 @@ FIELDS_OF_RESULTS = {
 }
 
 
-class ResultsError(Exception):
-    """The folder cannot be used; the message says why."""
+class ResultsError(CommandError):
+    """The folder of results cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A checkpoint and what was found."""
+    """A checkpoint and its record."""
 
     name: str
     path: Path
@@ -57,10 +58,14 @@ class Row:
 
 
 class Results:
-    """The folder of results: what is known already, and what is added."""
+    """The folder of results, with those of earlier calls."""
 
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
-        """Open it.
+        """Open the folder.
+
+        Args:
+            folder: The folder.
+            options: Options that the results depend on.
 
         Raises:
             ResultsError: If it holds results of another analysis, or other files.
@@ -119,7 +124,7 @@ class Results:
         self._write()
 
     def finish(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Add the table."""
+        """Write the table."""
         self._contents["table"] = list(lines)
         self._write()
         with (
@@ -141,7 +146,7 @@ class Results:
 
 
 def _without_nan(value: Any) -> Any:
-    """Return the value with null for NaN, which JSON does not know."""
+    """Return the value with None in place of NaN, which JSON does not know."""
     if isinstance(value, dict):
         return {key: _without_nan(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -155,19 +160,19 @@ def _identity(path: Path) -> dict[str, Any]:
 
 
 def picked(rows: Sequence[Row], tolerance: float | None) -> dict[str, str]:
-    """Return the names that both rules pick, among the candidates by `tolerance` of the loss."""
+    """Return the name of the checkpoint that each rule picks, by the rule's title."""
     records = [row.record for row in rows]
     return {rule_title(rule): rows[records.index(record)].name for rule, record in picks(records, tolerance).items()}
 
 
 def candidates(rows: Sequence[Row], tolerance: float | None) -> set[str]:
-    """Return the names of the checkpoints among which the rules decide; without MP spectra, of the lowest loss."""
+    """Return the names of the candidates; without MP spectra, that of the lowest loss."""
     records = [row.record for row in rows]
     return {rows[records.index(record)].name for record in candidates_of(records, tolerance)}
 
 
 def table_line(row: Row, picks: Mapping[str, str], candidates: Container[str]) -> dict[str, Any]:
-    """Return a line of the table, numbers and texts."""
+    """Return a row of the table by column: numbers and texts."""
     record, spectrum, assessment = row.record, row.record.spectrum, row.record.assessment
     return {
         "checkpoint": row.name,
@@ -181,10 +186,3 @@ def table_line(row: Row, picks: Mapping[str, str], candidates: Container[str]) -
         "picked_by": ", ".join(rule for rule, name in picks.items() if name == row.name),
         "error": record.error,
     }
-
-
-def draw(spectrum: Spectrum, title: str, target: Path) -> None:
-    """Write the density as a PNG."""
-    figure = plot_density(spectrum, title=title).get_figure(root=True)
-    with atomic_write(target) as partial:
-        figure.savefig(partial, format="png")  # type: ignore[union-attr]

@@ -37,11 +37,11 @@ def plot_layers(
         history: The records, or epoch -> spectra by layer, as in `SpectrumRecord.layers`; the layers of the last one
             are drawn. Epoch -1 is the start.
         quantity: A key of `LAYER_SCALARS`, such as "c_t" or "trace".
-        ax: Where to draw it; default: a new figure as high as there are layers.
-        xlabel: What the keys are, if not epochs.
+        ax: Axes to draw on; default: those of a new figure whose height fits the number of layers.
+        xlabel: Label of the horizontal axis; default: "epoch" or "step".
 
     Raises:
-        ValueError: If there is no epoch, or `quantity` is none of the fields.
+        ValueError: If no record has layers, or `quantity` is unknown.
     """
     if quantity not in LAYER_SCALARS:
         msg = f"`quantity` must be one of {', '.join(LAYER_SCALARS)}, got {quantity!r}."
@@ -72,9 +72,9 @@ def plot_layers(
 
 
 def _by_position(records: Sequence[SpectrumRecord]) -> tuple[dict[int, Mapping[str, Spectrum]], str]:
-    """Return the spectra by layer that there are, by their place on the axis of the run, and what that is."""
-    analysed = [record for record in records if record.layers]
-    if not analysed:
+    """Return the spectra of layers by their position on the axis of the run, and the label of that axis."""
+    analyzed = [record for record in records if record.layers]
+    if not analyzed:
         return {}, ""
-    axis = RunAxis.of(analysed)
-    return {at: record.layers for at, record in zip(axis.positions, analysed, strict=True) if record.layers}, axis.label
+    axis = RunAxis.of(analyzed)
+    return {at: record.layers for at, record in zip(axis.positions, analyzed, strict=True) if record.layers}, axis.label

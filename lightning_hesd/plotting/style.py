@@ -1,4 +1,4 @@
-"""What figures have in common: colours, new axes, legends."""
+"""Colors, axes, legends and titles that figures share."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def new_axes() -> Axes:
 
 
 def settling_axes(ax: Axes | None, ylabel: str) -> Axes:
-    """Return axes, by default of a new figure, for what falls with the sample size k: logarithmic in what falls."""
+    """Return axes, by default of a new figure, for a quantity over the sample size k, on a logarithmic axis."""
     ax = ax or new_axes()
     ax.set_yscale("log")
     ax.yaxis.set_minor_locator(NullLocator())
@@ -56,12 +56,12 @@ def settling_axes(ax: Axes | None, ylabel: str) -> Axes:
 
 
 def place_legend(ax: Axes) -> None:
-    """Draw the legend where curves that fall leave room for it."""
+    """Draw the legend at the upper right, where falling curves leave room."""
     ax.legend(fontsize=9, loc="upper right", framealpha=0.9, handlelength=1.2)
 
 
 def free_corner(ax: Axes, at: ArrayLike, values: ArrayLike) -> Corner:
-    """Return the corner with the fewest of these points, for a legend; without trying out all places, which is slow."""
+    """Return the corner with the fewest of these points, for a legend; Matplotlib's own search is slow."""
     points = np.column_stack([np.asarray(at, dtype=np.float64), np.asarray(values, dtype=np.float64)])
     points = points[np.isfinite(points).all(axis=1)]
     right, up = ax.transAxes.inverted().transform(ax.transData.transform(points)).T

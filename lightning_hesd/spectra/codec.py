@@ -15,7 +15,7 @@ from lightning_hesd.spectra.assessment import check_comparable
 from lightning_hesd.spectra.files import damage_named, read_archive, save_archive
 from lightning_hesd.spectra.record import LAYERS_SUFFIX, PLAIN_FIELDS, SUFFIXES, SpectrumRecord
 from lightning_hesd.spectra.spectrum import Spectrum
-from lightning_hesd.spectra.spectrum_fields import ARRAYS
+from lightning_hesd.spectra.spectrum_data import ARRAYS
 from lightning_hesd.spectra.validation import (
     at_least,
     check_fields,
@@ -216,11 +216,15 @@ def save(content: Content, path: str | os.PathLike[str]) -> None:
 
 
 def load(field: str, path: str | os.PathLike[str]) -> Content:
-    """Read what `save` wrote of a field of a record.
+    """Read the spectrum, or the spectra of layers, that `save` wrote.
+
+    Args:
+        field: Field of the record that it belongs to.
+        path: The file.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is something else, is damaged, or was written by a newer version.
+        ValueError: If the file has other content, is damaged, or was written by a newer version.
     """
     return load_layers(path) if field == "layers" else Spectrum.load(path)
 
@@ -230,7 +234,7 @@ def load_layers(path: str | os.PathLike[str]) -> dict[str, Spectrum]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is something else, is damaged, or was written by a newer version.
+        ValueError: If the file has other content, is damaged, or was written by a newer version.
     """
     kind = "a file of the spectra of layers"
     header, arrays = read_archive(path, kind)

@@ -1,6 +1,6 @@
-"""Records as plain JSON: what TensorBoard's HESD tab and the HTML report read. See docs/tensorboard-plugin.md.
+"""Records and selection events as JSON, for TensorBoard's HESD tab and the report. See docs/tensorboard-plugin.md.
 
-A record costs a few kilobytes. Undefined numbers are null, because JSON knows no NaN.
+A record takes a few kilobytes. Undefined numbers are null, because JSON knows no NaN.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ if TYPE_CHECKING:
 PLUGIN_NAME = "hesd"
 RECORD = "record"
 CHOICE = "choice"
-"""The parts of tags after the callback's name: <name>/record, and <name>/choice/... for each rule."""
+"""Ends of tags: <name>/record, and <name>/choice/... for each checkpoint callback."""
 
 CHOICES_NAME = "choices.jsonl"
-"""File of the payloads of choices in the folder of a history, one a line."""
+"""File of the payloads of selection events in the folder of a history, one in each line."""
 
 MAX_NODES = 256
-"""Nodes of all probes of a spectrum; of more, neighbours are drawn together."""
+"""Largest number of nodes of a spectrum; of more, neighbors are merged."""
 
 DIGITS = 7
 """Significant digits of numbers."""
@@ -75,7 +75,7 @@ class PayloadError(ValueError):
 
 
 def record_payload(record: SpectrumRecord) -> dict[str, Any]:
-    """Return a record as plain values."""
+    """Return a record as JSON values."""
     spectra = {field: getattr(record, field) for field in SUFFIXES}
     layers = layer_indicators(record.layers or {})
     scores = {name: rule.score(record) for name, rule in RULES.items()}
@@ -99,7 +99,7 @@ def record_payload(record: SpectrumRecord) -> dict[str, Any]:
 
 
 def choice_payload(choice: SelectionEvent) -> dict[str, Any]:
-    """Return what a checkpoint rule made of a record as plain values."""
+    """Return a selection event as JSON values."""
     latest = choice.latest
     sign = 1.0 if choice.train_metric_mode == "max" else -1.0
     values = {
@@ -158,8 +158,8 @@ def _merged(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return nodes in ascending order with their weights, at most `MAX_NODES`.
 
-    Of too many, those between the extremes are put into bins of equal width in asinh λ, which is fine near zero, where
-    most nodes are, and coarse far out; each bin becomes a node at its centre of mass.
+    If there are more, those between the extremes are put into bins of equal width in asinh λ, which is fine near zero,
+    where most nodes are, and coarse far out; each bin becomes a node at its center of mass.
     """
     order = np.argsort(nodes)
     nodes, weights = nodes[order], weights[order]
@@ -179,7 +179,7 @@ def _merged(
 
 
 def _plain(value: Any) -> Any:
-    """Return the value with numbers rounded, and null for those that JSON does not know."""
+    """Return the value with rounded numbers, and None for NaN and infinity."""
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -238,7 +238,7 @@ CHOICE_FIELDS: Fields = {
     "mainly_positive": of(bool),
     "pick": optional(having({"epoch": integer, "global_step": integer, "path": optional(text)})),
 }
-"""Fields that readers rely on, and what they may be."""
+"""Checks of the fields that readers rely on."""
 
 
 def read_payload(source: str | bytes, fields: Fields = RECORD_FIELDS) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def read_payload(source: str | bytes, fields: Fields = RECORD_FIELDS) -> dict[st
         fields: Fields it must have: `RECORD_FIELDS` or `CHOICE_FIELDS`.
 
     Raises:
-        PayloadError: If it is damaged, or of a version this one does not know.
+        PayloadError: If it is damaged, or of another version.
     """
     try:
         payload: dict[str, Any] = parsed(source)

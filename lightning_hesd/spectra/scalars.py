@@ -157,7 +157,7 @@ def _values(prefix: str, table: Iterable[Scalar], source: Any) -> dict[str, floa
 
 
 def descriptions() -> dict[str, list[dict[str, Any]]]:
-    """Return what the frontend of the tab shows of scalars: columns of its data table, and the quantities of layers."""
+    """Return titles and units for the tab: of the columns of its data table, and of the quantities of layers."""
     spectrum, other = shown_in("tab", SPECTRUM_SCALARS), shown_in("tab of generalization", SPECTRUM_SCALARS)
     return {
         "spectrum": _described(spectrum),

@@ -227,7 +227,7 @@ def _first_loss(states: Sequence[AnalyzedState]) -> float | None:
 
 
 def loss_tolerance(records: Sequence[SpectrumRecord]) -> float:
-    """Return how far losses of these records may lie apart and count as nearly the same."""
+    """Return the largest difference of losses of these records that count as nearly the same."""
     losses = [record.spectrum.loss for record in records if record.spectrum and math.isfinite(record.spectrum.loss)]
     first = first_loss(records)
     return 0.0 if first is None else progress_tolerance(-first, -min(losses))

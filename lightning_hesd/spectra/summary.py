@@ -1,4 +1,4 @@
-"""A run in words for the terminal: a line for each analysis, and at the end a table of all."""
+"""Text for the terminal: a line for each analysis, and a table of all at the end of a run."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ TEXT_COLUMNS = ("type", "generalization", "candidate", "pick")
 
 @dataclass(frozen=True)
 class Kept:
-    """What a checkpoint callback has at the end of a run.
+    """The decision of a checkpoint callback at the end of a run.
 
     Attributes:
-        pick: What it takes.
-        candidates: Optimizer steps of the analysed states among which its rule decided.
+        pick: The pick.
+        candidates: Optimizer steps of the candidates.
     """
 
     pick: Candidate
@@ -46,10 +46,10 @@ class Summary:
     """The table of a run.
 
     Attributes:
-        title: How many analyses, and what they took.
+        title: Number and duration of the analyses.
         header: Names of the columns.
-        rows: A text for each column; `GAP` in the first one of a row that stands for others.
-        notes: What comes below.
+        rows: Texts, one for each column; a row with `GAP` in the first column stands for rows left out.
+        notes: Lines below the table.
     """
 
     title: str
@@ -71,8 +71,8 @@ def analysis_lines(record: SpectrumRecord, name: str, *, by_step: bool = False) 
 
     Args:
         record: The analysis.
-        name: Whose it is.
-        by_step: Whether epochs have several, so that the step tells them apart.
+        name: Name of the callback.
+        by_step: Whether an epoch has several analyses, so that the step distinguishes them.
     """
     lines = [f"{suffix.removeprefix('_')} {spectrum}".lstrip() for suffix, spectrum in record.spectra.items()]
     if record.assessment is not None:
@@ -91,15 +91,15 @@ def summarize(
     kept: Mapping[str, Kept],
     folder: str | None,
 ) -> Summary | None:
-    """Return the summary of a run; None if nothing was analysed.
+    """Return the summary of a run; None if nothing was analyzed.
 
     Args:
         history: The records.
-        name: Whose they are.
-        seconds: What all analyses took.
-        overhead: The same as a share of the training time; None: unknown.
-        kept: Rule -> what the checkpoint callback that goes by it has.
-        folder: Where the spectra are; None: nowhere.
+        name: Name of the callback.
+        seconds: Duration of all analyses.
+        overhead: Their share of the training time; None: unknown.
+        kept: Decision of each checkpoint callback, by the name of its rule.
+        folder: Folder of the spectra; None: they are not written.
     """
     if not history:
         return None
@@ -131,7 +131,7 @@ def summarize(
 
 
 def _failures(history: Sequence[SpectrumRecord], *, by_step: bool) -> list[str]:
-    """Say why analyses failed, each reason once."""
+    """Return lines about failed analyses, one for each reason."""
     failed: dict[str, list[str]] = {}
     for record in history:
         if record.error is not None:
@@ -143,7 +143,7 @@ def _failures(history: Sequence[SpectrumRecord], *, by_step: bool) -> list[str]:
 
 
 def _doubts(history: Sequence[SpectrumRecord], types: Sequence[str]) -> list[str]:
-    """Explain the question marks behind types, and say which intervals are not verified, and why."""
+    """Return lines that explain question marks behind types, and why intervals are not verified."""
     unverified = [r.spectrum for r in history if r.spectrum is not None and r.spectrum.verified != "yes"]
     notes = ["?: the interval contains both types, or is not verified"] if any("?" in cell for cell in types) else []
     for words in dict.fromkeys(spectrum.verification for spectrum in unverified):
@@ -212,14 +212,14 @@ def _cell(value: float | None) -> str:
 
 
 def _seconds(record: SpectrumRecord) -> str:
-    """Return how long all spectra of a record took; those of layers are computed together, in the time of the last."""
+    """Return the duration of all spectra of a record; layers are computed together, in the time of the last."""
     whole = sum(spectrum.seconds for spectrum in record.spectra.values())
     layers = max((spectrum.seconds for spectrum in (record.layers or {}).values()), default=0.0)
     return f"{whole + layers:.1f}" if record.spectra or record.layers else ""
 
 
 def _shortened(rows: Sequence[tuple[str, ...]], marked: Sequence[int]) -> list[tuple[str, ...]]:
-    """Return at most about `MAX_ROWS` rows, those that are marked among them, with gaps in between."""
+    """Return about `MAX_ROWS` rows at most, with all marked rows, and a gap for each run of rows left out."""
     if len(rows) <= MAX_ROWS:
         return list(rows)
     spaced = np.linspace(0, len(rows) - 1, max(2, MAX_ROWS - len(marked))).round().astype(int)

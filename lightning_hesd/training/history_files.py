@@ -13,7 +13,7 @@ from lightning_hesd.spectra.codec import FIELDS, check_rows, load, save
 from lightning_hesd.spectra.files import damage_named
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.spectra.spectrum import Spectrum
-from lightning_hesd.spectra.spectrum_fields import ARRAYS
+from lightning_hesd.spectra.spectrum_data import ARRAYS
 from lightning_hesd.spectra.validation import FORMAT_VERSION, check_regular, check_version, parsed, text, version_in
 from lightning_hesd.training.folders import exists, fetched, joined, remove, write, write_text
 

@@ -16,10 +16,10 @@ from lightning_hesd.spectra.payload import (
 )
 from lightning_hesd.spectra.scalars import scalars
 from lightning_hesd.training.compat import internals
+from lightning_hesd.training.compat.namespaces import lightning_types
 from lightning_hesd.training.folders import append, joined, read_text, remove, write_text
 from lightning_hesd.training.loggers import make_sinks
 from lightning_hesd.training.loggers.sink import SelectionSink
-from lightning_hesd.training.loggers.tensorboard import write_layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -61,7 +61,11 @@ class RunOutputs:
         self._folder = joined(run_folder, self._name)
         self._sinks = make_sinks(trainer.loggers, self._name)
         self._rewind_choices(self._folder, trainer.global_step if history.is_in(self._folder) else 0)
-        if names[0] == self._name:
+        if names[0] == self._name and any(
+            isinstance(logger, lightning_types("loggers.TensorBoardLogger")) for logger in trainer.loggers
+        ):
+            from lightning_hesd.training.loggers.tensorboard import write_layout  # noqa: PLC0415 - TensorBoard is slow
+
             write_layout(trainer.loggers, names)
 
     @staticmethod

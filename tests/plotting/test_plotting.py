@@ -44,16 +44,16 @@ CASES = {
 
 
 @pytest.mark.parametrize("nodes", CASES.values(), ids=CASES)
-def test_colours_tell_the_sign_and_lines_the_extremes(nodes: tuple[float, ...]) -> None:
+def test_colors_tell_the_sign_and_lines_the_extremes(nodes: tuple[float, ...]) -> None:
     ax = plot_density(spectrum(*nodes))
     assert ax.get_yscale() == "log"
     low, high = ax.get_ylim()
     assert 0 < low < high
     curves = {to_hex(line.get_color()).upper(): line for line in ax.lines if line.get_linestyle() == "-"}
-    for colour, present in ((NEGATIVE, min(nodes) < 0), (POSITIVE, max(nodes) > 0)):
-        assert (len(curves[colour].get_xdata()) > 1) is (present and len(nodes) > 1)
+    for color, present in ((NEGATIVE, min(nodes) < 0), (POSITIVE, max(nodes) > 0)):
+        assert (len(curves[color].get_xdata()) > 1) is (present and len(nodes) > 1)
     if len(nodes) > 1 and min(nodes) < 0 < max(nodes):
-        # Coloured up to the extremes, not where only the smoothing reaches.
+        # Colored up to the extremes, not where only the smoothing reaches.
         assert curves[NEGATIVE].get_xdata()[0] == min(nodes)
         assert curves[POSITIVE].get_xdata()[-1] == max(nodes)
     dashed = sorted(line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--")
@@ -114,7 +114,7 @@ class TestLayers:
 
     def test_other_quantities_are_linear(self):
         ax = plot_layers(self.layers, "c_t", Figure().add_subplot(), xlabel="step")
-        assert ax.images[0].get_array().tolist() == [[-0.5, -0.05], [-5.0, None]]  # infinity has no colour
+        assert ax.images[0].get_array().tolist() == [[-0.5, -0.05], [-5.0, None]]  # infinity has no color
         assert ax.get_xlabel() == "step"
 
     def test_a_layer_that_came_later_is_empty_before(self):

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from lightning_hesd import HessianSpectrumCallback, Spectrum, SpectrumHistory
 from lightning_hesd.commands.results import Results
-from lightning_hesd.spectra import codec, payload, spectrum
+from lightning_hesd.spectra import codec, payload, spectrum_data
 from lightning_hesd.spectra.codec import Packing, load_layers, pack_records, save, unpack_records
 from lightning_hesd.spectra.record import SpectrumRecord
-from lightning_hesd.spectra.spectrum_fields import OPTIONAL, REQUIRED
+from lightning_hesd.spectra.spectrum_data import OPTIONAL, REQUIRED
 from lightning_hesd.spectra.validation import parsed
 from tests.training.scripted import make_spectrum
 
@@ -154,11 +154,11 @@ def read_payload(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "name", "read"),
     [
-        (spectrum, "check_rules", lambda folder: Spectrum.load(next(folder.glob("*.npz")))),
-        (spectrum, "check_spectrum", read_history),
+        (spectrum_data, "check_rules", lambda folder: Spectrum.load(next(folder.glob("*.npz")))),
+        (spectrum_data, "check_spectrum", read_history),
         (codec, "check_comparable", read_history),
         (codec, "check_fields", read_state),
-        (spectrum, "check_rules", read_results),
+        (spectrum_data, "check_rules", read_results),
         (payload, "check_fields", read_payload),
     ],
     ids=["spectrum", "history", "comparison", "state", "results", "payload"],

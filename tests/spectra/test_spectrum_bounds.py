@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lightning_hesd.numerics.krylov.ritz import gauss_quadrature
-from lightning_hesd.spectra.quadrature import spectrum_bounds, stack_rules
+from lightning_hesd.spectra.eigenvalue_bounds import spectrum_bounds
+from lightning_hesd.spectra.quadrature import stack_rules
 
 Tridiagonal = tuple[np.ndarray, np.ndarray]
 

@@ -76,7 +76,7 @@ def test_records_of_a_training(trained: tuple[Path, Any]) -> None:
     code, listed = tab.get("runs")
     assert code == 200
     (run,) = listed["runs"]
-    assert (run["run"], run["colour"], list(run["names"])) == ("net/version_0", 0, ["hesd"])
+    assert (run["run"], run["color"], list(run["names"])) == ("net/version_0", 0, ["hesd"])
     code, found = tab.get("records", **RUN)
     assert code == 200
     assert found["problems"] == []
@@ -298,7 +298,7 @@ def test_a_payload_that_is_no_object_is_refused() -> None:
 
 def test_rules_without_a_checkpoint_callback() -> None:
     records = [
-        payload(-1, -0.9, loss=1.0),  # global_step 0: the initialisation is never a candidate
+        payload(-1, -0.9, loss=1.0),  # global_step 0: the initialization is never a candidate
         payload(0, -0.001, loss=2.0),  # far from the best loss
         payload(1, -0.3, loss=0.12, lambda_max=1.0),
         payload(2, -0.1, loss=0.10, lambda_max=3.0),
@@ -329,7 +329,7 @@ def test_what_a_resumed_run_made_anew_replaces_the_old() -> None:
 
 def test_nothing_in_the_data_ends_the_reports_script() -> None:
     evil = "</script><script>window.injected = true</script><!--"
-    run = {"run": evil, "name": "hesd", "colour": 0, "records": [payload(0)], "rules": [], "problems": [evil]}
+    run = {"run": evil, "name": "hesd", "color": 0, "records": [payload(0)], "rules": [], "problems": [evil]}
     document = report(run)
     assert "<script>window.injected" not in document
     assert document.count("</script>") == 3

@@ -276,7 +276,7 @@ def test_a_sink_that_fails_costs_its_own_output_only(tmp_path: Path, monkeypatch
         msg = "disk full"
         raise OSError(msg)
 
-    monkeypatch.setattr("lightning_hesd.training.loggers.sink.plot_density", fail)
+    monkeypatch.setattr("lightning_hesd.plotting.plot_density", fail)
     logger = TensorBoardLogger(tmp_path)
     spectra = callback()
     with pytest.warns(RuntimeWarning, match=r"cannot write the spectrum of epoch \d\. OSError: disk full") as caught:

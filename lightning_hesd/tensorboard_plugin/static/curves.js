@@ -2,40 +2,40 @@
 
 import { MARGIN, horizontal, indexed, layoutOf, literal, logTicks, minus, note, ratios } from "./base.js";
 import { axisOf, column, extent, ofSpectrum, scalarOf, when } from "./data.js";
-import { SYMBOLS, colourOf, faint } from "./theme.js";
+import { SYMBOLS, colorOf, faint } from "./theme.js";
 
 const FEW = 80; // records up to which each gets a mark
 
-/** Return a curve over the records of a run: in its colour, with its mark, in the dash of the quantity. */
+/** Return a curve over the records of a run: in its color, with its mark, in the dash of the quantity. */
 function curve(run, axis, theme, values, { dash = "solid", label, digits = 4, yaxis = "y", candidates = null }) {
-  const colour = colourOf(theme, run.colour);
+  const color = colorOf(theme, run.color);
   const few = run.records.length <= FEW;
   return {
     x: run.records.map((r) => r[axis.key]), y: values, yaxis, name: literal(run.run), legendgroup: run.key, showlegend: false,
     mode: few ? "lines+markers" : "lines",
-    line: { color: colour, width: 1.8, dash },
-    ...(few ? { marker: marks(run, colour, theme, candidates) } : {}),
+    line: { color: color, width: 1.8, dash },
+    ...(few ? { marker: marks(run, color, theme, candidates) } : {}),
     customdata: run.records.map((r) => [when(r, axis), r.global_step]),
     hovertemplate: `${literal(run.run)}<br>%{customdata[0]}<br>${indexed(label)} = %{y:.${digits}g}<extra></extra>`,
     meta: { key: run.key },
   };
 }
 
-/** Return marks, filled for candidates; without rules, all are. */
-function marks(run, colour, theme, candidates) {
+/** Return marks, filled for candidates; without a rule, all are filled. */
+function marks(run, color, theme, candidates) {
   return {
-    symbol: SYMBOLS[run.colour % SYMBOLS.length], size: 6.5, line: { color: colour, width: 1.5 },
-    color: run.records.map((r) => (!candidates || candidates.has(r.global_step) ? colour : theme.paper)),
+    symbol: SYMBOLS[run.color % SYMBOLS.length], size: 6.5, line: { color: color, width: 1.5 },
+    color: run.records.map((r) => (!candidates || candidates.has(r.global_step) ? color : theme.paper)),
   };
 }
 
-/** Return the entries of the legend: a run each where there are several, and what marks and dashes mean. */
+/** Return the entries of the legend: the runs if there are several, and the meanings of marks and dashes. */
 function legend(runs, theme, meanings) {
   const entry = (name, more) => ({ x: [null], y: [null], name, hoverinfo: "skip", showlegend: true, ...more });
   const named = runs.length < 2 ? [] : runs.map((run) =>
     entry(literal(run.run), {
-      legendgroup: run.key, mode: "lines+markers", line: { color: colourOf(theme, run.colour), width: 1.8 },
-      marker: { symbol: SYMBOLS[run.colour % SYMBOLS.length], size: 7 },
+      legendgroup: run.key, mode: "lines+markers", line: { color: colorOf(theme, run.color), width: 1.8 },
+      marker: { symbol: SYMBOLS[run.color % SYMBOLS.length], size: 7 },
     })
   );
   return [...named, ...meanings.map(([name, more]) => entry(name, more))];
@@ -56,18 +56,18 @@ const rulesBy = (run, scalar) =>
 /** Return marks at the picks of rules, and a pale underlay where there are too many candidates to mark each. */
 function picksOf(runs, axis, theme, scalar, valueOf) {
   return runs.flatMap((run) => rulesBy(run, scalar).flatMap((rule) => {
-    const colour = colourOf(theme, run.colour);
+    const color = colorOf(theme, run.color);
     const at = run.records.filter((record) => record.global_step === rule.pick?.global_step);
     const candidates = new Set(rule.candidates);
     const x = run.records.map((r) => r[axis.key]);
     const underlay = {
       x, y: run.records.map((r) => (candidates.has(r.global_step) ? valueOf(r) : null)), mode: "lines", connectgaps: false,
-      line: { color: faint(colour, 0.3), width: 9 }, hoverinfo: "skip", showlegend: false, legendgroup: run.key,
+      line: { color: faint(color, 0.3), width: 9 }, hoverinfo: "skip", showlegend: false, legendgroup: run.key,
     };
     const star = {
       x: at.map((r) => r[axis.key]), y: at.map(valueOf), mode: "markers", showlegend: false, legendgroup: run.key,
       name: `pick: ${literal(rule.title)}`,
-      marker: { symbol: "star", size: 15, color: colour, line: { color: theme.text, width: 1 } },
+      marker: { symbol: "star", size: 15, color: color, line: { color: theme.text, width: 1 } },
       customdata: at.map((r) => [when(r, axis), r.global_step]), meta: { key: run.key, pick: rule.rule },
       hovertemplate: `${literal(run.run)}<br>${rule.title === rule.rule ? literal(rule.title) : indexed(rule.title)} picks %{customdata[0]}<extra></extra>`,
     };
@@ -141,7 +141,7 @@ function band(run, axis, theme, show, opacity) {
   const [low, high] = ["c_t_low", "c_t_high"].map((key) => inside.map((r) => show(ofSpectrum(key)(r))));
   return {
     x: [...x, ...x.toReversed()], y: [...high, ...low.toReversed()], fill: "toself", mode: "lines", line: { width: 0 },
-    fillcolor: faint(colourOf(theme, run.colour), opacity), hoverinfo: "skip", showlegend: false, legendgroup: run.key, meta: { band: run.key },
+    fillcolor: faint(colorOf(theme, run.color), opacity), hoverinfo: "skip", showlegend: false, legendgroup: run.key, meta: { band: run.key },
   };
 }
 

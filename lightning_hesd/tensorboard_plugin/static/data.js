@@ -1,8 +1,8 @@
-/** From payloads to numbers that can be drawn. Pure functions; fields and units: docs/tensorboard-plugin.md. */
+/** Numbers to draw, from payloads. Pure functions; fields and units: docs/tensorboard-plugin.md. */
 
 /**
  * A run as the page holds it; `scalars` describes the scalars: lists of {key, title, unit, is_logarithmic}.
- * @typedef {{key: string, run: string, name: string, colour: number, scalars: Object<string, Object[]>,
+ * @typedef {{key: string, run: string, name: string, color: number, scalars: Object<string, Object[]>,
  *   records: Object[], rules: Object[], problems: string[]}} Run
  */
 
@@ -22,7 +22,7 @@ export const scalarOf = (run, group, key) => run.scalars[group].find((scalar) =>
 
 export const ofSpectrum = (key, field = "spectrum") => (record) => spectrumOf(record, field)?.[key] ?? null;
 
-/** Return what the horizontal axis shows: epochs, or steps where an epoch has several records. */
+/** Return the horizontal axis: epochs, or steps where an epoch has several records. */
 export function axisOf(runs) {
   const clash = runs.some((run) => new Set(run.records.map((r) => r.epoch)).size < run.records.length);
   const start = runs.some((run) => run.records.some((r) => r.epoch < 0));
@@ -111,22 +111,22 @@ function powerOfTen(value) {
 
 /**
  * Return the spectral mass over records and eigenvalues: a column for each record, as log10 of the mass in a bin.
- * The nodes are few, so each is spread over its neighbouring bins.
+ * The nodes are few, so each is spread over its neighboring bins.
  */
 export function densityMap(run, field) {
   const scale = scaleOf(run, field);
   const [from, to] = [scale.to(scale.low), scale.to(scale.high)];
   const width = (to - from) / MAP_BINS || 1;
-  const centres = Array.from({ length: MAP_BINS }, (_, i) => from + (i + 0.5) * width);
+  const centers = Array.from({ length: MAP_BINS }, (_, i) => from + (i + 0.5) * width);
   const reach = Math.ceil(4 * MAP_SMOOTHING);
-  const rows = centres.map(() => []);
+  const rows = centers.map(() => []);
   for (const record of run.records) {
     const spectrum = spectrumOf(record, field);
     const mass = new Float64Array(MAP_BINS);
     if (spectrum) spread(spectrum, mass, (value) => (scale.to(value) - from) / width - 0.5, reach);
     for (let i = 0; i < MAP_BINS; i++) rows[i].push(mass[i] > 1e-9 ? Math.log10(mass[i]) : null);
   }
-  return { scale, centres, rows };
+  return { scale, centers, rows };
 }
 
 function spread(spectrum, mass, placeOf, reach) {
@@ -156,7 +156,7 @@ export function layerMap(run, quantity) {
 const pickedBy = (run, r) =>
   run.rules.filter((rule) => rule.pick?.global_step === r.global_step).map((rule) => rule.title).join(", ") || null;
 
-/** Return the columns of the data table: name -> value of a run and a record. Scalars are those that the data describe. */
+/** Return the columns of the data table: functions of a run and a record, by name. The data name the scalars. */
 function columnsOf({ spectrum, generalization, record }) {
   const of = (scalars, prefix, valueOf) => scalars.map(({ key }) => [prefix + key, (_, r) => valueOf(key, r)]);
   return Object.fromEntries([
@@ -172,7 +172,7 @@ function columnsOf({ spectrum, generalization, record }) {
   ]);
 }
 
-/** Return head and rows of the table of all records, without columns that hold nothing. */
+/** Return head and rows of the table of all records, without empty columns. */
 export function tableOf(runs) {
   const columns = columnsOf(runs[0].scalars);
   const names = Object.keys(columns);

@@ -12,20 +12,26 @@ from typing import TYPE_CHECKING, Any
 from lightning_hesd.training.compat.namespaces import lightning_types
 from lightning_hesd.training.loggers.csv_files import CSVSink
 from lightning_hesd.training.loggers.mlflow_runs import MLflowSink
-from lightning_hesd.training.loggers.tensorboard import TensorBoardSink
 from lightning_hesd.training.loggers.wandb_runs import WandbSink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
     from lightning_hesd.training.loggers.sink import Sink
 
 log = logging.getLogger(__name__)
 
+
+def _tensorboard_sink(logger: TensorBoardLogger, name: str) -> Sink:
+    from lightning_hesd.training.loggers.tensorboard import TensorBoardSink  # noqa: PLC0415 - TensorBoard is slow
+
+    return TensorBoardSink(logger, name)
+
+
 SINKS: dict[str, Callable[[Any, str], Sink]] = {
-    "loggers.TensorBoardLogger": TensorBoardSink,
+    "loggers.TensorBoardLogger": _tensorboard_sink,
     "loggers.CSVLogger": CSVSink,
     "loggers.WandbLogger": WandbSink,
     "loggers.MLFlowLogger": MLflowSink,

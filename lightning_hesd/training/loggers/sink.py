@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
-from matplotlib.backend_bases import FigureCanvasBase
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from lightning_hesd.plotting import plot_decomposition, plot_density, plot_layers
 from lightning_hesd.spectra.indicators import LayerIndicators, layer_indicators
 from lightning_hesd.training.history import START_EPOCH, SpectrumHistory
 
@@ -53,17 +50,25 @@ def figures(history: SpectrumHistory) -> Iterator[tuple[str, NDArray[np.uint8]]]
     Yields:
         What to append to the callback's name, and the drawing as an image, shape (height, width, 4).
     """
+    from lightning_hesd import plotting  # noqa: PLC0415 - Matplotlib is slow to import
+
     record = history[-1]
     for suffix, spectrum in record.spectra.items():
-        yield f"{suffix}/density_figure", _pixels(plot_density(spectrum, title=title(record)))
+        yield f"{suffix}/density_figure", _pixels(plotting.plot_density(spectrum, title=title(record)))
     if record.spectrum and record.ggn and record.residual:
-        yield "/decomposition_figure", _pixels(plot_decomposition(record.spectrum, record.ggn, record.residual))
+        yield (
+            "/decomposition_figure",
+            _pixels(plotting.plot_decomposition(record.spectrum, record.ggn, record.residual)),
+        )
     if record.layers:
-        yield "/layers_figure", _pixels(plot_layers(history))
+        yield "/layers_figure", _pixels(plotting.plot_layers(history))
 
 
 def _pixels(axes: Axes) -> NDArray[np.uint8]:
     """Return a drawing as an image, and let go of the drawing."""
+    from matplotlib.backend_bases import FigureCanvasBase  # noqa: PLC0415
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+
     figure: Figure = axes.get_figure(root=True)  # type: ignore[assignment]
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_hesd.plotting.density import MIN_SHARE
 from lightning_hesd.training.loggers.sink import LAYER_COLUMNS, figures, layer_rows, saved, title
 
 if TYPE_CHECKING:
@@ -56,6 +55,8 @@ class WandbSink:
 
     def _chart(self, spectrum: Spectrum, headline: str) -> CustomChart:
         """Return a chart of the density to zoom into, of logarithms because W&B's charts have no logarithmic axis."""
+        from lightning_hesd.plotting.density import MIN_SHARE  # noqa: PLC0415 - Matplotlib is slow to import
+
         grid, density = (values[::THINNING] for values in spectrum.density())
         logarithms = np.log10(density.clip(density.max() * MIN_SHARE))
         columns = ["eigenvalue", "log10 density"]
