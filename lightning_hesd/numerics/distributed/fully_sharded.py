@@ -27,7 +27,7 @@ from lightning_hesd.numerics.distributed.gathering import (
     Shard,
     full_attributes,
 )
-from lightning_hesd.numerics.dtensors import is_distributed, local_part
+from lightning_hesd.numerics.dtensors import is_dtensor, local_shard
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
 from lightning_hesd.numerics.inputs.parameter_sharding import Layout
 from lightning_hesd.numerics.inputs.tokens import ADVICE
@@ -138,7 +138,7 @@ class ShardedLayout(Layout):
         self._shards = {
             p: _shard(name, p, number, processes)
             for number, (p, name) in enumerate(self._names.items())
-            if is_distributed(p)
+            if is_dtensor(p)
         }
         self._by_part: dict[Tensor, Shard] = {shard.part: shard for shard in self._shards.values()}
         self._gathered = GatheredParameters(list(self._shards.values()))
@@ -298,7 +298,7 @@ def _shard(name: str, parameter: Any, number: int, processes: Processes) -> Shar
     """
     placements, mesh = parameter.placements, parameter.device_mesh
     if len(placements) == 1 and type(placements[0]) is ShardPlacement and mesh.size() == processes.size:
-        return Shard(parameter, local_part(parameter).detach(), placements[0].dim, number, processes)
+        return Shard(parameter, local_shard(parameter).detach(), placements[0].dim, number, processes)
     msg = (
         f"parameter {name!r} lies as {tuple(placements)} on {mesh}, which the analysis does not know: shard it over "
         f"all {processes.size} processes, fully_shard(module, mesh=self.device_mesh['data_parallel']), without tensor "

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_hesd.numerics.derivatives.graphs import GraphFacts
-from lightning_hesd.numerics.devices import moved
+from lightning_hesd.numerics.devices import to_device
 from lightning_hesd.numerics.inputs.tokens import ADVICE, IGNORED, TokenCount, find
 from lightning_hesd.spectra.validation import one_line
 
@@ -309,7 +309,9 @@ class Weighing:
         """Return sums over all processes."""
         if self._all_reduce is None:
             return numbers
-        total: list[float] = self._all_reduce(moved(torch.tensor(numbers, dtype=torch.float64), self._device)).tolist()
+        total: list[float] = self._all_reduce(
+            to_device(torch.tensor(numbers, dtype=torch.float64), self._device)
+        ).tolist()
         return total
 
     def _warn(self, message: str) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from lightning_hesd.numerics.devices import moved
+from lightning_hesd.numerics.devices import to_device
 from lightning_hesd.numerics.inputs.batches import SkippedBatchError
 from lightning_hesd.numerics.inputs.cuts import UnsplittableBatchError
 from lightning_hesd.numerics.inputs.groups import check_groups
@@ -308,7 +308,7 @@ class SampleMean:
         """Return the sum of numbers on the CPU over all processes, float64, on the CPU."""
         if self._all_reduce is None:
             return numbers
-        return self._all_reduce(moved(numbers, self.device)).cpu().double()
+        return self._all_reduce(to_device(numbers, self.device)).cpu().double()
 
     def product(self, vector: Vector) -> Tensor:
         """Return the product with a vector, flat, shape (n,), summed over batches and processes."""

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_hesd.numerics.devices import finest_dtype, moved
+from lightning_hesd.numerics.devices import finest_dtype, to_device
 from lightning_hesd.numerics.krylov.vectors import in_shape
 from lightning_hesd.numerics.operators.curvature import EVERYTHING, GaussNewtonMatrix
 from lightning_hesd.numerics.operators.directional import Line, OutputLine
@@ -267,7 +267,7 @@ def _beside(parameters: Sequence[Tensor], space: VectorSpace) -> Iterator[None]:
     """Move parameters at random meanwhile."""
     differences = FiniteDifferences(parameters, space)
     noise = space.gaussian(torch.Generator().manual_seed(2))
-    vector = moved(noise / space.norm(noise), parameters[0].device)
+    vector = to_device(noise / space.norm(noise), parameters[0].device)
     with differences.displaced(in_shape(vector, parameters), MOVE * max(differences.size, 1.0)):
         yield
 
