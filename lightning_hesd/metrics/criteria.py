@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_hesd.metrics.functional import generalization_criteria, hessian_criteria
-from lightning_hesd.numerics.devices import moved
+from lightning_hesd.numerics.devices import to_device
 from lightning_hesd.spectra.spectrum import Spectrum
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class _SpectrumMetric(Metric):
         present = ~nodes.isnan()
         found = {"nodes": nodes[present], "weights": weights[present], "steps": present.sum(1), "rounding": rounding}
         for state, value in found.items():
-            getattr(self, f"{name}_{state}").append(moved(value, self.device))
+            getattr(self, f"{name}_{state}").append(to_device(value, self.device))
 
     def _criteria(self, name: str) -> dict[str, Tensor]:
         """Return the criteria of all probes together."""

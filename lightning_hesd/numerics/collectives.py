@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from typing_extensions import override
 
-from lightning_hesd.numerics.devices import moved
+from lightning_hesd.numerics.devices import to_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -101,7 +101,7 @@ class DistributedCollectives(Collectives):
 
     @override
     def sum(self, tensor: Tensor) -> Tensor:
-        total = moved(tensor, self.device)  # the tensor itself, if it is there
+        total = to_device(tensor, self.device)  # the tensor itself, if it is there
         dist.all_reduce(total, group=self._group)
         return total.to(tensor.device, tensor.dtype)
 
@@ -111,7 +111,7 @@ class DistributedCollectives(Collectives):
 
     @override
     def max(self, value: float) -> float:
-        found = moved(torch.tensor(value, dtype=torch.float64), self.device)
+        found = to_device(torch.tensor(value, dtype=torch.float64), self.device)
         dist.all_reduce(found, dist.ReduceOp.MAX, self._group)
         return found.item()
 

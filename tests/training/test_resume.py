@@ -211,7 +211,7 @@ def test_data_without_the_samples_drawn_before(tmp_path: Path) -> None:
     last = tmp_path / "first" / "last.ckpt"
     callback, said = go_on(tmp_path / "second", first_samples(80), last)
     assert [r.error is None for r in callback.history] == [True] * 4 + [False] * 2
-    assert all("Draw others with another `num_samples`" in message for message in said[:3])
+    assert all("draw other samples with another `num_samples`" in message for message in said[:3])
     callback, said = go_on(tmp_path / "third", first_samples(80), last, num_samples=47)
     assert [r.spectrum and r.spectrum.num_samples for r in callback.history] == [48] * 4 + [47] * 2
     assert [r.error for r in callback.history] == [None] * 6

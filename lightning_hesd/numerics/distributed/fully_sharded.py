@@ -23,7 +23,7 @@ from typing_extensions import override
 from lightning_hesd.numerics.derivatives.graphs import graph_nodes
 from lightning_hesd.numerics.distributed.gathering import FullArguments, GatheredParameters, Shard, full_attributes
 from lightning_hesd.numerics.distributed.sharded_space import ShardedSpace
-from lightning_hesd.numerics.dtensors import is_distributed, local_part
+from lightning_hesd.numerics.dtensors import is_dtensor, local_shard
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
 from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
 from lightning_hesd.numerics.inputs.tokens import ADVICE
@@ -88,7 +88,7 @@ class FullySharded(ParameterSharding):
         self._shards = {
             p: _shard(name, p, number, collectives)
             for number, (p, name) in enumerate(self._names.items())
-            if is_distributed(p)
+            if is_dtensor(p)
         }
         self._by_local: dict[Tensor, Shard] = {shard.local: shard for shard in self._shards.values()}
         self._gathered = GatheredParameters(list(self._shards.values()))
@@ -245,7 +245,7 @@ def _shard(name: str, parameter: Any, number: int, collectives: CheckedCollectiv
     """
     placements, mesh = parameter.placements, parameter.device_mesh
     if len(placements) == 1 and type(placements[0]) is ShardPlacement and mesh.size() == collectives.size:
-        return Shard(parameter, local_part(parameter).detach(), placements[0].dim, number, collectives)
+        return Shard(parameter, local_shard(parameter).detach(), placements[0].dim, number, collectives)
     msg = (
         f"parameter {name!r} is distributed as {tuple(placements)} on {mesh}, which the analysis does not support: "
         f"shard it over all {collectives.size} processes, fully_shard(module, mesh=self.device_mesh['data_parallel']), "

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from typing_extensions import override
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 LARGE_CONTAINER = 1000
 """Number of items from which on a container is compared in thorough restorations only, until it has changed once."""
@@ -227,12 +227,13 @@ def container_state(value: Any) -> ContentState | None:
 def has_plain_items(container: Any) -> bool:
     """Whether a container holds only numbers, texts and None, or tuples of these: no mutable state.
 
-    A million file names are told without a line of Python for each. Takes a list, tuple, set, deque or dict.
+    Runs no Python code for each item. Takes a list, tuple, set, deque or dict.
     """
     items = itertools.chain(container, container.values()) if isinstance(container, dict) else container
     kinds = set(map(type, items))
     if tuple not in kinds:
         return kinds <= PLAIN_TYPES
     items = container.values() if isinstance(container, dict) else container
-    inner: Iterable[Any] = itertools.chain.from_iterable(item for item in items if type(item) is tuple)
+    is_tuple = map(is_, map(type, items), itertools.repeat(tuple))
+    inner = itertools.chain.from_iterable(itertools.compress(items, is_tuple))
     return (kinds - {tuple}) | set(map(type, inner)) <= PLAIN_TYPES

@@ -105,8 +105,8 @@ def _check_norms(module: nn.Module) -> None:
         return
     if any(isinstance(m, nn.SyncBatchNorm) and m.training for m in module.modules()):
         msg = (
-            "`mode` must be 'eval' for a module with SyncBatchNorm on several ranks: in training mode SyncBatchNorm "
-            "waits for the batches of all ranks, and an analysis gives each rank another number of batches."
+            "in training mode SyncBatchNorm waits for the batches of all ranks, and an analysis gives each rank "
+            "another number of batches: analyze with mode='eval'."
         )
         raise ValueError(msg)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_hesd.numerics.devices import accelerators
-from lightning_hesd.numerics.dtensors import local_part
+from lightning_hesd.numerics.dtensors import local_shard
 from lightning_hesd.numerics.isolation.containers import EmptyContainersState
 from lightning_hesd.numerics.isolation.reachable import ReachableState
 from lightning_hesd.numerics.isolation.streams import stream_state
@@ -157,7 +157,7 @@ class Snapshot:
                 few = [a for a in more.arrays if a.nbytes <= MAX_COPIED_BYTES][:MAX_COPIED]
                 values += [ArrayState(a) for a in [*own.arrays, *few] if a.flags.writeable]
             values += [stream_state(s, self.replace) for s in [*own.streams, *more.streams]]
-            for tensor in map(local_part, excluded):
+            for tensor in map(local_shard, excluded):
                 if has_memory(tensor):
                     self._memories.pop(_storage_key(tensor), None)
             for memory in self._memories.values():
@@ -227,7 +227,7 @@ class Snapshot:
 
 
 def _storage_key(tensor: Tensor) -> int:
-    storage: Any = local_part(tensor).untyped_storage()
+    storage: Any = local_shard(tensor).untyped_storage()
     return storage._cdata  # type: ignore[no-any-return]  # noqa: SLF001 - an id; Python objects of storages are temporary
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_hesd.numerics.devices import finest_dtype, moved
+from lightning_hesd.numerics.devices import finest_dtype, to_device
 from lightning_hesd.numerics.krylov.vectors import in_shape
 from lightning_hesd.numerics.operators.curvature import gradient
 from lightning_hesd.numerics.operators.finite_differences import FiniteDifferences
@@ -31,7 +31,7 @@ def beside_the_weights(parameters: Sequence[Tensor], space: VectorSpace) -> Iter
     """Move parameters at random meanwhile."""
     differences = FiniteDifferences(parameters, space)
     noise = space.gaussian(torch.Generator().manual_seed(2))
-    vector = moved(noise / space.norm(noise), parameters[0].device)
+    vector = to_device(noise / space.norm(noise), parameters[0].device)
     with differences.displaced(in_shape(vector, parameters), MOVE * max(differences.size, 1.0)):
         yield
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from typing_extensions import Self
 
-from lightning_hesd.numerics.dtensors import local_part
+from lightning_hesd.numerics.dtensors import local_shard
 from lightning_hesd.numerics.isolation.tensor_states import size_in_memory
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def plan_memory(
     Raises:
         ValueError: If not even the vectors fit into the budget.
     """
-    fixed = sum(size_in_memory(local_part(t)) for t in tensors) + (VECTORS + more_vectors) * vector_bytes
+    fixed = sum(size_in_memory(local_shard(t)) for t in tensors) + (VECTORS + more_vectors) * vector_bytes
     limit = default_budget(device, processes) if budget is None else budget
     if budget is not None and fixed > budget:
         msg = f"`memory_budget` must be at least {fixed} bytes for the vectors of this module, got {budget}."

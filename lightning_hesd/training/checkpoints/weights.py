@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch.nn.parameter import is_lazy
 
-from lightning_hesd.numerics.dtensors import is_distributed, local_part
+from lightning_hesd.numerics.dtensors import is_dtensor, local_shard
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -55,18 +55,18 @@ class AnalysedWeights:
             if id(tensor) in frozen:
                 self._frozen[name] = (tensor, _checksum(tensor))
             else:
-                self._copies[name] = local_part(tensor.detach()).clone()
+                self._copies[name] = local_shard(tensor.detach()).clone()
 
     def changes(self, module: nn.Module) -> Changes:
         """Compare the module with what it was, bit by bit."""
         now = _tensors(module)
-        then = {**self._copies, **{name: local_part(tensor) for name, (tensor, _) in self._frozen.items()}}
+        then = {**self._copies, **{name: local_shard(tensor) for name, (tensor, _) in self._frozen.items()}}
         moved = {name for name in now.keys() | then.keys() if not _alike(now.get(name), then.get(name))}
         frozen = {name for name, (tensor, known) in self._frozen.items() if _checksum(tensor) != known}
         replaced = {name for name, (tensor, _) in self._frozen.items() if now.get(name) is not tensor} - moved
         changed = {name for name, copy in self._copies.items() if name not in moved and not _equal(now[name], copy)}
         restructured = bool(moved or replaced)
-        is_known = self._saved <= then.keys() and not any(map(is_distributed, now.values()))
+        is_known = self._saved <= then.keys() and not any(map(is_dtensor, now.values()))
         return Changes(
             tuple(sorted(moved | frozen | replaced | changed)),
             restructured,
@@ -82,7 +82,7 @@ class AnalysedWeights:
             with torch.inference_mode():  # in which tensors made in it may be changed, too
                 for name, copy in self._copies.items():
                     if not _equal(now[name], copy):
-                        part = local_part(now[name]).data  # no new version of the tensor: graphs may hold it
+                        part = local_shard(now[name]).data  # no new version of the tensor: graphs may hold it
                         later.append((part, part.clone()))
                         part.copy_(copy)
             yield
@@ -103,7 +103,7 @@ class AnalysedWeights:
         """
         for name, copy in self._copies.items():
             saved = state_dict.get(name)
-            if _is_plain(saved) and not is_distributed(saved) and saved.shape == copy.shape:
+            if _is_plain(saved) and not is_dtensor(saved) and saved.shape == copy.shape:
                 converted = copy.to(saved.device).to(saved.dtype)  # the device of the copy may not have that precision
                 if not _equal(saved, converted):
                     return name
@@ -131,7 +131,7 @@ def _alike(a: Tensor | None, b: Tensor | None) -> bool:
     """Return whether there are both, and the values of one can be put into the other."""
     if a is None or b is None:
         return False
-    a, b = local_part(a), local_part(b)
+    a, b = local_shard(a), local_shard(b)
     return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
@@ -145,7 +145,7 @@ def _checksum(tensor: Tensor) -> int:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    tensor = local_part(tensor.detach())
+    tensor = local_shard(tensor.detach())
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor.resolve_neg().view(_INTEGERS[tensor.element_size()])

@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_hesd.numerics.dtensors import is_distributed, local_part
+from lightning_hesd.numerics.dtensors import is_dtensor, local_shard
 from lightning_hesd.numerics.isolation.attributes import SlotState
 from lightning_hesd.numerics.isolation.containers import BufferState
 from lightning_hesd.numerics.isolation.streams import GENERATORS
@@ -154,7 +154,7 @@ class _Search:
         """Add a tensor, array, generator, buffer or table; return whether the value is one."""
         if isinstance(value, Tensor):
             if not value.is_inference():  # such tensors can hardly be written to
-                self.found.tensors.append((local_part(value) if is_distributed(value) else value, place))
+                self.found.tensors.append((local_shard(value) if is_dtensor(value) else value, place))
         elif isinstance(value, np.ndarray):
             self.found.arrays.append((value, place))
             if value.dtype == object and value.size <= LARGE_CONTAINER:

@@ -1,4 +1,4 @@
-"""State of every kind is put back, or left alone, and what cannot be put back keeps nothing else from it."""
+"""Snapshots restore state of every kind or skip it, and a failure affects no other state."""
 
 import array
 import collections
@@ -397,7 +397,7 @@ def test_objects_of_any_kind(kind):
 
 
 @pytest.mark.parametrize("kind", LEFT_ALONE)
-def test_objects_that_cannot_be_read_are_left_alone(kind):
+def test_objects_that_cannot_be_read_are_skipped(kind):
     module = nn.Linear(3, 2)
     vars(module).update(thing=LEFT_ALONE[kind](), calls=0)
     thing = vars(module)["thing"]
@@ -469,7 +469,7 @@ class Images(torch.utils.data.Dataset[Any]):
         self.asked, self.objects = 0, [types.SimpleNamespace(n=0) for _ in range(MAX_COMPARED_STATES)]
 
 
-def test_what_may_be_data_is_not_copied():
+def test_data_are_not_copied():
     images = Images()
     snapshot = Snapshot(nn.Linear(1, 1), others=[images])
     images.asked += 1
@@ -523,7 +523,7 @@ class Counting(nn.Module, metaclass=Kind):
         self.apart = Apart
 
 
-def test_classes_that_are_values_are_put_back() -> None:
+def test_classes_that_are_values_are_restored() -> None:
     module = Counting()
     with restore_state(module):
         Kind.made += 1

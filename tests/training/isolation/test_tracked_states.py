@@ -161,7 +161,7 @@ CASES: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_was_held_is_restore(name: str) -> None:
+def test_states_are_restored(name: str) -> None:
     make, track, change, look = CASES[name]
     value = make()
     state = track(value)
@@ -199,7 +199,7 @@ def test_items_of_a_long_container_are_compared_at_the_end_only() -> None:
     assert value == list(range(LARGE_CONTAINER + 1))
 
 
-def test_what_moves_from_one_container_to_the_next_is_noticed() -> None:
+def test_an_item_that_moves_to_another_container_is_noticed() -> None:
     """All items together are the same objects in the same order then."""
     first, second = [[1], [2]], [[3]]
     states = TrackedStates([TrackedContent.of(first, PLACE), TrackedContent.of(second, PLACE)])

@@ -863,7 +863,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("act", REFUSALS, ids=lambda act: act.__name__)
-def test_what_could_not_be_put_back_is_refused(act: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changes_that_cannot_be_undone_are_refused(act: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And training goes on as if there were no analyses; with a `loss_fn` that does without, there are some."""
     if act is write_large_array:
         monkeypatch.setattr(training_snapshot, "COPIED_BYTES", 100)
@@ -929,7 +929,7 @@ def test_a_large_tensor_that_is_given_other_memory_gets_its_own_back(
     assert [record.error for record in observer.history] == [None] * 2
 
 
-def test_a_large_array_in_the_memory_of_a_tensor_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_array_in_the_memory_of_a_tensor_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It could not be made writable again if it were made read-only."""
     monkeypatch.setattr(training_snapshot, "COPIED_BYTES", 60)
     neighbour = Neighbour()
@@ -997,7 +997,7 @@ class Monitor(pl.Callback):
         self.thread.join()
 
 
-def test_what_threads_share_is_left_to_them(tmp_path: Path) -> None:
+def test_objects_of_threads_are_left_to_them(tmp_path: Path) -> None:
     monitor = Monitor()
 
     def loss_fn(module: Any, batch: Any) -> Tensor:

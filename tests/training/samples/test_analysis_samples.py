@@ -242,7 +242,7 @@ class LazyDigits(Digits):
 
 @pytest.mark.parametrize("fails", [False, True], ids=["", "also_after_an_error"])
 @pytest.mark.parametrize("noise", NOISES)
-def test_dataset_generators_and_sampler_are_put_back(noise: str, fails: bool) -> None:
+def test_dataset_generators_and_sampler_are_restored(noise: str, fails: bool) -> None:
     dataset = LazyDigits()
     dataset.augment = NOISES[noise]
     if fails:
@@ -260,7 +260,7 @@ def test_dataset_generators_and_sampler_are_put_back(noise: str, fails: bool) ->
     assert dataset.handle is None
 
 
-def test_attributes_behind_a_subset_are_put_back() -> None:
+def test_attributes_behind_a_subset_are_restored() -> None:
     dataset = LazyDigits()
     subset = torch.utils.data.ConcatDataset([torch.utils.data.Subset(dataset, TRAINING)])
     before = freeze(vars(dataset))
@@ -385,7 +385,7 @@ def test_a_stream_keeps_its_place() -> None:
 
 
 @pytest.mark.parametrize("make_loader", [loader, lambda stream: stream.source], ids=["dataset", "generator"])
-def test_a_stream_that_cannot_be_copied_is_refused_and_left_alone(make_loader: Callable[[Any], Any]) -> None:
+def test_a_stream_that_cannot_be_copied_is_refused_and_skipped(make_loader: Callable[[Any], Any]) -> None:
     stream = GeneratorStream()
     with pytest.raises(MisconfigurationException, match=r"cannot be copied.*pass `dataloader=`"):
         draw_samples(make_loader(stream), 5)

@@ -1,4 +1,4 @@
-"""Kept batches: loaders that are not taken apart, whose samples are the first batches that training gets."""
+"""The first batches of training as analysis samples, for loaders that cannot be read by position."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def test_a_list_of_batches_is_several_loaders_to_lightning(tmp_path: Path) -> No
 # When and what --------------------------------------------------------------------------------------------------------
 
 
-def test_what_others_make_of_a_batch_before_the_step(tmp_path: Path) -> None:
+def test_batches_are_copied_after_all_hooks(tmp_path: Path) -> None:
     """Transfer hooks are applied once, hooks at the start of a batch are seen, and changes in place are not."""
 
     class Mixes(pl.Callback):
@@ -273,7 +273,7 @@ def test_an_analysis_at_the_start_is_left_out(tmp_path: Path) -> None:
     assert all(record.spectrum.num_samples == 16 for record in observer.history)
 
 
-def test_analyses_between_steps_have_what_is_kept_so_far(tmp_path: Path) -> None:
+def test_analyses_between_steps_use_the_batches_so_far(tmp_path: Path) -> None:
     observer = callback(every_n_train_steps=1, num_samples=24)
     fit(tmp_path, observer, data=loader(Endless()), limit_train_batches=5, max_epochs=1)
     assert [record.spectrum.num_samples for record in observer.history] == [8, 16, 24, 24, 24]
@@ -299,7 +299,7 @@ def test_more_samples_come_from_the_epoch_they_began_with(tmp_path: Path) -> Non
     assert [record.spectrum.num_samples for record in observer.history] == [600, 600]
 
 
-def test_batches_are_kept_anew_by_a_resumed_run(tmp_path: Path) -> None:
+def test_a_resumed_run_copies_its_own_first_batches(tmp_path: Path) -> None:
     data = OwnIter(Digits(), batch_size=8, shuffle=True)
     trainer = fit(tmp_path, callback(), data=data, max_epochs=1)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -317,7 +317,7 @@ def test_batches_are_kept_anew_by_a_resumed_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("batches_kept", [1, 2])
-def test_the_memory_of_kept_batches_is_bounded(batches_kept: int, tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_memory_of_copied_batches_is_bounded(batches_kept: int, tmp_path: Path, monkeypatch: Any) -> None:
     size = sum(part.nbytes for part in samples(list(range(8))))
     monkeypatch.setattr(first_batches, "MAX_COPIED_BYTES", batches_kept * size + size // 2 - size * (batches_kept == 1))
     observer = callback(num_samples=32)
@@ -337,7 +337,7 @@ def test_a_view_is_copied_without_the_memory_around_it() -> None:
     assert copy["x"].abs().sum() > 0
 
 
-def test_what_is_kept_on_the_cpu_comes_back_the_same(tmp_path: Path, monkeypatch: Any) -> None:
+def test_batches_moved_to_the_cpu_return_unchanged(tmp_path: Path, monkeypatch: Any) -> None:
     """As on an accelerator, of which the device of a tensor is the only sign here."""
     moves: list[str] = []
 
@@ -360,7 +360,7 @@ def test_what_is_kept_on_the_cpu_comes_back_the_same(tmp_path: Path, monkeypatch
     assert keeping.is_complete
 
 
-# What cannot be kept --------------------------------------------------------------------------------------------------
+# Batches that cannot be copied ----------------------------------------------------------------------------------------
 
 
 class Attached(Classifier):
