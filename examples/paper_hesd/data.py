@@ -63,8 +63,8 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         return pixels[:, :, :3].permute(2, 0, 1), label  # without transparency
 
 
-class Coloured(Dataset[tuple[Tensor, int]]):
-    """The task of pre-training: every image turned by a quarter, in one of three colours that is part of its class.
+class Colored(Dataset[tuple[Tensor, int]]):
+    """The task of pre-training: every image turned by a quarter, in one of three colors that is part of its class.
 
     It has three times the input channels and classes, so that input layer and classifier must be altered afterwards.
     """
@@ -77,17 +77,17 @@ class Coloured(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.images[index]
-        colour = index % 3
-        channels = [image if channel == colour else torch.zeros_like(image) for channel in range(3)]
-        return torch.cat(channels).rot90(1, (1, 2)), 3 * int(label) + colour
+        color = index % 3
+        channels = [image if channel == color else torch.zeros_like(image) for channel in range(3)]
+        return torch.cat(channels).rot90(1, (1, 2)), 3 * int(label) + color
 
 
-def load(setup: Setup, task: Literal["digits", "coloured"]) -> Data:
+def load(setup: Setup, task: Literal["digits", "colored"]) -> Data:
     """Return the data of a task, the same at every call."""
     data = _folders(setup) if setup.train_folder else _digits(setup)
     if task == "digits":
         return data
-    train, validation, generalization = (Coloured(part) for part in data[:3])
+    train, validation, generalization = (Colored(part) for part in data[:3])
     return Data(train, validation, generalization, 3 * data.classes, data.distinct)
 
 
@@ -113,7 +113,7 @@ def _folders(setup: Setup) -> Data:
 def rand_augment(images: Tensor, operations: int = 2) -> Tensor:
     """Change every image by some random operations of random amounts, as RandAugment (arXiv:1909.13719) does.
 
-    The operations are those of its list that make sense on small grey images: rotation, shear and shift along both
+    The operations are those of its list that make sense on small gray images: rotation, shear and shift along both
     axes, brightness, contrast.
     """
     for _ in range(operations):

@@ -37,7 +37,7 @@ def clipping(outcomes: Outcomes) -> Section:
         "The MN-HESD of Fig. 2 is put down to gradients clipped at global norm 1 (not verified there).",
         [Table(header, rows)] if rows else [],
         findings,
-        notes=["Clipping as the callback's `monitor_gradients` saw it, over the analysed epochs."],
+        notes=["Clipping as the callback's `monitor_gradients` saw it, over the analyzed epochs."],
     )
 
 

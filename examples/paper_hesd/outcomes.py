@@ -1,4 +1,4 @@
-"""What is left of a training: accuracies and spectra of its analysed epochs, in a folder of its own."""
+"""What is left of a training: accuracies and spectra of its analyzed epochs, in a folder of its own."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TRAINED = 0.84
 
 @dataclass(frozen=True)
 class Row:
-    """Numbers of one analysed epoch."""
+    """Numbers of one analyzed epoch."""
 
     epoch: int
     train_acc: float
@@ -42,7 +42,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Point(Row):
-    """One analysed epoch: its numbers and its spectra."""
+    """One analyzed epoch: its numbers and its spectra."""
 
     record: SpectrumRecord
 
@@ -75,18 +75,18 @@ class Outcome:
 
     @property
     def start(self) -> Spectrum | None:
-        """The spectrum of the random initialisation."""
+        """The spectrum of the random initialization."""
         return next((record.spectrum for record in self.history if record.epoch == START_EPOCH), None)
 
     @cached_property
     def points(self) -> tuple[Point, ...]:
-        """The analysed epochs whose C_t is defined."""
+        """The analyzed epochs whose C_t is defined."""
         records = {r.epoch: r for r in self.history if r.spectrum is not None and not math.isnan(r.spectrum.c_t)}
         return tuple(Point(**vars(row), record=records[row.epoch]) for row in self.rows if row.epoch in records)
 
     @property
     def last(self) -> Point:
-        """The last analysed epoch."""
+        """The last analyzed epoch."""
         return self.points[-1]
 
     @property

@@ -1,4 +1,4 @@
-"""Figure 9 and section 4.2: which rule picks the weights that generalise best."""
+"""Figure 9 and section 4.2: which rule picks the weights that generalize best."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def two_rules(outcomes: Outcomes) -> Section:
             [_spread([p.spectrum.lambda_max for p in o.candidates]) for o in runs],
         )
         for claim, difference, form, sign in (
-            ("the highest C_t picks weights that generalise better than the lowest λ_max", better, ".2%", 1),
+            ("the highest C_t picks weights that generalize better than the lowest λ_max", better, ".2%", 1),
             ("and at an earlier epoch", earlier, ".1f", -1),
             ("C_t is more stable between epochs than λ_max", steadier, ".3f", -1),
         ):
@@ -80,7 +80,7 @@ def two_rules(outcomes: Outcomes) -> Section:
         [Table((*header[:2], "Mean epoch", "Mean gen. acc., %"), rows)] if rows else [],
         findings or [Finding("The highest C_t is the better rule.", INTERVAL, "", NOT_RUN)],
         figure=figures.picks_over_epochs(shown) if shown else None,
-        caption="Stability: mean absolute change of the logarithm from one analysed epoch to the next, among epochs "
+        caption="Stability: mean absolute change of the logarithm from one analyzed epoch to the next, among epochs "
         "with nearly the best training accuracy (candidates).",
     )
 

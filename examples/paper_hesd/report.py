@@ -36,7 +36,7 @@ SECTIONS = (
     generalization.criteria_over_epochs,
     ranking.two_rules,
     generalization.algorithm,
-    tables.initialisation,
+    tables.initialization,
     manipulation.clipping,
     manipulation.optimizer_eyes,
     ranking.rules,

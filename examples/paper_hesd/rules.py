@@ -1,4 +1,4 @@
-"""Checkpoint rules, and how much better the picks of one generalise than those of another."""
+"""Checkpoint rules, and how much better the picks of one generalize than those of another."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Setup:
     vit_heads: int = field(default=2, metadata={"help": "attention heads; ViT small: 6"})
     vit_patch: int = field(default=2, metadata={"help": "pixels along a patch; 4 for 32x32 images"})
     epochs: int = field(default=32, metadata={"help": "epochs of every training; the paper's go up to 1000"})
-    points: int = field(default=4, metadata={"help": "how many of these epochs are analysed, evenly spaced"})
+    points: int = field(default=4, metadata={"help": "how many of these epochs are analyzed, evenly spaced"})
     steps: int = field(default=40, metadata={"help": "Lanczos steps of every spectrum; the paper's: 100"})
     samples: int = field(default=256, metadata={"help": "samples of every spectrum"})
     accelerator: str = field(default="cpu", metadata={"help": "of Lightning's Trainer"})
@@ -43,16 +43,16 @@ class Experiment:
         network: Which network.
         optimizer: Key of `training.OPTIMIZERS`.
         setup: The sizes.
-        seed: Of initialisation and order of samples; the data are the same for every seed.
-        task: "digits", or what networks are pre-trained on: `data.Coloured`.
+        seed: Of initialization and order of samples; the data are the same for every seed.
+        task: "digits", or what networks are pre-trained on: `data.Colored`.
         augment: Whether training images are augmented.
         clip: Largest global norm of gradients; None: not clipped.
         pretrained: Whose weights to begin with, input layer and classifier excepted.
         frozen: Whether these weights stay as they are.
-        full_analysis: Also analyse the initialisation, the generalization data, the Hessian through the optimizer's
+        full_analysis: Also analyze the initialization, the generalization data, the Hessian through the optimizer's
             eyes, and at the end how clean held-out data compare.
-        optimizer_eyes: Also analyse the Hessian through the optimizer's eyes.
-        dense: Analyse more often, because MN spectra may last for a few epochs only; to spend less on each of these
+        optimizer_eyes: Also analyze the Hessian through the optimizer's eyes.
+        dense: Analyze more often, because MN spectra may last for a few epochs only; to spend less on each of these
             spectra, it takes as many steps as C_t needs.
     """
 
@@ -61,7 +61,7 @@ class Experiment:
     optimizer: str
     setup: Setup
     seed: int = 0
-    task: Literal["digits", "coloured"] = "digits"
+    task: Literal["digits", "colored"] = "digits"
     augment: bool = False
     clip: float | None = None
     pretrained: Experiment | None = None
@@ -73,7 +73,7 @@ class Experiment:
     @property
     def every(self) -> int:
         """Number of epochs from one analysis to the next; before fine-tuning only the result is of interest."""
-        if self.task == "coloured":
+        if self.task == "colored":
             return self.setup.epochs
         usual = self.setup.epochs // self.setup.points
         return max(1, usual // DENSER) if self.dense else usual
@@ -94,7 +94,7 @@ def experiments(setup: Setup, seeds: int) -> list[Experiment]:
     def resnet(name: str, optimizer: str, **rest: object) -> Experiment:
         return Experiment(f"resnet-{name}", "resnet", optimizer, setup, **rest)  # type: ignore[arg-type]
 
-    pretraining = vit("pretraining", "adamw", task="coloured")
+    pretraining = vit("pretraining", "adamw", task="colored")
     return [
         pretraining,
         vit("adahessian", "adahessian", optimizer_eyes=True, dense=True),

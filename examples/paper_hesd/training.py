@@ -96,7 +96,7 @@ def plain_loss(module: Classifier, batch: list[Tensor]) -> Tensor:
 
 
 class RowKeeper(pl.Callback):
-    """Keeps a row of numbers for each analysed epoch."""
+    """Keeps a row of numbers for each analyzed epoch."""
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -166,9 +166,9 @@ def _train(experiment: Experiment, out: Path, folder: Path, started: float) -> N
 
 
 def spectra(experiment: Experiment, validation: Images, generalization: Images) -> list[pl.Callback]:
-    """Return the callbacks that analyse this experiment."""
+    """Return the callbacks that analyze this experiment."""
     setup = experiment.setup
-    analyse = partial(
+    analyze = partial(
         HessianSpectrumCallback,
         num_samples=setup.samples,
         batch_size=setup.samples,  # small images: all in one batch
@@ -180,7 +180,7 @@ def spectra(experiment: Experiment, validation: Images, generalization: Images) 
     evaluation = partial(DataLoader, batch_size=EVALUATION_BATCH)
     full = experiment.full_analysis
     callbacks: list[pl.Callback] = [
-        analyse(
+        analyze(
             every_n_epochs=experiment.every,
             at_start=full,
             generalization_dataloader=evaluation(generalization) if full else None,
@@ -189,8 +189,8 @@ def spectra(experiment: Experiment, validation: Images, generalization: Images) 
         )
     ]
     last = [setup.epochs - 1]
-    if full:  # a control: data on which the network does generalise
-        callbacks.append(analyse(epochs=last, generalization_dataloader=evaluation(validation), name="clean"))
+    if full:  # a control: data on which the network does generalize
+        callbacks.append(analyze(epochs=last, generalization_dataloader=evaluation(validation), name="clean"))
     if experiment.frozen:
-        callbacks.append(analyse(epochs=last, include_frozen=True, name="all"))
+        callbacks.append(analyze(epochs=last, include_frozen=True, name="all"))
     return callbacks

@@ -115,7 +115,7 @@ def standard_error(first: Outcome, second: Outcome) -> float:
 
 
 def higher(first: Outcome, second: Outcome) -> Verdict:
-    """Judge the claim that the first generalises better than the second."""
+    """Judge the claim that the first generalizes better than the second."""
     return by_sign(first.last.gen_acc - second.last.gen_acc, 2 * standard_error(first, second))
 
 

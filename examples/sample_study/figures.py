@@ -1,4 +1,4 @@
-"""The figures of the report, without pyplot; colours are those of Okabe & Ito (2008), sizes are shades of cividis."""
+"""The figures of the report, without pyplot; colors are those of Okabe & Ito (2008), sizes are shades of cividis."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lightning_hesd.sample_size.subspace import SubspaceStabilization
 
 DPI = 110
-COLOURS = dict(zip(INPUTS, (POSITIVE, NEGATIVE), strict=True))
+COLORS = dict(zip(INPUTS, (POSITIVE, NEGATIVE), strict=True))
 STYLES = {TRAINED: {"marker": "o"}, INITIAL: {"marker": "s", "linestyle": "--"}}
 LABELS = {WIDTH: "hidden size", DEPTH: "number of hidden layers"}
 
@@ -44,9 +44,9 @@ def differences(data: Outcomes, state: str) -> Figure:
             pairs, sizes = data.study.configurations(sweep), data.study.sizes(sweep)
             for pair, size, shade in zip(pairs, sizes, np.linspace(0, 0.92, len(sizes)), strict=True):
                 found = [s.settling for s in data.find(inputs, state, *pair)]
-                k, colour = found[0].sample_sizes, colormaps["cividis"](shade)
-                ax.plot(k, np.mean([s.mean for s in found], axis=0), color=colour, linewidth=0.4, alpha=0.35)
-                ax.plot(k, np.mean([s.smoothed() for s in found], axis=0), color=colour, linewidth=1.4, label=str(size))
+                k, color = found[0].sample_sizes, colormaps["cividis"](shade)
+                ax.plot(k, np.mean([s.mean for s in found], axis=0), color=color, linewidth=0.4, alpha=0.35)
+                ax.plot(k, np.mean([s.smoothed() for s in found], axis=0), color=color, linewidth=1.4, label=str(size))
             ax.set_title(f"{inputs}, by {LABELS[sweep]}", fontsize=10)
             ax.legend(fontsize=7, ncols=2, loc="upper right")
     figure.suptitle(f"{state}: moving averages ({PAPER_FACTOR}), and faint what they average", fontsize=10)
@@ -60,7 +60,7 @@ def tendencies(data: Outcomes) -> Figure:
     for row, (quantity, label) in zip(axes, shown.items(), strict=True):
         for ax, sweep in zip(row, SWEEPS, strict=True):
             for inputs, state in itertools.product(INPUTS, STATES):
-                look = {"color": COLOURS[inputs], **STYLES[state], "label": f"{inputs}, {state}"}
+                look = {"color": COLORS[inputs], **STYLES[state], "label": f"{inputs}, {state}"}
                 band(ax, data, (inputs, state, sweep), QUANTITIES[quantity], **look)
             swept(ax, data, sweep)
             ax.set_ylabel(label)
@@ -103,8 +103,8 @@ def bounds(data: Outcomes) -> Figure:
             (lambda s: s.numbers.hessian, "‖H‖ measured", POSITIVE, "o", "-"),
             (lambda s: s.numbers.ggn, "‖G‖ measured", "0.4", "x", "--"),
         )
-        for quantity, label, colour, marker, style in lines:
-            look = {"label": label, "color": colour, "marker": marker, "linestyle": style}
+        for quantity, label, color, marker, style in lines:
+            look = {"label": label, "color": color, "marker": marker, "linestyle": style}
             band(ax, data, (PIXELS, TRAINED, sweep), quantity, **look)
         swept(ax, data, sweep)
         ax.set_title("pixels, trained", fontsize=10)

@@ -1,4 +1,4 @@
-"""One run: a network is measured as it is initialised, trained, and measured again, there and at some distance."""
+"""One run: a network is measured as it is initialized, trained, and measured again, there and at some distance."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def make_network(width: int, depth: int) -> nn.Sequential:
 
 
 def trained_network(run: Run, x: Tensor, y: Tensor) -> tuple[nn.Module, nn.Module]:
-    """Return a network at initialisation, and trained; the initialisation is PyTorch's."""
+    """Return a network at initialization, and trained; the initialization is PyTorch's."""
     torch.manual_seed(run.seed)
     network = make_network(run.width, run.depth)
     initial = copy.deepcopy(network)
     fit(network, x, y, run.setup.epochs, run.setup)
-    # Measured in double precision: losses of deep networks at initialisation differ in the sixth digit.
+    # Measured in double precision: losses of deep networks at initialization differ in the sixth digit.
     return initial.double(), network.double()
 
 

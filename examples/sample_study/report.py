@@ -13,7 +13,7 @@ from examples.sample_study import figures
 from examples.sample_study.data import features, load
 from examples.sample_study.measuring import loss_fn, trained_network
 from examples.sample_study.settings import DEPTH, INITIAL, INPUTS, PIXELS, STATES, SWEEPS, TRAINED, WIDTH, Run
-from examples.sample_study.statements import QUANTITIES, at_initialisation, follow_up, statements
+from examples.sample_study.statements import QUANTITIES, at_initialization, follow_up, statements
 from examples.sample_study.trends import logarithm, student
 from examples.shared import Table, markdown
 from lightning_hesd.sample_size.directions import dominant_directions
@@ -38,7 +38,7 @@ of this scale, and refutes nothing.
 """
 METHOD = """\
 - **Data**: all 1,797 digits, 8x8, scaled into [0, 1]; the networks are trained on all of them, as the paper's are.
-- **Networks**: fully connected, ReLU after all layers but the last, PyTorch's initialisation. No biases, because the
+- **Networks**: fully connected, ReLU after all layers but the last, PyTorch's initialization. No biases, because the
   paper's formulas have none. Hidden sizes {widths} with {depth} hidden layers; {depths} hidden layers of size {width}.
   The paper's number of layers in the sweep of sizes, and its learning rate, are missing from the text that we have.
 - **Training**: Adam, learning rate {learning_rate:g}, batches of {batch_size}, {epochs} epochs, {steps_taken:,} steps
@@ -50,7 +50,7 @@ METHOD = """\
 - **Differences**: {orders} random orders for each network; c is the constant of the fit c/√(k(k + 1)), about c/k.
 - **Norms**: largest absolute eigenvalue of G and H, of the mean over samples, by {steps} Lanczos steps: from below.
 - **Distance**: {directions} random directions, as far from the trained weights as the shares of their norm say.
-- **Intervals**: 95 %, Student's, over the {seeds} seeds. They tell how other initialisations and batches would come
+- **Intervals**: 95 %, Student's, over the {seeds} seeds. They tell how other initializations and batches would come
   out; not other data. The slopes of a sweep are fitted to each seed by itself. They are not corrected for the number
   of statements.
 """
@@ -62,8 +62,8 @@ READING = """\
   above what it averages for the first thousand samples. It is linear in the curves, so it does not change their order.
 - **c and the loss**: where few samples have most of the loss, c, the losses' mean absolute deviation, is of the order
   of the mean loss, up to twice it (see the numbers), so that trained networks are compared by how well they are
-  trained. At initialisation all mean losses are about log 10, and c is about how far the outputs differ.
-- **Depth at initialisation**: PyTorch's initialisation shrinks the signal in every ReLU layer, so that outputs, losses'
+  trained. At initialization all mean losses are about log 10, and c is about how far the outputs differ.
+- **Depth at initialization**: PyTorch's initialization shrinks the signal in every ReLU layer, so that outputs, losses'
   spread and curvature fall exponentially with depth there. The bounds know only the largest norm, M_W, and grow.
 """
 LIMITS = """\
@@ -86,16 +86,16 @@ def write(data: Outcomes, out: Path) -> Path:
     for name, figure in drawn.items():
         figure.savefig(out / f"{name}.png")
     found = [*statements(data), *(one for each in measured for one in follow_up(each))]
-    before = at_initialisation(data)
+    before = at_initialization(data)
     parts = [
         f"# How the loss settles with the sample size\n\n{introduction(data)}",
         f"## Summary\n\n{counts(found)}\n\n{summary(found)}",
         f"## Figures\n\n{picture('differences-trained', 'As Figure 2 of the paper: means over seeds.')}",
         picture("differences-initial", "The same networks before training."),
         picture("trends", "Geometric means over seeds with 95 % intervals."),
-        picture("bounds", "Left and centre: what is measured and what is proved. Right: Lemma 2 and one network."),
+        picture("bounds", "Left and center: what is measured and what is proved. Right: Lemma 2 and one network."),
         picture("subspace", f"One trained network, {DIRECTIONS} leading directions: the quadratic model and draws."),
-        f"## The same rules at initialisation\n\nOf which the paper does not speak.\n\n{summary(before)}",
+        f"## The same rules at initialization\n\nOf which the paper does not speak.\n\n{summary(before)}",
         f"## How to read it\n\n{READING.strip()}",
         f"## How it was done\n\n{method(data, out)}",
         f"## Rules\n\n{rules([*found, *before])}",

@@ -38,7 +38,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Run:
-    """One network; the seed is that of the initialisation, the batches, the random orders and directions."""
+    """One network; the seed is that of the initialization, the batches, the random orders and directions."""
 
     inputs: str
     width: int

@@ -49,7 +49,7 @@ def statements(data: Outcomes) -> list[Statement]:
     return [*_sorted(found), *_of_both_inputs(data), *_of_bounds(data)]
 
 
-def at_initialisation(data: Outcomes) -> list[Statement]:
+def at_initialization(data: Outcomes) -> list[Statement]:
     """Return what the same rules say about the same networks before training, of which the paper does not speak."""
     return _sorted(_of_networks(data, INITIAL))
 
@@ -218,7 +218,7 @@ def _of_bounds(data: Outcomes) -> Iterator[Statement]:
     smallest = min(s.numbers.weight_norm for s in every)
     for claim, ratios, evidence in (
         (
-            "Theorem 1 bounds ‖G‖ (of the mean over samples, trained and at initialisation).",
+            "Theorem 1 bounds ‖G‖ (of the mean over samples, trained and at initialization).",
             theorem,
             f"it is {_orders(theorem)} times ‖G‖; the smallest M_W is {smallest:.2f}, and from 0.595 on it is proved",
         ),
