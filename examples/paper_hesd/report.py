@@ -38,7 +38,7 @@ SECTIONS = (
     generalization.algorithm,
     tables.initialisation,
     manipulation.clipping,
-    manipulation.optimizer_eyes,
+    manipulation.preconditioned,
     ranking.rules,
 )
 INTRODUCTION = """\
