@@ -7,8 +7,8 @@ training accuracy is within 0.01 of the best:
 - highest C_t, the rule of Gabdullin (2025);
 - lowest largest eigenvalue (λ_max), the rule that paper compares it with.
 
-The rules do not use the generalization set (held-out digits, rotated, shifted and noisy). It shows, at the end, how well
-the picks generalize.
+The rules do not use the generalization set (held-out digits, rotated, shifted and noisy). It shows, at the end, how
+well the picks generalize.
 
     python examples/digits.py
     python examples/digits.py --model vit --optimizer sgd-momentum --epochs 72 --seed 1

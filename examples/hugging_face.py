@@ -1,9 +1,10 @@
 """Fine-tune a small GPT-2 with LoRA, and follow the curvature of the adapters.
 
 A model of Hugging Face's transformers learns Python's help (`pydoc_data.topics`, which comes with Python), character by
-character, except for one topic. Then adapters of PEFT learn that topic, with gradient checkpointing as for large models.
-The callback analyzes the trained weights, which are the adapters. Rows are padded to the longest, so the loss of a batch
-is a mean over its tokens. With `batch_weight="tokens"` the Hessian is that of the mean over all tokens of the sample.
+character, except for one topic. Then adapters of PEFT learn that topic, with gradient checkpointing as for large
+models. The callback analyzes the trained weights, which are the adapters. Rows are padded to the longest, so the loss
+of a batch is a mean over its tokens. With `batch_weight="tokens"` the Hessian is that of the mean over all tokens of
+the sample.
 
     pip install transformers peft
     python -m examples.hugging_face

@@ -1,8 +1,8 @@
 """Dense output: a small network labels the pixels of discs and squares, and an IoU metric ranks the checkpoints.
 
-- The loss is a mean over pixels without those on the edges of shapes, so batches have unequal numbers of labeled pixels.
-  `batch_weight` returns that number. Then the Hessian is that of the mean over all labeled pixels, however they are
-  batched.
+- The loss is a mean over pixels without those on the edges of shapes, so batches have unequal numbers of labeled
+  pixels. `batch_weight` returns that number. Then the Hessian is that of the mean over all labeled pixels, however they
+  are batched.
 - `training_step` updates a JaccardIndex of torchmetrics and logs it. The analyses call `training_step`, too, but do not
   change the metric. HessianCheckpoint uses it as `train_metric`.
 

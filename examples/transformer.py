@@ -1,8 +1,9 @@
 """Follow the layers of a small transformer, written in the style of Hugging Face, as it learns to spell.
 
 The model is made from a config. Its forward takes `input_ids` and `labels` as keywords and returns an object with
-`.loss` and `.logits`. It is in an ordinary LightningModule, which gives the callback its loss. With `layers="auto"` every
-attention, MLP, norm and embedding is a block. The head shares the weights of the token embedding, so both are one block.
+`.loss` and `.logits`. It is in an ordinary LightningModule, which gives the callback its loss. With `layers="auto"`
+every attention, MLP, norm and embedding is a block. The head shares the weights of the token embedding, so both are one
+block.
 
 The text is scikit-learn's description of its data sets.
 

@@ -1,8 +1,8 @@
 """Rank correlations of indicators with outcomes, with intervals and corrected p-values.
 
-All arrays end with the axes (data sets, seeds, configurations). Networks are ranked only within a *stratum*, the networks
-of one data set and seed, so differences between data sets or splits do not appear as effects. Correlations are averaged
-over the seeds of a data set, then over the data sets.
+All arrays end with the axes (data sets, seeds, configurations). Networks are ranked only within a *stratum*, the
+networks of one data set and seed, so differences between data sets or splits do not appear as effects. Correlations are
+averaged over the seeds of a data set, then over the data sets.
 
 Only the configuration is random. The runs of one configuration are not independent evidence, so bootstrap and
 permutations move a configuration with all its runs: all strata use the same draw.

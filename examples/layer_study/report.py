@@ -28,8 +28,8 @@ INTRODUCTION = """\
 Bolshim & Kugaevskikh (2025, [arXiv:2510.17486](https://arxiv.org/abs/2510.17486)) take the Hessian of each layer by
 itself, and report from 111 experiments on 37 data sets that "the spectral properties of local Hessians, such as the
 distribution of eigenvalues, reveal quantitative patterns associated with overfitting, underparameterization, and
-expressivity". This study tests the claim on {count} small networks and {datasets} data sets. The abstract does not say which
-quantities the paper measures. Those here are ours, so *differs* would not refute the paper.
+expressivity". This study tests the claim on {count} small networks and {datasets} data sets. The abstract does not say
+which quantities the paper measures. Those here are ours, so *differs* would not refute the paper.
 """
 METHOD = """\
 - **Networks**: MLPs with tanh, {widths} units in each of {depths} hidden layers ({configurations} configurations), each

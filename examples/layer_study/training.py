@@ -32,8 +32,9 @@ def loss(outputs: Tensor, targets: Tensor) -> Tensor:
 class MLP(pl.LightningModule):
     """Equally wide hidden layers with tanh.
 
-    Not ReLU: a ReLU network is piecewise linear in the parameters of each layer, so the layer's Hessian is a Gauss-Newton
-    matrix, without negative eigenvalues if the loss is convex. For the same reason the last layer here has none.
+    Not ReLU: a ReLU network is piecewise linear in the parameters of each layer, so the layer's Hessian is a
+    Gauss-Newton matrix, without negative eigenvalues if the loss is convex. For the same reason the last layer here has
+    none.
     """
 
     def __init__(self, inputs: int, outputs: int, width: int, depth: int, learning_rate: float) -> None:

@@ -7,8 +7,8 @@
         --train-size 90000 --resnet-width 16 --resnet-blocks 3 --vit-width 384 --vit-depth 12 --vit-heads 6 \\
         --vit-patch 4 --epochs 1000 --points 20             # the paper's sizes
 
-Finished experiments are not repeated with the same settings, so an interrupted run continues. After changes of the code,
-including learning rates, use another --out.
+Finished experiments are not repeated with the same settings, so an interrupted run continues. After changes of the
+code, including learning rates, use another --out.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ def algorithm(assessments: Mapping[str, Sequence[Assessment]]) -> Figure:
     return figure
 
 
-def through_the_optimizer(outcomes: Mapping[str, Outcome]) -> Figure:
+def preconditioned(outcomes: Mapping[str, Outcome]) -> Figure:
     """Draw C_t of the Hessian and of the preconditioned one, a panel for each outcome."""
     columns = min(len(outcomes), 3)
     figure, axes = panels(columns, rows=math.ceil(len(outcomes) / columns), height=2.8)

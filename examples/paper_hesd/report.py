@@ -38,7 +38,7 @@ SECTIONS = (
     generalization.algorithm,
     tables.initialization,
     manipulation.clipping,
-    manipulation.optimizer_eyes,
+    manipulation.preconditioned,
     ranking.rules,
 )
 INTRODUCTION = """\

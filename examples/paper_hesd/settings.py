@@ -49,9 +49,9 @@ class Experiment:
         clip: Largest global norm of gradients; None: not clipped.
         pretrained: Whose weights to begin with, input layer and classifier excepted.
         frozen: Whether these weights stay as they are.
-        full_analysis: Also analyze the initialization, the generalization data, the Hessian through the optimizer's
-            eyes, and at the end how clean held-out data compare.
-        optimizer_eyes: Also analyze the Hessian through the optimizer's eyes.
+        full_analysis: Also analyze the initialization, the generalization data, the preconditioned Hessian, and at the
+            end how clean held-out data compare.
+        preconditioned: Also analyze the preconditioned Hessian.
         dense: Analyze more often, because MN spectra may last for a few epochs only; to spend less on each of these
             spectra, it takes as many steps as C_t needs.
     """
@@ -67,7 +67,7 @@ class Experiment:
     pretrained: Experiment | None = None
     frozen: bool = False
     full_analysis: bool = False
-    optimizer_eyes: bool = False
+    preconditioned: bool = False
     dense: bool = False
 
     @property
@@ -97,9 +97,9 @@ def experiments(setup: Setup, seeds: int) -> list[Experiment]:
     pretraining = vit("pretraining", "adamw", task="colored")
     return [
         pretraining,
-        vit("adahessian", "adahessian", optimizer_eyes=True, dense=True),
+        vit("adahessian", "adahessian", preconditioned=True, dense=True),
         vit("adahessian-unaveraged", "adahessian-unaveraged", dense=True),
-        resnet("adahessian", "adahessian", optimizer_eyes=True, dense=True),
+        resnet("adahessian", "adahessian", preconditioned=True, dense=True),
         vit("adamw-dense", "adamw", dense=True),
         *(
             make(f"adamw-seed{seed}", "adamw", seed=seed, full_analysis=True)
@@ -107,7 +107,7 @@ def experiments(setup: Setup, seeds: int) -> list[Experiment]:
             for make in (resnet, vit)
         ),
         *(
-            vit(f"{name}-clip-{clip:g}", name, clip=clip, optimizer_eyes=True, dense=True)
+            vit(f"{name}-clip-{clip:g}", name, clip=clip, preconditioned=True, dense=True)
             for name in ("adamw", "sgd-momentum")
             for clip in (1.0, STRONG_CLIP)
         ),

@@ -184,7 +184,7 @@ def spectra(experiment: Experiment, validation: Images, generalization: Images) 
             every_n_epochs=experiment.every,
             at_start=full,
             generalization_dataloader=evaluation(generalization) if full else None,
-            preconditioner="optimizer" if full or experiment.optimizer_eyes else None,
+            preconditioner="optimizer" if full or experiment.preconditioned else None,
             monitor_gradients=True,
         )
     ]

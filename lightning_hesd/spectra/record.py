@@ -43,7 +43,7 @@ class SpectrumRecord:
         error: What failed, and why; None if nothing did.
         generalization: The spectrum on the generalization data; None where none is analysed.
         layers: The spectra of single layers, by name; None where none are analysed.
-        preconditioned: The spectrum on the training data through the optimizer's eyes; None where it is not analysed.
+        preconditioned: The preconditioned spectrum on the training data; None where it is not analysed.
         stability_threshold: Up to which largest eigenvalue of that the optimizer's steps are stable; None: unknown.
         ggn: The spectrum of the Gauss-Newton matrix; None where it is not analysed.
         residual: The spectrum of the rest of the Hessian; None where it is not analysed.

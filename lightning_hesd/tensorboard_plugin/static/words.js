@@ -12,7 +12,7 @@ export function assessmentOf(record, axis) {
   const reasons = record.assessment?.reasons ?? [];
   if (reasons.length) parts.push(element("ul", {}, ...reasons.map((reason) => element("li", {}, reason))));
   if (record.stability_ratio !== null && record.stability_ratio !== undefined)
-    parts.push(element("p", {}, `λ_max through the optimizer's eyes is ${number(record.stability_ratio, 3)} of its threshold of stability.`));
+    parts.push(element("p", {}, `The preconditioned λ_max is ${number(record.stability_ratio, 3)} of its threshold of stability.`));
   return parts;
 }
 
