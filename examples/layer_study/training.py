@@ -75,9 +75,7 @@ def run(settings: Run, out: Path) -> float:
     folder = out / settings.folder
     if is_done(folder):
         return 0.0
-    torch.set_num_threads(
-        1
-    )  # more threads hardly speed up such small networks, and the other worker needs the other core
+    torch.set_num_threads(1)  # more threads hardly help here, and the other worker needs the core
     started, setup = time.perf_counter(), settings.setup
     data = load(settings.dataset, settings.seed, setup.train_size)
     everything = len(data.x_train)

@@ -29,7 +29,7 @@ LINE = {"marker": "o", "markersize": 4, "linewidth": 1}
 
 
 def panels(count: int, *, height: float = HEIGHT, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    """Return a figure with so many panels in a row."""
+    """Return a figure with `count` panels."""
     figure = Figure(figsize=(WIDTH * max(count, 2), height * rows), dpi=DPI, layout="constrained")
     return figure, [figure.add_subplot(rows, count, index + 1) for index in range(rows * count)]
 
@@ -52,7 +52,7 @@ def c_t_curves(outcomes: Mapping[str, Outcome]) -> Figure:
 
 
 def density_and_curve(spectra: Mapping[str, Spectrum], *outcomes: Outcome) -> Figure:
-    """Draw densities, and C_t over epochs beside them: of the network they come from, and of others to compare."""
+    """Draw densities, and beside them C_t over epochs, of their network and of others for comparison."""
     figure, axes = panels(len(spectra) + 1)
     for ax, (title, spectrum) in zip(axes, spectra.items(), strict=False):
         plot_density(spectrum, ax, title)
@@ -63,7 +63,7 @@ def density_and_curve(spectra: Mapping[str, Spectrum], *outcomes: Outcome) -> Fi
 
 
 def draw_c_t(ax: Axes, points: Sequence[Point], color: str = BLACK, style: str = "-", label: str = "") -> None:
-    """Draw C_t with its interval and the threshold; near zero the axis is stretched."""
+    """Draw C_t with its interval and the threshold, on an axis that is logarithmic away from zero."""
     low, high = zip(*(point.spectrum.c_t_interval for point in points), strict=True)
     values = [point.spectrum.c_t for point in points]
     errors = [[v - a for v, a in zip(values, low, strict=True)], [b - v for v, b in zip(values, high, strict=True)]]
@@ -74,7 +74,7 @@ def draw_c_t(ax: Axes, points: Sequence[Point], color: str = BLACK, style: str =
 
 
 def threshold(ax: Axes) -> None:
-    """Draw the threshold of C_t, on an axis that begins below everything."""
+    """Draw the threshold of C_t, on an axis that begins below all values."""
     ax.axhline(MP_THRESHOLD, color=VERMILION, linewidth=1, linestyle="--")
     ax.set_yscale("symlog", linthresh=0.01)
     ax.set_ylim(min(-1.5, 1.3 * ax.dataLim.y0), 0)
@@ -136,7 +136,7 @@ def _generalization(point: Point) -> Spectrum:
 
 
 def picks_over_epochs(runs: Mapping[str, tuple[Outcome, Mapping[str, Point]]]) -> Figure:
-    """Draw Fig. 9: largest eigenvalue, C_t and generalization accuracy, and what two rules pick."""
+    """Draw Fig. 9: largest eigenvalue, C_t and generalization accuracy, and the picks of two rules."""
     figure = Figure(figsize=(2 * WIDTH, 7.0), dpi=DPI, layout="constrained")
     for column, (title, (outcome, picks)) in enumerate(runs.items()):
         series = (
@@ -166,7 +166,7 @@ def picks_over_epochs(runs: Mapping[str, tuple[Outcome, Mapping[str, Point]]]) -
 
 
 def algorithm(assessments: Mapping[str, Sequence[Assessment]]) -> Figure:
-    """Draw the criteria of Fig. 10 for data on which networks generalize poorly and well."""
+    """Draw the criteria of Fig. 10 on data with poor and with good generalization."""
     figure, [ax] = panels(1, height=4.2)
     for (label, found), (color, marker) in zip(
         assessments.items(), ((VERMILION, "x"), (BLUE, "o"), (GREEN, "+"), (ORANGE, "s")), strict=False

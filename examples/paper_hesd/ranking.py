@@ -1,4 +1,4 @@
-"""Figure 9 and section 4.2: which rule picks the weights that generalize best."""
+"""Figure 9 and section 4.2: which checkpoint rule picks the weights that generalize best."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 NOTES = [
     (
         "Points of generalization accuracy with 95 % intervals (Student, paired over seeds), not corrected for the "
-        "number of comparisons: of twenty without any effect one is expected to exclude 0. Every rule picks among "
-        "the MP epochs whose training accuracy is within 0.01 of the best; the last row looks at the answer."
+        "number of comparisons: of twenty without an effect, one is expected to exclude 0. Every rule picks among "
+        "the MP epochs whose training accuracy is within 0.01 of the best; the last row uses the answer."
     )
 ]
 
@@ -86,7 +86,7 @@ def two_rules(outcomes: Outcomes) -> Section:
 
 
 def _spread(values: Sequence[float]) -> float:
-    """Return the mean absolute change of the logarithm; 0 for a single value, NaN where there is none."""
+    """Return the mean absolute change of the logarithm; 0 for a single value, NaN without values."""
     if any(value <= 0 for value in values):
         return math.nan
     return statistics.fmean([abs(math.log(b / a)) for a, b in itertools.pairwise(values)] or [0.0])

@@ -1,4 +1,4 @@
-"""What is trained, declared: one `Experiment` for each training, and the sizes common to all of them."""
+"""Settings of the study: one `Experiment` for each training, and the sizes that all of them share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DENSER = 4
 
 @dataclass(frozen=True)
 class Setup:
-    """Sizes common to all experiments; every one is an option of the command line."""
+    """Sizes that all experiments share; each is an option of the command line."""
 
     train_folder: str | None = field(default=None, metadata={"help": "class folders of PNG files, instead of digits"})
     gen_folder: str | None = field(default=None, metadata={"help": "the same classes from a shifted distribution"})
@@ -39,16 +39,16 @@ class Experiment:
     """One training.
 
     Attributes:
-        name: What the report calls it.
-        network: Which network.
+        name: Name in the report.
+        network: Key of the network.
         optimizer: Key of `training.OPTIMIZERS`.
-        setup: The sizes.
-        seed: Of initialization and order of samples; the data are the same for every seed.
-        task: "digits", or what networks are pre-trained on: `data.Colored`.
+        setup: Sizes.
+        seed: Seed of initialization and order of samples; the data are the same for every seed.
+        task: "digits", or "colored" for pre-training (`data.Colored`).
         augment: Whether training images are augmented.
         clip: Largest global norm of gradients; None: not clipped.
-        pretrained: Whose weights to begin with, input layer and classifier excepted.
-        frozen: Whether these weights stay as they are.
+        pretrained: Experiment whose weights to start from, except input layer and classifier.
+        frozen: Whether these weights are frozen.
         full_analysis: Also analyze the initialization, the generalization data, the preconditioned Hessian, and at the
             end how clean held-out data compare.
         preconditioned: Also analyze the preconditioned Hessian.
@@ -72,7 +72,7 @@ class Experiment:
 
     @property
     def every(self) -> int:
-        """Number of epochs from one analysis to the next; before fine-tuning only the result is of interest."""
+        """Number of epochs from one analysis to the next; pre-training is analyzed at its end only."""
         if self.task == "colored":
             return self.setup.epochs
         usual = self.setup.epochs // self.setup.points
@@ -80,13 +80,13 @@ class Experiment:
 
     @property
     def folder(self) -> str:
-        """Name of the folder of its outcome: the same settings are not trained twice."""
+        """Name of the folder of the outcome; it identifies the settings."""
         text = json.dumps(asdict(self), sort_keys=True)
         return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
 def experiments(setup: Setup, seeds: int) -> list[Experiment]:
-    """Return all experiments, the longest first, so that no worker ends long after the other."""
+    """Return all experiments, the longest first, so that both workers end at about the same time."""
 
     def vit(name: str, optimizer: str, **rest: object) -> Experiment:
         return Experiment(f"vit-{name}", "vit", optimizer, setup, **rest)  # type: ignore[arg-type]

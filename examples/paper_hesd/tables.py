@@ -32,7 +32,7 @@ OURS = ("HESD type", "C_t", "Train acc., %", "Gen. acc., %")
 TRAINED = ("Model", "Training dataset", "Test dataset", "Optimizer")
 TUNED = ("Model", "Training dataset", "Tuning dataset", "Test dataset", "Optimizer", "Frozen weights")
 UNTRAINED = (-1 / 0.73, -0.73)
-"""Where C_t of a random initialization lies: the paper has seen up to -0.73, and neither sign is the first one."""
+"""Range of C_t at random initialization: the paper reports up to -0.73, and either sign may be the larger one."""
 
 
 def row(outcome: Outcome, *labels: str) -> list[str]:
@@ -49,7 +49,7 @@ def row(outcome: Outcome, *labels: str) -> list[str]:
 
 
 def table(outcomes: Outcomes, rows: Sequence[Sequence[str]], header: Sequence[str]) -> Table:
-    """Return our rows; each is given as the name of an experiment and its labels."""
+    """Return our table; a row is the name of an experiment and its labels."""
     known = [row(outcomes[name], *labels) for name, *labels in rows if name in outcomes]
     return Table((*header, *OURS), known)
 

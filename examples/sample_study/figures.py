@@ -36,7 +36,7 @@ def panels(rows: int, columns: int, height: float = 3.3) -> tuple[Figure, Any]:
 
 
 def differences(data: Outcomes, state: str) -> Figure:
-    """Draw |L_{k+1} - L_k| as the paper's Figure 2: widths left, depths right; pixels above, features below."""
+    """Draw |L_{k+1} - L_k| as in the paper's Figure 2: widths left, depths right; pixels above, features below."""
     figure, axes = panels(len(INPUTS), len(SWEEPS))
     for row, inputs in zip(axes, INPUTS, strict=True):
         for ax, sweep in zip(row, SWEEPS, strict=True):
@@ -49,12 +49,12 @@ def differences(data: Outcomes, state: str) -> Figure:
                 ax.plot(k, np.mean([s.smoothed() for s in found], axis=0), color=color, linewidth=1.4, label=str(size))
             ax.set_title(f"{inputs}, by {LABELS[sweep]}", fontsize=10)
             ax.legend(fontsize=7, ncols=2, loc="upper right")
-    figure.suptitle(f"{state}: moving averages ({PAPER_FACTOR}), and faint what they average", fontsize=10)
+    figure.suptitle(f"{state}: moving averages ({PAPER_FACTOR}), and faint the values themselves", fontsize=10)
     return figure
 
 
 def tendencies(data: Outcomes) -> Figure:
-    """Draw the constant of the settling and the norms over both sweeps."""
+    """Draw the constant c and the norms over both sweeps."""
     shown = {"c": "constant c of c/k", "c/mean loss": "c / mean loss", "‖H‖": "‖H‖", "‖G‖": "‖G‖"}
     figure, axes = panels(len(shown), len(SWEEPS), 2.5)
     for row, (quantity, label) in zip(axes, shown.items(), strict=True):
@@ -86,7 +86,7 @@ def swept(ax: Axes, data: Outcomes, sweep: str) -> None:
         ax.set_xscale("log")
     ax.xaxis.set_major_locator(FixedLocator(list(data.study.sizes(sweep))))
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_minor_locator(NullLocator())  # laying them out takes as long as all the rest
+        axis.set_minor_locator(NullLocator())  # laying them out takes as long as the rest of the figure
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.set_xlabel(LABELS[sweep])
     ax.grid(visible=True, alpha=0.3)
