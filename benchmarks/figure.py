@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks.candidates import OURS, TOLERANCE
-from benchmarks.report import relative, summarise
+from benchmarks.report import relative, summarize
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -37,7 +37,7 @@ PANELS = [
 
 def draw(entries: Iterable[Mapping[str, Any]], path: Path) -> None:
     """Draw the medians of all entries into a PNG."""
-    summaries = [summarise(entry) for entry in entries]
+    summaries = [summarize(entry) for entry in entries]
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(13, 1.6 + 0.55 * len(summaries)), layout="constrained")
         axes = figure.subplots(1, len(PANELS), sharey=True)
@@ -46,9 +46,7 @@ def draw(entries: Iterable[Mapping[str, Any]], path: Path) -> None:
             ax.set_title(heading, fontsize=10, loc="left")
         axes[0].set_yticks(range(len(summaries)), [next(iter(rows.values())).problem for rows in summaries])
         axes[0].set_ylim(len(summaries) - 0.5, -0.5)
-        handles = [
-            axes[0].plot([], [], marker, color=colour, label=name)[0] for name, (colour, marker) in STYLES.items()
-        ]
+        handles = [axes[0].plot([], [], marker, color=color, label=name)[0] for name, (color, marker) in STYLES.items()]
         missed = f"$C_t$ off by more than {TOLERANCE:.0%}"
         handles += axes[0].plot([], [], "o", color="black", mfc="white", label=missed)
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
@@ -59,16 +57,16 @@ def _draw_panel(ax: Axes, summaries: list[dict[str, Summary]], key: str | None) 
     for row, candidates in enumerate(summaries):
         if row % 2:
             ax.axhspan(row - 0.5, row + 0.5, color="0.96", lw=0, zorder=0)
-        for number, (name, (colour, marker)) in enumerate(STYLES.items()):
+        for number, (name, (color, marker)) in enumerate(STYLES.items()):
             if name not in candidates:
                 continue
             value = candidates[name].gradients if key is None else relative(candidates, name, key)
             error = candidates[name].whole.get("error")
             missed = key == "c_t_seconds" and error is not None and error > TOLERANCE
             if value is not None:
-                face = "white" if missed else colour
+                face = "white" if missed else color
                 height = row + 0.12 * (number - (len(STYLES) - 1) / 2)
-                ax.plot(value, height, marker, color=colour, mfc=face, ms=6, clip_on=False)
+                ax.plot(value, height, marker, color=color, mfc=face, ms=6, clip_on=False)
     if key is not None:
         ax.set_xscale("log", base=2)
         ax.axvline(1, color="0.5", lw=0.8, zorder=0)

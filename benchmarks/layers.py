@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 EXPLANATION = """\
 Seconds of `hessian_spectrum` and of `layer_spectra(layers="auto")` with {steps} steps each, one batch, two CPU
-threads, medians of {rounds} rounds in turn; and the ratio, which would be the number of blocks if each were analysed as
+threads, medians of {rounds} rounds in turn; and the ratio, which would be the number of blocks if each were analyzed as
 the whole network is. A step of a block differentiates the gradient's graph from that block to the loss and back, so
 that late blocks are cheap and early ones cost what those above them do.
 """

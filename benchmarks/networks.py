@@ -55,7 +55,7 @@ def resnet20() -> nn.Module:
 
 
 class _Block(nn.Module):
-    """A transformer block with layer normalisation first; attention goes through PyTorch's fused kernels."""
+    """A transformer block with layer normalization first; attention goes through PyTorch's fused kernels."""
 
     def __init__(self, width: int, heads: int, *, causal: bool) -> None:
         super().__init__()

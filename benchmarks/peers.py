@@ -3,8 +3,8 @@
 Both packages get what we know: that the network is deterministic, and how many samples there are. Neither needs
 telling how to weigh the batches, which are equally large.
 
-curvlinops' products are off by a thousandth or so on networks with layer normalisation: it differentiates
-`torch.func.jacrev` in forward mode, and torch 2.13 then gets the tangent of the normalisation's weight gradient wrong
+curvlinops' products are off by a thousandth or so on networks with layer normalization: it differentiates
+`torch.func.jacrev` in forward mode, and torch 2.13 then gets the tangent of the normalization's weight gradient wrong
 (with `torch.func.grad` in its place it does not).
 """
 

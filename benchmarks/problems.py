@@ -1,6 +1,6 @@
 """The problems of the benchmark: a network, briefly trained weights, and samples, each made by code and cached.
 
-Weights at random initialisation would not do: their spectra, and the steps that Lanczos needs, are not those of
+Weights at random initialization would not do: their spectra, and the steps that Lanczos needs, are not those of
 trained networks.
 """
 
@@ -32,7 +32,7 @@ CHARACTERS = "abcdefghijklmnopqrstuvwxyz ,.\n"
 
 @dataclass(frozen=True)
 class Problem:
-    """One loss to analyse.
+    """One loss to analyze.
 
     Attributes:
         name: Key of the problem.
@@ -86,7 +86,7 @@ def large_digits(generator: torch.Generator) -> Batch:
 def text(generator: torch.Generator) -> Batch:
     """Return 512 sequences of characters from random sentences; the labels are the characters that follow."""
     draw = random.Random(int(torch.randint(2**31, (), generator=generator)))
-    people = ["the teacher", "an old sailor", "my sister", "nobody", "the quiet neighbour", "a tired clerk"]
+    people = ["the teacher", "an old sailor", "my sister", "nobody", "the quiet neighbor", "a tired clerk"]
     acts = ["reads", "forgets", "paints", "carries", "looks for", "talks about", "sells"]
     things = ["the letter", "a red boat", "seven apples", "the long road", "her garden", "a broken clock"]
     ends = [".\n", " every day.\n", " in the rain.\n", ", as before.\n", ", and {} {} {}.\n"]

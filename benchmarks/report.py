@@ -86,7 +86,7 @@ def title(entry: Mapping[str, Any]) -> str:
     return f"{RECIPES[entry['problem']].title}, {pieces} batch{'es' * (pieces > 1)}"
 
 
-def summarise(entry: Mapping[str, Any]) -> dict[str, Summary]:
+def summarize(entry: Mapping[str, Any]) -> dict[str, Summary]:
     """Return the medians of all candidates on one problem."""
     gradient = statistics.median(entry["products"][GRADIENT]["seconds"])
     summaries = {}
@@ -125,7 +125,7 @@ def table(entries: Iterable[Mapping[str, Any]]) -> str:
     """Return the Markdown table."""
     lines = [_line(COLUMNS), _line(["---"] * 2 + ["---:"] * (len(COLUMNS) - 2))]
     for entry in entries:
-        summaries = summarise(entry)
+        summaries = summarize(entry)
         lines += [_line(_row(summaries, name)) for name in summaries]
     return "\n".join(lines)
 

@@ -1,14 +1,14 @@
 """Watch the Hessian's spectrum while small networks learn handwritten digits, and let it pick the weights.
 
 A residual CNN and a small ViT are trained on scikit-learn's 8x8 digits. After every third epoch the callback estimates
-the spectrum of the Hessian of the training loss, and two rules pick a checkpoint, each among the analysed epochs whose
+the spectrum of the Hessian of the training loss, and two rules pick a checkpoint, each among the analyzed epochs whose
 training accuracy is within 0.01 of the best:
 
 - highest C_t, the rule of Gabdullin (2025);
 - lowest largest eigenvalue (λ_max), the rule that paper compares it with.
 
-Neither sees the generalization set: held-out digits, rotated, shifted and noisy. It only shows, at the end, how well
-the picks generalise.
+The rules do not use the generalization set (held-out digits, rotated, shifted and noisy). It shows, at the end, how
+well the picks generalize.
 
     python examples/digits.py
     python examples/digits.py --model vit --optimizer sgd-momentum --epochs 72 --seed 1
@@ -104,7 +104,7 @@ class ViT(nn.Module):
             width, heads, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
         self.blocks = nn.TransformerEncoder(block, depth, norm=nn.LayerNorm(width), enable_nested_tensor=False)
-        self.head = nn.Linear(tokens * width, 10)  # reads all tokens: learns faster here than their mean
+        self.head = nn.Linear(tokens * width, 10)  # reads all tokens; this learns faster here than their mean
 
     def forward(self, x: Tensor) -> Tensor:
         tokens: Tensor = self.embed(x).flatten(2).transpose(1, 2) + self.position
@@ -121,7 +121,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 class Classifier(pl.LightningModule):
-    """An ordinary LightningModule: nothing in it is there for the sake of the spectrum."""
+    """An ordinary LightningModule; the spectrum needs no code in it."""
 
     def __init__(self, network: nn.Module, optimizer: str) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class Classifier(pl.LightningModule):
 
 
 class Run(NamedTuple):
-    """What is left of a training."""
+    """The results of one training run."""
 
     log_dir: str
     history: SpectrumHistory
@@ -176,10 +176,10 @@ def train(name: str, args: argparse.Namespace) -> Run:
     spectra = HessianSpectrumCallback(
         every_n_epochs=3,
         at_start=True,
-        num_samples=200,  # this and `steps` are below their defaults to be quick
+        num_samples=200,  # fewer than the default, as `steps`, to be fast
         batch_size=200,
         steps=40,
-        generalization_dataloader=generalization_loader,  # for the assessment; the rules do not see it
+        generalization_dataloader=generalization_loader,  # for the assessment; the rules do not use it
         checkpoint=by_c_t,  # this one becomes the Trainer's "best"
     )
     trainer = pl.Trainer(
@@ -199,13 +199,13 @@ def train(name: str, args: argparse.Namespace) -> Run:
         ("lowest λ_max", by_lambda_max, by_lambda_max.best_model_path),
     ):
         [metrics] = trainer.test(model, generalization_loader, ckpt_path=path, verbose=False)
-        assert checkpoint.best is not None  # there is one after the first analysis
+        assert checkpoint.best is not None  # set after the first analysis
         picks[rule] = checkpoint.best.epoch, metrics["test_acc"]
     return Run(str(trainer.log_dir), spectra.history, model.accuracies, picks)
 
 
 def report(run: Run) -> None:
-    """Print one row for each analysis, and what the rules picked."""
+    """Print one row for each analysis, and the picks of the rules."""
     print(f"\n{run.log_dir}\nepoch  train acc  gen acc      C_t  [interval]             λ_max  type  picked by")
     for record in run.history:
         row = f"{record.epoch:5}" if record.epoch >= 0 else "start"
@@ -235,11 +235,11 @@ def main() -> None:
     parser.add_argument("--log-dir", type=Path, default=Path("runs/digits"))
     args = parser.parse_args()
 
-    torch.set_num_threads(1)  # so small networks gain little from more, and lose much where the cores are shared
+    torch.set_num_threads(1)  # more threads hardly speed up such small networks, and slow them down on shared cores
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for harmless in (
         ".*does not have many workers",  # the data are in memory
-        ".*multiple `ModelCheckpoint` callbacks",  # "best" is that of the callback's own rule
+        ".*multiple `ModelCheckpoint` callbacks",  # "best" is the pick of the callback's rule
         ".*LeafSpec.*deprecated",  # Lightning 2.6 with torch 2.13
     ):
         warnings.filterwarnings("ignore", message=harmless)

@@ -1,6 +1,6 @@
 """Draw a run of digits.py: the criteria and accuracies over its epochs, beside the density at the picked epoch.
 
-Everything comes from the run's log directory: the spectra that the callback saved, and TensorBoard's scalars.
+The data come from the run's log directory: the spectra that the callback saved, and TensorBoard's scalars.
 
     python examples/figure.py runs/digits/resnet/version_0 resnet.png
 """
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TOLERANCE = 0.01
-BLUE, VERMILION = "#0072B2", "#D55E00"  # Okabe & Ito (2008): colour-blind readers can tell them apart
+BLUE, VERMILION = "#0072B2", "#D55E00"  # Okabe & Ito (2008): color-blind readers can tell them apart
 
 
 @dataclass
 class Run:
-    """What the figure shows; epochs are 0-based, -1 is before training."""
+    """The data of the figure; epochs are 0-based, -1 is before training."""
 
     spectra: dict[int, Spectrum]
     train_acc: list[float]
@@ -44,7 +44,7 @@ class Run:
         return cls(spectra, train_acc, gen_acc)
 
     def candidates(self) -> list[int]:
-        """Return the epochs that a HessianCheckpoint of digits.py chooses from."""
+        """Return the candidates of the HessianCheckpoints of digits.py."""
         trained = [epoch for epoch in self.spectra if epoch >= 0]
         best = max(self.train_acc[epoch] for epoch in trained)
         qualified = [epoch for epoch in trained if best - self.train_acc[epoch] <= TOLERANCE]
@@ -111,7 +111,7 @@ def draw(run: Run, path: Path) -> None:
 def draw_curve(panel: Axes, run: Run, values: dict[int, float], linestyle: str = "-") -> None:
     """Draw one quantity over epochs: candidates filled, others hollow, and the two picks."""
     panel.plot(list(values), list(values.values()), "o", linestyle=linestyle, color="black", linewidth=0.8,
-               markersize=4, markerfacecolor="white", label="analysed")  # fmt: skip
+               markersize=4, markerfacecolor="white", label="analyzed")  # fmt: skip
     candidates = run.candidates()
     panel.plot(candidates, [values[epoch] for epoch in candidates], "o", color="black", markersize=4, label="candidate")
     styles: tuple[dict[str, Any], ...] = (

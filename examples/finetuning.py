@@ -1,14 +1,14 @@
 """Fine-tune with frozen layers: which weights does the spectrum belong to?
 
-A network learns the digits 0 to 4. Then it gets a new head for 5 to 9: at first the head alone is trained, the body is
-frozen; later BaseFinetuning thaws the body. Two callbacks look at the same loss:
+A network learns the digits 0 to 4. Then it gets a new head for 5 to 9. At first only the head is trained; later
+BaseFinetuning unfreezes the body. Two callbacks analyze the same loss:
 
-- "trained" analyses the parameters that require grad, as by default. The loss of a linear head alone is convex: there
-  is no negative curvature, and C_t is 0 up to rounding. That says nothing about the network as a whole.
-- "all" takes `include_frozen=True`: all weights that the loss depends on, frozen or not. Its C_t can be compared over
-  the whole of the training.
+- "trained" analyzes the parameters that require grad (the default). The loss of a linear head alone is convex: there is
+  no negative curvature, and C_t is 0 up to rounding. This says nothing about the whole network.
+- "all" has `include_frozen=True`: it analyzes all weights that the loss depends on. Its C_t can be compared over the
+  whole training.
 
-From the epoch in which the body is thawed both are the same.
+From the epoch that unfreezes the body, both spectra are equal.
 
     python -m examples.finetuning
     python -m examples.finetuning --epochs 16 --thaw 8
@@ -39,7 +39,7 @@ FEATURES = 32
 
 
 def digits(first: int, last: int) -> DataLoader[tuple[Tensor, ...]]:
-    """Return the digits from `first` to `last`, labelled from 0."""
+    """Return the digits from `first` to `last`, labeled from 0."""
     images, labels = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
     wanted = (labels >= first) & (labels <= last)
     data = TensorDataset(images[wanted].float().reshape(-1, 1, 8, 8) / 16, labels[wanted] - first)
@@ -70,7 +70,7 @@ class Classifier(pl.LightningModule):
 
 
 class Thaw(BaseFinetuning):
-    """Trains the head alone until an epoch, and the body too from then on, with a tenth of the learning rate."""
+    """Trains the head alone before an epoch, and from then on also the body, at a tenth of the learning rate."""
 
     def __init__(self, epoch: int) -> None:
         super().__init__()
@@ -88,12 +88,12 @@ def main(args: Sequence[str] | None = None) -> dict[str, HessianSpectrumCallback
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretraining", type=int, default=8, help="epochs on the digits 0 to 4")
     parser.add_argument("--epochs", type=int, default=12, help="epochs on the digits 5 to 9")
-    parser.add_argument("--thaw", type=int, default=6, help="the first of them, 0-based, that trains the body")
+    parser.add_argument("--thaw", type=int, default=6, help="the first of these epochs, 0-based, that trains the body")
     parser.add_argument("--steps", type=int, default=40, help="Lanczos steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-dir", type=Path, default=Path("runs/finetuning"))
     options = parser.parse_args(args)
-    torch.set_num_threads(1)  # so small a network gains nothing from more, and loses much where the cores are shared
+    torch.set_num_threads(1)  # more threads do not speed up so small a network, and slow it down on shared cores
 
     spectra = {
         "trained": HessianSpectrumCallback(name="trained", every_n_epochs=2, steps=options.steps),

@@ -1,12 +1,13 @@
-"""Watch both players of a GAN, which is optimized manually: two callbacks, each with a loss and parameters of its own.
+"""Analyze both networks of a GAN with manual optimization: two callbacks, each with its own loss and parameters.
 
-With manual optimization there is no loss that `training_step` returns, and calling it would change the weights. So each
-callback gets a `loss_fn(module, batch)`, and `parameters` that leaves out the other player: the Hessian of the
-generator's loss with respect to the generator, and that of the discriminator's loss with respect to the discriminator.
-What is random in the forward pass, here the noise, is the same in every product and in every analysis.
+With manual optimization `training_step` returns no loss, and calling it would change the weights. So each callback gets
+a `loss_fn(module, batch)`, and `parameters` that selects its network: one Hessian is that of the generator's loss with
+respect to the generator, the other that of the discriminator's loss with respect to the discriminator. The noise of the
+forward pass is the same in every HVP and in every analysis.
 
-The points to imitate lie around the corners of an octagon. A generator that has found them all is at no minimum of its
-loss, which changes with the discriminator: its λ_min stays clearly negative, although C_t approaches 0, as λ_max grows.
+The points to imitate lie around the corners of an octagon. Even a generator that has found all corners is not at a
+minimum of its loss, because the loss changes with the discriminator: λ_min stays clearly negative. C_t approaches 0
+because λ_max grows.
 
     python -m examples.gan
     python -m examples.gan --epochs 80
@@ -52,7 +53,7 @@ def network(inputs: int, outputs: int, width: int = 64) -> nn.Sequential:
 
 
 class GAN(pl.LightningModule):
-    """Two players, two optimizers."""
+    """Two networks, two optimizers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,18 +83,18 @@ def generated(module: GAN, batch: list[Tensor]) -> Tensor:
 
 
 def discriminator_loss(module: GAN, batch: list[Tensor]) -> Tensor:
-    """Return how badly the discriminator tells points of the data from generated ones."""
+    """Return the discriminator's loss in classifying points as real or generated."""
     real, fake = module.discriminator(batch[0]), module.discriminator(generated(module, batch).detach())
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
 def generator_loss(module: GAN, batch: list[Tensor]) -> Tensor:
-    """Return how seldom generated points are taken for data."""
+    """Return the generator's loss: it is small if the discriminator takes generated points for real ones."""
     return F.softplus(-module.discriminator(generated(module, batch))).mean()
 
 
 def corners_found(module: GAN) -> tuple[int, float]:
-    """Return how many corners are imitated, and the share of generated points that are near one."""
+    """Return the number of corners that are imitated, and the share of generated points near a corner."""
     with torch.no_grad():
         points = module.generator(torch.randn(2000, NOISE, generator=torch.Generator().manual_seed(1)))
     distance, nearest = torch.cdist(points, CORNERS).min(dim=1)
@@ -109,7 +110,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, HessianSpectrumCallback
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-dir", type=Path, default=Path("runs/gan"))
     options = parser.parse_args(args)
-    torch.set_num_threads(1)  # so small a network gains nothing from more, and loses much where the cores are shared
+    torch.set_num_threads(1)  # more threads do not speed up so small a network, and slow it down on shared cores
 
     spectra = {
         "generator": HessianSpectrumCallback(

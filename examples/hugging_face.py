@@ -1,10 +1,10 @@
 """Fine-tune a small GPT-2 with LoRA, and follow the curvature of the adapters.
 
-A model of Hugging Face's transformers reads what Python's own help says of the language, character by character
-(`pydoc_data.topics`, which comes with Python), but for one topic. Then adapters of PEFT learn that topic, with gradient
-checkpointing, as large models do. The callback analyses what is trained, the adapters; rows are padded to the longest,
-so that the loss of a batch is a mean over its tokens, and `batch_weight="tokens"` makes the Hessian that of the mean
-over all tokens of the sample.
+A model of Hugging Face's transformers learns Python's help (`pydoc_data.topics`, which comes with Python), character by
+character, except for one topic. Then adapters of PEFT learn that topic, with gradient checkpointing as for large
+models. The callback analyzes the trained weights, which are the adapters. Rows are padded to the longest, so the loss
+of a batch is a mean over its tokens. With `batch_weight="tokens"` the Hessian is that of the mean over all tokens of
+the sample.
 
     pip install transformers peft
     python -m examples.hugging_face
@@ -36,7 +36,7 @@ CONTEXT = 96
 ALPHABET = sorted(set("".join(topics.values())))
 IDS = {character: number for number, character in enumerate(ALPHABET)}
 IGNORED = -100
-"""The label of padding: no loss."""
+"""The label of padding; it does not count in the loss."""
 
 
 def encoded(text: str) -> Tensor:
@@ -45,13 +45,13 @@ def encoded(text: str) -> Tensor:
 
 
 def paragraphs(topic: str) -> list[Tensor]:
-    """Return the paragraphs of a topic, as far as the context goes."""
+    """Return the paragraphs of a topic, cut to the length of the context."""
     parts = [" ".join(part.split()) for part in topics[topic].split("\n\n")]
     return [encoded(part[:CONTEXT]) for part in parts if len(part) >= CONTEXT // 8]
 
 
 def collate(rows: list[Tensor]) -> dict[str, Tensor]:
-    """Return a batch as the models of transformers take it, padded to its longest row."""
+    """Return a batch in the format of transformers, padded to its longest row."""
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORED)}
@@ -62,7 +62,7 @@ def loader(rows: Sequence[Tensor], *, shuffle: bool = False) -> DataLoader[Any]:
 
 
 class CausalLM(pl.LightningModule):
-    """The usual wrapper: a batch goes in by its keys, and the model returns its loss."""
+    """The usual wrapper: passes a batch by its keys, and returns the loss of the model."""
 
     def __init__(self, model: nn.Module, lr: float) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class CausalLM(pl.LightningModule):
 
 
 def pretrained(topic: str, steps: int) -> nn.Module:
-    """Return a GPT-2 that knows all topics but one."""
+    """Return a GPT-2 trained on all topics except one."""
     from transformers import GPT2Config, GPT2LMHeadModel  # noqa: PLC0415 - not a dependency of this project
 
     size = {"n_positions": CONTEXT, "n_embd": 64, "n_layer": 2, "n_head": 4}
@@ -103,7 +103,7 @@ def pretrained(topic: str, steps: int) -> nn.Module:
 
 
 def with_adapters(model: nn.Module, rank: int) -> nn.Module:
-    """Return the model with everything frozen but adapters of this rank."""
+    """Return the model with adapters of this rank and all other weights frozen."""
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415 - not a dependency of this project
 
     model.gradient_checkpointing_enable()  # type: ignore[operator]
@@ -146,7 +146,7 @@ def main(args: Sequence[str] | None = None) -> tuple[CausalLM, HessianSpectrumCa
         picked = trainer.validate(module, loader(held_out), ckpt_path=rule.best_model_path, verbose=False)
 
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    print(f"{trained} of {sum(p.numel() for p in module.parameters())} parameters are trained and analysed.")
+    print(f"{trained} of {sum(p.numel() for p in module.parameters())} parameters are trained and analyzed.")
     print("epoch  loss on training  on held-out text      C_t    λ_max  type")
     for record in spectra.history:
         found, held = record.spectrum, before if record.epoch < 0 else module.losses[record.epoch + 1]

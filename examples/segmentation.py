@@ -1,10 +1,10 @@
-"""Dense output: a small network marks the pixels of discs and squares, and a metric of its own ranks the checkpoints.
+"""Dense output: a small network labels the pixels of discs and squares, and an IoU metric ranks the checkpoints.
 
-- The loss is a mean over pixels, of which those on the edges of shapes do not count. So batches have unequal numbers of
-  labelled pixels, and `batch_weight` says how many: the Hessian is then that of the mean over all labelled pixels, in
-  whatever batches they come.
-- `training_step` updates a JaccardIndex of torchmetrics and logs it. The analyses call `training_step`, too, yet the
-  metric is as if they did not; HessianCheckpoint takes it for `train_metric`.
+- The loss is a mean over pixels without those on the edges of shapes, so batches have unequal numbers of labeled
+  pixels. `batch_weight` returns that number. Then the Hessian is that of the mean over all labeled pixels, however they
+  are batched.
+- `training_step` updates a JaccardIndex of torchmetrics and logs it. The analyses call `training_step`, too, but do not
+  change the metric. HessianCheckpoint uses it as `train_metric`.
 
     python -m examples.segmentation
     python -m examples.segmentation --epochs 30
@@ -36,7 +36,7 @@ EDGE = 255
 
 
 def shapes(images: int, seed: int, noise: float = 0.3) -> TensorDataset:
-    """Return noisy images, each of a disc and a square that may cover it, and the class of every pixel."""
+    """Return noisy images of a disc and a square that may cover it, and the class of every pixel."""
     generator = torch.Generator().manual_seed(seed)
     rows, columns = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
     labels = torch.zeros(images, SIZE, SIZE, dtype=torch.long)
@@ -57,13 +57,13 @@ def mark(label: Tensor, distance: Tensor, shape: int) -> None:
     label[distance.abs() < 0.5] = EDGE
 
 
-def labelled_pixels(batch: list[Tensor]) -> float:
-    """Return how much a batch counts: the number of pixels that its loss is a mean over."""
+def labeled_pixels(batch: list[Tensor]) -> float:
+    """Return the weight of a batch: the number of pixels in the mean that is its loss."""
     return float((batch[1] != EDGE).sum())
 
 
 class Segmenter(pl.LightningModule):
-    """A network that sees the image at full and at half size."""
+    """A network that processes the image at full and at half resolution."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -118,11 +118,11 @@ def main(args: Sequence[str] | None = None) -> tuple[Segmenter, HessianSpectrumC
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-dir", type=Path, default=Path("runs/segmentation"))
     options = parser.parse_args(args)
-    torch.set_num_threads(1)  # so small a network gains nothing from more, and loses much where the cores are shared
+    torch.set_num_threads(1)  # more threads do not speed up so small a network, and slow it down on shared cores
 
     rule = HessianCheckpoint("highest_c_t", train_metric="train_iou", tolerance=0.1)
     spectra = HessianSpectrumCallback(
-        every_n_epochs=2, num_samples=48, steps=options.steps, batch_weight=labelled_pixels, checkpoint=rule
+        every_n_epochs=2, num_samples=48, steps=options.steps, batch_weight=labeled_pixels, checkpoint=rule
     )
     with quiet():
         pl.seed_everything(options.seed, verbose=False)

@@ -1,4 +1,4 @@
-"""What the studies of papers have in common: runs in processes, how a claim is judged, tables in Markdown, silence."""
+"""Helpers of the studies of papers: runs in parallel, findings, tables in Markdown, and known warnings turned off."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOT_RUN: Verdict = "not run"
 
 
 class Table(NamedTuple):
-    """A table of a paper, or ours."""
+    """A table with its header."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -33,7 +33,7 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True)
 class Finding:
-    """How one claim of a paper came out."""
+    """One claim of a paper, with our evidence and verdict."""
 
     claim: str
     rule: str
@@ -49,15 +49,15 @@ def markdown(table: Table) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Leave out what Lightning says that is known and harmless here."""
+    """Suppress messages and warnings that are known and harmless here."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         for message in (
             ".*does not have many workers",  # the data are in memory
             ".*smaller than the logging interval",  # nothing is logged by step
             ".*LeafSpec.*deprecated",  # Lightning 2.6 with torch 2.13
-            ".*gradient_checkpointing.* is deprecated",  # transformers 5.24, which has another name for it
-            ".*backward\\(\\) with create_graph=True",  # AdaHessian lets go of the graphs
+            ".*gradient_checkpointing.* is deprecated",  # transformers 5.24, which has renamed it
+            ".*backward\\(\\) with create_graph=True",  # AdaHessian frees the graphs
         ):
             warnings.filterwarnings("ignore", message=message)
         yield
@@ -66,7 +66,7 @@ def quiet() -> Iterator[None]:
 def run_all(
     runs: Sequence[Run], run: Callable[[Run, Path], object], out: Path, *, is_done: Callable[[Run], bool], jobs: int
 ) -> None:
-    """Do the runs that are not done, so many at a time, and say how far they are."""
+    """Do the unfinished runs, several at a time, and print the progress."""
     if not runs:
         return
     todo = [settings for settings in runs if not is_done(settings)]
@@ -75,7 +75,7 @@ def run_all(
         return
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        if jobs == 1:  # no need for another process
+        if jobs == 1:  # a single worker needs no other process
             done: Iterable[object] = (run(settings, out) for settings in todo)
         else:
             pool = stack.enter_context(ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")))

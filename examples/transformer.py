@@ -1,11 +1,11 @@
 """Follow the layers of a small transformer, written in the style of Hugging Face, as it learns to spell.
 
-The model is made from a config; its forward takes `input_ids` and `labels` as keywords and returns an object with
-`.loss` and `.logits`. The LightningModule around it is the usual one, and the callback takes the loss from it. With
-`layers="auto"` every attention, MLP, norm and embedding is a block of its own; the head shares the weights of the token
-embedding, so that they are one block.
+The model is made from a config. Its forward takes `input_ids` and `labels` as keywords and returns an object with
+`.loss` and `.logits`. It is in an ordinary LightningModule, which gives the callback its loss. With `layers="auto"`
+every attention, MLP, norm and embedding is a block. The head shares the weights of the token embedding, so both are one
+block.
 
-The text is what scikit-learn says of its data sets.
+The text is scikit-learn's description of its data sets.
 
     python -m examples.transformer
     python -m examples.transformer --epochs 20 --layers 4
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TinyConfig:
-    """What the model is made from."""
+    """Sizes of the model."""
 
     vocab_size: int
     context: int = 32
@@ -49,14 +49,14 @@ class TinyConfig:
 
 @dataclass(frozen=True)
 class CausalLMOutput:
-    """What the model returns."""
+    """Output of the model."""
 
     logits: Tensor
     loss: Tensor | None = None
 
 
 class SelfAttention(nn.Module):
-    """Each character looks at those before it."""
+    """Causal attention: each character attends to itself and to earlier ones."""
 
     def __init__(self, config: TinyConfig) -> None:
         super().__init__()
@@ -73,14 +73,14 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Sequential):
-    """Two linear layers; its name makes it one block of `layers="auto"`."""
+    """Two linear layers; with `layers="auto"`, the class name makes them one block."""
 
     def __init__(self, width: int) -> None:
         super().__init__(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
 
 class Layer(nn.Module):
-    """Attention and MLP, both residual, norms first."""
+    """Attention and MLP, both residual, with norms before them."""
 
     def __init__(self, config: TinyConfig) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class TinyForCausalLM(nn.Module):
 
 
 class Characters(Dataset[dict[str, Tensor]]):
-    """Pieces of a text, as `input_ids` and `labels`."""
+    """Chunks of a text, as `input_ids` and `labels`."""
 
     def __init__(self, length: int) -> None:
         sets = (load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine)
@@ -137,7 +137,7 @@ class Characters(Dataset[dict[str, Tensor]]):
 
 
 class LanguageModel(pl.LightningModule):
-    """The usual wrapper: the batch goes in by its keys, and the loss comes from the model's output."""
+    """The usual wrapper: passes a batch by its keys, and returns the loss of the model's output."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class LanguageModel(pl.LightningModule):
 
 
 def report(record: SpectrumRecord) -> None:
-    """Print what the layers are like in one record."""
+    """Print a row for each layer of a record."""
     assert record.layers is not None
     print(f"\nepoch {record.epoch}\n{'block':30}  parameters      C_t    λ_max     trace  effective rank")
     for name, indicators in layer_indicators(record.layers).items():
@@ -169,11 +169,11 @@ def main(args: Sequence[str] | None = None) -> HessianSpectrumCallback:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20, help="Lanczos steps")
-    parser.add_argument("--samples", type=int, default=64, help="pieces of text to analyse")
+    parser.add_argument("--samples", type=int, default=64, help="pieces of text to analyze")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-dir", type=Path, default=Path("runs/transformer"))
     options = parser.parse_args(args)
-    torch.set_num_threads(1)  # so small a network gains nothing from more, and loses much where the cores are shared
+    torch.set_num_threads(1)  # more threads do not speed up so small a network, and slow it down on shared cores
 
     with quiet():
         pl.seed_everything(options.seed, verbose=False)

@@ -16,7 +16,7 @@ from benchmarks import checks, isolation, language_models, layers, measure, prob
 from benchmarks.__main__ import environment, write
 from benchmarks.candidates import OURS, TOLERANCE
 from benchmarks.profile import PARTS, profile
-from benchmarks.report import summarise
+from benchmarks.report import summarize
 from benchmarks.truth import steps_within, true_c_t
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # curvlinops
@@ -90,13 +90,13 @@ def test_report_has_everything(entry: dict[str, Any], tmp_path: Path) -> None:
     write({"environment": environment(), "size": "quick", "entries": [entry, broken]}, tmp_path)
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert f"torch {torch.__version__}" in text
-    for name, summary in summarise(entry).items():
+    for name, summary in summarize(entry).items():
         assert text.count(f"| {name} |") == 2
         assert summary.product is None or f"| {1000 * summary.product:.3g} |" in text
     assert "OSError: no luck" in text
     assert (tmp_path / "results.png").stat().st_size > 10_000
     assert (tmp_path / "results.json").is_file()
-    assert summarise(entry)[OURS.name].gradients is not None
+    assert summarize(entry)[OURS.name].gradients is not None
     assert text.count(f"| {entry['profile']['products']} |") >= 2
 
 

@@ -126,7 +126,7 @@ def test_segmentation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_pixels_on_edges_do_not_count() -> None:
     images, labels = segmentation.shapes(4, seed=0).tensors
-    assert segmentation.labelled_pixels([images, labels]) == sum(int((labels == c).sum()) for c in range(3))
+    assert segmentation.labeled_pixels([images, labels]) == sum(int((labels == c).sum()) for c in range(3))
     assert set(labels.unique().tolist()) == {0, 1, 2, segmentation.EDGE}
 
 

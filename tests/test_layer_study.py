@@ -49,7 +49,7 @@ def test_everything_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "12 runs to do, 0 finished earlier" in said
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
     parts = dict(re.findall(r"^## (.*)\n\n((?:(?!^## ).*\n?)*)", report, re.MULTILINE))
-    for word, claims in (("Overfitting", 3), ("Under-parameterisation", 2), ("Expressivity", 3)):
+    for word, claims in (("Overfitting", 3), ("Under-parameterization", 2), ("Expressivity", 3)):
         verdicts = re.findall(r"^- \*\*(agrees|differs|cannot be seen at this scale)\*\*: ", parts[word], re.MULTILINE)
         assert len(verdicts) == claims
         assert re.findall(rf"^\| {word} \| .* \| (.*) \|$", parts["Summary"], re.MULTILINE) == verdicts
@@ -250,4 +250,4 @@ def test_what_stands_for_the_words() -> None:
     assert data.gap == pytest.approx(0.5)
     assert data.unexplained[0, 0] == pytest.approx([0, 0.05 / 0.9, 0.1, 0.5, 1.1 / 0.9])
     assert data.shortfall[0, 0] == pytest.approx([0, 0, 0, 0.4, 1.1 / 0.9 - 0.1])
-    assert data.memorised[0, 0] == pytest.approx([1, 0.75, 0.5, 0, -0.1])
+    assert data.memorized[0, 0] == pytest.approx([1, 0.75, 0.5, 0, -0.1])

@@ -18,7 +18,7 @@ from examples.sample_study.data import features, load
 from examples.sample_study.measuring import displaced, losses_of, make_network, run, trained_network
 from examples.sample_study.outcomes import Displaced, Numbers, Outcomes, State
 from examples.sample_study.settings import DEPTH, FEATURES, INPUTS, PIXELS, STATES, TRAINED, WIDTH, Run, Setup, Study
-from examples.sample_study.statements import Statement, at_initialisation, follow_up, statements, trend_of
+from examples.sample_study.statements import Statement, at_initialization, follow_up, statements, trend_of
 from examples.sample_study.trends import Interval, Region, Trend, student, trend
 from examples.shared import AGREES, DIFFERS, UNSEEN
 from lightning_hesd.sample_size.loss_differences import differences_of
@@ -48,7 +48,7 @@ def test_everything_once(tmp_path: Path) -> None:
     # Rate, two trends with their sizes, losses, two norms, distance, entries: on both inputs. Then consistency, two
     # bounds, and the follow-up at two distances.
     assert len(set(found)) == len(found) == 2 * 10 + 2 + 2 + 2 * 2
-    before = re.findall(line, parts["The same rules at initialisation"], re.MULTILINE)
+    before = re.findall(line, parts["The same rules at initialization"], re.MULTILINE)
     assert len(before) == 2 * 8
     for claim, _ in found:
         assert f"- {claim} *Rule: " in parts["Rules"]
@@ -236,7 +236,7 @@ def test_statements_agree() -> None:
     slope = trend_of(data, PIXELS, TRAINED, DEPTH, "‖H‖").slope
     assert slope.mean == pytest.approx(1)
     assert trend_of(data, PIXELS, TRAINED, WIDTH, "‖H‖").slope.mean == pytest.approx(0.5)
-    assert len(at_initialisation(data)) == 16
+    assert len(at_initialization(data)) == 16
 
 
 def test_statements_differ() -> None:

@@ -24,7 +24,7 @@ class Case:
     Attributes:
         name: As the library calls it.
         train: Trains it.
-        loss_fn: The `loss_fn` that the callback is given, where `training_step` has no loss to analyse.
+        loss_fn: The `loss_fn` that the callback is given, where `training_step` has no loss to analyze.
         load: `load(path)` loads the picked checkpoint as the library's users do; None: `torch.load(weights_only=True)`
             and `load_state_dict`.
         note: What readers of the table must know.

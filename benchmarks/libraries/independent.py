@@ -67,7 +67,7 @@ class CheckedCallback(HessianSpectrumCallback):
         self.found: list[Extremes | str] = _Shared()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Analyse, then check."""
+        """Analyze, then check."""
         super().on_train_epoch_end(trainer, pl_module)
         if trainer.current_epoch != self.epoch:
             return

@@ -18,7 +18,7 @@ the extreme eigenvalues are computed independently after the last analysis.
 
 - **weights**: whether all parameters and buffers have the same bits after training with and without the callback;
 - **C_t, type**: of the last epoch, in a training of so few epochs;
-- **mode**: in which the loss is analysed; `deterministic` is training mode without dropout and batch statistics;
+- **mode**: in which the loss is analyzed; `deterministic` is training mode without dropout and batch statistics;
 - **verified**: whether the analysis verified its products by differences of the loss; `unknown`: it could not tell,
   for example because of kinks of the loss (ReLU) next to the weights;
 - **difference**: the largest relative difference of the loss, the smallest and the largest eigenvalue to those of the

@@ -49,7 +49,7 @@ class Outcome:
         spectrum: The last spectrum in a line.
         c_t: Its C_t.
         hesd_type: Its type.
-        mode: Mode in which the loss is analysed.
+        mode: Mode in which the loss is analyzed.
         verified: Whether the analysis verified itself.
         difference: Largest relative difference of the extreme eigenvalues and the loss to the independent computation;
             None: there is none.

@@ -1,4 +1,4 @@
-"""Analyse every layer, loss and function of PyTorch as a part of small losses, and write the table.
+"""Analyze every layer, loss and function of PyTorch as a part of small losses, and write the table.
 
 python -m benchmarks.operations                     # a few minutes on one core
 python -m benchmarks.operations --only Norm         # those whose name contains this, printed only

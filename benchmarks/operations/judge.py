@@ -77,8 +77,8 @@ class Problem(nn.Module):
         if setting == "gradient penalty":
             value = self.value(x)
             (slope,) = torch.autograd.grad(value, x, create_graph=True)
-            penalised: Tensor = value + slope.square().sum()
-            return penalised
+            penalized: Tensor = value + slope.square().sum()
+            return penalized
         along = torch.linspace(-1, 1.3, x.numel(), dtype=x.dtype).view_as(x)
         value, slope = cast("tuple[Tensor, Tensor]", torch.func.jvp(self.value, (x,), (along,)))
         return value + slope.square()
@@ -102,7 +102,7 @@ class Verdict:
 
 
 def judge(case: Case, setting: Setting) -> Verdict:
-    """Analyse an operation, and compare the curvature along random vectors with second differences of the loss."""
+    """Analyze an operation, and compare the curvature along random vectors with second differences of the loss."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         problem = Problem(case)

@@ -1,10 +1,10 @@
-"""Ask whether spectra of layer-wise Hessians go with overfitting, under-parameterisation and expressivity.
+"""Test whether spectra of layer-wise Hessians correlate with overfitting, under-parameterization and expressivity.
 
     python -m examples.layer_study --quick      # a minute or two: three data sets, few networks
     python -m examples.layer_study              # seven data sets, 378 networks: about 18 minutes on two cores
 
-Runs that are finished are not run again with the same settings, so that an interrupted study goes on. Changes of the
-code are not settings: take another --out.
+Finished runs are not repeated with the same settings, so an interrupted study continues. After changes of the code, use
+another --out.
 """
 
 from __future__ import annotations

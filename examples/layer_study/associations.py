@@ -1,11 +1,11 @@
-"""Rank correlations of indicators with what they may stand for, with intervals and corrected p-values.
+"""Rank correlations of indicators with outcomes, with intervals and corrected p-values.
 
-All arrays end with the axes (data sets, seeds, configurations). Networks are ranked only against those of the same
-data set and seed, a *stratum*: neither data sets nor splits of the data can pose as effects. Correlations are averaged
-over the seeds of a data set, then over the data sets.
+All arrays end with the axes (data sets, seeds, configurations). Networks are ranked only within a *stratum*, the
+networks of one data set and seed, so differences between data sets or splits do not appear as effects. Correlations are
+averaged over the seeds of a data set, then over the data sets.
 
-What is random is the configuration. The runs of one are no independent evidence, on whichever data and seeds, so
-bootstrap and permutations move a configuration with all its runs: the same draw serves all strata.
+Only the configuration is random. The runs of one configuration are not independent evidence, so bootstrap and
+permutations move a configuration with all its runs: all strata use the same draw.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RESAMPLES, PERMUTATIONS = 1000, 5000
 CONFIDENCE = 0.95
 ROUNDING = 1e-9
 NO_SPREAD = 1e-6
-"""A vector of ranks, or of what is left of them, that is shorter than this is constant."""
+"""A vector of ranks, or of their residuals, that is shorter than this counts as constant."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Association:
 
     Attributes:
         by_dataset: Mean over seeds, shape (data sets,); NaN where an indicator or the outcome does not vary.
-        mean: Over data sets.
+        mean: Mean over data sets.
         low: Lower end of the bootstrap interval of the mean.
-        high: Its upper end.
-        p: Of the hypothesis that no indicator has anything to do with the outcome, corrected for their number; NaN
-            where this is not tested.
+        high: Upper end of this interval.
+        p: p-value of the hypothesis that no indicator is correlated with the outcome, corrected for the number of
+            indicators; NaN where this is not tested.
     """
 
     by_dataset: Array
@@ -56,17 +56,17 @@ class Association:
 
 
 def plain(values: Array, _directions: Sequence[Array] = ()) -> Array:
-    """Return standardised ranks: their products are Spearman's correlation."""
+    """Return standardized ranks: their products are Spearman's correlation."""
     return _unit(_ranks(values))
 
 
 def given(values: Array, directions: Sequence[Array]) -> Array:
-    """Return what is left of the ranks when those of the controls are regressed out: partial correlation."""
+    """Return the residuals of the ranks after regression on those of the controls: partial correlation."""
     return without(_ranks(values), directions)
 
 
 def of_controls(controls: Sequence[Array]) -> list[Array]:
-    """Return directions at right angles that ranks of the controls are made of."""
+    """Return an orthonormal basis of the ranks of the controls."""
     directions: list[Array] = []
     for control in controls:
         directions.append(np.nan_to_num(without(_ranks(control), directions)))  # a constant one changes nothing
@@ -74,34 +74,34 @@ def of_controls(controls: Sequence[Array]) -> list[Array]:
 
 
 def within(values: Array, _directions: Sequence[Array] = ()) -> Array:
-    """Return what is left of the ranks when the mean of each configuration is subtracted: equal architectures.
+    """Return the ranks without the mean of each configuration: equal architectures.
 
-    Only initialisation, order of samples, and how a split suits a configuration are left.
+    The remaining differences come from initialization, order of samples, and how a split suits a configuration.
     """
     ranks = _ranks(values)
     rest = _unit(ranks - ranks.mean(axis=-2, keepdims=True), axes=(-2, -1))
     return rest * float(np.sqrt(values.shape[-2]))  # the mean over seeds is taken of the products
 
 
-def without(centred: Array, directions: Sequence[Array]) -> Array:
-    """Return what is left at right angles to the directions, of length 1."""
-    rest = _unit(centred)
+def without(centered: Array, directions: Sequence[Array]) -> Array:
+    """Return the component orthogonal to the directions, scaled to length 1."""
+    rest = _unit(centered)
     for direction in directions:
         rest = rest - (rest * direction).sum(axis=-1, keepdims=True) * direction
     return _unit(rest)
 
 
 def _ranks(values: Array) -> Array:
-    """Return centred ranks within each stratum; NaN in all of a stratum that has one."""
+    """Return centered ranks within each stratum; all are NaN if one is."""
     ranks = rankdata(values, axis=-1, nan_policy="propagate")
-    centred: Array = ranks - ranks.mean(axis=-1, keepdims=True)
-    return centred
+    centered: Array = ranks - ranks.mean(axis=-1, keepdims=True)
+    return centered
 
 
-def _unit(centred: Array, axes: int | tuple[int, ...] = -1) -> Array:
+def _unit(centered: Array, axes: int | tuple[int, ...] = -1) -> Array:
     """Scale to length 1; NaN where there is no spread."""
-    length = np.sqrt(np.square(centred).sum(axis=axes, keepdims=True))
-    unit: Array = centred / np.where(length > NO_SPREAD, length, np.nan)
+    length = np.sqrt(np.square(centered).sum(axis=axes, keepdims=True))
+    unit: Array = centered / np.where(length > NO_SPREAD, length, np.nan)
     return unit
 
 
@@ -121,10 +121,10 @@ def associations(
     Args:
         indicators: Shape (indicators, data sets, seeds, configurations).
         outcome: Shape (data sets, seeds, configurations), as the controls.
-        view: What the correlation is of.
-        controls: What is held constant, for the view `given`.
-        test: Whether p-values are wanted; `within` configurations there is nothing to permute among them.
-        seed: Of bootstrap and permutations.
+        view: Transforms values to the vectors whose products are correlations.
+        controls: Quantities to hold constant, for the view `given`.
+        test: Whether to compute p-values; the view `within` has none, because it leaves no differences to permute.
+        seed: Seed of bootstrap and permutations.
     """
     directions = of_controls(controls)
     x, y = view(indicators, directions), view(outcome, directions)
@@ -149,10 +149,10 @@ def associations(
 def corrected_p(x: Array, y: Array, directions: Sequence[Array], generator: np.random.Generator) -> Array:
     """Return p-values corrected for the number of indicators: Westfall & Young's (1993) single-step max-T.
 
-    A permutation gives every configuration the outcomes of another one, of all its runs, stratum by stratum. The
+    A permutation gives every configuration the outcomes of another one, for all its runs, stratum by stratum. The
     p-value is the share of permutations in which the strongest of all mean correlations is at least as strong as this
-    one; unlike Holm's correction it is not wasteful where indicators say the same. Directions that are left out are
-    left out again after permuting (Freedman & Lane 1983): without this there would be too few large correlations.
+    one. Unlike Holm's correction it stays powerful if indicators are correlated. Directions that were projected out are
+    projected out again after permuting (Freedman & Lane 1983); without this, large correlations would be too rare.
     """
     orders = np.argsort(generator.random((PERMUTATIONS, y.shape[-1])), axis=-1)
     permuted = without(_drawn(y, orders), directions)
@@ -175,7 +175,7 @@ def _percentiles(values: Array, tails: tuple[float, float]) -> tuple[float, floa
 
 
 def _mean(values: Array, axis: int = -1) -> Array:
-    """Return the mean of what is defined, NaN where nothing is."""
+    """Return the mean of the defined values; NaN if there are none."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Mean of empty slice", category=RuntimeWarning)
         mean: Array = np.nanmean(values, axis=axis)

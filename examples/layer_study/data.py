@@ -1,4 +1,4 @@
-"""Small data sets, five of them scikit-learn's own and two made: training and test part, standardised."""
+"""Small data sets, five of scikit-learn and two synthetic: training and test part, standardized."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 NAMES = ("digits", "wine", "breast_cancer", "iris", "moons", "diabetes", "friedman")
 REGRESSION = ("diabetes", "friedman")
 FLIPPED = 0.1
-"""Share of the labels of the moons that are wrong, in both parts: no network can do without errors."""
+"""Share of wrong labels of the moons, in both parts: no network can be without errors."""
 
 MADE = 700
-"""Samples of data that are made, of which training takes its share."""
+"""Number of samples of synthetic data, for training and test together."""
 
 
 class Data(NamedTuple):
@@ -30,15 +30,15 @@ class Data(NamedTuple):
 
 
 def load(name: str, seed: int, train_size: int) -> Data:
-    """Return a data set, split by the seed; what is made is also made by it."""
+    """Return a data set, split by the seed; synthetic data are also drawn with it."""
     x, y = _moons(seed) if name == "moons" else _friedman(seed) if name == "friedman" else _bundled(name)
     regression = name in REGRESSION
     x_train, x_test, y_train, y_test = train_test_split(
         x, y, train_size=min(train_size, len(x) // 2), random_state=seed, stratify=None if regression else y
     )
-    inputs = _standardised(x_train, x_test)
+    inputs = _standardized(x_train, x_test)
     if regression:
-        return Data(*inputs, *_standardised(y_train[:, None], y_test[:, None]), 1)
+        return Data(*inputs, *_standardized(y_train[:, None], y_test[:, None]), 1)
     return Data(*inputs, torch.tensor(y_train), torch.tensor(y_test), int(y.max()) + 1)
 
 
@@ -56,7 +56,7 @@ def _friedman(seed: int) -> Any:
     return bundled.make_friedman1(MADE, n_features=10, noise=2.0, random_state=seed)
 
 
-def _standardised(train: Any, test: Any) -> tuple[Tensor, Tensor]:
+def _standardized(train: Any, test: Any) -> tuple[Tensor, Tensor]:
     """Shift and scale both parts so that each feature of the training part has mean 0 and variance 1 (or is 0)."""
     mean, scale = train.mean(axis=0), train.std(axis=0)
     scale = np.where(scale > 0, scale, 1)

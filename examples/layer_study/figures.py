@@ -1,4 +1,4 @@
-"""The two figures of the report, without pyplot; colours are those of Okabe & Ito (2008)."""
+"""The two figures of the report, without pyplot; colors are those of Okabe & Ito (2008)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DIVERGING = LinearSegmentedColormap.from_list("vermilion-white-blue", [NEGATIVE,
 UNDEFINED = "0.8"
 ROW = 0.21
 VIEWS = {RAW: (POSITIVE, "o", -0.16), SIZE: (NEGATIVE, "s", 0.16)}
-"""Colour, marker and offset of each view; filled where it is seen by the rule."""
+"""Color, marker and offset of each view; filled where the rule sees a correlation."""
 
 
 def forest(answers: Sequence[Answer]) -> Figure:
@@ -34,14 +34,14 @@ def forest(answers: Sequence[Answer]) -> Figure:
     for ax, answer in zip(axes, answers, strict=True):
         ax.axvspan(-RELEVANT, RELEVANT, color="0.94", linewidth=0)
         ax.axvline(0, color="0.5", linewidth=0.8)
-        for view, (colour, marker, offset) in VIEWS.items():
+        for view, (color, marker, offset) in VIEWS.items():
             found = answer.views[view]
             rows, means = np.arange(len(found)) + offset, np.array([one.mean for one in found])
-            ax.hlines(rows, [one.low for one in found], [one.high for one in found], color=colour, linewidth=1)
+            ax.hlines(rows, [one.low for one in found], [one.high for one in found], color=color, linewidth=1)
             seen = np.array([is_seen(one) for one in found])
-            for chosen, fill in ((seen, colour), (~seen, "white")):
-                ax.plot(means[chosen], rows[chosen], marker, color=colour, markersize=4.5, markerfacecolor=fill)
-            ax.plot([], [], f"{marker}-", color=colour, markersize=4.5, linewidth=1, label=view)
+            for chosen, fill in ((seen, color), (~seen, "white")):
+                ax.plot(means[chosen], rows[chosen], marker, color=color, markersize=4.5, markerfacecolor=fill)
+            ax.plot([], [], f"{marker}-", color=color, markersize=4.5, linewidth=1, label=view)
         ax.set_xlim(-1, 1)
         ax.set_xticks([-1, -0.5, 0, 0.5, 1])
         ax.set_xlabel("average rank correlation")
@@ -58,11 +58,11 @@ def heat_map(answers: Sequence[Answer], datasets: Sequence[str]) -> Figure:
     """Draw the correlations in each data set, a panel for each word."""
     figure = Figure(figsize=(2.7 * len(answers) + 3, 1.6 + ROW * len(NAMES)), dpi=110, layout="constrained")
     axes = figure.subplots(1, len(answers), sharey=True, squeeze=False)[0]
-    colours = DIVERGING.copy()
-    colours.set_bad(UNDEFINED)
+    colors = DIVERGING.copy()
+    colors.set_bad(UNDEFINED)
     for ax, answer in zip(axes, answers, strict=True):
         values = np.array([found.by_dataset for found in answer.views[RAW]])
-        image = ax.imshow(values, aspect="auto", interpolation="nearest", cmap=colours, vmin=-1, vmax=1)
+        image = ax.imshow(values, aspect="auto", interpolation="nearest", cmap=colors, vmin=-1, vmax=1)
         ax.set_xticks(range(len(datasets)), datasets, rotation=90, fontsize=8)
         ax.set_title(answer.word.name, fontsize=11)
         separate(ax)
@@ -72,7 +72,7 @@ def heat_map(answers: Sequence[Answer], datasets: Sequence[str]) -> Figure:
 
 
 def separate(ax: Axes) -> None:
-    """Draw a line wherever another quantity begins."""
+    """Draw a line between quantities."""
     quantities = [name.rsplit(", ", 1)[0] for name in NAMES]
     for row, (before, after) in enumerate(itertools.pairwise(quantities)):
         if before != after:

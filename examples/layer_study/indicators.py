@@ -1,4 +1,4 @@
-"""From the spectra of a run to its indicators: of the whole network, and of its layers."""
+"""Indicators of a run, from the spectra of the whole network and of its layers."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ QUANTITIES = {
     "near_zero_share": "near-zero share",
     "negative_share": "negative share",
 }
-"""What is taken of a spectrum, and what the report calls it. -C_t, so that more is more negative curvature."""
+"""Quantities of a spectrum, with their names in the report. -C_t, so that larger means more negative curvature."""
 
 PLACES = ("whole", "mean", "largest", "first", "last")
-"""The Hessian of the whole network; of its layers the mean and largest value, and those of the first and last."""
+"""The whole network; the mean and largest value of its layers; the first and the last layer."""
 
 MEANINGLESS = {
     ("trace_share", "whole"),  # 1

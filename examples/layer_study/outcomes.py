@@ -1,4 +1,4 @@
-"""What is left of a run: its numbers and spectra, in a folder of its own."""
+"""The outcome of a run: its numbers and spectra, in one folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OUTCOME = "outcome.json"
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a run has come to.
+    """The numbers of a run.
 
     Attributes:
         train_loss: Mean loss of the trained network over the training samples.
@@ -28,7 +28,7 @@ class Numbers:
         train_score: Accuracy or R² on the training samples.
         test_score: The same on the test samples.
         constant_loss: Training loss of the best constant prediction.
-        shuffled_loss: Training loss of the same network trained alike on shuffled targets.
+        shuffled_loss: Training loss of the same network, trained in the same way on shuffled targets.
         parameters: Number of parameters.
         train_size: Number of training samples.
         test_size: Number of test samples.
@@ -64,7 +64,7 @@ def is_done(folder: Path) -> bool:
 
 
 def write(run: Run, folder: Path, numbers: Numbers) -> None:
-    """Write what the callback has not written; this comes last, so that an interrupted run is not done."""
+    """Write the numbers, after the callback has written the spectra: then the run is done."""
     with atomic_write(folder / OUTCOME) as partial:
         partial.write_text(json.dumps({"run": asdict(run), "numbers": asdict(numbers)}, indent=1), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""The report: what the abstract claims beside what came out, as Markdown with two figures."""
+"""The report: the claims of the abstract and our results, as Markdown with two figures."""
 
 from __future__ import annotations
 
@@ -28,43 +28,43 @@ INTRODUCTION = """\
 Bolshim & Kugaevskikh (2025, [arXiv:2510.17486](https://arxiv.org/abs/2510.17486)) take the Hessian of each layer by
 itself, and report from 111 experiments on 37 data sets that "the spectral properties of local Hessians, such as the
 distribution of eigenvalues, reveal quantitative patterns associated with overfitting, underparameterization, and
-expressivity". Here the abstract's claim is put to {count} small networks on {datasets} data sets. Which quantities the
-paper itself measures is not part of the abstract: those here are ours, so that *differs* would refute nothing.
+expressivity". This study tests the claim on {count} small networks and {datasets} data sets. The abstract does not say
+which quantities the paper measures. Those here are ours, so *differs* would not refute the paper.
 """
 METHOD = """\
 - **Networks**: MLPs with tanh, {widths} units in each of {depths} hidden layers ({configurations} configurations), each
   trained from {seeds} seeds; Adam, learning rate {learning_rate:g}, no weight decay, {epochs} epochs of batches of
-  {batch_size}. A seed is also a split of the data: all networks of a seed have the same. Not ReLU: with it all layers
-  have Hessians without negative eigenvalues, as the last layer has here.
+  {batch_size}. All networks of a seed have the same split of the data. Not ReLU: with it no layer has a Hessian with
+  negative eigenvalues; here this holds for the last layer only.
 - **Spectra**: `HessianSpectrumCallback(layers="auto")` on all training samples, half-way (for the growth of λ_max, the
-  logarithm of the ratio) and at the end (for all else); {steps} Lanczos steps from each of {probes} start vectors, so
-  that all but λ_max and C_t are estimates with noise, which weakens correlations.
+  logarithm of the ratio) and at the end (for all other indicators); {steps} Lanczos steps from each of {probes} start
+  vectors. All indicators except λ_max and C_t have noise, which weakens correlations.
 - **Indicators**: those of `layer_indicators`, with −C_t for C_t, and the effective rank also as a share of the number
-  of parameters; *whole*: of the Hessian of all parameters, as a comparison; *mean* and *largest*: over layers; *first*
-  and *last* layer. Left out is what is the same in all networks: {indicators} are left.
+  of parameters; *whole*: of the Hessian of all parameters, for comparison; *mean* and *largest*: over layers; *first*
+  and *last* layer. Without indicators that are equal in all networks, {indicators} remain.
 - **Correlations**: Spearman's, among the {configurations} networks of the same data set and seed, averaged over seeds,
-  then over data sets: differences between data sets or splits cannot pose as effects.
+  then over data sets, so that differences between data sets or splits do not appear as effects.
 - **Intervals**: 95 %, percentiles of {resamples} bootstrap samples of configurations, with all their runs: seeds of a
-  configuration are no independent evidence. Data sets are not resampled: the averages speak of these data sets.
+  configuration are not independent evidence. Data sets are not resampled: the averages hold for these data sets.
 - **p-values**: from {permutations} permutations of configurations, again with all their runs; corrected for the
-  {indicators} indicators by the distribution of the strongest correlation (Westfall & Young's single-step max-T), for
-  each word and view by itself. The correlations named as the strongest are so partly by luck, and will shrink.
+  {indicators} indicators by the distribution of the strongest correlation (Westfall & Young's single-step max-T),
+  separately for each word and view. The strongest correlations are partly so by chance, and would be weaker elsewhere.
 - **Size as a confounder**: *given the size* is the partial rank correlation given the number of parameters and the
   number of layers; *equal architectures* correlates ranks from which the mean of each configuration is subtracted,
-  so that only initialisation, order of samples, and how a split suits a configuration are left.
-- **Training loss as a confounder**: the curvature of cross-entropy vanishes as the training loss does, so that
-  large eigenvalues, small training loss and large gap go together for a reason that needs no Hessian.
+  so that only initialization, order of samples, and how a split suits a configuration remain.
+- **Training loss as a confounder**: the curvature of cross-entropy vanishes with the training loss, so eigenvalues,
+  training loss and gap are correlated for a reason that needs no Hessian.
 """
 FOREST = (
-    f"*Average correlations with 95 % intervals, raw and given the size; filled: seen by the rule; grey "
+    f"*Average correlations with 95 % intervals, raw and given the size; filled: seen by the rule; gray "
     f"band: less than {rules.RELEVANT} in size.*"
 )
 NOTES = """\
-- Seven small data sets and one kind of network; MLPs this small overfit in other ways than large networks.
-- What is correlated is not caused: nothing here was intervened upon except width, depth and seed.
-- A network that is called under-parameterised may also be badly trained, as deep and narrow ones can be.
-- The test part of the small data sets is small, so that their gaps have noise of their own, which weakens correlations.
-- Ranks are straight only to first order: a partial rank correlation removes monotone effects of size, and no others.
+- There are seven small data sets and one kind of network; MLPs this small overfit in other ways than large networks.
+- Correlation is not causation: only width, depth and seed were varied.
+- A network that counts as under-parameterized may also be badly trained, as deep and narrow ones can be.
+- The test part of the small data sets is small, so their gaps have noise, which weakens correlations.
+- A partial rank correlation removes monotone effects of size only.
 """
 
 
@@ -80,12 +80,12 @@ def write(data: Sample, out: Path) -> Path:
         "![Forest plot](forest.png)",
         FOREST,
         "![Heat map](heat-map.png)",
-        "*Raw correlations in each data set; grey: undefined, because one of the two does not vary.*",
-        f"## How it was done\n\n{method(data)}",
+        "*Raw correlations in each data set; gray: undefined, because one of the two does not vary.*",
+        f"## Method\n\n{method(data)}",
         f"## Runs\n\n{runs(data)}",
         *(chapter(answer, data) for answer in answers),
         f"## The gap in accuracy or R²\n\n{other_gap(data, answers[0])}",
-        f"## What this cannot tell\n\n{NOTES.strip()}",
+        f"## Limits\n\n{NOTES.strip()}",
     ]
     path = out / "report.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -93,14 +93,14 @@ def write(data: Sample, out: Path) -> Path:
 
 
 def introduction(data: Sample) -> str:
-    """Return what this is, with versions."""
+    """Return the introduction, with versions."""
     text = INTRODUCTION.format(count=data.gap.size, datasets=len(data.study.datasets)).strip()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     return f"{text}\n\n{dt.datetime.now(tz=dt.timezone.utc).date()}; Python {platform.python_version()}, {versions}."
 
 
 def method(data: Sample) -> str:
-    """Return how the study was made."""
+    """Return the method of the study."""
     study = data.study
     return METHOD.format(
         widths=enumerated(study.widths),
@@ -121,7 +121,7 @@ def summary(answers: Sequence[Answer]) -> str:
 
 
 def runs(data: Sample) -> str:
-    """Return a table of the data sets with what the networks have come to."""
+    """Return a table of the data sets with losses and scores of the networks."""
     numbers = data.numbers
     rows = []
     for index, dataset in enumerate(data.study.datasets):
@@ -134,13 +134,13 @@ def runs(data: Sample) -> str:
                 dataset, f"{train_size}/{test_size}", str(features), *(
                     spread(values[index])
                     for values in (numbers["train_loss"], numbers["test_loss"], data.gap, numbers["train_score"],
-                                   numbers["test_score"], data.memorised)
+                                   numbers["test_score"], data.memorized)
                 ),
                 f"{under:.0%}",
             )
         )  # fmt: skip
     header = ("Data set", "Train/test samples", "Features", "Training loss", "Test loss", "Gap", "Training score",
-              "Test score", "Shuffled targets explained", "Under-parameterised")  # fmt: skip
+              "Test score", "Shuffled targets explained", "Under-parameterized")  # fmt: skip
     caption = "Median (least to greatest) over the runs. Score: accuracy; R² for diabetes and friedman."
     return f"{caption}\n\n{markdown(Table(header, rows))}"
 
@@ -152,9 +152,9 @@ def chapter(answer: Answer, data: Sample) -> str:
     return "\n\n".join(
         [
             f"## {answer.word.name}",
-            f"What stands for it: {answer.word.quantity}.",
+            f"Its measure: {answer.word.quantity}.",
             *findings,
-            f"The same of the Hessian of the whole network, for comparison: {rules.evidence(whole)}.",
+            f"For comparison, the Hessian of the whole network: {rules.evidence(whole)}.",
             f"The number of parameters alone has an average correlation of {average(answer.size_alone)} with it.",
             markdown(correlations(answer, data.study.datasets)),
         ]
@@ -177,13 +177,13 @@ def correlations(answer: Answer, datasets: Sequence[str]) -> Table:
 
 
 def other_gap(data: Sample, overfitting: Answer) -> str:
-    """Return whether another measure of the gap says the same."""
+    """Return whether another measure of the gap gives the same result."""
     found = associations.associations(data.indicators, data.score_gap, associations.plain)
     by_loss = overfitting.views[RAW]
     rows = [(name, average(found[n]), average(by_loss[n])) for n, name in enumerate(NAMES)]
     opposite = sum(a.mean * b.mean < 0 and max(a.p, b.p) < rules.LEVEL for a, b in zip(found, by_loss, strict=True))
     text = (
-        "Training minus test score instead of test minus training loss, which over-confident networks drive up at "
+        "Training minus test score instead of test minus training loss, which over-confident networks increase at "
         f"unchanged accuracy. Not part of the verdicts. {rules.evidence(rules.split(found)[0])}. Indicators with "
         f"corrected p < {rules.LEVEL} for both, of opposite sign: {opposite}."
     )

@@ -1,4 +1,4 @@
-"""What is trained, declared: every data set with every size of network and every seed."""
+"""Settings of the study: every data set with every size of network and every seed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from examples.layer_study.data import NAMES
 
 @dataclass(frozen=True)
 class Setup:
-    """What all runs have in common.
+    """Settings that all runs share.
 
     Attributes:
-        epochs: Epochs of every training, an even number: the Hessians are analysed half-way and at the end.
+        epochs: Epochs of every training, an even number: the Hessians are analyzed half-way and at the end.
         train_size: Training samples at most; never more than half of the data. Few, so that networks can overfit.
         batch_size: Training samples per step.
-        learning_rate: Of Adam, without weight decay.
+        learning_rate: Learning rate of Adam, without weight decay.
         steps: Lanczos steps of every spectrum.
         probes: Start vectors of every spectrum: shares and ranks are means over them.
     """
@@ -33,7 +33,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Run:
-    """One network on one data set; the seed is that of the split, the initialisation and the order of samples."""
+    """One network on one data set; the seed determines split, initialization and order of samples."""
 
     dataset: str
     width: int
@@ -43,16 +43,16 @@ class Run:
 
     @property
     def folder(self) -> str:
-        """Name of the folder of its outcome: the same settings are not trained twice."""
+        """Name of the folder of the outcome; it identifies the settings."""
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
         return f"{self.dataset}-w{self.width}-d{self.depth}-s{self.seed}-{digest}"
 
 
 @dataclass(frozen=True)
 class Study:
-    """Which runs there are: all combinations.
+    """All combinations of data sets, seeds and configurations.
 
-    A configuration is a width and a depth. It is what the statistics resample, hence many configurations and few seeds.
+    A configuration is a width and a depth. The statistics resample configurations, hence many of them and few seeds.
     """
 
     datasets: tuple[str, ...] = NAMES

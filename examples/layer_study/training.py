@@ -1,4 +1,4 @@
-"""One run: a network trained in Lightning, with the callback that analyses its layers; and its ability to memorise."""
+"""One run: train a network in Lightning, analyze its layers, and measure its ability to memorize."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
 
 def loss(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return cross-entropy of classes, mean squared error of numbers."""
+    """Return the cross-entropy for classes, the mean squared error for numbers."""
     return F.mse_loss(outputs, targets) if targets.is_floating_point() else F.cross_entropy(outputs, targets)
 
 
 class MLP(pl.LightningModule):
     """Equally wide hidden layers with tanh.
 
-    Not ReLU: such a network is piecewise linear in the parameters of any one layer, so that the layer's Hessian is a
-    Gauss-Newton matrix, without negative eigenvalues wherever the loss is convex. For the same reason the last layer
-    has none here.
+    Not ReLU: a ReLU network is piecewise linear in the parameters of each layer, so the layer's Hessian is a
+    Gauss-Newton matrix, without negative eigenvalues if the loss is convex. For the same reason the last layer here has
+    none.
     """
 
     def __init__(self, inputs: int, outputs: int, width: int, depth: int, learning_rate: float) -> None:
@@ -71,11 +71,11 @@ def constant_loss(y: Tensor) -> float:
 
 
 def run(settings: Run, out: Path) -> float:
-    """Train, and write the outcome; nothing is done if it is there. Return the seconds this took."""
+    """Train and write the outcome, unless it exists. Return the seconds this took."""
     folder = out / settings.folder
     if is_done(folder):
         return 0.0
-    torch.set_num_threads(1)  # so small networks gain little from more, and the other worker needs the other core
+    torch.set_num_threads(1)  # more threads hardly help here, and the other worker needs the core
     started, setup = time.perf_counter(), settings.setup
     data = load(settings.dataset, settings.seed, setup.train_size)
     everything = len(data.x_train)
@@ -93,7 +93,7 @@ def run(settings: Run, out: Path) -> float:
         network = _trained(settings, data, data.y_train, folder, [analysis])
         train_loss, train_score = network.performance(data.x_train, data.y_train)
         test_loss, test_score = network.performance(data.x_test, data.y_test)
-        # What the same network can learn by heart: targets that have nothing to do with the inputs.
+        # How well the same network memorizes targets that do not depend on the inputs.
         order = torch.randperm(everything, generator=torch.Generator().manual_seed(settings.seed))
         shuffled = data.y_train[order]
         shuffled_loss, _ = _trained(settings, data, shuffled, folder, []).performance(data.x_train, shuffled)

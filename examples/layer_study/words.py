@@ -1,4 +1,4 @@
-"""The paper's three words: which quantity stands for each, what is asked of it, and by which rule it is judged."""
+"""The paper's three words: the quantity that measures each, the questions about it, and the rule of the verdict."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from examples.shared import Verdict
 
 UNEXPLAINED = 0.1
-"""A network is under-parameterised if it leaves more than this share of what the best one explains unexplained."""
+"""A network is under-parameterized if it fails to explain more than this share of what the best network explains."""
 
 WHOLE = PLACES[0]
 RELEVANT, LEVEL = 0.3, 0.05
@@ -51,9 +51,9 @@ class Sample:
 
     @property
     def unexplained(self) -> Array:
-        """Share of what the best network of the stratum explains that a network leaves unexplained.
+        """Share that a network does not explain, of what the best network of its stratum explains.
 
-        Explained is by how much the training loss is below that of the best constant prediction.
+        A network explains the difference between its training loss and that of the best constant prediction.
         """
         loss = self.numbers["train_loss"]
         best = loss.min(axis=-1, keepdims=True)
@@ -62,11 +62,11 @@ class Sample:
 
     @property
     def shortfall(self) -> Array:
-        """What is left unexplained beyond the share that is allowed; 0 for networks that are large enough."""
+        """Unexplained share above the allowed share; 0 for networks that are large enough."""
         return np.maximum(self.unexplained - UNEXPLAINED, 0)
 
     @property
-    def memorised(self) -> Array:
+    def memorized(self) -> Array:
         """Share of shuffled targets that a network explains."""
         return 1 - self.numbers["shuffled_loss"] / self.numbers["constant_loss"]
 
@@ -88,9 +88,9 @@ class Word:
 
     Attributes:
         name: The word.
-        quantity: What stands for it, in words.
-        values: The same of all runs.
-        loss_given: Whether to ask, too, what the spectra say beyond the training loss; not of what is made of it.
+        quantity: The quantity that measures it, in words.
+        values: This quantity for all runs.
+        loss_given: Whether to also hold the training loss constant; not for quantities computed from it.
     """
 
     name: str
@@ -102,7 +102,7 @@ class Word:
 WORDS = (
     Word("Overfitting", "the generalization gap, test loss minus training loss", lambda s: s.gap),
     Word(
-        "Under-parameterisation",
+        "Under-parameterization",
         "the shortfall: of what the best network on the same samples explains of the targets (how far its training "
         f"loss is below that of the best constant prediction) the share that a network does not, as far as it exceeds "
         f"{UNEXPLAINED:.0%}; 0 for all networks that are large enough",
@@ -111,9 +111,9 @@ WORDS = (
     ),
     Word(
         "Expressivity",
-        "what the same network, trained alike, explains of shuffled targets, which can only be learnt by heart: 1 "
+        "what the same network, trained alike, explains of shuffled targets, which can only be learned by heart: 1 "
         "minus the ratio of its training loss to that of the best constant prediction",
-        lambda s: s.memorised,
+        lambda s: s.memorized,
     ),
 )
 
@@ -130,7 +130,7 @@ CLAIMS = {
 
 @dataclass(frozen=True)
 class Answer:
-    """What came out about one word: associations by view, in the order of the indicators, and what is found."""
+    """The result for one word: associations by view, in the order of the indicators, and the findings."""
 
     word: Word
     views: dict[str, list[Association]]
@@ -139,7 +139,7 @@ class Answer:
 
 
 def answer(word: Word, data: Sample) -> Answer:
-    """Return what the study says about a word."""
+    """Return the result for a word."""
     y = word.values(data)
     parameters = data.numbers["parameters"]
     depths = np.array([depth for _, depth in data.study.configurations], dtype=float)
@@ -162,12 +162,12 @@ def answer(word: Word, data: Sample) -> Answer:
 
 
 def is_seen(found: Association) -> bool:
-    """Whether a correlation is relevant, and no chance."""
+    """Whether a correlation is relevant and significant."""
     return abs(found.mean) >= RELEVANT and found.p < LEVEL and found.low * found.high > 0
 
 
 def verdict(found: Sequence[Association]) -> Verdict:
-    """Judge the claim that indicators go with an outcome."""
+    """Judge the claim that indicators correlate with an outcome."""
     defined = [one for one in found if not np.isnan(one.mean)]
     if any(is_seen(one) for one in defined):
         return AGREES
@@ -182,7 +182,7 @@ def split(found: Sequence[Association]) -> tuple[dict[str, Association], dict[st
 
 
 def evidence(found: Mapping[str, Association]) -> str:
-    """Return how many indicators are seen, and the strongest of all, with the data sets that have its sign."""
+    """Return the number of indicators that are seen, and the strongest, with the data sets that have its sign."""
     defined = [name for name, one in found.items() if not np.isnan(one.mean)]
     strongest = sorted(defined, key=lambda name: -abs(found[name].mean))[:3]
     count = sum(is_seen(one) for one in found.values())

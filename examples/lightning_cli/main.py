@@ -1,16 +1,15 @@
 """Train with LightningCLI: model, data, callback and checkpoint rule all come from a YAML file.
 
-`config.yaml` beside this file sets options of every kind by name. `--print_config` shows all others with their
-defaults, `--trainer.callbacks.help lightning_hesd.HessianSpectrumCallback` explains them, and the command line
-overrides them; a name or value that the callback does not take ends the command before training.
+`config.yaml` beside this file sets options of every kind. `--print_config` shows all others with their defaults,
+`--trainer.callbacks.help lightning_hesd.HessianSpectrumCallback` explains them, and arguments of the command line
+override them. An unknown name or a wrong value ends the command before training.
 
     python -m examples.lightning_cli.main fit --config examples/lightning_cli/config.yaml
     python -m examples.lightning_cli.main fit --config examples/lightning_cli/config.yaml --print_config
     python -m examples.lightning_cli.main fit --config examples/lightning_cli/config.yaml \\
         --trainer.callbacks.steps 80 --trainer.max_epochs 24
 
-The run's folder then holds a complete config.yaml, with which the run can be repeated, and from which checkpoints can
-be analysed again:
+The run's folder then holds a complete config.yaml. It can repeat the run, and analyze its checkpoints again:
 
     lightning-hesd analyze runs/lightning_cli/version_0/checkpoints/*.ckpt --generalization val \\
         --config runs/lightning_cli/version_0/config.yaml --out runs/lightning_cli/version_0/again
@@ -32,10 +31,10 @@ if TYPE_CHECKING:
 
 
 class CLI(LightningCLI):
-    """LightningCLI that says at the end of training what was found."""
+    """A LightningCLI that prints the results at the end of training."""
 
     def after_fit(self) -> None:
-        """Print how each analysis assesses generalization, and what the rule picked."""
+        """Print the assessment of each analysis, and the pick of the rule."""
         callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         for spectra in callbacks:
             if isinstance(spectra, HessianSpectrumCallback):
@@ -47,7 +46,7 @@ class CLI(LightningCLI):
 
 
 def main(args: Sequence[str] | None = None) -> CLI:
-    torch.set_num_threads(1)  # so small a network gains nothing from more, and loses much where the cores are shared
+    torch.set_num_threads(1)  # more threads do not speed up so small a network, and slow it down on shared cores
     with quiet():
         return CLI(
             pl.LightningModule,

@@ -1,4 +1,4 @@
-"""A LightningModule and a LightningDataModule that know nothing of spectra, as `config.yaml` names them."""
+"""The LightningModule and the LightningDataModule that `config.yaml` names; both contain no code for spectra."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Digits(pl.LightningDataModule):
     """The 8x8 digits of scikit-learn.
 
     Args:
-        train_size: How many of the 1797 to train on; the others are for validation.
-        batch_size: Digits in a batch.
+        train_size: Number of digits to train on, of 1797; the others are for validation.
+        batch_size: Number of digits in a batch.
     """
 
     def __init__(self, train_size: int = 1200, batch_size: int = 64) -> None:

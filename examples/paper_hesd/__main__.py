@@ -2,13 +2,13 @@
 
     python -m examples.paper_hesd --quick                   # about ten minutes on two cores
     python -m examples.paper_hesd                           # ten seeds, more epochs and steps: over an hour
-    python -m examples.paper_hesd --only 'vit-adamw-*'      # some experiments; the report shows what there is
+    python -m examples.paper_hesd --only 'vit-adamw-*'      # some experiments; the report shows those that are there
     python -m examples.paper_hesd --train-folder cinic10/train --gen-folder cifar10/test --accelerator gpu \\
         --train-size 90000 --resnet-width 16 --resnet-blocks 3 --vit-width 384 --vit-depth 12 --vit-heads 6 \\
         --vit-patch 4 --epochs 1000 --points 20             # the paper's sizes
 
-Experiments that are finished are not run again with the same settings, so that an interrupted run goes on. Changes of
-the code, learning rates among them, are not settings: take another --out.
+Finished experiments are not repeated with the same settings, so an interrupted run continues. After changes of the
+code, including learning rates, use another --out.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main() -> None:
         parser.error(f"--only {args.only} is none of {', '.join(experiment.name for experiment in every)}.")
     args.out.mkdir(parents=True, exist_ok=True)
     wanted = {experiment.pretrained for experiment in chosen}
-    first = [experiment for experiment in chosen if experiment in wanted]  # others begin with their weights
+    first = [experiment for experiment in chosen if experiment in wanted]  # others start from their weights
     for group in (first, [experiment for experiment in chosen if experiment not in wanted]):
         run_all(group, run, args.out, is_done=lambda e: is_done(args.out / e.folder), jobs=args.jobs)
     outcomes = read(every, args.out)
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def select(every: Sequence[Experiment], only: str | None) -> list[Experiment]:
-    """Return the experiments of these names, and what they begin with."""
+    """Return the experiments of these names, and those whose weights they start from."""
     patterns = (only or "*").split(",")
     chosen = [e for e in every if any(fnmatch(e.name, pattern) for pattern in patterns)]
     first = [e.pretrained for e in chosen if e.pretrained is not None and e.pretrained not in chosen]

@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 class AdaHessian(Optimizer):
-    """Adam with the diagonal of the Hessian in place of the gradient, where that is squared.
+    """Adam whose squared gradient is replaced by the squared diagonal of the Hessian.
 
-    The gradients it finds must have a graph: `backward(create_graph=True)`. It leaves them without, because a graph
-    holds the parameters and they hold their gradients.
+    Gradients must have a graph: call `backward(create_graph=True)`. A step removes the graph, because the graph holds
+    the parameters and they hold their gradients.
 
     Args:
-        params: As for any optimizer.
+        params: Parameters or parameter groups.
         lr: Step length.
-        betas: Decay of the averages of gradients and of squared diagonals.
-        eps: Added to the denominator.
-        weight_decay: Decoupled, as AdamW's.
+        betas: Decay rates of the averages of gradients and of squared diagonals.
+        eps: Number added to the denominator.
+        weight_decay: Decoupled weight decay, as in AdamW.
         hessian_power: 1 for a Newton-like step, 0 for plain momentum.
         averaged: Whether diagonals are averaged over space, see `spatial_average`.
     """
@@ -54,7 +54,7 @@ class AdaHessian(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Estimate the diagonal from one random vector, and make a step."""
+        """Estimate the diagonal from one random vector, and take a step."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -97,8 +97,8 @@ def hessian_diagonals(parameters: Sequence[Tensor]) -> list[Tensor]:
 def spatial_average(diagonal: Tensor) -> Tensor:
     """Return the mean absolute diagonal over each block, in the shape of the parameter.
 
-    Blocks are the kernels of convolutions, and the rows of matrices: what a linear or attention layer takes from its
-    hidden dimension into one output. Vectors are left as they are.
+    Blocks are the kernels of convolutions and the rows of matrices (the weights of a linear or attention layer from its
+    hidden dimension to one output). Vectors are not averaged.
     """
     size = diagonal.abs()
     if diagonal.ndim < 2:

@@ -1,4 +1,4 @@
-"""Training, validation and generalization data: digits, or folders of PNG files; and what is done to the images."""
+"""Training, validation and generalization data (digits, or folders of PNG files), and augmentation of images."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Data(NamedTuple):
     validation: Images
     generalization: Images
     classes: int
-    distinct: int  # generalization images that are not variations of each other
+    distinct: int  # number of generalization images that are not variations of each other
 
 
 class ImageFolder(Dataset[tuple[Tensor, int]]):
-    """PNG files in one folder per class, such as those of CIFAR-10 and CINIC-10, read when asked for."""
+    """PNG files in one folder per class, such as those of CIFAR-10 and CINIC-10, read on demand."""
 
     def __init__(self, folder: str | Path) -> None:
         self.classes = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
@@ -63,10 +63,10 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         return pixels[:, :, :3].permute(2, 0, 1), label  # without transparency
 
 
-class Coloured(Dataset[tuple[Tensor, int]]):
-    """The task of pre-training: every image turned by a quarter, in one of three colours that is part of its class.
+class Colored(Dataset[tuple[Tensor, int]]):
+    """The task of pre-training: every image is rotated by 90 degrees and has one of three colors, part of its class.
 
-    It has three times the input channels and classes, so that input layer and classifier must be altered afterwards.
+    It has three times the input channels and classes, so fine-tuning needs a new input layer and classifier.
     """
 
     def __init__(self, images: Images) -> None:
@@ -77,23 +77,23 @@ class Coloured(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.images[index]
-        colour = index % 3
-        channels = [image if channel == colour else torch.zeros_like(image) for channel in range(3)]
-        return torch.cat(channels).rot90(1, (1, 2)), 3 * int(label) + colour
+        color = index % 3
+        channels = [image if channel == color else torch.zeros_like(image) for channel in range(3)]
+        return torch.cat(channels).rot90(1, (1, 2)), 3 * int(label) + color
 
 
-def load(setup: Setup, task: Literal["digits", "coloured"]) -> Data:
+def load(setup: Setup, task: Literal["digits", "colored"]) -> Data:
     """Return the data of a task, the same at every call."""
     data = _folders(setup) if setup.train_folder else _digits(setup)
     if task == "digits":
         return data
-    train, validation, generalization = (Coloured(part) for part in data[:3])
+    train, validation, generalization = (Colored(part) for part in data[:3])
     return Data(train, validation, generalization, 3 * data.classes, data.distinct)
 
 
 def _digits(setup: Setup) -> Data:
     learning, generalization = digits()
-    distinct = len(generalization) // 3  # it has each held-out digit in three variations
+    distinct = len(generalization) // 3  # the data have each held-out digit in three variations
     size = min(setup.train_size, 900)
     return Data(Subset(learning, range(size)), Subset(learning, range(900, 1200)), generalization, 10, distinct)
 
@@ -111,10 +111,10 @@ def _folders(setup: Setup) -> Data:
 
 
 def rand_augment(images: Tensor, operations: int = 2) -> Tensor:
-    """Change every image by some random operations of random amounts, as RandAugment (arXiv:1909.13719) does.
+    """Apply random operations of random amounts to every image, as in RandAugment (arXiv:1909.13719).
 
-    The operations are those of its list that make sense on small grey images: rotation, shear and shift along both
-    axes, brightness, contrast.
+    The operations are those that suit small gray images: rotation, shear and shift along both axes, brightness,
+    contrast.
     """
     for _ in range(operations):
         images = _augment_once(images)

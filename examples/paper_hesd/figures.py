@@ -1,4 +1,4 @@
-"""The figures of the report, in the layout of the paper's. No pyplot; colours are those of Okabe & Ito (2008)."""
+"""The figures of the report, in the layout of the paper's. No pyplot; colors are those of Okabe & Ito (2008)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LINE = {"marker": "o", "markersize": 4, "linewidth": 1}
 
 
 def panels(count: int, *, height: float = HEIGHT, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    """Return a figure with so many panels in a row."""
+    """Return a figure with `count` panels."""
     figure = Figure(figsize=(WIDTH * max(count, 2), height * rows), dpi=DPI, layout="constrained")
     return figure, [figure.add_subplot(rows, count, index + 1) for index in range(rows * count)]
 
@@ -52,29 +52,29 @@ def c_t_curves(outcomes: Mapping[str, Outcome]) -> Figure:
 
 
 def density_and_curve(spectra: Mapping[str, Spectrum], *outcomes: Outcome) -> Figure:
-    """Draw densities, and C_t over epochs beside them: of the network they come from, and of others to compare."""
+    """Draw densities, and beside them C_t over epochs, of their network and of others for comparison."""
     figure, axes = panels(len(spectra) + 1)
     for ax, (title, spectrum) in zip(axes, spectra.items(), strict=False):
         plot_density(spectrum, ax, title)
-    for outcome, (colour, style) in zip(outcomes, ((BLACK, "-"), (BLUE, "--"), (ORANGE, ":")), strict=False):
-        draw_c_t(axes[-1], outcome.points, colour, style, outcome.experiment.name)
+    for outcome, (color, style) in zip(outcomes, ((BLACK, "-"), (BLUE, "--"), (ORANGE, ":")), strict=False):
+        draw_c_t(axes[-1], outcome.points, color, style, outcome.experiment.name)
     axes[-1].legend(fontsize=8.5, loc="lower right")
     return figure
 
 
-def draw_c_t(ax: Axes, points: Sequence[Point], colour: str = BLACK, style: str = "-", label: str = "") -> None:
-    """Draw C_t with its interval and the threshold; near zero the axis is stretched."""
+def draw_c_t(ax: Axes, points: Sequence[Point], color: str = BLACK, style: str = "-", label: str = "") -> None:
+    """Draw C_t with its interval and the threshold, on an axis that is logarithmic away from zero."""
     low, high = zip(*(point.spectrum.c_t_interval for point in points), strict=True)
     values = [point.spectrum.c_t for point in points]
     errors = [[v - a for v, a in zip(values, low, strict=True)], [b - v for v, b in zip(values, high, strict=True)]]
     epochs = [point.epoch for point in points]
-    ax.errorbar(epochs, values, errors, color=colour, ecolor="0.6", capsize=2, linestyle=style, label=label, **LINE)  # type: ignore[arg-type]
+    ax.errorbar(epochs, values, errors, color=color, ecolor="0.6", capsize=2, linestyle=style, label=label, **LINE)  # type: ignore[arg-type]
     threshold(ax)
     epoch_axis(ax)
 
 
 def threshold(ax: Axes) -> None:
-    """Draw the threshold of C_t, on an axis that begins below everything."""
+    """Draw the threshold of C_t, on an axis that begins below all values."""
     ax.axhline(MP_THRESHOLD, color=VERMILION, linewidth=1, linestyle="--")
     ax.set_yscale("symlog", linthresh=0.01)
     ax.set_ylim(min(-1.5, 1.3 * ax.dataLim.y0), 0)
@@ -136,7 +136,7 @@ def _generalization(point: Point) -> Spectrum:
 
 
 def picks_over_epochs(runs: Mapping[str, tuple[Outcome, Mapping[str, Point]]]) -> Figure:
-    """Draw Fig. 9: largest eigenvalue, C_t and generalization accuracy, and what two rules pick."""
+    """Draw Fig. 9: largest eigenvalue, C_t and generalization accuracy, and the picks of two rules."""
     figure = Figure(figsize=(2 * WIDTH, 7.0), dpi=DPI, layout="constrained")
     for column, (title, (outcome, picks)) in enumerate(runs.items()):
         series = (
@@ -150,9 +150,9 @@ def picks_over_epochs(runs: Mapping[str, tuple[Outcome, Mapping[str, Point]]]) -
             filled = [p.epoch for p in outcome.candidates]
             ax.plot(filled, [values[e] for e in filled], "o", color="0.4", markersize=4, label="candidate")
             styles = ((BLUE, "^", 9, BLUE), (VERMILION, "v", 11, "none"))
-            for (rule, point), (colour, marker, size, face) in zip(picks.items(), styles, strict=True):
+            for (rule, point), (color, marker, size, face) in zip(picks.items(), styles, strict=True):
                 picked = f"{mathtext(rule)} ({point.epoch})"
-                ax.plot([point.epoch], [values[point.epoch]], marker, color=colour, markersize=size,
+                ax.plot([point.epoch], [values[point.epoch]], marker, color=color, markersize=size,
                         markerfacecolor=face, markeredgewidth=1.6, label=picked)  # fmt: skip
             if row == 0:
                 ax.set_yscale("log")
@@ -166,12 +166,12 @@ def picks_over_epochs(runs: Mapping[str, tuple[Outcome, Mapping[str, Point]]]) -
 
 
 def algorithm(assessments: Mapping[str, Sequence[Assessment]]) -> Figure:
-    """Draw the criteria of Fig. 10 for data on which networks generalise poorly and well."""
+    """Draw the criteria of Fig. 10 on data with poor and with good generalization."""
     figure, [ax] = panels(1, height=4.2)
-    for (label, found), (colour, marker) in zip(
+    for (label, found), (color, marker) in zip(
         assessments.items(), ((VERMILION, "x"), (BLUE, "o"), (GREEN, "+"), (ORANGE, "s")), strict=False
     ):
-        ax.plot([a.delta_r_e for a in found], [a.delta_k_h05 for a in found], marker, color=colour, label=label,
+        ax.plot([a.delta_r_e for a in found], [a.delta_k_h05 for a in found], marker, color=color, label=label,
                 markerfacecolor="none", markersize=7, linestyle="none")  # fmt: skip
     ax.axvline(DELTA_R_E_THRESHOLD, color="0.4", linestyle="--", linewidth=1)
     ax.axhline(DELTA_K_H05_THRESHOLD, color="0.4", linestyle="--", linewidth=1)
@@ -186,7 +186,7 @@ def algorithm(assessments: Mapping[str, Sequence[Assessment]]) -> Figure:
     return figure
 
 
-def through_the_optimizer(outcomes: Mapping[str, Outcome]) -> Figure:
+def preconditioned(outcomes: Mapping[str, Outcome]) -> Figure:
     """Draw C_t of the Hessian and of the preconditioned one, a panel for each outcome."""
     columns = min(len(outcomes), 3)
     figure, axes = panels(columns, rows=math.ceil(len(outcomes) / columns), height=2.8)
@@ -205,15 +205,15 @@ def through_the_optimizer(outcomes: Mapping[str, Outcome]) -> Figure:
 
 
 def rule_differences(differences: Mapping[str, Mapping[str, Difference]]) -> Figure:
-    """Draw how much better each rule's picks generalise than the last epoch's, a panel for each network."""
+    """Draw how much better each rule's picks generalize than the last epoch's, a panel for each network."""
     figure, axes = panels(len(differences), height=3.8)
     for ax, (title, by_rule) in zip(axes, differences.items(), strict=False):
         names = list(by_rule)[::-1]
         for position, name in enumerate(names):
             mean, low, high = (100 * value for value in by_rule[name])
-            colour = {1: BLUE, 0: "0.4", -1: VERMILION}[by_rule[name].sign]
-            ax.plot([low, high], [position, position], color=colour, linewidth=2)
-            ax.plot([mean], [position], "o", color=colour, markersize=5)
+            color = {1: BLUE, 0: "0.4", -1: VERMILION}[by_rule[name].sign]
+            ax.plot([low, high], [position, position], color=color, linewidth=2)
+            ax.plot([mean], [position], "o", color=color, markersize=5)
         ax.axvline(0, color=BLACK, linewidth=0.8)
         ax.set_yticks(range(len(names)), map(mathtext, names), fontsize=8.5)
         ax.set_title(title, fontsize=10)

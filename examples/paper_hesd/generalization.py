@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 TITLES = {"resnet": "ResNet", "vit": "ViT"}
 ENOUGH = 0.9
-"""Share of verdicts of the algorithm that must be right."""
+"""Minimum share of right verdicts of the algorithm."""
 
 
 def by_seed(outcomes: Outcomes, network: str) -> list[Outcome]:

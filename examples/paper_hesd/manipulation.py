@@ -37,7 +37,7 @@ def clipping(outcomes: Outcomes) -> Section:
         "The MN-HESD of Fig. 2 is put down to gradients clipped at global norm 1 (not verified there).",
         [Table(header, rows)] if rows else [],
         findings,
-        notes=["Clipping as the callback's `monitor_gradients` saw it, over the analysed epochs."],
+        notes=["Clipping as the callback's `monitor_gradients` saw it, over the analyzed epochs."],
     )
 
 
@@ -58,12 +58,12 @@ def _clipping_row(outcome: Outcome) -> list[str]:
     ]
 
 
-def optimizer_eyes(outcomes: Outcomes) -> Section:
-    """Ask whether a spectrum is MN because it is not seen in the coordinates of the optimizer."""
+def preconditioned(outcomes: Outcomes) -> Section:
+    """Ask whether a spectrum is MN because the Hessian is not preconditioned as the optimizer does."""
     runs = {
         o.experiment.name: o
         for o in outcomes.values()
-        if o.experiment.optimizer_eyes or o.experiment.name in SEED_0.values()
+        if o.experiment.preconditioned or o.experiment.name in SEED_0.values()
     }
     pairs = [(p.spectrum, p.record.preconditioned) for o in runs.values() for p in o.trained]
     verdicts = [{"MP": AGREES, "MN": DIFFERS}.get(kind(seen), UNSEEN) for plain, seen in pairs if kind(plain) == "MN"]
@@ -78,20 +78,20 @@ def optimizer_eyes(outcomes: Outcomes) -> Section:
     )
     header = ("Run", "last C_t", "type", "C_t preconditioned", "type", "λ_max over stability threshold",
               "cosine of gradient and step")  # fmt: skip
-    rows = [_eyes_row(outcome) for outcome in runs.values()]
+    rows = [_preconditioned_row(outcome) for outcome in runs.values()]
     return Section(
-        "Section 3.4. Through the optimizer's eyes",
+        "Section 3.4. Preconditioned by the optimizer",
         '"Since HESD evaluation algorithm does not account for optimizer operations, the gradients it uses give a '
         'perspective very different from the expected one."',
         [Table(header, rows)] if rows else [],
         [finding],
-        figure=figures.through_the_optimizer(runs) if runs else None,
+        figure=figures.preconditioned(runs) if runs else None,
         caption="C_t of the Hessian, and of the Hessian in the coordinates of the optimizer (`preconditioner="
         '"optimizer"`); for SGD both are the same.',
     )
 
 
-def _eyes_row(outcome: Outcome) -> list[str]:
+def _preconditioned_row(outcome: Outcome) -> list[str]:
     point = outcome.last
     seen, ratio = point.record.preconditioned, point.record.stability_ratio
     return [

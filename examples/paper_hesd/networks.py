@@ -1,4 +1,4 @@
-"""ResNet20 and ViT small, at any size: by default small ones for 8x8 images."""
+"""ResNet20 and ViT small at any size; the defaults are small, for 8x8 images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def build(name: Network, image: Tensor, classes: int, setup: Setup) -> nn.Module:
-    """Return a network for images such as this one, shape (channels, height, width)."""
+    """Return a network for images of the shape (channels, height, width) of `image`."""
     channels, height, width = image.shape
     if name == "resnet":
         return resnet(channels, classes, setup.resnet_width, setup.resnet_blocks)
@@ -39,7 +39,7 @@ def resnet(channels: int, classes: int, width: int, blocks: int) -> nn.Module:
 
 
 class PatchEmbedding(nn.Module):
-    """The input layer: patches and their positions, so that it goes with the size of the images."""
+    """The input layer, patches and their positions; the only layer that depends on the size of the images."""
 
     def __init__(self, channels: int, tokens: int, width: int, patch: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class PatchEmbedding(nn.Module):
 
 
 class ViT(nn.Module):
-    """A vision transformer whose classifier reads all tokens: on few images it learns sooner than from their mean."""
+    """A vision transformer whose classifier reads all tokens: with few images this learns faster than their mean."""
 
     def __init__(
         self, channels: int, tokens: int, classes: int, *, width: int, depth: int, heads: int, patch: int
@@ -70,7 +70,7 @@ class ViT(nn.Module):
         return logits
 
     def adopt(self, weights: dict[str, Tensor], *, freeze: bool) -> None:
-        """Take the weights of another one except input layer and classifier, for training or as they are."""
+        """Load the weights of another ViT, except input layer and classifier, and freeze them or not."""
         self.blocks.load_state_dict(
             {name.removeprefix("blocks."): w for name, w in weights.items() if name.startswith("blocks.")}
         )

@@ -1,4 +1,4 @@
-"""What is left of a training: accuracies and spectra of its analysed epochs, in a folder of its own."""
+"""The outcome of a training: accuracies and spectra of its analyzed epochs, in one folder."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 OUTCOME, WEIGHTS = "outcome.json", "weights.pt"
 TOLERANCE = 0.01
-"""How far the training accuracy of a candidate may lie from the best, as for HessianCheckpoint."""
+"""Largest distance of a candidate's training accuracy from the best, as for HessianCheckpoint."""
 
 TRAINED = 0.84
-"""Training accuracy from which on a network counts as trained: that of the least trained one in the paper's tables."""
+"""Minimum training accuracy of a trained network: that of the least trained network in the paper's tables."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Numbers of one analysed epoch."""
+    """Numbers of one analyzed epoch."""
 
     epoch: int
     train_acc: float
@@ -42,7 +42,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Point(Row):
-    """One analysed epoch: its numbers and its spectra."""
+    """One analyzed epoch: its numbers and its spectra."""
 
     record: SpectrumRecord
 
@@ -75,34 +75,34 @@ class Outcome:
 
     @property
     def start(self) -> Spectrum | None:
-        """The spectrum of the random initialisation."""
+        """The spectrum of the random initialization."""
         return next((record.spectrum for record in self.history if record.epoch == START_EPOCH), None)
 
     @cached_property
     def points(self) -> tuple[Point, ...]:
-        """The analysed epochs whose C_t is defined."""
+        """The analyzed epochs whose C_t is defined."""
         records = {r.epoch: r for r in self.history if r.spectrum is not None and not math.isnan(r.spectrum.c_t)}
         return tuple(Point(**vars(row), record=records[row.epoch]) for row in self.rows if row.epoch in records)
 
     @property
     def last(self) -> Point:
-        """The last analysed epoch."""
+        """The last analyzed epoch."""
         return self.points[-1]
 
     @property
     def trained(self) -> list[Point]:
-        """The epochs from which on the network is trained."""
+        """The epochs at which the network is trained."""
         return [point for point in self.points if point.train_acc >= TRAINED]
 
     @property
     def candidates(self) -> list[Point]:
-        """The epochs whose training accuracy is nearly the best."""
+        """The epochs whose training accuracy is close to the best."""
         best = max(point.train_acc for point in self.points)
         return [point for point in self.points if best - point.train_acc <= TOLERANCE]
 
     @property
     def errors(self) -> list[str]:
-        """What went wrong in analyses."""
+        """Errors of failed analyses."""
         return [f"epoch {record.epoch}: {record.error}" for record in self.history if record.error]
 
 
@@ -112,14 +112,14 @@ def is_done(folder: Path) -> bool:
 
 
 def write(experiment: Experiment, folder: Path, seconds: float, **found: object) -> None:
-    """Write what the callback has not written; this comes last, so that an interrupted experiment is not done."""
+    """Write the other results, after the callback has written the spectra: then the experiment is done."""
     values = {"experiment": asdict(experiment), "seconds": seconds, **found}
     with atomic_write(folder / OUTCOME) as partial:
         partial.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 def read(experiments: Iterable[Experiment], out: Path) -> dict[str, Outcome]:
-    """Return the outcomes of the experiments that have been finished, with a spectrum to show for it, by name."""
+    """Return the outcomes of finished experiments that have a spectrum, by name."""
     outcomes = {}
     for experiment in experiments:
         folder = out / experiment.folder

@@ -1,4 +1,4 @@
-"""Figure 9 and section 4.2: which rule picks the weights that generalise best."""
+"""Figure 9 and section 4.2: which checkpoint rule picks the weights that generalize best."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 NOTES = [
     (
         "Points of generalization accuracy with 95 % intervals (Student, paired over seeds), not corrected for the "
-        "number of comparisons: of twenty without any effect one is expected to exclude 0. Every rule picks among "
-        "the MP epochs whose training accuracy is within 0.01 of the best; the last row looks at the answer."
+        "number of comparisons: of twenty without an effect, one is expected to exclude 0. Every rule picks among "
+        "the MP epochs whose training accuracy is within 0.01 of the best; the last row uses the answer."
     )
 ]
 
@@ -54,7 +54,7 @@ def two_rules(outcomes: Outcomes) -> Section:
             [_spread([p.spectrum.lambda_max for p in o.candidates]) for o in runs],
         )
         for claim, difference, form, sign in (
-            ("the highest C_t picks weights that generalise better than the lowest λ_max", better, ".2%", 1),
+            ("the highest C_t picks weights that generalize better than the lowest λ_max", better, ".2%", 1),
             ("and at an earlier epoch", earlier, ".1f", -1),
             ("C_t is more stable between epochs than λ_max", steadier, ".3f", -1),
         ):
@@ -80,13 +80,13 @@ def two_rules(outcomes: Outcomes) -> Section:
         [Table((*header[:2], "Mean epoch", "Mean gen. acc., %"), rows)] if rows else [],
         findings or [Finding("The highest C_t is the better rule.", INTERVAL, "", NOT_RUN)],
         figure=figures.picks_over_epochs(shown) if shown else None,
-        caption="Stability: mean absolute change of the logarithm from one analysed epoch to the next, among epochs "
+        caption="Stability: mean absolute change of the logarithm from one analyzed epoch to the next, among epochs "
         "with nearly the best training accuracy (candidates).",
     )
 
 
 def _spread(values: Sequence[float]) -> float:
-    """Return the mean absolute change of the logarithm; 0 for a single value, NaN where there is none."""
+    """Return the mean absolute change of the logarithm; 0 for a single value, NaN without values."""
     if any(value <= 0 for value in values):
         return math.nan
     return statistics.fmean([abs(math.log(b / a)) for a, b in itertools.pairwise(values)] or [0.0])

@@ -1,4 +1,4 @@
-"""The report: what the paper says beside what came out here, as Markdown with figures."""
+"""The report: claims of the paper and our results, as Markdown with figures."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ SECTIONS = (
     generalization.criteria_over_epochs,
     ranking.two_rules,
     generalization.algorithm,
-    tables.initialisation,
+    tables.initialization,
     manipulation.clipping,
-    manipulation.optimizer_eyes,
+    manipulation.preconditioned,
     ranking.rules,
 )
 INTRODUCTION = """\
-What Gabdullin (2025, [arXiv:2504.17618](https://arxiv.org/abs/2504.17618)) reports, beside what networks do on
-{data}. Every verdict is taken by the program, from the numbers, by the rule beside it. Small networks on easy images
-can do otherwise than large ones on photographs: *differs* speaks of this scale, and refutes nothing.
+Claims of Gabdullin (2025, [arXiv:2504.17618](https://arxiv.org/abs/2504.17618)), compared with networks on {data}. The
+program makes every verdict from the numbers, by the rule beside it. Small networks on easy images can behave
+differently from large ones on photographs: *differs* holds for this scale, and does not refute the paper.
 """
 DIGITS = """\
 scikit-learn's 8x8 digits; generalization data are held-out digits, rotated, shifted and noisy"""
@@ -63,7 +63,7 @@ def write(outcomes: Mapping[str, Outcome], setup: Setup, seeds: int, missing: It
         header(outcomes, setup, seeds, missing),
         f"## Summary\n\n{summary(sections)}",
         *map(chapter, sections),
-        f"## What could not be seen, and why\n\n{unseen(sections, setup)}",
+        f"## Claims that could not be judged, and why\n\n{unseen(sections, setup)}",
         f"## Runs\n\n{runs(outcomes)}",
     ]
     path = out / "report.md"
@@ -82,7 +82,7 @@ def header(outcomes: Mapping[str, Outcome], setup: Setup, seeds: int, missing: I
         f"- {dt.datetime.now(tz=dt.timezone.utc).date()}; Python {platform.python_version()}, {versions}",
         f"- {chosen}; {seeds} seeds of the trainings with AdamW, one of all others",
         f"- parameters: {sizes}",
-        f"- {minutes:.1f} minutes of trainings and analyses on one thread each, more than one at a time or not",
+        f"- {minutes:.1f} minutes of trainings and analyses, added up, on one thread each",
         *([f"- not run, or without a spectrum: {left}"] if left else []),
     ]
     return "\n".join(lines)
@@ -95,7 +95,7 @@ def summary(sections: Sequence[Section]) -> str:
 
 
 def chapter(section: Section) -> str:
-    """Return what there is to say about one table or figure."""
+    """Return the section of one table or figure."""
     parts = [f"## {section.title}"]
     if isinstance(section.paper, Table):
         parts += ["The paper:", markdown(section.paper), "Here:"]

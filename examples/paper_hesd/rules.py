@@ -1,4 +1,4 @@
-"""Checkpoint rules, and how much better the picks of one generalise than those of another."""
+"""Checkpoint rules, and differences in generalization between their picks."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ RULES: Mapping[str, Callable[[Point], float]] = {
     "lowest Δr_e": lambda point: -_delta_r_e(point),
     BEST: lambda point: point.gen_acc,
 }
-"""What each rule ranks by, higher is better. The last one knows the answer: nothing can do better."""
+"""Score of each rule, higher is better. The last rule uses the answer: no rule can be better."""
 
 
 def pick(points: Sequence[Point], criterion: Callable[[Point], float]) -> Point:
-    """Return the pick among the MP epochs with nearly the best training accuracy, the earliest of equals."""
+    """Return the pick among the MP epochs with close to the best training accuracy; of equals, the earliest."""
     candidates = [
         Candidate(p.epoch, p.record.global_step, p.train_acc, _defined(criterion(p)), p.spectrum.hesd_type == "MP", "")
         for p in points
@@ -72,9 +72,10 @@ class Difference(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval excludes 0, else 0.
+        """1 or -1 if the interval excludes 0, else 0.
 
-        An interval without width says nothing: accuracies are shares of few images, and their differences easily equal.
+        An interval of zero width means nothing: accuracies are shares of few images, and their differences are often
+        equal.
         """
         if not self.high - self.low > 1e-9:
             return 0

@@ -1,4 +1,4 @@
-"""What is trained, declared: one `Experiment` for each training, and the sizes common to all of them."""
+"""Settings of the study: one `Experiment` for each training, and the sizes that all of them share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DENSER = 4
 
 @dataclass(frozen=True)
 class Setup:
-    """Sizes common to all experiments; every one is an option of the command line."""
+    """Sizes that all experiments share; each is an option of the command line."""
 
     train_folder: str | None = field(default=None, metadata={"help": "class folders of PNG files, instead of digits"})
     gen_folder: str | None = field(default=None, metadata={"help": "the same classes from a shifted distribution"})
@@ -28,7 +28,7 @@ class Setup:
     vit_heads: int = field(default=2, metadata={"help": "attention heads; ViT small: 6"})
     vit_patch: int = field(default=2, metadata={"help": "pixels along a patch; 4 for 32x32 images"})
     epochs: int = field(default=32, metadata={"help": "epochs of every training; the paper's go up to 1000"})
-    points: int = field(default=4, metadata={"help": "how many of these epochs are analysed, evenly spaced"})
+    points: int = field(default=4, metadata={"help": "how many of these epochs are analyzed, evenly spaced"})
     steps: int = field(default=40, metadata={"help": "Lanczos steps of every spectrum; the paper's: 100"})
     samples: int = field(default=256, metadata={"help": "samples of every spectrum"})
     accelerator: str = field(default="cpu", metadata={"help": "of Lightning's Trainer"})
@@ -39,20 +39,20 @@ class Experiment:
     """One training.
 
     Attributes:
-        name: What the report calls it.
-        network: Which network.
+        name: Name in the report.
+        network: Key of the network.
         optimizer: Key of `training.OPTIMIZERS`.
-        setup: The sizes.
-        seed: Of initialisation and order of samples; the data are the same for every seed.
-        task: "digits", or what networks are pre-trained on: `data.Coloured`.
+        setup: Sizes.
+        seed: Seed of initialization and order of samples; the data are the same for every seed.
+        task: "digits", or "colored" for pre-training (`data.Colored`).
         augment: Whether training images are augmented.
         clip: Largest global norm of gradients; None: not clipped.
-        pretrained: Whose weights to begin with, input layer and classifier excepted.
-        frozen: Whether these weights stay as they are.
-        full_analysis: Also analyse the initialisation, the generalization data, the Hessian through the optimizer's
-            eyes, and at the end how clean held-out data compare.
-        optimizer_eyes: Also analyse the Hessian through the optimizer's eyes.
-        dense: Analyse more often, because MN spectra may last for a few epochs only; to spend less on each of these
+        pretrained: Experiment whose weights to start from, except input layer and classifier.
+        frozen: Whether these weights are frozen.
+        full_analysis: Also analyze the initialization, the generalization data, the preconditioned Hessian, and at the
+            end how clean held-out data compare.
+        preconditioned: Also analyze the preconditioned Hessian.
+        dense: Analyze more often, because MN spectra may last for a few epochs only; to spend less on each of these
             spectra, it takes as many steps as C_t needs.
     """
 
@@ -61,32 +61,32 @@ class Experiment:
     optimizer: str
     setup: Setup
     seed: int = 0
-    task: Literal["digits", "coloured"] = "digits"
+    task: Literal["digits", "colored"] = "digits"
     augment: bool = False
     clip: float | None = None
     pretrained: Experiment | None = None
     frozen: bool = False
     full_analysis: bool = False
-    optimizer_eyes: bool = False
+    preconditioned: bool = False
     dense: bool = False
 
     @property
     def every(self) -> int:
-        """Number of epochs from one analysis to the next; before fine-tuning only the result is of interest."""
-        if self.task == "coloured":
+        """Number of epochs from one analysis to the next; pre-training is analyzed at its end only."""
+        if self.task == "colored":
             return self.setup.epochs
         usual = self.setup.epochs // self.setup.points
         return max(1, usual // DENSER) if self.dense else usual
 
     @property
     def folder(self) -> str:
-        """Name of the folder of its outcome: the same settings are not trained twice."""
+        """Name of the folder of the outcome; it identifies the settings."""
         text = json.dumps(asdict(self), sort_keys=True)
         return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
 def experiments(setup: Setup, seeds: int) -> list[Experiment]:
-    """Return all experiments, the longest first, so that no worker ends long after the other."""
+    """Return all experiments, the longest first, so that both workers end at about the same time."""
 
     def vit(name: str, optimizer: str, **rest: object) -> Experiment:
         return Experiment(f"vit-{name}", "vit", optimizer, setup, **rest)  # type: ignore[arg-type]
@@ -94,12 +94,12 @@ def experiments(setup: Setup, seeds: int) -> list[Experiment]:
     def resnet(name: str, optimizer: str, **rest: object) -> Experiment:
         return Experiment(f"resnet-{name}", "resnet", optimizer, setup, **rest)  # type: ignore[arg-type]
 
-    pretraining = vit("pretraining", "adamw", task="coloured")
+    pretraining = vit("pretraining", "adamw", task="colored")
     return [
         pretraining,
-        vit("adahessian", "adahessian", optimizer_eyes=True, dense=True),
+        vit("adahessian", "adahessian", preconditioned=True, dense=True),
         vit("adahessian-unaveraged", "adahessian-unaveraged", dense=True),
-        resnet("adahessian", "adahessian", optimizer_eyes=True, dense=True),
+        resnet("adahessian", "adahessian", preconditioned=True, dense=True),
         vit("adamw-dense", "adamw", dense=True),
         *(
             make(f"adamw-seed{seed}", "adamw", seed=seed, full_analysis=True)
@@ -107,7 +107,7 @@ def experiments(setup: Setup, seeds: int) -> list[Experiment]:
             for make in (resnet, vit)
         ),
         *(
-            vit(f"{name}-clip-{clip:g}", name, clip=clip, optimizer_eyes=True, dense=True)
+            vit(f"{name}-clip-{clip:g}", name, clip=clip, preconditioned=True, dense=True)
             for name in ("adamw", "sgd-momentum")
             for clip in (1.0, STRONG_CLIP)
         ),

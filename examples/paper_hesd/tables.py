@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 
     Outcomes = Mapping[str, Outcome]
 
-DIGITS, COLOURED, DISTORTED = "digits", "coloured digits", "distorted digits"
+DIGITS, COLORED, DISTORTED = "digits", "colored digits", "distorted digits"
 ENDING = ("HESD type", "Train acc., %", "Gen. acc., %")
 OURS = ("HESD type", "C_t", "Train acc., %", "Gen. acc., %")
 TRAINED = ("Model", "Training dataset", "Test dataset", "Optimizer")
 TUNED = ("Model", "Training dataset", "Tuning dataset", "Test dataset", "Optimizer", "Frozen weights")
 UNTRAINED = (-1 / 0.73, -0.73)
-"""Where C_t of a random initialisation lies: the paper has seen up to -0.73, and neither sign is the first one."""
+"""Range of C_t at random initialization: the paper reports up to -0.73, and either sign may be the larger one."""
 
 
 def row(outcome: Outcome, *labels: str) -> list[str]:
     """Return the row of a network after training."""
     point, setup = outcome.last, outcome.experiment.setup
-    folders = {DIGITS: setup.train_folder, COLOURED: f"coloured {setup.train_folder}", DISTORTED: setup.gen_folder}
+    folders = {DIGITS: setup.train_folder, COLORED: f"colored {setup.train_folder}", DISTORTED: setup.gen_folder}
     return [
         *(folders.get(label) or label if setup.train_folder else label for label in labels),
         kind(point.spectrum),
@@ -49,7 +49,7 @@ def row(outcome: Outcome, *labels: str) -> list[str]:
 
 
 def table(outcomes: Outcomes, rows: Sequence[Sequence[str]], header: Sequence[str]) -> Table:
-    """Return our rows; each is given as the name of an experiment and its labels."""
+    """Return our table; a row is the name of an experiment and its labels."""
     known = [row(outcomes[name], *labels) for name, *labels in rows if name in outcomes]
     return Table((*header, *OURS), known)
 
@@ -61,7 +61,7 @@ def all_mp(outcomes: Outcomes, names: Sequence[str]) -> Finding:
 
 
 def better(outcomes: Outcomes, claim: str, pairs: Sequence[tuple[str, str]]) -> Finding:
-    """Judge whether the first of each pair generalises better than the second."""
+    """Judge whether the first of each pair generalizes better than the second."""
     known = [(outcomes[a], outcomes[b]) for a, b in pairs if a in outcomes and b in outcomes]
     evidence = "; ".join(
         f"{a.experiment.name} {a.last.gen_acc:.1%}, {b.experiment.name} {b.last.gen_acc:.1%} "
@@ -93,7 +93,7 @@ def optimizers(outcomes: Outcomes) -> Section:
         [table(outcomes, rows, TRAINED)],
         [
             all_mp(outcomes, [name for name, *_ in rows]),
-            better(outcomes, "The ViT generalises best with AdamW, then SGD with momentum, then SGD.", pairs),
+            better(outcomes, "The ViT generalizes best with AdamW, then SGD with momentum, then SGD.", pairs),
         ],
     )
 
@@ -104,7 +104,7 @@ def fine_tuning(outcomes: Outcomes) -> Section:
         for optimizer, key in (("SGD", "sgd"), ("SGD mom", "sgd-momentum"))
         for frozen in ("no", "yes")
     }
-    data = ("ViT", COLOURED, DIGITS, DISTORTED)
+    data = ("ViT", COLORED, DIGITS, DISTORTED)
     paper = [
         ("VIT", "1k", "cinic", "cifar", "SGD", "no", "MP", "99", "35"),
         ("VIT", "1k", "cinic", "cifar", "SGD", "yes", "MP", "84", "30"),
@@ -120,7 +120,7 @@ def fine_tuning(outcomes: Outcomes) -> Section:
             all_mp(outcomes, list(names.values())),
             better(
                 outcomes,
-                "Fine-tuning all weights generalises better than only those of input layer and classifier.",
+                "Fine-tuning all weights generalizes better than only those of input layer and classifier.",
                 [(names[optimizer, "no"], names[optimizer, "yes"]) for optimizer in ("SGD", "SGD mom")],
             ),
             Finding(
@@ -157,7 +157,7 @@ def augmentation(outcomes: Outcomes) -> Section:
             ),
         ],
         notes=[
-            "Training accuracies are those on augmented images, here as in the analysed loss.",
+            "Training accuracies are those on augmented images, here as in the analyzed loss.",
             "The row of ImageNet (1k, iv2) has no counterpart here.",
         ],
     )
@@ -184,12 +184,12 @@ def adahessian(outcomes: Outcomes) -> Section:
         [
             mn_when_trained("The ViT trained with AdaHessian is MN (at some epochs, Fig. 6).", runs),
             all_mp(outcomes, [name for name, *_ in rows[:3]]),
-            better(outcomes, "AdaHessian generalises worse than AdamW.", [("vit-adamw-seed0", "vit-adahessian")]),
+            better(outcomes, "AdaHessian generalizes worse than AdamW.", [("vit-adamw-seed0", "vit-adahessian")]),
         ],
     )
 
 
-def initialisation(outcomes: Outcomes) -> Section:
+def initialization(outcomes: Outcomes) -> Section:
     """Judge what section 2 of the paper says about networks before training."""
     low, high = UNTRAINED
     found = {n: outcomes[name].start for n, name in SEED_0.items() if name in outcomes}
@@ -199,14 +199,14 @@ def initialisation(outcomes: Outcomes) -> Section:
             inside = low <= spectrum.c_t <= high
             findings.append(
                 Finding(
-                    f"The {network} is symmetric at random initialisation, C_t from -1 to -0.73.",
+                    f"The {network} is symmetric at random initialization, C_t from -1 to -0.73.",
                     f"agrees if C_t lies in [{low:.2f}, {high:.2f}], as either side may be the larger one",
                     f"C_t = {spectrum.c_t:.3f}",
                     "agrees" if inside else "differs",
                 )
             )
     return Section(
-        "Section 2. Random initialisation",
-        "Spectra are symmetric at random initialisation: C_t is about -1, up to -0.73 for ResNet18 in evaluation mode.",
+        "Section 2. Random initialization",
+        "Spectra are symmetric at random initialization: C_t is about -1, up to -0.73 for ResNet18 in evaluation mode.",
         findings=findings,
     )

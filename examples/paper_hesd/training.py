@@ -1,4 +1,4 @@
-"""One training, as anybody would write it in Lightning, with the callback that analyses it."""
+"""One training in Lightning, with the callbacks that analyze it."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Classifier(pl.LightningModule):
 
 
 class SecondOrderClassifier(Classifier):
-    """For AdaHessian, which needs the graph of the gradients."""
+    """A classifier for AdaHessian, which needs the graph of the gradients."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -91,12 +91,12 @@ class SecondOrderClassifier(Classifier):
 
 
 def plain_loss(module: Classifier, batch: list[Tensor]) -> Tensor:
-    """What the callback analyses where calling `training_step` would train."""
+    """Return the loss, for callbacks that cannot call `training_step`, because it would train."""
     return F.cross_entropy(module.network(batch[0]), batch[1])
 
 
 class RowKeeper(pl.Callback):
-    """Keeps a row of numbers for each analysed epoch."""
+    """Stores a row of numbers for each analyzed epoch."""
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -116,11 +116,11 @@ class RowKeeper(pl.Callback):
 
 
 def run(experiment: Experiment, out: Path) -> float:
-    """Train, and write the outcome; nothing is done if it is there. Return the seconds this took."""
+    """Train and write the outcome, unless it exists. Return the seconds this took."""
     folder = out / experiment.folder
     if is_done(folder):
         return 0.0
-    torch.set_num_threads(1)  # so small networks gain little from more, and the other worker needs the other core
+    torch.set_num_threads(1)  # more threads hardly help here, and the other worker needs the core
     started = time.perf_counter()
     with quiet():
         _train(experiment, out, folder, started)
@@ -166,31 +166,31 @@ def _train(experiment: Experiment, out: Path, folder: Path, started: float) -> N
 
 
 def spectra(experiment: Experiment, validation: Images, generalization: Images) -> list[pl.Callback]:
-    """Return the callbacks that analyse this experiment."""
+    """Return the callbacks that analyze this experiment."""
     setup = experiment.setup
-    analyse = partial(
+    analyze = partial(
         HessianSpectrumCallback,
         num_samples=setup.samples,
         batch_size=setup.samples,  # small images: all in one batch
         steps=setup.steps,
-        tolerance=DENSE_TOLERANCE if experiment.dense else None,  # K_H05 needs the same steps everywhere
+        tolerance=DENSE_TOLERANCE if experiment.dense else None,  # K_H05 needs the same number of steps on all data
         loss_fn=plain_loss if experiment.optimizer.startswith("adahessian") else None,
         progress=False,
     )
     evaluation = partial(DataLoader, batch_size=EVALUATION_BATCH)
     full = experiment.full_analysis
     callbacks: list[pl.Callback] = [
-        analyse(
+        analyze(
             every_n_epochs=experiment.every,
             at_start=full,
             generalization_dataloader=evaluation(generalization) if full else None,
-            preconditioner="optimizer" if full or experiment.optimizer_eyes else None,
+            preconditioner="optimizer" if full or experiment.preconditioned else None,
             monitor_gradients=True,
         )
     ]
     last = [setup.epochs - 1]
-    if full:  # a control: data on which the network does generalise
-        callbacks.append(analyse(epochs=last, generalization_dataloader=evaluation(validation), name="clean"))
+    if full:  # a control: data on which the network generalizes
+        callbacks.append(analyze(epochs=last, generalization_dataloader=evaluation(validation), name="clean"))
     if experiment.frozen:
-        callbacks.append(analyse(epochs=last, include_frozen=True, name="all"))
+        callbacks.append(analyze(epochs=last, include_frozen=True, name="all"))
     return callbacks

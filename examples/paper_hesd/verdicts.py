@@ -1,4 +1,4 @@
-"""How a claim of the paper is judged by numbers: the rules, each with the words that state it in the report."""
+"""Rules that judge a claim of the paper by numbers, each with its statement for the report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Section:
-    """What the report says about a table or figure of the paper."""
+    """The report's section on a table or figure of the paper."""
 
     title: str
     paper: str | Table
@@ -53,7 +53,7 @@ def kind(spectrum: Spectrum | None) -> str:
 
 
 def counted(spectra: Iterable[Spectrum | None]) -> str:
-    """Return how many are of which type, in words."""
+    """Return the number of spectra of each type, in words."""
     kinds = [kind(spectrum) for spectrum in spectra]
     return ", ".join(f"{kinds.count(name)} {name}" for name in dict.fromkeys(["MP", "MN", *kinds]))
 
@@ -77,7 +77,7 @@ def sometimes_mn(spectra: Sequence[Spectrum | None]) -> Verdict:
 
 
 def mn_when_trained(claim: str, runs: Sequence[Outcome]) -> Finding:
-    """Judge the claim that some spectra of networks that are trained by then are MN."""
+    """Judge the claim that some spectra of trained networks are MN."""
     points = [(outcome.experiment.name, point) for outcome in runs for point in outcome.trained]
     spectra = [point.spectrum for _, point in points]
     places = [
@@ -94,7 +94,7 @@ MORE_OFTEN = "agrees (differs) if MN is more (less) frequent with it, one-sided 
 
 
 def more_often(with_it: Sequence[Spectrum], without: Sequence[Spectrum]) -> Verdict:
-    """Judge the claim that spectra are MN more often with something than without."""
+    """Judge the claim that spectra are MN more often in the first group than in the second."""
     if not with_it or not without:
         return UNSEEN
     counts = [[sum((kind(s) == "MN") == mn for s in spectra) for mn in (True, False)] for spectra in (with_it, without)]
@@ -106,16 +106,16 @@ HIGHER = "agrees (differs) if the first accuracy is higher (lower) by more than 
 
 
 def standard_error(first: Outcome, second: Outcome) -> float:
-    """Return that of the difference of two generalization accuracies.
+    """Return the standard error of the difference of two generalization accuracies.
 
-    Both are shares of the same images; that they err together is left out, so that it is rather too large. Variations
-    of an image count as one.
+    Both are shares of the same images. The positive correlation of their errors is ignored, so the result is rather too
+    large. Variations of an image count as one.
     """
     return math.sqrt(sum(o.last.gen_acc * (1 - o.last.gen_acc) / o.distinct for o in (first, second)))
 
 
 def higher(first: Outcome, second: Outcome) -> Verdict:
-    """Judge the claim that the first generalises better than the second."""
+    """Judge the claim that the first generalizes better than the second."""
     return by_sign(first.last.gen_acc - second.last.gen_acc, 2 * standard_error(first, second))
 
 
@@ -133,7 +133,7 @@ def by_interval(difference: Difference, sign: int = 1) -> Verdict:
 
 
 def combined(verdicts: Iterable[Verdict]) -> Verdict:
-    """Judge a claim that consists of several."""
+    """Judge a claim that consists of several claims."""
     given = list(verdicts)
     if not given:
         return NOT_RUN

@@ -1,10 +1,10 @@
-"""Ask how the loss settles with the sample size, by width and depth, as section 5 of the paper does.
+"""Measure how the loss settles with the sample size, by width and depth, as in section 5 of the paper.
 
     python -m examples.sample_study --quick      # about a minute
     python -m examples.sample_study              # 280 networks: 10 to 15 minutes on two cores
 
-Runs that are finished are not run again with the same settings, so that an interrupted study goes on. Changes of the
-code are not settings: take another --out.
+Finished runs are not repeated with the same settings, so an interrupted study continues. After changes of the code, use
+another --out.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def main() -> None:
     study = replace(study, seeds=args.seeds or study.seeds, setup=setup)
 
     args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # small networks gain nothing from more, and lose where others compute, too
-    load(FEATURES, study.setup, args.out)  # trains the extractor, before all need it
+    torch.set_num_threads(1)  # more threads do not speed up small networks, and slow them down on shared cores
+    load(FEATURES, study.setup, args.out)  # trains the extractor once, before the runs use it
     run_all(study.runs(), run, args.out, is_done=lambda s: (args.out / s.file).is_file(), jobs=args.jobs)
     print(f"Report: {report.write(outcomes.read(study, args.out), args.out)}")
 

@@ -1,4 +1,4 @@
-"""The digits as pixels, and as features of an extractor that was trained before, on another task."""
+"""The digits as pixels, and as features of an extractor that was pre-trained on another task."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def load(inputs: str, setup: Setup, out: Path) -> tuple[Tensor, Tensor]:
 def features(pixels: Tensor, setup: Setup, out: Path) -> tuple[Tensor, float]:
     """Return features in [0, 1], as many as pixels, and the extractor's accuracy on its task; trained once.
 
-    The task is to tell by how many right angles an image is turned: without the classes, but on the same images.
+    The task is to predict by how many right angles an image is rotated: on the same images, but without their classes.
     """
     path = out / f"features-e{setup.extractor_epochs}.npz"
     if not path.is_file():
@@ -57,7 +57,7 @@ def _trained_extractor(images: Tensor, setup: Setup) -> tuple[nn.Module, float]:
 
 
 def fit(network: nn.Module, x: Tensor, y: Tensor, epochs: int, setup: Setup) -> None:
-    """Train as the paper does: Adam, constant learning rate, cross-entropy; batches in an order of the global seed."""
+    """Train as in the paper: Adam, constant learning rate, cross-entropy; the global seed orders the batches."""
     optimizer = torch.optim.Adam(network.parameters(), lr=setup.learning_rate, fused=True)
     for _ in range(epochs):
         for batch in torch.split(torch.randperm(len(x)), setup.batch_size):

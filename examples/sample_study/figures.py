@@ -1,4 +1,4 @@
-"""The figures of the report, without pyplot; colours are those of Okabe & Ito (2008), sizes are shades of cividis."""
+"""The figures of the report, without pyplot; colors are those of Okabe & Ito (2008), sizes are shades of cividis."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lightning_hesd.sample_size.subspace import SubspaceStabilization
 
 DPI = 110
-COLOURS = dict(zip(INPUTS, (POSITIVE, NEGATIVE), strict=True))
+COLORS = dict(zip(INPUTS, (POSITIVE, NEGATIVE), strict=True))
 STYLES = {TRAINED: {"marker": "o"}, INITIAL: {"marker": "s", "linestyle": "--"}}
 LABELS = {WIDTH: "hidden size", DEPTH: "number of hidden layers"}
 
@@ -36,7 +36,7 @@ def panels(rows: int, columns: int, height: float = 3.3) -> tuple[Figure, Any]:
 
 
 def differences(data: Outcomes, state: str) -> Figure:
-    """Draw |L_{k+1} - L_k| as the paper's Figure 2: widths left, depths right; pixels above, features below."""
+    """Draw |L_{k+1} - L_k| as in the paper's Figure 2: widths left, depths right; pixels above, features below."""
     figure, axes = panels(len(INPUTS), len(SWEEPS))
     for row, inputs in zip(axes, INPUTS, strict=True):
         for ax, sweep in zip(row, SWEEPS, strict=True):
@@ -44,23 +44,23 @@ def differences(data: Outcomes, state: str) -> Figure:
             pairs, sizes = data.study.configurations(sweep), data.study.sizes(sweep)
             for pair, size, shade in zip(pairs, sizes, np.linspace(0, 0.92, len(sizes)), strict=True):
                 found = [s.settling for s in data.find(inputs, state, *pair)]
-                k, colour = found[0].sample_sizes, colormaps["cividis"](shade)
-                ax.plot(k, np.mean([s.mean for s in found], axis=0), color=colour, linewidth=0.4, alpha=0.35)
-                ax.plot(k, np.mean([s.smoothed() for s in found], axis=0), color=colour, linewidth=1.4, label=str(size))
+                k, color = found[0].sample_sizes, colormaps["cividis"](shade)
+                ax.plot(k, np.mean([s.mean for s in found], axis=0), color=color, linewidth=0.4, alpha=0.35)
+                ax.plot(k, np.mean([s.smoothed() for s in found], axis=0), color=color, linewidth=1.4, label=str(size))
             ax.set_title(f"{inputs}, by {LABELS[sweep]}", fontsize=10)
             ax.legend(fontsize=7, ncols=2, loc="upper right")
-    figure.suptitle(f"{state}: moving averages ({PAPER_FACTOR}), and faint what they average", fontsize=10)
+    figure.suptitle(f"{state}: moving averages ({PAPER_FACTOR}), and faint the values themselves", fontsize=10)
     return figure
 
 
 def tendencies(data: Outcomes) -> Figure:
-    """Draw the constant of the settling and the norms over both sweeps."""
+    """Draw the constant c and the norms over both sweeps."""
     shown = {"c": "constant c of c/k", "c/mean loss": "c / mean loss", "‖H‖": "‖H‖", "‖G‖": "‖G‖"}
     figure, axes = panels(len(shown), len(SWEEPS), 2.5)
     for row, (quantity, label) in zip(axes, shown.items(), strict=True):
         for ax, sweep in zip(row, SWEEPS, strict=True):
             for inputs, state in itertools.product(INPUTS, STATES):
-                look = {"color": COLOURS[inputs], **STYLES[state], "label": f"{inputs}, {state}"}
+                look = {"color": COLORS[inputs], **STYLES[state], "label": f"{inputs}, {state}"}
                 band(ax, data, (inputs, state, sweep), QUANTITIES[quantity], **look)
             swept(ax, data, sweep)
             ax.set_ylabel(label)
@@ -86,7 +86,7 @@ def swept(ax: Axes, data: Outcomes, sweep: str) -> None:
         ax.set_xscale("log")
     ax.xaxis.set_major_locator(FixedLocator(list(data.study.sizes(sweep))))
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_minor_locator(NullLocator())  # laying them out takes as long as all the rest
+        axis.set_minor_locator(NullLocator())  # laying them out takes as long as the rest of the figure
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.set_xlabel(LABELS[sweep])
     ax.grid(visible=True, alpha=0.3)
@@ -103,8 +103,8 @@ def bounds(data: Outcomes) -> Figure:
             (lambda s: s.numbers.hessian, "‖H‖ measured", POSITIVE, "o", "-"),
             (lambda s: s.numbers.ggn, "‖G‖ measured", "0.4", "x", "--"),
         )
-        for quantity, label, colour, marker, style in lines:
-            look = {"label": label, "color": colour, "marker": marker, "linestyle": style}
+        for quantity, label, color, marker, style in lines:
+            look = {"label": label, "color": color, "marker": marker, "linestyle": style}
             band(ax, data, (PIXELS, TRAINED, sweep), quantity, **look)
         swept(ax, data, sweep)
         ax.set_title("pixels, trained", fontsize=10)

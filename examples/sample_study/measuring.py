@@ -1,4 +1,4 @@
-"""One run: a network is measured as it is initialised, trained, and measured again, there and at some distance."""
+"""One run: measure a network at initialization, train it, and measure it at the trained weights and around them."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ def loss_fn(module: Any, batch: Batch) -> Tensor:
 
 
 def make_network(width: int, depth: int) -> nn.Sequential:
-    """Return a network with ReLU after all layers but the last, and no biases: the paper's formulas have none."""
+    """Return a network with ReLU after all layers but the last, without biases, as in the paper's formulas."""
     sizes = [64, *[width] * depth, 10]
     layers = [(nn.Linear(before, after, bias=False), nn.ReLU()) for before, after in itertools.pairwise(sizes)]
     return nn.Sequential(*list(itertools.chain(*layers))[:-1])
 
 
 def trained_network(run: Run, x: Tensor, y: Tensor) -> tuple[nn.Module, nn.Module]:
-    """Return a network at initialisation, and trained; the initialisation is PyTorch's."""
+    """Return a network at PyTorch's initialization, and the trained network."""
     torch.manual_seed(run.seed)
     network = make_network(run.width, run.depth)
     initial = copy.deepcopy(network)
     fit(network, x, y, run.setup.epochs, run.setup)
-    # Measured in double precision: losses of deep networks at initialisation differ in the sixth digit.
+    # Measured in double precision: losses of deep networks at initialization differ in the sixth digit.
     return initial.double(), network.double()
 
 
 def run(settings: Run, out: Path) -> None:
     """Train and measure, and write the outcome."""
-    torch.set_num_threads(1)  # so small networks gain little from more, and the other worker needs the other core
+    torch.set_num_threads(1)  # more threads hardly help here, and the other worker needs the core
     started = time.perf_counter()
     x, y = load(settings.inputs, settings.setup, out)
     initial, trained = trained_network(settings, x, y)
@@ -101,7 +101,7 @@ def measure(network: nn.Module, batch: Batch, settings: Run) -> Numbers:
 
 
 def displaced(network: nn.Module, batch: Batch, settings: Run) -> list[Displaced]:
-    """Return how the loss settles at some distances from the weights, in random directions."""
+    """Return how the loss settles at several distances from the weights, in random directions."""
     weights = parameters_to_vector(network.parameters()).detach()
     generator, setup = torch.Generator().manual_seed(settings.seed), settings.setup
     moved, found = copy.deepcopy(network), []

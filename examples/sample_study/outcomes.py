@@ -1,4 +1,4 @@
-"""What is left of a run, in a file of its own; and the runs of a study, by what they have in common."""
+"""The outcome of a run, in one file; and the outcomes of a study, selected by their settings."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Numbers:
     """A network at one set of weights.
 
     Attributes:
-        accuracy: Share of the samples that are classified as they should be.
-        ggn: ‖G‖, of the mean over samples.
-        hessian: ‖H‖, of the same.
+        accuracy: Share of correctly classified samples.
+        ggn: ‖G‖ of the mean loss.
+        hessian: ‖H‖ of the mean loss.
         weight_norm: M_W, largest spectral norm of a weight matrix.
         largest_entry: M, largest absolute value of a weight.
         published: Theorem 1's bound on ‖G‖.
-        tight_ggn: A bound on ‖G‖ that holds always.
-        tight_hessian: One on ‖H‖.
+        tight_ggn: A bound on ‖G‖ that always holds.
+        tight_hessian: A bound on ‖H‖ that always holds.
     """
 
     accuracy: float
@@ -52,8 +52,8 @@ class Numbers:
 class Displaced(NamedTuple):
     """How the loss settles at some distance from the trained weights.
 
-    `relative` is in units of their norm, `radius` the distance R itself, and `largest` the greatest over k of
-    (k + 1)/2 times the mean difference, which Lemma 2 bounds by M_ℓ + B R².
+    `relative` is the distance in units of the norm of the weights, `radius` the distance R itself, and `largest` the
+    maximum over k of (k + 1)/2 times the mean difference, which Lemma 2 bounds by M_ℓ + B R².
     """
 
     relative: float
@@ -64,7 +64,7 @@ class Displaced(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """Numbers and per-sample losses of a network, with what was found at some distance, if it is trained."""
+    """Numbers and per-sample losses of a network; for a trained one, also the results at several distances."""
 
     run: Run
     numbers: Numbers
@@ -81,11 +81,11 @@ class State:
         return float(self.losses.mean())
 
     def constant_at(self, relative: float) -> float:
-        """Return the mean log c at some distance, over directions."""
+        """Return log c at a distance, averaged over directions."""
         return float(np.mean([math.log(d.constant) for d in self.displaced if d.relative == relative]))
 
     def margins(self, bound: float) -> list[tuple[float, float]]:
-        """Return relative distances, and by which factor Lemma 2 with this bound on the Hessian is too large there."""
+        """Return relative distances, and the factors by which Lemma 2 with this bound on the Hessian is too large."""
         worst = float(self.losses.max())
         return [(d.relative, (worst + bound * d.radius**2) / d.largest) for d in self.displaced if d.largest > 0]
 
@@ -122,7 +122,7 @@ def save(
     losses: Mapping[str, Array],
     seconds: float,
 ) -> None:
-    """Write the outcome of a run, whole or not at all."""
+    """Write the outcome of a run in one atomic step."""
     header = {
         "numbers": {state: asdict(found) for state, found in numbers.items()},
         "displaced": list(displaced),

@@ -1,4 +1,4 @@
-"""The report: what the paper says beside what came out here, as Markdown with figures."""
+"""The report: claims of the paper and our results, as Markdown with figures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from examples.sample_study import figures
 from examples.sample_study.data import features, load
 from examples.sample_study.measuring import loss_fn, trained_network
 from examples.sample_study.settings import DEPTH, INITIAL, INPUTS, PIXELS, STATES, SWEEPS, TRAINED, WIDTH, Run
-from examples.sample_study.statements import QUANTITIES, at_initialisation, follow_up, statements
+from examples.sample_study.statements import QUANTITIES, at_initialization, follow_up, statements
 from examples.sample_study.trends import logarithm, student
 from examples.shared import Table, markdown
 from lightning_hesd.sample_size.directions import dominant_directions
@@ -30,46 +30,47 @@ if TYPE_CHECKING:
 PACKAGES = ("lightning-hesd", "torch", "numpy", "scikit-learn")
 DIRECTIONS, SIGMAS = 10, (0.01, 0.2)
 INTRODUCTION = """\
-Kiselev & Grabovoy (2024, [arXiv:2409.11995](https://arxiv.org/abs/2409.11995)) ask how much the mean loss L_k of the
-first k samples changes with one more, by width and depth of the network: one network each, on MNIST and three other
-data sets. Here the same is done on scikit-learn's digits with {seeds} networks each, so that every statement has an
-uncertainty. Every verdict is taken by the program, from the numbers, by a rule that was fixed before. *Differs* speaks
-of this scale, and refutes nothing.
+Kiselev & Grabovoy (2024, [arXiv:2409.11995](https://arxiv.org/abs/2409.11995)) measure how much the mean loss L_k of
+the first k samples changes with one more sample, for several widths and depths, with one network each, on MNIST and
+three other data sets. This study uses scikit-learn's digits and {seeds} networks each, so every statement has an
+uncertainty. The program makes every verdict from the numbers, by a rule that was fixed in advance. *Differs* holds for
+this scale, and does not refute the paper.
 """
 METHOD = """\
-- **Data**: all 1,797 digits, 8x8, scaled into [0, 1]; the networks are trained on all of them, as the paper's are.
-- **Networks**: fully connected, ReLU after all layers but the last, PyTorch's initialisation. No biases, because the
-  paper's formulas have none. Hidden sizes {widths} with {depth} hidden layers; {depths} hidden layers of size {width}.
-  The paper's number of layers in the sweep of sizes, and its learning rate, are missing from the text that we have.
+- **Data**: all 1,797 digits, 8x8, scaled into [0, 1]; the networks are trained on all of them, as in the paper.
+- **Networks**: fully connected, ReLU after all layers but the last, PyTorch's initialization. No biases, as in the
+  paper's formulas. Hidden sizes {widths} with {depth} hidden layers; {depths} hidden layers of size {width}. Our copy
+  of the paper lacks the number of layers in the sweep of sizes, and the learning rate.
 - **Training**: Adam, learning rate {learning_rate:g}, batches of {batch_size}, {epochs} epochs, {steps_taken:,} steps
   (ten epochs of the paper's 10,000 images are 1,570).
-- **Features**: no pre-trained ViT could be had. A convolutional network of three layers (16, 32 and 16 channels) was
-  trained for {extractor_epochs} epochs to tell by how many right angles a digit is turned, which it then does with an
-  accuracy of {extractor:.1%}, and frozen; its 64 outputs, scaled into [0, 1], are the inputs. It differs from the
-  paper's in kind and size, and has seen the same images, though not their classes. All seeds share it.
+- **Features**: no pre-trained ViT was available. A convolutional network of three layers (16, 32 and 16 channels) was
+  trained for {extractor_epochs} epochs to predict by how many right angles a digit is rotated (accuracy
+  {extractor:.1%}), and frozen; its 64 outputs, scaled into [0, 1], are the inputs. It differs from the paper's in kind
+  and size, and was trained on the same images, but not on their classes. All seeds share it.
 - **Differences**: {orders} random orders for each network; c is the constant of the fit c/√(k(k + 1)), about c/k.
-- **Norms**: largest absolute eigenvalue of G and H, of the mean over samples, by {steps} Lanczos steps: from below.
-- **Distance**: {directions} random directions, as far from the trained weights as the shares of their norm say.
-- **Intervals**: 95 %, Student's, over the {seeds} seeds. They tell how other initialisations and batches would come
-  out; not other data. The slopes of a sweep are fitted to each seed by itself. They are not corrected for the number
-  of statements.
+- **Norms**: largest absolute eigenvalue of G and H of the mean loss, by {steps} Lanczos steps, hence lower bounds.
+- **Distance**: {directions} random directions from the trained weights; distances are shares of the norm of the
+  weights.
+- **Intervals**: 95 %, Student's, over the {seeds} seeds. They cover other initializations and batches, but not other
+  data. The slopes of a sweep are fitted to each seed separately. They are not corrected for the number of statements.
 """
 READING = """\
-- **The exponent says nothing about networks.** L_(k+1) - L_k is the new sample's deviation from the mean divided by
-  k + 1, and falls as 1/k for any losses of finite variance. All there is to compare is c, which is the spread of the
-  losses over samples.
-- **The moving average** starts at the first and largest difference and forgets it by 1 % a step: in the figures it lies
-  above what it averages for the first thousand samples. It is linear in the curves, so it does not change their order.
-- **c and the loss**: where few samples have most of the loss, c, the losses' mean absolute deviation, is of the order
-  of the mean loss, up to twice it (see the numbers), so that trained networks are compared by how well they are
-  trained. At initialisation all mean losses are about log 10, and c is about how far the outputs differ.
-- **Depth at initialisation**: PyTorch's initialisation shrinks the signal in every ReLU layer, so that outputs, losses'
-  spread and curvature fall exponentially with depth there. The bounds know only the largest norm, M_W, and grow.
+- **The exponent does not depend on the network.** L_(k+1) - L_k is the new sample's deviation from the mean divided by
+  k + 1, and falls as 1/k for any losses of finite variance. Networks differ only in c, the spread of the losses over
+  samples.
+- **The moving average** starts at the first and largest difference, and its weight decays by 1 % per step: in the
+  figures the average lies above the values for the first thousand samples. It is linear in the curves, so it keeps
+  their order.
+- **c and the loss**: c is the mean absolute deviation of the losses. If few samples have most of the loss, c is of the
+  order of the mean loss, up to twice it (see the numbers): then comparing c compares how well networks are trained. At
+  initialization all mean losses are about log 10, and c shows how much the outputs differ.
+- **Depth at initialization**: PyTorch's initialization shrinks the signal in every ReLU layer, so outputs, spread of
+  the losses and curvature fall exponentially with depth. The bounds contain only the largest norm, M_W, and grow.
 """
 LIMITS = """\
-- One small data set, one optimizer, one number of epochs: deep and narrow networks are not trained to the end here.
-- w is no local minimum of L_k for small k (Assumption 1), nor quite one of L_N; Lemma 2's proof needs both.
-- Theorem 1 is about every sample; norms were measured of the mean, which is at most the largest of those.
+- One small data set, one optimizer, one number of epochs: deep and narrow networks are not fully trained.
+- w is not a local minimum of L_k for small k (Assumption 1), and only nearly one of L_N; Lemma 2's proof needs both.
+- Theorem 1 is about every sample; the measured norms are those of the mean, which is at most the largest of these.
 """
 
 
@@ -86,21 +87,21 @@ def write(data: Outcomes, out: Path) -> Path:
     for name, figure in drawn.items():
         figure.savefig(out / f"{name}.png")
     found = [*statements(data), *(one for each in measured for one in follow_up(each))]
-    before = at_initialisation(data)
+    before = at_initialization(data)
     parts = [
         f"# How the loss settles with the sample size\n\n{introduction(data)}",
         f"## Summary\n\n{counts(found)}\n\n{summary(found)}",
         f"## Figures\n\n{picture('differences-trained', 'As Figure 2 of the paper: means over seeds.')}",
         picture("differences-initial", "The same networks before training."),
         picture("trends", "Geometric means over seeds with 95 % intervals."),
-        picture("bounds", "Left and centre: what is measured and what is proved. Right: Lemma 2 and one network."),
+        picture("bounds", "Left and center: measured norms and bounds. Right: Lemma 2 and one network."),
         picture("subspace", f"One trained network, {DIRECTIONS} leading directions: the quadratic model and draws."),
-        f"## The same rules at initialisation\n\nOf which the paper does not speak.\n\n{summary(before)}",
+        f"## The same rules at initialization\n\nThe paper makes no claims about it.\n\n{summary(before)}",
         f"## How to read it\n\n{READING.strip()}",
-        f"## How it was done\n\n{method(data, out)}",
+        f"## Method\n\n{method(data, out)}",
         f"## Rules\n\n{rules([*found, *before])}",
         *(f"## Numbers, {state}\n\n{numbers(data, state)}" for state in STATES),
-        f"## What this cannot tell\n\n{LIMITS.strip()}",
+        f"## Limits\n\n{LIMITS.strip()}",
     ]
     path = out / "report.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -108,7 +109,7 @@ def write(data: Outcomes, out: Path) -> Path:
 
 
 def dominant_subspace(data: Outcomes, out: Path) -> list[SubspaceStabilization]:
-    """Return the follow-up's criterion for one trained network, near the weights and farther away."""
+    """Return the follow-up paper's criterion for one trained network, at several distances from the weights."""
     study = data.study
     x, y = load(PIXELS, study.setup, out)
     _, network = trained_network(Run(PIXELS, study.width, study.depth, 0, study.setup), x, y)
@@ -121,7 +122,7 @@ def dominant_subspace(data: Outcomes, out: Path) -> list[SubspaceStabilization]:
 
 
 def introduction(data: Outcomes) -> str:
-    """Return what this is, with versions and duration."""
+    """Return the introduction, with versions and duration."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     return (
         f"{INTRODUCTION.format(seeds=data.study.seeds).strip()}\n\n"
@@ -131,7 +132,7 @@ def introduction(data: Outcomes) -> str:
 
 
 def method(data: Outcomes, out: Path) -> str:
-    """Return how the study was made."""
+    """Return the method of the study."""
     study = data.study
     x, _ = load(PIXELS, study.setup, out)
     fields = {**asdict(study), **asdict(study.setup)}
@@ -148,7 +149,7 @@ def summary(found: Iterable[Statement]) -> str:
 
 
 def counts(found: Iterable[Statement]) -> str:
-    """Return how often each verdict was given."""
+    """Return the count of each verdict."""
     given = Counter(s.finding.verdict for s in found)
     return (
         f"Of {given.total()} statements: " + ", ".join(f"{verdict} {count}" for verdict, count in given.items()) + "."

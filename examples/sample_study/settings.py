@@ -1,4 +1,4 @@
-"""What is trained, declared: a sweep over widths and one over depths, on two kinds of inputs, from several seeds."""
+"""Settings of the study: a sweep over widths and one over depths, on two kinds of inputs, from several seeds."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ WIDTH, DEPTH = SWEEPS = ("width", "depth")
 
 @dataclass(frozen=True)
 class Setup:
-    """What all runs have in common.
+    """Settings that all runs share.
 
     Attributes:
         epochs: Epochs of every training; 54 of the digits are as many steps as ten epochs of 10,000 images.
         batch_size: Samples per step; from the paper.
-        learning_rate: Of Adam, constant.
+        learning_rate: Constant learning rate of Adam.
         orders: Random orders of the samples; from the paper.
         steps: Lanczos steps for the largest eigenvalues.
         radii: Distances from the trained weights, in units of their norm.
-        directions: Random directions in which each distance is gone.
+        directions: Number of random directions for each distance.
         extractor_epochs: Epochs of the training of the feature extractor.
     """
 
@@ -38,7 +38,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Run:
-    """One network; the seed is that of the initialisation, the batches, the random orders and directions."""
+    """One network; the seed determines initialization, batches, random orders and directions."""
 
     inputs: str
     width: int
@@ -48,17 +48,18 @@ class Run:
 
     @property
     def file(self) -> str:
-        """Name of the file of its outcome: the same settings are not trained twice."""
+        """Name of the file of the outcome; it identifies the settings."""
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
         return f"{self.inputs}-w{self.width}-d{self.depth}-s{self.seed}-{digest}.npz"
 
 
 @dataclass(frozen=True)
 class Study:
-    """Which runs there are.
+    """The runs of the study.
 
-    `width` and `depth` are what is fixed while the other is swept: 16 is the paper's; its number of layers is not in
-    the text that we have. The depth is the number of hidden layers, one less than that of weight matrices.
+    `width` and `depth` are the fixed values while the other is swept. A width of 16 is the paper's; our copy of the
+    paper lacks the number of layers. The depth is the number of hidden layers, one less than the number of weight
+    matrices.
     """
 
     widths: tuple[int, ...] = (4, 8, 16, 32, 64)
@@ -77,7 +78,7 @@ class Study:
         return [(w, self.depth) for w in self.widths] if sweep == WIDTH else [(self.width, d) for d in self.depths]
 
     def runs(self) -> list[Run]:
-        """Return all runs, those of both sweeps once."""
+        """Return all runs; those in both sweeps appear once."""
         every = dict.fromkeys(pair for sweep in SWEEPS for pair in self.configurations(sweep))
         every[self.width, self.depth] = None  # of the figures that show a single network
         seeds = range(self.seeds)

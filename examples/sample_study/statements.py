@@ -1,4 +1,4 @@
-"""The paper's statements, each with what speaks for or against it here."""
+"""The paper's statements, each with our evidence for or against it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Statement(NamedTuple):
-    """A finding, on which inputs it was made, and what we see in words."""
+    """A finding, its inputs, and the result in words."""
 
     inputs: str
     seen: str
@@ -43,14 +43,14 @@ DIRECTION: dict[Verdict, str] = {AGREES: "it grows", DIFFERS: "it falls", UNSEEN
 
 
 def statements(data: Outcomes) -> list[Statement]:
-    """Return all findings about trained networks, and those about bounds, the same claim on all inputs together."""
+    """Return all findings about trained networks and about bounds, sorted by claim."""
     found = _of_networks(data, TRAINED)
     found += [one for inputs in INPUTS for one in (_of_distance(data, inputs), _of_entries(data, inputs))]
     return [*_sorted(found), *_of_both_inputs(data), *_of_bounds(data)]
 
 
-def at_initialisation(data: Outcomes) -> list[Statement]:
-    """Return what the same rules say about the same networks before training, of which the paper does not speak."""
+def at_initialization(data: Outcomes) -> list[Statement]:
+    """Return the findings of the same rules before training; the paper makes no claims about it."""
     return _sorted(_of_networks(data, INITIAL))
 
 
@@ -74,7 +74,7 @@ def judged(
     evidence: str,
     words: tuple[str, str],
 ) -> Statement:
-    """Return the statement that all of something lies in a region; `words` are for inside and outside."""
+    """Return the statement that all values lie in a region; `words` are for inside and outside."""
     verdict, several = region.judge(found), len(found) > 1
     parts = {"all": " in all networks" * several, "one": " in one" * several}
     rule = trends.RULE.format(of=of, region=region.words, **parts)
@@ -211,14 +211,14 @@ def _of_both_inputs(data: Outcomes) -> Iterator[Statement]:
 
 
 def _of_bounds(data: Outcomes) -> Iterator[Statement]:
-    """Yield whether bounds hold. Numbers without an interval: one violation anywhere would do."""
+    """Yield whether bounds hold. The numbers have no intervals, because a single violation decides."""
     every = [state for name in STATES for state in data.states[name].values()]
     theorem = [s.numbers.published / s.numbers.ggn for s in every if s.numbers.ggn > 0]
     lemma = [margin for s in data.states[TRAINED].values() for margin in s.margins(s.numbers.published)]
     smallest = min(s.numbers.weight_norm for s in every)
     for claim, ratios, evidence in (
         (
-            "Theorem 1 bounds ‖G‖ (of the mean over samples, trained and at initialisation).",
+            "Theorem 1 bounds ‖G‖ (of the mean over samples, trained and at initialization).",
             theorem,
             f"it is {_orders(theorem)} times ‖G‖; the smallest M_W is {smallest:.2f}, and from 0.595 on it is proved",
         ),
@@ -238,7 +238,7 @@ def _of_bounds(data: Outcomes) -> Iterator[Statement]:
 
 
 def follow_up(found: SubspaceStabilization) -> Iterator[Statement]:
-    """Yield how one measurement in the dominant subspace compares with its closed form and rate."""
+    """Yield the comparison of a measurement in the dominant subspace with its closed form and rate."""
     excess, half = (
         found.monte_carlo_constant / found.constant - 1,
         2 * found.monte_carlo_constant_error / found.constant,

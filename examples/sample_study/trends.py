@@ -1,4 +1,4 @@
-"""Trends over a sweep with their intervals over seeds, and the rules by which they are judged, fixed beforehand."""
+"""Trends over a sweep with intervals over seeds, and the rules that judge them, which were fixed in advance."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 CONFIDENCE = 0.95
 STRAIGHT = 0.9
-"""A line fits if its coefficient of determination R² is at least this."""
+"""Minimum coefficient of determination R² of a line that fits."""
 
 
 class Interval(NamedTuple):
-    """A mean over seeds with its confidence interval; NaN where there are fewer than two values."""
+    """A mean over seeds with its confidence interval; NaN with fewer than two values."""
 
     mean: float
     low: float
@@ -42,11 +42,11 @@ class Interval(NamedTuple):
 
 
 class Trend(NamedTuple):
-    """What the logarithm of a quantity does over a sweep.
+    """The trend of the logarithm of a quantity over a sweep.
 
     Attributes:
-        slope: By least squares for each seed.
-        change: Last minus first.
+        slope: Slope by least squares for each seed.
+        change: Last value minus first.
         straightness: R² of a line through the means over seeds.
     """
 
@@ -56,7 +56,7 @@ class Trend(NamedTuple):
 
 
 def student(values: ArrayLike) -> Interval:
-    """Return the mean of independent values with Student's interval; what is not finite is left out."""
+    """Return the mean of independent values with Student's interval; values that are not finite are left out."""
     found = np.asarray(values, dtype=float)
     found = found[np.isfinite(found)]
     if len(found) < 2:
@@ -67,7 +67,7 @@ def student(values: ArrayLike) -> Interval:
 
 
 def logarithm(values: ArrayLike) -> Array:
-    """Return logarithms; NaN for 0, as of networks all of whose units are dead."""
+    """Return logarithms; NaN for 0, which networks with only dead units have."""
     found = np.asarray(values, dtype=float)
     return np.log(np.where(found > 0, found, np.nan))
 
@@ -95,7 +95,7 @@ RULE = "agrees if the 95 % interval of {of} lies {region}{all}, differs if it li
 
 
 class Region(NamedTuple):
-    """Where a number must lie for a statement to hold."""
+    """The region in which a number must lie for a statement to hold."""
 
     low: float
     high: float
@@ -111,7 +111,7 @@ class Region(NamedTuple):
 POSITIVE = Region(0, math.inf, "above 0")
 NEGATIVE = Region(-math.inf, 0, "below 0")
 SLIGHT = Region(-math.log(2), math.log(2), "between 1/2 and 2")
-"""The paper gives no number; this one is ours. Of logarithms of factors."""
+"""Region of logarithms of factors; the paper gives no number, this one is ours."""
 INVERSE = Region(-1.1, -0.9, "within -1 ± 0.1")
 INVERSE_SQUARE = Region(-2.2, -1.8, "within -2 ± 0.2")
 EQUAL = Region(-0.05, 0.05, "within ± 5 %")
