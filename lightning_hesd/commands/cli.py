@@ -93,7 +93,12 @@ def _parser() -> OneLineParser:
     sub.add_argument("--strategy", type=str, default="auto", help="How they work together, as for the Trainer.")
     sub.add_argument("--generalization", type=str | None, help="'val' or 'test' data of --data, or a data module.")
     sub.add_argument("--generalization_args", type=dict[str, Any], default={}, help="Arguments of that data module.")
-    sub.add_argument("--through_optimizer", type=bool, default=False, help="Also analyse D^(-1/2) H D^(-1/2).")
+    sub.add_argument(
+        "--preconditioned",
+        type=bool,
+        default=False,
+        help="Also analyze the Hessian preconditioned by the optimizer, D^(-1/2) H D^(-1/2).",
+    )
     sub.add_argument(
         "--tolerance_of_loss",
         type=float | None,
@@ -328,7 +333,7 @@ def _analysis(config: Namespace) -> PosthocAnalysis:
         replace(_project(config), devices=config.devices, num_nodes=config.num_nodes, strategy=config.strategy),
         analysis_options(**options),
         generalization,
-        config.through_optimizer,
+        config.preconditioned,
         config.analysis.mode,
     )
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_hesd.commands.project import Blueprint, CheckpointError
+from lightning_hesd.sample_size.recommendation import find_sample_size
 from lightning_hesd.spectra.validation import CORRUPT_FILE_ERRORS, one_line
+from lightning_hesd.training.error_policy import ErrorPolicy
 from lightning_hesd.training.recorder import Recorder
+from lightning_hesd.training.session import Analysis
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     import lightning.pytorch as pl
@@ -32,14 +34,14 @@ class PosthocAnalysis:
         options: As for `hessian_spectrum`.
         generalization: "val" or "test" for other data of the same data module, or a data module of its own, whose
             training data are taken; None: no generalization data.
-        through_optimizer: Whether to analyse the Hessian through the optimizer's eyes, too.
+        preconditioned: Whether to analyze the preconditioned Hessian, too.
         mode: Mode of the module, as for the callback.
     """
 
     project: Project
     options: AnalysisOptions
     generalization: Literal["val", "test"] | Blueprint | None = None
-    through_optimizer: bool = False
+    preconditioned: bool = False
     mode: AnalysisMode = "auto"
 
     def record(self, path: Path) -> SpectrumRecord:
@@ -60,12 +62,13 @@ class PosthocAnalysis:
             self.project.training_analyzer(self.options, checkpoint, self.mode),
             # Drawn anew, for these may not be the data of the run.
             None if other is None else self.project.analyzer(self.options, checkpoint, self.mode, other),
-            preconditioner="optimizer" if self.through_optimizer else None,
+            preconditioner="optimizer" if self.preconditioned else None,
         )
-        if self.through_optimizer:
+        if self.preconditioned:
             _load_optimizers(trainer, checkpoint)
-        recorder.start(trainer, _attempt)
-        return recorder.record(trainer, pl_module, trainer.current_epoch, _attempt)
+        errors = _RecordOnly()
+        recorder.start(trainer, errors)
+        return recorder.record(trainer, pl_module, trainer.current_epoch, errors)
 
     def _generalization_loader(self, trainer: pl.Trainer) -> Any:
         wanted = self.generalization
@@ -94,7 +97,8 @@ def sample_size(
     """
 
     def work(trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Checkpoint) -> SampleSize:
-        return project.training_analyzer(options, checkpoint, mode).sample_size(trainer, pl_module, stability)
+        analysis = Analysis("sample size", partial(find_sample_size, stability=stability))
+        return project.training_analyzer(options, checkpoint, mode).analyze(trainer, pl_module, analysis=analysis)
 
     return project.at(path, work)[0]
 
@@ -104,7 +108,8 @@ def _load_optimizers(trainer: pl.Trainer, checkpoint: Checkpoint) -> None:
     if len(states) != len(trainer.optimizers):
         msg = (
             f"the checkpoint has the states of {len(states)} optimizers, the module {len(trainer.optimizers)} "
-            "optimizers: the Hessian cannot be seen through their eyes."
+            "optimizers, so the Hessian cannot be preconditioned: leave `--preconditioned` out, or analyze a "
+            "checkpoint of this module."
         )
         raise CheckpointError(msg)
     try:
@@ -115,15 +120,12 @@ def _load_optimizers(trainer: pl.Trainer, checkpoint: Checkpoint) -> None:
         raise CheckpointError(msg) from error
 
 
-@contextlib.contextmanager
-def _attempt(consequence: str) -> Iterator[list[str]]:  # noqa: ARG001 - the record says it
-    """Turn an exception into an entry of a list.
+class _RecordOnly(ErrorPolicy):
+    """Leaves failures to the record: there is no training to go on."""
 
-    Yields:
-        The list.
-    """
-    failures: list[str] = []
-    try:
-        yield failures
-    except Exception as error:  # noqa: BLE001 - whatever it is, it goes into the record
-        failures.append(f"{type(error).__name__}: {one_line(error)}")
+    def describe(self, error: Exception) -> str:
+        """Return the text of a failure in one line."""
+        return f"{type(error).__name__}: {one_line(error)}"
+
+    def report(self, message: str, error: Exception) -> None:
+        """Say nothing."""

@@ -1,15 +1,14 @@
-"""The records of a run: in memory, on disk and inside checkpoints."""
+"""The records of a run: in memory, on disk and in checkpoints."""
 
 from __future__ import annotations
 
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback
 
 from lightning_hesd.spectra.assessment import check_comparable
 from lightning_hesd.spectra.record import LAYERS_SUFFIX, PLAIN_FIELDS, START_EPOCH, SUFFIXES, SpectrumRecord, when
@@ -25,8 +24,6 @@ from lightning_hesd.spectra.validation import (
     parsed,
     text,
 )
-from lightning_hesd.training.compat.internals import callbacks_of
-from lightning_hesd.training.compat.namespaces import MisconfigurationException, join_namespaces, of_every_namespace
 from lightning_hesd.training.folders import exists, fetched, joined
 from lightning_hesd.training.history_files import INDEX_NAME, HistoryFolder, completed, index_rows
 
@@ -34,23 +31,18 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
 
-    import lightning.pytorch as pl
     import pandas as pd
-    from lightning.pytorch.callbacks import Checkpoint
     from numpy.typing import NDArray
 
-    from lightning_hesd.spectra.selection import SelectionEvent
     from lightning_hesd.training.history_files import Content
 
-__all__ = ["PLAIN_FIELDS", "START_EPOCH", "SUFFIXES", "SpectrumHistory", "SpectrumRecord", "SpectrumSource", "when"]
+__all__ = ["PLAIN_FIELDS", "START_EPOCH", "SUFFIXES", "SpectrumHistory", "SpectrumRecord", "when"]
 
 _STATE = {
     "records": text,
     "shapes": each(each(at_least(0))),
     "numbers": lambda value: isinstance(value, torch.Tensor) and value.dtype == torch.float64,
 }
-
-OnError = Literal["warn", "raise"]
 
 
 class SpectrumHistory(list[SpectrumRecord]):
@@ -61,18 +53,18 @@ class SpectrumHistory(list[SpectrumRecord]):
         self._folders: dict[str, HistoryFolder] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return no folders: a copy looks into them anew, and file systems cannot be pickled."""
+        """Return no folders: a copy reads them again, and filesystems cannot be pickled."""
         return {"_folders": {}}
 
     def rewind(self, global_step: int) -> None:
-        """Forget what lies ahead of `global_step`, everything at step 0: a run starts, or goes on, from there."""
+        """Forget the records after `global_step`, from which a run goes on; at step 0 all, because a run begins."""
         self[:] = [record for record in self if global_step > 0 and record.global_step <= global_step]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the spectra not yet written to `folder`, and the index of all records.
 
-        Every file appears whole or not at all, the index last. Files of another run that the folder's index names are
-        replaced or deleted; the index goes before them, so that none ever names what is not its own.
+        Every file is written whole or not at all, the index last. Files of another run that the index names are
+        replaced or deleted, after the index, so that an index never names files of another run.
 
         Args:
             folder: A path, or a URL of a filesystem that fsspec knows.
@@ -80,7 +72,7 @@ class SpectrumHistory(list[SpectrumRecord]):
         self._folder(folder).update(self._contents(), self._rows())
 
     def is_in(self, folder: str | os.PathLike[str]) -> bool:
-        """Look into a folder, and return whether the files of all these records are there, whatever else is."""
+        """Return whether a folder has the files of all these records; it may have others."""
         self._folders.pop(str(folder), None)  # another run may have written to it since
         return self._folder(folder).has(self._contents())
 
@@ -122,7 +114,7 @@ class SpectrumHistory(list[SpectrumRecord]):
             name: The callback's `name`, which is also that of the folder.
 
         Raises:
-            FileNotFoundError: If there is no history.
+            FileNotFoundError: If the folder has no history.
             ValueError: If its index is damaged, or was written by a newer version.
         """
         folders = [joined(log_dir, name), str(log_dir)]
@@ -160,7 +152,7 @@ class SpectrumHistory(list[SpectrumRecord]):
         return records_table(self)
 
     def layers_to_dataframe(self) -> pd.DataFrame:
-        """Return a pandas table with a row for each analysed layer of each record, and its `LayerIndicators`.
+        """Return a pandas table with a row for each analyzed layer of each record, and its `LayerIndicators`.
 
         Columns are `epoch`, `global_step`, `layer`, `c_t`, `lambda_max`, `trace`, ...; `pivot` makes a matrix of one.
 
@@ -211,61 +203,6 @@ class SpectrumHistory(list[SpectrumRecord]):
             )
             for row in rows
         ]
-
-
-@of_every_namespace("Callback")
-class SpectrumSource(Callback):
-    """A callback that fills a history: what `HessianCheckpoint` looks for among the callbacks of a Trainer.
-
-    Attributes:
-        name: Prefix of its metrics.
-        history: Its records so far.
-        on_error: What it does about errors.
-        checkpoint: The checkpoint callback it brings along, if any.
-        refusal: Why there can be no spectra in this run, as found out before it; None: there can.
-    """
-
-    name: str
-    history: SpectrumHistory
-    on_error: OnError
-    checkpoint: Checkpoint | None = None
-    refusal: str | None = None
-
-    def __init__(self) -> None:
-        join_namespaces()
-        super().__init__()
-
-    def record_selection(self, trainer: pl.Trainer, choice: SelectionEvent) -> None:
-        """Hear from a HessianCheckpoint what it makes of the latest record."""
-
-
-def raises_anywhere(trainer: pl.Trainer) -> bool:
-    """Return whether a callback of the Trainer that makes records is to raise."""
-    sources = [callback for callback in callbacks_of(trainer) if isinstance(callback, SpectrumSource)]
-    return any(source.on_error == "raise" for source in sources)
-
-
-def only_source(trainer: pl.Trainer) -> SpectrumSource:
-    """Return the one callback of a Trainer that makes records.
-
-    Raises:
-        MisconfigurationException: If there is not exactly one.
-    """
-    sources = [callback for callback in callbacks_of(trainer) if isinstance(callback, SpectrumSource)]
-    if len(sources) == 1:
-        return sources[0]
-    if not sources:
-        msg = (
-            "HessianCheckpoint ranks the records of a HessianSpectrumCallback, and the Trainer has none: add "
-            "HessianSpectrumCallback() to `callbacks`."
-        )
-    else:
-        names = ", ".join(repr(source.name) for source in sources)
-        msg = (
-            f"HessianCheckpoint cannot tell which of the callbacks {names} to rank: pass it to one of them as "
-            "HessianSpectrumCallback(checkpoint=HessianCheckpoint(...))."
-        )
-    raise MisconfigurationException(msg)
 
 
 def _plain(record: SpectrumRecord) -> dict[str, Any]:

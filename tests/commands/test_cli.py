@@ -55,7 +55,7 @@ def test_another_process_finds_what_the_callback_found(trained: Run, tmp_path: P
     spectra, paths = trained
     command = [sys.executable, "-m", "lightning_hesd"]
     arguments = ["analyze", str(paths[0].parent / "*.ckpt"), *MODEL, *STEPS, *CPU, "--generalization", "val"]
-    arguments += ["--through_optimizer", "true", "--out", str(tmp_path / "out")]
+    arguments += ["--preconditioned", "true", "--out", str(tmp_path / "out")]
     finished = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     for record, path in zip(spectra.history, paths, strict=True):
@@ -232,7 +232,7 @@ def test_optimizers_must_have_their_states(trained: Run, tmp_path: Path, capsys:
     checkpoint = torch.load(paths[0], weights_only=True)
     torch.save(checkpoint | {"optimizer_states": []}, tmp_path / "weights.ckpt")
     said = refused(
-        capsys, "analyze", tmp_path / "weights.ckpt", *MODEL, *CPU, "--through_optimizer=true", "--out", tmp_path / "o"
+        capsys, "analyze", tmp_path / "weights.ckpt", *MODEL, *CPU, "--preconditioned=true", "--out", tmp_path / "o"
     )
     assert "the checkpoint has the states of 0 optimizers, the module 1 optimizers" in said
 

@@ -1,4 +1,4 @@
-"""The analysed loss: `training_step` or `loss_fn`, without side effects, at the Trainer's precision."""
+"""The analyzed loss: `training_step` or `loss_fn`, without side effects, at the Trainer's precision."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_muted_during_the_analysis_only(
     assert module.logger is logger
 
 
-# Manual optimisation --------------------------------------------------------------------------------------------------
+# Manual optimization --------------------------------------------------------------------------------------------------
 
 
 class Manual(Classifier):

@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from lightning_hesd.numerics.isolation.snapshot import restore_state
-from lightning_hesd.training.compat import internals
+from lightning_hesd.training.compat import logged_metrics, messages, signals
 from lightning_hesd.training.isolation.reach import Walk
 from lightning_hesd.training.isolation.silence import Seclusion, silenced
 from lightning_hesd.training.isolation.surroundings import Surroundings
@@ -78,7 +78,7 @@ class Isolation:
         for name, reason in surroundings.left.items():
             if name not in self._told:
                 self._told.add(name)
-                internals.warn(
+                messages.warn(
                     f"`{name}` changed during an analysis and was not put back ({reason}). If the function that is "
                     "analysed changed it, training differs from training without analyses: pass `loss_fn=` to "
                     "HessianSpectrumCallback, a function (module, batch) -> mean loss over the batch that does not."
@@ -86,5 +86,5 @@ class Isolation:
 
 
 def _reach(trainer: pl.Trainer, module: pl.LightningModule) -> Reach:
-    untouched = [internals.signal_connector(trainer), *internals.logged_results(trainer)]
+    untouched = [signals.signal_connector(trainer), *logged_metrics.logged_results(trainer)]
     return Walk(trainer, module, untouched).found

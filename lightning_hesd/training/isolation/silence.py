@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lightning_hesd.training.compat import internals
+from lightning_hesd.training.compat import signals, strategies
 from lightning_hesd.training.isolation.kinds import TRACKERS, attributes_of, like_output, repeated
 from lightning_hesd.training.isolation.surroundings import DisturbedTrainingError
 
@@ -137,7 +137,7 @@ class _Shadows:
         thread = threading.get_ident()
 
         def silent(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread or internals.handles_signal():
+            if threading.get_ident() != thread or signals.handles_signal():
                 return method(*args, **kwargs)
             return None
 
@@ -201,7 +201,7 @@ class Seclusion:
             trainer: The trainer; all processes take part.
         """
         self._trainer = trainer
-        self._is_needed = trainer.world_size > 1 and not internals.is_sharded(trainer)
+        self._is_needed = trainer.world_size > 1 and not strategies.is_sharded(trainer)
         self._own_folder = self._folder = None
         if self._is_needed:
             with contextlib.ExitStack() as stack:

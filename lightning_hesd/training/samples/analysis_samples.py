@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.numerics.isolation.snapshot import restore_state, seed_everything
-from lightning_hesd.training.compat.internals import warn
+from lightning_hesd.training.compat.messages import warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
 from lightning_hesd.training.samples.epochs import EVENNESS_OF_CONTENTS, PlannedBatch, epochs
 from lightning_hesd.training.samples.positions import spread_positions

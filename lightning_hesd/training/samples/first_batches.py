@@ -21,7 +21,7 @@ from lightning_hesd.numerics.isolation.containers import holds_atoms
 from lightning_hesd.numerics.isolation.snapshot import restore_state
 from lightning_hesd.numerics.isolation.tensor_states import is_opaque, size_in_memory
 from lightning_hesd.numerics.operators.memory import SHARE_OF_FREE_MEMORY, default_budget
-from lightning_hesd.training.compat import internals
+from lightning_hesd.training.compat import dataloading, messages
 from lightning_hesd.training.samples.reading import measured
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class KeptBatches:
         self._bytes = 0
         self._pending: _Kept | None = None
         self._failure: Exception | None = None
-        self._unwatch: Callable[[], None] | None = internals.watch_batches(trainer, self._see)
+        self._unwatch: Callable[[], None] | None = dataloading.watch_batches(trainer, self._see)
 
     @property
     def is_complete(self) -> bool:
@@ -117,7 +117,7 @@ class KeptBatches:
         size = sum(array.nbytes if isinstance(array, np.ndarray) else _bytes_of(array) for array in _arrays(batch))
         if self._kept and self._bytes + size > self._limit:
             samples = sum(kept.batch.size for kept in self._kept)
-            internals.warn(
+            messages.warn(
                 f"{samples:.0f} samples of each process are analysed instead of {self._share:.0f}: copies of more "
                 f"training batches would take more than {self._limit / 2**20:.0f} MiB. Pass `dataloader=` to "
                 "HessianSpectrumCallback, a DataLoader of a map-style dataset or a list of batches, for more."
@@ -140,7 +140,7 @@ class KeptBatches:
         if self._pending is None:
             return
         if not self._kept and self._pending.batch.doubt is not None:
-            internals.warn(self._pending.batch.doubt)
+            messages.warn(self._pending.batch.doubt)
         self._kept.append(self._pending)
         self._pending = None
         if sum(kept.batch.size for kept in self._kept) >= self._share:

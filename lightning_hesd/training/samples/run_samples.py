@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from lightning_hesd.numerics.inputs.portable import LeftOut, Portable
 from lightning_hesd.numerics.isolation.snapshot import restore_state
 from lightning_hesd.spectra.validation import at_least, each, first_invalid_field, optional
-from lightning_hesd.training.compat import internals
+from lightning_hesd.training.compat import dataloading, internals, messages, strategies
 from lightning_hesd.training.loss import check_gets_batches
 from lightning_hesd.training.samples.analysis_samples import (
     AnalysisSamples,
@@ -50,7 +50,7 @@ def check_samples(state: object) -> None:
     """
     wrong = first_invalid_field(state, SAMPLES)
     if wrong is not None:
-        msg = f"`{wrong}` of the samples is missing or is something else"
+        msg = f"`{wrong}` of the samples is missing or invalid"
         raise ValueError(msg)
     of: dict[str, Any] = state  # type: ignore[assignment]  # or it would not fit
     if of["indices"] is not None and (
@@ -130,7 +130,7 @@ class RunSamples:
             self._num_samples = state["num_samples"]
         self._resumed = None
         if self._num_samples != state["num_samples"]:
-            internals.warn(
+            messages.warn(
                 f"the run that is resumed analysed {state['num_samples']} samples, and `num_samples` is "
                 f"{self._num_samples} now: others are drawn, so spectra before and after are of different samples."
             )
@@ -205,13 +205,13 @@ class RunSamples:
         self._kept = KeptBatches(trainer, wanted, self._batch_weight)
         self._drawn = self._resumed = None
         if holds_batches(self._source):
-            internals.warn(
+            messages.warn(
                 "Lightning takes each entry of a list of training dataloaders for a loader, and of batches each "
                 "tensor: a step trains on one row of each tensor, and so does the analysis. To train on the batches, "
                 "pass `train_dataloaders=DataLoader(batches, batch_size=None)`."
             )
         if trainer.global_step > 0:
-            internals.warn(
+            messages.warn(
                 "the samples are the first batches that training sees from now on, because those of before this fit "
                 "cannot be drawn again: spectra before and after are of different samples."
             )
@@ -263,7 +263,7 @@ class RunSamples:
             return [float(len(batches)), float(not batches)]
 
         found, without = internals.added_up(trainer, count)
-        if found == 0 or (without and internals.is_sharded(trainer)):
+        if found == 0 or (without and strategies.is_sharded(trainer)):
             msg = (
                 f"training has not seen a batch to analyse: samples of {type(self._source).__name__} are its first "
                 "training batches. Pass `dataloader=` to HessianSpectrumCallback, a loader or a list of batches, for "
@@ -291,7 +291,7 @@ class RunSamples:
                 seed=self._seed,
                 drawn=self._resumed,
                 processes=_processes(trainer),
-                padding=internals.is_sharded(trainer),
+                padding=strategies.is_sharded(trainer),
                 uses_up=is_free and not isinstance(self._dataloader, str),
             )
 
@@ -300,12 +300,12 @@ class RunSamples:
             loaders = training_loader(trainer.train_dataloader)
             # For `draw_samples` a list of batches is one loader, for the Trainer it is several.
             is_one = self._keeps or not is_collection(loaders)
-            return loaders if is_one else internals.combined_like_training(trainer, loaders)
+            return loaders if is_one else dataloading.combined_like_training(trainer, loaders)
         if isinstance(self._dataloader, LeftOut):
             self._dataloader.refuse()
         if isinstance(self._dataloader, str):
             with restore_state():  # it may be made only now
-                return validation_loader(internals.validation_loaders(trainer))
+                return validation_loader(dataloading.validation_loaders(trainer))
         return self._dataloader
 
 

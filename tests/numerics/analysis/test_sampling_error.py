@@ -19,6 +19,7 @@ from lightning_hesd.numerics.operators.curvature import HessianMatrix
 from lightning_hesd.numerics.operators.operator import CurvatureOperator
 from lightning_hesd.numerics.operators.risk_operator import SampleMean
 from tests import oracles
+from tests.numerics.threads import Sum
 
 Batch = tuple[Tensor, Tensor]
 SAMPLES = 256
@@ -351,21 +352,6 @@ class TestSkippedBatches:
         for thread in threads:
             thread.join()
         assert results[0] == results[1] != 0
-
-
-class Sum:
-    """Sums tensors over threads that stand for processes."""
-
-    def __init__(self, members: int) -> None:
-        self.barrier = threading.Barrier(members, timeout=60)
-        self.given: dict[int, Tensor] = {}
-
-    def __call__(self, rank: int, tensor: Tensor) -> Tensor:
-        self.given[rank] = tensor.clone()
-        self.barrier.wait()
-        total = torch.stack([self.given[member] for member in sorted(self.given)]).sum(dim=0)
-        self.barrier.wait()  # nobody gives anew before everybody has read
-        return total
 
 
 class TestSeveralProcesses:

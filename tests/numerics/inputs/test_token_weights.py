@@ -17,7 +17,7 @@ from lightning_hesd.numerics.analysis.api import analysis_options
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
 from lightning_hesd.numerics.inputs.token_weights import Weighing
 from lightning_hesd.numerics.inputs.tokens import TokenCount
-from tests.numerics.analysis.test_sampling_error import Sum
+from tests.numerics.threads import Sum
 
 VOCABULARY = 5
 LENGTHS = ((7, 2, 3, 1), (3, 4), (9, 2, 2, 2, 8))
