@@ -141,8 +141,7 @@ class HessianSpectrumCallback(SpectrumSource):
         check_loader("dataloader", dataloader)
         check_loader("generalization_dataloader", generalization_dataloader, alternative="val")
         check_name(name)
-        super().__init__(name, on_error, max_overhead)
-        self.schedule = Schedule(every_n_epochs, epochs, every_n_train_steps, max_overhead)
+        super().__init__(name, on_error, Schedule(every_n_epochs, epochs, every_n_train_steps, max_overhead))
         self.at_start = at_start
         self.loss_fn = loss_fn
         self.checkpoint: HessianCheckpoint | None = as_checkpoint(checkpoint)
@@ -176,9 +175,7 @@ class HessianSpectrumCallback(SpectrumSource):
             progress=progress,
         )
         self._monitor = GradientMonitor(enabled=monitor_gradients)
-        self._run = AnalysisRun(
-            self, self._recorder, self._monitor, self.schedule, at_start=at_start, progress=progress, verbose=verbose
-        )
+        self._run = AnalysisRun(self, self._recorder, self._monitor, progress=progress)
         if self.checkpoint is not None:
             self.checkpoint.attach(self)
 
@@ -196,13 +193,13 @@ class HessianSpectrumCallback(SpectrumSource):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the Trainer and the module, and put the checkpoint callback in place."""
         join_namespaces()
-        self._run.set_up(trainer, pl_module, stage, self.loss_fn)
+        self._run.set_up(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the samples, and analyze the initialization if asked for."""
         if not self._run.is_set_up(trainer):
             self.setup(trainer, pl_module, "fit")
-        self._run.begin(trainer, self.loss_fn)
+        self._run.begin(trainer)
         self._run.analyze_start(trainer, pl_module)
         if self.refusal is None:
             self.budget.start()

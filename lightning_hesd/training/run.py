@@ -28,13 +28,11 @@ from lightning_hesd.training.source import sources_of
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-    from lightning_hesd.numerics.analysis.evaluation import LossFunction
     from lightning_hesd.spectra.selection import SelectionEvent
     from lightning_hesd.training.checkpoints.checkpoint import HessianCheckpoint
     from lightning_hesd.training.error_policy import OnError
     from lightning_hesd.training.gradient_monitor import GradientMonitor
     from lightning_hesd.training.recorder import Recorder
-    from lightning_hesd.training.schedule import Schedule
     from lightning_hesd.training.source import SpectrumSource
 
 _STATE = {"history": of(dict), "samples": of(dict), "budget": of(dict)}
@@ -50,36 +48,20 @@ class AnalysisRun:
         shares_name: Whether an earlier callback of the Trainer has the same name, so that there can be no spectra.
     """
 
-    def __init__(
-        self,
-        source: SpectrumSource,
-        recorder: Recorder,
-        monitor: GradientMonitor,
-        schedule: Schedule,
-        *,
-        at_start: bool,
-        progress: bool,
-        verbose: bool,
-    ) -> None:
+    def __init__(self, source: SpectrumSource, recorder: Recorder, monitor: GradientMonitor, *, progress: bool) -> None:
         """Take the parts.
 
         Args:
             source: The callback, whose history is filled.
             recorder: Makes the records.
             monitor: Compares gradients; may be switched off.
-            schedule: When to analyze.
-            at_start: Whether to analyze the initialization.
             progress: Whether to show C_t in the progress bar.
-            verbose: Whether to print a line after each analysis, and a table at the end.
         """
         self.stage = "fit"
         self.shares_name = False
         self._source = source
         self._recorder = recorder
         self._monitor = monitor
-        self._schedule = schedule
-        self._at_start = at_start
-        self._verbose = verbose
         self._remarks = Remarks(source.name)
         self._outputs = RunOutputs(source.name, in_progress_bar=progress)
         self._set_up_by: str | None = None
@@ -90,20 +72,11 @@ class AnalysisRun:
     # Begin ----------------------------------------------------------------------------------------------------------
 
     def is_set_up(self, trainer: pl.Trainer) -> bool:
-        """Return whether this Trainer has set up the callback: one that is added later, it has not."""
+        """Return whether this Trainer has set up the callback; False if it was added later."""
         return self._set_up_by == runs.name_of(trainer)
 
-    def set_up(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, loss_fn: LossFunction | None
-    ) -> None:
-        """Check the Trainer and the module, and put the checkpoint callback in place.
-
-        Args:
-            trainer: The Trainer.
-            pl_module: Its module.
-            stage: "fit", "validate", "test" or "predict".
-            loss_fn: The user's loss; None: that of `training_step`.
-        """
+    def set_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check the Trainer and the module, and put the checkpoint callback in place."""
         source, checkpoint = self._source, cast("HessianCheckpoint | None", self._source.checkpoint)
         self.stage = stage
         if stage == "fit":
@@ -115,7 +88,7 @@ class AnalysisRun:
             outcome = ", and the final weights take the place of the pick" if picks else ""
             with source.errors.guard(f"there will be no spectra{outcome}") as attempt:
                 self._check_name()
-                check_loss_source(pl_module, loss_fn)
+                check_loss_source(pl_module, source.loss_fn)
                 strategies.check_strategy(trainer)
             source.refusal = attempt.failure
         with source.errors.guard("there will be no pick"):
@@ -136,18 +109,18 @@ class AnalysisRun:
             )
             raise MisconfigurationException(msg)
 
-    def begin(self, trainer: pl.Trainer, loss_fn: LossFunction | None) -> None:
-        """Forget the records of another run, open the outputs, and draw the samples; arguments as for `set_up`."""
+    def begin(self, trainer: pl.Trainer) -> None:
+        """Forget the records of another run, open the outputs, and draw the samples."""
         source, errors = self._source, self._source.errors
         with errors.guard("cannot tell which metrics other callbacks monitor"):
-            warn_about_stale_monitors(trainer, source.name, sparse=self._schedule.is_sparse)
+            warn_about_stale_monitors(trainer, source.name, sparse=source.schedule.is_sparse)
         continues = self._is_resumed or self._trained_by == runs.name_of(trainer)
         self._is_resumed, self._trained_by = False, runs.name_of(trainer)
         source.history.rewind(trainer.global_step if continues else 0)
         if trainer.global_step == 0:
             source.budget.reset()
         source.show_in_original()
-        self._prints_summary = self._verbose and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        self._prints_summary = source.verbose and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if source.refusal is not None:
             return
         with errors.guard("cannot write to the loggers"):
@@ -159,8 +132,8 @@ class AnalysisRun:
         # Now rather than at the first analysis, because now the dataset is as it will be when the run is resumed.
         with errors.guard("cannot draw the analysis samples, will try again"):
             self._recorder.draw(trainer)
-            if self._verbose:
-                loss = "`training_step`" if loss_fn is None else "`loss_fn`"
+            if source.verbose:
+                loss = "`training_step`" if source.loss_fn is None else "`loss_fn`"
                 samples = self._recorder.samples
                 terminal.say(trainer, f"{source.name}: the mean loss of {loss} over {samples} is analyzed")
 
@@ -190,13 +163,13 @@ class AnalysisRun:
 
     def analyze_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Analyze the initialization if asked for, and if there are samples before training."""
-        if not self._at_start or trainer.global_step > 0:
+        if not self._source.at_start or trainer.global_step > 0:
             return
         if self._recorder.waits():
             messages.warn(
                 "the analysis before the first step (`at_start`) is left out: no samples can be drawn from this "
                 "training dataloader without taking them away from training, so that its first batches are kept "
-                "as samples. Pass `dataloader=` to HessianSpectrumCallback, a dataloader or a list of batches."
+                "as samples. Pass `dataloader=` to HessianSpectrumCallback, a loader or a list of batches."
             )
             return
         self.analyze(trainer, pl_module, START_EPOCH)
@@ -208,14 +181,14 @@ class AnalysisRun:
 
         Rank zero decides on the overhead for all: clocks differ, and ranks that analyze would wait for the others.
         """
-        step, budget = trainer.global_step, self._source.budget
+        step, budget, schedule = trainer.global_step, self._source.budget, self._source.schedule
         if at_epoch_end:
-            scheduled = self._schedule.includes_epoch(trainer.current_epoch)
+            scheduled = schedule.includes_epoch(trainer.current_epoch)
         else:
             history = self._source.history
             is_analyzed = bool(history) and history[-1].global_step == step  # several batches may make up a step
-            scheduled = not is_analyzed and self._schedule.includes_step(step)
-        if not scheduled or self._schedule.max_overhead is None:
+            scheduled = not is_analyzed and schedule.includes_step(step)
+        if not scheduled or schedule.max_overhead is None:
             return scheduled
         affordable: bool = trainer.strategy.broadcast(budget.allows(step))
         budget.decide(step, analyze=affordable)
@@ -238,7 +211,7 @@ class AnalysisRun:
                 "cannot copy the analyzed weights: checkpoints have the weights as later callbacks leave them"
             ):
                 keep_weights(trainer, source, pl_module)
-            at_epoch_end = epoch != START_EPOCH and self._schedule.by_epoch
+            at_epoch_end = epoch != START_EPOCH and source.schedule.by_epoch
             self._outputs.write(trainer, source.history, source.errors, at_epoch_end=at_epoch_end)
         self._publish(trainer, pl_module, at_epoch_end=at_epoch_end)
 
@@ -250,10 +223,10 @@ class AnalysisRun:
         overhead = trainer.strategy.broadcast(source.budget.overhead)
         with source.errors.guard(f"cannot log the scalars {when(record.epoch)}"):
             self._outputs.log(trainer, pl_module, record, overhead, at_epoch_end=at_epoch_end)
-        if self._verbose:
+        if source.verbose:
             with source.errors.guard("cannot print the results"):
                 mode = [f"{source.name}: {words}" for words in self._recorder.mode.news()]
-                lines = analysis_lines(record, source.name, by_step=not self._schedule.by_epoch)
+                lines = analysis_lines(record, source.name, by_step=not source.schedule.by_epoch)
                 terminal.say(trainer, *mode, *lines)
 
     def log_gradients(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -264,7 +237,7 @@ class AnalysisRun:
     def write_selection(self, trainer: pl.Trainer, event: SelectionEvent) -> None:
         """Log the decision of a HessianCheckpoint after the latest record."""
         with self._source.errors.guard("cannot write the decision of the checkpoint rule"):
-            self._outputs.write_selection(trainer, event, at_epoch_end=self._schedule.by_epoch)
+            self._outputs.write_selection(trainer, event, at_epoch_end=self._source.schedule.by_epoch)
 
     # End ------------------------------------------------------------------------------------------------------------
 

@@ -12,12 +12,14 @@ from lightning_hesd.training.compat.callbacks import callbacks_of
 from lightning_hesd.training.compat.namespaces import MisconfigurationException, join_namespaces, of_every_namespace
 from lightning_hesd.training.error_policy import ErrorPolicy
 from lightning_hesd.training.history import SpectrumHistory
+from lightning_hesd.training.schedule import Schedule
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import Checkpoint
     from typing_extensions import Self
 
+    from lightning_hesd.numerics.analysis.evaluation import LossFunction
     from lightning_hesd.spectra.selection import SelectionEvent
     from lightning_hesd.training.error_policy import OnError
 
@@ -29,6 +31,10 @@ class SpectrumSource(CopiedCallback, Callback):
     Attributes:
         name: Prefix of its metrics.
         errors: Whether failures become warnings or are raised.
+        schedule: When to analyze.
+        at_start: Whether to analyze the initialization, too.
+        verbose: Whether to print each record, and a table at the end of the fit.
+        loss_fn: The user's loss; None: that of `training_step`.
         budget: Time spent in training and in analyses.
         history: The records so far.
         checkpoint: The checkpoint callback passed to it, if any.
@@ -37,20 +43,18 @@ class SpectrumSource(CopiedCallback, Callback):
 
     checkpoint: Checkpoint | None = None
     refusal: str | None = None
+    at_start = False
+    verbose = False
+    loss_fn: LossFunction | None = None
 
-    def __init__(self, name: str = "hesd", on_error: OnError = "warn", max_overhead: float | None = None) -> None:
-        """Begin with an empty history.
-
-        Args:
-            name: Prefix of the metrics.
-            on_error: "warn" or "raise".
-            max_overhead: Largest share of analyses in the training time; None: no limit.
-        """
+    def __init__(self, name: str = "hesd", on_error: OnError = "warn", schedule: Schedule | None = None) -> None:
+        """Begin with an empty history."""
         join_namespaces()
         super().__init__()
         self.name = name
         self.errors = ErrorPolicy(on_error)
-        self.budget = Budget(max_overhead)
+        self.schedule = schedule or Schedule()
+        self.budget = Budget(self.schedule.max_overhead)
         self.history = SpectrumHistory()
         self.begin_copies()
 

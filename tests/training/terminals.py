@@ -70,7 +70,7 @@ class Terminal(io.StringIO):
 
 
 def tqdm_bar(terminal: Terminal, **arguments: Any) -> TQDMProgressBar:
-    return TQDMProgressBar(**arguments)  # which writes to standard output, whatever that is by then
+    return TQDMProgressBar(**arguments)  # which writes to the standard output of that time
 
 
 def rich_bar(terminal: Terminal, **arguments: Any) -> RichProgressBar:

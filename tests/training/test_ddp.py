@@ -1,4 +1,4 @@
-"""Several processes give what one gives, and a failure in one of them hangs nobody."""
+"""Several ranks give the results of one, and a failure on one rank does not hang the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of DDP leave training and findings alone; processes that are interrupted or killed hang nobody."""
+"""Options of DDP change neither training nor results; a rank that is interrupted or killed does not hang the others."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from tests.training.modules import Classifier, Digits, callback, fit, freeze, lo
 
 
 class Returns(Classifier):
-    """Returns something else than the loss where it is called by an analysis, that is, in eval mode."""
+    """Returns another loss when an analysis calls it, that is, in evaluation mode."""
 
     def __init__(self, output: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Sharded parameters give the spectrum of whole ones, stay in parts, and a failure in one process hangs nobody."""
+"""Sharded parameters give the spectrum of whole ones and stay sharded; a failure on one rank hangs no other."""
 
 from __future__ import annotations
 

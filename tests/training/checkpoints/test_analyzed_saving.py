@@ -1,4 +1,4 @@
-"""Checkpoints hold the weights that were analyzed, whatever other code does to those of the module."""
+"""Checkpoints hold the analyzed weights, also if other code has changed the weights of the module."""
 
 from __future__ import annotations
 
