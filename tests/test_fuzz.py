@@ -43,8 +43,7 @@ from lightning_hesd.spectra.payload import (
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.spectra.selection import Candidate, CandidateFilter, SelectionEvent
 from lightning_hesd.training.budget import Budget
-from tests.tab import write_payloads
-from tests.tensorboard_plugin.test_plugin import Tab
+from tests.tab import Tab, write_payloads
 from tests.training.scripted import make_spectrum
 
 TIMES = int(os.environ.get("HESD_FUZZ", "1"))

@@ -22,8 +22,7 @@ from lightning_hesd.commands.report import write_report
 from lightning_hesd.spectra.payload import CHOICES_NAME, choice_payload, record_payload, to_json
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.spectra.selection import Candidate, CandidateFilter, SelectionEvent
-from tests.tab import write_payloads
-from tests.tensorboard_plugin.test_plugin import Tab
+from tests.tab import Tab, write_payloads
 from tests.training.scripted import (
     Epoch,
     ScriptedModule,

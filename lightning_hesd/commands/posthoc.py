@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_hesd.commands.project import Blueprint, CheckpointError
+from lightning_hesd.sample_size.recommendation import find_sample_size
 from lightning_hesd.spectra.validation import one_line
+from lightning_hesd.training.error_policy import ErrorPolicy
 from lightning_hesd.training.recorder import Recorder
+from lightning_hesd.training.session import Analysis
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     import lightning.pytorch as pl
@@ -64,8 +66,9 @@ class PosthocAnalysis:
         )
         if self.preconditioned:
             _load_optimizers(trainer, checkpoint)
-        recorder.start(trainer, _attempt)
-        return recorder.record(trainer, pl_module, trainer.current_epoch, _attempt)
+        errors = _RecordOnly()
+        recorder.start(trainer, errors)
+        return recorder.record(trainer, pl_module, trainer.current_epoch, errors)
 
     def _generalization_loader(self, trainer: pl.Trainer) -> Any:
         wanted = self.generalization
@@ -94,7 +97,8 @@ def sample_size(
     """
 
     def work(trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Checkpoint) -> SampleSize:
-        return project.training_analyzer(options, checkpoint, mode).sample_size(trainer, pl_module, stability)
+        analysis = Analysis("sample size", partial(find_sample_size, stability=stability))
+        return project.training_analyzer(options, checkpoint, mode).analyze(trainer, pl_module, analysis=analysis)
 
     return project.at(path, work)[0]
 
@@ -116,15 +120,12 @@ def _load_optimizers(trainer: pl.Trainer, checkpoint: Checkpoint) -> None:
         raise CheckpointError(msg) from error
 
 
-@contextlib.contextmanager
-def _attempt(consequence: str) -> Iterator[list[str]]:  # noqa: ARG001 - the record says it
-    """Turn an exception into an entry of a list.
+class _RecordOnly(ErrorPolicy):
+    """Leaves failures to the record: there is no training to go on."""
 
-    Yields:
-        The list.
-    """
-    failures: list[str] = []
-    try:
-        yield failures
-    except Exception as error:  # noqa: BLE001 - whatever it is, it goes into the record
-        failures.append(f"{type(error).__name__}: {one_line(error)}")
+    def describe(self, error: Exception) -> str:
+        """Return the text of a failure in one line."""
+        return f"{type(error).__name__}: {one_line(error)}"
+
+    def report(self, message: str, error: Exception) -> None:
+        """Say nothing."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Callback
 
 from lightning_hesd.spectra.codec import (
     FIELDS,
@@ -30,21 +29,16 @@ from lightning_hesd.spectra.validation import (
     text,
     version_in,
 )
-from lightning_hesd.training.compat.internals import callbacks_of
-from lightning_hesd.training.compat.namespaces import MisconfigurationException, join_namespaces, of_every_namespace
 from lightning_hesd.training.folders import exists, fetched, joined
 from lightning_hesd.training.history_files import INDEX_NAME, HistoryFolder, index_rows
 
 if TYPE_CHECKING:
     import os
 
-    import lightning.pytorch as pl
     import pandas as pd
-    from lightning.pytorch.callbacks import Checkpoint
 
-    from lightning_hesd.spectra.selection import SelectionEvent
 
-__all__ = ["PLAIN_FIELDS", "START_EPOCH", "SUFFIXES", "SpectrumHistory", "SpectrumRecord", "SpectrumSource", "when"]
+__all__ = ["PLAIN_FIELDS", "START_EPOCH", "SUFFIXES", "SpectrumHistory", "SpectrumRecord", "when"]
 
 
 def _is_plain(value: Any) -> bool:
@@ -58,8 +52,6 @@ def _is_plain(value: Any) -> bool:
 
 
 _STATE = {"records": text, "shapes": each(each(at_least(0))), "numbers": _is_plain}
-
-OnError = Literal["warn", "raise"]
 
 
 class SpectrumHistory(list[SpectrumRecord]):
@@ -192,58 +184,3 @@ class SpectrumHistory(list[SpectrumRecord]):
         check_fields(state, _STATE, "the history")
         packing = Packing.of(state["numbers"].cpu().numpy(), state["shapes"])
         self[:] = unpack_records(parsed(state["records"], finite=False), packing)
-
-
-@of_every_namespace("Callback")
-class SpectrumSource(Callback):
-    """A callback that fills a history: what `HessianCheckpoint` looks for among the callbacks of a Trainer.
-
-    Attributes:
-        name: Prefix of its metrics.
-        history: Its records so far.
-        on_error: What it does about errors.
-        checkpoint: The checkpoint callback it brings along, if any.
-        refusal: Why there can be no spectra in this run, as found out before it; None: there can.
-    """
-
-    name: str
-    history: SpectrumHistory
-    on_error: OnError
-    checkpoint: Checkpoint | None = None
-    refusal: str | None = None
-
-    def __init__(self) -> None:
-        join_namespaces()
-        super().__init__()
-
-    def record_selection(self, trainer: pl.Trainer, choice: SelectionEvent) -> None:
-        """Hear from a HessianCheckpoint what it makes of the latest record."""
-
-
-def any_source_raises(trainer: pl.Trainer) -> bool:
-    """Return whether a callback of the Trainer that makes records is to raise."""
-    sources = [callback for callback in callbacks_of(trainer) if isinstance(callback, SpectrumSource)]
-    return any(source.on_error == "raise" for source in sources)
-
-
-def only_source(trainer: pl.Trainer) -> SpectrumSource:
-    """Return the one callback of a Trainer that makes records.
-
-    Raises:
-        MisconfigurationException: If there is not exactly one.
-    """
-    sources = [callback for callback in callbacks_of(trainer) if isinstance(callback, SpectrumSource)]
-    if len(sources) == 1:
-        return sources[0]
-    if not sources:
-        msg = (
-            "HessianCheckpoint ranks the records of a HessianSpectrumCallback, and the Trainer has none: add "
-            "HessianSpectrumCallback() to `callbacks`."
-        )
-    else:
-        names = ", ".join(repr(source.name) for source in sources)
-        msg = (
-            f"HessianCheckpoint cannot tell which of the callbacks {names} to rank: pass it to one of them as "
-            "HessianSpectrumCallback(checkpoint=HessianCheckpoint(...))."
-        )
-    raise MisconfigurationException(msg)

@@ -18,7 +18,7 @@ from lightning_hesd.plotting.evolution import MIN_BRIGHTNESS, SMOOTHING
 from lightning_hesd.plotting.run_axis import RunAxis
 from lightning_hesd.plotting.signed_log import linear_threshold
 from lightning_hesd.spectra.record import SpectrumRecord
-from tests.plotting.test_plotting import spectrum
+from tests.plotting.nodes import spectrum
 
 
 def record(epoch: int, *nodes: float, step: int | None = None, **arguments: Any) -> SpectrumRecord:

@@ -26,8 +26,8 @@ from tests.scarcity import EXHAUSTIONS, Scarce, ScarceInProducts
 from tests.stress.fits import Fit
 from tests.stress.harness import Case, Program, one_line
 from tests.stress.networks import BrokenNow
+from tests.training.broken import Broken, nan_curvature, nan_loss
 from tests.training.modules import callback, fit, loader, plain_loss
-from tests.training.test_misuse import Broken, nan_curvature, nan_loss
 
 NOT_FINITE = "the loss of batch 0 is "
 

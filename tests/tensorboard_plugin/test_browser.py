@@ -17,8 +17,8 @@ from lightning_hesd.commands.report import write_report
 from lightning_hesd.spectra.payload import record_payload
 from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
 from tests.tab import EPOCHS, tensorboard, train, write_payloads
+from tests.training.digits_run import data
 from tests.training.scripted import make_spectrum
-from tests.training.test_resume import data
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

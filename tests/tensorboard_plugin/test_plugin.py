@@ -14,11 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tensorboard.backend.application import TensorBoardWSGI
-from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
-from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.plugins.base_plugin import TBContext
-from werkzeug.test import Client
 
 from lightning_hesd import SpectrumHistory
 from lightning_hesd.commands import cli
@@ -29,9 +25,9 @@ from lightning_hesd.spectra.spectrum import Spectrum
 from lightning_hesd.tensorboard_plugin.assets import SHARED, STATIC, content
 from lightning_hesd.tensorboard_plugin.plugin import HESDLoader, HESDPlugin
 from lightning_hesd.training.history import SpectrumRecord
-from tests.tab import EPOCHS, ROOT, plugin_path, train, write_payloads
+from tests.tab import EPOCHS, ROOT, Tab, plugin_path, train, write_payloads
+from tests.training.digits_run import data
 from tests.training.scripted import make_spectrum
-from tests.training.test_resume import data
 
 RUN = {"run": "net/version_0", "name": "hesd"}
 
@@ -41,26 +37,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("runs")
     _, callback = train(folder, at_start=True, layers="auto", generalization_dataloader=data())
     return folder, callback
-
-
-class Tab:
-    """The plugin in TensorBoard's application, without a socket."""
-
-    def __init__(self, folder: Path) -> None:
-        self.events = EventMultiplexer(tensor_size_guidance={"hesd": 1000})
-        self.folder = folder
-        provider = MultiplexerDataProvider(self.events, str(folder))
-        plugin = HESDLoader().load(TBContext(data_provider=provider))
-        self.client = Client(TensorBoardWSGI([plugin], data_provider=provider))
-        self.reload()
-
-    def reload(self) -> None:
-        self.events.AddRunsFromDirectory(str(self.folder))
-        self.events.Reload()
-
-    def get(self, route: str, **query: str) -> tuple[int, Any]:
-        answer = self.client.get(f"/data/plugin/hesd/{route}", query_string=query)
-        return answer.status_code, json.loads(answer.get_data())
 
 
 def payload(epoch: int = 0, c_t: float = -0.1, **spectrum: Any) -> dict[str, Any]:

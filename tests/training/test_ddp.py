@@ -1,4 +1,4 @@
-"""Several ranks give the findings of one, and a failure on one of them leaves no other waiting."""
+"""Several ranks give the results of one, and a failure on one rank does not hang the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of DDP leave training and findings alone; ranks that are interrupted or killed leave no other waiting."""
+"""Options of DDP change neither training nor results; a rank that is interrupted or killed does not hang the others."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_norms_that_wait_for_other_processes_are_refused(options: list[dict[str,
 
 def test_a_process_that_is_killed_in_an_analysis_leaves_no_other_waiting(tmp_path: Path) -> None:
     with started(tmp_path, 2, "interrupted") as ranks:
-        wait_for((tmp_path / "analysing").exists, ranks)
+        wait_for((tmp_path / "analyzing").exists, ranks)
         time.sleep(0.3)  # well within it: it takes seconds
         ranks[1].process.kill()
         assert ranks[0].wait() != 0
@@ -92,7 +92,7 @@ def test_a_process_that_is_killed_in_an_analysis_leaves_no_other_waiting(tmp_pat
 @pytest.mark.parametrize("signalled", [[0], [1], [0, 1]])
 def test_sigterm_in_an_analysis_ends_all_processes(tmp_path: Path, signalled: list[int]) -> None:
     with started(tmp_path, 2, "interrupted") as ranks:
-        wait_for((tmp_path / "analysing").exists, ranks)
+        wait_for((tmp_path / "analyzing").exists, ranks)
         time.sleep(0.3)  # well within it: it takes seconds
         for number in signalled:
             os.kill(ranks[number].process.pid or 0, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Generalization data analysed beside the training data: metrics, text, files, resume, failures."""
+"""Generalization data analyzed beside the training data: metrics, text, files, resume, failures."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SpectrumHistory, hessian_spectrum
 from lightning_hesd.spectra.assessment import VERDICT_VALUES
+from tests.training.digits_run import Net, data
+from tests.training.logs import read_events
 from tests.training.scripted import make_trainer
-from tests.training.test_loggers import read_events
-from tests.training.test_resume import Net, data
 
 EPOCHS = 2
 

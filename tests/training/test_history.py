@@ -14,15 +14,7 @@ import torch
 from lightning_hesd import Spectrum, SpectrumHistory
 from lightning_hesd.spectra.codec import load_layers
 from lightning_hesd.training.history import SpectrumRecord
-from tests.training.scripted import make_spectrum
-
-
-def example() -> SpectrumHistory:
-    history = SpectrumHistory()
-    history.append(SpectrumRecord(-1, 0, make_spectrum(-0.9)))
-    history.append(SpectrumRecord(0, 10, None, "RuntimeError: no luck"))
-    history.append(SpectrumRecord(1, 20, make_spectrum(-0.2)))
-    return history
+from tests.training.scripted import example, make_spectrum
 
 
 def test_save_and_load(tmp_path: Path) -> None:

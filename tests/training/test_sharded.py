@@ -1,4 +1,4 @@
-"""Sharded parameters give the spectrum of whole ones, stay sharded, and a failing rank leaves no other waiting."""
+"""Sharded parameters give the spectrum of whole ones and stay sharded; a failure on one rank hangs no other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
-from lightning_hesd.training.compat import internals
+from lightning_hesd.training.compat import strategies
 from tests.training import processes
 from tests.training.processes import read
 
@@ -175,7 +175,7 @@ def test_what_is_not_available_is_refused_and_the_rest_is_done(runs: list[dict[s
 
 
 def test_tensor_parallelism_is_refused_before_training(runs: list[dict[str, Any]]) -> None:
-    message = "MisconfigurationException: ModelParallelStrategy(tensor_parallel_size=2) splits layers over processes"
+    message = "MisconfigurationException: ModelParallelStrategy(tensor_parallel_size=2) splits layers over ranks"
     for rank in runs:
         (record,) = rank["split"]["records"]["hesd"]
         assert record["error"].startswith(message)
@@ -186,5 +186,5 @@ def test_tensor_parallelism_is_refused_before_training(runs: list[dict[str, Any]
 @pytest.mark.parametrize("strategy", [FSDPStrategy(), DeepSpeedStrategy.__new__(DeepSpeedStrategy)])
 def test_strategies_that_cannot_run_here_are_refused_by_their_name(strategy: Any) -> None:
     """They need a GPU, or a package of its own; the Trainer only hands them over."""
-    with pytest.raises(MisconfigurationException, match=rf"{type(strategy).__name__} splits .* ModelParallelStrategy"):
-        internals.check_strategy(SimpleNamespace(strategy=strategy))  # type: ignore[arg-type]
+    with pytest.raises(MisconfigurationException, match=rf"{type(strategy).__name__} shards .* ModelParallelStrategy"):
+        strategies.check_strategy(SimpleNamespace(strategy=strategy))  # type: ignore[arg-type]

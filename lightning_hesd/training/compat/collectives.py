@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_hesd.numerics.collectives import LOCAL, Collectives, DistributedCollectives
 from lightning_hesd.numerics.derivatives.patches import patched
 from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
-from lightning_hesd.training.compat.internals import is_sharded
+from lightning_hesd.training.compat.strategies import is_sharded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from lightning_hesd.numerics.isolation.snapshot import restore_state
-from lightning_hesd.training.compat import internals
+from lightning_hesd.training.compat import logged_metrics, messages, signals
 from lightning_hesd.training.isolation.rank_isolation import RankIsolation
 from lightning_hesd.training.isolation.reachable import find_reachable
 from lightning_hesd.training.isolation.silence import silence_logging
@@ -80,7 +80,7 @@ class TrainingIsolation:
         for name, reason in snapshot.unrestored.items():
             if name not in self._warned:
                 self._warned.add(name)
-                internals.warn(
+                messages.warn(
                     f"`{name}` changed during an analysis and was not restored ({reason}). If the analyzed function "
                     "changed it, training differs from training without analyses: pass `loss_fn=` to "
                     "HessianSpectrumCallback, a function (module, batch) -> mean loss over the batch that does not."
@@ -88,5 +88,5 @@ class TrainingIsolation:
 
 
 def _reachable(trainer: pl.Trainer, module: pl.LightningModule) -> ReachableObjects:
-    skipped = [internals.signal_connector(trainer), *internals.logged_results(trainer)]
+    skipped = [signals.signal_connector(trainer), *logged_metrics.logged_results(trainer)]
     return find_reachable(trainer, module, skipped)

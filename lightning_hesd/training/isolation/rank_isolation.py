@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from lightning_hesd.training.compat import internals
+from lightning_hesd.training.compat import strategies
 from lightning_hesd.training.isolation.silence import Overrides
 from lightning_hesd.training.isolation.training_snapshot import DisturbedTrainingError
 
@@ -33,7 +33,7 @@ class RankIsolation:
             trainer: The Trainer; all ranks take part.
         """
         self._trainer = trainer
-        self._is_needed = trainer.world_size > 1 and not internals.is_sharded(trainer)
+        self._is_needed = trainer.world_size > 1 and not strategies.is_sharded(trainer)
         self._local_folder = self._folder = None
         if self._is_needed:
             with contextlib.ExitStack() as stack:

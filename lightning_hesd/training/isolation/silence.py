@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lightning_hesd.training.compat import internals
+from lightning_hesd.training.compat import signals
 from lightning_hesd.training.isolation.kinds import TRACKERS, attributes_of, copied_iterator, dummy_output
 from lightning_hesd.training.isolation.training_snapshot import DisturbedTrainingError
 
@@ -134,7 +134,7 @@ class Overrides:
         thread = threading.get_ident()
 
         def silent(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread or internals.handles_signal():
+            if threading.get_ident() != thread or signals.handles_signal():
                 return method(*args, **kwargs)
             return None
 

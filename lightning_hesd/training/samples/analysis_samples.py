@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.numerics.collectives import LOCAL, Collectives
 from lightning_hesd.numerics.isolation.snapshot import restore_state, seed_everything
-from lightning_hesd.training.compat.internals import warn
+from lightning_hesd.training.compat.messages import warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
 from lightning_hesd.training.samples.epochs import CONTENT_EVENNESS, PlannedBatch, epochs
 from lightning_hesd.training.samples.positions import spread_positions

@@ -27,7 +27,7 @@ from torch.utils.data import (
 )
 from typing_extensions import override
 
-from lightning_hesd.training.compat.internals import unwrap_sampler
+from lightning_hesd.training.compat.dataloading import unwrap_sampler
 from lightning_hesd.training.samples.copies import private_copy
 from lightning_hesd.training.samples.positions import spread_positions
 

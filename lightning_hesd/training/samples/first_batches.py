@@ -21,7 +21,7 @@ from lightning_hesd.numerics.isolation.containers import PLAIN_TYPES, has_plain_
 from lightning_hesd.numerics.isolation.snapshot import restore_state
 from lightning_hesd.numerics.isolation.tensor_states import is_opaque, size_in_memory
 from lightning_hesd.numerics.operators.memory import SHARE_OF_FREE_MEMORY, default_budget
-from lightning_hesd.training.compat import internals
+from lightning_hesd.training.compat import dataloading, messages
 from lightning_hesd.training.samples.reading import measure_batch
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class FirstBatches:
         self._bytes = 0
         self._pending: _CopiedBatch | None = None
         self._failure: Exception | None = None
-        self._stop_watching: Callable[[], None] | None = internals.watch_batches(trainer, self._on_batch)
+        self._stop_watching: Callable[[], None] | None = dataloading.watch_batches(trainer, self._on_batch)
 
     @property
     def is_complete(self) -> bool:
@@ -114,7 +114,7 @@ class FirstBatches:
         size = sum(array.nbytes if isinstance(array, np.ndarray) else _bytes_of(array) for array in _arrays(batch))
         if self._copied_batches and self._bytes + size > self._limit:
             samples = sum(copied.batch.size for copied in self._copied_batches)
-            internals.warn(
+            messages.warn(
                 f"{samples:.0f} samples per rank are analyzed instead of {self._share:.0f}, because copies of more "
                 f"training batches would take more than {self._limit / 2**20:.0f} MiB. For more, pass `dataloader=` to "
                 "HessianSpectrumCallback, a DataLoader of a map-style dataset or a list of batches."
@@ -137,7 +137,7 @@ class FirstBatches:
         if self._pending is None:
             return
         if not self._copied_batches and self._pending.batch.size_warning is not None:
-            internals.warn(self._pending.batch.size_warning)
+            messages.warn(self._pending.batch.size_warning)
         self._copied_batches.append(self._pending)
         self._pending = None
         if sum(copied.batch.size for copied in self._copied_batches) >= self._share:

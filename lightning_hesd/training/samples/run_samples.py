@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lightning_hesd.numerics.inputs.portable import LeftOut, Portable
 from lightning_hesd.numerics.isolation.snapshot import restore_state
-from lightning_hesd.training.compat import internals
+from lightning_hesd.training.compat import dataloading, messages, strategies
 from lightning_hesd.training.compat.collectives import collectives_of
 from lightning_hesd.training.loss import check_gets_batches
 from lightning_hesd.training.samples.analysis_samples import (
@@ -104,7 +104,7 @@ class RunSamples:
         if self._num_samples == state["num_samples"]:
             self._resumed = planned_batches(state)
         else:
-            internals.warn(
+            messages.warn(
                 f"the resumed run analyzed {state['num_samples']} samples, and `num_samples` is {self._num_samples} "
                 "now: other samples are drawn, so spectra before and after belong to different samples."
             )
@@ -173,13 +173,13 @@ class RunSamples:
         self._first_batches = FirstBatches(trainer, num_samples, self._batch_weight)
         self._drawn = self._resumed = None
         if holds_tensors(self._source):
-            internals.warn(
+            messages.warn(
                 "Lightning takes each entry of a list of training dataloaders for a loader, and in a list of batches "
                 "each tensor: a step trains on one row of each tensor, and so the analysis uses rows. To train on the "
                 "batches, pass `train_dataloaders=DataLoader(batches, batch_size=None)`."
             )
         if trainer.global_step > 0:
-            internals.warn(
+            messages.warn(
                 "the analysis samples are the first batches of training from now on, because earlier batches cannot be "
                 "read again: spectra before and after belong to different samples."
             )
@@ -227,7 +227,7 @@ class RunSamples:
         ranks = collectives_of(trainer)
         batches = ranks.run_together(partial(first_batches.batches, self._num_samples))
         found, without = ranks.sum_values([float(len(batches)), float(not batches)])
-        if found == 0 or (without and internals.is_sharded(trainer)):
+        if found == 0 or (without and strategies.is_sharded(trainer)):
             msg = (
                 f"there are no samples to analyze yet: those of {type(self._source).__name__} are the first batches of "
                 "training, and there has been none. For other samples, pass `dataloader=` to HessianSpectrumCallback, "
@@ -255,7 +255,7 @@ class RunSamples:
                 seed=self._seed,
                 drawn=self._resumed,
                 collectives=collectives_of(trainer),
-                padding=internals.is_sharded(trainer),
+                padding=strategies.is_sharded(trainer),
                 may_consume=may_consume and not isinstance(self._dataloader, str),
             )
 
@@ -264,10 +264,10 @@ class RunSamples:
             loaders = training_loader(trainer.train_dataloader)
             # A list of batches is one loader for `draw_samples`, and several for the Trainer.
             is_one = self._in_training or not is_collection(loaders)
-            return loaders if is_one else internals.combined_like_training(trainer, loaders)
+            return loaders if is_one else dataloading.combined_like_training(trainer, loaders)
         if isinstance(self._dataloader, LeftOut):
             self._dataloader.refuse()
         if isinstance(self._dataloader, str):
             with restore_state():  # Lightning may make the loader only now
-                return validation_loader(internals.validation_loaders(trainer))
+                return validation_loader(dataloading.validation_loaders(trainer))
         return self._dataloader

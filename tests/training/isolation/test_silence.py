@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from tests.training.isolation.test_training_untouched import rows
+from tests.training.logs import rows
 from tests.training.modules import Classifier, Digits, callback, fit, loader, plain_loss
 
 SEEN: list[Any] = []

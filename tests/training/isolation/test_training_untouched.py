@@ -34,6 +34,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_hesd import HessianSpectrumCallback
 from lightning_hesd.training.isolation import training_snapshot
 from lightning_hesd.training.isolation.tracked_states import TrackedArray
+from tests.training.logs import rows
 from tests.training.modules import (
     NOISES,
     Classifier,
@@ -284,13 +285,6 @@ def outcome(trainer: pl.Trainer, recorder: Recorder, data: Any) -> dict[str, Any
         "datamodule": freeze([getattr(data, name, None) for name in ("rng", "num_batches")]),
         "progress": (trainer.global_step, trainer.current_epoch),
     }
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    """Read the CSV logger's rows, without the callback's columns and the rows that hold nothing else."""
-    with path.open(newline="", encoding="utf-8") as file:
-        read = [{k: v for k, v in row.items() if not k.startswith("hesd") and v != ""} for row in csv.DictReader(file)]
-    return [row for row in read if set(row) - {"epoch", "step"}]
 
 
 def assert_untouched(scenario: Scenario, tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
-    Dataset,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
@@ -31,7 +30,7 @@ from torch.utils.data import (
 )
 
 from lightning_hesd.numerics.collectives import Collectives
-from lightning_hesd.training.samples.analysis_samples import AnalysisSamples, draw_samples
+from lightning_hesd.training.samples.analysis_samples import draw_samples
 from lightning_hesd.training.samples.epochs import PlannedBatch
 from tests.training.modules import (
     NOISES,
@@ -51,14 +50,10 @@ from tests.training.modules import (
     samples,
     seed,
 )
+from tests.training.samples.drawn import DatasetOfBatches, positions
 
 TRAINING = [1, 3, 4, 7, 9, 12, 20, 31]
 """Positions of the training samples where the others are for validation."""
-
-
-def positions(drawn: AnalysisSamples) -> list[int]:
-    """Return the positions of the samples, read from the batches themselves."""
-    return [position for batch in drawn.batches for position in batch.data[2].tolist()]
 
 
 # Which samples --------------------------------------------------------------------------------------------------------
@@ -393,18 +388,6 @@ def test_a_stream_that_cannot_be_copied_is_refused_and_skipped(make_loader: Call
 
 
 # Whole batches --------------------------------------------------------------------------------------------------------
-
-
-class DatasetOfBatches(Dataset[Any]):
-    """Item b is the b-th batch of four."""
-
-    def __len__(self) -> int:
-        return 5
-
-    def __getitem__(self, number: int) -> Any:
-        if number >= 5:
-            raise IndexError(number)
-        return samples(list(range(4 * number, 4 * number + 4)))
 
 
 class StreamOfBatches(IterableDataset[Any]):

@@ -25,7 +25,7 @@ from lightning_hesd.training.samples.analysis_samples import draw_samples
 from lightning_hesd.training.samples.positions import spread_positions
 from tests.line_count import counted_lines
 from tests.training.modules import SIZE, Classifier, Digits, callback, fit, freeze, loader, seed
-from tests.training.samples.test_analysis_samples import positions
+from tests.training.samples.drawn import positions
 
 # Positions in the epoch -----------------------------------------------------------------------------------------------
 

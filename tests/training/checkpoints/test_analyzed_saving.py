@@ -1,4 +1,4 @@
-"""Checkpoints hold the weights that were analysed, whatever other code does to those of the module."""
+"""Checkpoints hold the analyzed weights, also if other code has changed the weights of the module."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ STEPS = 5
 
 
 class Witness(pl.Callback):
-    """Keeps the weights that are analysed, and logs a metric that grows."""
+    """Keeps the weights that are analyzed, and logs a metric that grows."""
 
     def __init__(self) -> None:
-        self.analysed: dict[int, dict[str, Tensor]] = {}
+        self.analyzed: dict[int, dict[str, Tensor]] = {}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.analysed[trainer.current_epoch] = copied(pl_module)
+        self.analyzed[trainer.current_epoch] = copied(pl_module)
         self.log("epochs", float(trainer.current_epoch))
 
 
@@ -114,14 +114,14 @@ def test_changes_by_the_module_come_after_the_analysis_and_the_file(what: str, s
     for candidate in checkpoint.candidates:
         saved = torch.load(candidate.path, weights_only=True)
         assert saved["global_step"] == candidate.global_step == STEPS * (candidate.epoch + 1)
-        assert freeze(dict(saved["state_dict"])) == freeze(witness.analysed[candidate.epoch])
+        assert freeze(dict(saved["state_dict"])) == freeze(witness.analyzed[candidate.epoch])
     assert [c.epoch for c in checkpoint.candidates] == list(range(EPOCHS))
     # What goes on is what the module made of it, in last.ckpt, too.
     assert freeze(dict(torch.load(checkpoint.last_model_path)["state_dict"])) == freeze(
         dict(trainer.lightning_module.state_dict())
     )
     assert len(said) == 1
-    assert re.search(r"of epoch 0 were changed after their analysis \(net\.\d.*saves the analysed ones", said[0])
+    assert re.search(r"of epoch 0 were changed after their analysis \(net\.\d.*saves the analyzed weights", said[0])
     without = fit(tmp_path, module=SelfDoing(BY_MODULE[what]), max_epochs=EPOCHS, data=loader())
     assert freeze(dict(trainer.lightning_module.state_dict())) == freeze(dict(without.lightning_module.state_dict()))
 
@@ -150,7 +150,7 @@ def test_pruning(first: bool, tmp_path: Path) -> None:
     assert len(checkpoint.candidates) == EPOCHS
     for candidate in checkpoint.candidates:
         saved = torch.load(candidate.path, weights_only=True)["state_dict"]
-        assert effective(saved) == effective(witness.analysed[candidate.epoch])
+        assert effective(saved) == effective(witness.analyzed[candidate.epoch])
         assert Classifier().load_state_dict(saved)
     zeros = (torch.load(checkpoint.candidates[0].path)["state_dict"]["net.0.weight"] == 0).float().mean()
     assert zeros == pytest.approx(0.5 if first else 0.0, abs=0.1)
@@ -165,7 +165,7 @@ def test_what_cannot_be_had_back_is_not_ranked(on_error: Any, tmp_path: Path) ->
     spectra = observer(checkpoint)
     spectra.on_error = on_error
     if on_error == "raise":
-        with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match="cannot be had back"):
+        with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match="cannot be restored"):
             trained(tmp_path, Witness(), spectra, step, module=module)
         return
     _, said = trained(tmp_path, Witness(), spectra, step, module=module)
@@ -207,7 +207,7 @@ def test_hooks_that_save_other_weights_are_named(
         assert re.search(rf"`state_dict` of checkpoints has other weights.*'net\.0\..*{whereabouts}", said[0])
     if callbacks:
         saved = torch.load(checkpoint.best_model_path)["current_model_state"]
-        assert freeze(dict(saved)) == freeze(witness.analysed[0])
+        assert freeze(dict(saved)) == freeze(witness.analyzed[0])
 
 
 def test_weights_alone_are_the_analysed_ones_too(tmp_path: Path) -> None:
@@ -216,4 +216,4 @@ def test_weights_alone_are_the_analysed_ones_too(tmp_path: Path) -> None:
     for candidate in checkpoint.candidates:
         saved = torch.load(candidate.path, weights_only=True)
         assert "optimizer_states" not in saved
-        assert freeze(dict(saved["state_dict"])) == freeze(witness.analysed[candidate.epoch])
+        assert freeze(dict(saved["state_dict"])) == freeze(witness.analyzed[candidate.epoch])

@@ -1,4 +1,4 @@
-"""What sinks have in common."""
+"""`LoggerOutput`, the interface of outputs to loggers, and the figures, tables and texts that they share."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
     from lightning_hesd.training.history import SpectrumRecord
 
 LAYER_COLUMNS = ("layer", *(field.name for field in fields(LayerIndicators)))
-"""Names of what `layer_rows` returns."""
+"""Columns of `layer_rows`."""
 
 
-class Sink(Protocol):
-    """Writes what a logger can show beyond scalars."""
+class LoggerOutput(Protocol):
+    """Writes records to a logger, beyond scalars."""
 
     def write(self, history: SpectrumHistory, step: int) -> None:
         """Write the last record, which has a spectrum, at `step` of the logger's axis."""
 
     def finish(self, history: SpectrumHistory) -> None:
-        """Write what is written once, at the end of training, also of training that failed; there is a spectrum."""
+        """Write the whole history, which has a spectrum, once: at the end of training, or when it has failed."""
 
 
 def title(record: SpectrumRecord) -> str:
-    """Return when a record was made, short."""
+    """Return the time of a record, short."""
     return "start" if record.epoch == START_EPOCH else f"epoch {record.epoch}"
 
 
@@ -48,7 +48,7 @@ def figures(history: SpectrumHistory) -> Iterator[tuple[str, NDArray[np.uint8]]]
     """Draw the figures of the last record, one after the other.
 
     Yields:
-        What to append to the callback's name, and the drawing as an image, shape (height, width, 4).
+        Suffix of the callback's name for the tag, and the figure as an image, shape (height, width, 4).
     """
     from lightning_hesd import plotting  # noqa: PLC0415 - Matplotlib is slow to import
 
@@ -65,31 +65,31 @@ def figures(history: SpectrumHistory) -> Iterator[tuple[str, NDArray[np.uint8]]]
 
 
 def _pixels(axes: Axes) -> NDArray[np.uint8]:
-    """Return a drawing as an image, and let go of the drawing."""
-    from matplotlib.backend_bases import FigureCanvasBase  # noqa: PLC0415
+    """Return a figure as an image, and free the figure."""
+    from matplotlib.backend_bases import FigureCanvasBase  # noqa: PLC0415 - Matplotlib is slow to import
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
 
     figure: Figure = axes.get_figure(root=True)  # type: ignore[assignment]
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]
     image = np.array(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
-    # Figures and what is in them point at each other: a megabyte each, until Python looks for such rings.
+    # Figures and their artists refer to each other: a megabyte each, until the garbage collector runs.
     figure.clear()
     FigureCanvasBase(figure)
     return image
 
 
 def layer_rows(layers: Mapping[str, Spectrum]) -> list[tuple[str | float, ...]]:
-    """Return the indicators of layers, a row for each."""
+    """Return the indicators of layers, one row per layer."""
     return [(name, *astuple(found)) for name, found in layer_indicators(layers).items()]
 
 
 @runtime_checkable
-class SelectionSink(Protocol):
-    """Writes also which state of the weights a checkpoint rule takes; not every sink can."""
+class SelectionOutput(Protocol):
+    """An output that also writes the decisions of checkpoint rules."""
 
-    def write_selection(self, choice: SelectionEvent, step: int) -> None:
-        """Write what a rule made of the latest record at `step` of the logger's axis."""
+    def write_selection(self, event: SelectionEvent, step: int) -> None:
+        """Write a rule's decision after the latest record at `step` of the logger's axis."""
 
 
 def layer_table(layers: Mapping[str, Spectrum]) -> str:
@@ -106,12 +106,12 @@ def verdict_text(assessment: Assessment, when: str) -> str:
 
 @contextlib.contextmanager
 def saved(history: SpectrumHistory) -> Iterator[Path]:
-    """Write a history to a folder for upload, which is then gone.
+    """Write a history to a temporary folder for upload.
 
-    The folder of the run may have files of other runs in it, or lack some of this one's, if it could not be written.
+    The folder of the run may have files of other runs in it, or lack files that could not be written.
 
     Yields:
-        The folder: `SpectrumHistory.load` reads it.
+        The folder, which `SpectrumHistory.load` reads.
     """
     copy = SpectrumHistory()  # the history itself would remember the folder
     copy.extend(history)
