@@ -1,4 +1,4 @@
-"""Several processes give what one gives, and a failure in one of them hangs nobody."""
+"""Several ranks give the findings of one, and a failure on one of them leaves no other waiting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of DDP leave training and findings alone; processes that are interrupted or killed hang nobody."""
+"""Options of DDP leave training and findings alone; ranks that are interrupted or killed leave no other waiting."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_norms_that_wait_for_other_processes_are_refused(options: list[dict[str,
             assert "mode='eval'" in rank["norms"][mode]
 
 
-def test_a_process_that_is_killed_in_an_analysis_leaves_nobody_waiting(tmp_path: Path) -> None:
+def test_a_process_that_is_killed_in_an_analysis_leaves_no_other_waiting(tmp_path: Path) -> None:
     with started(tmp_path, 2, "interrupted") as ranks:
         wait_for((tmp_path / "analysing").exists, ranks)
         time.sleep(0.3)  # well within it: it takes seconds

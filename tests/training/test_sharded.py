@@ -1,4 +1,4 @@
-"""Sharded parameters give the spectrum of whole ones, stay in parts, and a failure in one process hangs nobody."""
+"""Sharded parameters give the spectrum of whole ones, stay sharded, and a failing rank leaves no other waiting."""
 
 from __future__ import annotations
 
