@@ -1,4 +1,4 @@
-"""Comparison of a claim with estimates of it by differences at descending steps: they agree, differ, or cannot tell."""
+"""Comparison of a claimed derivative with estimates by differences at descending steps."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-Outcome = Literal["agrees", "differs", "cannot be told"]
+Outcome = Literal["agrees", "differs", "undecided"]
 
 SETTLED = 0.1
-"""Two estimates that lie closer together than this share of their distance from a claim speak against it."""
+"""Two estimates that differ by less than this share of their distance from the claim refute it."""
 
 
 class Comparison:
-    """A claim beside estimates of it at descending steps.
+    """A claimed value, and estimates of it at descending steps.
 
     Attributes:
         gap: Smallest distance of an estimate from the claim so far, relative to their size.
     """
 
     def __init__(self, claim: Any, tolerance: float, size: Callable[[Any], float], scale: float | None = None) -> None:
-        """Take a claim.
+        """Take a claimed value.
 
         Args:
             claim: A number or a vector.
-            tolerance: Up to which relative distance they agree.
+            tolerance: Largest relative distance at which they agree.
             size: Absolute value of a number, or norm of a vector.
-            scale: What distances are relative to; default: the size of the claim or of the estimate.
+            scale: Unit of relative distances; default: the larger size of claim and estimate.
         """
         self.gap = math.inf
         self._claim, self._tolerance, self._size, self._scale = claim, tolerance, size, scale
-        self._estimates: list[tuple[float, float]] = []  # gap and change, where rounding lets one tell
+        self._estimates: list[tuple[float, float]] = []  # gap and change, at steps where rounding is small enough
         self._agrees = False
         self._before: Any = None
 
     def add(self, value: Any, rounding: float) -> None:
-        """Add the estimate at the next step, with its absolute rounding."""
+        """Add the estimate at the next step, with its absolute rounding error."""
         scale = max(self._size(self._claim), self._size(value)) if self._scale is None else self._scale
         before, self._before = self._before, value
         if not math.isfinite(scale) or rounding > self._tolerance * scale:
@@ -49,18 +49,18 @@ class Comparison:
 
     @property
     def is_hidden(self) -> bool:
-        """Whether rounding hides the answer at every step."""
+        """Whether the rounding error is too large at every step."""
         return not self._estimates
 
     @property
     def outcome(self) -> Outcome:
-        """What the estimates say, as far as rounding lets them.
+        """Outcome of the comparison.
 
-        The claim agrees if one of them comes within the tolerance. It differs if the last two lie close together and
-        far from it. Otherwise the answer is hidden, by kinks or by rounding.
+        The claim agrees if an estimate is within the tolerance. It differs if the last two estimates lie close together
+        and far from it. Otherwise kinks or rounding hide the answer.
         """
         if self._agrees:
             return "agrees"
         if len(self._estimates) > 1 and self._estimates[-1][1] <= SETTLED * self._estimates[-1][0]:
             return "differs"
-        return "cannot be told"
+        return "undecided"

@@ -1,4 +1,4 @@
-"""The loss, its gradient and its outputs along one line through the weights, for comparisons with differences."""
+"""Loss, gradient and outputs along one line through the weights, for comparisons with differences."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 MOVE = 1e-3
-"""How far beside the weights the loss is looked at where they may lie at a kink, relative to their size."""
+"""Distance from weights that may lie at a kink, relative to their size."""
 
 
 @contextlib.contextmanager
 def beside_the_weights(parameters: Sequence[Tensor], space: VectorSpace) -> Iterator[None]:
-    """Move parameters at random meanwhile."""
+    """Move parameters a little in a random direction, and back on leaving."""
     differences = FiniteDifferences(parameters, space)
     noise = space.gaussian(torch.Generator().manual_seed(2))
     vector = to_device(noise / space.norm(noise), parameters[0].device)
@@ -40,10 +40,10 @@ class Line:
     """The loss and its gradient along one line through the weights.
 
     Attributes:
-        differences: Moves the parameters.
+        differences: Central differences, which move the parameters.
         direction: Unit vector, half random and half gradient, shape (n,), in the finest precision of the device.
-        loss: The loss at the weights.
-        gradient: Its gradient, shape (n,), likewise.
+        loss: Loss at the weights.
+        gradient: Gradient at the weights, shape (n,), in the finest precision of the device.
     """
 
     def __init__(self, matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace) -> None:
@@ -61,7 +61,7 @@ class Line:
             self.direction /= space.norm(self.direction)
 
     def at(self, step: float) -> tuple[float, Tensor]:
-        """Return the loss, and the gradient, shape (n,), a step along the direction."""
+        """Return loss and gradient, shape (n,), at a distance along the direction."""
         with self.differences.displaced(self.vector(), step):
             loss = self._function()
             return loss.item(), self.flat(gradient(loss, self._parameters))
@@ -76,7 +76,7 @@ class Line:
         return torch.cat([part.detach().to_dense().flatten() for part in parts]).to(self._dtype)
 
     def norm(self, vector: Tensor) -> float:
-        """Return the length of a flat vector."""
+        """Return the norm of a flat vector."""
         return float(self._space.norm(vector))
 
     def along(self, vector: Tensor) -> float:
@@ -85,7 +85,7 @@ class Line:
 
 
 class OutputLine:
-    """The loss of outputs along the change of the outputs that a line through the weights brings about."""
+    """The loss of the outputs along Jv, their change along a line through the weights."""
 
     def __init__(self, matrix: GaussNewtonMatrix, batch: WeightedBatch, line: Line) -> None:
         self._matrix, self._batch, self._line = matrix, batch, line

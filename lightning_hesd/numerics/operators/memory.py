@@ -1,4 +1,4 @@
-"""How much memory an analysis may take, and how much one batch's graph does take."""
+"""The memory budget of an analysis, its division, and a meter for the memory of graphs."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.krylov.lanczos import Basis
 
 SHARE_OF_FREE_MEMORY = 0.5
-"""Of what is free when the analysis starts; the rest is for what training and others may still ask for."""
+"""Share of the free memory that an analysis may take; the rest is for training and other programs."""
 
 VECTORS = 10
-"""Vectors of the length of all parameters that are there at the same time, beside the basis."""
+"""Number of vectors of length n that exist at the same time, beside the Krylov basis."""
 
 UNKNOWN_FREE_MEMORY = 4 * 2**30
-"""What is taken to be free where the system does not say."""
+"""Assumed free memory where the system does not report it, in bytes."""
 
 
 def default_budget(device: torch.device, processes: int = 1) -> int:
     """Return the bytes an analysis may take: half of what is free on the device.
 
     Args:
-        device: Where the parameters are.
-        processes: How many processes share the computer's memory; an accelerator that tells its memory has its own.
+        device: Device of the parameters.
+        processes: Number of ranks that share the computer's memory; accelerators that report memory have their own.
     """
     module: Any = getattr(torch, device.type, None)
     if hasattr(module, "mem_get_info"):
@@ -47,10 +47,10 @@ def default_budget(device: torch.device, processes: int = 1) -> int:
 
 
 def free_system_memory(root: Path = Path("/")) -> int:
-    """Return the bytes of the computer's memory that are free, by the system's and the container's account.
+    """Return the free bytes of the computer's memory: the smaller of the system's and the container's numbers.
 
     Args:
-        root: Where /proc and /sys are.
+        root: Folder of /proc and /sys.
     """
     free = [UNKNOWN_FREE_MEMORY]
     try:
@@ -66,11 +66,11 @@ def free_system_memory(root: Path = Path("/")) -> int:
 
 
 SIGNS_OF_EXHAUSTION = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-"""In what allocators and CUDA's libraries say, lower case; they share one exception with all other trouble."""
+"""Parts of the messages of allocators and of CUDA's libraries, lower case; their errors are plain RuntimeErrors."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception says that memory has run out, on any device."""
+    """Return whether an exception means that memory has run out, on any device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS_OF_EXHAUSTION)
@@ -78,13 +78,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What an analysis spends its memory on.
+    """Division of the memory of an analysis.
 
     Attributes:
         basis: Where the Krylov basis is kept.
-        fixed: Bytes that are needed in any case: a copy of the module's tensors, vectors, and the basis if it is on
-            the device.
-        graphs: Bytes that remain for graphs.
+        fixed: Bytes of a copy of the module's tensors, of vectors, and of the basis if it is on the device.
+        graphs: Remaining bytes, for graphs.
     """
 
     basis: Basis
@@ -92,7 +91,7 @@ class MemoryPlan:
     graphs: int
 
     def predicted(self, graph_bytes: float | None) -> int | None:
-        """Return the expected peak, given that of the graphs; None if that is unknown."""
+        """Return the predicted peak in bytes, given the bytes of the graphs; None if these are unknown."""
         return None if graph_bytes is None else self.fixed + int(graph_bytes)
 
 
@@ -113,14 +112,14 @@ def plan_memory(
         tensors: Parameters and buffers of the module, which are copied.
         vector_bytes: Size of one vector.
         steps: Vectors in the basis.
-        basis: Where it goes, or "auto": to the device, else to the computer's memory if that is another, else nowhere.
-        device: Where the parameters are.
+        basis: Place of the basis, or "auto": on the device if it fits, else in the computer's memory, else nowhere.
+        device: Device of the parameters.
         budget: Bytes; default: `default_budget`.
-        processes: How many processes share the computer's memory.
-        more_vectors: Vectors needed beyond the usual ones.
+        processes: Number of ranks that share the computer's memory.
+        more_vectors: Number of additional vectors.
 
     Raises:
-        ValueError: If not even the vectors fit into the budget.
+        ValueError: If the vectors alone exceed the budget.
     """
     fixed = sum(size_in_memory(local_shard(t)) for t in tensors) + (VECTORS + more_vectors) * vector_bytes
     limit = default_budget(device, processes) if budget is None else budget
@@ -146,14 +145,14 @@ _autograd: Any = torch.autograd
 
 
 class MemoryMeter:
-    """Measures what tensors take while inside, by what PyTorch's allocators report to its profiler.
+    """A context that measures the memory of tensors by the reports of PyTorch's allocators to its profiler.
 
-    Nothing looks at the operations themselves: a dispatch mode would, and it changes the course of those that make
-    tensors without memory, which has crashed the process. What other threads free counts as if it were still there.
+    A dispatch mode would count tensors operation by operation, but it changes the course of operations that make
+    tensors without memory, which has crashed the process. Memory freed by other threads counts as allocated.
 
     Attributes:
-        live: Bytes allocated inside and not freed; None if they could not be measured, as while another profiler runs.
-        peak: The most there have been.
+        live: Bytes allocated inside and not freed; None if not measured, for example while another profiler runs.
+        peak: Largest number of bytes in use.
     """
 
     def __init__(self, device: torch.device) -> None:

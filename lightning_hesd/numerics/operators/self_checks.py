@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 EPSILONS = (0.0, *(torch.finfo(t).eps for t in (torch.float64, torch.float32, torch.float16, torch.bfloat16)))
 """Precisions that the ranks tell each other of."""
 
-OUTCOMES: tuple[Outcome, ...] = ("differs", "agrees", "cannot be told")
+OUTCOMES: tuple[Outcome, ...] = ("differs", "agrees", "undecided")
 """In the order of their rank: the first that any rank found holds for all ranks."""
 
 SHARDED_PART = Verification(
-    "cannot be told", "cannot be told", "where parameters are sharded, parts of the Hessian are not compared"
+    "undecided", "undecided", "where parameters are sharded, parts of the Hessian are not compared"
 )
 """The outputs of the network differ from rank to rank."""
 
@@ -74,7 +74,7 @@ def refute(risk: RiskOperator, words: str) -> None:
 def _compared(risk: RiskOperator, in_finest: InFinest | None) -> Verification:
     """Compare on every rank that has a batch, and join the outcomes."""
     together = risk.sharding.is_sharded
-    own = Verification("cannot be told", "cannot be told", "this rank has no batch to compare with differences")
+    own = Verification("undecided", "undecided", "this rank has no batch to compare with differences")
     if risk.batches:
         smallest = min(risk.batches, key=lambda batch: batch.num_samples)
         batch = risk.batches[0] if together else smallest

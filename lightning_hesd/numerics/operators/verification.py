@@ -1,4 +1,4 @@
-"""Whether Hessian-vector products are those of the loss: compared with differences of its gradient and of its values.
+"""Comparison of the derivatives of a loss with differences: of its gradient and of its values.
 
 Autograd can be wrong without an error: the formula of a second derivative may be false, a custom backward pass need not
 be the derivative of its forward pass, and a loss may hide a part of itself (`detach`, NumPy). So the chain from loss to
@@ -47,23 +47,23 @@ STEP_EXPONENTS = (1 / 4, 3 / 8, 1 / 2, 9 / 16)
 """Steps h are these powers of the machine epsilon, relative to the size of the weights."""
 
 ROUNDING_UNITS = 30.0
-"""Rounding of losses and gradients that is allowed for, in machine epsilons."""
+"""Rounding errors of losses and gradients, in machine epsilons."""
 
 FEW = 4
-"""Samples with which the comparison begins."""
+"""Number of samples in the first comparison."""
 
 SLOPE_SHARE = 0.01
-"""gᵀv must agree to this share of what it is for a random v: no part of the gradient may be missing."""
+"""gᵀv must be right to this share of its size for a random v, so that no part of the gradient is missing."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What the comparison of a loss with its derivatives has shown.
+    """Result of the comparison of a loss with its derivatives.
 
     Attributes:
-        gradient: Whether the gradient is that of the loss.
-        products: Whether products by differentiating twice are those of the gradient.
-        words: What was compared and found, in words.
+        gradient: Outcome for the gradient, against differences of the loss.
+        products: Outcome for products by differentiating twice, against differences of the gradient.
+        words: The comparison and its result in words.
     """
 
     gradient: Outcome
@@ -71,10 +71,10 @@ class Verification:
     words: str
 
     def verdict(self, *, exact: bool) -> Verdict:
-        """Return whether products can be relied on.
+        """Return whether products are right: "yes", "no" or "unknown".
 
         Args:
-            exact: Whether they come from differentiating twice, not from differences of the gradient.
+            exact: Whether products come from differentiating twice, not from differences of the gradient.
         """
         outcomes = {self.gradient, self.products} if exact else {self.gradient}
         if "differs" in outcomes:
@@ -83,7 +83,7 @@ class Verification:
 
 
 class WrongDerivativeError(RuntimeError):
-    """Autograd's derivatives are not those of the loss; the message says what was found.
+    """Autograd's derivatives are not those of the loss; the message states both.
 
     Attributes:
         loss: The mean loss.
@@ -96,17 +96,17 @@ class WrongDerivativeError(RuntimeError):
 
 @dataclass(frozen=True)
 class Findings:
-    """What one precision shows.
+    """Result of the comparison in one precision.
 
     Attributes:
         gradient: Outcome for the gradient.
         products: Outcome for the products.
-        slopes: gᵀv, and the difference of the loss that comes closest to it.
+        slopes: gᵀv, and the difference quotient of the loss that is closest to it.
         product_gap: Smallest relative difference between Hv and differences of the gradient.
-        is_continuous: Whether the loss changes less, the shorter the step.
-        blur: Up to which relative difference numbers may seem to agree.
-        precision: The floating-point type, in words.
-        facts: What is known of the graphs.
+        is_continuous: Whether shorter steps change the loss less.
+        blur: Largest relative difference of numbers that count as equal.
+        precision: The precision in words.
+        facts: Properties of the graphs.
     """
 
     gradient: Outcome
@@ -136,19 +136,19 @@ def verify(
 ) -> Verification:
     """Compare the products and the gradient of a batch's loss with differences.
 
-    First in the finest precision of the device, float64 unless it has none, which tells almost everything apart: with a
-    few samples of the batch, then with all of them, then beside the weights, as a kink at the weights themselves (zeros
-    in the data under biases of zero) looks like a wrong gradient. If that is not to be had, or does not agree, in the
-    precision of the module.
+    The first comparisons are in the finest precision of the device (float64, if it has it), where rounding hides almost
+    nothing: with a few samples of the batch, then with all of them, then beside the weights, because a kink at the
+    weights themselves (zeros in the data under biases of zero) looks like a wrong gradient. If none of them is possible
+    or agrees, the last one is in the precision of the module.
 
     Args:
-        matrix: The matrix.
+        matrix: The curvature matrix.
         batch: The batch.
         space: The space of vectors over all parameters.
         exact: Whether products come from differentiating twice; else only the gradient is compared.
-        in_finest: Makes a context in which module and batches are in the finest precision of the device, and gives the
-            function from a parameter to its counterpart there; None: there is none.
-        may_fail: Whether an error makes the outcome "cannot be told"; processes that work together must raise it.
+        in_finest: Makes a context in which module and batches are in the finest precision of the device, and yields the
+            function from a parameter to its copy there; None: there is no such context.
+        may_fail: Whether an error makes the outcome "undecided"; ranks that evaluate together must raise it.
     """
     attempts: list[tuple[InFinest, bool, bool]] = [(_as_it_is, False, False)]
     if in_finest is not None:
@@ -174,7 +174,7 @@ def verify(
             found = [found[-1]] if context is not _as_it_is else found
             break
     if not found:
-        return Verification("cannot be told", "cannot be told", f"the comparison with differences failed ({problem})")
+        return Verification("undecided", "undecided", f"the comparison with differences failed ({problem})")
     fine, coarse = found[-2:][0], found[-1]
     of_gradient = _joint(fine.gradient, coarse.gradient, hidden=fine.slope_gap <= coarse.blur)
     of_products = _joint(fine.products, coarse.products, hidden=fine.product_gap <= coarse.blur)
@@ -189,21 +189,21 @@ def _as_it_is() -> AbstractContextManager[Callable[[Tensor], Tensor]]:
 def _joint(fine: Outcome, coarse: Outcome, *, hidden: bool) -> Outcome:
     """Join the outcomes in the finest precision and in that of the module.
 
-    Operations may compute in a coarser precision than their types show: then the finest differs, and only then does the
-    module's own precision agree. It says nothing where the difference is one that it cannot see.
+    Operations may compute in a coarser precision than their dtypes show: then derivatives differ in the finest
+    precision, and agree in that of the module. That agreement means nothing if the difference is too small to show.
 
     Args:
         fine: Outcome in the finest precision.
         coarse: Outcome in the precision of the module.
-        hidden: Whether the difference in the finest precision is smaller than what counts as agreement in the other.
+        hidden: Whether the difference in the finest precision counts as agreement in that of the module.
     """
     if fine == "differs":
-        return "cannot be told" if coarse == "agrees" and not hidden else "differs"
-    return coarse if fine == "cannot be told" else fine
+        return "undecided" if coarse == "agrees" and not hidden else "differs"
+    return coarse if fine == "undecided" else fine
 
 
 def _findings(matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace, *, exact: bool) -> Findings:
-    """Compare in the present precision."""
+    """Compare in the present precision, along one line through the weights."""
     line = Line(matrix, batch, space)
     product = line.flat(matrix.make_matvec(batch, retain=False)[1](line.vector())) if exact else None
     facts = matrix.facts
@@ -224,7 +224,7 @@ def _findings(matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace,
     rises: list[float] = []
     changes: list[float] = []
     of_products: Outcome = "agrees"
-    of_gradient: Outcome = "cannot be told"
+    of_gradient: Outcome = "undecided"
     for exponent in STEP_EXPONENTS:
         step = max(line.differences.size, 1.0) * epsilon**exponent
         (ahead, up), (behind, down) = line.at(step), line.at(-step)
@@ -250,7 +250,7 @@ def _findings(matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace,
         of_gradient = bends.outcome
     is_fine = epsilon <= torch.finfo(torch.float64).eps
     if of_products == "differs" and facts.is_kinked and not is_fine:
-        of_products = "cannot be told"  # no step is short enough: the many kinks on its way look like a curvature
+        of_products = "undecided"  # no step is short enough: the many kinks on its way look like a curvature
     return Findings(
         of_gradient,
         of_products,
@@ -264,13 +264,13 @@ def _findings(matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace,
 
 
 def _excuse(epsilon: float, device: torch.device) -> str:
-    """Say that there is no finer precision, if so."""
+    """Return words that say that there is no finer precision, if so."""
     return f", the finest on {device.type}" if epsilon <= torch.finfo(finest_dtype(device)).eps else ""
 
 
 def _first_told(comparisons: Sequence[Comparison]) -> Outcome:
     outcomes = (comparison.outcome for comparison in comparisons)
-    return next((outcome for outcome in outcomes if outcome != "cannot be told"), "cannot be told")
+    return next((outcome for outcome in outcomes if outcome != "undecided"), "undecided")
 
 
 def _words(found: Findings, of_gradient: Outcome, of_products: Outcome, *, exact: bool) -> str:
@@ -290,8 +290,8 @@ def _words(found: Findings, of_gradient: Outcome, of_products: Outcome, *, exact
             f"products by differentiating twice differ from differences of the gradient by {found.product_gap:.2g} of "
             f"their size ({found.precision}): {culprit} has a wrong second derivative"
         )
-    if "cannot be told" in {of_gradient, of_products}:
-        what = "the gradient is" if of_gradient == "cannot be told" else "the products are"
+    if "undecided" in {of_gradient, of_products}:
+        what = "the gradient is" if of_gradient == "undecided" else "the products are"
         return f"kinks or rounding ({found.precision}) hide whether {what} right"
     compared = f"products agree with differences of the gradient to {found.product_gap:.1g}, and " if exact else ""
     return f"{compared}the gradient agrees with differences of the loss ({found.precision})"

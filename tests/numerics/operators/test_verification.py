@@ -453,10 +453,10 @@ class TestComparison:
         assert self.compare([2.0, 1.3, 1.2, 1.201]) == "differs"
 
     def test_estimates_that_do_not_settle_say_nothing(self):
-        assert self.compare([2.0, 1.3, 1.7, 0.6]) == "cannot be told"
+        assert self.compare([2.0, 1.3, 1.7, 0.6]) == "undecided"
 
     def test_nor_does_a_single_one(self):
-        assert self.compare([2.0]) == "cannot be told"
+        assert self.compare([2.0]) == "undecided"
 
     def test_nor_do_those_that_rounding_may_have_moved(self):
-        assert self.compare([1.2, 1.2, 1.0], rounding=0.1) == "cannot be told"
+        assert self.compare([1.2, 1.2, 1.0], rounding=0.1) == "undecided"
