@@ -17,7 +17,7 @@ from lightning_hesd.spectra.codec import (
     pack_records,
     unpack_records,
 )
-from lightning_hesd.spectra.record import PLAIN_FIELDS, START_EPOCH, SUFFIXES, SpectrumRecord, when
+from lightning_hesd.spectra.record import START_EPOCH, SpectrumRecord, when
 from lightning_hesd.spectra.tables import layers_table, records_table
 from lightning_hesd.spectra.validation import (
     FORMAT_VERSION,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-__all__ = ["PLAIN_FIELDS", "START_EPOCH", "SUFFIXES", "SpectrumHistory", "SpectrumRecord", "when"]
+__all__ = ["START_EPOCH", "SpectrumHistory", "SpectrumRecord", "when"]
 
 
 def _is_plain(value: Any) -> bool:

@@ -135,9 +135,9 @@ def read_history(folder: Path) -> None:
 
 
 def read_state(folder: Path) -> None:
-    found = SpectrumHistory.load(folder)
     callback = HessianSpectrumCallback()
-    callback.load_state_dict({**callback.state_dict(), "history": found.state_dict()})
+    callback.history.append(SpectrumRecord(0, 1, make_spectrum(-0.2)))
+    HessianSpectrumCallback().load_state_dict(callback.state_dict())
 
 
 def read_results(folder: Path) -> None:
