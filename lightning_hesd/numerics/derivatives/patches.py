@@ -34,8 +34,8 @@ _LOCK = threading.Lock()
 def patched(owner: Any, name: str, value: object) -> Iterator[None]:
     """Set an attribute of an object, a class or a module in this context, for all threads.
 
-    Several trainings may run in threads of one process, so patches of one attribute may end in any order. The last to
-    end restores the value from before the first.
+    Threads of one process may train at the same time, so patches of one attribute may end in any order. When the last
+    one ends, the value from before the first is restored.
     """
     key, own = (id(owner), name), [value]
     with _LOCK:

@@ -33,8 +33,8 @@ def exact_mode(
 
     Gradients are enabled. Disabled are autocast, TF32, and operations without a second derivative: fused attention,
     compiled code (it runs eagerly) and cuDNN for recurrent networks (in evaluation mode it has not even a first one).
-    Gradients that the user has accumulated are removed, and so are hooks: all of those on parameters; others do not
-    act when the analysis differentiates (see `hooks`).
+    Gradients that the user has accumulated and hooks on parameters are removed. Other hooks do not act when the
+    analysis differentiates (see `hooks`).
 
     Args:
         module: The module to analyze.

@@ -102,7 +102,7 @@ _NORMS = {F.batch_norm, F.instance_norm}
 
 
 class WithoutRandomness(TorchFunctionMode):
-    """Runs PyTorch's functions without dropout and without statistics of the batch, whatever their arguments say."""
+    """Runs PyTorch's functions without dropout and without statistics of the batch, regardless of their arguments."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None

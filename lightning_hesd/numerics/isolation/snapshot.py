@@ -74,7 +74,7 @@ def restore_state(*roots: object, tensors: bool = True) -> Iterator[Callable[[],
 
 @contextlib.contextmanager
 def restoring(snapshot: Snapshot) -> Iterator[None]:
-    """Restore a snapshot, and the global random number generators, on leaving; warn of what cannot be restored."""
+    """Restore a snapshot, and the global random number generators, on leaving; warn if that fails for an object."""
     generators = _global_generator_states()
     try:
         yield

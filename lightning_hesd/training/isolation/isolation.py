@@ -60,9 +60,9 @@ class TrainingIsolation:
 
     @contextlib.contextmanager
     def reading(self, trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
-        """Restore on leaving what reading data, such as a collate function, changes in and around the module.
+        """Restore on leaving all changes that reading data makes in and around the module, as in a collate function.
 
-        Large caches of a dataset may fill.
+        Large caches of a dataset keep their new entries.
 
         Args:
             trainer: The Trainer.

@@ -76,7 +76,7 @@ class TrainingSnapshot:
 
         Args:
             reachable: The objects.
-            stack: Restores, on leaving and after `finish`, what is changed here for the time of the analysis.
+            stack: Restores gradients and writable arrays on leaving; call `finish` before.
             watches: Whether to detect changes of objects that are not copied: large ones, and those of threads.
         """
         self.unrestored: dict[str, str] = {}

@@ -81,7 +81,7 @@ def draw_samples(
         batch_size: Maximal number of samples per batch; default: the batches of the loader.
         batch_weight: Weight of a batch; default: its number of samples.
         seed: Seed of the draw, and of random numbers in the dataset.
-        drawn: Batches of a map-style dataset to read instead of draw some (those of the run that is resumed).
+        drawn: Batches of a map-style dataset to read, those of the resumed run; None: draw some.
         collectives: Communication between the ranks that the batches are distributed to.
         padding: Whether a rank without batches gets the first batch as a padding batch.
         may_consume: Whether a loader that cannot be copied may be iterated itself, which consumes its batches.
@@ -122,7 +122,7 @@ class _DatasetDraw:
         self._own: dict[int, ReadBatch] = {}
 
     def read(self, planned: Sequence[PlannedBatch]) -> None:
-        """Read those of some batches that belong to this rank, and get the sizes of all.
+        """Read this rank's share of some batches, and get the sizes of all.
 
         Raises:
             CollationError: If the collate function fails for one.

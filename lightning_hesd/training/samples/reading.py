@@ -75,7 +75,7 @@ class Reader:
 
         Args:
             loader: A DataLoader, or any other iterable of batches.
-            seed: Seed of whatever is random in the dataset.
+            seed: Seed of random numbers in the dataset.
             restore: Restores the state of the dataset.
             batch_weight: Weight of a batch; None: its number of samples.
             may_consume: Whether a loader that cannot be copied may be iterated itself.
