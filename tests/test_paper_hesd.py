@@ -16,7 +16,7 @@ from matplotlib.image import imsave
 from torch import nn
 
 from examples.paper_hesd.adahessian import AdaHessian, hessian_diagonals, spatial_average
-from examples.paper_hesd.data import Coloured, ImageFolder, load, rand_augment
+from examples.paper_hesd.data import Colored, ImageFolder, load, rand_augment
 from examples.paper_hesd.outcomes import read
 from examples.paper_hesd.rules import RULES, paired, picks
 from examples.paper_hesd.settings import Experiment, Setup
@@ -295,12 +295,12 @@ def test_digits_of_training_validation_and_generalization_differ() -> None:
     assert not train & validation
 
 
-def test_coloured_images() -> None:
+def test_colored_images() -> None:
     images = [(torch.arange(4.0).view(1, 2, 2), 5)] * 4
-    for index, (image, label) in enumerate(Coloured(images)[i] for i in range(4)):  # type: ignore[arg-type]
-        colour = index % 3
-        assert label == 15 + colour
-        assert image[colour].tolist() == [[1.0, 3.0], [0.0, 2.0]]
+    for index, (image, label) in enumerate(Colored(images)[i] for i in range(4)):  # type: ignore[arg-type]
+        color = index % 3
+        assert label == 15 + color
+        assert image[color].tolist() == [[1.0, 3.0], [0.0, 2.0]]
         assert image.sum() == 6
 
 
