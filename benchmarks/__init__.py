@@ -1,1 +1,1 @@
-"""Measurements. Times are quoted as ratios within one run, because seconds differ between machines."""
+"""Benchmarks. Times are ratios within one run, because seconds differ between machines."""

@@ -2,11 +2,11 @@
 
     python -m benchmarks                      # everything, about 50 minutes on two quiet cores
     python -m benchmarks --quick --problems mlp --out /tmp/bench
-    python -m benchmarks --more --rounds 2    # two more rounds of whole runs for the results that are there
+    python -m benchmarks --more --rounds 2    # adds two rounds of whole runs to existing results
 
-Every whole run is made once, and again for as long as `--minutes` allow, candidate after candidate in every round, so
-that whatever disturbs the machine disturbs all of them; the report has the medians. Weights and true values are cached
-in `benchmarks/.cache`; making them takes some minutes more, once.
+Whole runs are repeated in rounds, at least once and as long as `--minutes` allow. A round runs all candidates in turn,
+so that other load on the machine affects all of them. The report has the medians. Weights and true values are cached in
+`benchmarks/.cache`; computing them once takes some more minutes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="whole runs of each candidate, at most")
     parser.add_argument("--minutes", type=float, default=25.0, help="start no whole run that would end later")
     parser.add_argument("--more", action="store_true", help="add rounds to the results in --out; products stay")
-    parser.add_argument("--quick", action="store_true", help="tiny settings, to see whether it works")
+    parser.add_argument("--quick", action="store_true", help="tiny settings, to test the program")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     size: Size = "quick" if args.quick else "full"
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def fresh(chosen: list[tuple[str, int]], size: Size, started: float) -> dict[str, Any]:
-    """Return new results, with the products measured."""
+    """Measure the HVPs, and return new results."""
     entries = [prepared(name, pieces, size) for name, pieces in chosen]
     for entry in entries:
         say(started, f"{title(entry)}: products")
@@ -85,7 +85,7 @@ def earlier(out: Path, size: Size) -> dict[str, Any]:
     """Return the results in a folder, which must have been measured in this environment.
 
     Raises:
-        SystemExit: If there are none, or the environment was another one.
+        SystemExit: If there are no results, or their environment was another one.
     """
     path = out / "results.json"
     if not path.is_file():
@@ -107,7 +107,7 @@ def prepared(name: str, pieces: int, size: Size) -> dict[str, Any]:
 
 
 def play_round(entry: dict[str, Any], size: Size) -> None:
-    """Let every candidate make one whole run, and add what came out to the entry."""
+    """Make one whole run of every candidate, and add the results to the entry."""
     for name, candidate in CANDIDATES.items():
         if candidate.density is None or entry["products"].get(name, {}).get("failure"):
             continue
@@ -125,7 +125,7 @@ def environment() -> dict[str, Any]:
     versions = {name: _version(name) for name in PACKAGES}
     return {
         "Python": platform.python_version(),
-        "torch": torch.__version__,  # with the build, which the metadata may lack
+        "torch": torch.__version__,  # includes the build, which the metadata may lack
         **versions,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),

@@ -1,4 +1,4 @@
-"""What a candidate of the benchmark is, and the candidates that need no other package.
+"""Candidates of the benchmark, and those that need no other package.
 
 A candidate computes Hessian-vector products and may also estimate the spectral density and C_t.
 """
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from benchmarks.problems import Batch, Problem
 
 Product = Callable[[Tensor], Tensor]
-"""Takes and returns a flat vector, shape (n,)."""
+"""A function from a flat vector to a flat vector, both of shape (n,)."""
 
 TOLERANCE = 0.01
-"""The relative accuracy of C_t that is asked of every candidate that can be asked."""
+"""Relative accuracy of C_t, for every candidate with such an option."""
 
 CAP = 200
-"""The most products that ours may spend on C_t."""
+"""Maximum number of HVPs that ours may spend on C_t."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Run:
     Attributes:
         products: Hessian-vector products spent.
         extremes: Smallest and largest eigenvalue.
-        rule: Nodes and weights of the quadrature, if the candidate gives them away.
-        ends: Products and seconds after which it had the extremes, if that was before the end.
-        note: What the candidate says about what it did.
+        rule: Nodes and weights of the quadrature, if the candidate returns them.
+        ends: HVPs and seconds until the extremes were found, if that was before the end.
+        note: Remark of the candidate on its method.
     """
 
     products: int
@@ -69,16 +69,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to work on a problem.
+    """A way to compute HVPs and spectra of a problem.
 
     Attributes:
-        name: As the report calls it.
-        product: Prepares for products with the Hessian; ready to close what it opened.
-        density: Estimates the density from one probe: `density(problem, nodes, seed)`.
-        c_t: Estimates C_t to `TOLERANCE` from one probe: `c_t(problem, seed)`. None: only on the way to the density.
+        name: Name in the report.
+        product: Context manager that gives the HVP.
+        density: `density(problem, nodes, seed)` estimates the density from one probe.
+        c_t: `c_t(problem, seed)` estimates C_t to `TOLERANCE` from one probe; None: only as part of the density.
         fused: Whether it works with fused attention kernels, which have no second derivative on the CPU.
-        package: The package it comes from, if not from here or torch.
-        pieces: The numbers of batches to try it with.
+        package: Its package, if that is not this one or torch.
+        pieces: Numbers of batches to run it with.
     """
 
     name: str
@@ -91,12 +91,12 @@ class Candidate:
 
 
 def ratio(smallest: float, largest: float) -> float:
-    """Return C_t for extreme eigenvalues of which the largest is positive."""
+    """Return C_t of extreme eigenvalues; the largest must be positive."""
     return min(smallest, 0.0) / largest
 
 
 def attention(*, fused: bool) -> AbstractContextManager[None]:
-    """Allow all kernels of attention, or only the one that can be differentiated twice."""
+    """Allow all attention kernels, or only the one that is twice differentiable."""
     every = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     allowed: AbstractContextManager[None] = sdpa_kernel(every if fused else [SDPBackend.MATH])
     return allowed
@@ -109,12 +109,12 @@ def split(vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def flatten(parts: Sequence[Tensor]) -> Tensor:
-    """Return the parts as one flat vector."""
+    """Return tensors as one flat vector."""
     return torch.cat([part.reshape(-1) for part in parts])
 
 
 def gradient(problem: Problem) -> Tensor:
-    """Return the gradient of the mean loss as training computes it, with fused attention."""
+    """Return the gradient of the mean loss, as training computes it, with fused attention."""
     parameters = problem.parameters
     with attention(fused=True):
         parts = [flatten(torch.autograd.grad(loss(problem.module, batch), parameters)) for batch in problem.batches]
@@ -149,7 +149,7 @@ def our_spectrum(problem: Problem, steps: int, seed: int, tolerance: float | Non
 
 @contextlib.contextmanager
 def loop_product(problem: Problem) -> Iterator[Product]:
-    """Differentiate the retained graphs of the gradients, and nothing else."""
+    """Differentiate retained graphs of the gradients, without further work."""
     parameters = problem.parameters
     gradients = [
         torch.autograd.grad(loss(problem.module, batch), parameters, create_graph=True) for batch in problem.batches
@@ -164,7 +164,7 @@ def loop_product(problem: Problem) -> Iterator[Product]:
 
 
 def loop_density(problem: Problem, nodes: int, seed: int) -> Run:
-    """Run Lanczos as PyHessian does: random signs, and each vector of a Python list projected out one by one."""
+    """Run Lanczos as in PyHessian: random signs, and vectors in a Python list that are projected out one by one."""
     vector = torch.randint(0, 2, (problem.dimension,), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1.0
     basis = [vector / vector.norm()]
     alphas: list[float] = []
@@ -187,7 +187,7 @@ def loop_density(problem: Problem, nodes: int, seed: int) -> Run:
 
 @contextlib.contextmanager
 def linearized_product(problem: Problem) -> Iterator[Product]:
-    """Trace the derivative of the gradient once with `torch.func.linearize`."""
+    """Trace the derivative of the gradient once, with `torch.func.linearize`."""
     parameters = problem.parameters
     names = [name for name, _ in problem.module.named_parameters()]
 

@@ -1,4 +1,4 @@
-"""What it costs that analyses check themselves: symmetry in every step, the loss against its derivatives once.
+"""Cost of verification: the symmetry in every step, and the comparison of the loss with its derivatives, once.
 
 python -m benchmarks.checks            # about five minutes on two quiet cores
 python -m benchmarks.checks --quick --problems mlp --out /tmp/bench
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from benchmarks.problems import Problem, Size
 
 EXPLANATION = """\
-Analyses of {steps} steps, one batch, two CPU threads, medians of {rounds} rounds. *In every analysis*: the share of the
-time that goes into the norms of asymmetric components and into reading which operations the graphs have. *In the
-first*: the seconds that the comparison of the loss with its derivatives in float64 takes once in a run, and as a
-multiple of such an analysis.
+Analyses of {steps} steps, one batch, two CPU threads, medians of {rounds} rounds. *In every
+analysis*: the share of time for the norms of asymmetric components and for listing the operations of the graphs. *In
+the first*: the time to compare the loss with its derivatives in float64, once in a run, in seconds and as a multiple of
+an analysis.
 """
 HEADER = ("problem", "parameters", "analysis, s", "in every analysis", "in the first, s", "in the first, analyses")
 
 
 class Stopwatch:
-    """Adds up the time spent in functions.
+    """Adds up the time that functions take.
 
     Attributes:
         seconds: Sum so far.
@@ -47,7 +47,7 @@ class Stopwatch:
         self.seconds = 0.0
 
     def timed(self, function: Any) -> Any:
-        """Return the function, timed."""
+        """Return the function with its time added to `seconds`."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
@@ -83,7 +83,7 @@ def measure(name: str, steps: int, rounds: int, size: Size) -> list[str]:
 
 @contextlib.contextmanager
 def watched(owner: Any, name: str) -> Iterator[Stopwatch]:
-    """Time a function of a module or class meanwhile.
+    """Time a function of a module or class within the context.
 
     Yields:
         The time it took.
@@ -94,7 +94,7 @@ def watched(owner: Any, name: str) -> Iterator[Stopwatch]:
 
 
 def analysis(problem: Problem, steps: int, cache: AnalysisCache) -> float:
-    """Return the seconds that an analysis takes, given what is known from earlier ones."""
+    """Return the seconds of an analysis, given the cache of earlier ones."""
     batches = [WeightedBatch(batch, float(len(batch[0])), index) for index, batch in enumerate(problem.batches)]
     started = time.perf_counter()
     analyze(problem.module, batches, loss, analysis_options(steps=steps), cache=cache)

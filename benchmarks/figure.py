@@ -1,4 +1,4 @@
-"""The figure: for every problem, where the candidates lie, in gradients or relative to ours."""
+"""The figure: results of the candidates for every problem, in gradients or relative to ours."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Fresh processes for measurements, and the memory that they use.
+"""New processes for measurements, and their memory.
 
-Every whole run has a process to itself: what one candidate leaves in memory is no other's gain or loss. The processes
-are forked from a server that has imported everything and computed nothing, so they start at once.
+Every whole run has its own process, so candidates do not affect each other's memory. The processes are forked from a
+server that has imported all modules and computed nothing, so they start at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class MeasurementError(RuntimeError):
 
 
 def in_fresh_process(work: Callable[..., Any], *args: Any) -> Any:
-    """Return `work(*args)`, computed in a process of its own.
+    """Return `work(*args)`, computed in a new process.
 
     Raises:
         MeasurementError: If it fails, or its process is killed.
@@ -40,7 +40,7 @@ def in_fresh_process(work: Callable[..., Any], *args: Any) -> Any:
         failure, result = receiver.recv()
     except EOFError:
         process.join()
-        msg = f"its process ended with exit code {process.exitcode} (-9: killed, for want of memory perhaps)"
+        msg = f"its process ended with exit code {process.exitcode} (-9: killed, perhaps out of memory)"
         raise MeasurementError(msg) from None
     process.join()
     if failure is not None:
@@ -56,7 +56,7 @@ def _answer(sender: Connection, work: Callable[..., Any], args: tuple[Any, ...])
 
 
 def describe(error: BaseException) -> str:
-    """Return what failed, in one line."""
+    """Return the error in one line."""
     lines = str(error).strip().splitlines() or ["no message"]
     return f"{type(error).__name__}: {lines[0]}"
 
@@ -64,12 +64,12 @@ def describe(error: BaseException) -> str:
 @cache
 def _server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(MODULES)  # it passes over those that are not installed
+    context.set_forkserver_preload(MODULES)  # skips modules that are not installed
     return context
 
 
 class PeakMemory:
-    """How far the memory of this process grows above what it holds now; Linux only."""
+    """Growth of this process's memory since construction; Linux only."""
 
     def __init__(self) -> None:
         self._held: int | None = None
@@ -79,7 +79,7 @@ class PeakMemory:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
     def growth(self) -> int | None:
-        """Return the growth in bytes up to the peak since the construction; None if it cannot be known."""
+        """Return the growth up to the peak, in bytes; None if it is unknown."""
         return None if self._held is None else max(0, _status("VmHWM") - self._held)
 
 

@@ -1,4 +1,4 @@
-"""What Hessian products of language models take: of large vocabularies, of long contexts, and of small ones.
+"""Time and memory of HVPs of language models: with large vocabularies, with long contexts, and small ones.
 
 python -m benchmarks.language_models            # about a minute on a quiet machine
 python -m benchmarks.language_models --quick --out /tmp/bench
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.operators.curvature import Matvec
 
 EXPLANATION = """\
-Hessian products of a GPT of width 64 with four heads, float32, one CPU thread, each row in a fresh process; times are
-the best of {rounds} products. *PyTorch*: plain automatic differentiation. *Kept*: bytes that the gradient's graph
-holds; *largest*: the largest tensor saved for it. *Product*: the most bytes that a product takes on top. *Growth*: of
-the process, from before the loss to the end. All but seconds are multiples of *the unit*: the logits in the rows of
-vocabularies, the scores of one head (context × context) in the others.
+HVPs of a GPT of width 64 with four heads, float32, one CPU thread, each row in a new process; times are the minimum of
+{rounds} HVPs. *PyTorch*: plain automatic differentiation. *Kept*: bytes that the gradient's graph holds; *largest*: the
+largest tensor saved for it. *Product*: peak bytes of an HVP above that. *Growth*: growth of the process from before the
+loss to the end. All columns except seconds are multiples of *the unit*: the logits in the rows of vocabularies, the
+scores of one head (context × context) in the others.
 """
 HEADER = ("problem", "unit, MB", "by", "kept", "largest", "product", "both", "growth", "graph, s", "product, s")
 
@@ -46,7 +46,7 @@ class Setting:
     """A model and its text.
 
     Attributes:
-        name: What its row is called.
+        name: Title of the row.
         vocabulary: Number of tokens.
         context: Length of a sequence.
         depth: Number of transformer blocks.
@@ -61,7 +61,7 @@ class Setting:
 
     @property
     def unit(self) -> int:
-        """Bytes of the logits or of a head's scores, whichever the row is about."""
+        """The unit of the row: bytes of the logits, or of a head's scores."""
         return 4 * self.context * (self.vocabulary if self.name.startswith("vocabulary") else self.context)
 
 
@@ -84,7 +84,7 @@ def main() -> None:
     """Measure, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="products to time (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="tiny settings, to see whether it works")
+    parser.add_argument("--quick", action="store_true", help="tiny settings, to test the program")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     rows = []
@@ -112,7 +112,7 @@ def row(setting: Setting, found: dict[str, Any], *, plain: bool) -> list[str]:
 
 
 def measure(setting: Setting, rounds: int, plain: bool) -> dict[str, Any]:  # noqa: FBT001 - passed to a process
-    """Return what the graph of a setting's gradient and products with it take, in bytes and seconds."""
+    """Return memory and time of a setting's gradient graph and of HVPs, in bytes and seconds."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     net = GPT(setting.vocabulary, setting.context, width=64, depth=setting.depth, heads=4)
@@ -127,7 +127,7 @@ def measure(setting: Setting, rounds: int, plain: bool) -> dict[str, Any]:  # no
 
     by = mock.patch.dict(fast_derivatives.SLOW, clear=True) if plain else contextlib.nullcontext()
     with by, sdpa_kernel(SDPBackend.MATH):
-        small = GPT(8, 8, width=16, depth=1)  # so that everything is imported before memory is measured
+        small = GPT(8, 8, width=16, depth=1)  # imports all modules before memory is measured
         hessian_product(small, torch.zeros(1, 8, dtype=torch.long))([torch.ones_like(p) for p in small.parameters()])
         memory = PeakMemory()
         started = time.perf_counter()

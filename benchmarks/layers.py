@@ -1,4 +1,4 @@
-"""What the spectra of all layers cost, beside one of the whole network at equal steps.
+"""Cost of the spectra of all layers, compared with the spectrum of the whole network at equal steps.
 
 python -m benchmarks.layers            # about ten minutes on two quiet cores
 python -m benchmarks.layers --quick --problems mlp --out /tmp/bench
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from benchmarks.problems import Problem, Size
 
 EXPLANATION = """\
-Seconds of `hessian_spectrum` and of `layer_spectra(layers="auto")` with {steps} steps each, one batch, two CPU
-threads, medians of {rounds} rounds in turn; and the ratio, which would be the number of blocks if each were analyzed as
-the whole network is. A step of a block differentiates the gradient's graph from that block to the loss and back, so
-that late blocks are cheap and early ones cost what those above them do.
+Seconds of `hessian_spectrum` and of `layer_spectra(layers="auto")` with {steps} steps each, one
+batch, two CPU threads, medians of {rounds} alternating rounds. If each block cost as much as the whole network, the
+ratio would be the number of blocks. A step of a block differentiates the gradient's graph from that block to the loss
+and back, so late blocks are cheap, and an early block costs as much as all blocks above it.
 """
 HEADER = ("problem", "parameters", "blocks", "whole, s", "all blocks, s", "ratio", "ratio per block")
 
@@ -49,7 +49,7 @@ def measure(name: str, steps: int, rounds: int, size: Size) -> list[str]:
 
 
 def timed(work: Callable[..., Any], problem: Problem, steps: int) -> tuple[float, Any]:
-    """Return the seconds that an analysis takes, and its result."""
+    """Return the seconds of an analysis, and its result."""
     started = time.perf_counter()
     result = work(problem.module, problem.batches, loss, steps=steps)
     return time.perf_counter() - started, result

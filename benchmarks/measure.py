@@ -1,4 +1,4 @@
-"""The two kinds of measurement: single products, taken in turns, and whole runs, each in a process of its own."""
+"""The two kinds of measurement: single HVPs, in turns, and whole runs, each in a new process."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ FEWEST_ROUNDS, LONG = 3, 60.0
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """Return how long `work` takes."""
+    """Return the seconds of `work`."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
 def products(name: str, pieces: int, size: Size, rounds: int) -> dict[str, dict[str, Any]]:
-    """Time products of all candidates, and plain gradients, in turns; in fewer rounds if they take long.
+    """Time HVPs of all candidates and plain gradients, in turns; in fewer rounds if they take long.
 
     Returns:
-        For each candidate, and for the gradient: its `seconds` in every round. A candidate also has the seconds it
-        took to `build`, and the relative `error` of its product; or what it says on `failure`. `as_is` is what
-        happens where fused attention is left on, if not all is well.
+        For each candidate, and for the gradient: its `seconds` in every round. A candidate also has the seconds to
+        `build` it and the relative `error` of its HVP, or the message of its `failure`. `as_is` is the failure with
+        fused attention on, if there is one.
     """
     problem = load(name, pieces=pieces, size=size)
     vector = torch.randn(problem.dimension, generator=torch.Generator().manual_seed(SEED))
@@ -53,7 +53,7 @@ def products(name: str, pieces: int, size: Size, rounds: int) -> dict[str, dict[
             if pieces not in candidate.pieces:
                 continue
             result = results[candidate.name] = {"seconds": []}
-            own = load(name, pieces=pieces, size=size)  # differences move the weights under everybody's graphs
+            own = load(name, pieces=pieces, size=size)  # differences move the weights, which all graphs share
             try:
                 if candidate.package is not None and not candidate.fused:
                     result["as_is"] = _tried_as_is(candidate, own, vector)
@@ -68,7 +68,7 @@ def products(name: str, pieces: int, size: Size, rounds: int) -> dict[str, dict[
             if number >= FEWEST_ROUNDS and time.perf_counter() - started > LONG:
                 break
             for key, work in ready.items():
-                work()  # so that caches, and the memory that the allocator holds, are its own
+                work()  # so that candidates share neither caches nor the allocator's memory
                 results[key]["seconds"].append(seconds(work))
     return results
 
@@ -96,19 +96,19 @@ def _exact_product(name: str, size: Size, vector: torch.Tensor) -> torch.Tensor:
 
 
 def _tried_as_is(candidate: Candidate, problem: Problem, vector: torch.Tensor) -> str:
-    """Return how a product fails that nobody has prepared the network for, or nothing."""
+    """Return the failure of an HVP with the network as it is, with fused attention, or an empty result."""
     try:
         with attention(fused=True), candidate.product(problem) as product:
             product(vector)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it goes into the report
+    except Exception as error:  # noqa: BLE001 - the report has any failure
         return describe(error)
     return ""
 
 
 def whole(name: str, pieces: int, size: Size, candidate_name: str, truth: float) -> dict[str, Any]:
-    """Let one candidate estimate the density and C_t of a problem.
+    """Estimate the density and C_t of a problem with one candidate.
 
-    Run it in a fresh process: the memory is measured above that of a process which has computed one gradient.
+    Run it in a new process: memory is measured above that of a process that has computed one gradient.
     """
     candidate = CANDIDATES[candidate_name]
     assert candidate.density is not None  # noqa: S101 - for the type checker; only such candidates are asked

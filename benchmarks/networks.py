@@ -78,7 +78,7 @@ class _Block(nn.Module):
 class ViT(nn.Module):
     """A vision transformer for 32×32 images, 2.8 million parameters.
 
-    Its head reads all tokens: so it learns sooner than from their mean.
+    Its head reads all tokens; this learns faster than their mean.
     """
 
     def __init__(self, width: int = 192, depth: int = 6, heads: int = 3, patch: int = 4) -> None:
@@ -97,7 +97,7 @@ class ViT(nn.Module):
 
 
 class GPT(nn.Module):
-    """A character-level transformer, 0.8 million parameters; every character of a sequence is a sample of its own."""
+    """A character-level transformer, 0.8 million parameters; every character of a sequence is a sample."""
 
     def __init__(self, characters: int, context: int, width: int = 128, depth: int = 4, heads: int = 4) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """The problems of the benchmark: a network, briefly trained weights, and samples, each made by code and cached.
 
-Weights at random initialization would not do: their spectra, and the steps that Lanczos needs, are not those of
+Weights are trained, because spectra at random initialization, and the Lanczos steps they need, differ from those of
 trained networks.
 """
 
@@ -37,7 +37,7 @@ class Problem:
     Attributes:
         name: Key of the problem.
         module: The network with its trained weights, in evaluation mode.
-        batches: Inputs and labels, equally many samples in each batch.
+        batches: Inputs and labels; all batches have the same number of samples.
     """
 
     name: str
@@ -86,7 +86,7 @@ def large_digits(generator: torch.Generator) -> Batch:
 def text(generator: torch.Generator) -> Batch:
     """Return 512 sequences of characters from random sentences; the labels are the characters that follow."""
     draw = random.Random(int(torch.randint(2**31, (), generator=generator)))
-    people = ["the teacher", "an old sailor", "my sister", "nobody", "the quiet neighbor", "a tired clerk"]
+    people = ["the teacher", "an old sailor", "my sister", "nobody", "the quiet neighbour", "a tired clerk"]
     acts = ["reads", "forgets", "paints", "carries", "looks for", "talks about", "sells"]
     things = ["the letter", "a red boat", "seven apples", "the long road", "her garden", "a broken clock"]
     ends = [".\n", " every day.\n", " in the rain.\n", ", as before.\n", ", and {} {} {}.\n"]
@@ -121,7 +121,7 @@ RECIPES = {
 
 
 def load(name: str, *, pieces: int = 1, size: Size = "full") -> Problem:
-    """Return a problem, its samples in `pieces` batches; its weights come from the cache, or are trained now."""
+    """Return a problem with its samples in `pieces` batches, and weights from the cache or trained now."""
     recipe = RECIPES[name]
     samples = recipe.samples if size == "full" else max(8, recipe.samples // 8)
     torch.manual_seed(0)
@@ -138,7 +138,7 @@ def load(name: str, *, pieces: int = 1, size: Size = "full") -> Problem:
 
 
 def cached(name: str, size: Size, suffix: str) -> Path:
-    """Return where to cache something about a problem; the path changes with the code that makes the problem."""
+    """Return the path of a cached value of a problem; it depends on the code that makes the problem."""
     CACHE.mkdir(exist_ok=True)
     code = b"".join(Path(str(file)).read_bytes() for file in (__file__, networks.__file__))
     return CACHE / f"{name}-{size}-{hashlib.sha256(code).hexdigest()[:8]}-{suffix}"

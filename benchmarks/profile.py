@@ -1,4 +1,4 @@
-"""Where the time of an analysis goes."""
+"""Time of the parts of an analysis."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PARTS: dict[str, list[Callable[..., Any]]] = {
     "graphs": [RiskOperator.__init__],
     "a gradient": [RiskOperator.gradient_equivalents],
 }
-"""Functions that do not call each other, by what they do."""
+"""Functions that do not call each other, by the name of the part."""
 
 
 def profile(name: str, pieces: int, size: Size) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def profile(name: str, pieces: int, size: Size) -> dict[str, Any]:
         OURS.c_t(problem, 0)
         started = time.perf_counter()
         run = profiler.runcall(OURS.c_t, problem, 0)
-        seconds = time.perf_counter() - started  # some of it is nobody's, to the profiler
+        seconds = time.perf_counter() - started  # the profiler assigns some of the time to no function
     stats: Any = pstats.Stats(profiler)
     cumulative = {key: entry[3] for key, entry in stats.stats.items()}
     parts = {part: sum(cumulative.get(_key(f), 0.0) for f in functions) for part, functions in PARTS.items()}

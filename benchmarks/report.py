@@ -1,4 +1,4 @@
-"""From raw measurements to medians and ratios, and from those to a Markdown table."""
+"""Medians and ratios of raw measurements, and the Markdown report."""
 
 from __future__ import annotations
 
@@ -36,39 +36,40 @@ All candidates have the same weights, the same samples, evaluation mode, and one
 
 - **product**: one Hessian-vector product, in plain gradients of the same loss over the same batches (fused attention
   allowed), and in milliseconds; its error is relative to float64. `lightning_hesd` is `strategy="auto"`.
-- **C_t**: what it takes to estimate C_t to {TOLERANCE:.0%}. lightning_hesd (`tolerance={TOLERANCE}`) and curvlinops
-  (SciPy's `eigsh` with `tol={TOLERANCE}`) stop by themselves; the others have no such rule, so it is the run for the
-  density. *Error of C_t*: reached, relative to the truth; bold if it exceeds {TOLERANCE:.0%}.
-- **in hindsight**: after how many steps of the run for the density C_t was within {TOLERANCE:.0%} for good; only who
-  knows the truth could have stopped there.
-- **density**: from 100 nodes of one probe, building included. curvlinops needs the ends of the spectrum first.
+- **C_t**: products and time to estimate C_t to {TOLERANCE:.0%}. lightning_hesd (`tolerance={TOLERANCE}`) and curvlinops
+  (SciPy's `eigsh` with `tol={TOLERANCE}`) stop by themselves. The others do not, so it is the run for the density.
+  *Error of C_t*: the actual relative error; bold if it exceeds {TOLERANCE:.0%}.
+- **in hindsight**: number of steps of the run for the density from which C_t stayed within {TOLERANCE:.0%}. To stop
+  there, one must know the true value.
+- **density**: from 100 nodes of one probe, including the time to build. curvlinops needs the extremes first.
 - **peak memory**: growth of the resident memory during the estimation of the density, in a process that has loaded the
   problem and computed one gradient.
-- **PyHessian's loop**: retained graphs and complete reorthogonalisation in a Python loop: a lower bound for PyHessian,
-  whose release does not run on current torch, and which recomputes the graphs if there is more than one batch.
+- **PyHessian's loop**: retained graphs and full reorthogonalization in a Python loop. It is a lower bound for
+  PyHessian, whose release does not run on current torch, and which recomputes the graphs if there is more than one
+  batch.
 - **hessian-eigenthings, differences**: its `method="finite_difference"`.
 """
 
 PROFILE = f"""\
-One estimate of C_t by lightning_hesd, after another one in the same process, and the shares of its parts: *interval* is
-asking whether C_t is known to {TOLERANCE:.0%}, *graphs* recording the gradients and measuring their memory,
-*a gradient* one that is timed for the record. An exact product takes at least two gradients, so over 100 steps with
-such products no method can gain more than 100 over its own number of them.
+One estimate of C_t by lightning_hesd, after another one in the same process, and the shares of its
+parts. *Interval*: the check whether C_t is known to {TOLERANCE:.0%}. *Graphs*: recording the gradients and measuring
+their memory. *A gradient*: the gradient that is timed for the record. The gain of m exact products over 100 is at most
+100/m.
 """
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Medians of what one candidate did on one problem; None where nothing was measured.
+    """Medians of one candidate on one problem; None where nothing was measured.
 
     Attributes:
         problem: The problem and its number of batches.
         candidate: The candidate.
-        gradients: A product, in gradients.
-        product: Seconds of a product.
-        product_error: Its relative error.
+        gradients: Time of an HVP, in gradients.
+        product: Seconds of an HVP.
+        product_error: Relative error of the HVP.
         whole: Medians of the whole runs, by the names that `measure.whole` gives them.
-        failure: What went wrong.
+        failure: Message of a failure.
     """
 
     problem: str
@@ -81,7 +82,7 @@ class Summary:
 
 
 def title(entry: Mapping[str, Any]) -> str:
-    """Return what to call a problem with its number of batches."""
+    """Return the title of a problem with its number of batches."""
     pieces = entry["pieces"]
     return f"{RECIPES[entry['problem']].title}, {pieces} batch{'es' * (pieces > 1)}"
 
@@ -168,15 +169,14 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def remarks(entries: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return what the table has no room for: failures, and what candidates say."""
+    """Return the remarks below the table: failures, and notes of candidates."""
     found: dict[str, list[str]] = {}
     for entry in entries:
         where = title(entry)
         for name, result in entry["products"].items():
             if result.get("as_is"):
                 found.setdefault(
-                    f"{name} needs fused attention switched off (`sdpa_kernel(SDPBackend.MATH)`), and had it: "
-                    f"{result['as_is']}",
+                    f"{name} needs fused attention off (`sdpa_kernel(SDPBackend.MATH)`), and ran so: {result['as_is']}",
                     [],
                 ).append(where)
             if result.get("failure"):
@@ -190,7 +190,7 @@ def remarks(entries: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def profiles(entries: Iterable[Mapping[str, Any]]) -> str:
-    """Return the Markdown table of where our time goes."""
+    """Return the Markdown table of the parts of our time."""
     lines = [
         _line(["problem", "ms", "products", "ms each", *PARTS, "rest"]),
         _line(["---"] + ["---:"] * (4 + len(PARTS))),

@@ -2,9 +2,8 @@
 
     python -m benchmarks.tab
 
-It opens a report of made-up payloads in a headless Chromium; the report draws with the files of the tab. The time is
-that from data in memory to all figures drawn, by the page's own clock, and includes the browser's compilation of Plotly
-the first time.
+It opens a report of synthetic payloads in a headless Chromium; the report draws with the files of the tab. The page's
+clock measures the time from data in memory to all figures drawn. The first time includes the compilation of Plotly.
 """
 
 from __future__ import annotations
@@ -112,7 +111,7 @@ def browser() -> webdriver.Chrome:
 
 
 def measured(driver: webdriver.Chrome, page: Path) -> list[tuple[str, float]]:
-    """Return what took how long, in milliseconds."""
+    """Return times in milliseconds, by the name of the action."""
 
     def wait(condition: str) -> None:
         WebDriverWait(driver, 120, 0.05).until(lambda d: d.execute_script(f"return {condition}"))

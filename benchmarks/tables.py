@@ -1,4 +1,4 @@
-"""The command line that benchmarks share which measure each problem by itself: a row of a table for each."""
+"""The shared command line of benchmarks that write one row of a table for each problem."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def tabulate(
         title: Heading of the page, and in lower case the name of its file.
         header: Names of the columns.
         measure: Returns the row of a problem, given its name, the steps, the rounds and the size.
-        description: What `--help` says.
-        explanation: What the columns mean, with `{steps}` and `{rounds}` for these numbers.
-        rounds: How often everything is measured by default.
+        description: Text of `--help`.
+        explanation: Meaning of the columns, with `{steps}` and `{rounds}` for these numbers.
+        rounds: Default number of repetitions.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", default=",".join(RECIPES), help="comma-separated (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="Lanczos steps (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=rounds, help="default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="tiny settings, to see whether it works")
+    parser.add_argument("--quick", action="store_true", help="tiny settings, to test the program")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     torch.set_num_threads(2)

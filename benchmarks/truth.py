@@ -1,4 +1,4 @@
-"""The true C_t of a problem, and how soon a run would have known it."""
+"""The true C_t of a problem, and the number of steps after which a run has found it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from benchmarks.problems import Size
 
 LENGTHS = {"full": (100, 200, 300), "quick": (30, 60)}
-"""Numbers of steps, tried one after the other until the residuals bound the error of C_t by `CERTAIN`."""
+"""Numbers of steps, tried in turn until the Ritz residuals bound the error of C_t by `CERTAIN`."""
 
 CERTAIN = 1e-3
 SEED = 1000
-"""Not that of any candidate: no candidate is compared with its own start vector."""
+"""Seed that no candidate uses, so that none is compared with its own start vector."""
 
 
 def true_c_t(name: str, size: Size) -> dict[str, Any]:
-    """Return C_t, and what is known about its accuracy, from a long run in float64; it is cached."""
+    """Return C_t and a bound on its error, from a long run in float64; the result is cached."""
     path = cached(name, size, "truth.json")
     if not path.exists():
         path.write_text(json.dumps(_long_run(in_float64(load(name, size=size)), LENGTHS[size])), encoding="utf-8")
@@ -59,15 +59,15 @@ def _long_run(problem: Problem, lengths: tuple[int, ...]) -> dict[str, Any]:
 
 
 def relative_error(c_t: float, truth: float) -> float:
-    """Return by how much `c_t` is off, relative to the truth."""
+    """Return the relative error of `c_t`."""
     return abs(c_t - truth) / abs(truth)
 
 
 def steps_within(rule: tuple[NDArray[np.float64], NDArray[np.float64]], truth: float, tolerance: float) -> int | None:
-    """Return after how many of its steps a run was, and stayed, within `tolerance` of the true C_t; None: never.
+    """Return the number of steps after which C_t of a run stays within `tolerance` of the true value; None: never.
 
-    The quadrature rule determines the tridiagonal matrix: it is what Lanczos makes of the diagonal matrix of the
-    nodes, started at the roots of the weights.
+    The quadrature rule determines the tridiagonal matrix: Lanczos on the diagonal matrix of the nodes, started at the
+    square roots of the weights, gives it.
     """
     matrix = _tridiagonal(*rule)
     first = None

@@ -295,12 +295,12 @@ def test_digits_of_training_validation_and_generalization_differ() -> None:
     assert not train & validation
 
 
-def test_coloured_images() -> None:
+def test_colored_images() -> None:
     images = [(torch.arange(4.0).view(1, 2, 2), 5)] * 4
     for index, (image, label) in enumerate(Colored(images)[i] for i in range(4)):  # type: ignore[arg-type]
-        colour = index % 3
-        assert label == 15 + colour
-        assert image[colour].tolist() == [[1.0, 3.0], [0.0, 2.0]]
+        color = index % 3
+        assert label == 15 + color
+        assert image[color].tolist() == [[1.0, 3.0], [0.0, 2.0]]
         assert image.sum() == 6
 
 

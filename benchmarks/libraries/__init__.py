@@ -1,5 +1,5 @@
-"""Models of other libraries, trained without and with the callback's one line: is training the same, the result right?
+"""Models of other libraries, trained without and with the callback, to test training and results.
 
-A library is a module here with a `LIBRARY`. `case.py` says what that consists of, `trial.py` what is done with it,
-`independent.py` what the result is compared with.
+A library is a module here with a `LIBRARY`, which `case.py` defines. `trial.py` trains its cases, and `independent.py`
+computes the values for comparison.
 """

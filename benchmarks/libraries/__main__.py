@@ -1,7 +1,7 @@
 """Train models of other libraries without and with the callback, check the spectra, and write the table.
 
 python -m benchmarks.libraries                  # all, and the recipes of docs/works-with.md: an hour, 1.5 GB for each
-python -m benchmarks.libraries darts scvi       # these, and their recipes; the others' rows stay
+python -m benchmarks.libraries darts scvi       # these, and their recipes; other rows stay
 python -m benchmarks.libraries --recipes        # the recipes only
 """
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Try libraries, and write the table of all that have been tried."""
+    """Try libraries, and write the table of all libraries tried so far."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="modules of libraries; default: all")
     parser.add_argument("--recipes", action="store_true", help="run the recipes of the documentation only")
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def write(tried: Tried, folder: Path) -> None:
-    """Write what came of a library in the place of what came of it before, and the table of all."""
+    """Replace the results of a library, and write the table of all libraries."""
     kept = folder / "libraries.json"
     found = {one.name: one for one in map(from_plain, json.loads(kept.read_text("utf-8")))} if kept.exists() else {}
     found[tried.name] = tried
@@ -76,7 +76,7 @@ def libraries() -> dict[str, Library]:
 
 
 def attempt(name: str, library: Library, environments: Path) -> Tried:
-    """Try a library in an environment and a process of its own."""
+    """Try a library in its own environment and a new process."""
     python = environment(library, environments)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "outcomes.json"

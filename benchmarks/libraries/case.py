@@ -10,8 +10,8 @@ from typing import Any
 Train = Callable[[list[Any], Path], Any]
 """train(callbacks, folder) -> the trained LightningModule.
 
-It seeds everything itself, makes its data, trains for some epochs within seconds, and hands `callbacks` to the Trainer
-as the library has it. It writes to `folder`, which is also the working directory.
+The function seeds all generators, makes its data, trains for a few epochs within seconds, and passes `callbacks` to the
+Trainer in the library's way. It writes to `folder`, which is also the working directory.
 """
 
 PLAIN_LINE = 'HessianSpectrumCallback(checkpoint="highest_c_t")'
@@ -22,12 +22,12 @@ class Case:
     """A model of a library.
 
     Attributes:
-        name: As the library calls it.
-        train: Trains it.
-        loss_fn: The `loss_fn` that the callback is given, where `training_step` has no loss to analyze.
+        name: Name of the model in the library.
+        train: Trains the model.
+        loss_fn: The callback's `loss_fn`, if `training_step` returns no loss.
         load: `load(path)` loads the picked checkpoint as the library's users do; None: `torch.load(weights_only=True)`
             and `load_state_dict`.
-        note: What readers of the table must know.
+        note: Remark for readers of the table.
     """
 
     name: str
@@ -39,18 +39,18 @@ class Case:
 
 @dataclass(frozen=True)
 class Library:
-    """A library, with how it is installed and what is tried of it.
+    """A library, its installation and its cases.
 
-    The library itself is imported by the cases, not by the module that declares it: the command that makes the
-    environments reads the declarations where no library is installed.
+    Only the cases import the library, not the module that declares it: the command that makes the environments reads
+    the declarations without the libraries.
 
     Attributes:
-        name: As package registries call it.
-        requirements: What pip installs, with versions.
-        cases: What is tried.
-        without_dependencies: What pip installs afterwards, without its dependencies.
-        kind: What it is for.
-        shown: Further packages whose versions the table shows.
+        name: Name in the package registry.
+        requirements: Requirements for pip, with versions.
+        cases: Models to try.
+        without_dependencies: Requirements that pip installs afterwards, without their dependencies.
+        kind: Field of use.
+        shown: Other packages whose versions the table shows.
     """
 
     name: str

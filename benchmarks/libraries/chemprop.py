@@ -1,4 +1,4 @@
-"""Chemprop: molecules. Its targets are unscaled in evaluation mode, unless its own validation hook sets the mode."""
+"""Chemprop: molecules. Evaluation mode unscales its targets, unless its own validation hook sets the mode."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.libraries.case import Case, Library
+from benchmarks.libraries.common import QUIET
 from benchmarks.libraries.trial import seed_everything
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ def train(callbacks: list[Any], folder: Path, *, batch_norm: bool) -> Any:
     """Train a message passing network to predict the log P of small molecules.
 
     Args:
-        callbacks: For the Trainer.
-        folder: Where it may write.
+        callbacks: Callbacks of the Trainer.
+        folder: Output folder.
         batch_norm: Whether it normalizes batches.
     """
     import lightning.pytorch as pl
@@ -51,14 +52,7 @@ def train(callbacks: list[Any], folder: Path, *, batch_norm: bool) -> Any:
         batch_norm=batch_norm,
     )
     best = pl.callbacks.ModelCheckpoint(folder / "best", monitor="val_loss", save_last=True)
-    trainer = pl.Trainer(
-        max_epochs=3,
-        callbacks=[best, *callbacks],
-        logger=False,
-        enable_progress_bar=False,
-        accelerator="cpu",
-        default_root_dir=folder,
-    )
+    trainer = pl.Trainer(max_epochs=3, callbacks=[best, *callbacks], default_root_dir=folder, **QUIET)
     trainer.fit(
         model,
         data.build_dataloader(training, batch_size=32, num_workers=0, seed=0),

@@ -5,9 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from benchmarks.libraries.case import Case, Library
+from benchmarks.libraries.common import noisy_sines
 from benchmarks.libraries.trial import seed_everything
 
 if TYPE_CHECKING:
@@ -19,16 +18,15 @@ def train(name: str, callbacks: list[Any], folder: Path, *, save_checkpoints: bo
 
     Args:
         name: The model's class.
-        callbacks: For the Trainer.
-        folder: Where darts may write.
+        callbacks: Callbacks of the Trainer.
+        folder: Output folder.
         save_checkpoints: Whether darts adds a ModelCheckpoint of its own.
-        **options: Of the model.
+        **options: Options of the model.
     """
     from darts import TimeSeries, models
 
     seed_everything()
-    noise = 0.1 * np.random.default_rng(0).standard_normal(200)
-    series = TimeSeries.from_values((np.sin(np.arange(200) / 8) + noise).astype("float32"))
+    series = TimeSeries.from_values(noisy_sines(1, 200)[0].astype("float32"))
     model = getattr(models, name)(
         input_chunk_length=16,
         output_chunk_length=4,

@@ -1,4 +1,4 @@
-"""An environment for each library, made by pip with the libraries' requirements and this package."""
+"""A virtual environment for each library, with its requirements and this package."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ COMMON = ("torch==2.13.0", "lightning==2.6.6", "scipy")
 """Installed in every environment."""
 
 KEPT_OUT = ("torchvision==0", "torchaudio==0")
-"""Constraints that nothing meets: builds of these that do not fit torch would break it.
+"""Constraints that no version meets: builds of these that do not fit torch would break it.
 
-What requires one of them goes to `Library.without_dependencies`.
+Packages that require one of them belong in `Library.without_dependencies`.
 """
 
 
 def environment(library: Library, folder: Path) -> Path:
-    """Return the interpreter of a library's environment, which is made unless it is there already.
+    """Return the interpreter of a library's environment, and make the environment if it does not exist.
 
     Args:
         library: The library.
-        folder: Where the environments are.
+        folder: Folder of the environments.
     """
     home = folder / library.name
     python, made = home / "bin" / "python", home / "made.txt"

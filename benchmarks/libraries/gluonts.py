@@ -5,9 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from benchmarks.libraries.case import Case, Library
+from benchmarks.libraries.common import QUIET, noisy_sines
 from benchmarks.libraries.trial import seed_everything
 
 if TYPE_CHECKING:
@@ -19,31 +18,21 @@ def train(name: str, callbacks: list[Any], folder: Path, **options: Any) -> Any:
 
     Args:
         name: The estimator's class.
-        callbacks: For the Trainer.
-        folder: Where it may write.
-        **options: Of the estimator.
+        callbacks: Callbacks of the Trainer.
+        folder: Output folder.
+        **options: Options of the estimator.
     """
     import gluonts.torch
     from gluonts.dataset.common import ListDataset
 
     seed_everything()
-    random, days = np.random.default_rng(0), np.arange(120)
-    noise = 0.1 * random.standard_normal((6, 120))
-    series = [{"start": "2020-01-01", "target": np.sin(days / 8 + phase) + noise[phase]} for phase in range(6)]
+    series = [{"start": "2020-01-01", "target": values} for values in noisy_sines(6, 120)]
     estimator = getattr(gluonts.torch, f"{name}Estimator")(
         prediction_length=4,
         context_length=12,
         batch_size=8,
         num_batches_per_epoch=3,
-        trainer_kwargs={
-            "max_epochs": 2,
-            "callbacks": callbacks,
-            "accelerator": "cpu",
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "default_root_dir": folder,
-        },
+        trainer_kwargs={**QUIET, "max_epochs": 2, "callbacks": callbacks, "default_root_dir": folder},
         **options,
     )
     return estimator.train_model(ListDataset(series, freq="D")).trained_net

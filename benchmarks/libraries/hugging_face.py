@@ -1,4 +1,4 @@
-"""Hugging Face Transformers and PEFT: language models and others, in a LightningModule of one's own."""
+"""Hugging Face Transformers and PEFT: language models and others, in a custom LightningModule."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class HuggingFaceModule(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW, warmed up."""
+        """Return AdamW with warm-up."""
         from transformers import get_linear_schedule_with_warmup
 
         optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], 1e-2)
@@ -56,7 +56,7 @@ def tokens() -> Tensor:
 
 
 def text() -> DataLoader[Any]:
-    """Return a loader of sequences to be continued."""
+    """Return a loader of sequences for next-token prediction."""
     mask = torch.ones(16, dtype=torch.long)
     items: Any = [{"input_ids": row, "attention_mask": mask, "labels": row} for row in tokens()]
     return DataLoader(items, 32, shuffle=True)
@@ -98,7 +98,7 @@ def adapted(base: Any, *, checkpointing: bool = False, **options: Any) -> Any:
     Args:
         base: Makes the model.
         checkpointing: Whether its activations are recomputed in the backward pass.
-        **options: Of LoRA.
+        **options: Options of LoRA.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -114,8 +114,8 @@ def train(make: Any, data: Any, callbacks: list[Any], folder: Path) -> Any:
     Args:
         make: Makes it.
         data: Makes the loader.
-        callbacks: For the Trainer.
-        folder: Where it may write.
+        callbacks: Callbacks of the Trainer.
+        folder: Output folder.
     """
     seed_everything()
     module = HuggingFaceModule(make())

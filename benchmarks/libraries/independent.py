@@ -1,7 +1,7 @@
-"""The extreme eigenvalues of the Hessian once more, by code that shares none with the package's products.
+"""The extreme eigenvalues of the Hessian by an independent computation, which shares no code with the package's HVPs.
 
-The batches and their weights are those of the callback, because the question is whether its numbers are right for them;
-`analyzed_batches` is the only place that reaches into the package.
+The batches and their weights are those of the callback, because its numbers must be right for them; only
+`analyzed_batches` uses internals of the package.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 DENSE = 300
-"""Up to this many parameters the Hessian is computed column by column, beyond it ARPACK does with products."""
+"""Maximum number of parameters for which the Hessian is computed column by column; ARPACK and HVPs beyond."""
 
 ARPACK_TOLERANCE = 1e-4
-"""Residuals relative to the eigenvalue; the error of the eigenvalue of a symmetric matrix is of second order in it."""
+"""Ritz residual relative to the eigenvalue; the eigenvalue's error is of second order in it."""
 
 
 @dataclass(frozen=True)
 class Extremes:
-    """What the independent computation found.
+    """Results of the independent computation.
 
     Attributes:
         dimension: Number of parameters.
@@ -54,11 +54,11 @@ class Extremes:
 
 
 class CheckedCallback(HessianSpectrumCallback):
-    """The callback, for one epoch; after its analysis it computes the extreme eigenvalues independently.
+    """The callback for one epoch; after the analysis, it computes the extreme eigenvalues independently.
 
     Attributes:
         epoch: The epoch.
-        found: The extreme eigenvalues, or why they cannot be had.
+        found: Extreme eigenvalues, or the reason why there are none.
     """
 
     def __init__(self, epoch: int, **kwargs: Any) -> None:
@@ -81,7 +81,7 @@ class CheckedCallback(HessianSpectrumCallback):
 
 
 class _Shared(list[Any]):
-    """A list that copies of its owner share: libraries train with copies of callbacks."""
+    """A list that copies of its owner share, because libraries train with copies of callbacks."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
         return self
@@ -92,10 +92,10 @@ class Batch:
     """A batch on the device.
 
     Attributes:
-        data: What `training_step` gets.
-        share: Weight of its mean loss in the loss.
-        index: Seeds what is random in it.
-        position: What `training_step` gets as `batch_idx`.
+        data: Argument of `training_step`.
+        share: Weight of the batch's mean loss in the loss.
+        index: Seed of the batch's random numbers.
+        position: `batch_idx` of `training_step`.
     """
 
     data: Any
@@ -105,7 +105,7 @@ class Batch:
 
 
 def analyzed_batches(callback: HessianSpectrumCallback, trainer: Any, module: Any) -> list[Batch]:
-    """Return the batches that the callback analyses."""
+    """Return the batches that the callback analyzes."""
     samples = callback._recorder._analyzers["training"].draw(trainer)  # noqa: SLF001 - there is no public way
     total = sum(batch.weight for batch in samples.batches)
     return [
@@ -120,7 +120,7 @@ def analyzed_batches(callback: HessianSpectrumCallback, trainer: Any, module: An
 
 
 def _moved(trainer: Any, module: Any, data: Any, index: int) -> Any:
-    """Do with a batch what Lightning does between the loader and `training_step`."""
+    """Apply Lightning's transfer hooks between the loader and `training_step` to a batch."""
     _seed(index)
     data = trainer.precision_plugin.convert_input(copy.deepcopy(data))
     data = module._on_before_batch_transfer(data, dataloader_idx=0)  # noqa: SLF001 - as Lightning's loop does
@@ -150,7 +150,7 @@ def extremes(module: Any, batches: Sequence[Batch], loss_fn: Callable[[Any, Any]
     def product(vector: NDArray[Any]) -> NDArray[Any]:
         direction = torch.as_tensor(vector.reshape(-1), dtype=parameters[0].dtype)
         found = torch.zeros(dimension, dtype=torch.float64)
-        for batch in batches:  # anew each time: some backward passes change what they have saved
+        for batch in batches:  # a new graph each time: some backward passes change their saved tensors
             _, flat = gradient(batch)
             if flat.requires_grad:
                 rows = torch.autograd.grad(flat, parameters, direction, materialize_grads=True)
@@ -194,7 +194,7 @@ def _loss(module: Any, batch: Batch, loss_fn: Callable[[Any, Any], Any] | None) 
 
 @contextlib.contextmanager
 def _in_mode(module: Any, mode: str) -> Iterator[None]:
-    """Bring a module into a mode, and back."""
+    """Set a module to a mode, and restore its modes afterwards."""
     before = {part: part.training for part in module.modules()}
     kinds = (_DropoutNd, _NormBase, nn.RNNBase, nn.MultiheadAttention)
     with contextlib.ExitStack() as stack:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from benchmarks.libraries.case import Case, Library
+from benchmarks.libraries.common import QUIET, noisy_sines
 from benchmarks.libraries.trial import seed_everything
 
 if TYPE_CHECKING:
@@ -19,26 +18,19 @@ def train(name: str, callbacks: list[Any], folder: Path, *, distribution: str = 
 
     Args:
         name: The model's class.
-        callbacks: For the Trainer.
-        folder: Where it may write.
-        distribution: What is forecast, if not just a value.
-        **options: Of the model.
+        callbacks: Callbacks of the Trainer.
+        folder: Output folder.
+        distribution: Distribution to forecast; empty: a value.
+        **options: Options of the model.
     """
     import pandas as pd
     from neuralforecast import NeuralForecast, models
     from neuralforecast.losses.pytorch import MAE, DistributionLoss
 
     seed_everything()
-    random, days = np.random.default_rng(0), np.arange(120)
+    days = pd.date_range("2020-01-01", periods=120, freq="D")
     series = pd.concat(
-        pd.DataFrame(
-            {
-                "unique_id": f"{phase}",
-                "ds": pd.date_range("2020-01-01", periods=120, freq="D"),
-                "y": np.sin(days / 8 + phase) + 0.1 * random.standard_normal(120),
-            }
-        )
-        for phase in range(4)
+        pd.DataFrame({"unique_id": f"{i}", "ds": days, "y": values}) for i, values in enumerate(noisy_sines(4, 120))
     )
     model = getattr(models, name)(
         h=4,
@@ -49,11 +41,8 @@ def train(name: str, callbacks: list[Any], folder: Path, *, distribution: str = 
         random_seed=1,
         loss=DistributionLoss(distribution) if distribution else MAE(),
         callbacks=callbacks,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         default_root_dir=str(folder),
+        **QUIET,
         **options,
     )
     forecasts = NeuralForecast(models=[model], freq="D")

@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.libraries.case import Case, Library
+from benchmarks.libraries.common import QUIET
 from benchmarks.libraries.trial import seed_everything
 
 if TYPE_CHECKING:
@@ -51,8 +52,8 @@ def train(name: str, callbacks: list[Any], folder: Path, *, batch_size: int | No
 
     Args:
         name: The solver's class.
-        callbacks: For the Trainer.
-        folder: Where it may write.
+        callbacks: Callbacks of the Trainer.
+        folder: Output folder.
         batch_size: Points in a batch; None: all.
     """
     import pina
@@ -71,11 +72,8 @@ def train(name: str, callbacks: list[Any], folder: Path, *, batch_size: int | No
         val_size=0.0,
         test_size=0.0,
         callbacks=callbacks,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         default_root_dir=folder,
+        **QUIET,
     )
     trainer.train()
     return module

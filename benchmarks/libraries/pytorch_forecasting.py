@@ -5,9 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from benchmarks.libraries.case import Case, Library
+from benchmarks.libraries.common import QUIET, noisy_sines
 from benchmarks.libraries.trial import seed_everything
 
 if TYPE_CHECKING:
@@ -19,25 +18,18 @@ def train(name: str, callbacks: list[Any], folder: Path, **options: Any) -> Any:
 
     Args:
         name: The model's class.
-        callbacks: For the Trainer.
-        folder: Where it may write.
-        **options: Of the model.
+        callbacks: Callbacks of the Trainer.
+        folder: Output folder.
+        **options: Options of the model.
     """
     import lightning.pytorch as pl
     import pandas as pd
     import pytorch_forecasting as pf
 
     seed_everything()
-    random, days = np.random.default_rng(0), np.arange(60)
     table = pd.concat(
-        pd.DataFrame(
-            {
-                "series": str(phase),
-                "day": days,
-                "value": np.sin(days / 8 + phase) + 0.1 * random.standard_normal(60),
-            }
-        )
-        for phase in range(4)
+        pd.DataFrame({"series": str(i), "day": range(60), "value": values})
+        for i, values in enumerate(noisy_sines(4, 60))
     )
     data = pf.TimeSeriesDataSet(
         table.reset_index(drop=True),
@@ -55,15 +47,12 @@ def train(name: str, callbacks: list[Any], folder: Path, **options: Any) -> Any:
     best = pl.callbacks.ModelCheckpoint(folder / "best", monitor="val_loss")
     trainer = pl.Trainer(
         max_epochs=2,
-        accelerator="cpu",
         callbacks=[best, *callbacks],
-        logger=False,
         limit_train_batches=3,
         limit_val_batches=2,
         gradient_clip_val=0.1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         default_root_dir=folder,
+        **QUIET,
     )
     trainer.fit(module, data.to_dataloader(batch_size=8), data.to_dataloader(train=False, batch_size=8))
     kind = type(module)

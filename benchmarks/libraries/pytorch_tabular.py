@@ -19,9 +19,9 @@ def train(name: str, callbacks: list[Any], folder: Path, **options: Any) -> Any:
 
     Args:
         name: The configuration's class.
-        callbacks: For `fit`.
-        folder: Where it may write.
-        **options: Of the configuration.
+        callbacks: Callbacks for `fit`.
+        folder: Output folder.
+        **options: Options of the configuration.
     """
     import pandas as pd
     from pytorch_tabular import TabularModel, models

@@ -1,7 +1,7 @@
-"""The recipes of the page "Works with": each is run in the environment of its library, and its output put below it.
+"""Run the recipes of the page "Works with" in the environments of their libraries, and write their outputs below them.
 
-A recipe is a block that is titled with the registry's name of a library, or plain Python with nothing but this package;
-what it prints replaces the block titled "Output" that follows it.
+A recipe is a code block with the registry's name of a library as its title, or a plain Python block that needs only
+this package. Its printed lines replace the block titled "Output" that follows it.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ code = compile(open(sys.argv[1], encoding="utf-8").read(), "recipe.py", "exec")
 exec(code, {"__name__": "recipe", "print": lambda *values: shown.append(" ".join(map(str, values)))})
 open(sys.argv[2], "w", encoding="utf-8").write(json.dumps(shown))
 """
-"""Takes what the recipe prints, and not what libraries print."""
+"""A program that collects the lines that the recipe prints, without those of libraries."""
 
 
 def invalidate(page: Path, pythons: Mapping[str | None, Callable[[], Path]]) -> None:
-    """Run the recipes of a page, and put what they print below them, each as soon as it has run.
+    """Run the recipes of a page, and write each output below its recipe as soon as it has run.
 
     Args:
         page: The page.
@@ -46,7 +46,7 @@ def invalidate(page: Path, pythons: Mapping[str | None, Callable[[], Path]]) -> 
             as it is.
 
     Raises:
-        RuntimeError: If recipes fail; the others are renewed all the same.
+        RuntimeError: If recipes fail; the outputs of the others are still written.
     """
     failures = []
     for recipe in RECIPE.finditer(page.read_text(encoding="utf-8")):
@@ -65,7 +65,7 @@ def invalidate(page: Path, pythons: Mapping[str | None, Callable[[], Path]]) -> 
 
 
 def run(python: Path, code: str) -> str:
-    """Run a recipe in a folder of its own, and return what it prints, with paths relative to that folder.
+    """Run a recipe in a new folder, and return its printed lines, with paths relative to that folder.
 
     Args:
         python: The interpreter.

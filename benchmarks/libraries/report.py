@@ -1,4 +1,4 @@
-"""The table of what came of the libraries."""
+"""The table of results of the libraries."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 EXPLANATION = """\
-Each model is trained on data made by code, for two to four epochs, on a CPU: without the callback; with
-`HessianSpectrumCallback(checkpoint="highest_c_t")` among the callbacks, the one line of the README; and once more, when
-the extreme eigenvalues are computed independently after the last analysis.
+Each model is trained three times on synthetic data, for two to four epochs, on a CPU: without the callback; with
+`HessianSpectrumCallback(checkpoint="highest_c_t")` as in the README; and with an independent computation of the extreme
+eigenvalues after the last analysis.
 
 - **weights**: whether all parameters and buffers have the same bits after training with and without the callback;
-- **C_t, type**: of the last epoch, in a training of so few epochs;
-- **mode**: in which the loss is analyzed; `deterministic` is training mode without dropout and batch statistics;
-- **verified**: whether the analysis verified its products by differences of the loss; `unknown`: it could not tell,
-  for example because of kinks of the loss (ReLU) next to the weights;
-- **difference**: the largest relative difference of the loss, the smallest and the largest eigenvalue to those of the
-  independent computation, a plain double backward pass over the same batches with ARPACK, in the float32 of training;
-- **pick**: whether the checkpoint that the rule picks loads, by `torch.load(weights_only=True)` unless it says
-  otherwise, or by the library's own function.
+- **C_t, type**: of the last epoch, after very few epochs;
+- **mode**: the mode in which the loss is analyzed; `deterministic` is training mode without dropout and batch
+  statistics;
+- **verified**: whether the analysis verified its HVPs by differences of the loss; `unknown`: it could not decide, for
+  example because of kinks of the loss (ReLU) near the weights;
+- **difference**: the largest relative difference of the loss, the smallest and the largest eigenvalue from those of the
+  independent computation (plain double backward over the same batches, with ARPACK, in the float32 of training);
+- **pick**: whether the pick of the rule loads, by `torch.load(weights_only=True)` or, if named, the library's function.
 """
 
 AGREEMENT = 1e-4
-"""Relative: the products of float32 leave so much to a small eigenvalue beside a large one."""
+"""Relative tolerance: the rounding of float32 HVPs for a small eigenvalue beside a large one."""
 
 HEAD = ("library", "for", "Lightning", "model", "weights", "C_t", "type", "mode", "verified", "difference", "pick")
 
@@ -39,10 +39,10 @@ class Tried:
 
     Attributes:
         name: Its name.
-        kind: What it is for.
-        date: When.
-        versions: Versions by package; the library's own among them.
-        outcomes: Of its cases.
+        kind: Field of use.
+        date: Date of the trial.
+        versions: Versions by package, including the library.
+        outcomes: Outcomes of its cases.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Tried:
 
 
 def from_plain(plain: Mapping[str, Any]) -> Tried:
-    """Return what was written as plain values."""
+    """Return the trial of a library from plain values."""
     return Tried(**{**plain, "outcomes": [Outcome(**outcome) for outcome in plain["outcomes"]]})
 
 
@@ -80,7 +80,7 @@ def document(tried: Sequence[Tried]) -> str:
             "",
             *(f"- {t.name}, {t.date}: {', '.join(f'{k} {v}' for k, v in t.versions.items())}" for t in tried),
             "",
-            "## What the package said, and notes",
+            "## Messages of the package, and notes",
             "",
             *(remark for library in tried for remark in _remarks(library)),
             "",
@@ -132,7 +132,7 @@ def _remarks(library: Tried) -> list[str]:
 
 
 def _plain(warning: str) -> str:
-    """Return a warning without what differs from run to run."""
+    """Return a warning without its numbers, which differ between runs."""
     return re.sub(r"/\S*/", ".../", warning.removeprefix("lightning_hesd: "))
 
 

@@ -23,9 +23,9 @@ def train(algorithm: str, callbacks: list[Any], folder: Path, **options: Any) ->
 
     Args:
         algorithm: "REINFORCE", "POMO" or "PPO".
-        callbacks: For the Trainer.
-        folder: Where it may write.
-        **options: Of the algorithm.
+        callbacks: Callbacks of the Trainer.
+        folder: Output folder.
+        **options: Options of the algorithm.
     """
     import rl4co.models.zoo as models
     from rl4co.envs import TSPEnv

@@ -20,7 +20,7 @@ from benchmarks.libraries.trial import Outcome, attempt
 
 
 def main() -> None:
-    """Try the cases, and write what came of them."""
+    """Try the cases, and write their outcomes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", help="name of the module")
     parser.add_argument("--only", default="", help="a part of the names of cases")
@@ -37,7 +37,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 outcome = attempt(case, Path(folder))
-            except Exception as error:  # noqa: BLE001 - the other cases are tried all the same
+            except Exception as error:  # noqa: BLE001 - the other cases are still tried
                 traceback.print_exc()
                 outcome = Outcome(case.name, raised=f"{type(error).__name__}: {error}")
         print(json.dumps(asdict(outcome), indent=1), flush=True)

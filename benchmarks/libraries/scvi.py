@@ -21,10 +21,10 @@ def train(name: str, callbacks: list[Any], folder: Path, setup: dict[str, str], 
 
     Args:
         name: The model's class.
-        callbacks: For `train`.
-        folder: Where it may write.
-        setup: What it is told of the data.
-        **options: Of the model.
+        callbacks: Callbacks for `train`.
+        folder: Output folder.
+        setup: Arguments of `setup_anndata`.
+        **options: Options of the model.
     """
     import anndata
     import scvi

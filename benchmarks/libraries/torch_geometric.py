@@ -1,4 +1,4 @@
-"""PyTorch Geometric: graphs. Its layers are used in LightningModules of one's own, with its own kinds of loaders."""
+"""PyTorch Geometric: graphs. Its layers are used in custom LightningModules, with its own loaders."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.libraries.case import Case, Library
+from benchmarks.libraries.common import QUIET
 from benchmarks.libraries.trial import seed_everything
 
 if TYPE_CHECKING:
@@ -173,19 +174,12 @@ def train(kind: type[GraphModule], convolution: str, data: Any, callbacks: list[
         kind: The module's class.
         convolution: Class of the convolutions.
         data: Makes the loader, or the LightningDataModule.
-        callbacks: For the Trainer.
-        folder: Where it may write.
+        callbacks: Callbacks of the Trainer.
+        folder: Output folder.
     """
     seed_everything()
     module = kind(convolution)
-    trainer = pl.Trainer(
-        max_epochs=2,
-        callbacks=callbacks,
-        enable_progress_bar=False,
-        accelerator="cpu",
-        default_root_dir=folder,
-        logger=False,
-    )
+    trainer = pl.Trainer(max_epochs=2, callbacks=callbacks, default_root_dir=folder, **QUIET)
     trainer.fit(module, data())
     return module
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.libraries.case import Case, Library
+from benchmarks.libraries.common import QUIET
 from benchmarks.libraries.trial import seed_everything
 
 if TYPE_CHECKING:
@@ -70,9 +71,9 @@ def train(callbacks: list[Any], folder: Path, **options: Any) -> Any:
     """Train a potential.
 
     Args:
-        callbacks: For the Trainer.
-        folder: Where it may write.
-        **options: Of the model that differ.
+        callbacks: Callbacks of the Trainer.
+        folder: Output folder.
+        **options: Options of the model that differ.
     """
     import lightning.pytorch as pl
     from torch_geometric.loader import DataLoader
@@ -84,20 +85,17 @@ def train(callbacks: list[Any], folder: Path, **options: Any) -> Any:
     best = pl.callbacks.ModelCheckpoint(folder / "best", monitor="val_total_mse_loss")
     trainer = pl.Trainer(
         max_epochs=2,
-        accelerator="cpu",
         callbacks=[best, *callbacks],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         inference_mode=False,
         default_root_dir=folder,
+        **QUIET,
     )
     trainer.fit(module, DataLoader(data[:16], batch_size=8, shuffle=True), DataLoader(data[16:], batch_size=8))
     return module
 
 
 def load(path: str) -> object:
-    """Load a checkpoint as its users do."""
+    """Load a checkpoint as the users of the library do."""
     from torchmdnet.models.model import load_model
 
     return load_model(path)

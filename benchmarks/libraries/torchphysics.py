@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.libraries.case import Case, Library
+from benchmarks.libraries.common import QUIET
 from benchmarks.libraries.trial import seed_everything
 
 if TYPE_CHECKING:
@@ -45,22 +46,14 @@ def train(callbacks: list[Any], folder: Path, **options: bool) -> Any:
     """Solve it.
 
     Args:
-        callbacks: For the Trainer.
-        folder: Where it may write.
-        **options: Of the solver.
+        callbacks: Callbacks of the Trainer.
+        folder: Output folder.
+        **options: Options of the solver.
     """
     import pytorch_lightning as pl
 
     module = solver(**options)
-    trainer = pl.Trainer(
-        max_steps=4,
-        accelerator="cpu",
-        callbacks=callbacks,
-        logger=False,
-        enable_progress_bar=False,
-        num_sanity_val_steps=0,
-        default_root_dir=folder,
-    )
+    trainer = pl.Trainer(max_steps=4, callbacks=callbacks, num_sanity_val_steps=0, default_root_dir=folder, **QUIET)
     trainer.fit(module)
     return module
 

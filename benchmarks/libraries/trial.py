@@ -1,4 +1,4 @@
-"""What is done with a case: train it without the callback, with it, and with it and the independent computation."""
+"""Train a case without the callback, with it, and with it and the independent computation."""
 
 from __future__ import annotations
 
@@ -37,27 +37,27 @@ def seed_everything(seed: int = 0) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case; plain values, to be passed on as JSON.
+    """Outcome of a case, in plain values for JSON.
 
     Attributes:
-        case: Its name.
-        namespace: The Lightning that it trains with.
-        weights: "identical" with and without the callback, or what differs.
-        analyses: How many there are.
-        failed: How many of them have no spectrum.
-        error: What the last failure was.
-        spectrum: The last spectrum in a line.
-        c_t: Its C_t.
-        hesd_type: Its type.
+        case: Name of the case.
+        namespace: Package of the LightningModule, "lightning" or "pytorch_lightning".
+        weights: "identical" with and without the callback, or the difference.
+        analyses: Number of analyses.
+        failed: Number of analyses without a spectrum.
+        error: Message of the last failure.
+        spectrum: Last spectrum in one line.
+        c_t: C_t of this spectrum.
+        hesd_type: Type of this spectrum.
         mode: Mode in which the loss is analyzed.
-        verified: Whether the analysis verified itself.
-        difference: Largest relative difference of the extreme eigenvalues and the loss to the independent computation;
-            None: there is none.
-        pick: How the picked checkpoint loads.
-        warnings: What the package warned of.
-        raised: What ended training, if anything did.
-        seconds: Of training without and with the callback.
-        note: Of the case.
+        verified: Result of verification.
+        difference: Largest relative difference of the extreme eigenvalues and the loss from the independent
+            computation; None without one.
+        pick: Way in which the picked checkpoint loads.
+        warnings: Warnings of the package.
+        raised: Error that ended training, if any.
+        seconds: Seconds of training without and with the callback.
+        note: Note of the case.
     """
 
     case: str
@@ -84,7 +84,7 @@ def attempt(case: Case, folder: Path) -> Outcome:
 
     Args:
         case: The case.
-        folder: Where it may write.
+        folder: Output folder.
     """
     options: dict[str, Any] = {"checkpoint": "highest_c_t"}
     if case.loss_fn is not None:
@@ -128,7 +128,7 @@ def attempt(case: Case, folder: Path) -> Outcome:
         _trained(case, [checked], folder / "checked")
     [found] = checked.found
     if isinstance(found, str):
-        how = f"The analysis took products by {spectrum.strategy}; the independent computation fails: {found}"
+        how = f"The analysis used the strategy {spectrum.strategy}; the independent computation failed: {found}"
         return replace(outcome, note=f"{case.note} {how}".strip())
     return replace(outcome, difference=_difference(spectrum, found))
 
@@ -175,7 +175,7 @@ def _is_identical(first: Tensor, second: Tensor) -> bool:
 
 
 def _loaded(case: Case, callback: HessianSpectrumCallback, module: Any) -> str:
-    """Load the pick as users do, and say how that went."""
+    """Load the pick as users do, and return the result in words."""
     checkpoint = callback.checkpoint
     path = "" if checkpoint is None else checkpoint.best_model_path
     if not path:
@@ -197,7 +197,7 @@ def _loaded(case: Case, callback: HessianSpectrumCallback, module: Any) -> str:
 
 
 SMALLEST_SHARE = 0.01
-"""Of the largest eigenvalue: to so much at least, errors of eigenvalues are related."""
+"""Share of the largest eigenvalue: errors of smaller eigenvalues are relative to this."""
 
 
 def _difference(spectrum: Spectrum, found: Extremes) -> float:

@@ -1,1 +1,1 @@
-"""All layers, losses and functions of PyTorch: are their Hessians right?"""
+"""Test of the Hessians of all layers, losses and functions of PyTorch."""

@@ -1,7 +1,7 @@
-"""Analyze every layer, loss and function of PyTorch as a part of small losses, and write the table.
+"""Analyze every layer, loss and function of PyTorch in small losses, and write the table.
 
 python -m benchmarks.operations                     # a few minutes on one core
-python -m benchmarks.operations --only Norm         # those whose name contains this, printed only
+python -m benchmarks.operations --only Norm         # operations with this in their name; prints only
 """
 
 from __future__ import annotations
@@ -24,25 +24,24 @@ if TYPE_CHECKING:
     from benchmarks.operations.case import Case
 
 EXPLANATION = f"""\
-Each operation is a part of a small loss in float64, alone, and inside of a derivative of itself: with the squared norm
-of its gradient (*gradient penalty*, as in WGAN-GP and physics-informed networks), and with a squared directional
-derivative by `torch.func.jvp`. `hessian_spectrum` analyses the loss with three probes v; vᵀHv, which its nodes and
-weights give, is compared with second differences of the loss. Nothing else is needed of PyTorch for these, so that
-they tell when a derivative is wrong, too.
+Each operation is part of three small losses in float64: alone; with the squared norm of its
+gradient (*gradient penalty*, as in WGAN-GP and physics-informed networks); and with a squared directional derivative by
+`torch.func.jvp`. `hessian_spectrum` analyzes the loss with three probes v. Its nodes and weights give vᵀHv, which is
+compared with second differences of the loss. These use no derivatives of PyTorch, so they also show wrong derivatives.
 
-- **exact**: exact products, right to {ACCURACY:g} of their size;
-- **differences**: there is no exact product, or only a wrong one; central differences of the gradient are right;
+- **exact**: exact HVPs, right to {ACCURACY:g} of their size;
+- **differences**: there is no exact HVP, or a wrong one; central differences of the gradient are right;
 - **refused**: no value, and a reason;
-- **unverified**: wrong, but the record does not call it verified; **wrong**: wrong, and called verified;
-- **kink**: the loss jumps or bends next to the weights, so that differences say nothing;
+- **unverified**: wrong, but not called verified; **wrong**: wrong, and called verified;
+- **kink**: the loss has a jump or a kink near the weights, so differences show nothing;
 - **no loss**: PyTorch cannot evaluate the loss itself.
 """
 
 ALONE = """\
-## What the replacements change
+## Effect of the replacements
 
-PyTorch has wrong derivatives of these, or none; an analysis writes the operations out. Without that, the comparison of
-the loss with its derivatives would find it out and take differences, or refuse:
+PyTorch has wrong derivatives of these operations, or none, so an analysis replaces them by plain operations. Without
+the replacements, verification finds the error and uses differences, or refuses:
 """
 
 

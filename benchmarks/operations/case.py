@@ -19,10 +19,10 @@ class Case:
     """An operation with arguments.
 
     Attributes:
-        name: As PyTorch calls it.
+        name: Name in PyTorch.
         make: Returns the operation, a layer or a function.
         shapes: Shapes of its arguments.
-        bounds: What the elements of the arguments, which are uniform, lie between; None: they are normal.
+        bounds: Range of uniformly distributed elements of the arguments; None: they are normal.
         mode: Mode of the layer.
     """
 

@@ -23,7 +23,7 @@ SMOOTH = (
     "special.airy_ai linalg.norm linalg.vector_norm linalg.svdvals linalg.pinv linalg.cond "
     "fft.fft fft.ifft fft.rfft fft.irfft fft.hfft fft.ihfft fft.fft2 fft.rfft2 fft.irfft2 fft.fftn fft.fftshift"
 )
-"""Functions of one tensor that take any numbers."""
+"""Functions of one tensor with any elements."""
 
 POSITIVE = (
     "log log10 log1p log2 sqrt rsqrt reciprocal lgamma digamma special.entr special.gammaln special.psi "

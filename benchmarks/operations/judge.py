@@ -1,4 +1,4 @@
-"""What an analysis makes of an operation, beside differences of the loss itself."""
+"""Compare the analysis of an operation with differences of the loss."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lightning_hesd import Spectrum
 
 Setting = Literal["loss", "gradient penalty", "directional derivative"]
-"""What the operation is a part of; the last two contain a derivative of it, in reverse and in forward mode."""
+"""Losses with the operation; the last two contain its derivative, in reverse and in forward mode."""
 
 SETTINGS: tuple[Setting, ...] = get_args(Setting)
 
@@ -39,13 +39,13 @@ Outcome = Literal["exact", "differences", "unverified", "refused", "wrong", "no 
 PROBES = 3
 
 STEP = 3e-3
-"""Length of the steps of differences, with arguments of size one; steps of twice the length extrapolate them."""
+"""Length of the steps of differences, for arguments of size one; extrapolated with steps of twice the length."""
 
 ACCURACY = 1e-5
 """Relative accuracy of differences of such steps in float64."""
 
 KINK = 1e-2
-"""Relative change between the two steps that no smooth operation comes near."""
+"""Relative change between the two steps that shows a kink: smooth operations have a far smaller one."""
 
 
 class Problem(nn.Module):
@@ -86,14 +86,14 @@ class Problem(nn.Module):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of an analysis.
+    """Outcome of an analysis.
 
     Attributes:
         outcome: "exact" or "differences": right, by this strategy; "unverified": wrong, and it says that it may be;
             "refused": no value, and a reason; "wrong"; "no loss": PyTorch cannot evaluate the loss; "kink": the loss
-            has no second derivative near by, which differences of it could show.
-        gap: Error of the products, relative to their size.
-        remark: Why.
+            has no second derivative nearby, so differences show nothing.
+        gap: Error of the HVPs, relative to their size.
+        remark: Reason.
     """
 
     outcome: Outcome
@@ -127,7 +127,7 @@ def judge(case: Case, setting: Setting) -> Verdict:
 
 @contextlib.contextmanager
 def without_compositions() -> Iterator[None]:
-    """Leave operations that PyTorch differentiates wrongly as they are."""
+    """Turn off the replacements of operations that PyTorch differentiates wrongly."""
     tables = (WRONG_SECOND_DERIVATIVE, WRONG_THIRD_DERIVATIVE, WRONG_FORWARD_DERIVATIVE)
     with contextlib.ExitStack() as stack:
         for table in tables:

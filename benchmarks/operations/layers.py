@@ -109,14 +109,14 @@ LAYERS: dict[str, tuple[Any, ...]] = {
     "Flatten": ((), (3, 2, 2)),
     "Unflatten": ((1, (2, 2)), (3, 4)),
 }
-"""Layers whose arguments are all that has to be said."""
+"""Layers that need only arguments and shapes."""
 
 LOSSES = "L1Loss MSELoss SmoothL1Loss HuberLoss MultiLabelSoftMarginLoss BCEWithLogitsLoss PoissonNLLLoss"
-"""Losses of an output and of a target of the same shape; those of other targets have a case of their own."""
+"""Losses of an output and a target of the same shape; losses with other targets have separate cases."""
 
 
 def _targeted(loss: Callable[..., Any], *others: Any) -> Callable[..., Any]:
-    """Return a loss of its first argument, with these for the others."""
+    """Return a loss as a function of its first argument, with fixed other arguments."""
     return lambda x: loss(x, *others)
 
 
@@ -146,7 +146,7 @@ TARGETED: dict[str, tuple[Any, ...]] = {
 
 def _old_weight_norm(layer: nn.Module, dim: Any) -> nn.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # it is deprecated, and much in use
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated, but widely used
         return nn.utils.weight_norm(layer, dim=dim)
 
 
@@ -156,7 +156,7 @@ def _adaptive_loss() -> Callable[[Tensor], Any]:
 
 
 class _Applied(nn.Module):
-    """A layer that is called in a way of its own."""
+    """A layer with its own way to call it."""
 
     def __init__(self, layer: nn.Module, call: Callable[..., Any]) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ def _unpooled(dimensions: int) -> nn.Module:
 
 
 SPECIAL: dict[str, tuple[Any, ...]] = {
-    # what makes the layer, shapes of the input
+    # factory of the layer, shapes of the input
     "MaxUnpool1d": (lambda: _unpooled(1), (1, 2, 4)),
     "MaxUnpool2d": (lambda: _unpooled(2), (1, 1, 4, 4)),
     "MaxUnpool3d": (lambda: _unpooled(3), (1, 1, 2, 4, 2)),
@@ -216,7 +216,7 @@ SPECIAL: dict[str, tuple[Any, ...]] = {
         for how in ("matrix_exp", "cayley", "householder")
     },
 }
-"""Layers that take more to make or to call."""
+"""Layers that need a factory or a special call."""
 
 NO_CASE = {
     **dict.fromkeys(["Module", "Container", "RNNBase", "RNNCellBase"], "a base"),
@@ -226,7 +226,7 @@ NO_CASE = {
     **dict.fromkeys(["SyncBatchNorm", "DataParallel"], "for several accelerators"),
     "NLLLoss2d": "an old name",
 }
-"""What else `torch.nn` has, and what it is; its lazy layers turn into those above."""
+"""Other names of `torch.nn`, with their kinds; its lazy layers turn into the layers above."""
 
 
 def layers() -> Iterator[Case]:
