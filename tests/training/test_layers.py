@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -78,23 +77,6 @@ def test_tensorboard_gets_metrics_figures_and_a_table(tmp_path: Path) -> None:
     table = events.Tensors("hesd/layers/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert table.splitlines()[0].startswith("| layer | c_t | lambda_max | trace |")
     assert table.splitlines()[2].startswith(f"| net.0 | {layers['net.0'].c_t:.3g} | {layers['net.0'].lambda_max:.3g} |")
-
-
-def test_histories_from_before_there_was_all_this_are_read(tmp_path: Path) -> None:
-    spectra = callback(layers=None, decompose=False, output_fn=None, output_loss=None)
-    fit(tmp_path, spectra)
-    index, state = tmp_path / "hesd/index.json", spectra.history.state_dict()
-    written = json.loads(index.read_text(encoding="utf-8"))
-    records = json.loads(state["records"])
-    for row in (*written["records"], *records):
-        for field in ("generalization", "preconditioned", "stability_threshold", "ggn", "residual", "layers"):
-            assert row.pop(field) is None
-    index.write_text(json.dumps(written), encoding="utf-8")
-    loaded = SpectrumHistory()
-    loaded.load_state_dict({**state, "records": json.dumps(records)})
-    for history in (SpectrumHistory.load(tmp_path), loaded):
-        assert [r.spectrum.c_t for r in history] == [r.spectrum.c_t for r in spectra.history]  # type: ignore[union-attr]
-        assert history[0].layers is None
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from:UserWarning")
