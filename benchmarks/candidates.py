@@ -22,10 +22,10 @@ from benchmarks.problems import loss
 from lightning_hesd import hessian_spectrum
 from lightning_hesd.numerics.derivatives.replacements import Replacements
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
-from lightning_hesd.numerics.isolation.exact_mode import analysis_state
+from lightning_hesd.numerics.isolation.exact_mode import exact_mode
 from lightning_hesd.numerics.operators.curvature import HessianMatrix
-from lightning_hesd.numerics.operators.operator import CurvatureOperator
-from lightning_hesd.numerics.operators.risk_operator import SampleMean
+from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock
+from lightning_hesd.numerics.operators.risk_operator import RiskOperator
 from lightning_hesd.numerics.operators.strategies import Strategy
 
 if TYPE_CHECKING:
@@ -130,10 +130,10 @@ def our_product(problem: Problem, strategy: Strategy | Literal["auto"]) -> Itera
         with Replacements():
             return loss(problem.module, batch.data)
 
-    with analysis_state(problem.module):
+    with exact_mode(problem.module):
         matrix = HessianMatrix(our_loss, problem.parameters)
-        mean = SampleMean(matrix, batches, strategy=strategy, dtype=problem.parameters[0].dtype)
-        yield CurvatureOperator(mean).matvec
+        risk = RiskOperator(matrix, batches, strategy=strategy, dtype=problem.parameters[0].dtype)
+        yield DiagonalBlock(risk).matvec
 
 
 def our_spectrum(problem: Problem, steps: int, seed: int, tolerance: float | None = None) -> Run:

@@ -26,9 +26,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks import networks
 from benchmarks.isolation import PeakMemory
 from lightning_hesd.commands.cost import Machine, Workload, analysis_cost, measured_bandwidth
-from lightning_hesd.numerics.analysis.api import analysis_options
 from lightning_hesd.numerics.analysis.engine import analyze
+from lightning_hesd.numerics.collectives import DistributedCollectives
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
 
 if TYPE_CHECKING:
@@ -128,6 +129,17 @@ def measured(case: Case) -> dict[str, float]:
     return {key: max(each[key] for each in found) for key in found[0]}
 
 
+class CountingCollectives(DistributedCollectives):
+    """Collectives that count the bytes they add up, in `reduced`."""
+
+    reduced = 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over the ranks."""
+        self.reduced += tensor.numel() * tensor.element_size()
+        return super().sum(tensor)
+
+
 def _measure(rank: int, case: Case, port: int, folder: Path) -> None:
     """Be one of the processes."""
     torch.set_num_threads(1)
@@ -135,22 +147,14 @@ def _measure(rank: int, case: Case, port: int, folder: Path) -> None:
     module, batches, loss = _problem(case)
     own = batches[rank :: case.processes]
     options = analysis_options(steps=case.steps, strategy=case.strategy, basis=case.basis, memory_budget=2**40)
-    reduced = 0
-
-    def all_reduce(tensor: Tensor) -> Tensor:
-        nonlocal reduced
-        reduced += tensor.numel() * tensor.element_size()
-        distributed.all_reduce(tensor)
-        return tensor
-
-    sum_up = all_reduce if case.processes > 1 else None
+    collectives = CountingCollectives(torch.device("cpu"))
     graph_bytes = _graph_bytes(module, own, loss) if case.strategy != "finite_difference" else 0.0
     machine = _machine(module, own, loss, case.processes)
-    reduced = 0
+    collectives.reduced = 0
     distributed.barrier()
     memory = PeakMemory()
     started = time.perf_counter()
-    analyze(module, own, loss, options, all_reduce=sum_up, processes=case.processes)
+    analyze(module, own, loss, options, collectives=collectives, processes=case.processes)
     seconds = time.perf_counter() - started
     parameters = sum(p.numel() for p in module.parameters())
     workload = Workload(parameters, case.samples, BATCH, case.steps, processes=case.processes, strategy=case.strategy,
@@ -164,7 +168,7 @@ def _measure(rank: int, case: Case, port: int, folder: Path) -> None:
             "model_seconds": cost.seconds,
             "memory": float(memory.growth() or math.nan),
             "model_memory": cost.memory,
-            "sent": share * reduced,
+            "sent": share * collectives.reduced,
             "model_sent": cost.sent,
         },
         folder / str(rank),
@@ -217,7 +221,7 @@ def _machine(module: nn.Module, batches: list[WeightedBatch], loss: Callable[...
             times.append(time.perf_counter() - started)
         sent = 2 * (processes - 1) / processes * tensor.numel() * tensor.element_size()
         network = sent / statistics.median(times)
-    return Machine(gradient / sum(batch.weight for batch in batches), memory, network, orthogonalisations=1)
+    return Machine(gradient / sum(batch.weight for batch in batches), memory, network, orthogonalizations=1)
 
 
 def _graph_bytes(module: nn.Module, batches: list[WeightedBatch], loss: Callable[..., Tensor]) -> float:

@@ -29,7 +29,7 @@ from lightning_hesd.numerics.operators.memory import MemoryMeter
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightning_hesd.numerics.operators.curvature import Product
+    from lightning_hesd.numerics.operators.curvature import Matvec
 
 EXPLANATION = """\
 HVPs of a GPT of width 64 with four heads, float32, one CPU thread, each row in a new process; times are the minimum of
@@ -152,14 +152,14 @@ def measure(setting: Setting, rounds: int, plain: bool) -> dict[str, Any]:  # no
     }
 
 
-def hessian_product(net: GPT, ids: Tensor) -> Product:
+def hessian_product(net: GPT, ids: Tensor) -> Matvec:
     """Return the product with the Hessian of the loss that predicts each token's successor."""
 
     def loss(_: WeightedBatch) -> Tensor:
         with Replacements():
             return F.cross_entropy(net(ids), ids.roll(-1).flatten())
 
-    return HessianMatrix(loss, list(net.parameters())).product(WeightedBatch(ids, 1.0, 0), retain=True)[1]
+    return HessianMatrix(loss, list(net.parameters())).make_matvec(WeightedBatch(ids, 1.0, 0), retain=True)[1]
 
 
 def _same(tensor: Tensor) -> Tensor:

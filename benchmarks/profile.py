@@ -11,7 +11,7 @@ from benchmarks.candidates import OURS, attention
 from benchmarks.problems import load
 from lightning_hesd.numerics.analysis.estimation import Estimation
 from lightning_hesd.numerics.krylov.lanczos import Lanczos
-from lightning_hesd.numerics.operators.risk_operator import SampleMean
+from lightning_hesd.numerics.operators.risk_operator import RiskOperator
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from benchmarks.problems import Size
 
 PARTS: dict[str, list[Callable[..., Any]]] = {
-    "products": [SampleMean.product],
-    "orthogonalisation": [Lanczos._keep, Lanczos._reorthogonalize],  # noqa: SLF001
+    "products": [RiskOperator.product],
+    "orthogonalisation": [Lanczos._reorthogonalize],  # noqa: SLF001
     "interval": [Estimation._is_accurate],  # noqa: SLF001
-    "graphs": [SampleMean.__init__],
-    "a gradient": [SampleMean.gradient_equivalents],
+    "graphs": [RiskOperator.__init__],
+    "a gradient": [RiskOperator.gradient_equivalents],
 }
 """Functions that do not call each other, by the name of the part."""
 

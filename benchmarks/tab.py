@@ -22,9 +22,10 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
 
 from lightning_hesd.commands.report import report
-from lightning_hesd.spectra.payload import THRESHOLDS, VERSION, to_json
-from lightning_hesd.spectra.picks import picks
+from lightning_hesd.spectra.decisions import run_payload
+from lightning_hesd.spectra.payload import THRESHOLDS, to_json
 from lightning_hesd.spectra.quadrature import legible_sigma
+from lightning_hesd.spectra.validation import FORMAT_VERSION
 
 
 def main() -> None:
@@ -54,14 +55,7 @@ def main() -> None:
 def run(rng: np.random.Generator, index: int, epochs: int, nodes: int) -> dict[str, Any]:
     """Return the data of a run whose curvature falls while it trains."""
     records = [record(rng, epoch, epochs, nodes) for epoch in range(epochs)]
-    return {
-        "run": f"run_{index}",
-        "name": "hesd",
-        "colour": index,
-        "records": records,
-        "rules": picks(records, []),
-        "problems": [],
-    }
+    return {**run_payload(f"run_{index}", "hesd", records, [], []), "color": index}
 
 
 def record(rng: np.random.Generator, epoch: int, epochs: int, nodes: int) -> dict[str, Any]:
@@ -81,6 +75,8 @@ def record(rng: np.random.Generator, epoch: int, epochs: int, nodes: int) -> dic
         "c_t_high": 0.98 * c_t,
         "type": "MP",
         "type_certain": True,
+        "verified": "yes",
+        "verification": "made up",
         "lambda_min": smallest,
         "lambda_max": largest,
         "loss": 2 * math.exp(-5 * epoch / epochs),
@@ -91,7 +87,7 @@ def record(rng: np.random.Generator, epoch: int, epochs: int, nodes: int) -> dic
         "weights": [float(f"{t:.7g}") for t in tau],
     }
     return {
-        "version": VERSION,
+        "version": FORMAT_VERSION,
         "epoch": epoch,
         "global_step": epoch + 1,
         "error": None,
@@ -99,6 +95,7 @@ def record(rng: np.random.Generator, epoch: int, epochs: int, nodes: int) -> dic
         "thresholds": THRESHOLDS,
         "assessment": None,
         "stability_ratio": None,
+        "scores": {"highest_c_t": c_t, "lowest_max_eigenvalue": -largest},
         "layers": [],
     }
 

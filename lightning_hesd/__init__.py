@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_hesd.numerics.analysis.api import hessian_spectrum, layer_spectra
+    from lightning_hesd.numerics.analysis.hessian_operator import HessianOperator
+    from lightning_hesd.numerics.inputs.options import AnalysisOptions
+    from lightning_hesd.numerics.krylov.eigenpairs import top_eigenpairs
     from lightning_hesd.spectra.assessment import Assessment, assess_generalization
     from lightning_hesd.spectra.criteria import hesd_type
     from lightning_hesd.spectra.spectrum import Spectrum
@@ -13,8 +16,10 @@ if TYPE_CHECKING:
     from lightning_hesd.training.history import SpectrumHistory
 
 __all__ = [
+    "AnalysisOptions",
     "Assessment",
     "HessianCheckpoint",
+    "HessianOperator",
     "HessianSpectrumCallback",
     "Spectrum",
     "SpectrumHistory",
@@ -22,11 +27,14 @@ __all__ = [
     "hesd_type",
     "hessian_spectrum",
     "layer_spectra",
+    "top_eigenpairs",
 ]
 
 _HOMES = {
+    "AnalysisOptions": "numerics.inputs.options",
     "Assessment": "spectra.assessment",
     "HessianCheckpoint": "training.checkpoints.checkpoint",
+    "HessianOperator": "numerics.analysis.hessian_operator",
     "HessianSpectrumCallback": "training.callback",
     "Spectrum": "spectra.spectrum",
     "SpectrumHistory": "training.history",
@@ -34,6 +42,7 @@ _HOMES = {
     "hesd_type": "spectra.criteria",
     "hessian_spectrum": "numerics.analysis.api",
     "layer_spectra": "numerics.analysis.api",
+    "top_eigenpairs": "numerics.krylov.eigenpairs",
 }
 
 

@@ -2,13 +2,15 @@
 
 import sys
 
+from lightning_hesd.commands.errors import missing_dependency
+
 
 def main() -> None:
     """Run the command line with the arguments of this process."""
     try:
         from lightning_hesd.commands import cli  # noqa: PLC0415 - its dependencies are optional
     except ModuleNotFoundError as error:
-        sys.exit(f"lightning-hesd: error: {error.name} is not installed; pip install 'lightning-hesd[cli]'")
+        sys.exit(missing_dependency(error))
     cli.main()
 
 

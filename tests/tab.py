@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -15,12 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.application import TensorBoardWSGI
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.plugins.base_plugin import TBContext
+from werkzeug.test import Client
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
 from lightning_hesd.spectra.payload import to_json
-from lightning_hesd.training.loggers.tensorboard import TensorBoardSink
+from lightning_hesd.tensorboard_plugin.plugin import HESDLoader
+from lightning_hesd.training.loggers.tensorboard import TensorBoardOutput
+from tests.training.digits_run import Net, data
 from tests.training.scripted import make_trainer
-from tests.training.test_resume import Net, data
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,9 +55,9 @@ def train(folder: Path, seed: int = 0, **arguments: Any) -> tuple[str, HessianSp
 def write_payloads(folder: Path, payloads: list[Any], tag: str = "record") -> None:
     """Write payloads of any content, texts or objects, at steps 0, 1, ..."""
     logger = TensorBoardLogger(folder, name="", version="")
-    sink = TensorBoardSink(logger, "hesd")
+    output = TensorBoardOutput(logger, "hesd")
     for step, payload in enumerate(payloads):
-        sink._write_payload(tag, payload if isinstance(payload, str) else to_json(payload), step)
+        output._write_payload(tag, payload if isinstance(payload, str) else to_json(payload), step)
     logger.finalize("success")
     logger.experiment.close()
 
@@ -96,3 +103,23 @@ def tensorboard(log_dir: Path, folder: Path, *flags: str) -> Iterator[str]:
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(10)
+
+
+class Tab:
+    """The plugin in TensorBoard's application, without a socket."""
+
+    def __init__(self, folder: Path) -> None:
+        self.events = EventMultiplexer(tensor_size_guidance={"hesd": 1000})
+        self.folder = folder
+        provider = MultiplexerDataProvider(self.events, str(folder))
+        plugin = HESDLoader().load(TBContext(data_provider=provider))
+        self.client = Client(TensorBoardWSGI([plugin], data_provider=provider))
+        self.reload()
+
+    def reload(self) -> None:
+        self.events.AddRunsFromDirectory(str(self.folder))
+        self.events.Reload()
+
+    def get(self, route: str, **query: str) -> tuple[int, Any]:
+        answer = self.client.get(f"/data/plugin/hesd/{route}", query_string=query)
+        return answer.status_code, json.loads(answer.get_data())

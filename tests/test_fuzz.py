@@ -28,6 +28,8 @@ from lightning_hesd.commands import cli
 from lightning_hesd.commands.project import Blueprint, CheckpointError, Project, load_checkpoint
 from lightning_hesd.commands.report import report, run_data
 from lightning_hesd.commands.results import Results, ResultsError
+from lightning_hesd.spectra.codec import load_layers, save
+from lightning_hesd.spectra.decisions import decisions, rewound
 from lightning_hesd.spectra.payload import (
     CHOICE_FIELDS,
     CHOICES_NAME,
@@ -38,13 +40,10 @@ from lightning_hesd.spectra.payload import (
     record_payload,
     to_json,
 )
-from lightning_hesd.spectra.picks import picks, rewound
 from lightning_hesd.spectra.record import SpectrumRecord
-from lightning_hesd.spectra.selection import Candidate, SelectionEvent, SelectionRule
-from lightning_hesd.spectra.spectrum import load_layers, save_layers
+from lightning_hesd.spectra.selection import Candidate, CandidateFilter, SelectionEvent
 from lightning_hesd.training.budget import Budget
-from tests.tab import write_payloads
-from tests.tensorboard_plugin.test_plugin import Tab
+from tests.tab import Tab, write_payloads
 from tests.training.scripted import make_spectrum
 
 TIMES = int(os.environ.get("HESD_FUZZ", "1"))
@@ -202,7 +201,7 @@ def history() -> SpectrumHistory:
 def choice(epoch: int = 1) -> dict[str, Any]:
     latest = Candidate(epoch, 4 * epoch, -0.5, -0.2, mainly_positive=True, path="a.ckpt")
     return choice_payload(
-        SelectionEvent("highest_c_t", None, "min", SelectionRule(0.05, require_mp=True), latest, latest)
+        SelectionEvent("highest_c_t", None, "min", CandidateFilter(0.05, require_mp=True), latest, latest)
     )
 
 
@@ -220,7 +219,7 @@ def described(*found: SpectrumRecord) -> None:
 
 
 def saved_layers(path: Path) -> None:
-    save_layers({"a": spectrum(), "b": spectrum(-0.5)}, path)
+    save({"a": spectrum(), "b": spectrum(-0.5)}, path)
 
 
 def of_layers(path: Path) -> list[Spectrum]:
@@ -463,7 +462,7 @@ def test_payloads(kind: str, data: st.DataObject) -> None:
         found = read_payload(source, fields)
     except PayloadError:
         return
-    made = picks([found], []) if kind == "record" else picks([], rewound([found, choice(9)]))
+    made = decisions([found], []) if kind == "record" else decisions([], rewound([found, choice(9)]))
     to_json({"payload": found, "rules": made}).encode()
 
 

@@ -17,13 +17,12 @@ import pytest
 import torch
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, Spectrum, SpectrumHistory
-from lightning_hesd.commands import cli
+from lightning_hesd.commands import analyze, cli
 from lightning_hesd.commands.report import write_report
 from lightning_hesd.spectra.payload import CHOICES_NAME, choice_payload, record_payload, to_json
 from lightning_hesd.spectra.record import SpectrumRecord
-from lightning_hesd.spectra.selection import Candidate, SelectionEvent, SelectionRule
-from tests.tab import write_payloads
-from tests.tensorboard_plugin.test_plugin import Tab
+from lightning_hesd.spectra.selection import Candidate, CandidateFilter, SelectionEvent
+from tests.tab import Tab, write_payloads
 from tests.training.scripted import (
     Epoch,
     ScriptedModule,
@@ -219,7 +218,7 @@ def test_the_report_has_no_element_that_data_made(tmp_path: Path) -> None:
         history.append(SpectrumRecord(1, 8, make_spectrum(-0.1), layers={said: make_spectrum(-0.2)}))
         history.save(folder / "hesd")
         candidate = Candidate(1, 8, -0.5, -0.1, mainly_positive=True, path=said)
-        choice = SelectionEvent(said, said, "min", SelectionRule(0.05, require_mp=True), candidate, candidate)
+        choice = SelectionEvent(said, said, "min", CandidateFilter(0.05, require_mp=True), candidate, candidate)
         (folder / "hesd" / CHOICES_NAME).write_text(f"{to_json(choice_payload(choice))}\n{said}\n")
         write_report(folder, tmp_path / "report.html")
         document = (tmp_path / "report.html").read_text()
@@ -270,5 +269,5 @@ def test_a_hostile_payload_costs_itself_only(tmp_path: Path) -> None:
 
 
 def test_names_are_no_markup_of_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    cli._print_table([{"checkpoint": "[/b][link=x]y", "epoch": 1, "error": None}])
+    analyze._print_table([{"checkpoint": "[/b][link=x]y", "epoch": 1, "error": None}])
     assert "[/b][link=x]y" in capsys.readouterr().out

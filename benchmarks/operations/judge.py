@@ -20,7 +20,7 @@ from lightning_hesd.numerics.derivatives.compositions import (
     WRONG_SECOND_DERIVATIVE,
     WRONG_THIRD_DERIVATIVE,
 )
-from lightning_hesd.numerics.isolation.exact_mode import analysis_state
+from lightning_hesd.numerics.isolation.exact_mode import exact_mode
 from lightning_hesd.numerics.krylov.vectors import VectorSpace
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def judge(case: Case, setting: Setting) -> Verdict:
         warnings.simplefilter("ignore")
         problem = Problem(case)
         try:
-            with analysis_state(problem, "keep"):
+            with exact_mode(problem, "keep"):
                 expected, changes = _curvatures(problem, setting)
         except Exception as error:  # noqa: BLE001 - the report says what PyTorch refuses
             return Verdict("no loss", remark=_first_line(error))

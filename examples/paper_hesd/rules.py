@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from scipy.stats import t as student
 
 from examples.paper_hesd.outcomes import TOLERANCE
-from lightning_hesd.spectra.selection import Candidate, SelectionRule
+from lightning_hesd.spectra.selection import Candidate, CandidateFilter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +49,7 @@ def pick(points: Sequence[Point], criterion: Callable[[Point], float]) -> Point:
         Candidate(p.epoch, p.record.global_step, p.train_acc, _defined(criterion(p)), p.spectrum.hesd_type == "MP", "")
         for p in points
     ]
-    rule = SelectionRule(tolerance=TOLERANCE, require_mp=True)
+    rule = CandidateFilter(tolerance=TOLERANCE, require_mp=True)
     picked = rule.pick(candidates, max(p.train_acc for p in points))
     return next(p for p in points if picked is not None and p.epoch == picked.epoch)
 

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from examples.sample_study.settings import PIXELS
-from lightning_hesd.spectra.files import opened_archive, save_archive
+from lightning_hesd.spectra.files import read_archive, save_archive
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,8 +36,8 @@ def features(pixels: Tensor, setup: Setup, out: Path) -> tuple[Tensor, float]:
         with torch.no_grad():
             found = extractor(pixels.reshape(-1, 1, 8, 8))
         save_archive(path, {"accuracy": accuracy}, {"features": (found / found.max()).double().numpy()})
-    with opened_archive(path, "an archive of features") as (header, array):
-        return torch.tensor(array("features"), dtype=torch.float32), header["accuracy"]
+    header, arrays = read_archive(path, "an archive of features")
+    return torch.tensor(arrays["features"], dtype=torch.float32), header["accuracy"]
 
 
 def _trained_extractor(images: Tensor, setup: Setup) -> tuple[nn.Module, float]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from examples.sample_study.settings import STATES, Run
 from lightning_hesd.sample_size.loss_differences import LossDifferences, differences_of
-from lightning_hesd.spectra.files import opened_archive, save_archive
+from lightning_hesd.spectra.files import read_archive, save_archive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -136,10 +136,10 @@ def read(study: Study, out: Path) -> Outcomes:
     states: dict[str, dict[Run, State]] = {state: {} for state in STATES}
     seconds = 0.0
     for run in study.runs():
-        with opened_archive(out / run.file, "the outcome of a run") as (header, array):
-            seconds += header["seconds"]
-            for state in STATES:
-                moved = tuple(Displaced(*d) for d in header["displaced"]) if state == STATES[0] else ()
-                numbers = Numbers(**header["numbers"][state])
-                states[state][run] = State(run, numbers, array(state), moved)
+        header, arrays = read_archive(out / run.file, "the outcome of a run")
+        seconds += header["seconds"]
+        for state in STATES:
+            moved = tuple(Displaced(*d) for d in header["displaced"]) if state == STATES[0] else ()
+            numbers = Numbers(**header["numbers"][state])
+            states[state][run] = State(run, numbers, arrays[state], moved)
     return Outcomes(study, states, seconds)

@@ -1,1 +1,1 @@
-"""The command line: analyses of checkpoints that exist, their results, and the report."""
+"""The command line: a module for each command, the analysis of checkpoints, its results, and the cost model."""

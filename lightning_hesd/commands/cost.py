@@ -1,7 +1,7 @@
-"""What an analysis will cost in time, memory and communication, before it is run.
+"""The cost model: time, memory and communication of an analysis before it is run.
 
-A model of what the engine does, with four numbers of the machine. `python -m benchmarks.cost` compares it with
-measurements. Left out is what does not grow with the network: eigenvalues of T, the overhead of small operations.
+It models the engine with four numbers of the machine; `python -m benchmarks.cost` compares it with measurements. Work
+that does not grow with the network is left out: eigenvalues of T, the overhead of small operations.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ PREPARATION: dict[Strategy, float] = {"graph": 3.0, "recompute": 3.0, "finite_di
 with which products are compared."""
 
 VECTOR_PASSES = 16
-"""How often a step reads or writes a vector, beside reorthogonalisation and the batches' own products."""
+"""Reads and writes of vectors in a step, without reorthogonalization and the HVPs of batches."""
 
 BATCH_PASSES: dict[Strategy, float] = {"graph": 3.0, "recompute": 3.0, "finite_difference": 28.0}
-"""How often the product of a batch does: it is added up; a difference also moves the parameters to and fro."""
+"""Reads and writes of vectors in the HVP of a batch: it is added up; a difference also moves the parameters."""
 
 EXCHANGES: dict[Strategy, float] = {"graph": 4.0, "recompute": 7.0, "finite_difference": 6.0}
-"""How often the product of a batch gathers all sharded parameters, or hands back what belongs to them; counted: 2.7 to
-3.9, 5.4 to 6.8, 5.4 to 5.9 (perceptron, transformer)."""
+"""Gathers of all sharded parameters, and scatters of their gradients, in the HVP of a batch; counted: 2.7 to 3.9, 5.4
+to 6.8, 5.4 to 5.9 (perceptron, transformer)."""
 
 EXCHANGES_OF_GRADIENT = 3.0
 """The same for a gradient: forward, backward, and the gradient itself."""
@@ -42,18 +42,18 @@ EXCHANGES_OF_GRADIENT = 3.0
 
 @dataclass(frozen=True)
 class Workload:
-    """What is analysed.
+    """The size of an analysis.
 
     Attributes:
         parameters: Number n of parameters.
         samples: Number of samples.
-        batch_size: Samples in a batch; whole batches are dealt to the processes.
+        batch_size: Samples in a batch; whole batches are dealt to the ranks.
         steps: Lanczos steps per probe.
         probes: Number of probes.
-        processes: Number of processes that share the samples.
-        sharded: Whether they also share the parameters, and with them all vectors.
-        strategy: How products are made.
-        basis: Whether the Krylov basis is kept, for reorthogonalisation.
+        processes: Number of ranks that share the samples.
+        sharded: Whether ranks also share the parameters, and with them all vectors.
+        strategy: HVP strategy.
+        basis: Whether the Krylov basis is kept, for reorthogonalization.
         value_bytes: Bytes of a parameter and of an entry of a vector.
         graph_bytes: Bytes that the gradient's graph holds per sample; 0: not counted.
     """
@@ -71,10 +71,10 @@ class Workload:
     graph_bytes: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check.
+        """Check the fields.
 
         Raises:
-            ValueError: If a number is no positive one, or there is no such strategy.
+            ValueError: If a number is not positive, or the strategy is unknown.
         """
         for name in ("parameters", "samples", "batch_size", "steps", "probes", "processes", "value_bytes"):
             check_count(name, getattr(self, name))
@@ -87,7 +87,7 @@ class Workload:
 
     @property
     def batches(self) -> int:
-        """The number of batches of the busiest process."""
+        """The number of batches of the busiest rank."""
         return math.ceil(math.ceil(self.samples / self.batch_size) / self.processes)
 
     @property
@@ -97,34 +97,34 @@ class Workload:
 
     @property
     def vector_bytes(self) -> float:
-        """The size of one process's part of a vector."""
+        """The size of one rank's shard of a vector."""
         return self.parameters * self.value_bytes / (self.processes if self.sharded else 1)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What it runs on.
+    """The machine of an analysis.
 
     Attributes:
         gradient_seconds: Seconds that forward and backward pass take per sample, on one process, in batches of the size
-            to be analysed and with all processes at work.
+            to be analyzed and with all processes at work.
         memory_bandwidth: Bytes per second at which a process reads its vectors.
         network_bandwidth: Bytes per second that a process sends in a reduction over all of them.
-        orthogonalisations: Passes of reorthogonalisation: two on an accelerator, mostly one on a CPU.
+        orthogonalizations: Passes of reorthogonalization: two on an accelerator, mostly one on a CPU.
     """
 
     gradient_seconds: float
     memory_bandwidth: float
     network_bandwidth: float = math.inf
-    orthogonalisations: int = 2
+    orthogonalizations: int = 2
 
     def __post_init__(self) -> None:
-        """Check.
+        """Check the fields.
 
         Raises:
             ValueError: If a number is not positive.
         """
-        for name in ("gradient_seconds", "memory_bandwidth", "network_bandwidth", "orthogonalisations"):
+        for name in ("gradient_seconds", "memory_bandwidth", "network_bandwidth", "orthogonalizations"):
             value = getattr(self, name)
             if not value > 0:
                 msg = f"`{name}` must be positive, got {value!r}."
@@ -133,12 +133,12 @@ class Machine:
 
 @dataclass(frozen=True)
 class Cost:
-    """What an analysis costs each process, or the busiest one.
+    """The cost of an analysis for each rank, or for the busiest one.
 
     Attributes:
-        gradients: Time of the products and of what prepares them, in gradients of all samples of the process.
+        gradients: Time of the HVPs and their preparation, in gradients of all samples of the rank.
         product_seconds: The same in seconds.
-        recurrence_seconds: Time of the Lanczos recurrence: vectors and reorthogonalisation.
+        recurrence_seconds: Time of the Lanczos recurrence: vectors and reorthogonalization.
         communication_seconds: Time of reductions.
         memory: Bytes beyond the module and the samples: vectors, basis, graphs, and the copy of the module's tensors.
         sent: Bytes that go over the network.
@@ -172,24 +172,24 @@ def analysis_cost(workload: Workload, machine: Machine) -> Cost:
     return Cost(
         gradients=gradients,
         product_seconds=gradients * samples * machine.gradient_seconds,
-        recurrence_seconds=_touched(workload, machine.orthogonalisations) / machine.memory_bandwidth,
+        recurrence_seconds=_touched(workload, machine.orthogonalizations) / machine.memory_bandwidth,
         communication_seconds=sent / machine.network_bandwidth,
         memory=_memory(workload, samples),
         sent=sent,
     )
 
 
-def _touched(workload: Workload, orthogonalisations: int) -> float:
+def _touched(workload: Workload, orthogonalizations: int) -> float:
     """Return the bytes that the recurrence reads and writes."""
     steps = min(workload.steps, workload.parameters)
     # Step j reads the j basis vectors there are twice in each pass: once for the coefficients, once to subtract.
-    vectors = orthogonalisations * steps * (steps + 1) if workload.basis else 0
+    vectors = orthogonalizations * steps * (steps + 1) if workload.basis else 0
     per_batch = BATCH_PASSES[workload.strategy] * workload.batches
     return workload.probes * (vectors + steps * (VECTOR_PASSES + per_batch)) * workload.vector_bytes
 
 
 def _sent(workload: Workload) -> float:
-    """Return the bytes a process sends: in reductions of products, or in exchanges of sharded parameters."""
+    """Return the bytes that a rank sends: in reductions of HVPs, or in exchanges of sharded parameters."""
     share = (workload.processes - 1) / workload.processes
     whole = workload.parameters * workload.value_bytes
     if not workload.sharded:
@@ -203,7 +203,7 @@ def _memory(workload: Workload, samples: int) -> float:
     basis = min(workload.steps, workload.parameters) if workload.basis else 0
     copies = 1  # of the module's parameters
     kept = {"graph": samples, "recompute": workload.batch_size, "finite_difference": 0}[workload.strategy]
-    passing = workload.batch_size  # what a product takes of a batch, beside its graph, is about as large
+    passing = workload.batch_size  # an HVP takes about as much for one batch, beside its graph
     return (copies + VECTORS + basis) * workload.vector_bytes + (kept + passing) * workload.graph_bytes
 
 
@@ -224,7 +224,7 @@ def measured_bandwidth(rows: int = 32, columns: int = 2**21) -> float:
 
 
 def cost_lines(workload: Workload, machine: Machine) -> list[str]:
-    """Return the estimate in words, a line for each thing."""
+    """Return the estimate in words, a line for each quantity."""
     cost = analysis_cost(workload, machine)
     lines = [
         f"{workload.products} products, in all {cost.gradients:.0f} gradients of the samples of a process",
@@ -238,7 +238,7 @@ def cost_lines(workload: Workload, machine: Machine) -> list[str]:
     ]
     if workload.basis:
         without = analysis_cost(replace(workload, basis=False), machine).memory
-        lines.append(f"without basis  {_size(without)} a process, and no reorthogonalisation")
+        lines.append(f"without basis  {_size(without)} a process, and no reorthogonalization")
     return lines
 
 

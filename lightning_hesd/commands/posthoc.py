@@ -1,17 +1,19 @@
-"""Analyses of checkpoints that exist, as the callback makes them in a run, and how many samples they need."""
+"""Analyses of existing checkpoints, as the callback makes them in a run, and the samples that these need."""
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_hesd.commands.project import Blueprint, CheckpointError
-from lightning_hesd.spectra.validation import CORRUPT_FILE_ERRORS, one_line
+from lightning_hesd.sample_size.recommendation import find_sample_size
+from lightning_hesd.spectra.validation import one_line
+from lightning_hesd.training.error_policy import ErrorPolicy
 from lightning_hesd.training.recorder import Recorder
+from lightning_hesd.training.session import Analysis
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     import lightning.pytorch as pl
@@ -25,28 +27,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PosthocAnalysis:
-    """What to analyse in every checkpoint.
+    """The analysis of each checkpoint.
 
     Attributes:
-        project: What the checkpoints are of.
-        options: As for `hessian_spectrum`.
+        project: Model and data of the checkpoints.
+        options: Options as for `hessian_spectrum`.
         generalization: "val" or "test" for other data of the same data module, or a data module of its own, whose
             training data are taken; None: no generalization data.
-        through_optimizer: Whether to analyse the Hessian through the optimizer's eyes, too.
+        preconditioned: Whether to analyze the preconditioned Hessian, too.
         mode: Mode of the module, as for the callback.
     """
 
     project: Project
     options: AnalysisOptions
     generalization: Literal["val", "test"] | Blueprint | None = None
-    through_optimizer: bool = False
+    preconditioned: bool = False
     mode: AnalysisMode = "auto"
 
     def record(self, path: Path) -> SpectrumRecord:
-        """Analyse the weights in a checkpoint.
+        """Analyze the weights in a checkpoint.
 
         Raises:
-            CheckpointError: If it cannot be loaded, or lacks the states of optimizers that are to be read.
+            CheckpointError: If it cannot be loaded, or lacks the states of optimizers.
             MisconfigurationException: If the module or its data cannot be used.
         """
         record, checkpoint = self.project.at(path, self._record)
@@ -58,14 +60,15 @@ class PosthocAnalysis:
         other = self._generalization_loader(trainer)
         recorder = Recorder(
             self.project.training_analyzer(self.options, checkpoint, self.mode),
-            # Drawn anew, for these may not be the data of the run.
+            # Samples drawn anew, for these may not be the data of the run.
             None if other is None else self.project.analyzer(self.options, checkpoint, self.mode, other),
-            preconditioner="optimizer" if self.through_optimizer else None,
+            preconditioner="optimizer" if self.preconditioned else None,
         )
-        if self.through_optimizer:
+        if self.preconditioned:
             _load_optimizers(trainer, checkpoint)
-        recorder.start(trainer, _attempt)
-        return recorder.record(trainer, pl_module, trainer.current_epoch, _attempt)
+        errors = _RecordOnly()
+        recorder.start(trainer, errors)
+        return recorder.record(trainer, pl_module, trainer.current_epoch, errors)
 
     def _generalization_loader(self, trainer: pl.Trainer) -> Any:
         wanted = self.generalization
@@ -94,7 +97,8 @@ def sample_size(
     """
 
     def work(trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Checkpoint) -> SampleSize:
-        return project.training_analyzer(options, checkpoint, mode).sample_size(trainer, pl_module, stability)
+        analysis = Analysis("sample size", partial(find_sample_size, stability=stability))
+        return project.training_analyzer(options, checkpoint, mode).analyze(trainer, pl_module, analysis=analysis)
 
     return project.at(path, work)[0]
 
@@ -104,26 +108,24 @@ def _load_optimizers(trainer: pl.Trainer, checkpoint: Checkpoint) -> None:
     if len(states) != len(trainer.optimizers):
         msg = (
             f"the checkpoint has the states of {len(states)} optimizers, the module {len(trainer.optimizers)} "
-            "optimizers: the Hessian cannot be seen through their eyes."
+            "optimizers, so the Hessian cannot be preconditioned: leave `--preconditioned` out, or analyze a "
+            "checkpoint of this module."
         )
         raise CheckpointError(msg)
     try:
         for optimizer, state in zip(trainer.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
-    except CORRUPT_FILE_ERRORS as error:
+    except (KeyError, ValueError) as error:  # those of PyTorch for missing entries and other groups of parameters
         msg = f"the states of optimizers in the checkpoint do not fit those of the module: {one_line(error)}"
         raise CheckpointError(msg) from error
 
 
-@contextlib.contextmanager
-def _attempt(consequence: str) -> Iterator[list[str]]:  # noqa: ARG001 - the record says it
-    """Turn an exception into an entry of a list.
+class _RecordOnly(ErrorPolicy):
+    """Leaves failures to the record: there is no training to go on."""
 
-    Yields:
-        The list.
-    """
-    failures: list[str] = []
-    try:
-        yield failures
-    except Exception as error:  # noqa: BLE001 - whatever it is, it goes into the record
-        failures.append(f"{type(error).__name__}: {one_line(error)}")
+    def describe(self, error: Exception) -> str:
+        """Return the text of a failure in one line."""
+        return f"{type(error).__name__}: {one_line(error)}"
+
+    def report(self, message: str, error: Exception) -> None:
+        """Say nothing."""

@@ -1,6 +1,6 @@
 """A model, its data, and checkpoints of it: load one, and let a Trainer prepare everything up to the start of training.
 
-So modules, data modules and devices are treated as the callback finds them in a run, and no step is taken.
+So the analysis finds modules, data modules and devices in the state that the callback finds in a run. No step is taken.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from lightning.pytorch import Callback
 
+from lightning_hesd.commands.errors import CommandError
 from lightning_hesd.spectra.validation import (
-    CORRUPT_FILE_ERRORS,
+    check_fields,
     each,
-    first_invalid_field,
+    each_named,
+    having,
     integer,
     of,
     one_line,
     optional,
 )
 from lightning_hesd.training.analyzer import TrainerAnalyzer
-from lightning_hesd.training.callback import HessianSpectrumCallback
+from lightning_hesd.training.callback import DEFAULT_NUM_SAMPLES, HessianSpectrumCallback
 from lightning_hesd.training.compat.namespaces import lightning_types, namespace_of
 from lightning_hesd.training.loss import check_loss_source
-from lightning_hesd.training.samples.run_samples import check_samples
+from lightning_hesd.training.samples.sample_state import check_samples
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,14 +42,12 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.inputs.options import AnalysisOptions
     from lightning_hesd.training.loss_mode import AnalysisMode
 
-DEFAULT_NUM_SAMPLES: int = inspect.signature(HessianSpectrumCallback).parameters["num_samples"].default
-
 Result = TypeVar("Result")
 Checkpoint = dict[str, Any]
 
 
 PARTS = {
-    "state_dict": of(Mapping),
+    "state_dict": each_named(lambda _: True),
     "epoch": optional(integer),
     "global_step": optional(integer),
     "hyper_parameters": optional(of(Mapping)),
@@ -55,19 +55,19 @@ PARTS = {
     "callbacks": optional(of(dict)),
     "optimizer_states": optional(each(of(dict))),
 }
-"""What is taken from a checkpoint, if it is there."""
+"""Checks of the entries of a checkpoint that are used; all but the weights are optional."""
 
 
-class CheckpointError(Exception):
-    """A checkpoint, or what it is to be loaded into, cannot be used; the message says why."""
+class CheckpointError(CommandError):
+    """A checkpoint, or its model or data, cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A class and what to give it.
+    """A class and its arguments.
 
     Attributes:
-        class_path: Where to import it from, such as "package.module.Class".
+        class_path: Path to import, such as "package.module.Class".
         arguments: Arguments of its `__init__`; they take precedence over hyperparameters in a checkpoint. Objects may
             be given as LightningCLI does, as `class_path` and `init_args`.
     """
@@ -80,7 +80,7 @@ class Blueprint:
 
         Args:
             kind: Name of the class of Lightning, in either namespace, of which it must be an instance.
-            hyperparameters: As saved in a checkpoint; those that the class does not take are passed over.
+            hyperparameters: Hyperparameters in a checkpoint; those that the class does not take are ignored.
 
         Raises:
             CheckpointError: If there is no such class, or it cannot be instantiated.
@@ -105,10 +105,10 @@ class Blueprint:
 
 
 def imported(path: str) -> Any:
-    """Return what "package.module.name" stands for.
+    """Return the object that a path such as "package.module.name" names.
 
     Raises:
-        CheckpointError: If there is no such thing.
+        CheckpointError: If no such object exists.
     """
     module_name, _, name = path.rpartition(".")
     try:
@@ -123,7 +123,7 @@ def load_checkpoint(path: Path, *, unsafe: bool = False) -> Checkpoint:
 
     Args:
         path: The file.
-        unsafe: Also load objects of any class, which can run any code.
+        unsafe: Whether to load objects of any class, which can run any code.
 
     Raises:
         CheckpointError: If it cannot be read, or holds no weights.
@@ -143,21 +143,22 @@ def load_checkpoint(path: Path, *, unsafe: bool = False) -> Checkpoint:
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         msg = f"{path} is no Lightning checkpoint: it has no 'state_dict'."
         raise CheckpointError(msg)
-    wrong = first_invalid_field({**dict.fromkeys(PARTS), **checkpoint}, PARTS)
-    if wrong is not None:
-        msg = f"{path} is damaged: its {wrong!r} is something else than Lightning writes."
-        raise CheckpointError(msg)
+    try:
+        check_fields({**dict.fromkeys(PARTS), **checkpoint}, PARTS, "the checkpoint")
+    except ValueError as error:
+        msg = f"{path} is damaged: {one_line(error)}"
+        raise CheckpointError(msg) from error
     return checkpoint
 
 
 @dataclass(frozen=True)
 class Project:
-    """What checkpoints are of, and how they are analysed.
+    """Model and data of checkpoints, and the settings of their analysis.
 
     Attributes:
         model: The LightningModule.
-        data: The LightningDataModule, whose training data are analysed.
-        num_samples: Number of samples; None: those that the callback drew, as the checkpoint knows, else 512.
+        data: The LightningDataModule, whose training data are analyzed.
+        num_samples: Number of samples; None: the samples of the run, if the checkpoint names them, else 512.
         batch_size: Samples per batch.
         loss_fn: As for the callback; None: the module's `training_step`.
         name: Name of the callback in the run.
@@ -183,7 +184,11 @@ class Project:
     def at(
         self, path: Path, work: Callable[[pl.Trainer, pl.LightningModule, Checkpoint], Result]
     ) -> tuple[Result, Checkpoint]:
-        """Return what `work` finds at the weights in a checkpoint, at the start of training, and the checkpoint.
+        """Return the result of a function at the weights of a checkpoint, at the start of training, and the checkpoint.
+
+        Args:
+            path: The checkpoint.
+            work: Function of the Trainer, the module and the checkpoint.
 
         Raises:
             CheckpointError: If it cannot be loaded.
@@ -215,7 +220,7 @@ class Project:
     def training_analyzer(
         self, options: AnalysisOptions, checkpoint: Checkpoint, mode: AnalysisMode
     ) -> TrainerAnalyzer:
-        """Return what analyses the training data: on the samples of the run, unless others are wanted."""
+        """Return the analyzer of the training data, on the samples of the run unless `num_samples` is given."""
         drawn = self._drawn(checkpoint)
         analyzer = self.analyzer(options, checkpoint, mode)
         if drawn:
@@ -225,13 +230,13 @@ class Project:
     def analyzer(
         self, options: AnalysisOptions, checkpoint: Checkpoint, mode: AnalysisMode, dataloader: Any = None
     ) -> TrainerAnalyzer:
-        """Return what analyses samples drawn anew, as many as in the run, unless another number is wanted.
+        """Return the analyzer of samples drawn anew, as many as in the run unless `num_samples` is given.
 
         Args:
             options: As for `hessian_spectrum`.
             checkpoint: The checkpoint.
             mode: Mode of the module, as for the callback.
-            dataloader: Whose samples; None: the training data's.
+            dataloader: Source of the samples; None: the training data.
         """
         drawn = self._drawn(checkpoint)
         return TrainerAnalyzer(
@@ -244,41 +249,42 @@ class Project:
         )
 
     def _drawn(self, checkpoint: Checkpoint) -> dict[str, Any] | None:
-        """Return what the callback of the run says of its training samples, if they are wanted.
+        """Return the samples that the callback of the run drew, unless `num_samples` is given; None: not known.
 
         Raises:
-            CheckpointError: If it says something else.
+            CheckpointError: If the state of the callback is invalid.
         """
         key = HessianSpectrumCallback(name=self.name).state_key
         state = (checkpoint.get("callbacks") or {}).get(key)
         if state is None or self.num_samples is not None:
             return None
         try:
+            check_fields(state, {"samples": having({"training": of(dict)})}, "the callback's state")
             drawn: dict[str, Any] = state["samples"]["training"]
             check_samples(drawn)
-        except CORRUPT_FILE_ERRORS as error:
-            msg = f"the checkpoint's callback {self.name!r} does not say which samples it drew ({one_line(error)})."
+        except ValueError as error:
+            msg = f"the callback {self.name!r} in the checkpoint does not name its samples ({one_line(error)})."
             raise CheckpointError(msg) from error
         return drawn
 
 
 class _AtStart(Callback):
-    """Works at the start of training, and ends it there."""
+    """Calls a function at the start of training, and ends training there."""
 
     def __init__(self, work: Callable[[pl.Trainer, pl.LightningModule], object]) -> None:
         self._work = work
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Work."""
+        """Call the function."""
         trainer.should_stop = True
         self._work(trainer, pl_module)
 
 
 def _load_weights(module: pl.LightningModule, checkpoint: Checkpoint, path: Path) -> None:
+    module.configure_model()
+    module.on_load_checkpoint(checkpoint)
     try:
-        module.configure_model()
-        module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
-    except CORRUPT_FILE_ERRORS as error:
+    except RuntimeError as error:  # that of PyTorch for missing, unexpected or misshaped weights
         msg = f"the weights in {path} do not fit {type(module).__name__}: {one_line(error)}"
         raise CheckpointError(msg) from error

@@ -1,4 +1,4 @@
-"""A run as one HTML file that needs nothing else: the frontend of the HESD tab, with the data in the page."""
+"""`lightning-hesd report`: a run as one HTML file, with the frontend of the HESD tab and the data in the page."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_hesd.spectra.decisions import rewound, run_payload
 from lightning_hesd.spectra.files import atomic_write
 from lightning_hesd.spectra.payload import CHOICE_FIELDS, CHOICES_NAME, PayloadError, read_payload, record_payload
-from lightning_hesd.spectra.picks import picks, rewound
 from lightning_hesd.tensorboard_plugin.assets import PLOTLY, REPORT, SHARED, STYLE, content
 from lightning_hesd.training.folders import exists, fetched, joined
 from lightning_hesd.training.history import SpectrumHistory
@@ -20,8 +20,23 @@ from lightning_hesd.training.history import SpectrumHistory
 if TYPE_CHECKING:
     import os
 
+    from jsonargparse import ArgumentParser, Namespace
+
 IMPORT = re.compile(r"^import\s[^;]*;\n", re.MULTILINE)
 EXPORT = re.compile(r"^export\s+", re.MULTILINE)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("log_dir", type=Path, help="The run's log directory.")
+    parser.add_argument("--name", type=str, default="hesd", help="Name of the callback in the run.")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="The file.")
+
+
+def run(config: Namespace) -> None:
+    """Write the report, and print the name of its file."""
+    write_report(config.log_dir, config.out, config.name)
+    print(config.out)
 
 
 def write_report(log_dir: str | os.PathLike[str], out: str | os.PathLike[str], name: str = "hesd") -> None:
@@ -45,10 +60,10 @@ def write_report(log_dir: str | os.PathLike[str], out: str | os.PathLike[str], n
 
 
 def run_data(log_dir: str | os.PathLike[str], name: str = "hesd") -> dict[str, Any]:
-    """Return what the tab's backend would answer about the records of a run.
+    """Return the data of a run as the tab's backend returns them.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If the history has no record.
     """
     history = SpectrumHistory.load(log_dir, name)
     if not history:
@@ -58,15 +73,7 @@ def run_data(log_dir: str | os.PathLike[str], name: str = "hesd") -> dict[str, A
     own = joined(log_dir, name)
     with fetched(own if exists(own) else log_dir) as folder:
         choices, problems = _choices(folder / CHOICES_NAME)
-    rules = picks(records, choices)
-    return {
-        "run": _run_name(Path(log_dir).resolve()),
-        "name": name,
-        "colour": 0,
-        "records": records,
-        "rules": rules,
-        "problems": problems,
-    }
+    return {**run_payload(_run_name(Path(log_dir).resolve()), name, records, choices, problems), "color": 0}
 
 
 def _run_name(folder: Path) -> str:
@@ -91,7 +98,7 @@ def _choices(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 def report(*runs: dict[str, Any]) -> str:
     """Return the HTML document that shows runs.
 
-    Its scripts are the only ones that its policy lets run, and nothing may be fetched.
+    Its Content Security Policy allows no other scripts than its own, and no request.
 
     Raises:
         ValueError: If a script cannot stand in a page.
@@ -131,10 +138,10 @@ def report(*runs: dict[str, Any]) -> str:
 
 
 def _inlined(module: str) -> str:
-    """Return a module without its imports and exports: all of them become one, in the order of their imports."""
+    """Return a module without imports and exports: all modules become one script, in the order of their imports."""
     return EXPORT.sub("", IMPORT.sub("", module))
 
 
 def _digest(script: str) -> str:
-    """Return the script as a Content Security Policy names it."""
+    """Return the hash by which a Content Security Policy names a script."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

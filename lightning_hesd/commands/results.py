@@ -1,4 +1,4 @@
-"""The folder of results of many checkpoints: spectra, figures and tables, and what of these is known already."""
+"""The folder of results of many checkpoints: spectra, figures, tables, and an index for a later continuation."""
 
 from __future__ import annotations
 
@@ -8,51 +8,49 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from lightning_hesd.plotting import plot_density
-from lightning_hesd.spectra.files import atomic_write
-from lightning_hesd.spectra.selection import RULE_NAMES, candidates_of, picks
+from lightning_hesd.commands.errors import CommandError
+from lightning_hesd.commands.plot import draw
+from lightning_hesd.spectra.codec import FIELDS, decode_record, encode_record, load, record_fields, save
+from lightning_hesd.spectra.files import atomic_write, damage_named
+from lightning_hesd.spectra.rules import rule_title
+from lightning_hesd.spectra.scalars import RECORD_SCALARS, SPECTRUM_SCALARS, shown_in
+from lightning_hesd.spectra.selection import candidates_of, picks
 from lightning_hesd.spectra.spectrum import Spectrum
 from lightning_hesd.spectra.validation import (
-    CORRUPT_FILE_ERRORS,
+    FORMAT_VERSION,
+    check_fields,
     check_regular,
+    check_version,
     each_named,
     having,
-    integer,
-    number,
     of,
     one_line,
-    optional,
     parsed,
     text,
+    version_in,
 )
-from lightning_hesd.training.history import PLAIN_FIELDS, SUFFIXES, SpectrumRecord
 
 if TYPE_CHECKING:
     from collections.abc import Container, Mapping, Sequence
     from pathlib import Path
 
+    from lightning_hesd.spectra.codec import Content
+    from lightning_hesd.spectra.record import SpectrumRecord
+
 RESULTS = "results.json"
-FORMAT = 1
-
-
-KNOWN = {
-    "file": of(dict),
-    "epoch": integer,
-    "global_step": integer,
-    "error": optional(text),
-    "stability_threshold": optional(number),
-    "spectra": having(dict.fromkeys(SUFFIXES, of(bool))),
+FIELDS_OF_RESULTS = {
+    "options": of(dict),
+    "checkpoints": each_named(having({"file": of(dict), **record_fields(text, text)})),
 }
-"""What must be known of a checkpoint that was analysed before."""
 
 
-class ResultsError(Exception):
-    """The folder cannot be used; the message says why."""
+class ResultsError(CommandError):
+    """The folder of results cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A checkpoint and what was found."""
+    """A checkpoint and its record."""
 
     name: str
     path: Path
@@ -60,65 +58,73 @@ class Row:
 
 
 class Results:
-    """The folder of results: what is known already, and what is added."""
+    """The folder of results, with those of earlier calls."""
 
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
-        """Open it.
+        """Open the folder.
+
+        Args:
+            folder: The folder.
+            options: Options that the results depend on.
 
         Raises:
-            ResultsError: If it holds results of another analysis, or something else.
+            ResultsError: If it holds results of another analysis, or other files.
         """
         self._folder = folder
-        self._contents: dict[str, Any] = {"format": FORMAT, "options": options, "checkpoints": {}}
+        self._contents: dict[str, Any] = {"format": FORMAT_VERSION, "options": options, "checkpoints": {}}
         path = folder / RESULTS
         if not path.exists():
             return
         try:
             check_regular(path)
-            contents = parsed(path.read_text(encoding="utf-8"))
-            differing = [
-                key for key in {*contents["options"], *options} if contents["options"].get(key) != options.get(key)
-            ]
-            known = contents["format"] == FORMAT and each_named(having(KNOWN))(contents["checkpoints"])
-        except CORRUPT_FILE_ERRORS as error:
+            contents = parsed(path.read_bytes())
+            check_version(version_in(contents), "the file")
+            check_fields(contents, FIELDS_OF_RESULTS, "the file")
+        except ValueError as error:
             msg = f"{path} is damaged ({one_line(error)}): remove it, or choose another --out."
             raise ResultsError(msg) from error
-        if not known or differing:
-            what = f"`{differing[0]}` was {contents['options'].get(differing[0])!r}" if differing else "another format"
+        before = contents["options"]
+        if differing := sorted(key for key in {*before, *options} if before.get(key) != options.get(key)):
+            what = f"`{differing[0]}` was {before.get(differing[0])!r}"
             msg = f"{path} has results of another analysis ({what}): choose another --out."
             raise ResultsError(msg)
         self._contents = contents
 
     def known(self, name: str, path: Path) -> SpectrumRecord | None:
-        """Return the record of a checkpoint that was analysed before, and has not changed since."""
+        """Return the record of a checkpoint that was analyzed before, and has not changed since.
+
+        Raises:
+            ValueError: If the file of a spectrum is damaged, or spectra do not belong together.
+            FileNotFoundError: If the file of a spectrum is missing.
+        """
         row = self._contents["checkpoints"].get(name)
         if row is None or row["file"] != _identity(path) or row["error"] is not None:
             return None
-        spectra: dict[str, Any] = {
-            field: Spectrum.load(self._spectrum(name, suffix)) if row["spectra"][field] else None
-            for field, suffix in SUFFIXES.items()
-        }
-        return SpectrumRecord(**{field: row[field] for field in PLAIN_FIELDS}, **spectra)
+        with damage_named(self._folder / RESULTS, "the index of these spectra"):
+            return decode_record(row, lambda field, _: load(field, self._file(name, field)))
 
     def keep(self, name: str, path: Path, record: SpectrumRecord) -> None:
         """Write the spectra and figures of a record, then the record itself."""
-        for suffix, spectrum in record.spectra.items():
-            target = self._spectrum(name, suffix)
+
+        def store(field: str, content: Content) -> str:
+            target = self._file(name, field)
             target.parent.mkdir(parents=True, exist_ok=True)
-            spectrum.save(target)
-            figure = self._folder / "figures" / f"{name}{suffix}.png"
-            figure.parent.mkdir(parents=True, exist_ok=True)
-            draw(spectrum, name, figure)
+            save(content, target)
+            if isinstance(content, Spectrum):
+                figure = self._folder / "figures" / f"{target.stem}.png"
+                figure.parent.mkdir(parents=True, exist_ok=True)
+                draw(content, name, figure)
+            return target.name
+
         self._contents["checkpoints"][name] = {
             "file": _identity(path),
-            **{field: getattr(record, field) for field in PLAIN_FIELDS},
-            "spectra": {field: suffix in record.spectra for field, suffix in SUFFIXES.items()},
+            **encode_record(record, store),
             "assessment": None if record.assessment is None else asdict(record.assessment),
         }
         self._write()
 
     def finish(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Add the table."""
+        """Write the table."""
         self._contents["table"] = list(lines)
         self._write()
         with (
@@ -129,8 +135,8 @@ class Results:
             writer.writeheader()
             writer.writerows(lines)
 
-    def _spectrum(self, name: str, suffix: str) -> Path:
-        return self._folder / "spectra" / f"{name}{suffix}.npz"
+    def _file(self, name: str, field: str) -> Path:
+        return self._folder / "spectra" / f"{name}{FIELDS[field]}.npz"
 
     def _write(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +146,7 @@ class Results:
 
 
 def _without_nan(value: Any) -> Any:
-    """Return the value with null for NaN, which JSON does not know."""
+    """Return the value with None in place of NaN, which JSON does not know."""
     if isinstance(value, dict):
         return {key: _without_nan(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -154,44 +160,29 @@ def _identity(path: Path) -> dict[str, Any]:
 
 
 def picked(rows: Sequence[Row], tolerance: float | None) -> dict[str, str]:
-    """Return the names that both rules pick, among the candidates by `tolerance` of the loss."""
+    """Return the name of the checkpoint that each rule picks, by the rule's title."""
     records = [row.record for row in rows]
-    return {RULE_NAMES[rule]: rows[records.index(record)].name for rule, record in picks(records, tolerance).items()}
+    return {rule_title(rule): rows[records.index(record)].name for rule, record in picks(records, tolerance).items()}
 
 
 def candidates(rows: Sequence[Row], tolerance: float | None) -> set[str]:
-    """Return the names of the checkpoints among which the rules decide; without MP spectra, of the lowest loss."""
+    """Return the names of the candidates; without MP spectra, that of the lowest loss."""
     records = [row.record for row in rows]
     return {rows[records.index(record)].name for record in candidates_of(records, tolerance)}
 
 
 def table_line(row: Row, picks: Mapping[str, str], candidates: Container[str]) -> dict[str, Any]:
-    """Return a line of the table, numbers and texts."""
+    """Return a row of the table by column: numbers and texts."""
     record, spectrum, assessment = row.record, row.record.spectrum, row.record.assessment
-    low, high = (None, None) if spectrum is None else spectrum.c_t_interval
     return {
         "checkpoint": row.name,
         "epoch": record.epoch,
         "step": record.global_step,
-        "loss": spectrum and spectrum.loss,
-        "c_t": spectrum and spectrum.c_t,
-        "c_t_low": low,
-        "c_t_high": high,
+        **{s.key: spectrum and s.value(spectrum) for s in shown_in("command line", SPECTRUM_SCALARS)},
         "type": spectrum and spectrum.hesd_type,
-        "lambda_min": spectrum and spectrum.lambda_min,
-        "lambda_max": spectrum and spectrum.lambda_max,
-        "delta_r_e": assessment and assessment.delta_r_e,
-        "delta_k_h05": assessment and assessment.delta_k_h05,
+        **{s.key: s.value(record) for s in shown_in("command line", RECORD_SCALARS)},
         "generalization": assessment and assessment.verdict,
-        "stability_ratio": record.stability_ratio,
         "candidate": "yes" if row.name in candidates else "",
         "picked_by": ", ".join(rule for rule, name in picks.items() if name == row.name),
         "error": record.error,
     }
-
-
-def draw(spectrum: Spectrum, title: str, target: Path) -> None:
-    """Write the density as a PNG."""
-    figure = plot_density(spectrum, title=title).get_figure(root=True)
-    with atomic_write(target) as partial:
-        figure.savefig(partial, format="png")  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""The criteria as torchmetrics: they accumulate probes, over updates and over processes."""
+"""The criteria as torchmetrics, which accumulate probes over updates and ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_hesd.metrics.functional import generalization_criteria, hessian_criteria
-from lightning_hesd.numerics.devices import moved
+from lightning_hesd.numerics.devices import to_device
 from lightning_hesd.spectra.spectrum import Spectrum
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class _SpectrumMetric(Metric):
-    """Accumulates probes of one or more spectra, each named."""
+    """Accumulates probes of one or more named spectra."""
 
     is_differentiable = False
     higher_is_better = None
@@ -33,17 +33,17 @@ class _SpectrumMetric(Metric):
             self.add_state(f"{name}_{state}", default=[], dist_reduce_fx="cat")
 
     def _append(self, name: str, spectrum: Spectrum | tuple[Tensor, Tensor]) -> None:
-        """Add the probes of a spectrum: as flat tensors and their lengths, because those may differ over processes."""
+        """Add the probes of a spectrum: as flat tensors with lengths, because lengths may differ between ranks."""
         if isinstance(spectrum, Spectrum):
             nodes, weights, rounding = map(torch.tensor, (spectrum.nodes, spectrum.weights, [spectrum.rounding]))
         else:
-            hessian_criteria(*spectrum)  # refuses what is none
+            hessian_criteria(*spectrum)  # checks the shapes
             nodes, weights = (part.detach().reshape(-1, part.shape[-1]) for part in spectrum)
             rounding = nodes.new_zeros(1)
         present = ~nodes.isnan()
         found = {"nodes": nodes[present], "weights": weights[present], "steps": present.sum(1), "rounding": rounding}
         for state, value in found.items():
-            getattr(self, f"{name}_{state}").append(moved(value, self.device))
+            getattr(self, f"{name}_{state}").append(to_device(value, self.device))
 
     def _criteria(self, name: str) -> dict[str, Tensor]:
         """Return the criteria of all probes together."""
@@ -64,13 +64,13 @@ class _SpectrumMetric(Metric):
 
 
 class HessianCriteria(_SpectrumMetric):
-    """C_t, extreme eigenvalues, K_H05 and type of a spectrum whose probes come in several updates or processes.
+    """C_t, extreme eigenvalues, K_H05 and type of a spectrum whose probes come in several updates or on several ranks.
 
-    C_t and the extremes are those over all probes, K_H05 is the mean over them: see `functional.hessian_criteria`, also
-    for what `compute` returns. All probes must be of the same matrix and, for K_H05, of equally many steps.
+    C_t and the extremes are those over all probes, K_H05 is the mean over them. `functional.hessian_criteria` names the
+    results. All probes must be of the same matrix and, for K_H05, of equally many steps.
 
     Args:
-        **kwargs: As for every Metric.
+        **kwargs: Arguments of `torchmetrics.Metric`.
 
     Example:
         >>> metric = HessianCriteria()
@@ -105,10 +105,10 @@ class GeneralizationCriteria(_SpectrumMetric):
     """Δr_e and ΔK_H05 of the spectra on training and on generalization data (Gabdullin 2025, eqs. 3 and 4).
 
     Below 1.5 and 1.2 they indicate good generalization where the training spectrum is MP; `assess_generalization` also
-    knows how certain that is.
+    returns how certain that is.
 
     Args:
-        **kwargs: As for every Metric.
+        **kwargs: Arguments of `torchmetrics.Metric`.
 
     Example:
         >>> metric, weights = GeneralizationCriteria(), torch.tensor([0.5, 0.5])

@@ -1,4 +1,4 @@
-"""The criteria as functions on tensors, for those who have nodes and weights of any origin."""
+"""The criteria as functions on tensors: nodes and weights of any origin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What devices differ in: floating-point types, generators of random numbers, and memory."""
+"""Differences between devices: floating-point dtypes and random number generators."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 _HAVE_FLOAT64 = {"cpu", "cuda"}
 
 _KINDS = ("cuda", "xpu", "mps", "mtia")
-"""Accelerators that PyTorch itself knows; others call themselves by a name that they register."""
+"""Accelerators that PyTorch itself knows; others register a name."""
 
 
 def finest_dtype(device: torch.device) -> torch.dtype:
@@ -19,25 +19,25 @@ def finest_dtype(device: torch.device) -> torch.dtype:
         return torch.float64
     try:
         torch.ones(1, dtype=torch.float64, device=device).add_(1)
-    except (TypeError, RuntimeError):  # some refuse the type, others arithmetic
+    except (TypeError, RuntimeError):  # some refuse the dtype, others arithmetic
         return torch.float32
     return torch.float64
 
 
 def in_float64(tensor: Tensor) -> Tensor:
-    """Return a tensor in float64: on its device, or on the CPU if the device does not compute in it."""
+    """Return a tensor in float64: on its device, or on the CPU if the device does not compute in float64."""
     return tensor.double() if finest_dtype(tensor.device) is torch.float64 else tensor.cpu().double()
 
 
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device, in float32 if it is in float64 and the device does not compute in it."""
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; float64 becomes float32 if the device does not compute in float64."""
     return tensor.to(device, finest_dtype(device) if tensor.dtype is torch.float64 else tensor.dtype)
 
 
 def accelerators() -> list[Any]:
     """Return PyTorch's module of each kind of accelerator that this process uses, such as `torch.cuda`.
 
-    One that has not been initialized has drawn no random numbers, and to ask for its generators would initialize it,
+    An accelerator that is not initialized has drawn no random numbers. Access to its generators would initialize it,
     which takes memory and fails in forked processes.
     """
     own: Any = torch._C  # noqa: SLF001

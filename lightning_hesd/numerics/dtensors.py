@@ -1,4 +1,4 @@
-"""Tensors of which every process holds a part (DTensor), told apart without loading what they need."""
+"""DTensors, of which every rank has a shard; recognized without importing their module."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def is_distributed(tensor: object) -> bool:
-    """Whether this is a DTensor: there can be none before somebody else has imported its module."""
+def is_dtensor(tensor: object) -> bool:
+    """Whether an object is a DTensor; none exists before their module is imported."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor, in the same memory: of an ordinary one, all of it."""
-    if not is_distributed(tensor):
+def local_shard(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a DTensor, in the same memory; other tensors are returned unchanged."""
+    if not is_dtensor(tensor):
         return tensor
     with torch.no_grad():  # with gradients it would be a view with a graph
-        part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
-        return part
+        shard: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+        return shard

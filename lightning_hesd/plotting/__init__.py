@@ -1,7 +1,7 @@
-"""Figures of spectra, and axes for others. Every function draws on the Axes it is given, or a new figure's.
+"""Figures of spectra. Every function draws on given Axes, or on those of a new figure.
 
-Figures are made without pyplot, so no global state and no display are involved. Colours are those of Okabe & Ito
-(2008), which colour-blind readers can tell apart.
+Figures are made without pyplot, hence without global state and without a display. Colors are those of Okabe & Ito
+(2008), which color-blind readers can tell apart.
 """
 
 from lightning_hesd.plotting.c_t import plot_c_t

@@ -9,8 +9,9 @@ import numpy as np
 
 from lightning_hesd.plotting.run_axis import RunAxis
 from lightning_hesd.plotting.signed_log import linear_threshold, set_signed_log
-from lightning_hesd.plotting.style import NEGATIVE, OTHER, POSITIVE, free_corner, new_axes
+from lightning_hesd.plotting.style import NEGATIVE, OTHER, POSITIVE, free_corner, new_axes, typeset
 from lightning_hesd.spectra.criteria import MP_THRESHOLD
+from lightning_hesd.spectra.rules import RULES
 from lightning_hesd.spectra.selection import candidates_of, picks
 
 if TYPE_CHECKING:
@@ -25,10 +26,13 @@ LINEAR_FROM = 0.05
 """A linear axis shows values of this size and larger well enough."""
 
 SMALLEST = 1e-4
-"""Smaller values are drawn as zero, more or less."""
+"""Smaller values are drawn near zero."""
+
+PICK_COLORS = (POSITIVE, NEGATIVE, OTHER, "#CC79A7", "#E69F00")
+"""Colors of the picks, one for each rule."""
 
 MAX_DEPTH = 100.0
-"""Far below -1 every spectrum is much the same, so the axis does not follow further down than this."""
+"""Lower end of the axis: spectra far below -1 hardly differ."""
 
 BOTTOM = 0.035
 """Height, as a share of that of the axes, of marks that have no value."""
@@ -37,21 +41,20 @@ BOTTOM = 0.035
 def plot_c_t(
     history: Sequence[SpectrumRecord], ax: Axes | None = None, *, tolerance: float | Literal["auto"] | None = "auto"
 ) -> Axes:
-    """Draw C_t over a run, with its interval, the threshold between MP and MN, and what the rules pick.
+    """Draw C_t over a run, with its interval, the threshold between MP and MN, and the picks of the rules.
 
-    Points are hollow where the interval leaves the type open. Candidates, the states among which the rules decide, have
-    a ring. Failed analyses, and those that found no curvature, are
-    marked at the bottom. The generalization data's C_t are drawn where they were analysed. The axis is logarithmic
-    near zero if there are values near zero.
+    Points are hollow where the interval contains both types. Candidates have a ring. Failed analyses, and those that
+    found no curvature, are marked at the bottom. C_t on generalization data is drawn if these were analyzed. The axis
+    is logarithmic if there are values near zero.
 
     Args:
         history: The records; over steps rather than epochs if an epoch has several.
-        ax: Where to draw it; default: a new figure, small in inches as that of `plot_density`.
+        ax: Axes to draw on; default: those of a new figure, small in inches as that of `plot_density`.
         tolerance: Candidates are MP spectra with a loss within this of the lowest one; "auto": within 5 % of the drop
-            from the first analysed loss to the lowest; None: no picks.
+            from the first analyzed loss to the lowest; None: no picks.
 
     Raises:
-        ValueError: If there is no record.
+        ValueError: If the history is empty.
     """
     axis = RunAxis.of(history)
     ax = ax or new_axes()
@@ -92,17 +95,17 @@ def _set_scale(ax: Axes, spectra: Sequence[Spectrum]) -> None:
 
 
 def _shade(ax: Axes) -> None:
-    """Tell the types apart: colours, names and the threshold."""
+    """Draw the threshold, and colors and names of the two types."""
     bottom, top = ax.get_ylim()
     ax.axhline(MP_THRESHOLD, color="black", linestyle=":", linewidth=1)
-    for low, high, colour, name, offset, side in (
+    for low, high, color, name, offset, side in (
         (MP_THRESHOLD, top, POSITIVE, "MP", 2, "bottom"),
         (bottom, MP_THRESHOLD, NEGATIVE, "MN", -3, "top"),
     ):
-        ax.axhspan(low, high, color=colour, alpha=0.07, linewidth=0)
+        ax.axhspan(low, high, color=color, alpha=0.07, linewidth=0)
         ax.annotate(
             name, (1, MP_THRESHOLD), (3, offset), ("axes fraction", "data"), "offset points",
-            color=colour, fontsize=8, horizontalalignment="left", verticalalignment=side,
+            color=color, fontsize=8, horizontalalignment="left", verticalalignment=side,
         )  # fmt: skip
 
 
@@ -111,39 +114,32 @@ def _value(spectrum: Spectrum | None) -> float:
 
 
 def _draw(ax: Axes, at: Any, curve: Sequence[Spectrum | None], style: dict[str, Any], label: str) -> None:
-    """Draw one curve with its band; it breaks where there is no value."""
+    """Draw one curve with its band; the curve has a gap where C_t is undefined."""
     bottom = ax.get_ylim()[0]
     nothing = (math.nan, math.nan)
     values = np.array([_value(spectrum) for spectrum in curve])
     low, high = np.array([nothing if spectrum is None else spectrum.c_t_interval for spectrum in curve]).T
     low, high = low.clip(bottom), high.clip(bottom)
-    colour, size = style["color"], 4.0 if len(at) <= 40 else 2.5
-    ax.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
-    ax.vlines(at, low, high, color=colour, alpha=0.5, linewidth=1)  # a band of a single analysis has no area
+    color, size = style["color"], 4.0 if len(at) <= 40 else 2.5
+    ax.fill_between(at, low, high, color=color, alpha=0.2, linewidth=0)
+    ax.vlines(at, low, high, color=color, alpha=0.5, linewidth=1)  # a band of a single analysis has no area
     beyond = values < bottom
     shown = np.where(beyond, bottom, values)
-    ax.plot(at, shown, color=colour, linewidth=1, marker=style["marker"], markersize=size, label=label)
+    ax.plot(at, shown, color=color, linewidth=1, marker=style["marker"], markersize=size, label=label)
     open_ones = np.array([spectrum is not None and not spectrum.type_certain for spectrum in curve])
     open_ones &= np.isfinite(shown)
     if open_ones.any():
         ax.plot(
-            at[open_ones], shown[open_ones], style["marker"], color=colour, markersize=size + 1,
+            at[open_ones], shown[open_ones], style["marker"], color=color, markersize=size + 1,
             markerfacecolor="white", label="type uncertain", zorder=3,
         )  # fmt: skip
     if beyond.any():
         ax.plot(
-            at[beyond], shown[beyond], "v", color=colour, markersize=7, label="further down", clip_on=False, zorder=3
+            at[beyond], shown[beyond], "v", color=color, markersize=7, label="further down", clip_on=False, zorder=3
         )
 
 
 def _mark_picks(ax: Axes, axis: RunAxis, history: Sequence[SpectrumRecord], tolerance: float | None) -> None:
-    styles: dict[str, dict[str, Any]] = {
-        "highest_c_t": {"marker": "^", "color": POSITIVE, "markersize": 8, "label": "highest $C_t$"},
-        "lowest_max_eigenvalue": {
-            "marker": "v", "color": NEGATIVE, "markersize": 10, "markerfacecolor": "none", "markeredgewidth": 1.6,
-            "label": r"lowest $\lambda_{\max}$",
-        },
-    }  # fmt: skip
     candidates = candidates_of(history, tolerance, fallback=False)
     places = [axis.positions[history.index(record)] for record in candidates]
     values = [_value(record.spectrum) for record in candidates]
@@ -152,11 +148,19 @@ def _mark_picks(ax: Axes, axis: RunAxis, history: Sequence[SpectrumRecord], tole
             places, values, "o", color="0.15", markersize=8, markerfacecolor="none", markeredgewidth=0.8,
             label="candidates", zorder=3.5,
         )  # fmt: skip
-    for rule, record in picks(history, tolerance, fallback=False).items():
-        style, position = styles[rule], axis.positions[history.index(record)]
-        label = f"{style.pop('label')}: {axis.label} {axis.name(position)}"
-        assert record.spectrum is not None  # noqa: S101 - nothing else is picked
-        ax.plot([position], [record.spectrum.c_t], linestyle="none", zorder=4, label=label, **style)
+    picked = picks(history, tolerance, fallback=False)
+    for place, rule in enumerate(RULES.values()):
+        if rule.name not in picked:
+            continue
+        record = picked[rule.name]
+        position = axis.positions[history.index(record)]
+        # The first is filled, the others are outlines around it, each larger, so that all show at one record.
+        style: dict[str, Any] = {"markerfacecolor": "none", "markeredgewidth": 1.6} if place else {}
+        ax.plot(
+            [position], [_value(record.spectrum)], marker=rule.marker, zorder=4, linestyle="none",
+            markersize=8 + 2 * place, color=PICK_COLORS[place % len(PICK_COLORS)],
+            label=f"{typeset(rule.title)}: {axis.label} {axis.name(position)}", **style,
+        )  # fmt: skip
 
 
 def _mark(ax: Axes, at: Any, marker: str, label: str) -> None:

@@ -1,4 +1,4 @@
-"""The density of one spectrum, and of the parts it is the sum of."""
+"""The density of one spectrum, and those of GGN and residual, whose sum is the Hessian."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from lightning_hesd.spectra.spectrum import Spectrum
 
 MIN_SHARE = 1e-10
-"""The logarithmic axis ends this far below the highest density, where rounding begins to matter."""
+"""Lower end of the logarithmic axis, relative to the highest density: rounding matters below."""
 
 
 def plot_density(spectrum: Spectrum, ax: Axes | None = None, title: str = "") -> Axes:
     """Draw the spectral density on a logarithmic axis, with its nodes (ticks at the bottom) and extremes.
 
     Args:
-        spectrum: What to draw.
-        ax: Where to draw it; default: a new figure, small in inches so that its text stays legible on the cards of
-            TensorBoard, which are 350 pixels wide.
+        spectrum: The spectrum.
+        ax: Axes to draw on; default: those of a new figure, small in inches so that its text stays legible on the cards
+            of TensorBoard, which are 350 pixels wide.
         title: Text before the type in the title.
     """
     ax = ax or new_axes()
@@ -39,20 +39,20 @@ def plot_density(spectrum: Spectrum, ax: Axes | None = None, title: str = "") ->
     top = float(density.max())
     bottom = max(float(peaks.min()) / 10, top * MIN_SHARE)
 
-    # The sign of the curvature is what the criteria are about, so it has a colour of its own. Beyond the extremes there
-    # is nothing but the smoothing.
+    # The criteria depend on the sign of the curvature, so each sign has its color. Beyond the extremes the density is
+    # smoothing only.
     ax.plot(grid, density, color=SMOOTHING, linewidth=1)
     within = (grid >= low) & (grid <= high)
-    for side, colour in ((within & (grid <= 0), NEGATIVE), (within & (grid >= 0), POSITIVE)):
-        ax.fill_between(grid[side], bottom, density[side].clip(bottom), color=colour, alpha=0.25, linewidth=0)
-        ax.plot(grid[side], density[side], color=colour, linewidth=1.2)
+    for side, color in ((within & (grid <= 0), NEGATIVE), (within & (grid >= 0), POSITIVE)):
+        ax.fill_between(grid[side], bottom, density[side].clip(bottom), color=color, alpha=0.25, linewidth=0)
+        ax.plot(grid[side], density[side], color=color, linewidth=1.2)
     for value, symbol in ((spectrum.lambda_min, r"\min"), (spectrum.lambda_max, r"\max")):
         label = rf"$\lambda_{{{symbol}}}$ = {value:.3g}"
         ax.axvline(value, color=NEGATIVE if value < 0 else POSITIVE, linestyle="--", linewidth=1, label=label)
     ax.plot(nodes, np.full_like(nodes, bottom * 1.3), "|", color="black", markersize=6)
 
     ax.set_yscale("log")
-    ax.yaxis.set_minor_locator(NullLocator())  # laying them out takes as long as all the rest
+    ax.yaxis.set_minor_locator(NullLocator())  # minor ticks take as long as the rest of the figure
     ax.set_ylim(bottom, top * 3)
     ax.set_xlabel("Hessian eigenvalue" if spectrum.matrix == "hessian" else f"eigenvalue, {spectrum.matrix}")
     ax.set_ylabel("spectral density")
@@ -63,27 +63,27 @@ def plot_density(spectrum: Spectrum, ax: Axes | None = None, title: str = "") ->
 
 
 def plot_decomposition(hessian: Spectrum, ggn: Spectrum, residual: Spectrum, ax: Axes | None = None) -> Axes:
-    """Draw the densities of the Hessian and of the two parts it is the sum of, on one logarithmic axis.
+    """Draw the densities of the Hessian, the GGN and the residual H − GGN on one logarithmic axis.
 
     Outliers of the Hessian come from the Gauss-Newton matrix, its bulk from the residual (Kiselev & Grabovoy 2024,
     section 3.4).
 
     Args:
         hessian: Spectrum of the Hessian.
-        ggn: Spectrum of the Gauss-Newton matrix.
-        residual: Spectrum of the rest.
-        ax: Where to draw it; default: a new figure, small in inches as that of `plot_density`.
+        ggn: Spectrum of the GGN.
+        residual: Spectrum of the residual.
+        ax: Axes to draw on; default: those of a new figure, small in inches as that of `plot_density`.
     """
     ax = ax or new_axes()
     spectra = {"Hessian": hessian, "Gauss-Newton": ggn, "residual": residual}
     width = max(s.lambda_max for s in spectra.values()) - min(s.lambda_min for s in spectra.values())
     sigma = 0.005 * width if width > 0 else None
     top, bottom = 0.0, math.inf
-    for (label, spectrum), (colour, style) in zip(
+    for (label, spectrum), (color, style) in zip(
         spectra.items(), (("0.35", "-"), (POSITIVE, "--"), (NEGATIVE, "-.")), strict=True
     ):
         grid, density = spectrum.density(sigma=sigma)
-        ax.plot(grid, density, style, color=colour, linewidth=1.4, label=f"{label}, up to {spectrum.lambda_max:.3g}")
+        ax.plot(grid, density, style, color=color, linewidth=1.4, label=f"{label}, up to {spectrum.lambda_max:.3g}")
         _, at_extremes = spectrum.density((spectrum.lambda_min, spectrum.lambda_max), sigma)
         top, bottom = max(top, float(density.max())), min(bottom, float(at_extremes.min()))
     ax.set_yscale("log")

@@ -31,13 +31,13 @@ SMOOTHING, MAX_WIDTH = 0.06, 0.5
 """Least and largest standard deviation, in decades."""
 
 HEADROOM = 0.12
-"""Space for the legend, as a share of the axis."""
+"""Share of the axis that is left to the legend."""
 
 EDGE = 10.0**0.15
-"""How far the axis reaches beyond the extremes, as a factor."""
+"""Factor by which the axis exceeds the extremes."""
 
 MIN_BRIGHTNESS = 0.05
-"""Densities below this share of that of a single eigenvalue are not drawn: of what lies between the eigenvalues."""
+"""Least density that is drawn, relative to that of a single eigenvalue."""
 
 
 def plot_density_evolution(history: Sequence[SpectrumRecord], ax: Axes | None = None) -> Axes:
@@ -49,7 +49,7 @@ def plot_density_evolution(history: Sequence[SpectrumRecord], ax: Axes | None = 
 
     Args:
         history: The records; over steps rather than epochs if an epoch has several.
-        ax: Where to draw it; default: a new figure, small in inches as that of `plot_density`.
+        ax: Axes to draw on; default: those of a new figure, small in inches as that of `plot_density`.
 
     Raises:
         ValueError: If there is no record with a spectrum.
@@ -77,10 +77,10 @@ def plot_density_evolution(history: Sequence[SpectrumRecord], ax: Axes | None = 
     at = np.array(axis.positions)
     ax.axhline(0, color="0.5", linewidth=0.6)
     outlined = [Stroke(linewidth=3, foreground="white"), Normal()]
-    for name, colour, label in (("max", POSITIVE, r"$\lambda_{\max}$"), ("min", NEGATIVE, r"$\lambda_{\min}$")):
+    for name, color, label in (("max", POSITIVE, r"$\lambda_{\max}$"), ("min", NEGATIVE, r"$\lambda_{\min}$")):
         line = [math.nan if s is None else getattr(s, f"lambda_{name}") for s in spectra]
         marker = "o" if len(at) <= 20 else ""
-        ax.plot(at, line, color=colour, linewidth=1.4, marker=marker, markersize=3, path_effects=outlined, label=label)
+        ax.plot(at, line, color=color, linewidth=1.4, marker=marker, markersize=3, path_effects=outlined, label=label)
     failed = at[[s is None for s in spectra]]
     if len(failed):
         ax.plot(
@@ -95,11 +95,11 @@ def plot_density_evolution(history: Sequence[SpectrumRecord], ax: Axes | None = 
 
 @dataclass(frozen=True)
 class Page:
-    """Where eigenvalues are on the page, in decades.
+    """Map between eigenvalues and heights on the page, in decades.
 
     Attributes:
-        transform: That of the axis.
-        threshold: Its unit.
+        transform: Transform of the axis.
+        threshold: Largest eigenvalue of the linear part of the axis.
     """
 
     transform: Transform
@@ -117,7 +117,7 @@ class Page:
 
 
 def _set_scale(ax: Axes, spectra: Sequence[Spectrum]) -> Page:
-    """Choose the scale of the vertical axis such that all extremes are clear of zero, and return what it does."""
+    """Choose the scale of the vertical axis so that extremes differ from zero, and return its map."""
     extremes = [value for s in spectra for value in (s.lambda_min, s.lambda_max)]
     threshold = linear_threshold(v for s in spectra for v in (s.lambda_min, s.lambda_max) if abs(v) > s.rounding)
     low, high = min(-threshold, EDGE * min(extremes)), max(threshold, EDGE * max(extremes))
@@ -129,10 +129,10 @@ def _set_scale(ax: Axes, spectra: Sequence[Spectrum]) -> Page:
 
 
 def _per_decade(spectrum: Spectrum, page: Page, rows: Array) -> Array:
-    """Return the density on the page: each node smeared over what its residual says, at least `SMOOTHING`.
+    """Return the density on the page: each node smoothed over its Ritz residual, or `SMOOTHING` if that is larger.
 
-    A node that has converged is an eigenvalue; others stand for all eigenvalues around them, so that a fixed smoothing
-    would show where the nodes happen to lie. Beyond the extremes there is nothing.
+    A converged node is an eigenvalue; others stand for all eigenvalues around them, and a fixed smoothing would show
+    the places of the nodes instead. Beyond the extremes the density is zero.
     """
     present = ~np.isnan(spectrum.nodes)
     nodes, residuals = spectrum.nodes[present], spectrum.residuals[present]

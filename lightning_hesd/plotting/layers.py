@@ -11,7 +11,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from lightning_hesd.plotting.run_axis import RunAxis
+from lightning_hesd.plotting.style import typeset
 from lightning_hesd.spectra.indicators import layer_indicators
+from lightning_hesd.spectra.scalars import LAYER_SCALARS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,17 +22,6 @@ if TYPE_CHECKING:
 
     from lightning_hesd.spectra.record import SpectrumRecord
     from lightning_hesd.spectra.spectrum import Spectrum
-
-LAYER_QUANTITIES = {
-    "lambda_max": r"$\lambda_{\max}$",
-    "c_t": "$C_t$",
-    "trace": "trace",
-    "trace_share": "share of the trace",
-    "effective_rank": "effective rank",
-    "near_zero_share": "share of directions near zero",
-    "negative_share": "share of negative curvature",
-}
-LOGARITHMIC = {"lambda_max", "trace", "effective_rank"}
 
 
 def plot_layers(
@@ -45,16 +36,17 @@ def plot_layers(
     Args:
         history: The records, or epoch -> spectra by layer, as in `SpectrumRecord.layers`; the layers of the last one
             are drawn. Epoch -1 is the start.
-        quantity: A field of `LayerIndicators`.
-        ax: Where to draw it; default: a new figure as high as there are layers.
-        xlabel: What the keys are, if not epochs.
+        quantity: A key of `LAYER_SCALARS`, such as "c_t" or "trace".
+        ax: Axes to draw on; default: those of a new figure whose height fits the number of layers.
+        xlabel: Label of the horizontal axis; default: "epoch" or "step".
 
     Raises:
-        ValueError: If there is no epoch, or `quantity` is none of the fields.
+        ValueError: If no record has layers, or `quantity` is unknown.
     """
-    if quantity not in LAYER_QUANTITIES:
-        msg = f"`quantity` must be one of {', '.join(LAYER_QUANTITIES)}, got {quantity!r}."
+    if quantity not in LAYER_SCALARS:
+        msg = f"`quantity` must be one of {', '.join(LAYER_SCALARS)}, got {quantity!r}."
         raise ValueError(msg)
+    scalar = LAYER_SCALARS[quantity]
     layers, found_label = (history, "epoch") if isinstance(history, Mapping) else _by_position(history)
     if not layers:
         msg = "`history` has no spectra of layers: was the callback given `layers`?"
@@ -62,8 +54,8 @@ def plot_layers(
     epochs = list(layers)
     names = list(layers[epochs[-1]])
     found = [layer_indicators(layers[epoch]) for epoch in epochs]
-    values = np.array([[getattr(f[n], quantity) if n in f else math.nan for f in found] for n in names])
-    logarithmic = quantity in LOGARITHMIC and bool((values > 0).any())
+    values = np.array([[scalar.of(f[n]) if n in f else math.nan for f in found] for n in names])
+    logarithmic = scalar.is_logarithmic and bool((values > 0).any())
     if logarithmic:
         values = np.where(values > 0, values, math.nan)
     if ax is None:
@@ -75,14 +67,14 @@ def plot_layers(
     shown = np.unique(np.linspace(0, len(epochs) - 1, min(len(epochs), 8)).round().astype(int))
     ax.set_xticks(shown, ["start" if epochs[i] < 0 else str(epochs[i]) for i in shown], fontsize=8)
     ax.set_xlabel(xlabel or found_label)
-    ax.figure.colorbar(image, ax=ax, label=LAYER_QUANTITIES[quantity])
+    ax.figure.colorbar(image, ax=ax, label=typeset(scalar.title))
     return ax
 
 
 def _by_position(records: Sequence[SpectrumRecord]) -> tuple[dict[int, Mapping[str, Spectrum]], str]:
-    """Return the spectra by layer that there are, by their place on the axis of the run, and what that is."""
-    analysed = [record for record in records if record.layers]
-    if not analysed:
+    """Return the spectra of layers by their position on the axis of the run, and the label of that axis."""
+    analyzed = [record for record in records if record.layers]
+    if not analyzed:
         return {}, ""
-    axis = RunAxis.of(analysed)
-    return {at: record.layers for at, record in zip(axis.positions, analysed, strict=True) if record.layers}, axis.label
+    axis = RunAxis.of(analyzed)
+    return {at: record.layers for at, record in zip(axis.positions, analyzed, strict=True) if record.layers}, axis.label

@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from lightning_hesd.spectra.record import SpectrumRecord
 
 FEW = 8
-"""Up to this many analyses have a tick each."""
+"""Largest number of analyses that have a tick each."""
 
 ROOM = 0.09
-"""A tick as close as this to that of the start, as a share of the axis, would collide with it."""
+"""Least distance of a tick from that of the start, as a share of the axis, so that labels do not overlap."""
 
 
 @dataclass(frozen=True)
 class RunAxis:
-    """Where the analyses of a run are on its axis.
+    """The horizontal axis of a run.
 
     Attributes:
-        positions: One for each record, ascending.
-        label: What they are.
+        positions: Epoch or step of each record, ascending.
+        label: "epoch" or "step".
     """
 
     positions: tuple[int, ...]
@@ -42,10 +42,10 @@ class RunAxis:
         """Return epochs, or optimizer steps where an epoch has several records.
 
         Raises:
-            ValueError: If there is no record.
+            ValueError: If there are no records.
         """
         if not records:
-            msg = "the history has no record: was anything analysed?"
+            msg = "the history has no record: was anything analyzed?"
             raise ValueError(msg)
         epochs = tuple(record.epoch for record in records)
         if len(set(epochs)) == len(epochs):
@@ -53,7 +53,7 @@ class RunAxis:
         return cls(tuple(record.global_step for record in records), "step")
 
     def name(self, position: int) -> str:
-        """Return what to write at a position."""
+        """Return the label of a tick."""
         return "start" if (self.label, position) == ("epoch", START_EPOCH) else f"{position}"
 
     def ticks(self) -> list[int]:
@@ -67,7 +67,7 @@ class RunAxis:
         return [*starts, *(int(tick) for tick in regular if clear <= tick <= last)]
 
     def edges(self) -> NDArray[np.float64]:
-        """Return the borders of a cell around each position: halfway to its neighbours."""
+        """Return the borders of a cell around each position: halfway to its neighbors."""
         at = np.array(self.positions, dtype=np.float64)
         if len(at) == 1:
             return np.array([at[0] - 0.5, at[0] + 0.5])

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MAX_DECADES = 5
-"""Sizes this many decades below the largest are drawn as zero, more or less."""
+"""Number of decades of the axis: much smaller values are drawn near zero."""
 
 LABELS_PER_SIGN = 4
 
@@ -35,7 +35,7 @@ def set_signed_log(ax: Axes, threshold: float, low: float, high: float, *, linea
         threshold: A power of ten.
         low: Lower end of the axis.
         high: Upper end of the axis.
-        linear_part: From zero to the threshold it is as far as this many decades.
+        linear_part: Length of the axis from zero to the threshold, in decades.
     """
     ax.set_yscale("symlog", linthresh=threshold, linscale=linear_part)
     ax.set_ylim(low, high)

@@ -1,7 +1,8 @@
-"""What figures have in common: colours, new axes, legends."""
+"""Colors, axes, legends and titles that figures share."""
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -20,13 +21,31 @@ OTHER = "#009E73"
 SMOOTHING = "0.6"
 
 
+SYMBOLS = {"λ": r"\lambda", "max": r"\max", "min": r"\min"}
+
+
+def typeset(title: str) -> str:
+    r"""Return a title with its symbols in Matplotlib's mathematical notation.
+
+    Example:
+        >>> typeset("lowest λ_max"), typeset("highest C_t")
+        ('lowest $\\lambda_{\\max}$', 'highest $C_t$')
+    """
+
+    def symbol(match: re.Match[str]) -> str:
+        name, index = (SYMBOLS.get(part, part) for part in match.groups())
+        return f"${name}_{index}$" if len(index) == 1 else f"${name}_{{{index}}}$"
+
+    return re.sub(r"(\w+)_(\w+)", symbol, title)
+
+
 def new_axes() -> Axes:
     """Return the axes of a new figure, small in inches so that its text stays legible on the cards of TensorBoard."""
     return Figure(figsize=(4.6, 3.5), dpi=160, layout="constrained").add_subplot()
 
 
 def settling_axes(ax: Axes | None, ylabel: str) -> Axes:
-    """Return axes, by default of a new figure, for what falls with the sample size k: logarithmic in what falls."""
+    """Return axes, by default of a new figure, for a quantity over the sample size k, on a logarithmic axis."""
     ax = ax or new_axes()
     ax.set_yscale("log")
     ax.yaxis.set_minor_locator(NullLocator())
@@ -37,12 +56,12 @@ def settling_axes(ax: Axes | None, ylabel: str) -> Axes:
 
 
 def place_legend(ax: Axes) -> None:
-    """Draw the legend where curves that fall leave room for it."""
+    """Draw the legend at the upper right, where falling curves leave room."""
     ax.legend(fontsize=9, loc="upper right", framealpha=0.9, handlelength=1.2)
 
 
 def free_corner(ax: Axes, at: ArrayLike, values: ArrayLike) -> Corner:
-    """Return the corner with the fewest of these points, for a legend; without trying out all places, which is slow."""
+    """Return the corner with the fewest of these points, for a legend; Matplotlib's own search is slow."""
     points = np.column_stack([np.asarray(at, dtype=np.float64), np.asarray(values, dtype=np.float64)])
     points = points[np.isfinite(points).all(axis=1)]
     right, up = ax.transAxes.inverted().transform(ax.transData.transform(points)).T

@@ -1,1 +1,1 @@
-"""How the loss surface settles as the sample grows (Kiselev & Grabovoy 2024), and how many samples are enough."""
+"""The dependence of the loss and its curvature on the sample size (Kiselev & Grabovoy 2024), and a recommendation."""

@@ -1,19 +1,19 @@
-"""Bounds on the Hessian of a fully connected ReLU network under cross-entropy, and on how its loss settles.
+"""Bounds on the Hessian of a fully connected ReLU network under cross-entropy, and on increments of its mean loss.
 
-The bounds of Kiselev & Grabovoy (2024, arXiv:2409.11995), Theorem 1 and Lemmas 1 and 2, as published; and bounds that
-hold.
+Both the bounds of Kiselev & Grabovoy (2024, arXiv:2409.11995), Theorem 1 and Lemmas 1 and 2, as published, and bounds
+that hold in general.
 
 Notation, for one sample: x_0 = x, z_p = W_p x_{p−1} + b_p, x_p = relu(z_p) for p = 1, ..., L, with ‖W_p‖₂ ≤ M_W,
 ‖b_p‖₂ ≤ M_b and ‖x‖ ≤ M_x. The logits are z_L (the paper's formulas and experiments) or relu(z_L) ("ReLU after each
-linear layer"): what follows holds for both, because the matrices D_p = diag[z_p > 0] have norm at most 1. D_L is the
-identity where the logits are z_L. Derivatives are those between the kinks of the ReLUs.
+linear layer"): the bounds hold for both, because the matrices D_p = diag[z_p > 0] have norm at most 1. D_L is the
+identity if the logits are z_L. Derivatives are taken between the kinks of the ReLUs.
 
 *Sizes of the layers' inputs.* ‖relu(z)‖ ≤ ‖z‖, so ‖x_p‖ ≤ r_p with r_0 = M_x and r_p = M_W r_{p−1} + M_b; without
 biases r_p = M_x M_W^p.
 
 *G-term*, G = JᵀAJ with A = diag π − ππᵀ and π the softmax. By Gershgorin ‖A‖₂ ≤ max 2π_i(1 − π_i) ≤ ½. The logits
 depend on layer p by B_p (δW_p x_{p−1} + δb_p) with B_p = D_L W_L D_{L−1} ... W_{p+1} D_p, ‖B_p‖ ≤ M_W^{L−p}. So
-J_pJ_pᵀ = (‖x_{p−1}‖² + β) B_pB_pᵀ with β = 1 where there are biases and 0 where not, and
+J_pJ_pᵀ = (‖x_{p−1}‖² + β) B_pB_pᵀ with β = 1 with biases and 0 without, and
 
     ‖G‖₂ ≤ ½‖JJᵀ‖₂ = ½‖Σ_p J_pJ_pᵀ‖₂ ≤ ½ Σ_p M_W^{2(L−p)} (r_{p−1}² + β).
 
@@ -51,7 +51,7 @@ Kind = Literal["published", "tight"]
 Matrix = Literal["ggn", "residual", "hessian"]
 
 _LAYERS = (nn.Linear, nn.ReLU, nn.Flatten, nn.Identity, nn.Dropout, nn.CrossEntropyLoss)
-"""What does not invalidate the bounds, in evaluation mode."""
+"""Layers for which the bounds hold, in evaluation mode."""
 
 
 def hessian_bound(
@@ -67,24 +67,24 @@ def hessian_bound(
 
     "published" is Theorem 1 of arXiv:2409.11995, √2 L M_x² M_W^{2L} + √2 M_W²(M_W^{2L} − 1)/(M_W² − 1), at M_W = 1 its
     limit √2 L (M_x² + 1). As printed it bounds neither H nor G in general: it is 2√2 M_W² times the tight bound on G
-    with biases that are zero, and so holds for G where M_W ≥ 2^(−3/4) = 0.595, whereas for L = 1 and W → 0 it vanishes
-    and G does not. "tight" is derived at the top of this module and holds always.
+    with biases of zero, and so holds for G if M_W ≥ 2^(−3/4) = 0.595; but for L = 1 and W → 0 it vanishes, and G does
+    not. "tight" is derived in the documentation of this module, and always holds.
 
     Args:
         input_norm: M_x, largest Euclidean norm of an input.
         weight_norm: M_W, largest spectral norm of a weight matrix.
         layers: L, number of linear layers.
         kind: "published" or "tight".
-        matrix: "ggn" for the G-term, "residual" for the H-term, "hessian" for both together; "published" knows "ggn"
+        matrix: "ggn" for the G-term, "residual" for the H-term, "hessian" for their sum; "published" exists for "ggn"
             only, which its authors take for the Hessian.
         bias_norm: M_b, largest Euclidean norm of a bias vector; None if there are no biases.
 
     Returns:
-        The bound, in units of the loss per squared unit of the weights; infinite where it exceeds all numbers.
+        The bound, in units of the loss per squared unit of the weights; infinite if it overflows.
 
     Raises:
-        ValueError: If a norm is negative or not finite, `layers` is less than 1, or "published" is asked for what it
-            does not cover.
+        ValueError: If a norm is negative or not finite, `layers` is less than 1, or there is no "published" bound for
+            the arguments.
 
     Example:
         >>> round(hessian_bound(1.0, 1.0, 3, kind="published") / 2**0.5, 12)
@@ -127,7 +127,7 @@ def hidden_size_bound(
 ) -> float:
     """Bound the G-term by the size of the layers: h·M in place of M_W (Lemma 1 of arXiv:2409.11995).
 
-    ‖W‖₂ ≤ ‖W‖_F ≤ √(rows·columns)·M, so h must be the largest dimension of any layer, the inputs and classes included.
+    As ‖W‖₂ ≤ ‖W‖_F ≤ √(rows·columns)·M, h must be the largest dimension of all layers, including inputs and classes.
 
     Args:
         input_norm: M_x, largest Euclidean norm of an input.
@@ -153,14 +153,14 @@ def loss_difference_bound(
 ) -> NDArray[np.float64]:
     """Bound |L_{k+1}(w) − L_k(w)| by 2/(k + 1)·(M_ℓ + B R²) (Lemma 2 of arXiv:2409.11995).
 
-    It rests on the quadratic model of the loss about w*, and on w* being a minimum of both means (Assumption 1 there).
-    For losses that are not negative half of it would do: |ℓ_{k+1}(w*) − L_k(w*)| ≤ M_ℓ then, and the authors leave out
-    the ½ of Taylor's formula.
+    It assumes the quadratic model of the loss at w*, and that w* is a minimum of both means (Assumption 1 there). For
+    nonnegative losses half of it is a bound, too: then |ℓ_{k+1}(w*) − L_k(w*)| ≤ M_ℓ, and the authors omit the ½ of
+    Taylor's formula.
 
     Args:
         sample_sizes: k, at least 1.
         loss_bound: M_ℓ, largest |ℓ_i(w*)|.
-        hessian_bound: B, bound on ‖H_i(w*)‖₂; one on the G-term will not do where the H-term counts.
+        hessian_bound: B, bound on ‖H_i(w*)‖₂; a bound on the G-term is not enough unless the H-term is zero.
         radius: R, bound on ‖w − w*‖.
 
     Returns:
@@ -186,15 +186,14 @@ def network_bound(module: nn.Module, inputs: Tensor, *, kind: Kind = "tight", ma
     """Return `hessian_bound` with the norms measured on a network and its inputs.
 
     Args:
-        module: A fully connected ReLU network: layers of `nn.Linear`, each given what the one before puts out. Skip
-            connections and activations that are called as functions cannot be seen from outside; for them the bound
-            means nothing.
+        module: A fully connected ReLU network: layers of `nn.Linear`, each applied to the output of the one before.
+            Skip connections and functional activations cannot be detected; with them the bound is not valid.
         inputs: Inputs, shape (N, ...).
-        kind: "published" or "tight"; the former for networks without biases.
+        kind: "published", for networks without biases only, or "tight".
         matrix: "ggn", "residual" or "hessian".
 
     Raises:
-        ValueError: If the module is another network, or "published" is asked for what it does not cover.
+        ValueError: If the module is another kind of network, or there is no "published" bound for it.
     """
     linear = _linear_layers(module)
     biased = any(layer.bias is not None for layer in linear)
@@ -216,7 +215,7 @@ def weight_norm(module: nn.Module) -> float:
 
 
 def bias_norm(module: nn.Module) -> float:
-    """Return M_b, the largest Euclidean norm of the bias vectors of a fully connected ReLU network; 0 without any."""
+    """Return M_b, the largest Euclidean norm of the biases of a fully connected ReLU network; 0 without biases."""
     biases = [layer.bias for layer in _linear_layers(module) if layer.bias is not None]
     return max((float(torch.linalg.vector_norm(bias.detach().cpu().double())) for bias in biases), default=0.0)
 
@@ -225,7 +224,7 @@ def input_norm(inputs: Tensor) -> float:
     """Return M_x, the largest Euclidean norm of inputs of shape (N, ...).
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no input.
     """
     if inputs.ndim < 2 or not len(inputs):
         msg = f"`inputs` must have shape (N, ...) with N at least 1, got {tuple(inputs.shape)}."
@@ -237,7 +236,7 @@ def _linear_layers(module: nn.Module) -> Sequence[nn.Linear]:
     """Return the linear layers.
 
     Raises:
-        ValueError: If there is none, if one occurs twice, or if there are other layers.
+        ValueError: If there is no linear layer, if one occurs twice, or if there are layers of other kinds.
     """
     found = [(name, part) for name, part in module.named_modules(remove_duplicate=False) if not list(part.children())]
     for name, part in found:
@@ -268,7 +267,7 @@ def _check_choices(kind: Kind, matrix: Matrix, bias_norm: float | None) -> None:
         raise ValueError(msg)
     if kind == "published" and (matrix != "ggn" or bias_norm):
         msg = (
-            f"the published bound is one on the G-term, without biases: got `matrix={matrix!r}`, "
-            f"`bias_norm={bias_norm!r}`; use kind='tight'."
+            f"the published bound exists for `matrix='ggn'` without biases only, got `matrix={matrix!r}`, "
+            f"`bias_norm={bias_norm!r}`: use `kind='tight'`."
         )
         raise ValueError(msg)

@@ -1,12 +1,12 @@
-"""The directions in which the loss is curved most: leading eigenvectors of its Hessian."""
+"""Directions of largest curvature: leading eigenvectors of the Hessian."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_hesd.numerics.analysis.api import analysis_options
-from lightning_hesd.numerics.analysis.engine import estimated
+from lightning_hesd.numerics.analysis.engine import estimate
+from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.inputs.parameters import select_parameters
 from lightning_hesd.sample_size.sample_losses import mean_loss, read_batches
 from lightning_hesd.spectra.checks import check_count
@@ -31,8 +31,9 @@ class DominantDirections:
     Attributes:
         directions: Orthonormal Ritz vectors as columns, shape (n, D), in the order of the eigenvalues.
         eigenvalues: Largest Ritz values, descending, shape (D,).
-        residuals: An eigenvalue lies within this, and rounding, of each, shape (D,). A vector is determined as far as
-            its residual is small beside the gap to the other eigenvalues; more `steps` make it smaller.
+        residuals: Ritz residuals, shape (D,): an eigenvalue lies within the residual, and rounding, of each Ritz value.
+            A vector is accurate if its residual is small compared with the gap to the other eigenvalues; more `steps`
+            reduce it.
     """
 
     directions: Tensor
@@ -53,7 +54,7 @@ def dominant_directions(
 ) -> DominantDirections:
     """Find the eigenvectors of the Hessian of the mean loss with the largest eigenvalues, by Lanczos.
 
-    Of an eigenvalue that occurs several times one vector is found.
+    For a multiple eigenvalue one vector is found.
 
     Args:
         module: The module, on the device of the batches.
@@ -62,8 +63,8 @@ def dominant_directions(
         count: Number D of directions.
         steps: Lanczos steps, hence Hessian-vector products; never more than there are parameters.
         seed: Seed of the start vector.
-        strategy: How to compute products, see `hessian_spectrum`.
-        mode: Module mode meanwhile: "eval", "train", or "keep" for no change.
+        strategy: HVP strategy, see `hessian_spectrum`.
+        mode: Module mode during the measurement: "eval", "train", or "keep" for no change.
 
     Returns:
         The directions with their eigenvalues, over all parameters that require grad.
@@ -84,6 +85,8 @@ def dominant_directions(
     check_count("count", count)
     options = analysis_options(steps=steps, seed=seed, strategy=strategy, mode=mode)
     parameters = list(select_parameters(module, options).values())
-    with estimated(module, read_batches(batches), mean_loss(loss_fn), options, [parameters]) as [estimation]:
-        values, vectors, residuals = estimation.leading(count)
+    weighted = read_batches(batches)
+    [(values, vectors, residuals)] = estimate(
+        module, weighted, mean_loss(loss_fn), options, [parameters], result=lambda runs: runs.leading(count)
+    )
     return DominantDirections(vectors.T, values, residuals)

@@ -1,4 +1,4 @@
-"""How means change as the sample grows by one, over random orders of the samples: arrays only.
+"""Increments of the mean as the sample grows by one, over random orders of the samples.
 
 With V_k the mean of the first k values of a random order, one more value changes it by
 
@@ -6,12 +6,12 @@ With V_k the mean of the first k values of a random order, one more value change
 
 Its mean square over all orders is exact at every k. In a random order of N given values, Cov(v_i, v_j) =
 s²(δ_ij − 1/N) with s² their unbiased variance (drawing without replacement). A contrast, Σ c_i v_i with Σ c_i = 0, so
-has variance s² Σ c_i², and mean 0. The numerator is one, with Σ c_i² = 1 + k·(1/k)² = (k + 1)/k, hence
+has variance s² Σ c_i² and mean 0. The numerator is a contrast with Σ c_i² = 1 + k·(1/k)² = (k + 1)/k, hence
 
     E d_k² = s²/(k(k + 1)).
 
-Numerators of different k are orthogonal contrasts (Helmert's), so that increments, unlike the means, are uncorrelated:
-each is about the newest value. The same holds for independent draws from a population, with its variance for s².
+Numerators of different k are orthogonal contrasts (Helmert's), so that increments, unlike the means, are uncorrelated.
+The same holds for independent draws from a population, with its variance in place of s².
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 MIN_VALUES = 3
-"""From two values there is one increment, and no rate."""
+"""Minimal number of values: two have only one increment, and no rate."""
 
 
 def scale_of_sizes(count: int) -> Array:
-    """Return √(k(k + 1)) for k = 1, ..., count − 1: root mean square increments are s over this."""
+    """Return √(k(k + 1)) for k = 1, ..., count − 1: the root mean square increment is s divided by this."""
     sizes = np.arange(1.0, count)
     return np.sqrt(sizes * (sizes + 1))
 
 
 def increments(values: Array, orders: int, seed: int) -> Iterator[Array]:
-    """Yield the increments of the mean in random orders, the same ones for the same seed and number of values.
+    """Yield the increments of the mean in random orders, which are the same for equal seeds and numbers of values.
 
     Args:
         values: One row per sample, shape (N, c).
-        orders: How many random orders.
+        orders: Number of random orders.
         seed: Seed of the orders.
 
     Yields:
@@ -56,11 +56,11 @@ def increments(values: Array, orders: int, seed: int) -> Iterator[Array]:
         [[1.5]]
     """
     generator = np.random.default_rng(seed)
-    # A common shift leaves increments alone, and sums of centred values lose no digits to it.
-    centred = values - values.mean(axis=0)
+    # A common shift does not change increments, and sums of centered values are more accurate.
+    centered = values - values.mean(axis=0)
     sizes = np.arange(1.0, len(values))[:, None]
     for _ in range(orders):
-        ordered = centred[generator.permutation(len(values))]
+        ordered = centered[generator.permutation(len(values))]
         means = np.cumsum(ordered[:-1], axis=0) / sizes
         yield (ordered[1:] - means) / (sizes + 1)
 
@@ -69,15 +69,16 @@ def fit_rate(curves: Iterable[Array], mean: Array) -> tuple[float, float]:
     """Fit a power of the sample size to the mean of curves from independent random orders, on logarithmic axes.
 
     Least squares with equal weights, as the relative error is about the same at every k. The abscissa is
-    log √(k(k + 1)), with which the exponent of the root mean square increment is −1 exactly; against log k it would
-    be −0.96 for a hundred samples. A k where the mean is zero has no logarithm and is left out.
+    log √(k(k + 1)), for which the exponent of the root mean square increment is exactly −1; for log k it would be −0.96
+    with a hundred samples. A k where the mean is zero is left out.
 
-    The standard error assumes nothing about the dependence between sizes, as the orders are independent: it is that
-    of the mean over orders of what each contributes to the slope, to first order (the infinitesimal jackknife).
+    The standard error makes no assumption about the dependence between sizes, as the orders are independent: it is the
+    standard error of the mean over orders of their contributions to the slope, to first order (the infinitesimal
+    jackknife).
 
     Args:
         curves: One curve per order, each of shape (N − 1,), at least 2.
-        mean: Their mean, shape (N − 1,).
+        mean: Mean of the curves, shape (N − 1,).
 
     Returns:
         The exponent and its standard error over orders; NaN where fewer than two sizes are left.
@@ -95,10 +96,10 @@ def fit_rate(curves: Iterable[Array], mean: Array) -> tuple[float, float]:
 
 
 def checked_values(name: str, values: ArrayLike) -> Array:
-    """Return per-sample values as float64, shape (N,), if there are enough and all are finite.
+    """Return per-sample values as float64, shape (N,).
 
     Raises:
-        ValueError: If they are not.
+        ValueError: If there are fewer than `MIN_VALUES`, or one is not finite.
     """
     found: Array = np.asarray(values, dtype=np.float64)
     if found.ndim != 1 or len(found) < MIN_VALUES:
@@ -115,7 +116,7 @@ def check_orders(orders: int, seed: int) -> None:
     """Check a number of random orders and their seed.
 
     Raises:
-        ValueError: If they are not integers, of at least 2, which an error over orders needs, and 0.
+        ValueError: If `orders` is not an integer of at least 2, or `seed` not one of at least 0.
     """
     check_count("orders", orders, least=2)
     check_count("seed", seed, least=0)

@@ -1,7 +1,7 @@
-"""How the loss settles as the sample grows (Kiselev & Grabovoy 2024, arXiv:2409.11995, eqs. 1 to 3 and section 5).
+"""The change of the mean loss with one more sample (Kiselev & Grabovoy 2024, arXiv:2409.11995, eqs. 1 to 3, section 5).
 
-L_k is the mean loss of the first k samples of a random order; |L_{k+1} − L_k| is what one more sample changes. That it
-falls as 1/k is arithmetic, see `increments`, and holds for any losses of finite variance: networks differ in the
+L_k is the mean loss of the first k samples of a random order, and |L_{k+1} − L_k| its change with one more sample. The
+decrease as 1/k is arithmetic, see `increments`, and holds for all losses of finite variance. Networks differ in the
 constant, which is the spread of their losses over samples.
 """
 
@@ -39,19 +39,19 @@ PAPER_FACTOR = 0.99
 class LossDifferences:
     """|L_{k+1} − L_k| for k = 1, ..., N − 1, averaged over random orders of N samples.
 
-    The standard errors are those of the average over orders, with the N samples as they are. How other samples from
-    the same population would differ they do not say, and more orders do not help there.
+    The standard errors are those of the average over orders, for these N samples. They do not include the differences
+    to other samples from the same population, which more orders cannot reduce either.
 
     Attributes:
         mean: Mean over the orders, in units of the loss, shape (N − 1,).
-        standard_error: Of that mean, over the orders, shape (N − 1,).
+        standard_error: Standard error of `mean` over the orders, shape (N − 1,).
         variance: Unbiased variance s² of the losses over the samples.
         rate: Exponent r of the fit mean ∝ (k(k + 1))^(r/2), least squares on logarithmic axes: −1 is expected. NaN
             where the losses do not differ.
-        rate_error: Its standard error over the orders.
+        rate_error: Standard error of `rate` over the orders.
         orders: Number of random orders.
-        seed: Their seed.
-        confidence: Of `band`, at each k by itself.
+        seed: Seed of the orders.
+        confidence: Confidence of `band`, at each k separately.
     """
 
     mean: Array
@@ -75,7 +75,7 @@ class LossDifferences:
 
     @property
     def band(self) -> tuple[Array, Array]:
-        """(low, high), each of shape (N − 1,), for the mean over all orders: Student's interval, cut off at 0."""
+        """(low, high), each of shape (N − 1,), for the mean over all orders: Student's interval, clipped at 0."""
         half = student_quantile(self.confidence, self.orders - 1) * self.standard_error
         return np.maximum(self.mean - half, 0.0), self.mean + half
 
@@ -83,7 +83,8 @@ class LossDifferences:
     def expected_rms(self) -> Array:
         """Root mean square of L_{k+1} − L_k over all N! orders, exactly: s/√(k(k + 1)), shape (N − 1,).
 
-        The mean absolute difference lies below it, for large k and normally distributed losses at √(2/π) = 0.8 of it.
+        The mean absolute difference is smaller: for large k and normally distributed losses √(2/π) = 0.8 times as
+        large.
         """
         return math.sqrt(self.variance) / increments.scale_of_sizes(self.num_samples)
 
@@ -91,17 +92,17 @@ class LossDifferences:
     def constant(self) -> float:
         """The constant c, in units of the loss, of the fit mean = c/√(k(k + 1)), which is c/k for large k.
 
-        For large k the numerator ℓ_{k+1} − L_k has lost its dependence on k, and c is the mean absolute deviation of
-        the losses from their mean. All k count alike, as the relative error is about the same everywhere.
+        For large k the numerator ℓ_{k+1} − L_k no longer depends on k, and c is the mean absolute deviation of the
+        losses from their mean. All k have the same weight, as the relative error is about the same at every k.
         """
         return float((self.mean * increments.scale_of_sizes(self.num_samples)).mean())
 
     def smoothed(self, factor: float = PAPER_FACTOR) -> Array:
         """Return the exponential moving average of `mean` over k, shape (N − 1,), as in the paper's figures.
 
-        y_1 = x_1 and y_k = factor·y_{k−1} + (1 − factor)·x_k, the authors' `calculate_ema`. It starts from the first
-        and largest difference, which it forgets by 1 % a step, and lags behind ever after: for an exact 1/k and 0.99 it
-        lies 28 times too high at k = 100, 16 % at 1000 and 1 % at 10,000.
+        y_1 = x_1 and y_k = factor·y_{k−1} + (1 − factor)·x_k, the authors' `calculate_ema`. It is biased upward, as it
+        starts from the first and largest difference, whose weight decreases by 1 % per step: for an exact 1/k and a
+        factor of 0.99 it is 28 times too high at k = 100, 16 % at 1000 and 1 % at 10,000.
 
         Args:
             factor: Weight of the past, at least 0 and less than 1.
@@ -119,8 +120,8 @@ class LossDifferences:
         """Draw the differences with their band, their moving average, and the fitted 1/k, on a logarithmic axis.
 
         Args:
-            ax: Where to draw them; default: a new figure.
-            bounds: Label -> upper bound to draw beside them: one value for all k, or one for each, shape (N − 1,).
+            ax: Axes to draw on; default: a new figure.
+            bounds: Label -> upper bound to draw as well: one value for all k, or one per k, shape (N − 1,).
         """
         ax = settling_axes(ax, r"$|L_{k+1} - L_k|$")
         sizes, scale = self.sample_sizes, increments.scale_of_sizes(self.num_samples)
@@ -147,22 +148,21 @@ def loss_differences(
     confidence: float = 0.95,
     mode: Mode = "eval",
 ) -> LossDifferences:
-    """Measure how much the mean loss changes with one more sample, for every sample size and over random orders.
+    """Measure the change of the mean loss with one more sample, for every sample size, over random orders.
 
     Args:
-        module: The module, on the device of the batches; it and the random number generators are afterwards as they
-            were.
+        module: The module, on the device of the batches; its state and the random number generators are restored.
         batches: Batches as `loss_fn` takes them; read once.
-        loss_fn: `loss_fn(module, batch)` -> losses of the samples, shape (batch,), which is fast, or their mean, a
-            scalar, for which every sample is evaluated by itself; see `per_sample_losses`.
+        loss_fn: `loss_fn(module, batch)` -> losses of the samples, shape (batch,), or their mean, a scalar, which
+            is slower, as every sample is evaluated by itself; see `per_sample_losses`.
         orders: Number of random orders, at least 2; default from the paper.
-        seed: Their seed.
-        confidence: Of the band around the mean over orders.
-        mode: Module mode meanwhile: "eval", "train", or "keep" for no change.
+        seed: Seed of the orders.
+        confidence: Confidence of the band around the mean over orders.
+        mode: Module mode during the measurement: "eval", "train", or "keep" for no change.
 
     Raises:
-        ValueError: If an argument is out of range, there are fewer than three samples, or the number of losses is not
-            that of the samples.
+        ValueError: If an argument is out of range, there are fewer than three samples, or the number of losses differs
+            from that of the samples.
         TypeError: If `loss_fn` does not return a tensor.
         ArithmeticError: If a loss is NaN or infinite.
     """
@@ -172,13 +172,13 @@ def loss_differences(
 
 
 def differences_of(losses: ArrayLike, *, orders: int = 100, seed: int = 0, confidence: float = 0.95) -> LossDifferences:
-    """Do the work of `loss_differences` for losses that exist.
+    """Compute the changes of the mean of given losses, as `loss_differences` does.
 
     Args:
         losses: Losses of the samples, shape (N,), N at least 3.
         orders: Number of random orders, at least 2.
-        seed: Their seed.
-        confidence: Of the band around the mean over orders.
+        seed: Seed of the orders.
+        confidence: Confidence of the band around the mean over orders.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -198,7 +198,7 @@ def differences_of(losses: ArrayLike, *, orders: int = 100, seed: int = 0, confi
     for curve in curves():
         total += curve
     mean = total / orders
-    # Made again instead of kept: a hundred orders of a million samples would fill a gigabyte.
+    # The curves are computed again and not stored: a hundred orders of a million samples would take a gigabyte.
     squares = np.zeros_like(mean)
     for curve in curves():
         squares += (curve - mean) ** 2

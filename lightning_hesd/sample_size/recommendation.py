@@ -1,15 +1,15 @@
-"""How many samples are enough: the use that Kiselev & Grabovoy (2024, arXiv:2409.11995, section 6) point to.
+"""Recommendation of a sample size, an application that Kiselev & Grabovoy (2024, arXiv:2409.11995, section 6) suggest.
 
-Three things settle as the sample grows: the mean loss, the largest eigenvalue of its Hessian, and C_t. From a pilot
-sample it is estimated how far each of them still moves, and at what size that is as little as asked.
+Three quantities stabilize as the sample grows: the mean loss, the largest eigenvalue of its Hessian, and C_t. A pilot
+sample gives an estimate of the remaining change of each, and of the sample size at which the change is small enough.
 
-*The loss.* L_{k+1} − L_k = (ℓ_{k+1} − L_k)/(k + 1): one more sample moves the mean by its deviation, divided. A
-quantile of the deviations |ℓ − L| of the pilot, taken as an order statistic as in conformal prediction (Vovk et al.
-2005), holds for the next sample with the promised probability, whatever the distribution.
+*The loss.* L_{k+1} − L_k = (ℓ_{k+1} − L_k)/(k + 1): one more sample changes the mean by its deviation divided by k + 1.
+A quantile of the deviations |ℓ − L| of the pilot, taken as an order statistic as in conformal prediction (Vovk et al.
+2005), holds for the next sample with the given confidence, for all distributions.
 
-*The spectrum.* With k samples an extreme eigenvalue, or C_t, has a standard error s√(N/k) and a bias bN/k, with those
-of the pilot of N samples: see `sampling`. As s is estimated from g groups, Student's quantile with g − 1 degrees of
-freedom takes the place of the normal one.
+*The spectrum.* With k samples an extreme eigenvalue, or C_t, has a standard error s√(N/k) and a bias bN/k, where s and
+b are those of the pilot of N samples, see `sampling_error`. As s is estimated from g groups, Student's quantile with
+g − 1 degrees of freedom replaces the normal one.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from typing_extensions import Unpack
 
-from lightning_hesd.numerics.analysis.api import analysis_options
 from lightning_hesd.numerics.analysis.engine import Context, analyze
 from lightning_hesd.numerics.analysis.sampling_error import samples_needed
-from lightning_hesd.numerics.inputs.batches import batch_size
+from lightning_hesd.numerics.inputs.options import analysis_options
+from lightning_hesd.numerics.inputs.sample_counts import batch_size
 from lightning_hesd.sample_size.sample_losses import mean_loss, per_sample_losses, read_batches
 from lightning_hesd.spectra.intervals import chi_square_quantile, student_quantile
 from lightning_hesd.spectra.spectrum import MIN_SCALE
@@ -47,18 +47,18 @@ Quantity = Literal["loss", "lambda_max", "c_t"]
 
 @dataclass(frozen=True)
 class Stability:
-    """How stable is stable enough.
+    """The required stability.
 
     Attributes:
-        tolerance: How far λ_max and C_t may lie from those of infinitely many samples, relative to them.
-        loss_tolerance: How far one more sample may move the mean loss, relative to it.
+        tolerance: Maximal relative distance of λ_max and C_t from their values for infinitely many samples.
+        loss_tolerance: Maximal relative change of the mean loss by one more sample.
     """
 
     tolerance: float
     loss_tolerance: float
 
     def __post_init__(self) -> None:
-        """Check both.
+        """Check the tolerances.
 
         Raises:
             ValueError: If one is not positive and finite.
@@ -71,15 +71,14 @@ class Stability:
 
 @dataclass(frozen=True)
 class Requirement:
-    """How many samples one quantity needs.
+    """The number of samples that one quantity needs.
 
     Attributes:
-        allowed: How far it may move, in its own units.
-        pilot: How far it moves at the size of the pilot sample, with the promised probability, in the same units.
-        samples: Smallest number of samples at which it moves no further than allowed; infinite where the pilot is too
-            small to tell.
-        interval: Between these two that number lies, as far as the pilot's own randomness goes, with the promised
-            probability.
+        allowed: Maximal change of the quantity, in its own units.
+        pilot: Change at the size of the pilot sample, with the given confidence, in the same units.
+        samples: Smallest number of samples at which the change is at most `allowed`; infinite if the pilot is too small
+            to determine it.
+        interval: Interval for `samples` with the given confidence, which accounts for the randomness of the pilot.
     """
 
     allowed: float
@@ -90,13 +89,13 @@ class Requirement:
 
 @dataclass(frozen=True)
 class SampleSize:
-    """How many samples are enough, and why.
+    """The recommended sample size.
 
     Attributes:
-        requirements: What each quantity needs.
-        pilot: Number of samples this was found out with.
-        confidence: The promised probability, of each quantity by itself.
-        spectrum: The spectrum of the pilot sample.
+        requirements: Number of samples needed for each quantity.
+        pilot: Number of samples of the pilot.
+        confidence: Confidence, for each quantity separately.
+        spectrum: Spectrum of the pilot sample.
     """
 
     requirements: dict[Quantity, Requirement]
@@ -106,27 +105,27 @@ class SampleSize:
 
     @property
     def samples(self) -> float:
-        """The number that is enough for all quantities; infinite where the pilot is too small to tell."""
+        """The number that is enough for all quantities; infinite if the pilot is too small to determine it."""
         return max(requirement.samples for requirement in self.requirements.values())
 
     @property
     def is_extrapolated(self) -> bool:
-        """Whether it lies beyond the pilot's: then a pilot of that size would tell it better."""
+        """Whether `samples` exceeds the pilot: then a pilot of that size would give a better estimate."""
         return self.samples > self.pilot
 
     def __str__(self) -> str:
-        """Return the numbers in words, a line for each quantity."""
+        """Return a summary, with one line for each quantity."""
         lines = [f"{_count(self.samples)} samples are enough (pilot: {self.pilot}, confidence {self.confidence:.0%})"]
         lines += [
-            f"- {quantity}: {_count(r.samples)} [{_count(r.interval[0])}, {_count(r.interval[1])}] to move by at most "
-            f"{r.allowed:.3g}; with {self.pilot} it moves by {r.pilot:.3g}"
+            f"- {quantity}: {_count(r.samples)} [{_count(r.interval[0])}, {_count(r.interval[1])}] for a change of at "
+            f"most {r.allowed:.3g}; the change with {self.pilot} is {r.pilot:.3g}"
             for quantity, r in self.requirements.items()
         ]
         return "\n".join(lines)
 
 
 def _count(samples: float) -> str:
-    return f"{samples:,.0f}" if math.isfinite(samples) else "more than can be told"
+    return f"{samples:,.0f}" if math.isfinite(samples) else "more than the pilot can determine"
 
 
 def recommend_sample_size(
@@ -144,23 +143,24 @@ def recommend_sample_size(
 ) -> SampleSize:
     """Find the smallest number of samples at which the loss, the largest eigenvalue and C_t are stable.
 
-    With probability `confidence`, for each quantity by itself and over samples drawn at random, the next sample moves
-    the mean loss by at most `loss_tolerance` of it, and λ_max and C_t lie within `tolerance` of those of infinitely
-    many samples. That is to first order for the spectrum: where a few samples carry all curvature, as late in training,
-    it takes more than is said here.
+    With probability `confidence`, for each quantity separately and over samples drawn at random, the next sample
+    changes the mean loss by at most a fraction `loss_tolerance`, and λ_max and C_t lie within a fraction `tolerance` of
+    their values for infinitely many samples. For the spectrum this holds to first order: if a few samples have all the
+    curvature, as late in training, more samples are needed.
 
     Args:
-        module: The module, on the device of the batches; afterwards as it was.
-        batches: The pilot sample, at random; read once and kept for the analysis. At least 8 samples, better hundreds.
-        loss_fn: `loss_fn(module, batch)` -> losses of the samples, shape (batch,), which is fast, or their mean, a
-            scalar, for which every sample is evaluated by itself.
-        tolerance: Relative; of C_t, or of 0.001 where C_t is closer to zero, and of λ_max.
+        module: The module, on the device of the batches; its state is restored.
+        batches: The pilot sample, drawn at random; read once and held in memory. At least 8 samples, better hundreds.
+        loss_fn: `loss_fn(module, batch)` -> losses of the samples, shape (batch,), or their mean, a scalar, which
+            is slower, as every sample is evaluated by itself.
+        tolerance: Relative to λ_max, and to C_t, or to 0.001 if C_t is closer to zero.
         loss_tolerance: Relative to the mean loss.
-        confidence: The promised probability.
-        steps: Most Lanczos steps; they end when the extremes are known to a quarter of their sampling error.
-        seed: Of the start vector.
-        strategy: How to compute products, see `hessian_spectrum`.
-        mode: Module mode meanwhile: "eval", "train", or "keep" for no change.
+        confidence: Confidence of the recommendation.
+        steps: Maximal number of Lanczos steps; they stop when the error of the extreme eigenvalues is a quarter of
+            their sampling error.
+        seed: Seed of the start vector.
+        strategy: HVP strategy, see `hessian_spectrum`.
+        mode: Module mode during the measurement: "eval", "train", or "keep" for no change.
 
     Raises:
         ValueError: If an argument is out of range, or there are fewer than 8 samples.
@@ -180,7 +180,7 @@ def pilot_options(
     mode: Mode,
     confidence: float,
 ) -> AnalysisOptions:
-    """Return the options with which the pilot sample is analysed; they are those of `recommend_sample_size`."""
+    """Return the options for the analysis of the pilot sample, from arguments of `recommend_sample_size`."""
     return analysis_options(
         steps=steps, seed=seed, strategy=strategy, mode=mode, tolerance="auto", confidence=confidence
     )
@@ -195,20 +195,20 @@ def find_sample_size(
     options: AnalysisOptions,
     **context: Unpack[Context],
 ) -> SampleSize:
-    """Do the work of `recommend_sample_size`, in a single process.
+    """Find the sample size as `recommend_sample_size` does, on a single rank.
 
     Args:
         module: The module.
         pilot: The batches of the pilot sample, at least 8 samples.
         loss_fn: As for `recommend_sample_size`.
-        stability: How stable is stable enough.
-        options: See `pilot_options`.
-        **context: Where it runs.
+        stability: The required stability.
+        options: Options of the analysis, see `pilot_options`.
+        **context: Context of the analysis, see `analyze`.
 
     Raises:
         ArithmeticError: If the spectrum has no positive eigenvalue.
     """
-    options = replace(options, batch_weight=batch_size)  # what is asked for are numbers of samples
+    options = replace(options, batch_weight=batch_size)  # batches weigh their numbers of samples here
     spectrum = analyze(module, pilot, mean_loss(loss_fn), options, **context)
     if spectrum.c_t_sampling_error is None:
         msg = f"the spectrum has no sampling error: {spectrum.reason or 'no eigenvalue is positive'}."
@@ -224,12 +224,12 @@ def find_sample_size(
 
 
 def loss_requirement(losses: NDArray[np.float64], tolerance: float, confidence: float) -> Requirement:
-    """Return how many samples it takes until one more moves their mean loss by at most `tolerance` of it.
+    """Return the number of samples from which on one more changes the mean loss by at most a fraction `tolerance`.
 
     Args:
         losses: Losses of a pilot sample, shape (N,).
-        tolerance: Relative to their mean.
-        confidence: Probability with which it holds for the next sample.
+        tolerance: Relative to the mean loss.
+        confidence: Probability that this holds for the next sample.
     """
     count, mean = len(losses), float(losses.mean())
     allowed = tolerance * abs(mean)
@@ -243,10 +243,10 @@ def loss_requirement(losses: NDArray[np.float64], tolerance: float, confidence: 
 
 
 def _ranks(count: int, confidence: float) -> tuple[int, int, int]:
-    """Return ranks, from 1, of order statistics: of the quantile, between two that enclose it.
+    """Return the ranks (from 1) of three order statistics: a quantile, between the ends of its confidence interval.
 
-    The middle one is not exceeded by one more value with this probability. The quantile of the population lies between
-    the others with this probability, too, by the normal approximation of the binomial distribution.
+    With this probability, one more value does not exceed the middle one, and the quantile of the population lies
+    between the other two (by the normal approximation of the binomial distribution).
     """
     middle = math.ceil(confidence * (count + 1))
     spread = _normal_quantile(confidence) * math.sqrt(count * confidence * (1 - confidence))
@@ -269,9 +269,9 @@ def _spectral_requirement(
     bias: float = getattr(spectrum, f"{quantity}_sampling_bias")
     degrees = (spectrum.sampling_groups or 2) - 1
     quantile = student_quantile(confidence, degrees)
-    true = value - bias  # as far as known
+    true = value - bias  # estimated
     allowed = tolerance * (max(abs(true), MIN_SCALE) if quantity == "c_t" else abs(true))
-    # The pilot's standard error is one of those that χ² with so many degrees of freedom allows for.
+    # The variance of the pilot, divided by the true one, follows χ² divided by its degrees of freedom.
     tails = ((1 + confidence) / 2, (1 - confidence) / 2)
     factors = [math.sqrt(degrees / chi_square_quantile(tail, degrees)) for tail in tails]
     needed = [

@@ -1,4 +1,4 @@
-"""Losses of single samples: the passes over batches that loss differences and subspaces have in common."""
+"""Losses of single samples."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_hesd.numerics.inputs.batches import batch_size, weighted_batches
-from lightning_hesd.numerics.isolation.exact_mode import analysis_state
+from lightning_hesd.numerics.inputs.batches import weighted_batches
+from lightning_hesd.numerics.inputs.sample_counts import batch_size
+from lightning_hesd.numerics.isolation.exact_mode import exact_mode
 from lightning_hesd.numerics.isolation.snapshot import restore_state, seed_everything
 
 if TYPE_CHECKING:
@@ -30,20 +31,18 @@ def per_sample_losses(
 ) -> NDArray[np.float64]:
     """Return the loss of every sample, shape (N,), in the order of the batches, in one pass without gradients.
 
-    Fast is a `loss_fn` that returns one loss per sample (in PyTorch `reduction="none"`): every batch is evaluated as
-    it is. From the mean over a batch its terms cannot be had back: where `loss_fn` returns a scalar, each batch is
-    taken apart, and every sample evaluated by itself, as slow as batches of one are. Either way a loss must depend on
-    its own sample only, so in mode "train" batch normalisation is out of the question.
+    If `loss_fn` returns one loss per sample (in PyTorch `reduction="none"`), each batch is evaluated once. If it
+    returns a scalar, each batch is split and every sample evaluated by itself, which is as slow as batches of one. In
+    both cases a loss must depend on its own sample only, which batch normalization in mode "train" violates.
 
     Args:
-        module: The module, on the device of the batches; it and the random number generators are afterwards as they
-            were.
+        module: The module, on the device of the batches; its state and the random number generators are restored.
         batches: Batches as `loss_fn` takes them; read once. The length of the first tensor is the number of samples.
         loss_fn: `loss_fn(module, batch)` -> losses of the samples, shape (batch,), or their mean, a scalar.
-        mode: Module mode meanwhile: "eval", "train", or "keep" for no change.
+        mode: Module mode during the measurement: "eval", "train", or "keep" for no change.
 
     Raises:
-        ValueError: If there is no batch, or the number of losses is not that of the samples.
+        ValueError: If there is no batch, or the number of losses differs from that of the samples.
         TypeError: If `loss_fn` does not return a tensor.
         ArithmeticError: If a loss is NaN or infinite; the message names the batch.
 
@@ -53,7 +52,7 @@ def per_sample_losses(
         [1.0, 4.0, 9.0]
     """
     found = []
-    with analysis_state(module, mode) as isolation, torch.no_grad():
+    with exact_mode(module, mode) as isolation, torch.no_grad():
 
         def isolated(module: Any, batch: Any) -> Tensor:
             isolation.restore(None)
@@ -68,10 +67,7 @@ def per_sample_losses(
 
 
 def mean_loss(loss_fn: SampleLoss) -> Callable[[Any, Any], Tensor]:
-    """Return the function of module and batch whose value is the mean of the losses, a scalar.
-
-    It raises a TypeError if `loss_fn` does not return a tensor.
-    """
+    """Return the function (module, batch) -> mean of the losses; it raises a TypeError if these are no tensor."""
     return lambda module, batch: _checked(loss_fn(module, batch)).mean()
 
 
@@ -79,12 +75,12 @@ def read_batches(batches: Iterable[Any]) -> list[WeightedBatch]:
     """Read the batches once, each weighing its number of samples.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no batch.
     """
     with restore_state():  # a data loader draws random numbers
         found = weighted_batches(batches)
     if not found:
-        msg = "there are no batches to analyse: `batches` is empty."
+        msg = "there are no batches to analyze: `batches` is empty."
         raise ValueError(msg)
     return found
 
@@ -92,11 +88,11 @@ def read_batches(batches: Iterable[Any]) -> list[WeightedBatch]:
 def sample_losses(module: Any, batch: WeightedBatch, loss_fn: SampleLoss) -> Tensor:
     """Return the losses of the samples of one batch, shape (batch,), differentiable if gradients are enabled.
 
-    Call it inside `restore_state` or `analysis_state`: it seeds the global generators, so that whatever is random is
-    the same at every call.
+    Call it inside `restore_state` or `exact_mode`: it seeds the global generators, so that every call draws the same
+    random numbers.
 
     Raises:
-        ValueError: If the number of losses is not that of the samples.
+        ValueError: If the number of losses differs from that of the samples.
         TypeError: If `loss_fn` does not return a tensor.
     """
     seed_everything(1 + batch.index)

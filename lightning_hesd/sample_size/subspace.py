@@ -1,4 +1,4 @@
-"""How the loss settles around the weights, in the directions of largest curvature.
+"""Stabilization of the loss with the sample size in a subspace around the weights.
 
 Kiselev & Grabovoy (2026, arXiv:2604.14870). With U the D leading eigenvectors of the Hessian as columns and L_k the
 mean loss of the first k samples of an order,
@@ -12,12 +12,12 @@ E ε_iε_jε_kε_l = σ⁴(δ_ij δ_kl + δ_ik δ_jl + δ_il δ_jk) the variance
     Δ₂(k) = (a + ½σ² tr A)² + σ²‖b‖² + ½σ⁴‖A‖_F²
           = a² + σ²‖b‖² + aσ² tr A + ¼σ⁴(2‖A‖_F² + (tr A)²).
 
-The first line is ‖y_{k+1} − y_k‖² for running means y of the samples' vectors (ℓ + ½σ² tr H, σg, σ²H/√2) of loss,
-gradient and Hessian in the subspace, so increments of means are all that is needed.
+The first line is ‖y_{k+1} − y_k‖² for running means y of the vectors (ℓ + ½σ² tr H, σg, σ²H/√2) of the samples, with
+their losses, gradients and Hessians in the subspace. So only increments of means are needed.
 
-*The rate.* By the identity that `increments` proves, the average over all orders is the total variance of these vectors
-divided by k(k + 1), at every k: the exponent −2 belongs to the random orders and not to the network, whose mark is the
-constant. The same holds without the quadratic model, with the mean over ε of the variance of the displaced losses.
+*The rate.* By the identity proved in `increments`, the average over all orders is the total variance of these vectors
+divided by k(k + 1), at every k: the exponent −2 follows from the random orders, and only the constant depends on the
+network. The same holds without the quadratic model, with the mean over ε of the variance of the displaced losses.
 """
 
 from __future__ import annotations
@@ -28,26 +28,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
 
-from lightning_hesd.numerics.analysis.api import analysis_options
-from lightning_hesd.numerics.devices import finest_dtype, in_float64
+from lightning_hesd.numerics.devices import in_float64
+from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.inputs.parameters import select_parameters
-from lightning_hesd.numerics.isolation.exact_mode import analysis_state
+from lightning_hesd.numerics.isolation.exact_mode import exact_mode
 from lightning_hesd.plotting import NEGATIVE, POSITIVE, place_legend, settling_axes
 from lightning_hesd.sample_size import increments
-from lightning_hesd.sample_size.sample_losses import check_finite, read_batches, sample_losses
+from lightning_hesd.sample_size.displaced_losses import all_losses, chunks, displaced_losses, moments
+from lightning_hesd.sample_size.sample_losses import read_batches
 from lightning_hesd.spectra.checks import check_count
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
+    from torch import Tensor, nn
 
-    from lightning_hesd.numerics.inputs.batches import WeightedBatch
-    from lightning_hesd.numerics.isolation.isolation import Isolation
     from lightning_hesd.numerics.isolation.modes import Mode
     from lightning_hesd.sample_size.sample_losses import SampleLoss
 
@@ -56,18 +54,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class SubspaceStabilization:
-    """Δ₂(k) for k = 1, ..., N − 1, averaged over random orders, the same ones for the closed form and the draws.
+    """Δ₂(k) for k = 1, ..., N − 1, averaged over the same random orders for the closed form and the draws.
 
     Attributes:
-        closed_form: Under the quadratic model of the loss, in squared units of the loss, shape (N − 1,).
-        monte_carlo: Mean over draws of ε, without that model, shape (N − 1,).
-        monte_carlo_error: Its standard error over the draws, shape (N − 1,).
+        closed_form: Δ₂ under the quadratic model of the loss, in squared units of the loss, shape (N − 1,).
+        monte_carlo: Mean over draws of ε, without this model, shape (N − 1,).
+        monte_carlo_error: Standard error of `monte_carlo` over the draws, shape (N − 1,).
         constant: Average of `closed_form` over all N! orders, times k(k + 1).
-        monte_carlo_constant: That of `monte_carlo`. Where it differs from `constant` by more than chance, the quadratic
-            model does not reach as far as σ.
-        monte_carlo_constant_error: Its standard error over the draws.
+        monte_carlo_constant: Average of `monte_carlo` over all N! orders, times k(k + 1). Where it differs from
+            `constant` by more than chance, the quadratic model does not hold at distance σ.
+        monte_carlo_constant_error: Standard error of `monte_carlo_constant` over the draws.
         rate: Exponent r of the fit monte_carlo ∝ (k(k + 1))^(r/2), least squares on logarithmic axes: −2 is expected.
-        rate_error: Its standard error over the orders.
+        rate_error: Standard error of `rate` over the orders.
         sigma: Standard deviation σ of the displacement along each direction.
         dimension: Number D of directions.
         draws: Number of draws of ε.
@@ -108,7 +106,7 @@ class SubspaceStabilization:
         """Draw the closed form, its average over all orders, and the Monte Carlo mean, on a logarithmic axis.
 
         Args:
-            ax: Where to draw them; default: a new figure.
+            ax: Axes to draw on; default: a new figure.
         """
         ax = settling_axes(ax, r"$\Delta_2(k)$")
         sizes, mean, error = self.sample_sizes, self.monte_carlo, self.monte_carlo_error
@@ -142,30 +140,29 @@ def subspace_stabilization(
     chunk_size: int | None = None,
     mode: Mode = "eval",
 ) -> SubspaceStabilization:
-    """Measure how the loss around the weights settles with the sample size, within a subspace.
+    """Measure how the loss at displaced weights within a subspace changes with the sample size.
 
     Takes one pass over the samples for each draw. The closed form takes about D(D + 5)/2 backward passes through graphs
-    of derivatives, which hold several times what the gradient's graph of a chunk does: D is meant to be small.
+    of derivatives, which are several times as large as the graph of the gradient of a chunk: choose a small D.
 
     Args:
-        module: The module, on the device of the batches. Its parameters are never written to; it and the random number
-            generators are afterwards as they were.
+        module: The module, on the device of the batches. Its parameters are never written to; its other state and the
+            random number generators are restored.
         batches: Batches as `loss_fn` takes them; read once.
-        loss_fn: `loss_fn(module, batch)` -> losses of the samples, shape (batch,), which is fast, or their mean, a
-            scalar, for which every sample is evaluated by itself. It must take the parameters from the module it is
-            given.
+        loss_fn: `loss_fn(module, batch)` -> losses of the samples, shape (batch,), or their mean, a scalar, which
+            is slower, as every sample is evaluated by itself. It must use the parameters of its argument `module`.
         directions: U, orthonormal columns over all parameters that require grad, shape (n, D); for example those of
             `dominant_directions`.
         sigma: Standard deviation σ of the displacement along each direction, in units of the weights.
         draws: Number of draws of ε, at least 2.
         orders: Number of random orders, at least 2.
         seed: Seed of draws and orders.
-        chunk_size: Most samples to differentiate at a time; None: those of a batch.
-        mode: Module mode meanwhile: "eval", "train", or "keep" for no change.
+        chunk_size: Maximal number of samples to differentiate at a time; None: whole batches.
+        mode: Module mode during the measurement: "eval", "train", or "keep" for no change.
 
     Raises:
-        ValueError: If an argument is out of range, there are fewer than three samples, or the number of losses is not
-            that of the samples.
+        ValueError: If an argument is out of range, there are fewer than three samples, or the number of losses differs
+            from that of the samples.
         TypeError: If `loss_fn` does not return a tensor.
         ArithmeticError: If a loss is NaN or infinite, at the weights or at displaced ones.
     """
@@ -181,107 +178,14 @@ def subspace_stabilization(
     generator = torch.Generator().manual_seed(seed)
     displacements = sigma * torch.randn(draws, dimension, generator=generator, dtype=torch.float64)
     weighted = read_batches(batches)
-    with analysis_state(module, mode) as isolation:
-        losses_at = _displaced(module, loss_fn, parameters, directions, isolation)
+    with exact_mode(module, mode) as isolation:
+        losses_at = displaced_losses(module, loss_fn, parameters, directions, isolation)
         with torch.no_grad():
-            displaced = np.stack([_losses(losses_at, weighted, displacement) for displacement in displacements], axis=1)
-        moments = [_moments(losses_at, part, dimension, sigma) for part in _chunks(weighted, chunk_size)]
-    return _stabilization(np.concatenate(moments), displaced, sigma, dimension, orders=orders, seed=seed)
-
-
-class _LossModule(nn.Module):
-    """Makes a loss a module, so that `functional_call` can replace the parameters, tied ones together."""
-
-    def __init__(self, module: nn.Module, loss_fn: SampleLoss) -> None:
-        super().__init__()
-        self.module = module
-        self.loss_fn = loss_fn
-
-    def forward(self, batch: WeightedBatch) -> Tensor:
-        return sample_losses(self.module, batch, self.loss_fn)
-
-
-def _displaced(
-    module: nn.Module,
-    loss_fn: SampleLoss,
-    parameters: Sequence[nn.Parameter],
-    directions: Tensor,
-    isolation: Isolation,
-) -> Callable[[WeightedBatch, Tensor], Tensor]:
-    """Return the losses of a batch's samples at w + Uε as a function of the batch and ε, (D,) -> (batch,)."""
-    names = {p: f"module.{name}" for name, p in module.named_parameters()}
-    parts = torch.split(directions.detach(), [p.numel() for p in parameters])
-    moved = [(names[p], p.detach(), part.to(p)) for p, part in zip(parameters, parts, strict=True)]
-    wrapper = _LossModule(module, loss_fn)
-
-    def losses_at(batch: WeightedBatch, displacement: Tensor) -> Tensor:
-        values = {name: p + (part @ displacement.to(p)).view_as(p) for name, p, part in moved}
-        isolation.restore(batch.index)
-        with isolation.evaluation():
-            losses: Tensor = functional_call(wrapper, values, (batch,))
-        return losses
-
-    return losses_at
-
-
-def _losses(
-    losses_at: Callable[[WeightedBatch, Tensor], Tensor], batches: Sequence[WeightedBatch], displacement: Tensor
-) -> Array:
-    """Return the losses of all samples at one displacement, shape (N,)."""
-    found = []
-    for batch in batches:
-        losses = losses_at(batch, displacement)
-        check_finite(losses, batch)
-        found.append(losses.cpu().double().numpy())
-    return np.concatenate(found)
-
-
-def _chunks(batches: Sequence[WeightedBatch], chunk_size: int | None) -> Iterator[WeightedBatch]:
-    for batch in batches:
-        yield from [batch] if chunk_size is None else batch.split(math.ceil(batch.num_samples / chunk_size))
-
-
-def _moments(
-    losses_at: Callable[[WeightedBatch, Tensor], Tensor], batch: WeightedBatch, dimension: int, sigma: float
-) -> Array:
-    """Return (ℓ + ½σ² tr H, σg, σ²H/√2) of the samples of a batch, shape (batch, 1 + D + D²)."""
-    point = torch.zeros(dimension, dtype=torch.float64, requires_grad=True)
-    losses = losses_at(batch, point)
-    check_finite(losses, batch)
-    gradients, hessians = _derivatives(losses, point)
-    trace = hessians.diagonal(dim1=1, dim2=2).sum(dim=1)
-    shifted = losses.detach().to(gradients) + sigma**2 / 2 * trace
-    columns = [shifted[:, None], sigma * gradients, sigma**2 / math.sqrt(2) * hessians.flatten(1)]
-    moments: Array = torch.cat(columns, dim=1).cpu().double().numpy()
-    return moments
-
-
-def _derivatives(losses: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
-    """Return gradients and Hessians of losses (batch,) in the point (D,), shapes (batch, D) and (batch, D, D).
-
-    By reverse mode alone, which every loss with a Hessian has, whereas forward mode stops at some activations, and
-    for all samples at once: Jᵀu is linear in u, and the derivative of its i-th element in u is column i of J, an
-    element per sample. The columns of J are differentiated in the same way again. As fast as forward over forward.
-    """
-    count, dimension = len(losses), len(point)
-    options: Any = {"dtype": finest_dtype(losses.device), "device": losses.device}
-    gradients, hessians = torch.empty(count, dimension, **options), torch.empty(count, dimension, dimension, **options)
-    outer, inner = torch.ones_like(losses, requires_grad=True), torch.ones_like(losses, requires_grad=True)
-    total = _gradient(losses, point, outer)
-    for i in range(dimension):
-        column = _gradient(total[i], outer)
-        gradients[:, i] = column.detach()
-        row = _gradient(column, point, inner)
-        for j in range(i + 1):
-            hessians[:, i, j] = hessians[:, j, i] = _gradient(row[j], inner).detach()
-    return gradients, hessians
-
-
-def _gradient(output: Tensor, variable: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return the gradient of Σ weights·output, with a graph; zeros where it does not depend on the variable."""
-    if not output.requires_grad:
-        return torch.zeros_like(variable)
-    return torch.autograd.grad(output, variable, weights, create_graph=True, materialize_grads=True)[0]
+            displaced = np.stack(
+                [all_losses(losses_at, weighted, displacement) for displacement in displacements], axis=1
+            )
+        of_chunks = [moments(losses_at, part, dimension, sigma) for part in chunks(weighted, chunk_size)]
+    return _stabilization(np.concatenate(of_chunks), displaced, sigma, dimension, orders=orders, seed=seed)
 
 
 def _stabilization(
@@ -290,12 +194,12 @@ def _stabilization(
     """Average over random orders.
 
     Args:
-        moments: Vectors of the samples whose increments make the closed form, shape (N, 1 + D + D²).
-        displaced: Their losses at displaced weights, shape (N, draws).
+        moments: Vectors of the samples from which the closed form is computed, shape (N, 1 + D + D²).
+        displaced: Losses of the samples at displaced weights, shape (N, draws).
         sigma: Standard deviation of the displacements.
         dimension: Number D of directions.
         orders: Number of random orders.
-        seed: Their seed.
+        seed: Seed of the orders.
     """
     increments.checked_values("losses", displaced[:, 0])
     draws = displaced.shape[1]

@@ -1,4 +1,4 @@
-"""Whether a network generalises, by its spectra on training and on generalization data (Gabdullin 2025, Fig. 10)."""
+"""Whether a network generalizes, by its spectra on training and generalization data (Gabdullin 2025, Fig. 10)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UNKNOWN: Interval = (math.nan, math.nan)
 
 @dataclass(frozen=True)
 class Assessment:
-    """What two spectra say about generalization.
+    """The verdict of two spectra on generalization.
 
     Attributes:
         verdict: "good", "poor", "undecided" or "not applicable".
@@ -34,7 +34,7 @@ class Assessment:
         delta_r_e_interval: (low, high) for it; (NaN, NaN) where undefined.
         delta_k_h05: ΔK_H05 = K_H05(generalization) / K_H05(training) (eq. 4); NaN where undefined.
         delta_k_h05_interval: (low, high) for it over probes; (NaN, NaN) where undefined, or for a single probe.
-        reasons: Why, in words, in the order of the algorithm.
+        reasons: Reasons in words, in the order of the algorithm.
     """
 
     verdict: Verdict
@@ -63,15 +63,15 @@ def assess_generalization(
     delta_r_e_threshold: float = criteria.DELTA_R_E_THRESHOLD,
     delta_k_h05_threshold: float = criteria.DELTA_K_H05_THRESHOLD,
 ) -> Assessment:
-    """Assess generalization as Gabdullin (2025, section 4.3 and Fig. 10) does, and say how certain that is.
+    """Assess generalization by the algorithm of Gabdullin (2025, section 4.3 and Fig. 10), with its certainty.
 
     The type of the spectrum on the training data decides whether the criteria apply: they do for MP. Then both
-    Δr_e < 1.5 (eq. 3) and ΔK_H05 < 1.2 (eq. 4) make it good, else it is poor. Whatever straddles its threshold leaves
-    the verdict undecided, unless the other criterion has already failed.
+    Δr_e < 1.5 (eq. 3) and ΔK_H05 < 1.2 (eq. 4) make it good, else it is poor. A criterion whose interval
+    contains its threshold leaves the verdict undecided, unless the other criterion has already failed.
 
     Args:
         train: The spectrum on training data.
-        generalization: The spectrum of the same weights on other data, analysed with the same options.
+        generalization: The spectrum of the same weights on other data, analyzed with the same options.
         mp_threshold: C_t above which a spectrum is MP.
         delta_r_e_threshold: Δr_e below which generalization may be good.
         delta_k_h05_threshold: ΔK_H05 below which generalization may be good.
@@ -101,7 +101,7 @@ def assess_generalization(
 
 
 def check_comparable(train: Spectrum, generalization: Spectrum) -> None:
-    """Check that two spectra are of the same weights, analysed with the same options, as far as they say.
+    """Check that two spectra may be of the same weights, analyzed with the same options.
 
     Raises:
         ValueError: If they are not; the message names what differs.
@@ -111,13 +111,13 @@ def check_comparable(train: Spectrum, generalization: Spectrum) -> None:
         if ours != theirs:
             msg = (
                 f"the spectra cannot be compared: `{name}` is {ours!r} on the training data and {theirs!r} on the "
-                "generalization data; analyse the same weights on both with the same options."
+                "generalization data; analyze the same weights on both with the same options."
             )
             raise ValueError(msg)
 
 
 def _applicable(train: Spectrum, threshold: float) -> tuple[bool | None, list[str]]:
-    """Return whether the criteria apply, None for uncertain, and why."""
+    """Return whether the criteria apply, None for uncertain, and the reasons."""
     if train.reason:
         return None, [f"C_t is undefined on the training data: {train.reason}"]
     low, high = train.c_t_interval
@@ -128,14 +128,14 @@ def _applicable(train: Spectrum, threshold: float) -> tuple[bool | None, list[st
         return True, [f"{found}: MP, so the criteria apply"]
     symmetric, highest = criteria.UNTRAINED_C_T
     cause = (
-        "MN comes of gradients that were manipulated before the optimizer used them, or of a network without training "
+        "MN comes of gradients that were manipulated before the optimizer used them, or of an untrained network "
         f"(C_t near {symmetric:g}; {highest:g} for ResNet18 in evaluation mode)"
     )
     return False, [f"{found}: MN, so the criteria do not apply", cause]
 
 
 def _judge(name: str, value: float, interval: Interval, threshold: float, missing: str) -> tuple[bool | None, str]:
-    """Return whether Δ is below its threshold, None for uncertain, and why."""
+    """Return whether Δ is below its threshold, None for uncertain, and the reason."""
     if math.isnan(value) and math.isnan(interval[0]):
         return None, f"{name} is undefined: {missing}"
     low, high = (value, value) if math.isnan(interval[0]) else interval
@@ -152,7 +152,7 @@ def _delta_r_e(train: Spectrum, generalization: Spectrum) -> tuple[float, Interv
 
 
 def _r_e_interval(spectrum: Spectrum) -> Interval:
-    """Return what r_e can be: its interval from the Lanczos run, widened by the sampling error where that is known."""
+    """Return the interval of r_e: that of the Lanczos runs, widened by the sampling error where that is known."""
     low, high = spectrum.c_t_interval
     quantile = NormalDist().inv_cdf((1 + spectrum.confidence) / 2)
     sampling = quantile * (spectrum.c_t_sampling_error or 0.0)
@@ -166,13 +166,13 @@ def _no_delta_r_e(train: Spectrum, generalization: Spectrum) -> str:
 
 
 def _delta_k_h05(train: Spectrum, generalization: Spectrum) -> tuple[float, Interval, str]:
-    """Return ΔK_H05, its interval, and why there is none, if so.
+    """Return ΔK_H05, its interval, and the reason if it is undefined.
 
     The probes are the same on both data sets, so that their noise cancels in the ratio, for the most part: its error
     is that of the mean of K_gen - Δ·K_train over the probes, relative to the mean of K_train.
     """
     if train.tolerance is not None or generalization.tolerance is not None:
-        return math.nan, UNKNOWN, "it needs as many steps on both data sets, hence an analysis without `tolerance`"
+        return math.nan, UNKNOWN, "it needs equally many steps on both data sets, hence an analysis without `tolerance`"
     if train.steps_per_probe != generalization.steps_per_probe:
         steps = f"{train.steps_per_probe} on the training data, {generalization.steps_per_probe} on the other"
         return math.nan, UNKNOWN, f"the numbers of Lanczos steps differ, {steps}"

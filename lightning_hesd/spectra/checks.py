@@ -1,4 +1,4 @@
-"""Checks of arguments that several modules make."""
+"""Checks of arguments that several modules share."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ WANTED = {0: "a non-negative integer", 1: "a positive integer"}
 
 
 def check_count(name: str, value: object, least: int = 1, *, alternative: str | None = None) -> None:
-    """Check that an argument is a whole number, and large enough, or a text that stands for one.
+    """Check that an argument is an integer.
+
+    Args:
+        name: Name of the argument.
+        value: Its value.
+        least: Smallest value allowed.
+        alternative: Text allowed in place of an integer; None: none.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If it is neither.
     """
     if alternative is not None and value == alternative:
         return

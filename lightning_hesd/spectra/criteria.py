@@ -21,12 +21,12 @@ MP_THRESHOLD = -0.6
 """C_t above which a trained network counts as mainly positive (eq. 2)."""
 
 UNTRAINED_C_T = (-1.0, -0.73)
-"""C_t of random initialisations: about -1, because their spectra are symmetric, but up to -0.73 for ResNet18 in
-evaluation mode (section 2.2). Of such networks the type says nothing."""
+"""C_t of random initializations: about -1, because their spectra are symmetric, but up to -0.73 for ResNet18 in
+evaluation mode (section 2.2). The type is meaningless for such networks."""
 
 DELTA_R_E_THRESHOLD = 1.5
 DELTA_K_H05_THRESHOLD = 1.2
-"""Below both of these a network generalises well (eqs. 3 and 4)."""
+"""Below both of these a network generalizes well (eqs. 3 and 4)."""
 
 QS_FACTOR = 10.0
 """Fall of λ_max at unchanged training metric from which on a spectrum counts as quasi-singular. The paper gives no
@@ -54,7 +54,7 @@ def rounding_threshold(norm: float, epsilon: float, dimension: int) -> float:
 def undefined_reason(
     norm: float, loss: float, squared_weight_norm: float, epsilon: float, rounding: float = 0.0
 ) -> str | None:
-    """Say why C_t is undefined, or return None where it is defined.
+    """Return the reason why C_t is undefined; None where it is defined.
 
     A second-order change of the loss is at most norm/2 times the squared length of the step. If even a step as long
     as the weights themselves (or of unit length, if they are shorter) changes the loss by less than the loss is
@@ -63,7 +63,7 @@ def undefined_reason(
     Args:
         norm: Spectral norm of the Hessian.
         loss: Mean loss at these weights.
-        squared_weight_norm: Squared Euclidean norm of the analysed weights.
+        squared_weight_norm: Squared Euclidean norm of the analyzed weights.
         epsilon: Machine epsilon of the arithmetic behind the loss.
         rounding: Error of the eigenvalues.
     """
@@ -145,7 +145,7 @@ def r_e(c_t: float) -> float:
 def hesd_type(c_t: float, threshold: float = MP_THRESHOLD) -> HesdType:
     """Classify a spectrum as mainly positive ("MP", C_t > threshold) or mainly negative ("MN") (eq. 2).
 
-    The criterion is meant for trained networks: random initialisation lies near -1.
+    The criterion is meant for trained networks: random initialization lies near -1.
 
     Args:
         c_t: The criterion C_t, at most 0; -inf is allowed.
@@ -235,7 +235,7 @@ def quasi_singular(
     """Whether the last of these states is quasi-singular (QS): excessive training shrank its spectrum (section 4.1).
 
     That is, its largest eigenvalue is that of an earlier state with nearly the same training metric, divided by
-    `factor` or more. λ_max and trace then say nothing of flatness; C_t is the ratio of two eigenvalues and stays.
+    `factor` or more. λ_max and trace then do not measure flatness; C_t is the ratio of two eigenvalues and stays valid.
 
     Args:
         lambda_max: Largest eigenvalue of each state, in the order of training.

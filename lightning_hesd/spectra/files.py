@@ -1,6 +1,6 @@
 """Files that appear whole or not at all, and archives of arrays with a header, without pickle.
 
-An archive may come from anybody. Reading one takes no more memory than a few times its size, and runs nothing.
+An archive may be of unknown origin. Reading one takes no more memory than a few times its size, and runs no code.
 """
 
 from __future__ import annotations
@@ -9,21 +9,27 @@ import contextlib
 import io
 import json
 import os
+import struct
+import tokenize
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import ZIP_STORED, ZipFile
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import numpy as np
 from numpy.lib import format as npy
 
-from lightning_hesd.spectra.validation import CORRUPT_FILE_ERRORS, check_regular, integer, one_line, parsed
+from lightning_hesd.spectra.validation import FORMAT_VERSION, check_regular, check_version, one_line, parsed, version_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from numpy.typing import NDArray
 
-FORMAT_VERSION = 1
+ZIP_ERRORS = (BadZipFile, EOFError, OSError, OverflowError, RuntimeError, ValueError, struct.error)
+"""Exceptions of `zipfile` for a damaged archive; of encrypted members it raises a RuntimeError."""
+
+NPY_ERRORS = (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError)
+"""Exceptions of NumPy for a damaged header of an array, which is the text of a Python dict."""
 
 
 @contextlib.contextmanager
@@ -37,10 +43,10 @@ def atomic_write(target: Path) -> Iterator[Path]:
     try:
         yield partial
         with partial.open("rb+") as file:
-            os.fsync(file.fileno())  # else a power cut may keep the new name, and lose what it stands for
+            os.fsync(file.fileno())  # else a power cut may keep the new name, and lose the content
         partial.replace(target)
     finally:
-        partial.unlink(missing_ok=True)  # on a full disk it would be in the way of all that comes next
+        partial.unlink(missing_ok=True)  # a full disk needs the space
 
 
 def save_archive(
@@ -52,47 +58,69 @@ def save_archive(
         np.savez(file, header=text, **arrays)  # type: ignore[arg-type]  # names of arrays, no other argument
 
 
-@contextlib.contextmanager
-def opened_archive(
-    path: str | os.PathLike[str], kind: str
-) -> Iterator[tuple[dict[str, Any], Callable[[str], NDArray[np.float64]]]]:
-    """Open what `save_archive` wrote.
+def read_archive(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
+    """Read the header and the arrays that `save_archive` wrote.
 
     Args:
         path: The file.
-        kind: What it should be, in words.
-
-    Yields:
-        Its header, and a function that reads an array; what goes wrong meanwhile counts as damage.
+        kind: Description of the expected content, for messages.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is something else, is damaged, or was written by a newer version.
+        ValueError: If the file is no such archive, is damaged, or was written by a newer version.
     """
-    version = FORMAT_VERSION
+    with damage_named(path, kind):
+        members = _members(Path(path))
+        header = parsed(str(_array(members, "header", "U")), finite=False)
+        version = version_in(header)
+    check_version(version, os.fspath(path))
+    with damage_named(path, kind):
+        arrays = {name: _array(members, name, "f").astype(np.float64) for name in members if name != "header"}
+    return {key: value for key, value in header.items() if key != "format"}, arrays
+
+
+@contextlib.contextmanager
+def damage_named(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
+    """Add the name of the file to the message of a ValueError.
+
+    Args:
+        path: The file.
+        kind: Description of the expected content.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: If the body raises one.
+    """
     try:
-        check_regular(Path(path))
-        with Path(path).open("rb") as file, ZipFile(file) as archive:
-            _check_sizes(archive, os.fstat(file.fileno()).st_size)
-            header = parsed(str(_array(archive, "header", "U")), finite=False)
-            version = header.pop("format")
-            if not integer(version):
-                msg = "its format is no number"
-                raise ValueError(msg)
-            if version == FORMAT_VERSION:
-                yield header, lambda name: _array(archive, name, "f").astype(np.float64)
-    except FileNotFoundError:
-        raise
-    except CORRUPT_FILE_ERRORS as error:
+        yield
+    except ValueError as error:
         msg = f"{os.fspath(path)} is not {kind}, or is damaged ({one_line(error)})."
         raise ValueError(msg) from error
-    if version != FORMAT_VERSION:
-        msg = f"{os.fspath(path)} has format {version}, this version reads {FORMAT_VERSION}: update lightning_hesd."
-        raise ValueError(msg)
+
+
+def _members(path: Path) -> dict[str, bytes]:
+    """Return the contents of an archive by name, without ".npy".
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no archive, or its members are compressed.
+    """
+    check_regular(path)
+    try:
+        with path.open("rb") as file, ZipFile(file) as archive:
+            _check_sizes(archive, os.fstat(file.fileno()).st_size)
+            return {name.removesuffix(".npy"): archive.read(name) for name in archive.namelist()}
+    except FileNotFoundError:
+        raise
+    except ZIP_ERRORS as error:
+        msg = one_line(error)
+        raise ValueError(msg) from error
 
 
 def _check_sizes(archive: ZipFile, size: int) -> None:
-    """Check that an archive is as large as what is in it: compressed, a few kilobytes could become any number.
+    """Check that an archive is as large as its members: compressed, a few kilobytes could become any number.
 
     Raises:
         ValueError: If it is not.
@@ -103,17 +131,24 @@ def _check_sizes(archive: ZipFile, size: int) -> None:
         raise ValueError(msg)
 
 
-def _array(archive: ZipFile, name: str, kind: str) -> NDArray[Any]:
+def _array(members: Mapping[str, bytes], name: str, kind: str) -> NDArray[Any]:
     """Return an array of a kind; `np.load` would allocate whatever its header claims before it looks for the data.
 
     Raises:
-        ValueError: If it is of another kind, or its data are not those of its shape.
+        ValueError: If it is missing, is of another kind, or its data do not have its shape.
     """
-    data = io.BytesIO(archive.read(f"{name}.npy"))
-    if npy.read_magic(data) != (1, 0):
-        msg = f"`{name}` is of another version of NumPy's format"
+    if name not in members:
+        msg = f"`{name}` is missing"
         raise ValueError(msg)
-    shape, fortran_order, dtype = npy.read_array_header_1_0(data)
+    data = io.BytesIO(members[name])
+    try:
+        if npy.read_magic(data) != (1, 0):
+            msg = f"`{name}` is of another version of NumPy's format"
+            raise ValueError(msg)
+        shape, fortran_order, dtype = npy.read_array_header_1_0(data)
+    except NPY_ERRORS as error:
+        msg = f"the header of `{name}` cannot be read: {one_line(error)}"
+        raise ValueError(msg) from error
     if dtype.kind != kind:
         msg = f"`{name}` has dtype {dtype}"
         raise ValueError(msg)

@@ -1,8 +1,8 @@
-"""What the spectrum of a layer says about it, in numbers between 0 and 1 or in directions.
+"""Indicators of a layer from its spectrum, as shares between 0 and 1 or in numbers of directions.
 
 Bolshim & Kugaevskikh (2025, arXiv:2510.17486) relate spectra of layer-wise Hessians to overfitting, to too few
-parameters and to expressivity. Of their indicators only the abstract is public; those here are usual measures of the
-same: how many directions are curved at all, how evenly, and how much of the curvature is negative.
+parameters and to expressivity. Of their indicators only the abstract is public; these are usual measures of the
+same properties: how many directions are curved, how evenly, and which share of the curvature is negative.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ NEAR_ZERO = 0.01
 
 @dataclass(frozen=True)
 class LayerIndicators:
-    """What the spectrum of a layer says about it.
+    """The indicators of one layer.
 
-    All but the extremes are estimated by the quadrature of `Spectrum`, hence random: exact in the mean over probes.
+    All but the extremes are estimated by quadrature, hence random: exact in the mean over probes.
 
     Attributes:
         c_t: C_t of the layer's Hessian (Gabdullin 2025, eq. 1).
-        lambda_max: Its largest eigenvalue.
-        trace: Its trace; those of all layers add up to that of the network.
-        trace_share: Of the sum of the layers' traces; NaN where that is not positive.
+        lambda_max: Largest eigenvalue of the layer's Hessian.
+        trace: Trace of the layer's Hessian; the traces of all layers add up to that of the network.
+        trace_share: Share in the sum of the layers' traces; NaN where that is not positive.
         effective_rank: exp of the entropy of |λ|/Σ|λ| (Roy & Vetterli 2007): over how many directions the curvature
             is spread, from 1 to the number of parameters; NaN where there is no curvature.
         near_zero_share: Share of directions with |λ| at most 1 % of the largest |λ|.
@@ -82,7 +82,7 @@ def layer_indicators(layers: Mapping[str, Spectrum]) -> dict[str, LayerIndicator
     """Return the indicators of each layer, from the spectra of all.
 
     Args:
-        layers: What `layer_spectra` returns.
+        layers: Spectra by name of layer, from `layer_spectra`.
     """
     total = sum(spectrum.trace for spectrum in layers.values())
     return {

@@ -1,6 +1,6 @@
-"""Records as plain JSON: what TensorBoard's HESD tab and the HTML report read. See docs/tensorboard-plugin.md.
+"""Records and selection events as JSON, for TensorBoard's HESD tab and the report. See docs/tensorboard-plugin.md.
 
-A record costs a few kilobytes. Undefined numbers are null, because JSON knows no NaN.
+A record takes a few kilobytes. Undefined numbers are null, because JSON knows no NaN.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from lightning_hesd.spectra import criteria
 from lightning_hesd.spectra.indicators import layer_indicators
 from lightning_hesd.spectra.quadrature import legible_sigma
 from lightning_hesd.spectra.record import SUFFIXES
+from lightning_hesd.spectra.rules import RULES
+from lightning_hesd.spectra.scalars import LAYER_SCALARS, data_of_record, data_of_spectrum
 from lightning_hesd.spectra.validation import (
-    CORRUPT_FILE_ERRORS,
+    FORMAT_VERSION,
+    check_fields,
+    check_version,
     each,
     each_named,
-    first_invalid_field,
     having,
     integer,
     number,
@@ -29,6 +32,7 @@ from lightning_hesd.spectra.validation import (
     optional,
     parsed,
     text,
+    version_in,
     within,
 )
 
@@ -42,19 +46,16 @@ if TYPE_CHECKING:
     from lightning_hesd.spectra.spectrum import Spectrum
     from lightning_hesd.spectra.validation import Fields
 
-VERSION = 1
-"""Changes when a field changes its meaning or goes; new fields alone do not change it."""
-
 PLUGIN_NAME = "hesd"
 RECORD = "record"
 CHOICE = "choice"
-"""The parts of tags after the callback's name: <name>/record, and <name>/choice/... for each rule."""
+"""Ends of tags: <name>/record, and <name>/choice/... for each checkpoint callback."""
 
 CHOICES_NAME = "choices.jsonl"
-"""File of the payloads of choices in the folder of a history, one a line."""
+"""File of the payloads of selection events in the folder of a history, one in each line."""
 
 MAX_NODES = 256
-"""Nodes of all probes of a spectrum; of more, neighbours are drawn together."""
+"""Largest number of nodes of a spectrum; of more, neighbors are merged."""
 
 DIGITS = 7
 """Significant digits of numbers."""
@@ -74,37 +75,42 @@ class PayloadError(ValueError):
 
 
 def record_payload(record: SpectrumRecord) -> dict[str, Any]:
-    """Return a record as plain values."""
+    """Return a record as JSON values."""
     spectra = {field: getattr(record, field) for field in SUFFIXES}
     layers = layer_indicators(record.layers or {})
+    scores = {name: rule.score(record) for name, rule in RULES.items()}
     values = {
-        "version": VERSION,
+        "version": FORMAT_VERSION,
         "epoch": record.epoch,
         "global_step": record.global_step,
         "error": record.error,
         "spectra": {field: _spectrum(found) for field, found in spectra.items() if found is not None},
         "thresholds": THRESHOLDS,
         "assessment": None if record.assessment is None else asdict(record.assessment),
-        "stability_ratio": record.stability_ratio,
-        "layers": [{"name": name, **asdict(found)} for name, found in layers.items()],
+        **data_of_record(record),
+        "scores": {name: score for name, score in scores.items() if not math.isnan(score)},
+        "layers": [
+            {"name": name, **{key: scalar.of(found) for key, scalar in LAYER_SCALARS.items()}}
+            for name, found in layers.items()
+        ],
     }
     plain: dict[str, Any] = _plain(values)
     return plain
 
 
 def choice_payload(choice: SelectionEvent) -> dict[str, Any]:
-    """Return what a checkpoint rule made of a record as plain values."""
+    """Return a selection event as JSON values."""
     latest = choice.latest
     sign = 1.0 if choice.train_metric_mode == "max" else -1.0
     values = {
-        "version": VERSION,
+        "version": FORMAT_VERSION,
         "key": choice.key,
         "rule": choice.rule,
         "train_metric": choice.train_metric,
         "train_metric_mode": choice.train_metric_mode,
-        "tolerance": choice.selection.tolerance,
+        "tolerance": choice.filter.tolerance,
         "is_relative": choice.is_relative,
-        "require_mp": choice.selection.require_mp,
+        "require_mp": choice.filter.require_mp,
         "epoch": latest.epoch,
         "global_step": latest.global_step,
         "metric": sign * latest.score,
@@ -126,29 +132,19 @@ def to_json(payload: Mapping[str, Any]) -> str:
 
 
 def _spectrum(spectrum: Spectrum) -> dict[str, Any]:
-    low, high = spectrum.c_t_interval
     present = ~np.isnan(spectrum.nodes)
     nodes, weights = _merged(spectrum.nodes[present], spectrum.weights[present] / len(spectrum.nodes))
     return {
-        "c_t": spectrum.c_t,
-        "c_t_low": low,
-        "c_t_high": high,
-        "c_t_sampling_error": spectrum.c_t_sampling_error,
+        **data_of_spectrum(spectrum),
         "type": spectrum.hesd_type,
         "type_certain": spectrum.type_certain,
         "verified": spectrum.verified,
         "verification": spectrum.verification,
-        "lambda_min": spectrum.lambda_min,
-        "lambda_max": spectrum.lambda_max,
-        "trace": spectrum.trace,
-        "k_h05": spectrum.k_h(0.5) if spectrum.tolerance is None else None,
-        "loss": spectrum.loss,
         "rounding": spectrum.rounding,
         "num_samples": spectrum.num_samples,
         "dimension": spectrum.dimension,
         "steps_per_probe": list(spectrum.steps_per_probe),
         "matvecs": spectrum.matvecs,
-        "seconds": spectrum.seconds,
         "confidence": spectrum.confidence,
         "reason": spectrum.reason,
         "sigma": legible_sigma(spectrum.lambda_min, spectrum.lambda_max),
@@ -162,8 +158,8 @@ def _merged(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return nodes in ascending order with their weights, at most `MAX_NODES`.
 
-    Of too many, those between the extremes are put into bins of equal width in asinh λ, which is fine near zero, where
-    most nodes are, and coarse far out; each bin becomes a node at its centre of mass.
+    If there are more, those between the extremes are put into bins of equal width in asinh λ, which is fine near zero,
+    where most nodes are, and coarse far out; each bin becomes a node at its center of mass.
     """
     order = np.argsort(nodes)
     nodes, weights = nodes[order], weights[order]
@@ -183,7 +179,7 @@ def _merged(
 
 
 def _plain(value: Any) -> Any:
-    """Return the value with numbers rounded, and null for those that JSON does not know."""
+    """Return the value with rounded numbers, and None for NaN and infinity."""
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -213,6 +209,7 @@ RECORD_FIELDS: Fields = {
             }
         )
     ),
+    "scores": each_named(optional(number)),
     "layers": each(having({"name": text})),
 }
 SPECTRUM_FIELDS: Fields = {
@@ -241,40 +238,37 @@ CHOICE_FIELDS: Fields = {
     "mainly_positive": of(bool),
     "pick": optional(having({"epoch": integer, "global_step": integer, "path": optional(text)})),
 }
-"""Fields that readers rely on, and what they may be."""
+"""Checks of the fields that readers rely on."""
 
 
 def read_payload(source: str | bytes, fields: Fields = RECORD_FIELDS) -> dict[str, Any]:
-    """Return a payload from its text, which may be anybody's.
+    """Return a payload from its text, which may be of unknown origin.
 
     Args:
         source: The text.
         fields: Fields it must have: `RECORD_FIELDS` or `CHOICE_FIELDS`.
 
     Raises:
-        PayloadError: If it is damaged, or of a version this one does not know.
+        PayloadError: If it is damaged, or of another version.
     """
     try:
-        payload = parsed(source)
-        version = payload["version"]
-    except CORRUPT_FILE_ERRORS as error:
-        msg = f"this is no payload of lightning_hesd, or it is damaged ({type(error).__name__}: {one_line(error)})."
+        payload: dict[str, Any] = parsed(source)
+        version = version_in(payload, "version")
+    except ValueError as error:
+        msg = f"this is no payload of lightning_hesd, or it is damaged ({one_line(error)})."
         raise PayloadError(msg) from error
-    if version != VERSION:
-        msg = f"the payload has version {version!r:.40}, and this lightning_hesd reads version {VERSION}: update it."
-        raise PayloadError(msg)
-    _check(payload, fields)
-    for spectrum in payload["spectra"].values() if "spectra" in fields else ():
-        _check(spectrum, SPECTRUM_FIELDS)
-        if len(spectrum["nodes"]) != len(spectrum["weights"]):
-            msg = "the payload is damaged: it has another number of weights than of nodes."
-            raise PayloadError(msg)
-    found: dict[str, Any] = payload
-    return found
+    try:
+        check_version(version, "the payload")
+        check_fields(payload, fields, "the payload")
+        for spectrum in payload["spectra"].values() if "spectra" in fields else ():
+            _check_spectrum(spectrum)
+    except ValueError as error:
+        raise PayloadError(one_line(error)) from error
+    return payload
 
 
-def _check(values: Any, fields: Fields) -> None:
-    wrong = first_invalid_field(values, fields)
-    if wrong is not None:
-        msg = f"the payload is damaged: its `{wrong}` is missing or is something else."
-        raise PayloadError(msg)
+def _check_spectrum(spectrum: Any) -> None:
+    check_fields(spectrum, SPECTRUM_FIELDS, "a spectrum")
+    if len(spectrum["nodes"]) != len(spectrum["weights"]):
+        msg = f"a spectrum has {len(spectrum['nodes'])} nodes and {len(spectrum['weights'])} weights."
+        raise ValueError(msg)

@@ -1,9 +1,7 @@
-"""Stochastic Lanczos quadrature: what follows from nodes and weights.
+"""Stochastic Lanczos quadrature: moments and densities from nodes and weights (Ubaru, Chen & Saad 2017).
 
-Ubaru, Chen & Saad (2017) for quadrature with random start vectors; van Dorsselaer, Hochstenbach & van der Vorst (2001)
-for bounds on what the rule may have missed. Arrays only: a rule of several probes is a pair `nodes`, `weights` of shape
-(probes, steps), where a probe that ended early is padded with NaN nodes of weight 0, and the weights of each probe sum
-to 1.
+Arrays only. The quadrature rules of several probes are a pair `nodes`, `weights` of shape (probes, steps), where a
+probe that ended early is padded with NaN nodes of weight 0, and the weights of each probe sum to 1.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
@@ -27,7 +25,7 @@ SIGMAS_BEYOND = 6.0  # a Gaussian keeps all but 2e-9 of its mass within six stan
 def stack_rules(rules: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
     """Stack (nodes, weights, ...) of several probes into arrays of shape (probes, most steps), padded.
 
-    Nodes, the first array, are padded with NaN; everything else with 0.
+    The nodes, the first array, are padded with NaN, the others with 0.
     """
     steps = max(len(rule[0]) for rule in rules)
     stacked = []
@@ -49,6 +47,30 @@ def moments(nodes: Array, weights: Array, k: int) -> Array:
         msg = f"`k` must be a non-negative integer, got {k}."
         raise ValueError(msg)
     return np.asarray(np.nansum(weights * nodes**k, axis=1))
+
+
+def trace_error(mean: float, second: float, dimension: int, probes: int, *, on_sphere: bool) -> float:
+    """Return the standard error of Hutchinson's estimate of the trace.
+
+    For v uniform on the sphere Var(n·vᵀHv) = 2n/(n + 2)·(tr H² − (tr H)²/n), and the quadrature estimates both traces
+    even with one probe. For Rademacher probes Var = 2(tr H² − Σ H_ii²) is at most 2 tr H², used instead.
+
+    Args:
+        mean: tr(H)/n.
+        second: tr(H²)/n.
+        dimension: Size n of the matrix.
+        probes: Number of start vectors.
+        on_sphere: Whether start vectors are uniform on the sphere, rather than Rademacher.
+    """
+    n = dimension
+    variance = 2 * n**2 / (n + 2) * max(second - mean**2, 0.0) if on_sphere else 2 * n * second
+    return math.sqrt(variance / probes)
+
+
+def extreme_positions(nodes: Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the positions of the smallest and the largest node; of the first entry, a NaN, if there is no node."""
+    low, high = (int(np.argmin(np.where(np.isnan(nodes), np.inf, sign * nodes))) for sign in (1, -1))
+    return (low // nodes.shape[1], low % nodes.shape[1]), (high // nodes.shape[1], high % nodes.shape[1])
 
 
 def density(
@@ -96,14 +118,14 @@ def density(
 
 
 def histogram(nodes: Array, weights: Array, bins: int | ArrayLike = 120) -> tuple[Array, Array]:
-    """Return the share of eigenvalues in each bin, straight from the quadrature weights: no smoothing, no sampling.
+    """Return the share of eigenvalues in each bin, the sum of quadrature weights: no smoothing, no sampling.
 
     Args:
         nodes: Quadrature nodes, shape (probes, steps).
         weights: Quadrature weights, shape (probes, steps).
-        bins: The edges, shape (bins + 1,), which must enclose every node; or about how many equal bins to lay from
-            the smallest to the largest node. Zero is always one of the equal bins' edges where the spectrum has both
-            signs, so that no bin mixes negative and positive curvature.
+        bins: Edges, shape (bins + 1,), which must enclose every node; or the approximate number of equal bins from the
+            smallest to the largest node. Zero is an edge of equal bins where the spectrum has both signs, so that no
+            bin mixes negative and positive curvature.
 
     Returns:
         mass: Share of each bin, shape (bins,), sum 1.
@@ -146,138 +168,9 @@ def _equal_edges(low: float, high: float, bins: int) -> Array:
 def legible_sigma(low: float, high: float) -> float | None:
     """Return a standard deviation that lets the smaller extreme stand out from zero, 0.2 to 1 % of the width.
 
-    None, for the default of `density`, where all nodes are one up to rounding.
+    None where all nodes are equal up to rounding: `density` then takes its default.
     """
     width = high - low
     if width <= 1e-10 * max(abs(low), abs(high)):
         return None
     return max(0.002 * width, min(0.01 * width, abs(low) / 4, abs(high) / 4))
-
-
-def spectrum_bounds(
-    nodes: Array, weights: Array, residuals: Array, dimension: int, failure: float
-) -> tuple[float, float]:
-    """Bound the smallest and the largest eigenvalue from outside, each with a given probability of failure.
-
-    Let q be the unit eigenvector of the largest eigenvalue λ, v the start vector and p_0, ..., p_m the orthonormal
-    polynomials of the Lanczos process, whose vectors are v_{j+1} = p_j(H)v. Then qᵀv_{j+1} = p_j(λ)·qᵀv, and as these
-    vectors are orthonormal, (qᵀv)²·K(λ) ≤ 1 with K = Σ_j p_j². Beyond the largest node K grows without bound, so a λ
-    far out means a start vector almost orthogonal to q; and for v uniform on the sphere it is known how improbable
-    that is. The λ at which it becomes as improbable as `failure` is the bound: van Dorsselaer, Hochstenbach & van der
-    Vorst (SIAM J. Matrix Anal. Appl. 22(3), 2001). The inequality holds for every m with the same qᵀv, so a process
-    that is stopped as soon as the bound is good enough fails no more often than one with fixed m.
-
-    Args:
-        nodes: Quadrature nodes, shape (probes, steps).
-        weights: Quadrature weights, shape (probes, steps).
-        residuals: Residual bounds of the nodes, shape (probes, steps).
-        dimension: Size n of the matrix.
-        failure: Probability that an eigenvalue lies below the lower bound, and the same for the upper one.
-
-    Returns:
-        The lower bound, at most the smallest node, and the upper bound, at least the largest.
-
-    Example:
-        >>> from lightning_hesd.numerics.krylov.lanczos import gauss_quadrature
-        >>> low, high = spectrum_bounds(*stack_rules([gauss_quadrature([0.0, 0.0], [1.0, 1e-6])]), 100, 0.05)
-        >>> -1.0001 < low < -1 and 1 < high < 1.0001
-        True
-    """
-    probes = [
-        (theta[:m], tau[:m], r[:m])
-        for theta, tau, r in zip(nodes, weights, residuals, strict=True)
-        for m in [int(np.count_nonzero(~np.isnan(theta)))]
-    ]
-    mirrored = [(-theta[::-1], tau[::-1], r[::-1]) for theta, tau, r in probes]
-    return -_upper_bound(mirrored, dimension, failure), _upper_bound(probes, dimension, failure)
-
-
-def _upper_bound(probes: Sequence[tuple[Array, Array, Array]], dimension: int, failure: float) -> float:
-    largest = max(float(theta[-1]) for theta, _, _ in probes)
-    if any(not (tau * r**2 > 0).any() for _, tau, r in probes):
-        return largest  # Πβ_j = 0, an invariant Krylov space: almost surely nothing is outside
-    dimension = max(dimension, 2)
-    kernels = [_log_christoffel(*probe, largest) for probe in probes]
-    # P(|qᵀv| ≤ z) ≤ scale·z: the density of one coordinate on the sphere is largest at zero.
-    scale = 2 / math.sqrt(math.pi) * math.exp(math.lgamma(dimension / 2) - math.lgamma((dimension - 1) / 2))
-    log_scale = math.log(max(1.0, scale))
-    allowed = _log_product_quantile(failure, len(probes))
-
-    def log_probability(log_distance: float) -> float:
-        """Log of the probability of start vectors like these, if λ is that far beyond the last node."""
-        distance = math.exp(log_distance)
-        return sum(min(0.0, log_scale - log_kernel(distance) / 2) for log_kernel in kernels)
-
-    size = max(float(np.abs(theta).max()) for theta, _, _ in probes) or max(float(r.max()) for _, _, r in probes)
-    low, high = math.log(size) - 50.0, math.log(size)
-    # A last node of improbably small weight shows that the start vectors are unlucky ones: allow for that.
-    allowed += log_probability(low)
-    while log_probability(high) > allowed:
-        high += 2.0
-    while high - low > 1e-3:
-        middle = (low + high) / 2
-        low, high = (middle, high) if log_probability(middle) > allowed else (low, middle)
-    return largest + math.exp(high)
-
-
-def _log_christoffel(theta: Array, tau: Array, residuals: Array, origin: float) -> Callable[[float], float]:
-    """Return d -> log K(origin + d) for d > 0 and `origin` no less than the largest node, from the rule alone.
-
-    p_m(x) = Π(x − θ_i)/Πβ_j, and by Christoffel and Darboux Πβ_j = √τ_i·r_i·Π_{j≠i}|θ_i − θ_j| for every i, and the
-    polynomials below p_m add up to p_m(x)²·Σ r_i²/(x − θ_i)².
-    """
-    best = int(np.argmax(tau * residuals**2))  # the one that rounding harms least
-    rounding = np.finfo(np.float64).eps * np.abs(theta).max()
-    others = np.maximum(np.abs(theta[best] - np.delete(theta, best)), rounding)
-    log_betas = 0.5 * math.log(tau[best]) + math.log(residuals[best]) + np.log(others).sum()
-    gaps = origin - theta  # apart from d, which may be too small to show in origin + d
-
-    def log_kernel(distance: float) -> float:
-        distances = gaps + distance
-        return 2 * float(np.log(distances).sum() - log_betas) + math.log1p(float(((residuals / distances) ** 2).sum()))
-
-    return log_kernel
-
-
-def _log_product_quantile(probability: float, count: int) -> float:
-    """Return log q such that the product of `count` uniform random numbers falls below q with that probability.
-
-    Fisher's combination of independent tests: P(Πu ≤ q) = q·Σ_{j<count} (−log q)ʲ/j!.
-    """
-
-    def log_probability(log_q: float) -> float:
-        logs = [j * math.log(-log_q) - math.lgamma(j + 1) for j in range(count)]  # factorials of many would overflow
-        largest = max(logs)
-        return log_q + largest + math.log(sum(math.exp(log - largest) for log in logs))
-
-    low, high = math.log(probability), 0.0
-    while log_probability(low) > math.log(probability):
-        low *= 2
-    while high - low > 1e-9:
-        middle = (low + high) / 2
-        low, high = (middle, high) if log_probability(middle) < math.log(probability) else (low, middle)
-    return low
-
-
-def miss_probability(dimension: int, steps_per_probe: Sequence[int], tolerance: float) -> float:
-    """Bound the probability that the extremes of all probes miss a true extreme by more than `tolerance`.
-
-    Kuczyński & Woźniakowski (SIAM J. Matrix Anal. Appl. 13(4), 1992, theorem 4.2): from a start vector uniform on the
-    sphere, m steps miss the largest eigenvalue by more than ε(λ_max − λ_min) with probability at most
-    1.648·√n·exp(−√ε(2m − 1)). Probes are independent, so their probabilities multiply; both ends add up.
-
-    Args:
-        dimension: Size n of the matrix.
-        steps_per_probe: Steps m of each probe.
-        tolerance: ε, relative to the width of the spectrum.
-
-    Example:
-        >>> miss_probability(100, [100], 0.05)  # as many steps as dimensions: nothing is missed
-        0.0
-    """
-    if max(steps_per_probe) >= dimension:
-        return 0.0
-    one_end = 1.0
-    for steps in steps_per_probe:
-        one_end *= min(1.0, 1.648 * math.sqrt(dimension) * math.exp(-math.sqrt(tolerance) * (2 * steps - 1)))
-    return min(1.0, 2 * one_end)

@@ -1,4 +1,4 @@
-"""`SpectrumRecord`: one analysis of a run. Everything that shows, tells or selects analyses reads this."""
+"""`SpectrumRecord`: the result of one analysis of a run, for logs, figures, tables and checkpoint rules."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SUFFIXES = {
     "ggn": "_ggn",
     "residual": "_residual",
 }
-"""What distinguishes the spectra of a record in the names of files and metrics."""
+"""Suffixes of the spectra of a record in names of files and metrics, by field."""
 
 PLAIN_FIELDS = ("epoch", "global_step", "error", "stability_threshold")
 """The fields of a record that are plain values."""
@@ -37,16 +37,16 @@ class SpectrumRecord:
     """One analysis of a run.
 
     Attributes:
-        epoch: Epoch it was made in, as `trainer.current_epoch`; -1 before the first step.
+        epoch: Epoch of the analysis, as `trainer.current_epoch`; -1 before the first step.
         global_step: Optimizer steps taken by then.
-        spectrum: The spectrum on the training data; None if the analysis failed.
-        error: What failed, and why; None if nothing did.
-        generalization: The spectrum on the generalization data; None where none is analysed.
-        layers: The spectra of single layers, by name; None where none are analysed.
-        preconditioned: The preconditioned spectrum on the training data; None where it is not analysed.
-        stability_threshold: Up to which largest eigenvalue of that the optimizer's steps are stable; None: unknown.
-        ggn: The spectrum of the Gauss-Newton matrix; None where it is not analysed.
-        residual: The spectrum of the rest of the Hessian; None where it is not analysed.
+        spectrum: Spectrum on the training data; None if the analysis failed.
+        error: Message of a failure; None if nothing failed.
+        generalization: Spectrum on the generalization data; None if these are not analyzed.
+        layers: Spectra of single layers, by name; None if layers are not analyzed.
+        preconditioned: Spectrum of the preconditioned Hessian on the training data; None if it is not analyzed.
+        stability_threshold: Largest preconditioned eigenvalue at which the optimizer's steps are stable; None: unknown.
+        ggn: Spectrum of the GGN; None if it is not analyzed.
+        residual: Spectrum of the residual H − GGN; None if it is not analyzed.
     """
 
     epoch: int
@@ -62,7 +62,7 @@ class SpectrumRecord:
 
     @property
     def spectra(self) -> dict[str, Spectrum]:
-        """The spectra there are, by what distinguishes them in the names of files and metrics: see `SUFFIXES`."""
+        """The spectra of the record, by suffix: see `SUFFIXES`."""
         every = {suffix: getattr(self, field) for field, suffix in SUFFIXES.items()}
         return {suffix: spectrum for suffix, spectrum in every.items() if spectrum is not None}
 
@@ -75,16 +75,16 @@ class SpectrumRecord:
 
     @cached_property
     def assessment(self) -> Assessment | None:
-        """What the two spectra say about generalization; None where there are no two."""
+        """Verdict of the spectra on training and generalization data; None if one is missing."""
         if self.spectrum is None or self.generalization is None:
             return None
         return assess_generalization(self.spectrum, self.generalization)
 
     def file_name(self, suffix: str = "") -> str:
-        """Return the name of a spectrum's file in the history's folder."""
+        """Return the name of the file of a spectrum in the folder of the history."""
         return f"epoch={self.epoch}-step={self.global_step}{suffix}.npz"
 
 
 def when(epoch: int) -> str:
-    """Return in words when the record of an epoch was made."""
+    """Return the time of a record in words."""
     return "before the first step" if epoch == START_EPOCH else f"of epoch {epoch}"

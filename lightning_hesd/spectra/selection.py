@@ -1,60 +1,40 @@
-"""Which checkpoint to take, and which can no longer be taken: the rule of Gabdullin (2025), section 4.2.
+"""Which checkpoint a rule picks, and which candidates can no longer be picked (Gabdullin 2025, section 4.2).
 
-Among the weights whose training metric is within a tolerance of the best one, take the highest criterion. Plain
-Python: no files, no trainer.
+Among the states of the weights whose training metric is within a tolerance of the best one, the state with the highest
+criterion is picked. Plain Python: no files, no trainer.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
 from lightning_hesd.spectra.record import START_EPOCH
+from lightning_hesd.spectra.rules import RULES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Mapping, Sequence
 
     from lightning_hesd.spectra.record import SpectrumRecord
 
-
-class Ranked(Protocol):
-    """What the rules look at: a spectrum, or what is left of one."""
-
-    @property
-    def c_t(self) -> float:
-        """C_t."""
-
-    @property
-    def lambda_max(self) -> float:
-        """The largest eigenvalue."""
-
-
-CRITERIA: dict[str, Callable[[Ranked], float]] = {
-    "highest_c_t": lambda spectrum: spectrum.c_t,
-    "lowest_max_eigenvalue": lambda spectrum: -spectrum.lambda_max,
-}
-"""What the rules rank by, higher is better: the paper's, and the one it compares with."""
-
 LOSS_SHARE = 0.05
-"""By default, losses count as nearly the same up to this share of the drop from the first analysed loss to the best."""
-
-RULE_NAMES = {"highest_c_t": "highest C_t", "lowest_max_eigenvalue": "lowest λ_max"}
-"""What people call them."""
+"""By default, losses count as nearly the same up to this share of the drop from the first analyzed loss to the best."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One analysed state of the weights.
+    """One analyzed state of the weights.
 
     Attributes:
         epoch: Epoch of the analysis.
         global_step: Optimizer steps taken by then.
-        score: The training metric, its sign such that higher is better.
-        criterion: What the rule ranks by, higher is better.
+        score: Training metric, with the sign that makes higher better.
+        criterion: Criterion of the rule, higher is better.
         mainly_positive: Whether the HESD type is MP.
-        path: Its checkpoint file.
-        mark: Text that this file alone has in it; empty: none.
+        path: Path of its checkpoint file.
+        mark: Random text that is in no other checkpoint file; empty: no text.
     """
 
     epoch: int
@@ -67,31 +47,33 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class SelectionRule:
-    """The rule's parameters.
+class CandidateFilter:
+    """The condition for candidates among which the criterion decides.
 
     Attributes:
-        tolerance: How far the training metric may lie from the best one, absolute. It may grow with the best one, by
-            less than that itself grows, as `progress_tolerance` does.
-        require_mp: Whether only MP spectra qualify; if none does, the best training metric wins.
+        tolerance: Largest distance of the training metric from the best one, absolute. The tolerance may grow with the
+            best metric, by less than that itself grows, as `progress_tolerance` does.
+        require_mp: Whether only MP spectra qualify; if no spectrum does, the best training metric wins.
     """
 
     tolerance: float
     require_mp: bool
 
+    def near(self, candidates: Sequence[Candidate], best: float) -> list[Candidate]:
+        """Return the candidates within the tolerance of the best score, of either type."""
+        return [c for c in candidates if best - c.score <= self.tolerance]
+
     def qualified(self, candidates: Sequence[Candidate], best: float) -> list[Candidate]:
-        """Return those the criterion decides among; empty if `require_mp` leaves none.
+        """Return the candidates among which the criterion decides; none if `require_mp` excludes all.
 
         Args:
-            candidates: In the order of training.
-            best: Best score over all analysed states, also those no longer among `candidates`.
+            candidates: Candidates in the order of training.
+            best: Best score over all analyzed states, also those no longer among `candidates`.
         """
-        return [
-            c for c in candidates if best - c.score <= self.tolerance and (c.mainly_positive or not self.require_mp)
-        ]
+        return [c for c in self.near(candidates, best) if c.mainly_positive or not self.require_mp]
 
     def pick(self, candidates: Sequence[Candidate], best: float) -> Candidate | None:
-        """Return the candidate to take, the earliest of equals; None without candidates."""
+        """Return the pick, the earliest of equals; None without candidates."""
         if qualified := self.qualified(candidates, best):
             return max(qualified, key=lambda c: c.criterion)  # max returns the first of equals
         return max(candidates, key=lambda c: c.score, default=None)
@@ -100,10 +82,9 @@ class SelectionRule:
         """Return the candidates that some continuation of training could still make the pick.
 
         The best metric only ever improves, and more so than a tolerance relative to the progress grows. So a candidate
-        outside the tolerance stays outside, and one that another
-        beats on both metric and criterion stays beaten, because the other is within the tolerance whenever it is.
-        While some candidate qualifies, an unqualified one can never be picked: only a better metric can end that, and
-        then the pick is the latest that brought it.
+        outside the tolerance stays outside, and one that another beats on both metric and criterion stays beaten,
+        because the other is within the tolerance whenever it is. While some candidate qualifies, an unqualified one can
+        never be picked: only a better metric can end that, and then the pick is the latest that brought it.
         """
         qualified = self.qualified(candidates, best)
         if not qualified:
@@ -122,11 +103,11 @@ class SelectionRule:
 def progress_tolerance(first: float | None, best: float) -> float:
     """Return `LOSS_SHARE` of the progress from the first score, a loss with its sign reversed, to the best one.
 
-    The unit of the loss, and what is added to it, then make no difference. Zero without progress.
+    The unit of the loss, and a constant added to it, then make no difference. Zero without progress.
 
     Args:
-        first: Goodness of the first analysed state; None: not known.
-        best: The best score so far.
+        first: Score of the first analyzed state; None: not known.
+        best: Best score so far.
 
     Example:
         >>> progress_tolerance(-2.0, -1.0), progress_tolerance(-1.0, -2.0)
@@ -137,79 +118,174 @@ def progress_tolerance(first: float | None, best: float) -> float:
     return LOSS_SHARE * max(best - first, 0.0)
 
 
-def first_loss(records: Sequence[SpectrumRecord]) -> float | None:
-    """Return the finite loss over the analysis samples after the fewest optimizer steps; None if there is none.
+# Rules that go by the loss over the analysis samples ------------------------------------------------------------------
 
-    Of several checkpoints after equally many steps, the highest.
+
+@dataclass(frozen=True)
+class AnalyzedState:
+    """The values of a record, or of the payload of a record, that a ranking by loss uses.
+
+    Attributes:
+        epoch: Epoch of the analysis.
+        global_step: Optimizer steps taken by then.
+        loss: Mean loss over the analysis samples; NaN if the analysis failed.
+        hesd_type: "MP" or "MN"; None where C_t is undefined.
+        scores: Criterion of each rule, by the rule's name; NaN where it is undefined.
     """
-    losses = [(r.global_step, -r.spectrum.loss) for r in records if r.spectrum and math.isfinite(r.spectrum.loss)]
+
+    epoch: int
+    global_step: int
+    loss: float
+    hesd_type: str | None
+    scores: Mapping[str, float]
+
+    @classmethod
+    def of(cls, record: SpectrumRecord) -> AnalyzedState:
+        """Return the values of a record."""
+        spectrum = record.spectrum
+        return cls(
+            record.epoch,
+            record.global_step,
+            math.nan if spectrum is None else spectrum.loss,
+            None if spectrum is None else spectrum.hesd_type,
+            {name: rule.score(record) for name, rule in RULES.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The decision of a checkpoint rule among candidates.
+
+    Attributes:
+        candidates: Candidates in the order of training.
+        filter: Condition for the candidates among which the rule decides.
+    """
+
+    candidates: tuple[Candidate, ...]
+    filter: CandidateFilter
+
+    @property
+    def best(self) -> float:
+        """The best score."""
+        return max((c.score for c in self.candidates), default=-math.inf)
+
+    @cached_property
+    def near(self) -> list[Candidate]:
+        """The candidates within the metric tolerance of the best, of either type."""
+        return self.filter.near(self.candidates, self.best)
+
+    @cached_property
+    def qualified(self) -> list[Candidate]:
+        """The candidates among which the criterion decides."""
+        return self.filter.qualified(self.candidates, self.best)
+
+    @property
+    def pick(self) -> Candidate | None:
+        """The pick, the earliest of equals; None without candidates."""
+        return self.filter.pick(self.candidates, self.best)
+
+
+def rank_by_loss(states: Sequence[AnalyzedState], rule: str | None, tolerance: float | None = None) -> Ranking:
+    """Return the ranking of a rule that goes by the loss over the analysis samples and requires MP spectra.
+
+    The state before the first step is no candidate, nor is a state whose C_t or criterion is undefined.
+
+    Args:
+        states: States of a run, or of several checkpoints.
+        rule: Name of the rule; None: no criterion, to ask for the qualified candidates only.
+        tolerance: How far the loss may lie above the lowest one, absolute; None: `LOSS_SHARE` of its drop.
+
+    Returns:
+        The ranking; the `path` of each candidate is the position of its state in `states`, as text.
+    """
+    candidates = tuple(
+        Candidate(s.epoch, s.global_step, -s.loss, criterion, s.hesd_type == "MP", path=str(position))
+        for position, s in enumerate(states)
+        for criterion in [0.0 if rule is None else s.scores.get(rule, math.nan)]
+        if s.epoch != START_EPOCH and s.hesd_type is not None and not (math.isnan(s.loss) or math.isnan(criterion))
+    )
+    if tolerance is None:
+        first = _first_loss(states)
+        best = max((c.score for c in candidates), default=-math.inf)
+        tolerance = progress_tolerance(None if first is None else -first, best)
+    return Ranking(candidates, CandidateFilter(tolerance, require_mp=True))
+
+
+def states_of(records: Sequence[SpectrumRecord]) -> list[AnalyzedState]:
+    """Return the values of records that rankings by loss use."""
+    return [AnalyzedState.of(record) for record in records]
+
+
+def first_loss(records: Sequence[SpectrumRecord]) -> float | None:
+    """Return the finite loss after the fewest optimizer steps, the highest of several; None if no loss is finite."""
+    return _first_loss(states_of(records))
+
+
+def _first_loss(states: Sequence[AnalyzedState]) -> float | None:
+    losses = [(s.global_step, -s.loss) for s in states if math.isfinite(s.loss)]
     return -min(losses)[1] if losses else None
 
 
 def loss_tolerance(records: Sequence[SpectrumRecord]) -> float:
-    """Return how far losses of these records may lie apart and count as nearly the same."""
+    """Return the largest difference of losses of these records that count as nearly the same."""
+    losses = [record.spectrum.loss for record in records if record.spectrum and math.isfinite(record.spectrum.loss)]
     first = first_loss(records)
-    losses = [r.spectrum.loss for r in records if r.spectrum and math.isfinite(r.spectrum.loss)]
     return 0.0 if first is None else progress_tolerance(-first, -min(losses))
 
 
 def candidates_of(
     records: Sequence[SpectrumRecord], tolerance: float | None = None, *, fallback: bool = True
 ) -> list[SpectrumRecord]:
-    """Return the records among which the rules of `CRITERIA` decide, by the loss over the analysis samples.
-
-    Only MP spectra count. The start is no candidate.
+    """Return the records among which the rules decide, by the loss over the analysis samples.
 
     Args:
-        records: The records of a run, or of several checkpoints.
-        tolerance: How far the loss may lie above the lowest one, absolute; None: `LOSS_SHARE` of its drop.
-        fallback: Whether the lowest loss is the candidate if none is MP, rather than none.
+        records: Records of a run, or of several checkpoints.
+        tolerance: As for `rank_by_loss`.
+        fallback: Whether the lowest loss is the candidate if no spectrum is MP, rather than none.
     """
-    analysed = [(r, r.spectrum) for r in records if r.epoch != START_EPOCH and r.spectrum and not r.spectrum.reason]
-    best = min((spectrum.loss for _, spectrum in analysed), default=0.0)
-    first = first_loss(records)
-    width = progress_tolerance(None if first is None else -first, -best) if tolerance is None else tolerance
-    near = [r for r, s in analysed if s.loss - best <= width and s.hesd_type == "MP"]
-    return near or [r for r, s in analysed if fallback and s.loss == best][:1]
+    ranking = rank_by_loss(states_of(records), None, tolerance)
+    lowest = [ranking.pick] if fallback and ranking.pick else []
+    return [records[int(candidate.path)] for candidate in ranking.qualified or lowest]
 
 
 def picks(
     records: Sequence[SpectrumRecord], tolerance: float | None = None, *, fallback: bool = True
 ) -> dict[str, SpectrumRecord]:
-    """Return the record that each rule of `CRITERIA` picks among `candidates_of` these, the earliest of equals."""
-    candidates = [(r, r.spectrum) for r in candidates_of(records, tolerance, fallback=fallback) if r.spectrum]
+    """Return the pick of each rule in `RULES`, by the rule's name; arguments as for `candidates_of`."""
+    states = states_of(records)
+    rankings = {name: rank_by_loss(states, name, tolerance) for name in RULES}
     return {
-        name: max(candidates, key=lambda pair: criterion(pair[1]))[0]
-        for name, criterion in CRITERIA.items()
-        if candidates
+        name: records[int(ranking.pick.path)]
+        for name, ranking in rankings.items()
+        if ranking.pick and (fallback or ranking.qualified)
     }
 
 
 @dataclass(frozen=True)
 class SelectionEvent:
-    """What a rule made of the latest analysed state of the weights.
+    """The decision of a checkpoint callback after one analysis.
 
     Attributes:
-        rule: Its name.
+        rule: Name of its rule.
         train_metric: Key of the training metric; None: the mean loss of the analysis.
-        train_metric_mode: Whether more of it is better.
-        selection: The parameters of the rule.
-        latest: The latest state.
-        pick: Which state the rule takes by now.
-        is_relative: Whether the tolerance is a share of the progress; `selection` has what that is by now.
+        train_metric_mode: "max" if a higher metric is better, else "min".
+        filter: Condition for the candidates, with the tolerance as of now.
+        latest: The state that was analyzed.
+        pick: The pick as of now.
+        is_relative: Whether the tolerance is a share of the progress.
     """
 
     rule: str
     train_metric: str | None
     train_metric_mode: Literal["min", "max"]
-    selection: SelectionRule
+    filter: CandidateFilter
     latest: Candidate
     pick: Candidate | None
     is_relative: bool = False
 
     @property
     def key(self) -> str:
-        """What tells the rule from others that one run may have."""
-        metric, whom = self.train_metric or "loss", "mp" if self.selection.require_mp else "all"
-        tolerance = "relative" if self.is_relative else f"{self.selection.tolerance:g}"
-        return f"{self.rule}/{metric}/{tolerance}/{whom}"
+        """Text that distinguishes the callback from others in the same run."""
+        metric, condition = self.train_metric or "loss", "mp" if self.filter.require_mp else "all"
+        tolerance = "relative" if self.is_relative else f"{self.filter.tolerance:g}"
+        return f"{self.rule}/{metric}/{tolerance}/{condition}"

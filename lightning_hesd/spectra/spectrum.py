@@ -1,22 +1,17 @@
-"""`Spectrum`: the immutable record of one analysis, and the only thing that leaves the numerics."""
+"""`Spectrum`: the immutable result of one analysis, with the criteria and densities that follow from it."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_hesd.spectra import criteria, quadrature
-from lightning_hesd.spectra.files import opened_archive, save_archive
-from lightning_hesd.spectra.validation import at_least, each, first_invalid_field, number, of, optional, text, within
+from lightning_hesd.spectra import criteria, eigenvalue_bounds, quadrature
+from lightning_hesd.spectra.spectrum_data import SpectrumData
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Mapping
-
     from numpy.typing import ArrayLike, NDArray
 
 DEFAULT_TOLERANCE = 0.05
@@ -26,138 +21,13 @@ MIN_SCALE = 1e-3
 SHARE_OF_SAMPLING_ERROR = 0.25
 """More accuracy than this share of the sampling error is of no use (tolerance "auto")."""
 
-ARRAYS = ("nodes", "weights", "residuals")
-"""The fields that are arrays."""
 
-_LARGEST = 1e150
-"""Its square is a number, too."""
-
-_NEEDED = {
-    "steps_per_probe": each(at_least(0)),
-    "dimension": at_least(1),
-    "num_samples": at_least(0),
-    "loss": number,
-    "rounding": within(0.0, _LARGEST),
-    "matvecs": at_least(0),
-    "seconds": number,
-}
-_WITH_DEFAULT = {
-    **dict.fromkeys(("matrix", "probe", "mode", "strategy", "strategy_reason", "basis"), text),
-    "seed": of(int),
-    "confidence": within(1e-9, 1 - 1e-9),
-    "tolerance": optional(lambda value: value in {"type", "auto"} if text(value) else within(0.0, _LARGEST)(value)),
-    "reason": optional(text),
-    "verified": lambda value: value in {"yes", "no", "unknown"},
-    "verification": text,
-    "asymmetry": optional(number),
-    **dict.fromkeys(("predicted_memory", "sampling_groups"), optional(at_least(0))),
-    **dict.fromkeys(
-        (
-            *("gradient_equivalents", "c_t_sampling_error", "c_t_sampling_bias"),
-            *("lambda_min_sampling_error", "lambda_max_sampling_error"),
-            *("lambda_min_sampling_bias", "lambda_max_sampling_bias"),
-        ),
-        optional(number),
-    ),
-}
-"""What the fields of a record may be that was read from somewhere."""
-
-
-@dataclass(frozen=True, eq=False)
-class Spectrum:
+class Spectrum(SpectrumData):
     """Hessian eigenvalue spectral density (HESD) at one point in weight space, with its error bounds.
 
     Made by `hessian_spectrum`; never edited. Curvatures are in units of the loss per squared parameter unit.
-
-    Attributes:
-        nodes: Quadrature nodes (Ritz values), ascending, shape (probes, steps); a probe that ended early is padded with
-            NaN nodes of weight 0.
-        weights: Quadrature weights, shape (probes, steps); each row sums to 1.
-        residuals: An eigenvalue lies within this distance of each node, shape (probes, steps).
-        steps_per_probe: Lanczos steps taken by each probe.
-        dimension: Number of analysed parameters n.
-        num_samples: Number of samples, whatever they weigh; of batches whose samples cannot be counted, their weight.
-        loss: That mean loss.
-        rounding: Eigenvalues closer to zero than this are indistinguishable from it.
-        matvecs: Hessian-vector products spent, those on central differences' step and on sampling errors included.
-        seconds: Duration of the analysis.
-        gradient_equivalents: Time in Hessian-vector products over the time of as many plain gradients on the same
-            batches, i.e. the cost of one product in gradients; None if not measured. Gradients of a millisecond or two
-            count for more than they should: preparing the batch is part of them.
-        matrix: Which curvature matrix ("hessian", "ggn", "residual", or "preconditioned" and one of these).
-        probe: Distribution of the start vectors ("gaussian": uniform on the sphere, or "rademacher").
-        seed: Seed of the start vectors.
-        mode: Module mode during the analysis ("eval", "train", "keep", or "deterministic": training mode without
-            dropout and without statistics of the batch).
-        strategy: How the products were computed ("graph", "recompute" or "finite_difference").
-        strategy_reason: Why this strategy.
-        basis: Where the Krylov basis was kept ("device", "cpu" or "none").
-        predicted_memory: Bytes the analysis was expected to take at most, beyond module and batches; None: unknown.
-        confidence: Probability, over start vectors, with which `c_t_interval` holds at least.
-        tolerance: Accuracy asked for: a number, "type" or "auto" (see `hessian_spectrum`); None: fixed steps.
-        reason: Why C_t is undefined (NaN), if it is.
-        verified: Whether products and gradient were found to be those of the loss: "yes", "unknown" where that cannot
-            be told, or "no": then nothing was computed, and every number is NaN.
-        verification: What was compared and found, in words.
-        asymmetry: Largest component of a product Hv_j along earlier Lanczos vectors that a symmetric matrix does not
-            have, relative to ‖T‖: rounding, in which case it is part of `rounding`. None: not known.
-        c_t_sampling_error: Standard error of C_t from the finite sample; None, as all of the following, if not asked
-            for.
-        c_t_sampling_bias: How far C_t is expected to lie from that of infinitely many samples; not corrected for.
-        lambda_min_sampling_error: Standard error of the smallest eigenvalue.
-        lambda_max_sampling_error: Standard error of the largest eigenvalue.
-        lambda_min_sampling_bias: Expected difference from infinitely many samples, at most 0.
-        lambda_max_sampling_bias: Expected difference from infinitely many samples, at least 0.
-        sampling_groups: Number of groups of samples these rest on.
+    Fields as in `SpectrumData`.
     """
-
-    nodes: NDArray[np.float64]
-    weights: NDArray[np.float64]
-    residuals: NDArray[np.float64]
-    steps_per_probe: tuple[int, ...]
-    dimension: int
-    num_samples: int
-    loss: float
-    rounding: float
-    matvecs: int
-    seconds: float
-    gradient_equivalents: float | None = None
-    matrix: str = "hessian"
-    probe: Literal["gaussian", "rademacher"] = "gaussian"
-    seed: int = 0
-    mode: Literal["eval", "deterministic", "train", "keep"] = "eval"
-    strategy: str = "graph"
-    strategy_reason: str = ""
-    basis: Literal["device", "cpu", "none"] = "device"
-    predicted_memory: int | None = None
-    confidence: float = 0.95
-    tolerance: float | Literal["type", "auto"] | None = None
-    reason: str | None = None
-    verified: Literal["yes", "no", "unknown"] = "unknown"
-    verification: str = "not compared with differences of the loss"
-    asymmetry: float | None = None
-    c_t_sampling_error: float | None = None
-    c_t_sampling_bias: float | None = None
-    lambda_min_sampling_error: float | None = None
-    lambda_max_sampling_error: float | None = None
-    lambda_min_sampling_bias: float | None = None
-    lambda_max_sampling_bias: float | None = None
-    sampling_groups: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ARRAYS:
-            array = np.array(getattr(self, name), dtype=np.float64)
-            array.flags.writeable = False
-            object.__setattr__(self, name, array)
-        object.__setattr__(self, "steps_per_probe", tuple(int(steps) for steps in self.steps_per_probe))
-        shape = self.nodes.shape
-        if len(shape) != 2 or shape[0] != len(self.steps_per_probe) or 0 in shape:
-            msg = f"`nodes` must have shape ({len(self.steps_per_probe)} probes, steps >= 1), got {shape}."
-            raise ValueError(msg)
-        for name in ARRAYS[1:]:
-            if getattr(self, name).shape != shape:
-                msg = f"`{name}` must have the shape of `nodes`, {shape}, got {getattr(self, name).shape}."
-                raise ValueError(msg)
 
     def __str__(self) -> str:
         """Return the main findings in one line."""
@@ -185,33 +55,33 @@ class Spectrum:
         return max(self.steps_per_probe)
 
     @cached_property
-    def _lowest(self) -> tuple[int, ...]:
-        # Without any node the first place, which holds NaN.
-        return tuple(int(i) for i in np.unravel_index(_argmin(self.nodes), self.nodes.shape))
-
-    @cached_property
-    def _highest(self) -> tuple[int, ...]:
-        return tuple(int(i) for i in np.unravel_index(_argmin(-self.nodes), self.nodes.shape))
+    def _extremes(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Smallest and largest node over all probes, each with its Ritz residual."""
+        low, high = quadrature.extreme_positions(self.nodes)
+        (low_node, low_residual), (high_node, high_residual) = (
+            (float(self.nodes[at]), float(self.residuals[at])) for at in (low, high)
+        )
+        return (low_node, low_residual), (high_node, high_residual)
 
     @property
     def lambda_min(self) -> float:
         """Smallest node over all probes; the smallest eigenvalue is no larger."""
-        return float(self.nodes[self._lowest])
+        return self._extremes[0][0]
 
     @property
     def lambda_max(self) -> float:
         """Largest node over all probes; the largest eigenvalue is no smaller."""
-        return float(self.nodes[self._highest])
+        return self._extremes[1][0]
 
     @property
     def lambda_min_error(self) -> float:
-        """Residual bound plus rounding: an eigenvalue lies within this distance of `lambda_min`."""
-        return float(self.residuals[self._lowest]) + self.rounding
+        """Ritz residual plus rounding: an eigenvalue lies within this distance of `lambda_min`."""
+        return self._extremes[0][1] + self.rounding
 
     @property
     def lambda_max_error(self) -> float:
-        """Residual bound plus rounding: an eigenvalue lies within this distance of `lambda_max`."""
-        return float(self.residuals[self._highest]) + self.rounding
+        """Ritz residual plus rounding: an eigenvalue lies within this distance of `lambda_max`."""
+        return self._extremes[1][1] + self.rounding
 
     @property
     def c_t(self) -> float:
@@ -220,13 +90,13 @@ class Spectrum:
 
     @cached_property
     def extreme_bounds(self) -> tuple[float, float]:
-        """Between these two all eigenvalues lie, with probability `confidence` over the start vectors.
+        """(low, high) that enclose all eigenvalues, with probability `confidence` over the start vectors.
 
-        See `quadrature.spectrum_bounds`; rounding is on top. Proven for Gaussian probes; for Rademacher probes it takes
-        eigenvectors to be spread over many parameters.
+        See `eigenvalue_bounds.spectrum_bounds`; rounding is on top. Proven for Gaussian probes; for Rademacher probes
+        it requires eigenvectors that are spread over many parameters.
         """
         failure = (1 - self.confidence) / 2
-        low, high = quadrature.spectrum_bounds(
+        low, high = eigenvalue_bounds.spectrum_bounds(
             self.nodes, self.weights, self.residuals, dimension=self.dimension, failure=failure
         )
         return low - self.rounding, high + self.rounding
@@ -262,7 +132,7 @@ class Spectrum:
 
     @property
     def type_certain(self) -> bool:
-        """Whether all of `c_t_interval` lies on one side of the threshold, and the products are verified."""
+        """Whether all of `c_t_interval` lies on one side of the threshold, and the HVPs are verified."""
         return self.verified == "yes" and criteria.type_certain(self.c_t_interval)
 
     @property
@@ -274,7 +144,7 @@ class Spectrum:
 
     @property
     def allowed_error(self) -> float:
-        """What `tolerance` amounts to in units of C_t; 5 % where it is None or "type"."""
+        """`tolerance` in units of C_t; 5 % where it is None or "type"."""
         if self.tolerance == "auto":
             return SHARE_OF_SAMPLING_ERROR * (self.c_t_sampling_error or 0.0)
         return self._relative_tolerance * max(abs(self.c_t), MIN_SCALE)
@@ -292,13 +162,12 @@ class Spectrum:
     def miss_probability(self) -> float | None:
         """Bound on the probability of missing an extreme by more than `tolerance` (or 0.05) of the width.
 
-        Kuczyński & Woźniakowski (1992), for any matrix of this size. It does not look at the nodes found, as
-        `c_t_interval` does, and is far more pessimistic. It holds for start vectors uniform on the sphere, so None for
-        "rademacher".
+        Kuczyński & Woźniakowski (1992), for any matrix of this size. Unlike `c_t_interval` it ignores the nodes found,
+        and is far more pessimistic. It holds for start vectors uniform on the sphere, so None for "rademacher".
         """
         if self.probe != "gaussian":
             return None
-        return quadrature.miss_probability(self.dimension, self.steps_per_probe, self._relative_tolerance)
+        return eigenvalue_bounds.miss_probability(self.dimension, self.steps_per_probe, self._relative_tolerance)
 
     # Densities and moments ------------------------------------------------------------------------------------------
 
@@ -310,8 +179,7 @@ class Spectrum:
         Raises:
             ValueError: If the steps were not fixed beforehand.
         """
-        self._check_fixed_steps()
-        return float(criteria.k_h(self.nodes, self.weights, n, self.rounding).mean())
+        return float(self._k_h_of_probes(n).mean())
 
     def k_h_error(self, n: float = 0.5) -> float | None:
         """Standard error of `k_h` over probes; None for a single probe.
@@ -319,16 +187,17 @@ class Spectrum:
         Raises:
             ValueError: If the steps were not fixed beforehand.
         """
-        self._check_fixed_steps()
-        return _standard_error(criteria.k_h(self.nodes, self.weights, n, self.rounding))
+        values = self._k_h_of_probes(n)
+        return None if len(values) < 2 else float(values.std(ddof=1) / math.sqrt(len(values)))
 
-    def _check_fixed_steps(self) -> None:
+    def _k_h_of_probes(self, n: float) -> NDArray[np.float64]:
         if self.tolerance is not None:
             msg = (
                 f"K_Hn depends on the number of Lanczos steps, and with `tolerance={self.tolerance!r}` these are not "
-                "fixed: analyse with `steps` and without `tolerance`."
+                "fixed: analyze with `steps` and without `tolerance`."
             )
             raise ValueError(msg)
+        return criteria.k_h(self.nodes, self.weights, n, self.rounding)
 
     def moment(self, k: int) -> float:
         """Estimate of trace(Hᵏ)/n, the k-th moment of the density."""
@@ -341,19 +210,13 @@ class Spectrum:
 
     @property
     def trace_error(self) -> float:
-        """Standard error of `trace`, from the second moment of the same probes.
-
-        For v uniform on the sphere Var(n·vᵀHv) = 2n/(n + 2)·(tr H² − (tr H)²/n), and the quadrature estimates both
-        traces even with one probe. For Rademacher probes Var = 2(tr H² − Σ H_ii²) is at most 2 tr H², used instead.
-        """
+        """Standard error of `trace`, from the second moment of the same probes; see `quadrature.trace_error`."""
         # After a single step the rule is not exact to degree 2: ‖Hv‖² = α² + β².
         single = np.array(self.steps_per_probe) == 1
-        n, second = self.dimension, self.moment(2) + float(np.where(single, self.residuals[:, 0] ** 2, 0.0).mean())
-        if self.probe == "gaussian":
-            variance = 2 * n**2 / (n + 2) * max(second - self.moment(1) ** 2, 0.0)
-        else:
-            variance = 2 * n * second
-        return math.sqrt(variance / len(self.nodes))
+        second = self.moment(2) + float(np.where(single, self.residuals[:, 0] ** 2, 0.0).mean())
+        return quadrature.trace_error(
+            self.moment(1), second, self.dimension, len(self.nodes), on_sphere=self.probe == "gaussian"
+        )
 
     def density(
         self, grid: ArrayLike | None = None, sigma: float | None = None
@@ -361,7 +224,7 @@ class Spectrum:
         """Return (grid, density), each of shape (points,); the density integrates to 1. See `quadrature.density`.
 
         Raises:
-            ValueError: If there is none, as products were not those of the loss.
+            ValueError: If nothing was computed, because HVPs were not those of the loss.
         """
         self._check_computed()
         return quadrature.density(self.nodes, self.weights, grid, sigma)
@@ -370,7 +233,7 @@ class Spectrum:
         """Return (mass, edges), shapes (bins,) and (bins + 1,); the mass sums to 1. See `quadrature.histogram`.
 
         Raises:
-            ValueError: If there is none, as products were not those of the loss.
+            ValueError: If nothing was computed, because HVPs were not those of the loss.
         """
         self._check_computed()
         return quadrature.histogram(self.nodes, self.weights, bins)
@@ -379,100 +242,3 @@ class Spectrum:
         if self.verified == "no":
             msg = f"there is no density, because nothing was computed: {self.reason}."
             raise ValueError(msg)
-
-    # Storage --------------------------------------------------------------------------------------------------------
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields: arrays as NumPy arrays, everything else as plain Python values."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Spectrum:
-        """Return the record of `to_dict`, from a file or a checkpoint, that is: of anybody.
-
-        Raises:
-            ValueError: If a field is missing or is something else.
-            TypeError: If there is one more.
-        """
-        given = {name: check for name, check in _WITH_DEFAULT.items() if name in values}
-        wrong = first_invalid_field(values, {**dict.fromkeys(ARRAYS, of(np.ndarray)), **_NEEDED, **given})
-        if wrong is not None:
-            msg = f"`{wrong}` is missing or is something else"
-            raise ValueError(msg)
-        spectrum = cls(**values)
-        present = ~np.isnan(spectrum.nodes)
-        fit = (
-            present.sum(axis=1) == spectrum.steps_per_probe,
-            present[:, :-1] >= present[:, 1:],  # the padding comes last
-            np.abs(spectrum.nodes[present]) <= _LARGEST,
-            spectrum.weights >= 0,
-            np.abs(spectrum.weights.sum(axis=1) - np.minimum(spectrum.steps_per_probe, 1)) <= 1e-6,
-            (spectrum.residuals >= 0) & (spectrum.residuals <= _LARGEST),
-        )
-        if not all(np.all(part) for part in fit):
-            msg = "its nodes, weights and residuals are no quadrature rules of so many steps"
-            raise ValueError(msg)
-        return spectrum
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the record to `path` as .npz: arrays and one JSON text, no pickle.
-
-        The file appears whole or not at all.
-        """
-        header, arrays = self._parts()
-        save_archive(path, header, arrays)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Spectrum:
-        """Read a record that `save` wrote.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If the file is not a spectrum, is damaged, or was written by a newer version.
-        """
-        with opened_archive(path, "a spectrum written by `Spectrum.save`") as (header, array):
-            spectrum = cls.from_dict({**header, **{name: array(name) for name in ARRAYS}})
-        return spectrum  # noqa: RET504 - inside, damage could still come to light
-
-    def _parts(self) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
-        values = self.to_dict()
-        arrays = {name: values.pop(name) for name in ARRAYS}
-        return values, arrays
-
-
-def save_layers(spectra: Mapping[str, Spectrum], path: str | os.PathLike[str]) -> None:
-    """Write the spectra of layers, by name, to one file as `Spectrum.save` writes one."""
-    headers: list[dict[str, Any]] = []
-    arrays: dict[str, NDArray[np.float64]] = {}
-    for index, (layer, spectrum) in enumerate(spectra.items()):
-        values, own = spectrum._parts()  # noqa: SLF001 - of this module
-        headers.append({"layer": layer, "fields": values})
-        arrays |= {f"{index}/{name}": array for name, array in own.items()}
-    save_archive(path, {"layers": headers}, arrays)
-
-
-def load_layers(path: str | os.PathLike[str]) -> dict[str, Spectrum]:
-    """Read what `save_layers` wrote.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is something else, is damaged, or was written by a newer version.
-    """
-    with opened_archive(path, "the spectra of layers") as (header, array):
-        spectra = {
-            str(entry["layer"]): Spectrum.from_dict(
-                {**entry["fields"], **{name: array(f"{index}/{name}") for name in ARRAYS}}
-            )
-            for index, entry in enumerate(header["layers"])
-        }
-    return spectra  # noqa: RET504 - inside, damage could still come to light
-
-
-def _argmin(values: NDArray[np.float64]) -> int:
-    return int(np.argmin(np.where(np.isnan(values), np.inf, values)))
-
-
-def _standard_error(values: NDArray[np.float64]) -> float | None:
-    if len(values) < 2:
-        return None
-    return float(values.std(ddof=1) / math.sqrt(len(values)))

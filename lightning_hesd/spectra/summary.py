@@ -1,4 +1,4 @@
-"""A run in words for the terminal: a line for each analysis, and at the end a table of all."""
+"""Text for the terminal: a line for each analysis, and a table of all at the end of a run."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_hesd.spectra.record import START_EPOCH
-from lightning_hesd.spectra.selection import LOSS_SHARE, RULE_NAMES, candidates_of, loss_tolerance, picks
+from lightning_hesd.spectra.rules import rule_short_title, rule_title
+from lightning_hesd.spectra.scalars import RECORD_SCALARS, SPECTRUM_SCALARS, shown_in
+from lightning_hesd.spectra.selection import LOSS_SHARE, candidates_of, loss_tolerance, picks
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from lightning_hesd.spectra.record import SpectrumRecord
     from lightning_hesd.spectra.selection import Candidate
+    from lightning_hesd.spectra.spectrum import Spectrum
 
 MAX_ROWS = 20
 """Longer tables show this many records: the picks, the first, the last, and others evenly spaced between these."""
 
 GAP = "..."
-SHORT = {"highest_c_t": "C_t", "lowest_max_eigenvalue": "λ_max"}
-FINDINGS = ("C_t", "[interval]", "type", "λ_max", "loss")
 TEXT_COLUMNS = ("type", "generalization", "candidate", "pick")
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a checkpoint callback has at the end of a run.
+    """The decision of a checkpoint callback at the end of a run.
 
     Attributes:
-        pick: What it takes.
-        candidates: Optimizer steps of the analysed states among which its rule decided.
+        pick: The pick.
+        candidates: Optimizer steps of the candidates.
     """
 
     pick: Candidate
@@ -45,10 +46,10 @@ class Summary:
     """The table of a run.
 
     Attributes:
-        title: How many analyses, and what they took.
+        title: Number and duration of the analyses.
         header: Names of the columns.
-        rows: A text for each column; `GAP` in the first one of a row that stands for others.
-        notes: What comes below.
+        rows: Texts, one for each column; a row with `GAP` in the first column stands for rows left out.
+        notes: Lines below the table.
     """
 
     title: str
@@ -70,8 +71,8 @@ def analysis_lines(record: SpectrumRecord, name: str, *, by_step: bool = False) 
 
     Args:
         record: The analysis.
-        name: Whose it is.
-        by_step: Whether epochs have several, so that the step tells them apart.
+        name: Name of the callback.
+        by_step: Whether an epoch has several analyses, so that the step distinguishes them.
     """
     lines = [f"{suffix.removeprefix('_')} {spectrum}".lstrip() for suffix, spectrum in record.spectra.items()]
     if record.assessment is not None:
@@ -90,15 +91,15 @@ def summarize(
     kept: Mapping[str, Kept],
     folder: str | None,
 ) -> Summary | None:
-    """Return the summary of a run; None if nothing was analysed.
+    """Return the summary of a run; None if nothing was analyzed.
 
     Args:
         history: The records.
-        name: Whose they are.
-        seconds: What all analyses took.
-        overhead: The same as a share of the training time; None: unknown.
-        kept: Rule -> what the checkpoint callback that goes by it has.
-        folder: Where the spectra are; None: nowhere.
+        name: Name of the callback.
+        seconds: Duration of all analyses.
+        overhead: Their share of the training time; None: unknown.
+        kept: Decision of each checkpoint callback, by the name of its rule.
+        folder: Folder of the spectra; None: they are not written.
     """
     if not history:
         return None
@@ -114,10 +115,13 @@ def summarize(
     marked = [place for place, record in enumerate(history) if record.global_step in chosen.values()]
     notes = [
         *(
-            f"{_rule(rule)} picks {_when(found.pick, by_step=by_step)}: {found.pick.path}"
+            f"{rule_title(rule)} picks {_when(found.pick, by_step=by_step)}: {found.pick.path}"
             for rule, found in kept.items()
         ),
-        *(f"{_rule(rule)} would pick {_when(record, by_step=by_step)} {of_drop}" for rule, record in others.items()),
+        *(
+            f"{rule_title(rule)} would pick {_when(record, by_step=by_step)} {of_drop}"
+            for rule, record in others.items()
+        ),
         *_failures(history, by_step=by_step),
         *_doubts(history, columns["type"]),
         *([] if folder is None else [f"all spectra: {folder}"]),
@@ -127,7 +131,7 @@ def summarize(
 
 
 def _failures(history: Sequence[SpectrumRecord], *, by_step: bool) -> list[str]:
-    """Say why analyses failed, each reason once."""
+    """Return lines about failed analyses, one for each reason."""
     failed: dict[str, list[str]] = {}
     for record in history:
         if record.error is not None:
@@ -139,7 +143,7 @@ def _failures(history: Sequence[SpectrumRecord], *, by_step: bool) -> list[str]:
 
 
 def _doubts(history: Sequence[SpectrumRecord], types: Sequence[str]) -> list[str]:
-    """Explain the question marks behind types, and say which intervals are not verified, and why."""
+    """Return lines that explain question marks behind types, and why intervals are not verified."""
     unverified = [r.spectrum for r in history if r.spectrum is not None and r.spectrum.verified != "yes"]
     notes = ["?: the interval contains both types, or is not verified"] if any("?" in cell for cell in types) else []
     for words in dict.fromkeys(spectrum.verification for spectrum in unverified):
@@ -168,44 +172,54 @@ def _columns(
     columns = {"epoch": [_epoch(record) for record in history]}
     if by_step:
         columns["step"] = [str(record.global_step) for record in history]
-    findings = zip(*map(_findings, history), strict=True)
-    columns |= {name: list(cells) for name, cells in zip(FINDINGS, findings, strict=True)}
+    criterion = zip(*(_criterion(record.spectrum) for record in history), strict=True)
+    columns |= dict(zip((SPECTRUM_SCALARS["c_t"].title, "[interval]", "type"), map(list, criterion), strict=True))
+    for scalar in shown_in("summary", SPECTRUM_SCALARS):
+        columns[scalar.title] = [_cell(scalar.value(r.spectrum) if r.spectrum else None) for r in history]
+    for scalar in shown_in("summary", RECORD_SCALARS):
+        columns[scalar.title] = [_cell(scalar.value(r)) for r in history]
     columns["s"] = [_seconds(record) for record in history]
     if any(record.assessment for record in history):
         columns["generalization"] = [record.assessment.verdict if record.assessment else "" for record in history]
     if chosen:
         columns["candidate"] = [
-            ", ".join(SHORT.get(rule, rule) for rule, steps in candidates.items() if record.global_step in steps)
+            ", ".join(rule_short_title(rule) for rule, steps in candidates.items() if record.global_step in steps)
             for record in history
         ]
         columns["pick"] = [
-            ", ".join(SHORT.get(rule, rule) for rule, step in chosen.items() if step == record.global_step)
+            ", ".join(rule_short_title(rule) for rule, step in chosen.items() if step == record.global_step)
             for record in history
         ]
     return columns
 
 
-def _findings(record: SpectrumRecord) -> tuple[str, str, str, str, str]:
-    spectrum = record.spectrum
+def _criterion(spectrum: Spectrum | None) -> tuple[str, str, str]:
+    """Return C_t, its interval and the type."""
     if spectrum is None:
-        return "failed", "", "", "", ""
-    largest, loss = f"{spectrum.lambda_max:.4g}", f"{spectrum.loss:.4g}"
+        return "failed", "", ""
     if math.isnan(spectrum.c_t):
-        return "undefined", "", "", largest, loss
+        return "undefined", "", ""
     low, high = spectrum.c_t_interval
-    kind = f"{spectrum.hesd_type}{'' if spectrum.type_certain else '?'}"
-    return f"{spectrum.c_t:.4g}", f"[{low:.3g}, {high:.3g}]", kind, largest, loss
+    return (
+        f"{spectrum.c_t:.4g}",
+        f"[{low:.3g}, {high:.3g}]",
+        f"{spectrum.hesd_type}{'' if spectrum.type_certain else '?'}",
+    )
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def _seconds(record: SpectrumRecord) -> str:
-    """Return how long all spectra of a record took; those of layers are computed together, in the time of the last."""
+    """Return the duration of all spectra of a record; layers are computed together, in the time of the last."""
     whole = sum(spectrum.seconds for spectrum in record.spectra.values())
     layers = max((spectrum.seconds for spectrum in (record.layers or {}).values()), default=0.0)
     return f"{whole + layers:.1f}" if record.spectra or record.layers else ""
 
 
 def _shortened(rows: Sequence[tuple[str, ...]], marked: Sequence[int]) -> list[tuple[str, ...]]:
-    """Return at most about `MAX_ROWS` rows, those that are marked among them, with gaps in between."""
+    """Return about `MAX_ROWS` rows at most, with all marked rows, and a gap for each run of rows left out."""
     if len(rows) <= MAX_ROWS:
         return list(rows)
     spaced = np.linspace(0, len(rows) - 1, max(2, MAX_ROWS - len(marked))).round().astype(int)
@@ -216,10 +230,6 @@ def _shortened(rows: Sequence[tuple[str, ...]], marked: Sequence[int]) -> list[t
             found.append((GAP, *[""] * (len(rows[0]) - 1)))
         found.append(rows[place])
     return found
-
-
-def _rule(name: str) -> str:
-    return RULE_NAMES.get(name, name)
 
 
 def _epoch(record: SpectrumRecord) -> str:

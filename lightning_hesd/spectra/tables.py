@@ -1,14 +1,20 @@
-"""The records of a run as tables of pandas, which is imported when it is asked for."""
+"""The records of a run as pandas tables. Pandas is imported when a table is asked for."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
-from lightning_hesd.spectra.indicators import LayerIndicators, layer_indicators
+from lightning_hesd.spectra.indicators import layer_indicators
 from lightning_hesd.spectra.record import SUFFIXES
-from lightning_hesd.spectra.scalars import SPECTRUM_SCALARS, comparison_scalars, spectrum_scalars
+from lightning_hesd.spectra.scalars import (
+    LAYER_SCALARS,
+    RECORD_SCALARS,
+    SPECTRUM_SCALARS,
+    data_of_record,
+    data_of_spectrum,
+    shown_in,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,51 +23,50 @@ if TYPE_CHECKING:
 
     from lightning_hesd.spectra.record import SpectrumRecord
 
-TEXT, TRUTH, COUNT = "string", "boolean", "Int64"
-"""Kinds of columns that know missing values, where those of NumPy do not."""
-
-SCALARS = {key: "float64" for key in SPECTRUM_SCALARS if key not in {"mp", "verified"}}  # texts say these
-MAIN = {
-    "epoch": "int64",
-    "global_step": "int64",
-    **SCALARS,
-    "hesd_type": TEXT,
-    "type_certain": TRUTH,
-    "verified": TEXT,
-    "steps": COUNT,
-    "num_samples": COUNT,
-}
-COMPARISON = {"delta_r_e": "float64", "delta_k_h05": "float64", "verdict": TEXT}
+TEXT, TRUTH, COUNT, NUMBER = "string", "boolean", "Int64", "float64"
+"""Kinds of columns; the first three are pandas' own, which know missing values."""
 
 
 def records_table(records: Sequence[SpectrumRecord]) -> pd.DataFrame:
-    """Return a row for each record: see `SpectrumHistory.to_dataframe`.
+    """Return a table with a row for each record: see `SpectrumHistory.to_dataframe`.
 
     Raises:
         ImportError: If pandas is not installed.
     """
-    columns = dict(MAIN)
+    of_spectrum = dict.fromkeys((scalar.key for scalar in shown_in("data", SPECTRUM_SCALARS)), NUMBER)
+    columns = {
+        "epoch": "int64",
+        "global_step": "int64",
+        **of_spectrum,
+        "hesd_type": TEXT,
+        "type_certain": TRUTH,
+        "verified": TEXT,
+        "steps": COUNT,
+        "num_samples": COUNT,
+    }
     for suffix in filter(None, SUFFIXES.values()):
         if any(suffix in record.spectra for record in records):
-            columns |= {f"{suffix[1:]}_{key}": kind for key, kind in SCALARS.items()}
-    if any(record.generalization for record in records):
-        columns |= COMPARISON
-    if any(record.stability_ratio is not None for record in records):
-        columns["stability_ratio"] = "float64"
+            columns |= {f"{suffix[1:]}_{key}": kind for key, kind in of_spectrum.items()}
+    for scalar in RECORD_SCALARS.values():
+        if any(scalar.value(record) is not None for record in records):
+            if scalar.key == "verdict":
+                columns["verdict"] = TEXT
+            elif "data" in scalar.shown:
+                columns[scalar.key] = NUMBER
     columns["error"] = TEXT
     return _table([_row(record) for record in records], columns)
 
 
 def layers_table(records: Sequence[SpectrumRecord]) -> pd.DataFrame:
-    """Return a row for each layer of each record: see `SpectrumHistory.layers_to_dataframe`.
+    """Return a table with a row for each layer of each record: see `SpectrumHistory.layers_to_dataframe`.
 
     Raises:
         ImportError: If pandas is not installed.
     """
-    columns = {"epoch": "int64", "global_step": "int64", "layer": TEXT}
-    columns |= {field.name: "float64" for field in fields(LayerIndicators)}
+    columns = {"epoch": "int64", "global_step": "int64", "layer": TEXT, **dict.fromkeys(LAYER_SCALARS, NUMBER)}
     rows = [
-        {"epoch": record.epoch, "global_step": record.global_step, "layer": layer, **asdict(found)}
+        {"epoch": record.epoch, "global_step": record.global_step, "layer": layer}
+        | {key: scalar.of(found) for key, scalar in LAYER_SCALARS.items()}
         for record in records
         for layer, found in layer_indicators(record.layers or {}).items()
     ]
@@ -71,9 +76,8 @@ def layers_table(records: Sequence[SpectrumRecord]) -> pd.DataFrame:
 def _row(record: SpectrumRecord) -> dict[str, Any]:
     row: dict[str, Any] = {"epoch": record.epoch, "global_step": record.global_step, "error": record.error}
     for suffix, spectrum in record.spectra.items():
-        prefix = f"{suffix[1:]}_" if suffix else ""
-        row |= {f"{prefix}{key}": value for key, value in spectrum_scalars(spectrum).items()}
-    row |= comparison_scalars(record)
+        row |= data_of_spectrum(spectrum, prefix=f"{suffix[1:]}_" if suffix else "")
+    row |= data_of_record(record)
     if record.assessment is not None:
         row["verdict"] = record.assessment.verdict
     if record.spectrum is not None:
@@ -86,7 +90,7 @@ def _table(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> pd.DataFr
     pandas = _pandas()
     return pandas.DataFrame(
         {
-            name: pandas.Series([row.get(name, math.nan if kind == "float64" else None) for row in rows], dtype=kind)
+            name: pandas.Series([row.get(name, math.nan if kind == NUMBER else None) for row in rows], dtype=kind)
             for name, kind in columns.items()
         }
     )

@@ -1,16 +1,14 @@
-"""Data of unknown origin, read without trust: JSON from files, checkpoints' states, payloads of event files.
+"""Checks of data of unknown origin: JSON of files, states in checkpoints, payloads of event files.
 
-Nothing here runs what it reads. What is not as expected ends in a ValueError, never in another exception later on.
+Nothing here runs the data. Unexpected data raise a ValueError here, and no other exception later on.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,21 +17,21 @@ Check = Callable[[Any], bool]
 Fields = Mapping[str, Check]
 
 MAX_DEPTH = 16
-"""Levels of nesting; ours have seven. Far deeper ones would overflow the stack of whoever walks through them."""
+"""Largest number of nested levels. Our data have seven; far more would overflow the stack of a recursive function."""
 
 MAX_INTEGER = 2**64
-"""Seeds of 64 bits are the largest whole numbers there are; larger ones do not even become floats."""
+"""Bound of integers. Our largest are seeds of 64 bits; much larger ones cannot be converted to floats."""
 
 
 def parsed(source: str | bytes, *, finite: bool = True) -> Any:
-    """Return what a JSON text stands for.
+    """Return the value of a JSON text.
 
     Args:
         source: The text, in UTF-8 if it is bytes.
         finite: Whether NaN and infinity are errors.
 
     Raises:
-        ValueError: If it is no JSON, nested deeper than `MAX_DEPTH`, or has numbers or texts beyond what ours have.
+        ValueError: If it is no JSON, nested deeper than `MAX_DEPTH`, or has too large numbers or broken characters.
     """
     json_text = source.decode() if isinstance(source, bytes) else source
     try:
@@ -48,7 +46,7 @@ def parsed(source: str | bytes, *, finite: bool = True) -> Any:
         raise ValueError(msg) from error
     _check_depth(value)
     if "\\ud" in json_text.lower():
-        # Half of a pair of surrogates is no character: nobody could print it, or write it to a file.
+        # Half of a pair of surrogates is no character: it can neither be printed nor written to a file.
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
@@ -84,58 +82,86 @@ def _check_depth(value: Any) -> None:
     raise ValueError(msg)
 
 
-CORRUPT_FILE_ERRORS = (
-    *(KeyError, TypeError, AttributeError, ValueError, OSError, RuntimeError, ArithmeticError, EOFError, MemoryError),
-    *(IndexError, BadZipFile, struct.error),
-)
-"""What comes out of libraries that read a damaged file."""
+FORMAT_VERSION = 1
+"""Version of everything that is written: files, states in checkpoints, payloads, results of the command line.
+
+It changes when a field changes its meaning or goes; new fields alone do not change it."""
+
+
+def version_in(values: object, key: str = "format") -> int:
+    """Return the version that data name.
+
+    Raises:
+        ValueError: If they name none.
+    """
+    version: Any = values.get(key) if isinstance(values, dict) else None
+    if not integer(version):
+        msg = f"its `{key}` must be a whole number, got {version!r:.40}"
+        raise ValueError(msg)
+    return int(version)
+
+
+def check_version(version: int, where: str) -> None:
+    """Check that data were written in the format of this version.
+
+    Args:
+        version: The version that the data name.
+        where: Subject of the message, such as the name of a file.
+
+    Raises:
+        ValueError: If the version is another one.
+    """
+    if version != FORMAT_VERSION:
+        msg = f"{where} has version {version}, and this lightning_hesd reads version {FORMAT_VERSION}: update it."
+        raise ValueError(msg)
+
 
 MAX_MESSAGE_LENGTH = 2000
-"""Characters: a damaged file may have got any text into a message."""
+"""Largest number of characters of a message, into which a damaged file may bring any text."""
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of an exception without line breaks, not too long; its class if there is none."""
+    """Return the message of an exception in one line of limited length; without a message, the name of its class."""
     said = " ".join(str(error).split()) or type(error).__name__
     return said if len(said) <= MAX_MESSAGE_LENGTH else f"{said[:MAX_MESSAGE_LENGTH]} ..."
 
 
 def check_regular(path: Path) -> None:
-    """Check that opening a path will not wait for somebody to write, as opening a named pipe does.
+    """Check that a path is no named pipe or device: opening a pipe would wait until another process writes to it.
 
     Raises:
-        ValueError: If there is something else than a file.
+        ValueError: If it exists and is no regular file.
     """
     if path.exists() and not path.is_file():
         msg = "it is no regular file"
         raise ValueError(msg)
 
 
-# What values may be -----------------------------------------------------------------------------------------------
+# Checks of values -----------------------------------------------------------------------------------------------
 
 
 def of(*kinds: type) -> Check:
-    """Check that a value is of one of these types; a truth value is no number."""
+    """Return the check for values of some types; bool counts as no number."""
     return lambda value: isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
 
 
 def each(check: Check) -> Check:
-    """Check all entries of a list or tuple."""
+    """Return the check for lists and tuples whose entries pass a check."""
     return lambda value: isinstance(value, list | tuple) and all(map(check, value))
 
 
 def each_named(check: Check) -> Check:
-    """Check all values of a dict, whose keys are texts."""
+    """Return the check for dicts with texts as keys whose values pass a check."""
     return lambda value: isinstance(value, dict) and all(isinstance(k, str) and check(v) for k, v in value.items())
 
 
 def having(fields: Fields) -> Check:
-    """Check that a value is a dict with these fields."""
+    """Return the check for dicts with some fields."""
     return lambda value: first_invalid_field(value, fields) is None
 
 
 def optional(check: Check) -> Check:
-    """Check a value unless it is None."""
+    """Return the check for values that are None or pass a check."""
     return lambda value: value is None or check(value)
 
 
@@ -143,17 +169,35 @@ integer, number, text = of(int), of(int, float), of(str)
 
 
 def at_least(least: int) -> Check:
-    """Check that a value is a whole number no smaller than this."""
+    """Return the check for integers of at least `least`."""
     return lambda value: integer(value) and value >= least
 
 
 def within(low: float, high: float) -> Check:
-    """Check that a value is a number between two, and not NaN."""
+    """Return the check for numbers between two, not NaN."""
     return lambda value: number(value) and low <= value <= high
 
 
 def first_invalid_field(values: object, fields: Fields) -> str | None:
-    """Return the name of the first field that is missing or is something else; None if all are there."""
+    """Return the name of the first field that is missing or invalid; None if all are valid."""
     if not isinstance(values, dict):
         return next(iter(fields))
     return next((name for name, check in fields.items() if name not in values or not check(values[name])), None)
+
+
+def check_fields(values: object, fields: Fields, owner: str) -> None:
+    """Check the fields of a dict.
+
+    Args:
+        values: The dict.
+        fields: Check of each field that must be there.
+        owner: Subject of the message.
+
+    Raises:
+        ValueError: If a field is missing or has another kind of value; the message names it.
+    """
+    wrong = first_invalid_field(values, fields)
+    if wrong is not None:
+        found = values.get(wrong, "nothing") if isinstance(values, dict) else values
+        msg = f"`{wrong}` of {owner} is missing or invalid, got {found!r:.80}"
+        raise ValueError(msg)

@@ -1,22 +1,22 @@
-"""The files of the frontend: this package's own, and Plotly's from the plotly package."""
+"""The files of the frontend: those of this package, and Plotly from its own package."""
 
 from __future__ import annotations
 
 from importlib.resources import files
 
 SHARED = ("dom.js", "theme.js", "data.js", "base.js", "curves.js", "details.js", "words.js", "layout.js", "page.js")
-"""Modules of both frontends, each after those it imports."""
+"""Modules of both frontends, each after the modules it imports."""
 
 REPORT = "report.js"
 STYLE = "style.css"
 STATIC = ("index.js", *SHARED, STYLE)
-"""What the tab may ask for."""
+"""Files that the tab may request."""
 
 PLOTLY = "plotly.min.js"
 
 
 def content(name: str) -> bytes:
-    """Return the content of a file, one of those named above."""
+    """Return the content of a file of `STATIC`, `REPORT` or `PLOTLY`."""
     if name == PLOTLY:
         return (files("plotly") / "package_data" / PLOTLY).read_bytes()
     return (files("lightning_hesd.tensorboard_plugin") / "static" / name).read_bytes()

@@ -1,6 +1,6 @@
 """The backend of the HESD tab: payloads from TensorBoard's data provider, as JSON, and the files of the frontend.
 
-It reads nothing but what the data provider offers; names in requests are looked up there, and never become paths.
+It reads data from the data provider only; names in requests are looked up there, and never become paths.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from tensorboard.data import provider
 from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
+from lightning_hesd.spectra.decisions import rewound, run_payload
 from lightning_hesd.spectra.payload import CHOICE, CHOICE_FIELDS, PLUGIN_NAME, RECORD, PayloadError, read_payload
-from lightning_hesd.spectra.picks import picks, rewound
 from lightning_hesd.tensorboard_plugin.assets import PLOTLY, STATIC, content, content_type
 
 if TYPE_CHECKING:
@@ -27,11 +27,10 @@ if TYPE_CHECKING:
     Application = Callable[..., Any]
 
 SAMPLES = 1000
-"""Records of a run to keep, where the user does not say otherwise; TensorBoard's own default is ten."""
-
+"""Default number of records of a run that TensorBoard keeps; its own default is ten."""
 
 ALL = 1_000_000
-"""What --samples_per_plugin=hesd=0 amounts to."""
+"""Number of records that --samples_per_plugin=hesd=0 keeps: all."""
 
 
 class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
@@ -45,20 +44,20 @@ class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
         self._samples = (context.sampling_hints or {}).get(PLUGIN_NAME, SAMPLES) or ALL
 
     def get_plugin_apps(self) -> dict[str, Application]:
-        """Return what answers which request."""
+        """Return the application for each route."""
         apps: dict[str, Application] = {f"/{name}": _asset_app(name) for name in (*STATIC, PLOTLY)}
         return {**apps, "/runs": self._answer(self._runs), "/records": self._answer(self._records)}
 
     def is_active(self) -> bool:
-        """Leave it to the data: TensorBoard shows the tab when some run has payloads."""
+        """Return False: TensorBoard shows the tab when a run has payloads."""
         return False
 
     def frontend_metadata(self) -> base_plugin.FrontendMetadata:
-        """Return where the frontend starts."""
+        """Return the entry of the frontend."""
         return base_plugin.FrontendMetadata(es_module_path="/index.js", tab_name="HESD")
 
     def _answer(self, find: Callable[[Request, Any, str], dict[str, Any]]) -> Application:
-        """Return an application that answers in JSON, also about errors."""
+        """Return an application that answers in JSON, errors included."""
 
         @wrappers.Request.application
         def respond(request: Request) -> Response:
@@ -73,9 +72,9 @@ class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
         return respond
 
     def _runs(self, _request: Request, context: Any, experiment: str) -> dict[str, Any]:
-        """Return the runs with payloads, and how many there are."""
+        """Return the runs with payloads, and a value for each callback that changes when records are added."""
         listed = self._listed(context, experiment)
-        # In the order in which TensorBoard gives colours to runs, those without payloads included.
+        # In the order in which TensorBoard gives colors to runs, those without payloads included.
         runs = sorted(
             self._provider.list_runs(context, experiment_id=experiment),
             key=lambda run: (float("inf") if run.start_time is None else run.start_time, run.run_name),
@@ -84,7 +83,7 @@ class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
             "runs": [
                 {
                     "run": run.run_name,
-                    "colour": colour,
+                    "color": color,
                     "names": {
                         tag.removesuffix(f"/{RECORD}"): {
                             "last_step": series.max_step,
@@ -94,16 +93,16 @@ class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
                         if tag.endswith(f"/{RECORD}")
                     },
                 }
-                for colour, run in enumerate(runs)
+                for color, run in enumerate(runs)
                 if run.run_name in listed
             ]
         }
 
     def _records(self, request: Request, context: Any, experiment: str) -> dict[str, Any]:
-        """Return the payloads of a run, what the rules take, and what could not be read.
+        """Return the payloads of a run, the decisions of the rules, and messages about unreadable payloads.
 
         Raises:
-            NotFoundError: If there is no such run, or no such name in it.
+            NotFoundError: If the run, or the name in it, does not exist.
         """
         run, name = _argument(request, "run"), _argument(request, "name")
         listed = self._listed(context, experiment)
@@ -125,7 +124,7 @@ class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
         problems: list[str] = []
         records = rewound(_payloads(read.get(tag, ()), problems))
         choices = [c for rule in rules for c in rewound(_payloads(read.get(rule, ()), problems, CHOICE_FIELDS))]
-        return {"run": run, "name": name, "records": records, "rules": picks(records, choices), "problems": problems}
+        return run_payload(run, name, records, choices, problems)
 
     def _listed(self, context: Any, experiment: str) -> dict[str, Any]:
         found: dict[str, Any] = self._provider.list_tensors(context, experiment_id=experiment, plugin_name=PLUGIN_NAME)
@@ -133,19 +132,19 @@ class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
 
 
 class HESDLoader(base_plugin.TBLoader):  # type: ignore[misc]  # untyped
-    """What TensorBoard finds by the entry point."""
+    """Loader of the plugin, which TensorBoard finds by the entry point."""
 
     def fix_flags(self, flags: argparse.Namespace) -> None:
         """Ask TensorBoard to keep more than ten records of a run."""
         flags.samples_per_plugin = {PLUGIN_NAME: SAMPLES, **(flags.samples_per_plugin or {})}
 
     def load(self, context: base_plugin.TBContext) -> HESDPlugin | None:
-        """Return the plugin; None where there is no data provider to read from."""
+        """Return the plugin; None without a data provider."""
         return HESDPlugin(context) if context.data_provider is not None else None
 
 
 def _payloads(data: Iterable[Any], problems: list[str], *fields: Any) -> list[dict[str, Any]]:
-    """Return the payloads that can be read, and note what is wrong with the others."""
+    """Return the payloads that can be read; append messages about the others to `problems`."""
     found = []
     for datum in data:
         try:

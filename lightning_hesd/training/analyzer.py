@@ -1,60 +1,60 @@
-"""The analysis of a LightningModule in its Trainer: its samples, its loss, all processes together."""
+"""The analysis of a LightningModule in its Trainer: its samples, its loss, on all ranks together."""
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from lightning_hesd.numerics.analysis.engine import analyze, analyze_layers
 from lightning_hesd.numerics.analysis.retry import retry_on_oom
 from lightning_hesd.numerics.analysis.sampling_error import samples_needed
 from lightning_hesd.numerics.inputs.portable import Portable
-from lightning_hesd.numerics.isolation.modes import name_of_mode
+from lightning_hesd.numerics.isolation.modes import mode_name
 from lightning_hesd.numerics.isolation.snapshot import restore_state, seed_everything
 from lightning_hesd.numerics.operators.memory import is_out_of_memory
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
-from lightning_hesd.sample_size.recommendation import find_sample_size
+from lightning_hesd.spectra.spectrum import Spectrum
 from lightning_hesd.spectra.validation import one_line
-from lightning_hesd.training.compat import internals
-from lightning_hesd.training.isolation.isolation import Isolation
-from lightning_hesd.training.isolation.surroundings import DisturbedTrainingError, some_of
+from lightning_hesd.training.analyzed_loss import AnalyzedLoss
+from lightning_hesd.training.compat import dataloading, messages, strategies
+from lightning_hesd.training.compat.collectives import collectives_of
+from lightning_hesd.training.isolation.isolation import TrainingIsolation
+from lightning_hesd.training.isolation.training_snapshot import DisturbedTrainingError, names_in_words
 from lightning_hesd.training.loss import make_loss_fn
-from lightning_hesd.training.loss_mode import AnalyzedLoss, LossMode
+from lightning_hesd.training.loss_mode import LossMode
 from lightning_hesd.training.samples.run_samples import RunSamples
+from lightning_hesd.training.session import AnalysisSession, within
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Iterator, Sequence
 
     import lightning.pytorch as pl
 
     from lightning_hesd.numerics.analysis.engine import Report
     from lightning_hesd.numerics.analysis.evaluation import LossFunction
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
-    from lightning_hesd.numerics.inputs.blocks import Layers
     from lightning_hesd.numerics.inputs.options import AnalysisOptions
-    from lightning_hesd.sample_size.recommendation import SampleSize, Stability
-    from lightning_hesd.spectra.spectrum import Spectrum
     from lightning_hesd.training.isolation.isolation import Evaluating
     from lightning_hesd.training.loss_mode import AnalysisMode
     from lightning_hesd.training.samples.analysis_samples import AnalysisSamples
+    from lightning_hesd.training.session import Analysis
 
 Result = TypeVar("Result")
 
 MAX_GROWTH = 4.0
-"""Most samples of a spectrum, as a multiple of those of the one before, with `num_samples="auto"`."""
+"""With `num_samples="auto"`, the number of samples grows by this factor at most from one spectrum to the next."""
 
 
 class TrainerAnalyzer:
-    """Computes spectra of the module in training, on the same samples every time.
+    """Analyzes the module in training on the same samples every time.
 
-    With `num_samples="auto"` samples are added, to those there are, until the sampling error of C_t is within
-    `tolerance`; once added they stay.
+    With `num_samples="auto"`, samples are added until the sampling error of C_t is within `tolerance`; they stay.
 
     Attributes:
-        mode: The mode in which the loss is analysed; analyzers of one run share it.
-        samples: The samples that are analysed.
+        mode: The mode in which the loss is analyzed; analyzers of one run share it.
+        samples: The samples that are analyzed.
     """
 
     def __init__(
@@ -68,78 +68,77 @@ class TrainerAnalyzer:
         mode: AnalysisMode = "auto",
         keeps: bool = False,
     ) -> None:
-        """Prepare.
+        """Take the options.
 
         Args:
-            options: The options of the analyses.
-            num_samples: How many samples, in all processes together.
-            batch_size: Most samples per batch; None: as the loader makes them.
-            dataloader: Whose samples; None: the training data's; "val": the validation data's.
+            options: Options of the analyses.
+            num_samples: Number of samples, on all ranks together.
+            batch_size: Most samples per batch; None: as the dataloader makes them.
+            dataloader: Source of the samples; None: the training dataloader; "val": the validation dataloader.
             loss_fn: The loss; None: that of `training_step`.
-            mode: In which modes of its modules the loss is evaluated.
-            keeps: Whether training follows, whose first batches are kept as samples where its loader is not one of
-                which samples can be drawn; `after_batch` and `after_epoch` are called then. Without it, the loader is
-                read.
+            mode: Mode of the module in which the loss is evaluated.
+            keeps: Whether training follows. Its first batches are then kept as samples if none can be drawn from the
+                training dataloader, for which `samples.after_batch` and `samples.after_epoch` must be called.
         """
         self.mode = LossMode(mode)
         self._options = replace(options, sampling_error=True) if num_samples == "auto" else options
         self._loss_fn = loss_fn
-        self._isolation = Isolation()
+        self._isolation = TrainingIsolation()
         self.samples = RunSamples(
             num_samples,
             batch_size=batch_size,
             batch_weight=options.batch_weight,
             dataloader=dataloader,
             seed=options.seed,
-            keeps=keeps,
+            in_training=keeps,
         )
         self._cached_samples: AnalysisSamples | None = None
-        self._caches: dict[object, AnalysisCache] = defaultdict(AnalysisCache)  # for each kind of analysis
+        self._caches: dict[object, AnalysisCache] = defaultdict(AnalysisCache)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the options and which samples were drawn, not what a run has found."""
+        """Return the options and which samples were drawn, without the state of a run."""
         return {
             **vars(self),
             "_loss_fn": Portable("loss_fn", self._loss_fn),
-            "_isolation": Isolation(),
+            "_isolation": TrainingIsolation(),
             "_cached_samples": None,
             "_caches": defaultdict(AnalysisCache),
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to analyse the same loss of the same samples."""
+        """Return the state from which a resumed run analyzes the same loss of the same samples."""
         return {**self.samples.state_dict(), "mode": self.mode.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the samples of the run that is resumed next, unless another number of them is asked for now.
+        """Take up the samples and the mode of the run that is resumed, unless the number of samples differs.
 
         Raises:
-            ValueError: If it does not say which.
+            ValueError: If a field of the state is missing or invalid.
         """
         self.samples.load_state_dict(state)
         self.mode.load_state_dict(state.get("mode"))
 
     def restart(self, trainer: pl.Trainer) -> None:
-        """Begin with a run: let go of the samples of the last one, and of what its analyses changed."""
+        """Begin a run: release the samples and the state of the last one."""
         self.release()
         self.mode.restart(trainer)
-        self._isolation = Isolation()
+        self._isolation = TrainingIsolation()
 
     def release(self) -> None:
-        """Let go of the samples; they are drawn anew when needed."""
+        """Release the samples; they are drawn again when needed."""
         self.samples.release()
         self._cached_samples = None
         self._caches.clear()
 
     def prepare(self, trainer: pl.Trainer) -> None:
-        """Draw the samples, or begin to keep those that training will see, unless that is done."""
+        """Draw the samples, or begin to keep the first training batches, unless that is done."""
         self.samples.prepare(trainer, self._isolation)
 
     def draw(self, trainer: pl.Trainer) -> AnalysisSamples:
-        """Draw the samples, or return them if they are there already.
+        """Return the samples, drawn unless they are already.
 
         Raises:
-            NoBatchesError: If training has not seen any.
+            NoBatchesError: If the first training batches are the samples, and there was none yet.
         """
         samples = self.samples.draw(trainer, self._isolation)
         if samples is not self._cached_samples:
@@ -147,138 +146,112 @@ class TrainerAnalyzer:
             self._cached_samples = samples
         return samples
 
-    def spectrum(
+    def analyze(
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         report: Report | None = None,
+        *,
+        analysis: Analysis[Result],
         **changes: Any,
-    ) -> Spectrum:
-        """Return the spectrum at the present weights, the same in every process.
+    ) -> Result:
+        """Return the result of an analysis at the present weights, the same on every rank.
+
+        With `num_samples="auto"`, a spectrum without `changes` is computed again as long as samples are added.
 
         Args:
-            trainer: The trainer.
+            trainer: The Trainer.
             pl_module: Its module.
             report: Called after every Lanczos step.
-            **changes: Options that differ for this spectrum; the samples are those there are.
+            analysis: What to compute.
+            **changes: Options that differ for this analysis.
         """
         options = replace(self._options, **changes)
-        spectrum = self._analyze(trainer, pl_module, report, analyze, options)
-        if changes:
-            return spectrum
-        while self.samples.grows and self.samples.grow(_growth(spectrum)):
-            before, spectrum = spectrum, self._analyze(trainer, pl_module, report, analyze, options)
-            if spectrum.num_samples <= before.num_samples:  # there are no more
+        failure: str | None = None
+        smaller: int | None = None
+        while True:
+            try:
+                with self._session(trainer, pl_module, analysis.name, options, report) as session:
+                    attempt = partial(session.attempt, analysis.compute)
+                    result = retry_on_oom(attempt, session.options, session.cache, collectives_of(trainer))
+            except Exception as error:
+                if not self._replace_samples(trainer, error):
+                    raise
+                failure = one_line(error)
+                continue
+            result = collectives_of(trainer).broadcast(result)
+            if failure is not None:
+                messages.warn(
+                    "training has replaced its dataloader, and the samples of the first one can no longer be analyzed "
+                    f"({failure}), so samples of the present one are analyzed from now on: spectra before and after "
+                    "are of different samples."
+                )
+            failure = None
+            if not isinstance(result, Spectrum) or changes or not self.samples.grows:
+                return result
+            if smaller is not None and result.num_samples <= smaller:  # the dataloader has no more samples
                 self.samples.grows = False
-        return spectrum
+                return result
+            smaller = result.num_samples
+            if not self.samples.grow(_growth(result)):
+                return result
 
-    def layers(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Layers, report: Report | None = None
-    ) -> dict[str, Spectrum]:
-        """Return the spectra of layers at the present weights, the same in every process.
+    def _replace_samples(self, trainer: pl.Trainer, error: Exception) -> bool:
+        """Draw samples of the present training dataloader, if those of an earlier one may be why an analysis failed.
 
-        Args:
-            trainer: The trainer.
-            pl_module: Its module.
-            layers: Which, as for `layer_spectra`.
-            report: Called after every Lanczos step.
+        The present `training_step` may need values that the samples of the first dataloader lack, such as those that
+        a baseline has added to the data.
+
+        Returns:
+            Whether the samples were replaced.
         """
-        return self._analyze(trainer, pl_module, report, partial(analyze_layers, layers=layers), self._options)
+        if not self.samples.is_outdated(trainer):
+            return False
+        is_of_weights = isinstance(error, ArithmeticError | DisturbedTrainingError)  # a loss that is NaN, for example
+        if collectives_of(trainer).any(is_of_weights or is_out_of_memory(error)):
+            return False
+        self.release()
+        self.prepare(trainer)
+        return not self.samples.waits()
 
-    def sample_size(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stability: Stability) -> SampleSize:
-        """Return how many samples are enough at the present weights, with those there are as the pilot; one process.
-
-        Args:
-            trainer: The trainer.
-            pl_module: Its module.
-            stability: How stable is stable enough.
-        """
-        return self._analyze(trainer, pl_module, None, partial(find_sample_size, stability=stability), self._options)
-
-    def _analyze(
+    @contextlib.contextmanager
+    def _session(
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        report: Report | None,
-        work: Callable[..., Result],
+        name: str,
         options: AnalysisOptions,
-    ) -> Result:
-        """Let `work` analyse the samples, in all processes together.
+        report: Report | None,
+    ) -> Iterator[AnalysisSession]:
+        """Isolate an analysis from training, move its samples to the device, and choose the mode of the module.
 
-        Where training has replaced its dataloader, `training_step` may have come to need what the samples of the first
-        one lack, such as values that a baseline has added to the data. Then samples of the present one replace them.
+        Yields:
+            The analysis, ready to run.
         """
-        try:
-            return self._analyze_samples(trainer, pl_module, report, work, options)
-        except Exception as error:
-            if not self.samples.is_outdated(trainer):
-                raise
-            of_weights = isinstance(error, ArithmeticError | DisturbedTrainingError)  # a loss that is NaN, for example
-            says_nothing_of_samples = of_weights or is_out_of_memory(error)
-            if internals.anywhere(trainer, says_nothing_of_samples):
-                raise
-            self.release()
-            self.prepare(trainer)
-            if self.samples.waits():
-                raise
-            failure = one_line(error)
-        result = self._analyze_samples(trainer, pl_module, report, work, options)
-        internals.warn(
-            "training has replaced its dataloader, and the samples of the first one can no longer be analysed "
-            f"({failure}), so samples of the present one are from now on: spectra before and after are of different "
-            "samples."
-        )
-        return result
-
-    def _analyze_samples(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        report: Report | None,
-        work: Callable[..., Result],
-        options: AnalysisOptions,
-    ) -> Result:
-        internals.check_strategy(trainer)
-        internals.together(trainer, self._check_harmless)
-        all_reduce = None if internals.is_sharded(trainer) else internals.make_all_reduce(trainer)
+        strategies.check_strategy(trainer)
+        ranks = collectives_of(trainer)
+        ranks.run_together(self._check_harmless)
         samples = self.draw(trainer)
-        with self._isolation.around(trainer, pl_module) as evaluating:
-            with restore_state(pl_module):  # its transfer hooks may leave traces, as `training_step` may
+        with self._isolation.analysis(trainer, pl_module) as evaluating:
+            with restore_state(pl_module):  # its transfer hooks may change it, as `training_step` may
                 transfer = partial(self._transfer, trainer, pl_module, samples.batches, evaluating)
-                batches = list(samples.batches) if samples.transferred else internals.together(trainer, transfer)
+                batches = list(samples.batches) if samples.transferred else ranks.run_together(transfer)
             make_loss = partial(make_loss_fn, trainer, self._loss_fn)
             loss = AnalyzedLoss(trainer, pl_module, batches, make_loss, options, evaluating)
             setting = self.mode.settle(loss)
-            loss_fn = make_loss(setting.evaluating)
             options = replace(
                 options,
                 mode=setting.mode,
-                output_fn=_within(setting.evaluating, options.output_fn),
-                output_loss=_within(setting.evaluating, options.output_loss),
+                output_fn=within(setting.evaluating, options.output_fn),
+                output_loss=within(setting.evaluating, options.output_loss),
             )
-            kind = work is analyze, options.matrix, options.preconditioner is not None, name_of_mode(setting.mode)
-            cache = self._caches[kind]
-
-            def analysis(options: AnalysisOptions, reason: str | None) -> Result:
-                with internals.opened_layout(trainer, pl_module) as layout:
-                    return work(
-                        pl_module,
-                        batches,
-                        loss_fn,
-                        options=options,
-                        all_reduce=all_reduce,
-                        layout=layout,
-                        report=report,
-                        cache=cache,
-                        processes=trainer.num_devices,
-                        reason=reason,
-                    )
-
-            def attempt(options: AnalysisOptions, reason: str | None) -> Result:
-                return internals.together(trainer, lambda: analysis(options, reason))
-
-            result = retry_on_oom(attempt, options, cache, partial(internals.anywhere, trainer))
-        return trainer.strategy.broadcast(result)
+            cache = self._caches[name, options.matrix, options.preconditioner is not None, mode_name(setting.mode)]
+            try:
+                yield AnalysisSession(
+                    trainer, pl_module, batches, make_loss(setting.evaluating), options, cache, report
+                )
+            finally:
+                batches.clear()  # their memory on the device is free for the next analysis
 
     def _transfer(
         self,
@@ -287,38 +260,28 @@ class TrainerAnalyzer:
         batches: Sequence[WeightedBatch],
         evaluating: Evaluating,
     ) -> list[WeightedBatch]:
-        """Bring the batches to the device; augmentation done there is the same every time."""
+        """Move the batches to the device; random augmentation on the device is the same every time."""
         moved = []
         for batch in batches:
             seed_everything(self._options.seed + batch.index)
             with evaluating():
-                data = internals.transfer_batch(trainer, pl_module, batch.copy().data)
+                data = dataloading.transfer_batch(trainer, pl_module, batch.copy().data)
             moved.append(replace(batch, data=data))
         return moved
 
     def _check_harmless(self) -> None:
-        """Refuse to analyse again where that has changed what cannot be put back.
+        """Refuse another analysis after one whose changes could not be undone.
 
         Raises:
-            DisturbedTrainingError: If it has.
+            DisturbedTrainingError: If there was one.
         """
-        if self._isolation.harm:
-            msg = f"changed in place {some_of(self._isolation.harm)} in an earlier analysis"
+        if self._isolation.damaged:
+            msg = f"changed in place {names_in_words(self._isolation.damaged)} in an earlier analysis"
             raise DisturbedTrainingError(msg)
 
 
-def _within(evaluating: Evaluating, function: Callable[..., Result] | None) -> Callable[..., Result] | None:
-    """Return a function that is called in the context of an evaluation."""
-
-    def within(*arguments: Any) -> Result:
-        with evaluating():
-            return cast("Callable[..., Result]", function)(*arguments)
-
-    return None if function is None else within
-
-
 def _growth(spectrum: Spectrum) -> float:
-    """Return by which factor the number of samples must grow for the sampling error to meet the tolerance."""
+    """Return the factor by which the number of samples must grow for the sampling error to meet the tolerance."""
     error = spectrum.c_t_sampling_error
     if error is None or error <= spectrum.allowed_error:
         return 1.0

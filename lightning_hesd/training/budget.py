@@ -1,4 +1,4 @@
-"""What the analyses of a run may cost: the seconds they took, those spent training, and whether another one fits."""
+"""The time budget of a run: seconds in training and in analyses, and whether another analysis fits."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _STATE = {
 class Budget:
     """Keeps the share of analyses in the training time below a limit.
 
-    Training time is the wall time of the fit without analyses. It accumulates over interrupted and resumed runs, as
-    far as the checkpoints that they are resumed from know of it.
+    Training time is the wall time of the fit without analyses. It accumulates over interrupted and resumed runs, up to
+    the checkpoint from which each is resumed.
 
     Args:
-        max_overhead: Most that analyses may take, as a share of the training time; None: no limit.
+        max_overhead: Largest share of analyses in the training time; None: no limit.
         clock: Returns seconds, from any origin.
     """
 
@@ -38,7 +38,7 @@ class Budget:
         self.reset()
 
     def reset(self) -> None:
-        """Start anew: nothing spent, nothing decided, not training."""
+        """Forget all times and decisions."""
         self._trained = 0.0
         self._training_since: float | None = None
         self._analyzed = 0.0
@@ -52,13 +52,13 @@ class Budget:
         self._training_since = self._clock()
 
     def stop(self) -> None:
-        """Count the time from now on as nothing, if it has been training."""
+        """Stop counting the time as training."""
         self._trained = self._training_seconds()
         self._training_since = None
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Count the time in between as nothing."""
+        """Do not count the time of a block."""
         was_training = self._training_since is not None
         self.stop()
         try:
@@ -69,7 +69,7 @@ class Budget:
 
     @contextlib.contextmanager
     def analysis(self) -> Iterator[None]:
-        """Count the time in between as an analysis, whether it fails or not."""
+        """Count the time of a block as an analysis, whether it fails or not."""
         with self.paused():
             started = self._clock()
             try:
@@ -84,22 +84,22 @@ class Budget:
 
     @property
     def analysis_seconds(self) -> float:
-        """Time in analyses so far."""
+        """Seconds in analyses so far."""
         return self._analyzed
 
     @property
     def overhead(self) -> float | None:
-        """Time in analyses as a share of the training time so far; None before training."""
+        """Share of analyses in the training time so far; None before training."""
         trained = self._training_seconds()
         return self._analyzed / trained if trained > 0 else None
 
     # Decisions ------------------------------------------------------------------------------------------------------
 
     def allows(self, global_step: int) -> bool:
-        """Return whether to analyse after `global_step`: as decided before, else if the limit allows it.
+        """Return whether to analyze after `global_step`: as decided before, or else if the limit allows it.
 
-        The next analysis is expected to take as long as the last one. The first one is allowed because nothing is
-        known of its duration.
+        The next analysis is expected to take as long as the last one. The first analysis is always allowed, because
+        its duration is not known.
         """
         decided = self._decisions.get(global_step)
         if decided is not None:
@@ -109,10 +109,10 @@ class Budget:
         return self._analyzed + self._last_analysis <= self._max_overhead * self._training_seconds()
 
     def decide(self, global_step: int, *, analyze: bool) -> None:
-        """Keep a decision, so that it is the same when training meets this step again.
+        """Keep a decision for as long as training is at this step.
 
-        Several batches may end at one step, and a resumed run begins at the last one of the run before. Steps never go
-        back, so that earlier decisions are of no use: there may be millions.
+        Several batches may belong to one step, and a resumed run begins at the last step of the run before. Earlier
+        decisions are dropped: steps never go back, and there may be millions.
         """
         self._decisions = {global_step: analyze}
 
@@ -128,14 +128,14 @@ class Budget:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the times and the decision of `state_dict`; training is yet to start.
+        """Take up the times and the decision of `state_dict`; the clock of training stands still.
 
         Raises:
-            ValueError: If that is something else.
+            ValueError: If a field is missing or invalid.
         """
         wrong = first_invalid_field(state, _STATE)
         if wrong is not None:
-            msg = f"`{wrong}` of the budget is missing or is something else"
+            msg = f"`{wrong}` of the budget is missing or invalid"
             raise ValueError(msg)
         self._trained = state["training_seconds"]
         self._training_since = None

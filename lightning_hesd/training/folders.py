@@ -1,4 +1,4 @@
-"""Folders on this machine, or on any filesystem that fsspec knows: files in them appear whole or not at all."""
+"""Files in folders of this machine or of any filesystem that fsspec knows, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ def is_remote(location: Location) -> bool:
 
 
 def local_path(location: Location) -> Path:
-    """Return the path of what lies on this machine."""
+    """Return the path of a location on this machine."""
     return Path(str(location).removeprefix("file://"))
 
 
 def joined(folder: Location, *names: str) -> str:
-    """Return the location of something in a folder."""
+    """Return the location of a file in a folder, given the names on the way."""
     return (
         "/".join([str(folder).rstrip("/"), *names]) if is_remote(folder) else str(local_path(folder).joinpath(*names))
     )
 
 
 def exists(location: Location) -> bool:
-    """Return whether there is something; False, too, where the filesystem cannot be reached."""
+    """Return whether a location exists; False if the filesystem cannot be reached."""
     if not is_remote(location):
         return local_path(location).exists()
     try:
         return bool(get_filesystem(str(location)).exists(str(location)))
-    except Exception:  # noqa: BLE001 - whatever the client raises, or that there is none: nothing can be read there
+    except Exception:  # noqa: BLE001 - clients raise anything, or are not installed: the location cannot be read
         return False
 
 
 @contextlib.contextmanager
 def fetched(folder: Location) -> Iterator[Path]:
-    """Give the folder, or a copy of it on this machine, with the files of the folder but not of those below.
+    """Provide the files of a folder on this machine, copied if it is remote; without subfolders.
 
     Yields:
-        Its path.
+        Path of the folder or its copy.
     """
     if not is_remote(folder):
         yield local_path(folder)
@@ -65,12 +65,12 @@ def fetched(folder: Location) -> Iterator[Path]:
 
 
 def write(folder: Location, name: str, save: Callable[[Path], None]) -> None:
-    """Write a file into a folder, which is made if need be.
+    """Write a file into a folder, which is created if necessary.
 
     Args:
         folder: The folder.
         name: Name of the file.
-        save: Writes it to a path, so that it appears whole or not at all.
+        save: Writes the file to a path, whole or not at all.
     """
     if not is_remote(folder):
         directory = local_path(folder)
@@ -97,7 +97,7 @@ def write_text(folder: Location, name: str, text: str) -> None:
 
 
 def append(folder: Location, name: str, text: str) -> None:
-    """Add text to a file, which is made if need be; a remote one is written anew."""
+    """Append text to a file, which is created if necessary; a remote file is written as a whole."""
     if not is_remote(folder):
         directory = local_path(folder)
         directory.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def append(folder: Location, name: str, text: str) -> None:
 
 
 def read_text(folder: Location, name: str) -> str:
-    """Return the text of a file; none if there is no such file."""
+    """Return the text of a file; empty if there is no such file."""
     location = joined(folder, name)
     if not exists(location):
         return ""
@@ -117,7 +117,7 @@ def read_text(folder: Location, name: str) -> str:
 
 
 def remove(folder: Location, names: Iterable[str]) -> None:
-    """Delete files, one after the other; that one is gone already is no error."""
+    """Delete files of a folder; a missing file is no error."""
     for name in names:
         location = joined(folder, name)
         with contextlib.suppress(FileNotFoundError):

@@ -1,32 +1,34 @@
-"""What optimizers make of the gradients of the loss: clipping, rescaling, rotation, on sampled steps of training.
+"""Compares the gradients of the loss with those that optimizers use: clipped, rescaled, rotated; on sampled steps.
 
-The cause of an MN spectrum is that the gradients used are not those of the loss (Gabdullin 2025, section 3.4).
+A spectrum is MN if the optimizer uses other gradients than those of the loss (Gabdullin 2025, section 3.4).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_hesd.training.compat.strategies import check_whole
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from contextlib import AbstractContextManager
 
     import lightning.pytorch as pl
     from torch import Tensor
     from torch.optim import Optimizer
 
-    Attempt = Callable[[str], AbstractContextManager[list[str]]]
+    from lightning_hesd.training.error_policy import ErrorPolicy
 
 SAMPLES_PER_EPOCH = 16
 EVERY_WITHOUT_LENGTH = 50
 """Steps between samples where the number of batches of an epoch is not known."""
 
 CHANGED = 1e-5
-"""Relative change from which on a gradient counts as clipped; below it is rounding."""
+"""Relative change above which a gradient counts as clipped; smaller changes are rounding."""
 
 MANIPULATING = {
     "adahessian": "averages the Hessian's diagonal over space",
@@ -34,21 +36,21 @@ MANIPULATING = {
     "lars": "rescales the gradients of each layer",
     "novograd": "rescales the gradients of each layer",
     "shampoo": "rotates the gradients of each layer",
-    "muon": "orthogonalises the gradients of each layer",
+    "muon": "orthogonalizes the gradients of each layer",
 }
 """Optimizers, in lower case, that change large groups of gradients together, and how."""
 
 
 @dataclass(frozen=True)
 class GradientStatistics:
-    """What happened to the gradients between backward pass and optimizer, over the sampled steps of an epoch.
+    """Changes of the gradients between backward pass and optimizer, over the sampled steps of an epoch.
 
     Attributes:
-        steps: Number of optimizer steps looked at.
-        clipped_share: Share of these whose gradient was changed.
-        clip_factor: Mean of norm after over norm before, over the changed ones; 1 if there was none.
+        steps: Number of sampled optimizer steps.
+        clipped_share: Share of the sampled steps whose gradient was changed.
+        clip_factor: Mean of norm after over norm before, over the changed gradients; 1 without any.
         gradient_cosine: Mean cosine between the gradient before and after.
-        update_cosine: Mean cosine between the gradient and the step that the weights took downhill.
+        update_cosine: Mean cosine between the gradient and the negative of the step that the weights took.
     """
 
     steps: int
@@ -59,43 +61,54 @@ class GradientStatistics:
 
 
 class GradientMonitor:
-    """Compares gradients as backward passes leave them with what optimizers use, every so many steps."""
+    """Compares gradients after the backward pass with gradients in the optimizer step, every few steps.
 
-    def __init__(self) -> None:
+    Attributes:
+        enabled: Whether to compare at all.
+    """
+
+    def __init__(self, *, enabled: bool = True) -> None:
+        self.enabled = enabled
         self._every = 1
         self._raw: dict[Tensor, Tensor] = {}
         self._weights: dict[Tensor, Tensor] = {}
-        self._seen: list[Tensor] = []
+        self._rows: list[Tensor] = []
         self._hooks: list[Any] = []
-        self._attempt: Attempt | None = None
+        self._errors: ErrorPolicy | None = None
 
-    def __reduce__(self) -> Any:
-        """Let a copy watch nothing until it is attached."""
-        return GradientMonitor, ()
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy, which monitors nothing until it is attached."""
+        return vars(GradientMonitor(enabled=self.enabled))
 
-    def attach(self, trainer: pl.Trainer, attempt: Attempt) -> None:
-        """Look at the optimizers of this trainer from now on, until that fails.
+    def attach(self, trainer: pl.Trainer, errors: ErrorPolicy) -> None:
+        """Monitor the optimizers of this Trainer from now on, until that fails.
 
         Args:
-            trainer: The trainer.
-            attempt: Takes what to say if the block within fails, and gives a list that then has the failure.
+            trainer: The Trainer.
+            errors: What to do when it fails.
+
+        Raises:
+            MisconfigurationException: If parameters are sharded.
         """
         self.detach()
-        self._attempt = attempt
+        if not self.enabled:
+            return
+        check_whole(trainer, "monitor_gradients")
+        self._errors = errors
         batches = trainer.num_training_batches / trainer.accumulate_grad_batches
         self._every = math.ceil(batches / SAMPLES_PER_EPOCH) if math.isfinite(batches) else EVERY_WITHOUT_LENGTH
         self._hooks = [
-            optimizer.register_step_post_hook(lambda optimizer, *_: self._look(lambda: self._compare(optimizer)))
+            optimizer.register_step_post_hook(lambda optimizer, *_: self._guarded(partial(self._compare, optimizer)))
             for optimizer in trainer.optimizers
         ]
 
     def detach(self) -> None:
-        """Leave the optimizers alone, and forget."""
+        """Remove the hooks from the optimizers, and forget the gradients."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self._attempt = None
-        self._seen = []
+        self._errors = None
+        self._rows = []
         self._forget()
 
     def _forget(self) -> None:
@@ -103,27 +116,28 @@ class GradientMonitor:
 
     @torch.no_grad()
     def after_backward(self, trainer: pl.Trainer) -> None:
-        """Keep gradients and weights if this is a step to look at; called before anybody changes the gradients."""
-        self._look(lambda: self._keep(trainer))
+        """Keep gradients and weights if this step is sampled; to be called before other code changes the gradients."""
+        self._guarded(partial(self._keep, trainer))
 
-    def _look(self, work: Callable[[], None]) -> None:
-        if self._attempt is None:
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """Do some work, and stop monitoring if it fails."""
+        if self._errors is None:
             return
-        with self._attempt("the gradients will no longer be looked at") as failures:
+        with self._errors.guard("the gradients will no longer be monitored") as attempt:
             work()
-        if failures:
-            self._attempt = None
+        if attempt.failure is not None:
+            self._errors = None
             self._forget()
 
     def _keep(self, trainer: pl.Trainer) -> None:
         if trainer.fit_loop.batch_idx // trainer.accumulate_grad_batches % self._every:
-            self._forget()  # what an optimizer skipped
+            self._forget()  # gradients of a step that an optimizer skipped
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()
         for optimizer in trainer.optimizers:
             for p in _dense(optimizer):
-                assert p.grad is not None  # noqa: S101 - for the type checker; `_dense` leaves those without out
+                assert p.grad is not None  # noqa: S101 - for the type checker; `_dense` yields no others
                 self._raw[p] = p.grad / scale
                 self._weights.setdefault(p, p.detach().clone())
 
@@ -134,15 +148,15 @@ class GradientMonitor:
             return
         raw, used, down = (torch.cat([part.flatten().float() for part in parts]) for parts in zip(*pairs, strict=True))
         norms = [raw.norm(), used.norm(), down.norm(), (used - raw).norm()]
-        self._seen.append(torch.stack([*norms, raw @ used, raw @ down]))
+        self._rows.append(torch.stack([*norms, raw @ used, raw @ down]))
 
     def restart(self) -> None:
         """Begin a new epoch."""
-        self._seen = []
+        self._rows = []
 
     def summary(self) -> GradientStatistics | None:
-        """Return what was seen in this epoch; None if that is nothing."""
-        rows = torch.stack(self._seen).cpu().double() if self._seen else torch.empty(0, 6)
+        """Return the statistics of this epoch; None without a sampled step."""
+        rows = torch.stack(self._rows).cpu().double() if self._rows else torch.empty(0, 6)
         rows = rows[(rows[:, 0] > 0) & rows.isfinite().all(1)]
         if not len(rows):
             return None
@@ -159,11 +173,11 @@ class GradientMonitor:
 
 
 def likely_causes(trainer: pl.Trainer, statistics: GradientStatistics | None) -> list[str]:
-    """Return what may have made a spectrum MN, from what the monitor saw and from the Trainer's settings."""
+    """Return likely causes of an MN spectrum, from the statistics of gradients and the Trainer's settings."""
     causes = []
     if statistics is not None and statistics.clipped_share > 0:
         causes.append(
-            f"gradients were clipped in {statistics.clipped_share:.0%} of the steps looked at, to "
+            f"gradients were clipped in {statistics.clipped_share:.0%} of the sampled steps, to "
             f"{statistics.clip_factor:.2g} of their norm on average, cosine {statistics.gradient_cosine:.2g}"
         )
     elif statistics is None and trainer.gradient_clip_val:
@@ -173,7 +187,7 @@ def likely_causes(trainer: pl.Trainer, statistics: GradientStatistics | None) ->
 
 
 def _dense(optimizer: Optimizer) -> Iterator[Tensor]:
-    """Yield the parameters of an optimizer that have a gradient, other than a sparse one."""
+    """Yield the parameters of an optimizer that have a dense gradient."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.grad is not None and not p.grad.is_sparse:

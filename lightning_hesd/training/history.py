@@ -3,54 +3,55 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from lightning.pytorch import Callback
 
-from lightning_hesd.spectra.assessment import check_comparable
-from lightning_hesd.spectra.record import LAYERS_SUFFIX, PLAIN_FIELDS, START_EPOCH, SUFFIXES, SpectrumRecord, when
-from lightning_hesd.spectra.spectrum import ARRAYS, Spectrum, load_layers
+from lightning_hesd.spectra.codec import (
+    FIELDS,
+    Packing,
+    decode_record,
+    encode_record,
+    load,
+    pack_records,
+    unpack_records,
+)
+from lightning_hesd.spectra.record import START_EPOCH, SpectrumRecord, when
 from lightning_hesd.spectra.tables import layers_table, records_table
 from lightning_hesd.spectra.validation import (
+    FORMAT_VERSION,
     at_least,
+    check_fields,
+    check_version,
     each,
-    each_named,
-    first_invalid_field,
-    of,
-    optional,
     parsed,
     text,
+    version_in,
 )
-from lightning_hesd.training.compat.internals import callbacks_of
-from lightning_hesd.training.compat.namespaces import MisconfigurationException, join_namespaces, of_every_namespace
 from lightning_hesd.training.folders import exists, fetched, joined
-from lightning_hesd.training.history_files import INDEX_NAME, HistoryFolder, completed, index_rows
+from lightning_hesd.training.history_files import INDEX_NAME, HistoryFolder, index_rows
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
 
-    import lightning.pytorch as pl
     import pandas as pd
-    from lightning.pytorch.callbacks import Checkpoint
-    from numpy.typing import NDArray
 
-    from lightning_hesd.spectra.selection import SelectionEvent
-    from lightning_hesd.training.history_files import Content
 
-__all__ = ["PLAIN_FIELDS", "START_EPOCH", "SUFFIXES", "SpectrumHistory", "SpectrumRecord", "SpectrumSource", "when"]
+__all__ = ["START_EPOCH", "SpectrumHistory", "SpectrumRecord", "when"]
 
-_STATE = {
-    "records": text,
-    "shapes": each(each(at_least(0))),
-    "numbers": lambda value: isinstance(value, torch.Tensor) and value.dtype == torch.float64,
-}
 
-OnError = Literal["warn", "raise"]
+def _is_plain(value: Any) -> bool:
+    """Return whether a value is a tensor of numbers that NumPy can take."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.dtype == torch.float64
+        and value.layout == torch.strided
+        and not (value.is_meta or value.requires_grad)
+    )
+
+
+_STATE = {"records": text, "shapes": each(each(at_least(0))), "numbers": _is_plain}
 
 
 class SpectrumHistory(list[SpectrumRecord]):
@@ -90,26 +91,19 @@ class SpectrumHistory(list[SpectrumRecord]):
             self._folders[location] = HistoryFolder(location)
         return self._folders[location]
 
-    def _contents(self) -> dict[str, Content]:
+    def _contents(self) -> dict[str, Any]:
         """Return the spectra by the names of their files."""
-        contents: dict[str, Content] = {}
-        for record in self:
-            contents |= {record.file_name(suffix): spectrum for suffix, spectrum in record.spectra.items()}
-            if record.layers:
-                contents[record.file_name(LAYERS_SUFFIX)] = dict(record.layers)
-        return contents
+        return {
+            record.file_name(suffix): getattr(record, field)
+            for record in self
+            for field, suffix in FIELDS.items()
+            if getattr(record, field)
+        }
 
     def _rows(self) -> list[dict[str, Any]]:
         """Return the rows of the index."""
         return [
-            {
-                **_plain(record),
-                **{
-                    field: record.file_name(suffix) if suffix in record.spectra else None
-                    for field, suffix in SUFFIXES.items()
-                },
-                "layers": record.file_name(LAYERS_SUFFIX) if record.layers else None,
-            }
+            encode_record(record, lambda field, _, record=record: record.file_name(FIELDS[field]))  # type: ignore[misc]
             for record in self
         ]
 
@@ -133,16 +127,13 @@ class SpectrumHistory(list[SpectrumRecord]):
         history = cls()
         with fetched(location) as directory:
             path = directory / INDEX_NAME
-            for row in index_rows(path):
+            rows = index_rows(path)
+            try:
                 # The names only: an index must not point outside its own folder.
-                paths = {f: row[f] and directory / Path(row[f]).name for f in (*SUFFIXES, "layers")}
-                layers = paths.pop("layers")
-                spectra = {f: file and Spectrum.load(file) for f, file in paths.items()}
-                try:
-                    history.append(_record(row, spectra, layers and load_layers(layers)))
-                except ValueError as error:
-                    msg = f"a record in {path} is damaged: {error}"
-                    raise ValueError(msg) from error
+                history.extend(decode_record(r, lambda f, name: load(f, directory / Path(name).name)) for r in rows)
+            except ValueError as error:
+                msg = f"a record in {path} is damaged: {error}"
+                raise ValueError(msg) from error
         return history
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -175,19 +166,12 @@ class SpectrumHistory(list[SpectrumRecord]):
         Every checkpoint has all records: as tensors of their own and plain values, a few hundred would take longer to
         pickle than a small network takes to train for an epoch.
         """
-        arrays: list[NDArray[np.float64]] = []
-        rows = [
-            {
-                **_plain(record),
-                **{field: _packed(getattr(record, field), arrays) for field in SUFFIXES},
-                "layers": record.layers and {name: _packed(layer, arrays) for name, layer in record.layers.items()},
-            }
-            for record in self
-        ]
+        rows, packing = pack_records(self)
         return {
+            "format": FORMAT_VERSION,
             "records": json.dumps(rows, separators=(",", ":")),
-            "shapes": [array.shape for array in arrays],
-            "numbers": torch.from_numpy(np.concatenate([np.zeros(0), *(array.ravel() for array in arrays)])),
+            "shapes": packing.shapes,
+            "numbers": torch.from_numpy(packing.numbers),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -196,99 +180,7 @@ class SpectrumHistory(list[SpectrumRecord]):
         Raises:
             ValueError: If that is something else, or is damaged.
         """
-        if (wrong := first_invalid_field(state, _STATE)) is not None:
-            msg = f"`{wrong}` is missing or is something else"
-            raise ValueError(msg)
-        rows = completed(parsed(state["records"], finite=False), optional(of(dict)), optional(each_named(of(dict))))
-        ends = np.cumsum([math.prod(shape) for shape in state["shapes"]], dtype=int)
-        parts = np.split(state["numbers"].cpu().numpy(), ends)
-        arrays = [part.reshape(shape) for part, shape in zip(parts, state["shapes"], strict=False)]
-        self[:] = [
-            _record(
-                row,
-                {field: _unpacked(row[field], arrays) for field in SUFFIXES},
-                row["layers"] and {name: _unpacked(layer, arrays) for name, layer in row["layers"].items()},
-            )
-            for row in rows
-        ]
-
-
-@of_every_namespace("Callback")
-class SpectrumSource(Callback):
-    """A callback that fills a history: what `HessianCheckpoint` looks for among the callbacks of a Trainer.
-
-    Attributes:
-        name: Prefix of its metrics.
-        history: Its records so far.
-        on_error: What it does about errors.
-        checkpoint: The checkpoint callback it brings along, if any.
-        refusal: Why there can be no spectra in this run, as found out before it; None: there can.
-    """
-
-    name: str
-    history: SpectrumHistory
-    on_error: OnError
-    checkpoint: Checkpoint | None = None
-    refusal: str | None = None
-
-    def __init__(self) -> None:
-        join_namespaces()
-        super().__init__()
-
-    def record_selection(self, trainer: pl.Trainer, choice: SelectionEvent) -> None:
-        """Hear from a HessianCheckpoint what it makes of the latest record."""
-
-
-def raises_anywhere(trainer: pl.Trainer) -> bool:
-    """Return whether a callback of the Trainer that makes records is to raise."""
-    sources = [callback for callback in callbacks_of(trainer) if isinstance(callback, SpectrumSource)]
-    return any(source.on_error == "raise" for source in sources)
-
-
-def only_source(trainer: pl.Trainer) -> SpectrumSource:
-    """Return the one callback of a Trainer that makes records.
-
-    Raises:
-        MisconfigurationException: If there is not exactly one.
-    """
-    sources = [callback for callback in callbacks_of(trainer) if isinstance(callback, SpectrumSource)]
-    if len(sources) == 1:
-        return sources[0]
-    if not sources:
-        msg = (
-            "HessianCheckpoint ranks the records of a HessianSpectrumCallback, and the Trainer has none: add "
-            "HessianSpectrumCallback() to `callbacks`."
-        )
-    else:
-        names = ", ".join(repr(source.name) for source in sources)
-        msg = (
-            f"HessianCheckpoint cannot tell which of the callbacks {names} to rank: pass it to one of them as "
-            "HessianSpectrumCallback(checkpoint=HessianCheckpoint(...))."
-        )
-    raise MisconfigurationException(msg)
-
-
-def _plain(record: SpectrumRecord) -> dict[str, Any]:
-    return {field: getattr(record, field) for field in PLAIN_FIELDS}
-
-
-def _record(row: Mapping[str, Any], spectra: Mapping[str, Any], layers: Any) -> SpectrumRecord:
-    record = SpectrumRecord(**{field: row[field] for field in PLAIN_FIELDS}, **spectra, layers=layers)
-    if record.spectrum is not None and record.generalization is not None:
-        check_comparable(record.spectrum, record.generalization)  # else the assessment would fail, later on
-    return record
-
-
-def _packed(spectrum: Spectrum | None, arrays: list[NDArray[np.float64]]) -> dict[str, Any] | None:
-    """Return the fields of a spectrum: for its arrays, which are appended, their positions."""
-    if spectrum is None:
-        return None
-    positions = range(len(arrays), len(arrays) + len(ARRAYS))
-    arrays.extend(getattr(spectrum, name) for name in ARRAYS)
-    return {**spectrum.to_dict(), **dict(zip(ARRAYS, positions, strict=True))}
-
-
-def _unpacked(values: dict[str, Any] | None, arrays: Sequence[NDArray[np.float64]]) -> Any:
-    if values is None:
-        return None
-    return Spectrum.from_dict({**values, **{name: arrays[values[name]] for name in ARRAYS}})
+        check_version(version_in(state), "the history")
+        check_fields(state, _STATE, "the history")
+        packing = Packing.of(state["numbers"].cpu().numpy(), state["shapes"])
+        self[:] = unpack_records(parsed(state["records"], finite=False), packing)

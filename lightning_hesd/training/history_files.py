@@ -9,31 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_hesd.spectra.record import LAYERS_SUFFIX, SUFFIXES, SpectrumRecord
-from lightning_hesd.spectra.spectrum import ARRAYS, Spectrum, load_layers, save_layers
-from lightning_hesd.spectra.validation import (
-    CORRUPT_FILE_ERRORS,
-    check_regular,
-    first_invalid_field,
-    integer,
-    number,
-    optional,
-    parsed,
-    text,
-)
+from lightning_hesd.spectra.codec import FIELDS, check_rows, load, save
+from lightning_hesd.spectra.files import damage_named
+from lightning_hesd.spectra.record import SpectrumRecord
+from lightning_hesd.spectra.spectrum import Spectrum
+from lightning_hesd.spectra.spectrum_data import ARRAYS
+from lightning_hesd.spectra.validation import FORMAT_VERSION, check_regular, check_version, parsed, text, version_in
 from lightning_hesd.training.folders import exists, fetched, joined, remove, write, write_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from lightning_hesd.spectra.validation import Check
-
-    Content = Spectrum | Mapping[str, Spectrum] | None
+    from lightning_hesd.spectra.codec import Content
 
 INDEX_NAME = "index.json"
-INDEX_FORMAT = 1
-LATER_FIELDS = ("generalization", "preconditioned", "stability_threshold", "ggn", "residual", "layers")
-"""What the first histories did not have."""
 
 
 class HistoryFolder:
@@ -69,21 +58,14 @@ class HistoryFolder:
                 del there[name]
         for name, content in contents.items():
             if name not in there:
-                write(self._location, name, _saver(content))
+                write(self._location, name, partial(save, content))
             there[name] = content
-        write_text(self._location, INDEX_NAME, json.dumps({"format": INDEX_FORMAT, "records": rows}, indent=1))
+        write_text(self._location, INDEX_NAME, json.dumps({"format": FORMAT_VERSION, "records": rows}, indent=1))
 
 
-def _saver(content: Content) -> Callable[[Path], None]:
-    if isinstance(content, Spectrum):
-        return content.save
-    assert content is not None  # noqa: S101 - what cannot be read comes from a folder, never from a record
-    return partial(save_layers, content)
-
-
-def _named_by_index(location: str) -> dict[str, Content]:
+def _named_by_index(location: str) -> dict[str, Content | None]:
     """Return what the index in a folder names, by the names that such files have; None for what cannot be read."""
-    named: dict[str, Content] = {}
+    named: dict[str, Content | None] = {}
     if not exists(joined(location, INDEX_NAME)):
         return named
     with fetched(location) as directory:
@@ -93,21 +75,21 @@ def _named_by_index(location: str) -> dict[str, Content]:
             return named  # of whatever it is, nothing is known to be ours
         for row in rows:
             record = SpectrumRecord(row["epoch"], row["global_step"], None)
-            for field, suffix in (*SUFFIXES.items(), ("layers", LAYERS_SUFFIX)):
+            for field, suffix in FIELDS.items():
                 path = directory / record.file_name(suffix)
                 if row[field] is not None and path.exists():
-                    named[path.name] = _read(path, load_layers if field == "layers" else Spectrum.load)
+                    named[path.name] = _read(field, path)
     return named
 
 
-def _read(path: Path, load: Callable[[Path], Content]) -> Content:
+def _read(field: str, path: Path) -> Content | None:
     try:
-        return load(path)
+        return load(field, path)
     except ValueError:
         return None
 
 
-def _is_same(first: Content, second: Content) -> bool:
+def _is_same(first: Content | None, second: Content | None) -> bool:
     """Return whether two files have the same spectra in them."""
     if first is second or first is None or second is None:
         return first is second
@@ -131,50 +113,15 @@ def index_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: If it is damaged, or was written by a newer version.
     """
-    try:
+    kind = "the index of a spectrum history"
+    with damage_named(path, kind):
         check_regular(path)
-        index = parsed(path.read_text(encoding="utf-8"), finite=False)
-        version, rows = index["format"], index["records"]
-        if not integer(version):
-            msg = "its format is no number"
-            raise ValueError(msg)
-        if version == INDEX_FORMAT:
-            name = optional(lambda value: text(value) and Path(value).name != "")
-            return completed(rows, name, name)
-    except CORRUPT_FILE_ERRORS as error:
-        msg = f"{path} is not the index of a spectrum history, or is damaged ({error!r})."
-        raise ValueError(msg) from error
-    msg = f"{path} has format {version}, this version reads {INDEX_FORMAT}: update lightning_hesd."
-    raise ValueError(msg)
+        index = parsed(path.read_bytes(), finite=False)
+        version = version_in(index)
+    check_version(version, str(path))
+    with damage_named(path, kind):
+        return check_rows(index.get("records"), _names_a_file, _names_a_file)
 
 
-def completed(rows: object, spectrum: Check, layers: Check) -> list[dict[str, Any]]:
-    """Return rows with the fields that the first histories did not have, checked.
-
-    Args:
-        rows: The rows, of anybody.
-        spectrum: What stands for a spectrum in them.
-        layers: What stands for the spectra of layers.
-
-    Raises:
-        ValueError: If a field is missing or is something else.
-    """
-    fields = {
-        "epoch": integer,
-        "global_step": integer,
-        "error": optional(text),
-        "stability_threshold": optional(number),
-        **dict.fromkeys(SUFFIXES, spectrum),
-        "layers": layers,
-    }
-    if not isinstance(rows, list):
-        msg = f"the records must be a list, got {type(rows).__name__}"
-        raise ValueError(msg)  # noqa: TRY004 - of files, not of arguments
-    completed = []
-    for row in rows:
-        wrong = first_invalid_field({**dict.fromkeys(LATER_FIELDS), **row} if isinstance(row, dict) else row, fields)
-        if wrong is not None:
-            msg = f"`{wrong}` of a record is missing or is something else"
-            raise ValueError(msg)
-        completed.append({**dict.fromkeys(LATER_FIELDS), **row})
-    return completed
+def _names_a_file(value: object) -> bool:
+    return text(value) and Path(str(value)).name != ""

@@ -1,4 +1,4 @@
-"""The loss of a LightningModule as a function of module and batch: its `training_step`."""
+"""The loss of a LightningModule as a function of module and batch: the loss of its `training_step`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def check_loss_source(pl_module: pl.LightningModule, loss_fn: LossFunction | None) -> None:
-    """Check that the module has a loss to analyse.
+    """Check that the module has a loss to analyze.
 
     Raises:
-        MisconfigurationException: If its `training_step` cannot be called for one.
+        MisconfigurationException: If there is no `loss_fn`, and `training_step` does not return the loss of a batch.
     """
     if loss_fn is not None:
         return
@@ -46,10 +46,10 @@ def check_loss_source(pl_module: pl.LightningModule, loss_fn: LossFunction | Non
 
 
 def check_gets_batches(pl_module: pl.LightningModule) -> None:
-    """Check that `training_step` is given batches, which can be kept for an analysis.
+    """Check that `training_step` takes a batch, so that batches can be kept for analyses.
 
     Raises:
-        MisconfigurationException: If it fetches them.
+        MisconfigurationException: If it fetches its batches itself.
     """
     if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
         msg = (
@@ -67,17 +67,17 @@ def make_loss_fn(
 
     Args:
         trainer: The trainer.
-        loss_fn: The function that the user passes, if any.
+        loss_fn: The user's loss; None: that of `training_step`.
         evaluating: Makes the context of an evaluation.
     """
     compute = loss_fn or _training_step_loss
     precision = trainer.precision_plugin
-    # The forward context of mixed precision is autocast; that of the others sets the dtype of new tensors.
+    # The forward context of mixed precision is autocast; other precisions set the dtype of new tensors in it.
     is_mixed = isinstance(precision, lightning_types("plugins.MixedPrecision"))
     context = contextlib.nullcontext if is_mixed else precision.forward_context
 
     def loss(module: pl.LightningModule, batch: Any) -> Tensor:
-        is_compared = torch.get_default_dtype() == torch.float64  # with its derivatives, in float64
+        is_compared = torch.get_default_dtype() == torch.float64  # the comparison of loss and derivatives is in float64
         with evaluating(), contextlib.nullcontext() if is_compared else context():
             return compute(module, batch)
 

@@ -1,9 +1,8 @@
-"""Where records go: the module's log, the loggers' sinks, and the folder of the run."""
+"""The outputs of records: the module's log, the loggers, and the folder of the run."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.spectra.payload import (
@@ -15,21 +14,23 @@ from lightning_hesd.spectra.payload import (
     to_json,
 )
 from lightning_hesd.spectra.scalars import scalars
-from lightning_hesd.training.compat import internals
+from lightning_hesd.training.compat import logged_metrics, runs
+from lightning_hesd.training.compat.namespaces import lightning_types
 from lightning_hesd.training.folders import append, joined, read_text, remove, write_text
-from lightning_hesd.training.loggers import make_sinks
-from lightning_hesd.training.loggers.sink import SelectionSink
-from lightning_hesd.training.loggers.tensorboard import write_layout
+from lightning_hesd.training.history import when
+from lightning_hesd.training.loggers import make_outputs
+from lightning_hesd.training.loggers.output import SelectionOutput
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     import lightning.pytorch as pl
 
     from lightning_hesd.spectra.selection import SelectionEvent
+    from lightning_hesd.training.error_policy import ErrorPolicy, OnError
     from lightning_hesd.training.gradient_monitor import GradientStatistics
     from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
-    from lightning_hesd.training.loggers.sink import Sink
+    from lightning_hesd.training.loggers.output import LoggerOutput
 
 
 class RunOutputs:
@@ -38,35 +39,38 @@ class RunOutputs:
     def __init__(self, name: str, *, in_progress_bar: bool) -> None:
         self._name = name
         self._in_bar = {f"{name}/c_t"} if in_progress_bar else set()
-        self._sinks: list[Sink] = []
+        self._loggers: list[LoggerOutput] = []
         self._folder: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the options without what belongs to a run: loggers hold locks and connections."""
-        return {**vars(self), "_sinks": [], "_folder": None}
+        """Return the options without the loggers, which hold locks and connections."""
+        return {**vars(self), "_loggers": [], "_folder": None}
 
     def open(self, trainer: pl.Trainer, history: SpectrumHistory, names: Sequence[str]) -> None:
-        """Find out where to write; only process zero does, and nothing is written in a development run.
+        """Find the loggers and the folder; on rank zero only, and not with `fast_dev_run`.
 
         Args:
-            trainer: The trainer.
-            history: The records there are, if the run goes on from somewhere.
-            names: Names of all callbacks of this kind in the Trainer; the first one lays out the charts for all.
+            trainer: The Trainer.
+            history: The records so far, of the run that is continued.
+            names: Names of all HessianSpectrumCallbacks of the Trainer; the first one writes the layout of charts.
         """
-        run_folder = internals.run_folder(trainer)  # every process must ask for it
+        run_folder = runs.run_folder(trainer)  # every rank must ask for it
         fast_dev_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
         if not trainer.is_global_zero or fast_dev_run:
             self.close()
             return
         self._folder = joined(run_folder, self._name)
-        self._sinks = make_sinks(trainer.loggers, self._name)
-        self._rewind_choices(self._folder, trainer.global_step if history.is_in(self._folder) else 0)
-        if names[0] == self._name:
+        self._loggers = make_outputs(trainer.loggers, self._name)
+        self._rewind_selections(self._folder, trainer.global_step if history.is_in(self._folder) else 0)
+        has_tensorboard = any(isinstance(x, lightning_types("loggers.TensorBoardLogger")) for x in trainer.loggers)
+        if names[0] == self._name and has_tensorboard:
+            from lightning_hesd.training.loggers.tensorboard import write_layout  # noqa: PLC0415 - TensorBoard is slow
+
             write_layout(trainer.loggers, names)
 
     @staticmethod
-    def _rewind_choices(folder: str, global_step: int) -> None:
-        """Delete the choices of another run in the folder, and of another continuation of this one."""
+    def _rewind_selections(folder: str, global_step: int) -> None:
+        """Delete the selection events of another run in the folder, and those after `global_step`."""
         lines = read_text(folder, CHOICES_NAME).splitlines(keepends=True)
         kept = [line for line in lines if 0 < _step_of(line) <= global_step]
         if lines and not kept:
@@ -76,12 +80,12 @@ class RunOutputs:
 
     @property
     def folder(self) -> str | None:
-        """The folder of the run's spectra, a path or a URL; None if nothing is written."""
+        """Folder of the run's spectra, a path or a URL; None on ranks that write nothing."""
         return self._folder
 
     def close(self) -> None:
-        """Let go of the loggers."""
-        self._sinks = []
+        """Release the loggers."""
+        self._loggers = []
         self._folder = None
 
     def log(
@@ -93,46 +97,51 @@ class RunOutputs:
         *,
         at_epoch_end: bool,
     ) -> None:
-        """Log the scalars of a record, and the share of analyses in the training time if there was any training."""
+        """Log the scalars of a record, and the share of analyses in the training time unless there was no training."""
         if record.spectra:
             values = scalars(record, self._name)
             if overhead is not None:
                 values[f"{self._name}/overhead"] = overhead
-            internals.log_scalars(trainer, pl_module, values, at_epoch_end=at_epoch_end, in_bar=self._in_bar)
+            logged_metrics.log_scalars(trainer, pl_module, values, at_epoch_end=at_epoch_end, in_bar=self._in_bar)
 
     def log_gradients(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, gradients: GradientStatistics | None
     ) -> None:
-        """Log at the end of an epoch what happened to its gradients, if that was looked at."""
+        """Log the gradient statistics of an epoch at its end; None: there are none."""
         if gradients is not None:
             values = {f"{self._name}/{key}": value for key, value in asdict(gradients).items() if key != "steps"}
-            internals.log_scalars(trainer, pl_module, values, at_epoch_end=True, in_bar=())
+            logged_metrics.log_scalars(trainer, pl_module, values, at_epoch_end=True, in_bar=())
 
-    def write_selection(self, trainer: pl.Trainer, choice: SelectionEvent, *, at_epoch_end: bool) -> None:
-        """Write what a checkpoint rule made of the latest record to the loggers that can show it, and to the folder."""
-        step = internals.logging_step(trainer, at_epoch_end=at_epoch_end)
-        for sink in self._sinks:
-            if isinstance(sink, SelectionSink):
-                sink.write_selection(choice, step)
+    def write_selection(self, trainer: pl.Trainer, event: SelectionEvent, *, at_epoch_end: bool) -> None:
+        """Write a selection event to the loggers that can show it, and to the folder."""
+        step = logged_metrics.logging_step(trainer, at_epoch_end=at_epoch_end)
+        for logger in self._loggers:
+            if isinstance(logger, SelectionOutput):
+                logger.write_selection(event, step)
         if self._folder is not None:
-            append(self._folder, CHOICES_NAME, to_json(choice_payload(choice)) + "\n")
+            append(self._folder, CHOICES_NAME, to_json(choice_payload(event)) + "\n")
 
-    def writers(self, trainer: pl.Trainer, history: SpectrumHistory, *, at_epoch_end: bool) -> list[Callable[[], None]]:
-        """Return what writes the last record, each apart: trouble with one output must not keep out the others."""
-        step = internals.logging_step(trainer, at_epoch_end=at_epoch_end)
-        outputs: list[Callable[[], None]] = [
-            partial(sink.write, history, step) for sink in self._sinks if history[-1].spectra
-        ]
-        return outputs if self._folder is None else [*outputs, partial(history.save, self._folder)]
+    def write(self, trainer: pl.Trainer, history: SpectrumHistory, errors: ErrorPolicy, *, at_epoch_end: bool) -> None:
+        """Write the last record to the loggers and the folder; the failure of one does not affect the others."""
+        consequence = f"cannot write the spectrum {when(history[-1].epoch)}"
+        step = logged_metrics.logging_step(trainer, at_epoch_end=at_epoch_end)
+        for logger in self._loggers if history[-1].spectra else ():
+            with errors.guard(consequence):
+                logger.write(history, step)
+        if self._folder is not None:
+            with errors.guard(consequence):
+                history.save(self._folder)
 
-    def finishers(self, history: SpectrumHistory) -> list[Callable[[], None]]:
-        """Return what is left to write at the end of training, each apart; nothing is written after it."""
-        sinks, self._sinks = self._sinks, []
-        return [partial(sink.finish, history) for sink in sinks if any(record.spectra for record in history)]
+    def finish(self, history: SpectrumHistory, errors: ErrorPolicy, on_error: OnError | None = None) -> None:
+        """Write the outputs of the end of training; the loggers get nothing after it."""
+        loggers, self._loggers = self._loggers, []
+        for logger in loggers if any(record.spectra for record in history) else ():
+            with errors.guard("cannot write the spectra at the end of training", on_error):
+                logger.finish(history)
 
 
 def _step_of(line: str) -> int:
-    """Return the optimizer steps at a choice; 0 if it cannot be read."""
+    """Return the optimizer steps at a selection event; 0 if the line is damaged."""
     try:
         step: int = read_payload(line, CHOICE_FIELDS)["global_step"]
     except PayloadError:

@@ -1,8 +1,8 @@
-"""The diagonal D by which an optimizer divides its direction of descent, and how much curvature its steps can bear.
+"""The preconditioner of an optimizer: the diagonal D by which it divides its direction, and its stability threshold.
 
-An optimizer that steps along -D⁻¹m sees the loss in coordinates where it would be plain descent: there the Hessian is
-D^(-1/2) H D^(-1/2). Descent with step length lr stays stable while its largest eigenvalue is below 2/lr, with momentum
-below a larger threshold (Cohen et al. 2021, arXiv:2103.00065; 2022, arXiv:2207.14484).
+Steps along -D⁻¹m are plain descent in preconditioned coordinates, in which the Hessian is D^(-1/2) H D^(-1/2). Descent
+with step length lr is stable while the largest eigenvalue of this matrix is below 2/lr, with momentum below a larger
+threshold (Cohen et al. 2021, arXiv:2103.00065; 2022, arXiv:2207.14484).
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class UnreadableOptimizerError(ValueError):
 
 @dataclass(frozen=True)
 class Preconditioner:
-    """What an optimizer does to the coordinates, at its present state.
+    """The preconditioner of the optimizers at their present state.
 
     Attributes:
-        diagonal: D for each of its parameters, positive, in the shape of the parameter.
-        threshold: Largest eigenvalue of D^(-1/2) H D^(-1/2) at which its steps stay stable, weight decay left out; None
-            where parameter groups have different ones, and where steps have length zero: any eigenvalue is stable then.
+        diagonal: D for each parameter, positive, in the shape of the parameter.
+        threshold: Largest eigenvalue of D^(-1/2) H D^(-1/2) at which steps are stable, without weight decay; None if
+            parameter groups differ, and if steps have length zero, which are stable at any eigenvalue.
     """
 
     diagonal: dict[Tensor, Tensor]
@@ -46,35 +46,35 @@ class Preconditioner:
         return all(bool((d == 1).all()) for d in self.diagonal.values())
 
     def named(self, module: nn.Module) -> dict[str, Tensor]:
-        """Return the diagonals by the names that a module gives its parameters."""
+        """Return the diagonals by parameter name."""
         return {name: self.diagonal[p] for name, p in module.named_parameters() if p in self.diagonal}
 
 
 def check_readable(optimizers: Sequence[Optimizer]) -> None:
-    """Refuse optimizers that cannot be read, before they have a state.
+    """Refuse optimizers of unknown classes; their state is not needed.
 
     Raises:
-        UnreadableOptimizerError: If one is of a kind that is not known.
+        UnreadableOptimizerError: If the class of an optimizer is not known.
     """
     for optimizer in optimizers:
         _reader(optimizer)
 
 
 def read_preconditioner(optimizers: Sequence[Optimizer]) -> Preconditioner:
-    """Return the preconditioner of these optimizers, each for its own parameters.
+    """Return the preconditioner of optimizers, each of its own parameters.
 
     Raises:
-        UnreadableOptimizerError: If one is of a kind that is not known, or has made no step yet.
+        UnreadableOptimizerError: If the class of an optimizer is not known, or it has made no step yet.
     """
     diagonal: dict[Tensor, Tensor] = {}
     thresholds = set()
     for optimizer in optimizers:
-        read, bear = _reader(optimizer)
+        read, stability = _reader(optimizer)
         for group in optimizer.param_groups:
-            thresholds.add(bear(group))
+            thresholds.add(stability(group))
             for p in group["params"]:
                 if p.requires_grad:
-                    # One that never had a gradient has no state, and no curvature: any diagonal will do.
+                    # A parameter that never had a gradient has no state and no curvature: any diagonal will do.
                     idle = optimizer.state and p not in optimizer.state
                     d = torch.ones_like(p) if idle else read(p, optimizer.state.get(p, {}), group)
                     diagonal[p] = _positive(d, p, optimizer)
@@ -87,8 +87,8 @@ def _reader(optimizer: Optimizer) -> tuple[Callable[[Tensor, State, Group], Tens
         if kind.__name__ in _READERS:
             return _READERS[kind.__name__]
     msg = (
-        f"the preconditioner of {type(optimizer).__name__} cannot be read; known are {', '.join(_READERS)}. Pass the "
-        "diagonal yourself, `preconditioner={parameter name: diagonal}`, or leave it out."
+        f"the preconditioner of {type(optimizer).__name__} cannot be read; known are {', '.join(_READERS)}. Pass your "
+        "own diagonals, `preconditioner={parameter name: diagonal}`, or leave `preconditioner` out."
     )
     raise UnreadableOptimizerError(msg)
 
@@ -105,7 +105,7 @@ def _positive(diagonal: Tensor, p: Tensor, optimizer: Optimizer) -> Tensor:
 
 def _of(state: State, key: str) -> Tensor:
     if key not in state:
-        msg = f"the optimizer's state holds no {key!r}: it has made no step yet, or keeps it elsewhere."
+        msg = f"the optimizer's state holds no {key!r}: it has made no step yet, or keeps it under another name."
         raise UnreadableOptimizerError(msg)
     return state[key]
 
@@ -136,7 +136,7 @@ def _adagrad(p: Tensor, state: State, group: Group) -> Tensor:  # noqa: ARG001
 
 
 def _adahessian(p: Tensor, state: State, group: Group) -> Tensor:  # noqa: ARG001
-    """Whatever spatial averaging there is has gone into the state."""
+    """Spatial averaging, if any, is part of the state."""
     correction = 1 - float(group["betas"][1]) ** float(_of(state, "step"))
     size: Tensor = (_of(state, "exp_hessian_diag_sq") / correction) ** (float(group["hessian_power"]) / 2)
     return size + float(group["eps"])
@@ -155,7 +155,7 @@ def _averaged_momentum(group: Group) -> float:
 
 
 def _over(numerator: float, step_length: float) -> float:
-    """Return a threshold, which is infinite where the learning rate is 0 or momentum takes in no gradient."""
+    """Return a threshold; infinite if the learning rate is 0, or momentum ignores the gradient."""
     return numerator / step_length if step_length else math.inf
 
 

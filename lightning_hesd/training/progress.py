@@ -1,4 +1,4 @@
-"""A bar for the Lanczos steps of a long analysis, beside the Trainer's own progress bar and in its manner."""
+"""A progress bar for the Lanczos steps of a long analysis, in the style of the Trainer's own progress bar."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from lightning_hesd.training.compat import internals
+from lightning_hesd.training.compat import messages, progress_bars
 from lightning_hesd.training.compat.namespaces import lightning_types
 
 if TYPE_CHECKING:
@@ -29,16 +29,16 @@ DELAY = 1.0
 def analysis_bar(
     trainer: pl.Trainer, name: str, *, shown: bool, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[Report | None]:
-    """Show a bar while an analysis runs, if it runs for long and the Trainer has a progress bar that is known here.
+    """Show a bar during a long analysis, if the Trainer has a progress bar of TQDM or Rich.
 
     Args:
         trainer: The trainer.
-        name: Whose analysis it is.
-        shown: Whether a bar is wanted at all.
+        name: Name of the callback.
+        shown: Whether to show a bar at all.
         clock: Returns seconds, from any origin.
 
     Yields:
-        What is to be called after each step; None if there is no bar in this process.
+        The function to call after each step; None if there is no bar on this rank.
     """
     open_bar = _bar_opener(trainer, f"{name}: Lanczos steps") if shown and trainer.is_global_zero else None
     if open_bar is None:
@@ -62,10 +62,9 @@ class Bar(Protocol):
 
 
 class _LateBar:
-    """A bar that appears after `DELAY`, and gives up if it cannot be drawn.
+    """A bar that appears after `DELAY`.
 
-    No failure to draw may cost the analysis, whatever `on_error` says. It is worth one warning all the same, because
-    nobody would report a bar that just is not there.
+    If it cannot be drawn, a warning says so once, whatever `on_error` is: the analysis goes on without it.
     """
 
     def __init__(self, open_bar: Callable[[int, int], Bar], clock: Callable[[], float]) -> None:
@@ -93,17 +92,17 @@ class _LateBar:
     def _harmless(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is not the analysis
+        except Exception as error:  # noqa: BLE001 - drawing is not the analysis
             if not self._broken:
                 self._broken = True
-                internals.warn(f"cannot draw the progress of the analysis, which goes on. {error!r}")
+                messages.warn(f"cannot draw the progress of the analysis, which goes on. {error!r}")
 
 
 # The kinds of bars ----------------------------------------------------------------------------------------------------
 
 
 def _bar_opener(trainer: pl.Trainer, description: str) -> Callable[[int, int], Bar] | None:
-    """Return what opens a bar of the kind that the Trainer has; None if it has none, or one of another kind."""
+    """Return the function that opens a bar of the Trainer's kind; None if the Trainer has no bar of a known kind."""
     owner: Any = trainer.progress_bar_callback
     if isinstance(owner, lightning_types("callbacks.TQDMProgressBar")) and owner.is_enabled:
         return partial(_TqdmBar, owner, description)
@@ -113,7 +112,7 @@ def _bar_opener(trainer: pl.Trainer, description: str) -> Callable[[int, int], B
 
 
 class _TqdmBar:
-    """A line below the training bar, where the validation bar is at other times."""
+    """A line below the training bar, in the place of the validation bar."""
 
     def __init__(self, owner: TQDMProgressBar, description: str, done: int, total: int) -> None:
         self._refresh_rate = owner.refresh_rate
@@ -141,10 +140,10 @@ class _RichBar:
     """A task in the live display of the Trainer's progress bar."""
 
     def __init__(self, owner: RichProgressBar, trainer: pl.Trainer, description: str, done: int, total: int) -> None:
-        from rich.markup import escape  # noqa: PLC0415 - there only if the Trainer's bar is one of Rich
+        from rich.markup import escape  # noqa: PLC0415 - optional: imported only for a bar of Rich
 
         self._owner = owner
-        self._progress = internals.start_rich_progress(owner, trainer)
+        self._progress = progress_bars.start_rich_progress(owner, trainer)
         self._task = self._progress.add_task(escape(description), total=total, completed=done)
 
     def show(self, done: int, total: int) -> None:
@@ -152,6 +151,6 @@ class _RichBar:
         self._owner.refresh()
 
     def close(self) -> None:
-        # Hidden and not removed: Lightning finds its own tasks by their place in the list of all.
+        # Hidden rather than removed: Lightning finds its own tasks by their position in the list.
         self._progress.update(self._task, visible=False)
         self._progress.refresh()

@@ -1,35 +1,50 @@
-"""What one analysis of a run consists of: spectra of several data sets, and through the optimizer's eyes."""
+"""The record of one analysis: the spectrum on the training samples, and the other spectra that the user asks for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from lightning_hesd.numerics.inputs.portable import LeftOut, Portable
 from lightning_hesd.numerics.isolation.exact_mode import release_memory
 from lightning_hesd.numerics.operators.verification import WrongDerivativeError
-from lightning_hesd.training.compat.internals import check_whole
+from lightning_hesd.spectra.spectrum import Spectrum
+from lightning_hesd.training.compat.strategies import check_whole
 from lightning_hesd.training.history import START_EPOCH, SpectrumRecord, when
 from lightning_hesd.training.preconditioner import check_readable, read_preconditioner
 from lightning_hesd.training.progress import analysis_bar
+from lightning_hesd.training.session import SPECTRUM, layers_analysis
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
+    from lightning_hesd.numerics.analysis.engine import Report
     from lightning_hesd.numerics.inputs.blocks import Layers
-    from lightning_hesd.spectra.spectrum import Spectrum
     from lightning_hesd.training.analyzer import TrainerAnalyzer
+    from lightning_hesd.training.error_policy import ErrorPolicy
     from lightning_hesd.training.loss_mode import LossMode
 
 Preconditioning = Literal["optimizer"] | Mapping[str, Tensor] | None
 
-Attempt = Callable[[str], AbstractContextManager[list[str]]]
-"""Takes what to say if the block within fails, and gives a list that then has the failure."""
+Result = TypeVar("Result", Spectrum, dict[str, Spectrum])
+
+
+class Part(NamedTuple):
+    """One part of a record.
+
+    Attributes:
+        name: Its name in messages.
+        field: The field of the record that it fills.
+        compute: Takes the Trainer, its module and the report of progress, and returns the value of the field.
+    """
+
+    name: str
+    field: str
+    compute: Callable[[pl.Trainer, pl.LightningModule, Report | None], Any]
 
 
 class Recorder:
@@ -46,172 +61,164 @@ class Recorder:
         name: str = "hesd",
         progress: bool = False,
     ) -> None:
-        """Prepare.
+        """Take the analyzers and the parts of a record beyond the spectrum on the training samples.
 
         Args:
-            training: Analyses the training data.
-            generalization: Analyses other data; None: nobody does.
-            preconditioner: Through whose eyes to look at the training data, too: "optimizer", or diagonals by name.
-            layers: Which layers of the network to analyse by themselves, too; None: none.
-            decomposition: Options with which to analyse the parts of the Hessian, too: `output_fn` and `output_loss`.
-            name: What the progress bar calls it.
-            progress: Whether there is one.
+            training: Analyzes the training samples.
+            generalization: Analyzes the generalization samples; None: there are none.
+            preconditioner: Add the preconditioned spectrum: "optimizer", or diagonals by parameter name.
+            layers: Add the spectra of these layers; None: of no layer.
+            decomposition: Add the spectra of the GGN and the residual, with these options: `output_fn`, `output_loss`.
+            name: Name of the callback, for the progress bar.
+            progress: Whether to show a progress bar.
         """
         self._analyzers = {"training": training}
         if generalization is not None:
-            generalization.mode = training.mode  # or the two could not be compared
+            generalization.mode = training.mode  # spectra in different modes cannot be compared
             self._analyzers["generalization"] = generalization
         self._preconditioner = preconditioner
         self._layers = layers
         self._decomposition = decomposition
-        self._readable = True
+        self._is_readable = True
         self._name = name
         self._progress = progress
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the options, those that are objects of the user as `Portable`."""
+        """Return the options, with the user's objects as `Portable`."""
         portable = {"_preconditioner": "preconditioner", "_layers": "layers"}
         state = {**vars(self), **{key: Portable(name, vars(self)[key]) for key, name in portable.items()}}
         if self._decomposition is not None:
             state["_decomposition"] = {name: Portable(name, value) for name, value in self._decomposition.items()}
         return state
 
-    def start(self, trainer: pl.Trainer, attempt: Attempt) -> None:
-        """Begin with a run: let go of the samples of the last one, and look at the optimizers of this one."""
+    def start(self, trainer: pl.Trainer, errors: ErrorPolicy) -> None:
+        """Begin a run: release the samples of the last one, and check that the optimizers can be read."""
         for analyzer in self._analyzers.values():
             analyzer.restart(trainer)
-        self._readable = False
-        with attempt("there will be no spectra through the optimizer's eyes"):
+        with errors.guard("there will be no preconditioned spectra") as attempt:
             if self._preconditioner is not None:
                 check_whole(trainer, "preconditioner")
             if self._preconditioner == "optimizer":
                 check_readable(trainer.optimizers)
-            self._readable = True
+        self._is_readable = attempt.failure is None
 
     @property
     def mode(self) -> LossMode:
-        """The mode in which the loss is analysed."""
+        """The mode in which the loss is analyzed."""
         return self._analyzers["training"].mode
 
     def draw(self, trainer: pl.Trainer) -> None:
-        """Draw all samples, or begin to keep those that training will see."""
+        """Draw all samples, or begin to keep the first training batches as samples."""
         for analyzer in self._analyzers.values():
             analyzer.prepare(trainer)
 
     @property
     def samples(self) -> str:
-        """Which samples of training data these are, in words."""
+        """The training samples that are analyzed, in words."""
         return self._analyzers["training"].samples.description
 
     def waits(self) -> bool:
-        """Whether there are no samples of training data before training has seen its first batches."""
+        """Whether there are no training samples before training has used its first batches."""
         return self._analyzers["training"].samples.waits()
 
     def after_batch(self) -> None:
-        """Take note that training has done a step with the last batch."""
+        """Note the end of a training batch."""
         for analyzer in self._analyzers.values():
             analyzer.samples.after_batch()
 
     def after_epoch(self) -> None:
-        """Take note that an epoch of training has ended."""
+        """Note the end of a training epoch."""
         for analyzer in self._analyzers.values():
             analyzer.samples.after_epoch()
 
     def release(self) -> None:
-        """Let go of the samples."""
+        """Release the samples."""
         for analyzer in self._analyzers.values():
             analyzer.release()
 
     def record(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, attempt: Attempt
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, errors: ErrorPolicy
     ) -> SpectrumRecord:
-        """Return the record of the present weights; what comes after a failure is left out."""
+        """Return the record of the present weights; the parts after one that fails are left out."""
         found: dict[str, Any] = {"spectrum": None}
-        parts: dict[str, Callable[[], dict[str, Any]]] = {
-            "the analysis": lambda: {"spectrum": self._spectrum(trainer, pl_module, "training")}
-        }
-        if "generalization" in self._analyzers:
-            parts["the analysis of generalization data"] = lambda: {
-                "generalization": self._spectrum(trainer, pl_module, "generalization")
-            }
-        # Before the first step optimizers have no state to read.
-        if self._preconditioner is not None and self._readable and epoch != START_EPOCH:
-            parts["the analysis through the optimizer's eyes"] = lambda: self._preconditioned(
-                trainer, pl_module, found["spectrum"]
-            )
-        if self._decomposition is not None:
-            for matrix, title in (("ggn", "Gauss-Newton matrix"), ("residual", "residual")):
-                parts[f"the analysis of the {title}"] = partial(
-                    self._part, trainer, pl_module, matrix=matrix, **self._decomposition
-                )
-        if self._layers is not None:
-            parts["the analysis of layers"] = partial(self._layer_spectra, trainer, pl_module, self._layers)
         error = None
-        for part, work in parts.items():
-            with attempt(f"{part} {when(epoch)} failed, training goes on") as failures:
-                found |= work()
-            if failures:
+        for part in self._parts(found, epoch):
+            attempt = errors.guard(f"{part.name} {when(epoch)} failed, training goes on")
+            with attempt, analysis_bar(trainer, self._name, shown=self._progress) as report:
+                found[part.field] = _verified(part.compute(trainer, pl_module, report))
+            if attempt.failure is not None:
                 release_memory()
-                error = failures[0] if found["spectrum"] is None else f"{part}: {failures[0]}"
+                error = attempt.failure if found["spectrum"] is None else f"{part.name}: {attempt.failure}"
                 break
         return SpectrumRecord(epoch, trainer.global_step, error=error, **found)
 
-    def _spectrum(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        data: str,
-        **changes: Any,
-    ) -> Spectrum:
-        with analysis_bar(trainer, self._name, shown=self._progress) as report:
-            return _relied_on(self._analyzers[data].spectrum(trainer, pl_module, report, **changes))
+    def _parts(self, found: dict[str, Any], epoch: int) -> list[Part]:
+        """Return the parts of a record, in the order in which they are computed.
 
-    def _preconditioned(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plain: Spectrum) -> dict[str, Any]:
-        """Return the fields of a record that show the training data through the optimizer's eyes."""
+        Args:
+            found: The fields of the record, filled from part to part.
+            epoch: Epoch of the record.
+        """
+        analyze = self._analyzers["training"].analyze
+        parts = [Part("the analysis", "spectrum", partial(analyze, analysis=SPECTRUM))]
+        if (other := self._analyzers.get("generalization")) is not None:
+            compute = partial(other.analyze, analysis=SPECTRUM)
+            parts.append(Part("the analysis of generalization data", "generalization", compute))
+        # Before the first step optimizers have no state to read.
+        if self._preconditioner is not None and self._is_readable and epoch != START_EPOCH:
+            compute = partial(self._preconditioned, found)
+            parts.append(Part("the preconditioned analysis", "preconditioned", compute))
+        if self._decomposition is not None:
+            for matrix, title in (("ggn", "Gauss-Newton matrix"), ("residual", "residual")):
+                compute = partial(analyze, analysis=SPECTRUM, matrix=matrix, **self._decomposition)
+                parts.append(Part(f"the analysis of the {title}", matrix, compute))
+        if self._layers is not None:
+            layers = layers_analysis(self._layers)
+            parts.append(Part("the analysis of layers", "layers", partial(analyze, analysis=layers)))
+        return parts
+
+    def _preconditioned(
+        self, found: dict[str, Any], trainer: pl.Trainer, pl_module: pl.LightningModule, report: Report | None
+    ) -> Spectrum:
+        """Return the preconditioned spectrum, and enter the stability threshold of the optimizers into `found`."""
         given: Any = self._preconditioner
+        analyze = partial(self._analyzers["training"].analyze, trainer, pl_module, report, analysis=SPECTRUM)
         if isinstance(given, LeftOut):
             given.refuse()
-        if self._preconditioner != "optimizer":
-            return {
-                "preconditioned": self._spectrum(trainer, pl_module, "training", preconditioner=self._preconditioner)
-            }
+        if given != "optimizer":
+            return analyze(preconditioner=given)
+        plain: Spectrum = found["spectrum"]
         read = read_preconditioner(trainer.optimizers)
         diagonals = read.named(pl_module)
         if read.is_identity and sum(d.numel() for d in diagonals.values()) == plain.dimension:
             spectrum = replace(plain, matrix=f"preconditioned {plain.matrix}")
-        else:  # frozen weights the optimizer does not see
-            spectrum = self._spectrum(trainer, pl_module, "training", preconditioner=diagonals, include_frozen=False)
-        return {"preconditioned": spectrum, "stability_threshold": read.threshold}
-
-    def _part(self, trainer: pl.Trainer, pl_module: pl.LightningModule, matrix: str, **of: Any) -> dict[str, Any]:
-        return {matrix: self._spectrum(trainer, pl_module, "training", matrix=matrix, **of)}
-
-    def _layer_spectra(self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Layers) -> dict[str, Any]:
-        with analysis_bar(trainer, self._name, shown=self._progress) as report:
-            found = self._analyzers["training"].layers(trainer, pl_module, layers, report)
-            return {"layers": {name: _relied_on(spectrum) for name, spectrum in found.items()}}
+        else:  # without frozen parameters, for which an optimizer has no diagonal
+            spectrum = _verified(analyze(preconditioner=diagonals, include_frozen=False))
+        found["stability_threshold"] = read.threshold
+        return spectrum
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to draw the same samples."""
+        """Return the state from which a resumed run draws the same samples."""
         return {data: analyzer.state_dict() for data, analyzer in self._analyzers.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Draw the samples of the run that is resumed.
+        """Take up the samples of the run that is resumed.
 
         Raises:
-            ValueError: If it does not say which.
+            ValueError: If the state does not say which samples they are.
         """
         for data, analyzer in self._analyzers.items():
             if data in state:
                 analyzer.load_state_dict(state[data])
 
 
-def _relied_on(spectrum: Spectrum) -> Spectrum:
-    """Return a spectrum; one without numbers is a failure of the analysis.
+def _verified(result: Result) -> Result:
+    """Return spectra; one whose HVPs were refuted by differences of the loss is a failure of the analysis.
 
     Raises:
-        WrongDerivativeError: If products were not those of the loss.
+        WrongDerivativeError: If HVPs are not those of the loss.
     """
-    if spectrum.verified == "no":
-        raise WrongDerivativeError(spectrum.verification, spectrum.loss)
-    return spectrum
+    for spectrum in result.values() if isinstance(result, dict) else [result]:
+        if spectrum.verified == "no":
+            raise WrongDerivativeError(spectrum.verification, spectrum.loss)
+    return result

@@ -1,4 +1,4 @@
-"""What a user should be told once: that the criteria do not apply, and why, or that λ_max lost its meaning."""
+"""Remarks on the latest record: that the criteria do not apply, and why; that λ_max has lost its meaning."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lightning_hesd.spectra.criteria import quasi_singular
 from lightning_hesd.spectra.selection import loss_tolerance
-from lightning_hesd.training.compat import internals
+from lightning_hesd.training.compat import messages
 from lightning_hesd.training.gradient_monitor import likely_causes
 from lightning_hesd.training.history import START_EPOCH
 
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
 
 
 class Remarks:
-    """Remarks on the history of one run, each made once."""
+    """Remarks on the history of a run, each made once."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._made: set[str] = set()
 
     def restart(self) -> None:
-        """Make them again if there is reason to: another run begins."""
+        """Begin a run, in which every remark may be made again."""
         self._made = set()
 
     def remark(
         self, trainer: pl.Trainer, history: SpectrumHistory, gradients: GradientStatistics | None, *, monitored: bool
     ) -> None:
-        """Say what the last record gives reason to.
+        """Make the remarks that the last record gives reason for.
 
         Args:
             trainer: The trainer.
             history: All records.
-            gradients: What the monitor of gradients saw in this epoch.
-            monitored: Whether there is such a monitor.
+            gradients: The gradient statistics of this epoch; None: there are none.
+            monitored: Whether gradients are monitored.
         """
         record = history[-1]
         if record.spectrum is None or record.epoch == START_EPOCH:
@@ -45,7 +45,7 @@ class Remarks:
         if record.spectrum.hesd_type == "MN" and record.spectrum.type_certain:
             causes = likely_causes(trainer, gradients)
             if not causes:
-                causes = ["none was found" if monitored else "unknown, `monitor_gradients=True` would look for one"]
+                causes = ["none was found" if monitored else "unknown; `monitor_gradients=True` looks for one"]
             self._say(
                 "MN",
                 f"the spectrum of epoch {record.epoch} is MN (C_t = {record.spectrum.c_t:.3g}), so the criteria of "
@@ -63,4 +63,4 @@ class Remarks:
     def _say(self, key: str, message: str) -> None:
         if key not in self._made:
             self._made.add(key)
-            internals.inform(f"{self._name}: {message}")
+            messages.inform(f"{self._name}: {message}")

@@ -1,4 +1,4 @@
-"""When to analyse: after which epochs or optimizer steps, and how sparingly."""
+"""The schedule of analyses: the epochs or optimizer steps after which to analyze."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The epochs or steps to analyse.
+    """The epochs or optimizer steps after which to analyze.
 
     Attributes:
         every_n_epochs: After n, 2n, ... epochs, as ModelCheckpoint counts.
-        epochs: After just these, 0-based as `trainer.current_epoch`, instead.
-        every_n_train_steps: After n, 2n, ... optimizer steps, instead.
-        max_overhead: Of all these only as many as keep the analyses' share of the training time at most at this.
+        epochs: After these epochs instead; 0-based, as `trainer.current_epoch`.
+        every_n_train_steps: After n, 2n, ... optimizer steps instead.
+        max_overhead: Largest share of analyses in the training time; scheduled analyses beyond it are skipped.
     """
 
     every_n_epochs: int = 1
@@ -62,17 +62,22 @@ class Schedule:
             object.__setattr__(self, "_epochs", frozenset(epochs))
 
     @property
+    def by_epoch(self) -> bool:
+        """Whether epochs are analyzed, and not optimizer steps."""
+        return self.every_n_train_steps is None
+
+    @property
     def is_sparse(self) -> bool:
-        """Whether some epochs may end without an analysis of their final weights."""
+        """Whether some epochs may end without an analysis of their last weights."""
         thinned = (self.epochs, self.every_n_train_steps, self.max_overhead)
         return self.every_n_epochs != 1 or any(option is not None for option in thinned)
 
     def includes_epoch(self, epoch: int) -> bool:
-        """Whether to analyse when `epoch` (0-based) ends."""
-        if self.every_n_train_steps is not None:
+        """Return whether to analyze when `epoch` (0-based) ends."""
+        if not self.by_epoch:
             return False
         return epoch in self._epochs if self.epochs is not None else (epoch + 1) % self.every_n_epochs == 0
 
     def includes_step(self, global_step: int) -> bool:
-        """Whether to analyse after `global_step` optimizer steps."""
+        """Return whether to analyze after `global_step` optimizer steps."""
         return self.every_n_train_steps is not None and global_step > 0 and global_step % self.every_n_train_steps == 0

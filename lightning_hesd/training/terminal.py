@@ -1,4 +1,4 @@
-"""Text on the terminal, which the Trainer's progress bar may hold: its bars must not tear, and no text get lost."""
+"""Text on the terminal, printed so that the Trainer's progress bars stay intact."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from lightning_hesd.spectra.summary import GAP, TEXT_COLUMNS
-from lightning_hesd.training.compat import internals
+from lightning_hesd.training.compat import messages, progress_bars
 from lightning_hesd.training.compat.namespaces import lightning_types
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def say(trainer: pl.Trainer, *lines: str) -> None:
-    """Print lines above the progress bar, in process zero only."""
+    """Print lines above the progress bar, on rank zero only."""
     if trainer.is_global_zero:
         with _clear_of_bars(trainer):
             for line in lines:
@@ -32,11 +32,11 @@ def say(trainer: pl.Trainer, *lines: str) -> None:
 
 
 def show(trainer: pl.Trainer, make_summary: Callable[[], Summary | None]) -> None:
-    """Print a summary, below the progress bar and in process zero only; a failure to is worth a warning, no more.
+    """Print a summary below the progress bar, on rank zero only; a failure becomes a warning.
 
     Args:
         trainer: The trainer, whose fit is over.
-        make_summary: Returns it, or None for nothing to print.
+        make_summary: Returns the summary; None: print nothing.
     """
     if not trainer.is_global_zero:
         return
@@ -46,21 +46,21 @@ def show(trainer: pl.Trainer, make_summary: Callable[[], Summary | None]) -> Non
             return
         bar: Any = trainer.progress_bar_callback
         if isinstance(bar, lightning_types("callbacks.RichProgressBar")):
-            internals.stop_rich_progress(bar)
+            progress_bars.stop_rich_progress(bar)
         with _clear_of_bars(trainer):
             console = _rich_terminal()
             if console is None:
                 _print(f"\n{summary}")
             else:
                 _print_rich(console, summary)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the run is worth more than its summary
-        internals.warn(f"cannot print the summary. {error!r}")
+    except Exception as error:  # noqa: BLE001 - no failure to print ends the run
+        messages.warn(f"cannot print the summary. {error!r}")
 
 
 def _clear_of_bars(trainer: pl.Trainer) -> AbstractContextManager[object]:
-    """Take bars of TQDM off the screen for a while; the live display of Rich looks after itself.
+    """Return a context without bars of TQDM on the screen; the live display of Rich needs none.
 
-    The bar's own `print` would lose what is said before its first bar is there, or after the last one.
+    The bar's own `print` would lose text before its first bar and after its last one.
     """
     if isinstance(trainer.progress_bar_callback, lightning_types("callbacks.TQDMProgressBar")):
         shielded: AbstractContextManager[object] = Tqdm.external_write_mode(file=sys.stdout)
@@ -69,14 +69,14 @@ def _clear_of_bars(trainer: pl.Trainer) -> AbstractContextManager[object]:
 
 
 def _print(text: str) -> None:
-    """Print, with question marks for what the terminal's encoding lacks: Greek letters may be missing there."""
+    """Print text, with question marks for letters that the terminal's encoding lacks, such as Greek ones."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + "\n")
     sys.stdout.flush()
 
 
 def _rich_terminal() -> Console | None:
-    """Return Rich's console if Rich is installed and writes to a terminal that knows all letters."""
+    """Return Rich's console if Rich is installed and writes UTF-8 to a terminal; else None."""
     try:
         from rich import get_console  # noqa: PLC0415 - optional
     except ImportError:
@@ -86,7 +86,7 @@ def _rich_terminal() -> Console | None:
 
 
 def _print_rich(console: Console, summary: Summary) -> None:
-    """Print the summary with a table of Rich; nothing in it is markup."""
+    """Print the summary with a table of Rich, without markup."""
     from rich.text import Text  # noqa: PLC0415 - optional
 
     console.print()

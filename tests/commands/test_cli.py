@@ -55,7 +55,7 @@ def test_another_process_finds_what_the_callback_found(trained: Run, tmp_path: P
     spectra, paths = trained
     command = [sys.executable, "-m", "lightning_hesd"]
     arguments = ["analyze", str(paths[0].parent / "*.ckpt"), *MODEL, *STEPS, *CPU, "--generalization", "val"]
-    arguments += ["--through_optimizer", "true", "--out", str(tmp_path / "out")]
+    arguments += ["--preconditioned", "true", "--out", str(tmp_path / "out")]
     finished = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     for record, path in zip(spectra.history, paths, strict=True):
@@ -152,7 +152,7 @@ def test_an_interrupted_run_goes_on(
     assert (tmp_path / "out" / "spectra" / "epoch=0.npz").stat().st_mtime_ns == before
     said = capsys.readouterr().out
     assert said.count("(known)") == 2
-    # A file that has changed since is analysed anew.
+    # A file that has changed since is analyzed anew.
     shutil.copy(paths[1], folder / paths[0].name)
     assert analyze(tmp_path / "out", folder / "*.ckpt")["table"][0]["epoch"] == 1
 
@@ -196,7 +196,7 @@ def test_a_configuration_of_lightning_cli_will_do(trained: Run, tmp_path: Path) 
 def test_samples_of_the_run_must_exist(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, paths = trained
     said = refused(capsys, "analyze", paths[0], *MODEL, *CPU, "--data.size=20", "--out", tmp_path / "out")
-    assert "but there are 20: these are not the data of that run. Draw others with another `num_samples`" in said
+    assert "has 20 samples: resume with the data of that run, or draw other samples with another `num_samples`" in said
 
 
 def test_another_data_module_for_generalization(trained: Run, tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_optimizers_must_have_their_states(trained: Run, tmp_path: Path, capsys:
     checkpoint = torch.load(paths[0], weights_only=True)
     torch.save(checkpoint | {"optimizer_states": []}, tmp_path / "weights.ckpt")
     said = refused(
-        capsys, "analyze", tmp_path / "weights.ckpt", *MODEL, *CPU, "--through_optimizer=true", "--out", tmp_path / "o"
+        capsys, "analyze", tmp_path / "weights.ckpt", *MODEL, *CPU, "--preconditioned=true", "--out", tmp_path / "o"
     )
     assert "the checkpoint has the states of 0 optimizers, the module 1 optimizers" in said
 

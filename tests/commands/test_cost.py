@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_hesd.commands.cost import Machine, Workload, analysis_cost, cost_lines, measured_bandwidth
-from lightning_hesd.numerics.analysis.api import analysis_options
 from lightning_hesd.numerics.analysis.engine import analyze
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
+from tests.ranks import StandIn
 
 MACHINE = Machine(gradient_seconds=1e-3, memory_bandwidth=1e10, network_bandwidth=1e9)
 
@@ -34,13 +35,13 @@ def test_traffic_is_what_the_engine_reduces() -> None:
     module, batches, n = problem()
     reduced = 0
 
-    def all_reduce(tensor: Tensor) -> Tensor:
+    def sum_of(tensor: Tensor) -> Tensor:
         nonlocal reduced
         reduced += tensor.numel() * tensor.element_size()
         return tensor
 
     options = analysis_options(steps=12, probes=2, strategy="graph")
-    spectrum = analyze(module, batches, loss, options, all_reduce=all_reduce)
+    spectrum = analyze(module, batches, loss, options, collectives=StandIn(sum_of))
     workload = Workload(n, samples=64, batch_size=16, steps=12, probes=2, processes=4)
     assert workload.products == spectrum.matvecs
     ring = 2 * 3 / 4

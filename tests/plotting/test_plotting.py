@@ -12,24 +12,7 @@ from matplotlib.figure import Figure
 
 from lightning_hesd import Spectrum
 from lightning_hesd.plotting import NEGATIVE, POSITIVE, describe, plot_decomposition, plot_density, plot_layers
-
-
-def spectrum(*nodes: float, residual: float = 0.0, reason: str | None = None) -> Spectrum:
-    return Spectrum(
-        verified="yes",
-        nodes=np.array([nodes]),
-        weights=np.full((1, len(nodes)), 1 / len(nodes)),
-        residuals=np.full((1, len(nodes)), residual),
-        steps_per_probe=(len(nodes),),
-        dimension=100,
-        num_samples=8,
-        loss=0.5,
-        rounding=1e-9,
-        matvecs=len(nodes),
-        seconds=0.1,
-        reason=reason,
-    )
-
+from tests.plotting.nodes import spectrum
 
 CASES = {
     "both signs": (-1.0, 0.01, 4.0),
@@ -44,16 +27,16 @@ CASES = {
 
 
 @pytest.mark.parametrize("nodes", CASES.values(), ids=CASES)
-def test_colours_tell_the_sign_and_lines_the_extremes(nodes: tuple[float, ...]) -> None:
+def test_colors_tell_the_sign_and_lines_the_extremes(nodes: tuple[float, ...]) -> None:
     ax = plot_density(spectrum(*nodes))
     assert ax.get_yscale() == "log"
     low, high = ax.get_ylim()
     assert 0 < low < high
     curves = {to_hex(line.get_color()).upper(): line for line in ax.lines if line.get_linestyle() == "-"}
-    for colour, present in ((NEGATIVE, min(nodes) < 0), (POSITIVE, max(nodes) > 0)):
-        assert (len(curves[colour].get_xdata()) > 1) is (present and len(nodes) > 1)
+    for color, present in ((NEGATIVE, min(nodes) < 0), (POSITIVE, max(nodes) > 0)):
+        assert (len(curves[color].get_xdata()) > 1) is (present and len(nodes) > 1)
     if len(nodes) > 1 and min(nodes) < 0 < max(nodes):
-        # Coloured up to the extremes, not where only the smoothing reaches.
+        # Colored up to the extremes, not where only the smoothing reaches.
         assert curves[NEGATIVE].get_xdata()[0] == min(nodes)
         assert curves[POSITIVE].get_xdata()[-1] == max(nodes)
     dashed = sorted(line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--")
@@ -114,7 +97,7 @@ class TestLayers:
 
     def test_other_quantities_are_linear(self):
         ax = plot_layers(self.layers, "c_t", Figure().add_subplot(), xlabel="step")
-        assert ax.images[0].get_array().tolist() == [[-0.5, -0.05], [-5.0, None]]  # infinity has no colour
+        assert ax.images[0].get_array().tolist() == [[-0.5, -0.05], [-5.0, None]]  # infinity has no color
         assert ax.get_xlabel() == "step"
 
     def test_a_layer_that_came_later_is_empty_before(self):
@@ -122,7 +105,7 @@ class TestLayers:
         assert plot_layers(layers).images[0].get_array().tolist() == [[1.0, 2.0], [None, 3.0]]
 
     def test_mistakes(self):
-        with pytest.raises(ValueError, match=r"`quantity` must be one of lambda_max, c_t, .*got 'size'"):
+        with pytest.raises(ValueError, match=r"`quantity` must be one of c_t, lambda_max, .*got 'size'"):
             plot_layers(self.layers, "size")
         with pytest.raises(ValueError, match="`history` has no spectra of layers"):
             plot_layers({})

@@ -18,7 +18,7 @@ from lightning_hesd.plotting.evolution import MIN_BRIGHTNESS, SMOOTHING
 from lightning_hesd.plotting.run_axis import RunAxis
 from lightning_hesd.plotting.signed_log import linear_threshold
 from lightning_hesd.spectra.record import SpectrumRecord
-from tests.plotting.test_plotting import spectrum
+from tests.plotting.nodes import spectrum
 
 
 def record(epoch: int, *nodes: float, step: int | None = None, **arguments: Any) -> SpectrumRecord:
@@ -262,7 +262,7 @@ class TestEvolution:
         shown = [mesh(plot_density_evolution([r])).get_array() for r in (one, replace(one, spectrum=twice))]
         np.testing.assert_allclose(shown[0], shown[1])
 
-    def test_colours_reach_down_to_single_eigenvalues(self):
+    def test_colors_reach_down_to_single_eigenvalues(self):
         image = mesh(plot_density_evolution(RUN))
         one = 1 / RUN[0].spectrum.dimension / (SMOOTHING * math.sqrt(2 * math.pi))
         assert image.norm.vmin == pytest.approx(MIN_BRIGHTNESS * one)

@@ -302,7 +302,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("beyond", [{"bias_norm": 0.1}, {"matrix": "hessian"}, {"matrix": "residual"}])
     def test_of_what_the_published_bound_does_not_cover(self, beyond: Any) -> None:
-        with pytest.raises(ValueError, match="the published bound is one on the G-term, without biases: got"):
+        with pytest.raises(ValueError, match=r"the published bound exists for `matrix='ggn'` without biases only, got"):
             hessian_bound(1.0, 1.0, 2, kind="published", **beyond)
 
     def test_of_lemmas(self) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from lightning_hesd import Spectrum
-from lightning_hesd.spectra import criteria, quadrature
-from lightning_hesd.spectra.files import FORMAT_VERSION
+from lightning_hesd.spectra import criteria, eigenvalue_bounds, quadrature
+from lightning_hesd.spectra.validation import FORMAT_VERSION
 
 NAN = math.nan
 ARRAYS = ("nodes", "weights", "residuals")
@@ -125,7 +125,7 @@ class TestProperties:
 
     def test_the_interval_follows_from_the_bounds_of_the_quadrature(self):
         spectrum = make(residuals=[[0.1, 0.3, 0.2], [1e-9, 2e-9, 0.0]], confidence=0.9)
-        low, high = quadrature.spectrum_bounds(
+        low, high = eigenvalue_bounds.spectrum_bounds(
             spectrum.nodes, spectrum.weights, spectrum.residuals, dimension=10, failure=0.05
         )
         assert low < -1.0
@@ -212,9 +212,9 @@ class TestProperties:
 
     def test_miss_probability_is_that_of_the_quadrature_at_the_stated_tolerance(self):
         spectrum = make(dimension=1000, steps_per_probe=(30, 20))
-        assert spectrum.miss_probability == quadrature.miss_probability(1000, (30, 20), 0.05)
+        assert spectrum.miss_probability == eigenvalue_bounds.miss_probability(1000, (30, 20), 0.05)
         tighter = make(dimension=1000, steps_per_probe=(30, 20), tolerance=0.01)
-        assert tighter.miss_probability == quadrature.miss_probability(1000, (30, 20), 0.01)
+        assert tighter.miss_probability == eigenvalue_bounds.miss_probability(1000, (30, 20), 0.01)
         assert make(probe="rademacher").miss_probability is None
 
     def test_density_and_histogram_are_those_of_the_quadrature(self):
@@ -500,13 +500,13 @@ class TestLoadErrors:
 
     def test_a_newer_format(self, saved):
         rewrite(saved, header={**self.header(saved), "format": FORMAT_VERSION + 1})
-        with pytest.raises(ValueError, match=rf"has format {FORMAT_VERSION + 1}.*update lightning_hesd"):
+        with pytest.raises(ValueError, match=rf"has version {FORMAT_VERSION + 1}.*update it"):
             Spectrum.load(saved)
 
     def test_a_newer_format_may_hold_other_arrays(self, saved):
         # That is what a new format is for: the message must still be that of a newer format.
         rewrite(saved, header={**self.header(saved), "format": FORMAT_VERSION + 1}, without=("residuals",))
-        with pytest.raises(ValueError, match=rf"has format {FORMAT_VERSION + 1}.*update lightning_hesd"):
+        with pytest.raises(ValueError, match=rf"has version {FORMAT_VERSION + 1}.*update it"):
             Spectrum.load(saved)
 
     def test_the_file_is_closed_again(self, saved):

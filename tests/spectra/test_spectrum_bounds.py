@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from lightning_hesd.numerics.krylov.lanczos import gauss_quadrature
-from lightning_hesd.spectra.quadrature import spectrum_bounds, stack_rules
+from lightning_hesd.numerics.krylov.ritz import gauss_quadrature
+from lightning_hesd.spectra.eigenvalue_bounds import spectrum_bounds
+from lightning_hesd.spectra.quadrature import stack_rules
 
 Tridiagonal = tuple[np.ndarray, np.ndarray]
 

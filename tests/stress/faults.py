@@ -26,8 +26,8 @@ from tests.scarcity import EXHAUSTIONS, Scarce, ScarceInProducts
 from tests.stress.fits import Fit
 from tests.stress.harness import Case, Program, one_line
 from tests.stress.networks import BrokenNow
+from tests.training.broken import Broken, nan_curvature, nan_loss
 from tests.training.modules import callback, fit, loader, plain_loss
-from tests.training.test_misuse import Broken, nan_curvature, nan_loss
 
 NOT_FINITE = "the loss of batch 0 is "
 
@@ -400,7 +400,7 @@ EARLIER: list[Case] = [
     Program("out of memory in one of two processes", "recompute, then graph", partial(scarce_on_one_of_two, times=1)),
     Program(
         "out of memory for good in one of two processes",
-        "AnotherProcessFailedError, then AnotherProcessFailedError",
+        "AnotherRankFailedError, then AnotherRankFailedError",
         partial(scarce_on_one_of_two, times=math.inf),
     ),
     Program(

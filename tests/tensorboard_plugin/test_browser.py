@@ -17,8 +17,8 @@ from lightning_hesd.commands.report import write_report
 from lightning_hesd.spectra.payload import record_payload
 from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
 from tests.tab import EPOCHS, tensorboard, train, write_payloads
+from tests.training.digits_run import data
 from tests.training.scripted import make_spectrum
-from tests.training.test_resume import data
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +35,7 @@ else:
     )
 
 EVIL = "<b><img src=x onerror=window.injected=1>"
-COLOURS = ("#425066", "#12b5cb", "#e52592", "#f9ab00", "#9334e6")
+COLORS = ("#425066", "#12b5cb", "#e52592", "#f9ab00", "#9334e6")
 """What TensorBoard gives to runs, in the order of /data/runs."""
 
 FIRST, SECOND = "net/version_0", "net/version_1"
@@ -176,7 +176,7 @@ def test_the_curves_are_the_records(page: Page, address: str, runs: tuple[Path, 
     page.assert_clean(address)
 
 
-def test_several_runs_have_tensorboards_colours_and_can_be_switched_off(page: Page, address: str) -> None:
+def test_several_runs_have_tensorboards_colors_and_can_be_switched_off(page: Page, address: str) -> None:
     page.open_tab(address)
     order = page.script("return fetch('/data/runs').then((answer) => answer.json())")
     boxes = page.script("return [...document.querySelectorAll('#runs label')].map((label) => label.innerText.trim())")
@@ -187,7 +187,7 @@ def test_several_runs_have_tensorboards_colours_and_can_be_switched_off(page: Pa
             ".map((t) => [JSON.parse(t.meta.key)[0], t.line.color])"
         )
     )
-    assert drawn == {run: COLOURS[order.index(run)] for run in (FIRST, SECOND, EVIL)}
+    assert drawn == {run: COLORS[order.index(run)] for run in (FIRST, SECOND, EVIL)}
     page.script(f"[...document.querySelectorAll('#runs label')].find((l) => l.innerText.includes('{SECOND}')).click()")
     page.until("return document.getElementById('ct')._fullData.filter((t) => t.meta?.key && !t.meta.pick).length === 2")
     assert not any(SECOND in trace["name"] for trace in page.curves("ct"))

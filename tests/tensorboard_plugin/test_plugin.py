@@ -14,24 +14,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tensorboard.backend.application import TensorBoardWSGI
-from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
-from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.plugins.base_plugin import TBContext
-from werkzeug.test import Client
 
 from lightning_hesd import SpectrumHistory
 from lightning_hesd.commands import cli
 from lightning_hesd.commands.report import report, run_data
+from lightning_hesd.spectra.decisions import decisions, rewound
 from lightning_hesd.spectra.payload import CHOICES_NAME, MAX_NODES, PayloadError, read_payload, record_payload, to_json
-from lightning_hesd.spectra.picks import picks, rewound
 from lightning_hesd.spectra.spectrum import Spectrum
 from lightning_hesd.tensorboard_plugin.assets import SHARED, STATIC, content
 from lightning_hesd.tensorboard_plugin.plugin import HESDLoader, HESDPlugin
 from lightning_hesd.training.history import SpectrumRecord
-from tests.tab import EPOCHS, ROOT, plugin_path, train, write_payloads
+from tests.tab import EPOCHS, ROOT, Tab, plugin_path, train, write_payloads
+from tests.training.digits_run import data
 from tests.training.scripted import make_spectrum
-from tests.training.test_resume import data
 
 RUN = {"run": "net/version_0", "name": "hesd"}
 
@@ -41,26 +37,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("runs")
     _, callback = train(folder, at_start=True, layers="auto", generalization_dataloader=data())
     return folder, callback
-
-
-class Tab:
-    """The plugin in TensorBoard's application, without a socket."""
-
-    def __init__(self, folder: Path) -> None:
-        self.events = EventMultiplexer(tensor_size_guidance={"hesd": 1000})
-        self.folder = folder
-        provider = MultiplexerDataProvider(self.events, str(folder))
-        plugin = HESDLoader().load(TBContext(data_provider=provider))
-        self.client = Client(TensorBoardWSGI([plugin], data_provider=provider))
-        self.reload()
-
-    def reload(self) -> None:
-        self.events.AddRunsFromDirectory(str(self.folder))
-        self.events.Reload()
-
-    def get(self, route: str, **query: str) -> tuple[int, Any]:
-        answer = self.client.get(f"/data/plugin/hesd/{route}", query_string=query)
-        return answer.status_code, json.loads(answer.get_data())
 
 
 def payload(epoch: int = 0, c_t: float = -0.1, **spectrum: Any) -> dict[str, Any]:
@@ -76,7 +52,7 @@ def test_records_of_a_training(trained: tuple[Path, Any]) -> None:
     code, listed = tab.get("runs")
     assert code == 200
     (run,) = listed["runs"]
-    assert (run["run"], run["colour"], list(run["names"])) == ("net/version_0", 0, ["hesd"])
+    assert (run["run"], run["color"], list(run["names"])) == ("net/version_0", 0, ["hesd"])
     code, found = tab.get("records", **RUN)
     assert code == 200
     assert found["problems"] == []
@@ -173,7 +149,7 @@ def test_what_cannot_be_read_is_said_and_the_rest_is_shown(tmp_path: Path) -> No
     cut, newer, wrong, none = found["problems"]
     assert cut.startswith("step 0: this is no payload")
     assert newer == "step 1: the payload has version 2, and this lightning_hesd reads version 1: update it."
-    assert "its `nodes` is missing or is something else" in wrong
+    assert wrong == "step 2: `nodes` of a spectrum is missing or invalid, got 'none'"
     assert none.startswith("step 3: this is no payload")
 
 
@@ -298,25 +274,25 @@ def test_a_payload_that_is_no_object_is_refused() -> None:
 
 def test_rules_without_a_checkpoint_callback() -> None:
     records = [
-        payload(-1, -0.9, loss=1.0),  # global_step 0: the initialisation is never a candidate
+        payload(-1, -0.9, loss=1.0),  # global_step 0: the initialization is never a candidate
         payload(0, -0.001, loss=2.0),  # far from the best loss
         payload(1, -0.3, loss=0.12, lambda_max=1.0),
         payload(2, -0.1, loss=0.10, lambda_max=3.0),
         payload(3, -0.7, loss=0.10, lambda_max=0.1),  # MN
         payload(4, math.nan, loss=0.01),
     ]
-    by_c_t, by_lambda_max = picks(records, [])
+    by_c_t, by_lambda_max = decisions(records, [])
     assert (by_c_t["near"], by_c_t["candidates"]) == ([20, 30, 40], [20, 30])
     assert (by_c_t["pick"]["epoch"], by_lambda_max["pick"]["epoch"]) == (2, 1)
     assert (
-        "3 of 4 analysed states have a loss over the analysis samples within 0.045 (5% of its drop) of the best"
+        "3 of 4 analyzed states have a loss over the analysis samples within 0.045 (5% of its drop) of the best"
         in by_c_t["why"]
     )
     assert "the 2 of these that are MP are candidates" in by_c_t["why"]
-    (none, _) = picks([payload(3, -0.7, loss=0.2), payload(4, -0.8, loss=0.19)], [])
+    (none, _) = decisions([payload(3, -0.7, loss=0.2), payload(4, -0.8, loss=0.19)], [])
     assert none["pick"]["epoch"] == 4
     assert "none of them is MP" in none["why"]
-    assert [rule["pick"] for rule in picks([], [])] == [None, None]
+    assert [rule["pick"] for rule in decisions([], [])] == [None, None]
 
 
 def test_what_a_resumed_run_made_anew_replaces_the_old() -> None:
@@ -329,7 +305,7 @@ def test_what_a_resumed_run_made_anew_replaces_the_old() -> None:
 
 def test_nothing_in_the_data_ends_the_reports_script() -> None:
     evil = "</script><script>window.injected = true</script><!--"
-    run = {"run": evil, "name": "hesd", "colour": 0, "records": [payload(0)], "rules": [], "problems": [evil]}
+    run = {"run": evil, "name": "hesd", "color": 0, "records": [payload(0)], "rules": [], "problems": [evil]}
     document = report(run)
     assert "<script>window.injected" not in document
     assert document.count("</script>") == 3

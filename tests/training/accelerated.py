@@ -37,7 +37,7 @@ from lightning_hesd.sample_size.bounds import network_bound
 from lightning_hesd.sample_size.directions import dominant_directions
 from lightning_hesd.sample_size.sample_losses import per_sample_losses
 from lightning_hesd.sample_size.subspace import subspace_stabilization
-from lightning_hesd.training.checkpoints.weights import AnalysedWeights
+from lightning_hesd.training.checkpoints.weights import AnalyzedWeights
 from lightning_hesd.training.samples import first_batches
 from tests.standin import NAME, STANDIN
 
@@ -297,7 +297,7 @@ class Stream(IterableDataset[Any]):
 def case_batches_of_training_are_kept() -> None:
     callback = HessianSpectrumCallback(steps=6, num_samples=64, on_error="raise")
     plain, net = Net(), Net()
-    first_batches.SMALL = 2 * X[:16].nbytes  # the others go to the CPU
+    first_batches.MAX_DEVICE_BYTES = 2 * X[:16].nbytes  # the others go to the CPU
     fit(None, net=plain, enable_checkpointing=False, data=DataLoader(Stream(), batch_size=16))
     fit(callback, net=net, enable_checkpointing=False, data=DataLoader(Stream(), batch_size=16))
     assert same(plain, net)
@@ -307,7 +307,7 @@ def case_batches_of_training_are_kept() -> None:
 
 def case_checkpoints_may_be_finer_than_the_device() -> None:
     net = Net().to(DEVICE)
-    weights = AnalysedWeights(net)
+    weights = AnalyzedWeights(net)
     assert weights.missed_by({name: value.cpu().double() for name, value in net.state_dict().items()}) is None
     assert weights.missed_by({"net.0.bias": net.net[0].bias.detach().cpu().double() + 1}) == "net.0.bias"
 

@@ -72,7 +72,7 @@ def weight(batch: Any) -> float:
 
 
 def without_biases(name: str, parameter: nn.Parameter) -> bool:
-    """What to analyse."""
+    """What to analyze."""
     return parameter.ndim > 1
 
 

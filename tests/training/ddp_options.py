@@ -103,7 +103,7 @@ def make_trainer(out: Path, *, ddp: dict[str, Any] | None = None, logger: Any = 
     )
 
 
-def train(out: Path, name: str, *, analysed: bool) -> dict[str, Any]:
+def train(out: Path, name: str, *, analyzed: bool) -> dict[str, Any]:
     """Return the trained weights and momenta, and what the callbacks found."""
     option = OPTIONS[name]
     gradients = Gradients()
@@ -113,10 +113,10 @@ def train(out: Path, name: str, *, analysed: bool) -> dict[str, Any]:
         HessianSpectrumCallback(**shared, mode="train", name="train"),
     ]
     trainer = make_trainer(
-        out / f"{name}-{analysed}",
+        out / f"{name}-{analyzed}",
         max_epochs=1,
         enable_checkpointing=False,
-        callbacks=[Before(gradients), *ours, After(gradients)] if analysed else [],
+        callbacks=[Before(gradients), *ours, After(gradients)] if analyzed else [],
         ddp=option.get("ddp", {}),
         **option.get("trainer", {}),
     )
@@ -139,13 +139,13 @@ def try_options(out: Path) -> dict[str, Any]:
     """Train with every option, with and without analyses."""
     found = {}
     for name in OPTIONS:
-        plain, analysed = (train(out, name, analysed=analysed) for analysed in (False, True))
+        plain, analyzed = (train(out, name, analyzed=analyzed) for analyzed in (False, True))
         found[name] = {
-            "records": analysed["records"],
-            "weights": [torch.equal(a, b) for a, b in zip(plain["tensors"], analysed["tensors"], strict=True)],
-            "gradients": analysed["gradients"].same,
-            "some_gradients": any(g is not None for g in analysed["gradients"].before),
-            "views": analysed["views"],
+            "records": analyzed["records"],
+            "weights": [torch.equal(a, b) for a, b in zip(plain["tensors"], analyzed["tensors"], strict=True)],
+            "gradients": analyzed["gradients"].same,
+            "some_gradients": any(g is not None for g in analyzed["gradients"].before),
+            "views": analyzed["views"],
         }
     return found
 
@@ -181,7 +181,7 @@ class Reaching(Net):
 
 
 def reach_out(out: Path) -> dict[str, Any]:
-    """Train networks that reach out of themselves; the processes analyse different numbers of batches."""
+    """Train networks that reach out of themselves; the processes analyze different numbers of batches."""
     found: dict[str, Any] = {}
     for name, act in REACHES.items():
         callback = HessianSpectrumCallback(steps=3, num_samples=30, batch_size=10, progress=False)
@@ -202,7 +202,7 @@ def reach_out(out: Path) -> dict[str, Any]:
 
 
 def synchronous_norms() -> dict[str, str | None]:
-    """Analyse a network with SyncBatchNorm in each mode; DDP itself takes one on GPUs only, so there is no training."""
+    """Analyze a network with SyncBatchNorm in each mode; DDP itself takes one on GPUs only, so there is no training."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 4), nn.SyncBatchNorm(4), nn.Tanh(), nn.Linear(4, 3))
     batch = (torch.randn(10, 8), torch.randint(3, (10,)))
@@ -218,11 +218,11 @@ def synchronous_norms() -> dict[str, str | None]:
 
 
 def interrupted(out: Path) -> dict[str, Any]:
-    """Train for ever, and analyse slowly; process one says when it is within an analysis."""
+    """Train for ever, and analyze slowly; process one says when it is within an analysis."""
 
     def loss_fn(module: Net, batch: Any) -> torch.Tensor:
         if RANK == 1:
-            (out / "analysing").touch()
+            (out / "analyzing").touch()
         time.sleep(0.02)
         return F.cross_entropy(module(batch[0]), batch[1])
 

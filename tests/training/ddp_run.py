@@ -110,7 +110,7 @@ class OwnClock:
         """Let the budget of `callback` go by this clock."""
         callback.budget._clock = self
         analyzer = callback._recorder._analyzers["training"]
-        analyzer.spectrum = self.taking(self.cost, analyzer.spectrum)
+        analyzer.analyze = self.taking(self.cost, analyzer.analyze)
         module.training_step = self.taking(1.0, module.training_step)
 
     def taking(self, seconds: float, work: Callable[..., Any]) -> Callable[..., Any]:

@@ -105,7 +105,7 @@ def loader(dataset: Any = None, **kwargs: Any) -> DataLoader[Any]:
 
 
 class Classifier(pl.LightningModule):
-    """A two-layer perceptron, initialised the same every time, that logs and has an LR scheduler."""
+    """A two-layer perceptron, initialized the same every time, that logs and has an LR scheduler."""
 
     def __init__(self, *extra: nn.Module) -> None:
         super().__init__()

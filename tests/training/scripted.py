@@ -14,7 +14,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hesd import Spectrum
-from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord, SpectrumSource
+from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
+from lightning_hesd.training.source import SpectrumSource
 
 
 def make_spectrum(c_t: float, *, lambda_max: float = 1.0, loss: float = 0.5) -> Spectrum:
@@ -51,10 +52,8 @@ class ScriptedSource(SpectrumSource):
     """Stands in for HessianSpectrumCallback: its records come from a script."""
 
     def __init__(self, script: list[Epoch], name: str = "hesd", on_error: Any = "warn") -> None:
+        super().__init__(name, on_error)
         self.script = script
-        self.name = name
-        self.on_error = on_error
-        self.history = SpectrumHistory()
         self.forgets = False
 
     @property
@@ -138,3 +137,15 @@ def weight_in(path: str) -> float:
 def epoch_of(path: str) -> int:
     """The epoch whose final weights a checkpoint holds, by the weights themselves and not by its name."""
     return round(weight_in(path) / STEPS_PER_EPOCH) - 1
+
+
+def earliest(record: Any) -> float:
+    return -float(record.epoch)
+
+
+def example() -> SpectrumHistory:
+    history = SpectrumHistory()
+    history.append(SpectrumRecord(-1, 0, make_spectrum(-0.9)))
+    history.append(SpectrumRecord(0, 10, None, "RuntimeError: no luck"))
+    history.append(SpectrumRecord(1, 20, make_spectrum(-0.2)))
+    return history

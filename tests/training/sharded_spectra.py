@@ -23,11 +23,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from lightning_hesd import Spectrum, hessian_spectrum
-from lightning_hesd.numerics.analysis.api import analysis_options
 from lightning_hesd.numerics.analysis.engine import analyze
-from lightning_hesd.numerics.distributed.fully_sharded import ShardedLayout
-from lightning_hesd.numerics.distributed.gathering import Processes
+from lightning_hesd.numerics.distributed.checked_collectives import CheckedCollectives
+from lightning_hesd.numerics.distributed.fully_sharded import FullySharded
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.inputs.options import analysis_options
 from tests.meter import CountingMeter
 
 Batch = tuple[Tensor, Tensor]
@@ -115,10 +115,10 @@ class Process:
         return weighted[self.rank :: self.devices] or [padding]
 
     def analyze(self, module: nn.Module, batches: list[Batch], loss: Callable[..., Tensor], **options: Any) -> Spectrum:
-        processes = Processes(dist.group.WORLD, torch.device("cpu"))
+        ranks = CheckedCollectives(torch.device("cpu"))
         chosen = analysis_options(**{"steps": STEPS, **options})
-        with processes.in_step():
-            return analyze(module, self.own(batches), loss, chosen, layout=ShardedLayout(module, processes))
+        sharding = FullySharded(module, ranks)
+        return ranks.run_together(lambda: analyze(module, self.own(batches), loss, chosen, sharding=sharding))
 
     def findings(self) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(1)

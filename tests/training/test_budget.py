@@ -13,9 +13,9 @@ import torch
 
 from lightning_hesd import HessianSpectrumCallback
 from lightning_hesd.training.budget import Budget
-from lightning_hesd.training.compat.internals import wait_for_device
+from lightning_hesd.training.compat.strategies import wait_for_device
+from tests.training.logs import ListLogger
 from tests.training.scripted import Epoch, ScriptedModule, loader, make_spectrum, make_trainer, run_script
-from tests.training.test_loggers import ListLogger
 
 SECONDS_PER_BATCH = 10  # of which an epoch of the script has two
 
@@ -49,11 +49,11 @@ def make_callback(clock: Clock, costs: Any = 5, **arguments: Any) -> HessianSpec
     callback = HessianSpectrumCallback(loss_fn=lambda module, _: module.weight**2, num_samples=2, **arguments)
     callback.budget._clock = clock
 
-    def spectrum(*_args: Any) -> Any:
+    def analyze(*_args: Any, **_kwargs: Any) -> Any:
         clock.now += costs(len(callback.history)) if callable(costs) else costs
         return make_spectrum(-0.1)
 
-    callback._recorder._analyzers["training"].spectrum = spectrum  # type: ignore[method-assign]
+    callback._recorder._analyzers["training"].analyze = analyze  # type: ignore[method-assign]
     return callback
 
 
@@ -151,7 +151,7 @@ def test_writing_counts_and_waiting_for_the_device_does_not(tmp_path: Path, monk
 
         return wait
 
-    monkeypatch.setattr("lightning_hesd.training.compat.internals.wait_for_device", take(40))
+    monkeypatch.setattr("lightning_hesd.training.compat.strategies.wait_for_device", take(40))
     monkeypatch.setattr(callback.history, "save", take(7))
     fit(tmp_path, callback, epochs=1)
     state = callback.budget.state_dict()

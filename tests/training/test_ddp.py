@@ -1,4 +1,4 @@
-"""Several processes give what one gives, and a failure in one of them hangs nobody."""
+"""Several ranks give the results of one, and a failure on one rank does not hang the others."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_failure_in_one_process_is_recorded_in_all_and_training_goes_on(
     ranks = run(tmp_path / "run", 2, "--fail", fail, "--fail-in", fail_in)
     for number, rank in enumerate(ranks):
         assert rank["steps"] == 8
-        expected = cause if number == fail_in else "AnotherProcessFailedError"
+        expected = cause if number == fail_in else "AnotherRankFailedError"
         for records in rank["records"].values():
             assert [record["epoch"] for record in records] == [0, 1, 2, 3]
             assert all(record["error"].startswith(expected) for record in records)

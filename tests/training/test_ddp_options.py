@@ -1,4 +1,4 @@
-"""Options of DDP leave training and findings alone; processes that are interrupted or killed hang nobody."""
+"""Options of DDP change neither training nor results; a rank that is interrupted or killed does not hang the others."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_training_steps_may_wait_for_each_other(options: list[dict[str, Any]]) -
         assert found["use_trainer"]["errors"] == [None] * 2
         for name in ("all_gather", "all_reduce"):
             for error in found[name]["errors"]:
-                assert f"calls `{name}`; in an analysis the processes have different batches" in error
+                assert f"calls `{name}`; in an analysis each rank has other batches" in error
                 assert "pass `loss_fn=`" in error
         assert len(found["use_trainer"]["folders"]) > 4
         assert all(found["use_trainer"]["folders"]), "that of process zero, in training and in analyses"
@@ -76,13 +76,13 @@ def test_norms_that_wait_for_other_processes_are_refused(options: list[dict[str,
     for rank in options:
         assert rank["norms"]["eval"] is None
         for mode in ("train", "keep"):
-            assert "SyncBatchNorm in training mode waits" in rank["norms"][mode]
+            assert "in training mode SyncBatchNorm waits" in rank["norms"][mode]
             assert "mode='eval'" in rank["norms"][mode]
 
 
-def test_a_process_that_is_killed_in_an_analysis_leaves_nobody_waiting(tmp_path: Path) -> None:
+def test_a_process_that_is_killed_in_an_analysis_leaves_no_other_waiting(tmp_path: Path) -> None:
     with started(tmp_path, 2, "interrupted") as ranks:
-        wait_for((tmp_path / "analysing").exists, ranks)
+        wait_for((tmp_path / "analyzing").exists, ranks)
         time.sleep(0.3)  # well within it: it takes seconds
         ranks[1].process.kill()
         assert ranks[0].wait() != 0
@@ -92,7 +92,7 @@ def test_a_process_that_is_killed_in_an_analysis_leaves_nobody_waiting(tmp_path:
 @pytest.mark.parametrize("signalled", [[0], [1], [0, 1]])
 def test_sigterm_in_an_analysis_ends_all_processes(tmp_path: Path, signalled: list[int]) -> None:
     with started(tmp_path, 2, "interrupted") as ranks:
-        wait_for((tmp_path / "analysing").exists, ranks)
+        wait_for((tmp_path / "analyzing").exists, ranks)
         time.sleep(0.3)  # well within it: it takes seconds
         for number in signalled:
             os.kill(ranks[number].process.pid or 0, signal.SIGTERM)

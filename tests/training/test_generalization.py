@@ -1,4 +1,4 @@
-"""Generalization data analysed beside the training data: metrics, text, files, resume, failures."""
+"""Generalization data analyzed beside the training data: metrics, text, files, resume, failures."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SpectrumHistory, hessian_spectrum
 from lightning_hesd.spectra.assessment import VERDICT_VALUES
+from tests.training.digits_run import Net, data
+from tests.training.logs import read_events
 from tests.training.scripted import make_trainer
-from tests.training.test_loggers import read_events
-from tests.training.test_resume import Net, data
 
 EPOCHS = 2
 
@@ -116,12 +116,10 @@ def test_validation_data_without_validation(tmp_path: Path) -> None:
     assert spectra.history[-1].generalization is not None
 
 
-@pytest.mark.parametrize(
-    ("loaders", "message"), [(0, "no validation dataloader"), (2, "a list of them for validation")]
-)
+@pytest.mark.parametrize(("loaders", "message"), [(0, "got none"), (2, "got a list of them")])
 def test_validation_data_must_be_one(loaders: int, message: str, tmp_path: Path) -> None:
     spectra = callback(generalization_dataloader="val", on_error="raise")
-    with pytest.raises(MisconfigurationException, match=f"the Trainer has {message}, so `generalization_dataloader="):
+    with pytest.raises(MisconfigurationException, match=f"needs a Trainer with one validation dataloader, {message}"):
         fit(tmp_path, spectra) if loaders == 0 else fit_validated(tmp_path, spectra, loaders=loaders)
 
 

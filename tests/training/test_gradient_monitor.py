@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hesd import HessianSpectrumCallback
 from lightning_hesd.training.gradient_monitor import GradientMonitor
+from tests.training.digits_run import Net, data
+from tests.training.logs import read_csv
 from tests.training.scripted import make_trainer
-from tests.training.test_loggers import read_csv
-from tests.training.test_resume import Net, data
 
 KEYS = ("clipped_share", "clip_factor", "gradient_cosine", "update_cosine")
 
@@ -133,9 +133,9 @@ def test_a_failure_ends_the_looking_and_not_the_training(tmp_path: Path, monkeyp
         raise OSError(msg)
 
     monkeypatch.setattr(GradientMonitor, "_compare", broken)
-    with pytest.warns(RuntimeWarning, match="the gradients will no longer be looked at. OSError: no luck") as said:
+    with pytest.warns(RuntimeWarning, match="the gradients will no longer be monitored. OSError: no luck") as said:
         found = fit(tmp_path, SGDNet())
-    assert len([w for w in said if "looked at" in str(w.message)]) == 1
+    assert len([w for w in said if "monitored" in str(w.message)]) == 1
     assert found == {}
 
 
@@ -198,9 +198,8 @@ def test_long_epochs_are_sampled(tmp_path: Path) -> None:
     spectra = HessianSpectrumCallback(epochs=[5], num_samples=8, monitor_gradients=True)
     trainer = make_trainer(tmp_path, [spectra], 1)
     monitor = spectra._monitor
-    assert monitor is not None
     compare = monitor._compare
-    monitor._compare = lambda o: (compare(o), steps.append(len(monitor._seen)))  # type: ignore[method-assign,assignment,func-returns-value]
+    monitor._compare = lambda o: (compare(o), steps.append(len(monitor._rows)))  # type: ignore[method-assign,assignment,func-returns-value]
     trainer.fit(Counting(), loader)
     assert steps[-1] == 13  # every 4th of 50
     assert not monitor._raw

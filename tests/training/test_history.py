@@ -12,17 +12,9 @@ import pytest
 import torch
 
 from lightning_hesd import Spectrum, SpectrumHistory
-from lightning_hesd.spectra.spectrum import load_layers
+from lightning_hesd.spectra.codec import load_layers
 from lightning_hesd.training.history import SpectrumRecord
-from tests.training.scripted import make_spectrum
-
-
-def example() -> SpectrumHistory:
-    history = SpectrumHistory()
-    history.append(SpectrumRecord(-1, 0, make_spectrum(-0.9)))
-    history.append(SpectrumRecord(0, 10, None, "RuntimeError: no luck"))
-    history.append(SpectrumRecord(1, 20, make_spectrum(-0.2)))
-    return history
+from tests.training.scripted import example, make_spectrum
 
 
 def test_save_and_load(tmp_path: Path) -> None:
@@ -223,7 +215,7 @@ def test_damaged_index(tmp_path: Path, text: str) -> None:
 
 def test_newer_index(tmp_path: Path) -> None:
     (tmp_path / "index.json").write_text(json.dumps({"format": 99, "records": []}))
-    with pytest.raises(ValueError, match="has format 99"):
+    with pytest.raises(ValueError, match="has version 99"):
         SpectrumHistory.load(tmp_path)
 
 

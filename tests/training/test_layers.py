@@ -14,9 +14,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_hesd import HessianSpectrumCallback, SpectrumHistory, hessian_spectrum, layer_spectra
 from lightning_hesd.spectra.indicators import layer_indicators
+from tests.training.digits_run import Net, data
+from tests.training.logs import read_events
 from tests.training.scripted import make_trainer
-from tests.training.test_loggers import read_events
-from tests.training.test_resume import Net, data
 
 EPOCHS = 2
 OUTPUTS = {

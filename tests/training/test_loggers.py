@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import re
@@ -15,15 +14,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.loggers.logger import DummyLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SpectrumHistory
 from lightning_hesd.spectra.scalars import scalars
 from lightning_hesd.training.history import SpectrumRecord
+from tests.training.digits_run import Net, data
+from tests.training.logs import ListLogger, read_csv, read_events
 from tests.training.scripted import make_spectrum, make_trainer
-from tests.training.test_resume import Net, data
 
 KEYS = {
     *(
@@ -57,23 +55,13 @@ def callback(**arguments: Any) -> HessianSpectrumCallback:
     return HessianSpectrumCallback(**{"steps": 8, "num_samples": 48, "batch_size": 16, **arguments})
 
 
-def read_events(folder: Path | str) -> EventAccumulator:
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0, "images": 0, "tensors": 0})
-    events.Reload()
-    return events
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.read_text().splitlines()))
-
-
 def test_tensorboard_gets_scalars_histograms_figures_and_charts(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
     spectra = callback(at_start=True)
     trainer = fit(tmp_path, logger, spectra)
     events = read_events(logger.log_dir)
     records = {record.epoch: record for record in spectra.history}
-    # Epoch-end metrics of Lightning itself are at these steps; the initialisation is at step 0.
+    # Epoch-end metrics of Lightning itself are at these steps; the initialization is at step 0.
     own_steps = [event.step for event in events.Scalars("train_acc")]
     assert own_steps == [3, 7, 11]
     steps = {-1: 0, **dict(enumerate(own_steps))}
@@ -247,36 +235,23 @@ def test_several_loggers_at_once(tmp_path: Path) -> None:
     assert len(read_events(loggers[1].log_dir).Histograms("hesd/density")) == EPOCHS
 
 
-class ListLogger(DummyLogger):
-    """A logger of a kind the package does not know."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.metrics: list[dict[str, float]] = []
-
-    @property
-    def save_dir(self) -> None:
-        return None
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.metrics.append(metrics)
-
-
 def test_unknown_loggers_get_scalars_and_a_debug_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     logger = ListLogger()
     with caplog.at_level(logging.DEBUG, logger="lightning_hesd"):
         fit(tmp_path, logger, callback())
     assert sum("hesd/c_t" in metrics for metrics in logger.metrics) == EPOCHS
     notes = [record for record in caplog.records if record.name.startswith("lightning_hesd")]
-    assert [note.getMessage() for note in notes] == ["ListLogger gets scalars only: lightning_hesd has no sink for it."]
+    assert [note.getMessage() for note in notes] == [
+        "ListLogger gets scalars only: lightning_hesd knows no other output for it."
+    ]
 
 
-def test_a_sink_that_fails_costs_its_own_output_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_that_fails_costs_its_own_output_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_args: Any, **_kwargs: Any) -> None:
         msg = "disk full"
         raise OSError(msg)
 
-    monkeypatch.setattr("lightning_hesd.training.loggers.sink.plot_density", fail)
+    monkeypatch.setattr("lightning_hesd.plotting.plot_density", fail)
     logger = TensorBoardLogger(tmp_path)
     spectra = callback()
     with pytest.warns(RuntimeWarning, match=r"cannot write the spectrum of epoch \d\. OSError: disk full") as caught:

@@ -1,4 +1,4 @@
-"""The analysed loss: `training_step` or `loss_fn`, without side effects, at the Trainer's precision."""
+"""The analyzed loss: `training_step` or `loss_fn`, without side effects, at the Trainer's precision."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.training.modules import Classifier, Digits, callback, fit, freeze, lo
 
 
 class Returns(Classifier):
-    """Returns something else than the loss where it is called by an analysis, that is, in eval mode."""
+    """Returns another loss when an analysis calls it, that is, in evaluation mode."""
 
     def __init__(self, output: Any) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ def test_muted_during_the_analysis_only(
     assert module.logger is logger
 
 
-# Manual optimisation --------------------------------------------------------------------------------------------------
+# Manual optimization --------------------------------------------------------------------------------------------------
 
 
 class Manual(Classifier):

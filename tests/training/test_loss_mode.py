@@ -1,4 +1,4 @@
-"""The analysed loss is the one that is trained, without its randomness, also where evaluation mode is another function.
+"""The analyzed loss is the one that is trained, without its randomness, also where evaluation mode is another function.
 
 Every stand-in comes with its training loss written out in formulas, of which the Hessian is taken by differences of
 values in float64.
@@ -36,7 +36,7 @@ def data() -> DataLoader[Any]:
 
 
 class Base(pl.LightningModule):
-    """A perceptron with a second head, in float64, initialised the same every time."""
+    """A perceptron with a second head, in float64, initialized the same every time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -261,7 +261,7 @@ def said(caplog: pytest.LogCaptureFixture, caught: list[warnings.WarningMessage]
     return [text for text in everything if text.startswith("lightning_hesd: the")]
 
 
-def analysed(tmp_path: Path, module: pl.LightningModule, **kwargs: Any) -> HessianSpectrumCallback:
+def analyzed(tmp_path: Path, module: pl.LightningModule, **kwargs: Any) -> HessianSpectrumCallback:
     """Train for an epoch with an analysis of all samples at its end, by as many steps as there are parameters."""
     observer = callback(**{"steps": 60, "num_samples": SAMPLES, **kwargs})
     fit(tmp_path, observer, module=module, data=data(), max_epochs=1)
@@ -275,7 +275,7 @@ def test_the_loss_is_that_of_training_without_randomness(
     loss, mode, message = STAND_INS[kind]
     with warnings.catch_warnings(record=True) as caught, caplog.at_level("INFO"):
         warnings.simplefilter("always")
-        observer = analysed(tmp_path, module := kind())
+        observer = analyzed(tmp_path, module := kind())
     spectrum = observer.history[0].spectrum
     assert spectrum is not None
     x, y = data().dataset.tensors  # type: ignore[attr-defined]
@@ -296,7 +296,7 @@ def test_the_loss_is_that_of_training_without_randomness(
 
 def test_it_says_both_losses_and_that_of_training(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match="is not its training without randomness") as caught:
-        observer = analysed(tmp_path, module := Transformed())
+        observer = analyzed(tmp_path, module := Transformed())
     (text,) = [str(w.message) for w in caught if "is not its training" in str(w.message)]
     found = re.search(r"is (\S+) in evaluation mode and (\S+) in .* reported (\S+) on average over its last 3", text)
     assert found is not None
@@ -374,7 +374,7 @@ def test_usual_networks_are_analysed_in_evaluation_mode_as_ever(layers: Any, tmp
     ("mode", "loss"), [("eval", None), ("deterministic", plain), ("train", plain), ("keep", plain)]
 )
 def test_the_mode_can_be_asked_for(mode: Any, loss: Any, tmp_path: Path) -> None:
-    observer = analysed(tmp_path, module := Transformed(), mode=mode)
+    observer = analyzed(tmp_path, module := Transformed(), mode=mode)
     spectrum = observer.history[0].spectrum
     x, y = data().dataset.tensors  # type: ignore[attr-defined]
     expected = F.cross_entropy(module.eval()(x), y) if loss is None else loss(dict(module.named_parameters()), x, y)
@@ -392,7 +392,7 @@ class FailingEverywhere(Base):
 
 def test_a_loss_that_fails_in_both_modes_fails_as_in_evaluation_mode(tmp_path: Path) -> None:
     with pytest.raises(ArithmeticError, match="nothing in evaluation mode"):
-        analysed(tmp_path, FailingEverywhere())
+        analyzed(tmp_path, FailingEverywhere())
 
 
 def test_the_choice_is_made_once_and_kept_on_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,17 +433,17 @@ class Own(DataLoader[Any]):
             loader,
             "`loss_fn` over 10 samples of `dataloader` in 2 batches",
         ),
-        ({}, lambda: Own(Digits(), batch_size=8), "`training_step` over the first 10 samples that training sees"),
+        ({}, lambda: Own(Digits(), batch_size=8), "`training_step` over the first 10 samples of training"),
     ],
     ids=["training", "own", "kept"],
 )
-def test_verbose_says_what_is_analysed(
+def test_verbose_says_what_is_analyzed(
     options: Any, made: Any, first: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fit(tmp_path, callback(verbose=True, num_samples=10, **options), data=made(), max_epochs=2)
-    said = [line for line in capsys.readouterr().out.splitlines() if "analysed" in line]
-    assert said[0] == f"hesd: the mean loss of {first} is analysed"
+    said = [line for line in capsys.readouterr().out.splitlines() if "analyzed" in line]
+    assert said[0] == f"hesd: the mean loss of {first} is analyzed"
     assert said[1].startswith(
-        "hesd: the loss is analysed in evaluation mode (the same loss and gradient as in training"
+        "hesd: the loss is analyzed in evaluation mode (the same loss and gradient as in training"
     )
     assert len(said) == 2

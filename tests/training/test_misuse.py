@@ -15,10 +15,16 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_hesd import HessianSpectrumCallback
-from lightning_hesd.training.compat import internals
+from lightning_hesd.training.compat import strategies
+from tests.training.broken import (
+    Broken,
+    nan_curvature,
+    nan_loss,
+    once_differentiable_loss,
+    out_of_luck,
+)
 from tests.training.modules import Classifier, Digits, callback, fit, freeze, loader, make_trainer, plain_loss, seed
 
 # At construction ------------------------------------------------------------------------------------------------------
@@ -56,7 +62,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"mode": "test"}, "`mode` must be 'auto' or 'eval' or 'deterministic' or 'train' or 'keep', got 'test'"),
     ({"probe": "uniform"}, "`probe` must be 'gaussian' or 'rademacher', got 'uniform'"),
     ({"strategy": "fast"}, "`strategy` must be 'auto' or 'graph' or 'recompute' or 'finite_difference', got 'fast'"),
-    ({"strategy": "linearize"}, "`strategy='linearize'` is not available in this version: use 'auto'"),
     ({"matrix": "fisher"}, "`matrix` must be 'hessian' or 'ggn' or 'residual', got 'fisher'"),
     ({"basis": "disk"}, "`basis` must be 'auto' or 'device' or 'cpu' or 'none', got 'disk'"),
     ({"num_samples": [64]}, r"`num_samples` must be a positive integer or 'auto', got \[64\]"),
@@ -83,7 +88,7 @@ def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
 
 def test_an_unknown_keyword() -> None:
     with pytest.raises(
-        TypeError, match=r"unexpected keyword argument 'step'; the analysis takes .*steps, probes, seed"
+        TypeError, match=r"unexpected keyword argument 'step': did you mean 'steps'\? The options .*steps, probes, seed"
     ):
         HessianSpectrumCallback(step=5)
 
@@ -129,7 +134,7 @@ class Late(HessianSpectrumCallback):
 
     @property
     def state_key(self) -> str:
-        return super().state_key if self._set_up_by else "another"
+        return super().state_key if self._run._set_up_by else "another"
 
 
 def of_one_name(on_error: Any) -> list[pl.Callback]:
@@ -161,7 +166,7 @@ def test_what_cannot_be_analysed_is_said_before_training(
             msg = "Refusing splits parameters: use another"
             raise MisconfigurationException(msg)
 
-        monkeypatch.setattr(internals, "check_strategy", refuse)
+        monkeypatch.setattr(strategies, "check_strategy", refuse)
     observers = make("warn")
     with pytest.warns(RuntimeWarning) as caught:
         trainer = fit(tmp_path, *observers, module=module(), enable_checkpointing=True)
@@ -202,42 +207,6 @@ def test_two_callbacks_of_one_name(tmp_path: Path) -> None:
 
 
 # During training ------------------------------------------------------------------------------------------------------
-
-
-class OnceDifferentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.clone()
-
-
-def once_differentiable_loss(module: Any, batch: Any) -> Tensor:
-    return plain_loss(module, [OnceDifferentiable.apply(module.net[0].weight).sum() * 1e-3 + batch[0], batch[1]])
-
-
-def nan_curvature(module: Any, batch: Any) -> Tensor:
-    """A norm at zero: its value is fine, its second derivative is not."""
-    weight = module.net[0].weight
-    return plain_loss(module, batch) + torch.linalg.vector_norm(weight - weight.detach())
-
-
-def nan_loss(module: Any, batch: Any) -> Tensor:
-    return plain_loss(module, batch) * float("nan")
-
-
-def out_of_luck(module: Any, batch: Any) -> Tensor:
-    msg = "no luck"
-    raise OSError(msg)
-
-
-class Broken(Digits):
-    def __getitem__(self, position: int) -> Any:
-        msg = "unreadable file"
-        raise OSError(msg)
 
 
 FAILURES: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = {
@@ -316,7 +285,7 @@ def test_a_failure_in_every_epoch_leaves_a_best_checkpoint(tmp_path: Path) -> No
     with pytest.warns(RuntimeWarning) as caught:
         trainer = fit(tmp_path, observer, enable_checkpointing=True)
     assert len(said(caught)) == 3
-    assert "could rank no analysed epoch" in said(caught)[-1]
+    assert "could rank no analyzed epoch" in said(caught)[-1]
     best = trainer.checkpoint_callback.best_model_path
     assert trainer.checkpoint_callback is observer.checkpoint
     saved = torch.load(best, weights_only=True)["state_dict"]
@@ -358,13 +327,13 @@ class Lazy(Classifier):
         self.net = torch.nn.Sequential(torch.nn.LazyLinear(6), torch.nn.Tanh(), torch.nn.LazyLinear(10))
 
 
-def test_lazy_layers_are_not_initialised_by_an_analysis(tmp_path: Path) -> None:
+def test_lazy_layers_are_not_initialized_by_an_analysis(tmp_path: Path) -> None:
     observer = callback(on_error="warn", at_start=True)
     with pytest.warns(RuntimeWarning, match="before the first step failed") as caught:
         trainer = fit(tmp_path, observer, module=Lazy())
     assert len(said(caught)) == 1
     assert re.match(
-        r"ValueError: parameter 'net\.0\.weight' is lazy, .*analyse after the first", observer.history[0].error
+        r"ValueError: parameter 'net\.0\.weight' is lazy, .*analyze after the first", observer.history[0].error
     )
     assert [record.error for record in observer.history[1:]] == [None, None]
     without = fit(tmp_path / "without", module=Lazy())

@@ -183,7 +183,7 @@ class Trained(Classifier):
         }
 
 
-def test_the_callback_sees_through_the_optimizers_eyes(tmp_path: Path) -> None:
+def test_the_callback_computes_preconditioned_spectra(tmp_path: Path) -> None:
     spectra = callback(preconditioner="optimizer", at_start=True, steps=6)
     trainer = fit(tmp_path, spectra, module=Trained(lambda p: Adam(p, 0.01)), logger=CSVLogger(tmp_path))
     start, *records = spectra.history
@@ -238,7 +238,7 @@ def test_training_is_the_same_with_it(tmp_path: Path) -> None:
     assert all(torch.equal(first[i][key], second[i][key]) for i in second for key in second[i])
 
 
-def test_gradient_descent_has_eyes_of_its_own(tmp_path: Path) -> None:
+def test_gradient_descent_is_preconditioned_by_one(tmp_path: Path) -> None:
     spectra = callback(preconditioner="optimizer")
     trainer = fit(tmp_path, spectra)
     record = spectra.history[-1]
@@ -277,11 +277,9 @@ def test_diagonals_of_ones_own(tmp_path: Path) -> None:
 
 def test_unreadable_optimizers_cost_a_warning_and_nothing_else(tmp_path: Path) -> None:
     spectra = callback(preconditioner="optimizer", on_error="warn")
-    with pytest.warns(
-        RuntimeWarning, match="no spectra through the optimizer's eyes.*the preconditioner of Rprop"
-    ) as said:
+    with pytest.warns(RuntimeWarning, match="no preconditioned spectra.*the preconditioner of Rprop") as said:
         fit(tmp_path, spectra, module=Trained(lambda p: torch.optim.Rprop(p, 0.01)))
-    assert len([w for w in said if "eyes" in str(w.message)]) == 1
+    assert len([w for w in said if "no preconditioned spectra" in str(w.message)]) == 1
     assert [(r.error, r.preconditioned) for r in spectra.history] == [(None, None)] * 2
     assert all(r.spectrum is not None and math.isfinite(r.spectrum.c_t) for r in spectra.history)
 

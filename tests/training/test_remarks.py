@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from examples.paper_hesd.adahessian import AdaHessian
 from lightning_hesd import HessianSpectrumCallback
 from lightning_hesd.training.gradient_monitor import MANIPULATING
+from tests.training.digits_run import Net, data
 from tests.training.scripted import make_trainer
-from tests.training.test_resume import Net, data
 
 
 def said_in(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
@@ -64,10 +64,10 @@ AVERAGES = "AdaHessian averages the Hessian's diagonal over space"
 @pytest.mark.parametrize(
     ("net", "monitor", "clip", "expected"),
     [
-        (Saddle, True, 0.001, "gradients were clipped in 100% of the steps looked at, to 0.00"),
+        (Saddle, True, 0.001, "gradients were clipped in 100% of the sampled steps, to 0.00"),
         (Saddle, False, 0.001, r"the Trainer clips gradients \(gradient_clip_val=0.001\)"),
         (Saddle, True, None, "none was found"),
-        (Saddle, False, None, "unknown, `monitor_gradients=True` would look for one"),
+        (Saddle, False, None, "unknown; `monitor_gradients=True` looks for one"),
         (SaddleWithAdaHessian, False, None, AVERAGES),
         (SaddleWithAdaHessian, True, None, AVERAGES),
     ],

@@ -17,9 +17,7 @@ from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SpectrumH
 from lightning_hesd.commands.report import run_data
 from lightning_hesd.training import folders
 from lightning_hesd.training.checkpoints.paths import is_same_file, lies_in, place
-from tests.training.checkpoints.test_exclusive_checkpoint import earliest
-from tests.training.scripted import Epoch, ScriptedModule, ScriptedSource, loader, make_trainer
-from tests.training.test_history import example
+from tests.training.scripted import Epoch, ScriptedModule, ScriptedSource, earliest, example, loader, make_trainer
 
 SCRIPT = [Epoch(-0.1, loss=loss) for loss in (0.4, 0.3, 0.2, 0.1)]
 REMOTE = "memory://bucket/run"

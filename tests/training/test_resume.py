@@ -6,16 +6,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SpectrumHistory
+from tests.training.digits_run import Net, data
 from tests.training.scripted import make_trainer
 
 # Both are about the checkpoint callback that Lightning adds by default.
@@ -25,37 +22,6 @@ pytestmark = [
 ]
 
 EPOCHS = 6
-
-
-class Net(pl.LightningModule):
-    """A small classifier; `fail_at` interrupts training in that epoch."""
-
-    def __init__(self, fail_at: int | None = None) -> None:
-        super().__init__()
-        self.fail_at = fail_at
-        self.net = nn.Sequential(nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 10))
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        if self.current_epoch == self.fail_at and batch_idx == 1:
-            msg = "power cut"
-            raise RuntimeError(msg)
-        x, y = batch
-        loss = F.cross_entropy(self.net(x), y)
-        self.log("train_acc", (self.net(x).argmax(1) == y).float().mean(), on_step=False, on_epoch=True)
-        return loss
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("loss", F.cross_entropy(self.net(batch[0]), batch[1]))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=0.03)
-
-
-def data() -> DataLoader[Any]:
-    digits = load_digits()
-    images, classes = torch.tensor(digits.data / 16, dtype=torch.float32)[:160], torch.tensor(digits.target)[:160]
-    # In order: Lightning does not restore the random state that shuffling depends on.
-    return DataLoader(TensorDataset(images, classes), batch_size=40)
 
 
 def fit(
@@ -202,7 +168,7 @@ def test_other_samples_can_be_asked_for(tmp_path: Path) -> None:
     callback, said = go_on(tmp_path / "second", data(), tmp_path / "first" / "last.ckpt", num_samples=40)
     assert [r.spectrum and r.spectrum.num_samples for r in callback.history] == [48, 48, 48, 40, 40, 40]
     assert len(said) == 1
-    assert "analysed 48 samples, and `num_samples` is 40 now: others are drawn" in said[0]
+    assert "analyzed 48 samples, and `num_samples` is 40 now: other samples are drawn" in said[0]
 
 
 def test_data_without_the_samples_drawn_before(tmp_path: Path) -> None:
@@ -211,7 +177,7 @@ def test_data_without_the_samples_drawn_before(tmp_path: Path) -> None:
     last = tmp_path / "first" / "last.ckpt"
     callback, said = go_on(tmp_path / "second", first_samples(80), last)
     assert [r.error is None for r in callback.history] == [True] * 4 + [False] * 2
-    assert all("Draw others with another `num_samples`" in message for message in said[:3])
+    assert all("draw other samples with another `num_samples`" in message for message in said[:3])
     callback, said = go_on(tmp_path / "third", first_samples(80), last, num_samples=47)
     assert [r.spectrum and r.spectrum.num_samples for r in callback.history] == [48] * 4 + [47] * 2
     assert [r.error for r in callback.history] == [None] * 6

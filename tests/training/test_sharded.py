@@ -1,4 +1,4 @@
-"""Sharded parameters give the spectrum of whole ones, stay in parts, and a failure in one process hangs nobody."""
+"""Sharded parameters give the spectrum of whole ones and stay sharded; a failure on one rank hangs no other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
-from lightning_hesd.training.compat import internals
+from lightning_hesd.training.compat import strategies
 from tests.training import processes
 from tests.training.processes import read
 
@@ -65,11 +65,11 @@ def test_the_spectra_tell_something(spectra: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        ("shortcut", ["OutOfStepError: the processes take different paths"] * 2),
-        ("broken", ["AnotherProcessFailedError: ", "MemoryError: no memory here"]),
-        ("infinite", ["AnotherProcessFailedError: ", "ArithmeticError: the loss of batch 1 is inf"]),
+        ("shortcut", ["OutOfStepError: the ranks take different paths"] * 2),
+        ("broken", ["AnotherRankFailedError: ", "MemoryError: no memory here"]),
+        ("infinite", ["AnotherRankFailedError: ", "ArithmeticError: the loss of batch 1 is inf"]),
         ("kinked", ["ArithmeticError: the Hessian-vector product of one of the batches 0, 1 is NaN"] * 2),
-        ("opaque", ["UnsupportedLayoutError: the loss uses a sharded parameter of shape (5, 6)"] * 2),
+        ("opaque", ["UnsupportedShardingError: the loss uses a sharded parameter of shape (5, 6)"] * 2),
     ],
 )
 def test_what_goes_wrong_is_said_and_leaves_the_processes_in_step(
@@ -154,7 +154,7 @@ def test_the_best_checkpoint_is_a_folder_that_can_be_resumed_from(
 
 
 def test_a_failure_in_one_process_is_recorded_in_all_and_training_goes_on(runs: list[dict[str, Any]]) -> None:
-    causes = ["AnotherProcessFailedError", "MemoryError: no memory here"]
+    causes = ["AnotherRankFailedError", "MemoryError: no memory here"]
     for rank, cause in zip(runs, causes, strict=True):
         records = rank["failing"]["records"]["hesd"]
         assert [record["epoch"] for record in records] == [0, 1, 2]
@@ -175,7 +175,7 @@ def test_what_is_not_available_is_refused_and_the_rest_is_done(runs: list[dict[s
 
 
 def test_tensor_parallelism_is_refused_before_training(runs: list[dict[str, Any]]) -> None:
-    message = "MisconfigurationException: ModelParallelStrategy(tensor_parallel_size=2) splits layers over processes"
+    message = "MisconfigurationException: ModelParallelStrategy(tensor_parallel_size=2) splits layers over ranks"
     for rank in runs:
         (record,) = rank["split"]["records"]["hesd"]
         assert record["error"].startswith(message)
@@ -186,5 +186,5 @@ def test_tensor_parallelism_is_refused_before_training(runs: list[dict[str, Any]
 @pytest.mark.parametrize("strategy", [FSDPStrategy(), DeepSpeedStrategy.__new__(DeepSpeedStrategy)])
 def test_strategies_that_cannot_run_here_are_refused_by_their_name(strategy: Any) -> None:
     """They need a GPU, or a package of its own; the Trainer only hands them over."""
-    with pytest.raises(MisconfigurationException, match=rf"{type(strategy).__name__} splits .* ModelParallelStrategy"):
-        internals.check_strategy(SimpleNamespace(strategy=strategy))  # type: ignore[arg-type]
+    with pytest.raises(MisconfigurationException, match=rf"{type(strategy).__name__} shards .* ModelParallelStrategy"):
+        strategies.check_strategy(SimpleNamespace(strategy=strategy))  # type: ignore[arg-type]

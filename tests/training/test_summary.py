@@ -23,7 +23,7 @@ from lightning_hesd.training import terminal
 from lightning_hesd.training.history import SpectrumRecord
 from tests.training.modules import Classifier, callback, fit
 from tests.training.scripted import make_spectrum
-from tests.training.test_progress import BARS, Terminal, scripted, train
+from tests.training.terminals import BARS, Terminal, scripted, train
 
 
 def record(epoch: int, c_t: float = -0.1, *, step: int | None = None, **values: Any) -> SpectrumRecord:
@@ -153,7 +153,7 @@ class TestTable:
         assert lines[3] == "   10  -0.125  [-0.125, -0.125]  MP        1   0.5  0.1  C_t, λ_max  C_t"
         assert lines[-1] == f"all spectra: {Path('run') / 'hesd'}"
 
-    def test_nothing_analysed(self):
+    def test_nothing_analyzed(self):
         assert summarize([], "hesd", seconds=0.0, overhead=None, kept={}, folder=None) is None
 
 
@@ -203,7 +203,7 @@ def test_lines_stay_whole_above_the_bar_and_the_table_comes_below(
     expected = [line for made in observer.history for line in analysis_lines(made, "hesd")]
     assert [line for line in last if "C_t = " in line] == expected
     assert len(expected) == 3
-    del last[0]  # what is analysed
+    del last[0]  # what is analyzed
     assert last[:3] == expected
     assert [line[:7] for line in last if "Epoch" in line] == ["Epoch 1"]
     assert last[3].startswith("Epoch 1")

@@ -24,10 +24,10 @@ from lightning_hesd import HessianSpectrumCallback, SpectrumHistory
 from lightning_hesd.spectra.indicators import layer_indicators
 from lightning_hesd.spectra.scalars import scalars
 from lightning_hesd.training import loggers
+from tests.training.digits_run import Net, data
+from tests.training.logs import read_csv, read_events
 from tests.training.modules import global_generators
 from tests.training.scripted import make_trainer
-from tests.training.test_loggers import read_csv, read_events
-from tests.training.test_resume import Net, data
 
 EPOCHS = 2
 STEPS = [3, 7]
@@ -353,7 +353,7 @@ def test_a_logger_that_fails_costs_its_own_output_only(tmp_path: Path, monkeypat
     """Here with a name that neither of both takes as it is."""
     wandb, mlflow = WandbLogger(save_dir=tmp_path), MLFlowLogger(tracking_uri=f"file://{tmp_path}/mlruns")
     callback = spectra(name="λ (all)")
-    monkeypatch.setattr("lightning_hesd.training.loggers.mlflow_runs.MLflowSink.write", fail)
+    monkeypatch.setattr("lightning_hesd.training.loggers.mlflow_runs.MLflowOutput.write", fail)
     with pytest.warns(RuntimeWarning, match="server gone") as caught:
         train(tmp_path, [mlflow, wandb], callback)
     assert sum("server gone" in str(warning.message) for warning in caught) == EPOCHS
@@ -371,7 +371,7 @@ def test_training_that_fails_leaves_its_spectra(tmp_path: Path, monkeypatch: pyt
     """And what goes wrong then does not hide why it failed, even if errors are to be raised."""
     wandb, mlflow = WandbLogger(save_dir=tmp_path), MLFlowLogger(tracking_uri=f"file://{tmp_path}/mlruns")
     callback = spectra(on_error="raise")
-    monkeypatch.setattr("lightning_hesd.training.loggers.mlflow_runs.MLflowSink.finish", fail)
+    monkeypatch.setattr("lightning_hesd.training.loggers.mlflow_runs.MLflowOutput.finish", fail)
     with (
         pytest.raises(RuntimeError, match="power cut"),
         pytest.warns(RuntimeWarning, match="cannot write the spectra at the end of training. OSError: server gone"),
@@ -389,7 +389,7 @@ def test_without_an_analysis_there_is_no_artifact(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", sorted(Path(loggers.__file__).parent.glob("*.py")), ids=lambda module: module.stem)
-def test_sinks_can_be_imported_without_clients(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_can_be_imported_without_clients(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for client in ("wandb", "mlflow"):
         monkeypatch.setitem(sys.modules, client, None)
     runpy.run_path(str(module))

@@ -20,8 +20,6 @@ from torch.utils.data import DataLoader
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, hessian_spectrum
 from lightning_hesd.commands.cli import main as command
-from lightning_hesd.numerics.analysis.api import analysis_options
-from lightning_hesd.numerics.inputs.options import OPTION_NAMES
 from tests.training import cli_project
 
 PROJECT = "tests.training.cli_project"
@@ -257,11 +255,6 @@ def test_help_knows_types_and_meanings(capsys: pytest.CaptureFixture[str]) -> No
     assert "Unvalidated" not in text
     assert "Number of independent start vectors. (type: int, default: 1)" in text
     assert "(type: Union[float, Literal['type', 'auto'], null], default: null)" in text
-
-
-def test_options_of_the_analysis_are_those_of_hessian_spectrum() -> None:
-    shown, options = inspect.signature(analysis_options).parameters, inspect.signature(hessian_spectrum).parameters
-    assert dict(shown) == {name: options[name] for name in OPTION_NAMES}
 
 
 @pytest.mark.filterwarnings("ignore:none of the epochs:RuntimeWarning")

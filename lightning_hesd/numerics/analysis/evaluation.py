@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.inputs.options import AnalysisOptions
-    from lightning_hesd.numerics.inputs.parameter_sharding import Layout
+    from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
     from lightning_hesd.numerics.isolation.isolation import Isolation
-    from lightning_hesd.numerics.operators.curvature import Matrix
+    from lightning_hesd.numerics.operators.curvature import CurvatureMatrix
 
 LossFunction = Callable[[Any, Any], Any]
 """loss_fn(module, batch) -> mean loss over the batch, a scalar tensor.
@@ -37,12 +37,12 @@ class Evaluator:
     """Calls the user's functions on batches.
 
     Attributes:
-        module: The module they are given.
+        module: First argument of the functions.
         loss_fn: Loss of a batch.
         options: Options of the analysis, with `output_fn`, `output_loss` and the seed.
-        layout: How the parameters lie in the processes.
-        isolation: What keeps evaluations apart.
-        batches: All batches of the analysis; None: this process does not have them all.
+        sharding: How the parameters are distributed over ranks.
+        isolation: Restores the state before each evaluation.
+        batches: All batches of the analysis; None if other ranks have some of them.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Evaluator:
         module: nn.Module,
         loss_fn: LossFunction,
         options: AnalysisOptions,
-        layout: Layout,
+        sharding: ParameterSharding,
         isolation: Isolation,
         *,
         batches: Sequence[WeightedBatch] | None = None,
@@ -58,16 +58,16 @@ class Evaluator:
         self.module = module
         self.loss_fn = loss_fn
         self.options = options
-        self.layout = layout
+        self.sharding = sharding
         self.isolation = isolation
         self._dtype: torch.dtype | None = None
         self.batches = batches
-        self._known: dict[str, bool] = {}  # what `Replacements` has to be told
+        self._known: dict[str, bool] = {}  # arguments of `Replacements`, from earlier evaluations
 
     def loss(self, batch: WeightedBatch) -> Tensor:
         """Return the mean loss of a batch, a scalar with a graph."""
         loss = self._evaluate(lambda data: self.loss_fn(self.module, data), batch)
-        return self.layout.loss(_checked_loss(loss, "loss_fn"), batch)
+        return self.sharding.mean_loss(_checked_loss(loss, "loss_fn"), batch)
 
     def outputs(self, batch: WeightedBatch) -> Any:
         """Return the outputs of the network for a batch."""
@@ -75,17 +75,17 @@ class Evaluator:
         return self._evaluate(lambda data: output_fn(self.module, data), batch)
 
     def loss_of_outputs(self, outputs: Any, batch: WeightedBatch) -> Tensor:
-        """Return the mean loss of such outputs, a scalar with a graph, right after they were computed."""
+        """Return the mean loss of outputs that were computed right before, a scalar with a graph."""
         output_loss = cast("Callable[[Any, Any], Tensor]", self.options.output_loss)  # checked with the options
         loss = self._evaluate(lambda data: output_loss(outputs, data), batch, from_start=False)
-        return self.layout.loss(_checked_loss(loss, "output_loss"), batch)
+        return self.sharding.mean_loss(_checked_loss(loss, "output_loss"), batch)
 
-    def matrix(self, parameters: Sequence[Tensor], blocks: Sequence[slice]) -> Matrix:
+    def matrix(self, parameters: Sequence[Tensor], blocks: Sequence[slice]) -> CurvatureMatrix:
         """Return the curvature matrix of a batch that the options ask for.
 
         Args:
-            parameters: What its rows and columns stand for.
-            blocks: The diagonal blocks that are wanted, each a range of the parameters.
+            parameters: The parameters, to which rows and columns belong.
+            blocks: Diagonal blocks to be analyzed, each a range of the parameters.
         """
         if self.options.matrix == "hessian":
             return HessianMatrix(self.loss, parameters, blocks=blocks)
@@ -94,10 +94,10 @@ class Evaluator:
 
     @contextlib.contextmanager
     def in_finest(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Let copies in the finest precision of the device take the place of the module's parameters, buffers, batches.
+        """Replace the module's parameters and buffers, and batches, by copies in the finest precision of the device.
 
-        The parameters themselves stay as they are: where one changes its type, PyTorch forgets who waits for its
-        gradients (DistributedDataParallel does).
+        The parameters themselves stay as they are: if one changes its dtype, PyTorch forgets the hooks on its gradient,
+        such as those of DistributedDataParallel.
 
         Yields:
             A function that returns the copy of a parameter.
@@ -114,14 +114,14 @@ class Evaluator:
                         if parameter not in copies:
                             copies[parameter] = _converted(parameter, dtype)
                         places.append(partial(setattr, owner, name, parameter))
-                        setattr(owner, name, copies[parameter])  # as recurrent networks keep lists of them, too
+                        setattr(owner, name, copies[parameter])  # recurrent networks keep lists of them, too
                 for name, buffer in list(owner._buffers.items()):  # noqa: SLF001
                     if buffer is not None and buffer.is_floating_point():
                         places.append(partial(owner._buffers.__setitem__, name, buffer))  # noqa: SLF001
                         owner._buffers[name] = buffer.to(dtype, copy=True)  # noqa: SLF001
             torch.set_default_dtype(dtype)
             self._dtype = dtype
-            with self.isolation.afresh(list(copies.values())):
+            with self.isolation.separate(list(copies.values())):
                 yield copies.__getitem__
         finally:
             self._dtype = None
@@ -130,7 +130,7 @@ class Evaluator:
                 put_back()
 
     def _evaluate(self, function: Callable[[Any], Any], batch: WeightedBatch, *, from_start: bool = True) -> Any:
-        """Return the value of a function of a batch, called again where the first call shows that it has to be."""
+        """Return the value of a function of a batch, called again if replacements were missing."""
         while True:
             replacements = Replacements(**self._known)
             try:
@@ -157,7 +157,7 @@ class Evaluator:
         # The same dropout mask at every evaluation of this batch, and not the random numbers of the start vectors.
         seed_everything(self.options.seed + 1 + batch.index)
         recomputed = recomputed_under(replacements)
-        with self.isolation.evaluation(), replacements, recomputed, self.layout.evaluation(), batch.evaluated():
+        with self.isolation.evaluation(), replacements, recomputed, self.sharding.evaluation(), batch.evaluated():
             data = batch.copy().data
             return function(data if self._dtype is None else tree_map_only(Tensor, self._cast, data))
 
@@ -165,12 +165,12 @@ class Evaluator:
         """Bring the embeddings that the losses of all batches use within their `max_norm`, in place.
 
         Raises:
-            RuntimeError: If other processes have batches, too: their weights would become others than these.
+            RuntimeError: If other ranks have batches, too: their parameters would then differ from this rank's.
         """
         if self.batches is None:
             msg = (
-                "the loss renormalises embeddings (`max_norm`) in place, each process those of its own batches, so "
-                "that the weights of the processes differ: analyse in a single process, or without `max_norm`."
+                "the loss renormalizes embeddings (`max_norm`) in place, each process those of its own batches, so "
+                "that the weights of the processes differ: analyze in a single process, or without `max_norm`."
             )
             raise RuntimeError(msg)
         replacements = Replacements()
@@ -179,7 +179,7 @@ class Evaluator:
         self.isolation.restore(None)
         for renormalization in replacements.renormalizations:
             torch.embedding_renorm_(*renormalization)
-        self.isolation.start_here()
+        self.isolation.restart()
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
@@ -187,7 +187,7 @@ class Evaluator:
 
 def _converted(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
     converted = nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=parameter.requires_grad)
-    vars(converted).update(vars(parameter))  # what the user noted on it
+    vars(converted).update(vars(parameter))  # attributes that the user has set
     return converted
 
 

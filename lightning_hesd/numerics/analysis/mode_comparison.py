@@ -1,4 +1,4 @@
-"""The value of a loss and its gradient in one mode of the module, to compare modes by."""
+"""Comparison of a loss and its gradient in two modes of the module."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from lightning_hesd.numerics.analysis.evaluation import Evaluator
 from lightning_hesd.numerics.devices import accelerators
 from lightning_hesd.numerics.inputs.batches import SkippedBatchError
 from lightning_hesd.numerics.inputs.parameters import select_parameters, vector_dtype
-from lightning_hesd.numerics.isolation.exact_mode import analysis_state
+from lightning_hesd.numerics.isolation.exact_mode import exact_mode
 from lightning_hesd.numerics.operators.curvature import gradient
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor, nn
 
     from lightning_hesd.numerics.analysis.evaluation import LossFunction
+    from lightning_hesd.numerics.collectives import Collectives
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.inputs.options import AnalysisOptions
-    from lightning_hesd.numerics.inputs.parameter_sharding import Layout
+    from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
     from lightning_hesd.numerics.krylov.vectors import VectorSpace
 
 FLOAT32_EPSILON = torch.finfo(torch.float32).eps
@@ -33,14 +34,14 @@ FLOAT32_EPSILON = torch.finfo(torch.float32).eps
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A loss at the present weights, on this process's batches.
+    """A loss and its gradient on this rank's batches.
 
     Attributes:
         weights: Weight of each batch.
-        losses: Loss of each batch; None where the loss function skipped it.
-        draws: Fingerprint, for each batch, of the random number generators after its loss was computed.
+        losses: Loss of each batch; None for a batch that the loss function skipped.
+        draws: For each batch, a fingerprint of the random number generators after its loss was computed.
         gradient: Gradient of the weighted sum of the losses, flat, shape (n,).
-        norm: Weighted sum of the norms of the batches' gradients.
+        norm: Weighted sum of the norms of the gradients of the batches.
     """
 
     weights: tuple[float, ...]
@@ -50,9 +51,9 @@ class Evaluated:
     norm: float
 
 
-def gradient_space(module: nn.Module, options: AnalysisOptions, layout: Layout) -> VectorSpace:
-    """Return the space of gradients with respect to the analysed parameters."""
-    return layout.space(layout.parts(list(select_parameters(module, options).values())))
+def gradient_space(module: nn.Module, options: AnalysisOptions, sharding: ParameterSharding) -> VectorSpace:
+    """Return the space of gradients with respect to the analyzed parameters."""
+    return sharding.space(sharding.local_shards(list(select_parameters(module, options).values())))
 
 
 def evaluated(
@@ -60,7 +61,7 @@ def evaluated(
     batches: Sequence[WeightedBatch],
     loss_fn: LossFunction,
     options: AnalysisOptions,
-    layout: Layout,
+    sharding: ParameterSharding,
     *,
     alone: bool,
 ) -> Evaluated:
@@ -68,31 +69,31 @@ def evaluated(
 
     Args:
         module: The module.
-        batches: This process's share of the batches.
+        batches: This rank's share of the batches.
         loss_fn: As for `hessian_spectrum`.
         options: As for `hessian_spectrum`.
-        layout: How the parameters lie in the processes.
-        alone: Whether there is no other process.
+        sharding: How the parameters are distributed over ranks.
+        alone: Whether there is no other rank.
 
     Raises:
         ArithmeticError: If a loss or its gradient is NaN or infinite.
-        SkippedBatchError: If a batch is skipped that all processes must evaluate together.
+        SkippedBatchError: If a batch is skipped that all ranks must evaluate together.
     """
-    analysed = list(select_parameters(module, options).values())
-    parameters = layout.parts(analysed)
-    space = layout.space(parameters)
+    analyzed = list(select_parameters(module, options).values())
+    parameters = sharding.local_shards(analyzed)
+    space = sharding.space(parameters)
     total = torch.zeros(sum(p.numel() for p in parameters), dtype=vector_dtype(parameters), device=parameters[0].device)
     losses: list[float | None] = []
     draws: list[int] = []
     norm = 0.0
-    with analysis_state(module, options.mode, analysed) as isolation, layout.opened(module):
-        joint = layout.joint(batches)
-        evaluator = Evaluator(module, loss_fn, options, layout, isolation, batches=joint if alone else None)
+    with exact_mode(module, options.mode, analyzed) as isolation, sharding.full_parameters(module):
+        joint = sharding.joint_batches(batches)
+        evaluator = Evaluator(module, loss_fn, options, sharding, isolation, batches=joint if alone else None)
         for batch in joint:
             try:
                 loss = evaluator.loss(batch)
             except SkippedBatchError:
-                if layout.all_reduce is not None:  # the processes could not tell each other
+                if sharding.is_sharded:  # only this rank knows of it
                     raise
                 losses.append(None)
                 draws.append(0)
@@ -109,7 +110,7 @@ def evaluated(
 
 
 def _fingerprint() -> int:
-    """Return a number that tells apart the states of the global random number generators."""
+    """Return a hash of the states of the global random number generators."""
     _, keys, position, *_ = cast("tuple[Any, ...]", np.random.get_state())  # noqa: NPY002
     states: list[Any] = [random.getstate(), keys.tobytes(), position, torch.get_rng_state().numpy().tobytes()]
     states += [module.get_rng_state().cpu().numpy().tobytes() for module in accelerators()]
@@ -118,14 +119,14 @@ def _fingerprint() -> int:
 
 @dataclass(frozen=True)
 class Difference:
-    """How two losses differ, over all processes.
+    """The difference of two losses, over all ranks.
 
     Attributes:
-        losses: The two mean losses; NaN where all batches are skipped.
-        loss: Mean distance of the batches' losses, relative to their mean size.
-        gradient: Distance of the gradients, relative to the mean norm of the batches' gradients.
-        in_draws: Whether they draw other random numbers.
-        limit: What rounding can make of `loss` and `gradient`.
+        losses: The two mean losses; NaN if all batches are skipped.
+        loss: Mean distance of the losses of batches, relative to their mean size.
+        gradient: Distance of the gradients, relative to the mean norm of the gradients of batches.
+        in_draws: Whether the two draw different random numbers.
+        limit: Largest `loss` and `gradient` that rounding explains.
     """
 
     losses: tuple[float, float]
@@ -136,7 +137,7 @@ class Difference:
 
     @property
     def is_rounding(self) -> bool:
-        """Whether the two are the same function, as far as that can be told."""
+        """Whether rounding explains the difference."""
         return self.loss <= self.limit and self.gradient <= self.limit
 
 
@@ -144,15 +145,15 @@ def difference(
     first: Evaluated,
     second: Evaluated,
     space: VectorSpace,
-    add: Callable[[Callable[[], list[float]]], list[float]],
+    collectives: Collectives,
 ) -> Difference:
     """Compare two losses of the same batches.
 
     Args:
-        first: One.
-        second: The other.
-        space: The space of their gradients.
-        add: Does some work in every process and returns the sums of the numbers that they found.
+        first: One loss.
+        second: The other loss.
+        space: Space of the gradients.
+        collectives: Communication between all ranks.
     """
 
     def compare() -> list[float]:
@@ -172,7 +173,9 @@ def difference(
             float(first.draws != second.draws),
         ]
 
-    weight, one, other, apart, size, gradients_apart, norms, skipped, draws = add(compare)
+    weight, one, other, apart, size, gradients_apart, norms, skipped, draws = collectives.sum_values(
+        collectives.run_together(compare)
+    )
     epsilon = torch.finfo(first.gradient.dtype).eps
     return Difference(
         (one / weight, other / weight) if weight else (math.nan, math.nan),

@@ -1,10 +1,11 @@
-"""Another try of an analysis that ran out of memory, with less of it."""
+"""Repetition of an analysis that has failed for want of memory, or of an intact graph, with options that need less."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
+from lightning_hesd.numerics.collectives import LOCAL, Collectives
 from lightning_hesd.numerics.isolation.exact_mode import release_memory
 from lightning_hesd.numerics.operators.memory import is_out_of_memory
 
@@ -16,62 +17,59 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-CHANGED_GRAPH = "modified by an inplace operation"
-"""In PyTorch's message that a tensor is not what it was when the graph was made."""
-
 
 def retry_on_oom(
     attempt: Callable[[AnalysisOptions, str | None], Result],
     options: AnalysisOptions,
     cache: AnalysisCache,
-    agree: Callable[[bool], bool] = bool,
+    collectives: Collectives = LOCAL,
 ) -> Result:
-    """Return the result of an attempt, repeated with other options where it fails for want of memory or of a graph.
+    """Return the result of an attempt, repeated with other options if it runs out of memory or finds a graph changed.
 
-    Out of memory: first without retained graphs, which gives the same result in more time; then without the Krylov
-    basis as well, unless the user says where it goes. A graph that a later evaluation has changed in place: without
-    retained graphs. The memory of a failed attempt is given back before the next.
+    The first repetition retains no graphs, which gives the same result in more time. If memory is still short, the
+    second one keeps no Krylov basis, unless the user has chosen where it is kept. The memory of a failed attempt is
+    released before the next one.
 
     Args:
-        attempt: Takes options, and why they are not the given ones (None if they are).
-        options: What to begin with.
-        cache: What is known about the loss.
-        agree: Takes whether this process failed in one of these ways, and returns whether any did; called where all
-            have failed.
+        attempt: Function of the options, and of the reason why they are not the given ones, None for the given ones.
+        options: Options of the first attempt.
+        cache: What earlier analyses of the same loss have measured.
+        collectives: Communication between the ranks, all of which fail if one does.
     """
     reason: str | None = None
     while True:
         try:
             return attempt(options, reason)
         except Exception as error:
-            first_line = (str(error) or type(error).__name__).splitlines()[0]
-            other = None
-            # Every process must ask both.
-            if agree(is_out_of_memory(error)):
-                other, cause = _leaner(options, cache), f"out of memory ({first_line})"
-            if agree(CHANGED_GRAPH in str(error)) and other is None:
-                other, cause = _without_graphs(options, cache), "an evaluation changes in place what graphs keep"
-            if other is None:
+            change = _leaner(error, options, cache, collectives)
+            if change is None:
                 raise
-            options, change = other
-            message = f"{cause}, hence {change}"
+            options, words = change
         # Not in the handler: the exception holds the frames of the attempt, and they its tensors.
         release_memory()
-        reason = message if reason is None else f"{reason}; {message}"
+        reason = words if reason is None else f"{reason}; {words}"
 
 
-def _leaner(options: AnalysisOptions, cache: AnalysisCache) -> tuple[AnalysisOptions, str] | None:
-    """Return options that take less memory, and how in words; None if there is nothing left to save."""
-    if (other := _without_graphs(options, cache)) is not None:
-        return other
-    if options.basis == "auto":
-        return replace(options, basis="none"), "no basis is kept"
+def _leaner(
+    error: Exception, options: AnalysisOptions, cache: AnalysisCache, collectives: Collectives
+) -> tuple[AnalysisOptions, str] | None:
+    """Return options that avoid an error, and the reason for them in words; None if there are none."""
+    # Every rank must ask both.
+    is_short_of_memory = collectives.any(is_out_of_memory(error))
+    is_graph_changed = collectives.any(_is_graph_changed(error))
+    if is_short_of_memory:
+        cause = f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]})"
+    else:
+        cause = "an evaluation changes in place what graphs keep"
+    # With "auto" the failed attempt may have found that there are no exact products, hence no graphs.
+    retains_graphs = options.strategy == "graph" or (options.strategy == "auto" and cache.inexact_reason is None)
+    if retains_graphs and (is_short_of_memory or is_graph_changed):
+        return replace(options, strategy="recompute"), f"{cause}, hence products are recomputed"
+    if options.basis == "auto" and is_short_of_memory:
+        return replace(options, basis="none"), f"{cause}, hence no basis is kept"
     return None
 
 
-def _without_graphs(options: AnalysisOptions, cache: AnalysisCache) -> tuple[AnalysisOptions, str] | None:
-    """Return options that retain no graphs, and how in words; None if these do not."""
-    # The attempt may have found that there are no exact products.
-    if options.strategy == "graph" or (options.strategy == "auto" and cache.obstacle is None):
-        return replace(options, strategy="recompute"), "products are recomputed"
-    return None
+def _is_graph_changed(error: Exception) -> bool:
+    """Return whether a tensor that a graph has saved was changed in place; PyTorch raises a plain RuntimeError."""
+    return isinstance(error, RuntimeError) and "modified by an inplace operation" in str(error)

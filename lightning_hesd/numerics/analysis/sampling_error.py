@@ -1,4 +1,4 @@
-"""How much of C_t is due to the finite sample: standard errors and bias of the extremes over groups of samples.
+"""Sampling error of C_t: standard errors and biases of the extreme eigenvalues, from groups of samples.
 
 H is the mean of the Hessians H_g of groups of samples, and λ = uᵀHu at an extreme eigenvector u. To first order another
 sample changes λ as it changes uᵀHu: the spread of uᵀH_g u over groups gives the standard error. To second order the
@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from lightning_hesd.numerics.devices import finest_dtype
-from lightning_hesd.numerics.krylov.lanczos import eigen
-from lightning_hesd.numerics.operators.risk_operator import AnotherProcessFailedError
+from lightning_hesd.numerics.krylov.ritz import tridiagonal_eigh
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lightning_hesd.numerics.krylov.lanczos import Lanczos
-    from lightning_hesd.numerics.operators.operator import CurvatureOperator
+    from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock
 
     Array = NDArray[np.float64]
 
@@ -38,7 +37,7 @@ ROUNDING = 64.0
 
 @dataclass(frozen=True)
 class SamplingError:
-    """What the finite sample does to the extremes and to C_t: fields of `Spectrum`, which explains them."""
+    """Errors of the extremes and of C_t due to the finite sample: fields of `Spectrum`, which explains them."""
 
     c_t_sampling_error: float
     c_t_sampling_bias: float
@@ -51,7 +50,7 @@ class SamplingError:
 
 @dataclass(frozen=True)
 class _End:
-    """One end of the spectrum: its Ritz vector among those of its probe."""
+    """One end of the spectrum: an extreme Ritz vector among those of its Lanczos run."""
 
     run: Lanczos
     nodes: Array
@@ -59,16 +58,16 @@ class _End:
     position: int
 
 
-def sampling_error(operator: CurvatureOperator, runs: Sequence[Lanczos]) -> SamplingError:
-    """Estimate what the finite sample does to the extremes, in one pass over the samples.
+def sampling_error(operator: DiagonalBlock, runs: Sequence[Lanczos]) -> SamplingError:
+    """Estimate the errors of the extreme eigenvalues due to the finite sample, in one pass over the samples.
 
     Args:
         operator: The Hessian.
-        runs: The Lanczos processes; the lowest and the highest of all their Ritz vectors are taken.
+        runs: The Lanczos runs; the lowest and the highest of all their Ritz vectors are taken.
 
     Raises:
         ValueError: If there are fewer than 8 groups, their mean is not the Hessian, or they do not differ.
-        AnotherProcessFailedError: If it failed on another process.
+        AnotherRankFailedError: If it failed on another rank.
     """
     ends = _ends(runs)
     unit = [torch.nn.functional.normalize(e.run.ritz_vectors(e.vectors[:, [e.position]])[0], dim=0) for e in ends]
@@ -79,20 +78,20 @@ def sampling_error(operator: CurvatureOperator, runs: Sequence[Lanczos]) -> Samp
             f"the sampling error needs at least {MIN_GROUPS} groups of samples, and the batches can be cut into "
             f"{groups} only: "
         )
-        if operator.mean.uncut is not None:
+        if operator.risk.uncut_reason is not None:
             msg += (
-                f"{operator.mean.uncut}. Pass at least {MIN_GROUPS} batches, so that none needs to be cut (smaller "
-                "ones, or more samples), or leave the sampling error out."
+                f"{operator.risk.uncut_reason}. Pass at least {MIN_GROUPS} batches, so that none needs to be cut "
+                "(smaller ones, or more samples), or leave the sampling error out."
             )
         else:
-            msg += "analyse more samples, or more batches."
+            msg += "analyze more samples, or more batches."
         raise ValueError(msg)
 
     own = np.stack([part[:, end.position] for part, end in zip(coordinates, ends, strict=True)], axis=1)
     covariance = _covariance_of_mean(own, weights)
     extremes = np.array([end.nodes[end.position] for end in ends])
     errors = np.sqrt(np.diag(covariance))
-    rounding = ROUNDING * torch.finfo(operator.mean.dtype).eps * float(np.abs(extremes).max())
+    rounding = ROUNDING * torch.finfo(operator.risk.dtype).eps * float(np.abs(extremes).max())
     if (np.abs(weights @ own - extremes) > errors + 0.01 * np.abs(extremes) + rounding).any():
         msg = (
             f"the curvatures of groups of samples have means {weights @ own}, those of whole batches are {extremes}: "
@@ -100,7 +99,7 @@ def sampling_error(operator: CurvatureOperator, runs: Sequence[Lanczos]) -> Samp
             f"into groups. Pass at least {GROUPS} batches, or leave the sampling error out."
         )
         raise ValueError(msg)
-    if groups > operator.mean.num_batches and (errors <= rounding).all():
+    if groups > operator.risk.num_batches and (errors <= rounding).all():
         msg = (
             "the curvature is the same in all groups of samples, to rounding: the loss may not depend on what was cut. "
             f"Pass at least {GROUPS} batches, so that none needs to be cut, or leave the sampling error out."
@@ -111,11 +110,11 @@ def sampling_error(operator: CurvatureOperator, runs: Sequence[Lanczos]) -> Samp
     shifts = [_shift(weights, *parts, mean) for parts in zip(coordinates, squares.T, ends, strict=True)]
     biases = np.array([-shifts[0], shifts[1]])
     # C_t = λ_min/λ_max to first order (the delta method), its mean to second.
-    slopes = np.array([1 / lambda_max, -lambda_min / lambda_max**2])
-    bend = (covariance[1, 1] * lambda_min / lambda_max - covariance[0, 1]) / lambda_max**2
+    derivative = np.array([1 / lambda_max, -lambda_min / lambda_max**2])
+    curvature = (covariance[1, 1] * lambda_min / lambda_max - covariance[0, 1]) / lambda_max**2
     return SamplingError(
-        c_t_sampling_error=math.sqrt(max(float(slopes @ covariance @ slopes), 0.0)),
-        c_t_sampling_bias=float(slopes @ biases + bend),
+        c_t_sampling_error=math.sqrt(max(float(derivative @ covariance @ derivative), 0.0)),
+        c_t_sampling_bias=float(derivative @ biases + curvature),
         lambda_min_sampling_error=float(errors[0]),
         lambda_max_sampling_error=float(errors[1]),
         lambda_min_sampling_bias=float(biases[0]),
@@ -146,32 +145,33 @@ def samples_needed(num_samples: float, allowed: float, error: float, bias: float
 
 
 def _ends(runs: Sequence[Lanczos]) -> tuple[_End, _End]:
-    pairs = [(run, *eigen(run.alphas, run.betas)) for run in runs]
+    pairs = [(run, *tridiagonal_eigh(run.alphas, run.betas)) for run in runs]
     lowest = min(pairs, key=lambda pair: float(pair[1][0]))
     highest = max(pairs, key=lambda pair: float(pair[1][-1]))
     return _End(*lowest, position=0), _End(*highest, position=len(highest[1]) - 1)
 
 
 def _group_curvatures(
-    operator: CurvatureOperator, ends: Sequence[_End], unit: torch.Tensor
+    operator: DiagonalBlock, ends: Sequence[_End], unit: torch.Tensor
 ) -> tuple[Array, Array, list[Array]]:
     """Apply the groups' Hessians H_g to the Ritz vectors u of the ends.
 
     Returns:
         weights: Share of each group in the mean, shape (groups,), sum 1.
         squares: ‖H_g u‖², shape (groups, 2).
-        coordinates: For each end y_kᵀH_g u along the Ritz vectors y_k of its probe, shape (groups, steps); without a
-            basis along u alone, and 0 elsewhere.
+        coordinates: For each end y_kᵀH_g u with the Ritz vectors y_k of its run, shape (groups, steps); without a
+            Krylov basis uᵀH_g u only, and 0 for other Ritz vectors.
     """
-    parts = max(1, math.ceil(GROUPS / operator.mean.num_batches))
+    parts = max(1, math.ceil(GROUPS / operator.risk.num_batches))
     lengths = [len(end.nodes) for end in ends]
-    # One row for each group of all processes; every process fills in its own.
-    mean = operator.mean
-    table = torch.zeros((mean.num_batches + mean.num_skipped) * parts, 3 + sum(lengths), dtype=torch.float64)
-    try:
+    risk = operator.risk
+    # One row for each group of all ranks; every rank fills in its own.
+    table = torch.zeros((risk.num_batches + risk.num_skipped) * parts, 3 + sum(lengths), dtype=torch.float64)
+
+    def fill() -> None:
         for group, position, products in operator.group_products(unit, parts):
             row = table[group.index * parts + position]
-            row[0] = group.weight / operator.mean.weight
+            row[0] = group.weight / risk.weight
             row[1:3] = torch.linalg.vector_norm(products, dim=1, dtype=finest_dtype(products.device)).square()
             for end, product, u, target in zip(ends, products, unit, torch.split(row[3:], lengths), strict=True):
                 along = end.run.project(product)
@@ -179,14 +179,9 @@ def _group_curvatures(
                     target[end.position] = torch.dot(u, product)
                 else:
                     target.copy_(torch.from_numpy(end.vectors).T @ along.cpu().double())
-    except Exception as error:
-        if not operator.mean.is_distributed:
-            raise
-        operator.mean.failure = error
-        table.fill_(math.nan)
-    table = operator.mean.sum_of_numbers(table)
-    if table.isnan().any():
-        raise operator.mean.failure or AnotherProcessFailedError
+
+    risk.collectives.run_together(fill)
+    table = risk.collectives.sum(table)
     table = table[table[:, 0] > 0]
     first, second = (part.numpy() for part in torch.split(table[:, 3:], lengths, dim=1))
     return table[:, 0].numpy(), table[:, 1:3].numpy(), [first, second]
@@ -201,11 +196,11 @@ def _covariance_of_mean(values: Array, weights: Array) -> Array:
 
 
 def _shift(weights: Array, coordinates: Array, squares: Array, end: _End, mean_eigenvalue: float) -> float:
-    """Return how far outward the sample pushes the eigenvalue at one end, at least 0.
+    """Return the outward bias of the eigenvalue at one end, at least 0.
 
     Second-order perturbation theory: Σ_k s_k²/gap_k with s_k² the sampling variance of y_kᵀHu, here with the shift
-    itself in the denominator (Brillouin & Wigner), x = Σ_k s_k²/(gap_k + x), so that close eigenvalues do no harm.
-    What the Krylov space does not hold counts as one more level at the mean of the spectrum.
+    itself in the denominator (Brillouin & Wigner), x = Σ_k s_k²/(gap_k + x), which stays finite for close eigenvalues.
+    The complement of the Krylov space counts as one more eigenvalue at the mean of the spectrum.
     """
     groups = len(weights)
     variances = np.diag(_covariance_of_mean(coordinates, weights)).copy()

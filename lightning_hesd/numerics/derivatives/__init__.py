@@ -1,1 +1,1 @@
-"""Operations of PyTorch whose second derivatives are wrong, slow or absent, and what replaces them."""
+"""Replacements for operations of PyTorch whose second derivatives are wrong, slow or missing."""

@@ -1,10 +1,10 @@
-"""Attention, with second derivatives that are cheap for short contexts and take memory linear in long ones.
+"""Attention with second derivatives that are fast for short contexts, and linear in memory for long ones.
 
-For each head o = P v with P = softmax(scale · q kᵀ + mask), a row for each query. For short contexts P and its gradient
-stay in the graph of the gradient. For long ones nothing stays but q, k, v and the gradient on o. Every derivative
-computes the scores again, in blocks of rows, which suffices: a row of P belongs to one query, and what a derivative
-gives for keys and values is a sum over the queries. As the derivative of such a function is one again, this goes on to
-every order: a gradient penalty takes no more memory than its loss.
+For each head o = P v with P = softmax(scale · q kᵀ + mask), one row per query. For short contexts, P and its gradient
+are stored in the graph of the gradient. For long ones, only q, k, v and the gradient with respect to o are stored, and
+every derivative recomputes the scores in blocks of rows. Blocks suffice because a row of P belongs to one query, and
+derivatives with respect to keys and values are sums over queries. The derivative of such a function is such a function
+again, to every order: a gradient penalty takes no more memory than its loss.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _BLOCK = 2**18
-"""Scores in a block on the CPU, where intermediate results of this size stay in the cache."""
+"""Scores per block on the CPU, where intermediate results of this size fit into the cache."""
 
 _BLOCK_ELSEWHERE = 2**24
-"""Scores in a block on accelerators, which need large operations."""
+"""Scores per block on accelerators, which need large operations."""
 
 _MIN_ROWS = 16
-"""Rows in a block at least: with fewer, matrix products are slow."""
+"""Minimal rows per block: with fewer, matrix products are slow."""
 
 
 def short_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool) -> Tensor:
@@ -52,8 +52,8 @@ class _ShortAttention(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        of_inputs = _ShortAttentionBackward.apply(gradient, *ctx.saved_tensors, ctx.options)  # type: ignore[no-untyped-call]
-        return *of_inputs, None, None
+        gradients = _ShortAttentionBackward.apply(gradient, *ctx.saved_tensors, ctx.options)  # type: ignore[no-untyped-call]
+        return *gradients, None, None
 
 
 class _ShortAttentionBackward(Function):
@@ -62,36 +62,38 @@ class _ShortAttentionBackward(Function):
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *inputs: Any) -> Any:
         q, k, v, probabilities, (scale, _) = inputs
-        of_probabilities = gradient @ v.mT
-        of_scores = _through_softmax(of_probabilities, probabilities) * scale
-        ctx.save_for_backward(gradient, q, k, v, probabilities, of_probabilities, of_scores)
+        grad_probabilities = gradient @ v.mT
+        grad_scores = _through_softmax(grad_probabilities, probabilities) * scale
+        ctx.save_for_backward(gradient, q, k, v, probabilities, grad_probabilities, grad_scores)
         ctx.options = inputs[-1]
-        return of_scores @ k, of_scores.mT @ q, probabilities.mT @ gradient
+        return grad_scores @ k, grad_scores.mT @ q, probabilities.mT @ gradient
 
     @staticmethod
-    def backward(ctx: Any, along_q: Tensor, along_k: Tensor, along_v: Tensor) -> Any:
-        gradient, q, k, v, probabilities, of_probabilities, of_scores = ctx.saved_tensors
+    def backward(ctx: Any, tangent_q: Tensor, tangent_k: Tensor, tangent_v: Tensor) -> Any:
+        gradient, q, k, v, probabilities, grad_probabilities, grad_scores = ctx.saved_tensors
         scale, causal = ctx.options
         if torch.is_grad_enabled():
 
             def gradients(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
                 probabilities = _probabilities(q, k, scale, causal=causal)
-                of_scores = _through_softmax(gradient @ v.mT, probabilities) * scale
-                return [of_scores @ k, of_scores.mT @ q, probabilities.mT @ gradient]
+                grad_scores = _through_softmax(gradient @ v.mT, probabilities) * scale
+                return [grad_scores @ k, grad_scores.mT @ q, probabilities.mT @ gradient]
 
-            along = along_q, along_k, along_v
-            return *differentiate(gradients, (gradient, q, k, v), along), None, None
-        along_scores = torch.baddbmm(along_q @ k.mT, q, along_k.mT, beta=scale, alpha=scale)
-        along_probabilities = _through_softmax(along_scores, probabilities)
-        # The gradient on the scores is P ∘ (Q - rows of P ∘ Q) with Q the one on P; this differentiates it by P.
-        turn = along_scores * (of_probabilities - row_sum(probabilities, of_probabilities))
-        turn.addcmul_(row_sum(probabilities, along_scores), of_probabilities, value=-1).baddbmm_(gradient, along_v.mT)
-        turn = _through_softmax(turn, probabilities).mul_(scale)
+            tangents = tangent_q, tangent_k, tangent_v
+            return *differentiate(gradients, (gradient, q, k, v), tangents), None, None
+        tangent_scores = torch.baddbmm(tangent_q @ k.mT, q, tangent_k.mT, beta=scale, alpha=scale)
+        tangent_probabilities = _through_softmax(tangent_scores, probabilities)
+        # The gradient with respect to the scores is P ∘ (Q - row sums of P ∘ Q), with Q the gradient with respect to P.
+        # Here it is differentiated with respect to P.
+        of_scores = tangent_scores * (grad_probabilities - row_sum(probabilities, grad_probabilities))
+        of_scores.addcmul_(row_sum(probabilities, tangent_scores), grad_probabilities, value=-1)
+        of_scores.baddbmm_(gradient, tangent_v.mT)
+        of_scores = _through_softmax(of_scores, probabilities).mul_(scale)
         return (
-            torch.baddbmm(probabilities @ along_v, along_probabilities, v),
-            torch.baddbmm(turn @ k, of_scores, along_k),
-            torch.baddbmm(turn.mT @ q, of_scores.mT, along_q),
-            along_probabilities.mT @ gradient,
+            torch.baddbmm(probabilities @ tangent_v, tangent_probabilities, v),
+            torch.baddbmm(of_scores @ k, grad_scores, tangent_k),
+            torch.baddbmm(of_scores.mT @ q, grad_scores.mT, tangent_q),
+            tangent_probabilities.mT @ gradient,
             None,
             None,
         )
@@ -105,7 +107,7 @@ def _probabilities(q: Tensor, k: Tensor, scale: float, *, causal: bool) -> Tenso
 
 
 def _through_softmax(gradient: Tensor, probabilities: Tensor) -> Tensor:
-    """Return the gradient with respect to what the softmax takes, given that with respect to what it gives."""
+    """Return the gradient with respect to the input of the softmax, from that with respect to its output."""
     result: Tensor = torch.ops.aten._softmax_backward_data(gradient, probabilities, -1, gradient.dtype)  # noqa: SLF001
     return result
 
@@ -126,7 +128,7 @@ def long_attention(
         query: Shape (..., heads, queries, width).
         key: Shape (..., heads, keys, width).
         value: Shape (..., heads, keys, another width).
-        mask: What is added to the scores, or whether a score counts, without gradient; it broadcasts with them.
+        mask: Added to the scores, or, if boolean, True for scores that count; without gradient; it broadcasts.
         scale: Factor of the scores.
         causal: Whether query i attends to the keys up to i only.
         grouped: Whether consecutive heads of the queries share a head of the keys and values.
@@ -139,8 +141,8 @@ def long_attention(
     heads = torch.broadcast_shapes(*(t.shape[:-2] for t in (q, k, v)))  # type: ignore[no-untyped-call]
     q, k, v = (t.expand(*heads, *t.shape[-2:]) for t in (q, k, v))
     if mask is not None:
-        together = (*heads[:-2], heads[-2:].numel()) if grouped else heads
-        mask = mask.expand(*together, q.shape[-2], k.shape[-2])
+        all_heads = (*heads[:-2], heads[-2:].numel()) if grouped else heads
+        mask = mask.expand(*all_heads, q.shape[-2], k.shape[-2])
         mask = mask.unflatten(-3, heads[-2:]) if grouped else mask  # type: ignore[no-untyped-call]
     (attended,) = _LongAttention.apply(0, _Scores(scale, causal), mask, q, k, v)  # type: ignore[no-untyped-call]
     return (attended.flatten(-4, -3) if grouped else attended).to(dtype)  # type: ignore[no-any-return]
@@ -148,10 +150,10 @@ def long_attention(
 
 @dataclass(frozen=True)
 class _Scores:
-    """How scores come from queries and keys.
+    """The definition of scores by queries and keys.
 
     Attributes:
-        scale: Their factor.
+        scale: Factor of the scores.
         causal: Whether query i attends to the keys up to i only.
     """
 
@@ -159,7 +161,7 @@ class _Scores:
     causal: bool
 
     def blocks(self, queries: int, keys: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-        """Yield ranges of queries, each with the range of keys to which they attend."""
+        """Yield ranges of queries, each with the range of keys to which the queries attend."""
         size = _BLOCK if device.type == "cpu" else _BLOCK_ELSEWHERE
         rows = max(_MIN_ROWS, size // max(1, keys))
         for start in range(0, queries, rows):
@@ -167,7 +169,7 @@ class _Scores:
             yield slice(start, stop), slice(0, min(stop, keys) if self.causal else keys)
 
     def probabilities(self, q: Tensor, k: Tensor, mask: Tensor | None, start: int) -> Tensor:
-        """Return rows of P for a head's queries from `start` on."""
+        """Return the rows of P of one head for queries from `start` on."""
         scores = (q * self.scale) @ k.mT
         if self.causal:
             recent = scores[:, start:]
@@ -175,13 +177,14 @@ class _Scores:
         if mask is None:
             return torch.softmax(scores, -1)
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        return torch._safe_softmax(scores, -1)  # noqa: SLF001 - zeros where all is masked, as PyTorch's attention has it
+        return torch._safe_softmax(scores, -1)  # noqa: SLF001 - zeros in fully masked rows, as in PyTorch's attention
 
 
 class _LongAttention(Function):
-    """Attention (order 0) or one of its derivatives: the gradient of the order before, times a factor for each result.
+    """Attention (order 0) or its derivative of some order: the gradient of the previous order.
 
-    A function takes what the one before takes, and the factors. It gives the gradients on what the one before takes.
+    It takes the inputs of the previous order and a cotangent for each of its results, and returns the gradients with
+    respect to these inputs.
     """
 
     @staticmethod
@@ -191,16 +194,16 @@ class _LongAttention(Function):
         return _in_blocks(order, scores, mask, inputs)
 
     @staticmethod
-    def backward(ctx: Any, *along: Tensor) -> Any:
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
         mask, *inputs = ctx.saved_tensors
-        derivatives = _LongAttention.apply(ctx.order + 1, ctx.scores, mask, *inputs, *along)  # type: ignore[no-untyped-call]
+        derivatives = _LongAttention.apply(ctx.order + 1, ctx.scores, mask, *inputs, *cotangents)  # type: ignore[no-untyped-call]
         return None, None, None, *derivatives
 
 
 def _in_blocks(order: int, scores: _Scores, mask: Tensor | None, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Evaluate the derivative of an order, head by head and block by block."""
     q, k, v, *_ = inputs
-    inputs_of_queries, results_of_queries = _of_queries(order)
+    inputs_of_queries, results_of_queries = _has_query_rows(order)
     shapes = [i.shape for i in inputs[: len(results_of_queries)]] if order else [(*q.shape[:-1], v.shape[-1])]
     results = tuple(q.new_zeros(shape) for shape in shapes)
     for head in itertools.product(*map(range, q.shape[:-2])):
@@ -219,8 +222,8 @@ def _in_blocks(order: int, scores: _Scores, mask: Tensor | None, inputs: Sequenc
     return results
 
 
-def _of_queries(order: int) -> tuple[Sequence[bool], Sequence[bool]]:
-    """Return which inputs and which results of a derivative have a row for each query; the others, for each key."""
+def _has_query_rows(order: int) -> tuple[Sequence[bool], Sequence[bool]]:
+    """Return which inputs and which results of a derivative have a row per query; all others have a row per key."""
     inputs: Sequence[bool] = (True, False, False)
     results: Sequence[bool] = (True,)
     for _ in range(order):
@@ -239,14 +242,14 @@ def _derivative(order: int) -> Callable[..., Sequence[Tensor]]:
 
 
 def _automatic(order: int) -> Callable[..., Sequence[Tensor]]:
-    """Return the derivative that PyTorch finds for the one before."""
-    count = len(_of_queries(order - 1)[0])
+    """Return PyTorch's derivative of the previous order."""
+    count = len(_has_query_rows(order - 1)[0])
     function = _derivative(order - 1)
 
     def derivative(softmax: _Softmax, scale: float, *inputs: Tensor) -> Sequence[Tensor]:
         is_differentiated = torch.is_grad_enabled()
         with torch.enable_grad():
-            # An input may depend on another; views cut that path, which is the business of the graph outside.
+            # One input may depend on another. Views cut that path, which the graph outside accounts for.
             cut = [i.view_as(i) if is_differentiated else i.detach().requires_grad_() for i in inputs[:count]]
             results = function(softmax, scale, *cut)
             return torch.autograd.grad(
@@ -264,29 +267,29 @@ def _attended(softmax: _Softmax, _: float, q: Tensor, k: Tensor, v: Tensor) -> S
 def _gradients(  # noqa: PLR0917 - the order of all derivatives
     softmax: _Softmax, scale: float, q: Tensor, k: Tensor, v: Tensor, g: Tensor
 ) -> Sequence[Tensor]:
-    """Return the gradients of ⟨g, o⟩ on q, k and v."""
+    """Return the gradients of ⟨g, o⟩ with respect to q, k and v."""
     p = softmax(q, k)
-    of_scores = _through_softmax(g @ v.mT, p) * scale
-    return of_scores @ k, of_scores.mT @ q, p.mT @ g
+    grad_scores = _through_softmax(g @ v.mT, p) * scale
+    return grad_scores @ k, grad_scores.mT @ q, p.mT @ g
 
 
 def _products(  # noqa: PLR0917 - the order of all derivatives
     softmax: _Softmax, scale: float, q: Tensor, k: Tensor, v: Tensor, g: Tensor, a_q: Tensor, a_k: Tensor, a_v: Tensor
 ) -> Sequence[Tensor]:
-    """Return the gradients on q, k, v and g of the sum of ⟨a, gradient⟩ over the gradients on q, k and v.
+    """Return the gradients with respect to q, k, v and g of Σ ⟨a, gradient⟩ over the gradients of `_gradients`.
 
-    With A and G the changes of scores and P along a and g, less their means over P, the gradient on the scores is
-    P ∘ G, and its derivative that of ⟨A ∘ G, P⟩.
+    Let A and G be the changes of scores and P along a and g, minus their means under P. The gradient with respect to
+    the scores is P ∘ G, and its derivative is that of ⟨A ∘ G, P⟩.
     """
     p = softmax(q, k)
-    along_scores = torch.addmm(a_q @ k.mT, q, a_k.mT).mul_(scale)
-    of_p = g @ v.mT
-    along_p, of_scores = _through_softmax(along_scores, p), _through_softmax(of_p, p) * scale
-    turn = (along_scores - row_sum(p, along_scores)) * (of_p - row_sum(p, of_p))
-    turn = _through_softmax(torch.addmm(turn, g, a_v.mT), p) * scale
+    tangent_scores = torch.addmm(a_q @ k.mT, q, a_k.mT).mul_(scale)
+    grad_p = g @ v.mT
+    tangent_p, grad_scores = _through_softmax(tangent_scores, p), _through_softmax(grad_p, p) * scale
+    of_scores = (tangent_scores - row_sum(p, tangent_scores)) * (grad_p - row_sum(p, grad_p))
+    of_scores = _through_softmax(torch.addmm(of_scores, g, a_v.mT), p) * scale
     return (
-        torch.addmm(turn @ k, of_scores, a_k),
-        torch.addmm(turn.mT @ q, of_scores.mT, a_q),
-        along_p.mT @ g,
-        torch.addmm(p @ a_v, along_p, v),
+        torch.addmm(of_scores @ k, grad_scores, a_k),
+        torch.addmm(of_scores.mT @ q, grad_scores.mT, a_q),
+        tangent_p.mT @ g,
+        torch.addmm(p @ a_v, tangent_p, v),
     )

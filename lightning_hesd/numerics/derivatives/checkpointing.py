@@ -1,8 +1,9 @@
-"""Activation checkpointing in an analysis: what is recomputed must be what was computed.
+"""Activation checkpointing in an analysis: the recomputation must repeat the computation.
 
-PyTorch runs a checkpointed region again when its gradient is taken: elsewhere, later, and on accelerators in another
-thread. An exact product gains nothing from that, as the graph of a gradient holds all that was recomputed (of a network
-of 12 layers, 55 MB where it takes 52 MB without checkpoints); central differences, like training, take half the memory.
+PyTorch runs a checkpointed region again in the backward pass: outside the contexts of the forward pass, and on
+accelerators in another thread. Checkpoints save no memory in an exact HVP, as the graph of a gradient holds all
+recomputed activations (for a network of 12 layers 55 MB, without checkpoints 52 MB). In central differences, as in
+training, they halve the memory.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def recomputed_under(mode: TorchFunctionMode) -> Iterator[None]:
-    """Have checkpointed regions that run inside recomputed under `mode`, with the random numbers they had.
+    """Recompute checkpointed regions of this context under `mode`, with the same random numbers.
 
-    Reentrant regions, which give gradients to `backward()` only, become regions of the other kind. Names that were
-    imported from PyTorch's module before are covered, as it looks these up when a region runs.
+    Reentrant regions, which support `backward()` only, become non-reentrant ones. Functions that were imported from
+    PyTorch's module earlier are covered, too, as they look up the patched names when they run.
     """
     frame = checkpoint._CheckpointFrame  # noqa: SLF001
     generator = checkpoint._checkpoint_without_reentrant_generator  # noqa: SLF001
@@ -53,6 +54,6 @@ def recomputed_under(mode: TorchFunctionMode) -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept_activations() -> Iterator[None]:
-    """Keep the activations of checkpointed regions that run inside, instead of recomputing them."""
+    """Keep the activations of checkpointed regions of this context instead of recomputing them."""
     with patched(checkpoint, "_checkpoint_hook", lambda _: contextlib.nullcontext()):
         yield

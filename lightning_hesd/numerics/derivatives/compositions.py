@@ -1,6 +1,6 @@
-"""Operations written out in elementary ones, whose derivatives PyTorch has right to every order.
+"""Operations composed of elementary ones, whose derivatives are correct to every order in PyTorch.
 
-PyTorch's own rules take some intermediate results for constants when they are themselves differentiated: the norms of
+PyTorch's own formulas take some intermediate results for constants when they are differentiated in turn: the norms of
 `torch._weight_norm` in its second derivative, mean and variance of layer, batch and instance norms in their third, and
 the factors of a matrix in derivatives of forward-mode derivatives.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     Replacement = Callable[..., Any]
-    """Takes the arguments of an operation; returns None to leave a call to PyTorch."""
+    """Takes the arguments of an operation, and returns None to leave a call to PyTorch."""
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -60,7 +60,7 @@ def _batch_norm(  # noqa: PLR0917 - PyTorch's order
 ) -> Tensor | None:
     if not training:
         return None
-    with torch.no_grad():  # updates the running statistics, and refuses what PyTorch refuses
+    with torch.no_grad():  # updates the running statistics, and checks the arguments
         F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return _by_channel(input, [0, *range(2, input.ndim)], weight, bias, eps)
 
@@ -89,7 +89,7 @@ def _by_channel(x: Tensor, dimensions: Sequence[int], weight: Tensor | None, bia
 
 
 def _standardized(x: Tensor, dimensions: Sequence[int], eps: float) -> Tensor:
-    """Return (x - mean) / √(variance + eps), at least in float32, as PyTorch's kernels compute it."""
+    """Return (x - mean) / √(variance + eps), in float32 or higher, as PyTorch's kernels compute it."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     centered = x - x.mean(list(dimensions), keepdim=True)
     return centered * (centered.square().mean(list(dimensions), keepdim=True) + eps).rsqrt()
@@ -147,12 +147,12 @@ def _torch_instance_norm(x: Tensor, weight: Any, bias: Any, mean: Any, variance:
 
 
 WRONG_SECOND_DERIVATIVE: dict[Any, Replacement] = {
-    torch._weight_norm: _weight_norm,  # noqa: SLF001 - what both APIs of weight normalisation call
-    F.hardsigmoid: _hardsigmoid,  # has none
+    torch._weight_norm: _weight_norm,  # noqa: SLF001 - which both APIs of weight normalization call
+    F.hardsigmoid: _hardsigmoid,  # no second derivative in PyTorch
     torch.prelu: _prelu,  # asymmetric at zero
     Tensor.prelu: _prelu,
 }
-"""Operations that are written out wherever they are called."""
+"""Operations that are replaced in every loss."""
 
 WRONG_THIRD_DERIVATIVE: dict[Any, Replacement] = {
     F.layer_norm: _layer_norm,
@@ -162,7 +162,7 @@ WRONG_THIRD_DERIVATIVE: dict[Any, Replacement] = {
     F.instance_norm: _instance_norm,
     torch.instance_norm: _torch_instance_norm,
 }
-"""Operations that are written out where the loss itself holds derivatives of them."""
+"""Operations that are replaced in losses that contain derivatives of them."""
 
 WRONG_FORWARD_DERIVATIVE: dict[Any, Replacement] = {
     torch.det: _determinant,
@@ -175,4 +175,4 @@ WRONG_FORWARD_DERIVATIVE: dict[Any, Replacement] = {
     torch.linalg.slogdet: _signed_log_determinant(torch.return_types.linalg_slogdet),  # type: ignore[attr-defined]
     torch.linalg.solve: _solve,
 }
-"""Operations that are written out inside function transforms and forward-mode differentiation."""
+"""Operations that are replaced inside function transforms and forward-mode differentiation."""

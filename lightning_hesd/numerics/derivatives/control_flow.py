@@ -1,8 +1,8 @@
 """PyTorch's higher-order operations (`cond`, `scan`, `flex_attention`, ...) as ordinary branches and loops.
 
-Their own derivatives reach only what they are given as arguments. What their functions take from around them, a layer's
-weights in most cases, becomes an argument when they are compiled, and analyses compile nothing: the derivatives with
-respect to it would silently be zero.
+PyTorch differentiates these operations with respect to their arguments only. Closure variables of their functions, such
+as the weights of a layer, become arguments when they are compiled. An analysis runs without compilation, so derivatives
+with respect to closure variables would silently be zero.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
 
 
 def is_control_flow(function: object) -> bool:
-    """Whether a function is an operation that `run_plainly` can run."""
-    return isinstance(function, HigherOrderOperator) and _name(function) in _PLAIN
+    """Whether a function is an operation that `run_eagerly` can run."""
+    return isinstance(function, HigherOrderOperator) and _name(function) in _EAGER
 
 
-def run_plainly(operation: HigherOrderOperator, arguments: Sequence[Any], options: Mapping[str, Any]) -> Any:
-    """Run a higher-order operation as plain Python, so that autograd follows its functions.
+def run_eagerly(operation: HigherOrderOperator, arguments: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    """Run a higher-order operation as plain Python, so that autograd records its functions.
 
     Raises:
-        RuntimeError: If this version of PyTorch calls the operation in another way.
+        RuntimeError: If this version of PyTorch calls the operation with other arguments.
     """
-    plain = _PLAIN[_name(operation)]
+    eager = _EAGER[_name(operation)]
     try:
-        bound = inspect.signature(plain).bind(*arguments, **options)
+        bound = inspect.signature(eager).bind(*arguments, **options)
     except TypeError as error:
         msg = (
             f"the derivatives of `{_name(operation)}` need PyTorch 2.7 or later: version {torch.__version__} calls it "
             f"differently ({error}). Write the loop or branch out in the loss function."
         )
         raise RuntimeError(msg) from error
-    return plain(*bound.args, **bound.kwargs)
+    return eager(*bound.args, **bound.kwargs)
 
 
 def _name(operation: HigherOrderOperator) -> str:
@@ -86,7 +86,7 @@ def _map(f: Function, xs: Sequence[Tensor], pos_args: Sequence[Any]) -> Any:
 
 
 def _stacked(results: Sequence[Any]) -> Any:
-    """Stack the tensors at the same places of structures that are alike."""
+    """Stack the tensors at the same positions of equal structures."""
     return tree_map(lambda *parts: None if parts[0] is None else torch.stack(parts), *results)
 
 
@@ -94,12 +94,12 @@ def _flex_attention(*arguments: Any, **options: Any) -> Any:
     from torch._dynamo import _trace_wrapped_higher_order_op as indexing  # noqa: PLC0415 - slow to import
     from torch._higher_order_ops.flex_attention import math_attention  # noqa: PLC0415
 
-    # Elements of biases, `bias[h]`, are taken by an operation that has no second derivative, for the compiler's sake.
+    # PyTorch indexes biases, `bias[h]`, by an operation for the compiler, without a second derivative.
     with patched(indexing, "mod_index", torch.ops.aten.index):
         return math_attention(*arguments, **options)
 
 
-_PLAIN: dict[str, Function] = {
+_EAGER: dict[str, Function] = {
     "cond": _cond,
     "while_loop": _while_loop,
     "scan": _scan,

@@ -1,9 +1,9 @@
-"""Operations with second derivatives that are cheap, in place of those that PyTorch differentiates slowly.
+"""Replacements for operations whose second derivatives are slow in PyTorch.
 
-On the CPU PyTorch differentiates the gradient of a convolution by convolving with whole feature maps, and those of
-normalisation and activation layers in up to thirty passes over them. With the functions below this module a
-Hessian-vector product of ResNet20 takes 2.0 gradients instead of 2.6, one of a vision transformer 2.0 instead of 2.5
-(float32, two threads); values and derivatives are the same to rounding.
+On the CPU PyTorch differentiates the gradient of a convolution by convolutions with whole feature maps, and those of
+normalization and activation layers in up to thirty passes over them. With these replacements an HVP of ResNet20 takes
+the time of 2.0 gradients instead of 2.6, one of a vision transformer 2.0 instead of 2.5 (float32, two threads). Values
+and derivatives are the same to rounding.
 """
 
 from __future__ import annotations
@@ -15,33 +15,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_hesd.numerics.derivatives.attention import long_attention, short_attention
-from lightning_hesd.numerics.derivatives.autograd_functions import (
-    Convolution,
-    Linear,
-    Scale,
-    bilinear,
-    gelu,
-    layer_norm,
-    relu,
-)
+from lightning_hesd.numerics.derivatives.autograd_functions import gelu, layer_norm, relu
+from lightning_hesd.numerics.derivatives.bilinear import Convolution, Linear, Scale, bilinear
 from lightning_hesd.numerics.derivatives.cross_entropy import Labels, cross_entropy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _LARGE = 100_000
-"""Elements from which on fewer passes over memory outweigh a function of Python in the graph."""
+"""Number of elements from which on fewer passes over memory outweigh the cost of a Python function in the graph."""
 
 _LONG = 2**18
-"""Scores of a head from which on attention computes them again instead of keeping them."""
+"""Number of scores per head from which on attention recomputes the scores instead of storing them."""
 
 
 def _is_plain(*tensors: Tensor | None, anywhere: bool = False) -> bool:
-    """Whether these are ordinary tensors of the CPU, of one type, outside autocast, and one requires grad.
+    """Whether some tensors are ordinary CPU tensors of one dtype, outside autocast, of which one requires grad.
 
     Args:
-        *tensors: The tensors; None is none.
-        anywhere: Whether any other device will do, if they share it.
+        *tensors: The tensors; None is skipped.
+        anywhere: Whether all other devices are accepted, too, if the tensors share one.
     """
     present = [t for t in tensors if t is not None]
     device = present[0].device
@@ -93,7 +86,7 @@ def _batch_norm(  # noqa: PLR0917 - PyTorch's order
         return None
     is_packed = input.is_contiguous() or (input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last))
     if not is_packed:
-        return None  # PyTorch packs the result, and what follows may rely on it
+        return None  # PyTorch returns a contiguous tensor here, and later operations may rely on that
     scale = (running_var + eps).rsqrt()
     if weight is not None:
         scale = scale * weight
@@ -167,7 +160,7 @@ def _attention(  # noqa: PLR0917 - PyTorch's order
 
 
 def _is_fixed_mask(mask: Tensor, query: Tensor) -> bool:
-    """Whether a mask of scores is an ordinary tensor that goes with the queries, and has no derivatives itself."""
+    """Whether a mask of scores is an ordinary tensor that fits the queries, without a gradient."""
     fits = mask.ndim >= 2 and mask.dtype in {torch.bool, query.dtype} and mask.device == query.device
     return fits and type(mask) is Tensor and not mask.requires_grad
 
@@ -183,14 +176,14 @@ def _cross_entropy(  # noqa: PLR0917 - PyTorch's order
     label_smoothing: float = 0.0,
 ) -> Tensor | None:
     is_old = size_average is not None or reduce is not None or reduction not in {"mean", "sum", "none"}
-    is_labelled = input.ndim > 1 and target.dtype == torch.long and target.shape == input.shape[:1] + input.shape[2:]
-    if is_old or not is_labelled or input.numel() < _LARGE or not _is_plain(input, weight, anywhere=True):
+    has_labels = input.ndim > 1 and target.dtype == torch.long and target.shape == input.shape[:1] + input.shape[2:]
+    if is_old or not has_labels or input.numel() < _LARGE or not _is_plain(input, weight, anywhere=True):
         return None
     if type(target) is not Tensor or (weight is not None and (weight.requires_grad or len(weight) != input.shape[1])):
         return None
     rows, classes = input, target
     if input.ndim > 2:
-        try:  # (samples, positions, classes) in memory, as language models have it
+        try:  # memory order (samples, positions, classes), as in language models
             rows, classes = input.movedim(1, -1).view(-1, input.shape[1]), target.flatten()
         except RuntimeError:
             rows, classes = input.flatten(2), target.flatten(1)
@@ -216,4 +209,4 @@ SLOW: dict[Any, Callable[..., Tensor | None]] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
 }
-"""Takes the arguments of an operation; returns None to leave a call to PyTorch."""
+"""Operation -> its replacement, which takes the same arguments and returns None to leave a call to PyTorch."""

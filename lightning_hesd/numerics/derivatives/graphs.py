@@ -1,4 +1,4 @@
-"""What autograd recorded of a loss: the kinds of operations, their precision, and where derivatives end."""
+"""Facts about autograd graphs: the kinds of operations, their precision, and missing derivatives."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ KINKED = (
     ),
     *("sort", "threshold", "topk"),
 )
-"""How names of operations begin, in lower case, whose gradient or second derivative may jump."""
+"""Prefixes, in lower case, of operations whose first or second derivative is discontinuous."""
 
 ENDS = ("torch::autograd::Error", "NotImplemented", "WarnNotImplemented")
-"""Nodes in place of a derivative that does not exist: its value would be zero, without an error."""
+"""Nodes that stand for a missing derivative: its value would be zero, without an error."""
 
 
 @dataclass
 class GraphFacts:
-    """What is known of the graphs of a loss and its gradient.
+    """Facts about the graphs of a loss and its gradient.
 
     Attributes:
         kinds: Names of the operations.
-        custom: Names of those that are written in Python, other than this package's: their derivatives may be wrong.
-        epsilon: Machine epsilon of the coarsest floating-point type among them.
+        custom: Names of autograd functions in Python, without those of this package: their derivatives may be wrong.
+        epsilon: Machine epsilon of the least precise floating-point dtype.
     """
 
     kinds: set[str] = field(default_factory=set)
@@ -52,11 +52,11 @@ class GraphFacts:
 
     @property
     def is_kinked(self) -> bool:
-        """Whether the gradient may jump between two points, however close."""
+        """Whether the gradient may be discontinuous."""
         return any(kind.lstrip("_").lower().startswith(KINKED) for kind in self.kinds)
 
     def add(self, tensors: Sequence[Tensor]) -> None:
-        """Take up the graph behind some tensors.
+        """Add the graph of some tensors.
 
         Raises:
             RuntimeError: If the graph of a gradient ends in an operation without a derivative.
@@ -66,27 +66,23 @@ class GraphFacts:
             self.kinds.add(name)
             if name in ENDS:
                 msg = (
-                    "the loss cannot be differentiated twice: it passes through an operation without a second "
-                    "derivative (a custom autograd function marked `once_differentiable`, or a kernel of a library "
-                    "that has no autograd formula), whose Hessian autograd would silently take for zero; replace it by "
-                    "plain operations for the analysis, for example with `loss_fn`."
+                    "the loss cannot be differentiated twice: it contains an operation without a second derivative (a "
+                    "custom autograd function marked `once_differentiable`, or a library's kernel without an autograd "
+                    "formula), whose Hessian autograd would silently take for zero. Replace the operation by plain "
+                    "ones for the analysis, for example with `loss_fn`."
                 )
                 raise RuntimeError(msg)
             is_python = isinstance(node, torch.autograd.function.BackwardCFunction)
             if is_python and not _is_own(node):
                 self.custom.add(name)
             for metadata in getattr(node, "_input_metadata", ()):
-                # Where a function of Python returns None, its node says that it returns a float32 scalar.
+                # The node of a function in Python that returns None reports a float32 scalar.
                 if metadata.dtype.is_floating_point and not (is_python and not metadata.shape):
                     self.epsilon = max(self.epsilon, torch.finfo(metadata.dtype).eps)
 
 
 def graph_nodes(tensors: Sequence[Tensor]) -> Iterator[Node]:
-    """Walk through the graph behind some tensors.
-
-    Yields:
-        Its nodes, each once, in no particular order.
-    """
+    """Yield each node of the graph of some tensors once, in no particular order."""
     pending: list[Node | None] = [tensor.grad_fn for tensor in tensors]
     seen: set[Node] = set()
     while pending:

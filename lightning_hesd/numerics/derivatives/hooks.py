@@ -1,8 +1,8 @@
-"""Hooks of autograd: they act in the user's own differentiation, and are passed by in that of the analysis.
+"""Hooks of autograd: they act when the user's function differentiates, and not when the analysis does.
 
-A hook on an activation, a module or a node of the graph may change the gradient that passes it (clip it, scale it), and
-the spectrum would be that of what it returns. But a loss that differentiates inside may need its hooks: to catch the
-gradients of activations, for example. So while the user's function runs they act as written, and otherwise they do not.
+A hook on an activation, a module or a node of the graph may change gradients (clip or scale them), and the curvature
+would be that of another function. But a loss that contains derivatives may need its hooks, for example to record the
+gradients of activations. So hooks act while the user's function runs, and at no other time.
 """
 
 from __future__ import annotations
@@ -28,17 +28,15 @@ class Hooks:
     """The hooks that the user's code registers during an analysis.
 
     Attributes:
-        act: Whether they act now.
-        registered: How many there have been.
+        act: Whether hooks act now.
     """
 
     def __init__(self) -> None:
         self.act = False
-        self.registered = 0
 
     @contextlib.contextmanager
     def acting(self) -> Iterator[None]:
-        """Let them act: the user's function runs."""
+        """Let hooks act: the user's function runs in this context."""
         before, self.act = self.act, True
         try:
             yield
@@ -46,11 +44,11 @@ class Hooks:
             self.act = before
 
     @contextlib.contextmanager
-    def passed_by(self) -> Iterator[None]:
-        """Let hooks that are registered from now on act only where they should, until the end of this context."""
+    def limited(self) -> Iterator[None]:
+        """Limit hooks that are registered in this context to act inside `acting` only."""
         register: Any = Tensor.register_hook
         register_on_leaf: Any = Tensor.register_post_accumulate_grad_hook
-        register_on_node: Any = _HookMixin._register_hook  # noqa: SLF001 - by which nodes do, and modules on theirs
+        register_on_node: Any = _HookMixin._register_hook  # noqa: SLF001 - used for nodes, by modules as well
 
         @functools.wraps(register)
         def register_limited(tensor: Tensor, hook: Hook) -> Any:
@@ -71,8 +69,6 @@ class Hooks:
             yield
 
     def _limited(self, hook: Hook) -> Hook:
-        self.registered += 1
-
         def limited(*arguments: Any) -> Any:
             return hook(*arguments) if self.act else None
 
@@ -81,10 +77,10 @@ class Hooks:
 
 @contextlib.contextmanager
 def no_hooks_in_backward(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Let `backward()` add to the gradients of some leaves, as ever, but call nothing that waits for that.
+    """Let `backward()` accumulate the gradients of some leaves without running hooks of earlier origin on them.
 
-    Optimizers may take a step there, and DistributedDataParallel starts its reduction. Where hooks of that kind were
-    registered with the node that adds up a leaf's gradient, they cannot be found.
+    In such hooks optimizers may step, and DistributedDataParallel starts its reduction. Some are registered with the
+    node that accumulates the gradient of a leaf, where they cannot be found: `torch.autograd.grad` does not run them.
     """
     backward: Any = torch.autograd.backward
     protected = set(leaves)

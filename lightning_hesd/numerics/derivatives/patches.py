@@ -1,4 +1,4 @@
-"""Attributes of other people's objects, classes and modules that have another value for a while."""
+"""Temporary values for attributes of objects, classes and modules of other packages."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Patches:
-    """What one attribute is patched with.
+    """The active patches of one attribute.
 
     Attributes:
-        is_own: Whether the object had the attribute itself, and does not inherit it.
-        before: Its value without patches.
-        values: The patches that have begun and not ended, each a list with its value; the last one holds.
+        is_own: Whether the object itself has the attribute, and does not inherit it.
+        before: The value without patches.
+        values: The active patches, each a list with its value; the last one counts.
     """
 
     is_own: bool
@@ -32,10 +32,10 @@ _LOCK = threading.Lock()
 
 @contextlib.contextmanager
 def patched(owner: Any, name: str, value: object) -> Iterator[None]:
-    """Give an attribute of an object, a class or a module another value, in all threads.
+    """Set an attribute of an object, a class or a module in this context, for all threads.
 
-    Several trainings may run in threads of one process, so patches of one attribute may end in any order. The last to
-    end puts back what there was before the first.
+    Threads of one process may train at the same time, so patches of one attribute may end in any order. When the last
+    one ends, the value from before the first is restored.
     """
     key, own = (id(owner), name), [value]
     with _LOCK:

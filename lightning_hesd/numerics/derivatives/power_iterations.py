@@ -1,9 +1,9 @@
-"""Spectral normalisation in training mode: its singular vectors count as constants, as they do in evaluation mode.
+"""Spectral normalization in training mode: singular vectors are constants, as in evaluation mode.
 
-With singular vectors u and v of a weight W its spectral norm is uᵀWv. In training mode every use of the weight improves
-u and v by a power iteration that autograd does not see. At displaced weights they would come out displaced, so that
-products by differences would belong to another function than exact ones. So the k-th use of a weight in an evaluation
-finds the vectors that its first k-th use did.
+The spectral norm of a weight W with singular vectors u and v is uᵀWv. In training mode each use of the weight improves
+u and v by a power iteration outside of autograd. At displaced weights the iteration gives other vectors, so that HVPs
+by finite differences would belong to another function than exact HVPs. So the vectors of the k-th use of a weight are
+computed in the first evaluation, and used again in all others.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 
 class PowerIterations:
-    """The singular vectors that power iterations find, kept for the next evaluation."""
+    """A cache of the singular vectors that power iterations have found."""
 
     def __init__(self) -> None:
         self._uses: Counter[object] = Counter()
         self._vectors: dict[tuple[object, int], tuple[Tensor, Tensor]] = {}
 
     def begin(self) -> None:
-        """Begin an evaluation: the next use of each weight is its first."""
+        """Begin an evaluation: count the uses of each weight from zero."""
         self._uses.clear()
 
     @contextlib.contextmanager
-    def afresh(self) -> Iterator[None]:
-        """Know nothing inside, where weights are of another type."""
+    def separate(self) -> Iterator[None]:
+        """Use another cache in this context, where weights have another dtype."""
         outside, self._vectors = self._vectors, {}
         try:
             yield
@@ -44,8 +44,8 @@ class PowerIterations:
             self._vectors = outside
 
     @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        """Let spectral norms of both kinds find vectors that are known already."""
+    def cached(self) -> Iterator[None]:
+        """Let both kinds of spectral norms use the cached vectors in this context."""
         iterate: Any = _SpectralNorm._power_method  # noqa: SLF001 - of the parametrization
         compute: Any = SpectralNorm.compute_weight  # of the older hook, which keeps its vectors in the module
 

@@ -1,12 +1,9 @@
-"""Parameters of which every process holds a part: gathered where they are used, differentiably, and let go of again.
+"""Full parameters in place of shards: gathered where the network uses them, differentiable, and released again.
 
-Gathering is linear, full = G·parts, and so is its transpose, which adds up gradients and hands the parts back. Each is
-the other's derivative, so that second derivatives come out exact, in parts, too. The full values are not kept for the
-backward pass but gathered again there: at any time there are those of one parameter or a few.
-
-Every process must take part in each of these steps, in the same order. To that end they first meet, and tell each other
-where they are: if one of them has failed, or is somewhere else, all of them raise an error at this point, and none is
-left waiting.
+Gathering is a linear map G of the shards of all ranks to the full parameter. Its transpose Gᵀ adds up the gradients of
+the ranks and returns each rank its shard. The derivative of G is Gᵀ and that of Gᵀ is G, so that second derivatives
+with respect to shards are exact. Graphs do not keep full parameters for the backward pass, which gathers them again: at
+any time one parameter or a few are in memory.
 """
 
 from __future__ import annotations
@@ -17,190 +14,68 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_hesd.numerics.operators.risk_operator import AnotherProcessFailedError
+from lightning_hesd.numerics.distributed.checked_collectives import FIRST_PARAMETER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-# Names of torch >= 2.13, where the old ones warn.
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-END, NUMBER, SUM, LARGEST, FIRST_PARAMETER = range(5)
-"""Places where processes meet; from the last one on, each parameter has two."""
-
-
-class OutOfStepError(RuntimeError):
-    """The processes go different ways."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "the processes take different paths through the network, and sharded parameters must be used by all of "
-            "them in the same order: pass a `loss_fn` that calls the same layers for every batch"
-        )
-
-
-class Processes:
-    """The processes that hold the parts.
-
-    Attributes:
-        rank: This one.
-        size: How many there are.
-    """
-
-    def __init__(self, group: Any, device: torch.device) -> None:
-        """Take a group.
-
-        Args:
-            group: A process group of torch.distributed.
-            device: Where its collectives work.
-        """
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
-        self._group = group
-        self._device = device
-        self._failure: Exception | None = None
-
-    @contextlib.contextmanager
-    def in_step(self) -> Iterator[None]:
-        """Do something in all processes that fails in all of them if it fails in one.
-
-        Raises:
-            AnotherProcessFailedError: If it failed elsewhere.
-            OutOfStepError: If the processes are not in the same place.
-        """
-        self._failure = None
-        try:
-            yield
-            self.meet(END)
-        except Exception as error:
-            if self._failure is not None:  # which all of them know; what came of it does not matter
-                raise self._failure from None
-            self._failure = error
-            self._exchange(failed=True, place=END)
-            raise
-
-    def meet(self, place: int, number: float = 0.0) -> float:
-        """Wait until all processes are in this place, and return the sum of the numbers they bring.
-
-        Raises:
-            AnotherProcessFailedError: If one of them has failed instead.
-            OutOfStepError: If one of them is somewhere else.
-        """
-        if self._failure is not None:  # somebody has caught it and goes on, but the others are gone
-            raise self._failure
-        failures, places, squares, total = self._exchange(failed=False, place=place, number=number)
-        if failures:
-            self._failure = AnotherProcessFailedError()
-        elif places**2 != self.size * squares:  # equal if and only if all places are
-            self._failure = OutOfStepError()
-        if self._failure is not None:
-            raise self._failure
-        return total
-
-    def _exchange(self, *, failed: bool, place: int, number: float = 0.0) -> list[float]:
-        state = torch.tensor([float(failed), place, place**2, number], dtype=torch.float64).to(self._device)
-        dist.all_reduce(state, group=self._group)
-        return state.tolist()
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum of a tensor over the processes, the same in all of them."""
-        if tensor.ndim == 0:
-            return tensor.new_tensor(self.meet(NUMBER, tensor.item()))
-        total = tensor.detach().to(self._device, copy=True)
-        self.meet(SUM)
-        dist.all_reduce(total, group=self._group)
-        return total.to(tensor.device)
-
-    def largest(self, value: float) -> float:
-        """Return the largest of the processes' values."""
-        found = torch.tensor(value, device=self._device, dtype=torch.float64)
-        self.meet(LARGEST)
-        dist.all_reduce(found, dist.ReduceOp.MAX, self._group)
-        return found.item()
-
-    def gather(self, part: Tensor, rows: int, place: int) -> Tensor:
-        """Return all rows of a tensor that is cut as `torch.chunk` does, given those of this process."""
-        chunk = -(-rows // self.size)
-        # Between meeting and exchange nothing must fail, not even for want of memory.
-        padded, full = _padded(part, chunk), part.new_empty(chunk * self.size, *part.shape[1:])
-        self.meet(place)
-        _all_gather(full, padded, group=self._group)
-        return full[:rows]
-
-    def scatter_sum(self, full: Tensor, rows: int, place: int) -> Tensor:
-        """Return this process's rows, of which there are `rows`, of the sum of a tensor over the processes."""
-        chunk = -(-len(full) // self.size)
-        padded, part = _padded(full, chunk * self.size), full.new_empty(chunk, *full.shape[1:])
-        self.meet(place)
-        _reduce_scatter(part, padded, group=self._group)
-        return part[:rows]
-
-
-def _padded(tensor: Tensor, rows: int) -> Tensor:
-    """Return a tensor with so many rows, the last ones zero, in one piece of memory."""
-    if len(tensor) == rows:
-        return tensor.contiguous()
-    padded = tensor.new_zeros(rows, *tensor.shape[1:])
-    padded[: len(tensor)] = tensor
-    return padded
+    from lightning_hesd.numerics.distributed.checked_collectives import CheckedCollectives
 
 
 @dataclass(eq=False)
 class Shard:
-    """A parameter cut along one dimension.
+    """This rank's shard of a parameter that is cut along one dimension.
 
     Attributes:
         parameter: The parameter, a DTensor.
-        part: What this process holds of it, in the same memory: a leaf to differentiate by.
-        dim: Along which dimension it is cut.
-        number: Its number among all parameters.
-        processes: Those that hold its parts.
+        local: The shard, in the memory of the parameter: a leaf to differentiate by.
+        dim: Dimension along which the parameter is cut.
+        number: Number of the parameter among all parameters of the module.
+        collectives: Communication between the ranks that hold the shards.
     """
 
     parameter: Tensor
-    part: Tensor
+    local: Tensor
     dim: int
     number: int
-    processes: Processes
+    collectives: CheckedCollectives
 
-    def gather(self, part: Tensor) -> Tensor:
-        """Return G·parts, in the shape of the parameter."""
-        moved = part.detach().movedim(self.dim, 0)
-        full = self.processes.gather(moved, self.parameter.shape[self.dim], FIRST_PARAMETER + 2 * self.number)
+    def gather(self, local: Tensor) -> Tensor:
+        """Return G applied to the shards of all ranks, in the shape of the parameter; `local` is this rank's."""
+        moved = local.detach().movedim(self.dim, 0)
+        full = self.collectives.gather(moved, self.parameter.shape[self.dim], FIRST_PARAMETER + 2 * self.number)
         return full.movedim(0, self.dim)
 
     def scatter_sum(self, full: Tensor) -> Tensor:
-        """Return this process's part of Gᵀ·full, in the shape of the part."""
+        """Return this rank's shard of Gᵀ applied to `full`, in the shape of the shard."""
         moved = full.detach().movedim(self.dim, 0)
-        rows = self.part.shape[self.dim]
-        return self.processes.scatter_sum(moved, rows, FIRST_PARAMETER + 2 * self.number + 1).movedim(0, self.dim)
+        rows = self.local.shape[self.dim]
+        return self.collectives.scatter_sum(moved, rows, FIRST_PARAMETER + 2 * self.number + 1).movedim(0, self.dim)
 
     def own(self, full: Tensor) -> Tensor:
-        """Return this process's part of a tensor in the shape of the parameter."""
+        """Return this rank's shard of a tensor that has the shape of the parameter."""
         size = self.parameter.shape[self.dim]
-        start = min(self.processes.rank * -(-size // self.processes.size), size)
-        return full.narrow(self.dim, start, self.part.shape[self.dim])
+        start = min(self.collectives.rank * -(-size // self.collectives.size), size)
+        return full.narrow(self.dim, start, self.local.shape[self.dim])
 
 
-class _Full(torch.autograd.Function):
-    """G, of the parts of vectors."""
+class _Gather(torch.autograd.Function):
+    """G."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, shard: Shard) -> Tensor:
+    def forward(ctx: Any, local: Tensor, shard: Shard) -> Tensor:
         ctx.shard = shard
-        return shard.gather(part)
+        return shard.gather(local)
 
     @staticmethod
     def backward(ctx: Any, full: Tensor) -> tuple[Tensor, None]:
-        return _Part.apply(full, ctx.shard), None  # type: ignore[no-untyped-call]
+        return _ScatterSum.apply(full, ctx.shard), None  # type: ignore[no-untyped-call]
 
 
-class _Part(torch.autograd.Function):
+class _ScatterSum(torch.autograd.Function):
     """Gᵀ."""
 
     @staticmethod
@@ -209,28 +84,28 @@ class _Part(torch.autograd.Function):
         return shard.scatter_sum(full)
 
     @staticmethod
-    def backward(ctx: Any, part: Tensor) -> tuple[Tensor, None]:
-        return _Full.apply(part, ctx.shard), None  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, local: Tensor) -> tuple[Tensor, None]:
+        return _Gather.apply(local, ctx.shard), None  # type: ignore[no-untyped-call]
 
 
-class _Weights(torch.autograd.Function):
-    """G, of the parameter itself, whose full values may be there already."""
+class _GatherParameter(torch.autograd.Function):
+    """G applied to the parameter's own shards; its full values may already have been gathered."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, shard: Shard, gathered: GatheredParameters) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, local: Tensor, shard: Shard, gathered: GatheredParameters) -> Tensor:  # noqa: ARG004
         ctx.shard = shard
         return gathered.values(shard).detach()
 
     @staticmethod
     def backward(ctx: Any, full: Tensor) -> tuple[Tensor, None, None]:
-        return _Part.apply(full, ctx.shard), None, None  # type: ignore[no-untyped-call]
+        return _ScatterSum.apply(full, ctx.shard), None, None  # type: ignore[no-untyped-call]
 
 
 class GatheredParameters:
     """The full values of sharded parameters, for as long as they are needed.
 
-    Those gathered last stay until others are, because layers ask for them several times in a row. Where graphs would
-    keep them for a backward pass, they keep the name of the parameter instead.
+    The values gathered last stay until others are gathered, because layers use a parameter several times in a row.
+    Graphs keep a reference to the parameter's shard in place of full values, and gather them in the backward pass.
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
@@ -239,37 +114,40 @@ class GatheredParameters:
         self._known: dict[int, tuple[Shard, weakref.ref[Any]]] = {}  # by storage
 
     def __call__(self, value: Any) -> Any:
-        """Return the full parameter, with a graph that ends in its part, for a sharded one; else the value itself."""
+        """Return the full parameter in place of a sharded one, also within lists and tuples; else the value itself.
+
+        The graph of a full parameter ends in its local shard.
+        """
         if isinstance(value, list | tuple) and any(isinstance(item, Tensor | list | tuple) for item in value):
             items = [self(item) for item in value]
             if all(new is old for new, old in zip(items, value, strict=True)):
                 return value
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         shard = self._shards.get(id(value))
-        return value if shard is None else _Weights.apply(shard.part, shard, self)  # type: ignore[no-untyped-call]
+        return value if shard is None else _GatherParameter.apply(shard.local, shard, self)  # type: ignore[no-untyped-call]
 
     def forget(self) -> None:
-        """Let go of full values: the parameters may have been moved."""
+        """Release full values, because the parameters may have changed."""
         self._latest = None
 
     def values(self, shard: Shard) -> Tensor:
         """Return the full values of a parameter, without a graph."""
         if self._latest is None or self._latest[0] is not shard:
-            self._latest = None  # before there are others
-            self._latest = (shard, shard.gather(shard.part))
+            self._latest = None  # frees the memory before the next values are gathered
+            self._latest = (shard, shard.gather(shard.local))
             storage = self._latest[1].untyped_storage()
             key = storage._cdata  # noqa: SLF001 - as an id: Python objects of one storage come and go
             known = self._known
             self._known[key] = (shard, weakref.ref(storage, lambda _: known.pop(key, None)))
         return self._latest[1]
 
-    def named(self) -> contextlib.AbstractContextManager[None]:
-        """Return the context in which graphs keep names of parameters instead of their full values."""
+    def kept_as_shards(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which graphs keep references to shards in place of full values."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> Any:
         found = self._known.get(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else None  # noqa: SLF001
-        if found is None or tensor.dtype != found[0].part.dtype:
+        if found is None or tensor.dtype != found[0].local.dtype:
             return tensor.detach()  # itself, it would be part of a cycle
         return found[0], tensor.shape, tensor.stride(), tensor.storage_offset()
 
@@ -284,15 +162,15 @@ _METADATA = {
     *("__set__", "__len__", "__repr__", "__format__", "size", "dim", "ndimension", "numel", "nelement", "stride"),
     *("is_floating_point", "is_complex", "element_size", "get_device", "requires_grad_", "register_hook"),
 }
-"""Methods of tensors that ask, or say, something of a parameter that is the same for all of it."""
+"""Methods of tensors that need no full values."""
 
 _VALUES = {Tensor.T, Tensor.mT, Tensor.H, Tensor.mH, Tensor.data, Tensor.real}
-"""Attributes of tensors that are more than that."""
+"""Attributes of tensors that need full values."""
 
 
 @contextlib.contextmanager
 def full_attributes(gathered: GatheredParameters) -> Iterator[None]:
-    """Let modules have full parameters in place of sharded ones, also where a backward pass evaluates them anew."""
+    """Let attributes of modules be full parameters in place of sharded ones, also when a backward pass recomputes."""
     own = nn.Module.__getattr__
 
     def full(self: nn.Module, name: str) -> Any:
@@ -305,8 +183,8 @@ def full_attributes(gathered: GatheredParameters) -> Iterator[None]:
         nn.Module.__getattr__ = own  # type: ignore[method-assign]
 
 
-class Gathering(TorchFunctionMode):
-    """Gives operations full parameters in place of sharded ones that were not found as attributes of their modules."""
+class FullArguments(TorchFunctionMode):
+    """Gives operations full parameters in place of sharded ones that did not come from attributes of modules."""
 
     def __init__(self, gathered: GatheredParameters) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which parameters make up a functional block of a network.
+"""Functional blocks of a network, by their parameters.
 
 Bolshim & Kugaevskikh (2025, arXiv:2510.17486) take the Hessian of each functional block by itself: a transformation
 with parameters, and the activation that follows it. Activations have none, so that a block is a set of parameters here.
@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 Layers = Iterable[type[nn.Module] | str] | type[nn.Module] | str | Callable[[str, nn.Parameter], str | None]
-"""What `layers` may be, see `layer_spectra`.
+"""Type of the argument `layers`, see `layer_spectra`.
 
 LightningCLI takes the first that fits: a class before text, which may be the path of one. A function is last, because
 it cannot save what it tries as one; so functions cannot be given in a configuration.
@@ -21,25 +21,25 @@ it cannot save what it tries as one; so functions cannot be given in a configura
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # noqa: SLF001 - batch and instance norms, of all dimensions
 GROUPED = ("attention", "mlp", "feedforward")
-"""In the name of a class, lower case without underscores: one transformation, whatever it is made of."""
+"""Words in names of classes, lower case without underscores, whose modules are one block with all they contain."""
 
 
 Blocks = dict[str, list[nn.Parameter]]
 
 
-def blocks(module: nn.Module, layers: Layers | None, analysed: Mapping[str, nn.Parameter]) -> Blocks:
-    """Return the parameters of each block, by name of the block; none belongs to two, shared ones to the first.
+def blocks(module: nn.Module, layers: Layers | None, analyzed: Mapping[str, nn.Parameter]) -> Blocks:
+    """Return the parameters of each block, by name of the block; shared parameters belong to the first block only.
 
-    Parameters without elements belong to none.
+    Parameters without elements are left out.
 
     Args:
         module: The network.
-        layers: What the blocks are, see `layer_spectra`.
-        analysed: The parameters that may be in a block, by name, each once.
+        layers: Rule for the blocks, see `layer_spectra`.
+        analyzed: The analyzed parameters by name, each once.
 
     Raises:
-        ValueError: If `layers` names no module, or one inside of another, or leaves no block.
-        TypeError: If `layers` is none of what it may be.
+        ValueError: If `layers` matches no module, or names a module inside of another one, or leaves no block.
+        TypeError: If `layers` has another type.
     """
     wanted: Any = "auto" if layers is None else layers  # any: users make mistakes
     if isinstance(wanted, str) and wanted == "auto":
@@ -49,11 +49,11 @@ def blocks(module: nn.Module, layers: Layers | None, analysed: Mapping[str, nn.P
     elif isinstance(wanted, Iterable):
         found = _chosen(module, list(wanted))
     elif callable(wanted):
-        found = _by_function(wanted, analysed)
+        found = _by_function(wanted, analyzed)
     else:
         msg = f"`layers` must be 'auto', names, patterns or classes of modules, or a function, got {layers!r}."
         raise TypeError(msg)
-    left = set(analysed.values())
+    left = set(analyzed.values())
     result: Blocks = {}
     for block, parameters in found.items():
         own = [p for p in dict.fromkeys(parameters) if p in left and p.numel()]
@@ -61,14 +61,14 @@ def blocks(module: nn.Module, layers: Layers | None, analysed: Mapping[str, nn.P
         if own:
             result[block] = own
     if not result:
-        msg = f"`layers` leaves no block with parameters to analyse, got {layers!r}."
+        msg = f"`layers` leaves no block with parameters to analyze, got {layers!r}."
         raise ValueError(msg)
     return result
 
 
-def _by_function(function: Callable[[str, nn.Parameter], object], analysed: Mapping[str, nn.Parameter]) -> Blocks:
+def _by_function(function: Callable[[str, nn.Parameter], object], analyzed: Mapping[str, nn.Parameter]) -> Blocks:
     found: Blocks = {}
-    for name, parameter in analysed.items():
+    for name, parameter in analyzed.items():
         block = function(name, parameter)
         if block is not None and not isinstance(block, str):
             msg = f"`layers` must return the name of a parameter's block or None, got {block!r} for {name!r}."
@@ -103,18 +103,18 @@ def _chosen(module: nn.Module, wanted: list[Any]) -> Blocks:
 
 
 def _functional(module: nn.Module, name: str = "") -> Blocks:
-    """Return every module that owns parameters, norms with what they follow, and attention and MLPs as one."""
+    """Return a block for each module with parameters: norms join the layer before, attention and MLPs are one block."""
     prefix = f"{name}." if name else ""
     if name and _is_one(module):
         return {name: list(module.parameters())}
     found: Blocks = {}
     for parameter_name, parameter in module.named_parameters(recurse=False):
         found.setdefault(name or parameter_name, []).append(parameter)
-    before, features = "", None  # the transformation that a norm may belong to, and what comes out of it
+    before, features = "", None  # the layer that a norm may belong to, and its number of output features
     for child_name, child in module.named_children():
         if next(child.parameters(), None) is None:
             continue
-        if before and features is not None and _normalised(child, module) == features:
+        if before and features is not None and _normalized_features(child, module) == features:
             found[before] += child.parameters()
             continue
         inside = _functional(child, f"{prefix}{child_name}")
@@ -128,8 +128,8 @@ def _is_one(module: nn.Module) -> bool:
     return any(word in kind for word in GROUPED)
 
 
-def _normalised(module: nn.Module, parent: nn.Module) -> int | None:
-    """Return the number of features that a norm normalises, if it belongs to the transformation before it."""
+def _normalized_features(module: nn.Module, parent: nn.Module) -> int | None:
+    """Return the number of features of a norm that may belong to the layer before; None for other modules."""
     if isinstance(module, NORMS):
         return getattr(module, "num_features", None) or getattr(module, "num_channels", None)
     # Transformers register their norms in any order; in a Sequential the order is that of execution.

@@ -1,9 +1,9 @@
-"""Cutting a batch into groups of samples, whatever it is made of, or saying why that cannot be done.
+"""Cutting a batch of any structure into chunks of samples; an error says why a batch cannot be cut.
 
 Tensors, arrays and packed sequences belong to the samples if their first dimension is that of the samples, lists if
-they have one entry for each. What consists of such (containers, dataclasses, objects with attributes) is copied and
-filled with the parts. A batch is refused rather than cut wrongly: where it holds whole numbers that may be positions of
-samples in it, or an object with as many entries of which it is not known how to take a few.
+they have one entry for each sample. Containers, dataclasses and objects with attributes are copied, and their values
+cut. A batch is refused where it might be cut wrongly: if it holds whole numbers that may be positions of samples, or
+an object of unknown kind with as many entries as there are samples.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _COMMON = (
     *(type(None), str, bytes, int, float, complex, np.generic, torch.Size, torch.dtype, torch.device),
     *(type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, nn.Module),
 )
-"""Values that belong to all samples, and are not looked into."""
+"""Types of values that are common to all samples."""
 
 _POSITIONS = (torch.int32, torch.int64, np.dtype("int32"), np.dtype("int64"))
-"""Types that may be positions of samples."""
+"""Dtypes of whole numbers that may be positions of samples."""
 
 
 class UnsplittableBatchError(ValueError):
@@ -39,7 +39,7 @@ class UnsplittableBatchError(ValueError):
 
 
 def cut(batch: Any, size: int, ranges: Sequence[slice]) -> list[Any]:
-    """Return the parts of a batch that hold the samples of these ranges, each in the structure of the whole.
+    """Return the chunks of a batch with the samples of some ranges, each in the structure of the batch.
 
     Args:
         batch: The batch.
@@ -47,13 +47,13 @@ def cut(batch: Any, size: int, ranges: Sequence[slice]) -> list[Any]:
         ranges: Ranges of samples.
 
     Raises:
-        UnsplittableBatchError: If it cannot be told what belongs to the samples, or nothing does.
+        UnsplittableBatchError: If no value belongs to the samples, or it is not clear which do.
     """
     return [_Knife(batch, size, chosen).part() for chosen in ranges]
 
 
 class _Knife:
-    """Takes the samples of one range out of a batch."""
+    """Cuts the samples of one range out of a batch."""
 
     def __init__(self, batch: Any, size: int, chosen: slice) -> None:
         self._batch = batch
@@ -126,7 +126,7 @@ class _Knife:
         return type(values)(*parts) if fields else type(values)(parts)
 
     def _is_of_samples(self, value: Any) -> bool:
-        """Whether a value is an array with the samples along its first dimension, or a container of such."""
+        """Whether a value is an array with the samples along its first dimension, or a container of such arrays."""
         if isinstance(value, Tensor | np.ndarray):
             return value.ndim > 0 and len(value) == self._size
         if isinstance(value, list | tuple | Mapping):
@@ -134,10 +134,10 @@ class _Knife:
         return False
 
     def _object(self, value: Any) -> Any:
-        """Copy an object and cut its attributes; one to which no sample belongs stays as it is.
+        """Return a copy of an object with its attributes cut; an object without values of samples stays as it is.
 
         Raises:
-            UnsplittableBatchError: If it has as many entries as there are samples, or they cannot be seen.
+            UnsplittableBatchError: If the object has as many entries as there are samples, or unknown ones.
         """
         part = copy.copy(value) if attributes(value) and not isinstance(value, Iterator) else value
         if part is not value:
@@ -148,7 +148,7 @@ class _Knife:
                 return part
             self._made[id(value)], self._has_cut = value, before
         if isinstance(value, Iterator | Mapping) or (isinstance(value, Sized) and len(value) == self._size):
-            msg = f"a batch holds an object of type {type(value).__name__}, of which it is not known how to take a part"
+            msg = f"a batch holds an object of type {type(value).__name__}, and there is no rule for cutting it"
             raise UnsplittableBatchError(msg)
         return value
 
@@ -159,7 +159,7 @@ class _Knife:
 
 
 def attributes(value: Any) -> dict[str, Any]:
-    """Return the attributes of an object, those in slots among them."""
+    """Return the attributes of an object, including those in slots."""
     slots = copyreg._slotnames(type(value))  # type: ignore[attr-defined]  # noqa: SLF001 - as `copy` and `pickle` do
     found = {name: getattr(value, name) for name in slots if hasattr(value, name)}
     return {**found, **getattr(value, "__dict__", {})}

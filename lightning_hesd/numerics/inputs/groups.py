@@ -1,4 +1,4 @@
-"""Groups of samples into which a batch was cut: are they what they should be?"""
+"""Check of the groups of samples into which a batch was cut: their mean loss must be the loss of the batch."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
 
 SHARE_OF_SCATTER = 0.1
-"""By how many of their standard errors the mean of the losses of groups may differ from the loss of their batch."""
+"""Largest difference between the mean loss of the groups and the loss of their batch, in standard errors."""
 
 
 def check_groups(groups: Sequence[WeightedBatch], losses: Sequence[Tensor], whole: float) -> None:
-    """Check that the losses of groups of samples have the loss of their batch as their mean.
+    """Check that the mean loss of groups of samples is the loss of their batch.
 
     Args:
-        groups: The groups, two at least.
-        losses: Their losses.
+        groups: At least two groups.
+        losses: The loss of each group.
         whole: The loss of the batch.
 
     Raises:
-        UnsplittableBatchError: If they have not, or do not depend on the group.
+        UnsplittableBatchError: If it is not, or all groups have the same loss.
     """
     values = np.array([loss.item() for loss in losses])
     weights = np.array([group.weight for group in groups])
@@ -44,5 +44,8 @@ def check_groups(groups: Sequence[WeightedBatch], losses: Sequence[Tensor], whol
         )
         raise UnsplittableBatchError(msg)
     if (values == values[0]).all():
-        msg = f"the loss of {groups[0].label} is the same for all of its parts, and does not depend on what was cut"
+        msg = (
+            f"the loss of {groups[0].label} is the same for all of its groups of samples: it does not depend on the "
+            "values that were cut"
+        )
         raise UnsplittableBatchError(msg)

@@ -1,7 +1,8 @@
-"""The options of an analysis, checked in one place for `hessian_spectrum` and the callback alike."""
+"""The options of an analysis: their names, types, defaults, meanings and checks."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
@@ -18,38 +19,80 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from lightning_hesd.numerics.inputs.batches import Weigh
     from lightning_hesd.numerics.isolation.modes import Mode
 
 Probe = Literal["gaussian", "rademacher"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AnalysisOptions:
-    """The options of `hessian_spectrum`, checked; their meaning and defaults are documented there."""
+    """The options of an analysis: of `hessian_spectrum`, `layer_spectra` and, as `**analysis`, of the callback.
 
-    batch_weight: Weigh | None
-    steps: int
-    probes: int
-    seed: int
-    tolerance: float | Literal["type", "auto"] | None
-    confidence: float
-    matrix: Literal["hessian", "ggn", "residual"]
-    output_fn: Callable[[Any, Any], Any] | None
-    output_loss: Callable[[Any, Any], Tensor] | None
-    parameters: Callable[[str, nn.Parameter], bool] | None
-    include_frozen: bool
-    strategy: Literal["auto", "graph", "recompute", "finite_difference"]
-    mode: Mode | ModuleModes
-    probe: Probe
-    dtype: torch.dtype | None
-    basis: Literal["auto", "device", "cpu", "none"]
-    memory_budget: int | None
-    preconditioner: Mapping[str, Tensor] | None
-    sampling_error: bool
+    Args:
+        batch_weight: `batch_weight(batch)` -> weight of the batch, positive; default: its number of samples, the
+            first dimension of its tensors; a warning says where these disagree. "tokens": the number of its `labels`
+            other than -100 (without the first of each row if the loss does not depend on it), or without `labels` of
+            the nonzero values of its `attention_mask`. The default turns to "tokens", with a warning, where the losses
+            of two chunks of a batch show that its loss is the mean over tokens and not over samples.
+        steps: Lanczos steps per probe, one Hessian-vector product each; at most the number of parameters. With
+            `tolerance` the largest number of steps. Default from Gabdullin (2025) and Yao et al. (2020).
+        probes: Number of independent start vectors.
+        seed: Seed of the start vectors and of all random numbers in the forward pass.
+        tolerance: Stop as soon as the interval of C_t is narrow enough: a number for the relative accuracy (0.05:
+            within 5 % of C_t, or of 0.001 where C_t is closer to zero); "type" for MP or MN to be certain; "auto" for
+            a quarter of the sampling error of C_t, which is estimated on the way. None: take all steps.
+        confidence: Probability, over the start vectors, with which the interval of C_t holds at least.
+        matrix: "hessian", or one of its two summands: "ggn", the generalized Gauss-Newton matrix Jᵀ (∂²L/∂o²) J of
+            outputs o with Jacobian J, and "residual", the rest (the G-term and H-term of Kiselev & Grabovoy 2024,
+            section 3.4).
+        output_fn: `output_fn(module, batch)` -> outputs o: a tensor, or tensors in lists, tuples and dicts; for "ggn"
+            and "residual".
+        output_loss: `output_loss(outputs, batch)` -> mean loss L, the same as that of `loss_fn`, a function of the
+            outputs and the batch only.
+        parameters: `parameters(name, parameter)` -> whether to include it.
+        include_frozen: Include parameters that do not require grad, as the loss depends on them: the spectrum of all
+            weights of a network that is fine-tuned in part.
+        strategy: "graph" keeps the gradient's graph (fast), "recompute" builds it anew for each product (lean),
+            "finite_difference" takes central differences of the gradient (works without a second derivative; the
+            error is part of the record's `rounding`). "auto" keeps the graphs of as many batches as fit into the
+            memory and recomputes the rest; it takes differences only where there is no exact product. An analysis that
+            runs out of memory is repeated with "recompute", and if need be without a basis; `strategy_reason` says so.
+        mode: Module mode during the analysis: "eval", "train", or "keep" for no change.
+        probe: "gaussian" (start vectors uniform on the sphere) or "rademacher" (random signs, as the papers use).
+        dtype: Floating-point type of the Lanczos vectors; default: the parameters', at least float32.
+        basis: Where the Krylov basis is kept, `steps` vectors: "device", "cpu", or "none", without
+            reorthogonalization. "auto": the first of these that fits.
+        memory_budget: Bytes the analysis may take, beyond module and batches; default: half of the free memory.
+        preconditioner: Parameter name -> positive diagonal D in the shape of the parameter, for all analyzed ones: take
+            D^(-1/2) H D^(-1/2) for H, the curvature in the coordinates of an optimizer that steps along -D⁻¹g.
+        sampling_error: Also estimate how much of C_t is due to the finite sample, in one more pass over it.
+
+    Raises:
+        ValueError: If an option is out of range, or excludes another one.
+    """
+
+    batch_weight: Literal["tokens"] | Callable[[Any], float] | None = None
+    steps: int = 100
+    probes: int = 1
+    seed: int = 0
+    tolerance: float | Literal["type", "auto"] | None = None
+    confidence: float = 0.95
+    matrix: Literal["hessian", "ggn", "residual"] = "hessian"
+    output_fn: Callable[[Any, Any], Any] | None = None
+    output_loss: Callable[[Any, Any], Any] | None = None
+    parameters: Callable[[str, nn.Parameter], bool] | None = None
+    include_frozen: bool = False
+    strategy: Literal["auto", "graph", "recompute", "finite_difference"] = "auto"
+    mode: Mode | ModuleModes = "eval"
+    probe: Probe = "gaussian"
+    dtype: torch.dtype | None = None
+    basis: Literal["auto", "device", "cpu", "none"] = "auto"
+    memory_budget: int | None = None
+    preconditioner: Mapping[str, Tensor] | None = None
+    sampling_error: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the options, those that are objects of the user as `Portable`."""
+        """Return the options, with the user's functions and tensors as `Portable`."""
         plain = (type(None), bool, int, float, str, torch.dtype)
         return {k: v if isinstance(v, plain) else Portable(k, v) for k, v in vars(self).items()}
 
@@ -57,7 +100,7 @@ class AnalysisOptions:
         """Check every option.
 
         Raises:
-            ValueError: If one is out of range or not available in this version.
+            ValueError: If an option is out of range, or excludes another one.
         """
         weight: object = self.batch_weight
         if not (callable(weight) or weight in (None, "tokens")):
@@ -75,7 +118,7 @@ class AnalysisOptions:
         if not isinstance(self.mode, ModuleModes):
             _check_choice("mode", self.mode, ("eval", "train", "keep"))
         _check_choice("probe", self.probe, ("gaussian", "rademacher"))
-        _check_choice("strategy", self.strategy, ("auto", "graph", "recompute", "finite_difference"), ("linearize",))
+        _check_choice("strategy", self.strategy, ("auto", "graph", "recompute", "finite_difference"))
         _check_choice("matrix", self.matrix, ("hessian", "ggn", "residual"))
         self._check_outputs()
         _check_choice("basis", self.basis, ("auto", "device", "cpu", "none"))
@@ -112,15 +155,32 @@ class AnalysisOptions:
 
     @property
     def wants_sampling_error(self) -> bool:
-        """Whether it is asked for, or needed to know when to stop."""
+        """Whether the sampling error is an option, or needed to know when to stop."""
         return self.sampling_error or self.tolerance == "auto"
+
+
+OPTION_NAMES = tuple(field.name for field in fields(AnalysisOptions))
+
+
+def analysis_options(**given: Any) -> AnalysisOptions:
+    """Return options, given some of them as keyword arguments.
+
+    Raises:
+        TypeError: If a keyword is not the name of an option.
+    """
+    for name in given:
+        if name not in OPTION_NAMES:
+            near = " or ".join(map(repr, difflib.get_close_matches(name, OPTION_NAMES)))
+            msg = (
+                f"unexpected keyword argument {name!r}{': did you mean ' if near else ''}{near}"
+                f"{'?' if near else '.'} The options of an analysis are {', '.join(OPTION_NAMES)}."
+            )
+            raise TypeError(msg)
+    return AnalysisOptions(**given)
 
 
 def _is_share(value: object) -> bool:
     return not isinstance(value, bool) and isinstance(value, Real) and 0 < float(value) < 1
-
-
-OPTION_NAMES = tuple(field.name for field in fields(AnalysisOptions))
 
 
 def _check_preconditioner(diagonals: Mapping[str, Tensor] | None) -> None:
@@ -136,12 +196,7 @@ def _check_preconditioner(diagonals: Mapping[str, Tensor] | None) -> None:
             raise ValueError(msg)
 
 
-def _check_choice(name: str, value: object, choices: Sequence[str], later: Sequence[str] = ()) -> None:
-    if value in choices:
-        return
-    offered = " or ".join(repr(choice) for choice in choices)
-    if value in later:
-        msg = f"`{name}={value!r}` is not available in this version: use {offered}."
-    else:
-        msg = f"`{name}` must be {offered}, got {value!r}."
-    raise ValueError(msg)
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        msg = f"`{name}` must be {' or '.join(map(repr, choices))}, got {value!r}."
+        raise ValueError(msg)

@@ -1,66 +1,57 @@
-"""How the parameters lie in the processes: each holds all of them, unless `sharding` says otherwise."""
+"""How parameters are distributed over ranks: not at all, unless `distributed.fully_sharded` says otherwise."""
 
 from __future__ import annotations
 
 import contextlib
 from typing import TYPE_CHECKING
 
+from lightning_hesd.numerics.collectives import LOCAL, Collectives
 from lightning_hesd.numerics.krylov.vectors import VectorSpace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
 
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
-
-    AllReduce = Callable[[Tensor], Tensor]
-    """Sums a tensor over all processes."""
+    from lightning_hesd.numerics.inputs.options import AnalysisOptions
 
 
-class Layout:
-    """Every process holds all parameters, and works on its own batches by itself.
+class ParameterSharding:
+    """No sharding: every rank holds all parameters, and evaluates its batches without the other ranks.
 
     Attributes:
-        all_reduce: Sums a tensor over the processes that work on one batch together; None: they do not.
+        is_sharded: Whether ranks hold shards of the parameters, so that they must evaluate every batch together.
+        collectives: Communication between the ranks that hold shards of the same parameters.
     """
 
-    all_reduce: AllReduce | None = None
+    is_sharded: bool = False
+    collectives: Collectives = LOCAL
 
-    def check(self, *, groups: bool, scaled: bool, weighed: bool) -> None:
-        """Raise a ValueError if there cannot be, with this layout, what an analysis needs.
+    def check(self, options: AnalysisOptions) -> None:
+        """Refuse options that this sharding does not support."""
 
-        Args:
-            groups: Whether it needs the products of groups of samples, each by itself.
-            scaled: Whether it needs them in other coordinates.
-            weighed: Whether it needs the losses of parts of batches to tell how the batches are weighed.
-        """
-
-    def parts(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return what this process holds of each parameter to analyse: what to differentiate by."""
+    def local_shards(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return this rank's shard of each parameter, a leaf to differentiate by."""
         return parameters
 
-    def opened(self, module: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002
-        """Return the context in which losses depend on the parts."""
+    def full_parameters(self, module: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Return the context in which modules compute with full parameters that depend on the local shards."""
         return contextlib.nullcontext()
 
-    def space(self, parts: Sequence[Tensor]) -> VectorSpace:
-        """Return the space of vectors over some of the parameters, given what this process holds of them."""
-        return VectorSpace(sum(p.numel() for p in parts))
+    def space(self, shards: Sequence[Tensor]) -> VectorSpace:
+        """Return the space of vectors over some parameters, given their local shards."""
+        return VectorSpace(sum(p.numel() for p in shards))
 
-    def joint(self, batches: Sequence[WeightedBatch]) -> Sequence[WeightedBatch]:
-        """Return the batches as they are worked on."""
+    def joint_batches(self, batches: Sequence[WeightedBatch]) -> Sequence[WeightedBatch]:
+        """Return the batches that the ranks evaluate, given this rank's share of the batches."""
         return batches
 
     def evaluation(self) -> AbstractContextManager[None]:
-        """Return the context in which the user's functions are called."""
+        """Return the context of one evaluation of the user's functions."""
         return contextlib.nullcontext()
 
-    def loss(self, own: Tensor, batch: WeightedBatch) -> Tensor:  # noqa: ARG002
-        """Return the loss of a batch, given what the user's function found, a scalar."""
-        return own
-
-    def largest(self, value: float) -> float:
-        """Return the largest of the values in the processes that work on one batch together."""
-        return value
+    def mean_loss(self, local_loss: Tensor, batch: WeightedBatch) -> Tensor:  # noqa: ARG002
+        """Return the loss of a batch, a scalar, given the loss that the user's function returned on this rank."""
+        return local_loss

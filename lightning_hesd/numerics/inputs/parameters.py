@@ -1,4 +1,4 @@
-"""Which parameters of a module are analysed, and in which coordinates."""
+"""The analyzed parameters of a module, and the coordinates of a preconditioner."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def select_parameters(module: nn.Module, options: AnalysisOptions) -> dict[str, nn.Parameter]:
-    """Return the parameters to analyse by name, each once.
+    """Return the parameters to analyze by name, each once.
 
     Raises:
-        ValueError: If there is none, one is complex or without a shape yet, or all are without elements.
+        ValueError: If there is no such parameter, one is complex or without a shape yet, or none has elements.
     """
     wanted = options.parameters
     trainable = {
@@ -31,7 +31,7 @@ def select_parameters(module: nn.Module, options: AnalysisOptions) -> dict[str, 
     }
     if not trainable:
         hint = "" if options.include_frozen else " (`include_frozen=True` includes those that do not)"
-        msg = f"`module` ({type(module).__name__}) has no parameter that requires grad{hint}: nothing to analyse."
+        msg = f"`module` ({type(module).__name__}) has no parameter that requires grad{hint}: nothing to analyze."
         raise ValueError(msg)
     selected = {name: p for name, p in trainable.items() if wanted is None or wanted(name, p)}
     if not selected:
@@ -41,13 +41,13 @@ def select_parameters(module: nn.Module, options: AnalysisOptions) -> dict[str, 
         has_no_shape: bool = is_lazy(p)  # by a name: to mypy no parameter can be lazy
         if has_no_shape:
             # The first forward pass draws the initial weights: if it were ours, training would start from other ones.
-            msg = f"parameter {name!r} is lazy, and no forward pass has given it a shape yet: analyse after the first."
+            msg = f"parameter {name!r} is lazy, and no forward pass has given it a shape yet: analyze after the first."
             raise ValueError(msg)
         if p.is_complex():
-            msg = f"parameter {name!r} is complex ({p.dtype}); only real parameters can be analysed."
+            msg = f"parameter {name!r} is complex ({p.dtype}); only real parameters can be analyzed."
             raise ValueError(msg)
     if not any(p.numel() for p in selected.values()):
-        msg = f"the parameters to analyse have no elements (such as {next(iter(selected))!r}): nothing to analyse."
+        msg = f"the parameters to analyze have no elements (such as {next(iter(selected))!r}): nothing to analyze."
         raise ValueError(msg)
     return selected
 
@@ -55,7 +55,7 @@ def select_parameters(module: nn.Module, options: AnalysisOptions) -> dict[str, 
 def inverse_root(
     module: nn.Module, parameters: Sequence[Tensor], preconditioner: Mapping[str, Tensor] | None, dtype: torch.dtype
 ) -> Tensor | None:
-    """Return D^(-1/2) as a flat vector, shape (n,).
+    """Return D^(-1/2) as a flat vector, shape (n,); None without a preconditioner D.
 
     Raises:
         ValueError: If D does not fit the parameters.
@@ -67,7 +67,7 @@ def inverse_root(
     missing = [names[p] for p in parameters if names[p] not in preconditioner]
     if unknown or missing:
         trouble = f"names {unknown[0]!r}, which is no parameter" if unknown else f"has no diagonal for {missing[0]!r}"
-        msg = f"`preconditioner` {trouble}; it must have one for each analysed parameter of `module`."
+        msg = f"`preconditioner` {trouble}; it must have one for each analyzed parameter of `module`."
         raise ValueError(msg)
     for p in parameters:
         shape = tuple(preconditioner[names[p]].shape)
@@ -78,7 +78,7 @@ def inverse_root(
 
 
 def vector_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
-    """Return a type that holds the parameters, at least float32."""
+    """Return the smallest dtype that holds the values of all parameters, at least float32."""
     dtype = torch.float32
     for p in parameters:
         dtype = torch.promote_types(dtype, p.dtype)

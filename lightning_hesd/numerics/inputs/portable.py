@@ -1,4 +1,4 @@
-"""Pickling objects of the user: whole where they are small, else a stand-in that says what is missing."""
+"""Pickling of the user's objects: small ones are pickled, others are replaced by a stand-in that names the object."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class LeftOutError(RuntimeError):
 
 
 class LeftOut:
-    """Stands in for an argument that was not pickled; every use of it raises.
+    """A stand-in for an argument that was not pickled; every use of it raises a LeftOutError.
 
     Args:
         name: Name of the argument.
         reason: Why it was not pickled.
-        title: The `__qualname__` of a function, by which checkpoints of its own are named; None: there is none.
+        title: The `__qualname__` of a function, which is part of names of checkpoints; None for other objects.
     """
 
     def __init__(self, name: str, reason: str, title: str | None = None) -> None:
@@ -41,7 +41,7 @@ class LeftOut:
         return f"<`{self._name}`, not pickled: {self._reason}>"
 
     def refuse(self) -> NoReturn:
-        """Say what is missing.
+        """Raise the error that names the argument.
 
         Raises:
             LeftOutError: Always.
@@ -54,7 +54,7 @@ class LeftOut:
         raise LeftOutError(msg)
 
     def __call__(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        """Take the place of a function."""
+        """Raise the error, in place of a function."""
         self.refuse()
 
     def __iter__(self) -> Iterator[Any]:
@@ -62,10 +62,10 @@ class LeftOut:
 
 
 class Portable:
-    """Wraps an argument in the state of an object that is copied: unpickled or deep-copied, it is the argument itself.
+    """A wrapper of an argument in the state of an object: unpickled or deep-copied, it becomes the argument itself.
 
-    A deep copy shares the argument. A pickle has it if it can be pickled in `MAX_PICKLED_BYTES`, or goes to a process
-    that is being started; otherwise it has a `LeftOut`.
+    A deep copy shares the argument. A pickle contains the argument if that takes at most `MAX_PICKLED_BYTES`, or if the
+    pickle goes to a process that is being started; otherwise it contains a `LeftOut`.
 
     Args:
         name: Name of the argument.
@@ -80,7 +80,8 @@ class Portable:
         return self._value
 
     def __reduce__(self) -> Any:
-        reason = None if get_spawning_popen() is not None and is_picklable(self._value) else obstacle(self._value)
+        goes_to_new_process = get_spawning_popen() is not None and is_picklable(self._value)
+        reason = None if goes_to_new_process else unpicklable_reason(self._value)
         if reason is None:
             return _itself, (self._value,)
         title = getattr(self._value, "__qualname__", None)
@@ -88,19 +89,19 @@ class Portable:
 
 
 def is_picklable(value: object) -> bool:
-    """Return whether an object of any size can be pickled for a process that is being started."""
-    return obstacle(value, most_bytes=None) is None
+    """Return whether an object can be pickled, whatever its size."""
+    return unpicklable_reason(value, max_bytes=None) is None
 
 
-def obstacle(value: object, most_bytes: int | None = MAX_PICKLED_BYTES) -> str | None:
-    """Return why an object is not pickled; None if it can be.
+def unpicklable_reason(value: object, max_bytes: int | None = MAX_PICKLED_BYTES) -> str | None:
+    """Return why an object is not pickled; None if it is.
 
     Args:
         value: The object.
-        most_bytes: Largest size of the pickle; None: any size.
+        max_bytes: Largest size of the pickle; None: any size.
     """
     try:
-        _Pickler(_Meter(most_bytes), most_bytes).dump(value)
+        _Pickler(_Meter(max_bytes), max_bytes).dump(value)
     except _TooLargeError:
         return f"it takes more than {MAX_PICKLED_BYTES // 1024} KiB"
     except Exception as error:  # noqa: BLE001 - the user's objects may raise anything
@@ -109,15 +110,15 @@ def obstacle(value: object, most_bytes: int | None = MAX_PICKLED_BYTES) -> str |
 
 
 class _TooLargeError(Exception):
-    """There is no need to pickle the rest."""
+    """The pickle is too large already."""
 
 
 class _Meter(io.RawIOBase):
-    """Counts the bytes written to it, and keeps none."""
+    """A file that counts the bytes written to it, and stores none."""
 
-    def __init__(self, most_bytes: int | None) -> None:
+    def __init__(self, max_bytes: int | None) -> None:
         super().__init__()
-        self._most_bytes = most_bytes
+        self._max_bytes = max_bytes
         self._written = 0
 
     def writable(self) -> bool:
@@ -125,22 +126,22 @@ class _Meter(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         self._written += len(data)
-        if self._most_bytes is not None and self._written > self._most_bytes:
+        if self._max_bytes is not None and self._written > self._max_bytes:
             raise _TooLargeError
         return len(data)
 
 
 class _Pickler(pickle.Pickler):
-    """Stops at a large tensor or array rather than copy its values."""
+    """A pickler that stops at a large tensor or array, before it copies the values."""
 
-    def __init__(self, file: Any, most_bytes: int | None) -> None:
+    def __init__(self, file: Any, max_bytes: int | None) -> None:
         super().__init__(file, protocol=2)  # that of `torch.save`
-        self._most_bytes = most_bytes
+        self._max_bytes = max_bytes
 
     def reducer_override(self, obj: Any) -> Any:
-        if self._most_bytes is not None and issubclass(type(obj), (Tensor, np.ndarray)):
+        if self._max_bytes is not None and issubclass(type(obj), (Tensor, np.ndarray)):
             size = obj.untyped_storage().nbytes() if isinstance(obj, Tensor) else obj.nbytes
-            if size > self._most_bytes:
+            if size > self._max_bytes:
                 raise _TooLargeError
         return NotImplemented
 

@@ -1,26 +1,26 @@
 """Weights of batches by their tokens, where the loss is a mean over tokens and not over samples.
 
-A language model's loss is the mean over the tokens that have a label, in the whole batch. Such means over batches make
-the mean over all tokens if each batch counts by its number of tokens, and only then do the losses of groups of samples
-make the loss of their batch.
+A language model's loss is the mean over the tokens that have a label, in the whole batch. The weighted mean of such
+losses over batches is the mean over all tokens if each batch counts by its number of tokens, and only then is the loss
+of a batch the weighted mean of those of its groups of samples.
 
 Tokens are the labels other than -100, the entry `labels` of the batch, of two dimensions or more. A model that predicts
-the next token drops the first label of each row; the loss tells whether it does. Without `labels`, tokens are the
-nonzero values of `attention_mask`, or those after the first of each row, whichever agrees with the loss.
+the next token drops the first label of each row; whether it does follows from the loss. Without `labels`, tokens are
+the nonzero values of `attention_mask`, or those after the first of each row, whichever agrees with the loss.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_hesd.numerics.derivatives.graphs import GraphFacts
-from lightning_hesd.numerics.devices import moved
-from lightning_hesd.numerics.inputs.tokens import ADVICE, IGNORED, TokenCount, find
+from lightning_hesd.numerics.collectives import LOCAL, Collectives
+from lightning_hesd.numerics.inputs.chunk_losses import ChunkLosses, most_uneven_cut, with_other_first_labels
+from lightning_hesd.numerics.inputs.tokens import ADVICE, TokenCount, find
 from lightning_hesd.spectra.validation import one_line
 
 if TYPE_CHECKING:
@@ -29,51 +29,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_hesd.numerics.inputs.batches import Weigh, WeightedBatch
-    from lightning_hesd.numerics.inputs.parameter_sharding import AllReduce
     from lightning_hesd.numerics.inputs.tokens import Source
 
-MIN_DIFFERENCE = 1e-6
-"""Of shares of a part in the tokens and in the samples of its batch: less cannot be seen in the loss."""
-
-ROUNDING = 64.0
-"""Units of rounding by which the mean of the losses of parts may differ from the loss of their batch."""
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """The losses of a batch and of its parts.
-
-    Attributes:
-        whole: Loss of the batch.
-        losses: Losses of the parts.
-        parts: The parts.
-        rounding: What rounding can make of the difference of a loss and a mean of losses.
-    """
-
-    whole: float
-    losses: Sequence[float]
-    parts: Sequence[WeightedBatch]
-    rounding: float
-
-    def apart(self, weights: Sequence[float]) -> float:
-        """Return how far the mean of the losses, with these weights, is from the loss of the batch."""
-        weighted = math.fsum(w * loss for w, loss in zip(weights, self.losses, strict=True))
-        return abs(weighted / math.fsum(weights) - self.whole)
-
-    def by_samples(self) -> bool:
-        """Return whether the loss is the mean over samples, to rounding."""
-        return self.apart([part.num_samples for part in self.parts]) <= self.rounding < math.inf
-
-    def by_tokens(self, count: TokenCount) -> bool:
-        """Return whether the loss is the mean over tokens, to rounding."""
-        return self.apart([count(part.data) for part in self.parts]) <= self.rounding < math.inf
+NEITHER = "the loss of a batch is no mean of the losses of its chunks, neither by samples nor by tokens"
 
 
 class Weighing:
-    """Decides how the batches of an analysis are weighed, in all processes alike.
+    """Decides how the batches of an analysis are weighed, equally on all ranks.
+
+    Losses may wait for those of other ranks. Therefore all ranks that have a batch evaluate equally many losses, and a
+    rank whose evaluation fails says so, and goes on.
 
     Attributes:
-        is_settled: Whether the decision holds for other weights of the module, too.
+        is_settled: Whether the decision also holds for other parameters of the module.
     """
 
     def __init__(
@@ -81,31 +49,28 @@ class Weighing:
         wanted: Weigh | None,
         batches: Sequence[WeightedBatch],
         loss: Callable[[WeightedBatch], Tensor],
-        all_reduce: AllReduce | None,
-        device: torch.device,
+        collectives: Collectives = LOCAL,
     ) -> None:
-        """Prepare.
+        """Take the batches.
 
         Args:
-            wanted: As for `hessian_spectrum`.
-            batches: This process's share of the batches.
+            wanted: The option `batch_weight`.
+            batches: This rank's share of the batches.
             loss: Mean loss of a batch.
-            all_reduce: Sums a tensor over all processes; None for a single one.
-            device: Where the sums are made.
+            collectives: Communication between the ranks that the batches are divided among.
         """
         self.is_settled = True
         self._wanted = wanted
         self._batches = batches
         self._loss = loss
-        self._all_reduce = all_reduce
-        self._device = device
-        self._obstacle = ""
+        self._collectives = collectives
+        self._reason = ""  # why this rank cannot tell, in words
 
     def decide(self) -> TokenCount | None:
         """Return how tokens are counted; None if batches do not count by their tokens.
 
         Raises:
-            ValueError: If tokens are to be counted, and it cannot be told how.
+            ValueError: If the option is "tokens", and it cannot be told how they are counted.
         """
         if callable(self._wanted):
             return None
@@ -131,50 +96,49 @@ class Weighing:
         return count
 
     def apply(self, count: TokenCount | None) -> list[WeightedBatch]:
-        """Return the batches with their weights; those without a token are left out.
+        """Return the batches with their weights, without batches that have no token.
 
         Raises:
-            ValueError: If there is no token in any process.
+            ValueError: If no batch of any rank has a token.
         """
         if count is None:
             weigh = self._wanted if callable(self._wanted) else None
             return [replace(batch, weigh=weigh) for batch in self._batches]
         weights = [count(batch.data) for batch in self._batches]
-        if not self._total([math.fsum(weights)])[0]:
+        if not self._collectives.sum_values([math.fsum(weights)])[0]:
             msg = f"no batch has a token: there are no {count}."
             raise ValueError(msg)
         pairs = zip(self._batches, weights, strict=True)
         return [replace(batch, weight=weight, weigh=count) for batch, weight in pairs if weight]
 
     def _source(self) -> Source | None:
-        """Return which entry tells the tokens, the same in the batches of all processes."""
+        """Return the entry that tells the tokens of all batches of all ranks; None if there is none."""
         sources: tuple[Source, Source] = ("labels", "attention_mask")
         has = [sum(find(batch.data, source) is not None for batch in self._batches) for source in sources]
-        total, *found = self._total([len(self._batches), *has])
+        total, *found = self._collectives.sum_values([len(self._batches), *has])
         known = next(((s, count) for s, count in zip(sources, found, strict=True) if count), None)
         return known[0] if known is not None and known[1] == total else None
 
     def _is_mean_over_tokens(self, source: Source) -> bool:
-        """Return whether the losses of parts make that of their batch if weighed by tokens, and not by samples."""
-        if source == "attention_mask" and self._all_reduce is not None:
-            return False  # a loss of whole texts may compare those of all processes, and needs equally many of each
+        """Return whether the loss of a batch is the mean of those of its chunks by tokens, and not by samples."""
+        if source == "attention_mask" and self._collectives.is_distributed:
+            return False  # a loss of whole texts may compare those of all ranks, and needs equally many of each
 
-        def judge(found: _Parts) -> list[float]:
-            tokens = any(found.by_tokens(TokenCount(source, shifted=shifted)) for shifted in (True, False))
-            samples = found.by_samples()
+        def judge(found: ChunkLosses) -> list[float]:
+            tokens = any(found.is_mean_over_tokens(TokenCount(source, shifted=s)) for s in (True, False))
+            samples = found.is_mean_over_samples()
             return [float(tokens and not samples), float(samples and not tokens), float(not tokens and not samples)]
 
-        votes = self._compared(source, judge, 3)
+        votes = self._votes_by_chunks(source, judge, 3)
         if votes is None:
             return False
         failed, tokens, samples, neither = votes
-        self.is_settled = any(votes)  # or all parts have the same loss
+        self.is_settled = any(votes)  # or all chunks have the same loss
         if (failed or neither) and not (tokens or samples) and source == "labels":
-            obstacle = self._obstacle or "the losses of its parts make that of a batch with neither weights"
             self._warn(
                 f"the samples of a batch hold unequal numbers of {TokenCount(source, shifted=False)}, and it cannot be "
-                f"told whether the loss is a mean over these ({obstacle}): each batch counts by its samples. Pass "
-                '`batch_weight="tokens"` if it is, or a function of the batch.'
+                f"told whether the loss is a mean over these ({self._reason or NEITHER}): each batch counts by its "
+                'samples. Pass `batch_weight="tokens"` if it is, or a function of the batch.'
             )
         return bool(tokens) and not samples
 
@@ -189,147 +153,100 @@ class Weighing:
             return bool(does_not)
         if not self._matters(source):
             return False
-        found = f" ({self._obstacle})" if self._obstacle else ""
+        reason = f" ({self._reason})" if self._reason else ""
         every, after_first = TokenCount(source, shifted=False), TokenCount(source, shifted=True)
         msg = (
             f"it cannot be told whether the loss is the mean over {every} or over those after the first of each "
-            f"row{found}: pass `{every.advice()}` or `{after_first.advice()}`."
+            f"row{reason}: pass `{every.advice()}` or `{after_first.advice()}`."
         )
         raise ValueError(msg)
 
     def _votes_by_labels(self) -> list[float]:
-        """Return in how many processes the loss depends on the first labels of rows, and in how many it does not.
-
-        Before these, in how many the evaluation failed.
-        """
+        """Count the ranks whose evaluation fails, whose loss depends on first labels of rows, and whose does not."""
         batches = sorted(self._batches, key=lambda batch: batch.num_samples)
-        changed = [(batch, other) for batch in batches if (other := _with_other_first_labels(batch)) is not None]
-        pair = next(iter(changed), None)
-        if not self._total([float(pair is not None)])[0]:
-            return [0.0, 0.0, 0.0]
+        changed = ((batch, other) for batch in batches if (other := with_other_first_labels(batch)) is not None)
+        pair = next(changed, None)
 
-        def tell() -> list[float]:
+        def vote() -> list[float]:
             if pair is None:
-                for batch in batches[:1]:
-                    for _ in range(2):
-                        self._loss(batch)
+                self._evaluate(batches, 2)
                 return [0.0, 0.0]
             before, after = map(self._loss, pair)
-            counts = abs(after.item() - before.item()) > 8 * torch.finfo(before.dtype).eps * abs(before.item())
-            return [float(counts), float(not counts)]
+            depends = abs(after.item() - before.item()) > 8 * torch.finfo(before.dtype).eps * abs(before.item())
+            return [float(depends), float(not depends)]
 
-        return self._total(self._attempt(tell, 2))
+        return self._votes(vote, 2) if self._collectives.any(pair is not None) else [0.0, 0.0, 0.0]
 
     def _votes_by_mask(self) -> list[float]:
-        """Return in how many processes all values agree better with the loss, and in how many those after the first.
-
-        Before these, in how many the evaluation failed.
-        """
+        """Count the ranks whose evaluation fails, whose loss is nearer to the mean by all values, or not."""
         counts = [TokenCount("attention_mask", shifted=shifted) for shifted in (False, True)]
 
-        def judge(found: _Parts) -> list[float]:
-            every, after_first = (found.apart([count(part.data) for part in found.parts]) for count in counts)
-            if not any(map(found.by_tokens, counts)):
-                self._obstacle = "the losses of its parts make that of a batch with neither weights"
+        def judge(found: ChunkLosses) -> list[float]:
+            if not any(map(found.is_mean_over_tokens, counts)):
+                self._reason = NEITHER
                 return [0.0, 0.0]
+            every, after_first = map(found.distance_by_tokens, counts)
             return [float(every < after_first), float(after_first <= every)]
 
-        return self._compared("attention_mask", judge, 2) or [0.0, 0.0, 0.0]
+        return self._votes_by_chunks("attention_mask", judge, 2) or [0.0, 0.0, 0.0]
 
     def _matters(self, source: Source) -> bool:
         """Return whether the weights of batches depend on whether first tokens count."""
         both = [[TokenCount(source, shifted=s)(batch.data) for s in (False, True)] for batch in self._batches]
-        every, after_first = self._total([math.fsum(pair[i] for pair in both) for i in (0, 1)])
-        unlike = any(not math.isclose(a * after_first, b * every, rel_tol=1e-12) for a, b in both)
-        return self._total([float(unlike)])[0] > 0
+        every, after_first = self._collectives.sum_values([math.fsum(pair[i] for pair in both) for i in (0, 1)])
+        return self._collectives.any(any(not math.isclose(a * after_first, b * every, rel_tol=1e-12) for a, b in both))
 
     def _check(self, count: TokenCount) -> None:
-        """Warn if the loss is not the mean over these tokens, where that can be told."""
-        votes = self._compared(count.source, lambda found: [float(not found.by_tokens(count))], 1)
+        """Warn if it can be told that the loss is not the mean over these tokens."""
+        votes = self._votes_by_chunks(count.source, lambda found: [float(not found.is_mean_over_tokens(count))], 1)
         if votes is not None and votes[1]:
             self._warn(
-                f"each batch counts by its {count}, but its loss is not the mean over these: the losses of parts of a "
+                f"each batch counts by its {count}, but its loss is not the mean over these: the losses of chunks of a "
                 "batch, so weighed, have another mean. Pass a function of the batch to `batch_weight` if other labels "
                 "than these are ignored."
             )
 
-    def _compared(self, source: Source, judge: Callable[[_Parts], list[float]], length: int) -> list[float] | None:
-        """Return in how many processes the comparison of a batch with its parts fails, and the sums of its votes.
+    def _votes_by_chunks(
+        self, source: Source, judge: Callable[[ChunkLosses], list[float]], length: int
+    ) -> list[float] | None:
+        """Compare a batch with two chunks of it on each rank, and add up the votes.
 
-        None if all samples of a batch have as many tokens, in all processes. Otherwise those that have a batch evaluate
-        alike: losses may wait for those of other processes.
+        Args:
+            source: Entry that tells the tokens.
+            judge: Function of the losses that returns votes.
+            length: Number of votes.
+
+        Returns:
+            The number of ranks whose evaluation fails, and the sums of the votes; None if on all ranks all samples of a
+            batch have as many tokens.
         """
-        cut = self._uneven(source)
-        if not self._total([float(cut is not None)])[0]:
+        cut = most_uneven_cut(self._batches, TokenCount(source, shifted=True))
+        if not self._collectives.any(cut is not None):
             return None
 
-        def compare() -> list[float]:
+        def vote() -> list[float]:
             if cut is not None:
-                return judge(self._evaluated(*cut))
-            for batch in self._batches[:1]:
-                for _ in range(3):
-                    self._loss(batch)
+                return judge(ChunkLosses.of(*cut, self._loss))
+            self._evaluate(self._batches, 3)
             return [0.0] * length
 
-        return self._total(self._attempt(compare, length))
+        return self._votes(vote, length)
 
-    def _uneven(self, source: Source) -> tuple[WeightedBatch, int] | None:
-        """Return the batch, and where to cut it in two, whose parts differ most in tokens per sample."""
-        count = TokenCount(source, shifted=True)
-        best, found = MIN_DIFFERENCE, None
-        for batch in self._batches:
-            counts = count.per_sample(batch.data).double()
-            if len(counts) != batch.num_samples or not counts.sum():
-                continue
-            shares = (counts.cumsum(0) / counts.sum())[:-1]
-            unlike = (shares - torch.arange(1, len(counts)) / len(counts)).abs().where((shares > 0) & (shares < 1), 0)
-            if len(unlike) and float(unlike.max()) > best:
-                best, found = float(unlike.max()), (batch, int(unlike.argmax()) + 1)
-        return found
-
-    def _evaluated(self, batch: WeightedBatch, position: int) -> _Parts:
-        """Cut a batch in two, and evaluate it and its parts."""
-        parts = batch.cut_at([position])
-        found = [self._loss(part) for part in (batch, *parts)]
-        facts = GraphFacts()
-        facts.add(found)
-        whole, *losses = [loss.item() for loss in found]
-        epsilon = max(facts.epsilon, torch.finfo(found[0].dtype).eps)
-        return _Parts(whole, losses, parts, ROUNDING * epsilon * max(abs(whole), *map(abs, losses)))
-
-    def _attempt(self, work: Callable[[], list[float]], length: int) -> list[float]:
-        """Return whether some work failed, and the numbers it finds, zeros then."""
+    def _votes(self, vote: Callable[[], list[float]], length: int) -> list[float]:
+        """Return the number of ranks on which `vote` fails, and the sums of its `length` results over the others."""
         try:
-            return [0.0, *work()]
-        except Exception as error:  # noqa: BLE001 - other processes wait; that of the whole batch fails again, later
-            self._obstacle = f"{type(error).__name__}: {one_line(error)}"
-            return [1.0, *[0.0] * length]
+            votes = [0.0, *vote()]
+        except Exception as error:  # noqa: BLE001 - other ranks wait; the loss of the whole batch fails again, later
+            self._reason = f"{type(error).__name__}: {one_line(error)}"
+            votes = [1.0, *[0.0] * length]
+        return self._collectives.sum_values(votes)
 
-    def _total(self, numbers: list[float]) -> list[float]:
-        """Return sums over all processes."""
-        if self._all_reduce is None:
-            return numbers
-        total: list[float] = self._all_reduce(moved(torch.tensor(numbers, dtype=torch.float64), self._device)).tolist()
-        return total
+    def _evaluate(self, batches: Sequence[WeightedBatch], times: int) -> None:
+        """Evaluate the first batch as often as other ranks evaluate theirs."""
+        for batch in batches[:1]:
+            for _ in range(times):
+                self._loss(batch)
 
     def _warn(self, message: str) -> None:
-        if any(batch.index == 0 for batch in self._batches):  # in one process
+        if any(batch.index == 0 for batch in self._batches):  # on one rank
             warnings.warn(f"lightning_hesd: {message}", RuntimeWarning, stacklevel=2)
-
-
-def _with_other_first_labels(batch: WeightedBatch) -> WeightedBatch | None:
-    """Return a batch in which the first label of each row is another one that occurs; None if no first one counts."""
-    other = batch.copy()
-    entry = find(other.data, "labels")
-    if entry is None or entry.values.ndim < 2:
-        return None
-    counted = entry.values[entry.values != IGNORED]
-    if not len(counted):
-        return None
-    low, high = counted.min(), counted.max()
-    changed, first = entry.values.clone(), entry.values[..., 0]
-    changed[..., 0] = torch.where(first == IGNORED, first, torch.where(first == low, high, low))
-    if torch.equal(changed, entry.values):
-        return None
-    entry.replace(changed)  # a new tensor, as inputs and labels may be the same one
-    return other

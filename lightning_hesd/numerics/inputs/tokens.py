@@ -1,4 +1,4 @@
-"""The tokens of a batch: the labels that count, or where an attention mask is not zero."""
+"""The number of tokens of a batch: labels that are not ignored, or nonzero values of the attention mask."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 IGNORED = -100
-"""The label that does not count, of PyTorch and of Hugging Face's models."""
+"""The label that PyTorch and Hugging Face's models ignore."""
 
 Source = Literal["labels", "attention_mask"]
 
 
 @dataclass(frozen=True)
 class TokenCount:
-    """The number of tokens of a batch.
+    """A rule for counting the tokens of a batch.
 
     Attributes:
-        source: The entry of the batch that says which tokens count.
-        shifted: Whether the first of each row does not count.
+        source: The entry of the batch that shows which tokens count.
+        shifted: Whether the first token of each row does not count.
     """
 
     source: Source
@@ -35,7 +35,7 @@ class TokenCount:
         """Return the number of tokens.
 
         Raises:
-            ValueError: If the batch does not say which tokens count.
+            ValueError: If the batch does not have the entry.
         """
         return float(self.per_sample(batch).sum())
 
@@ -43,7 +43,7 @@ class TokenCount:
         """Return the number of tokens in each row, shape (rows,), on the CPU.
 
         Raises:
-            ValueError: If the batch does not say which tokens count.
+            ValueError: If the batch does not have the entry.
         """
         found = find(batch, self.source)
         if found is None:
@@ -57,29 +57,29 @@ class TokenCount:
         return counted.reshape(len(counted), -1).sum(1).cpu()
 
     def __str__(self) -> str:
-        """Return what is counted."""
+        """Return the rule in words."""
         counted = f"`labels` other than {IGNORED}" if self.source == "labels" else "nonzero values of `attention_mask`"
         return f"{counted} after the first of each row" if self.shifted else counted
 
     def advice(self) -> str:
-        """Return what to pass for this count."""
+        """Return the argument `batch_weight` that counts by this rule."""
         part = "[:, 1:]" if self.shifted else ""
         entry = f'batch["{self.source}"]{part}'
         return f"batch_weight=lambda batch: {f'({entry} != {IGNORED})' if self.source == 'labels' else entry}.sum()"
 
 
 ADVICE = TokenCount("labels", shifted=True).advice()
-"""A weight that takes no loss to tell: of models that predict the next token."""
+"""The rule for models that predict the next token."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of a batch that tells its tokens.
+    """The labels or the attention mask of a batch.
 
     Attributes:
-        holder: The mapping or object that has it.
-        name: Its name.
-        values: Its values: labels, or an attention mask.
+        holder: The mapping or object with the entry.
+        name: Name of the entry.
+        values: Labels, or an attention mask.
     """
 
     holder: Any
@@ -87,7 +87,7 @@ class Entry:
     values: Tensor
 
     def replace(self, values: Tensor) -> None:
-        """Put other values in its place."""
+        """Replace the values in the holder."""
         if isinstance(self.holder, Mapping):
             self.holder[self.name] = values  # type: ignore[index]  # or it raises
         else:
@@ -95,7 +95,7 @@ class Entry:
 
 
 def find(batch: Any, name: Source) -> Entry | None:
-    """Return the entry of this name, however deep in a batch; None if there is none, or more than one."""
+    """Return the entry of this name at any depth of a batch; None if there is none, or more than one."""
     try:
         found = list(_entries(batch, name))
     except Exception:  # noqa: BLE001 - objects that cannot be read by their own methods

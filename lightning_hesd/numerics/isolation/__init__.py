@@ -1,1 +1,1 @@
-"""What running the user's code has changed, put back; and the modes in which second derivatives are exact."""
+"""Snapshots that restore the state user code changes, and the mode in which second derivatives are exact."""

@@ -1,4 +1,4 @@
-"""The state in which second derivatives are exact: what is switched off for the analysis, and put back afterwards."""
+"""Exact mode: no autocast, TF32, fused kernels or hooks during an analysis; everything is restored afterwards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_hesd.numerics.derivatives.hooks import no_hooks_in_backward
 from lightning_hesd.numerics.devices import accelerators
 from lightning_hesd.numerics.isolation.isolation import Isolation
 from lightning_hesd.numerics.isolation.modes import set_mode
-from lightning_hesd.numerics.isolation.snapshot import Snapshot, restored
+from lightning_hesd.numerics.isolation.snapshot import Snapshot, restoring
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -23,40 +23,40 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def analysis_state(
+def exact_mode(
     module: nn.Module,
     mode: Mode | ModuleModes = "eval",
-    analysed: Sequence[nn.Parameter] = (),
+    analyzed: Sequence[nn.Parameter] = (),
     others: Sequence[object] = (),
 ) -> Iterator[Isolation]:
-    """Bring `module` and PyTorch into the state for exact second derivatives; put everything back on leaving.
+    """Bring `module` and PyTorch into the state in which second derivatives are exact; restore everything on leaving.
 
-    Gradients are enabled; autocast and TF32 are off, and so is what has no second derivative: fused attention, compiled
-    code (it runs eagerly) and, for recurrent networks, cuDNN (in evaluation mode it has not even a first one). The
-    gradients the user accumulated are set aside, and so are hooks: on parameters all of them, elsewhere in the
-    differentiation of the analysis (see `hooks`).
+    Gradients are enabled. Disabled are autocast, TF32, and operations without a second derivative: fused attention,
+    compiled code (it runs eagerly) and cuDNN for recurrent networks (in evaluation mode it has not even a first one).
+    Gradients that the user has accumulated and hooks on parameters are removed. Other hooks do not act when the
+    analysis differentiates (see `hooks`).
 
     Args:
-        module: The module to analyse.
-        mode: Module mode meanwhile; "keep" leaves every submodule in the mode it is in.
-        analysed: Parameters that require grad meanwhile, even if they are frozen.
+        module: The module to analyze.
+        mode: Mode of the module in this context; "keep" leaves each submodule in its mode.
+        analyzed: Parameters that require grad in this context, even if they are frozen.
         others: Other objects that the user's functions may change.
 
     Yields:
-        What keeps evaluations of the user's functions apart.
+        The isolation of evaluations of the user's functions from each other.
 
     Raises:
-        ValueError: If a norm would wait for other processes.
+        ValueError: If a norm would wait for other ranks.
     """
     snapshot = Snapshot(module, others=others)
-    isolation = Isolation(module, others, analysed, snapshot)
+    isolation = Isolation(module, others, analyzed, snapshot)
     device_types = {p.device.type for p in module.parameters()} | {"cpu"}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(restored(snapshot))
-        snapshot.set_gradients_aside()
-        stack.enter_context(_unfrozen(analysed))
-        stack.enter_context(isolation.hooks.passed_by())
-        stack.enter_context(isolation.power_iterations.kept())
+        stack.enter_context(restoring(snapshot))
+        snapshot.clear_gradients()
+        stack.enter_context(_unfrozen(analyzed))
+        stack.enter_context(isolation.hooks.limited())
+        stack.enter_context(isolation.power_iterations.cached())
         stack.enter_context(no_hooks_in_backward(list(module.parameters())))
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
@@ -73,7 +73,7 @@ def analysis_state(
 
 @contextlib.contextmanager
 def _without_autocast(device_types: Iterable[str]) -> Iterator[None]:
-    """Switch autocast off, and let contexts that would switch it on leave it off."""
+    """Disable autocast, also in contexts that would enable it."""
     enter = torch.autocast.__enter__
 
     def enter_disabled(self: torch.autocast) -> object:
@@ -95,18 +95,18 @@ def _without_autocast(device_types: Iterable[str]) -> Iterator[None]:
 
 
 def _check_norms(module: nn.Module) -> None:
-    """Refuse norms that wait for the statistics of other processes, whose batches are others, or none at all.
+    """Refuse norms that wait for the statistics of other ranks, which have other numbers of batches.
 
     Raises:
-        ValueError: If there is one.
+        ValueError: If the module has one, and there are several ranks.
     """
-    alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
-    if alone or torch.distributed.get_world_size() == 1:
+    is_single = not torch.distributed.is_available() or not torch.distributed.is_initialized()
+    if is_single or torch.distributed.get_world_size() == 1:
         return
     if any(isinstance(m, nn.SyncBatchNorm) and m.training for m in module.modules()):
         msg = (
-            "SyncBatchNorm in training mode waits for the batches of all processes, and an analysis deals them out "
-            "unevenly: analyse with mode='eval'."
+            "in training mode SyncBatchNorm waits for the batches of all ranks, and an analysis gives each rank "
+            "another number of batches: analyze with mode='eval'."
         )
         raise ValueError(msg)
 
@@ -135,7 +135,7 @@ def _unfrozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 def release_memory() -> None:
-    """Give back what a failed analysis held, so that training finds the memory it had."""
+    """Free the memory of a failed analysis, so that training has as much as before."""
     gc.collect()
     for module in accelerators():
         if hasattr(module, "empty_cache"):
@@ -144,12 +144,12 @@ def release_memory() -> None:
 
 @contextlib.contextmanager
 def _full_float32_precision() -> Iterator[None]:
-    """Switch TF32 and its kin off for matrix products and convolutions."""
+    """Disable TF32 and similar formats for matrix products and convolutions."""
     backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
     flag, off = "allow_tf32", False
     if hasattr(torch.backends.cudnn, "conv"):  # torch >= 2.9; mixing the old flags with the new ones is an error there
         backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
-        cpu: Any = torch.backends.mkldnn  # its type knows none of these
+        cpu: Any = torch.backends.mkldnn  # its type does not declare these
         backends += [cpu.matmul, cpu.conv, cpu.rnn]
         flag, off = "fp32_precision", "ieee"  # type: ignore[assignment]
     before = [getattr(backend, flag) for backend in backends]

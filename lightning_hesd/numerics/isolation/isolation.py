@@ -1,8 +1,8 @@
-"""Isolation: what one evaluation of the user's functions leaves behind does not reach the next.
+"""Isolation of evaluations: each evaluation of the user's functions starts from the same state.
 
-Counters, lists, running statistics, queues and power iterations go on with every call, and a product that is computed
-from several evaluations (recomputed, or by differences) would be one of several losses. So each evaluation starts from
-the state that the first one found.
+Counters, lists, running statistics, queues and power iterations advance with every call. A matvec that takes several
+evaluations (by recomputation, or by finite differences) would mix several losses. So each evaluation starts from the
+state in which the first one started.
 """
 
 from __future__ import annotations
@@ -26,70 +26,74 @@ class Isolation:
     """The state from which evaluations start.
 
     Attributes:
-        hooks: What the user's functions register with autograd.
-        power_iterations: What spectral norms have found.
+        hooks: The hooks that the user's functions register with autograd.
+        power_iterations: The singular vectors of spectral norms.
     """
 
     def __init__(
-        self, module: nn.Module, others: Sequence[object], analysed: Sequence[Tensor], before: Snapshot
+        self, module: nn.Module, others: Sequence[object], analyzed: Sequence[Tensor], before: Snapshot
     ) -> None:
-        """Prepare for the first evaluation, which finds the state.
+        """Prepare for the first evaluation.
 
         Args:
             module: The module.
             others: Other objects that evaluations may change.
-            analysed: Parameters whose values stay as they are: central differences move them, and graphs hold them.
+            analyzed: Parameters whose values are not restored: finite differences move them, and graphs hold them.
             before: A snapshot of all of these.
         """
         self._module = module
         self._others = others
         self.hooks = Hooks()
         self.power_iterations = PowerIterations()
-        self._analysed = analysed
+        self._analyzed = analyzed
         self._before: Snapshot | None = before
         self._start: Snapshot | None = None
         self._evaluated: set[object] = set()
         self._latest: object = None
 
-    def restore(self, what: object) -> None:
-        """Go back to the state that the first evaluation found.
+    def restore(self, key: object) -> None:
+        """Restore the state in which the first evaluation started.
 
         Args:
-            what: What is to be evaluated. The same from the same state does the same: what its first evaluation has not
-                changed is not looked at as thoroughly after a later one.
+            key: Identifies the evaluation that follows. Evaluations with one key change the same objects, so after the
+                first of them, later restorations are less thorough.
         """
         if self._start is None:
-            self._start = Snapshot(self._module, others=self._others, known=self._before, without=self._analysed)
+            self._start = Snapshot(self._module, others=self._others, earlier=self._before, excluded=self._analyzed)
         else:
             self._start.restore(thorough=self._latest not in self._evaluated, replacing=True)
             self._evaluated.add(self._latest)
-        self._latest = what
+        self._latest = key
         self.power_iterations.begin()
 
-    def start_here(self) -> None:
-        """Take the present state for the one from which evaluations start."""
+    def restart(self) -> None:
+        """Let later evaluations start from the present state."""
         self._before = self._start = None
         self._evaluated = set()
 
     @contextlib.contextmanager
-    def afresh(self, analysed: Sequence[Tensor]) -> Iterator[None]:
-        """Let evaluations inside start from a state of their own, for which others are analysed."""
-        outside = self._analysed, self._before, self._start, self._evaluated
-        self._analysed, self._before, self._start, self._evaluated = analysed, None, None, set()
+    def separate(self, analyzed: Sequence[Tensor]) -> Iterator[None]:
+        """Let evaluations in this context start from a state of their own.
+
+        Args:
+            analyzed: Parameters whose values are not restored there.
+        """
+        outside = self._analyzed, self._before, self._start, self._evaluated
+        self._analyzed, self._before, self._start, self._evaluated = analyzed, None, None, set()
         try:
-            with self.power_iterations.afresh():
+            with self.power_iterations.separate():
                 yield
         finally:
-            self._end()
-            self._analysed, self._before, self._start, self._evaluated = outside
+            self._restore_start()
+            self._analyzed, self._before, self._start, self._evaluated = outside
 
-    def _end(self) -> None:
+    def _restore_start(self) -> None:
         if self._start is not None:
             self._start.restore()
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Call the user's functions in here."""
+        """Run the user's functions in this context: hooks act, and global settings are restored on leaving."""
         dtype = torch.get_default_dtype()
         try:
             with self.hooks.acting(), torch.set_grad_enabled(torch.is_grad_enabled()):

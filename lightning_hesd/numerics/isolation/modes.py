@@ -1,4 +1,4 @@
-"""Modes of a module during an analysis; among them training mode without its randomness."""
+"""Modes of a module during an analysis; one of them is training mode without randomness."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ModuleModes:
     """The mode of each module of a network.
 
     Attributes:
-        name: Name of the whole, as records have it.
+        name: Name of the mode in records.
         training: Module -> whether it is in training mode.
     """
 
@@ -34,17 +34,17 @@ class ModuleModes:
 
     @classmethod
     def of(cls, module: nn.Module, name: ModeName) -> ModuleModes:
-        """Return the present modes of a module and all modules inside."""
+        """Return the present modes of a module and its submodules."""
         return cls(name, {m: m.training for m in module.modules()})
 
 
-def name_of_mode(mode: Mode | ModuleModes) -> ModeName:
+def mode_name(mode: Mode | ModuleModes) -> ModeName:
     """Return the name of a mode in records."""
     return mode.name if isinstance(mode, ModuleModes) else mode
 
 
 def set_mode(module: nn.Module, mode: Mode | ModuleModes) -> None:
-    """Bring a module and all modules inside into a mode."""
+    """Bring a module and its submodules into a mode."""
     if isinstance(mode, ModuleModes):
         for part, training in mode.training.items():
             part.training = training
@@ -55,9 +55,9 @@ def set_mode(module: nn.Module, mode: Mode | ModuleModes) -> None:
 def without_randomness(module: nn.Module, name: ModeName) -> ModuleModes:
     """Return the present modes, but evaluation mode for modules that are random or use statistics of the batch.
 
-    These are the layers of PyTorch itself, whose mode decides on nothing else; subclasses of its dropout,
-    normalization, recurrent and attention layers; normalization layers of other origin, known by running statistics;
-    and layers called dropout, drop path, stochastic depth or noise. Use it with `WithoutRandomness`.
+    Those are: PyTorch's own layers, whose mode has no other effect; subclasses of its dropout, normalization, recurrent
+    and attention layers; other layers with running statistics; and layers named dropout, drop path, stochastic depth or
+    noise. Use it with `WithoutRandomness`.
     """
     return ModuleModes(name, {m: m.training and not _is_random(m) for m in module.modules()})
 
@@ -95,19 +95,19 @@ _SWITCHES: dict[Any, tuple[str, int, object]] = {
     F.multi_head_attention_forward: ("training", 13, False),
     F.scaled_dot_product_attention: ("dropout_p", 4, 0.0),
 }
-"""Functions with an argument that makes them random, or dependent on the batch: its name, its position, and off."""
+"""Functions with an argument that makes them random or dependent on the batch: its name, position and off value."""
 
 _NORMS = {F.batch_norm, F.instance_norm}
-"""They can do without statistics of the batch only where there are running ones."""
+"""Functions that need statistics of the batch if there are no running ones."""
 
 
 class WithoutRandomness(TorchFunctionMode):
-    """Has functions of PyTorch do without dropout and without statistics of the batch, whatever they are told."""
+    """Runs PyTorch's functions without dropout and without statistics of the batch, regardless of their arguments."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Call the function, its switch off if it has one."""
+        """Call the function with its random part off."""
         kwargs = dict(kwargs or {})
         switch = _SWITCHES.get(func)
         if switch is not None and (func not in _NORMS or _argument("running_mean", 1, args, kwargs) is not None):

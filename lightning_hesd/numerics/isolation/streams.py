@@ -1,4 +1,4 @@
-"""Generators of random numbers, counters and iterators: where they are, and how to take them back there."""
+"""The positions of random number generators, counters and iterators, and how to restore them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,26 @@ STREAMS: tuple[type, ...] = (*GENERATORS, *ITERATORS, itertools.count)
 
 
 class Replace(Protocol):
-    """Puts another object in all places of a value, for good."""
+    """Makes all objects that refer to a value refer to another, permanently."""
 
-    def __call__(self, value: object, other: object, *, for_good: bool) -> None:
-        """Put it there."""
+    def __call__(self, value: object, other: object, *, permanent: bool) -> None:
+        """Replace the value."""
 
 
-class Generator:
-    """A generator of random numbers."""
+def count_from(text: str) -> itertools.count[Any]:
+    """Return the `itertools.count` that has this `repr`; it cannot be copied in all versions of Python.
+
+    Raises:
+        ValueError: If it counts by numbers other than Python's own.
+    """
+    return itertools.count(*ast.literal_eval(text.removeprefix("count").replace(")", ",)")))
+
+
+class GeneratorState:
+    """The state of a random number generator."""
 
     def __init__(self, generator: Any) -> None:
-        self.kind = f"a {type(generator).__name__}"
+        self.description = f"a {type(generator).__name__}"
         if isinstance(generator, np.random.Generator):
             self._restore = partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
         elif isinstance(generator, random.Random):
@@ -35,45 +44,44 @@ class Generator:
         else:
             self._restore = partial(generator.set_state, generator.get_state())
 
-    def restore(self, references: object | None, *, thorough: bool) -> bool:  # noqa: ARG002 - for the protocol
-        """Put its state back."""
+    def restore(self, replacer: object | None, *, thorough: bool) -> bool:  # noqa: ARG002 - as for all states
+        """Restore the state."""
         self._restore()
         return True
 
 
-class Count:
-    """An `itertools.count`, which cannot go back, but can be replaced."""
+class CounterState:
+    """The position of an `itertools.count`, which cannot go back, but can be replaced."""
 
-    kind = "a count"
+    description = "a count"
 
     def __init__(self, count: itertools.count[Any], replace: Replace) -> None:
         self._count = count
         self._before = repr(count)
         self._replace = replace
 
-    def restore(self, references: object | None, *, thorough: bool) -> bool:  # noqa: ARG002 - for the protocol
-        """Put a new one in its place that goes on from where it was."""
+    def restore(self, replacer: object | None, *, thorough: bool) -> bool:  # noqa: ARG002 - as for all states
+        """Replace the counter by one that continues from the saved position."""
         if repr(self._count) == self._before:
             return False
-        arguments = ast.literal_eval(self._before.removeprefix("count").replace(")", ",)"))
-        before, self._count = self._count, itertools.count(*arguments)
-        self._replace(before, self._count, for_good=True)
+        before, self._count = self._count, count_from(self._before)
+        self._replace(before, self._count, permanent=True)
         return True
 
 
-class PlainIterator:
-    """An iterator of a built-in type, which says where it is."""
+class IteratorState:
+    """The position of an iterator of a built-in type."""
 
     def __init__(self, iterator: Any) -> None:
-        self.kind = f"a {type(iterator).__name__}"
+        self.description = f"a {type(iterator).__name__}"
         self._iterator = iterator
-        self._before = iterator.__reduce__()[2:]  # its position, unless it is exhausted
+        self._before = iterator.__reduce__()[2:]  # empty if it is exhausted
 
-    def restore(self, references: object | None, *, thorough: bool) -> bool:  # noqa: ARG002 - for the protocol
-        """Go back.
+    def restore(self, replacer: object | None, *, thorough: bool) -> bool:  # noqa: ARG002 - as for all states
+        """Restore the position.
 
         Raises:
-            RuntimeError: If it is exhausted for good.
+            RuntimeError: If the iterator is exhausted, and so has let go of its items.
         """
         if self._before:
             self._iterator.__setstate__(*self._before)
@@ -83,8 +91,8 @@ class PlainIterator:
         return True
 
 
-def stream(value: Any, replace: Replace) -> Generator | Count | PlainIterator:
-    """Return the state of one of `STREAMS`."""
+def stream_state(value: Any, replace: Replace) -> GeneratorState | CounterState | IteratorState:
+    """Save the position of an object of one of the types `STREAMS`."""
     if isinstance(value, itertools.count):
-        return Count(value, replace)
-    return Generator(value) if isinstance(value, GENERATORS) else PlainIterator(value)
+        return CounterState(value, replace)
+    return GeneratorState(value) if isinstance(value, GENERATORS) else IteratorState(value)

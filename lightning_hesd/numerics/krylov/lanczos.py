@@ -1,9 +1,9 @@
-"""Lanczos tridiagonalisation of a symmetric matrix that is known by its products only.
+"""Lanczos tridiagonalization of a symmetric matrix that is known by its products only.
 
-Works on flat tensors; knows nothing of modules or losses. Lanczos (1950), Golub & Welsch (1969) for the quadrature rule
-that the tridiagonal matrix stands for. The basis is kept orthogonal to machine precision by complete
-reorthogonalisation with classical Gram-Schmidt, twice where once is not enough (Daniel, Gragg, Kaufman & Stewart 1976;
-Giraud, Langou & Rozložník 2005).
+For a start vector v₁ of unit length, m steps give an orthonormal Krylov basis V = (v₁, ..., v_m) and the tridiagonal
+matrix T = Vᵀ H V with α on the diagonal and β beside it: H V = V T + β_m v_{m+1} e_mᵀ (Lanczos 1950). The basis is kept
+orthogonal to machine precision by full reorthogonalization with classical Gram-Schmidt, twice where once is not enough
+(Daniel, Gragg, Kaufman & Stewart 1976; Giraud, Langou & Rozložník 2005).
 """
 
 from __future__ import annotations
@@ -20,30 +20,29 @@ from lightning_hesd.numerics.krylov.vectors import VectorSpace
 from lightning_hesd.spectra.criteria import rounding_threshold
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable
 
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import NDArray
 
     Array = NDArray[np.float64]
-    Storage = Literal["device", "cpu", "none"]
-    Process = Generator[Tensor, Tensor, None]
-    """Yields vectors, and is sent their products."""
+    Basis = Literal["device", "cpu", "none"]
+    """Where the Krylov basis is kept: on the device of the vectors, in the computer's memory, or nowhere."""
 
 STEPS_BETWEEN_CHECKS = 8
-"""On an accelerator the coefficients are read back only every so many steps: reading them waits for the device."""
+"""Steps between two readings of the coefficients on an accelerator: reading them waits for the device."""
 
 STEPS_BETWEEN_STOPS = 2
-"""On the CPU reading is free, but asking whether to stop is not: it takes about a millisecond."""
+"""Steps between two questions whether to stop, on the CPU: reading is free there, but an answer takes a millisecond."""
 
 USUAL_SIZES = (1e-12, 1e12)
 """Norms of first products whose squares stay far from underflow and overflow in float32; others are scaled."""
 
 LOST_NORM = 0.7
-"""A pass that leaves less than this share of a vector has removed so much that its rounding matters: pass again."""
+"""A Gram-Schmidt pass that leaves less than this share of a vector's norm is repeated: its rounding errors matter."""
 
 
 class NonFiniteProductError(ArithmeticError):
-    """A matrix-vector product came out NaN or infinite.
+    """A matrix-vector product is NaN or infinite.
 
     Attributes:
         vector: A finite vector, shape (n,), whose product was not finite; None if it was not kept.
@@ -55,13 +54,14 @@ class NonFiniteProductError(ArithmeticError):
 
 
 class Lanczos:
-    """A Lanczos process: the tridiagonal matrix after the steps taken so far, and the basis behind it.
+    """A Lanczos run: the tridiagonal matrix T after the steps taken so far, and the Krylov basis.
 
     Attributes:
-        alphas: Diagonal, shape (m,), float64.
-        betas: Off-diagonal and, last, the norm of the residual vector, shape (m,), float64.
+        vector: Lanczos vector of the next step, shape (n,): `update` takes its product.
+        alphas: Diagonal of T, shape (m,), float64.
+        betas: Off-diagonal of T and, last, the norm of the remainder vector, shape (m,), float64.
         asymmetries: For each step j the norm of ⟨v_i, Hv_j⟩ − T_ij over the earlier Lanczos vectors i < j, shape (m,),
-            float64: rounding where H is symmetric. Without a basis for i = j − 1 only.
+            float64: rounding where H is symmetric. Without a Krylov basis for i = j − 1 only.
         breakdown: Whether the Krylov space became invariant, so that the eigenvalues of T are eigenvalues of the
             matrix.
     """
@@ -72,21 +72,21 @@ class Lanczos:
         start: Tensor,
         steps: int,
         *,
-        storage: Storage = "device",
+        basis: Basis = "device",
         space: VectorSpace | None = None,
     ) -> None:
-        """Prepare the process.
+        """Start a run; `run` or `update` takes the steps.
 
         Args:
             matvec: Product with a symmetric matrix, (n,) -> (n,).
             start: Start vector, shape (n,), finite and not zero.
             steps: Number of steps, at least 1; never more than n are taken.
-            storage: Where the basis is kept, `steps` vectors: with the vectors ("device"), in the computer's memory
-                ("cpu"), or nowhere ("none"). Without a basis the vectors lose their orthogonality once a Ritz value
-                has converged, and copies of it ("ghosts") appear: extremes and quadrature stay right, but nodes no
-                longer stand for one eigenvalue each (Paige 1980, Greenbaum 1989). Its type is the vectors'; in
-                bfloat16, C_t was off by up to 7e-4 and K_H05 by 1.4 %, after 100 steps on four spectra.
-            space: What the vectors are vectors of; default: they are whole.
+            basis: Where the Krylov basis is kept, `steps` vectors: with the vectors ("device"), in the computer's
+                memory ("cpu"), or nowhere ("none"). Without it the Lanczos vectors lose their orthogonality once a Ritz
+                value has converged, and copies of that value ("ghosts") appear: extremes and quadrature stay right, but
+                nodes no longer stand for one eigenvalue each (Paige 1980, Greenbaum 1989). Its dtype is that of the
+                vectors; in bfloat16, C_t was off by up to 7e-4 and K_H05 by 1.4 %, after 100 steps on four spectra.
+            space: Vector space with the inner product; default: this process holds whole vectors.
 
         Raises:
             ValueError: If `steps` is less than 1, or `start` is zero or not finite.
@@ -103,78 +103,89 @@ class Lanczos:
         self.betas: NDArray[np.float64] = np.empty(0)
         self.asymmetries: NDArray[np.float64] = np.empty(0)
         self.breakdown = False
+        self.vector = self._start = start / norm
         self._matvec = matvec
-        self._start = start / norm
-        self._steps = min(steps, space.dimension)
+        self._max_steps = min(steps, space.dimension)
         self._on_accelerator = start.device.type != "cpu"
+        self._limits = torch.finfo(start.dtype)
+        self._step = 0
+        self._scale = 1.0
+        self._previous: Tensor | None = None
+        self._coefficients = torch.zeros(3, self._max_steps, dtype=start.dtype, device=start.device)
         self._basis: Tensor | None = None  # row j is the Lanczos vector v_j
-        if storage != "none":
-            device = start.device if storage == "device" else torch.device("cpu")
-            self._basis = torch.empty(self._steps, start.numel(), dtype=start.dtype, device=device)
+        if basis != "none":
+            device = start.device if basis == "device" else torch.device("cpu")
+            self._basis = torch.empty(self._max_steps, start.numel(), dtype=start.dtype, device=device)
 
     def run(self, stop: Callable[[], bool] | None = None) -> None:
-        """Take the steps, or fewer if the Krylov space becomes invariant or `stop` says so.
+        """Take all steps, or fewer if the Krylov space becomes invariant or `stop` returns True.
 
         Args:
-            stop: Asked every few steps, with `alphas` and `betas` up to date, whether they will do.
+            stop: Called every few steps, with `alphas` and `betas` up to date; True ends the run.
 
         Raises:
             NonFiniteProductError: If a product is NaN or infinite.
         """
-        process = self.process(stop)
-        vector = next(process, None)
-        while vector is not None:
-            vector = advance(process, self._matvec(vector))
+        while not self.update(self._matvec(self.vector)):
+            if stop is not None and self.may_stop and stop():
+                return
 
-    def process(self, stop: Callable[[], bool] | None = None) -> Process:
-        """Do what `run` does, for somebody else to make the products.
+    def update(self, product: Tensor) -> bool:
+        """Take one step.
 
-        Yields:
-            Vectors, whose products it must be sent.
+        Args:
+            product: Hv of `vector`, shape (n,).
+
+        Returns:
+            Whether the run has ended.
+
+        Raises:
+            NonFiniteProductError: If this product, or one since the last check, is NaN or infinite.
         """
-        space = self._space
-        interval = STEPS_BETWEEN_CHECKS if self._on_accelerator else 1
-        limits = torch.finfo(self._start.dtype)
-        coefficients = torch.zeros(3, self._steps, dtype=self._start.dtype, device=self._start.device)
-        alphas, betas, asymmetries = coefficients
-        previous, current = None, self._start
-        scale = 1.0
-
-        for step in range(self._steps):
-            self._keep(step, current)
-            residual = yield current
-            if previous is None:
-                scale = self._scale(residual)
-            if scale != 1:
-                residual = residual * scale
+        space, step, vector, previous = self._space, self._step, self.vector, self._previous
+        alphas, betas, asymmetries = self._coefficients
+        if previous is None:
+            self._scale = self._suitable_scale(product)
+        remainder = product if self._scale == 1 else product * self._scale
+        if previous is not None:
+            remainder = torch.addcmul(remainder, previous, betas[step - 1], value=-1)
+        alphas[step] = space.dot(vector, remainder)
+        remainder = torch.addcmul(remainder, vector, alphas[step], value=-1)
+        if self._basis is not None:
+            correction, betas[step], asymmetries[step] = self._reorthogonalize(self._basis, remainder)
+            alphas[step] += correction
+        else:
+            betas[step] = space.norm(remainder)
             if previous is not None:
-                residual = torch.addcmul(residual, previous, betas[step - 1], value=-1)
-            alphas[step] = space.dot(current, residual)
-            residual = torch.addcmul(residual, current, alphas[step], value=-1)
-            if self._basis is not None:
-                correction, betas[step], asymmetries[step] = self._reorthogonalize(self._basis[: step + 1], residual)
-                alphas[step] += correction
-            else:
-                betas[step] = space.norm(residual)
-                if previous is not None:
-                    asymmetries[step] = space.dot(previous, residual).abs()
-            last = step + 1 == self._steps
-            if (step + 1) % interval == 0 or last:
-                known = coefficients[:, : step + 1].cpu().double() / scale
-                self.alphas, self.betas, self.asymmetries = known.numpy()
-                self._check_finite(current)
-                end = _breakdown(self.alphas, self.betas, rounding_threshold(1.0, limits.eps, space.dimension))
-                if end is not None:
-                    self.alphas, self.betas, self.asymmetries, self.breakdown = (
-                        *(c[:end] for c in (self.alphas, self.betas, self.asymmetries)),
-                        True,
-                    )
-                    return
-                if stop is not None and not last and (step + 1) % STEPS_BETWEEN_STOPS == 0 and stop():
-                    return
-            previous, current = current, residual / betas[step].clamp_min(limits.tiny)
+                asymmetries[step] = space.dot(previous, remainder).abs()
+        self._step += 1
+        if self._has_ended():
+            return True
+        self._previous, self.vector = vector, remainder / betas[step].clamp_min(self._limits.tiny)
+        return False
 
-    def _scale(self, product: Tensor) -> float:
+    @property
+    def may_stop(self) -> bool:
+        """Whether `alphas` and `betas` are up to date, and it is time to ask again whether they suffice."""
+        return len(self.alphas) == self._step and self._step % STEPS_BETWEEN_STOPS == 0
+
+    def _has_ended(self) -> bool:
+        """Read the coefficients every few steps, and return whether the run ends here."""
+        is_last = self._step == self._max_steps
+        if not is_last and self._step % (STEPS_BETWEEN_CHECKS if self._on_accelerator else 1):
+            return False
+        known = self._coefficients[:, : self._step].cpu().double() / self._scale
+        self.alphas, self.betas, self.asymmetries = known.numpy()
+        self._check_finite()
+        tolerance = rounding_threshold(1.0, self._limits.eps, self._space.dimension)
+        end = _breakdown(self.alphas, self.betas, tolerance)
+        if end is not None:
+            self.alphas, self.betas, self.asymmetries = known.numpy()[:, :end]
+            self.breakdown = True
+            return True
+        return is_last
+
+    def _suitable_scale(self, product: Tensor) -> float:
         """Return a power of two that brings products to a size whose squares neither underflow nor overflow."""
         low, high = USUAL_SIZES
         if low < float(self._space.norm(product)) < high:
@@ -183,7 +194,7 @@ class Lanczos:
         return 2.0 ** -math.frexp(norm)[1] if 0 < norm < math.inf else 1.0
 
     def ritz_vectors(self, coefficients: NDArray[np.float64]) -> Tensor:
-        """Return combinations of the basis vectors, shape (count, n), in the device and type of the start vector.
+        """Return combinations of the Krylov basis, shape (count, n), on the device and in the dtype of the start.
 
         Args:
             coefficients: Eigenvectors of T as columns, shape (m, count), m the steps taken.
@@ -192,64 +203,62 @@ class Lanczos:
         if self._basis is not None:
             known = self._basis[: weights.shape[1]]
             return (weights.to(known.device) @ known).to(self._start.device)
-        # Without a basis the process is repeated, with the coefficients that are known by now.
+        # Without a basis the run is repeated, with the coefficients that are known by now.
         combined = torch.outer(weights[:, 0], self._start)
         previous, current = torch.zeros_like(self._start), self._start
         for step in range(weights.shape[1] - 1):
-            residual = self._matvec(current)
-            residual = torch.sub(residual, current, alpha=float(self.alphas[step]))
-            residual.sub_(previous, alpha=float(self.betas[step - 1]) if step else 0.0)
-            previous, current = current, residual.div_(float(self.betas[step]))
+            remainder = self._matvec(current)
+            remainder = torch.sub(remainder, current, alpha=float(self.alphas[step]))
+            remainder.sub_(previous, alpha=float(self.betas[step - 1]) if step else 0.0)
+            previous, current = current, remainder.div_(float(self.betas[step]))
             combined.addr_(weights[:, step + 1], current)
         return combined
 
     def project(self, vector: Tensor) -> Tensor | None:
-        """Return the components of a vector along the basis vectors, shape (m,); None without a basis."""
+        """Return the components of a vector along the Krylov basis, shape (m,); None without a basis."""
         if self._basis is None:
             return None
         known = self._basis[: len(self.alphas)]
         return self._space.coefficients(known, vector.to(known.device))
 
-    def _keep(self, step: int, vector: Tensor) -> None:
-        if self._basis is not None:
-            self._basis[step].copy_(vector)
-
-    def _reorthogonalize(self, known: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Remove, in place, what the basis still spans.
+    def _reorthogonalize(self, basis: Tensor, remainder: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Add the present vector to the Krylov basis, and subtract the components along the basis in place.
 
         Args:
-            known: Rows of the basis so far, shape (m, n).
-            residual: The product, freed from its parts along the last two of them, shape (n,).
+            basis: Krylov basis with room for all steps, shape (steps, n).
+            remainder: The product minus its components along the last two basis vectors, shape (n,).
 
         Returns:
-            correction: What this amounts to in α.
-            norm: That of what is left.
-            asymmetry: Norm of the components along the earlier basis vectors, which are zero for a symmetric matrix.
+            correction: Change of α.
+            norm: Norm of the remainder vector.
+            asymmetric: Norm of the components that are zero for a symmetric matrix.
         """
-        moved = residual.device != known.device
-        vector = residual.to(known.device) if moved else residual
-        norm = self._space.norm(vector)
+        basis[self._step].copy_(self.vector)
+        known = basis[: self._step + 1]
+        moved = remainder.device != known.device
+        vector = remainder.to(known.device) if moved else remainder
+        before = self._space.norm(vector)
         coefficients = self._space.coefficients(known, vector)
         correction, asymmetric = coefficients[-1], asymmetry(coefficients)
-        before, norm = norm, self._subtract(known, coefficients, vector)
-        # Asking an accelerator would mean waiting for it; there the second pass is the cheaper answer.
+        norm = self._subtract(known, coefficients, vector)
+        # Reading a norm from an accelerator means waiting for it; there the second pass is cheaper than the test.
         if self._on_accelerator or float(norm) <= LOST_NORM * float(before):
             coefficients = self._space.coefficients(known, vector)
             correction, norm = correction + coefficients[-1], self._subtract(known, coefficients, vector)
         if moved:
-            residual.copy_(vector)
-        return correction.to(residual.device), norm.to(residual.device), asymmetric.to(residual.device)
+            remainder.copy_(vector)
+        return correction.to(remainder.device), norm.to(remainder.device), asymmetric.to(remainder.device)
 
     def _subtract(self, known: Tensor, coefficients: Tensor, vector: Tensor) -> Tensor:
-        """Subtract a combination of the basis in place, and return the norm of what is left."""
+        """Subtract a combination of the basis vectors in place, and return the norm of the result."""
         vector.addmv_(known.T, coefficients, alpha=-1)
         return self._space.norm(vector)
 
-    def _check_finite(self, current: Tensor) -> None:
+    def _check_finite(self) -> None:
         finite = np.isfinite(self.alphas) & np.isfinite(self.betas)
         if not finite.all():
             culprit = int(np.argmin(finite))
-            vector = current if self._basis is None else self._basis[culprit].to(current.device)
+            vector = self.vector if self._basis is None else self._basis[culprit].to(self.vector.device)
             raise NonFiniteProductError(vector.clone() if self._space.is_finite(vector) else None, culprit + 1)
 
 
@@ -257,61 +266,16 @@ def asymmetry(coefficients: Tensor) -> Tensor:
     """Return the norm of a remainder's components along all basis vectors but the last: zero for a symmetric matrix.
 
     Args:
-        coefficients: Components along the basis vectors so far, shape (m,), of a product freed from its parts along the
-            last two.
+        coefficients: Components along the basis vectors so far, shape (m,), of a product minus its components along
+            the last two.
     """
     norm: Tensor = torch.linalg.vector_norm(coefficients[:-1])
     return norm
 
 
-def advance(process: Process, product: Tensor) -> Tensor | None:
-    """Send a product, and return the next vector, or None if there is none."""
-    try:
-        return process.send(product)
-    except StopIteration:
-        return None
-
-
-def _breakdown(alphas: NDArray[np.float64], betas: NDArray[np.float64], tolerance: float) -> int | None:
-    """Return the first number of steps after which the residual is rounding relative to ‖T‖, or None."""
+def _breakdown(alphas: Array, betas: Array, tolerance: float) -> int | None:
+    """Return the first number of steps after which the remainder is rounding relative to ‖T‖; None if there is none."""
     previous = np.concatenate([[0.0], betas[:-1]])
     norms = np.maximum.accumulate(np.abs(alphas) + previous)  # ‖T‖ from the inside, so that β itself does not count
     ended = np.flatnonzero(betas <= tolerance * norms)
     return int(ended[0]) + 1 if len(ended) else None
-
-
-def gauss_quadrature(alphas: ArrayLike, betas: ArrayLike) -> tuple[Array, Array, Array]:
-    """Turn a Lanczos tridiagonal matrix into a Gauss quadrature rule with residual bounds.
-
-    Args:
-        alphas: Diagonal, shape (m,).
-        betas: Off-diagonal and, last, the norm of the final residual vector, shape (m,).
-
-    Returns:
-        nodes: Eigenvalues θ of the tridiagonal matrix, ascending, shape (m,).
-        weights: Squared first components of its eigenvectors, shape (m,), sum 1.
-        residuals: β_m·|last components|, shape (m,): an eigenvalue lies within the residual of each node.
-
-    Example:
-        >>> nodes, weights, residuals = gauss_quadrature([0.0, 0.0], [1.0, 0.5])
-        >>> nodes.tolist(), weights.round(3).tolist(), residuals.round(3).tolist()
-        ([-1.0, 1.0], [0.5, 0.5], [0.354, 0.354])
-    """
-    nodes, vectors = eigen(alphas, betas)
-    weights = vectors[0] ** 2
-    return nodes, weights / weights.sum(), float(np.asarray(betas)[-1]) * np.abs(vectors[-1])
-
-
-def eigen(alphas: ArrayLike, betas: ArrayLike) -> tuple[Array, Array]:
-    """Return the eigenvalues, ascending, shape (m,), and eigenvectors, columns of shape (m, m), of the matrix T.
-
-    Args:
-        alphas: Diagonal, shape (m,).
-        betas: Off-diagonal and, last, a number that does not matter, shape (m,).
-    """
-    diagonal = np.asarray(alphas, dtype=np.float64)
-    off_diagonal = np.asarray(betas, dtype=np.float64)
-    # By PyTorch: NumPy's threads go on spinning for a while, and would share the cores with those of the next product.
-    matrix = torch.from_numpy(np.diag(diagonal) + np.diag(off_diagonal[:-1], -1))  # eigh reads the lower triangle
-    nodes, vectors = torch.linalg.eigh(matrix)
-    return nodes.numpy(), vectors.numpy()

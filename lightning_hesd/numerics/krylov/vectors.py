@@ -1,4 +1,4 @@
-"""The space of flat vectors over the parameters: what an algorithm on them needs beyond elementwise arithmetic."""
+"""The space of flat vectors over the parameters: inner products, norms and random vectors."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
 BLOCK = 16
-"""PyTorch makes normal numbers in blocks of so many, on the CPU."""
+"""Number of normal random numbers that PyTorch draws together, on the CPU."""
 
 CHUNK = 2**16
+"""Number of random numbers that are held at a time, where only pieces of a vector are kept."""
 
 
 class VectorSpace:
-    """Vectors of shape (n,) that this process holds as a whole.
+    """The space of vectors of shape (n,), whole on this rank.
 
-    Where every process holds a part only (see `sharding`), a vector is that part, shape (m,), and what is computed here
-    is the same in all processes.
+    Where parameters are sharded, a subclass takes this rank's shard of a vector, shape (m,), for the vector, and the
+    results are the same on all ranks.
 
     Attributes:
-        dimension: n.
+        dimension: Number n of elements of a whole vector.
     """
 
     def __init__(self, dimension: int) -> None:
         self.dimension = dimension
 
     def total(self, value: float) -> float:
-        """Return the sum of what was computed from the parts of a vector."""
+        """Return the sum, over the shards of a vector, of a number computed from each."""
         return value
 
     def dot(self, first: Tensor, second: Tensor) -> Tensor:
@@ -41,12 +42,12 @@ class VectorSpace:
         return torch.dot(first, second)
 
     def norm(self, vector: Tensor) -> Tensor:
-        """Return the length, a scalar."""
+        """Return the norm, a scalar."""
         norm: Tensor = torch.linalg.vector_norm(vector)
         return norm
 
     def coefficients(self, basis: Tensor, vector: Tensor) -> Tensor:
-        """Return the inner products with the rows of `basis`, shape (rows,)."""
+        """Return the inner products of a vector with the rows of a basis, shape (rows,)."""
         return basis @ vector
 
     def is_finite(self, vector: Tensor) -> bool:
@@ -67,21 +68,21 @@ def _signs(n: int, generator: Generator) -> Tensor:
 
 
 def gaussian_pieces(sizes: Sequence[int], generator: Generator) -> Iterator[Tensor]:
-    """Yield what `VectorSpace.gaussian` draws, in pieces of these sizes, without ever holding all of it."""
+    """Yield the vector that `VectorSpace.gaussian` draws, in pieces of some sizes, never holding all of it."""
     return _pieces(sizes, _gaussian_chunks(sum(sizes), generator))
 
 
 def sign_pieces(sizes: Sequence[int], generator: Generator) -> Iterator[Tensor]:
-    """Yield what `VectorSpace.signs` draws, in pieces of these sizes, without ever holding all of it."""
+    """Yield the vector that `VectorSpace.signs` draws, in pieces of some sizes, never holding all of it."""
     n = sum(sizes)
     return _pieces(sizes, (_signs(min(CHUNK, n - start), generator) for start in range(0, n, CHUNK)))
 
 
 def _gaussian_chunks(n: int, generator: Generator) -> Iterator[Tensor]:
-    """Draw `torch.randn(n)` in chunks.
+    """Draw the numbers of `torch.randn(n)` in chunks.
 
-    It goes through the vector in blocks. Where the last one would be incomplete, the last 16 elements are drawn again,
-    after what the rest of the vector would have taken from the generator.
+    `torch.randn` fills the vector in blocks of 16 numbers. If the last block is incomplete, it first fills the other
+    elements, and then draws the last 16 elements anew.
 
     Yields:
         The chunks.
@@ -102,10 +103,10 @@ def _gaussian_chunks(n: int, generator: Generator) -> Iterator[Tensor]:
 
 
 def _pieces(sizes: Sequence[int], chunks: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Cut a stream of chunks.
+    """Join a stream of chunks, and cut it anew.
 
     Yields:
-        Pieces of these sizes.
+        Pieces of the sizes.
     """
     rest = torch.empty(0, dtype=torch.float64)
     for size in sizes:
@@ -129,3 +130,17 @@ def in_shape(vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """View a flat vector, shape (n,), in the shapes, and cast it to the dtypes, of the parameters."""
     parts = torch.split(vector, [p.numel() for p in parameters])
     return [part.view_as(p).to(p.dtype) for part, p in zip(parts, parameters, strict=True)]
+
+
+def add_in_shape(total: Tensor, parts: Sequence[Tensor | None], sizes: Sequence[int], factor: float = 1.0) -> None:
+    """Add a multiple of a vector in the shapes of the parameters to a flat vector, shape (n,), in place.
+
+    Args:
+        total: The flat vector.
+        parts: One tensor for each parameter; None stands for zero.
+        sizes: Number of elements of each parameter.
+        factor: The multiple.
+    """
+    for target, part in zip(torch.split(total, list(sizes)), parts, strict=True):
+        if part is not None:
+            target.view_as(part).add_(part, alpha=factor)

@@ -1,11 +1,11 @@
-"""The matrices of second derivatives of one batch's loss, as products: Hessian, Gauss-Newton matrix, and residual.
+"""Curvature matrices of the loss of one batch, known by their products: Hessian, Gauss-Newton matrix and residual.
 
-With outputs o of the network and a loss L(o), its Hessian is H = G + R: the generalised Gauss-Newton matrix
-G = Jᵀ (∂²L/∂o²) J, with J = ∂o/∂w (Schraudolph 2002), and the residual R = Σ_i (∂L/∂o_i) ∂²o_i/∂w². Kiselev & Grabovoy
-(2024, section 3.4) call them G-term and H-term.
+With outputs o of the network and a loss L(o), the Hessian is H = G + R with the generalized Gauss-Newton matrix
+G = Jᵀ (∂²L/∂o²) J, J = ∂o/∂w (Schraudolph 2002), and the residual R = Σ_i (∂L/∂o_i) ∂²o_i/∂w²: the G-term and H-term
+of Kiselev & Grabovoy (2024, section 3.4).
 
-Products are exact, by differentiating a gradient's graph once more (Pearlmutter 1994), and cost at least about two
-gradients. A matrix may be cut down to diagonal blocks of its parameters; all blocks share one graph.
+Products are exact: the graph of a gradient is differentiated once more (Pearlmutter 1994), at the cost of about two
+gradients. A matrix may be restricted to diagonal blocks of its parameters; all blocks share one graph.
 """
 
 from __future__ import annotations
@@ -23,28 +23,30 @@ from typing_extensions import override
 
 from lightning_hesd.numerics.derivatives.checkpointing import kept_activations
 from lightning_hesd.numerics.derivatives.graphs import GraphFacts
+from lightning_hesd.numerics.inputs.batches import SkippedBatchError
 
 if TYPE_CHECKING:
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
 
 Vector = Sequence[Tensor | None]
-"""Parts in the shapes of the parameters; None stands for zero."""
+"""A vector as one tensor for each parameter, in its shape; None stands for zero."""
 
-Product = Callable[[Vector], Vector]
+Matvec = Callable[[Vector], Vector]
+"""Product with a curvature matrix, v -> Hv."""
 
 EVERYTHING = slice(None)
 
 
 @dataclass
-class Matrix(ABC):
-    """A symmetric matrix that belongs to the loss of a batch.
+class CurvatureMatrix(ABC):
+    """A symmetric matrix of second derivatives of the loss of a batch.
 
     Attributes:
         loss: Mean loss of a batch, a scalar tensor that is the same at every call.
-        parameters: What rows and columns of the matrix stand for.
-        blocks: The diagonal blocks that are wanted of it, each a range of the parameters.
-        facts: What the graphs evaluated so far have shown of the loss.
-        is_hessian: Whether it is the Hessian of a function, so that differences of gradients give it, too.
+        parameters: The parameters w of rows and columns.
+        blocks: Diagonal blocks to compute, each a range of the parameters.
+        facts: Properties of the graphs evaluated so far: dtypes, operations, kinks.
+        is_hessian: Whether the matrix is the Hessian of a function, so that differences of its gradient give it, too.
     """
 
     loss: Callable[[WeightedBatch], Tensor]
@@ -53,34 +55,42 @@ class Matrix(ABC):
     facts: GraphFacts = field(default_factory=GraphFacts, init=False, kw_only=True)
     is_hessian: ClassVar[bool] = True
 
-    def check(self, batch: WeightedBatch) -> None:  # noqa: B027 - most have nothing to check
-        """Raise a ValueError if the matrix cannot be what it is asked to be."""
+    def has_loss(self, batch: WeightedBatch) -> bool:
+        """Return whether the loss function has a loss for a batch, and does not skip it."""
+        try:
+            self.loss(batch)
+        except SkippedBatchError:
+            return False
+        return True
+
+    def check(self, batch: WeightedBatch) -> None:  # noqa: B027 - for subclasses
+        """Raise a ValueError if the loss functions do not define the matrix."""
 
     @abstractmethod
-    def product(self, batch: WeightedBatch, *, retain: bool) -> tuple[Tensor, Product]:
-        """Return the loss of a batch, a scalar without graph, and the product with its matrix.
+    def make_matvec(self, batch: WeightedBatch, *, retain: bool) -> tuple[Tensor, Matvec]:
+        """Return the loss of a batch, a scalar without graph, and the product v -> Hv with its matrix.
 
         Args:
             batch: The batch.
-            retain: Whether the product will be called more than once: the graph stays.
+            retain: Whether the graph is kept, for more than one product.
         """
 
     @abstractmethod
     def function(self, batch: WeightedBatch) -> Callable[[], Tensor]:
-        """Return the function of the parameters, a scalar, whose Hessian at their present values the matrix is.
+        """Return the scalar function of the parameters that has the matrix as its Hessian at their present values.
 
-        Of a matrix that is none, the loss.
+        For a matrix that is no Hessian, return the loss.
         """
 
 
-class HessianMatrix(Matrix):
-    """The Hessian of the loss."""
+class HessianMatrix(CurvatureMatrix):
+    """The Hessian H = ∂²L/∂w² of the loss: Hv = ∂(gᵀv)/∂w with the gradient g = ∂L/∂w."""
 
     @override
-    def product(self, batch: WeightedBatch, *, retain: bool) -> tuple[Tensor, Product]:
+    def make_matvec(self, batch: WeightedBatch, *, retain: bool) -> tuple[Tensor, Matvec]:
         with kept_activations():
             loss = self.loss(batch)
-        return loss.detach(), _hessian_product(loss, self, retain=retain)
+        return loss.detach(), _hessian_matvec(loss, self, retain=retain)
 
     @override
     def function(self, batch: WeightedBatch) -> Callable[[], Tensor]:
@@ -93,24 +103,24 @@ class Outputs:
 
     Attributes:
         values: The outputs that depend on the parameters, with the graph of the network.
-        heads: The same values, cut off: what the loss below depends on.
-        loss: Their mean loss, a scalar.
-        slopes: ∂L/∂o, in the shapes of the outputs, with a graph that reaches back to the heads.
+        detached: Their values without that graph, the inputs of the loss.
+        loss: Mean loss, a scalar.
+        cotangents: ∂L/∂o, in the shapes of the outputs, with a graph that ends in `detached`.
     """
 
     values: Sequence[Tensor]
-    heads: Sequence[Tensor]
+    detached: Sequence[Tensor]
     loss: Tensor
-    slopes: Sequence[Tensor]
+    cotangents: Sequence[Tensor]
 
 
 @dataclass
-class OutputMatrix(Matrix):
-    """What the matrices have in common that look at the outputs of the network.
+class OutputMatrix(CurvatureMatrix):
+    """A curvature matrix that depends on the outputs of the network.
 
     Attributes:
         output_fn: Outputs of the network for a batch: a tensor, or tensors in lists, tuples and dicts.
-        output_loss: The loss of such outputs, a scalar tensor.
+        output_loss: Mean loss of outputs, a scalar tensor.
     """
 
     output_fn: Callable[[WeightedBatch], Any]
@@ -118,10 +128,10 @@ class OutputMatrix(Matrix):
 
     @override
     def check(self, batch: WeightedBatch) -> None:
-        """Compare the losses, and look whether the outputs are all that the parameters act on.
+        """Check that both loss functions agree, and that the loss depends on parameters through the outputs only.
 
         Raises:
-            ValueError: If they differ, or are not.
+            ValueError: If not.
         """
         outputs = self._outputs(batch)
         loss, other = self.loss(batch).item(), outputs.loss.item()
@@ -133,8 +143,8 @@ class OutputMatrix(Matrix):
             )
             raise ValueError(msg)
         if outputs.loss.requires_grad:
-            past = torch.autograd.grad(outputs.loss, self.parameters, allow_unused=True)
-            if any(p is not None for p in past):
+            direct = torch.autograd.grad(outputs.loss, self.parameters, allow_unused=True)
+            if any(g is not None for g in direct):
                 msg = (
                     "`output_loss` must depend on the parameters by way of the outputs only; it uses some directly "
                     "(a penalty on weights, perhaps)."
@@ -153,37 +163,37 @@ class OutputMatrix(Matrix):
 
     def _outputs(self, batch: WeightedBatch) -> Outputs:
         leaves, structure = tree_flatten(self.output_fn(batch))
-        heads = [o.detach().requires_grad_() if _depends(o) else o for o in leaves]
-        loss = self.output_loss(tree_unflatten(heads, structure), batch)
+        inputs = [o.detach().requires_grad_() if _depends(o) else o for o in leaves]
+        loss = self.output_loss(tree_unflatten(inputs, structure), batch)
         values = [o for o in leaves if _depends(o)]
-        own = [head for head, o in zip(heads, leaves, strict=True) if _depends(o)]
-        return Outputs(values, own, loss, gradient(loss, own, create_graph=True))
+        detached = [new for new, o in zip(inputs, leaves, strict=True) if _depends(o)]
+        return Outputs(values, detached, loss, gradient(loss, detached, create_graph=True))
 
 
 class GaussNewtonMatrix(OutputMatrix):
-    """G, positive semidefinite where the loss is convex in the outputs."""
+    """The Gauss-Newton matrix G = Jᵀ (∂²L/∂o²) J, positive semidefinite where L is convex in the outputs o."""
 
     is_hessian: ClassVar[bool] = False
 
     @override
-    def product(self, batch: WeightedBatch, *, retain: bool) -> tuple[Tensor, Product]:
+    def make_matvec(self, batch: WeightedBatch, *, retain: bool) -> tuple[Tensor, Matvec]:
         with kept_activations():
             outputs = self._outputs(batch)
-        # cᵀJ is linear in c, whatever c: its derivative along v with respect to c is Jv.
-        cotangents = [torch.zeros_like(o, requires_grad=True) for o in outputs.values]
-        pulled = _derivative(outputs.values, self.parameters, cotangents, create_graph=True)
-        self.facts.add([p for p in pulled if p is not None])
+        # cᵀJ is linear in c, for any c: its derivative with respect to c, along v, is Jv.
+        dummies = [torch.zeros_like(o, requires_grad=True) for o in outputs.values]
+        linear = _vjp(outputs.values, self.parameters, dummies, create_graph=True)
+        self.facts.add([p for p in linear if p is not None])
 
-        def product(vector: Vector) -> Vector:
+        def matvec(vector: Vector) -> Vector:
             result: list[Tensor | None] = [None] * len(self.parameters)
             for block in self.blocks:
-                along = _derivative(pulled[block], cotangents, vector[block])
-                curved = _derivative(outputs.slopes, outputs.heads, along)
-                once = not retain and block == self.blocks[-1]
-                result[block] = _derivative(outputs.values, self.parameters[block], curved, retain=not once)
+                tangents = _vjp(linear[block], dummies, vector[block])  # Jv
+                cotangents = _vjp(outputs.cotangents, outputs.detached, tangents)  # (∂²L/∂o²) Jv
+                is_last = not retain and block == self.blocks[-1]
+                result[block] = _vjp(outputs.values, self.parameters[block], cotangents, retain=not is_last)
             return result
 
-        return outputs.loss.detach(), product
+        return outputs.loss.detach(), matvec
 
     @override
     def function(self, batch: WeightedBatch) -> Callable[[], Tensor]:
@@ -191,60 +201,60 @@ class GaussNewtonMatrix(OutputMatrix):
 
 
 class ResidualMatrix(OutputMatrix):
-    """R: the Hessian of the outputs, weighted by the present slopes of the loss."""
+    """The residual R = Σ_i (∂L/∂o_i) ∂²o_i/∂w²: the Hessian of Σ_i c_i o_i with constant cotangents c = ∂L/∂o."""
 
     @override
-    def product(self, batch: WeightedBatch, *, retain: bool) -> tuple[Tensor, Product]:
+    def make_matvec(self, batch: WeightedBatch, *, retain: bool) -> tuple[Tensor, Matvec]:
         with kept_activations():
             outputs = self._outputs(batch)
-        weighted = _weighted_sum(outputs.values, outputs.slopes)
-        return outputs.loss.detach(), _hessian_product(weighted, self, retain=retain)
+        weighted = _weighted_sum(outputs.values, outputs.cotangents)
+        return outputs.loss.detach(), _hessian_matvec(weighted, self, retain=retain)
 
     @override
     def function(self, batch: WeightedBatch) -> Callable[[], Tensor]:
-        slopes = [slope.detach() for slope in self._outputs(batch).slopes]
-        return lambda: _weighted_sum([o for o in tree_leaves(self.output_fn(batch)) if _depends(o)], slopes)
+        cotangents = [c.detach() for c in self._outputs(batch).cotangents]
+        return lambda: _weighted_sum([o for o in tree_leaves(self.output_fn(batch)) if _depends(o)], cotangents)
 
 
 def _depends(output: object) -> bool:
     return isinstance(output, Tensor) and output.requires_grad
 
 
-def _weighted_sum(outputs: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
-    terms = [(output * slope.detach()).sum() for output, slope in zip(outputs, slopes, strict=True)]
+def _weighted_sum(outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Tensor:
+    terms = [(output * c.detach()).sum() for output, c in zip(outputs, cotangents, strict=True)]
     return torch.stack(terms).sum() if terms else torch.zeros(())
 
 
 def gradient(loss: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor]:
-    """Return the gradient of `loss`, zeros where a parameter does not take part in it."""
+    """Return the gradient of `loss`, with zeros for parameters that it does not depend on."""
     if not loss.requires_grad:
         return [torch.zeros_like(p) for p in parameters]
     gradients = torch.autograd.grad(loss, parameters, create_graph=create_graph, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
 
 
-def _hessian_product(scalar: Tensor, matrix: Matrix, *, retain: bool) -> Product:
+def _hessian_matvec(scalar: Tensor, matrix: CurvatureMatrix, *, retain: bool) -> Matvec:
     parameters, blocks = matrix.parameters, matrix.blocks
     gradients = gradient(scalar, parameters, create_graph=True)
     matrix.facts.add([scalar, *gradients])
 
-    def product(vector: Vector) -> Vector:
+    def matvec(vector: Vector) -> Vector:
         result: list[Tensor | None] = [None] * len(parameters)
         for block in blocks:
-            last = block == blocks[-1]
-            result[block] = _derivative(gradients[block], parameters[block], vector[block], retain=retain or not last)
+            is_last = not retain and block == blocks[-1]
+            result[block] = _vjp(gradients[block], parameters[block], vector[block], retain=not is_last)
         return result
 
-    return product
+    return matvec
 
 
-def _derivative(
-    values: Vector, inputs: Sequence[Tensor], vector: Vector, *, retain: bool = True, create_graph: bool = False
+def _vjp(
+    values: Vector, inputs: Sequence[Tensor], cotangents: Vector, *, retain: bool = True, create_graph: bool = False
 ) -> list[Tensor | None]:
-    """Return vᵀ(∂values/∂inputs), in the shapes of the inputs; None stands for zero."""
-    # A value without a graph is constant: its part is zero.
-    pairs = zip(values, vector, strict=True)
-    curved = [(y, v) for y, v in pairs if y is not None and y.requires_grad and v is not None]
+    """Return the vector-Jacobian product cᵀ(∂values/∂inputs), in the shapes of the inputs; None stands for zero."""
+    # A value without a graph is constant, and contributes zero.
+    pairs = zip(values, cotangents, strict=True)
+    curved = [(y, c) for y, c in pairs if y is not None and y.requires_grad and c is not None]
     if not curved:
         return [None] * len(inputs)
     outputs, directions = zip(*curved, strict=True)

@@ -1,35 +1,52 @@
-"""The loss, its gradient and its outputs along one line through the weights, for comparisons with differences."""
+"""Loss, gradient and outputs along one line through the weights, for comparisons with differences."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_hesd.numerics.devices import finest_dtype
+from lightning_hesd.numerics.devices import finest_dtype, to_device
 from lightning_hesd.numerics.krylov.vectors import in_shape
 from lightning_hesd.numerics.operators.curvature import gradient
 from lightning_hesd.numerics.operators.finite_differences import FiniteDifferences
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.krylov.vectors import VectorSpace
-    from lightning_hesd.numerics.operators.curvature import GaussNewtonMatrix, Matrix, Vector
+    from lightning_hesd.numerics.operators.curvature import CurvatureMatrix, GaussNewtonMatrix, Vector
+
+
+MOVE = 1e-3
+"""Distance from weights that may lie at a kink, relative to their size."""
+
+
+@contextlib.contextmanager
+def beside_the_weights(parameters: Sequence[Tensor], space: VectorSpace) -> Iterator[None]:
+    """Move parameters a little in a random direction, and back on leaving."""
+    differences = FiniteDifferences(parameters, space)
+    noise = space.gaussian(torch.Generator().manual_seed(2))
+    vector = to_device(noise / space.norm(noise), parameters[0].device)
+    with differences.displaced(in_shape(vector, parameters), MOVE * max(differences.size, 1.0)):
+        yield
 
 
 class Line:
     """The loss and its gradient along one line through the weights.
 
     Attributes:
-        differences: Moves the parameters.
+        differences: Central differences, which move the parameters.
         direction: Unit vector, half random and half gradient, shape (n,), in the finest precision of the device.
-        loss: The loss at the weights.
-        gradient: Its gradient, shape (n,), likewise.
+        loss: Loss at the weights.
+        gradient: Gradient at the weights, shape (n,), in the finest precision of the device.
     """
 
-    def __init__(self, matrix: Matrix, batch: WeightedBatch, space: VectorSpace) -> None:
+    def __init__(self, matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace) -> None:
         self._parameters, self._space = matrix.parameters, space
         self._function = matrix.function(batch)
         self.differences = FiniteDifferences(matrix.parameters, space)
@@ -44,7 +61,7 @@ class Line:
             self.direction /= space.norm(self.direction)
 
     def at(self, step: float) -> tuple[float, Tensor]:
-        """Return the loss, and the gradient, shape (n,), a step along the direction."""
+        """Return loss and gradient, shape (n,), at a distance along the direction."""
         with self.differences.displaced(self.vector(), step):
             loss = self._function()
             return loss.item(), self.flat(gradient(loss, self._parameters))
@@ -59,7 +76,7 @@ class Line:
         return torch.cat([part.detach().to_dense().flatten() for part in parts]).to(self._dtype)
 
     def norm(self, vector: Tensor) -> float:
-        """Return the length of a flat vector."""
+        """Return the norm of a flat vector."""
         return float(self._space.norm(vector))
 
     def along(self, vector: Tensor) -> float:
@@ -68,7 +85,7 @@ class Line:
 
 
 class OutputLine:
-    """The loss of outputs along the change of the outputs that a line through the weights brings about."""
+    """The loss of the outputs along Jv, their change along a line through the weights."""
 
     def __init__(self, matrix: GaussNewtonMatrix, batch: WeightedBatch, line: Line) -> None:
         self._matrix, self._batch, self._line = matrix, batch, line

@@ -1,4 +1,4 @@
-"""Products with a Hessian as central differences of the gradient, where there is no second derivative."""
+"""Products with a Hessian by central differences of the gradient: Hv ≈ (g(w + hv) − g(w − hv)) / 2h."""
 
 from __future__ import annotations
 
@@ -19,29 +19,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_hesd.numerics.krylov.vectors import VectorSpace
-    from lightning_hesd.numerics.operators.curvature import Product, Vector
+    from lightning_hesd.numerics.operators.curvature import Matvec, Vector
 
 LADDER_FACTOR = 4.0
-"""Ratio of neighbouring steps in the search for the best step of central differences."""
+"""Ratio of neighboring steps in the search for the best step."""
 
 LADDER_RUNGS = 10
+"""Largest number of steps in the search."""
 
 ERROR_MARGIN = 4.0
-"""The search sees one sample of the rounding; this many times as much is stated for all products."""
+"""Error stated for all products, relative to that of the one product in the search."""
 
 
 @dataclass
 class FiniteDifferences:
-    """Products by central differences of the gradient: two gradients each, and nothing else is needed of the loss.
+    """Products by central differences of the gradient: two gradients each, of any loss that has a gradient.
 
-    The parameters are moved in place and put back bit by bit, so that compiled, scripted and custom code sees them.
-    What the function itself writes to them (an embedding with `max_norm`) is undone.
+    The parameters are moved in place, so that compiled, scripted and custom code uses the moved values, and restored
+    bit by bit. Changes by the function itself (an embedding with `max_norm`) are undone.
 
     Attributes:
-        parameters: The analysed parameters.
+        parameters: The analyzed parameters.
         space: The space of vectors over them.
-        blocks: The diagonal blocks that are wanted, each a range of the parameters.
-        step: How far they are moved along the vector, to either side.
+        blocks: Diagonal blocks to compute, each a range of the parameters.
+        step: Distance h by which the parameters are moved along the vector, to either side.
     """
 
     parameters: Sequence[Tensor]
@@ -52,7 +53,7 @@ class FiniteDifferences:
 
     @functools.cached_property
     def _originals(self) -> list[Tensor]:
-        """Where the parameters belong: where a first evaluation left them, for `max_norm` moves those of embeddings."""
+        """Values of the parameters after a first evaluation, as `max_norm` changes those of embeddings."""
         self._versions = [p._version for p in self.parameters]  # noqa: SLF001 - how often each was written to
         return [p.detach().clone() for p in self.parameters]
 
@@ -63,7 +64,7 @@ class FiniteDifferences:
 
     @contextlib.contextmanager
     def displaced(self, vector: Vector, distance: float, block: slice = EVERYTHING) -> Iterator[None]:
-        """Move the parameters of a block along a vector, and put them back bit by bit."""
+        """Move the parameters of a block along a vector, and restore them bit by bit on leaving."""
         pairs = zip(self.parameters[block], self._originals[block], vector, strict=True)
         try:
             self._put_back(self._written())
@@ -74,16 +75,16 @@ class FiniteDifferences:
         finally:
             self._put_back([*range(len(self.parameters))[block], *self._written()])
 
-    def product(self, function: Callable[[], Tensor]) -> Product:
+    def make_matvec(self, function: Callable[[], Tensor]) -> Matvec:
         """Return the product with the Hessian of a function of the parameters, a scalar, at the present `step`."""
 
-        def product(vector: Vector) -> Vector:
+        def matvec(vector: Vector) -> Vector:
             result: list[Tensor | None] = [None] * len(self.parameters)
             for block in self.blocks:
                 result[block] = self._block_product(function, block, vector[block])
             return result
 
-        return product
+        return matvec
 
     def _block_product(self, function: Callable[[], Tensor], block: slice, vector: Vector) -> list[Tensor | None]:
         length = self._length([v for v in vector if v is not None])
@@ -96,24 +97,25 @@ class FiniteDifferences:
         return [a.sub_(b).div_(2 * self.step / length) for a, b in zip(ahead, behind, strict=True)]
 
     def _length(self, parts: Sequence[Tensor]) -> float:
-        """Return the norm of a vector, given its parts in this process; the computer waits for the device once."""
+        """Return the norm of a vector, given this rank's tensors of it; the device is read once."""
         norms = torch.stack([norm_of(part) for part in parts]).tolist() if parts else []
         return math.sqrt(self.space.total(math.fsum(norm**2 for norm in norms)))
 
     def choose_step(self, matvec: Callable[[Tensor], Tensor], vector: Tensor, known: float | None = None) -> float:
-        """Choose the step that balances truncation, which falls with the step, against rounding, which grows.
+        """Choose the step that balances the truncation error, which falls with the step, and rounding, which grows.
 
-        From a long step downward, each a quarter of the one before, products of neighbouring steps differ by the
-        truncation of the longer and the rounding of the shorter; where they differ least, that difference is the error
-        of the shorter. The test vector is made rich in the directions of extreme curvature, where truncation is worst.
+        From a long step downward, each a quarter of the one before, the products of two neighboring steps differ by the
+        truncation error of the longer step and the rounding error of the shorter one. Where they differ least, the
+        difference is the error of the shorter. Two products first turn the test vector towards directions of extreme
+        curvature, where truncation is worst.
 
         Args:
             matvec: The product with the whole Hessian, at the present `step`.
             vector: A random vector, shape (n,).
-            known: The step found for other weights: the search begins near it.
+            known: Step chosen for earlier weights, near which the search begins.
 
         Returns:
-            Norm of the error of a product with a unit vector; 0 where there is nothing to measure.
+            Norm of the error of a product with a unit vector; 0 if all products are zero or not finite.
         """
         epsilon = max(torch.finfo(p.dtype).eps for p in self.parameters)
         self.step = known or max(self.size, 1.0) * epsilon ** (1 / 3) / LADDER_FACTOR
@@ -121,7 +123,7 @@ class FiniteDifferences:
             vector = matvec(vector / self.space.norm(vector))
         norm = self.space.norm(vector)
         if not 0 < float(norm) < math.inf:
-            return 0.0  # no curvature, or a failure, which the first product will tell
+            return 0.0  # no curvature, or a failure, which the first product will show
         vector /= norm
 
         best = (math.inf, self.step)
@@ -139,11 +141,11 @@ class FiniteDifferences:
         return ERROR_MARGIN * gap
 
     def gradient(self, function: Callable[[], Tensor], block: slice = EVERYTHING) -> list[Tensor]:
-        """Return the gradient of a function of the parameters at their present values, by default by all of them."""
+        """Return the gradient of a function at the present values, with respect to the parameters of a block."""
         return gradient(function(), self.parameters[block])
 
     def _written(self) -> list[int]:
-        """Return the positions of parameters that the function itself has written to: moving them does not count."""
+        """Return the positions of parameters that the function itself has changed."""
         return [i for i, p in enumerate(self.parameters) if p._version != self._versions[i]]  # noqa: SLF001
 
     def _put_back(self, indices: Iterable[int]) -> None:

@@ -1,4 +1,4 @@
-"""How much memory an analysis may take, and how much one batch's graph does take."""
+"""The memory budget of an analysis, its division, and a meter for the memory of graphs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from typing_extensions import Self
 
-from lightning_hesd.numerics.dtensors import local_part
+from lightning_hesd.numerics.dtensors import local_shard
 from lightning_hesd.numerics.isolation.tensor_states import size_in_memory
 
 if TYPE_CHECKING:
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lightning_hesd.numerics.krylov.lanczos import Storage
+    from lightning_hesd.numerics.krylov.lanczos import Basis
 
 SHARE_OF_FREE_MEMORY = 0.5
-"""Of what is free when the analysis starts; the rest is for what training and others may still ask for."""
+"""Share of the free memory that an analysis may take; the rest is for training and other programs."""
 
 VECTORS = 10
-"""Vectors of the length of all parameters that are there at the same time, beside the basis."""
+"""Number of vectors of length n that exist at the same time, beside the Krylov basis."""
 
 UNKNOWN_FREE_MEMORY = 4 * 2**30
-"""What is taken to be free where the system does not say."""
+"""Assumed free memory where the system does not report it, in bytes."""
 
 
 def default_budget(device: torch.device, processes: int = 1) -> int:
     """Return the bytes an analysis may take: half of what is free on the device.
 
     Args:
-        device: Where the parameters are.
-        processes: How many processes share the computer's memory; an accelerator that tells its memory has its own.
+        device: Device of the parameters.
+        processes: Number of ranks that share the computer's memory; accelerators that report memory have their own.
     """
     module: Any = getattr(torch, device.type, None)
     if hasattr(module, "mem_get_info"):
@@ -47,10 +47,10 @@ def default_budget(device: torch.device, processes: int = 1) -> int:
 
 
 def free_system_memory(root: Path = Path("/")) -> int:
-    """Return the bytes of the computer's memory that are free, by the system's and the container's account.
+    """Return the free bytes of the computer's memory: the smaller of the system's and the container's numbers.
 
     Args:
-        root: Where /proc and /sys are.
+        root: Folder of /proc and /sys.
     """
     free = [UNKNOWN_FREE_MEMORY]
     try:
@@ -66,11 +66,11 @@ def free_system_memory(root: Path = Path("/")) -> int:
 
 
 SIGNS_OF_EXHAUSTION = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-"""In what allocators and CUDA's libraries say, lower case; they share one exception with all other trouble."""
+"""Parts of the messages of allocators and of CUDA's libraries, lower case; their errors are plain RuntimeErrors."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception says that memory has run out, on any device."""
+    """Return whether an exception means that memory has run out, on any device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS_OF_EXHAUSTION)
@@ -78,21 +78,20 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What an analysis spends its memory on.
+    """Division of the memory of an analysis.
 
     Attributes:
-        storage: Where the Krylov basis goes.
-        fixed: Bytes that are needed in any case: a copy of the module's tensors, vectors, and the basis if it is on
-            the device.
-        graphs: Bytes that remain for graphs.
+        basis: Where the Krylov basis is kept.
+        fixed: Bytes of a copy of the module's tensors, of vectors, and of the basis if it is on the device.
+        graphs: Remaining bytes, for graphs.
     """
 
-    storage: Storage
+    basis: Basis
     fixed: int
     graphs: int
 
     def predicted(self, graph_bytes: float | None) -> int | None:
-        """Return the expected peak, given that of the graphs; None if that is unknown."""
+        """Return the predicted peak in bytes, given the bytes of the graphs; None if these are unknown."""
         return None if graph_bytes is None else self.fixed + int(graph_bytes)
 
 
@@ -101,7 +100,7 @@ def plan_memory(
     vector_bytes: int,
     steps: int,
     *,
-    basis: Literal["auto"] | Storage,
+    basis: Literal["auto"] | Basis,
     device: torch.device,
     budget: int | None = None,
     processes: int = 1,
@@ -113,47 +112,47 @@ def plan_memory(
         tensors: Parameters and buffers of the module, which are copied.
         vector_bytes: Size of one vector.
         steps: Vectors in the basis.
-        basis: Where it goes, or "auto": to the device, else to the computer's memory if that is another, else nowhere.
-        device: Where the parameters are.
+        basis: Place of the basis, or "auto": on the device if it fits, else in the computer's memory, else nowhere.
+        device: Device of the parameters.
         budget: Bytes; default: `default_budget`.
-        processes: How many processes share the computer's memory.
-        more_vectors: Vectors needed beyond the usual ones.
+        processes: Number of ranks that share the computer's memory.
+        more_vectors: Number of additional vectors.
 
     Raises:
-        ValueError: If not even the vectors fit into the budget.
+        ValueError: If the vectors alone exceed the budget.
     """
-    fixed = sum(size_in_memory(local_part(t)) for t in tensors) + (VECTORS + more_vectors) * vector_bytes
+    fixed = sum(size_in_memory(local_shard(t)) for t in tensors) + (VECTORS + more_vectors) * vector_bytes
     limit = default_budget(device, processes) if budget is None else budget
     if budget is not None and fixed > budget:
         msg = f"`memory_budget` must be at least {fixed} bytes for the vectors of this module, got {budget}."
         raise ValueError(msg)
     needed = steps * vector_bytes
-    storage: Storage
+    place: Basis
     if basis != "auto":
-        storage = basis
+        place = basis
     elif needed <= (limit - fixed) / 2:
-        storage = "device"
+        place = "device"
     elif device.type != "cpu" and needed <= default_budget(torch.device("cpu"), processes):
-        storage = "cpu"
+        place = "cpu"
     else:
-        storage = "none"
-    if storage == "device" or (storage == "cpu" and device.type == "cpu"):
+        place = "none"
+    if place == "device" or (place == "cpu" and device.type == "cpu"):
         fixed += needed
-    return MemoryPlan(storage, fixed, max(limit - fixed, 0))
+    return MemoryPlan(place, fixed, max(limit - fixed, 0))
 
 
 _autograd: Any = torch.autograd
 
 
 class MemoryMeter:
-    """Measures what tensors take while inside, by what PyTorch's allocators report to its profiler.
+    """A context that measures the memory of tensors by the reports of PyTorch's allocators to its profiler.
 
-    Nothing looks at the operations themselves: a dispatch mode would, and it changes the course of those that make
-    tensors without memory, which has crashed the process. What other threads free counts as if it were still there.
+    A dispatch mode would count tensors operation by operation, but it changes the course of operations that make
+    tensors without memory, which has crashed the process. Memory freed by other threads counts as allocated.
 
     Attributes:
-        live: Bytes allocated inside and not freed; None if they could not be measured, as while another profiler runs.
-        peak: The most there have been.
+        live: Bytes allocated inside and not freed; None if not measured, for example while another profiler runs.
+        peak: Largest number of bytes in use.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Whether Hessian-vector products are those of the loss: compared with differences of its gradient and of its values.
+"""Comparison of the derivatives of a loss with differences: of its gradient and of its values.
 
 Autograd can be wrong without an error: the formula of a second derivative may be false, a custom backward pass need not
 be the derivative of its forward pass, and a loss may hide a part of itself (`detach`, NumPy). So the chain from loss to
@@ -19,60 +19,51 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_hesd.numerics.devices import finest_dtype, moved
-from lightning_hesd.numerics.krylov.vectors import in_shape
+from lightning_hesd.numerics.devices import finest_dtype
+from lightning_hesd.numerics.operators.comparison import SETTLED, Comparison
 from lightning_hesd.numerics.operators.curvature import EVERYTHING, GaussNewtonMatrix
-from lightning_hesd.numerics.operators.directional import Line, OutputLine
-from lightning_hesd.numerics.operators.finite_differences import FiniteDifferences
+from lightning_hesd.numerics.operators.directional import Line, OutputLine, beside_the_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
     from lightning_hesd.numerics.derivatives.graphs import GraphFacts
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.krylov.vectors import VectorSpace
-    from lightning_hesd.numerics.operators.curvature import Matrix
+    from lightning_hesd.numerics.operators.comparison import Outcome
+    from lightning_hesd.numerics.operators.curvature import CurvatureMatrix
 
     InFinest = Callable[[], AbstractContextManager[Callable[[Tensor], Tensor]]]
 
 Verdict = Literal["yes", "no", "unknown"]
-Outcome = Literal["agrees", "differs", "cannot be told"]
-OUTCOMES: tuple[Outcome, ...] = ("differs", "agrees", "cannot be told")
-"""In the order in which one outweighs the others: the first that a process found holds for all processes."""
 
 STEP_EXPONENTS = (1 / 4, 3 / 8, 1 / 2, 9 / 16)
 """Steps h are these powers of the machine epsilon, relative to the size of the weights."""
 
 ROUNDING_UNITS = 30.0
-"""Rounding of losses and gradients that is allowed for, in machine epsilons."""
-
-SETTLED = 0.1
-"""Two estimates that lie closer together than this share of their distance from a claim speak against it."""
+"""Rounding errors of losses and gradients, in machine epsilons."""
 
 FEW = 4
-"""Samples with which the comparison begins."""
-
-MOVE = 1e-3
-"""How far beside the weights the loss is looked at where they may lie at a kink, relative to their size."""
+"""Number of samples in the first comparison."""
 
 SLOPE_SHARE = 0.01
-"""gᵀv must agree to this share of what it is for a random v: no part of the gradient may be missing."""
+"""gᵀv must be right to this share of its size for a random v, so that no part of the gradient is missing."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What the comparison of a loss with its derivatives has shown.
+    """Result of the comparison of a loss with its derivatives.
 
     Attributes:
-        gradient: Whether the gradient is that of the loss.
-        products: Whether products by differentiating twice are those of the gradient.
-        words: What was compared and found, in words.
+        gradient: Outcome for the gradient, against differences of the loss.
+        products: Outcome for products by differentiating twice, against differences of the gradient.
+        words: The comparison and its result in words.
     """
 
     gradient: Outcome
@@ -80,34 +71,19 @@ class Verification:
     words: str
 
     def verdict(self, *, exact: bool) -> Verdict:
-        """Return whether products can be relied on.
+        """Return whether products are right: "yes", "no" or "unknown".
 
         Args:
-            exact: Whether they come from differentiating twice, not from differences of the gradient.
+            exact: Whether products come from differentiating twice, not from differences of the gradient.
         """
         outcomes = {self.gradient, self.products} if exact else {self.gradient}
         if "differs" in outcomes:
             return "no"
         return "yes" if outcomes == {"agrees"} else "unknown"
 
-    def codes(self) -> list[Tensor]:
-        """Return the outcomes for gradient and products as one-hot vectors, which processes can add up."""
-        return [torch.tensor([float(own == o) for o in OUTCOMES]) for own in (self.gradient, self.products)]
-
-
-def joint_outcome(counts: Sequence[float]) -> Outcome:
-    """Return the outcome that holds for all processes, given how many found each of `OUTCOMES`."""
-    return next(outcome for outcome, count in zip(OUTCOMES, counts, strict=True) if count)
-
-
-SHARDED_PART = Verification(
-    "cannot be told", "cannot be told", "where parameters are sharded, parts of the Hessian are not compared"
-)
-"""The outputs of the network differ from process to process."""
-
 
 class WrongDerivativeError(RuntimeError):
-    """Autograd's derivatives are not those of the loss; the message says what was found.
+    """Autograd's derivatives are not those of the loss; the message states both.
 
     Attributes:
         loss: The mean loss.
@@ -118,71 +94,19 @@ class WrongDerivativeError(RuntimeError):
         self.loss = loss
 
 
-class Comparison:
-    """A claim beside estimates of it at descending steps.
-
-    Attributes:
-        gap: Smallest distance of an estimate from the claim so far, relative to their size.
-    """
-
-    def __init__(self, claim: Any, tolerance: float, size: Callable[[Any], float], scale: float | None = None) -> None:
-        """Take a claim.
-
-        Args:
-            claim: A number or a vector.
-            tolerance: Up to which relative distance they agree.
-            size: Absolute value of a number, or norm of a vector.
-            scale: What distances are relative to; default: the size of the claim or of the estimate.
-        """
-        self.gap = math.inf
-        self._claim, self._tolerance, self._size, self._scale = claim, tolerance, size, scale
-        self._estimates: list[tuple[float, float]] = []  # gap and change, where rounding lets one tell
-        self._agrees = False
-        self._before: Any = None
-
-    def add(self, value: Any, rounding: float) -> None:
-        """Add the estimate at the next step, with its absolute rounding."""
-        scale = max(self._size(self._claim), self._size(value)) if self._scale is None else self._scale
-        before, self._before = self._before, value
-        if not math.isfinite(scale) or rounding > self._tolerance * scale:
-            return
-        gap = self._size(value - self._claim)
-        self._agrees |= gap <= self._tolerance * scale + rounding
-        self._estimates.append((gap, math.inf if before is None else self._size(value - before)))
-        self.gap = min(self.gap, gap / scale if scale else 0.0)
-
-    @property
-    def is_hidden(self) -> bool:
-        """Whether rounding hides the answer at every step."""
-        return not self._estimates
-
-    @property
-    def outcome(self) -> Outcome:
-        """What the estimates say, as far as rounding lets them.
-
-        The claim agrees if one of them comes within the tolerance. It differs if the last two lie close together and
-        far from it. Otherwise the answer is hidden, by kinks or by rounding.
-        """
-        if self._agrees:
-            return "agrees"
-        if len(self._estimates) > 1 and self._estimates[-1][1] <= SETTLED * self._estimates[-1][0]:
-            return "differs"
-        return "cannot be told"
-
-
 @dataclass(frozen=True)
 class Findings:
-    """What one precision shows.
+    """Result of the comparison in one precision.
 
     Attributes:
         gradient: Outcome for the gradient.
         products: Outcome for the products.
-        slopes: gᵀv, and the difference of the loss that comes closest to it.
+        slopes: gᵀv, and the difference quotient of the loss that is closest to it.
         product_gap: Smallest relative difference between Hv and differences of the gradient.
-        is_continuous: Whether the loss changes less, the shorter the step.
-        blur: Up to which relative difference numbers may seem to agree.
-        precision: The floating-point type, in words.
-        facts: What is known of the graphs.
+        is_continuous: Whether shorter steps change the loss less.
+        blur: Largest relative difference of numbers that count as equal.
+        precision: The precision in words.
+        facts: Properties of the graphs.
     """
 
     gradient: Outcome
@@ -202,7 +126,7 @@ class Findings:
 
 
 def verify(
-    matrix: Matrix,
+    matrix: CurvatureMatrix,
     batch: WeightedBatch,
     space: VectorSpace,
     *,
@@ -212,19 +136,19 @@ def verify(
 ) -> Verification:
     """Compare the products and the gradient of a batch's loss with differences.
 
-    First in the finest precision of the device, float64 unless it has none, which tells almost everything apart: with a
-    few samples of the batch, then with all of them, then beside the weights, as a kink at the weights themselves (zeros
-    in the data under biases of zero) looks like a wrong gradient. If that is not to be had, or does not agree, in the
-    precision of the module.
+    The first comparisons are in the finest precision of the device (float64, if it has it), where rounding hides almost
+    nothing: with a few samples of the batch, then with all of them, then beside the weights, because a kink at the
+    weights themselves (zeros in the data under biases of zero) looks like a wrong gradient. If none of them is possible
+    or agrees, the last one is in the precision of the module.
 
     Args:
-        matrix: The matrix.
+        matrix: The curvature matrix.
         batch: The batch.
         space: The space of vectors over all parameters.
         exact: Whether products come from differentiating twice; else only the gradient is compared.
-        in_finest: Makes a context in which module and batches are in the finest precision of the device, and gives the
-            function from a parameter to its counterpart there; None: there is none.
-        may_fail: Whether an error makes the outcome "cannot be told"; processes that work together must raise it.
+        in_finest: Makes a context in which module and batches are in the finest precision of the device, and yields the
+            function from a parameter to its copy there; None: there is no such context.
+        may_fail: Whether an error makes the outcome "undecided"; ranks that evaluate together must raise it.
     """
     attempts: list[tuple[InFinest, bool, bool]] = [(_as_it_is, False, False)]
     if in_finest is not None:
@@ -239,7 +163,7 @@ def verify(
             with context() as counterpart:
                 parameters = [counterpart(p) for p in matrix.parameters]
                 plain = replace(matrix, parameters=parameters, blocks=(EVERYTHING,))
-                with _beside(parameters, space) if beside else contextlib.nullcontext():
+                with beside_the_weights(parameters, space) if beside else contextlib.nullcontext():
                     found.append(_findings(plain, samples, space, exact=exact))
         except Exception as error:
             if not may_fail:
@@ -250,7 +174,7 @@ def verify(
             found = [found[-1]] if context is not _as_it_is else found
             break
     if not found:
-        return Verification("cannot be told", "cannot be told", f"the comparison with differences failed ({problem})")
+        return Verification("undecided", "undecided", f"the comparison with differences failed ({problem})")
     fine, coarse = found[-2:][0], found[-1]
     of_gradient = _joint(fine.gradient, coarse.gradient, hidden=fine.slope_gap <= coarse.blur)
     of_products = _joint(fine.products, coarse.products, hidden=fine.product_gap <= coarse.blur)
@@ -262,36 +186,26 @@ def _as_it_is() -> AbstractContextManager[Callable[[Tensor], Tensor]]:
     return contextlib.nullcontext(lambda parameter: parameter)
 
 
-@contextlib.contextmanager
-def _beside(parameters: Sequence[Tensor], space: VectorSpace) -> Iterator[None]:
-    """Move parameters at random meanwhile."""
-    differences = FiniteDifferences(parameters, space)
-    noise = space.gaussian(torch.Generator().manual_seed(2))
-    vector = moved(noise / space.norm(noise), parameters[0].device)
-    with differences.displaced(in_shape(vector, parameters), MOVE * max(differences.size, 1.0)):
-        yield
-
-
 def _joint(fine: Outcome, coarse: Outcome, *, hidden: bool) -> Outcome:
     """Join the outcomes in the finest precision and in that of the module.
 
-    Operations may compute in a coarser precision than their types show: then the finest differs, and only then does the
-    module's own precision agree. It says nothing where the difference is one that it cannot see.
+    Operations may compute in a coarser precision than their dtypes show: then derivatives differ in the finest
+    precision, and agree in that of the module. That agreement means nothing if the difference is too small to show.
 
     Args:
         fine: Outcome in the finest precision.
         coarse: Outcome in the precision of the module.
-        hidden: Whether the difference in the finest precision is smaller than what counts as agreement in the other.
+        hidden: Whether the difference in the finest precision counts as agreement in that of the module.
     """
     if fine == "differs":
-        return "cannot be told" if coarse == "agrees" and not hidden else "differs"
-    return coarse if fine == "cannot be told" else fine
+        return "undecided" if coarse == "agrees" and not hidden else "differs"
+    return coarse if fine == "undecided" else fine
 
 
-def _findings(matrix: Matrix, batch: WeightedBatch, space: VectorSpace, *, exact: bool) -> Findings:
-    """Compare in the present precision."""
+def _findings(matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace, *, exact: bool) -> Findings:
+    """Compare in the present precision, along one line through the weights."""
     line = Line(matrix, batch, space)
-    product = line.flat(matrix.product(batch, retain=False)[1](line.vector())) if exact else None
+    product = line.flat(matrix.make_matvec(batch, retain=False)[1](line.vector())) if exact else None
     facts = matrix.facts
     if not exact:
         facts.add([matrix.loss(batch)])
@@ -310,7 +224,7 @@ def _findings(matrix: Matrix, batch: WeightedBatch, space: VectorSpace, *, exact
     rises: list[float] = []
     changes: list[float] = []
     of_products: Outcome = "agrees"
-    of_gradient: Outcome = "cannot be told"
+    of_gradient: Outcome = "undecided"
     for exponent in STEP_EXPONENTS:
         step = max(line.differences.size, 1.0) * epsilon**exponent
         (ahead, up), (behind, down) = line.at(step), line.at(-step)
@@ -336,7 +250,7 @@ def _findings(matrix: Matrix, batch: WeightedBatch, space: VectorSpace, *, exact
         of_gradient = bends.outcome
     is_fine = epsilon <= torch.finfo(torch.float64).eps
     if of_products == "differs" and facts.is_kinked and not is_fine:
-        of_products = "cannot be told"  # no step is short enough: the many kinks on its way look like a curvature
+        of_products = "undecided"  # no step is short enough: the many kinks on its way look like a curvature
     return Findings(
         of_gradient,
         of_products,
@@ -350,13 +264,13 @@ def _findings(matrix: Matrix, batch: WeightedBatch, space: VectorSpace, *, exact
 
 
 def _excuse(epsilon: float, device: torch.device) -> str:
-    """Say that there is no finer precision, if so."""
+    """Return words that say that there is no finer precision, if so."""
     return f", the finest on {device.type}" if epsilon <= torch.finfo(finest_dtype(device)).eps else ""
 
 
 def _first_told(comparisons: Sequence[Comparison]) -> Outcome:
     outcomes = (comparison.outcome for comparison in comparisons)
-    return next((outcome for outcome in outcomes if outcome != "cannot be told"), "cannot be told")
+    return next((outcome for outcome in outcomes if outcome != "undecided"), "undecided")
 
 
 def _words(found: Findings, of_gradient: Outcome, of_products: Outcome, *, exact: bool) -> str:
@@ -376,8 +290,8 @@ def _words(found: Findings, of_gradient: Outcome, of_products: Outcome, *, exact
             f"products by differentiating twice differ from differences of the gradient by {found.product_gap:.2g} of "
             f"their size ({found.precision}): {culprit} has a wrong second derivative"
         )
-    if "cannot be told" in {of_gradient, of_products}:
-        what = "the gradient is" if of_gradient == "cannot be told" else "the products are"
+    if "undecided" in {of_gradient, of_products}:
+        what = "the gradient is" if of_gradient == "undecided" else "the products are"
         return f"kinks or rounding ({found.precision}) hide whether {what} right"
     compared = f"products agree with differences of the gradient to {found.product_gap:.1g}, and " if exact else ""
     return f"{compared}the gradient agrees with differences of the loss ({found.precision})"

@@ -1,13 +1,13 @@
-/** What figures have in common: layout, ticks, texts. */
+/** Layout, ticks and texts that figures share. */
 
 import { extent } from "./data.js";
 
-/** Return a text that Plotly shows as it is: it would take markup in it for markup. */
+/** Return a text escaped for Plotly, which would interpret markup in it. */
 export function literal(text) {
   return String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;").replaceAll("%{", "%&#123;");
 }
 
-/** Return a text of this module with indices set low. */
+/** Return a text of this package with its indices as subscripts. */
 export const indexed = (text) => text.replace(/_([A-Za-z0-9]+)/g, "<sub>$1</sub>");
 
 export const MARGIN = { l: 72, r: 52, t: 10, b: 52 };
@@ -32,7 +32,7 @@ export function layoutOf(theme, x, y, more = {}) {
   };
 }
 
-/** Return the ticks of a logarithmic axis: at powers of ten where there are some, else between them, too. */
+/** Return the ticks of a logarithmic axis: powers of ten on a wide axis, multiples of them on a narrow one. */
 export function logTicks(values) {
   const [low, high] = extent(values);
   if (high / low < 30) return ratios(low / 1.2, high * 1.2);

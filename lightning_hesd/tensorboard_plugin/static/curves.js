@@ -1,41 +1,41 @@
 /** Figures of several runs over training, as plain {data, layout} for Plotly. */
 
 import { MARGIN, horizontal, indexed, layoutOf, literal, logTicks, minus, note, ratios } from "./base.js";
-import { axisOf, column, extent, ofSpectrum, when } from "./data.js";
-import { SYMBOLS, colourOf, faint } from "./theme.js";
+import { axisOf, column, extent, ofSpectrum, scalarOf, when } from "./data.js";
+import { SYMBOLS, colorOf, faint } from "./theme.js";
 
 const FEW = 80; // records up to which each gets a mark
 
-/** Return a curve over the records of a run: in its colour, with its mark, in the dash of the quantity. */
+/** Return a curve over the records of a run: in its color, with its mark, in the dash of the quantity. */
 function curve(run, axis, theme, values, { dash = "solid", label, digits = 4, yaxis = "y", candidates = null }) {
-  const colour = colourOf(theme, run.colour);
+  const color = colorOf(theme, run.color);
   const few = run.records.length <= FEW;
   return {
     x: run.records.map((r) => r[axis.key]), y: values, yaxis, name: literal(run.run), legendgroup: run.key, showlegend: false,
     mode: few ? "lines+markers" : "lines",
-    line: { color: colour, width: 1.8, dash },
-    ...(few ? { marker: marks(run, colour, theme, candidates) } : {}),
+    line: { color: color, width: 1.8, dash },
+    ...(few ? { marker: marks(run, color, theme, candidates) } : {}),
     customdata: run.records.map((r) => [when(r, axis), r.global_step]),
     hovertemplate: `${literal(run.run)}<br>%{customdata[0]}<br>${indexed(label)} = %{y:.${digits}g}<extra></extra>`,
     meta: { key: run.key },
   };
 }
 
-/** Return marks, filled for candidates; without rules, all are. */
-function marks(run, colour, theme, candidates) {
+/** Return marks, filled for candidates; without a rule, all are filled. */
+function marks(run, color, theme, candidates) {
   return {
-    symbol: SYMBOLS[run.colour % SYMBOLS.length], size: 6.5, line: { color: colour, width: 1.5 },
-    color: run.records.map((r) => (!candidates || candidates.has(r.global_step) ? colour : theme.paper)),
+    symbol: SYMBOLS[run.color % SYMBOLS.length], size: 6.5, line: { color: color, width: 1.5 },
+    color: run.records.map((r) => (!candidates || candidates.has(r.global_step) ? color : theme.paper)),
   };
 }
 
-/** Return the entries of the legend: a run each where there are several, and what marks and dashes mean. */
+/** Return the entries of the legend: the runs if there are several, and the meanings of marks and dashes. */
 function legend(runs, theme, meanings) {
   const entry = (name, more) => ({ x: [null], y: [null], name, hoverinfo: "skip", showlegend: true, ...more });
   const named = runs.length < 2 ? [] : runs.map((run) =>
     entry(literal(run.run), {
-      legendgroup: run.key, mode: "lines+markers", line: { color: colourOf(theme, run.colour), width: 1.8 },
-      marker: { symbol: SYMBOLS[run.colour % SYMBOLS.length], size: 7 },
+      legendgroup: run.key, mode: "lines+markers", line: { color: colorOf(theme, run.color), width: 1.8 },
+      marker: { symbol: SYMBOLS[run.color % SYMBOLS.length], size: 7 },
     })
   );
   return [...named, ...meanings.map(([name, more]) => entry(name, more))];
@@ -49,31 +49,35 @@ const marked = (name, symbol, theme, filled = true) => [
     line: { color: theme.muted, width: 1.5 } } },
 ];
 
-const ruleOf = (run, name) => run.rules.find((rule) => rule.rule === name) ?? null;
+/** Return the rules of a run that rank by a scalar; of several checkpoint callbacks with one rule, the first. */
+const rulesBy = (run, scalar) =>
+  run.rules.filter((rule, index, all) => rule.scalar === scalar && all.findIndex((one) => one.rule === rule.rule) === index);
 
-/** Return marks at the picks of a rule, and a pale underlay where there are too many candidates to mark each. */
-function picksOf(runs, axis, theme, name, valueOf) {
-  return runs.flatMap((run) => {
-    const rule = ruleOf(run, name);
-    if (!rule) return [];
-    const colour = colourOf(theme, run.colour);
+/** Return marks at the picks of rules, and a pale underlay where there are too many candidates to mark each. */
+function picksOf(runs, axis, theme, scalar, valueOf) {
+  return runs.flatMap((run) => rulesBy(run, scalar).flatMap((rule) => {
+    const color = colorOf(theme, run.color);
     const at = run.records.filter((record) => record.global_step === rule.pick?.global_step);
     const candidates = new Set(rule.candidates);
     const x = run.records.map((r) => r[axis.key]);
     const underlay = {
       x, y: run.records.map((r) => (candidates.has(r.global_step) ? valueOf(r) : null)), mode: "lines", connectgaps: false,
-      line: { color: faint(colour, 0.3), width: 9 }, hoverinfo: "skip", showlegend: false, legendgroup: run.key,
+      line: { color: faint(color, 0.3), width: 9 }, hoverinfo: "skip", showlegend: false, legendgroup: run.key,
     };
     const star = {
       x: at.map((r) => r[axis.key]), y: at.map(valueOf), mode: "markers", showlegend: false, legendgroup: run.key,
       name: `pick: ${literal(rule.title)}`,
-      marker: { symbol: "star", size: 15, color: colour, line: { color: theme.text, width: 1 } },
+      marker: { symbol: "star", size: 15, color: color, line: { color: theme.text, width: 1 } },
       customdata: at.map((r) => [when(r, axis), r.global_step]), meta: { key: run.key, pick: rule.rule },
       hovertemplate: `${literal(run.run)}<br>${rule.title === rule.rule ? literal(rule.title) : indexed(rule.title)} picks %{customdata[0]}<extra></extra>`,
     };
     return run.records.length > FEW ? [underlay, star] : [star];
-  });
+  }));
 }
+
+/** Return entries of the legend for the picks of rules that rank by a scalar. */
+const starsOf = (runs, scalar, theme) =>
+  [...new Set(runs.flatMap((run) => rulesBy(run, scalar).map((rule) => rule.title)))].map((title) => marked(title, "star", theme));
 
 // C_t ---------------------------------------------------------------------------------------------------------------
 
@@ -88,7 +92,7 @@ export function ctFigure(runs, theme, logarithmic, threshold) {
   const range = logarithmic ? reversedLog(ends, -threshold) : linear(values.flat(), ends, threshold);
   const data = runs.flatMap((run, index) => [
     band(run, axis, theme, show, 0.28 / Math.sqrt(runs.length)),
-    curve(run, axis, theme, values[index], { label: logarithmic ? "−C_t" : "C_t", candidates: candidatesOf(run, "highest_c_t") }),
+    curve(run, axis, theme, values[index], { label: logarithmic ? "−C_t" : "C_t", candidates: candidatesOf(run, "c_t") }),
   ]);
   const at = show(threshold);
   const edge = (index) => (logarithmic ? 10 ** range[index] : range[index]);
@@ -97,9 +101,9 @@ export function ctFigure(runs, theme, logarithmic, threshold) {
   return {
     data: [
       ...data,
-      ...picksOf(runs, axis, theme, "highest_c_t", (r) => show(ofSpectrum("c_t")(r))),
+      ...picksOf(runs, axis, theme, "c_t", (r) => show(ofSpectrum("c_t")(r))),
       ...legend(runs, theme, [
-        marked("candidate", "circle", theme), marked("not a candidate", "circle", theme, false), marked("highest C_t", "star", theme),
+        marked("candidate", "circle", theme), marked("not a candidate", "circle", theme, false), ...starsOf(runs, "c_t", theme),
       ]),
     ],
     layout: layoutOf(
@@ -117,7 +121,7 @@ export function ctFigure(runs, theme, logarithmic, threshold) {
 
 const negated = ({ tickvals }) => ({ tickvals, ticktext: tickvals.map((value) => `−${value}`) });
 
-const candidatesOf = (run, rule) => new Set(ruleOf(run, rule)?.candidates ?? []);
+const candidatesOf = (run, scalar) => new Set(rulesBy(run, scalar).flatMap((rule) => rule.candidates));
 
 function linear(values, ends, threshold) {
   const [low] = extent([threshold, ...values]);
@@ -137,7 +141,7 @@ function band(run, axis, theme, show, opacity) {
   const [low, high] = ["c_t_low", "c_t_high"].map((key) => inside.map((r) => show(ofSpectrum(key)(r))));
   return {
     x: [...x, ...x.toReversed()], y: [...high, ...low.toReversed()], fill: "toself", mode: "lines", line: { width: 0 },
-    fillcolor: faint(colourOf(theme, run.colour), opacity), hoverinfo: "skip", showlegend: false, legendgroup: run.key, meta: { band: run.key },
+    fillcolor: faint(colorOf(theme, run.color), opacity), hoverinfo: "skip", showlegend: false, legendgroup: run.key, meta: { band: run.key },
   };
 }
 
@@ -150,14 +154,14 @@ export function extremesFigure(runs, theme) {
     return value !== null && sign * value > 0 ? sign * value : null;
   };
   const data = runs.flatMap((run) => [
-    curve(run, axis, theme, column(run, positive("lambda_max", 1)), { label: "λ_max", candidates: candidatesOf(run, "lowest_max_eigenvalue") }),
+    curve(run, axis, theme, column(run, positive("lambda_max", 1)), { label: "λ_max", candidates: candidatesOf(run, "lambda_max") }),
     curve(run, axis, theme, column(run, positive("lambda_min", -1)), { label: "−λ_min", dash: "dot" }),
   ]);
   return {
     data: [
       ...data,
-      ...picksOf(runs, axis, theme, "lowest_max_eigenvalue", positive("lambda_max", 1)),
-      ...legend(runs, theme, [dashed("λ_max", "solid", theme), dashed("−λ_min", "dot", theme), marked("lowest λ_max", "star", theme)]),
+      ...picksOf(runs, axis, theme, "lambda_max", positive("lambda_max", 1)),
+      ...legend(runs, theme, [dashed("λ_max", "solid", theme), dashed("−λ_min", "dot", theme), ...starsOf(runs, "lambda_max", theme)]),
     ],
     layout: layoutOf(theme, { title: axis.title }, { title: "eigenvalue (loss / parameter²)", type: "log", ...logTicks(data.flatMap((t) => t.y)) }),
   };
@@ -166,10 +170,9 @@ export function extremesFigure(runs, theme) {
 export function deltasFigure(runs, theme, thresholds) {
   const axis = axisOf(runs);
   const of = (key) => (record) => {
-    const value = record.assessment?.[key] ?? null;
-    return value !== null && value > 0 ? value : null;
+    return record[key] > 0 ? record[key] : null;
   };
-  const quantities = [["delta_r_e", "Δr_e", "solid"], ["delta_k_h05", "ΔK_H05", "dot"]];
+  const quantities = [["delta_r_e", "solid"], ["delta_k_h05", "dot"]].map(([key, dash]) => [key, scalarOf(runs[0], "record", key).title, dash]);
   const data = runs.flatMap((run) =>
     quantities.map(([key, label, dash]) => curve(run, axis, theme, column(run, of(key)), { label, dash }))
   );

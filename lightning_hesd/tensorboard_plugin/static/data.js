@@ -1,9 +1,9 @@
-/** From payloads to numbers that can be drawn. Pure functions; fields and units: docs/tensorboard-plugin.md. */
+/** Numbers to draw, from payloads. Pure functions; fields and units: docs/tensorboard-plugin.md. */
 
 /**
- * A run as the page holds it.
- * @typedef {{key: string, run: string, name: string, colour: number, records: Object[], rules: Object[],
- *   problems: string[]}} Run
+ * A run as the page holds it; `scalars` describes the scalars: lists of {key, title, unit, is_logarithmic}.
+ * @typedef {{key: string, run: string, name: string, color: number, scalars: Object<string, Object[]>,
+ *   records: Object[], rules: Object[], problems: string[]}} Run
  */
 
 const MAP_BINS = 140;
@@ -17,9 +17,12 @@ export function column(run, valueOf) {
   return run.records.map((record) => valueOf(record) ?? null);
 }
 
+/** Return the description of a scalar: of "spectrum", "record" or "layers". */
+export const scalarOf = (run, group, key) => run.scalars[group].find((scalar) => scalar.key === key);
+
 export const ofSpectrum = (key, field = "spectrum") => (record) => spectrumOf(record, field)?.[key] ?? null;
 
-/** Return what the horizontal axis shows: epochs, or steps where an epoch has several records. */
+/** Return the horizontal axis: epochs, or steps where an epoch has several records. */
 export function axisOf(runs) {
   const clash = runs.some((run) => new Set(run.records.map((r) => r.epoch)).size < run.records.length);
   const start = runs.some((run) => run.records.some((r) => r.epoch < 0));
@@ -108,22 +111,22 @@ function powerOfTen(value) {
 
 /**
  * Return the spectral mass over records and eigenvalues: a column for each record, as log10 of the mass in a bin.
- * The nodes are few, so each is spread over its neighbouring bins.
+ * The nodes are few, so each is spread over its neighboring bins.
  */
 export function densityMap(run, field) {
   const scale = scaleOf(run, field);
   const [from, to] = [scale.to(scale.low), scale.to(scale.high)];
   const width = (to - from) / MAP_BINS || 1;
-  const centres = Array.from({ length: MAP_BINS }, (_, i) => from + (i + 0.5) * width);
+  const centers = Array.from({ length: MAP_BINS }, (_, i) => from + (i + 0.5) * width);
   const reach = Math.ceil(4 * MAP_SMOOTHING);
-  const rows = centres.map(() => []);
+  const rows = centers.map(() => []);
   for (const record of run.records) {
     const spectrum = spectrumOf(record, field);
     const mass = new Float64Array(MAP_BINS);
     if (spectrum) spread(spectrum, mass, (value) => (scale.to(value) - from) / width - 0.5, reach);
     for (let i = 0; i < MAP_BINS; i++) rows[i].push(mass[i] > 1e-9 ? Math.log10(mass[i]) : null);
   }
-  return { scale, centres, rows };
+  return { scale, centers, rows };
 }
 
 function spread(spectrum, mass, placeOf, reach) {
@@ -139,17 +142,6 @@ function spread(spectrum, mass, placeOf, reach) {
 
 // Layers ------------------------------------------------------------------------------------------------------------
 
-/** Indicators of layers: title, and whether its axis is logarithmic. */
-export const LAYER_QUANTITIES = {
-  lambda_max: ["λ_max", true],
-  c_t: ["C_t", false],
-  trace: ["trace", true],
-  trace_share: ["share of the trace", false],
-  effective_rank: ["effective rank (directions)", true],
-  near_zero_share: ["share of directions near zero", false],
-  negative_share: ["share of negative curvature", false],
-};
-
 /** Return names of layers in the order of the network, and the values of a quantity, a row for each layer. */
 export function layerMap(run, quantity) {
   const names = [...new Set(run.records.flatMap((record) => record.layers.map((layer) => layer.name)))];
@@ -161,32 +153,30 @@ export function layerMap(run, quantity) {
 
 // Tables ------------------------------------------------------------------------------------------------------------
 
-const COLUMNS = {
-  run: (run) => run.run,
-  epoch: (_, r) => r.epoch,
-  step: (_, r) => r.global_step,
-  c_t: (_, r) => ofSpectrum("c_t")(r),
-  c_t_low: (_, r) => ofSpectrum("c_t_low")(r),
-  c_t_high: (_, r) => ofSpectrum("c_t_high")(r),
-  type: (_, r) => ofSpectrum("type")(r),
-  lambda_min: (_, r) => ofSpectrum("lambda_min")(r),
-  lambda_max: (_, r) => ofSpectrum("lambda_max")(r),
-  trace: (_, r) => ofSpectrum("trace")(r),
-  k_h05: (_, r) => ofSpectrum("k_h05")(r),
-  loss: (_, r) => ofSpectrum("loss")(r),
-  generalization_loss: (_, r) => ofSpectrum("loss", "generalization")(r),
-  generalization_c_t: (_, r) => ofSpectrum("c_t", "generalization")(r),
-  delta_r_e: (_, r) => r.assessment?.delta_r_e ?? null,
-  delta_k_h05: (_, r) => r.assessment?.delta_k_h05 ?? null,
-  verdict: (_, r) => r.assessment?.verdict ?? null,
-  picked_by: (run, r) =>
-    run.rules.filter((rule) => rule.pick?.global_step === r.global_step).map((rule) => rule.title).join(", ") || null,
-};
+const pickedBy = (run, r) =>
+  run.rules.filter((rule) => rule.pick?.global_step === r.global_step).map((rule) => rule.title).join(", ") || null;
 
-/** Return head and rows of the table of all records, without columns that hold nothing. */
+/** Return the columns of the data table: functions of a run and a record, by name. The data name the scalars. */
+function columnsOf({ spectrum, generalization, record }) {
+  const of = (scalars, prefix, valueOf) => scalars.map(({ key }) => [prefix + key, (_, r) => valueOf(key, r)]);
+  return Object.fromEntries([
+    ["run", (run) => run.run],
+    ["epoch", (_, r) => r.epoch],
+    ["step", (_, r) => r.global_step],
+    ...of(spectrum, "", (key, r) => ofSpectrum(key)(r)),
+    ["type", (_, r) => ofSpectrum("type")(r)],
+    ...of(generalization, "generalization_", (key, r) => ofSpectrum(key, "generalization")(r)),
+    ...of(record, "", (key, r) => r[key] ?? null),
+    ["verdict", (_, r) => r.assessment?.verdict ?? null],
+    ["picked_by", pickedBy],
+  ]);
+}
+
+/** Return head and rows of the table of all records, without empty columns. */
 export function tableOf(runs) {
-  const names = Object.keys(COLUMNS);
-  const rows = runs.flatMap((run) => run.records.map((record) => names.map((name) => COLUMNS[name](run, record))));
+  const columns = columnsOf(runs[0].scalars);
+  const names = Object.keys(columns);
+  const rows = runs.flatMap((run) => run.records.map((record) => names.map((name) => columns[name](run, record))));
   const kept = names.map((_, index) => index).filter((index) => rows.some((row) => row[index] !== null));
   return { head: kept.map((i) => names[i]), rows: rows.map((row) => kept.map((i) => row[i])) };
 }

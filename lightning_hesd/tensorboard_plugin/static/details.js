@@ -2,11 +2,11 @@
 
 import { indexed, layoutOf, literal, minus } from "./base.js";
 import {
-  LAYER_QUANTITIES, axisOf, column, density, densityMap, extent, finite, layerMap, ofSpectrum, spectrumOf, symlogTicks,
+  axisOf, column, density, densityMap, extent, finite, layerMap, ofSpectrum, scalarOf, spectrumOf, symlogTicks,
 } from "./data.js";
 import { LOW_TO_HIGH, faint } from "./theme.js";
 
-/** Return the line at the chosen record: white on black, to be seen on every colour of a heat map. */
+/** Return the line at the chosen record: white on black, to be seen on every color of a heat map. */
 export function cursor(record, axis) {
   if (record === null) return [];
   const line = { type: "line", yref: "paper", x0: record[axis.key], x1: record[axis.key], y0: 0, y1: 1 };
@@ -21,18 +21,18 @@ const places = (run, axis) => run.records.map((record) => record[axis.key]);
 
 export function mapFigure(run, theme, field, chosen) {
   const axis = axisOf([run]);
-  const { scale, centres, rows } = densityMap(run, field);
+  const { scale, centers, rows } = densityMap(run, field);
   const x = places(run, axis);
   const ticks = symlogTicks(scale);
   const edge = (key) => ({
     x, y: column(run, ofSpectrum(key, field)).map((v) => (v === null ? null : scale.to(v))), mode: "lines", showlegend: false,
     line: { color: "#ffffff", width: 1.4 }, hoverinfo: "skip",
   });
-  const eigenvalues = centres.map((place) => scale.back(place));
+  const eigenvalues = centers.map((place) => scale.back(place));
   return {
     data: [
       {
-        type: "heatmap", x, y: centres, z: rows, colorscale: LOW_TO_HIGH, zmin: -6, zmax: 0, hoverongaps: false,
+        type: "heatmap", x, y: centers, z: rows, colorscale: LOW_TO_HIGH, zmin: -6, zmax: 0, hoverongaps: false,
         colorbar: { title: { text: "log<sub>10</sub> mass", side: "right" }, thickness: 12, outlinewidth: 0 },
         customdata: eigenvalues.map((value) => new Array(x.length).fill(value)),
         hovertemplate: `${axis.short} %{x}<br>λ ≈ %{customdata:.3g}<br>log₁₀ mass %{z:.2f}<extra></extra>`,
@@ -54,7 +54,7 @@ const LOWEST_PART = 1e-10; // where rounding begins to matter
 /** The densities on training and generalization data, with nodes and extremes. */
 export function densityFigure(record, theme) {
   const drawn = [["spectrum", "training", theme.training, "solid"], ["generalization", "generalization", theme.generalization, "dash"]]
-    .map(([field, label, colour, dash]) => ({ spectrum: spectrumOf(record, field), label, colour, dash }))
+    .map(([field, label, color, dash]) => ({ spectrum: spectrumOf(record, field), label, color, dash }))
     .filter(({ spectrum }) => spectrum !== null)
     .map((one) => ({ ...one, ...density(one.spectrum) }));
   const [, top] = extent(drawn.flatMap(({ values }) => values));
@@ -66,22 +66,22 @@ export function densityFigure(record, theme) {
     layout: layoutOf(
       theme, { title: "Hessian eigenvalue (loss / parameter²)" },
       { title: "spectral density", type: "log", range: [Math.log10(bottom), Math.log10(top * 3)], exponentformat: "power", nticks: 7 },
-      { shapes: drawn.flatMap(({ spectrum, colour, dash }) => extremes(spectrum, colour, dash)) }
+      { shapes: drawn.flatMap(({ spectrum, color, dash }) => extremes(spectrum, color, dash)) }
     ),
   };
 }
 
-function curvesOfDensity({ spectrum, label, colour, dash, grid, values }, rug, filled, bottom) {
+function curvesOfDensity({ spectrum, label, color, dash, grid, values }, rug, filled, bottom) {
   const ends = indexed(`${label}: λ_min ${short(spectrum.lambda_min)}, λ_max ${short(spectrum.lambda_max)}`);
   return [
     {
-      x: grid, y: values.map((v) => Math.max(v, bottom / 10)), mode: "lines", name: ends, line: { color: colour, width: 1.6, dash },
-      fill: filled ? "tozeroy" : "none", fillcolor: faint(colour, 0.15), meta: { density: label },
+      x: grid, y: values.map((v) => Math.max(v, bottom / 10)), mode: "lines", name: ends, line: { color: color, width: 1.6, dash },
+      fill: filled ? "tozeroy" : "none", fillcolor: faint(color, 0.15), meta: { density: label },
       hovertemplate: `${label}<br>λ = %{x:.4g}<br>density %{y:.3g}<extra></extra>`,
     },
     {
       x: spectrum.nodes, y: spectrum.nodes.map(() => rug), mode: "markers", name: `nodes, ${label}`, showlegend: false, meta: { nodes: label },
-      marker: { symbol: "line-ns-open", size: 8, color: colour, line: { width: 1 } }, customdata: spectrum.weights,
+      marker: { symbol: "line-ns-open", size: 8, color: color, line: { width: 1 } }, customdata: spectrum.weights,
       hovertemplate: `node %{x:.4g}<br>weight %{customdata:.3g}<extra></extra>`,
     },
   ];
@@ -94,16 +94,16 @@ function peaks(spectrum, grid, values) {
   return finite(values.filter((value, index) => at.has(grid[index]) && value > 0));
 }
 
-function extremes(spectrum, colour, dash) {
+function extremes(spectrum, color, dash) {
   return [spectrum.lambda_min, spectrum.lambda_max].map((value) => ({
-    type: "line", yref: "paper", y0: 0, y1: 1, x0: value, x1: value, line: { color: colour, width: 1, dash: dash === "solid" ? "dot" : dash },
+    type: "line", yref: "paper", y0: 0, y1: 1, x0: value, x1: value, line: { color: color, width: 1, dash: dash === "solid" ? "dot" : dash },
   }));
 }
 
 export function layersFigure(run, theme, quantity, chosen) {
   const axis = axisOf([run]);
   const { names, rows } = layerMap(run, quantity);
-  const [title, logarithmic] = LAYER_QUANTITIES[quantity];
+  const { title, is_logarithmic: logarithmic } = scalarOf(run, "layers", quantity);
   const shown = logarithmic ? rows.map((row) => row.map((v) => (v > 0 ? Math.log10(v) : null))) : rows;
   const short = (name) => literal(name.length <= 26 ? name : `…${name.slice(-25)}`);
   return {

@@ -1,4 +1,4 @@
-/** Elements, tables and downloads. Text goes in as text nodes only: names of runs and layers are anybody's. */
+/** Elements, tables and downloads. Text becomes text nodes only: names of runs and layers are of unknown origin. */
 
 /**
  * Make an element. Attributes named `on...` are listeners; null and false leave an attribute out.
@@ -17,7 +17,7 @@ export function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-/** Return a text as nodes, with what follows an underscore as an index: C_t, λ_max. For texts of this page only. */
+/** Return a text as nodes, with subscripts after underscores: C_t, λ_max. For texts of this page only. */
 export function typeset(text) {
   return text.split(/(_[A-Za-z0-9]+)/).map((part) => (part.startsWith("_") ? element("sub", {}, part.slice(1)) : part));
 }
@@ -63,7 +63,7 @@ export function number(value, digits = 4) {
   return text.replaceAll("-", "−");
 }
 
-/** Let the browser save a text, or what a data URL holds. */
+/** Let the browser save a text, or the content of a data URL. */
 export function download(name, content, type) {
   const url = type ? URL.createObjectURL(new Blob([content], { type })) : content;
   const link = element("a", { href: url, download: name });

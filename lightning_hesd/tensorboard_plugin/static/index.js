@@ -4,7 +4,7 @@ import { start } from "./page.js";
 
 const LIVE_MS = 10000;
 
-/** Load what the tab needs, and draw; TensorBoard calls this. */
+/** Load the style and Plotly, and draw; TensorBoard calls this. */
 export async function render() {
   const style = document.createElement("link");
   style.rel = "stylesheet";

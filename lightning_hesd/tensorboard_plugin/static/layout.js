@@ -1,4 +1,4 @@
-/** What stands where on the page. */
+/** The structure of the page. */
 
 import { button, element, typeset } from "./dom.js";
 
@@ -41,7 +41,7 @@ export function layOut(root, actions) {
         figure("map", "Density over training", "Spectral mass per bin, training data; lines: λ_max and λ_min."),
         figure("density", "Density at the chosen state", "Ticks: quadrature nodes; vertical lines: extremes."),
         titled("h3", "assessment", "Assessment", { class: "card" }, parts.assessment),
-        titled("h3", "picks", "Which checkpoint the rules take", { class: "card" }, parts.picks),
+        titled("h3", "picks", "Picks of the checkpoint rules", { class: "card" }, parts.picks),
         figure("layers", "Layers over training", "Of the Hessian of each layer's own parameters, training data.", "wide"))),
     parts.table
   );
@@ -57,12 +57,12 @@ function titled(level, id, title, attributes, ...children) {
 
 function emptyState() {
   const what =
-    "HessianSpectrumCallback writes what is shown here, by way of TensorBoardLogger. Add it to the Trainer, and start " +
+    "HessianSpectrumCallback writes the data of this tab through TensorBoardLogger. Add it to the Trainer, and start " +
     "TensorBoard with the logger's folder as --logdir. The first spectrum appears after the first epoch.";
   return titled("h2", "empty", "No spectra yet", { id: "empty", hidden: true }, element("p", {}, what), element("pre", { tabindex: "0" }, EMPTY));
 }
 
-/** Make the card of a figure: its title, what saves it, the place to draw, and a caption. */
+/** Make the card of a figure: title, buttons to save it, the figure, and a caption. */
 function figureCard({ save, reset }, id, title, caption, more = "") {
   const tools = element("span", { class: "export" },
     button("PNG", `Save “${title}” as PNG`, () => save(id, title, "png")),

@@ -1,18 +1,18 @@
-/** The page: what is chosen, what is shown, and when it is drawn anew. */
+/** The page: its state, its controls, and the drawing of its figures. */
 
 import { indexed, literal } from "./base.js";
 import { ctFigure, deltasFigure, extremesFigure, lossFigure } from "./curves.js";
-import { LAYER_QUANTITIES, axisOf, column, finite, median, ofSpectrum, tableOf, toCsv, when } from "./data.js";
+import { axisOf, column, finite, median, ofSpectrum, scalarOf, tableOf, toCsv, when } from "./data.js";
 import { cursor, densityFigure, layersFigure, mapFigure } from "./details.js";
 import { button, download, element, menu, table } from "./dom.js";
 import { layOut } from "./layout.js";
-import { SYMBOLS, colourOf, watchTheme } from "./theme.js";
+import { SYMBOLS, colorOf, watchTheme } from "./theme.js";
 import { assessmentOf, pickOf, summary } from "./words.js";
 
-const AT_FIRST = 10; // runs that are shown without being asked for
-const SMALL = 0.1; // C_t this close to zero is legible on the logarithmic axis only
+const AT_FIRST = 10; // runs that are selected at first
+const SMALL = 0.1; // smaller values of C_t are legible on the logarithmic axis only
 const OF_ONE_RUN = new Set(["map", "density", "layers"]);
-const THRESHOLDS = { c_t: -0.6, delta_r_e: 1.5, delta_k_h05: 1.2 }; // where there is no record that says
+const THRESHOLDS = { c_t: -0.6, delta_r_e: 1.5, delta_k_h05: 1.2 }; // without a record, which has them
 
 /**
  * Show runs.
@@ -30,17 +30,17 @@ class Page {
   constructor(source, root) {
     this.source = source;
     this.root = root;
-    this.listed = []; // {key, run, name, colour, stamp}
+    this.listed = []; // {key, run, name, color, stamp}
     this.loaded = new Map(); // key -> Run
     this.selected = new Set(); // keys
-    this.known = new Set(); // keys of runs that were there before
+    this.known = new Set(); // keys of runs that were listed before
     this.detail = null; // key of the run shown in detail
-    this.step = null; // its chosen record, by step; null: the last one
-    this.scale = null; // of C_t; null: what suits
+    this.step = null; // step of its chosen record; null: the last one
+    this.scale = null; // of the axis of C_t; null: chosen by the values
     this.quantity = "lambda_max";
     this.follow = true;
     this.failures = [];
-    this.layouts = {}; // of the figures, as they were before anybody zoomed
+    this.layouts = {}; // of the figures before any zoom
     this.parts = layOut(root, {
       save: (id, title, format) => this.save(id, title, format),
       reset: (id) => this.reset(id),
@@ -50,7 +50,7 @@ class Page {
 
   // Data ------------------------------------------------------------------------------------------------------------
 
-  /** Ask which runs there are, load what is selected and has changed, and draw it. */
+  /** List the runs, load selected runs that have changed, and draw them. */
   async refresh() {
     if (this.busy) return;
     this.busy = true;
@@ -58,7 +58,7 @@ class Page {
       const { runs } = await this.source.runs();
       this.listed = runs.flatMap((one) =>
         Object.entries(one.names).map(([name, series]) => ({
-          key: JSON.stringify([one.run, name]), run: one.run, name, colour: one.colour, stamp: JSON.stringify(series),
+          key: JSON.stringify([one.run, name]), run: one.run, name, color: one.color, stamp: JSON.stringify(series),
         }))
       );
       this.selectNew();
@@ -96,7 +96,7 @@ class Page {
     return wanted.length > 0;
   }
 
-  /** Callbacks of several names in one run are told apart by these. */
+  /** Return the name of a run, with that of the callback if the run has several. */
   nameOf({ run, name }) {
     return this.listed.filter((other) => other.run === run).length > 1 ? `${run} (${name})` : run;
   }
@@ -188,7 +188,7 @@ class Page {
       element("label", { class: "run" },
         element("input", { type: "checkbox", checked: this.selected.has(one.key), "data-key": one.key,
           onchange: (event) => this.select(one.key, event.target.checked) }),
-        element("span", { class: `swatch ${SYMBOLS[one.colour % SYMBOLS.length]}`, style: `background:${colourOf(this.theme, one.colour)}`, "aria-hidden": "true" }),
+        element("span", { class: `swatch ${SYMBOLS[one.color % SYMBOLS.length]}`, style: `background:${colorOf(this.theme, one.color)}`, "aria-hidden": "true" }),
         this.nameOf(one))
     );
     this.parts.runs.replaceChildren(element("legend", {}, "Runs"), ...boxes);
@@ -213,11 +213,11 @@ class Page {
       oninput: (event) => this.choose(run.records[Number(event.target.value)].global_step) });
     this.shown = element("output", { for: "epoch" });
     const runs = this.runs.map((one) => [one.key, one.run]);
-    const quantities = Object.entries(LAYER_QUANTITIES).map(([key, [title]]) => [key, title]);
+    const quantities = run.scalars.layers.map(({ key, title }) => [key, title]);
     const layers = run.records.some((record) => record.layers.length);
     keepFocus(this.parts.detailTools, [
       menu("Run", runs, run.key, (key) => this.setDetail(key)),
-      element("label", { class: "control wide" }, element("span", {}, "Analysed state"), this.slider, this.shown),
+      element("label", { class: "control wide" }, element("span", {}, "Analyzed state"), this.slider, this.shown),
       layers ? menu("Layers by", quantities, this.quantity, (value) => { this.quantity = value; this.drawDetail(); }) : null,
     ]);
     this.showSlider();
@@ -230,7 +230,7 @@ class Page {
     this.shown.textContent = text;
   }
 
-  /** Fill the table when it is open: long ones take time that nobody may want to spend. */
+  /** Fill the table when it is open, because a long one takes time. */
   fillTable() {
     const { table: details } = this.parts;
     if (!details.open) return;
@@ -251,8 +251,8 @@ class Page {
       this.plot("ct", ctFigure(runs, theme, this.logarithmic, this.thresholds.c_t), summary("C_t", runs, ofSpectrum("c_t"))),
       this.plot("extremes", extremesFigure(runs, theme), summary("Largest eigenvalue", runs, ofSpectrum("lambda_max"))),
       assessed
-        ? this.plot("deltas", deltasFigure(runs, theme, this.thresholds), summary("Δr_e", runs, (r) => r.assessment?.delta_r_e ?? null))
-        : this.absent("deltas", "No generalization data were analysed: pass generalization_dataloader=... to HessianSpectrumCallback."),
+        ? this.plot("deltas", deltasFigure(runs, theme, this.thresholds), summary("Δr_e", runs, (r) => r.delta_r_e))
+        : this.absent("deltas", "No generalization data were analyzed: pass generalization_dataloader=... to HessianSpectrumCallback."),
       this.plot("loss", lossFigure(runs, theme), summary("Training loss", runs, ofSpectrum("loss"))),
       this.drawDetail(),
     ];
@@ -261,7 +261,7 @@ class Page {
     this.root.dataset.drawn = String(Number(this.root.dataset.drawn ?? 0) + 1);
   }
 
-  /** Draw what is about one run. */
+  /** Draw the figures of one run. */
   async drawDetail() {
     const { detailed: run, record, theme } = this;
     const text = run.run;
@@ -272,12 +272,12 @@ class Page {
       has ? this.plot("map", mapFigure(run, theme, "spectrum", record), `Spectral density over training, ${text}.`)
         : this.absent("map", "There is no spectrum on the training data."),
       this.drawDensity(),
-      hasLayers ? this.plot("layers", layersFigure(run, theme, this.quantity, record), `${LAYER_QUANTITIES[this.quantity][0]} of layers, ${text}.`)
-        : this.absent("layers", "No layers were analysed: pass layers=\"auto\" to HessianSpectrumCallback."),
+      hasLayers ? this.plot("layers", layersFigure(run, theme, this.quantity, record), `${scalarOf(run, "layers", this.quantity).title} of layers, ${text}.`)
+        : this.absent("layers", "No layers were analyzed: pass layers=\"auto\" to HessianSpectrumCallback."),
     ]);
   }
 
-  /** Draw what is about one record; the heat maps stay, and only their lines move. */
+  /** Draw the figures of one record; in the heat maps only the lines move. */
   async drawRecord() {
     const shapes = cursor(this.record, axisOf([this.detailed]));
     const maps = ["map", "layers"].map((id) => document.getElementById(id)).filter((node) => node.data);
@@ -295,7 +295,7 @@ class Page {
     this.root.dataset.detail = `${run.key} ${record.global_step}`;
   }
 
-  /** Draw a figure; where somebody has zoomed in, it stays so. */
+  /** Draw a figure, and keep its zoom. */
   async plot(id, figure, label) {
     const node = document.getElementById(id);
     figure.layout.uirevision = OF_ONE_RUN.has(id) ? this.detailed.key : String(this.logarithmic);
@@ -312,7 +312,7 @@ class Page {
     }
   }
 
-  /** Undo what has been zoomed and hidden. */
+  /** Undo zoom and hidden curves. */
   reset(id) {
     const node = document.getElementById(id);
     if (node.data) Plotly.react(node, node.data, { ...structuredClone(this.layouts[id]), uirevision: Math.random() });
@@ -338,7 +338,7 @@ class Page {
     if (step !== null && step !== undefined) this.choose(step);
   }
 
-  /** Save a figure with its title, since a saved one has no page around it. */
+  /** Save a figure with its title, which the page has outside the figure. */
   async save(id, title, format) {
     const node = document.getElementById(id);
     if (!node.data) return;

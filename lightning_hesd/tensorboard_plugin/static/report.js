@@ -5,7 +5,7 @@ import { start } from "./page.js";
 const inlined = JSON.parse(document.getElementById("hesd-data").textContent);
 start(
   {
-    runs: async () => ({ runs: inlined.runs.map(({ run, colour, name }) => ({ run, colour, names: { [name]: {} } })) }),
+    runs: async () => ({ runs: inlined.runs.map(({ run, color, name }) => ({ run, color, names: { [name]: {} } })) }),
     load: async (run, name) => inlined.runs.find((one) => one.run === run && one.name === name),
     live: null,
   },

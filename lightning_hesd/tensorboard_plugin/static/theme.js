@@ -1,4 +1,4 @@
-/** Colours, for light and dark. Those with a meaning are of Okabe & Ito (2008): colour-blind readers tell them apart. */
+/** Colors, for light and dark. Those with a meaning are of Okabe & Ito (2008): color-blind readers tell them apart. */
 
 const LIGHT = {
   dark: false,
@@ -27,18 +27,18 @@ const DARK = {
   runs: ["#8e98a3", "#12b5cb", "#e52592", "#f9ab00", "#9334e6", "#7cb342", "#e8710a"],
 };
 
-/** Marks and dashes also tell runs apart, for those who cannot by the colours. */
+/** Marks and dashes also tell runs apart, for those who cannot by the colors. */
 export const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "hexagon"];
 
 export const LOW_TO_HIGH = "Viridis";
 
-export function colourOf(theme, index) {
+export function colorOf(theme, index) {
   return theme.runs[index % theme.runs.length];
 }
 
-/** Return the colour with the given opacity. */
-export function faint(colour, opacity) {
-  const [red, green, blue] = [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16));
+/** Return the color with the given opacity. */
+export function faint(color, opacity) {
+  const [red, green, blue] = [1, 3, 5].map((at) => parseInt(color.slice(at, at + 2), 16));
   return `rgba(${red}, ${green}, ${blue}, ${opacity})`;
 }
 

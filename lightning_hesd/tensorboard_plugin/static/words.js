@@ -1,4 +1,4 @@
-/** What the numbers say, in words: for everybody, and for those who cannot see the figures. */
+/** The results in words, also for readers who cannot see the figures. */
 
 import { finite, ofSpectrum, spectrumOf, when } from "./data.js";
 import { element, number } from "./dom.js";
@@ -35,15 +35,14 @@ function describe(s) {
   );
 }
 
-/** Say whether products were found to be those of the loss; payloads of earlier versions do not tell. */
+/** Return whether HVPs were found to be those of the loss, and the comparison behind that. */
 function verification(s) {
-  if (!s.verification) return "";
   return s.verified === "yes" ? `Verified: ${s.verification}.` : `Not verified, so that the interval may be wrong: ${s.verification}.`;
 }
 
 const TYPES = { MP: "mainly positive (MP)", MN: "mainly negative (MN)" };
 
-/** Return what a rule takes, and why. */
+/** Return the pick of a rule, and the reason. */
 export function pickOf(rule) {
   const pick = rule.pick;
   const what = pick ? `epoch ${pick.epoch} (step ${pick.global_step})` : "nothing yet";

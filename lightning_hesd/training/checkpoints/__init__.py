@@ -1,1 +1,1 @@
-"""HessianCheckpoint, and the files it writes."""
+"""`HessianCheckpoint`, its ranking, and its files."""

@@ -1,4 +1,4 @@
-"""A ModelCheckpoint whose files are its own: no two states share a path, and no neighbour can take or delete one."""
+"""A ModelCheckpoint whose files are its own: no two states share a path, and no other callback uses it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lightning_hesd.training.checkpoints.paths import (
     place,
     shares_folder,
 )
-from lightning_hesd.training.compat.internals import name_of
 from lightning_hesd.training.compat.namespaces import join_namespaces, lightning_types, of_every_namespace
+from lightning_hesd.training.compat.runs import name_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,32 +31,32 @@ if TYPE_CHECKING:
 
 @of_every_namespace("callbacks.ModelCheckpoint")
 class ExclusiveCheckpoint(ModelCheckpoint):
-    """Writes files beside those of other checkpoint callbacks without getting in their way.
+    """Writes files that never collide with those of other checkpoint callbacks.
 
-    Without a `filename` of the user's, names begin with `name_prefix`. With one they do so only where another callback
-    of the Trainer may write the same name to the same folder. `enable_version_counter=False` allows overwriting what an
-    earlier run has left, as in ModelCheckpoint, but neither a file of this run nor the one it was resumed from.
+    Without a `filename`, names begin with `name_prefix`. With one, they do so only if another callback of the Trainer
+    may write the same name to the same folder. `enable_version_counter=False` allows overwriting files of an earlier
+    run, as in ModelCheckpoint, but neither a file of this run nor the file that it was resumed from.
 
     Args:
-        **kwargs: Of ModelCheckpoint.
+        **kwargs: Arguments of ModelCheckpoint.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         join_namespaces()
         super().__init__(**kwargs)
-        self._given = {"dirpath": self.dirpath, "filename": self.filename}  # by the user, of what is set for a run
-        self._found: dict[str, Any] = {}  # and what it was set to
+        self._given = {"dirpath": self.dirpath, "filename": self.filename}  # by the user
+        self._found: dict[str, Any] = {}  # by this callback, for a run
         self._set_up_by: str | None = None
-        self._knows_neighbours = False
+        self._has_names = False
         self._is_resumed = False
 
     @property
     def name_prefix(self) -> str:
-        """What the names of files begin with."""
+        """Prefix of file names."""
         raise NotImplementedError
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Find the folder to write to, anew in every Trainer that fits."""
+        """Find the folder to write to, again in every Trainer that fits."""
         join_namespaces()
         if stage == TrainerFn.FITTING and name_of(trainer) != self._set_up_by:
             self._set_up_by = name_of(trainer)
@@ -64,47 +64,47 @@ class ExclusiveCheckpoint(ModelCheckpoint):
             if not self._is_resumed:
                 self.forget_run()
         if stage == TrainerFn.FITTING:
-            self._knows_neighbours = False
+            self._has_names = False
         super().setup(trainer, pl_module, stage)
         self._found["dirpath"] = self.dirpath
 
     def _as_given(self, name: str) -> Any:
-        """Return the user's value of an attribute that was set for the last run, unless the user has set it since."""
+        """Return the user's value of an attribute, which this callback has set for the last run."""
         if name not in self._found or getattr(self, name) != self._found[name]:
             self._given[name] = getattr(self, name)
         return self._given[name]
 
     def forget_run(self) -> None:
-        """Start from nothing: a callback may serve several runs."""
+        """Forget the files of the last run: a callback may serve several runs."""
         self.best_model_path = self.last_model_path = self._last_checkpoint_saved = ""
         self._last_global_step_saved = 0
 
     def choose_names(self, trainer: pl.Trainer) -> None:
-        """Choose names that no neighbour uses; once all callbacks know their folders, before the first file."""
-        neighbours = [c for c in self._neighbours(trainer) if shares_folder(self, c)]
+        """Choose names that no other callback uses; called once all know their folders, before the first file."""
+        others = [c for c in self._other_checkpoints(trainer) if shares_folder(self, c)]
         given: str | None = self._as_given("filename")
         if given is None:
             self.filename = f"{self.name_prefix}-{DEFAULT_FILENAME}"
-        elif any(may_coincide(given, c, auto_insert_metric_name=self.auto_insert_metric_name) for c in neighbours):
+        elif any(may_coincide(given, c, auto_insert_metric_name=self.auto_insert_metric_name) for c in others):
             self.filename = f"{self.name_prefix}-{given}"
         else:
             self.filename = given
         self._found["filename"] = self.filename
-        # Trainer.fit(ckpt_path="last") looks for names that begin like this.
+        # `Trainer.fit(ckpt_path="last")` looks for this prefix.
         last = type(self).CHECKPOINT_NAME_LAST
-        self.CHECKPOINT_NAME_LAST = f"{last}-{self.name_prefix}" if any(c.save_last for c in neighbours) else last
+        self.CHECKPOINT_NAME_LAST = f"{last}-{self.name_prefix}" if any(c.save_last for c in others) else last
 
     def free_path(self, trainer: pl.Trainer, names: dict[str, Tensor], own: Iterable[str]) -> str:
-        """Return a path to write to that belongs to nothing else.
+        """Return a path for a new file that no other file has.
 
         Args:
-            trainer: The trainer.
+            trainer: The Trainer.
             names: Values for the template of the file name.
-            own: Paths of the files to keep.
+            own: Paths of this callback's files.
         """
         taken = {place(path) for path in own}
-        for neighbour in self._neighbours(trainer):
-            files = (neighbour.best_model_path, neighbour.last_model_path, *neighbour.best_k_models)
+        for other in self._other_checkpoints(trainer):
+            files = (other.best_model_path, other.last_model_path, *other.best_k_models)
             taken.update(place(path) for path in files if path)
         if trainer.ckpt_path is not None:
             taken.add(place(trainer.ckpt_path))
@@ -118,20 +118,20 @@ class ExclusiveCheckpoint(ModelCheckpoint):
             if place(path) not in taken and not (self._enable_version_counter and self.file_exists(path, trainer))
         )
 
-    def _neighbours(self, trainer: pl.Trainer) -> list[ModelCheckpoint]:
-        """Return the other callbacks that write checkpoints to a folder; a mock has no attributes of such a one."""
+    def _other_checkpoints(self, trainer: pl.Trainer) -> list[ModelCheckpoint]:
+        """Return the other callbacks that write checkpoints to a folder, without mocks, which lack the attributes."""
         kinds = lightning_types("callbacks.ModelCheckpoint")
         others = [c for c in trainer.checkpoint_callbacks if isinstance(c, kinds) and c is not self]
         return [c for c in others if hasattr(c, "dirpath") and hasattr(c, "best_k_models")]
 
     def gone(self, trainer: pl.Trainer, candidates: Iterable[Candidate]) -> list[str]:
-        """Return the paths at which the files of candidates are not, or not any more, the same in every process."""
+        """Return the paths of candidates whose files are gone or overwritten, the same on every rank."""
         paths = [c.path for c in candidates if not is_written_as(c.path, c.mark)] if trainer.is_global_zero else []
         found: list[str] = trainer.strategy.broadcast(paths)
         return found
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """With `save_on_exception`, write the present state under a name of its own."""
+        """With `save_on_exception`, write the present state under a separate name."""
         usual, self.filename = self.filename, f"{self.filename or DEFAULT_FILENAME}-exception"
         try:
             super().on_exception(trainer, pl_module, exception)
@@ -139,10 +139,10 @@ class ExclusiveCheckpoint(ModelCheckpoint):
             self.filename = usual
 
     def _should_remove_checkpoint(self, trainer: pl.Trainer, previous: str, current: str) -> bool:
-        """Return whether to delete a checkpoint: only of the own folder, and never the one that was resumed.
+        """Return whether to delete a checkpoint: only in the callback's folder, and never the resumed one.
 
-        Lightning compares paths as they are written: those with `..` in them would lead out of the folder, links to
-        the resumed file would hide it, and on other filesystems it does not look at all.
+        Lightning compares the text of paths: `..` in a path could lead out of the folder, and a link could hide the
+        resumed file. On remote filesystems it compares nothing.
         """
         resumed = trainer.ckpt_path is not None and is_same_file(previous, trainer.ckpt_path)
         return (

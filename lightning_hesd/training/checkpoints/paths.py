@@ -1,4 +1,4 @@
-"""Names and places of checkpoint files: on any filesystem, and never those of another callback."""
+"""Names and locations of checkpoint files, on any filesystem, kept apart from those of other callbacks."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks import ModelCheckpoint
 
 DEFAULT_FILENAME = "{epoch}-{step}"
-"""What ModelCheckpoint makes of no file name."""
+"""ModelCheckpoint's template of file names without a `filename`."""
 
 SHARDED_METADATA = "meta.pt"
-"""What a checkpoint of sharded parameters, a folder, has besides these."""
+"""File in the folder of a sharded checkpoint that has everything but the parameters."""
 
 
 def prefix(*parts: str) -> str:
-    """Return a beginning of file names, of characters that no filesystem and no template takes for something else."""
+    """Return a prefix of file names, without characters that are special in filesystems or templates."""
     return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", part).strip("_.") or "own" for part in parts)
 
 
 def place(path: object) -> str:
-    """Return what is the same for all paths of one file: of a link itself, not of what it points to."""
+    """Return the canonical path of a file; of a link, that of the link itself."""
     if is_remote(str(path)):
         return str(path).rstrip("/")
     local = local_path(str(path))
@@ -37,14 +37,14 @@ def place(path: object) -> str:
 
 
 def is_same_file(path: object, other: object) -> bool:
-    """Return whether two paths lead to the same file, also by way of links."""
+    """Return whether two paths lead to the same file, also through links."""
     if is_remote(str(path)) or is_remote(str(other)):
         return place(path) == place(other)
     return local_path(str(path)).resolve() == local_path(str(other)).resolve()
 
 
 def lies_in(path: str, folder: str, extension: str) -> bool:
-    """Return whether a path is that of a checkpoint in a folder or below it, also on other filesystems."""
+    """Return whether a path is that of a checkpoint in a folder or below it, on any filesystem."""
     if not path.endswith(extension):
         return False
     if is_remote(folder):
@@ -58,7 +58,7 @@ def shares_folder(checkpoint: ModelCheckpoint, other: ModelCheckpoint) -> bool:
 
 
 def may_coincide(filename: str, other: ModelCheckpoint, *, auto_insert_metric_name: bool) -> bool:
-    """Return whether a template of file names and that of another callback may ever give the same name."""
+    """Return whether a template of file names and that of another callback can give the same name."""
     ours = _split(filename, auto_insert_metric_name)
     theirs = _split(other.filename or DEFAULT_FILENAME, other.auto_insert_metric_name)
     return _matches(ours, theirs) or _matches(theirs, ours)
@@ -75,15 +75,14 @@ def _split(template: str, auto_insert_metric_name: bool) -> list[str]:  # noqa: 
 
 
 def _matches(texts: Sequence[str], others: Sequence[str]) -> bool:
-    """Return whether some values between texts can make them equal to others with any one value between them."""
+    """Return whether a template, given by its texts, can give a name of another template."""
     return re.fullmatch(".*".join(map(re.escape, texts)) + r"(-v\d+)?", "0".join(others)) is not None
 
 
 def is_written_as(path: str, mark: str) -> bool:
-    """Return whether a checkpoint file still is the one that had this mark in it when it was written.
+    """Return whether a checkpoint file exists and has its mark: another run may have written to the same path.
 
-    Another run, or a continuation of this one from an earlier state, may have written to the same path. True where
-    that cannot be told: in formats other than PyTorch's, and without a mark.
+    True without a mark, and in formats other than PyTorch's, in which no mark can be found.
     """
     if not exists(path):
         return False
@@ -98,5 +97,5 @@ def is_written_as(path: str, mark: str) -> bool:
             with ZipFile(file) as archive:
                 pickles = [name for name in archive.namelist() if Path(name).name == "data.pkl"]
                 return any(mark.encode() in archive.read(name) for name in pickles)
-        except (BadZipFile, EOFError):  # half a file
+        except (BadZipFile, EOFError):  # an incomplete file
             return False

@@ -1,4 +1,4 @@
-"""Where a HessianCheckpoint stands among the callbacks of a Trainer, and which neighbours to warn of."""
+"""The place of HessianCheckpoints among the callbacks of a Trainer, and warnings about other callbacks."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ from typing import TYPE_CHECKING, Any
 from lightning_hesd.spectra.record import SUFFIXES
 from lightning_hesd.training.checkpoints.checkpoint import HessianCheckpoint
 from lightning_hesd.training.checkpoints.paths import place as path_of
-from lightning_hesd.training.compat.internals import (
-    callbacks_of,
-    looks_before_the_epoch_ends,
-    replace_callbacks,
-    run_folder,
-    warn,
-)
+from lightning_hesd.training.checkpoints.weights import AnalyzedWeights
+from lightning_hesd.training.compat.callbacks import callbacks_of, looks_before_the_epoch_ends, replace_callbacks
+from lightning_hesd.training.compat.messages import warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException, in_namespaces, lightning_types
+from lightning_hesd.training.compat.runs import run_folder
 from lightning_hesd.training.folders import joined
-from lightning_hesd.training.history import SpectrumSource
+from lightning_hesd.training.source import sources_of
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-    from lightning_hesd.training.history import OnError
+    from lightning_hesd.training.error_policy import OnError
+    from lightning_hesd.training.source import SpectrumSource
 
 SETTINGS = frozenset(
     {
@@ -30,23 +28,23 @@ SETTINGS = frozenset(
         *("_every_n_train_steps", "_train_time_interval", "_every_n_epochs"),
     }
 )
-"""Attributes of a ModelCheckpoint that its arguments set."""
+"""Attributes that the arguments of a ModelCheckpoint set."""
 
 
 def insert_checkpoint(
     trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, checkpoint: HessianCheckpoint, on_error: OnError
 ) -> None:
-    """Add `checkpoint` to the Trainer's callbacks, and set it up: the Trainer is setting up those it had before.
+    """Add `checkpoint` to the Trainer's callbacks and set it up: the Trainer sets up only the callbacks it had before.
 
     Args:
         trainer: The trainer.
         pl_module: Its module.
-        stage: What it is about to do.
+        stage: "fit", "validate", "test" or "predict".
         checkpoint: The checkpoint callback.
-        on_error: Whether to "raise" if the Trainer is to write no checkpoints, or to "warn" and add it all the same.
+        on_error: "raise" if the Trainer must write no checkpoints; "warn" adds the callback all the same.
 
     Raises:
-        MisconfigurationException: If it is to write none, and that is to be raised.
+        MisconfigurationException: With "raise", if the Trainer was made without checkpointing.
     """
     if stage == "fit" and not trainer.checkpoint_callbacks:
         problem = (
@@ -63,17 +61,29 @@ def insert_checkpoint(
         replace_callbacks(trainer, [*callbacks, checkpoint])
 
 
-def order_checkpoints(trainer: pl.Trainer) -> None:
-    """Put the HessianCheckpoints where "best" is what the user expects: Lightning takes the first checkpoint callback.
+def checkpoints_of(trainer: pl.Trainer, source: SpectrumSource) -> list[HessianCheckpoint]:
+    """Return the checkpoint callbacks of a Trainer that rank the records of a callback."""
+    return [c for c in trainer.checkpoint_callbacks if isinstance(c, HessianCheckpoint) and c.source is source]
 
-    A ModelCheckpoint of the user's, or of a library's, remains the first one. The HessianCheckpoints come next, those
-    passed to a HessianSpectrumCallback before others, and then the ModelCheckpoint that Lightning adds to a Trainer
-    without any, and callbacks that know no best checkpoint. All of them come last, as Lightning has them, also those
-    added to `trainer.callbacks` later. In a new list, because the Trainer may be walking the old one: each callback
-    keeps its turn.
+
+def keep_weights(trainer: pl.Trainer, source: SpectrumSource, pl_module: pl.LightningModule) -> None:
+    """Give the analyzed weights to the checkpoint callbacks: other callbacks may change them before they are saved."""
+    if checkpoints := checkpoints_of(trainer, source):
+        weights = AnalyzedWeights(pl_module)
+        for checkpoint in checkpoints:
+            checkpoint.keep_weights(weights)
+
+
+def order_checkpoints(trainer: pl.Trainer) -> None:
+    """Order the checkpoint callbacks so that "best" is what the user expects: Lightning takes the first one's.
+
+    First stand the ModelCheckpoints of the user or a library; then the HessianCheckpoints, those passed to a
+    HessianSpectrumCallback before others; then the ModelCheckpoint that Lightning adds to a Trainer without any, and
+    callbacks without a best checkpoint. All stand after the other callbacks, as in Lightning, also those added to
+    `trainer.callbacks` later. The list is a new one, because the Trainer may be iterating over the old one.
     """
     callbacks = callbacks_of(trainer)
-    own = [source.checkpoint for source in callbacks if isinstance(source, SpectrumSource)]
+    own = [source.checkpoint for source in sources_of(trainer)]
     others = [checkpoint for checkpoint in trainer.checkpoint_callbacks if checkpoint not in own]
     is_alone = len(others) == 1 and _is_made_without_arguments(trainer, others[0])
 
@@ -91,8 +101,8 @@ def order_checkpoints(trainer: pl.Trainer) -> None:
 def _is_made_without_arguments(trainer: pl.Trainer, checkpoint: Any) -> bool:
     """Return whether this may be the ModelCheckpoint that Lightning adds to a Trainer without any.
 
-    It is made without arguments, and nothing tells it from a plain `ModelCheckpoint()` in `callbacks` that is alone
-    there and does the same: it keeps the last weights.
+    Lightning makes it without arguments. A single plain `ModelCheckpoint()` in `callbacks` looks the same, and does the
+    same: it keeps the last weights.
     """
     if type(checkpoint) not in in_namespaces("callbacks.ModelCheckpoint") or any(
         name.isupper() for name in vars(checkpoint)
@@ -100,21 +110,21 @@ def _is_made_without_arguments(trainer: pl.Trainer, checkpoint: Any) -> bool:
         return False
     plain = vars(type(checkpoint)())
     differing = {name for name in SETTINGS & vars(checkpoint).keys() if vars(checkpoint)[name] != plain.get(name)}
-    if differing == {"dirpath"} and checkpoint.dirpath is not None:  # found when the callback was set up
+    if differing == {"dirpath"} and checkpoint.dirpath is not None:  # set when the callback was set up
         return path_of(checkpoint.dirpath) == path_of(joined(run_folder(trainer), "checkpoints"))
     return not differing
 
 
 def warn_about_stale_monitors(trainer: pl.Trainer, name: str, *, sparse: bool) -> None:
-    """Warn of neighbours that would judge weights by a value that is not theirs.
+    """Warn of callbacks and schedulers that may judge weights by a metric of other weights.
 
     Args:
-        trainer: The trainer, about to train.
-        name: Prefix of the metrics in question.
-        sparse: Whether some epochs are not analysed.
+        trainer: The Trainer, before training.
+        name: Prefix of the metrics.
+        sparse: Whether some epochs are not analyzed.
     """
     prefixes = tuple(f"{name}{suffix}/" for suffix in SUFFIXES.values())
-    old = "logged values persist, so where weights were not analysed it judges them by an old value"
+    old = "logged values persist, so it judges weights that were not analyzed by an old value"
     kinds = lightning_types("callbacks.ModelCheckpoint", "callbacks.EarlyStopping")
     for callback in callbacks_of(trainer):
         if not isinstance(callback, kinds):
@@ -125,16 +135,20 @@ def warn_about_stale_monitors(trainer: pl.Trainer, name: str, *, sparse: bool) -
         if not sparse and not early:
             continue
         if isinstance(callback, lightning_types("callbacks.EarlyStopping")):
-            problem = old if sparse else "it looks in validation, before the epoch is analysed, so at the epoch before"
-            remedy = "analyse every epoch, and set `check_on_train_epoch_end=True`"
+            problem = (
+                old
+                if sparse
+                else "it looks in validation, before the epoch is analyzed, so it judges by the epoch before"
+            )
+            remedy = "analyze every epoch, and set `check_on_train_epoch_end=True`"
         else:
             problem = old if sparse else "unless `save_on_train_epoch_end=True`, it may save before the analysis"
-            remedy = "use HessianCheckpoint, which ranks analysed weights only"
+            remedy = "use HessianCheckpoint, which ranks analyzed weights only"
         warn(f"{type(callback).__name__}(monitor={callback.monitor!r}): {problem}; {remedy}.")
     for config in trainer.lr_scheduler_configs:
         in_question = config.reduce_on_plateau and (config.monitor or "").startswith(prefixes)
         if in_question and (sparse or config.interval != "epoch"):
             warn(
-                f"{type(config.scheduler).__name__} with monitor={config.monitor!r}: {old}; analyse every epoch, and "
+                f"{type(config.scheduler).__name__} with monitor={config.monitor!r}: {old}; analyze every epoch, and "
                 "set `interval='epoch'`."
             )

@@ -1,4 +1,4 @@
-"""The training metric by which checkpoints qualify, and whether a logged value is one of the present weights."""
+"""The training metric by which checkpoints qualify, and whether a logged value is of the present weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from lightning_hesd.training.compat.internals import logged_before_the_epoch
+from lightning_hesd.training.compat.logged_metrics import logged_before_the_epoch
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 class TrainMetric:
     """A logged metric, or the mean loss of the analysis.
 
-    Logged values persist and say nothing of their age. One belongs to the present weights if it was written after the
-    batch that led to them began: in its `training_step`, as the mean over the epoch that ended with it, or in the
-    validation that followed. Lightning makes a new tensor whenever a metric is logged, or computed from what was
-    logged, and hands out views of it. So another memory address than when the batch began is a new value; the old
-    tensor is held here, so that its address is not used again.
+    Logged values persist, without their age. A value is of the present weights if it was logged after the beginning of
+    the batch that led to them: in its `training_step`, as the mean over the epoch that ended with it, or in the
+    validation that followed. Lightning makes a new tensor whenever a metric is logged or computed, and returns views of
+    it. So a memory address other than at the beginning of the batch means a new value; the old tensor is kept here, so
+    that its address is not used again.
 
     Args:
         key: Key of the metric; None: the mean loss of the analysis.
-        mode: Whether less or more of it is better; None: more, except of a loss.
+        mode: "max" or "min"; None: "max", but "min" without a key.
 
     Raises:
-        MisconfigurationException: If that is not clear.
+        MisconfigurationException: If `mode` is invalid, or is None for a metric that sounds like a loss.
     """
 
     def __init__(self, key: str | None, mode: Mode | None) -> None:
@@ -41,20 +41,20 @@ class TrainMetric:
         self._before: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the options without the logged tensor, whose address means nothing in a copy."""
+        """Return the options without the logged tensor, whose address has no meaning in a copy."""
         return {**vars(self), "_step": -1, "_before": None}
 
     def restart(self, trainer: pl.Trainer) -> None:
-        """Begin with a run: what is there already is old."""
+        """Begin a run: the present value is old."""
         self._step, self._before = trainer.global_step, self._value(trainer)
 
     def begin_batch(self, trainer: pl.Trainer) -> None:
-        """Remember what is there before the first of the batches that make up an optimizer step."""
+        """Keep the value before the first batch of an optimizer step."""
         if trainer.global_step != self._step:
             self.restart(trainer)
 
     def score(self, trainer: pl.Trainer, spectrum: Spectrum) -> float | None:
-        """Return the metric of the present weights, its sign such that higher is better; None if it is not known."""
+        """Return the score of the present weights: the metric, or minus the metric with "min"; None if not logged."""
         sign = 1.0 if self.mode == "max" else -1.0
         if self.key is None:
             return sign * spectrum.loss
@@ -66,8 +66,8 @@ class TrainMetric:
         """Return why the metric of the present weights is not known, and what to do.
 
         Args:
-            trainer: The trainer.
-            ours: What the names of our own metrics begin with.
+            trainer: The Trainer.
+            ours: Prefix of the callback's own metrics.
         """
         why = "the metric was last logged for older weights"
         if self.key not in trainer.callback_metrics:
@@ -75,10 +75,10 @@ class TrainMetric:
             why = f"the metric is not among those logged so far, {logged}"
         return (
             f"HessianCheckpoint(train_metric={self.key!r}) does not rank the analysis of epoch {trainer.current_epoch} "
-            f"after step {trainer.global_step}, nor others like it: {why}. Within an epoch it must be logged in "
+            f"after step {trainer.global_step}, nor later ones like it: {why}. Within an epoch it must be logged in "
             "`training_step` with `on_step=True`; at the end of an epoch by the end of the module's "
-            "`on_train_epoch_end`; in validation only where validation comes right after the analysed step. Log it so, "
-            "analyse after such epochs or steps only, or leave `train_metric` out to go by the loss of the analysis."
+            "`on_train_epoch_end`; in validation only where validation comes right after the analyzed step. Log it so, "
+            "analyze after such epochs or steps only, or leave `train_metric` out to rank by the loss of the analysis."
         )
 
     def _value(self, trainer: pl.Trainer) -> Any:

@@ -1,4 +1,4 @@
-"""The weights that were analysed, kept until they are saved: other code may change those of the module in between."""
+"""The analyzed weights, kept until they are saved: other code may change those of the module in between."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch.nn.parameter import is_lazy
 
-from lightning_hesd.numerics.dtensors import is_distributed, local_part
+from lightning_hesd.numerics.dtensors import is_dtensor, local_shard
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -21,12 +21,12 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Changes:
-    """What has become of analysed weights.
+    """The changes of weights since their analysis.
 
     Attributes:
-        names: Parameters and buffers that have other values, are gone, or are new.
-        restructured: Whether some are gone or new, as after the first pruning.
-        lost: Whether the analysed values of some are not known any more.
+        names: Names of parameters and buffers that were changed, removed or added.
+        restructured: Whether any were removed or added, as by the first pruning.
+        lost: Whether the analyzed values of any cannot be restored.
     """
 
     names: tuple[str, ...]
@@ -39,11 +39,11 @@ class Changes:
         return ", ".join(self.names[:2]) + (f" and {more} more" if more > 0 else "")
 
 
-class AnalysedWeights:
-    """The parameters and buffers of a module, as they were at its analysis.
+class AnalyzedWeights:
+    """The parameters and buffers of a module at its analysis.
 
-    Trainable parameters and buffers are copied: that is one vector more than the analysis itself needs. Frozen
-    parameters may be far larger than all the rest, so only checksums are kept of them.
+    Trainable parameters and buffers are copied, which takes the memory of one vector of the analysis. Frozen parameters
+    may be far larger than all others, so only their checksums are kept.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -55,18 +55,18 @@ class AnalysedWeights:
             if id(tensor) in frozen:
                 self._frozen[name] = (tensor, _checksum(tensor))
             else:
-                self._copies[name] = local_part(tensor.detach()).clone()
+                self._copies[name] = local_shard(tensor.detach()).clone()
 
     def changes(self, module: nn.Module) -> Changes:
-        """Compare the module with what it was, bit by bit."""
+        """Return the changes of the module since its analysis, compared bit by bit."""
         now = _tensors(module)
-        then = {**self._copies, **{name: local_part(tensor) for name, (tensor, _) in self._frozen.items()}}
+        then = {**self._copies, **{name: local_shard(tensor) for name, (tensor, _) in self._frozen.items()}}
         moved = {name for name in now.keys() | then.keys() if not _alike(now.get(name), then.get(name))}
         frozen = {name for name, (tensor, known) in self._frozen.items() if _checksum(tensor) != known}
         replaced = {name for name, (tensor, _) in self._frozen.items() if now.get(name) is not tensor} - moved
         changed = {name for name, copy in self._copies.items() if name not in moved and not _equal(now[name], copy)}
         restructured = bool(moved or replaced)
-        is_known = self._saved <= then.keys() and not any(map(is_distributed, now.values()))
+        is_known = self._saved <= then.keys() and not any(map(is_dtensor, now.values()))
         return Changes(
             tuple(sorted(moved | frozen | replaced | changed)),
             restructured,
@@ -75,35 +75,35 @@ class AnalysedWeights:
 
     @contextlib.contextmanager
     def put_back(self, module: nn.Module) -> Iterator[None]:
-        """Give the module its analysed values for the time of a block, and then its present ones again."""
+        """Give the module its analyzed values for a block, and its present ones again afterwards."""
         now = _tensors(module)
         later: list[tuple[Tensor, Tensor]] = []
         try:
-            with torch.inference_mode():  # in which tensors made in it may be changed, too
+            with torch.inference_mode():  # which may change inference tensors, too
                 for name, copy in self._copies.items():
                     if not _equal(now[name], copy):
-                        part = local_part(now[name]).data  # no new version of the tensor: graphs may hold it
+                        part = local_shard(now[name]).data  # without a new version of the tensor, which graphs may hold
                         later.append((part, part.clone()))
                         part.copy_(copy)
             yield
         finally:
             with torch.inference_mode():
-                for part, values in reversed(later):  # two of them may share memory
+                for part, values in reversed(later):  # tensors may share memory
                     part.copy_(values)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what the module's `state_dict` had: for a restructured module, whose tensors could not take it."""
+        """Return the `state_dict` at the analysis, for a restructured module, which cannot take the values back."""
         known = {**self._copies, **{name: tensor.detach() for name, (tensor, _) in self._frozen.items()}}
         return {name: value for name, value in known.items() if name in self._saved}
 
     def missed_by(self, state_dict: Mapping[str, Any]) -> str | None:
-        """Return the name of the first tensor that a state dict has other values of; None if there is none.
+        """Return the name of the first tensor whose values in a state dict differ; None if all are the same.
 
-        It may leave some out, and have them in another precision.
+        The state dict may lack tensors, or have them in another precision.
         """
         for name, copy in self._copies.items():
             saved = state_dict.get(name)
-            if _is_plain(saved) and not is_distributed(saved) and saved.shape == copy.shape:
+            if _is_plain(saved) and not is_dtensor(saved) and saved.shape == copy.shape:
                 converted = copy.to(saved.device).to(saved.dtype)  # the device of the copy may not have that precision
                 if not _equal(saved, converted):
                     return name
@@ -111,7 +111,7 @@ class AnalysedWeights:
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters and buffers that can be copied and compared, under all of their names."""
+    """Return the parameters and buffers that can be copied and compared, under all their names."""
     every = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return {name: tensor for name, tensor in every if _is_plain(tensor)}
 
@@ -128,15 +128,15 @@ def _is_plain(value: object) -> TypeGuard[Tensor]:
 
 
 def _alike(a: Tensor | None, b: Tensor | None) -> bool:
-    """Return whether there are both, and the values of one can be put into the other."""
+    """Return whether both exist, and the values of one can be copied into the other."""
     if a is None or b is None:
         return False
-    a, b = local_part(a), local_part(b)
+    a, b = local_shard(a), local_shard(b)
     return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors of one kind have the same bits; NaN equals itself."""
+    """Return whether two tensors of the same shape and dtype have the same bits; NaN equals itself."""
     return torch.equal(_bits(a), _bits(b))
 
 
@@ -145,7 +145,7 @@ def _checksum(tensor: Tensor) -> int:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    tensor = local_part(tensor.detach())
+    tensor = local_shard(tensor.detach())
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor.resolve_neg().view(_INTEGERS[tensor.element_size()])

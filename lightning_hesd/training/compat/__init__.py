@@ -1,1 +1,1 @@
-"""What the package needs of Lightning beyond its public interface, in both of its namespaces."""
+"""Private names and rules of Lightning that the package needs, in both of its namespaces."""

@@ -1,7 +1,7 @@
-"""What comes back from processes that end with the fit: those of ddp_spawn, ddp_fork and ddp_notebook.
+"""The results of processes that end with the fit: those of ddp_spawn, ddp_fork and ddp_notebook.
 
-Such a strategy trains with copies of the callbacks. Lightning brings back weights, logged metrics and the path of the
-best checkpoint; the state of a callback travels with them, and is delivered when the main process unpickles it.
+Such a strategy trains with copies of the callbacks. Lightning brings weights, logged metrics and the path of the best
+checkpoint to the main process; the state of a callback travels with them, and is delivered when it is unpickled.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from lightning_hesd.training.compat.internals import add_to_results
+from lightning_hesd.training.compat.namespaces import lightning_types
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -23,21 +23,21 @@ class Recipient(Protocol):
     """A callback of the main process."""
 
     def receive(self, state: dict[str, Any]) -> None:
-        """Take over the state of its copy in another process."""
+        """Take the state of a copy in another process."""
 
 
 _RECIPIENTS: WeakValueDictionary[str, Recipient] = WeakValueDictionary()
 
 
 def address_of(recipient: Recipient) -> str:
-    """Return an address for what is sent to a callback, also by its copies in other processes."""
+    """Return an address to which copies of a callback in other processes can send their state."""
     address = uuid.uuid4().hex
     _RECIPIENTS[address] = recipient
     return address
 
 
 def address_of_copy(recipient: Recipient, address: str) -> str:
-    """Return the address of a copy: that of the original in another process, one of its own beside the original."""
+    """Return the address of a copy: in another process that of the original, in the same process a new one."""
     if address in _RECIPIENTS:
         return address_of(recipient)
     _RECIPIENTS[address] = recipient
@@ -45,13 +45,13 @@ def address_of_copy(recipient: Recipient, address: str) -> str:
 
 
 def send(trainer: pl.Trainer, address: str, state: dict[str, Any]) -> None:
-    """Send the state of process zero to the process that started the fit, if that is another one."""
+    """Send the state of rank zero to the process that started the fit, if that is another process."""
     if trainer.is_global_zero:
         add_to_results(trainer, address, _Letter(address, state))
 
 
 class _Letter:
-    """Delivers itself when it is unpickled."""
+    """A state that is delivered when it is unpickled."""
 
     def __init__(self, address: str, state: dict[str, Any]) -> None:
         self._address = address
@@ -59,7 +59,7 @@ class _Letter:
 
     def __reduce__(self) -> Any:
         buffer = io.BytesIO()
-        torch.save(self._state, buffer)  # a tensor would be sent as shared memory, which goes with the process
+        torch.save(self._state, buffer)  # a tensor would be sent as shared memory, which ends with the process
         return _deliver, (self._address, buffer.getvalue())
 
 
@@ -67,3 +67,16 @@ def _deliver(address: str, data: bytes) -> None:
     recipient = _RECIPIENTS.get(address)
     if recipient is not None:
         recipient.receive(torch.load(io.BytesIO(data), weights_only=True))
+
+
+def add_to_results(trainer: pl.Trainer, key: str, value: object) -> None:
+    """Add a value to the results of a fit whose processes end with it; on rank zero only."""
+    launcher = trainer.strategy.launcher
+    if not isinstance(launcher, lightning_types("strategies.launchers.multiprocessing._MultiProcessingLauncher")):
+        return
+    collect = launcher.get_extra_results
+
+    def extended(trainer: pl.Trainer) -> dict[str, Any]:
+        return {**collect(trainer), key: value}
+
+    launcher.get_extra_results = extended  # of this process, which ends

@@ -1,7 +1,7 @@
-"""The two namespaces of Lightning, `lightning.pytorch` and `pytorch_lightning`: the same code, in classes of their own.
+"""The two namespaces of Lightning, `lightning.pytorch` and `pytorch_lightning`: the same code in separate classes.
 
-Other people's projects use one or the other, or both in one process. This package is written for the first; of the
-second it takes note once it has been imported, and never imports it.
+Users have one or the other, or both in one process. This package is written for the first. It supports the second once
+other code has imported it, and never imports it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import lightning.fabric.utilities.exceptions
-import lightning.pytorch  # noqa: F401 - the first namespace is there whenever this module is
+import lightning.pytorch  # noqa: F401 - the first namespace is always imported
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 PYTORCH = ("lightning.pytorch", "pytorch_lightning")
 FABRIC = ("lightning.fabric", "lightning_fabric")
-"""The same below: what both namespaces build on also exists twice."""
+"""The packages that the two namespaces build on, which exist twice, too."""
 
 _SHARED: list[tuple[type, str, tuple[str, ...]]] = []
 
 
 def in_namespaces(*paths: str, of: tuple[str, ...] = PYTORCH) -> tuple[Any, ...]:
-    """Return what Lightning has under some names, in each namespace that has been imported.
+    """Return the objects of Lightning with some names, in each namespace that has been imported.
 
     Args:
-        *paths: Names within a namespace, such as "callbacks.ModelCheckpoint"; a version may lack some.
+        *paths: Names within a namespace, such as "callbacks.ModelCheckpoint"; names that a version lacks are left out.
         of: The namespaces.
     """
     return _found(paths, tuple(name for name in of if _is_imported(name)))
@@ -44,13 +44,13 @@ def in_namespaces(*paths: str, of: tuple[str, ...] = PYTORCH) -> tuple[Any, ...]
 def lightning_types(*paths: str, of: tuple[str, ...] = PYTORCH) -> Any:
     """Return classes of Lightning in each namespace that has been imported, for `isinstance`; see `in_namespaces`.
 
-    A tuple, which type checkers may take for any class.
+    It is a tuple, typed so that type checkers accept any class.
     """
     return in_namespaces(*paths, of=of)
 
 
 def _is_imported(name: str) -> bool:
-    """Whether a namespace has been imported to its end, where these stand."""
+    """Return whether a namespace has been imported to its end, where these names are defined."""
     module = sys.modules.get(name)
     return hasattr(module, "Trainer") or hasattr(module, "Fabric")
 
@@ -65,10 +65,10 @@ def _found(paths: tuple[str, ...], namespaces: tuple[str, ...]) -> tuple[Any, ..
 
 
 def namespace_of(value: object) -> ModuleType:
-    """Return the namespace from which the class of a Trainer or LightningModule comes.
+    """Return the namespace of a Trainer or LightningModule.
 
     Raises:
-        TypeError: If it comes from none.
+        TypeError: If it is of neither namespace.
     """
     for kind in type(value).__mro__:
         for name in PYTORCH:
@@ -79,13 +79,13 @@ def namespace_of(value: object) -> ModuleType:
 
 
 def of_every_namespace(path: str, *, of: tuple[str, ...] = PYTORCH) -> Callable[[Class], Class]:
-    """Make a class, which derives from one of the first namespace, derive from that of the other, too.
+    """Make a class that derives from a class of the first namespace derive from that of the second, too.
 
-    Trainers know their callbacks by `isinstance`, and LightningCLI the classes in its configurations by `issubclass`.
-    The other class comes last among the bases, so all that is inherited is inherited from the first namespace.
+    Trainers recognize callbacks by `isinstance`, and LightningCLI the classes in its configurations by `issubclass`.
+    The second class is the last base, so that everything is inherited from the first namespace.
 
     Args:
-        path: Name of the class that it derives from, within a namespace.
+        path: Name of the base class, within a namespace.
         of: The namespaces.
     """
 
@@ -98,9 +98,9 @@ def of_every_namespace(path: str, *, of: tuple[str, ...] = PYTORCH) -> Callable[
 
 
 def join_namespaces() -> None:
-    """Take note of a namespace that has been imported since the last call.
+    """Add the base classes of a namespace that has been imported since the last call.
 
-    It is called whenever a callback is made or set up, and by `_Listener` for the classes themselves.
+    It is called whenever a callback is made or set up, and by `_Listener` on every import.
     """
     for cls, path, of in _SHARED:
         for base in lightning_types(path, of=of):
@@ -109,7 +109,7 @@ def join_namespaces() -> None:
 
 
 def _in_name_only(base: type) -> type:
-    """Return a class without its constructor, which that of `lightning.pytorch` would call by `super()`."""
+    """Return a class without its constructor, which the one of `lightning.pytorch` would call by `super()`."""
     if not inspect.isfunction(inspect.getattr_static(base, "__init__")):
         return base
 
@@ -120,9 +120,9 @@ def _in_name_only(base: type) -> type:
 
 
 class _Listener(MetaPathFinder):
-    """Hears of all imports, and finds nothing.
+    """Notices all imports, and finds no module.
 
-    LightningCLI is imported after its namespace, and asks for the classes of callbacks before there are any callbacks.
+    LightningCLI is imported after its namespace, and asks for classes of callbacks before any callback is made.
     """
 
     def find_spec(self, *_: object) -> None:
@@ -134,4 +134,4 @@ sys.meta_path.insert(0, _Listener())
 
 @of_every_namespace("utilities.exceptions.MisconfigurationException", of=FABRIC)
 class MisconfigurationException(lightning.fabric.utilities.exceptions.MisconfigurationException):
-    """Something cannot be done with this Trainer or module; users of either namespace catch it as Lightning's own."""
+    """An invalid use of a Trainer or module; users of either namespace can catch it as Lightning's own exception."""

@@ -1,1 +1,1 @@
-"""The training around an analysis stays as it was."""
+"""The isolation of training from an analysis: all objects around the module are restored, and logging is silenced."""

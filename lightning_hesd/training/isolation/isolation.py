@@ -1,4 +1,4 @@
-"""The isolation of an analysis from the training around it."""
+"""The isolation of training from an analysis."""
 
 from __future__ import annotations
 
@@ -6,85 +6,87 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from lightning_hesd.numerics.isolation.snapshot import restore_state
-from lightning_hesd.training.compat import internals
-from lightning_hesd.training.isolation.reach import Walk
-from lightning_hesd.training.isolation.silence import Seclusion, silenced
-from lightning_hesd.training.isolation.surroundings import Surroundings
+from lightning_hesd.training.compat import logged_metrics, messages, signals
+from lightning_hesd.training.isolation.rank_isolation import RankIsolation
+from lightning_hesd.training.isolation.reachable import find_reachable
+from lightning_hesd.training.isolation.silence import silence_logging
+from lightning_hesd.training.isolation.training_snapshot import TrainingSnapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import lightning.pytorch as pl
 
-    from lightning_hesd.training.isolation.reach import Reach
+    from lightning_hesd.training.isolation.reachable import ReachableObjects
 
     Evaluating = Callable[[], contextlib.AbstractContextManager[None]]
+    """Makes the context of an evaluation of the user's functions."""
 
 
-class Isolation:
-    """Keeps analyses of one run from changing what lies around the module.
+class TrainingIsolation:
+    """Keeps the analyses of a run from changing the objects around the module.
 
     Attributes:
-        harm: Names of what an analysis changed, and could not put back; there must be no further one then.
+        damaged: Names of tensors that an analysis has changed and that cannot be restored; no further analysis may run.
     """
 
     def __init__(self) -> None:
-        self.harm: list[str] = []
-        self._told: set[str] = set()
+        self.damaged: list[str] = []
+        self._warned: set[str] = set()
 
     @contextlib.contextmanager
-    def around(self, trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[Evaluating]:
-        """Silence loggers and the like, and put back at the end whatever changed; all processes together.
+    def analysis(self, trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[Evaluating]:
+        """Silence logging in this context, and restore all changes on leaving; all ranks take part.
 
         Args:
-            trainer: The trainer.
-            module: Its module, which the analysis puts back itself.
+            trainer: The Trainer.
+            module: Its module, which the analysis itself restores.
 
         Yields:
-            Makes the context of each evaluation of the user's functions.
+            A function that makes the context of an evaluation of the user's functions.
         """
-        seclusion = Seclusion(trainer)
-        reach = _reach(trainer, module)
-        with silenced(trainer, module, reach), contextlib.ExitStack() as stack:
-            surroundings = Surroundings(reach, stack)
-            stack.callback(self._finish, surroundings)
+        ranks = RankIsolation(trainer)
+        reachable = _reachable(trainer, module)
+        with silence_logging(trainer, module, reachable), contextlib.ExitStack() as stack:
+            snapshot = TrainingSnapshot(reachable, stack)
+            stack.callback(self._finish, snapshot)
 
             @contextlib.contextmanager
             def evaluating() -> Iterator[None]:
-                with surroundings.evaluation(), seclusion.evaluation():
+                with snapshot.evaluation(), ranks.evaluation():
                     yield
 
             yield evaluating
 
     @contextlib.contextmanager
     def reading(self, trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
-        """Put back at the end what reading data changes in and around the module: by a collate function, for example.
+        """Restore on leaving all changes that reading data makes in and around the module, as in a collate function.
 
-        Large caches of a dataset may fill.
+        Large caches of a dataset keep their new entries.
 
         Args:
-            trainer: The trainer.
+            trainer: The Trainer.
             module: Its module.
         """
-        reach = _reach(trainer, module)
+        reachable = _reachable(trainer, module)
         with restore_state(module), contextlib.ExitStack() as stack:
-            surroundings = Surroundings(reach, stack, watches=False)
-            stack.callback(self._finish, surroundings)
+            snapshot = TrainingSnapshot(reachable, stack, watches=False)
+            stack.callback(self._finish, snapshot)
             yield
 
-    def _finish(self, surroundings: Surroundings) -> None:
-        surroundings.finish()
-        self.harm += surroundings.harm
-        for name, reason in surroundings.left.items():
-            if name not in self._told:
-                self._told.add(name)
-                internals.warn(
-                    f"`{name}` changed during an analysis and was not put back ({reason}). If the function that is "
-                    "analysed changed it, training differs from training without analyses: pass `loss_fn=` to "
+    def _finish(self, snapshot: TrainingSnapshot) -> None:
+        snapshot.finish()
+        self.damaged += snapshot.damaged
+        for name, reason in snapshot.unrestored.items():
+            if name not in self._warned:
+                self._warned.add(name)
+                messages.warn(
+                    f"`{name}` changed during an analysis and was not restored ({reason}). If the analyzed function "
+                    "changed it, training differs from training without analyses: pass `loss_fn=` to "
                     "HessianSpectrumCallback, a function (module, batch) -> mean loss over the batch that does not."
                 )
 
 
-def _reach(trainer: pl.Trainer, module: pl.LightningModule) -> Reach:
-    untouched = [internals.signal_connector(trainer), *internals.logged_results(trainer)]
-    return Walk(trainer, module, untouched).found
+def _reachable(trainer: pl.Trainer, module: pl.LightningModule) -> ReachableObjects:
+    skipped = [signals.signal_connector(trainer), *logged_metrics.logged_results(trainer)]
+    return find_reachable(trainer, module, skipped)

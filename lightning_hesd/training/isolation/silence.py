@@ -1,4 +1,4 @@
-"""What code in a training step must not do in an analysis: write to loggers, save checkpoints, let optimizers step."""
+"""Silenced logging: in an analysis nothing is logged, printed or saved, and optimizers do not step."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import threading
 import types
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lightning_hesd.training.compat import internals
-from lightning_hesd.training.isolation.kinds import TRACKERS, attributes_of, like_output, repeated
-from lightning_hesd.training.isolation.surroundings import DisturbedTrainingError
+from lightning_hesd.training.compat import signals
+from lightning_hesd.training.isolation.kinds import TRACKERS, attributes_of, copied_iterator, dummy_output
+from lightning_hesd.training.isolation.training_snapshot import DisturbedTrainingError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -23,66 +22,60 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
     from torch.optim import Optimizer
 
-    from lightning_hesd.training.isolation.reach import Reach
+    from lightning_hesd.training.isolation.reachable import ReachableObjects
 
 _READING = ("get", "is_", "has_", "list", "search", "find", "load", "download")
-"""How the names of methods begin by which recorders are read; all their other public methods count as writing."""
+"""Prefixes of the methods that read from loggers and trackers; all other public methods are taken to write."""
 
 _FLUENT = {"mlflow": ("log_", "set_")}
-"""Packages whose functions write to a run of their own, and how the names of these begin."""
-
-_COLLECTIVES = (
-    *("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "all_to_all_single"),
-    *("broadcast", "broadcast_object_list", "gather", "gather_object", "reduce", "reduce_scatter"),
-    *("reduce_scatter_tensor", "scatter", "scatter_object_list", "send", "recv", "isend", "irecv"),
-)
+"""Packages whose functions write to a run of their own, and the prefixes of these functions."""
 
 
 @contextlib.contextmanager
-def silenced(trainer: pl.Trainer, module: pl.LightningModule, reach: Reach) -> Iterator[None]:
-    """Let what is logged, printed by Lightning or saved come to nothing, and optimizers stand still.
+def silence_logging(trainer: pl.Trainer, module: pl.LightningModule, reachable: ReachableObjects) -> Iterator[None]:
+    """Disable logging, Lightning's printing, saving of checkpoints and steps of optimizers in this context.
 
-    The loggers stay in their places, with their names and folders; only what writes is replaced, so that it is muted
-    for those who keep a logger, its experiment or a method as well. Other threads are not muted, nor handlers of
-    signals.
+    Loggers stay in their places, with their names and folders. Their writing methods are replaced on the object, so
+    that code that has stored a logger, its experiment or a method is silenced as well. Other threads and handlers of
+    signals are not silenced.
 
     Args:
-        trainer: The trainer.
+        trainer: The Trainer.
         module: Its module.
-        reach: What is within reach of it.
+        reachable: The objects that code in a training step can reachable.
     """
     with contextlib.ExitStack() as stack:
-        shadows = _Shadows(stack)
-        shadows.mute(module, ("log", "log_dict", "print"))
-        shadows.mute(trainer, ("print", "save_checkpoint"))
-        shadows.mute(trainer.strategy, ("save_checkpoint", "remove_checkpoint"))
-        recorders = list(_recorders(trainer, reach))
+        overrides = Overrides(stack)
+        overrides.silence(module, ("log", "log_dict", "print"))
+        overrides.silence(trainer, ("print", "save_checkpoint"))
+        overrides.silence(trainer.strategy, ("save_checkpoint", "remove_checkpoint"))
+        recorders = list(_recorders(trainer, reachable))
         for recorder in recorders:
-            shadows.mute(recorder, _writing_methods(recorder))
+            overrides.silence(recorder, _writing_methods(recorder))
         for package in TRACKERS:
-            shadows.mute_functions(package, recorders)
-        for optimizer in reach.optimizers:
-            shadows.put(vars(optimizer), "step", _still(optimizer))
-            # Training calls `training_step` within a step, and schedulers complain before the first one.
-            shadows.put(vars(optimizer), "_opt_called", True)
-        for container, key, method, _ in reach.methods:
-            shadow = attributes_of(method.__self__).get(method.__name__)
-            if shadow in shadows.muted:
-                shadows.put(container, key, shadow)
-        for container, key, output, _ in reach.outputs:
-            shadows.put(container, key, like_output(output))
-        for container, key, iterator, place in reach.iterators:
-            shadows.put(container, key, repeated(iterator) or _Untouchable(str(place)))
-        stack.callback(register_optimizer_step_pre_hook(_refuse_steps_of_this_thread()).remove)
+            overrides.silence_functions(package, recorders)
+        for optimizer in reachable.optimizers:
+            overrides.set(vars(optimizer), "step", _no_step(optimizer))
+            # Schedulers warn if no optimizer has stepped, and training calls `training_step` within the first step.
+            overrides.set(vars(optimizer), "_opt_called", True)
+        for container, key, method, _ in reachable.methods:
+            silent = attributes_of(method.__self__).get(method.__name__)
+            if silent in overrides.silenced:
+                overrides.set(container, key, silent)
+        for container, key, output, _ in reachable.outputs:
+            overrides.set(container, key, dummy_output(output))
+        for container, key, iterator, place in reachable.iterators:
+            overrides.set(container, key, copied_iterator(iterator) or _ForbiddenIterator(str(place)))
+        stack.callback(register_optimizer_step_pre_hook(_refuse_steps_in_this_thread()).remove)
         yield
 
 
-def _recorders(trainer: pl.Trainer, reach: Reach) -> Iterator[Any]:
-    """Yield loggers, what they write with, and the file writers of TensorBoard behind that."""
+def _recorders(trainer: pl.Trainer, reachable: ReachableObjects) -> Iterator[Any]:
+    """Yield loggers, their experiments, and the file writers of TensorBoard in these."""
     seen: list[object] = [None]
     global_run = getattr(sys.modules.get("wandb"), "run", None)
-    for recorder in [*trainer.loggers, *reach.recorders, global_run]:
-        # Those of the Trainer have their experiments by now; of others, asking for it might begin one.
+    for recorder in [*trainer.loggers, *reachable.recorders, global_run]:
+        # The Trainer's loggers have their experiments by now; asking other loggers might create one.
         in_use = recorder.experiment if recorder in trainer.loggers else attributes_of(recorder).get("_experiment")
         for part in (recorder, in_use):
             if not any(part is other for other in seen):
@@ -101,80 +94,82 @@ def _writing_methods(recorder: object) -> Iterator[str]:
             yield name
 
 
-class _Shadows:
-    """Replacements of attributes and items, which end with a stack."""
+class Overrides:
+    """Temporary values of attributes and items, until a stack ends.
+
+    Attributes:
+        silenced: The functions that do nothing in the place of others.
+    """
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self._stack = stack
-        self.muted: list[object] = []
+        self.silenced: list[object] = []
 
-    def put(self, container: Any, key: Any, value: object) -> None:
-        """Replace an item."""
+    def set(self, container: Any, key: Any, value: object) -> None:
+        """Set an item."""
         if isinstance(container, dict) and key not in container:
             self._stack.callback(container.pop, key, None)
         else:
             self._stack.callback(container.__setitem__, key, container[key])
         container[key] = value
 
-    def mute(self, owner: object, names: Iterable[str]) -> None:
-        """Let methods of an object do nothing."""
+    def silence(self, owner: object, names: Iterable[str]) -> None:
+        """Make methods of an object do nothing."""
         attributes = attributes_of(owner)
         for name in names if attributes else ():
-            with contextlib.suppress(Exception):  # what cannot be had cannot be called
-                self.put(attributes, name, self._silent(getattr(owner, name)))
+            with contextlib.suppress(Exception):  # a method that cannot be read cannot be called
+                self.set(attributes, name, self._silent(getattr(owner, name)))
 
-    def mute_functions(self, package: str, recorders: Iterable[object]) -> None:
-        """Let the functions of a package do nothing that are methods of recorders, or write to a run of their own."""
+    def silence_functions(self, package: str, recorders: Iterable[object]) -> None:
+        """Make functions of a package do nothing if they are methods of recorders, or write to a run of their own."""
         functions = vars(sys.modules.get(package, types.ModuleType(package)))
         for name, function in list(functions.items()):
             is_method = isinstance(function, types.MethodType) and any(function.__self__ is r for r in recorders)
             if is_method or (
                 isinstance(function, types.FunctionType) and name.startswith(_FLUENT.get(package, ("/",)))
             ):
-                self.put(functions, name, self._silent(function))
+                self.set(functions, name, self._silent(function))
 
     def _silent(self, method: Callable[..., Any]) -> Callable[..., Any]:
         thread = threading.get_ident()
 
         def silent(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread or internals.handles_signal():
+            if threading.get_ident() != thread or signals.handles_signal():
                 return method(*args, **kwargs)
             return None
 
-        self.muted.append(silent)
+        self.silenced.append(silent)
         return silent
 
 
-def _still(optimizer: Optimizer) -> Callable[..., Any]:
-    """Return a `step` that leaves everything as it is, and returns the loss if it is to compute it."""
+def _no_step(optimizer: Optimizer) -> Callable[..., Any]:
+    """Return a `step` that changes nothing, and calls the closure if there is one."""
 
-    @functools.wraps(optimizer.step)  # with the marks by which schedulers know it
+    @functools.wraps(optimizer.step)  # with the attributes by which schedulers recognize it
     def step(closure: Callable[[], Any] | None = None, **_: Any) -> Any:
         return None if closure is None else closure()
 
     return step
 
 
-def _refuse_steps_of_this_thread() -> Callable[..., None]:
+def _refuse_steps_in_this_thread() -> Callable[..., None]:
     thread = threading.get_ident()
 
     def refuse(optimizer: Optimizer, *_: Any) -> None:
         if threading.get_ident() == thread:
-            msg = (
-                f"lets an optimizer step ({type(optimizer).__name__}, kept out of reach of the module and the Trainer)"
-            )
+            msg = f"lets an optimizer step ({type(optimizer).__name__}, to which neither module nor Trainer refers)"
             raise DisturbedTrainingError(msg)
 
     return refuse
 
 
-class _Untouchable:
-    """Stands in for an iterator that cannot be put back to where it was."""
+class _ForbiddenIterator:
+    """Takes the place of an iterator whose position cannot be restored, and raises when it is used."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def __iter__(self) -> _Untouchable:
+    def __iter__(self) -> _ForbiddenIterator:
         return self
 
     def __next__(self) -> NoReturn:
@@ -186,65 +181,3 @@ class _Untouchable:
             raise AttributeError(name)
         msg = f"uses the iterator `{self._name}`"
         raise DisturbedTrainingError(msg)
-
-
-# Several processes ----------------------------------------------------------------------------------------------------
-
-
-class Seclusion:
-    """Lets evaluations do without the other processes, which have other batches, and other numbers of them."""
-
-    def __init__(self, trainer: pl.Trainer) -> None:
-        """Ask the other processes for what an evaluation may want to know: the folder of the run.
-
-        Args:
-            trainer: The trainer; all processes take part.
-        """
-        self._trainer = trainer
-        self._is_needed = trainer.world_size > 1 and not internals.is_sharded(trainer)
-        self._own_folder = self._folder = None
-        if self._is_needed:
-            with contextlib.ExitStack() as stack:
-                _Shadows(stack).put(vars(trainer.strategy), "broadcast", lambda folder, *_: folder)
-                self._own_folder = trainer.log_dir
-            self._folder = trainer.strategy.broadcast(self._own_folder)
-
-    @contextlib.contextmanager
-    def evaluation(self) -> Iterator[None]:
-        """Refuse to wait for other processes, except at barriers, which are passed.
-
-        Raises:
-            DisturbedTrainingError: By way of the functions that are refused.
-        """
-        if not self._is_needed:
-            yield
-            return
-        with contextlib.ExitStack() as stack:
-            shadows = _Shadows(stack)
-            strategy, collectives = vars(self._trainer.strategy), vars(torch.distributed)
-            for name in _COLLECTIVES:
-                shadows.put(collectives, name, _refused(name))
-            for name in ("reduce", "all_gather", "reduce_boolean_decision"):
-                shadows.put(strategy, name, _refused(name))
-            shadows.put(strategy, "broadcast", self._broadcast)
-            shadows.put(strategy, "barrier", _pass)
-            for name in ("barrier", "monitored_barrier"):
-                shadows.put(collectives, name, _pass)
-            yield
-
-    def _broadcast(self, obj: object, src: int = 0) -> object:
-        if src == 0 and isinstance(obj, str | None) and obj == self._own_folder:  # for `trainer.log_dir`
-            return self._folder
-        return _refused("broadcast")()
-
-
-def _refused(name: str) -> Callable[..., NoReturn]:
-    def refused(*_args: Any, **_kwargs: Any) -> NoReturn:
-        msg = f"calls `{name}`"
-        raise DisturbedTrainingError(msg, "in an analysis the processes have different batches, and numbers of them")
-
-    return refused
-
-
-def _pass(*_args: Any, **_kwargs: Any) -> None:
-    """Stand in for a barrier."""

@@ -1,7 +1,7 @@
-"""What each logger can show of a record beyond scalars, which reach every logger through Lightning itself.
+"""The output of records to loggers beyond scalars, which reach every logger through Lightning.
 
-A sink writes it, chosen by the type of the logger. To support another logger, write a class as `Sink` describes in a
-module of this package, and enter it in `SINKS`.
+The type of the logger decides on the class. To support another logger, write a class as `LoggerOutput` describes in a
+module of this package, and enter it in `OUTPUTS`.
 """
 
 from __future__ import annotations
@@ -10,36 +10,47 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.training.compat.namespaces import lightning_types
-from lightning_hesd.training.loggers.csv_files import CSVSink
-from lightning_hesd.training.loggers.mlflow_runs import MLflowSink
-from lightning_hesd.training.loggers.tensorboard import TensorBoardSink
-from lightning_hesd.training.loggers.wandb_runs import WandbSink
+from lightning_hesd.training.loggers.csv_files import CSVOutput
+from lightning_hesd.training.loggers.mlflow_runs import MLflowOutput
+from lightning_hesd.training.loggers.wandb_runs import WandbOutput
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-    from lightning_hesd.training.loggers.sink import Sink
+    from lightning_hesd.training.loggers.output import LoggerOutput
 
 log = logging.getLogger(__name__)
 
-SINKS: dict[str, Callable[[Any, str], Sink]] = {
-    "loggers.TensorBoardLogger": TensorBoardSink,
-    "loggers.CSVLogger": CSVSink,
-    "loggers.WandbLogger": WandbSink,
-    "loggers.MLFlowLogger": MLflowSink,
+
+def _tensorboard_output(logger: TensorBoardLogger, name: str) -> LoggerOutput:
+    from lightning_hesd.training.loggers.tensorboard import TensorBoardOutput  # noqa: PLC0415 - TensorBoard is slow
+
+    return TensorBoardOutput(logger, name)
+
+
+OUTPUTS: dict[str, Callable[[Any, str], LoggerOutput]] = {
+    "loggers.TensorBoardLogger": _tensorboard_output,
+    "loggers.CSVLogger": CSVOutput,
+    "loggers.WandbLogger": WandbOutput,
+    "loggers.MLFlowLogger": MLflowOutput,
 }
-"""Makes a sink of a logger and the name of the callback; by the name of the logger's class in Lightning."""
+"""Makes the output from a logger and the name of the callback; by the name of the logger's class in Lightning."""
 
 
-def make_sinks(loggers: Iterable[Logger], name: str) -> list[Sink]:
-    """Return the sinks of those loggers that have one."""
-    sinks: list[Sink] = []
+def make_outputs(loggers: Iterable[Logger], name: str) -> list[LoggerOutput]:
+    """Return the outputs to the loggers that can show more than scalars.
+
+    Args:
+        loggers: The Trainer's loggers.
+        name: Name of the callback.
+    """
+    outputs: list[LoggerOutput] = []
     for logger in loggers:
-        sink = next((sink for kind, sink in SINKS.items() if isinstance(logger, lightning_types(kind))), None)
-        if sink is None:
-            log.debug("%s gets scalars only: lightning_hesd has no sink for it.", type(logger).__name__)
+        make = next((make for kind, make in OUTPUTS.items() if isinstance(logger, lightning_types(kind))), None)
+        if make is None:
+            log.debug("%s gets scalars only: lightning_hesd knows no other output for it.", type(logger).__name__)
         else:
-            sinks.append(sink(logger, name))
-    return sinks
+            outputs.append(make(logger, name))
+    return outputs

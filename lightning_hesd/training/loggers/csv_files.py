@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
 
 
-class CSVSink:
-    """The densities as rows of tables beside the logger's own metrics.csv."""
+class CSVOutput:
+    """Writes densities as rows of tables beside the logger's own metrics.csv."""
 
     COLUMNS = ("epoch", "step", "left", "right", "mass")
 
@@ -29,7 +29,7 @@ class CSVSink:
     def write(self, history: SpectrumHistory, step: int) -> None:
         """Write the last record, which has a spectrum, at `step` of the logger's axis.
 
-        Each table begins with the records of the run that is resumed; what another run has left is overwritten.
+        Each table begins with the records of the run that is resumed; a table of another run is overwritten.
         """
         last = history[-1]
         for suffix in last.spectra:
@@ -42,7 +42,7 @@ class CSVSink:
             self._begun.add(suffix)
 
     def finish(self, history: SpectrumHistory) -> None:
-        """Leave it at that: the spectra lie beside the tables already."""
+        """Write nothing: the spectra lie beside the tables already."""
 
 
 def _step_of(record: SpectrumRecord, last: SpectrumRecord, step: int) -> int:

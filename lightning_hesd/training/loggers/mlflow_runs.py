@@ -7,7 +7,7 @@ import io
 import re
 from typing import TYPE_CHECKING
 
-from lightning_hesd.training.loggers.sink import LAYER_COLUMNS, figures, layer_rows, saved, title, verdict_text
+from lightning_hesd.training.loggers.output import LAYER_COLUMNS, figures, layer_rows, saved, title, verdict_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from lightning_hesd.training.history import SpectrumHistory
 
 
-class MLflowSink:
-    """The densities as images over steps; layers, verdicts and spectra as artifacts, the last verdict also as a tag."""
+class MLflowOutput:
+    """Writes densities as images over steps; layers, assessments and spectra as artifacts; last verdict as a tag."""
 
     def __init__(self, logger: MLFlowLogger, name: str) -> None:
         self._client = logger.experiment
         self._run = logger.run_id
-        # MLflow refuses others, and Lightning drops them from metrics, too.
+        # MLflow refuses other characters, and Lightning drops them from metrics, too.
         self._name = re.sub(r"[^A-Za-z0-9_. -]", "", name).strip() or "hesd"
 
     def write(self, history: SpectrumHistory, step: int) -> None:

@@ -12,9 +12,9 @@ from tensorboard.util.tensor_util import make_tensor_proto
 
 from lightning_hesd.spectra.payload import CHOICE, RECORD, choice_payload, record_payload, to_json
 from lightning_hesd.spectra.payload import PLUGIN_NAME as PAYLOADS
-from lightning_hesd.training.compat.internals import tag_prefix
+from lightning_hesd.training.compat.logged_metrics import tag_prefix
 from lightning_hesd.training.compat.namespaces import lightning_types
-from lightning_hesd.training.loggers.sink import figures, layer_table, title, verdict_text
+from lightning_hesd.training.loggers.output import figures, layer_table, title, verdict_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from lightning_hesd.training.history import SpectrumHistory
 
 
-class TensorBoardSink:
-    """The densities as histograms and as figures, and what they say about generalization as text."""
+class TensorBoardOutput:
+    """Writes densities as histograms and figures, and assessments and layers as text."""
 
     def __init__(self, logger: TensorBoardLogger, name: str) -> None:
         self._writer = logger.experiment
@@ -48,14 +48,14 @@ class TensorBoardSink:
             self._writer.add_text(f"{self._name}/assessment", text, global_step=step)
 
     def finish(self, history: SpectrumHistory) -> None:
-        """Leave it at that: there is no place for files."""
+        """Write nothing: TensorBoard takes no files."""
 
-    def write_selection(self, choice: SelectionEvent, step: int) -> None:
-        """Write what a checkpoint rule made of the latest record at `step` of the logger's axis."""
-        self._write_payload(f"{CHOICE}/{choice.key}", to_json(choice_payload(choice)), step)
+    def write_selection(self, event: SelectionEvent, step: int) -> None:
+        """Write a rule's decision after the latest record at `step` of the logger's axis."""
+        self._write_payload(f"{CHOICE}/{event.key}", to_json(choice_payload(event)), step)
 
     def _write_payload(self, tag: str, text: str, step: int) -> None:
-        """Write what the HESD tab reads."""
+        """Write a payload for the HESD tab."""
         value = Summary.Value(
             tag=f"{self._name}/{tag}",
             tensor=make_tensor_proto(text),
@@ -85,13 +85,13 @@ class TensorBoardSink:
 
 
 def write_layout(loggers: Iterable[Logger], names: Sequence[str]) -> None:
-    """Give TensorBoard's custom scalars tab its charts: C_t with interval and threshold, and λ_max.
+    """Write the charts of TensorBoard's custom scalars tab: C_t with interval and threshold, and λ_max.
 
-    A run has one layout, so it is written once, for all callbacks of the Trainer.
+    A run has one layout: it is written once, for all callbacks of the Trainer.
 
     Args:
-        loggers: All loggers; only TensorBoard's get the layout.
-        names: The callbacks' names, each a category of charts.
+        loggers: The Trainer's loggers; only TensorBoard loggers get the layout.
+        names: Names of the callbacks; each one is a category of charts.
     """
     for logger in loggers:
         if not isinstance(logger, lightning_types("loggers.TensorBoardLogger")):
@@ -107,7 +107,7 @@ def write_layout(loggers: Iterable[Logger], names: Sequence[str]) -> None:
 
 
 def _charts(name: str, tag_prefix: str) -> layout_pb2.Category:
-    """Return the charts of a callback, whose scalars the logger has under tags with a prefix."""
+    """Return the charts of a callback, given the prefix that the logger puts before tags."""
     series = layout_pb2.MarginChartContent.Series
     tag = f"{tag_prefix}{name}"
     threshold = f"{tag}/c_t_threshold"

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_hesd.plotting.density import MIN_SHARE
-from lightning_hesd.training.loggers.sink import LAYER_COLUMNS, figures, layer_rows, saved, title
+from lightning_hesd.training.loggers.output import LAYER_COLUMNS, figures, layer_rows, saved, title
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import WandbLogger
@@ -18,14 +17,14 @@ if TYPE_CHECKING:
     from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
 
 THINNING = 5
-"""Of the density's points every fifth is in a chart: three or more on each standard deviation of the smoothing."""
+"""Every fifth point of the density is in a chart: three or more per standard deviation of the smoothing."""
 
 
-class WandbSink:
-    """The densities as histograms, charts and figures, layers and verdicts as tables; the spectra as an artifact."""
+class WandbOutput:
+    """Writes densities as histograms, charts and figures; layers and assessments as tables; spectra as an artifact."""
 
     def __init__(self, logger: WandbLogger, name: str) -> None:
-        import wandb  # noqa: PLC0415 - there only if its logger is used
+        import wandb  # noqa: PLC0415 - may not be installed
 
         self._wandb = wandb
         self._logger = logger
@@ -56,6 +55,8 @@ class WandbSink:
 
     def _chart(self, spectrum: Spectrum, headline: str) -> CustomChart:
         """Return a chart of the density to zoom into, of logarithms because W&B's charts have no logarithmic axis."""
+        from lightning_hesd.plotting.density import MIN_SHARE  # noqa: PLC0415 - Matplotlib is slow to import
+
         grid, density = (values[::THINNING] for values in spectrum.density())
         logarithms = np.log10(density.clip(density.max() * MIN_SHARE))
         columns = ["eigenvalue", "log10 density"]
@@ -64,7 +65,7 @@ class WandbSink:
 
 
 def _tables(record: SpectrumRecord) -> dict[str, tuple[list[str], list[list[Any]]]]:
-    """Return columns and rows of what is text, or has too many numbers for charts."""
+    """Return the columns and rows of each table."""
     tables: dict[str, tuple[list[str], list[list[Any]]]] = {}
     when = [record.epoch, record.global_step]
     if record.layers:

@@ -1,1 +1,1 @@
-"""The samples of an analysis, drawn from the user's dataloaders without taking anything from training."""
+"""The samples of an analysis: read from the user's dataloaders without taking samples away from training."""

@@ -1,7 +1,7 @@
-"""The analysis samples: a fixed subset of what an epoch of training consists of, the same at every analysis.
+"""The analysis samples: a fixed subset of an epoch of training, the same in every analysis.
 
-They are drawn once, at the start of `fit`, without touching the user's dataloader, sampler or any random stream: what
-reading uses up is copied, and the attributes of the dataset are put back afterwards.
+They are drawn once, at the start of `fit`, without changes of the user's dataloader, sampler or random number
+generators: objects that reading consumes are copied, and the attributes of the dataset are restored.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from lightning_hesd.numerics.collectives import LOCAL, Collectives
 from lightning_hesd.numerics.isolation.snapshot import restore_state, seed_everything
-from lightning_hesd.training.compat.internals import warn
+from lightning_hesd.training.compat.messages import warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
-from lightning_hesd.training.samples.epochs import EVENNESS_OF_CONTENTS, PlannedBatch, epochs
+from lightning_hesd.training.samples.epochs import CONTENT_EVENNESS, PlannedBatch, epochs
 from lightning_hesd.training.samples.positions import spread_positions
 from lightning_hesd.training.samples.reading import CollationError, Reader
-from lightning_hesd.training.samples.sources import combined, is_addressable, is_collection
+from lightning_hesd.training.samples.sources import combined, is_addressable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -27,18 +28,18 @@ if TYPE_CHECKING:
 
 
 MAX_SURPLUS = 1.5
-"""Times as many samples as wanted: of more than these, some batches are left out."""
+"""Maximal ratio of drawn to requested samples; above it some batches are left out."""
 
 
 @dataclass(frozen=True)
 class AnalysisSamples:
-    """What an analysis runs on.
+    """The samples of an analysis.
 
     Attributes:
-        batches: This process's share, as the collate function made them, not yet on the device; a padding batch
-            if the share would be empty and must not be.
-        drawn: The batches of all processes, by the positions of their samples; None where these have none.
-        transferred: Whether the batches are on the device, as training's transfer hooks left them.
+        batches: The batches of this rank, as the collate function made them, on the CPU; a padding batch if there would
+            be none and one is needed.
+        drawn: The plans of the batches of all ranks; None for samples without positions.
+        transferred: Whether the batches are on the device, after the transfer hooks of training.
     """
 
     batches: tuple[WeightedBatch, ...]
@@ -47,61 +48,8 @@ class AnalysisSamples:
 
     @property
     def indices(self) -> tuple[Any, ...] | None:
-        """Positions in the dataset of the samples of all processes; None where it has no positions."""
+        """Positions in the dataset of the samples of all ranks; None for samples without positions."""
         return None if self.drawn is None else tuple(key for batch in self.drawn for key in batch.keys)
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The processes that read samples together.
-
-    Attributes:
-        rank: This process.
-        size: How many there are.
-        agree: Does some work in every process and returns what the first one found.
-        add: Does some work in every process and returns the sums of the numbers that they found.
-    """
-
-    rank: int = 0
-    size: int = 1
-    agree: Callable[[Callable[[], Any]], Any] = lambda work: work()
-    add: Callable[[Callable[[], list[float]]], list[float]] = lambda work: work()
-
-
-ALONE = Processes()
-
-
-def training_loader(loaders: Any) -> Any:
-    """Return what `trainer.train_dataloader` holds: a loader, or a collection of them.
-
-    Raises:
-        MisconfigurationException: If there is none.
-    """
-    if loaders is None:
-        msg = (
-            "the Trainer has no training dataloader, so it is not clear which samples to analyse: pass `dataloader=` "
-            "to HessianSpectrumCallback, a loader or a list of batches that `training_step` (or your `loss_fn`) takes."
-        )
-        raise MisconfigurationException(msg)
-    return loaders
-
-
-def validation_loader(loaders: Any) -> Any:
-    """Return the one loader of validation data, given what `trainer.val_dataloaders` holds.
-
-    Raises:
-        MisconfigurationException: If there is not exactly one.
-    """
-    if isinstance(loaders, list | tuple) and len(loaders) == 1:
-        [loaders] = loaders
-    if is_collection(loaders) or loaders is None:
-        kind = "no validation dataloader" if loaders is None else f"a {type(loaders).__name__} of them for validation"
-        msg = (
-            f"the Trainer has {kind}, so `generalization_dataloader='val'` does not say which samples to analyse: pass "
-            "a dataloader."
-        )
-        raise MisconfigurationException(msg)
-    return loaders
 
 
 def draw_samples(
@@ -113,30 +61,30 @@ def draw_samples(
     batch_weight: Weigh | None = None,
     seed: int = 0,
     drawn: Sequence[PlannedBatch] | None = None,
-    processes: Processes = ALONE,
+    collectives: Collectives = LOCAL,
     padding: bool = False,
-    uses_up: bool = False,
+    may_consume: bool = False,
 ) -> AnalysisSamples:
-    """Draw the analysis samples and deal their batches to the processes, one after the other.
+    """Draw the analysis samples, and distribute their batches over the ranks in turn.
 
-    Whole batches are dealt, so that every batch is the same for any number of processes.
+    Whole batches are distributed, so that every batch is the same for every number of ranks.
 
-    Where PyTorch's own samplers shuffle or go through the data one by one, the samples are drawn at random from an
-    epoch. The batches of other samplers and batch samplers stay as these make them, and are taken from all over the
-    epoch. Streams, and loaders that iterate in a way of their own, give their first batches, read from copies.
+    If PyTorch's own samplers shuffle or read the data in order, samples are drawn at random from an epoch. Batches of
+    other samplers and batch samplers are used as they are, spread over the epoch. Of streams, and of loaders with their
+    own way of iterating, the first batches are read, from copies.
 
     Args:
-        loader: A DataLoader, any other iterable of batches, or a collection of loaders, which are combined as Lightning
-            does it.
-        num_samples: How many samples, or all of an epoch if these are fewer; more if only whole batches will do.
-        max_batches: Of an epoch, each process trains on so many batches only; None: all.
-        batch_size: Most samples per batch; default: the batches as the loader makes them.
+        loader: A DataLoader, another iterable of batches, or a collection of loaders, which is combined as in
+            Lightning.
+        num_samples: Number of samples; all of an epoch if it has fewer; more if batches cannot be split.
+        max_batches: Number of batches per epoch on which each rank trains; None: all.
+        batch_size: Maximal number of samples per batch; default: the batches of the loader.
         batch_weight: Weight of a batch; default: its number of samples.
-        seed: Seed of the draw, and of whatever is random in the dataset.
-        drawn: Draw exactly these batches of a map-style dataset (those of the run that is resumed).
-        processes: The processes.
-        padding: Whether a process whose share is empty gets the first batch as padding.
-        uses_up: Whether a loader that cannot be copied may be iterated itself, which takes its batches away.
+        seed: Seed of the draw, and of random numbers in the dataset.
+        drawn: Batches of a map-style dataset to read, those of the resumed run; None: draw some.
+        collectives: Communication between the ranks that the batches are distributed to.
+        padding: Whether a rank without batches gets the first batch as a padding batch.
+        may_consume: Whether a loader that cannot be copied may be iterated itself, which consumes its batches.
 
     Raises:
         MisconfigurationException: If the loader's samples cannot be read without disturbing training.
@@ -146,26 +94,26 @@ def draw_samples(
     dataset = getattr(loader, "dataset", None)
     with restore_state(loader, dataset, tensors=False) as restore:
         seed_everything(seed)
-        reader = Reader(loader, seed, restore, batch_weight, uses_up=uses_up)
+        reader = Reader(loader, seed, restore, batch_weight, may_consume=may_consume)
         if is_addressable(loader):
-            drawing = _Drawing(reader, num_samples, processes)
+            draw = _DatasetDraw(reader, num_samples, collectives)
             if drawn is not None:
                 _check_known(drawn, dataset)
-                drawing.read(drawn)
+                draw.read(drawn)
             else:
                 limit = math.inf if max_batches is None else max_batches
-                drawing.read_any(epochs(loader, num_samples, max_batches=limit, batch_size=batch_size, seed=seed))
-            return drawing.result(padding=padding)
-        return _streamed(reader.stream(num_samples, batch_size), processes, padding=padding)
+                draw.read_first(epochs(loader, num_samples, max_batches=limit, batch_size=batch_size, seed=seed))
+            return draw.result(padding=padding)
+        return _streamed(reader.stream(num_samples, batch_size), collectives, padding=padding)
 
 
-class _Drawing:
-    """Batches of a map-style dataset, of which every process reads its own."""
+class _DatasetDraw:
+    """Batches of a map-style dataset, of which every rank reads its own."""
 
-    def __init__(self, reader: Reader, num_samples: int, processes: Processes) -> None:
+    def __init__(self, reader: Reader, num_samples: int, collectives: Collectives) -> None:
         self._reader = reader
         self._num_samples = num_samples
-        self._processes = processes
+        self._collectives = collectives
         self._restart()
 
     def _restart(self) -> None:
@@ -174,38 +122,38 @@ class _Drawing:
         self._own: dict[int, ReadBatch] = {}
 
     def read(self, planned: Sequence[PlannedBatch]) -> None:
-        """Read the own ones of some batches, and find out the sizes of all.
+        """Read this rank's share of some batches, and get the sizes of all.
 
         Raises:
-            CollationError: If the collate function does not take them.
+            CollationError: If the collate function fails for one.
         """
-        processes, first = self._processes, len(self._drawn)
-        mine = [pair for pair in enumerate(planned, first) if pair[0] % processes.size == processes.rank]
+        ranks, first = self._collectives, len(self._drawn)
+        mine = [pair for pair in enumerate(planned, first) if pair[0] % ranks.size == ranks.rank]
 
         failure: list[CollationError] = []
 
         def found() -> list[float]:
             try:
                 read = self._reader.planned(mine)
-            except CollationError as error:  # which all processes must know
+            except CollationError as error:  # reported to all ranks
                 failure.append(error)
                 return [1.0, *[0.0] * len(planned)]
             self._own |= {number: batch for (number, _), batch in zip(mine, read, strict=True)}
             return [0.0, *(self._own[n].size if n in self._own else 0.0 for n in range(first, first + len(planned)))]
 
-        failures, *sizes = processes.add(found)
+        failures, *sizes = ranks.sum_values(ranks.run_together(found))
         if failures:
-            raise failure[0] if failure else CollationError("`collate_fn` fails in another process")
+            raise failure[0] if failure else CollationError("`collate_fn` fails on another rank")
         self._sizes += sizes
         self._drawn += planned
 
-    def read_any(self, ways: Sequence[Callable[[], Epoch]]) -> None:
-        """Read as many samples as wanted from the first epoch whose batches the collate function takes.
+    def read_first(self, makers: Sequence[Callable[[], Epoch]]) -> None:
+        """Read the requested number of samples from the first epoch that can be collated.
 
         Raises:
-            CollationError: If it takes none.
+            CollationError: If none can.
         """
-        first, *others = ways
+        first, *others = makers
         try:
             self._read_from(first)
         except CollationError as error:
@@ -213,7 +161,7 @@ class _Drawing:
                 raise
             self._restart()
             try:
-                self.read_any(others)
+                self.read_first(others)
             except CollationError:
                 raise error from error.__cause__
 
@@ -227,85 +175,88 @@ class _Drawing:
 
         missing = float(self._num_samples)
         while missing > 0:
-            # A collate function may leave samples out; then it takes more of them.
+            # If the collate function drops samples, more of them are needed.
             made_from, found = sum(len(batch.keys) for batch in self._drawn), sum(self._sizes)
             count = math.ceil(missing * made_from / found) if found else max(self._num_samples, made_from)
-            planned = self._processes.agree(take)
+            planned = self._collectives.broadcast(self._collectives.run_together(take))
             if not planned:
                 break
             self.read(planned)
             missing = self._num_samples - sum(self._sizes)
-        # Or it may add others, or each of the positions may stand for a whole batch.
+        # It may also add samples, or each position may be that of a whole batch.
         found, batches = sum(self._sizes), self._drawn
         if found > MAX_SURPLUS * self._num_samples:
             enough = math.ceil(len(batches) * self._num_samples / found)
-            kept = spread_positions(enough, len(batches), evenness=EVENNESS_OF_CONTENTS)
-            if len(kept) < len(batches):
+            selected = spread_positions(enough, len(batches), evenness=CONTENT_EVENNESS)
+            if len(selected) < len(batches):
                 self._restart()
-                self.read([batches[number] for number in kept])
+                self.read([batches[number] for number in selected])
 
     def result(self, *, padding: bool) -> AnalysisSamples:
         """Return the samples.
 
         Raises:
-            ValueError: If there are none.
+            ValueError: If there are no samples.
         """
         if not self._drawn:
             msg = (
-                "the training dataset or its sampler is empty: there are no samples to analyse (with `drop_last=True` "
-                "an epoch has none either if the samples do not fill a batch)."
+                "there are no samples to analyze, because the training dataset or its sampler is empty (or, with "
+                "`drop_last=True`, has fewer samples than a batch): pass another `dataloader=`."
             )
             raise ValueError(msg)
-        kept = [number for number, size in enumerate(self._sizes) if size > 0]
-        _check_any(kept)
-        read = [(index, self._own[number], number) for index, number in enumerate(kept) if number in self._own]
+        filled = [number for number, size in enumerate(self._sizes) if size > 0]
+        _check_any(filled)
+        read = [(index, self._own[number], number) for index, number in enumerate(filled) if number in self._own]
         is_padding = padding and not read
         if is_padding:
-            [batch] = self._reader.planned([(kept[0], self._drawn[kept[0]])])
-            read = [(0, batch, kept[0])]
+            [batch] = self._reader.planned([(filled[0], self._drawn[filled[0]])])
+            read = [(0, batch, filled[0])]
         batches = [
             b.weighted(b.data, index, self._drawn[number].position, is_padding=is_padding) for index, b, number in read
         ]
-        _warn_of_doubts([b for _, b, _ in read])
+        _warn_of_sizes([b for _, b, _ in read])
         return AnalysisSamples(tuple(batches), tuple(self._drawn))
 
 
-def _streamed(read: Sequence[ReadBatch], processes: Processes, *, padding: bool) -> AnalysisSamples:
-    """Deal out batches that every process has read.
+def _streamed(read: Sequence[ReadBatch], collectives: Collectives, *, padding: bool) -> AnalysisSamples:
+    """Distribute batches that every rank has read.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are no batches.
     """
-    kept = [(position, batch) for position, batch in enumerate(read) if batch.size > 0]
+    filled = [(position, batch) for position, batch in enumerate(read) if batch.size > 0]
     if not read:
-        msg = "the training data are empty: there are no samples to analyse."
+        msg = "there are no samples to analyze, because the training data are empty: pass another `dataloader=`."
         raise ValueError(msg)
-    _check_any(kept)
-    _warn_of_doubts(read)
-    batches = [b.weighted(b.data, index, p) for index, (p, b) in enumerate(kept)]
-    own = batches[processes.rank :: processes.size]
+    _check_any(filled)
+    _warn_of_sizes(read)
+    batches = [b.weighted(b.data, index, p) for index, (p, b) in enumerate(filled)]
+    own = batches[collectives.rank :: collectives.size]
     if padding and not own:
         own = [replace(batches[0], is_padding=True)]
     return AnalysisSamples(tuple(own), None)
 
 
-def _check_any(kept: Sequence[Any]) -> None:
-    if not kept:
-        msg = "there are no samples to analyse: every batch that was read is None or empty, as `collate_fn` made it."
+def _check_any(filled: Sequence[Any]) -> None:
+    if not filled:
+        msg = (
+            "there are no samples to analyze, because `collate_fn` returned None or an empty batch in all cases: pass "
+            "another `dataloader=`."
+        )
         raise ValueError(msg)
 
 
-def _warn_of_doubts(read: Iterable[ReadBatch]) -> None:
-    doubts = [batch.doubt for batch in read if batch.doubt is not None]
-    if doubts:
-        warn(doubts[0])
+def _warn_of_sizes(read: Iterable[ReadBatch]) -> None:
+    warnings = [batch.size_warning for batch in read if batch.size_warning is not None]
+    if warnings:
+        warn(warnings[0])
 
 
 def _check_known(drawn: Iterable[PlannedBatch], dataset: Any) -> None:
     last = max((key for batch in drawn for key in batch.keys), default=-1)
     if hasattr(dataset, "__len__") and last >= len(dataset):
         msg = (
-            f"the samples drawn before reach up to position {last}, but there are {len(dataset)}: these are not the "
-            "data of that run. Draw others with another `num_samples`."
+            f"the resumed run analyzed samples up to position {last} of its dataset, but this one has {len(dataset)} "
+            "samples: resume with the data of that run, or draw other samples with another `num_samples`."
         )
         raise MisconfigurationException(msg)

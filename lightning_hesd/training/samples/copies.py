@@ -1,42 +1,40 @@
-"""Copies of samplers, loaders and streams: reading a copy takes nothing away from training.
+"""Copies of samplers, loaders and streams: reading a copy takes no samples away from training.
 
-The data stay where they are: datasets, modules and large arrays are shared by the copy, and so are the objects that a
-dataset consists of. A million file names or positions are copied as one list, not name by name.
+Data are not copied: the copy shares datasets with all their objects, modules and large arrays. A list of a million file
+names or positions is copied as one list, not name by name.
 """
 
 from __future__ import annotations
 
 import copy
-import random
 import types
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from lightning_hesd.numerics.inputs.cuts import attributes
-from lightning_hesd.numerics.isolation.containers import holds_atoms
+from lightning_hesd.numerics.isolation.containers import PLAIN_TYPES, has_plain_items
+from lightning_hesd.numerics.isolation.streams import GENERATORS
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 MAX_COPIED_BYTES = 2**28
-"""Bytes: larger tensors and arrays are data, and shared."""
+"""Size in bytes up to which tensors and arrays are copied; larger ones are taken for data, and shared."""
 
 _LONG = 100
-"""From this length on it pays to look whether a container holds plain values only."""
+"""Number of items from which on testing for plain items is faster than visiting the items."""
 
 _ATOMS = (
-    *(type(None), bool, int, float, complex, str, bytes, range, type),
+    *(*PLAIN_TYPES, range, type),
     *(types.FunctionType, types.BuiltinFunctionType, types.ModuleType),
 )
 _CONTAINERS = (list, tuple, dict, set, frozenset, deque)
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _IN_PROCESS = {
     "num_workers": 0,
     "prefetch_factor": None,
@@ -45,7 +43,7 @@ _IN_PROCESS = {
     "persistent_workers": False,
     "_DataLoader__multiprocessing_context": None,
 }
-"""Attributes of a DataLoader that reads in this process."""
+"""Attributes of a DataLoader without workers."""
 
 
 class NotCopiedError(MisconfigurationException):
@@ -55,19 +53,19 @@ class NotCopiedError(MisconfigurationException):
 def private_copy(source: Any, dataset: Any = None, *, in_process: bool = True) -> Any:
     """Copy a sampler, a loader or a stream.
 
-    Iterators over a DataLoader that the loader itself keeps cannot be copied: the copy gets new ones.
+    An iterator that a DataLoader keeps over itself cannot be copied: the copy gets a new one.
 
     Args:
-        source: What to copy.
-        dataset: The data that it reads, to be shared.
-        in_process: Whether the DataLoaders in the copy read in this process instead of through workers.
+        source: The object to copy.
+        dataset: The data that it reads, which the copy shares.
+        in_process: Whether DataLoaders in the copy read without workers.
 
     Raises:
-        NotCopiedError: If it cannot be copied.
+        NotCopiedError: If the object cannot be copied.
     """
     if isinstance(source, list | tuple | range):
         return source
-    plan = _Plan(source, dataset)
+    plan = _CopyPlan(source, dataset)
     try:
         copied = copy.deepcopy(source, plan.memo)
     except Exception as error:
@@ -86,13 +84,13 @@ def private_copy(source: Any, dataset: Any = None, *, in_process: bool = True) -
     return copied
 
 
-class _Plan:
-    """What a deep copy shares, and what it cannot copy.
+class _CopyPlan:
+    """The objects that a deep copy shares or treats specially.
 
     Attributes:
-        memo: Copies that are known beforehand, by the identities of the originals, as `deepcopy` takes them.
-        loaders: DataLoaders to be copied.
-        iterators: DataLoaders with the names of attributes that are iterators over them.
+        memo: The `memo` of `deepcopy`: id of an object -> the object to use in the copy.
+        loaders: DataLoaders to copy.
+        iterators: DataLoaders with the names of their attributes that are iterators over them.
     """
 
     def __init__(self, source: Any, dataset: Any) -> None:
@@ -100,32 +98,32 @@ class _Plan:
         self.loaders: list[Any] = []
         self.iterators: list[tuple[Any, str]] = []
         self._source = source
-        self._kept: list[Any] = []  # identities are those of objects that live
+        self._alive: list[Any] = []  # keeps objects alive, so that ids stay unique
         if dataset is not None and dataset is not source:
             self.memo[id(dataset)] = dataset
             self._walk(attributes(dataset).values(), self._share)
-        self._walk([source], self._look)
+        self._walk([source], self._plan)
 
-    def _walk(self, roots: Iterable[Any], look: Callable[[Any], Iterable[Any]]) -> None:
-        """Look at what can be reached from some objects, as far as `look` returns what they consist of."""
+    def _walk(self, roots: Iterable[Any], visit: Callable[[Any], Iterable[Any]]) -> None:
+        """Visit all objects that can be reached from some roots; `visit` returns the objects that one refers to."""
         pending, seen = list(roots), set[int]()
         while pending:
             part = pending.pop()
             if isinstance(part, _ATOMS) or id(part) in seen or id(part) in self.memo:
                 continue
             seen.add(id(part))
-            self._kept.append(part)
-            pending.extend(look(part))
+            self._alive.append(part)
+            pending.extend(visit(part))
 
     def _share(self, part: Any) -> Iterable[Any]:
         if isinstance(part, _CONTAINERS):
             return _items(part)
-        if isinstance(part, (Tensor, np.ndarray, *_GENERATORS)):
+        if isinstance(part, (Tensor, np.ndarray, *GENERATORS)):
             return ()
         self.memo[id(part)] = part
         return attributes(part).values()
 
-    def _look(self, part: Any) -> Iterable[Any]:
+    def _plan(self, part: Any) -> Iterable[Any]:
         if isinstance(part, Tensor | np.ndarray):
             if part.nbytes > MAX_COPIED_BYTES:
                 self.memo[id(part)] = part
@@ -148,7 +146,7 @@ class _Plan:
 
 
 def _items(container: Any) -> Iterable[Any]:
-    """Return the items of a container, nothing for a long one of plain values."""
-    if len(container) > _LONG and holds_atoms(container):
+    """Return the items of a container; none for a long container of plain values."""
+    if len(container) > _LONG and has_plain_items(container):
         return ()
     return [*container, *container.values()] if isinstance(container, dict) else list(container)

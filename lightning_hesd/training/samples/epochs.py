@@ -1,8 +1,8 @@
-"""Which batches of an epoch are analysed, and which positions they have in it.
+"""Plans of the batches to analyze: the samples of each, and its position in an epoch of training.
 
-Where a DataLoader shuffles, or goes through its data one by one, any samples will do: they are drawn at random, and put
-together to batches. Everything else decides for itself which samples meet in a batch, and how often one comes: of a
-sampler or batch sampler that is not PyTorch's own, whole batches are taken as it makes them in an epoch.
+If a DataLoader shuffles, or reads its data in order, samples are drawn at random and grouped into batches. Other
+samplers and batch samplers decide which samples share a batch, and how often a sample occurs: their batches are used as
+they are.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.utils.data import (
 )
 from typing_extensions import override
 
-from lightning_hesd.training.compat.internals import unwrap_sampler
+from lightning_hesd.training.compat.dataloading import unwrap_sampler
 from lightning_hesd.training.samples.copies import private_copy
 from lightning_hesd.training.samples.positions import spread_positions
 
@@ -37,22 +37,22 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
 MAX_EPOCH_LENGTH = 1_000_000
-"""Samples: of a longer epoch of a sampler of the user's own, the beginning is taken for the whole."""
+"""Maximal number of samples read from a sampler of the user's; the beginning of a longer epoch stands for all of it."""
 
 MAX_PERMUTATION = 2**24
-"""Of more samples than these a few are drawn without putting all of them into an order."""
+"""Number of samples up to which a few are drawn from a permutation of all; of more, they are drawn directly."""
 
-EVENNESS_OF_CONTENTS = 2.0
-"""Weight of an even spread where the position of a batch may decide what is in it."""
+CONTENT_EVENNESS = 2.0
+"""Weight of an even spread over the epoch if the content of a batch may depend on its position."""
 
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """A batch that is to be read.
+    """A batch to read.
 
     Attributes:
-        keys: Positions of its samples in the dataset, in the order in which the collate function gets them.
-        position: Its position in an epoch of training.
+        keys: Positions of its samples in the dataset, in the order for the collate function.
+        position: Position of the batch in an epoch of training.
     """
 
     keys: Sequence[Any]
@@ -60,17 +60,17 @@ class PlannedBatch:
 
 
 class Epoch(ABC):
-    """The batches of an epoch, in an order of which every beginning stands for the whole."""
+    """The batches of an epoch, in an order of which every beginning represents the whole."""
 
     @abstractmethod
     def take(self, count: int) -> list[PlannedBatch]:
-        """Return the next batches, of about so many samples together; fewer if the epoch ends."""
+        """Return the next batches, with about `count` samples in total; fewer at the end of the epoch."""
 
 
-class MixedEpoch(Epoch):
-    """An epoch in which any samples may meet in a batch."""
+class RandomEpoch(Epoch):
+    """An epoch whose samples are drawn at random and grouped into batches."""
 
-    def __init__(self, keys: Sequence[Any], batch_size: int, steps: int, seed: int, *, whole: bool) -> None:
+    def __init__(self, keys: Sequence[Any], batch_size: int, steps: int, seed: int, *, full: bool) -> None:
         """Prepare.
 
         Args:
@@ -78,21 +78,21 @@ class MixedEpoch(Epoch):
             batch_size: Samples per batch.
             steps: Number of training steps in an epoch.
             seed: Seed of the order.
-            whole: Whether all batches must be full.
+            full: Whether all batches must be full.
         """
         self._keys = keys
         self._batch_size = batch_size
         self._steps = steps
         self._seed = seed
-        self._whole = whole
+        self._full = full
         self._taken, self._batches = 0, 0
         self._positions: list[int] = []
 
     @override
     def take(self, count: int) -> list[PlannedBatch]:
         size = self._batch_size
-        end = min(self._taken + (size * math.ceil(count / size) if self._whole else count), len(self._keys))
-        if self._whole:
+        end = min(self._taken + (size * math.ceil(count / size) if self._full else count), len(self._keys))
+        if self._full:
             end -= (end - self._taken) % size
         order = shuffled(len(self._keys), end, self._seed)[self._taken :]
         self._taken = end
@@ -109,16 +109,16 @@ class MixedEpoch(Epoch):
         return self._positions[(self._batches - 1) % len(self._positions)]
 
 
-class ComposedEpoch(Epoch):
-    """An epoch whose batches are made by a sampler of the user's own, and stay as they are."""
+class SamplerEpoch(Epoch):
+    """An epoch with the batches of a sampler or batch sampler, as they are."""
 
     def __init__(self, batches: Sequence[Sequence[Any]], batch_size: int | None, steps: float = 1.0) -> None:
         """Prepare.
 
         Args:
             batches: All batches of the epoch, each the positions of its samples in the dataset.
-            batch_size: Most samples per batch: larger ones are taken in pieces. None: they stay whole.
-            steps: Steps that a process trains for one of the batches.
+            batch_size: Maximal number of samples per batch: larger batches are split; None: they are not.
+            steps: Number of steps that a rank trains per batch.
         """
         self._batches = batches
         self._batch_size = batch_size
@@ -131,14 +131,14 @@ class ComposedEpoch(Epoch):
         total = len(self._batches)
         if not self._order and total:
             mean = sum(map(len, self._batches)) / total or 1.0
-            first = spread_positions(math.ceil(count / mean), total, evenness=EVENNESS_OF_CONTENTS)
+            first = spread_positions(math.ceil(count / mean), total, evenness=CONTENT_EVENNESS)
             self._order = [*first, *sorted(set(range(total)) - set(first))]
         found: list[PlannedBatch] = []
         while count > 0 and self._taken < total:
             number = self._order[self._taken]
             keys, size = self._batches[number], self._batch_size or max(len(self._batches[number]), 1)
-            pieces = [keys[start : start + size] for start in range(0, len(keys), size)]
-            found += [PlannedBatch(piece, int(number * self._steps)) for piece in pieces]
+            chunks = [keys[start : start + size] for start in range(0, len(keys), size)]
+            found += [PlannedBatch(chunk, int(number * self._steps)) for chunk in chunks]
             count -= len(keys)
             self._taken += 1
         return found
@@ -147,42 +147,42 @@ class ComposedEpoch(Epoch):
 def epochs(
     loader: DataLoader[Any], num_samples: int, *, max_batches: float, batch_size: int | None, seed: int
 ) -> list[Callable[[], Epoch]]:
-    """Return functions that make an epoch of a DataLoader: the one to take, and others in case that cannot be read.
+    """Return functions that make an epoch of a DataLoader: the first choice, and others in case it cannot be collated.
 
-    Call them where the global generators may be used.
+    They draw from the global random number generators.
 
     Args:
         loader: The loader, of a map-style dataset, with a batch sampler.
-        num_samples: How many samples are wanted.
-        max_batches: So many batches are trained on, by one process.
-        batch_size: Samples per batch; None: those of the loader.
+        num_samples: Number of samples to read.
+        max_batches: Number of batches per epoch on which a rank trains.
+        batch_size: Samples per batch; None: as in the loader.
         seed: Seed of the order.
     """
-    composed = partial(_composed, loader, num_samples, max_batches, batch_size)
+    from_sampler = partial(_sampler_epoch, loader, num_samples, max_batches, batch_size)
     batch_sampler: Any = loader.batch_sampler
     if type(batch_sampler) is not BatchSampler:
-        return [composed]
+        return [from_sampler]
     distributed: Any = batch_sampler.sampler
     sampler, replicas = _undistributed(distributed)
-    if type(sampler) not in _MIXING:
-        return [composed]
+    if type(sampler) not in _ELEMENTARY_SAMPLERS:
+        return [from_sampler]
 
-    def mixed() -> Epoch:
+    def random_batches() -> Epoch:
         size = batch_sampler.batch_size
         steps = len(distributed) / size
         steps = min(math.floor(steps) if batch_sampler.drop_last else math.ceil(steps), max_batches)
         keys = _keys(sampler, loader.dataset)
         if type(sampler) is SequentialSampler:
             keys = keys[: int(min(max_batches * replicas * size, len(keys)))]
-        whole = batch_sampler.drop_last and batch_size is None
-        return MixedEpoch(keys, batch_size or size, max(int(steps), 1), seed, whole=whole)
+        full = batch_sampler.drop_last and batch_size is None
+        return RandomEpoch(keys, batch_size or size, max(int(steps), 1), seed, full=full)
 
-    # Samples that follow each other may be such as can be put together to a batch, and others not.
-    return [mixed, composed] if type(sampler) is SequentialSampler else [mixed]
+    # Perhaps only consecutive samples can be collated, such as those of equal length.
+    return [random_batches, from_sampler] if type(sampler) is SequentialSampler else [random_batches]
 
 
-_MIXING = {SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler}
-"""Samplers of PyTorch's own, without regard to which samples meet in a batch; no subclasses."""
+_ELEMENTARY_SAMPLERS = {SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler}
+"""PyTorch's own samplers, which do not care which samples share a batch; no subclasses."""
 
 
 def _keys(sampler: Any, dataset: Any) -> Sequence[Any]:
@@ -194,8 +194,10 @@ def _keys(sampler: Any, dataset: Any) -> Sequence[Any]:
     return list(itertools.islice(private_copy(sampler, dataset), MAX_EPOCH_LENGTH))
 
 
-def _composed(loader: DataLoader[Any], num_samples: int, max_batches: float, batch_size: int | None) -> ComposedEpoch:
-    """Let a copy of the batch sampler make the batches of an epoch."""
+def _sampler_epoch(
+    loader: DataLoader[Any], num_samples: int, max_batches: float, batch_size: int | None
+) -> SamplerEpoch:
+    """Make the batches of an epoch with a copy of the batch sampler."""
     batch_sampler = private_copy(loader.batch_sampler, loader.dataset)
     sampler, replicas = _undistributed(getattr(batch_sampler, "sampler", None))
     if replicas > 1:
@@ -206,20 +208,20 @@ def _composed(loader: DataLoader[Any], num_samples: int, max_batches: float, bat
         batch_sampler.batch_size, batch_sampler.drop_last = batch_size, False
         max_batches = math.ceil(max_batches / steps) if max_batches < math.inf else max_batches
     length = min(_length(batch_sampler), max_batches * replicas)
-    # Without a length it may be endless: as many samples as there are, then.
+    # Without a length it may be endless: then read as many samples as the dataset has.
     most = MAX_EPOCH_LENGTH if length < math.inf else max(num_samples, min(_length(loader.dataset), MAX_EPOCH_LENGTH))
     batches: list[Sequence[Any]] = []
     drawn = 0
     for batch in batch_sampler:
         if len(batches) >= length or drawn >= most:
             break
-        batches.append(list(batch))  # some samplers use one list for all of them
+        batches.append(list(batch))  # some samplers reuse one list
         drawn += len(batch)
-    return ComposedEpoch(batches, batch_size, steps / replicas)
+    return SamplerEpoch(batches, batch_size, steps / replicas)
 
 
 def _undistributed(sampler: Any) -> tuple[Any, int]:
-    """Return the sampler that a distributed one is made from, of all processes together, and their number."""
+    """Return the sampler of all ranks from which a distributed sampler is made, and the number of ranks."""
     own = unwrap_sampler(sampler)
     if own is not sampler:
         return own, sampler.num_replicas
@@ -230,7 +232,7 @@ def _undistributed(sampler: Any) -> tuple[Any, int]:
 
 
 def _length(sized: Any) -> float:
-    """Return a length, infinite where there is none."""
+    """Return a length; infinite if there is none."""
     try:
         return len(sized)
     except (TypeError, NotImplementedError, AttributeError, OverflowError, ValueError):
@@ -238,12 +240,12 @@ def _length(sized: Any) -> float:
 
 
 def plain_key(value: Any) -> Any:
-    """Return a position as Python's own integer if it is one of another library."""
+    """Return an integer of NumPy or PyTorch as Python's own integer, and other values unchanged."""
     return int(value) if isinstance(value, np.integer | torch.Tensor) else value
 
 
 def shuffled(total: int, count: int, seed: int) -> list[int]:
-    """Return the first numbers of a random order of range(total); of another `count` they are the same."""
+    """Return the first `count` numbers of a random order of range(total), which does not depend on `count`."""
     if total <= MAX_PERMUTATION:
         return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].tolist()
     return random.Random(seed).sample(range(total), count)

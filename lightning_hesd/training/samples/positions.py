@@ -1,4 +1,4 @@
-"""Positions in an epoch that stand for all of it."""
+"""Positions of batches that represent an epoch."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ if TYPE_CHECKING:
     Positions = np.ndarray[Any, np.dtype[np.int64]]
 
 PERIODS = np.arange(2, 33)
-"""Where a term is active in every k-th batch, positions are chosen that have it in about every k-th, for these k."""
+"""Periods k: every k-th batch of an epoch is represented in proportion, whatever its remainder."""
 
 MAX_TRIED = 32
-"""Gaps between runs of positions that are tried, from the widest one downward."""
+"""Maximal number of gaps between runs of positions that are tried, from the widest one downward."""
 
 
 def spread_positions(count: int, total: int, *, evenness: float = 0.3) -> list[int]:
-    """Choose positions in an epoch that stand for all of it.
+    """Choose positions that represent an epoch.
 
-    A term of the loss may be active in every k-th batch only, or change with the position: of both the positions have
-    the right share as nearly as can be, whatever k up to 32. The best of some candidates is taken, which are runs of
-    consecutive positions, at equal distances, and positions drawn one from each of equal parts of the epoch. (Positions
-    at equal distances would have every second batch, for example, always or never.)
+    A term of the loss may be active in every k-th batch only, or change with the position. The positions have the right
+    proportion of both as nearly as possible, for all k up to 32. (Positions at equal distances would contain every
+    second batch, for example, always or never.) They are the best of some candidates: runs of consecutive positions at
+    equal distances, and random positions, one from each of equal sections of the epoch.
 
     Args:
-        count: How many.
+        count: Number of positions.
         total: Number of batches in an epoch.
-        evenness: How much an even spread over the epoch counts beside the shares of every k-th batch.
+        evenness: Weight of an even spread over the epoch, relative to the proportions of every k-th batch.
 
     Returns:
-        The positions, ascending; all of them if there are no more than `count`.
+        The positions, ascending; all positions if there are at most `count`.
 
     Example:
         >>> spread_positions(4, 16)
@@ -48,7 +48,7 @@ def spread_positions(count: int, total: int, *, evenness: float = 0.3) -> list[i
     middles = (np.arange(count) + 0.5) / count * total
 
     def imbalance(positions: Positions) -> float:
-        """Return by how many batches the positions miss the right shares at worst, and an even spread."""
+        """Return the largest error of the proportions, in batches, plus the weighted error of the spread."""
         found = np.bincount((positions % PERIODS[:, None] + first).ravel(), minlength=len(expected))
         uneven = np.abs(positions + 0.5 - middles).max() * count / total
         return float(np.abs(found - expected).max() + evenness * uneven)
@@ -58,7 +58,7 @@ def spread_positions(count: int, total: int, *, evenness: float = 0.3) -> list[i
 
 
 def _candidates(count: int, total: int) -> Iterator[Positions]:
-    """Yield positions to choose from, fewer where there are many positions."""
+    """Yield candidates, fewer for larger `count`."""
     tried = max(1, min(MAX_TRIED, MAX_TRIED * 256 // count))
     numbers = np.arange(count)
     for run in sorted({max(1, round(count / 2**halvings)) for halvings in range(count.bit_length() + 1)}):

@@ -1,7 +1,7 @@
-"""Reading batches from a loader's data, in this process or through the loader's own kind of workers.
+"""Reading of batches from the data of a loader, in this process or through workers.
 
-Every batch of a map-style dataset is read from the same state of the dataset and of the random number generators,
-whoever reads it and whatever was read before: augmentation is the same for any number of processes.
+Each batch of a map-style dataset is read from the same state of the dataset and of the random number generators, on
+every rank and in any order: augmentation is the same for every number of ranks.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.inputs.batches import Weigh
     from lightning_hesd.training.samples.epochs import PlannedBatch
 
-    Made = tuple[Any, int | None]
-    """A batch, and from how many positions or items it was made, if that is known."""
+    Collated = tuple[Any, int | None]
+    """A batch, and the number of positions or items that it was made from, if known."""
 
 T = TypeVar("T")
 
 
 class CollationError(RuntimeError):
-    """The collate function does not put these samples together."""
+    """The collate function fails for some samples."""
 
 
 @dataclass(frozen=True)
 class ReadBatch:
-    """A batch as the collate function made it.
+    """A batch of the collate function.
 
     Attributes:
         data: The batch.
-        size: Its number of samples; 0 where training would skip it.
-        weight: Its weight in the mean loss.
-        doubt: Why the size is a guess; None if it is none.
+        size: Number of samples; 0 for a batch that training would skip.
+        weight: Weight of the batch in the mean loss.
+        size_warning: Reason why the size is uncertain; None if it is certain.
     """
 
     data: Any
     size: float
     weight: float
-    doubt: str | None = None
+    size_warning: str | None = None
 
     def weighted(self, data: Any, index: int, position: int, *, is_padding: bool = False) -> WeightedBatch:
-        """Return it as a batch of the analysis, with these data in place of its own."""
+        """Return the batch as a weighted batch of the analysis, with other data."""
         return WeightedBatch(data, self.weight, index, position=position, size=self.size, is_padding=is_padding)
 
 
@@ -69,30 +69,30 @@ class Reader:
         restore: Callable[[], None],
         batch_weight: Weigh | None,
         *,
-        uses_up: bool = False,
+        may_consume: bool = False,
     ) -> None:
         """Prepare.
 
         Args:
             loader: A DataLoader, or any other iterable of batches.
-            seed: Seed of whatever is random in the dataset.
-            restore: Puts the state of the dataset back.
+            seed: Seed of random numbers in the dataset.
+            restore: Restores the state of the dataset.
             batch_weight: Weight of a batch; None: its number of samples.
-            uses_up: Whether a loader that cannot be copied may be iterated itself.
+            may_consume: Whether a loader that cannot be copied may be iterated itself.
         """
         self._loader = loader
-        self._uses_up = uses_up
+        self._may_consume = may_consume
         self._seed = seed
         self._restore = restore
         self._batch_weight = batch_weight
 
     def planned(self, planned: Sequence[tuple[int, PlannedBatch]]) -> list[ReadBatch]:
-        """Read batches of a map-style dataset, given with their numbers, which go into the seeds."""
+        """Read batches of a map-style dataset, given with their numbers, which determine the seeds."""
         loader = self._loader
-        source = _Batches(loader.dataset, loader.collate_fn, self._seed)
+        source = _BatchDataset(loader.dataset, loader.collate_fn, self._seed)
         items = [(number, batch.keys) for number, batch in planned]
 
-        def here() -> list[Any]:
+        def in_process() -> list[Any]:
             return [source.read(item, self._restore) for item in items]
 
         def through_workers() -> list[Any]:
@@ -101,46 +101,46 @@ class Reader:
             own = self._worker_loader(source, sampler=items, collate_fn=_unchanged, init=init, workers=workers)
             return list(_read(own))
 
-        made = self._anyhow(here, through_workers) if items else []
-        return [measured(data, len(keys), self._batch_weight) for data, (_, keys) in zip(made, items, strict=True)]
+        made = self._in_process_or_workers(in_process, through_workers) if items else []
+        return [measure_batch(data, len(keys), self._batch_weight) for data, (_, keys) in zip(made, items, strict=True)]
 
     def stream(self, num_samples: int, batch_size: int | None) -> list[ReadBatch]:
-        """Read batches, of so many samples together, from the beginning of what cannot be addressed by position.
+        """Read the first batches of a loader without positions, up to a total number of samples.
 
         Raises:
-            NotCopiedError: If the loader cannot be copied, and may not be used up.
+            NotCopiedError: If the loader cannot be copied, and may not be iterated itself.
         """
 
-        def here() -> list[ReadBatch]:
+        def in_process() -> list[ReadBatch]:
             taken: list[ReadBatch] = []
-            made = self._made(batch_size, lambda: num_samples - sum(batch.size for batch in taken))
-            return self._until(num_samples, made, taken)
+            made = self._collated(batch_size, lambda: num_samples - sum(batch.size for batch in taken))
+            return self._take(num_samples, made, taken)
 
         def through_workers() -> list[ReadBatch]:
-            return self._until(num_samples, self._made_by_workers(batch_size), [])
+            return self._take(num_samples, self._collated_by_workers(batch_size), [])
 
         try:
-            return self._anyhow(here, through_workers)
+            return self._in_process_or_workers(in_process, through_workers)
         except NotCopiedError:
-            if not self._uses_up:
+            if not self._may_consume:
                 raise
             self._restore()
-            return self._until(num_samples, ((batch, None) for batch in _read(self._loader)), [])
+            return self._take(num_samples, ((batch, None) for batch in _read(self._loader)), [])
 
-    def _until(self, num_samples: int, made: Iterable[Made], taken: list[ReadBatch]) -> list[ReadBatch]:
+    def _take(self, num_samples: int, made: Iterable[Collated], taken: list[ReadBatch]) -> list[ReadBatch]:
         for data, made_from in made:
-            taken.append(measured(data, made_from, self._batch_weight))
+            taken.append(measure_batch(data, made_from, self._batch_weight))
             if sum(batch.size for batch in taken) >= num_samples:
                 break
         return taken
 
-    def _made(self, batch_size: int | None, wanted: Callable[[], float]) -> Iterator[Made]:
-        """Yield batches, read in this process from copies of what reading uses up."""
+    def _collated(self, batch_size: int | None, wanted: Callable[[], float]) -> Iterator[Collated]:
+        """Yield batches, read in this process from copies of the objects that reading consumes."""
         loader = self._loader
         if not is_plain(loader):
             copy = private_copy(loader, getattr(loader, "dataset", None))
             yield from ((batch, None) for batch in _batches(copy, iter(copy)))
-        elif not isinstance(loader.dataset, IterableDataset):  # each of the sampler's keys stands for a whole batch
+        elif not isinstance(loader.dataset, IterableDataset):  # each key of the sampler is for a whole batch
             for key in private_copy(loader.sampler, loader.dataset):
                 yield loader.collate_fn(loader.dataset[key]), _made_from(key)
         elif loader.batch_size is None:  # the dataset yields whole batches
@@ -152,7 +152,7 @@ class Reader:
                 if not whole or len(chunk) == most:
                     yield loader.collate_fn(chunk), len(chunk)
 
-    def _made_by_workers(self, batch_size: int | None) -> Iterator[Made]:
+    def _collated_by_workers(self, batch_size: int | None) -> Iterator[Collated]:
         loader = self._loader
         if not is_plain(loader):
             yield from ((batch, None) for batch in _read(private_copy(loader, loader.dataset, in_process=False)))
@@ -163,7 +163,7 @@ class Reader:
         if not isinstance(loader.dataset, IterableDataset):
             how["sampler"] = private_copy(loader.sampler, loader.dataset)
         else:
-            private_copy(loader.dataset)  # what cannot be copied, workers may share with training: a queue, a socket
+            private_copy(loader.dataset)  # raises for objects that workers would share with training: a queue, a socket
             if loader.batch_size is not None:
                 how["drop_last"] = loader.drop_last and batch_size is None
                 made_from = how["batch_size"] = batch_size or loader.batch_size
@@ -180,18 +180,18 @@ class Reader:
             generator=torch.Generator().manual_seed(self._seed),
         )
 
-    def _anyhow(self, here: Callable[[], T], through_workers: Callable[[], T]) -> T:
-        """Read in this process, or through workers where training does so and the data need it.
+    def _in_process_or_workers(self, in_process: Callable[[], T], through_workers: Callable[[], T]) -> T:
+        """Read in this process; through workers if training does so and reading in this process fails.
 
-        They may if the loader has a function of its own to prepare its workers.
+        A loader with its own `worker_init_fn` is always read through workers.
         """
         if not getattr(self._loader, "num_workers", 0) or not isinstance(self._loader, DataLoader):
-            return here()
+            return in_process()
         if _has_own_init(self._loader):
             return through_workers()
         try:
-            return here()
-        except Exception as error:  # noqa: BLE001 - raised again below, if the workers fail as well
+            return in_process()
+        except Exception as error:  # noqa: BLE001 - raised below if the workers fail, too
             self._restore()
             try:
                 return through_workers()
@@ -199,21 +199,21 @@ class Reader:
                 raise error from again
 
 
-def measured(data: Any, made_from: int | None, batch_weight: Weigh | None) -> ReadBatch:
+def measure_batch(data: Any, made_from: int | None, batch_weight: Weigh | None) -> ReadBatch:
     """Return a batch with its size and weight.
 
     Args:
         data: The batch.
-        made_from: Number of positions or items that it was made from, if known.
+        made_from: Number of positions or items that the batch was made from, if known.
         batch_weight: Weight of a batch; None: its number of samples.
     """
     if data is None:  # Lightning skips it
         return ReadBatch(data, 0.0, 0.0)
-    return ReadBatch(data, *batches.measured(data, batch_weight, made_from))
+    return ReadBatch(data, *batches.size_and_weight(data, batch_weight, made_from))
 
 
 def _batches(loader: Any, iterator: Iterator[Any]) -> Iterator[Any]:
-    """Return the batches that an iterator over a loader, or over several together, yields."""
+    """Return the batches of an iterator over a loader, or over Lightning's combination of loaders."""
     return (batch for batch, _, _ in iterator) if is_combined(loader) else iterator
 
 
@@ -229,7 +229,7 @@ def _made_from(key: Any) -> int | None:
 
 
 def _read(loader: Any) -> Iterator[Any]:
-    """Yield the batches of a loader with workers, in memory of this process, and end the workers it does not keep."""
+    """Yield the batches of a loader with workers, copied to this process, and end workers that are not persistent."""
     iterator = iter(loader)
     try:
         yield from map(copied, _batches(loader, iterator))
@@ -239,21 +239,21 @@ def _read(loader: Any) -> Iterator[Any]:
             end()
 
 
-class _Batches(Dataset[Any]):
-    """Whole batches of a dataset, addressed by their numbers and the keys of their samples."""
+class _BatchDataset(Dataset[Any]):
+    """A dataset of whole batches, whose keys are the number of a batch and the keys of its samples."""
 
     def __init__(self, dataset: Any, collate_fn: Callable[[Any], Any], seed: int) -> None:
         self.dataset = dataset
         self._collate_fn = collate_fn
         self._seed = seed
-        self._restoring: Any = None
+        self._context: Any = None
         self._restore: Callable[[], None] | None = None
 
     def __getitem__(self, item: tuple[int, Sequence[Any]]) -> Any:
         """Read a batch in a worker."""
-        if self._restore is None:  # in this worker for the first time, and for good
-            self._restoring = restore_state(self.dataset, self._collate_fn, tensors=False)
-            self._restore = self._restoring.__enter__()
+        if self._restore is None:  # for the first time in this worker; it is never left
+            self._context = restore_state(self.dataset, self._collate_fn, tensors=False)
+            self._restore = self._context.__enter__()
         return self.read(item, self._restore)
 
     def read(self, item: tuple[int, Sequence[Any]], restore: Callable[[], None]) -> Any:
@@ -272,7 +272,7 @@ class _Batches(Dataset[Any]):
 
 
 def _init_worker(own: Callable[[int], None] | None, worker_id: int) -> None:
-    """Let the function that prepares the loader's workers find the dataset it knows."""
+    """Call the `worker_init_fn` of the loader with the original dataset in the worker info."""
     info: Any = get_worker_info()
     object.__setattr__(info, "dataset", info.dataset.dataset)
     if own is not None:

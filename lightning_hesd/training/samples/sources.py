@@ -1,4 +1,4 @@
-"""Kinds of loaders: whose samples can be read by their positions, and whose only as training gets its batches."""
+"""Kinds of loaders: those whose samples can be read by position, and those that yield batches in their order only."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_hesd.numerics.inputs.cuts import attributes
-from lightning_hesd.numerics.isolation.containers import holds_atoms
+from lightning_hesd.numerics.isolation.containers import has_plain_items
 from lightning_hesd.numerics.isolation.streams import STREAMS
-from lightning_hesd.training.compat.namespaces import lightning_types
-from lightning_hesd.training.isolation.kinds import is_spent_by_reading
+from lightning_hesd.training.compat.namespaces import MisconfigurationException, lightning_types
+from lightning_hesd.training.isolation.kinds import is_one_way_iterator
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,11 +26,11 @@ _QUEUES = (
     *(multiprocessing.connection.Connection, socket.socket),
 )
 _ITERATION = ("__iter__", "_get_iterator", "_index_sampler", "_auto_collation")
-"""What makes the batches of PyTorch's DataLoader, by the names of its methods and properties."""
+"""The methods and properties by which PyTorch's DataLoader makes batches."""
 
 
 def is_plain(loader: Any) -> bool:
-    """Whether a loader iterates as PyTorch's DataLoader does, so that it can be taken apart."""
+    """Whether a loader iterates as PyTorch's DataLoader does, so that its dataset and samplers can be used directly."""
     if not isinstance(loader, DataLoader):
         return False
     kind: Any = type(loader)
@@ -39,65 +39,98 @@ def is_plain(loader: Any) -> bool:
 
 
 def is_addressable(loader: Any) -> bool:
-    """Whether samples can be read from a loader by their positions, without taking anything away from training."""
+    """Whether samples can be read from a loader by position, without taking samples away from training."""
     return (
         is_plain(loader)
         and not isinstance(loader.dataset, IterableDataset)
         and loader.batch_sampler is not None
-        and not any(map(_is_used_up, _parts(loader.dataset)))
+        and not any(map(_is_consumed_by_reading, _objects_in(loader.dataset)))
     )
 
 
 def is_collection(loaders: Any) -> bool:
-    """Whether Lightning takes it for several training loaders: also a list of batches."""
+    """Whether Lightning takes an object for several training loaders, which includes a list of batches."""
     return isinstance(loaders, dict | list | tuple) or is_combined(loaders)
 
 
 def is_combined(loader: Any) -> bool:
-    """Whether it is Lightning's loader of several loaders together."""
+    """Whether a loader is Lightning's combination of several loaders."""
     return isinstance(loader, lightning_types("utilities.CombinedLoader"))
 
 
-def holds_batches(loaders: Any) -> bool:
-    """Whether a collection of loaders consists of tensors, over the rows of which Lightning iterates."""
+def holds_tensors(loaders: Any) -> bool:
+    """Whether a collection of loaders contains tensors, over the rows of which Lightning iterates."""
     if isinstance(loaders, dict | list | tuple):
-        return any(map(holds_batches, loaders.values() if isinstance(loaders, dict) else loaders))
+        return any(map(holds_tensors, loaders.values() if isinstance(loaders, dict) else loaders))
     return isinstance(loaders, Tensor)
 
 
 def combined(loaders: Any) -> Any:
-    """Return one loader for a collection of loaders, as Lightning makes it; a list of batches is one already."""
+    """Return one loader for a collection of loaders, as Lightning combines them; a list of batches is one loader."""
     if isinstance(loaders, list | tuple):
-        is_of_loaders = bool(loaders) and all(isinstance(loader, DataLoader) for loader in loaders)
+        holds_loaders = bool(loaders) and all(isinstance(loader, DataLoader) for loader in loaders)
     else:
-        is_of_loaders = isinstance(loaders, dict)
-    return CombinedLoader(loaders, "max_size_cycle") if is_of_loaders else loaders
+        holds_loaders = isinstance(loaders, dict)
+    return CombinedLoader(loaders, "max_size_cycle") if holds_loaders else loaders
+
+
+def training_loader(loaders: Any) -> Any:
+    """Return `trainer.train_dataloader`: a loader, or a collection of loaders.
+
+    Raises:
+        MisconfigurationException: If it is None.
+    """
+    if loaders is None:
+        msg = (
+            "the Trainer has no training dataloader from which to draw the analysis samples: pass `dataloader=` to "
+            "HessianSpectrumCallback, a loader or a list of batches that `training_step` (or your `loss_fn`) takes."
+        )
+        raise MisconfigurationException(msg)
+    return loaders
+
+
+def validation_loader(loaders: Any) -> Any:
+    """Return the one validation loader in `trainer.val_dataloaders`.
+
+    Raises:
+        MisconfigurationException: If there is none, or more than one.
+    """
+    if isinstance(loaders, list | tuple) and len(loaders) == 1:
+        [loaders] = loaders
+    if is_collection(loaders) or loaders is None:
+        found = "none" if loaders is None else f"a {type(loaders).__name__} of them"
+        msg = (
+            f"`generalization_dataloader='val'` needs a Trainer with one validation dataloader, got {found}: pass a "
+            "dataloader instead."
+        )
+        raise MisconfigurationException(msg)
+    return loaders
 
 
 def share_data(loader: Any, other: Any) -> bool:
-    """Whether two loaders, or collections of loaders, are or hold one loader, or read one dataset."""
-    others = {id(part) for part in _read_from(other)}
-    return any(id(part) in others for part in _read_from(loader))
+    """Whether two loaders, or collections of loaders, have a loader or a dataset in common."""
+    others = {id(part) for part in _loaders_and_datasets(other)}
+    return any(id(part) in others for part in _loaders_and_datasets(loader))
 
 
-def _read_from(loader: Any) -> Iterator[Any]:
+def _loaders_and_datasets(loader: Any) -> Iterator[Any]:
     if is_combined(loader):
-        yield from _read_from(loader.iterables)
+        yield from _loaders_and_datasets(loader.iterables)
     elif isinstance(loader, dict | list | tuple):
         for part in loader.values() if isinstance(loader, dict) else loader:
-            yield from _read_from(part)
+            yield from _loaders_and_datasets(part)
     else:
         yield loader
         yield getattr(loader, "dataset", loader)
 
 
-def _is_used_up(part: Any) -> bool:
-    """Whether reading takes away from it, for good."""
-    return isinstance(part, _QUEUES) or (is_spent_by_reading(part) and not isinstance(part, STREAMS))
+def _is_consumed_by_reading(part: Any) -> bool:
+    """Whether reading removes items from an object, permanently."""
+    return isinstance(part, _QUEUES) or (is_one_way_iterator(part) and not isinstance(part, STREAMS))
 
 
-def _parts(dataset: Any) -> Iterator[Any]:
-    """Yield what a dataset holds in its attributes, and those of the datasets within it; items of short containers."""
+def _objects_in(dataset: Any) -> Iterator[Any]:
+    """Yield the attributes of a dataset and of datasets inside, and the items of short containers."""
     pending, seen = [dataset], set[int]()
     while pending:
         part = pending.pop()
@@ -107,9 +140,9 @@ def _parts(dataset: Any) -> Iterator[Any]:
         yield part
         if isinstance(part, Dataset) or part is dataset:
             pending.extend(attributes(part).values())
-        elif isinstance(part, list | tuple | dict) and len(part) <= _SHORT and not holds_atoms(part):
+        elif isinstance(part, list | tuple | dict) and len(part) <= _SHORT and not has_plain_items(part):
             pending.extend(part.values() if isinstance(part, dict) else part)
 
 
 _SHORT = 100
-"""Items of a container up to which each is looked at."""
+"""Number of items up to which containers are searched."""

@@ -9,17 +9,18 @@ import pytest
 import torch
 
 from lightning_hesd import Spectrum, hessian_spectrum
-from lightning_hesd.numerics.krylov.lanczos import Lanczos, gauss_quadrature
+from lightning_hesd.numerics.krylov.lanczos import Lanczos
+from lightning_hesd.numerics.krylov.ritz import gauss_quadrature
 from lightning_hesd.spectra.criteria import rounding_threshold
 from lightning_hesd.spectra.quadrature import stack_rules
 from tests import example_spectra as spectra
 
-Storage = Literal["device", "cpu", "none"]
+Basis = Literal["device", "cpu", "none"]
 
 CAP = 60
 FEWEST_PAIRS = 200
 # Every kind has start vectors of its own.
-KINDS: list[tuple[torch.dtype, Storage, range]] = [
+KINDS: list[tuple[torch.dtype, Basis, range]] = [
     (torch.float64, "device", range(14)),
     (torch.float64, "none", range(14, 28)),
     (torch.float32, "device", range(28, 42)),
@@ -32,21 +33,21 @@ def diagonal(name: str, dtype: torch.dtype) -> torch.Tensor:
 
 
 @functools.cache
-def process(name: str, seed: int, dtype: torch.dtype, storage: Storage) -> tuple[np.ndarray, np.ndarray]:
+def run(name: str, seed: int, dtype: torch.dtype, basis: Basis) -> tuple[np.ndarray, np.ndarray]:
     """The coefficients of all steps: those of fewer steps are their beginning (see test_lanczos)."""
     values = diagonal(name, dtype)
     start = torch.randn(spectra.N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-    lanczos = Lanczos(lambda vector: values * vector, start, CAP, storage=storage)
+    lanczos = Lanczos(lambda vector: values * vector, start, CAP, basis=basis)
     lanczos.run()
     return lanczos.alphas, lanczos.betas
 
 
 @functools.cache
 def record(
-    name: str, seed: int, dtype: torch.dtype, storage: Storage, confidence: float, steps: int
+    name: str, seed: int, dtype: torch.dtype, basis: Basis, confidence: float, steps: int
 ) -> tuple[float, float, float]:
     """C_t and its interval after some steps."""
-    alphas, betas = (part[:steps] for part in process(name, seed, dtype, storage))
+    alphas, betas = (part[:steps] for part in run(name, seed, dtype, basis))
     nodes, weights, residuals = stack_rules([gauss_quadrature(alphas, betas)])
     spectrum = Spectrum(
         nodes,
@@ -71,15 +72,15 @@ def is_done(c_t: float, low: float, high: float, rule: float | str) -> bool:
 
 
 def intervals(
-    dtype: torch.dtype, storage: Storage, seeds: range, rule: float | str, confidence: float
+    dtype: torch.dtype, basis: Basis, seeds: range, rule: float | str, confidence: float
 ) -> Iterator[tuple[str, float, float, bool]]:
     """Yield name, ends and whether the rule was met, for every spectrum and seed."""
     for name in spectra.POPULATION:
         for seed in seeds:
-            total = len(process(name, seed, dtype, storage)[0])
+            total = len(run(name, seed, dtype, basis)[0])
             counts = [min(rule, total)] if isinstance(rule, int) else [*range(2, total, 2), total]
             for steps in counts:
-                c_t, low, high = record(name, seed, dtype, storage, confidence, steps)
+                c_t, low, high = record(name, seed, dtype, basis, confidence, steps)
                 done = not isinstance(rule, int) and is_done(c_t, low, high, rule)
                 if done:
                     break
@@ -93,22 +94,22 @@ def count_hits(dtype: torch.dtype, found: list[tuple[str, float, float, bool]]) 
 
 @pytest.mark.parametrize("confidence", [0.95, 0.7])
 @pytest.mark.parametrize("steps", [2, 6, 12, 40])
-@pytest.mark.parametrize(("dtype", "storage", "seeds"), KINDS)
-def test_coverage_at_fixed_steps(dtype, storage, seeds, steps, confidence):
-    found = list(intervals(dtype, storage, seeds, steps, confidence))
+@pytest.mark.parametrize(("dtype", "basis", "seeds"), KINDS)
+def test_coverage_at_fixed_steps(dtype, basis, seeds, steps, confidence):
+    found = list(intervals(dtype, basis, seeds, steps, confidence))
     assert len(found) >= FEWEST_PAIRS
     assert count_hits(dtype, found) >= confidence * len(found)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "storage", "seeds", "rule", "confidence"),
+    ("dtype", "basis", "seeds", "rule", "confidence"),
     [
         *[(*KINDS[0], rule, confidence) for rule in (0.05, 0.01, "type") for confidence in (0.95, 0.7)],
         (*KINDS[3], 0.05, 0.7),  # the other rules and kinds look at much the same coefficients
     ],
 )
-def test_coverage_at_the_step_chosen_by_the_interval_itself(dtype, storage, seeds, rule, confidence):
-    found = list(intervals(dtype, storage, seeds, rule, confidence))
+def test_coverage_at_the_step_chosen_by_the_interval_itself(dtype, basis, seeds, rule, confidence):
+    found = list(intervals(dtype, basis, seeds, rule, confidence))
     assert len(found) >= FEWEST_PAIRS
     assert count_hits(dtype, found) >= confidence * len(found)
     # Most of them did stop by themselves. (C_t of the spectrum about the threshold has no type to be found.)
@@ -120,7 +121,7 @@ def test_the_point_alone_would_not_be_covered():
     short = 0
     for name in spectra.POPULATION:
         for seed in range(14):
-            nodes, _, residuals = gauss_quadrature(*(part[:6] for part in process(name, seed, torch.float64, "device")))
+            nodes, _, residuals = gauss_quadrature(*(part[:6] for part in run(name, seed, torch.float64, "device")))
             true = spectra.POPULATION[name].min(), spectra.POPULATION[name].max()
             short += true[0] < nodes[0] - residuals[0] or true[1] > nodes[-1] + residuals[-1]
     assert short >= 0.2 * 14 * len(spectra.POPULATION)

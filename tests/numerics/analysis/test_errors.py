@@ -1,3 +1,5 @@
+import functools
+import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lightning_hesd import hessian_spectrum
-from lightning_hesd.numerics.analysis.api import analysis_options
-from lightning_hesd.numerics.inputs.batches import batch_size
-from lightning_hesd.numerics.inputs.options import OPTION_NAMES
+from lightning_hesd import hessian_spectrum, layer_spectra
+from lightning_hesd.numerics.analysis import api
+from lightning_hesd.numerics.inputs.options import OPTION_NAMES, AnalysisOptions, analysis_options
+from lightning_hesd.numerics.inputs.sample_counts import batch_size
 from tests import cases
 
 STRATEGIES = ("graph", "recompute")
@@ -64,7 +66,6 @@ OUT_OF_RANGE = [
 ]
 
 NOT_AVAILABLE = [
-    ("strategy", "linearize", r"`strategy='linearize'` is not available in this version: use 'auto' or"),
     ("matrix", "ggn", r"`matrix='ggn'` needs `output_fn\(module, batch\)` and .*`output_fn` is None"),
     ("matrix", "residual", r"`matrix='residual'` needs .*`output_fn` is None"),
     ("output_fn", lambda module, batch: None, r"`output_fn` is for `matrix='ggn'` and .*leave it None for the Hessian"),
@@ -82,8 +83,14 @@ class TestOptions:
             analysis_options(**{name: value})
 
     def test_unknown_ones_are_refused_with_a_list_of_the_known(self):
-        with pytest.raises(TypeError, match=r"unexpected keyword argument 'step'; the analysis takes .*\bsteps\b"):
-            analysis_options(step=3)
+        refusal = (
+            r"unexpected keyword argument 'step': did you mean 'steps'\? The options .*, probes, .*, sampling_error"
+        )
+        for function in (analysis_options, functools.partial(layer_spectra, nn.Linear(1, 1), [], cases.squared_error)):
+            with pytest.raises(TypeError, match=refusal):
+                function(step=3)
+        with pytest.raises(TypeError, match=r"unexpected keyword argument 'colour'\. The options .*, probes"):
+            analysis_options(colour="red")
         with pytest.raises(TypeError, match=r"unexpected keyword argument 'step'"):
             make(step=3)
 
@@ -95,7 +102,16 @@ class TestOptions:
 
     def test_every_option_is_an_argument_of_the_function(self):
         given = {name: getattr(analysis_options(), name) for name in OPTION_NAMES}
+        shown = [p for p in inspect.signature(hessian_spectrum).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        assert {p.name: p.default for p in shown} == given
         assert make(**{**given, "steps": 2}).steps == 2
+
+    def test_every_option_arrives(self, monkeypatch):
+        made = {}
+        monkeypatch.setattr(api, "AnalysisOptions", lambda **options: made.update(options) or AnalysisOptions())
+        marks = {name: f"mark of {name}" for name in OPTION_NAMES}
+        make(**marks)
+        assert made == marks
 
     def test_options_are_checked_before_the_batches_are_read(self):
         def batches() -> Iterator[Any]:
@@ -128,7 +144,7 @@ class TestParameters:
 
 class TestBatches:
     def test_there_must_be_one(self):
-        with pytest.raises(ValueError, match=r"no batches to analyse: `batches` is empty"):
+        with pytest.raises(ValueError, match=r"no batches to analyze: `batches` is empty"):
             hessian_spectrum(nn.Linear(2, 1), [], cases.squared_error)
 
     @pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])

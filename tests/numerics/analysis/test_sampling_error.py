@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import threading
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,14 @@ from torch import Tensor, nn
 
 from lightning_hesd import hessian_spectrum
 from lightning_hesd.numerics.analysis.sampling_error import SamplingError, sampling_error
+from lightning_hesd.numerics.collectives import LOCAL, Collectives
 from lightning_hesd.numerics.inputs.batches import SkippedBatchError, WeightedBatch
 from lightning_hesd.numerics.krylov.lanczos import Lanczos
 from lightning_hesd.numerics.operators.curvature import HessianMatrix
-from lightning_hesd.numerics.operators.operator import CurvatureOperator
-from lightning_hesd.numerics.operators.risk_operator import SampleMean
+from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock
+from lightning_hesd.numerics.operators.risk_operator import RiskOperator
 from tests import oracles
+from tests.ranks import in_threads
 
 Batch = tuple[Tensor, Tensor]
 SAMPLES = 256
@@ -273,7 +274,7 @@ class TestVerification:
     @pytest.mark.parametrize(
         ("loss", "make", "message"),
         [
-            (stale, Batched, "is the same for all of its parts, and does not depend on what was cut"),
+            (stale, Batched, "is the same for all of its groups of samples: it does not depend"),
             (stale, functools.partial(Batched, visible=False), "cannot tell the number of samples|nothing in a batch"),
             (contrastive, Batched, "not a mean over samples"),
             (token_mean, lambda *parts: parts, "not a mean over samples"),
@@ -332,59 +333,40 @@ class TestSkippedBatches:
             hessian_spectrum(trained(), [draw(8, 1), draw(8, 2)], none)
 
     def test_of_a_whole_process(self):
-        def work(rank: int, reduce: Sum) -> float:
+        def work(ranks: Collectives) -> float:
+            rank = ranks.rank
             module, batch = copy.deepcopy(trained()), draw(16, rank)
-            mean = SampleMean(
+            risk = RiskOperator(
                 HessianMatrix(lambda batch: skips(module, batch.data), list(module.parameters())),
                 [WeightedBatch((batch[0], torch.full_like(batch[1], rank)), 16.0, rank)],
                 strategy="graph",
                 dtype=torch.float64,
-                all_reduce=functools.partial(reduce, rank),
+                collectives=ranks,
             )
-            assert (mean.num_batches, mean.num_skipped, mean.weight) == (1, 1, 16.0)
-            return float(mean.product([torch.ones_like(p) for p in module.parameters()]).sum())
+            assert (risk.num_batches, risk.num_skipped, risk.weight) == (1, 1, 16.0)
+            return float(risk.product([torch.ones_like(p) for p in module.parameters()]).sum())
 
-        reduce, results = Sum(2), {}
-        threads = [threading.Thread(target=lambda r=r: results.update({r: work(r, reduce)})) for r in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert results[0] == results[1] != 0
-
-
-class Sum:
-    """Sums tensors over threads that stand for processes."""
-
-    def __init__(self, members: int) -> None:
-        self.barrier = threading.Barrier(members, timeout=60)
-        self.given: dict[int, Tensor] = {}
-
-    def __call__(self, rank: int, tensor: Tensor) -> Tensor:
-        self.given[rank] = tensor.clone()
-        self.barrier.wait()
-        total = torch.stack([self.given[member] for member in sorted(self.given)]).sum(dim=0)
-        self.barrier.wait()  # nobody gives anew before everybody has read
-        return total
+        first, second = in_threads(2, work)
+        assert first == second != 0
 
 
 class TestSeveralProcesses:
     @staticmethod
-    def share(rank: int, ranks: int, reduce: Sum | None) -> SamplingError:
+    def share(ranks: Collectives) -> SamplingError:
         module = copy.deepcopy(trained())
         x, y = draw(SAMPLES, 7)
         batches = [
             WeightedBatch(part, float(len(part[0])), index)
             for index, part in enumerate(zip(x.chunk(6), y.chunk(6), strict=True))
         ]
-        mean = SampleMean(
+        risk = RiskOperator(
             HessianMatrix(lambda batch: loss_fn(module, batch.data), list(module.parameters())),
-            batches[rank::ranks],
+            batches[ranks.rank :: ranks.size],
             strategy="graph",
             dtype=torch.float64,
-            all_reduce=None if reduce is None else functools.partial(reduce, rank),
+            collectives=ranks,
         )
-        operator = CurvatureOperator(mean)
+        operator = DiagonalBlock(risk)
         start = torch.randn(operator.dimension, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         process = Lanczos(operator.matvec, start, 40)
         process.run()
@@ -392,19 +374,10 @@ class TestSeveralProcesses:
 
     @pytest.mark.parametrize("ranks", [2, 4])
     def test_find_the_same_together_as_one_alone(self, ranks):
-        reduce, results = Sum(ranks), {}
-
-        def work(rank: int) -> None:
-            results[rank] = self.share(rank, ranks, reduce)
-
-        threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(ranks)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(timeout=120)
-        alone = vars(self.share(0, 1, None))
+        results = in_threads(ranks, self.share)
+        alone = vars(self.share(LOCAL))
         assert alone["sampling_groups"] == 18
         assert len(results) == ranks
-        for result in results.values():
+        for result in results:
             assert vars(result) == pytest.approx(alone, rel=1e-8)
             assert result == results[0]

@@ -291,7 +291,7 @@ def test_memory_is_linear_in_the_context(causal: bool, penalty: bool, monkeypatc
 
     parameters = list(net.parameters())
     with MemoryMeter(torch.device("cpu")) as building:
-        _, product = HessianMatrix(loss, parameters).product(WeightedBatch(x, 1.0, 0), retain=True)
+        _, product = HessianMatrix(loss, parameters).make_matvec(WeightedBatch(x, 1.0, 0), retain=True)
     with MemoryMeter(torch.device("cpu")) as multiplying:
         product([torch.ones_like(p) for p in parameters])
     assert building.live is not None

@@ -155,14 +155,14 @@ def test_associative_scan_as_accelerators_are_given_it() -> None:
     def combine(a: Tensor, b: Tensor) -> list[Tensor]:
         return [a * b]
 
-    (found,) = control_flow._PLAIN["associative_scan"](combine, [X], ())
+    (found,) = control_flow._EAGER["associative_scan"](combine, [X], ())
     torch.testing.assert_close(found, X.cumprod(0))
-    (one,) = control_flow._PLAIN["associative_scan"](combine, [X[:1]], ())
+    (one,) = control_flow._EAGER["associative_scan"](combine, [X[:1]], ())
     torch.testing.assert_close(one, X[:1])
 
 
 def test_another_signature_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(control_flow._PLAIN, "scan", lambda combine_fn, init: None)
+    monkeypatch.setitem(control_flow._EAGER, "scan", lambda combine_fn, init: None)
     with (
         Replacements(),
         torch.compiler.set_stance("force_eager"),

@@ -250,7 +250,7 @@ def test_memory_of_a_product(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = list(net.parameters())
     matrix, ones = HessianMatrix(loss, parameters), [torch.ones_like(p) for p in parameters]
     with MemoryMeter(torch.device("cpu")) as building:
-        _, product = matrix.product(WeightedBatch(ids, 1.0, 0), retain=True)
+        _, product = matrix.make_matvec(WeightedBatch(ids, 1.0, 0), retain=True)
     with MemoryMeter(torch.device("cpu")) as multiplying:
         product(ones)
     assert building.live is not None

@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_hesd import hessian_spectrum, layer_spectra
-from lightning_hesd.numerics.analysis.api import analysis_options
 from lightning_hesd.numerics.analysis.engine import analyze
 from lightning_hesd.numerics.analysis.evaluation import Evaluator
 from lightning_hesd.numerics.derivatives import fast_derivatives
 from lightning_hesd.numerics.derivatives.replacements import Replacements
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
-from lightning_hesd.numerics.inputs.parameter_sharding import Layout
-from lightning_hesd.numerics.isolation.exact_mode import analysis_state
+from lightning_hesd.numerics.inputs.options import analysis_options
+from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
+from lightning_hesd.numerics.isolation.exact_mode import exact_mode
+from tests.ranks import StandIn
 
 STRATEGIES = ["auto", "graph", "recompute", "finite_difference"]
 
@@ -129,7 +130,7 @@ def test_several_processes_with_max_norm_are_refused() -> None:
     net = Words("layer")
     batches = [WeightedBatch(ids, 2.0, index) for index, ids in enumerate(IDS)]
     with pytest.raises(RuntimeError, match="single process, or without `max_norm`"):
-        analyze(net, batches, loss, analysis_options(steps=2), all_reduce=lambda total: total)
+        analyze(net, batches, loss, analysis_options(steps=2), collectives=StandIn())
 
 
 def penalised(net: nn.Module, x: Tensor) -> Tensor:
@@ -158,8 +159,8 @@ def test_a_loss_is_called_again_once_where_it_differentiates_a_norm(layer: Any, 
         result: Tensor = function(net, x)
         return result
 
-    with analysis_state(net) as isolation:
-        evaluator = Evaluator(net, counted, analysis_options(), Layout(), isolation)
+    with exact_mode(net) as isolation:
+        evaluator = Evaluator(net, counted, analysis_options(), ParameterSharding(), isolation)
         for expected in (2 if again else 1, 1):
             calls = 0
             evaluator.loss(batch)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
-from lightning_hesd.numerics.inputs.batches import WeightedBatch, count_samples, position_in_epoch, weighted_batches
+from lightning_hesd.numerics.inputs.batches import WeightedBatch, position_in_epoch, weighted_batches
 from lightning_hesd.numerics.inputs.cuts import UnsplittableBatchError, cut
+from lightning_hesd.numerics.inputs.sample_counts import count_samples
 
 
 class Pair(NamedTuple):

@@ -249,7 +249,7 @@ class TestParametersWithoutElements:
     def test_what_is_left_without_any_is_refused(self):
         module = self.table()
         del module["numbers"]
-        with pytest.raises(ValueError, match="the parameters to analyse have no elements"):
+        with pytest.raises(ValueError, match="the parameters to analyze have no elements"):
             hessian_spectrum(module, [(torch.zeros(5, 3),)], self.loss)
-        with pytest.raises(ValueError, match="`layers` leaves no block with parameters to analyse"):
+        with pytest.raises(ValueError, match="`layers` leaves no block with parameters to analyze"):
             layer_spectra(self.table(), [(torch.zeros(5, 3),)], self.loss, ["categories"])

@@ -1,7 +1,5 @@
 """Batches weighed by their tokens, against Hessians known in closed form."""
 
-import functools
-import threading
 import warnings
 from collections import UserDict
 from dataclasses import dataclass
@@ -13,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_hesd import hessian_spectrum
-from lightning_hesd.numerics.analysis.api import analysis_options
+from lightning_hesd.numerics.collectives import LOCAL, Collectives
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.inputs.token_weights import Weighing
 from lightning_hesd.numerics.inputs.tokens import TokenCount
-from tests.numerics.analysis.test_sampling_error import Sum
+from tests.ranks import in_threads
 
 VOCABULARY = 5
 LENGTHS = ((7, 2, 3, 1), (3, 4), (9, 2, 2, 2, 8))
@@ -161,7 +160,7 @@ class TestTokens:
             (
                 [FORMS["mask"](b) for b in BATCHES],
                 lambda m, b: from_mask(m, b) + len(b["input_ids"]),
-                "neither weights",
+                "neither by samples nor by tokens",
             ),
         ],
     )
@@ -199,8 +198,11 @@ class TestSamples:
     @pytest.mark.parametrize(
         ("loss", "obstacle"),
         [
-            (squared_mean, "with neither weights"),
-            (lambda m, b: squared_mean(m, b) / (torch.tensor(len(b["labels"])) // 2), "with neither weights"),
+            (squared_mean, "neither by samples nor by tokens"),
+            (
+                lambda m, b: squared_mean(m, b) / (torch.tensor(len(b["labels"])) // 2),
+                "neither by samples nor by tokens",
+            ),
             (lambda m, b: squared_mean(m, b) * (1 // (len(b["labels"]) // 2)), "ZeroDivisionError"),
         ],
     )
@@ -230,11 +232,10 @@ class TestWeighing:
     """What an analysis finds out, other than for good, and in several processes."""
 
     @staticmethod
-    def weighing(batches: Any, module: Any = None, *, wanted: Any = None, all_reduce: Any = None) -> Weighing:
+    def weighing(batches: Any, module: Any = None, *, wanted: Any = None, collectives: Any = LOCAL) -> Weighing:
         weighted = [WeightedBatch(batch, float(len(batch["labels"])), i) for i, batch in batches]
         module = module or Table(causal=True)
-        device = torch.device("cpu")
-        return Weighing(wanted, weighted, lambda batch: with_labels(module, batch.data), all_reduce, device)
+        return Weighing(wanted, weighted, lambda batch: with_labels(module, batch.data), collectives)
 
     def test_where_all_tokens_have_one_loss_it_is_decided_later(self):
         module = Table(causal=True)
@@ -250,22 +251,17 @@ class TestWeighing:
     def test_processes_agree(self, wanted):
         # One of them has a batch that tells nothing, one has none.
         shares = [[(0, BATCHES[0]), (3, BATCHES[2])], [(1, {n: v[1:] for n, v in BATCHES[1].items()})], []]
-        reduce, found = Sum(3), {}
 
-        def work(rank: int) -> None:
-            weighing = self.weighing(shares[rank], wanted=wanted, all_reduce=functools.partial(reduce, rank))
+        def work(ranks: Collectives) -> Any:
+            weighing = self.weighing(shares[ranks.rank], wanted=wanted, collectives=ranks)
             count = weighing.decide()
-            found[rank] = count, [batch.weight for batch in weighing.apply(count)]
+            return count, [batch.weight for batch in weighing.apply(count)]
 
-        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            found = in_threads(3, work)
         count = TokenCount("labels", shifted=True)
-        assert found == {0: (count, [9.0, 18.0]), 1: (count, [3.0]), 2: (count, [])}
+        assert found == [(count, [9.0, 18.0]), (count, [3.0]), (count, [])]
         assert len(caught) == (wanted is None)
 
 

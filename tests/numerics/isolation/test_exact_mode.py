@@ -98,7 +98,7 @@ class TestGlobalGenerators:
     def states() -> tuple[Any, ...]:
         return random.getstate(), describe(np.random.get_state()), torch.get_rng_state().tolist()  # noqa: NPY002
 
-    def test_are_put_back(self, run):
+    def test_are_restored(self, run):
         random.seed(11)
         np.random.seed(12)  # noqa: NPY002 - users may draw from the legacy generator
         torch.manual_seed(13)
@@ -123,7 +123,7 @@ class TestGlobalGenerators:
 
 
 class TestModes:
-    def test_mixed_modes_are_put_back(self, run):
+    def test_mixed_modes_are_restored(self, run):
         module = Net().train()
         module.norm.eval()
         before = [m.training for m in module.modules()]
@@ -152,7 +152,7 @@ class TestModes:
 
 
 class TestTensors:
-    def test_batchnorm_buffers_are_put_back(self, run):
+    def test_batchnorm_buffers_are_restored(self, run):
         module = Net()
         module.norm.running_mean.fill_(0.25)
         module.norm.running_var.fill_(2.5)
@@ -176,7 +176,7 @@ class TestTensors:
         ],
         ids=["in place", "through .data", "through NumPy", "new .data", "new parameter", "an optimizer's step"],
     )
-    def test_parameters_are_put_back(self, tamper, run):
+    def test_parameters_are_restored(self, tamper, run):
         module = Net()
         weight, bias = module.first.weight, module.first.bias
         address = weight.data_ptr()
@@ -187,7 +187,7 @@ class TestTensors:
         assert module.first.bias is bias
         assert describe(dict(module.state_dict())) == describe(dict(before))
 
-    def test_requires_grad_is_put_back(self, run):
+    def test_requires_grad_is_restored(self, run):
         module = Net()
         module.last.bias.requires_grad_(False)
         before = [p.requires_grad for p in module.parameters()]
@@ -223,7 +223,7 @@ class TestTensors:
         ],
         ids=["nothing", "backward", "zero_grad", "assignment"],
     )
-    def test_gradients_are_set_aside_and_put_back(self, tamper, run):
+    def test_gradients_are_removed_and_restored(self, tamper, run):
         module = Net()
         module.last.bias.requires_grad_(False)
         for number, p in enumerate(module.parameters()):
@@ -236,7 +236,7 @@ class TestTensors:
         assert all(p.grad is then for p, then in zip(module.parameters(), objects, strict=True))
         assert describe(objects) == values
 
-    def test_views_of_changed_tensors_are_put_back_too(self, run):
+    def test_views_of_changed_tensors_are_restored_too(self, run):
         module = Net()
         module.register_buffer("base", torch.zeros(2))
         module.register_buffer("part", module.base[:1])
@@ -317,7 +317,7 @@ ATTRIBUTES: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
 
 class TestAttributes:
     @pytest.mark.parametrize("kind", ATTRIBUTES)
-    def test_are_put_back_in_place(self, kind, run):
+    def test_are_restored_in_place(self, kind, run):
         make, change = ATTRIBUTES[kind]
         module = Net()
         module.last.thing = thing = make()
@@ -393,13 +393,13 @@ class TestAttributes:
         twin = make()
         assert [first, draw(module.last.rng)] == [draw(twin), draw(twin)]
 
-    def test_a_generator_without_state_is_left_alone(self, run):
+    def test_a_generator_without_state_is_skipped(self, run):
         module = Net()
         module.rng = random.SystemRandom()
         run(module, lambda module: module.rng.random())
         assert isinstance(module.rng, random.SystemRandom)
 
-    def test_objects_that_hold_a_lock_are_left_alone(self, run):
+    def test_objects_that_hold_a_lock_are_skipped(self, run):
         class Service:
             def __init__(self) -> None:
                 self.lock, self.sent = threading.Lock(), []
@@ -463,7 +463,7 @@ class TestMetrics:
         ids=["tensor state", "list state", "collection"],
     )
     @pytest.mark.parametrize("forward", [True, False])
-    def test_states_are_put_back(self, make, forward, run):
+    def test_states_are_restored(self, make, forward, run):
         module = Net()
         module.last.metric = metric = make()
         twin = make()

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm
 
 from lightning_hesd import Spectrum, hessian_spectrum
-from lightning_hesd.numerics.analysis.api import analysis_options
 from lightning_hesd.numerics.analysis.engine import analyze
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
-from lightning_hesd.numerics.isolation.snapshot import DATA_SIZE
+from lightning_hesd.numerics.inputs.options import analysis_options
+from lightning_hesd.numerics.isolation.snapshot import MAX_COPIED_BYTES
 from lightning_hesd.sample_size.sample_losses import per_sample_losses
 
 STRATEGIES = ("graph", "recompute", "finite_difference")
@@ -345,7 +345,7 @@ class Data(torch.utils.data.Dataset[Any]):
     """Counts how often it is asked."""
 
     def __init__(self) -> None:
-        self.asked, self.tensor, self.large = 0, torch.zeros(2), torch.zeros(DATA_SIZE // 4 + 1)
+        self.asked, self.tensor, self.large = 0, torch.zeros(2), torch.zeros(MAX_COPIED_BYTES // 4 + 1)
 
     def ask(self) -> int:
         self.asked += 1

@@ -1,4 +1,4 @@
-"""State of every kind is put back, or left alone, and what cannot be put back keeps nothing else from it."""
+"""Snapshots restore state of every kind or skip it, and a failure affects no other state."""
 
 import array
 import collections
@@ -20,7 +20,13 @@ from torch._subclasses import FakeTensorMode
 from torch.masked import masked_tensor
 
 from lightning_hesd import hessian_spectrum
-from lightning_hesd.numerics.isolation.snapshot import DATA_COUNT, DATA_SIZE, MANY, Snapshot, restore_state
+from lightning_hesd.numerics.isolation.snapshot import (
+    MAX_COMPARED_STATES,
+    MAX_COPIED,
+    MAX_COPIED_BYTES,
+    Snapshot,
+    restore_state,
+)
 from tests import cases
 
 # Tensors --------------------------------------------------------------------------------------------------------------
@@ -391,7 +397,7 @@ def test_objects_of_any_kind(kind):
 
 
 @pytest.mark.parametrize("kind", LEFT_ALONE)
-def test_objects_that_cannot_be_read_are_left_alone(kind):
+def test_objects_that_cannot_be_read_are_skipped(kind):
     module = nn.Linear(3, 2)
     vars(module).update(thing=LEFT_ALONE[kind](), calls=0)
     thing = vars(module)["thing"]
@@ -442,7 +448,7 @@ def test_a_restoration_that_fails_goes_on_with_the_rest(change, named, fails):
         with contextlib.suppress(ZeroDivisionError), restore_state(module):
             hessian_spectrum(module, batches, loss, mode="eval", strategy="recompute", steps=2)
 
-    with pytest.warns(RuntimeWarning, match=f"could not put back all that the analysis changed: {named} "):
+    with pytest.warns(RuntimeWarning, match=f"could not restore everything that the analysis changed: {named} "):
         run()
     assert module.training
     assert (module.calls, module.last) == (0, [1])
@@ -458,12 +464,12 @@ class Images(torch.utils.data.Dataset[Any]):
 
     def __init__(self) -> None:
         self.samples = [(f"{i}.png", i) for i in range(200_000)]
-        self.tensors = [torch.zeros(1) for _ in range(DATA_COUNT + 10)]
-        self.large = torch.zeros(DATA_SIZE // 4 + 1)
-        self.asked, self.objects = 0, [types.SimpleNamespace(n=0) for _ in range(MANY)]
+        self.tensors = [torch.zeros(1) for _ in range(MAX_COPIED + 10)]
+        self.large = torch.zeros(MAX_COPIED_BYTES // 4 + 1)
+        self.asked, self.objects = 0, [types.SimpleNamespace(n=0) for _ in range(MAX_COMPARED_STATES)]
 
 
-def test_what_may_be_data_is_not_copied():
+def test_data_are_not_copied():
     images = Images()
     snapshot = Snapshot(nn.Linear(1, 1), others=[images])
     images.asked += 1
@@ -517,7 +523,7 @@ class Counting(nn.Module, metaclass=Kind):
         self.apart = Apart
 
 
-def test_classes_that_are_values_are_put_back() -> None:
+def test_classes_that_are_values_are_restored() -> None:
     module = Counting()
     with restore_state(module):
         Kind.made += 1

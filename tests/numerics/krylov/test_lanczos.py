@@ -6,13 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_hesd.numerics.krylov.lanczos import (
-    STEPS_BETWEEN_CHECKS,
-    Lanczos,
-    NonFiniteProductError,
-    eigen,
-    gauss_quadrature,
-)
+from lightning_hesd.numerics.krylov.lanczos import STEPS_BETWEEN_CHECKS, Lanczos, NonFiniteProductError
+from lightning_hesd.numerics.krylov.ritz import gauss_quadrature, tridiagonal_eigh
 from lightning_hesd.spectra.criteria import rounding_threshold
 
 DTYPES = [torch.float64, torch.float32]
@@ -56,10 +51,10 @@ class Times:
 
 
 def lanczos(matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int, **options: Any) -> Lanczos:
-    """A process that has been run."""
-    process = Lanczos(matvec, start, steps, **options)
-    process.run()
-    return process
+    """A run with all its steps taken."""
+    found = Lanczos(matvec, start, steps, **options)
+    found.run()
+    return found
 
 
 def run(name: str, dtype: torch.dtype, steps: int) -> tuple[Lanczos, np.ndarray, float]:
@@ -247,7 +242,7 @@ def elsewhere(start: Tensor) -> Tensor:
 
 def assert_same_rule(first: Lanczos, second: Lanczos, rounding: float) -> None:
     """Not bit for bit: where the device is not asked, Gram-Schmidt passes twice whether or not it has to."""
-    ours, theirs = (gauss_quadrature(process.alphas, process.betas) for process in (first, second))
+    ours, theirs = (gauss_quadrature(found.alphas, found.betas) for found in (first, second))
     np.testing.assert_allclose(ours[0], theirs[0], rtol=0, atol=rounding)
     np.testing.assert_allclose(ours[2], theirs[2], rtol=0, atol=rounding)
 
@@ -295,22 +290,23 @@ class TestStopping:
 
     def test_stops_where_it_is_told_to(self):
         matvec = Times(make_matrix(SPECTRA["indefinite"][0], torch.float64))
-        process = Lanczos(matvec, make_start(30), steps=20)
         asked = []
 
         def stop() -> bool:
-            asked.append(len(process.alphas))
-            assert len(process.betas) == matvec.calls == asked[-1]
+            asked.append(len(found.alphas))
+            assert len(found.betas) == matvec.calls == asked[-1]
             return asked[-1] >= 9
 
-        process.run(stop)
+        found = Lanczos(matvec, make_start(30), steps=20)
+        found.run(stop)
         assert asked == [2, 4, 6, 8, 10]
-        assert matvec.calls == len(process.alphas) == 10
-        assert not process.breakdown
+        assert matvec.calls == len(found.alphas) == 10
+        assert not found.breakdown
 
     def test_what_it_has_then_is_what_it_would_have_had(self):
         matrix, start = make_matrix(SPECTRA["indefinite"][0], torch.float64), make_start(30)
-        stopped, whole = Lanczos(Times(matrix), start, steps=20), lanczos(Times(matrix), start, steps=20)
+        whole = lanczos(Times(matrix), start, steps=20)
+        stopped = Lanczos(Times(matrix), start, steps=20)
         stopped.run(lambda: len(stopped.alphas) == 6)
         np.testing.assert_array_equal(stopped.alphas, whole.alphas[:6])
         np.testing.assert_array_equal(stopped.betas, whole.betas[:6])
@@ -318,39 +314,63 @@ class TestStopping:
     def test_is_not_asked_after_the_last_step_or_a_breakdown(self):
         asked = []
         for steps in (4, 12):  # two distinct eigenvalues
-            process = Lanczos(Times(make_matrix([1.0] * 3 + [2.0] * 9, torch.float64)), make_start(12), steps)
-            process.run(lambda: asked.append(1) or False)
-            assert (len(process.alphas), process.breakdown) == (2, True)
-        process = Lanczos(Times(make_matrix(SPECTRA["indefinite"][0], torch.float64)), make_start(30), steps=4)
-        process.run(lambda: asked.append(len(process.alphas)) or False)
+            matrix = make_matrix([1.0] * 3 + [2.0] * 9, torch.float64)
+            found = Lanczos(Times(matrix), make_start(12), steps)
+            found.run(lambda: asked.append(1) or False)
+            assert (len(found.alphas), found.breakdown) == (2, True)
+        matvec = Times(make_matrix(SPECTRA["indefinite"][0], torch.float64))
+        found = Lanczos(matvec, make_start(30), steps=4)
+        found.run(lambda: asked.append(len(found.alphas)) or False)
         assert asked == [2]
 
     def test_an_accelerator_is_asked_only_where_it_is_read(self):
-        process = Lanczos(
-            Times(make_matrix(SPECTRA["indefinite"][0], torch.float64)), elsewhere(make_start(30)), steps=20
-        )
+        matvec = Times(make_matrix(SPECTRA["indefinite"][0], torch.float64))
+        found = Lanczos(matvec, elsewhere(make_start(30)), steps=20)
         asked = []
-        process.run(lambda: asked.append(len(process.alphas)) or False)
+        found.run(lambda: asked.append(len(found.alphas)) or False)
         assert asked == [STEPS_BETWEEN_CHECKS, 2 * STEPS_BETWEEN_CHECKS]
+
+
+class TestUpdate:
+    """The caller makes the products."""
+
+    @pytest.mark.parametrize("spectrum", [SPECTRA["indefinite"][0], SPECTRA["clustered"][0]])
+    def test_gives_what_run_gives_and_says_when_the_run_has_ended(self, spectrum):
+        matrix, start = make_matrix(spectrum, torch.float64), make_start(len(spectrum))
+        whole = lanczos(Times(matrix), start, steps=12)
+        found, ends = Lanczos(Times(matrix), start, steps=12), []
+        while not ends or not ends[-1]:
+            ends.append(found.update(matrix @ found.vector))
+        np.testing.assert_array_equal(found.alphas, whole.alphas)
+        np.testing.assert_array_equal(found.betas, whole.betas)
+        assert len(ends) == len(whole.alphas)
+
+    def test_vectors_are_the_basis(self):
+        matrix, vectors = make_matrix(SPECTRA["indefinite"][0], torch.float64), []
+        found = Lanczos(Times(matrix), make_start(30), steps=5)
+        for _ in range(5):
+            vectors.append(found.vector)
+            found.update(matrix @ found.vector)
+        assert torch.equal(torch.stack(vectors), found.ritz_vectors(np.eye(5)))
 
 
 # Outliers that converge after a few steps: without a basis, ghosts of them appear.
 OUTLIERS = [*np.linspace(-1.0, 1.0, 197).tolist(), -8.0, 20.0, 50.0]
 
 
-class TestStorage:
+class TestBasis:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("start", [make_start, lambda n, dtype: elsewhere(make_start(n, dtype))])
     def test_a_basis_in_other_memory_gives_the_same_rule(self, start, dtype):
         matrix = make_matrix(OUTLIERS, dtype)
-        near, far = (lanczos(Times(matrix), start(200, dtype), 60, storage=storage) for storage in ("device", "cpu"))
+        near, far = (lanczos(Times(matrix), start(200, dtype), 60, basis=basis) for basis in ("device", "cpu"))
         np.testing.assert_array_equal(far.alphas, near.alphas)
         np.testing.assert_array_equal(far.betas, near.betas)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_without_a_basis_there_are_ghosts_and_the_right_extremes(self, dtype):
         matrix = make_matrix(OUTLIERS, dtype)
-        kept, without = (lanczos(Times(matrix), make_start(200, dtype), 100, storage=s) for s in ("device", "none"))
+        kept, without = (lanczos(Times(matrix), make_start(200, dtype), 100, basis=b) for b in ("device", "none"))
         nodes, _, _ = gauss_quadrature(kept.alphas, kept.betas)
         ghostly, _, residuals = gauss_quadrature(without.alphas, without.betas)
         rounding = rounding_threshold(50.0, torch.finfo(dtype).eps, 200)
@@ -366,7 +386,7 @@ class TestStorage:
         matrix = make_matrix(OUTLIERS, dtype)
         rules = [
             gauss_quadrature(p.alphas, p.betas)
-            for p in (lanczos(Times(matrix), make_start(200, dtype), 100, storage=s) for s in ("device", "none"))
+            for p in (lanczos(Times(matrix), make_start(200, dtype), 100, basis=b) for b in ("device", "none"))
         ]
         for eigenvalue in (-8.0, 20.0, 50.0):
             kept, without = (weights[np.abs(nodes - eigenvalue) < 1].sum() for nodes, weights, _ in rules)
@@ -375,87 +395,85 @@ class TestStorage:
 
 class TestRitzVectors:
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("storage", ["device", "cpu", "none"])
-    def test_have_the_residuals_of_the_rule(self, storage, dtype):
+    @pytest.mark.parametrize("basis", ["device", "cpu", "none"])
+    def test_have_the_residuals_of_the_rule(self, basis, dtype):
         # Few steps, before any orthogonality is lost.
         matrix = make_matrix(SPECTRA["indefinite"][0], dtype)
-        process = lanczos(Times(matrix), make_start(30, dtype), 12, storage=storage)
-        nodes, vectors = eigen(process.alphas, process.betas)
-        ritz = process.ritz_vectors(vectors).double()
+        found = lanczos(Times(matrix), make_start(30, dtype), 12, basis=basis)
+        nodes, vectors = tridiagonal_eigh(found.alphas, found.betas)
+        ritz = found.ritz_vectors(vectors).double()
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(ritz @ ritz.T, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e4 * eps)
         residuals = torch.linalg.vector_norm(ritz @ matrix.double() - torch.from_numpy(nodes)[:, None] * ritz, dim=1)
-        expected = gauss_quadrature(process.alphas, process.betas)[2]
+        expected = gauss_quadrature(found.alphas, found.betas)[2]
         np.testing.assert_allclose(residuals, expected, rtol=0, atol=1e4 * eps)
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("storage", ["device", "none"])
-    def test_of_outliers_are_eigenvectors_ghosts_or_not(self, storage, dtype):
+    @pytest.mark.parametrize("basis", ["device", "none"])
+    def test_of_outliers_are_eigenvectors_ghosts_or_not(self, basis, dtype):
         values, vectors = torch.linalg.eigh(make_matrix(OUTLIERS, torch.float64))
-        process = lanczos(Times(make_matrix(OUTLIERS, dtype)), make_start(200, dtype), 100, storage=storage)
-        _, coefficients = eigen(process.alphas, process.betas)
+        found = lanczos(Times(make_matrix(OUTLIERS, dtype)), make_start(200, dtype), 100, basis=basis)
+        _, coefficients = tridiagonal_eigh(found.alphas, found.betas)
         for position in (0, -1):
-            (ritz,) = process.ritz_vectors(coefficients[:, [position]]).double()
+            (ritz,) = found.ritz_vectors(coefficients[:, [position]]).double()
             # A ghost's share of the combination may be of any length: only the direction counts.
             alignment = float(torch.dot(ritz, vectors[:, position]).abs() / ritz.norm())
             assert alignment == pytest.approx(1.0, abs=1e-3)
         assert values[-1] == pytest.approx(50.0)
 
-    def test_repeating_the_process_takes_one_product_less_than_it_had_steps(self):
+    def test_repeating_the_run_takes_one_product_less_than_it_had_steps(self):
         matvec = Times(make_matrix(SPECTRA["indefinite"][0], torch.float64))
-        process = lanczos(matvec, make_start(30), 12, storage="none")
+        found = lanczos(matvec, make_start(30), 12, basis="none")
         matvec.calls = 0
-        process.ritz_vectors(np.eye(12)[:, :1])
+        found.ritz_vectors(np.eye(12)[:, :1])
         assert matvec.calls == 11
 
-    @pytest.mark.parametrize("storage", ["device", "cpu"])
-    def test_projections_are_along_the_basis(self, storage):
-        process = lanczos(
-            Times(make_matrix(SPECTRA["indefinite"][0], torch.float64)), make_start(30), 7, storage=storage
-        )
-        basis = process.ritz_vectors(np.eye(7))
+    @pytest.mark.parametrize("basis", ["device", "cpu"])
+    def test_projections_are_along_the_basis(self, basis):
+        found = lanczos(Times(make_matrix(SPECTRA["indefinite"][0], torch.float64)), make_start(30), 7, basis=basis)
+        rows = found.ritz_vectors(np.eye(7))
         vector = make_start(30, seed=8)
-        np.testing.assert_allclose(process.project(vector), basis @ vector, rtol=0, atol=1e-14)
+        np.testing.assert_allclose(found.project(vector), rows @ vector, rtol=0, atol=1e-14)
 
     def test_after_a_breakdown_only_the_steps_that_count_are_projected_on(self):
-        process = lanczos(Times(make_matrix([1.0] * 5 + [2.0] * 7, torch.float64)), make_start(12), 10)
-        assert process.project(make_start(12, seed=8)).shape == (2,)
+        found = lanczos(Times(make_matrix([1.0] * 5 + [2.0] * 7, torch.float64)), make_start(12), 10)
+        assert found.project(make_start(12, seed=8)).shape == (2,)
 
     def test_without_a_basis_there_is_nothing_to_project_on(self):
-        process = lanczos(Times(make_matrix([1.0, 2.0], torch.float64)), make_start(2), 2, storage="none")
-        assert process.project(make_start(2)) is None
+        found = lanczos(Times(make_matrix([1.0, 2.0], torch.float64)), make_start(2), 2, basis="none")
+        assert found.project(make_start(2)) is None
 
 
 class TestAsymmetry:
     """⟨v_i, Hv_j⟩ for i < j is known from the symmetric matrix that H ought to be."""
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("storage", ["device", "none"])
-    def test_is_rounding_for_symmetric_matrices(self, dtype, storage):
+    @pytest.mark.parametrize("basis", ["device", "none"])
+    def test_is_rounding_for_symmetric_matrices(self, dtype, basis):
         matrix = make_matrix(np.linspace(-1.0, 2.0, 60), dtype)
-        process = lanczos(Times(matrix), make_start(60, dtype), 15, storage=storage)
-        assert process.asymmetries.shape == process.alphas.shape
-        assert process.asymmetries.max() <= rounding_threshold(2.0, torch.finfo(dtype).eps, 60)
+        found = lanczos(Times(matrix), make_start(60, dtype), 15, basis=basis)
+        assert found.asymmetries.shape == found.alphas.shape
+        assert found.asymmetries.max() <= rounding_threshold(2.0, torch.finfo(dtype).eps, 60)
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("storage", ["device", "none"])
+    @pytest.mark.parametrize("basis", ["device", "none"])
     @pytest.mark.parametrize("size", [1e-2, 1.0])
-    def test_is_of_the_size_of_the_asymmetric_part(self, dtype, storage, size):
+    def test_is_of_the_size_of_the_asymmetric_part(self, dtype, basis, size):
         matrix = make_matrix(np.linspace(-1.0, 2.0, 60), dtype)
         part = torch.randn(60, 60, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
         part -= part.T.clone()
         part *= size / torch.linalg.matrix_norm(part, 2)
-        process = lanczos(Times(matrix + part), make_start(60, dtype), 15, storage=storage)
-        assert size / 10 < process.asymmetries.max()
-        if storage == "device":  # else the basis is not orthogonal, and the components grow
-            assert process.asymmetries.max() < 2 * size
+        found = lanczos(Times(matrix + part), make_start(60, dtype), 15, basis=basis)
+        assert size / 10 < found.asymmetries.max()
+        if basis == "device":  # else the basis is not orthogonal, and the components grow
+            assert found.asymmetries.max() < 2 * size
 
     @pytest.mark.parametrize("scale", [1e-22, 1e-30, 1e25])
-    @pytest.mark.parametrize("storage", ["device", "none"])
-    def test_sizes_whose_squares_under_or_overflow_in_float32(self, scale, storage):
+    @pytest.mark.parametrize("basis", ["device", "none"])
+    def test_sizes_whose_squares_under_or_overflow_in_float32(self, scale, basis):
         spectrum = np.linspace(-1.0, 2.0, 60)
         usual, scaled = (
-            lanczos(Times(make_matrix(s * spectrum, torch.float32)), make_start(60, torch.float32), 20, storage=storage)
+            lanczos(Times(make_matrix(s * spectrum, torch.float32)), make_start(60, torch.float32), 20, basis=basis)
             for s in (1.0, scale)
         )
         nodes, _, _ = gauss_quadrature(usual.alphas, usual.betas)

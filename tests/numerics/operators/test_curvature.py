@@ -17,9 +17,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_hesd import hessian_spectrum
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
-from lightning_hesd.numerics.operators.curvature import GaussNewtonMatrix, HessianMatrix, Matrix, ResidualMatrix
-from lightning_hesd.numerics.operators.operator import CurvatureOperator, joint_products, prepare_differences
-from lightning_hesd.numerics.operators.risk_operator import SampleMean
+from lightning_hesd.numerics.operators.curvature import (
+    CurvatureMatrix,
+    GaussNewtonMatrix,
+    HessianMatrix,
+    ResidualMatrix,
+)
+from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock, block_products, choose_difference_step
+from lightning_hesd.numerics.operators.risk_operator import RiskOperator
 from tests import cases, oracles
 
 Loss = Callable[[Any, Any], Tensor]
@@ -69,7 +74,7 @@ def outputs_of(module: nn.Module, batch: Any) -> Tensor:
     return module(batch[0])
 
 
-def operator(case: str, kind: str, strategy: Any = "graph") -> CurvatureOperator:
+def operator(case: str, kind: str, strategy: Any = "graph") -> DiagonalBlock:
     module, batches, output_loss = problem(case)
     parameters = [p for p in module.parameters() if p.requires_grad]
 
@@ -80,18 +85,18 @@ def operator(case: str, kind: str, strategy: Any = "graph") -> CurvatureOperator
         "output_fn": lambda batch: outputs_of(module, batch.data),
         "output_loss": lambda outputs, batch: output_loss(outputs, batch.data),
     }
-    matrix: Matrix = {
+    matrix: CurvatureMatrix = {
         "hessian": lambda: HessianMatrix(loss, parameters),
         "ggn": lambda: GaussNewtonMatrix(loss, parameters, **of_outputs),
         "residual": lambda: ResidualMatrix(loss, parameters, **of_outputs),
     }[kind]()
     weighted = [WeightedBatch(batch, float(len(batch[0])), index) for index, batch in enumerate(batches)]
-    found = CurvatureOperator(SampleMean(matrix, weighted, strategy=strategy, dtype=torch.float64))
-    prepare_differences([found])
+    found = DiagonalBlock(RiskOperator(matrix, weighted, strategy=strategy, dtype=torch.float64))
+    choose_difference_step([found])
     return found
 
 
-def dense(operator: CurvatureOperator) -> Tensor:
+def dense(operator: DiagonalBlock) -> Tensor:
     return torch.stack([operator.matvec(row) for row in torch.eye(operator.dimension, dtype=torch.float64)])
 
 
@@ -133,7 +138,7 @@ class TestParts:
     def test_residual_by_differences(self, case):
         exact, differences = operator(case, "residual"), operator(case, "residual", "finite_difference")
         errors = torch.linalg.vector_norm(dense(differences) - dense(exact), dim=1)
-        assert float(errors.max()) <= differences.mean.product_error < 1e-6
+        assert float(errors.max()) <= differences.risk.product_error < 1e-6
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # curvlinops
@@ -256,7 +261,7 @@ class TestMistakes:
 
 
 class TestBlocks:
-    def operators(self, name: str, strategy: Any, sizes: tuple[int, ...]) -> list[CurvatureOperator]:
+    def operators(self, name: str, strategy: Any, sizes: tuple[int, ...]) -> list[DiagonalBlock]:
         module, batches, loss_fn = cases.make(name)
         module.eval()
         parameters = [p for p in module.parameters() if p.requires_grad]
@@ -264,9 +269,9 @@ class TestBlocks:
         blocks = [slice(int(a), int(b)) for a, b in itertools.pairwise(ends)]
         matrix = HessianMatrix(lambda batch: loss_fn(module, batch.data), parameters, blocks=blocks)
         weighted = [WeightedBatch(batch, float(len(batch[0])), index) for index, batch in enumerate(batches)]
-        mean = SampleMean(matrix, weighted, strategy=strategy, dtype=torch.float64)
-        operators = [CurvatureOperator(mean, block) for block in blocks]
-        prepare_differences(operators)
+        risk = RiskOperator(matrix, weighted, strategy=strategy, dtype=torch.float64)
+        operators = [DiagonalBlock(risk, block) for block in blocks]
+        choose_difference_step(operators)
         return operators
 
     @pytest.mark.parametrize("strategy", ["graph", "recompute", "finite_difference"])
@@ -280,8 +285,8 @@ class TestBlocks:
         u, v = (torch.randn(o.dimension, generator=generator, dtype=torch.float64) for o in (first, second))
         expected = (hessian[:n, :n] @ u, hessian[n:, n:] @ v)
         slack = 1e-12 if strategy != "finite_difference" else 1e-7
-        passes = first.mean.passes
-        for found in (joint_products([first, second], [u, v]), [first.matvec(u), second.matvec(v)]):
+        passes = first.risk.passes
+        for found in (block_products([first, second], [u, v]), [first.matvec(u), second.matvec(v)]):
             for ours, theirs in zip(found, expected, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=slack * float(theirs.norm()))
-        assert first.mean.passes == passes + 3  # one for both, and one each
+        assert first.risk.passes == passes + 3  # one for both, and one each

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hesd import Spectrum, hessian_spectrum
-from lightning_hesd.numerics.analysis.api import analysis_options
 from lightning_hesd.numerics.analysis.engine import analyze
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.operators.memory import VECTORS, MemoryMeter, free_system_memory, plan_memory
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
 from tests import cases
@@ -74,8 +74,8 @@ class TestPlan:
 
     def test_the_basis_takes_at_most_half_of_what_the_vectors_leave(self):
         exact = self.FIXED + 2 * 100 * 4000
-        assert self.plan(exact).storage == "device"
-        assert self.plan(exact - 2).storage == "none"
+        assert self.plan(exact).basis == "device"
+        assert self.plan(exact - 2).basis == "none"
 
     @pytest.mark.parametrize(("basis", "share"), [("device", 400_000), ("cpu", 400_000), ("none", 0)])
     def test_graphs_get_the_rest(self, basis, share):

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_hesd import Spectrum, hessian_spectrum
-from lightning_hesd.numerics.analysis.api import analysis_options
 from lightning_hesd.numerics.analysis.engine import analyze
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
 from tests import cases, oracles
 
@@ -226,7 +226,7 @@ class TestFallback:
         batches = [WeightedBatch(batch, float(len(batch[0])), index) for index, batch in enumerate(data(3))]
         with pytest.raises(error, match="the loss's own trouble"):
             analyze(perceptron(nn.Tanh()), batches, loss, analysis_options(steps=5), cache=cache)
-        assert cache.obstacle is None  # or the next analysis would be by differences
+        assert cache.inexact_reason is None  # or the next analysis would be by differences
 
 
 class Attention(nn.Module):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lightning_hesd import Spectrum, hessian_spectrum, layer_spectra
 from lightning_hesd.numerics.analysis import engine
-from lightning_hesd.numerics.analysis.api import analysis_options
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
-from lightning_hesd.numerics.operators import risk_operator
+from lightning_hesd.numerics.inputs.options import analysis_options
+from lightning_hesd.numerics.operators import self_checks
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
 from lightning_hesd.numerics.operators.verification import Comparison, Verification
 from tests import cases
@@ -416,7 +416,7 @@ class TestOnceForEachLoss:
 
 
 def test_asymmetric_products_that_the_comparison_missed_are_found_out(monkeypatch):
-    monkeypatch.setattr(risk_operator, "verify", lambda *_, **__: Verification("agrees", "agrees", "not really"))
+    monkeypatch.setattr(self_checks, "verify", lambda *_, **__: Verification("agrees", "agrees", "not really"))
 
     def loss(m: Any, b: Any) -> Tensor:
         return F.mse_loss(Times.apply(m[0](b[0]).tanh(), m[1].weight), b[1])
@@ -453,10 +453,10 @@ class TestComparison:
         assert self.compare([2.0, 1.3, 1.2, 1.201]) == "differs"
 
     def test_estimates_that_do_not_settle_say_nothing(self):
-        assert self.compare([2.0, 1.3, 1.7, 0.6]) == "cannot be told"
+        assert self.compare([2.0, 1.3, 1.7, 0.6]) == "undecided"
 
     def test_nor_does_a_single_one(self):
-        assert self.compare([2.0]) == "cannot be told"
+        assert self.compare([2.0]) == "undecided"
 
     def test_nor_do_those_that_rounding_may_have_moved(self):
-        assert self.compare([1.2, 1.2, 1.0], rounding=0.1) == "cannot be told"
+        assert self.compare([1.2, 1.2, 1.0], rounding=0.1) == "undecided"

@@ -63,21 +63,21 @@ scripts = st.lists(
 
 def expected_epoch(script: list[Epoch], rule: str, metric: str | None, tolerance: float, *, require_mp: bool) -> int:
     """The design's rule, by brute force over the whole history; without anything to rank, the last epoch."""
-    analysed = [(number, e) for number, e in enumerate(script) if not e.error and e.c_t is not None]
-    analysed = [(number, e) for number, e in analysed if not math.isnan(e.c_t or 0.0)]
-    if not analysed:
+    analyzed = [(number, e) for number, e in enumerate(script) if not e.error and e.c_t is not None]
+    analyzed = [(number, e) for number, e in analyzed if not math.isnan(e.c_t or 0.0)]
+    if not analyzed:
         return len(script) - 1
 
     def score(e: Epoch) -> float:
         # As float32, in which Lightning keeps logged metrics.
         return -e.loss if metric is None else float(torch.tensor(e.accuracy))
 
-    best = max(score(e) for _, e in analysed)
-    near = [(number, e) for number, e in analysed if best - score(e) <= tolerance]
+    best = max(score(e) for _, e in analyzed)
+    near = [(number, e) for number, e in analyzed if best - score(e) <= tolerance]
     if require_mp:
         near = [(number, e) for number, e in near if (e.c_t or 0.0) > -0.6]
         if not near:
-            return min(number for number, e in analysed if score(e) == best)
+            return min(number for number, e in analyzed if score(e) == best)
     score = {"highest_c_t": lambda e: e.c_t, "lowest_max_eigenvalue": lambda e: -e.lambda_max}[rule]
     return min(near, key=lambda row: (-score(row[1]), row[0]))[0]
 
@@ -269,7 +269,7 @@ def test_last_is_of_the_last_epoch_also_without_an_analysis(tmp_path: Path) -> N
 
 
 def test_a_last_link_never_dangles(tmp_path: Path) -> None:
-    # The last two epochs have no checkpoint of their own: one is beaten, the other not analysed.
+    # The last two epochs have no checkpoint of their own: one is beaten, the other not analyzed.
     script = [Epoch(-0.2, loss=0.3), Epoch(-0.9, loss=0.1), Epoch(-0.1, loss=0.11), Epoch(-0.3, loss=0.12), Epoch(None)]
     for epochs in range(1, len(script) + 1):
         folder = tmp_path / str(epochs)
@@ -441,7 +441,7 @@ class PlateauOfSteps(Plateau):
             {},
             {"check_on_train_epoch_end": False},
             ScriptedModule,
-            "before the epoch is analysed.*analyse every epoch, and set `check_on_train_epoch_end=True`",
+            "before the epoch is analyzed.*analyze every epoch, and set `check_on_train_epoch_end=True`",
         ),
         ({}, {}, ScriptedModule, None),
         ({}, {"check_on_train_epoch_end": True, "monitor": "train_acc"}, ScriptedModule, None),
@@ -598,7 +598,7 @@ def test_without_room_for_any_file_there_is_no_pick(tmp_path: Path) -> None:
     assert observer.checkpoint.best_model_path == ""
 
 
-def test_a_mock_of_a_checkpoint_callback_is_no_neighbour(tmp_path: Path) -> None:
+def test_a_mock_of_a_checkpoint_callback_is_no_neighbor(tmp_path: Path) -> None:
     """It has the methods of its class, and none of the attributes that `__init__` sets."""
     observer = callback(on_error="raise", checkpoint="highest_c_t")
     mock = Mock(spec=ModelCheckpoint, state_key="mock")

@@ -1,4 +1,4 @@
-"""Files of checkpoints: no two states share one, and neighbours neither lose theirs nor take ours."""
+"""Files of checkpoints: no two states share one, and neighbors neither lose theirs nor take ours."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tests.training.scripted import (
     Epoch,
     ScriptedModule,
     ScriptedSource,
+    earliest,
     loader,
     make_trainer,
     run_script,
@@ -29,10 +30,6 @@ SCRIPT = [Epoch(-0.1, loss=loss, accuracy=0.5) for loss in (0.4, 0.3, 0.2)]
 """Each epoch has a better loss than the one before: with a rule that prefers the earliest all stay candidates."""
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
-
-
-def earliest(record: Any) -> float:
-    return -float(record.epoch)
 
 
 def keeping(rule: Any = earliest, **arguments: Any) -> HessianCheckpoint:
@@ -99,10 +96,10 @@ def test_an_exception_has_a_file_of_its_own(tmp_path: Path, arguments: dict[str,
     assert step_in(str(exception)) == step_in(checkpoint.last_model_path) == 5
 
 
-# Neighbours -----------------------------------------------------------------------------------------------------------
+# Neighbors -----------------------------------------------------------------------------------------------------------
 
 
-def neighbour(**arguments: Any) -> ModelCheckpoint:
+def neighbor(**arguments: Any) -> ModelCheckpoint:
     return ModelCheckpoint(**{"save_top_k": -1, **arguments})
 
 
@@ -139,13 +136,13 @@ NEIGHBOURS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("name", "first"), [(name, bool(number % 2)) for number, name in enumerate(NEIGHBOURS)])
-def test_a_neighbour_in_the_same_folder_has_the_files_it_would_have_alone(
+def test_a_neighbor_in_the_same_folder_has_the_files_it_would_have_alone(
     name: str, first: bool, tmp_path: Path
 ) -> None:
     ours, theirs, expected = NEIGHBOURS[name]
-    run_script(tmp_path / "alone", SCRIPT, [neighbour(dirpath=tmp_path / "alone", **theirs)])
+    run_script(tmp_path / "alone", SCRIPT, [neighbor(dirpath=tmp_path / "alone", **theirs)])
     folder = tmp_path / "together"
-    checkpoint, other = keeping(dirpath=folder, **ours), neighbour(dirpath=folder, **theirs)
+    checkpoint, other = keeping(dirpath=folder, **ours), neighbor(dirpath=folder, **theirs)
     run_script(folder, SCRIPT, [ScriptedSource(SCRIPT), *([checkpoint, other] if first else [other, checkpoint])])
     assert_own_files(checkpoint)
     own = {Path(c.path).name for c in checkpoint.candidates} | {Path(checkpoint.last_model_path).name}

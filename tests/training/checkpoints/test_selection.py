@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_hesd.spectra.selection import Candidate, SelectionRule
+from lightning_hesd.spectra.selection import Candidate, CandidateFilter
 
 # A coarse grid of values, so that ties are frequent; sums and differences of eighths are exact.
 candidates = st.lists(st.tuples(st.integers(0, 8), st.integers(-8, 0), st.booleans()), min_size=1, max_size=12).map(
@@ -14,10 +14,10 @@ candidates = st.lists(st.tuples(st.integers(0, 8), st.integers(-8, 0), st.boolea
         for epoch, (score, criterion, mainly_positive) in enumerate(rows)
     ]
 )
-rules = st.builds(SelectionRule, tolerance=st.sampled_from([0.0, 0.125, 0.25, 2.0]), require_mp=st.booleans())
+rules = st.builds(CandidateFilter, tolerance=st.sampled_from([0.0, 0.125, 0.25, 2.0]), require_mp=st.booleans())
 
 
-def brute_force(history: list[Candidate], rule: SelectionRule) -> Candidate:
+def brute_force(history: list[Candidate], rule: CandidateFilter) -> Candidate:
     """The rule as the design states it, over the whole history."""
     best = max(c.score for c in history)
     near = [c for c in history if abs(c.score - best) <= rule.tolerance]
@@ -29,7 +29,7 @@ def brute_force(history: list[Candidate], rule: SelectionRule) -> Candidate:
 
 
 @given(candidates, rules)
-def test_pick_from_what_is_kept_equals_the_pick_from_everything(history: list[Candidate], rule: SelectionRule) -> None:
+def test_the_pick_of_the_front_equals_the_pick_of_everything(history: list[Candidate], rule: CandidateFilter) -> None:
     kept: list[Candidate] = []
     best = float("-inf")
     for number, candidate in enumerate(history, 1):
@@ -39,7 +39,7 @@ def test_pick_from_what_is_kept_equals_the_pick_from_everything(history: list[Ca
 
 
 @given(candidates, rules)
-def test_nothing_is_kept_that_no_continuation_could_pick(history: list[Candidate], rule: SelectionRule) -> None:
+def test_nothing_is_kept_that_no_continuation_could_pick(history: list[Candidate], rule: CandidateFilter) -> None:
     """Every kept candidate wins in some continuation: one that raises the best metric just to its tolerance."""
     best = max(c.score for c in history)
     kept = rule.pareto_front(history, best)
@@ -51,10 +51,10 @@ def test_nothing_is_kept_that_no_continuation_could_pick(history: list[Candidate
 
 def test_the_earlier_of_equals_wins() -> None:
     first, second = (Candidate(e, e, 1.0, -0.25, mainly_positive=True, path=f"{e}") for e in (1, 2))
-    rule = SelectionRule(tolerance=0.1, require_mp=True)
+    rule = CandidateFilter(tolerance=0.1, require_mp=True)
     assert rule.pick([first, second], 1.0) is first
     assert rule.pareto_front([first, second], 1.0) == [first]
 
 
 def test_no_candidates() -> None:
-    assert SelectionRule(tolerance=0.1, require_mp=True).pick([], float("-inf")) is None
+    assert CandidateFilter(tolerance=0.1, require_mp=True).pick([], float("-inf")) is None

@@ -1,4 +1,4 @@
-"""Which values of a logged metric belong to the analysed weights: no other is ever ranked."""
+"""Which values of a logged metric belong to the analyzed weights: no other is ever ranked."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torchmetrics import MeanMetric, SumMetric
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
+from lightning_hesd.spectra.selection import Candidate
 from lightning_hesd.training.history import SpectrumRecord
 from tests.training.modules import Classifier, fit, loader, plain_loss
 
@@ -64,10 +65,10 @@ class Spied(HessianCheckpoint):
         super().__init__(lambda _: 0.0, train_metric=key, tolerance=1e9, require_mp=False, dirpath=folder)
         self.seen: dict[int, float] = {}
 
-    def _consider(self, trainer: Any, record: SpectrumRecord, score: float, criterion: float) -> bool:
+    def rank(self, trainer: Any, record: SpectrumRecord, score: float, criterion: float) -> Candidate | None:
         assert trainer.global_step == record.global_step
         self.seen[record.global_step] = score
-        return super()._consider(trainer, record, score, criterion)
+        return super().rank(trainer, record, score, criterion)
 
 
 def ranked(
@@ -131,7 +132,7 @@ def test_within_epochs(tmp_path: Path) -> None:
     assert {key: seen for key, (seen, _) in found.items()} == WITHIN
     for key, (seen, said) in found.items():
         assert bool(said) == (len(seen) < 5), key
-        assert not said or "does not rank the analysis of epoch 0 after step 2, nor others like it" in said
+        assert not said or "does not rank the analysis of epoch 0 after step 2, nor later ones like it" in said
 
 
 def test_one_that_is_logged_now_and_then(tmp_path: Path) -> None:
@@ -140,7 +141,7 @@ def test_one_that_is_logged_now_and_then(tmp_path: Path) -> None:
     found = ranked(tmp_path, "step", "both", module=Logging(every=3), schedule=schedule, max_epochs=1)
     seen, said = found["step"]
     assert seen == {1: 1, 4: 301}
-    assert "after step 2, nor others like it: the metric was last logged for older weights" in said
+    assert "after step 2, nor later ones like it: the metric was last logged for older weights" in said
     assert list(found["both"][0]) == [1, 2, 3, 4, 5]
 
 

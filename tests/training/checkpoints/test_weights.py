@@ -1,4 +1,4 @@
-"""Copies of analysed weights: compared bit by bit, put back and taken away again."""
+"""Copies of analyzed weights: compared bit by bit, put back and taken away again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import l1_unstructured
 
-from lightning_hesd.training.checkpoints.weights import AnalysedWeights
+from lightning_hesd.training.checkpoints.weights import AnalyzedWeights
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
 DTYPES += [torch.complex64, torch.complex128]
@@ -40,7 +40,7 @@ class Module(nn.Module):
 
 def test_an_unchanged_module_is_unchanged() -> None:
     module = Module()
-    kept = AnalysedWeights(module)
+    kept = AnalyzedWeights(module)
     assert kept.changes(module).names == ()
     assert kept.missed_by(module.state_dict()) is None
     assert not {name.partition(".")[0] for name in kept.state_dict()} & {"lazy", "shown", "sparse"}
@@ -49,7 +49,7 @@ def test_an_unchanged_module_is_unchanged() -> None:
 @pytest.mark.parametrize("name", ["first.weight", "first.bias", "undefined", "inferred", *map(buffer_name, DTYPES)])
 def test_a_changed_value_is_put_back_and_taken_away_again(name: str) -> None:
     module = Module()
-    kept = AnalysedWeights(module)
+    kept = AnalyzedWeights(module)
     tensor = module.state_dict(keep_vars=True)[name]
     before = tensor.detach().clone()
     with torch.inference_mode():
@@ -94,7 +94,7 @@ def test_changes_of_all_kinds(name: str) -> None:
     change, restructured, lost = CHANGES[name]
     module = Module()
     before = {k: v.clone() for k, v in module.state_dict().items() if not k.startswith(("lazy", "sparse"))}
-    kept = AnalysedWeights(module)
+    kept = AnalyzedWeights(module)
     change(module)
     changes = kept.changes(module)
     assert changes.names
@@ -109,14 +109,14 @@ def test_a_module_with_a_state_dict_of_its_own_cannot_be_restructured() -> None:
             return {"mine": self.weight + 1}
 
     module = Own(2, 2)
-    kept = AnalysedWeights(module)
+    kept = AnalyzedWeights(module)
     l1_unstructured(module, "weight", 1)
     assert kept.changes(module).lost
 
 
 def test_a_state_dict_may_leave_out_and_round() -> None:
     module = Module()
-    kept = AnalysedWeights(module)
+    kept = AnalyzedWeights(module)
     assert kept.missed_by({"first.weight": module.first.weight.detach().half()}) is None
     assert kept.missed_by({"first.weight": module.first.weight.detach().half() + 1}) == "first.weight"
     assert kept.missed_by({"other": torch.zeros(1), "first.bias": "none"}) is None

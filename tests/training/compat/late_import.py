@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-import lightning_hesd.commands.cli  # noqa: F401 - it imports most of the package
+import lightning_hesd.commands.analyze  # noqa: F401 - it imports most of the package
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
 
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
 from lightning_hesd.commands.cli import main
 from lightning_hesd.training import progress
-from lightning_hesd.training.compat import internals
+from lightning_hesd.training.compat import strategies
 from lightning_hesd.training.compat.namespaces import lightning_types, namespace_of
 from lightning_hesd.training.isolation import kinds
 from lightning_hesd.training.samples.reading import _has_own_init
@@ -185,24 +185,24 @@ def test_progress_bars(name: str, kind: str, tmp_path: Path, monkeypatch: pytest
 @BOTH
 def test_other_progress_bars_and_loggers_are_told_apart(name: str) -> None:
     namespace = NAMESPACES[name]
-    assert not kinds.Openness()(namespace.callbacks.TQDMProgressBar())  # it moves by itself
-    assert kinds.is_outward(namespace.callbacks.EarlyStopping("x"))
-    assert kinds.is_outward(DATA[name]())
+    assert namespace.callbacks.TQDMProgressBar() not in kinds.SearchedObjects()  # it moves by itself
+    assert kinds.is_outside_module(namespace.callbacks.EarlyStopping("x"))
+    assert kinds.is_outside_module(DATA[name]())
     assert kinds.is_logger(namespace.loggers.CSVLogger("x"))
 
 
 @BOTH
-def test_neighbours_with_stale_monitors(name: str, tmp_path: Path) -> None:
+def test_neighbors_with_stale_monitors(name: str, tmp_path: Path) -> None:
     callbacks = NAMESPACES[name].callbacks
-    neighbours = [callbacks.EarlyStopping("hesd/c_t", strict=False), callbacks.ModelCheckpoint(monitor="hesd/c_t")]
+    neighbors = [callbacks.EarlyStopping("hesd/c_t", strict=False), callbacks.ModelCheckpoint(monitor="hesd/c_t")]
     with pytest.warns(RuntimeWarning) as caught:
-        fit(name, tmp_path, spectra(epochs=[0]), *neighbours)
+        fit(name, tmp_path, spectra(epochs=[0]), *neighbors)
     said = [str(warning.message) for warning in caught if "logged values persist" in str(warning.message)]
     assert [text.split("(")[0].split()[-1] for text in said] == ["EarlyStopping", "ModelCheckpoint"]
 
 
 @BOTH
-def test_files_of_neighbours_are_left_alone(name: str, tmp_path: Path) -> None:
+def test_files_of_neighbors_are_left_alone(name: str, tmp_path: Path) -> None:
     users = NAMESPACES[name].callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_last=True)
     pick = HessianCheckpoint(dirpath=tmp_path, filename="{epoch}", tolerance=9.0, save_last=True)
     fit(name, tmp_path, spectra(checkpoint=pick), users)
@@ -216,13 +216,13 @@ def test_strategies_and_loaders(name: str, tmp_path: Path) -> None:
     namespace = NAMESPACES[name]
     refusal = namespace.utilities.exceptions.MisconfigurationException  # by which its users catch ours
     sharded = object.__new__(namespace.strategies.FSDPStrategy)
-    with pytest.raises(refusal, match="FSDPStrategy splits the parameters"):
-        internals.check_strategy(SimpleNamespace(strategy=sharded))  # type: ignore[arg-type]
+    with pytest.raises(refusal, match="FSDPStrategy shards the parameters"):
+        strategies.check_strategy(SimpleNamespace(strategy=sharded))  # type: ignore[arg-type]
     parallel = object.__new__(namespace.strategies.ModelParallelStrategy)
-    assert internals.is_sharded(SimpleNamespace(strategy=parallel))  # type: ignore[arg-type]
+    assert strategies.is_sharded(SimpleNamespace(strategy=parallel))  # type: ignore[arg-type]
     assert is_combined(namespace.utilities.CombinedLoader([loader()]))
-    initialise = inspect.getmodule(namespace.seed_everything).pl_worker_init_function  # type: ignore[union-attr]
-    assert not _has_own_init(DataLoader([], worker_init_fn=functools.partial(initialise, rank=0)))
+    initialize = inspect.getmodule(namespace.seed_everything).pl_worker_init_function  # type: ignore[union-attr]
+    assert not _has_own_init(DataLoader([], worker_init_fn=functools.partial(initialize, rank=0)))
     assert namespace_of(trainer_of(name, tmp_path)) is namespace_of(NETS[name]()) is namespace
 
 

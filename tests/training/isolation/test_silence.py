@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from tests.training.isolation.test_training_untouched import rows
+from tests.training.logs import rows
 from tests.training.modules import Classifier, Digits, callback, fit, loader, plain_loss
 
 SEEN: list[Any] = []
@@ -188,7 +188,7 @@ def test_other_threads_go_on_logging(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:The `srun` command is available")
 def test_a_job_that_is_requeued_in_an_analysis_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The handler of the signal saves a checkpoint; the function that is analysed must not."""
+    """The handler of the signal saves a checkpoint; the function that is analyzed must not."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("PATH", "")  # there is no `scontrol`
     signalled: list[int] = []

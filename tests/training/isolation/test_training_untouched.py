@@ -32,8 +32,9 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_hesd import HessianSpectrumCallback
-from lightning_hesd.training.isolation import surroundings
-from lightning_hesd.training.isolation.structure import Elements
+from lightning_hesd.training.isolation import training_snapshot
+from lightning_hesd.training.isolation.tracked_states import TrackedArray
+from tests.training.logs import rows
 from tests.training.modules import (
     NOISES,
     Classifier,
@@ -284,13 +285,6 @@ def outcome(trainer: pl.Trainer, recorder: Recorder, data: Any) -> dict[str, Any
         "datamodule": freeze([getattr(data, name, None) for name in ("rng", "num_batches")]),
         "progress": (trainer.global_step, trainer.current_epoch),
     }
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    """Read the CSV logger's rows, without the callback's columns and the rows that hold nothing else."""
-    with path.open(newline="", encoding="utf-8") as file:
-        read = [{k: v for k, v in row.items() if not k.startswith("hesd") and v != ""} for row in csv.DictReader(file)]
-    return [row for row in read if set(row) - {"epoch", "step"}]
 
 
 def assert_untouched(scenario: Scenario, tmp_path: Path) -> None:
@@ -857,16 +851,16 @@ REFUSALS = {
     read_generator: r"reads from the iterator `self\.generator`",
     read_loader: r"reads from the iterator `self\.extra`",
     read_pairs: r"reads from the iterator `self\.pairs`",
-    step_hidden_optimizer: r"lets an optimizer step \(SGD, kept out of reach",
+    step_hidden_optimizer: r"lets an optimizer step \(SGD, to which neither",
     write_large_array: r"writes to an array of which no copy is kept because it is large \(.*`trainer\.train_",
 }
 
 
 @pytest.mark.parametrize("act", REFUSALS, ids=lambda act: act.__name__)
-def test_what_could_not_be_put_back_is_refused(act: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changes_that_cannot_be_undone_are_refused(act: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And training goes on as if there were no analyses; with a `loss_fn` that does without, there are some."""
     if act is write_large_array:
-        monkeypatch.setattr(surroundings, "COPIED_BYTES", 100)
+        monkeypatch.setattr(training_snapshot, "COPIED_BYTES", 100)
     outcomes = []
     observers = [
         callback(num_samples=8, steps=2, on_error="warn", epochs=[0]),
@@ -881,7 +875,7 @@ def test_what_could_not_be_put_back_is_refused(act: Any, tmp_path: Path, monkeyp
         outcomes.append(found)
     assert outcomes[0] == outcomes[1] == outcomes[2]
     [refused], [advised] = (observer.history for observer in observers)
-    assert re.search(f"DisturbedTrainingError: the function that is analysed {REFUSALS[act]}", refused.error)
+    assert re.search(f"DisturbedTrainingError: the function that is analyzed {REFUSALS[act]}", refused.error)
     assert "pass `loss_fn=` to HessianSpectrumCallback" in refused.error
     assert advised.error is None
 
@@ -892,7 +886,7 @@ def write_large_tensor(module: Any, batch: Any) -> None:
 
 def test_a_large_tensor_is_found_changed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not copied, so one evaluation has changed it; there is no second one in this run."""
-    monkeypatch.setattr(surroundings, "COPIED_BYTES", 60)
+    monkeypatch.setattr(training_snapshot, "COPIED_BYTES", 60)
     calls = []
 
     def loss_fn(module: Any, batch: Any) -> Tensor:
@@ -916,7 +910,7 @@ def test_a_large_tensor_is_found_changed_at_once(tmp_path: Path, monkeypatch: py
 def test_a_large_tensor_that_is_given_other_memory_gets_its_own_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(surroundings, "COPIED_BYTES", 0)
+    monkeypatch.setattr(training_snapshot, "COPIED_BYTES", 0)
 
     def loss_fn(module: Any, batch: Any) -> Tensor:
         weights = module.trainer.train_dataloader.dataset.weights
@@ -929,9 +923,9 @@ def test_a_large_tensor_that_is_given_other_memory_gets_its_own_back(
     assert [record.error for record in observer.history] == [None] * 2
 
 
-def test_a_large_array_in_the_memory_of_a_tensor_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_array_in_the_memory_of_a_tensor_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It could not be made writable again if it were made read-only."""
-    monkeypatch.setattr(surroundings, "COPIED_BYTES", 60)
+    monkeypatch.setattr(training_snapshot, "COPIED_BYTES", 60)
     neighbour = Neighbour()
     neighbour.values = torch.zeros(64).numpy()  # type: ignore[attr-defined]
     changes = [0.0, 1.0]
@@ -942,7 +936,7 @@ def test_a_large_array_in_the_memory_of_a_tensor_is_told_of(tmp_path: Path, monk
 
     observer = callback(num_samples=8, steps=2, loss_fn=loss_fn, on_error="warn")
     with pytest.warns(
-        RuntimeWarning, match=r"`trainer\.callbacks\[0\]\.values` changed .* and was not put back"
+        RuntimeWarning, match=r"`trainer\.callbacks\[0\]\.values` changed .* and was not restored"
     ) as caught:
         fit(tmp_path, neighbour, observer)
     assert len([w for w in caught if w.category is RuntimeWarning]) == 1
@@ -955,7 +949,7 @@ def test_a_failed_restoration_goes_on_with_the_rest(tmp_path: Path, monkeypatch:
         msg = "no"
         raise OSError(msg)
 
-    monkeypatch.setattr(Elements, "put_back", fail_to_put_back)
+    monkeypatch.setattr(TrackedArray, "restore", fail_to_put_back)
     neighbour = Neighbour()
     neighbour.values = np.zeros(2)  # type: ignore[attr-defined]
 
@@ -969,7 +963,7 @@ def test_a_failed_restoration_goes_on_with_the_rest(tmp_path: Path, monkeypatch:
     with pytest.warns(RuntimeWarning) as caught:
         trainer = fit(tmp_path, neighbour, observer)
     [said] = [str(w.message) for w in caught if w.category is RuntimeWarning]
-    assert "`trainer.callbacks[0].values` changed during an analysis and was not put back (OSError('no'))" in said
+    assert "`trainer.callbacks[0].values` changed during an analysis and was not restored (OSError('no'))" in said
     assert trainer.state.finished
     assert [record.error for record in observer.history] == [None] * 2
     assert neighbour.counts == {"steps": 0}
@@ -997,7 +991,7 @@ class Monitor(pl.Callback):
         self.thread.join()
 
 
-def test_what_threads_share_is_left_to_them(tmp_path: Path) -> None:
+def test_objects_of_threads_are_left_to_them(tmp_path: Path) -> None:
     monitor = Monitor()
 
     def loss_fn(module: Any, batch: Any) -> Tensor:
@@ -1014,13 +1008,13 @@ def test_what_threads_share_is_left_to_them(tmp_path: Path) -> None:
     assert [record.error for record in observer.history] == [None] * 2
     assert len(said) == 2, "once for each attribute"
     for name, message in zip((".steps", ".ticks"), said, strict=True):
-        assert f"`trainer.callbacks[0]{name}` changed during an analysis and was not put back" in message
+        assert f"`trainer.callbacks[0]{name}` changed during an analysis and was not restored" in message
         assert "it was left to the threads that may share it" in message
         assert "pass `loss_fn=`" in message
     assert len(monitor.ticks) >= monitor.steps > 2, "nothing of what the thread did is lost"
 
 
-def test_objects_that_do_not_let_themselves_be_looked_at_are_left_alone(tmp_path: Path) -> None:
+def test_objects_that_cannot_be_read_are_skipped(tmp_path: Path) -> None:
     class Closed:
         def __getattribute__(self, name: str) -> Any:
             raise ValueError(name)

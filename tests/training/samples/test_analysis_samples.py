@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,6 @@ from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
-    Dataset,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
@@ -29,7 +29,8 @@ from torch.utils.data import (
     default_collate,
 )
 
-from lightning_hesd.training.samples.analysis_samples import AnalysisSamples, Processes, draw_samples
+from lightning_hesd.numerics.collectives import Collectives
+from lightning_hesd.training.samples.analysis_samples import draw_samples
 from lightning_hesd.training.samples.epochs import PlannedBatch
 from tests.training.modules import (
     NOISES,
@@ -49,14 +50,10 @@ from tests.training.modules import (
     samples,
     seed,
 )
+from tests.training.samples.drawn import DatasetOfBatches, positions
 
 TRAINING = [1, 3, 4, 7, 9, 12, 20, 31]
 """Positions of the training samples where the others are for validation."""
-
-
-def positions(drawn: AnalysisSamples) -> list[int]:
-    """Return the positions of the samples, read from the batches themselves."""
-    return [position for batch in drawn.batches for position in batch.data[2].tolist()]
 
 
 # Which samples --------------------------------------------------------------------------------------------------------
@@ -195,10 +192,13 @@ def test_given_positions_in_the_given_order() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": []}, "empty: there are no samples to analyse"),
+        ({"sampler": []}, "because the training dataset or its sampler is empty"),
         ({"batch_size": SIZE + 1, "drop_last": True}, "empty.*`drop_last=True`"),
-        ({"collate_fn": lambda items: None}, "every batch that was read is None or empty"),
-        ({"dataset": [], "sampler": None}, "empty: there are no samples to analyse"),
+        ({"collate_fn": lambda items: None}, "returned None or an empty batch"),
+        (
+            {"dataset": [], "sampler": None},
+            "because the training dataset or its sampler is empty",
+        ),
     ],
 )
 def test_nothing_to_draw(options: dict[str, Any], message: str) -> None:
@@ -237,7 +237,7 @@ class LazyDigits(Digits):
 
 @pytest.mark.parametrize("fails", [False, True], ids=["", "also_after_an_error"])
 @pytest.mark.parametrize("noise", NOISES)
-def test_dataset_generators_and_sampler_are_put_back(noise: str, fails: bool) -> None:
+def test_dataset_generators_and_sampler_are_restored(noise: str, fails: bool) -> None:
     dataset = LazyDigits()
     dataset.augment = NOISES[noise]
     if fails:
@@ -255,7 +255,7 @@ def test_dataset_generators_and_sampler_are_put_back(noise: str, fails: bool) ->
     assert dataset.handle is None
 
 
-def test_attributes_behind_a_subset_are_put_back() -> None:
+def test_attributes_behind_a_subset_are_restored() -> None:
     dataset = LazyDigits()
     subset = torch.utils.data.ConcatDataset([torch.utils.data.Subset(dataset, TRAINING)])
     before = freeze(vars(dataset))
@@ -266,26 +266,30 @@ def test_attributes_behind_a_subset_are_put_back() -> None:
 # Random augmentation, and any number of processes ---------------------------------------------------------------------
 
 
+class Scripted(Collectives):
+    """One of several ranks, which runs by itself; functions take what it contributes to sums, and give the sums."""
+
+    def __init__(
+        self, contribute: Callable[[list[float]], None], total: Callable[[], list[float]], rank: int = 0, size: int = 1
+    ) -> None:
+        self.rank, self.size = rank, size
+        self._contribute, self._total = contribute, total
+
+    def sum_values(self, values: Sequence[float]) -> list[float]:
+        self._contribute(list(values))
+        return self._total()
+
+
 def dealt(make_loader: Callable[[], Any], world_size: int, num_samples: int = 21, **kwargs: Any) -> list[Any]:
     """Draw in every process, and put the batches together in the order of their index."""
     shares, own = [], []
-    sums: list[list[float]] = []  # as one process finds them; several must find the same together
-
-    def found_alone(work: Callable[[], list[float]]) -> list[float]:
-        sums.append(work())
-        return sums[-1]
-
-    draw_samples(make_loader(), num_samples, processes=Processes(add=found_alone), **kwargs)
+    sums: list[list[float]] = []  # as one rank finds them; several must find the same sums
+    draw_samples(make_loader(), num_samples, collectives=Scripted(sums.append, lambda: sums[-1]), **kwargs)
     for rank in range(world_size):
-        seed(rank)  # processes may differ in their random streams
-        remaining, found = list(sums), []
-
-        def found_together(work: Callable[[], list[float]], found: Any = found, remaining: Any = remaining) -> Any:
-            found.append(work())
-            return remaining.pop(0)
-
-        processes = Processes(rank, world_size, add=found_together)
-        shares.append(draw_samples(make_loader(), num_samples, processes=processes, **kwargs))
+        seed(rank)  # ranks may differ in their random streams
+        found: list[list[float]] = []
+        ranks = Scripted(found.append, functools.partial(next, iter(sums)), rank, world_size)
+        shares.append(draw_samples(make_loader(), num_samples, collectives=ranks, **kwargs))
         own.append(found)
     assert [[sum(parts) for parts in zip(*rounds, strict=True)] for rounds in zip(*own, strict=True)] == sums
     assert len({share.indices for share in shares}) == 1
@@ -321,8 +325,8 @@ def test_the_same_batches_for_any_number_of_processes(name: str) -> None:
 
 @pytest.mark.parametrize("make_loader", [DEALT["torch"], DEALT["stream"]], ids=["dataset", "stream"])
 def test_more_processes_than_batches(make_loader: Callable[[], Any]) -> None:
-    add = {"add": lambda work: (work(), [0.0, 8.0, 2.0])[1]}
-    shares = [draw_samples(make_loader(), 10, processes=Processes(rank, 4, **add)) for rank in range(4)]
+    ranks = [Scripted(lambda own: None, lambda: [0.0, 8.0, 2.0], rank, 4) for rank in range(4)]
+    shares = [draw_samples(make_loader(), 10, collectives=each) for each in ranks]
     assert [[batch.index for batch in share.batches] for share in shares] == [[0], [1], [], []]
     assert len({share.indices for share in shares}) == 1
 
@@ -376,7 +380,7 @@ def test_a_stream_keeps_its_place() -> None:
 
 
 @pytest.mark.parametrize("make_loader", [loader, lambda stream: stream.source], ids=["dataset", "generator"])
-def test_a_stream_that_cannot_be_copied_is_refused_and_left_alone(make_loader: Callable[[Any], Any]) -> None:
+def test_a_stream_that_cannot_be_copied_is_refused_and_skipped(make_loader: Callable[[Any], Any]) -> None:
     stream = GeneratorStream()
     with pytest.raises(MisconfigurationException, match=r"cannot be copied.*pass `dataloader=`"):
         draw_samples(make_loader(stream), 5)
@@ -384,18 +388,6 @@ def test_a_stream_that_cannot_be_copied_is_refused_and_left_alone(make_loader: C
 
 
 # Whole batches --------------------------------------------------------------------------------------------------------
-
-
-class DatasetOfBatches(Dataset[Any]):
-    """Item b is the b-th batch of four."""
-
-    def __len__(self) -> int:
-        return 5
-
-    def __getitem__(self, number: int) -> Any:
-        if number >= 5:
-            raise IndexError(number)
-        return samples(list(range(4 * number, 4 * number + 4)))
 
 
 class StreamOfBatches(IterableDataset[Any]):
@@ -511,7 +503,7 @@ def test_the_same_samples_after_resume(tmp_path: Path) -> None:
     ), "or resuming would have shown nothing"
 
 
-@pytest.mark.filterwarnings("ignore:.*others are drawn:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*other samples are drawn:RuntimeWarning")
 @pytest.mark.parametrize("more", [False, True], ids=["", "also_if_there_are_more_data"])
 def test_other_samples_after_resume_with_another_number(more: bool, tmp_path: Path) -> None:
     saved = tmp_path / "saved.ckpt"
@@ -524,12 +516,12 @@ def test_other_samples_after_resume_with_another_number(more: bool, tmp_path: Pa
     assert after.state_dict()["samples"]["training"]["indices"] == list(fresh.indices)
 
 
-@pytest.mark.filterwarnings("ignore:.*others are drawn:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*other samples are drawn:RuntimeWarning")
 def test_resuming_with_fewer_data_and_the_advice(tmp_path: Path) -> None:
     saved = tmp_path / "saved.ckpt"
     fit(tmp_path, callback(num_samples=SIZE), max_epochs=1).save_checkpoint(saved)
     fewer = {"data": loader(Digits(12), shuffle=True), "ckpt_path": saved, "max_epochs": 2}
-    with pytest.raises(MisconfigurationException, match=r"not the data of that run.*another `num_samples`"):
+    with pytest.raises(MisconfigurationException, match=r"resume with the data of that run.*another `num_samples`"):
         fit(tmp_path, callback(num_samples=SIZE), **fewer)
     after = callback(num_samples=SIZE + 1)
     fit(tmp_path, after, **fewer)
@@ -544,7 +536,7 @@ class Buckets(Sampler[list[int]]):
         return iter([np.array(batches[number]) for number in torch.randperm(len(batches)).tolist()])
 
 
-@pytest.mark.filterwarnings("ignore:.*others are drawn:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*other samples are drawn:RuntimeWarning")
 def test_batches_and_their_positions_stay_after_resume(tmp_path: Path) -> None:
     saved, seen = tmp_path / "saved.ckpt", Seen()
     before, data = callback(loss_fn=seen, num_samples=20), loader(batch_sampler=Buckets())

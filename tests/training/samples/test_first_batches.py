@@ -1,4 +1,4 @@
-"""Kept batches: loaders that are not taken apart, whose samples are the first batches that training gets."""
+"""The first batches of training as analysis samples, for loaders that cannot be read by position."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def test_a_list_of_batches_is_several_loaders_to_lightning(tmp_path: Path) -> No
 # When and what --------------------------------------------------------------------------------------------------------
 
 
-def test_what_others_make_of_a_batch_before_the_step(tmp_path: Path) -> None:
+def test_batches_are_copied_after_all_hooks(tmp_path: Path) -> None:
     """Transfer hooks are applied once, hooks at the start of a batch are seen, and changes in place are not."""
 
     class Mixes(pl.Callback):
@@ -273,7 +273,7 @@ def test_an_analysis_at_the_start_is_left_out(tmp_path: Path) -> None:
     assert all(record.spectrum.num_samples == 16 for record in observer.history)
 
 
-def test_analyses_between_steps_have_what_is_kept_so_far(tmp_path: Path) -> None:
+def test_analyses_between_steps_use_the_batches_so_far(tmp_path: Path) -> None:
     observer = callback(every_n_train_steps=1, num_samples=24)
     fit(tmp_path, observer, data=loader(Endless()), limit_train_batches=5, max_epochs=1)
     assert [record.spectrum.num_samples for record in observer.history] == [8, 16, 24, 24, 24]
@@ -299,7 +299,7 @@ def test_more_samples_come_from_the_epoch_they_began_with(tmp_path: Path) -> Non
     assert [record.spectrum.num_samples for record in observer.history] == [600, 600]
 
 
-def test_batches_are_kept_anew_by_a_resumed_run(tmp_path: Path) -> None:
+def test_a_resumed_run_copies_its_own_first_batches(tmp_path: Path) -> None:
     data = OwnIter(Digits(), batch_size=8, shuffle=True)
     trainer = fit(tmp_path, callback(), data=data, max_epochs=1)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -307,7 +307,7 @@ def test_batches_are_kept_anew_by_a_resumed_run(tmp_path: Path) -> None:
     assert [s["samples"]["training"]["indices"] for key, s in state.items() if "Hessian" in key] == [None]
     seen, module = Seen(), Observed()
     observer = callback(loss_fn=seen)
-    with pytest.warns(RuntimeWarning, match="spectra before and after are of different samples"):
+    with pytest.warns(RuntimeWarning, match="spectra before and after belong to different samples"):
         fit(tmp_path, observer, module=module, data=data, ckpt_path=tmp_path / "a.ckpt")
     assert [record.epoch for record in observer.history] == [0, 1]
     assert seen.batches == module.trained[:2]
@@ -317,11 +317,11 @@ def test_batches_are_kept_anew_by_a_resumed_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("batches_kept", [1, 2])
-def test_the_memory_of_kept_batches_is_bounded(batches_kept: int, tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_memory_of_copied_batches_is_bounded(batches_kept: int, tmp_path: Path, monkeypatch: Any) -> None:
     size = sum(part.nbytes for part in samples(list(range(8))))
-    monkeypatch.setattr(first_batches, "MAX_KEPT_BYTES", batches_kept * size + size // 2 - size * (batches_kept == 1))
+    monkeypatch.setattr(first_batches, "MAX_COPIED_BYTES", batches_kept * size + size // 2 - size * (batches_kept == 1))
     observer = callback(num_samples=32)
-    with pytest.warns(RuntimeWarning, match=rf"{8 * batches_kept} samples .* instead of 32: .* more than 0 MiB"):
+    with pytest.warns(RuntimeWarning, match=rf"{8 * batches_kept} samples .* instead of 32, .* more than 0 MiB"):
         fit(tmp_path, observer, data=LockedLoader(), max_epochs=1)
     assert observer.history[0].spectrum.num_samples == 8 * batches_kept
 
@@ -337,7 +337,7 @@ def test_a_view_is_copied_without_the_memory_around_it() -> None:
     assert copy["x"].abs().sum() > 0
 
 
-def test_what_is_kept_on_the_cpu_comes_back_the_same(tmp_path: Path, monkeypatch: Any) -> None:
+def test_batches_moved_to_the_cpu_return_unchanged(tmp_path: Path, monkeypatch: Any) -> None:
     """As on an accelerator, of which the device of a tensor is the only sign here."""
     moves: list[str] = []
 
@@ -345,14 +345,14 @@ def test_what_is_kept_on_the_cpu_comes_back_the_same(tmp_path: Path, monkeypatch
         moves.append(device.type)
         return data
 
-    monkeypatch.setattr(first_batches, "SMALL", -1)
+    monkeypatch.setattr(first_batches, "MAX_DEVICE_BYTES", -1)
     monkeypatch.setattr(first_batches, "move_data_to_device", moved)
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     batch = samples([1, 2])
-    keeping = first_batches.KeptBatches(trainer, 2)
+    keeping = first_batches.FirstBatches(trainer, 2)
     keeping._device = torch.device("meta")
     trainer.strategy.on_train_batch_start(batch, 0)
-    keeping.trained()
+    keeping.after_step()
     [found] = keeping.batches(2)
     assert moves == ["cpu", "meta"]
     assert freeze(found.data) == freeze(samples([1, 2]))
@@ -360,7 +360,7 @@ def test_what_is_kept_on_the_cpu_comes_back_the_same(tmp_path: Path, monkeypatch
     assert keeping.is_complete
 
 
-# What cannot be kept --------------------------------------------------------------------------------------------------
+# Batches that cannot be copied ----------------------------------------------------------------------------------------
 
 
 class Attached(Classifier):
@@ -372,7 +372,7 @@ class Attached(Classifier):
 
 def test_batches_that_cannot_be_copied(tmp_path: Path) -> None:
     observer = callback(on_error="warn")
-    with pytest.warns(RuntimeWarning, match=r"cannot be kept .*RuntimeError.*pass `dataloader=`"):
+    with pytest.warns(RuntimeWarning, match=r"cannot be copied .*RuntimeError.*pass `dataloader=`"):
         trainer = fit(tmp_path, observer, module=Attached(), data=LockedLoader(), max_epochs=1)
     assert trainer.global_step == 5
     assert observer.history[0].spectrum is None
@@ -411,7 +411,7 @@ def test_a_step_that_fetches_its_batches(tmp_path: Path) -> None:
 
 
 def test_two_processes_keep_half_of_the_samples_each(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("kept_run.py")
+    script = Path(__file__).with_name("first_batches_run.py")
     (alone,), both = (processes.run(script, tmp_path / str(world), world) for world in (1, 2))
     for rank in both:
         assert rank["same"]

@@ -34,7 +34,7 @@ from tests.training.modules import (
     loader,
     samples,
 )
-from tests.training.samples.test_analysis_samples import DatasetOfBatches, positions
+from tests.training.samples.drawn import DatasetOfBatches, positions
 
 # Workers --------------------------------------------------------------------------------------------------------------
 

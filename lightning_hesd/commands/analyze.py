@@ -1,0 +1,157 @@
+"""`lightning-hesd analyze`: the spectra at the weights of checkpoints, with tables, files and figures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lightning_hesd.commands.errors import CommandError
+from lightning_hesd.commands.posthoc import PosthocAnalysis
+from lightning_hesd.commands.project import Blueprint, imported
+from lightning_hesd.commands.project_arguments import (
+    MODE,
+    add_project,
+    checkpoints_of,
+    project_of,
+    separated,
+    without_advice,
+)
+from lightning_hesd.commands.results import RESULTS, Results, Row, candidates, picked, table_line
+from lightning_hesd.numerics.inputs.options import AnalysisOptions
+from lightning_hesd.training.compat.collectives import is_first_rank
+from lightning_hesd.training.loss_mode import AnalysisMode
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from jsonargparse import ArgumentParser, Namespace
+
+__all__ = ["add_arguments", "run", "separated"]
+
+WIDTH_OF_FILES = 240
+"""Characters in a line of a table that goes to a file or another program."""
+
+NOT_OF_THE_COMMAND_LINE: set[str | int] = {
+    *("batch_weight", "matrix", "output_fn", "output_loss", "parameters", "dtype", "preconditioner"),
+}
+BATCH_WEIGHT = "'tokens', or a function batch -> its weight, as package.function; default: its samples."
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    add_project(parser)
+    parser.add_argument("--devices", type=int | str, default=1, help="Devices of each node, as for the Trainer.")
+    parser.add_argument("--num_nodes", type=int, default=1, help="Nodes, as for the Trainer.")
+    parser.add_argument("--strategy", type=str, default="auto", help="Strategy of several devices, as for the Trainer.")
+    parser.add_argument("--generalization", type=str | None, help="'val' or 'test' data of --data, or a data module.")
+    parser.add_argument("--generalization_args", type=dict[str, Any], default={}, help="Arguments of that data module.")
+    parser.add_argument(
+        "--preconditioned",
+        type=bool,
+        default=False,
+        help="Also analyze the Hessian preconditioned by the optimizer, D^(-1/2) H D^(-1/2).",
+    )
+    parser.add_argument(
+        "--tolerance_of_loss",
+        type=float | None,
+        help="Candidates have a loss within this of the lowest one; default: 5 % of its drop.",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("hesd"), help="Folder of the results; an interrupted run goes on."
+    )
+    parser.add_class_arguments(AnalysisOptions, "analysis", skip={*NOT_OF_THE_COMMAND_LINE, "mode"})
+    parser.add_argument("--analysis.mode", type=AnalysisMode, default="auto", help=MODE)
+    parser.add_argument("--analysis.batch_weight", type=str | None, help=BATCH_WEIGHT)
+
+
+def run(config: Namespace) -> None:
+    """Analyze the checkpoints that are not in the folder yet, and write the table, files and figures.
+
+    Raises:
+        CommandError: If the analysis of a checkpoint failed, or no checkpoint exists.
+    """
+    analysis = _analysis(config)
+    paths = checkpoints_of(config.checkpoints)
+    store = Results(config.out, _plain(config))
+    writes = is_first_rank()  # all ranks run this command, with Lightning or torchrun to start them
+    rows: list[Row] = []
+    for number, (name, path) in enumerate(paths.items(), start=1):
+        record = store.known(name, path)
+        again = record is not None
+        if record is None:
+            with without_advice():
+                record = analysis.record(path)
+            if writes:
+                store.keep(name, path, record)
+        rows.append(Row(name, path, record))
+        found = record.error or str(record.spectrum)
+        if writes:
+            print(f"[{number}/{len(paths)}] {path}{' (known)' if again else ''}: {found}", flush=True)
+    if not writes:
+        return
+    picks = picked(rows, config.tolerance_of_loss)
+    among = candidates(rows, config.tolerance_of_loss)
+    lines = [table_line(row, picks, among) for row in rows]
+    store.finish(lines)
+    _print_table(lines)
+    print(f"Spectra, figures, {RESULTS} and results.csv are in {config.out}")
+    failed = [row for row in rows if row.record.error is not None]
+    if failed:
+        msg = f"{len(failed)} of {len(rows)} analyses failed; the first, of {failed[0].path}: {failed[0].record.error}"
+        raise CommandError(msg)
+
+
+def _analysis(config: Namespace) -> PosthocAnalysis:
+    generalization: Any = config.generalization
+    if generalization not in {None, "val", "test"}:
+        generalization = Blueprint(generalization, config.generalization_args)
+    options = {key: value for key, value in config.analysis.as_dict().items() if key != "mode"}
+    if options["batch_weight"] not in {None, "tokens"}:
+        options["batch_weight"] = imported(options["batch_weight"])
+    return PosthocAnalysis(
+        replace(project_of(config), devices=config.devices, num_nodes=config.num_nodes, strategy=config.strategy),
+        AnalysisOptions(**options),
+        generalization,
+        config.preconditioned,
+        config.analysis.mode,
+    )
+
+
+def _plain(config: Namespace) -> dict[str, Any]:
+    """Return the options that the results depend on, as JSON values."""
+    irrelevant = {
+        "checkpoints",
+        "out",
+        "tolerance_of_loss",
+        "unsafe",
+        "accelerator",
+        "devices",
+        "num_nodes",
+        "strategy",
+    }
+    options = {key: value for key, value in config.as_dict().items() if key not in irrelevant}
+    plain: dict[str, Any] = json.loads(json.dumps(options, default=str))
+    return plain
+
+
+def _print_table(lines: Sequence[Mapping[str, Any]]) -> None:
+    shown = [key for key in lines[0] if key != "error" and any(line[key] not in {None, ""} for line in lines)]
+    table = Table(*(key.replace("_by", " by") for key in shown))
+    for line in lines:
+        table.add_row(*(Text(_cell(line[key])) for key in shown))  # names of files are no markup
+    console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH_OF_FILES
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

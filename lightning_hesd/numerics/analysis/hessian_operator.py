@@ -1,0 +1,244 @@
+"""`HessianOperator`: the Hessian of a mean loss, its Gauss-Newton matrix or the residual, as a linear operator."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from lightning_hesd.numerics.analysis.preparation import opened_operators
+from lightning_hesd.numerics.inputs.batches import weighted_batches
+from lightning_hesd.numerics.inputs.options import AnalysisOptions
+from lightning_hesd.numerics.inputs.parameters import select_parameters, vector_dtype
+from lightning_hesd.numerics.isolation.snapshot import restore_state
+from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock, choose_difference_step
+from lightning_hesd.numerics.operators.strategies import AnalysisCache
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from lightning_hesd.numerics.analysis.evaluation import LossFunction
+    from lightning_hesd.numerics.isolation.modes import Mode
+
+
+class HessianOperator:
+    """The Hessian of a mean loss, or its Gauss-Newton matrix or residual, known by its products with vectors.
+
+    H = ∇²_w Σ_b (w_b/W) ℓ_b with ℓ_b the mean loss over batch b, w_b its weight and W = Σ w_b. Vectors have shape (n,):
+    the analyzed parameters, flattened and joined in the order of `module.named_parameters()`, tied ones once.
+
+    As a context manager it keeps the gradient graphs of the batches, as far as the memory budget allows, so that a
+    product costs about two gradients. Inside, the module is in the state of the analysis (`mode`, no autocast, no
+    fused attention, own gradients set aside), and its parameters must not be changed; on leaving, also by an exception,
+    all of that is put back. Outside of the context, each call of `matvec` or `matmat` enters it by itself, so that the
+    product belongs to the parameters of that moment, and takes the time of building the graphs on top.
+
+    Loss and derivatives are compared with differences when the context is first entered, as in `hessian_spectrum`.
+
+    Attributes:
+        shape: Number of rows and columns, (n, n).
+        dtype: Floating-point type of the products.
+        loss: Mean loss when the context was last entered; None before.
+        strategy: How the products were computed then, and `strategy_reason` why; None before.
+        verified: Whether the products agree with differences of the loss: "yes" or "unknown"; None before.
+
+    Args:
+        module: The module, on the device of the batches.
+        batches: As for `hessian_spectrum`; read once and kept.
+        loss_fn: `loss_fn(module, batch)` -> mean loss over the batch, a scalar tensor.
+        matrix: "hessian", "ggn" or "residual"; the latter two need `output_fn` and `output_loss`.
+        output_fn: `output_fn(module, batch)` -> outputs of the network.
+        output_loss: `output_loss(outputs, batch)` -> mean loss over the batch.
+        parameters: Filter (name, parameter) -> bool; default: all that require grad.
+        include_frozen: Whether parameters that do not require grad are among them.
+        mode: Module mode inside: "eval", "train" or "keep".
+        strategy: HVP strategy: "auto", "graph", "recompute" or "finite_difference".
+        batch_weight: Weight of a batch; default: its number of samples.
+        seed: Seed of whatever is random in the forward pass: each batch has the same dropout mask in every product.
+        dtype: torch.float32 or torch.float64; default: that of the parameters, at least float32.
+        memory_budget: Bytes that graphs and vectors may take; default: half of what is free.
+        preconditioner: Parameter name -> positive diagonal D: the matrix is D^(-1/2) H D^(-1/2).
+
+    Raises:
+        ValueError: If an argument is out of range, or there is no parameter to analyze.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> data = (torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))
+        >>> hessian = HessianOperator(model, [data], lambda m, b: nn.functional.mse_loss(m(b[0]), b[1]))
+        >>> with hessian:
+        ...     hessian @ torch.tensor([1.0, 1.0])
+        tensor([1., 4.])
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        batches: Iterable[Any],
+        loss_fn: LossFunction,
+        *,
+        matrix: Literal["hessian", "ggn", "residual"] = "hessian",
+        output_fn: Callable[[Any, Any], Any] | None = None,
+        output_loss: Callable[[Any, Any], Any] | None = None,
+        parameters: Callable[[str, nn.Parameter], bool] | None = None,
+        include_frozen: bool = False,
+        mode: Mode = "eval",
+        strategy: Literal["auto", "graph", "recompute", "finite_difference"] = "auto",
+        batch_weight: Literal["tokens"] | Callable[[Any], float] | None = None,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        memory_budget: int | None = None,
+        preconditioner: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._options = options = AnalysisOptions(
+            matrix=matrix,
+            output_fn=output_fn,
+            output_loss=output_loss,
+            parameters=parameters,
+            include_frozen=include_frozen,
+            mode=mode,
+            strategy=strategy,
+            batch_weight=batch_weight,
+            seed=seed,
+            dtype=dtype,
+            memory_budget=memory_budget,
+            preconditioner=preconditioner,
+            basis="none",
+        )
+        self._module = module
+        self._loss_fn = loss_fn
+        self._parameters = list(select_parameters(module, options).values())
+        with restore_state():  # a data loader draws random numbers
+            self._batches = weighted_batches(batches, batch_weight)
+        n = sum(p.numel() for p in self._parameters)
+        self.shape = (n, n)
+        self.dtype = dtype or vector_dtype(self._parameters)
+        self.loss: float | None = None
+        self.strategy: str | None = None
+        self.strategy_reason: str | None = None
+        self.verified: str | None = None
+        self._cache = AnalysisCache()
+        self._entered = 0
+        self._contexts = contextlib.ExitStack()
+        self._operator: DiagonalBlock | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters and of vectors."""
+        return self._parameters[0].device
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(matrix={self._options.matrix!r}, shape={self.shape}, dtype={self.dtype})"
+
+    def __enter__(self) -> Self:
+        if not self._entered:
+            with restore_state(), contextlib.ExitStack() as stack:  # evaluations seed the global generators
+                opened = opened_operators(
+                    self._module, self._batches, self._loss_fn, self._options, [self._parameters], cache=self._cache
+                )
+                [operator], _ = stack.enter_context(opened)
+                choose_difference_step([operator])
+                self._contexts, self._operator = stack.pop_all(), operator
+            risk = operator.risk
+            self.loss, self.strategy, self.strategy_reason = risk.loss, risk.strategy, risk.strategy_reason
+            self.verified = risk.verification.verdict(exact=risk.is_exact)
+        self._entered += 1
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._entered -= 1
+        if not self._entered:
+            self._operator = None
+            with restore_state():  # keep what the caller has drawn meanwhile
+                self._contexts.close()
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Return the product with a vector, shape (n,), in the dtype of the operator.
+
+        Args:
+            vector: Shape (n,), finite; moved to the device and dtype of the operator.
+
+        Raises:
+            ValueError: If the vector has another shape or is not finite.
+            ArithmeticError: If the loss or the product is NaN or infinite; the message names the batch.
+            RuntimeError: If the loss cannot be differentiated twice, or its derivatives are wrong.
+        """
+        if vector.shape != self.shape[:1]:
+            msg = f"`vector` must have shape {self.shape[:1]}, got {tuple(vector.shape)}; `matmat` takes columns."
+            raise ValueError(msg)
+        vector = vector.detach().to(self.device, self.dtype)
+        if not bool(vector.isfinite().all()):
+            msg = "`vector` must be finite, got NaN or infinite elements."
+            raise ValueError(msg)
+        with self, _product_state():
+            assert self._operator is not None  # noqa: S101 - the context sets it
+            product = self._operator.matvec(vector)
+            if not bool(product.isfinite().all()):
+                raise self._operator.explain_non_finite(vector)
+            return product
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Return the products with the columns of a matrix, shape (n, k), one after the other.
+
+        Args:
+            vectors: Columns, shape (n, k).
+
+        Raises:
+            ValueError: If the columns have another length or are not finite.
+        """
+        if vectors.ndim != 2 or len(vectors) != self.shape[0]:
+            msg = f"`vectors` must have shape ({self.shape[0]}, k), got {tuple(vectors.shape)}."
+            raise ValueError(msg)
+        products = torch.empty(vectors.shape, dtype=self.dtype, device=self.device)
+        with self:
+            for column, vector in zip(products.T, vectors.T, strict=True):
+                column.copy_(self.matvec(vector))
+        return products
+
+    def __matmul__(self, vectors: Tensor) -> Tensor:
+        if not isinstance(vectors, Tensor):
+            return NotImplemented
+        return self.matvec(vectors) if vectors.ndim == 1 else self.matmat(vectors)
+
+    def __rmatmul__(self, vectors: Tensor) -> Tensor:
+        """Return vᵀH, which is (Hv)ᵀ."""
+        if not isinstance(vectors, Tensor):
+            return NotImplemented
+        return self.matvec(vectors) if vectors.ndim == 1 else self.matmat(vectors.T).T
+
+    def to_scipy(self) -> Any:
+        """Return the operator as a `scipy.sparse.linalg.LinearOperator` on NumPy arrays.
+
+        Use it inside the context of this operator, so that the graphs are built once.
+
+        Raises:
+            ImportError: If SciPy is not installed.
+        """
+        try:
+            from scipy.sparse.linalg import LinearOperator  # noqa: PLC0415 - optional
+        except ImportError as error:
+            msg = "`to_scipy` needs SciPy, which is not installed: pip install scipy."
+            raise ImportError(msg) from error
+
+        def matvec(vector: Any) -> Any:
+            return self.matvec(torch.as_tensor(vector).reshape(-1)).cpu().numpy()
+
+        def matmat(vectors: Any) -> Any:
+            return self.matmat(torch.as_tensor(vectors)).cpu().numpy()
+
+        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return LinearOperator(self.shape, matvec, rmatvec=matvec, matmat=matmat, rmatmat=matmat, dtype=dtype)
+
+
+@contextlib.contextmanager
+def _product_state() -> Iterator[None]:
+    """Enable gradients, whatever the caller has set, and leave the global random number generators as they are.
+
+    An evaluation seeds them. Where each product evaluates the loss anew, a caller who draws random vectors between
+    products would otherwise get the same ones again and again.
+    """
+    with restore_state(), torch.inference_mode(mode=False), torch.enable_grad():
+        yield

@@ -1,0 +1,161 @@
+"""From a module, batches and a loss to curvature operators: parameters, memory, state, weights, HVP strategies."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from lightning_hesd.numerics.analysis.evaluation import Evaluator
+from lightning_hesd.numerics.collectives import LOCAL, Collectives
+from lightning_hesd.numerics.devices import finest_dtype
+from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
+from lightning_hesd.numerics.inputs.parameters import inverse_root, vector_dtype
+from lightning_hesd.numerics.inputs.token_weights import Weighing
+from lightning_hesd.numerics.isolation.exact_mode import exact_mode
+from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock
+from lightning_hesd.numerics.operators.memory import MemoryPlan, plan_memory
+from lightning_hesd.numerics.operators.risk_operator import RiskOperator
+from lightning_hesd.numerics.operators.self_checks import check_derivatives
+from lightning_hesd.numerics.operators.strategies import AnalysisCache
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor, nn
+
+    from lightning_hesd.numerics.analysis.evaluation import LossFunction
+    from lightning_hesd.numerics.inputs.batches import WeightedBatch
+    from lightning_hesd.numerics.inputs.options import AnalysisOptions
+    from lightning_hesd.numerics.krylov.lanczos import Basis
+
+SCALING_VECTORS = 3
+"""Additional vectors with a preconditioner: its diagonal, and a vector before and after a product."""
+
+
+@contextlib.contextmanager
+def opened_operators(
+    module: nn.Module,
+    batches: Sequence[WeightedBatch],
+    loss_fn: LossFunction,
+    options: AnalysisOptions,
+    blocks: Sequence[Sequence[nn.Parameter]],
+    *,
+    collectives: Collectives = LOCAL,
+    sharding: ParameterSharding | None = None,
+    processes: int = 1,
+    cache: AnalysisCache | None = None,
+    reason: str | None = None,
+    state: Sequence[object] = (),
+) -> Iterator[tuple[list[DiagonalBlock], MemoryPlan]]:
+    """Bring the module into the analysis state, and make the curvature operators of diagonal blocks there.
+
+    Args:
+        module: As for `hessian_spectrum`.
+        batches: This rank's share of the batches.
+        loss_fn: As for `hessian_spectrum`.
+        options: As for `hessian_spectrum`, equal on every rank.
+        blocks: Parameters of each diagonal block; all analyzed parameters in one block for the whole matrix.
+        collectives: Communication between the ranks that the batches are divided among.
+        sharding: How the parameters are distributed over ranks; None: every rank holds all of them.
+        processes: Number of ranks that share this computer's memory.
+        cache: What earlier analyses of the same loss have measured; brought up to date.
+        reason: Why the options are not those of the user; None if they are.
+        state: Objects beside the module that evaluations may change.
+
+    Yields:
+        The operator of each block, verified, and the memory plan.
+    """
+    sharding = sharding or ParameterSharding()
+    sharding.check(options)
+    analyzed = [p for block in blocks for p in block]
+    parameters = sharding.local_shards(analyzed)
+    ends = list(itertools.accumulate(len(block) for block in blocks))
+    ranges = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
+    dtype = options.dtype or vector_dtype(parameters)
+    _check_dtype(dtype, parameters[0].device)
+    plan = _plan(
+        module, parameters, dtype, options=options, sharding=sharding, collectives=collectives, processes=processes
+    )
+
+    with exact_mode(module, options.mode, analyzed, state) as isolation, sharding.full_parameters(module):
+        joint = sharding.joint_batches(batches)
+        is_alone = not collectives.is_distributed and not sharding.is_sharded
+        evaluator = Evaluator(module, loss_fn, options, sharding, isolation, batches=joint if is_alone else None)
+        if not sharding.is_sharded:
+            cache = cache or AnalysisCache()
+            joint = _weighed(Weighing(options.batch_weight, joint, evaluator.loss, collectives), cache)
+        risk = RiskOperator(
+            evaluator.matrix(parameters, ranges),
+            joint,
+            strategy=options.strategy,
+            dtype=dtype,
+            collectives=collectives,
+            graph_memory=plan.graphs,
+            cache=cache,
+            sharding=sharding,
+        )
+        if reason is not None:
+            risk.strategy_reason = reason if options.strategy != "auto" else f"{risk.strategy_reason}; {reason}"
+        check_derivatives(risk, evaluator.in_finest if not sharding.is_sharded else None)
+        operators = [
+            DiagonalBlock(risk, chosen, inverse_root(module, block, options.preconditioner, dtype))
+            for chosen, block in zip(ranges, blocks, strict=True)
+        ]
+        yield operators, plan
+
+
+def _weighed(weighing: Weighing, cache: AnalysisCache) -> list[WeightedBatch]:
+    """Return the batches with their weights, by the same rule as in earlier analyses of the loss."""
+    count = cache.count if cache.is_weighed else weighing.decide()
+    cache.count, cache.is_weighed = count, cache.is_weighed or weighing.is_settled
+    return weighing.apply(count)
+
+
+def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a dtype of vectors that the device does not have.
+
+    Raises:
+        ValueError: If the device has no float64, and it is asked for.
+    """
+    if dtype is torch.float64 and finest_dtype(device) is not torch.float64:
+        msg = f"`dtype=torch.float64` is not available on the device of the parameters, {device}: leave it None."
+        raise ValueError(msg)
+
+
+def _plan(
+    module: nn.Module,
+    parameters: Sequence[Tensor],
+    dtype: torch.dtype,
+    *,
+    options: AnalysisOptions,
+    sharding: ParameterSharding,
+    collectives: Collectives,
+    processes: int,
+) -> MemoryPlan:
+    """Plan the memory; all ranks keep the Krylov basis at the leanest place that one of them needs."""
+    own_elements = sum(p.numel() for p in parameters)
+    steps = min(options.steps, sharding.space(parameters).dimension)
+    device = parameters[0].device
+
+    def plan(basis: Literal["auto"] | Basis) -> MemoryPlan:
+        return plan_memory(
+            [*module.parameters(), *module.buffers()],
+            own_elements * dtype.itemsize,
+            steps,
+            basis=basis,
+            device=device,
+            budget=options.memory_budget,
+            processes=processes,
+            more_vectors=0 if options.preconditioner is None else SCALING_VECTORS,
+        )
+
+    own = plan(options.basis)
+    choices: list[Basis] = ["device", "cpu", "none"]
+    leanest = choices[round(sharding.collectives.max(collectives.max(choices.index(own.basis))))]
+    agreed = own if leanest == own.basis else plan(leanest)
+    # Ranks that evaluate every batch together must keep the graphs of the same batches.
+    return replace(agreed, graphs=-int(sharding.collectives.max(-agreed.graphs)))

@@ -1,0 +1,51 @@
+"""Eigenvalues and quadrature rule of the tridiagonal matrix T of a Lanczos run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+    Array = NDArray[np.float64]
+
+
+def tridiagonal_eigh(alphas: ArrayLike, betas: ArrayLike) -> tuple[Array, Array]:
+    """Return the Ritz values, ascending, shape (m,), and the eigenvectors of T as columns, shape (m, m).
+
+    Args:
+        alphas: Diagonal of T, shape (m,).
+        betas: Off-diagonal of T and, last, the norm of the remainder vector, which is not used, shape (m,).
+    """
+    diagonal = np.asarray(alphas, dtype=np.float64)
+    off_diagonal = np.asarray(betas, dtype=np.float64)
+    # By PyTorch: NumPy's threads go on spinning for a while, and would share the cores with those of the next product.
+    matrix = torch.from_numpy(np.diag(diagonal) + np.diag(off_diagonal[:-1], -1))  # eigh reads the lower triangle
+    nodes, vectors = torch.linalg.eigh(matrix)
+    return nodes.numpy(), vectors.numpy()
+
+
+def gauss_quadrature(alphas: ArrayLike, betas: ArrayLike) -> tuple[Array, Array, Array]:
+    """Return the Gauss quadrature rule of a Lanczos run, and its Ritz residuals.
+
+    Args:
+        alphas: Diagonal of T, shape (m,).
+        betas: Off-diagonal of T and, last, the norm of the remainder vector, shape (m,).
+
+    Returns:
+        nodes: Ritz values θ, ascending, shape (m,).
+        weights: Squared first components of the eigenvectors of T, shape (m,), sum 1.
+        residuals: Ritz residuals β_m·|last components|, shape (m,): an eigenvalue lies within the residual of each
+            node.
+
+    Example:
+        >>> nodes, weights, residuals = gauss_quadrature([0.0, 0.0], [1.0, 0.5])
+        >>> nodes.tolist(), weights.round(3).tolist(), residuals.round(3).tolist()
+        ([-1.0, 1.0], [0.5, 0.5], [0.354, 0.354])
+    """
+    nodes, vectors = tridiagonal_eigh(alphas, betas)
+    weights = vectors[0] ** 2
+    return nodes, weights / weights.sum(), float(np.asarray(betas)[-1]) * np.abs(vectors[-1])

@@ -1,0 +1,140 @@
+"""Diagonal blocks of a risk operator as products v -> Hv on flat vectors: all of the matrix, or one layer's block."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_hesd.numerics.krylov.vectors import in_shape, norm_of
+from lightning_hesd.numerics.operators.groups import explain_non_finite, group_products
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from lightning_hesd.numerics.inputs.batches import WeightedBatch
+    from lightning_hesd.numerics.operators.risk_operator import RiskOperator
+
+
+class DiagonalBlock:
+    """A diagonal block of a risk operator, in the coordinates of a preconditioner if there is one.
+
+    Attributes:
+        risk: The risk operator.
+        block: The range of the block among its parameters.
+        parameters: The parameters of the block, or this rank's shards of them.
+        space: The space of vectors over them.
+        size: Number of elements of a vector on this rank: n, unless parameters are sharded.
+        matvecs: Number of products so far.
+    """
+
+    def __init__(self, risk: RiskOperator, block: slice = slice(None), scale: Tensor | None = None) -> None:
+        """Take a block.
+
+        Args:
+            risk: The risk operator.
+            block: A range of its parameters, one of the blocks of its curvature matrix.
+            scale: Diagonal of S, shape (n,): products are with S H S.
+        """
+        everything = risk.matrix.parameters
+        self.risk = risk
+        self.block = block
+        self.parameters = everything[block]
+        self._sizes = [p.numel() for p in self.parameters]
+        self.size = sum(self._sizes)
+        self.space = risk.sharding.space(self.parameters)
+        self.matvecs = 0
+        self._scale = scale
+        self._offset = sum(p.numel() for p in everything[: block.start or 0])
+
+    @property
+    def dimension(self) -> int:
+        """Order n of the block."""
+        return self.space.dimension
+
+    def squared_weight_norm(self) -> float:
+        """Return the squared norm of the parameters, in the coordinates of the vectors."""
+        scales: Sequence[Tensor | float] = [1.0] * len(self._sizes)
+        if self._scale is not None:
+            scales = torch.split(self._scale, self._sizes)
+        pairs = zip(self.parameters, scales, strict=True)
+        norms = torch.stack([norm_of(p.detach().flatten() / scale) for p, scale in pairs]).tolist()
+        return self.space.total(math.fsum(norm**2 for norm in norms))
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Return Hv, shape (n,), summed over batches and ranks; v has shape (n,)."""
+        [product] = block_products([self], [vector])
+        return product
+
+    def group_products(self, vectors: Tensor, parts: int) -> Iterator[tuple[WeightedBatch, int, Tensor]]:
+        """Yield the products of groups of samples: each batch of this rank is cut into at most `parts` groups.
+
+        Args:
+            vectors: The vectors, shape (count, n).
+            parts: Groups per batch.
+
+        Yields:
+            The group, its position among those of its batch, and its products with the vectors, shape (count, n).
+        """
+        for group, position, products in group_products(self.risk, [self.expand(v) for v in vectors], parts):
+            yield group, position, self.restrict(products)
+        self.matvecs += len(vectors)
+
+    def explain_non_finite(self, vector: Tensor | None) -> Exception:
+        """Return the error for a NaN or infinite product with `vector`; it names the batch."""
+        return explain_non_finite(self.risk, None if vector is None else self.expand(vector))
+
+    def scaled(self, vector: Tensor) -> Tensor:
+        """Return Sv, or v itself without a preconditioner."""
+        return vector if self._scale is None else vector * self._scale
+
+    def expand(self, vector: Tensor) -> list[Tensor | None]:
+        """Return Sv in the shapes and dtypes of all parameters of the risk operator; None outside of the block."""
+        return _expand([self], [vector])
+
+    def restrict(self, products: Tensor) -> Tensor:
+        """Return S times the elements of the block, shape (..., n), of vectors over all parameters."""
+        return self.scaled(products[..., self._offset : self._offset + self.size])
+
+
+def block_products(blocks: Sequence[DiagonalBlock], vectors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the product of each block with its vector, from one pass over the samples.
+
+    Args:
+        blocks: Different blocks of one risk operator.
+        vectors: A vector for each, shape (n,).
+    """
+    for block in blocks:
+        block.matvecs += 1
+    product = blocks[0].risk.product(_expand(blocks, vectors))
+    return [block.restrict(product) for block in blocks]
+
+
+def _expand(blocks: Sequence[DiagonalBlock], vectors: Sequence[Tensor]) -> list[Tensor | None]:
+    expanded: list[Tensor | None] = [None] * len(blocks[0].risk.matrix.parameters)
+    for block, vector in zip(blocks, vectors, strict=True):
+        expanded[block.block] = in_shape(block.scaled(vector), block.parameters)
+    return expanded
+
+
+def choose_difference_step(blocks: Sequence[DiagonalBlock]) -> None:
+    """Choose the step of central differences, if they are in use, and set the error of products.
+
+    Args:
+        blocks: All blocks of a risk operator, in the coordinates in which the error counts.
+    """
+    risk = blocks[0].risk
+    if risk.differences is None:
+        return
+    sizes = [block.size for block in blocks]
+
+    def matvec(vector: Tensor) -> Tensor:
+        return torch.cat(block_products(blocks, torch.split(vector, sizes)))
+
+    vector = risk.space.gaussian(torch.Generator().manual_seed(0))
+    start = vector.to(device=risk.device, dtype=risk.dtype)
+    risk.product_error = risk.differences.choose_step(matvec, start, risk.cache.step)
+    risk.cache.step = risk.differences.step

@@ -1,0 +1,219 @@
+"""`SpectrumData`: the numbers of one analysis, their checks, and their storage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from lightning_hesd.spectra.files import damage_named, read_archive, save_archive
+from lightning_hesd.spectra.validation import at_least, check_fields, each, number, of, optional, text, within
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+    from typing_extensions import Self
+
+    from lightning_hesd.spectra.validation import Check
+
+ARRAYS = ("nodes", "weights", "residuals")
+"""The fields that are arrays."""
+
+MAX_SIZE = 1e150
+"""Largest absolute value of a node, so that its square is finite."""
+
+SAMPLING = (
+    *("c_t_sampling_error", "c_t_sampling_bias", "lambda_min_sampling_error", "lambda_max_sampling_error"),
+    *("lambda_min_sampling_bias", "lambda_max_sampling_bias"),
+)
+
+REQUIRED: dict[str, Check] = {
+    **dict.fromkeys(ARRAYS, of(np.ndarray)),
+    "steps_per_probe": each(at_least(0)),
+    "dimension": at_least(1),
+    "num_samples": at_least(0),
+    "loss": number,
+    "rounding": within(0.0, MAX_SIZE),
+    "matvecs": at_least(0),
+    "seconds": number,
+}
+OPTIONAL: dict[str, Check] = {
+    **dict.fromkeys(("matrix", "probe", "mode", "strategy", "strategy_reason", "basis"), text),
+    "seed": of(int),
+    "confidence": within(1e-9, 1 - 1e-9),
+    "tolerance": optional(lambda value: value in {"type", "auto"} if text(value) else within(0.0, MAX_SIZE)(value)),
+    "reason": optional(text),
+    "verified": lambda value: text(value) and value in {"yes", "no", "unknown"},
+    "verification": text,
+    **dict.fromkeys(("predicted_memory", "sampling_groups"), optional(at_least(0))),
+    **dict.fromkeys(("asymmetry", "gradient_equivalents", *SAMPLING), optional(number)),
+}
+
+
+def check_spectrum(values: Mapping[str, Any]) -> None:
+    """Check the fields of a spectrum by name, each by itself.
+
+    Raises:
+        ValueError: If a field is missing, is unknown, or has another kind of value.
+    """
+    given = {name: check for name, check in OPTIONAL.items() if name in values}
+    check_fields(values, {**REQUIRED, **given}, "a spectrum")
+    unknown = set(values) - set(REQUIRED) - set(OPTIONAL)
+    if unknown:
+        msg = f"a spectrum has no field {min(map(str, unknown))!r:.80}"
+        raise ValueError(msg)
+
+
+def check_rules(nodes: Any, weights: Any, residuals: Any, steps_per_probe: tuple[int, ...]) -> None:
+    """Check that arrays of shape (probes, steps) are quadrature rules with so many nodes.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    present = ~np.isnan(nodes)
+    conditions = (
+        present.sum(axis=1) == steps_per_probe,
+        present[:, :-1] >= present[:, 1:],  # the padding comes last
+        np.abs(nodes[present]) <= MAX_SIZE,
+        weights >= 0,
+        np.abs(weights.sum(axis=1) - np.minimum(steps_per_probe, 1)) <= 1e-6,
+        (residuals >= 0) & (residuals <= MAX_SIZE),
+    )
+    if not all(np.all(condition) for condition in conditions):
+        msg = "its nodes, weights and residuals are no quadrature rules of so many steps"
+        raise ValueError(msg)
+
+
+@dataclass(frozen=True, eq=False)
+class SpectrumData:
+    """The numbers of one analysis. `Spectrum` adds the quantities that follow from them.
+
+    Attributes:
+        nodes: Quadrature nodes (Ritz values), ascending, shape (probes, steps); a probe that ended early is padded with
+            NaN nodes of weight 0.
+        weights: Quadrature weights, shape (probes, steps); each row sums to 1.
+        residuals: Ritz residual of each node, shape (probes, steps): an eigenvalue lies within this distance.
+        steps_per_probe: Lanczos steps taken by each probe.
+        dimension: Number of analyzed parameters n.
+        num_samples: Number of samples, whatever their weight; of batches whose samples cannot be counted, their weight.
+        loss: Mean loss over these samples.
+        rounding: Size below which an eigenvalue cannot be told from zero.
+        matvecs: Number of HVPs, including those for the step of central differences and for sampling errors.
+        seconds: Duration of the analysis.
+        gradient_equivalents: Cost of one HVP in plain gradients on the same batches, by time; None if not measured.
+            Gradients of a millisecond or two count for more than they should: preparing the batch is part of them.
+        matrix: Curvature matrix ("hessian", "ggn", "residual", or "preconditioned" and one of these).
+        probe: Distribution of the start vectors ("gaussian": uniform on the sphere, or "rademacher").
+        seed: Seed of the start vectors.
+        mode: Module mode during the analysis ("eval", "train", "keep", or "deterministic": training mode without
+            dropout and without batch statistics).
+        strategy: HVP strategy ("graph", "recompute" or "finite_difference").
+        strategy_reason: Reason for this strategy.
+        basis: Device of the Krylov basis ("device", "cpu" or "none").
+        predicted_memory: Bytes the analysis was expected to take at most, beyond module and batches; None: unknown.
+        confidence: Least probability, over start vectors, with which `c_t_interval` holds.
+        tolerance: Requested accuracy: a number, "type" or "auto" (see `hessian_spectrum`); None: fixed steps.
+        reason: Reason why C_t is undefined (NaN); None where it is defined.
+        verified: Whether HVPs and gradient were found to be those of the loss: "yes", "unknown" where that cannot be
+            told, or "no": then nothing was computed, and every number is NaN.
+        verification: Comparison behind `verified` and its result, in words.
+        asymmetry: Largest component of a product Hv_j along earlier Lanczos vectors that a symmetric matrix does not
+            have, relative to ‖T‖: rounding, in which case it is part of `rounding`. None: not known.
+        c_t_sampling_error: Standard error of C_t from the finite sample; None, as all of the following, if not asked
+            for.
+        c_t_sampling_bias: Expected difference of C_t from that of infinitely many samples; not corrected for.
+        lambda_min_sampling_error: Standard error of the smallest eigenvalue.
+        lambda_max_sampling_error: Standard error of the largest eigenvalue.
+        lambda_min_sampling_bias: Expected difference from infinitely many samples, at most 0.
+        lambda_max_sampling_bias: Expected difference from infinitely many samples, at least 0.
+        sampling_groups: Number of groups of samples that the sampling errors rest on.
+    """
+
+    nodes: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    residuals: NDArray[np.float64]
+    steps_per_probe: tuple[int, ...]
+    dimension: int
+    num_samples: int
+    loss: float
+    rounding: float
+    matvecs: int
+    seconds: float
+    gradient_equivalents: float | None = None
+    matrix: str = "hessian"
+    probe: Literal["gaussian", "rademacher"] = "gaussian"
+    seed: int = 0
+    mode: Literal["eval", "deterministic", "train", "keep"] = "eval"
+    strategy: str = "graph"
+    strategy_reason: str = ""
+    basis: Literal["device", "cpu", "none"] = "device"
+    predicted_memory: int | None = None
+    confidence: float = 0.95
+    tolerance: float | Literal["type", "auto"] | None = None
+    reason: str | None = None
+    verified: Literal["yes", "no", "unknown"] = "unknown"
+    verification: str = "not compared with differences of the loss"
+    asymmetry: float | None = None
+    c_t_sampling_error: float | None = None
+    c_t_sampling_bias: float | None = None
+    lambda_min_sampling_error: float | None = None
+    lambda_max_sampling_error: float | None = None
+    lambda_min_sampling_bias: float | None = None
+    lambda_max_sampling_bias: float | None = None
+    sampling_groups: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ARRAYS:
+            array = np.array(getattr(self, name), dtype=np.float64)
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
+        object.__setattr__(self, "steps_per_probe", tuple(int(steps) for steps in self.steps_per_probe))
+        shape, probes = self.nodes.shape, len(self.steps_per_probe)
+        if len(shape) != 2 or shape[0] != probes or 0 in shape:
+            msg = f"`nodes` must have shape ({probes} probes, steps >= 1), got {shape}."
+            raise ValueError(msg)
+        for name in ARRAYS[1:]:
+            if getattr(self, name).shape != shape:
+                msg = f"`{name}` must have the shape of `nodes`, {shape}, got {getattr(self, name).shape}."
+                raise ValueError(msg)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields: arrays as NumPy arrays, everything else as plain Python values."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the spectrum of `to_dict`, from a file or a checkpoint, which may be of unknown origin.
+
+        Raises:
+            ValueError: If a field is missing, is unknown or is invalid.
+        """
+        check_spectrum(values)
+        spectrum = cls(**values)
+        check_rules(spectrum.nodes, spectrum.weights, spectrum.residuals, spectrum.steps_per_probe)
+        return spectrum
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the spectrum to `path` as .npz: arrays and one JSON text, no pickle.
+
+        The file appears whole or not at all.
+        """
+        values = self.to_dict()
+        arrays = {name: values.pop(name) for name in ARRAYS}
+        save_archive(path, values, arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a spectrum that `save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is not a spectrum, is damaged, or was written by a newer version.
+        """
+        kind = "a spectrum written by `Spectrum.save`"
+        header, arrays = read_archive(path, kind)
+        with damage_named(path, kind):
+            return cls.from_dict({**header, **arrays})

@@ -1,0 +1,283 @@
+"""A checkpoint callback that keeps the files of a ranking's candidates, and of no other states of the weights."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_hesd.spectra.selection import Candidate
+from lightning_hesd.spectra.validation import one_line
+from lightning_hesd.training.callback_copies import CopiedCallback
+from lightning_hesd.training.checkpoints.analyzed_saving import AnalyzedSaving
+from lightning_hesd.training.checkpoints.exclusive_checkpoint import ExclusiveCheckpoint
+from lightning_hesd.training.checkpoints.ranking import completed, invalid_field
+from lightning_hesd.training.compat.collectives import saving_together
+from lightning_hesd.training.compat.messages import inform, warn
+from lightning_hesd.training.compat.namespaces import MisconfigurationException
+from lightning_hesd.training.error_policy import ErrorPolicy
+from lightning_hesd.training.source import only_source, sources_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import lightning.pytorch as pl
+    from typing_extensions import Self
+
+    from lightning_hesd.spectra.record import SpectrumRecord
+    from lightning_hesd.training.checkpoints.ranking import Ranking
+    from lightning_hesd.training.checkpoints.weights import AnalyzedWeights
+    from lightning_hesd.training.source import SpectrumSource
+
+
+class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
+    """Writes a file for each candidate, and deletes it once the candidate is beaten.
+
+    Attributes:
+        errors: Whether failures become warnings or are raised.
+        source: The callback whose records are ranked; None: not found yet.
+    """
+
+    _final_path = ""
+
+    def __init__(self, ranking: Ranking, **kwargs: Any) -> None:
+        """Begin without candidates.
+
+        Args:
+            ranking: Decides which states are candidates.
+            **kwargs: Arguments of ModelCheckpoint.
+        """
+        self._ranking = ranking  # which `best_model_path` needs
+        super().__init__(**kwargs)
+        self.errors = ErrorPolicy()
+        self._analyzed = AnalyzedSaving(self.errors)
+        self.source: SpectrumSource | None = None
+        self._stage = "fit"
+        self.begin_copies()
+
+    @property
+    def title(self) -> str:
+        """Name of this callback in messages."""
+        raise NotImplementedError
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """The states that the rule may still pick, in the order of training."""
+        return self._ranking.candidates
+
+    @property
+    def qualified_steps(self) -> list[int]:
+        """Optimizer steps of all analyzed states among which the rule decides, those without a file, too."""
+        return self._ranking.qualified_steps
+
+    @property
+    def best(self) -> Candidate | None:
+        """The pick so far, with its epoch, criterion and path; None before the first candidate."""
+        return self._ranking.pick
+
+    @property
+    def best_model_path(self) -> str:
+        """Path of the pick so far; without candidates that of the final weights, once training has ended."""
+        return self.best.path if self.candidates and self.best else self._final_path
+
+    @best_model_path.setter
+    def best_model_path(self, path: str) -> None:
+        """Ignore what Lightning assigns: after ddp_spawn it is the path of the Trainer's first checkpoint callback."""
+
+    def attach(self, source: SpectrumSource) -> None:
+        """Rank the records of `source` from now on."""
+        self.source = source
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Find the folder to write to, and the callback whose records to rank.
+
+        Raises:
+            MisconfigurationException: If there is not exactly one, and one of several is to raise.
+        """
+        super().setup(trainer, pl_module, stage)
+        self._stage = stage
+        if self.source is not None or stage != TrainerFn.FITTING:
+            return
+        try:
+            self.source = only_source(trainer)
+        except MisconfigurationException as error:
+            if any(source.errors.raises for source in sources_of(trainer)):
+                raise
+            warn(f"there will be no pick but the final weights. {error}")
+
+    def forget_run(self) -> None:
+        """Forget the candidates: a callback may serve several runs."""
+        super().forget_run()
+        self._ranking.clear()
+        self._update([], -math.inf)
+        self._analyzed.drop()
+
+    def keep_weights(self, weights: AnalyzedWeights) -> None:
+        """Keep analyzed weights until they are ranked."""
+        self._analyzed.keep(weights)
+
+    def forget_missing_files(self, trainer: pl.Trainer) -> None:
+        """Drop the candidates of a resumed run whose files are gone."""
+        if gone := self.gone(trainer, self.candidates):
+            self._update([c for c in self.candidates if c.path not in gone], self._ranking.best_score)
+            warn(
+                "checkpoints of earlier candidates are gone, cannot be reached or were overwritten, and cannot be "
+                f"picked any more: {', '.join(gone)}."
+            )
+
+    def rank(self, trainer: pl.Trainer, record: SpectrumRecord, score: float, criterion: float) -> Candidate | None:
+        """Rank the present weights: write their file if they become a candidate, and delete those of beaten ones.
+
+        Args:
+            trainer: The Trainer.
+            record: Their record, with a spectrum.
+            score: Their training metric; higher is better.
+            criterion: Their criterion; higher is better.
+
+        Returns:
+            latest: Their entry in the ranking; None if the file could not be written.
+        """
+        before = self.candidates
+        path = self.free_path(trainer, self._monitor_candidates(trainer), [c.path for c in before])
+        mark: str = trainer.strategy.broadcast(uuid.uuid4().hex)
+        mainly_positive = record.spectrum is not None and record.spectrum.hesd_type == "MP"
+        latest = Candidate(record.epoch, record.global_step, score, criterion, mainly_positive, path, mark)
+        kept, best = self._ranking.front_with(latest)
+        # Updated before saving, because the checkpoint holds this very state; deleted after it, so that an interruption
+        # leaves a file too many rather than one too few.
+        state = self.state_dict()
+        self._update(kept, best)
+        if latest in kept and not self.is_written(
+            path, lambda: self._analyzed.save(trainer, mark, lambda: self._save_checkpoint(trainer, path))
+        ):
+            self._load(state)
+            return None
+        for candidate in before:
+            if candidate not in kept and self._should_remove_checkpoint(trainer, candidate.path, path):
+                self._remove_checkpoint(trainer, candidate.path)
+        self.show_in_original()
+        return latest
+
+    def _update(self, candidates: list[Candidate], best_score: float) -> None:
+        """Set the candidates, and the attributes in which ModelCheckpoint shows them."""
+        self._ranking.candidates, self._ranking.best_score = candidates, best_score
+        self.best_k_models = {c.path: torch.tensor(c.criterion) for c in candidates}
+        self.kth_best_model_path = min(candidates, key=lambda c: c.criterion).path if candidates else ""
+        self.kth_value = self.best_k_models.get(self.kth_best_model_path, torch.tensor(-math.inf))
+        pick = self.best
+        self._final_path = ""
+        self.best_model_score = torch.tensor(pick.criterion) if pick else None
+        self.current_score = torch.tensor(candidates[-1].criterion) if candidates else None
+
+    def report_pick(self, trainer: pl.Trainer, rule: str) -> None:
+        """Report the file of the pick of a rule, and whether Lightning's "best" is that file."""
+        name = self.source.name if self.source else "hesd"
+        pick = "the final weights" if self.best is None else f"epoch {self.best.epoch}"
+        first = trainer.checkpoint_callback
+        if first is self:
+            loading = '`ckpt_path="best"` loads it'
+        else:
+            attached = self.source is not None and self.source.checkpoint is self
+            own = f"`{'callback.checkpoint' if attached else 'HessianCheckpoint'}.best_model_path`"
+            loading = f'it is {own}, and `ckpt_path="best"` remains the best of {type(first).__name__}'
+        inform(f"{name}: {rule} picks {pick}, {self.best_model_path}; {loading}.")
+
+    # Files ----------------------------------------------------------------------------------------------------------
+
+    def may_save(self, trainer: pl.Trainer) -> bool:
+        """Return whether this is training, in which checkpoints are written."""
+        fast_dev_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
+        return not fast_dev_run and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        """Write a checkpoint; if that fails on one rank, it fails on all."""
+        with saving_together(trainer):
+            super()._save_checkpoint(trainer, filepath)
+
+    def is_written(self, name: str, write: Callable[[], None]) -> bool:
+        """Write a file, and return whether that succeeded: a full disk does not end training.
+
+        Raises:
+            OSError: If the file cannot be written, and exceptions are to be raised.
+        """
+        try:
+            write()
+        except OSError as error:
+            if self.errors.raises:
+                raise
+            warn(f"{self.title} could not write {name} ({one_line(error)}).")
+            return False
+        return True
+
+    def save_final(self, trainer: pl.Trainer) -> bool:
+        """Write the final weights, which take the place of the pick, and return whether that succeeded."""
+        names = self._monitor_candidates(trainer)
+        names["epoch"] = torch.tensor(max(trainer.current_epoch - 1, 0))  # the Trainer counts the next one already
+        path = self._final_path = self.free_path(trainer, names, ())
+        if self.is_written(path, lambda: self._save_checkpoint(trainer, path)):
+            return True
+        self._final_path = ""
+        return False
+
+    # State ----------------------------------------------------------------------------------------------------------
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Let the original show the pick of this copy, also when the fit fails."""
+        super().on_exception(trainer, pl_module, exception)
+        self.show_in_original()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Bring the pick to the process that started the fit, if this one ends with the fit."""
+        super().teardown(trainer, pl_module, stage)
+        if stage == TrainerFn.FITTING:
+            self.send_results(trainer)
+            self.show_in_original()
+
+    def take_results(self, state: dict[str, Any]) -> None:
+        """Replace the candidates by those of a copy's `state_dict`."""
+        self.dirpath = self._found["dirpath"] = state["dirpath"]
+        self._load(state)
+        self._final_path = state["best_model_path"]
+
+    def share_results(self, original: Self) -> None:
+        """Give the candidates to the original, unless the fit failed before the folder was known."""
+        if self.dirpath is not None:
+            super().share_results(original)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the candidates as plain values."""
+        return {
+            **self._ranking.state_dict(),
+            "best_model_path": self.best_model_path,
+            "last_model_path": self.last_model_path,
+            "dirpath": str(self.dirpath),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the candidates of the run that is resumed.
+
+        Testing a checkpoint loads the state, too, without resuming the run: the later candidates then stay.
+
+        Raises:
+            ValueError: If a field is missing or damaged.
+        """
+        if self._stage != "fit":
+            return
+        if (wrong := invalid_field(state_dict)) is not None:
+            msg = (
+                f"the state of {self.title} in the checkpoint is damaged, or of another version: its `{wrong}` is "
+                "missing or invalid. Resume with another `tolerance`, which starts a new ranking."
+            )
+            raise ValueError(msg)
+        self._is_resumed = True
+        self._load(state_dict)
+
+    def _load(self, state: dict[str, Any]) -> None:
+        state = completed(state)
+        self._ranking.load_state_dict(state)
+        self._update(self.candidates, self._ranking.best_score)
+        if str(self.dirpath) == state["dirpath"]:
+            self.last_model_path = state["last_model_path"]

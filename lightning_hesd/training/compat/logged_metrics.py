@@ -1,0 +1,73 @@
+"""Metrics as Lightning logs them: the step, the hook that logged them, and the loggers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    import lightning.pytorch as pl
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+
+def logging_step(trainer: pl.Trainer, *, at_epoch_end: bool) -> int:
+    """Return the step that Lightning gives to metrics logged now."""
+    step = int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
+    return max(step - 1, 0) if at_epoch_end else step
+
+
+def log_scalars(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    values: dict[str, float],
+    *,
+    at_epoch_end: bool,
+    in_bar: Collection[str],
+) -> None:
+    """Log scalars to `trainer.callback_metrics`, the progress bar and every logger.
+
+    At the end of an epoch the module's own `log` does that. At other times Lightning would send them to the loggers
+    only at multiples of `log_every_n_steps` or at the end of the epoch, so the loggers get them directly.
+
+    Args:
+        trainer: The trainer.
+        pl_module: The module that logs.
+        values: The scalars.
+        at_epoch_end: Whether the hook is `on_train_epoch_end`.
+        in_bar: Keys to show in the progress bar.
+    """
+    if trainer.barebones:
+        return
+    if at_epoch_end:
+        for key, value in values.items():
+            pl_module.log(key, value, on_step=False, on_epoch=True, prog_bar=key in in_bar, batch_size=1)
+        return
+    tensors = {key: torch.tensor(value, dtype=torch.float32) for key, value in values.items()}
+    trainer.callback_metrics.update(tensors)
+    trainer.progress_bar_metrics.update({key: values[key] for key in in_bar if key in values})
+    step = logging_step(trainer, at_epoch_end=False)
+    for logger in trainer.loggers:
+        logger.log_metrics({**values, "epoch": trainer.current_epoch}, step=step)
+        logger.save()
+
+
+def logged_before_the_epoch(trainer: pl.Trainer, key: str) -> bool:
+    """Return whether a metric was logged in this epoch, but only before its first batch."""
+    results = [r for r in trainer.fit_loop.epoch_loop._results.values() if not r.has_reset]  # noqa: SLF001
+    hooks = {r.meta.fx for r in results if key in {r.meta.name, *map(r.meta.forked_name, (True, False))}}
+    return hooks == {"on_train_epoch_start"}
+
+
+def logged_results(trainer: pl.Trainer) -> list[object]:
+    """Return Lightning's collections of logged values, which hold a metric for each value."""
+    loop = trainer.fit_loop.epoch_loop
+    return [loop._results, loop.val_loop._results]  # noqa: SLF001
+
+
+def tag_prefix(logger: TensorBoardLogger) -> str:
+    """Return the prefix that a logger puts before the names of metrics."""
+    prefix: str = logger._prefix  # noqa: SLF001
+    return f"{prefix}{logger.LOGGER_JOIN_CHAR}" if prefix else ""

@@ -1,0 +1,115 @@
+"""What happens when an analysis or its output fails: a warning, and training goes on; or the exception."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from lightning_hesd.numerics.operators.verification import WrongDerivativeError
+from lightning_hesd.training.compat import messages
+from lightning_hesd.training.compat.namespaces import MisconfigurationException
+from lightning_hesd.training.isolation.training_snapshot import DisturbedTrainingError
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+OnError = Literal["warn", "raise"]
+
+FAULTS_OF_THE_LOSS = (DisturbedTrainingError, WrongDerivativeError)
+"""Failures that later analyses of the same loss most likely repeat: a run warns once of each."""
+
+
+class ErrorPolicy:
+    """Turns failures into warnings, or lets the exceptions through.
+
+    Attributes:
+        on_error: "warn" or "raise".
+    """
+
+    def __init__(self, on_error: OnError = "warn") -> None:
+        """Check the argument.
+
+        Raises:
+            ValueError: If `on_error` is neither "warn" nor "raise".
+        """
+        if on_error not in {"warn", "raise"}:
+            msg = f"`on_error` must be 'warn' or 'raise', got {on_error!r}."
+            raise ValueError(msg)
+        self.on_error: OnError = on_error
+        self._warned: set[object] = set()
+
+    @property
+    def raises(self) -> bool:
+        """Whether exceptions are let through."""
+        return self.on_error == "raise"
+
+    def restart(self) -> None:
+        """Begin a run: warn again of all that was warned of once."""
+        self._warned.clear()
+
+    def guard(self, consequence: str, on_error: OnError | None = None) -> Guard:
+        """Return a context in which an exception becomes a warning, unless exceptions are to be raised.
+
+        Args:
+            consequence: What a failure means for the user; the warning begins with it.
+            on_error: "warn" or "raise" for this context; None: as the policy says.
+        """
+        return Guard(self, consequence, on_error or self.on_error)
+
+    def complain(
+        self, message: str, *, key: str | None = None, harmless: bool = False, cause: Exception | None = None
+    ) -> None:
+        """Warn of a problem that is no exception, or raise one.
+
+        Args:
+            message: The problem.
+            key: Warn once in a run of all problems with this key; None: warn each time.
+            harmless: Whether to warn in any case.
+            cause: The exception behind the problem.
+
+        Raises:
+            MisconfigurationException: If exceptions are to be raised, and the problem is not harmless.
+        """
+        if self.raises and not harmless:
+            raise MisconfigurationException(message) from cause
+        if key is None or key not in self._warned:
+            messages.warn(message)
+        self._warned.add(key)
+
+    def describe(self, error: Exception) -> str:
+        """Return the text of a failure, for records and warnings."""
+        return f"{type(error).__name__}: {error}"
+
+    def report(self, message: str, error: Exception) -> None:
+        """Warn of a failure; a fault of the loss that was warned of in this run is information only."""
+        kind = type(error)
+        say = messages.inform if kind in self._warned and isinstance(error, FAULTS_OF_THE_LOSS) else messages.warn
+        self._warned.add(kind)
+        say(message)
+
+
+class Guard:
+    """The context that `ErrorPolicy.guard` returns.
+
+    Attributes:
+        failure: Text of the failure; None: the block has not failed.
+    """
+
+    def __init__(self, policy: ErrorPolicy, consequence: str, on_error: OnError) -> None:
+        self.failure: str | None = None
+        self._policy = policy
+        self._consequence = consequence
+        self._on_error = on_error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, Exception) or self._on_error == "raise":
+            return False
+        self.failure = self._policy.describe(error)
+        self._policy.report(f"{self._consequence}. {self.failure}", error)
+        return True

@@ -1,0 +1,219 @@
+"""States of objects outside the module: compared fast enough for every evaluation of a loss, and restored in place."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from functools import partial
+from itertools import chain
+from operator import is_
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lightning_hesd.numerics.isolation.attributes import ClassState
+from lightning_hesd.numerics.isolation.containers import BufferState, container_state
+from lightning_hesd.training.isolation.places import Owner, Place
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from lightning_hesd.numerics.isolation.containers import ContentState
+
+LARGE_CONTAINER = 10_000
+"""Number of items above which a container is compared only at the end of an analysis; until then only its length is.
+
+The items of such containers are not searched.
+"""
+
+LARGE_BYTES = 2**20
+"""Bytes above which an array or a buffer is compared only at the end of an analysis."""
+
+
+class TrackedState(ABC):
+    """The state of an object as it was when this was made.
+
+    Attributes:
+        place: Where the object was found.
+        is_large: Whether comparing takes too long for every evaluation.
+    """
+
+    place: Place
+    is_large: bool = False
+
+    @abstractmethod
+    def changed(self) -> list[str]:
+        """Return the labels of everything that differs now; "" stands for the whole object."""
+
+    @abstractmethod
+    def restore(self) -> None:
+        """Restore the state."""
+
+
+class TrackedContent(TrackedState):
+    """The content of a container or a buffer, or the attributes of an object or a class.
+
+    Objects are compared by identity; each of them that can change has a state of its own.
+    """
+
+    def __init__(self, content: ContentState, place: Place) -> None:
+        self.place = place
+        self.content = content
+        size = len(content.content) if isinstance(content, BufferState) else 0
+        self.is_large = len(content.values) > LARGE_CONTAINER or size > LARGE_BYTES
+
+    @classmethod
+    def of(cls, container: Any, place: Place) -> TrackedContent:
+        """Return the state of a container or a class.
+
+        Raises:
+            TypeError: If the object is neither.
+        """
+        content = ClassState(container, methods=True) if isinstance(container, type) else container_state(container)
+        if content is None:
+            raise TypeError(type(container))
+        return cls(content, place)
+
+    def changed(self) -> list[str]:
+        """Return the labels of items or attributes that differ; "" if their order does, or if they have no labels."""
+        if not self.content.differs():
+            return []
+        saved, now = dict(zip(self.content.keys or (), self.content.values, strict=False)), self.content.current()
+        missing = object()
+        keys = [key for key in {**saved, **now} if saved.get(key, missing) is not now.get(key, missing)]
+        return [self.place.label_of(key) for key in keys] or [""]
+
+    def restore(self) -> None:
+        """Restore items or attributes, in their order."""
+        self.content.write()
+
+
+class TrackedArray(TrackedState):
+    """The elements of a NumPy array; compared as bytes, because NaN is not equal to itself."""
+
+    def __init__(self, values: np.ndarray[Any, Any], place: Place) -> None:
+        self.place = place
+        self._array, self._before = values, values.copy()
+        self.is_large = values.nbytes > LARGE_BYTES
+
+    def changed(self) -> list[str]:
+        """Return a label if an element differs."""
+        same = self._array.shape == self._before.shape and self._array.tobytes() == self._before.tobytes()
+        return [] if same else [""]
+
+    def restore(self) -> None:
+        """Restore the elements."""
+        np.copyto(self._array, self._before)
+
+
+class TrackedTable(TrackedState):
+    """The content of a DataFrame or a Series of pandas."""
+
+    def __init__(self, table: Any, place: Place) -> None:
+        self.place = place
+        self._table, self._before = table, table.copy()
+        self.is_large = table.size > LARGE_CONTAINER
+
+    def changed(self) -> list[str]:
+        """Return a label if the content differs."""
+        return [] if self._before.equals(self._table) else [""]
+
+    def restore(self) -> None:
+        """Restore the content, as the methods of pandas with `inplace=True` set it."""
+        self._table._update_inplace(self._before.copy())  # noqa: SLF001
+
+
+class TrackedSetting(TrackedState):
+    """A setting of the process, which functions read and write."""
+
+    def __init__(self, name: str, read: Callable[[], object], write: Callable[[Any], object]) -> None:
+        self.place = Place(None, name, Owner.USER)
+        self._read, self._write = read, write
+        self._before = read()
+
+    def changed(self) -> list[str]:
+        """Return a label if the setting differs."""
+        return [] if self._read() == self._before else [""]
+
+    def restore(self) -> None:
+        """Restore the setting."""
+        self._write(self._before)
+
+
+_CUDNN: Any = torch.backends.cudnn
+
+SETTINGS: list[tuple[str, Callable[[], object], Callable[[Any], object]]] = [
+    ("torch.get_num_threads()", torch.get_num_threads, torch.set_num_threads),
+    ("torch.is_anomaly_enabled()", torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    (
+        "torch.are_deterministic_algorithms_enabled()",
+        torch.are_deterministic_algorithms_enabled,
+        torch.use_deterministic_algorithms,
+    ),
+    ("torch.backends.cudnn.benchmark", lambda: _CUDNN.benchmark, partial(setattr, _CUDNN, "benchmark")),
+    ("numpy.geterr()", np.geterr, lambda before: np.seterr(**before)),
+    ("os.getcwd()", os.getcwd, os.chdir),
+]
+"""Settings of the process that may influence the numbers of training: name, and functions that read and write it."""
+
+
+class TrackedStates:
+    """Many states, compared and restored together."""
+
+    def __init__(self, states: Sequence[TrackedState]) -> None:
+        self._states = states
+        self._views = [view for state in states if not state.is_large for view in _views(state)]
+        self._large_views = [view for state in states if state.is_large for view in _views(state)]
+        self._others = [state for state in states if not (state.is_large or _views(state))]
+        self._save_views()
+
+    def _save_views(self) -> None:
+        """Save the present items for the fast comparison."""
+        self._items = list(chain.from_iterable(self._views))
+        self._lengths = list(map(len, self._views))
+        self._large_lengths = list(map(len, self._large_views))
+
+    def _is_unchanged(self) -> bool:
+        """Whether all states but the large ones are unchanged; one loop without Python code compares all items."""
+        try:
+            return (
+                list(map(len, self._views)) == self._lengths
+                and all(map(is_, chain.from_iterable(self._views), self._items))
+                and not any(state.changed() for state in self._others)
+            )
+        except RuntimeError:  # another thread is changing one of the containers
+            return False
+
+    def restore(self, *, thorough: bool = False) -> dict[str, Exception | None]:
+        """Restore all states that have changed.
+
+        Args:
+            thorough: Whether to compare large states, too, even if their lengths are the same.
+
+        Returns:
+            The names of objects that could not be restored -> the error; None if there was no error.
+        """
+        unrestored: dict[str, Exception | None] = {}
+        thorough = thorough or list(map(len, self._large_views)) != self._large_lengths
+        if not thorough and self._is_unchanged():
+            return unrestored
+        for state in self._states:
+            if state.is_large and not thorough:
+                continue
+            try:
+                if state.changed():
+                    state.restore()
+                    unrestored |= {f"{state.place}{label}": None for label in state.changed()}
+            except Exception as error:  # noqa: BLE001 - returned to the caller; the others are restored
+                unrestored[str(state.place)] = error
+        self._save_views()
+        return unrestored
+
+    def changed(self) -> list[str]:
+        """Return the names of everything that differs now."""
+        return [f"{state.place}{label}" for state in self._states for label in state.changed()]
+
+
+def _views(state: TrackedState) -> tuple[Any, ...]:
+    return state.content.views if isinstance(state, TrackedContent) else ()

@@ -1,0 +1,120 @@
+"""`LoggerOutput`, the interface of outputs to loggers, and the figures, tables and texts that they share."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from dataclasses import astuple, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import numpy as np
+
+from lightning_hesd.spectra.indicators import LayerIndicators, layer_indicators
+from lightning_hesd.training.history import START_EPOCH, SpectrumHistory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    from lightning_hesd.spectra.assessment import Assessment
+    from lightning_hesd.spectra.selection import SelectionEvent
+    from lightning_hesd.spectra.spectrum import Spectrum
+    from lightning_hesd.training.history import SpectrumRecord
+
+LAYER_COLUMNS = ("layer", *(field.name for field in fields(LayerIndicators)))
+"""Columns of `layer_rows`."""
+
+
+class LoggerOutput(Protocol):
+    """Writes records to a logger, beyond scalars."""
+
+    def write(self, history: SpectrumHistory, step: int) -> None:
+        """Write the last record, which has a spectrum, at `step` of the logger's axis."""
+
+    def finish(self, history: SpectrumHistory) -> None:
+        """Write the whole history, which has a spectrum, once: at the end of training, or when it has failed."""
+
+
+def title(record: SpectrumRecord) -> str:
+    """Return the time of a record, short."""
+    return "start" if record.epoch == START_EPOCH else f"epoch {record.epoch}"
+
+
+def figures(history: SpectrumHistory) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    """Draw the figures of the last record, one after the other.
+
+    Yields:
+        Suffix of the callback's name for the tag, and the figure as an image, shape (height, width, 4).
+    """
+    from lightning_hesd import plotting  # noqa: PLC0415 - Matplotlib is slow to import
+
+    record = history[-1]
+    for suffix, spectrum in record.spectra.items():
+        yield f"{suffix}/density_figure", _pixels(plotting.plot_density(spectrum, title=title(record)))
+    if record.spectrum and record.ggn and record.residual:
+        yield (
+            "/decomposition_figure",
+            _pixels(plotting.plot_decomposition(record.spectrum, record.ggn, record.residual)),
+        )
+    if record.layers:
+        yield "/layers_figure", _pixels(plotting.plot_layers(history))
+
+
+def _pixels(axes: Axes) -> NDArray[np.uint8]:
+    """Return a figure as an image, and free the figure."""
+    from matplotlib.backend_bases import FigureCanvasBase  # noqa: PLC0415 - Matplotlib is slow to import
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+
+    figure: Figure = axes.get_figure(root=True)  # type: ignore[assignment]
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    image = np.array(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
+    # Figures and their artists refer to each other: a megabyte each, until the garbage collector runs.
+    figure.clear()
+    FigureCanvasBase(figure)
+    return image
+
+
+def layer_rows(layers: Mapping[str, Spectrum]) -> list[tuple[str | float, ...]]:
+    """Return the indicators of layers, one row per layer."""
+    return [(name, *astuple(found)) for name, found in layer_indicators(layers).items()]
+
+
+@runtime_checkable
+class SelectionOutput(Protocol):
+    """An output that also writes the decisions of checkpoint rules."""
+
+    def write_selection(self, event: SelectionEvent, step: int) -> None:
+        """Write a rule's decision after the latest record at `step` of the logger's axis."""
+
+
+def layer_table(layers: Mapping[str, Spectrum]) -> str:
+    """Return the indicators of layers as a table in Markdown."""
+    rows = [[str(name), *(f"{value:.3g}" for value in values)] for name, *values in layer_rows(layers)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (LAYER_COLUMNS, ["---"] * len(LAYER_COLUMNS), *rows))
+
+
+def verdict_text(assessment: Assessment, when: str) -> str:
+    """Return a verdict and its reasons in Markdown."""
+    reasons = "\n".join(f"- {reason}" for reason in assessment.reasons)
+    return f"**generalization: {assessment.verdict}** ({when})\n\n{reasons}"
+
+
+@contextlib.contextmanager
+def saved(history: SpectrumHistory) -> Iterator[Path]:
+    """Write a history to a temporary folder for upload.
+
+    The folder of the run may have files of other runs in it, or lack files that could not be written.
+
+    Yields:
+        The folder, which `SpectrumHistory.load` reads.
+    """
+    copy = SpectrumHistory()  # the history itself would remember the folder
+    copy.extend(history)
+    with tempfile.TemporaryDirectory() as folder:
+        copy.save(folder)
+        yield Path(folder)

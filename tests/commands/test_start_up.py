@@ -1,0 +1,43 @@
+"""What is imported when the package, a callback or the command line starts, in processes of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+CALLBACK = """
+import sys
+import lightning.pytorch  # which brings Matplotlib along, by way of torchmetrics, but not all of it
+before = set(sys.modules)
+import lightning_hesd
+lightning_hesd.HessianSpectrumCallback(checkpoint="highest_c_t")
+slow = {"matplotlib", "mpl_toolkits", "tensorboard", "plotly", "pandas"}
+new = set(sys.modules) - before
+print(sorted(name for name in new if name.split(".")[0] in slow or name == "lightning_hesd.plotting"))
+"""
+COMMAND = """
+import sys
+sys.argv = ["lightning-hesd", *{words!r}]
+from lightning_hesd.__main__ import main
+try:
+    main()
+finally:
+    slow = {{"torch", "lightning", "torchmetrics", "matplotlib", "tensorboard", "pandas", "rich"}}
+    print(sorted(slow & set(sys.modules)))
+"""
+
+
+def last_line(program: str) -> str:
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return finished.stdout.splitlines()[-1]
+
+
+def test_a_callback_loads_neither_matplotlib_nor_tensorboard() -> None:
+    assert last_line(CALLBACK) == "[]"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["assess", "--help"], ["-h", "analyze"]])
+def test_help_loads_no_torch(words: list[str]) -> None:
+    assert last_line(COMMAND.format(words=words)) == "[]"

@@ -1,0 +1,321 @@
+import copy
+import functools
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_hesd import HessianOperator, top_eigenpairs
+from tests import cases
+
+DTYPES = [torch.float64, torch.float32]
+
+
+def dense(operator: HessianOperator) -> Tensor:
+    return operator @ torch.eye(operator.shape[0], dtype=operator.dtype)
+
+
+def short(name: str, dtype: torch.dtype = torch.float64) -> cases.Problem:
+    """A problem with at most two samples in each batch."""
+    problem = cases.make(name, dtype)
+    return problem._replace(batches=[tuple(part[:2] for part in batch) for batch in problem.batches])
+
+
+@functools.cache
+def by_differences(name: str, step: float = 3e-4) -> np.ndarray:
+    """Hessian of the mean loss over all samples by second differences of its values, to O(step⁴), in float64."""
+    problem = short(name)
+    module = copy.deepcopy(problem.module).double().eval()
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    batches = problem.batches
+    start = torch.cat([p.detach().flatten() for p in parameters])
+    samples = sum(len(b[0]) for b in batches)
+
+    @torch.no_grad()
+    def loss(point: Tensor) -> float:
+        torch.nn.utils.vector_to_parameters(point, parameters)
+        return sum(len(b[0]) * problem.loss_fn(module, b).item() for b in batches) / samples
+
+    def bend(direction: Tensor) -> float:  # fourth order: the five-point formula
+        along = [loss(start + distance * step * direction) for distance in (-2, -1, 0, 1, 2)]
+        return float(np.dot([-1, 16, -30, 16, -1], along)) / (12 * step**2)
+
+    n = len(start)
+    identity = torch.eye(n, dtype=torch.float64)
+    diagonal = [bend(e) for e in identity]
+    hessian = np.diag(diagonal)
+    for i in range(n):
+        for j in range(i):
+            hessian[i, j] = hessian[j, i] = (bend(identity[i] + identity[j]) - diagonal[i] - diagonal[j]) / 2
+    return hessian
+
+
+class TestAgainstTheTruth:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_linear_regression_with_unequal_batches(self, dtype):
+        problem = cases.regression((4, 1, 6), inputs=3, outputs=2, dtype=dtype)
+        inputs = torch.cat([batch[0] for batch in problem.batches]).double()
+        block = inputs.T @ inputs / len(inputs)  # 2XᵀX/(N·outputs)
+        operator = HessianOperator(*problem)
+        assert operator.shape == (6, 6)
+        assert operator.dtype is dtype
+        true = torch.block_diag(block, block)
+        torch.testing.assert_close(
+            dense(operator).double(), true, rtol=0, atol=16 * torch.finfo(dtype).eps * float(true.max())
+        )
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("strategy", ["auto", "recompute"])
+    @pytest.mark.parametrize("name", ["mlp", "frozen", "tied"])
+    def test_second_differences_of_the_loss(self, name, strategy, dtype):
+        true = by_differences(name)
+        found = dense(HessianOperator(*short(name, dtype), strategy=strategy))
+        # Differences: rounding 1e-16·loss/step² = 1e-8 at most; float32: rounding of the products.
+        error = 1e-7 if dtype is torch.float64 else 1e-5
+        np.testing.assert_allclose(found, true, rtol=0, atol=error * np.abs(true).max())
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_ggn_and_residual_of_squared_errors(self, dtype):
+        # With mean squared errors, G = 2JᵀJ/(N·outputs): J by differences of the outputs.
+        problem = cases.make("conv_batchnorm", dtype)
+        module = copy.deepcopy(problem.module).double().eval()
+        parameters = list(module.parameters())
+        start = torch.cat([p.detach().flatten() for p in parameters])
+        inputs = torch.cat([batch[0] for batch in problem.batches]).double()
+
+        @torch.no_grad()
+        def outputs(point: Tensor) -> Tensor:
+            torch.nn.utils.vector_to_parameters(point, parameters)
+            return module(inputs).flatten()
+
+        h = 1e-5
+        jacobian = torch.stack(
+            [outputs(start + h * e) - outputs(start - h * e) for e in torch.eye(len(start)).double()]
+        )
+        jacobian = jacobian.T / (2 * h)
+        ggn = 2 * jacobian.T @ jacobian / len(jacobian)
+        split = {"output_fn": lambda m, b: m(b[0]), "output_loss": lambda o, b: F.mse_loss(o, b[1])}
+        found = dense(HessianOperator(*problem, matrix="ggn", **split)).double()
+        scale = float(ggn.abs().max())
+        torch.testing.assert_close(found, ggn, rtol=0, atol=1e-9 * scale if dtype is torch.float64 else 1e-5 * scale)
+        residual = dense(HessianOperator(*problem, matrix="residual", **split)).double()
+        whole = dense(HessianOperator(*problem)).double()
+        torch.testing.assert_close(found + residual, whole, rtol=0, atol=64 * torch.finfo(dtype).eps * scale)
+
+    def test_a_filter_takes_a_block_and_a_preconditioner_scales(self):
+        problem = cases.make("mlp")
+        whole = dense(HessianOperator(*problem))
+        block = dense(HessianOperator(*problem, parameters=lambda name, _: name.startswith("0.")))
+        torch.testing.assert_close(block, whole[:25, :25], rtol=0, atol=1e-15)
+        diagonals = {name: torch.full_like(p, 4.0) for name, p in problem.module.named_parameters()}
+        torch.testing.assert_close(
+            dense(HessianOperator(*problem, preconditioner=diagonals)), whole / 4, rtol=0, atol=1e-15
+        )
+
+
+def everything(module: nn.Module) -> tuple[list[Any], ...]:
+    """Parameters, gradients, buffers, modes and random number generators."""
+    return (
+        [p.detach().clone() for p in module.parameters()],
+        [None if p.grad is None else p.grad.clone() for p in module.parameters()],
+        [b.clone() for b in module.buffers()],
+        [(m.training, len(m._forward_hooks)) for m in module.modules()],
+        [p.requires_grad for p in module.parameters()],
+        [torch.get_rng_state(), torch.is_grad_enabled(), torch.get_default_dtype()],
+    )
+
+
+def same(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second
+
+
+class TestContext:
+    @pytest.fixture
+    def problem(self) -> cases.Problem:
+        problem = cases.make("conv_batchnorm")
+        problem.module.train()
+        problem.loss_fn(problem.module, problem.batches[0]).backward()
+        return problem
+
+    def test_training_goes_on_as_if_there_had_been_none(self, problem):
+        before = everything(problem.module)
+        operator = HessianOperator(*problem)
+        ones = torch.ones(operator.shape[0], dtype=torch.float64)
+        outside = operator @ ones
+        assert same(everything(problem.module), before)
+        with operator:
+            assert not problem.module.training
+            assert torch.equal(operator @ ones, outside)
+            with operator:  # `top_eigenpairs` enters it again
+                assert torch.equal(operator @ ones, outside)
+            assert not problem.module.training
+            assert torch.equal(operator @ ones, outside)
+        assert same(everything(problem.module), before)
+
+    def test_also_after_an_exception(self, problem):
+        before = everything(problem.module)
+        operator = HessianOperator(*problem)
+        with pytest.raises(ValueError, match="`vector` must have shape"), operator:
+            operator.matvec(torch.ones(3))
+        assert same(everything(problem.module), before)
+        failing = HessianOperator(problem.module, problem.batches, lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError), failing:
+            pass
+        with pytest.raises(ZeroDivisionError):
+            failing.matvec(torch.ones(failing.shape[0]))
+        assert same(everything(problem.module), before)
+        torch.testing.assert_close(operator @ torch.ones(operator.shape[0]), operator @ torch.ones(operator.shape[0]))
+
+    def test_outside_a_product_is_of_the_parameters_of_that_moment(self):
+        problem = cases.make("mlp")
+        operator = HessianOperator(*problem)
+        ones = torch.ones(operator.shape[0], dtype=torch.float64)
+        before = operator @ ones
+        with torch.no_grad():
+            problem.module[0].weight.mul_(2.0)
+        after = operator @ ones
+        assert not torch.allclose(before, after)
+        assert torch.equal(after, HessianOperator(*problem) @ ones)
+
+    def test_inside_graphs_are_built_once(self):
+        problem, calls = cases.make("mlp"), []
+
+        def loss_fn(module: nn.Module, batch: Any) -> Tensor:
+            calls.append(1)
+            return problem.loss_fn(module, batch)
+
+        operator = HessianOperator(problem.module, problem.batches, loss_fn)
+        with operator:
+            before = len(calls)
+            operator.matmat(torch.eye(operator.shape[0]))
+        assert len(calls) == before
+
+    @pytest.mark.parametrize("strategy", ["graph", "recompute", "finite_difference"])
+    def test_random_vectors_drawn_between_products_are_the_users(self, strategy):
+        operator = HessianOperator(*cases.make("mlp"), strategy=strategy)
+        n = operator.shape[0]
+        torch.manual_seed(5)
+        expected = [torch.randn(n) for _ in range(3)]
+        torch.manual_seed(5)
+        drawn = []
+        with operator:
+            for _ in range(2):
+                drawn.append(torch.randn(n))
+                operator.matvec(drawn[-1])
+        drawn.append(torch.randn(n))
+        assert same(drawn, expected)
+
+    @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+    @pytest.mark.parametrize("strategy", ["graph", "recompute"])
+    def test_without_gradients_around_it(self, context, strategy):
+        operator = HessianOperator(*cases.make("mlp"), strategy=strategy)
+        ones = torch.ones(operator.shape[0])
+        expected = operator @ ones
+        with operator, context():
+            assert torch.equal(operator @ ones, expected)
+
+    def test_tells_what_it_found(self):
+        problem = cases.make("mlp")
+        operator = HessianOperator(*problem)
+        assert operator.loss is operator.verified is operator.strategy is None
+        operator.matvec(torch.zeros(operator.shape[0]))
+        sizes = [len(batch[0]) for batch in problem.batches]
+        losses = [problem.loss_fn(problem.module, batch).item() for batch in problem.batches]
+        assert operator.loss == pytest.approx(np.average(losses, weights=sizes), rel=1e-12)
+        assert (operator.verified, operator.strategy) == ("yes", "graph")
+        assert "batches hold" in operator.strategy_reason
+
+
+class TestProducts:
+    def test_from_the_right(self):
+        operator = HessianOperator(*cases.make("mlp"))
+        vectors = torch.randn(operator.shape[0], 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        with operator:
+            columns = operator.matmat(vectors)
+            assert torch.equal(columns[:, 1], operator.matvec(vectors[:, 1]))
+            assert torch.equal(operator @ vectors, columns)
+            assert torch.equal(vectors.T @ operator, columns.T)
+            assert torch.equal(vectors[:, 1] @ operator, columns[:, 1])
+
+    def test_take_the_dtype_of_the_operator(self):
+        operator = HessianOperator(*cases.make("mlp", torch.float32), dtype=torch.float64)
+        assert (operator @ torch.ones(operator.shape[0])).dtype is torch.float64
+
+    @pytest.mark.parametrize(
+        ("vector", "message"),
+        [
+            (torch.ones(3), r"`vector` must have shape \(43,\), got \(3,\)"),
+            (torch.ones(43, 1), r"`vector` must have shape \(43,\), got \(43, 1\); `matmat` takes columns"),
+            (torch.full((43,), torch.nan), "`vector` must be finite"),
+        ],
+    )
+    def test_of_other_vectors_are_refused(self, vector, message):
+        with pytest.raises(ValueError, match=message):
+            HessianOperator(*cases.make("mlp")).matvec(vector)
+
+    def test_a_non_finite_product_names_the_batch(self):
+        module = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+        nn.init.zeros_(module.weight)
+        operator = HessianOperator(module, [torch.ones(1, 1).double()] * 2, lambda m, b: m(b).pow(2).sum().pow(0.75))
+        with pytest.raises(ArithmeticError, match="batch 0"):
+            operator.matvec(torch.ones(1))
+
+    def test_options_are_checked(self):
+        with pytest.raises(ValueError, match="`matrix` must be"):
+            HessianOperator(*cases.make("mlp"), matrix="fisher")
+
+
+class TestOtherLibraries:
+    @pytest.fixture(params=DTYPES, ids=str)
+    def operator(self, request: pytest.FixtureRequest) -> HessianOperator:
+        return HessianOperator(*cases.make("mlp", request.param))
+
+    def test_scipy(self, operator):
+        linalg = pytest.importorskip("scipy.sparse.linalg")
+        true = np.linalg.eigvalsh(dense(operator).double())
+        with operator:
+            wrapped = operator.to_scipy()
+            assert isinstance(wrapped, linalg.LinearOperator)
+            values = linalg.eigsh(wrapped, k=3, which="LA", return_eigenvectors=False)
+            product = wrapped @ np.eye(operator.shape[0], 2)
+        tolerance = 32 * torch.finfo(operator.dtype).eps * np.abs(true).max()
+        np.testing.assert_allclose(np.sort(values), true[-3:], rtol=0, atol=tolerance)
+        np.testing.assert_allclose(product, dense(operator)[:, :2], rtol=0, atol=tolerance)
+        assert product.dtype == values.dtype == (np.float64 if operator.dtype is torch.float64 else np.float32)
+
+    def test_without_scipy(self, operator, monkeypatch):
+        monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
+        with pytest.raises(ImportError, match="`to_scipy` needs SciPy, which is not installed: pip install scipy"):
+            operator.to_scipy()
+
+    def test_top_eigenpairs(self, operator):
+        true = np.linalg.eigvalsh(dense(operator).double())
+        values, vectors, residuals = top_eigenpairs(operator, 2, which="both")
+        tolerance = 32 * torch.finfo(operator.dtype).eps * np.abs(true).max()
+        np.testing.assert_allclose(values, true[[0, 1, -2, -1]], rtol=0, atol=tolerance)
+        remainders = operator @ vectors - vectors * values
+        np.testing.assert_allclose(torch.linalg.vector_norm(remainders, dim=0), residuals, rtol=1e-2, atol=tolerance)
+
+    def test_curvlinops(self, operator):
+        curvlinops = pytest.importorskip("curvlinops")
+        torch.manual_seed(0)
+        with operator:
+            found = curvlinops.hutchinson_trace(operator, num_matvecs=40)
+        true = dense(operator).double()
+        deviation = float((2 * true.square().sum()).sqrt()) / 40**0.5
+        assert abs(float(found) - float(true.trace())) < 5 * deviation
+
+    def test_skerch(self, operator):
+        algorithms = pytest.importorskip("skerch.algorithms")
+        with operator:
+            values, _ = algorithms.seigh(operator, torch.device("cpu"), operator.dtype, operator.shape[0], seed=1)
+        true = np.linalg.eigvalsh(dense(operator).double())
+        assert np.abs(np.asarray(values)).max() == pytest.approx(np.abs(true).max(), rel=1e-3)

@@ -1,0 +1,219 @@
+"""Checkpoints hold the analyzed weights, also if other code has changed the weights of the module."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelPruning
+from torch import Tensor
+
+from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
+from tests.training.modules import Classifier, fit, freeze, loader, plain_loss
+
+EPOCHS = 3
+STEPS = 5
+"""Optimizer steps in an epoch."""
+
+
+class Witness(pl.Callback):
+    """Keeps the weights that are analyzed, and logs a metric that grows."""
+
+    def __init__(self) -> None:
+        self.analyzed: dict[int, dict[str, Tensor]] = {}
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.analyzed[trainer.current_epoch] = copied(pl_module)
+        self.log("epochs", float(trainer.current_epoch))
+
+
+class Doing(pl.Callback):
+    """Does something to the module at the ends of epochs."""
+
+    def __init__(self, what: Callable[[Any], object]) -> None:
+        self.what = what
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        with torch.no_grad():
+            self.what(pl_module)
+
+
+class SelfDoing(Classifier):
+    """Does something to itself at the ends of epochs."""
+
+    def __init__(self, what: Callable[[Any], object]) -> None:
+        super().__init__(torch.nn.BatchNorm1d(6))
+        self.what = what
+
+    @torch.no_grad()
+    def on_train_epoch_end(self) -> None:
+        self.what(self)
+
+
+def copied(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def effective(state: dict[str, Tensor]) -> Any:
+    """The weights with their pruning, bit by bit."""
+    orig = {name[:-5]: name for name in state if name.endswith("_orig")}
+    plain = {name: value for name, value in state.items() if not name.endswith(("_orig", "_mask"))}
+    return freeze(dict(sorted((plain | {n: state[o] * state[f"{n}_mask"] for n, o in orig.items()}).items())))
+
+
+def observer(checkpoint: HessianCheckpoint) -> HessianSpectrumCallback:
+    return HessianSpectrumCallback(steps=3, num_samples=16, loss_fn=plain_loss, checkpoint=checkpoint)
+
+
+def keeping(**arguments: Any) -> HessianCheckpoint:
+    """A rule by which every epoch stays a candidate, and the first one is the pick."""
+    return HessianCheckpoint(
+        lambda record: -record.epoch, train_metric="epochs", require_mp=False, tolerance=9.0, **arguments
+    )
+
+
+def trained(folder: Path, *callbacks: pl.Callback, **arguments: Any) -> tuple[pl.Trainer, list[str]]:
+    """Train, and return what the package warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = fit(folder, *callbacks, enable_checkpointing=True, max_epochs=EPOCHS, data=loader(), **arguments)
+    return trainer, [str(w.message) for w in caught if "lightning_hesd" in str(w.message)]
+
+
+def halve(module: Any) -> None:
+    for p in module.parameters():
+        p.mul_(0.5)
+
+
+def replace_bias(module: Any) -> None:
+    module.net[0].bias.data = torch.ones(6)
+
+
+def reset_running_mean(module: Any) -> None:
+    module.net[1].running_mean += 1
+
+
+def tear(module: Any) -> None:
+    module.net[0].weight.data[0, 0] = float("nan")
+    module.net[0].weight.data[0, 0] = 0.0
+
+
+BY_MODULE = {"halve": halve, "data": replace_bias, "buffer": reset_running_mean, "nan": tear}
+
+
+@pytest.mark.parametrize(("what", "save_last"), [("halve", "link"), *((what, True) for what in BY_MODULE)])
+def test_changes_by_the_module_come_after_the_analysis_and_the_file(what: str, save_last: Any, tmp_path: Path) -> None:
+    witness, checkpoint = Witness(), keeping(dirpath=tmp_path / "c", save_last=save_last)
+    trainer, said = trained(tmp_path, witness, observer(checkpoint), module=SelfDoing(BY_MODULE[what]))
+    for candidate in checkpoint.candidates:
+        saved = torch.load(candidate.path, weights_only=True)
+        assert saved["global_step"] == candidate.global_step == STEPS * (candidate.epoch + 1)
+        assert freeze(dict(saved["state_dict"])) == freeze(witness.analyzed[candidate.epoch])
+    assert [c.epoch for c in checkpoint.candidates] == list(range(EPOCHS))
+    # What goes on is what the module made of it, in last.ckpt, too.
+    assert freeze(dict(torch.load(checkpoint.last_model_path)["state_dict"])) == freeze(
+        dict(trainer.lightning_module.state_dict())
+    )
+    assert len(said) == 1
+    assert re.search(r"of epoch 0 were changed after their analysis \(net\.\d.*saves the analyzed weights", said[0])
+    without = fit(tmp_path, module=SelfDoing(BY_MODULE[what]), max_epochs=EPOCHS, data=loader())
+    assert freeze(dict(trainer.lightning_module.state_dict())) == freeze(dict(without.lightning_module.state_dict()))
+
+
+def test_a_run_goes_on_from_a_file_with_the_analysed_weights(tmp_path: Path) -> None:
+    first, checkpoint = Witness(), keeping(dirpath=tmp_path / "c")
+    trained(tmp_path, first, observer(checkpoint), module=SelfDoing(halve))
+    resumed, again = observer(keeping(dirpath=tmp_path / "d")), Witness()
+    trainer, _ = trained(
+        tmp_path, again, resumed, module=SelfDoing(lambda _: None), ckpt_path=checkpoint.candidates[0].path
+    )
+    assert trainer.global_step == EPOCHS * STEPS
+    assert [r.epoch for r in resumed.history] == list(range(EPOCHS))
+    assert [r.error for r in resumed.history] == [None] * EPOCHS
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["pruned before", "pruned after"])
+def test_pruning(first: bool, tmp_path: Path) -> None:
+    """Lightning's first pruning gives parameters other names, and saves them with their pruning applied."""
+    pruning = ModelPruning("l1_unstructured", amount=0.5)
+    witness, checkpoint = Witness(), keeping(dirpath=tmp_path / "c")
+    spectra = observer(checkpoint)
+    order = [pruning, witness, spectra] if first else [witness, spectra, pruning]
+    _, said = trained(tmp_path, *order)
+    assert len(said) == (0 if first else 1)
+    assert len(checkpoint.candidates) == EPOCHS
+    for candidate in checkpoint.candidates:
+        saved = torch.load(candidate.path, weights_only=True)["state_dict"]
+        assert effective(saved) == effective(witness.analyzed[candidate.epoch])
+        assert Classifier().load_state_dict(saved)
+    zeros = (torch.load(checkpoint.candidates[0].path)["state_dict"]["net.0.weight"] == 0).float().mean()
+    assert zeros == pytest.approx(0.5 if first else 0.0, abs=0.1)
+
+
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_what_cannot_be_had_back_is_not_ranked(on_error: Any, tmp_path: Path) -> None:
+    """Of frozen parameters there are no copies."""
+    module = Classifier(torch.nn.Linear(6, 6).requires_grad_(False))
+    step = Doing(lambda m: m.net[1].weight.add_(1) if m.current_epoch == 1 else None)
+    checkpoint = keeping(dirpath=tmp_path / "c")
+    spectra = observer(checkpoint)
+    spectra.on_error = on_error
+    if on_error == "raise":
+        with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match="cannot be restored"):
+            trained(tmp_path, Witness(), spectra, step, module=module)
+        return
+    _, said = trained(tmp_path, Witness(), spectra, step, module=module)
+    assert [c.epoch for c in checkpoint.candidates] == [0, 2]
+    assert len(said) == 1
+    assert re.search(r"epoch 1 were changed .*\(net\.1\.weight\).*does not rank them", said[0])
+
+
+class Filtering(Classifier):
+    """Saves a part of its weights, or others."""
+
+    def __init__(self, others: bool) -> None:
+        super().__init__()
+        self.others = others
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {
+            name: value + 1 if self.others else value for name, value in state.items() if "bias" in name
+        }
+
+
+@pytest.mark.parametrize(
+    ("module", "callbacks", "whereabouts"),
+    [
+        (Classifier, [EMAWeightAveraging(decay=0.5)], "in the same file, as `current_model_state`"),
+        (lambda: Filtering(others=True), [], "not in the file"),
+        (lambda: Filtering(others=False), [], None),
+    ],
+    ids=["averages", "others", "a part"],
+)
+def test_hooks_that_save_other_weights_are_named(
+    module: Callable[[], Classifier], callbacks: list[pl.Callback], whereabouts: str | None, tmp_path: Path
+) -> None:
+    witness, checkpoint = Witness(), keeping(dirpath=tmp_path / "c")
+    _, said = trained(tmp_path, witness, observer(checkpoint), *callbacks, module=module())
+    assert len(said) == (0 if whereabouts is None else 1)
+    if whereabouts is not None:
+        assert re.search(rf"`state_dict` of checkpoints has other weights.*'net\.0\..*{whereabouts}", said[0])
+    if callbacks:
+        saved = torch.load(checkpoint.best_model_path)["current_model_state"]
+        assert freeze(dict(saved)) == freeze(witness.analyzed[0])
+
+
+def test_weights_alone_are_the_analysed_ones_too(tmp_path: Path) -> None:
+    witness, checkpoint = Witness(), keeping(dirpath=tmp_path / "c", save_weights_only=True)
+    trained(tmp_path, witness, observer(checkpoint), Doing(halve))
+    for candidate in checkpoint.candidates:
+        saved = torch.load(candidate.path, weights_only=True)
+        assert "optimizer_states" not in saved
+        assert freeze(dict(saved["state_dict"])) == freeze(witness.analyzed[candidate.epoch])

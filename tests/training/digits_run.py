@@ -1,0 +1,43 @@
+"""A small classifier of handwritten digits, and its data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Net(pl.LightningModule):
+    """A small classifier; `fail_at` interrupts training in that epoch."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        super().__init__()
+        self.fail_at = fail_at
+        self.net = nn.Sequential(nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 10))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.current_epoch == self.fail_at and batch_idx == 1:
+            msg = "power cut"
+            raise RuntimeError(msg)
+        x, y = batch
+        loss = F.cross_entropy(self.net(x), y)
+        self.log("train_acc", (self.net(x).argmax(1) == y).float().mean(), on_step=False, on_epoch=True)
+        return loss
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=0.03)
+
+
+def data() -> DataLoader[Any]:
+    digits = load_digits()
+    images, classes = torch.tensor(digits.data / 16, dtype=torch.float32)[:160], torch.tensor(digits.target)[:160]
+    # In order: Lightning does not restore the random state that shuffling depends on.
+    return DataLoader(TensorDataset(images, classes), batch_size=40)

@@ -1,0 +1,233 @@
+"""States of containers, objects and arrays are restored in place: the same objects, in the same order."""
+
+from __future__ import annotations
+
+import array
+import collections
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lightning_hesd.numerics.isolation.attributes import SlotState
+from lightning_hesd.numerics.isolation.containers import BufferState
+from lightning_hesd.training.isolation.places import Owner, Place
+from lightning_hesd.training.isolation.tracked_states import (
+    LARGE_CONTAINER,
+    TrackedArray,
+    TrackedContent,
+    TrackedSetting,
+    TrackedState,
+    TrackedStates,
+    TrackedTable,
+)
+
+PLACE = Place(None, "x", Owner.USER)
+
+
+class Attributes:
+    count = 0
+    seen: dict[str, int] = {}  # noqa: RUF012 - the counter of many a class
+
+    def __init__(self) -> None:
+        self.a, self.b = 1, [2]
+
+
+class Slotted:
+    __slots__ = ("a", "b")
+
+    def __init__(self) -> None:
+        self.a = [1]
+
+
+class Overriding(dict[str, int]):
+    """A dict that does not let itself be written to by its own methods."""
+
+    def __setitem__(self, key: str, value: int) -> None:
+        raise TypeError(key)
+
+    def clear(self) -> None:
+        raise TypeError
+
+    def __iter__(self) -> Any:
+        return iter(())
+
+
+def reorder(items: Any) -> None:
+    items["a"] = items.pop("a")
+
+
+Case = tuple[Callable[[], Any], Callable[[Any], TrackedState], Callable[[Any], object], Callable[[Any], object]]
+
+
+def items(value: Any) -> TrackedState:
+    return TrackedContent.of(value, PLACE)
+
+
+CASES: dict[str, Case] = {
+    "dict": (lambda: {"a": 1, "b": [2]}, items, lambda d: d.update(a=3, c=4), lambda d: list(d.items())),
+    "dict_order": (lambda: {"a": 1, "b": 2}, items, reorder, list),
+    "dict_removed": (lambda: {"a": 1, "b": 2}, items, lambda d: d.pop("a"), list),
+    "own_dict": (
+        lambda: Overriding(a=1),
+        items,
+        lambda d: dict.update(d, a=2, b=3),
+        lambda d: list(dict.items(d)),
+    ),
+    "ordered_dict": (
+        lambda: collections.OrderedDict(a=1, b=2),
+        items,
+        lambda d: d.move_to_end("a"),
+        lambda d: list(d.items()),
+    ),
+    "defaultdict": (lambda: collections.defaultdict(list), items, lambda d: d[0].append(1), dict),
+    "counter": (lambda: collections.Counter("aab"), items, lambda d: d.update("a"), dict),
+    "list": (lambda: [1, [2]], items, lambda v: v.append(3), list),
+    "list_replaced": (lambda: [[1], [2]], items, lambda v: v.__setitem__(0, [1]), lambda v: list(map(id, v))),
+    "long_list": (lambda: list(range(LARGE_CONTAINER + 1)), items, lambda v: v.pop(), list),
+    "deque": (lambda: collections.deque([1, 2], maxlen=2), items, lambda v: v.append(3), list),
+    "set": (lambda: {1, 2}, items, lambda v: v.add(3), set),
+    "attributes": (
+        Attributes,
+        lambda o: TrackedContent.of(vars(o), PLACE._replace(of_attributes=True)),
+        lambda o: (setattr(o, "a", 3), setattr(o, "c", 1), delattr(o, "b")),
+        lambda o: list(vars(o)),
+    ),
+    "class": (
+        lambda: type("Own", (Attributes,), {"count": 0, "seen": [0]}),
+        items,
+        lambda c: (setattr(c, "count", 1), setattr(c, "new", 1), delattr(c, "seen")),
+        lambda c: (c.count, c.seen, hasattr(c, "new")),
+    ),
+    "slots": (
+        Slotted,
+        lambda o: TrackedContent(SlotState(o), PLACE),
+        lambda o: (setattr(o, "a", 3), setattr(o, "b", 1)),
+        lambda o: (o.a, hasattr(o, "b")),
+    ),
+    "array": (
+        lambda: np.array([1.0, np.nan]),
+        lambda a: TrackedArray(a, PLACE),
+        lambda a: a.__setitem__(0, 2.0),
+        lambda a: a.tobytes(),
+    ),
+    "array_of_objects": (
+        lambda: np.array([{"n": 1}, None]),
+        lambda a: TrackedArray(a, PLACE),
+        lambda a: a.__setitem__(1, 2),
+        lambda a: a.tolist(),
+    ),
+    "bytearray": (
+        lambda: bytearray(2),
+        lambda b: TrackedContent(BufferState(b), PLACE),
+        lambda b: b.extend(b"1"),
+        bytes,
+    ),
+    "array_of_numbers": (
+        lambda: array.array("d", [1.0, 2.0]),
+        lambda b: TrackedContent(BufferState(b), PLACE),
+        lambda b: b.__setitem__(0, 3.0),
+        list,
+    ),
+    "shared_number": (
+        lambda: ctypes.c_double(1.0),
+        lambda b: TrackedContent(BufferState(b), PLACE),
+        lambda b: setattr(b, "value", 2.0),
+        lambda b: b.value,
+    ),
+    "table": (
+        lambda: pd.DataFrame({"a": [1.0, np.nan], "b": ["x", "y"]}),
+        lambda t: TrackedTable(t, PLACE),
+        lambda t: (t.__setitem__("c", 1), t.loc.__setitem__((0, "a"), 3.0)),
+        lambda t: t.to_json(),
+    ),
+    "series": (
+        lambda: pd.Series([1.0, 2.0]),
+        lambda t: TrackedTable(t, PLACE),
+        lambda t: t.__setitem__(0, 3.0),
+        list,
+    ),
+    "setting": (
+        lambda: torch,
+        lambda _: TrackedSetting("torch.get_default_dtype()", torch.get_default_dtype, torch.set_default_dtype),
+        lambda _: torch.set_default_dtype(torch.float64),
+        lambda _: torch.get_default_dtype(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_states_are_restored(name: str) -> None:
+    make, track, change, look = CASES[name]
+    value = make()
+    state = track(value)
+    states = TrackedStates([state])
+    before = look(value)
+    assert states.restore() == {}
+    assert not state.changed()
+    for _ in range(2):
+        change(value)
+        assert state.changed()
+        assert states.restore() == {}
+        assert look(value) == before
+        assert not state.changed()
+
+
+def test_labels_name_what_changed() -> None:
+    place = Place(Place(None, "trainer", Owner.TRAINER), ".callbacks[0]", Owner.USER)
+    value = Attributes()
+    attributes, mapping = TrackedContent.of(vars(value), place._replace(of_attributes=True)), {"n": 1, 2: 0}
+    tracked = [attributes, TrackedContent.of(mapping, Place(place, ".b", Owner.USER)), TrackedContent.of([0], place)]
+    value.a, value.new = 5, 6  # type: ignore[attr-defined]
+    mapping["n"], mapping[2] = 2, 3
+    changed = [f"{state.place}{label}" for state in tracked for label in state.changed()]
+    expected = ["trainer.callbacks[0].a", "trainer.callbacks[0].new", "trainer.callbacks[0].b['n']"]
+    assert changed == [*expected, "trainer.callbacks[0].b[2]"]
+
+
+def test_items_of_a_long_container_are_compared_at_the_end_only() -> None:
+    value = list(range(LARGE_CONTAINER + 1))
+    states = TrackedStates([TrackedContent.of(value, PLACE)])
+    value[0] = -1
+    assert states.restore() == {}
+    assert value[0] == -1
+    assert states.restore(thorough=True) == {}
+    assert value == list(range(LARGE_CONTAINER + 1))
+
+
+def test_an_item_that_moves_to_another_container_is_noticed() -> None:
+    """All items together are the same objects in the same order then."""
+    first, second = [[1], [2]], [[3]]
+    states = TrackedStates([TrackedContent.of(first, PLACE), TrackedContent.of(second, PLACE)])
+    second.insert(0, first.pop())
+    states.restore()
+    assert (first, second) == ([[1], [2]], [[3]])
+
+
+def test_a_failure_leaves_the_rest_to_be_restored() -> None:
+    class Stubborn(TrackedArray):
+        def restore(self) -> None:
+            msg = "no"
+            raise OSError(msg)
+
+    class Forgetful(TrackedArray):
+        def restore(self) -> None:
+            """Do nothing."""
+
+    arrays, after = [np.zeros(2), np.zeros(2)], [1]
+    tracked = [
+        kind(a, Place(None, kind.__name__, Owner.USER)) for kind, a in zip((Stubborn, Forgetful), arrays, strict=True)
+    ]
+    states = TrackedStates([*tracked, TrackedContent.of(after, PLACE)])
+    for values in arrays:
+        values.fill(1)
+    after.append(2)
+    unrestored = states.restore()
+    assert after == [1]
+    assert list(unrestored) == ["Stubborn", "Forgetful"]
+    assert isinstance(unrestored["Stubborn"], OSError)
+    assert unrestored["Forgetful"] is None

@@ -1,0 +1,56 @@
+"""The way from the Trainer's hook to the engine is short: a reader with a debugger steps through few functions."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_hesd.training import session
+from tests.training.modules import callback, fit, loader, plain_loss
+
+HOOKS = {"on_train_epoch_end", "on_train_batch_end"}
+
+
+def ours() -> list[str]:
+    """Return the functions of `lightning_hesd.training` on the stack, from the hook to the engine."""
+    frames = [(found.frame.f_globals.get("__name__", ""), found.function) for found in reversed(inspect.stack())]
+    return [function for module, function in frames if module.startswith("lightning_hesd.training.")]
+
+
+@pytest.mark.parametrize("schedule", [{}, {"every_n_train_steps": 5}], ids=["epoch", "step"])
+def test_five_frames_from_the_hook_to_the_engine(
+    schedule: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stacks: list[list[str]] = []
+    kinds = {"spectrum": session.SPECTRUM, "layers": session.layers_analysis("auto")}
+
+    def spied(kind: str) -> Any:
+        compute = kinds[kind].compute
+
+        def compute_with_stack(*args: Any, **kwargs: Any) -> Any:
+            stacks.append(ours())
+            return compute(*args, **kwargs)
+
+        return session.Analysis(kind, compute_with_stack)
+
+    monkeypatch.setattr("lightning_hesd.training.recorder.SPECTRUM", spied("spectrum"))
+    monkeypatch.setattr("lightning_hesd.training.recorder.layers_analysis", lambda layers: spied("layers"))
+    observer = callback(
+        **schedule,
+        loss_fn=plain_loss,
+        layers="auto",
+        decompose=True,
+        output_fn=lambda module, batch: module.net(batch[0]),
+        output_loss=lambda outputs, batch: torch.nn.functional.cross_entropy(outputs, batch[1]),
+        generalization_dataloader=loader(),
+    )
+    fit(tmp_path, observer, max_epochs=1)
+    assert [record.error for record in observer.history] == [None]
+    assert len(stacks) == 5  # the spectra of two data sets, of two terms, and of layers
+    for stack in stacks:
+        assert stack[0] in HOOKS
+        assert len(stack) <= 5, stack
