@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.numerics.analysis.engine import estimate
-from lightning_hesd.numerics.inputs.options import analysis_options
+from lightning_hesd.numerics.inputs.options import StrategyName, analysis_options
 from lightning_hesd.numerics.inputs.parameters import select_parameters
 from lightning_hesd.sample_size.sample_losses import mean_loss, read_batches
 from lightning_hesd.spectra.checks import check_count
@@ -49,7 +49,7 @@ def dominant_directions(
     *,
     steps: int = 100,
     seed: int = 0,
-    strategy: Literal["auto", "graph", "recompute", "finite_difference"] = "auto",
+    strategy: StrategyName = "auto",
     mode: Mode = "eval",
 ) -> DominantDirections:
     """Find the eigenvectors of the Hessian of the mean loss with the largest eigenvalues, by Lanczos.

@@ -24,7 +24,7 @@ from typing_extensions import Unpack
 
 from lightning_hesd.numerics.analysis.engine import Context, analyze
 from lightning_hesd.numerics.analysis.sampling_error import samples_needed
-from lightning_hesd.numerics.inputs.options import analysis_options
+from lightning_hesd.numerics.inputs.options import StrategyName, analysis_options
 from lightning_hesd.numerics.inputs.sample_counts import batch_size
 from lightning_hesd.sample_size.sample_losses import mean_loss, per_sample_losses, read_batches
 from lightning_hesd.spectra.intervals import chi_square_quantile, student_quantile
@@ -138,7 +138,7 @@ def recommend_sample_size(
     confidence: float = 0.95,
     steps: int = 200,
     seed: int = 0,
-    strategy: Literal["auto", "graph", "recompute", "finite_difference"] = "auto",
+    strategy: StrategyName = "auto",
     mode: Mode = "eval",
 ) -> SampleSize:
     """Find the smallest number of samples at which the loss, the largest eigenvalue and C_t are stable.
@@ -176,7 +176,7 @@ def pilot_options(
     *,
     steps: int,
     seed: int,
-    strategy: Literal["auto", "graph", "recompute", "finite_difference"],
+    strategy: StrategyName,
     mode: Mode,
     confidence: float,
 ) -> AnalysisOptions:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.analysis.evaluation import LossFunction
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.inputs.blocks import Layers
-    from lightning_hesd.numerics.inputs.options import Probe
+    from lightning_hesd.numerics.inputs.options import MatrixName, Probe, StrategyName
     from lightning_hesd.numerics.isolation.modes import Mode
     from lightning_hesd.spectra.spectrum import Spectrum
 
@@ -36,12 +36,12 @@ def hessian_spectrum(  # noqa: D417 - `AnalysisOptions` describes the options
     seed: int = AnalysisOptions.seed,
     tolerance: float | Literal["type", "auto"] | None = AnalysisOptions.tolerance,
     confidence: float = AnalysisOptions.confidence,
-    matrix: Literal["hessian", "ggn", "residual"] = AnalysisOptions.matrix,
+    matrix: MatrixName = AnalysisOptions.matrix,
     output_fn: Callable[[Any, Any], Any] | None = AnalysisOptions.output_fn,
     output_loss: Callable[[Any, Any], Any] | None = AnalysisOptions.output_loss,
     parameters: Callable[[str, nn.Parameter], bool] | None = AnalysisOptions.parameters,
     include_frozen: bool = AnalysisOptions.include_frozen,
-    strategy: Literal["auto", "graph", "recompute", "finite_difference"] = AnalysisOptions.strategy,
+    strategy: StrategyName = AnalysisOptions.strategy,
     mode: Mode = "eval",
     probe: Probe = AnalysisOptions.probe,
     dtype: torch.dtype | None = AnalysisOptions.dtype,

@@ -15,7 +15,7 @@ from lightning_hesd.numerics.derivatives.checkpointing import recomputed_under
 from lightning_hesd.numerics.derivatives.replacements import Replacements
 from lightning_hesd.numerics.devices import finest_dtype
 from lightning_hesd.numerics.isolation.snapshot import seed_everything
-from lightning_hesd.numerics.operators.curvature import GaussNewtonMatrix, HessianMatrix, ResidualMatrix
+from lightning_hesd.numerics.operators.curvature import MATRICES, OutputMatrix
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -87,10 +87,9 @@ class Evaluator:
             parameters: The parameters, to which rows and columns belong.
             blocks: Diagonal blocks to be analyzed, each a range of the parameters.
         """
-        if self.options.matrix == "hessian":
-            return HessianMatrix(self.loss, parameters, blocks=blocks)
-        kind = GaussNewtonMatrix if self.options.matrix == "ggn" else ResidualMatrix
-        return kind(self.loss, parameters, self.outputs, self.loss_of_outputs, blocks=blocks)
+        kind = MATRICES[self.options.matrix]
+        steps_of_the_loss = (self.outputs, self.loss_of_outputs) if issubclass(kind, OutputMatrix) else ()
+        return kind(self.loss, parameters, *steps_of_the_loss, blocks=blocks)
 
     @contextlib.contextmanager
     def in_finest(self) -> Iterator[Callable[[Tensor], Tensor]]:

@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from lightning_hesd.numerics.analysis.preparation import opened_operators
 from lightning_hesd.numerics.inputs.batches import weighted_batches
-from lightning_hesd.numerics.inputs.options import AnalysisOptions
+from lightning_hesd.numerics.inputs.options import AnalysisOptions, MatrixName, StrategyName
 from lightning_hesd.numerics.inputs.parameters import select_parameters, vector_dtype
 from lightning_hesd.numerics.isolation.snapshot import restore_state
 from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock, choose_difference_step
@@ -80,13 +80,13 @@ class HessianOperator:
         batches: Iterable[Any],
         loss_fn: LossFunction,
         *,
-        matrix: Literal["hessian", "ggn", "residual"] = "hessian",
+        matrix: MatrixName = "hessian",
         output_fn: Callable[[Any, Any], Any] | None = None,
         output_loss: Callable[[Any, Any], Any] | None = None,
         parameters: Callable[[str, nn.Parameter], bool] | None = None,
         include_frozen: bool = False,
         mode: Mode = "eval",
-        strategy: Literal["auto", "graph", "recompute", "finite_difference"] = "auto",
+        strategy: StrategyName = "auto",
         batch_weight: Literal["tokens"] | Callable[[Any], float] | None = None,
         seed: int = 0,
         dtype: torch.dtype | None = None,

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.isolation.modes import Mode
 
 Probe = Literal["gaussian", "rademacher"]
+MatrixName = Literal["hessian", "ggn", "residual"]
+StrategyName = Literal["auto", "graph", "recompute", "finite_difference"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +79,12 @@ class AnalysisOptions:
     seed: int = 0
     tolerance: float | Literal["type", "auto"] | None = None
     confidence: float = 0.95
-    matrix: Literal["hessian", "ggn", "residual"] = "hessian"
+    matrix: MatrixName = "hessian"
     output_fn: Callable[[Any, Any], Any] | None = None
     output_loss: Callable[[Any, Any], Any] | None = None
     parameters: Callable[[str, nn.Parameter], bool] | None = None
     include_frozen: bool = False
-    strategy: Literal["auto", "graph", "recompute", "finite_difference"] = "auto"
+    strategy: StrategyName = "auto"
     mode: Mode | ModuleModes = "eval"
     probe: Probe = "gaussian"
     dtype: torch.dtype | None = None
@@ -117,9 +119,9 @@ class AnalysisOptions:
             raise ValueError(msg)
         if not isinstance(self.mode, ModuleModes):
             _check_choice("mode", self.mode, ("eval", "train", "keep"))
-        _check_choice("probe", self.probe, ("gaussian", "rademacher"))
-        _check_choice("strategy", self.strategy, ("auto", "graph", "recompute", "finite_difference"))
-        _check_choice("matrix", self.matrix, ("hessian", "ggn", "residual"))
+        _check_choice("probe", self.probe, get_args(Probe))
+        _check_choice("strategy", self.strategy, get_args(StrategyName))
+        _check_choice("matrix", self.matrix, get_args(MatrixName))
         self._check_outputs()
         _check_choice("basis", self.basis, ("auto", "device", "cpu", "none"))
         _check_preconditioner(self.preconditioner)

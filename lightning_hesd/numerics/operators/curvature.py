@@ -27,6 +27,7 @@ from lightning_hesd.numerics.inputs.batches import SkippedBatchError
 
 if TYPE_CHECKING:
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
+    from lightning_hesd.numerics.inputs.options import MatrixName
 
 Vector = Sequence[Tensor | None]
 """A vector as one tensor for each parameter, in its shape; None stands for zero."""
@@ -214,6 +215,14 @@ class ResidualMatrix(OutputMatrix):
     def function(self, batch: WeightedBatch) -> Callable[[], Tensor]:
         cotangents = [c.detach() for c in self._outputs(batch).cotangents]
         return lambda: _weighted_sum([o for o in tree_leaves(self.output_fn(batch)) if _depends(o)], cotangents)
+
+
+MATRICES: dict[MatrixName, type[CurvatureMatrix]] = {
+    "hessian": HessianMatrix,
+    "ggn": GaussNewtonMatrix,
+    "residual": ResidualMatrix,
+}
+"""The curvature matrices by the name of the option `matrix`."""
 
 
 def _depends(output: object) -> bool:

@@ -20,12 +20,11 @@ from lightning_hesd.numerics.krylov.vectors import add_in_shape, in_shape
 from lightning_hesd.numerics.operators.curvature import gradient
 from lightning_hesd.numerics.operators.finite_differences import FiniteDifferences
 from lightning_hesd.numerics.operators.strategies import (
+    STRATEGIES,
     AnalysisCache,
     NoExactProductError,
-    graph,
     measured_graph,
     plan_graphs,
-    recompute,
 )
 
 if TYPE_CHECKING:
@@ -253,14 +252,14 @@ class RiskOperator:
         plan = plan_graphs([batch.num_samples for batch in self.batches], self.cache, self._graph_memory)
         for batch, keeps in zip(self.batches, plan.keeps, strict=True):
             ready, first = (first if keeps else None), None  # a reference less, so that its memory is freed
-            yield batch, ready or (graph if keeps else recompute)(self.matrix, batch)
+            yield batch, ready or STRATEGIES["graph" if keeps else "recompute"](self.matrix, batch)
         self.strategy, self.strategy_reason = "graph" if any(plan.keeps) else "recompute", plan.reason
         self.graph_bytes = plan.graph_bytes
 
     def make_matvec(self, batch: WeightedBatch) -> tuple[Tensor, Matvec]:
         """Return the loss of a batch, a scalar, and its product by the strategy in use."""
         if self.differences is None:
-            return (graph if self.strategy == "graph" else recompute)(self.matrix, batch)
+            return STRATEGIES[self.strategy](self.matrix, batch)
         loss = self.matrix.loss(batch)
         self.matrix.facts.add([loss])
         return loss.detach(), self.differences.make_matvec(self.matrix.function(batch))

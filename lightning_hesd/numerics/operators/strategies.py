@@ -84,6 +84,13 @@ def recompute(matrix: CurvatureMatrix, batch: WeightedBatch) -> tuple[Tensor, Ma
     return loss, matvec
 
 
+STRATEGIES: dict[str, Callable[[CurvatureMatrix, WeightedBatch], tuple[Tensor, Matvec]]] = {
+    "graph": graph,
+    "recompute": recompute,
+}
+"""The exact HVP strategies by the name of the option `strategy`."""
+
+
 def measured_graph(
     matrix: CurvatureMatrix, batch: WeightedBatch, cache: AnalysisCache, largest: Callable[[float], float]
 ) -> tuple[Tensor, Matvec]:
