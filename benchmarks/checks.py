@@ -77,7 +77,7 @@ def measure(name: str, steps: int, rounds: int, size: Size) -> list[str]:
             laters.append(analysis(problem, steps, cache))
         shares.append((reading.seconds + norms.seconds) / laters[-1])
     first, later, share = (statistics.median(values) for values in (firsts, laters, shares))
-    return [RECIPES[name].title, f"{problem.dimension:,}", f"{later:.2f}", f"{share:.1%}", f"{first:.2f}",
+    return [RECIPES[name].title, f"{problem.dimension:,}", f"{later:.2f}", f"{100 * share:.2g}%", f"{first:.2f}",
             f"{first / later:.2f}"]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The cost model of `lightning-hesd estimate` beside measurements, in one to four processes.
+"""The cost model of `lightning-hesd estimate` compared with measurements, on one to four ranks.
 
 python -m benchmarks.cost            # a few minutes on two quiet cores
 python -m benchmarks.cost --quick --out /tmp/bench
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EXPLANATION = """\
-What `lightning-hesd estimate` says beside what was measured: seconds of a whole analysis, the memory it takes on top
-of network and samples (the most of any process), and what a process hands to reductions, counted as the ring that the
-model supposes would send it. Each process has one thread on a machine of two cores, so that more than two processes
-share them. The times of a gradient per sample, of reading a basis and of a reduction were measured in the same
-processes at the same time, and so were the bytes of a graph per sample, which are part of the memory. Ratios
-are those of model to measurement. Rounds, of which each number is the median: {rounds}.
+Predictions of `lightning-hesd estimate` and measurements: seconds of a whole analysis, its peak
+memory besides network and samples (the maximum over ranks), and bytes that a rank passes to reductions, counted for a
+ring as in the model. Each rank has one thread on a machine of two cores, which more than two ranks share. The times of
+a gradient per sample, of reading a basis and of a reduction were measured on the same ranks at the same time, as were
+the bytes of a graph per sample, which are part of the memory. Ratios are model over measurement, and medians of
+{rounds} rounds.
 """
 HEADER = (
     *("network", "processes", "strategy", "time: ratio", "memory: ratio", "sent: ratio", "samples", "steps", "basis"),
@@ -88,7 +88,7 @@ def main() -> None:
     """Measure, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="tiny settings, to see whether it works")
+    parser.add_argument("--quick", action="store_true", help="tiny settings, to test the program")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     rows = []
@@ -119,7 +119,7 @@ def row(case: Case, rounds: list[dict[str, float]]) -> list[str]:
 
 
 def measured(case: Case) -> dict[str, float]:
-    """Run a case in processes of its own, and return what the slowest and the largest of them say."""
+    """Run a case on new ranks, and return the largest time, memory and traffic."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -141,7 +141,7 @@ class CountingCollectives(DistributedCollectives):
 
 
 def _measure(rank: int, case: Case, port: int, folder: Path) -> None:
-    """Be one of the processes."""
+    """Run one rank of a case."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=case.processes)
     module, batches, loss = _problem(case)
@@ -200,7 +200,7 @@ def _ingredients(case: Case) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def _machine(module: nn.Module, batches: list[WeightedBatch], loss: Callable[..., Tensor], processes: int) -> Machine:
-    """Measure, all processes at the same time, what the model wants to know."""
+    """Measure the parameters of the model, on all ranks at the same time."""
     gradient = math.inf
     for _ in range(3):
         distributed.barrier()
@@ -225,7 +225,7 @@ def _machine(module: nn.Module, batches: list[WeightedBatch], loss: Callable[...
 
 
 def _graph_bytes(module: nn.Module, batches: list[WeightedBatch], loss: Callable[..., Tensor]) -> float:
-    """Return what an analysis of one batch finds out about the size of graphs, per sample."""
+    """Return the bytes of graphs per sample, from an analysis of one batch."""
     cache = AnalysisCache()
     analyze(module, batches[:1], loss, analysis_options(steps=1, memory_budget=2**40), cache=cache)
     return cache.graph_bytes or math.nan  # "auto" measures it

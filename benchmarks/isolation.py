@@ -51,7 +51,7 @@ def in_fresh_process(work: Callable[..., Any], *args: Any) -> Any:
 def _answer(sender: Connection, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
     try:
         sender.send((None, work(*args)))
-    except Exception as error:  # noqa: BLE001 - the report says what failed
+    except Exception as error:  # noqa: BLE001 - the report has the failure
         sender.send((describe(error), None))
 
 

@@ -60,7 +60,7 @@ def products(name: str, pieces: int, size: Size, rounds: int) -> dict[str, dict[
                 product = _build(candidate, own, stack, result)
                 ready[candidate.name] = _call(candidate, product, vector)
                 result["error"] = float((ready[candidate.name]().double() - exact).norm() / exact.norm())
-            except Exception as error:  # noqa: BLE001 - the report says what failed
+            except Exception as error:  # noqa: BLE001 - the report has the failure
                 result["failure"] = describe(error)
                 ready.pop(candidate.name, None)
         started = time.perf_counter()
@@ -129,7 +129,7 @@ def whole(name: str, pieces: int, size: Size, candidate_name: str, truth: float)
                 spent = run.products, time.perf_counter() - started
             result |= {"c_t": run.c_t, "c_t_products": spent[0], "c_t_seconds": spent[1]}
             result["error"] = relative_error(run.c_t, truth)
-    except Exception as error:  # noqa: BLE001 - the report says what failed
+    except Exception as error:  # noqa: BLE001 - the report has the failure
         result["failure"] = describe(error)
     return result
 

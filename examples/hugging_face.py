@@ -114,7 +114,7 @@ def with_adapters(model: nn.Module, rank: int) -> nn.Module:
 
 def main(args: Sequence[str] | None = None) -> tuple[CausalLM, HessianSpectrumCallback, HessianCheckpoint]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topic", default="debugger", choices=sorted(topics), help="what the adapters learn")
+    parser.add_argument("--topic", default="debugger", choices=sorted(topics), help="topic of the adapters")
     parser.add_argument("--pretraining", type=int, default=600, help="steps before")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--rank", type=int, default=4, help="rank of the adapters")

@@ -98,7 +98,7 @@ def attempt(case: Case, folder: Path) -> Outcome:
         warnings.simplefilter("always")
         try:
             module, seconds = _trained(case, [callback], folder / "with")
-        except Exception as error:  # noqa: BLE001 - it is what the table is to tell
+        except Exception as error:  # noqa: BLE001 - the table shows any failure
             return replace(outcome, raised=f"{type(error).__name__}: {error}")
     spectra = [record.spectrum for record in callback.history]
     outcome = replace(
@@ -191,7 +191,7 @@ def _loaded(case: Case, callback: HessianSpectrumCallback, module: Any) -> str:
             state, how = torch.load(path, weights_only=False), " with `weights_only=False`"
         module.load_state_dict(state["state_dict"])
         module.load_state_dict(before)
-    except Exception as error:  # noqa: BLE001 - it is what the table is to tell
+    except Exception as error:  # noqa: BLE001 - the table shows any failure
         return f"{type(error).__name__}: {error}"
     return f"loads{how}"
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Images = Dataset[Any]  # of (image, label)
 
 VALIDATION_SHARE = 0.1
-"""Of a training folder. Of the 1200 digits to learn from the last 300 are for validation."""
+"""Share of a training folder for validation. Of the 1200 training digits, the last 300 are for validation."""
 
 ROTATION, SHEAR, SHIFT, BRIGHTNESS, CONTRAST = math.radians(15), 0.15, 0.15, 0.15, 0.3
 """Largest amounts of each operation of `rand_augment`; shifts in halves of the image, brightness in units of white."""

@@ -1,4 +1,4 @@
-"""Section 3.4: whether manipulated gradients make spectra MN, and what the optimizer sees of the curvature."""
+"""Section 3.4: whether manipulated gradients make spectra MN, and the preconditioned Hessian."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def clipping(outcomes: Outcomes) -> Section:
-    """Judge what section 3.4 says about clipped gradients."""
+    """Judge the claims of section 3.4 about clipped gradients."""
     findings, rows = [], []
     for clip in (1.0, STRONG_CLIP):
         runs = [o for o in outcomes.values() if o.experiment.clip == clip]
@@ -30,7 +30,7 @@ def clipping(outcomes: Outcomes) -> Section:
             finding = mn_when_trained(f"Clipping at global norm {clip:g} makes some epochs MN.", runs)
             clipped = any(p.gradients.get("clipped_share", 0) > 0 for o in runs for p in o.points)
             findings.append(finding if clipped else replace(finding, verdict=UNSEEN, evidence="nothing was clipped"))
-    header = ("Run", "clipped steps", "to so much of their norm", "trained epochs", "lowest C_t of these",
+    header = ("Run", "clipped steps", "to this share of their norm", "trained epochs", "lowest C_t of these",
               "Train acc., %", "Gen. acc., %")  # fmt: skip
     return Section(
         "Section 3.4. Clipped gradients",

@@ -1,4 +1,4 @@
-"""Figures 1 to 6 and section 3.4: types of spectra, and what makes them MN."""
+"""Figures 1 to 6 and section 3.4: types of spectra, and the causes of MN."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 LEARNING_RATE_OF_ADAHESSIAN = (
     "The learning rate of AdaHessian, its default of 0.15, was chosen after 0.05, 0.15 and 0.5 had been tried on one "
-    "seed: only there was any epoch MN. What is found below is found with hindsight, on one network."
+    "seed: only with this rate was any epoch MN. So the findings below were made with hindsight, on one network."
 )
 
 

@@ -190,7 +190,7 @@ def adahessian(outcomes: Outcomes) -> Section:
 
 
 def initialization(outcomes: Outcomes) -> Section:
-    """Judge what section 2 of the paper says about networks before training."""
+    """Judge the claims of section 2 about networks before training."""
     low, high = UNTRAINED
     found = {n: outcomes[name].start for n, name in SEED_0.items() if name in outcomes}
     findings = []

@@ -39,7 +39,7 @@ QUANTITIES: dict[str, Callable[[State], float]] = {
 UNIT = {WIDTH: "against log h", DEPTH: "per layer"}
 UNDECIDED = "nothing that could not be chance"
 DIRECTION: dict[Verdict, str] = {AGREES: "it grows", DIFFERS: "it falls", UNSEEN: UNDECIDED}
-"""Of slopes, judged by `POSITIVE`."""
+"""Words for slopes that `POSITIVE` judges."""
 
 
 def statements(data: Outcomes) -> list[Statement]:
