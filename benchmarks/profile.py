@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PARTS: dict[str, list[Callable[..., Any]]] = {
     "products": [RiskOperator.product],
-    "orthogonalisation": [Lanczos._reorthogonalize],  # noqa: SLF001
+    "orthogonalization": [Lanczos._reorthogonalize],  # noqa: SLF001
     "interval": [Estimation._is_accurate],  # noqa: SLF001
     "graphs": [RiskOperator.__init__],
     "a gradient": [RiskOperator.gradient_equivalents],

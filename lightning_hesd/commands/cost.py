@@ -160,7 +160,7 @@ class Cost:
 def analysis_cost(workload: Workload, machine: Machine) -> Cost:
     """Estimate the cost of one analysis: of one spectrum, with all its steps.
 
-    Example:
+    Examples:
         >>> workload = Workload(parameters=25_000_000, samples=512, steps=60)
         >>> cost = analysis_cost(workload, Machine(gradient_seconds=1e-3, memory_bandwidth=1e12))
         >>> round(cost.seconds), round(cost.memory / 2**30, 1)

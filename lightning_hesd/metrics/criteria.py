@@ -72,7 +72,7 @@ class HessianCriteria(_SpectrumMetric):
     Args:
         **kwargs: Arguments of `torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> metric = HessianCriteria()
         >>> metric.update(torch.tensor([-1.0, 4.0]), torch.tensor([0.5, 0.5]))
         >>> metric.update(torch.tensor([-2.0, 3.0]), torch.tensor([0.5, 0.5]))
@@ -110,7 +110,7 @@ class GeneralizationCriteria(_SpectrumMetric):
     Args:
         **kwargs: Arguments of `torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> metric, weights = GeneralizationCriteria(), torch.tensor([0.5, 0.5])
         >>> metric.update((torch.tensor([-1.0, 4.0]), weights), (torch.tensor([-2.0, 4.0]), weights))
         >>> metric.compute()["delta_r_e"].item()

@@ -28,7 +28,7 @@ def hessian_criteria(nodes: Tensor, weights: Tensor, rounding: float = 0.0) -> d
     Raises:
         ValueError: If the shapes differ, or there is no node.
 
-    Example:
+    Examples:
         >>> import torch
         >>> found = hessian_criteria(torch.tensor([-1.0, 0.0, 4.0]), torch.tensor([0.25, 0.5, 0.25]))
         >>> {name: value.item() for name, value in found.items()}
@@ -59,7 +59,7 @@ def generalization_criteria(training: dict[str, Tensor], generalization: dict[st
 
     Both spectra must come from the same number of steps and the same probes. NaN where a criterion is undefined.
 
-    Example:
+    Examples:
         >>> import torch
         >>> weights = torch.tensor([0.5, 0.5])
         >>> training, other = (hessian_criteria(torch.tensor([low, 4.0]), weights) for low in (-1.0, -2.0))

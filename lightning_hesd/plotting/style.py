@@ -27,7 +27,7 @@ SYMBOLS = {"λ": r"\lambda", "max": r"\max", "min": r"\min"}
 def typeset(title: str) -> str:
     r"""Return a title with its symbols in Matplotlib's mathematical notation.
 
-    Example:
+    Examples:
         >>> typeset("lowest λ_max"), typeset("highest C_t")
         ('lowest $\\lambda_{\\max}$', 'highest $C_t$')
     """

@@ -86,7 +86,7 @@ def hessian_bound(
         ValueError: If a norm is negative or not finite, `layers` is less than 1, or there is no "published" bound for
             the arguments.
 
-    Example:
+    Examples:
         >>> round(hessian_bound(1.0, 1.0, 3, kind="published") / 2**0.5, 12)
         6.0
         >>> hessian_bound(2.0, 1.0, 3)
@@ -139,7 +139,7 @@ def hidden_size_bound(
     Raises:
         ValueError: If an argument is out of range.
 
-    Example:
+    Examples:
         >>> hidden_size_bound(1.0, 0.25, 4, 2) == hessian_bound(1.0, 1.0, 2, kind="published")
         True
     """
@@ -169,7 +169,7 @@ def loss_difference_bound(
     Raises:
         ValueError: If an argument is out of range.
 
-    Example:
+    Examples:
         >>> loss_difference_bound([1, 3], loss_bound=1.0, hessian_bound=4.0, radius=0.5).tolist()
         [2.0, 1.0]
     """

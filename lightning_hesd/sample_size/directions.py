@@ -74,7 +74,7 @@ def dominant_directions(
         ArithmeticError: If the loss or a product is NaN or infinite.
         RuntimeError: If the loss cannot be differentiated twice, and `strategy` is "graph" or "recompute".
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> data = (torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))

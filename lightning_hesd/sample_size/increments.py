@@ -51,7 +51,7 @@ def increments(values: Array, orders: int, seed: int) -> Iterator[Array]:
     Yields:
         For each order d_k for k = 1, ..., N − 1, shape (N − 1, c).
 
-    Example:
+    Examples:
         >>> next(increments(np.array([[1.0], [4.0]]), orders=1, seed=0)).round(1).tolist()
         [[1.5]]
     """

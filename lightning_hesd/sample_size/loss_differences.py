@@ -183,7 +183,7 @@ def differences_of(losses: ArrayLike, *, orders: int = 100, seed: int = 0, confi
     Raises:
         ValueError: If an argument is out of range.
 
-    Example:
+    Examples:
         >>> found = differences_of([1.0, 2.0, 3.0])
         >>> found.num_samples, found.expected_rms.round(3).tolist()
         (3, [0.707, 0.408])

@@ -46,7 +46,7 @@ def per_sample_losses(
         TypeError: If `loss_fn` does not return a tensor.
         ArithmeticError: If a loss is NaN or infinite; the message names the batch.
 
-    Example:
+    Examples:
         >>> model, data = torch.nn.Identity(), torch.tensor([1.0, 2.0, 3.0])
         >>> per_sample_losses(model, [data], lambda m, batch: m(batch) ** 2).tolist()
         [1.0, 4.0, 9.0]

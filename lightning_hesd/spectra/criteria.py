@@ -92,7 +92,7 @@ def c_t(lambda_min: float, lambda_max: float, rounding: float = 0.0) -> float:
     Returns:
         The ratio; 0 without negative eigenvalues, -inf without positive ones, NaN with neither.
 
-    Example:
+    Examples:
         >>> c_t(-1.0, 4.0)
         -0.25
         >>> c_t(0.5, 4.0), c_t(-1.0, -0.5)
@@ -135,7 +135,7 @@ def c_t_interval(
 def r_e(c_t: float) -> float:
     """Return r_e = -C_t, the criterion of arXiv:2412.10146; 0 where no eigenvalue is negative.
 
-    Example:
+    Examples:
         >>> r_e(-0.25), r_e(0.0)
         (0.25, 0.0)
     """
@@ -154,7 +154,7 @@ def hesd_type(c_t: float, threshold: float = MP_THRESHOLD) -> HesdType:
     Raises:
         ValueError: If `c_t` is NaN: an undefined C_t has no type.
 
-    Example:
+    Examples:
         >>> hesd_type(-0.1), hesd_type(-0.6)
         ('MP', 'MN')
     """
@@ -210,7 +210,7 @@ def delta(generalization: float, training: float) -> float:
     Returns:
         The ratio; NaN where `training` is 0 or one of the two is not finite.
 
-    Example:
+    Examples:
         >>> delta(0.3, 0.2), delta(0.3, 0.0)
         (1.4999999999999998, nan)
     """
@@ -221,7 +221,7 @@ def delta(generalization: float, training: float) -> float:
 def delta_interval(generalization: tuple[float, float], training: tuple[float, float]) -> tuple[float, float]:
     """Return the (low, high) that Δ can take if both criteria lie in these intervals; (NaN, NaN) if one is undefined.
 
-    Example:
+    Examples:
         >>> delta_interval((0.2, 0.4), (0.1, 0.2)), delta_interval((0.2, 0.4), (0.0, 0.2))
         ((1.0, 4.0), (1.0, inf))
     """
@@ -243,7 +243,7 @@ def quasi_singular(
         tolerance: Metrics count as the same up to this, absolute.
         factor: Positive.
 
-    Example:
+    Examples:
         >>> quasi_singular([5.0, 40.0, 3.0], [0.7, 0.98, 0.99], tolerance=0.02)
         True
     """

@@ -39,7 +39,7 @@ def spectrum_bounds(
     Returns:
         The lower bound, at most the smallest node, and the upper bound, at least the largest.
 
-    Example:
+    Examples:
         >>> from lightning_hesd.numerics.krylov.ritz import gauss_quadrature
         >>> from lightning_hesd.spectra.quadrature import stack_rules
         >>> low, high = spectrum_bounds(*stack_rules([gauss_quadrature([0.0, 0.0], [1.0, 1e-6])]), 100, 0.05)
@@ -134,7 +134,7 @@ def miss_probability(dimension: int, steps_per_probe: Sequence[int], tolerance: 
         steps_per_probe: Steps m of each probe.
         tolerance: ε, relative to the width of the spectrum.
 
-    Example:
+    Examples:
         >>> miss_probability(100, [100], 0.05)  # as many steps as dimensions: nothing is missed
         0.0
     """

@@ -20,7 +20,7 @@ def student_quantile(confidence: float, degrees: int) -> float:
         confidence: Probability, between 0 and 1.
         degrees: Degrees of freedom, at least 1.
 
-    Example:
+    Examples:
         >>> round(student_quantile(0.95, 4), 3)
         2.776
     """
@@ -37,7 +37,7 @@ def chi_square_quantile(probability: float, degrees: int) -> float:
         probability: Between 0 and 1.
         degrees: Degrees of freedom, at least 1.
 
-    Example:
+    Examples:
         >>> round(chi_square_quantile(0.95, 15), 2)
         25.0
     """

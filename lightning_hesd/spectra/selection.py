@@ -109,7 +109,7 @@ def progress_tolerance(first: float | None, best: float) -> float:
         first: Score of the first analyzed state; None: not known.
         best: Best score so far.
 
-    Example:
+    Examples:
         >>> progress_tolerance(-2.0, -1.0), progress_tolerance(-1.0, -2.0)
         (0.05, 0.0)
     """

@@ -105,7 +105,7 @@ class HessianSpectrumCallback(SpectrumSource):
         TypeError: If a keyword is not an option of `hessian_spectrum`, or `checkpoint` has the wrong type.
         MisconfigurationException: If `checkpoint` is not the name of a rule.
 
-    Example:
+    Examples:
         >>> import lightning.pytorch as pl
         >>> trainer = pl.Trainer(
         ...     callbacks=[HessianSpectrumCallback(every_n_epochs=5, checkpoint="highest_c_t")], logger=False

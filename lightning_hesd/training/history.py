@@ -151,7 +151,7 @@ class SpectrumHistory(list[SpectrumRecord]):
         return records_table(self)
 
     def layers_to_dataframe(self) -> pd.DataFrame:
-        """Return a pandas table with a row for each analysed layer of each record, and its `LayerIndicators`.
+        """Return a pandas table with a row for each analyzed layer of each record, and its `LayerIndicators`.
 
         Columns are `epoch`, `global_step`, `layer`, `c_t`, `lambda_max`, `trace`, ...; `pivot` makes a matrix of one.
 

@@ -86,7 +86,7 @@ class TestFitRate:
             curves = [np.abs(curve[:, 0]) for curve in increments(values, 30, seed)]
             found.append(fit_rate(curves, np.mean(curves, axis=0)))
         rates, errors = np.array(found).T
-        # A standard deviation of 300 is good to 4 %; the linearisation is off by the relative error of a mean of 30.
+        # A standard deviation of 300 is good to 4 %; the linearization is off by the relative error of a mean of 30.
         assert rates.std(ddof=1) == pytest.approx(errors.mean(), rel=0.15)
 
     def test_leaves_out_what_has_no_logarithm(self) -> None:

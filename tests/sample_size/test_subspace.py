@@ -1,4 +1,4 @@
-"""Stabilisation in the dominant subspace: by definition, in closed form, and where the quadratic model ends."""
+"""Stabilization in the dominant subspace: by definition, in closed form, and where the quadratic model ends."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def make_start(n: int, seed: int) -> np.ndarray:
 
 
 def tridiagonal(spectrum: np.ndarray, start: np.ndarray, steps: int) -> Tridiagonal:
-    """Lanczos on a diagonal matrix, reorthogonalised without thrift."""
+    """Lanczos on a diagonal matrix, reorthogonalized without thrift."""
     basis = [start / np.linalg.norm(start)]
     alphas, betas = [], []
     for _ in range(steps):

@@ -113,14 +113,14 @@ class Hooked(Silent):
 
 
 class Graph(Silent):
-    """Averages over neighbours by a sparse matrix, which it keeps as a buffer."""
+    """Averages over neighbors by a sparse matrix, which it keeps as a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("neighbours", (torch.eye(10) + torch.eye(10).roll(1, 0)).to_sparse())
+        self.register_buffer("neighbors", (torch.eye(10) + torch.eye(10).roll(1, 0)).to_sparse())
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return nn.functional.cross_entropy((self.neighbours @ self.net(batch[0]).T).T, batch[1])
+        return nn.functional.cross_entropy((self.neighbors @ self.net(batch[0]).T).T, batch[1])
 
 
 class LowPrecision(Silent):
@@ -182,7 +182,7 @@ class Recurrent(nn.Module):
 
 
 class Bag(nn.Module):
-    """Embeds the grey levels of the pixels."""
+    """Embeds the gray levels of the pixels."""
 
     def __init__(self, *, sparse: bool) -> None:
         super().__init__()
@@ -219,8 +219,8 @@ class ComplexWeight(nn.Module):
         return (self.head(x) * self.turn).real
 
 
-def partly_quantised() -> nn.Module:
-    """Return a network whose frozen first layer has been quantised."""
+def partly_quantized() -> nn.Module:
+    """Return a network whose frozen first layer has been quantized."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.ao is to move
         first = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(64, 6)), {nn.Linear}, torch.qint8)

@@ -45,7 +45,7 @@ def averaging() -> list[pl.Callback]:
 
 
 def dimension(expected: int) -> Any:
-    """Return a check of how many parameters were analysed."""
+    """Return a check of how many parameters were analyzed."""
 
     def check(observer: HessianSpectrumCallback, trainer: pl.Trainer) -> str:
         found = {record.spectrum.dimension for record in observer.history if record.spectrum}
@@ -73,11 +73,11 @@ def weights_in_the_pick(observer: HessianSpectrumCallback, trainer: pl.Trainer) 
     """Say which weights the pick of the rule holds."""
     assert observer.checkpoint is not None
     saved = torch.load(observer.checkpoint.best_model_path, weights_only=True)
-    averaged, analysed = (
+    averaged, analyzed = (
         torch.cat([part.flatten() for part in saved[key].values()]) for key in ("state_dict", "current_model_state")
     )
-    assert not torch.equal(averaged, analysed)
-    return "the pick has the averaged weights, and the analysed ones"
+    assert not torch.equal(averaged, analyzed)
+    return "the pick has the averaged weights, and the analyzed ones"
 
 
 def _files(trainer: pl.Trainer, pattern: str) -> list[Path]:
@@ -129,7 +129,7 @@ MODULES: list[Case] = [
         Fit(f"recurrent, {kind.__name__}", lambda kind=kind: Around(partial(networks.Recurrent, kind)))
         for kind in (nn.RNN, nn.LSTM, nn.GRU)
     ),
-    Fit("partly quantised", lambda: Around(networks.partly_quantised), **dimension(70)),
+    Fit("partly quantized", lambda: Around(networks.partly_quantized), **dimension(70)),
     Fit("partly frozen", lambda: Around(networks.partly_frozen), **dimension(70)),
     Fit("complex weight", lambda: Around(networks.ComplexWeight), failures=2, error="'net.turn' is complex"),
     *(
@@ -152,7 +152,7 @@ BESIDE: list[Case] = [
         options=lambda: {"checkpoint": "highest_c_t"},
         trainer=trainer_options(enable_checkpointing=True),
         check=weights_in_the_pick,
-        note="the pick has the averaged weights, and the analysed ones",
+        note="the pick has the averaged weights, and the analyzed ones",
     ),
     Fit(
         "stochastic weight averaging beside",

@@ -339,10 +339,10 @@ def test_keyboard_and_screen_reader(page: Page, address: str) -> None:
         " !e.getAttribute('aria-label') && !document.getElementById(e.getAttribute('aria-labelledby'))).length"
     )
     assert unnamed == 0
-    unlabelled = page.script(
+    unlabeled = page.script(
         "return [...document.querySelectorAll('input, select')].filter((e) => !e.labels.length).length"
     )
-    assert unlabelled == 0
+    assert unlabeled == 0
     label = page.script("return document.getElementById('ct').getAttribute('aria-label')")
     assert f"{FIRST}: {EPOCHS + 1} values" in label
 

@@ -79,7 +79,7 @@ def hessian_spectrum(  # noqa: D417 - `AnalysisOptions` describes the options
         ArithmeticError: If the loss or a Hessian-vector product is NaN or infinite; the message names the batch.
         RuntimeError: If the loss cannot be differentiated twice, and `strategy` is "graph" or "recompute".
 
-    Example:
+    Examples:
         >>> model = nn.Linear(2, 1, bias=False)
         >>> data = (torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))
         >>> spectrum = hessian_spectrum(model, [data], lambda m, b: nn.functional.mse_loss(m(b[0]), b[1]))
@@ -142,7 +142,7 @@ def layer_spectra(
         ValueError: As `hessian_spectrum` does, and if `layers` names no module, or blocks that overlap.
         TypeError: As `hessian_spectrum` does, if `layers` has another type, or if a keyword is not an option.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
         >>> data = (torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))
         >>> spectra = layer_spectra(model, [data], lambda m, b: nn.functional.mse_loss(m(b[0]), b[1]))

@@ -65,7 +65,7 @@ class HessianOperator:
     Raises:
         ValueError: If an argument is out of range, or there is no parameter to analyze.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(2, 1, bias=False)
         >>> data = (torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))
         >>> hessian = HessianOperator(model, [data], lambda m, b: nn.functional.mse_loss(m(b[0]), b[1]))

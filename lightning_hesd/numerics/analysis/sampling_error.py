@@ -134,7 +134,7 @@ def samples_needed(num_samples: float, allowed: float, error: float, bias: float
         error: Error at N.
         bias: Bias at N.
 
-    Example:
+    Examples:
         >>> round(samples_needed(100, allowed=0.1, error=0.2))
         400
     """

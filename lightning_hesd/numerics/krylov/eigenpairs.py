@@ -107,7 +107,7 @@ def top_eigenpairs(
         ValueError: If an argument is out of range.
         ArithmeticError: If a product is NaN or infinite.
 
-    Example:
+    Examples:
         >>> class Diagonal:
         ...     shape, dtype, device = (5, 5), torch.float64, torch.device("cpu")
         ...     def matvec(self, vector):

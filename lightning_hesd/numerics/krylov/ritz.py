@@ -41,7 +41,7 @@ def gauss_quadrature(alphas: ArrayLike, betas: ArrayLike) -> tuple[Array, Array,
         residuals: Ritz residuals β_m·|last components|, shape (m,): an eigenvalue lies within the residual of each
             node.
 
-    Example:
+    Examples:
         >>> nodes, weights, residuals = gauss_quadrature([0.0, 0.0], [1.0, 0.5])
         >>> nodes.tolist(), weights.round(3).tolist(), residuals.round(3).tolist()
         ([-1.0, 1.0], [0.5, 0.5], [0.354, 0.354])

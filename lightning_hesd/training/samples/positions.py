@@ -35,7 +35,7 @@ def spread_positions(count: int, total: int, *, evenness: float = 0.3) -> list[i
     Returns:
         The positions, ascending; all positions if there are at most `count`.
 
-    Example:
+    Examples:
         >>> spread_positions(4, 16)
         [5, 6, 9, 10]
     """

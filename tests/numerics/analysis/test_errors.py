@@ -22,7 +22,7 @@ EXACT = (*STRATEGIES, "auto")
 
 
 def make(**options: Any) -> Any:
-    """Analyse a small problem with these options."""
+    """Analyze a small problem with these options."""
     problem = cases.regression((3, 2), inputs=3, outputs=2, dtype=torch.float64)
     return hessian_spectrum(*problem, **{"steps": 2, **options})
 
@@ -89,8 +89,8 @@ class TestOptions:
         for function in (analysis_options, functools.partial(layer_spectra, nn.Linear(1, 1), [], cases.squared_error)):
             with pytest.raises(TypeError, match=refusal):
                 function(step=3)
-        with pytest.raises(TypeError, match=r"unexpected keyword argument 'colour'\. The options .*, probes"):
-            analysis_options(colour="red")
+        with pytest.raises(TypeError, match=r"unexpected keyword argument 'color'\. The options .*, probes"):
+            analysis_options(color="red")
         with pytest.raises(TypeError, match=r"unexpected keyword argument 'step'"):
             make(step=3)
 
@@ -213,7 +213,7 @@ class TestBatchSize:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 class TestLoss:
     @staticmethod
-    def analyse(loss: Any, strategy: str, batches: int = 3, **options: Any) -> Any:
+    def analyze(loss: Any, strategy: str, batches: int = 3, **options: Any) -> Any:
         data = [(torch.full((2, 2), float(index)), torch.zeros(2, 1)) for index in range(batches)]
         return hessian_spectrum(nn.Linear(2, 1), data, loss, strategy=strategy, **options)
 
@@ -222,16 +222,16 @@ class TestLoss:
     )
     def test_must_be_a_tensor(self, value, kind, strategy):
         with pytest.raises(TypeError, match=rf"`loss_fn` must return a scalar tensor, got {kind}"):
-            self.analyse(lambda module, batch: value, strategy)
+            self.analyze(lambda module, batch: value, strategy)
 
     @pytest.mark.parametrize(("shape", "said"), [((2, 1), r"\(2, 1\)"), ((0,), r"\(0,\)")])
     def test_must_be_a_scalar(self, shape, said, strategy):
         with pytest.raises(TypeError, match=rf"must return a scalar tensor, the mean over the batch; got shape {said}"):
-            self.analyse(lambda module, batch: module.weight.sum() + torch.zeros(shape), strategy)
+            self.analyze(lambda module, batch: module.weight.sum() + torch.zeros(shape), strategy)
 
     @pytest.mark.parametrize("shape", [(1,), (1, 1)])
     def test_one_element_will_do(self, shape, strategy):
-        spectrum = self.analyse(lambda module, batch: module(batch[0]).square().mean().reshape(shape), strategy)
+        spectrum = self.analyze(lambda module, batch: module(batch[0]).square().mean().reshape(shape), strategy)
         assert spectrum.lambda_max > 0
 
     @pytest.mark.parametrize(("value", "said"), [(math.nan, "nan"), (math.inf, "inf")])
@@ -242,7 +242,7 @@ class TestLoss:
             return usual * value if batch[0][0, 0] == bad else usual
 
         with pytest.raises(ArithmeticError, match=rf"the loss of batch {bad} is -?{said}"):
-            self.analyse(loss, strategy)
+            self.analyze(loss, strategy)
 
     @pytest.mark.parametrize("bad", [0, 1])
     def test_products_must_be_finite(self, bad, strategy):
@@ -254,7 +254,7 @@ class TestLoss:
         with pytest.raises(
             ArithmeticError, match=rf"the Hessian-vector product of batch {bad} is NaN or infinite, though its loss is"
         ):
-            self.analyse(loss, strategy)
+            self.analyze(loss, strategy)
 
     @pytest.mark.parametrize("scale", [1e20, 1e30])
     def test_products_whose_squared_length_is_not_finite_are_scaled(self, scale, strategy):
@@ -271,7 +271,7 @@ class TestLoss:
             raise KeyError("label")
 
         with pytest.raises(KeyError, match="label"):
-            self.analyse(loss, strategy)
+            self.analyze(loss, strategy)
 
 
 class TwiceDifferentiable(torch.autograd.Function):

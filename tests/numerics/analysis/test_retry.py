@@ -18,7 +18,7 @@ PROBLEM = "mlp"
 
 
 @pytest.mark.parametrize("kind", EXHAUSTIONS)
-def test_exhaustion_is_recognised(kind: str) -> None:
+def test_exhaustion_is_recognized(kind: str) -> None:
     with pytest.raises((RuntimeError, MemoryError)) as caught:
         EXHAUSTIONS[kind]()
     assert is_out_of_memory(caught.value)

@@ -59,7 +59,7 @@ def extremes(batch: Batch) -> np.ndarray:
     return np.array([values[0], values[-1], values[0] / values[-1]])
 
 
-def analyse(seed: int, batches: int = 1, samples: int = SAMPLES, **options: Any) -> Any:
+def analyze(seed: int, batches: int = 1, samples: int = SAMPLES, **options: Any) -> Any:
     x, y = draw(samples, seed)
     parts = list(zip(x.chunk(batches), y.chunk(batches), strict=True))
     options = {"steps": 40, "sampling_error": True, "strategy": "graph", **options}
@@ -80,7 +80,7 @@ def brute_force() -> tuple[np.ndarray, np.ndarray]:
 @functools.cache
 def estimates() -> tuple[np.ndarray, np.ndarray]:
     """Mean stated standard errors and biases of twenty of these samples."""
-    found = [analyse(100 + seed) for seed in range(20)]
+    found = [analyze(100 + seed) for seed in range(20)]
     return tuple(np.mean([fields(spectrum, kind) for spectrum in found], axis=0) for kind in ("error", "bias"))
 
 
@@ -104,14 +104,14 @@ class TestAgainstBruteForce:
 
     def test_single_records_have_the_signs_that_theory_says(self):
         for seed in range(5):
-            spectrum = analyse(300 + seed)
+            spectrum = analyze(300 + seed)
             assert spectrum.lambda_min_sampling_bias <= 0 <= spectrum.lambda_max_sampling_bias
             assert (fields(spectrum, "error") > 0).all()
             assert spectrum.c_t_total_error == spectrum.c_t_error + spectrum.c_t_sampling_error
 
     def test_four_times_the_samples_halve_the_error(self):
         few, many = (
-            np.mean([fields(analyse(seed, samples=samples), "error") for seed in range(6)], axis=0)
+            np.mean([fields(analyze(seed, samples=samples), "error") for seed in range(6)], axis=0)
             for samples in (SAMPLES, 4 * SAMPLES)
         )
         np.testing.assert_allclose(few / many, 2.0, rtol=0.4)
@@ -121,7 +121,7 @@ class TestClosedForm:
     """Samples whose Hessians are diag(a, 0, ..., −b): eigenvectors stay, so that everything is known."""
 
     @staticmethod
-    def analyse(a: Tensor, b: Tensor) -> Any:
+    def analyze(a: Tensor, b: Tensor) -> Any:
         module = nn.Module()
         module.register_parameter("w", nn.Parameter(torch.full((6,), 0.1, dtype=torch.float64)))
 
@@ -140,7 +140,7 @@ class TestClosedForm:
 
     def test_extremes(self):
         a, b = self.samples(0), self.samples(1) / 3
-        spectrum = self.analyse(a, b)
+        spectrum = self.analyze(a, b)
         assert spectrum.lambda_max_sampling_error == pytest.approx(self.error_of_mean(a), rel=1e-8)
         assert spectrum.lambda_min_sampling_error == pytest.approx(self.error_of_mean(b), rel=1e-8)
         assert spectrum.lambda_min_sampling_bias == pytest.approx(0.0, abs=1e-8)
@@ -151,11 +151,11 @@ class TestClosedForm:
         ratio = float(b.mean() / a.mean())
         # The error of b − ratio·a, to first order: the numbers as they are, correlation included.
         expected = self.error_of_mean(b - ratio * a) / float(a.mean())
-        assert self.analyse(a, b).c_t_sampling_error == pytest.approx(expected, rel=1e-8)
+        assert self.analyze(a, b).c_t_sampling_error == pytest.approx(expected, rel=1e-8)
 
     def test_extremes_that_move_together_leave_their_ratio(self):
         a = self.samples(0)
-        spectrum = self.analyse(a, a / 3)
+        spectrum = self.analyze(a, a / 3)
         assert spectrum.c_t == pytest.approx(-1 / 3, rel=1e-12)
         assert spectrum.lambda_max_sampling_error > 0.01
         assert spectrum.c_t_sampling_error == pytest.approx(0.0, abs=1e-8)
@@ -164,7 +164,7 @@ class TestClosedForm:
     def test_the_mean_of_a_ratio_is_not_the_ratio_of_means(self):
         # E[−b/a] for constant b: −b/ā·(1 + Var(ā)/ā²).
         a = self.samples(0)
-        spectrum = self.analyse(a, torch.full_like(a, 0.5))
+        spectrum = self.analyze(a, torch.full_like(a, 0.5))
         expected = -0.5 / float(a.mean()) * (self.error_of_mean(a) / float(a.mean())) ** 2
         assert spectrum.c_t_sampling_bias == pytest.approx(expected, rel=1e-4)
 
@@ -173,33 +173,33 @@ class TestGroups:
     @pytest.mark.parametrize("batches", [4, 16])
     def test_how_the_samples_are_batched_does_not_matter(self, batches):
         # Sixteen groups of the same samples in every case, in the same order.
-        one, other = analyse(7), analyse(7, batches)
+        one, other = analyze(7), analyze(7, batches)
         assert other.sampling_groups == one.sampling_groups == 16
         np.testing.assert_allclose(fields(other, "error"), fields(one, "error"), rtol=1e-6)
         np.testing.assert_allclose(fields(other, "bias"), fields(one, "bias"), rtol=1e-6)
 
     def test_more_batches_are_more_groups(self):
-        one, other = analyse(7), analyse(7, 64)
+        one, other = analyze(7), analyze(7, 64)
         assert other.sampling_groups == 64
         np.testing.assert_allclose(fields(other, "error"), fields(one, "error"), rtol=0.6)
 
     @pytest.mark.parametrize("strategy", ["recompute", "finite_difference", "auto"])
     def test_nor_does_the_strategy(self, strategy):
-        one, other = analyse(7), analyse(7, strategy=strategy)
+        one, other = analyze(7), analyze(7, strategy=strategy)
         np.testing.assert_allclose(fields(other, "error"), fields(one, "error"), rtol=1e-4)
         np.testing.assert_allclose(fields(other, "bias"), fields(one, "bias"), rtol=1e-3)
 
     @pytest.mark.parametrize("steps", [12, 40])
     def test_errors_need_no_basis(self, steps):
-        one, other = (analyse(7, steps=steps, basis=basis) for basis in ("device", "none"))
+        one, other = (analyze(7, steps=steps, basis=basis) for basis in ("device", "none"))
         np.testing.assert_allclose(fields(other, "error"), fields(one, "error"), rtol=1e-4)
         assert (np.sign(fields(other, "bias"))[:2] == [-1, 1]).all()
 
     def test_cost_one_pass_over_the_samples(self):
-        assert analyse(7).matvecs == analyse(7, sampling_error=False).matvecs + 2  # one for each end
+        assert analyze(7).matvecs == analyze(7, sampling_error=False).matvecs + 2  # one for each end
 
     def test_are_not_made_unasked(self):
-        spectrum = analyse(7, sampling_error=False)
+        spectrum = analyze(7, sampling_error=False)
         assert spectrum.sampling_groups is None
         assert spectrum.c_t_sampling_error is None
 
@@ -210,10 +210,10 @@ class TestRefusals:
         with pytest.raises(
             ValueError, match=rf"at least 8 groups of samples, and the batches can be cut into {samples}"
         ):
-            analyse(7, batches, samples=samples)
+            analyze(7, batches, samples=samples)
 
     def test_eight_are_enough(self):
-        assert analyse(7, 1, samples=8).sampling_groups == 8
+        assert analyze(7, 1, samples=8).sampling_groups == 8
 
     def test_statistics_of_the_batch(self):
         with torch.random.fork_rng():
@@ -259,7 +259,7 @@ class TestVerification:
     """Sampling errors rest on groups that are what they should be; or there are none."""
 
     @staticmethod
-    def analyse(loss: Any, make: Any, batches: int = 1, **options: Any) -> Any:
+    def analyze(loss: Any, make: Any, batches: int = 1, **options: Any) -> Any:
         x, y = draw(SAMPLES, 7)
         parts = [make(*part) for part in zip(x.chunk(batches), y.chunk(batches), strict=True)]
         weight = SAMPLES / batches
@@ -267,14 +267,18 @@ class TestVerification:
         return hessian_spectrum(trained(), parts, loss, **options)
 
     def test_batches_of_a_class_of_ones_own_are_cut(self):
-        spectrum = self.analyse(lambda module, batch: loss_fn(module, (batch.x, batch.y)), Batched)
-        assert fields(spectrum, "error").tolist() == pytest.approx(fields(analyse(7), "error").tolist(), rel=1e-9)
+        spectrum = self.analyze(lambda module, batch: loss_fn(module, (batch.x, batch.y)), Batched)
+        assert fields(spectrum, "error").tolist() == pytest.approx(fields(analyze(7), "error").tolist(), rel=1e-9)
 
     @pytest.mark.parametrize("options", [{}, {"tolerance": "auto", "sampling_error": False}])
     @pytest.mark.parametrize(
         ("loss", "make", "message"),
         [
-            (stale, Batched, "is the same for all of its groups of samples: it does not depend"),
+            (
+                stale,
+                Batched,
+                "is the same for all of its groups of samples: it does not depend on the values that were cut",
+            ),
             (stale, functools.partial(Batched, visible=False), "cannot tell the number of samples|nothing in a batch"),
             (contrastive, Batched, "not a mean over samples"),
             (token_mean, lambda *parts: parts, "not a mean over samples"),
@@ -284,11 +288,11 @@ class TestVerification:
     )
     def test_others_are_refused_with_the_remedy(self, loss, make, message, options):
         with pytest.raises(ValueError, match=rf"(?s)cut into 1 only: .*({message}).*Pass at least 8 batches"):
-            self.analyse(loss, make, **options)
+            self.analyze(loss, make, **options)
 
     @pytest.mark.parametrize("loss", [stale, contrastive])
     def test_the_remedy_works(self, loss):
-        spectrum = self.analyse(loss, Batched, batches=8)
+        spectrum = self.analyze(loss, Batched, batches=8)
         assert spectrum.sampling_groups == 8
         assert (fields(spectrum, "error") > 0).all()
 

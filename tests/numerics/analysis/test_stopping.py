@@ -17,14 +17,14 @@ TRAINED_LIKE = ("few outliers on a narrow bulk", "lone small negative", "geometr
 INIT_LIKE = ("semicircle", "symmetric")
 
 
-def analyse(name: str, **options: Any) -> Spectrum:
+def analyze(name: str, **options: Any) -> Spectrum:
     module = spectra.Quadratic(spectra.POPULATION[name])
     return hessian_spectrum(module, [torch.zeros(1)], spectra.quadratic_loss, **{"strategy": "graph", **options})
 
 
 def beginning(spectrum: Spectrum, module_name: str, **options: Any) -> Spectrum:
     """The same process with as many steps, fixed."""
-    fixed = analyse(module_name, **{**options, "tolerance": None, "steps": spectrum.steps})
+    fixed = analyze(module_name, **{**options, "tolerance": None, "steps": spectrum.steps})
     return dataclasses.replace(fixed, tolerance=options["tolerance"])
 
 
@@ -34,7 +34,7 @@ def beginning(spectrum: Spectrum, module_name: str, **options: Any) -> Spectrum:
 class TestStopping:
     def test_stops_as_soon_as_the_interval_says_so_and_not_before(self, name, tolerance, basis):
         options = {"tolerance": tolerance, "basis": basis, "seed": 1}
-        spectrum = analyse(name, steps=100, **options)
+        spectrum = analyze(name, steps=100, **options)
         assert spectrum.tolerance == tolerance
         assert spectrum.converged
         assert spectrum.steps < 100
@@ -45,11 +45,11 @@ class TestStopping:
             assert spectrum.c_t_error <= tolerance * max(abs(spectrum.c_t), 1e-3)
         # It looks when a forecast says so, which may be a little late.
         earlier = int(0.7 * spectrum.steps)
-        assert not beginning(analyse(name, **{**options, "steps": earlier}), name, **options).converged
+        assert not beginning(analyze(name, **{**options, "steps": earlier}), name, **options).converged
 
     def test_leaves_the_beginning_of_a_run_with_fixed_steps(self, name, tolerance, basis):
         options = {"tolerance": tolerance, "basis": basis, "seed": 1}
-        spectrum = analyse(name, steps=100, **options)
+        spectrum = analyze(name, steps=100, **options)
         fixed = beginning(spectrum, name, **options)
         np.testing.assert_array_equal(spectrum.nodes, fixed.nodes)
         np.testing.assert_array_equal(spectrum.weights, fixed.weights)
@@ -58,7 +58,7 @@ class TestStopping:
 
 
 def test_a_number_of_numpy_is_a_number() -> None:
-    spectrum = analyse("semicircle", tolerance=np.float32(0.001), steps=200)
+    spectrum = analyze("semicircle", tolerance=np.float32(0.001), steps=200)
     assert spectrum.tolerance == pytest.approx(0.001)
     assert spectrum.c_t_error <= 0.0011 * abs(spectrum.c_t)
 
@@ -66,7 +66,7 @@ def test_a_number_of_numpy_is_a_number() -> None:
 class TestCap:
     @pytest.mark.parametrize("tolerance", [0.01, "type"])
     def test_is_reported(self, tolerance):
-        spectrum = analyse("about the threshold", tolerance=tolerance, steps=6)
+        spectrum = analyze("about the threshold", tolerance=tolerance, steps=6)
         assert spectrum.steps == spectrum.matvecs == 6
         assert not spectrum.converged
 
@@ -84,7 +84,7 @@ class TestType:
     @pytest.mark.parametrize(("names", "expected"), [(TRAINED_LIKE, "MP"), (INIT_LIKE, "MN")])
     def test_is_found_with_fewer_steps_than_the_value(self, names, expected):
         for name in names:
-            by_type, by_value = (analyse(name, tolerance=tolerance, steps=100) for tolerance in ("type", 0.01))
+            by_type, by_value = (analyze(name, tolerance=tolerance, steps=100) for tolerance in ("type", 0.01))
             assert by_type.hesd_type == by_value.hesd_type == expected
             assert by_type.type_certain
             assert by_type.steps <= by_value.steps
@@ -93,15 +93,15 @@ class TestType:
 
 class TestProbes:
     def test_every_probe_stops_by_itself(self):
-        spectrum = analyse("few outliers on a narrow bulk", tolerance=0.01, steps=100, probes=3)
+        spectrum = analyze("few outliers on a narrow bulk", tolerance=0.01, steps=100, probes=3)
         assert len(set(spectrum.steps_per_probe)) > 1
         assert spectrum.matvecs == sum(spectrum.steps_per_probe)
         assert spectrum.converged
-        alone = analyse("few outliers on a narrow bulk", tolerance=0.01, steps=100)
+        alone = analyze("few outliers on a narrow bulk", tolerance=0.01, steps=100)
         assert spectrum.steps_per_probe[0] == alone.steps
 
     def test_nodes_that_are_not_there_are_padded(self):
-        spectrum = analyse("few outliers on a narrow bulk", tolerance=0.01, steps=100, probes=3)
+        spectrum = analyze("few outliers on a narrow bulk", tolerance=0.01, steps=100, probes=3)
         for row, steps in enumerate(spectrum.steps_per_probe):
             assert np.isfinite(spectrum.nodes[row, :steps]).all()
             assert np.isnan(spectrum.nodes[row, steps:]).all()
@@ -157,7 +157,7 @@ class TestAuto:
 @pytest.mark.parametrize("tolerance", [0.05, "type"])
 def test_k_h_is_refused(tolerance):
     # It depends on the number of steps.
-    spectrum = analyse("geometric", tolerance=tolerance)
+    spectrum = analyze("geometric", tolerance=tolerance)
     with pytest.raises(ValueError, match=r"K_Hn depends on the number of Lanczos steps"):
         spectrum.k_h()
     with pytest.raises(ValueError, match=r"without `tolerance`"):

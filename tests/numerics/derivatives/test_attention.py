@@ -106,12 +106,12 @@ def derivatives(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[T
     def loss() -> Tensor:
         return function(*inputs).sin().sum()
 
-    def penalised() -> Tensor:
+    def penalized() -> Tensor:
         slopes = torch.autograd.grad(loss(), inputs, create_graph=True)
         return torch.stack([(s.square() + s.sin()).sum() for s in slopes]).sum()
 
     results = []
-    for scalar in (loss(), penalised()):
+    for scalar in (loss(), penalized()):
         slopes = torch.autograd.grad(scalar, inputs, create_graph=True)
         directions = [torch.linspace(-1, 1, s.numel(), dtype=torch.float64).cos().view(s.shape) for s in slopes]
         results += [scalar, *slopes, *torch.autograd.grad(slopes, inputs, directions)]

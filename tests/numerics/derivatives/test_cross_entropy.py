@@ -87,13 +87,13 @@ def derivatives(function: Callable[..., Tensor], logits: Tensor, *, nonlinear: b
         parts = terms * torch.linspace(0, 2, terms.numel()).double().view(terms.shape) if terms.ndim else terms
         return parts.sum().square() if nonlinear else parts.sum()
 
-    def penalised(z: Tensor) -> Tensor:
+    def penalized(z: Tensor) -> Tensor:
         value = loss(z)
         (slope,) = torch.autograd.grad(value, z, create_graph=True)
         return value + slope.square().sum()
 
     results = []
-    for scalar in (loss, penalised):
+    for scalar in (loss, penalized):
         value = scalar(z)
         (slope,) = torch.autograd.grad(value, z, create_graph=True)
         rows = [torch.autograd.grad(s, z, retain_graph=True)[0].flatten() for s in slope.flatten()]

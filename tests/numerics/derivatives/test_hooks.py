@@ -33,7 +33,7 @@ def plain(net: Any, batch: Batch) -> Tensor:
     return F.mse_loss(net[1](torch.tanh(net[0](batch[0]))), batch[1])
 
 
-def analyse(net: nn.Module, loss: Callable[[Any, Batch], Tensor], strategy: Any = "auto") -> Spectrum:
+def analyze(net: nn.Module, loss: Callable[[Any, Batch], Tensor], strategy: Any = "auto") -> Spectrum:
     return hessian_spectrum(net, [make_batch()], loss, steps=STEPS, strategy=strategy)
 
 
@@ -91,9 +91,9 @@ def test_hooks_that_the_loss_registers_are_passed_by(kind, wrap):
             IN_THE_LOSS[kind](hidden)
         return F.mse_loss(net[1](hidden), batch[1])
 
-    expected = analyse(make_net(), plain)
+    expected = analyze(make_net(), plain)
     for strategy in ("graph", "recompute", "finite_difference"):
-        assert_same(analyse(make_net(), loss, strategy), expected)
+        assert_same(analyze(make_net(), loss, strategy), expected)
 
 
 def with_hooks_on_leaves(net: Any, batch: Batch) -> Tensor:
@@ -117,9 +117,9 @@ def test_what_the_loss_leaves_on_a_parameter_is_removed(loss):
     gradients = [torch.ones_like(p) for p in net.parameters()]
     for p, gradient in zip(net.parameters(), gradients, strict=True):
         p.grad = gradient
-    expected = analyse(make_net(), plain)
+    expected = analyze(make_net(), plain)
     for strategy in ("recompute", "finite_difference"):
-        assert_same(analyse(net, loss, strategy), expected)
+        assert_same(analyze(net, loss, strategy), expected)
     for p, gradient in zip(net.parameters(), gradients, strict=True):
         assert p.grad is gradient
         assert (gradient == 1).all()
@@ -150,10 +150,10 @@ def test_a_loss_may_catch_gradients_by_hooks():
         torch.autograd.grad(output.square().sum(), net[0].weight, create_graph=True)
         return F.mse_loss(output, batch[1]) + gradients[0].square().mean()
 
-    expected = analyse(make_net(), written_out)
+    expected = analyze(make_net(), written_out)
     for loss in (caught, caught_at_module):
         for strategy in ("graph", "finite_difference"):
-            assert_same(analyse(make_net(), loss, strategy), expected)
+            assert_same(analyze(make_net(), loss, strategy), expected)
 
 
 # Before the analysis --------------------------------------------------------------------------------------------------
@@ -197,9 +197,9 @@ def hooked(request: pytest.FixtureRequest) -> Iterator[nn.Module]:
 @pytest.mark.filterwarnings("ignore:Using a non-full backward hook", "ignore:Full backward hook is firing")
 @pytest.mark.parametrize("loss", [plain, with_backward])
 def test_hooks_that_were_there_are_passed_by(hooked, loss):
-    expected = analyse(make_net(), plain)
+    expected = analyze(make_net(), plain)
     for strategy in ("auto", "finite_difference"):
-        assert_same(analyse(hooked, loss, strategy), expected)
+        assert_same(analyze(hooked, loss, strategy), expected)
 
 
 def test_all_hooks_act_again_afterwards():
@@ -209,7 +209,7 @@ def test_all_hooks_act_again_afterwards():
         p.register_hook(lambda _: called.append("parameter"))
         p.register_post_accumulate_grad_hook(lambda _: called.append("accumulated"))
     before = torch.Tensor.register_hook, torch.autograd.backward
-    analyse(net, plain)
+    analyze(net, plain)
     assert called == []
     plain(net, make_batch()).backward()
     assert sorted(called) == ["accumulated", "accumulated", "module", "parameter", "parameter"]
@@ -257,7 +257,7 @@ def test_no_optimizer_steps_in_an_analysis(strategy):
     loss(net, make_batch()).backward()
     steps = [int(optimizer.state[p]["step"]) for p, optimizer in optimizers.items()]
     values = [p.detach().clone() for p in net.parameters()]
-    spectrum = analyse(net, loss, strategy)
+    spectrum = analyze(net, loss, strategy)
     assert steps == [int(optimizer.state[p]["step"]) for p, optimizer in optimizers.items()] == [1] * 4
     assert all(torch.equal(p, value) and p.grad is None for p, value in zip(net.parameters(), values, strict=True))
     assert spectrum.verified == "no"

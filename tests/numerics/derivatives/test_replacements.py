@@ -95,7 +95,7 @@ def _plain(way: str, batches: list[Tensor] = IDS) -> Words:
     return net
 
 
-def test_max_norm_of_an_embedding_that_is_not_analysed() -> None:
+def test_max_norm_of_an_embedding_that_is_not_analyzed() -> None:
     class Two(nn.Module):
         def __init__(self, words: Words) -> None:
             super().__init__()
@@ -133,7 +133,7 @@ def test_several_processes_with_max_norm_are_refused() -> None:
         analyze(net, batches, loss, analysis_options(steps=2), collectives=StandIn())
 
 
-def penalised(net: nn.Module, x: Tensor) -> Tensor:
+def penalized(net: nn.Module, x: Tensor) -> Tensor:
     x = x.clone().requires_grad_()
     value = net(x).sum()
     (slope,) = torch.autograd.grad(value, x, create_graph=True)
@@ -143,9 +143,9 @@ def penalised(net: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("layer", "function", "again"),
     [
-        (nn.Tanh(), penalised, False),
+        (nn.Tanh(), penalized, False),
         (nn.LayerNorm(3), lambda net, x: net(x).square().mean(), False),
-        (nn.LayerNorm(3), penalised, True),
+        (nn.LayerNorm(3), penalized, True),
     ],
     ids=["derivative, no norm", "norm, no derivative", "derivative of a norm"],
 )

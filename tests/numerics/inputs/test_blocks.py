@@ -17,9 +17,9 @@ from tests import cases, oracles
 
 
 def names(module: nn.Module, layers: Any = None) -> dict[str, list[str]]:
-    analysed = dict(module.named_parameters())
-    of = {p: name for name, p in analysed.items()}
-    return {block: [of[p] for p in parameters] for block, parameters in blocks(module, layers, analysed).items()}
+    analyzed = dict(module.named_parameters())
+    of = {p: name for name, p in analyzed.items()}
+    return {block: [of[p] for p in parameters] for block, parameters in blocks(module, layers, analyzed).items()}
 
 
 class SharedTwice(nn.Module):

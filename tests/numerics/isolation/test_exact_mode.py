@@ -49,11 +49,11 @@ def make_batch() -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(params=["success", "failure at once", "failure in a product"])
 def run(request: pytest.FixtureRequest) -> Run:
-    """Analyse a module with a loss function that tampers with it, and that may fail."""
+    """Analyze a module with a loss function that tampers with it, and that may fail."""
 
     batch = make_batch()
 
-    def analyse(module: nn.Module, tamper: Tamper = lambda module: None, **options: Any) -> None:
+    def analyze(module: nn.Module, tamper: Tamper = lambda module: None, **options: Any) -> None:
         calls = 0
 
         def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -69,7 +69,7 @@ def run(request: pytest.FixtureRequest) -> Run:
             hessian_spectrum(module, [batch], loss, steps=4, strategy="recompute", **options)
         assert calls == 1 if request.param == "failure at once" else calls > 5
 
-    return analyse
+    return analyze
 
 
 def describe(value: Any) -> Any:

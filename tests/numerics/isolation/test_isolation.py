@@ -286,10 +286,10 @@ class TestTrainingMode:
 
     @pytest.mark.filterwarnings("ignore:`torch.nn.utils.spectral_norm` is deprecated:FutureWarning")
     @pytest.mark.parametrize("loss", [squared_error, on_two_batches_at_once])
-    @pytest.mark.parametrize("normalise", [parametrizations.spectral_norm, spectral_norm])
-    def test_spectral_norm(self, normalise, loss):
+    @pytest.mark.parametrize("normalize", [parametrizations.spectral_norm, spectral_norm])
+    def test_spectral_norm(self, normalize, loss):
         """With the singular vectors that power iterations find at the weights, which count as constants."""
-        module = seeded(lambda: normalise(nn.Linear(3, 2)))
+        module = seeded(lambda: normalize(nn.Linear(3, 2)))
         weight = module.parametrizations.weight.original if hasattr(module, "parametrizations") else module.weight_orig
         norm = module.parametrizations.weight[0] if hasattr(module, "parametrizations") else None
         twin, vectors = copy.deepcopy(module), []

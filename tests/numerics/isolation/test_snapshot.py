@@ -32,7 +32,7 @@ from tests import cases
 # Tensors --------------------------------------------------------------------------------------------------------------
 
 
-class Labelled(torch.Tensor):
+class Labeled(torch.Tensor):
     """A tensor with an attribute that its copies insist on."""
 
     labels: list[str]
@@ -74,8 +74,8 @@ class Mute(Wrapper):
         return torch.Tensor._make_subclass(cls, inner)
 
 
-def labelled() -> Tensor:
-    tensor = torch.ones(3).as_subclass(Labelled)
+def labeled() -> Tensor:
+    tensor = torch.ones(3).as_subclass(Labeled)
     tensor.labels = ["a"]
     return tensor
 
@@ -148,7 +148,7 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
         lambda: masked_tensor(torch.ones(3), torch.tensor([True, False, True])),
         lambda t: t._masked_data.mul_(3),
     ),
-    "quantised": (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), lambda t: t.fill_(0.5)),
+    "quantized": (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), lambda t: t.fill_(0.5)),
     "inference": (inferred, lambda t: t.numpy().__imul__(3)),
     "float8": (lambda: torch.ones(3).to(torch.float8_e4m3fn), lambda t: t.fill_(2.0)),
     "bool": (lambda: torch.ones(5, dtype=torch.bool), lambda t: t.logical_not_()),
@@ -159,8 +159,8 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "expanded": (lambda: torch.ones(1).expand(4), lambda t: t[:1].mul_(3)),
     "not contiguous": (lambda: torch.ones(4, 4)[:, 1:3].T, times_three),
     "leaf": (lambda: torch.ones(3, requires_grad=True), times_three),
-    "labelled": (labelled, lambda t: after(t.labels.append("b"), t.mul_(3))),
-    "without its label": (lambda: torch.ones(3).as_subclass(Labelled), times_three),
+    "labeled": (labeled, lambda t: after(t.labels.append("b"), t.mul_(3))),
+    "without its label": (lambda: torch.ones(3).as_subclass(Labeled), times_three),
     "silent": (lambda: torch.ones(3).as_subclass(Silent), lambda t: t.__dict__.update(new=1)),
     "wrapper": (lambda: Wrapper(torch.ones(3)), lambda t: t.inner.mul_(3)),
     "mute": (lambda: Mute(torch.ones(3)), lambda t: t.inner.mul_(3)),

@@ -106,7 +106,7 @@ class TestOrthogonality:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_no_ghosts_of_outlying_eigenvalues(self, dtype):
-        # Outliers converge early; without reorthogonalisation rounding would let them in again and again.
+        # Outliers converge early; without reorthogonalization rounding would let them in again and again.
         spectrum = np.concatenate([np.linspace(-1.0, 1.0, 197), [1e2, 1e3, 1e4]])
         matrix = make_matrix(spectrum.tolist(), dtype)
         result = lanczos(Times(matrix), make_start(200, dtype), steps=100)

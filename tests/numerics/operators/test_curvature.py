@@ -205,7 +205,7 @@ def test_the_gauss_newton_matrix_of_a_linear_model_is_its_hessian():
 
 
 class TestMistakes:
-    def analyse(self, output_loss: Loss, **options: Any) -> None:
+    def analyze(self, output_loss: Loss, **options: Any) -> None:
         module, batches, loss_fn = cases.make("mlp")
         hessian_spectrum(
             module,
@@ -219,23 +219,23 @@ class TestMistakes:
 
     def test_another_loss(self):
         with pytest.raises(ValueError, match=r"the `output_loss` of what .*batch 0 they are 1\.\d+ and 2\.\d+"):
-            self.analyse(lambda o, b: 2 * flat_cross_entropy(o, b))
+            self.analyze(lambda o, b: 2 * flat_cross_entropy(o, b))
 
     def test_a_loss_that_sees_more_than_the_outputs(self):
         module, batches, _ = cases.make("mlp")
 
-        def penalised(outputs: Tensor, batch: Any) -> Tensor:
+        def penalized(outputs: Tensor, batch: Any) -> Tensor:
             return flat_cross_entropy(outputs, batch) + 0.1 * module[0].weight.square().sum()
 
         with pytest.raises(ValueError, match="depend on the parameters by way of the outputs only"):
             hessian_spectrum(
-                module, batches, lambda m, b: penalised(m(b[0]), b), steps=3, matrix="residual",
-                output_fn=outputs_of, output_loss=penalised,
+                module, batches, lambda m, b: penalized(m(b[0]), b), steps=3, matrix="residual",
+                output_fn=outputs_of, output_loss=penalized,
             )  # fmt: skip
 
     def test_differences_do_not_give_it(self):
         with pytest.raises(ValueError, match="`strategy='finite_difference'` does not give `matrix='ggn'`"):
-            self.analyse(flat_cross_entropy, strategy="finite_difference")
+            self.analyze(flat_cross_entropy, strategy="finite_difference")
 
     def test_no_second_derivative(self):
         class Once(torch.autograd.Function):
@@ -257,7 +257,7 @@ class TestMistakes:
 
     def test_a_loss_of_outputs_that_is_no_scalar(self):
         with pytest.raises(TypeError, match="`output_loss` must return a scalar tensor"):
-            self.analyse(lambda o, b: o)
+            self.analyze(lambda o, b: o)
 
 
 class TestBlocks:

@@ -271,22 +271,22 @@ def vectors_alone(name: str, dtype: torch.dtype = torch.float32) -> int:
 class TestBudget:
     STEPS = 12
 
-    def analyse(self, name: str, budget: int, **options: Any) -> Spectrum:
+    def analyze(self, name: str, budget: int, **options: Any) -> Spectrum:
         options = {"basis": "none", "steps": self.STEPS, **options}
         return hessian_spectrum(*problem(name, dtype=torch.float64), memory_budget=budget, **options)
 
     def test_decides_how_many_graphs_are_kept_and_no_number_depends_on_it(self, name):
         fixed = vectors_alone(name, torch.float64)
-        ample = self.analyse(name, GIB)
+        ample = self.analyze(name, GIB)
         assert ample.strategy == "graph"
         assert "8 of 8 batches" in ample.strategy_reason
         graphs = ample.predicted_memory - fixed  # of eight batches, and a product's room
-        some = self.analyse(name, fixed + graphs // 2)
+        some = self.analyze(name, fixed + graphs // 2)
         assert some.strategy == "graph"
         assert "the rest is recomputed" in some.strategy_reason
         kept = int(some.strategy_reason.split("graphs of ")[1].split()[0])
         assert 2 <= kept <= 5
-        none = self.analyse(name, fixed + graphs // 9)
+        none = self.analyze(name, fixed + graphs // 9)
         assert none.strategy == "finite_difference"
         assert "there is room for" in none.strategy_reason
         for other in (some, none):
@@ -309,9 +309,9 @@ class TestBudget:
     @pytest.mark.parametrize("share", [0.4, 0.6, 2.0])
     def test_is_kept(self, name, share, basis):
         # Of what all graphs would need: with some of them recomputed, and with none.
-        fixed = self.analyse(name, GIB, basis=basis).predicted_memory
+        fixed = self.analyze(name, GIB, basis=basis).predicted_memory
         vectors = vectors_alone(name, torch.float64) + (
-            0 if basis == "none" else self.STEPS * 8 * self.analyse(name, GIB).dimension
+            0 if basis == "none" else self.STEPS * 8 * self.analyze(name, GIB).dimension
         )
         budget = int(vectors + share * (fixed - vectors))
         module, batches, loss = problem(name, dtype=torch.float64)

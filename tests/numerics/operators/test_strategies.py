@@ -90,14 +90,14 @@ class TestFiniteDifferences:
                 raise KeyError("label")
             return loss_fn(module, batch)
 
-        def analyse() -> None:
+        def analyze() -> None:
             hessian_spectrum(module, batches, loss, steps=8, strategy="finite_difference")
 
         if failing_call is None:
-            analyse()
+            analyze()
         else:
             with pytest.raises(KeyError, match="label"):
-                analyse()
+                analyze()
         for p, original in zip(module.parameters(), before, strict=True):
             assert torch.equal(p, original)
             assert p.grad is None

@@ -390,7 +390,7 @@ def test_recurrent_networks_are_compared_in_float64():
 
 
 class TestOnceForEachLoss:
-    def analyse(self, cache: AnalysisCache, function: Any) -> int:
+    def analyze(self, cache: AnalysisCache, function: Any) -> int:
         calls = 0
         module, batches = net()
 
@@ -405,13 +405,13 @@ class TestOnceForEachLoss:
 
     def test_later_analyses_compare_nothing(self):
         cache = AnalysisCache()
-        first, later = (self.analyse(cache, torch.tanh) for _ in range(2))
+        first, later = (self.analyze(cache, torch.tanh) for _ in range(2))
         assert first > later
         assert later == 2  # the graph, and the timed gradient
 
     def test_unless_the_graph_has_other_operations(self):
         cache = AnalysisCache()
-        first, same, other = (self.analyse(cache, f) for f in (torch.tanh, torch.tanh, torch.sin))
+        first, same, other = (self.analyze(cache, f) for f in (torch.tanh, torch.tanh, torch.sin))
         assert other == first > same
 
 

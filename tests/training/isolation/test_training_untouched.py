@@ -181,7 +181,7 @@ class MovingAverage(Classifier):
 
 
 class Switching(Classifier):
-    """Trains with its batch normalisation in eval mode, as fine-tuning does."""
+    """Trains with its batch normalization in eval mode, as fine-tuning does."""
 
     def __init__(self) -> None:
         super().__init__(nn.BatchNorm1d(6), nn.Dropout(0.3))
@@ -538,7 +538,7 @@ class Guided(DataModule):
         self.table = pd.DataFrame({"loss": np.zeros(24)})
 
 
-class Neighbour(pl.Callback):
+class Neighbor(pl.Callback):
     """What a training step might find in the list of callbacks."""
 
     def __init__(self) -> None:
@@ -625,7 +625,7 @@ def stop_early(module: Reaching, batch: Any) -> None:
         trainer.limit_train_batches = trainer.fit_loop.max_epochs = 1
         trainer.fit_loop.epoch_loop.batch_progress.current.ready += 7
         trainer.callback_metrics["own"] = torch.ones(1)
-        trainer.callbacks.append(Neighbour())
+        trainer.callbacks.append(Neighbor())
         trainer.optimizers.clear()
         trainer.fit_loop._combined_loader = None
         trainer.fit_loop.setup_data()
@@ -634,14 +634,14 @@ def stop_early(module: Reaching, batch: Any) -> None:
 
 
 def use_callbacks(module: Reaching, batch: Any) -> None:
-    neighbour: Any = module.trainer.callbacks[0]
-    neighbour.counts["steps"] += 1
-    neighbour.average.lerp_(batch[0].mean(0), 0.1)
-    neighbour.latest = batch[0]
-    neighbour.network(batch[0][:, :2]).sum().backward()
-    neighbour.optimizer.step()
-    neighbour.accuracy.update(module(batch[0]), batch[1])
-    slow_down(module, neighbour.counts["steps"] + float(neighbour.average.sum()))
+    neighbor: Any = module.trainer.callbacks[0]
+    neighbor.counts["steps"] += 1
+    neighbor.average.lerp_(batch[0].mean(0), 0.1)
+    neighbor.latest = batch[0]
+    neighbor.network(batch[0][:, :2]).sum().backward()
+    neighbor.optimizer.step()
+    neighbor.accuracy.update(module(batch[0]), batch[1])
+    slow_down(module, neighbor.counts["steps"] + float(neighbor.average.sum()))
 
 
 def use_datamodule(module: Reaching, batch: Any) -> None:
@@ -720,7 +720,7 @@ REACHES = [
 ]
 
 
-def reached(trainer: pl.Trainer, folder: Path, data: Any, neighbour: Any) -> dict[str, Any]:
+def reached(trainer: pl.Trainer, folder: Path, data: Any, neighbor: Any) -> dict[str, Any]:
     """Collect what a training step could reach."""
     module: Any = trainer.lightning_module
     dataset, sampler = trainer.train_dataloader.dataset, trainer.train_dataloader.sampler
@@ -732,8 +732,8 @@ def reached(trainer: pl.Trainer, folder: Path, data: Any, neighbour: Any) -> dic
         "limits": (trainer.limit_train_batches, trainer.fit_loop.epoch_loop.batch_progress.current.ready),
         "callbacks": [type(c).__name__ for c in trainer.callbacks if not isinstance(c, HessianSpectrumCallback)],  # type: ignore[attr-defined]
         "metrics": sorted(key for key in trainer.callback_metrics if not key.startswith("hesd")),
-        "neighbour": freeze([neighbour.counts, neighbour.average, neighbour.accuracy.tp]),
-        "its optimizer": freeze([neighbour.optimizer.state_dict(), neighbour.network.state_dict()]),
+        "neighbor": freeze([neighbor.counts, neighbor.average, neighbor.accuracy.tp]),
+        "its optimizer": freeze([neighbor.optimizer.state_dict(), neighbor.network.state_dict()]),
         "datamodule": [data.seen, data.table.to_json()],
         "dataset": freeze([dataset.weights, dataset.factors, dataset.notes.tolist(), dataset.shared.value]),
         "flags": (bytes(dataset.flags), Curriculum.difficulty),
@@ -756,12 +756,12 @@ def reaching_run(
     """Train, and return what can be reached afterwards, and what the package warned of."""
     Curriculum.difficulty = 0
     torch.manual_seed(0)
-    neighbour, data = Neighbour(), Guided()
+    neighbor, data = Neighbor(), Guided()
     with warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("always", "lightning_hesd", RuntimeWarning)
-        trainer = fit(folder, neighbour, *callbacks, module=kind(act), data=data)
+        trainer = fit(folder, neighbor, *callbacks, module=kind(act), data=data)
     said = [str(w.message) for w in caught if w.category is RuntimeWarning]
-    return reached(trainer, folder, data, neighbour), said
+    return reached(trainer, folder, data, neighbor), said
 
 
 @pytest.mark.parametrize("act", REACHES, ids=lambda act: act.__name__)
@@ -787,11 +787,11 @@ class Counting(Classifier):
     """Counts the batches that it makes, wherever it can, and lets their numbers decide on the training."""
 
     def collate(self, samples: list[Any]) -> Any:
-        neighbour, data = self.trainer.callbacks[0], self.trainer.datamodule
-        neighbour.counts["steps"] += 1
-        neighbour.average += 1
+        neighbor, data = self.trainer.callbacks[0], self.trainer.datamodule
+        neighbor.counts["steps"] += 1
+        neighbor.average += 1
         data.seen.append(len(samples))
-        slow_down(self, neighbour.counts["steps"] + neighbour.average[0].item() + len(data.seen))
+        slow_down(self, neighbor.counts["steps"] + neighbor.average[0].item() + len(data.seen))
         return default_collate(samples)
 
 
@@ -803,9 +803,9 @@ class CountedData(Guided):
 def test_reading_the_samples_leaves_no_traces_beyond_the_data(tmp_path: Path) -> None:
     found = []
     for callbacks in ([], [callback(num_samples=8, steps=2)]):
-        neighbour, data = Neighbour(), CountedData()
-        module = fit(tmp_path, neighbour, *callbacks, module=Counting(), data=data).lightning_module
-        found.append(freeze([module.state_dict(), neighbour.counts, neighbour.average, data.seen]))
+        neighbor, data = Neighbor(), CountedData()
+        module = fit(tmp_path, neighbor, *callbacks, module=Counting(), data=data).lightning_module
+        found.append(freeze([module.state_dict(), neighbor.counts, neighbor.average, data.seen]))
     assert found[0] == found[1]
 
 
@@ -926,22 +926,22 @@ def test_a_large_tensor_that_is_given_other_memory_gets_its_own_back(
 def test_a_large_array_in_the_memory_of_a_tensor_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It could not be made writable again if it were made read-only."""
     monkeypatch.setattr(training_snapshot, "COPIED_BYTES", 60)
-    neighbour = Neighbour()
-    neighbour.values = torch.zeros(64).numpy()  # type: ignore[attr-defined]
+    neighbor = Neighbor()
+    neighbor.values = torch.zeros(64).numpy()  # type: ignore[attr-defined]
     changes = [0.0, 1.0]
 
     def loss_fn(module: Any, batch: Any) -> Tensor:
-        neighbour.values[0] += changes[module.current_epoch]  # type: ignore[attr-defined]
+        neighbor.values[0] += changes[module.current_epoch]  # type: ignore[attr-defined]
         return plain_loss(module, batch)
 
     observer = callback(num_samples=8, steps=2, loss_fn=loss_fn, on_error="warn")
     with pytest.warns(
         RuntimeWarning, match=r"`trainer\.callbacks\[0\]\.values` changed .* and was not restored"
     ) as caught:
-        fit(tmp_path, neighbour, observer)
+        fit(tmp_path, neighbor, observer)
     assert len([w for w in caught if w.category is RuntimeWarning]) == 1
     assert [record.error for record in observer.history] == [None] * 2
-    neighbour.values[0] = 0  # type: ignore[attr-defined]  # as it can be
+    neighbor.values[0] = 0  # type: ignore[attr-defined]  # as it can be
 
 
 def test_a_failed_restoration_goes_on_with_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -950,24 +950,24 @@ def test_a_failed_restoration_goes_on_with_the_rest(tmp_path: Path, monkeypatch:
         raise OSError(msg)
 
     monkeypatch.setattr(TrackedArray, "restore", fail_to_put_back)
-    neighbour = Neighbour()
-    neighbour.values = np.zeros(2)  # type: ignore[attr-defined]
+    neighbor = Neighbor()
+    neighbor.values = np.zeros(2)  # type: ignore[attr-defined]
 
     def loss_fn(module: Any, batch: Any) -> Tensor:
-        neighbour.values += 1  # type: ignore[attr-defined]
-        neighbour.counts["steps"] += 1
-        neighbour.average += 1
+        neighbor.values += 1  # type: ignore[attr-defined]
+        neighbor.counts["steps"] += 1
+        neighbor.average += 1
         return plain_loss(module, batch)
 
     observer = callback(num_samples=8, steps=2, loss_fn=loss_fn, on_error="warn")
     with pytest.warns(RuntimeWarning) as caught:
-        trainer = fit(tmp_path, neighbour, observer)
+        trainer = fit(tmp_path, neighbor, observer)
     [said] = [str(w.message) for w in caught if w.category is RuntimeWarning]
     assert "`trainer.callbacks[0].values` changed during an analysis and was not restored (OSError('no'))" in said
     assert trainer.state.finished
     assert [record.error for record in observer.history] == [None] * 2
-    assert neighbour.counts == {"steps": 0}
-    assert not neighbour.average.any()
+    assert neighbor.counts == {"steps": 0}
+    assert not neighbor.average.any()
 
 
 class Monitor(pl.Callback):
@@ -1026,15 +1026,15 @@ def test_objects_that_cannot_be_read_are_skipped(tmp_path: Path) -> None:
         def __len__(self) -> int:
             raise ValueError
 
-    neighbour = Neighbour()
+    neighbor = Neighbor()
     odd = [Closed(), Endless(), {Closed(): 1}, memoryview(b""), object(), torch.eye(2).to_sparse(), re.compile("")]
-    neighbour.odd = [*odd, torch.zeros(2, device="meta"), threading.local(), {"last": 0}]  # type: ignore[attr-defined]
+    neighbor.odd = [*odd, torch.zeros(2, device="meta"), threading.local(), {"last": 0}]  # type: ignore[attr-defined]
 
     def loss_fn(module: Any, batch: Any) -> Tensor:
-        neighbour.odd[-1]["last"] += 1  # type: ignore[attr-defined]
+        neighbor.odd[-1]["last"] += 1  # type: ignore[attr-defined]
         return plain_loss(module, batch)
 
     observer = callback(num_samples=8, steps=2, loss_fn=loss_fn)
-    fit(tmp_path, neighbour, observer)
+    fit(tmp_path, neighbor, observer)
     assert [record.error for record in observer.history] == [None] * 2
-    assert neighbour.odd[-1] == {"last": 0}  # type: ignore[attr-defined]
+    assert neighbor.odd[-1] == {"last": 0}  # type: ignore[attr-defined]

@@ -449,7 +449,7 @@ def test_a_batch_sampler_in_the_place_of_the_sampler() -> None:
 
 
 class Seen(SeenByLoss):
-    """Sorts the batches by the step at which they were analysed."""
+    """Sorts the batches by the step at which they were analyzed."""
 
     def by_analysis(self) -> list[Any]:
         return list(self.frozen.values())

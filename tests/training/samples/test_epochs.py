@@ -1,4 +1,4 @@
-"""Which batches of an epoch are analysed: those that training sees, from all over the epoch."""
+"""Which batches of an epoch are analyzed: those that training sees, from all over the epoch."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_whole_epoch_has_each_position_once(total: int) -> None:
 
 
 class Lazy(Classifier):
-    """Regularises in every fourth batch, fourfold."""
+    """Regularizes in every fourth batch, fourfold."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         penalty = sum((p**2).sum() for p in self.parameters())
@@ -192,13 +192,13 @@ def test_batches_that_can_only_be_put_together_by_their_sampler() -> None:
 
 
 class Sorted(Digits):
-    """Neighbours can be put together: ten samples of each kind follow each other."""
+    """Neighbors can be put together: ten samples of each kind follow each other."""
 
     def __getitem__(self, position: int) -> Any:
         return (*super().__getitem__(position)[:2], position // 10)
 
 
-def test_data_sorted_so_that_neighbours_fit_together() -> None:
+def test_data_sorted_so_that_neighbors_fit_together() -> None:
     drawn = draw_samples(loader(Sorted(), batch_size=5, collate_fn=one_bucket_only), 15)
     assert len(drawn.batches) == 3
     assert len({position // 10 for position in drawn.indices}) == 3, "from all over the epoch"
