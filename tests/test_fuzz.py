@@ -31,13 +31,13 @@ from lightning_hesd.commands.results import Results, ResultsError
 from lightning_hesd.spectra.codec import load_layers, save
 from lightning_hesd.spectra.decisions import decisions, rewound
 from lightning_hesd.spectra.payload import (
-    CHOICE_FIELDS,
-    CHOICES_NAME,
     RECORD_FIELDS,
+    SELECTION_FIELDS,
+    SELECTIONS_NAME,
     PayloadError,
-    choice_payload,
     read_payload,
     record_payload,
+    selection_payload,
     to_json,
 )
 from lightning_hesd.spectra.record import SpectrumRecord
@@ -198,9 +198,9 @@ def history() -> SpectrumHistory:
     return found
 
 
-def choice(epoch: int = 1) -> dict[str, Any]:
+def selection(epoch: int = 1) -> dict[str, Any]:
     latest = Candidate(epoch, 4 * epoch, -0.5, -0.2, mainly_positive=True, path="a.ckpt")
-    return choice_payload(
+    return selection_payload(
         SelectionEvent("highest_c_t", None, "min", CandidateFilter(0.05, require_mp=True), latest, latest)
     )
 
@@ -303,15 +303,15 @@ def test_indices_of_histories(folder: Path, data: st.DataObject) -> None:
     place = folder / "run" / "hesd"
     if not place.exists():
         history().save(place)
-        (place / CHOICES_NAME).write_text("")
+        (place / SELECTIONS_NAME).write_text("")
     original = json.loads((place / "index.json").read_text()) if not (place / "good.json").exists() else None
     if original is not None:
         (place / "good.json").write_text(json.dumps(original))
     original = json.loads((place / "good.json").read_text())
     text = data.draw(texts(original))
     (place / "index.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    choices = data.draw(st.lists(texts(choice()), max_size=2))
-    (place / CHOICES_NAME).write_bytes("\n".join(choices).encode("utf-8", "surrogateescape"))
+    selections = data.draw(st.lists(texts(selection()), max_size=2))
+    (place / SELECTIONS_NAME).write_bytes("\n".join(selections).encode("utf-8", "surrogateescape"))
     try:
         found = SpectrumHistory.load(place)
         described(*found)
@@ -448,7 +448,7 @@ def test_checkpoints_of_the_command_line(folder: Path, data: st.DataObject) -> N
 # Payloads -------------------------------------------------------------------------------------------------------------
 
 RECORD = record_payload(records()[-1])
-PAYLOADS = {"record": (RECORD, RECORD_FIELDS), "choice": (choice(), CHOICE_FIELDS)}
+PAYLOADS = {"record": (RECORD, RECORD_FIELDS), "selection": (selection(), SELECTION_FIELDS)}
 
 
 @pytest.mark.parametrize("kind", PAYLOADS)
@@ -462,13 +462,13 @@ def test_payloads(kind: str, data: st.DataObject) -> None:
         found = read_payload(source, fields)
     except PayloadError:
         return
-    made = decisions([found], []) if kind == "record" else decisions([], rewound([found, choice(9)]))
+    made = decisions([found], []) if kind == "record" else decisions([], rewound([found, selection(9)]))
     to_json({"payload": found, "rules": made}).encode()
 
 
 def test_no_candidate_is_within_a_negative_tolerance() -> None:
     with pytest.raises(PayloadError, match="`tolerance`"):
-        read_payload(to_json({**choice(), "tolerance": -1}), CHOICE_FIELDS)
+        read_payload(to_json({**selection(), "tolerance": -1}), SELECTION_FIELDS)
 
 
 def test_a_run_of_damaged_payloads_is_answered(tmp_path: Path) -> None:
@@ -492,7 +492,7 @@ def test_a_run_of_damaged_payloads_is_answered(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def event_files(folder: Path) -> dict[str, bytes]:
     write_payloads(folder / "events" / "record", [RECORD])
-    write_payloads(folder / "events" / "choice", [choice()], tag="choice/highest")
+    write_payloads(folder / "events" / "selection", [selection()], tag="selection/highest")
     return {f"{file.name}.{file.parent.name}": file.read_bytes() for file in (folder / "events").rglob("events*.0*")}
 
 

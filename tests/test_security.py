@@ -19,7 +19,7 @@ import torch
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, Spectrum, SpectrumHistory
 from lightning_hesd.commands import analyze, cli
 from lightning_hesd.commands.report import write_report
-from lightning_hesd.spectra.payload import CHOICES_NAME, choice_payload, record_payload, to_json
+from lightning_hesd.spectra.payload import SELECTIONS_NAME, record_payload, selection_payload, to_json
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.spectra.selection import Candidate, CandidateFilter, SelectionEvent
 from tests.tab import Tab, write_payloads
@@ -218,8 +218,8 @@ def test_the_report_has_no_element_that_data_made(tmp_path: Path) -> None:
         history.append(SpectrumRecord(1, 8, make_spectrum(-0.1), layers={said: make_spectrum(-0.2)}))
         history.save(folder / "hesd")
         candidate = Candidate(1, 8, -0.5, -0.1, mainly_positive=True, path=said)
-        choice = SelectionEvent(said, said, "min", CandidateFilter(0.05, require_mp=True), candidate, candidate)
-        (folder / "hesd" / CHOICES_NAME).write_text(f"{to_json(choice_payload(choice))}\n{said}\n")
+        selection = SelectionEvent(said, said, "min", CandidateFilter(0.05, require_mp=True), candidate, candidate)
+        (folder / "hesd" / SELECTIONS_NAME).write_text(f"{to_json(selection_payload(selection))}\n{said}\n")
         write_report(folder, tmp_path / "report.html")
         document = (tmp_path / "report.html").read_text()
         assert document.count(said.replace("<", "\\u003c")) >= 5  # it is there, but as text

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.spectra.decisions import rewound, run_payload
 from lightning_hesd.spectra.files import atomic_write
-from lightning_hesd.spectra.payload import CHOICE_FIELDS, CHOICES_NAME, PayloadError, read_payload, record_payload
+from lightning_hesd.spectra.payload import SELECTION_FIELDS, SELECTIONS_NAME, PayloadError, read_payload, record_payload
 from lightning_hesd.tensorboard_plugin.assets import PLOTLY, REPORT, SHARED, STYLE, content
 from lightning_hesd.training.folders import exists, fetched, joined
 from lightning_hesd.training.history import SpectrumHistory
@@ -72,8 +72,8 @@ def run_data(log_dir: str | os.PathLike[str], name: str = "hesd") -> dict[str, A
     records = [record_payload(record) for record in history]
     own = joined(log_dir, name)
     with fetched(own if exists(own) else log_dir) as folder:
-        choices, problems = _choices(folder / CHOICES_NAME)
-    return {**run_payload(_run_name(Path(log_dir).resolve()), name, records, choices, problems), "color": 0}
+        selections, problems = _selections(folder / SELECTIONS_NAME)
+    return {**run_payload(_run_name(Path(log_dir).resolve()), name, records, selections, problems), "color": 0}
 
 
 def _run_name(folder: Path) -> str:
@@ -81,18 +81,18 @@ def _run_name(folder: Path) -> str:
     return f"{folder.parent.name}/{folder.name}" if folder.name.startswith("version_") else folder.name
 
 
-def _choices(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def _selections(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     if not path.is_file():
         return [], []
     by_rule: dict[str, list[dict[str, Any]]] = {}
     problems = []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
-            choice = read_payload(line, CHOICE_FIELDS)
-            by_rule.setdefault(choice["key"], []).append(choice)
+            selection = read_payload(line, SELECTION_FIELDS)
+            by_rule.setdefault(selection["key"], []).append(selection)
         except PayloadError as error:  # noqa: PERF203 - an interruption may have cut the last line off
             problems.append(f"{path.name}, line {number}: {error}")
-    return [choice for made in by_rule.values() for choice in rewound(made)], problems
+    return [selection for made in by_rule.values() for selection in rewound(made)], problems
 
 
 def report(*runs: dict[str, Any]) -> str:

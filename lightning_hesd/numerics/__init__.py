@@ -1,1 +1,1 @@
-"""From a loss to its spectrum: products with second derivatives, Lanczos processes, memory. Torch, no Lightning."""
+"""From a loss to its spectrum: products with second derivatives, Lanczos runs, memory. Torch, no Lightning."""

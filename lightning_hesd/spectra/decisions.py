@@ -38,7 +38,7 @@ def run_payload(
     run: str,
     name: str,
     records: Sequence[Payload],
-    choices: Sequence[Payload],
+    selections: Sequence[Payload],
     problems: Sequence[str],
 ) -> dict[str, Any]:
     """Return the data of one run that the tab and the report show.
@@ -47,7 +47,7 @@ def run_payload(
         run: Name of the run.
         name: Name of the callback in the run.
         records: Payloads of records.
-        choices: Payloads of selection events; those of one callback in the order of training.
+        selections: Payloads of selection events; those of one callback in the order of training.
         problems: Messages about payloads that could not be read.
     """
     return {
@@ -55,21 +55,21 @@ def run_payload(
         "name": name,
         "scalars": descriptions(),
         "records": records,
-        "rules": decisions(records, choices),
+        "rules": decisions(records, selections),
         "problems": problems,
     }
 
 
-def decisions(records: Sequence[Payload], choices: Sequence[Payload]) -> list[dict[str, Any]]:
+def decisions(records: Sequence[Payload], selections: Sequence[Payload]) -> list[dict[str, Any]]:
     """Return the decision of each checkpoint callback, then those of the rules in `RULES` that no callback has.
 
     Args:
         records: Payloads of records.
-        choices: Payloads of selection events; those of one callback in the order of training.
+        selections: Payloads of selection events; those of one callback in the order of training.
     """
     by_callback: dict[str, list[Payload]] = {}
-    for choice in choices:
-        by_callback.setdefault(choice["key"], []).append(choice)
+    for selection in selections:
+        by_callback.setdefault(selection["key"], []).append(selection)
     found = [_of_callback(made) for made in by_callback.values()]
     used = {decision["rule"] for decision in found}
     states = [_state(record) for record in records]

@@ -48,10 +48,10 @@ if TYPE_CHECKING:
 
 PLUGIN_NAME = "hesd"
 RECORD = "record"
-CHOICE = "choice"
-"""Ends of tags: <name>/record, and <name>/choice/... for each checkpoint callback."""
+SELECTION = "selection"
+"""Ends of tags: <name>/record, and <name>/selection/... for each checkpoint callback."""
 
-CHOICES_NAME = "choices.jsonl"
+SELECTIONS_NAME = "selections.jsonl"
 """File of the payloads of selection events in the folder of a history, one in each line."""
 
 MAX_NODES = 256
@@ -98,25 +98,25 @@ def record_payload(record: SpectrumRecord) -> dict[str, Any]:
     return plain
 
 
-def choice_payload(choice: SelectionEvent) -> dict[str, Any]:
+def selection_payload(selection: SelectionEvent) -> dict[str, Any]:
     """Return a selection event as JSON values."""
-    latest = choice.latest
-    sign = 1.0 if choice.train_metric_mode == "max" else -1.0
+    latest = selection.latest
+    sign = 1.0 if selection.train_metric_mode == "max" else -1.0
     values = {
         "version": FORMAT_VERSION,
-        "key": choice.key,
-        "rule": choice.rule,
-        "train_metric": choice.train_metric,
-        "train_metric_mode": choice.train_metric_mode,
-        "tolerance": choice.filter.tolerance,
-        "is_relative": choice.is_relative,
-        "require_mp": choice.filter.require_mp,
+        "key": selection.key,
+        "rule": selection.rule,
+        "train_metric": selection.train_metric,
+        "train_metric_mode": selection.train_metric_mode,
+        "tolerance": selection.filter.tolerance,
+        "is_relative": selection.is_relative,
+        "require_mp": selection.filter.require_mp,
         "epoch": latest.epoch,
         "global_step": latest.global_step,
         "metric": sign * latest.score,
         "criterion": latest.criterion,
         "mainly_positive": latest.mainly_positive,
-        "pick": choice.pick and _place(choice.pick),
+        "pick": selection.pick and _place(selection.pick),
     }
     plain: dict[str, Any] = _plain(values)
     return plain
@@ -224,7 +224,7 @@ SPECTRUM_FIELDS: Fields = {
     "c_t_high": optional(number),
     "type": optional(text),
 }
-CHOICE_FIELDS: Fields = {
+SELECTION_FIELDS: Fields = {
     "key": text,
     "rule": text,
     "epoch": integer,
@@ -246,7 +246,7 @@ def read_payload(source: str | bytes, fields: Fields = RECORD_FIELDS) -> dict[st
 
     Args:
         source: The text.
-        fields: Fields it must have: `RECORD_FIELDS` or `CHOICE_FIELDS`.
+        fields: Fields it must have: `RECORD_FIELDS` or `SELECTION_FIELDS`.
 
     Raises:
         PayloadError: If it is damaged, or of another version.

@@ -15,7 +15,7 @@ from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
 from lightning_hesd.spectra.decisions import rewound, run_payload
-from lightning_hesd.spectra.payload import CHOICE, CHOICE_FIELDS, PLUGIN_NAME, RECORD, PayloadError, read_payload
+from lightning_hesd.spectra.payload import PLUGIN_NAME, RECORD, SELECTION, SELECTION_FIELDS, PayloadError, read_payload
 from lightning_hesd.tensorboard_plugin.assets import PLOTLY, STATIC, content, content_type
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
         if tag not in listed[run]:
             msg = f"run {run!r} has no records of a callback named {name!r}"
             raise errors.NotFoundError(msg)
-        rules = [other for other in listed[run] if other.startswith(f"{name}/{CHOICE}/")]
+        rules = [other for other in listed[run] if other.startswith(f"{name}/{SELECTION}/")]
         read = self._provider.read_tensors(
             context,
             experiment_id=experiment,
@@ -123,8 +123,8 @@ class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
         ).get(run, {})
         problems: list[str] = []
         records = rewound(_payloads(read.get(tag, ()), problems))
-        choices = [c for rule in rules for c in rewound(_payloads(read.get(rule, ()), problems, CHOICE_FIELDS))]
-        return run_payload(run, name, records, choices, problems)
+        selections = [c for rule in rules for c in rewound(_payloads(read.get(rule, ()), problems, SELECTION_FIELDS))]
+        return run_payload(run, name, records, selections, problems)
 
     def _listed(self, context: Any, experiment: str) -> dict[str, Any]:
         found: dict[str, Any] = self._provider.list_tensors(context, experiment_id=experiment, plugin_name=PLUGIN_NAME)

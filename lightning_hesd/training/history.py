@@ -178,7 +178,7 @@ class SpectrumHistory(list[SpectrumRecord]):
         """Replace the records by those of `state_dict`.
 
         Raises:
-            ValueError: If that is something else, or is damaged.
+            ValueError: If the state is invalid or damaged.
         """
         check_version(version_in(state), "the history")
         check_fields(state, _STATE, "the history")

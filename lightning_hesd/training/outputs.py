@@ -6,11 +6,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.spectra.payload import (
-    CHOICE_FIELDS,
-    CHOICES_NAME,
+    SELECTION_FIELDS,
+    SELECTIONS_NAME,
     PayloadError,
-    choice_payload,
     read_payload,
+    selection_payload,
     to_json,
 )
 from lightning_hesd.spectra.scalars import scalars
@@ -71,12 +71,12 @@ class RunOutputs:
     @staticmethod
     def _rewind_selections(folder: str, global_step: int) -> None:
         """Delete the selection events of another run in the folder, and those after `global_step`."""
-        lines = read_text(folder, CHOICES_NAME).splitlines(keepends=True)
+        lines = read_text(folder, SELECTIONS_NAME).splitlines(keepends=True)
         kept = [line for line in lines if 0 < _step_of(line) <= global_step]
         if lines and not kept:
-            remove(folder, [CHOICES_NAME])
+            remove(folder, [SELECTIONS_NAME])
         elif kept != lines:
-            write_text(folder, CHOICES_NAME, "".join(kept))
+            write_text(folder, SELECTIONS_NAME, "".join(kept))
 
     @property
     def folder(self) -> str | None:
@@ -119,7 +119,7 @@ class RunOutputs:
             if isinstance(logger, SelectionOutput):
                 logger.write_selection(event, step)
         if self._folder is not None:
-            append(self._folder, CHOICES_NAME, to_json(choice_payload(event)) + "\n")
+            append(self._folder, SELECTIONS_NAME, to_json(selection_payload(event)) + "\n")
 
     def write(self, trainer: pl.Trainer, history: SpectrumHistory, errors: ErrorPolicy, *, at_epoch_end: bool) -> None:
         """Write the last record to the loggers and the folder; the failure of one does not affect the others."""
@@ -143,7 +143,7 @@ class RunOutputs:
 def _step_of(line: str) -> int:
     """Return the optimizer steps at a selection event; 0 if the line is damaged."""
     try:
-        step: int = read_payload(line, CHOICE_FIELDS)["global_step"]
+        step: int = read_payload(line, SELECTION_FIELDS)["global_step"]
     except PayloadError:
         return 0
     return step

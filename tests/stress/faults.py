@@ -236,7 +236,7 @@ DISKS: list[Case] = [
         for name, what, put, left in (
             ("disk full at the first spectrum, not at the next", FIRST, full_disk, 2),
             ("disk full at the first index, not at the next", "hesd/index.json.partial", full_disk, 2),
-            ("disk full at the log of choices", "hesd/choices.jsonl", full_disk, 2),
+            ("disk full at the log of choices", "hesd/selections.jsonl", full_disk, 2),
             ("a file in the place of the folder", "hesd", occupied, 0),
         )
     ),
@@ -325,7 +325,7 @@ def over_damaged_files(folder: Path) -> str:
     """Train in a folder with the damaged files of an earlier run."""
     old = folder / "run" / "hesd"
     old.mkdir(parents=True)
-    for name in ("index.json", "choices.jsonl", "epoch=0-step=5.npz", "epoch=7-step=40.npz", "x.npz.partial"):
+    for name in ("index.json", "selections.jsonl", "epoch=0-step=5.npz", "epoch=7-step=40.npz", "x.npz.partial"):
         (old / name).write_bytes(b"\x00damaged")
     observer = callback(on_error="warn", checkpoint="highest_c_t")
     with warnings.catch_warnings():

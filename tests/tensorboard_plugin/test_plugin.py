@@ -20,7 +20,14 @@ from lightning_hesd import SpectrumHistory
 from lightning_hesd.commands import cli
 from lightning_hesd.commands.report import report, run_data
 from lightning_hesd.spectra.decisions import decisions, rewound
-from lightning_hesd.spectra.payload import CHOICES_NAME, MAX_NODES, PayloadError, read_payload, record_payload, to_json
+from lightning_hesd.spectra.payload import (
+    MAX_NODES,
+    SELECTIONS_NAME,
+    PayloadError,
+    read_payload,
+    record_payload,
+    to_json,
+)
 from lightning_hesd.spectra.spectrum import Spectrum
 from lightning_hesd.tensorboard_plugin.assets import SHARED, STATIC, content
 from lightning_hesd.tensorboard_plugin.plugin import HESDLoader, HESDPlugin
@@ -321,12 +328,12 @@ def test_a_history_without_choices_and_one_with_a_torn_line(trained: tuple[Path,
     history.save(tmp_path / "hesd")
     assert [rule["used"] for rule in run_data(tmp_path)["rules"]] == [False, False]
     assert run_data(tmp_path)["records"][1]["error"] == "no memory"
-    written = (trained[0] / "net" / "version_0" / "hesd" / CHOICES_NAME).read_text()
-    (tmp_path / "hesd" / CHOICES_NAME).write_text(written + written[:50])
+    written = (trained[0] / "net" / "version_0" / "hesd" / SELECTIONS_NAME).read_text()
+    (tmp_path / "hesd" / SELECTIONS_NAME).write_text(written + written[:50])
     found = run_data(tmp_path)
     assert found["rules"][0]["metric"] == "train_acc"
     (problem,) = found["problems"]
-    assert problem.startswith(f"{CHOICES_NAME}, line 5: this is no payload")
+    assert problem.startswith(f"{SELECTIONS_NAME}, line 5: this is no payload")
 
 
 def test_the_command_writes_a_report(

@@ -189,11 +189,11 @@ def test_a_folder_used_before_has_the_last_run_only(tmp_path: Path) -> None:
         assert list(c_t) == list(range(epochs))
         assert {r.epoch: r.spectrum.c_t for r in SpectrumHistory.load(folder)} == c_t
         assert len(list((folder / "hesd").glob("*.npz"))) == epochs
-        choices = [json.loads(line) for line in (folder / "hesd" / "choices.jsonl").read_text().splitlines()]
+        selections = [json.loads(line) for line in (folder / "hesd" / "selections.jsonl").read_text().splitlines()]
         # Those of the first epoch belong to the run that is continued, which has not written to this folder last.
-        assert [c["epoch"] for c in choices] == list(range(epochs))[len(arguments) :]
-        losses = [spectra.history[c["epoch"]].spectrum.loss for c in choices]
-        assert [c["metric"] for c in choices] == pytest.approx(losses, rel=1e-6)
+        assert [c["epoch"] for c in selections] == list(range(epochs))[len(arguments) :]
+        losses = [spectra.history[c["epoch"]].spectrum.loss for c in selections]
+        assert [c["metric"] for c in selections] == pytest.approx(losses, rel=1e-6)
         table = read_csv(folder / "hesd_density.csv")
         assert {(int(row["epoch"]), int(row["step"])) for row in table} == {(e, 3 + 4 * e) for e in c_t}
         for record in spectra.history:
@@ -209,8 +209,8 @@ def test_choices_of_the_run_that_goes_on_are_kept(tmp_path: Path) -> None:
         logger = CSVLogger(tmp_path, name="", version="run")
         trainer = make_trainer(tmp_path, [callback(checkpoint=checkpoint)], 3 if path else 2, logger=logger)
         trainer.fit(Net(), data(), ckpt_path=path)
-    choices = (tmp_path / "run" / "hesd" / "choices.jsonl").read_text().splitlines()
-    assert [json.loads(line)["epoch"] for line in choices] == [0, 1, 2]
+    selections = (tmp_path / "run" / "hesd" / "selections.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in selections] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("prefixes", [["mine"], ["", "a+b"]])

@@ -64,8 +64,8 @@ def test_a_run_on_another_filesystem(tmp_path: Path, nothing_local: Any) -> None
         ]
         assert sorted(
             path.rpartition("/")[2] for path in nothing_local.ls(f"{trainer.log_dir}/hesd", detail=False)
-        ) == [*("choices.jsonl", "epoch=0-step=2.npz", "epoch=1-step=4.npz", "index.json")]
-        assert len(folders.read_text(f"{trainer.log_dir}/hesd", "choices.jsonl").splitlines()) == 2
+        ) == [*("epoch=0-step=2.npz", "epoch=1-step=4.npz", "index.json", "selections.jsonl")]
+        assert len(folders.read_text(f"{trainer.log_dir}/hesd", "selections.jsonl").splitlines()) == 2
         table = folders.read_text(trainer.log_dir, "hesd_density.csv").splitlines()
         assert {row["epoch"]: row["step"] for row in csv.DictReader(table)} == {"0": "1", "1": "3"}
         assert [rule["rule"] for rule in run_data(trainer.log_dir)["rules"] if rule["used"]] == ["earliest"]

@@ -10,8 +10,8 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG, PLUGIN_NAME
 from tensorboard.util.tensor_util import make_tensor_proto
 
-from lightning_hesd.spectra.payload import CHOICE, RECORD, choice_payload, record_payload, to_json
 from lightning_hesd.spectra.payload import PLUGIN_NAME as PAYLOADS
+from lightning_hesd.spectra.payload import RECORD, SELECTION, record_payload, selection_payload, to_json
 from lightning_hesd.training.compat.logged_metrics import tag_prefix
 from lightning_hesd.training.compat.namespaces import lightning_types
 from lightning_hesd.training.loggers.output import figures, layer_table, title, verdict_text
@@ -52,7 +52,7 @@ class TensorBoardOutput:
 
     def write_selection(self, event: SelectionEvent, step: int) -> None:
         """Write a rule's decision after the latest record at `step` of the logger's axis."""
-        self._write_payload(f"{CHOICE}/{event.key}", to_json(choice_payload(event)), step)
+        self._write_payload(f"{SELECTION}/{event.key}", to_json(selection_payload(event)), step)
 
     def _write_payload(self, tag: str, text: str, step: int) -> None:
         """Write a payload for the HESD tab."""
