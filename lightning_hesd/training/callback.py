@@ -89,7 +89,7 @@ class HessianSpectrumCallback(SpectrumSource):
         verbose: Print a line after each analysis, and a table of all with the picks of the rules at the end of `fit`,
             also of an interrupted one.
         name: Prefix of metrics and state, and name of the folder of spectra. Two callbacks in one Trainer need two.
-        **analysis: Options of `hessian_spectrum`: steps, probes, seed, tolerance, ...
+        **analysis: Options of `hessian_spectrum`, see `AnalysisOptions`: steps, probes, seed, tolerance, ...
 
     Libraries may train with deep copies of this callback. Each copy has a history of its own; the original shows the
     records and picks of the copy that analyzed last (`history`, `checkpoint.best_model_path`, ...), until it trains
