@@ -9,6 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[1]
 
 TIMEOUT = 280
@@ -39,14 +41,15 @@ def run_python(*arguments: str, cwd: Path = ROOT) -> str:
         return output.read_text()
 
 
-def redirect(output: Path, errors: Path) -> None:
-    """Let this process write its standard output and errors to files."""
+def prepare(output: Path, errors: Path) -> None:
+    """Let this process write to files, and compute on one thread, as all tests do."""
+    torch.set_num_threads(1)
     for stream, path in ((sys.stdout, output), (sys.stderr, errors)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
 
 
 def _run(arguments: tuple[str, ...], cwd: Path, output: Path, errors: Path) -> None:
-    redirect(output, errors)
+    prepare(output, errors)
     os.chdir(cwd)
     if arguments[0] == "-m":
         sys.argv = list(arguments[1:])

@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from tests.programs import SERVER, redirect
+from tests.programs import SERVER, prepare
 
 TIMEOUT = 240
 """Seconds until processes count as hanging: a few times what they take on a busy machine."""
@@ -91,6 +91,6 @@ def free_port() -> int:
 
 def _be_rank(script: Path, flags: list[str], variables: dict[str, str], log: Path) -> None:
     os.environ.update(variables)
-    redirect(log, log)
+    prepare(log, log)
     sys.argv = [str(script), *flags]
     runpy.run_path(str(script), run_name="__main__")

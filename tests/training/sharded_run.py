@@ -140,7 +140,7 @@ def main() -> None:
 
     def callback(**changes: Any) -> HessianSpectrumCallback:
         shared: dict[str, Any] = {
-            "steps": 8,
+            "steps": 5,
             "num_samples": 50,
             "batch_size": 20,
             "loss_fn": loss_fn,
