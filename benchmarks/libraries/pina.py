@@ -43,7 +43,7 @@ def problem() -> Any:
         }
 
     made = Poisson()
-    made.discretize_domain(n=20, mode="random")
+    made.discretise_domain(n=20, mode="random")
     return made
 
 
