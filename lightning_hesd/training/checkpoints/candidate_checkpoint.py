@@ -128,7 +128,9 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
                 f"picked any more: {', '.join(gone)}."
             )
 
-    def rank(self, trainer: pl.Trainer, record: SpectrumRecord, score: float, criterion: float) -> Candidate | None:
+    def _consider(
+        self, trainer: pl.Trainer, record: SpectrumRecord, score: float, criterion: float
+    ) -> Candidate | None:
         """Rank the present weights: write their file if they become a candidate, and delete those of beaten ones.
 
         Args:

@@ -256,7 +256,7 @@ class HessianCheckpoint(CandidateCheckpoint):
         criterion = trainer.strategy.broadcast(self._criterion(record))
         changes = self._analyzed.compare(trainer, record.epoch)
         can_be_ranked = not (math.isnan(score) or math.isnan(criterion) or changes.lost)
-        latest = self.rank(trainer, record, score, criterion) if can_be_ranked else None
+        latest = self._consider(trainer, record, score, criterion) if can_be_ranked else None
         if latest is not None and self.source is not None:
             event = SelectionEvent(
                 self.rule_name,

@@ -65,10 +65,10 @@ class Spied(HessianCheckpoint):
         super().__init__(lambda _: 0.0, train_metric=key, tolerance=1e9, require_mp=False, dirpath=folder)
         self.seen: dict[int, float] = {}
 
-    def rank(self, trainer: Any, record: SpectrumRecord, score: float, criterion: float) -> Candidate | None:
+    def _consider(self, trainer: Any, record: SpectrumRecord, score: float, criterion: float) -> Candidate | None:
         assert trainer.global_step == record.global_step
         self.seen[record.global_step] = score
-        return super().rank(trainer, record, score, criterion)
+        return super()._consider(trainer, record, score, criterion)
 
 
 def ranked(
