@@ -74,6 +74,8 @@ class HessianOperator:
         tensor([1., 4.])
     """
 
+    __array_ufunc__ = None  # `operator @ array` is a TypeError; `to_scipy()` multiplies NumPy arrays
+
     def __init__(
         self,
         module: nn.Module,

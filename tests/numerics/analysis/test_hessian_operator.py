@@ -272,6 +272,14 @@ class TestProducts:
         with pytest.raises(ValueError, match="`matrix` must be"):
             HessianOperator(*cases.make("mlp"), matrix="fisher")
 
+    def test_of_numpy_arrays_are_a_type_error_in_both_orders(self):
+        module, batches, loss_fn = short("mlp")
+        operator = HessianOperator(module, batches, loss_fn)
+        vector = np.ones(operator.shape[0])
+        for product in (lambda: operator @ vector, lambda: vector @ operator):
+            with pytest.raises(TypeError, match="HessianOperator"):
+                product()
+
 
 class TestOtherLibraries:
     @pytest.fixture(params=DTYPES, ids=str)
