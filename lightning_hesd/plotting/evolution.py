@@ -136,7 +136,7 @@ def _per_decade(spectrum: Spectrum, page: Page, rows: Array) -> Array:
     """
     present = ~np.isnan(spectrum.nodes)
     nodes, residuals = spectrum.nodes[present], spectrum.residuals[present]
-    weights = spectrum.weights[present] / len(spectrum.nodes)
+    weights = spectrum.density_weights[present] / len(spectrum.nodes)
     sigma = ((page.heights(nodes + residuals) - page.heights(nodes - residuals)) / 2).clip(SMOOTHING, MAX_WIDTH)
     low, high = page.heights(np.array([spectrum.lambda_min, spectrum.lambda_max]))
     distance = (rows[:, None] - page.heights(nodes)) / sigma

@@ -55,7 +55,7 @@ def effective_rank(spectrum: Spectrum) -> float:
     """
     sizes = np.abs(spectrum.nodes)
     curved = sizes > spectrum.rounding  # and no padding
-    sizes, shares = sizes[curved], spectrum.weights[curved] / len(spectrum.nodes)
+    sizes, shares = sizes[curved], spectrum.density_weights[curved] / len(spectrum.nodes)
     total = spectrum.dimension * float(shares @ sizes)
     if not total > 0:
         return math.nan
@@ -67,12 +67,12 @@ def near_zero_share(spectrum: Spectrum, relative: float = NEAR_ZERO) -> float:
     """Return the share of directions with |λ| at most `relative` times the largest |λ|."""
     sizes = np.abs(spectrum.nodes)
     near = sizes <= max(relative * float(np.nanmax(sizes)), spectrum.rounding)
-    return float(np.where(near, spectrum.weights, 0.0).sum(axis=1).mean())
+    return float(np.where(near, spectrum.density_weights, 0.0).sum(axis=1).mean())
 
 
 def negative_share(spectrum: Spectrum) -> float:
     """Return Σ|λ| over negative λ as a share of Σ|λ| over all; NaN where there is no curvature."""
-    parts = np.nan_to_num(spectrum.nodes) * spectrum.weights
+    parts = np.nan_to_num(spectrum.nodes) * spectrum.density_weights
     negative = -float(np.where(spectrum.nodes < -spectrum.rounding, parts, 0.0).sum())
     positive = float(np.where(spectrum.nodes > spectrum.rounding, parts, 0.0).sum())
     return negative / (negative + positive) if negative + positive > 0 else math.nan

@@ -133,7 +133,7 @@ def to_json(payload: Mapping[str, Any]) -> str:
 
 def _spectrum(spectrum: Spectrum) -> dict[str, Any]:
     present = ~np.isnan(spectrum.nodes)
-    nodes, weights = _merged(spectrum.nodes[present], spectrum.weights[present] / len(spectrum.nodes))
+    nodes, weights = _merged(spectrum.nodes[present], spectrum.density_weights[present] / len(spectrum.nodes))
     return {
         **data_of_spectrum(spectrum),
         "type": spectrum.hesd_type,

@@ -49,24 +49,6 @@ def moments(nodes: Array, weights: Array, k: int) -> Array:
     return np.asarray(np.nansum(weights * nodes**k, axis=1))
 
 
-def trace_error(mean: float, second: float, dimension: int, probes: int, *, on_sphere: bool) -> float:
-    """Return the standard error of Hutchinson's estimate of the trace.
-
-    For v uniform on the sphere Var(n·vᵀHv) = 2n/(n + 2)·(tr H² − (tr H)²/n), and the quadrature estimates both traces
-    even with one probe. For Rademacher probes Var = 2(tr H² − Σ H_ii²) is at most 2 tr H², used instead.
-
-    Args:
-        mean: tr(H)/n.
-        second: tr(H²)/n.
-        dimension: Size n of the matrix.
-        probes: Number of start vectors.
-        on_sphere: Whether start vectors are uniform on the sphere, rather than Rademacher.
-    """
-    n = dimension
-    variance = 2 * n**2 / (n + 2) * max(second - mean**2, 0.0) if on_sphere else 2 * n * second
-    return math.sqrt(variance / probes)
-
-
 def extreme_positions(nodes: Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the positions of the smallest and the largest node; of the first entry, a NaN, if there is no node."""
     low, high = (int(np.argmin(np.where(np.isnan(nodes), np.inf, sign * nodes))) for sign in (1, -1))

@@ -1,0 +1,211 @@
+"""Numbers of eigenvalues beyond a threshold, and a band for the cumulative distribution, each proven.
+
+Two steps lead from a Lanczos run to a number of eigenvalues. The quadrature rule bounds the share of the start vector v
+that lies in the eigenvectors with eigenvalues up to t: by Chebyshev, Markov and Stieltjes that share is between the sum
+of the weights below t and that sum with the weight at t, in the Gauss-Radau rule that has a node at t (Golub & Meurant
+2010, section 6.2). And if v is uniform on the sphere of n dimensions, its share in any k of them has the distribution
+Beta(k/2, (n − k)/2), whose tails Dasgupta & Gupta (2003, lemma 2.2) bound by exp(−n·KL(k/n ‖ share)/2). Converged nodes
+are eigenvalues: they count exactly, and both steps apply to the rest.
+
+Arrays as in `quadrature`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from lightning_hesd.spectra.deflation import Mask
+    from lightning_hesd.spectra.quadrature import Array
+
+MIN_SHARE = 1e-13
+"""Smaller shares of a start vector are rounding."""
+
+MAX_CORNER = 1e12
+"""A threshold so close to a node that the Gauss-Radau rule needs a larger number than this, relative to the nodes, is
+that node."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Quadrature rule of one Lanczos run, without padding.
+
+    Attributes:
+        nodes: Nodes, ascending, shape (steps,).
+        weights: Weights, shape (steps,).
+        residuals: Ritz residuals, shape (steps,).
+        converged: Nodes that are eigenvalues, shape (steps,).
+        dimension: Size n of the matrix.
+        rounding: Rounding of the nodes.
+    """
+
+    nodes: Array
+    weights: Array
+    residuals: Array
+    converged: Mask
+    dimension: int
+    rounding: float
+
+    @property
+    def rest(self) -> int:
+        """Number of eigenvalues that are not among the converged nodes."""
+        return self.dimension - int(np.count_nonzero(self.converged))
+
+    def known_between(self, above: float, below: float) -> tuple[int, int]:
+        """Return the least and the largest number of converged eigenvalues in (above, below]."""
+        known, error = self.nodes[self.converged], self.residuals[self.converged] + self.rounding
+        inside = (known - error > above) & (known + error <= below)
+        touching = (known + error > above) & (known - error <= below)
+        return int(np.count_nonzero(inside)), int(np.count_nonzero(touching))
+
+    def rest_share_between(self, above: float, below: float) -> tuple[float, float]:
+        """Bound the share of the rest of the start vector in eigenvectors with eigenvalues in (above, below]."""
+        low_above, high_above = self.rest_share_below(above)
+        low_below, high_below = self.rest_share_below(below)
+        return max(low_below - high_above, 0.0), max(high_below - low_above, 0.0)
+
+    def rest_share_below(self, threshold: float) -> tuple[float, float]:
+        """Bound the share of the rest of the start vector in eigenvectors with eigenvalues up to a threshold."""
+        if math.isinf(threshold):
+            return (1.0, 1.0) if threshold > 0 else (0.0, 0.0)
+        known = np.where(self.converged, self.weights, 0.0)
+        total = 1 - float(known.sum())
+        if total < MIN_SHARE:
+            return 0.0, 1.0
+        low, high = self._share_below(threshold)
+        error = self.residuals + self.rounding
+        low -= float(known[self.nodes - error <= threshold].sum())
+        high -= float(known[self.nodes + error <= threshold].sum())
+        return max(low / total, 0.0), min(max(high / total, 0.0), 1.0)
+
+    def _share_below(self, threshold: float) -> tuple[float, float]:
+        """Bound the share of the whole start vector."""
+        nodes, weights, residuals = self.nodes, self.weights, self.residuals
+        below = int(np.searchsorted(nodes, threshold))
+        size = max(float(np.abs(nodes).max()), abs(threshold)) or 1.0
+        gaps = nodes - threshold
+        terms = np.divide(residuals**2, gaps, out=np.full_like(gaps, math.inf), where=gaps != 0)
+        corner = threshold + float(terms[residuals > 0].sum())
+        if not abs(corner) < MAX_CORNER * size:
+            nearest = int(np.argmin(np.abs(gaps)))
+            return float(weights[:nearest].sum()), float(weights[: nearest + 1].sum())
+        # T in the basis of its Ritz vectors, with one more row that makes the threshold an eigenvalue. The products of
+        # first and last components of the Ritz vectors have alternating signs.
+        signs = (-1.0) ** np.arange(len(nodes))
+        matrix = np.diag(np.append(nodes, corner))
+        matrix[-1, :-1] = matrix[:-1, -1] = signs * residuals
+        _, vectors = np.linalg.eigh(matrix)
+        radau = (np.sqrt(weights) @ vectors[:-1]) ** 2
+        return float(radau[:below].sum()), float(radau[: below + 1].sum())
+
+
+def rules(
+    nodes: Array, weights: Array, residuals: Array, converged: Mask, *, dimension: int, rounding: float
+) -> list[Rule]:
+    """Return the rules of all probes; arguments as for `deflation.converged_nodes`."""
+    return [
+        Rule(*(row[:steps] for row in rows), dimension, rounding)
+        for rows in zip(nodes, weights, residuals, converged, strict=True)
+        for steps in [int(np.count_nonzero(~np.isnan(rows[0])))]
+    ]
+
+
+def count_between(rules: list[Rule], above: float, below: float, failure: float) -> tuple[int, int]:
+    """Bound the number of eigenvalues in (above, below]; thresholds may be infinite.
+
+    Args:
+        rules: Quadrature rule of each probe.
+        above: Lower threshold.
+        below: Upper threshold.
+        failure: Probability, over the start vectors, that the number is not within the bounds.
+    """
+    bounds = [_count_between(rule, above, below, failure / (2 * len(rules))) for rule in rules]
+    low, high = max(low for low, _ in bounds), min(high for _, high in bounds)
+    return min(low, high), max(low, high)  # crossed bounds are a failure that shows
+
+
+def _count_between(rule: Rule, above: float, below: float, failure: float) -> tuple[int, int]:
+    known_low, known_high = rule.known_between(above, below)
+    low, high = rest_counts(*np.array([rule.rest_share_between(above, below)]).T, rule.rest, failure)
+    return known_low + int(low[0]), known_high + int(high[0])
+
+
+def rest_counts(low: Array, high: Array, dimension: int, failure: float) -> tuple[Array, Array]:
+    """Bound the number k of eigenvectors that hold a share of a vector uniform on the sphere.
+
+    Args:
+        low: Least share, shape (thresholds,).
+        high: Largest share, shape (thresholds,).
+        dimension: Dimension n of the sphere's space.
+        failure: Probability that k is below the lower bounds, and the same for the upper ones.
+
+    Returns:
+        Integers, each of shape (thresholds,).
+    """
+    if dimension == 0:
+        return np.zeros_like(low), np.zeros_like(high)
+    allowed = -2 * math.log(failure) / dimension
+    least = np.ceil(dimension * _farthest(low, np.zeros_like(low), allowed) - 1e-9)
+    least = np.where(low > MIN_SHARE, np.maximum(least, 1), 0)  # what holds something holds an eigenvector
+    most = np.floor(dimension * _farthest(high, np.ones_like(high), allowed) + 1e-9)
+    return np.minimum(least, dimension), np.where(high > MIN_SHARE, most, 0)
+
+
+def _farthest(share: Array, end: Array, allowed: float) -> Array:
+    """Return the p between a share and an end, farthest from the share, whose KL(p ‖ share) is allowed."""
+    near, far = share.copy(), end
+    for _ in range(60):
+        middle = (near + far) / 2
+        is_allowed = _divergence(middle, share) <= allowed
+        near, far = np.where(is_allowed, middle, near), np.where(is_allowed, far, middle)
+    return np.where(_divergence(end, share) <= allowed, end, near)
+
+
+def _divergence(p: Array, q: Array) -> Array:
+    """Return the Kullback-Leibler divergence of Bernoulli distributions with probabilities p and q."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ones = np.where(p > 0, p * np.log(p / q), 0.0)
+        zeros = np.where(p < 1, (1 - p) * np.log((1 - p) / (1 - q)), 0.0)
+    return ones + zeros
+
+
+def cumulative_band(rules: list[Rule], low_end: float, high_end: float, failure: float) -> tuple[Array, Array, Array]:
+    """Return a band that the whole cumulative distribution of the eigenvalues is within.
+
+    Args:
+        rules: Quadrature rule of each probe.
+        low_end: Bound that no eigenvalue is below.
+        high_end: Bound that no eigenvalue is above.
+        failure: Probability, over the start vectors, that the distribution leaves the band anywhere.
+
+    Returns:
+        points: Thresholds, ascending, from `low_end` to `high_end`, shape (points,).
+        low: Least share of eigenvalues up to each point, shape (points,); it holds until the next point.
+        high: Largest share of eigenvalues below the next point, shape (points,).
+    """
+    points = np.unique(np.concatenate([[low_end, high_end], *(rule.nodes for rule in rules)]))
+    low, high = np.zeros(len(points)), np.ones(len(points))
+    for rule in rules:
+        # The points depend on the start vector, so the bounds must hold for every number k at once.
+        each = failure / (2 * len(rules) * max(rule.rest, 1))
+        known = np.array([rule.known_between(-math.inf, point) for point in points])
+        share = np.array([rule.rest_share_below(point) for point in points])
+        least, most = rest_counts(*share.T, rule.rest, each)
+        low = np.maximum(low, (known[:, 0] + least) / rule.dimension)
+        high = np.minimum(high, (known[:, 1] + most) / rule.dimension)
+    low[-1], high[-1] = 1.0, 1.0
+    low = np.maximum.accumulate(low)
+    high = np.minimum.accumulate(high[::-1])[::-1]
+    # Between two points the distribution is at least that of the left one and at most that of the right one.
+    return points, low, np.maximum(np.append(high[1:], 1.0), low)
+
+
+def largest_distance(points: Array, low: Array, high: Array, nodes: Array, weights: Array) -> float:
+    """Return the largest Wasserstein-1 distance of the weighted nodes from a distribution within a band."""
+    mine = np.array([weights[nodes <= point].sum() for point in points[:-1]])
+    farther = np.maximum(high[:-1] - mine, mine - low[:-1])
+    return float((farther * np.diff(points)).sum())
