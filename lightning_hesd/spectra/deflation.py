@@ -38,7 +38,9 @@ FALSE_ALARM = 0.01
 """Probability of taking simple eigenvalues for multiple ones by their weights."""
 
 
-def converged_nodes(nodes: Array, weights: Array, residuals: Array, dimension: int, rounding: float) -> Mask:
+def converged_nodes(
+    nodes: Array, weights: Array, residuals: Array, dimension: int, rounding: float, *, relative: float = CONVERGED
+) -> Mask:
     """Return the nodes that are simple eigenvalues, as a mask of shape (probes, steps).
 
     A Lanczos run sees one eigenvector of an eigenvalue of multiplicity k, with k times the weight to be expected.
@@ -52,9 +54,10 @@ def converged_nodes(nodes: Array, weights: Array, residuals: Array, dimension: i
         residuals: Ritz residuals.
         dimension: Size n of the matrix.
         rounding: Size below which an eigenvalue cannot be told from zero.
+        relative: Largest Ritz residual of a converged node, relative to the node.
     """
     size = np.abs(nodes)  # NaN compares as False
-    converged = (residuals < CONVERGED * size) & (rounding < ACCURATE * size)
+    converged = (residuals < relative * size) & (rounding < ACCURATE * size)
     rows = zip(converged, dimension * weights, strict=True)
     return np.array([row & _simple(row, components, dimension) for row, components in rows])
 

@@ -13,7 +13,11 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from lightning_hesd.spectra.deflation import Mask
     from lightning_hesd.spectra.quadrature import Array
+
+    Probe = tuple[Array, Array, Array]
+    """Nodes, weights and Ritz residuals of one probe, without padding, each of shape (steps,)."""
 
 
 def spectrum_bounds(
@@ -55,36 +59,79 @@ def spectrum_bounds(
     return -_upper_bound(mirrored, dimension, failure), _upper_bound(probes, dimension, failure)
 
 
-def _upper_bound(probes: Sequence[tuple[Array, Array, Array]], dimension: int, failure: float) -> float:
-    largest = max(float(theta[-1]) for theta, _, _ in probes)
+def rest_bounds(
+    nodes: Array, weights: Array, residuals: Array, converged: Mask, *, dimension: int, failure: float
+) -> tuple[float, float]:
+    """Bound the eigenvalues that are not among the converged nodes of one probe, as `spectrum_bounds` bounds all.
+
+    The kernel K is large between converged nodes outside of the others, so an eigenvalue there is as improbable as one
+    beyond all nodes. One that equals a converged node cannot be excluded: those nodes must be simple eigenvalues.
+
+    Args:
+        nodes: Quadrature nodes of one probe, shape (steps,).
+        weights: Quadrature weights, shape (steps,).
+        residuals: Ritz residuals, shape (steps,).
+        converged: Nodes that are simple eigenvalues, shape (steps,).
+        dimension: Size n of the matrix.
+        failure: Probability that another eigenvalue lies below the lower bound, and the same for the upper one.
+
+    Returns:
+        The lower and the upper bound; (0, 0) if there is no other eigenvalue.
+    """
+    if converged.all():
+        return 0.0, 0.0
+    high = _rest_upper_bound((nodes, weights, residuals), converged, dimension, failure)
+    mirrored = (-nodes[::-1], weights[::-1], residuals[::-1])
+    return -_rest_upper_bound(mirrored, converged[::-1], dimension, failure), high
+
+
+def _rest_upper_bound(probe: Probe, converged: Mask, dimension: int, failure: float) -> float:
+    theta = probe[0]
+    # Where a gap above the last other node is too narrow to exclude an eigenvalue, the next node is its end.
+    for origin in range(int(np.flatnonzero(~converged)[-1]), len(theta)):
+        room = float(theta[origin + 1] - theta[origin]) / 2 if origin + 1 < len(theta) else math.inf
+        bound = _upper_bound([probe], dimension, failure, float(theta[origin]), room)
+        if bound < theta[origin] + room:
+            return bound
+    return float(theta[-1])
+
+
+def _upper_bound(
+    probes: Sequence[Probe], dimension: int, failure: float, origin: float | None = None, room: float = math.inf
+) -> float:
+    """Return the bound above `origin`, by default the largest node; at most `room` above it."""
+    if origin is None:
+        origin = max(float(theta[-1]) for theta, _, _ in probes)
     if any(not (tau * r**2 > 0).any() for _, tau, r in probes):
-        return largest  # Πβ_j = 0, an invariant Krylov space: almost surely nothing is outside
+        return origin  # Πβ_j = 0, an invariant Krylov space: almost surely nothing is outside
     dimension = max(dimension, 2)
-    kernels = [_log_christoffel(*probe, largest) for probe in probes]
+    kernels = [_log_christoffel(*probe, origin) for probe in probes]
     # P(|qᵀv| ≤ z) ≤ scale·z: the density of one coordinate on the sphere is largest at zero.
     scale = 2 / math.sqrt(math.pi) * math.exp(math.lgamma(dimension / 2) - math.lgamma((dimension - 1) / 2))
     log_scale = math.log(max(1.0, scale))
     allowed = _log_product_quantile(failure, len(probes))
 
     def log_probability(log_distance: float) -> float:
-        """Log of the probability of start vectors like these if λ lies at this distance beyond the last node."""
+        """Log of the probability of start vectors like these if λ lies at this distance beyond the origin."""
         distance = math.exp(log_distance)
         return sum(min(0.0, log_scale - log_kernel(distance) / 2) for log_kernel in kernels)
 
     size = max(float(np.abs(theta).max()) for theta, _, _ in probes) or max(float(r.max()) for _, _, r in probes)
-    low, high = math.log(size) - 50.0, math.log(size)
+    low, high = math.log(size) - 50.0, min(math.log(size), math.log(room))
     # A last node of improbably small weight shows that the start vectors are unlucky ones: allow for that.
     allowed += log_probability(low)
     while log_probability(high) > allowed:
-        high += 2.0
+        if high >= math.log(room):
+            return origin + room
+        high = min(high + 2.0, math.log(room))
     while high - low > 1e-3:
         middle = (low + high) / 2
         low, high = (middle, high) if log_probability(middle) > allowed else (low, middle)
-    return largest + math.exp(high)
+    return origin + math.exp(high)
 
 
 def _log_christoffel(theta: Array, tau: Array, residuals: Array, origin: float) -> Callable[[float], float]:
-    """Return d -> log K(origin + d) for d > 0 and `origin` no less than the largest node, from the rule alone.
+    """Return d -> log K(origin + d), from the rule alone.
 
     p_m(x) = Π(x − θ_i)/Πβ_j, and by Christoffel and Darboux Πβ_j = √τ_i·r_i·Π_{j≠i}|θ_i − θ_j| for every i, and the
     polynomials below p_m add up to p_m(x)²·Σ r_i²/(x − θ_i)².
@@ -96,7 +143,7 @@ def _log_christoffel(theta: Array, tau: Array, residuals: Array, origin: float) 
     gaps = origin - theta  # apart from d, which may be too small to show in origin + d
 
     def log_kernel(distance: float) -> float:
-        distances = gaps + distance
+        distances = np.abs(gaps + distance)
         return 2 * float(np.log(distances).sum() - log_betas) + math.log1p(float(((residuals / distances) ** 2).sum()))
 
     return log_kernel

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from lightning_hesd.spectra.files import damage_named, read_archive, save_archive
-from lightning_hesd.spectra.validation import at_least, check_fields, each, number, of, optional, text, within
+from lightning_hesd.spectra.layer_curvature import LAYER_FIELDS, LayerCurvature
+from lightning_hesd.spectra.validation import (
+    at_least,
+    check_fields,
+    each,
+    each_named,
+    having,
+    number,
+    of,
+    optional,
+    text,
+    within,
+)
 
 if TYPE_CHECKING:
     import os
@@ -49,6 +61,7 @@ OPTIONAL: dict[str, Check] = {
     "verified": lambda value: text(value) and value in {"yes", "no", "unknown"},
     "verification": text,
     **dict.fromkeys(("predicted_memory", "sampling_groups"), optional(at_least(0))),
+    "by_layer": each_named(having(LAYER_FIELDS)),
     **dict.fromkeys(("asymmetry", "gradient_equivalents", *SAMPLING), optional(number)),
 }
 
@@ -130,6 +143,8 @@ class SpectrumData:
         lambda_min_sampling_bias: Expected difference from infinitely many samples, at most 0.
         lambda_max_sampling_bias: Expected difference from infinitely many samples, at least 0.
         sampling_groups: Number of groups of samples that the sampling errors rest on.
+        by_layer: Curvature of each layer, by name, as far as this analysis of the whole matrix tells; empty without a
+            Krylov basis, and for a layer's own spectrum.
     """
 
     nodes: NDArray[np.float64]
@@ -164,6 +179,7 @@ class SpectrumData:
     lambda_min_sampling_bias: float | None = None
     lambda_max_sampling_bias: float | None = None
     sampling_groups: int | None = None
+    by_layer: Mapping[str, LayerCurvature] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ARRAYS:
@@ -182,7 +198,8 @@ class SpectrumData:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields: arrays as NumPy arrays, everything else as plain Python values."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**values, "by_layer": {name: asdict(layer) for name, layer in self.by_layer.items()}}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -192,7 +209,8 @@ class SpectrumData:
             ValueError: If a field is missing, is unknown or is invalid.
         """
         check_spectrum(values)
-        spectrum = cls(**values)
+        layers = {name: LayerCurvature.from_dict(layer) for name, layer in values.get("by_layer", {}).items()}
+        spectrum = cls(**{**values, "by_layer": layers})
         check_rules(spectrum.nodes, spectrum.weights, spectrum.residuals, spectrum.steps_per_probe)
         return spectrum
 

@@ -88,9 +88,19 @@ def analyze(
     Returns:
         The spectrum, equal on every rank.
     """
-    parameters = list(select_parameters(module, options).values())
+    selected = select_parameters(module, options)
+    parameters = list(selected.values())
+    positions = {parameter: position for position, parameter in enumerate(parameters)}
+    layers = {
+        name: ([positions[p] for p in own], sum(p.numel() for p in own))
+        for name, own in blocks(module, None, selected).items()
+    }
+
+    def result(estimation: Estimation) -> Spectrum:
+        return estimation.spectrum(layers=layers)
+
     try:
-        [spectrum] = estimate(module, batches, loss_fn, options, [parameters], result=Estimation.spectrum, **context)
+        [spectrum] = estimate(module, batches, loss_fn, options, [parameters], result=result, **context)
     except WrongDerivativeError as error:
         return _undefined_spectrum(error, parameters, batches, options)
     return spectrum

@@ -16,6 +16,7 @@ from lightning_hesd.numerics.krylov.lanczos import Lanczos, NonFiniteProductErro
 from lightning_hesd.numerics.krylov.ritz import gauss_quadrature, tridiagonal_eigh
 from lightning_hesd.numerics.operators.diagonal_block import block_products, choose_difference_step
 from lightning_hesd.spectra import criteria, quadrature
+from lightning_hesd.spectra.layer_curvature import LayerCurvature, RitzPairs, layer_curvatures
 from lightning_hesd.spectra.spectrum import MIN_SCALE, Spectrum
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.operators.memory import MemoryPlan
 
     Array = NDArray[np.float64]
+
+Layers = dict[str, tuple[list[int], int]]
+"""Positions of each layer's parameters among those of the operator, and their number of elements, by name."""
 
 COARSE = 0.2
 """Relative accuracy of C_t at which the extreme Ritz vectors are good enough for the sampling error."""
@@ -201,8 +205,13 @@ class Estimation:
         largest = max(float(run.asymmetries.max()) for run in self._runs)
         return largest / norm if norm else 0.0
 
-    def spectrum(self, runs: Sequence[Lanczos] | None = None) -> Spectrum:
-        """Return the spectrum from some of the runs, by default from all."""
+    def spectrum(self, runs: Sequence[Lanczos] | None = None, layers: Layers | None = None) -> Spectrum:
+        """Return the spectrum from some of the runs, by default from all.
+
+        Args:
+            runs: The runs.
+            layers: The layers whose curvature is read from the Krylov bases; None: of none.
+        """
         runs = runs or self._runs
         operator, options, plan = self.operator, self._options, self._plan
         nodes, weights, residuals = quadrature.stack_rules([gauss_quadrature(run.alphas, run.betas) for run in runs])
@@ -236,9 +245,23 @@ class Estimation:
             asymmetry=asymmetry / norm if norm else 0.0,
             verified=risk.verification.verdict(exact=risk.is_exact),
             verification=risk.verification.words,
+            by_layer={} if layers is None else self._by_layer(runs, layers, rounding),
             reason=criteria.undefined_reason(norm, risk.loss, self._squared_weight_norm, epsilon, rounding),
             **({} if self._sampling is None else asdict(self._sampling)),
         )
+
+    def _by_layer(self, runs: Sequence[Lanczos], layers: Layers, rounding: float) -> dict[str, LayerCurvature]:
+        """Return the curvature of each layer; none without a Krylov basis."""
+        ranges = [self.operator.ranges(positions) for positions, _ in layers.values()]
+        found = []
+        for run in runs:
+            grams = run.grams(ranges)
+            if grams is None:
+                return {}
+            nodes, vectors = tridiagonal_eigh(run.alphas, run.betas)
+            found.append(RitzPairs(nodes, vectors, float(run.betas[-1]) * np.abs(vectors[-1]), grams))
+        dimensions = {name: dimension for name, (_, dimension) in layers.items()}
+        return layer_curvatures(found, dimensions, rounding, self._options.confidence)
 
     def leading(self, count: int) -> tuple[Array, Tensor, Array]:
         """Return the largest Ritz values of the first run, descending, their vectors and residuals.

@@ -20,7 +20,7 @@ from lightning_hesd.numerics.krylov.vectors import VectorSpace
 from lightning_hesd.spectra.criteria import rounding_threshold
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -213,6 +213,24 @@ class Lanczos:
             previous, current = current, remainder.div_(float(self.betas[step]))
             combined.addr_(weights[:, step + 1], current)
         return combined
+
+    def grams(self, layers: Sequence[Sequence[slice]]) -> Array | None:
+        """Return the inner products of the basis vectors' elements in each layer, shape (layers, m, m), float64.
+
+        Args:
+            layers: Ranges of elements that belong to each layer.
+
+        Returns:
+            The Gram matrices; None without a basis.
+        """
+        if self._basis is None:
+            return None
+        known = self._basis[: len(self.alphas)]
+        sums = [
+            sum((self._space.coefficients(known[:, own], known[:, own].T).double() for own in layer), torch.zeros(()))
+            for layer in layers
+        ]
+        return torch.stack([gram.cpu() for gram in sums]).numpy()
 
     def project(self, vector: Tensor) -> Tensor | None:
         """Return the components of a vector along the Krylov basis, shape (m,); None without a basis."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,11 @@ class DiagonalBlock:
         pairs = zip(self.parameters, scales, strict=True)
         norms = torch.stack([norm_of(p.detach().flatten() / scale) for p, scale in pairs]).tolist()
         return self.space.total(math.fsum(norm**2 for norm in norms))
+
+    def ranges(self, positions: Sequence[int]) -> list[slice]:
+        """Return the ranges of elements, in a vector on this rank, of some of the parameters, given by position."""
+        ends = list(itertools.accumulate(self._sizes))
+        return [slice(ends[at] - self._sizes[at], ends[at]) for at in positions]
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Return Hv, shape (n,), summed over batches and ranks; v has shape (n,)."""

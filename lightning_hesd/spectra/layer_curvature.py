@@ -1,0 +1,205 @@
+"""What one Lanczos run on the whole matrix tells of its diagonal blocks, the Hessians of single layers.
+
+With the converged Ritz pairs (θ_i, y_i) the matrix is H = Σ θ_i y_i y_iᵀ + R, and the eigenvalues of R are those that
+have not converged, and zeros. Hence, for the elements l of the vectors that belong to a layer:
+
+- The trace of the layer's Hessian is Σ θ_i ‖y_i^(l)‖² + tr R_ll, and with z⊥, the part of a random start vector that is
+  orthogonal to all y_i, z⊥^(l)·(R z⊥)^(l) estimates the latter: Hutchinson's estimator of a deflated matrix (Meyer et
+  al. 2021). The same with min(θ, 0) for θ gives the trace of the layer's negative curvature.
+- λ_max of the layer's Hessian is that of Σ θ_i y_i^(l) y_i^(l)ᵀ up to the eigenvalues of R_ll (Weyl), which lie between
+  the extremes of R. Here pairs may count that have converged less: their residuals r_i are the only elements of the
+  matrix between them and the rest, so that they change eigenvalues by no more than √(Σ r_i²).
+- ‖y^(l)‖² is the share of an eigenvector in the layer.
+
+All of it takes the inner products of the basis vectors' elements in each layer, and no product with the matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lightning_hesd.spectra.deflation import converged_nodes
+from lightning_hesd.spectra.eigenvalue_bounds import rest_bounds
+from lightning_hesd.spectra.validation import Check, at_least, each, number
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lightning_hesd.spectra.deflation import Mask
+    from lightning_hesd.spectra.quadrature import Array
+
+
+CONVERGED_FOR_BOUNDS = 1e-3
+"""Ritz residual, relative to the node, below which a pair helps to bound the eigenvalues of layers."""
+
+
+@dataclass(frozen=True)
+class LayerCurvature:
+    """The diagonal block of one layer, as far as a Lanczos run on the whole matrix tells.
+
+    Attributes:
+        dimension: Number of analyzed parameters of the layer.
+        trace: Estimate of the trace of the layer's Hessian; those of all layers add up to that of the matrix.
+        trace_error: Standard error of `trace`; it errs on the large side.
+        trace_share: Share in the trace of the matrix; NaN where that is not positive.
+        negative_share: Share in the trace of the matrix's negative curvature, Σ min(λ, 0); NaN where there is none.
+        lambda_max_weight: Share of the eigenvector of the largest eigenvalue in the layer, between 0 and 1.
+        lambda_min_weight: Share of the eigenvector of the smallest eigenvalue in the layer.
+        lambda_max_bounds: (low, high) that contain the largest eigenvalue of the layer's Hessian.
+        lambda_min_bounds: (low, high) that contain the smallest eigenvalue of the layer's Hessian.
+    """
+
+    dimension: int
+    trace: float
+    trace_error: float
+    trace_share: float
+    negative_share: float
+    lambda_max_weight: float
+    lambda_min_weight: float
+    lambda_max_bounds: tuple[float, float]
+    lambda_min_bounds: tuple[float, float]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LayerCurvature:
+        """Return the curvature from its fields, which `LAYER_FIELDS` fit; JSON has made lists of pairs."""
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+LAYER_FIELDS: dict[str, Check] = {
+    "dimension": at_least(1),
+    **dict.fromkeys(("trace", "trace_error", "trace_share", "negative_share"), number),
+    **dict.fromkeys(("lambda_max_weight", "lambda_min_weight"), number),
+    **dict.fromkeys(("lambda_max_bounds", "lambda_min_bounds"), lambda value: each(number)(value) and len(value) == 2),
+}
+"""Checks of the fields of a `LayerCurvature`."""
+
+
+@dataclass(frozen=True)
+class RitzPairs:
+    """Ritz pairs of one Lanczos run, and where their vectors lie.
+
+    Attributes:
+        nodes: Ritz values θ, ascending, shape (steps,).
+        vectors: Eigenvectors of T as columns, shape (steps, steps): the Ritz vectors in the Krylov basis.
+        residuals: Ritz residuals, shape (steps,).
+        grams: Inner products of the elements that the basis vectors have in each layer, shape (layers, steps, steps).
+    """
+
+    nodes: Array
+    vectors: Array
+    residuals: Array
+    grams: Array
+
+
+def layer_curvatures(
+    runs: Sequence[RitzPairs], dimensions: Mapping[str, int], rounding: float, confidence: float
+) -> dict[str, LayerCurvature]:
+    """Return the curvature of each layer from the Lanczos runs of all probes.
+
+    Args:
+        runs: Ritz pairs of each probe; their start vectors are uniform on the sphere.
+        dimensions: Number of parameters of each layer, by name, in the order of the Gram matrices.
+        rounding: Size below which an eigenvalue cannot be told from zero.
+        confidence: Probability, over the start vectors, with which the bounds of a layer hold.
+    """
+    total = sum(dimensions.values())
+    failure = (1 - confidence) / (2 * len(runs))
+    analyses = [_Deflated(run, total, rounding, failure) for run in runs]
+    traces = np.mean([run.traces(run.nodes) for run in analyses], axis=0)
+    errors = np.sqrt(np.sum([run.variances() for run in analyses], axis=0)) / len(runs)
+    negative = np.mean([run.traces(np.minimum(run.nodes, 0.0)) for run in analyses], axis=0)
+    lowest = min(analyses, key=lambda run: run.nodes[0])
+    highest = max(analyses, key=lambda run: run.nodes[-1])
+    bounds = np.array([[run.bounds(index, n) for index, n in enumerate(dimensions.values())] for run in analyses])
+    lows, highs = bounds[..., 0].max(axis=0), bounds[..., 1].min(axis=0)  # shape (layers, 2): of λ_min and λ_max
+    return {
+        name: LayerCurvature(
+            dimension=n,
+            trace=float(traces[index]),
+            trace_error=float(errors[index]),
+            trace_share=_share(traces, index),
+            negative_share=_share(-negative, index),
+            lambda_max_weight=float(highest.weights(-1)[index]),
+            lambda_min_weight=float(lowest.weights(0)[index]),
+            lambda_max_bounds=(float(lows[index, 1]), float(highs[index, 1])),
+            lambda_min_bounds=(float(lows[index, 0]), float(highs[index, 0])),
+        )
+        for index, (name, n) in enumerate(dimensions.items())
+    }
+
+
+def _share(values: Array, index: int) -> float:
+    total = float(values.sum())
+    return float(values[index]) / total if total > 0 else math.nan
+
+
+class _Deflated:
+    """One Lanczos run, split into converged Ritz pairs and the rest."""
+
+    def __init__(self, run: RitzPairs, dimension: int, rounding: float, failure: float) -> None:
+        self.nodes, self._vectors, self._grams = run.nodes, run.vectors, run.grams
+        first = run.vectors[0]
+        weights = first**2
+        rules = run.nodes[None], weights[None], run.residuals[None]
+        self._converged: Mask = converged_nodes(*rules, dimension, rounding)[0]
+        rest = ~self._converged
+        # The rest of the start vector, in Ritz vectors, as long as one of the rest's dimensions should be.
+        count = dimension - int(np.count_nonzero(self._converged))
+        left = float(weights[rest].sum())
+        self._rest = np.where(rest, first, 0.0) * (math.sqrt(count / left) if left > 0 else 0.0)
+        self._split: Mask = converged_nodes(*rules, dimension, rounding, relative=CONVERGED_FOR_BOUNDS)[0]
+        low, high = rest_bounds(run.nodes, weights, run.residuals, self._split, dimension=dimension, failure=failure)
+        self._rest_low, self._rest_high = min(low, 0.0), max(high, 0.0)
+        self._error = rounding + float(np.linalg.norm(run.residuals[self._split]))
+
+    def weights(self, position: int) -> Array:
+        """Return the share of a Ritz vector in each layer, shape (layers,)."""
+        vector = self._vectors[:, position]
+        shares: Array = np.einsum("i,lij,j->l", vector, self._grams, vector)
+        return shares
+
+    def traces(self, values: Array) -> Array:
+        """Return the traces of the layers' blocks of f(H), shape (layers,), given f of each Ritz value."""
+        known = np.where(self._converged, values, 0.0)
+        shares = np.einsum("ik,lij,jk->lk", self._vectors, self._grams, self._vectors, optimize=True)
+        start, product = self._vectors @ self._rest, self._vectors @ (self._rest * values)
+        rest = np.einsum("i,lij,j->l", start, self._grams, product)
+        traces: Array = shares @ known + rest
+        return traces
+
+    def variances(self) -> Array:
+        """Return a bound on the variance of each trace, shape (layers,).
+
+        That of z⊥^(l)·(R z⊥)^(l) is ‖R_l‖² + ‖R_ll‖² ≤ 2‖R_l‖², with R_l the rows of the layer and Frobenius norms,
+        and ‖(R z⊥)^(l)‖² estimates ‖R_l‖².
+        """
+        product = self._vectors @ (self._rest * self.nodes)
+        variances: Array = 2 * np.einsum("i,lij,j->l", product, self._grams, product)
+        return variances
+
+    def bounds(self, index: int, dimension: int) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Return bounds on the smallest and on the largest eigenvalue of a layer's block."""
+        vectors = self._vectors[:, self._split]
+        gram, values = vectors.T @ self._grams[index] @ vectors, self.nodes[self._split]
+        high = _largest(gram, values, dimension, self._rest_low, self._rest_high)
+        low = _largest(gram, -values, dimension, -self._rest_high, -self._rest_low)
+        return (-low[1] - self._error, -low[0] + self._error), (high[0] - self._error, high[1] + self._error)
+
+
+def _largest(gram: Array, values: Array, dimension: int, rest_low: float, rest_high: float) -> tuple[float, float]:
+    """Bound λ_max of Y diag(θ) Yᵀ + R_ll, given the Gram matrix YᵀY, θ, and bounds on the eigenvalues of R."""
+    # The eigenvalues of Y diag(θ) Yᵀ are those of √G diag(θ) √G; the larger of the two matrices has more zeros.
+    sizes, axes = np.linalg.eigh(gram)
+    root = (axes * np.sqrt(np.maximum(sizes, 0.0))) @ axes.T
+    found, vectors = np.linalg.eigh(root @ (values[:, None] * root))
+    own = np.argsort(np.abs(found))[max(len(values) - dimension, 0) :]
+    if len(values) < dimension and not (found > 0).any():
+        return rest_low, rest_high  # the largest one is zero, that of any vector orthogonal to Y
+    top = own[np.argmax(found[own])]
+    # Of its eigenvector u only the part outside of the Ritz vectors, of squared length 1 − ‖Yᵀu‖², is curved by R.
+    outside = max(1 - float(((root @ vectors[:, top]) ** 2).sum()), 0.0)
+    return float(found[top]) + outside * rest_low, float(found[top]) + rest_high
