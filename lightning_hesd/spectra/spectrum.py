@@ -137,14 +137,21 @@ class Spectrum(SpectrumData):
 
     @property
     def converged(self) -> bool:
-        """Whether C_t is as accurate as `tolerance` asks, or to 5 % where none was given."""
+        """Whether C_t, or the density, is as accurate as `tolerance` asks; C_t to 5 % where none was given."""
         if self.tolerance == "type":
             return criteria.type_certain(self.c_t_interval)
-        return self.c_t_error <= self.allowed_error
+        return self.error <= self.allowed_error
+
+    @property
+    def error(self) -> float:
+        """The error that `tolerance` is about: `c_t_error`, or `density_error` with `stop="density"`."""
+        return self.density_error if self.stop == "density" else self.c_t_error
 
     @property
     def allowed_error(self) -> float:
-        """`tolerance` in units of C_t; 5 % where it is None or "type"."""
+        """Largest `error` that `tolerance` allows; 5 % of C_t where it is None or "type"."""
+        if self.stop == "density":
+            return self._relative_tolerance
         if self.tolerance == "auto":
             return SHARE_OF_SAMPLING_ERROR * (self.c_t_sampling_error or 0.0)
         return self._relative_tolerance * max(abs(self.c_t), MIN_SCALE)

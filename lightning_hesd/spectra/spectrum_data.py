@@ -57,6 +57,7 @@ OPTIONAL: dict[str, Check] = {
     "seed": of(int),
     "confidence": within(1e-9, 1 - 1e-9),
     "tolerance": optional(lambda value: value in {"type", "auto"} if text(value) else within(0.0, MAX_SIZE)(value)),
+    "stop": lambda value: text(value) and value in {"c_t", "density"},
     "reason": optional(text),
     "verified": lambda value: text(value) and value in {"yes", "no", "unknown"},
     "verification": text,
@@ -128,7 +129,8 @@ class SpectrumData:
         basis: Device of the Krylov basis ("device", "cpu" or "none").
         predicted_memory: Bytes the analysis was expected to take at most, beyond module and batches; None: unknown.
         confidence: Least probability, over start vectors, with which `c_t_interval` holds.
-        tolerance: Requested accuracy: a number, "type" or "auto" (see `hessian_spectrum`); None: fixed steps.
+        tolerance: Requested accuracy: a number, "type" or "auto" (see `AnalysisOptions`); None: fixed steps.
+        stop: Quantity that a number for `tolerance` refers to: "c_t" or "density".
         reason: Reason why C_t is undefined (NaN); None where it is defined.
         verified: Whether HVPs and gradient were found to be those of the loss: "yes", "unknown" where that cannot be
             told, or "no": then nothing was computed, and every number is NaN.
@@ -168,6 +170,7 @@ class SpectrumData:
     predicted_memory: int | None = None
     confidence: float = 0.95
     tolerance: float | Literal["type", "auto"] | None = None
+    stop: Literal["c_t", "density"] = "c_t"
     reason: str | None = None
     verified: Literal["yes", "no", "unknown"] = "unknown"
     verification: str = "not compared with differences of the loss"

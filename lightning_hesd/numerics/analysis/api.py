@@ -35,6 +35,7 @@ def hessian_spectrum(  # noqa: D417 - `AnalysisOptions` describes the options
     probes: int = AnalysisOptions.probes,
     seed: int = AnalysisOptions.seed,
     tolerance: float | Literal["type", "auto"] | None = AnalysisOptions.tolerance,
+    stop: Literal["c_t", "density"] = AnalysisOptions.stop,
     confidence: float = AnalysisOptions.confidence,
     matrix: MatrixName = AnalysisOptions.matrix,
     output_fn: Callable[[Any, Any], Any] | None = AnalysisOptions.output_fn,
@@ -56,11 +57,11 @@ def hessian_spectrum(  # noqa: D417 - `AnalysisOptions` describes the options
     samples of all batches, each batch counting by its weight. The module, its buffers, modes and gradients, and all
     random number generators are afterwards as they were.
 
-    `AnalysisOptions` explains the options: how many products (`steps`, `probes`, `seed`), or how accurate a C_t
-    (`tolerance`, `confidence`); of which curvature matrix (`matrix` with `output_fn` and `output_loss`, `parameters`,
-    `include_frozen`, `preconditioner`) of which mean loss (`batch_weight`, `mode`); by which products (`strategy`,
-    `probe`, `dtype`) in which memory (`basis`, `memory_budget`); and whether the error due to the finite sample is
-    estimated, too (`sampling_error`).
+    `AnalysisOptions` explains the options: how many products (`steps`, `probes`, `seed`), or how accurate a C_t or
+    density (`tolerance`, `stop`, `confidence`); of which curvature matrix (`matrix` with `output_fn` and
+    `output_loss`, `parameters`, `include_frozen`, `preconditioner`) of which mean loss (`batch_weight`, `mode`); by
+    which products (`strategy`, `probe`, `dtype`) in which memory (`basis`, `memory_budget`); and whether the error due
+    to the finite sample is estimated, too (`sampling_error`).
 
     Args:
         module: The module, on the device of the batches.
@@ -92,6 +93,7 @@ def hessian_spectrum(  # noqa: D417 - `AnalysisOptions` describes the options
         probes=probes,
         seed=seed,
         tolerance=tolerance,
+        stop=stop,
         confidence=confidence,
         matrix=matrix,
         output_fn=output_fn,

@@ -40,6 +40,10 @@ COARSE = 0.2
 SHARE_OF_FORECAST = 0.7
 """Share of the steps that the error is forecast to need, after which the error is computed again."""
 
+SHARE_OF_STEPS = 0.2
+"""Least share of the steps so far between two computations of the density's error, which take a hundred times longer
+than those of C_t."""
+
 
 def run_lanczos(
     operators: Sequence[DiagonalBlock],
@@ -179,11 +183,12 @@ class Estimation:
 
         A check takes an eigendecomposition and two bounds: a millisecond, but tens of them on a busy machine.
         """
-        excess = math.log(spectrum.c_t_error / spectrum.allowed_error) if spectrum.allowed_error else math.inf
+        excess = math.log(spectrum.error / spectrum.allowed_error) if spectrum.allowed_error else math.inf
         before, self._last_check = self._last_check, (steps, excess)
-        pause = 0.0
+        pause = SHARE_OF_STEPS * steps if spectrum.stop == "density" else 0.0
         if self._options.tolerance != "type" and before[0] < steps and math.inf > before[1] > excess > 0:
-            pause = min(SHARE_OF_FORECAST * excess * (steps - before[0]) / (before[1] - excess), steps / 2)
+            forecast = SHARE_OF_FORECAST * excess * (steps - before[0]) / (before[1] - excess)
+            pause = max(pause, min(forecast, steps / 2))
         self._next_check = steps + int(pause)
 
     def _estimate_sampling_error(self, runs: Sequence[Lanczos]) -> None:
@@ -242,6 +247,7 @@ class Estimation:
             predicted_memory=plan.predicted(risk.graph_bytes),
             confidence=options.confidence,
             tolerance=options.tolerance,
+            stop=options.stop,
             asymmetry=asymmetry / norm if norm else 0.0,
             verified=risk.verification.verdict(exact=risk.is_exact),
             verification=risk.verification.words,

@@ -43,6 +43,9 @@ class AnalysisOptions:
         tolerance: Stop as soon as the interval of C_t is narrow enough: a number for the relative accuracy (0.05:
             within 5 % of C_t, or of 0.001 where C_t is closer to zero); "type" for MP or MN to be certain; "auto" for
             a quarter of the sampling error of C_t, which is estimated on the way. None: take all steps.
+        stop: What a number for `tolerance` refers to: "c_t", or "density" for the distance between the density and the
+            spectrum, as a share of the spectrum's width (`Spectrum.density_error`). What one start vector does not
+            tell limits the latter; it is smaller for larger networks.
         confidence: Probability, over the start vectors, with which the interval of C_t holds at least.
         matrix: "hessian", or one of its two summands: "ggn", the generalized Gauss-Newton matrix Jᵀ (∂²L/∂o²) J of
             outputs o with Jacobian J, and "residual", the rest (the G-term and H-term of Kiselev & Grabovoy 2024,
@@ -78,6 +81,7 @@ class AnalysisOptions:
     probes: int = 1
     seed: int = 0
     tolerance: float | Literal["type", "auto"] | None = None
+    stop: Literal["c_t", "density"] = "c_t"
     confidence: float = 0.95
     matrix: MatrixName = "hessian"
     output_fn: Callable[[Any, Any], Any] | None = None
@@ -148,6 +152,10 @@ class AnalysisOptions:
             raise ValueError(msg)
 
     def _check_tolerance(self) -> None:
+        _check_choice("stop", self.stop, ("c_t", "density"))
+        if self.stop == "density" and not _is_share(self.tolerance):
+            msg = f"`stop='density'` needs a number between 0 and 1 for `tolerance`, got {self.tolerance!r}."
+            raise ValueError(msg)
         if self.tolerance in (None, "type", "auto"):
             return
         if not _is_share(self.tolerance):
