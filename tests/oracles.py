@@ -47,6 +47,11 @@ def dense_hessian(
         return torch.autograd.functional.hessian(mean_loss, point)
 
 
+def eigenvalues(*problem: Any, **options: Any) -> np.ndarray:
+    """Return the eigenvalues of the dense Hessian, ascending; the arguments are those of `dense_hessian`."""
+    return torch.linalg.eigvalsh(dense_hessian(*problem, **options)).numpy()
+
+
 def hausdorff(first: Any, second: Any) -> float:
     """Return the largest distance from a value of one set to the nearest of the other: multiplicities do not count."""
     distances = np.abs(np.asarray(first)[:, None] - np.asarray(second)[None, :])

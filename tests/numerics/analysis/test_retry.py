@@ -84,7 +84,7 @@ def test_without_a_second_derivative_there_are_no_graphs_to_save() -> None:
     module, batches, loss = cases.make(PROBLEM)
 
     def rough(module: torch.nn.Module, batch: object) -> torch.Tensor:
-        return OnlyOnce.apply(scarce(module, batch).exp()).log()
+        return cases.OnceDifferentiable.apply(scarce(module, batch).exp()).log()
 
     evaluations = 0
 
@@ -99,17 +99,6 @@ def test_without_a_second_derivative_there_are_no_graphs_to_save() -> None:
     assert (spectrum.strategy, spectrum.basis) == ("finite_difference", "none")
     assert "differentiated twice" in spectrum.strategy_reason
     assert "out of memory" in spectrum.strategy_reason
-
-
-class OnlyOnce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
-        return x.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient.clone()
 
 
 class ClippedInForward(torch.nn.Linear):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from lightning_hesd import hessian_spectrum
 from lightning_hesd.numerics.collectives import LOCAL, Collectives
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
-from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.inputs.token_weights import Weighing
 from lightning_hesd.numerics.inputs.tokens import TokenCount
 from tests.ranks import in_threads
@@ -263,8 +262,3 @@ class TestWeighing:
         count = TokenCount("labels", shifted=True)
         assert found == [(count, [9.0, 18.0]), (count, [3.0]), (count, [])]
         assert len(caught) == (wanted is None)
-
-
-def test_an_unknown_way_to_weigh():
-    with pytest.raises(ValueError, match='must be a function of the batch, "tokens" or None'):
-        analysis_options(batch_weight="words")
