@@ -28,7 +28,7 @@ def every_eigenvalue(spectrum: Spectrum) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ACCURACY)
 class TestAgainstDenseHessians:
     def test_as_many_steps_as_parameters_find_every_distinct_eigenvalue(self, name, dtype):
-        true = oracles.eigenvalues(*cases.make(name))
+        true = oracles.case_eigenvalues(name)
         radius = np.abs(true).max()
         problem = cases.make(name, dtype)
         spectrum = hessian_spectrum(*problem, steps=len(true))
@@ -49,7 +49,7 @@ class TestAgainstDenseHessians:
 
     def test_the_extremes_lie_within_the_stated_errors(self, name, dtype):
         # Few steps, in which the outermost eigenvalues are already told from the rest.
-        true = oracles.eigenvalues(*cases.make(name))
+        true = oracles.case_eigenvalues(name)
         radius = np.abs(true).max()
         rounding = ACCURACY[dtype] * radius
         problem = cases.make(name, dtype)
@@ -174,7 +174,7 @@ class TestDtype:
         ("weights", "vectors", "accuracy"), [(torch.float32, torch.float64, 1e-6), (torch.float64, torch.float32, 1e-5)]
     )
     def test_vectors_may_be_finer_or_coarser_than_the_weights(self, weights, vectors, accuracy):
-        true = oracles.eigenvalues(*cases.make("mlp"))
+        true = oracles.case_eigenvalues("mlp")
         spectrum = hessian_spectrum(*cases.make("mlp", weights), steps=len(true), dtype=vectors)
         assert oracles.hausdorff(every_eigenvalue(spectrum), true) <= accuracy * np.abs(true).max()
 
@@ -205,24 +205,6 @@ class TestDtype:
 
 
 class TestBatches:
-    @pytest.mark.parametrize("name", ["mlp", "conv_batchnorm"])
-    def test_unequal_batches_equal_one(self, name):
-        # Cross-entropy or squared error: both are means over samples, so weights must undo them.
-        module, batches, loss_fn = cases.make(name)
-        whole = tuple(torch.cat(parts)[:5] for parts in zip(*batches, strict=True))
-        split = [tuple(part[:4] for part in whole), tuple(part[4:] for part in whole)]
-        one = hessian_spectrum(module, [whole], loss_fn, steps=60)
-        two = hessian_spectrum(module, split, loss_fn, steps=60)
-        assert one.num_samples == two.num_samples == 5
-        assert two.loss == pytest.approx(one.loss, rel=1e-14)
-        radius = np.abs(one.nodes).max()
-        assert two.lambda_min == pytest.approx(one.lambda_min, rel=0, abs=1e-12 * radius)
-        assert two.lambda_max == pytest.approx(one.lambda_max, rel=0, abs=1e-12 * radius)
-        assert two.trace == pytest.approx(one.trace, rel=0, abs=1e-12 * radius * one.dimension)
-        # And the 1-sample batch does matter: unweighted averaging would be far off.
-        unweighted = oracles.eigenvalues(module, split, loss_fn, weights=[1.0, 1.0])
-        assert abs(unweighted[-1] - one.lambda_max) > 1e-3 * radius
-
     def test_weights_of_the_user(self):
         module, batches, loss_fn = cases.make("mlp")
         weights = {len(batch[0]): weight for batch, weight in zip(batches, (0.5, 2.0, 7.25), strict=True)}
@@ -328,26 +310,14 @@ class TestProbes:
         assert spectrum.gradient_equivalents is not None
         assert spectrum.gradient_equivalents > 0
 
-    def test_cost_in_gradients(self):
-        # A product costs more than a gradient, and not dozens of them; anything finer would be a benchmark.
-        problem = cases.regression((2000,), inputs=300, outputs=30, dtype=torch.float32)
-        cost = hessian_spectrum(*problem, steps=10, strategy="recompute").gradient_equivalents
-        assert cost is not None
-        assert 0.5 < cost < 30
-
 
 class TestParameters:
-    @pytest.mark.parametrize(
-        "chosen",
-        [
-            lambda name, p: name.startswith("2."),
-            lambda name, p: p.ndim == 1,
-            lambda name, p: name == "0.weight",
-        ],
-        ids=["by layer", "by shape", "a single one"],
-    )
-    def test_a_filter_leaves_a_diagonal_block(self, chosen):
+    def test_a_filter_leaves_a_diagonal_block(self):
         problem = cases.make("mlp")
+
+        def chosen(name: str, p: nn.Parameter) -> bool:
+            return p.ndim == 1
+
         true = oracles.eigenvalues(*problem, parameters=chosen)
         spectrum = hessian_spectrum(*problem, parameters=chosen)
         assert spectrum.dimension == len(true) < 43

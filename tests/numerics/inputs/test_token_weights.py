@@ -228,7 +228,7 @@ class TestSamples:
 
 
 class TestWeighing:
-    """What an analysis finds out, other than for good, and in several processes."""
+    """What an analysis finds out, provisionally and on several ranks."""
 
     @staticmethod
     def weighing(batches: Any, module: Any = None, *, wanted: Any = None, collectives: Any = LOCAL) -> Weighing:
@@ -247,7 +247,7 @@ class TestWeighing:
         assert classes.is_settled
 
     @pytest.mark.parametrize("wanted", ["tokens", None])
-    def test_processes_agree(self, wanted):
+    def test_ranks_agree(self, wanted):
         # One of them has a batch that tells nothing, one has none.
         shares = [[(0, BATCHES[0]), (3, BATCHES[2])], [(1, {n: v[1:] for n, v in BATCHES[1].items()})], []]
 

@@ -11,7 +11,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
@@ -141,7 +141,6 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "CSR, elsewhere": (lambda: torch.eye(4).to_sparse_csr(), lambda t: t.copy_(torch.eye(4).flip(0).to_sparse_csr())),
     "CSC": (lambda: torch.eye(4).to_sparse_csc(), times_three),
     "BSR": (lambda: torch.eye(4).to_sparse_bsr((2, 2)), times_three),
-    "BSC": (lambda: torch.eye(4).to_sparse_bsc((2, 2)), times_three),
     "frozen and sparse": (lambda: nn.Parameter(torch.eye(4).to_sparse(), requires_grad=False), times_three),
     "nested": (lambda: nested(torch.strided), times_three),
     "jagged": (lambda: nested(torch.jagged), times_three),
@@ -153,8 +152,6 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "quantized": (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), lambda t: t.fill_(0.5)),
     "inference": (inferred, lambda t: t.numpy().__imul__(3)),
     "float8": (lambda: torch.ones(3).to(torch.float8_e4m3fn), lambda t: t.fill_(2.0)),
-    "bool": (lambda: torch.ones(5, dtype=torch.bool), lambda t: t.logical_not_()),
-    "complex": (lambda: torch.ones(3, dtype=torch.complex64), times_three),
     "conjugate": (lambda: torch.ones(3, dtype=torch.complex64).conj(), times_three),
     "NaN": (lambda: torch.full((3,), torch.nan), lambda t: t.fill_(1.0)),
     "minus zero": (lambda: torch.full((3,), -0.0), lambda t: t.abs_()),
@@ -187,12 +184,26 @@ def after(change: object, value: Any) -> Any:
     return value
 
 
+BATCHES = [(torch.ones(4, 3), torch.ones(4, 2)), (torch.zeros(4, 3), torch.ones(4, 2))]
+
+
+def linear() -> nn.Linear:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Linear(3, 2)
+
+
+@functools.cache
+def expected_loss() -> float:
+    return hessian_spectrum(linear(), BATCHES, cases.squared_error, steps=2).loss
+
+
 @pytest.mark.filterwarnings("ignore:Sparse", "ignore:.*beta", "ignore:.*prototype", "ignore:.*deprecated")
 @pytest.mark.parametrize("kind", KINDS)
 def test_tensors_of_any_kind(kind):
     make, change = KINDS[kind]
     for place, put in PLACES.items():
-        tensor, module = make(), nn.Linear(3, 2)
+        tensor, module = make(), linear()
         put(module, tensor)
         before = None if change is no_change else read(tensor)
         labels, generator = vars(tensor).copy(), torch.get_rng_state()
@@ -203,15 +214,13 @@ def test_tensors_of_any_kind(kind):
             torch.rand(1)
             return cases.squared_error(module, batch) * module.calls
 
-        batches = [(torch.ones(4, 3), torch.ones(4, 2)), (torch.zeros(4, 3), torch.ones(4, 2))]
         strategy = "recompute" if place == "tuple" else "auto"
         # Only some places, to save time, with the products.
         if place in {"buffer", "tuple"}:
-            spectrum = hessian_spectrum(module, batches, loss, steps=2, strategy=strategy)
-            assert spectrum.loss == hessian_spectrum(module, batches, cases.squared_error, steps=2).loss
+            assert hessian_spectrum(module, BATCHES, loss, steps=2, strategy=strategy).loss == expected_loss()
         else:
             with restore_state(module):
-                loss(module, batches[0])
+                loss(module, BATCHES[0])
         assert before is None or read(tensor) == before
         assert vars(tensor) == labels
         assert module.training
@@ -369,6 +378,25 @@ OBJECTS: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable[[A
     "dict of lists": (lambda: {"a": [1], "b": []}, lambda v: (v["a"].append(2), v.pop("b")), repr),
     "tuple of lists": (lambda: ([1], [2]), lambda v: v[1].append(3), repr),
     "full deque": (lambda: collections.deque([1, 2, 3], maxlen=3), lambda v: v.append(4), repr),
+    "counter": (lambda: collections.Counter("aab"), lambda v: v.update("ac"), repr),
+    "defaultdict": (lambda: collections.defaultdict(list), lambda v: v["a"].append(0), repr),
+    "set": (set, lambda v: v.add(len(v)), repr),
+    "bytearray": (bytearray, lambda v: v.append(0), repr),
+    "long list": (lambda: [0] * 2000, lambda v: v.append(0), len),
+    "array": (lambda: np.zeros(1), lambda v: v.__iadd__(1), repr),
+    "array of objects": (lambda: np.array([[0]], dtype=object), lambda v: v.__iadd__(1), repr),
+    "random numbers": (lambda: random.Random(3), lambda v: v.random(), random.Random.getstate),
+    "NumPy's generator": (lambda: np.random.default_rng(3), lambda v: v.random(), lambda v: v.bit_generator.state),
+    "NumPy's old generator": (
+        lambda: np.random.RandomState(3),
+        lambda v: v.random_sample(),
+        lambda v: [part.tolist() if isinstance(part, np.ndarray) else part for part in v.get_state()],
+    ),
+    "PyTorch's generator": (
+        lambda: torch.Generator().manual_seed(3),
+        lambda v: torch.rand((), generator=v),
+        lambda v: v.get_state().tolist(),
+    ),
     "ordered dict": (lambda: collections.OrderedDict(a=1, b=2), lambda v: v.move_to_end("a"), repr),
     "list of tensors": (lambda: [torch.zeros(2)], lambda v: (v[0].add_(1.0), v.append(torch.ones(2))), repr),
     "dataclass": (
@@ -548,9 +576,13 @@ class InBody:
 
 
 class Counting(nn.Module, metaclass=Kind):
-    """Counts in classes that none of its objects belongs to."""
+    """Keeps state in its own class, and in classes that none of its objects belongs to."""
 
     state = InBody
+    counts: ClassVar[dict[str, int]] = {"n": 0}
+    calls = 0
+    tensor: ClassVar[Tensor] = torch.zeros(())
+    record = types.SimpleNamespace(count=0)
 
     class Nested:
         """Stays in its place."""
@@ -561,13 +593,31 @@ class Counting(nn.Module, metaclass=Kind):
         super().__init__()
         self.apart = Apart
 
+    @property
+    def doubled(self) -> int:
+        return 2 * type(self).calls
 
-def test_classes_that_are_values_are_restored() -> None:
-    module = Counting()
-    with restore_state(module):
-        Kind.made += 1
-        InBody.count += 1
-        Counting.Nested.count += 1
-        module.apart.count += 1
-        module.apart.seen.append(1)
-    assert (Kind.made, InBody.count, Counting.Nested.count, Apart.count, Apart.seen) == (0, 0, 0, 0, [])
+
+class Inherited(Counting):
+    """Finds state in the class above, and binds some of it in its own."""
+
+
+@pytest.mark.parametrize("cls", [Counting, Inherited])
+def test_state_of_classes_is_restored(cls: Any) -> None:
+    module = cls()
+    names = [dict(vars(c)) for c in (Counting, Inherited)]
+    with restore_state(module) as restore:
+        for _ in range(2):
+            for owner in (InBody, Counting.Nested, Apart, module.record):
+                owner.count += 1
+            Kind.made += 1
+            Apart.seen.append(1)
+            cls.counts["n"] += 1
+            cls.calls += 1
+            cls.tensor.add_(1)
+            cls.fresh = 1
+            restore()
+            assert [dict(vars(c)) for c in (Counting, Inherited)] == names
+            assert (Kind.made, InBody.count, Counting.Nested.count, Apart.count, Apart.seen) == (0, 0, 0, 0, [])
+            counts = (Counting.counts, Counting.tensor.item(), Counting.record.count, module.doubled)
+            assert counts == ({"n": 0}, 0.0, 0, 0)
