@@ -230,14 +230,15 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def problem(name: str, batches: int = 8, samples: int = 128, dtype: torch.dtype = torch.float32) -> cases.Problem:
+def problem(name: str, dtype: torch.dtype = torch.float32) -> cases.Problem:
+    """Return 128 samples in eight batches."""
     make, shape = MODULES[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = make()
     generator = torch.Generator().manual_seed(1)
-    x, y = torch.randn(samples, *shape, generator=generator), torch.randn(samples, 2, generator=generator)
-    parts = zip(x.to(dtype).chunk(batches), y.to(dtype).chunk(batches), strict=True)
+    x, y = torch.randn(128, *shape, generator=generator), torch.randn(128, 2, generator=generator)
+    parts = zip(x.to(dtype).chunk(8), y.to(dtype).chunk(8), strict=True)
     return cases.Problem(module.to(dtype), list(parts), cases.squared_error)
 
 
@@ -257,7 +258,7 @@ def test_too_little_is_refused_with_what_is_needed():
 
 @pytest.mark.parametrize("name", MODULES)
 class TestBudget:
-    STEPS = 12
+    STEPS = 8
 
     def analyze(self, name: str, budget: int, **options: Any) -> Spectrum:
         options = {"basis": "none", "steps": self.STEPS, **options}
@@ -320,18 +321,18 @@ hessian_spectrum(nn.Linear(500, 10), batches, loss, steps=5)
 loss(module, batches[0]).backward()
 module.zero_grad()
 before = peak()
-spectrum = hessian_spectrum(module, batches, loss, steps=60, memory_budget=int(sys.argv[1]))
+spectrum = hessian_spectrum(module, batches, loss, steps=30, memory_budget=int(sys.argv[1]))
 print(spectrum.dimension, spectrum.predicted_memory, peak() - before)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_process_grows_by_no_more_than_the_budget():
-    budget = 1_200_000_000
+    budget = 700_000_000
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(budget)], capture_output=True, text=True, timeout=120, check=True
     )
     dimension, predicted, grown = (int(word) for word in result.stdout.split())
     assert dimension > 1_900_000
     assert predicted <= budget
-    assert 60 * 4 * dimension < grown <= budget  # with the basis, and so not by chance
+    assert 30 * 4 * dimension < grown <= budget  # with the basis, and so not by chance
