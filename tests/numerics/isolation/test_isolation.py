@@ -156,13 +156,14 @@ def without_statistics() -> nn.Module:
 class TestTrainingMode:
     def check(self, make: Any, loss: Any, expected: Spectrum) -> None:
         module = seeded(make)
-        before = copy.deepcopy(module.state_dict())
+        before, buffers = copy.deepcopy(module.state_dict()), list(module.buffers())
         for strategy in (*STRATEGIES, "auto"):
             found = hessian_spectrum(module, make_batches(3), loss, steps=30, strategy=strategy, mode="train")
             assert_same(found, expected)
             assert all(
                 torch.equal(now, then) for now, then in zip(module.state_dict().values(), before.values(), strict=True)
             )
+            assert all(now is then for now, then in zip(module.buffers(), buffers, strict=True))
 
     @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
     @pytest.mark.parametrize(
