@@ -77,7 +77,7 @@ def analyzed(callback: HessianSpectrumCallback) -> list[tuple[int, int]]:
     return [(record.epoch, record.global_step) for record in callback.history]
 
 
-def epochs_of(callback: HessianSpectrumCallback) -> list[int]:
+def epochs_in(callback: HessianSpectrumCallback) -> list[int]:
     return [record.epoch for record in callback.history]
 
 
@@ -98,8 +98,6 @@ def epochs_of(callback: HessianSpectrumCallback) -> list[int]:
         ({"max_overhead": 0.125}, lambda n: [5, 10, 5][n], [0, 3, 9]),
         ({"max_overhead": 0.125}, lambda n: [20, 0, 0, 0][n], [0]),
         ({"max_overhead": 0.125}, lambda n: 10 if n == 0 else 0.5, [0, 7, 8, 9]),
-        ({"max_overhead": 1e-9}, 5, [0]),
-        ({"max_overhead": 50}, 200, list(range(10))),
     ],
 )
 def test_analyses_run_as_far_as_the_training_so_far_pays_for_them(
@@ -107,7 +105,7 @@ def test_analyses_run_as_far_as_the_training_so_far_pays_for_them(
 ) -> None:
     callback = make_callback(Clock(), costs, **arguments)
     fit(tmp_path, callback)
-    assert epochs_of(callback) == expected
+    assert epochs_in(callback) == expected
 
 
 def test_steps_are_decided_on_as_well(tmp_path: Path) -> None:
@@ -136,7 +134,7 @@ def test_failed_analyses_cost_time_too(tmp_path: Path) -> None:
     callback = make_callback(Clock(), costs, max_overhead=0.125)
     with pytest.warns(RuntimeWarning, match="out of memory"):
         fit(tmp_path, callback)
-    assert epochs_of(callback) == [0, 3, 5, 7, 9]
+    assert epochs_in(callback) == [0, 3, 5, 7, 9]
     assert [record.spectrum is None for record in callback.history] == [True, False, False, False, False]
 
 
@@ -168,14 +166,6 @@ def test_waiting_for_a_device_means_its_kind(monkeypatch: pytest.MonkeyPatch) ->
     assert waited == ["cuda", "mps"]
 
 
-def test_rules_rank_analysed_epochs_only(tmp_path: Path) -> None:
-    callback = make_callback(Clock(), 5, max_overhead=0.125, checkpoint="highest_c_t")
-    fit(tmp_path, callback, epochs=6)
-    assert callback.checkpoint is not None
-    assert callback.checkpoint.best.epoch == 0
-    assert {candidate.epoch for candidate in callback.checkpoint.candidates} <= {0, 3, 5}
-
-
 def test_an_interrupted_analysis_is_no_training() -> None:
     clock = Clock()
     budget = Budget(clock=clock)
@@ -196,7 +186,7 @@ def test_an_interrupted_analysis_is_no_training() -> None:
 # Several runs ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop_after", range(1, 10))
+@pytest.mark.parametrize("stop_after", [1, 4, 7])  # epochs with an analysis and epochs without one
 def test_a_resumed_run_goes_on_with_its_budget(tmp_path: Path, stop_after: int) -> None:
     whole = make_callback(Clock(), 5, max_overhead=0.125)
     fit(tmp_path, whole)
@@ -206,7 +196,7 @@ def test_a_resumed_run_goes_on_with_its_budget(tmp_path: Path, stop_after: int) 
     first.budget._clock.now += 1e6  # type: ignore[attr-defined]  # the machine stands idle, which is no training
     trainer.save_checkpoint(tmp_path / "last.ckpt")
 
-    resumed = make_callback(Clock(now=-3.0), 5, max_overhead=0.125)  # another process, another origin of its clock
+    resumed = make_callback(Clock(now=-3.0), 5, max_overhead=0.125)  # the clock of a new program starts elsewhere
     fit(tmp_path, resumed, ckpt_path=tmp_path / "last.ckpt")
     assert analyzed(resumed) == analyzed(whole)
     assert resumed.budget.state_dict() == whole.budget.state_dict()
@@ -234,12 +224,12 @@ def test_refitting_goes_on_and_a_new_trainer_starts_anew(tmp_path: Path) -> None
     callback = make_callback(Clock(), 5, max_overhead=0.125)
     for _ in range(2):
         trainer = fit(tmp_path, callback, epochs=4)
-        assert epochs_of(callback) == [0, 3]
+        assert epochs_in(callback) == [0, 3]
         assert callback.budget.state_dict()["training_seconds"] == 80
         callback.budget._clock.now += 1e6  # type: ignore[attr-defined]
     trainer.fit_loop.max_epochs = 6
     trainer.fit(ScriptedModule([Epoch(None)] * 6), loader())
-    assert epochs_of(callback) == [0, 3, 5]
+    assert epochs_in(callback) == [0, 3, 5]
     assert callback.budget.state_dict()["training_seconds"] == 120
 
 
@@ -250,7 +240,6 @@ def test_refitting_goes_on_and_a_new_trainer_starts_anew(tmp_path: Path) -> None
     ("arguments", "expected"),
     [
         ({}, [5 / 20, 10 / 40, 15 / 60]),
-        ({"every_n_epochs": 2}, [5 / 40]),
         ({"at_start": True}, [None, 10 / 20, 15 / 40, 20 / 60]),
         ({"every_n_train_steps": 3}, [5 / 30, 10 / 60]),
         ({"max_overhead": 0.2}, [5 / 20, 10 / 60]),
@@ -273,13 +262,10 @@ def test_analyses_of_another_callback_are_not_training(tmp_path: Path) -> None:
     assert trainer.callback_metrics["dear/overhead"] == pytest.approx(400 / 60)
 
 
-@pytest.mark.parametrize(("max_overhead", "expected"), [(1e9, [0, 1, 2]), (1e-9, [0])])
-def test_the_real_clock_runs(tmp_path: Path, max_overhead: float, expected: list[int]) -> None:
-    """By limits that no machine is fast or slow enough to reach."""
-    callback = HessianSpectrumCallback(
-        loss_fn=lambda module, _: module.weight**2, num_samples=2, max_overhead=max_overhead
-    )
+def test_the_real_clock_runs(tmp_path: Path) -> None:
+    """With a limit that no machine is fast enough to reach."""
+    callback = HessianSpectrumCallback(loss_fn=lambda module, _: module.weight**2, num_samples=2, max_overhead=1e-9)
     trainer = run_script(tmp_path, [Epoch(None)] * 3, [callback])
-    assert epochs_of(callback) == expected
+    assert epochs_in(callback) == [0]
     assert trainer.callback_metrics["hesd/overhead"] > 0
     assert callback.budget.state_dict()["training_seconds"] > 0

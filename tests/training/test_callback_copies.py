@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
+from tests.training.scripted import make_trainer
 
 FEATURES = 4096
 SMALL = 60_000
@@ -53,27 +54,20 @@ def loader() -> DataLoader[Any]:
     return DataLoader(TensorDataset(torch.randn(64, FEATURES, generator=generator)), 32)
 
 
-def fit(folder: Path, module: pl.LightningModule, *callbacks: pl.Callback, logger: bool = False) -> pl.Trainer:
-    trainer = pl.Trainer(
-        max_epochs=2,
-        callbacks=list(callbacks),
-        logger=logger,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        default_root_dir=folder,
-    )
-    trainer.fit(module, loader())
-    return trainer
+def fit(folder: Path, module: pl.LightningModule, *callbacks: pl.Callback, logger: bool = False) -> None:
+    make_trainer(folder, list(callbacks), 2, logger=logger, log_every_n_steps=1).fit(module, loader())
 
 
 def callback(**options: Any) -> HessianSpectrumCallback:
-    return HessianSpectrumCallback(checkpoint="highest_c_t", steps=3, probes=1, on_error="raise", **options)
+    return HessianSpectrumCallback(**{"checkpoint": "highest_c_t", "steps": 3, "on_error": "raise", **options})
 
 
-@pytest.mark.parametrize("options", [{}, {"loss_fn": lambda module, batch: module.training_step(batch, 0)}])
-def test_checkpoints_with_the_callback_in_their_hyperparameters_stay_small(tmp_path: Path, options: Any) -> None:
-    hesd = callback(monitor_gradients=True, **options)
+def pickled(original: HessianSpectrumCallback) -> Any:
+    return pickle.loads(pickle.dumps(original))  # noqa: S301 - its own
+
+
+def test_checkpoints_with_the_callback_in_their_hyperparameters_stay_small(tmp_path: Path) -> None:
+    hesd = callback(monitor_gradients=True, loss_fn=lambda module, batch: module.training_step(batch, 0))
     pickler = PickledAtEachEpoch(hesd)
     fit(tmp_path, Keeper([hesd]), pickler, hesd, logger=True)
     assert hesd.checkpoint is not None
@@ -84,7 +78,7 @@ def test_checkpoints_with_the_callback_in_their_hyperparameters_stay_small(tmp_p
     (kept,) = state["hyper_parameters"]["callbacks"]
     assert kept.options.steps == 3
 
-    copied = pickle.loads(pickle.dumps(hesd))  # noqa: S301 - its own
+    copied = pickled(hesd)
     assert [r.spectrum.lambda_max for r in copied.history] == [r.spectrum.lambda_max for r in hesd.history]
     assert copied.checkpoint.best_model_path == hesd.checkpoint.best_model_path
     assert copied.checkpoint.source is copied
@@ -92,7 +86,7 @@ def test_checkpoints_with_the_callback_in_their_hyperparameters_stay_small(tmp_p
 
 def test_a_pickled_copy_trains_as_the_original(tmp_path: Path) -> None:
     hesd = callback(batch_size=16)
-    copied = pickle.loads(pickle.dumps(hesd))  # noqa: S301 - its own
+    copied = pickled(hesd)
     for each in (hesd, copied):
         pl.seed_everything(0, verbose=False)
         fit(tmp_path / str(id(each)), Keeper(), each)
@@ -108,16 +102,15 @@ def test_a_pickled_copy_trains_as_the_original(tmp_path: Path) -> None:
     ],
 )
 def test_a_pickled_copy_says_what_it_lacks(tmp_path: Path, name: str, options: Any) -> None:
-    hesd = HessianSpectrumCallback(steps=3, **options)
-    pickled = pickle.dumps(hesd)
-    assert len(pickled) < SMALL
-    copied = pickle.loads(pickled)  # noqa: S301 - its own
+    hesd = callback(checkpoint=None, on_error="warn", **options)
+    assert len(pickle.dumps(hesd)) < SMALL
+    copied = pickled(hesd)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about each failed analysis
         fit(tmp_path, Keeper(), copied)
     assert [record.spectrum for record in copied.history] == [None, None]
     assert f"`{name}` is missing in this pickled copy" in copied.history[0].error
-    pickle.loads(pickle.dumps(copied))  # noqa: S301 - its own
+    pickled(copied)
 
 
 def test_a_deep_copy_keeps_functions_and_shares_the_loader() -> None:
@@ -149,9 +142,9 @@ def test_the_original_shows_what_its_latest_copy_found(tmp_path: Path) -> None:
 
 def test_a_rule_that_cannot_be_pickled_keeps_its_candidates(tmp_path: Path) -> None:
     rule = HessianCheckpoint(lambda record: -record.spectrum.lambda_max)
-    hesd = HessianSpectrumCallback(checkpoint=rule, steps=3, on_error="raise")
+    hesd = callback(checkpoint=rule)
     fit(tmp_path, Keeper([hesd]), hesd)
-    copied = pickle.loads(pickle.dumps(hesd))  # noqa: S301 - its own
+    copied = pickled(hesd)
     assert copied.checkpoint.best_model_path == rule.best_model_path
     assert copied.checkpoint.rule_name == rule.rule_name
     assert copied.checkpoint.state_key == rule.state_key

@@ -17,8 +17,7 @@ from tests.training.scripted import Epoch, run_script
     [
         ({}, [(0, 2), (1, 4), (2, 6), (3, 8), (4, 10)]),
         ({"every_n_epochs": 2}, [(1, 4), (3, 8)]),
-        ({"epochs": [0, 3, 99]}, [(0, 2), (3, 8)]),
-        ({"epochs": range(1, 5, 2)}, [(1, 4), (3, 8)]),
+        ({"epochs": range(0, 100, 3)}, [(0, 2), (3, 8)]),
         ({"epochs": []}, []),
         ({"at_start": True, "every_n_epochs": 3}, [(-1, 0), (2, 6)]),
         ({"every_n_train_steps": 3}, [(1, 3), (2, 6), (4, 9)]),
@@ -44,19 +43,3 @@ def test_records_of_a_run(tmp_path: Path, arguments: dict[str, Any], expected: l
 )
 def test_is_sparse(arguments: dict[str, Any], sparse: bool) -> None:
     assert Schedule(**arguments).is_sparse is sparse
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"every_n_epochs": 0}, "`every_n_epochs` must be a positive integer, got 0"),
-        ({"every_n_epochs": 1.5}, "`every_n_epochs` must be a positive integer, got 1.5"),
-        ({"every_n_train_steps": -1}, "`every_n_train_steps` must be a positive integer, got -1"),
-        ({"epochs": [0, -1]}, r"`epochs` must be non-negative integers \(0-based\), got -1"),
-        ({"epochs": [1], "every_n_epochs": 2}, "`every_n_epochs` and `epochs` exclude each other"),
-        ({"epochs": [1], "every_n_train_steps": 2}, "`epochs` and `every_n_train_steps` exclude each other"),
-    ],
-)
-def test_invalid_schedules(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        HessianSpectrumCallback(**arguments)
