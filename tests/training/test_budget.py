@@ -115,14 +115,6 @@ def test_steps_are_decided_on_as_well(tmp_path: Path) -> None:
     assert callback.budget.state_dict()["decisions"] == {20: True}  # no more than one, however long the run
 
 
-def test_a_step_is_decided_on_once(tmp_path: Path) -> None:
-    """With accumulated gradients several batches end at one step; only the first of them asks."""
-    callback = make_callback(Clock(), 5, max_overhead=0.15, every_n_train_steps=1)
-    fit(tmp_path, callback, epochs=4, accumulate_grad_batches=2)
-    # After 70 s, in the middle of epoch 3, an analysis would fit; it would be of the weights of epoch 2.
-    assert analyzed(callback) == [(0, 1), (3, 4)]
-
-
 def test_failed_analyses_cost_time_too(tmp_path: Path) -> None:
     def costs(number: int) -> float:
         if number == 0:
@@ -143,14 +135,11 @@ def test_writing_counts_and_waiting_for_the_device_does_not(tmp_path: Path, monk
     clock = Clock()
     callback = make_callback(clock, 5)
 
-    def take(seconds: float) -> Any:
-        def wait(*_args: Any) -> None:
-            clock.now += seconds
+    def take(seconds: float, *_args: Any) -> None:
+        clock.now += seconds
 
-        return wait
-
-    monkeypatch.setattr("lightning_hesd.training.compat.strategies.wait_for_device", take(40))
-    monkeypatch.setattr(callback.history, "save", take(7))
+    monkeypatch.setattr("lightning_hesd.training.compat.strategies.wait_for_device", partial(take, 40))
+    monkeypatch.setattr(callback.history, "save", partial(take, 7))
     fit(tmp_path, callback, epochs=1)
     state = callback.budget.state_dict()
     assert (state["training_seconds"], state["analysis_seconds"]) == (60, 12)
@@ -202,14 +191,19 @@ def test_a_resumed_run_goes_on_with_its_budget(tmp_path: Path, stop_after: int) 
     assert resumed.budget.state_dict() == whole.budget.state_dict()
 
 
-def test_a_resumed_run_repeats_decisions(tmp_path: Path) -> None:
-    """It meets the last step of the run before again, when there is more time to spend than at the decision."""
-    first = make_callback(Clock(), 5, max_overhead=0.15, every_n_train_steps=1)
-    trainer = fit(tmp_path, first, epochs=3, accumulate_grad_batches=2)
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
-    resumed = make_callback(Clock(), 5, max_overhead=0.15, every_n_train_steps=1)
-    fit(tmp_path, resumed, epochs=4, accumulate_grad_batches=2, ckpt_path=tmp_path / "last.ckpt")
-    assert analyzed(resumed) == [(0, 1), (3, 4)]
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_step_is_decided_on_once(tmp_path: Path, resumed: bool) -> None:
+    """With accumulated gradients several batches end at one step; only the first of them asks.
+
+    A resumed run meets the last step again, when there is more time to spend than at the decision.
+    """
+    path = None
+    for epochs in (3, 4) if resumed else (4,):
+        callback = make_callback(Clock(), 5, max_overhead=0.15, every_n_train_steps=1)
+        trainer = fit(tmp_path, callback, epochs=epochs, accumulate_grad_batches=2, ckpt_path=path)
+        trainer.save_checkpoint(path := tmp_path / "last.ckpt")
+    # After 70 s, in the middle of epoch 3, an analysis would fit; it would be of the weights of epoch 2.
+    assert analyzed(callback) == [(0, 1), (3, 4)]
 
 
 def test_an_interruption_stops_the_clock(tmp_path: Path) -> None:

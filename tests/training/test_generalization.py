@@ -20,11 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SpectrumHistory, hessian_spectrum
 from lightning_hesd.spectra.assessment import VERDICT_VALUES
-from tests.training.digits_run import Net, data
+from tests.training.digits_run import Net, fit
 from tests.training.logs import read_events
-from tests.training.scripted import make_trainer
-
-EPOCHS = 2
 
 
 def other_data() -> DataLoader[Any]:
@@ -38,20 +35,11 @@ def callback(**arguments: Any) -> HessianSpectrumCallback:
     return HessianSpectrumCallback(**{**defaults, **arguments})
 
 
-def fit(
-    folder: Path, *callbacks: Any, net: Any = Net, ckpt_path: Any = None, epochs: int = EPOCHS, **arguments: Any
-) -> Any:
-    torch.manual_seed(0)
-    trainer = make_trainer(folder, list(callbacks), epochs, log_every_n_steps=4, **arguments)
-    trainer.fit(net(), data(), ckpt_path=ckpt_path)
-    return trainer
-
-
 @dataclass
 class Run:
     """A training with generalization data, two loggers, and a rule that ranks by the assessment."""
 
-    history: SpectrumHistory
+    history: Any
     trainer: Any
     rule: HessianCheckpoint
     printed: list[str]
@@ -77,19 +65,12 @@ def test_the_other_spectrum_is_that_of_the_other_data_with_the_same_probes(run: 
         steps=8,
         probes=2,
     )
-    assert ours is not None
     assert ours.num_samples == 48
     assert ours.c_t == pytest.approx(theirs.c_t, rel=1e-4)
     np.testing.assert_allclose(ours.weights, theirs.weights, rtol=1e-3, atol=1e-6)
     training = run.history[-1].spectrum
-    assert training is not None
     assert (training.seed, training.probe) == (ours.seed, ours.probe)
     assert training.c_t != ours.c_t
-
-
-def test_weights_are_those_of_a_training_without(run: Run, tmp_path: Path) -> None:
-    without = fit(tmp_path).lightning_module.state_dict()
-    assert all(torch.equal(run.trainer.lightning_module.state_dict()[key], without[key]) for key in without)
 
 
 class Validated(Net):
@@ -118,7 +99,7 @@ def test_validation_data_by_name(validation: dict[str, Any], run: Run, tmp_path:
     trainer = fit(tmp_path / "name", by_name, net=Validated, **validation)
     random_state = torch.get_rng_state()
     for ours, theirs in zip(by_name.history, run.history, strict=True):
-        np.testing.assert_array_equal(ours.generalization.nodes, theirs.generalization.nodes)  # type: ignore[union-attr]
+        np.testing.assert_array_equal(ours.generalization.nodes, theirs.generalization.nodes)
     without = fit(tmp_path / "without", net=Validated, **validation).lightning_module.state_dict()
     assert all(torch.equal(trainer.lightning_module.state_dict()[key], without[key]) for key in without)
     assert torch.equal(random_state, torch.get_rng_state())
@@ -154,7 +135,6 @@ def test_loggers_get_metrics_and_text(run: Run) -> None:
     assert {event.step for event in events.Images("hesd_gen/density_figure")} == {3, 7}
     texts = {e.step: e.tensor_proto.string_val[0].decode() for e in events.Tensors("hesd/assessment/text_summary")}
     for step, record in records.items():
-        assert record.assessment is not None
         assert f"**generalization: {record.assessment.verdict}**" in texts[step]
         assert all(f"- {reason}" in texts[step] for reason in record.assessment.reasons)
     for name in ("hesd_density.csv", "hesd_gen_density.csv"):
@@ -164,39 +144,35 @@ def test_loggers_get_metrics_and_text(run: Run) -> None:
 
 def test_files_can_be_read_back(run: Run) -> None:
     for ours, theirs in zip(run.history, SpectrumHistory.load(run.trainer.log_dir), strict=True):
-        assert ours.generalization is not None
-        assert theirs.generalization is not None
         np.testing.assert_array_equal(ours.generalization.nodes, theirs.generalization.nodes)
-        assert ours.assessment == theirs.assessment or np.isnan(ours.assessment.delta_r_e)  # type: ignore[union-attr]
+        assert ours.assessment == theirs.assessment or np.isnan(ours.assessment.delta_r_e)
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 def test_resumed_run_goes_on_with_the_same_samples(tmp_path: Path) -> None:
-    whole, first, second = callback(num_samples=20), callback(num_samples=20), callback(num_samples=20)
+    whole, first, second = (callback(num_samples=20) for _ in range(3))
     fit(tmp_path / "whole", whole)
-    trainer = fit(tmp_path / "parts", first, epochs=1)
-    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    fit(tmp_path / "parts", first, epochs=1).save_checkpoint(tmp_path / "half.ckpt")
     fit(tmp_path / "rest", second, ckpt_path=tmp_path / "half.ckpt")
     for one, other in zip(whole.history, second.history, strict=True):
-        np.testing.assert_array_equal(one.generalization.nodes, other.generalization.nodes)  # type: ignore[union-attr]
+        np.testing.assert_array_equal(one.generalization.nodes, other.generalization.nodes)
     assert whole.state_dict()["samples"] == second.state_dict()["samples"]
     assert sorted(whole.state_dict()["samples"]) == ["generalization", "training"]
 
 
 def test_a_failure_on_the_other_data_leaves_the_training_spectrum(tmp_path: Path) -> None:
-    spectra = callback(generalization_dataloader=DataLoader(TensorDataset(torch.ones(8, 3)), batch_size=4))
+    spectra: Any = callback(generalization_dataloader=DataLoader(TensorDataset(torch.ones(8, 3)), batch_size=4))
     with pytest.warns(RuntimeWarning, match="the analysis of generalization data of epoch 0 failed, training goes on"):
         fit(tmp_path, spectra, epochs=1)
     (record,) = spectra.history
     assert record.spectrum is not None
     assert record.generalization is None
     assert record.assessment is None
-    assert record.error is not None
     assert record.error.startswith("the analysis of generalization data: ValueError: ")
 
 
 def test_a_rule_may_rank_by_the_assessment(run: Run) -> None:
-    ratios = [record.assessment.delta_k_h05 for record in run.history]  # type: ignore[union-attr]
+    ratios = [record.assessment.delta_k_h05 for record in run.history]
     assert f"epoch={int(np.argmin(ratios))}-" in Path(run.rule.best_model_path).name
 
 
