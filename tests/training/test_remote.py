@@ -40,19 +40,15 @@ def nothing_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[f
     assert not list((tmp_path / "cwd").iterdir())
 
 
-def spectra(**arguments: Any) -> HessianSpectrumCallback:
-    return HessianSpectrumCallback(
-        loss_fn=lambda m, _: (m.weight - 9) ** 2, num_samples=2, on_error="raise", **arguments
-    )
-
-
 def c_t(history: SpectrumHistory) -> list[float | None]:
     return [record.spectrum and record.spectrum.c_t for record in history]
 
 
 def test_a_run_on_another_filesystem(tmp_path: Path, nothing_local: Any) -> None:
     checkpoint = HessianCheckpoint(earliest, require_mp=False, tolerance=99.0, save_last=True)
-    observer = spectra(checkpoint=checkpoint)
+    observer = HessianSpectrumCallback(
+        loss_fn=lambda m, _: (m.weight - 9) ** 2, num_samples=2, on_error="raise", checkpoint=checkpoint
+    )
     logger = CSVLogger(REMOTE)
     for _ in range(2):  # the second run overwrites what the first has left
         trainer = make_trainer(REMOTE, [observer], 2, logger=logger)
