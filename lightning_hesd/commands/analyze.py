@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,9 +45,6 @@ BATCH_WEIGHT = "'tokens', or a function batch -> its weight, as package.function
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of the command."""
     add_project(parser)
-    parser.add_argument("--devices", type=int | str, default=1, help="Devices of each node, as for the Trainer.")
-    parser.add_argument("--num_nodes", type=int, default=1, help="Nodes, as for the Trainer.")
-    parser.add_argument("--strategy", type=str, default="auto", help="Strategy of several devices, as for the Trainer.")
     parser.add_argument("--generalization", type=str | None, help="'val' or 'test' data of --data, or a data module.")
     parser.add_argument("--generalization_args", type=dict[str, Any], default={}, help="Arguments of that data module.")
     parser.add_argument(
@@ -115,7 +111,7 @@ def _analysis(config: Namespace) -> PosthocAnalysis:
     if options["batch_weight"] not in {None, "tokens"}:
         options["batch_weight"] = imported(options["batch_weight"])
     return PosthocAnalysis(
-        replace(project_of(config), devices=config.devices, num_nodes=config.num_nodes, strategy=config.strategy),
+        project_of(config),
         AnalysisOptions(**options),
         generalization,
         config.preconditioned,
@@ -125,16 +121,8 @@ def _analysis(config: Namespace) -> PosthocAnalysis:
 
 def _plain(config: Namespace) -> dict[str, Any]:
     """Return the options that the results depend on, as JSON values."""
-    irrelevant = {
-        "checkpoints",
-        "out",
-        "tolerance_of_loss",
-        "unsafe",
-        "accelerator",
-        "devices",
-        "num_nodes",
-        "strategy",
-    }
+    machine = {"accelerator", "devices", "num_nodes", "strategy"}
+    irrelevant = {"checkpoints", "out", "tolerance_of_loss", "unsafe", *machine}
     options = {key: value for key, value in config.as_dict().items() if key not in irrelevant}
     plain: dict[str, Any] = json.loads(json.dumps(options, default=str))
     return plain

@@ -158,22 +158,22 @@ class Project:
     Attributes:
         model: The LightningModule.
         data: The LightningDataModule, whose training data are analyzed.
-        num_samples: Number of samples; None: the samples of the run, if the checkpoint names them, else 512.
-        batch_size: Samples per batch.
         loss_fn: As for the callback; None: the module's `training_step`.
+        num_samples: Number of samples; None: the samples of the run, if the checkpoint names them, else 512.
+        batch_size: Samples per batch; None: as the data module makes them.
         name: Name of the callback in the run.
         accelerator: As for the Trainer.
-        devices: As for the Trainer.
-        num_nodes: As for the Trainer.
-        strategy: As for the Trainer.
-        unsafe: Whether to load checkpoints with objects of any class.
+        devices: Devices of each node, as for the Trainer.
+        num_nodes: Nodes, as for the Trainer.
+        strategy: Strategy of several devices, as for the Trainer.
+        unsafe: Whether to load objects of any class from checkpoints; they can run any code.
     """
 
     model: Blueprint
     data: Blueprint
+    loss_fn: LossFunction | None = None
     num_samples: int | None = None
     batch_size: int | None = None
-    loss_fn: LossFunction | None = None
     name: str = "hesd"
     accelerator: str = "auto"
     devices: int | str = 1

@@ -25,7 +25,7 @@ __all__ = ["add_arguments", "run", "separated"]
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of the command."""
-    add_project(parser)
+    add_project(parser, in_one_process=True)
     parser.add_function_arguments(recommend_sample_size, skip={"module", "batches", "loss_fn", "mode"})
     parser.add_argument("--mode", type=AnalysisMode, default="auto", help=MODE)
 
