@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_hesd.training import session
-from tests.training.modules import callback, fit, loader, plain_loss
+from tests.training.modules import Classifier, callback, fit, loader, plain_loss
 
 HOOKS = {"on_train_epoch_end", "on_train_batch_end"}
 
@@ -44,13 +44,14 @@ def test_five_frames_from_the_hook_to_the_engine(
         loss_fn=plain_loss,
         layers="auto",
         decompose=True,
+        preconditioner={name: torch.ones_like(p) for name, p in Classifier().named_parameters()},
         output_fn=lambda module, batch: module.net(batch[0]),
         output_loss=lambda outputs, batch: torch.nn.functional.cross_entropy(outputs, batch[1]),
         generalization_dataloader=loader(),
     )
     fit(tmp_path, observer, max_epochs=1)
     assert [record.error for record in observer.history] == [None]
-    assert len(stacks) == 5  # the spectra of two data sets, of two terms, and of layers
+    assert len(stacks) == 6  # the spectra of two data sets, of the preconditioned Hessian, of two terms, of layers
     for stack in stacks:
         assert stack[0] in HOOKS
         assert len(stack) <= 5, stack

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.spectra.selection import Candidate, CandidateFilter, progress_tolerance
 from lightning_hesd.spectra.validation import each, first_invalid_field, having, integer, number, of, optional, text
+from lightning_hesd.training.compat.namespaces import MisconfigurationException
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,6 +45,9 @@ class Ranking:
     """
 
     def __init__(self, tolerance: float | None, *, require_mp: bool) -> None:
+        if tolerance is not None and not tolerance >= 0:
+            msg = f"`tolerance` must not be negative, got {tolerance!r}."
+            raise MisconfigurationException(msg)
         self.tolerance = tolerance
         self.require_mp = require_mp
         self.clear()
