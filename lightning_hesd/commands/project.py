@@ -30,7 +30,7 @@ from lightning_hesd.training.analyzer import TrainerAnalyzer
 from lightning_hesd.training.callback import DEFAULT_NUM_SAMPLES, HessianSpectrumCallback
 from lightning_hesd.training.compat.namespaces import lightning_types, namespace_of
 from lightning_hesd.training.loss import check_loss_source
-from lightning_hesd.training.samples.sample_state import check_samples
+from lightning_hesd.training.samples.epochs import check_samples
 
 if TYPE_CHECKING:
     from collections.abc import Callable

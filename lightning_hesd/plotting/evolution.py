@@ -10,8 +10,7 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.patheffects import Normal, Stroke
 
-from lightning_hesd.plotting.run_axis import RunAxis
-from lightning_hesd.plotting.signed_log import linear_threshold, set_signed_log
+from lightning_hesd.plotting.axes import RunAxis, linear_threshold, set_signed_log
 from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, new_axes
 
 if TYPE_CHECKING:

@@ -107,12 +107,7 @@ class AnalyzedLoss:
         return modes
 
     def evaluate(self, mode: ModeName, **changes: Any) -> Evaluated:
-        """Evaluate loss and gradient in a mode, on all ranks together.
-
-        Args:
-            mode: The mode.
-            **changes: Options that differ from those of the analysis.
-        """
+        """Evaluate loss and gradient in a mode, on all ranks together; `changes` are options of this evaluation."""
 
         def work() -> Evaluated:
             setting = self.setting(mode)

@@ -157,14 +157,8 @@ class TrainerAnalyzer:
     ) -> Result:
         """Return the result of an analysis at the present weights, the same on every rank.
 
-        With `num_samples="auto"`, a spectrum without `changes` is computed again as long as samples are added.
-
-        Args:
-            trainer: The Trainer.
-            pl_module: Its module.
-            report: Called after every Lanczos step.
-            analysis: What to compute.
-            **changes: Options that differ for this analysis.
+        Its options are those of the analyzer and `changes`. `report` is called after every Lanczos step. With
+        `num_samples="auto"`, a spectrum without `changes` is computed again as long as samples are added.
         """
         options = replace(self._options, **changes)
         failure: str | None = None

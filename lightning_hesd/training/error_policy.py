@@ -51,22 +51,14 @@ class ErrorPolicy:
     def guard(self, consequence: str, on_error: OnError | None = None) -> Guard:
         """Return a context in which an exception becomes a warning, unless exceptions are to be raised.
 
-        Args:
-            consequence: What a failure means for the user; the warning begins with it.
-            on_error: "warn" or "raise" for this context; None: as the policy says.
+        The warning begins with the consequence for the user. `on_error` replaces that of the policy.
         """
         return Guard(self, consequence, on_error or self.on_error)
 
     def complain(
         self, message: str, *, key: str | None = None, harmless: bool = False, cause: Exception | None = None
     ) -> None:
-        """Warn of a problem that is no exception, or raise one.
-
-        Args:
-            message: The problem.
-            key: Warn once in a run of all problems with this key; None: warn each time.
-            harmless: Whether to warn in any case.
-            cause: The exception behind the problem.
+        """Warn of a problem that is no exception, or raise one; of all problems with the same key, warn once in a run.
 
         Raises:
             MisconfigurationException: If exceptions are to be raised, and the problem is not harmless.

@@ -65,10 +65,7 @@ def make_loss_fn(
 ) -> LossFunction:
     """Return `loss_fn`, or the loss of `training_step`, evaluated at the trainer's precision but without autocast.
 
-    Args:
-        trainer: The trainer.
-        loss_fn: The user's loss; None: that of `training_step`.
-        evaluating: Makes the context of an evaluation.
+    Each evaluation takes place in a context that `evaluating` makes.
     """
     compute = loss_fn or _training_step_loss
     precision = trainer.precision_plugin

@@ -49,10 +49,8 @@ class RunOutputs:
     def open(self, trainer: pl.Trainer, history: SpectrumHistory, names: Sequence[str]) -> None:
         """Find the loggers and the folder; on rank zero only, and not with `fast_dev_run`.
 
-        Args:
-            trainer: The Trainer.
-            history: The records so far, of the run that is continued.
-            names: Names of all HessianSpectrumCallbacks of the Trainer; the first one writes the layout of charts.
+        The history has the records of the run that is continued. Of all callbacks of the Trainer, given by their names,
+        the first one writes the layout of charts.
         """
         run_folder = runs.run_folder(trainer)  # every rank must ask for it
         fast_dev_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from lightning_hesd.training.compat import messages, progress_bars
+from lightning_hesd.training.compat import messages
 from lightning_hesd.training.compat.namespaces import lightning_types
 
 if TYPE_CHECKING:
@@ -29,13 +29,7 @@ DELAY = 1.0
 def analysis_bar(
     trainer: pl.Trainer, name: str, *, shown: bool, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[Report | None]:
-    """Show a bar during a long analysis, if the Trainer has a progress bar of TQDM or Rich.
-
-    Args:
-        trainer: The trainer.
-        name: Name of the callback.
-        shown: Whether to show a bar at all.
-        clock: Returns seconds, from any origin.
+    """Show a bar during a long analysis, if it is to be shown and the Trainer has a progress bar of TQDM or Rich.
 
     Yields:
         The function to call after each step; None if there is no bar on this rank.
@@ -143,7 +137,7 @@ class _RichBar:
         from rich.markup import escape  # noqa: PLC0415 - optional: imported only for a bar of Rich
 
         self._owner = owner
-        self._progress = progress_bars.start_rich_progress(owner, trainer)
+        self._progress = messages.start_rich_progress(owner, trainer)
         self._task = self._progress.add_task(escape(description), total=total, completed=done)
 
     def show(self, done: int, total: int) -> None:

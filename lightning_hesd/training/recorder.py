@@ -64,16 +64,9 @@ class Recorder:
         name: str = "hesd",
         progress: bool = False,
     ) -> None:
-        """Take the analyzers and the parts of a record beyond the spectrum on the training samples.
+        """Take the analyzers of the samples and the other parts of a record, as for the callback.
 
-        Args:
-            training: Analyzes the training samples.
-            generalization: Analyzes the generalization samples; None: there are none.
-            preconditioner: Add the preconditioned spectrum: "optimizer", or diagonals by parameter name.
-            layers: Add the spectra of these layers; None: of no layer.
-            decomposition: Add the spectra of the GGN and the residual, with these options: `output_fn`, `output_loss`.
-            name: Name of the callback, for the progress bar.
-            progress: Whether to show a progress bar.
+        `decomposition` has the options of the spectra of GGN and residual: `output_fn`, `output_loss`.
         """
         self._analyzers = {"training": training}
         if generalization is not None:

@@ -49,14 +49,7 @@ class AnalysisRun:
     """
 
     def __init__(self, source: SpectrumSource, recorder: Recorder, monitor: GradientMonitor, *, progress: bool) -> None:
-        """Take the parts.
-
-        Args:
-            source: The callback, whose history is filled.
-            recorder: Makes the records.
-            monitor: Compares gradients; may be switched off.
-            progress: Whether to show C_t in the progress bar.
-        """
+        """Fill the history of the callback `source`; with `progress`, show C_t in the progress bar."""
         self.stage = "fit"
         self.shares_name = False
         self._source = source

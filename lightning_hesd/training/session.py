@@ -71,13 +71,7 @@ class AnalysisSession:
     report: Report | None
 
     def attempt(self, compute: Callable[..., Result], options: AnalysisOptions, reason: str | None) -> Result:
-        """Run the analysis once, on all ranks together.
-
-        Args:
-            compute: A function with the signature of `analyze` of the engine.
-            options: Its options.
-            reason: Why the options differ from those of the session; None if they do not.
-        """
+        """Run the analysis once, on all ranks together; `reason`: why the options differ from those of the session."""
         ranks = collectives_of(self.trainer)
         sharding = parameter_sharding_of(self.trainer, self.module)
         run = partial(

@@ -8,8 +8,8 @@ from lightning.pytorch import Callback
 
 from lightning_hesd.training.budget import Budget
 from lightning_hesd.training.callback_copies import CopiedCallback
-from lightning_hesd.training.compat.callbacks import callbacks_of
 from lightning_hesd.training.compat.namespaces import MisconfigurationException, join_namespaces, of_every_namespace
+from lightning_hesd.training.compat.runs import callbacks_of
 from lightning_hesd.training.error_policy import ErrorPolicy
 from lightning_hesd.training.history import SpectrumHistory
 from lightning_hesd.training.schedule import Schedule

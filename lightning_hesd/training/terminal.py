@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from lightning_hesd.spectra.summary import GAP, TEXT_COLUMNS
-from lightning_hesd.training.compat import messages, progress_bars
+from lightning_hesd.training.compat import messages
 from lightning_hesd.training.compat.namespaces import lightning_types
 
 if TYPE_CHECKING:
@@ -32,12 +32,7 @@ def say(trainer: pl.Trainer, *lines: str) -> None:
 
 
 def show(trainer: pl.Trainer, make_summary: Callable[[], Summary | None]) -> None:
-    """Print a summary below the progress bar, on rank zero only; a failure becomes a warning.
-
-    Args:
-        trainer: The trainer, whose fit is over.
-        make_summary: Returns the summary; None: print nothing.
-    """
+    """Print a summary, if there is one, below the progress bar, on rank zero only; a failure becomes a warning."""
     if not trainer.is_global_zero:
         return
     try:
@@ -46,7 +41,7 @@ def show(trainer: pl.Trainer, make_summary: Callable[[], Summary | None]) -> Non
             return
         bar: Any = trainer.progress_bar_callback
         if isinstance(bar, lightning_types("callbacks.RichProgressBar")):
-            progress_bars.stop_rich_progress(bar)
+            messages.stop_rich_progress(bar)
         with _clear_of_bars(trainer):
             console = _rich_terminal()
             if console is None:

@@ -44,12 +44,7 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
     _final_path = ""
 
     def __init__(self, ranking: Ranking, **kwargs: Any) -> None:
-        """Begin without candidates.
-
-        Args:
-            ranking: Decides which states are candidates.
-            **kwargs: Arguments of ModelCheckpoint.
-        """
+        """Begin without candidates; `kwargs` are arguments of ModelCheckpoint."""
         self._ranking = ranking  # which `best_model_path` needs
         super().__init__(**kwargs)
         self.errors = ErrorPolicy()
@@ -133,14 +128,10 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
     ) -> Candidate | None:
         """Rank the present weights: write their file if they become a candidate, and delete those of beaten ones.
 
-        Args:
-            trainer: The Trainer.
-            record: Their record, with a spectrum.
-            score: Their training metric; higher is better.
-            criterion: Their criterion; higher is better.
+        Of score and criterion, higher is better.
 
         Returns:
-            latest: Their entry in the ranking; None if the file could not be written.
+            Their entry in the ranking; None if the file could not be written.
         """
         before = self.candidates
         path = self.free_path(trainer, self._monitor_candidates(trainer), [c.path for c in before])

@@ -35,10 +35,8 @@ class ExclusiveCheckpoint(ModelCheckpoint):
 
     Without a `filename`, names begin with `name_prefix`. With one, they do so only if another callback of the Trainer
     may write the same name to the same folder. `enable_version_counter=False` allows overwriting files of an earlier
-    run, as in ModelCheckpoint, but neither a file of this run nor the file that it was resumed from.
-
-    Args:
-        **kwargs: Arguments of ModelCheckpoint.
+    run, as in ModelCheckpoint, but neither a file of this run nor the file that it was resumed from. The arguments are
+    those of ModelCheckpoint.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -95,12 +93,9 @@ class ExclusiveCheckpoint(ModelCheckpoint):
         self.CHECKPOINT_NAME_LAST = f"{last}-{self.name_prefix}" if any(c.save_last for c in others) else last
 
     def free_path(self, trainer: pl.Trainer, names: dict[str, Tensor], own: Iterable[str]) -> str:
-        """Return a path for a new file that no other file has.
+        """Return a path for a new file that no other file has, also none of this callback's `own`.
 
-        Args:
-            trainer: The Trainer.
-            names: Values for the template of the file name.
-            own: Paths of this callback's files.
+        The template of the file name takes its values from `names`.
         """
         taken = {place(path) for path in own}
         for other in self._other_checkpoints(trainer):

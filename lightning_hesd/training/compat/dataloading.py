@@ -21,11 +21,7 @@ def transfer_batch(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: An
 
 
 def watch_batches(trainer: pl.Trainer, see: Callable[[Any, int], None]) -> Callable[[], None]:
-    """Call a function with each training batch and its index, as `training_step` gets them: after all other hooks.
-
-    Args:
-        trainer: The Trainer.
-        see: The function.
+    """Call `see` with each training batch and its index, as `training_step` gets them: after all other hooks.
 
     Returns:
         A function that ends the calls.

@@ -26,8 +26,7 @@ from lightning_hesd.numerics.isolation.containers import BufferState
 from lightning_hesd.numerics.isolation.streams import GENERATORS
 from lightning_hesd.training.isolation import kinds
 from lightning_hesd.training.isolation.kinds import attributes_of, slots_of
-from lightning_hesd.training.isolation.places import Owner, Place
-from lightning_hesd.training.isolation.tracked_states import LARGE_CONTAINER, TrackedContent, TrackedTable
+from lightning_hesd.training.isolation.tracked_states import LARGE_CONTAINER, Owner, Place, TrackedContent, TrackedTable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -90,13 +89,7 @@ class ReachableObjects:
 
 
 def find_reachable(trainer: pl.Trainer, module: pl.LightningModule, skipped: Iterable[object] = ()) -> ReachableObjects:
-    """Search all objects that can be reached from a module in training.
-
-    Args:
-        trainer: The Trainer.
-        module: The module.
-        skipped: Objects to skip, with everything that only they refer to.
-    """
+    """Search all objects that can be reached from a module in training, and not only through those to be skipped."""
     return _Search(trainer, module, skipped).found
 
 
