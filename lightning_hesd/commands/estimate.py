@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from lightning_hesd.numerics.operators.memory import VECTORS
-from lightning_hesd.spectra.checks import check_count
+from lightning_hesd.spectra.validation import check_count
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -203,9 +203,7 @@ def _memory(workload: Workload, samples: int) -> float:
 def measured_bandwidth(rows: int = 32, columns: int = 2**21) -> float:
     """Return the bytes per second at which this CPU reads a Krylov basis, by the best of a few products with one.
 
-    Args:
-        rows: Number of basis vectors.
-        columns: Their length; all of them must not fit into a cache.
+    The basis, of shape (rows, columns), must not fit into a cache.
     """
     basis, vector = torch.ones(rows, columns), torch.ones(columns)
     best = math.inf

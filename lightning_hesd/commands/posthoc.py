@@ -59,8 +59,7 @@ class PosthocAnalysis:
     def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Checkpoint) -> SpectrumRecord:
         other = self._generalization_loader(trainer)
         recorder = Recorder(
-            self.project.training_analyzer(self.options, checkpoint, self.mode),
-            # Samples drawn anew, for these may not be the data of the run.
+            self.project.analyzer(self.options, checkpoint, self.mode),
             None if other is None else self.project.analyzer(self.options, checkpoint, self.mode, other),
             preconditioner="optimizer" if self.preconditioned else None,
         )
@@ -98,7 +97,7 @@ def sample_size(
 
     def work(trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Checkpoint) -> SampleSize:
         analysis = Analysis("sample size", partial(find_sample_size, stability=stability))
-        return project.training_analyzer(options, checkpoint, mode).analyze(trainer, pl_module, analysis=analysis)
+        return project.analyzer(options, checkpoint, mode).analyze(trainer, pl_module, analysis=analysis)
 
     return project.at(path, work)[0]
 

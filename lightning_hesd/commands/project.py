@@ -16,16 +16,7 @@ import torch
 from lightning.pytorch import Callback
 
 from lightning_hesd.commands.errors import CommandError
-from lightning_hesd.spectra.validation import (
-    check_fields,
-    each,
-    each_named,
-    having,
-    integer,
-    of,
-    one_line,
-    optional,
-)
+from lightning_hesd.spectra.validation import check_fields, each, each_named, having, integer, of, one_line, optional
 from lightning_hesd.training.analyzer import TrainerAnalyzer
 from lightning_hesd.training.callback import DEFAULT_NUM_SAMPLES, HessianSpectrumCallback
 from lightning_hesd.training.compat.namespaces import lightning_types, namespace_of
@@ -76,11 +67,9 @@ class Blueprint:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, kind: str, hyperparameters: Mapping[str, Any]) -> Any:
-        """Return an instance.
+        """Return an instance, which must be one of Lightning's class `kind`, in either namespace.
 
-        Args:
-            kind: Name of the class of Lightning, in either namespace, of which it must be an instance.
-            hyperparameters: Hyperparameters in a checkpoint; those that the class does not take are ignored.
+        Of the hyperparameters in a checkpoint, those that the class does not take are ignored.
 
         Raises:
             CheckpointError: If there is no such class, or it cannot be instantiated.
@@ -119,11 +108,7 @@ def imported(path: str) -> Any:
 
 
 def load_checkpoint(path: Path, *, unsafe: bool = False) -> Checkpoint:
-    """Read a Lightning checkpoint to the CPU.
-
-    Args:
-        path: The file.
-        unsafe: Whether to load objects of any class, which can run any code.
+    """Read a Lightning checkpoint to the CPU; `unsafe` loads objects of any class, which can run any code.
 
     Raises:
         CheckpointError: If it cannot be read, or holds no weights.
@@ -186,10 +171,6 @@ class Project:
     ) -> tuple[Result, Checkpoint]:
         """Return the result of a function at the weights of a checkpoint, at the start of training, and the checkpoint.
 
-        Args:
-            path: The checkpoint.
-            work: Function of the Trainer, the module and the checkpoint.
-
         Raises:
             CheckpointError: If it cannot be loaded.
             MisconfigurationException: If the module or its data cannot be used.
@@ -217,29 +198,15 @@ class Project:
         trainer.fit(module, datamodule=data)
         return found[0], checkpoint  # `fit` either starts or raises
 
-    def training_analyzer(
-        self, options: AnalysisOptions, checkpoint: Checkpoint, mode: AnalysisMode
-    ) -> TrainerAnalyzer:
-        """Return the analyzer of the training data, on the samples of the run unless `num_samples` is given."""
-        drawn = self._drawn(checkpoint)
-        analyzer = self.analyzer(options, checkpoint, mode)
-        if drawn:
-            analyzer.load_state_dict(drawn)
-        return analyzer
-
     def analyzer(
         self, options: AnalysisOptions, checkpoint: Checkpoint, mode: AnalysisMode, dataloader: Any = None
     ) -> TrainerAnalyzer:
-        """Return the analyzer of samples drawn anew, as many as in the run unless `num_samples` is given.
+        """Return the analyzer of the samples of the run; with a dataloader of as many samples of that, drawn anew.
 
-        Args:
-            options: As for `hessian_spectrum`.
-            checkpoint: The checkpoint.
-            mode: Mode of the module, as for the callback.
-            dataloader: Source of the samples; None: the training data.
+        If `num_samples` is given, or the checkpoint does not name the samples of the run, all are drawn anew.
         """
         drawn = self._drawn(checkpoint)
-        return TrainerAnalyzer(
+        analyzer = TrainerAnalyzer(
             options,
             num_samples=drawn["num_samples"] if drawn else self.num_samples or DEFAULT_NUM_SAMPLES,
             batch_size=self.batch_size,
@@ -247,6 +214,9 @@ class Project:
             loss_fn=self.loss_fn,
             mode=mode,
         )
+        if drawn and dataloader is None:
+            analyzer.load_state_dict(drawn)
+        return analyzer
 
     def _drawn(self, checkpoint: Checkpoint) -> dict[str, Any] | None:
         """Return the samples that the callback of the run drew, unless `num_samples` is given; None: not known.

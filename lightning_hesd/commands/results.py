@@ -61,11 +61,7 @@ class Results:
     """The folder of results, with those of earlier calls."""
 
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
-        """Open the folder.
-
-        Args:
-            folder: The folder.
-            options: Options that the results depend on.
+        """Open the folder, with the options that the results depend on.
 
         Raises:
             ResultsError: If it holds results of another analysis, or other files.

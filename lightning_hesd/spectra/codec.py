@@ -80,12 +80,7 @@ def decode_record(row: Mapping[str, Any], load: Callable[[str, Any], Any]) -> Sp
 
 
 def record_fields(spectrum: Check, layers: Check) -> dict[str, Check]:
-    """Return the checks of a row.
-
-    Args:
-        spectrum: Check of the value that stands for a spectrum.
-        layers: Check of the value that stands for the spectra of layers.
-    """
+    """Return the checks of a row, given those of the values that stand for a spectrum and for spectra of layers."""
     return {
         "epoch": integer,
         "global_step": integer,
@@ -216,11 +211,7 @@ def save(content: Content, path: str | os.PathLike[str]) -> None:
 
 
 def load(field: str, path: str | os.PathLike[str]) -> Content:
-    """Read the spectrum, or the spectra of layers, that `save` wrote.
-
-    Args:
-        field: Field of the record that it belongs to.
-        path: The file.
+    """Read the spectrum, or the spectra of layers, that `save` wrote for this field of a record.
 
     Raises:
         FileNotFoundError: If there is no such file.

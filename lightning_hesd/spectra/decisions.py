@@ -35,11 +35,7 @@ def rewound(payloads: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def run_payload(
-    run: str,
-    name: str,
-    records: Sequence[Payload],
-    selections: Sequence[Payload],
-    problems: Sequence[str],
+    run: str, name: str, records: Sequence[Payload], selections: Sequence[Payload], problems: Sequence[str]
 ) -> dict[str, Any]:
     """Return the data of one run that the tab and the report show.
 
@@ -47,7 +43,7 @@ def run_payload(
         run: Name of the run.
         name: Name of the callback in the run.
         records: Payloads of records.
-        selections: Payloads of selection events; those of one callback in the order of training.
+        selections: As for `decisions`.
         problems: Messages about payloads that could not be read.
     """
     return {

@@ -81,14 +81,7 @@ def read_archive(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any
 
 @contextlib.contextmanager
 def damage_named(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
-    """Add the name of the file to the message of a ValueError.
-
-    Args:
-        path: The file.
-        kind: Description of the expected content.
-
-    Yields:
-        Nothing.
+    """Add the name of the file, and the kind of content it should have, to the message of a ValueError.
 
     Raises:
         ValueError: If the body raises one.

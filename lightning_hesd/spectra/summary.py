@@ -67,13 +67,7 @@ class Summary:
 
 
 def analysis_lines(record: SpectrumRecord, name: str, *, by_step: bool = False) -> list[str]:
-    """Return the main findings of an analysis, a line for each spectrum.
-
-    Args:
-        record: The analysis.
-        name: Name of the callback.
-        by_step: Whether an epoch has several analyses, so that the step distinguishes them.
-    """
+    """Return the main findings of an analysis, a line for each spectrum, with its step if epochs have several."""
     lines = [f"{suffix.removeprefix('_')} {spectrum}".lstrip() for suffix, spectrum in record.spectra.items()]
     if record.assessment is not None:
         lines.append(str(record.assessment))

@@ -37,7 +37,7 @@ def check_loss_source(pl_module: pl.LightningModule, loss_fn: LossFunction | Non
             "loss over the batch."
         )
         raise MisconfigurationException(msg)
-    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+    if _fetches_batches(pl_module):
         msg = (
             f"the `training_step` of {type(pl_module).__name__} takes a `dataloader_iter` instead of a batch: pass "
             "`loss_fn=` to HessianSpectrumCallback, a function (module, batch) -> mean loss over the batch."
@@ -51,13 +51,17 @@ def check_gets_batches(pl_module: pl.LightningModule) -> None:
     Raises:
         MisconfigurationException: If it fetches its batches itself.
     """
-    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+    if _fetches_batches(pl_module):
         msg = (
             f"the `training_step` of {type(pl_module).__name__} takes a `dataloader_iter` instead of a batch, and no "
             "samples can be drawn from the training dataloader: pass `dataloader=` to HessianSpectrumCallback, a "
             "loader or a list of batches."
         )
         raise MisconfigurationException(msg)
+
+
+def _fetches_batches(pl_module: pl.LightningModule) -> bool:
+    return is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True)
 
 
 def make_loss_fn(

@@ -15,8 +15,8 @@ from lightning_hesd.spectra.spectrum import Spectrum
 from lightning_hesd.training.compat.strategies import check_whole
 from lightning_hesd.training.history import START_EPOCH, SpectrumRecord, when
 from lightning_hesd.training.preconditioner import check_readable, read_preconditioner
-from lightning_hesd.training.progress import analysis_bar
 from lightning_hesd.training.session import SPECTRUM, layers_analysis
+from lightning_hesd.training.terminal import analysis_bar
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -139,8 +139,10 @@ class Recorder:
         found: dict[str, Any] = {"spectrum": None}
         error = None
         for part in self._parts(epoch):
-            attempt = errors.guard(f"{part.name} {when(epoch)} failed, training goes on")
-            with attempt, analysis_bar(trainer, self._name, shown=self._progress) as report:
+            with (
+                errors.guard(f"{part.name} {when(epoch)} failed, training goes on") as attempt,
+                analysis_bar(trainer, self._name, shown=self._progress) as report,
+            ):
                 options = part.options
                 if part.field == "preconditioned":
                     options = self._preconditioning(trainer, pl_module, found)

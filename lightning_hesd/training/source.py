@@ -48,7 +48,14 @@ class SpectrumSource(CopiedCallback, Callback):
     loss_fn: LossFunction | None = None
 
     def __init__(self, name: str = "hesd", on_error: OnError = "warn", schedule: Schedule | None = None) -> None:
-        """Begin with an empty history."""
+        """Begin with an empty history.
+
+        Raises:
+            ValueError: If the name is no name of a folder.
+        """
+        if not name or "/" in name or name in {".", ".."}:
+            msg = f"`name` must be a non-empty text without '/', got {name!r}."
+            raise ValueError(msg)
         join_namespaces()
         super().__init__()
         self.name = name

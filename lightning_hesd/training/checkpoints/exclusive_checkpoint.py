@@ -15,7 +15,6 @@ from lightning_hesd.training.checkpoints.paths import (
     lies_in,
     may_coincide,
     place,
-    shares_folder,
 )
 from lightning_hesd.training.compat.namespaces import join_namespaces, lightning_types, of_every_namespace
 from lightning_hesd.training.compat.runs import name_of
@@ -79,7 +78,7 @@ class ExclusiveCheckpoint(ModelCheckpoint):
 
     def choose_names(self, trainer: pl.Trainer) -> None:
         """Choose names that no other callback uses; called once all know their folders, before the first file."""
-        others = [c for c in self._other_checkpoints(trainer) if shares_folder(self, c)]
+        others = [c for c in self._other_checkpoints(trainer) if place(c.dirpath) == place(self.dirpath)]
         given: str | None = self._as_given("filename")
         if given is None:
             self.filename = f"{self.name_prefix}-{DEFAULT_FILENAME}"

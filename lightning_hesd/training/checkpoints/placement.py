@@ -9,13 +9,8 @@ from lightning_hesd.training.checkpoints.checkpoint import HessianCheckpoint
 from lightning_hesd.training.checkpoints.paths import place as path_of
 from lightning_hesd.training.checkpoints.weights import AnalyzedWeights
 from lightning_hesd.training.compat.messages import warn
-from lightning_hesd.training.compat.namespaces import MisconfigurationException, in_namespaces, lightning_types
-from lightning_hesd.training.compat.runs import (
-    callbacks_of,
-    looks_before_the_epoch_ends,
-    replace_callbacks,
-    run_folder,
-)
+from lightning_hesd.training.compat.namespaces import MisconfigurationException, lightning_types
+from lightning_hesd.training.compat.runs import callbacks_of, looks_before_the_epoch_ends, replace_callbacks, run_folder
 from lightning_hesd.training.folders import joined
 from lightning_hesd.training.source import sources_of
 
@@ -33,6 +28,20 @@ SETTINGS = frozenset(
     }
 )
 """Attributes that the arguments of a ModelCheckpoint set."""
+
+
+def as_checkpoint(checkpoint: object) -> HessianCheckpoint | None:
+    """Return the checkpoint callback, made of the name of a rule if that is given.
+
+    Raises:
+        TypeError: If the argument is neither of them, nor None.
+    """
+    if isinstance(checkpoint, str):
+        return HessianCheckpoint(checkpoint)  # type: ignore[arg-type]  # which checks the name
+    if checkpoint is None or isinstance(checkpoint, HessianCheckpoint):
+        return checkpoint
+    msg = f"`checkpoint` must be the name of a rule, a HessianCheckpoint or None, got {checkpoint!r}."
+    raise TypeError(msg)
 
 
 def insert_checkpoint(
@@ -101,7 +110,7 @@ def _is_made_without_arguments(trainer: pl.Trainer, checkpoint: Any) -> bool:
     Lightning makes it without arguments. A single plain `ModelCheckpoint()` in `callbacks` looks the same, and does the
     same: it keeps the last weights.
     """
-    if type(checkpoint) not in in_namespaces("callbacks.ModelCheckpoint") or any(
+    if type(checkpoint) not in lightning_types("callbacks.ModelCheckpoint") or any(
         name.isupper() for name in vars(checkpoint)
     ):
         return False

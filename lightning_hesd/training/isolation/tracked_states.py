@@ -32,16 +32,11 @@ LARGE_BYTES = 2**20
 
 
 class Owner(IntEnum):
-    """To whom an object belongs, by the place where it was found."""
+    """To whom an object belongs, by the place where it was found: the module, the user outside it, or the Trainer."""
 
     MODULE = auto()
-    """To the module."""
-
     USER = auto()
-    """To the user, outside the module."""
-
     TRAINER = auto()
-    """To the Trainer."""
 
 
 class Place(NamedTuple):

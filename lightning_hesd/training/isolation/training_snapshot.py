@@ -44,7 +44,7 @@ class DisturbedTrainingError(MisconfigurationException):
     """The analyzed function has an effect on training that an analysis cannot undo."""
 
     def __init__(self, action: str, reason: str = "an analysis could not undo that") -> None:
-        """Make the message from the effect, a predicate ("changed `x` in place"), and the reason against it, a clause."""
+        """Make the message from the effect, a predicate such as "changed `x`", and the reason against it, a clause."""
         super().__init__(
             f"the function that is analyzed {action}; {reason}: pass `loss_fn=` to HessianSpectrumCallback, a function "
             "(module, batch) -> mean loss over the batch without it."

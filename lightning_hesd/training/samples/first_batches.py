@@ -59,12 +59,7 @@ class FirstBatches:
     """Copies of the first batches of training on this rank, from one epoch at most."""
 
     def __init__(
-        self,
-        trainer: pl.Trainer,
-        num_samples: float,
-        batch_weight: Weigh | None = None,
-        *,
-        limit: int | None = None,
+        self, trainer: pl.Trainer, num_samples: float, batch_weight: Weigh | None = None, *, limit: int | None = None
     ) -> None:
         """Copy the next batches of training, up to a number of samples on all ranks together.
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from lightning_hesd.numerics.inputs import batches
 from lightning_hesd.numerics.inputs.batches import WeightedBatch, copied
 from lightning_hesd.numerics.isolation.snapshot import restore_state, seed_everything
-from lightning_hesd.training.compat.namespaces import FABRIC, in_namespaces
+from lightning_hesd.training.compat.namespaces import FABRIC, lightning_types
 from lightning_hesd.training.samples.copies import NotCopiedError, private_copy
 from lightning_hesd.training.samples.sources import is_combined, is_plain
 
@@ -209,7 +209,7 @@ def _batches(loader: Any, iterator: Iterator[Any]) -> Iterator[Any]:
 
 def _has_own_init(loader: DataLoader[Any]) -> bool:
     init: Any = loader.worker_init_fn
-    return init is not None and getattr(init, "func", init) not in in_namespaces(
+    return init is not None and getattr(init, "func", init) not in lightning_types(
         "utilities.seed.pl_worker_init_function", of=FABRIC
     )
 

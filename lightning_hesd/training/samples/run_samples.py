@@ -11,10 +11,7 @@ from lightning_hesd.numerics.isolation.snapshot import restore_state
 from lightning_hesd.training.compat import dataloading, messages, strategies
 from lightning_hesd.training.compat.collectives import collectives_of
 from lightning_hesd.training.loss import check_gets_batches
-from lightning_hesd.training.samples.analysis_samples import (
-    AnalysisSamples,
-    draw_samples,
-)
+from lightning_hesd.training.samples.analysis_samples import AnalysisSamples, draw_samples
 from lightning_hesd.training.samples.copies import NotCopiedError
 from lightning_hesd.training.samples.epochs import check_samples, planned_batches, sample_state
 from lightning_hesd.training.samples.first_batches import FirstBatches, NoBatchesError

@@ -29,6 +29,18 @@ _ITERATION = ("__iter__", "_get_iterator", "_index_sampler", "_auto_collation")
 """The methods and properties by which PyTorch's DataLoader makes batches."""
 
 
+def check_loader(key: str, loader: object, alternative: str | None = None) -> None:
+    """Refuse text in place of a dataloader.
+
+    Raises:
+        ValueError: If it is text other than the alternative.
+    """
+    if isinstance(loader, str) and loader != alternative:
+        offered = "" if alternative is None else f" or {alternative!r}"
+        msg = f"`{key}` must be a dataloader{offered}, got {loader!r}."
+        raise ValueError(msg)
+
+
 def is_plain(loader: Any) -> bool:
     """Whether a loader iterates as PyTorch's DataLoader does, so that its dataset and samplers can be used directly."""
     if not isinstance(loader, DataLoader):
