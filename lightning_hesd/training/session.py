@@ -84,7 +84,7 @@ class AnalysisSession:
             sharding=sharding,
             report=self.report,
             cache=self.cache,
-            processes=self.trainer.num_devices,
+            local_ranks=self.trainer.num_devices,
             reason=reason,
         )
         return ranks.run_together(partial(sharding.collectives.run_together, run))
