@@ -154,7 +154,7 @@ def _measure(rank: int, case: Case, port: int, folder: Path) -> None:
     distributed.barrier()
     memory = PeakMemory()
     started = time.perf_counter()
-    analyze(module, own, loss, options, collectives=collectives, processes=case.processes)
+    analyze(module, own, loss, options, collectives=collectives, local_ranks=case.processes)
     seconds = time.perf_counter() - started
     parameters = sum(p.numel() for p in module.parameters())
     workload = Workload(parameters, case.samples, BATCH, case.steps, processes=case.processes, strategy=case.strategy,

@@ -21,7 +21,7 @@ from lightning_hesd.commands.project_arguments import (
     separated,
     without_advice,
 )
-from lightning_hesd.commands.results import RESULTS, Results, Row, candidates, picked, table_line
+from lightning_hesd.commands.results import RESULTS, Results, Row, table_lines
 from lightning_hesd.numerics.inputs.options import AnalysisOptions
 from lightning_hesd.training.compat.collectives import is_first_rank
 from lightning_hesd.training.loss_mode import AnalysisMode
@@ -91,9 +91,7 @@ def run(config: Namespace) -> None:
             print(f"[{number}/{len(paths)}] {path}{' (known)' if again else ''}: {found}", flush=True)
     if not writes:
         return
-    picks = picked(rows, config.tolerance_of_loss)
-    among = candidates(rows, config.tolerance_of_loss)
-    lines = [table_line(row, picks, among) for row in rows]
+    lines = table_lines(rows, config.tolerance_of_loss)
     store.finish(lines)
     _print_table(lines)
     print(f"Spectra, figures, {RESULTS} and results.csv are in {config.out}")

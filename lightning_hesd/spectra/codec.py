@@ -162,10 +162,6 @@ class Packing:
         return Spectrum.from_dict({**values, **{name: self.arrays[values[name]] for name in ARRAYS}})
 
 
-PACKED_SPECTRUM, PACKED_LAYERS = of(dict), each_named(of(dict))
-"""Checks of the values that stand for packed spectra."""
-
-
 def pack_records(records: Sequence[SpectrumRecord]) -> tuple[list[dict[str, Any]], Packing]:
     """Return records as plain values, and the arrays of their spectra."""
     packing = Packing()
@@ -190,7 +186,7 @@ def unpack_records(rows: object, packing: Packing) -> list[SpectrumRecord]:
             return packing.unpack(value)
         return {name: packing.unpack(spectrum) for name, spectrum in value.items()}
 
-    return [decode_record(row, load) for row in check_rows(rows, PACKED_SPECTRUM, PACKED_LAYERS)]
+    return [decode_record(row, load) for row in check_rows(rows, of(dict), each_named(of(dict)))]
 
 
 # Files ----------------------------------------------------------------------------------------------------------------

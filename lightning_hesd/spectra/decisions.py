@@ -69,7 +69,12 @@ def decisions(records: Sequence[Payload], selections: Sequence[Payload]) -> list
     found = [_of_callback(made) for made in by_callback.values()]
     used = {decision["rule"] for decision in found}
     states = [_state(record) for record in records]
-    return found + [_of_losses(rule, states) for rule in RULES if rule not in used]
+    # Of a rule without a callback, the decision that one with default settings would make.
+    return found + [
+        {**_decision(rule, LOSS, rank_by_loss(states, rule), is_relative=True), "used": False}
+        for rule in RULES
+        if rule not in used
+    ]
 
 
 def _of_callback(made: Sequence[Payload]) -> dict[str, Any]:
@@ -95,11 +100,6 @@ def _of_callback(made: Sequence[Payload]) -> dict[str, Any]:
         "pick": last["pick"],
         "metrics": metrics,
     }
-
-
-def _of_losses(rule: str, states: Sequence[AnalyzedState]) -> dict[str, Any]:
-    """Return the decision that a checkpoint callback with this rule and default settings would make."""
-    return {**_decision(rule, LOSS, rank_by_loss(states, rule), is_relative=True), "used": False}
 
 
 def _state(record: Payload) -> AnalyzedState:

@@ -6,7 +6,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
-from lightning_hesd.spectra.validation import first_invalid_field, integer, of, optional, within
+from lightning_hesd.spectra.validation import check_fields, integer, of, optional, within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -133,10 +133,7 @@ class Budget:
         Raises:
             ValueError: If a field is missing or invalid.
         """
-        wrong = first_invalid_field(state, _STATE)
-        if wrong is not None:
-            msg = f"`{wrong}` of the budget is missing or invalid"
-            raise ValueError(msg)
+        check_fields(state, _STATE, "the budget")
         self._trained = state["training_seconds"]
         self._training_since = None
         self._analyzed = state["analysis_seconds"]

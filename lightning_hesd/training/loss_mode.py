@@ -12,11 +12,11 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor
 
-from lightning_hesd.spectra.validation import first_invalid_field, text
+from lightning_hesd.spectra.validation import check_fields, text
 from lightning_hesd.training.analyzed_loss import UndecidedError
 from lightning_hesd.training.compat import messages, runs
 from lightning_hesd.training.compat.collectives import collectives_of
@@ -32,7 +32,7 @@ AutoMode = Literal["eval", "deterministic"]
 
 AnalysisMode = Literal["auto", "eval", "deterministic", "train", "keep"]
 
-MODES: tuple[AnalysisMode, ...] = ("auto", "eval", "deterministic", "train", "keep")
+MODES: tuple[AnalysisMode, ...] = get_args(AnalysisMode)
 
 WORDS: dict[str, str] = {
     "eval": "evaluation mode",
@@ -97,9 +97,7 @@ class LossMode:
         """
         if state is None:
             return
-        if (wrong := first_invalid_field(state, _STATE)) is not None:
-            msg = f"`{wrong}` of the mode is missing or invalid"
-            raise ValueError(msg)
+        check_fields(state, _STATE, "the mode")
         if self.wanted == "auto":
             self.chosen, self.reason, self._is_resumed = state["chosen"], state["reason"], True
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lightning_hesd.spectra.validation import check_count
+from lightning_hesd.spectra.validation import at_least, check_count, number
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -39,9 +39,7 @@ class Schedule:
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
         share = self.max_overhead
-        if share is not None and (
-            not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share < math.inf
-        ):
+        if share is not None and not (number(share) and 0 < share < math.inf):
             msg = f"`max_overhead` must be a finite number above 0, got {share!r}."
             raise ValueError(msg)
         given = {
@@ -55,7 +53,7 @@ class Schedule:
             raise ValueError(msg)
         if self.epochs is not None:
             epochs = list(self.epochs)
-            bad = [e for e in epochs if not isinstance(e, int) or isinstance(e, bool) or e < 0]
+            bad = [e for e in epochs if not at_least(0)(e)]
             if bad:
                 msg = f"`epochs` must be non-negative integers (0-based), got {bad[0]!r}."
                 raise ValueError(msg)

@@ -14,6 +14,7 @@ from lightning_hesd.spectra.validation import one_line
 from lightning_hesd.training.callback_copies import CopiedCallback
 from lightning_hesd.training.checkpoints.analyzed_saving import AnalyzedSaving
 from lightning_hesd.training.checkpoints.exclusive_checkpoint import ExclusiveCheckpoint
+from lightning_hesd.training.checkpoints.paths import is_written_as
 from lightning_hesd.training.checkpoints.ranking import completed, invalid_field
 from lightning_hesd.training.compat.collectives import saving_together
 from lightning_hesd.training.compat.messages import inform, warn
@@ -115,8 +116,9 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         self._analyzed.keep(weights)
 
     def forget_missing_files(self, trainer: pl.Trainer) -> None:
-        """Drop the candidates of a resumed run whose files are gone."""
-        if gone := self.gone(trainer, self.candidates):
+        """Drop the candidates of a resumed run whose files are gone or overwritten, the same on every rank."""
+        gone = [c.path for c in self.candidates if not is_written_as(c.path, c.mark)] if trainer.is_global_zero else []
+        if gone := trainer.strategy.broadcast(gone):
             self._update([c for c in self.candidates if c.path not in gone], self._ranking.best_score)
             warn(
                 "checkpoints of earlier candidates are gone, cannot be reached or were overwritten, and cannot be "

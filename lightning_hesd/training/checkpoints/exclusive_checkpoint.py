@@ -11,7 +11,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_hesd.training.checkpoints.paths import (
     DEFAULT_FILENAME,
     is_same_file,
-    is_written_as,
     lies_in,
     may_coincide,
     place,
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 
     import lightning.pytorch as pl
     from torch import Tensor
-
-    from lightning_hesd.spectra.selection import Candidate
 
 
 @of_every_namespace("callbacks.ModelCheckpoint")
@@ -117,12 +114,6 @@ class ExclusiveCheckpoint(ModelCheckpoint):
         kinds = lightning_types("callbacks.ModelCheckpoint")
         others = [c for c in trainer.checkpoint_callbacks if isinstance(c, kinds) and c is not self]
         return [c for c in others if hasattr(c, "dirpath") and hasattr(c, "best_k_models")]
-
-    def gone(self, trainer: pl.Trainer, candidates: Iterable[Candidate]) -> list[str]:
-        """Return the paths of candidates whose files are gone or overwritten, the same on every rank."""
-        paths = [c.path for c in candidates if not is_written_as(c.path, c.mark)] if trainer.is_global_zero else []
-        found: list[str] = trainer.strategy.broadcast(paths)
-        return found
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """With `save_on_exception`, write the present state under a separate name."""

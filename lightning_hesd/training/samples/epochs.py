@@ -27,7 +27,7 @@ from torch.utils.data import (
 )
 from typing_extensions import override
 
-from lightning_hesd.spectra.validation import at_least, each, first_invalid_field, optional
+from lightning_hesd.spectra.validation import at_least, check_fields, each, optional
 from lightning_hesd.training.compat.dataloading import unwrap_sampler
 from lightning_hesd.training.samples.copies import private_copy
 from lightning_hesd.training.samples.positions import spread_positions
@@ -276,10 +276,7 @@ def check_samples(state: object) -> None:
     Raises:
         ValueError: If it is not a state that `sample_state` returns.
     """
-    invalid = first_invalid_field(state, SAMPLES)
-    if invalid is not None:
-        msg = f"`{invalid}` of the samples is missing or invalid: the checkpoint is damaged, or of another version."
-        raise ValueError(msg)
+    check_fields(state, SAMPLES, "the samples")
     of: dict[str, Any] = state  # type: ignore[assignment]  # checked above
     if of["indices"] is not None and (
         sum(of["lengths"]) != len(of["indices"]) or len(of["lengths"]) != len(of["positions"])

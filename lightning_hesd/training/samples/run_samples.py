@@ -10,6 +10,7 @@ from lightning_hesd.numerics.inputs.portable import LeftOut, Portable
 from lightning_hesd.numerics.isolation.snapshot import restore_state
 from lightning_hesd.training.compat import dataloading, messages, strategies
 from lightning_hesd.training.compat.collectives import collectives_of
+from lightning_hesd.training.compat.namespaces import MisconfigurationException
 from lightning_hesd.training.loss import check_gets_batches
 from lightning_hesd.training.samples.analysis_samples import AnalysisSamples, draw_samples
 from lightning_hesd.training.samples.copies import NotCopiedError
@@ -20,7 +21,6 @@ from lightning_hesd.training.samples.sources import (
     is_addressable,
     is_collection,
     share_data,
-    training_loader,
     validation_loader,
 )
 
@@ -233,7 +233,14 @@ class RunSamples:
 
     def _loader(self, trainer: pl.Trainer) -> Any:
         if self._dataloader is None:
-            loaders = training_loader(trainer.train_dataloader)
+            loaders = trainer.train_dataloader
+            if loaders is None:
+                msg = (
+                    "the Trainer has no training dataloader from which to draw the analysis samples: pass "
+                    "`dataloader=` to HessianSpectrumCallback, a loader or a list of batches that `training_step` (or "
+                    "your `loss_fn`) takes."
+                )
+                raise MisconfigurationException(msg)
             # A list of batches is one loader for `draw_samples`, and several for the Trainer.
             is_one = self._in_training or not is_collection(loaders)
             return loaders if is_one else dataloading.combined_like_training(trainer, loaders)

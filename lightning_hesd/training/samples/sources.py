@@ -86,21 +86,6 @@ def combined(loaders: Any) -> Any:
     return CombinedLoader(loaders, "max_size_cycle") if holds_loaders else loaders
 
 
-def training_loader(loaders: Any) -> Any:
-    """Return `trainer.train_dataloader`: a loader, or a collection of loaders.
-
-    Raises:
-        MisconfigurationException: If it is None.
-    """
-    if loaders is None:
-        msg = (
-            "the Trainer has no training dataloader from which to draw the analysis samples: pass `dataloader=` to "
-            "HessianSpectrumCallback, a loader or a list of batches that `training_step` (or your `loss_fn`) takes."
-        )
-        raise MisconfigurationException(msg)
-    return loaders
-
-
 def validation_loader(loaders: Any) -> Any:
     """Return the one validation loader in `trainer.val_dataloaders`.
 
