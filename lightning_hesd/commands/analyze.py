@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from lightning_hesd.commands.errors import CommandError
-from lightning_hesd.commands.posthoc import PosthocAnalysis
-from lightning_hesd.commands.project import Blueprint, imported
+from lightning_hesd.commands.project import Blueprint, CheckpointError, imported
 from lightning_hesd.commands.project_arguments import (
     MODE,
     add_project,
@@ -23,13 +23,20 @@ from lightning_hesd.commands.project_arguments import (
 )
 from lightning_hesd.commands.results import RESULTS, Results, Row, table_lines
 from lightning_hesd.numerics.inputs.options import AnalysisOptions
-from lightning_hesd.training.compat.collectives import is_first_rank
+from lightning_hesd.spectra.validation import one_line
+from lightning_hesd.training.compat.strategies import is_first_rank
+from lightning_hesd.training.error_policy import ErrorPolicy
 from lightning_hesd.training.loss_mode import AnalysisMode
+from lightning_hesd.training.recorder import Recorder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import lightning.pytorch as pl
     from jsonargparse import ArgumentParser, Namespace
+
+    from lightning_hesd.commands.project import Checkpoint, Project
+    from lightning_hesd.spectra.record import SpectrumRecord
 
 __all__ = ["add_arguments", "run", "separated"]
 
@@ -99,6 +106,92 @@ def run(config: Namespace) -> None:
     if failed:
         msg = f"{len(failed)} of {len(rows)} analyses failed; the first, of {failed[0].path}: {failed[0].record.error}"
         raise CommandError(msg)
+
+
+@dataclass(frozen=True)
+class PosthocAnalysis:
+    """The analysis of each checkpoint.
+
+    Attributes:
+        project: Model and data of the checkpoints.
+        options: Options as for `hessian_spectrum`.
+        generalization: "val" or "test" for other data of the same data module, or a data module of its own, whose
+            training data are taken; None: no generalization data.
+        preconditioned: Whether to analyze the preconditioned Hessian, too.
+        mode: Mode of the module, as for the callback.
+    """
+
+    project: Project
+    options: AnalysisOptions
+    generalization: Literal["val", "test"] | Blueprint | None = None
+    preconditioned: bool = False
+    mode: AnalysisMode = "auto"
+
+    def record(self, path: Path) -> SpectrumRecord:
+        """Analyze the weights in a checkpoint.
+
+        Raises:
+            CheckpointError: If it cannot be loaded, or lacks the states of optimizers.
+            MisconfigurationException: If the module or its data cannot be used.
+        """
+        record, checkpoint = self.project.at(path, self._record)
+        return replace(
+            record, epoch=int(checkpoint.get("epoch") or 0), global_step=int(checkpoint.get("global_step") or 0)
+        )
+
+    def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Checkpoint) -> SpectrumRecord:
+        other = self._generalization_loader(trainer)
+        recorder = Recorder(
+            self.project.analyzer(self.options, checkpoint, self.mode),
+            None if other is None else self.project.analyzer(self.options, checkpoint, self.mode, other),
+            preconditioner="optimizer" if self.preconditioned else None,
+        )
+        if self.preconditioned:
+            _load_optimizers(trainer, checkpoint)
+        errors = _RecordOnly()
+        recorder.start(trainer, errors)
+        return recorder.record(trainer, pl_module, trainer.current_epoch, errors)
+
+    def _generalization_loader(self, trainer: pl.Trainer) -> Any:
+        wanted = self.generalization
+        if wanted is None:
+            return None
+        if isinstance(wanted, Blueprint):
+            data = wanted.build("LightningDataModule", {})
+            data.prepare_data()
+            data.setup("fit")
+            return data.train_dataloader()
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        data.setup("validate" if wanted == "val" else "test")
+        return data.val_dataloader() if wanted == "val" else data.test_dataloader()
+
+
+def _load_optimizers(trainer: pl.Trainer, checkpoint: Checkpoint) -> None:
+    states = checkpoint.get("optimizer_states") or []
+    if len(states) != len(trainer.optimizers):
+        msg = (
+            f"the checkpoint has the states of {len(states)} optimizers, the module {len(trainer.optimizers)} "
+            "optimizers, so the Hessian cannot be preconditioned: leave `--preconditioned` out, or analyze a "
+            "checkpoint of this module."
+        )
+        raise CheckpointError(msg)
+    try:
+        for optimizer, state in zip(trainer.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+    except (KeyError, ValueError) as error:  # those of PyTorch for missing entries and other groups of parameters
+        msg = f"the states of optimizers in the checkpoint do not fit those of the module: {one_line(error)}"
+        raise CheckpointError(msg) from error
+
+
+class _RecordOnly(ErrorPolicy):
+    """Leaves failures to the record: there is no training to go on."""
+
+    def describe(self, error: Exception) -> str:
+        """Return the text of a failure in one line."""
+        return f"{type(error).__name__}: {one_line(error)}"
+
+    def report(self, message: str, error: Exception) -> None:
+        """Say nothing."""
 
 
 def _analysis(config: Namespace) -> PosthocAnalysis:

@@ -10,8 +10,7 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.patheffects import Normal, Stroke
 
-from lightning_hesd.plotting.axes import RunAxis, linear_threshold, set_signed_log
-from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, new_axes
+from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, RunAxis, linear_threshold, new_axes, set_signed_log
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,8 +10,7 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from lightning_hesd.plotting.axes import RunAxis
-from lightning_hesd.plotting.style import typeset
+from lightning_hesd.plotting.style import RunAxis, typeset
 from lightning_hesd.spectra.indicators import layer_indicators
 from lightning_hesd.spectra.scalars import LAYER_SCALARS
 

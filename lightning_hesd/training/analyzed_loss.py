@@ -14,7 +14,7 @@ from lightning_hesd.numerics.isolation.modes import ModuleModes, WithoutRandomne
 from lightning_hesd.numerics.isolation.snapshot import restore_state
 from lightning_hesd.numerics.operators.memory import is_out_of_memory
 from lightning_hesd.spectra.validation import one_line
-from lightning_hesd.training.compat.collectives import collectives_of, parameter_sharding_of
+from lightning_hesd.training.compat.strategies import collectives_of, parameter_sharding_of
 from lightning_hesd.training.isolation.training_snapshot import DisturbedTrainingError
 
 if TYPE_CHECKING:

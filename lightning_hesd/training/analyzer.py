@@ -19,7 +19,7 @@ from lightning_hesd.spectra.spectrum import Spectrum
 from lightning_hesd.spectra.validation import one_line
 from lightning_hesd.training.analyzed_loss import AnalyzedLoss
 from lightning_hesd.training.compat import dataloading, messages, strategies
-from lightning_hesd.training.compat.collectives import collectives_of
+from lightning_hesd.training.compat.strategies import collectives_of
 from lightning_hesd.training.isolation.isolation import TrainingIsolation
 from lightning_hesd.training.isolation.training_snapshot import DisturbedTrainingError, names_in_words
 from lightning_hesd.training.loss import make_loss_fn

@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_hesd.spectra.validation import check_fields, text
 from lightning_hesd.training.analyzed_loss import UndecidedError
 from lightning_hesd.training.compat import messages, runs
-from lightning_hesd.training.compat.collectives import collectives_of
+from lightning_hesd.training.compat.strategies import collectives_of
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from lightning_hesd.numerics.analysis.engine import analyze, analyze_layers
 from lightning_hesd.numerics.collectives import LOCAL
-from lightning_hesd.training.compat.collectives import collectives_of, parameter_sharding_of
+from lightning_hesd.training.compat.strategies import collectives_of, parameter_sharding_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
 
-from lightning_hesd.training.budget import Budget
 from lightning_hesd.training.callback_copies import CopiedCallback
 from lightning_hesd.training.compat.namespaces import MisconfigurationException, join_namespaces, of_every_namespace
 from lightning_hesd.training.compat.runs import callbacks_of
 from lightning_hesd.training.error_policy import ErrorPolicy
 from lightning_hesd.training.history import SpectrumHistory
-from lightning_hesd.training.schedule import Schedule
+from lightning_hesd.training.schedule import Budget, Schedule
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.numerics.derivatives.patches import patched
 from lightning_hesd.training.checkpoints.weights import Changes
-from lightning_hesd.training.compat.collectives import collectives_of
+from lightning_hesd.training.compat.strategies import collectives_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -16,9 +16,9 @@ from lightning_hesd.training.checkpoints.analyzed_saving import AnalyzedSaving
 from lightning_hesd.training.checkpoints.exclusive_checkpoint import ExclusiveCheckpoint
 from lightning_hesd.training.checkpoints.paths import is_written_as
 from lightning_hesd.training.checkpoints.ranking import completed, invalid_field
-from lightning_hesd.training.compat.collectives import saving_together
 from lightning_hesd.training.compat.messages import inform, warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
+from lightning_hesd.training.compat.strategies import saving_together
 from lightning_hesd.training.error_policy import ErrorPolicy
 from lightning_hesd.training.source import only_source, sources_of
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from lightning_hesd.numerics.inputs.portable import LeftOut, Portable
 from lightning_hesd.numerics.isolation.snapshot import restore_state
 from lightning_hesd.training.compat import dataloading, messages, strategies
-from lightning_hesd.training.compat.collectives import collectives_of
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
+from lightning_hesd.training.compat.strategies import collectives_of
 from lightning_hesd.training.loss import check_gets_batches
 from lightning_hesd.training.samples.analysis_samples import AnalysisSamples, draw_samples
 from lightning_hesd.training.samples.copies import NotCopiedError
