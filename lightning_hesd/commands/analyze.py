@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
     from jsonargparse import ArgumentParser, Namespace
 
-    from lightning_hesd.commands.project import Checkpoint, Project
+    from lightning_hesd.commands.project import Checkpoint
     from lightning_hesd.spectra.record import SpectrumRecord
 
 __all__ = ["add_arguments", "run", "separated"]
@@ -79,7 +79,7 @@ def run(config: Namespace) -> None:
     Raises:
         CommandError: If the analysis of a checkpoint failed, or no checkpoint exists.
     """
-    analysis = _analysis(config)
+    analysis = _CheckpointAnalysis(config)
     paths = checkpoints_of(config.checkpoints)
     store = Results(config.out, _plain(config))
     writes = is_first_rank()  # all ranks run this command, with Lightning or torchrun to start them
@@ -108,24 +108,20 @@ def run(config: Namespace) -> None:
         raise CommandError(msg)
 
 
-@dataclass(frozen=True)
-class PosthocAnalysis:
-    """The analysis of each checkpoint.
+class _CheckpointAnalysis:
+    """The analysis of checkpoints, as the callback makes it in a run."""
 
-    Attributes:
-        project: Model and data of the checkpoints.
-        options: Options as for `hessian_spectrum`.
-        generalization: "val" or "test" for other data of the same data module, or a data module of its own, whose
-            training data are taken; None: no generalization data.
-        preconditioned: Whether to analyze the preconditioned Hessian, too.
-        mode: Mode of the module, as for the callback.
-    """
-
-    project: Project
-    options: AnalysisOptions
-    generalization: Literal["val", "test"] | Blueprint | None = None
-    preconditioned: bool = False
-    mode: AnalysisMode = "auto"
+    def __init__(self, config: Namespace) -> None:
+        options = {key: value for key, value in config.analysis.as_dict().items() if key != "mode"}
+        if options["batch_weight"] not in {None, "tokens"}:
+            options["batch_weight"] = imported(options["batch_weight"])
+        self._project = project_of(config)
+        self._options = AnalysisOptions(**options)
+        self._mode: AnalysisMode = config.analysis.mode
+        self._preconditioned: bool = config.preconditioned
+        self._generalization: str | Blueprint | None = config.generalization
+        if config.generalization not in {None, "val", "test"}:
+            self._generalization = Blueprint(config.generalization, config.generalization_args)
 
     def record(self, path: Path) -> SpectrumRecord:
         """Analyze the weights in a checkpoint.
@@ -134,7 +130,7 @@ class PosthocAnalysis:
             CheckpointError: If it cannot be loaded, or lacks the states of optimizers.
             MisconfigurationException: If the module or its data cannot be used.
         """
-        record, checkpoint = self.project.at(path, self._record)
+        record, checkpoint = self._project.at(path, self._record)
         return replace(
             record, epoch=int(checkpoint.get("epoch") or 0), global_step=int(checkpoint.get("global_step") or 0)
         )
@@ -142,18 +138,18 @@ class PosthocAnalysis:
     def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Checkpoint) -> SpectrumRecord:
         other = self._generalization_loader(trainer)
         recorder = Recorder(
-            self.project.analyzer(self.options, checkpoint, self.mode),
-            None if other is None else self.project.analyzer(self.options, checkpoint, self.mode, other),
-            preconditioner="optimizer" if self.preconditioned else None,
+            self._project.analyzer(self._options, checkpoint, self._mode),
+            None if other is None else self._project.analyzer(self._options, checkpoint, self._mode, other),
+            preconditioner="optimizer" if self._preconditioned else None,
         )
-        if self.preconditioned:
+        if self._preconditioned:
             _load_optimizers(trainer, checkpoint)
         errors = _RecordOnly()
         recorder.start(trainer, errors)
         return recorder.record(trainer, pl_module, trainer.current_epoch, errors)
 
     def _generalization_loader(self, trainer: pl.Trainer) -> Any:
-        wanted = self.generalization
+        wanted = self._generalization
         if wanted is None:
             return None
         if isinstance(wanted, Blueprint):
@@ -192,22 +188,6 @@ class _RecordOnly(ErrorPolicy):
 
     def report(self, message: str, error: Exception) -> None:
         """Say nothing."""
-
-
-def _analysis(config: Namespace) -> PosthocAnalysis:
-    generalization: Any = config.generalization
-    if generalization not in {None, "val", "test"}:
-        generalization = Blueprint(generalization, config.generalization_args)
-    options = {key: value for key, value in config.analysis.as_dict().items() if key != "mode"}
-    if options["batch_weight"] not in {None, "tokens"}:
-        options["batch_weight"] = imported(options["batch_weight"])
-    return PosthocAnalysis(
-        project_of(config),
-        AnalysisOptions(**options),
-        generalization,
-        config.preconditioned,
-        config.analysis.mode,
-    )
 
 
 def _plain(config: Namespace) -> dict[str, Any]:

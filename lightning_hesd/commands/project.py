@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from lightning.pytorch import Callback
 
 from lightning_hesd.commands.errors import CommandError
 from lightning_hesd.spectra.validation import check_fields, each, each_named, having, integer, of, one_line, optional
@@ -181,14 +180,20 @@ class Project:
         _load_weights(module, checkpoint, path)
         check_loss_source(module, self.loss_fn)
         found: list[Result] = []
-        trainer: pl.Trainer = namespace_of(module).Trainer(
+
+        def start(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            trainer.should_stop = True
+            found.append(work(trainer, module, checkpoint))
+
+        lightning = namespace_of(module)
+        trainer: pl.Trainer = lightning.Trainer(
             accelerator=self.accelerator,
             devices=self.devices,
             num_nodes=self.num_nodes,
             strategy=self.strategy,
             max_epochs=1,
             min_epochs=0,
-            callbacks=[_AtStart(lambda trainer, module: found.append(work(trainer, module, checkpoint)))],
+            callbacks=[lightning.callbacks.LambdaCallback(on_train_start=start)],
             logger=False,
             num_sanity_val_steps=0,
             enable_checkpointing=False,
@@ -236,18 +241,6 @@ class Project:
             msg = f"the callback {self.name!r} in the checkpoint does not name its samples ({one_line(error)})."
             raise CheckpointError(msg) from error
         return drawn
-
-
-class _AtStart(Callback):
-    """Calls a function at the start of training, and ends training there."""
-
-    def __init__(self, work: Callable[[pl.Trainer, pl.LightningModule], object]) -> None:
-        self._work = work
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Call the function."""
-        trainer.should_stop = True
-        self._work(trainer, pl_module)
 
 
 def _load_weights(module: pl.LightningModule, checkpoint: Checkpoint, path: Path) -> None:

@@ -103,25 +103,17 @@ def _members(path: Path) -> dict[str, bytes]:
     check_regular(path)
     try:
         with path.open("rb") as file, ZipFile(file) as archive:
-            _check_sizes(archive, os.fstat(file.fileno()).st_size)
+            # An archive is as large as its members: compressed, a few kilobytes could become any number.
+            members, size = archive.infolist(), os.fstat(file.fileno()).st_size
+            if any(m.compress_type != ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
+                msg = "its arrays are compressed, which ours never are"
+                raise ValueError(msg)
             return {name.removesuffix(".npy"): archive.read(name) for name in archive.namelist()}
     except FileNotFoundError:
         raise
     except ZIP_ERRORS as error:
         msg = one_line(error)
         raise ValueError(msg) from error
-
-
-def _check_sizes(archive: ZipFile, size: int) -> None:
-    """Check that an archive is as large as its members: compressed, a few kilobytes could become any number.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    members = archive.infolist()
-    if any(m.compress_type != ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
-        msg = "its arrays are compressed, which ours never are"
-        raise ValueError(msg)
 
 
 def _array(members: Mapping[str, bytes], name: str, kind: str) -> NDArray[Any]:

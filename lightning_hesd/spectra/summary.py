@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -28,14 +28,8 @@ GAP = "..."
 TEXT_COLUMNS = ("type", "generalization", "candidate", "pick")
 
 
-@dataclass(frozen=True)
-class Kept:
-    """The decision of a checkpoint callback at the end of a run.
-
-    Attributes:
-        pick: The pick.
-        candidates: Optimizer steps of the candidates.
-    """
+class Kept(NamedTuple):
+    """The pick of a checkpoint callback at the end of a run, and the optimizer steps of its candidates."""
 
     pick: Candidate
     candidates: Collection[int]

@@ -37,12 +37,7 @@ class UndecidedError(Exception):
 
 @dataclass(frozen=True)
 class ModeSetting:
-    """A mode, and the context in which the user's functions are evaluated in it.
-
-    Attributes:
-        mode: Mode of the module.
-        evaluating: Makes the context.
-    """
+    """A mode of the module, and what makes the context in which the user's functions are evaluated in it."""
 
     mode: Mode | ModuleModes
     evaluating: Evaluating
@@ -50,14 +45,10 @@ class ModeSetting:
 
 @dataclass(frozen=True)
 class AnalyzedLoss:
-    """The loss of an analysis, in any mode.
+    """The loss of an analysis over this rank's share of the batches, in any mode; the module has those of training.
 
     Attributes:
-        trainer: The Trainer.
-        module: Its module, in the modes of training.
-        batches: This rank's share of the batches.
         make_loss: Makes the loss function, given `evaluating`.
-        options: Options of the analysis.
         evaluating: Makes the context of an evaluation.
     """
 

@@ -180,7 +180,7 @@ class HessianSpectrumCallback(SpectrumSource):
         self._monitor = GradientMonitor(enabled=monitor_gradients)
         self._run = AnalysisRun(self, self._recorder, self._monitor, progress=progress)
         if self.checkpoint is not None:
-            self.checkpoint.attach(self)
+            self.checkpoint.source = self  # whose records it ranks
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the options, the history and the picks, without samples, loggers and weights."""

@@ -53,10 +53,7 @@ class AnalysisSession:
     """An analysis, ready to run.
 
     Attributes:
-        trainer: The Trainer.
-        module: Its module.
         batches: This rank's share of the samples, on the device.
-        loss_fn: The mean loss.
         options: The options to begin with.
         cache: The cache of analyses of this kind.
         report: Called after every Lanczos step.

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
     from rich.console import Console
-    from rich.table import Table
 
     from lightning_hesd.numerics.analysis.engine import Report
     from lightning_hesd.spectra.summary import Summary
@@ -89,16 +88,6 @@ def _rich_terminal() -> Console | None:
 
 def _print_rich(console: Console, summary: Summary) -> None:
     """Print the summary with a table of Rich, without markup."""
-    from rich.text import Text  # noqa: PLC0415 - optional
-
-    console.print()
-    console.print(Text(summary.title, style="bold"))
-    console.print(_rich_table(summary))
-    for note in summary.notes:
-        console.print(Text(note), soft_wrap=True)  # so that paths can be copied
-
-
-def _rich_table(summary: Summary) -> Table:
     from rich import box  # noqa: PLC0415 - optional
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
@@ -110,7 +99,11 @@ def _rich_table(summary: Summary) -> Table:
     for row in summary.rows:
         style = "dim" if row[0] == GAP else "bold" if "pick" in summary.header and row[-1] else None
         table.add_row(*(Text(cell, style=styles.get(cell.rstrip("?"), "")) for cell in row), style=style)
-    return table
+    console.print()
+    console.print(Text(summary.title, style="bold"))
+    console.print(table)
+    for note in summary.notes:
+        console.print(Text(note), soft_wrap=True)  # so that paths can be copied
 
 
 # The bar of a long analysis -------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import rich.markup
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress import rich_progress
 
-from lightning_hesd.training import progress
+from lightning_hesd.training import terminal as progress
 from tests.training.modules import (
     callback,
     fit,

@@ -10,12 +10,12 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_hesd.spectra.selection import Candidate
-from lightning_hesd.spectra.validation import one_line
+from lightning_hesd.spectra.validation import first_invalid_field, one_line
 from lightning_hesd.training.callback_copies import CopiedCallback
 from lightning_hesd.training.checkpoints.analyzed_saving import AnalyzedSaving
 from lightning_hesd.training.checkpoints.exclusive_checkpoint import ExclusiveCheckpoint
 from lightning_hesd.training.checkpoints.paths import is_written_as
-from lightning_hesd.training.checkpoints.ranking import completed, invalid_field
+from lightning_hesd.training.checkpoints.ranking import STATE
 from lightning_hesd.training.compat.messages import inform, warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
 from lightning_hesd.training.compat.strategies import saving_together
@@ -82,10 +82,6 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
     @best_model_path.setter
     def best_model_path(self, path: str) -> None:
         """Ignore what Lightning assigns: after ddp_spawn it is the path of the Trainer's first checkpoint callback."""
-
-    def attach(self, source: SpectrumSource) -> None:
-        """Rank the records of `source` from now on."""
-        self.source = source
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find the folder to write to, and the callback whose records to rank.
@@ -261,7 +257,7 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         """
         if self._stage != "fit":
             return
-        if (wrong := invalid_field(state_dict)) is not None:
+        if (wrong := first_invalid_field(state_dict, STATE)) is not None:
             msg = (
                 f"the state of {self.title} in the checkpoint is damaged, or of another version: its `{wrong}` is "
                 "missing or invalid. Resume with another `tolerance`, which starts a new ranking."
@@ -271,7 +267,6 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         self._load(state_dict)
 
     def _load(self, state: dict[str, Any]) -> None:
-        state = completed(state)
         self._ranking.load_state_dict(state)
         self._update(self.candidates, self._ranking.best_score)
         if str(self.dirpath) == state["dirpath"]:

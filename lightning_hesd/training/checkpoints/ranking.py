@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.spectra.selection import Candidate, CandidateFilter, progress_tolerance
-from lightning_hesd.spectra.validation import each, first_invalid_field, having, integer, number, of, optional, text
+from lightning_hesd.spectra.validation import each, having, integer, number, of, optional, text
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -19,8 +19,9 @@ _CANDIDATE = {
     "criterion": number,
     "mainly_positive": of(bool),
     "path": text,
+    "mark": text,
 }
-_STATE = {
+STATE = {
     "candidates": each(having(_CANDIDATE)),
     "best_score": number,
     "first_score": optional(number),
@@ -30,6 +31,7 @@ _STATE = {
     "last_model_path": text,
     "dirpath": text,
 }
+"""Checks of the state of a HessianCheckpoint."""
 
 
 class Ranking:
@@ -110,11 +112,8 @@ class Ranking:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a ranking whose fields are valid; in the first versions candidates had no mark."""
-        self.candidates = [
-            Candidate(**{name: values[name] for name in _CANDIDATE}, mark=str(values.get("mark", "")))
-            for values in state["candidates"]
-        ]
+        """Take up a ranking whose fields are valid."""
+        self.candidates = [Candidate(**{name: values[name] for name in _CANDIDATE}) for values in state["candidates"]]
         self.best_score = state["best_score"]
         self.first_score = state["first_score"]
         self.offered_step = state["offered_step"]
@@ -122,13 +121,3 @@ class Ranking:
             Candidate(-1, c["global_step"], c["score"], math.nan, c["mainly_positive"], path="")
             for c in state["ranked"]
         ]
-
-
-def invalid_field(state: object) -> str | None:
-    """Return the name of the first field of a HessianCheckpoint's state that is missing or invalid, if any is."""
-    return first_invalid_field(completed(state), _STATE)
-
-
-def completed(state: object) -> Any:
-    """Return a state with the fields that the first versions did not write."""
-    return {"first_score": None, "ranked": [], **state} if isinstance(state, dict) else state

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from lightning_hesd.numerics.isolation.snapshot import restore_state
-from lightning_hesd.training.compat import logged_metrics, messages, signals, strategies
+from lightning_hesd.training.compat import messages, strategies
 from lightning_hesd.training.isolation.reachable import find_reachable
 from lightning_hesd.training.isolation.silence import Overrides, silence_logging
 from lightning_hesd.training.isolation.training_snapshot import DisturbedTrainingError, TrainingSnapshot
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import lightning.pytorch as pl
-
-    from lightning_hesd.training.isolation.reachable import ReachableObjects
 
     Evaluating = Callable[[], contextlib.AbstractContextManager[None]]
     """Makes the context of an evaluation of the user's functions."""
@@ -52,7 +50,7 @@ class TrainingIsolation:
             A function that makes the context of an evaluation of the user's functions.
         """
         ranks = _RankIsolation(trainer)
-        reachable = _reachable(trainer, module)
+        reachable = find_reachable(trainer, module)
         with silence_logging(trainer, module, reachable), contextlib.ExitStack() as stack:
             snapshot = TrainingSnapshot(reachable, stack)
             stack.callback(self._finish, snapshot)
@@ -70,7 +68,7 @@ class TrainingIsolation:
 
         Large caches of a dataset keep their new entries.
         """
-        reachable = _reachable(trainer, module)
+        reachable = find_reachable(trainer, module)
         with restore_state(module), contextlib.ExitStack() as stack:
             snapshot = TrainingSnapshot(reachable, stack, watches=False)
             stack.callback(self._finish, snapshot)
@@ -87,11 +85,6 @@ class TrainingIsolation:
                     "changed it, training differs from training without analyses: pass `loss_fn=` to "
                     "HessianSpectrumCallback, a function (module, batch) -> mean loss over the batch that does not."
                 )
-
-
-def _reachable(trainer: pl.Trainer, module: pl.LightningModule) -> ReachableObjects:
-    skipped = [signals.signal_connector(trainer), *logged_metrics.logged_results(trainer)]
-    return find_reachable(trainer, module, skipped)
 
 
 class _RankIsolation:
