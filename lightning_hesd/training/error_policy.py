@@ -35,15 +35,10 @@ class ErrorPolicy:
     """Turns failures into warnings, or lets the exceptions through.
 
     Attributes:
-        on_error: "warn" or "raise".
+        on_error: "warn" or "raise"; another value is a ValueError.
     """
 
     def __init__(self, on_error: OnError = "warn") -> None:
-        """Check the argument.
-
-        Raises:
-            ValueError: If `on_error` is neither "warn" nor "raise".
-        """
         if on_error not in {"warn", "raise"}:
             msg = f"`on_error` must be 'warn' or 'raise', got {on_error!r}."
             raise ValueError(msg)

@@ -26,11 +26,7 @@ INDEX_NAME = "index.json"
 
 
 class HistoryFolder:
-    """A folder of a run's spectra, which another run may have used before.
-
-    Args:
-        location: A path, or a URL of a filesystem that fsspec knows.
-    """
+    """A folder of a run's spectra, on this machine or a remote one, which another run may have used before."""
 
     def __init__(self, location: str) -> None:
         self._location = location

@@ -57,14 +57,12 @@ class LossMode:
         wanted: The user's option.
         chosen: The mode that "auto" has chosen in this run; None: none yet.
         reason: Why it was chosen, in words.
+
+    Raises:
+        ValueError: If the user's option is no mode.
     """
 
     def __init__(self, wanted: AnalysisMode = "auto") -> None:
-        """Take the user's option.
-
-        Raises:
-            ValueError: If it is no mode.
-        """
         if wanted not in MODES:
             msg = f"`mode` must be {' or '.join(map(repr, MODES))}, got {wanted!r}."
             raise ValueError(msg)

@@ -32,6 +32,9 @@ class Schedule:
         epochs: After these epochs instead; 0-based, as `trainer.current_epoch`.
         every_n_train_steps: After n, 2n, ... optimizer steps instead.
         max_overhead: Largest share of analyses in the training time; scheduled analyses beyond it are skipped.
+
+    Raises:
+        ValueError: If an argument is out of range, or two contradict each other.
     """
 
     every_n_epochs: int = 1
@@ -41,11 +44,6 @@ class Schedule:
     _epochs: frozenset[int] = field(init=False, repr=False, default=frozenset())
 
     def __post_init__(self) -> None:
-        """Check the arguments.
-
-        Raises:
-            ValueError: If one is out of range, or two contradict each other.
-        """
         for name in ("every_n_epochs", "every_n_train_steps"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
@@ -112,6 +110,9 @@ class Budget:
     Args:
         max_overhead: Largest share of analyses in the training time; None: no limit.
         clock: Returns seconds, from any origin.
+
+    Attributes:
+        analysis_seconds: Seconds in analyses so far.
     """
 
     def __init__(self, max_overhead: float | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -123,7 +124,7 @@ class Budget:
         """Forget all times and decisions."""
         self._trained = 0.0
         self._training_since: float | None = None
-        self._analyzed = 0.0
+        self.analysis_seconds = 0.0
         self._last_analysis: float | None = None
         self._decisions: dict[int, bool] = {}
 
@@ -158,22 +159,17 @@ class Budget:
                 yield
             finally:
                 self._last_analysis = self._clock() - started
-                self._analyzed += self._last_analysis
+                self.analysis_seconds += self._last_analysis
 
     def _training_seconds(self) -> float:
         running = 0.0 if self._training_since is None else self._clock() - self._training_since
         return self._trained + running
 
     @property
-    def analysis_seconds(self) -> float:
-        """Seconds in analyses so far."""
-        return self._analyzed
-
-    @property
     def overhead(self) -> float | None:
         """Share of analyses in the training time so far; None before training."""
         trained = self._training_seconds()
-        return self._analyzed / trained if trained > 0 else None
+        return self.analysis_seconds / trained if trained > 0 else None
 
     # Decisions ------------------------------------------------------------------------------------------------------
 
@@ -188,7 +184,7 @@ class Budget:
             return decided
         if self._max_overhead is None or self._last_analysis is None:
             return True
-        return self._analyzed + self._last_analysis <= self._max_overhead * self._training_seconds()
+        return self.analysis_seconds + self._last_analysis <= self._max_overhead * self._training_seconds()
 
     def decide(self, global_step: int, *, analyze: bool) -> None:
         """Keep a decision for as long as training is at this step.
@@ -204,7 +200,7 @@ class Budget:
         """Return the times and the last decision as plain values."""
         return {
             "training_seconds": self._training_seconds(),
-            "analysis_seconds": self._analyzed,
+            "analysis_seconds": self.analysis_seconds,
             "last_analysis_seconds": self._last_analysis,
             "decisions": dict(self._decisions),
         }
@@ -218,6 +214,6 @@ class Budget:
         check_fields(state, _STATE, "the budget")
         self._trained = state["training_seconds"]
         self._training_since = None
-        self._analyzed = state["analysis_seconds"]
+        self.analysis_seconds = state["analysis_seconds"]
         self._last_analysis = state["last_analysis_seconds"]
         self._decisions = dict(state["decisions"])
