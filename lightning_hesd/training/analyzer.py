@@ -194,10 +194,7 @@ class TrainerAnalyzer:
         """Draw samples of the present training dataloader, if those of an earlier one may be why an analysis failed.
 
         The present `training_step` may need values that the samples of the first dataloader lack, such as those that
-        a baseline has added to the data.
-
-        Returns:
-            Whether the samples were replaced.
+        a baseline has added to the data. Return whether the samples were replaced.
         """
         if not self.samples.is_outdated(trainer):
             return False

@@ -128,11 +128,7 @@ class LossMode:
         return loss.collectives.run_together(partial(loss.setting, mode))
 
     def _choose(self, loss: AnalyzedLoss) -> tuple[AutoMode, str]:
-        """Choose the mode, and report it if the modes differ.
-
-        Returns:
-            mode: The mode.
-            reason: Why it was chosen, in words.
+        """Choose the mode, and report it if the modes differ; return it with the reason in words.
 
         Raises:
             UndecidedError: If the loss cannot be evaluated now.

@@ -126,10 +126,7 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
     ) -> Candidate | None:
         """Rank the present weights: write their file if they become a candidate, and delete those of beaten ones.
 
-        Of score and criterion, higher is better.
-
-        Returns:
-            Their entry in the ranking; None if the file could not be written.
+        Of score and criterion, higher is better. Return their entry in the ranking; None if the file was not written.
         """
         before = self.candidates
         path = self.free_path(trainer, self._monitor_candidates(trainer), [c.path for c in before])

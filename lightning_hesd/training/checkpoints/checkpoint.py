@@ -233,11 +233,7 @@ class HessianCheckpoint(CandidateCheckpoint):
         return record if is_defined and self.may_save(trainer) else None
 
     def _rank_latest(self, trainer: pl.Trainer) -> bool:
-        """Rank the latest record once its training metric is known.
-
-        Returns:
-            Whether the weights were saved, and the module still has them.
-        """
+        """Rank the latest record once its metric is known; return whether its weights were saved and are unchanged."""
         record = self._latest(trainer)
         if record is None or record.spectrum is None:
             return False

@@ -88,12 +88,7 @@ class Ranking:
         return [c.global_step for c in near or self.candidates]
 
     def front_with(self, latest: Candidate) -> tuple[list[Candidate], float]:
-        """Note that a state was ranked.
-
-        Returns:
-            candidates: The Pareto front with it.
-            best_score: The best score with it.
-        """
+        """Note that a state was ranked, and return the Pareto front and the best score with it."""
         best = max(latest.score, self.best_score)
         self._ranked = [*self._ranked, latest]
         return self._filter(best).pareto_front([*self.candidates, latest], best), best
