@@ -37,7 +37,7 @@ from lightning_hesd.plotting import NEGATIVE, POSITIVE, place_legend, settling_a
 from lightning_hesd.sample_size import increments
 from lightning_hesd.sample_size.displaced_losses import all_losses, chunks, displaced_losses, moments
 from lightning_hesd.sample_size.sample_losses import read_batches
-from lightning_hesd.spectra.checks import check_count
+from lightning_hesd.spectra.validation import check_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -18,7 +18,7 @@ import rich.markup
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress import rich_progress
 
-from lightning_hesd.training import progress
+from lightning_hesd.training import terminal as progress
 from tests.training.modules import callback, fit, freeze, global_generators, make_trainer
 from tests.training.terminals import BARS, TOTAL, Terminal, Validated, rich_bar, scripted, tqdm_bar, train
 

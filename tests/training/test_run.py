@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_hesd.training import session
-from tests.training.modules import callback, fit, freeze, loader, plain_loss
+from tests.training.modules import Classifier, callback, fit, freeze, loader, plain_loss
 
 HOOKS = {"on_train_epoch_end", "on_train_batch_end"}
 EVERYTHING: dict[str, Any] = {
@@ -48,10 +48,11 @@ def test_five_frames_from_the_hook_to_the_engine(
 
     monkeypatch.setattr("lightning_hesd.training.recorder.SPECTRUM", spied("spectrum"))
     monkeypatch.setattr("lightning_hesd.training.recorder.layers_analysis", lambda layers: spied("layers"))
-    observer = callback(**schedule, **EVERYTHING)
+    preconditioner = {name: torch.ones_like(p) for name, p in Classifier().named_parameters()}
+    observer = callback(**schedule, **EVERYTHING, preconditioner=preconditioner)
     fit(tmp_path, observer, max_epochs=1)
     assert [record.error for record in observer.history] == [None]
-    assert len(stacks) == 5  # the spectra of two data sets, of two terms, and of layers
+    assert len(stacks) == 6  # the spectra of two data sets, of the preconditioned Hessian, of two terms, of layers
     for stack in stacks:
         assert stack[0] in HOOKS
         assert len(stack) <= 5, stack

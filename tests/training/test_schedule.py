@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from lightning_hesd import HessianSpectrumCallback
-from lightning_hesd.training.budget import Budget
 from lightning_hesd.training.compat.strategies import wait_for_device
-from lightning_hesd.training.schedule import Schedule
+from lightning_hesd.training.schedule import Budget, Schedule
 from tests.training.logs import ListLogger
 from tests.training.scripted import Epoch, ScriptedModule, loader, make_spectrum, make_trainer, run_script
 

@@ -322,7 +322,7 @@ def test_a_logger_that_fails_costs_its_own_output_only(tmp_path: Path, monkeypat
     """Here with a name that neither of both takes as it is."""
     wandb, mlflow = WandbLogger(save_dir=tmp_path), MLFlowLogger(tracking_uri=f"file://{tmp_path}/mlruns")
     callback = spectra(name="λ (all)")
-    monkeypatch.setattr("lightning_hesd.training.loggers.mlflow_runs.MLflowOutput.write", fail)
+    monkeypatch.setattr("lightning_hesd.training.loggers.trackers.MLflowOutput.write", fail)
     with pytest.warns(RuntimeWarning, match="server gone") as caught:
         train(tmp_path, [mlflow, wandb], callback)
     assert sum("server gone" in str(warning.message) for warning in caught) == EPOCHS
@@ -340,7 +340,7 @@ def test_training_that_fails_leaves_its_spectra(tmp_path: Path, monkeypatch: pyt
     """And what goes wrong then does not hide why it failed, even if errors are to be raised."""
     wandb, mlflow = WandbLogger(save_dir=tmp_path), MLFlowLogger(tracking_uri=f"file://{tmp_path}/mlruns")
     callback = spectra(on_error="raise")
-    monkeypatch.setattr("lightning_hesd.training.loggers.mlflow_runs.MLflowOutput.finish", fail)
+    monkeypatch.setattr("lightning_hesd.training.loggers.trackers.MLflowOutput.finish", fail)
     with (
         pytest.raises(RuntimeError, match="power cut"),
         pytest.warns(RuntimeWarning, match="cannot write the spectra at the end of training. OSError: server gone"),

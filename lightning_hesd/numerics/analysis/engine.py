@@ -45,7 +45,7 @@ class Circumstances(TypedDict, total=False):
     Attributes:
         collectives: Communication between the ranks that the batches are divided among.
         sharding: How the parameters are distributed over ranks; None: every rank holds all of them.
-        processes: Number of ranks that share this computer's memory.
+        local_ranks: Number of ranks that share this computer's memory.
         cache: Measurements of earlier analyses of the same loss; brought up to date.
         reason: Why the options are not those of the user; None if they are.
         state: Objects beside the module that evaluations may change.
@@ -53,7 +53,7 @@ class Circumstances(TypedDict, total=False):
 
     collectives: Collectives
     sharding: ParameterSharding | None
-    processes: int
+    local_ranks: int
     cache: AnalysisCache | None
     reason: str | None
     state: Sequence[object]

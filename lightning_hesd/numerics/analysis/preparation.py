@@ -46,7 +46,7 @@ def opened_operators(
     *,
     collectives: Collectives = LOCAL,
     sharding: ParameterSharding | None = None,
-    processes: int = 1,
+    local_ranks: int = 1,
     cache: AnalysisCache | None = None,
     reason: str | None = None,
     state: Sequence[object] = (),
@@ -61,7 +61,7 @@ def opened_operators(
         blocks: Parameters of each diagonal block; all analyzed parameters in one block for the whole matrix.
         collectives: Communication between the ranks that the batches are divided among.
         sharding: How the parameters are distributed over ranks; None: every rank holds all of them.
-        processes: Number of ranks that share this computer's memory.
+        local_ranks: Number of ranks that share this computer's memory.
         cache: What earlier analyses of the same loss have measured; brought up to date.
         reason: Why the options are not those of the user; None if they are.
         state: Objects beside the module that evaluations may change.
@@ -78,7 +78,7 @@ def opened_operators(
     dtype = options.dtype or vector_dtype(parameters)
     _check_dtype(dtype, parameters[0].device)
     plan = _plan(
-        module, parameters, dtype, options=options, sharding=sharding, collectives=collectives, processes=processes
+        module, parameters, dtype, options=options, sharding=sharding, collectives=collectives, local_ranks=local_ranks
     )
 
     with exact_mode(module, options.mode, analyzed, state) as isolation, sharding.full_parameters(module):
@@ -134,7 +134,7 @@ def _plan(
     options: AnalysisOptions,
     sharding: ParameterSharding,
     collectives: Collectives,
-    processes: int,
+    local_ranks: int,
 ) -> MemoryPlan:
     """Plan the memory; all ranks keep the Krylov basis at the leanest place that one of them needs."""
     own_elements = sum(p.numel() for p in parameters)
@@ -149,7 +149,7 @@ def _plan(
             basis=basis,
             device=device,
             budget=options.memory_budget,
-            processes=processes,
+            local_ranks=local_ranks,
             more_vectors=0 if options.preconditioner is None else SCALING_VECTORS,
         )
 
