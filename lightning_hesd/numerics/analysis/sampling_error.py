@@ -16,6 +16,7 @@ import torch
 
 from lightning_hesd.numerics.devices import finest_dtype
 from lightning_hesd.numerics.krylov.ritz import tridiagonal_eigh
+from lightning_hesd.numerics.operators.groups import group_products
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -162,15 +163,15 @@ def _group_curvatures(
         coordinates: For each end y_kᵀH_g u with the Ritz vectors y_k of its run, shape (groups, steps); without a
             Krylov basis uᵀH_g u only, and 0 for other Ritz vectors.
     """
-    parts = max(1, math.ceil(GROUPS / operator.risk.num_batches))
+    max_groups = max(1, math.ceil(GROUPS / operator.risk.num_batches))
     lengths = [len(end.nodes) for end in ends]
     risk = operator.risk
     # One row for each group of all ranks; every rank fills in its own.
-    table = torch.zeros((risk.num_batches + risk.num_skipped) * parts, 3 + sum(lengths), dtype=torch.float64)
+    table = torch.zeros((risk.num_batches + risk.num_skipped) * max_groups, 3 + sum(lengths), dtype=torch.float64)
 
     def fill() -> None:
-        for group, position, products in operator.group_products(unit, parts):
-            row = table[group.index * parts + position]
+        for group, position, products in group_products(operator, unit, max_groups):
+            row = table[group.index * max_groups + position]
             row[0] = group.weight / risk.weight
             row[1:3] = torch.linalg.vector_norm(products, dim=1, dtype=finest_dtype(products.device)).square()
             for end, product, u, target in zip(ends, products, unit, torch.split(row[3:], lengths), strict=True):

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_hesd.numerics.krylov.vectors import in_shape, norm_of
-from lightning_hesd.numerics.operators.groups import explain_non_finite, group_products
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
-    from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.operators.risk_operator import RiskOperator
 
 
@@ -68,24 +66,6 @@ class DiagonalBlock:
         """Return Hv, shape (n,), summed over batches and ranks; v has shape (n,)."""
         [product] = block_products([self], [vector])
         return product
-
-    def group_products(self, vectors: Tensor, parts: int) -> Iterator[tuple[WeightedBatch, int, Tensor]]:
-        """Yield the products of groups of samples: each batch of this rank is cut into at most `parts` groups.
-
-        Args:
-            vectors: The vectors, shape (count, n).
-            parts: Groups per batch.
-
-        Yields:
-            The group, its position among those of its batch, and its products with the vectors, shape (count, n).
-        """
-        for group, position, products in group_products(self.risk, [self.expand(v) for v in vectors], parts):
-            yield group, position, self.restrict(products)
-        self.matvecs += len(vectors)
-
-    def explain_non_finite(self, vector: Tensor | None) -> Exception:
-        """Return the error for a NaN or infinite product with `vector`; it names the batch."""
-        return explain_non_finite(self.risk, None if vector is None else self.expand(vector))
 
     def scaled(self, vector: Tensor) -> Tensor:
         """Return Sv, or v itself without a preconditioner."""

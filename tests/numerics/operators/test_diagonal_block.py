@@ -18,6 +18,7 @@ from lightning_hesd.numerics.inputs.batches import WeightedBatch
 from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.operators.curvature import HessianMatrix
 from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock
+from lightning_hesd.numerics.operators.groups import explain_non_finite
 from lightning_hesd.numerics.operators.risk_operator import RiskOperator
 from tests import cases, oracles
 from tests.programs import SERVER
@@ -165,14 +166,14 @@ class TestSumOverRanks:
         assert isinstance(operator.risk.failure, KeyError)
         assert operator.matvec(v).isnan().all()  # and it goes on contributing
         assert calls == 4  # without trying again
-        assert operator.explain_non_finite(v) is operator.risk.failure
+        assert explain_non_finite(operator, v) is operator.risk.failure
 
     def test_a_product_that_is_not_finite_elsewhere(self):
         # The numbers of the start are fine, and so is our share of the products; the sum is not.
         operator = make_operator("mlp", collectives=StandIn(lambda t: t if len(t) <= SUMS else t * torch.nan))
         (v,) = vectors(43, 1)
         assert operator.matvec(v).isnan().all()
-        assert isinstance(operator.explain_non_finite(v), AnotherRankFailedError)
+        assert isinstance(explain_non_finite(operator, v), AnotherRankFailedError)
 
 
 # Two real processes ---------------------------------------------------------------------------------------------------
