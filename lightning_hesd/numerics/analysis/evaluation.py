@@ -81,12 +81,7 @@ class Evaluator:
         return self.sharding.mean_loss(_checked_loss(loss, "output_loss"), batch)
 
     def matrix(self, parameters: Sequence[Tensor], blocks: Sequence[slice]) -> CurvatureMatrix:
-        """Return the curvature matrix of a batch that the options ask for.
-
-        Args:
-            parameters: The parameters, to which rows and columns belong.
-            blocks: Diagonal blocks to be analyzed, each a range of the parameters.
-        """
+        """Return the curvature matrix of a batch that the options ask for; blocks are ranges of the parameters."""
         kind = MATRICES[self.options.matrix]
         steps_of_the_loss = (self.outputs, self.loss_of_outputs) if issubclass(kind, OutputMatrix) else ()
         return kind(self.loss, parameters, *steps_of_the_loss, blocks=blocks)

@@ -30,13 +30,7 @@ class DiagonalBlock:
     """
 
     def __init__(self, risk: RiskOperator, block: slice = slice(None), scale: Tensor | None = None) -> None:
-        """Take a block.
-
-        Args:
-            risk: The risk operator.
-            block: A range of its parameters, one of the blocks of its curvature matrix.
-            scale: Diagonal of S, shape (n,): products are with S H S.
-        """
+        """Take a block of the curvature matrix, and the diagonal of S, shape (n,), for products with S H S."""
         everything = risk.matrix.parameters
         self.risk = risk
         self.block = block
@@ -81,12 +75,7 @@ class DiagonalBlock:
 
 
 def block_products(blocks: Sequence[DiagonalBlock], vectors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the product of each block with its vector, from one pass over the samples.
-
-    Args:
-        blocks: Different blocks of one risk operator.
-        vectors: A vector for each, shape (n,).
-    """
+    """Return the product of each of a risk operator's blocks with its vector, shape (n,), in one pass over samples."""
     for block in blocks:
         block.matvecs += 1
     product = blocks[0].risk.product(_expand(blocks, vectors))
@@ -103,8 +92,7 @@ def _expand(blocks: Sequence[DiagonalBlock], vectors: Sequence[Tensor]) -> list[
 def choose_difference_step(blocks: Sequence[DiagonalBlock]) -> None:
     """Choose the step of central differences, if they are in use, and set the error of products.
 
-    Args:
-        blocks: All blocks of a risk operator, in the coordinates in which the error counts.
+    Takes all blocks of a risk operator, in the coordinates in which the error counts.
     """
     risk = blocks[0].risk
     if risk.differences is None:

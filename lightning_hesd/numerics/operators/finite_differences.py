@@ -91,9 +91,9 @@ class FiniteDifferences:
         if not length:
             return [None] * len(vector)
         with self.displaced(vector, self.step / length, block):
-            ahead = self.gradient(function, block)
+            ahead = gradient(function(), self.parameters[block])
         with self.displaced(vector, -self.step / length, block):
-            behind = self.gradient(function, block)
+            behind = gradient(function(), self.parameters[block])
         return [a.sub_(b).div_(2 * self.step / length) for a, b in zip(ahead, behind, strict=True)]
 
     def _length(self, parts: Sequence[Tensor]) -> float:
@@ -139,10 +139,6 @@ class FiniteDifferences:
             previous = product
         gap, self.step = best
         return ERROR_MARGIN * gap
-
-    def gradient(self, function: Callable[[], Tensor], block: slice = EVERYTHING) -> list[Tensor]:
-        """Return the gradient of a function at the present values, with respect to the parameters of a block."""
-        return gradient(function(), self.parameters[block])
 
     def _written(self) -> list[int]:
         """Return the positions of parameters that the function itself has changed."""

@@ -126,9 +126,7 @@ def _metered(matrix: CurvatureMatrix, batch: WeightedBatch) -> tuple[tuple[Tenso
     """Apply the strategy "graph", multiply once, and measure the memory.
 
     Returns:
-        made: The loss and the product.
-        held: Bytes of the graph; None if they could not be measured.
-        peak: Largest number of bytes in use.
+        The loss and the product; the bytes of the graph, None if they could not be measured; most bytes in use.
 
     Raises:
         RuntimeError: If there is no product, or memory runs out.
