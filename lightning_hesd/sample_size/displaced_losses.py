@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -16,6 +15,7 @@ from lightning_hesd.sample_size.sample_losses import check_finite, sample_losses
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
@@ -60,16 +60,6 @@ def displaced_losses(
         return losses
 
     return losses_at
-
-
-def all_losses(losses_at: LossesAt, batches: Sequence[WeightedBatch], displacement: Tensor) -> Array:
-    """Return the losses of all samples at one displacement, shape (N,)."""
-    found = []
-    for batch in batches:
-        losses = losses_at(batch, displacement)
-        check_finite(losses, batch)
-        found.append(losses.cpu().double().numpy())
-    return np.concatenate(found)
 
 
 def chunks(batches: Sequence[WeightedBatch], chunk_size: int | None) -> Iterator[WeightedBatch]:

@@ -151,14 +151,13 @@ def loss_differences(
     """Measure the change of the mean loss with one more sample, for every sample size, over random orders.
 
     Args:
-        module: The module, on the device of the batches; its state and the random number generators are restored.
-        batches: Batches as `loss_fn` takes them; read once.
-        loss_fn: `loss_fn(module, batch)` -> losses of the samples, shape (batch,), or their mean, a scalar, which
-            is slower, as every sample is evaluated by itself; see `per_sample_losses`.
+        module: As for `per_sample_losses`.
+        batches: As for `per_sample_losses`.
+        loss_fn: As for `per_sample_losses`.
         orders: Number of random orders, at least 2; default from the paper.
         seed: Seed of the orders.
         confidence: Confidence of the band around the mean over orders.
-        mode: Module mode during the measurement: "eval", "train", or "keep" for no change.
+        mode: As for `per_sample_losses`.
 
     Raises:
         ValueError: If an argument is out of range, there are fewer than three samples, or the number of losses differs
@@ -172,13 +171,7 @@ def loss_differences(
 
 
 def differences_of(losses: ArrayLike, *, orders: int = 100, seed: int = 0, confidence: float = 0.95) -> LossDifferences:
-    """Compute the changes of the mean of given losses, as `loss_differences` does.
-
-    Args:
-        losses: Losses of the samples, shape (N,), N at least 3.
-        orders: Number of random orders, at least 2.
-        seed: Seed of the orders.
-        confidence: Confidence of the band around the mean over orders.
+    """Compute the changes of the mean of given losses, shape (N,), N at least 3, as `loss_differences` does.
 
     Raises:
         ValueError: If an argument is out of range.

@@ -103,8 +103,7 @@ class HessianOperator:
         self._module = module
         self._loss_fn = loss_fn
         self._parameters = list(select_parameters(module, options).values())
-        with restore_state():  # a data loader draws random numbers
-            self._batches = weighted_batches(batches, batch_weight)
+        self._batches = weighted_batches(batches, batch_weight)
         n = sum(p.numel() for p in self._parameters)
         self.shape = (n, n)
         self.dtype = dtype or vector_dtype(self._parameters)

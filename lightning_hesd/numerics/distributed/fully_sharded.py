@@ -96,11 +96,6 @@ class FullySharded(ParameterSharding):
 
     @override
     def check(self, options: AnalysisOptions) -> None:
-        """Refuse options that are not available for sharded parameters.
-
-        Raises:
-            ValueError: If an option is not available.
-        """
         if options.wants_sampling_error:
             msg = (
                 "sampling errors are not available for sharded parameters: leave out `sampling_error=True`, "

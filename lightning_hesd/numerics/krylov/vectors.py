@@ -79,13 +79,10 @@ def sign_pieces(sizes: Sequence[int], generator: Generator) -> Iterator[Tensor]:
 
 
 def _gaussian_chunks(n: int, generator: Generator) -> Iterator[Tensor]:
-    """Draw the numbers of `torch.randn(n)` in chunks.
+    """Yield the numbers of `torch.randn(n)` in chunks.
 
     `torch.randn` fills the vector in blocks of 16 numbers. If the last block is incomplete, it first fills the other
     elements, and then draws the last 16 elements anew.
-
-    Yields:
-        The chunks.
     """
     draw: Callable[..., Tensor] = torch.randn
     whole = n if n < BLOCK or n % BLOCK == 0 else n - BLOCK
@@ -103,11 +100,7 @@ def _gaussian_chunks(n: int, generator: Generator) -> Iterator[Tensor]:
 
 
 def _pieces(sizes: Sequence[int], chunks: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Join a stream of chunks, and cut it anew.
-
-    Yields:
-        Pieces of the sizes.
-    """
+    """Yield a stream of chunks, cut anew into pieces of some sizes."""
     rest = torch.empty(0, dtype=torch.float64)
     for size in sizes:
         parts = [rest]
@@ -133,14 +126,7 @@ def in_shape(vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def add_in_shape(total: Tensor, parts: Sequence[Tensor | None], sizes: Sequence[int], factor: float = 1.0) -> None:
-    """Add a multiple of a vector in the shapes of the parameters to a flat vector, shape (n,), in place.
-
-    Args:
-        total: The flat vector.
-        parts: One tensor for each parameter; None stands for zero.
-        sizes: Number of elements of each parameter.
-        factor: The multiple.
-    """
+    """Add a multiple of a vector in the shapes of parameters of some sizes to a flat vector, shape (n,), in place."""
     for target, part in zip(torch.split(total, list(sizes)), parts, strict=True):
         if part is not None:
             target.view_as(part).add_(part, alpha=factor)
