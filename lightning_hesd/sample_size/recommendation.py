@@ -155,8 +155,8 @@ def recommend_sample_size(
         confidence: Confidence of the recommendation.
         steps: Maximal number of Lanczos steps; they stop when the error of the extreme eigenvalues is a quarter of
             their sampling error.
-        seed: As for `hessian_spectrum`.
-        strategy: As for `hessian_spectrum`.
+        seed: Seed of the start vector.
+        strategy: HVP strategy, see `hessian_spectrum`.
         mode: As for `hessian_spectrum`.
 
     Raises:

@@ -172,10 +172,13 @@ def subspace_stabilization(
     weighted = read_batches(batches)
     with exact_mode(module, mode) as isolation:
         losses_at = displaced_losses(module, loss_fn, parameters, directions, isolation)
+
+        def losses_of_all(displacement: Tensor) -> Array:
+            return all_losses(lambda batch: losses_at(batch, displacement), weighted)
+
         with torch.no_grad():
-            losses = [all_losses(lambda batch, at=at: losses_at(batch, at), weighted) for at in displacements]
+            displaced = np.stack([losses_of_all(displacement) for displacement in displacements], axis=1)
         of_chunks = [moments(losses_at, part, dimension, sigma) for part in chunks(weighted, chunk_size)]
-    displaced = np.stack(losses, axis=1)
     return _stabilization(np.concatenate(of_chunks), displaced, sigma, dimension, orders=orders, seed=seed)
 
 

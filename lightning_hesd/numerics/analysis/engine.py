@@ -60,11 +60,7 @@ class Circumstances(TypedDict, total=False):
 
 
 class Context(Circumstances, total=False):
-    """The circumstances of an analysis.
-
-    Attributes:
-        report: Called after every Lanczos step.
-    """
+    """The circumstances of an analysis, and a function to be called after every Lanczos step."""
 
     report: Report | None
 
@@ -78,15 +74,8 @@ def analyze(
 ) -> Spectrum:
     """Return the spectrum of the curvature matrix over all analyzed parameters: `hessian_spectrum` on one rank or many.
 
-    Args:
-        module: The module, with equal parameters on every rank, or shards of the same parameters.
-        batches: This rank's share of the batches.
-        loss_fn: As for `hessian_spectrum`.
-        options: As for `hessian_spectrum`, equal on every rank.
-        **context: See `Context`.
-
-    Returns:
-        The spectrum, equal on every rank.
+    The module has equal parameters on every rank, or shards of the same parameters; `batches` are this rank's share.
+    The options must be, and the spectrum is, equal on every rank.
     """
     parameters = list(select_parameters(module, options).values())
     try:

@@ -84,11 +84,7 @@ def _has_ended(estimation: Estimation, product: Tensor) -> bool:
 
 
 class Estimation:
-    """The Lanczos runs on one operator, one after the other for each probe, and the spectrum that they give.
-
-    Attributes:
-        operator: The curvature operator.
-    """
+    """The Lanczos runs on one operator, one after the other for each probe, and the spectrum that they give."""
 
     def __init__(self, operator: DiagonalBlock, options: AnalysisOptions, plan: MemoryPlan, started: float) -> None:
         """Start the run of the first probe; arguments as for `run_lanczos`."""

@@ -62,9 +62,7 @@ class _End:
 def sampling_error(operator: DiagonalBlock, runs: Sequence[Lanczos]) -> SamplingError:
     """Estimate the errors of the extreme eigenvalues due to the finite sample, in one pass over the samples.
 
-    Args:
-        operator: The Hessian.
-        runs: The Lanczos runs; the lowest and the highest of all their Ritz vectors are taken.
+    Of all Ritz vectors of the Lanczos runs the lowest and the highest are taken.
 
     Raises:
         ValueError: If there are fewer than 8 groups, their mean is not the Hessian, or they do not differ.

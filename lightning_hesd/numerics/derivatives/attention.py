@@ -150,12 +150,7 @@ def long_attention(
 
 @dataclass(frozen=True)
 class _Scores:
-    """The definition of scores by queries and keys.
-
-    Attributes:
-        scale: Factor of the scores.
-        causal: Whether query i attends to the keys up to i only.
-    """
+    """The definition of scores by queries and keys, as for `long_attention`."""
 
     scale: float
     causal: bool

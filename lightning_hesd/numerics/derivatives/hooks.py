@@ -25,14 +25,10 @@ if TYPE_CHECKING:
 
 
 class Hooks:
-    """The hooks that the user's code registers during an analysis.
-
-    Attributes:
-        act: Whether hooks act now.
-    """
+    """The hooks that the user's code registers during an analysis."""
 
     def __init__(self) -> None:
-        self.act = False
+        self.act = False  # whether hooks act now
 
     @contextlib.contextmanager
     def acting(self) -> Iterator[None]:

@@ -62,27 +62,21 @@ class JointBatch(WeightedBatch):
 
 
 class FullySharded(ParameterSharding):
-    """Every rank holds a shard of each parameter.
-
-    Attributes:
-        collectives: Communication between all ranks.
-    """
+    """Every rank holds a shard of each parameter."""
 
     is_sharded = True
 
     def __init__(self, module: nn.Module, collectives: CheckedCollectives) -> None:
-        """Find the shards of a module's parameters.
-
-        Args:
-            module: The module; parameters that `fully_shard` has gathered are resharded.
-            collectives: Communication between all ranks.
+        """Find the shards of a module's parameters; those that `fully_shard` has gathered are resharded.
 
         Raises:
             UnsupportedShardingError: If a parameter is not cut along one dimension, over all ranks.
         """
+        from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415 - takes long to load
+
         self.collectives = collectives
         for submodule in module.modules():
-            if isinstance(submodule, _fsdp_module()):
+            if isinstance(submodule, FSDPModule):
                 submodule.reshard()
         self._names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         self._shards = {
@@ -114,11 +108,6 @@ class FullySharded(ParameterSharding):
 
     @override
     def local_shards(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return this rank's shard of each parameter, a leaf to differentiate by.
-
-        Raises:
-            UnsupportedShardingError: If a parameter is not sharded.
-        """
         whole = [self._names[p] for p in parameters if p not in self._shards]
         if whole:
             msg = (
@@ -224,12 +213,6 @@ def _check_differentiable(loss: Tensor) -> None:
                 "function of what `parameters()` returns): pass a `loss_fn` that calls modules."
             )
             raise UnsupportedShardingError(msg)
-
-
-def _fsdp_module() -> Any:
-    from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415 - takes long to load
-
-    return FSDPModule
 
 
 def _shard(name: str, parameter: Any, number: int, collectives: CheckedCollectives) -> Shard:

@@ -83,8 +83,8 @@ class WeightedBatch:
         finally:
             _position.reset(token)
 
-    def split(self, parts: int) -> list[WeightedBatch]:
-        """Cut the batch into `parts` batches of nearly equal size, or fewer if it has fewer samples.
+    def split(self, count: int) -> list[WeightedBatch]:
+        """Cut the batch into `count` chunks of nearly equal size, or fewer if it has fewer samples.
 
         Values that belong to samples are cut (see `cuts`); all others are common to the samples. The chunks have the
         weights that `weigh` returns if these add up to the weight of the batch, and chunks of weight zero are left out;
@@ -94,7 +94,7 @@ class WeightedBatch:
             UnsplittableBatchError: If no value belongs to the samples, or it is not clear which do.
         """
         size = self.length()
-        ends = np.linspace(0, size, min(parts, size) + 1).round().astype(int).tolist()
+        ends = np.linspace(0, size, min(count, size) + 1).round().astype(int).tolist()
         return self.cut_at(ends[1:-1]) if len(ends) > 2 else [self]
 
     def cut_at(self, positions: Sequence[int]) -> list[WeightedBatch]:

@@ -66,10 +66,6 @@ class Portable:
 
     A deep copy shares the argument. A pickle contains the argument if that takes at most `MAX_PICKLED_BYTES`, or if the
     pickle goes to a process that is being started; otherwise it contains a `LeftOut`.
-
-    Args:
-        name: Name of the argument.
-        value: The argument.
     """
 
     def __init__(self, name: str, value: Any) -> None:

@@ -110,13 +110,8 @@ def lengths_of(batch: Any) -> list[int | None]:
 def _length(tensor: Any) -> int | None:
     if isinstance(tensor, PackedSequence):
         return int(tensor.batch_sizes[0])
-    with _plainly():
+    with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - tensors with units act as plain ones
         return int(tensor.size(0)) if tensor.ndim else None
-
-
-def _plainly() -> Any:
-    """Return a context in which subclasses of tensors, such as those with units, act as plain tensors."""
-    return torch._C.DisableTorchFunctionSubclass()  # noqa: SLF001
 
 
 def tensors_of(batch: Any, seen: frozenset[int] = frozenset()) -> Iterable[Any]:

@@ -40,6 +40,12 @@ class Weighing:
     Losses may wait for those of other ranks. Therefore all ranks that have a batch evaluate equally many losses, and a
     rank whose evaluation fails says so, and goes on.
 
+    Args:
+        wanted: The option `batch_weight`.
+        batches: This rank's share of the batches.
+        loss: Mean loss of a batch.
+        collectives: Communication between the ranks that the batches are divided among.
+
     Attributes:
         is_settled: Whether the decision also holds for other parameters of the module.
     """
@@ -51,14 +57,6 @@ class Weighing:
         loss: Callable[[WeightedBatch], Tensor],
         collectives: Collectives = LOCAL,
     ) -> None:
-        """Take the batches.
-
-        Args:
-            wanted: The option `batch_weight`.
-            batches: This rank's share of the batches.
-            loss: Mean loss of a batch.
-            collectives: Communication between the ranks that the batches are divided among.
-        """
         self.is_settled = True
         self._wanted = wanted
         self._batches = batches
@@ -209,12 +207,7 @@ class Weighing:
     def _votes_by_chunks(
         self, source: Source, judge: Callable[[ChunkLosses], list[float]], length: int
     ) -> list[float] | None:
-        """Compare a batch with two chunks of it on each rank, and add up the votes.
-
-        Args:
-            source: Entry that tells the tokens.
-            judge: Function of the losses that returns votes.
-            length: Number of votes.
+        """Compare a batch with two chunks of it on each rank, and add up the votes that `judge` returns, so many.
 
         Returns:
             The number of ranks whose evaluation fails, and the sums of the votes; None if on all ranks all samples of a

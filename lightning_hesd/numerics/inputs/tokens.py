@@ -32,11 +32,7 @@ class TokenCount:
     shifted: bool
 
     def __call__(self, batch: Any) -> float:
-        """Return the number of tokens.
-
-        Raises:
-            ValueError: If the batch does not have the entry.
-        """
+        """Return the number of tokens."""
         return float(self.per_sample(batch).sum())
 
     def per_sample(self, batch: Any) -> Tensor:

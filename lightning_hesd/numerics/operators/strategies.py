@@ -96,12 +96,8 @@ def measured_graph(
 ) -> tuple[Tensor, Matvec]:
     """Apply the strategy "graph", multiply once, and enter the memory into the cache; some losses fail only there.
 
-    Args:
-        matrix: The curvature matrix.
-        batch: The batch.
-        cache: Its `graph_bytes` stay None where they cannot be measured.
-        largest: Returns the largest of the values of the ranks that evaluate the batch together, so that they keep the
-            same graphs.
+    The cache's `graph_bytes` stay None where they cannot be measured. `largest` returns the largest of the values of
+    the ranks that evaluate the batch together, so that they keep the same graphs.
 
     Raises:
         NoExactProductError: If there is no product, though there is a gradient.
@@ -164,12 +160,7 @@ class GraphPlan:
 
 
 def plan_graphs(num_samples: Sequence[float], cache: AnalysisCache, memory: float) -> GraphPlan:
-    """Decide which graphs are kept.
-
-    Args:
-        num_samples: Number of samples of each batch.
-        cache: Measured memory of graphs and products.
-        memory: Bytes for graphs, temporary ones included.
+    """Decide of which batches, with so many samples each, the graphs are kept, in so many bytes with temporary ones.
 
     Raises:
         NoExactProductError: If there is not even memory for the graph of one batch.

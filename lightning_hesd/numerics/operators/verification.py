@@ -71,11 +71,7 @@ class Verification:
     words: str
 
     def verdict(self, *, exact: bool) -> Verdict:
-        """Return whether products are right: "yes", "no" or "unknown".
-
-        Args:
-            exact: Whether products come from differentiating twice, not from differences of the gradient.
-        """
+        """Return whether products are right, `exact` ones by differentiating twice or differences of the gradient."""
         outcomes = {self.gradient, self.products} if exact else {self.gradient}
         if "differs" in outcomes:
             return "no"
@@ -244,7 +240,9 @@ def _findings(matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace,
             break
     if bends is not None and not facts.is_kinked and all(comparison.is_hidden for comparison in directional):
         of_gradient = bends.outcome
-    is_fine = epsilon <= torch.finfo(torch.float64).eps
+    is_fine, device = epsilon <= torch.finfo(torch.float64).eps, matrix.parameters[0].device
+    is_finest = epsilon <= torch.finfo(finest_dtype(device)).eps
+    precision = f"a precision of {epsilon:.1g}" + (f", the finest on {device.type}" if is_finest else "")
     if of_products == "differs" and facts.is_kinked and not is_fine:
         of_products = "undecided"  # no step is short enough: the many kinks on its way look like a curvature
     return Findings(
@@ -254,14 +252,9 @@ def _findings(matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace,
         curves.gap,
         changes[-1] <= max(SETTLED * changes[0], ROUNDING_UNITS * epsilon * abs(line.loss)) or len(changes) == 1,
         2 * tolerance,  # the tolerance itself, and as much rounding
-        "float64" if is_fine else f"a precision of {epsilon:.1g}{_excuse(epsilon, matrix.parameters[0].device)}",
+        "float64" if is_fine else precision,
         facts,
     )
-
-
-def _excuse(epsilon: float, device: torch.device) -> str:
-    """Return words that say that there is no finer precision, if so."""
-    return f", the finest on {device.type}" if epsilon <= torch.finfo(finest_dtype(device)).eps else ""
 
 
 def _first_told(comparisons: Sequence[Comparison]) -> Outcome:
