@@ -79,7 +79,7 @@ LOCAL = Collectives()
 
 
 class DistributedCollectives(Collectives):
-    """Communication between the ranks of a process group of torch.distributed; None: of the default one.
+    """Communication between the ranks of a process group of torch.distributed, by default of all ranks.
 
     Attributes:
         device: Device of the tensors that the group's backend sends.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,6 +34,7 @@ With `Tensor` for the result, LightningCLI would refuse functions that do not sa
 """
 
 
+@dataclass(eq=False)
 class Evaluator:
     """Calls the user's functions on batches.
 
@@ -45,24 +47,14 @@ class Evaluator:
         batches: All batches of the analysis; None if other ranks have some of them.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        loss_fn: LossFunction,
-        options: AnalysisOptions,
-        sharding: ParameterSharding,
-        isolation: Isolation,
-        *,
-        batches: Sequence[WeightedBatch] | None = None,
-    ) -> None:
-        self.module = module
-        self.loss_fn = loss_fn
-        self.options = options
-        self.sharding = sharding
-        self.isolation = isolation
-        self._dtype: torch.dtype | None = None
-        self.batches = batches
-        self._known: dict[str, bool] = {}  # arguments of `Replacements`, from earlier evaluations
+    module: nn.Module
+    loss_fn: LossFunction
+    options: AnalysisOptions
+    sharding: ParameterSharding
+    isolation: Isolation
+    batches: Sequence[WeightedBatch] | None = field(default=None, kw_only=True)
+    _dtype: torch.dtype | None = field(default=None, init=False)
+    _known: dict[str, bool] = field(default_factory=dict, init=False)  # arguments of `Replacements`, found earlier
 
     def loss(self, batch: WeightedBatch) -> Tensor:
         """Return the mean loss of a batch, a scalar with a graph."""

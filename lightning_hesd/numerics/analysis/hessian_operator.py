@@ -19,7 +19,7 @@ from lightning_hesd.numerics.operators.groups import explain_non_finite
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from lightning_hesd.numerics.analysis.evaluation import LossFunction
     from lightning_hesd.numerics.isolation.modes import Mode
@@ -164,7 +164,8 @@ class HessianOperator:
         if not bool(vector.isfinite().all()):
             msg = "`vector` must be finite, got NaN or infinite elements."
             raise ValueError(msg)
-        with self, _product_state():
+        # Evaluations seed the global generators: a caller who draws vectors between products would get the same again.
+        with self, restore_state(), torch.inference_mode(mode=False), torch.enable_grad():
             assert self._operator is not None  # noqa: S101 - the context sets it
             product = self._operator.matvec(vector)
             if not bool(product.isfinite().all()):
@@ -223,14 +224,3 @@ class HessianOperator:
 
         dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
         return LinearOperator(self.shape, matvec, rmatvec=matvec, matmat=matmat, rmatmat=matmat, dtype=dtype)
-
-
-@contextlib.contextmanager
-def _product_state() -> Iterator[None]:
-    """Enable gradients, whatever the caller has set, and leave the global random number generators as they are.
-
-    An evaluation seeds them. Where each product evaluates the loss anew, a caller who draws random vectors between
-    products would otherwise get the same ones again and again.
-    """
-    with restore_state(), torch.inference_mode(mode=False), torch.enable_grad():
-        yield

@@ -19,8 +19,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_hesd.numerics.collectives import LOCAL, Collectives
-from lightning_hesd.numerics.inputs.chunk_losses import ChunkLosses, most_uneven_cut, with_other_first_labels
-from lightning_hesd.numerics.inputs.tokens import ADVICE, TokenCount, find
+from lightning_hesd.numerics.inputs.tokens import (
+    ADVICE,
+    ChunkLosses,
+    TokenCount,
+    find,
+    most_uneven_cut,
+    with_other_first_labels,
+)
 from lightning_hesd.spectra.validation import one_line
 
 if TYPE_CHECKING:
@@ -207,7 +213,7 @@ class Weighing:
     def _votes_by_chunks(
         self, source: Source, judge: Callable[[ChunkLosses], list[float]], length: int
     ) -> list[float] | None:
-        """Compare a batch with two chunks of it on each rank, and add up the votes that `judge` returns, so many.
+        """Compare a batch with two chunks of it on each rank, and add up the `length` votes that `judge` returns.
 
         Returns:
             The number of ranks whose evaluation fails, and the sums of the votes; None if on all ranks all samples of a

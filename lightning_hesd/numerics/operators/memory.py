@@ -34,7 +34,7 @@ UNKNOWN_FREE_MEMORY = 4 * 2**30
 def default_budget(device: torch.device, processes: int = 1) -> int:
     """Return the bytes an analysis may take: half of what is free on the device of the parameters.
 
-    So many ranks (`processes`) share the computer's memory; accelerators that report memory have their own.
+    `processes` ranks share the computer's memory; accelerators that report memory have their own.
     """
     module: Any = getattr(torch, device.type, None)
     if hasattr(module, "mem_get_info"):

@@ -53,7 +53,7 @@ def check_derivatives(risk: RiskOperator, in_finest: InFinest | None) -> None:
 
 
 def refute(risk: RiskOperator, words: str) -> None:
-    """Take central differences from now on, because, in `words`, exact products are not those of a symmetric matrix.
+    """Take central differences from now on, because exact products are not those of a symmetric matrix: see `words`.
 
     Raises:
         WrongDerivativeError: If the strategy is not "auto", or differences do not give the matrix.

@@ -160,7 +160,7 @@ class GraphPlan:
 
 
 def plan_graphs(num_samples: Sequence[float], cache: AnalysisCache, memory: float) -> GraphPlan:
-    """Decide of which batches, with so many samples each, the graphs are kept, in so many bytes with temporary ones.
+    """Decide which graphs are kept, given the samples of each batch and the bytes for graphs, temporary ones included.
 
     Raises:
         NoExactProductError: If there is not even memory for the graph of one batch.

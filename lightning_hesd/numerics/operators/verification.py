@@ -71,7 +71,7 @@ class Verification:
     words: str
 
     def verdict(self, *, exact: bool) -> Verdict:
-        """Return whether products are right, `exact` ones by differentiating twice or differences of the gradient."""
+        """Return whether products are right: `exact` ones, or differences of the gradient."""
         outcomes = {self.gradient, self.products} if exact else {self.gradient}
         if "differs" in outcomes:
             return "no"
