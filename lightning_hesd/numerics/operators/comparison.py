@@ -52,7 +52,7 @@ class Comparison:
 
     @property
     def outcome(self) -> Outcome:
-        """Whether the claim agrees with an estimate, or differs from the last two, which lie close together.
+        """Whether the claim agrees with an estimate, or is far from the last two, which lie close together.
 
         Otherwise kinks or rounding hide the answer.
         """

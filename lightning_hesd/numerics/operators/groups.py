@@ -102,7 +102,7 @@ def _check_groups(groups: Sequence[WeightedBatch], losses: Sequence[Tensor], who
 
 
 def explain_non_finite(block: DiagonalBlock, vector: Tensor | None) -> Exception:
-    """Return the error for a NaN or infinite product with a finite vector, shape (n,); None if it was not kept."""
+    """Return the error for a NaN or infinite product with a vector, shape (n,): finite, or None if it was not kept."""
     risk = block.risk
     if vector is None:
         msg = "a Hessian-vector product is NaN or infinite; which batch it comes from was not kept."
