@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_hesd.numerics.derivatives.checkpointing import recomputed_under
+from lightning_hesd.numerics.derivatives.patches import patched
 from lightning_hesd.numerics.derivatives.replacements import Replacements
 from lightning_hesd.numerics.devices import finest_dtype
 from lightning_hesd.numerics.isolation.snapshot import seed_everything
@@ -89,31 +89,25 @@ class Evaluator:
             A function that returns the copy of a parameter.
         """
         copies: dict[Tensor, Tensor] = {}
-        places: list[Callable[[], object]] = []
-        default = torch.get_default_dtype()
         dtype = finest_dtype(next(self.module.parameters()).device)
         self.isolation.restore(None)
-        try:
+        with contextlib.ExitStack() as stack:
             for owner in self.module.modules():
                 for name, parameter in list(owner._parameters.items()):  # noqa: SLF001 - `parameters` hides ties
                     if parameter is not None and parameter.is_floating_point():
                         if parameter not in copies:
                             copies[parameter] = _converted(parameter, dtype)
-                        places.append(partial(setattr, owner, name, parameter))
+                        stack.callback(setattr, owner, name, parameter)
                         setattr(owner, name, copies[parameter])  # recurrent networks keep lists of them, too
                 for name, buffer in list(owner._buffers.items()):  # noqa: SLF001
                     if buffer is not None and buffer.is_floating_point():
-                        places.append(partial(owner._buffers.__setitem__, name, buffer))  # noqa: SLF001
+                        stack.callback(owner._buffers.__setitem__, name, buffer)  # noqa: SLF001
                         owner._buffers[name] = buffer.to(dtype, copy=True)  # noqa: SLF001
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(dtype)
-            self._dtype = dtype
-            with self.isolation.separate(list(copies.values())):
-                yield copies.__getitem__
-        finally:
-            self._dtype = None
-            torch.set_default_dtype(default)
-            for put_back in places:
-                put_back()
+            stack.enter_context(patched(self, "_dtype", dtype))
+            stack.enter_context(self.isolation.separate(list(copies.values())))
+            yield copies.__getitem__
 
     def _evaluate(self, function: Callable[[Any], Any], batch: WeightedBatch, *, from_start: bool = True) -> Any:
         """Return the value of a function of a batch, called again if replacements were missing."""

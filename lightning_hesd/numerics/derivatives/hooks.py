@@ -30,14 +30,9 @@ class Hooks:
     def __init__(self) -> None:
         self.act = False  # whether hooks act now
 
-    @contextlib.contextmanager
-    def acting(self) -> Iterator[None]:
-        """Let hooks act: the user's function runs in this context."""
-        before, self.act = self.act, True
-        try:
-            yield
-        finally:
-            self.act = before
+    def acting(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context of the user's function, in which hooks act."""
+        return patched(self, "act", True)
 
     @contextlib.contextmanager
     def limited(self) -> Iterator[None]:

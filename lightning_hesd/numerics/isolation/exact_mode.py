@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_hesd.numerics.derivatives.hooks import no_hooks_in_backward
+from lightning_hesd.numerics.derivatives.patches import patched
 from lightning_hesd.numerics.devices import accelerators
 from lightning_hesd.numerics.isolation.isolation import Isolation
 from lightning_hesd.numerics.isolation.modes import set_mode
@@ -89,11 +90,8 @@ def _without_autocast(device_types: Iterable[str]) -> Iterator[None]:
         for device_type in device_types:
             if torch.amp.is_autocast_available(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
-        torch.autocast.__enter__ = enter_disabled  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+        stack.enter_context(patched(torch.autocast, "__enter__", enter_disabled))
+        yield
 
 
 def _check_norms(module: nn.Module) -> None:
