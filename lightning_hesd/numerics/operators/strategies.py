@@ -1,11 +1,8 @@
 """HVP strategies: functions from a curvature matrix and a batch to the loss and the product v -> Hv.
 
-- "graph" keeps the gradient's graph: a product costs about two gradients, and the graph its memory.
-- "recompute" builds that graph anew in every product: one more gradient each, and memory for one graph at a time.
-- "finite_difference" takes central differences of the gradient, see `finite_differences`.
-
-With "auto", graphs of as many batches as fit into the memory are kept, and the products of the others are recomputed.
-There is nothing to time: a recomputed product is one from a kept graph, and the gradient that builds the graph on top.
+A product from a kept graph costs about two gradients. A recomputed product takes one more, which builds the graph, and
+memory for one graph at a time. So there is nothing to time: "auto" keeps the graphs of as many batches as fit into the
+memory, and recomputes the products of the others. Central differences of the gradient are in `finite_differences`.
 """
 
 from __future__ import annotations
