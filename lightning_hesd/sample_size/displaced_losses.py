@@ -48,12 +48,12 @@ def displaced_losses(
 ) -> LossesAt:
     """Return the losses of a batch's samples at w + Uε as a function of the batch and ε, (D,) -> (batch,)."""
     names = {p: f"module.{name}" for name, p in module.named_parameters()}
-    parts = torch.split(directions.detach(), [p.numel() for p in parameters])
-    moved = [(names[p], p.detach(), part.to(p)) for p, part in zip(parameters, parts, strict=True)]
+    rows = torch.split(directions.detach(), [p.numel() for p in parameters])
+    moved = [(names[p], p.detach(), u.to(p)) for p, u in zip(parameters, rows, strict=True)]
     wrapper = _LossModule(module, loss_fn)
 
     def losses_at(batch: WeightedBatch, displacement: Tensor) -> Tensor:
-        values = {name: p + (part @ displacement.to(p)).view_as(p) for name, p, part in moved}
+        values = {name: p + (u @ displacement.to(p)).view_as(p) for name, p, u in moved}
         isolation.restore(batch.index)
         with isolation.evaluation():
             losses: Tensor = functional_call(wrapper, values, (batch,))

@@ -86,7 +86,7 @@ def sampling_error(operator: DiagonalBlock, runs: Sequence[Lanczos]) -> Sampling
             msg += "analyze more samples, or more batches."
         raise ValueError(msg)
 
-    own = np.stack([part[:, end.position] for part, end in zip(coordinates, ends, strict=True)], axis=1)
+    own = np.stack([along[:, end.position] for along, end in zip(coordinates, ends, strict=True)], axis=1)
     covariance = _covariance_of_mean(own, weights)
     extremes = np.array([end.nodes[end.position] for end in ends])
     errors = np.sqrt(np.diag(covariance))
@@ -106,7 +106,7 @@ def sampling_error(operator: DiagonalBlock, runs: Sequence[Lanczos]) -> Sampling
         raise ValueError(msg)
     lambda_min, lambda_max = (float(value) for value in extremes)
     mean = float(np.mean([run.alphas[0] for run in runs]))
-    shifts = [_shift(weights, *parts, mean) for parts in zip(coordinates, squares.T, ends, strict=True)]
+    shifts = [_shift(weights, *of_end, mean) for of_end in zip(coordinates, squares.T, ends, strict=True)]
     biases = np.array([-shifts[0], shifts[1]])
     # C_t = λ_min/λ_max to first order (the delta method), its mean to second.
     derivative = np.array([1 / lambda_max, -lambda_min / lambda_max**2])
@@ -182,7 +182,7 @@ def _group_curvatures(
     risk.collectives.run_together(fill)
     table = risk.collectives.sum(table)
     table = table[table[:, 0] > 0]
-    first, second = (part.numpy() for part in torch.split(table[:, 3:], lengths, dim=1))
+    first, second = (columns.numpy() for columns in torch.split(table[:, 3:], lengths, dim=1))
     return table[:, 0].numpy(), table[:, 1:3].numpy(), [first, second]
 
 

@@ -46,8 +46,8 @@ def mode_name(mode: Mode | ModuleModes) -> ModeName:
 def set_mode(module: nn.Module, mode: Mode | ModuleModes) -> None:
     """Bring a module and its submodules into a mode."""
     if isinstance(mode, ModuleModes):
-        for part, training in mode.training.items():
-            part.training = training
+        for submodule, training in mode.training.items():
+            submodule.training = training
     elif mode != "keep":
         module.train(mode == "train")
 

@@ -68,9 +68,9 @@ class FiniteDifferences:
         pairs = zip(self.parameters[block], self._originals[block], vector, strict=True)
         try:
             self._put_back(self._written())
-            for p, original, part in pairs:
-                if part is not None:
-                    torch.add(original, part, alpha=distance, out=p.data)
+            for p, original, direction in pairs:
+                if direction is not None:
+                    torch.add(original, direction, alpha=distance, out=p.data)
             yield
         finally:
             self._put_back([*range(len(self.parameters))[block], *self._written()])
@@ -96,9 +96,9 @@ class FiniteDifferences:
             behind = gradient(function(), self.parameters[block])
         return [a.sub_(b).div_(2 * self.step / length) for a, b in zip(ahead, behind, strict=True)]
 
-    def _length(self, parts: Sequence[Tensor]) -> float:
+    def _length(self, tensors: Sequence[Tensor]) -> float:
         """Return the norm of a vector, given this rank's tensors of it; the device is read once."""
-        norms = torch.stack([norm_of(part) for part in parts]).tolist() if parts else []
+        norms = torch.stack([norm_of(tensor) for tensor in tensors]).tolist() if tensors else []
         return math.sqrt(self.space.total(math.fsum(norm**2 for norm in norms)))
 
     def choose_step(self, matvec: Callable[[Tensor], Tensor], vector: Tensor, known: float | None = None) -> float:
