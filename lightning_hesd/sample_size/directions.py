@@ -57,9 +57,9 @@ def dominant_directions(
     For a multiple eigenvalue one vector is found.
 
     Args:
-        module: As for `per_sample_losses`.
-        batches: As for `per_sample_losses`.
-        loss_fn: As for `per_sample_losses`; a mean is as fast here.
+        module: As for `loss_differences`.
+        batches: As for `loss_differences`.
+        loss_fn: As for `loss_differences`; a mean is as fast here.
         count: Number D of directions.
         steps: As for `hessian_spectrum`.
         seed: As for `hessian_spectrum`.

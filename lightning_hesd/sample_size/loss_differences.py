@@ -151,13 +151,14 @@ def loss_differences(
     """Measure the change of the mean loss with one more sample, for every sample size, over random orders.
 
     Args:
-        module: As for `per_sample_losses`.
-        batches: As for `per_sample_losses`.
-        loss_fn: As for `per_sample_losses`.
+        module: The module, on the device of the batches; its state and the random number generators are restored.
+        batches: Batches as `loss_fn` takes them; read once.
+        loss_fn: `loss_fn(module, batch)` -> losses of the samples, shape (batch,), or their mean, a scalar, which
+            is slower, as every sample is evaluated by itself.
         orders: Number of random orders, at least 2; default from the paper.
         seed: Seed of the orders.
         confidence: Confidence of the band around the mean over orders.
-        mode: As for `per_sample_losses`.
+        mode: Module mode during the measurement: "eval", "train", or "keep" for no change.
 
     Raises:
         ValueError: If an argument is out of range, there are fewer than three samples, or the number of losses differs

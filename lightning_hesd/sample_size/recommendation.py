@@ -149,7 +149,7 @@ def recommend_sample_size(
     Args:
         module: The module, on the device of the batches; its state is restored.
         batches: The pilot sample, drawn at random; read once and held in memory. At least 8 samples, better hundreds.
-        loss_fn: As for `per_sample_losses`.
+        loss_fn: As for `loss_differences`.
         tolerance: Relative to λ_max, and to C_t, or to 0.001 if C_t is closer to zero.
         loss_tolerance: Relative to the mean loss.
         confidence: Confidence of the recommendation.

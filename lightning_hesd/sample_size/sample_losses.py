@@ -36,10 +36,10 @@ def per_sample_losses(
     both cases a loss must depend on its own sample only, which batch normalization in mode "train" violates.
 
     Args:
-        module: The module, on the device of the batches; its state and the random number generators are restored.
-        batches: Batches as `loss_fn` takes them; read once. The length of the first tensor is the number of samples.
-        loss_fn: `loss_fn(module, batch)` -> losses of the samples, shape (batch,), or their mean, a scalar.
-        mode: Module mode during the measurement: "eval", "train", or "keep" for no change.
+        module: As for `loss_differences`.
+        batches: As for `loss_differences`; the length of the first tensor is the number of samples.
+        loss_fn: As for `loss_differences`.
+        mode: As for `loss_differences`.
 
     Raises:
         ValueError: If there is no batch, or the number of losses differs from that of the samples.

@@ -140,9 +140,9 @@ def subspace_stabilization(
     of derivatives, which are several times as large as the graph of the gradient of a chunk: choose a small D.
 
     Args:
-        module: As for `per_sample_losses`; its parameters are never written to.
-        batches: As for `per_sample_losses`.
-        loss_fn: As for `per_sample_losses`; it must use the parameters of its argument `module`.
+        module: As for `loss_differences`; its parameters are never written to.
+        batches: As for `loss_differences`.
+        loss_fn: As for `loss_differences`; it must use the parameters of its argument `module`.
         directions: U, orthonormal columns over all parameters that require grad, shape (n, D); for example those of
             `dominant_directions`.
         sigma: Standard deviation σ of the displacement along each direction, in units of the weights.
@@ -150,7 +150,7 @@ def subspace_stabilization(
         orders: Number of random orders, at least 2.
         seed: Seed of draws and orders.
         chunk_size: Maximal number of samples to differentiate at a time; None: whole batches.
-        mode: As for `per_sample_losses`.
+        mode: As for `loss_differences`.
 
     Raises:
         ValueError: If an argument is out of range, there are fewer than three samples, or the number of losses differs
