@@ -85,7 +85,7 @@ class Portable:
 
 
 def unpicklable_reason(value: object, max_bytes: int | None = MAX_PICKLED_BYTES) -> str | None:
-    """Return why an object is not pickled, for example to more than `max_bytes` (None: any number); None if it is."""
+    """Return why an object is not pickled: it cannot be, or takes more than `max_bytes`; None if it is."""
     try:
         _Pickler(_Meter(max_bytes), max_bytes).dump(value)
     except _TooLargeError:
