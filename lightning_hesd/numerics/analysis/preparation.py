@@ -53,21 +53,13 @@ def opened_operators(
 ) -> Iterator[tuple[list[DiagonalBlock], MemoryPlan]]:
     """Bring the module into the analysis state, and make the curvature operators of diagonal blocks there.
 
-    Args:
-        module: As for `hessian_spectrum`.
-        batches: This rank's share of the batches.
-        loss_fn: As for `hessian_spectrum`.
-        options: As for `hessian_spectrum`, equal on every rank.
-        blocks: Parameters of each diagonal block; all analyzed parameters in one block for the whole matrix.
-        collectives: Communication between the ranks that the batches are divided among.
-        sharding: How the parameters are distributed over ranks; None: every rank holds all of them.
-        local_ranks: Number of ranks that share this computer's memory.
-        cache: What earlier analyses of the same loss have measured; brought up to date.
-        reason: Why the options are not those of the user; None if they are.
-        state: Objects beside the module that evaluations may change.
+    Arguments as for `engine.estimate`; `blocks` has the parameters of each diagonal block.
 
     Yields:
         The operator of each block, verified, and the memory plan.
+
+    Raises:
+        ValueError: If an option does not fit the parameters.
     """
     sharding = sharding or ParameterSharding()
     sharding.check(options)
@@ -75,8 +67,10 @@ def opened_operators(
     parameters = sharding.local_shards(analyzed)
     ends = list(itertools.accumulate(len(block) for block in blocks))
     ranges = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
-    dtype = options.dtype or vector_dtype(parameters)
-    _check_dtype(dtype, parameters[0].device)
+    dtype, device = options.dtype or vector_dtype(parameters), parameters[0].device
+    if dtype is torch.float64 and finest_dtype(device) is not torch.float64:
+        msg = f"`dtype=torch.float64` is not available on the device of the parameters, {device}: leave it None."
+        raise ValueError(msg)
     plan = _plan(
         module, parameters, dtype, options=options, sharding=sharding, collectives=collectives, local_ranks=local_ranks
     )
@@ -113,17 +107,6 @@ def _weighed(weighing: Weighing, cache: AnalysisCache) -> list[WeightedBatch]:
     count = cache.count if cache.is_weighed else weighing.decide()
     cache.count, cache.is_weighed = count, cache.is_weighed or weighing.is_settled
     return weighing.apply(count)
-
-
-def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse a dtype of vectors that the device does not have.
-
-    Raises:
-        ValueError: If the device has no float64, and it is asked for.
-    """
-    if dtype is torch.float64 and finest_dtype(device) is not torch.float64:
-        msg = f"`dtype=torch.float64` is not available on the device of the parameters, {device}: leave it None."
-        raise ValueError(msg)
 
 
 def _plan(

@@ -99,11 +99,6 @@ class AnalysisOptions:
         return {k: v if isinstance(v, plain) else Portable(k, v) for k, v in vars(self).items()}
 
     def __post_init__(self) -> None:
-        """Check every option.
-
-        Raises:
-            ValueError: If an option is out of range, or excludes another one.
-        """
         weight: object = self.batch_weight
         if not (callable(weight) or weight in (None, "tokens")):
             msg = f'`batch_weight` must be a function of the batch, "tokens" or None, got {weight!r}.'

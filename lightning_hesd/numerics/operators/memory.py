@@ -32,11 +32,9 @@ UNKNOWN_FREE_MEMORY = 4 * 2**30
 
 
 def default_budget(device: torch.device, local_ranks: int = 1) -> int:
-    """Return the bytes an analysis may take: half of what is free on the device.
+    """Return the bytes an analysis may take: half of what is free on the device of the parameters.
 
-    Args:
-        device: Device of the parameters.
-        local_ranks: Number of ranks that share the computer's memory; accelerators that report memory have their own.
+    `local_ranks` ranks share the computer's memory; accelerators that report memory have their own.
     """
     module: Any = getattr(torch, device.type, None)
     if hasattr(module, "mem_get_info"):
@@ -47,11 +45,7 @@ def default_budget(device: torch.device, local_ranks: int = 1) -> int:
 
 
 def free_system_memory(root: Path = Path("/")) -> int:
-    """Return the free bytes of the computer's memory: the smaller of the system's and the container's numbers.
-
-    Args:
-        root: Folder of /proc and /sys.
-    """
+    """Return the free bytes of the computer's memory, the smaller of the system's and the container's numbers."""
     free = [UNKNOWN_FREE_MEMORY]
     try:
         lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -165,9 +159,8 @@ class MemoryMeter:
     def __enter__(self) -> Self:
         if self._device.type not in {"cpu", "cuda"}:
             return self  # other allocators report nothing, or warn
-        with contextlib.suppress(
-            AttributeError, RuntimeError, TypeError
-        ):  # another one is running, or this one is gone
+        # Another profiler may be running, or this version of PyTorch lack this one.
+        with contextlib.suppress(AttributeError, RuntimeError, TypeError):
             extra = torch._C._profiler._ExperimentalConfig()  # noqa: SLF001
             # Memory only: neither shapes, stacks, FLOPs nor modules.
             config = _autograd.ProfilerConfig(_autograd.ProfilerState.CPU, False, True, False, False, False, extra)

@@ -18,6 +18,7 @@ from lightning_hesd.numerics.inputs.batches import WeightedBatch, weighted_batch
 from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.operators.curvature import HessianMatrix
 from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock
+from lightning_hesd.numerics.operators.groups import explain_non_finite
 from lightning_hesd.numerics.operators.risk_operator import RiskOperator
 from tests import cases, oracles
 from tests.programs import SERVER
@@ -124,7 +125,7 @@ class TestSumOverRanks:
         assert isinstance(operator.risk.failure, KeyError)
         assert operator.matvec(v).isnan().all()  # and it goes on contributing
         assert calls == 4  # without trying again
-        assert operator.explain_non_finite(v) is operator.risk.failure
+        assert explain_non_finite(operator, v) is operator.risk.failure
 
 
 # Two real ranks -------------------------------------------------------------------------------------------------------
