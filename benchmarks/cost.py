@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import networks
 from benchmarks.isolation import PeakMemory
-from lightning_hesd.commands.cost import Machine, Workload, analysis_cost, measured_bandwidth
+from lightning_hesd.commands.estimate import Machine, Workload, analysis_cost, measured_bandwidth
 from lightning_hesd.numerics.analysis.engine import analyze
 from lightning_hesd.numerics.collectives import DistributedCollectives
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
@@ -154,7 +154,7 @@ def _measure(rank: int, case: Case, port: int, folder: Path) -> None:
     distributed.barrier()
     memory = PeakMemory()
     started = time.perf_counter()
-    analyze(module, own, loss, options, collectives=collectives, processes=case.processes)
+    analyze(module, own, loss, options, collectives=collectives, local_ranks=case.processes)
     seconds = time.perf_counter() - started
     parameters = sum(p.numel() for p in module.parameters())
     workload = Workload(parameters, case.samples, BATCH, case.steps, processes=case.processes, strategy=case.strategy,

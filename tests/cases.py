@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 NAMES = ("mlp", "conv_batchnorm", "attention", "sdpa", "tied", "frozen")
 
@@ -42,6 +43,19 @@ def regression(sizes: tuple[int, ...], inputs: int, outputs: int, dtype: torch.d
         module.weight.copy_(torch.randn(outputs, inputs, generator=generator))
     batches = [(_normal(generator, size, inputs), _normal(generator, size, outputs)) for size in sizes]
     return Problem(module, [_cast(batch, dtype) for batch in batches], squared_error)
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    """The identity, whose derivative cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.clone()
 
 
 def squared_error(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tests import cases
 
 
 def dense_hessian(
@@ -45,6 +48,17 @@ def dense_hessian(
     point = torch.cat([p.detach().flatten() for p in chosen.values()])
     with sdpa_kernel(SDPBackend.MATH):
         return torch.autograd.functional.hessian(mean_loss, point)
+
+
+def eigenvalues(*problem: Any, **options: Any) -> np.ndarray:
+    """Return the eigenvalues of the dense Hessian, ascending; the arguments are those of `dense_hessian`."""
+    return torch.linalg.eigvalsh(dense_hessian(*problem, **options)).numpy()
+
+
+@functools.cache
+def case_eigenvalues(name: str) -> np.ndarray:
+    """Return the eigenvalues of a problem of `cases` in float64, which are computed only once."""
+    return eigenvalues(*cases.make(name))
 
 
 def hausdorff(first: Any, second: Any) -> float:

@@ -42,7 +42,7 @@ from lightning_hesd.spectra.payload import (
 )
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.spectra.selection import Candidate, CandidateFilter, SelectionEvent
-from lightning_hesd.training.budget import Budget
+from lightning_hesd.training.schedule import Budget
 from tests.tab import Tab, write_payloads
 from tests.training.scripted import make_spectrum
 

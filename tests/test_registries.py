@@ -32,11 +32,12 @@ RISE = Scalar("rise", lambda record: record.spectrum and record.spectrum.loss - 
 RULE = CheckpointRule("lowest_trace", "lowest trace", "trace", lambda spectrum: -spectrum.trace, scalar="trace")
 
 
-def train(folder: Path) -> HessianSpectrumCallback:
-    """Train with a checkpoint callback that has the third rule."""
+def train(folder: Path, rule: Any = RULE.name, **options: Any) -> HessianSpectrumCallback:
+    """Train with a checkpoint callback that has a new rule."""
     torch.manual_seed(0)
-    checkpoint = HessianCheckpoint("lowest_trace", require_mp=False, tolerance=10.0)
-    spectra = HessianSpectrumCallback(num_samples=16, steps=4, checkpoint=checkpoint, on_error="raise", verbose=True)
+    checkpoint = HessianCheckpoint(rule, require_mp=False, tolerance=10.0)
+    options = {"on_error": "raise", "verbose": True, **options}
+    spectra = HessianSpectrumCallback(num_samples=16, steps=4, checkpoint=checkpoint, **options)
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=2,
@@ -121,6 +122,21 @@ def test_a_rule_without_a_checkpoint_callback_has_its_picks_computed_and_drawn(
     shown = [text.get_text() for text in legend.get_texts()]
     assert "lowest trace: epoch 1" in shown
     assert not any("Δ" in text for text in shown)
+
+
+def test_a_rule_that_needs_what_the_run_does_not_record_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needy = CheckpointRule("lowest_r_e", "lowest Δr_e", "Δr_e", lambda a: -a.delta_r_e, needs=("assessment",))
+    monkeypatch.setitem(RULES, needy.name, needy)
+    with pytest.warns(RuntimeWarning) as said:
+        spectra = train(tmp_path, needy.name, on_error="warn")
+    told = [str(w.message) for w in said if "'lowest_r_e' does not rank the analysis of epoch 0" in str(w.message)]
+    assert len(told) == 1
+    assert "`assessment`" in told[0]
+    assert "`generalization_dataloader`" in told[0]
+    assert isinstance(spectra.checkpoint, HessianCheckpoint)
+    assert spectra.checkpoint.best is None
 
 
 def test_every_scalar_is_documented() -> None:

@@ -1,1 +1,1 @@
-"""The command line: a module for each command, the analysis of checkpoints, its results, and the cost model."""
+"""The command line: a module for each command, the models and data of checkpoints, and the folder of results."""

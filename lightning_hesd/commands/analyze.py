@@ -12,8 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_hesd.commands.errors import CommandError
-from lightning_hesd.commands.posthoc import PosthocAnalysis
-from lightning_hesd.commands.project import Blueprint, imported
+from lightning_hesd.commands.project import Blueprint, CheckpointError, imported
 from lightning_hesd.commands.project_arguments import (
     MODE,
     add_project,
@@ -22,15 +21,22 @@ from lightning_hesd.commands.project_arguments import (
     separated,
     without_advice,
 )
-from lightning_hesd.commands.results import RESULTS, Results, Row, candidates, picked, table_line
+from lightning_hesd.commands.results import RESULTS, Results, Row, table_lines
 from lightning_hesd.numerics.inputs.options import AnalysisOptions
-from lightning_hesd.training.compat.collectives import is_first_rank
+from lightning_hesd.spectra.validation import one_line
+from lightning_hesd.training.compat.strategies import is_first_rank
+from lightning_hesd.training.error_policy import ErrorPolicy
 from lightning_hesd.training.loss_mode import AnalysisMode
+from lightning_hesd.training.recorder import Recorder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import lightning.pytorch as pl
     from jsonargparse import ArgumentParser, Namespace
+
+    from lightning_hesd.commands.project import Checkpoint
+    from lightning_hesd.spectra.record import SpectrumRecord
 
 __all__ = ["add_arguments", "run", "separated"]
 
@@ -46,9 +52,6 @@ BATCH_WEIGHT = "'tokens', or a function batch -> its weight, as package.function
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of the command."""
     add_project(parser)
-    parser.add_argument("--devices", type=int | str, default=1, help="Devices of each node, as for the Trainer.")
-    parser.add_argument("--num_nodes", type=int, default=1, help="Nodes, as for the Trainer.")
-    parser.add_argument("--strategy", type=str, default="auto", help="Strategy of several devices, as for the Trainer.")
     parser.add_argument("--generalization", type=str | None, help="'val' or 'test' data of --data, or a data module.")
     parser.add_argument("--generalization_args", type=dict[str, Any], default={}, help="Arguments of that data module.")
     parser.add_argument(
@@ -76,7 +79,7 @@ def run(config: Namespace) -> None:
     Raises:
         CommandError: If the analysis of a checkpoint failed, or no checkpoint exists.
     """
-    analysis = _analysis(config)
+    analysis = _CheckpointAnalysis(config)
     paths = checkpoints_of(config.checkpoints)
     store = Results(config.out, _plain(config))
     writes = is_first_rank()  # all ranks run this command, with Lightning or torchrun to start them
@@ -95,9 +98,7 @@ def run(config: Namespace) -> None:
             print(f"[{number}/{len(paths)}] {path}{' (known)' if again else ''}: {found}", flush=True)
     if not writes:
         return
-    picks = picked(rows, config.tolerance_of_loss)
-    among = candidates(rows, config.tolerance_of_loss)
-    lines = [table_line(row, picks, among) for row in rows]
+    lines = table_lines(rows, config.tolerance_of_loss)
     store.finish(lines)
     _print_table(lines)
     print(f"Spectra, figures, {RESULTS} and results.csv are in {config.out}")
@@ -107,34 +108,92 @@ def run(config: Namespace) -> None:
         raise CommandError(msg)
 
 
-def _analysis(config: Namespace) -> PosthocAnalysis:
-    generalization: Any = config.generalization
-    if generalization not in {None, "val", "test"}:
-        generalization = Blueprint(generalization, config.generalization_args)
-    options = {key: value for key, value in config.analysis.as_dict().items() if key != "mode"}
-    if options["batch_weight"] not in {None, "tokens"}:
-        options["batch_weight"] = imported(options["batch_weight"])
-    return PosthocAnalysis(
-        replace(project_of(config), devices=config.devices, num_nodes=config.num_nodes, strategy=config.strategy),
-        AnalysisOptions(**options),
-        generalization,
-        config.preconditioned,
-        config.analysis.mode,
-    )
+class _CheckpointAnalysis:
+    """The analysis of checkpoints, as the callback makes it in a run."""
+
+    def __init__(self, config: Namespace) -> None:
+        options = {key: value for key, value in config.analysis.as_dict().items() if key != "mode"}
+        if options["batch_weight"] not in {None, "tokens"}:
+            options["batch_weight"] = imported(options["batch_weight"])
+        self._project = project_of(config)
+        self._options = AnalysisOptions(**options)
+        self._mode: AnalysisMode = config.analysis.mode
+        self._preconditioned: bool = config.preconditioned
+        self._generalization: str | Blueprint | None = config.generalization
+        if config.generalization not in {None, "val", "test"}:
+            self._generalization = Blueprint(config.generalization, config.generalization_args)
+
+    def record(self, path: Path) -> SpectrumRecord:
+        """Analyze the weights in a checkpoint.
+
+        Raises:
+            CheckpointError: If it cannot be loaded, or lacks the states of optimizers.
+            MisconfigurationException: If the module or its data cannot be used.
+        """
+        record, checkpoint = self._project.at(path, self._record)
+        return replace(
+            record, epoch=int(checkpoint.get("epoch") or 0), global_step=int(checkpoint.get("global_step") or 0)
+        )
+
+    def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Checkpoint) -> SpectrumRecord:
+        other = self._generalization_loader(trainer)
+        recorder = Recorder(
+            self._project.analyzer(self._options, checkpoint, self._mode),
+            None if other is None else self._project.analyzer(self._options, checkpoint, self._mode, other),
+            preconditioner="optimizer" if self._preconditioned else None,
+        )
+        if self._preconditioned:
+            _load_optimizers(trainer, checkpoint)
+        errors = _RecordOnly()
+        recorder.start(trainer, errors)
+        return recorder.record(trainer, pl_module, trainer.current_epoch, errors)
+
+    def _generalization_loader(self, trainer: pl.Trainer) -> Any:
+        wanted = self._generalization
+        if wanted is None:
+            return None
+        if isinstance(wanted, Blueprint):
+            data = wanted.build("LightningDataModule", {})
+            data.prepare_data()
+            data.setup("fit")
+            return data.train_dataloader()
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        data.setup("validate" if wanted == "val" else "test")
+        return data.val_dataloader() if wanted == "val" else data.test_dataloader()
+
+
+def _load_optimizers(trainer: pl.Trainer, checkpoint: Checkpoint) -> None:
+    states = checkpoint.get("optimizer_states") or []
+    if len(states) != len(trainer.optimizers):
+        msg = (
+            f"the checkpoint has the states of {len(states)} optimizers, the module {len(trainer.optimizers)} "
+            "optimizers, so the Hessian cannot be preconditioned: leave `--preconditioned` out, or analyze a "
+            "checkpoint of this module."
+        )
+        raise CheckpointError(msg)
+    try:
+        for optimizer, state in zip(trainer.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+    except (KeyError, ValueError) as error:  # those of PyTorch for missing entries and other groups of parameters
+        msg = f"the states of optimizers in the checkpoint do not fit those of the module: {one_line(error)}"
+        raise CheckpointError(msg) from error
+
+
+class _RecordOnly(ErrorPolicy):
+    """Leaves failures to the record: there is no training to go on."""
+
+    def describe(self, error: Exception) -> str:
+        """Return the text of a failure in one line."""
+        return f"{type(error).__name__}: {one_line(error)}"
+
+    def report(self, message: str, error: Exception) -> None:
+        """Say nothing."""
 
 
 def _plain(config: Namespace) -> dict[str, Any]:
     """Return the options that the results depend on, as JSON values."""
-    irrelevant = {
-        "checkpoints",
-        "out",
-        "tolerance_of_loss",
-        "unsafe",
-        "accelerator",
-        "devices",
-        "num_nodes",
-        "strategy",
-    }
+    machine = {"accelerator", "devices", "num_nodes", "strategy"}
+    irrelevant = {"checkpoints", "out", "tolerance_of_loss", "unsafe", *machine}
     options = {key: value for key, value in config.as_dict().items() if key not in irrelevant}
     plain: dict[str, Any] = json.loads(json.dumps(options, default=str))
     return plain

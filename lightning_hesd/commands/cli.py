@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
@@ -18,45 +18,16 @@ REPORTED = (CommandError, ValueError, OSError, ArithmeticError, RuntimeError, Ty
 """Exceptions that end the command with their message in one line; so does Lightning's MisconfigurationException."""
 
 
-class Command(NamedTuple):
-    """A subcommand.
-
-    Attributes:
-        module: Module of this package with the functions `add_arguments(parser)` and `run(config)`. It is imported when
-            the command is asked for, because PyTorch and Lightning take seconds.
-        help: Phrase in the list of commands.
-        description: First line of the command's own help.
-    """
-
-    module: str
-    help: str
-    description: str
-
-
 COMMANDS = {
-    "analyze": Command(
-        "analyze", "analyze checkpoints", "Analyze the Hessian's spectrum at the weights of checkpoints."
-    ),
-    "assess": Command(
-        "assess", "assess generalization by two spectra", "Assess generalization (Gabdullin 2025, Fig. 10)."
-    ),
-    "plot": Command("plot", "draw densities", "Draw spectral densities."),
-    "report": Command(
-        "report",
-        "write a run as one HTML file",
-        "Write a run as one HTML file, with the content of TensorBoard's HESD tab.",
-    ),
-    "sample-size": Command(
-        "sample_size",
-        "ask how many samples are enough",
-        "Ask how many samples are enough at the weights of checkpoints; the analyzed samples are the pilot.",
-    ),
-    "estimate": Command(
-        "estimate",
-        "estimate the cost of an analysis",
-        "Estimate what one analysis will cost: time, memory and communication.",
-    ),
+    "analyze": "analyze the Hessian's spectrum at the weights of checkpoints",
+    "assess": "assess generalization by two spectra (Gabdullin 2025, Fig. 10)",
+    "plot": "draw spectral densities",
+    "report": "write a run as one HTML file, with the content of TensorBoard's HESD tab",
+    "sample-size": "ask how many samples are enough at the weights of checkpoints; the analyzed samples are the pilot",
+    "estimate": "estimate what one analysis will cost: time, memory and communication",
 }
+"""The commands, and what each does. A command has a module of its name with the functions `add_arguments(parser)` and
+`run(config)`. It is imported when the command is asked for, because PyTorch and Lightning take seconds."""
 
 
 class OneLineParser(ArgumentParser):
@@ -77,19 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = _parser(module).parse_args([separated(word) for word in words])
     try:
         module.run(config[config.subcommand])
-    except REPORTED as error:
-        _fail(error)
     except Exception as error:
-        from lightning_hesd.training.compat.namespaces import FABRIC, lightning_types  # noqa: PLC0415 - slow
-
-        if not isinstance(error, lightning_types("utilities.exceptions.MisconfigurationException", of=FABRIC)):
+        if not (isinstance(error, REPORTED) or _is_misuse_of_lightning(error)):
             raise
-        _fail(error)
+        sys.stderr.write(f"lightning-hesd: error: {' '.join(str(error).split())}\n")
+        sys.exit(1)
 
 
-def _fail(error: Exception) -> NoReturn:
-    sys.stderr.write(f"lightning-hesd: error: {' '.join(str(error).split())}\n")
-    sys.exit(1)
+def _is_misuse_of_lightning(error: Exception) -> bool:
+    from lightning_hesd.training.compat.namespaces import FABRIC, lightning_types  # noqa: PLC0415 - slow
+
+    return isinstance(error, lightning_types("utilities.exceptions.MisconfigurationException", of=FABRIC))
 
 
 def _module(words: Sequence[str]) -> Any:
@@ -98,18 +67,22 @@ def _module(words: Sequence[str]) -> Any:
     if name not in COMMANDS:
         return None
     try:
-        return importlib.import_module(f"lightning_hesd.commands.{COMMANDS[name].module}")
+        return importlib.import_module(_module_name(name))
     except ModuleNotFoundError as error:
         sys.exit(missing_dependency(error))
+
+
+def _module_name(command: str) -> str:
+    return f"lightning_hesd.commands.{command.replace('-', '_')}"
 
 
 def _parser(module: Any) -> OneLineParser:
     """Return the parser; only the given module's command has its arguments."""
     parser = OneLineParser(prog="lightning-hesd", description=__doc__)
     subcommands = parser.add_subcommands()
-    for name, command in COMMANDS.items():
-        sub = OneLineParser(description=command.description)
-        if module is not None and module.__name__.endswith(f".{command.module}"):
+    for name, purpose in COMMANDS.items():
+        sub = OneLineParser(description=f"{purpose[0].upper()}{purpose[1:]}.")
+        if module is not None and module.__name__ == _module_name(name):
             module.add_arguments(sub)
-        subcommands.add_subcommand(name, sub, help=command.help)
+        subcommands.add_subcommand(name, sub, help=purpose)
     return parser

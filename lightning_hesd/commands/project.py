@@ -13,24 +13,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from lightning.pytorch import Callback
 
 from lightning_hesd.commands.errors import CommandError
-from lightning_hesd.spectra.validation import (
-    check_fields,
-    each,
-    each_named,
-    having,
-    integer,
-    of,
-    one_line,
-    optional,
-)
+from lightning_hesd.spectra.validation import check_fields, each, each_named, having, integer, of, one_line, optional
 from lightning_hesd.training.analyzer import TrainerAnalyzer
 from lightning_hesd.training.callback import DEFAULT_NUM_SAMPLES, HessianSpectrumCallback
 from lightning_hesd.training.compat.namespaces import lightning_types, namespace_of
 from lightning_hesd.training.loss import check_loss_source
-from lightning_hesd.training.samples.sample_state import check_samples
+from lightning_hesd.training.samples.epochs import check_samples
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,11 +66,9 @@ class Blueprint:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, kind: str, hyperparameters: Mapping[str, Any]) -> Any:
-        """Return an instance.
+        """Return an instance, which must be one of Lightning's class `kind`, in either namespace.
 
-        Args:
-            kind: Name of the class of Lightning, in either namespace, of which it must be an instance.
-            hyperparameters: Hyperparameters in a checkpoint; those that the class does not take are ignored.
+        Of the hyperparameters in a checkpoint, those that the class does not take are ignored.
 
         Raises:
             CheckpointError: If there is no such class, or it cannot be instantiated.
@@ -119,11 +107,7 @@ def imported(path: str) -> Any:
 
 
 def load_checkpoint(path: Path, *, unsafe: bool = False) -> Checkpoint:
-    """Read a Lightning checkpoint to the CPU.
-
-    Args:
-        path: The file.
-        unsafe: Whether to load objects of any class, which can run any code.
+    """Read a Lightning checkpoint to the CPU; `unsafe` loads objects of any class, which can run any code.
 
     Raises:
         CheckpointError: If it cannot be read, or holds no weights.
@@ -158,22 +142,22 @@ class Project:
     Attributes:
         model: The LightningModule.
         data: The LightningDataModule, whose training data are analyzed.
-        num_samples: Number of samples; None: the samples of the run, if the checkpoint names them, else 512.
-        batch_size: Samples per batch.
         loss_fn: As for the callback; None: the module's `training_step`.
+        num_samples: Number of samples; None: the samples of the run, if the checkpoint names them, else 512.
+        batch_size: Samples per batch; None: as the data module makes them.
         name: Name of the callback in the run.
         accelerator: As for the Trainer.
-        devices: As for the Trainer.
-        num_nodes: As for the Trainer.
-        strategy: As for the Trainer.
-        unsafe: Whether to load checkpoints with objects of any class.
+        devices: Devices of each node, as for the Trainer.
+        num_nodes: Nodes, as for the Trainer.
+        strategy: Strategy of several devices, as for the Trainer.
+        unsafe: Whether to load objects of any class from checkpoints; they can run any code.
     """
 
     model: Blueprint
     data: Blueprint
+    loss_fn: LossFunction | None = None
     num_samples: int | None = None
     batch_size: int | None = None
-    loss_fn: LossFunction | None = None
     name: str = "hesd"
     accelerator: str = "auto"
     devices: int | str = 1
@@ -186,10 +170,6 @@ class Project:
     ) -> tuple[Result, Checkpoint]:
         """Return the result of a function at the weights of a checkpoint, at the start of training, and the checkpoint.
 
-        Args:
-            path: The checkpoint.
-            work: Function of the Trainer, the module and the checkpoint.
-
         Raises:
             CheckpointError: If it cannot be loaded.
             MisconfigurationException: If the module or its data cannot be used.
@@ -200,14 +180,20 @@ class Project:
         _load_weights(module, checkpoint, path)
         check_loss_source(module, self.loss_fn)
         found: list[Result] = []
-        trainer: pl.Trainer = namespace_of(module).Trainer(
+
+        def start(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            trainer.should_stop = True
+            found.append(work(trainer, module, checkpoint))
+
+        lightning = namespace_of(module)
+        trainer: pl.Trainer = lightning.Trainer(
             accelerator=self.accelerator,
             devices=self.devices,
             num_nodes=self.num_nodes,
             strategy=self.strategy,
             max_epochs=1,
             min_epochs=0,
-            callbacks=[_AtStart(lambda trainer, module: found.append(work(trainer, module, checkpoint)))],
+            callbacks=[lightning.callbacks.LambdaCallback(on_train_start=start)],
             logger=False,
             num_sanity_val_steps=0,
             enable_checkpointing=False,
@@ -217,29 +203,15 @@ class Project:
         trainer.fit(module, datamodule=data)
         return found[0], checkpoint  # `fit` either starts or raises
 
-    def training_analyzer(
-        self, options: AnalysisOptions, checkpoint: Checkpoint, mode: AnalysisMode
-    ) -> TrainerAnalyzer:
-        """Return the analyzer of the training data, on the samples of the run unless `num_samples` is given."""
-        drawn = self._drawn(checkpoint)
-        analyzer = self.analyzer(options, checkpoint, mode)
-        if drawn:
-            analyzer.load_state_dict(drawn)
-        return analyzer
-
     def analyzer(
         self, options: AnalysisOptions, checkpoint: Checkpoint, mode: AnalysisMode, dataloader: Any = None
     ) -> TrainerAnalyzer:
-        """Return the analyzer of samples drawn anew, as many as in the run unless `num_samples` is given.
+        """Return the analyzer of the samples of the run; with a dataloader of as many samples of that, drawn anew.
 
-        Args:
-            options: As for `hessian_spectrum`.
-            checkpoint: The checkpoint.
-            mode: Mode of the module, as for the callback.
-            dataloader: Source of the samples; None: the training data.
+        If `num_samples` is given, or the checkpoint does not name the samples of the run, all are drawn anew.
         """
         drawn = self._drawn(checkpoint)
-        return TrainerAnalyzer(
+        analyzer = TrainerAnalyzer(
             options,
             num_samples=drawn["num_samples"] if drawn else self.num_samples or DEFAULT_NUM_SAMPLES,
             batch_size=self.batch_size,
@@ -247,6 +219,9 @@ class Project:
             loss_fn=self.loss_fn,
             mode=mode,
         )
+        if drawn and dataloader is None:
+            analyzer.load_state_dict(drawn)
+        return analyzer
 
     def _drawn(self, checkpoint: Checkpoint) -> dict[str, Any] | None:
         """Return the samples that the callback of the run drew, unless `num_samples` is given; None: not known.
@@ -266,18 +241,6 @@ class Project:
             msg = f"the callback {self.name!r} in the checkpoint does not name its samples ({one_line(error)})."
             raise CheckpointError(msg) from error
         return drawn
-
-
-class _AtStart(Callback):
-    """Calls a function at the start of training, and ends training there."""
-
-    def __init__(self, work: Callable[[pl.Trainer, pl.LightningModule], object]) -> None:
-        self._work = work
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Call the function."""
-        trainer.should_stop = True
-        self._work(trainer, pl_module)
 
 
 def _load_weights(module: pl.LightningModule, checkpoint: Checkpoint, path: Path) -> None:

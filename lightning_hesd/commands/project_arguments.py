@@ -6,6 +6,7 @@ import contextlib
 import logging
 import re
 import warnings
+from dataclasses import fields
 from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,8 @@ MODE = "Mode of the module, as for HessianSpectrumCallback; 'auto' goes on with 
 SEPARATE = {"model": "model_args", "data": "data_args", "generalization": "generalization_args"}
 
 
-def add_project(parser: ArgumentParser) -> None:
-    """Add the arguments about checkpoints, their model and their data."""
+def add_project(parser: ArgumentParser, *, in_one_process: bool = False) -> None:
+    """Add the arguments about checkpoints, their model and their data; for several devices unless in one process."""
     parser.add_argument(
         "checkpoints", nargs="+", type=str, help="Lightning checkpoints, or patterns such as 'runs/*.ckpt'."
     )
@@ -39,16 +40,11 @@ def add_project(parser: ArgumentParser) -> None:
         "--data", type=str | None, help="LightningDataModule, as package.Class; --data.ARGUMENT for its own."
     )
     parser.add_argument("--data_args", type=dict[str, Any], default={}, help="Arguments of the data module.")
-    parser.add_argument("--num_samples", type=int | None, help="Samples; default: those of the run, or 512.")
-    parser.add_argument("--batch_size", type=int | None, help="Samples per batch; default: the data module's.")
     parser.add_argument(
         "--loss_fn", type=str | None, help="Function (module, batch) -> mean loss, as package.function."
     )
-    parser.add_argument("--name", type=str, default="hesd", help="Name of the callback in the run.")
-    parser.add_argument("--accelerator", type=str, default="auto", help="As for the Trainer.")
-    parser.add_argument(
-        "--unsafe", type=bool, default=False, help="Load objects of any class from checkpoints; they can run any code."
-    )
+    ranks = {"devices", "num_nodes", "strategy"} if in_one_process else set[str | int]()
+    parser.add_class_arguments(Project, skip={"model", "data", "loss_fn", *ranks})
 
 
 def separated(argument: str) -> str:
@@ -59,15 +55,12 @@ def separated(argument: str) -> str:
 def project_of(config: Namespace) -> Project:
     """Return the project that the arguments, and the configuration of LightningCLI, describe."""
     given = {} if config.config is None else _lightning_config(Path(config.config))
+    settings = {field.name for field in fields(Project)} - {"model", "data", "loss_fn"}
     return Project(
         model=_blueprint("model", config, given),
         data=_blueprint("data", config, given),
-        num_samples=config.num_samples,
-        batch_size=config.batch_size,
         loss_fn=None if config.loss_fn is None else imported(config.loss_fn),
-        name=config.name,
-        accelerator=config.accelerator,
-        unsafe=config.unsafe,
+        **{name: config[name] for name in settings if name in config},
     )
 
 

@@ -31,7 +31,7 @@ from lightning_hesd.spectra.validation import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from lightning_hesd.spectra.codec import Content
@@ -61,11 +61,7 @@ class Results:
     """The folder of results, with those of earlier calls."""
 
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
-        """Open the folder.
-
-        Args:
-            folder: The folder.
-            options: Options that the results depend on.
+        """Open the folder, with the options that the results depend on.
 
         Raises:
             ResultsError: If it holds results of another analysis, or other files.
@@ -159,20 +155,18 @@ def _identity(path: Path) -> dict[str, Any]:
     return {"path": str(path.resolve()), "size": status.st_size, "modified": status.st_mtime_ns}
 
 
-def picked(rows: Sequence[Row], tolerance: float | None) -> dict[str, str]:
-    """Return the name of the checkpoint that each rule picks, by the rule's title."""
+def table_lines(rows: Sequence[Row], tolerance: float | None) -> list[dict[str, Any]]:
+    """Return the rows of the table by column: numbers and texts; the tolerance is that of the loss of candidates."""
     records = [row.record for row in rows]
-    return {rule_title(rule): rows[records.index(record)].name for rule, record in picks(records, tolerance).items()}
+    candidates = candidates_of(records, tolerance)  # without MP spectra, the lowest loss
+    picked = picks(records, tolerance)
+    return [
+        _table_line(row, row.record in candidates, [rule for rule, pick in picked.items() if pick is row.record])
+        for row in rows
+    ]
 
 
-def candidates(rows: Sequence[Row], tolerance: float | None) -> set[str]:
-    """Return the names of the candidates; without MP spectra, that of the lowest loss."""
-    records = [row.record for row in rows]
-    return {rows[records.index(record)].name for record in candidates_of(records, tolerance)}
-
-
-def table_line(row: Row, picks: Mapping[str, str], candidates: Container[str]) -> dict[str, Any]:
-    """Return a row of the table by column: numbers and texts."""
+def _table_line(row: Row, is_candidate: bool, rules: Sequence[str]) -> dict[str, Any]:  # noqa: FBT001 - a cell
     record, spectrum, assessment = row.record, row.record.spectrum, row.record.assessment
     return {
         "checkpoint": row.name,
@@ -182,7 +176,7 @@ def table_line(row: Row, picks: Mapping[str, str], candidates: Container[str]) -
         "type": spectrum and spectrum.hesd_type,
         **{s.key: s.value(record) for s in shown_in("command line", RECORD_SCALARS)},
         "generalization": assessment and assessment.verdict,
-        "candidate": "yes" if row.name in candidates else "",
-        "picked_by": ", ".join(rule for rule, name in picks.items() if name == row.name),
+        "candidate": "yes" if is_candidate else "",
+        "picked_by": ", ".join(map(rule_title, rules)),
         "error": record.error,
     }

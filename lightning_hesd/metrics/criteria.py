@@ -94,7 +94,16 @@ class HessianCriteria(_SpectrumMetric):
         Raises:
             ValueError: If nodes come without weights, a Spectrum with them, or shapes differ.
         """
-        self._append("spectrum", _pair(spectrum, weights))
+        if isinstance(spectrum, Spectrum):
+            if weights is not None:
+                msg = "`weights` must be left out with a Spectrum, which has its own."
+                raise ValueError(msg)
+            self._append("spectrum", spectrum)
+        elif weights is None:
+            msg = f"nodes of shape {tuple(spectrum.shape)} came without `weights`: pass both, or a Spectrum."
+            raise ValueError(msg)
+        else:
+            self._append("spectrum", (spectrum, weights))
 
     def compute(self) -> dict[str, Tensor]:
         """Return the criteria by name."""
@@ -136,15 +145,3 @@ class GeneralizationCriteria(_SpectrumMetric):
     def compute(self) -> dict[str, Tensor]:
         """Return the criteria by name."""
         return generalization_criteria(self._criteria("training"), self._criteria("generalization"))
-
-
-def _pair(spectrum: Spectrum | Tensor, weights: Tensor | None) -> Spectrum | tuple[Tensor, Tensor]:
-    if isinstance(spectrum, Spectrum):
-        if weights is not None:
-            msg = "`weights` must be left out with a Spectrum, which has its own."
-            raise ValueError(msg)
-        return spectrum
-    if weights is None:
-        msg = f"nodes of shape {tuple(spectrum.shape)} came without `weights`: pass both, or a Spectrum."
-        raise ValueError(msg)
-    return spectrum, weights

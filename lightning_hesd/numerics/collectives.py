@@ -79,21 +79,13 @@ LOCAL = Collectives()
 
 
 class DistributedCollectives(Collectives):
-    """Communication between the ranks of a process group of torch.distributed.
+    """Communication between the ranks of a process group of torch.distributed, by default of all ranks.
 
     Attributes:
-        rank: Number of this rank in the group.
-        size: Number of ranks in the group.
         device: Device of the tensors that the group's backend sends.
     """
 
     def __init__(self, device: torch.device, group: Any = None) -> None:
-        """Take a process group.
-
-        Args:
-            device: Device of the tensors that the group's backend sends.
-            group: A process group of torch.distributed; None: the default one.
-        """
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.device = device

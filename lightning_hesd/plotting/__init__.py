@@ -6,8 +6,7 @@ Figures are made without pyplot, hence without global state and without a displa
 
 from lightning_hesd.plotting.c_t import plot_c_t
 from lightning_hesd.plotting.density import describe, plot_decomposition, plot_density
-from lightning_hesd.plotting.evolution import plot_density_evolution
-from lightning_hesd.plotting.layers import plot_layers
+from lightning_hesd.plotting.heat_maps import plot_density_evolution, plot_layers
 from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, SMOOTHING, new_axes, place_legend, settling_axes
 
 __all__ = [

@@ -7,9 +7,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lightning_hesd.plotting.run_axis import RunAxis
-from lightning_hesd.plotting.signed_log import linear_threshold, set_signed_log
-from lightning_hesd.plotting.style import NEGATIVE, OTHER, POSITIVE, free_corner, new_axes, typeset
+from lightning_hesd.plotting.style import (
+    NEGATIVE,
+    OTHER,
+    POSITIVE,
+    RunAxis,
+    free_corner,
+    linear_threshold,
+    new_axes,
+    set_signed_log,
+    typeset,
+)
 from lightning_hesd.spectra.criteria import MP_THRESHOLD
 from lightning_hesd.spectra.rules import RULES
 from lightning_hesd.spectra.selection import candidates_of, picks

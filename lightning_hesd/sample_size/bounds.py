@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_hesd.spectra.checks import check_count
+from lightning_hesd.spectra.validation import check_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,7 +9,7 @@ from lightning_hesd.numerics.analysis.engine import estimate
 from lightning_hesd.numerics.inputs.options import StrategyName, analysis_options
 from lightning_hesd.numerics.inputs.parameters import select_parameters
 from lightning_hesd.sample_size.sample_losses import mean_loss, read_batches
-from lightning_hesd.spectra.checks import check_count
+from lightning_hesd.spectra.validation import check_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -57,14 +57,14 @@ def dominant_directions(
     For a multiple eigenvalue one vector is found.
 
     Args:
-        module: The module, on the device of the batches.
-        batches: Batches as `loss_fn` takes them; read once.
-        loss_fn: `loss_fn(module, batch)` -> losses of the samples, shape (batch,), or their mean, a scalar.
+        module: As for `loss_differences`.
+        batches: As for `loss_differences`.
+        loss_fn: As for `loss_differences`; a mean is as fast here.
         count: Number D of directions.
-        steps: Lanczos steps, hence Hessian-vector products; never more than there are parameters.
-        seed: Seed of the start vector.
-        strategy: HVP strategy, see `hessian_spectrum`.
-        mode: Module mode during the measurement: "eval", "train", or "keep" for no change.
+        steps: As for `hessian_spectrum`.
+        seed: As for `hessian_spectrum`.
+        strategy: As for `hessian_spectrum`.
+        mode: As for `hessian_spectrum`.
 
     Returns:
         The directions with their eigenvalues, over all parameters that require grad.

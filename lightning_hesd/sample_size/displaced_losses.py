@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -16,6 +15,7 @@ from lightning_hesd.sample_size.sample_losses import check_finite, sample_losses
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
@@ -48,28 +48,18 @@ def displaced_losses(
 ) -> LossesAt:
     """Return the losses of a batch's samples at w + Uε as a function of the batch and ε, (D,) -> (batch,)."""
     names = {p: f"module.{name}" for name, p in module.named_parameters()}
-    parts = torch.split(directions.detach(), [p.numel() for p in parameters])
-    moved = [(names[p], p.detach(), part.to(p)) for p, part in zip(parameters, parts, strict=True)]
+    rows = torch.split(directions.detach(), [p.numel() for p in parameters])
+    moved = [(names[p], p.detach(), u.to(p)) for p, u in zip(parameters, rows, strict=True)]
     wrapper = _LossModule(module, loss_fn)
 
     def losses_at(batch: WeightedBatch, displacement: Tensor) -> Tensor:
-        values = {name: p + (part @ displacement.to(p)).view_as(p) for name, p, part in moved}
+        values = {name: p + (u @ displacement.to(p)).view_as(p) for name, p, u in moved}
         isolation.restore(batch.index)
         with isolation.evaluation():
             losses: Tensor = functional_call(wrapper, values, (batch,))
         return losses
 
     return losses_at
-
-
-def all_losses(losses_at: LossesAt, batches: Sequence[WeightedBatch], displacement: Tensor) -> Array:
-    """Return the losses of all samples at one displacement, shape (N,)."""
-    found = []
-    for batch in batches:
-        losses = losses_at(batch, displacement)
-        check_finite(losses, batch)
-        found.append(losses.cpu().double().numpy())
-    return np.concatenate(found)
 
 
 def chunks(batches: Sequence[WeightedBatch], chunk_size: int | None) -> Iterator[WeightedBatch]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_hesd.spectra.checks import check_count
+from lightning_hesd.spectra.validation import check_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -41,15 +41,9 @@ def scale_of_sizes(count: int) -> Array:
 
 
 def increments(values: Array, orders: int, seed: int) -> Iterator[Array]:
-    """Yield the increments of the mean in random orders, which are the same for equal seeds and numbers of values.
+    """Yield d_k, k = 1, ..., N − 1, shape (N − 1, c), for random orders of N values, shape (N, c).
 
-    Args:
-        values: One row per sample, shape (N, c).
-        orders: Number of random orders.
-        seed: Seed of the orders.
-
-    Yields:
-        For each order d_k for k = 1, ..., N − 1, shape (N − 1, c).
+    The orders are the same for equal seeds and numbers of values.
 
     Examples:
         >>> next(increments(np.array([[1.0], [4.0]]), orders=1, seed=0)).round(1).tolist()
@@ -113,10 +107,6 @@ def checked_values(name: str, values: ArrayLike) -> Array:
 
 
 def check_orders(orders: int, seed: int) -> None:
-    """Check a number of random orders and their seed.
-
-    Raises:
-        ValueError: If `orders` is not an integer of at least 2, or `seed` not one of at least 0.
-    """
+    """Raise a ValueError unless `orders` is an integer of at least 2, and `seed` one of at least 0."""
     check_count("orders", orders, least=2)
     check_count("seed", seed, least=0)

@@ -154,7 +154,7 @@ def loss_differences(
         module: The module, on the device of the batches; its state and the random number generators are restored.
         batches: Batches as `loss_fn` takes them; read once.
         loss_fn: `loss_fn(module, batch)` -> losses of the samples, shape (batch,), or their mean, a scalar, which
-            is slower, as every sample is evaluated by itself; see `per_sample_losses`.
+            is slower, as every sample is evaluated by itself.
         orders: Number of random orders, at least 2; default from the paper.
         seed: Seed of the orders.
         confidence: Confidence of the band around the mean over orders.
@@ -172,13 +172,7 @@ def loss_differences(
 
 
 def differences_of(losses: ArrayLike, *, orders: int = 100, seed: int = 0, confidence: float = 0.95) -> LossDifferences:
-    """Compute the changes of the mean of given losses, as `loss_differences` does.
-
-    Args:
-        losses: Losses of the samples, shape (N,), N at least 3.
-        orders: Number of random orders, at least 2.
-        seed: Seed of the orders.
-        confidence: Confidence of the band around the mean over orders.
+    """Compute the changes of the mean of given losses, shape (N,), N at least 3, as `loss_differences` does.
 
     Raises:
         ValueError: If an argument is out of range.

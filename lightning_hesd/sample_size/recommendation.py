@@ -52,17 +52,15 @@ class Stability:
     Attributes:
         tolerance: Maximal relative distance of λ_max and C_t from their values for infinitely many samples.
         loss_tolerance: Maximal relative change of the mean loss by one more sample.
+
+    Raises:
+        ValueError: If one is not positive and finite.
     """
 
     tolerance: float
     loss_tolerance: float
 
     def __post_init__(self) -> None:
-        """Check the tolerances.
-
-        Raises:
-            ValueError: If one is not positive and finite.
-        """
         for name, value in vars(self).items():
             if not 0 < value < math.inf:
                 msg = f"`{name}` must be positive and finite, got {value!r}."
@@ -151,8 +149,7 @@ def recommend_sample_size(
     Args:
         module: The module, on the device of the batches; its state is restored.
         batches: The pilot sample, drawn at random; read once and held in memory. At least 8 samples, better hundreds.
-        loss_fn: `loss_fn(module, batch)` -> losses of the samples, shape (batch,), or their mean, a scalar, which
-            is slower, as every sample is evaluated by itself.
+        loss_fn: As for `loss_differences`.
         tolerance: Relative to λ_max, and to C_t, or to 0.001 if C_t is closer to zero.
         loss_tolerance: Relative to the mean loss.
         confidence: Confidence of the recommendation.
@@ -160,7 +157,7 @@ def recommend_sample_size(
             their sampling error.
         seed: Seed of the start vector.
         strategy: HVP strategy, see `hessian_spectrum`.
-        mode: Module mode during the measurement: "eval", "train", or "keep" for no change.
+        mode: As for `hessian_spectrum`.
 
     Raises:
         ValueError: If an argument is out of range, or there are fewer than 8 samples.
@@ -172,14 +169,7 @@ def recommend_sample_size(
     return find_sample_size(module, read_batches(batches), loss_fn, stability=stability, options=options)
 
 
-def pilot_options(
-    *,
-    steps: int,
-    seed: int,
-    strategy: StrategyName,
-    mode: Mode,
-    confidence: float,
-) -> AnalysisOptions:
+def pilot_options(*, steps: int, seed: int, strategy: StrategyName, mode: Mode, confidence: float) -> AnalysisOptions:
     """Return the options for the analysis of the pilot sample, from arguments of `recommend_sample_size`."""
     return analysis_options(
         steps=steps, seed=seed, strategy=strategy, mode=mode, tolerance="auto", confidence=confidence
@@ -195,15 +185,7 @@ def find_sample_size(
     options: AnalysisOptions,
     **context: Unpack[Context],
 ) -> SampleSize:
-    """Find the sample size as `recommend_sample_size` does, on a single rank.
-
-    Args:
-        module: The module.
-        pilot: The batches of the pilot sample, at least 8 samples.
-        loss_fn: As for `recommend_sample_size`.
-        stability: The required stability.
-        options: Options of the analysis, see `pilot_options`.
-        **context: Context of the analysis, see `analyze`.
+    """Find the sample size as `recommend_sample_size` does, on a single rank, with `pilot_options`.
 
     Raises:
         ArithmeticError: If the spectrum has no positive eigenvalue.
@@ -226,10 +208,7 @@ def find_sample_size(
 def loss_requirement(losses: NDArray[np.float64], tolerance: float, confidence: float) -> Requirement:
     """Return the number of samples from which on one more changes the mean loss by at most a fraction `tolerance`.
 
-    Args:
-        losses: Losses of a pilot sample, shape (N,).
-        tolerance: Relative to the mean loss.
-        confidence: Probability that this holds for the next sample.
+    The losses, shape (N,), are those of a pilot sample; `confidence` is the probability that this holds for the next.
     """
     count, mean = len(losses), float(losses.mean())
     allowed = tolerance * abs(mean)

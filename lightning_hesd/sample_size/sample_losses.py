@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_hesd.numerics.inputs.batches import weighted_batches
 from lightning_hesd.numerics.inputs.sample_counts import batch_size
 from lightning_hesd.numerics.isolation.exact_mode import exact_mode
-from lightning_hesd.numerics.isolation.snapshot import restore_state, seed_everything
+from lightning_hesd.numerics.isolation.snapshot import seed_everything
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -36,10 +36,10 @@ def per_sample_losses(
     both cases a loss must depend on its own sample only, which batch normalization in mode "train" violates.
 
     Args:
-        module: The module, on the device of the batches; its state and the random number generators are restored.
-        batches: Batches as `loss_fn` takes them; read once. The length of the first tensor is the number of samples.
-        loss_fn: `loss_fn(module, batch)` -> losses of the samples, shape (batch,), or their mean, a scalar.
-        mode: Module mode during the measurement: "eval", "train", or "keep" for no change.
+        module: As for `loss_differences`.
+        batches: As for `loss_differences`; the length of the first tensor is the number of samples.
+        loss_fn: As for `loss_differences`.
+        mode: As for `loss_differences`.
 
     Raises:
         ValueError: If there is no batch, or the number of losses differs from that of the samples.
@@ -51,7 +51,6 @@ def per_sample_losses(
         >>> per_sample_losses(model, [data], lambda m, batch: m(batch) ** 2).tolist()
         [1.0, 4.0, 9.0]
     """
-    found = []
     with exact_mode(module, mode) as isolation, torch.no_grad():
 
         def isolated(module: Any, batch: Any) -> Tensor:
@@ -59,10 +58,20 @@ def per_sample_losses(
             with isolation.evaluation():
                 return loss_fn(module, batch)
 
-        for batch in read_batches(batches):
-            losses = sample_losses(module, batch, isolated)
-            check_finite(losses, batch)
-            found.append(losses.cpu().double().numpy())
+        return all_losses(lambda batch: sample_losses(module, batch, isolated), read_batches(batches))
+
+
+def all_losses(losses_of: Callable[[WeightedBatch], Tensor], batches: Iterable[WeightedBatch]) -> NDArray[np.float64]:
+    """Return the losses of all samples, shape (N,), given a function from a batch to those of its samples.
+
+    Raises:
+        ArithmeticError: If a loss is NaN or infinite.
+    """
+    found = []
+    for batch in batches:
+        losses = losses_of(batch)
+        check_finite(losses, batch)
+        found.append(losses.cpu().double().numpy())
     return np.concatenate(found)
 
 
@@ -77,8 +86,7 @@ def read_batches(batches: Iterable[Any]) -> list[WeightedBatch]:
     Raises:
         ValueError: If there is no batch.
     """
-    with restore_state():  # a data loader draws random numbers
-        found = weighted_batches(batches)
+    found = weighted_batches(batches)
     if not found:
         msg = "there are no batches to analyze: `batches` is empty."
         raise ValueError(msg)

@@ -35,9 +35,9 @@ from lightning_hesd.numerics.inputs.parameters import select_parameters
 from lightning_hesd.numerics.isolation.exact_mode import exact_mode
 from lightning_hesd.plotting import NEGATIVE, POSITIVE, place_legend, settling_axes
 from lightning_hesd.sample_size import increments
-from lightning_hesd.sample_size.displaced_losses import all_losses, chunks, displaced_losses, moments
-from lightning_hesd.sample_size.sample_losses import read_batches
-from lightning_hesd.spectra.checks import check_count
+from lightning_hesd.sample_size.displaced_losses import chunks, displaced_losses, moments
+from lightning_hesd.sample_size.sample_losses import all_losses, read_batches
+from lightning_hesd.spectra.validation import check_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -114,14 +114,8 @@ class SubspaceStabilization:
         ax.plot(sizes, mean, color=NEGATIVE, linewidth=1, label=f"{self.draws} draws")
         low, high = np.maximum(mean - 2 * error, 0.0), mean + 2 * error
         ax.fill_between(sizes, low, high, color=NEGATIVE, alpha=0.25, linewidth=0, label="± 2 standard errors")
-        ax.plot(
-            sizes,
-            self.expected,
-            color="black",
-            linestyle="--",
-            linewidth=1,
-            label=f"all orders: {self.constant:.3g}/k²",
-        )
+        expected = f"all orders: {self.constant:.3g}/k²"
+        ax.plot(sizes, self.expected, color="black", linestyle="--", linewidth=1, label=expected)
         ax.set_title(rf"$D$ = {self.dimension}, $\sigma$ = {self.sigma:.3g}", fontsize=10)
         place_legend(ax)
         return ax
@@ -146,11 +140,9 @@ def subspace_stabilization(
     of derivatives, which are several times as large as the graph of the gradient of a chunk: choose a small D.
 
     Args:
-        module: The module, on the device of the batches. Its parameters are never written to; its other state and the
-            random number generators are restored.
-        batches: Batches as `loss_fn` takes them; read once.
-        loss_fn: `loss_fn(module, batch)` -> losses of the samples, shape (batch,), or their mean, a scalar, which
-            is slower, as every sample is evaluated by itself. It must use the parameters of its argument `module`.
+        module: As for `loss_differences`; its parameters are never written to.
+        batches: As for `loss_differences`.
+        loss_fn: As for `loss_differences`; it must use the parameters of its argument `module`.
         directions: U, orthonormal columns over all parameters that require grad, shape (n, D); for example those of
             `dominant_directions`.
         sigma: Standard deviation σ of the displacement along each direction, in units of the weights.
@@ -158,7 +150,7 @@ def subspace_stabilization(
         orders: Number of random orders, at least 2.
         seed: Seed of draws and orders.
         chunk_size: Maximal number of samples to differentiate at a time; None: whole batches.
-        mode: Module mode during the measurement: "eval", "train", or "keep" for no change.
+        mode: As for `loss_differences`.
 
     Raises:
         ValueError: If an argument is out of range, there are fewer than three samples, or the number of losses differs
@@ -180,10 +172,12 @@ def subspace_stabilization(
     weighted = read_batches(batches)
     with exact_mode(module, mode) as isolation:
         losses_at = displaced_losses(module, loss_fn, parameters, directions, isolation)
+
+        def losses_of_all(displacement: Tensor) -> Array:
+            return all_losses(lambda batch: losses_at(batch, displacement), weighted)
+
         with torch.no_grad():
-            displaced = np.stack(
-                [all_losses(losses_at, weighted, displacement) for displacement in displacements], axis=1
-            )
+            displaced = np.stack([losses_of_all(displacement) for displacement in displacements], axis=1)
         of_chunks = [moments(losses_at, part, dimension, sigma) for part in chunks(weighted, chunk_size)]
     return _stabilization(np.concatenate(of_chunks), displaced, sigma, dimension, orders=orders, seed=seed)
 
@@ -191,16 +185,7 @@ def subspace_stabilization(
 def _stabilization(
     moments: Array, displaced: Array, sigma: float, dimension: int, *, orders: int, seed: int
 ) -> SubspaceStabilization:
-    """Average over random orders.
-
-    Args:
-        moments: Vectors of the samples from which the closed form is computed, shape (N, 1 + D + D²).
-        displaced: Losses of the samples at displaced weights, shape (N, draws).
-        sigma: Standard deviation of the displacements.
-        dimension: Number D of directions.
-        orders: Number of random orders.
-        seed: Seed of the orders.
-    """
+    """Average over random orders: `moments`, shape (N, 1 + D + D²), and losses at displaced weights, (N, draws)."""
     increments.checked_values("losses", displaced[:, 0])
     draws = displaced.shape[1]
 

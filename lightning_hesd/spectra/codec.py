@@ -80,12 +80,7 @@ def decode_record(row: Mapping[str, Any], load: Callable[[str, Any], Any]) -> Sp
 
 
 def record_fields(spectrum: Check, layers: Check) -> dict[str, Check]:
-    """Return the checks of a row.
-
-    Args:
-        spectrum: Check of the value that stands for a spectrum.
-        layers: Check of the value that stands for the spectra of layers.
-    """
+    """Return the checks of a row, given those of the values that stand for a spectrum and for spectra of layers."""
     return {
         "epoch": integer,
         "global_step": integer,
@@ -167,10 +162,6 @@ class Packing:
         return Spectrum.from_dict({**values, **{name: self.arrays[values[name]] for name in ARRAYS}})
 
 
-PACKED_SPECTRUM, PACKED_LAYERS = of(dict), each_named(of(dict))
-"""Checks of the values that stand for packed spectra."""
-
-
 def pack_records(records: Sequence[SpectrumRecord]) -> tuple[list[dict[str, Any]], Packing]:
     """Return records as plain values, and the arrays of their spectra."""
     packing = Packing()
@@ -195,7 +186,7 @@ def unpack_records(rows: object, packing: Packing) -> list[SpectrumRecord]:
             return packing.unpack(value)
         return {name: packing.unpack(spectrum) for name, spectrum in value.items()}
 
-    return [decode_record(row, load) for row in check_rows(rows, PACKED_SPECTRUM, PACKED_LAYERS)]
+    return [decode_record(row, load) for row in check_rows(rows, of(dict), each_named(of(dict)))]
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -216,11 +207,7 @@ def save(content: Content, path: str | os.PathLike[str]) -> None:
 
 
 def load(field: str, path: str | os.PathLike[str]) -> Content:
-    """Read the spectrum, or the spectra of layers, that `save` wrote.
-
-    Args:
-        field: Field of the record that it belongs to.
-        path: The file.
+    """Read the spectrum, or the spectra of layers, that `save` wrote for this field of a record.
 
     Raises:
         FileNotFoundError: If there is no such file.

@@ -35,11 +35,7 @@ def rewound(payloads: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def run_payload(
-    run: str,
-    name: str,
-    records: Sequence[Payload],
-    selections: Sequence[Payload],
-    problems: Sequence[str],
+    run: str, name: str, records: Sequence[Payload], selections: Sequence[Payload], problems: Sequence[str]
 ) -> dict[str, Any]:
     """Return the data of one run that the tab and the report show.
 
@@ -47,7 +43,7 @@ def run_payload(
         run: Name of the run.
         name: Name of the callback in the run.
         records: Payloads of records.
-        selections: Payloads of selection events; those of one callback in the order of training.
+        selections: As for `decisions`.
         problems: Messages about payloads that could not be read.
     """
     return {
@@ -73,7 +69,12 @@ def decisions(records: Sequence[Payload], selections: Sequence[Payload]) -> list
     found = [_of_callback(made) for made in by_callback.values()]
     used = {decision["rule"] for decision in found}
     states = [_state(record) for record in records]
-    return found + [_of_losses(rule, states) for rule in RULES if rule not in used]
+    # Of a rule without a callback, the decision that one with default settings would make.
+    return found + [
+        {**_decision(rule, LOSS, rank_by_loss(states, rule), is_relative=True), "used": False}
+        for rule in RULES
+        if rule not in used
+    ]
 
 
 def _of_callback(made: Sequence[Payload]) -> dict[str, Any]:
@@ -99,11 +100,6 @@ def _of_callback(made: Sequence[Payload]) -> dict[str, Any]:
         "pick": last["pick"],
         "metrics": metrics,
     }
-
-
-def _of_losses(rule: str, states: Sequence[AnalyzedState]) -> dict[str, Any]:
-    """Return the decision that a checkpoint callback with this rule and default settings would make."""
-    return {**_decision(rule, LOSS, rank_by_loss(states, rule), is_relative=True), "used": False}
 
 
 def _state(record: Payload) -> AnalyzedState:

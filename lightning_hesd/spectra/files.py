@@ -81,14 +81,7 @@ def read_archive(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any
 
 @contextlib.contextmanager
 def damage_named(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
-    """Add the name of the file to the message of a ValueError.
-
-    Args:
-        path: The file.
-        kind: Description of the expected content.
-
-    Yields:
-        Nothing.
+    """Add the name of the file, and the kind of content it should have, to the message of a ValueError.
 
     Raises:
         ValueError: If the body raises one.
@@ -110,25 +103,17 @@ def _members(path: Path) -> dict[str, bytes]:
     check_regular(path)
     try:
         with path.open("rb") as file, ZipFile(file) as archive:
-            _check_sizes(archive, os.fstat(file.fileno()).st_size)
+            # An archive is as large as its members: compressed, a few kilobytes could become any number.
+            members, size = archive.infolist(), os.fstat(file.fileno()).st_size
+            if any(m.compress_type != ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
+                msg = "its arrays are compressed, which ours never are"
+                raise ValueError(msg)
             return {name.removesuffix(".npy"): archive.read(name) for name in archive.namelist()}
     except FileNotFoundError:
         raise
     except ZIP_ERRORS as error:
         msg = one_line(error)
         raise ValueError(msg) from error
-
-
-def _check_sizes(archive: ZipFile, size: int) -> None:
-    """Check that an archive is as large as its members: compressed, a few kilobytes could become any number.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    members = archive.infolist()
-    if any(m.compress_type != ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
-        msg = "its arrays are compressed, which ours never are"
-        raise ValueError(msg)
 
 
 def _array(members: Mapping[str, bytes], name: str, kind: str) -> NDArray[Any]:

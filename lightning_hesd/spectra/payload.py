@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lightning_hesd.spectra.record import SpectrumRecord
-    from lightning_hesd.spectra.selection import Candidate, SelectionEvent
+    from lightning_hesd.spectra.selection import SelectionEvent
     from lightning_hesd.spectra.spectrum import Spectrum
     from lightning_hesd.spectra.validation import Fields
 
@@ -59,6 +59,12 @@ MAX_NODES = 256
 
 DIGITS = 7
 """Significant digits of numbers."""
+
+SHOWN_FIELDS = (
+    *("type_certain", "verified", "verification", "rounding", "num_samples", "dimension", "steps_per_probe"),
+    *("matvecs", "confidence", "reason"),
+)
+"""Fields and properties of a spectrum that stand in its payload under the same name."""
 
 THRESHOLDS = {
     "c_t": criteria.MP_THRESHOLD,
@@ -94,13 +100,12 @@ def record_payload(record: SpectrumRecord) -> dict[str, Any]:
             for name, found in layers.items()
         ],
     }
-    plain: dict[str, Any] = _plain(values)
-    return plain
+    return _plain(values)  # type: ignore[no-any-return]
 
 
 def selection_payload(selection: SelectionEvent) -> dict[str, Any]:
     """Return a selection event as JSON values."""
-    latest = selection.latest
+    latest, pick = selection.latest, selection.pick
     sign = 1.0 if selection.train_metric_mode == "max" else -1.0
     values = {
         "version": FORMAT_VERSION,
@@ -116,14 +121,9 @@ def selection_payload(selection: SelectionEvent) -> dict[str, Any]:
         "metric": sign * latest.score,
         "criterion": latest.criterion,
         "mainly_positive": latest.mainly_positive,
-        "pick": selection.pick and _place(selection.pick),
+        "pick": pick and {"epoch": pick.epoch, "global_step": pick.global_step, "path": pick.path},
     }
-    plain: dict[str, Any] = _plain(values)
-    return plain
-
-
-def _place(candidate: Candidate) -> dict[str, Any]:
-    return {"epoch": candidate.epoch, "global_step": candidate.global_step, "path": candidate.path}
+    return _plain(values)  # type: ignore[no-any-return]
 
 
 def to_json(payload: Mapping[str, Any]) -> str:
@@ -137,16 +137,7 @@ def _spectrum(spectrum: Spectrum) -> dict[str, Any]:
     return {
         **data_of_spectrum(spectrum),
         "type": spectrum.hesd_type,
-        "type_certain": spectrum.type_certain,
-        "verified": spectrum.verified,
-        "verification": spectrum.verification,
-        "rounding": spectrum.rounding,
-        "num_samples": spectrum.num_samples,
-        "dimension": spectrum.dimension,
-        "steps_per_probe": list(spectrum.steps_per_probe),
-        "matvecs": spectrum.matvecs,
-        "confidence": spectrum.confidence,
-        "reason": spectrum.reason,
+        **{field: getattr(spectrum, field) for field in SHOWN_FIELDS},
         "sigma": legible_sigma(spectrum.lambda_min, spectrum.lambda_max),
         "nodes": nodes.tolist(),
         "weights": weights.tolist(),
@@ -201,12 +192,7 @@ RECORD_FIELDS: Fields = {
     "thresholds": each_named(number),
     "assessment": optional(
         having(
-            {
-                "verdict": text,
-                "reasons": each(text),
-                "delta_r_e": optional(number),
-                "delta_k_h05": optional(number),
-            }
+            {"verdict": text, "reasons": each(text), **dict.fromkeys(("delta_r_e", "delta_k_h05"), optional(number))}
         )
     ),
     "scores": each_named(optional(number)),
@@ -217,11 +203,7 @@ SPECTRUM_FIELDS: Fields = {
     "weights": each(number),
     "lambda_min": number,
     "lambda_max": number,
-    "sigma": optional(number),
-    "loss": optional(number),
-    "c_t": optional(number),
-    "c_t_low": optional(number),
-    "c_t_high": optional(number),
+    **dict.fromkeys(("sigma", "loss", "c_t", "c_t_low", "c_t_high"), optional(number)),
     "type": optional(text),
 }
 SELECTION_FIELDS: Fields = {
@@ -242,11 +224,7 @@ SELECTION_FIELDS: Fields = {
 
 
 def read_payload(source: str | bytes, fields: Fields = RECORD_FIELDS) -> dict[str, Any]:
-    """Return a payload from its text, which may be of unknown origin.
-
-    Args:
-        source: The text.
-        fields: Fields it must have: `RECORD_FIELDS` or `SELECTION_FIELDS`.
+    """Return a payload from its text, which may be of unknown origin; `fields`: the fields it must have.
 
     Raises:
         PayloadError: If it is damaged, or of another version.

@@ -23,6 +23,15 @@ SUFFIXES = {
 }
 """Suffixes of the spectra of a record in names of files and metrics, by field."""
 
+RECORDED_BY = {
+    **dict.fromkeys(("generalization", "assessment"), "generalization_dataloader"),
+    "preconditioned": "preconditioner",
+    **dict.fromkeys(("stability_threshold", "stability_ratio"), "preconditioner='optimizer'"),
+    **dict.fromkeys(("ggn", "residual"), "decompose=True"),
+    "layers": "layers",
+}
+"""The option of HessianSpectrumCallback that records a field or property; others are recorded always."""
+
 PLAIN_FIELDS = ("epoch", "global_step", "error", "stability_threshold")
 """The fields of a record that are plain values."""
 

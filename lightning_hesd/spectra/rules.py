@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lightning_hesd.spectra.record import RECORDED_BY
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -21,7 +23,7 @@ class CheckpointRule:
         title: Name in sentences, such as "highest C_t".
         short_title: Name in cells of a table.
         criterion: Function of the fields in `needs`; the record with the highest value wins.
-        needs: Fields of the record that the criterion is computed from, in the order of its arguments.
+        needs: Fields or properties of the record that the criterion is computed from, in the order of its arguments.
         scalar: Key of the scalar that the criterion is made from: charts of this scalar mark the picks.
         marker: Matplotlib's code of the mark of a pick.
     """
@@ -38,6 +40,20 @@ class CheckpointRule:
         """Return the criterion of a record, higher is better; NaN if the record lacks a field that the rule needs."""
         found: list[Any] = [getattr(record, field) for field in self.needs]
         return math.nan if any(value is None for value in found) else float(self.criterion(*found))
+
+    def complaint(self, record: SpectrumRecord) -> str | None:
+        """Return what the rule needs that the run does not record, and what to do; None if a record lacks nothing.
+
+        None also for a record of which a part failed: its `error` says what is missing.
+        """
+        missing = next((field for field in self.needs if getattr(record, field) is None), None)
+        if missing is None or record.error is not None:
+            return None
+        return (
+            f"the rule {self.name!r} does not rank the analysis of epoch {record.epoch}, nor later ones like it: it "
+            f"needs `{missing}`, which the record lacks. Pass `{RECORDED_BY.get(missing, missing)}` to "
+            "HessianSpectrumCallback, which records it, or choose another rule."
+        )
 
 
 RULES: dict[str, CheckpointRule] = {

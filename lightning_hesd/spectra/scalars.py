@@ -127,12 +127,7 @@ def shown_in(place: Place, table: Mapping[str, Scalar]) -> list[Scalar]:
 
 
 def scalars(record: SpectrumRecord, name: str) -> dict[str, float]:
-    """Return all scalars of a record that are defined, with the keys they have in logs.
-
-    Args:
-        record: The record.
-        name: The callback's name, first part of the keys.
-    """
+    """Return all scalars of a record that are defined, with the keys they have in logs, which begin with `name`."""
     keyed = {f"{name}/c_t_threshold": MP_THRESHOLD} if record.spectra else {}
     keyed |= _values(f"{name}/", RECORD_SCALARS.values(), record)
     for suffix, spectrum in record.spectra.items():

@@ -154,12 +154,7 @@ class AnalyzedState:
 
 @dataclass(frozen=True)
 class Ranking:
-    """The decision of a checkpoint rule among candidates.
-
-    Attributes:
-        candidates: Candidates in the order of training.
-        filter: Condition for the candidates among which the rule decides.
-    """
+    """The decision of a checkpoint rule among candidates, in the order of training, that pass a filter."""
 
     candidates: tuple[Candidate, ...]
     filter: CandidateFilter
@@ -211,14 +206,9 @@ def rank_by_loss(states: Sequence[AnalyzedState], rule: str | None, tolerance: f
     return Ranking(candidates, CandidateFilter(tolerance, require_mp=True))
 
 
-def states_of(records: Sequence[SpectrumRecord]) -> list[AnalyzedState]:
-    """Return the values of records that rankings by loss use."""
-    return [AnalyzedState.of(record) for record in records]
-
-
 def first_loss(records: Sequence[SpectrumRecord]) -> float | None:
     """Return the finite loss after the fewest optimizer steps, the highest of several; None if no loss is finite."""
-    return _first_loss(states_of(records))
+    return _first_loss(list(map(AnalyzedState.of, records)))
 
 
 def _first_loss(states: Sequence[AnalyzedState]) -> float | None:
@@ -243,7 +233,7 @@ def candidates_of(
         tolerance: As for `rank_by_loss`.
         fallback: Whether the lowest loss is the candidate if no spectrum is MP, rather than none.
     """
-    ranking = rank_by_loss(states_of(records), None, tolerance)
+    ranking = rank_by_loss(list(map(AnalyzedState.of, records)), None, tolerance)
     lowest = [ranking.pick] if fallback and ranking.pick else []
     return [records[int(candidate.path)] for candidate in ranking.qualified or lowest]
 
@@ -252,7 +242,7 @@ def picks(
     records: Sequence[SpectrumRecord], tolerance: float | None = None, *, fallback: bool = True
 ) -> dict[str, SpectrumRecord]:
     """Return the pick of each rule in `RULES`, by the rule's name; arguments as for `candidates_of`."""
-    states = states_of(records)
+    states = list(map(AnalyzedState.of, records))
     rankings = {name: rank_by_loss(states, name, tolerance) for name in RULES}
     return {
         name: records[int(ranking.pick.path)]

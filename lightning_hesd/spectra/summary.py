@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -28,14 +28,8 @@ GAP = "..."
 TEXT_COLUMNS = ("type", "generalization", "candidate", "pick")
 
 
-@dataclass(frozen=True)
-class Kept:
-    """The decision of a checkpoint callback at the end of a run.
-
-    Attributes:
-        pick: The pick.
-        candidates: Optimizer steps of the candidates.
-    """
+class Kept(NamedTuple):
+    """The pick of a checkpoint callback at the end of a run, and the optimizer steps of its candidates."""
 
     pick: Candidate
     candidates: Collection[int]
@@ -67,13 +61,7 @@ class Summary:
 
 
 def analysis_lines(record: SpectrumRecord, name: str, *, by_step: bool = False) -> list[str]:
-    """Return the main findings of an analysis, a line for each spectrum.
-
-    Args:
-        record: The analysis.
-        name: Name of the callback.
-        by_step: Whether an epoch has several analyses, so that the step distinguishes them.
-    """
+    """Return the main findings of an analysis, a line for each spectrum, with its step if epochs have several."""
     lines = [f"{suffix.removeprefix('_')} {spectrum}".lstrip() for suffix, spectrum in record.spectra.items()]
     if record.assessment is not None:
         lines.append(str(record.assessment))

@@ -1,4 +1,4 @@
-"""Checks of data of unknown origin: JSON of files, states in checkpoints, payloads of event files.
+"""Checks of numbers in arguments, and of data of unknown origin: JSON of files, states in checkpoints, payloads.
 
 Nothing here runs the data. Unexpected data raise a ValueError here, and no other exception later on.
 """
@@ -102,11 +102,7 @@ def version_in(values: object, key: str = "format") -> int:
 
 
 def check_version(version: int, where: str) -> None:
-    """Check that data were written in the format of this version.
-
-    Args:
-        version: The version that the data name.
-        where: Subject of the message, such as the name of a file.
+    """Check that data, named by `where` in the message, were written in the format of this version.
 
     Raises:
         ValueError: If the version is another one.
@@ -186,12 +182,7 @@ def first_invalid_field(values: object, fields: Fields) -> str | None:
 
 
 def check_fields(values: object, fields: Fields, owner: str) -> None:
-    """Check the fields of a dict.
-
-    Args:
-        values: The dict.
-        fields: Check of each field that must be there.
-        owner: Subject of the message.
+    """Check that a dict, the owner of the fields in the message, has these fields with valid values.
 
     Raises:
         ValueError: If a field is missing or has another kind of value; the message names it.
@@ -200,4 +191,23 @@ def check_fields(values: object, fields: Fields, owner: str) -> None:
     if wrong is not None:
         found = values.get(wrong, "nothing") if isinstance(values, dict) else values
         msg = f"`{wrong}` of {owner} is missing or invalid, got {found!r:.80}"
+        raise ValueError(msg)
+
+
+# Checks of arguments --------------------------------------------------------------------------------------------
+
+
+def check_count(name: str, value: object, least: int = 1, *, alternative: str | None = None) -> None:
+    """Check that an argument is an integer of at least `least`, or a text that is allowed in its place.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if alternative is not None and value == alternative:
+        return
+    if not at_least(least)(value):
+        wanted = {0: "a non-negative integer", 1: "a positive integer"}.get(least, f"an integer of at least {least}")
+        if alternative is not None:
+            wanted += f" or {alternative!r}"
+        msg = f"`{name}` must be {wanted}, got {value!r}."
         raise ValueError(msg)

@@ -14,7 +14,7 @@ from lightning_hesd.numerics.isolation.modes import ModuleModes, WithoutRandomne
 from lightning_hesd.numerics.isolation.snapshot import restore_state
 from lightning_hesd.numerics.operators.memory import is_out_of_memory
 from lightning_hesd.spectra.validation import one_line
-from lightning_hesd.training.compat.collectives import collectives_of, parameter_sharding_of
+from lightning_hesd.training.compat.strategies import collectives_of, parameter_sharding_of
 from lightning_hesd.training.isolation.training_snapshot import DisturbedTrainingError
 
 if TYPE_CHECKING:
@@ -37,12 +37,7 @@ class UndecidedError(Exception):
 
 @dataclass(frozen=True)
 class ModeSetting:
-    """A mode, and the context in which the user's functions are evaluated in it.
-
-    Attributes:
-        mode: Mode of the module.
-        evaluating: Makes the context.
-    """
+    """A mode of the module, and what makes the context in which the user's functions are evaluated in it."""
 
     mode: Mode | ModuleModes
     evaluating: Evaluating
@@ -50,14 +45,10 @@ class ModeSetting:
 
 @dataclass(frozen=True)
 class AnalyzedLoss:
-    """The loss of an analysis, in any mode.
+    """The loss of an analysis over this rank's share of the batches, in any mode; the module has those of training.
 
     Attributes:
-        trainer: The Trainer.
-        module: Its module, in the modes of training.
-        batches: This rank's share of the batches.
         make_loss: Makes the loss function, given `evaluating`.
-        options: Options of the analysis.
         evaluating: Makes the context of an evaluation.
     """
 
@@ -107,12 +98,7 @@ class AnalyzedLoss:
         return modes
 
     def evaluate(self, mode: ModeName, **changes: Any) -> Evaluated:
-        """Evaluate loss and gradient in a mode, on all ranks together.
-
-        Args:
-            mode: The mode.
-            **changes: Options that differ from those of the analysis.
-        """
+        """Evaluate loss and gradient in a mode, on all ranks together; `changes` are options of this evaluation."""
 
         def work() -> Evaluated:
             setting = self.setting(mode)

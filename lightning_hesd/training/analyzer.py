@@ -19,7 +19,7 @@ from lightning_hesd.spectra.spectrum import Spectrum
 from lightning_hesd.spectra.validation import one_line
 from lightning_hesd.training.analyzed_loss import AnalyzedLoss
 from lightning_hesd.training.compat import dataloading, messages, strategies
-from lightning_hesd.training.compat.collectives import collectives_of
+from lightning_hesd.training.compat.strategies import collectives_of
 from lightning_hesd.training.isolation.isolation import TrainingIsolation
 from lightning_hesd.training.isolation.training_snapshot import DisturbedTrainingError, names_in_words
 from lightning_hesd.training.loss import make_loss_fn
@@ -157,14 +157,8 @@ class TrainerAnalyzer:
     ) -> Result:
         """Return the result of an analysis at the present weights, the same on every rank.
 
-        With `num_samples="auto"`, a spectrum without `changes` is computed again as long as samples are added.
-
-        Args:
-            trainer: The Trainer.
-            pl_module: Its module.
-            report: Called after every Lanczos step.
-            analysis: What to compute.
-            **changes: Options that differ for this analysis.
+        Its options are those of the analyzer and `changes`. `report` is called after every Lanczos step. With
+        `num_samples="auto"`, a spectrum without `changes` is computed again as long as samples are added.
         """
         options = replace(self._options, **changes)
         failure: str | None = None
@@ -200,10 +194,7 @@ class TrainerAnalyzer:
         """Draw samples of the present training dataloader, if those of an earlier one may be why an analysis failed.
 
         The present `training_step` may need values that the samples of the first dataloader lack, such as those that
-        a baseline has added to the data.
-
-        Returns:
-            Whether the samples were replaced.
+        a baseline has added to the data. Return whether the samples were replaced.
         """
         if not self.samples.is_outdated(trainer):
             return False

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.inputs.portable import Portable
-from lightning_hesd.spectra.checks import check_count
+from lightning_hesd.spectra.validation import check_count
 from lightning_hesd.training.analyzer import TrainerAnalyzer
-from lightning_hesd.training.arguments import as_checkpoint, check_loader, check_name
+from lightning_hesd.training.checkpoints.placement import as_checkpoint
 from lightning_hesd.training.compat.namespaces import join_namespaces
 from lightning_hesd.training.gradient_monitor import GradientMonitor
 from lightning_hesd.training.recorder import Recorder
 from lightning_hesd.training.run import AnalysisRun
+from lightning_hesd.training.samples.sources import check_loader
 from lightning_hesd.training.schedule import Schedule
 from lightning_hesd.training.source import SpectrumSource
 
@@ -143,7 +144,6 @@ class HessianSpectrumCallback(SpectrumSource):
             check_count("batch_size", batch_size)
         check_loader("dataloader", dataloader)
         check_loader("generalization_dataloader", generalization_dataloader, alternative="val")
-        check_name(name)
         super().__init__(name, on_error, Schedule(every_n_epochs, epochs, every_n_train_steps, max_overhead))
         self.at_start = at_start
         self.loss_fn = loss_fn
@@ -180,7 +180,7 @@ class HessianSpectrumCallback(SpectrumSource):
         self._monitor = GradientMonitor(enabled=monitor_gradients)
         self._run = AnalysisRun(self, self._recorder, self._monitor, progress=progress)
         if self.checkpoint is not None:
-            self.checkpoint.attach(self)
+            self.checkpoint.source = self  # whose records it ranks
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the options, the history and the picks, without samples, loggers and weights."""

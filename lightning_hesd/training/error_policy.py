@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from lightning_hesd.numerics.operators.verification import WrongDerivativeError
@@ -10,9 +12,7 @@ from lightning_hesd.training.compat.namespaces import MisconfigurationException
 from lightning_hesd.training.isolation.training_snapshot import DisturbedTrainingError
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
-    from typing_extensions import Self
+    from collections.abc import Iterator
 
 OnError = Literal["warn", "raise"]
 
@@ -20,19 +20,25 @@ FAULTS_OF_THE_LOSS = (DisturbedTrainingError, WrongDerivativeError)
 """Failures that later analyses of the same loss most likely repeat: a run warns once of each."""
 
 
+@dataclass
+class Attempt:
+    """A block that may fail.
+
+    Attributes:
+        failure: Text of the failure; None: the block has not failed.
+    """
+
+    failure: str | None = None
+
+
 class ErrorPolicy:
     """Turns failures into warnings, or lets the exceptions through.
 
     Attributes:
-        on_error: "warn" or "raise".
+        on_error: "warn" or "raise"; another value is a ValueError.
     """
 
     def __init__(self, on_error: OnError = "warn") -> None:
-        """Check the argument.
-
-        Raises:
-            ValueError: If `on_error` is neither "warn" nor "raise".
-        """
         if on_error not in {"warn", "raise"}:
             msg = f"`on_error` must be 'warn' or 'raise', got {on_error!r}."
             raise ValueError(msg)
@@ -48,25 +54,28 @@ class ErrorPolicy:
         """Begin a run: warn again of all that was warned of once."""
         self._warned.clear()
 
-    def guard(self, consequence: str, on_error: OnError | None = None) -> Guard:
-        """Return a context in which an exception becomes a warning, unless exceptions are to be raised.
+    @contextlib.contextmanager
+    def guard(self, consequence: str, on_error: OnError | None = None) -> Iterator[Attempt]:
+        """Turn an exception in a block into a warning, unless exceptions are to be raised.
 
-        Args:
-            consequence: What a failure means for the user; the warning begins with it.
-            on_error: "warn" or "raise" for this context; None: as the policy says.
+        The warning begins with the consequence for the user. `on_error` replaces that of the policy.
+
+        Yields:
+            The attempt, which has the text of the failure afterwards.
         """
-        return Guard(self, consequence, on_error or self.on_error)
+        attempt = Attempt()
+        try:
+            yield attempt
+        except Exception as error:
+            if (on_error or self.on_error) == "raise":
+                raise
+            attempt.failure = self.describe(error)
+            self.report(f"{consequence}. {attempt.failure}", error)
 
     def complain(
         self, message: str, *, key: str | None = None, harmless: bool = False, cause: Exception | None = None
     ) -> None:
-        """Warn of a problem that is no exception, or raise one.
-
-        Args:
-            message: The problem.
-            key: Warn once in a run of all problems with this key; None: warn each time.
-            harmless: Whether to warn in any case.
-            cause: The exception behind the problem.
+        """Warn of a problem that is no exception, or raise one; of all problems with the same key, warn once in a run.
 
         Raises:
             MisconfigurationException: If exceptions are to be raised, and the problem is not harmless.
@@ -87,29 +96,3 @@ class ErrorPolicy:
         say = messages.inform if kind in self._warned and isinstance(error, FAULTS_OF_THE_LOSS) else messages.warn
         self._warned.add(kind)
         say(message)
-
-
-class Guard:
-    """The context that `ErrorPolicy.guard` returns.
-
-    Attributes:
-        failure: Text of the failure; None: the block has not failed.
-    """
-
-    def __init__(self, policy: ErrorPolicy, consequence: str, on_error: OnError) -> None:
-        self.failure: str | None = None
-        self._policy = policy
-        self._consequence = consequence
-        self._on_error = on_error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
-        if not isinstance(error, Exception) or self._on_error == "raise":
-            return False
-        self.failure = self._policy.describe(error)
-        self._policy.report(f"{self._consequence}. {self.failure}", error)
-        return True

@@ -65,13 +65,7 @@ def fetched(folder: Location) -> Iterator[Path]:
 
 
 def write(folder: Location, name: str, save: Callable[[Path], None]) -> None:
-    """Write a file into a folder, which is created if necessary.
-
-    Args:
-        folder: The folder.
-        name: Name of the file.
-        save: Writes the file to a path, whole or not at all.
-    """
+    """Write a file into a folder, which is created if necessary; `save` writes it to a path, whole or not at all."""
     if not is_remote(folder):
         directory = local_path(folder)
         directory.mkdir(parents=True, exist_ok=True)

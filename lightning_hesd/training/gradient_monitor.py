@@ -83,10 +83,6 @@ class GradientMonitor:
     def attach(self, trainer: pl.Trainer, errors: ErrorPolicy) -> None:
         """Monitor the optimizers of this Trainer from now on, until that fails.
 
-        Args:
-            trainer: The Trainer.
-            errors: What to do when it fails.
-
         Raises:
             MisconfigurationException: If parameters are sharded.
         """

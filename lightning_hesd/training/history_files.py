@@ -26,11 +26,7 @@ INDEX_NAME = "index.json"
 
 
 class HistoryFolder:
-    """A folder of a run's spectra, which another run may have used before.
-
-    Args:
-        location: A path, or a URL of a filesystem that fsspec knows.
-    """
+    """A folder of a run's spectra, on this machine or a remote one, which another run may have used before."""
 
     def __init__(self, location: str) -> None:
         self._location = location
@@ -44,11 +40,7 @@ class HistoryFolder:
         """Make it a folder of these files, and no others of ours.
 
         Files of another run that the index names are replaced or deleted. The index goes before them and comes last, so
-        that none ever names what is not its own.
-
-        Args:
-            contents: Spectra, or those of layers, by names of files.
-            rows: Rows of the index.
+        that none ever names what is not its own. Contents are by names of files, rows are those of the index.
         """
         there = self._there
         outdated = [name for name, content in there.items() if not _is_same(content, contents.get(name))]

@@ -37,7 +37,7 @@ def check_loss_source(pl_module: pl.LightningModule, loss_fn: LossFunction | Non
             "loss over the batch."
         )
         raise MisconfigurationException(msg)
-    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+    if _fetches_batches(pl_module):
         msg = (
             f"the `training_step` of {type(pl_module).__name__} takes a `dataloader_iter` instead of a batch: pass "
             "`loss_fn=` to HessianSpectrumCallback, a function (module, batch) -> mean loss over the batch."
@@ -51,7 +51,7 @@ def check_gets_batches(pl_module: pl.LightningModule) -> None:
     Raises:
         MisconfigurationException: If it fetches its batches itself.
     """
-    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+    if _fetches_batches(pl_module):
         msg = (
             f"the `training_step` of {type(pl_module).__name__} takes a `dataloader_iter` instead of a batch, and no "
             "samples can be drawn from the training dataloader: pass `dataloader=` to HessianSpectrumCallback, a "
@@ -60,15 +60,16 @@ def check_gets_batches(pl_module: pl.LightningModule) -> None:
         raise MisconfigurationException(msg)
 
 
+def _fetches_batches(pl_module: pl.LightningModule) -> bool:
+    return is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True)
+
+
 def make_loss_fn(
     trainer: pl.Trainer, loss_fn: LossFunction | None, evaluating: Callable[[], AbstractContextManager[None]]
 ) -> LossFunction:
     """Return `loss_fn`, or the loss of `training_step`, evaluated at the trainer's precision but without autocast.
 
-    Args:
-        trainer: The trainer.
-        loss_fn: The user's loss; None: that of `training_step`.
-        evaluating: Makes the context of an evaluation.
+    Each evaluation takes place in a context that `evaluating` makes.
     """
     compute = loss_fn or _training_step_loss
     precision = trainer.precision_plugin

@@ -12,14 +12,14 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor
 
-from lightning_hesd.spectra.validation import first_invalid_field, text
+from lightning_hesd.spectra.validation import check_fields, text
 from lightning_hesd.training.analyzed_loss import UndecidedError
 from lightning_hesd.training.compat import messages, runs
-from lightning_hesd.training.compat.collectives import collectives_of
+from lightning_hesd.training.compat.strategies import collectives_of
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -32,7 +32,7 @@ AutoMode = Literal["eval", "deterministic"]
 
 AnalysisMode = Literal["auto", "eval", "deterministic", "train", "keep"]
 
-MODES: tuple[AnalysisMode, ...] = ("auto", "eval", "deterministic", "train", "keep")
+MODES: tuple[AnalysisMode, ...] = get_args(AnalysisMode)
 
 WORDS: dict[str, str] = {
     "eval": "evaluation mode",
@@ -57,14 +57,12 @@ class LossMode:
         wanted: The user's option.
         chosen: The mode that "auto" has chosen in this run; None: none yet.
         reason: Why it was chosen, in words.
+
+    Raises:
+        ValueError: If the user's option is no mode.
     """
 
     def __init__(self, wanted: AnalysisMode = "auto") -> None:
-        """Take the user's option.
-
-        Raises:
-            ValueError: If it is no mode.
-        """
         if wanted not in MODES:
             msg = f"`mode` must be {' or '.join(map(repr, MODES))}, got {wanted!r}."
             raise ValueError(msg)
@@ -97,9 +95,7 @@ class LossMode:
         """
         if state is None:
             return
-        if (wrong := first_invalid_field(state, _STATE)) is not None:
-            msg = f"`{wrong}` of the mode is missing or invalid"
-            raise ValueError(msg)
+        check_fields(state, _STATE, "the mode")
         if self.wanted == "auto":
             self.chosen, self.reason, self._is_resumed = state["chosen"], state["reason"], True
 
@@ -132,11 +128,7 @@ class LossMode:
         return loss.collectives.run_together(partial(loss.setting, mode))
 
     def _choose(self, loss: AnalyzedLoss) -> tuple[AutoMode, str]:
-        """Choose the mode, and report it if the modes differ.
-
-        Returns:
-            mode: The mode.
-            reason: Why it was chosen, in words.
+        """Choose the mode, and report it if the modes differ; return it with the reason in words.
 
         Raises:
             UndecidedError: If the loss cannot be evaluated now.

@@ -34,34 +34,36 @@ if TYPE_CHECKING:
 
 
 class RunOutputs:
-    """The outputs of one callback in one run."""
+    """The outputs of one callback in one run.
+
+    Attributes:
+        folder: Folder of the run's spectra, a path or a URL; None on ranks that write nothing.
+    """
 
     def __init__(self, name: str, *, in_progress_bar: bool) -> None:
         self._name = name
         self._in_bar = {f"{name}/c_t"} if in_progress_bar else set()
         self._loggers: list[LoggerOutput] = []
-        self._folder: str | None = None
+        self.folder: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the options without the loggers, which hold locks and connections."""
-        return {**vars(self), "_loggers": [], "_folder": None}
+        return {**vars(self), "_loggers": [], "folder": None}
 
     def open(self, trainer: pl.Trainer, history: SpectrumHistory, names: Sequence[str]) -> None:
         """Find the loggers and the folder; on rank zero only, and not with `fast_dev_run`.
 
-        Args:
-            trainer: The Trainer.
-            history: The records so far, of the run that is continued.
-            names: Names of all HessianSpectrumCallbacks of the Trainer; the first one writes the layout of charts.
+        The history has the records of the run that is continued. Of all callbacks of the Trainer, given by their names,
+        the first one writes the layout of charts.
         """
         run_folder = runs.run_folder(trainer)  # every rank must ask for it
         fast_dev_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
         if not trainer.is_global_zero or fast_dev_run:
             self.close()
             return
-        self._folder = joined(run_folder, self._name)
+        self.folder = joined(run_folder, self._name)
         self._loggers = make_outputs(trainer.loggers, self._name)
-        self._rewind_selections(self._folder, trainer.global_step if history.is_in(self._folder) else 0)
+        self._rewind_selections(self.folder, trainer.global_step if history.is_in(self.folder) else 0)
         has_tensorboard = any(isinstance(x, lightning_types("loggers.TensorBoardLogger")) for x in trainer.loggers)
         if names[0] == self._name and has_tensorboard:
             from lightning_hesd.training.loggers.tensorboard import write_layout  # noqa: PLC0415 - TensorBoard is slow
@@ -78,15 +80,10 @@ class RunOutputs:
         elif kept != lines:
             write_text(folder, SELECTIONS_NAME, "".join(kept))
 
-    @property
-    def folder(self) -> str | None:
-        """Folder of the run's spectra, a path or a URL; None on ranks that write nothing."""
-        return self._folder
-
     def close(self) -> None:
         """Release the loggers."""
         self._loggers = []
-        self._folder = None
+        self.folder = None
 
     def log(
         self,
@@ -118,8 +115,8 @@ class RunOutputs:
         for logger in self._loggers:
             if isinstance(logger, SelectionOutput):
                 logger.write_selection(event, step)
-        if self._folder is not None:
-            append(self._folder, SELECTIONS_NAME, to_json(selection_payload(event)) + "\n")
+        if self.folder is not None:
+            append(self.folder, SELECTIONS_NAME, to_json(selection_payload(event)) + "\n")
 
     def write(self, trainer: pl.Trainer, history: SpectrumHistory, errors: ErrorPolicy, *, at_epoch_end: bool) -> None:
         """Write the last record to the loggers and the folder; the failure of one does not affect the others."""
@@ -128,9 +125,9 @@ class RunOutputs:
         for logger in self._loggers if history[-1].spectra else ():
             with errors.guard(consequence):
                 logger.write(history, step)
-        if self._folder is not None:
+        if self.folder is not None:
             with errors.guard(consequence):
-                history.save(self._folder)
+                history.save(self.folder)
 
     def finish(self, history: SpectrumHistory, errors: ErrorPolicy, on_error: OnError | None = None) -> None:
         """Write the outputs of the end of training; the loggers get nothing after it."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -16,17 +15,17 @@ from lightning_hesd.spectra.spectrum import Spectrum
 from lightning_hesd.training.compat.strategies import check_whole
 from lightning_hesd.training.history import START_EPOCH, SpectrumRecord, when
 from lightning_hesd.training.preconditioner import check_readable, read_preconditioner
-from lightning_hesd.training.progress import analysis_bar
 from lightning_hesd.training.session import SPECTRUM, layers_analysis
+from lightning_hesd.training.terminal import analysis_bar
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-    from lightning_hesd.numerics.analysis.engine import Report
     from lightning_hesd.numerics.inputs.blocks import Layers
     from lightning_hesd.training.analyzer import TrainerAnalyzer
     from lightning_hesd.training.error_policy import ErrorPolicy
     from lightning_hesd.training.loss_mode import LossMode
+    from lightning_hesd.training.session import Analysis
 
 Preconditioning = Literal["optimizer"] | Mapping[str, Tensor] | None
 
@@ -39,12 +38,16 @@ class Part(NamedTuple):
     Attributes:
         name: Its name in messages.
         field: The field of the record that it fills.
-        compute: Takes the Trainer, its module and the report of progress, and returns the value of the field.
+        analyzer: Makes the analysis.
+        analysis: What is computed.
+        options: Options that differ for it; those of the preconditioned spectrum depend on the weights.
     """
 
     name: str
     field: str
-    compute: Callable[[pl.Trainer, pl.LightningModule, Report | None], Any]
+    analyzer: TrainerAnalyzer
+    analysis: Analysis[Any]
+    options: Mapping[str, Any] = {}
 
 
 class Recorder:
@@ -61,16 +64,9 @@ class Recorder:
         name: str = "hesd",
         progress: bool = False,
     ) -> None:
-        """Take the analyzers and the parts of a record beyond the spectrum on the training samples.
+        """Take the analyzers of the samples and the other parts of a record, as for the callback.
 
-        Args:
-            training: Analyzes the training samples.
-            generalization: Analyzes the generalization samples; None: there are none.
-            preconditioner: Add the preconditioned spectrum: "optimizer", or diagonals by parameter name.
-            layers: Add the spectra of these layers; None: of no layer.
-            decomposition: Add the spectra of the GGN and the residual, with these options: `output_fn`, `output_loss`.
-            name: Name of the callback, for the progress bar.
-            progress: Whether to show a progress bar.
+        `decomposition` has the options of the spectra of GGN and residual: `output_fn`, `output_loss`.
         """
         self._analyzers = {"training": training}
         if generalization is not None:
@@ -142,60 +138,60 @@ class Recorder:
         """Return the record of the present weights; the parts after one that fails are left out."""
         found: dict[str, Any] = {"spectrum": None}
         error = None
-        for part in self._parts(found, epoch):
-            attempt = errors.guard(f"{part.name} {when(epoch)} failed, training goes on")
-            with attempt, analysis_bar(trainer, self._name, shown=self._progress) as report:
-                found[part.field] = _verified(part.compute(trainer, pl_module, report))
+        for part in self._parts(epoch):
+            with (
+                errors.guard(f"{part.name} {when(epoch)} failed, training goes on") as attempt,
+                analysis_bar(trainer, self._name, shown=self._progress) as report,
+            ):
+                options = part.options
+                if part.field == "preconditioned":
+                    options = self._preconditioning(trainer, pl_module, found)
+                if found.get(part.field) is None:
+                    result = part.analyzer.analyze(trainer, pl_module, report, analysis=part.analysis, **options)
+                    found[part.field] = _verified(result)
             if attempt.failure is not None:
                 release_memory()
                 error = attempt.failure if found["spectrum"] is None else f"{part.name}: {attempt.failure}"
                 break
         return SpectrumRecord(epoch, trainer.global_step, error=error, **found)
 
-    def _parts(self, found: dict[str, Any], epoch: int) -> list[Part]:
-        """Return the parts of a record, in the order in which they are computed.
-
-        Args:
-            found: The fields of the record, filled from part to part.
-            epoch: Epoch of the record.
-        """
-        analyze = self._analyzers["training"].analyze
-        parts = [Part("the analysis", "spectrum", partial(analyze, analysis=SPECTRUM))]
+    def _parts(self, epoch: int) -> list[Part]:
+        """Return the parts of the record of an epoch, in the order in which they are computed."""
+        training, layers = self._analyzers["training"], self._layers
+        parts = [Part("the analysis", "spectrum", training, SPECTRUM)]
         if (other := self._analyzers.get("generalization")) is not None:
-            compute = partial(other.analyze, analysis=SPECTRUM)
-            parts.append(Part("the analysis of generalization data", "generalization", compute))
+            parts.append(Part("the analysis of generalization data", "generalization", other, SPECTRUM))
         # Before the first step optimizers have no state to read.
         if self._preconditioner is not None and self._is_readable and epoch != START_EPOCH:
-            compute = partial(self._preconditioned, found)
-            parts.append(Part("the preconditioned analysis", "preconditioned", compute))
+            parts.append(Part("the preconditioned analysis", "preconditioned", training, SPECTRUM))
         if self._decomposition is not None:
             for matrix, title in (("ggn", "Gauss-Newton matrix"), ("residual", "residual")):
-                compute = partial(analyze, analysis=SPECTRUM, matrix=matrix, **self._decomposition)
-                parts.append(Part(f"the analysis of the {title}", matrix, compute))
-        if self._layers is not None:
-            layers = layers_analysis(self._layers)
-            parts.append(Part("the analysis of layers", "layers", partial(analyze, analysis=layers)))
+                options = {"matrix": matrix, **self._decomposition}
+                parts.append(Part(f"the analysis of the {title}", matrix, training, SPECTRUM, options))
+        if layers is not None:
+            parts.append(Part("the analysis of layers", "layers", training, layers_analysis(layers)))
         return parts
 
-    def _preconditioned(
-        self, found: dict[str, Any], trainer: pl.Trainer, pl_module: pl.LightningModule, report: Report | None
-    ) -> Spectrum:
-        """Return the preconditioned spectrum, and enter the stability threshold of the optimizers into `found`."""
+    def _preconditioning(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, found: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return the options of the preconditioned analysis, after entering into `found` what needs no analysis.
+
+        That is the stability threshold of the optimizers, and the spectrum where D is 1.
+        """
         given: Any = self._preconditioner
-        analyze = partial(self._analyzers["training"].analyze, trainer, pl_module, report, analysis=SPECTRUM)
         if isinstance(given, LeftOut):
             given.refuse()
         if given != "optimizer":
-            return analyze(preconditioner=given)
+            return {"preconditioner": given}
         plain: Spectrum = found["spectrum"]
         read = read_preconditioner(trainer.optimizers)
         diagonals = read.named(pl_module)
-        if read.is_identity and sum(d.numel() for d in diagonals.values()) == plain.dimension:
-            spectrum = replace(plain, matrix=f"preconditioned {plain.matrix}")
-        else:  # without frozen parameters, for which an optimizer has no diagonal
-            spectrum = _verified(analyze(preconditioner=diagonals, include_frozen=False))
         found["stability_threshold"] = read.threshold
-        return spectrum
+        if read.is_identity and sum(d.numel() for d in diagonals.values()) == plain.dimension:
+            found["preconditioned"] = replace(plain, matrix=f"preconditioned {plain.matrix}")
+        # An optimizer has no diagonal for frozen parameters.
+        return {"preconditioner": diagonals, "include_frozen": False}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state from which a resumed run draws the same samples."""

@@ -31,14 +31,7 @@ class Remarks:
     def remark(
         self, trainer: pl.Trainer, history: SpectrumHistory, gradients: GradientStatistics | None, *, monitored: bool
     ) -> None:
-        """Make the remarks that the last record gives reason for.
-
-        Args:
-            trainer: The trainer.
-            history: All records.
-            gradients: The gradient statistics of this epoch; None: there are none.
-            monitored: Whether gradients are monitored.
-        """
+        """Make the remarks that the last record gives reason for, with the gradient statistics of its epoch, if any."""
         record = history[-1]
         if record.spectrum is None or record.epoch == START_EPOCH:
             return

@@ -49,14 +49,7 @@ class AnalysisRun:
     """
 
     def __init__(self, source: SpectrumSource, recorder: Recorder, monitor: GradientMonitor, *, progress: bool) -> None:
-        """Take the parts.
-
-        Args:
-            source: The callback, whose history is filled.
-            recorder: Makes the records.
-            monitor: Compares gradients; may be switched off.
-            progress: Whether to show C_t in the progress bar.
-        """
+        """Fill the history of the callback `source`; with `progress`, show C_t in the progress bar."""
         self.stage = "fit"
         self.shares_name = False
         self._source = source
@@ -76,7 +69,11 @@ class AnalysisRun:
         return self._set_up_by == runs.name_of(trainer)
 
     def set_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check the Trainer and the module, and put the checkpoint callback in place."""
+        """Check the Trainer and the module, and put the checkpoint callback in place.
+
+        Raises:
+            MisconfigurationException: With `on_error="raise"`, if there can be no spectra, or no pick.
+        """
         source, checkpoint = self._source, cast("HessianCheckpoint | None", self._source.checkpoint)
         self.stage = stage
         if stage == "fit":
@@ -87,7 +84,12 @@ class AnalysisRun:
             picks = checkpoint is not None and not self.shares_name
             outcome = ", and the final weights take the place of the pick" if picks else ""
             with source.errors.guard(f"there will be no spectra{outcome}") as attempt:
-                self._check_name()
+                if self.shares_name:
+                    msg = (
+                        f"the Trainer has another HessianSpectrumCallback(name={source.name!r}), whose metrics, files "
+                        "and state this one would overwrite: pass another `name`."
+                    )
+                    raise MisconfigurationException(msg)
                 check_loss_source(pl_module, source.loss_fn)
                 strategies.check_strategy(trainer)
             source.refusal = attempt.failure
@@ -95,19 +97,6 @@ class AnalysisRun:
             if checkpoint is not None and not self.shares_name:
                 insert_checkpoint(trainer, pl_module, stage, checkpoint, source.on_error)
         order_checkpoints(trainer)
-
-    def _check_name(self) -> None:
-        """Refuse to overwrite the metrics, files and state of another callback.
-
-        Raises:
-            MisconfigurationException: If an earlier callback of the Trainer has the same name.
-        """
-        if self.shares_name:
-            msg = (
-                f"the Trainer has another HessianSpectrumCallback(name={self._source.name!r}), whose metrics, files "
-                "and state this one would overwrite: pass another `name`."
-            )
-            raise MisconfigurationException(msg)
 
     def begin(self, trainer: pl.Trainer) -> None:
         """Forget the records of another run, open the outputs, and draw the samples."""

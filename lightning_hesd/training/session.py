@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from lightning_hesd.numerics.analysis.engine import analyze, analyze_layers
 from lightning_hesd.numerics.collectives import LOCAL
-from lightning_hesd.training.compat.collectives import collectives_of, parameter_sharding_of
+from lightning_hesd.training.compat.strategies import collectives_of, parameter_sharding_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,10 +53,7 @@ class AnalysisSession:
     """An analysis, ready to run.
 
     Attributes:
-        trainer: The Trainer.
-        module: Its module.
         batches: This rank's share of the samples, on the device.
-        loss_fn: The mean loss.
         options: The options to begin with.
         cache: The cache of analyses of this kind.
         report: Called after every Lanczos step.
@@ -71,13 +68,7 @@ class AnalysisSession:
     report: Report | None
 
     def attempt(self, compute: Callable[..., Result], options: AnalysisOptions, reason: str | None) -> Result:
-        """Run the analysis once, on all ranks together.
-
-        Args:
-            compute: A function with the signature of `analyze` of the engine.
-            options: Its options.
-            reason: Why the options differ from those of the session; None if they do not.
-        """
+        """Run the analysis once, on all ranks together; `reason`: why the options differ from those of the session."""
         ranks = collectives_of(self.trainer)
         sharding = parameter_sharding_of(self.trainer, self.module)
         run = partial(
@@ -90,7 +81,7 @@ class AnalysisSession:
             sharding=sharding,
             report=self.report,
             cache=self.cache,
-            processes=self.trainer.num_devices,
+            local_ranks=self.trainer.num_devices,
             reason=reason,
         )
         return ranks.run_together(partial(sharding.collectives.run_together, run))

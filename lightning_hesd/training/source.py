@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
 
-from lightning_hesd.training.budget import Budget
 from lightning_hesd.training.callback_copies import CopiedCallback
-from lightning_hesd.training.compat.callbacks import callbacks_of
 from lightning_hesd.training.compat.namespaces import MisconfigurationException, join_namespaces, of_every_namespace
+from lightning_hesd.training.compat.runs import callbacks_of
 from lightning_hesd.training.error_policy import ErrorPolicy
 from lightning_hesd.training.history import SpectrumHistory
-from lightning_hesd.training.schedule import Schedule
+from lightning_hesd.training.schedule import Budget, Schedule
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -48,7 +47,14 @@ class SpectrumSource(CopiedCallback, Callback):
     loss_fn: LossFunction | None = None
 
     def __init__(self, name: str = "hesd", on_error: OnError = "warn", schedule: Schedule | None = None) -> None:
-        """Begin with an empty history."""
+        """Begin with an empty history.
+
+        Raises:
+            ValueError: If the name is no name of a folder.
+        """
+        if not name or "/" in name or name in {".", ".."}:
+            msg = f"`name` must be a non-empty text without '/', got {name!r}."
+            raise ValueError(msg)
         join_namespaces()
         super().__init__()
         self.name = name

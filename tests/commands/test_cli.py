@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from lightning_hesd import HessianSpectrumCallback, Spectrum, __main__, commands
 from lightning_hesd.commands.cli import main
 from lightning_hesd.sample_size.recommendation import recommend_sample_size
-from tests.training import cli_project
+from tests.training import cli_project, processes
 from tests.training.modules import Digits
 
 MODEL = ["--model", "tests.training.cli_project.Net", "--data", "tests.training.cli_project.Data"]
@@ -86,19 +86,22 @@ def test_another_process_finds_what_the_callback_found(trained: Run, tmp_path: P
 
 
 @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
-def test_several_processes_find_what_one_finds(trained: Run, tmp_path: Path, launcher: str) -> None:
-    """Also at the second checkpoint, for which there are processes already; process zero writes and speaks for all."""
+def test_several_ranks_find_what_one_finds(trained: Run, tmp_path: Path, launcher: str) -> None:
+    """Also at the second checkpoint, when the ranks run already; rank zero alone writes and prints."""
     spectra, paths = trained
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m"] if launcher == "torchrun" else [sys.executable, "-m"]
-    arguments = ["lightning_hesd", "analyze", *map(str, paths[:2]), *MODEL, *STEPS, *CPU, "--out", str(tmp_path)]
-    processes = ["--batch_size", "8", "--devices", "2", "--strategy", "ddp"]
-    finished = subprocess.run(
-        [*command, *arguments, *processes], capture_output=True, text=True, check=False, timeout=120
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert "MEMBER: 2/2" in finished.stderr
-    assert finished.stdout.count("[1/2]") == finished.stdout.count("[2/2]") == 1
+    arguments = ["analyze", *map(str, paths[:2]), *MODEL, *STEPS, *CPU]
+    arguments += ["--batch_size", "8", "--devices", "2", "--strategy", "ddp"]
+    if launcher == "torchrun":
+        with processes.started(Path(__main__.__file__), tmp_path, 2, *arguments) as ranks:
+            assert [rank.wait() for rank in ranks] == [0, 0], [rank.said for rank in ranks]
+            said = "".join(rank.said for rank in ranks)
+    else:
+        command = [sys.executable, "-m", "lightning_hesd", *arguments, "--out", str(tmp_path)]
+        finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        said = finished.stdout + finished.stderr
+        assert finished.returncode == 0, said
+    assert "MEMBER: 2/2" in said
+    assert said.count("[1/2]") == said.count("[2/2]") == 1
     for record, path in zip(spectra.history, paths[:2], strict=False):
         assert record.spectrum is not None
         ours = Spectrum.load(tmp_path / "spectra" / f"{path.stem}.npz")

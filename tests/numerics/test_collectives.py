@@ -1,4 +1,4 @@
-"""What ranks tell each other; real processes are in `operators/test_operator.py` and `tests/training/test_ddp.py`."""
+"""How ranks exchange values; real ranks are in `operators/test_diagonal_block.py` and `tests/training/test_ddp.py`."""
 
 import pytest
 import torch

@@ -14,9 +14,8 @@ from matplotlib.figure import Figure
 
 from lightning_hesd.plotting import NEGATIVE, POSITIVE, plot_c_t, plot_density_evolution, plot_layers
 from lightning_hesd.plotting.c_t import BOTTOM
-from lightning_hesd.plotting.evolution import MIN_BRIGHTNESS, SMOOTHING
-from lightning_hesd.plotting.run_axis import RunAxis
-from lightning_hesd.plotting.signed_log import linear_threshold
+from lightning_hesd.plotting.heat_maps import MIN_BRIGHTNESS, SMOOTHING
+from lightning_hesd.plotting.style import RunAxis, linear_threshold
 from lightning_hesd.spectra.record import SpectrumRecord
 from tests.plotting.nodes import spectrum
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -56,11 +57,11 @@ def plain_loss(module, batch):  # type: ignore[no-untyped-def]  # as many users 
     return loss(module, batch)
 
 
+@dataclass
 class Loss:
     """The same as an object with an argument."""
 
-    def __init__(self, scale: float = 1.0) -> None:
-        self.scale = scale
+    scale: float = 1.0
 
     def __call__(self, module: Net, batch: Any) -> Tensor:
         return self.scale * loss(module, batch)

@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--fail", choices=["loss", "data"])
     parser.add_argument("--fail-in", type=int)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--max-overhead", type=float)
     parser.add_argument("--engine", type=int, default=0, help="1: with callbacks that stop early, grow, or differ")
     parser.add_argument("--costs", type=float, nargs="+", help="seconds of an analysis on the clock of each process")
@@ -157,7 +158,7 @@ def main() -> None:
     data = Blobs(options.fail_in if options.fail == "data" else None)
     # Two batches, so that the third process has none; the second callback has random dropout masks.
     shared: dict[str, Any] = {
-        "steps": 8,
+        "steps": 6,
         "num_samples": 50,
         "batch_size": 25,
         "loss_fn": loss_fn,
@@ -171,7 +172,7 @@ def main() -> None:
     ]
     if options.engine:
         callbacks += [
-            HessianSpectrumCallback(**{**shared, "steps": 60}, tolerance="auto", basis="none", name="adaptive"),
+            HessianSpectrumCallback(**{**shared, "steps": 40}, tolerance="auto", basis="none", name="adaptive"),
             HessianSpectrumCallback(**{**shared, "num_samples": "auto"}, tolerance=0.3, name="growing"),
             HessianSpectrumCallback(**shared, strategy="finite_difference", name="differences"),
             HessianSpectrumCallback(
@@ -186,7 +187,7 @@ def main() -> None:
         accelerator="cpu",
         devices=WORLD_SIZE,
         strategy=DDPStrategy(process_group_backend="gloo") if WORLD_SIZE > 1 else "auto",
-        max_epochs=4,
+        max_epochs=options.epochs,
         default_root_dir=options.out,
         logger=CSVLogger(options.out),
         log_every_n_steps=1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from tests.training.scripted import make_trainer
 
 
 class Net(pl.LightningModule):
@@ -41,3 +44,13 @@ def data() -> DataLoader[Any]:
     images, classes = torch.tensor(digits.data / 16, dtype=torch.float32)[:160], torch.tensor(digits.target)[:160]
     # In order: Lightning does not restore the random state that shuffling depends on.
     return DataLoader(TensorDataset(images, classes), batch_size=40)
+
+
+def fit(
+    folder: Path, *callbacks: Any, net: Any = Net, epochs: int = 2, ckpt_path: Any = None, **arguments: Any
+) -> pl.Trainer:
+    """Train from the same initial weights, with epochs of four steps, and return the Trainer."""
+    torch.manual_seed(0)
+    trainer = make_trainer(folder, list(callbacks), epochs, **{"log_every_n_steps": 4, **arguments})
+    trainer.fit(net(), data(), ckpt_path=ckpt_path)
+    return trainer

@@ -1,4 +1,4 @@
-"""Programs run as several real processes, with the ranks that torchrun would give them."""
+"""Programs run as several real processes, with the environment that torchrun would give each rank."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from tests.programs import SERVER, prepare
 
@@ -48,7 +50,8 @@ def started(script: Path, folder: Path, count: int, *arguments: object) -> Itera
     """
     folder.mkdir(parents=True, exist_ok=True)
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
-    flags = ["--out", str(folder), *map(str, arguments)]
+    shared["TORCHELASTIC_RUN_ID"] = "tests"
+    flags = [*map(str, arguments), "--out", str(folder)]
     ranks = []
     for number in range(count):
         log = folder / f"rank{number}.log"
@@ -91,6 +94,7 @@ def free_port() -> int:
 
 def _be_rank(script: Path, flags: list[str], variables: dict[str, str], log: Path) -> None:
     os.environ.update(variables)
+    rank_zero_only.rank = int(variables["RANK"])  # Lightning reads it when it is imported, which the server has done
     prepare(log, log)
     sys.argv = [str(script), *flags]
     runpy.run_path(str(script), run_name="__main__")

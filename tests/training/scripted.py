@@ -129,14 +129,10 @@ def run_script(
     return trainer
 
 
-def weight_in(path: str) -> float:
-    """The weight in a checkpoint: minus the number of steps... of the epoch it was saved at."""
-    return float(torch.load(path, weights_only=True)["state_dict"]["weight"])
-
-
 def epoch_of(path: str) -> int:
     """The epoch whose final weights a checkpoint holds, by the weights themselves and not by its name."""
-    return round(weight_in(path) / STEPS_PER_EPOCH) - 1
+    steps = torch.load(path, weights_only=True)["state_dict"]["weight"].item()
+    return round(steps / STEPS_PER_EPOCH) - 1
 
 
 def earliest(record: Any) -> float:

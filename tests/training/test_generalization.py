@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SpectrumHistory, hessian_spectrum
 from lightning_hesd.spectra.assessment import VERDICT_VALUES
-from tests.training.digits_run import Net, data
+from tests.training.digits_run import Net, fit
 from tests.training.logs import read_events
-from tests.training.scripted import make_trainer
-
-EPOCHS = 2
 
 
 def other_data() -> DataLoader[Any]:
@@ -35,40 +35,42 @@ def callback(**arguments: Any) -> HessianSpectrumCallback:
     return HessianSpectrumCallback(**{**defaults, **arguments})
 
 
-def fit(tmp_path: Path, *callbacks: Any, loggers: Any = False, ckpt_path: Any = None, epochs: int = EPOCHS) -> Any:
-    torch.manual_seed(0)
-    net = Net()
-    trainer = make_trainer(tmp_path, list(callbacks), epochs, logger=loggers, log_every_n_steps=4)
-    trainer.fit(net, data(), ckpt_path=ckpt_path)
-    return trainer
+@dataclass
+class Run:
+    """A training with generalization data, two loggers, and a rule that ranks by the assessment."""
+
+    history: Any
+    trainer: Any
+    rule: HessianCheckpoint
+    printed: list[str]
 
 
-def test_the_other_spectrum_is_that_of_the_other_data_with_the_same_probes(tmp_path: Path) -> None:
-    spectra = callback(probes=2)
-    trainer = fit(tmp_path, spectra)
-    ours = spectra.history[-1].generalization
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("run")
+    rule = HessianCheckpoint(lambda record: -record.assessment.delta_k_h05, tolerance=10.0, require_mp=False)
+    spectra = callback(probes=2, verbose=True)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        trainer = fit(folder, spectra, rule, logger=[TensorBoardLogger(folder), CSVLogger(folder)])
+    return Run(spectra.history, trainer, rule, out.getvalue().splitlines())
+
+
+def test_the_other_spectrum_is_that_of_the_other_data_with_the_same_probes(run: Run) -> None:
+    ours = run.history[-1].generalization
     images, classes = other_data().dataset.tensors  # type: ignore[attr-defined]
     theirs = hessian_spectrum(
-        trainer.lightning_module.net,
+        run.trainer.lightning_module.net,
         [(images, classes)],
         lambda module, batch: F.cross_entropy(module(batch[0]), batch[1]),
         steps=8,
         probes=2,
     )
-    assert ours is not None
     assert ours.num_samples == 48
     assert ours.c_t == pytest.approx(theirs.c_t, rel=1e-4)
     np.testing.assert_allclose(ours.weights, theirs.weights, rtol=1e-3, atol=1e-6)
-    training = spectra.history[-1].spectrum
-    assert training is not None
+    training = run.history[-1].spectrum
     assert (training.seed, training.probe) == (ours.seed, ours.probe)
     assert training.c_t != ours.c_t
-
-
-def test_weights_are_those_of_a_training_without(tmp_path: Path) -> None:
-    with_it = fit(tmp_path / "with", callback()).lightning_module.state_dict()
-    without = fit(tmp_path / "without").lightning_module.state_dict()
-    assert all(torch.equal(with_it[key], without[key]) for key in without)
 
 
 class Validated(Net):
@@ -86,49 +88,34 @@ class Validated(Net):
         return other_data() if self.loaders == 1 else [other_data() for _ in range(self.loaders)]
 
 
-def fit_validated(tmp_path: Path, *callbacks: Any, loaders: int = 1, **arguments: Any) -> Any:
-    torch.manual_seed(0)
-    trainer = make_trainer(tmp_path, list(callbacks), EPOCHS, log_every_n_steps=4, **arguments)
-    trainer.fit(Validated(loaders), data())
-    return trainer
-
-
 @pytest.mark.parametrize(
     "validation",
-    [{}, {"num_sanity_val_steps": 0}, {"num_sanity_val_steps": 0, "check_val_every_n_epoch": 2}],
-    ids=["checked", "unchecked", "later"],
+    [{}, {"num_sanity_val_steps": 0, "check_val_every_n_epoch": 2}, {"limit_val_batches": 0}],
+    ids=["at once", "later", "never"],
 )
-def test_validation_data_by_name(validation: dict[str, Any], tmp_path: Path) -> None:
-    by_name, given = callback(generalization_dataloader="val", on_error="raise"), callback()
-    trainer = fit_validated(tmp_path / "name", by_name, **validation)
+def test_validation_data_by_name(validation: dict[str, Any], run: Run, tmp_path: Path) -> None:
+    """They give the spectra of the same data passed as a loader."""
+    by_name = callback(generalization_dataloader="val", probes=2, on_error="raise")
+    trainer = fit(tmp_path / "name", by_name, net=Validated, **validation)
     random_state = torch.get_rng_state()
-    fit_validated(tmp_path / "loader", given, **validation)
-    for ours, theirs in zip(by_name.history, given.history, strict=True):
-        np.testing.assert_array_equal(ours.generalization.nodes, theirs.generalization.nodes)  # type: ignore[union-attr]
-    without = fit_validated(tmp_path / "without", **validation).lightning_module.state_dict()
+    for ours, theirs in zip(by_name.history, run.history, strict=True):
+        np.testing.assert_array_equal(ours.generalization.nodes, theirs.generalization.nodes)
+    without = fit(tmp_path / "without", net=Validated, **validation).lightning_module.state_dict()
     assert all(torch.equal(trainer.lightning_module.state_dict()[key], without[key]) for key in without)
     assert torch.equal(random_state, torch.get_rng_state())
 
 
-def test_validation_data_without_validation(tmp_path: Path) -> None:
-    spectra = callback(generalization_dataloader="val", on_error="raise")
-    fit_validated(tmp_path, spectra, limit_val_batches=0)
-    assert spectra.history[-1].generalization is not None
-
-
-@pytest.mark.parametrize(("loaders", "message"), [(0, "got none"), (2, "got a list of them")])
-def test_validation_data_must_be_one(loaders: int, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("net", "message"), [(Net, "got none"), (lambda: Validated(2), "got a list of them")])
+def test_validation_data_must_be_one(net: Any, message: str, tmp_path: Path) -> None:
     spectra = callback(generalization_dataloader="val", on_error="raise")
     with pytest.raises(MisconfigurationException, match=f"needs a Trainer with one validation dataloader, {message}"):
-        fit(tmp_path, spectra) if loaders == 0 else fit_validated(tmp_path, spectra, loaders=loaders)
+        fit(tmp_path, spectra, net=net)
 
 
-def test_loggers_get_metrics_and_text(tmp_path: Path) -> None:
-    loggers = [TensorBoardLogger(tmp_path), CSVLogger(tmp_path)]
-    spectra = callback()
-    trainer = fit(tmp_path, spectra, loggers=loggers)
-    events = read_events(loggers[0].log_dir)
-    records = dict(zip([3, 7], spectra.history, strict=True))
+def test_loggers_get_metrics_and_text(run: Run) -> None:
+    tensorboard, table = run.trainer.loggers
+    events = read_events(tensorboard.log_dir)
+    records = dict(zip([3, 7], run.history, strict=True))
     expected = {
         "hesd/delta_r_e": lambda record: record.assessment.delta_r_e,
         "hesd/delta_k_h05": lambda record: record.assessment.delta_k_h05,
@@ -142,66 +129,54 @@ def test_loggers_get_metrics_and_text(tmp_path: Path) -> None:
         known = {step: value(record) for step, record in records.items() if not np.isnan(value(record))}
         assert logged == pytest.approx(known, rel=1e-6), key
         if 7 in known:
-            assert trainer.callback_metrics[key] == pytest.approx(known[7])
+            assert run.trainer.callback_metrics[key] == pytest.approx(known[7])
     assert "hesd_gen/c_t_threshold" not in events.Tags()["scalars"]
     assert {event.step for event in events.Histograms("hesd_gen/density")} == {3, 7}
     assert {event.step for event in events.Images("hesd_gen/density_figure")} == {3, 7}
     texts = {e.step: e.tensor_proto.string_val[0].decode() for e in events.Tensors("hesd/assessment/text_summary")}
     for step, record in records.items():
-        assert record.assessment is not None
         assert f"**generalization: {record.assessment.verdict}**" in texts[step]
         assert all(f"- {reason}" in texts[step] for reason in record.assessment.reasons)
     for name in ("hesd_density.csv", "hesd_gen_density.csv"):
-        rows = list(csv.DictReader((Path(loggers[1].log_dir) / name).read_text().splitlines()))
+        rows = list(csv.DictReader((Path(table.log_dir) / name).read_text().splitlines()))
         assert {row["epoch"] for row in rows} == {"0", "1"}
 
 
-def test_files_can_be_read_back(tmp_path: Path) -> None:
-    spectra = callback()
-    fit(tmp_path, spectra)
-    for ours, theirs in zip(spectra.history, SpectrumHistory.load(tmp_path), strict=True):
-        assert ours.generalization is not None
-        assert theirs.generalization is not None
+def test_files_can_be_read_back(run: Run) -> None:
+    for ours, theirs in zip(run.history, SpectrumHistory.load(run.trainer.log_dir), strict=True):
         np.testing.assert_array_equal(ours.generalization.nodes, theirs.generalization.nodes)
-        assert ours.assessment == theirs.assessment or np.isnan(ours.assessment.delta_r_e)  # type: ignore[union-attr]
+        assert ours.assessment == theirs.assessment or np.isnan(ours.assessment.delta_r_e)
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 def test_resumed_run_goes_on_with_the_same_samples(tmp_path: Path) -> None:
-    whole, first, second = callback(num_samples=20), callback(num_samples=20), callback(num_samples=20)
+    whole, first, second = (callback(num_samples=20) for _ in range(3))
     fit(tmp_path / "whole", whole)
-    trainer = fit(tmp_path / "parts", first, epochs=1)
-    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    fit(tmp_path / "parts", first, epochs=1).save_checkpoint(tmp_path / "half.ckpt")
     fit(tmp_path / "rest", second, ckpt_path=tmp_path / "half.ckpt")
     for one, other in zip(whole.history, second.history, strict=True):
-        np.testing.assert_array_equal(one.generalization.nodes, other.generalization.nodes)  # type: ignore[union-attr]
+        np.testing.assert_array_equal(one.generalization.nodes, other.generalization.nodes)
     assert whole.state_dict()["samples"] == second.state_dict()["samples"]
     assert sorted(whole.state_dict()["samples"]) == ["generalization", "training"]
 
 
 def test_a_failure_on_the_other_data_leaves_the_training_spectrum(tmp_path: Path) -> None:
-    spectra = callback(generalization_dataloader=DataLoader(TensorDataset(torch.ones(8, 3)), batch_size=4))
+    spectra: Any = callback(generalization_dataloader=DataLoader(TensorDataset(torch.ones(8, 3)), batch_size=4))
     with pytest.warns(RuntimeWarning, match="the analysis of generalization data of epoch 0 failed, training goes on"):
         fit(tmp_path, spectra, epochs=1)
     (record,) = spectra.history
     assert record.spectrum is not None
     assert record.generalization is None
     assert record.assessment is None
-    assert record.error is not None
     assert record.error.startswith("the analysis of generalization data: ValueError: ")
 
 
-def test_a_rule_may_rank_by_the_assessment(tmp_path: Path) -> None:
-    spectra = callback()
-    rule = HessianCheckpoint(lambda record: -record.assessment.delta_k_h05, tolerance=10.0, require_mp=False)
-    fit(tmp_path, spectra, rule, epochs=3)
-    ratios = [record.assessment.delta_k_h05 for record in spectra.history]  # type: ignore[union-attr]
-    assert f"epoch={int(np.argmin(ratios))}-" in Path(rule.best_model_path).name
+def test_a_rule_may_rank_by_the_assessment(run: Run) -> None:
+    ratios = [record.assessment.delta_k_h05 for record in run.history]
+    assert f"epoch={int(np.argmin(ratios))}-" in Path(run.rule.best_model_path).name
 
 
-def test_verbose_prints_the_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spectra = callback(verbose=True)
-    fit(tmp_path, spectra, epochs=1)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("hesd: epoch")]
+def test_verbose_prints_the_verdict(run: Run) -> None:
+    lines = [line for line in run.printed if line.startswith("hesd: epoch 0")]
     assert [line.split(", ")[1].split(" ")[0] for line in lines] == ["C_t", "gen", "generalization:"]
-    assert lines[2] == f"hesd: epoch 0, {spectra.history[0].assessment}"
+    assert lines[2] == f"hesd: epoch 0, {run.history[0].assessment}"

@@ -16,6 +16,7 @@ from examples.transformer import TinyConfig, TinyForCausalLM
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, Spectrum
 from lightning_hesd.commands.cli import main
 from tests.oracles import dense_hessian
+from tests.training.scripted import make_trainer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,9 +58,8 @@ class Adapter(nn.Module):
         self.b = nn.Linear(1, base.out_features, bias=False)
         self.dropout = nn.Dropout(0.1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.base(x) + self.b(self.a(self.dropout(x)))
-        return result
+    def forward(self, x: Tensor) -> Any:
+        return self.base(x) + self.b(self.a(self.dropout(x)))
 
 
 class Checkpointed(nn.Module):
@@ -70,11 +70,8 @@ class Checkpointed(nn.Module):
         self.layer = layer
         self.reentrant = reentrant
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        if not self.training:
-            return self.layer(hidden)
-        result: Tensor = checkpoint(self.layer, hidden, use_reentrant=self.reentrant)
-        return result
+    def forward(self, hidden: Tensor) -> Any:
+        return checkpoint(self.layer, hidden, use_reentrant=self.reentrant) if self.training else self.layer(hidden)
 
 
 class Net(pl.LightningModule):
@@ -109,16 +106,7 @@ def tokens(batch: Batch) -> float:
 
 def fit(folder: Path, kind: str, *callbacks: pl.Callback) -> pl.Trainer:
     torch.manual_seed(0)
-    trainer = pl.Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        precision="64-true",
-        callbacks=list(callbacks),
-        logger=False,
-        default_root_dir=folder,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = make_trainer(folder, list(callbacks), 2, precision="64-true")
     trainer.fit(Net(kind), datamodule=Data())
     return trainer
 
@@ -156,16 +144,8 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     project = ["--model", f"{__name__}.Net", "--data", f"{__name__}.Data", "--accelerator=cpu", "--analysis.steps=20"]
     for number, weight in enumerate(["tokens", f"{__name__}.tokens"]):
         out = tmp_path / str(number)
-        main(
-            [
-                "analyze",
-                callback.checkpoint.best_model_path,
-                *project,
-                f"--analysis.batch_weight={weight}",
-                "--out",
-                str(out),
-            ]
-        )
+        weighted = [f"--analysis.batch_weight={weight}", f"--out={out}"]
+        main(["analyze", callback.checkpoint.best_model_path, *project, *weighted])
         [path] = (out / "spectra").glob("*.npz")
         found = Spectrum.load(path)
         assert found.num_samples == SAMPLES

@@ -6,9 +6,11 @@ import json
 import logging
 import re
 import struct
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -19,52 +21,45 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SpectrumHistory
 from lightning_hesd.spectra.scalars import scalars
 from lightning_hesd.training.history import SpectrumRecord
-from tests.training.digits_run import Net, data
+from tests.training.digits_run import Net, fit
 from tests.training.logs import ListLogger, read_csv, read_events
-from tests.training.scripted import make_spectrum, make_trainer
+from tests.training.scripted import make_spectrum
 
 KEYS = {
-    *(
-        "c_t",
-        "c_t_low",
-        "c_t_high",
-        "c_t_threshold",
-        "verified",
-        "mp",
-        "lambda_max",
-        "lambda_min",
-        "trace",
-        "k_h05",
-        "loss",
-    ),
-    *("seconds", "overhead"),
+    *("c_t", "c_t_low", "c_t_high", "c_t_threshold", "verified", "mp", "lambda_max", "lambda_min", "trace", "k_h05"),
+    *("loss", "seconds", "overhead"),
 }
-EPOCHS = 3
-STEPS_PER_EPOCH = 4
-
-
-def fit(tmp_path: Path, loggers: Any, *callbacks: HessianSpectrumCallback, **arguments: Any) -> Any:
-    torch.manual_seed(0)
-    settings = {"logger": loggers, "log_every_n_steps": STEPS_PER_EPOCH, **arguments}
-    trainer = make_trainer(tmp_path, list(callbacks), EPOCHS, **settings)
-    trainer.fit(Net(), data())
-    return trainer
+EPOCHS = 2
 
 
 def callback(**arguments: Any) -> HessianSpectrumCallback:
     return HessianSpectrumCallback(**{"steps": 8, "num_samples": 48, "batch_size": 16, **arguments})
 
 
-def test_tensorboard_gets_scalars_histograms_figures_and_charts(tmp_path: Path) -> None:
-    logger = TensorBoardLogger(tmp_path)
-    spectra = callback(at_start=True)
-    trainer = fit(tmp_path, logger, spectra)
-    events = read_events(logger.log_dir)
-    records = {record.epoch: record for record in spectra.history}
-    # Epoch-end metrics of Lightning itself are at these steps; the initialization is at step 0.
-    own_steps = [event.step for event in events.Scalars("train_acc")]
-    assert own_steps == [3, 7, 11]
-    steps = {-1: 0, **dict(enumerate(own_steps))}
+def charts_in(events: Any) -> list[Any]:
+    """Return the charts of each category in TensorBoard's layout."""
+    (config,) = events.Tensors("custom_scalars__config__")
+    return list(layout_pb2.Layout.FromString(config.tensor_proto.string_val[0]).category)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[SpectrumHistory, pl.Trainer]:
+    """A training with both loggers, analyzed before its first step and after its epochs."""
+    folder, spectra = tmp_path_factory.mktemp("run"), callback(at_start=True)
+    trainer = fit(folder, spectra, logger=[TensorBoardLogger(folder), CSVLogger(folder)])
+    return spectra.history, trainer
+
+
+STEPS = {-1: 0, 0: 3, 1: 7}
+"""Where the analyses of the epochs are logged."""
+
+
+def test_tensorboard_gets_scalars_histograms_figures_and_charts(run: Any) -> None:
+    history, trainer = run
+    events = read_events(trainer.log_dir)
+    records = {record.epoch: record for record in history}
+    own_steps = [event.step for event in events.Scalars("train_acc")]  # of Lightning itself
+    assert {-1: 0, **dict(enumerate(own_steps))} == STEPS
 
     assert {tag for tag in events.Tags()["scalars"] if tag.startswith("hesd/")} == {f"hesd/{key}" for key in KEYS}
     overheads = {event.step: event.value for event in events.Scalars("hesd/overhead")}
@@ -72,13 +67,13 @@ def test_tensorboard_gets_scalars_histograms_figures_and_charts(tmp_path: Path) 
     assert min(overheads.values()) > 0
     for key in KEYS - {"overhead"}:
         logged = {event.step: event.value for event in events.Scalars(f"hesd/{key}")}
-        expected = {steps[epoch]: scalars(record, "hesd")[f"hesd/{key}"] for epoch, record in records.items()}
+        expected = {STEPS[epoch]: scalars(record, "hesd")[f"hesd/{key}"] for epoch, record in records.items()}
         assert logged == pytest.approx(expected, rel=1e-6), key
 
     histograms = {event.step: event.histogram_value for event in events.Histograms("hesd/density")}
-    assert sorted(histograms) == sorted(steps.values())
+    assert sorted(histograms) == sorted(STEPS.values())
     for epoch, record in records.items():
-        spectrum, histogram = record.spectrum, histograms[steps[epoch]]
+        spectrum, histogram = record.spectrum, histograms[STEPS[epoch]]
         edges, counts = np.array(histogram.bucket_limit), np.array(histogram.bucket)
         assert counts.sum() == pytest.approx(1.0)
         negative = spectrum.weights[spectrum.nodes < 0].sum()
@@ -91,31 +86,30 @@ def test_tensorboard_gets_scalars_histograms_figures_and_charts(tmp_path: Path) 
         assert counts[-1] > 0
 
     images = events.Images("hesd/density_figure")
-    assert [image.step for image in images] == sorted(steps.values())
+    assert [image.step for image in images] == sorted(STEPS.values())
     for image in images:
         width, height = struct.unpack(">II", image.encoded_image_string[16:24])  # the PNG header
         assert (width, height) >= (600, 400)
 
-    (config,) = events.Tensors("custom_scalars__config__")
-    layout = layout_pb2.Layout.FromString(config.tensor_proto.string_val[0])
-    margin, largest = layout.category[0].chart
+    margin, largest = charts_in(events)[0].chart
     assert [(s.value, s.lower, s.upper) for s in margin.margin.series] == [
         ("hesd/c_t", "hesd/c_t_low", "hesd/c_t_high"),
         ("hesd/c_t_threshold",) * 3,
     ]
     assert list(largest.multiline.tag) == ["^hesd/lambda_max$"]
-    assert trainer.callback_metrics["hesd/c_t"] == pytest.approx(records[2].spectrum.c_t)
+    assert trainer.callback_metrics["hesd/c_t"] == pytest.approx(records[1].spectrum.c_t)
+    assert "hesd/c_t" in trainer.progress_bar_metrics
 
 
 def test_steps_within_epochs_reach_the_logger_whatever_log_every_n_steps_is(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
     spectra = callback(every_n_train_steps=3)
-    trainer = fit(tmp_path, logger, spectra)
+    trainer = fit(tmp_path, spectra, logger=logger)
     events = read_events(logger.log_dir)
     logged = {event.step: event.value for event in events.Scalars("hesd/c_t")}
     assert list(logged.values()) == pytest.approx([r.spectrum.c_t for r in spectra.history])
     # As with `self.log(on_step=True)`, the value after n steps is at n - 1.
-    assert list(logged) == [r.global_step - 1 for r in spectra.history] == [2, 5, 8, 11]
+    assert list(logged) == [r.global_step - 1 for r in spectra.history] == [2, 5]
     assert [event.step for event in events.Histograms("hesd/density")] == list(logged)
     assert trainer.callback_metrics["hesd/c_t"] == pytest.approx(spectra.history[-1].spectrum.c_t)
 
@@ -124,33 +118,29 @@ def test_two_callbacks_have_keys_folders_states_and_charts_of_their_own(tmp_path
     logger = TensorBoardLogger(tmp_path)
     first = callback(checkpoint="highest_c_t")
     second = callback(name="head", parameters=lambda name, _: name.startswith("net.2"), checkpoint="highest_c_t")
-    trainer = fit(tmp_path, logger, first, second)
+    trainer = fit(tmp_path, first, second, epochs=1, logger=logger)
     events = read_events(logger.log_dir)
     for name, spectra in (("hesd", first), ("head", second)):
         values = [event.value for event in events.Scalars(f"{name}/lambda_max")]
         assert values == pytest.approx([r.spectrum.lambda_max for r in spectra.history])
         assert (Path(logger.log_dir) / name / "index.json").is_file()
-    (config,) = events.Tensors("custom_scalars__config__")
-    layout = layout_pb2.Layout.FromString(config.tensor_proto.string_val[0])
-    assert [category.title for category in layout.category] == ["hesd", "head"]
+    assert [category.title for category in charts_in(events)] == ["hesd", "head"]
     assert first.history[0].spectrum.dimension > second.history[0].spectrum.dimension == 90
     state = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["callbacks"]
     assert {first.state_key, second.state_key, first.checkpoint.state_key, second.checkpoint.state_key} <= set(state)
 
 
-def test_csv_gets_scalars_and_the_density_as_a_table(tmp_path: Path) -> None:
-    logger = CSVLogger(tmp_path)
-    spectra = callback()
-    fit(tmp_path, logger, spectra)
-    folder = Path(logger.log_dir)
+def test_csv_gets_scalars_and_the_density_as_a_table(run: Any) -> None:
+    history, trainer = run
+    folder = Path(trainer.loggers[1].log_dir)
     rows = read_csv(folder / "metrics.csv")
     values = {int(row["step"]): float(row["hesd/c_t"]) for row in rows if row["hesd/c_t"]}
-    assert values == pytest.approx({3 + 4 * r.epoch: r.spectrum.c_t for r in spectra.history})
+    assert values == pytest.approx({STEPS[r.epoch]: r.spectrum.c_t for r in history})
     table = read_csv(folder / "hesd_density.csv")
-    for record in spectra.history:
+    for record in history:
         part = [row for row in table if int(row["epoch"]) == record.epoch]
         assert sum(float(row["mass"]) for row in part) == pytest.approx(1.0)
-        assert {int(row["step"]) for row in part} == {3 + 4 * record.epoch}
+        assert {int(row["step"]) for row in part} == {STEPS[record.epoch]}
         mean = sum(float(row["mass"]) * (float(row["left"]) + float(row["right"])) / 2 for row in part)
         width = float(part[0]["right"]) - float(part[0]["left"])
         assert mean == pytest.approx(record.spectrum.moment(1), abs=width)
@@ -159,7 +149,9 @@ def test_csv_gets_scalars_and_the_density_as_a_table(tmp_path: Path) -> None:
 class Diverging(Net):
     """Trains with another rate from its second epoch on."""
 
-    rate = 1.0
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
 
     def on_train_epoch_start(self) -> None:
         if self.current_epoch == 1:
@@ -173,17 +165,13 @@ def test_a_folder_used_before_has_the_last_run_only(tmp_path: Path) -> None:
     every = ModelCheckpoint(dirpath=tmp_path / "every", save_top_k=-1, filename="{epoch}")
     continued = {"ckpt_path": tmp_path / "every" / "epoch=0.ckpt"}
     for rate, epochs, arguments in ((1.0, 3, {}), (2.0, 2, {}), (3.0, 3, {}), (4.0, 2, continued)):
-        torch.manual_seed(0)
         checkpoint = HessianCheckpoint(
             lambda record: -record.epoch, dirpath=tmp_path / str(rate), tolerance=9.0, require_mp=False
         )
         spectra = callback(checkpoint=checkpoint)
         logger = CSVLogger(tmp_path, name="", version="run")
-        trainer = make_trainer(tmp_path, [spectra, *([every] if rate == 1 else [])], epochs, logger=logger)
-        module = Diverging()
-        module.rate = rate
-        trainer.fit(module, data(), **arguments)
-
+        callbacks = [spectra, every] if rate == 1 else [spectra]
+        fit(tmp_path, *callbacks, net=partial(Diverging, rate), epochs=epochs, logger=logger, **arguments)
         folder = tmp_path / "run"
         c_t = {r.epoch: r.spectrum.c_t for r in spectra.history}
         assert list(c_t) == list(range(epochs))
@@ -204,23 +192,20 @@ def test_a_folder_used_before_has_the_last_run_only(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:(Experiment logs|Checkpoint) directory .* exists and is not empty:UserWarning")
 def test_choices_of_the_run_that_goes_on_are_kept(tmp_path: Path) -> None:
     for path in (None, tmp_path / "c" / "last.ckpt"):
-        torch.manual_seed(0)
         checkpoint = HessianCheckpoint(dirpath=tmp_path / "c", tolerance=9.0, require_mp=False, save_last=True)
         logger = CSVLogger(tmp_path, name="", version="run")
-        trainer = make_trainer(tmp_path, [callback(checkpoint=checkpoint)], 3 if path else 2, logger=logger)
-        trainer.fit(Net(), data(), ckpt_path=path)
+        fit(tmp_path, callback(checkpoint=checkpoint), epochs=3 if path else 2, logger=logger, ckpt_path=path)
     selections = (tmp_path / "run" / "hesd" / "selections.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in selections] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("prefixes", [["mine"], ["", "a+b"]])
-def test_charts_have_the_tags_of_their_logger(tmp_path: Path, prefixes: list[str]) -> None:
+def test_charts_have_the_tags_of_their_logger(tmp_path: Path) -> None:
+    prefixes = ["mine", "", "a+b"]
     loggers = [TensorBoardLogger(tmp_path / str(n), prefix=prefix) for n, prefix in enumerate(prefixes)]
-    fit(tmp_path, loggers, callback(name="c.t"), max_epochs=1)
+    fit(tmp_path, callback(name="c.t"), epochs=1, logger=loggers)
     for logger, prefix in zip(loggers, prefixes, strict=True):
         events = read_events(logger.log_dir)
-        (config,) = events.Tensors("custom_scalars__config__")
-        margin, largest = layout_pb2.Layout.FromString(config.tensor_proto.string_val[0]).category[0].chart
+        margin, largest = charts_in(events)[0].chart
         tags = set(events.Tags()["scalars"])
         assert {tag for s in margin.margin.series for tag in (s.value, s.lower, s.upper)} <= tags
         assert [tag for tag in tags if re.match(largest.multiline.tag[0], tag)] == [
@@ -228,17 +213,10 @@ def test_charts_have_the_tags_of_their_logger(tmp_path: Path, prefixes: list[str
         ]
 
 
-def test_several_loggers_at_once(tmp_path: Path) -> None:
-    loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tensorboard")]
-    fit(tmp_path, loggers, callback())
-    assert (Path(loggers[0].log_dir) / "hesd_density.csv").is_file()
-    assert len(read_events(loggers[1].log_dir).Histograms("hesd/density")) == EPOCHS
-
-
 def test_unknown_loggers_get_scalars_and_a_debug_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     logger = ListLogger()
     with caplog.at_level(logging.DEBUG, logger="lightning_hesd"):
-        fit(tmp_path, logger, callback())
+        fit(tmp_path, callback(), logger=logger)
     assert sum("hesd/c_t" in metrics for metrics in logger.metrics) == EPOCHS
     notes = [record for record in caplog.records if record.name.startswith("lightning_hesd")]
     assert [note.getMessage() for note in notes] == [
@@ -255,7 +233,7 @@ def test_an_output_that_fails_costs_its_own_output_only(tmp_path: Path, monkeypa
     logger = TensorBoardLogger(tmp_path)
     spectra = callback()
     with pytest.warns(RuntimeWarning, match=r"cannot write the spectrum of epoch \d\. OSError: disk full") as caught:
-        fit(tmp_path, logger, spectra)
+        fit(tmp_path, spectra, logger=logger)
     assert sum("disk full" in str(warning.message) for warning in caught) == EPOCHS
     events = read_events(logger.log_dir)
     assert len(events.Scalars("hesd/c_t")) == len(events.Histograms("hesd/density")) == EPOCHS
@@ -273,13 +251,11 @@ class Unreachable(CSVLogger):
 def test_a_logger_that_fails_within_an_epoch_costs_no_training(tmp_path: Path) -> None:
     """Within epochs the loggers get scalars from the callback, at their ends from Lightning, which raises."""
     spectra = callback(every_n_train_steps=3)
-    trainer = make_trainer(
-        tmp_path, [spectra], EPOCHS, logger=Unreachable(tmp_path), log_every_n_steps=100, enable_checkpointing=False
-    )
+    logging_seldom = {"logger": Unreachable(tmp_path), "log_every_n_steps": 100, "enable_checkpointing": False}
     with pytest.warns(RuntimeWarning, match=r"cannot log the scalars of epoch \d\. ConnectionError: no answer"):
-        trainer.fit(Quiet(), data())
+        trainer = fit(tmp_path, spectra, net=Quiet, **logging_seldom)
     assert trainer.state.finished
-    assert [record.error for record in spectra.history] == [None] * 4
+    assert [record.error for record in spectra.history] == [None] * 2
 
 
 class Quiet(Net):
@@ -291,7 +267,7 @@ def test_nan_is_never_logged(tmp_path: Path) -> None:
     """A loss without curvature has no C_t; everything else is logged all the same."""
     logger = ListLogger()
     spectra = callback(loss_fn=lambda module, batch: module.net[0].weight.mean())
-    trainer = fit(tmp_path, logger, spectra)
+    trainer = fit(tmp_path, spectra, logger=logger)
     assert spectra.history[0].spectrum.reason is not None
     keys = {key for metrics in logger.metrics for key in metrics if key.startswith("hesd/")}
     undefined = {"c_t", "c_t_low", "c_t_high", "mp", "k_h05"}
@@ -306,15 +282,7 @@ def test_scalars_of_a_mainly_negative_spectrum() -> None:
     assert values["x/c_t_threshold"] == -0.6
 
 
-def test_progress_bar_shows_c_t(tmp_path: Path) -> None:
-    for progress in (True, False):
-        trainer = fit(tmp_path / str(progress), False, callback(progress=progress))
-        assert ("hesd/c_t" in trainer.progress_bar_metrics) is progress
-
-
-def test_verbose_prints_a_line_for_each_analysis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fit(tmp_path, False, callback(verbose=True))
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("hesd: epoch")]
-    assert len(lines) == EPOCHS
-    assert "C_t = " in lines[0]
-    assert "type M" in lines[0]
+def test_without_progress_the_bar_does_not_show_c_t(tmp_path: Path) -> None:
+    trainer = fit(tmp_path, callback(progress=False), epochs=1)
+    assert "hesd/c_t" in trainer.callback_metrics
+    assert "hesd/c_t" not in trainer.progress_bar_metrics

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +31,26 @@ class Returns(Classifier):
         return loss if self.training else self.output(loss)
 
 
-def nodes_of(tmp_path: Path, module: Classifier, **kwargs: Any) -> Any:
+def nodes_of(folder: Path, module: Classifier) -> Any:
     """Train with one analysis at the end, and return its quadrature nodes."""
-    observer = callback(**kwargs)
-    fit(tmp_path, observer, module=module, max_epochs=1)
+    observer = callback()
+    fit(folder, observer, module=module, max_epochs=1)
     return freeze(observer.history[0].spectrum.nodes)
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The quadrature nodes of a training_step that returns a tensor."""
+    return nodes_of(tmp_path_factory.mktemp("plain"), Classifier())
 
 
 @pytest.mark.parametrize(
     "output",
-    [lambda loss: {"loss": loss}, lambda loss: {"loss": loss, "text": "more"}, lambda loss: loss.reshape(1)],
-    ids=["dict", "dict_with_more", "one_element"],
+    [lambda loss: {"loss": loss, "text": "more"}, lambda loss: loss.reshape(1)],
+    ids=["dict", "one_element"],
 )
-def test_the_forms_of_a_loss(output: Any, tmp_path: Path) -> None:
-    assert nodes_of(tmp_path, Returns(output)) == nodes_of(tmp_path, Classifier())
+def test_the_forms_of_a_loss(output: Any, nodes: Any, tmp_path: Path) -> None:
+    assert nodes_of(tmp_path, Returns(output)) == nodes
 
 
 @pytest.mark.parametrize(
@@ -68,43 +75,22 @@ def test_no_loss(output: Any, error: type[Exception], message: str, tmp_path: Pa
     with pytest.raises(error, match=message):
         fit(tmp_path, callback(mode="eval"), module=Returns(output))
 
-    observer = callback(on_error="warn", mode="eval")
-    with pytest.warns(RuntimeWarning, match=message):
-        trainer = fit(tmp_path, observer, module=Returns(output))
-    assert trainer.global_step == 10
-    assert trainer.state.finished
-    assert [(record.spectrum, error.__name__ in record.error) for record in observer.history] == [(None, True)] * 2
+
+SIGNATURES: dict[str, Callable[..., Any]] = {
+    "batch only": plain_loss,
+    "another name": lambda self, batch, i: plain_loss(self, batch) + 0 * i,
+    "index of the loader": lambda self, batch, batch_idx, dataloader_idx=0: (
+        plain_loss(self, batch) + 0 * batch_idx + 0 * dataloader_idx
+    ),
+    "any arguments": lambda self, *args: plain_loss(self, args[-2]) + 0 * args[-1],
+    "any keywords": lambda self, batch, **kwargs: plain_loss(self, batch),
+}
 
 
-class BatchOnly(Classifier):
-    def training_step(self, batch: Any) -> Any:
-        return plain_loss(self, batch)
-
-
-class OtherName(Classifier):
-    def training_step(self, batch: Any, i: int) -> Any:
-        return plain_loss(self, batch) + 0 * i
-
-
-class WithLoaderIndex(Classifier):
-    def training_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        return plain_loss(self, batch) + 0 * batch_idx + 0 * dataloader_idx
-
-
-class AnyArguments(Classifier):
-    def training_step(self, *args: Any) -> Any:
-        batch, batch_idx = args
-        return plain_loss(self, batch) + 0 * batch_idx
-
-
-class AnyKeywords(Classifier):
-    def training_step(self, batch: Any, **kwargs: Any) -> Any:
-        return plain_loss(self, batch)
-
-
-@pytest.mark.parametrize("module", [BatchOnly, OtherName, WithLoaderIndex, AnyArguments, AnyKeywords])
-def test_signatures(module: type[Classifier], tmp_path: Path) -> None:
-    assert nodes_of(tmp_path, module()) == nodes_of(tmp_path, Classifier())
+@pytest.mark.parametrize("step", SIGNATURES.values(), ids=SIGNATURES)
+def test_signatures(step: Callable[..., Any], nodes: Any, tmp_path: Path) -> None:
+    module = type("Module", (Classifier,), {"training_step": step})
+    assert nodes_of(tmp_path, module()) == nodes
 
 
 # Silence --------------------------------------------------------------------------------------------------------------
@@ -157,76 +143,33 @@ def fails(module: Any, batch: Any) -> Tensor:
     raise OSError(msg)
 
 
-@pytest.mark.parametrize("loss_fn", [None, fails], ids=["", "also_after_an_error"])
-@pytest.mark.parametrize("module_class", [Talkative, Overriding, Patched])
+@pytest.mark.parametrize(
+    ("module_class", "loss_fn", "counts"),
+    [
+        (Talkative, None, {}),
+        (Talkative, fails, {}),
+        (Patched, fails, {"print": 5}),
+        (Overriding, None, {"print": 5, "log": 10, "log_dict": 5}),  # Lightning's `log_dict` calls `log`
+    ],
+)
 def test_muted_during_the_analysis_only(
-    module_class: type[Talkative], loss_fn: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    module_class: type[Talkative], loss_fn: Any, counts: dict[str, int], tmp_path: Path, capsys: Any
 ) -> None:
+    """Also where it fails."""
     CALLS.clear()
-    module = module_class()
-    logger = CSVLogger(tmp_path)
-    before = {name: vars(module)[name] for name in ("log", "log_dict", "print") if name in vars(module)}
+    module, logger = module_class(), CSVLogger(tmp_path)
+    names = ("print", "log", "log_dict")
+    before = {name: vars(module)[name] for name in names if name in vars(module)}
     observer = callback(loss_fn=loss_fn, on_error="warn", every_n_train_steps=2)
-    if loss_fn is None:
+    with pytest.warns(RuntimeWarning, match="failed on purpose") if loss_fn else contextlib.nullcontext():
         trainer = fit(tmp_path, observer, module=module, logger=logger, max_epochs=1)
-    else:
-        with pytest.warns(RuntimeWarning, match="failed on purpose"):
-            trainer = fit(tmp_path, observer, module=module, logger=logger, max_epochs=1)
     assert len(observer.history) == 2
     assert CALLS.count("analysis") >= 2
-    # Lightning's `log_dict` calls `log`.
-    expected = {
-        Talkative: {},
-        Patched: {"print": 5},
-        Overriding: {"print": 5, "log": 10, "log_dict": 5},
-    }[module_class]
-    for name in ("print", "log", "log_dict"):
-        assert CALLS.count(name) == expected.get(name, 0)
-    printed = capsys.readouterr().out.split()
-    assert printed.count("c") == (5 if module_class is Talkative else 0)
-    assert {name: vars(module)[name] for name in ("log", "log_dict", "print") if name in vars(module)} == before
+    assert {name: CALLS.count(name) for name in names} == dict.fromkeys(names, 0) | counts
+    assert capsys.readouterr().out.split().count("c") == (5 if module_class is Talkative else 0)
+    assert {name: vars(module)[name] for name in names if name in vars(module)} == before
     assert trainer.loggers == [logger]
     assert module.logger is logger
-
-
-# Manual optimization --------------------------------------------------------------------------------------------------
-
-
-class Manual(Classifier):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(plain_loss(self, batch))
-        optimizer.step()
-
-
-class TakesIterator(Classifier):
-    def training_step(self, dataloader_iter: Any) -> Any:
-        batch, _, _ = next(dataloader_iter)
-        return plain_loss(self, batch)
-
-
-@pytest.mark.parametrize(
-    ("module", "message"),
-    [(Manual, "manual optimization.*pass `loss_fn=`"), (TakesIterator, "takes a `dataloader_iter`.*pass `loss_fn=`")],
-)
-@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")  # Lightning's own, of an experimental feature
-def test_a_training_step_that_cannot_be_called(module: type[Classifier], message: str, tmp_path: Path) -> None:
-    untouched = freeze(module().state_dict())
-    refused = module()
-    with pytest.raises(MisconfigurationException, match=message):
-        fit(tmp_path, callback(at_start=True), module=refused)
-    assert freeze(refused.state_dict()) == untouched, "refused before the first step"
-
-    observer, trained = callback(loss_fn=plain_loss), module()
-    fit(tmp_path, observer, module=trained)
-    assert [record.error for record in observer.history] == [None, None]
-    without = fit(tmp_path, module=module()).lightning_module
-    assert freeze(trained.state_dict()) == freeze(without.state_dict())
 
 
 def test_loss_fn_takes_the_place_of_training_step(tmp_path: Path) -> None:
@@ -241,11 +184,10 @@ def test_loss_fn_takes_the_place_of_training_step(tmp_path: Path) -> None:
 # The value of the loss, and its precision -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_samples", [16, 21])
-@pytest.mark.parametrize("layers", [(), (partial(nn.BatchNorm1d, 6), nn.Dropout)], ids=["", "batch_norm_and_dropout"])
-def test_the_loss_is_the_mean_over_the_samples(layers: Any, num_samples: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("num_samples", "layers"), [(16, []), (21, [nn.BatchNorm1d(6), nn.Dropout()])])
+def test_the_loss_is_the_mean_over_the_samples(layers: list[nn.Module], num_samples: int, tmp_path: Path) -> None:
     observer = callback(num_samples=num_samples)
-    module = fit(tmp_path, observer, module=Classifier(*(layer() for layer in layers))).lightning_module
+    module = fit(tmp_path, observer, module=Classifier(*layers)).lightning_module
     positions = observer.state_dict()["samples"]["training"]["indices"]
     assert len(set(positions)) == num_samples
     with torch.no_grad():
@@ -270,12 +212,11 @@ PRECISIONS = {
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("module_class", [Classifier, CreatesTensors])
-def test_precision(module_class: type[Classifier], precision: Any, tmp_path: Path) -> None:
+def test_precision(precision: Any, tmp_path: Path) -> None:
     """The loss in the parameters' own type, and, under mixed precision, without autocast."""
     autocast = []
 
-    class Watched(module_class):
+    class Watched(CreatesTensors):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             if not self.training:
                 autocast.append(torch.is_autocast_enabled("cpu"))
@@ -299,35 +240,29 @@ def test_precision(module_class: type[Classifier], precision: Any, tmp_path: Pat
     assert not any(autocast)
 
 
-def test_the_spectrum_under_mixed_precision_is_that_of_full_precision(tmp_path: Path) -> None:
-    """At the same weights: the initial ones."""
+class WithHook(Classifier):
+    """Halves a gradient in a hook, once a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].weight.register_hook(self.halve)
+
+    def halve(self, gradient: Tensor) -> Tensor:
+        CALLS.append("halve")
+        return gradient / 2
+
+
+@pytest.mark.parametrize(("module_class", "precision"), [(Classifier, "bf16-mixed"), (WithHook, "32-true")])
+def test_the_spectrum_is_that_of_the_loss_not_of_the_training(
+    module_class: type[Classifier], precision: Any, tmp_path: Path
+) -> None:
+    """Mixed precision and gradient hooks change the training, not the loss and its derivatives."""
+    CALLS.clear()
     nodes = []
-    for precision in ("32-true", "bf16-mixed"):
+    for module, arguments in ((Classifier(), {}), (module_class(), {"precision": precision})):
         observer = callback(at_start=True)
-        fit(tmp_path, observer, precision=precision, max_epochs=1, data=loader())
-        nodes.append([freeze(record.spectrum.nodes) for record in observer.history])
-    assert nodes[0][0] == nodes[1][0]
-    assert nodes[0][1] != nodes[1][1], "the training itself was another one"
-
-
-def test_the_spectrum_is_that_of_the_loss_not_of_gradient_hooks(tmp_path: Path) -> None:
-    """A hook that clips or scales gradients changes the training, and is none of the loss's derivatives."""
-    calls: list[float] = []
-
-    class WithHook(Classifier):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net[0].weight.register_hook(self.halve)
-
-        def halve(self, gradient: Tensor) -> Tensor:
-            calls.append(1.0)
-            return gradient / 2
-
-    nodes = []
-    for module_class in (Classifier, WithHook):
-        observer = callback(at_start=True)
-        fit(tmp_path, observer, module=module_class(), data=loader())
+        fit(tmp_path, observer, module=module, data=loader(), max_epochs=1, **arguments)
         nodes.append([freeze(record.spectrum.nodes) for record in observer.history])
     assert nodes[0][0] == nodes[1][0], "of the same initial weights"
     assert nodes[0][1] != nodes[1][1], "the training itself was another one"
-    assert len(calls) == 10, "once a batch, so that the hook is in place again"
+    assert len(CALLS) == (5 if module_class is WithHook else 0)

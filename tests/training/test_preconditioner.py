@@ -7,17 +7,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
-from lightning_hesd import SpectrumHistory, hessian_spectrum
+from lightning_hesd import HessianSpectrumCallback, SpectrumHistory, hessian_spectrum
 from lightning_hesd.training.preconditioner import UnreadableOptimizerError, read_preconditioner
 from tests.training.modules import Classifier, callback, fit, plain_loss, samples
 
 LR = 0.01
+
+
+def stepped(optimizer: Optimizer, p: nn.Parameter, gradient: Tensor | None = None) -> Optimizer:
+    """Return the optimizer after one step with this gradient of p, by default of ones."""
+    p.grad = torch.ones_like(p) if gradient is None else gradient
+    optimizer.step()
+    return optimizer
+
 
 DIRECTIONS: dict[str, tuple[Callable[..., Optimizer], Callable[[dict[str, Any], Tensor], Tensor]]] = {
     # What is divided by D in a step of length LR, from state and gradient.
@@ -57,10 +66,7 @@ def test_it_is_what_the_last_step_divided_by(name: str) -> None:
 def test_parameters_without_a_gradient_are_left_as_they_are() -> None:
     used, idle, frozen = (nn.Parameter(torch.ones(2)) for _ in range(3))
     frozen.requires_grad = False
-    optimizer = Adam([used, idle, frozen])
-    used.grad = torch.ones(2)
-    optimizer.step()
-    diagonal = read_preconditioner([optimizer]).diagonal
+    diagonal = read_preconditioner([stepped(Adam([used, idle, frozen]), used)]).diagonal
     assert set(diagonal) == {used, idle}
     assert diagonal[idle].tolist() == [1.0, 1.0]
 
@@ -68,20 +74,15 @@ def test_parameters_without_a_gradient_are_left_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("make", "threshold"),
     [
-        (lambda p: SGD(p, 0.1), 20.0),
-        (lambda p: SGD(p, 0.1, momentum=0.9), 38.0),
         (lambda p: RMSprop(p, 0.1), 20.0),
         (lambda p: Adagrad(p, 0.1), 20.0),
         (lambda p: Adam(p, 0.1, betas=(0.9, 0.999)), 380.0),
     ],
 )
 def test_thresholds_of_stability(make: Callable[..., Optimizer], threshold: float) -> None:
-    """Cohen et al.: gradient descent 2/lr, heavy ball 2(1 + β)/lr, Adam 2(1 + β₁)/((1 - β₁) lr)."""
+    """Cohen et al.: preconditioned gradient descent 2/lr, Adam 2(1 + β₁)/((1 - β₁) lr)."""
     p = nn.Parameter(torch.ones(2))
-    optimizer = make([p])
-    p.grad = torch.ones(2)
-    optimizer.step()
-    assert read_preconditioner([optimizer]).threshold == pytest.approx(threshold)
+    assert read_preconditioner([stepped(make([p]), p)]).threshold == pytest.approx(threshold)
 
 
 @pytest.mark.parametrize(
@@ -107,15 +108,10 @@ def test_steps_diverge_beyond_the_threshold(make: Callable[..., Optimizer], side
     assert (abs(p.item()) > 1e3) == (side > 1)
 
 
-def test_groups_of_different_rates_have_no_common_threshold() -> None:
-    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    assert read_preconditioner([SGD([{"params": [p], "lr": 0.1}, {"params": [q], "lr": 0.2}], 0.1)]).threshold is None
-    assert read_preconditioner([SGD([p], 0.1), SGD([q], 0.1)]).threshold == pytest.approx(20.0)
-
-
 @pytest.mark.parametrize(
     "groups",
     [
+        [{"lr": 0.1}, {"lr": 0.2}],
         [{"lr": 0.0}],
         [{"lr": torch.tensor(0.0)}],
         [{"lr": 0.0, "momentum": 0.9, "nesterov": True}],
@@ -123,46 +119,41 @@ def test_groups_of_different_rates_have_no_common_threshold() -> None:
         [{"lr": 1e-320}],
         [{"lr": 0.0}, {"lr": 0.1}],
     ],
-    ids=["zero", "tensor", "Nesterov", "fully dampened", "denormal", "beside another group"],
+    ids=["different", "zero", "tensor", "Nesterov", "fully dampened", "denormal", "beside another group"],
 )
-def test_steps_of_length_zero_have_no_threshold(groups: list[dict[str, Any]]) -> None:
+def test_steps_of_different_lengths_or_of_length_zero_have_no_threshold(groups: list[dict[str, Any]]) -> None:
     parameters = [{"params": [nn.Parameter(torch.ones(2))], **group} for group in groups]
     assert read_preconditioner([SGD(parameters, 0.1)]).threshold is None
 
 
 def test_a_rate_held_in_a_tensor_is_read() -> None:
     p = nn.Parameter(torch.ones(2))
-    optimizer = Adam([p], torch.tensor(0.1), capturable=False, foreach=False)
-    p.grad = torch.ones(2)
-    optimizer.step()
+    optimizer = stepped(Adam([p], torch.tensor(0.1), capturable=False, foreach=False), p)
     assert read_preconditioner([optimizer]).threshold == pytest.approx(380.0)
     optimizer.param_groups[0]["lr"].zero_()
     assert read_preconditioner([optimizer]).threshold is None
 
 
-def test_subclasses_are_read_as_what_they_derive_from() -> None:
-    class Own(SGD):
-        pass
+class Own(SGD):
+    pass
 
-    p = nn.Parameter(torch.ones(2))
-    assert read_preconditioner([Own([p], 0.1)]).is_identity
+
+def test_subclasses_are_read_as_the_class_they_derive_from_beside_other_optimizers() -> None:
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    read = read_preconditioner([Own([p], 0.1), SGD([q], 0.1)])
+    assert read.is_identity
+    assert read.threshold == pytest.approx(20.0)
 
 
 def test_unreadable_optimizers_say_so() -> None:
     p = nn.Parameter(torch.ones(2))
-    with pytest.raises(
-        UnreadableOptimizerError, match="the preconditioner of LBFGS cannot be read; known are SGD, Adam"
+    for optimizer, message in (
+        (LBFGS([p]), "the preconditioner of LBFGS cannot be read; known are SGD, Adam"),
+        (Adam([p]), "holds no 'exp_avg_sq': it has made no step yet"),
+        (stepped(Adam([p], eps=0.0), p, torch.tensor([1.0, 0.0])), r"Adam divides .* \(2,\) by values from 0 to 1"),
     ):
-        read_preconditioner([LBFGS([p])])
-    with pytest.raises(UnreadableOptimizerError, match="holds no 'exp_avg_sq': it has made no step yet"):
-        read_preconditioner([Adam([p])])
-    optimizer = Adam([p], eps=0.0)
-    p.grad = torch.tensor([1.0, 0.0])
-    optimizer.step()
-    with pytest.raises(
-        UnreadableOptimizerError, match=r"Adam divides a parameter of shape \(2,\) by values from 0 to 1"
-    ):
-        read_preconditioner([optimizer])
+        with pytest.raises(UnreadableOptimizerError, match=message):
+            read_preconditioner([optimizer])
 
 
 class Trained(Classifier):
@@ -183,23 +174,27 @@ class Trained(Classifier):
         }
 
 
-def test_the_callback_computes_preconditioned_spectra(tmp_path: Path) -> None:
-    spectra = callback(preconditioner="optimizer", at_start=True, steps=6)
-    trainer = fit(tmp_path, spectra, module=Trained(lambda p: Adam(p, 0.01)), logger=CSVLogger(tmp_path))
-    start, *records = spectra.history
+def observer_of(**options: Any) -> Any:
+    return callback(preconditioner="optimizer", **options)
+
+
+def with_adam() -> Trained:
+    return Trained(lambda p: Adam(p, LR))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[HessianSpectrumCallback, pl.Trainer]:
+    folder, spectra = tmp_path_factory.mktemp("run"), observer_of(at_start=True, steps=6)
+    return spectra, fit(folder, spectra, module=with_adam(), logger=CSVLogger(folder))
+
+
+def test_the_callback_computes_preconditioned_spectra(run: Any) -> None:
+    spectra, trainer = run
+    start, *_, record = spectra.history
     assert start.preconditioned is None
-    module, record = trainer.lightning_module, records[-1]
     batch = samples(list(spectra.state_dict()["samples"]["training"]["indices"]))
-    names = {p: name for name, p in module.named_parameters()}
-    read = read_preconditioner(trainer.optimizers)
-    theirs = hessian_spectrum(
-        module,
-        [batch],
-        plain_loss,
-        steps=6,
-        preconditioner={names[p]: d for p, d in read.diagonal.items()},
-    )
-    assert record.preconditioned is not None
+    read, module = read_preconditioner(trainer.optimizers), trainer.lightning_module
+    theirs = hessian_spectrum(module, [batch], plain_loss, steps=6, preconditioner=read.named(module))
     assert record.preconditioned.lambda_max == pytest.approx(theirs.lambda_max, rel=1e-4)
     assert record.preconditioned.matrix == "preconditioned hessian"
     assert record.stability_threshold == read.threshold == pytest.approx(3800.0)
@@ -207,17 +202,34 @@ def test_the_callback_computes_preconditioned_spectra(tmp_path: Path) -> None:
     metrics = trainer.callback_metrics
     assert metrics["hesd/stability_ratio"].item() == pytest.approx(record.stability_ratio, rel=1e-6)
     assert metrics["hesd_pre/c_t"].item() == pytest.approx(record.preconditioned.c_t, rel=1e-6)
-    saved = SpectrumHistory.load(trainer.log_dir or tmp_path)
-    assert saved[-1].preconditioned is not None
-    assert saved[-1].preconditioned.c_t == record.preconditioned.c_t
-    assert saved[-1].stability_ratio == record.stability_ratio
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from:UserWarning")
+def test_files_and_resumed_runs_have_them(run: Any, tmp_path: Path) -> None:
+    spectra, trainer = run
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    resumed = observer_of(at_start=True, steps=6)
+    fit(tmp_path, resumed, module=with_adam(), ckpt_path=tmp_path / "last.ckpt", max_epochs=3)
+    assert resumed.history[3].preconditioned is not None
+    for history in (SpectrumHistory.load(trainer.log_dir), resumed.history[:3]):
+        for found, expected in zip(history[1:], spectra.history[1:], strict=True):
+            assert found.preconditioned.c_t == expected.preconditioned.c_t
+            assert found.stability_ratio == expected.stability_ratio
+
+
+def test_training_is_the_same_with_it(run: Any, tmp_path: Path) -> None:
+    trainers = run[1], fit(tmp_path, module=with_adam())
+    for ours, theirs in zip(*(trainer.lightning_module.parameters() for trainer in trainers), strict=True):
+        assert torch.equal(ours, theirs)
+    first, second = (trainer.optimizers[0].state_dict()["state"] for trainer in trainers)
+    assert all(torch.equal(first[i][key], second[i][key]) for i in second for key in second[i])
 
 
 @pytest.mark.parametrize("make", [lambda p: SGD(p, 0.1), lambda p: Adam(p, 0.01)], ids=["SGD", "Adam"])
 def test_the_last_step_of_a_cosine_schedule_has_no_stability_ratio(
     tmp_path: Path, make: Callable[..., Optimizer]
 ) -> None:
-    spectra = callback(preconditioner="optimizer", monitor_gradients=True)
+    spectra = observer_of(monitor_gradients=True)
     module = Trained(make, lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10))
     trainer = fit(tmp_path, spectra, module=module, logger=CSVLogger(tmp_path))
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0
@@ -229,21 +241,10 @@ def test_the_last_step_of_a_cosine_schedule_has_no_stability_ratio(
     assert [r.stability_ratio for r in saved] == [before.stability_ratio, None]
 
 
-def test_training_is_the_same_with_it(tmp_path: Path) -> None:
-    with_it = fit(tmp_path, callback(preconditioner="optimizer"), module=Trained(lambda p: AdamW(p, 0.01)))
-    without = fit(tmp_path, module=Trained(lambda p: AdamW(p, 0.01)))
-    for ours, theirs in zip(with_it.lightning_module.parameters(), without.lightning_module.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-    first, second = (trainer.optimizers[0].state_dict()["state"] for trainer in (with_it, without))
-    assert all(torch.equal(first[i][key], second[i][key]) for i in second for key in second[i])
-
-
 def test_gradient_descent_is_preconditioned_by_one(tmp_path: Path) -> None:
-    spectra = callback(preconditioner="optimizer")
+    spectra = observer_of()
     trainer = fit(tmp_path, spectra)
     record = spectra.history[-1]
-    assert record.spectrum is not None
-    assert record.preconditioned is not None
     assert record.preconditioned.nodes.tolist() == record.spectrum.nodes.tolist()
     lr = 0.1 * 0.7**2  # that of the next epoch: the scheduler has been there before the callback
     assert trainer.callback_metrics["hesd/stability_ratio"].item() == pytest.approx(
@@ -255,45 +256,26 @@ def test_gradient_descent_is_preconditioned_by_one(tmp_path: Path) -> None:
 def test_frozen_weights_are_not_seen_by_the_optimizer(tmp_path: Path, make: Callable[..., Optimizer]) -> None:
     module = Trained(lambda p: make([q for q in p if q.requires_grad]))
     module.net[0].requires_grad_(False)
-    spectra = callback(preconditioner="optimizer", include_frozen=True)
+    spectra = observer_of(include_frozen=True)
     fit(tmp_path, spectra, module=module, max_epochs=1)
     (record,) = spectra.history
-    assert record.spectrum is not None
-    assert record.preconditioned is not None
     assert record.spectrum.dimension == 65 * 6 + 7 * 10
     assert record.preconditioned.dimension == 7 * 10
 
 
 def test_diagonals_of_ones_own(tmp_path: Path) -> None:
     diagonals = {name: torch.full_like(p, 4.0) for name, p in Classifier().named_parameters()}
-    spectra = callback(preconditioner=diagonals)
+    spectra: Any = callback(preconditioner=diagonals)
     fit(tmp_path, spectra, max_epochs=1)
     record = spectra.history[-1]
-    assert record.spectrum is not None
-    assert record.preconditioned is not None
     assert record.preconditioned.lambda_max == pytest.approx(record.spectrum.lambda_max / 4, rel=1e-4)
     assert record.stability_ratio is None
 
 
 def test_unreadable_optimizers_cost_a_warning_and_nothing_else(tmp_path: Path) -> None:
-    spectra = callback(preconditioner="optimizer", on_error="warn")
+    spectra = observer_of(on_error="warn")
     with pytest.warns(RuntimeWarning, match="no preconditioned spectra.*the preconditioner of Rprop") as said:
         fit(tmp_path, spectra, module=Trained(lambda p: torch.optim.Rprop(p, 0.01)))
     assert len([w for w in said if "no preconditioned spectra" in str(w.message)]) == 1
     assert [(r.error, r.preconditioned) for r in spectra.history] == [(None, None)] * 2
     assert all(r.spectrum is not None and math.isfinite(r.spectrum.c_t) for r in spectra.history)
-
-
-def test_a_run_that_is_resumed_keeps_them(tmp_path: Path) -> None:
-    module = Trained(lambda p: Adam(p, 0.01))
-    spectra = callback(preconditioner="optimizer")
-    trainer = fit(tmp_path, spectra, module=module, max_epochs=1)
-    trainer.save_checkpoint(tmp_path / "one.ckpt")
-    resumed = callback(preconditioner="optimizer")
-    fit(tmp_path, resumed, module=Trained(lambda p: Adam(p, 0.01)), ckpt_path=tmp_path / "one.ckpt")
-    first = resumed.history[0]
-    assert first.preconditioned is not None
-    assert spectra.history[0].preconditioned is not None
-    assert first.preconditioned.c_t == spectra.history[0].preconditioned.c_t
-    assert first.stability_ratio == spectra.history[0].stability_ratio
-    assert resumed.history[1].preconditioned is not None

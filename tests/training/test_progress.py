@@ -6,6 +6,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,14 +18,8 @@ import rich.markup
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress import rich_progress
 
-from lightning_hesd.training import progress
-from tests.training.modules import (
-    callback,
-    fit,
-    freeze,
-    global_generators,
-    make_trainer,
-)
+from lightning_hesd.training import terminal as progress
+from tests.training.modules import callback, fit, freeze, global_generators, make_trainer
 from tests.training.terminals import BARS, TOTAL, Terminal, Validated, rich_bar, scripted, tqdm_bar, train
 
 
@@ -119,13 +114,11 @@ def test_within_an_epoch(kind: str, tmp_path: Path, terminal: Terminal) -> None:
 
 
 @pytest.mark.parametrize("kind", BARS)
-@pytest.mark.parametrize("on_error", ["warn", "raise"])
-@pytest.mark.parametrize("at_start", [True, False])
+@pytest.mark.parametrize(("on_error", "at_start"), [("warn", True), ("raise", True), ("raise", False)])
 def test_gone_after_a_failure(kind: str, on_error: str, at_start: bool, tmp_path: Path, terminal: Terminal) -> None:
     observer, spy = scripted(terminal, steps=3, fails=True, on_error=on_error, at_start=at_start)
     own_stdout = sys.stdout
-    expectation = pytest.raises(OSError, match="no luck") if on_error == "raise" else pytest.warns(RuntimeWarning)
-    with expectation:
+    with pytest.raises(OSError, match="no luck") if on_error == "raise" else pytest.warns(RuntimeWarning):
         train(tmp_path, terminal, observer, BARS[kind](terminal), spy)
     assert f"1/{TOTAL}" in counts_in(terminal.showing("Lanczos"))
     assert not any("Lanczos" in line for line in terminal.frames[-1])
@@ -133,18 +126,21 @@ def test_gone_after_a_failure(kind: str, on_error: str, at_start: bool, tmp_path
     assert sys.stdout is own_stdout  # a live display redirects it while it runs
 
 
-@pytest.mark.parametrize("kind", BARS)
-def test_every_step_moves_it_and_ending_early_removes_it(kind: str, tmp_path: Path, terminal: Terminal) -> None:
-    observer, spy = scripted(terminal, steps=5)
-    train(tmp_path, terminal, BARS[kind](terminal), observer, spy, max_epochs=1)
-    assert counts_in(terminal.showing("Lanczos")) == [f"{step}/{TOTAL}" for step in (1, 2, 3, 4, 5)]
+@pytest.mark.parametrize(
+    ("kind", "arguments", "steps", "shown"),
+    [
+        ("tqdm", {}, 5, [1, 2, 3, 4, 5]),
+        ("rich", {}, 5, [1, 2, 3, 4, 5]),
+        ("tqdm", {"refresh_rate": 3}, TOTAL, [1, 3, 6, 8]),
+    ],
+)
+def test_every_step_moves_it_and_ending_early_removes_it(
+    kind: str, arguments: dict[str, Any], steps: int, shown: list[int], tmp_path: Path, terminal: Terminal
+) -> None:
+    observer, spy = scripted(terminal, steps=steps)
+    train(tmp_path, terminal, BARS[kind](terminal, **arguments), observer, spy, max_epochs=1)
+    assert counts_in(terminal.showing("Lanczos")) == [f"{step}/{TOTAL}" for step in shown]
     assert not any("Lanczos" in line for frame in spy.afterwards for line in frame)
-
-
-def test_refresh_rate_holds_for_it_too(tmp_path: Path, terminal: Terminal) -> None:
-    observer, _ = scripted(terminal)
-    train(tmp_path, terminal, tqdm_bar(terminal, refresh_rate=3), observer, max_epochs=1)
-    assert counts_in(terminal.showing("Lanczos")) == [f"{step}/{TOTAL}" for step in (1, 3, 6, 8)]
 
 
 def test_process_position_moves_it_too(tmp_path: Path, terminal: Terminal) -> None:
@@ -211,7 +207,7 @@ NO_BARS: dict[str, tuple[Callable[[Terminal], ProgressBar] | None, dict[str, Any
 
 
 @pytest.mark.parametrize("name", NO_BARS)
-def test_without_a_bar_nobody_is_reported_to(name: str, tmp_path: Path, terminal: Terminal) -> None:
+def test_without_a_bar_analyses_report_nothing(name: str, tmp_path: Path, terminal: Terminal) -> None:
     make_bar, arguments, options = NO_BARS[name]
     observer, spy = scripted(terminal, at_start=True, **options)
     train(tmp_path, terminal, *([make_bar(terminal)] if make_bar else []), observer, spy, **arguments)
@@ -219,7 +215,7 @@ def test_without_a_bar_nobody_is_reported_to(name: str, tmp_path: Path, terminal
     assert not terminal.showing("Lanczos")
 
 
-def test_process_zero_only(tmp_path: Path) -> None:
+def test_rank_zero_only(tmp_path: Path) -> None:
     for rank, wanted in ((0, True), (1, False)):
         trainer = SimpleNamespace(is_global_zero=rank == 0, progress_bar_callback=TQDMProgressBar())
         with progress.analysis_bar(trainer, "hesd", shown=True) as report:  # type: ignore[arg-type]
@@ -245,31 +241,24 @@ def test_short_analyses_do_not_flicker(
         bar.teardown(trainer, Validated(), "fit")
 
 
-def test_the_delay_is_about_a_second() -> None:
-    assert 0.5 <= progress.DELAY <= 3
-
-
 # Trouble --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("methods", [["__init__"], ["show"], ["close"], ["show", "close"]])
-@pytest.mark.parametrize("on_error", ["warn", "raise"])
 def test_a_bar_that_cannot_be_drawn_costs_one_warning_and_is_given_up(
-    methods: list[str], on_error: str, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+    methods: list[str], tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where failures of analyses are raised."""
     calls = []
 
-    def failing(method: str) -> Callable[..., None]:
-        def fail(*_args: Any) -> None:
-            calls.append(method)
-            msg = "the screen is gone"
-            raise OSError(msg)
-
-        return fail
+    def fail(method: str, *_args: Any) -> None:
+        calls.append(method)
+        msg = "the screen is gone"
+        raise OSError(msg)
 
     for method in methods:
-        monkeypatch.setattr(progress._TqdmBar, method, failing(method))
-    observer, _ = scripted(terminal, on_error=on_error)
+        monkeypatch.setattr(progress._TqdmBar, method, partial(fail, method))
+    observer, _ = scripted(terminal, on_error="raise")
     with pytest.warns(RuntimeWarning, match="cannot draw the progress .* which goes on.*the screen is gone") as caught:
         trainer = train(tmp_path, terminal, tqdm_bar(terminal), observer, max_epochs=1)
     assert len([warning for warning in caught if "cannot draw" in str(warning.message)]) == 1

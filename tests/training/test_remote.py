@@ -40,31 +40,23 @@ def nothing_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[f
     assert not list((tmp_path / "cwd").iterdir())
 
 
-def spectra(**arguments: Any) -> HessianSpectrumCallback:
-    return HessianSpectrumCallback(
-        loss_fn=lambda m, _: (m.weight - 9) ** 2, num_samples=2, on_error="raise", **arguments
-    )
-
-
 def c_t(history: SpectrumHistory) -> list[float | None]:
     return [record.spectrum and record.spectrum.c_t for record in history]
 
 
 def test_a_run_on_another_filesystem(tmp_path: Path, nothing_local: Any) -> None:
     checkpoint = HessianCheckpoint(earliest, require_mp=False, tolerance=99.0, save_last=True)
-    observer = spectra(checkpoint=checkpoint)
+    observer = HessianSpectrumCallback(
+        loss_fn=lambda m, _: (m.weight - 9) ** 2, num_samples=2, on_error="raise", checkpoint=checkpoint
+    )
     logger = CSVLogger(REMOTE)
     for _ in range(2):  # the second run overwrites what the first has left
         trainer = make_trainer(REMOTE, [observer], 2, logger=logger)
         trainer.fit(ScriptedModule(SCRIPT), loader())
         assert trainer.log_dir is not None
-        loaded = SpectrumHistory.load(trainer.log_dir)
-        assert [r.spectrum and r.spectrum.c_t for r in loaded] == [
-            r.spectrum and r.spectrum.c_t for r in observer.history
-        ]
-        assert sorted(
-            path.rpartition("/")[2] for path in nothing_local.ls(f"{trainer.log_dir}/hesd", detail=False)
-        ) == [*("epoch=0-step=2.npz", "epoch=1-step=4.npz", "index.json", "selections.jsonl")]
+        assert c_t(SpectrumHistory.load(trainer.log_dir)) == c_t(observer.history)
+        files = sorted(path.rpartition("/")[2] for path in nothing_local.ls(f"{trainer.log_dir}/hesd", detail=False))
+        assert files == ["epoch=0-step=2.npz", "epoch=1-step=4.npz", "index.json", "selections.jsonl"]
         assert len(folders.read_text(f"{trainer.log_dir}/hesd", "selections.jsonl").splitlines()) == 2
         table = folders.read_text(trainer.log_dir, "hesd_density.csv").splitlines()
         assert {row["epoch"]: row["step"] for row in csv.DictReader(table)} == {"0": "1", "1": "3"}
@@ -76,9 +68,8 @@ def test_a_run_on_another_filesystem(tmp_path: Path, nothing_local: Any) -> None
 def fitted(
     where: str, epochs: int, ckpt_path: str | None = None, **arguments: Any
 ) -> tuple[HessianCheckpoint, list[str]]:
-    checkpoint = HessianCheckpoint(
-        **{"rule": earliest, "require_mp": False, "tolerance": 9.0, "save_last": True, "dirpath": where, **arguments}
-    )
+    defaults = {"rule": earliest, "require_mp": False, "tolerance": 9.0, "save_last": True, "dirpath": where}
+    checkpoint = HessianCheckpoint(**{**defaults, **arguments})
     trainer = make_trainer("memory://root", [ScriptedSource(SCRIPT), checkpoint], epochs)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -100,14 +91,12 @@ def test_candidates_are_kept_across_filesystems(tmp_path: Path) -> None:
 
 def test_the_remote_file_resumed_from_stays(tmp_path: Path) -> None:
     script = [Epoch(-0.5, loss=0.5), Epoch(-0.1, loss=0.1)]
-    for where in ("memory://runs", str(tmp_path / "runs")):
-        first = HessianCheckpoint(dirpath=where)
-        make_trainer(tmp_path, [ScriptedSource(script), first], 1).fit(ScriptedModule(script), loader())
-        second = HessianCheckpoint(dirpath=where)
-        trainer = make_trainer(tmp_path, [ScriptedSource(script), second], 2)
-        trainer.fit(ScriptedModule(script), loader(), ckpt_path=first.best_model_path)
-        assert [c.epoch for c in second.candidates] == [1]
-        assert folders.exists(first.best_model_path)
+    first, second = (HessianCheckpoint(dirpath="memory://runs") for _ in range(2))
+    make_trainer(tmp_path, [ScriptedSource(script), first], 1).fit(ScriptedModule(script), loader())
+    trainer = make_trainer(tmp_path, [ScriptedSource(script), second], 2)
+    trainer.fit(ScriptedModule(script), loader(), ckpt_path=first.best_model_path)
+    assert [c.epoch for c in second.candidates] == [1]
+    assert folders.exists(first.best_model_path)
 
 
 def test_what_cannot_be_reached_is_dropped_with_a_warning(nothing_local: Any) -> None:
@@ -142,9 +131,8 @@ def test_folders(where: str, tmp_path: Path) -> None:
     assert folders.read_text(folder, "x.txt") == "one\ntwo\n"
     example().save(folder)
     with folders.fetched(folder) as copy:
-        assert {path.name for path in copy.iterdir()} == {
-            *("x.txt", "index.json", "epoch=-1-step=0.npz", "epoch=1-step=20.npz")
-        }
+        files = {path.name for path in copy.iterdir()}
+    assert files == {"x.txt", "index.json", "epoch=-1-step=0.npz", "epoch=1-step=20.npz"}
     assert len(SpectrumHistory.load(folder)) == 3
     folders.remove(folder, ["x.txt", "never there"])
     assert not folders.exists(folders.joined(folder, "x.txt"))

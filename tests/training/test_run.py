@@ -1,4 +1,4 @@
-"""The way from the Trainer's hook to the engine is short: a reader with a debugger steps through few functions."""
+"""Runs with every kind of analysis: a short way from the hook to the engine, and a training as without them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,17 @@ import pytest
 import torch
 
 from lightning_hesd.training import session
-from tests.training.modules import callback, fit, loader, plain_loss
+from tests.training.modules import Classifier, callback, fit, freeze, loader, plain_loss
 
 HOOKS = {"on_train_epoch_end", "on_train_batch_end"}
+EVERYTHING: dict[str, Any] = {
+    "loss_fn": plain_loss,
+    "layers": "auto",
+    "decompose": True,
+    "output_fn": lambda module, batch: module.net(batch[0]),
+    "output_loss": lambda outputs, batch: torch.nn.functional.cross_entropy(outputs, batch[1]),
+    "generalization_dataloader": loader(),
+}
 
 
 def ours() -> list[str]:
@@ -25,6 +33,7 @@ def ours() -> list[str]:
 def test_five_frames_from_the_hook_to_the_engine(
     schedule: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A reader with a debugger steps through few functions."""
     stacks: list[list[str]] = []
     kinds = {"spectrum": session.SPECTRUM, "layers": session.layers_analysis("auto")}
 
@@ -39,18 +48,19 @@ def test_five_frames_from_the_hook_to_the_engine(
 
     monkeypatch.setattr("lightning_hesd.training.recorder.SPECTRUM", spied("spectrum"))
     monkeypatch.setattr("lightning_hesd.training.recorder.layers_analysis", lambda layers: spied("layers"))
-    observer = callback(
-        **schedule,
-        loss_fn=plain_loss,
-        layers="auto",
-        decompose=True,
-        output_fn=lambda module, batch: module.net(batch[0]),
-        output_loss=lambda outputs, batch: torch.nn.functional.cross_entropy(outputs, batch[1]),
-        generalization_dataloader=loader(),
-    )
+    preconditioner = {name: torch.ones_like(p) for name, p in Classifier().named_parameters()}
+    observer = callback(**schedule, **EVERYTHING, preconditioner=preconditioner)
     fit(tmp_path, observer, max_epochs=1)
     assert [record.error for record in observer.history] == [None]
-    assert len(stacks) == 5  # the spectra of two data sets, of two terms, and of layers
+    assert len(stacks) == 6  # the spectra of two data sets, of the preconditioned Hessian, of two terms, of layers
     for stack in stacks:
         assert stack[0] in HOOKS
         assert len(stack) <= 5, stack
+
+
+def test_training_is_the_same_with_every_analysis(tmp_path: Path) -> None:
+    observer = callback(**EVERYTHING, preconditioner="optimizer", monitor_gradients=True)
+    trainers = [fit(tmp_path, *callbacks, gradient_clip_val=0.1) for callbacks in ([observer], [])]
+    assert [record.error for record in observer.history] == [None, None]
+    with_it, without = (freeze([t.lightning_module.state_dict(), t.optimizers[0].state_dict()]) for t in trainers)
+    assert with_it == without

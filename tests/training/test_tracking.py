@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 from torch.nn.functional import cross_entropy
 
 from lightning_hesd import HessianSpectrumCallback, SpectrumHistory
@@ -25,7 +25,7 @@ from lightning_hesd.spectra.indicators import layer_indicators
 from lightning_hesd.spectra.scalars import scalars
 from lightning_hesd.training import loggers
 from tests.training.digits_run import Net, data
-from tests.training.logs import read_csv, read_events
+from tests.training.logs import read_csv
 from tests.training.modules import global_generators
 from tests.training.scripted import make_trainer
 
@@ -56,7 +56,7 @@ def train(folder: Path, loggers: list[Logger], *callbacks: HessianSpectrumCallba
 
 @pytest.fixture(scope="module", autouse=True)
 def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Both clients in folders of their own, without network; no process of theirs is left."""
+    """Both clients in folders of their own, without network."""
     wandb = pytest.importorskip("wandb", reason="wandb is not installed")
     pytest.importorskip("mlflow", reason="mlflow is not installed")
     folder = tmp_path_factory.mktemp("clients")
@@ -184,25 +184,22 @@ def assert_same(first: SpectrumHistory, second: SpectrumHistory) -> None:
             np.testing.assert_equal(a.to_dict(), b.to_dict())
 
 
-# One run with all of them ---------------------------------------------------------------------------------------------
+# One run with both ----------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Run:
-    history: SpectrumHistory
+    history: Any
     module: Net
     generators: Any
     wandb: WandbFiles
     mlflow: MLflowFiles
-    tensorboard: Path
-    csv: Path
 
 
 @pytest.fixture(scope="module")
 def run(clients: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("run")
     wandb, mlflow = WandbLogger(save_dir=folder), MLFlowLogger(tracking_uri=f"file://{folder}/mlruns")
-    tensorboard, table = TensorBoardLogger(folder), CSVLogger(folder)
     callback = spectra(
         generalization_dataloader=data(),
         layers="auto",
@@ -210,11 +207,10 @@ def run(clients: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
         output_fn=lambda module, batch: module.net(batch[0]),
         output_loss=lambda outputs, batch: cross_entropy(outputs, batch[1]),
     )
-    module = train(folder, [tensorboard, wandb, table, mlflow], callback)
+    module = train(folder, [wandb, mlflow], callback)
     generators = global_generators()
     assert [list(record.spectra) for record in callback.history] == [SUFFIXES] * EPOCHS
-    files = WandbFiles(wandb), MLflowFiles(mlflow)
-    return Run(callback.history, module, generators, *files, Path(tensorboard.log_dir), Path(table.log_dir))
+    return Run(callback.history, module, generators, WandbFiles(wandb), MLflowFiles(mlflow))
 
 
 def test_scalars_are_those_of_the_history(run: Run) -> None:
@@ -226,33 +222,26 @@ def test_scalars_are_those_of_the_history(run: Run) -> None:
             assert run.mlflow.metric(key)[step] == pytest.approx(value, rel=1e-6), key
 
 
-def test_wandb_gets_densities_as_histograms(run: Run) -> None:
-    for suffix in SUFFIXES:
-        histograms = run.wandb.values(f"hesd{suffix}/density")
-        assert list(histograms) == STEPS
-        for record, histogram in zip(run.history, histograms.values(), strict=True):
-            mass, edges = record.spectra[suffix].histogram()
-            assert histogram["_type"] == "histogram"
-            np.testing.assert_array_equal(histogram["values"], mass)
-            np.testing.assert_array_equal(histogram["bins"], edges)
-            assert sum(histogram["values"]) == pytest.approx(1.0)
-
-
-def test_wandb_gets_densities_as_charts(run: Run) -> None:
-    for suffix in SUFFIXES:
-        tables = run.wandb.tables(f"hesd{suffix}/density_chart_table")
-        assert list(tables) == STEPS
-        for record, rows in zip(run.history, tables.values(), strict=True):
-            spectrum = record.spectra[suffix]
-            grid = np.array([row["eigenvalue"] for row in rows])
-            density = 10 ** np.array([row["log10 density"] for row in rows])
-            assert grid[0] < spectrum.lambda_min < spectrum.lambda_max < grid[-1]
-            assert np.trapezoid(density, grid) == pytest.approx(1.0, abs=1e-3)
-            np.testing.assert_allclose(density, spectrum.density(grid)[1], rtol=1e-6, atol=density.max() * 1e-9)
-        charts = [chart for key, chart in run.wandb.charts if key == f"hesd{suffix}/density_chart"]
-        assert [chart["panel_type"] for chart in charts] == ["Vega2"] * EPOCHS
-        texts = [chart["panel_config"]["stringSettings"]["title"] for chart in charts]
-        assert texts == [f"hesd{suffix}, epoch 0", f"hesd{suffix}, epoch 1"]
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_wandb_gets_densities_as_histograms_and_charts(run: Run, suffix: str) -> None:
+    histograms = run.wandb.values(f"hesd{suffix}/density")
+    tables = run.wandb.tables(f"hesd{suffix}/density_chart_table")
+    assert list(histograms) == list(tables) == STEPS
+    for record, histogram, rows in zip(run.history, histograms.values(), tables.values(), strict=True):
+        spectrum = record.spectra[suffix]
+        mass, edges = spectrum.histogram()
+        assert histogram["_type"] == "histogram"
+        np.testing.assert_array_equal(histogram["values"], mass)
+        np.testing.assert_array_equal(histogram["bins"], edges)
+        grid = np.array([row["eigenvalue"] for row in rows])
+        density = 10 ** np.array([row["log10 density"] for row in rows])
+        assert grid[0] < spectrum.lambda_min < spectrum.lambda_max < grid[-1]
+        assert np.trapezoid(density, grid) == pytest.approx(1.0, abs=1e-3)
+        np.testing.assert_allclose(density, spectrum.density(grid)[1], rtol=1e-6, atol=density.max() * 1e-9)
+    charts = [chart for key, chart in run.wandb.charts if key == f"hesd{suffix}/density_chart"]
+    assert [chart["panel_type"] for chart in charts] == ["Vega2"] * EPOCHS
+    texts = [chart["panel_config"]["stringSettings"]["title"] for chart in charts]
+    assert texts == [f"hesd{suffix}, epoch 0", f"hesd{suffix}, epoch 1"]
 
 
 FIGURES = [*(f"hesd{suffix}/density_figure" for suffix in SUFFIXES), "hesd/decomposition_figure", "hesd/layers_figure"]
@@ -269,33 +258,24 @@ def test_both_get_the_figures(run: Run, tmp_path: Path) -> None:
             assert_figure(images[key, step])
 
 
-def test_both_get_the_layers_as_tables(run: Run, tmp_path: Path) -> None:
+def test_both_get_the_layers_and_the_verdict_with_its_reasons(run: Run, tmp_path: Path) -> None:
     folder = run.mlflow.artifacts(tmp_path)
-    tables = run.wandb.tables("hesd/layers")
-    assert list(tables) == STEPS
-    for record, rows in zip(run.history, tables.values(), strict=True):
-        found = layer_indicators(record.layers)
-        expected = [{"layer": layer, **asdict(indicators)} for layer, indicators in found.items()]
-        assert [row["layer"] for row in expected] == ["net.0", "net.2"]
+    layers, assessments = run.wandb.tables("hesd/layers"), run.wandb.tables("hesd/assessment")
+    assert list(layers) == list(assessments) == STEPS
+    for record, rows, [row] in zip(run.history, layers.values(), assessments.values(), strict=True):
         when = {"epoch": record.epoch, "step": record.global_step}
-        assert rows == [when | row for row in expected]
-        file = folder / "layers" / f"epoch={record.epoch}-step={record.global_step}.csv"
-        assert read_csv(file) == [{key: str(value) for key, value in row.items()} for row in expected]
-
-
-def test_both_get_the_verdict_with_its_reasons(run: Run, tmp_path: Path) -> None:
-    folder = run.mlflow.artifacts(tmp_path)
-    tables = run.wandb.tables("hesd/assessment")
-    assert list(tables) == STEPS
-    for record, rows in zip(run.history, tables.values(), strict=True):
-        assessment = record.assessment
-        (row,) = rows
-        assert (row["epoch"], row["step"]) == (record.epoch, record.global_step)
-        assert row["generalization"] == assessment.verdict
-        assert row["reasons"].splitlines() == list(assessment.reasons)
-        text = (folder / "assessment" / f"epoch={record.epoch}-step={record.global_step}.md").read_text()
-        assert assessment.verdict in text
-        assert all(reason in text for reason in assessment.reasons)
+        file = f"epoch={record.epoch}-step={record.global_step}"
+        expected = [{"layer": layer, **asdict(found)} for layer, found in layer_indicators(record.layers).items()]
+        assert [found["layer"] for found in expected] == ["net.0", "net.2"]
+        assert rows == [when | found for found in expected]
+        assert read_csv(folder / "layers" / f"{file}.csv") == [
+            {key: str(value) for key, value in found.items()} for found in expected
+        ]
+        verdict, reasons = record.assessment.verdict, list(record.assessment.reasons)
+        assert row == {**when, "generalization": verdict, "reasons": row["reasons"]}
+        assert row["reasons"].splitlines() == reasons
+        text = (folder / "assessment" / f"{file}.md").read_text()
+        assert all(part in text for part in (verdict, *reasons))
     assert run.mlflow.run.data.tags["hesd.generalization"] == run.history[-1].assessment.verdict
 
 
@@ -303,17 +283,6 @@ def test_both_keep_the_history_as_artifacts(run: Run, tmp_path: Path) -> None:
     assert_same(run.wandb.history(tmp_path / "wandb"), run.history)
     assert_same(SpectrumHistory.load(run.mlflow.artifacts(tmp_path)), run.history)
     assert run.mlflow.run.info.status == "FINISHED"
-
-
-def test_the_others_get_theirs_beside_them(run: Run) -> None:
-    events = read_events(run.tensorboard)
-    for suffix in SUFFIXES:
-        assert [event.step for event in events.Histograms(f"hesd{suffix}/density")] == STEPS
-        masses = [float(row["mass"]) for row in read_csv(run.csv / f"hesd{suffix}_density.csv")]
-        assert sum(masses) == pytest.approx(EPOCHS)
-    for key in FIGURES:
-        assert [event.step for event in events.Images(key)] == STEPS
-    assert_same(SpectrumHistory.load(run.tensorboard), run.history)
 
 
 def test_training_is_the_same_without_any_of_it(run: Run, tmp_path: Path) -> None:
@@ -353,7 +322,7 @@ def test_a_logger_that_fails_costs_its_own_output_only(tmp_path: Path, monkeypat
     """Here with a name that neither of both takes as it is."""
     wandb, mlflow = WandbLogger(save_dir=tmp_path), MLFlowLogger(tracking_uri=f"file://{tmp_path}/mlruns")
     callback = spectra(name="λ (all)")
-    monkeypatch.setattr("lightning_hesd.training.loggers.mlflow_runs.MLflowOutput.write", fail)
+    monkeypatch.setattr("lightning_hesd.training.loggers.trackers.MLflowOutput.write", fail)
     with pytest.warns(RuntimeWarning, match="server gone") as caught:
         train(tmp_path, [mlflow, wandb], callback)
     assert sum("server gone" in str(warning.message) for warning in caught) == EPOCHS
@@ -371,7 +340,7 @@ def test_training_that_fails_leaves_its_spectra(tmp_path: Path, monkeypatch: pyt
     """And what goes wrong then does not hide why it failed, even if errors are to be raised."""
     wandb, mlflow = WandbLogger(save_dir=tmp_path), MLFlowLogger(tracking_uri=f"file://{tmp_path}/mlruns")
     callback = spectra(on_error="raise")
-    monkeypatch.setattr("lightning_hesd.training.loggers.mlflow_runs.MLflowOutput.finish", fail)
+    monkeypatch.setattr("lightning_hesd.training.loggers.trackers.MLflowOutput.finish", fail)
     with (
         pytest.raises(RuntimeError, match="power cut"),
         pytest.warns(RuntimeWarning, match="cannot write the spectra at the end of training. OSError: server gone"),

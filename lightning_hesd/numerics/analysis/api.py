@@ -11,14 +11,12 @@ from lightning_hesd.numerics.analysis.engine import analyze, analyze_layers
 from lightning_hesd.numerics.analysis.retry import retry_on_oom
 from lightning_hesd.numerics.inputs.batches import weighted_batches
 from lightning_hesd.numerics.inputs.options import AnalysisOptions, analysis_options
-from lightning_hesd.numerics.isolation.snapshot import restore_state
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from lightning_hesd.numerics.analysis.evaluation import LossFunction
-    from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.inputs.blocks import Layers
     from lightning_hesd.numerics.inputs.options import MatrixName, Probe, StrategyName
     from lightning_hesd.numerics.isolation.modes import Mode
@@ -109,7 +107,7 @@ def hessian_spectrum(  # noqa: D417 - `AnalysisOptions` describes the options
         preconditioner=preconditioner,
         sampling_error=sampling_error,
     )
-    weighted, cache = _weighted(batches, options), AnalysisCache()
+    weighted, cache = weighted_batches(batches, batch_weight), AnalysisCache()
 
     def attempt(options: AnalysisOptions, reason: str | None) -> Spectrum:
         return analyze(module, weighted, loss_fn, options, cache=cache, reason=reason)
@@ -152,14 +150,9 @@ def layer_spectra(
         {'0': 9, '2': 4}
     """
     checked = analysis_options(**options)
-    weighted, cache = _weighted(batches, checked), AnalysisCache()
+    weighted, cache = weighted_batches(batches, checked.batch_weight), AnalysisCache()
 
     def attempt(options: AnalysisOptions, reason: str | None) -> dict[str, Spectrum]:
         return analyze_layers(module, weighted, loss_fn, options, layers, cache=cache, reason=reason)
 
     return retry_on_oom(attempt, checked, cache)
-
-
-def _weighted(batches: Iterable[Any], options: AnalysisOptions) -> list[WeightedBatch]:
-    with restore_state():  # a data loader draws random numbers
-        return weighted_batches(batches, options.batch_weight)

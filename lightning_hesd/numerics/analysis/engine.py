@@ -45,26 +45,22 @@ class Circumstances(TypedDict, total=False):
     Attributes:
         collectives: Communication between the ranks that the batches are divided among.
         sharding: How the parameters are distributed over ranks; None: every rank holds all of them.
-        processes: Number of ranks that share this computer's memory.
-        cache: Measurements of earlier analyses of the same loss; brought up to date.
+        local_ranks: Number of ranks that share this computer's memory.
+        cache: What earlier analyses of the same loss have measured; brought up to date.
         reason: Why the options are not those of the user; None if they are.
         state: Objects beside the module that evaluations may change.
     """
 
     collectives: Collectives
     sharding: ParameterSharding | None
-    processes: int
+    local_ranks: int
     cache: AnalysisCache | None
     reason: str | None
     state: Sequence[object]
 
 
 class Context(Circumstances, total=False):
-    """The circumstances of an analysis.
-
-    Attributes:
-        report: Called after every Lanczos step.
-    """
+    """The circumstances of an analysis, and a function to be called after every Lanczos step."""
 
     report: Report | None
 
@@ -78,15 +74,8 @@ def analyze(
 ) -> Spectrum:
     """Return the spectrum of the curvature matrix over all analyzed parameters: `hessian_spectrum` on one rank or many.
 
-    Args:
-        module: The module, with equal parameters on every rank, or shards of the same parameters.
-        batches: This rank's share of the batches.
-        loss_fn: As for `hessian_spectrum`.
-        options: As for `hessian_spectrum`, equal on every rank.
-        **context: See `Context`.
-
-    Returns:
-        The spectrum, equal on every rank.
+    The module has equal parameters on every rank, or shards of the same parameters; `batches` are this rank's share.
+    The options must be, and the spectrum is, equal on every rank.
     """
     selected = select_parameters(module, options)
     parameters = list(selected.values())
@@ -138,15 +127,8 @@ def estimate(
 ) -> list[Result]:
     """Run Lanczos on diagonal blocks of a curvature matrix, and return a result for each block.
 
-    Args:
-        module: As for `analyze`.
-        batches: As for `analyze`.
-        loss_fn: As for `analyze`.
-        options: As for `analyze`.
-        parameters: Parameters of each diagonal block; one block for the whole matrix.
-        result: Function of the finished Lanczos runs on a block; it may take further products.
-        report: Called after every Lanczos step.
-        **circumstances: See `Circumstances`.
+    `parameters` has those of each diagonal block; one block for the whole matrix. `result` is a function of the
+    finished Lanczos runs on a block; it may take further products. Other arguments as for `analyze`.
 
     Raises:
         WrongDerivativeError: If neither second derivatives nor differences of the gradient give the right products.

@@ -15,6 +15,7 @@ from lightning_hesd.numerics.isolation.modes import mode_name
 from lightning_hesd.numerics.krylov.lanczos import Lanczos, NonFiniteProductError
 from lightning_hesd.numerics.krylov.ritz import gauss_quadrature, tridiagonal_eigh
 from lightning_hesd.numerics.operators.diagonal_block import block_products, choose_difference_step
+from lightning_hesd.numerics.operators.groups import explain_non_finite
 from lightning_hesd.spectra import criteria, quadrature
 from lightning_hesd.spectra.layer_curvature import LayerCurvature, RitzPairs, layer_curvatures
 from lightning_hesd.spectra.spectrum import MIN_SCALE, Spectrum
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from lightning_hesd.numerics.inputs.options import AnalysisOptions, Probe
+    from lightning_hesd.numerics.inputs.options import AnalysisOptions
     from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock
     from lightning_hesd.numerics.operators.memory import MemoryPlan
 
@@ -87,23 +88,13 @@ def _has_ended(estimation: Estimation, product: Tensor) -> bool:
     try:
         return estimation.update(product)
     except NonFiniteProductError as error:
-        raise estimation.operator.explain_non_finite(error.vector) from None
+        raise explain_non_finite(estimation.operator, error.vector) from None
 
 
 class Estimation:
-    """The Lanczos runs on one operator, one after the other for each probe, and the spectrum that they give.
+    """The Lanczos runs on one operator, one after the other for each probe, and the spectrum that they give."""
 
-    Attributes:
-        operator: The curvature operator.
-    """
-
-    def __init__(
-        self,
-        operator: DiagonalBlock,
-        options: AnalysisOptions,
-        plan: MemoryPlan,
-        started: float,
-    ) -> None:
+    def __init__(self, operator: DiagonalBlock, options: AnalysisOptions, plan: MemoryPlan, started: float) -> None:
         """Start the run of the first probe; arguments as for `run_lanczos`."""
         self._started = started
         self.operator = operator
@@ -118,13 +109,14 @@ class Estimation:
 
     def _start_run(self) -> None:
         """Start the Lanczos run of the next probe."""
-        options, operator = self._options, self.operator
+        options, space, risk = self._options, self.operator.space, self.operator.risk
+        draw = space.gaussian if options.probe == "gaussian" else space.signs
         run = Lanczos(
-            operator.matvec,
-            _start_vector(operator, self._generator, options.probe),  # without a name, so that its memory is freed
+            self.operator.matvec,
+            draw(self._generator).to(risk.device, risk.dtype),  # without a name, so that its memory is freed
             options.steps,
             basis=self._plan.basis,
-            space=operator.space,
+            space=space,
         )
         self._runs.append(run)
         self._next_check = 0  # number of steps
@@ -136,11 +128,7 @@ class Estimation:
         return self._runs[-1].vector
 
     def update(self, product: Tensor) -> bool:
-        """Take one Lanczos step, and return whether the runs of all probes have ended.
-
-        Args:
-            product: Hv of `vector`, shape (n,).
-        """
+        """Take one Lanczos step with Hv of `vector`, shape (n,); return whether the runs of all probes have ended."""
         run = self._runs[-1]
         wants_accuracy = self._options.tolerance is not None
         if not run.update(product) and not (wants_accuracy and run.may_stop and self._is_accurate()):
@@ -151,10 +139,7 @@ class Estimation:
         return False
 
     def finish(self, cost: float | None) -> None:
-        """Estimate the sampling error after all runs have ended, if the options ask for it.
-
-        Args:
-            cost: Time of a product, in gradients; None if it was not measured.
+        """Take the cost of a product, in gradients, after all runs; estimate the sampling error if it is wanted.
 
         Raises:
             ValueError: If the samples cannot be cut into groups for the sampling error.
@@ -290,10 +275,3 @@ class Estimation:
         last = np.arange(len(values) - 1, len(values) - count - 1, -1)
         vectors = torch.nn.functional.normalize(run.ritz_vectors(coefficients[:, last]), dim=1)
         return values[last], vectors, float(run.betas[-1]) * np.abs(coefficients[-1, last])
-
-
-def _start_vector(operator: DiagonalBlock, generator: torch.Generator, probe: Probe) -> Tensor:
-    """Draw a start vector, shape (n,), the same on every device and for any number of ranks."""
-    space = operator.space
-    vector = space.gaussian(generator) if probe == "gaussian" else space.signs(generator)
-    return vector.to(device=operator.risk.device, dtype=operator.risk.dtype)

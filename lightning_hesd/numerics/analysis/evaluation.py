@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_hesd.numerics.derivatives.checkpointing import recomputed_under
+from lightning_hesd.numerics.derivatives.patches import patched
 from lightning_hesd.numerics.derivatives.replacements import Replacements
 from lightning_hesd.numerics.devices import finest_dtype
 from lightning_hesd.numerics.isolation.snapshot import seed_everything
@@ -33,6 +34,7 @@ With `Tensor` for the result, LightningCLI would refuse functions that do not sa
 """
 
 
+@dataclass(eq=False)
 class Evaluator:
     """Calls the user's functions on batches.
 
@@ -45,24 +47,14 @@ class Evaluator:
         batches: All batches of the analysis; None if other ranks have some of them.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        loss_fn: LossFunction,
-        options: AnalysisOptions,
-        sharding: ParameterSharding,
-        isolation: Isolation,
-        *,
-        batches: Sequence[WeightedBatch] | None = None,
-    ) -> None:
-        self.module = module
-        self.loss_fn = loss_fn
-        self.options = options
-        self.sharding = sharding
-        self.isolation = isolation
-        self._dtype: torch.dtype | None = None
-        self.batches = batches
-        self._known: dict[str, bool] = {}  # arguments of `Replacements`, from earlier evaluations
+    module: nn.Module
+    loss_fn: LossFunction
+    options: AnalysisOptions
+    sharding: ParameterSharding
+    isolation: Isolation
+    batches: Sequence[WeightedBatch] | None = field(default=None, kw_only=True)
+    _dtype: torch.dtype | None = field(default=None, init=False)
+    _known: dict[str, bool] = field(default_factory=dict, init=False)  # arguments of `Replacements`, found earlier
 
     def loss(self, batch: WeightedBatch) -> Tensor:
         """Return the mean loss of a batch, a scalar with a graph."""
@@ -81,12 +73,7 @@ class Evaluator:
         return self.sharding.mean_loss(_checked_loss(loss, "output_loss"), batch)
 
     def matrix(self, parameters: Sequence[Tensor], blocks: Sequence[slice]) -> CurvatureMatrix:
-        """Return the curvature matrix of a batch that the options ask for.
-
-        Args:
-            parameters: The parameters, to which rows and columns belong.
-            blocks: Diagonal blocks to be analyzed, each a range of the parameters.
-        """
+        """Return the curvature matrix of a batch that the options ask for; blocks are ranges of the parameters."""
         kind = MATRICES[self.options.matrix]
         steps_of_the_loss = (self.outputs, self.loss_of_outputs) if issubclass(kind, OutputMatrix) else ()
         return kind(self.loss, parameters, *steps_of_the_loss, blocks=blocks)
@@ -102,31 +89,25 @@ class Evaluator:
             A function that returns the copy of a parameter.
         """
         copies: dict[Tensor, Tensor] = {}
-        places: list[Callable[[], object]] = []
-        default = torch.get_default_dtype()
         dtype = finest_dtype(next(self.module.parameters()).device)
         self.isolation.restore(None)
-        try:
+        with contextlib.ExitStack() as stack:
             for owner in self.module.modules():
                 for name, parameter in list(owner._parameters.items()):  # noqa: SLF001 - `parameters` hides ties
                     if parameter is not None and parameter.is_floating_point():
                         if parameter not in copies:
                             copies[parameter] = _converted(parameter, dtype)
-                        places.append(partial(setattr, owner, name, parameter))
+                        stack.callback(setattr, owner, name, parameter)
                         setattr(owner, name, copies[parameter])  # recurrent networks keep lists of them, too
                 for name, buffer in list(owner._buffers.items()):  # noqa: SLF001
                     if buffer is not None and buffer.is_floating_point():
-                        places.append(partial(owner._buffers.__setitem__, name, buffer))  # noqa: SLF001
+                        stack.callback(owner._buffers.__setitem__, name, buffer)  # noqa: SLF001
                         owner._buffers[name] = buffer.to(dtype, copy=True)  # noqa: SLF001
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(dtype)
-            self._dtype = dtype
-            with self.isolation.separate(list(copies.values())):
-                yield copies.__getitem__
-        finally:
-            self._dtype = None
-            torch.set_default_dtype(default)
-            for put_back in places:
-                put_back()
+            stack.enter_context(patched(self, "_dtype", dtype))
+            stack.enter_context(self.isolation.separate(list(copies.values())))
+            yield copies.__getitem__
 
     def _evaluate(self, function: Callable[[Any], Any], batch: WeightedBatch, *, from_start: bool = True) -> Any:
         """Return the value of a function of a batch, called again if replacements were missing."""
@@ -169,7 +150,7 @@ class Evaluator:
         if self.batches is None:
             msg = (
                 "the loss renormalizes embeddings (`max_norm`) in place, each process those of its own batches, so "
-                "that the weights of the processes differ: analyze in a single process, or without `max_norm`."
+                "that the weights of the ranks differ: analyze on a single rank, or without `max_norm`."
             )
             raise RuntimeError(msg)
         replacements = Replacements()

@@ -15,10 +15,11 @@ from lightning_hesd.numerics.inputs.options import AnalysisOptions, MatrixName, 
 from lightning_hesd.numerics.inputs.parameters import select_parameters, vector_dtype
 from lightning_hesd.numerics.isolation.snapshot import restore_state
 from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock, choose_difference_step
+from lightning_hesd.numerics.operators.groups import explain_non_finite
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from lightning_hesd.numerics.analysis.evaluation import LossFunction
     from lightning_hesd.numerics.isolation.modes import Mode
@@ -37,6 +38,7 @@ class HessianOperator:
     product belongs to the parameters of that moment, and takes the time of building the graphs on top.
 
     Loss and derivatives are compared with differences when the context is first entered, as in `hessian_spectrum`.
+    The options are those of `hessian_spectrum` that define the matrix and its products: see `AnalysisOptions`.
 
     Attributes:
         shape: Number of rows and columns, (n, n).
@@ -49,18 +51,6 @@ class HessianOperator:
         module: The module, on the device of the batches.
         batches: As for `hessian_spectrum`; read once and kept.
         loss_fn: `loss_fn(module, batch)` -> mean loss over the batch, a scalar tensor.
-        matrix: "hessian", "ggn" or "residual"; the latter two need `output_fn` and `output_loss`.
-        output_fn: `output_fn(module, batch)` -> outputs of the network.
-        output_loss: `output_loss(outputs, batch)` -> mean loss over the batch.
-        parameters: Filter (name, parameter) -> bool; default: all that require grad.
-        include_frozen: Whether parameters that do not require grad are among them.
-        mode: Module mode inside: "eval", "train" or "keep".
-        strategy: HVP strategy: "auto", "graph", "recompute" or "finite_difference".
-        batch_weight: Weight of a batch; default: its number of samples.
-        seed: Seed of whatever is random in the forward pass: each batch has the same dropout mask in every product.
-        dtype: torch.float32 or torch.float64; default: that of the parameters, at least float32.
-        memory_budget: Bytes that graphs and vectors may take; default: half of what is free.
-        preconditioner: Parameter name -> positive diagonal D: the matrix is D^(-1/2) H D^(-1/2).
 
     Raises:
         ValueError: If an argument is out of range, or there is no parameter to analyze.
@@ -82,18 +72,18 @@ class HessianOperator:
         batches: Iterable[Any],
         loss_fn: LossFunction,
         *,
-        matrix: MatrixName = "hessian",
-        output_fn: Callable[[Any, Any], Any] | None = None,
-        output_loss: Callable[[Any, Any], Any] | None = None,
-        parameters: Callable[[str, nn.Parameter], bool] | None = None,
-        include_frozen: bool = False,
+        matrix: MatrixName = AnalysisOptions.matrix,
+        output_fn: Callable[[Any, Any], Any] | None = AnalysisOptions.output_fn,
+        output_loss: Callable[[Any, Any], Any] | None = AnalysisOptions.output_loss,
+        parameters: Callable[[str, nn.Parameter], bool] | None = AnalysisOptions.parameters,
+        include_frozen: bool = AnalysisOptions.include_frozen,
         mode: Mode = "eval",
-        strategy: StrategyName = "auto",
-        batch_weight: Literal["tokens"] | Callable[[Any], float] | None = None,
-        seed: int = 0,
-        dtype: torch.dtype | None = None,
-        memory_budget: int | None = None,
-        preconditioner: Mapping[str, Tensor] | None = None,
+        strategy: StrategyName = AnalysisOptions.strategy,
+        batch_weight: Literal["tokens"] | Callable[[Any], float] | None = AnalysisOptions.batch_weight,
+        seed: int = AnalysisOptions.seed,
+        dtype: torch.dtype | None = AnalysisOptions.dtype,
+        memory_budget: int | None = AnalysisOptions.memory_budget,
+        preconditioner: Mapping[str, Tensor] | None = AnalysisOptions.preconditioner,
     ) -> None:
         self._options = options = AnalysisOptions(
             matrix=matrix,
@@ -113,8 +103,7 @@ class HessianOperator:
         self._module = module
         self._loss_fn = loss_fn
         self._parameters = list(select_parameters(module, options).values())
-        with restore_state():  # a data loader draws random numbers
-            self._batches = weighted_batches(batches, batch_weight)
+        self._batches = weighted_batches(batches, batch_weight)
         n = sum(p.numel() for p in self._parameters)
         self.shape = (n, n)
         self.dtype = dtype or vector_dtype(self._parameters)
@@ -175,11 +164,13 @@ class HessianOperator:
         if not bool(vector.isfinite().all()):
             msg = "`vector` must be finite, got NaN or infinite elements."
             raise ValueError(msg)
-        with self, _product_state():
+        # Evaluations seed the global generators: a caller who draws vectors between products would get the same again.
+        with self, restore_state(), torch.inference_mode(mode=False), torch.enable_grad():
             assert self._operator is not None  # noqa: S101 - the context sets it
             product = self._operator.matvec(vector)
             if not bool(product.isfinite().all()):
-                raise self._operator.explain_non_finite(vector)
+                error = explain_non_finite(self._operator, vector)
+                raise error
             return product
 
     def matmat(self, vectors: Tensor) -> Tensor:
@@ -233,14 +224,3 @@ class HessianOperator:
 
         dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
         return LinearOperator(self.shape, matvec, rmatvec=matvec, matmat=matmat, rmatmat=matmat, dtype=dtype)
-
-
-@contextlib.contextmanager
-def _product_state() -> Iterator[None]:
-    """Enable gradients, whatever the caller has set, and leave the global random number generators as they are.
-
-    An evaluation seeds them. Where each product evaluates the loss anew, a caller who draws random vectors between
-    products would otherwise get the same ones again and again.
-    """
-    with restore_state(), torch.inference_mode(mode=False), torch.enable_grad():
-        yield

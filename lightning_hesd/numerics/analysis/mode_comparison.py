@@ -65,15 +65,9 @@ def evaluated(
     *,
     alone: bool,
 ) -> Evaluated:
-    """Evaluate the loss of every batch and its gradient, as an analysis with these options does.
+    """Evaluate the loss of each of this rank's batches and its gradient, as an analysis with these options does.
 
-    Args:
-        module: The module.
-        batches: This rank's share of the batches.
-        loss_fn: As for `hessian_spectrum`.
-        options: As for `hessian_spectrum`.
-        sharding: How the parameters are distributed over ranks.
-        alone: Whether there is no other rank.
+    `alone` says whether there is no other rank.
 
     Raises:
         ArithmeticError: If a loss or its gradient is NaN or infinite.
@@ -141,20 +135,8 @@ class Difference:
         return self.loss <= self.limit and self.gradient <= self.limit
 
 
-def difference(
-    first: Evaluated,
-    second: Evaluated,
-    space: VectorSpace,
-    collectives: Collectives,
-) -> Difference:
-    """Compare two losses of the same batches.
-
-    Args:
-        first: One loss.
-        second: The other loss.
-        space: Space of the gradients.
-        collectives: Communication between all ranks.
-    """
+def difference(first: Evaluated, second: Evaluated, space: VectorSpace, collectives: Collectives) -> Difference:
+    """Compare two losses of the same batches, with gradients in `space`, over all ranks."""
 
     def compare() -> list[float]:
         both = list(zip(first.weights, first.losses, second.losses, strict=True))
@@ -186,5 +168,5 @@ def difference(
     )
 
 
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
+def _share(amount: float, whole: float) -> float:
+    return amount / whole if whole else 0.0

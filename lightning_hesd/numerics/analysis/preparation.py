@@ -46,28 +46,20 @@ def opened_operators(
     *,
     collectives: Collectives = LOCAL,
     sharding: ParameterSharding | None = None,
-    processes: int = 1,
+    local_ranks: int = 1,
     cache: AnalysisCache | None = None,
     reason: str | None = None,
     state: Sequence[object] = (),
 ) -> Iterator[tuple[list[DiagonalBlock], MemoryPlan]]:
     """Bring the module into the analysis state, and make the curvature operators of diagonal blocks there.
 
-    Args:
-        module: As for `hessian_spectrum`.
-        batches: This rank's share of the batches.
-        loss_fn: As for `hessian_spectrum`.
-        options: As for `hessian_spectrum`, equal on every rank.
-        blocks: Parameters of each diagonal block; all analyzed parameters in one block for the whole matrix.
-        collectives: Communication between the ranks that the batches are divided among.
-        sharding: How the parameters are distributed over ranks; None: every rank holds all of them.
-        processes: Number of ranks that share this computer's memory.
-        cache: What earlier analyses of the same loss have measured; brought up to date.
-        reason: Why the options are not those of the user; None if they are.
-        state: Objects beside the module that evaluations may change.
+    Arguments as for `engine.estimate`; `blocks` has the parameters of each diagonal block.
 
     Yields:
         The operator of each block, verified, and the memory plan.
+
+    Raises:
+        ValueError: If an option does not fit the parameters.
     """
     sharding = sharding or ParameterSharding()
     sharding.check(options)
@@ -75,10 +67,12 @@ def opened_operators(
     parameters = sharding.local_shards(analyzed)
     ends = list(itertools.accumulate(len(block) for block in blocks))
     ranges = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
-    dtype = options.dtype or vector_dtype(parameters)
-    _check_dtype(dtype, parameters[0].device)
+    dtype, device = options.dtype or vector_dtype(parameters), parameters[0].device
+    if dtype is torch.float64 and finest_dtype(device) is not torch.float64:
+        msg = f"`dtype=torch.float64` is not available on the device of the parameters, {device}: leave it None."
+        raise ValueError(msg)
     plan = _plan(
-        module, parameters, dtype, options=options, sharding=sharding, collectives=collectives, processes=processes
+        module, parameters, dtype, options=options, sharding=sharding, collectives=collectives, local_ranks=local_ranks
     )
 
     with exact_mode(module, options.mode, analyzed, state) as isolation, sharding.full_parameters(module):
@@ -115,17 +109,6 @@ def _weighed(weighing: Weighing, cache: AnalysisCache) -> list[WeightedBatch]:
     return weighing.apply(count)
 
 
-def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse a dtype of vectors that the device does not have.
-
-    Raises:
-        ValueError: If the device has no float64, and it is asked for.
-    """
-    if dtype is torch.float64 and finest_dtype(device) is not torch.float64:
-        msg = f"`dtype=torch.float64` is not available on the device of the parameters, {device}: leave it None."
-        raise ValueError(msg)
-
-
 def _plan(
     module: nn.Module,
     parameters: Sequence[Tensor],
@@ -134,7 +117,7 @@ def _plan(
     options: AnalysisOptions,
     sharding: ParameterSharding,
     collectives: Collectives,
-    processes: int,
+    local_ranks: int,
 ) -> MemoryPlan:
     """Plan the memory; all ranks keep the Krylov basis at the leanest place that one of them needs."""
     own_elements = sum(p.numel() for p in parameters)
@@ -149,7 +132,7 @@ def _plan(
             basis=basis,
             device=device,
             budget=options.memory_budget,
-            processes=processes,
+            local_ranks=local_ranks,
             more_vectors=0 if options.preconditioner is None else SCALING_VECTORS,
         )
 

@@ -28,13 +28,13 @@ def retry_on_oom(
 
     The first repetition retains no graphs, which gives the same result in more time. If memory is still short, the
     second one keeps no Krylov basis, unless the user has chosen where it is kept. The memory of a failed attempt is
-    released before the next one.
+    released before the next one. All ranks fail if one does.
 
     Args:
         attempt: Function of the options, and of the reason why they are not the given ones, None for the given ones.
         options: Options of the first attempt.
         cache: What earlier analyses of the same loss have measured.
-        collectives: Communication between the ranks, all of which fail if one does.
+        collectives: Communication between the ranks.
     """
     reason: str | None = None
     while True:
@@ -71,5 +71,8 @@ def _leaner(
 
 
 def _is_graph_changed(error: Exception) -> bool:
-    """Return whether a tensor that a graph has saved was changed in place; PyTorch raises a plain RuntimeError."""
+    """Return whether a tensor that a graph has saved was changed in place.
+
+    Only the message tells: autograd's check of versions (`SavedVariable::unpack`, in C++) raises a plain RuntimeError.
+    """
     return isinstance(error, RuntimeError) and "modified by an inplace operation" in str(error)

@@ -16,6 +16,7 @@ import torch
 
 from lightning_hesd.numerics.devices import finest_dtype
 from lightning_hesd.numerics.krylov.ritz import tridiagonal_eigh
+from lightning_hesd.numerics.operators.groups import group_products
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,9 +62,7 @@ class _End:
 def sampling_error(operator: DiagonalBlock, runs: Sequence[Lanczos]) -> SamplingError:
     """Estimate the errors of the extreme eigenvalues due to the finite sample, in one pass over the samples.
 
-    Args:
-        operator: The Hessian.
-        runs: The Lanczos runs; the lowest and the highest of all their Ritz vectors are taken.
+    Of all Ritz vectors of the Lanczos runs the lowest and the highest are taken.
 
     Raises:
         ValueError: If there are fewer than 8 groups, their mean is not the Hessian, or they do not differ.
@@ -87,7 +86,7 @@ def sampling_error(operator: DiagonalBlock, runs: Sequence[Lanczos]) -> Sampling
             msg += "analyze more samples, or more batches."
         raise ValueError(msg)
 
-    own = np.stack([part[:, end.position] for part, end in zip(coordinates, ends, strict=True)], axis=1)
+    own = np.stack([along[:, end.position] for along, end in zip(coordinates, ends, strict=True)], axis=1)
     covariance = _covariance_of_mean(own, weights)
     extremes = np.array([end.nodes[end.position] for end in ends])
     errors = np.sqrt(np.diag(covariance))
@@ -107,7 +106,7 @@ def sampling_error(operator: DiagonalBlock, runs: Sequence[Lanczos]) -> Sampling
         raise ValueError(msg)
     lambda_min, lambda_max = (float(value) for value in extremes)
     mean = float(np.mean([run.alphas[0] for run in runs]))
-    shifts = [_shift(weights, *parts, mean) for parts in zip(coordinates, squares.T, ends, strict=True)]
+    shifts = [_shift(weights, *of_end, mean) for of_end in zip(coordinates, squares.T, ends, strict=True)]
     biases = np.array([-shifts[0], shifts[1]])
     # C_t = λ_min/λ_max to first order (the delta method), its mean to second.
     derivative = np.array([1 / lambda_max, -lambda_min / lambda_max**2])
@@ -162,15 +161,15 @@ def _group_curvatures(
         coordinates: For each end y_kᵀH_g u with the Ritz vectors y_k of its run, shape (groups, steps); without a
             Krylov basis uᵀH_g u only, and 0 for other Ritz vectors.
     """
-    parts = max(1, math.ceil(GROUPS / operator.risk.num_batches))
+    max_groups = max(1, math.ceil(GROUPS / operator.risk.num_batches))
     lengths = [len(end.nodes) for end in ends]
     risk = operator.risk
     # One row for each group of all ranks; every rank fills in its own.
-    table = torch.zeros((risk.num_batches + risk.num_skipped) * parts, 3 + sum(lengths), dtype=torch.float64)
+    table = torch.zeros((risk.num_batches + risk.num_skipped) * max_groups, 3 + sum(lengths), dtype=torch.float64)
 
     def fill() -> None:
-        for group, position, products in operator.group_products(unit, parts):
-            row = table[group.index * parts + position]
+        for group, position, products in group_products(operator, unit, max_groups):
+            row = table[group.index * max_groups + position]
             row[0] = group.weight / risk.weight
             row[1:3] = torch.linalg.vector_norm(products, dim=1, dtype=finest_dtype(products.device)).square()
             for end, product, u, target in zip(ends, products, unit, torch.split(row[3:], lengths), strict=True):
@@ -183,7 +182,7 @@ def _group_curvatures(
     risk.collectives.run_together(fill)
     table = risk.collectives.sum(table)
     table = table[table[:, 0] > 0]
-    first, second = (part.numpy() for part in torch.split(table[:, 3:], lengths, dim=1))
+    first, second = (columns.numpy() for columns in torch.split(table[:, 3:], lengths, dim=1))
     return table[:, 0].numpy(), table[:, 1:3].numpy(), [first, second]
 
 

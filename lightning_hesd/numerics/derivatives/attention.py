@@ -9,6 +9,7 @@ again, to every order: a gradient penalty takes no more memory than its loss.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -73,11 +74,10 @@ class _ShortAttentionBackward(Function):
         gradient, q, k, v, probabilities, grad_probabilities, grad_scores = ctx.saved_tensors
         scale, causal = ctx.options
         if torch.is_grad_enabled():
+            softmax = functools.partial(_probabilities, scale=scale, causal=causal)
 
-            def gradients(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-                probabilities = _probabilities(q, k, scale, causal=causal)
-                grad_scores = _through_softmax(gradient @ v.mT, probabilities) * scale
-                return [grad_scores @ k, grad_scores.mT @ q, probabilities.mT @ gradient]
+            def gradients(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+                return _gradients(softmax, scale, q, k, v, gradient)
 
             tangents = tangent_q, tangent_k, tangent_v
             return *differentiate(gradients, (gradient, q, k, v), tangents), None, None
@@ -150,12 +150,7 @@ def long_attention(
 
 @dataclass(frozen=True)
 class _Scores:
-    """The definition of scores by queries and keys.
-
-    Attributes:
-        scale: Factor of the scores.
-        causal: Whether query i attends to the keys up to i only.
-    """
+    """The definition of scores by queries and keys, as for `long_attention`."""
 
     scale: float
     causal: bool

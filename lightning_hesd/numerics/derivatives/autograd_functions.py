@@ -169,12 +169,9 @@ def differentiate(
     inputs: Sequence[Tensor | None],
     cotangents: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Return the gradients with respect to the inputs by PyTorch's own formulas, for a loss that contains derivatives.
+    """Return a function's gradients with respect to its inputs, given cotangents of its results, by PyTorch's formulas.
 
-    Args:
-        function: The function.
-        inputs: Its inputs.
-        cotangents: One for each result.
+    They can be differentiated further, for a loss that contains derivatives.
     """
     # One input may depend on another. Views cut that path, which the graph outside accounts for.
     cut = [None if i is None else i.view_as(i) for i in inputs]

@@ -32,9 +32,7 @@ _LONG = 2**18
 def _is_plain(*tensors: Tensor | None, anywhere: bool = False) -> bool:
     """Whether some tensors are ordinary CPU tensors of one dtype, outside autocast, of which one requires grad.
 
-    Args:
-        *tensors: The tensors; None is skipped.
-        anywhere: Whether all other devices are accepted, too, if the tensors share one.
+    With `anywhere` all other devices are accepted, too, if the tensors share one.
     """
     present = [t for t in tensors if t is not None]
     device = present[0].device

@@ -15,20 +15,8 @@ if TYPE_CHECKING:
 
 KINKED = (
     *("abs", "amax", "amin", "celu", "clamp", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "kthvalue"),
-    *(
-        "leakyrelu",
-        "max",
-        "median",
-        "min",
-        "multimargin",
-        "nanmedian",
-        "prelu",
-        "quantile",
-        "relu",
-        "rrelu",
-        "softshrink",
-    ),
-    *("sort", "threshold", "topk"),
+    *("leakyrelu", "max", "median", "min", "multimargin", "nanmedian", "prelu", "quantile", "relu", "rrelu"),
+    *("softshrink", "sort", "threshold", "topk"),
 )
 """Prefixes, in lower case, of operations whose first or second derivative is discontinuous."""
 

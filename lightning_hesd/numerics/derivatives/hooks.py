@@ -25,23 +25,14 @@ if TYPE_CHECKING:
 
 
 class Hooks:
-    """The hooks that the user's code registers during an analysis.
-
-    Attributes:
-        act: Whether hooks act now.
-    """
+    """The hooks that the user's code registers during an analysis."""
 
     def __init__(self) -> None:
-        self.act = False
+        self.act = False  # whether hooks act now
 
-    @contextlib.contextmanager
-    def acting(self) -> Iterator[None]:
-        """Let hooks act: the user's function runs in this context."""
-        before, self.act = self.act, True
-        try:
-            yield
-        finally:
-            self.act = before
+    def acting(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context of the user's function, in which hooks act."""
+        return patched(self, "act", True)
 
     @contextlib.contextmanager
     def limited(self) -> Iterator[None]:

@@ -34,14 +34,9 @@ class PowerIterations:
         """Begin an evaluation: count the uses of each weight from zero."""
         self._uses.clear()
 
-    @contextlib.contextmanager
-    def separate(self) -> Iterator[None]:
-        """Use another cache in this context, where weights have another dtype."""
-        outside, self._vectors = self._vectors, {}
-        try:
-            yield
-        finally:
-            self._vectors = outside
+    def separate(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context with another cache, where weights have another dtype."""
+        return patched(self, "_vectors", {})
 
     @contextlib.contextmanager
     def cached(self) -> Iterator[None]:

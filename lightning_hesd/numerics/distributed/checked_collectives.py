@@ -46,12 +46,6 @@ class CheckedCollectives(DistributedCollectives):
 
     @override
     def run_together(self, function: Callable[[], T]) -> T:
-        """Call a function on every rank, and return this rank's result; if it fails on any rank, raise on all of them.
-
-        Raises:
-            AnotherRankFailedError: If it failed on another rank only.
-            OutOfStepError: If the ranks have reached different calls.
-        """
         self._failure = None
         try:
             result = function()

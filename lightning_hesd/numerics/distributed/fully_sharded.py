@@ -16,25 +16,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.distributed.tensor import Shard as ShardPlacement
 from typing_extensions import override
 
 from lightning_hesd.numerics.derivatives.graphs import graph_nodes
 from lightning_hesd.numerics.distributed.gathering import FullArguments, GatheredParameters, Shard, full_attributes
-from lightning_hesd.numerics.distributed.sharded_space import ShardedSpace
 from lightning_hesd.numerics.dtensors import is_dtensor, local_shard
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
 from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
 from lightning_hesd.numerics.inputs.tokens import ADVICE
+from lightning_hesd.numerics.krylov.vectors import VectorSpace, gaussian_pieces, sign_pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
+    from lightning_hesd.numerics.collectives import Collectives
     from lightning_hesd.numerics.distributed.checked_collectives import CheckedCollectives
     from lightning_hesd.numerics.inputs.options import AnalysisOptions
-    from lightning_hesd.numerics.krylov.vectors import VectorSpace
 
 
 class UnsupportedShardingError(ValueError):
@@ -62,27 +62,21 @@ class JointBatch(WeightedBatch):
 
 
 class FullySharded(ParameterSharding):
-    """Every rank holds a shard of each parameter.
-
-    Attributes:
-        collectives: Communication between all ranks.
-    """
+    """Every rank holds a shard of each parameter."""
 
     is_sharded = True
 
     def __init__(self, module: nn.Module, collectives: CheckedCollectives) -> None:
-        """Find the shards of a module's parameters.
-
-        Args:
-            module: The module; parameters that `fully_shard` has gathered are resharded.
-            collectives: Communication between all ranks.
+        """Find the shards of a module's parameters; those that `fully_shard` has gathered are resharded.
 
         Raises:
             UnsupportedShardingError: If a parameter is not cut along one dimension, over all ranks.
         """
+        from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415 - takes long to load
+
         self.collectives = collectives
         for submodule in module.modules():
-            if isinstance(submodule, _fsdp_module()):
+            if isinstance(submodule, FSDPModule):
                 submodule.reshard()
         self._names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         self._shards = {
@@ -96,11 +90,6 @@ class FullySharded(ParameterSharding):
 
     @override
     def check(self, options: AnalysisOptions) -> None:
-        """Refuse options that are not available for sharded parameters.
-
-        Raises:
-            ValueError: If an option is not available.
-        """
         if options.wants_sampling_error:
             msg = (
                 "sampling errors are not available for sharded parameters: leave out `sampling_error=True`, "
@@ -119,11 +108,6 @@ class FullySharded(ParameterSharding):
 
     @override
     def local_shards(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return this rank's shard of each parameter, a leaf to differentiate by.
-
-        Raises:
-            UnsupportedShardingError: If a parameter is not sharded.
-        """
         whole = [self._names[p] for p in parameters if p not in self._shards]
         if whole:
             msg = (
@@ -202,6 +186,53 @@ class FullySharded(ParameterSharding):
         return total
 
 
+class ShardedSpace(VectorSpace):
+    """Vectors over sharded parameters; a tensor of shape (m,) has the elements of this rank's shards."""
+
+    def __init__(self, shards: Sequence[Shard], collectives: Collectives) -> None:
+        super().__init__(sum(shard.parameter.numel() for shard in shards))
+        self._shards = shards
+        self._collectives = collectives
+
+    @override
+    def total(self, value: float) -> float:
+        return self._sum(torch.tensor(value, dtype=torch.float64)).item()
+
+    @override
+    def dot(self, first: Tensor, second: Tensor) -> Tensor:
+        return self._sum(torch.dot(first, second))
+
+    @override
+    def norm(self, vector: Tensor) -> Tensor:
+        return self._sum(torch.linalg.vector_norm(vector, dtype=torch.float64).square()).sqrt().to(vector.dtype)
+
+    @override
+    def coefficients(self, basis: Tensor, vector: Tensor) -> Tensor:
+        return self._sum(basis @ vector)
+
+    @override
+    def is_finite(self, vector: Tensor) -> bool:
+        return not self._collectives.any(not vector.isfinite().all())
+
+    @override
+    def gaussian(self, generator: Generator) -> Tensor:
+        return self._draw(gaussian_pieces, generator)
+
+    @override
+    def signs(self, generator: Generator) -> Tensor:
+        return self._draw(sign_pieces, generator)
+
+    def _sum(self, local: Tensor) -> Tensor:
+        return self._collectives.sum(local.double()).to(local.dtype)
+
+    def _draw(self, pieces: Callable[[Sequence[int], Generator], Iterator[Tensor]], generator: Generator) -> Tensor:
+        """Draw the elements of each parameter, in turn, and keep those of this rank's shard."""
+        shapes = [shard.parameter.shape for shard in self._shards]
+        drawn = zip(self._shards, shapes, pieces([shape.numel() for shape in shapes], generator), strict=True)
+        # Copied, because a view would keep all elements in memory.
+        return torch.cat([shard.own(piece.view(shape)).flatten().clone() for shard, shape, piece in drawn])
+
+
 class _SumOverRanks(torch.autograd.Function):
     """The sum of the ranks' tensors, as a function of this rank's tensor."""
 
@@ -229,12 +260,6 @@ def _check_differentiable(loss: Tensor) -> None:
                 "function of what `parameters()` returns): pass a `loss_fn` that calls modules."
             )
             raise UnsupportedShardingError(msg)
-
-
-def _fsdp_module() -> Any:
-    from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415 - takes long to load
-
-    return FSDPModule
 
 
 def _shard(name: str, parameter: Any, number: int, collectives: CheckedCollectives) -> Shard:

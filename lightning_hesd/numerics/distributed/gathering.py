@@ -8,7 +8,6 @@ any time one parameter or a few are in memory.
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_hesd.numerics.derivatives.patches import patched
 from lightning_hesd.numerics.distributed.checked_collectives import FIRST_PARAMETER
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     from lightning_hesd.numerics.distributed.checked_collectives import CheckedCollectives
 
@@ -141,7 +142,7 @@ class GatheredParameters:
             self._known[key] = (shard, weakref.ref(storage, lambda _: known.pop(key, None)))
         return self._latest[1]
 
-    def kept_as_shards(self) -> contextlib.AbstractContextManager[None]:
+    def kept_as_shards(self) -> AbstractContextManager[None]:
         """Return the context in which graphs keep references to shards in place of full values."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
@@ -168,19 +169,14 @@ _VALUES = {Tensor.T, Tensor.mT, Tensor.H, Tensor.mH, Tensor.data, Tensor.real}
 """Attributes of tensors that need full values."""
 
 
-@contextlib.contextmanager
-def full_attributes(gathered: GatheredParameters) -> Iterator[None]:
+def full_attributes(gathered: GatheredParameters) -> AbstractContextManager[None]:
     """Let attributes of modules be full parameters in place of sharded ones, also when a backward pass recomputes."""
     own = nn.Module.__getattr__
 
     def full(self: nn.Module, name: str) -> Any:
         return gathered(own(self, name))
 
-    nn.Module.__getattr__ = full  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.__getattr__ = own  # type: ignore[method-assign]
+    return patched(nn.Module, "__getattr__", full)
 
 
 class FullArguments(TorchFunctionMode):

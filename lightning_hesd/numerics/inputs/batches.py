@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_hesd.numerics.inputs.cuts import UnsplittableBatchError, cut
 from lightning_hesd.numerics.inputs.sample_counts import batch_size, count_samples, lengths_of, tensors_of
+from lightning_hesd.numerics.isolation.snapshot import restore_state
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,6 +42,9 @@ class WeightedBatch:
         position: Position in an epoch of training, the `batch_idx` of a training step; None: the index.
         size: Number of samples; None: the weight.
         weigh: Function from the data of a batch, or of a chunk of it, to its weight; None: the number of samples.
+
+    Raises:
+        ValueError: If the weight is not positive and finite.
     """
 
     data: Any
@@ -52,11 +56,6 @@ class WeightedBatch:
     weigh: Callable[[Any], float] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Check the weight.
-
-        Raises:
-            ValueError: If it is not positive and finite.
-        """
         if not 0 < self.weight < math.inf:
             msg = f"`batch_weight` must be positive and finite, got {self.weight} for batch {self.index}."
             raise ValueError(msg)
@@ -73,8 +72,7 @@ class WeightedBatch:
 
     def copy(self) -> WeightedBatch:
         """Return a copy: code may change its batch in place, and every evaluation must start from the same data."""
-        others = {"position": self.position, "size": self.size, "weigh": self.weigh}
-        return WeightedBatch(copied(self.data), self.weight, self.index, **others)  # type: ignore[arg-type]
+        return replace(self, data=copied(self.data))
 
     @contextlib.contextmanager
     def evaluated(self) -> Iterator[None]:
@@ -85,8 +83,8 @@ class WeightedBatch:
         finally:
             _position.reset(token)
 
-    def split(self, parts: int) -> list[WeightedBatch]:
-        """Cut the batch into `parts` batches of nearly equal size, or fewer if it has fewer samples.
+    def split(self, count: int) -> list[WeightedBatch]:
+        """Cut the batch into `count` chunks of nearly equal size, or fewer if it has fewer samples.
 
         Values that belong to samples are cut (see `cuts`); all others are common to the samples. The chunks have the
         weights that `weigh` returns if these add up to the weight of the batch, and chunks of weight zero are left out;
@@ -96,7 +94,7 @@ class WeightedBatch:
             UnsplittableBatchError: If no value belongs to the samples, or it is not clear which do.
         """
         size = self.length()
-        ends = np.linspace(0, size, min(parts, size) + 1).round().astype(int).tolist()
+        ends = np.linspace(0, size, min(count, size) + 1).round().astype(int).tolist()
         return self.cut_at(ends[1:-1]) if len(ends) > 2 else [self]
 
     def cut_at(self, positions: Sequence[int]) -> list[WeightedBatch]:
@@ -147,18 +145,19 @@ def copied(data: Any) -> Any:
 
 
 def weighted_batches(batches: Iterable[Any], weigh: Weigh | None = None) -> list[WeightedBatch]:
-    """Return batches with their weights, by default their numbers of samples; warn once if a number is a guess.
+    """Read batches and their weights, by default their numbers of samples; warn once if a number is a guess.
 
     Raises:
         ValueError: If a batch holds no tensor, or a weight is not positive.
     """
     found: list[WeightedBatch] = []
     doubts: list[str] = []
-    for index, batch in enumerate(batches):
-        size, weight, doubt = size_and_weight(batch, weigh)
-        if doubt is not None:
-            doubts.append(doubt)
-        found.append(WeightedBatch(batch, weight, index, size=size))
+    with restore_state():  # a data loader draws random numbers
+        for index, batch in enumerate(batches):
+            size, weight, doubt = size_and_weight(batch, weigh)
+            if doubt is not None:
+                doubts.append(doubt)
+            found.append(WeightedBatch(batch, weight, index, size=size))
     if doubts:
         warnings.warn(f"lightning_hesd: {doubts[0]}", RuntimeWarning, stacklevel=3)
     return found

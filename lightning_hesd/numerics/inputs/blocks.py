@@ -30,12 +30,7 @@ Blocks = dict[str, list[nn.Parameter]]
 def blocks(module: nn.Module, layers: Layers | None, analyzed: Mapping[str, nn.Parameter]) -> Blocks:
     """Return the parameters of each block, by name of the block; shared parameters belong to the first block only.
 
-    Parameters without elements are left out.
-
-    Args:
-        module: The network.
-        layers: Rule for the blocks, see `layer_spectra`.
-        analyzed: The analyzed parameters by name, each once.
+    Parameters without elements are left out. The rule for the blocks is that of `layer_spectra`.
 
     Raises:
         ValueError: If `layers` matches no module, or names a module inside of another one, or leaves no block.

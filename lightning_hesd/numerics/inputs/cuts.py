@@ -39,12 +39,7 @@ class UnsplittableBatchError(ValueError):
 
 
 def cut(batch: Any, size: int, ranges: Sequence[slice]) -> list[Any]:
-    """Return the chunks of a batch with the samples of some ranges, each in the structure of the batch.
-
-    Args:
-        batch: The batch.
-        size: Its number of samples.
-        ranges: Ranges of samples.
+    """Return the chunks of a batch of `size` samples: those of each range, in the structure of the batch.
 
     Raises:
         UnsplittableBatchError: If no value belongs to the samples, or it is not clear which do.

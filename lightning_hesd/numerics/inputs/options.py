@@ -12,7 +12,7 @@ import torch
 
 from lightning_hesd.numerics.inputs.portable import Portable
 from lightning_hesd.numerics.isolation.modes import ModuleModes
-from lightning_hesd.spectra.checks import check_count
+from lightning_hesd.spectra.validation import check_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -103,11 +103,6 @@ class AnalysisOptions:
         return {k: v if isinstance(v, plain) else Portable(k, v) for k, v in vars(self).items()}
 
     def __post_init__(self) -> None:
-        """Check every option.
-
-        Raises:
-            ValueError: If an option is out of range, or excludes another one.
-        """
         weight: object = self.batch_weight
         if not (callable(weight) or weight in (None, "tokens")):
             msg = f'`batch_weight` must be a function of the batch, "tokens" or None, got {weight!r}.'

@@ -30,7 +30,7 @@ class ParameterSharding:
     collectives: Collectives = LOCAL
 
     def check(self, options: AnalysisOptions) -> None:
-        """Refuse options that this sharding does not support."""
+        """Raise a ValueError for options that this sharding does not support."""
 
     def local_shards(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return this rank's shard of each parameter, a leaf to differentiate by."""

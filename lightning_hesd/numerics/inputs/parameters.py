@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -79,7 +80,4 @@ def inverse_root(
 
 def vector_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
     """Return the smallest dtype that holds the values of all parameters, at least float32."""
-    dtype = torch.float32
-    for p in parameters:
-        dtype = torch.promote_types(dtype, p.dtype)
-    return dtype
+    return functools.reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)

@@ -66,10 +66,6 @@ class Portable:
 
     A deep copy shares the argument. A pickle contains the argument if that takes at most `MAX_PICKLED_BYTES`, or if the
     pickle goes to a process that is being started; otherwise it contains a `LeftOut`.
-
-    Args:
-        name: Name of the argument.
-        value: The argument.
     """
 
     def __init__(self, name: str, value: Any) -> None:
@@ -80,26 +76,16 @@ class Portable:
         return self._value
 
     def __reduce__(self) -> Any:
-        goes_to_new_process = get_spawning_popen() is not None and is_picklable(self._value)
-        reason = None if goes_to_new_process else unpicklable_reason(self._value)
+        max_bytes = MAX_PICKLED_BYTES if get_spawning_popen() is None else None
+        reason = unpicklable_reason(self._value, max_bytes)
         if reason is None:
             return _itself, (self._value,)
         title = getattr(self._value, "__qualname__", None)
         return LeftOut, (self._name, reason, title if isinstance(title, str) else None)
 
 
-def is_picklable(value: object) -> bool:
-    """Return whether an object can be pickled, whatever its size."""
-    return unpicklable_reason(value, max_bytes=None) is None
-
-
 def unpicklable_reason(value: object, max_bytes: int | None = MAX_PICKLED_BYTES) -> str | None:
-    """Return why an object is not pickled; None if it is.
-
-    Args:
-        value: The object.
-        max_bytes: Largest size of the pickle; None: any size.
-    """
+    """Return why an object is not pickled: it cannot be, or takes more than `max_bytes`; None if it is."""
     try:
         _Pickler(_Meter(max_bytes), max_bytes).dump(value)
     except _TooLargeError:

@@ -48,7 +48,7 @@ def count_samples(batch: Any, made_from: int | None = None) -> tuple[float, str 
         return float(made_from), None
     shapes = [tensor.shape for tensor in tensors_of(batch) if tensor.ndim]
     along_second = all(len(shape) > 1 and shape[1] == made_from for shape in shapes)
-    if len(set(known)) == 1 and not along_second and not _is_list_oftensors_of(batch, made_from):
+    if len(set(known)) == 1 and not along_second and not _is_list_of_tensors(batch, made_from):
         return float(known[0]), None
     return float(made_from), (
         f"a batch of type {type(batch).__name__} is taken to hold the {made_from} samples that it was made from, but "
@@ -110,13 +110,8 @@ def lengths_of(batch: Any) -> list[int | None]:
 def _length(tensor: Any) -> int | None:
     if isinstance(tensor, PackedSequence):
         return int(tensor.batch_sizes[0])
-    with _plainly():
+    with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - tensors with units act as plain ones
         return int(tensor.size(0)) if tensor.ndim else None
-
-
-def _plainly() -> Any:
-    """Return a context in which subclasses of tensors, such as those with units, act as plain tensors."""
-    return torch._C.DisableTorchFunctionSubclass()  # noqa: SLF001
 
 
 def tensors_of(batch: Any, seen: frozenset[int] = frozenset()) -> Iterable[Any]:
@@ -165,8 +160,8 @@ def _has_entries(batch: Any, count: int, depth: int = 3) -> bool:
     return depth > 1 and any(_has_entries(part, count, depth - 1) for part in parts)
 
 
-def _is_list_oftensors_of(batch: Any, count: int) -> bool:
+def _is_list_of_tensors(batch: Any, count: int) -> bool:
     """Whether a batch is, or begins with, a list of `count` tensors."""
     if not isinstance(batch, list | tuple) or not batch:
         return False
-    return (len(batch) == count and isinstance(batch[0], Tensor)) or _is_list_oftensors_of(batch[0], count)
+    return (len(batch) == count and isinstance(batch[0], Tensor)) or _is_list_of_tensors(batch[0], count)

@@ -13,14 +13,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from lightning_hesd.numerics.collectives import LOCAL, Collectives
-from lightning_hesd.numerics.inputs.chunk_losses import ChunkLosses, most_uneven_cut, with_other_first_labels
-from lightning_hesd.numerics.inputs.tokens import ADVICE, TokenCount, find
+from lightning_hesd.numerics.inputs.tokens import (
+    ADVICE,
+    ChunkLosses,
+    TokenCount,
+    find,
+    most_uneven_cut,
+    with_other_first_labels,
+)
 from lightning_hesd.spectra.validation import one_line
 
 if TYPE_CHECKING:
@@ -34,6 +40,7 @@ if TYPE_CHECKING:
 NEITHER = "the loss of a batch is no mean of the losses of its chunks, neither by samples nor by tokens"
 
 
+@dataclass(eq=False)
 class Weighing:
     """Decides how the batches of an analysis are weighed, equally on all ranks.
 
@@ -41,30 +48,19 @@ class Weighing:
     rank whose evaluation fails says so, and goes on.
 
     Attributes:
+        wanted: The option `batch_weight`.
+        batches: This rank's share of the batches.
+        loss: Mean loss of a batch.
+        collectives: Communication between the ranks that the batches are divided among.
         is_settled: Whether the decision also holds for other parameters of the module.
     """
 
-    def __init__(
-        self,
-        wanted: Weigh | None,
-        batches: Sequence[WeightedBatch],
-        loss: Callable[[WeightedBatch], Tensor],
-        collectives: Collectives = LOCAL,
-    ) -> None:
-        """Take the batches.
-
-        Args:
-            wanted: The option `batch_weight`.
-            batches: This rank's share of the batches.
-            loss: Mean loss of a batch.
-            collectives: Communication between the ranks that the batches are divided among.
-        """
-        self.is_settled = True
-        self._wanted = wanted
-        self._batches = batches
-        self._loss = loss
-        self._collectives = collectives
-        self._reason = ""  # why this rank cannot tell, in words
+    wanted: Weigh | None
+    batches: Sequence[WeightedBatch]
+    loss: Callable[[WeightedBatch], Tensor]
+    collectives: Collectives = LOCAL
+    is_settled: bool = field(default=True, init=False)
+    _reason: str = field(default="", init=False)  # why this rank cannot tell, in words
 
     def decide(self) -> TokenCount | None:
         """Return how tokens are counted; None if batches do not count by their tokens.
@@ -72,21 +68,21 @@ class Weighing:
         Raises:
             ValueError: If the option is "tokens", and it cannot be told how they are counted.
         """
-        if callable(self._wanted):
+        if callable(self.wanted):
             return None
         source = self._source()
         if source is None:
-            if self._wanted is None:
+            if self.wanted is None:
                 return None
             msg = (
                 '`batch_weight="tokens"` needs batches that all have an entry `labels`, whole numbers, or all an entry '
                 f"`attention_mask`: pass a function of the batch, such as `{ADVICE}`."
             )
             raise ValueError(msg)
-        if self._wanted is None and not self._is_mean_over_tokens(source):
+        if self.wanted is None and not self._is_mean_over_tokens(source):
             return None
         count = TokenCount(source, shifted=self._is_shifted(source))
-        if self._wanted is None:
+        if self.wanted is None:
             self._warn(
                 f"the loss is a mean over tokens, so each batch counts by its {count}. Pass "
                 '`batch_weight="tokens"` if this is meant, or a function of the batch.'
@@ -102,26 +98,26 @@ class Weighing:
             ValueError: If no batch of any rank has a token.
         """
         if count is None:
-            weigh = self._wanted if callable(self._wanted) else None
-            return [replace(batch, weigh=weigh) for batch in self._batches]
-        weights = [count(batch.data) for batch in self._batches]
-        if not self._collectives.sum_values([math.fsum(weights)])[0]:
+            weigh = self.wanted if callable(self.wanted) else None
+            return [replace(batch, weigh=weigh) for batch in self.batches]
+        weights = [count(batch.data) for batch in self.batches]
+        if not self.collectives.sum_values([math.fsum(weights)])[0]:
             msg = f"no batch has a token: there are no {count}."
             raise ValueError(msg)
-        pairs = zip(self._batches, weights, strict=True)
+        pairs = zip(self.batches, weights, strict=True)
         return [replace(batch, weight=weight, weigh=count) for batch, weight in pairs if weight]
 
     def _source(self) -> Source | None:
         """Return the entry that tells the tokens of all batches of all ranks; None if there is none."""
         sources: tuple[Source, Source] = ("labels", "attention_mask")
-        has = [sum(find(batch.data, source) is not None for batch in self._batches) for source in sources]
-        total, *found = self._collectives.sum_values([len(self._batches), *has])
+        has = [sum(find(batch.data, source) is not None for batch in self.batches) for source in sources]
+        total, *found = self.collectives.sum_values([len(self.batches), *has])
         known = next(((s, count) for s, count in zip(sources, found, strict=True) if count), None)
         return known[0] if known is not None and known[1] == total else None
 
     def _is_mean_over_tokens(self, source: Source) -> bool:
         """Return whether the loss of a batch is the mean of those of its chunks by tokens, and not by samples."""
-        if source == "attention_mask" and self._collectives.is_distributed:
+        if source == "attention_mask" and self.collectives.is_distributed:
             return False  # a loss of whole texts may compare those of all ranks, and needs equally many of each
 
         def judge(found: ChunkLosses) -> list[float]:
@@ -163,7 +159,7 @@ class Weighing:
 
     def _votes_by_labels(self) -> list[float]:
         """Count the ranks whose evaluation fails, whose loss depends on first labels of rows, and whose does not."""
-        batches = sorted(self._batches, key=lambda batch: batch.num_samples)
+        batches = sorted(self.batches, key=lambda batch: batch.num_samples)
         changed = ((batch, other) for batch in batches if (other := with_other_first_labels(batch)) is not None)
         pair = next(changed, None)
 
@@ -171,11 +167,11 @@ class Weighing:
             if pair is None:
                 self._evaluate(batches, 2)
                 return [0.0, 0.0]
-            before, after = map(self._loss, pair)
+            before, after = map(self.loss, pair)
             depends = abs(after.item() - before.item()) > 8 * torch.finfo(before.dtype).eps * abs(before.item())
             return [float(depends), float(not depends)]
 
-        return self._votes(vote, 2) if self._collectives.any(pair is not None) else [0.0, 0.0, 0.0]
+        return self._votes(vote, 2) if self.collectives.any(pair is not None) else [0.0, 0.0, 0.0]
 
     def _votes_by_mask(self) -> list[float]:
         """Count the ranks whose evaluation fails, whose loss is nearer to the mean by all values, or not."""
@@ -192,9 +188,9 @@ class Weighing:
 
     def _matters(self, source: Source) -> bool:
         """Return whether the weights of batches depend on whether first tokens count."""
-        both = [[TokenCount(source, shifted=s)(batch.data) for s in (False, True)] for batch in self._batches]
-        every, after_first = self._collectives.sum_values([math.fsum(pair[i] for pair in both) for i in (0, 1)])
-        return self._collectives.any(any(not math.isclose(a * after_first, b * every, rel_tol=1e-12) for a, b in both))
+        both = [[TokenCount(source, shifted=s)(batch.data) for s in (False, True)] for batch in self.batches]
+        every, after_first = self.collectives.sum_values([math.fsum(pair[i] for pair in both) for i in (0, 1)])
+        return self.collectives.any(any(not math.isclose(a * after_first, b * every, rel_tol=1e-12) for a, b in both))
 
     def _check(self, count: TokenCount) -> None:
         """Warn if it can be told that the loss is not the mean over these tokens."""
@@ -209,25 +205,20 @@ class Weighing:
     def _votes_by_chunks(
         self, source: Source, judge: Callable[[ChunkLosses], list[float]], length: int
     ) -> list[float] | None:
-        """Compare a batch with two chunks of it on each rank, and add up the votes.
-
-        Args:
-            source: Entry that tells the tokens.
-            judge: Function of the losses that returns votes.
-            length: Number of votes.
+        """Compare a batch with two chunks of it on each rank, and add up the `length` votes that `judge` returns.
 
         Returns:
             The number of ranks whose evaluation fails, and the sums of the votes; None if on all ranks all samples of a
             batch have as many tokens.
         """
-        cut = most_uneven_cut(self._batches, TokenCount(source, shifted=True))
-        if not self._collectives.any(cut is not None):
+        cut = most_uneven_cut(self.batches, TokenCount(source, shifted=True))
+        if not self.collectives.any(cut is not None):
             return None
 
         def vote() -> list[float]:
             if cut is not None:
-                return judge(ChunkLosses.of(*cut, self._loss))
-            self._evaluate(self._batches, 3)
+                return judge(ChunkLosses.of(*cut, self.loss))
+            self._evaluate(self.batches, 3)
             return [0.0] * length
 
         return self._votes(vote, length)
@@ -239,14 +230,14 @@ class Weighing:
         except Exception as error:  # noqa: BLE001 - other ranks wait; the loss of the whole batch fails again, later
             self._reason = f"{type(error).__name__}: {one_line(error)}"
             votes = [1.0, *[0.0] * length]
-        return self._collectives.sum_values(votes)
+        return self.collectives.sum_values(votes)
 
     def _evaluate(self, batches: Sequence[WeightedBatch], times: int) -> None:
         """Evaluate the first batch as often as other ranks evaluate theirs."""
         for batch in batches[:1]:
             for _ in range(times):
-                self._loss(batch)
+                self.loss(batch)
 
     def _warn(self, message: str) -> None:
-        if any(batch.index == 0 for batch in self._batches):  # on one rank
+        if any(batch.index == 0 for batch in self.batches):  # on one rank
             warnings.warn(f"lightning_hesd: {message}", RuntimeWarning, stacklevel=2)

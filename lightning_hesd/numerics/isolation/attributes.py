@@ -96,12 +96,7 @@ class ClassState(ContentState):
     """The attributes of a class, without special names: these Python itself fills in."""
 
     def __init__(self, owner: type, *, methods: bool) -> None:
-        """Save the attributes.
-
-        Args:
-            owner: The class.
-            methods: Whether to save methods and properties, too, and not only data.
-        """
+        """Save the data of a class, and methods and properties, too, if `methods` is set."""
         self._owner = owner
         self._methods = methods
         self._size = len(vars(owner))

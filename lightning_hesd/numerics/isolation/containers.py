@@ -162,11 +162,7 @@ class _ImmutableState(ContentState):
 
 
 class BufferState(ContentState):
-    """The content of a `bytearray`, an `array.array`, or an object of `ctypes`, as processes share them.
-
-    Attributes:
-        content: The saved bytes.
-    """
+    """The bytes (`content`) of a `bytearray`, an `array.array`, or an object of `ctypes`, as processes share them."""
 
     def __init__(self, buffer: Any) -> None:
         self._buffer = buffer

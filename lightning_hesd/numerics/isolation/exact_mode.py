@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_hesd.numerics.derivatives.hooks import no_hooks_in_backward
+from lightning_hesd.numerics.derivatives.patches import patched
 from lightning_hesd.numerics.devices import accelerators
 from lightning_hesd.numerics.isolation.isolation import Isolation
 from lightning_hesd.numerics.isolation.modes import set_mode
@@ -54,18 +55,20 @@ def exact_mode(
     with contextlib.ExitStack() as stack:
         stack.enter_context(restoring(snapshot))
         snapshot.clear_gradients()
-        stack.enter_context(_unfrozen(analyzed))
+        for p in (p for p in analyzed if not p.requires_grad):
+            stack.enter_context(_set(p, "requires_grad", True))
         stack.enter_context(isolation.hooks.limited())
         stack.enter_context(isolation.power_iterations.cached())
         stack.enter_context(no_hooks_in_backward(list(module.parameters())))
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_without_autocast(device_types))
-        stack.enter_context(_full_float32_precision())
+        for backend, name, exact in _float32_formats():
+            stack.enter_context(_set(backend, name, exact))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         if any(isinstance(m, nn.RNNBase) for m in module.modules()):
-            stack.enter_context(_without_cudnn())
+            stack.enter_context(_set(torch.backends.cudnn, "enabled", False))
         set_mode(module, mode)
         _check_norms(module)
         yield isolation
@@ -87,11 +90,8 @@ def _without_autocast(device_types: Iterable[str]) -> Iterator[None]:
         for device_type in device_types:
             if torch.amp.is_autocast_available(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
-        torch.autocast.__enter__ = enter_disabled  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+        stack.enter_context(patched(torch.autocast, "__enter__", enter_disabled))
+        yield
 
 
 def _check_norms(module: nn.Module) -> None:
@@ -112,26 +112,14 @@ def _check_norms(module: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _without_cudnn() -> Iterator[None]:
-    cudnn: Any = torch.backends.cudnn
-    before = cudnn.enabled
-    cudnn.enabled = False
+def _set(owner: Any, name: str, value: object) -> Iterator[None]:
+    """Set an attribute in this context."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        cudnn.enabled = before
-
-
-@contextlib.contextmanager
-def _unfrozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    frozen = [p for p in parameters if not p.requires_grad]
-    try:
-        for p in frozen:
-            p.requires_grad = True
-        yield
-    finally:
-        for p in frozen:
-            p.requires_grad = False
+        setattr(owner, name, before)
 
 
 def release_memory() -> None:
@@ -142,21 +130,10 @@ def release_memory() -> None:
             module.empty_cache()
 
 
-@contextlib.contextmanager
-def _full_float32_precision() -> Iterator[None]:
-    """Disable TF32 and similar formats for matrix products and convolutions."""
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
-    flag, off = "allow_tf32", False
-    if hasattr(torch.backends.cudnn, "conv"):  # torch >= 2.9; mixing the old flags with the new ones is an error there
-        backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
-        cpu: Any = torch.backends.mkldnn  # its type does not declare these
-        backends += [cpu.matmul, cpu.conv, cpu.rnn]
-        flag, off = "fp32_precision", "ieee"  # type: ignore[assignment]
-    before = [getattr(backend, flag) for backend in backends]
-    try:
-        for backend in backends:
-            setattr(backend, flag, off)
-        yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            setattr(backend, flag, value)
+def _float32_formats() -> list[tuple[Any, str, object]]:
+    """Return the settings of matrix products and convolutions without TF32 and similar formats."""
+    cuda, cudnn, cpu = torch.backends.cuda, torch.backends.cudnn, cast("Any", torch.backends.mkldnn)
+    if hasattr(cudnn, "conv"):  # torch >= 2.9; mixing the old flags with the new ones is an error there
+        backends = [cuda.matmul, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv, cpu.rnn]
+        return [(backend, "fp32_precision", "ieee") for backend in backends]
+    return [(backend, "allow_tf32", False) for backend in (cuda.matmul, cudnn)]

@@ -33,13 +33,9 @@ class Isolation:
     def __init__(
         self, module: nn.Module, others: Sequence[object], analyzed: Sequence[Tensor], before: Snapshot
     ) -> None:
-        """Prepare for the first evaluation.
+        """Prepare for the first evaluation, given a snapshot of the module and of other objects that may change.
 
-        Args:
-            module: The module.
-            others: Other objects that evaluations may change.
-            analyzed: Parameters whose values are not restored: finite differences move them, and graphs hold them.
-            before: A snapshot of all of these.
+        Values of analyzed parameters are not restored: finite differences move them, and graphs hold them.
         """
         self._module = module
         self._others = others
@@ -73,11 +69,7 @@ class Isolation:
 
     @contextlib.contextmanager
     def separate(self, analyzed: Sequence[Tensor]) -> Iterator[None]:
-        """Let evaluations in this context start from a state of their own.
-
-        Args:
-            analyzed: Parameters whose values are not restored there.
-        """
+        """Let evaluations in this context start from a state of their own, with other analyzed parameters."""
         outside = self._analyzed, self._before, self._start, self._evaluated
         self._analyzed, self._before, self._start, self._evaluated = analyzed, None, None, set()
         try:

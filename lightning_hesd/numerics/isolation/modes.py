@@ -46,8 +46,8 @@ def mode_name(mode: Mode | ModuleModes) -> ModeName:
 def set_mode(module: nn.Module, mode: Mode | ModuleModes) -> None:
     """Bring a module and its submodules into a mode."""
     if isinstance(mode, ModuleModes):
-        for part, training in mode.training.items():
-            part.training = training
+        for submodule, training in mode.training.items():
+            submodule.training = training
     elif mode != "keep":
         module.train(mode == "train")
 
@@ -109,15 +109,11 @@ class WithoutRandomness(TorchFunctionMode):
     ) -> Any:
         """Call the function with its random part off."""
         kwargs = dict(kwargs or {})
-        switch = _SWITCHES.get(func)
-        if switch is not None and (func not in _NORMS or _argument("running_mean", 1, args, kwargs) is not None):
+        switch, running_mean = _SWITCHES.get(func), args[1] if len(args) > 1 else kwargs.get("running_mean")
+        if switch is not None and (func not in _NORMS or running_mean is not None):
             name, position, off = switch
             if position < len(args):
                 args = (*args[:position], off, *args[position + 1 :])
             else:
                 kwargs[name] = off
         return func(*args, **kwargs)
-
-
-def _argument(name: str, position: int, args: Any, kwargs: Mapping[str, Any]) -> Any:
-    return args[position] if position < len(args) else kwargs.get(name)

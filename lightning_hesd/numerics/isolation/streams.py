@@ -6,21 +6,17 @@ import ast
 import itertools
 import random
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 GENERATORS: tuple[type, ...] = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 ITERATORS: tuple[type, ...] = (type(iter([])), type(iter(())), type(iter("")), type(iter(range(0))))
 STREAMS: tuple[type, ...] = (*GENERATORS, *ITERATORS, itertools.count)
-
-
-class Replace(Protocol):
-    """Makes all objects that refer to a value refer to another, permanently."""
-
-    def __call__(self, value: object, other: object, *, permanent: bool) -> None:
-        """Replace the value."""
 
 
 def count_from(text: str) -> itertools.count[Any]:
@@ -51,11 +47,11 @@ class GeneratorState:
 
 
 class CounterState:
-    """The position of an `itertools.count`, which cannot go back, but can be replaced."""
+    """The position of an `itertools.count`, which cannot go back, but can be replaced: by `Snapshot.replace`."""
 
     description = "a count"
 
-    def __init__(self, count: itertools.count[Any], replace: Replace) -> None:
+    def __init__(self, count: itertools.count[Any], replace: Callable[..., None]) -> None:
         self._count = count
         self._before = repr(count)
         self._replace = replace
@@ -91,7 +87,7 @@ class IteratorState:
         return True
 
 
-def stream_state(value: Any, replace: Replace) -> GeneratorState | CounterState | IteratorState:
+def stream_state(value: Any, replace: Callable[..., None]) -> GeneratorState | CounterState | IteratorState:
     """Save the position of an object of one of the types `STREAMS`."""
     if isinstance(value, itertools.count):
         return CounterState(value, replace)

@@ -131,13 +131,7 @@ class Lanczos:
                 return
 
     def update(self, product: Tensor) -> bool:
-        """Take one step.
-
-        Args:
-            product: Hv of `vector`, shape (n,).
-
-        Returns:
-            Whether the run has ended.
+        """Take one step with Hv of `vector`, shape (n,), and return whether the run has ended.
 
         Raises:
             NonFiniteProductError: If this product, or one since the last check, is NaN or infinite.
@@ -240,16 +234,12 @@ class Lanczos:
         return self._space.coefficients(known, vector.to(known.device))
 
     def _reorthogonalize(self, basis: Tensor, remainder: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Add the present vector to the Krylov basis, and subtract the components along the basis in place.
+        """Add the present vector to the Krylov basis, shape (steps, n), and subtract components along it in place.
 
-        Args:
-            basis: Krylov basis with room for all steps, shape (steps, n).
-            remainder: The product minus its components along the last two basis vectors, shape (n,).
+        `remainder`, shape (n,), is the product minus its components along the last two basis vectors.
 
         Returns:
-            correction: Change of α.
-            norm: Norm of the remainder vector.
-            asymmetric: Norm of the components that are zero for a symmetric matrix.
+            The change of α, the norm of the remainder vector, and that of components that symmetric matrices lack.
         """
         basis[self._step].copy_(self.vector)
         known = basis[: self._step + 1]
@@ -281,12 +271,7 @@ class Lanczos:
 
 
 def asymmetry(coefficients: Tensor) -> Tensor:
-    """Return the norm of a remainder's components along all basis vectors but the last: zero for a symmetric matrix.
-
-    Args:
-        coefficients: Components along the basis vectors so far, shape (m,), of a product minus its components along
-            the last two.
-    """
+    """Return the norm of all components but the last along the basis vectors so far: zero for a symmetric matrix."""
     norm: Tensor = torch.linalg.vector_norm(coefficients[:-1])
     return norm
 

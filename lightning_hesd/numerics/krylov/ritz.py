@@ -18,7 +18,7 @@ def tridiagonal_eigh(alphas: ArrayLike, betas: ArrayLike) -> tuple[Array, Array]
 
     Args:
         alphas: Diagonal of T, shape (m,).
-        betas: Off-diagonal of T and, last, the norm of the remainder vector, which is not used, shape (m,).
+        betas: Off-diagonal of T and, last, the norm of the remainder vector, shape (m,).
     """
     diagonal = np.asarray(alphas, dtype=np.float64)
     off_diagonal = np.asarray(betas, dtype=np.float64)
@@ -29,11 +29,7 @@ def tridiagonal_eigh(alphas: ArrayLike, betas: ArrayLike) -> tuple[Array, Array]
 
 
 def gauss_quadrature(alphas: ArrayLike, betas: ArrayLike) -> tuple[Array, Array, Array]:
-    """Return the Gauss quadrature rule of a Lanczos run, and its Ritz residuals.
-
-    Args:
-        alphas: Diagonal of T, shape (m,).
-        betas: Off-diagonal of T and, last, the norm of the remainder vector, shape (m,).
+    """Return the Gauss quadrature rule of a Lanczos run, and its Ritz residuals; arguments as for `tridiagonal_eigh`.
 
     Returns:
         nodes: Ritz values θ, ascending, shape (m,).

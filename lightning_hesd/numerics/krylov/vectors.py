@@ -79,13 +79,10 @@ def sign_pieces(sizes: Sequence[int], generator: Generator) -> Iterator[Tensor]:
 
 
 def _gaussian_chunks(n: int, generator: Generator) -> Iterator[Tensor]:
-    """Draw the numbers of `torch.randn(n)` in chunks.
+    """Yield the numbers of `torch.randn(n)` in chunks.
 
     `torch.randn` fills the vector in blocks of 16 numbers. If the last block is incomplete, it first fills the other
     elements, and then draws the last 16 elements anew.
-
-    Yields:
-        The chunks.
     """
     draw: Callable[..., Tensor] = torch.randn
     whole = n if n < BLOCK or n % BLOCK == 0 else n - BLOCK
@@ -103,44 +100,33 @@ def _gaussian_chunks(n: int, generator: Generator) -> Iterator[Tensor]:
 
 
 def _pieces(sizes: Sequence[int], chunks: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Join a stream of chunks, and cut it anew.
-
-    Yields:
-        Pieces of the sizes.
-    """
+    """Yield a stream of chunks, cut anew into pieces of some sizes."""
     rest = torch.empty(0, dtype=torch.float64)
     for size in sizes:
-        parts = [rest]
+        collected = [rest]
         missing = size - len(rest)
         while missing > 0:
-            parts.append(next(chunks))
-            missing -= len(parts[-1])
-        joined = torch.cat(parts)
+            collected.append(next(chunks))
+            missing -= len(collected[-1])
+        joined = torch.cat(collected)
         yield joined[:size]
         rest = joined[size:]
 
 
-def norm_of(part: Tensor) -> Tensor:
+def norm_of(tensor: Tensor) -> Tensor:
     """Return the norm of a tensor, a scalar, summed in the finest precision of its device."""
-    norm: Tensor = torch.linalg.vector_norm(part, dtype=finest_dtype(part.device))
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=finest_dtype(tensor.device))
     return norm
 
 
 def in_shape(vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """View a flat vector, shape (n,), in the shapes, and cast it to the dtypes, of the parameters."""
-    parts = torch.split(vector, [p.numel() for p in parameters])
-    return [part.view_as(p).to(p.dtype) for part, p in zip(parts, parameters, strict=True)]
+    pieces = torch.split(vector, [p.numel() for p in parameters])
+    return [piece.view_as(p).to(p.dtype) for piece, p in zip(pieces, parameters, strict=True)]
 
 
-def add_in_shape(total: Tensor, parts: Sequence[Tensor | None], sizes: Sequence[int], factor: float = 1.0) -> None:
-    """Add a multiple of a vector in the shapes of the parameters to a flat vector, shape (n,), in place.
-
-    Args:
-        total: The flat vector.
-        parts: One tensor for each parameter; None stands for zero.
-        sizes: Number of elements of each parameter.
-        factor: The multiple.
-    """
-    for target, part in zip(torch.split(total, list(sizes)), parts, strict=True):
-        if part is not None:
-            target.view_as(part).add_(part, alpha=factor)
+def add_in_shape(total: Tensor, tensors: Sequence[Tensor | None], sizes: Sequence[int], factor: float = 1.0) -> None:
+    """Add a multiple of a vector in the shapes of parameters of some sizes to a flat vector, shape (n,), in place."""
+    for target, tensor in zip(torch.split(total, list(sizes)), tensors, strict=True):
+        if tensor is not None:
+            target.view_as(tensor).add_(tensor, alpha=factor)

@@ -17,19 +17,17 @@ SETTLED = 0.1
 class Comparison:
     """A claimed value, and estimates of it at descending steps.
 
+    Args:
+        claim: A number or a vector.
+        tolerance: Largest relative distance at which claim and estimate agree.
+        size: Absolute value of a number, or norm of a vector.
+        scale: Unit of relative distances; default: the larger size of claim and estimate.
+
     Attributes:
-        gap: Smallest distance of an estimate from the claim so far, relative to their size.
+        gap: Smallest relative distance of an estimate from the claim so far.
     """
 
     def __init__(self, claim: Any, tolerance: float, size: Callable[[Any], float], scale: float | None = None) -> None:
-        """Take a claimed value.
-
-        Args:
-            claim: A number or a vector.
-            tolerance: Largest relative distance at which they agree.
-            size: Absolute value of a number, or norm of a vector.
-            scale: Unit of relative distances; default: the larger size of claim and estimate.
-        """
         self.gap = math.inf
         self._claim, self._tolerance, self._size, self._scale = claim, tolerance, size, scale
         self._estimates: list[tuple[float, float]] = []  # gap and change, at steps where rounding is small enough
@@ -54,10 +52,9 @@ class Comparison:
 
     @property
     def outcome(self) -> Outcome:
-        """Outcome of the comparison.
+        """Whether the claim agrees with an estimate, or is far from the last two, which lie close together.
 
-        The claim agrees if an estimate is within the tolerance. It differs if the last two estimates lie close together
-        and far from it. Otherwise kinks or rounding hide the answer.
+        Otherwise kinks or rounding hide the answer.
         """
         if self._agrees:
             return "agrees"

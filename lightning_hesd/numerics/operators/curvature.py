@@ -69,19 +69,11 @@ class CurvatureMatrix(ABC):
 
     @abstractmethod
     def make_matvec(self, batch: WeightedBatch, *, retain: bool) -> tuple[Tensor, Matvec]:
-        """Return the loss of a batch, a scalar without graph, and the product v -> Hv with its matrix.
+        """Return the loss of a batch, a scalar without graph, and v -> Hv, for one product unless `retain` is set."""
 
-        Args:
-            batch: The batch.
-            retain: Whether the graph is kept, for more than one product.
-        """
-
-    @abstractmethod
     def function(self, batch: WeightedBatch) -> Callable[[], Tensor]:
-        """Return the scalar function of the parameters that has the matrix as its Hessian at their present values.
-
-        For a matrix that is no Hessian, return the loss.
-        """
+        """Return the scalar function of the parameters that has the matrix as its Hessian: the loss, by default."""
+        return lambda: self.loss(batch)
 
 
 class HessianMatrix(CurvatureMatrix):
@@ -92,10 +84,6 @@ class HessianMatrix(CurvatureMatrix):
         with kept_activations():
             loss = self.loss(batch)
         return loss.detach(), _hessian_matvec(loss, self, retain=retain)
-
-    @override
-    def function(self, batch: WeightedBatch) -> Callable[[], Tensor]:
-        return lambda: self.loss(batch)
 
 
 @dataclass(frozen=True)
@@ -195,10 +183,6 @@ class GaussNewtonMatrix(OutputMatrix):
             return result
 
         return outputs.loss.detach(), matvec
-
-    @override
-    def function(self, batch: WeightedBatch) -> Callable[[], Tensor]:
-        return lambda: self.loss(batch)
 
 
 class ResidualMatrix(OutputMatrix):

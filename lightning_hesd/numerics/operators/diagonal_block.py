@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_hesd.numerics.krylov.vectors import in_shape, norm_of
-from lightning_hesd.numerics.operators.groups import explain_non_finite, group_products
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
-    from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.operators.risk_operator import RiskOperator
 
 
@@ -33,13 +31,7 @@ class DiagonalBlock:
     """
 
     def __init__(self, risk: RiskOperator, block: slice = slice(None), scale: Tensor | None = None) -> None:
-        """Take a block.
-
-        Args:
-            risk: The risk operator.
-            block: A range of its parameters, one of the blocks of its curvature matrix.
-            scale: Diagonal of S, shape (n,): products are with S H S.
-        """
+        """Take a block of the curvature matrix, and the diagonal of S, shape (n,), for products with S H S."""
         everything = risk.matrix.parameters
         self.risk = risk
         self.block = block
@@ -75,24 +67,6 @@ class DiagonalBlock:
         [product] = block_products([self], [vector])
         return product
 
-    def group_products(self, vectors: Tensor, parts: int) -> Iterator[tuple[WeightedBatch, int, Tensor]]:
-        """Yield the products of groups of samples: each batch of this rank is cut into at most `parts` groups.
-
-        Args:
-            vectors: The vectors, shape (count, n).
-            parts: Groups per batch.
-
-        Yields:
-            The group, its position among those of its batch, and its products with the vectors, shape (count, n).
-        """
-        for group, position, products in group_products(self.risk, [self.expand(v) for v in vectors], parts):
-            yield group, position, self.restrict(products)
-        self.matvecs += len(vectors)
-
-    def explain_non_finite(self, vector: Tensor | None) -> Exception:
-        """Return the error for a NaN or infinite product with `vector`; it names the batch."""
-        return explain_non_finite(self.risk, None if vector is None else self.expand(vector))
-
     def scaled(self, vector: Tensor) -> Tensor:
         """Return Sv, or v itself without a preconditioner."""
         return vector if self._scale is None else vector * self._scale
@@ -107,12 +81,7 @@ class DiagonalBlock:
 
 
 def block_products(blocks: Sequence[DiagonalBlock], vectors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the product of each block with its vector, from one pass over the samples.
-
-    Args:
-        blocks: Different blocks of one risk operator.
-        vectors: A vector for each, shape (n,).
-    """
+    """Return the product of each of a risk operator's blocks with its vector, shape (n,), in one pass over samples."""
     for block in blocks:
         block.matvecs += 1
     product = blocks[0].risk.product(_expand(blocks, vectors))
@@ -129,8 +98,7 @@ def _expand(blocks: Sequence[DiagonalBlock], vectors: Sequence[Tensor]) -> list[
 def choose_difference_step(blocks: Sequence[DiagonalBlock]) -> None:
     """Choose the step of central differences, if they are in use, and set the error of products.
 
-    Args:
-        blocks: All blocks of a risk operator, in the coordinates in which the error counts.
+    Takes all blocks of a risk operator, in the coordinates in which the error counts.
     """
     risk = blocks[0].risk
     if risk.differences is None:

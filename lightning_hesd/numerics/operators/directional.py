@@ -72,8 +72,8 @@ class Line:
 
     def flat(self, vector: Vector) -> Tensor:
         """Return a vector in the shapes of the parameters as a flat one, shape (n,)."""
-        parts = [torch.zeros_like(p) if v is None else v for v, p in zip(vector, self._parameters, strict=True)]
-        return torch.cat([part.detach().to_dense().flatten() for part in parts]).to(self._dtype)
+        tensors = [torch.zeros_like(p) if v is None else v for v, p in zip(vector, self._parameters, strict=True)]
+        return torch.cat([tensor.detach().to_dense().flatten() for tensor in tensors]).to(self._dtype)
 
     def norm(self, vector: Tensor) -> float:
         """Return the norm of a flat vector."""

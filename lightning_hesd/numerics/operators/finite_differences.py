@@ -68,9 +68,9 @@ class FiniteDifferences:
         pairs = zip(self.parameters[block], self._originals[block], vector, strict=True)
         try:
             self._put_back(self._written())
-            for p, original, part in pairs:
-                if part is not None:
-                    torch.add(original, part, alpha=distance, out=p.data)
+            for p, original, direction in pairs:
+                if direction is not None:
+                    torch.add(original, direction, alpha=distance, out=p.data)
             yield
         finally:
             self._put_back([*range(len(self.parameters))[block], *self._written()])
@@ -91,14 +91,14 @@ class FiniteDifferences:
         if not length:
             return [None] * len(vector)
         with self.displaced(vector, self.step / length, block):
-            ahead = self.gradient(function, block)
+            ahead = gradient(function(), self.parameters[block])
         with self.displaced(vector, -self.step / length, block):
-            behind = self.gradient(function, block)
+            behind = gradient(function(), self.parameters[block])
         return [a.sub_(b).div_(2 * self.step / length) for a, b in zip(ahead, behind, strict=True)]
 
-    def _length(self, parts: Sequence[Tensor]) -> float:
+    def _length(self, tensors: Sequence[Tensor]) -> float:
         """Return the norm of a vector, given this rank's tensors of it; the device is read once."""
-        norms = torch.stack([norm_of(part) for part in parts]).tolist() if parts else []
+        norms = torch.stack([norm_of(tensor) for tensor in tensors]).tolist() if tensors else []
         return math.sqrt(self.space.total(math.fsum(norm**2 for norm in norms)))
 
     def choose_step(self, matvec: Callable[[Tensor], Tensor], vector: Tensor, known: float | None = None) -> float:
@@ -139,10 +139,6 @@ class FiniteDifferences:
             previous = product
         gap, self.step = best
         return ERROR_MARGIN * gap
-
-    def gradient(self, function: Callable[[], Tensor], block: slice = EVERYTHING) -> list[Tensor]:
-        """Return the gradient of a function at the present values, with respect to the parameters of a block."""
-        return gradient(function(), self.parameters[block])
 
     def _written(self) -> list[int]:
         """Return the positions of parameters that the function itself has changed."""

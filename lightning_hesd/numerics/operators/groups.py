@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from lightning_hesd.numerics.collectives import AnotherRankFailedError
 from lightning_hesd.numerics.inputs.cuts import UnsplittableBatchError
-from lightning_hesd.numerics.inputs.groups import check_groups
 from lightning_hesd.numerics.krylov.vectors import add_in_shape
 from lightning_hesd.numerics.operators.memory import is_out_of_memory
 from lightning_hesd.numerics.operators.strategies import graph
@@ -21,68 +22,97 @@ if TYPE_CHECKING:
 
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.operators.curvature import Vector
+    from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock
     from lightning_hesd.numerics.operators.risk_operator import RiskOperator
+
+SHARE_OF_SCATTER = 0.1
+"""Largest difference between the mean loss of the groups and the loss of their batch, in standard errors."""
 
 
 def group_products(
-    risk: RiskOperator, vectors: Sequence[Vector], parts: int
+    block: DiagonalBlock, vectors: Tensor, max_groups: int
 ) -> Iterator[tuple[WeightedBatch, int, Tensor]]:
-    """Yield the products of groups of samples: each batch of this rank is cut into at most `parts` groups.
+    """Yield the products of groups of samples; the risk operator's `uncut_reason` says why a batch was not cut.
 
     Args:
-        risk: The risk operator; its `uncut_reason` says why a batch could not be cut.
-        vectors: Vectors in the shapes of the parameters.
-        parts: Groups per batch.
+        block: The diagonal block.
+        vectors: The vectors, shape (count, n).
+        max_groups: Largest number of groups into which each batch of this rank is cut.
 
     Yields:
-        The group, its position among those of its batch, and its products, shape (vectors, n).
+        The group, its position among those of its batch, and its products with the vectors, shape (count, n).
     """
+    risk = block.risk
+    expanded = [block.expand(vector) for vector in vectors]
     for batch, loss, whole in zip(risk.batches, risk.losses, risk.matvecs, strict=True):
-        groups = _groups(risk, batch, loss, parts)
+        groups = _groups(risk, batch, loss, max_groups)
         for position, group in enumerate(groups):
             matvec = whole
             if len(groups) > 1:
                 _, matvec = graph(risk.matrix, group) if risk.is_exact else risk.make_matvec(group)
-            result = torch.zeros(len(vectors), risk.size, dtype=risk.dtype, device=risk.device)
-            for row, vector in zip(result, vectors, strict=True):
+            products = torch.zeros(len(vectors), risk.size, dtype=risk.dtype, device=risk.device)
+            for row, vector in zip(products, expanded, strict=True):
                 add_in_shape(row, matvec(vector), [p.numel() for p in risk.matrix.parameters])
-            yield group, position, result
+            yield group, position, block.restrict(products)
+    block.matvecs += len(vectors)
 
 
-def _groups(risk: RiskOperator, batch: WeightedBatch, loss: float, parts: int) -> Sequence[WeightedBatch]:
+def _groups(risk: RiskOperator, batch: WeightedBatch, loss: float, max_groups: int) -> Sequence[WeightedBatch]:
     """Return the groups of samples of a batch whose loss is known; the batch itself where it cannot be cut."""
-    if parts == 1:
+    if max_groups == 1:
         return [batch]
     try:
-        groups = batch.split(parts)
+        groups = batch.split(max_groups)
         if len(groups) > 1:
-            check_groups(groups, [risk.matrix.loss(group) for group in groups], loss)
+            _check_groups(groups, [risk.matrix.loss(group) for group in groups], loss)
     except UnsplittableBatchError as error:
         risk.uncut_reason = str(error)
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        risk.uncut_reason = f"a part of {batch.label} has no loss ({type(error).__name__}: {one_line(error)})"
+        risk.uncut_reason = f"a group of {batch.label} has no loss ({type(error).__name__}: {one_line(error)})"
     else:
         return groups
     return [batch]
 
 
-def explain_non_finite(risk: RiskOperator, vector: Vector | None) -> Exception:
-    """Return the error for a NaN or infinite product with a vector in the shapes of the parameters.
+def _check_groups(groups: Sequence[WeightedBatch], losses: Sequence[Tensor], whole: float) -> None:
+    """Check that the mean loss of two or more groups of samples is the loss of their whole batch.
 
-    Args:
-        risk: The risk operator.
-        vector: The vector, finite; None if it was not kept.
+    Raises:
+        UnsplittableBatchError: If it is not, or all groups have the same loss.
     """
+    values = np.array([loss.item() for loss in losses])
+    weights = np.array([group.weight for group in groups])
+    rounding = 64 * torch.finfo(losses[0].dtype).eps * float(np.abs(values).max())
+    scatter = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    if abs(np.average(values, weights=weights) - whole) > SHARE_OF_SCATTER * scatter + rounding:
+        msg = (
+            f"the losses of groups of samples have the mean {np.average(values, weights=weights):.6g}, that of the "
+            f"whole {groups[0].label} is {whole:.6g}: the loss is not a mean over samples (it may use statistics of "
+            "the batch)"
+        )
+        raise UnsplittableBatchError(msg)
+    if (values == values[0]).all():
+        msg = (
+            f"the loss of {groups[0].label} is the same for all of its groups of samples: it does not depend on the "
+            "values that were cut"
+        )
+        raise UnsplittableBatchError(msg)
+
+
+def explain_non_finite(block: DiagonalBlock, vector: Tensor | None) -> Exception:
+    """Return the error for a NaN or infinite product with a vector, shape (n,): finite, or None if it was not kept."""
+    risk = block.risk
     if vector is None:
         msg = "a Hessian-vector product is NaN or infinite; which batch it comes from was not kept."
         return risk.failure or ArithmeticError(msg)
-    total = risk.product(vector)  # before any rank returns: all ranks take part in it
+    expanded = block.expand(vector)
+    total = risk.product(expanded)  # before any rank returns: all ranks take part in it
     if risk.failure is not None:
         return risk.failure
     for batch, matvec in zip(risk.batches, risk.matvecs, strict=True):
-        if not _is_finite(risk, matvec(vector)):
+        if not _is_finite(risk, matvec(expanded)):
             msg = (
                 f"the Hessian-vector product of {batch.label} is NaN or infinite, though its loss is finite; look "
                 "for operations with undefined second derivatives (a square root or norm at zero, for example)."
@@ -95,5 +125,5 @@ def explain_non_finite(risk: RiskOperator, vector: Vector | None) -> Exception:
 
 
 def _is_finite(risk: RiskOperator, vector: Vector) -> bool:
-    infinite = any(part is not None and not part.isfinite().all() for part in vector)
+    infinite = any(v is not None and not v.isfinite().all() for v in vector)
     return not risk.sharding.collectives.any(infinite)

@@ -31,27 +31,21 @@ UNKNOWN_FREE_MEMORY = 4 * 2**30
 """Assumed free memory where the system does not report it, in bytes."""
 
 
-def default_budget(device: torch.device, processes: int = 1) -> int:
-    """Return the bytes an analysis may take: half of what is free on the device.
+def default_budget(device: torch.device, local_ranks: int = 1) -> int:
+    """Return the bytes an analysis may take: half of what is free on the device of the parameters.
 
-    Args:
-        device: Device of the parameters.
-        processes: Number of ranks that share the computer's memory; accelerators that report memory have their own.
+    `local_ranks` ranks share the computer's memory; accelerators that report memory have their own.
     """
     module: Any = getattr(torch, device.type, None)
     if hasattr(module, "mem_get_info"):
         free, _ = module.mem_get_info(device)
         cached = module.memory_reserved(device) - module.memory_allocated(device)
         return int(SHARE_OF_FREE_MEMORY * (free + cached))
-    return int(SHARE_OF_FREE_MEMORY * free_system_memory() / processes)
+    return int(SHARE_OF_FREE_MEMORY * free_system_memory() / local_ranks)
 
 
 def free_system_memory(root: Path = Path("/")) -> int:
-    """Return the free bytes of the computer's memory: the smaller of the system's and the container's numbers.
-
-    Args:
-        root: Folder of /proc and /sys.
-    """
+    """Return the free bytes of the computer's memory, the smaller of the system's and the container's numbers."""
     free = [UNKNOWN_FREE_MEMORY]
     try:
         lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -103,7 +97,7 @@ def plan_memory(
     basis: Literal["auto"] | Basis,
     device: torch.device,
     budget: int | None = None,
-    processes: int = 1,
+    local_ranks: int = 1,
     more_vectors: int = 0,
 ) -> MemoryPlan:
     """Divide the budget: first the vectors, then the basis if it takes no more than half of the rest, then graphs.
@@ -115,14 +109,14 @@ def plan_memory(
         basis: Place of the basis, or "auto": on the device if it fits, else in the computer's memory, else nowhere.
         device: Device of the parameters.
         budget: Bytes; default: `default_budget`.
-        processes: Number of ranks that share the computer's memory.
+        local_ranks: Number of ranks that share the computer's memory.
         more_vectors: Number of additional vectors.
 
     Raises:
         ValueError: If the vectors alone exceed the budget.
     """
     fixed = sum(size_in_memory(local_shard(t)) for t in tensors) + (VECTORS + more_vectors) * vector_bytes
-    limit = default_budget(device, processes) if budget is None else budget
+    limit = default_budget(device, local_ranks) if budget is None else budget
     if budget is not None and fixed > budget:
         msg = f"`memory_budget` must be at least {fixed} bytes for the vectors of this module, got {budget}."
         raise ValueError(msg)
@@ -132,7 +126,7 @@ def plan_memory(
         place = basis
     elif needed <= (limit - fixed) / 2:
         place = "device"
-    elif device.type != "cpu" and needed <= default_budget(torch.device("cpu"), processes):
+    elif device.type != "cpu" and needed <= default_budget(torch.device("cpu"), local_ranks):
         place = "cpu"
     else:
         place = "none"
@@ -165,9 +159,8 @@ class MemoryMeter:
     def __enter__(self) -> Self:
         if self._device.type not in {"cpu", "cuda"}:
             return self  # other allocators report nothing, or warn
-        with contextlib.suppress(
-            AttributeError, RuntimeError, TypeError
-        ):  # another one is running, or this one is gone
+        # Another profiler may be running, or this version of PyTorch lack this one.
+        with contextlib.suppress(AttributeError, RuntimeError, TypeError):
             extra = torch._C._profiler._ExperimentalConfig()  # noqa: SLF001
             # Memory only: neither shapes, stacks, FLOPs nor modules.
             config = _autograd.ProfilerConfig(_autograd.ProfilerState.CPU, False, True, False, False, False, extra)

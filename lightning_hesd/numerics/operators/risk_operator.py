@@ -16,7 +16,7 @@ import torch
 from lightning_hesd.numerics.collectives import LOCAL, Collectives
 from lightning_hesd.numerics.inputs.batches import SkippedBatchError
 from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
-from lightning_hesd.numerics.krylov.vectors import add_in_shape, in_shape
+from lightning_hesd.numerics.krylov.vectors import add_in_shape
 from lightning_hesd.numerics.operators.curvature import gradient
 from lightning_hesd.numerics.operators.finite_differences import FiniteDifferences
 from lightning_hesd.numerics.operators.strategies import (
@@ -65,7 +65,7 @@ class RiskOperator:
         strategy: HVP strategy in use, for the `strategy_reason`; "graph" if the graph of any batch is kept.
         graph_bytes: Bytes of the kept graphs and of a product; None unless "auto" measured them.
         differences: Central differences; None: products are exact.
-        cache: What earlier analyses of the same loss have measured.
+        cache: What earlier analyses of the same loss have measured; brought up to date.
         product_error: Norm of the error of a product with a unit vector, beyond rounding: of central differences.
         epsilon: Machine epsilon of the coarsest floating-point type in the graphs of the loss, on any rank.
         failure: Error of this rank; None if it did not fail.
@@ -87,15 +87,8 @@ class RiskOperator:
     ) -> None:
         """Evaluate the loss of every batch and make the products.
 
-        Args:
-            matrix: The curvature matrix of a batch.
-            batches: This rank's share of the batches; may be empty if other ranks have some.
-            strategy: HVP strategy.
-            dtype: Floating-point type of the products.
-            collectives: Communication between the ranks that the batches are divided among.
-            graph_memory: Bytes for graphs with "auto", temporary ones included.
-            cache: What earlier analyses of the same loss have measured; brought up to date.
-            sharding: How the parameters are distributed over ranks; default: every rank holds all of them.
+        `batches` may be empty if other ranks have some. `graph_memory` is in bytes, for graphs with "auto", temporary
+        ones included. The other arguments are attributes.
 
         Raises:
             ValueError: If no rank has a batch, or the matrix is not defined for these functions.
@@ -264,12 +257,8 @@ class RiskOperator:
         self.matrix.facts.add([loss])
         return loss.detach(), self.differences.make_matvec(self.matrix.function(batch))
 
-    def matvec(self, vector: Tensor) -> Tensor:
-        """Return Hv, shape (n,), summed over batches and ranks; v has shape (n,)."""
-        return self.product(in_shape(vector, self.matrix.parameters))
-
     def product(self, vector: Vector) -> Tensor:
-        """Return Hv, shape (n,), of a vector in the shapes of the parameters; None stands for zero."""
+        """Return Hv, shape (n,), summed over batches and ranks, of a vector in the shapes of the parameters."""
         started = time.perf_counter()
         result = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         try:

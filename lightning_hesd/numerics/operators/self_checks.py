@@ -30,15 +30,10 @@ SHARDED_PART = Verification(
 
 
 def check_derivatives(risk: RiskOperator, in_finest: InFinest | None) -> None:
-    """Compare the loss with its derivatives, and enter the result into the cache.
+    """Compare the loss with its derivatives by `verify`, and enter the result into the cache.
 
     Where only the products by differentiating twice are wrong, central differences take their place, if the strategy is
     "auto".
-
-    Args:
-        risk: The risk operator.
-        in_finest: Makes a context in which module and batches are in the finest precision of the device; None: there is
-            none.
 
     Raises:
         WrongDerivativeError: If there are no right products.
@@ -58,11 +53,7 @@ def check_derivatives(risk: RiskOperator, in_finest: InFinest | None) -> None:
 
 
 def refute(risk: RiskOperator, words: str) -> None:
-    """Take central differences from now on, because exact products are not those of a symmetric matrix.
-
-    Args:
-        risk: The risk operator.
-        words: What was found.
+    """Take central differences from now on, because exact products are not those of a symmetric matrix: see `words`.
 
     Raises:
         WrongDerivativeError: If the strategy is not "auto", or differences do not give the matrix.

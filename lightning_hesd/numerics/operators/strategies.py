@@ -1,11 +1,8 @@
 """HVP strategies: functions from a curvature matrix and a batch to the loss and the product v -> Hv.
 
-- "graph" keeps the gradient's graph: a product costs about two gradients, and the graph its memory.
-- "recompute" builds that graph anew in every product: one more gradient each, and memory for one graph at a time.
-- "finite_difference" takes central differences of the gradient, see `finite_differences`.
-
-With "auto", graphs of as many batches as fit into the memory are kept, and the products of the others are recomputed.
-There is nothing to time: a recomputed product is one from a kept graph, and the gradient that builds the graph on top.
+A product from a kept graph costs about two gradients. A recomputed product takes one more, which builds the graph, and
+memory for one graph at a time. So there is nothing to time: "auto" keeps the graphs of as many batches as fit into the
+memory, and recomputes the products of the others. Central differences of the gradient are in `finite_differences`.
 """
 
 from __future__ import annotations
@@ -96,12 +93,8 @@ def measured_graph(
 ) -> tuple[Tensor, Matvec]:
     """Apply the strategy "graph", multiply once, and enter the memory into the cache; some losses fail only there.
 
-    Args:
-        matrix: The curvature matrix.
-        batch: The batch.
-        cache: Its `graph_bytes` stay None where they cannot be measured.
-        largest: Returns the largest of the values of the ranks that evaluate the batch together, so that they keep the
-            same graphs.
+    The cache's `graph_bytes` stay None where they cannot be measured. `largest` returns the largest of the values of
+    the ranks that evaluate the batch together, so that they keep the same graphs.
 
     Raises:
         NoExactProductError: If there is no product, though there is a gradient.
@@ -126,9 +119,7 @@ def _metered(matrix: CurvatureMatrix, batch: WeightedBatch) -> tuple[tuple[Tenso
     """Apply the strategy "graph", multiply once, and measure the memory.
 
     Returns:
-        made: The loss and the product.
-        held: Bytes of the graph; None if they could not be measured.
-        peak: Largest number of bytes in use.
+        The loss and the product; the bytes of the graph, None if they could not be measured; most bytes in use.
 
     Raises:
         RuntimeError: If there is no product, or memory runs out.
@@ -166,12 +157,7 @@ class GraphPlan:
 
 
 def plan_graphs(num_samples: Sequence[float], cache: AnalysisCache, memory: float) -> GraphPlan:
-    """Decide which graphs are kept.
-
-    Args:
-        num_samples: Number of samples of each batch.
-        cache: Measured memory of graphs and products.
-        memory: Bytes for graphs, temporary ones included.
+    """Decide which graphs are kept, given the samples of each batch and the bytes for graphs, temporary ones included.
 
     Raises:
         NoExactProductError: If there is not even memory for the graph of one batch.

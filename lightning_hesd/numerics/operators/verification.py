@@ -52,7 +52,7 @@ ROUNDING_UNITS = 30.0
 FEW = 4
 """Number of samples in the first comparison."""
 
-SLOPE_SHARE = 0.01
+SHARE_OF_RANDOM = 0.01
 """gᵀv must be right to this share of its size for a random v, so that no part of the gradient is missing."""
 
 
@@ -71,11 +71,7 @@ class Verification:
     words: str
 
     def verdict(self, *, exact: bool) -> Verdict:
-        """Return whether products are right: "yes", "no" or "unknown".
-
-        Args:
-            exact: Whether products come from differentiating twice, not from differences of the gradient.
-        """
+        """Return whether products are right: `exact` ones, or differences of the gradient."""
         outcomes = {self.gradient, self.products} if exact else {self.gradient}
         if "differs" in outcomes:
             return "no"
@@ -101,7 +97,7 @@ class Findings:
     Attributes:
         gradient: Outcome for the gradient.
         products: Outcome for the products.
-        slopes: gᵀv, and the difference quotient of the loss that is closest to it.
+        directional: The directional derivative gᵀv, and the difference quotient of the loss that is closest to it.
         product_gap: Smallest relative difference between Hv and differences of the gradient.
         is_continuous: Whether shorter steps change the loss less.
         blur: Largest relative difference of numbers that count as equal.
@@ -111,7 +107,7 @@ class Findings:
 
     gradient: Outcome
     products: Outcome
-    slopes: tuple[float, float]
+    directional: tuple[float, float]
     product_gap: float
     is_continuous: bool
     blur: float
@@ -119,9 +115,9 @@ class Findings:
     facts: GraphFacts
 
     @property
-    def slope_gap(self) -> float:
-        """Difference of the slopes, relative to the larger one."""
-        claimed, found = self.slopes
+    def gradient_gap(self) -> float:
+        """Difference of gᵀv and the difference quotient, relative to the larger one."""
+        claimed, found = self.directional
         return abs(claimed - found) / max(abs(claimed), abs(found), math.ulp(0.0))
 
 
@@ -176,7 +172,7 @@ def verify(
     if not found:
         return Verification("undecided", "undecided", f"the comparison with differences failed ({problem})")
     fine, coarse = found[-2:][0], found[-1]
-    of_gradient = _joint(fine.gradient, coarse.gradient, hidden=fine.slope_gap <= coarse.blur)
+    of_gradient = _joint(fine.gradient, coarse.gradient, hidden=fine.gradient_gap <= coarse.blur)
     of_products = _joint(fine.products, coarse.products, hidden=fine.product_gap <= coarse.blur)
     told = coarse if of_gradient == of_products == "agrees" else fine
     return Verification(of_gradient, of_products, _words(told, of_gradient, of_products, exact=exact))
@@ -190,12 +186,8 @@ def _joint(fine: Outcome, coarse: Outcome, *, hidden: bool) -> Outcome:
     """Join the outcomes in the finest precision and in that of the module.
 
     Operations may compute in a coarser precision than their dtypes show: then derivatives differ in the finest
-    precision, and agree in that of the module. That agreement means nothing if the difference is too small to show.
-
-    Args:
-        fine: Outcome in the finest precision.
-        coarse: Outcome in the precision of the module.
-        hidden: Whether the difference in the finest precision counts as agreement in that of the module.
+    precision, and agree in that of the module. That agreement means nothing if the difference is too small to show
+    there (`hidden`).
     """
     if fine == "differs":
         return "undecided" if coarse == "agrees" and not hidden else "differs"
@@ -216,12 +208,12 @@ def _findings(matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace,
     claimed_bend = None if product is None else line.along(product)
     outputs = OutputLine(matrix, batch, line) if isinstance(matrix, GaussNewtonMatrix) else None
     curves = Comparison(product, tolerance, line.norm) if outputs is None else Comparison(claimed_bend, tolerance, abs)
-    slopes = [
-        Comparison(claimed, SLOPE_SHARE, abs, scale=length / math.sqrt(space.dimension)),
+    directional = [
+        Comparison(claimed, SHARE_OF_RANDOM, abs, scale=length / math.sqrt(space.dimension)),
         Comparison(claimed, tolerance, abs),
     ]
     bends: Comparison | None = None
-    rises: list[float] = []
+    quotients: list[float] = []
     changes: list[float] = []
     of_products: Outcome = "agrees"
     of_gradient: Outcome = "undecided"
@@ -236,36 +228,33 @@ def _findings(matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace,
         elif product is not None:
             curves.add(curve, rounding * length)
         of_products = "agrees" if product is None else curves.outcome
-        rises.append((ahead - behind) / (2 * step))
+        quotients.append((ahead - behind) / (2 * step))
         changes.append(max(abs(ahead - line.loss), abs(behind - line.loss)))
-        for comparison in slopes:
-            comparison.add(rises[-1], rounding * abs(line.loss))
+        for comparison in directional:
+            comparison.add(quotients[-1], rounding * abs(line.loss))
         is_claimed = claimed_bend is not None and outputs is None
         bends = bends or Comparison(claimed_bend if is_claimed else line.along(curve), tolerance, abs)
         bends.add((ahead - 2 * line.loss + behind) / step**2, 4 * rounding * abs(line.loss) / step)
-        of_gradient = _first_told(slopes)
+        of_gradient = _first_told(directional)
         if of_gradient == of_products == "agrees":
             break
-    if bends is not None and not facts.is_kinked and all(comparison.is_hidden for comparison in slopes):
+    if bends is not None and not facts.is_kinked and all(comparison.is_hidden for comparison in directional):
         of_gradient = bends.outcome
-    is_fine = epsilon <= torch.finfo(torch.float64).eps
+    is_fine, device = epsilon <= torch.finfo(torch.float64).eps, matrix.parameters[0].device
+    is_finest = epsilon <= torch.finfo(finest_dtype(device)).eps
+    precision = f"a precision of {epsilon:.1g}" + (f", the finest on {device.type}" if is_finest else "")
     if of_products == "differs" and facts.is_kinked and not is_fine:
         of_products = "undecided"  # no step is short enough: the many kinks on its way look like a curvature
     return Findings(
         of_gradient,
         of_products,
-        (claimed, min(rises, key=lambda rise: abs(rise - claimed))),
+        (claimed, min(quotients, key=lambda quotient: abs(quotient - claimed))),
         curves.gap,
         changes[-1] <= max(SETTLED * changes[0], ROUNDING_UNITS * epsilon * abs(line.loss)) or len(changes) == 1,
         2 * tolerance,  # the tolerance itself, and as much rounding
-        "float64" if is_fine else f"a precision of {epsilon:.1g}{_excuse(epsilon, matrix.parameters[0].device)}",
+        "float64" if is_fine else precision,
         facts,
     )
-
-
-def _excuse(epsilon: float, device: torch.device) -> str:
-    """Return words that say that there is no finer precision, if so."""
-    return f", the finest on {device.type}" if epsilon <= torch.finfo(finest_dtype(device)).eps else ""
 
 
 def _first_told(comparisons: Sequence[Comparison]) -> Outcome:
@@ -278,11 +267,11 @@ def _words(found: Findings, of_gradient: Outcome, of_products: Outcome, *, exact
     if of_gradient == "differs":
         return (
             "the gradient that autograd computes is not the derivative of the loss: its slope in a test direction is "
-            "{:.6g}, that of the loss {:.6g} ".format(*found.slopes)
-            + f"({found.precision}). The loss hides a part of "
-            f"itself (`detach`, `no_grad`, `.item()`, NumPy), or the backward pass of a custom function{custom}, of a "
-            "hook or of an embedding with `scale_grad_by_freq` is not the derivative of the forward pass "
-            "(straight-through estimators, gradient reversal)"
+            "{:.6g}, that of the loss {:.6g} ".format(*found.directional)
+            + f"({found.precision}). The loss "
+            "hides a part of itself (`detach`, `no_grad`, `.item()`, NumPy), or the backward pass of a custom "
+            f"function{custom}, of a hook or of an embedding with `scale_grad_by_freq` is not the derivative of the "
+            "forward pass (straight-through estimators, gradient reversal)"
         )
     if of_products == "differs":
         culprit = f"a custom function{custom}" if custom else "an operation of PyTorch"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import contextlib
 from typing import TYPE_CHECKING, Any
 
+from lightning_hesd.numerics.derivatives.patches import patched
 from lightning_hesd.training.checkpoints.weights import Changes
-from lightning_hesd.training.compat.collectives import collectives_of
-from lightning_hesd.training.compat.saving import edited_checkpoints
+from lightning_hesd.training.compat.strategies import collectives_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import lightning.pytorch as pl
 
@@ -68,13 +68,7 @@ class AnalyzedSaving:
         return Changes(self._changes.names or ("on another rank",), self._changes.restructured, lost)
 
     def save(self, trainer: pl.Trainer, mark: str, write: Callable[[], None]) -> None:
-        """Write a checkpoint that has the analyzed weights and a mark.
-
-        Args:
-            trainer: The Trainer.
-            mark: The mark.
-            write: Makes the Trainer write a checkpoint.
-        """
+        """Let `write`, which makes the Trainer write a checkpoint, write one with the analyzed weights and a mark."""
         weights, restructured = self._weights, self._changes.restructured
 
         def edit(checkpoint: dict[str, Any]) -> None:
@@ -86,8 +80,8 @@ class AnalyzedSaving:
 
         swap = weights is not None and bool(self._changes.names) and not restructured
         with (
-            edited_checkpoints(trainer, edit),
-            weights.put_back(trainer.lightning_module) if weights and swap else nullcontext(),
+            _edited_checkpoints(trainer, edit),
+            weights.put_back(trainer.lightning_module) if weights and swap else contextlib.nullcontext(),
         ):
             write()
 
@@ -105,3 +99,16 @@ class AnalyzedSaving:
             key="replaced",
             harmless=True,
         )
+
+
+@contextlib.contextmanager
+def _edited_checkpoints(trainer: pl.Trainer, edit: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Let a function change the content of checkpoints in a block, after all hooks."""
+    save = trainer.strategy.save_checkpoint
+
+    def edited(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        edit(checkpoint)
+        save(checkpoint, *args, **kwargs)
+
+    with patched(trainer.strategy, "save_checkpoint", edited):
+        yield

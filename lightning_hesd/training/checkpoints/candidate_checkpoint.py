@@ -10,14 +10,15 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_hesd.spectra.selection import Candidate
-from lightning_hesd.spectra.validation import one_line
+from lightning_hesd.spectra.validation import first_invalid_field, one_line
 from lightning_hesd.training.callback_copies import CopiedCallback
 from lightning_hesd.training.checkpoints.analyzed_saving import AnalyzedSaving
 from lightning_hesd.training.checkpoints.exclusive_checkpoint import ExclusiveCheckpoint
-from lightning_hesd.training.checkpoints.ranking import completed, invalid_field
-from lightning_hesd.training.compat.collectives import saving_together
+from lightning_hesd.training.checkpoints.paths import is_written_as
+from lightning_hesd.training.checkpoints.ranking import STATE
 from lightning_hesd.training.compat.messages import inform, warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
+from lightning_hesd.training.compat.strategies import saving_together
 from lightning_hesd.training.error_policy import ErrorPolicy
 from lightning_hesd.training.source import only_source, sources_of
 
@@ -44,12 +45,7 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
     _final_path = ""
 
     def __init__(self, ranking: Ranking, **kwargs: Any) -> None:
-        """Begin without candidates.
-
-        Args:
-            ranking: Decides which states are candidates.
-            **kwargs: Arguments of ModelCheckpoint.
-        """
+        """Begin without candidates; `kwargs` are arguments of ModelCheckpoint."""
         self._ranking = ranking  # which `best_model_path` needs
         super().__init__(**kwargs)
         self.errors = ErrorPolicy()
@@ -87,10 +83,6 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
     def best_model_path(self, path: str) -> None:
         """Ignore what Lightning assigns: after ddp_spawn it is the path of the Trainer's first checkpoint callback."""
 
-    def attach(self, source: SpectrumSource) -> None:
-        """Rank the records of `source` from now on."""
-        self.source = source
-
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find the folder to write to, and the callback whose records to rank.
 
@@ -120,8 +112,9 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         self._analyzed.keep(weights)
 
     def forget_missing_files(self, trainer: pl.Trainer) -> None:
-        """Drop the candidates of a resumed run whose files are gone."""
-        if gone := self.gone(trainer, self.candidates):
+        """Drop the candidates of a resumed run whose files are gone or overwritten, the same on every rank."""
+        gone = [c.path for c in self.candidates if not is_written_as(c.path, c.mark)] if trainer.is_global_zero else []
+        if gone := trainer.strategy.broadcast(gone):
             self._update([c for c in self.candidates if c.path not in gone], self._ranking.best_score)
             warn(
                 "checkpoints of earlier candidates are gone, cannot be reached or were overwritten, and cannot be "
@@ -133,14 +126,7 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
     ) -> Candidate | None:
         """Rank the present weights: write their file if they become a candidate, and delete those of beaten ones.
 
-        Args:
-            trainer: The Trainer.
-            record: Their record, with a spectrum.
-            score: Their training metric; higher is better.
-            criterion: Their criterion; higher is better.
-
-        Returns:
-            latest: Their entry in the ranking; None if the file could not be written.
+        Of score and criterion, higher is better. Return their entry in the ranking; None if the file was not written.
         """
         before = self.candidates
         path = self.free_path(trainer, self._monitor_candidates(trainer), [c.path for c in before])
@@ -268,7 +254,7 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         """
         if self._stage != "fit":
             return
-        if (wrong := invalid_field(state_dict)) is not None:
+        if (wrong := first_invalid_field(state_dict, STATE)) is not None:
             msg = (
                 f"the state of {self.title} in the checkpoint is damaged, or of another version: its `{wrong}` is "
                 "missing or invalid. Resume with another `tolerance`, which starts a new ranking."
@@ -278,7 +264,6 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         self._load(state_dict)
 
     def _load(self, state: dict[str, Any]) -> None:
-        state = completed(state)
         self._ranking.load_state_dict(state)
         self._update(self.candidates, self._ranking.best_score)
         if str(self.dirpath) == state["dirpath"]:

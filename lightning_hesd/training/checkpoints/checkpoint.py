@@ -92,9 +92,6 @@ class HessianCheckpoint(CandidateCheckpoint):
         if not callable(rule) and rule not in RULES:
             msg = f"`rule` must be {' or '.join(map(repr, RULES))} or a function of the record, got {rule!r}."
             raise MisconfigurationException(msg)
-        if tolerance is not None and not tolerance >= 0:
-            msg = f"`tolerance` must not be negative, got {tolerance!r}."
-            raise MisconfigurationException(msg)
         metric = TrainMetric(train_metric, train_metric_mode)
         if tolerance is None and metric.mode == "max":
             tolerance = ACCURACY_TOLERANCE
@@ -163,8 +160,7 @@ class HessianCheckpoint(CandidateCheckpoint):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_args: Any) -> None:
         """Pass over an analysis without a training metric, because the weights are about to change."""
         self._begin(trainer, pl_module)
-        if self._latest(trainer) is not None:
-            self._pass_over(trainer)
+        self._pass_over_latest(trainer)
         self._analyzed.drop()
         self._metric.begin_batch(trainer)
 
@@ -180,8 +176,7 @@ class HessianCheckpoint(CandidateCheckpoint):
         """Rank an analysis made after this epoch, and write last.ckpt."""
         self._begin(trainer, pl_module)
         saved = self._rank_latest(trainer)
-        if self._latest(trainer) is not None:
-            self._pass_over(trainer)
+        self._pass_over_latest(trainer)
         if self.save_last and self.may_save(trainer):
             # A link can only point to a file of this very state of the weights, so that it never dangles.
             wanted, self.save_last = self.save_last, self.save_last if saved else True
@@ -238,11 +233,7 @@ class HessianCheckpoint(CandidateCheckpoint):
         return record if is_defined and self.may_save(trainer) else None
 
     def _rank_latest(self, trainer: pl.Trainer) -> bool:
-        """Rank the latest record once its training metric is known.
-
-        Returns:
-            Whether the weights were saved, and the module still has them.
-        """
+        """Rank the latest record once its metric is known; return whether its weights were saved and are unchanged."""
         record = self._latest(trainer)
         if record is None or record.spectrum is None:
             return False
@@ -278,21 +269,26 @@ class HessianCheckpoint(CandidateCheckpoint):
             return None if loss is None else -loss
         return score if math.isfinite(score) else None
 
-    def _pass_over(self, trainer: pl.Trainer) -> None:
-        """Leave out a record without a training metric, and report the first one."""
+    def _pass_over_latest(self, trainer: pl.Trainer) -> None:
+        """Leave out the latest record if it could not be ranked without a training metric, and report the first one."""
+        if self._latest(trainer) is None:
+            return
         self._ranking.offered_step = trainer.global_step
         self._analyzed.drop()
         ours = self.source.name if self.source else "hesd"
         self.errors.complain(self._metric.complaint(trainer, ours), key="metric")
 
     def _criterion(self, record: SpectrumRecord) -> float:
-        """Return the criterion of a record with a spectrum; NaN if the user's function fails."""
+        """Return the criterion of a record; NaN if the record lacks what it needs, or the user's function fails."""
         if isinstance(self.rule, str):
-            return RULES[self.rule].score(record)
+            rule = RULES[self.rule]
+            complaint = rule.complaint(record)
+            if complaint is not None:
+                self.errors.complain(complaint, key="needs")
+            return rule.score(record)
         try:
             return float(self.rule(record))
         except Exception as error:  # noqa: BLE001 - a user's function, whose failure does not end training
-            self.errors.complain(
-                f"the rule of HessianCheckpoint failed at epoch {record.epoch}: {error!r}", cause=error
-            )
+            message = f"the rule of HessianCheckpoint failed at epoch {record.epoch}: {error!r}"
+            self.errors.complain(message, cause=error)
             return math.nan

@@ -11,11 +11,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_hesd.training.checkpoints.paths import (
     DEFAULT_FILENAME,
     is_same_file,
-    is_written_as,
     lies_in,
     may_coincide,
     place,
-    shares_folder,
 )
 from lightning_hesd.training.compat.namespaces import join_namespaces, lightning_types, of_every_namespace
 from lightning_hesd.training.compat.runs import name_of
@@ -26,8 +24,6 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
     from torch import Tensor
 
-    from lightning_hesd.spectra.selection import Candidate
-
 
 @of_every_namespace("callbacks.ModelCheckpoint")
 class ExclusiveCheckpoint(ModelCheckpoint):
@@ -35,10 +31,8 @@ class ExclusiveCheckpoint(ModelCheckpoint):
 
     Without a `filename`, names begin with `name_prefix`. With one, they do so only if another callback of the Trainer
     may write the same name to the same folder. `enable_version_counter=False` allows overwriting files of an earlier
-    run, as in ModelCheckpoint, but neither a file of this run nor the file that it was resumed from.
-
-    Args:
-        **kwargs: Arguments of ModelCheckpoint.
+    run, as in ModelCheckpoint, but neither a file of this run nor the file that it was resumed from. The arguments are
+    those of ModelCheckpoint.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -81,7 +75,7 @@ class ExclusiveCheckpoint(ModelCheckpoint):
 
     def choose_names(self, trainer: pl.Trainer) -> None:
         """Choose names that no other callback uses; called once all know their folders, before the first file."""
-        others = [c for c in self._other_checkpoints(trainer) if shares_folder(self, c)]
+        others = [c for c in self._other_checkpoints(trainer) if place(c.dirpath) == place(self.dirpath)]
         given: str | None = self._as_given("filename")
         if given is None:
             self.filename = f"{self.name_prefix}-{DEFAULT_FILENAME}"
@@ -95,12 +89,9 @@ class ExclusiveCheckpoint(ModelCheckpoint):
         self.CHECKPOINT_NAME_LAST = f"{last}-{self.name_prefix}" if any(c.save_last for c in others) else last
 
     def free_path(self, trainer: pl.Trainer, names: dict[str, Tensor], own: Iterable[str]) -> str:
-        """Return a path for a new file that no other file has.
+        """Return a path for a new file that no other file has, also none of this callback's `own`.
 
-        Args:
-            trainer: The Trainer.
-            names: Values for the template of the file name.
-            own: Paths of this callback's files.
+        The template of the file name takes its values from `names`.
         """
         taken = {place(path) for path in own}
         for other in self._other_checkpoints(trainer):
@@ -123,12 +114,6 @@ class ExclusiveCheckpoint(ModelCheckpoint):
         kinds = lightning_types("callbacks.ModelCheckpoint")
         others = [c for c in trainer.checkpoint_callbacks if isinstance(c, kinds) and c is not self]
         return [c for c in others if hasattr(c, "dirpath") and hasattr(c, "best_k_models")]
-
-    def gone(self, trainer: pl.Trainer, candidates: Iterable[Candidate]) -> list[str]:
-        """Return the paths of candidates whose files are gone or overwritten, the same on every rank."""
-        paths = [c.path for c in candidates if not is_written_as(c.path, c.mark)] if trainer.is_global_zero else []
-        found: list[str] = trainer.strategy.broadcast(paths)
-        return found
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """With `save_on_exception`, write the present state under a separate name."""

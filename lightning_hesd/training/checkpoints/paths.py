@@ -52,11 +52,6 @@ def lies_in(path: str, folder: str, extension: str) -> bool:
     return not is_remote(path) and Path(place(path)).is_relative_to(local_path(folder).resolve())
 
 
-def shares_folder(checkpoint: ModelCheckpoint, other: ModelCheckpoint) -> bool:
-    """Return whether two callbacks write to the same folder."""
-    return place(checkpoint.dirpath) == place(other.dirpath)
-
-
 def may_coincide(filename: str, other: ModelCheckpoint, *, auto_insert_metric_name: bool) -> bool:
     """Return whether a template of file names and that of another callback can give the same name."""
     ours = _split(filename, auto_insert_metric_name)

@@ -8,10 +8,9 @@ from lightning_hesd.spectra.record import SUFFIXES
 from lightning_hesd.training.checkpoints.checkpoint import HessianCheckpoint
 from lightning_hesd.training.checkpoints.paths import place as path_of
 from lightning_hesd.training.checkpoints.weights import AnalyzedWeights
-from lightning_hesd.training.compat.callbacks import callbacks_of, looks_before_the_epoch_ends, replace_callbacks
 from lightning_hesd.training.compat.messages import warn
-from lightning_hesd.training.compat.namespaces import MisconfigurationException, in_namespaces, lightning_types
-from lightning_hesd.training.compat.runs import run_folder
+from lightning_hesd.training.compat.namespaces import MisconfigurationException, lightning_types
+from lightning_hesd.training.compat.runs import callbacks_of, looks_before_the_epoch_ends, replace_callbacks, run_folder
 from lightning_hesd.training.folders import joined
 from lightning_hesd.training.source import sources_of
 
@@ -31,20 +30,27 @@ SETTINGS = frozenset(
 """Attributes that the arguments of a ModelCheckpoint set."""
 
 
+def as_checkpoint(checkpoint: object) -> HessianCheckpoint | None:
+    """Return the checkpoint callback, made of the name of a rule if that is given.
+
+    Raises:
+        TypeError: If the argument is neither of them, nor None.
+    """
+    if isinstance(checkpoint, str):
+        return HessianCheckpoint(checkpoint)  # type: ignore[arg-type]  # which checks the name
+    if checkpoint is None or isinstance(checkpoint, HessianCheckpoint):
+        return checkpoint
+    msg = f"`checkpoint` must be the name of a rule, a HessianCheckpoint or None, got {checkpoint!r}."
+    raise TypeError(msg)
+
+
 def insert_checkpoint(
     trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, checkpoint: HessianCheckpoint, on_error: OnError
 ) -> None:
     """Add `checkpoint` to the Trainer's callbacks and set it up: the Trainer sets up only the callbacks it had before.
 
-    Args:
-        trainer: The trainer.
-        pl_module: Its module.
-        stage: "fit", "validate", "test" or "predict".
-        checkpoint: The checkpoint callback.
-        on_error: "raise" if the Trainer must write no checkpoints; "warn" adds the callback all the same.
-
     Raises:
-        MisconfigurationException: With "raise", if the Trainer was made without checkpointing.
+        MisconfigurationException: With `on_error="raise"`, if the Trainer was made without checkpointing.
     """
     if stage == "fit" and not trainer.checkpoint_callbacks:
         problem = (
@@ -104,7 +110,7 @@ def _is_made_without_arguments(trainer: pl.Trainer, checkpoint: Any) -> bool:
     Lightning makes it without arguments. A single plain `ModelCheckpoint()` in `callbacks` looks the same, and does the
     same: it keeps the last weights.
     """
-    if type(checkpoint) not in in_namespaces("callbacks.ModelCheckpoint") or any(
+    if type(checkpoint) not in lightning_types("callbacks.ModelCheckpoint") or any(
         name.isupper() for name in vars(checkpoint)
     ):
         return False
@@ -116,13 +122,7 @@ def _is_made_without_arguments(trainer: pl.Trainer, checkpoint: Any) -> bool:
 
 
 def warn_about_stale_monitors(trainer: pl.Trainer, name: str, *, sparse: bool) -> None:
-    """Warn of callbacks and schedulers that may judge weights by a metric of other weights.
-
-    Args:
-        trainer: The Trainer, before training.
-        name: Prefix of the metrics.
-        sparse: Whether some epochs are not analyzed.
-    """
+    """Warn of callbacks and schedulers that may judge weights by a metric, called `name`/..., of other weights."""
     prefixes = tuple(f"{name}{suffix}/" for suffix in SUFFIXES.values())
     old = "logged values persist, so it judges weights that were not analyzed by an old value"
     kinds = lightning_types("callbacks.ModelCheckpoint", "callbacks.EarlyStopping")

@@ -6,7 +6,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.spectra.selection import Candidate, CandidateFilter, progress_tolerance
-from lightning_hesd.spectra.validation import each, first_invalid_field, having, integer, number, of, optional, text
+from lightning_hesd.spectra.validation import each, having, integer, number, of, optional, text
+from lightning_hesd.training.compat.namespaces import MisconfigurationException
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,8 +19,9 @@ _CANDIDATE = {
     "criterion": number,
     "mainly_positive": of(bool),
     "path": text,
+    "mark": text,
 }
-_STATE = {
+STATE = {
     "candidates": each(having(_CANDIDATE)),
     "best_score": number,
     "first_score": optional(number),
@@ -29,6 +31,7 @@ _STATE = {
     "last_model_path": text,
     "dirpath": text,
 }
+"""Checks of the state of a HessianCheckpoint."""
 
 
 class Ranking:
@@ -44,6 +47,9 @@ class Ranking:
     """
 
     def __init__(self, tolerance: float | None, *, require_mp: bool) -> None:
+        if tolerance is not None and not tolerance >= 0:
+            msg = f"`tolerance` must not be negative, got {tolerance!r}."
+            raise MisconfigurationException(msg)
         self.tolerance = tolerance
         self.require_mp = require_mp
         self.clear()
@@ -82,12 +88,7 @@ class Ranking:
         return [c.global_step for c in near or self.candidates]
 
     def front_with(self, latest: Candidate) -> tuple[list[Candidate], float]:
-        """Note that a state was ranked.
-
-        Returns:
-            candidates: The Pareto front with it.
-            best_score: The best score with it.
-        """
+        """Note that a state was ranked, and return the Pareto front and the best score with it."""
         best = max(latest.score, self.best_score)
         self._ranked = [*self._ranked, latest]
         return self._filter(best).pareto_front([*self.candidates, latest], best), best
@@ -106,11 +107,8 @@ class Ranking:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a ranking whose fields are valid; in the first versions candidates had no mark."""
-        self.candidates = [
-            Candidate(**{name: values[name] for name in _CANDIDATE}, mark=str(values.get("mark", "")))
-            for values in state["candidates"]
-        ]
+        """Take up a ranking whose fields are valid."""
+        self.candidates = [Candidate(**{name: values[name] for name in _CANDIDATE}) for values in state["candidates"]]
         self.best_score = state["best_score"]
         self.first_score = state["first_score"]
         self.offered_step = state["offered_step"]
@@ -118,13 +116,3 @@ class Ranking:
             Candidate(-1, c["global_step"], c["score"], math.nan, c["mainly_positive"], path="")
             for c in state["ranked"]
         ]
-
-
-def invalid_field(state: object) -> str | None:
-    """Return the name of the first field of a HessianCheckpoint's state that is missing or invalid, if any is."""
-    return first_invalid_field(completed(state), _STATE)
-
-
-def completed(state: object) -> Any:
-    """Return a state with the fields that the first versions did not write."""
-    return {"first_score": None, "ranked": [], **state} if isinstance(state, dict) else state

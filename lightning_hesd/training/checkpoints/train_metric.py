@@ -65,9 +65,7 @@ class TrainMetric:
     def complaint(self, trainer: pl.Trainer, ours: str) -> str:
         """Return why the metric of the present weights is not known, and what to do.
 
-        Args:
-            trainer: The Trainer.
-            ours: Prefix of the callback's own metrics.
+        The message names the metrics that are logged, without the callback's own, which begin with `ours`.
         """
         why = "the metric was last logged for older weights"
         if self.key not in trainer.callback_metrics:

@@ -21,14 +21,9 @@ def transfer_batch(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: An
 
 
 def watch_batches(trainer: pl.Trainer, see: Callable[[Any, int], None]) -> Callable[[], None]:
-    """Call a function with each training batch and its index, as `training_step` gets them: after all other hooks.
+    """Call `see` with each training batch and its index, as `training_step` gets them: after all other hooks.
 
-    Args:
-        trainer: The Trainer.
-        see: The function.
-
-    Returns:
-        A function that ends the calls.
+    Return a function that ends the calls.
     """
     strategy: Any = trainer.strategy
     name = "on_train_batch_start"  # the strategy's is the last one

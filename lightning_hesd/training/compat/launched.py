@@ -45,9 +45,20 @@ def address_of_copy(recipient: Recipient, address: str) -> str:
 
 
 def send(trainer: pl.Trainer, address: str, state: dict[str, Any]) -> None:
-    """Send the state of rank zero to the process that started the fit, if that is another process."""
-    if trainer.is_global_zero:
-        add_to_results(trainer, address, _Letter(address, state))
+    """Send the state of rank zero to the process that started the fit, if that is another process.
+
+    It is one of the results of the fit, whose processes end with it.
+    """
+    launcher = trainer.strategy.launcher
+    kind = lightning_types("strategies.launchers.multiprocessing._MultiProcessingLauncher")
+    if not trainer.is_global_zero or not isinstance(launcher, kind):
+        return
+    collect = launcher.get_extra_results
+
+    def extended(trainer: pl.Trainer) -> dict[str, Any]:
+        return {**collect(trainer), address: _Letter(address, state)}
+
+    launcher.get_extra_results = extended  # of this process, which ends
 
 
 class _Letter:
@@ -67,16 +78,3 @@ def _deliver(address: str, data: bytes) -> None:
     recipient = _RECIPIENTS.get(address)
     if recipient is not None:
         recipient.receive(torch.load(io.BytesIO(data), weights_only=True))
-
-
-def add_to_results(trainer: pl.Trainer, key: str, value: object) -> None:
-    """Add a value to the results of a fit whose processes end with it; on rank zero only."""
-    launcher = trainer.strategy.launcher
-    if not isinstance(launcher, lightning_types("strategies.launchers.multiprocessing._MultiProcessingLauncher")):
-        return
-    collect = launcher.get_extra_results
-
-    def extended(trainer: pl.Trainer) -> dict[str, Any]:
-        return {**collect(trainer), key: value}
-
-    launcher.get_extra_results = extended  # of this process, which ends

@@ -27,17 +27,11 @@ def log_scalars(
     at_epoch_end: bool,
     in_bar: Collection[str],
 ) -> None:
-    """Log scalars to `trainer.callback_metrics`, the progress bar and every logger.
+    """Log scalars to `trainer.callback_metrics`, every logger and, those with keys `in_bar`, the progress bar.
 
-    At the end of an epoch the module's own `log` does that. At other times Lightning would send them to the loggers
-    only at multiples of `log_every_n_steps` or at the end of the epoch, so the loggers get them directly.
-
-    Args:
-        trainer: The trainer.
-        pl_module: The module that logs.
-        values: The scalars.
-        at_epoch_end: Whether the hook is `on_train_epoch_end`.
-        in_bar: Keys to show in the progress bar.
+    At the end of an epoch, in `on_train_epoch_end`, the module's own `log` does that. At other times Lightning would
+    send them to the loggers only at multiples of `log_every_n_steps` or at the end of the epoch, so the loggers get
+    them directly.
     """
     if trainer.barebones:
         return

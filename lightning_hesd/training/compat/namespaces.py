@@ -31,22 +31,16 @@ FABRIC = ("lightning.fabric", "lightning_fabric")
 _SHARED: list[tuple[type, str, tuple[str, ...]]] = []
 
 
-def in_namespaces(*paths: str, of: tuple[str, ...] = PYTORCH) -> tuple[Any, ...]:
-    """Return the objects of Lightning with some names, in each namespace that has been imported.
+def lightning_types(*paths: str, of: tuple[str, ...] = PYTORCH) -> Any:
+    """Return classes of Lightning in each namespace that has been imported, for `isinstance`.
+
+    It is a tuple, typed so that type checkers accept any class.
 
     Args:
         *paths: Names within a namespace, such as "callbacks.ModelCheckpoint"; names that a version lacks are left out.
         of: The namespaces.
     """
     return _found(paths, tuple(name for name in of if _is_imported(name)))
-
-
-def lightning_types(*paths: str, of: tuple[str, ...] = PYTORCH) -> Any:
-    """Return classes of Lightning in each namespace that has been imported, for `isinstance`; see `in_namespaces`.
-
-    It is a tuple, typed so that type checkers accept any class.
-    """
-    return in_namespaces(*paths, of=of)
 
 
 def _is_imported(name: str) -> bool:

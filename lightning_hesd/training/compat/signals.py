@@ -8,7 +8,7 @@ import signal
 import threading
 from typing import TYPE_CHECKING, Any
 
-from lightning_hesd.training.compat.collectives import collectives_of
+from lightning_hesd.training.compat.strategies import collectives_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

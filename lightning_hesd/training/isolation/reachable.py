@@ -24,10 +24,10 @@ from lightning_hesd.numerics.dtensors import is_dtensor, local_shard
 from lightning_hesd.numerics.isolation.attributes import SlotState
 from lightning_hesd.numerics.isolation.containers import BufferState
 from lightning_hesd.numerics.isolation.streams import GENERATORS
+from lightning_hesd.training.compat import logged_metrics, signals
 from lightning_hesd.training.isolation import kinds
 from lightning_hesd.training.isolation.kinds import attributes_of, slots_of
-from lightning_hesd.training.isolation.places import Owner, Place
-from lightning_hesd.training.isolation.tracked_states import LARGE_CONTAINER, TrackedContent, TrackedTable
+from lightning_hesd.training.isolation.tracked_states import LARGE_CONTAINER, Owner, Place, TrackedContent, TrackedTable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -43,14 +43,7 @@ _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
 class FoundItem(NamedTuple):
-    """An item of a list or dict.
-
-    Attributes:
-        container: The list or dict.
-        key: Its key or index.
-        value: The item.
-        place: Where it was found.
-    """
+    """An item of a list or dict, with its key or index, and the place where it was found."""
 
     container: Any
     key: Any
@@ -89,15 +82,9 @@ class ReachableObjects:
     methods: list[FoundItem] = field(default_factory=list)
 
 
-def find_reachable(trainer: pl.Trainer, module: pl.LightningModule, skipped: Iterable[object] = ()) -> ReachableObjects:
-    """Search all objects that can be reached from a module in training.
-
-    Args:
-        trainer: The Trainer.
-        module: The module.
-        skipped: Objects to skip, with everything that only they refer to.
-    """
-    return _Search(trainer, module, skipped).found
+def find_reachable(trainer: pl.Trainer, module: pl.LightningModule) -> ReachableObjects:
+    """Search all objects that can be reached from a module in training, without flags of signals and logged values."""
+    return _Search(trainer, module, [signals.signal_connector(trainer), *logged_metrics.logged_results(trainer)]).found
 
 
 class _Search:

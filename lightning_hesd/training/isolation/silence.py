@@ -38,11 +38,6 @@ def silence_logging(trainer: pl.Trainer, module: pl.LightningModule, reachable: 
     Loggers stay in their places, with their names and folders. Their writing methods are replaced on the object, so
     that code that has stored a logger, its experiment or a method is silenced as well. Other threads and handlers of
     signals are not silenced.
-
-    Args:
-        trainer: The Trainer.
-        module: Its module.
-        reachable: The objects that code in a training step can reachable.
     """
     with contextlib.ExitStack() as stack:
         overrides = Overrides(stack)

@@ -1,20 +1,20 @@
-"""States of objects outside the module: compared fast enough for every evaluation of a loss, and restored in place."""
+"""States of objects outside the module, and where these were found: compared quickly, and restored in place."""
 
 from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from enum import IntEnum, auto
 from functools import partial
 from itertools import chain
 from operator import is_
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from lightning_hesd.numerics.isolation.attributes import ClassState
 from lightning_hesd.numerics.isolation.containers import BufferState, container_state
-from lightning_hesd.training.isolation.places import Owner, Place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,6 +29,45 @@ The items of such containers are not searched.
 
 LARGE_BYTES = 2**20
 """Bytes above which an array or a buffer is compared only at the end of an analysis."""
+
+
+class Owner(IntEnum):
+    """To whom an object belongs, by the place where it was found: the module, the user outside it, or the Trainer."""
+
+    MODULE = auto()
+    USER = auto()
+    TRAINER = auto()
+
+
+class Place(NamedTuple):
+    """The place where an object was found.
+
+    Attributes:
+        parent: Place of the object that refers to it; None for a root.
+        label: Name within the parent, such as ".name" or "[0]".
+        owner: To whom it belongs.
+        of_attributes: Whether the object holds attributes, and not items.
+    """
+
+    parent: Place | None
+    label: str
+    owner: Owner
+    of_attributes: bool = False
+
+    def __str__(self) -> str:
+        """Return the place as an expression, such as "self.layers[0]"."""
+        labels: list[str] = []
+        place: Place | None = self
+        while place is not None:
+            labels.append(place.label)
+            place = place.parent
+        return "".join(reversed(labels))
+
+    def label_of(self, key: object) -> str:
+        """Return the label of an item or attribute."""
+        if self.of_attributes:
+            return f".{key}"
+        return f"[{key!r}]" if isinstance(key, str | int) else "[...]"
 
 
 class TrackedState(ABC):

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from lightning_hesd.numerics.isolation.snapshot import restore_state
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
-from lightning_hesd.training.isolation.places import Owner
 from lightning_hesd.training.isolation.tracked_states import (
     SETTINGS,
+    Owner,
     TrackedArray,
     TrackedContent,
     TrackedSetting,
@@ -33,9 +33,8 @@ from lightning_hesd.training.isolation.tracked_states import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from lightning_hesd.training.isolation.places import Place
     from lightning_hesd.training.isolation.reachable import ReachableObjects
-    from lightning_hesd.training.isolation.tracked_states import TrackedState
+    from lightning_hesd.training.isolation.tracked_states import Place, TrackedState
 
 COPIED_BYTES = 64 * 2**20
 """Memory for copies of tensors and arrays outside the module, the smallest first."""
@@ -45,12 +44,7 @@ class DisturbedTrainingError(MisconfigurationException):
     """The analyzed function has an effect on training that an analysis cannot undo."""
 
     def __init__(self, action: str, reason: str = "an analysis could not undo that") -> None:
-        """Make the message.
-
-        Args:
-            action: The effect, as a predicate: "changed `x` in place".
-            reason: Why an analysis must not have this effect, as a clause.
-        """
+        """Make the message from the effect, a predicate such as "changed `x`", and the reason against it, a clause."""
         super().__init__(
             f"the function that is analyzed {action}; {reason}: pass `loss_fn=` to HessianSpectrumCallback, a function "
             "(module, batch) -> mean loss over the batch without it."

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.training.compat.namespaces import lightning_types
 from lightning_hesd.training.loggers.csv_files import CSVOutput
-from lightning_hesd.training.loggers.mlflow_runs import MLflowOutput
-from lightning_hesd.training.loggers.wandb_runs import WandbOutput
+from lightning_hesd.training.loggers.trackers import MLflowOutput, WandbOutput
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -40,12 +39,7 @@ OUTPUTS: dict[str, Callable[[Any, str], LoggerOutput]] = {
 
 
 def make_outputs(loggers: Iterable[Logger], name: str) -> list[LoggerOutput]:
-    """Return the outputs to the loggers that can show more than scalars.
-
-    Args:
-        loggers: The Trainer's loggers.
-        name: Name of the callback.
-    """
+    """Return the outputs of the callback of this name to the loggers that can show more than scalars."""
     outputs: list[LoggerOutput] = []
     for logger in loggers:
         make = next((make for kind, make in OUTPUTS.items() if isinstance(logger, lightning_types(kind))), None)

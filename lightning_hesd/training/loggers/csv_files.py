@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from typing import TYPE_CHECKING
 
 from lightning_hesd.training.folders import append, is_remote, write_text
+from lightning_hesd.training.loggers.output import csv_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from lightning.pytorch.loggers import CSVLogger
 
@@ -35,10 +34,10 @@ class CSVOutput:
         for suffix in last.spectra:
             name = f"{self._name}{suffix}_density.csv"
             if suffix in self._begun and not is_remote(self._folder):
-                append(self._folder, name, _text(_rows(last, suffix, step)))
+                append(self._folder, name, csv_text(_rows(last, suffix, step)))
                 continue
             rows = (row for r in history for row in _rows(r, suffix, _step_of(r, last, step)))
-            write_text(self._folder, name, _text([self.COLUMNS, *rows]))
+            write_text(self._folder, name, csv_text([self.COLUMNS, *rows]))
             self._begun.add(suffix)
 
     def finish(self, history: SpectrumHistory) -> None:
@@ -58,9 +57,3 @@ def _rows(record: SpectrumRecord, suffix: str, step: int) -> Iterator[tuple[floa
     for left, right, share in zip(edges[:-1], edges[1:], mass, strict=True):
         if share > 0:
             yield record.epoch, step, left, right, share
-
-
-def _text(rows: Iterable[Iterable[object]]) -> str:
-    text = io.StringIO()
-    csv.writer(text).writerows(rows)
-    return text.getvalue()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import tempfile
 from dataclasses import astuple, fields
 from pathlib import Path
@@ -14,7 +16,7 @@ from lightning_hesd.spectra.indicators import LayerIndicators, layer_indicators
 from lightning_hesd.training.history import START_EPOCH, SpectrumHistory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -96,6 +98,13 @@ def layer_table(layers: Mapping[str, Spectrum]) -> str:
     """Return the indicators of layers as a table in Markdown."""
     rows = [[str(name), *(f"{value:.3g}" for value in values)] for name, *values in layer_rows(layers)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (LAYER_COLUMNS, ["---"] * len(LAYER_COLUMNS), *rows))
+
+
+def csv_text(rows: Iterable[Iterable[object]]) -> str:
+    """Return a table as CSV."""
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
 
 
 def verdict_text(assessment: Assessment, when: str) -> str:

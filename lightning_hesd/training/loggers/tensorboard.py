@@ -87,11 +87,7 @@ class TensorBoardOutput:
 def write_layout(loggers: Iterable[Logger], names: Sequence[str]) -> None:
     """Write the charts of TensorBoard's custom scalars tab: C_t with interval and threshold, and λ_max.
 
-    A run has one layout: it is written once, for all callbacks of the Trainer.
-
-    Args:
-        loggers: The Trainer's loggers; only TensorBoard loggers get the layout.
-        names: Names of the callbacks; each one is a category of charts.
+    A run has one layout: it is written once to each TensorBoard logger, with a category of charts for each callback.
     """
     for logger in loggers:
         if not isinstance(logger, lightning_types("loggers.TensorBoardLogger")):

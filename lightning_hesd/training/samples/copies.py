@@ -53,12 +53,8 @@ class NotCopiedError(MisconfigurationException):
 def private_copy(source: Any, dataset: Any = None, *, in_process: bool = True) -> Any:
     """Copy a sampler, a loader or a stream.
 
-    An iterator that a DataLoader keeps over itself cannot be copied: the copy gets a new one.
-
-    Args:
-        source: The object to copy.
-        dataset: The data that it reads, which the copy shares.
-        in_process: Whether DataLoaders in the copy read without workers.
+    The copy shares the dataset that is read, and with `in_process` reads without workers. An iterator that a DataLoader
+    keeps over itself cannot be copied: the copy gets a new one.
 
     Raises:
         NotCopiedError: If the object cannot be copied.

@@ -1,4 +1,4 @@
-"""Plans of the batches to analyze: the samples of each, and its position in an epoch of training.
+"""Plans of the batches to analyze: the samples of each, its position in an epoch, and their state in checkpoints.
 
 If a DataLoader shuffles, or reads its data in order, samples are drawn at random and grouped into batches. Other
 samplers and batch samplers decide which samples share a batch, and how often a sample occurs: their batches are used as
@@ -27,6 +27,7 @@ from torch.utils.data import (
 )
 from typing_extensions import override
 
+from lightning_hesd.spectra.validation import at_least, check_fields, each, optional
 from lightning_hesd.training.compat.dataloading import unwrap_sampler
 from lightning_hesd.training.samples.copies import private_copy
 from lightning_hesd.training.samples.positions import spread_positions
@@ -71,15 +72,7 @@ class RandomEpoch(Epoch):
     """An epoch whose samples are drawn at random and grouped into batches."""
 
     def __init__(self, keys: Sequence[Any], batch_size: int, steps: int, seed: int, *, full: bool) -> None:
-        """Prepare.
-
-        Args:
-            keys: Positions in the dataset of all samples of the epoch.
-            batch_size: Samples per batch.
-            steps: Number of training steps in an epoch.
-            seed: Seed of the order.
-            full: Whether all batches must be full.
-        """
+        """Take the positions of all samples of an epoch of `steps` training steps; `full`: only full batches."""
         self._keys = keys
         self._batch_size = batch_size
         self._steps = steps
@@ -113,12 +106,9 @@ class SamplerEpoch(Epoch):
     """An epoch with the batches of a sampler or batch sampler, as they are."""
 
     def __init__(self, batches: Sequence[Sequence[Any]], batch_size: int | None, steps: float = 1.0) -> None:
-        """Prepare.
+        """Take the positions of the samples of all batches, of which those larger than `batch_size` are split.
 
-        Args:
-            batches: All batches of the epoch, each the positions of its samples in the dataset.
-            batch_size: Maximal number of samples per batch: larger batches are split; None: they are not.
-            steps: Number of steps that a rank trains per batch.
+        A rank trains `steps` steps per batch.
         """
         self._batches = batches
         self._batch_size = batch_size
@@ -149,14 +139,8 @@ def epochs(
 ) -> list[Callable[[], Epoch]]:
     """Return functions that make an epoch of a DataLoader: the first choice, and others in case it cannot be collated.
 
-    They draw from the global random number generators.
-
-    Args:
-        loader: The loader, of a map-style dataset, with a batch sampler.
-        num_samples: Number of samples to read.
-        max_batches: Number of batches per epoch on which a rank trains.
-        batch_size: Samples per batch; None: as in the loader.
-        seed: Seed of the order.
+    They draw from the global random number generators. The loader is one of a map-style dataset, with a batch sampler;
+    a rank trains on `max_batches` of its batches per epoch.
     """
     from_sampler = partial(_sampler_epoch, loader, num_samples, max_batches, batch_size)
     batch_sampler: Any = loader.batch_sampler
@@ -249,3 +233,57 @@ def shuffled(total: int, count: int, seed: int) -> list[int]:
     if total <= MAX_PERMUTATION:
         return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].tolist()
     return random.Random(seed).sample(range(total), count)
+
+
+# State in checkpoints -------------------------------------------------------------------------------------------------
+
+SAMPLES = {
+    "indices": optional(each(at_least(0))),
+    "lengths": each(at_least(0)),
+    "positions": each(at_least(0)),
+    "num_samples": at_least(1),
+}
+"""The fields of the state."""
+
+
+def sample_state(batches: Sequence[PlannedBatch] | None, num_samples: int) -> dict[str, Any]:
+    """Return the state of the samples; None for batches that have no positions."""
+    indices = [plain_key(key) for batch in batches or () for key in batch.keys]
+    # Keys of other types are not written to checkpoints; a resumed run draws them again with the same seed.
+    is_plain = batches is not None and all(type(key) is int and key >= 0 for key in indices)
+    return {
+        "indices": indices if is_plain else None,
+        "lengths": [len(batch.keys) for batch in batches or ()],
+        "positions": [batch.position for batch in batches or ()],
+        "num_samples": num_samples,
+    }
+
+
+def planned_batches(state: dict[str, Any]) -> tuple[PlannedBatch, ...] | None:
+    """Return the batches of a state; None if their positions are not in it."""
+    if state["indices"] is None:
+        return None
+    keys = iter(state["indices"])
+    return tuple(
+        PlannedBatch(list(itertools.islice(keys, length)), position)
+        for length, position in zip(state["lengths"], state["positions"], strict=True)
+    )
+
+
+def check_samples(state: object) -> None:
+    """Check the state of the samples in a checkpoint.
+
+    Raises:
+        ValueError: If it is not a state that `sample_state` returns.
+    """
+    check_fields(state, SAMPLES, "the samples")
+    of: dict[str, Any] = state  # type: ignore[assignment]  # checked above
+    if of["indices"] is not None and (
+        sum(of["lengths"]) != len(of["indices"]) or len(of["lengths"]) != len(of["positions"])
+    ):
+        msg = (
+            "the samples of the checkpoint are damaged: `lengths` must add up to the number of `indices`, and have as "
+            f"many entries as `positions`, got a sum of {sum(of['lengths'])} for {len(of['indices'])} indices, and "
+            f"{len(of['lengths'])} entries for {len(of['positions'])} positions."
+        )
+        raise ValueError(msg)

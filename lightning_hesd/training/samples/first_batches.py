@@ -59,20 +59,11 @@ class FirstBatches:
     """Copies of the first batches of training on this rank, from one epoch at most."""
 
     def __init__(
-        self,
-        trainer: pl.Trainer,
-        num_samples: float,
-        batch_weight: Weigh | None = None,
-        *,
-        limit: int | None = None,
+        self, trainer: pl.Trainer, num_samples: float, batch_weight: Weigh | None = None, *, limit: int | None = None
     ) -> None:
-        """Copy the next batches of training.
+        """Copy the next batches of training, up to a number of samples on all ranks together.
 
-        Args:
-            trainer: The Trainer.
-            num_samples: Number of samples, on all ranks together.
-            batch_weight: Weight of a batch; None: its number of samples.
-            limit: Maximal size of the copies in bytes; default: by `MAX_COPIED_BYTES` and `MAX_MEMORY_SHARE`.
+        `limit` is the maximal size of the copies in bytes, by default by `MAX_COPIED_BYTES` and `MAX_MEMORY_SHARE`.
         """
         if limit is None:
             free = default_budget(torch.device("cpu"), trainer.num_devices) / SHARE_OF_FREE_MEMORY
@@ -150,9 +141,6 @@ class FirstBatches:
 
     def batches(self, num_samples: float) -> list[WeightedBatch]:
         """Return the first copied batches, as `training_step` got them, on the device of training.
-
-        Args:
-            num_samples: Number of samples, on all ranks together.
 
         Raises:
             NoBatchesError: If a batch could not be copied.

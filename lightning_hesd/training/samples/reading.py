@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from lightning_hesd.numerics.inputs import batches
 from lightning_hesd.numerics.inputs.batches import WeightedBatch, copied
 from lightning_hesd.numerics.isolation.snapshot import restore_state, seed_everything
-from lightning_hesd.training.compat.namespaces import FABRIC, in_namespaces
+from lightning_hesd.training.compat.namespaces import FABRIC, lightning_types
 from lightning_hesd.training.samples.copies import NotCopiedError, private_copy
 from lightning_hesd.training.samples.sources import is_combined, is_plain
 
@@ -71,14 +71,10 @@ class Reader:
         *,
         may_consume: bool = False,
     ) -> None:
-        """Prepare.
+        """Prepare to read a DataLoader, or any other iterable of batches.
 
-        Args:
-            loader: A DataLoader, or any other iterable of batches.
-            seed: Seed of random numbers in the dataset.
-            restore: Restores the state of the dataset.
-            batch_weight: Weight of a batch; None: its number of samples.
-            may_consume: Whether a loader that cannot be copied may be iterated itself.
+        The seed is that of random numbers in the dataset, and `restore` restores the state of the dataset. With
+        `may_consume`, a loader that cannot be copied may be iterated itself.
         """
         self._loader = loader
         self._may_consume = may_consume
@@ -200,13 +196,7 @@ class Reader:
 
 
 def measure_batch(data: Any, made_from: int | None, batch_weight: Weigh | None) -> ReadBatch:
-    """Return a batch with its size and weight.
-
-    Args:
-        data: The batch.
-        made_from: Number of positions or items that the batch was made from, if known.
-        batch_weight: Weight of a batch; None: its number of samples.
-    """
+    """Return a batch with its size and weight, given the number of positions or items it was made from, if known."""
     if data is None:  # Lightning skips it
         return ReadBatch(data, 0.0, 0.0)
     return ReadBatch(data, *batches.size_and_weight(data, batch_weight, made_from))
@@ -219,7 +209,7 @@ def _batches(loader: Any, iterator: Iterator[Any]) -> Iterator[Any]:
 
 def _has_own_init(loader: DataLoader[Any]) -> bool:
     init: Any = loader.worker_init_fn
-    return init is not None and getattr(init, "func", init) not in in_namespaces(
+    return init is not None and getattr(init, "func", init) not in lightning_types(
         "utilities.seed.pl_worker_init_function", of=FABRIC
     )
 

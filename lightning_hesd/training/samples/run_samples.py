@@ -9,21 +9,18 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from lightning_hesd.numerics.inputs.portable import LeftOut, Portable
 from lightning_hesd.numerics.isolation.snapshot import restore_state
 from lightning_hesd.training.compat import dataloading, messages, strategies
-from lightning_hesd.training.compat.collectives import collectives_of
+from lightning_hesd.training.compat.namespaces import MisconfigurationException
+from lightning_hesd.training.compat.strategies import collectives_of
 from lightning_hesd.training.loss import check_gets_batches
-from lightning_hesd.training.samples.analysis_samples import (
-    AnalysisSamples,
-    draw_samples,
-)
+from lightning_hesd.training.samples.analysis_samples import AnalysisSamples, draw_samples
 from lightning_hesd.training.samples.copies import NotCopiedError
+from lightning_hesd.training.samples.epochs import check_samples, planned_batches, sample_state
 from lightning_hesd.training.samples.first_batches import FirstBatches, NoBatchesError
-from lightning_hesd.training.samples.sample_state import check_samples, planned_batches, sample_state
 from lightning_hesd.training.samples.sources import (
     holds_tensors,
     is_addressable,
     is_collection,
     share_data,
-    training_loader,
     validation_loader,
 )
 
@@ -58,16 +55,7 @@ class RunSamples:
         seed: int,
         in_training: bool,
     ) -> None:
-        """Prepare; arguments as for `TrainerAnalyzer`.
-
-        Args:
-            num_samples: Number of samples, on all ranks together.
-            batch_size: Maximal number of samples per batch; None: the batches of the loader.
-            batch_weight: Weight of a batch; None: its number of samples.
-            dataloader: Loader of the samples; None: that of training; "val": that of validation.
-            seed: Seed of the draw.
-            in_training: Whether training follows, so that its first batches can be copied.
-        """
+        """Take the arguments of `TrainerAnalyzer`; first batches can be copied if this is before or in training."""
         self.grows = num_samples == "auto"
         self._num_samples = FIRST_SAMPLES if num_samples == "auto" else num_samples
         self._batch_size = batch_size
@@ -123,14 +111,7 @@ class RunSamples:
         return self._in_training and drawn_from_training and self._source is not trainer.train_dataloader
 
     def grow(self, factor: float) -> bool:
-        """Increase the number of samples, up to `MAX_SAMPLES`.
-
-        Args:
-            factor: Ratio of the new number of samples to the present one.
-
-        Returns:
-            Whether the number has increased.
-        """
+        """Increase the number of samples by a factor, up to `MAX_SAMPLES`, and return whether it has increased."""
         if factor <= 1 or self._num_samples >= MAX_SAMPLES:
             return False
         self._num_samples = min(math.ceil(factor * self._num_samples), MAX_SAMPLES)
@@ -138,12 +119,7 @@ class RunSamples:
         return True
 
     def prepare(self, trainer: pl.Trainer, isolation: TrainingIsolation) -> None:
-        """Draw the samples, or begin to copy the first batches of training, unless that is done.
-
-        Args:
-            trainer: The Trainer.
-            isolation: The isolation of training from reading.
-        """
+        """Draw the samples, or begin to copy the first batches of training, unless that is done."""
         if self._samples is not None or self._first_batches is not None:
             return
         if self._source is None:
@@ -213,10 +189,6 @@ class RunSamples:
     def draw(self, trainer: pl.Trainer, isolation: TrainingIsolation) -> AnalysisSamples:
         """Return the samples, and draw them if needed.
 
-        Args:
-            trainer: The Trainer.
-            isolation: The isolation of training from reading.
-
         Raises:
             NoBatchesError: If the samples are the first batches of training, and there have been none.
         """
@@ -261,7 +233,14 @@ class RunSamples:
 
     def _loader(self, trainer: pl.Trainer) -> Any:
         if self._dataloader is None:
-            loaders = training_loader(trainer.train_dataloader)
+            loaders = trainer.train_dataloader
+            if loaders is None:
+                msg = (
+                    "the Trainer has no training dataloader from which to draw the analysis samples: pass "
+                    "`dataloader=` to HessianSpectrumCallback, a loader or a list of batches that `training_step` (or "
+                    "your `loss_fn`) takes."
+                )
+                raise MisconfigurationException(msg)
             # A list of batches is one loader for `draw_samples`, and several for the Trainer.
             is_one = self._in_training or not is_collection(loaders)
             return loaders if is_one else dataloading.combined_like_training(trainer, loaders)

@@ -29,6 +29,18 @@ _ITERATION = ("__iter__", "_get_iterator", "_index_sampler", "_auto_collation")
 """The methods and properties by which PyTorch's DataLoader makes batches."""
 
 
+def check_loader(key: str, loader: object, alternative: str | None = None) -> None:
+    """Refuse text in place of a dataloader.
+
+    Raises:
+        ValueError: If it is text other than the alternative.
+    """
+    if isinstance(loader, str) and loader != alternative:
+        offered = "" if alternative is None else f" or {alternative!r}"
+        msg = f"`{key}` must be a dataloader{offered}, got {loader!r}."
+        raise ValueError(msg)
+
+
 def is_plain(loader: Any) -> bool:
     """Whether a loader iterates as PyTorch's DataLoader does, so that its dataset and samplers can be used directly."""
     if not isinstance(loader, DataLoader):
@@ -72,21 +84,6 @@ def combined(loaders: Any) -> Any:
     else:
         holds_loaders = isinstance(loaders, dict)
     return CombinedLoader(loaders, "max_size_cycle") if holds_loaders else loaders
-
-
-def training_loader(loaders: Any) -> Any:
-    """Return `trainer.train_dataloader`: a loader, or a collection of loaders.
-
-    Raises:
-        MisconfigurationException: If it is None.
-    """
-    if loaders is None:
-        msg = (
-            "the Trainer has no training dataloader from which to draw the analysis samples: pass `dataloader=` to "
-            "HessianSpectrumCallback, a loader or a list of batches that `training_step` (or your `loss_fn`) takes."
-        )
-        raise MisconfigurationException(msg)
-    return loaders
 
 
 def validation_loader(loaders: Any) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_hesd import Spectrum, hessian_spectrum
+from lightning_hesd import Spectrum
 from lightning_hesd.numerics.krylov.lanczos import Lanczos
 from lightning_hesd.numerics.krylov.ritz import gauss_quadrature
 from lightning_hesd.spectra.criteria import rounding_threshold
@@ -125,28 +125,3 @@ def test_the_point_alone_would_not_be_covered():
             true = spectra.POPULATION[name].min(), spectra.POPULATION[name].max()
             short += true[0] < nodes[0] - residuals[0] or true[1] > nodes[-1] + residuals[-1]
     assert short >= 0.2 * 14 * len(spectra.POPULATION)
-
-
-def test_coverage_of_hessian_spectrum():
-    # The same through the front door, with the options in turn.
-    options = [
-        {"tolerance": 0.05, "basis": "device", "dtype": torch.float64},
-        {"tolerance": "type", "basis": "none", "dtype": torch.float32},
-        {"tolerance": 0.05, "basis": "none", "dtype": torch.float32},
-        {"steps": 10, "basis": "cpu", "dtype": torch.float64, "probes": 2},
-    ]
-    hits = pairs = 0
-    for values in spectra.POPULATION.values():
-        module = spectra.Quadratic(values)
-        for seed in range(14):
-            spectrum = hessian_spectrum(
-                module,
-                [torch.zeros(1)],
-                spectra.quadratic_loss,
-                **{"steps": 60, "confidence": 0.7, "seed": seed, "strategy": "graph", **options[seed % 4]},
-            )
-            low, high = spectrum.c_t_interval
-            hits += low <= spectra.c_t(values) <= high
-            pairs += 1
-    assert pairs >= FEWEST_PAIRS
-    assert hits >= 0.7 * pairs

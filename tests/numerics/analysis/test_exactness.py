@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -9,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_hesd import Spectrum, hessian_spectrum
-from lightning_hesd.spectra import criteria
-from tests import cases, oracles
+from tests import cases, example_spectra, oracles
 
 # Of the spectral radius. float64: nothing but rounding. float32: the weights and data are the same numbers, so that
 # nothing but the rounding of the products differs.
@@ -28,7 +28,7 @@ def every_eigenvalue(spectrum: Spectrum) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ACCURACY)
 class TestAgainstDenseHessians:
     def test_as_many_steps_as_parameters_find_every_distinct_eigenvalue(self, name, dtype):
-        true = torch.linalg.eigvalsh(oracles.dense_hessian(*cases.make(name))).numpy()
+        true = oracles.case_eigenvalues(name)
         radius = np.abs(true).max()
         problem = cases.make(name, dtype)
         spectrum = hessian_spectrum(*problem, steps=len(true))
@@ -40,19 +40,16 @@ class TestAgainstDenseHessians:
         assert spectrum.c_t == pytest.approx(true[0] / true[-1], rel=0, abs=ACCURACY[dtype] * radius / true[-1])
         assert oracles.hausdorff(every_eigenvalue(spectrum), true) <= slack
         assert true[0] < -100 * slack  # negative curvature beyond doubt: a Gauss-Newton matrix would not do
-
-    def test_the_loss_is_the_mean_over_samples(self, name, dtype):
-        problem = cases.make(name, dtype)
-        spectrum = hessian_spectrum(*problem, steps=1)
         with torch.no_grad():
-            module = problem.module.eval()
-            losses = [(float(problem.loss_fn(module, batch)), len(batch[0])) for batch in problem.batches]
-        mean = sum(loss * size for loss, size in losses) / sum(size for _, size in losses)
+            losses = [float(problem.loss_fn(problem.module.eval(), batch)) for batch in problem.batches]
+        assert spectrum.verified == "yes"
+        assert spectrum.asymmetry < 20 * torch.finfo(dtype).eps
+        mean = np.average(losses, weights=[len(batch[0]) for batch in problem.batches])
         assert spectrum.loss == pytest.approx(mean, rel=1e-12 if dtype == torch.float64 else 1e-6)
 
     def test_the_extremes_lie_within_the_stated_errors(self, name, dtype):
         # Few steps, in which the outermost eigenvalues are already told from the rest.
-        true = torch.linalg.eigvalsh(oracles.dense_hessian(*cases.make(name))).numpy()
+        true = oracles.case_eigenvalues(name)
         radius = np.abs(true).max()
         rounding = ACCURACY[dtype] * radius
         problem = cases.make(name, dtype)
@@ -72,16 +69,6 @@ class TestAgainstDenseHessians:
                 assert low <= true[0] / true[-1] <= high
                 certified += 1
         assert certified >= 1
-
-
-@pytest.mark.parametrize("name", cases.NAMES)
-def test_strategies_agree_at_every_number_of_steps(name):
-    for steps in (1, 20):
-        graph, recompute = (hessian_spectrum(*cases.make(name), steps=steps, strategy=s) for s in STRATEGIES)
-        np.testing.assert_allclose(graph.nodes, recompute.nodes, rtol=0, atol=1e-11 * np.abs(graph.nodes).max())
-        np.testing.assert_allclose(graph.weights, recompute.weights, rtol=0, atol=1e-9)
-        assert (graph.strategy, recompute.strategy) == STRATEGIES
-        assert graph.loss == recompute.loss
 
 
 class TestClosedForms:
@@ -121,20 +108,18 @@ class TestClosedForms:
         assert spectrum.c_t == 0.0
 
     def test_a_quadratic_form(self):
-        class Quadratic(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.w = nn.Parameter(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64))
-
-        diagonal = torch.tensor([-1.0, 2.0, 4.0], dtype=torch.float64)
-        spectrum = hessian_spectrum(
-            Quadratic(), [torch.zeros(2)], lambda module, _: (diagonal * module.w**2).sum() / 2, seed=3
-        )
+        spectrum = quadratic([-1.0, 2.0, 4.0], torch.float64, seed=3)
         np.testing.assert_allclose(spectrum.nodes, [[-1.0, 2.0, 4.0]], rtol=0, atol=1e-14)
         assert spectrum.c_t == pytest.approx(-0.25, rel=1e-14)
         # The weights are the squared components of the start vector.
-        start = torch.randn(3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        (start,) = start_vectors(3, 3, 1, "gaussian")
         np.testing.assert_allclose(spectrum.weights[0], (start / start.norm()).square(), rtol=0, atol=1e-14)
+
+
+def quadratic(diagonal: list[float], dtype: torch.dtype, **options: Any) -> Spectrum:
+    """Analyze a loss with this Hessian."""
+    module = example_spectra.Quadratic(np.array(diagonal), dtype)
+    return hessian_spectrum(module, [torch.zeros(1)], example_spectra.quadratic_loss, **options)
 
 
 def softmax_head(inputs: int, classes: int, samples: int, seed: int) -> cases.Problem:
@@ -148,34 +133,24 @@ def softmax_head(inputs: int, classes: int, samples: int, seed: int) -> cases.Pr
     return cases.Problem(module, [(x, torch.randint(classes, (samples,), generator=generator))], cases.cross_entropy)
 
 
-PSD_FLOAT32 = {
-    **{
-        f"regression {sizes} {inputs}x{outputs} seed {seed}": (
-            lambda sizes=sizes, inputs=inputs, outputs=outputs, seed=seed: cases.regression(
-                sizes, inputs, outputs, torch.float32, seed
-            )
-        )
-        for sizes, inputs, outputs in [((8,), 30, 2), ((64, 3), 200, 3), ((30,), 300, 1), ((100,), 1000, 10)]
-        for seed in range(4)
-    },
-    **{
-        f"softmax {inputs}x{classes} {samples} seed {seed}": (
-            lambda inputs=inputs, classes=classes, samples=samples, seed=seed: softmax_head(
-                inputs, classes, samples, seed
-            )
-        )
-        for inputs, classes, samples in [(30, 3, 5), (200, 10, 12), (500, 10, 30), (1000, 5, 40)]
-        for seed in range(4)
-    },
-}
+REGRESSIONS = [((8,), 30, 2), ((64, 3), 200, 3), ((30,), 300, 1), ((100,), 1000, 10)]
+SOFTMAX_HEADS = [(30, 3, 5), (200, 10, 12), (500, 10, 30), (1000, 5, 40)]
 
 
 class TestRounding:
     """Positive semidefinite Hessians in float32: every negative Ritz value is rounding, and must not count."""
 
-    @pytest.mark.parametrize("problem", PSD_FLOAT32)
-    def test_no_negative_curvature_is_invented(self, problem):
-        spectrum = hessian_spectrum(*PSD_FLOAT32[problem](), steps=60)
+    @pytest.mark.parametrize("seed", [0, 1])
+    @pytest.mark.parametrize(
+        "make",
+        [
+            *(functools.partial(cases.regression, *sizes, torch.float32) for sizes in REGRESSIONS),
+            *(functools.partial(softmax_head, *sizes) for sizes in SOFTMAX_HEADS),
+        ],
+        ids=lambda make: f"{make.func.__name__} {make.args}",
+    )
+    def test_no_negative_curvature_is_invented(self, make, seed):
+        spectrum = hessian_spectrum(*make(seed), steps=60)
         assert spectrum.c_t == 0.0
         assert spectrum.r_e == 0.0
         assert spectrum.hesd_type == "MP"
@@ -183,7 +158,6 @@ class TestRounding:
         # threshold must leave room.
         negative = -spectrum.lambda_min / (torch.finfo(torch.float32).eps * spectrum.lambda_max)
         assert negative <= 2.5
-        assert criteria.ROUNDING_UNITS >= 10
 
     @pytest.mark.parametrize(("weights", "vectors"), [(torch.float64, torch.float32), (torch.float32, torch.float64)])
     def test_the_coarser_of_weights_and_vectors_counts(self, weights, vectors):
@@ -192,26 +166,17 @@ class TestRounding:
             assert hessian_spectrum(*problem, dtype=vectors).c_t == 0.0
 
     def test_small_but_real_negative_curvature_is_kept(self):
-        class Quadratic(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.w = nn.Parameter(torch.ones(4))
-
-        diagonal = torch.tensor([-3e-5, 0.0, 0.5, 1.0])
-        spectrum = hessian_spectrum(Quadratic(), [torch.zeros(1)], lambda m, _: (diagonal * m.w**2).sum() / 2)
-        assert spectrum.c_t == pytest.approx(-3e-5, rel=1e-2)
+        assert quadratic([-3e-5, 0.0, 0.5, 1.0], torch.float32).c_t == pytest.approx(-3e-5, rel=1e-2)
 
 
 class TestDtype:
-    def test_vectors_may_be_finer_than_the_weights(self):
-        true = torch.linalg.eigvalsh(oracles.dense_hessian(*cases.make("mlp"))).numpy()
-        spectrum = hessian_spectrum(*cases.make("mlp", torch.float32), steps=len(true), dtype=torch.float64)
-        assert oracles.hausdorff(every_eigenvalue(spectrum), true) <= 1e-6 * np.abs(true).max()
-
-    def test_vectors_may_be_coarser_than_the_weights(self):
-        true = torch.linalg.eigvalsh(oracles.dense_hessian(*cases.make("mlp"))).numpy()
-        spectrum = hessian_spectrum(*cases.make("mlp", torch.float64), steps=len(true), dtype=torch.float32)
-        assert oracles.hausdorff(every_eigenvalue(spectrum), true) <= 1e-5 * np.abs(true).max()
+    @pytest.mark.parametrize(
+        ("weights", "vectors", "accuracy"), [(torch.float32, torch.float64, 1e-6), (torch.float64, torch.float32, 1e-5)]
+    )
+    def test_vectors_may_be_finer_or_coarser_than_the_weights(self, weights, vectors, accuracy):
+        true = oracles.case_eigenvalues("mlp")
+        spectrum = hessian_spectrum(*cases.make("mlp", weights), steps=len(true), dtype=vectors)
+        assert oracles.hausdorff(every_eigenvalue(spectrum), true) <= accuracy * np.abs(true).max()
 
     def test_mixed_parameters_are_analysed_in_the_finer_type(self):
         class Mixed(nn.Module):
@@ -240,30 +205,12 @@ class TestDtype:
 
 
 class TestBatches:
-    @pytest.mark.parametrize("name", ["mlp", "conv_batchnorm", "attention"])
-    def test_unequal_batches_equal_one(self, name):
-        # Cross-entropy or squared error: both are means over samples, so weights must undo them.
-        module, batches, loss_fn = cases.make(name)
-        whole = tuple(torch.cat(parts)[:5] for parts in zip(*batches, strict=True))
-        split = [tuple(part[:4] for part in whole), tuple(part[4:] for part in whole)]
-        one = hessian_spectrum(module, [whole], loss_fn, steps=60)
-        two = hessian_spectrum(module, split, loss_fn, steps=60)
-        assert one.num_samples == two.num_samples == 5
-        assert two.loss == pytest.approx(one.loss, rel=1e-14)
-        radius = np.abs(one.nodes).max()
-        assert two.lambda_min == pytest.approx(one.lambda_min, rel=0, abs=1e-12 * radius)
-        assert two.lambda_max == pytest.approx(one.lambda_max, rel=0, abs=1e-12 * radius)
-        assert two.trace == pytest.approx(one.trace, rel=0, abs=1e-12 * radius * one.dimension)
-        # And the 1-sample batch does matter: unweighted averaging would be far off.
-        unweighted = oracles.dense_hessian(module, split, loss_fn, weights=[1.0, 1.0])
-        assert abs(float(torch.linalg.eigvalsh(unweighted)[-1]) - one.lambda_max) > 1e-3 * radius
-
     def test_weights_of_the_user(self):
         module, batches, loss_fn = cases.make("mlp")
         weights = {len(batch[0]): weight for batch, weight in zip(batches, (0.5, 2.0, 7.25), strict=True)}
-        true = torch.linalg.eigvalsh(oracles.dense_hessian(module, batches, loss_fn, weights=list(weights.values())))
+        true = oracles.eigenvalues(module, batches, loss_fn, weights=list(weights.values()))
         spectrum = hessian_spectrum(module, batches, loss_fn, batch_weight=lambda batch: weights[len(batch[0])])
-        assert oracles.hausdorff(every_eigenvalue(spectrum), true) <= 1e-10 * float(true.abs().max())
+        assert oracles.hausdorff(every_eigenvalue(spectrum), true) <= 1e-10 * np.abs(true).max()
         assert spectrum.num_samples == sum(len(batch[0]) for batch in batches)
 
     @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -315,72 +262,41 @@ class TestTrace:
         third = np.mean([float(v @ hessian @ hessian @ hessian @ v) for v in units])
         assert spectrum.moment(3) == pytest.approx(third, rel=0, abs=1e-12 * second)
 
-    def test_seeds_give_different_probes_and_equal_seeds_equal_ones(self):
-        spectra = [hessian_spectrum(*cases.make("mlp"), steps=5, seed=seed) for seed in (0, 0, 1)]
-        np.testing.assert_array_equal(spectra[0].nodes, spectra[1].nodes)
-        assert spectra[0].trace != spectra[2].trace
-
-    @staticmethod
-    def problem() -> cases.Problem:
-        """One batch only: these tests take many products."""
+    @pytest.mark.parametrize("steps", [1, 2, 5])
+    @pytest.mark.parametrize("probe", ["gaussian", "rademacher"])
+    def test_and_its_stated_error_are_right_for_one_probe_and_for_many(self, probe, steps):
         module, batches, loss_fn = cases.make("mlp")
-        return cases.Problem(module, batches[:1], loss_fn)
-
-    @staticmethod
-    def coverage(spectrum: Spectrum, exact: float) -> float:
-        """Share of the probes, taken one by one, whose estimate lies within two stated errors."""
-        hits = 0
-        for row in range(len(spectrum.nodes)):
-            single = dataclasses.replace(
+        hessian = oracles.dense_hessian(module, batches[:1], loss_fn)
+        exact, probes = float(hessian.trace()), 200
+        spectrum = hessian_spectrum(module, batches[:1], loss_fn, steps=steps, probes=probes, probe=probe)
+        assert abs(spectrum.trace - exact) <= 3 * spectrum.trace_error
+        # Not just some number: the stated error is the true standard deviation (for random signs a bound on it).
+        n, squares = len(hessian), float(hessian.square().sum())
+        variance = 2 * n / (n + 2) * (squares - exact**2 / n) if probe == "gaussian" else 2 * squares
+        assert spectrum.trace_error == pytest.approx(math.sqrt(variance / probes), rel=0.15)
+        singles = [
+            dataclasses.replace(
                 spectrum,
                 **{name: getattr(spectrum, name)[row : row + 1] for name in ("nodes", "weights", "residuals")},
                 steps_per_probe=spectrum.steps_per_probe[row : row + 1],
             )
-            hits += abs(single.trace - exact) <= 2 * single.trace_error
-        return hits / len(spectrum.nodes)
-
-    @pytest.mark.parametrize("steps", [1, 2, 5])
-    @pytest.mark.parametrize("probe", ["gaussian", "rademacher"])
-    def test_lies_within_two_errors_about_as_often_as_it_should(self, probe, steps):
-        # 200 probes, taken one by one: as good as 200 seeds, at a fraction of the cost.
-        exact = float(oracles.dense_hessian(*self.problem()).trace())
-        spectrum = hessian_spectrum(*self.problem(), steps=steps, probes=200, probe=probe)
-        assert self.coverage(spectrum, exact) >= 0.85
-
-    def test_lies_within_two_errors_over_seeds(self):
-        exact = float(oracles.dense_hessian(*self.problem()).trace())
-        hits = 0
-        for seed in range(60):
-            spectrum = hessian_spectrum(*self.problem(), steps=3, seed=seed)
-            hits += abs(spectrum.trace - exact) <= 2 * spectrum.trace_error
-        assert hits >= 0.85 * 60
-
-    @pytest.mark.parametrize("probe", ["gaussian", "rademacher"])
-    def test_the_mean_of_many_probes_tends_to_the_exact_trace(self, probe):
-        hessian = oracles.dense_hessian(*self.problem())
-        exact = float(hessian.trace())
-        spectrum = hessian_spectrum(*self.problem(), steps=2, probes=400, probe=probe)
-        error = abs(spectrum.trace - exact)
-        assert error <= 3 * spectrum.trace_error
-        # Not just some number: the stated error is the true standard deviation (for random signs a bound on it).
-        n, squares = len(hessian), float(hessian.square().sum())
-        variance = 2 * n / (n + 2) * (squares - exact**2 / n) if probe == "gaussian" else 2 * squares
-        assert spectrum.trace_error == pytest.approx(math.sqrt(variance / 400), rel=0.15)
+            for row in range(probes)
+        ]
+        hits = sum(abs(single.trace - exact) <= 2 * single.trace_error for single in singles)
+        assert hits >= 0.85 * probes
 
 
 class TestProbes:
-    def test_each_has_its_own_row(self):
+    def test_each_has_its_own_row_and_the_first_is_the_only_one_of_one(self):
         spectrum = hessian_spectrum(*cases.make("mlp"), steps=6, probes=3)
         assert spectrum.nodes.shape == spectrum.weights.shape == spectrum.residuals.shape == (3, 6)
         assert spectrum.steps_per_probe == (6, 6, 6)
         assert spectrum.matvecs == 18
         np.testing.assert_allclose(spectrum.weights.sum(axis=1), 1.0, rtol=1e-14)
         assert len({row.tobytes() for row in spectrum.nodes}) == 3
-
-    def test_the_first_of_several_is_the_only_one_of_one(self):
-        one = hessian_spectrum(*cases.make("mlp"), steps=6)
-        three = hessian_spectrum(*cases.make("mlp"), steps=6, probes=3)
-        np.testing.assert_array_equal(three.nodes[0], one.nodes[0])
+        one, other = (hessian_spectrum(*cases.make("mlp"), steps=6, seed=seed) for seed in (0, 1))
+        np.testing.assert_array_equal(one.nodes, spectrum.nodes[:1])
+        assert one.trace != other.trace
 
     def test_the_record_says_how_it_was_made(self):
         spectrum = hessian_spectrum(
@@ -394,43 +310,25 @@ class TestProbes:
         assert spectrum.gradient_equivalents is not None
         assert spectrum.gradient_equivalents > 0
 
-    def test_cost_in_gradients(self):
-        # A product costs more than a gradient, and not dozens of them; anything finer would be a benchmark.
-        problem = cases.regression((2000,), inputs=300, outputs=30, dtype=torch.float32)
-        cost = hessian_spectrum(*problem, steps=10, strategy="recompute").gradient_equivalents
-        assert cost is not None
-        assert 0.5 < cost < 30
-
 
 class TestParameters:
-    @pytest.mark.parametrize(
-        "chosen",
-        [
-            lambda name, p: name.startswith("2."),
-            lambda name, p: p.ndim == 1,
-            lambda name, p: name == "0.weight",
-        ],
-        ids=["by layer", "by shape", "a single one"],
-    )
-    def test_a_filter_leaves_a_diagonal_block(self, chosen):
+    def test_a_filter_leaves_a_diagonal_block(self):
         problem = cases.make("mlp")
-        true = torch.linalg.eigvalsh(oracles.dense_hessian(*problem, parameters=chosen)).numpy()
+
+        def chosen(name: str, p: nn.Parameter) -> bool:
+            return p.ndim == 1
+
+        true = oracles.eigenvalues(*problem, parameters=chosen)
         spectrum = hessian_spectrum(*problem, parameters=chosen)
         assert spectrum.dimension == len(true) < 43
         assert oracles.hausdorff(every_eigenvalue(spectrum), true) <= 1e-10 * np.abs(true).max()
 
-    def test_frozen_parameters_do_not_count(self):
+    def test_a_filter_is_not_asked_about_frozen_parameters(self):
         problem = cases.make("frozen")
         names = []
-        spectrum = hessian_spectrum(*problem, steps=1, parameters=lambda name, p: bool(names.append(name)) or True)
-        trainable = {name: p for name, p in problem.module.named_parameters() if p.requires_grad}
-        assert names == list(trainable)  # the filter is not even asked
-        assert "0.bias" not in trainable
-        assert spectrum.dimension == sum(p.numel() for p in trainable.values())
-
-    def test_tied_parameters_count_once(self):
-        problem = cases.make("tied")
-        assert hessian_spectrum(*problem, steps=1).dimension == 6 * 4 + 4 * 4 + 4
+        hessian_spectrum(*problem, steps=1, parameters=lambda name, p: bool(names.append(name)) or True)
+        assert names == [name for name, p in problem.module.named_parameters() if p.requires_grad]
+        assert "0.bias" not in names
 
     def test_unused_parameters_have_no_curvature(self):
         problem = cases.make("mlp")
@@ -470,45 +368,31 @@ class TestParameters:
 
 
 class TestModes:
-    @staticmethod
-    def with_batchnorm() -> cases.Problem:
-        return cases.make("conv_batchnorm")
-
     def test_train_uses_the_statistics_of_the_batch_and_eval_the_running_ones(self):
         for mode in ("train", "eval"):
-            problem = self.with_batchnorm()
-            true = torch.linalg.eigvalsh(oracles.dense_hessian(*problem, train=mode == "train")).numpy()
+            problem = cases.make("conv_batchnorm")
+            true = oracles.eigenvalues(*problem, train=mode == "train")
             spectrum = hessian_spectrum(*problem, mode=mode)
             assert oracles.hausdorff(every_eigenvalue(spectrum), true) <= 1e-10 * np.abs(true).max()
 
-    def test_keep_follows_each_submodule(self):
-        evaluated, trained = (hessian_spectrum(*self.with_batchnorm(), mode=mode) for mode in ("eval", "train"))
-        problem = self.with_batchnorm()
-        problem.module.train()
-        kept = hessian_spectrum(*problem, mode="keep")
-        np.testing.assert_array_equal(kept.nodes, trained.nodes)
-        problem = self.with_batchnorm()
-        problem.module.train()[1].eval()
-        kept = hessian_spectrum(*problem, mode="keep")
-        np.testing.assert_array_equal(kept.nodes, evaluated.nodes)
+    @pytest.mark.parametrize("mode", ["train", "eval"])
+    def test_keep_follows_each_submodule(self, mode):
+        expected = hessian_spectrum(*cases.make("conv_batchnorm"), mode=mode, steps=8)
+        problem = cases.make("conv_batchnorm")
+        problem.module.train()[1].train(mode == "train")
+        kept = hessian_spectrum(*problem, mode="keep", steps=8)
+        np.testing.assert_array_equal(kept.nodes, expected.nodes)
 
-    @pytest.mark.parametrize("seed", [0, 3])
-    def test_dropout_draws_the_same_mask_for_every_product(self, seed):
+    def test_dropout_draws_masks_that_follow_from_the_seed(self):
+        """That all products have the same mask is in `isolation/test_isolation.py`."""
         module, batches, loss_fn = cases.make("mlp")
         module.insert(2, nn.Dropout(0.5))
-        spectra = [
-            hessian_spectrum(module, batches, loss_fn, steps=12, mode="train", strategy=strategy, seed=seed)
-            for strategy in (*STRATEGIES, *STRATEGIES)
-        ]
-        for other in spectra[1:]:
-            assert other.loss == spectra[0].loss
-            slack = 1e-11 * spectra[0].lambda_max
-            np.testing.assert_allclose(other.lambda_max, spectra[0].lambda_max, rtol=0, atol=slack)
-            np.testing.assert_allclose(other.lambda_min, spectra[0].lambda_min, rtol=0, atol=slack)
-            np.testing.assert_allclose(other.trace, spectra[0].trace, rtol=0, atol=100 * slack)
-        np.testing.assert_array_equal(spectra[0].nodes, spectra[2].nodes)
-        np.testing.assert_array_equal(spectra[1].nodes, spectra[3].nodes)
-        assert abs(hessian_spectrum(module, batches, loss_fn, seed=seed).lambda_max - spectra[0].lambda_max) > 1e-3
+        first, again, other = (
+            hessian_spectrum(module, batches, loss_fn, steps=12, mode="train", seed=seed) for seed in (0, 0, 3)
+        )
+        np.testing.assert_array_equal(first.nodes, again.nodes)
+        assert abs(first.loss - other.loss) > 1e-3
+        assert abs(hessian_spectrum(module, batches, loss_fn, steps=12).loss - first.loss) > 1e-3
 
     def test_batches_have_masks_of_their_own(self):
         # The same samples twice: equal masks would make both batches one.
@@ -549,7 +433,7 @@ class TestUndefined:
         assert (spectrum.hesd_type, spectrum.type_certain, spectrum.r_e) == ("MN", True, math.inf)
         assert spectrum.converged
 
-    @pytest.mark.parametrize("exponent", [-60, -30, -18, 18, 60])
+    @pytest.mark.parametrize("exponent", [-60, -18, 18, 60])
     def test_criteria_do_not_depend_on_the_scale_of_the_loss(self, exponent):
         module, batches, loss_fn = cases.make("mlp")
         expected = hessian_spectrum(module, batches, loss_fn)

@@ -268,10 +268,6 @@ class TestProducts:
         with pytest.raises(ArithmeticError, match="batch 0"):
             operator.matvec(torch.ones(1))
 
-    def test_options_are_checked(self):
-        with pytest.raises(ValueError, match="`matrix` must be"):
-            HessianOperator(*cases.make("mlp"), matrix="fisher")
-
     def test_of_numpy_arrays_are_a_type_error_in_both_orders(self):
         module, batches, loss_fn = short("mlp")
         operator = HessianOperator(module, batches, loss_fn)

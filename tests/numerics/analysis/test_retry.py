@@ -14,8 +14,6 @@ from lightning_hesd.numerics.operators.memory import is_out_of_memory
 from tests import cases
 from tests.scarcity import EXHAUSTIONS, Scarce, ScarceInProducts
 
-PROBLEM = "mlp"
-
 
 @pytest.mark.parametrize("kind", EXHAUSTIONS)
 def test_exhaustion_is_recognized(kind: str) -> None:
@@ -29,12 +27,11 @@ def test_other_trouble_is_not(error: Exception) -> None:
     assert not is_out_of_memory(error)
 
 
-@pytest.mark.parametrize("kind", EXHAUSTIONS)
-def test_first_without_graphs_then_without_a_basis(kind: str) -> None:
-    module, batches, loss = cases.make(PROBLEM)
+def test_first_without_graphs_then_without_a_basis() -> None:
+    module, batches, loss = cases.make("mlp")
     whole = hessian_spectrum(module, batches, loss, steps=8)
     for times, basis in ((1, "device"), (2, "none")):
-        spectrum = hessian_spectrum(module, batches, Scarce(loss, EXHAUSTIONS[kind], times), steps=8)
+        spectrum = hessian_spectrum(module, batches, Scarce(loss, EXHAUSTIONS["Python"], times), steps=8)
         assert (spectrum.strategy, spectrum.basis) == ("recompute", basis)
         assert spectrum.strategy_reason.startswith("out of memory (")
         assert spectrum.strategy_reason.count("out of memory (") == times
@@ -44,7 +41,7 @@ def test_first_without_graphs_then_without_a_basis(kind: str) -> None:
 
 
 def test_the_last_failure_is_raised_and_its_memory_given_back() -> None:
-    module, batches, loss = cases.make(PROBLEM)
+    module, batches, loss = cases.make("mlp")
     scarce = Scarce(loss, EXHAUSTIONS["CPU"], math.inf)
     gc.disable()
     try:
@@ -58,7 +55,7 @@ def test_the_last_failure_is_raised_and_its_memory_given_back() -> None:
 
 
 def test_what_the_user_chose_stays() -> None:
-    module, batches, loss = cases.make(PROBLEM)
+    module, batches, loss = cases.make("mlp")
     scarce = Scarce(loss, EXHAUSTIONS["CPU"], math.inf)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         hessian_spectrum(module, batches, scarce, steps=8, strategy="recompute", basis="device")
@@ -66,7 +63,7 @@ def test_what_the_user_chose_stays() -> None:
 
 
 def test_exhaustion_in_a_product_is_no_lack_of_a_second_derivative() -> None:
-    module, batches, loss = cases.make(PROBLEM)
+    module, batches, loss = cases.make("mlp")
     spectrum = hessian_spectrum(module, batches, ScarceInProducts(loss, 1), steps=8)
     assert spectrum.strategy == "recompute"
     assert "out of memory" in spectrum.strategy_reason
@@ -74,17 +71,17 @@ def test_exhaustion_in_a_product_is_no_lack_of_a_second_derivative() -> None:
 
 
 def test_layers_are_tried_again_together() -> None:
-    module, batches, loss = cases.make(PROBLEM)
+    module, batches, loss = cases.make("mlp")
     spectra = layer_spectra(module, batches, Scarce(loss, EXHAUSTIONS["GPU"], 1), steps=4)
     assert {spectrum.strategy for spectrum in spectra.values()} == {"recompute"}
 
 
 def test_without_a_second_derivative_there_are_no_graphs_to_save() -> None:
     """Products are central differences then, and there is but the basis to do without."""
-    module, batches, loss = cases.make(PROBLEM)
+    module, batches, loss = cases.make("mlp")
 
     def rough(module: torch.nn.Module, batch: object) -> torch.Tensor:
-        return OnlyOnce.apply(scarce(module, batch).exp()).log()
+        return cases.OnceDifferentiable.apply(scarce(module, batch).exp()).log()
 
     evaluations = 0
 
@@ -99,17 +96,6 @@ def test_without_a_second_derivative_there_are_no_graphs_to_save() -> None:
     assert (spectrum.strategy, spectrum.basis) == ("finite_difference", "none")
     assert "differentiated twice" in spectrum.strategy_reason
     assert "out of memory" in spectrum.strategy_reason
-
-
-class OnlyOnce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
-        return x.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient.clone()
 
 
 class ClippedInForward(torch.nn.Linear):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_hesd import hessian_spectrum
 from lightning_hesd.numerics.analysis.sampling_error import SamplingError, sampling_error
 from lightning_hesd.numerics.collectives import LOCAL, Collectives
-from lightning_hesd.numerics.inputs.batches import SkippedBatchError, WeightedBatch
+from lightning_hesd.numerics.inputs.batches import SkippedBatchError, WeightedBatch, weighted_batches
 from lightning_hesd.numerics.krylov.lanczos import Lanczos
 from lightning_hesd.numerics.operators.curvature import HessianMatrix
 from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock
@@ -103,18 +103,11 @@ class TestAgainstBruteForce:
         assert abs(bias_c_t - true_c_t) <= deviations[2] / 2
 
     def test_single_records_have_the_signs_that_theory_says(self):
-        for seed in range(5):
+        for seed in range(3):
             spectrum = analyze(300 + seed)
             assert spectrum.lambda_min_sampling_bias <= 0 <= spectrum.lambda_max_sampling_bias
             assert (fields(spectrum, "error") > 0).all()
             assert spectrum.c_t_total_error == spectrum.c_t_error + spectrum.c_t_sampling_error
-
-    def test_four_times_the_samples_halve_the_error(self):
-        few, many = (
-            np.mean([fields(analyze(seed, samples=samples), "error") for seed in range(6)], axis=0)
-            for samples in (SAMPLES, 4 * SAMPLES)
-        )
-        np.testing.assert_allclose(few / many, 2.0, rtol=0.4)
 
 
 class TestClosedForm:
@@ -170,24 +163,26 @@ class TestClosedForm:
 
 
 class TestGroups:
-    @pytest.mark.parametrize("batches", [4, 16])
-    def test_how_the_samples_are_batched_does_not_matter(self, batches):
-        # Sixteen groups of the same samples in every case, in the same order.
-        one, other = analyze(7), analyze(7, batches)
+    @pytest.mark.parametrize(
+        ("options", "error_rtol", "bias_rtol"),
+        [
+            ({"batches": 4}, 1e-6, 1e-6),  # sixteen groups of the same samples in every case, in the same order
+            ({"batches": 16}, 1e-6, 1e-6),
+            ({"strategy": "recompute"}, 1e-4, 1e-3),
+            ({"strategy": "finite_difference"}, 1e-4, 1e-3),
+            ({"strategy": "auto"}, 1e-4, 1e-3),
+        ],
+    )
+    def test_neither_batches_nor_strategy_matter(self, options, error_rtol, bias_rtol):
+        one, other = analyze(7), analyze(7, **options)
         assert other.sampling_groups == one.sampling_groups == 16
-        np.testing.assert_allclose(fields(other, "error"), fields(one, "error"), rtol=1e-6)
-        np.testing.assert_allclose(fields(other, "bias"), fields(one, "bias"), rtol=1e-6)
+        np.testing.assert_allclose(fields(other, "error"), fields(one, "error"), rtol=error_rtol)
+        np.testing.assert_allclose(fields(other, "bias"), fields(one, "bias"), rtol=bias_rtol)
 
     def test_more_batches_are_more_groups(self):
         one, other = analyze(7), analyze(7, 64)
         assert other.sampling_groups == 64
         np.testing.assert_allclose(fields(other, "error"), fields(one, "error"), rtol=0.6)
-
-    @pytest.mark.parametrize("strategy", ["recompute", "finite_difference", "auto"])
-    def test_nor_does_the_strategy(self, strategy):
-        one, other = analyze(7), analyze(7, strategy=strategy)
-        np.testing.assert_allclose(fields(other, "error"), fields(one, "error"), rtol=1e-4)
-        np.testing.assert_allclose(fields(other, "bias"), fields(one, "bias"), rtol=1e-3)
 
     @pytest.mark.parametrize("steps", [12, 40])
     def test_errors_need_no_basis(self, steps):
@@ -195,13 +190,10 @@ class TestGroups:
         np.testing.assert_allclose(fields(other, "error"), fields(one, "error"), rtol=1e-4)
         assert (np.sign(fields(other, "bias"))[:2] == [-1, 1]).all()
 
-    def test_cost_one_pass_over_the_samples(self):
-        assert analyze(7).matvecs == analyze(7, sampling_error=False).matvecs + 2  # one for each end
-
-    def test_are_not_made_unasked(self):
-        spectrum = analyze(7, sampling_error=False)
-        assert spectrum.sampling_groups is None
-        assert spectrum.c_t_sampling_error is None
+    def test_cost_one_pass_over_the_samples_and_are_not_made_unasked(self):
+        plain = analyze(7, sampling_error=False)
+        assert plain.sampling_groups is plain.c_t_sampling_error is None
+        assert analyze(7).matvecs == plain.matvecs + 2  # one for each end
 
 
 class TestRefusals:
@@ -211,9 +203,7 @@ class TestRefusals:
             ValueError, match=rf"at least 8 groups of samples, and the batches can be cut into {samples}"
         ):
             analyze(7, batches, samples=samples)
-
-    def test_eight_are_enough(self):
-        assert analyze(7, 1, samples=8).sampling_groups == 8
+        assert analyze(7, samples=8).sampling_groups == 8
 
     def test_statistics_of_the_batch(self):
         with torch.random.fork_rng():
@@ -313,6 +303,13 @@ def skips(module: nn.Module, batch: Batch) -> Tensor:
     return loss_fn(module, batch)
 
 
+def risk_of(batches: list[WeightedBatch], loss: Any, ranks: Collectives) -> RiskOperator:
+    """Return the risk operator of a copy of the network, on one of several ranks."""
+    module = copy.deepcopy(trained())
+    matrix = HessianMatrix(lambda batch: loss(module, batch.data), list(module.parameters()))
+    return RiskOperator(matrix, batches, strategy="graph", dtype=torch.float64, collectives=ranks)
+
+
 class TestSkippedBatches:
     @pytest.mark.parametrize("strategy", ["auto", "recompute", "finite_difference"])
     def test_are_left_out(self, strategy):
@@ -336,45 +333,27 @@ class TestSkippedBatches:
         with pytest.raises(ValueError, match=r"skipped all 2 batches.*Pass a `loss_fn`"):
             hessian_spectrum(trained(), [draw(8, 1), draw(8, 2)], none)
 
-    def test_of_a_whole_process(self):
+    def test_of_a_whole_rank(self):
         def work(ranks: Collectives) -> float:
-            rank = ranks.rank
-            module, batch = copy.deepcopy(trained()), draw(16, rank)
-            risk = RiskOperator(
-                HessianMatrix(lambda batch: skips(module, batch.data), list(module.parameters())),
-                [WeightedBatch((batch[0], torch.full_like(batch[1], rank)), 16.0, rank)],
-                strategy="graph",
-                dtype=torch.float64,
-                collectives=ranks,
-            )
+            x, y = draw(16, ranks.rank)
+            risk = risk_of(weighted_batches([(x, torch.full_like(y, ranks.rank))]), skips, ranks)
             assert (risk.num_batches, risk.num_skipped, risk.weight) == (1, 1, 16.0)
-            return float(risk.product([torch.ones_like(p) for p in module.parameters()]).sum())
+            return float(risk.product([torch.ones_like(p) for p in trained().parameters()]).sum())
 
         first, second = in_threads(2, work)
         assert first == second != 0
 
 
-class TestSeveralProcesses:
+class TestSeveralRanks:
     @staticmethod
     def share(ranks: Collectives) -> SamplingError:
-        module = copy.deepcopy(trained())
         x, y = draw(SAMPLES, 7)
-        batches = [
-            WeightedBatch(part, float(len(part[0])), index)
-            for index, part in enumerate(zip(x.chunk(6), y.chunk(6), strict=True))
-        ]
-        risk = RiskOperator(
-            HessianMatrix(lambda batch: loss_fn(module, batch.data), list(module.parameters())),
-            batches[ranks.rank :: ranks.size],
-            strategy="graph",
-            dtype=torch.float64,
-            collectives=ranks,
-        )
-        operator = DiagonalBlock(risk)
+        batches = weighted_batches(zip(x.chunk(6), y.chunk(6), strict=True))
+        operator = DiagonalBlock(risk_of(batches[ranks.rank :: ranks.size], loss_fn, ranks))
         start = torch.randn(operator.dimension, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        process = Lanczos(operator.matvec, start, 40)
-        process.run()
-        return sampling_error(operator, [process])
+        lanczos = Lanczos(operator.matvec, start, 40)
+        lanczos.run()
+        return sampling_error(operator, [lanczos])
 
     @pytest.mark.parametrize("ranks", [2, 4])
     def test_find_the_same_together_as_one_alone(self, ranks):

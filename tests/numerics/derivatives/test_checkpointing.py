@@ -83,7 +83,7 @@ WAYS: dict[str, Run] = {
 
 
 class Net(nn.Module):
-    """Two regions with whatever is replaced, and dropout, between two layers."""
+    """Two regions with operations that are replaced, and dropout, between two layers."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ def without(strategy: Any) -> Spectrum:
 
 
 @pytest.fixture(autouse=True)
-def _whatever_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_tensors_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast_derivatives, "_LARGE", 0)
 
 

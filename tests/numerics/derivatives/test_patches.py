@@ -1,4 +1,4 @@
-"""Patches end in any order, and leave what there was."""
+"""Patches end in any order, and restore the attributes of before."""
 
 from __future__ import annotations
 

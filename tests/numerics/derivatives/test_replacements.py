@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from lightning_hesd.numerics.inputs.batches import WeightedBatch
 from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
 from lightning_hesd.numerics.isolation.exact_mode import exact_mode
+from tests.numerics.derivatives.comparisons import assert_same_nodes, jacobian
 from tests.ranks import StandIn
 
 STRATEGIES = ["auto", "graph", "recompute", "finite_difference"]
@@ -126,7 +128,7 @@ def test_max_norm_with_layers_and_groups() -> None:
     assert sampled[0].c_t_sampling_error == pytest.approx(sampled[1].c_t_sampling_error, rel=1e-4)
 
 
-def test_several_processes_with_max_norm_are_refused() -> None:
+def test_several_ranks_with_max_norm_are_refused() -> None:
     net = Words("layer")
     batches = [WeightedBatch(ids, 2.0, index) for index, ids in enumerate(IDS)]
     with pytest.raises(RuntimeError, match="single process, or without `max_norm`"):
@@ -184,19 +186,14 @@ def test_inner_derivatives_are_noticed(by: str) -> None:
         assert replacements.missed == ({"differentiated"} if create_graph else set())
 
 
-def batched(net: nn.Module, x: Tensor, how: str) -> Tensor:
-    """Return a loss with the Jacobian of a network, taken in several directions at once or in one after the other."""
+def with_jacobian(net: nn.Module, x: Tensor, how: str) -> Tensor:
+    """Return a loss with the Jacobian of a network."""
     x = x.clone().requires_grad_()
     y = net(x)
-    units = torch.eye(y.numel(), dtype=x.dtype).view(-1, *y.shape)
-    if how == "batched":
-        (rows,) = torch.autograd.grad(y, x, units, create_graph=True, is_grads_batched=True)
-    elif how == "vectorized":
+    if how == "vectorized":
         rows = torch.autograd.functional.jacobian(net, x, create_graph=True, vectorize=True)
-    elif how == "vmap":
-        rows = torch.func.vmap(lambda v: torch.autograd.grad(y, x, v, create_graph=True)[0])(units)
     else:
-        rows = torch.stack([torch.autograd.grad(y, x, v, create_graph=True)[0] for v in units])
+        rows = jacobian(y, x, how)
     return y.square().mean() + rows.square().sum()
 
 
@@ -211,12 +208,9 @@ def batched(net: nn.Module, x: Tensor, how: str) -> Tensor:
 )
 def test_derivatives_along_many_directions_at_once(layers: Any, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast_derivatives, "_LARGE", 0)
-    nodes = []
-    for way in (how, "one by one"):
-        torch.manual_seed(0)
-        net, x = nn.Sequential(*layers()).double(), torch.randn(3, 4).double()
-        nodes.append(hessian_spectrum(net, [x], lambda net, x, way=way: batched(net, x, way), steps=4).nodes)
-    torch.testing.assert_close(*map(torch.tensor, nodes), rtol=1e-9, atol=1e-9)
+    torch.manual_seed(0)
+    net, x = nn.Sequential(*layers()).double(), torch.randn(3, 4).double()
+    assert_same_nodes(net, x, [functools.partial(with_jacobian, how=way) for way in (how, "one by one")], steps=4)
 
 
 def test_signals_pass_through() -> None:

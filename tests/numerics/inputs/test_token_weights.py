@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from lightning_hesd import hessian_spectrum
 from lightning_hesd.numerics.collectives import LOCAL, Collectives
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
-from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.inputs.token_weights import Weighing
 from lightning_hesd.numerics.inputs.tokens import TokenCount
 from tests.ranks import in_threads
@@ -229,7 +228,7 @@ class TestSamples:
 
 
 class TestWeighing:
-    """What an analysis finds out, other than for good, and in several processes."""
+    """What an analysis finds out, provisionally and on several ranks."""
 
     @staticmethod
     def weighing(batches: Any, module: Any = None, *, wanted: Any = None, collectives: Any = LOCAL) -> Weighing:
@@ -248,7 +247,7 @@ class TestWeighing:
         assert classes.is_settled
 
     @pytest.mark.parametrize("wanted", ["tokens", None])
-    def test_processes_agree(self, wanted):
+    def test_ranks_agree(self, wanted):
         # One of them has a batch that tells nothing, one has none.
         shares = [[(0, BATCHES[0]), (3, BATCHES[2])], [(1, {n: v[1:] for n, v in BATCHES[1].items()})], []]
 
@@ -263,8 +262,3 @@ class TestWeighing:
         count = TokenCount("labels", shifted=True)
         assert found == [(count, [9.0, 18.0]), (count, [3.0]), (count, [])]
         assert len(caught) == (wanted is None)
-
-
-def test_an_unknown_way_to_weigh():
-    with pytest.raises(ValueError, match='must be a function of the batch, "tokens" or None'):
-        analysis_options(batch_weight="words")

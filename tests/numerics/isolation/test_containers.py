@@ -40,13 +40,6 @@ class Holder(Dataset[Any]):
         self.small = [[1, 2]]
 
 
-class Module(torch.nn.Module):
-    def __init__(self, content: Any) -> None:
-        super().__init__()
-        self.content = content
-        self.small = [[1, 2]]
-
-
 CONTENTS: dict[str, Any] = {
     "pairs": lambda: [(f"{number}.jpg", number) for number in range(MANY)],
     "names": lambda: {str(number): number for number in range(MANY)},
@@ -57,8 +50,7 @@ CONTENTS: dict[str, Any] = {
 @pytest.mark.parametrize(("kind", "tensors"), [("pairs", True), ("pairs", False), ("names", False), ("records", False)])
 def test_long_containers_are_restored_without_python_code_for_each_item(kind: str, tensors: bool) -> None:
     content = CONTENTS[kind]()
-    holder = Holder(content) if not tensors else Module(content)
-    before = len(content)
+    holder, before = Holder(content), len(content)
     with counted_lines() as count, restore_state(holder, tensors=tensors):
         pass
     assert count.lines < MANY / 2, "a line for each item would be more"

@@ -2,16 +2,13 @@
 
 import copy
 import itertools
-import random
-from collections import Counter, defaultdict, deque
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchmetrics
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm
 
@@ -48,18 +45,6 @@ class Stateful(nn.Module):
         return F.mse_loss(outputs, batch[1]) + (weight * outputs.square().mean()) / 8
 
 
-class Record:
-    """An object of the user."""
-
-    def __init__(self) -> None:
-        self.count, self.inner = 0, [0]
-
-    def next(self) -> int:
-        self.count += 1
-        self.inner[0] += 1
-        return self.count * self.inner[0]
-
-
 def buffer(module: Stateful, **others: Any) -> None:
     module.register_buffer("thing", torch.zeros((), dtype=torch.float64))
     vars(module).update(others)
@@ -88,44 +73,17 @@ def after(change: object, value: Any) -> Any:
     return value
 
 
-# How the state is made, how it goes on and gives the weight, and what this is at the first evaluation.
+# How the state is made, how it goes on and gives the weight, and what this is at the first evaluation. Objects of more
+# types are in `test_snapshot.py`, restored several times in the same way.
 STATES: dict[str, tuple[Callable[[Stateful], Any], Callable[[Stateful], Any], float]] = {
     "attribute": (attribute(int), lambda m: after(setattr(m, "thing", m.thing + 1), m.thing), 1),
     "new attribute": (lambda m: None, lambda m: after(setattr(m, "new", getattr(m, "new", 0) + 1), m.new), 1),
-    "list": (attribute(list), lambda m: after(m.thing.append(0), len(m.thing)), 1),
-    "filled list": (attribute(lambda: [0]), lambda m: after(m.thing.append(0), len(m.thing)), 2),
-    "deque": (attribute(deque), lambda m: after(m.thing.append(0), len(m.thing)), 1),
-    "dict": (attribute(lambda: {"n": 0}), lambda m: after(m.thing.update(n=m.thing["n"] + 1), m.thing["n"]), 1),
-    "Counter": (attribute(Counter), lambda m: after(m.thing.update("a"), m.thing["a"]), 1),
-    "defaultdict": (
-        attribute(lambda: defaultdict(list)),
-        lambda m: after(m.thing["a"].append(0), len(m.thing["a"])),
-        1,
-    ),
-    "set": (attribute(set), lambda m: after(m.thing.add(len(m.thing)), len(m.thing)), 1),
-    "bytearray": (attribute(bytearray), lambda m: after(m.thing.append(0), len(m.thing)), 1),
     "count": (attribute(lambda: itertools.count(1)), lambda m: next(m.thing), 1),
-    "iterator": (attribute(lambda: iter(list(range(1, 1000)))), lambda m: next(m.thing), 1),
-    "large list": (attribute(lambda: [0] * 2000), lambda m: after(m.thing.append(0), len(m.thing) - 2000), 1),
-    "object": (attribute(Record), lambda m: m.thing.next(), 1),
-    "array": (attribute(lambda: np.zeros(1)), lambda m: after(m.thing.__iadd__(1), m.thing.item()), 1),
-    "array of objects": (
-        attribute(lambda: np.array([[0]], dtype=object)),
-        lambda m: after(m.thing.__iadd__(1), m.thing.item()),
-        1,
-    ),
     "torch.Generator": (
         attribute(lambda: torch.Generator().manual_seed(3)),
         lambda m: torch.rand((), generator=m.thing).item(),
         torch.rand((), generator=torch.Generator().manual_seed(3)).item(),
     ),
-    "NumPy generator": (
-        attribute(lambda: np.random.default_rng(3)),
-        lambda m: m.thing.random(),
-        np.random.default_rng(3).random(),
-    ),
-    "Random": (attribute(lambda: random.Random(3)), lambda m: m.thing.random(), random.Random(3).random()),
-    "metric": (attribute(torchmetrics.SumMetric), lambda m: after(m.thing.update(1.0), m.thing.compute()), 1),
     "buffer": (buffer, lambda m: m.thing.add_(1).clone(), 1),
     "buffer that the graph holds": (buffer, lambda m: m.thing.add_(1), 1),
     "buffer that the graph and a tuple hold": (
@@ -160,51 +118,12 @@ def test_every_strategy_finds_the_loss_of_the_first_evaluation(kind):
     expected = hessian_spectrum(Stateful(), batches, lambda m, b: m.loss(b, weight), steps=4, strategy="graph")
     module = Stateful()
     make(module)
-    before = copy.deepcopy(vars(module)), repr(vars(module))
+    thing, before = getattr(module, "thing", None), repr(vars(module))
     for strategy in STRATEGIES:
         found = hessian_spectrum(module, batches, lambda m, b: m.loss(b, step(m)), steps=4, strategy=strategy)
         assert_same(found, expected)
-        assert repr(vars(module)) == before[1]
-
-
-# Class attributes -----------------------------------------------------------------------------------------------------
-
-
-class InClass(Stateful):
-    """Keeps its state in its class."""
-
-    counts: ClassVar[dict[str, int]] = {"n": 0}
-    calls = 0
-    tensor: ClassVar[Tensor] = torch.zeros(())
-    record = Record()
-
-    @property
-    def doubled(self) -> int:
-        return 2 * type(self).calls
-
-    def step(self) -> float:
-        cls = type(self)
-        self.counts["n"] += 1
-        cls.calls += 1
-        cls.tensor.add_(1)
-        cls.fresh = getattr(cls, "fresh", 0) + 1
-        return self.counts["n"] + self.doubled + cls.tensor.item() + cls.fresh + self.record.next()
-
-
-class Inherited(InClass):
-    """Finds it in the class above, and binds some of it in its own."""
-
-
-@pytest.mark.parametrize("cls", [InClass, Inherited])
-def test_attributes_of_classes(cls):
-    batches = make_batches()
-    expected = hessian_spectrum(Stateful(), batches, lambda m, b: m.loss(b, 6.0), steps=4, strategy="graph")
-    names = [dict(vars(c)) for c in (InClass, Inherited)]
-    for strategy in STRATEGIES:
-        found = hessian_spectrum(cls(), batches, lambda m, b: m.loss(b, m.step()), steps=4, strategy=strategy)
-        assert_same(found, expected)
-        assert [dict(vars(c)) for c in (InClass, Inherited)] == names
-        assert (InClass.counts, InClass.tensor.item(), vars(InClass.record)) == ({"n": 0}, 0.0, vars(Record()))
+        assert repr(vars(module)) == before
+        assert kind == "count" or getattr(module, "thing", None) is thing
 
 
 # Training mode --------------------------------------------------------------------------------------------------------
@@ -225,25 +144,6 @@ def on_two_batches_at_once(module: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
     return squared_error(module, batch) + module(2 * batch[0]).square().mean()
 
 
-class Contrast(nn.Module):
-    """A loss with a queue of earlier keys, as in momentum contrast."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.query, self.key = nn.Linear(3, 4), nn.Linear(3, 4).requires_grad_(False)
-        self.register_buffer("queue", torch.randn(4, 8))
-        self.register_buffer("place", torch.zeros(1, dtype=torch.long))
-
-    def loss(self, batch: tuple[Tensor, Tensor], *, enqueue: bool = True) -> Tensor:
-        queries, keys = F.normalize(self.query(batch[0])), F.normalize(self.key(batch[0]))
-        logits = torch.cat([(queries * keys).sum(1, keepdim=True), queries @ self.queue.clone().detach()], dim=1)
-        if enqueue:
-            place = int(self.place)
-            self.queue[:, place : place + 4] = keys.T
-            self.place[0] = (place + 4) % 8
-        return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
-
-
 def batch_norm() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
 
@@ -256,26 +156,23 @@ def without_statistics() -> nn.Module:
 class TestTrainingMode:
     def check(self, make: Any, loss: Any, expected: Spectrum) -> None:
         module = seeded(make)
-        before = copy.deepcopy(module.state_dict())
+        before, buffers = copy.deepcopy(module.state_dict()), list(module.buffers())
         for strategy in (*STRATEGIES, "auto"):
             found = hessian_spectrum(module, make_batches(3), loss, steps=30, strategy=strategy, mode="train")
             assert_same(found, expected)
             assert all(
                 torch.equal(now, then) for now, then in zip(module.state_dict().values(), before.values(), strict=True)
             )
+            assert all(now is then for now, then in zip(module.buffers(), buffers, strict=True))
 
     @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-    @pytest.mark.parametrize("scripted", [False, True])
-    @pytest.mark.parametrize("loss", [squared_error, on_two_batches_at_once])
+    @pytest.mark.parametrize(
+        ("loss", "scripted"),
+        [(squared_error, False), (on_two_batches_at_once, False), (on_two_batches_at_once, True)],
+    )
     def test_batch_norm(self, loss, scripted):
         expected = hessian_spectrum(seeded(without_statistics), make_batches(3), loss, steps=30, mode="train")
         self.check((lambda: torch.jit.script(batch_norm())) if scripted else batch_norm, loss, expected)
-
-    def test_a_queue_of_keys(self):
-        expected = hessian_spectrum(
-            seeded(Contrast), make_batches(3), lambda m, b: m.loss(b, enqueue=False), steps=30, mode="train"
-        )
-        self.check(Contrast, lambda m, b: m.loss(b), expected)
 
     def test_dropout(self):
         def make() -> nn.Module:

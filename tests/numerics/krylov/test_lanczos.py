@@ -101,40 +101,24 @@ class TestPrescribedSpectra:
         np.testing.assert_allclose(weights, expected, rtol=0, atol=1e4 * torch.finfo(dtype).eps)
 
 
-class TestOrthogonality:
-    """Lost orthogonality shows as copies of eigenvalues that are there once."""
-
-    @pytest.mark.parametrize("dtype", DTYPES)
-    def test_no_ghosts_of_outlying_eigenvalues(self, dtype):
-        # Outliers converge early; without reorthogonalization rounding would let them in again and again.
-        spectrum = np.concatenate([np.linspace(-1.0, 1.0, 197), [1e2, 1e3, 1e4]])
-        matrix = make_matrix(spectrum.tolist(), dtype)
-        result = lanczos(Times(matrix), make_start(200, dtype), steps=100)
-        nodes, _, _ = gauss_quadrature(result.alphas, result.betas)
-        rounding = rounding_threshold(1e4, torch.finfo(dtype).eps, 200)
-        outliers = nodes[nodes > 50]
-        np.testing.assert_allclose(outliers, [1e2, 1e3, 1e4], rtol=0, atol=rounding)
-
-    @pytest.mark.parametrize(("dtype", "tail"), [(torch.float64, 2e-12), (torch.float32, 2e-4)])
-    def test_a_small_remainder_after_the_dominant_part_is_found(self, dtype, tail):
-        # β falls to the size of the tail after three steps: one Gram-Schmidt pass leaves a component of relative size
-        # epsilon/tail along the dominant part, which would falsify every later coefficient.
-        spectrum = np.concatenate([tail * np.linspace(-1.0, 1.0, 97), [2.0, 3.0, 5.0]])
-        matrix = torch.diag(torch.tensor(spectrum, dtype=dtype))
-        result = lanczos(Times(matrix), make_start(100, dtype), steps=60)
-        assert len(result.alphas) == 60
-        basis = result.ritz_vectors(np.eye(60))
-        torch.testing.assert_close(
-            basis @ basis.T, torch.eye(60, dtype=dtype), rtol=0, atol=16 * torch.finfo(dtype).eps
-        )
-        nodes, _, _ = gauss_quadrature(result.alphas, result.betas)
-        np.testing.assert_allclose(nodes[-3:], [2.0, 3.0, 5.0], rtol=0, atol=8 * torch.finfo(dtype).eps * 5)
-        rest = nodes[:-3]
-        slack = 8 * torch.finfo(dtype).eps * 5
-        assert np.abs(rest).max() <= tail + slack
-        # Ninety-seven even eigenvalues, 57 nodes: the ends are found well.
-        assert rest.min() == pytest.approx(-tail, abs=0.01 * tail + slack)
-        assert rest.max() == pytest.approx(tail, abs=0.01 * tail + slack)
+@pytest.mark.parametrize(("dtype", "tail"), [(torch.float64, 2e-12), (torch.float32, 2e-4)])
+def test_a_small_remainder_after_the_dominant_part_is_found(dtype, tail):
+    # β falls to the size of the tail after three steps: one Gram-Schmidt pass leaves a component of relative size
+    # epsilon/tail along the dominant part, which would falsify every later coefficient.
+    spectrum = np.concatenate([tail * np.linspace(-1.0, 1.0, 97), [2.0, 3.0, 5.0]])
+    matrix = torch.diag(torch.tensor(spectrum, dtype=dtype))
+    result = lanczos(Times(matrix), make_start(100, dtype), steps=60)
+    assert len(result.alphas) == 60
+    basis = result.ritz_vectors(np.eye(60))
+    torch.testing.assert_close(basis @ basis.T, torch.eye(60, dtype=dtype), rtol=0, atol=16 * torch.finfo(dtype).eps)
+    nodes, _, _ = gauss_quadrature(result.alphas, result.betas)
+    np.testing.assert_allclose(nodes[-3:], [2.0, 3.0, 5.0], rtol=0, atol=8 * torch.finfo(dtype).eps * 5)
+    rest = nodes[:-3]
+    slack = 8 * torch.finfo(dtype).eps * 5
+    assert np.abs(rest).max() <= tail + slack
+    # Ninety-seven even eigenvalues, 57 nodes: the ends are found well.
+    assert rest.min() == pytest.approx(-tail, abs=0.01 * tail + slack)
+    assert rest.max() == pytest.approx(tail, abs=0.01 * tail + slack)
 
 
 class TestBreakdown:
@@ -153,44 +137,28 @@ class TestBreakdown:
         assert (nodes > rounding).sum() == 2
         assert (nodes < -rounding).sum() == 1
 
-    def test_a_start_vector_in_an_invariant_subspace_sees_only_that(self):
-        matrix = torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
-        result = lanczos(Times(matrix), torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64), steps=4)
+    @pytest.mark.parametrize(
+        ("matrix", "start", "nodes", "weights"),
+        [
+            (np.diag([1.0, 2.0, 3.0, 4.0]), [1.0, 0.0, 0.0, 1.0], [1.0, 4.0], [0.5, 0.5]),
+            ([[0.0, 1.0], [1.0, 0.0]], [1.0, 0.0], [-1.0, 1.0], [0.5, 0.5]),
+        ],
+        ids=["start vector in an invariant subspace", "first coefficient of zero"],
+    )
+    def test_the_rule_is_of_the_krylov_space(self, matrix, start, nodes, weights):
+        matrix, start = (torch.as_tensor(values, dtype=torch.float64) for values in (matrix, start))
+        result = lanczos(Times(matrix), start, steps=len(start))
         assert result.breakdown
-        nodes, weights, _ = gauss_quadrature(result.alphas, result.betas)
-        np.testing.assert_allclose(nodes, [1.0, 4.0], rtol=1e-14)
-        np.testing.assert_allclose(weights, [0.5, 0.5], rtol=1e-14)
+        found = gauss_quadrature(result.alphas, result.betas)
+        np.testing.assert_allclose(found[:2], [nodes, weights], rtol=1e-14)
 
-    def test_a_zero_first_coefficient_is_no_breakdown(self):
-        matrix = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
-        result = lanczos(Times(matrix), torch.tensor([1.0, 0.0], dtype=torch.float64), steps=2)
-        nodes, _, _ = gauss_quadrature(result.alphas, result.betas)
-        np.testing.assert_allclose(nodes, [-1.0, 1.0], rtol=1e-14)
-
-    def test_stopping_early_is_no_breakdown(self):
-        matvec = Times(make_matrix(SPECTRA["indefinite"][0], torch.float64))
-        result = lanczos(matvec, make_start(30), steps=7)
-        assert not result.breakdown
-        assert matvec.calls == len(result.alphas) == 7
-        assert result.betas[-1] > 0.1
-
-    def test_longer_runs_continue_shorter_ones(self):
-        short, _, _ = run("indefinite", torch.float64, steps=7)
-        long, _, _ = run("indefinite", torch.float64, steps=12)
-        np.testing.assert_array_equal(long.alphas[:7], short.alphas)
-        np.testing.assert_array_equal(long.betas[:7], short.betas)
-
-    def test_the_length_of_the_start_vector_does_not_matter(self):
+    def test_the_start_vector_is_left_alone_and_its_length_does_not_matter(self):
         matrix = make_matrix(SPECTRA["indefinite"][0], torch.float64)
         start = make_start(30)
-        first, second = (lanczos(Times(matrix), scale * start, steps=10) for scale in (1.0, 1e-3))
+        before = start.clone()
+        first, second = (lanczos(Times(matrix), vector, steps=10) for vector in (start, 1e-3 * start))
         np.testing.assert_allclose(first.alphas, second.alphas, rtol=0, atol=1e-12)
         np.testing.assert_allclose(first.betas, second.betas, rtol=0, atol=1e-12)
-
-    def test_the_start_vector_is_left_alone(self):
-        start = make_start(30)
-        before = start.clone()
-        lanczos(Times(make_matrix(SPECTRA["indefinite"][0], torch.float64)), start, steps=10)
         assert torch.equal(start, before)
 
 
@@ -303,13 +271,14 @@ class TestStopping:
         assert matvec.calls == len(found.alphas) == 10
         assert not found.breakdown
 
-    def test_what_it_has_then_is_what_it_would_have_had(self):
+    def test_what_it_has_then_is_the_beginning_of_a_longer_run(self):
         matrix, start = make_matrix(SPECTRA["indefinite"][0], torch.float64), make_start(30)
-        whole = lanczos(Times(matrix), start, steps=20)
+        whole, short = (lanczos(Times(matrix), start, steps) for steps in (20, 6))
         stopped = Lanczos(Times(matrix), start, steps=20)
         stopped.run(lambda: len(stopped.alphas) == 6)
-        np.testing.assert_array_equal(stopped.alphas, whole.alphas[:6])
-        np.testing.assert_array_equal(stopped.betas, whole.betas[:6])
+        for found in (short, stopped):
+            np.testing.assert_array_equal(found.alphas, whole.alphas[:6])
+            np.testing.assert_array_equal(found.betas, whole.betas[:6])
 
     def test_is_not_asked_after_the_last_step_or_a_breakdown(self):
         asked = []
@@ -331,27 +300,17 @@ class TestStopping:
         assert asked == [STEPS_BETWEEN_CHECKS, 2 * STEPS_BETWEEN_CHECKS]
 
 
-class TestUpdate:
-    """The caller makes the products."""
-
-    @pytest.mark.parametrize("spectrum", [SPECTRA["indefinite"][0], SPECTRA["clustered"][0]])
-    def test_gives_what_run_gives_and_says_when_the_run_has_ended(self, spectrum):
-        matrix, start = make_matrix(spectrum, torch.float64), make_start(len(spectrum))
-        whole = lanczos(Times(matrix), start, steps=12)
-        found, ends = Lanczos(Times(matrix), start, steps=12), []
-        while not ends or not ends[-1]:
-            ends.append(found.update(matrix @ found.vector))
-        np.testing.assert_array_equal(found.alphas, whole.alphas)
-        np.testing.assert_array_equal(found.betas, whole.betas)
-        assert len(ends) == len(whole.alphas)
-
-    def test_vectors_are_the_basis(self):
-        matrix, vectors = make_matrix(SPECTRA["indefinite"][0], torch.float64), []
-        found = Lanczos(Times(matrix), make_start(30), steps=5)
-        for _ in range(5):
-            vectors.append(found.vector)
-            found.update(matrix @ found.vector)
-        assert torch.equal(torch.stack(vectors), found.ritz_vectors(np.eye(5)))
+@pytest.mark.parametrize("spectrum", [SPECTRA["indefinite"][0], SPECTRA["clustered"][0]])
+def test_products_of_the_caller_give_what_a_run_gives(spectrum):
+    matrix, start = make_matrix(spectrum, torch.float64), make_start(len(spectrum))
+    whole = lanczos(Times(matrix), start, steps=12)
+    found, vectors, has_ended = Lanczos(Times(matrix), start, steps=12), [], False
+    while not has_ended:
+        vectors.append(found.vector)
+        has_ended = found.update(matrix @ found.vector)
+    np.testing.assert_array_equal(found.alphas, whole.alphas)
+    np.testing.assert_array_equal(found.betas, whole.betas)
+    assert torch.equal(torch.stack(vectors), found.ritz_vectors(np.eye(len(whole.alphas))))
 
 
 # Outliers that converge after a few steps: without a basis, ghosts of them appear.
@@ -368,11 +327,10 @@ class TestBasis:
         np.testing.assert_array_equal(far.betas, near.betas)
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_without_a_basis_there_are_ghosts_and_the_right_extremes(self, dtype):
+    def test_without_a_basis_there_are_ghosts_whose_weights_add_up_and_the_right_extremes(self, dtype):
         matrix = make_matrix(OUTLIERS, dtype)
-        kept, without = (lanczos(Times(matrix), make_start(200, dtype), 100, basis=b) for b in ("device", "none"))
-        nodes, _, _ = gauss_quadrature(kept.alphas, kept.betas)
-        ghostly, _, residuals = gauss_quadrature(without.alphas, without.betas)
+        runs = (lanczos(Times(matrix), make_start(200, dtype), 100, basis=b) for b in ("device", "none"))
+        (nodes, weights, _), (ghostly, shares, residuals) = (gauss_quadrature(p.alphas, p.betas) for p in runs)
         rounding = rounding_threshold(50.0, torch.finfo(dtype).eps, 200)
         assert (nodes > 10).sum() == 2
         assert (ghostly > 10).sum() > 2  # or there would be nothing to show
@@ -380,16 +338,8 @@ class TestBasis:
         distances = np.abs(ghostly[:, None] - np.sort(OUTLIERS)).min(axis=1)
         # A ghost that is still on its way to an eigenvalue says so by its residual.
         assert (distances <= residuals + rounding)[ghostly > 10].all()
-
-    @pytest.mark.parametrize("dtype", DTYPES)
-    def test_without_a_basis_the_weights_of_ghosts_add_up(self, dtype):
-        matrix = make_matrix(OUTLIERS, dtype)
-        rules = [
-            gauss_quadrature(p.alphas, p.betas)
-            for p in (lanczos(Times(matrix), make_start(200, dtype), 100, basis=b) for b in ("device", "none"))
-        ]
         for eigenvalue in (-8.0, 20.0, 50.0):
-            kept, without = (weights[np.abs(nodes - eigenvalue) < 1].sum() for nodes, weights, _ in rules)
+            kept, without = (w[np.abs(n - eigenvalue) < 1].sum() for n, w in ((nodes, weights), (ghostly, shares)))
             assert without == pytest.approx(kept, rel=1e4 * torch.finfo(dtype).eps)
 
 
@@ -399,9 +349,11 @@ class TestRitzVectors:
     def test_have_the_residuals_of_the_rule(self, basis, dtype):
         # Few steps, before any orthogonality is lost.
         matrix = make_matrix(SPECTRA["indefinite"][0], dtype)
-        found = lanczos(Times(matrix), make_start(30, dtype), 12, basis=basis)
+        matvec = Times(matrix)
+        found = lanczos(matvec, make_start(30, dtype), 12, basis=basis)
         nodes, vectors = tridiagonal_eigh(found.alphas, found.betas)
         ritz = found.ritz_vectors(vectors).double()
+        assert matvec.calls == 12 + (11 if basis == "none" else 0)  # the run is repeated
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(ritz @ ritz.T, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e4 * eps)
         residuals = torch.linalg.vector_norm(ritz @ matrix.double() - torch.from_numpy(nodes)[:, None] * ritz, dim=1)
@@ -421,13 +373,6 @@ class TestRitzVectors:
             assert alignment == pytest.approx(1.0, abs=1e-3)
         assert values[-1] == pytest.approx(50.0)
 
-    def test_repeating_the_run_takes_one_product_less_than_it_had_steps(self):
-        matvec = Times(make_matrix(SPECTRA["indefinite"][0], torch.float64))
-        found = lanczos(matvec, make_start(30), 12, basis="none")
-        matvec.calls = 0
-        found.ritz_vectors(np.eye(12)[:, :1])
-        assert matvec.calls == 11
-
     @pytest.mark.parametrize("basis", ["device", "cpu"])
     def test_projections_are_along_the_basis(self, basis):
         found = lanczos(Times(make_matrix(SPECTRA["indefinite"][0], torch.float64)), make_start(30), 7, basis=basis)
@@ -435,13 +380,11 @@ class TestRitzVectors:
         vector = make_start(30, seed=8)
         np.testing.assert_allclose(found.project(vector), rows @ vector, rtol=0, atol=1e-14)
 
-    def test_after_a_breakdown_only_the_steps_that_count_are_projected_on(self):
-        found = lanczos(Times(make_matrix([1.0] * 5 + [2.0] * 7, torch.float64)), make_start(12), 10)
-        assert found.project(make_start(12, seed=8)).shape == (2,)
-
-    def test_without_a_basis_there_is_nothing_to_project_on(self):
-        found = lanczos(Times(make_matrix([1.0, 2.0], torch.float64)), make_start(2), 2, basis="none")
-        assert found.project(make_start(2)) is None
+    def test_projections_are_on_the_steps_that_count_and_need_a_basis(self):
+        matvec = Times(make_matrix([1.0] * 5 + [2.0] * 7, torch.float64))
+        found, without = (lanczos(matvec, make_start(12), 10, basis=basis) for basis in ("device", "none"))
+        assert found.project(make_start(12, seed=8)).shape == (2,)  # after a breakdown
+        assert without.project(make_start(12)) is None
 
 
 class TestAsymmetry:
@@ -449,21 +392,17 @@ class TestAsymmetry:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("basis", ["device", "none"])
-    def test_is_rounding_for_symmetric_matrices(self, dtype, basis):
-        matrix = make_matrix(np.linspace(-1.0, 2.0, 60), dtype)
-        found = lanczos(Times(matrix), make_start(60, dtype), 15, basis=basis)
-        assert found.asymmetries.shape == found.alphas.shape
-        assert found.asymmetries.max() <= rounding_threshold(2.0, torch.finfo(dtype).eps, 60)
-
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("basis", ["device", "none"])
-    @pytest.mark.parametrize("size", [1e-2, 1.0])
-    def test_is_of_the_size_of_the_asymmetric_part(self, dtype, basis, size):
+    @pytest.mark.parametrize("size", [0.0, 1e-2, 1.0])
+    def test_is_rounding_or_of_the_size_of_the_asymmetric_part(self, dtype, basis, size):
         matrix = make_matrix(np.linspace(-1.0, 2.0, 60), dtype)
         part = torch.randn(60, 60, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
         part -= part.T.clone()
         part *= size / torch.linalg.matrix_norm(part, 2)
         found = lanczos(Times(matrix + part), make_start(60, dtype), 15, basis=basis)
+        assert found.asymmetries.shape == found.alphas.shape
+        if size == 0:
+            assert found.asymmetries.max() <= rounding_threshold(2.0, torch.finfo(dtype).eps, 60)
+            return
         assert size / 10 < found.asymmetries.max()
         if basis == "device":  # else the basis is not orthogonal, and the components grow
             assert found.asymmetries.max() < 2 * size

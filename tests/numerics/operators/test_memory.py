@@ -1,11 +1,11 @@
 """What an analysis spends its memory on, and that it keeps to what it was given."""
 
 import gc
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_hesd import Spectrum, hessian_spectrum
 from lightning_hesd.numerics.analysis.engine import analyze
-from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.inputs.batches import weighted_batches
 from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.operators.memory import VECTORS, MemoryMeter, free_system_memory, plan_memory
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
@@ -27,18 +27,11 @@ CPU = torch.device("cpu")
 class TestFreeSystemMemory:
     MEMINFO = "MemTotal:       16000000 kB\nMemFree:         1000000 kB\nMemAvailable:    4000000 kB\n"
 
-    @staticmethod
-    def tree(root: Path, *, meminfo: str | None = None, limit: str | None = None, used: str | None = None) -> Path:
-        (root / "proc").mkdir()
-        (root / "sys/fs/cgroup").mkdir(parents=True)
-        for name, text in (
-            ("proc/meminfo", meminfo),
-            ("sys/fs/cgroup/memory.max", limit),
-            ("sys/fs/cgroup/memory.current", used),
-        ):
-            if text is not None:
-                (root / name).write_text(text)
-        return root
+    PLACES: ClassVar = {
+        "meminfo": "proc/meminfo",
+        "limit": "sys/fs/cgroup/memory.max",
+        "used": "sys/fs/cgroup/memory.current",
+    }
 
     @pytest.mark.parametrize(
         ("files", "expected"),
@@ -59,7 +52,11 @@ class TestFreeSystemMemory:
         ],
     )
     def test_is_the_least_that_the_system_and_the_container_leave(self, files, expected, tmp_path):
-        assert free_system_memory(self.tree(tmp_path, **files)) == expected
+        for name, text in files.items():
+            place = tmp_path / self.PLACES[name]
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(text)
+        assert free_system_memory(tmp_path) == expected
 
     def test_of_this_computer(self):
         assert free_system_memory() > 0
@@ -212,52 +209,36 @@ for activation in (nn.Tanh(), nn.GELU(), nn.Sigmoid()):
 # Budgets --------------------------------------------------------------------------------------------------------------
 
 
-def mlp() -> tuple[nn.Module, tuple[int, ...]]:
-    return nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 2)), (20,)
+def attention() -> nn.Module:
+    encoder = nn.TransformerEncoderLayer(16, 2, 16, dropout=0.0, activation=torch.tanh, batch_first=True)
+    return nn.Sequential(encoder, nn.Flatten(), nn.Linear(192, 2))
 
 
-def convolutional() -> tuple[nn.Module, tuple[int, ...]]:
-    module = nn.Sequential(
-        nn.Conv2d(2, 8, 3, padding=1),
-        nn.BatchNorm2d(8),
-        nn.SiLU(),
-        nn.Conv2d(8, 8, 3, padding=1),
-        nn.BatchNorm2d(8),
-        nn.SiLU(),
-        nn.AvgPool2d(4),
-        nn.Flatten(),
-        nn.Linear(32, 2),
-    )
-    return module, (2, 8, 8)
+def convolutions() -> nn.Module:
+    blocks = [(nn.Conv2d(n, 8, 3, padding=1), nn.BatchNorm2d(8), nn.SiLU()) for n in (2, 8)]
+    return nn.Sequential(*itertools.chain(*blocks), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(32, 2))
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention, self.head = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head((x + self.attention(x, x, x, need_weights=False)[0]).mean(dim=1))
-
-
-def attention() -> tuple[nn.Module, tuple[int, ...]]:
-    return Attention(), (12, 16)
-
-
-MODULES: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
-    "MLP": mlp,
-    "convolutions": convolutional,
-    "attention": attention,
+# How the module is made, and the shape of its samples.
+MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "MLP": (
+        lambda: nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 2)),
+        (20,),
+    ),
+    "convolutions": (convolutions, (2, 8, 8)),
+    "attention": (attention, (12, 16)),
 }
 
 
-def problem(name: str, batches: int = 8, samples: int = 128, dtype: torch.dtype = torch.float32) -> cases.Problem:
+def problem(name: str, dtype: torch.dtype = torch.float32) -> cases.Problem:
+    """Return 128 samples in eight batches."""
+    make, shape = MODULES[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        module, shape = MODULES[name]()
+        module = make()
     generator = torch.Generator().manual_seed(1)
-    x, y = torch.randn(samples, *shape, generator=generator), torch.randn(samples, 2, generator=generator)
-    parts = zip(x.to(dtype).chunk(batches), y.to(dtype).chunk(batches), strict=True)
+    x, y = torch.randn(128, *shape, generator=generator), torch.randn(128, 2, generator=generator)
+    parts = zip(x.to(dtype).chunk(8), y.to(dtype).chunk(8), strict=True)
     return cases.Problem(module.to(dtype), list(parts), cases.squared_error)
 
 
@@ -267,9 +248,17 @@ def vectors_alone(name: str, dtype: torch.dtype = torch.float32) -> int:
     return int(str(caught.value).split("at least ")[1].split()[0])
 
 
+def test_too_little_is_refused_with_what_is_needed():
+    fixed = vectors_alone("MLP")
+    with pytest.raises(ValueError, match=rf"must be at least {fixed} bytes"):
+        hessian_spectrum(*problem("MLP"), memory_budget=fixed - 1)
+    spectrum = hessian_spectrum(*problem("MLP"), memory_budget=fixed, steps=2)
+    assert (spectrum.basis, spectrum.strategy) == ("none", "finite_difference")
+
+
 @pytest.mark.parametrize("name", MODULES)
 class TestBudget:
-    STEPS = 12
+    STEPS = 8
 
     def analyze(self, name: str, budget: int, **options: Any) -> Spectrum:
         options = {"basis": "none", "steps": self.STEPS, **options}
@@ -294,33 +283,19 @@ class TestBudget:
             np.testing.assert_allclose(other.nodes, ample.nodes, rtol=0, atol=10 * slack)
             assert other.c_t == pytest.approx(ample.c_t, rel=1e-5)
 
-    def test_too_little_is_refused_with_what_is_needed(self, name):
-        fixed = vectors_alone(name)
-        with pytest.raises(ValueError, match=rf"must be at least {fixed} bytes"):
-            hessian_spectrum(*problem(name), memory_budget=fixed - 1)
-        spectrum = hessian_spectrum(*problem(name), memory_budget=fixed, steps=2)
-        assert (spectrum.basis, spectrum.strategy) == ("none", "finite_difference")
-
-    def test_eight_batches_give_the_same_as_one(self, name):
-        one, other = (hessian_spectrum(*problem(name, number), steps=40) for number in (1, 8))
-        assert other.c_t == pytest.approx(one.c_t, rel=1e-5)
-
-    @pytest.mark.parametrize("basis", ["device", "none"])
-    @pytest.mark.parametrize("share", [0.4, 0.6, 2.0])
+    @pytest.mark.parametrize(("share", "basis"), [(0.4, "none"), (0.6, "device"), (2.0, "device"), (2.0, "none")])
     def test_is_kept(self, name, share, basis):
         # Of what all graphs would need: with some of them recomputed, and with none.
-        fixed = self.analyze(name, GIB, basis=basis).predicted_memory
-        vectors = vectors_alone(name, torch.float64) + (
-            0 if basis == "none" else self.STEPS * 8 * self.analyze(name, GIB).dimension
-        )
+        ample = self.analyze(name, GIB, basis=basis)
+        fixed, krylov_basis = ample.predicted_memory, 0 if basis == "none" else self.STEPS * 8 * ample.dimension
+        vectors = vectors_alone(name, torch.float64) + krylov_basis
         budget = int(vectors + share * (fixed - vectors))
         module, batches, loss = problem(name, dtype=torch.float64)
-        weighted = [WeightedBatch(batch, len(batch[0]), i) for i, batch in enumerate(batches)]
         options = analysis_options(memory_budget=budget, basis=basis, steps=self.STEPS)
         cache = AnalysisCache()  # what is measured is known the second time
-        analyze(module, weighted, loss, options, cache=cache)
+        analyze(module, weighted_batches(batches), loss, options, cache=cache)
         with MemoryMeter(CPU) as meter:
-            spectrum = analyze(module, weighted, loss, options, cache=cache)
+            spectrum = analyze(module, weighted_batches(batches), loss, options, cache=cache)
         assert spectrum.strategy == "graph"
         assert spectrum.predicted_memory is not None
         assert spectrum.predicted_memory <= budget
@@ -346,18 +321,18 @@ hessian_spectrum(nn.Linear(500, 10), batches, loss, steps=5)
 loss(module, batches[0]).backward()
 module.zero_grad()
 before = peak()
-spectrum = hessian_spectrum(module, batches, loss, steps=60, memory_budget=int(sys.argv[1]))
+spectrum = hessian_spectrum(module, batches, loss, steps=30, memory_budget=int(sys.argv[1]))
 print(spectrum.dimension, spectrum.predicted_memory, peak() - before)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_process_grows_by_no_more_than_the_budget():
-    budget = 1_200_000_000
+    budget = 700_000_000
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(budget)], capture_output=True, text=True, timeout=120, check=True
     )
     dimension, predicted, grown = (int(word) for word in result.stdout.split())
     assert dimension > 1_900_000
     assert predicted <= budget
-    assert 60 * 4 * dimension < grown <= budget  # with the basis, and so not by chance
+    assert 30 * 4 * dimension < grown <= budget  # with the basis, and so not by chance

@@ -1,5 +1,6 @@
 """How products are computed: every strategy against dense Hessians, and what "auto" does with losses that resist."""
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -9,22 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lightning_hesd import Spectrum, hessian_spectrum
 from lightning_hesd.numerics.analysis.engine import analyze
-from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.inputs.batches import weighted_batches
 from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
 from tests import cases, oracles
 
 STRATEGIES = ("graph", "recompute", "finite_difference", "auto")
-BASES = ("device", "cpu", "none")
 DTYPES = (torch.float64, torch.float32)
-
-
-def true_eigenvalues(problem: tuple[Any, Any, Any]) -> np.ndarray:
-    return torch.linalg.eigvalsh(oracles.dense_hessian(*problem)).numpy()
 
 
 def assert_within_stated_errors(spectrum: Spectrum, true: np.ndarray) -> None:
@@ -39,22 +34,19 @@ def assert_within_stated_errors(spectrum: Spectrum, true: np.ndarray) -> None:
     assert max(spectrum.lambda_min_error, spectrum.lambda_max_error) <= 2e-2 * np.abs(true).max()
 
 
+OPTIONS = [*({"strategy": strategy} for strategy in STRATEGIES), {"basis": "cpu"}, {"basis": "none"}]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(*options.items()))
 @pytest.mark.parametrize("name", cases.NAMES)
-def test_every_strategy_is_within_its_stated_errors(name, strategy, dtype):
-    spectrum = hessian_spectrum(*cases.make(name, dtype), strategy=strategy)
+def test_every_strategy_and_basis_is_within_its_stated_errors(name, options, dtype):
+    spectrum = hessian_spectrum(*cases.make(name, dtype), **options)
+    strategy, basis = (options.get(key, "auto") for key in ("strategy", "basis"))
     assert spectrum.strategy == ("graph" if strategy == "auto" else strategy)
-    assert_within_stated_errors(spectrum, true_eigenvalues(cases.make(name)))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("basis", BASES)
-@pytest.mark.parametrize("name", cases.NAMES)
-def test_every_basis_is_within_its_stated_errors(name, basis, dtype):
-    spectrum = hessian_spectrum(*cases.make(name, dtype), basis=basis)
-    assert (spectrum.basis, spectrum.reorthogonalized) == (basis, basis != "none")
-    assert_within_stated_errors(spectrum, true_eigenvalues(cases.make(name)))
+    assert spectrum.basis == ("device" if basis == "auto" else basis)
+    assert spectrum.reorthogonalized == (basis != "none")
+    assert_within_stated_errors(spectrum, oracles.case_eigenvalues(name))
 
 
 class TestFiniteDifferences:
@@ -68,7 +60,7 @@ class TestFiniteDifferences:
 
     def test_a_known_step_is_not_searched_again_from_scratch(self):
         module, batches, loss_fn = cases.make("mlp")
-        weighted = [WeightedBatch(batch, float(len(batch[0])), index) for index, batch in enumerate(batches)]
+        weighted = weighted_batches(batches)
         cache, options = AnalysisCache(), analysis_options(strategy="finite_difference", steps=20)
         first = analyze(module, weighted, loss_fn, options, cache=cache)
         assert cache.step is not None
@@ -77,7 +69,7 @@ class TestFiniteDifferences:
         assert again.rounding <= 10 * first.rounding
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("failing_call", [None, 2, 3, 5, 8, 25, 60])
+    @pytest.mark.parametrize("failing_call", [None, 2, 5, 25])
     def test_parameters_are_put_back_bit_by_bit(self, failing_call, dtype):
         module, batches, loss_fn = cases.make("mlp", dtype)
         before = [p.detach().clone() for p in module.parameters()]
@@ -90,31 +82,12 @@ class TestFiniteDifferences:
                 raise KeyError("label")
             return loss_fn(module, batch)
 
-        def analyze() -> None:
+        with contextlib.nullcontext() if failing_call is None else pytest.raises(KeyError, match="label"):
             hessian_spectrum(module, batches, loss, steps=8, strategy="finite_difference")
-
-        if failing_call is None:
-            analyze()
-        else:
-            with pytest.raises(KeyError, match="label"):
-                analyze()
+        assert calls >= (failing_call or 50)
         for p, original in zip(module.parameters(), before, strict=True):
             assert torch.equal(p, original)
             assert p.grad is None
-
-    def test_the_loss_sees_the_original_parameters_between_products(self):
-        module, batches, loss_fn = cases.make("mlp")
-        before = module[0].weight.detach().clone()
-        values = []
-
-        def loss(module: nn.Module, batch: Any) -> Tensor:
-            values.append(float((module[0].weight.detach() - before).norm()))
-            return loss_fn(module, batch)
-
-        hessian_spectrum(module, batches[:1], loss, steps=2, strategy="finite_difference")
-        assert values[0] == 0.0
-        assert values[-1] == 0.0  # the plain gradient, for the cost
-        assert max(values) > 0.0
 
     def test_a_loss_without_curvature_stays_undefined(self):
         module, batches, _ = cases.regression((4, 3), inputs=3, outputs=2, dtype=torch.float64)
@@ -123,30 +96,6 @@ class TestFiniteDifferences:
 
 
 # Losses that "auto" must find a way with ------------------------------------------------------------------------------
-
-
-class Cube(torch.autograd.Function):
-    """x³, whose derivative is not differentiable."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * gradient
-
-
-class Lambda(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 def data(*shape: int, outputs: int = 2) -> list[tuple[Tensor, Tensor]]:
@@ -170,25 +119,26 @@ def perceptron(activation: nn.Module) -> nn.Module:
     return seeded(lambda: nn.Sequential(nn.Linear(3, 4), activation, nn.Linear(4, 2)))
 
 
-# Name: (the module, the same function written plainly, what the reason says).
-WITHOUT_SECOND_DERIVATIVE: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], str]] = {
-    "once_differentiable": (
-        lambda: perceptron(Lambda(Cube.apply)),
-        lambda: perceptron(Lambda(lambda x: x**3)),
-        "once_differentiable",
-    ),
-}
+class Lambda(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
 
 
 class TestFallback:
-    @pytest.mark.parametrize("name", WITHOUT_SECOND_DERIVATIVE)
-    def test_goes_on_with_differences_and_says_why(self, name):
-        make, plain, reason = WITHOUT_SECOND_DERIVATIVE[name]
-        spectrum = hessian_spectrum(make(), data(3), cases.squared_error)
+    def test_goes_on_with_differences_and_says_why(self):
+        module, plain = (
+            perceptron(Lambda(lambda x, f=function: f(x) ** 3))
+            for function in (cases.OnceDifferentiable.apply, torch.clone)
+        )
+        spectrum = hessian_spectrum(module, data(3), cases.squared_error)
         assert spectrum.strategy == "finite_difference"
         assert spectrum.strategy_reason.startswith("auto: ")
-        assert reason in spectrum.strategy_reason
-        assert_within_stated_errors(spectrum, true_eigenvalues((plain(), data(3), cases.squared_error)))
+        assert "once_differentiable" in spectrum.strategy_reason
+        assert_within_stated_errors(spectrum, oracles.eigenvalues(plain, data(3), cases.squared_error))
 
     @pytest.mark.parametrize("operation", ["cdist", "embedding_bag"])
     def test_goes_on_where_only_the_product_fails(self, operation):
@@ -206,13 +156,6 @@ class TestFallback:
         assert spectrum.strategy == "finite_difference"
         assert "not implemented" in spectrum.strategy_reason
 
-    @pytest.mark.parametrize("name", WITHOUT_SECOND_DERIVATIVE)
-    @pytest.mark.parametrize("strategy", ["graph", "recompute"])
-    def test_not_where_something_else_was_asked_for(self, name, strategy):
-        make, _, _ = WITHOUT_SECOND_DERIVATIVE[name]
-        with pytest.raises(RuntimeError):
-            hessian_spectrum(make(), data(3), cases.squared_error, strategy=strategy)
-
     @pytest.mark.parametrize("error", [KeyError, RuntimeError, ValueError, NotImplementedError])
     @pytest.mark.parametrize("failing_call", [1, 2])
     def test_a_loss_that_fails_is_no_reason(self, error, failing_call):
@@ -223,30 +166,9 @@ class TestFallback:
                 raise error("the loss's own trouble")
             return cases.squared_error(module, batch)
 
-        batches = [WeightedBatch(batch, float(len(batch[0])), index) for index, batch in enumerate(data(3))]
         with pytest.raises(error, match="the loss's own trouble"):
-            analyze(perceptron(nn.Tanh()), batches, loss, analysis_options(steps=5), cache=cache)
+            analyze(perceptron(nn.Tanh()), weighted_batches(data(3)), loss, analysis_options(steps=5), cache=cache)
         assert cache.inexact_reason is None  # or the next analysis would be by differences
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.attention(x, x, x)[0].mean(dim=1))
-
-
-class Fused(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.project, self.head = nn.Linear(4, 12), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.project(x).chunk(3, dim=-1)
-        return self.head(F.scaled_dot_product_attention(q, k, v).mean(dim=1))
 
 
 class Encoder(nn.Module):
@@ -269,29 +191,24 @@ class Recurrent(nn.Module):
         return self.head(self.recurrent(x)[0][:, -1])
 
 
-EXACT: dict[str, Callable[[], tuple[nn.Module, list[Any]]]] = {
-    "scaled_dot_product_attention": lambda: (seeded(Fused), data(3, 4)),
-    "MultiheadAttention": lambda: (seeded(Attention), data(3, 4)),
-    "TransformerEncoder": lambda: (seeded(Encoder), data(3, 4)),
-    "LSTM": lambda: (seeded(lambda: Recurrent(nn.LSTM)), data(3, 4)),
-    "GRU": lambda: (seeded(lambda: Recurrent(nn.GRU)), data(3, 4)),
-}
-
-
 class TestStaysExact:
-    @pytest.mark.parametrize("name", EXACT)
-    def test_with_modules_that_have_a_second_derivative(self, name):
-        module, batches = EXACT[name]()
+    @pytest.mark.parametrize(
+        "make",
+        [Encoder, lambda: Recurrent(nn.LSTM), lambda: Recurrent(nn.GRU)],
+        ids=["TransformerEncoder", "LSTM", "GRU"],
+    )
+    def test_with_modules_that_have_a_second_derivative(self, make):
+        module, batches = seeded(make), data(3, 4)
         spectrum = hessian_spectrum(module, batches, cases.squared_error, steps=200)
         assert spectrum.strategy == "graph"
-        true = true_eigenvalues((module.eval(), batches, cases.squared_error))
+        true = oracles.eigenvalues(module.eval(), batches, cases.squared_error)
         assert spectrum.lambda_min == pytest.approx(true[0], rel=0, abs=1e-9 * true[-1])
         assert spectrum.lambda_max == pytest.approx(true[-1], rel=1e-9)
 
     def test_with_compiled_modules_which_still_work_afterwards(self):
         module = perceptron(nn.Tanh())
-        true = true_eigenvalues((module, data(3), cases.squared_error))
-        compiled = torch.compile(module, backend="eager")
+        true = oracles.eigenvalues(module, data(3), cases.squared_error)
+        compiled = torch.compile(module, backend="aot_eager")  # whose code has no second derivative
         expected = compiled(data(3)[0][0]).detach()
         spectrum = hessian_spectrum(compiled, data(3), cases.squared_error)
         assert spectrum.strategy == "graph"
@@ -299,10 +216,3 @@ class TestStaysExact:
         torch.testing.assert_close(compiled(data(3)[0][0]), expected, rtol=0, atol=1e-14)
         cases.squared_error(compiled, data(3)[0]).backward()
         assert all(p.grad is not None for p in module.parameters())
-
-    @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-    def test_with_scripted_modules(self):
-        module = perceptron(nn.Tanh())
-        spectrum = hessian_spectrum(torch.jit.script(module), data(3), cases.squared_error)
-        assert spectrum.strategy == "graph"
-        assert_within_stated_errors(spectrum, true_eigenvalues((module, data(3), cases.squared_error)))

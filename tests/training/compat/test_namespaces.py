@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
 from lightning_hesd.commands.cli import main
-from lightning_hesd.training import progress
+from lightning_hesd.training import terminal
 from lightning_hesd.training.compat import strategies
 from lightning_hesd.training.compat.namespaces import lightning_types, namespace_of
 from lightning_hesd.training.isolation import kinds
@@ -172,7 +172,7 @@ def test_two_processes(name: str, tmp_path: Path, expected: list[Any]) -> None:
 @BOTH
 @pytest.mark.parametrize("kind", ["TQDMProgressBar", "RichProgressBar"])
 def test_progress_bars(name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "DELAY", 0.0)
+    monkeypatch.setattr(terminal, "DELAY", 0.0)
     screen = io.StringIO()
     console = {"file": screen, "force_terminal": True, "width": 120, "color_system": None}
     bar = getattr(NAMESPACES[name].callbacks, kind)(**({"console_kwargs": console} if "Rich" in kind else {}))

@@ -15,9 +15,10 @@ import torch
 
 from lightning_hesd.numerics.isolation.attributes import SlotState
 from lightning_hesd.numerics.isolation.containers import BufferState
-from lightning_hesd.training.isolation.places import Owner, Place
 from lightning_hesd.training.isolation.tracked_states import (
     LARGE_CONTAINER,
+    Owner,
+    Place,
     TrackedArray,
     TrackedContent,
     TrackedSetting,

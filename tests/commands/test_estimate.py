@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_hesd.commands.cost import Machine, Workload, analysis_cost, cost_lines, measured_bandwidth
+from lightning_hesd.commands.estimate import Machine, Workload, analysis_cost, cost_lines, measured_bandwidth
 from lightning_hesd.numerics.analysis.engine import analyze
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
 from lightning_hesd.numerics.inputs.options import analysis_options
