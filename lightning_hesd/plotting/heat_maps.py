@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.transforms import Transform
     from numpy.typing import NDArray
 
+    from lightning_hesd.spectra.indicators import LayerIndicators
     from lightning_hesd.spectra.record import SpectrumRecord
     from lightning_hesd.spectra.spectrum import Spectrum
 
@@ -159,7 +160,7 @@ def _per_decade(spectrum: Spectrum, page: Page, rows: Array) -> Array:
 
 def plot_layers(
     history: Sequence[SpectrumRecord] | Mapping[int, Mapping[str, Spectrum]],
-    quantity: str = "lambda_max",
+    quantity: str | None = None,
     ax: Axes | None = None,
     *,
     xlabel: str | None = None,
@@ -169,24 +170,28 @@ def plot_layers(
     Args:
         history: The records, or epoch -> spectra by layer, as in `SpectrumRecord.layers`; the layers of the last one
             are drawn. Epoch -1 is the start.
-        quantity: A key of `LAYER_SCALARS`, such as "c_t" or "trace".
+        quantity: A key of `LAYER_SCALARS`, such as "c_t" or "trace"; default: "lambda_max" where layers have spectra
+            of their own, and "trace_share" where there is only what the spectrum of the network tells of them.
         ax: Axes to draw on; default: those of a new figure whose height fits the number of layers.
         xlabel: Label of the horizontal axis; default: "epoch" or "step".
 
     Raises:
         ValueError: If no record has layers, or `quantity` is unknown.
     """
-    if quantity not in LAYER_SCALARS:
+    if quantity not in (None, *LAYER_SCALARS):
         msg = f"`quantity` must be one of {', '.join(LAYER_SCALARS)}, got {quantity!r}."
         raise ValueError(msg)
-    scalar = LAYER_SCALARS[quantity]
-    layers, found_label = (history, "epoch") if isinstance(history, Mapping) else _by_position(history)
+    if isinstance(history, Mapping):
+        layers, found_label = {epoch: layer_indicators(spectra) for epoch, spectra in history.items()}, "epoch"
+    else:
+        layers, found_label = _by_position(history)
     if not layers:
-        msg = "`history` has no spectra of layers: was the callback given `layers`?"
+        msg = "`history` knows no layers: all analyses failed, or kept no Krylov basis (`basis='none'`)."
         raise ValueError(msg)
-    epochs = list(layers)
-    names = list(layers[epochs[-1]])
-    found = [layer_indicators(layers[epoch]) for epoch in epochs]
+    epochs, found = list(layers), list(layers.values())
+    names = list(found[-1])
+    has_spectra = any(not math.isnan(indicators.lambda_max) for indicators in found[-1].values())
+    scalar = LAYER_SCALARS[quantity or ("lambda_max" if has_spectra else "trace_share")]
     values = np.array([[scalar.of(f[n]) if n in f else math.nan for f in found] for n in names])
     logarithmic = scalar.is_logarithmic and bool((values > 0).any())
     if logarithmic:
@@ -204,10 +209,11 @@ def plot_layers(
     return ax
 
 
-def _by_position(records: Sequence[SpectrumRecord]) -> tuple[dict[int, Mapping[str, Spectrum]], str]:
-    """Return the spectra of layers by their position on the axis of the run, and the label of that axis."""
-    analyzed = [record for record in records if record.layers]
+def _by_position(records: Sequence[SpectrumRecord]) -> tuple[dict[int, dict[str, LayerIndicators]], str]:
+    """Return the indicators of layers by their position on the axis of the run, and the label of that axis."""
+    # Layers with spectra of their own, where there are any, may be others than those of the network's spectrum.
+    analyzed = [record for record in records if record.layers] or [r for r in records if r.layer_indicators]
     if not analyzed:
         return {}, ""
     axis = RunAxis.of(analyzed)
-    return {at: record.layers for at, record in zip(axis.positions, analyzed, strict=True) if record.layers}, axis.label
+    return {at: record.layer_indicators for at, record in zip(axis.positions, analyzed, strict=True)}, axis.label

@@ -64,15 +64,14 @@ def converged_nodes(
 
 def _simple(converged: Mask, components: Array, dimension: int) -> Mask:
     """Return which of a probe's converged nodes are simple eigenvalues, given the squared components n·τ."""
-    steps = np.count_nonzero(components)
-    count = np.count_nonzero(converged)
+    steps, count = int(np.count_nonzero(components)), int(np.count_nonzero(converged))
     nothing = np.zeros_like(converged)
     if steps == dimension:
         return converged  # all eigenvalues are known, simple or not
     if (components[converged] < COPY).any():
         return nothing
-    simple = converged & (components < _chi_squared_quantile(1, 1 - FALSE_ALARM / max(count, 1)))
-    count = np.count_nonzero(simple)
+    simple: Mask = converged & (components < _chi_squared_quantile(1, 1 - FALSE_ALARM / max(count, 1)))
+    count = int(np.count_nonzero(simple))
     # As many eigenvalues as steps, but fewer than n, cannot all be simple: the Krylov space is invariant.
     if count in {0, steps} or components[simple].sum() > _chi_squared_quantile(count, 1 - FALSE_ALARM):
         return nothing

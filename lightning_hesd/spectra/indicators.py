@@ -16,6 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from lightning_hesd.spectra.layer_curvature import LayerCurvature
     from lightning_hesd.spectra.spectrum import Spectrum
 
 NEAR_ZERO = 0.01
@@ -24,9 +25,9 @@ NEAR_ZERO = 0.01
 
 @dataclass(frozen=True)
 class LayerIndicators:
-    """The indicators of one layer.
+    """The indicators of one layer; NaN where a spectrum of the layer itself would be needed, and there is none.
 
-    All but the extremes are estimated by quadrature, hence random: exact in the mean over probes.
+    All but the extremes and the weights are estimated by quadrature, hence random: exact in the mean over probes.
 
     Attributes:
         c_t: C_t of the layer's Hessian (Gabdullin 2025, eq. 1).
@@ -37,6 +38,8 @@ class LayerIndicators:
             is spread, from 1 to the number of parameters; NaN where there is no curvature.
         near_zero_share: Share of directions with |λ| at most 1 % of the largest |λ|.
         negative_share: Σ|λ| over negative λ, as a share of Σ|λ| over all.
+        lambda_max_weight: Share of the layer in the eigenvector of the network's largest eigenvalue.
+        lambda_min_weight: Share of the layer in the eigenvector of the network's smallest eigenvalue.
     """
 
     c_t: float
@@ -46,6 +49,8 @@ class LayerIndicators:
     effective_rank: float
     near_zero_share: float
     negative_share: float
+    lambda_max_weight: float = math.nan
+    lambda_min_weight: float = math.nan
 
 
 def effective_rank(spectrum: Spectrum) -> float:
@@ -78,11 +83,14 @@ def negative_share(spectrum: Spectrum) -> float:
     return negative / (negative + positive) if negative + positive > 0 else math.nan
 
 
-def layer_indicators(layers: Mapping[str, Spectrum]) -> dict[str, LayerIndicators]:
+def layer_indicators(
+    layers: Mapping[str, Spectrum], by_layer: Mapping[str, LayerCurvature] | None = None
+) -> dict[str, LayerIndicators]:
     """Return the indicators of each layer, from the spectra of all.
 
     Args:
         layers: Spectra by name of layer, from `layer_spectra`.
+        by_layer: `Spectrum.by_layer` of the network, for the weights of layers of the same name.
     """
     total = sum(spectrum.trace for spectrum in layers.values())
     return {
@@ -94,6 +102,22 @@ def layer_indicators(layers: Mapping[str, Spectrum]) -> dict[str, LayerIndicator
             effective_rank=effective_rank(spectrum),
             near_zero_share=near_zero_share(spectrum),
             negative_share=negative_share(spectrum),
+            **_weights((by_layer or {}).get(name)),
         )
         for name, spectrum in layers.items()
     }
+
+
+def indicators_of_network(by_layer: Mapping[str, LayerCurvature]) -> dict[str, LayerIndicators]:
+    """Return what the spectrum of the whole network tells of each layer, given its `Spectrum.by_layer`."""
+    unknown = dict.fromkeys(("c_t", "lambda_max", "effective_rank", "near_zero_share", "negative_share"), math.nan)
+    return {
+        name: LayerIndicators(trace=layer.trace, trace_share=layer.trace_share, **unknown, **_weights(layer))
+        for name, layer in by_layer.items()
+    }
+
+
+def _weights(layer: LayerCurvature | None) -> dict[str, float]:
+    if layer is None:
+        return {}
+    return {"lambda_max_weight": layer.lambda_max_weight, "lambda_min_weight": layer.lambda_min_weight}

@@ -66,7 +66,9 @@ class LayerCurvature:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerCurvature:
         """Return the curvature from its fields, which `LAYER_FIELDS` fit; JSON has made lists of pairs."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        pairs = {key: tuple(values[key]) for key in ("lambda_max_bounds", "lambda_min_bounds")}
+        fields: dict[str, Any] = {**values, **pairs}
+        return cls(**fields)
 
 
 LAYER_FIELDS: dict[str, Check] = {

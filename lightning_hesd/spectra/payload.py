@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_hesd.spectra import criteria
-from lightning_hesd.spectra.indicators import layer_indicators
 from lightning_hesd.spectra.quadrature import legible_sigma
 from lightning_hesd.spectra.record import SUFFIXES
 from lightning_hesd.spectra.rules import RULES
@@ -83,7 +82,6 @@ class PayloadError(ValueError):
 def record_payload(record: SpectrumRecord) -> dict[str, Any]:
     """Return a record as JSON values."""
     spectra = {field: getattr(record, field) for field in SUFFIXES}
-    layers = layer_indicators(record.layers or {})
     scores = {name: rule.score(record) for name, rule in RULES.items()}
     values = {
         "version": FORMAT_VERSION,
@@ -97,7 +95,7 @@ def record_payload(record: SpectrumRecord) -> dict[str, Any]:
         "scores": {name: score for name, score in scores.items() if not math.isnan(score)},
         "layers": [
             {"name": name, **{key: scalar.of(found) for key, scalar in LAYER_SCALARS.items()}}
-            for name, found in layers.items()
+            for name, found in record.layer_indicators.items()
         ],
     }
     return _plain(values)  # type: ignore[no-any-return]

@@ -7,11 +7,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lightning_hesd.spectra.assessment import assess_generalization
+from lightning_hesd.spectra.indicators import indicators_of_network, layer_indicators
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lightning_hesd.spectra.assessment import Assessment
+    from lightning_hesd.spectra.indicators import LayerIndicators
     from lightning_hesd.spectra.spectrum import Spectrum
 
 SUFFIXES = {
@@ -81,6 +83,12 @@ class SpectrumRecord:
         if self.preconditioned is None or self.stability_threshold is None:
             return None
         return self.preconditioned.lambda_max / self.stability_threshold
+
+    @cached_property
+    def layer_indicators(self) -> dict[str, LayerIndicators]:
+        """Indicators by name of layer: of `layers`, or else what the spectrum of the network tells of each layer."""
+        by_layer = {} if self.spectrum is None else self.spectrum.by_layer
+        return layer_indicators(self.layers, by_layer) if self.layers else indicators_of_network(by_layer)
 
     @cached_property
     def assessment(self) -> Assessment | None:

@@ -11,7 +11,6 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_hesd.spectra.criteria import MP_THRESHOLD
-from lightning_hesd.spectra.indicators import layer_indicators
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -65,6 +64,13 @@ def _k_h05(spectrum: Spectrum) -> float | None:
     return spectrum.k_h(0.5) if spectrum.tolerance is None else None
 
 
+DATA: tuple[Place, ...] = ("data",)
+
+
+def _negative_count(spectrum: Spectrum, end: int) -> float | None:
+    return None if spectrum.verified == "no" else spectrum.negative_count[end]
+
+
 def _is_mp(spectrum: Spectrum) -> float | None:
     return None if spectrum.hesd_type is None else float(spectrum.hesd_type == "MP")
 
@@ -82,6 +88,8 @@ SPECTRUM_SCALARS: dict[str, Scalar] = _keyed(
     _field("lambda_max", "λ_max", CURVATURE, is_logarithmic=True),
     _field("lambda_min", "λ_min", CURVATURE, shown=("data", "command line", "tab")),
     _field("trace", "trace", CURVATURE, is_logarithmic=True, shown=("data", "tab")),
+    Scalar("negative_count_low", lambda s: _negative_count(s, 0), "least number of negative eigenvalues", shown=DATA),
+    Scalar("negative_count_high", lambda s: _negative_count(s, 1), "most negative eigenvalues there may be", shown=DATA),
     Scalar("k_h05", _k_h05, "K_H05", shown=("data", "tab")),
     _field("c_t_sampling_error", "standard error of C_t from the finite sample", shown=("data",)),
     _field(
@@ -117,6 +125,8 @@ LAYER_SCALARS: dict[str, Scalar] = _keyed(
     _field("effective_rank", "effective rank", "directions", is_logarithmic=True),
     _field("near_zero_share", "share of directions near zero"),
     _field("negative_share", "share of negative curvature"),
+    _field("lambda_max_weight", "share of the eigenvector of λ_max"),
+    _field("lambda_min_weight", "share of the eigenvector of λ_min"),
 )
 """The scalars of each layer, from its `LayerIndicators`."""
 
@@ -132,7 +142,7 @@ def scalars(record: SpectrumRecord, name: str) -> dict[str, float]:
     keyed |= _values(f"{name}/", RECORD_SCALARS.values(), record)
     for suffix, spectrum in record.spectra.items():
         keyed |= _values(f"{name}{suffix}/", SPECTRUM_SCALARS.values(), spectrum)
-    for layer, indicators in layer_indicators(record.layers or {}).items():
+    for layer, indicators in record.layer_indicators.items() if record.layers else ():  # else hundreds, unasked
         keyed |= _values(f"{name}/layer/{layer}/", LAYER_SCALARS.values(), indicators)
     return {key: value for key, value in keyed.items() if not math.isnan(value)}
 

@@ -296,7 +296,7 @@ class Spectrum(SpectrumData):
         self._check_computed()
         return counts.count_between(self._rules, above, below, 1 - self.confidence)
 
-    @property
+    @cached_property
     def negative_count(self) -> tuple[int, int]:
         """Bounds on the number of negative eigenvalues, those below -`rounding`: see `count`."""
         return self.count(below=-self.rounding)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from lightning_hesd.spectra.indicators import layer_indicators
 from lightning_hesd.spectra.record import SUFFIXES
 from lightning_hesd.spectra.scalars import (
     LAYER_SCALARS,
@@ -68,7 +67,7 @@ def layers_table(records: Sequence[SpectrumRecord]) -> pd.DataFrame:
         {"epoch": record.epoch, "global_step": record.global_step, "layer": layer}
         | {key: scalar.of(found) for key, scalar in LAYER_SCALARS.items()}
         for record in records
-        for layer, found in layer_indicators(record.layers or {}).items()
+        for layer, found in record.layer_indicators.items()
     ]
     return _table(rows, columns)
 

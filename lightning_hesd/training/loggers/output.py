@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
-from lightning_hesd.spectra.indicators import LayerIndicators, layer_indicators
+from lightning_hesd.spectra.indicators import LayerIndicators
 from lightning_hesd.training.history import START_EPOCH, SpectrumHistory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from lightning_hesd.spectra.assessment import Assessment
     from lightning_hesd.spectra.selection import SelectionEvent
-    from lightning_hesd.spectra.spectrum import Spectrum
     from lightning_hesd.training.history import SpectrumRecord
 
 LAYER_COLUMNS = ("layer", *(field.name for field in fields(LayerIndicators)))
@@ -81,9 +80,9 @@ def _pixels(axes: Axes) -> NDArray[np.uint8]:
     return image
 
 
-def layer_rows(layers: Mapping[str, Spectrum]) -> list[tuple[str | float, ...]]:
-    """Return the indicators of layers, one row per layer."""
-    return [(name, *astuple(found)) for name, found in layer_indicators(layers).items()]
+def layer_rows(record: SpectrumRecord) -> list[tuple[str | float, ...]]:
+    """Return the indicators of the layers of a record, one row per layer."""
+    return [(name, *astuple(found)) for name, found in record.layer_indicators.items()]
 
 
 @runtime_checkable
@@ -94,9 +93,9 @@ class SelectionOutput(Protocol):
         """Write a rule's decision after the latest record at `step` of the logger's axis."""
 
 
-def layer_table(layers: Mapping[str, Spectrum]) -> str:
-    """Return the indicators of layers as a table in Markdown."""
-    rows = [[str(name), *(f"{value:.3g}" for value in values)] for name, *values in layer_rows(layers)]
+def layer_table(record: SpectrumRecord) -> str:
+    """Return the indicators of the layers of a record as a table in Markdown."""
+    rows = [[str(name), *(f"{value:.3g}" for value in values)] for name, *values in layer_rows(record)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (LAYER_COLUMNS, ["---"] * len(LAYER_COLUMNS), *rows))
 
 

@@ -42,7 +42,7 @@ class TensorBoardOutput:
         for tag, image in figures(history):
             self._writer.add_image(f"{self._name}{tag}", image[:, :, :3], global_step=step, dataformats="HWC")
         if record.layers:
-            self._writer.add_text(f"{self._name}/layers", layer_table(record.layers), global_step=step)
+            self._writer.add_text(f"{self._name}/layers", layer_table(record), global_step=step)
         if record.assessment is not None:
             text = verdict_text(record.assessment, title(record))
             self._writer.add_text(f"{self._name}/assessment", text, global_step=step)

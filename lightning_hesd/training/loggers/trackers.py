@@ -77,7 +77,7 @@ def _tables(record: SpectrumRecord) -> dict[str, tuple[list[str], list[list[Any]
     tables: dict[str, tuple[list[str], list[list[Any]]]] = {}
     when = [record.epoch, record.global_step]
     if record.layers:
-        rows = [[*when, *row] for row in layer_rows(record.layers)]
+        rows = [[*when, *row] for row in layer_rows(record)]
         tables["/layers"] = (["epoch", "step", *LAYER_COLUMNS], rows)
     if record.assessment is not None:
         row = [*when, record.assessment.verdict, "\n".join(record.assessment.reasons)]
@@ -101,7 +101,7 @@ class MLflowOutput:
             self._client.log_image(self._run, image, key=f"{self._name}{tag}", step=step)
         when = f"epoch={record.epoch}-step={record.global_step}"
         if record.layers:
-            table = csv_text([LAYER_COLUMNS, *layer_rows(record.layers)])
+            table = csv_text([LAYER_COLUMNS, *layer_rows(record)])
             self._client.log_text(self._run, table, f"{self._name}/layers/{when}.csv")
         if record.assessment is not None:
             text = verdict_text(record.assessment, title(record))
