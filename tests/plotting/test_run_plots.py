@@ -18,7 +18,7 @@ from lightning_hesd.plotting.evolution import MIN_BRIGHTNESS, SMOOTHING
 from lightning_hesd.plotting.run_axis import RunAxis
 from lightning_hesd.plotting.signed_log import linear_threshold
 from lightning_hesd.spectra.record import SpectrumRecord
-from tests.plotting.nodes import spectrum
+from tests.spectra.nodes import spectrum
 
 
 def record(epoch: int, *nodes: float, step: int | None = None, **arguments: Any) -> SpectrumRecord:
@@ -92,7 +92,6 @@ class TestRunAxis:
 
     def test_few_have_a_tick_each(self):
         assert names(plot_c_t(RUN)) == ["start", "0", "1", "2", "5"]
-        assert names(plot_c_t(KINDS["steps"])) == ["3", "6"]
 
     def test_many_have_round_numbers_and_the_start_apart(self):
         axis = RunAxis((-1, *range(60)), "epoch")
@@ -179,10 +178,8 @@ class TestC_t:
         assert line(ax, "training").get_color() != line(ax, "generalization").get_color()
 
     def test_the_legend_hides_no_mark(self):
-        run = [
-            *(record(epoch, -0.1 - 0.04 * epoch, 1.0) for epoch in range(4)),
-            *(replace(FAILED, epoch=e) for e in (4, 5)),
-        ]
+        run = [record(epoch, -0.1 - 0.04 * epoch, 1.0) for epoch in range(4)]
+        run += [replace(FAILED, epoch=epoch) for epoch in (4, 5)]
         ax = plot_c_t(run)
         drawn(ax)
         legend = ax.get_legend().get_window_extent()
@@ -253,12 +250,7 @@ class TestEvolution:
 
     def test_probes_share_the_density(self):
         one = record(0, 1e-3, 100.0)
-        arrays = ("nodes", "weights", "residuals")
-        twice = replace(
-            one.spectrum,
-            steps_per_probe=(2, 2),
-            **{name: np.repeat(getattr(one.spectrum, name), 2, axis=0) for name in arrays},
-        )
+        twice = spectrum(1e-3, 100.0, weights=[[0.5, 0.5]] * 2)
         shown = [mesh(plot_density_evolution([r])).get_array() for r in (one, replace(one, spectrum=twice))]
         np.testing.assert_allclose(shown[0], shown[1])
 

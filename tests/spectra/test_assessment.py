@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,28 +14,9 @@ from scipy import stats
 from lightning_hesd import Spectrum, assess_generalization
 from lightning_hesd.spectra.assessment import VERDICT_VALUES
 from lightning_hesd.spectra.criteria import delta_interval, quasi_singular
+from tests.spectra import nodes
 
-
-def spectrum(*nodes: float, weights: list[list[float]] | None = None, **changes: Any) -> Spectrum:
-    """A spectrum whose nodes, the same for every probe, are its eigenvalues."""
-    given = np.array([[1 / len(nodes)] * len(nodes)] if weights is None else weights)
-    values = np.tile(np.array(nodes), (len(given), 1))
-    made = Spectrum(
-        verified="yes",
-        nodes=values,
-        weights=given,
-        residuals=np.zeros_like(values),
-        steps_per_probe=(len(nodes),) * len(given),
-        dimension=len(nodes),
-        num_samples=100,
-        loss=0.1,
-        rounding=0.0,
-        matvecs=len(nodes),
-        seconds=0.1,
-    )
-    return replace(made, **changes)
-
-
+spectrum = partial(nodes.spectrum, dimension=3, rounding=0.0)
 TRAIN = spectrum(-0.1, 0.5, 1.0)
 
 
@@ -158,7 +140,7 @@ def test_undecided_where_c_t_is_undefined(place: str) -> None:
         (TRAIN, replace(TRAIN, tolerance="type"), "without `tolerance`"),
         (
             TRAIN,
-            spectrum(-0.1, 0.2, 0.5, 1.0, dimension=3),
+            spectrum(-0.1, 0.2, 0.5, 1.0),
             "the numbers of Lanczos steps differ, (3,) on the training",
         ),
     ],
@@ -199,7 +181,7 @@ def test_spectra_that_cannot_be_compared(change: dict[str, Any]) -> None:
 
 def test_spectra_of_different_networks_cannot_be_compared() -> None:
     with pytest.raises(ValueError, match="`dimension` is 3 on the training data and 4"):
-        assess_generalization(TRAIN, spectrum(-0.1, 0.2, 0.5, 1.0))
+        assess_generalization(TRAIN, replace(TRAIN, dimension=4))
 
 
 def test_delta_interval() -> None:
