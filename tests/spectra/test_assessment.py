@@ -77,21 +77,20 @@ def test_thresholds_are_parameters() -> None:
 
 
 def test_undecided_where_the_type_is() -> None:
-    assessment = assess_generalization(uncertain(TRAIN, c_t=-0.59), TRAIN)
+    assessment = assess_generalization(uncertain(-0.59), TRAIN)
     assert assessment.verdict == "undecided"
     assert assessment.value == 0.5
     assert assessment.applicable is None
     assert "may be on either side of -0.6" in assessment.reasons[0]
 
 
-def uncertain(like: Spectrum, c_t: float) -> Spectrum:
-    """A spectrum of a larger matrix, its smallest node not converged."""
-    nodes = np.array([[c_t, 0.5, 1.0]])
-    return replace(like, nodes=nodes, residuals=np.array([[0.05, 0.0, 0.0]]), dimension=3)
+def uncertain(c_t: float) -> Spectrum:
+    """A spectrum whose smallest node has not converged."""
+    return spectrum(c_t, 0.5, 1.0, residuals=[[0.05, 0.0, 0.0]])
 
 
 def test_undecided_where_a_ratio_may_be_on_either_side() -> None:
-    other = uncertain(TRAIN, c_t=-0.14)
+    other = uncertain(-0.14)
     assessment = assess_generalization(TRAIN, other)
     low, high = assessment.delta_r_e_interval
     bounds = [-bound / 0.1 for bound in other.c_t_interval]
@@ -103,7 +102,7 @@ def test_undecided_where_a_ratio_may_be_on_either_side() -> None:
 
 def test_sampling_errors_widen_the_interval() -> None:
     train = replace(TRAIN, c_t_sampling_error=0.01)
-    other = replace(spectrum(-0.12, 0.5, 1.0), c_t_sampling_error=0.02)
+    other = spectrum(-0.12, 0.5, 1.0, c_t_sampling_error=0.02)
     assessment = assess_generalization(train, other, delta_k_h05_threshold=9)
     low, high = assessment.delta_r_e_interval
     assert low == pytest.approx((0.12 - 0.02 * 1.959964) / (0.1 + 0.01 * 1.959964), rel=1e-6)
@@ -113,7 +112,7 @@ def test_sampling_errors_widen_the_interval() -> None:
 
 def test_a_criterion_that_fails_for_sure_outweighs_an_uncertain_one() -> None:
     tolerant = replace(TRAIN, tolerance=0.05)
-    assert assess_generalization(tolerant, replace(spectrum(-0.3, 0.5, 1.0), tolerance=0.05)).verdict == "poor"
+    assert assess_generalization(tolerant, spectrum(-0.3, 0.5, 1.0, tolerance=0.05)).verdict == "poor"
 
 
 def test_undecided_without_negative_part_on_training_data() -> None:

@@ -98,9 +98,7 @@ class TestProperties:
 
     def test_c_t_and_its_interval(self):
         spectrum = make()
-        assert spectrum.c_t == -0.25
-        assert spectrum.r_e == 0.25
-        assert spectrum.hesd_type == "MP"
+        assert (spectrum.c_t, spectrum.r_e, spectrum.hesd_type) == (-0.25, 0.25, "MP")
         # The second probe ran until nothing was left, so nothing is outside: rounding only.
         assert spectrum.extreme_bounds == pytest.approx((-1.01, 4.01), rel=1e-14)
         assert spectrum.c_t_interval == pytest.approx((-1.01 / 3.99, -0.99 / 4.01), rel=1e-14)
@@ -131,8 +129,7 @@ class TestProperties:
         assert make(basis=basis).reorthogonalized is expected
 
     def test_rounding_decides_what_is_negative(self):
-        assert one_probe([-0.01, 4.0], rounding=0.01).c_t == 0.0
-        assert one_probe([-0.01, 4.0], rounding=0.009).c_t == -0.0025
+        assert [one_probe([-0.01, 4.0], rounding=rounding).c_t for rounding in (0.01, 0.009)] == [0.0, -0.0025]
 
     def test_an_uncertain_type(self):
         spectrum = one_probe([-0.55, 1.0], [0.1, 0.0])
@@ -142,12 +139,8 @@ class TestProperties:
 
     def test_an_undefined_c_t(self):
         spectrum = make(reason="no curvature")
-        assert math.isnan(spectrum.c_t)
-        assert math.isnan(spectrum.r_e)
-        assert all(math.isnan(end) for end in spectrum.c_t_interval)
-        assert spectrum.hesd_type is None
-        assert spectrum.type_certain is False
-        assert spectrum.converged is False
+        assert all(math.isnan(value) for value in (spectrum.c_t, spectrum.r_e, *spectrum.c_t_interval))
+        assert (spectrum.hesd_type, spectrum.type_certain, spectrum.converged) == (None, False, False)
 
     def test_k_h_is_the_mean_over_probes_with_its_standard_error(self):
         spectrum = make()
@@ -157,22 +150,15 @@ class TestProperties:
         assert spectrum.k_h(1.0) == pytest.approx((0.25 / 1.25 + 0.25 / 1.5) / 2, rel=1e-14)
         assert spectrum.k_h_error(1.0) == pytest.approx((0.25 / 1.25 - 0.25 / 1.5) / 2, rel=1e-14)
 
-    def test_k_h_leaves_out_rounding(self):
-        spectrum = one_probe([-0.01, 1.0, 1.0, 1.0], rounding=0.01)
-        assert spectrum.k_h() == 0.0
-
-    def test_a_single_probe_has_no_standard_error(self):
-        assert one_probe([-1.0, 4.0]).k_h_error() is None
-
-    def test_a_probe_without_positive_node_makes_k_h_undefined(self):
-        assert math.isnan(make(nodes=[[-1.0, 0.5, 4.0], [-0.5, -0.1, NAN]]).k_h())
+    def test_k_h_at_its_edges(self):
+        assert one_probe([-0.01, 1.0, 1.0, 1.0], rounding=0.01).k_h() == 0.0  # no sign within rounding
+        assert one_probe([-1.0, 4.0]).k_h_error() is None  # a single probe
+        assert math.isnan(make(nodes=[[-1.0, 0.5, 4.0], [-0.5, -0.1, NAN]]).k_h())  # a probe without positive node
 
     def test_moments_and_trace(self):
         spectrum = make()
         # Probes: −¼ + ¼ + 1 = 1 and −¼ + 3/2 = 5/4;  squares: ¼ + ⅛ + 4 and ⅛ + 9/2
-        assert spectrum.moment(0) == 1.0
-        assert spectrum.moment(1) == 1.125
-        assert spectrum.moment(2) == 4.5
+        assert [spectrum.moment(k) for k in (0, 1, 2)] == [1.0, 1.125, 4.5]
         assert spectrum.trace == 11.25
 
     def test_trace_error(self):
@@ -180,10 +166,8 @@ class TestProperties:
         expected = math.sqrt(2 * n / (n + 2) * (n * second - (n * first) ** 2 / n) / 2)
         assert make().trace_error == pytest.approx(expected, rel=1e-14)
         assert make(probe="rademacher").trace_error == pytest.approx(math.sqrt(2 * n * second / 2), rel=1e-14)
-
-    def test_the_trace_of_a_multiple_of_the_identity_is_certain_from_the_sphere(self):
-        assert one_probe([3.0]).trace == 30.0
-        assert one_probe([3.0]).trace_error == 0.0
+        identity = one_probe([3.0])  # up to a factor, whose trace is certain from the sphere
+        assert (identity.trace, identity.trace_error) == (30.0, 0.0)
 
     def test_miss_probability_is_that_of_the_quadrature_at_the_stated_tolerance(self):
         spectrum = make(dimension=1000, steps_per_probe=(30, 20))

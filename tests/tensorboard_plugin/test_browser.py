@@ -17,7 +17,6 @@ from lightning_hesd.commands.report import write_report
 from lightning_hesd.spectra.payload import record_payload
 from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
 from tests.tab import EPOCHS, Tab, tensorboard, train, write_payloads
-from tests.training.digits_run import data
 from tests.training.scripted import make_spectrum
 
 if TYPE_CHECKING:
@@ -133,10 +132,11 @@ def page(driver: Any) -> Page:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def runs(trained: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """Two trainings, a run with hostile names, one from the future and one that is damaged."""
-    folder = tmp_path_factory.mktemp("runs")
-    _, first = train(folder, at_start=True, layers="auto", generalization_dataloader=data())
+    before, first = trained
+    folder = tmp_path_factory.mktemp("served")
+    shutil.copytree(before, folder, dirs_exist_ok=True)
     train(folder, seed=1)
     hostile = record_payload(SpectrumRecord(0, 4, make_spectrum(-0.3), layers={EVIL: make_spectrum(-0.2)}))
     write_payloads(folder / EVIL, [hostile])

@@ -30,18 +30,10 @@ from lightning_hesd.tensorboard_plugin.assets import SHARED, STATIC, content
 from lightning_hesd.tensorboard_plugin.plugin import HESDLoader, HESDPlugin
 from lightning_hesd.training.history import SpectrumRecord
 from tests.spectra.nodes import spectrum as spectrum_of
-from tests.tab import EPOCHS, Tab, plugin_path, train, write_payloads
-from tests.training.digits_run import data
+from tests.tab import EPOCHS, Tab, plugin_path, write_payloads
 from tests.training.scripted import make_spectrum
 
 RUN = {"run": "net/version_0", "name": "hesd"}
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    folder = tmp_path_factory.mktemp("runs")
-    _, callback = train(folder, at_start=True, layers="auto", generalization_dataloader=data())
-    return folder, callback
 
 
 def payload(epoch: int = 0, c_t: float = -0.1, **spectrum: Any) -> dict[str, Any]:
