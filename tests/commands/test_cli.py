@@ -355,6 +355,7 @@ def test_sample_size_refuses_in_one_line(paths: Paths, tmp_path: Path, capsys: p
     torch.save(checkpoint, tmp_path / "nan.ckpt")
     cases: list[tuple[list[Any], str]] = [
         ([paths[0], "--tolerance=0"], "`tolerance` must be positive and finite, got 0.0"),
+        ([paths[0], "--confidence=2"], "`confidence` must lie between 0 and 1, got 2.0"),
         ([paths[0], "--num_samples=5"], "8"),
         ([tmp_path / "nan.ckpt"], "the loss of batch 0 is nan"),
         ([tmp_path / "none.ckpt"], "none.ckpt does not exist"),
