@@ -30,7 +30,7 @@ class Plain(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+        self.net = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3))
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         loss = F.cross_entropy(self.net(batch[0]), batch[1])
@@ -46,7 +46,7 @@ class Plain(LightningModule):
 
 def data() -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(60, 8, generator=generator)
+    x = torch.randn(40, 8, generator=generator)
     return DataLoader(TensorDataset(x, x[:, :3].argmax(1)), batch_size=20)
 
 
