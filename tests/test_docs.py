@@ -102,13 +102,13 @@ def test_configuration_of_a_page_trains(page: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(sys, "argv", ["train"])
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 with jsonargparse 4.53
     for block in blocks(page, "yaml"):
-        (tmp_path / "config.yaml").write_text(block, encoding="utf-8")
+        (tmp_path / "page.yaml").write_text(block, encoding="utf-8")
         cli = LightningCLI(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            args=["fit", "--config", "config.yaml", "--trainer.accelerator", "cpu"],
+            args=["fit", "--config", "page.yaml", "--trainer.accelerator=cpu", "--trainer.logger=false"],
         )
         callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
         (found,) = (c for c in callbacks if isinstance(c, HessianSpectrumCallback))
