@@ -47,6 +47,7 @@ from tests.training.modules import (
     freeze,
     global_generators,
     loader,
+    noise_of_all,
     plain_loss,
 )
 
@@ -311,11 +312,6 @@ def assert_untouched(scenario: Scenario, tmp_path: Path) -> None:
     assert without["batches"], "the run must have trained for the comparison to mean anything"
     for key, value in without.items():
         assert with_callback[key] == value, f"{key} differ"
-
-
-def noise_of_all(x: Tensor) -> Tensor:
-    """Augment from each of the global generators."""
-    return functools.reduce(lambda noisy, noise: noise(noisy), NOISES.values(), x)
 
 
 def weighted_loader() -> Any:
