@@ -160,18 +160,6 @@ def test_two_rules_in_one_folder(arguments: dict[str, Any], tmp_path: Path) -> N
     assert len({c.path for rule in rules for c in rule.candidates}) == 2 * len(SCRIPT)
 
 
-def test_the_default_checkpoint_keeps_its_folder_and_names(tmp_path: Path) -> None:
-    checkpoint = keeping()
-    spectra = HessianSpectrumCallback(checkpoint=checkpoint, loss_fn=lambda m, _: m.weight**2, num_samples=2)
-    trainer = make_trainer(tmp_path, [spectra], 2)
-    trainer.fit(ScriptedModule(SCRIPT), loader())
-    ours, default = trainer.checkpoint_callbacks
-    assert ours is checkpoint
-    assert ours.dirpath == default.dirpath
-    assert Path(default.best_model_path).name == "epoch=1-step=4.ckpt"
-    assert Path(ours.best_model_path).name == "hesd-earliest-epoch=0-step=2.ckpt"
-
-
 def test_the_names_of_rules_become_names_of_files() -> None:
     assert prefix("hesd", "highest_c_t") == "hesd-highest_c_t"
     assert prefix("layer {0}: a%b", "<lambda>") == "layer_0_a_b-lambda"

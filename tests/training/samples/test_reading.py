@@ -22,7 +22,6 @@ from torch.utils.data import (
 
 from lightning_hesd.training.samples.analysis_samples import AnalysisSamples, draw_samples
 from tests.training.modules import (
-    NOISES,
     SIZE,
     Classifier,
     Digits,
@@ -61,12 +60,6 @@ class NeedsInfo(Digits):
         return super().__getitem__(position)
 
 
-class InfoInCollate:
-    def __call__(self, items: list[Any]) -> Any:
-        assert get_worker_info() is not None
-        return default_collate(items)
-
-
 class Shards(IterableDataset[Any]):
     """Every worker reads its own samples."""
 
@@ -91,7 +84,6 @@ class BulkInWorkers(Digits):
 WORKERS: dict[str, Callable[[], Any]] = {
     "worker_init_fn": lambda: loader(InWorkersOnly(), shuffle=True, num_workers=2, worker_init_fn=open_file),
     "worker_info": lambda: loader(NeedsInfo(), shuffle=True, num_workers=2),
-    "collate_fn": lambda: loader(shuffle=True, num_workers=1, collate_fn=InfoInCollate()),
     "stream": lambda: loader(Shards(), num_workers=2),
     "stream_of_batches": lambda: DataLoader(WholeShards(), batch_size=None, num_workers=1),
     "bulk": lambda: DataLoader(
@@ -149,22 +141,6 @@ def test_a_failure_here_and_in_workers_is_that_of_this_process() -> None:
         draw_samples(loader(NeedsInfo()), 16)  # training has no workers either
 
 
-@pytest.mark.filterwarnings("ignore:.*num_workers")
-def test_training_with_persistent_workers_is_left_alone(tmp_path: Path) -> None:
-    weights = []
-    for observers in ([], [callback(num_samples=16)]):
-        data = loader(
-            InWorkersOnly(augment=NOISES["torch"]),
-            shuffle=True,
-            num_workers=1,
-            persistent_workers=True,
-            worker_init_fn=open_file,
-        )
-        weights.append(freeze(fit(tmp_path, *observers, data=data).lightning_module.state_dict()))
-    assert weights[0] == weights[1]
-    assert [record.spectrum.num_samples for record in observers[0].history] == [16, 16]
-
-
 # Loaders that iterate in a way of their own ---------------------------------------------------------------------------
 
 
@@ -211,7 +187,6 @@ class Wrapped:
 
 
 OWN: dict[str, Callable[[], Any]] = {
-    "subclass": lambda: Scaled(Digits(), batch_size=8, shuffle=True),
     "stateful": lambda: Counting(Digits(), batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(4)),
     "persistent_workers": lambda: Scaled(Digits(), 8, shuffle=True, num_workers=1, persistent_workers=True),
     "worker_init_fn": lambda: Scaled(
