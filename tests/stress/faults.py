@@ -26,7 +26,6 @@ from tests.scarcity import EXHAUSTIONS, Scarce, ScarceInProducts
 from tests.stress.fits import Fit
 from tests.stress.harness import Case, Program, one_line
 from tests.stress.networks import BrokenNow
-from tests.training.broken import Broken, nan_curvature, nan_loss
 from tests.training.modules import callback, fit, loader, plain_loss
 
 NOT_FINITE = "the loss of batch 0 is "
@@ -52,9 +51,7 @@ class Poison(pl.Callback):
 
 
 NUMBERS: list[Case] = [
-    Fit("NaN in the loss", options=lambda: {"loss_fn": nan_loss}, failures=2, error=NOT_FINITE + "nan"),
     Fit("infinite loss", options=lambda: {"loss_fn": infinite_loss}, failures=2, error=NOT_FINITE + "inf"),
-    Fit("NaN in a product", options=lambda: {"loss_fn": nan_curvature}, failures=2, error="product of batch 0 is NaN"),
     Fit("NaN in a weight", beside=lambda: [Poison(math.nan)], failures=1, error=NOT_FINITE + "nan"),
     Fit("infinite weight", beside=lambda: [Poison(math.inf)], failures=1, error=NOT_FINITE + "nan"),
 ]
@@ -154,12 +151,6 @@ def scarce_on_one_of_two(folder: Path, times: float) -> str:
 # Data -----------------------------------------------------------------------------------------------------------------
 
 DATA: list[Case] = [
-    Fit(
-        "a sample that cannot be read",
-        options=lambda: {"dataloader": loader(Broken())},
-        failures=2,
-        error="unreadable file",
-    ),
     Fit(
         "a sample that cannot be read, behind those of training",
         data=lambda: loader(BrokenNow()),
@@ -370,25 +361,6 @@ def _refused(read: Callable[[], Any], error: type[BaseException]) -> None:
     assert getattr(caught.value, "code", 1) == 1, "the exit code of what cannot be understood"
 
 
-def damaged_checkpoint(folder: Path) -> str:
-    """Resume from a truncated checkpoint: it is refused, and nothing is touched."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        whole = Path(fit(folder / "first", enable_checkpointing=True).checkpoint_callback.best_model_path)
-        torn = folder / "torn.ckpt"
-        torn.write_bytes(whole.read_bytes()[:-200])
-        observer = callback(on_error="warn")
-        try:
-            fit(folder / "second", observer, ckpt_path=torn, max_epochs=4)
-        except Exception as error:  # noqa: BLE001 - whatever PyTorch raises
-            failure = type(error).__name__
-        else:
-            failure = "nothing"
-    assert failure in {"OSError", "RuntimeError", "UnpicklingError", "EOFError"}, failure
-    assert not observer.history
-    return "PyTorch refuses it, no analyses"
-
-
 EARLIER: list[Case] = [
     Program(
         "no room for checkpoints",
@@ -408,7 +380,6 @@ EARLIER: list[Case] = [
         "14 files refused with a message, by load and by the command line",
         damaged_files_read,
     ),
-    Program("a truncated checkpoint", "PyTorch refuses it, no analyses", damaged_checkpoint),
 ]
 
 CASES = [*NUMBERS, *MEMORY, *DATA, *DISKS, *LOGGERS, *EARLIER]

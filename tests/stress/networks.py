@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 
-from tests.training.modules import Classifier, Digits, digits, loader, plain_loss
+from tests.training.modules import Classifier, Digits, loader, plain_loss
 
 
 class Silent(Classifier):
@@ -162,13 +161,6 @@ class NothingToTrain(Around):
         return None
 
 
-class TwoLoaders(Silent):
-    """Trains on batches of two dataloaders at once."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return plain_loss(self, batch["a"]) + plain_loss(self, batch["b"])
-
-
 class Recurrent(nn.Module):
     """Reads an image row by row."""
 
@@ -237,14 +229,6 @@ def partly_frozen() -> nn.Module:
 def frozen() -> nn.Module:
     """Return a network without anything to train."""
     return nn.Linear(64, 10).requires_grad_(requires_grad=False)
-
-
-class Stream(IterableDataset[Any]):
-    """The digits one after the other."""
-
-    def __iter__(self) -> Iterator[Any]:
-        x, y = digits()
-        return ((x[i], y[i], i) for i in range(40))
 
 
 class BrokenNow(Digits):
