@@ -64,9 +64,3 @@ def test_letters_to_a_copy_reach_the_original_too() -> None:
     trained.history.append(SpectrumRecord(0, 1, None, error="failed"))
     pickle.loads(pickle.dumps(launched._Letter(copied._address, trained.state_dict())))  # noqa: S301
     assert [r.error for r in copied.history] == [r.error for r in original.history] == ["failed"]
-
-
-def test_nothing_is_sent_where_the_process_goes_on(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, [], 1)
-    launched.send(trainer, "address", {})
-    assert trainer.strategy.launcher is None
