@@ -108,16 +108,8 @@ DEFAULT = "hesd-earliest-epoch=0-step=2"
 NEIGHBOURS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     # Arguments of ours, of theirs, and the name of our first file.
     "defaults": ({}, {}, DEFAULT),
-    "no counters": (
-        {"enable_version_counter": False},
-        {"enable_version_counter": False},
-        DEFAULT,
-    ),
-    "one file": (
-        {},
-        {"enable_version_counter": False, "save_top_k": 1, "filename": "x"},
-        DEFAULT,
-    ),
+    "no counters": ({"enable_version_counter": False}, {"enable_version_counter": False}, DEFAULT),
+    "one file": ({}, {"enable_version_counter": False, "save_top_k": 1, "filename": "x"}, DEFAULT),
     "same name": ({"filename": "best"}, {"filename": "best"}, "hesd-earliest-best"),
     "same name, no counters": (
         {"filename": "best", "enable_version_counter": False},

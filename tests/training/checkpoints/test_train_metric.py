@@ -180,11 +180,6 @@ def test_of_validation(
     assert bool(said) == missed
 
 
-def test_the_advice_of_analysing_when_it_is_logged(tmp_path: Path) -> None:
-    found = ranked(tmp_path, "max", schedule={"every_n_train_steps": STEPS}, max_epochs=2)
-    assert found["max"] == ({5: 401, 10: 901}, "")
-
-
 def test_it_raises_if_the_callback_is_to_raise(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="does not rank the analysis of epoch 0 after step 2"):
         ranked(tmp_path, "step", module=Logging(every=3), schedule={"every_n_train_steps": 1, "on_error": "raise"})
