@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections import deque
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,26 +54,6 @@ class MadeLate(Silent):
             self.net = Classifier().net
 
 
-class Annealed(Silent):
-    """Counts its steps, in itself, in its class, in a buffer and in a queue, and lets the loss depend on that."""
-
-    seen: ClassVar[dict[str, int]] = {"n": 0}
-
-    def __init__(self) -> None:
-        super().__init__()
-        type(self).seen["n"] = 0
-        self.steps, self.queue = 0, deque(maxlen=3)
-        self.register_buffer("mean", torch.zeros(10))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self.steps += 1
-        self.seen["n"] += 1
-        outputs = self.net(batch[0])
-        self.mean.mul_(0.9).add_(outputs.detach().mean(0), alpha=0.1)
-        self.queue.append(float(self.mean.norm()))
-        return plain_loss(self, batch) * (1 + 0.01 * self.steps + 0.01 * self.seen["n"] + 0.1 * sum(self.queue))
-
-
 class SteppingInBackward(Silent):
     """Takes a step for each parameter as soon as its gradient is there."""
 
@@ -95,20 +74,6 @@ class SteppingInBackward(Silent):
 
     def configure_optimizers(self) -> None:
         return None
-
-
-class Hooked(Silent):
-    """Clips gradients within, by a hook on an activation and one on a module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net[0].register_full_backward_hook(lambda _, inputs, outputs: tuple(inputs))
-        self.net[2].register_full_backward_pre_hook(lambda _, outputs: tuple(0.5 * o for o in outputs))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        hidden = self.net[:2](batch[0])
-        hidden.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
-        return nn.functional.cross_entropy(self.net[2:](hidden), batch[1])
 
 
 class Graph(Silent):

@@ -82,18 +82,7 @@ MODULES: list[Case] = [
     Fit("submodule compiled, inductor", partial(compiled, "inductor", whole=False)),
     Fit("made in configure_model", networks.MadeLate),
     Fit("two optimizers by hand", networks.TwoOptimizers, options=lambda: {"loss_fn": plain_loss}),
-    *(
-        Fit(
-            f"counts its steps, {strategy}, mode {mode}",
-            networks.Annealed,
-            options=lambda strategy=strategy, mode=mode: {"strategy": strategy, "mode": mode},
-            check=verified,
-            note="verified",
-        )
-        for strategy, mode in (("graph", "eval"), ("recompute", "train"), ("finite_difference", "keep"))
-    ),
     Fit("steps in backward", networks.SteppingInBackward, options=lambda: {"loss_fn": plain_loss}),
-    Fit("hooks that change gradients", networks.Hooked, check=verified, note="verified"),
     Fit("sparse buffer", networks.Graph),
     Fit("autocast inside", networks.LowPrecision, check=verified, note="verified"),
     Fit("lazy layers", lambda: Around(lambda: nn.Sequential(nn.LazyLinear(6), nn.Tanh(), nn.LazyLinear(10)))),

@@ -255,14 +255,6 @@ def test_every_record_is_ranked_once(tmp_path: Path) -> None:
     assert ranked == [0, 1, 2, 3]
 
 
-def test_last_is_of_the_last_epoch_also_without_an_analysis(tmp_path: Path) -> None:
-    script = [*SCRIPT[:2], Epoch(None), Epoch(None)]
-    checkpoint = HessianCheckpoint(dirpath=tmp_path, save_last=True)
-    run_script(tmp_path, script, [ScriptedSource(script), checkpoint])
-    assert epoch_of(checkpoint.last_model_path) == 3
-    assert epoch_of(checkpoint.best_model_path) == 1
-
-
 def test_a_last_link_never_dangles(tmp_path: Path) -> None:
     # The last two epochs have no checkpoint of their own: one is beaten, the other not analyzed.
     script = [Epoch(-0.2, loss=0.3), Epoch(-0.9, loss=0.1), Epoch(-0.1, loss=0.11), Epoch(-0.3, loss=0.12), Epoch(None)]
@@ -342,16 +334,16 @@ def test_without_a_spectrum_callback_it_keeps_the_final_weights(tmp_path: Path) 
 
 
 def test_alone_it_cannot_choose_between_two_spectrum_callbacks(tmp_path: Path) -> None:
-    for on_error in ("warn", "raise"):
-        sources = [ScriptedSource(SCRIPT, name="first", on_error=on_error), ScriptedSource(SCRIPT, name="second")]
-        checkpoint = HessianCheckpoint(dirpath=tmp_path / on_error)
-        if on_error == "raise":
-            with pytest.raises(MisconfigurationException, match="'first', 'second'"):
-                run_script(tmp_path, SCRIPT, [*sources, checkpoint])
-        else:
-            with warns("'first', 'second'"):
-                run_script(tmp_path, SCRIPT, [*sources, checkpoint], quiet=False)
-            assert epoch_of(checkpoint.best_model_path) == 4
+    checkpoint = HessianCheckpoint(dirpath=tmp_path)
+    with warns("'first', 'second'"):
+        run_script(tmp_path, SCRIPT, [*two_sources("warn"), checkpoint], quiet=False)
+    assert epoch_of(checkpoint.best_model_path) == 4
+    with pytest.raises(MisconfigurationException, match="'first', 'second'"):
+        run_script(tmp_path, SCRIPT, [*two_sources("raise"), HessianCheckpoint()])
+
+
+def two_sources(on_error: str) -> list[ScriptedSource]:
+    return [ScriptedSource(SCRIPT, name="first", on_error=on_error), ScriptedSource(SCRIPT, name="second")]
 
 
 def test_a_rule_works_without_checkpointing(tmp_path: Path) -> None:
@@ -519,10 +511,10 @@ class FullDisk(TorchCheckpointIO):
         super().save_checkpoint(checkpoint, path, storage_options)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_file_that_cannot_be_written_costs_no_more_than_the_file(processes: int, tmp_path: Path) -> None:
-    """In several processes those that write nothing do not wait for ever for the one that has failed."""
-    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo") if processes > 1 else "auto"
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_file_that_cannot_be_written_costs_no_more_than_the_file(ranks: int, tmp_path: Path) -> None:
+    """Ranks that write nothing do not wait for ever for the one that has failed."""
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo") if ranks > 1 else "auto"
     observer = callback(on_error="warn", checkpoint=HessianCheckpoint(require_mp=False, tolerance=9.0, save_last=True))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -532,7 +524,7 @@ def test_a_file_that_cannot_be_written_costs_no_more_than_the_file(processes: in
             max_epochs=3,
             enable_checkpointing=True,
             plugins=[FullDisk(1)],
-            devices=processes,
+            devices=ranks,
             strategy=strategy,
             limit_train_batches=4,
         )
@@ -543,7 +535,7 @@ def test_a_file_that_cannot_be_written_costs_no_more_than_the_file(processes: in
     assert rule.best_model_path == rule.best.path
     assert Path(rule.best_model_path).is_file()
     told = [str(w.message) for w in caught if "could not write" in str(w.message)]
-    if processes == 1:
+    if ranks == 1:
         assert len(told) == 4, "one of the rule's, and last.ckpt three times"
         assert sum("No space left on device" in text and "epoch=1-step=8.ckpt" in text for text in told) == 1
 

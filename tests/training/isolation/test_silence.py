@@ -143,7 +143,7 @@ class AsksForFolder(Classifier):
         return plain_loss(self, batch)
 
 
-@pytest.mark.parametrize("make", [lambda _: False, CSVLogger, ListLogger], ids=["none", "csv", "own"])
+@pytest.mark.parametrize("make", [lambda _: False, ListLogger], ids=["none", "own"])
 def test_the_folder_of_the_run_is_that_of_training(make: Any, tmp_path: Path) -> None:
     SEEN.clear()
     fit(tmp_path, callback(num_samples=8, at_start=True), module=AsksForFolder(), max_epochs=1, logger=make(tmp_path))

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.utils.data import (
-    Dataset,
-)
+from torch.utils.data import Dataset
 
 from lightning_hesd.training.samples.analysis_samples import AnalysisSamples
-from tests.training.modules import (
-    samples,
-)
+from tests.training.modules import samples
 
 
 def positions(drawn: AnalysisSamples) -> list[int]:

@@ -189,11 +189,6 @@ def test_nothing_to_draw(options: dict[str, Any], message: str) -> None:
         draw_samples(loader(**options), 10)
 
 
-def test_weights_by_function() -> None:
-    drawn = draw_samples(loader(), 16, batch_weight=lambda batch: float(batch[2].sum()))
-    assert [batch.weight for batch in drawn.batches] == [float(batch.data[2].sum()) for batch in drawn.batches]
-
-
 # Nothing of the user's is disturbed -----------------------------------------------------------------------------------
 
 
@@ -242,7 +237,7 @@ def test_attributes_behind_a_subset_are_restored() -> None:
     assert freeze(vars(dataset)) == before
 
 
-# Random augmentation, and any number of processes ---------------------------------------------------------------------
+# Random augmentation, and any number of ranks -------------------------------------------------------------------------
 
 
 class Scripted(Collectives):
@@ -260,7 +255,7 @@ class Scripted(Collectives):
 
 
 def dealt(make_loader: Callable[[], Any], world_size: int, num_samples: int = 21, **kwargs: Any) -> list[Any]:
-    """Draw in every process, and put the batches together in the order of their index."""
+    """Draw on every rank, and put the batches together in the order of their index."""
     shares, own = [], []
     sums: list[list[float]] = []  # as one rank finds them; several must find the same sums
     draw_samples(make_loader(), num_samples, collectives=Scripted(sums.append, lambda: sums[-1]), **kwargs)
@@ -294,7 +289,7 @@ DEALT: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", DEALT)
-def test_the_same_batches_for_any_number_of_processes(name: str) -> None:
+def test_the_same_batches_for_any_number_of_ranks(name: str) -> None:
     alone = dealt(DEALT[name], 1)
     assert [index for index, *_ in alone] == [0, 1, 2]
     assert [weight for _, weight, *_ in alone] == [8, 8, 5]
@@ -303,7 +298,7 @@ def test_the_same_batches_for_any_number_of_processes(name: str) -> None:
 
 
 @pytest.mark.parametrize("make_loader", [DEALT["augmentation"], DEALT["stream"]], ids=["dataset", "stream"])
-def test_more_processes_than_batches(make_loader: Callable[[], Any]) -> None:
+def test_more_ranks_than_batches(make_loader: Callable[[], Any]) -> None:
     ranks = [Scripted(lambda own: None, lambda: [0.0, 8.0, 2.0], rank, 4) for rank in range(4)]
     shares = [draw_samples(make_loader(), 10, collectives=each) for each in ranks]
     assert [[batch.index for batch in share.batches] for share in shares] == [[0], [1], [], []]
