@@ -154,7 +154,7 @@ DATA: list[Case] = [
         "a sample that cannot be read, behind those of training",
         data=lambda: loader(BrokenNow()),
         trainer=lambda _: {"limit_train_batches": 2},
-    ),
+    )
 ]
 
 # Disks ----------------------------------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ DISKS: list[Case] = [
             ("disk full at the log of choices", "hesd/selections.jsonl", full_disk, 2),
             ("a file in the place of the folder", "hesd", occupied, 0),
         )
-    ),
+    )
 ]
 
 
@@ -322,9 +322,7 @@ EARLIER: list[Case] = [
         partial(scarce_on_one_of_two, times=math.inf),
     ),
     Program(
-        "damaged files, read",
-        "14 files refused with a message, by load and by the command line",
-        damaged_files_read,
+        "damaged files, read", "14 files refused with a message, by load and by the command line", damaged_files_read
     ),
 ]
 

@@ -141,8 +141,7 @@ TRAINERS: list[Case] = [
     Fit("check_val_every_n_epoch", Validated, trainer=trainer_options(check_val_every_n_epoch=2)),
     Fit("barebones", Silent, trainer=trainer_options(barebones=True)),
     Fit(
-        "several loggers",
-        trainer=lambda folder: {"logger": [TensorBoardLogger(folder), CSVLogger(folder, name="csv")]},
+        "several loggers", trainer=lambda folder: {"logger": [TensorBoardLogger(folder), CSVLogger(folder, name="csv")]}
     ),
     Fit(
         "all kinds of analyses",
@@ -163,7 +162,7 @@ TRAINERS: list[Case] = [
 ]
 
 DATA: list[Case] = [
-    Fit("validation data as generalization data", Validated, options=lambda: {"generalization_dataloader": "val"}),
+    Fit("validation data as generalization data", Validated, options=lambda: {"generalization_dataloader": "val"})
 ]
 
 
@@ -237,11 +236,7 @@ def fit_twice(folder: Path) -> str:
 PROGRAMS: list[Case] = [
     Program("validate only", "validated, no analyses, no files", validate_only),
     Program("a fit inside a fit", "same weights, 5 and 1 analyses", fit_inside_a_fit),
-    Program(
-        "the same Trainer again",
-        "same weights, analyses of epochs 0 to 3, the pick's file is there",
-        fit_twice,
-    ),
+    Program("the same Trainer again", "same weights, analyses of epochs 0 to 3, the pick's file is there", fit_twice),
 ]
 
 CASES = [*PRECISIONS, *MODULES, *BESIDE, *TRAINERS, *DATA, *PROGRAMS]

@@ -26,15 +26,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
 from lightning_hesd.training.history import SpectrumRecord
 from tests.training.modules import callback, fit
-from tests.training.scripted import (
-    Epoch,
-    ScriptedModule,
-    ScriptedSource,
-    epoch_of,
-    loader,
-    make_trainer,
-    run_script,
-)
+from tests.training.scripted import Epoch, ScriptedModule, ScriptedSource, epoch_of, loader, make_trainer, run_script
 
 
 @contextlib.contextmanager

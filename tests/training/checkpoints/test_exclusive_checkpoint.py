@@ -197,20 +197,12 @@ def spectra(**arguments: Any) -> HessianSpectrumCallback:
     return HessianSpectrumCallback(loss_fn=lambda m, _: (m.weight - 9) ** 2, num_samples=2, **arguments)
 
 
-def before(trainer: pl.Trainer, *callbacks: Callback) -> None:
-    trainer.callbacks[:0] = callbacks
-
-
-def after(trainer: pl.Trainer, *callbacks: Callback) -> None:
-    trainer.callbacks.extend(callbacks)
-
-
-def in_setup(trainer: pl.Trainer, *callbacks: Callback) -> None:
-    SelfAppending.callbacks = callbacks
-
-
-def when_training_starts(trainer: pl.Trainer, *callbacks: Callback) -> None:
-    trainer.callbacks.append(Appending(*callbacks))
+ADDITIONS: dict[str, Callable[..., object]] = {
+    "before": lambda trainer, *callbacks: trainer.callbacks.__setitem__(slice(0), callbacks),
+    "after": lambda trainer, *callbacks: trainer.callbacks.extend(callbacks),
+    "in_setup": lambda _, *callbacks: setattr(SelfAppending, "callbacks", callbacks),
+    "when_training_starts": lambda trainer, *callbacks: trainer.callbacks.append(Appending(*callbacks)),
+}
 
 
 class Counting(ModelCheckpoint):
@@ -229,17 +221,17 @@ class Counting(ModelCheckpoint):
         self.calls.append("start")
 
 
-@pytest.mark.parametrize("add", [before, after, in_setup, when_training_starts])
+@pytest.mark.parametrize("way", ADDITIONS)
 @pytest.mark.parametrize("alone", [True, False])
 def test_callbacks_added_after_construction(
-    add: Callable[..., None], alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    way: str, alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     monkeypatch.setattr(SelfAppending, "callbacks", ())
     checkpoint, other = keeping(), Counting(save_top_k=-1)
     trainer = make_trainer(tmp_path, [other], len(SCRIPT))
-    add(trainer, *([checkpoint, spectra()] if alone else [spectra(checkpoint=checkpoint)]))
+    ADDITIONS[way](trainer, *([checkpoint, spectra()] if alone else [spectra(checkpoint=checkpoint)]))
     trainer.fit(SelfAppending(SCRIPT), loader())
     assert_own_files(checkpoint)
     assert Path(checkpoint.dirpath) == tmp_path / "checkpoints"

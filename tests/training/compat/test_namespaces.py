@@ -30,7 +30,7 @@ from lightning_hesd.training.compat.namespaces import lightning_types, namespace
 from lightning_hesd.training.isolation import kinds
 from lightning_hesd.training.samples.reading import _has_own_init
 from lightning_hesd.training.samples.sources import is_combined
-from tests.training import processes
+from tests.programs import run_python
 from tests.training.namespace_project import DATA, NAMESPACES, NETS, loader
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
@@ -270,6 +270,6 @@ def test_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "GPU available" not in capsys.readouterr().err
 
 
-def test_the_other_namespace_is_joined_when_it_has_been_imported_and_not_before(tmp_path: Path) -> None:
-    [seen] = processes.run(Path(__file__).with_name("late_import.py"), tmp_path, 1)
+def test_the_other_namespace_is_joined_when_it_has_been_imported_and_not_before() -> None:
+    seen = json.loads(run_python(str(Path(__file__).with_name("late_import.py"))))
     assert seen == {"imported by itself": [], "known": [True] * 4}

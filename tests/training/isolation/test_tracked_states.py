@@ -71,12 +71,7 @@ def items(value: Any) -> TrackedState:
 CASES: dict[str, Case] = {
     "dict": (lambda: {"a": 1, "b": [2]}, items, lambda d: d.update(a=3, c=4), lambda d: list(d.items())),
     "dict_order": (lambda: {"a": 1, "b": 2}, items, reorder, list),
-    "own_dict": (
-        lambda: Overriding(a=1),
-        items,
-        lambda d: dict.update(d, a=2, b=3),
-        lambda d: list(dict.items(d)),
-    ),
+    "own_dict": (lambda: Overriding(a=1), items, lambda d: dict.update(d, a=2, b=3), lambda d: list(dict.items(d))),
     "list_replaced": (lambda: [[1], [2]], items, lambda v: v.__setitem__(0, [1]), lambda v: list(map(id, v))),
     "long_list": (lambda: list(range(LARGE_CONTAINER + 1)), items, lambda v: v.pop(), list),
     "ordered_dict": (lambda: OrderedDict(a=1, b=2), items, lambda d: d.move_to_end("a"), list),
@@ -136,12 +131,7 @@ CASES: dict[str, Case] = {
         lambda t: (t.__setitem__("c", 1), t.loc.__setitem__((0, "a"), 3.0)),
         lambda t: t.to_json(),
     ),
-    "series": (
-        lambda: pd.Series([1.0, 2.0]),
-        lambda t: TrackedTable(t, PLACE),
-        lambda t: t.__setitem__(0, 3.0),
-        list,
-    ),
+    "series": (lambda: pd.Series([1.0, 2.0]), lambda t: TrackedTable(t, PLACE), lambda t: t.__setitem__(0, 3.0), list),
     "setting": (
         lambda: torch,
         lambda _: TrackedSetting("torch.get_default_dtype()", torch.get_default_dtype, torch.set_default_dtype),
