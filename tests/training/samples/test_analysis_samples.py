@@ -53,7 +53,7 @@ from tests.training.modules import (
     samples,
     seed,
 )
-from tests.training.samples.drawn import DatasetOfBatches, positions
+from tests.training.samples.drawn import BulkDigits, DatasetOfBatches, positions
 
 TRAINING = [1, 3, 4, 7, 9, 12, 20, 31]
 """Positions of the training samples where the others are for validation."""
@@ -399,14 +399,6 @@ def test_whole_batches_are_taken_from_the_beginning(name: str) -> None:
     assert positions(draw_samples(source, 1000)) == list(range(20))
     if name == "iterable":
         assert source.given == 0
-
-
-class BulkDigits(Digits):
-    """Reads a list of positions at once."""
-
-    def __getitem__(self, chosen: Any) -> Any:
-        self.read.extend(chosen)
-        return samples(list(chosen))
 
 
 def test_a_batch_sampler_in_the_place_of_the_sampler() -> None:

@@ -30,6 +30,7 @@ from tests.training.modules import (
     plain_loss,
     samples,
 )
+from tests.training.samples.drawn import BulkDigits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -165,11 +166,6 @@ class LockedLoader:
             yield samples(list(range(8 * number, 8 * number + 8)))
 
 
-class Bulk(Digits):
-    def __getitem__(self, chosen: Any) -> Any:
-        return samples(list(chosen))
-
-
 def batches(count: int = 5) -> Iterator[Any]:
     return (samples(list(range(8 * n % SIZE, 8 * n % SIZE + 8))) for n in range(count))
 
@@ -179,7 +175,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "own_get_iterator": lambda: OwnIterator(Digits(), batch_size=8, shuffle=True),
     "own_indices": lambda: OwnIndices(Digits(), batch_size=8),
     "whole_batches": lambda: DataLoader(
-        Bulk(), sampler=BatchSampler(RandomSampler(range(SIZE)), 8, drop_last=False), batch_size=None
+        BulkDigits(), sampler=BatchSampler(RandomSampler(range(SIZE)), 8, drop_last=False), batch_size=None
     ),
     "stream": lambda: loader(Endless()),
     "map_style_queue": lambda: loader(MapFromQueue()),
