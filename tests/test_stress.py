@@ -51,7 +51,7 @@ def test_a_few_cases() -> None:
     assert f"\n{len(SHORT)} cases, 0 not as expected." in said, said
 
 
-def test_what_is_not_as_expected_is_seen(tmp_path: Path) -> None:
+def test_a_case_that_is_not_as_expected_is_seen(tmp_path: Path) -> None:
     script = tmp_path / "harness.py"
     script.write_text(HARNESS, encoding="utf-8")
     results, gone = json.loads(run_python(str(script)))

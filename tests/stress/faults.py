@@ -115,7 +115,7 @@ MEMORY: list[Case] = [
 
 
 class ScarceOnOne:
-    """A loss that runs out of memory `times` times in the second of two processes, and never in the first."""
+    """A loss that runs out of memory `times` times in the second of two ranks, and never in the first."""
 
     def __init__(self, times: float) -> None:
         self._scarce = Scarce(plain_loss, EXHAUSTIONS["CPU"], times)
@@ -125,7 +125,7 @@ class ScarceOnOne:
 
 
 def scarce_on_one_of_two(folder: Path, times: float) -> str:
-    """Let one of two processes run out of memory: both try again, and neither waits for the other."""
+    """Let one of two ranks run out of memory: both try again, and neither waits for the other."""
     for name, loss in (("whole", plain_loss), ("scarce", ScarceOnOne(times))):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -161,7 +161,7 @@ DATA: list[Case] = [
 
 
 class Obstacle(pl.Callback):
-    """Puts something in the way of the run's files when training begins."""
+    """Puts an obstacle in the way of the run's files when training begins."""
 
     def __init__(self, name: str, put: Callable[[Path], None]) -> None:
         self.name = name
@@ -258,7 +258,7 @@ def no_room_for_checkpoints(folder: Path) -> str:
     return "stops as without the callback; pick and last.ckpt of epoch 0 are whole"
 
 
-# What earlier runs left -----------------------------------------------------------------------------------------------
+# Files of earlier runs ------------------------------------------------------------------------------------------------
 
 
 def resumed_from_foreign(folder: Path) -> str:
@@ -315,9 +315,9 @@ EARLIER: list[Case] = [
         no_room_for_checkpoints,
     ),
     Program("resumed from a run without the callback", "analyses of epochs 2 and 3", resumed_from_foreign),
-    Program("out of memory in one of two processes", "recompute, then graph", partial(scarce_on_one_of_two, times=1)),
+    Program("out of memory on one of two ranks", "recompute, then graph", partial(scarce_on_one_of_two, times=1)),
     Program(
-        "out of memory for good in one of two processes",
+        "out of memory for good on one of two ranks",
         "AnotherRankFailedError, then AnotherRankFailedError",
         partial(scarce_on_one_of_two, times=math.inf),
     ),

@@ -120,7 +120,7 @@ def test_rules_and_gates(tmp_path: Path, arguments: dict[str, Any], epoch: int) 
     assert epoch_of(checkpoint.best_model_path) == epoch
 
 
-def test_only_what_can_still_be_picked_stays_on_disk(tmp_path: Path) -> None:
+def test_only_files_that_can_still_be_picked_stay_on_disk(tmp_path: Path) -> None:
     checkpoint = HessianCheckpoint(dirpath=tmp_path)
     run_script(tmp_path, SCRIPT, [ScriptedSource(SCRIPT), checkpoint])
     # Epoch 1 has the better C_t, epoch 3 the better loss; epoch 4's loss is out of reach.
@@ -429,7 +429,7 @@ FALLING = [Epoch(-0.1, loss=1.0), Epoch(-0.3, loss=0.2), Epoch(-0.2, loss=0.04),
 
 
 @pytest.mark.parametrize(("unit", "offset"), [(1, 0), (1e-6, -1e-6), (3e4, -1e5)])
-def test_the_unit_of_the_loss_and_what_is_added_to_it_make_no_difference(
+def test_neither_the_unit_of_the_loss_nor_a_constant_term_makes_a_difference(
     tmp_path: Path, unit: float, offset: float
 ) -> None:
     script = [replace(epoch, loss=unit * epoch.loss + offset) for epoch in FALLING]

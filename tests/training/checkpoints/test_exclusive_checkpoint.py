@@ -105,7 +105,7 @@ def neighbor(**arguments: Any) -> ModelCheckpoint:
 
 DEFAULT = "hesd-earliest-epoch=0-step=2"
 
-NEIGHBOURS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+NEIGHBORS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     # Arguments of ours, of theirs, and the name of our first file.
     "defaults": ({}, {}, DEFAULT),
     "no counters": ({"enable_version_counter": False}, {"enable_version_counter": False}, DEFAULT),
@@ -127,11 +127,11 @@ NEIGHBOURS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "first"), [(name, bool(number % 2)) for number, name in enumerate(NEIGHBOURS)])
+@pytest.mark.parametrize(("name", "first"), [(name, bool(number % 2)) for number, name in enumerate(NEIGHBORS)])
 def test_a_neighbor_in_the_same_folder_has_the_files_it_would_have_alone(
     name: str, first: bool, tmp_path: Path
 ) -> None:
-    ours, theirs, expected = NEIGHBOURS[name]
+    ours, theirs, expected = NEIGHBORS[name]
     run_script(tmp_path / "alone", SCRIPT, [neighbor(dirpath=tmp_path / "alone", **theirs)])
     folder = tmp_path / "together"
     checkpoint, other = keeping(dirpath=folder, **ours), neighbor(dirpath=folder, **theirs)
@@ -280,7 +280,7 @@ def test_names_and_folders_may_be_set_between_runs(tmp_path: Path) -> None:
     assert found == [Path("0/checkpoints/first.ckpt"), Path("own/second.ckpt"), Path("own/second-v1.ckpt")]
 
 
-# What has become of files ---------------------------------------------------------------------------------------------
+# Files that were lost -------------------------------------------------------------------------------------------------
 
 
 def resumed(folder: Path, path: str, epochs: int = 3, **arguments: Any) -> tuple[HessianCheckpoint, list[str]]:
@@ -295,7 +295,7 @@ def resumed(folder: Path, path: str, epochs: int = 3, **arguments: Any) -> tuple
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
-def test_what_another_run_has_overwritten_is_no_candidate(weights_only: bool, tmp_path: Path) -> None:
+def test_a_file_that_another_run_has_overwritten_is_no_candidate(weights_only: bool, tmp_path: Path) -> None:
     first = keeping(dirpath=tmp_path, filename="best", save_last=True)
     run_script(tmp_path, SCRIPT, [ScriptedSource(SCRIPT), first])
     last = tmp_path / "kept.ckpt"

@@ -167,7 +167,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     assert callback.checkpoint.best.path == callback.checkpoint.best_model_path
 
 
-# What belongs to a namespace ------------------------------------------------------------------------------------------
+# Classes of a namespace -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["TQDMProgressBar", "RichProgressBar"])

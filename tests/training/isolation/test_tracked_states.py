@@ -158,7 +158,7 @@ def test_states_are_restored(name: str) -> None:
         assert not state.changed()
 
 
-def test_labels_name_what_changed() -> None:
+def test_labels_name_the_changes() -> None:
     place = Place(Place(None, "trainer", Owner.TRAINER), ".callbacks[0]", Owner.USER)
     value = Attributes()
     attributes, mapping = TrackedContent.of(vars(value), place._replace(of_attributes=True)), {"n": 1, 2: 0}

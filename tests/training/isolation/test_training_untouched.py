@@ -423,7 +423,7 @@ class Neighbor(pl.Callback):
 
 
 class Reaching(Classifier):
-    """Does something in each training step, before it computes the loss."""
+    """Acts in each training step, before it computes the loss."""
 
     counts: dict[str, int] = {}  # noqa: RUF012 - as in many a module
     steps = 0
@@ -673,7 +673,7 @@ def test_reading_the_samples_leaves_no_traces_beyond_the_data(tmp_path: Path) ->
     assert found[0] == found[1]
 
 
-# What cannot be put back ----------------------------------------------------------------------------------------------
+# Changes that cannot be undone ----------------------------------------------------------------------------------------
 
 HIDDEN: list[Any] = []
 """Out of reach of the module and the Trainer."""

@@ -212,7 +212,7 @@ def test_a_loader_with_an_iter_of_its_own_is_not_taken_apart(name: str) -> None:
         running._shutdown_workers()
 
 
-def test_the_loss_analysed_is_the_one_trained(tmp_path: Path) -> None:
+def test_the_loss_analyzed_is_the_one_trained(tmp_path: Path) -> None:
     observer = callback(num_samples=SIZE)
     module = Classifier()
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)
@@ -220,7 +220,7 @@ def test_the_loss_analysed_is_the_one_trained(tmp_path: Path) -> None:
     assert observer.history[0].spectrum.loss == pytest.approx(float(trainer.callback_metrics["train_loss"]), rel=1e-5)
 
 
-# What collate functions leave out -------------------------------------------------------------------------------------
+# Samples that collate functions drop ----------------------------------------------------------------------------------
 
 
 class Filtering:
@@ -234,7 +234,7 @@ class Filtering:
         return default_collate(items) if items else None
 
 
-def test_batches_weigh_by_what_is_in_them() -> None:
+def test_batches_weigh_by_the_samples_in_them() -> None:
     data = loader(shuffle=True, collate_fn=Filtering(lambda position: position % 4 == 0))
     drawn = draw_samples(data, 1000)
     assert sorted(positions(drawn)) == list(range(0, SIZE, 4))
@@ -333,7 +333,7 @@ def test_batches_without_tensors() -> None:
 
 
 class FromQueue(IterableDataset):
-    """Takes its samples from a queue that all processes share."""
+    """Takes its samples from a queue that workers share with training."""
 
     def __init__(self, queue: Any) -> None:
         self.queue = queue
