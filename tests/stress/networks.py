@@ -112,20 +112,6 @@ class TwoOptimizers(Silent):
         return [torch.optim.SGD(self.net[i].parameters(), lr=0.1) for i in (0, 2)]
 
 
-class NothingToTrain(Around):
-    """Looks at the data, and optimizes nothing."""
-
-    def __init__(self, make_net: Callable[[], nn.Module]) -> None:
-        super().__init__(make_net)
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        plain_loss(self, batch)
-
-    def configure_optimizers(self) -> None:
-        return None
-
-
 class Recurrent(nn.Module):
     """Reads an image row by row."""
 
@@ -150,50 +136,12 @@ class Bag(nn.Module):
         return self.head(torch.tanh(self.levels((x * 16).long()).mean(1)))
 
 
-class Tied(nn.Module):
-    """Uses one weight in two layers, and one layer twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.twice, self.head = nn.Linear(64, 6), nn.Linear(6, 6), nn.Linear(6, 10)
-        self.tied = nn.Linear(6, 6)
-        self.tied.weight = self.twice.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.tanh(self.twice(torch.tanh(self.twice(torch.tanh(self.first(x))))))
-        return self.head(torch.tanh(self.tied(hidden)))
-
-
-class ComplexWeight(nn.Module):
-    """Multiplies with a complex number on the way."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(64, 10)
-        self.turn = nn.Parameter(torch.ones(10, dtype=torch.complex64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.head(x) * self.turn).real
-
-
 def partly_quantized() -> nn.Module:
     """Return a network whose frozen first layer has been quantized."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.ao is to move
         first = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(64, 6)), {nn.Linear}, torch.qint8)
     return nn.Sequential(first, nn.Tanh(), nn.Linear(6, 10))
-
-
-def partly_frozen() -> nn.Module:
-    """Return a network with a frozen first layer."""
-    net = nn.Sequential(nn.Linear(64, 6), nn.Tanh(), nn.Linear(6, 10))
-    net[0].requires_grad_(requires_grad=False)
-    return net
-
-
-def frozen() -> nn.Module:
-    """Return a network without anything to train."""
-    return nn.Linear(64, 10).requires_grad_(requires_grad=False)
 
 
 class BrokenNow(Digits):

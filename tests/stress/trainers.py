@@ -60,17 +60,6 @@ def trainer_options(**options: Any) -> Any:
     return lambda _: options
 
 
-def weights_in_the_pick(observer: HessianSpectrumCallback, trainer: pl.Trainer) -> str:
-    """Say which weights the pick of the rule holds."""
-    assert observer.checkpoint is not None
-    saved = torch.load(observer.checkpoint.best_model_path, weights_only=True)
-    averaged, analyzed = (
-        torch.cat([part.flatten() for part in saved[key].values()]) for key in ("state_dict", "current_model_state")
-    )
-    assert not torch.equal(averaged, analyzed)
-    return "the pick has the averaged weights, and the analyzed ones"
-
-
 PRECISIONS: list[Case] = [
     Fit(f"precision {name}{remark}", trainer=trainer_options(precision=name))
     for name, remark in (("16-mixed", " (bf16-mixed on a CPU)"), ("16-true", ""))
@@ -86,7 +75,6 @@ MODULES: list[Case] = [
     Fit("sparse buffer", networks.Graph),
     Fit("autocast inside", networks.LowPrecision, check=verified, note="verified"),
     Fit("lazy layers", lambda: Around(lambda: nn.Sequential(nn.LazyLinear(6), nn.Tanh(), nn.LazyLinear(10)))),
-    Fit("tied weights", lambda: Around(networks.Tied), **dimension(390 + 42 + 70 + 6)),
     Fit("sparse embedding", lambda: Around(partial(networks.Bag, sparse=True))),
     Fit("dense embedding", lambda: Around(partial(networks.Bag, sparse=False))),
     Fit("layer of buffers only", lambda: Classifier(nn.BatchNorm1d(6, affine=False))),
@@ -95,30 +83,10 @@ MODULES: list[Case] = [
         for kind in (nn.RNN, nn.LSTM, nn.GRU)
     ),
     Fit("partly quantized", lambda: Around(networks.partly_quantized), **dimension(70)),
-    Fit("partly frozen", lambda: Around(networks.partly_frozen), **dimension(70)),
-    Fit("complex weight", lambda: Around(networks.ComplexWeight), failures=2, error="'net.turn' is complex"),
-    *(
-        Fit(
-            name,
-            lambda make=make: networks.NothingToTrain(make),
-            options=lambda: {"loss_fn": plain_loss},
-            failures=2,
-            error="no parameter that requires grad",
-        )
-        for name, make in (("no parameters", nn.Flatten), ("all frozen", networks.frozen))
-    ),
 ]
 
 BESIDE: list[Case] = [
     Fit("EMA of the weights beside", beside=averaging),
-    Fit(
-        "EMA of the weights beside, with checkpoints",
-        beside=averaging,
-        options=lambda: {"checkpoint": "highest_c_t"},
-        trainer=trainer_options(enable_checkpointing=True),
-        check=weights_in_the_pick,
-        note="the pick has the averaged weights, and the analyzed ones",
-    ),
     Fit(
         "stochastic weight averaging beside",
         beside=lambda: [StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)],
