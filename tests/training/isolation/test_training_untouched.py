@@ -148,6 +148,19 @@ class Collating(Classifier):
         return x * self.calls, *others
 
 
+class Validated(Classifier):
+    """Validates, and saves checkpoints that are ranked by the outcome."""
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return [ModelCheckpoint(monitor="val_loss", save_top_k=-1)]
+
+    def val_dataloader(self) -> Any:
+        return loader(Digits(16))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", plain_loss(self, batch))
+
+
 class Stream(IterableDataset[Any]):
     """Goes on where it stopped: what is read once is gone."""
 
@@ -192,11 +205,20 @@ class Scenario:
     failures: int = 0
 
 
+def saved_by(checkpoint: ModelCheckpoint) -> Any:
+    """Return the names of the files of a checkpoint callback, and the weights and optimizer states in them."""
+    files = {Path(path).name: torch.load(path, weights_only=False) for path in sorted(checkpoint.best_k_models)}
+    assert len(files) == 2
+    return freeze({name: [saved["state_dict"], saved["optimizer_states"]] for name, saved in files.items()})
+
+
 def outcome(trainer: pl.Trainer, recorder: Recorder) -> dict[str, Any]:
     """Collect whatever a run leaves behind, except what the callback is there to add."""
     module = trainer.lightning_module
     train_loader = trainer.train_dataloader
+    users = [c for c in trainer.checkpoint_callbacks if type(c) is ModelCheckpoint]
     return {
+        "checkpoints": [(freeze(c.best_model_score), Path(c.best_model_path).name, saved_by(c)) for c in users],
         "random number generators": global_generators(),
         "batches": freeze(recorder.batches),
         "modes": recorder.modes,
@@ -295,6 +317,12 @@ SCENARIOS = {
         ],
         records=5,
     ),
+    "validation_and_checkpoints": Scenario(
+        lambda: Validated(nn.Dropout(0.3)),
+        callbacks=lambda: [callback(checkpoint="highest_c_t", at_start=True)],
+        trainer={"enable_checkpointing": True},
+        records=3,
+    ),
     "at_start": Scenario(batch_norm_and_dropout, callbacks=lambda: [callback(at_start=True)], records=3),
     "failing": Scenario(
         batch_norm_and_dropout,
@@ -313,44 +341,6 @@ SCENARIOS = {
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_bit_identical(name: str, tmp_path: Path) -> None:
     assert_untouched(SCENARIOS[name], tmp_path)
-
-
-class Validated(Classifier):
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", plain_loss(self, batch))
-
-
-def test_bit_identical_with_validation_and_checkpoints(tmp_path: Path) -> None:
-    states = []
-    for callbacks in ([], [callback(checkpoint="highest_c_t", at_start=True)]):
-        folder = tmp_path / str(len(callbacks))
-        checkpoint = ModelCheckpoint(folder, monitor="val_loss", save_top_k=-1)
-        trainer = fit(
-            folder,
-            checkpoint,
-            *callbacks,
-            module=Validated(nn.Dropout(0.3)),
-            data=DataModuleWithValidation(lambda: loader(shuffle=True)),
-            enable_checkpointing=True,
-        )
-        saved = [torch.load(path, weights_only=False) for path in sorted(checkpoint.best_k_models)]
-        assert len(saved) == 2
-        states.append(
-            {
-                "checkpoints": freeze([{k: c[k] for k in ("state_dict", "optimizer_states")} for c in saved]),
-                "files": [Path(path).name for path in sorted(checkpoint.best_k_models)],
-                "ranking": freeze(checkpoint.best_model_score),
-                "best": Path(checkpoint.best_model_path).name,
-                "random number generators": global_generators(),
-                "metrics": freeze({k: v for k, v in trainer.callback_metrics.items() if not k.startswith("hesd")}),
-            }
-        )
-    assert states[0] == states[1]
-
-
-class DataModuleWithValidation(DataModule):
-    def val_dataloader(self) -> Any:
-        return loader(Digits(16))
 
 
 def test_every_analysis_finds_the_module_as_training_left_it(tmp_path: Path) -> None:
