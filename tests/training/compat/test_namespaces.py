@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import rich
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -178,6 +179,7 @@ def test_progress_bars(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     bar = getattr(NAMESPACES[OTHER].callbacks, kind)(**({"console_kwargs": console} if "Rich" in kind else {}))
     with contextlib.redirect_stdout(screen):
         fit(OTHER, tmp_path, spectra(verbose=True), bar, epochs=1, enable_progress_bar=True, logger=False)
+    rich.reconfigure()  # the bar makes its console that of all
     assert "hesd: Lanczos steps" in screen.getvalue()
     assert "hesd/c_t" in screen.getvalue()
 
