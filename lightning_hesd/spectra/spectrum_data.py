@@ -63,6 +63,7 @@ OPTIONAL: dict[str, Check] = {
     "verification": text,
     **dict.fromkeys(("predicted_memory", "sampling_groups"), optional(at_least(0))),
     "by_layer": each_named(having(LAYER_FIELDS)),
+    "subspace_overlap": optional(number),
     **dict.fromkeys(("asymmetry", "gradient_equivalents", *SAMPLING), optional(number)),
 }
 
@@ -145,6 +146,8 @@ class SpectrumData:
         lambda_min_sampling_bias: Expected difference from infinitely many samples, at most 0.
         lambda_max_sampling_bias: Expected difference from infinitely many samples, at least 0.
         sampling_groups: Number of groups of samples that the sampling errors rest on.
+        subspace_overlap: Share of the span of the leading eigenvectors in that of the analysis before, from 0 to 1;
+            None where eigenvectors are not tracked (`track_eigenvectors`), or there was no analysis before.
         by_layer: Curvature of each layer, by name, as far as this analysis of the whole matrix tells; empty without a
             Krylov basis, and for a layer's own spectrum.
     """
@@ -182,6 +185,7 @@ class SpectrumData:
     lambda_min_sampling_bias: float | None = None
     lambda_max_sampling_bias: float | None = None
     sampling_groups: int | None = None
+    subspace_overlap: float | None = None
     by_layer: Mapping[str, LayerCurvature] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
