@@ -194,13 +194,13 @@ class _Deflated:
 
 def _largest(gram: Array, values: Array, dimension: int, rest_low: float, rest_high: float) -> tuple[float, float]:
     """Bound λ_max of Y diag(θ) Yᵀ + R_ll, given the Gram matrix YᵀY, θ, and bounds on the eigenvalues of R."""
+    if len(values) < dimension and not (values > 0).any():
+        return rest_low, rest_high  # the largest one is zero, that of any vector orthogonal to Y
     # The eigenvalues of Y diag(θ) Yᵀ are those of √G diag(θ) √G; the larger of the two matrices has more zeros.
     sizes, axes = np.linalg.eigh(gram)
     root = (axes * np.sqrt(np.maximum(sizes, 0.0))) @ axes.T
     found, vectors = np.linalg.eigh(root @ (values[:, None] * root))
     own = np.argsort(np.abs(found))[max(len(values) - dimension, 0) :]
-    if len(values) < dimension and not (found > 0).any():
-        return rest_low, rest_high  # the largest one is zero, that of any vector orthogonal to Y
     top = own[np.argmax(found[own])]
     # Of its eigenvector u only the part outside of the Ritz vectors, of squared length 1 − ‖Yᵀu‖², is curved by R.
     outside = max(1 - float(((root @ vectors[:, top]) ** 2).sum()), 0.0)
