@@ -18,13 +18,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lightning_hesd.spectra.deflation import converged_nodes
 from lightning_hesd.spectra.eigenvalue_bounds import rest_bounds
-from lightning_hesd.spectra.validation import Check, at_least, each, number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -63,21 +62,28 @@ class LayerCurvature:
     lambda_max_bounds: tuple[float, float]
     lambda_min_bounds: tuple[float, float]
 
+    @property
+    def numbers(self) -> list[float]:
+        """All numbers in the order of the fields, bounds as two each, for storage as a row of an array."""
+        plain = (self.dimension, self.trace, self.trace_error, self.trace_share, self.negative_share)
+        return [
+            *plain,
+            self.lambda_max_weight,
+            self.lambda_min_weight,
+            *self.lambda_max_bounds,
+            *self.lambda_min_bounds,
+        ]
+
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LayerCurvature:
-        """Return the curvature from its fields, which `LAYER_FIELDS` fit; JSON has made lists of pairs."""
-        pairs = {key: tuple(values[key]) for key in ("lambda_max_bounds", "lambda_min_bounds")}
-        fields: dict[str, Any] = {**values, **pairs}
-        return cls(**fields)
+    def of_numbers(cls, numbers: Sequence[float]) -> LayerCurvature:
+        """Return the curvature with these `numbers`."""
+        dimension, trace, error, share, negative, largest, smallest, *bounds = map(float, numbers)
+        pairs = (bounds[0], bounds[1]), (bounds[2], bounds[3])
+        return cls(int(dimension), trace, error, share, negative, largest, smallest, *pairs)
 
 
-LAYER_FIELDS: dict[str, Check] = {
-    "dimension": at_least(1),
-    **dict.fromkeys(("trace", "trace_error", "trace_share", "negative_share"), number),
-    **dict.fromkeys(("lambda_max_weight", "lambda_min_weight"), number),
-    **dict.fromkeys(("lambda_max_bounds", "lambda_min_bounds"), lambda value: each(number)(value) and len(value) == 2),
-}
-"""Checks of the fields of a `LayerCurvature`."""
+NUMBERS = 11
+"""How many `numbers` a layer has."""
 
 
 @dataclass(frozen=True)
