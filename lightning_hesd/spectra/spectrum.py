@@ -249,7 +249,8 @@ class Spectrum(SpectrumData):
             self.weights,
             self.residuals,
             self.converged_nodes,
-            self.dimension,
+            dimension=self.dimension,
+            rounding=self.rounding,
             on_sphere=self.probe == "gaussian",
         )
 
@@ -283,17 +284,21 @@ class Spectrum(SpectrumData):
         eigenvectors that are spread over many parameters. Without a Krylov basis no node counts exactly.
 
         Args:
-            above: Eigenvalues count if they are larger than this; more than `rounding` away from zero to be told from
-                it.
-            below: Eigenvalues count if they are at most this.
+            above: Eigenvalues count if they are larger than this.
+            below: Eigenvalues count if they are at most this. Eigenvalues within `rounding` of a threshold may count or
+                not: thresholds should be farther from zero, where many eigenvalues may be.
 
         Returns:
             The least and the largest number.
 
         Raises:
-            ValueError: If nothing was computed, because HVPs were not those of the loss.
+            ValueError: If `above` is not less than `below`, or nothing was computed, because HVPs were not those of the
+                loss.
         """
         self._check_computed()
+        if not above < below:
+            msg = f"`above` must be less than `below`, got {above} and {below}."
+            raise ValueError(msg)
         return counts.count_between(self._rules, above, below, 1 - self.confidence)
 
     @cached_property

@@ -156,18 +156,33 @@ class TestProperties:
         assert math.isnan(make(nodes=[[-1.0, 0.5, 4.0], [-0.5, -0.1, NAN]]).k_h())  # a probe without positive node
 
     def test_moments_and_trace(self):
-        spectrum = make()
+        spectrum = make(basis="none")
         # Probes: −¼ + ¼ + 1 = 1 and −¼ + 3/2 = 5/4;  squares: ¼ + ⅛ + 4 and ⅛ + 9/2
         assert [spectrum.moment(k) for k in (0, 1, 2)] == [1.0, 1.125, 4.5]
         assert spectrum.trace == 11.25
 
+    def test_an_eigenvalue_counts_as_one_in_moments_and_trace(self):
+        # The second probe has found the eigenvalue 3; the other one is not told from zero by so large a rounding.
+        spectrum = make()
+        assert spectrum.converged_nodes.tolist() == [[False] * 3, [False, True, False]]
+        np.testing.assert_allclose(spectrum.density_weights, [[0.25, 0.5, 0.25], [0.9, 0.1, 0.0]], rtol=1e-15)
+        assert spectrum.trace == pytest.approx((10.0 + (3.0 - 9 * 0.5)) / 2, rel=1e-15)
+        assert not make(basis="none").converged_nodes.any()
+
     def test_trace_error(self):
-        n, first, second = 10, 1.125, 4.5
-        expected = math.sqrt(2 * n / (n + 2) * (n * second - (n * first) ** 2 / n) / 2)
-        assert make().trace_error == pytest.approx(expected, rel=1e-14)
-        assert make(probe="rademacher").trace_error == pytest.approx(math.sqrt(2 * n * second / 2), rel=1e-14)
-        identity = one_probe([3.0])  # up to a factor, whose trace is certain from the sphere
-        assert (identity.trace, identity.trace_error) == (30.0, 0.0)
+        # Second and fourth moments of the probes, about the means 1 and 5/4, and about zero.
+        def expected(factor: float, *moments: tuple[float, float]) -> float:
+            return math.sqrt(factor * sum(a + math.sqrt(2 * (b - a * a) / 10) for a, b in moments)) / 2
+
+        plain = {"basis": "none", "rounding": 0.0}
+        on_sphere = expected(2 * 100 / 12, (3.375, 24.28125), (3.0625, 3.0625**2))
+        of_signs = expected(2 * 10, (4.375, 64.28125), (4.625, 40.53125))
+        assert make(**plain).trace_error == pytest.approx(on_sphere, rel=1e-14)
+        assert make(**plain, probe="rademacher").trace_error == pytest.approx(of_signs, rel=1e-14)
+
+    def test_the_trace_of_a_multiple_of_the_identity_is_certain_from_the_sphere(self):
+        assert one_probe([3.0]).trace == 30.0
+        assert one_probe([3.0]).trace_error == 0.0
 
     def test_miss_probability_is_that_of_the_quadrature_at_the_stated_tolerance(self):
         spectrum = make(dimension=1000, steps_per_probe=(30, 20))
@@ -178,7 +193,7 @@ class TestProperties:
 
     def test_density_and_histogram_are_those_of_the_quadrature(self):
         spectrum = make()
-        arguments = (spectrum.nodes, spectrum.weights)
+        arguments = (spectrum.nodes, spectrum.density_weights)
         for ours, theirs in (
             (spectrum.density(), quadrature.density(*arguments)),
             (spectrum.density([0.0, 1.0], sigma=0.3), quadrature.density(*arguments, [0.0, 1.0], 0.3)),
