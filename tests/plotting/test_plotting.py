@@ -99,5 +99,5 @@ class TestLayers:
     def test_mistakes(self):
         with pytest.raises(ValueError, match=r"`quantity` must be one of c_t, lambda_max, .*got 'size'"):
             plot_layers(self.layers, "size")
-        with pytest.raises(ValueError, match="`history` has no spectra of layers"):
+        with pytest.raises(ValueError, match="`history` knows no layers"):
             plot_layers({})

@@ -221,7 +221,8 @@ def test_undefined_numbers_are_null() -> None:
 def test_many_nodes_are_merged_and_keep_mass_mean_and_extremes() -> None:
     rng = np.random.default_rng(0)
     weights = [[1 / 200] * 200] * 8
-    many = spectrum_of(*range(200), weights=weights, nodes=np.sort(rng.standard_normal((8, 200)) ** 3, axis=1))
+    nodes = np.sort(rng.standard_normal((8, 200)) ** 3, axis=1)
+    many = spectrum_of(*range(200), weights=weights, nodes=nodes, residual=1.0)  # more than the dimension: none exact
     shown = record_payload(SpectrumRecord(0, 1, many))["spectra"]["spectrum"]
     nodes, weights = np.array(shown["nodes"]), np.array(shown["weights"])
     assert MAX_NODES / 3 < len(nodes) <= MAX_NODES
