@@ -193,7 +193,7 @@ def _sent(workload: Workload) -> float:
 
 
 def _memory(workload: Workload, samples: int) -> float:
-    basis = min(workload.steps, workload.parameters) if workload.basis else 0
+    basis = workload.products if workload.basis else 0  # those of all probes
     copies = 1  # of the module's parameters
     kept = {"graph": samples, "recompute": workload.batch_size, "finite_difference": 0}[workload.strategy]
     passing = workload.batch_size  # an HVP takes about as much for one batch, beside its graph

@@ -15,7 +15,7 @@ from lightning_hesd.spectra.assessment import check_comparable
 from lightning_hesd.spectra.files import damage_named, read_archive, save_archive
 from lightning_hesd.spectra.record import LAYERS_SUFFIX, PLAIN_FIELDS, SUFFIXES, SpectrumRecord
 from lightning_hesd.spectra.spectrum import Spectrum
-from lightning_hesd.spectra.spectrum_data import ARRAYS
+from lightning_hesd.spectra.spectrum_data import STORED_ARRAYS
 from lightning_hesd.spectra.validation import (
     at_least,
     check_fields,
@@ -148,9 +148,11 @@ class Packing:
 
     def pack(self, spectrum: Spectrum) -> dict[str, Any]:
         """Append the arrays of a spectrum, and return its fields with positions in place of arrays."""
-        positions = range(len(self.arrays), len(self.arrays) + len(ARRAYS))
-        self.arrays.extend(getattr(spectrum, name) for name in ARRAYS)
-        return {**spectrum.to_dict(), **dict(zip(ARRAYS, positions, strict=True))}
+        values = spectrum.to_dict()
+        for name in STORED_ARRAYS:
+            self.arrays.append(values[name])
+            values[name] = len(self.arrays) - 1
+        return values
 
     def unpack(self, values: Mapping[str, Any]) -> Spectrum:
         """Return the spectrum that was packed.
@@ -158,8 +160,9 @@ class Packing:
         Raises:
             ValueError: If it is damaged.
         """
-        check_fields(values, dict.fromkeys(ARRAYS, lambda at: at_least(0)(at) and at < len(self.arrays)), "a spectrum")
-        return Spectrum.from_dict({**values, **{name: self.arrays[values[name]] for name in ARRAYS}})
+        positions = dict.fromkeys(STORED_ARRAYS, lambda at: at_least(0)(at) and at < len(self.arrays))
+        check_fields(values, positions, "a spectrum")
+        return Spectrum.from_dict({**values, **{name: self.arrays[values[name]] for name in STORED_ARRAYS}})
 
 
 def pack_records(records: Sequence[SpectrumRecord]) -> tuple[list[dict[str, Any]], Packing]:
@@ -201,7 +204,7 @@ def save(content: Content, path: str | os.PathLike[str]) -> None:
     arrays: dict[str, Array] = {}
     for index, (layer, spectrum) in enumerate(content.items()):
         values = spectrum.to_dict()
-        arrays |= {f"{index}/{name}": values.pop(name) for name in ARRAYS}
+        arrays |= {f"{index}/{name}": values.pop(name) for name in STORED_ARRAYS}
         headers.append({"layer": layer, "fields": values})
     save_archive(path, {"layers": headers}, arrays)
 
@@ -229,7 +232,7 @@ def load_layers(path: str | os.PathLike[str]) -> dict[str, Spectrum]:
         check_fields(header, {"layers": each(having({"layer": text, "fields": of(dict)}))}, "the header")
         return {
             entry["layer"]: Spectrum.from_dict(
-                {**entry["fields"], **{n: arrays[f"{index}/{n}"] for n in ARRAYS if f"{index}/{n}" in arrays}}
+                {**entry["fields"], **{n: arrays[f"{index}/{n}"] for n in STORED_ARRAYS if f"{index}/{n}" in arrays}}
             )
             for index, entry in enumerate(header["layers"])
         }

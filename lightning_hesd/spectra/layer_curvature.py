@@ -18,13 +18,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lightning_hesd.spectra.deflation import converged_nodes
 from lightning_hesd.spectra.eigenvalue_bounds import rest_bounds
-from lightning_hesd.spectra.validation import Check, at_least, each, number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -63,21 +62,28 @@ class LayerCurvature:
     lambda_max_bounds: tuple[float, float]
     lambda_min_bounds: tuple[float, float]
 
+    @property
+    def numbers(self) -> list[float]:
+        """All numbers in the order of the fields, bounds as two each, for storage as a row of an array."""
+        plain = (self.dimension, self.trace, self.trace_error, self.trace_share, self.negative_share)
+        return [
+            *plain,
+            self.lambda_max_weight,
+            self.lambda_min_weight,
+            *self.lambda_max_bounds,
+            *self.lambda_min_bounds,
+        ]
+
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LayerCurvature:
-        """Return the curvature from its fields, which `LAYER_FIELDS` fit; JSON has made lists of pairs."""
-        pairs = {key: tuple(values[key]) for key in ("lambda_max_bounds", "lambda_min_bounds")}
-        fields: dict[str, Any] = {**values, **pairs}
-        return cls(**fields)
+    def of_numbers(cls, numbers: Sequence[float]) -> LayerCurvature:
+        """Return the curvature with these `numbers`."""
+        dimension, trace, error, share, negative, largest, smallest, *bounds = map(float, numbers)
+        pairs = (bounds[0], bounds[1]), (bounds[2], bounds[3])
+        return cls(int(dimension), trace, error, share, negative, largest, smallest, *pairs)
 
 
-LAYER_FIELDS: dict[str, Check] = {
-    "dimension": at_least(1),
-    **dict.fromkeys(("trace", "trace_error", "trace_share", "negative_share"), number),
-    **dict.fromkeys(("lambda_max_weight", "lambda_min_weight"), number),
-    **dict.fromkeys(("lambda_max_bounds", "lambda_min_bounds"), lambda value: each(number)(value) and len(value) == 2),
-}
-"""Checks of the fields of a `LayerCurvature`."""
+NUMBERS = 11
+"""How many `numbers` a layer has."""
 
 
 @dataclass(frozen=True)
@@ -194,13 +200,13 @@ class _Deflated:
 
 def _largest(gram: Array, values: Array, dimension: int, rest_low: float, rest_high: float) -> tuple[float, float]:
     """Bound λ_max of Y diag(θ) Yᵀ + R_ll, given the Gram matrix YᵀY, θ, and bounds on the eigenvalues of R."""
+    if len(values) < dimension and not (values > 0).any():
+        return rest_low, rest_high  # the largest one is zero, that of any vector orthogonal to Y
     # The eigenvalues of Y diag(θ) Yᵀ are those of √G diag(θ) √G; the larger of the two matrices has more zeros.
     sizes, axes = np.linalg.eigh(gram)
     root = (axes * np.sqrt(np.maximum(sizes, 0.0))) @ axes.T
     found, vectors = np.linalg.eigh(root @ (values[:, None] * root))
     own = np.argsort(np.abs(found))[max(len(values) - dimension, 0) :]
-    if len(values) < dimension and not (found > 0).any():
-        return rest_low, rest_high  # the largest one is zero, that of any vector orthogonal to Y
     top = own[np.argmax(found[own])]
     # Of its eigenvector u only the part outside of the Ritz vectors, of squared length 1 − ‖Yᵀu‖², is curved by R.
     outside = max(1 - float(((root @ vectors[:, top]) ** 2).sum()), 0.0)

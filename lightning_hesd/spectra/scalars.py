@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -88,10 +89,13 @@ SPECTRUM_SCALARS: dict[str, Scalar] = _keyed(
     _field("lambda_max", "λ_max", CURVATURE, is_logarithmic=True),
     _field("lambda_min", "λ_min", CURVATURE, shown=("data", "command line", "tab")),
     _field("trace", "trace", CURVATURE, is_logarithmic=True, shown=("data", "tab")),
-    Scalar("negative_count_low", lambda s: _negative_count(s, 0), "least number of negative eigenvalues", shown=DATA),
-    Scalar("negative_count_high", lambda s: _negative_count(s, 1), "most negative eigenvalues there may be", shown=DATA),
+    Scalar("negative_count_low", partial(_negative_count, end=0), "least number of negative eigenvalues", shown=DATA),
+    Scalar(
+        "negative_count_high", partial(_negative_count, end=1), "largest number of negative eigenvalues", shown=DATA
+    ),
     Scalar("k_h05", _k_h05, "K_H05", shown=("data", "tab")),
     _field("c_t_sampling_error", "standard error of C_t from the finite sample", shown=("data",)),
+    _field("subspace_overlap", "overlap of the leading eigenvectors with those before", shown=("data",)),
     _field(
         "loss", "loss", "loss", is_logarithmic=True,
         shown=("data", "summary", "command line", "tab", "tab of generalization"),

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from lightning_hesd.spectra.files import damage_named, read_archive, save_archive
-from lightning_hesd.spectra.layer_curvature import LAYER_FIELDS, LayerCurvature
+from lightning_hesd.spectra.layer_curvature import NUMBERS, LayerCurvature
 from lightning_hesd.spectra.validation import (
     at_least,
     check_fields,
     each,
-    each_named,
-    having,
     number,
     of,
     optional,
@@ -33,6 +31,9 @@ if TYPE_CHECKING:
 
 ARRAYS = ("nodes", "weights", "residuals")
 """The fields that are arrays."""
+
+STORED_ARRAYS = (*ARRAYS, "layer_numbers")
+"""The arrays of `SpectrumData.to_dict`."""
 
 MAX_SIZE = 1e150
 """Largest absolute value of a node, so that its square is finite."""
@@ -62,7 +63,9 @@ OPTIONAL: dict[str, Check] = {
     "verified": lambda value: text(value) and value in {"yes", "no", "unknown"},
     "verification": text,
     **dict.fromkeys(("predicted_memory", "sampling_groups"), optional(at_least(0))),
-    "by_layer": each_named(having(LAYER_FIELDS)),
+    "layer_names": each(text),
+    "layer_numbers": of(np.ndarray),
+    "subspace_overlap": optional(number),
     **dict.fromkeys(("asymmetry", "gradient_equivalents", *SAMPLING), optional(number)),
 }
 
@@ -145,6 +148,8 @@ class SpectrumData:
         lambda_min_sampling_bias: Expected difference from infinitely many samples, at most 0.
         lambda_max_sampling_bias: Expected difference from infinitely many samples, at least 0.
         sampling_groups: Number of groups of samples that the sampling errors rest on.
+        subspace_overlap: Share of the span of the leading eigenvectors in that of the analysis before, from 0 to 1;
+            None where eigenvectors are not tracked (`track_eigenvectors`), or there was no analysis before.
         by_layer: Curvature of each layer, by name, as far as this analysis of the whole matrix tells; empty without a
             Krylov basis, and for a layer's own spectrum.
     """
@@ -182,6 +187,7 @@ class SpectrumData:
     lambda_min_sampling_bias: float | None = None
     lambda_max_sampling_bias: float | None = None
     sampling_groups: int | None = None
+    subspace_overlap: float | None = None
     by_layer: Mapping[str, LayerCurvature] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -202,7 +208,9 @@ class SpectrumData:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields: arrays as NumPy arrays, everything else as plain Python values."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**values, "by_layer": {name: asdict(layer) for name, layer in self.by_layer.items()}}
+        layers = values.pop("by_layer")
+        numbers = np.array([layer.numbers for layer in layers.values()]).reshape(len(layers), NUMBERS)
+        return {**values, "layer_names": list(layers), "layer_numbers": numbers}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -212,8 +220,13 @@ class SpectrumData:
             ValueError: If a field is missing, is unknown or is invalid.
         """
         check_spectrum(values)
-        layers = {name: LayerCurvature.from_dict(layer) for name, layer in values.get("by_layer", {}).items()}
-        spectrum = cls(**{**values, "by_layer": layers})
+        plain = dict(values)
+        names, numbers = plain.pop("layer_names", []), plain.pop("layer_numbers", np.empty((0, NUMBERS)))
+        if numbers.shape != (len(names), NUMBERS):
+            msg = f"`layer_numbers` must have shape ({len(names)} layers, {NUMBERS}), got {numbers.shape}"
+            raise ValueError(msg)
+        by_layer = {name: LayerCurvature.of_numbers(row) for name, row in zip(names, numbers, strict=True)}
+        spectrum = cls(**plain, by_layer=by_layer)
         check_rules(spectrum.nodes, spectrum.weights, spectrum.residuals, spectrum.steps_per_probe)
         return spectrum
 
@@ -223,7 +236,7 @@ class SpectrumData:
         The file appears whole or not at all.
         """
         values = self.to_dict()
-        arrays = {name: values.pop(name) for name in ARRAYS}
+        arrays = {name: values.pop(name) for name in STORED_ARRAYS}
         save_archive(path, values, arrays)
 
     @classmethod

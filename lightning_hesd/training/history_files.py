@@ -13,7 +13,7 @@ from lightning_hesd.spectra.codec import FIELDS, check_rows, load, save
 from lightning_hesd.spectra.files import damage_named
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.spectra.spectrum import Spectrum
-from lightning_hesd.spectra.spectrum_data import ARRAYS
+from lightning_hesd.spectra.spectrum_data import STORED_ARRAYS
 from lightning_hesd.spectra.validation import FORMAT_VERSION, check_regular, check_version, parsed, text, version_in
 from lightning_hesd.training.folders import exists, fetched, joined, remove, write, write_text
 
@@ -86,17 +86,13 @@ def _is_same(first: Content | None, second: Content | None) -> bool:
     if first is second or first is None or second is None:
         return first is second
     if isinstance(first, Spectrum) and isinstance(second, Spectrum):
-        return _fields(first) == _fields(second) and all(
-            np.array_equal(getattr(first, name), getattr(second, name), equal_nan=True) for name in ARRAYS
-        )
+        values = first.to_dict(), second.to_dict()
+        arrays = [[value.pop(name) for name in STORED_ARRAYS] for value in values]
+        same = [np.array_equal(ours, theirs, equal_nan=True) for ours, theirs in zip(*arrays, strict=True)]
+        return all(same) and json.dumps(values[0]) == json.dumps(values[1])  # as text, in which NaN equals itself
     if isinstance(first, Spectrum) or isinstance(second, Spectrum):
         return False
     return first.keys() == second.keys() and all(_is_same(first[name], second[name]) for name in first)
-
-
-def _fields(spectrum: Spectrum) -> str:
-    """Return what is no array, as text, in which NaN equals itself."""
-    return json.dumps({name: value for name, value in spectrum.to_dict().items() if name not in ARRAYS})
 
 
 def index_rows(path: Path) -> list[dict[str, Any]]:

@@ -114,7 +114,7 @@ def test_a_packing_whose_shapes_do_not_fit(numbers: Any, shapes: Any) -> None:
         Packing.of(np.array(numbers), shapes)
 
 
-@pytest.mark.parametrize("position", [-1, 3, 2**63, 0.0, None, "0", True])
+@pytest.mark.parametrize("position", [-1, 4, 2**63, 0.0, None, "0", True])
 def test_a_position_outside_the_packing(position: Any) -> None:
     packing = Packing()
     packed = packing.pack(make_spectrum(-0.2))

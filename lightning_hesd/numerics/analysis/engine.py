@@ -86,7 +86,7 @@ def analyze(
     }
 
     def result(estimation: Estimation) -> Spectrum:
-        return estimation.spectrum(layers=layers)
+        return estimation.spectrum_and_vectors(layers)
 
     try:
         [spectrum] = estimate(module, batches, loss_fn, options, [parameters], result=result, **context)

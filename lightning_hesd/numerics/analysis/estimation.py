@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -195,13 +195,8 @@ class Estimation:
         largest = max(float(run.asymmetries.max()) for run in self._runs)
         return largest / norm if norm else 0.0
 
-    def spectrum(self, runs: Sequence[Lanczos] | None = None, layers: Layers | None = None) -> Spectrum:
-        """Return the spectrum from some of the runs, by default from all.
-
-        Args:
-            runs: The runs.
-            layers: The layers whose curvature is read from the Krylov bases; None: of none.
-        """
+    def spectrum(self, runs: Sequence[Lanczos] | None = None) -> Spectrum:
+        """Return the spectrum from some of the runs, by default from all."""
         runs = runs or self._runs
         operator, options, plan = self.operator, self._options, self._plan
         nodes, weights, residuals = quadrature.stack_rules([gauss_quadrature(run.alphas, run.betas) for run in runs])
@@ -236,16 +231,43 @@ class Estimation:
             asymmetry=asymmetry / norm if norm else 0.0,
             verified=risk.verification.verdict(exact=risk.is_exact),
             verification=risk.verification.words,
-            by_layer={} if layers is None else self._by_layer(runs, layers, rounding),
             reason=criteria.undefined_reason(norm, risk.loss, self._squared_weight_norm, epsilon, rounding),
             **({} if self._sampling is None else asdict(self._sampling)),
         )
 
-    def _by_layer(self, runs: Sequence[Lanczos], layers: Layers, rounding: float) -> dict[str, LayerCurvature]:
+    def spectrum_and_vectors(self, layers: Layers) -> Spectrum:
+        """Return the spectrum from all runs, with what the Ritz vectors tell.
+
+        Args:
+            layers: The layers whose curvature they tell.
+        """
+        spectrum = self.spectrum()
+        by_layer, overlap = self._by_layer(layers, spectrum.rounding), self._overlap()
+        seconds = time.perf_counter() - self._started
+        return replace(spectrum, by_layer=by_layer, subspace_overlap=overlap, seconds=seconds)
+
+    def _overlap(self) -> float | None:
+        """Return the overlap of the leading eigenvectors with those of the analysis before, and keep them for the next.
+
+        That is ‖UᵀW‖²/k of two orthonormal bases of k vectors (Gur-Ari, Roberts & Dyer 2018); None without a Krylov
+        basis, or if there was no analysis before.
+        """
+        run, cache = self._runs[0], self.operator.risk.cache
+        count = min(self._options.track_eigenvectors, len(run.alphas))
+        if not count or self._plan.basis == "none":
+            return None
+        _, coefficients = tridiagonal_eigh(run.alphas, run.betas)
+        before, cache.eigenvectors = cache.eigenvectors, run.ritz_vectors(coefficients[:, -count:]).cpu()
+        if before is None or before.shape != cache.eigenvectors.shape:
+            return None
+        products = self.operator.space.coefficients(before, cache.eigenvectors.T)
+        return float(products.double().square().sum()) / count
+
+    def _by_layer(self, layers: Layers, rounding: float) -> dict[str, LayerCurvature]:
         """Return the curvature of each layer; none without a Krylov basis."""
         ranges = [self.operator.ranges(positions) for positions, _ in layers.values()]
         found = []
-        for run in runs:
+        for run in self._runs:
             grams = run.grams(ranges)
             if grams is None:
                 return {}

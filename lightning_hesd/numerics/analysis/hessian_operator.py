@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from lightning_hesd.numerics.inputs.options import AnalysisOptions, MatrixName, 
 from lightning_hesd.numerics.inputs.parameters import select_parameters, vector_dtype
 from lightning_hesd.numerics.isolation.snapshot import restore_state
 from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock, choose_difference_step
+from lightning_hesd.numerics.operators.finite_differences import FiniteDifferences
 from lightning_hesd.numerics.operators.groups import explain_non_finite
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
 
@@ -157,13 +159,7 @@ class HessianOperator:
             ArithmeticError: If the loss or the product is NaN or infinite; the message names the batch.
             RuntimeError: If the loss cannot be differentiated twice, or its derivatives are wrong.
         """
-        if vector.shape != self.shape[:1]:
-            msg = f"`vector` must have shape {self.shape[:1]}, got {tuple(vector.shape)}; `matmat` takes columns."
-            raise ValueError(msg)
-        vector = vector.detach().to(self.device, self.dtype)
-        if not bool(vector.isfinite().all()):
-            msg = "`vector` must be finite, got NaN or infinite elements."
-            raise ValueError(msg)
+        vector = self._checked(vector)
         # Evaluations seed the global generators: a caller who draws vectors between products would get the same again.
         with self, restore_state(), torch.inference_mode(mode=False), torch.enable_grad():
             assert self._operator is not None  # noqa: S101 - the context sets it
@@ -172,6 +168,21 @@ class HessianOperator:
                 error = explain_non_finite(self._operator, vector)
                 raise error
             return product
+
+    def _checked(self, vector: Tensor) -> Tensor:
+        """Return a vector on the device and in the dtype of the operator.
+
+        Raises:
+            ValueError: If it has another shape or is not finite.
+        """
+        if vector.shape != self.shape[:1]:
+            msg = f"`vector` must have shape {self.shape[:1]}, got {tuple(vector.shape)}; `matmat` takes columns."
+            raise ValueError(msg)
+        vector = vector.detach().to(self.device, self.dtype)
+        if not bool(vector.isfinite().all()):
+            msg = "`vector` must be finite, got NaN or infinite elements."
+            raise ValueError(msg)
+        return vector
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """Return the products with the columns of a matrix, shape (n, k), one after the other.
@@ -190,6 +201,31 @@ class HessianOperator:
             for column, vector in zip(products.T, vectors.T, strict=True):
                 column.copy_(self.matvec(vector))
         return products
+
+    def losses_along(self, direction: Tensor, distances: Iterable[float]) -> list[float]:
+        """Return the mean loss at the weights plus each multiple of a direction, one evaluation of all batches each.
+
+        Along a unit eigenvector v with eigenvalue λ the loss is L + (g·v)t + ½λt² for small t. The weights are restored
+        bit by bit.
+
+        Args:
+            direction: Shape (n,), finite; in the coordinates of the preconditioner, if there is one.
+            distances: Multiples of the direction.
+
+        Raises:
+            ValueError: If the direction has another shape or is not finite.
+        """
+        direction = self._checked(direction)
+        with self, restore_state(), torch.inference_mode(mode=False), torch.enable_grad():
+            assert self._operator is not None  # noqa: S101 - the context sets it
+            risk, vector = self._operator.risk, self._operator.expand(direction)
+            line = FiniteDifferences(risk.matrix.parameters, risk.space)
+            losses = []
+            for distance in distances:
+                with line.displaced(vector, distance):
+                    terms = [batch.weight * risk.matrix.loss(batch).item() for batch in risk.batches]
+                losses.append(math.fsum(terms) / risk.weight)
+        return losses
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
         if not isinstance(vectors, Tensor):

@@ -121,7 +121,7 @@ def _plan(
 ) -> MemoryPlan:
     """Plan the memory; all ranks keep the Krylov basis at the leanest place that one of them needs."""
     own_elements = sum(p.numel() for p in parameters)
-    steps = min(options.steps, sharding.space(parameters).dimension)
+    steps = options.probes * min(options.steps, sharding.space(parameters).dimension)  # the bases of all probes stay
     device = parameters[0].device
 
     def plan(basis: Literal["auto"] | Basis) -> MemoryPlan:

@@ -105,7 +105,7 @@ def plan_memory(
     Args:
         tensors: Parameters and buffers of the module, which are copied.
         vector_bytes: Size of one vector.
-        steps: Vectors in the basis.
+        steps: Vectors in the Krylov bases of all probes.
         basis: Place of the basis, or "auto": on the device if it fits, else in the computer's memory, else nowhere.
         device: Device of the parameters.
         budget: Bytes; default: `default_budget`.

@@ -42,6 +42,7 @@ class AnalysisCache:
         dimension: Number of parameters of those analyses; None: there were none.
         is_weighed: Whether the weights of batches are decided.
         count: Token count by which batches are weighed; None: they are not weighed by tokens.
+        eigenvectors: Leading eigenvectors of the last analysis, shape (count, n), on the CPU; None: not tracked.
     """
 
     graph_bytes: float | None = None
@@ -53,11 +54,12 @@ class AnalysisCache:
     dimension: int | None = None
     is_weighed: bool = False
     count: TokenCount | None = None
+    eigenvectors: Tensor | None = None
 
     def invalidate(self, dimension: int) -> None:
         """Forget the measurements if they belong to another number of parameters."""
         if self.dimension != dimension:
-            self.graph_bytes = self.inexact_reason = self.step = self.verification = None
+            self.graph_bytes = self.inexact_reason = self.step = self.verification = self.eigenvectors = None
             self.dimension = dimension
 
 

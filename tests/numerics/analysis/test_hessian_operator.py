@@ -323,3 +323,34 @@ class TestOtherLibraries:
             values, _ = algorithms.seigh(operator, torch.device("cpu"), operator.dtype, operator.shape[0], seed=1)
         true = np.linalg.eigvalsh(dense(operator).double())
         assert np.abs(np.asarray(values)).max() == pytest.approx(np.abs(true).max(), rel=1e-3)
+
+
+class TestLossesAlong:
+    @pytest.mark.parametrize("name", ["mlp", "tied", "conv_batchnorm"])
+    def test_losses_are_those_of_moved_weights(self, name):
+        problem = cases.make(name)
+        operator = HessianOperator(*problem)
+        direction = torch.randn(operator.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        before = copy.deepcopy(problem.module.state_dict())
+        moved = copy.deepcopy(problem.module).eval()
+        parameters = [p for p in moved.parameters() if p.requires_grad]
+        start = torch.cat([p.detach().flatten() for p in parameters])
+        expected = []
+        for distance in (-0.3, 0.0, 1.0):
+            torch.nn.utils.vector_to_parameters(start + distance * direction, parameters)
+            losses = [(len(b[0]), problem.loss_fn(moved, b).item()) for b in problem.batches]
+            expected.append(sum(n * loss for n, loss in losses) / sum(n for n, _ in losses))
+        assert operator.losses_along(direction, [-0.3, 0.0, 1.0]) == pytest.approx(expected, rel=1e-12)
+        assert all(map(torch.equal, before.values(), problem.module.state_dict().values()))
+
+    def test_second_difference_along_an_eigenvector_is_the_eigenvalue(self):
+        operator = HessianOperator(*cases.make("mlp"))
+        with operator:
+            found = top_eigenpairs(operator, 1)
+            up, at, down = operator.losses_along(found.vectors[:, 0], [1e-3, 0.0, -1e-3])
+        assert (up - 2 * at + down) / 1e-6 == pytest.approx(float(found.values[0]), rel=1e-4)
+
+    def test_wrong_shape(self):
+        operator = HessianOperator(*cases.make("mlp"))
+        with pytest.raises(ValueError, match="`vector` must have shape"):
+            operator.losses_along(torch.zeros(3), [0.0])

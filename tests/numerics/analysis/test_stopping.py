@@ -134,3 +134,27 @@ class TestAuto:
         assert math.isnan(spectrum.c_t)
         assert spectrum.c_t_sampling_error is None
         assert not spectrum.converged
+
+
+@pytest.mark.parametrize("name", TRAINED_LIKE)
+def test_stops_when_the_density_is_accurate(name):
+    options = {"tolerance": 0.15, "stop": "density", "seed": 1}
+    spectrum = analyze(name, steps=100, **options)
+    assert spectrum.converged
+    assert 2 < spectrum.steps < 100
+    assert spectrum.error == spectrum.density_error <= 0.15
+    fixed = beginning(name, spectrum.steps, tolerance=0.15, seed=1)
+    np.testing.assert_array_equal(spectrum.nodes, fixed.nodes)
+    eigenvalues = np.sort(spectra.POPULATION[name])
+    points = np.union1d(np.linspace(eigenvalues[0], eigenvalues[-1], 20001), spectrum.nodes)
+    weights, nodes = spectrum.density_weights[0], spectrum.nodes[0]
+    ours = np.array([weights[nodes <= point].sum() for point in points])
+    gap = np.abs(ours - np.searchsorted(eigenvalues, points, side="right") / len(eigenvalues))
+    distance = float((gap[:-1] * np.diff(points)).sum())
+    assert distance / np.ptp(eigenvalues) <= spectrum.density_error
+
+
+@pytest.mark.parametrize("tolerance", [None, "type", "auto"])
+def test_the_density_needs_a_number(tolerance):
+    with pytest.raises(ValueError, match=r"`stop='density'` needs a number between 0 and 1 for `tolerance`"):
+        analyze("geometric", stop="density", tolerance=tolerance)

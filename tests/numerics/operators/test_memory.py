@@ -283,15 +283,19 @@ class TestBudget:
             np.testing.assert_allclose(other.nodes, ample.nodes, rtol=0, atol=10 * slack)
             assert other.c_t == pytest.approx(ample.c_t, rel=1e-5)
 
-    @pytest.mark.parametrize(("share", "basis"), [(0.4, "none"), (0.6, "device"), (2.0, "device"), (2.0, "none")])
-    def test_is_kept(self, name, share, basis):
+    @pytest.mark.parametrize(
+        ("share", "basis", "probes"),
+        [(0.4, "none", 1), (0.6, "device", 1), (0.6, "device", 3), (2.0, "device", 1), (2.0, "none", 1)],
+    )
+    def test_is_kept(self, name, share, basis, probes):
         # Of what all graphs would need: with some of them recomputed, and with none.
-        ample = self.analyze(name, GIB, basis=basis)
-        fixed, krylov_basis = ample.predicted_memory, 0 if basis == "none" else self.STEPS * 8 * ample.dimension
+        ample = self.analyze(name, GIB, basis=basis, probes=probes)
+        basis_vectors = 0 if basis == "none" else probes * self.STEPS
+        fixed, krylov_basis = ample.predicted_memory, basis_vectors * 8 * ample.dimension
         vectors = vectors_alone(name, torch.float64) + krylov_basis
         budget = int(vectors + share * (fixed - vectors))
         module, batches, loss = problem(name, dtype=torch.float64)
-        options = analysis_options(memory_budget=budget, basis=basis, steps=self.STEPS)
+        options = analysis_options(memory_budget=budget, basis=basis, steps=self.STEPS, probes=probes)
         cache = AnalysisCache()  # what is measured is known the second time
         analyze(module, weighted_batches(batches), loss, options, cache=cache)
         with MemoryMeter(CPU) as meter:

@@ -1,0 +1,52 @@
+"""The leading eigenvectors of an analysis are compared with those of the analysis before."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from tests.oracles import dense_hessian
+from tests.training.modules import Classifier, callback, fit, plain_loss, samples
+
+COUNT = 3
+BATCH = samples(range(32))
+
+
+class Copies(pl.Callback):
+    """Keeps a copy of the network at the end of each epoch."""
+
+    def __init__(self) -> None:
+        self.networks: list[Classifier] = []
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.networks.append(copy.deepcopy(pl_module))  # type: ignore[arg-type]
+
+
+def tracking(**options: Any) -> Any:
+    shared = {"dataloader": [BATCH], "loss_fn": plain_loss, "num_samples": 32, "dtype": torch.float64, "steps": 60}
+    return callback(**shared, track_eigenvectors=COUNT, **options)
+
+
+def test_overlap_is_that_of_dense_eigenvectors(tmp_path: Path) -> None:
+    spectra, copies = tracking(), Copies()
+    trainer = fit(tmp_path, spectra, copies, max_epochs=3)
+    hessians = [dense_hessian(network, [BATCH], plain_loss) for network in copies.networks]
+    leading = [torch.linalg.eigh(hessian).eigenvectors[:, -COUNT:] for hessian in hessians]
+    expected = [float((a.T @ b).square().sum()) / COUNT for a, b in itertools.pairwise(leading)]
+    found = [record.spectrum.subspace_overlap for record in spectra.history]
+    assert found[0] is None
+    assert found[1:] == pytest.approx(expected, abs=1e-4)
+    assert all(0.1 < overlap < 0.9999 for overlap in expected)
+    assert trainer.callback_metrics["hesd/subspace_overlap"] == pytest.approx(found[-1])
+
+
+def test_no_overlap_without_a_krylov_basis(tmp_path: Path) -> None:
+    spectra = tracking(basis="none")
+    fit(tmp_path, spectra, max_epochs=2)
+    assert [record.spectrum.subspace_overlap for record in spectra.history] == [None, None]
