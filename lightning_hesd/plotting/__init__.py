@@ -5,6 +5,7 @@ Figures are made without pyplot, hence without global state and without a displa
 """
 
 from lightning_hesd.plotting.c_t import plot_c_t
+from lightning_hesd.plotting.cumulative import plot_cumulative
 from lightning_hesd.plotting.density import describe, plot_decomposition, plot_density
 from lightning_hesd.plotting.heat_maps import plot_density_evolution, plot_layers
 from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, SMOOTHING, new_axes, place_legend, settling_axes
@@ -17,6 +18,7 @@ __all__ = [
     "new_axes",
     "place_legend",
     "plot_c_t",
+    "plot_cumulative",
     "plot_decomposition",
     "plot_density",
     "plot_density_evolution",

@@ -165,8 +165,10 @@ def linear_threshold(sizes: Iterable[float]) -> float:
     return 10.0 ** math.floor(math.log10(smallest) + 1e-9)
 
 
-def set_signed_log(ax: Axes, threshold: float, low: float, high: float, *, linear_part: float = 1.0) -> None:
-    """Make the vertical axis linear within `threshold` of zero, logarithmic beyond, and label its decades.
+def set_signed_log(
+    ax: Axes, threshold: float, low: float, high: float, *, linear_part: float = 1.0, which: Literal["x", "y"] = "y"
+) -> None:
+    """Make an axis linear within `threshold` of zero, logarithmic beyond, and label its decades.
 
     Args:
         ax: The axes.
@@ -174,12 +176,15 @@ def set_signed_log(ax: Axes, threshold: float, low: float, high: float, *, linea
         low: Lower end of the axis.
         high: Upper end of the axis.
         linear_part: Length of the axis from zero to the threshold, in decades.
+        which: The horizontal or the vertical axis.
     """
-    ax.set_yscale("symlog", linthresh=threshold, linscale=linear_part)
-    ax.set_ylim(low, high)
-    ax.yaxis.set_major_locator(FixedLocator(_ticks(threshold, low, high)))
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
+    set_scale, set_limits = (ax.set_xscale, ax.set_xlim) if which == "x" else (ax.set_yscale, ax.set_ylim)
+    set_scale("symlog", linthresh=threshold, linscale=linear_part)
+    set_limits(low, high)
+    axis = ax.xaxis if which == "x" else ax.yaxis
+    axis.set_major_locator(FixedLocator(_ticks(threshold, low, high)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
 
 
 def _ticks(threshold: float, low: float, high: float) -> list[float]:

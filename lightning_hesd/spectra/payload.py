@@ -56,6 +56,9 @@ SELECTIONS_NAME = "selections.jsonl"
 MAX_NODES = 256
 """Largest number of nodes of a spectrum; of more, neighbors are merged."""
 
+MAX_POINTS = 256
+"""Largest number of points of the band of a cumulative distribution; of more, some are left out, and it is wider."""
+
 DIGITS = 7
 """Significant digits of numbers."""
 
@@ -64,6 +67,9 @@ SHOWN_FIELDS = (
     *("matvecs", "confidence", "reason"),
 )
 """Fields and properties of a spectrum that stand in its payload under the same name."""
+
+SHOWN_LAYER_FIELDS = ("dimension", "trace_error", "lambda_max_bounds", "lambda_min_bounds")
+"""Fields of a `LayerCurvature` that stand in the payload of a layer under the same name."""
 
 THRESHOLDS = {
     "c_t": criteria.MP_THRESHOLD,
@@ -82,6 +88,8 @@ class PayloadError(ValueError):
 def record_payload(record: SpectrumRecord) -> dict[str, Any]:
     """Return a record as JSON values."""
     spectra = {field: getattr(record, field) for field in SUFFIXES}
+    # What the spectrum of the network tells of its layers is of use where these have no spectra of their own.
+    by_layer = {} if record.spectrum is None or record.layers else record.spectrum.by_layer
     scores = {name: rule.score(record) for name, rule in RULES.items()}
     values = {
         "version": FORMAT_VERSION,
@@ -94,7 +102,11 @@ def record_payload(record: SpectrumRecord) -> dict[str, Any]:
         **data_of_record(record),
         "scores": {name: score for name, score in scores.items() if not math.isnan(score)},
         "layers": [
-            {"name": name, **{key: scalar.of(found) for key, scalar in LAYER_SCALARS.items()}}
+            {
+                "name": name,
+                **{key: scalar.of(found) for key, scalar in LAYER_SCALARS.items()},
+                **({key: getattr(by_layer[name], key) for key in SHOWN_LAYER_FIELDS} if name in by_layer else {}),
+            }
             for name, found in record.layer_indicators.items()
         ],
     }
@@ -139,6 +151,19 @@ def _spectrum(spectrum: Spectrum) -> dict[str, Any]:
         "sigma": legible_sigma(spectrum.lambda_min, spectrum.lambda_max),
         "nodes": nodes.tolist(),
         "weights": weights.tolist(),
+        "cumulative_band": None if spectrum.verified == "no" else _band(spectrum),
+    }
+
+
+def _band(spectrum: Spectrum) -> dict[str, Any]:
+    """Return points, and bounds on the number of eigenvalues up to each that hold until the next one."""
+    points, low, high = spectrum.cumulative_band
+    kept = np.unique(np.linspace(0, len(points) - 1, min(len(points), MAX_POINTS)).round().astype(int))
+    lasts = np.append(kept[1:], len(points)) - 1
+    return {
+        "points": points[kept].tolist(),
+        "low": np.rint(spectrum.dimension * low[kept]).astype(int).tolist(),
+        "high": np.rint(spectrum.dimension * high[lasts]).astype(int).tolist(),
     }
 
 
@@ -204,6 +229,11 @@ SPECTRUM_FIELDS: Fields = {
     **dict.fromkeys(("sigma", "loss", "c_t", "c_t_low", "c_t_high"), optional(number)),
     "type": optional(text),
 }
+LATER_FIELDS: Fields = {
+    "cumulative_band": optional(having(dict.fromkeys(("points", "low", "high"), each(number)))),
+}
+"""Fields that spectra of earlier releases lack."""
+
 SELECTION_FIELDS: Fields = {
     "key": text,
     "rule": text,
@@ -245,6 +275,10 @@ def read_payload(source: str | bytes, fields: Fields = RECORD_FIELDS) -> dict[st
 
 def _check_spectrum(spectrum: Any) -> None:
     check_fields(spectrum, SPECTRUM_FIELDS, "a spectrum")
+    check_fields({**dict.fromkeys(LATER_FIELDS), **spectrum}, LATER_FIELDS, "a spectrum")
     if len(spectrum["nodes"]) != len(spectrum["weights"]):
         msg = f"a spectrum has {len(spectrum['nodes'])} nodes and {len(spectrum['weights'])} weights."
+        raise ValueError(msg)
+    if len({len(values) for values in (spectrum.get("cumulative_band") or {}).values()}) > 1:
+        msg = "the lists of `cumulative_band` of a spectrum have several lengths."
         raise ValueError(msg)

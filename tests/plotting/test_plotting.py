@@ -11,7 +11,16 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from lightning_hesd import Spectrum
-from lightning_hesd.plotting import NEGATIVE, POSITIVE, describe, plot_decomposition, plot_density, plot_layers
+from lightning_hesd.plotting import (
+    NEGATIVE,
+    POSITIVE,
+    describe,
+    plot_cumulative,
+    plot_decomposition,
+    plot_density,
+    plot_layers,
+)
+from lightning_hesd.plotting.cumulative import BOTTOM
 from tests.spectra.nodes import spectrum
 
 CASES = {
@@ -48,7 +57,7 @@ def test_colors_tell_the_sign_and_lines_the_extremes(nodes: tuple[float, ...]) -
     assert image.tell() > 1000
 
 
-@pytest.mark.parametrize(("plot", "count"), [(plot_density, 1), (plot_decomposition, 3)])
+@pytest.mark.parametrize(("plot", "count"), [(plot_density, 1), (plot_cumulative, 1), (plot_decomposition, 3)])
 def test_draws_on_the_axes_it_is_given(plot: Any, count: int) -> None:
     ax = Figure().add_subplot()
     assert plot(*[spectrum(0.0)] * count, ax) is ax
@@ -72,6 +81,62 @@ def test_all_extremes_of_a_decomposition_are_within_the_axes() -> None:
     for line, highest in zip(ax.lines, (40.0, 38.0, 3.0), strict=True):
         x, y = line.get_data()
         assert y[np.abs(x - highest).argmin()] > ax.get_ylim()[0]
+
+
+class TestCumulative:
+    weights = ((0.1, 0.1, 0.5, 0.2, 0.1),)
+    nodes = (-3.0, -2.0, 0.5, 1.0, 4.0)
+
+    def sides(self, ax: Any) -> dict[str, Any]:
+        return {to_hex(line.get_color()).upper(): line for line in ax.lines if line.get_drawstyle() == "steps-post"}
+
+    def bands(self, ax: Any) -> dict[str, Any]:
+        return {to_hex(band.get_facecolor()).upper(): band.get_paths()[0].vertices for band in ax.collections}
+
+    def test_lines_are_the_numbers_beyond_each_threshold(self):
+        found = spectrum(*self.nodes, weights=self.weights, residual=0.1)
+        assert not found.converged_nodes.any()
+        sides = self.sides(plot_cumulative(found))
+        points = found.cumulative_band[0]
+        below, above = sides[NEGATIVE], sides[POSITIVE]
+        assert below.get_xdata().tolist() == [*points[points < 0], 0.0]
+        assert above.get_xdata().tolist() == [0.0, *points[points > 0]]
+        for line, first, numbers in ((below, -3.0, [10, 20, 20]), (above, 0.0, [80, 30, 10, BOTTOM, BOTTOM])):
+            x, y = line.get_data()
+            assert y[list(x).index(first) :] == pytest.approx(numbers)
+
+    def test_bands_are_the_bounds(self):
+        found = spectrum(*self.nodes, weights=self.weights, residual=0.1)
+        bands = self.bands(plot_cumulative(found))
+        points, low, high = found.cumulative_band
+        for color, is_above in ((NEGATIVE, False), (POSITIVE, True)):
+            corners = {(float(x), round(float(y), 6)) for x, y in bands[color]}
+            for at, least, most in zip(points, low, high, strict=True):
+                if (at > 0) is is_above:
+                    ends = (100 * (1 - most), 100 * (1 - least)) if is_above else (100 * least, 100 * most)
+                    assert {(float(at), round(max(end, BOTTOM), 6)) for end in ends} <= corners
+
+    def test_the_title_tells_the_number_of_negative_eigenvalues(self):
+        ax = plot_cumulative(spectrum(-1.0, 0.0, 2.0, dimension=3), title="start")
+        assert ax.get_title() == "start\n1 of 3 eigenvalues are negative"
+
+    @pytest.mark.parametrize("nodes", CASES.values(), ids=CASES)
+    def test_every_kind_of_spectrum_can_be_drawn(self, nodes: tuple[float, ...]) -> None:
+        found = spectrum(*nodes, residual=1e-12)
+        ax = plot_cumulative(found)
+        low, high = found.negative_count
+        assert ax.get_title() == f"{low if low == high else f'{low} to {high}'} of 100 eigenvalues are negative"
+        (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+        assert left < min(nodes)
+        assert max(nodes) < right
+        assert (0 < bottom < 1, top > 100) == (True, True)
+        image = io.BytesIO()
+        ax.get_figure().savefig(image, dpi=60)  # whatever cannot be drawn warns here
+        assert image.tell() > 1000
+
+    def test_without_a_spectrum(self):
+        with pytest.raises(ValueError, match="there is no density, because nothing was computed"):
+            plot_cumulative(spectrum(0.0, verified="no", reason="the products are not those of the loss"))
 
 
 class TestLayers:
@@ -99,5 +164,5 @@ class TestLayers:
     def test_mistakes(self):
         with pytest.raises(ValueError, match=r"`quantity` must be one of c_t, lambda_max, .*got 'size'"):
             plot_layers(self.layers, "size")
-        with pytest.raises(ValueError, match="`history` has no spectra of layers"):
+        with pytest.raises(ValueError, match="`history` knows no layers"):
             plot_layers({})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -11,9 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.request import urlopen
 
+import numpy as np
 import pytest
 
-from lightning_hesd.commands.report import write_report
+from lightning_hesd.commands.report import report, write_report
+from lightning_hesd.plotting.cumulative import BOTTOM, numbers_beyond
+from lightning_hesd.spectra.decisions import run_payload
 from lightning_hesd.spectra.payload import record_payload
 from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
 from tests.tab import EPOCHS, Tab, tensorboard, train, write_payloads
@@ -21,6 +25,8 @@ from tests.training.scripted import make_spectrum
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from lightning_hesd import Spectrum
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -308,6 +314,75 @@ def test_heat_maps(page: Page, address: str, runs: tuple[Path, Any]) -> None:
     )
 
 
+LAYER_MENU = "const menu = [...document.querySelectorAll('#detail-tools select')].at(-1);"
+LAYER_DETAILS = "return document.getElementById('layers').data[0].customdata"
+
+
+def test_layers_of_a_run_that_analyzed_none(page: Page, address: str, runs: tuple[Path, Any]) -> None:
+    """The spectrum of the network tells of them; what it does not tell is not offered."""
+    history = SpectrumHistory.load(runs[0] / SECOND)
+    assert history[-1].layers is None
+    page.open_tab(address)
+    page.show_in_detail(SECOND)
+    offered = page.script(f"{LAYER_MENU} return [menu.value, ...[...menu.options].map((option) => option.value)]")
+    assert offered == ["trace_share", "trace", "trace_share", "lambda_max_weight", "lambda_min_weight"]
+    drawn = page.traces("layers")[0]
+    for name, row in zip(history[-1].layer_indicators, drawn["z"], strict=True):
+        assert row == pytest.approx([record.spectrum.by_layer[name].trace_share for record in history], rel=1e-6)
+    layer = history[-1].spectrum.by_layer["net.0"]
+    name, details = page.script(LAYER_DETAILS)[0][-1]
+    assert name == "net.0"
+    assert details.startswith(f"share of the trace = {layer.trace_share:.4g}<br>")
+    low, high = (f"{end:.4g}".replace("-", "−") for end in layer.lambda_max_bounds)
+    assert f"λ<sub>max</sub> between {low} and {high}<br>" in details
+    assert details.endswith(f"<br>{layer.dimension} parameters")
+    # A choice holds in every run that has the quantity; where layers have spectra, λ_max is the usual one.
+    page.show_in_detail(FIRST)
+    assert page.script(f"{LAYER_MENU} return menu.value") == "lambda_max"
+    page.script(f"{LAYER_MENU} menu.value = 'lambda_max_weight'; menu.dispatchEvent(new Event('change'))")
+    page.until(f"{LAYER_DETAILS}[0][0][1].startsWith('share of the eigenvector of λ<sub>max</sub> =')")
+    page.show_in_detail(SECOND)
+    assert page.script(f"{LAYER_MENU} return menu.value") == "lambda_max_weight"
+    page.assert_clean(address)
+
+
+def test_numbers_of_eigenvalues(page: Page, address: str, runs: tuple[Path, Any]) -> None:
+    _, callback = runs
+    record = callback.history[-1]
+    low, high = record.spectrum.negative_count
+    assert low < high
+    page.open_tab(address)
+    page.show_in_detail(FIRST)
+    assert f"{low} to {high} of {record.spectrum.dimension} eigenvalues are negative" in page.text("#assessment")
+    curves = {t["meta"]["numbers"]: t for t in page.traces("cumulative") if "numbers" in (t["meta"] or {})}
+    assert curves["training"]["name"] == f"training: {low} to {high} negative"
+    bands = {t["meta"]["band"]: t for t in page.traces("cumulative") if "band" in (t["meta"] or {})}
+    for label, spectrum in (("training", record.spectrum), ("generalization", record.generalization)):
+        assert shown(curves[label]["y"]) == pytest.approx(expected_numbers(spectrum, 1), rel=1e-5)
+        ends = {round(y, 6) for y in shown(bands[label]["y"])}
+        expected = {round(float(y), 6) for row in (0, 2) for y in expected_numbers(spectrum, row)}
+        assert ends == expected
+    page.script("document.getElementById('table').open = true")
+    page.until("return document.querySelector('#table td')")
+    head = page.script("return [...document.querySelectorAll('#table th')].map((cell) => cell.innerText)")
+    row = page.script(
+        "return [...[...document.querySelectorAll('#table tbody tr')]"
+        ".findLast((row) => row.innerText.startsWith(arguments[0])).children].map((cell) => cell.innerText)",
+        FIRST,
+    )
+    assert row[head.index("negative_count")] == f"{low} to {high}"
+
+
+def shown(values: list[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def expected_numbers(spectrum: Spectrum, row: int) -> list[float]:
+    """Return the numbers below negative thresholds, once more for zero, and those above the other thresholds."""
+    below, above = (numbers_beyond(spectrum, is_above=is_above)[1][row] for is_above in (False, True))
+    return [float(value) for value in np.concatenate([below, below[-1:], above]).clip(BOTTOM)]
+
+
 def test_keyboard_and_screen_reader(page: Page, address: str) -> None:
     page.open_tab(address)
     reached = []
@@ -421,6 +496,27 @@ def test_the_report(page: Page, runs: tuple[Path, Any], tmp_path: Path) -> None:
     page.assert_clean(out.as_uri())
 
 
+def test_cards_say_why_they_are_empty(page: Page, tmp_path: Path) -> None:
+    with_band = record_payload(SpectrumRecord(0, 4, make_spectrum(-0.3)))
+    earlier = copy.deepcopy(with_band)
+    del earlier["spectra"]["spectrum"]["cumulative_band"]
+    nothing = copy.deepcopy(with_band)
+    nothing["spectra"]["spectrum"] |= {"cumulative_band": None, "reason": "the products are wrong"}
+    for payload, said in (
+        (earlier, "An earlier release wrote this record, without numbers of eigenvalues."),
+        (nothing, "Nothing was computed: the products are wrong."),
+    ):
+        path = tmp_path / "report.html"
+        path.write_text(report({**run_payload("run", "hesd", [payload], [], []), "color": 0}))
+        page.open(path.as_uri())
+        page.until("return document.getElementById('hesd').dataset.drawn > 0")
+        assert page.text("#cumulative") == said
+        # Without a Krylov basis nothing is known of layers.
+        assert page.text("#layers").startswith('No layers were analyzed: pass layers="auto"')
+        assert page.script("return document.querySelectorAll('#detail-tools select').length") == 1
+        page.assert_clean(path.as_uri())
+
+
 def test_a_report_of_hostile_names_and_a_failed_analysis(page: Page, tmp_path: Path) -> None:
     history = SpectrumHistory()
     history.append(SpectrumRecord(0, 4, make_spectrum(-0.3), layers={f"</script>{EVIL}": make_spectrum(-0.2)}))
@@ -431,5 +527,5 @@ def test_a_report_of_hostile_names_and_a_failed_analysis(page: Page, tmp_path: P
     page.until("return document.getElementById('hesd').dataset.drawn > 0")
     assert f"The analysis failed: {EVIL}" in page.text("#assessment")
     assert page.script("return document.title") == f"HESD: {EVIL}"
-    assert page.text("#density") == "This analysis failed."
+    assert page.text("#density") == page.text("#cumulative") == "This analysis failed."
     page.assert_clean((tmp_path / "report.html").as_uri())

@@ -18,8 +18,10 @@ from lightning_hesd import SpectrumHistory
 from lightning_hesd.commands import cli
 from lightning_hesd.commands.report import run_data
 from lightning_hesd.spectra.decisions import decisions, rewound
+from lightning_hesd.spectra.layer_curvature import LayerCurvature
 from lightning_hesd.spectra.payload import (
     MAX_NODES,
+    MAX_POINTS,
     SELECTIONS_NAME,
     PayloadError,
     read_payload,
@@ -66,7 +68,7 @@ def test_records_of_a_training(trained: tuple[Path, Any]) -> None:
             assert shown["type"] == spectrum.hesd_type
         assert read["assessment"]["verdict"] == record.assessment.verdict
         assert [layer["name"] for layer in read["layers"]] == list(record.layers)
-    assert len(to_json(found["records"][-1])) < 8000  # two spectra of 8 nodes, two layers, the assessment
+    assert len(to_json(found["records"][-1])) < 9000  # two spectra of 8 nodes, two layers, the assessment
 
 
 def test_the_pick_is_that_of_the_checkpoint_callback(trained: tuple[Path, Any]) -> None:
@@ -221,7 +223,8 @@ def test_undefined_numbers_are_null() -> None:
 def test_many_nodes_are_merged_and_keep_mass_mean_and_extremes() -> None:
     rng = np.random.default_rng(0)
     weights = [[1 / 200] * 200] * 8
-    many = spectrum_of(*range(200), weights=weights, nodes=np.sort(rng.standard_normal((8, 200)) ** 3, axis=1))
+    nodes = np.sort(rng.standard_normal((8, 200)) ** 3, axis=1)
+    many = spectrum_of(*range(200), weights=weights, nodes=nodes, residual=1.0)  # more than the dimension: none exact
     shown = record_payload(SpectrumRecord(0, 1, many))["spectra"]["spectrum"]
     nodes, weights = np.array(shown["nodes"]), np.array(shown["weights"])
     assert MAX_NODES / 3 < len(nodes) <= MAX_NODES
@@ -229,6 +232,62 @@ def test_many_nodes_are_merged_and_keep_mass_mean_and_extremes() -> None:
     assert (nodes[0], nodes[-1]) == pytest.approx((many.lambda_min, many.lambda_max), rel=1e-6)
     assert weights.sum() == pytest.approx(1.0, abs=1e-6)
     assert weights @ nodes == pytest.approx(many.moment(1), abs=1e-6 * np.abs(nodes).max())
+
+
+@pytest.mark.parametrize("probes", [1, 8])
+def test_the_band_is_that_of_the_spectrum_or_wider_where_points_are_left_out(probes: int) -> None:
+    rng = np.random.default_rng(0)
+    nodes = np.sort(rng.standard_normal((probes, 60)), axis=1)
+    found = spectrum_of(*range(60), weights=[[1 / 60] * 60] * probes, nodes=nodes, residual=0.1, dimension=1000)
+    band = record_payload(SpectrumRecord(0, 1, found))["spectra"]["spectrum"]["cumulative_band"]
+    points, low, high = found.cumulative_band
+    kept = np.searchsorted(points, np.array(band["points"]) + 1e-6) - 1
+    assert (len(points) > MAX_POINTS) is (probes == 8)
+    assert len(kept) == len(band["low"]) == len(band["high"]) == min(len(points), MAX_POINTS)
+    assert points[kept] == pytest.approx(np.array(band["points"]), rel=1e-5)
+    assert (kept[0], kept[-1]) == (0, len(points) - 1)
+    last = np.append(kept[1:], len(points)) - 1
+    assert band["low"] == pytest.approx(1000 * low[kept])
+    assert band["high"] == pytest.approx(1000 * high[last])
+    for start, end, least, most in zip(kept, last, band["low"], band["high"], strict=True):
+        assert least <= 1000 * low[start : end + 1].min() + 1e-6
+        assert most >= 1000 * high[start : end + 1].max() - 1e-6
+
+
+def test_a_spectrum_of_an_earlier_release_has_no_band_and_a_damaged_one_is_refused() -> None:
+    earlier, damaged, uneven = (copy.deepcopy(payload(1)) for _ in range(3))
+    del earlier["spectra"]["spectrum"]["cumulative_band"]
+    assert read_payload(to_json(earlier)) == earlier
+    damaged["spectra"]["spectrum"]["cumulative_band"]["low"] = "none"
+    uneven["spectra"]["spectrum"]["cumulative_band"]["low"].pop()
+    for wrong, said in ((damaged, "`cumulative_band` of a spectrum is missing or"), (uneven, "have several lengths")):
+        with pytest.raises(PayloadError, match=said):
+            read_payload(to_json(wrong))
+    nothing = spectrum_of(0.0, verified="no", reason="the products are not those of the loss")
+    assert record_payload(SpectrumRecord(0, 1, nothing))["spectra"]["spectrum"]["cumulative_band"] is None
+
+
+def test_layers_without_spectra_have_the_bounds_that_the_spectrum_of_the_network_gives() -> None:
+    curvature = LayerCurvature(
+        dimension=60,
+        trace=5.0,
+        trace_error=0.5,
+        trace_share=0.25,
+        negative_share=0.5,
+        lambda_max_weight=0.75,
+        lambda_min_weight=0.125,
+        lambda_max_bounds=(2.0, 3.0),
+        lambda_min_bounds=(-1.0, 0.0),
+    )
+    network = spectrum_of(-1.0, 4.0, by_layer={"a": curvature})
+    [layer] = record_payload(SpectrumRecord(0, 1, network))["layers"]
+    assert layer["trace_share"] == 0.25
+    assert layer["lambda_max"] is None
+    assert (layer["dimension"], layer["trace_error"]) == (60, 0.5)
+    assert (layer["lambda_max_bounds"], layer["lambda_min_bounds"]) == ([2.0, 3.0], [-1.0, 0.0])
+    [own] = record_payload(SpectrumRecord(0, 1, network, layers={"a": make_spectrum(-0.5)}))["layers"]
+    assert (own["lambda_max"], own["lambda_max_weight"]) == (1.0, 0.75)
+    assert "lambda_max_bounds" not in own
 
 
 def test_a_payload_that_is_no_object_is_refused() -> None:

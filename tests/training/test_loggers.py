@@ -27,7 +27,7 @@ from tests.training.scripted import make_spectrum
 
 KEYS = {
     *("c_t", "c_t_low", "c_t_high", "c_t_threshold", "verified", "mp", "lambda_max", "lambda_min", "trace", "k_h05"),
-    *("loss", "seconds", "overhead"),
+    *("negative_count_low", "negative_count_high", "loss", "seconds", "overhead"),
 }
 EPOCHS = 2
 
@@ -76,7 +76,7 @@ def test_tensorboard_gets_scalars_histograms_figures_and_charts(run: Any) -> Non
         spectrum, histogram = record.spectrum, histograms[STEPS[epoch]]
         edges, counts = np.array(histogram.bucket_limit), np.array(histogram.bucket)
         assert counts.sum() == pytest.approx(1.0)
-        negative = spectrum.weights[spectrum.nodes < 0].sum()
+        negative = spectrum.density_weights[spectrum.nodes < 0].sum()
         assert counts[edges <= 1e-9].sum() == pytest.approx(negative)
         # The outermost nodes lie in the outermost bars: nothing stretches, nothing is cut off.
         assert histogram.min <= spectrum.lambda_min < edges[0]

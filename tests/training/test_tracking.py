@@ -21,7 +21,6 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 from torch.nn.functional import cross_entropy
 
 from lightning_hesd import HessianSpectrumCallback, SpectrumHistory
-from lightning_hesd.spectra.indicators import layer_indicators
 from lightning_hesd.spectra.scalars import scalars
 from lightning_hesd.training import loggers
 from tests.training.digits_run import Net, data
@@ -265,7 +264,7 @@ def test_both_get_the_layers_and_the_verdict_with_its_reasons(run: Run, tmp_path
     for record, rows, [row] in zip(run.history, layers.values(), assessments.values(), strict=True):
         when = {"epoch": record.epoch, "step": record.global_step}
         file = f"epoch={record.epoch}-step={record.global_step}"
-        expected = [{"layer": layer, **asdict(found)} for layer, found in layer_indicators(record.layers).items()]
+        expected = [{"layer": layer, **asdict(found)} for layer, found in record.layer_indicators.items()]
         assert [found["layer"] for found in expected] == ["net.0", "net.2"]
         assert rows == [when | found for found in expected]
         assert read_csv(folder / "layers" / f"{file}.csv") == [

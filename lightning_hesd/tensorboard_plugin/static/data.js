@@ -76,18 +76,17 @@ export function density(spectrum, points = 400) {
 }
 
 /** A scale that is logarithmic for large eigenvalues of both signs, and linear around zero. */
-export function symlog(linear) {
+function symlog(linear) {
   const to = (value) => Math.sign(value) * Math.log10(1 + Math.abs(value) / linear);
   const back = (place) => Math.sign(place) * linear * (10 ** Math.abs(place) - 1);
   return { linear, to, back };
 }
 
-/** Return the scale for all eigenvalues of a run, and how far it reaches. */
-export function scaleOf(run, field) {
-  const spectra = run.records.map((record) => spectrumOf(record, field)).filter(Boolean);
-  const [low, high] = extent(spectra.flatMap((s) => [s.lambda_min, s.lambda_max]));
+/** Return the scale for eigenvalues within some extremes, [low, high] each, and how far it reaches. */
+export function scaleOf(extremes, linearShare = LINEAR_SHARE) {
+  const [low, high] = extent(extremes.flat());
   const largest = Math.max(Math.abs(low), Math.abs(high)) || 1;
-  return { ...symlog(10 ** Math.round(Math.log10(largest * LINEAR_SHARE))), low: Math.min(low, 0), high: Math.max(high, 0) };
+  return { ...symlog(10 ** Math.round(Math.log10(largest * linearShare))), low: Math.min(low, 0), high: Math.max(high, 0) };
 }
 
 /** Return places and texts of ticks at powers of ten. */
@@ -114,7 +113,8 @@ function powerOfTen(value) {
  * The nodes are few, so each is spread over its neighboring bins.
  */
 export function densityMap(run, field) {
-  const scale = scaleOf(run, field);
+  const spectra = run.records.map((record) => spectrumOf(record, field)).filter(Boolean);
+  const scale = scaleOf(spectra.map((s) => [s.lambda_min, s.lambda_max]));
   const [from, to] = [scale.to(scale.low), scale.to(scale.high)];
   const width = (to - from) / MAP_BINS || 1;
   const centers = Array.from({ length: MAP_BINS }, (_, i) => from + (i + 0.5) * width);
@@ -140,14 +140,49 @@ function spread(spectrum, mass, placeOf, reach) {
   });
 }
 
+// Numbers of eigenvalues ---------------------------------------------------------------------------------------------
+
+/** Return an interval of whole numbers in words. */
+export const interval = (low, high) => (low === high ? String(low) : `${low} to ${high}`);
+
+/** Return the number of negative eigenvalues in words; null where it is unknown. */
+export function negativeCount(spectrum) {
+  const { negative_count_low: low, negative_count_high: high } = spectrum ?? {};
+  return Number.isFinite(low) && Number.isFinite(high) ? interval(low, high) : null;
+}
+
+/**
+ * Return the numbers of eigenvalues farther from zero than thresholds: below negative ones, and above others.
+ * Each side is a list of {threshold, found, low, high}, which hold until the next threshold.
+ */
+export function beyond(spectrum) {
+  const { cumulative_band: band, dimension, nodes, weights } = spectrum;
+  const at = (threshold, isAbove) => {
+    const index = band.points.findLastIndex((point) => point <= threshold);
+    const [low, high] = index < 0 ? [0, 0] : [band.low[index], band.high[index]];
+    const found = dimension * nodes.reduce((sum, node, i) => sum + (node <= threshold ? weights[i] : 0), 0);
+    return isAbove ? { threshold, found: dimension - found, low: dimension - high, high: dimension - low } : { threshold, found, low, high };
+  };
+  const [negative, positive] = [band.points.filter((point) => point < 0), band.points.filter((point) => point > 0)];
+  return [negative.map((point) => at(point, false)), [0, ...positive].map((point) => at(point, true))];
+}
+
 // Layers ------------------------------------------------------------------------------------------------------------
 
-/** Return names of layers in the order of the network, and the values of a quantity, a row for each layer. */
-export function layerMap(run, quantity) {
+/** Return the descriptions of the quantities of layers that a run has values of. */
+export const quantitiesOf = (run) =>
+  run.scalars.layers.filter(({ key }) => run.records.some((r) => r.layers.some((layer) => Number.isFinite(layer[key]))));
+
+/** Return the key of the quantity to show: the wanted one where the run has it, else the usual one; null: none. */
+export function quantityOf(run, wanted) {
+  const keys = quantitiesOf(run).map(({ key }) => key);
+  return [wanted, "lambda_max", "trace_share", ...keys].find((key) => keys.includes(key)) ?? null;
+}
+
+/** Return names of layers in the order of the network, and what is known of each in each record: a row for each layer. */
+export function layerMap(run) {
   const names = [...new Set(run.records.flatMap((record) => record.layers.map((layer) => layer.name)))];
-  const rows = names.map((name) =>
-    column(run, (record) => record.layers.find((layer) => layer.name === name)?.[quantity])
-  );
+  const rows = names.map((name) => column(run, (record) => record.layers.find((layer) => layer.name === name)));
   return { names, rows };
 }
 
@@ -164,6 +199,7 @@ function columnsOf({ spectrum, generalization, record }) {
     ["epoch", (_, r) => r.epoch],
     ["step", (_, r) => r.global_step],
     ...of(spectrum, "", (key, r) => ofSpectrum(key)(r)),
+    ["negative_count", (_, r) => negativeCount(spectrumOf(r))],
     ["type", (_, r) => ofSpectrum("type")(r)],
     ...of(generalization, "generalization_", (key, r) => ofSpectrum(key, "generalization")(r)),
     ...of(record, "", (key, r) => r[key] ?? null),

@@ -2,8 +2,10 @@
 
 import { indexed, layoutOf, literal, minus } from "./base.js";
 import {
-  axisOf, column, density, densityMap, extent, finite, layerMap, ofSpectrum, scalarOf, spectrumOf, symlogTicks,
+  axisOf, beyond, column, density, densityMap, extent, finite, interval, layerMap, negativeCount, ofSpectrum, quantitiesOf, scaleOf, scalarOf,
+  spectrumOf, symlogTicks,
 } from "./data.js";
+import { number } from "./dom.js";
 import { LOW_TO_HIGH, faint } from "./theme.js";
 
 /** Return the line at the chosen record: white on black, to be seen on every color of a heat map. */
@@ -51,12 +53,16 @@ const powerText = (value) => `10<sup>${minus(Math.round(Math.log10(value)))}</su
 
 const LOWEST_PART = 1e-10; // where rounding begins to matter
 
+/** Return the spectra of a record that are drawn, and how. */
+function drawnOf(record, theme) {
+  return [["spectrum", "training", theme.training, "solid"], ["generalization", "generalization", theme.generalization, "dash"]]
+    .map(([field, label, color, dash]) => ({ spectrum: spectrumOf(record, field), label, color, dash }))
+    .filter(({ spectrum }) => spectrum !== null);
+}
+
 /** The densities on training and generalization data, with nodes and extremes. */
 export function densityFigure(record, theme) {
-  const drawn = [["spectrum", "training", theme.training, "solid"], ["generalization", "generalization", theme.generalization, "dash"]]
-    .map(([field, label, color, dash]) => ({ spectrum: spectrumOf(record, field), label, color, dash }))
-    .filter(({ spectrum }) => spectrum !== null)
-    .map((one) => ({ ...one, ...density(one.spectrum) }));
+  const drawn = drawnOf(record, theme).map((one) => ({ ...one, ...density(one.spectrum) }));
   const [, top] = extent(drawn.flatMap(({ values }) => values));
   const [lowest] = extent(drawn.flatMap(({ spectrum, grid, values }) => peaks(spectrum, grid, values)));
   const bottom = Math.max(lowest / 100, top * LOWEST_PART);
@@ -100,19 +106,94 @@ function extremes(spectrum, color, dash) {
   }));
 }
 
+// Numbers of eigenvalues ---------------------------------------------------------------------------------------------
+
+const FINEST = 1e-5; // thresholds below this share of the largest are drawn on a linear scale
+const BELOW_ONE = 0.6; // lower end of the axis of numbers, on which zero has no place
+
+/** The numbers of eigenvalues beyond thresholds, with the bands that they are within. */
+export function cumulativeFigure(record, theme) {
+  const drawn = drawnOf(record, theme).filter(({ spectrum }) => spectrum.cumulative_band);
+  const scale = scaleOf(drawn.map(({ spectrum }) => extent(spectrum.cumulative_band.points)), FINEST);
+  const { low, high } = scale;
+  const ticks = symlogTicks(scale);
+  const most = Math.max(...drawn.map(({ spectrum }) => spectrum.dimension));
+  return {
+    data: [...drawn.map((one) => bandOfNumbers(one, scale)), ...drawn.map((one) => curveOfNumbers(one, scale))],
+    layout: layoutOf(
+      theme, { title: `threshold (symlog, linear below ${powerText(scale.linear)})`, range: [scale.to(low) - 0.15, scale.to(high) + 0.15],
+        tickvals: ticks.places, ticktext: ticks.texts },
+      { title: "number of eigenvalues", type: "log", range: [Math.log10(BELOW_ONE), Math.log10(most * 1.5)], exponentformat: "power", dtick: 1 },
+      { shapes: [{ type: "line", yref: "paper", y0: 0, y1: 1, x0: 0, x1: 0, line: { color: theme.muted, width: 1 } }] }
+    ),
+  };
+}
+
+/** Return the sides of `beyond` with places on the scale; the negative side goes on until zero. */
+function sidesOf(spectrum, scale) {
+  const [negative, positive] = beyond(spectrum).map((side) => side.map((one) => ({ ...one, place: scale.to(one.threshold) })));
+  return negative.length ? [[...negative, { ...negative.at(-1), place: 0 }], positive] : [positive];
+}
+
+const legible = (value) => Math.max(value, BELOW_ONE);
+
+function bandOfNumbers({ spectrum, label, color }, scale) {
+  const steps = (side, key) => side.flatMap((one, index) => [[one.place, legible(one[key])], [(side[index + 1] ?? one).place, legible(one[key])]]);
+  const corners = sidesOf(spectrum, scale).flatMap((side) => [...steps(side, "high"), ...steps(side, "low").toReversed(), [null, null]]);
+  return {
+    x: corners.map(([place]) => place), y: corners.map(([, value]) => value), fill: "toself", mode: "lines", line: { width: 0 },
+    fillcolor: faint(color, 0.25), hoverinfo: "skip", showlegend: false, meta: { band: label },
+  };
+}
+
+function curveOfNumbers({ spectrum, label, color, dash }, scale) {
+  const shown = sidesOf(spectrum, scale).flatMap((side) => [...side, { place: null, found: null }]);
+  const count = negativeCount(spectrum);
+  return {
+    x: shown.map(({ place }) => place), y: shown.map(({ found }) => found === null ? null : legible(found)), mode: "lines",
+    line: { color: color, width: 1.6, dash, shape: "hv" }, name: count === null ? label : `${label}: ${count} negative`, meta: { numbers: label },
+    text: shown.map(({ threshold, low, high }) => `${threshold < 0 ? "below" : "above"} ${number(threshold)}: ${interval(low, high)}`),
+    hovertemplate: `${label}<br>%{text} eigenvalues<extra></extra>`,
+  };
+}
+
+// Layers -------------------------------------------------------------------------------------------------------------
+
+/** Return all that is known of a layer as lines of a text: its scalars of these descriptions, then the rest. */
+function detailsOf(layer, scalars) {
+  const lines = scalars.filter(({ key }) => Number.isFinite(layer[key])).map(({ key, title }) => {
+    const error = key === "trace" && layer.trace_error ? ` ± ${number(layer.trace_error, 2)}` : "";
+    return `${indexed(title)} = ${number(layer[key])}${error}`;
+  });
+  for (const [title, ends] of [["λ_max", layer.lambda_max_bounds], ["λ_min", layer.lambda_min_bounds]])
+    if (Array.isArray(ends)) lines.push(`${indexed(title)} between ${number(ends[0])} and ${number(ends[1])}`);
+  if (Number.isFinite(layer.dimension)) lines.push(`${layer.dimension} parameters`);
+  return lines.join("<br>");
+}
+
+/** Return the ends of colors for shares of a sum: those beyond 0 and 1, where the sum is close to zero, must not take all colors. */
+function within01(values) {
+  const [low, high] = extent(values);
+  return { zmin: Math.min(Math.max(low, 0), 1), zmax: Math.max(Math.min(high, 1), 0) };
+}
+
 export function layersFigure(run, theme, quantity, chosen) {
   const axis = axisOf([run]);
-  const { names, rows } = layerMap(run, quantity);
-  const { title, is_logarithmic: logarithmic } = scalarOf(run, "layers", quantity);
+  const { names, rows: layers } = layerMap(run);
+  const rows = layers.map((row) => row.map((layer) => layer?.[quantity] ?? null));
+  const scalar = scalarOf(run, "layers", quantity);
+  const { title, is_logarithmic: logarithmic } = scalar;
+  const scalars = [scalar, ...quantitiesOf(run).filter((other) => other !== scalar)]; // the shown one first
   const shown = logarithmic ? rows.map((row) => row.map((v) => (v > 0 ? Math.log10(v) : null))) : rows;
   const short = (name) => literal(name.length <= 26 ? name : `…${name.slice(-25)}`);
   return {
     data: [
       {
         type: "heatmap", x: places(run, axis), y: names.map((_, index) => index), z: shown, colorscale: LOW_TO_HIGH, hoverongaps: false,
+        ...(quantity === "trace_share" ? within01(rows.flat()) : {}),
         colorbar: { title: { text: indexed(logarithmic ? `log_10 ${title}` : title), side: "right" }, thickness: 12, outlinewidth: 0 },
-        customdata: rows.map((row, index) => row.map((value) => [literal(names[index]), value])),
-        hovertemplate: `%{customdata[0]}<br>${axis.short} %{x}<br>${indexed(title)} = %{customdata[1]:.4g}<extra></extra>`,
+        customdata: layers.map((row, index) => row.map((layer) => [literal(names[index]), layer && detailsOf(layer, scalars)])),
+        hovertemplate: `%{customdata[0]}<br>${axis.short} %{x}<br>%{customdata[1]}<extra></extra>`, hoverlabel: { align: "left" },
       },
     ],
     layout: layoutOf(

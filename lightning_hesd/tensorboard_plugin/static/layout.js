@@ -40,9 +40,11 @@ export function layOut(root, actions) {
       element("div", { class: "grid" },
         figure("map", "Density over training", "Spectral mass per bin, training data; lines: λ_max and λ_min."),
         figure("density", "Density at the chosen state", "Ticks: quadrature nodes; vertical lines: extremes."),
+        figure("cumulative", "Eigenvalues beyond thresholds",
+          "At the chosen state: below negative thresholds, above positive ones. Lines: by the density; bands: bounds on the true numbers."),
         titled("h3", "assessment", "Assessment", { class: "card" }, parts.assessment),
         titled("h3", "picks", "Picks of the checkpoint rules", { class: "card" }, parts.picks),
-        figure("layers", "Layers over training", "Of the Hessian of each layer's own parameters, training data.", "wide"))),
+        figure("layers", "Layers over training", "Of the Hessian of each layer's own parameters, training data. Point at a layer for all that is known of it.", "wide"))),
     parts.table
   );
   const title = element("h1", {}, "Hessian eigenvalue spectral density");

@@ -2,8 +2,8 @@
 
 import { indexed, literal } from "./base.js";
 import { ctFigure, deltasFigure, extremesFigure, lossFigure } from "./curves.js";
-import { axisOf, column, finite, median, ofSpectrum, scalarOf, tableOf, toCsv, when } from "./data.js";
-import { cursor, densityFigure, layersFigure, mapFigure } from "./details.js";
+import { axisOf, column, finite, median, ofSpectrum, quantitiesOf, quantityOf, scalarOf, spectrumOf, tableOf, toCsv, when } from "./data.js";
+import { cumulativeFigure, cursor, densityFigure, layersFigure, mapFigure } from "./details.js";
 import { button, download, element, menu, table } from "./dom.js";
 import { layOut } from "./layout.js";
 import { SYMBOLS, colorOf, watchTheme } from "./theme.js";
@@ -11,7 +11,7 @@ import { assessmentOf, pickOf, summary } from "./words.js";
 
 const AT_FIRST = 10; // runs that are selected at first
 const SMALL = 0.1; // smaller values of C_t are legible on the logarithmic axis only
-const OF_ONE_RUN = new Set(["map", "density", "layers"]);
+const OF_ONE_RUN = new Set(["map", "density", "cumulative", "layers"]);
 const THRESHOLDS = { c_t: -0.6, delta_r_e: 1.5, delta_k_h05: 1.2 }; // without a record, which has them
 
 /**
@@ -37,7 +37,7 @@ class Page {
     this.detail = null; // key of the run shown in detail
     this.step = null; // step of its chosen record; null: the last one
     this.scale = null; // of the axis of C_t; null: chosen by the values
-    this.quantity = "lambda_max";
+    this.wanted = null; // quantity of layers; null: the usual one
     this.follow = true;
     this.failures = [];
     this.layouts = {}; // of the figures before any zoom
@@ -114,6 +114,11 @@ class Page {
   get record() {
     const run = this.detailed;
     return run ? (run.records.find((r) => r.global_step === this.step) ?? run.records.at(-1)) : null;
+  }
+
+  /** The quantity of layers that is shown; null: the run knows nothing of layers. */
+  get quantity() {
+    return quantityOf(this.detailed, this.wanted);
   }
 
   get thresholds() {
@@ -213,12 +218,11 @@ class Page {
       oninput: (event) => this.choose(run.records[Number(event.target.value)].global_step) });
     this.shown = element("output", { for: "epoch" });
     const runs = this.runs.map((one) => [one.key, one.run]);
-    const quantities = run.scalars.layers.map(({ key, title }) => [key, title]);
-    const layers = run.records.some((record) => record.layers.length);
+    const quantities = quantitiesOf(run).map(({ key, title }) => [key, title]);
     keepFocus(this.parts.detailTools, [
       menu("Run", runs, run.key, (key) => this.setDetail(key)),
       element("label", { class: "control wide" }, element("span", {}, "Analyzed state"), this.slider, this.shown),
-      layers ? menu("Layers by", quantities, this.quantity, (value) => { this.quantity = value; this.drawDetail(); }) : null,
+      quantities.length ? menu("Layers by", quantities, this.quantity, (value) => { this.wanted = value; this.drawDetail(); }) : null,
     ]);
     this.showSlider();
   }
@@ -267,13 +271,13 @@ class Page {
     const text = run.run;
     this.parts.picks.replaceChildren(...run.rules.map(pickOf));
     const has = finite(column(run, ofSpectrum("lambda_max"))).length > 0;
-    const hasLayers = run.records.some((r) => r.layers.length);
+    const { quantity } = this;
     await Promise.all([
       has ? this.plot("map", mapFigure(run, theme, "spectrum", record), `Spectral density over training, ${text}.`)
         : this.absent("map", "There is no spectrum on the training data."),
-      this.drawDensity(),
-      hasLayers ? this.plot("layers", layersFigure(run, theme, this.quantity, record), `${scalarOf(run, "layers", this.quantity).title} of layers, ${text}.`)
-        : this.absent("layers", "No layers were analyzed: pass layers=\"auto\" to HessianSpectrumCallback."),
+      this.drawChosen(),
+      quantity ? this.plot("layers", layersFigure(run, theme, quantity, record), `${scalarOf(run, "layers", quantity).title} of layers, ${text}.`)
+        : this.absent("layers", "No layers were analyzed: pass layers=\"auto\" to HessianSpectrumCallback, or keep a Krylov basis (not basis=\"none\")."),
     ]);
   }
 
@@ -281,17 +285,23 @@ class Page {
   async drawRecord() {
     const shapes = cursor(this.record, axisOf([this.detailed]));
     const maps = ["map", "layers"].map((id) => document.getElementById(id)).filter((node) => node.data);
-    await Promise.all([...maps.map((node) => Plotly.relayout(node, { shapes })), this.drawDensity()]);
+    await Promise.all([...maps.map((node) => Plotly.relayout(node, { shapes })), this.drawChosen()]);
   }
 
-  async drawDensity() {
+  /** Draw the figures of the chosen record, and its assessment. */
+  async drawChosen() {
     const { detailed: run, record, theme } = this;
     const axis = axisOf([run]);
     this.parts.assessment.replaceChildren(...assessmentOf(record, axis));
-    if (record.spectra.spectrum || record.spectra.generalization) {
-      const label = `Spectral density, ${run.run}, ${when(record, axis)}. Its extremes are in the assessment.`;
-      await this.plot("density", densityFigure(record, theme), label);
-    } else this.absent("density", "This analysis failed.");
+    const shown = `${run.run}, ${when(record, axis)}. Extremes and the number of negative eigenvalues are in the assessment.`;
+    const missing = missingBand(record);
+    await Promise.all([
+      record.spectra.spectrum || record.spectra.generalization
+        ? this.plot("density", densityFigure(record, theme), `Spectral density, ${shown}`)
+        : this.absent("density", "This analysis failed."),
+      missing ? this.absent("cumulative", missing)
+        : this.plot("cumulative", cumulativeFigure(record, theme), `Numbers of eigenvalues beyond thresholds, ${shown}`),
+    ]);
     this.root.dataset.detail = `${run.key} ${record.global_step}`;
   }
 
@@ -356,6 +366,15 @@ function keepFocus(place, tools) {
   const focused = inside.indexOf(document.activeElement);
   place.replaceChildren(...tools.filter(Boolean));
   if (focused >= 0) place.querySelectorAll("input, select, button")[focused]?.focus();
+}
+
+/** Return why a record has no band of the numbers of eigenvalues; null if it has one. */
+function missingBand(record) {
+  const spectra = ["spectrum", "generalization"].map((field) => spectrumOf(record, field)).filter(Boolean);
+  if (!spectra.length) return "This analysis failed.";
+  if (spectra.some((spectrum) => spectrum.cumulative_band)) return null;
+  if (spectra.every((spectrum) => spectrum.cumulative_band === undefined)) return "An earlier release wrote this record, without numbers of eigenvalues.";
+  return `Nothing was computed: ${spectra[0].reason ?? "the products are not those of the loss"}.`;
 }
 
 /** Return at most a few of the problems, and how many there are beyond. */

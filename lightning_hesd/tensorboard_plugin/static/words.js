@@ -1,6 +1,6 @@
 /** The results in words, also for readers who cannot see the figures. */
 
-import { finite, ofSpectrum, spectrumOf, when } from "./data.js";
+import { finite, negativeCount, ofSpectrum, spectrumOf, when } from "./data.js";
 import { element, number } from "./dom.js";
 
 /** Return the verdict on a record and its reasons. */
@@ -30,9 +30,14 @@ function describe(s) {
   const value = s.c_t === null ? "−∞" : number(s.c_t);
   return (
     `On the training data C_t = ${value} [${number(s.c_t_low)}, ${number(s.c_t_high)}] (confidence ${number(s.confidence)}): ` +
-    `the spectrum is ${TYPES[s.type]}${certain}. λ_max = ${number(s.lambda_max)}, λ_min = ${number(s.lambda_min)}, ` +
+    `the spectrum is ${TYPES[s.type]}${certain}. λ_max = ${number(s.lambda_max)}, λ_min = ${number(s.lambda_min)}, ${negatives(s)}` +
     `loss ${number(s.loss)} over ${number(s.num_samples)} samples. ${verification(s)}`
   );
+}
+
+function negatives(s) {
+  const count = negativeCount(s);
+  return count === null ? "" : `${count} of ${s.dimension} eigenvalues are negative, `;
 }
 
 /** Return whether HVPs were found to be those of the loss, and the comparison behind that. */
