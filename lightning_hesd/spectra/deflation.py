@@ -74,9 +74,9 @@ def _simple(nodes: Array, components: Array, found: Mask, dimension: int, roundi
     nothing = np.zeros_like(found)
     if (np.diff(nodes[found]) <= rounding).any():
         return nothing
-    count = max(np.count_nonzero(found), 1)
+    count = max(int(np.count_nonzero(found)), 1)
     simple: Mask = found & (components < _chi_squared_quantile(1, 1 - FALSE_ALARM_OF_ONE / count))
-    count = np.count_nonzero(simple)
+    count = int(np.count_nonzero(simple))
     # Fewer than n eigenvalues that hold all of the start vector cannot all be simple: the Krylov space is invariant.
     if count == 0 or components[~simple].sum() < NOTHING_LEFT:
         return nothing
