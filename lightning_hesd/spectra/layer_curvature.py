@@ -105,8 +105,27 @@ class RitzPairs:
     grams: Array
 
 
+@dataclass(frozen=True)
+class RestProbe:
+    """A random vector z without components along the converged Ritz vectors of the first run, and its product Rz.
+
+    z is as long as one uniform on a sphere should be, the root of the number of other eigenvalues.
+
+    Attributes:
+        traces: z·(Rz) in each layer, shape (layers,).
+        squares: ‖Rz‖² in each layer, shape (layers,).
+    """
+
+    traces: Array
+    squares: Array
+
+
 def layer_curvatures(
-    runs: Sequence[RitzPairs], dimensions: Mapping[str, int], rounding: float, confidence: float
+    runs: Sequence[RitzPairs],
+    dimensions: Mapping[str, int],
+    rounding: float,
+    confidence: float,
+    further: Sequence[RestProbe] = (),
 ) -> dict[str, LayerCurvature]:
     """Return the curvature of each layer from the Lanczos runs of all probes; none from a run of a single step.
 
@@ -117,15 +136,18 @@ def layer_curvatures(
         dimensions: Number of parameters of each layer, by name, in the order of the Gram matrices.
         rounding: Size below which an eigenvalue cannot be told from zero.
         confidence: Probability, over the start vectors, with which the bounds of a layer hold.
+        further: More random vectors, for the traces.
     """
     if any(len(run.nodes) == 1 and run.residuals[0] > rounding for run in runs):
         return {}
     sizes = np.array(list(dimensions.values()))
     failure = (1 - confidence) / (2 * len(runs))
     analyses = [_Deflated(run, sizes, rounding, failure) for run in runs]
-    traces = np.mean([run.traces(run.nodes) for run in analyses], axis=0)
-    variances, offsets = np.sum([run.variances() for run in analyses], axis=0), [run.offsets() for run in analyses]
-    errors = np.sqrt(variances) / len(runs) + np.mean(offsets, axis=0)
+    estimates = [run.traces(run.nodes) for run in analyses] + [analyses[0].known + probe.traces for probe in further]
+    variances = [run.variances() for run in analyses] + [2 * probe.squares for probe in further]
+    offsets = [run.offsets() for run in analyses]
+    traces = np.mean(estimates, axis=0)
+    errors = np.sqrt(np.sum(variances, axis=0)) / len(estimates) + np.mean(offsets, axis=0)
     negative = np.mean([run.traces(np.minimum(run.nodes, 0.0)) for run in analyses], axis=0)
     lowest = min(analyses, key=lambda run: run.nodes[0])
     highest = max(analyses, key=lambda run: run.nodes[-1])
@@ -179,6 +201,11 @@ class _Deflated:
         # What the residuals leave out moves the eigenvalues of R from those of the matrix, and then the layer's.
         self._error = rounding + float(np.linalg.norm(run.residuals[self._split]))
         self._rest_low, self._rest_high = min(low - self._error, 0.0), max(high + self._error, 0.0)
+
+    @property
+    def known(self) -> Array:
+        """The part of the layers' traces that the converged pairs tell, shape (layers,)."""
+        return self.shares @ np.where(self._converged, self.nodes, 0.0)
 
     def traces(self, values: Array) -> Array:
         """Return the traces of the layers' blocks of f(H), shape (layers,), given f of each Ritz value."""

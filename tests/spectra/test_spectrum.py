@@ -9,6 +9,7 @@ import pytest
 
 from lightning_hesd import Spectrum
 from lightning_hesd.spectra import eigenvalue_bounds, quadrature
+from lightning_hesd.spectra.layer_curvature import LayerCurvature
 from lightning_hesd.spectra.validation import FORMAT_VERSION
 
 NAN = math.nan
@@ -301,6 +302,11 @@ class TestStorage:
         "lambda_min_sampling_bias": -0.625,
         "lambda_max_sampling_bias": 0.75,
         "sampling_groups": 16,
+        "subspace_overlap": 0.875,
+        "by_layer": {
+            "first": LayerCurvature(7, 1.5, 0.1, 0.75, NAN, 0.9, 0.2, (1.0, 1.25), (-0.5, -0.25)),
+            "net.0": LayerCurvature(3, 0.5, 0.2, 0.25, NAN, 0.1, 0.8, (0.0, 0.25), (-0.5, 0.0)),
+        },
     }
 
     @pytest.mark.parametrize(
@@ -320,15 +326,18 @@ class TestStorage:
     def test_a_round_trip_changes_no_bit(self, spectrum, tmp_path):
         spectrum.save(tmp_path / "record.npz")
         loaded = Spectrum.load(tmp_path / "record.npz")
-        assert set(spectrum.to_dict()) == {field.name for field in dataclasses.fields(Spectrum)}
-        for name, value in spectrum.to_dict().items():
-            other = getattr(loaded, name)
+        assert str(loaded.by_layer) == str(spectrum.by_layer)  # as text, in which NaN equals itself
+        values, others = spectrum.to_dict(), loaded.to_dict()
+        stored_layers = {"layer_names", "layer_numbers"}
+        assert set(values) - stored_layers == {field.name for field in dataclasses.fields(Spectrum)} - {"by_layer"}
+        for name, value in values.items():
+            other = others[name]
             assert type(other) is type(value)
-            if name in ARRAYS:
+            if isinstance(value, np.ndarray):
                 assert (other.tobytes(), other.shape) == (value.tobytes(), value.shape)
-                assert not other.flags.writeable
             else:
                 assert other == value
+        assert not any(getattr(loaded, name).flags.writeable for name in ARRAYS)
 
     def test_a_nan_field_survives(self, tmp_path):
         make(c_t_sampling_error=NAN).save(tmp_path / "record.npz")
@@ -345,7 +354,12 @@ class TestStorage:
         make(**self.FULL).save(tmp_path / "record.npz")
         with np.load(tmp_path / "record.npz", allow_pickle=False) as archive:
             kinds = {name: archive[name].dtype.kind for name in archive.files}
-        assert kinds == {"nodes": "f", "weights": "f", "residuals": "f", "header": "U"}
+        assert kinds == {"nodes": "f", "weights": "f", "residuals": "f", "layer_numbers": "f", "header": "U"}
+
+    def test_numbers_of_layers_without_their_names_are_refused(self):
+        values = make(**self.FULL).to_dict()
+        with pytest.raises(ValueError, match=r"`layer_numbers` must have shape \(1 layers, 11\), got \(2, 11\)"):
+            Spectrum.from_dict({**values, "layer_names": ["first"]})
 
     def test_saving_replaces_an_earlier_file_whole_or_not_at_all(self, tmp_path, monkeypatch):
         make().save(tmp_path / "record.npz")
