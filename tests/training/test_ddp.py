@@ -43,6 +43,9 @@ def test_findings_are_those_of_one_rank(runs: dict[int, Path]) -> None:
                 assert theirs["c_t"] == pytest.approx(mine["c_t"], rel=accuracy)
                 assert theirs["lambda_max"] == pytest.approx(mine["lambda_max"], rel=accuracy)
                 assert theirs["sampling_error"] == pytest.approx(mine["sampling_error"], rel=accuracy)
+                assert len(mine["layers"]) == (0 if name == "adaptive" else 2)  # without a Krylov basis, none
+                assert theirs["layers"] == pytest.approx(mine["layers"], rel=10 * accuracy)
+                assert theirs["negative_count"] == mine["negative_count"]
 
 
 def test_the_runs_tell_something(runs: dict[int, Path]) -> None:
