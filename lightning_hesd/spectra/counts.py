@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 MIN_SHARE = 1e-13
 """Smaller shares of a start vector are rounding."""
 
-MAX_CORNER = 1e12
+MAX_CORNER = 1e8
 """A threshold so close to a node that the Gauss-Radau rule needs a larger number than this, relative to the nodes, is
-that node."""
+that node: the rule's rounding grows with that number, and the distance to the node falls with it."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,15 @@ class Rule:
         """Number of eigenvalues that are not among the converged nodes."""
         return self.dimension - int(np.count_nonzero(self.converged))
 
+    @property
+    def thresholds(self) -> Array:
+        """Where to bound the distribution: at the nodes, and on either side of those that stand apart."""
+        margin = 2 * (self.residuals + self.rounding)
+        gaps = np.diff(self.nodes, prepend=-math.inf, append=math.inf)
+        apart = margin < np.minimum(gaps[:-1], gaps[1:]) / 4
+        nodes, margin = self.nodes[apart], margin[apart]
+        return np.concatenate([self.nodes[~apart], nodes - margin, nodes + margin])
+
     def known_between(self, above: float, below: float) -> tuple[int, int]:
         """Return the least and the largest number of converged eigenvalues in (above, below]."""
         known, error = self.nodes[self.converged], self.residuals[self.converged] + self.rounding
@@ -72,35 +81,30 @@ class Rule:
         """Bound the share of the rest of the start vector in eigenvectors with eigenvalues up to a threshold."""
         if math.isinf(threshold):
             return (1.0, 1.0) if threshold > 0 else (0.0, 0.0)
-        known = np.where(self.converged, self.weights, 0.0)
-        total = 1 - float(known.sum())
+        rest = np.flatnonzero(~self.converged)
+        nodes, weights, residuals = self.nodes[rest], self.weights[rest], self.residuals[rest]
+        total = float(weights.sum())
         if total < MIN_SHARE:
             return 0.0, 1.0
-        low, high = self._share_below(threshold)
-        error = self.residuals + self.rounding
-        low -= float(known[self.nodes - error <= threshold].sum())
-        high -= float(known[self.nodes + error <= threshold].sum())
-        return max(low / total, 0.0), min(max(high / total, 0.0), 1.0)
-
-    def _share_below(self, threshold: float) -> tuple[float, float]:
-        """Bound the share of the whole start vector."""
-        nodes, weights, residuals = self.nodes, self.weights, self.residuals
-        below = int(np.searchsorted(nodes, threshold))
-        size = max(float(np.abs(nodes).max()), abs(threshold)) or 1.0
         gaps = nodes - threshold
+        size = max(float(np.abs(nodes).max()), abs(threshold)) or 1.0
         terms = np.divide(residuals**2, gaps, out=np.full_like(gaps, math.inf), where=gaps != 0)
         corner = threshold + float(terms[residuals > 0].sum())
         if not abs(corner) < MAX_CORNER * size:
-            nearest = int(np.argmin(np.abs(gaps)))
-            return float(weights[:nearest].sum()), float(weights[: nearest + 1].sum())
-        # T in the basis of its Ritz vectors, with one more row that makes the threshold an eigenvalue. The products of
-        # first and last components of the Ritz vectors have alternating signs.
-        signs = (-1.0) ** np.arange(len(nodes))
-        matrix = np.diag(np.append(nodes, corner))
-        matrix[-1, :-1] = matrix[:-1, -1] = signs * residuals
-        _, vectors = np.linalg.eigh(matrix)
-        radau = (np.sqrt(weights) @ vectors[:-1]) ** 2
-        return float(radau[:below].sum()), float(radau[: below + 1].sum())
+            nearest = nodes[np.argmin(np.abs(gaps))]
+            below, up_to = weights[nodes < nearest].sum(), weights[nodes <= nearest].sum()
+        else:
+            # T in the basis of its Ritz vectors, without those that have converged, with one more row that makes the
+            # threshold an eigenvalue. The products of first and last components of Ritz vectors have alternating signs.
+            matrix = np.diag(np.append(nodes, corner))
+            matrix[-1, :-1] = matrix[:-1, -1] = (-1.0) ** rest * residuals
+            _, vectors = np.linalg.eigh(matrix)
+            radau = (np.sqrt(weights) @ vectors[:-1]) ** 2
+            # The nodes of this rule alternate with those of T: its node at the threshold follows on as many as T has
+            # below it. T itself may have that node, too.
+            below = radau[: np.searchsorted(nodes, threshold)].sum()
+            up_to = radau[: np.searchsorted(nodes, threshold, side="right") + 1].sum()
+        return min(float(below) / total, 1.0), min(float(up_to) / total, 1.0)
 
 
 def rules(
@@ -151,9 +155,11 @@ def rest_counts(low: Array, high: Array, dimension: int, failure: float) -> tupl
         return np.zeros_like(low), np.zeros_like(high)
     allowed = -2 * math.log(failure) / dimension
     least = np.ceil(dimension * _farthest(low, np.zeros_like(low), allowed) - 1e-9)
-    least = np.where(low > MIN_SHARE, np.maximum(least, 1), 0)  # what holds something holds an eigenvector
     most = np.floor(dimension * _farthest(high, np.ones_like(high), allowed) + 1e-9)
-    return np.minimum(least, dimension), np.where(high > MIN_SHARE, most, 0)
+    # A share that is more than rounding takes an eigenvector, and so does what is missing to 1.
+    least = np.select([low <= MIN_SHARE, low >= 1 - MIN_SHARE], [0, dimension], np.clip(least, 1, dimension))
+    most = np.select([high <= MIN_SHARE, high >= 1 - MIN_SHARE], [0, dimension], np.clip(most, 0, dimension - 1))
+    return least, most
 
 
 def _farthest(share: Array, end: Array, allowed: float) -> Array:
@@ -188,7 +194,8 @@ def cumulative_band(rules: list[Rule], low_end: float, high_end: float, failure:
         low: Least share of eigenvalues up to each point, shape (points,); it holds until the next point.
         high: Largest share of eigenvalues below the next point, shape (points,).
     """
-    points = np.unique(np.concatenate([[low_end, high_end], *(rule.nodes for rule in rules)]))
+    points = np.unique(np.concatenate([[low_end, high_end], *(rule.thresholds for rule in rules)]))
+    points = points[(low_end <= points) & (points <= high_end)]
     low, high = np.zeros(len(points)), np.ones(len(points))
     for rule in rules:
         # The points depend on the start vector, so the bounds must hold for every number k at once.
@@ -207,6 +214,7 @@ def cumulative_band(rules: list[Rule], low_end: float, high_end: float, failure:
 
 def largest_distance(points: Array, low: Array, high: Array, nodes: Array, weights: Array) -> float:
     """Return the largest Wasserstein-1 distance of the weighted nodes from a distribution within a band."""
-    mine = np.array([weights[nodes <= point].sum() for point in points[:-1]])
-    farther = np.maximum(high[:-1] - mine, mine - low[:-1])
+    least = np.array([weights[nodes <= point].sum() for point in points[:-1]])
+    most = np.array([weights[nodes < point].sum() for point in points[1:]])
+    farther = np.maximum(high[:-1] - least, most - low[:-1])
     return float((farther * np.diff(points)).sum())

@@ -30,12 +30,15 @@ CONVERGED = 1e-6
 ACCURATE = 1e-2
 """Largest rounding of an eigenvalue, relative to it."""
 
-COPY = 1e-8
-"""An eigenvalue's squared component n·τ is below this with probability 8e-5. Rounding makes a Lanczos run find the
-second copy of a multiple eigenvalue, of which the start vector has nothing, with a weight far below this."""
+NOTHING_LEFT = 1e-8
+"""The sum of the squared components n·τ of some eigenvalues is below this with a probability of 8e-5 at most."""
 
 FALSE_ALARM = 0.01
-"""Probability of taking simple eigenvalues for multiple ones by their weights."""
+"""Probability of taking simple eigenvalues for multiple ones by the sum of their weights."""
+
+FALSE_ALARM_OF_ONE = 0.001
+"""Probability of taking a simple eigenvalue for a multiple one by its own weight. Smaller than the other, because an
+eigenvalue left among the rest for its large weight makes bounds on the rest fail."""
 
 
 def converged_nodes(
@@ -45,8 +48,9 @@ def converged_nodes(
 
     A Lanczos run sees one eigenvector of an eigenvalue of multiplicity k, with k times the weight to be expected.
     Eigenvalues of generic matrices are simple, but those of a matrix with a structure may not be (I ⊗ A has them all
-    several times). No node of a probe counts as converged if its run has found a second copy of an eigenvalue, or if
-    the weights of its converged nodes together are too large for simple eigenvalues; and no node whose own weight is.
+    several times). No node of a probe counts as converged if two of them are equal up to rounding, which makes a run
+    find the second copy of a multiple eigenvalue; or if the weights of its converged nodes together are too large for
+    simple eigenvalues; and no node whose own weight is. After n steps all nodes are eigenvalues.
 
     Args:
         nodes: Quadrature nodes.
@@ -57,25 +61,27 @@ def converged_nodes(
         relative: Largest Ritz residual of a converged node, relative to the node.
     """
     size = np.abs(nodes)  # NaN compares as False
-    converged = (residuals < relative * size) & (rounding < ACCURATE * size)
-    rows = zip(converged, dimension * weights, strict=True)
-    return np.array([row & _simple(row, components, dimension) for row, components in rows])
+    found = (residuals < relative * size) & (rounding < ACCURATE * size)
+    rows = zip(nodes, dimension * weights, found, strict=True)
+    return np.array([_simple(*row, dimension, rounding) for row in rows])
 
 
-def _simple(converged: Mask, components: Array, dimension: int) -> Mask:
-    """Return which of a probe's converged nodes are simple eigenvalues, given the squared components n·τ."""
-    steps, count = int(np.count_nonzero(components)), int(np.count_nonzero(converged))
-    nothing = np.zeros_like(converged)
-    if steps == dimension:
-        return converged  # all eigenvalues are known, simple or not
-    if (components[converged] < COPY).any():
+def _simple(nodes: Array, components: Array, found: Mask, dimension: int, rounding: float) -> Mask:
+    """Return which of the eigenvalues that a probe has found are simple, given the squared components n·τ."""
+    present = ~np.isnan(nodes)
+    if np.count_nonzero(present) == dimension:
+        return present
+    nothing = np.zeros_like(found)
+    if (np.diff(nodes[found]) <= rounding).any():
         return nothing
-    simple: Mask = converged & (components < _chi_squared_quantile(1, 1 - FALSE_ALARM / max(count, 1)))
+    count = max(int(np.count_nonzero(found)), 1)
+    simple: Mask = found & (components < _chi_squared_quantile(1, 1 - FALSE_ALARM_OF_ONE / count))
     count = int(np.count_nonzero(simple))
-    # As many eigenvalues as steps, but fewer than n, cannot all be simple: the Krylov space is invariant.
-    if count in {0, steps} or components[simple].sum() > _chi_squared_quantile(count, 1 - FALSE_ALARM):
+    # Fewer than n eigenvalues that hold all of the start vector cannot all be simple: the Krylov space is invariant.
+    if count == 0 or components[~simple].sum() < NOTHING_LEFT:
         return nothing
-    return simple
+    plausible = components[simple].sum() <= _chi_squared_quantile(count, 1 - FALSE_ALARM)
+    return simple if plausible else nothing
 
 
 def _chi_squared_quantile(degrees: int, probability: float) -> float:
@@ -96,13 +102,20 @@ def deflated_weights(weights: Array, converged: Mask, dimension: int) -> Array:
 
 
 def trace_error(
-    nodes: Array, weights: Array, residuals: Array, converged: Mask, dimension: int, *, on_sphere: bool
+    nodes: Array,
+    weights: Array,
+    residuals: Array,
+    converged: Mask,
+    *,
+    dimension: int,
+    rounding: float,
+    on_sphere: bool,
 ) -> float:
     """Return the standard error of the trace, n·Σ τ'θ with deflated weights τ', of which only the rest is random.
 
     The second moment of the rest comes from the same start vector, so that a vector with small components along the
     largest eigenvectors of the rest would understate its own error: one standard error of the second moment, from the
-    fourth, is added.
+    fourth, is added. Residuals and rounding are on top.
 
     Args:
         nodes: Quadrature nodes.
@@ -110,22 +123,29 @@ def trace_error(
         residuals: Ritz residuals.
         converged: Nodes that are eigenvalues.
         dimension: Size n of the matrix.
+        rounding: Rounding of the nodes.
         on_sphere: Whether start vectors are uniform on the sphere, rather than Rademacher. For v uniform on the sphere
             Var(n·vᵀHv) = 2n/(n + 2)·(tr H² − (tr H)²/n); for Rademacher vectors the variance is at most 2 tr H².
     """
-    variances = []
+    relative = rounding / (float(np.nanmax(np.abs(nodes))) or 1.0)
+    variances, offsets = [], []
     for theta, tau, residual, known in zip(nodes, weights, residuals, converged, strict=True):
         rest = (tau > 0) & ~known
         n = dimension - np.count_nonzero(known)
-        if not rest.any():
-            variances.append(0.0)
-            continue
-        share = tau[rest] / tau[rest].sum()
-        center = float(share @ theta[rest]) if on_sphere else 0.0
-        # After a single step the rule is not exact to degree 2: ‖Hv‖² = α² + β².
-        beyond = float(residual[0] ** 2) if np.count_nonzero(tau) == 1 else 0.0
-        second = float(share @ (theta[rest] - center) ** 2) + beyond
-        fourth = float(share @ (theta[rest] - center) ** 4)
-        second += math.sqrt(2 * max(fourth - second**2, 0.0) / n)
-        variances.append((2 * n**2 / (n + 2) if on_sphere else 2 * n) * second)
-    return math.sqrt(sum(variances)) / len(variances) + float(residuals[converged].sum()) / len(variances)
+        offset = float(residual[known].sum()) + rounding * np.count_nonzero(known)
+        if n and rest.any():
+            share = tau[rest] / tau[rest].sum()
+            offset += n * relative * math.sqrt(share @ theta[rest] ** 2)
+            # After a single step the rule is not exact to degree 2: ‖Hv‖² = α² + β².
+            beyond = float(residual[0] ** 2) if np.count_nonzero(tau) == 1 else 0.0
+            second = _second_moment(theta[rest], share, n, centered=on_sphere) + beyond
+            variances.append((2 * n**2 / (n + 2) if on_sphere else 2 * n) * second)
+        offsets.append(offset)
+    return (math.sqrt(sum(variances)) + sum(offsets)) / len(offsets)
+
+
+def _second_moment(theta: Array, share: Array, n: int, *, centered: bool) -> float:
+    """Return the second moment of n eigenvalues, plus its standard error, from their nodes and weights."""
+    squares = (theta - (share @ theta if centered else 0.0)) ** 2
+    second, fourth = float(share @ squares), float(share @ squares**2)
+    return second + math.sqrt(2 * max(fourth - second**2, 0.0) / n)

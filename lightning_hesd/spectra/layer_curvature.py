@@ -28,6 +28,8 @@ from lightning_hesd.spectra.eigenvalue_bounds import rest_bounds
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from numpy.typing import NDArray
+
     from lightning_hesd.spectra.deflation import Mask
     from lightning_hesd.spectra.quadrature import Array
 
@@ -103,26 +105,53 @@ class RitzPairs:
     grams: Array
 
 
+@dataclass(frozen=True)
+class RestProbe:
+    """A random vector z without components along the converged Ritz vectors of the first run, and its product Rz.
+
+    z is as long as one uniform on a sphere should be, the root of the number of other eigenvalues.
+
+    Attributes:
+        traces: z·(Rz) in each layer, shape (layers,).
+        squares: ‖Rz‖² in each layer, shape (layers,).
+    """
+
+    traces: Array
+    squares: Array
+
+
 def layer_curvatures(
-    runs: Sequence[RitzPairs], dimensions: Mapping[str, int], rounding: float, confidence: float
+    runs: Sequence[RitzPairs],
+    dimensions: Mapping[str, int],
+    rounding: float,
+    confidence: float,
+    further: Sequence[RestProbe] = (),
 ) -> dict[str, LayerCurvature]:
-    """Return the curvature of each layer from the Lanczos runs of all probes.
+    """Return the curvature of each layer from the Lanczos runs of all probes; none from a run of a single step.
+
+    A single step does not tell where the product with its vector lies, unless that is a multiple of the vector.
 
     Args:
         runs: Ritz pairs of each probe; their start vectors are uniform on the sphere.
         dimensions: Number of parameters of each layer, by name, in the order of the Gram matrices.
         rounding: Size below which an eigenvalue cannot be told from zero.
         confidence: Probability, over the start vectors, with which the bounds of a layer hold.
+        further: More random vectors, for the traces.
     """
-    total = sum(dimensions.values())
+    if any(len(run.nodes) == 1 and run.residuals[0] > rounding for run in runs):
+        return {}
+    sizes = np.array(list(dimensions.values()))
     failure = (1 - confidence) / (2 * len(runs))
-    analyses = [_Deflated(run, total, rounding, failure) for run in runs]
-    traces = np.mean([run.traces(run.nodes) for run in analyses], axis=0)
-    errors = np.sqrt(np.sum([run.variances() for run in analyses], axis=0)) / len(runs)
+    analyses = [_Deflated(run, sizes, rounding, failure) for run in runs]
+    estimates = [run.traces(run.nodes) for run in analyses] + [analyses[0].known + probe.traces for probe in further]
+    variances = [run.variances() for run in analyses] + [2 * probe.squares for probe in further]
+    offsets = [run.offsets() for run in analyses]
+    traces = np.mean(estimates, axis=0)
+    errors = np.sqrt(np.sum(variances, axis=0)) / len(estimates) + np.mean(offsets, axis=0)
     negative = np.mean([run.traces(np.minimum(run.nodes, 0.0)) for run in analyses], axis=0)
     lowest = min(analyses, key=lambda run: run.nodes[0])
     highest = max(analyses, key=lambda run: run.nodes[-1])
-    bounds = np.array([[run.bounds(index, n) for index, n in enumerate(dimensions.values())] for run in analyses])
+    bounds = np.array([[run.bounds(index, n) for index, n in enumerate(sizes)] for run in analyses])
     lows, highs = bounds[..., 0].max(axis=0), bounds[..., 1].min(axis=0)  # shape (layers, 2): of λ_min and λ_max
     return {
         name: LayerCurvature(
@@ -131,8 +160,8 @@ def layer_curvatures(
             trace_error=float(errors[index]),
             trace_share=_share(traces, index),
             negative_share=_share(-negative, index),
-            lambda_max_weight=float(highest.weights(-1)[index]),
-            lambda_min_weight=float(lowest.weights(0)[index]),
+            lambda_max_weight=float(highest.shares[index, -1]),
+            lambda_min_weight=float(lowest.shares[index, 0]),
             lambda_max_bounds=(float(lows[index, 1]), float(highs[index, 1])),
             lambda_min_bounds=(float(lows[index, 0]), float(highs[index, 0])),
         )
@@ -146,10 +175,18 @@ def _share(values: Array, index: int) -> float:
 
 
 class _Deflated:
-    """One Lanczos run, split into converged Ritz pairs and the rest."""
+    """One Lanczos run, split into converged Ritz pairs and the rest.
 
-    def __init__(self, run: RitzPairs, dimension: int, rounding: float, failure: float) -> None:
-        self.nodes, self._vectors, self._grams = run.nodes, run.vectors, run.grams
+    Attributes:
+        nodes: Ritz values, shape (steps,).
+        shares: Share of each Ritz vector in each layer, shape (layers, steps).
+    """
+
+    def __init__(self, run: RitzPairs, dimensions: NDArray[np.int64], rounding: float, failure: float) -> None:
+        dimension = int(dimensions.sum())
+        self.nodes, self._residuals, self._vectors, self._grams = run.nodes, run.residuals, run.vectors, run.grams
+        self._dimensions, self._rounding = dimensions, rounding
+        self.shares: Array = np.einsum("ik,lij,jk->lk", run.vectors, run.grams, run.vectors, optimize=True)
         first = run.vectors[0]
         weights = first**2
         rules = run.nodes[None], weights[None], run.residuals[None]
@@ -161,33 +198,49 @@ class _Deflated:
         self._rest = np.where(rest, first, 0.0) * (math.sqrt(count / left) if left > 0 else 0.0)
         self._split: Mask = converged_nodes(*rules, dimension, rounding, relative=CONVERGED_FOR_BOUNDS)[0]
         low, high = rest_bounds(run.nodes, weights, run.residuals, self._split, dimension=dimension, failure=failure)
-        self._rest_low, self._rest_high = min(low, 0.0), max(high, 0.0)
+        # What the residuals leave out moves the eigenvalues of R from those of the matrix, and then the layer's.
         self._error = rounding + float(np.linalg.norm(run.residuals[self._split]))
+        self._rest_low, self._rest_high = min(low - self._error, 0.0), max(high + self._error, 0.0)
 
-    def weights(self, position: int) -> Array:
-        """Return the share of a Ritz vector in each layer, shape (layers,)."""
-        vector = self._vectors[:, position]
-        shares: Array = np.einsum("i,lij,j->l", vector, self._grams, vector)
-        return shares
+    @property
+    def known(self) -> Array:
+        """The part of the layers' traces that the converged pairs tell, shape (layers,)."""
+        return self.shares @ np.where(self._converged, self.nodes, 0.0)
 
     def traces(self, values: Array) -> Array:
         """Return the traces of the layers' blocks of f(H), shape (layers,), given f of each Ritz value."""
         known = np.where(self._converged, values, 0.0)
-        shares = np.einsum("ik,lij,jk->lk", self._vectors, self._grams, self._vectors, optimize=True)
-        start, product = self._vectors @ self._rest, self._vectors @ (self._rest * values)
-        rest = np.einsum("i,lij,j->l", start, self._grams, product)
-        traces: Array = shares @ known + rest
-        return traces
+        return self.shares @ known + self._products(self._rest, self._rest * values)
 
     def variances(self) -> Array:
-        """Return a bound on the variance of each trace, shape (layers,).
+        """Return an estimate of the variance of each trace, shape (layers,), that errs on the large side.
 
         That of z⊥^(l)·(R z⊥)^(l) is ‖R_l‖² + ‖R_ll‖² ≤ 2‖R_l‖², with R_l the rows of the layer and Frobenius norms,
-        and ‖(R z⊥)^(l)‖² estimates ‖R_l‖².
+        and ‖(R z⊥)^(l)‖² estimates ‖R_l‖². Of a small layer this may be much too small by chance. It is at least what
+        the Ritz pairs have of it; and a part of the vector that is too short for a layer's dimension is made longer.
         """
-        product = self._vectors @ (self._rest * self.nodes)
-        variances: Array = 2 * np.einsum("i,lij,j->l", product, self._grams, product)
+        product = self._rest * self.nodes
+        squares = self._products(product, product)
+        present = self._products(self._rest, self._rest)
+        expected = self._dimensions - self.shares @ self._converged
+        lengthening = np.divide(expected, present, out=np.ones_like(present), where=present > 0)
+        known = self.shares @ np.where(self._converged, 0.0, self.nodes**2)
+        variances: Array = 2 * np.maximum(squares * np.maximum(lengthening, 1.0), known)
         return variances
+
+    def offsets(self) -> Array:
+        """Return what residuals and rounding may add to each trace, shape (layers,)."""
+        known = np.where(self._converged, self._residuals + self._rounding, 0.0)
+        relative = self._rounding / (float(np.abs(self.nodes).max()) or 1.0)
+        product = self._rest * self.nodes
+        sizes = np.maximum(self._products(product, product) * self._products(self._rest, self._rest), 0.0)
+        offsets: Array = np.sqrt(np.maximum(self.shares, 0.0)) @ known + relative * np.sqrt(sizes)
+        return offsets
+
+    def _products(self, first: Array, second: Array) -> Array:
+        """Return the inner products of two vectors in each layer, given by their components along the Ritz vectors."""
+        products: Array = np.einsum("i,lij,j->l", self._vectors @ first, self._grams, self._vectors @ second)
+        return products
 
     def bounds(self, index: int, dimension: int) -> tuple[tuple[float, float], tuple[float, float]]:
         """Return bounds on the smallest and on the largest eigenvalue of a layer's block."""

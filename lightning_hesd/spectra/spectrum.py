@@ -6,13 +6,12 @@ import math
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from lightning_hesd.spectra import counts, criteria, deflation, eigenvalue_bounds, quadrature
-from lightning_hesd.spectra.spectrum_data import SpectrumData
+from lightning_hesd.spectra import criteria, eigenvalue_bounds, quadrature
+from lightning_hesd.spectra.spectrum_density import SpectrumDensity
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
+    import numpy as np
+    from numpy.typing import NDArray
 
 DEFAULT_TOLERANCE = 0.05
 MIN_SCALE = 1e-3
@@ -22,7 +21,7 @@ SHARE_OF_SAMPLING_ERROR = 0.25
 """More accuracy than this share of the sampling error is of no use (tolerance "auto")."""
 
 
-class Spectrum(SpectrumData):
+class Spectrum(SpectrumDensity):
     """Hessian eigenvalue spectral density (HESD) at one point in weight space, with its error bounds.
 
     Made by `hessian_spectrum`; never edited. Curvatures are in units of the loss per squared parameter unit.
@@ -41,11 +40,6 @@ class Spectrum(SpectrumData):
             f"{self.lambda_max:.4g}, loss {self.loss:.4g}{mode} ({self.num_samples} samples, {self.matvecs} products, "
             f"{self.seconds:.1f} s){'' if self.verified == 'yes' else f'; not verified: {self.verification}'}"
         )
-
-    @property
-    def reorthogonalized(self) -> bool:
-        """Whether the Krylov basis was kept orthogonal, so that no node is a ghost (a copy of a converged one)."""
-        return self.basis != "none"
 
     # Extremes and criteria ------------------------------------------------------------------------------------------
 
@@ -176,8 +170,6 @@ class Spectrum(SpectrumData):
             return None
         return eigenvalue_bounds.miss_probability(self.dimension, self.steps_per_probe, self._relative_tolerance)
 
-    # Densities and moments ------------------------------------------------------------------------------------------
-
     def k_h(self, n: float = 0.5) -> float:
         """Mean over probes of K_Hn (n = 0.5: K_H05); NaN where a probe has no positive node.
 
@@ -205,145 +197,3 @@ class Spectrum(SpectrumData):
             )
             raise ValueError(msg)
         return criteria.k_h(self.nodes, self.weights, n, self.rounding)
-
-    @cached_property
-    def converged_nodes(self) -> NDArray[np.bool_]:
-        """Which nodes are known to be simple eigenvalues, shape (probes, steps); see `deflation.converged_nodes`.
-
-        None without a Krylov basis, because the copies of a converged node are not eigenvalues then.
-        """
-        if not self.reorthogonalized:
-            return np.zeros(self.nodes.shape, dtype=bool)
-        return deflation.converged_nodes(self.nodes, self.weights, self.residuals, self.dimension, self.rounding)
-
-    @cached_property
-    def density_weights(self) -> NDArray[np.float64]:
-        """Weights of the nodes in densities, histograms and moments, shape (probes, steps); each row sums to 1.
-
-        Converged nodes have the weight 1/n, and the others share the rest by their quadrature weights: deflated
-        stochastic Lanczos quadrature.
-        """
-        return deflation.deflated_weights(self.weights, self.converged_nodes, self.dimension)
-
-    def moment(self, k: int) -> float:
-        """Estimate of trace(Hᵏ)/n, the k-th moment of the density."""
-        return (
-            math.nan if self.verified == "no" else float(quadrature.moments(self.nodes, self.density_weights, k).mean())
-        )
-
-    @property
-    def trace(self) -> float:
-        """Estimate of the trace: the sum of the converged nodes, and Hutchinson's estimate of the rest, n·mean v₁ᵀHv₁.
-
-        The latter is random, also where the nodes are exact.
-        """
-        return self.dimension * self.moment(1)
-
-    @property
-    def trace_error(self) -> float:
-        """Standard error of `trace`, from the second moment of the same probes; see `deflation.trace_error`."""
-        if self.verified == "no":
-            return math.nan
-        return deflation.trace_error(
-            self.nodes,
-            self.weights,
-            self.residuals,
-            self.converged_nodes,
-            self.dimension,
-            on_sphere=self.probe == "gaussian",
-        )
-
-    def density(
-        self, grid: ArrayLike | None = None, sigma: float | None = None
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return (grid, density), each of shape (points,); the density integrates to 1. See `quadrature.density`.
-
-        Raises:
-            ValueError: If nothing was computed, because HVPs were not those of the loss.
-        """
-        self._check_computed()
-        return quadrature.density(self.nodes, self.density_weights, grid, sigma)
-
-    def histogram(self, bins: int | ArrayLike = 120) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return (mass, edges), shapes (bins,) and (bins + 1,); the mass sums to 1. See `quadrature.histogram`.
-
-        Raises:
-            ValueError: If nothing was computed, because HVPs were not those of the loss.
-        """
-        self._check_computed()
-        return quadrature.histogram(self.nodes, self.density_weights, bins)
-
-    # Numbers of eigenvalues -----------------------------------------------------------------------------------------
-
-    def count(self, above: float = -math.inf, below: float = math.inf) -> tuple[int, int]:
-        """Bound the number of eigenvalues between two thresholds, which do not depend on the result.
-
-        Converged nodes count exactly; the number of the others follows from the share of the start vector along them,
-        with probability `confidence` (see `counts`). Proven for Gaussian probes; for Rademacher probes it requires
-        eigenvectors that are spread over many parameters. Without a Krylov basis no node counts exactly.
-
-        Args:
-            above: Eigenvalues count if they are larger than this; more than `rounding` away from zero to be told from
-                it.
-            below: Eigenvalues count if they are at most this.
-
-        Returns:
-            The least and the largest number.
-
-        Raises:
-            ValueError: If nothing was computed, because HVPs were not those of the loss.
-        """
-        self._check_computed()
-        return counts.count_between(self._rules, above, below, 1 - self.confidence)
-
-    @cached_property
-    def negative_count(self) -> tuple[int, int]:
-        """Bounds on the number of negative eigenvalues, those below -`rounding`: see `count`."""
-        return self.count(below=-self.rounding)
-
-    @cached_property
-    def cumulative_band(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        """A band that all of the cumulative distribution of the eigenvalues is within, with probability `confidence`.
-
-        Points, ascending, and the least and the largest share of eigenvalues from each point to the next, each of shape
-        (points,); see `counts.cumulative_band`.
-
-        Raises:
-            ValueError: If nothing was computed, because HVPs were not those of the loss.
-        """
-        self._check_computed()
-        failure = (1 - self.confidence) / 2  # the other half is that of the ends
-        ends = eigenvalue_bounds.spectrum_bounds(
-            self.nodes, self.weights, self.residuals, dimension=self.dimension, failure=failure / 2
-        )
-        return counts.cumulative_band(self._rules, *ends, failure)
-
-    @cached_property
-    def density_error(self) -> float:
-        """Bound on the Wasserstein-1 distance of the density from the spectrum, as a share of the spectrum's width.
-
-        The distance is the area between the two cumulative distributions; the bound is what `cumulative_band` allows.
-
-        Raises:
-            ValueError: If nothing was computed, because HVPs were not those of the loss.
-        """
-        points, low, high = self.cumulative_band
-        width = float(points[-1] - points[0])
-        area = counts.largest_distance(points, low, high, self.nodes, self.density_weights / len(self.nodes))
-        return area / width if width else 0.0
-
-    @cached_property
-    def _rules(self) -> list[counts.Rule]:
-        return counts.rules(
-            self.nodes,
-            self.weights,
-            self.residuals,
-            self.converged_nodes,
-            dimension=self.dimension,
-            rounding=self.rounding,
-        )
-
-    def _check_computed(self) -> None:
-        if self.verified == "no":
-            msg = f"there is no density, because nothing was computed: {self.reason}."
-            raise ValueError(msg)

@@ -9,6 +9,7 @@ import pytest
 
 from lightning_hesd import Spectrum
 from lightning_hesd.spectra import eigenvalue_bounds, quadrature
+from lightning_hesd.spectra.layer_curvature import LayerCurvature
 from lightning_hesd.spectra.validation import FORMAT_VERSION
 
 NAN = math.nan
@@ -156,18 +157,33 @@ class TestProperties:
         assert math.isnan(make(nodes=[[-1.0, 0.5, 4.0], [-0.5, -0.1, NAN]]).k_h())  # a probe without positive node
 
     def test_moments_and_trace(self):
-        spectrum = make()
+        spectrum = make(basis="none")
         # Probes: −¼ + ¼ + 1 = 1 and −¼ + 3/2 = 5/4;  squares: ¼ + ⅛ + 4 and ⅛ + 9/2
         assert [spectrum.moment(k) for k in (0, 1, 2)] == [1.0, 1.125, 4.5]
         assert spectrum.trace == 11.25
 
+    def test_an_eigenvalue_counts_as_one_in_moments_and_trace(self):
+        # The second probe has found the eigenvalue 3; the other one is not told from zero by so large a rounding.
+        spectrum = make()
+        assert spectrum.converged_nodes.tolist() == [[False] * 3, [False, True, False]]
+        np.testing.assert_allclose(spectrum.density_weights, [[0.25, 0.5, 0.25], [0.9, 0.1, 0.0]], rtol=1e-15)
+        assert spectrum.trace == pytest.approx((10.0 + (3.0 - 9 * 0.5)) / 2, rel=1e-15)
+        assert not make(basis="none").converged_nodes.any()
+
     def test_trace_error(self):
-        n, first, second = 10, 1.125, 4.5
-        expected = math.sqrt(2 * n / (n + 2) * (n * second - (n * first) ** 2 / n) / 2)
-        assert make().trace_error == pytest.approx(expected, rel=1e-14)
-        assert make(probe="rademacher").trace_error == pytest.approx(math.sqrt(2 * n * second / 2), rel=1e-14)
-        identity = one_probe([3.0])  # up to a factor, whose trace is certain from the sphere
-        assert (identity.trace, identity.trace_error) == (30.0, 0.0)
+        # Second and fourth moments of the probes, about the means 1 and 5/4, and about zero.
+        def expected(factor: float, *moments: tuple[float, float]) -> float:
+            return math.sqrt(factor * sum(a + math.sqrt(2 * (b - a * a) / 10) for a, b in moments)) / 2
+
+        plain = {"basis": "none", "rounding": 0.0}
+        on_sphere = expected(2 * 100 / 12, (3.375, 24.28125), (3.0625, 3.0625**2))
+        of_signs = expected(2 * 10, (4.375, 64.28125), (4.625, 40.53125))
+        assert make(**plain).trace_error == pytest.approx(on_sphere, rel=1e-14)
+        assert make(**plain, probe="rademacher").trace_error == pytest.approx(of_signs, rel=1e-14)
+
+    def test_the_trace_of_a_multiple_of_the_identity_is_certain_from_the_sphere(self):
+        assert one_probe([3.0]).trace == 30.0
+        assert one_probe([3.0]).trace_error == 0.0
 
     def test_miss_probability_is_that_of_the_quadrature_at_the_stated_tolerance(self):
         spectrum = make(dimension=1000, steps_per_probe=(30, 20))
@@ -178,7 +194,7 @@ class TestProperties:
 
     def test_density_and_histogram_are_those_of_the_quadrature(self):
         spectrum = make()
-        arguments = (spectrum.nodes, spectrum.weights)
+        arguments = (spectrum.nodes, spectrum.density_weights)
         for ours, theirs in (
             (spectrum.density(), quadrature.density(*arguments)),
             (spectrum.density([0.0, 1.0], sigma=0.3), quadrature.density(*arguments, [0.0, 1.0], 0.3)),
@@ -286,6 +302,11 @@ class TestStorage:
         "lambda_min_sampling_bias": -0.625,
         "lambda_max_sampling_bias": 0.75,
         "sampling_groups": 16,
+        "subspace_overlap": 0.875,
+        "by_layer": {
+            "first": LayerCurvature(7, 1.5, 0.1, 0.75, NAN, 0.9, 0.2, (1.0, 1.25), (-0.5, -0.25)),
+            "net.0": LayerCurvature(3, 0.5, 0.2, 0.25, NAN, 0.1, 0.8, (0.0, 0.25), (-0.5, 0.0)),
+        },
     }
 
     @pytest.mark.parametrize(
@@ -305,15 +326,18 @@ class TestStorage:
     def test_a_round_trip_changes_no_bit(self, spectrum, tmp_path):
         spectrum.save(tmp_path / "record.npz")
         loaded = Spectrum.load(tmp_path / "record.npz")
-        assert set(spectrum.to_dict()) == {field.name for field in dataclasses.fields(Spectrum)}
-        for name, value in spectrum.to_dict().items():
-            other = getattr(loaded, name)
+        assert str(loaded.by_layer) == str(spectrum.by_layer)  # as text, in which NaN equals itself
+        values, others = spectrum.to_dict(), loaded.to_dict()
+        stored_layers = {"layer_names", "layer_numbers"}
+        assert set(values) - stored_layers == {field.name for field in dataclasses.fields(Spectrum)} - {"by_layer"}
+        for name, value in values.items():
+            other = others[name]
             assert type(other) is type(value)
-            if name in ARRAYS:
+            if isinstance(value, np.ndarray):
                 assert (other.tobytes(), other.shape) == (value.tobytes(), value.shape)
-                assert not other.flags.writeable
             else:
                 assert other == value
+        assert not any(getattr(loaded, name).flags.writeable for name in ARRAYS)
 
     def test_a_nan_field_survives(self, tmp_path):
         make(c_t_sampling_error=NAN).save(tmp_path / "record.npz")
@@ -330,7 +354,12 @@ class TestStorage:
         make(**self.FULL).save(tmp_path / "record.npz")
         with np.load(tmp_path / "record.npz", allow_pickle=False) as archive:
             kinds = {name: archive[name].dtype.kind for name in archive.files}
-        assert kinds == {"nodes": "f", "weights": "f", "residuals": "f", "header": "U"}
+        assert kinds == {"nodes": "f", "weights": "f", "residuals": "f", "layer_numbers": "f", "header": "U"}
+
+    def test_numbers_of_layers_without_their_names_are_refused(self):
+        values = make(**self.FULL).to_dict()
+        with pytest.raises(ValueError, match=r"`layer_numbers` must have shape \(1 layers, 11\), got \(2, 11\)"):
+            Spectrum.from_dict({**values, "layer_names": ["first"]})
 
     def test_saving_replaces_an_earlier_file_whole_or_not_at_all(self, tmp_path, monkeypatch):
         make().save(tmp_path / "record.npz")

@@ -48,6 +48,7 @@ def hessian_spectrum(  # noqa: D417 - `AnalysisOptions` describes the options
     memory_budget: int | None = AnalysisOptions.memory_budget,
     preconditioner: Mapping[str, Tensor] | None = AnalysisOptions.preconditioner,
     sampling_error: bool = AnalysisOptions.sampling_error,
+    layer_probes: int = AnalysisOptions.layer_probes,
 ) -> Spectrum:
     """Estimate the eigenvalue spectral density of the Hessian of the mean loss by stochastic Lanczos quadrature.
 
@@ -59,7 +60,7 @@ def hessian_spectrum(  # noqa: D417 - `AnalysisOptions` describes the options
     density (`tolerance`, `stop`, `confidence`); of which curvature matrix (`matrix` with `output_fn` and
     `output_loss`, `parameters`, `include_frozen`, `preconditioner`) of which mean loss (`batch_weight`, `mode`); by
     which products (`strategy`, `probe`, `dtype`) in which memory (`basis`, `memory_budget`); and whether the error due
-    to the finite sample is estimated, too (`sampling_error`).
+    to the finite sample is estimated, too (`sampling_error`), and traces of layers more accurately (`layer_probes`).
 
     Args:
         module: The module, on the device of the batches.
@@ -106,6 +107,7 @@ def hessian_spectrum(  # noqa: D417 - `AnalysisOptions` describes the options
         memory_budget=memory_budget,
         preconditioner=preconditioner,
         sampling_error=sampling_error,
+        layer_probes=layer_probes,
     )
     weighted, cache = weighted_batches(batches, batch_weight), AnalysisCache()
 

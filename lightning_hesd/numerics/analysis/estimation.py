@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from lightning_hesd.numerics.analysis.ritz_vectors import layers_of_runs, subspace_overlap
 from lightning_hesd.numerics.analysis.sampling_error import SamplingError, sampling_error
 from lightning_hesd.numerics.isolation.modes import mode_name
 from lightning_hesd.numerics.krylov.lanczos import Lanczos, NonFiniteProductError
@@ -17,7 +18,6 @@ from lightning_hesd.numerics.krylov.ritz import gauss_quadrature, tridiagonal_ei
 from lightning_hesd.numerics.operators.diagonal_block import block_products, choose_difference_step
 from lightning_hesd.numerics.operators.groups import explain_non_finite
 from lightning_hesd.spectra import criteria, quadrature
-from lightning_hesd.spectra.layer_curvature import LayerCurvature, RitzPairs, layer_curvatures
 from lightning_hesd.spectra.spectrum import MIN_SCALE, Spectrum
 
 if TYPE_CHECKING:
@@ -26,14 +26,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from lightning_hesd.numerics.analysis.ritz_vectors import Layers
     from lightning_hesd.numerics.inputs.options import AnalysisOptions
     from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock
     from lightning_hesd.numerics.operators.memory import MemoryPlan
 
     Array = NDArray[np.float64]
-
-Layers = dict[str, tuple[list[int], int]]
-"""Positions of each layer's parameters among those of the operator, and their number of elements, by name."""
 
 COARSE = 0.2
 """Relative accuracy of C_t at which the extreme Ritz vectors are good enough for the sampling error."""
@@ -109,18 +107,22 @@ class Estimation:
 
     def _start_run(self) -> None:
         """Start the Lanczos run of the next probe."""
-        options, space, risk = self._options, self.operator.space, self.operator.risk
-        draw = space.gaussian if options.probe == "gaussian" else space.signs
         run = Lanczos(
             self.operator.matvec,
-            draw(self._generator).to(risk.device, risk.dtype),  # without a name, so that its memory is freed
-            options.steps,
+            self._draw(),  # without a name, so that its memory is freed
+            self._options.steps,
             basis=self._plan.basis,
-            space=space,
+            space=self.operator.space,
         )
         self._runs.append(run)
         self._next_check = 0  # number of steps
         self._last_check = (0, math.inf)  # number of steps, and log(error / allowed error)
+
+    def _draw(self) -> Tensor:
+        """Draw a random vector, shape (n,)."""
+        space, risk = self.operator.space, self.operator.risk
+        draw = space.gaussian if self._options.probe == "gaussian" else space.signs
+        return draw(self._generator).to(risk.device, risk.dtype)
 
     @property
     def vector(self) -> Tensor:
@@ -240,41 +242,19 @@ class Estimation:
 
         Args:
             layers: The layers whose curvature they tell.
+
+        Raises:
+            ArithmeticError: If a product is NaN or infinite; the message names the batch.
         """
         spectrum = self.spectrum()
-        by_layer, overlap = self._by_layer(layers, spectrum.rounding), self._overlap()
+        if spectrum.basis == "none":
+            return spectrum
+        operator, options = self.operator, self._options
+        probes = [self._draw() for _ in range(options.layer_probes)]
+        by_layer = layers_of_runs(operator, self._runs, layers, probes, spectrum)
+        overlap = subspace_overlap(operator, self._runs[0], options.track_eigenvectors)
         seconds = time.perf_counter() - self._started
-        return replace(spectrum, by_layer=by_layer, subspace_overlap=overlap, seconds=seconds)
-
-    def _overlap(self) -> float | None:
-        """Return the overlap of the leading eigenvectors with those of the analysis before, and keep them for the next.
-
-        That is ‖UᵀW‖²/k of two orthonormal bases of k vectors (Gur-Ari, Roberts & Dyer 2018); None without a Krylov
-        basis, or if there was no analysis before.
-        """
-        run, cache = self._runs[0], self.operator.risk.cache
-        count = min(self._options.track_eigenvectors, len(run.alphas))
-        if not count or self._plan.basis == "none":
-            return None
-        _, coefficients = tridiagonal_eigh(run.alphas, run.betas)
-        before, cache.eigenvectors = cache.eigenvectors, run.ritz_vectors(coefficients[:, -count:]).cpu()
-        if before is None or before.shape != cache.eigenvectors.shape:
-            return None
-        products = self.operator.space.coefficients(before, cache.eigenvectors.T)
-        return float(products.double().square().sum()) / count
-
-    def _by_layer(self, layers: Layers, rounding: float) -> dict[str, LayerCurvature]:
-        """Return the curvature of each layer; none without a Krylov basis."""
-        ranges = [self.operator.ranges(positions) for positions, _ in layers.values()]
-        found = []
-        for run in self._runs:
-            grams = run.grams(ranges)
-            if grams is None:
-                return {}
-            nodes, vectors = tridiagonal_eigh(run.alphas, run.betas)
-            found.append(RitzPairs(nodes, vectors, float(run.betas[-1]) * np.abs(vectors[-1]), grams))
-        dimensions = {name: dimension for name, (_, dimension) in layers.items()}
-        return layer_curvatures(found, dimensions, rounding, self._options.confidence)
+        return replace(spectrum, by_layer=by_layer, subspace_overlap=overlap, matvecs=operator.matvecs, seconds=seconds)
 
     def leading(self, count: int) -> tuple[Array, Tensor, Array]:
         """Return the largest Ritz values of the first run, descending, their vectors and residuals.

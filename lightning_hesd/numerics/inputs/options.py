@@ -71,6 +71,8 @@ class AnalysisOptions:
         preconditioner: Parameter name -> positive diagonal D in the shape of the parameter, for all analyzed ones: take
             D^(-1/2) H D^(-1/2) for H, the curvature in the coordinates of an optimizer that steps along -D⁻¹g.
         sampling_error: Also estimate how much of C_t is due to the finite sample, in one more pass over it.
+        layer_probes: Number k of further random vectors, with a Hessian-vector product each, that make the traces of
+            layers in `Spectrum.by_layer` more accurate, by a factor √(1 + k).
         track_eigenvectors: Number k of leading eigenvectors whose subspace is compared with that of the analysis before
             in the same run (`Spectrum.subspace_overlap`); k vectors stay in the computer's memory.
 
@@ -98,6 +100,7 @@ class AnalysisOptions:
     memory_budget: int | None = None
     preconditioner: Mapping[str, Tensor] | None = None
     sampling_error: bool = False
+    layer_probes: int = 0
     track_eigenvectors: int = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,6 +116,7 @@ class AnalysisOptions:
         check_count("steps", self.steps)
         check_count("probes", self.probes)
         check_count("seed", self.seed, least=0)
+        check_count("layer_probes", self.layer_probes, least=0)
         check_count("track_eigenvectors", self.track_eigenvectors, least=0)
         if not _is_share(self.confidence):
             msg = f"`confidence` must lie between 0 and 1, got {self.confidence!r}."

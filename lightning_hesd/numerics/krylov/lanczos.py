@@ -208,23 +208,32 @@ class Lanczos:
             combined.addr_(weights[:, step + 1], current)
         return combined
 
-    def grams(self, layers: Sequence[Sequence[slice]]) -> Array | None:
+    def grams(self, layers: Sequence[Sequence[slice]]) -> Array:
         """Return the inner products of the basis vectors' elements in each layer, shape (layers, m, m), float64.
 
         Args:
-            layers: Ranges of elements that belong to each layer.
-
-        Returns:
-            The Gram matrices; None without a basis.
+            layers: Ranges of elements that belong to each layer; a Krylov basis must have been kept.
         """
-        if self._basis is None:
-            return None
+        assert self._basis is not None  # noqa: S101 - callers check
         known = self._basis[: len(self.alphas)]
         sums = [
             sum((self._space.coefficients(known[:, own], known[:, own].T).double() for own in layer), torch.zeros(()))
             for layer in layers
         ]
         return torch.stack([gram.cpu() for gram in sums]).numpy()
+
+    def without(self, coefficients: Array, vector: Tensor) -> Tensor:
+        """Return a vector, shape (n,), minus its components along some Ritz vectors.
+
+        Args:
+            coefficients: Orthonormal eigenvectors of T as columns, shape (m, count), m the steps taken.
+            vector: The vector, shape (n,); a Krylov basis must have been kept.
+        """
+        assert self._basis is not None  # noqa: S101 - callers check
+        known = self._basis[: len(coefficients)]
+        chosen = torch.from_numpy(coefficients).to(known)
+        components = chosen @ (chosen.T @ self._space.coefficients(known, vector.to(known.device)))
+        return vector - (components @ known).to(vector.device)
 
     def project(self, vector: Tensor) -> Tensor | None:
         """Return the components of a vector along the Krylov basis, shape (m,); None without a basis."""

@@ -1,0 +1,104 @@
+"""What the Ritz vectors of Lanczos runs tell: the curvature of layers, and how eigenvectors change over a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lightning_hesd.numerics.krylov.ritz import tridiagonal_eigh
+from lightning_hesd.numerics.operators.groups import explain_non_finite
+from lightning_hesd.spectra.deflation import converged_nodes
+from lightning_hesd.spectra.layer_curvature import LayerCurvature, RestProbe, RitzPairs, layer_curvatures
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from lightning_hesd.numerics.krylov.lanczos import Lanczos
+    from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock
+    from lightning_hesd.spectra.spectrum import Spectrum
+
+    Array = NDArray[np.float64]
+    Ranges = Sequence[Sequence[slice]]
+    """Ranges of elements, in a vector, that belong to each layer."""
+
+Layers = dict[str, tuple[list[int], int]]
+"""Positions of each layer's parameters among those of the operator, and their number of elements, by name."""
+
+
+def layers_of_runs(
+    operator: DiagonalBlock, runs: Sequence[Lanczos], layers: Layers, probes: Sequence[Tensor], spectrum: Spectrum
+) -> dict[str, LayerCurvature]:
+    """Return the curvature of each layer.
+
+    Args:
+        operator: The curvature operator.
+        runs: Its Lanczos runs, with their Krylov bases.
+        layers: The layers.
+        probes: Random vectors, shape (n,), of which further products are taken.
+        spectrum: The spectrum from the runs.
+
+    Raises:
+        ArithmeticError: If a product is NaN or infinite; the message names the batch.
+    """
+    ranges = [operator.ranges(positions) for positions, _ in layers.values()]
+    found = []
+    for run in runs:
+        nodes, vectors = tridiagonal_eigh(run.alphas, run.betas)
+        found.append(RitzPairs(nodes, vectors, float(run.betas[-1]) * np.abs(vectors[-1]), run.grams(ranges)))
+    further: list[RestProbe] = []
+    if probes:
+        rule = found[0].nodes[None], found[0].vectors[:1] ** 2, found[0].residuals[None]
+        converged = converged_nodes(*rule, operator.dimension, spectrum.rounding)[0]
+        known = found[0].vectors[:, converged]
+        further = [_rest_probe(operator, runs[0], known, probe, ranges) for probe in probes]
+    dimensions = {name: dimension for name, (_, dimension) in layers.items()}
+    return layer_curvatures(found, dimensions, spectrum.rounding, spectrum.confidence, further)
+
+
+def _rest_probe(operator: DiagonalBlock, run: Lanczos, known: Array, probe: Tensor, ranges: Ranges) -> RestProbe:
+    """Return what a random vector tells of the matrix without some Ritz pairs, the columns of `known`.
+
+    Raises:
+        ArithmeticError: If the product is NaN or infinite.
+    """
+    space = operator.space
+
+    def products(first: Tensor, second: Tensor) -> Array:
+        return np.array([sum(float(space.dot(first[own], second[own])) for own in layer) for layer in ranges])
+
+    probe = run.without(known, probe)
+    product = operator.matvec(probe)
+    if not space.is_finite(product):
+        error = explain_non_finite(operator, probe)
+        raise error
+    product = run.without(known, product)
+    scale = (operator.dimension - known.shape[1]) / float(space.norm(probe)) ** 2
+    return RestProbe(scale * products(probe, product), scale * products(product, product))
+
+
+def subspace_overlap(operator: DiagonalBlock, run: Lanczos, count: int) -> float | None:
+    """Return the overlap of the leading eigenvectors with those of the analysis before, and keep them for the next.
+
+    That is ‖UᵀW‖²/k of two orthonormal bases of k vectors (Gur-Ari, Roberts & Dyer 2018, arXiv:1812.04754).
+
+    Args:
+        operator: The curvature operator.
+        run: A Lanczos run on it, with its Krylov basis.
+        count: The number k; 0: eigenvectors are not tracked.
+
+    Returns:
+        The overlap, from 0 to 1; None if eigenvectors are not tracked, or there was no analysis before.
+    """
+    cache, count = operator.risk.cache, min(count, len(run.alphas))
+    if not count:
+        return None
+    _, coefficients = tridiagonal_eigh(run.alphas, run.betas)
+    before, cache.eigenvectors = cache.eigenvectors, run.ritz_vectors(coefficients[:, -count:]).cpu()
+    if before is None or before.shape != cache.eigenvectors.shape:
+        return None
+    products = operator.space.coefficients(before, cache.eigenvectors.T)
+    return float(products.double().square().sum()) / count
