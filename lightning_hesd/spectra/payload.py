@@ -57,7 +57,7 @@ MAX_NODES = 256
 """Largest number of nodes of a spectrum; of more, neighbors are merged."""
 
 MAX_POINTS = 256
-"""Largest number of points of the band of a cumulative distribution; of more, some are left out, and it is wider."""
+"""Largest number of points of the band of a cumulative distribution; with fewer than it has, the band is wider."""
 
 DIGITS = 7
 """Significant digits of numbers."""
@@ -157,14 +157,13 @@ def _spectrum(spectrum: Spectrum) -> dict[str, Any]:
 
 def _band(spectrum: Spectrum) -> dict[str, Any]:
     """Return points, and bounds on the number of eigenvalues up to each that hold until the next one."""
-    points, low, high = spectrum.cumulative_band
-    kept = np.unique(np.linspace(0, len(points) - 1, min(len(points), MAX_POINTS)).round().astype(int))
+    points, *shares = spectrum.cumulative_band
+    low, high = np.rint(spectrum.dimension * np.array(shares)).astype(int)
+    changes = np.flatnonzero((np.diff(low) > 0) | (np.diff(high) > 0)) + 1
+    kept = np.unique([0, *changes, len(points) - 1])
+    kept = kept[np.linspace(0, len(kept) - 1, min(len(kept), MAX_POINTS)).round().astype(int)]
     lasts = np.append(kept[1:], len(points)) - 1
-    return {
-        "points": points[kept].tolist(),
-        "low": np.rint(spectrum.dimension * low[kept]).astype(int).tolist(),
-        "high": np.rint(spectrum.dimension * high[lasts]).astype(int).tolist(),
-    }
+    return {"points": points[kept].tolist(), "low": low[kept].tolist(), "high": high[lasts].tolist()}
 
 
 def _merged(
