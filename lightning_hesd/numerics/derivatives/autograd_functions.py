@@ -85,34 +85,25 @@ class _LayerNormBackward(Function):
 
 def relu(x: Tensor) -> Tensor:
     """Return max(x, 0)."""
-    return _ReLU.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+    return _ReLU.apply(x, None)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _ReLU(Function):
-    """y = max(x, 0)."""
+    """x where y > 0 and 0 elsewhere, with y = max(x, 0) unless it is given.
+
+    With the same y, this is also the map of gradients, and of their derivatives. PyTorch's version of that map also
+    makes and adds zeros for the derivative with respect to x.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = x.relu()
-        ctx.save_for_backward(y)
-        return y
+    def forward(ctx: Any, x: Tensor, y: Tensor | None) -> Tensor:
+        result: Tensor = x.relu() if y is None else torch.ops.aten.threshold_backward(x, y, 0)
+        ctx.save_for_backward(result if y is None else y)
+        return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _ReLUBackward.apply(gradient, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
-
-
-class _ReLUBackward(Function):
-    """The gradient where y > 0. PyTorch's version also makes and adds zeros for the derivative with respect to x."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, y: Tensor) -> Tensor:
-        ctx.save_for_backward(y)
-        return torch.ops.aten.threshold_backward(gradient, y, 0)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, tangent: Tensor) -> Any:
-        return _ReLUBackward.apply(tangent, *ctx.saved_tensors), None  # type: ignore[no-untyped-call]
+        return _ReLU.apply(gradient, *ctx.saved_tensors), None  # type: ignore[no-untyped-call]
 
 
 def gelu(x: Tensor, approximate: str) -> Tensor:

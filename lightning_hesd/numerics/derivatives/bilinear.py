@@ -4,11 +4,12 @@ An HVP through these functions makes fewer passes over memory than through PyTor
 differentiated to every order. All tensors have one dtype.
 """
 
-# ruff: noqa: D102 - the protocol documents the methods of the bilinear operations
+# ruff: noqa: D102 - the base class documents the methods of the bilinear operations
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,23 +19,27 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-class Bilinear(Protocol):
-    """An operation x * w that is linear in x and in w."""
+class Bilinear(ABC):
+    """An operation x * w that is linear in x and in w, for x of shape (samples, channels, ...)."""
 
+    @abstractmethod
     def product(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """Return x * w + b."""
 
     def add_product(self, total: Tensor, x: Tensor, w: Tensor) -> Tensor:
         """Add x * w to total, in place, because allocating memory takes longer than the sum."""
+        return total.add_(self.product(x, w, None))
 
+    @abstractmethod
     def gradients(self, gradient: Tensor, x: Tensor, w: Tensor, wanted: Sequence[bool]) -> Any:
         """Return the gradients with respect to x and w, where wanted."""
 
     def bias_gradient(self, gradient: Tensor) -> Tensor:
         """Return the gradient with respect to b."""
+        return gradient.sum([0, *range(2, gradient.ndim)])
 
 
-class Linear:
+class Linear(Bilinear):
     """x wᵀ, for x of shape (rows, inputs) and w of shape (outputs, inputs)."""
 
     def product(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
@@ -46,11 +51,8 @@ class Linear:
     def gradients(self, gradient: Tensor, x: Tensor, w: Tensor, wanted: Sequence[bool]) -> Any:
         return gradient @ w if wanted[0] else None, gradient.T @ x if wanted[1] else None
 
-    def bias_gradient(self, gradient: Tensor) -> Tensor:
-        return gradient.sum(0)
 
-
-class Scale:
+class Scale(Bilinear):
     """x · w for each channel: x has shape (samples, channels, ...), w and b have shape (1, channels, 1, ...)."""
 
     def product(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
@@ -67,7 +69,7 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Convolution:
+class Convolution(Bilinear):
     """x convolved with the kernels w."""
 
     stride: list[int]
@@ -79,16 +81,10 @@ class Convolution:
         zeros = [0] * len(self.stride)
         return torch.convolution(x, w, b, self.stride, self.padding, self.dilation, False, zeros, self.groups)
 
-    def add_product(self, total: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        return total.add_(self.product(x, w, None))
-
     def gradients(self, gradient: Tensor, x: Tensor, w: Tensor, wanted: Sequence[bool]) -> Any:
         zeros = [0] * len(self.stride)
         geometry = self.stride, self.padding, self.dilation, False, zeros, self.groups
         return torch.ops.aten.convolution_backward(gradient, x, w, None, *geometry, [*wanted, False])[:2]
-
-    def bias_gradient(self, gradient: Tensor) -> Tensor:
-        return gradient.sum([0, *range(2, gradient.ndim)])
 
 
 def bilinear(operation: Bilinear, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
