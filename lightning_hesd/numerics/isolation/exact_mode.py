@@ -56,7 +56,7 @@ def exact_mode(
         stack.enter_context(restoring(snapshot))
         snapshot.clear_gradients()
         for p in (p for p in analyzed if not p.requires_grad):
-            stack.enter_context(_set(p, "requires_grad", True))
+            _set(stack, p, "requires_grad", True)
         stack.enter_context(isolation.hooks.limited())
         stack.enter_context(isolation.power_iterations.cached())
         stack.enter_context(no_hooks_in_backward(list(module.parameters())))
@@ -64,11 +64,11 @@ def exact_mode(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_without_autocast(device_types))
         for backend, name, exact in _float32_formats():
-            stack.enter_context(_set(backend, name, exact))
+            _set(stack, backend, name, exact)
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         if any(isinstance(m, nn.RNNBase) for m in module.modules()):
-            stack.enter_context(_set(torch.backends.cudnn, "enabled", False))
+            _set(stack, torch.backends.cudnn, "enabled", False)
         set_mode(module, mode)
         _check_norms(module)
         yield isolation
@@ -100,8 +100,8 @@ def _check_norms(module: nn.Module) -> None:
     Raises:
         ValueError: If the module has one, and there are several ranks.
     """
-    is_single = not torch.distributed.is_available() or not torch.distributed.is_initialized()
-    if is_single or torch.distributed.get_world_size() == 1:
+    is_initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not is_initialized or torch.distributed.get_world_size() == 1:
         return
     if any(isinstance(m, nn.SyncBatchNorm) and m.training for m in module.modules()):
         msg = (
@@ -111,15 +111,10 @@ def _check_norms(module: nn.Module) -> None:
         raise ValueError(msg)
 
 
-@contextlib.contextmanager
-def _set(owner: Any, name: str, value: object) -> Iterator[None]:
-    """Set an attribute in this context."""
-    before = getattr(owner, name)
+def _set(stack: contextlib.ExitStack, owner: Any, name: str, value: object) -> None:
+    """Set an attribute until the stack of contexts is left."""
+    stack.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 def release_memory() -> None:

@@ -71,17 +71,15 @@ class Isolation:
     def separate(self, analyzed: Sequence[Tensor]) -> Iterator[None]:
         """Let evaluations in this context start from a state of their own, with other analyzed parameters."""
         outside = self._analyzed, self._before, self._start, self._evaluated
-        self._analyzed, self._before, self._start, self._evaluated = analyzed, None, None, set()
+        self._analyzed = analyzed
+        self.restart()
         try:
             with self.power_iterations.separate():
                 yield
         finally:
-            self._restore_start()
+            if self._start is not None:
+                self._start.restore()
             self._analyzed, self._before, self._start, self._evaluated = outside
-
-    def _restore_start(self) -> None:
-        if self._start is not None:
-            self._start.restore()
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
