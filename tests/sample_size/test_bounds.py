@@ -297,7 +297,7 @@ class TestRefusals:
     def test_of_choices(self) -> None:
         with pytest.raises(ValueError, match="`kind` must be 'published' or 'tight', got 'loose'"):
             hessian_bound(1.0, 1.0, 2, kind="loose")
-        with pytest.raises(ValueError, match="`matrix` must be 'ggn', 'residual' or 'hessian', got 'fisher'"):
+        with pytest.raises(ValueError, match="`matrix` must be 'ggn' or 'residual' or 'hessian', got 'fisher'"):
             hessian_bound(1.0, 1.0, 2, matrix="fisher")
 
     @pytest.mark.parametrize("beyond", [{"bias_norm": 0.1}, {"matrix": "hessian"}, {"matrix": "residual"}])
