@@ -84,22 +84,20 @@ class Line:
         return float(self._space.dot(vector, self.direction))
 
 
-class OutputLine:
-    """The loss of the outputs along Jv, their change along a line through the weights."""
+def output_bend(matrix: GaussNewtonMatrix, batch: WeightedBatch, line: Line, step: float, far: float) -> float:
+    """Return vᵀGv for the direction v of a line: the second difference of the loss of the outputs along Jv.
 
-    def __init__(self, matrix: GaussNewtonMatrix, batch: WeightedBatch, line: Line) -> None:
-        self._matrix, self._batch, self._line = matrix, batch, line
+    Jv, the change of the outputs along the line, is taken by differences of length `step`; the second difference
+    reaches `far` to both sides.
+    """
 
-    def bend(self, step: float, far: float) -> float:
-        """Return vᵀGv: the second difference, `far` to both sides, along Jv by differences of length `step`."""
-        ahead, behind = (self._values(s) for s in (step, -step))
-        change = [
-            (a - b) / (2 * step) if isinstance(a, Tensor) and a.is_floating_point() else None
-            for a, b in zip(ahead, behind, strict=True)
-        ]
-        up, at, down = (self._matrix.loss_near(self._batch, change, d) for d in (far, 0.0, -far))
-        return (up - 2 * at + down) / far**2
+    def outputs(distance: float) -> list[Any]:
+        with line.differences.displaced(line.vector(), distance):
+            return matrix.values(batch)
 
-    def _values(self, step: float) -> list[Any]:
-        with self._line.differences.displaced(self._line.vector(), step):
-            return self._matrix.values(self._batch)
+    change = [
+        (a - b) / (2 * step) if isinstance(a, Tensor) and a.is_floating_point() else None
+        for a, b in zip(outputs(step), outputs(-step), strict=True)
+    ]
+    up, at, down = (matrix.loss_near(batch, change, distance) for distance in (far, 0.0, -far))
+    return (up - 2 * at + down) / far**2
