@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 
 from lightning_hesd.numerics.devices import finest_dtype
-from lightning_hesd.numerics.operators.comparison import SETTLED, Comparison
 from lightning_hesd.numerics.operators.curvature import EVERYTHING, GaussNewtonMatrix
-from lightning_hesd.numerics.operators.directional import Line, beside_the_weights, output_bend
+from lightning_hesd.numerics.operators.directional import SETTLED, Comparison, Line, beside_the_weights, output_bend
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,8 +35,8 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.derivatives.graphs import GraphFacts
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.krylov.vectors import VectorSpace
-    from lightning_hesd.numerics.operators.comparison import Outcome
     from lightning_hesd.numerics.operators.curvature import CurvatureMatrix
+    from lightning_hesd.numerics.operators.directional import Outcome
 
     InFinest = Callable[[], AbstractContextManager[Callable[[Tensor], Tensor]]]
 
