@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from importlib.metadata import entry_points
@@ -20,6 +21,7 @@ from tensorboard.backend.application import TensorBoardWSGI
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.plugins.base_plugin import TBContext
+from werkzeug.serving import make_server
 from werkzeug.test import Client
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parent.parent
-EPOCHS = 4
+EPOCHS = 3
 
 
 def train(folder: Path, seed: int = 0, **arguments: Any) -> tuple[str, HessianSpectrumCallback]:
@@ -106,14 +108,15 @@ def tensorboard(log_dir: Path, folder: Path, *flags: str) -> Iterator[str]:
 
 
 class Tab:
-    """The plugin in TensorBoard's application, without a socket."""
+    """The plugin in TensorBoard's application, in this process."""
 
     def __init__(self, folder: Path) -> None:
         self.events = EventMultiplexer(tensor_size_guidance={"hesd": 1000})
         self.folder = folder
         provider = MultiplexerDataProvider(self.events, str(folder))
         plugin = HESDLoader().load(TBContext(data_provider=provider))
-        self.client = Client(TensorBoardWSGI([plugin], data_provider=provider))
+        self.application = TensorBoardWSGI([plugin], data_provider=provider)
+        self.client = Client(self.application)
         self.reload()
 
     def reload(self) -> None:
@@ -123,3 +126,16 @@ class Tab:
     def get(self, route: str, **query: str) -> tuple[int, Any]:
         answer = self.client.get(f"/data/plugin/hesd/{route}", query_string=query)
         return answer.status_code, json.loads(answer.get_data())
+
+    @contextmanager
+    def served(self) -> Iterator[str]:
+        """Serve on a free port, and yield the address."""
+        server = make_server("localhost", 0, self.application, threaded=True)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://localhost:{server.port}/"
+        finally:
+            server.shutdown()
+            thread.join()
+            server.server_close()

@@ -30,7 +30,7 @@ class Plain(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+        self.net = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3))
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         loss = F.cross_entropy(self.net(batch[0]), batch[1])
@@ -46,7 +46,7 @@ class Plain(LightningModule):
 
 def data() -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(60, 8, generator=generator)
+    x = torch.randn(40, 8, generator=generator)
     return DataLoader(TensorDataset(x, x[:, :3].argmax(1)), batch_size=20)
 
 
@@ -102,13 +102,13 @@ def test_configuration_of_a_page_trains(page: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(sys, "argv", ["train"])
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 with jsonargparse 4.53
     for block in blocks(page, "yaml"):
-        (tmp_path / "config.yaml").write_text(block, encoding="utf-8")
+        (tmp_path / "page.yaml").write_text(block, encoding="utf-8")
         cli = LightningCLI(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            args=["fit", "--config", "config.yaml", "--trainer.accelerator", "cpu"],
+            args=["fit", "--config", "page.yaml", "--trainer.accelerator=cpu", "--trainer.logger=false"],
         )
         callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
         (found,) = (c for c in callbacks if isinstance(c, HessianSpectrumCallback))

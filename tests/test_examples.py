@@ -73,13 +73,7 @@ def test_transformer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_hugging_face(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers", reason="not a dependency; tests/training/test_language_models.py stands in")
     pytest.importorskip("peft")
-    quick = [
-        "--pretraining=2",
-        "--epochs=2",
-        "--steps=3",
-        f"--log-dir={tmp_path}",
-        f"--figure={tmp_path / 'figure.png'}",
-    ]
+    quick = ["--pretraining=2", "--epochs=2", "--steps=3", f"--log-dir={tmp_path}", f"--figure={tmp_path}/figure.png"]
     module, spectra, rule = hugging_face.main(quick)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert [record.epoch for record in spectra.history] == [-1, 1]
@@ -104,10 +98,8 @@ def test_gan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, other = (spectra[name].history[0].spectrum.loss for name in players)
     assert one != other
     printed = capsys.readouterr().out
-    assert (
-        len(re.findall(r"^    [01] ( +-?\d+\.\d{4}){4}  M[PN] +( +-?\d+\.\d{4}){4}  M[PN]$", printed, re.MULTILINE))
-        == 2
-    )
+    rows = re.findall(r"^    [01] ( +-?\d+\.\d{4}){4}  M[PN] +( +-?\d+\.\d{4}){4}  M[PN]$", printed, re.MULTILINE)
+    assert len(rows) == 2
 
 
 @pytest.mark.filterwarnings("ignore:lightning_hesd. none of the epochs with nearly the best:RuntimeWarning")

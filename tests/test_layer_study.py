@@ -206,6 +206,7 @@ def test_an_effect_of_size_is_none_given_the_size(few_draws: None) -> None:
 
 def test_chance_is_called_an_effect_as_often_as_stated(few_draws: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "RESAMPLES", 2)
+    monkeypatch.setattr(statistics, "PERMUTATIONS", 99)
     shape = (2, 1, 9)
     size, depth = (np.broadcast_to(values, shape) for values in (np.arange(9.0), np.tile([1.0, 2, 4], 3)))
     false = {plain: 0, given: 0}

@@ -101,15 +101,14 @@ def test_bandwidth_is_measured() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "trouble"),
+    ("made", "wrong", "trouble"),
     [
-        ({"parameters": 0}, "`parameters` must be a positive integer, got 0"),
-        ({"strategy": "guess"}, "`strategy` must be one of graph, recompute, finite_difference, got 'guess'"),
-        ({"graph_bytes": math.inf}, "`graph_bytes` must be at least 0 and finite, got inf"),
+        (Workload, {"parameters": 0}, "`parameters` must be a positive integer, got 0"),
+        (Workload, {"parameters": 10, "strategy": "guess"}, "`strategy` must be one of graph, recompute, finite_"),
+        (Workload, {"parameters": 10, "graph_bytes": math.inf}, "`graph_bytes` must be at least 0 and finite, got inf"),
+        (Machine, {"gradient_seconds": 1.0, "memory_bandwidth": math.nan}, "`memory_bandwidth` must be positive, got"),
     ],
 )
-def test_wrong_workloads(wrong: dict[str, Any], trouble: str) -> None:
+def test_refusals(made: Any, wrong: dict[str, Any], trouble: str) -> None:
     with pytest.raises(ValueError, match=trouble):
-        Workload(**{"parameters": 10, **wrong})
-    with pytest.raises(ValueError, match="`memory_bandwidth` must be positive, got nan"):
-        Machine(1.0, math.nan)
+        made(**wrong)

@@ -1,4 +1,4 @@
-"""What is imported when the package, a callback or the command line starts, in processes of their own."""
+"""What is imported when the package, a callback, the command line or the tab starts, in processes of their own."""
 
 from __future__ import annotations
 
@@ -41,3 +41,8 @@ def test_a_callback_loads_neither_matplotlib_nor_tensorboard() -> None:
 @pytest.mark.parametrize("words", [["--help"], ["assess", "--help"], ["-h", "analyze"]])
 def test_help_loads_no_torch(words: list[str]) -> None:
     assert last_line(COMMAND.format(words=words)) == "[]"
+
+
+def test_the_tab_loads_no_torch() -> None:
+    plugin = "import sys, lightning_hesd.tensorboard_plugin.plugin\n"
+    assert last_line(plugin + "print(sorted({'torch', 'lightning', 'matplotlib'} & set(sys.modules)))") == "[]"

@@ -1,8 +1,9 @@
-"""The criteria as torchmetrics: against Spectrum, in collections, over processes, as plots."""
+"""The criteria as torchmetrics: against Spectrum, in collections, over ranks, as plots."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,18 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 
-from lightning_hesd import Spectrum, assess_generalization, hessian_spectrum
+from lightning_hesd import Spectrum, assess_generalization
 from lightning_hesd.metrics import GeneralizationCriteria, HessianCriteria
 from lightning_hesd.metrics.functional import generalization_criteria, hessian_criteria
-from tests import cases, programs
+from tests import programs
+from tests.spectra import nodes
 
 
-def spectrum(seed: int = 0, probes: int = 2, steps: int = 9, problem: str = "mlp") -> Spectrum:
-    return hessian_spectrum(*cases.make(problem), steps=steps, probes=probes, seed=seed)
+def spectrum(seed: int = 0, probes: int = 2, steps: int = 9) -> Spectrum:
+    """A spectrum of both signs whose probes have weights of their own."""
+    generator = np.random.default_rng(seed)
+    weights = generator.dirichlet(np.ones(steps), size=probes)
+    return nodes.spectrum(*np.sort(generator.normal(0.3, 1.0, size=steps)), weights=weights)
 
 
 def values(found: dict[str, Tensor]) -> dict[str, float]:
@@ -81,8 +86,8 @@ def test_in_a_collection_beside_others() -> None:
 
 
 def test_generalization() -> None:
-    train, other = spectrum(problem="mlp"), spectrum(problem="mlp", seed=0, steps=9)
-    worse = Spectrum(**{**other.to_dict(), "nodes": np.where(other.nodes < 0, 2 * other.nodes, other.nodes)})
+    train = spectrum()
+    worse = replace(train, nodes=np.where(train.nodes < 0, 2 * train.nodes, train.nodes))
     metric = GeneralizationCriteria()
     metric.update(train, worse)
     assessment = assess_generalization(train, worse)
@@ -108,16 +113,12 @@ def test_undefined_is_nan() -> None:
         ((torch.ones(3), torch.ones(2)), r"must have the same shape.*got \(3,\) and \(2,\)"),
         ((torch.full((2,), torch.nan), torch.zeros(2)), r"a node that is not NaN"),
         ((torch.ones(1, 2, 3), torch.ones(1, 2, 3)), r"\(probes, steps\) or \(steps,\)"),
+        ((spectrum(), torch.ones(2)), "`weights` must be left out with a Spectrum"),
     ],
 )
 def test_misuse_is_named(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         HessianCriteria().update(*arguments)
-
-
-def test_a_spectrum_has_weights_of_its_own() -> None:
-    with pytest.raises(ValueError, match="`weights` must be left out with a Spectrum"):
-        HessianCriteria().update(spectrum(), torch.ones(2))
 
 
 def test_plots() -> None:
@@ -139,7 +140,7 @@ def _process(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_processes_pool_their_probes(tmp_path: Any) -> None:
+def test_ranks_pool_their_probes(tmp_path: Any) -> None:
     server = programs.SERVER.get_start_method()
     torch.multiprocessing.start_processes(_process, (str(tmp_path),), nprocs=2, start_method=server)
     alone = HessianCriteria()

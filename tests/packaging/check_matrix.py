@@ -22,21 +22,9 @@ from tests.packaging.check_wheel import HELD, ROOT, oldest, pinned_torch, run
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 TESTS = [
-    *(
-        "test_accuracy",
-        "checkpoints/test_checkpoint",
-        "test_generalization",
-        "test_history",
-        "test_layers",
-        "test_progress",
-    ),
-    *(
-        "test_loggers",
-        "test_resume",
-        "test_schedule",
-        "checkpoints/test_selection",
-        "isolation/test_training_untouched",
-    ),
+    *("test_accuracy", "checkpoints/test_checkpoint", "test_generalization", "test_history", "test_layers"),
+    *("test_progress", "test_loggers", "test_resume", "test_schedule", "checkpoints/test_selection"),
+    "isolation/test_training_untouched",
 ]
 """In tests/training: what touches Lightning, TorchMetrics, TensorBoard and NumPy most."""
 
@@ -68,18 +56,14 @@ def main() -> None:
 def page(lines: list[str]) -> str:
     """Return the page with the table."""
     tests = ", ".join(f"`{name}`" for name in TESTS)
-    return "\n".join(
-        [
-            "# Versions it was tried with",
-            "",
-            f"Made by `make matrix` on {dt.datetime.now(dt.timezone.utc):%Y-%m-%d}: clean environments with the oldest",
-            "and the newest versions that could be installed, and in each these files of `tests/training`:",
-            f"{tests}. Types are checked for the oldest Python in any case.",
-            "",
-            *lines,
-            "",
-        ]
-    )
+    head = f"""\
+# Versions it was tried with
+
+Made by `make matrix` on {dt.datetime.now(dt.timezone.utc):%Y-%m-%d}: clean environments with the oldest
+and the newest versions that could be installed, and in each these files of `tests/training`:
+{tests}. Types are checked for the oldest Python in any case.
+"""
+    return "\n".join([head, *lines, ""])
 
 
 def tried(version: str, environment: str, torch: str) -> tuple[dict[str, str], str]:
@@ -113,10 +97,8 @@ def find_python(version: str) -> str | None:
     """Return an interpreter of this version; shims of pyenv are there for versions that are not."""
     versions = sorted((Path.home() / ".pyenv" / "versions").glob(f"{version}.*/bin/python"))
     for candidate in (shutil.which(f"python{version}"), *map(str, versions)):
-        if (
-            candidate
-            and subprocess.run([candidate, "-c", "import venv"], capture_output=True, check=False).returncode == 0
-        ):
+        works = [candidate, "-c", "import venv"]
+        if candidate and subprocess.run(works, capture_output=True, check=False).returncode == 0:
             return candidate
     return None
 

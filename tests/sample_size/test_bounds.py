@@ -78,7 +78,7 @@ def cases() -> list[Case]:
     """Random networks from very small to large weights, each with one sample, and the norms of its terms."""
     generator = torch.Generator().manual_seed(0)
     found = []
-    settings = itertools.product((1, 2, 3, 4), (0.05, 0.3, 0.7, 1.0, 2.0), (False, True), (False, True))
+    settings = itertools.product((1, 2, 3, 4), (0.05, 0.7, 2.0), (False, True), (False, True))
     for seed, (layers, scale, biased, relu_on_logits) in enumerate(settings):
         module = network(layers, scale, seed, biased=biased, relu_on_logits=relu_on_logits)
         x = torch.randn(3, generator=generator, dtype=torch.float64) * (0.1, 1.0, 3.0)[seed % 3]
@@ -142,23 +142,7 @@ class TestTight:
         assert hessian_bound(2.0, 3.0, 1, matrix="residual") == 0.0
         assert all(case.residual <= case.rounding for case in cases() if case.layers == 1)
 
-    def test_softmax_of_two_equal_classes_meets_it(self) -> None:
-        module = nn.Linear(3, 2, bias=False, dtype=torch.float64)
-        nn.init.zeros_(module.weight)
-        x = torch.tensor([1.0, 2.0, 2.0], dtype=torch.float64)
-        ggn, hessian = dense_terms(module, x, torch.tensor(1))
-        assert float(torch.linalg.matrix_norm(ggn, 2)) == pytest.approx(4.5, rel=1e-12)
-        assert network_bound(module, x[None], matrix="ggn") == pytest.approx(4.5, rel=1e-12)
-        assert torch.allclose(ggn, hessian, rtol=0, atol=1e-14)
-
-
-class TestTheHessianBesidesTheGTerm:
-    def test_is_not_covered_by_a_bound_on_the_g_term(self) -> None:
-        ratios = [case.hessian / case.tight["ggn"] for case in cases() if case.layers > 1]
-        assert max(ratios) > 100
-        assert 0.1 < np.mean(np.array(ratios) > 1) < 0.6
-
-    def test_does_not_vanish_with_the_weights(self) -> None:
+    def test_on_the_hessian_does_not_vanish_with_the_weights(self) -> None:
         # Two layers, W → 0: G is of the order of W², the H-term that of ‖π − y‖·‖relu'‖·‖x‖.
         x = torch.tensor([1.0, -2.0, 2.0], dtype=torch.float64)
         for scale in (1e-2, 1e-4):
@@ -200,28 +184,11 @@ class TestPublished:
         assert broken
         assert all(case.weight_norm < SAFE_WEIGHT_NORM for case in broken)
 
-    @pytest.mark.parametrize("scale", [1e-1, 1e-3, 1e-6])
-    def test_vanishes_where_the_hessian_does_not(self, scale: float) -> None:
-        module = network(1, scale, 1, biased=False, relu_on_logits=False)
-        x = torch.tensor([0.0, 3.0, 4.0], dtype=torch.float64)
-        ggn, _ = dense_terms(module, x, torch.tensor(0))
-        norm = float(torch.linalg.matrix_norm(ggn, 2))
-        assert norm == pytest.approx(25 / 3, rel=5 * scale)  # ‖diag π − ππᵀ‖ = 1/3 for three equal classes
-        assert hessian_bound(5.0, weight_norm(module), 1, kind="published") < 200 * scale**2
-
 
 class TestLemmas:
     @pytest.mark.parametrize("kind", ["published", "tight"])
     def test_hidden_size_stands_for_the_weight_norm(self, kind: Any) -> None:
         assert hidden_size_bound(1.5, 0.3, 8, 3, kind=kind) == hessian_bound(1.5, 8 * 0.3, 3, kind=kind)
-
-    def test_hidden_size_bounds_the_spectral_norm(self) -> None:
-        for seed in range(20):
-            module = network(3, 1.0, seed, biased=False, relu_on_logits=False)
-            largest = max(float(p.detach().abs().max()) for p in module.parameters())
-            x = torch.randn(1, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-            bound = hidden_size_bound(input_norm(x), largest, 4, 3, kind="tight")
-            assert bound >= network_bound(module, x, matrix="ggn")
 
     def test_loss_differences_under_its_assumptions(self) -> None:
         # ℓ_i(w) = c_i + (w − w*)ᵀH_i(w − w*)/2 with one minimum for all samples: the quadratic model itself.
@@ -281,39 +248,40 @@ class TestMeasured:
             input_norm(torch.zeros(shape))
 
 
-class TestRefusals:
-    @pytest.mark.parametrize("wrong", [-1.0, math.nan, math.inf])
-    @pytest.mark.parametrize("name", ["input_norm", "weight_norm", "bias_norm"])
-    def test_of_norms(self, name: str, wrong: float) -> None:
-        given = {"input_norm": 1.0, "weight_norm": 1.0, "bias_norm": 0.5, name: wrong}
-        with pytest.raises(ValueError, match=f"`{name}` must be finite and not negative, got"):
-            hessian_bound(**given, layers=2)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        *(
+            ({name: number}, f"`{name}` must be finite and not negative, got")
+            for name in ("input_norm", "weight_norm", "bias_norm")
+            for number in (-1.0, math.nan, math.inf)
+        ),
+        *(({"layers": layers}, "`layers` must be a positive integer, got") for layers in (0, -1, 2.0, True)),
+        ({"kind": "loose"}, "`kind` must be 'published' or 'tight', got 'loose'"),
+        ({"matrix": "fisher"}, "`matrix` must be 'ggn' or 'residual' or 'hessian', got 'fisher'"),
+        *(
+            ({"kind": "published", **beyond}, r"exists for `matrix='ggn'` without biases only, got")
+            for beyond in ({"bias_norm": 0.1}, {"matrix": "hessian"}, {"matrix": "residual"})
+        ),
+    ],
+)
+def test_refusals(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hessian_bound(**{"input_norm": 1.0, "weight_norm": 1.0, "layers": 2, **wrong})
 
-    @pytest.mark.parametrize("layers", [0, -1, 2.0, True])
-    def test_of_layers(self, layers: Any) -> None:
-        with pytest.raises(ValueError, match="`layers` must be a positive integer, got"):
-            hessian_bound(1.0, 1.0, layers)
 
-    def test_of_choices(self) -> None:
-        with pytest.raises(ValueError, match="`kind` must be 'published' or 'tight', got 'loose'"):
-            hessian_bound(1.0, 1.0, 2, kind="loose")
-        with pytest.raises(ValueError, match="`matrix` must be 'ggn' or 'residual' or 'hessian', got 'fisher'"):
-            hessian_bound(1.0, 1.0, 2, matrix="fisher")
-
-    @pytest.mark.parametrize("beyond", [{"bias_norm": 0.1}, {"matrix": "hessian"}, {"matrix": "residual"}])
-    def test_of_what_the_published_bound_does_not_cover(self, beyond: Any) -> None:
-        with pytest.raises(ValueError, match=r"the published bound exists for `matrix='ggn'` without biases only, got"):
-            hessian_bound(1.0, 1.0, 2, kind="published", **beyond)
-
-    def test_of_lemmas(self) -> None:
-        with pytest.raises(ValueError, match=r"`entry_bound` must be finite and not negative, got -1\.0"):
-            hidden_size_bound(1.0, -1.0, 2, 2)
-        with pytest.raises(ValueError, match="`hidden_size` must be a positive integer, got 0"):
-            hidden_size_bound(1.0, 1.0, 0, 2)
-        with pytest.raises(ValueError, match="`radius` must be finite and not negative, got nan"):
-            loss_difference_bound([1], 1.0, 1.0, math.nan)
-        with pytest.raises(ValueError, match=r"`sample_sizes` must be at least 1, got 0\.0"):
-            loss_difference_bound([1, 0], 1.0, 1.0, 1.0)
+@pytest.mark.parametrize(
+    ("bound", "arguments", "message"),
+    [
+        (hidden_size_bound, (1.0, -1.0, 2, 2), r"`entry_bound` must be finite and not negative, got -1\.0"),
+        (hidden_size_bound, (1.0, 1.0, 0, 2), "`hidden_size` must be a positive integer, got 0"),
+        (loss_difference_bound, ([1], 1.0, 1.0, math.nan), "`radius` must be finite and not negative, got nan"),
+        (loss_difference_bound, ([1, 0], 1.0, 1.0, 1.0), r"`sample_sizes` must be at least 1, got 0\.0"),
+    ],
+)
+def test_refusals_of_lemmas(bound: Any, arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bound(*arguments)
 
 
 @pytest.mark.parametrize("matrix", ["ggn", "residual", "hessian"])

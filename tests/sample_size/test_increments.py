@@ -24,18 +24,6 @@ def all_orders(values: np.ndarray) -> np.ndarray:
     return np.array([by_definition(values[list(order)]) for order in itertools.permutations(range(len(values)))])
 
 
-class TestTheory:
-    def test_the_mean_square_over_all_orders_is_exact(self) -> None:
-        values = lognormal(6)
-        expected = values.var(ddof=1) / scale_of_sizes(6) ** 2
-        np.testing.assert_allclose((all_orders(values) ** 2).mean(axis=0), expected, rtol=1e-12)
-
-    def test_increments_of_different_sizes_are_uncorrelated(self) -> None:
-        curves = all_orders(lognormal(6))
-        products = curves.T @ curves / len(curves)
-        np.testing.assert_allclose(products - np.diag(np.diag(products)), 0.0, atol=1e-14)
-
-
 class TestIncrements:
     def test_are_differences_of_means_in_orders_that_are_equally_likely(self) -> None:
         values = lognormal(4)

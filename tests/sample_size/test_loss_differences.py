@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import nn
 
-from lightning_hesd.sample_size.loss_differences import LossDifferences, differences_of, loss_differences
+from lightning_hesd.sample_size.loss_differences import differences_of, loss_differences
 from lightning_hesd.sample_size.sample_losses import per_sample_losses
 
 
@@ -30,14 +30,10 @@ def all_orders(losses: np.ndarray) -> np.ndarray:
 
 
 class TestAgainstAllOrders:
-    def test_mean(self) -> None:
+    def test_mean_and_standard_error(self) -> None:
         found = differences_of(lognormal(6), orders=4000)
         z = (found.mean - all_orders(lognormal(6)).mean(axis=0)) / found.standard_error
         assert (np.abs(z) < 4).all()
-        assert (np.abs(z) > 1e-3).all()  # errors of the size that chance has, not large ones
-
-    def test_standard_error(self) -> None:
-        found = differences_of(lognormal(6), orders=4000)
         expected = all_orders(lognormal(6)).std(axis=0) / math.sqrt(4000)
         np.testing.assert_allclose(found.standard_error, expected, rtol=0.1)
 
@@ -65,7 +61,7 @@ def test_the_band_is_student_s() -> None:
 
 
 class TestRate:
-    @pytest.mark.parametrize("draw", ["lognormal", "normal", "uniform"])
+    @pytest.mark.parametrize("draw", ["lognormal", "uniform"])
     def test_is_minus_one_whatever_the_losses(self, draw: str) -> None:
         losses = getattr(np.random.default_rng(1), draw)(size=2000)
         found = differences_of(losses)
@@ -131,43 +127,38 @@ class TestOfANetwork:
         np.testing.assert_array_equal(found.mean, expected.mean)
         assert (found.mean != loss_differences(module, batches, loss_fn).mean).any()
 
-    def test_checks_its_arguments_before_it_works(self) -> None:
+    @pytest.mark.parametrize(
+        ("name", "wrong", "wanted"),
+        [
+            ("orders", 1, "must be"),
+            ("seed", -1, "must be"),
+            *(("confidence", wrong, "must lie between 0 and 1, got") for wrong in (0.0, 1.0, math.nan)),
+        ],
+    )
+    def test_checks_its_arguments_before_it_works(self, name: str, wrong: Any, wanted: str) -> None:
         module, batches, _ = self.arguments()
-        with pytest.raises(ValueError, match="`orders` must be"):
-            loss_differences(module, batches, None, orders=1)
-        with pytest.raises(ValueError, match="`seed` must be"):
-            loss_differences(module, batches, None, seed=-1)
-        for confidence in (0.0, 1.0, math.nan):
-            with pytest.raises(ValueError, match="`confidence` must lie between 0 and 1, got"):
-                loss_differences(module, batches, None, confidence=confidence)
+        with pytest.raises(ValueError, match=f"`{name}` {wanted}"):
+            loss_differences(module, batches, None, **{name: wrong})
 
 
 class TestPlot:
-    @staticmethod
-    def curves(found: LossDifferences, **options: Any) -> dict[str, np.ndarray]:
-        ax = found.plot(**options)
-        assert ax.get_yscale() == "log"
-        image = io.BytesIO()
-        ax.get_figure().savefig(image)  # whatever cannot be drawn warns here
-        assert image.tell() > 5000
-        return {line.get_label(): np.asarray(line.get_ydata()) for line in ax.lines}
-
     def test_shows_mean_moving_average_fit_and_bounds(self) -> None:
         found = differences_of(lognormal(40))
         declining = 9 / (found.sample_sizes + 1)
-        curves = self.curves(found, bounds={"flat": 2.0, "declining": declining})
+        ax = Figure().add_subplot()
+        assert found.plot(ax, bounds={"flat": 2.0, "declining": declining}) is ax
+        assert ax.get_yscale() == "log"
+        assert len(ax.collections) == 1  # the band
+        image = io.BytesIO()
+        ax.get_figure().savefig(image)  # whatever cannot be drawn warns here
+        assert image.tell() > 5000
+        curves = {line.get_label(): np.asarray(line.get_ydata()) for line in ax.lines}
         np.testing.assert_array_equal(curves["mean of 100 orders"], found.mean)
         np.testing.assert_array_equal(curves["moving average (0.99)"], found.smoothed())
         fit = curves[f"{found.constant:.3g}/k"]
         np.testing.assert_allclose(fit * np.sqrt(found.sample_sizes * (found.sample_sizes + 1.0)), found.constant)
         assert (curves["flat"] == 2.0).all()
         np.testing.assert_array_equal(curves["declining"], declining)
-
-    def test_draws_on_the_axes_it_is_given(self) -> None:
-        ax = Figure().add_subplot()
-        assert differences_of(lognormal(4), orders=2).plot(ax) is ax
-        assert len(ax.lines) == 3
-        assert len(ax.collections) == 1  # the band
 
     def test_refuses_bounds_of_another_length(self) -> None:
         with pytest.raises(ValueError, match="broadcast"):

@@ -144,27 +144,25 @@ class TestState:
         np.testing.assert_array_equal(found, per_sample_losses(network(), given, each))
 
 
-class TestRefusals:
-    def test_of_a_wrong_number(self) -> None:
-        with pytest.raises(ValueError, match=r"shape \(5,\) for batch 0, or their mean, a scalar; got shape \(10,\)"):
-            per_sample_losses(network(), batches(), lambda m, b: each(m, b).repeat(2))
+@pytest.mark.parametrize(
+    ("losses", "error", "message"),
+    [
+        (
+            lambda m, b: each(m, b).repeat(2),
+            ValueError,
+            r"shape \(5,\) for batch 0, or their mean, a scalar; got shape \(10,\)",
+        ),
+        (lambda m, b: torch.ones(1), ValueError, r"must return one loss per sample, shape \(5,\)"),
+        (lambda m, b: torch.ones(5, 1), ValueError, r"must return one loss per sample, shape \(5,\)"),
+        (lambda m, b: 1.0, TypeError, "`loss_fn` must return a tensor, got float"),
+        (lambda m, b: each(m, b) / (len(b[0]) - 3), ArithmeticError, "the loss of a sample of batch 1 is inf"),
+    ],
+)
+def test_refusals_of_losses(losses: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        per_sample_losses(network(), batches(), losses)
 
-    @pytest.mark.parametrize("shape", [(1,), (5, 1)])
-    def test_of_other_shapes(self, shape: tuple[int, ...]) -> None:
-        with pytest.raises(ValueError, match=r"must return one loss per sample, shape \(5,\)"):
-            per_sample_losses(network(), batches(), lambda m, b: torch.ones(shape))
 
-    def test_of_what_is_no_tensor(self) -> None:
-        with pytest.raises(TypeError, match="`loss_fn` must return a tensor, got float"):
-            per_sample_losses(network(), batches(), lambda m, b: 1.0)
-
-    def test_of_no_batches(self) -> None:
-        with pytest.raises(ValueError, match="`batches` is empty"):
-            read_batches([])
-
-    @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-    def test_of_losses_that_are_not_finite(self, wrong: float) -> None:
-        data = batches()
-        data[1][0][2, 0] = wrong
-        with pytest.raises(ArithmeticError, match=r"the loss of a sample of batch 1 is (nan|inf)"):
-            per_sample_losses(nn.Identity(), data, lambda m, b: b[0][:, 0])
+def test_refusal_of_no_batches() -> None:
+    with pytest.raises(ValueError, match="`batches` is empty"):
+        read_batches([])

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from lightning_hesd.sample_size.directions import dominant_directions
@@ -102,19 +101,6 @@ class TestQuadraticLoss:
         by_order = [formula(*problem.increments(u, np.array(order)), 0.7) for order in orders]
         np.testing.assert_allclose(found.expected, np.mean(by_order, axis=0), rtol=1e-12)
 
-    @pytest.mark.parametrize("sigma", [0.1, 1.0])
-    def test_agrees_with_monte_carlo(self, sigma: float) -> None:
-        problem = Quadratic(40)
-        found = subspace_stabilization(
-            problem.module, [problem.batch], problem.loss_fn, orthonormal(5, 3), sigma=sigma, draws=200, orders=20
-        )
-        z = (found.monte_carlo - found.closed_form) / found.monte_carlo_error
-        assert (np.abs(z) < 4.5).all()
-        assert 0.3 < np.sqrt((z**2).mean()) < 2  # errors of the size that chance has
-        difference = found.monte_carlo_constant - found.constant
-        assert abs(difference) < 3 * found.monte_carlo_constant_error
-        assert found.monte_carlo_constant_error < 0.2 * found.constant
-
     def test_the_stated_error_is_the_standard_deviation_over_seeds(self) -> None:
         problem = Quadratic(10)
         arguments = (problem.module, [problem.batch], problem.loss_fn, orthonormal(5, 2))
@@ -140,14 +126,6 @@ class TestQuadraticLoss:
             squares.append((np.diff(means, axis=1) ** 2).mean(axis=0))
         np.testing.assert_allclose(found.monte_carlo, np.mean(squares, axis=0), rtol=1e-11)
         np.testing.assert_allclose(found.monte_carlo_error, np.std(squares, axis=0, ddof=1) / math.sqrt(3), rtol=1e-9)
-
-    def test_the_rate_is_minus_two(self) -> None:
-        problem = Quadratic(1000)
-        found = subspace_stabilization(
-            problem.module, [problem.batch], problem.loss_fn, orthonormal(5, 3), sigma=0.5, draws=8, orders=50
-        )
-        assert found.rate == pytest.approx(-2.0, abs=4 * found.rate_error)
-        assert found.rate_error < 0.02
 
     def test_batches_whose_losses_do_not_depend_on_the_weights_or_linearly_only(self) -> None:
         problem = Quadratic(12)
@@ -259,7 +237,7 @@ class TestState:
         seen = []
 
         def loss_fn(module: nn.Module, batch: Batch) -> Tensor:
-            seen.append(module[0].weight.detach().clone())
+            seen.append((module[0].weight.detach().clone(), torch.is_grad_enabled()))
             if next(calls) == fails:
                 msg = "no"
                 raise RuntimeError(msg)
@@ -272,8 +250,11 @@ class TestState:
                 subspace_stabilization(*arguments, sigma=0.5, draws=2, orders=2)
         else:
             subspace_stabilization(*arguments, sigma=0.5, draws=2, orders=2)
+            # A pass for each draw, at displaced weights, and one with gradients at the weights themselves.
             weight = before["0.weight"][3]
-            assert [torch.equal(used, weight) for used in seen] == 6 * [False] + 3 * [True]
+            assert [(torch.equal(used, weight), grad) for used, grad in seen] == 6 * [(False, False)] + 3 * [
+                (True, True)
+            ]
         for name, p in module.named_parameters():
             same, pointer, version, value = before[name]
             assert p is same
@@ -282,18 +263,6 @@ class TestState:
             assert p.grad is None
         assert module.training
         assert torch.equal(torch.get_rng_state(), random)
-
-    def test_passes_are_as_many_as_draws_and_one(self) -> None:
-        module, batches = trained()
-        calls = []
-
-        def loss_fn(module: nn.Module, batch: Batch) -> Tensor:
-            calls.append(torch.is_grad_enabled())
-            return each(module, batch)
-
-        n = sum(p.numel() for p in module.parameters())
-        subspace_stabilization(module, batches, loss_fn, orthonormal(n, 4), sigma=0.5, draws=5, orders=2)
-        assert calls == 5 * 3 * [False] + 3 * [True]
 
     def test_seeds_are_results(self) -> None:
         problem = Quadratic(8)
@@ -326,11 +295,6 @@ class TestDominantDirections:
         np.testing.assert_allclose(overlaps, 1.0, rtol=tolerance)
         assert (found.residuals < tolerance * float(values[-1])).all()
 
-    def test_one_is_enough(self) -> None:
-        module, batches = trained()
-        one, two = (dominant_directions(module, batches, each, count) for count in (1, 2))
-        assert torch.equal(one.directions, two.directions[:, :1])
-
     def test_residuals_bound_the_errors_of_few_steps(self) -> None:
         module, batches = trained()
         hessian = oracles.dense_hessian(module, batches, cases.cross_entropy)
@@ -348,67 +312,42 @@ class TestDominantDirections:
             dominant_directions(module, batches, loss_fn, 0)
 
 
-class TestPlot:
-    def test_shows_both_and_the_average(self) -> None:
-        found = of_trained(0.02)
-        ax = found.plot()
-        assert ax.get_yscale() == "log"
-        curves = {line.get_label(): np.asarray(line.get_ydata()) for line in ax.lines}
-        np.testing.assert_array_equal(curves["50 draws"], found.monte_carlo)
-        np.testing.assert_array_equal(curves["quadratic model"], found.closed_form)
-        np.testing.assert_array_equal(curves[f"all orders: {found.constant:.3g}/k²"], found.expected)
-        assert ax.get_title() == r"$D$ = 3, $\sigma$ = 0.02"
-        image = io.BytesIO()
-        ax.get_figure().savefig(image)  # whatever cannot be drawn warns here
-        assert image.tell() > 5000
-
-    def test_draws_on_the_axes_it_is_given(self) -> None:
-        ax = Figure().add_subplot()
-        assert of_trained(0.02).plot(ax) is ax
-        assert len(ax.lines) == 3
+def test_the_plot_shows_both_and_the_average() -> None:
+    found = of_trained(0.02)
+    ax = found.plot()
+    assert ax.get_yscale() == "log"
+    curves = {line.get_label(): np.asarray(line.get_ydata()) for line in ax.lines}
+    np.testing.assert_array_equal(curves["50 draws"], found.monte_carlo)
+    np.testing.assert_array_equal(curves["quadratic model"], found.closed_form)
+    np.testing.assert_array_equal(curves[f"all orders: {found.constant:.3g}/k²"], found.expected)
+    assert ax.get_title() == r"$D$ = 3, $\sigma$ = 0.02"
+    image = io.BytesIO()
+    ax.get_figure().savefig(image)  # whatever cannot be drawn warns here
+    assert image.tell() > 5000
 
 
-class TestRefusals:
-    @staticmethod
-    def call(directions: Tensor | None = None, samples: int = 6, **options: Any) -> SubspaceStabilization:
-        problem = Quadratic(samples)
-        u = orthonormal(5, 2) if directions is None else directions
-        return subspace_stabilization(
-            problem.module, [problem.batch], problem.loss_fn, u, **{"sigma": 1.0, "draws": 2, "orders": 2, **options}
-        )
-
-    @pytest.mark.parametrize("shape", [(4, 2), (5, 0), (5,), (2, 5), (6, 2)])
-    def test_of_shapes(self, shape: tuple[int, ...]) -> None:
-        with pytest.raises(ValueError, match=r"`directions` must have shape \(n, D\) with n=5"):
-            self.call(torch.ones(shape, dtype=torch.float64))
-
-    @pytest.mark.parametrize("factor", [2.0, math.nan])
-    def test_of_directions_that_are_not_orthonormal(self, factor: float) -> None:
-        with pytest.raises(ValueError, match="must have orthonormal columns, but UᵀU differs from the identity by"):
-            self.call(orthonormal(5, 2) * factor)
-
-    @pytest.mark.parametrize("sigma", [0.0, -1.0, math.nan, math.inf])
-    def test_of_sigma(self, sigma: float) -> None:
-        with pytest.raises(ValueError, match="`sigma` must be positive and finite, got"):
-            self.call(sigma=sigma)
-
-    @pytest.mark.parametrize(
-        ("name", "wrong", "wanted"),
-        [
-            ("draws", 1, "an integer of at least 2"),
-            ("orders", 1, "an integer of at least 2"),
-            ("chunk_size", 0, "a positive integer"),
-            ("seed", -1, "a non-negative integer"),
-        ],
-    )
-    def test_of_counts(self, name: str, wrong: int, wanted: str) -> None:
-        with pytest.raises(ValueError, match=f"`{name}` must be {wanted}, got {wrong}"):
-            self.call(**{name: wrong})
-
-    def test_of_too_few_samples(self) -> None:
-        with pytest.raises(ValueError, match="with N at least 3"):
-            self.call(samples=2)
-
-    def test_of_losses_that_are_not_finite(self) -> None:
-        with pytest.raises(ArithmeticError, match=r"the loss of a sample of batch 0 is (inf|nan|-inf)"):
-            self.call(sigma=1e200)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        *(
+            ({"directions": torch.ones(shape, dtype=torch.float64)}, r"must have shape \(n, D\) with n=5")
+            for shape in ((4, 2), (5, 0), (5,), (2, 5), (6, 2))
+        ),
+        *(
+            ({"directions": orthonormal(5, 2) * factor}, "columns, but UᵀU differs from the identity by")
+            for factor in (2.0, math.nan)
+        ),
+        *(({"sigma": sigma}, "`sigma` must be positive and finite, got") for sigma in (0.0, -1.0, math.nan, math.inf)),
+        ({"draws": 1}, "`draws` must be an integer of at least 2, got 1"),
+        ({"orders": 1}, "`orders` must be an integer of at least 2, got 1"),
+        ({"chunk_size": 0}, "`chunk_size` must be a positive integer, got 0"),
+        ({"seed": -1}, "`seed` must be a non-negative integer, got -1"),
+        ({"samples": 2}, "with N at least 3"),
+        ({"sigma": 1e200}, "the loss of a sample of batch 0 is (inf|nan|-inf)"),
+    ],
+)
+def test_refusals(wrong: dict[str, Any], message: str) -> None:
+    given = {"directions": orthonormal(5, 2), "samples": 6, "sigma": 1.0, "draws": 2, "orders": 2, **wrong}
+    problem = Quadratic(given.pop("samples"))
+    with pytest.raises(ArithmeticError if wrong.get("sigma") == 1e200 else ValueError, match=message):
+        subspace_stabilization(problem.module, [problem.batch], problem.loss_fn, **given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,28 +14,9 @@ from scipy import stats
 from lightning_hesd import Spectrum, assess_generalization
 from lightning_hesd.spectra.assessment import VERDICT_VALUES
 from lightning_hesd.spectra.criteria import delta_interval, quasi_singular
+from tests.spectra import nodes
 
-
-def spectrum(*nodes: float, weights: list[list[float]] | None = None, **changes: Any) -> Spectrum:
-    """A spectrum whose nodes, the same for every probe, are its eigenvalues."""
-    given = np.array([[1 / len(nodes)] * len(nodes)] if weights is None else weights)
-    values = np.tile(np.array(nodes), (len(given), 1))
-    made = Spectrum(
-        verified="yes",
-        nodes=values,
-        weights=given,
-        residuals=np.zeros_like(values),
-        steps_per_probe=(len(nodes),) * len(given),
-        dimension=len(nodes),
-        num_samples=100,
-        loss=0.1,
-        rounding=0.0,
-        matvecs=len(nodes),
-        seconds=0.1,
-    )
-    return replace(made, **changes)
-
-
+spectrum = partial(nodes.spectrum, dimension=3, rounding=0.0)
 TRAIN = spectrum(-0.1, 0.5, 1.0)
 
 
@@ -95,21 +77,20 @@ def test_thresholds_are_parameters() -> None:
 
 
 def test_undecided_where_the_type_is() -> None:
-    assessment = assess_generalization(uncertain(TRAIN, c_t=-0.59), TRAIN)
+    assessment = assess_generalization(uncertain(-0.59), TRAIN)
     assert assessment.verdict == "undecided"
     assert assessment.value == 0.5
     assert assessment.applicable is None
     assert "may be on either side of -0.6" in assessment.reasons[0]
 
 
-def uncertain(like: Spectrum, c_t: float) -> Spectrum:
-    """A spectrum of a larger matrix, its smallest node not converged."""
-    nodes = np.array([[c_t, 0.5, 1.0]])
-    return replace(like, nodes=nodes, residuals=np.array([[0.05, 0.0, 0.0]]), dimension=3)
+def uncertain(c_t: float) -> Spectrum:
+    """A spectrum whose smallest node has not converged."""
+    return spectrum(c_t, 0.5, 1.0, residuals=[[0.05, 0.0, 0.0]])
 
 
 def test_undecided_where_a_ratio_may_be_on_either_side() -> None:
-    other = uncertain(TRAIN, c_t=-0.14)
+    other = uncertain(-0.14)
     assessment = assess_generalization(TRAIN, other)
     low, high = assessment.delta_r_e_interval
     bounds = [-bound / 0.1 for bound in other.c_t_interval]
@@ -121,7 +102,7 @@ def test_undecided_where_a_ratio_may_be_on_either_side() -> None:
 
 def test_sampling_errors_widen_the_interval() -> None:
     train = replace(TRAIN, c_t_sampling_error=0.01)
-    other = replace(spectrum(-0.12, 0.5, 1.0), c_t_sampling_error=0.02)
+    other = spectrum(-0.12, 0.5, 1.0, c_t_sampling_error=0.02)
     assessment = assess_generalization(train, other, delta_k_h05_threshold=9)
     low, high = assessment.delta_r_e_interval
     assert low == pytest.approx((0.12 - 0.02 * 1.959964) / (0.1 + 0.01 * 1.959964), rel=1e-6)
@@ -131,7 +112,7 @@ def test_sampling_errors_widen_the_interval() -> None:
 
 def test_a_criterion_that_fails_for_sure_outweighs_an_uncertain_one() -> None:
     tolerant = replace(TRAIN, tolerance=0.05)
-    assert assess_generalization(tolerant, replace(spectrum(-0.3, 0.5, 1.0), tolerance=0.05)).verdict == "poor"
+    assert assess_generalization(tolerant, spectrum(-0.3, 0.5, 1.0, tolerance=0.05)).verdict == "poor"
 
 
 def test_undecided_without_negative_part_on_training_data() -> None:
@@ -158,7 +139,7 @@ def test_undecided_where_c_t_is_undefined(place: str) -> None:
         (TRAIN, replace(TRAIN, tolerance="type"), "without `tolerance`"),
         (
             TRAIN,
-            spectrum(-0.1, 0.2, 0.5, 1.0, dimension=3),
+            spectrum(-0.1, 0.2, 0.5, 1.0),
             "the numbers of Lanczos steps differ, (3,) on the training",
         ),
     ],
@@ -199,7 +180,7 @@ def test_spectra_that_cannot_be_compared(change: dict[str, Any]) -> None:
 
 def test_spectra_of_different_networks_cannot_be_compared() -> None:
     with pytest.raises(ValueError, match="`dimension` is 3 on the training data and 4"):
-        assess_generalization(TRAIN, spectrum(-0.1, 0.2, 0.5, 1.0))
+        assess_generalization(TRAIN, replace(TRAIN, dimension=4))
 
 
 def test_delta_interval() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lightning_hesd.spectra import criteria
 
 # Derandomized: the suite gives the same verdict every time.
-reproducibly = settings(derandomize=True, deadline=None, max_examples=300, database=None)
+reproducibly = settings(derandomize=True, deadline=None, max_examples=100, database=None)
 
 SIZES = st.floats(min_value=1e-30, max_value=1e30)
 EIGENVALUES = st.one_of(st.just(0.0), SIZES, SIZES.map(lambda size: -size))
@@ -89,9 +89,7 @@ class TestInterval:
         )
 
     def test_is_undefined_where_the_point_is(self):
-        low, high = criteria.c_t_interval(0.0, 0.0, 1.0, 1.0, 0.0)
-        assert math.isnan(low)
-        assert math.isnan(high)
+        assert all(math.isnan(end) for end in criteria.c_t_interval(0.0, 0.0, 1.0, 1.0, 0.0))
 
     @reproducibly
     @given(
@@ -123,22 +121,23 @@ class TestInterval:
 
 
 class TestType:
-    def test_the_threshold_itself_is_mainly_negative(self):
-        assert criteria.hesd_type(-0.6) == "MN"
-        assert criteria.hesd_type(math.nextafter(-0.6, 0)) == "MP"
-        assert criteria.MP_THRESHOLD == -0.6  # the paper's
-
-    @pytest.mark.parametrize(("c_t", "expected"), [(0.0, "MP"), (-1.0, "MN"), (-math.inf, "MN")])
-    def test_extreme_values_have_a_type(self, c_t, expected):
-        assert criteria.hesd_type(c_t) == expected
+    @pytest.mark.parametrize(
+        ("c_t", "threshold", "expected"),
+        [
+            (-0.6, None, "MN"),  # the paper's threshold itself
+            (math.nextafter(-0.6, 0), None, "MP"),
+            (0.0, None, "MP"),
+            (-math.inf, None, "MN"),
+            (-0.3, -0.2, "MN"),
+            (-0.7, -0.8, "MP"),
+        ],
+    )
+    def test_is_mainly_negative_up_to_the_threshold(self, c_t, threshold, expected):
+        assert criteria.hesd_type(c_t, *([] if threshold is None else [threshold])) == expected
 
     def test_nan_has_no_type(self):
         with pytest.raises(ValueError, match=r"NaN.*undefined"):
             criteria.hesd_type(math.nan)
-
-    def test_another_threshold(self):
-        assert criteria.hesd_type(-0.3, threshold=-0.2) == "MN"
-        assert criteria.hesd_type(-0.7, threshold=-0.8) == "MP"
 
     @pytest.mark.parametrize(
         ("interval", "certain"),
@@ -166,9 +165,7 @@ class TestRe:
         assert criteria.r_e(-math.inf) == math.inf
         assert math.isnan(criteria.r_e(math.nan))
 
-    @pytest.mark.parametrize("zero", [0.0, -0.0])
-    def test_is_never_negative_zero(self, zero):
-        assert math.copysign(1.0, criteria.r_e(zero)) == 1.0
+        assert math.copysign(1.0, criteria.r_e(0.0)) == math.copysign(1.0, criteria.r_e(-0.0)) == 1.0
 
 
 def plain_k_h(nodes: list[float], weights: list[float], n: float) -> float:
@@ -183,11 +180,6 @@ def plain_k_h(nodes: list[float], weights: list[float], n: float) -> float:
 
 
 class TestKH:
-    def test_by_hand(self):
-        # |-4 · 1/4|½ = 1;  (1 · 1/4)½ + (8 · 1/2)½ = ½ + 2
-        value = criteria.k_h(np.array([[-4.0, 1.0, 8.0]]), np.array([[0.25, 0.25, 0.5]]))
-        assert value.tolist() == [1.0 / 2.5]
-
     @pytest.mark.parametrize("n", [0.25, 0.5, 1.0, 2.0])
     def test_each_probe_against_the_definition(self, n):
         rows = [([-3.0, -0.5, 0.25, 2.0], [0.1, 0.2, 0.3, 0.4]), ([-1.0, 0.0, 1.5, 7.0], [0.4, 0.3, 0.2, 0.1])]
@@ -195,17 +187,14 @@ class TestKH:
         assert value == pytest.approx([plain_k_h(*row, n) for row in rows], rel=1e-14)
 
     def test_padding_does_not_count(self):
+        # |-4 · 1/4|½ = 1;  (1 · 1/4)½ + (8 · 1/2)½ = ½ + 2
         nodes = np.array([[-4.0, 1.0, 8.0], [-1.0, 4.0, np.nan]])
         weights = np.array([[0.25, 0.25, 0.5], [0.5, 0.5, 0.0]])
         assert criteria.k_h(nodes, weights) == pytest.approx([0.4, 0.5], rel=1e-15)
 
-    def test_no_positive_node_is_undefined_for_that_probe_only(self):
-        value = criteria.k_h(np.array([[-2.0, -1.0], [-1.0, 1.0]]), np.full((2, 2), 0.5))
-        assert math.isnan(value[0])
-        assert value[1] == 1.0
-
-    def test_no_negative_node_gives_zero(self):
-        assert criteria.k_h(np.array([[1.0, 2.0]]), np.array([[0.5, 0.5]])).tolist() == [0.0]
+    def test_no_positive_node_is_undefined_for_that_probe_only_and_no_negative_one_gives_zero(self):
+        value = criteria.k_h(np.array([[-2.0, -1.0], [-1.0, 1.0], [1.0, 2.0]]), np.full((3, 2), 0.5))
+        assert value == pytest.approx([math.nan, 1.0, 0.0], abs=0.0, nan_ok=True)
 
     def test_nodes_within_rounding_have_no_sign(self):
         nodes, weights = np.array([[-0.5, 0.5, 4.0, -4.0]]), np.full((1, 4), 0.25)
@@ -234,13 +223,9 @@ class TestKH:
 class TestUndefinedReason:
     EPSILON = 2.0**-23
 
-    def test_curvature_beyond_the_rounding_of_the_loss_is_defined(self):
-        assert criteria.undefined_reason(1e-6, 1.0, 0.0, self.EPSILON) is None
-
     @pytest.mark.parametrize("loss", [0.0, 1.0, -1.0])
     def test_no_curvature_at_all(self, loss):
         reason = criteria.undefined_reason(0.0, loss, 1.0, self.EPSILON)
-        assert reason is not None
         assert "no curvature" in reason
 
     @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -251,19 +236,14 @@ class TestUndefinedReason:
         assert criteria.undefined_reason(1.001 * 2.0**-15, *arguments) is None
 
     def test_short_weights_are_judged_by_a_step_of_unit_length(self):
+        reason = criteria.undefined_reason(1e-9, 1.0, 1e-6, self.EPSILON)
+        assert all(figure in reason for figure in ("1e-09", f"{self.EPSILON:.3g}"))
         assert criteria.undefined_reason(2.0**-23, 1.0, 1e-6, self.EPSILON) is not None
         assert criteria.undefined_reason(1.001 * 2.0**-23, 1.0, 1e-6, self.EPSILON) is None
-
-    def test_the_reason_gives_the_figures(self):
-        reason = criteria.undefined_reason(1e-9, 1.0, 0.0, self.EPSILON)
-        assert reason is not None
-        assert "1e-09" in reason
-        assert f"{self.EPSILON:.3g}" in reason
 
     def test_errors_larger_than_all_eigenvalues(self):
         assert criteria.undefined_reason(2.0, 1.0, 1.0, self.EPSILON, rounding=1.9) is None
         reason = criteria.undefined_reason(2.0, 1.0, 1.0, self.EPSILON, rounding=3.5)
-        assert reason is not None
         assert "2 in size, and the error of the products is 3.5" in reason
 
 

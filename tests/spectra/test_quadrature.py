@@ -1,4 +1,3 @@
-import itertools
 import math
 
 import numpy as np
@@ -10,7 +9,7 @@ from lightning_hesd.numerics.krylov.ritz import gauss_quadrature
 from lightning_hesd.spectra import eigenvalue_bounds, quadrature
 
 # Derandomized: the suite gives the same verdict every time.
-reproducibly = settings(derandomize=True, deadline=None, max_examples=200, database=None)
+reproducibly = settings(derandomize=True, deadline=None, max_examples=100, database=None)
 
 NAN = math.nan
 
@@ -53,16 +52,9 @@ class TestGaussQuadrature:
         # One degree more is no longer exact: the test above can fail.
         assert abs((weights * nodes ** (2 * steps)).sum() - power[0, 0]) > 1e-6
 
-    def test_nodes_are_ascending_eigenvalues_and_weights_sum_to_one(self):
-        alphas, betas = random_tridiagonal(20, seed=2)
-        nodes, weights, _ = gauss_quadrature(alphas, betas)
-        assert np.all(np.diff(nodes) > 0)
-        np.testing.assert_allclose(nodes, np.linalg.eigvalsh(dense(alphas, betas)), rtol=0, atol=1e-13)
-        assert weights.min() >= 0
-        assert weights.sum() == pytest.approx(1.0, abs=1e-15)
-
-    def test_weights_and_residuals_are_the_ends_of_the_eigenvectors(self):
-        alphas, betas = random_tridiagonal(7, seed=3)
+    @pytest.mark.parametrize("steps", [1, 7])
+    def test_weights_and_residuals_are_the_ends_of_the_eigenvectors(self, steps):
+        alphas, betas = random_tridiagonal(steps, seed=3)
         nodes, weights, residuals = gauss_quadrature(alphas, betas)
         values, vectors = np.linalg.eigh(dense(alphas, betas))
         np.testing.assert_allclose(nodes, values, rtol=0, atol=1e-14)
@@ -76,10 +68,6 @@ class TestGaussQuadrature:
             nodes, _, residuals = gauss_quadrature(alphas[:steps], betas[:steps])
             distances = np.abs(nodes[:, None] - true).min(axis=1)
             assert np.all(distances <= residuals + 1e-13)
-
-    def test_a_single_step(self):
-        nodes, weights, residuals = gauss_quadrature([3.0], [0.5])
-        assert (nodes.tolist(), weights.tolist(), residuals.tolist()) == ([3.0], [1.0], [0.5])
 
     @reproducibly
     @given(
@@ -110,11 +98,6 @@ class TestStackRules:
         np.testing.assert_array_equal(weights, [[0.2, 0.3, 0.5], [1, 0, 0]])
         np.testing.assert_array_equal(residuals, [[0.1, 0.2, 0.3], [0.4, 0, 0]])
 
-    def test_probes_of_equal_length_need_no_padding(self):
-        nodes, weights = quadrature.stack_rules([(np.array([1.0]), np.array([1.0]))] * 2)
-        assert nodes.tolist() == [[1.0], [1.0]]
-        assert weights.tolist() == [[1.0], [1.0]]
-
 
 class TestMoments:
     NODES = np.array([[-2.0, 1.0, 3.0], [4.0, NAN, NAN]])
@@ -140,6 +123,8 @@ class TestDensity:
             ([[0.0]], [[1.0]]),  # the zero matrix: no scale either
             ([[1e12, 1.0001e12]], [[0.5, 0.5]]),  # narrow and far from zero
             ([[-1e-30, 1e-30]], [[0.5, 0.5]]),
+            # Several probes of a multiple of the identity find the same eigenvalue up to rounding, which is no width.
+            ([[1.4], [np.nextafter(1.4, 2)], [np.nextafter(1.4, 1)]], [[1.0]] * 3),
         ],
     )
     def test_integrates_to_one_on_the_default_grid(self, nodes, weights):
@@ -147,14 +132,7 @@ class TestDensity:
         assert np.trapezoid(values, grid) == pytest.approx(1.0, abs=1e-8)
         assert values.min() >= 0
 
-    def test_nodes_that_differ_by_rounding_are_one_eigenvalue(self):
-        # Several probes of a multiple of the identity find the same eigenvalue up to rounding. Its width is no width.
-        theta = 1.4
-        nodes = np.array([[theta], [np.nextafter(theta, 2)], [np.nextafter(theta, 1)]])
-        grid, values = quadrature.density(nodes, np.ones((3, 1)))
-        assert np.trapezoid(values, grid) == pytest.approx(1.0, abs=1e-6)
-
-    @pytest.mark.parametrize("sigma", [1e-4, 0.01, 1.0, 100.0])
+    @pytest.mark.parametrize("sigma", [1e-4, 100.0])
     def test_integrates_to_one_for_narrow_and_wide_kernels(self, sigma):
         nodes, weights = np.array([[-1.0, 0.5, 3.0]]), np.array([[0.5, 0.3, 0.2]])
         grid, values = quadrature.density(nodes, weights, sigma=sigma)
@@ -189,21 +167,16 @@ class TestDensity:
         _, explicit = quadrature.density(nodes, weights, [-1.0, -0.9, 0.0], sigma=0.05)
         assert default.tolist() == explicit.tolist()
 
-    def test_default_grid_reaches_beyond_both_extremes(self):
-        grid, values = quadrature.density(np.array([[-1.0, 4.0]]), np.array([[0.5, 0.5]]))
-        assert grid[0] < -1.0
-        assert grid[-1] > 4.0
-        assert max(values[0], values[-1]) < 1e-6 * values.max()
-
-    @pytest.mark.parametrize("sigma", [0.0, -1.0, NAN])
-    def test_sigma_must_be_positive(self, sigma):
-        with pytest.raises(ValueError, match=r"`sigma` must be positive"):
-            quadrature.density(np.array([[1.0]]), np.array([[1.0]]), sigma=sigma)
-
-    @pytest.mark.parametrize("grid", [0.5, [[0.0, 1.0]]])
-    def test_the_grid_must_be_one_dimensional(self, grid):
-        with pytest.raises(ValueError, match=r"`grid` must be one-dimensional"):
-            quadrature.density(np.array([[1.0]]), np.array([[1.0]]), grid)
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            *(({"sigma": sigma}, "`sigma` must be positive") for sigma in (0.0, -1.0, NAN)),
+            *(({"grid": grid}, "`grid` must be one-dimensional") for grid in (0.5, [[0.0, 1.0]])),
+        ],
+    )
+    def test_refusals(self, wrong, message):
+        with pytest.raises(ValueError, match=message):
+            quadrature.density(np.array([[1.0]]), np.array([[1.0]]), **wrong)
 
 
 class TestHistogram:
@@ -212,22 +185,15 @@ class TestHistogram:
 
     def test_explicit_edges_by_hand(self):
         mass, edges = quadrature.histogram(self.NODES, self.WEIGHTS, [-1.0, 0.0, 2.5, 3.0])
-        assert mass.tolist() == [0.25, 0.625, 0.125]
-        assert edges.tolist() == [-1.0, 0.0, 2.5, 3.0]
+        assert (mass.tolist(), edges.tolist()) == ([0.25, 0.625, 0.125], [-1.0, 0.0, 2.5, 3.0])
 
-    @pytest.mark.parametrize("bins", [2, 3, 7, 50, 120])
+    @pytest.mark.parametrize("bins", [2, 7, 120])
     def test_zero_is_an_edge_of_a_spectrum_with_both_signs(self, bins):
         mass, edges = quadrature.histogram(self.NODES, self.WEIGHTS, bins)
         assert 0.0 in edges
         assert bins <= len(mass) <= bins + 1
         np.testing.assert_allclose(np.diff(edges), (3.0 - -1.0) / bins, rtol=1e-12)
         assert (edges[0] <= -1.0, edges[-1] >= 3.0) == (True, True)
-
-    def test_one_bin_of_both_signs_does_not_mix_them(self):
-        # The docstring: no bin mixes negative and positive curvature; the number of bins is approximate.
-        mass, edges = quadrature.histogram(self.NODES, self.WEIGHTS, 1)
-        assert 0.0 in edges
-        assert mass[edges[:-1] < 0].sum() == 0.25
 
     @pytest.mark.parametrize("sign", [1.0, -1.0])
     def test_one_sided_spectra_are_laid_from_node_to_node(self, sign):
@@ -243,7 +209,7 @@ class TestHistogram:
         assert edges[0] < node < edges[-1]
 
     @reproducibly
-    @given(rule=rules(), bins=st.integers(2, 200))
+    @given(rule=rules(), bins=st.integers(1, 200))
     def test_mass_is_one_and_left_of_zero_it_is_the_negative_weight(self, rule, bins):
         nodes, weights = rule
         mass, edges = quadrature.histogram(nodes, weights, bins)
@@ -276,8 +242,7 @@ class TestHistogram:
             quadrature.histogram(np.array([[0.0]]), np.array([[1.0]]), [0.0])
 
     def test_the_nodes_of_a_multiple_of_the_identity_differ_by_rounding_only(self):
-        nodes = np.array([[1.4], [np.nextafter(1.4, 2)]])
-        mass, _ = quadrature.histogram(nodes, np.ones((2, 1)))
+        mass, _ = quadrature.histogram(np.array([[1.4], [np.nextafter(1.4, 2)]]), np.ones((2, 1)))
         assert mass.sum() == pytest.approx(1.0, abs=1e-12)
 
 
@@ -297,10 +262,9 @@ class TestMissProbability:
         assert max(ends) < 1
         expected = 2 * math.prod(ends)
         assert eigenvalue_bounds.miss_probability(1000, [20, 30], 0.05) == pytest.approx(expected, rel=1e-14)
-
-    def test_a_useless_probe_does_not_make_the_bound_worse(self):
-        alone = eigenvalue_bounds.miss_probability(1000, [30], 0.05)
-        assert eigenvalue_bounds.miss_probability(1000, [30, 1], 0.05) == pytest.approx(alone, rel=1e-14)
+        # A useless one does not make the bound worse.
+        alone, both = (eigenvalue_bounds.miss_probability(1000, steps, 0.05) for steps in ([30], [30, 1]))
+        assert both == pytest.approx(alone, rel=1e-14)
 
     def test_never_exceeds_one(self):
         assert eigenvalue_bounds.miss_probability(10**9, [1], 0.01) == 1.0
@@ -312,13 +276,6 @@ class TestMissProbability:
         assert eigenvalue_bounds.miss_probability(30, [30], 0.01) == 0.0
         assert eigenvalue_bounds.miss_probability(30, [5, 30], 0.01) == 0.0
         assert eigenvalue_bounds.miss_probability(30, [29], 0.01) > 0.0
-
-    def test_more_work_and_looser_tolerances_lower_it(self):
-        bounds = [eigenvalue_bounds.miss_probability(10_000, [steps], 0.05) for steps in (40, 50, 60)]
-        assert all(first > second for first, second in itertools.pairwise(bounds))
-        assert eigenvalue_bounds.miss_probability(10_000, [50], 0.06) < eigenvalue_bounds.miss_probability(
-            10_000, [50], 0.05
-        )
 
     def test_holds_for_a_spectrum_whose_top_is_easily_missed(self):
         spectrum = np.linspace(0.0, 1.0, 60) ** 10

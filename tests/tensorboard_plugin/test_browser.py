@@ -16,8 +16,7 @@ import pytest
 from lightning_hesd.commands.report import write_report
 from lightning_hesd.spectra.payload import record_payload
 from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
-from tests.tab import EPOCHS, tensorboard, train, write_payloads
-from tests.training.digits_run import data
+from tests.tab import EPOCHS, Tab, tensorboard, train, write_payloads
 from tests.training.scripted import make_spectrum
 
 if TYPE_CHECKING:
@@ -92,10 +91,17 @@ class Page:
     def text(self, selector: str) -> str:
         return self.script("return document.querySelector(arguments[0])?.innerText ?? ''", selector)
 
-    def press(self, *keys: str) -> None:
-        from selenium.webdriver.common.action_chains import ActionChains  # noqa: PLC0415 - optional
+    def click(self, selector: str, word: str) -> None:
+        """Click the first of these elements that has this word in its text or title."""
+        self.script(
+            "[...document.querySelectorAll(arguments[0])]"
+            ".find((e) => `${e.innerText} ${e.title}`.includes(arguments[1])).click()",
+            selector,
+            word,
+        )
 
-        ActionChains(self.driver).send_keys(*keys).perform()
+    def press(self, *keys: str) -> None:
+        webdriver.ActionChains(self.driver).send_keys(*keys).perform()
 
     def assert_clean(self, *hosts: str) -> None:
         """Nothing was complained about, injected, or fetched from elsewhere."""
@@ -108,15 +114,13 @@ class Page:
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[Any]:
-    from selenium.webdriver.chrome.service import Service  # noqa: PLC0415 - optional
-
     os.environ["SE_OFFLINE"] = "true"  # look for no other driver on the network
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
     for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1000"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    found = webdriver.Chrome(options=options, service=Service(DRIVER))
+    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     yield found
     found.quit()
 
@@ -128,10 +132,11 @@ def page(driver: Any) -> Page:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def runs(trained: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """Two trainings, a run with hostile names, one from the future and one that is damaged."""
-    folder = tmp_path_factory.mktemp("runs")
-    _, first = train(folder, at_start=True, layers="auto", generalization_dataloader=data())
+    before, first = trained
+    folder = tmp_path_factory.mktemp("served")
+    shutil.copytree(before, folder, dirs_exist_ok=True)
     train(folder, seed=1)
     hostile = record_payload(SpectrumRecord(0, 4, make_spectrum(-0.3), layers={EVIL: make_spectrum(-0.2)}))
     write_payloads(folder / EVIL, [hostile])
@@ -188,7 +193,7 @@ def test_several_runs_have_tensorboards_colors_and_can_be_switched_off(page: Pag
         )
     )
     assert drawn == {run: COLORS[order.index(run)] for run in (FIRST, SECOND, EVIL)}
-    page.script(f"[...document.querySelectorAll('#runs label')].find((l) => l.innerText.includes('{SECOND}')).click()")
+    page.click("#runs label", SECOND)
     page.until("return document.getElementById('ct')._fullData.filter((t) => t.meta?.key && !t.meta.pick).length === 2")
     assert not any(SECOND in trace["name"] for trace in page.curves("ct"))
     page.assert_clean(address)
@@ -203,26 +208,16 @@ def test_a_zoom_outlives_new_data_and_can_be_undone(page: Page, address: str) ->
         "return [area.left, area.top, area.width, area.height]"
     )
     for kind, x, y in (("Pressed", 0.3, 0.3), ("Moved", 0.6, 0.7), ("Released", 0.6, 0.7)):
-        page.driver.execute_cdp_cmd(
-            "Input.dispatchMouseEvent",
-            {
-                "type": f"mouse{kind}",
-                "x": left + x * width,
-                "y": top + y * height,
-                "button": "left",
-                "buttons": 1,
-                "clickCount": 1,
-            },
-        )
+        place = {"x": left + x * width, "y": top + y * height}
+        event = {"type": f"mouse{kind}", **place, "button": "left", "buttons": 1, "clickCount": 1}
+        page.driver.execute_cdp_cmd("Input.dispatchMouseEvent", event)
     page.until(f"{span} < arguments[0] / 2", whole)
     drawn = page.script("return Number(document.body.dataset.drawn)")
     page.script("document.querySelector('#runs input').click()")
     page.until("return document.body.dataset.drawn > arguments[0]", drawn)
     assert page.script(span) < whole / 2
-    page.script(
-        "[...document.querySelectorAll('figure button')].find((b) => b.title.includes('zoom of “Extreme')).click()"
-    )
-    page.until(f"{span} > arguments[0] * 0.7", whole)  # the run that is off was the longest
+    page.click("figure button", "zoom of “Extreme")
+    page.until(f"{span} > arguments[0] * 0.6", whole)  # the run that is off was the longest
 
 
 def test_hostile_names_are_shown_as_they_are(page: Page, address: str) -> None:
@@ -264,14 +259,12 @@ def test_the_pick_and_why(page: Page, address: str, runs: tuple[Path, Any]) -> N
 
 
 def test_the_slider_moves_density_and_assessment_by_keyboard(page: Page, address: str, runs: tuple[Path, Any]) -> None:
-    from selenium.webdriver.common.keys import Keys  # noqa: PLC0415 - optional
-
     _, callback = runs
     page.open_tab(address)
     page.show_in_detail(FIRST)
     page.script("document.getElementById('epoch').focus()")
-    last = callback.history[-1]
-    for key, record in ((None, last), (Keys.ARROW_LEFT, callback.history[-2]), (Keys.HOME, callback.history[0])):
+    for key, position in ((None, -1), (webdriver.Keys.ARROW_LEFT, -2), (webdriver.Keys.HOME, 0)):
+        record = callback.history[position]
         if key is not None:
             page.press(key)
         page.until("return document.body.dataset.detail.endsWith(arguments[0])", f" {record.global_step}")
@@ -316,12 +309,10 @@ def test_heat_maps(page: Page, address: str, runs: tuple[Path, Any]) -> None:
 
 
 def test_keyboard_and_screen_reader(page: Page, address: str) -> None:
-    from selenium.webdriver.common.keys import Keys  # noqa: PLC0415 - optional
-
     page.open_tab(address)
     reached = []
     for _ in range(60):
-        page.press(Keys.TAB)
+        page.press(webdriver.Keys.TAB)
         reached.append(
             page.script(
                 "const e = document.activeElement; return [e.tagName, e.type ?? '', getComputedStyle(e).outlineStyle]"
@@ -332,7 +323,7 @@ def test_keyboard_and_screen_reader(page: Page, address: str) -> None:
     assert {"INPUT", "SELECT", "BUTTON", "SUMMARY"} <= {tag for tag, _, _ in reached}
     assert ["INPUT", "range", "solid"] in reached
     assert all(outline == "solid" for _, _, outline in reached), reached  # the focus can be seen
-    page.press(Keys.ENTER)
+    page.press(webdriver.Keys.ENTER)
     page.until("return document.querySelector('#table td')")
     unnamed = page.script(
         "return [...document.querySelectorAll('.plot, figure, button')].filter((e) => !e.hidden &&"
@@ -377,20 +368,16 @@ def test_in_tensorboard_itself(page: Page, address: str) -> None:
 def test_figures_and_data_can_be_saved(page: Page, address: str, tmp_path: Path) -> None:
     page.open_tab(address)
     page.driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
-    for button in ("#ct", "#map"):
+    for figure in ("#ct", "#map"):
         for kind in ("PNG", "SVG"):
-            page.script(
-                "[...document.querySelector(arguments[0]).closest('figure').querySelectorAll('button')]"
-                ".find((b) => b.textContent === arguments[1]).click()",
-                button,
-                kind,
-            )
+            page.click(f"figure:has({figure}) button", kind)
     for kind in ("CSV", "JSON"):
-        page.script(
-            "[...document.querySelectorAll('#tools button')].find((b) => b.textContent === arguments[0]).click()", kind
-        )
+        page.click("#tools button", kind)
     names = {"hesd-ct.png", "hesd-ct.svg", "hesd-map.png", "hesd-map.svg", "hesd.csv", "hesd.json"}
-    wait_for(lambda: names <= {path.name for path in tmp_path.iterdir()})
+    for _ in range(200):
+        if names <= {path.name for path in tmp_path.iterdir()}:
+            break
+        time.sleep(0.05)
     assert (tmp_path / "hesd-ct.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "hesd-ct.svg").read_text().startswith("<svg")
     rows = (tmp_path / "hesd.csv").read_text().splitlines()
@@ -399,26 +386,23 @@ def test_figures_and_data_can_be_saved(page: Page, address: str, tmp_path: Path)
     assert {run["run"] for run in json.loads((tmp_path / "hesd.json").read_text())} == {FIRST, SECOND, EVIL}
 
 
-def wait_for(condition: Any) -> None:
-    for _ in range(200):
-        if condition():
-            return
-        time.sleep(0.05)
-    raise TimeoutError
-
-
 def test_nothing_logged_yet(page: Page, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with tensorboard(tmp_path / "empty", tmp_path, "--load_fast", "false") as address:
+    tab = Tab(tmp_path)
+    hurry = "const plain = setInterval; window.setInterval = (work, time) => plain(work, (window.waits = time) / 100)"
+    hurried = page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": hurry})
+    with tab.served() as address:
         page.open(f"{address}data/plugin_entry.html?name=hesd")
         page.until("return document.getElementById('empty') && !document.getElementById('empty').hidden")
         assert "callbacks=[HessianSpectrumCallback()]" in page.text("#empty")
         assert page.script("return document.getElementById('content').hidden")
-        # The first records appear without anybody's doing.
-        write_payloads(tmp_path / "empty" / "run", [record_payload(SpectrumRecord(0, 4, make_spectrum(-0.3)))])
+        # The first records appear by themselves.
+        write_payloads(tmp_path / "run", [record_payload(SpectrumRecord(0, 4, make_spectrum(-0.3)))])
+        tab.reload()
         page.until("return document.getElementById('ct').data?.length > 0")
         assert page.script("return document.getElementById('empty').hidden")
+        assert page.script("return window.waits") == 10_000
         page.assert_clean(address)
+    page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", hurried)
 
 
 def test_the_report(page: Page, runs: tuple[Path, Any], tmp_path: Path) -> None:

@@ -97,6 +97,11 @@ def noise_of_python(x: Tensor) -> Tensor:
 NOISES = {"torch": noise_of_torch, "numpy": noise_of_numpy, "python": noise_of_python}
 
 
+def noise_of_all(x: Tensor) -> Tensor:
+    """Augment from each of the global generators."""
+    return functools.reduce(lambda noisy, noise: noise(noisy), NOISES.values(), x)
+
+
 def loader(dataset: Any = None, **kwargs: Any) -> DataLoader[Any]:
     """Return a DataLoader, of batches of 8 unless batches are made otherwise."""
     if "batch_sampler" not in kwargs:

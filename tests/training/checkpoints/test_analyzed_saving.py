@@ -33,27 +33,27 @@ class Witness(pl.Callback):
         self.log("epochs", float(trainer.current_epoch))
 
 
-class Doing(pl.Callback):
-    """Does something to the module at the ends of epochs."""
+class Changing(pl.Callback):
+    """Changes the module at the ends of epochs."""
 
-    def __init__(self, what: Callable[[Any], object]) -> None:
-        self.what = what
+    def __init__(self, change: Callable[[Any], object]) -> None:
+        self.change = change
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         with torch.no_grad():
-            self.what(pl_module)
+            self.change(pl_module)
 
 
-class SelfDoing(Classifier):
-    """Does something to itself at the ends of epochs."""
+class SelfChanging(Classifier):
+    """Changes itself at the ends of epochs."""
 
-    def __init__(self, what: Callable[[Any], object]) -> None:
+    def __init__(self, change: Callable[[Any], object]) -> None:
         super().__init__(torch.nn.BatchNorm1d(6))
-        self.what = what
+        self.change = change
 
     @torch.no_grad()
     def on_train_epoch_end(self) -> None:
-        self.what(self)
+        self.change(self)
 
 
 def copied(module: torch.nn.Module) -> dict[str, Tensor]:
@@ -110,7 +110,7 @@ BY_MODULE = {"halve": halve, "data": replace_bias, "buffer": reset_running_mean,
 @pytest.mark.parametrize(("what", "save_last"), [("halve", "link"), *((what, True) for what in BY_MODULE)])
 def test_changes_by_the_module_come_after_the_analysis_and_the_file(what: str, save_last: Any, tmp_path: Path) -> None:
     witness, checkpoint = Witness(), keeping(dirpath=tmp_path / "c", save_last=save_last)
-    trainer, said = trained(tmp_path, witness, observer(checkpoint), module=SelfDoing(BY_MODULE[what]))
+    trainer, said = trained(tmp_path, witness, observer(checkpoint), module=SelfChanging(BY_MODULE[what]))
     for candidate in checkpoint.candidates:
         saved = torch.load(candidate.path, weights_only=True)
         assert saved["global_step"] == candidate.global_step == STEPS * (candidate.epoch + 1)
@@ -122,16 +122,16 @@ def test_changes_by_the_module_come_after_the_analysis_and_the_file(what: str, s
     )
     assert len(said) == 1
     assert re.search(r"of epoch 0 were changed after their analysis \(net\.\d.*saves the analyzed weights", said[0])
-    without = fit(tmp_path, module=SelfDoing(BY_MODULE[what]), max_epochs=EPOCHS, data=loader())
+    without = fit(tmp_path, module=SelfChanging(BY_MODULE[what]), max_epochs=EPOCHS, data=loader())
     assert freeze(dict(trainer.lightning_module.state_dict())) == freeze(dict(without.lightning_module.state_dict()))
 
 
-def test_a_run_goes_on_from_a_file_with_the_analysed_weights(tmp_path: Path) -> None:
+def test_a_run_goes_on_from_a_file_with_the_analyzed_weights(tmp_path: Path) -> None:
     first, checkpoint = Witness(), keeping(dirpath=tmp_path / "c")
-    trained(tmp_path, first, observer(checkpoint), module=SelfDoing(halve))
+    trained(tmp_path, first, observer(checkpoint), module=SelfChanging(halve))
     resumed, again = observer(keeping(dirpath=tmp_path / "d")), Witness()
     trainer, _ = trained(
-        tmp_path, again, resumed, module=SelfDoing(lambda _: None), ckpt_path=checkpoint.candidates[0].path
+        tmp_path, again, resumed, module=SelfChanging(lambda _: None), ckpt_path=checkpoint.candidates[0].path
     )
     assert trainer.global_step == EPOCHS * STEPS
     assert [r.epoch for r in resumed.history] == list(range(EPOCHS))
@@ -157,10 +157,10 @@ def test_pruning(first: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("on_error", ["warn", "raise"])
-def test_what_cannot_be_had_back_is_not_ranked(on_error: Any, tmp_path: Path) -> None:
+def test_weights_that_cannot_be_restored_are_not_ranked(on_error: Any, tmp_path: Path) -> None:
     """Of frozen parameters there are no copies."""
     module = Classifier(torch.nn.Linear(6, 6).requires_grad_(False))
-    step = Doing(lambda m: m.net[1].weight.add_(1) if m.current_epoch == 1 else None)
+    step = Changing(lambda m: m.net[1].weight.add_(1) if m.current_epoch == 1 else None)
     checkpoint = keeping(dirpath=tmp_path / "c")
     spectra = observer(checkpoint)
     spectra.on_error = on_error
@@ -210,9 +210,9 @@ def test_hooks_that_save_other_weights_are_named(
         assert freeze(dict(saved)) == freeze(witness.analyzed[0])
 
 
-def test_weights_alone_are_the_analysed_ones_too(tmp_path: Path) -> None:
+def test_weights_alone_are_the_analyzed_ones_too(tmp_path: Path) -> None:
     witness, checkpoint = Witness(), keeping(dirpath=tmp_path / "c", save_weights_only=True)
-    trained(tmp_path, witness, observer(checkpoint), Doing(halve))
+    trained(tmp_path, witness, observer(checkpoint), Changing(halve))
     for candidate in checkpoint.candidates:
         saved = torch.load(candidate.path, weights_only=True)
         assert "optimizer_states" not in saved

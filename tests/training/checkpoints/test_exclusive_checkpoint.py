@@ -105,19 +105,11 @@ def neighbor(**arguments: Any) -> ModelCheckpoint:
 
 DEFAULT = "hesd-earliest-epoch=0-step=2"
 
-NEIGHBOURS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+NEIGHBORS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     # Arguments of ours, of theirs, and the name of our first file.
     "defaults": ({}, {}, DEFAULT),
-    "no counters": (
-        {"enable_version_counter": False},
-        {"enable_version_counter": False},
-        DEFAULT,
-    ),
-    "one file": (
-        {},
-        {"enable_version_counter": False, "save_top_k": 1, "filename": "x"},
-        DEFAULT,
-    ),
+    "no counters": ({"enable_version_counter": False}, {"enable_version_counter": False}, DEFAULT),
+    "one file": ({}, {"enable_version_counter": False, "save_top_k": 1, "filename": "x"}, DEFAULT),
     "same name": ({"filename": "best"}, {"filename": "best"}, "hesd-earliest-best"),
     "same name, no counters": (
         {"filename": "best", "enable_version_counter": False},
@@ -135,11 +127,11 @@ NEIGHBOURS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "first"), [(name, bool(number % 2)) for number, name in enumerate(NEIGHBOURS)])
+@pytest.mark.parametrize(("name", "first"), [(name, bool(number % 2)) for number, name in enumerate(NEIGHBORS)])
 def test_a_neighbor_in_the_same_folder_has_the_files_it_would_have_alone(
     name: str, first: bool, tmp_path: Path
 ) -> None:
-    ours, theirs, expected = NEIGHBOURS[name]
+    ours, theirs, expected = NEIGHBORS[name]
     run_script(tmp_path / "alone", SCRIPT, [neighbor(dirpath=tmp_path / "alone", **theirs)])
     folder = tmp_path / "together"
     checkpoint, other = keeping(dirpath=folder, **ours), neighbor(dirpath=folder, **theirs)
@@ -158,18 +150,6 @@ def test_two_rules_in_one_folder(arguments: dict[str, Any], tmp_path: Path) -> N
     for rule in rules:
         assert_own_files(rule)
     assert len({c.path for rule in rules for c in rule.candidates}) == 2 * len(SCRIPT)
-
-
-def test_the_default_checkpoint_keeps_its_folder_and_names(tmp_path: Path) -> None:
-    checkpoint = keeping()
-    spectra = HessianSpectrumCallback(checkpoint=checkpoint, loss_fn=lambda m, _: m.weight**2, num_samples=2)
-    trainer = make_trainer(tmp_path, [spectra], 2)
-    trainer.fit(ScriptedModule(SCRIPT), loader())
-    ours, default = trainer.checkpoint_callbacks
-    assert ours is checkpoint
-    assert ours.dirpath == default.dirpath
-    assert Path(default.best_model_path).name == "epoch=1-step=4.ckpt"
-    assert Path(ours.best_model_path).name == "hesd-earliest-epoch=0-step=2.ckpt"
 
 
 def test_the_names_of_rules_become_names_of_files() -> None:
@@ -217,20 +197,12 @@ def spectra(**arguments: Any) -> HessianSpectrumCallback:
     return HessianSpectrumCallback(loss_fn=lambda m, _: (m.weight - 9) ** 2, num_samples=2, **arguments)
 
 
-def before(trainer: pl.Trainer, *callbacks: Callback) -> None:
-    trainer.callbacks[:0] = callbacks
-
-
-def after(trainer: pl.Trainer, *callbacks: Callback) -> None:
-    trainer.callbacks.extend(callbacks)
-
-
-def in_setup(trainer: pl.Trainer, *callbacks: Callback) -> None:
-    SelfAppending.callbacks = callbacks
-
-
-def when_training_starts(trainer: pl.Trainer, *callbacks: Callback) -> None:
-    trainer.callbacks.append(Appending(*callbacks))
+ADDITIONS: dict[str, Callable[..., object]] = {
+    "before": lambda trainer, *callbacks: trainer.callbacks.__setitem__(slice(0), callbacks),
+    "after": lambda trainer, *callbacks: trainer.callbacks.extend(callbacks),
+    "in_setup": lambda _, *callbacks: setattr(SelfAppending, "callbacks", callbacks),
+    "when_training_starts": lambda trainer, *callbacks: trainer.callbacks.append(Appending(*callbacks)),
+}
 
 
 class Counting(ModelCheckpoint):
@@ -249,17 +221,17 @@ class Counting(ModelCheckpoint):
         self.calls.append("start")
 
 
-@pytest.mark.parametrize("add", [before, after, in_setup, when_training_starts])
+@pytest.mark.parametrize("way", ADDITIONS)
 @pytest.mark.parametrize("alone", [True, False])
 def test_callbacks_added_after_construction(
-    add: Callable[..., None], alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    way: str, alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     monkeypatch.setattr(SelfAppending, "callbacks", ())
     checkpoint, other = keeping(), Counting(save_top_k=-1)
     trainer = make_trainer(tmp_path, [other], len(SCRIPT))
-    add(trainer, *([checkpoint, spectra()] if alone else [spectra(checkpoint=checkpoint)]))
+    ADDITIONS[way](trainer, *([checkpoint, spectra()] if alone else [spectra(checkpoint=checkpoint)]))
     trainer.fit(SelfAppending(SCRIPT), loader())
     assert_own_files(checkpoint)
     assert Path(checkpoint.dirpath) == tmp_path / "checkpoints"
@@ -308,7 +280,7 @@ def test_names_and_folders_may_be_set_between_runs(tmp_path: Path) -> None:
     assert found == [Path("0/checkpoints/first.ckpt"), Path("own/second.ckpt"), Path("own/second-v1.ckpt")]
 
 
-# What has become of files ---------------------------------------------------------------------------------------------
+# Files that were lost -------------------------------------------------------------------------------------------------
 
 
 def resumed(folder: Path, path: str, epochs: int = 3, **arguments: Any) -> tuple[HessianCheckpoint, list[str]]:
@@ -323,7 +295,7 @@ def resumed(folder: Path, path: str, epochs: int = 3, **arguments: Any) -> tuple
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
-def test_what_another_run_has_overwritten_is_no_candidate(weights_only: bool, tmp_path: Path) -> None:
+def test_a_file_that_another_run_has_overwritten_is_no_candidate(weights_only: bool, tmp_path: Path) -> None:
     first = keeping(dirpath=tmp_path, filename="best", save_last=True)
     run_script(tmp_path, SCRIPT, [ScriptedSource(SCRIPT), first])
     last = tmp_path / "kept.ckpt"

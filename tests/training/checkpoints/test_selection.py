@@ -49,12 +49,5 @@ def test_nothing_is_kept_that_no_continuation_could_pick(history: list[Candidate
         assert candidate in {brute_force(history, rule), brute_force(continued, rule)}
 
 
-def test_the_earlier_of_equals_wins() -> None:
-    first, second = (Candidate(e, e, 1.0, -0.25, mainly_positive=True, path=f"{e}") for e in (1, 2))
-    rule = CandidateFilter(tolerance=0.1, require_mp=True)
-    assert rule.pick([first, second], 1.0) is first
-    assert rule.pareto_front([first, second], 1.0) == [first]
-
-
 def test_no_candidates() -> None:
     assert CandidateFilter(tolerance=0.1, require_mp=True).pick([], float("-inf")) is None

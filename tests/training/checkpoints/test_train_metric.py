@@ -180,17 +180,12 @@ def test_of_validation(
     assert bool(said) == missed
 
 
-def test_the_advice_of_analysing_when_it_is_logged(tmp_path: Path) -> None:
-    found = ranked(tmp_path, "max", schedule={"every_n_train_steps": STEPS}, max_epochs=2)
-    assert found["max"] == ({5: 401, 10: 901}, "")
-
-
 def test_it_raises_if_the_callback_is_to_raise(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="does not rank the analysis of epoch 0 after step 2"):
         ranked(tmp_path, "step", module=Logging(every=3), schedule={"every_n_train_steps": 1, "on_error": "raise"})
 
 
-def test_what_is_not_logged_any_more_is_old(tmp_path: Path) -> None:
+def test_a_metric_that_is_no_longer_logged_is_old(tmp_path: Path) -> None:
     class Once(Logging):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             if self.current_epoch == 0:

@@ -76,7 +76,7 @@ def test_a_changed_value_is_put_back_and_taken_away_again(name: str) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Module], object], bool, bool]] = {
-    # What is done, whether the module is then another one, and whether its values are lost.
+    # The change, whether it restructures the module, and whether the analyzed values are lost.
     "sign of zero": (lambda m: m.undefined[2].neg_(), False, False),
     "another object": (lambda m: setattr(m.first, "bias", nn.Parameter(torch.zeros(3))), False, False),
     "frozen": (lambda m: m.frozen.data.mul_(2), False, True),

@@ -1,4 +1,4 @@
-"""Strategies whose processes end with the fit: the callbacks of the process that called `fit` know what happened."""
+"""Strategies whose processes end with the fit: the callbacks of the process that called `fit` get the results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_history_and_the_pick_come_back(tmp_path: Path) -> None:
     spectra = HessianSpectrumCallback(checkpoint=HessianCheckpoint(tolerance=9.0, save_last=True), num_samples=2)
     trainer = make_trainer(tmp_path, [spectra, alone], 2, strategy="ddp_fork", devices=2)
     trainer.fit(Curved([Epoch(None)] * 2), loader())
-    steps = STEPS_PER_EPOCH // 2  # each process has half of the batches
+    steps = STEPS_PER_EPOCH // 2  # each rank has half of the batches
     assert [(r.epoch, r.global_step, r.error) for r in spectra.history] == [(0, steps, None), (1, 2 * steps, None)]
     assert spectra.history[1].spectrum.c_t == trainer.callback_metrics["hesd/c_t"] == 0.0
     on_disk = SpectrumHistory.load(tmp_path)
@@ -55,7 +55,7 @@ def test_letters_find_the_original() -> None:
     original.receive = received.append  # type: ignore[method-assign]
     pickle.loads(pickle.dumps(launched._Letter(in_another_process._address, {"a": torch.ones(1)})))  # noqa: S301
     assert received == [{"a": torch.ones(1)}]
-    assert pickle.loads(pickle.dumps(launched._Letter("of nobody", {}))) is None  # noqa: S301
+    assert pickle.loads(pickle.dumps(launched._Letter("unknown address", {}))) is None  # noqa: S301
 
 
 def test_letters_to_a_copy_reach_the_original_too() -> None:
@@ -64,9 +64,3 @@ def test_letters_to_a_copy_reach_the_original_too() -> None:
     trained.history.append(SpectrumRecord(0, 1, None, error="failed"))
     pickle.loads(pickle.dumps(launched._Letter(copied._address, trained.state_dict())))  # noqa: S301
     assert [r.error for r in copied.history] == [r.error for r in original.history] == ["failed"]
-
-
-def test_nothing_is_sent_where_the_process_goes_on(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, [], 1)
-    launched.send(trainer, "address", {})
-    assert trainer.strategy.launcher is None

@@ -1,4 +1,7 @@
-"""A Trainer of `pytorch_lightning` works as one of `lightning.pytorch` does, with the same callbacks in one process."""
+"""A Trainer of `pytorch_lightning` works as one of `lightning.pytorch` does, with the same callbacks in one process.
+
+All other tests use `lightning.pytorch`; here its Trainer is used where something is asked of both.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import rich
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -27,12 +31,13 @@ from lightning_hesd.training.compat.namespaces import lightning_types, namespace
 from lightning_hesd.training.isolation import kinds
 from lightning_hesd.training.samples.reading import _has_own_init
 from lightning_hesd.training.samples.sources import is_combined
-from tests.training import processes
+from tests.programs import run_python
 from tests.training.namespace_project import DATA, NAMESPACES, NETS, loader
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
 ANALYSIS: dict[str, Any] = {"num_samples": 16, "steps": 6, "on_error": "raise"}
 BOTH = pytest.mark.parametrize("name", NAMESPACES)
+OTHER = "pytorch_lightning"
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:It is recommended to use `self.log"),
@@ -75,9 +80,8 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
 # The main path --------------------------------------------------------------------------------------------------------
 
 
-@BOTH
-def test_fit_log_pick_test_and_resume(name: str, tmp_path: Path, expected: list[Any]) -> None:
-    namespace = NAMESPACES[name]
+def test_fit_log_pick_test_and_resume(tmp_path: Path, expected: list[Any]) -> None:
+    name, namespace = OTHER, NAMESPACES[OTHER]
     loggers = [namespace.loggers.TensorBoardLogger(tmp_path), namespace.loggers.CSVLogger(tmp_path, name="csv")]
     callback = spectra(checkpoint=HessianCheckpoint(save_last=True, tolerance=9.0))
     trainer = fit(name, tmp_path, callback, logger=loggers)
@@ -112,7 +116,7 @@ def test_fit_log_pick_test_and_resume(name: str, tmp_path: Path, expected: list[
 def test_the_same_callbacks_in_both_namespaces(tmp_path: Path, expected: list[Any]) -> None:
     callback = spectra(checkpoint="highest_c_t")
     alone = HessianCheckpoint("lowest_max_eigenvalue")
-    for number, name in enumerate(["pytorch_lightning", "lightning.pytorch", "pytorch_lightning"]):
+    for number, name in enumerate([OTHER, "lightning.pytorch", OTHER]):
         trainer = fit(name, tmp_path / str(number), callback, alone)
         assert found(callback) == expected[:2]
         assert trainer.checkpoint_callbacks == [callback.checkpoint, alone]
@@ -144,40 +148,38 @@ def test_the_constructor_of_the_trainer_knows_the_callbacks(name: str, tmp_path:
     assert namespace.Trainer(callbacks=single, logger=False, **QUIET).callbacks[0] is single
 
 
-@BOTH
-def test_precision_and_a_metric_of_training(name: str, tmp_path: Path) -> None:
+def test_precision_and_a_metric_of_training(tmp_path: Path) -> None:
     ranking = HessianCheckpoint(train_metric="train_loss", train_metric_mode="min", tolerance=9.0)
     callback = spectra(checkpoint=ranking, num_samples=32)
-    trainer = fit(name, tmp_path, callback, epochs=1, precision="bf16-mixed")
+    trainer = fit(OTHER, tmp_path, callback, epochs=1, precision="bf16-mixed")
     assert callback.checkpoint.best.epoch == 0
     x, y = loader().dataset[:]
     exact = torch.nn.functional.cross_entropy(trainer.lightning_module.net(x), y)
     assert callback.history[0].spectrum.loss == pytest.approx(exact.item(), rel=1e-6)  # no autocast in the analysis
 
 
-@BOTH
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-def test_two_processes(name: str, tmp_path: Path, expected: list[Any]) -> None:
+def test_two_ranks(tmp_path: Path) -> None:
     callback = spectra(checkpoint="highest_c_t", dataloader=loader())
-    trainer = fit(name, tmp_path, callback, strategy="ddp_fork", devices=2)
+    trainer = fit(OTHER, tmp_path, callback, strategy="ddp_fork", devices=2)
     assert [record.error for record in callback.history] == [None, None]
     assert trainer.callback_metrics["hesd/c_t"] == pytest.approx(callback.history[1].spectrum.c_t)
     assert Path(callback.checkpoint.best_model_path).exists()
     assert callback.checkpoint.best.path == callback.checkpoint.best_model_path
 
 
-# What belongs to a namespace ------------------------------------------------------------------------------------------
+# Classes of a namespace -----------------------------------------------------------------------------------------------
 
 
-@BOTH
 @pytest.mark.parametrize("kind", ["TQDMProgressBar", "RichProgressBar"])
-def test_progress_bars(name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_bars(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terminal, "DELAY", 0.0)
     screen = io.StringIO()
     console = {"file": screen, "force_terminal": True, "width": 120, "color_system": None}
-    bar = getattr(NAMESPACES[name].callbacks, kind)(**({"console_kwargs": console} if "Rich" in kind else {}))
+    bar = getattr(NAMESPACES[OTHER].callbacks, kind)(**({"console_kwargs": console} if "Rich" in kind else {}))
     with contextlib.redirect_stdout(screen):
-        fit(name, tmp_path, spectra(verbose=True), bar, epochs=1, enable_progress_bar=True, logger=False)
+        fit(OTHER, tmp_path, spectra(verbose=True), bar, epochs=1, enable_progress_bar=True, logger=False)
+    rich.reconfigure()  # the bar makes its console that of all
     assert "hesd: Lanczos steps" in screen.getvalue()
     assert "hesd/c_t" in screen.getvalue()
 
@@ -191,21 +193,19 @@ def test_other_progress_bars_and_loggers_are_told_apart(name: str) -> None:
     assert kinds.is_logger(namespace.loggers.CSVLogger("x"))
 
 
-@BOTH
-def test_neighbors_with_stale_monitors(name: str, tmp_path: Path) -> None:
-    callbacks = NAMESPACES[name].callbacks
+def test_neighbors_with_stale_monitors(tmp_path: Path) -> None:
+    callbacks = NAMESPACES[OTHER].callbacks
     neighbors = [callbacks.EarlyStopping("hesd/c_t", strict=False), callbacks.ModelCheckpoint(monitor="hesd/c_t")]
     with pytest.warns(RuntimeWarning) as caught:
-        fit(name, tmp_path, spectra(epochs=[0]), *neighbors)
+        fit(OTHER, tmp_path, spectra(epochs=[0]), *neighbors)
     said = [str(warning.message) for warning in caught if "logged values persist" in str(warning.message)]
     assert [text.split("(")[0].split()[-1] for text in said] == ["EarlyStopping", "ModelCheckpoint"]
 
 
-@BOTH
-def test_files_of_neighbors_are_left_alone(name: str, tmp_path: Path) -> None:
-    users = NAMESPACES[name].callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_last=True)
+def test_files_of_neighbors_are_left_alone(tmp_path: Path) -> None:
+    users = NAMESPACES[OTHER].callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_last=True)
     pick = HessianCheckpoint(dirpath=tmp_path, filename="{epoch}", tolerance=9.0, save_last=True)
-    fit(name, tmp_path, spectra(checkpoint=pick), users)
+    fit(OTHER, tmp_path, spectra(checkpoint=pick), users)
     files = {path.name for path in tmp_path.glob("*.ckpt")}
     assert {"epoch=0.ckpt", "epoch=1.ckpt", "last.ckpt", "last-hesd-highest_c_t.ckpt"} <= files
     assert Path(pick.best_model_path).name.startswith("hesd-highest_c_t-epoch=")
@@ -235,24 +235,20 @@ def test_names_that_a_version_lacks_are_passed_over() -> None:
 # Ways in --------------------------------------------------------------------------------------------------------------
 
 
-@BOTH
-def test_callbacks_of_entry_points(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_callbacks_of_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def points(group: str = "") -> list[Any]:
         factory = SimpleNamespace(load=lambda: lambda: [spectra()], name="hesd")
-        return [factory] if group == f"{name}.callbacks_factory" else []
+        return [factory] if group == f"{OTHER}.callbacks_factory" else []
 
-    connector = inspect.getmodule(type(trainer_of(name, tmp_path)._callback_connector))
+    connector = inspect.getmodule(type(trainer_of(OTHER, tmp_path)._callback_connector))
     registry = inspect.getmodule(connector._load_external_callbacks)  # type: ignore[union-attr]
     monkeypatch.setattr(registry, "entry_points", points)
-    trainer = fit(name, tmp_path, epochs=1)
+    trainer = fit(OTHER, tmp_path, epochs=1)
     [callback] = [c for c in trainer.callbacks if isinstance(c, HessianSpectrumCallback)]
     assert len(callback.history) == 1
 
 
-@BOTH
-def test_lightning_cli(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["main"])
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 with jsonargparse 4.53
     checkpoint = {"class_path": "lightning_hesd.HessianCheckpoint", "init_args": {"dirpath": str(tmp_path)}}
@@ -260,24 +256,22 @@ def test_lightning_cli(
     callback = {"class_path": "lightning_hesd.HessianSpectrumCallback", "init_args": arguments}
     trainer = {**QUIET, "max_epochs": 1, "logger": False, "default_root_dir": str(tmp_path), "callbacks": [callback]}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"seed_everything": 1, "trainer": trainer}))
-    cli = importlib.import_module(f"{name}.cli")
-    ran = cli.LightningCLI(
-        NETS[name], DATA[name], args=["fit", "--config", str(tmp_path / "config.yaml")], save_config_callback=None
-    ).trainer
+    cli, net, data = importlib.import_module(f"{OTHER}.cli"), NETS[OTHER], DATA[OTHER]
+    config = ["fit", "--config", str(tmp_path / "config.yaml")]
+    ran = cli.LightningCLI(net, data, args=config, save_config_callback=None).trainer
     path = ran.checkpoint_callback.best_model_path
     assert isinstance(ran.checkpoint_callback, HessianCheckpoint)
 
     # And the command line of this package, on the checkpoint.
-    model = ["--model", f"{NETS[name].__module__}.{NETS[name].__name__}"]
-    model += ["--data", f"{DATA[name].__module__}.{DATA[name].__name__}", "--accelerator", "cpu"]
+    model = ["--model", f"{net.__module__}.{net.__name__}", "--data", f"{data.__module__}.{data.__name__}"]
     capsys.readouterr()
-    main(["analyze", path, *model, "--analysis.steps=6", "--out", str(tmp_path / "out")])
+    main(["analyze", path, *model, "--accelerator=cpu", "--analysis.steps=6", "--out", str(tmp_path / "out")])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     [callback_of_run] = [c for c in ran.callbacks if isinstance(c, HessianSpectrumCallback)]
     assert results["table"][0]["loss"] == pytest.approx(callback_of_run.history[0].spectrum.loss)
     assert "GPU available" not in capsys.readouterr().err
 
 
-def test_the_other_namespace_is_joined_when_it_has_been_imported_and_not_before(tmp_path: Path) -> None:
-    [seen] = processes.run(Path(__file__).with_name("late_import.py"), tmp_path, 1)
+def test_the_other_namespace_is_joined_when_it_has_been_imported_and_not_before() -> None:
+    seen = json.loads(run_python(str(Path(__file__).with_name("late_import.py"))))
     assert seen == {"imported by itself": [], "known": [True] * 4}

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.utils.data import (
-    Dataset,
-)
+from torch.utils.data import Dataset
 
 from lightning_hesd.training.samples.analysis_samples import AnalysisSamples
-from tests.training.modules import (
-    samples,
-)
+from tests.training.modules import Digits, samples
 
 
 def positions(drawn: AnalysisSamples) -> list[int]:
@@ -29,3 +25,11 @@ class DatasetOfBatches(Dataset[Any]):
         if number >= 5:
             raise IndexError(number)
         return samples(list(range(4 * number, 4 * number + 4)))
+
+
+class BulkDigits(Digits):
+    """Reads a list of positions at once."""
+
+    def __getitem__(self, chosen: Any) -> Any:
+        self.read.extend(chosen)
+        return samples(list(chosen))

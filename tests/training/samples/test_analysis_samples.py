@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from lightning_hesd import HessianSpectrumCallback
 from lightning_hesd.numerics.collectives import Collectives
 from lightning_hesd.training.samples.analysis_samples import draw_samples
 from lightning_hesd.training.samples.epochs import PlannedBatch
@@ -46,11 +48,12 @@ from tests.training.modules import (
     freeze,
     global_generators,
     loader,
+    noise_of_all,
     plain_loss,
     samples,
     seed,
 )
-from tests.training.samples.drawn import DatasetOfBatches, positions
+from tests.training.samples.drawn import BulkDigits, DatasetOfBatches, positions
 
 TRAINING = [1, 3, 4, 7, 9, 12, 20, 31]
 """Positions of the training samples where the others are for validation."""
@@ -90,65 +93,48 @@ class ChoosingBatches(BatchSampler):
             yield [position for position in batch if position in TRAINING]
 
 
-SUBSETS: dict[str, Callable[[], dict[str, Any]]] = {
-    "subset_sampler": lambda: {"sampler": SubsetRandomSampler(TRAINING)},
-    "list_as_sampler": lambda: {"sampler": TRAINING},
-    "custom_sampler": lambda: {"sampler": CustomSampler()},
-    "endless_sampler": lambda: {"sampler": CustomSampler(endless=True)},
-    "batches_of_subset": lambda: {"batch_sampler": BatchSampler(SubsetRandomSampler(TRAINING), 3, drop_last=False)},
-    "list_of_batches": lambda: {"batch_sampler": [TRAINING[:4], TRAINING[4:]]},
-    "custom_batches": lambda: {"batch_sampler": CustomBatches()},
-    "choosing_batches": lambda: {"batch_sampler": ChoosingBatches(SequentialSampler(range(SIZE)), 8, drop_last=False)},
-    "weighted_with_replacement": lambda: {"sampler": WeightedRandomSampler(training_weights(), 100)},
-    "weighted": lambda: {"sampler": WeightedRandomSampler(training_weights(), len(TRAINING), replacement=False)},
-}
-
-
 def training_weights() -> Tensor:
     weights = torch.zeros(SIZE)
     weights[TRAINING] = torch.arange(1.0, 1.0 + len(TRAINING))
     return weights
 
 
-@pytest.mark.parametrize("name", SUBSETS)
-def test_only_samples_that_the_sampler_can_draw(name: str) -> None:
-    dataset = Digits()
-    drawn = draw_samples(loader(dataset, **SUBSETS[name]()), SIZE)
-    assert set(drawn.indices) <= set(TRAINING)
+WHOLE = range(SIZE)
+
+LOADERS: dict[str, tuple[dict[str, Any], Sequence[int]]] = {
+    # The options of the loader, and the positions that it can draw.
+    "subset_sampler": ({"sampler": SubsetRandomSampler(TRAINING)}, TRAINING),
+    "list_as_sampler": ({"sampler": TRAINING}, TRAINING),
+    "custom_sampler": ({"sampler": CustomSampler()}, TRAINING),
+    "batches_of_subset": ({"batch_sampler": BatchSampler(SubsetRandomSampler(TRAINING), 3, drop_last=False)}, TRAINING),
+    "list_of_batches": ({"batch_sampler": [TRAINING[:4], TRAINING[4:]]}, TRAINING),
+    "custom_batches": ({"batch_sampler": CustomBatches()}, TRAINING),
+    "choosing_batches": ({"batch_sampler": ChoosingBatches(SequentialSampler(WHOLE), 8, drop_last=False)}, TRAINING),
+    "weighted": ({"sampler": WeightedRandomSampler(training_weights(), len(TRAINING), replacement=False)}, TRAINING),
+    "first_positions_at_random": ({"sampler": RandomSampler(range(10))}, range(10)),
+    "first_positions_in_order": ({"sampler": SequentialSampler(range(10))}, range(10)),
+    "first_positions_as_range": ({"sampler": range(10)}, range(10)),
+    "default": ({}, WHOLE),
+    "shuffle": ({"shuffle": True}, WHOLE),
+    "distributed": ({"sampler": DistributedSampler(Digits(), num_replicas=3, rank=1)}, WHOLE),
+    "batches": ({"batch_sampler": BatchSampler(RandomSampler(WHOLE), 4, drop_last=True)}, WHOLE),
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_the_samples_that_the_sampler_can_draw(name: str) -> None:
+    """Each once, although more are asked for."""
+    options, expected = LOADERS[name]
+    drawn = draw_samples(loader(**options), 1000)
     assert positions(drawn) == list(drawn.indices)
-    if name == "endless_sampler":
-        assert sorted(drawn.indices) == sorted(5 * TRAINING), "as many as there are samples"
-    elif name != "weighted_with_replacement":
-        assert sorted(drawn.indices) == TRAINING, "each once, although more were asked for"
+    assert sorted(drawn.indices) == list(expected)
 
 
-SUBRANGES: dict[str, Callable[[], Any]] = {
-    "random": lambda: RandomSampler(range(10)),
-    "sequential": lambda: SequentialSampler(range(10)),
-    "range": lambda: range(10),
-}
-
-
-@pytest.mark.parametrize("name", SUBRANGES)
-def test_a_sampler_of_the_first_positions_only(name: str) -> None:
-    drawn = draw_samples(loader(sampler=SUBRANGES[name]()), SIZE)
-    assert sorted(drawn.indices) == list(range(10))
-
-
-WHOLE: dict[str, Callable[[], dict[str, Any]]] = {
-    "default": dict,
-    "shuffle": lambda: {"shuffle": True},
-    "sequential": lambda: {"sampler": SequentialSampler(range(SIZE))},
-    "distributed": lambda: {"sampler": DistributedSampler(Digits(), num_replicas=3, rank=1)},
-    "batches": lambda: {"batch_sampler": BatchSampler(RandomSampler(range(SIZE)), 4, drop_last=True)},
-}
-
-
-@pytest.mark.parametrize("name", WHOLE)
-def test_the_whole_dataset_where_the_sampler_runs_through_it(name: str) -> None:
-    drawn = draw_samples(loader(**WHOLE[name]()), 1000)
-    assert sorted(drawn.indices) == list(range(SIZE)), "all of them, each once"
-    assert sorted(positions(drawn)) == list(range(SIZE))
+def test_samplers_that_repeat_positions() -> None:
+    endless = draw_samples(loader(sampler=CustomSampler(endless=True)), SIZE)
+    assert sorted(endless.indices) == sorted(5 * TRAINING), "as many as there are samples"
+    weighted = draw_samples(loader(sampler=WeightedRandomSampler(training_weights(), 100)), SIZE)
+    assert set(weighted.indices) <= set(TRAINING)
 
 
 def test_the_draw_is_random_and_decided_by_the_seed_alone() -> None:
@@ -195,20 +181,12 @@ def test_given_positions_in_the_given_order() -> None:
         ({"sampler": []}, "because the training dataset or its sampler is empty"),
         ({"batch_size": SIZE + 1, "drop_last": True}, "empty.*`drop_last=True`"),
         ({"collate_fn": lambda items: None}, "returned None or an empty batch"),
-        (
-            {"dataset": [], "sampler": None},
-            "because the training dataset or its sampler is empty",
-        ),
+        ({"dataset": [], "sampler": None}, "because the training dataset or its sampler is empty"),
     ],
 )
 def test_nothing_to_draw(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         draw_samples(loader(**options), 10)
-
-
-def test_weights_by_function() -> None:
-    drawn = draw_samples(loader(), 16, batch_weight=lambda batch: float(batch[2].sum()))
-    assert [batch.weight for batch in drawn.batches] == [float(batch.data[2].sum()) for batch in drawn.batches]
 
 
 # Nothing of the user's is disturbed -----------------------------------------------------------------------------------
@@ -236,20 +214,16 @@ class LazyDigits(Digits):
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["", "also_after_an_error"])
-@pytest.mark.parametrize("noise", NOISES)
-def test_dataset_generators_and_sampler_are_restored(noise: str, fails: bool) -> None:
+def test_dataset_generators_and_sampler_are_restored(fails: bool) -> None:
     dataset = LazyDigits()
-    dataset.augment = NOISES[noise]
+    dataset.augment = noise_of_all
     if fails:
         dataset.size = 3  # reading further fails
     sampler = CustomSampler()
     generator = torch.Generator().manual_seed(9)
     train_loader = loader(dataset, sampler=sampler, generator=generator, worker_init_fn=print)
     before = freeze([vars(dataset), generator, vars(sampler)]), global_generators()
-    if fails:
-        with pytest.raises(IndexError):
-            draw_samples(train_loader, 10)
-    else:
+    with pytest.raises(IndexError) if fails else contextlib.nullcontext():
         assert len(draw_samples(train_loader, 10).indices) == len(TRAINING)
     assert (freeze([vars(dataset), generator, vars(sampler)]), global_generators()) == before
     assert dataset.handle is None
@@ -263,7 +237,7 @@ def test_attributes_behind_a_subset_are_restored() -> None:
     assert freeze(vars(dataset)) == before
 
 
-# Random augmentation, and any number of processes ---------------------------------------------------------------------
+# Random augmentation, and any number of ranks -------------------------------------------------------------------------
 
 
 class Scripted(Collectives):
@@ -281,7 +255,7 @@ class Scripted(Collectives):
 
 
 def dealt(make_loader: Callable[[], Any], world_size: int, num_samples: int = 21, **kwargs: Any) -> list[Any]:
-    """Draw in every process, and put the batches together in the order of their index."""
+    """Draw on every rank, and put the batches together in the order of their index."""
     shares, own = [], []
     sums: list[list[float]] = []  # as one rank finds them; several must find the same sums
     draw_samples(make_loader(), num_samples, collectives=Scripted(sums.append, lambda: sums[-1]), **kwargs)
@@ -307,7 +281,7 @@ class EndlessStream(IterableDataset[Any]):
 
 
 DEALT: dict[str, Callable[[], Any]] = {
-    **{name: lambda noise=noise: loader(Digits(augment=noise), shuffle=True) for name, noise in NOISES.items()},
+    "augmentation": lambda: loader(Digits(augment=noise_of_all), shuffle=True),
     "generator_of_the_dataset": lambda: loader(NoisyDigits(), shuffle=True),
     "stream": lambda: loader(EndlessStream()),
     "weighted": lambda: loader(sampler=WeightedRandomSampler(training_weights(), 40)),
@@ -315,16 +289,16 @@ DEALT: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", DEALT)
-def test_the_same_batches_for_any_number_of_processes(name: str) -> None:
+def test_the_same_batches_for_any_number_of_ranks(name: str) -> None:
     alone = dealt(DEALT[name], 1)
     assert [index for index, *_ in alone] == [0, 1, 2]
     assert [weight for _, weight, *_ in alone] == [8, 8, 5]
-    for world_size in (1, 2, 3):
+    for world_size in (2, 3):
         assert dealt(DEALT[name], world_size) == alone
 
 
-@pytest.mark.parametrize("make_loader", [DEALT["torch"], DEALT["stream"]], ids=["dataset", "stream"])
-def test_more_processes_than_batches(make_loader: Callable[[], Any]) -> None:
+@pytest.mark.parametrize("make_loader", [DEALT["augmentation"], DEALT["stream"]], ids=["dataset", "stream"])
+def test_more_ranks_than_batches(make_loader: Callable[[], Any]) -> None:
     ranks = [Scripted(lambda own: None, lambda: [0.0, 8.0, 2.0], rank, 4) for rank in range(4)]
     shares = [draw_samples(make_loader(), 10, collectives=each) for each in ranks]
     assert [[batch.index for batch in share.batches] for share in shares] == [[0], [1], [], []]
@@ -396,7 +370,7 @@ class StreamOfBatches(IterableDataset[Any]):
 
 
 class BatchesOnDemand:
-    """An iterable of batches that is no DataLoader; it counts how many it gave away."""
+    """An iterable of batches that is no DataLoader; it counts the batches that are taken."""
 
     def __init__(self) -> None:
         self.given = 0
@@ -427,14 +401,6 @@ def test_whole_batches_are_taken_from_the_beginning(name: str) -> None:
         assert source.given == 0
 
 
-class BulkDigits(Digits):
-    """Reads a list of positions at once."""
-
-    def __getitem__(self, chosen: Any) -> Any:
-        self.read.extend(chosen)
-        return samples(list(chosen))
-
-
 def test_a_batch_sampler_in_the_place_of_the_sampler() -> None:
     """The idiom of PyTorch's documentation for data sets that read in bulk: only the sampler knows the batches."""
     bulk = DataLoader(
@@ -446,6 +412,11 @@ def test_a_batch_sampler_in_the_place_of_the_sampler() -> None:
 
 
 # In the Trainer -------------------------------------------------------------------------------------------------------
+
+
+def drawn_by(observer: HessianSpectrumCallback) -> Any:
+    """Return the positions of the samples that a callback has drawn."""
+    return observer.state_dict()["samples"]["training"]["indices"]
 
 
 class Seen(SeenByLoss):
@@ -469,51 +440,40 @@ class Seen(SeenByLoss):
         super().keep(batch)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_same_samples_at_every_analysis(workers: int, tmp_path: Path) -> None:
+def test_the_same_samples_at_every_analysis(tmp_path: Path) -> None:
     seen = Seen()
     observer = callback(at_start=True, loss_fn=seen, num_samples=20)
-    data = loader(Digits(16 if workers else SIZE, augment=NOISES["torch"]), shuffle=True, num_workers=workers)
-    fit(tmp_path, observer, data=data)
+    fit(tmp_path, observer, data=loader(Digits(augment=NOISES["torch"]), shuffle=True))
     first, *others = seen.by_analysis()
-    assert len(others) == 2
-    assert all(other == first for other in others)
-    assert len(first) == (2 if workers else 3)
-    assert sorted(observer.state_dict()["samples"]["training"]["indices"]) == sorted(
-        {int(p) for batch in seen.batches for p in batch[2]}
-    )
+    assert len(first) == 3
+    assert others == [first, first]
+    assert sorted(drawn_by(observer)) == sorted({int(p) for batch in seen.batches for p in batch[2]})
 
 
 def test_the_same_samples_after_resume(tmp_path: Path) -> None:
     """Although the dataset has grown since, which changes what would be drawn from it."""
     seen, saved = Seen(), tmp_path / "saved.ckpt"
     before, data = callback(loss_fn=seen), loader(Digits(SIZE, NOISES["torch"]), shuffle=True)
-    fit(tmp_path, before, data=data).save_checkpoint(saved)
+    fit(tmp_path, before, data=data, max_epochs=1).save_checkpoint(saved)
 
     after, data = callback(loss_fn=seen), loader(Digits(SIZE + 20, NOISES["torch"]), shuffle=True)
-    fit(tmp_path, after, data=data, ckpt_path=saved, max_epochs=3)
-    assert [record.epoch for record in after.history] == [0, 1, 2]
-    assert after.state_dict()["samples"]["training"]["indices"] == before.state_dict()["samples"]["training"]["indices"]
-    assert seen.by_analysis()[2] == seen.by_analysis()[0]
-
-    fresh = callback()
-    fit(tmp_path, fresh, data=loader(Digits(SIZE + 20), shuffle=True), max_epochs=1)
-    assert (
-        fresh.state_dict()["samples"]["training"]["indices"] != before.state_dict()["samples"]["training"]["indices"]
-    ), "or resuming would have shown nothing"
+    fit(tmp_path, after, data=data, ckpt_path=saved, max_epochs=2)
+    assert [record.epoch for record in after.history] == [0, 1]
+    assert drawn_by(after) == drawn_by(before)
+    assert seen.by_analysis()[1] == seen.by_analysis()[0]
+    fresh = draw_samples(loader(Digits(SIZE + 20), shuffle=True), 16)
+    assert list(fresh.indices) != drawn_by(before), "or resuming would have shown nothing"
 
 
 @pytest.mark.filterwarnings("ignore:.*other samples are drawn:RuntimeWarning")
-@pytest.mark.parametrize("more", [False, True], ids=["", "also_if_there_are_more_data"])
-def test_other_samples_after_resume_with_another_number(more: bool, tmp_path: Path) -> None:
+def test_other_samples_after_resume_with_another_number(tmp_path: Path) -> None:
     saved = tmp_path / "saved.ckpt"
     fit(tmp_path, callback(num_samples=16), max_epochs=1).save_checkpoint(saved)
-    data = loader(Digits(SIZE + 20 if more else SIZE), shuffle=True)
+    data = loader(Digits(SIZE + 20), shuffle=True)
     after = callback(num_samples=24)
     fit(tmp_path, after, data=data, ckpt_path=saved, max_epochs=2)
     assert [record.spectrum.num_samples for record in after.history] == [16, 24]
-    fresh = draw_samples(data, 24)
-    assert after.state_dict()["samples"]["training"]["indices"] == list(fresh.indices)
+    assert drawn_by(after) == list(draw_samples(data, 24).indices)
 
 
 @pytest.mark.filterwarnings("ignore:.*other samples are drawn:RuntimeWarning")
@@ -555,49 +515,14 @@ def test_a_callback_used_again_draws_from_the_new_data(tmp_path: Path) -> None:
     observer = callback(num_samples=SIZE)
     fit(tmp_path, observer, max_epochs=1)
     fit(tmp_path, observer, data=loader(Digits(12)), max_epochs=1)
-    assert sorted(observer.state_dict()["samples"]["training"]["indices"]) == list(range(12))
+    assert sorted(drawn_by(observer)) == list(range(12))
     assert len(observer.history) == 1
-
-
-class TwoLoaders(Classifier):
-    """Trains on batches of several loaders at once."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        parts = batch.values() if isinstance(batch, dict) else batch
-        return sum(plain_loss(self, part) for part in parts)
-
-
-COLLECTIONS: dict[str, Callable[[], Any]] = {
-    "dict": lambda: {"a": loader(), "b": loader()},
-    "list": lambda: [loader(), loader()],
-    "combined": lambda: CombinedLoader({"a": loader(), "b": loader()}, "min_size"),
-}
-
-
-@pytest.mark.parametrize("name", COLLECTIONS)
-def test_a_collection_of_loaders(name: str, tmp_path: Path) -> None:
-    one, both = (
-        callback(dataloader=loader(), loss_fn=plain_loss),
-        callback(dataloader=CombinedLoader({"a": loader(), "b": loader()}, "min_size"), name="both"),
-    )
-    fit(tmp_path, one, both, module=TwoLoaders(), data=COLLECTIONS[name](), max_epochs=1)
-    assert one.history[0].spectrum.num_samples == 16
-    assert both.history[0].spectrum.num_samples == 16
-    assert both.state_dict()["samples"]["training"]["indices"] is None
 
 
 def test_a_dataloader_of_its_own(tmp_path: Path) -> None:
     observer = callback(dataloader=loader(sampler=SubsetRandomSampler(TRAINING)), num_samples=SIZE)
     fit(tmp_path, observer, max_epochs=1)
-    assert sorted(observer.state_dict()["samples"]["training"]["indices"]) == TRAINING
-
-
-def test_an_iterable_of_batches_as_training_data(tmp_path: Path) -> None:
-    batches = BatchesOnDemand()
-    observer = callback(num_samples=8)
-    trainer = fit(tmp_path, observer, data=batches)
-    assert trainer.global_step == batches.given == 10
-    assert observer.history[1].spectrum.num_samples == 8
+    assert sorted(drawn_by(observer)) == TRAINING
 
 
 def test_a_stream_shared_with_training_that_cannot_be_copied_warns_and_training_goes_on(tmp_path: Path) -> None:
@@ -607,12 +532,6 @@ def test_a_stream_shared_with_training_that_cannot_be_copied_warns_and_training_
         trainer = fit(tmp_path, observer, data=loader(stream), max_epochs=1)
     assert trainer.global_step == 3, "all twenty samples"
     assert "cannot be copied" in observer.history[0].error
-
-
-def test_of_a_datamodule(tmp_path: Path) -> None:
-    observer = callback(num_samples=SIZE)
-    fit(tmp_path, observer, data=DataModule(lambda: loader(sampler=SubsetRandomSampler(TRAINING))), max_epochs=1)
-    assert sorted(observer.state_dict()["samples"]["training"]["indices"]) == TRAINING
 
 
 @dataclass
@@ -638,8 +557,6 @@ class AnyBatch(Classifier):
 
 
 BATCH_TYPES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
-    "tuple": (lambda b: (b[0], b[1]), lambda b: b),
-    "dict": (lambda b: {"x": b[0], "y": b[1], "name": "digits"}, lambda b: (b["x"], b["y"])),
     "dataclass": (lambda b: DataclassBatch(b[0], b[1]), lambda b: (b.x, b.y)),
     "named_tuple": (lambda b: NamedBatch(b[0], b[1]), lambda b: (b.x, b.y)),
     "nested": (
@@ -649,16 +566,14 @@ BATCH_TYPES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", BATCH_TYPES)
-def test_batches_of_any_type(name: str, tmp_path: Path) -> None:
-    pack, unpack = BATCH_TYPES[name]
-    plain, packed = callback(), callback()
-    fit(tmp_path, plain, max_epochs=1)
-    data = loader(shuffle=True, collate_fn=lambda items: pack(default_collate(items)))
-    fit(tmp_path, packed, module=AnyBatch(unpack), data=data, max_epochs=1)
-    expected, spectrum = plain.history[0].spectrum, packed.history[0].spectrum
-    assert spectrum.num_samples == expected.num_samples == 16
-    assert freeze(spectrum.nodes) == freeze(expected.nodes)
+def test_batches_of_any_type(tmp_path: Path) -> None:
+    spectra = {}
+    for name, (pack, unpack) in {"plain": (lambda b: b, lambda b: b), **BATCH_TYPES}.items():
+        observer = callback()
+        data = loader(shuffle=True, collate_fn=lambda items, pack=pack: pack(default_collate(items)))
+        fit(tmp_path, observer, module=AnyBatch(unpack), data=data, max_epochs=1)
+        spectra[name] = observer.history[0].spectrum.num_samples, freeze(observer.history[0].spectrum.nodes)
+    assert spectra == dict.fromkeys(spectra, (16, spectra["plain"][1]))
 
 
 def test_weights_by_function_reach_the_spectrum(tmp_path: Path) -> None:
@@ -730,17 +645,9 @@ def test_batches_that_cannot_be_cut_have_no_sampling_error(tmp_path: Path) -> No
 # Transfer hooks -------------------------------------------------------------------------------------------------------
 
 
-def shift(batch: Any) -> Any:
-    return [batch[0] + 1, *batch[1:]]
-
-
-def shift_in_place(batch: Any) -> Any:
-    batch[0] += 1
+def shift_noisily_in_place(batch: Any) -> Any:
+    batch[0] += 1 + 0.1 * torch.randn(batch[0].shape)
     return batch
-
-
-def shift_and_add_noise(batch: Any) -> Any:
-    return [batch[0] + 1 + 0.1 * torch.randn(batch[0].shape), *batch[1:]]
 
 
 class Hooked:
@@ -770,22 +677,22 @@ class HookedModule(Hooked, Classifier): ...
 class HookedData(Hooked, DataModule): ...
 
 
-@pytest.mark.parametrize("change", [shift, shift_in_place, shift_and_add_noise])
 @pytest.mark.parametrize("where", ["module", "datamodule"])
 @pytest.mark.parametrize("hook", ["on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"])
-def test_transfer_hooks(hook: str, where: str, change: Callable[[Any], Any], tmp_path: Path) -> None:
+def test_transfer_hooks(hook: str, where: str, tmp_path: Path) -> None:
     """They are applied, once to each batch, with the same result at every analysis."""
     seen = Seen()
     observer = callback(loss_fn=seen, at_start=True)
-    module = HookedModule().use(hook, change) if where == "module" else Classifier()
-    data = HookedData().use(hook, change) if where == "datamodule" else loader()
+    module = HookedModule().use(hook, shift_noisily_in_place) if where == "module" else Classifier()
+    data = HookedData().use(hook, shift_noisily_in_place) if where == "datamodule" else loader()
     fit(tmp_path, observer, module=module, data=data, max_epochs=1, limit_train_batches=2)
     first, second = seen.by_analysis()
     assert len(first) == 2
     assert second == first
     for batch in seen.batches:
         noise = batch[0] - 1 - samples(batch[2])[0]
-        assert noise.abs().max() < 1e-6 if change is not shift_and_add_noise else 0.05 < noise.std() < 0.2
+        assert noise.mean().abs() < 0.05
+        assert 0.05 < noise.std() < 0.12
 
 
 class InPlace(Classifier):
@@ -819,7 +726,7 @@ def test_the_users_own_batches_are_not_changed(tmp_path: Path) -> None:
     batches = [samples([0, 1, 2]), samples([3, 4])]
     before = freeze(batches)
     observer = callback(dataloader=batches)
-    module = HookedModule().use("on_before_batch_transfer", shift_in_place)
+    module = HookedModule().use("on_before_batch_transfer", shift_noisily_in_place)
     fit(tmp_path, observer, module=module, max_epochs=1)
     assert observer.history[0].spectrum.num_samples == 5
     assert freeze(batches) == before

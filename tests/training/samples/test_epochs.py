@@ -74,8 +74,8 @@ class Steady(Classifier):
 def test_batch_idx_is_the_position_in_the_epoch(tmp_path: Path) -> None:
     found = []
     for module in (Lazy(), Steady()):
-        observer = callback(steps=20, num_samples=SIZE, at_start=True)
-        fit(tmp_path, observer, module=module, data=loader(batch_size=2, shuffle=True), max_epochs=1)
+        observer = callback(steps=8, num_samples=32, at_start=True, epochs=[])
+        fit(tmp_path, observer, module=module, data=loader(Digits(32), batch_size=4, shuffle=True), max_epochs=1)
         found.append(observer.history[0].spectrum)
     assert found[0].loss == pytest.approx(found[1].loss, rel=1e-5)
     assert found[0].lambda_min == pytest.approx(found[1].lambda_min, rel=1e-4)
@@ -248,25 +248,18 @@ def test_batches_from_all_over_the_epoch_of_a_sampler() -> None:
 class Named(Dataset[Any]):
     """Samples have names."""
 
-    def __getitem__(self, key: tuple[str, int]) -> Any:
-        name, size = key
-        return digits_of(int(name), size)
-
-
-def digits_of(position: int, size: int) -> Any:
-    x, y, _ = Digits()[position]
-    return x[:size], y, position
+    def __getitem__(self, name: str) -> Any:
+        return Digits()[int(name)]
 
 
 def test_keys_of_any_kind(tmp_path: Path) -> None:
-    class Sizes(Sampler[Any]):
-        def __iter__(self) -> Iterator[Any]:
-            return (((str(n), 64)) for n in range(SIZE))
+    def named() -> DataLoader[Any]:
+        return DataLoader(Named(), batch_size=8, sampler=[str(number) for number in range(SIZE)])
 
-    drawn = draw_samples(DataLoader(Named(), batch_size=8, sampler=Sizes()), 16)
-    assert [key for key, _ in drawn.indices] == [str(position) for position in positions(drawn)]
+    drawn = draw_samples(named(), 16)
+    assert list(drawn.indices) == [str(position) for position in positions(drawn)]
     observer = callback()
-    fit(tmp_path, observer, data=DataLoader(Named(), batch_size=8, sampler=Sizes()), max_epochs=1)
+    fit(tmp_path, observer, data=named(), max_epochs=1)
     assert observer.history[0].spectrum.num_samples == 16
     assert observer.state_dict()["samples"]["training"]["indices"] is None
 
@@ -282,8 +275,8 @@ class Pairs(BatchSampler):
         return len(self.sampler) // 2
 
 
-def test_batches_of_all_processes() -> None:
-    """A sampler that Lightning or the user distributes gives one process a part of the epoch only."""
+def test_batches_of_all_ranks() -> None:
+    """A sampler that Lightning or the user distributes gives one rank a part of the epoch only."""
     whole = draw_samples(loader(batch_sampler=Pairs(SequentialSampler(range(SIZE)), 8, drop_last=False)), 1000)
     for rank in (0, 1):
         sampler = DistributedSampler(range(SIZE), num_replicas=2, rank=rank, shuffle=False)
@@ -376,14 +369,9 @@ BIG: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def paths() -> Paths:
-    return Paths()
-
-
 @pytest.mark.parametrize("name", BIG)
-def test_samples_are_drawn_without_python_code_for_each_sample(name: str, paths: Paths) -> None:
-    data = BIG[name](paths)
+def test_samples_are_drawn_without_python_code_for_each_sample(name: str) -> None:
+    data = BIG[name](Paths())
     with counted_lines() as count:
         drawn = draw_samples(data, 32)
     assert count.lines < 2 * MANY, "samplers run a line per sample at most; deep copies run several"

@@ -12,11 +12,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
 
 from lightning_hesd.training.samples import first_batches
-from tests.training import processes
 from tests.training.modules import (
     SIZE,
     Classifier,
@@ -30,6 +30,7 @@ from tests.training.modules import (
     plain_loss,
     samples,
 )
+from tests.training.samples.drawn import BulkDigits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -121,33 +122,19 @@ class Endless(IterableDataset[Any]):
             yield [part[0] for part in samples([self.cursor % SIZE])]
 
 
-def filled(count: int = SIZE) -> queue.Queue[int]:
-    full: queue.Queue[int] = queue.Queue()
-    for position in range(count):
-        full.put(position)
-    return full
-
-
-class FromQueue(IterableDataset[Any]):
-    def __init__(self) -> None:
-        self.queue = filled()
-
-    def __iter__(self) -> Iterator[Any]:
-        while not self.queue.empty():
-            yield [part[0] for part in samples([self.queue.get()])]
-
-
 class MapFromQueue(Dataset[Any]):
     """Has positions, and gives the next sample whatever the position."""
 
     def __init__(self) -> None:
-        self.sources = {"train": filled(2 * SIZE)}
+        self.sources = {"train": queue.Queue[int]()}
+        for position in range(2 * SIZE):
+            self.sources["train"].put(position % SIZE)
 
     def __len__(self) -> int:
         return SIZE
 
     def __getitem__(self, position: int) -> Any:
-        return [part[0] for part in samples([self.sources["train"].get(timeout=1) % SIZE])]
+        return [part[0] for part in samples([self.sources["train"].get(timeout=1)])]
 
 
 class LockedSampler(Sampler[int]):
@@ -179,11 +166,6 @@ class LockedLoader:
             yield samples(list(range(8 * number, 8 * number + 8)))
 
 
-class Bulk(Digits):
-    def __getitem__(self, chosen: Any) -> Any:
-        return samples(list(chosen))
-
-
 def batches(count: int = 5) -> Iterator[Any]:
     return (samples(list(range(8 * n % SIZE, 8 * n % SIZE + 8))) for n in range(count))
 
@@ -193,16 +175,13 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "own_get_iterator": lambda: OwnIterator(Digits(), batch_size=8, shuffle=True),
     "own_indices": lambda: OwnIndices(Digits(), batch_size=8),
     "whole_batches": lambda: DataLoader(
-        Bulk(), sampler=BatchSampler(RandomSampler(range(SIZE)), 8, drop_last=False), batch_size=None
+        BulkDigits(), sampler=BatchSampler(RandomSampler(range(SIZE)), 8, drop_last=False), batch_size=None
     ),
     "stream": lambda: loader(Endless()),
-    "queue": lambda: loader(FromQueue()),
     "map_style_queue": lambda: loader(MapFromQueue()),
     "single_pass": lambda: batches(15),
     "uncopyable": LockedLoader,
     "uncopyable_sampler": lambda: loader(sampler=LockedSampler()),
-    "list_of_loaders": lambda: [loader(shuffle=True), loader(Endless())],
-    "dict_of_loaders": lambda: {"a": loader(shuffle=True), "b": loader(Digits(), batch_size=8)},
     "combined": lambda: CombinedLoader({"a": loader(shuffle=True), "b": loader()}, "min_size"),
     "datamodule": lambda: DataModule(lambda: [OwnIter(Digits(), batch_size=8), loader(shuffle=True)]),
 }
@@ -407,18 +386,38 @@ def test_a_step_that_fetches_its_batches(tmp_path: Path) -> None:
         fit(tmp_path, callback(loss_fn=plain_loss), module=Fetches(), data=loader(Endless()), limit_train_batches=2)
 
 
-# Several processes ----------------------------------------------------------------------------------------------------
+# Several ranks --------------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_keep_half_of_the_samples_each(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("first_batches_run.py")
-    (alone,), both = (processes.run(script, tmp_path / str(world), world) for world in (1, 2))
-    for rank in both:
-        assert rank["same"]
-        for mine, theirs in zip(alone["records"], rank["records"], strict=True):
-            assert mine["num_samples"] == theirs["num_samples"] == 24
-            assert theirs["lambda_max"] == pytest.approx(mine["lambda_max"], rel=1e-9)
-            assert theirs["c_t"] == pytest.approx(mine["c_t"], rel=1e-9)
+class Share(IterableDataset[Any]):
+    """Every rank has the batches of eight whose numbers leave its rank as the remainder."""
+
+    def __iter__(self) -> Iterator[Any]:
+        distributed = torch.distributed.is_initialized()
+        rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+        return (Digits()[p] for p in range(SIZE) if p // 8 % world == rank)
+
+
+class Still(Observed):
+    """Does not learn, so that the weights are the same on any number of ranks."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning", "ignore:It is recommended to use `self.log")
+def test_two_ranks_keep_half_of_the_samples_each(tmp_path: Path) -> None:
+    spectra = []
+    for world in (1, 2):
+        observer = callback(num_samples=32, steps=10, loss_fn=loss_of)
+        strategy = DDPStrategy(start_method="fork", process_group_backend="gloo") if world == 2 else "auto"
+        options = {"devices": world, "strategy": strategy, "precision": "64-true", "max_epochs": 1}
+        fit(tmp_path, observer, module=Still(), data=loader(Share()), limit_train_batches=4 // world, **options)
+        spectra.append(observer.history[0].spectrum)
+    alone, both = spectra
+    assert both.num_samples == alone.num_samples == 32
+    assert both.lambda_max == pytest.approx(alone.lambda_max, rel=1e-9)
+    assert both.c_t == pytest.approx(alone.c_t, rel=1e-9)
 
 
 # A dataloader of the user's own ---------------------------------------------------------------------------------------
@@ -440,8 +439,18 @@ def test_the_training_dataloader_given_again_is_that_of_training(tmp_path: Path)
     assert observer.history[0].spectrum.num_samples == 16
 
 
-@pytest.mark.parametrize("make", [lambda *of: list(of), lambda *of: dict(zip("ab", of, strict=True))])
-def test_several_dataloaders_of_the_users(make: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda *of: list(of),
+        lambda *of: dict(zip("ab", of, strict=True)),
+        lambda *of: CombinedLoader(dict(zip("ab", of, strict=True)), "min_size"),
+    ],
+    ids=["list", "dict", "combined"],
+)
+def test_several_dataloaders_of_the_users_beside_several_of_training(make: Callable[..., Any], tmp_path: Path) -> None:
     seen = Seen()
-    fit(tmp_path, callback(dataloader=make(loader(), loader()), loss_fn=seen), max_epochs=1)
+    observer = callback(dataloader=make(loader(), loader()), loss_fn=seen)
+    fit(tmp_path, observer, module=Observed(), data=make(loader(), loader()), max_epochs=1)
     assert len(seen.batches) == 2
+    assert observer.state_dict()["samples"]["training"]["indices"] is None

@@ -11,18 +11,10 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    IterableDataset,
-    RandomSampler,
-    default_collate,
-    get_worker_info,
-)
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, default_collate, get_worker_info
 
 from lightning_hesd.training.samples.analysis_samples import AnalysisSamples, draw_samples
 from tests.training.modules import (
-    NOISES,
     SIZE,
     Classifier,
     Digits,
@@ -61,12 +53,6 @@ class NeedsInfo(Digits):
         return super().__getitem__(position)
 
 
-class InfoInCollate:
-    def __call__(self, items: list[Any]) -> Any:
-        assert get_worker_info() is not None
-        return default_collate(items)
-
-
 class Shards(IterableDataset[Any]):
     """Every worker reads its own samples."""
 
@@ -91,7 +77,6 @@ class BulkInWorkers(Digits):
 WORKERS: dict[str, Callable[[], Any]] = {
     "worker_init_fn": lambda: loader(InWorkersOnly(), shuffle=True, num_workers=2, worker_init_fn=open_file),
     "worker_info": lambda: loader(NeedsInfo(), shuffle=True, num_workers=2),
-    "collate_fn": lambda: loader(shuffle=True, num_workers=1, collate_fn=InfoInCollate()),
     "stream": lambda: loader(Shards(), num_workers=2),
     "stream_of_batches": lambda: DataLoader(WholeShards(), batch_size=None, num_workers=1),
     "bulk": lambda: DataLoader(
@@ -149,22 +134,6 @@ def test_a_failure_here_and_in_workers_is_that_of_this_process() -> None:
         draw_samples(loader(NeedsInfo()), 16)  # training has no workers either
 
 
-@pytest.mark.filterwarnings("ignore:.*num_workers")
-def test_training_with_persistent_workers_is_left_alone(tmp_path: Path) -> None:
-    weights = []
-    for observers in ([], [callback(num_samples=16)]):
-        data = loader(
-            InWorkersOnly(augment=NOISES["torch"]),
-            shuffle=True,
-            num_workers=1,
-            persistent_workers=True,
-            worker_init_fn=open_file,
-        )
-        weights.append(freeze(fit(tmp_path, *observers, data=data).lightning_module.state_dict()))
-    assert weights[0] == weights[1]
-    assert [record.spectrum.num_samples for record in observers[0].history] == [16, 16]
-
-
 # Loaders that iterate in a way of their own ---------------------------------------------------------------------------
 
 
@@ -211,7 +180,6 @@ class Wrapped:
 
 
 OWN: dict[str, Callable[[], Any]] = {
-    "subclass": lambda: Scaled(Digits(), batch_size=8, shuffle=True),
     "stateful": lambda: Counting(Digits(), batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(4)),
     "persistent_workers": lambda: Scaled(Digits(), 8, shuffle=True, num_workers=1, persistent_workers=True),
     "worker_init_fn": lambda: Scaled(
@@ -244,7 +212,7 @@ def test_a_loader_with_an_iter_of_its_own_is_not_taken_apart(name: str) -> None:
         running._shutdown_workers()
 
 
-def test_the_loss_analysed_is_the_one_trained(tmp_path: Path) -> None:
+def test_the_loss_analyzed_is_the_one_trained(tmp_path: Path) -> None:
     observer = callback(num_samples=SIZE)
     module = Classifier()
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)
@@ -252,7 +220,7 @@ def test_the_loss_analysed_is_the_one_trained(tmp_path: Path) -> None:
     assert observer.history[0].spectrum.loss == pytest.approx(float(trainer.callback_metrics["train_loss"]), rel=1e-5)
 
 
-# What collate functions leave out -------------------------------------------------------------------------------------
+# Samples that collate functions drop ----------------------------------------------------------------------------------
 
 
 class Filtering:
@@ -266,7 +234,7 @@ class Filtering:
         return default_collate(items) if items else None
 
 
-def test_batches_weigh_by_what_is_in_them() -> None:
+def test_batches_weigh_by_the_samples_in_them() -> None:
     data = loader(shuffle=True, collate_fn=Filtering(lambda position: position % 4 == 0))
     drawn = draw_samples(data, 1000)
     assert sorted(positions(drawn)) == list(range(0, SIZE, 4))
@@ -365,7 +333,7 @@ def test_batches_without_tensors() -> None:
 
 
 class FromQueue(IterableDataset):
-    """Takes its samples from a queue that all processes share."""
+    """Takes its samples from a queue that workers share with training."""
 
     def __init__(self, queue: Any) -> None:
         self.queue = queue
