@@ -64,6 +64,10 @@ def test_all_ranks_have_the_very_same_numbers(runs: dict[int, Path]) -> None:
     assert all(rank == first for rank in others)
 
 
+def test_equal_scalars_need_no_advice_to_average_them(runs: dict[int, Path]) -> None:
+    assert "sync_dist" not in (runs[3] / "rank0.log").read_text()
+
+
 def test_only_rank_zero_writes(runs: dict[int, Path]) -> None:
     for name in ("hesd", "dropout"):
         (folder,) = runs[3].rglob(name)
