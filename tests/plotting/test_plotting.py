@@ -101,9 +101,10 @@ class TestCumulative:
         below, above = sides[NEGATIVE], sides[POSITIVE]
         assert below.get_xdata().tolist() == [*points[points < 0], 0.0]
         assert above.get_xdata().tolist() == [0.0, *points[points > 0]]
-        for line, first, numbers in ((below, -3.0, [10, 20, 20]), (above, 0.0, [80, 30, 10, BOTTOM, BOTTOM])):
-            x, y = line.get_data()
-            assert y[list(x).index(first) :] == pytest.approx(numbers)
+        steps = {-2.5: 10, -0.5: 20, 0.2: 80, 0.7: 30, 2.0: 10}
+        for threshold, number in steps.items():
+            x, y = (below if threshold < 0 else above).get_data()
+            assert y[np.searchsorted(x, threshold, side="right") - 1] == pytest.approx(number)
 
     def test_bands_are_the_bounds(self):
         found = spectrum(*self.nodes, weights=self.weights, residual=0.1)
