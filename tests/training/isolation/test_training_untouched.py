@@ -33,7 +33,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_hesd import HessianSpectrumCallback
 from lightning_hesd.training.isolation import training_snapshot
-from lightning_hesd.training.isolation.tracked_states import TrackedArray
+from lightning_hesd.training.isolation.tracked_states import TrackedValue
 from tests.training.logs import rows
 from tests.training.modules import (
     NOISES,
@@ -949,7 +949,7 @@ def test_a_failed_restoration_goes_on_with_the_rest(tmp_path: Path, monkeypatch:
         msg = "no"
         raise OSError(msg)
 
-    monkeypatch.setattr(TrackedArray, "restore", fail_to_put_back)
+    monkeypatch.setattr(TrackedValue, "restore", fail_to_put_back)
     neighbor = Neighbor()
     neighbor.values = np.zeros(2)  # type: ignore[attr-defined]
 
