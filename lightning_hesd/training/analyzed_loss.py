@@ -42,6 +42,17 @@ class ModeSetting:
     mode: Mode | ModuleModes
     evaluating: Evaluating
 
+    def within(self, function: Callable[..., Any] | None) -> Callable[..., Any] | None:
+        """Return a function of the user's that runs in the context of an evaluation; None for None."""
+        if function is None:
+            return None
+
+        def within(*arguments: Any) -> Any:
+            with self.evaluating():
+                return function(*arguments)
+
+        return within
+
 
 @dataclass(frozen=True)
 class AnalyzedLoss:

@@ -19,7 +19,6 @@ from lightning_hesd.training.compat.namespaces import lightning_types
 from lightning_hesd.training.folders import append, joined, read_text, remove, write_text
 from lightning_hesd.training.history import when
 from lightning_hesd.training.loggers import make_outputs
-from lightning_hesd.training.loggers.output import SelectionOutput
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -113,8 +112,7 @@ class RunOutputs:
         """Write a selection event to the loggers that can show it, and to the folder."""
         step = logged_metrics.logging_step(trainer, at_epoch_end=at_epoch_end)
         for logger in self._loggers:
-            if isinstance(logger, SelectionOutput):
-                logger.write_selection(event, step)
+            logger.write_selection(event, step)
         if self.folder is not None:
             append(self.folder, SELECTIONS_NAME, to_json(selection_payload(event)) + "\n")
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from lightning_hesd.numerics.analysis.engine import analyze, analyze_layers
 from lightning_hesd.numerics.inputs.portable import LeftOut, Portable
 from lightning_hesd.numerics.isolation.exact_mode import release_memory
 from lightning_hesd.numerics.operators.verification import WrongDerivativeError
 from lightning_hesd.spectra.spectrum import Spectrum
+from lightning_hesd.training.analyzer import Analysis
 from lightning_hesd.training.compat.strategies import check_whole
 from lightning_hesd.training.history import START_EPOCH, SpectrumRecord, when
 from lightning_hesd.training.preconditioner import check_readable, read_preconditioner
-from lightning_hesd.training.session import SPECTRUM, layers_analysis
 from lightning_hesd.training.terminal import analysis_bar
 
 if TYPE_CHECKING:
@@ -25,11 +27,12 @@ if TYPE_CHECKING:
     from lightning_hesd.training.analyzer import TrainerAnalyzer
     from lightning_hesd.training.error_policy import ErrorPolicy
     from lightning_hesd.training.loss_mode import LossMode
-    from lightning_hesd.training.session import Analysis
 
 Preconditioning = Literal["optimizer"] | Mapping[str, Tensor] | None
 
 Result = TypeVar("Result", Spectrum, dict[str, Spectrum])
+
+SPECTRUM = Analysis("spectrum", analyze)
 
 
 class Part(NamedTuple):
@@ -169,7 +172,8 @@ class Recorder:
                 options = {"matrix": matrix, **self._decomposition}
                 parts.append(Part(f"the analysis of the {title}", matrix, training, SPECTRUM, options))
         if layers is not None:
-            parts.append(Part("the analysis of layers", "layers", training, layers_analysis(layers)))
+            analysis = Analysis("layers", partial(analyze_layers, layers=layers))
+            parts.append(Part("the analysis of layers", "layers", training, analysis))
         return parts
 
     def _preconditioning(

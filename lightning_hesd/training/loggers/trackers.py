@@ -9,6 +9,7 @@ import numpy as np
 
 from lightning_hesd.training.loggers.output import (
     LAYER_COLUMNS,
+    LoggerOutput,
     csv_text,
     figures,
     layer_rows,
@@ -28,7 +29,7 @@ THINNING = 5
 """Every fifth point of the density is in a chart: three or more per standard deviation of the smoothing."""
 
 
-class WandbOutput:
+class WandbOutput(LoggerOutput):
     """Writes densities as histograms, charts and figures; layers and assessments as tables; spectra as an artifact."""
 
     def __init__(self, logger: WandbLogger, name: str) -> None:
@@ -85,7 +86,7 @@ def _tables(record: SpectrumRecord) -> dict[str, tuple[list[str], list[list[Any]
     return tables
 
 
-class MLflowOutput:
+class MLflowOutput(LoggerOutput):
     """Writes densities as images over steps; layers, assessments and spectra as artifacts; last verdict as a tag."""
 
     def __init__(self, logger: MLFlowLogger, name: str) -> None:
