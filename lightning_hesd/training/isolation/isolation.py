@@ -106,8 +106,8 @@ class _RankIsolation:
         self._is_needed = trainer.world_size > 1 and not strategies.is_sharded(trainer)
         self._local_folder = self._folder = None
         if self._is_needed:
-            with contextlib.ExitStack() as stack:
-                Overrides(stack).set(vars(trainer.strategy), "broadcast", lambda folder, *_: folder)
+            with Overrides() as overrides:
+                overrides.set(vars(trainer.strategy), "broadcast", lambda folder, *_: folder)
                 self._local_folder = trainer.log_dir
             self._folder = trainer.strategy.broadcast(self._local_folder)
 
@@ -121,8 +121,7 @@ class _RankIsolation:
         if not self._is_needed:
             yield
             return
-        with contextlib.ExitStack() as stack:
-            overrides = Overrides(stack)
+        with Overrides() as overrides:
             strategy, collectives = vars(self._trainer.strategy), vars(torch.distributed)
             for name in _COLLECTIVES:
                 overrides.set(collectives, name, _refused(name))

@@ -145,7 +145,7 @@ class TrackedValue(TrackedState):
         before = values.copy()
 
         def is_same() -> bool:
-            return values.shape == before.shape and values.tobytes() == before.tobytes()
+            return bool(values.shape == before.shape and values.tobytes() == before.tobytes())
 
         return cls(place, is_same, partial(np.copyto, values, before), is_large=values.nbytes > LARGE_BYTES)
 

@@ -12,7 +12,9 @@ knows the tensors that graphs hold.
 from __future__ import annotations
 
 import contextlib
+import math
 import zlib
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -195,11 +197,10 @@ def _split(values: Sequence[tuple[Any, Place]], room: float) -> tuple[list[tuple
     Objects of the module are left out of the others: the analysis itself copies them.
     """
     copied: list[tuple[Any, Place]] = []
-    others = [found for found in values if _has_special_memory(found[0])]
-    for found in sorted(
-        (found for found in values if not _has_special_memory(found[0])), key=lambda found: found[0].nbytes
-    ):
-        room -= found[0].nbytes
+    others: list[tuple[Any, Place]] = []
+    sizes = [math.inf if _has_special_memory(value) else value.nbytes for value, _ in values]
+    for size, found in sorted(zip(sizes, values, strict=True), key=itemgetter(0)):
+        room -= size
         (copied if room >= 0 else others).append(found)
     return copied, [found for found in others if found[1].owner is not Owner.MODULE]
 
