@@ -21,6 +21,7 @@ from lightning_hesd.training.callback import DEFAULT_NUM_SAMPLES, HessianSpectru
 from lightning_hesd.training.compat.namespaces import lightning_types, namespace_of
 from lightning_hesd.training.loss import check_loss_source
 from lightning_hesd.training.samples.epochs import check_samples
+from lightning_hesd.training.samples.run_samples import RunSamples
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -211,14 +212,9 @@ class Project:
         If `num_samples` is given, or the checkpoint does not name the samples of the run, all are drawn anew.
         """
         drawn = self._drawn(checkpoint)
-        analyzer = TrainerAnalyzer(
-            options,
-            num_samples=drawn["num_samples"] if drawn else self.num_samples or DEFAULT_NUM_SAMPLES,
-            batch_size=self.batch_size,
-            dataloader=dataloader,
-            loss_fn=self.loss_fn,
-            mode=mode,
-        )
+        num_samples = drawn["num_samples"] if drawn else self.num_samples or DEFAULT_NUM_SAMPLES
+        samples = RunSamples(num_samples, options, dataloader=dataloader, batch_size=self.batch_size)
+        analyzer = TrainerAnalyzer(options, samples, loss_fn=self.loss_fn, mode=mode)
         if drawn and dataloader is None:
             analyzer.load_state_dict(drawn)
         return analyzer

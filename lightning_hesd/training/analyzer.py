@@ -6,7 +6,7 @@ import contextlib
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lightning_hesd.numerics.analysis.retry import retry_on_oom
 from lightning_hesd.numerics.analysis.sampling_error import samples_needed
@@ -18,14 +18,12 @@ from lightning_hesd.numerics.operators.memory import is_out_of_memory
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
 from lightning_hesd.spectra.spectrum import Spectrum
 from lightning_hesd.spectra.validation import one_line
-from lightning_hesd.training.analyzed_loss import AnalyzedLoss
 from lightning_hesd.training.compat import dataloading, messages, strategies
 from lightning_hesd.training.compat.strategies import collectives_of, parameter_sharding_of
 from lightning_hesd.training.isolation.isolation import TrainingIsolation
 from lightning_hesd.training.isolation.training_snapshot import DisturbedTrainingError
-from lightning_hesd.training.loss import make_loss_fn
+from lightning_hesd.training.loss import AnalyzedLoss
 from lightning_hesd.training.loss_mode import LossMode
-from lightning_hesd.training.samples.run_samples import RunSamples
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +37,7 @@ if TYPE_CHECKING:
     from lightning_hesd.training.isolation.isolation import Evaluating
     from lightning_hesd.training.loss_mode import AnalysisMode
     from lightning_hesd.training.samples.analysis_samples import AnalysisSamples
+    from lightning_hesd.training.samples.run_samples import RunSamples
 
 Result = TypeVar("Result")
 
@@ -62,7 +61,7 @@ class Analysis(Generic[Result]):
 class TrainerAnalyzer:
     """Analyzes the module in training on the same samples every time.
 
-    With `num_samples="auto"`, samples are added until the sampling error of C_t is within `tolerance`; they stay.
+    Samples that grow are added until the sampling error of C_t is within `tolerance`; they stay.
 
     Attributes:
         mode: The mode in which the loss is analyzed; analyzers of one run share it.
@@ -72,38 +71,24 @@ class TrainerAnalyzer:
     def __init__(
         self,
         options: AnalysisOptions,
+        samples: RunSamples,
         *,
-        num_samples: int | Literal["auto"],
-        batch_size: int | None,
-        dataloader: Any,
         loss_fn: LossFunction | None,
         mode: AnalysisMode = "auto",
-        keeps: bool = False,
     ) -> None:
         """Take the options.
 
         Args:
             options: Options of the analyses.
-            num_samples: Number of samples, on all ranks together.
-            batch_size: Most samples per batch; None: as the dataloader makes them.
-            dataloader: Source of the samples; None: the training dataloader; "val": the validation dataloader.
+            samples: The samples.
             loss_fn: The loss; None: that of `training_step`.
             mode: Mode of the module in which the loss is evaluated.
-            keeps: Whether training follows. Its first batches are then kept as samples if none can be drawn from the
-                training dataloader, for which `samples.after_batch` and `samples.after_epoch` must be called.
         """
         self.mode = LossMode(mode)
-        self._options = replace(options, sampling_error=True) if num_samples == "auto" else options
+        self.samples = samples
+        self._options = replace(options, sampling_error=True) if samples.grows else options
         self._loss_fn = loss_fn
         self._isolation = TrainingIsolation()
-        self.samples = RunSamples(
-            num_samples,
-            batch_size=batch_size,
-            batch_weight=options.batch_weight,
-            dataloader=dataloader,
-            seed=options.seed,
-            in_training=keeps,
-        )
         self._cached_samples: AnalysisSamples | None = None
         self._caches: dict[object, AnalysisCache] = defaultdict(AnalysisCache)
 
@@ -214,7 +199,7 @@ class TrainerAnalyzer:
             return False
         self.release()
         self.prepare(trainer)
-        return not self.samples.waits()
+        return self.samples.first_batches is None
 
     @contextlib.contextmanager
     def _prepared(
@@ -238,8 +223,7 @@ class TrainerAnalyzer:
             with restore_state(pl_module):  # its transfer hooks may change it, as `training_step` may
                 transfer = partial(self._transfer, trainer, pl_module, samples.batches, evaluating)
                 batches = list(samples.batches) if samples.transferred else ranks.run_together(transfer)
-            make_loss = partial(make_loss_fn, trainer, self._loss_fn)
-            loss = AnalyzedLoss(trainer, pl_module, batches, make_loss, options, evaluating)
+            loss = AnalyzedLoss(trainer, pl_module, batches, self._loss_fn, options, evaluating)
             setting = self.mode.settle(loss)
             options = replace(
                 options,
@@ -249,7 +233,7 @@ class TrainerAnalyzer:
             )
             matrix, is_preconditioned = options.matrix, options.preconditioner is not None
             cache = self._caches[analysis.name, matrix, is_preconditioned, mode_name(setting.mode)]
-            compute = partial(analysis.compute, pl_module, batches, make_loss(setting.evaluating))
+            compute = partial(analysis.compute, pl_module, batches, loss.function(setting))
 
             def attempt(options: AnalysisOptions, reason: str | None) -> Result:
                 sharding = parameter_sharding_of(trainer, pl_module)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_hesd.training.analyzer import TrainerAnalyzer
     from lightning_hesd.training.error_policy import ErrorPolicy
     from lightning_hesd.training.loss_mode import LossMode
+    from lightning_hesd.training.samples.first_batches import FirstBatches
 
 Preconditioning = Literal["optimizer"] | Mapping[str, Tensor] | None
 
@@ -118,17 +119,13 @@ class Recorder:
 
     def waits(self) -> bool:
         """Whether there are no training samples before training has used its first batches."""
-        return self._analyzers["training"].samples.waits()
+        return self._analyzers["training"].samples.first_batches is not None
 
-    def after_batch(self) -> None:
-        """Note the end of a training batch."""
-        for analyzer in self._analyzers.values():
-            analyzer.samples.after_batch()
-
-    def after_epoch(self) -> None:
-        """Note the end of a training epoch."""
-        for analyzer in self._analyzers.values():
-            analyzer.samples.after_epoch()
+    @property
+    def first_batches(self) -> list[FirstBatches]:
+        """The copies of the first training batches, of samples that cannot be drawn."""
+        every = [analyzer.samples.first_batches for analyzer in self._analyzers.values()]
+        return [batches for batches in every if batches is not None]
 
     def release(self) -> None:
         """Release the samples."""
