@@ -1,4 +1,4 @@
-"""The ranking of a HessianCheckpoint: the training metric, the candidates, the pick; its state is read without trust."""
+"""The ranking of a HessianCheckpoint: training metric, candidates and pick; its state is read without trust."""
 
 from __future__ import annotations
 
