@@ -145,9 +145,9 @@ class Matrix:
         counts = []
         for threshold in self.norm * np.array([*THRESHOLDS, *(-t for t in THRESHOLDS)]):
             positive = threshold > 0
-            low, high = spectrum.count(above=threshold) if positive else spectrum.count(below=threshold)
+            fewest, largest = spectrum.count(above=threshold) if positive else spectrum.count(below=threshold)
             least, most = ((np.sign(threshold) * true > abs(threshold) + shift).sum() for shift in (margin, -margin))
-            counts.append((low <= most and least <= high, high - low))
+            counts.append((fewest <= most and least <= largest, largest - fewest))
         points, low, high = spectrum.cumulative_band
         width = float(true[-1] - true[0])
         trace_error = abs(spectrum.trace - true.sum())

@@ -112,9 +112,9 @@ def rules(
 ) -> list[Rule]:
     """Return the rules of all probes; arguments as for `deflation.converged_nodes`."""
     return [
-        Rule(*(row[:steps] for row in rows), dimension, rounding)
-        for rows in zip(nodes, weights, residuals, converged, strict=True)
-        for steps in [int(np.count_nonzero(~np.isnan(rows[0])))]
+        Rule(theta[:steps], tau[:steps], residual[:steps], known[:steps], dimension, rounding)
+        for theta, tau, residual, known in zip(nodes, weights, residuals, converged, strict=True)
+        for steps in [int(np.count_nonzero(~np.isnan(theta)))]
     ]
 
 
@@ -134,7 +134,8 @@ def count_between(rules: list[Rule], above: float, below: float, failure: float)
 
 def _count_between(rule: Rule, above: float, below: float, failure: float) -> tuple[int, int]:
     known_low, known_high = rule.known_between(above, below)
-    low, high = rest_counts(*np.array([rule.rest_share_between(above, below)]).T, rule.rest, failure)
+    least, most = rule.rest_share_between(above, below)
+    low, high = rest_counts(np.array([least]), np.array([most]), rule.rest, failure)
     return known_low + int(low[0]), known_high + int(high[0])
 
 
@@ -201,7 +202,7 @@ def cumulative_band(rules: list[Rule], low_end: float, high_end: float, failure:
         each = failure / (2 * len(rules) * max(rule.rest, 1))
         known = np.array([rule.known_between(-math.inf, point) for point in points])
         share = np.array([rule.rest_share_below(point) for point in points])
-        least, most = rest_counts(*share.T, rule.rest, each)
+        least, most = rest_counts(share[:, 0], share[:, 1], rule.rest, each)
         low = np.maximum(low, (known[:, 0] + least) / rule.dimension)
         high = np.minimum(high, (known[:, 1] + most) / rule.dimension)
     low[-1], high[-1] = 1.0, 1.0

@@ -74,11 +74,11 @@ def _simple(nodes: Array, components: Array, found: Mask, dimension: int, roundi
     if np.count_nonzero(present) == dimension:
         return present
     nothing = np.zeros_like(found)
-    count = max(np.count_nonzero(found), 1)
+    count = max(int(np.count_nonzero(found)), 1)
     multiple = found & (components > _chi_squared_quantile(1, 1 - FALSE_ALARM_OF_ONE / count))
     copies = (np.abs(nodes[:, None] - nodes[multiple]) <= rounding).any(axis=1)
     simple: Mask = found & ~copies
-    count = np.count_nonzero(simple)
+    count = int(np.count_nonzero(simple))
     if (np.diff(nodes[simple]) <= rounding).any():
         return nothing
     # Fewer than n eigenvalues that hold all of the start vector cannot all be simple: the Krylov space is invariant.

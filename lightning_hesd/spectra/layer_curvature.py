@@ -68,7 +68,10 @@ class LayerCurvature:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerCurvature:
         """Return the curvature from its fields, which `LAYER_FIELDS` fit; JSON has made lists of pairs."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**fields)
 
 
 LAYER_FIELDS: dict[str, Check] = {
