@@ -93,6 +93,14 @@ class TestTraces:
         ]
         assert np.mean(within) >= 0.95
 
+    @pytest.mark.parametrize("name", ["identity", "uniform"])
+    def test_errors_of_a_layer_of_one_parameter_cover(self, name):
+        # Its estimate rests on a single random number, which may be small by chance.
+        matrix = MATRICES[name]
+        true = float(matrix[LAYERS[3], LAYERS[3]].item())
+        found = [analyze(matrix, seed, steps=4)["scalar"] for seed in range(40)]
+        assert np.mean([abs(layer.trace - true) <= 2 * layer.trace_error for layer in found]) >= 0.9
+
     def test_are_close_where_eigenvalues_have_converged(self):
         for name in ("outliers", "power law", "null space", "Gauss-Newton"):
             total = np.trace(MATRICES[name])
