@@ -8,6 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_hesd import Spectrum
+from lightning_hesd.numerics.krylov.lanczos import Lanczos
+from lightning_hesd.numerics.krylov.ritz import gauss_quadrature
+from lightning_hesd.spectra.criteria import rounding_threshold
+from lightning_hesd.spectra.quadrature import stack_rules
+
 N = 500
 _rng = np.random.default_rng(0)
 _bulk = np.linspace
@@ -37,6 +43,20 @@ POPULATION: dict[str, np.ndarray] = {
     "positive": _bulk(0.0, 1.0, N) ** 3 + 1e-3,
 }
 
+SMALL = 150
+_rank = np.arange(1.0, SMALL + 1)
+_narrow = 0.02 * np.random.default_rng(0).standard_normal(SMALL)
+SMALL_POPULATION: dict[str, np.ndarray] = {
+    "uniform": _bulk(-0.5, 1.0, SMALL),
+    "outliers": np.concatenate([np.geomspace(10, 1, 9), _narrow[9:]]),
+    "power law": _rank**-1.5,
+    "both signs": np.where(_rank % 2, 1.0, -0.9) / _rank,
+    "null space": np.concatenate([np.geomspace(10, 0.01, 20), np.zeros(SMALL - 20)]),
+    "negative": -np.geomspace(1e-4, 1.0, SMALL),
+    "close": np.concatenate([5 * (1 + 1e-3 * np.arange(4)), 2 * (1 + 1e-5 * np.arange(3)), _narrow[7:]]),
+}
+"""Spectra of dimension 150 for what counts eigenvalues: with and without a bulk, a null space, and close ones."""
+
 
 def c_t(spectrum: np.ndarray) -> float:
     """C_t of a spectrum with positive eigenvalues."""
@@ -55,3 +75,33 @@ class Quadratic(nn.Module):
 def quadratic_loss(module: Quadratic, _: Any) -> Tensor:
     """w·Dw/2 + 1, the same for every batch."""
     return (module.diagonal * module.w * module.w).sum() / 2 + 1
+
+
+def analyze(
+    eigenvalues: np.ndarray,
+    seed: int = 0,
+    steps: tuple[int, ...] = (40,),
+    dtype: torch.dtype = torch.float64,
+    **fields: Any,
+) -> Spectrum:
+    """Return what Lanczos runs on a diagonal matrix find, one probe for each number of steps."""
+    diagonal = torch.tensor(eigenvalues, dtype=dtype)
+    generator, n, runs = torch.Generator().manual_seed(seed), len(eigenvalues), []
+    for number in steps:
+        start = torch.randn(n, generator=generator, dtype=torch.float64).to(dtype)
+        runs.append(Lanczos(lambda vector: diagonal * vector, start, number))
+        runs[-1].run()
+    nodes, weights, residuals = stack_rules([gauss_quadrature(run.alphas, run.betas) for run in runs])
+    return Spectrum(
+        nodes,
+        weights,
+        residuals,
+        steps_per_probe=tuple(len(run.alphas) for run in runs),
+        dimension=n,
+        num_samples=1,
+        loss=1.0,
+        rounding=rounding_threshold(float(np.nanmax(np.abs(nodes))), torch.finfo(dtype).eps, n),
+        matvecs=sum(len(run.alphas) for run in runs),
+        seconds=0.0,
+        **fields,
+    )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import checks, isolation, language_models, layers, measure, problems
+from benchmarks import checks, coverage, isolation, language_models, layers, measure, problems
 from benchmarks.__main__ import environment, write
 from benchmarks.candidates import OURS, TOLERANCE
 from benchmarks.profile import PARTS, profile
@@ -148,3 +148,12 @@ def test_memory_of_language_models(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [row[2] for row in rows] == ["PyTorch", "lightning_hesd"] * 2
     theirs, ours = ([float(cell) for cell in row[3:7]] for row in rows[2:])
     assert all(mine < 0.5 * other for mine, other in zip(ours, theirs, strict=True))  # of the long context
+
+
+def test_table_of_coverage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["", "--quick", "--steps", "30", "--out", str(tmp_path)])
+    coverage.main()
+    lines = (tmp_path / "coverage.md").read_text(encoding="utf-8").splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["| spectrum", "| ---", "| uniform", "| outliers on a bulk"]
+    assert all(len(row) == len(coverage.HEADER) for row in rows)

@@ -135,8 +135,8 @@ def count_between(rules: list[Rule], above: float, below: float, failure: float)
 
 def _count_between(rule: Rule, above: float, below: float, failure: float) -> tuple[int, int]:
     known_low, known_high = rule.known_between(above, below)
-    share_low, share_high = np.array([rule.rest_share_between(above, below)]).T
-    low, high = rest_counts(share_low, share_high, rule.rest, failure)
+    least, most = rule.rest_share_between(above, below)
+    low, high = rest_counts(np.array([least]), np.array([most]), rule.rest, failure)
     return known_low + int(low[0]), known_high + int(high[0])
 
 
@@ -202,8 +202,8 @@ def cumulative_band(rules: list[Rule], low_end: float, high_end: float, failure:
         # The points depend on the start vector, so the bounds must hold for every number k at once.
         each = failure / (2 * len(rules) * max(rule.rest, 1))
         known = np.array([rule.known_between(-math.inf, point) for point in points])
-        share_low, share_high = np.array([rule.rest_share_below(point) for point in points]).T
-        least, most = rest_counts(share_low, share_high, rule.rest, each)
+        share = np.array([rule.rest_share_below(point) for point in points])
+        least, most = rest_counts(share[:, 0], share[:, 1], rule.rest, each)
         low = np.maximum(low, (known[:, 0] + least) / rule.dimension)
         high = np.minimum(high, (known[:, 1] + most) / rule.dimension)
     low[-1], high[-1] = 1.0, 1.0

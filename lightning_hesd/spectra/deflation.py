@@ -48,9 +48,10 @@ def converged_nodes(
 
     A Lanczos run sees one eigenvector of an eigenvalue of multiplicity k, with k times the weight to be expected.
     Eigenvalues of generic matrices are simple, but those of a matrix with a structure may not be (I ⊗ A has them all
-    several times). No node of a probe counts as converged if two of them are equal up to rounding, which makes a run
-    find the second copy of a multiple eigenvalue; or if the weights of its converged nodes together are too large for
-    simple eigenvalues; and no node whose own weight is. After n steps all nodes are eigenvalues.
+    several times), and a null space may be shifted. No node whose own weight is too large for a simple eigenvalue
+    counts as converged. Of the other nodes of a probe none counts if two are equal up to rounding, which makes a run
+    find the second copy of a multiple eigenvalue, or if their weights together are too large for simple eigenvalues.
+    After n steps all nodes are eigenvalues.
 
     Args:
         nodes: Quadrature nodes.
@@ -61,7 +62,8 @@ def converged_nodes(
         relative: Largest Ritz residual of a converged node, relative to the node.
     """
     size = np.abs(nodes)  # NaN compares as False
-    found = (residuals < relative * size) & (rounding < ACCURATE * size)
+    ended = residuals.max(axis=1, keepdims=True) <= rounding  # in an invariant space, where residuals fall no further
+    found = ((residuals < relative * size) | ended) & (rounding < ACCURATE * size)
     rows = zip(nodes, dimension * weights, found, strict=True)
     return np.array([_simple(*row, dimension, rounding) for row in rows])
 
@@ -72,11 +74,13 @@ def _simple(nodes: Array, components: Array, found: Mask, dimension: int, roundi
     if np.count_nonzero(present) == dimension:
         return present
     nothing = np.zeros_like(found)
-    if (np.diff(nodes[found]) <= rounding).any():
-        return nothing
     count = max(int(np.count_nonzero(found)), 1)
-    simple: Mask = found & (components < _chi_squared_quantile(1, 1 - FALSE_ALARM_OF_ONE / count))
+    multiple = found & (components > _chi_squared_quantile(1, 1 - FALSE_ALARM_OF_ONE / count))
+    copies = (np.abs(nodes[:, None] - nodes[multiple]) <= rounding).any(axis=1)
+    simple: Mask = found & ~copies
     count = int(np.count_nonzero(simple))
+    if (np.diff(nodes[simple]) <= rounding).any():
+        return nothing
     # Fewer than n eigenvalues that hold all of the start vector cannot all be simple: the Krylov space is invariant.
     if count == 0 or components[~simple].sum() < NOTHING_LEFT:
         return nothing
@@ -135,7 +139,8 @@ def trace_error(
         offset = float(residual[known].sum()) + rounding * np.count_nonzero(known)
         if n and rest.any():
             share = tau[rest] / tau[rest].sum()
-            offset += n * relative * math.sqrt(share @ theta[rest] ** 2)
+            # Rounding of the rest's share in the products, and that of the nodes, which averages out.
+            offset += n * relative * math.sqrt(share @ theta[rest] ** 2) + math.sqrt(n) * rounding
             # After a single step the rule is not exact to degree 2: ‖Hv‖² = α² + β².
             beyond = float(residual[0] ** 2) if np.count_nonzero(tau) == 1 else 0.0
             second = _second_moment(theta[rest], share, n, centered=on_sphere) + beyond

@@ -225,7 +225,7 @@ class _Deflated:
         expected = self._dimensions - self.shares @ self._converged
         lengthening = np.divide(expected, present, out=np.ones_like(present), where=present > 0)
         known = self.shares @ np.where(self._converged, 0.0, self.nodes**2)
-        variances: Array = 2 * np.maximum(squares * np.maximum(lengthening, 1.0), known)
+        variances: Array = 2 * np.maximum(squares * np.maximum(lengthening, 1.0), np.maximum(known, 0.0))
         return variances
 
     def offsets(self) -> Array:
@@ -233,8 +233,8 @@ class _Deflated:
         known = np.where(self._converged, self._residuals + self._rounding, 0.0)
         relative = self._rounding / (float(np.abs(self.nodes).max()) or 1.0)
         product = self._rest * self.nodes
-        sizes = np.maximum(self._products(product, product) * self._products(self._rest, self._rest), 0.0)
-        offsets: Array = np.sqrt(np.maximum(self.shares, 0.0)) @ known + relative * np.sqrt(sizes)
+        present, squares = (np.sqrt(np.maximum(self._products(v, v), 0.0)) for v in (self._rest, product))
+        offsets: Array = np.sqrt(np.maximum(self.shares, 0.0)) @ known + present * (relative * squares + self._rounding)
         return offsets
 
     def _products(self, first: Array, second: Array) -> Array:
