@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Mask = NDArray[np.bool_]
 
-CONVERGED = 1e-6
+CONVERGED = 1e-8
 """Ritz residual, relative to the node, below which a node is an eigenvalue. Residuals fall fast once a node converges:
 1e-4 finds hardly more nodes, but takes the mean of two eigenvalues that differ by 1e-6 for one."""
 
