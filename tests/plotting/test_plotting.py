@@ -20,7 +20,7 @@ from lightning_hesd.plotting import (
     plot_density,
     plot_layers,
 )
-from lightning_hesd.plotting.cumulative import BOTTOM
+from lightning_hesd.plotting.cumulative import BOTTOM, numbers_beyond
 from tests.spectra.nodes import spectrum
 
 CASES = {
@@ -101,9 +101,10 @@ class TestCumulative:
         below, above = sides[NEGATIVE], sides[POSITIVE]
         assert below.get_xdata().tolist() == [*points[points < 0], 0.0]
         assert above.get_xdata().tolist() == [0.0, *points[points > 0]]
-        for line, first, numbers in ((below, -3.0, [10, 20, 20]), (above, 0.0, [80, 30, 10, BOTTOM, BOTTOM])):
-            x, y = line.get_data()
-            assert y[list(x).index(first) :] == pytest.approx(numbers)
+        numbers = {-3.5: BOTTOM, -2.5: 10, -1.0: 20, 0.2: 80, 0.75: 30, 2.5: 10, points[-1]: BOTTOM}
+        for threshold, number in numbers.items():
+            x, y = (below if threshold < 0 else above).get_data()
+            assert y[np.searchsorted(x, threshold, side="right") - 1] == pytest.approx(number), threshold
 
     def test_bands_are_the_bounds(self):
         found = spectrum(*self.nodes, weights=self.weights, residual=0.1)
@@ -116,8 +117,17 @@ class TestCumulative:
                     ends = (100 * (1 - most), 100 * (1 - least)) if is_above else (100 * least, 100 * most)
                     assert {(float(at), round(max(end, BOTTOM), 6)) for end in ends} <= corners
 
+    def test_bands_are_as_narrow_as_the_lines_where_nodes_have_converged(self):
+        exact = spectrum(-1.0, 0.5, 2.0, dimension=3)
+        for is_above, expected in ((False, {0, 1}), (True, {0, 1, 2})):
+            thresholds, (least, found, most) = numbers_beyond(exact, is_above=is_above)
+            wide = np.diff(thresholds, append=2 * thresholds[-1] if is_above else 0.0) > 1e-6
+            assert least[wide] == pytest.approx(most[wide])
+            assert least[wide] == pytest.approx(found[wide])
+            assert set(found[wide].round()) <= expected
+
     def test_the_title_tells_the_number_of_negative_eigenvalues(self):
-        ax = plot_cumulative(spectrum(-1.0, 0.0, 2.0, dimension=3), title="start")
+        ax = plot_cumulative(spectrum(-1.0, 0.5, 2.0, dimension=3), title="start")
         assert ax.get_title() == "start\n1 of 3 eigenvalues are negative"
 
     @pytest.mark.parametrize("nodes", CASES.values(), ids=CASES)
