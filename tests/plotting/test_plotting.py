@@ -167,6 +167,16 @@ class TestLayers:
         assert ax.images[0].get_array().tolist() == [[-0.5, -0.05], [-5.0, None]]  # infinity has no color
         assert ax.get_xlabel() == "step"
 
+    def test_colors_of_shares_end_at_0_and_1(self):
+        layers = {0: {"a": spectrum(1.0), "b": spectrum(3.0)}, 1: {"a": spectrum(-3.0), "b": spectrum(4.0)}}
+        image = plot_layers(layers, "trace_share").images[0]
+        assert image.get_array().tolist() == [[0.25, -3.0], [0.75, 4.0]]
+        assert image.get_clim() == (0.0, 1.0)
+        assert plot_layers({0: layers[0]}, "trace_share").images[0].get_clim() == (0.25, 0.75)
+        undefined = plot_layers({0: {"a": spectrum(-1.0)}}, "trace_share")  # no share of a trace that is not positive
+        assert undefined.images[0].get_array().mask.all()
+        undefined.figure.savefig(io.BytesIO())
+
     def test_a_layer_that_came_later_is_empty_before(self):
         layers = {0: {"a": spectrum(1.0)}, 1: {"a": spectrum(2.0), "b": spectrum(3.0)}}
         assert plot_layers(layers).images[0].get_array().tolist() == [[1.0, 2.0], [None, 3.0]]
