@@ -111,6 +111,8 @@ class TestCumulative:
         bands = self.bands(plot_cumulative(found))
         points, low, high = found.cumulative_band
         for color, is_above in ((NEGATIVE, False), (POSITIVE, True)):
+            numbers = numbers_beyond(found, is_above=is_above)[1]
+            assert (numbers[0] <= numbers[2]).all()
             corners = {(float(x), round(float(y), 6)) for x, y in bands[color]}
             for at, least, most in zip(points, low, high, strict=True):
                 if (at > 0) is is_above:
