@@ -26,9 +26,10 @@ from hypothesis import strategies as st
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, Spectrum, SpectrumHistory
 from lightning_hesd.commands import cli
-from lightning_hesd.commands.project import Blueprint, CheckpointError, Project, load_checkpoint
+from lightning_hesd.commands.errors import CommandError
+from lightning_hesd.commands.project import Blueprint, Project, load_checkpoint
 from lightning_hesd.commands.report import report, run_data
-from lightning_hesd.commands.results import Results, ResultsError
+from lightning_hesd.commands.results import Results
 from lightning_hesd.spectra.codec import load_layers, save
 from lightning_hesd.spectra.decisions import decisions, rewound
 from lightning_hesd.spectra.payload import (
@@ -308,7 +309,7 @@ def test_results_of_the_command_line(folder: Path, data: st.DataObject) -> None:
     (place / "results.json").write_bytes(data.draw(texts(original)).encode("utf-8", "surrogateescape"))
     try:
         Results(place, {"steps": 3}).known("a", checkpoint)
-    except (ResultsError, ValueError, FileNotFoundError) as error:
+    except (CommandError, ValueError, FileNotFoundError) as error:
         assert str(place) in str(error)  # noqa: PT017
 
 
@@ -408,7 +409,7 @@ def test_checkpoints_of_the_command_line(folder: Path, data: st.DataObject) -> N
         torch.save(data.draw(damaged(original, st.one_of(JUNK, TENSORS))), damaged_path)
     try:
         Project(Blueprint("x"), Blueprint("x"))._drawn(load_checkpoint(damaged_path))
-    except CheckpointError as error:
+    except CommandError as error:
         assert "\n" not in str(error)  # noqa: PT017
 
 

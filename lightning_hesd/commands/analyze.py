@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_hesd.commands.errors import CommandError
-from lightning_hesd.commands.project import Blueprint, CheckpointError, imported
+from lightning_hesd.commands.errors import CommandError, reported
+from lightning_hesd.commands.project import Blueprint, imported
 from lightning_hesd.commands.project_arguments import (
     MODE,
     add_project,
@@ -21,7 +21,7 @@ from lightning_hesd.commands.project_arguments import (
     separated,
     without_advice,
 )
-from lightning_hesd.commands.results import RESULTS, Results, Row, table_lines
+from lightning_hesd.commands.results import RESULTS, Results, table_lines
 from lightning_hesd.numerics.inputs.options import AnalysisOptions
 from lightning_hesd.spectra.validation import one_line
 from lightning_hesd.training.compat.strategies import is_first_rank
@@ -83,7 +83,7 @@ def run(config: Namespace) -> None:
     paths = checkpoints_of(config.checkpoints)
     store = Results(config.out, _plain(config))
     writes = is_first_rank()  # all ranks run this command, with Lightning or torchrun to start them
-    rows: list[Row] = []
+    records: dict[str, SpectrumRecord] = {}
     for number, (name, path) in enumerate(paths.items(), start=1):
         record = store.known(name, path)
         again = record is not None
@@ -92,19 +92,20 @@ def run(config: Namespace) -> None:
                 record = analysis.record(path)
             if writes:
                 store.keep(name, path, record)
-        rows.append(Row(name, path, record))
+        records[name] = record
         found = record.error or str(record.spectrum)
         if writes:
             print(f"[{number}/{len(paths)}] {path}{' (known)' if again else ''}: {found}", flush=True)
     if not writes:
         return
-    lines = table_lines(rows, config.tolerance_of_loss)
+    lines = table_lines(records, config.tolerance_of_loss)
     store.finish(lines)
     _print_table(lines)
     print(f"Spectra, figures, {RESULTS} and results.csv are in {config.out}")
-    failed = [row for row in rows if row.record.error is not None]
+    failed = [name for name, record in records.items() if record.error is not None]
     if failed:
-        msg = f"{len(failed)} of {len(rows)} analyses failed; the first, of {failed[0].path}: {failed[0].record.error}"
+        first = failed[0]
+        msg = f"{len(failed)} of {len(paths)} analyses failed; the first, of {paths[first]}: {records[first].error}"
         raise CommandError(msg)
 
 
@@ -127,7 +128,7 @@ class _CheckpointAnalysis:
         """Analyze the weights in a checkpoint.
 
         Raises:
-            CheckpointError: If it cannot be loaded, or lacks the states of optimizers.
+            CommandError: If it cannot be loaded, or lacks the states of optimizers.
             MisconfigurationException: If the module or its data cannot be used.
         """
         record, checkpoint = self._project.at(path, self._record)
@@ -170,13 +171,11 @@ def _load_optimizers(trainer: pl.Trainer, checkpoint: Checkpoint) -> None:
             "optimizers, so the Hessian cannot be preconditioned: leave `--preconditioned` out, or analyze a "
             "checkpoint of this module."
         )
-        raise CheckpointError(msg)
-    try:
+        raise CommandError(msg)
+    # PyTorch raises them for missing entries and other groups of parameters.
+    with reported("the states of optimizers in the checkpoint do not fit those of the module", KeyError, ValueError):
         for optimizer, state in zip(trainer.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
-    except (KeyError, ValueError) as error:  # those of PyTorch for missing entries and other groups of parameters
-        msg = f"the states of optimizers in the checkpoint do not fit those of the module: {one_line(error)}"
-        raise CheckpointError(msg) from error
 
 
 class _RecordOnly(ErrorPolicy):

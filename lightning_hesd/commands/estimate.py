@@ -7,7 +7,7 @@ measurements. Work that does not grow with the network is left out: eigenvalues 
 from __future__ import annotations
 
 import math
-import time
+import timeit
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -206,11 +206,7 @@ def measured_bandwidth(rows: int = 32, columns: int = 2**21) -> float:
     The basis, of shape (rows, columns), must not fit into a cache.
     """
     basis, vector = torch.ones(rows, columns), torch.ones(columns)
-    best = math.inf
-    for _ in range(4):
-        started = time.perf_counter()
-        torch.mv(basis, vector)
-        best = min(best, time.perf_counter() - started)
+    best = min(timeit.repeat(lambda: torch.mv(basis, vector), number=1, repeat=4))
     return basis.numel() * basis.element_size() / best
 
 

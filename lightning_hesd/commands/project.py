@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from lightning_hesd.commands.errors import CommandError
-from lightning_hesd.spectra.validation import check_fields, each, each_named, having, integer, of, one_line, optional
+from lightning_hesd.commands.errors import CommandError, reported
+from lightning_hesd.spectra.validation import check_fields, each, each_named, having, integer, of, optional
 from lightning_hesd.training.analyzer import TrainerAnalyzer
 from lightning_hesd.training.callback import DEFAULT_NUM_SAMPLES, HessianSpectrumCallback
 from lightning_hesd.training.compat.namespaces import lightning_types, namespace_of
 from lightning_hesd.training.loss import check_loss_source
 from lightning_hesd.training.samples.epochs import check_samples
+from lightning_hesd.training.samples.run_samples import RunSamples
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,10 +49,6 @@ PARTS = {
 """Checks of the entries of a checkpoint that are used; all but the weights are optional."""
 
 
-class CheckpointError(CommandError):
-    """A checkpoint, or its model or data, cannot be used; the message says why."""
-
-
 @dataclass(frozen=True)
 class Blueprint:
     """A class and its arguments.
@@ -71,67 +68,55 @@ class Blueprint:
         Of the hyperparameters in a checkpoint, those that the class does not take are ignored.
 
         Raises:
-            CheckpointError: If there is no such class, or it cannot be instantiated.
+            CommandError: If there is no such class, or it cannot be instantiated.
         """
         from jsonargparse import ArgumentError, ArgumentParser  # noqa: PLC0415 - an optional dependency
 
         cls = imported(self.class_path)
         if not (isinstance(cls, type) and issubclass(cls, lightning_types(kind))):
             msg = f"{self.class_path} must be a {kind}, got {cls!r}."
-            raise CheckpointError(msg)
+            raise CommandError(msg)
         takes = inspect.signature(cls).parameters
         takes_all = any(p.kind is p.VAR_KEYWORD for p in takes.values())
         saved = {k: v for k, v in hyperparameters.items() if (takes_all or k in takes) and not k.startswith("_")}
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(cls, "instance", fail_untyped=False)
-        try:
+        with reported(f"{self.class_path} cannot be instantiated", ArgumentError, TypeError, ValueError):
             config = parser.parse_object({"instance": {**saved, **self.arguments}})
             return parser.instantiate(config).instance
-        except (ArgumentError, TypeError, ValueError) as error:
-            msg = f"{self.class_path} cannot be instantiated: {one_line(error)}"
-            raise CheckpointError(msg) from error
 
 
 def imported(path: str) -> Any:
     """Return the object that a path such as "package.module.name" names.
 
     Raises:
-        CheckpointError: If no such object exists.
+        CommandError: If no such object exists.
     """
     module_name, _, name = path.rpartition(".")
-    try:
+    with reported(f"cannot import {path!r}", ImportError, AttributeError, ValueError):
         return getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        msg = f"cannot import {path!r}: {one_line(error)}"
-        raise CheckpointError(msg) from error
 
 
 def load_checkpoint(path: Path, *, unsafe: bool = False) -> Checkpoint:
     """Read a Lightning checkpoint to the CPU; `unsafe` loads objects of any class, which can run any code.
 
     Raises:
-        CheckpointError: If it cannot be read, or holds no weights.
+        CommandError: If it cannot be read, or holds no weights.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=not unsafe)
-    except FileNotFoundError as error:
+    if not path.exists():
         msg = f"{path} does not exist."
-        raise CheckpointError(msg) from error
-    except pickle.UnpicklingError as error:
-        hint = "" if unsafe else ", or holds other objects than weights and plain values (--unsafe loads those, too)"
-        msg = f"{path} is damaged{hint}: {one_line(error)}"
-        raise CheckpointError(msg) from error
-    except Exception as error:  # a damaged file makes the unpickler stumble over anything
-        msg = f"{path} cannot be read as a checkpoint: {one_line(error)}"
-        raise CheckpointError(msg) from error
+        raise CommandError(msg)
+    hint = "" if unsafe else ", or holds other objects than weights and plain values (--unsafe loads those, too)"
+    with (
+        reported(f"{path} cannot be read as a checkpoint", Exception),  # damage makes the unpickler stumble anywhere
+        reported(f"{path} is damaged{hint}", pickle.UnpicklingError),
+    ):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=not unsafe)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         msg = f"{path} is no Lightning checkpoint: it has no 'state_dict'."
-        raise CheckpointError(msg)
-    try:
+        raise CommandError(msg)
+    with reported(f"{path} is damaged", ValueError):
         check_fields({**dict.fromkeys(PARTS), **checkpoint}, PARTS, "the checkpoint")
-    except ValueError as error:
-        msg = f"{path} is damaged: {one_line(error)}"
-        raise CheckpointError(msg) from error
     return checkpoint
 
 
@@ -171,7 +156,7 @@ class Project:
         """Return the result of a function at the weights of a checkpoint, at the start of training, and the checkpoint.
 
         Raises:
-            CheckpointError: If it cannot be loaded.
+            CommandError: If it cannot be loaded.
             MisconfigurationException: If the module or its data cannot be used.
         """
         checkpoint = load_checkpoint(path, unsafe=self.unsafe)
@@ -211,14 +196,9 @@ class Project:
         If `num_samples` is given, or the checkpoint does not name the samples of the run, all are drawn anew.
         """
         drawn = self._drawn(checkpoint)
-        analyzer = TrainerAnalyzer(
-            options,
-            num_samples=drawn["num_samples"] if drawn else self.num_samples or DEFAULT_NUM_SAMPLES,
-            batch_size=self.batch_size,
-            dataloader=dataloader,
-            loss_fn=self.loss_fn,
-            mode=mode,
-        )
+        num_samples = drawn["num_samples"] if drawn else self.num_samples or DEFAULT_NUM_SAMPLES
+        samples = RunSamples(num_samples, options, dataloader=dataloader, batch_size=self.batch_size)
+        analyzer = TrainerAnalyzer(options, samples, loss_fn=self.loss_fn, mode=mode)
         if drawn and dataloader is None:
             analyzer.load_state_dict(drawn)
         return analyzer
@@ -227,27 +207,22 @@ class Project:
         """Return the samples that the callback of the run drew, unless `num_samples` is given; None: not known.
 
         Raises:
-            CheckpointError: If the state of the callback is invalid.
+            CommandError: If the state of the callback is invalid.
         """
         key = HessianSpectrumCallback(name=self.name).state_key
         state = (checkpoint.get("callbacks") or {}).get(key)
         if state is None or self.num_samples is not None:
             return None
-        try:
+        with reported(f"the callback {self.name!r} in the checkpoint does not name its samples", ValueError):
             check_fields(state, {"samples": having({"training": of(dict)})}, "the callback's state")
             drawn: dict[str, Any] = state["samples"]["training"]
             check_samples(drawn)
-        except ValueError as error:
-            msg = f"the callback {self.name!r} in the checkpoint does not name its samples ({one_line(error)})."
-            raise CheckpointError(msg) from error
         return drawn
 
 
 def _load_weights(module: pl.LightningModule, checkpoint: Checkpoint, path: Path) -> None:
     module.configure_model()
     module.on_load_checkpoint(checkpoint)
-    try:
+    # PyTorch raises a RuntimeError for missing, unexpected or misshaped weights.
+    with reported(f"the weights in {path} do not fit {type(module).__name__}", RuntimeError):
         module.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:  # that of PyTorch for missing, unexpected or misshaped weights
-        msg = f"the weights in {path} do not fit {type(module).__name__}: {one_line(error)}"
-        raise CheckpointError(msg) from error

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lightning_hesd.commands.errors import CommandError
+from lightning_hesd.commands.errors import CommandError, reported
 from lightning_hesd.commands.project import Blueprint, Project, imported
 from lightning_hesd.training.compat.namespaces import FABRIC, PYTORCH, lightning_types
 
@@ -65,11 +65,8 @@ def project_of(config: Namespace) -> Project:
 
 
 def _lightning_config(path: Path) -> dict[str, Any]:
-    try:
+    with reported(f"cannot read the configuration {path}", OSError, UnicodeDecodeError, yaml.YAMLError):
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        msg = f"cannot read the configuration {path}: {error}"
-        raise CommandError(msg) from error
     if not isinstance(found, dict):
         msg = f"{path} is no configuration of LightningCLI: it must have `model` and `data`."
         raise CommandError(msg)
@@ -113,13 +110,9 @@ def checkpoints_of(patterns: Sequence[str]) -> dict[str, Path]:
             raise CommandError(msg)
     names: dict[str, Path] = {}
     for path in paths:
-        parts = path.resolve().with_suffix("").parts
-        name = parts[-1]
-        for count in range(2, len(parts)):
-            if name not in names:
-                break
-            name = "_".join(parts[-count:])
-        names[name] = path
+        _, *parts = path.resolve().with_suffix("").parts
+        longer = ["_".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+        names[next((name for name in longer if name not in names), longer[-1])] = path
     return names
 
 

@@ -73,12 +73,10 @@ def run_data(log_dir: str | os.PathLike[str], name: str = "hesd") -> dict[str, A
     own = joined(log_dir, name)
     with fetched(own if exists(own) else log_dir) as folder:
         selections, problems = _selections(folder / SELECTIONS_NAME)
-    return {**run_payload(_run_name(Path(log_dir).resolve()), name, records, selections, problems), "color": 0}
-
-
-def _run_name(folder: Path) -> str:
-    """Return the name of a run's folder, with the one around it where Lightning has numbered it."""
-    return f"{folder.parent.name}/{folder.name}" if folder.name.startswith("version_") else folder.name
+    run = Path(log_dir).resolve()
+    is_numbered = run.name.startswith("version_")  # by Lightning: the folder around it has the run's name
+    title = f"{run.parent.name}/{run.name}" if is_numbered else run.name
+    return {**run_payload(title, name, records, selections, problems), "color": 0}
 
 
 def _selections(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -104,7 +102,9 @@ def report(*runs: dict[str, Any]) -> str:
         ValueError: If a script cannot stand in a page.
     """
     plotly = content(PLOTLY).decode()
-    script = "\n".join(_inlined(content(file).decode()) for file in (*SHARED, REPORT))
+    # Without imports and exports all modules become one script, in the order of their imports.
+    modules = (content(file).decode() for file in (*SHARED, REPORT))
+    script = "\n".join(EXPORT.sub("", IMPORT.sub("", module)) for module in modules)
     for text in (plotly, script):
         if "</script" in text.lower():
             msg = "a script of the report would end it early: it contains '</script'."
@@ -135,11 +135,6 @@ def report(*runs: dict[str, Any]) -> str:
 </body>
 </html>
 """
-
-
-def _inlined(module: str) -> str:
-    """Return a module without imports and exports: all modules become one script, in the order of their imports."""
-    return EXPORT.sub("", IMPORT.sub("", module))
 
 
 def _digest(script: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.commands.errors import CommandError
@@ -44,19 +44,6 @@ FIELDS_OF_RESULTS = {
 }
 
 
-class ResultsError(CommandError):
-    """The folder of results cannot be used; the message says why."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A checkpoint and its record."""
-
-    name: str
-    path: Path
-    record: SpectrumRecord
-
-
 class Results:
     """The folder of results, with those of earlier calls."""
 
@@ -64,7 +51,7 @@ class Results:
         """Open the folder, with the options that the results depend on.
 
         Raises:
-            ResultsError: If it holds results of another analysis, or other files.
+            CommandError: If it holds results of another analysis, or other files.
         """
         self._folder = folder
         self._contents: dict[str, Any] = {"format": FORMAT_VERSION, "options": options, "checkpoints": {}}
@@ -78,12 +65,12 @@ class Results:
             check_fields(contents, FIELDS_OF_RESULTS, "the file")
         except ValueError as error:
             msg = f"{path} is damaged ({one_line(error)}): remove it, or choose another --out."
-            raise ResultsError(msg) from error
+            raise CommandError(msg) from error
         before = contents["options"]
         if differing := sorted(key for key in {*before, *options} if before.get(key) != options.get(key)):
             what = f"`{differing[0]}` was {before.get(differing[0])!r}"
             msg = f"{path} has results of another analysis ({what}): choose another --out."
-            raise ResultsError(msg)
+            raise CommandError(msg)
         self._contents = contents
 
     def known(self, name: str, path: Path) -> SpectrumRecord | None:
@@ -155,28 +142,26 @@ def _identity(path: Path) -> dict[str, Any]:
     return {"path": str(path.resolve()), "size": status.st_size, "modified": status.st_mtime_ns}
 
 
-def table_lines(rows: Sequence[Row], tolerance: float | None) -> list[dict[str, Any]]:
+def table_lines(records_by_name: Mapping[str, SpectrumRecord], tolerance: float | None) -> list[dict[str, Any]]:
     """Return the rows of the table by column: numbers and texts; the tolerance is that of the loss of candidates."""
-    records = [row.record for row in rows]
+    records = list(records_by_name.values())
     candidates = candidates_of(records, tolerance)  # without MP spectra, the lowest loss
     picked = picks(records, tolerance)
-    return [
-        _table_line(row, row.record in candidates, [rule for rule, pick in picked.items() if pick is row.record])
-        for row in rows
-    ]
-
-
-def _table_line(row: Row, is_candidate: bool, rules: Sequence[str]) -> dict[str, Any]:  # noqa: FBT001 - a cell
-    record, spectrum, assessment = row.record, row.record.spectrum, row.record.assessment
-    return {
-        "checkpoint": row.name,
-        "epoch": record.epoch,
-        "step": record.global_step,
-        **{s.key: spectrum and s.value(spectrum) for s in shown_in("command line", SPECTRUM_SCALARS)},
-        "type": spectrum and spectrum.hesd_type,
-        **{s.key: s.value(record) for s in shown_in("command line", RECORD_SCALARS)},
-        "generalization": assessment and assessment.verdict,
-        "candidate": "yes" if is_candidate else "",
-        "picked_by": ", ".join(map(rule_title, rules)),
-        "error": record.error,
-    }
+    lines = []
+    for name, record in records_by_name.items():
+        spectrum, assessment = record.spectrum, record.assessment
+        lines.append(
+            {
+                "checkpoint": name,
+                "epoch": record.epoch,
+                "step": record.global_step,
+                **{s.key: spectrum and s.value(spectrum) for s in shown_in("command line", SPECTRUM_SCALARS)},
+                "type": spectrum and spectrum.hesd_type,
+                **{s.key: s.value(record) for s in shown_in("command line", RECORD_SCALARS)},
+                "generalization": assessment and assessment.verdict,
+                "candidate": "yes" if record in candidates else "",
+                "picked_by": ", ".join(rule_title(rule) for rule, pick in picked.items() if pick is record),
+                "error": record.error,
+            }
+        )
+    return lines

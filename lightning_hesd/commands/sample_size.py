@@ -21,8 +21,8 @@ from lightning_hesd.sample_size.recommendation import (
     pilot_options,
     recommend_sample_size,
 )
+from lightning_hesd.training.analyzer import Analysis
 from lightning_hesd.training.loss_mode import AnalysisMode
-from lightning_hesd.training.session import Analysis
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

@@ -21,16 +21,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_STATES = ("nodes", "weights", "steps", "rounding")
+
+
 class _SpectrumMetric(Metric):
     """Accumulates probes of one or more named spectra."""
 
+    spectra: tuple[str, ...]
     is_differentiable = False
     higher_is_better = None
     full_state_update = False
 
-    def _add_spectrum(self, name: str) -> None:
-        for state in ("nodes", "weights", "steps", "rounding"):
-            self.add_state(f"{name}_{state}", default=[], dist_reduce_fx="cat")
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in self.spectra:
+            for state in _STATES:
+                self.add_state(f"{name}_{state}", default=[], dist_reduce_fx="cat")
 
     def _append(self, name: str, spectrum: Spectrum | tuple[Tensor, Tensor]) -> None:
         """Add the probes of a spectrum: as flat tensors with lengths, because lengths may differ between ranks."""
@@ -47,9 +53,7 @@ class _SpectrumMetric(Metric):
 
     def _criteria(self, name: str) -> dict[str, Tensor]:
         """Return the criteria of all probes together."""
-        nodes, weights, steps, rounding = (
-            dim_zero_cat(getattr(self, f"{name}_{state}")) for state in ("nodes", "weights", "steps", "rounding")
-        )
+        nodes, weights, steps, rounding = (dim_zero_cat(getattr(self, f"{name}_{state}")) for state in _STATES)
         padded_nodes, padded_weights = (
             pad_sequence(list(torch.split(flat, steps.tolist())), batch_first=True, padding_value=padding)
             for flat, padding in ((nodes, torch.nan), (weights, 0.0))
@@ -80,9 +84,7 @@ class HessianCriteria(_SpectrumMetric):
         -0.5
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._add_spectrum("spectrum")
+    spectra = ("spectrum",)
 
     def update(self, spectrum: Spectrum | Tensor, weights: Tensor | None = None) -> None:
         """Add the probes of a spectrum.
@@ -126,10 +128,7 @@ class GeneralizationCriteria(_SpectrumMetric):
         2.0
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._add_spectrum("training")
-        self._add_spectrum("generalization")
+    spectra = ("training", "generalization")
 
     def update(
         self, training: Spectrum | tuple[Tensor, Tensor], generalization: Spectrum | tuple[Tensor, Tensor]

@@ -32,13 +32,13 @@ All of these hold for means over samples too.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_hesd.spectra.validation import check_count
+from lightning_hesd.spectra.validation import check_choice, check_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -259,12 +259,8 @@ def _check_norms(**norms: float) -> None:
 
 
 def _check_choices(kind: Kind, matrix: Matrix, bias_norm: float | None) -> None:
-    if kind not in {"published", "tight"}:
-        msg = f"`kind` must be 'published' or 'tight', got {kind!r}."
-        raise ValueError(msg)
-    if matrix not in {"ggn", "residual", "hessian"}:
-        msg = f"`matrix` must be 'ggn', 'residual' or 'hessian', got {matrix!r}."
-        raise ValueError(msg)
+    check_choice("kind", kind, get_args(Kind))
+    check_choice("matrix", matrix, get_args(Matrix))
     if kind == "published" and (matrix != "ggn" or bias_norm):
         msg = (
             f"the published bound exists for `matrix='ggn'` without biases only, got `matrix={matrix!r}`, "

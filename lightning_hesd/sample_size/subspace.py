@@ -35,8 +35,7 @@ from lightning_hesd.numerics.inputs.parameters import select_parameters
 from lightning_hesd.numerics.isolation.exact_mode import exact_mode
 from lightning_hesd.plotting import NEGATIVE, POSITIVE, place_legend, settling_axes
 from lightning_hesd.sample_size import increments
-from lightning_hesd.sample_size.displaced_losses import chunks, displaced_losses, moments
-from lightning_hesd.sample_size.sample_losses import all_losses, read_batches
+from lightning_hesd.sample_size.sample_losses import all_losses, chunks, displaced_losses, moments, read_batches
 from lightning_hesd.spectra.validation import check_count
 
 if TYPE_CHECKING:

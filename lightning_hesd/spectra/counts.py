@@ -68,7 +68,8 @@ class Rule:
         """Return the least and the largest number of converged eigenvalues in (above, below]."""
         known, error = self.nodes[self.converged], self.residuals[self.converged] + self.rounding
         inside = (known - error > above) & (known + error <= below)
-        touching = (known + error > above) & (known - error <= below)
+        # A node at zero within rounding is not below minus the rounding, though its lower end is there.
+        touching = inside | ((known + error > above) & (known - error < below))
         return int(np.count_nonzero(inside)), int(np.count_nonzero(touching))
 
     def rest_share_between(self, above: float, below: float) -> tuple[float, float]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
 Check = Callable[[Any], bool]
@@ -210,4 +211,15 @@ def check_count(name: str, value: object, least: int = 1, *, alternative: str | 
         if alternative is not None:
             wanted += f" or {alternative!r}"
         msg = f"`{name}` must be {wanted}, got {value!r}."
+        raise ValueError(msg)
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Check that an argument is one of some texts.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if value not in choices:
+        msg = f"`{name}` must be {' or '.join(map(repr, choices))}, got {value!r}."
         raise ValueError(msg)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lightning_hesd.numerics.analysis.retry import retry_on_oom
 from lightning_hesd.numerics.analysis.sampling_error import samples_needed
+from lightning_hesd.numerics.collectives import LOCAL
 from lightning_hesd.numerics.inputs.portable import Portable
 from lightning_hesd.numerics.isolation.modes import mode_name
 from lightning_hesd.numerics.isolation.snapshot import restore_state, seed_everything
@@ -17,18 +18,15 @@ from lightning_hesd.numerics.operators.memory import is_out_of_memory
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
 from lightning_hesd.spectra.spectrum import Spectrum
 from lightning_hesd.spectra.validation import one_line
-from lightning_hesd.training.analyzed_loss import AnalyzedLoss
 from lightning_hesd.training.compat import dataloading, messages, strategies
-from lightning_hesd.training.compat.strategies import collectives_of
+from lightning_hesd.training.compat.strategies import collectives_of, parameter_sharding_of
 from lightning_hesd.training.isolation.isolation import TrainingIsolation
-from lightning_hesd.training.isolation.training_snapshot import DisturbedTrainingError, names_in_words
-from lightning_hesd.training.loss import make_loss_fn
+from lightning_hesd.training.isolation.training_snapshot import DisturbedTrainingError
+from lightning_hesd.training.loss import AnalyzedLoss
 from lightning_hesd.training.loss_mode import LossMode
-from lightning_hesd.training.samples.run_samples import RunSamples
-from lightning_hesd.training.session import AnalysisSession, within
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import lightning.pytorch as pl
 
@@ -39,7 +37,7 @@ if TYPE_CHECKING:
     from lightning_hesd.training.isolation.isolation import Evaluating
     from lightning_hesd.training.loss_mode import AnalysisMode
     from lightning_hesd.training.samples.analysis_samples import AnalysisSamples
-    from lightning_hesd.training.session import Analysis
+    from lightning_hesd.training.samples.run_samples import RunSamples
 
 Result = TypeVar("Result")
 
@@ -47,10 +45,23 @@ MAX_GROWTH = 4.0
 """With `num_samples="auto"`, the number of samples grows by this factor at most from one spectrum to the next."""
 
 
+@dataclass(frozen=True)
+class Analysis(Generic[Result]):
+    """A computation on the samples of an analyzer.
+
+    Attributes:
+        name: Its name; analyses of one name share a cache for each curvature matrix and mode.
+        compute: A function with the signature of `analyze` of the engine.
+    """
+
+    name: str
+    compute: Callable[..., Result]
+
+
 class TrainerAnalyzer:
     """Analyzes the module in training on the same samples every time.
 
-    With `num_samples="auto"`, samples are added until the sampling error of C_t is within `tolerance`; they stay.
+    Samples that grow are added until the sampling error of C_t is within `tolerance`; they stay.
 
     Attributes:
         mode: The mode in which the loss is analyzed; analyzers of one run share it.
@@ -60,38 +71,24 @@ class TrainerAnalyzer:
     def __init__(
         self,
         options: AnalysisOptions,
+        samples: RunSamples,
         *,
-        num_samples: int | Literal["auto"],
-        batch_size: int | None,
-        dataloader: Any,
         loss_fn: LossFunction | None,
         mode: AnalysisMode = "auto",
-        keeps: bool = False,
     ) -> None:
         """Take the options.
 
         Args:
             options: Options of the analyses.
-            num_samples: Number of samples, on all ranks together.
-            batch_size: Most samples per batch; None: as the dataloader makes them.
-            dataloader: Source of the samples; None: the training dataloader; "val": the validation dataloader.
+            samples: The samples.
             loss_fn: The loss; None: that of `training_step`.
             mode: Mode of the module in which the loss is evaluated.
-            keeps: Whether training follows. Its first batches are then kept as samples if none can be drawn from the
-                training dataloader, for which `samples.after_batch` and `samples.after_epoch` must be called.
         """
         self.mode = LossMode(mode)
-        self._options = replace(options, sampling_error=True) if num_samples == "auto" else options
+        self.samples = samples
+        self._options = replace(options, sampling_error=True) if samples.grows else options
         self._loss_fn = loss_fn
         self._isolation = TrainingIsolation()
-        self.samples = RunSamples(
-            num_samples,
-            batch_size=batch_size,
-            batch_weight=options.batch_weight,
-            dataloader=dataloader,
-            seed=options.seed,
-            in_training=keeps,
-        )
         self._cached_samples: AnalysisSamples | None = None
         self._caches: dict[object, AnalysisCache] = defaultdict(AnalysisCache)
 
@@ -165,9 +162,8 @@ class TrainerAnalyzer:
         smaller: int | None = None
         while True:
             try:
-                with self._session(trainer, pl_module, analysis.name, options, report) as session:
-                    attempt = partial(session.attempt, analysis.compute)
-                    result = retry_on_oom(attempt, session.options, session.cache, collectives_of(trainer))
+                with self._prepared(trainer, pl_module, analysis, options, report) as run:
+                    result = run()
             except Exception as error:
                 if not self._replace_samples(trainer, error):
                     raise
@@ -203,44 +199,58 @@ class TrainerAnalyzer:
             return False
         self.release()
         self.prepare(trainer)
-        return not self.samples.waits()
+        return self.samples.first_batches is None
 
     @contextlib.contextmanager
-    def _session(
+    def _prepared(
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        name: str,
+        analysis: Analysis[Result],
         options: AnalysisOptions,
         report: Report | None,
-    ) -> Iterator[AnalysisSession]:
+    ) -> Iterator[Callable[[], Result]]:
         """Isolate an analysis from training, move its samples to the device, and choose the mode of the module.
 
         Yields:
-            The analysis, ready to run.
+            The function that runs the analysis, on all ranks together.
         """
         strategies.check_strategy(trainer)
         ranks = collectives_of(trainer)
-        ranks.run_together(self._check_harmless)
+        ranks.run_together(self._isolation.check_harmless)
         samples = self.draw(trainer)
         with self._isolation.analysis(trainer, pl_module) as evaluating:
             with restore_state(pl_module):  # its transfer hooks may change it, as `training_step` may
                 transfer = partial(self._transfer, trainer, pl_module, samples.batches, evaluating)
                 batches = list(samples.batches) if samples.transferred else ranks.run_together(transfer)
-            make_loss = partial(make_loss_fn, trainer, self._loss_fn)
-            loss = AnalyzedLoss(trainer, pl_module, batches, make_loss, options, evaluating)
+            loss = AnalyzedLoss(trainer, pl_module, batches, self._loss_fn, options, evaluating)
             setting = self.mode.settle(loss)
             options = replace(
                 options,
                 mode=setting.mode,
-                output_fn=within(setting.evaluating, options.output_fn),
-                output_loss=within(setting.evaluating, options.output_loss),
+                output_fn=setting.within(options.output_fn),
+                output_loss=setting.within(options.output_loss),
             )
-            cache = self._caches[name, options.matrix, options.preconditioner is not None, mode_name(setting.mode)]
-            try:
-                yield AnalysisSession(
-                    trainer, pl_module, batches, make_loss(setting.evaluating), options, cache, report
+            matrix, is_preconditioned = options.matrix, options.preconditioner is not None
+            cache = self._caches[analysis.name, matrix, is_preconditioned, mode_name(setting.mode)]
+            compute = partial(analysis.compute, pl_module, batches, loss.function(setting))
+
+            def attempt(options: AnalysisOptions, reason: str | None) -> Result:
+                sharding = parameter_sharding_of(trainer, pl_module)
+                work = partial(
+                    compute,
+                    options=options,
+                    collectives=LOCAL if sharding.is_sharded else ranks,
+                    sharding=sharding,
+                    report=report,
+                    cache=cache,
+                    local_ranks=trainer.num_devices,
+                    reason=reason,
                 )
+                return ranks.run_together(partial(sharding.collectives.run_together, work))
+
+            try:
+                yield partial(retry_on_oom, attempt, options, cache, ranks)
             finally:
                 batches.clear()  # their memory on the device is free for the next analysis
 
@@ -259,16 +269,6 @@ class TrainerAnalyzer:
                 data = dataloading.transfer_batch(trainer, pl_module, batch.copy().data)
             moved.append(replace(batch, data=data))
         return moved
-
-    def _check_harmless(self) -> None:
-        """Refuse another analysis after one whose changes could not be undone.
-
-        Raises:
-            DisturbedTrainingError: If there was one.
-        """
-        if self._isolation.damaged:
-            msg = f"changed in place {names_in_words(self._isolation.damaged)} in an earlier analysis"
-            raise DisturbedTrainingError(msg)
 
 
 def _growth(spectrum: Spectrum) -> float:

@@ -14,7 +14,8 @@ from lightning_hesd.training.compat.namespaces import join_namespaces
 from lightning_hesd.training.gradient_monitor import GradientMonitor
 from lightning_hesd.training.recorder import Recorder
 from lightning_hesd.training.run import AnalysisRun
-from lightning_hesd.training.samples.sources import check_loader
+from lightning_hesd.training.samples.loaders import check_loader
+from lightning_hesd.training.samples.run_samples import RunSamples
 from lightning_hesd.training.schedule import Schedule
 from lightning_hesd.training.source import SpectrumSource
 
@@ -159,18 +160,13 @@ class HessianSpectrumCallback(SpectrumSource):
             raise ValueError(msg)
         if preconditioner != "optimizer":
             analysis_options(**analysis, preconditioner=preconditioner)  # checks it
-        analyzer = partial(
-            TrainerAnalyzer,
-            self.options,
-            num_samples=num_samples,
-            batch_size=batch_size,
-            loss_fn=loss_fn,
-            mode=mode,
-            keeps=True,
-        )
+        samples = partial(RunSamples, num_samples, self.options, batch_size=batch_size, in_training=True)
+        loaders = [dataloader] if generalization_dataloader is None else [dataloader, generalization_dataloader]
+        analyzers = [
+            TrainerAnalyzer(self.options, samples(dataloader=loader), loss_fn=loss_fn, mode=mode) for loader in loaders
+        ]
         self._recorder = Recorder(
-            analyzer(dataloader=dataloader),
-            None if generalization_dataloader is None else analyzer(dataloader=generalization_dataloader),
+            *analyzers,
             preconditioner=preconditioner,
             layers=layers,
             decomposition=decomposition,
@@ -218,14 +214,16 @@ class HessianSpectrumCallback(SpectrumSource):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_args: Any) -> None:
         """Analyze after this optimizer step if it is scheduled."""
         self._recorder.mode.report(trainer, outputs)
-        self._recorder.after_batch()
+        for batches in self._recorder.first_batches:
+            batches.after_step()
         if self._run.is_due(trainer, at_epoch_end=False):
             self._run.analyze(trainer, pl_module, trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Analyze after this epoch if it is scheduled."""
         self._run.log_gradients(trainer, pl_module)
-        self._recorder.after_epoch()
+        for batches in self._recorder.first_batches:
+            batches.after_epoch()
         if self._run.is_due(trainer, at_epoch_end=True):
             self._run.analyze(trainer, pl_module, trainer.current_epoch)
 

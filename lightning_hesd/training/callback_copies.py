@@ -1,23 +1,36 @@
-"""Copies of a callback, in this process or in others, whose results the original shows as its own."""
+"""Copies of a callback, in this process or in others, whose results the original shows as its own.
+
+Strategies such as ddp_spawn, ddp_fork and ddp_notebook train with copies of the callbacks, in processes that end with
+the fit. The state of a copy travels to the main process with Lightning's own results of the fit, and is delivered when
+it is unpickled.
+"""
 
 from __future__ import annotations
 
 import copy
+import io
+import uuid
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
 
 from lightning_hesd.numerics.inputs.portable import deep_copied
-from lightning_hesd.training.compat import launched
+from lightning_hesd.training.compat.strategies import add_result_of_fit
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
     from typing_extensions import Self
 
+_RECIPIENTS: WeakValueDictionary[str, CopiedCallback] = WeakValueDictionary()
+"""The callbacks of this process, by the address to which copies in other processes can send their state."""
+
 
 class CopiedCallback:
     """A callback that shows the results of its copies.
 
-    Libraries train with deep copies of callbacks, and strategies such as ddp_spawn with pickled copies, in processes
-    that end with the fit. The user holds the original, and reads the results there.
+    Libraries train with deep copies of callbacks, and some strategies with pickled copies in other processes. The user
+    holds the original, and reads the results there.
     """
 
     _address: str
@@ -25,7 +38,8 @@ class CopiedCallback:
 
     def begin_copies(self) -> None:
         """Make this an original; to be called by the constructor."""
-        self._address = launched.address_of(self)
+        self._address = uuid.uuid4().hex
+        _RECIPIENTS[self._address] = self
         self._original = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -33,9 +47,11 @@ class CopiedCallback:
         return {**vars(self), "_original": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Become a copy."""
+        """Become a copy, with the original's address in another process, and a new one in the same process."""
         vars(self).update(state)
-        self._address = launched.address_of_copy(self, self._address)
+        if self._address in _RECIPIENTS:
+            self._address = uuid.uuid4().hex
+        _RECIPIENTS[self._address] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return a copy whose results this callback shows, too."""
@@ -59,11 +75,6 @@ class CopiedCallback:
         """Give the results to the original."""
         original.take_results(self.state_dict())
 
-    def receive(self, state: dict[str, Any]) -> None:
-        """Take the results of a copy in a process that ends with the fit."""
-        self.take_results(state)
-        self.show_in_original()
-
     def show_in_original(self) -> None:
         """Let the original, and in turn its original, show the results."""
         if self._original is not None:
@@ -71,5 +82,25 @@ class CopiedCallback:
             self._original.show_in_original()
 
     def send_results(self, trainer: pl.Trainer) -> None:
-        """Send the results to the process that started the fit, if this one ends with the fit."""
-        launched.send(trainer, self._address, self.state_dict())
+        """Send the results of rank zero to the process that started the fit, if this one ends with the fit."""
+        add_result_of_fit(trainer, self._address, _Letter(self._address, self.state_dict()))
+
+
+class _Letter:
+    """A state that is delivered when it is unpickled."""
+
+    def __init__(self, address: str, state: dict[str, Any]) -> None:
+        self._address = address
+        self._state = state
+
+    def __reduce__(self) -> Any:
+        buffer = io.BytesIO()
+        torch.save(self._state, buffer)  # a tensor would be sent as shared memory, which ends with the process
+        return _deliver, (self._address, buffer.getvalue())
+
+
+def _deliver(address: str, data: bytes) -> None:
+    recipient = _RECIPIENTS.get(address)
+    if recipient is not None:
+        recipient.take_results(torch.load(io.BytesIO(data), weights_only=True))
+        recipient.show_in_original()

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from torch import Tensor
 
 from lightning_hesd.spectra.validation import check_fields, text
-from lightning_hesd.training.analyzed_loss import UndecidedError
 from lightning_hesd.training.compat import messages, runs
 from lightning_hesd.training.compat.strategies import collectives_of
+from lightning_hesd.training.loss import UndecidedError
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
     from lightning_hesd.numerics.isolation.modes import ModeName
-    from lightning_hesd.training.analyzed_loss import AnalyzedLoss, ModeSetting
+    from lightning_hesd.training.loss import AnalyzedLoss, ModeSetting
 
 AutoMode = Literal["eval", "deterministic"]
 """The modes between which "auto" chooses."""

@@ -1,10 +1,11 @@
-"""The outputs of records: the module's log, the loggers, and the folder of the run."""
+"""The outputs of records: remarks, the module's log, the loggers, and the folder of the run."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from lightning_hesd.spectra.criteria import quasi_singular
 from lightning_hesd.spectra.payload import (
     SELECTION_FIELDS,
     SELECTIONS_NAME,
@@ -14,12 +15,13 @@ from lightning_hesd.spectra.payload import (
     to_json,
 )
 from lightning_hesd.spectra.scalars import scalars
-from lightning_hesd.training.compat import logged_metrics, runs
+from lightning_hesd.spectra.selection import loss_tolerance
+from lightning_hesd.training.compat import logged_metrics, messages, runs
 from lightning_hesd.training.compat.namespaces import lightning_types
 from lightning_hesd.training.folders import append, joined, read_text, remove, write_text
-from lightning_hesd.training.history import when
+from lightning_hesd.training.gradient_monitor import likely_causes
+from lightning_hesd.training.history import START_EPOCH, when
 from lightning_hesd.training.loggers import make_outputs
-from lightning_hesd.training.loggers.output import SelectionOutput
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,6 +46,7 @@ class RunOutputs:
         self._name = name
         self._in_bar = {f"{name}/c_t"} if in_progress_bar else set()
         self._loggers: list[LoggerOutput] = []
+        self._remarked: set[str] = set()
         self.folder: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -56,6 +59,7 @@ class RunOutputs:
         The history has the records of the run that is continued. Of all callbacks of the Trainer, given by their names,
         the first one writes the layout of charts.
         """
+        self._remarked.clear()
         run_folder = runs.run_folder(trainer)  # every rank must ask for it
         fast_dev_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
         if not trainer.is_global_zero or fast_dev_run:
@@ -85,6 +89,15 @@ class RunOutputs:
         self._loggers = []
         self.folder = None
 
+    def remark(
+        self, trainer: pl.Trainer, history: SpectrumHistory, gradients: GradientStatistics | None, *, monitored: bool
+    ) -> None:
+        """Inform of what the last record gives reason for, once in a run; with the gradient statistics of its epoch."""
+        for kind, text in _remarks(trainer, history, gradients, monitored=monitored).items():
+            if kind not in self._remarked:
+                self._remarked.add(kind)
+                messages.inform(f"{self._name}: {text}")
+
     def log(
         self,
         trainer: pl.Trainer,
@@ -113,8 +126,7 @@ class RunOutputs:
         """Write a selection event to the loggers that can show it, and to the folder."""
         step = logged_metrics.logging_step(trainer, at_epoch_end=at_epoch_end)
         for logger in self._loggers:
-            if isinstance(logger, SelectionOutput):
-                logger.write_selection(event, step)
+            logger.write_selection(event, step)
         if self.folder is not None:
             append(self.folder, SELECTIONS_NAME, to_json(selection_payload(event)) + "\n")
 
@@ -135,6 +147,35 @@ class RunOutputs:
         for logger in loggers if any(record.spectra for record in history) else ():
             with errors.guard("cannot write the spectra at the end of training", on_error):
                 logger.finish(history)
+
+
+def _remarks(
+    trainer: pl.Trainer, history: SpectrumHistory, gradients: GradientStatistics | None, *, monitored: bool
+) -> dict[str, str]:
+    """Return the remarks that the last record gives reason for, by kind: "MN", "QS".
+
+    `gradients` are the gradient statistics of its epoch, if any.
+    """
+    found: dict[str, str] = {}
+    record = history[-1]
+    if record.spectrum is None or record.epoch == START_EPOCH:
+        return found
+    if record.spectrum.hesd_type == "MN" and record.spectrum.type_certain:
+        causes = likely_causes(trainer, gradients)
+        if not causes:
+            causes = ["none was found" if monitored else "unknown; `monitor_gradients=True` looks for one"]
+        found["MN"] = (
+            f"the spectrum of epoch {record.epoch} is MN (C_t = {record.spectrum.c_t:.3g}), so the criteria of "
+            f"generalization do not apply. Likely cause: {'; '.join(causes)}. An untrained network is MN, too."
+        )
+    states = [r.spectrum for r in history if r.spectrum is not None]
+    if quasi_singular([s.lambda_max for s in states], [s.loss for s in states], tolerance=loss_tolerance(history)):
+        found["QS"] = (
+            f"the spectrum of epoch {record.epoch} is quasi-singular: the largest eigenvalue fell to "
+            f"{record.spectrum.lambda_max:.3g} while the loss hardly changed. Largest eigenvalue and trace no longer "
+            "mean flatness; prefer C_t, also to pick checkpoints."
+        )
+    return found
 
 
 def _step_of(line: str) -> int:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from lightning_hesd.numerics.analysis.engine import analyze, analyze_layers
 from lightning_hesd.numerics.inputs.portable import LeftOut, Portable
 from lightning_hesd.numerics.isolation.exact_mode import release_memory
 from lightning_hesd.numerics.operators.verification import WrongDerivativeError
 from lightning_hesd.spectra.spectrum import Spectrum
+from lightning_hesd.training.analyzer import Analysis
 from lightning_hesd.training.compat.strategies import check_whole
 from lightning_hesd.training.history import START_EPOCH, SpectrumRecord, when
 from lightning_hesd.training.preconditioner import check_readable, read_preconditioner
-from lightning_hesd.training.session import SPECTRUM, layers_analysis
 from lightning_hesd.training.terminal import analysis_bar
 
 if TYPE_CHECKING:
@@ -25,11 +27,13 @@ if TYPE_CHECKING:
     from lightning_hesd.training.analyzer import TrainerAnalyzer
     from lightning_hesd.training.error_policy import ErrorPolicy
     from lightning_hesd.training.loss_mode import LossMode
-    from lightning_hesd.training.session import Analysis
+    from lightning_hesd.training.samples.first_batches import FirstBatches
 
 Preconditioning = Literal["optimizer"] | Mapping[str, Tensor] | None
 
 Result = TypeVar("Result", Spectrum, dict[str, Spectrum])
+
+SPECTRUM = Analysis("spectrum", analyze)
 
 
 class Part(NamedTuple):
@@ -115,17 +119,13 @@ class Recorder:
 
     def waits(self) -> bool:
         """Whether there are no training samples before training has used its first batches."""
-        return self._analyzers["training"].samples.waits()
+        return self._analyzers["training"].samples.first_batches is not None
 
-    def after_batch(self) -> None:
-        """Note the end of a training batch."""
-        for analyzer in self._analyzers.values():
-            analyzer.samples.after_batch()
-
-    def after_epoch(self) -> None:
-        """Note the end of a training epoch."""
-        for analyzer in self._analyzers.values():
-            analyzer.samples.after_epoch()
+    @property
+    def first_batches(self) -> list[FirstBatches]:
+        """The copies of the first training batches, of samples that cannot be drawn."""
+        every = [analyzer.samples.first_batches for analyzer in self._analyzers.values()]
+        return [batches for batches in every if batches is not None]
 
     def release(self) -> None:
         """Release the samples."""
@@ -169,7 +169,8 @@ class Recorder:
                 options = {"matrix": matrix, **self._decomposition}
                 parts.append(Part(f"the analysis of the {title}", matrix, training, SPECTRUM, options))
         if layers is not None:
-            parts.append(Part("the analysis of layers", "layers", training, layers_analysis(layers)))
+            analysis = Analysis("layers", partial(analyze_layers, layers=layers))
+            parts.append(Part("the analysis of layers", "layers", training, analysis))
         return parts
 
     def _preconditioning(

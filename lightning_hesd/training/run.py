@@ -22,7 +22,6 @@ from lightning_hesd.training.compat.namespaces import MisconfigurationException
 from lightning_hesd.training.history import START_EPOCH, SpectrumRecord, when
 from lightning_hesd.training.loss import check_loss_source
 from lightning_hesd.training.outputs import RunOutputs
-from lightning_hesd.training.remarks import Remarks
 from lightning_hesd.training.source import sources_of
 
 if TYPE_CHECKING:
@@ -55,7 +54,6 @@ class AnalysisRun:
         self._source = source
         self._recorder = recorder
         self._monitor = monitor
-        self._remarks = Remarks(source.name)
         self._outputs = RunOutputs(source.name, in_progress_bar=progress)
         self._set_up_by: str | None = None
         self._trained_by: str | None = None
@@ -115,7 +113,6 @@ class AnalysisRun:
         with errors.guard("cannot write to the loggers"):
             self._outputs.open(trainer, source.history, [other.name for other in sources_of(trainer)])
         self._recorder.start(trainer, errors)
-        self._remarks.restart()
         with errors.guard("the gradients will not be monitored"):
             self._monitor.attach(trainer, errors)
         # Now rather than at the first analysis, because now the dataset is as it will be when the run is resumed.
@@ -206,7 +203,7 @@ class AnalysisRun:
         """Log and print the last record."""
         source, record = self._source, self._source.history[-1]
         with source.errors.guard("cannot remark on the spectra"):
-            self._remarks.remark(trainer, source.history, self._monitor.summary(), monitored=self._monitor.enabled)
+            self._outputs.remark(trainer, source.history, self._monitor.summary(), monitored=self._monitor.enabled)
         overhead = trainer.strategy.broadcast(source.budget.overhead)
         with source.errors.guard(f"cannot log the scalars {when(record.epoch)}"):
             self._outputs.log(trainer, pl_module, record, overhead, at_epoch_end=at_epoch_end)

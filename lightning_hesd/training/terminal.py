@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     from lightning_hesd.numerics.analysis.engine import Report
     from lightning_hesd.spectra.summary import Summary
+
+    BarOpener = Callable[[int, int], "_TqdmBar | _RichBar"]
+    """Opens a bar, given how many steps are done, and of how many."""
 
 DELAY = 1.0
 """Seconds before a bar appears, so that short analyses do not flicker."""
@@ -122,21 +125,8 @@ def analysis_bar(
     if open_bar is None:
         yield None
         return
-    bar = _LateBar(open_bar, clock)
-    try:
+    with contextlib.closing(_LateBar(open_bar, clock)) as bar:
         yield bar.show
-    finally:
-        bar.close()
-
-
-class Bar(Protocol):
-    """A bar on the screen."""
-
-    def show(self, done: int, total: int) -> None:
-        """Show that `done` of `total` steps are done."""
-
-    def close(self) -> None:
-        """Remove it from the screen."""
 
 
 class _LateBar:
@@ -145,11 +135,11 @@ class _LateBar:
     If it cannot be drawn, a warning says so once, whatever `on_error` is: the analysis goes on without it.
     """
 
-    def __init__(self, open_bar: Callable[[int, int], Bar], clock: Callable[[], float]) -> None:
+    def __init__(self, open_bar: BarOpener, clock: Callable[[], float]) -> None:
         self._open = open_bar
         self._clock = clock
         self._started = clock()
-        self._bar: Bar | None = None
+        self._bar: _TqdmBar | _RichBar | None = None
         self._broken = False
 
     def show(self, done: int, total: int) -> None:
@@ -176,7 +166,7 @@ class _LateBar:
                 messages.warn(f"cannot draw the progress of the analysis, which goes on. {error!r}")
 
 
-def _bar_opener(trainer: pl.Trainer, description: str) -> Callable[[int, int], Bar] | None:
+def _bar_opener(trainer: pl.Trainer, description: str) -> BarOpener | None:
     """Return the function that opens a bar of the Trainer's kind; None if the Trainer has no bar of a known kind."""
     owner: Any = trainer.progress_bar_callback
     if isinstance(owner, lightning_types("callbacks.TQDMProgressBar")) and owner.is_enabled:

@@ -258,7 +258,7 @@ class TestMeasured:
         ),
         *(({"layers": layers}, "`layers` must be a positive integer, got") for layers in (0, -1, 2.0, True)),
         ({"kind": "loose"}, "`kind` must be 'published' or 'tight', got 'loose'"),
-        ({"matrix": "fisher"}, "`matrix` must be 'ggn', 'residual' or 'hessian', got 'fisher'"),
+        ({"matrix": "fisher"}, "`matrix` must be 'ggn' or 'residual' or 'hessian', got 'fisher'"),
         *(
             ({"kind": "published", **beyond}, r"exists for `matrix='ggn'` without biases only, got")
             for beyond in ({"bias_norm": 0.1}, {"matrix": "hessian"}, {"matrix": "residual"})

@@ -134,6 +134,8 @@ def describe(record: SpectrumRecord) -> dict[str, Any]:
         "num_samples": found.num_samples,
         "steps": found.steps,
         "sampling_error": found.c_t_sampling_error or 0.0,
+        "layers": [layer.trace for layer in found.by_layer.values()],
+        "negative_count": found.negative_count,
     }
 
 

@@ -235,6 +235,7 @@ def describe(spectrum: Spectrum) -> dict[str, Any]:
         "lambda_max": spectrum.lambda_max,
         "lambda_min": spectrum.lambda_min,
         "trace": spectrum.trace,
+        "layers": {name: [layer.trace, layer.lambda_max_weight] for name, layer in spectrum.by_layer.items()},
         "loss": spectrum.loss,
         "rounding": spectrum.rounding,
         "steps": spectrum.steps,

@@ -43,6 +43,9 @@ def test_findings_are_those_of_one_rank(runs: dict[int, Path]) -> None:
                 assert theirs["c_t"] == pytest.approx(mine["c_t"], rel=accuracy)
                 assert theirs["lambda_max"] == pytest.approx(mine["lambda_max"], rel=accuracy)
                 assert theirs["sampling_error"] == pytest.approx(mine["sampling_error"], rel=accuracy)
+                assert len(mine["layers"]) == (0 if name == "adaptive" else 2)  # without a Krylov basis, none
+                assert theirs["layers"] == pytest.approx(mine["layers"], rel=10 * accuracy)
+                assert theirs["negative_count"] == mine["negative_count"]
 
 
 def test_the_runs_tell_something(runs: dict[int, Path]) -> None:
@@ -59,6 +62,10 @@ def test_all_ranks_have_the_very_same_numbers(runs: dict[int, Path]) -> None:
     first, *others = read(runs[3])
     assert set(first["overheads"]) == {f"{name}/overhead" for name in first["records"]}
     assert all(rank == first for rank in others)
+
+
+def test_equal_scalars_need_no_advice_to_average_them(runs: dict[int, Path]) -> None:
+    assert "sync_dist" not in (runs[3] / "rank0.log").read_text()
 
 
 def test_only_rank_zero_writes(runs: dict[int, Path]) -> None:

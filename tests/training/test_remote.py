@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SpectrumHistory
 from lightning_hesd.commands.report import run_data
 from lightning_hesd.training import folders
-from lightning_hesd.training.checkpoints.paths import is_same_file, lies_in, place
+from lightning_hesd.training.checkpoints.exclusive_checkpoint import is_same_file, lies_in, place
 from tests.training.scripted import Epoch, ScriptedModule, ScriptedSource, earliest, example, loader, make_trainer
 
 SCRIPT = [Epoch(-0.1, loss=loss) for loss in (0.4, 0.3, 0.2, 0.1)]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_hesd.training import session
+from lightning_hesd.training import recorder
 from tests.training.modules import Classifier, callback, fit, freeze, loader, plain_loss
 
 HOOKS = {"on_train_epoch_end", "on_train_batch_end"}
@@ -35,19 +35,16 @@ def test_five_frames_from_the_hook_to_the_engine(
 ) -> None:
     """A reader with a debugger steps through few functions."""
     stacks: list[list[str]] = []
-    kinds = {"spectrum": session.SPECTRUM, "layers": session.layers_analysis("auto")}
 
-    def spied(kind: str) -> Any:
-        compute = kinds[kind].compute
-
+    def spied(compute: Any) -> Any:
         def compute_with_stack(*args: Any, **kwargs: Any) -> Any:
             stacks.append(ours())
             return compute(*args, **kwargs)
 
-        return session.Analysis(kind, compute_with_stack)
+        return compute_with_stack
 
-    monkeypatch.setattr("lightning_hesd.training.recorder.SPECTRUM", spied("spectrum"))
-    monkeypatch.setattr("lightning_hesd.training.recorder.layers_analysis", lambda layers: spied("layers"))
+    monkeypatch.setattr(recorder, "SPECTRUM", recorder.Analysis("spectrum", spied(recorder.analyze)))
+    monkeypatch.setattr(recorder, "analyze_layers", spied(recorder.analyze_layers))
     preconditioner = {name: torch.ones_like(p) for name, p in Classifier().named_parameters()}
     observer = callback(**schedule, **EVERYTHING, preconditioner=preconditioner)
     fit(tmp_path, observer, max_epochs=1)

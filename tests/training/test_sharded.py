@@ -51,6 +51,11 @@ def check_spectra(ranks: list[dict[str, Any]]) -> None:
         for key in ("lambda_min", "lambda_max"):
             assert found[key] == pytest.approx(expected[key], abs=allowed)
         assert found["c_t"] == pytest.approx(expected["c_t"], abs=4 * allowed / expected["lambda_max"])
+        assert found["layers"].keys() == expected["layers"].keys()
+        assert bool(found["layers"]) != name.startswith("recompute")  # it keeps no Krylov basis
+        for layer, (trace, weight) in expected["layers"].items():
+            assert found["layers"][layer][0] == pytest.approx(trace, abs=expected["dimension"] * allowed)
+            assert found["layers"][layer][1] == pytest.approx(weight, abs=1e-6 if allowed < 1e-9 else 1e-3)
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6 if "32" in name else EXACT)
 
 

@@ -15,8 +15,7 @@ from lightning_hesd.numerics.analysis.sampling_error import SamplingError, sampl
 from lightning_hesd.numerics.isolation.modes import mode_name
 from lightning_hesd.numerics.krylov.lanczos import Lanczos, NonFiniteProductError
 from lightning_hesd.numerics.krylov.ritz import gauss_quadrature, tridiagonal_eigh
-from lightning_hesd.numerics.operators.diagonal_block import block_products, choose_difference_step
-from lightning_hesd.numerics.operators.groups import explain_non_finite
+from lightning_hesd.numerics.operators.diagonal_block import block_products, choose_difference_step, explain_non_finite
 from lightning_hesd.spectra import criteria, quadrature
 from lightning_hesd.spectra.spectrum import MIN_SCALE, Spectrum
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.inputs.options import AnalysisOptions
     from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
-    from lightning_hesd.numerics.isolation.isolation import Isolation
+    from lightning_hesd.numerics.isolation.exact_mode import Isolation
     from lightning_hesd.numerics.operators.curvature import CurvatureMatrix
 
 LossFunction = Callable[[Any, Any], Any]

@@ -15,9 +15,8 @@ from lightning_hesd.numerics.inputs.batches import weighted_batches
 from lightning_hesd.numerics.inputs.options import AnalysisOptions, MatrixName, StrategyName
 from lightning_hesd.numerics.inputs.parameters import select_parameters, vector_dtype
 from lightning_hesd.numerics.isolation.snapshot import restore_state
-from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock, choose_difference_step
+from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock, choose_difference_step, explain_non_finite
 from lightning_hesd.numerics.operators.finite_differences import FiniteDifferences
-from lightning_hesd.numerics.operators.groups import explain_non_finite
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_hesd.numerics.krylov.ritz import tridiagonal_eigh
-from lightning_hesd.numerics.operators.groups import explain_non_finite
+from lightning_hesd.numerics.operators.diagonal_block import explain_non_finite
 from lightning_hesd.spectra.deflation import converged_nodes
 from lightning_hesd.spectra.layer_curvature import LayerCurvature, RestProbe, RitzPairs, layer_curvatures
 

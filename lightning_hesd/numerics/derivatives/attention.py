@@ -53,7 +53,8 @@ class _ShortAttention(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        gradients = _ShortAttentionBackward.apply(gradient, *ctx.saved_tensors, ctx.options)  # type: ignore[no-untyped-call]
+        q, k, v, probabilities = ctx.saved_tensors
+        gradients = _ShortAttentionBackward.apply(q, k, v, gradient, probabilities, ctx.options)  # type: ignore[no-untyped-call]
         return *gradients, None, None
 
 
@@ -61,26 +62,22 @@ class _ShortAttentionBackward(Function):
     """The gradients of o = P v with respect to q, k and v."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *inputs: Any) -> Any:
-        q, k, v, probabilities, (scale, _) = inputs
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        q, k, v, gradient, probabilities, (scale, _) = inputs
         grad_probabilities = gradient @ v.mT
         grad_scores = _through_softmax(grad_probabilities, probabilities) * scale
-        ctx.save_for_backward(gradient, q, k, v, probabilities, grad_probabilities, grad_scores)
+        ctx.save_for_backward(*inputs[:-1], grad_probabilities, grad_scores)
         ctx.options = inputs[-1]
         return grad_scores @ k, grad_scores.mT @ q, probabilities.mT @ gradient
 
     @staticmethod
     def backward(ctx: Any, tangent_q: Tensor, tangent_k: Tensor, tangent_v: Tensor) -> Any:
-        gradient, q, k, v, probabilities, grad_probabilities, grad_scores = ctx.saved_tensors
+        q, k, v, gradient, probabilities, grad_probabilities, grad_scores = ctx.saved_tensors
         scale, causal = ctx.options
         if torch.is_grad_enabled():
             softmax = functools.partial(_probabilities, scale=scale, causal=causal)
-
-            def gradients(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
-                return _gradients(softmax, scale, q, k, v, gradient)
-
-            tangents = tangent_q, tangent_k, tangent_v
-            return *differentiate(gradients, (gradient, q, k, v), tangents), None, None
+            gradients = functools.partial(_gradients, softmax, scale)
+            return *differentiate(gradients, (q, k, v, gradient), (tangent_q, tangent_k, tangent_v)), None, None
         tangent_scores = torch.baddbmm(tangent_q @ k.mT, q, tangent_k.mT, beta=scale, alpha=scale)
         tangent_probabilities = _through_softmax(tangent_scores, probabilities)
         # The gradient with respect to the scores is P ∘ (Q - row sums of P ∘ Q), with Q the gradient with respect to P.
@@ -90,10 +87,10 @@ class _ShortAttentionBackward(Function):
         of_scores.baddbmm_(gradient, tangent_v.mT)
         of_scores = _through_softmax(of_scores, probabilities).mul_(scale)
         return (
-            torch.baddbmm(probabilities @ tangent_v, tangent_probabilities, v),
             torch.baddbmm(of_scores @ k, grad_scores, tangent_k),
             torch.baddbmm(of_scores.mT @ q, grad_scores.mT, tangent_q),
             tangent_probabilities.mT @ gradient,
+            torch.baddbmm(probabilities @ tangent_v, tangent_probabilities, v),
             None,
             None,
         )

@@ -1,12 +1,16 @@
-"""Layer norm, ReLU and GELU with second derivatives written out, so that an HVP makes fewer passes over memory.
+"""Operations with second derivatives written out, so that an HVP makes fewer passes over memory.
 
 Each is a pair of autograd functions: the operation, and its gradient, whose own derivatives are the expensive part of
-an HVP. ReLU and GELU can be differentiated further, for losses that contain derivatives. All tensors have one dtype.
+an HVP. All but layer norm can be differentiated further, for losses that contain derivatives. All tensors have one
+dtype.
 """
 
+# ruff: noqa: D102 - the base classes document the methods
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,13 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 
-def layer_norm(x: Tensor, w: Tensor | None, b: Tensor | None, eps: float) -> Tensor:
-    """Return the standardized rows of x, times w plus b, for x of shape (rows, width)."""
-    return _LayerNorm.apply(x, w, b, eps)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _LayerNorm(Function):
-    """y = w · x̂ + b over the rows of x, with x̂ = (x - mean) · rstd."""
+class LayerNorm(Function):
+    """y = w · x̂ + b over the rows of x, shape (rows, width), with x̂ = (x - mean) · rstd."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor | None, b: Tensor | None, eps: float) -> Tensor:
@@ -83,44 +82,25 @@ class _LayerNormBackward(Function):
         return grad_gradient, grad_x, None if w is None else grad_w.sum(0), None, None, None, None
 
 
-def relu(x: Tensor) -> Tensor:
-    """Return max(x, 0)."""
-    return _ReLU.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+class ReLU(Function):
+    """x where y > 0 and 0 elsewhere, with y = max(x, 0) if it is None.
 
-
-class _ReLU(Function):
-    """y = max(x, 0)."""
+    With the same y, this is also the map of gradients, and of their derivatives. PyTorch's version of that map also
+    makes and adds zeros for the derivative with respect to x.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = x.relu()
-        ctx.save_for_backward(y)
-        return y
+    def forward(ctx: Any, x: Tensor, y: Tensor | None) -> Tensor:
+        result: Tensor = x.relu() if y is None else torch.ops.aten.threshold_backward(x, y, 0)
+        ctx.save_for_backward(result if y is None else y)
+        return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _ReLUBackward.apply(gradient, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        return ReLU.apply(gradient, *ctx.saved_tensors), None  # type: ignore[no-untyped-call]
 
 
-class _ReLUBackward(Function):
-    """The gradient where y > 0. PyTorch's version also makes and adds zeros for the derivative with respect to x."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, y: Tensor) -> Tensor:
-        ctx.save_for_backward(y)
-        return torch.ops.aten.threshold_backward(gradient, y, 0)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, tangent: Tensor) -> Any:
-        return _ReLUBackward.apply(tangent, *ctx.saved_tensors), None  # type: ignore[no-untyped-call]
-
-
-def gelu(x: Tensor, approximate: str) -> Tensor:
-    """Return x Φ(x), or its approximation by tanh."""
-    return _GELU.apply(x, approximate)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _GELU(Function):
+class GELU(Function):
     """y = x Φ(x), or its approximation by tanh."""
 
     @staticmethod
@@ -180,3 +160,125 @@ def differentiate(
     outputs, of_outputs = zip(*pairs, strict=True)
     found = iter(torch.autograd.grad(outputs, free, of_outputs, create_graph=True, allow_unused=True))
     return [next(found) if i is not None and i.requires_grad else None for i in cut]
+
+
+class Bilinear(ABC):
+    """An operation x * w that is linear in x and in w, for x of shape (samples, channels, ...)."""
+
+    @abstractmethod
+    def product(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        """Return x * w + b."""
+
+    def add_product(self, total: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        """Add x * w to total, in place, because allocating memory takes longer than the sum."""
+        return total.add_(self.product(x, w, None))
+
+    @abstractmethod
+    def gradients(self, gradient: Tensor, x: Tensor, w: Tensor, wanted: Sequence[bool]) -> Any:
+        """Return the gradients with respect to x and w, where wanted."""
+
+    def bias_gradient(self, gradient: Tensor) -> Tensor:
+        """Return the gradient with respect to b."""
+        return gradient.sum([0, *range(2, gradient.ndim)])
+
+
+class Linear(Bilinear):
+    """x wᵀ, for x of shape (rows, inputs) and w of shape (outputs, inputs)."""
+
+    def product(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return x @ w.T if b is None else torch.addmm(b, x, w.T)
+
+    def add_product(self, total: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        return total.addmm_(x, w.T)
+
+    def gradients(self, gradient: Tensor, x: Tensor, w: Tensor, wanted: Sequence[bool]) -> Any:
+        return gradient @ w if wanted[0] else None, gradient.T @ x if wanted[1] else None
+
+
+class Scale(Bilinear):
+    """x · w for each channel: x has shape (samples, channels, ...), w and b have shape (1, channels, 1, ...)."""
+
+    def product(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return x * w if b is None else torch.addcmul(b, x, w)
+
+    def add_product(self, total: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        return total.addcmul_(x, w)
+
+    def gradients(self, gradient: Tensor, x: Tensor, w: Tensor, wanted: Sequence[bool]) -> Any:
+        return gradient * w if wanted[0] else None, self.bias_gradient(gradient * x) if wanted[1] else None
+
+    def bias_gradient(self, gradient: Tensor) -> Tensor:
+        return gradient.sum([0, *range(2, gradient.ndim)], keepdim=True)
+
+
+@dataclass(frozen=True)
+class Convolution(Bilinear):
+    """x convolved with the kernels w."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+    def product(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        zeros = [0] * len(self.stride)
+        return torch.convolution(x, w, b, self.stride, self.padding, self.dilation, False, zeros, self.groups)
+
+    def gradients(self, gradient: Tensor, x: Tensor, w: Tensor, wanted: Sequence[bool]) -> Any:
+        zeros = [0] * len(self.stride)
+        geometry = self.stride, self.padding, self.dilation, False, zeros, self.groups
+        return torch.ops.aten.convolution_backward(gradient, x, w, None, *geometry, [*wanted, False])[:2]
+
+
+def bilinear(operation: Bilinear, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """Return x * w + b."""
+    return _BilinearFunction.apply(operation, x, w, b)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _BilinearFunction(Function):
+    """y = x * w + b."""
+
+    @staticmethod
+    def forward(ctx: Any, operation: Bilinear, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.operation = operation
+        return operation.product(x, w, b)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        wanted = ctx.needs_input_grad[1:]
+        return None, *_BilinearBackward.apply(ctx.operation, gradient, *ctx.saved_tensors, wanted)  # type: ignore[no-untyped-call]
+
+
+class _BilinearBackward(Function):
+    """The gradients with respect to x, w and b, where wanted, which are linear in the gradient with respect to y."""
+
+    @staticmethod
+    def forward(ctx: Any, operation: Bilinear, gradient: Tensor, *inputs: Any) -> Any:
+        x, w, wanted = inputs
+        ctx.save_for_backward(gradient, x, w)
+        ctx.set_materialize_grads(False)
+        ctx.operation = operation
+        grad_b = operation.bias_gradient(gradient) if wanted[2] else None
+        return *operation.gradients(gradient, x, w, wanted[:2]), grad_b
+
+    @staticmethod
+    def backward(ctx: Any, tangent_x: Tensor | None, tangent_w: Tensor | None, tangent_b: Tensor | None) -> Any:
+        gradient, x, w = ctx.saved_tensors
+        operation: Bilinear = ctx.operation
+        _, _, needs_x, needs_w, _ = ctx.needs_input_grad
+        grad_gradient = grad_x = grad_w = None
+        if tangent_w is not None:
+            grad_gradient = operation.product(x, tangent_w, tangent_b)
+            grad_x, _ = operation.gradients(gradient, x, tangent_w, [needs_x, False])
+        if tangent_x is not None:
+            if grad_gradient is None:
+                grad_gradient = operation.product(tangent_x, w, tangent_b)
+            elif torch.is_grad_enabled():
+                grad_gradient = grad_gradient + operation.product(tangent_x, w, None)
+            else:
+                operation.add_product(grad_gradient, tangent_x, w)
+            _, grad_w = operation.gradients(gradient, tangent_x, w, [False, needs_w])
+        if grad_gradient is None:
+            grad_gradient = operation.product(x, torch.zeros_like(w), tangent_b)
+        return None, grad_gradient, grad_x, grad_w, None

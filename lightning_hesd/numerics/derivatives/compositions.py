@@ -7,6 +7,7 @@ the factors of a matrix in derivatives of forward-mode derivatives.
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -48,44 +49,36 @@ def _layer_norm(  # noqa: PLR0917 - PyTorch's order
     return _affine(_standardized(input, range(-len(shape), 0), eps), weight, bias).to(input.dtype)
 
 
-def _batch_norm(  # noqa: PLR0917 - PyTorch's order
-    input: Tensor,  # noqa: A002 - PyTorch's name
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,  # noqa: FBT001
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor | None:
-    if not training:
-        return None
-    with torch.no_grad():  # updates the running statistics, and checks the arguments
-        F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return _by_channel(input, [0, *range(2, input.ndim)], weight, bias, eps)
+def _norm_by_channel(norm: Callable[..., Tensor], switch: str, *over_samples: int) -> Replacement:
+    """Return the replacement of a norm of shape (samples, channels, ...), by the statistics of its input.
+
+    `switch` names the argument without which the norm uses running statistics, and is not replaced. `over_samples` is 0
+    if the statistics are over samples, too.
+    """
+    signature = inspect.signature(norm)
+
+    def replacement(*args: Any, **kwargs: Any) -> Tensor | None:
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        if not call.arguments[switch]:
+            return None
+        with torch.no_grad():  # updates the running statistics, and checks the arguments
+            norm(*args, **kwargs)
+        x, weight, bias, eps = (call.arguments[name] for name in ("input", "weight", "bias", "eps"))
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        weight, bias = (None if p is None else p.view(shape) for p in (weight, bias))
+        return _affine(_standardized(x, [*over_samples, *range(2, x.ndim)], eps), weight, bias).to(x.dtype)
+
+    return replacement
 
 
-def _instance_norm(  # noqa: PLR0917 - PyTorch's order
-    input: Tensor,  # noqa: A002 - PyTorch's name
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,  # noqa: FBT001
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor | None:
-    if not use_input_stats:
-        return None
-    with torch.no_grad():
-        F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    return _by_channel(input, range(2, input.ndim), weight, bias, eps)
+_batch_norm = _norm_by_channel(F.batch_norm, "training", 0)
+_instance_norm = _norm_by_channel(F.instance_norm, "use_input_stats")
 
 
-def _by_channel(x: Tensor, dimensions: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    shape = (1, -1, *[1] * (x.ndim - 2))
-    weight, bias = (None if p is None else p.view(shape) for p in (weight, bias))
-    return _affine(_standardized(x, dimensions, eps), weight, bias).to(x.dtype)
+def _reordered(replacement: Replacement) -> Replacement:
+    """Return the replacement of the norm in `torch`, given that of the norm in `torch.nn.functional`."""
+    return lambda x, weight, bias, mean, variance, *rest: replacement(x, mean, variance, weight, bias, *rest[:3])
 
 
 def _standardized(x: Tensor, dimensions: Sequence[int], eps: float) -> Tensor:
@@ -100,35 +93,31 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
-def _determinant(input: Tensor) -> Tensor | None:  # noqa: A002 - PyTorch's name
-    if input.is_complex():
-        return None
-    sign, diagonal = _triangular_factor(input)
+def _of_factors(function: Callable[[Tensor, Tensor], Any]) -> Replacement:
+    """Return the replacement that is a function of the determinant of P and the diagonal of U in input = P L U."""
+
+    def replacement(input: Tensor) -> Any:  # noqa: A002 - PyTorch's name
+        if input.is_complex():
+            return None
+        p, _, u = torch.linalg.lu(input)
+        return function(torch.linalg.det(p), u.diagonal(dim1=-2, dim2=-1))
+
+    return replacement
+
+
+@_of_factors
+def _determinant(sign: Tensor, diagonal: Tensor) -> Tensor:
     return sign * diagonal.prod(-1)
 
 
-def _log_determinant(input: Tensor) -> Tensor | None:  # noqa: A002 - PyTorch's name
-    if input.is_complex():
-        return None
-    sign, diagonal = _triangular_factor(input)
+@_of_factors
+def _log_determinant(sign: Tensor, diagonal: Tensor) -> Tensor:
     negative = sign * diagonal.sign().prod(-1) < 0
     return torch.where(negative, torch.nan, diagonal.abs().log().sum(-1))
 
 
 def _signed_log_determinant(kind: Callable[[tuple[Tensor, Tensor]], Any]) -> Replacement:
-    def replacement(input: Tensor) -> Any:  # noqa: A002 - PyTorch's name
-        if input.is_complex():
-            return None
-        sign, diagonal = _triangular_factor(input)
-        return kind((sign * diagonal.sign().prod(-1), diagonal.abs().log().sum(-1)))
-
-    return replacement
-
-
-def _triangular_factor(a: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the determinant of P and the diagonal of U in a = P L U."""
-    p, _, u = torch.linalg.lu(a)
-    return torch.linalg.det(p), u.diagonal(dim1=-2, dim2=-1)
+    return _of_factors(lambda sign, u: kind((sign * u.sign().prod(-1), u.abs().log().sum(-1))))
 
 
 def _solve(A: Tensor, B: Tensor, *, left: bool = True) -> Tensor:  # noqa: N803 - PyTorch's names
@@ -136,14 +125,6 @@ def _solve(A: Tensor, B: Tensor, *, left: bool = True) -> Tensor:  # noqa: N803 
     factors, pivots = torch.linalg.lu_factor(A)
     solution = torch.linalg.lu_solve(factors, pivots, B.unsqueeze(-1) if is_vector else B, left=left)
     return cast("Tensor", solution.squeeze(-1) if is_vector else solution)
-
-
-def _torch_batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, *rest: Any) -> Tensor | None:
-    return _batch_norm(x, mean, variance, weight, bias, *rest[:3])
-
-
-def _torch_instance_norm(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, *rest: Any) -> Tensor | None:
-    return _instance_norm(x, mean, variance, weight, bias, *rest[:3])
 
 
 WRONG_SECOND_DERIVATIVE: dict[Any, Replacement] = {
@@ -158,9 +139,9 @@ WRONG_THIRD_DERIVATIVE: dict[Any, Replacement] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     F.batch_norm: _batch_norm,
-    torch.batch_norm: _torch_batch_norm,
+    torch.batch_norm: _reordered(_batch_norm),
     F.instance_norm: _instance_norm,
-    torch.instance_norm: _torch_instance_norm,
+    torch.instance_norm: _reordered(_instance_norm),
 }
 """Operations that are replaced in losses that contain derivatives of them."""
 

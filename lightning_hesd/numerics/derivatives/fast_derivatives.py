@@ -15,8 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_hesd.numerics.derivatives.attention import long_attention, short_attention
-from lightning_hesd.numerics.derivatives.autograd_functions import gelu, layer_norm, relu
-from lightning_hesd.numerics.derivatives.bilinear import Convolution, Linear, Scale, bilinear
+from lightning_hesd.numerics.derivatives.autograd_functions import (
+    GELU,
+    Convolution,
+    LayerNorm,
+    Linear,
+    ReLU,
+    Scale,
+    bilinear,
+)
 from lightning_hesd.numerics.derivatives.cross_entropy import Labels, cross_entropy
 
 if TYPE_CHECKING:
@@ -108,7 +115,8 @@ def _layer_norm(  # noqa: PLR0917 - PyTorch's order
     if not fits or input.numel() < _LARGE or not _is_plain(input, weight, bias):
         return None
     w, b = (None if p is None else p.flatten() for p in (weight, bias))
-    return layer_norm(input.reshape(-1, shape.numel()), w, b, eps).view(input.shape)
+    rows = LayerNorm.apply(input.reshape(-1, shape.numel()), w, b, eps)  # type: ignore[no-untyped-call]
+    return rows.view(input.shape)  # type: ignore[no-any-return]
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:  # noqa: A002 - PyTorch's name
@@ -123,13 +131,13 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 def _relu(input: Tensor, inplace: bool = False) -> Tensor | None:  # noqa: A002, FBT001 - PyTorch's names
     if inplace or input.numel() < _LARGE or not _is_plain(input):
         return None
-    return relu(input)
+    return ReLU.apply(input, None)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _gelu(input: Tensor, *, approximate: str = "none") -> Tensor | None:  # noqa: A002 - PyTorch's name
     if input.numel() < _LARGE or not _is_plain(input):
         return None
-    return gelu(input, approximate)
+    return GELU.apply(input, approximate)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _attention(  # noqa: PLR0917 - PyTorch's order

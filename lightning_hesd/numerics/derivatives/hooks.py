@@ -37,33 +37,27 @@ class Hooks:
     @contextlib.contextmanager
     def limited(self) -> Iterator[None]:
         """Limit hooks that are registered in this context to act inside `acting` only."""
-        register: Any = Tensor.register_hook
-        register_on_leaf: Any = Tensor.register_post_accumulate_grad_hook
-        register_on_node: Any = _HookMixin._register_hook  # noqa: SLF001 - used for nodes, by modules as well
-
-        @functools.wraps(register)
-        def register_limited(tensor: Tensor, hook: Hook) -> Any:
-            return register(tensor, self._limited(hook))
-
-        @functools.wraps(register_on_leaf)
-        def register_limited_on_leaf(tensor: Tensor, hook: Hook) -> Any:
-            return register_on_leaf(tensor, self._limited(hook))
-
-        def register_limited_on_node(hooks: Any, hook: Hook) -> Any:
-            return register_on_node(hooks, self._limited(hook))
-
+        on_node = _HookMixin._register_hook  # noqa: SLF001 - used for nodes, by modules as well
         with (
-            patched(Tensor, "register_hook", register_limited),
-            patched(Tensor, "register_post_accumulate_grad_hook", register_limited_on_leaf),
-            patched(_HookMixin, "_register_hook", staticmethod(register_limited_on_node)),
+            patched(Tensor, "register_hook", self._limiting(Tensor.register_hook)),
+            patched(
+                Tensor, "register_post_accumulate_grad_hook", self._limiting(Tensor.register_post_accumulate_grad_hook)
+            ),
+            patched(_HookMixin, "_register_hook", staticmethod(self._limiting(on_node))),
         ):
             yield
 
-    def _limited(self, hook: Hook) -> Hook:
-        def limited(*arguments: Any) -> Any:
-            return hook(*arguments) if self.act else None
+    def _limiting(self, register: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that registers hooks like `register`, limited."""
 
-        return limited
+        @functools.wraps(register)
+        def register_limited(target: Any, hook: Hook) -> Any:
+            def limited(*arguments: Any) -> Any:
+                return hook(*arguments) if self.act else None
+
+            return register(target, limited)
+
+        return register_limited
 
 
 @contextlib.contextmanager

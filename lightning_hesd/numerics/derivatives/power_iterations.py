@@ -47,11 +47,10 @@ class PowerIterations:
         def power_method(norm: Any, matrix: Tensor, iterations: int) -> None:
             use = self._use(norm)
             if use in self._vectors:
-                norm._u, norm._v = self._copies(use)  # noqa: SLF001
+                norm._u, norm._v = _copies(*self._vectors[use])  # noqa: SLF001
             else:
                 iterate(norm, matrix, iterations)
-                self._vectors[use] = norm._u, norm._v  # noqa: SLF001
-                self._vectors[use] = self._copies(use)
+                self._vectors[use] = _copies(norm._u, norm._v)  # noqa: SLF001
 
         def compute_weight(norm: SpectralNorm, module: nn.Module, do_power_iteration: bool) -> Any:  # noqa: FBT001
             if not do_power_iteration:
@@ -59,10 +58,9 @@ class PowerIterations:
             use, names = self._use(norm), (f"{norm.name}_u", f"{norm.name}_v")
             if use not in self._vectors:
                 weight = compute(norm, module, do_power_iteration)
-                self._vectors[use] = getattr(module, names[0]), getattr(module, names[1])
-                self._vectors[use] = self._copies(use)
+                self._vectors[use] = _copies(*(getattr(module, name) for name in names))
                 return weight
-            for name, vector in zip(names, self._copies(use), strict=True):
+            for name, vector in zip(names, _copies(*self._vectors[use]), strict=True):
                 setattr(module, name, vector)
             return compute(norm, module, do_power_iteration=False)
 
@@ -76,6 +74,6 @@ class PowerIterations:
         self._uses[norm] += 1
         return norm, self._uses[norm]
 
-    def _copies(self, use: tuple[object, int]) -> tuple[Tensor, Tensor]:
-        u, v = self._vectors[use]
-        return u.detach().clone(), v.detach().clone()
+
+def _copies(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return u.detach().clone(), v.detach().clone()

@@ -64,16 +64,16 @@ class Shard:
 
 
 class _Gather(torch.autograd.Function):
-    """G."""
+    """G; for the parameter's own shards with `gathered`, which may have the full values already."""
 
     @staticmethod
-    def forward(ctx: Any, local: Tensor, shard: Shard) -> Tensor:
+    def forward(ctx: Any, local: Tensor, shard: Shard, gathered: GatheredParameters | None) -> Tensor:
         ctx.shard = shard
-        return shard.gather(local)
+        return shard.gather(local) if gathered is None else gathered.values(shard).detach()
 
     @staticmethod
-    def backward(ctx: Any, full: Tensor) -> tuple[Tensor, None]:
-        return _ScatterSum.apply(full, ctx.shard), None  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, full: Tensor) -> tuple[Tensor, None, None]:
+        return _ScatterSum.apply(full, ctx.shard), None, None  # type: ignore[no-untyped-call]
 
 
 class _ScatterSum(torch.autograd.Function):
@@ -86,20 +86,7 @@ class _ScatterSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, local: Tensor) -> tuple[Tensor, None]:
-        return _Gather.apply(local, ctx.shard), None  # type: ignore[no-untyped-call]
-
-
-class _GatherParameter(torch.autograd.Function):
-    """G applied to the parameter's own shards; its full values may already have been gathered."""
-
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, shard: Shard, gathered: GatheredParameters) -> Tensor:  # noqa: ARG004
-        ctx.shard = shard
-        return gathered.values(shard).detach()
-
-    @staticmethod
-    def backward(ctx: Any, full: Tensor) -> tuple[Tensor, None, None]:
-        return _ScatterSum.apply(full, ctx.shard), None, None  # type: ignore[no-untyped-call]
+        return _Gather.apply(local, ctx.shard, None), None  # type: ignore[no-untyped-call]
 
 
 class GatheredParameters:
@@ -125,7 +112,7 @@ class GatheredParameters:
                 return value
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         shard = self._shards.get(id(value))
-        return value if shard is None else _GatherParameter.apply(shard.local, shard, self)  # type: ignore[no-untyped-call]
+        return value if shard is None else _Gather.apply(shard.local, shard, self)  # type: ignore[no-untyped-call]
 
     def forget(self) -> None:
         """Release full values, because the parameters may have changed."""

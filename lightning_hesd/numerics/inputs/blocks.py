@@ -100,7 +100,8 @@ def _chosen(module: nn.Module, wanted: list[Any]) -> Blocks:
 def _functional(module: nn.Module, name: str = "") -> Blocks:
     """Return a block for each module with parameters: norms join the layer before, attention and MLPs are one block."""
     prefix = f"{name}." if name else ""
-    if name and _is_one(module):
+    kind = type(module).__name__.lower().replace("_", "")
+    if name and any(word in kind for word in GROUPED):
         return {name: list(module.parameters())}
     found: Blocks = {}
     for parameter_name, parameter in module.named_parameters(recurse=False):
@@ -114,13 +115,9 @@ def _functional(module: nn.Module, name: str = "") -> Blocks:
             continue
         inside = _functional(child, f"{prefix}{child_name}")
         found |= inside
-        before, features = (next(iter(inside)) if len(inside) == 1 else ""), _output_features(child)
+        before = next(iter(inside)) if len(inside) == 1 else ""
+        features = getattr(child, "out_channels", None) or getattr(child, "out_features", None)
     return found
-
-
-def _is_one(module: nn.Module) -> bool:
-    kind = type(module).__name__.lower().replace("_", "")
-    return any(word in kind for word in GROUPED)
 
 
 def _normalized_features(module: nn.Module, parent: nn.Module) -> int | None:
@@ -131,7 +128,3 @@ def _normalized_features(module: nn.Module, parent: nn.Module) -> int | None:
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and isinstance(parent, nn.Sequential):
         return module.normalized_shape[-1]
     return None
-
-
-def _output_features(module: nn.Module) -> int | None:
-    return getattr(module, "out_channels", None) or getattr(module, "out_features", None)

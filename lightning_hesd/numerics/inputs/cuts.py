@@ -9,7 +9,6 @@ an object of unknown kind with as many entries as there are samples.
 from __future__ import annotations
 
 import copy
-import copyreg
 import types
 from collections import UserDict, deque
 from collections.abc import Iterator, Mapping, Sized
@@ -19,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
+
+from lightning_hesd.numerics.isolation.attributes import slot_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -155,6 +156,6 @@ class _Knife:
 
 def attributes(value: Any) -> dict[str, Any]:
     """Return the attributes of an object, including those in slots."""
-    slots = copyreg._slotnames(type(value))  # type: ignore[attr-defined]  # noqa: SLF001 - as `copy` and `pickle` do
-    found = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    kind: Any = type(value)
+    found = {name: getattr(value, name) for name in slot_names(kind) if hasattr(value, name)}
     return {**found, **getattr(value, "__dict__", {})}

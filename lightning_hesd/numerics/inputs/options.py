@@ -12,10 +12,10 @@ import torch
 
 from lightning_hesd.numerics.inputs.portable import Portable
 from lightning_hesd.numerics.isolation.modes import ModuleModes
-from lightning_hesd.spectra.validation import check_count
+from lightning_hesd.spectra.validation import check_choice, check_count
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from torch import Tensor, nn
 
@@ -125,12 +125,12 @@ class AnalysisOptions:
             msg = f"`dtype` must be torch.float32, torch.float64 or None, got {self.dtype!r}."
             raise ValueError(msg)
         if not isinstance(self.mode, ModuleModes):
-            _check_choice("mode", self.mode, ("eval", "train", "keep"))
-        _check_choice("probe", self.probe, get_args(Probe))
-        _check_choice("strategy", self.strategy, get_args(StrategyName))
-        _check_choice("matrix", self.matrix, get_args(MatrixName))
+            check_choice("mode", self.mode, ("eval", "train", "keep"))
+        check_choice("probe", self.probe, get_args(Probe))
+        check_choice("strategy", self.strategy, get_args(StrategyName))
+        check_choice("matrix", self.matrix, get_args(MatrixName))
         self._check_outputs()
-        _check_choice("basis", self.basis, ("auto", "device", "cpu", "none"))
+        check_choice("basis", self.basis, ("auto", "device", "cpu", "none"))
         _check_preconditioner(self.preconditioner)
         self._check_tolerance()
         budget = self.memory_budget
@@ -155,7 +155,7 @@ class AnalysisOptions:
             raise ValueError(msg)
 
     def _check_tolerance(self) -> None:
-        _check_choice("stop", self.stop, ("c_t", "density"))
+        check_choice("stop", self.stop, ("c_t", "density"))
         if self.stop == "density" and not _is_share(self.tolerance):
             msg = f"`stop='density'` needs a number between 0 and 1 for `tolerance`, got {self.tolerance!r}."
             raise ValueError(msg)
@@ -207,9 +207,3 @@ def _check_preconditioner(diagonals: Mapping[str, Tensor] | None) -> None:
         if len(wrong):
             msg = f"`preconditioner[{name!r}]` must be positive and finite, got {float(wrong[0])}."
             raise ValueError(msg)
-
-
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        msg = f"`{name}` must be {' or '.join(map(repr, choices))}, got {value!r}."
-        raise ValueError(msg)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from multiprocessing.context import get_spawning_popen
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -99,16 +98,12 @@ class _TooLargeError(Exception):
     """The pickle is too large already."""
 
 
-class _Meter(io.RawIOBase):
+class _Meter:
     """A file that counts the bytes written to it, and stores none."""
 
     def __init__(self, max_bytes: int | None) -> None:
-        super().__init__()
         self._max_bytes = max_bytes
         self._written = 0
-
-    def writable(self) -> bool:
-        return True
 
     def write(self, data: Any) -> int:
         self._written += len(data)

@@ -120,12 +120,12 @@ class Weighing:
         if source == "attention_mask" and self.collectives.is_distributed:
             return False  # a loss of whole texts may compare those of all ranks, and needs equally many of each
 
-        def judge(found: ChunkLosses) -> list[float]:
+        def judge(found: ChunkLosses) -> list[bool]:
             tokens = any(found.is_mean_over_tokens(TokenCount(source, shifted=s)) for s in (True, False))
             samples = found.is_mean_over_samples()
-            return [float(tokens and not samples), float(samples and not tokens), float(not tokens and not samples)]
+            return [tokens and not samples, samples and not tokens, not tokens and not samples]
 
-        votes = self._votes_by_chunks(source, judge, 3)
+        votes = self._votes_by_chunks(source, judge)
         if votes is None:
             return False
         failed, tokens, samples, neither = votes
@@ -144,7 +144,8 @@ class Weighing:
         Raises:
             ValueError: If that cannot be told, and makes a difference.
         """
-        _, counts, does_not = self._votes_by_labels() if source == "labels" else self._votes_by_mask()
+        votes = self._votes_by_labels() if source == "labels" else self._votes_by_mask()
+        _, counts, does_not, _ = votes or [0.0] * 4
         if bool(counts) != bool(does_not):
             return bool(does_not)
         if not self._matters(source):
@@ -157,34 +158,33 @@ class Weighing:
         )
         raise ValueError(msg)
 
-    def _votes_by_labels(self) -> list[float]:
-        """Count the ranks whose evaluation fails, whose loss depends on first labels of rows, and whose does not."""
+    def _votes_by_labels(self) -> list[float] | None:
+        """Count the ranks whose loss depends on first labels of rows, and whose does not; None if no label counts."""
         batches = sorted(self.batches, key=lambda batch: batch.num_samples)
         changed = ((batch, other) for batch in batches if (other := with_other_first_labels(batch)) is not None)
         pair = next(changed, None)
 
-        def vote() -> list[float]:
+        def vote() -> list[bool]:
             if pair is None:
-                self._evaluate(batches, 2)
-                return [0.0, 0.0]
+                return self._abstain(batches, 2)
             before, after = map(self.loss, pair)
             depends = abs(after.item() - before.item()) > 8 * torch.finfo(before.dtype).eps * abs(before.item())
-            return [float(depends), float(not depends)]
+            return [depends, not depends]
 
-        return self._votes(vote, 2) if self.collectives.any(pair is not None) else [0.0, 0.0, 0.0]
+        return self._votes(vote) if self.collectives.any(pair is not None) else None
 
-    def _votes_by_mask(self) -> list[float]:
-        """Count the ranks whose evaluation fails, whose loss is nearer to the mean by all values, or not."""
+    def _votes_by_mask(self) -> list[float] | None:
+        """Count the ranks whose loss is nearer to the mean by all values, or not."""
         counts = [TokenCount("attention_mask", shifted=shifted) for shifted in (False, True)]
 
-        def judge(found: ChunkLosses) -> list[float]:
+        def judge(found: ChunkLosses) -> list[bool]:
             if not any(map(found.is_mean_over_tokens, counts)):
                 self._reason = NEITHER
-                return [0.0, 0.0]
+                return []
             every, after_first = map(found.distance_by_tokens, counts)
-            return [float(every < after_first), float(after_first <= every)]
+            return [every < after_first, after_first <= every]
 
-        return self._votes_by_chunks("attention_mask", judge, 2) or [0.0, 0.0, 0.0]
+        return self._votes_by_chunks("attention_mask", judge)
 
     def _matters(self, source: Source) -> bool:
         """Return whether the weights of batches depend on whether first tokens count."""
@@ -194,7 +194,7 @@ class Weighing:
 
     def _check(self, count: TokenCount) -> None:
         """Warn if it can be told that the loss is not the mean over these tokens."""
-        votes = self._votes_by_chunks(count.source, lambda found: [float(not found.is_mean_over_tokens(count))], 1)
+        votes = self._votes_by_chunks(count.source, lambda found: [not found.is_mean_over_tokens(count)])
         if votes is not None and votes[1]:
             self._warn(
                 f"each batch counts by its {count}, but its loss is not the mean over these: the losses of chunks of a "
@@ -202,41 +202,38 @@ class Weighing:
                 "than these are ignored."
             )
 
-    def _votes_by_chunks(
-        self, source: Source, judge: Callable[[ChunkLosses], list[float]], length: int
-    ) -> list[float] | None:
-        """Compare a batch with two chunks of it on each rank, and add up the `length` votes that `judge` returns.
+    def _votes_by_chunks(self, source: Source, judge: Callable[[ChunkLosses], list[bool]]) -> list[float] | None:
+        """Compare a batch with two chunks of it on each rank, and count the votes that `judge` returns, as `_votes`.
 
-        Returns:
-            The number of ranks whose evaluation fails, and the sums of the votes; None if on all ranks all samples of a
-            batch have as many tokens.
+        None if on all ranks all samples of a batch have as many tokens.
         """
         cut = most_uneven_cut(self.batches, TokenCount(source, shifted=True))
         if not self.collectives.any(cut is not None):
             return None
 
-        def vote() -> list[float]:
-            if cut is not None:
-                return judge(ChunkLosses.of(*cut, self.loss))
-            self._evaluate(self.batches, 3)
-            return [0.0] * length
+        def vote() -> list[bool]:
+            return self._abstain(self.batches, 3) if cut is None else judge(ChunkLosses.of(*cut, self.loss))
 
-        return self._votes(vote, length)
+        return self._votes(vote)
 
-    def _votes(self, vote: Callable[[], list[float]], length: int) -> list[float]:
-        """Return the number of ranks on which `vote` fails, and the sums of its `length` results over the others."""
+    def _votes(self, vote: Callable[[], list[bool]]) -> list[float]:
+        """Return the number of ranks on which `vote` fails, and those on which each of its three results is true.
+
+        A result that `vote` leaves out is false.
+        """
         try:
-            votes = [0.0, *vote()]
+            votes = [False, *vote()]
         except Exception as error:  # noqa: BLE001 - other ranks wait; the loss of the whole batch fails again, later
             self._reason = f"{type(error).__name__}: {one_line(error)}"
-            votes = [1.0, *[0.0] * length]
-        return self.collectives.sum_values(votes)
+            votes = [True]
+        return self.collectives.sum_values([*map(float, votes), *[0.0] * (4 - len(votes))])
 
-    def _evaluate(self, batches: Sequence[WeightedBatch], times: int) -> None:
-        """Evaluate the first batch as often as other ranks evaluate theirs."""
+    def _abstain(self, batches: Sequence[WeightedBatch], times: int) -> list[bool]:
+        """Evaluate the first batch as often as other ranks evaluate theirs, and return no votes."""
         for batch in batches[:1]:
             for _ in range(times):
                 self.loss(batch)
+        return []
 
     def _warn(self, message: str) -> None:
         if any(batch.index == 0 for batch in self.batches):  # on one rank

@@ -50,46 +50,49 @@ class SlotState(ContentState):
     def __init__(self, owner: object) -> None:
         self._owner = owner
         kind: Any = type(owner)
-        self._names = slot_names(kind)
-        super().__init__(owner, self._values(), self._names)
+        super().__init__(owner, [self._get(name) for name in slot_names(kind)], slot_names(kind))
 
-    def _values(self) -> list[Any]:
-        return [_slot(self._owner, name) for name in self._names]
+    def _get(self, name: str) -> Any:
+        try:
+            return object.__getattribute__(self._owner, name)
+        except AttributeError:
+            return _Unset
+
+    def _set(self, name: str, value: object) -> None:
+        if value is not _Unset:
+            object.__setattr__(self._owner, name, value)
+        elif self._get(name) is not _Unset:
+            object.__delattr__(self._owner, name)
 
     @override
     def current(self) -> Mapping[str, Any]:
-        return dict(zip(self._names, self._values(), strict=True))
+        return {name: self._get(name) for name in self.keys or ()}
 
     @override
     def differs(self) -> bool:
-        return not all(map(is_, self._values(), self.values))
+        return not all(map(is_, map(self._get, self.keys or ()), self.values))
 
     @override
     def write(self) -> None:
-        for name, value in zip(self._names, self.values, strict=True):
-            if value is not _Unset:
-                object.__setattr__(self._owner, name, value)
-            elif _slot(self._owner, name) is not _Unset:
-                object.__delattr__(self._owner, name)
+        for name, value in zip(self.keys or (), self.values, strict=True):
+            self._set(name, value)
 
 
-class _ScriptTensorState(ContentState):
+class _ScriptTensorState(SlotState):
     """The parameters and buffers of a scripted module, which are no attributes of a Python object."""
 
     def __init__(self, module: Any) -> None:
-        self._module = module
+        self._owner = module
         tensors = dict([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
-        self._names = list(tensors)
-        super().__init__(module, list(tensors.values()), self._names)
+        ContentState.__init__(self, module, list(tensors.values()), list(tensors))
 
     @override
-    def differs(self) -> bool:
-        return any(getattr(self._module, n) is not v for n, v in zip(self._names, self.values, strict=True))
+    def _get(self, name: str) -> Any:
+        return getattr(self._owner, name)
 
     @override
-    def write(self) -> None:
-        for name, value in zip(self._names, self.values, strict=True):
-            setattr(self._module, name, value)
+    def _set(self, name: str, value: object) -> None:
+        setattr(self._owner, name, value)
 
 
 class ClassState(ContentState):
@@ -163,10 +166,3 @@ def slot_names(cls: Any) -> Sequence[str]:
             is_private = name.startswith("__") and not name.endswith("__")
             names.append(f"_{c.__name__.lstrip('_')}{name}" if is_private else name)
     return tuple(name for name in names if name not in {"__dict__", "__weakref__"})
-
-
-def _slot(owner: object, name: str) -> Any:
-    try:
-        return object.__getattribute__(owner, name)
-    except AttributeError:
-        return _Unset

@@ -11,7 +11,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from operator import is_
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
@@ -38,7 +38,7 @@ class ContentState(ABC):
     """
 
     views: tuple[Any, ...] = ()
-    is_immutable: ClassVar[bool] = False
+    is_immutable: bool = False
 
     def __init__(self, owner: object, values: Sequence[Any], keys: Sequence[Any] | None = None) -> None:
         self.description = f"a {type(owner).__name__}"
@@ -118,9 +118,10 @@ class MappingState(ContentState):
 
 
 class _SequenceState(ContentState):
-    """The items of a list, a deque or a set."""
+    """The items of a list, a deque, a set, a tuple or a frozen set."""
 
     def __init__(self, sequence: Any, base: Any) -> None:
+        self.is_immutable = base in {tuple, frozenset}
         self._base = base
         self._sequence = sequence
         kind = type(sequence)
@@ -139,26 +140,9 @@ class _SequenceState(ContentState):
     def write(self) -> None:
         if self._base is list:
             list.__setitem__(self._sequence, slice(None), self.values)
-            return
-        self._base.clear(self._sequence)
-        (self._base.update if self._base is set else self._base.extend)(self._sequence, self.values)
-
-
-class _ImmutableState(ContentState):
-    """The items of a tuple or a frozen set."""
-
-    is_immutable: ClassVar[bool] = True
-
-    def __init__(self, items: Any, base: Any) -> None:
-        super().__init__(items, list(base.__iter__(items)))
-
-    @override
-    def differs(self) -> bool:
-        return False
-
-    @override
-    def write(self) -> None:
-        """Do nothing: the container cannot have changed."""
+        elif not self.is_immutable:
+            self._base.clear(self._sequence)
+            (self._base.update if self._base is set else self._base.extend)(self._sequence, self.values)
 
 
 class BufferState(ContentState):
@@ -210,13 +194,9 @@ def container_state(value: Any) -> ContentState | None:
     kind = type(value)
     if issubclass(kind, dict):
         return MappingState(value)
-    bases: Sequence[tuple[type, Any]] = (
-        *((base, _SequenceState) for base in (list, deque, set)),
-        *((base, _ImmutableState) for base in (tuple, frozenset)),
-    )
-    for base, make in bases:
+    for base in (list, deque, set, tuple, frozenset):
         if issubclass(kind, base):
-            return make(value, base)  # type: ignore[no-any-return]
+            return _SequenceState(value, base)
     return BufferState(value) if issubclass(kind, (bytearray, array.array)) else None
 
 

@@ -1,4 +1,9 @@
-"""Exact mode: no autocast, TF32, fused kernels or hooks during an analysis; everything is restored afterwards."""
+"""Exact mode: no autocast, TF32, fused kernels or hooks during an analysis; everything is restored afterwards.
+
+In it, each evaluation of the user's functions starts from the same state. Counters, lists, running statistics, queues
+and power iterations advance with every call, and a matvec that takes several evaluations (by recomputation, or by
+finite differences) would mix several losses. So each evaluation starts from the state in which the first one started.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +15,89 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_hesd.numerics.derivatives.hooks import no_hooks_in_backward
+from lightning_hesd.numerics.derivatives.hooks import Hooks, no_hooks_in_backward
 from lightning_hesd.numerics.derivatives.patches import patched
+from lightning_hesd.numerics.derivatives.power_iterations import PowerIterations
 from lightning_hesd.numerics.devices import accelerators
-from lightning_hesd.numerics.isolation.isolation import Isolation
 from lightning_hesd.numerics.isolation.modes import set_mode
 from lightning_hesd.numerics.isolation.snapshot import Snapshot, restoring
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from torch import Tensor
+
     from lightning_hesd.numerics.isolation.modes import Mode, ModuleModes
+
+
+class Isolation:
+    """The state from which evaluations start.
+
+    Attributes:
+        hooks: The hooks that the user's functions register with autograd.
+        power_iterations: The singular vectors of spectral norms.
+    """
+
+    def __init__(
+        self, module: nn.Module, others: Sequence[object], analyzed: Sequence[Tensor], before: Snapshot
+    ) -> None:
+        """Prepare for the first evaluation, given a snapshot of the module and of other objects that may change.
+
+        Values of analyzed parameters are not restored: finite differences move them, and graphs hold them.
+        """
+        self._module = module
+        self._others = others
+        self.hooks = Hooks()
+        self.power_iterations = PowerIterations()
+        self._analyzed = analyzed
+        self._before: Snapshot | None = before
+        self._start: Snapshot | None = None
+        self._evaluated: set[object] = set()
+        self._latest: object = None
+
+    def restore(self, key: object) -> None:
+        """Restore the state in which the first evaluation started.
+
+        Args:
+            key: Identifies the evaluation that follows. Evaluations with one key change the same objects, so after the
+                first of them, later restorations are less thorough.
+        """
+        if self._start is None:
+            self._start = Snapshot(self._module, others=self._others, earlier=self._before, excluded=self._analyzed)
+        else:
+            self._start.restore(thorough=self._latest not in self._evaluated, replacing=True)
+            self._evaluated.add(self._latest)
+        self._latest = key
+        self.power_iterations.begin()
+
+    def restart(self) -> None:
+        """Let later evaluations start from the present state."""
+        self._before = self._start = None
+        self._evaluated = set()
+
+    @contextlib.contextmanager
+    def separate(self, analyzed: Sequence[Tensor]) -> Iterator[None]:
+        """Let evaluations in this context start from a state of their own, with other analyzed parameters."""
+        outside = self._analyzed, self._before, self._start, self._evaluated
+        self._analyzed = analyzed
+        self.restart()
+        try:
+            with self.power_iterations.separate():
+                yield
+        finally:
+            if self._start is not None:
+                self._start.restore()
+            self._analyzed, self._before, self._start, self._evaluated = outside
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Run the user's functions in this context: hooks act, and global settings are restored on leaving."""
+        dtype = torch.get_default_dtype()
+        try:
+            with self.hooks.acting(), torch.set_grad_enabled(torch.is_grad_enabled()):
+                yield
+        finally:
+            torch.set_default_dtype(dtype)
 
 
 @contextlib.contextmanager
@@ -56,7 +133,7 @@ def exact_mode(
         stack.enter_context(restoring(snapshot))
         snapshot.clear_gradients()
         for p in (p for p in analyzed if not p.requires_grad):
-            stack.enter_context(_set(p, "requires_grad", True))
+            _set(stack, p, "requires_grad", True)
         stack.enter_context(isolation.hooks.limited())
         stack.enter_context(isolation.power_iterations.cached())
         stack.enter_context(no_hooks_in_backward(list(module.parameters())))
@@ -64,11 +141,11 @@ def exact_mode(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_without_autocast(device_types))
         for backend, name, exact in _float32_formats():
-            stack.enter_context(_set(backend, name, exact))
+            _set(stack, backend, name, exact)
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         if any(isinstance(m, nn.RNNBase) for m in module.modules()):
-            stack.enter_context(_set(torch.backends.cudnn, "enabled", False))
+            _set(stack, torch.backends.cudnn, "enabled", False)
         set_mode(module, mode)
         _check_norms(module)
         yield isolation
@@ -80,11 +157,8 @@ def _without_autocast(device_types: Iterable[str]) -> Iterator[None]:
     enter = torch.autocast.__enter__
 
     def enter_disabled(self: torch.autocast) -> object:
-        wanted, self._enabled = self._enabled, False
-        try:
+        with patched(self, "_enabled", False):
             return enter(self)  # type: ignore[no-untyped-call]
-        finally:
-            self._enabled = wanted
 
     with contextlib.ExitStack() as stack:
         for device_type in device_types:
@@ -100,8 +174,8 @@ def _check_norms(module: nn.Module) -> None:
     Raises:
         ValueError: If the module has one, and there are several ranks.
     """
-    is_single = not torch.distributed.is_available() or not torch.distributed.is_initialized()
-    if is_single or torch.distributed.get_world_size() == 1:
+    is_initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not is_initialized or torch.distributed.get_world_size() == 1:
         return
     if any(isinstance(m, nn.SyncBatchNorm) and m.training for m in module.modules()):
         msg = (
@@ -111,15 +185,10 @@ def _check_norms(module: nn.Module) -> None:
         raise ValueError(msg)
 
 
-@contextlib.contextmanager
-def _set(owner: Any, name: str, value: object) -> Iterator[None]:
-    """Set an attribute in this context."""
-    before = getattr(owner, name)
+def _set(stack: contextlib.ExitStack, owner: Any, name: str, value: object) -> None:
+    """Set an attribute until the stack of contexts is left."""
+    stack.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 def release_memory() -> None:

@@ -133,14 +133,13 @@ class ReachableState:
             self.empty.append(value)
         elif (content := container_state(value)) is not None:
             found = self._add([content, *attribute_states(value)], value)
-        elif not issubclass(kind, _STATELESS) and (is_root or self._has_searched_attributes(value)):
+        elif not issubclass(kind, _STATELESS) and (
+            is_root or issubclass(kind, nn.Module | Dataset) or (not _is_of_framework(value) and self._is_plain(value))
+        ):
             found = self._add(attribute_states(value), value)
             if issubclass(kind, torch.jit.ScriptModule):
                 found += value.children()
         return found
-
-    def _has_searched_attributes(self, value: object) -> bool:
-        return issubclass(type(value), nn.Module | Dataset) or (not _is_of_framework(value) and self._is_plain(value))
 
     def _is_plain(self, value: object) -> bool:
         """Whether an object consists of plain values only, at every depth."""

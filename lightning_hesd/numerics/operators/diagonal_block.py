@@ -1,4 +1,7 @@
-"""Diagonal blocks of a risk operator as products v -> Hv on flat vectors: all of the matrix, or one layer's block."""
+"""Diagonal blocks of a risk operator as products v -> Hv on flat vectors: all of the matrix, or one layer's block.
+
+Also the error that names the batch behind a product that is not finite.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_hesd.numerics.collectives import AnotherRankFailedError
 from lightning_hesd.numerics.krylov.vectors import in_shape, norm_of
 
 if TYPE_CHECKING:
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lightning_hesd.numerics.operators.curvature import Vector
     from lightning_hesd.numerics.operators.risk_operator import RiskOperator
 
 
@@ -112,3 +117,31 @@ def choose_difference_step(blocks: Sequence[DiagonalBlock]) -> None:
     start = vector.to(device=risk.device, dtype=risk.dtype)
     risk.product_error = risk.differences.choose_step(matvec, start, risk.cache.step)
     risk.cache.step = risk.differences.step
+
+
+def explain_non_finite(block: DiagonalBlock, vector: Tensor | None) -> Exception:
+    """Return the error for a NaN or infinite product with a vector, shape (n,): finite, or None if it was not kept."""
+    risk = block.risk
+    if vector is None:
+        msg = "a Hessian-vector product is NaN or infinite; which batch it comes from was not kept."
+        return risk.failure or ArithmeticError(msg)
+    expanded = block.expand(vector)
+    total = risk.product(expanded)  # before any rank returns: all ranks take part in it
+    if risk.failure is not None:
+        return risk.failure
+    for batch, matvec in zip(risk.batches, risk.matvecs, strict=True):
+        if not _is_finite(risk, matvec(expanded)):
+            msg = (
+                f"the Hessian-vector product of {batch.label} is NaN or infinite, though its loss is finite; look "
+                "for operations with undefined second derivatives (a square root or norm at zero, for example)."
+            )
+            return ArithmeticError(msg)
+    if _is_finite(risk, [total]):
+        msg = f"the Hessian-vector products are too large for the arithmetic of {risk.dtype}: scale the loss down."
+        return ArithmeticError(msg)
+    return AnotherRankFailedError()
+
+
+def _is_finite(risk: RiskOperator, vector: Vector) -> bool:
+    infinite = any(v is not None and not v.isfinite().all() for v in vector)
+    return not risk.sharding.collectives.any(infinite)

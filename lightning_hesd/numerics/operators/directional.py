@@ -1,10 +1,10 @@
-"""Loss, gradient and outputs along one line through the weights, for comparisons with differences."""
+"""Loss, gradient and outputs along one line through the weights, and comparisons of derivatives with differences."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,12 +15,16 @@ from lightning_hesd.numerics.operators.curvature import gradient
 from lightning_hesd.numerics.operators.finite_differences import FiniteDifferences
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.krylov.vectors import VectorSpace
     from lightning_hesd.numerics.operators.curvature import CurvatureMatrix, GaussNewtonMatrix, Vector
 
+Outcome = Literal["agrees", "differs", "undecided"]
+
+SETTLED = 0.1
+"""Two estimates that differ by less than this share of their distance from the claim refute it."""
 
 MOVE = 1e-3
 """Distance from weights that may lie at a kink, relative to their size."""
@@ -84,22 +88,69 @@ class Line:
         return float(self._space.dot(vector, self.direction))
 
 
-class OutputLine:
-    """The loss of the outputs along Jv, their change along a line through the weights."""
+def output_bend(matrix: GaussNewtonMatrix, batch: WeightedBatch, line: Line, step: float, far: float) -> float:
+    """Return vᵀGv for the direction v of a line: the second difference of the loss of the outputs along Jv.
 
-    def __init__(self, matrix: GaussNewtonMatrix, batch: WeightedBatch, line: Line) -> None:
-        self._matrix, self._batch, self._line = matrix, batch, line
+    Jv, the change of the outputs along the line, is taken by differences of length `step`; the second difference
+    reaches `far` to both sides.
+    """
 
-    def bend(self, step: float, far: float) -> float:
-        """Return vᵀGv: the second difference, `far` to both sides, along Jv by differences of length `step`."""
-        ahead, behind = (self._values(s) for s in (step, -step))
-        change = [
-            (a - b) / (2 * step) if isinstance(a, Tensor) and a.is_floating_point() else None
-            for a, b in zip(ahead, behind, strict=True)
-        ]
-        up, at, down = (self._matrix.loss_near(self._batch, change, d) for d in (far, 0.0, -far))
-        return (up - 2 * at + down) / far**2
+    def outputs(distance: float) -> list[Any]:
+        with line.differences.displaced(line.vector(), distance):
+            return matrix.values(batch)
 
-    def _values(self, step: float) -> list[Any]:
-        with self._line.differences.displaced(self._line.vector(), step):
-            return self._matrix.values(self._batch)
+    change = [
+        (a - b) / (2 * step) if isinstance(a, Tensor) and a.is_floating_point() else None
+        for a, b in zip(outputs(step), outputs(-step), strict=True)
+    ]
+    up, at, down = (matrix.loss_near(batch, change, distance) for distance in (far, 0.0, -far))
+    return (up - 2 * at + down) / far**2
+
+
+class Comparison:
+    """A claimed value, and estimates of it at descending steps.
+
+    Args:
+        claim: A number or a vector.
+        tolerance: Largest relative distance at which claim and estimate agree.
+        size: Absolute value of a number, or norm of a vector.
+        scale: Unit of relative distances; default: the larger size of claim and estimate.
+
+    Attributes:
+        gap: Smallest relative distance of an estimate from the claim so far.
+    """
+
+    def __init__(self, claim: Any, tolerance: float, size: Callable[[Any], float], scale: float | None = None) -> None:
+        self.gap = math.inf
+        self._claim, self._tolerance, self._size, self._scale = claim, tolerance, size, scale
+        self._estimates: list[tuple[float, float]] = []  # gap and change, at steps where rounding is small enough
+        self._agrees = False
+        self._before: Any = None
+
+    def add(self, value: Any, rounding: float) -> None:
+        """Add the estimate at the next step, with its absolute rounding error."""
+        scale = max(self._size(self._claim), self._size(value)) if self._scale is None else self._scale
+        before, self._before = self._before, value
+        if not math.isfinite(scale) or rounding > self._tolerance * scale:
+            return
+        gap = self._size(value - self._claim)
+        self._agrees |= gap <= self._tolerance * scale + rounding
+        self._estimates.append((gap, math.inf if before is None else self._size(value - before)))
+        self.gap = min(self.gap, gap / scale if scale else 0.0)
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether the rounding error is too large at every step."""
+        return not self._estimates
+
+    @property
+    def outcome(self) -> Outcome:
+        """Whether the claim agrees with an estimate, or is far from the last two, which lie close together.
+
+        Otherwise kinks or rounding hide the answer.
+        """
+        if self._agrees:
+            return "agrees"
+        if len(self._estimates) > 1 and self._estimates[-1][1] <= SETTLED * self._estimates[-1][0]:
+            return "differs"
+        return "undecided"

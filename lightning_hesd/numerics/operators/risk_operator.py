@@ -171,19 +171,17 @@ class RiskOperator:
         Raises:
             ValueError: If no rank has a batch.
         """
-        reason: str | None = None
-
-        def make_matvecs() -> list[float]:
-            nonlocal reason
-            try:
-                return self._make_matvecs()
-            except NoExactProductError as error:
-                reason = str(error)
-                return [0.0, 0.0, 0.0]
-
-        sums = self.collectives.run_together(make_matvecs)
-        samples = math.fsum(batch.num_samples for batch in self.batches)
-        total = self.collectives.sum_values([*sums, float(reason is not None), float(self._skipped), samples])
+        reason = self.collectives.run_together(self._make_matvecs)
+        pairs = zip(self.batches, self.losses, strict=reason is None)
+        own = [
+            math.fsum(batch.weight for batch in self.batches),
+            math.fsum(batch.weight * loss for batch, loss in pairs),
+            float(len(self.batches)),
+            float(reason is not None),
+            float(self._skipped),
+            math.fsum(batch.num_samples for batch in self.batches),
+        ]
+        total = self.collectives.sum_values(own)
         self.weight, weighted_loss, num_batches, without_product, num_skipped, self.num_samples = total
         self.num_batches, self.num_skipped = round(num_batches), round(num_skipped)
         if without_product:
@@ -202,8 +200,8 @@ class RiskOperator:
             raise ValueError(msg)
         self.loss = weighted_loss / self.weight
 
-    def _make_matvecs(self) -> list[float]:
-        """Make the products of this rank, and return the sums of weights and of weighted losses, and the batch count.
+    def _make_matvecs(self) -> str | None:
+        """Make the products of this rank, and return the reason why there are no exact ones; None if there are.
 
         Raises:
             ArithmeticError: If the loss of a batch is NaN or infinite.
@@ -227,9 +225,9 @@ class RiskOperator:
             self._skipped += len(self.batches) - len(kept)
             self.batches = kept
             return self._make_matvecs()
-        weights = [batch.weight for batch in self.batches]
-        weighted = [weight * loss for weight, loss in zip(weights, self.losses, strict=True)]
-        return [math.fsum(weights), math.fsum(weighted), float(len(weights))]
+        except NoExactProductError as error:
+            return str(error)
+        return None
 
     def _batch_matvecs(self) -> Iterator[tuple[WeightedBatch, tuple[Tensor, Matvec]]]:
         """Yield every batch of this rank with its loss, a scalar, and its product."""
@@ -242,12 +240,13 @@ class RiskOperator:
         first = None
         if self.cache.graph_bytes is None:
             first = measured_graph(self.matrix, self.batches[0], self.cache, self.sharding.collectives.max)
-        plan = plan_graphs([batch.num_samples for batch in self.batches], self.cache, self._graph_memory)
-        for batch, keeps in zip(self.batches, plan.keeps, strict=True):
+        samples = [batch.num_samples for batch in self.batches]
+        is_kept, graph_bytes, reason = plan_graphs(samples, self.cache, self._graph_memory)
+        for batch, keeps in zip(self.batches, is_kept, strict=True):
             ready, first = (first if keeps else None), None  # a reference less, so that its memory is freed
             yield batch, ready or STRATEGIES["graph" if keeps else "recompute"](self.matrix, batch)
-        self.strategy, self.strategy_reason = "graph" if any(plan.keeps) else "recompute", plan.reason
-        self.graph_bytes = plan.graph_bytes
+        self.strategy, self.strategy_reason = "graph" if any(is_kept) else "recompute", reason
+        self.graph_bytes = graph_bytes
 
     def make_matvec(self, batch: WeightedBatch) -> tuple[Tensor, Matvec]:
         """Return the loss of a batch, a scalar, and its product by the strategy in use."""

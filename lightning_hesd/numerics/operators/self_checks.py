@@ -13,7 +13,7 @@ from lightning_hesd.numerics.operators.verification import Verification, WrongDe
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lightning_hesd.numerics.operators.comparison import Outcome
+    from lightning_hesd.numerics.operators.directional import Outcome
     from lightning_hesd.numerics.operators.risk_operator import RiskOperator
     from lightning_hesd.numerics.operators.verification import InFinest
 

@@ -143,29 +143,20 @@ def _metered(matrix: CurvatureMatrix, batch: WeightedBatch) -> tuple[tuple[Tenso
     return made, held, max(building.peak, (held or 0) + multiplying.peak)
 
 
-@dataclass(frozen=True)
-class GraphPlan:
-    """Batches whose graphs are kept.
-
-    Attributes:
-        keeps: For each batch, whether its graph is kept.
-        graph_bytes: Bytes of the kept graphs and of a product; None: not measured.
-        reason: Why, in words.
-    """
-
-    keeps: Sequence[bool]
-    graph_bytes: float | None
-    reason: str
-
-
-def plan_graphs(num_samples: Sequence[float], cache: AnalysisCache, memory: float) -> GraphPlan:
+def plan_graphs(
+    num_samples: Sequence[float], cache: AnalysisCache, memory: float
+) -> tuple[Sequence[bool], float | None, str]:
     """Decide which graphs are kept, given the samples of each batch and the bytes for graphs, temporary ones included.
+
+    Returns:
+        For each batch, whether its graph is kept; the bytes of the kept graphs and of a product, None if they are not
+        measured; the reason in words.
 
     Raises:
         NoExactProductError: If there is not even memory for the graph of one batch.
     """
     if cache.graph_bytes is None:
-        return GraphPlan([False] * len(num_samples), None, "auto: the memory of graphs cannot be measured here")
+        return [False] * len(num_samples), None, "auto: the memory of graphs cannot be measured here"
     per_sample, largest = cache.graph_bytes, max(num_samples)
     # A product takes some memory beside the kept graphs, and a recomputed one a graph of its own.
     needed = cache.product_bytes * largest
@@ -183,4 +174,4 @@ def plan_graphs(num_samples: Sequence[float], cache: AnalysisCache, memory: floa
     reason = f"auto: the gradient graphs of {sum(keeps)} of {len(keeps)} batches hold {held / 2**20:.1f} MiB"
     if not all(keeps):
         reason += f"; {room}, the rest is recomputed"
-    return GraphPlan(keeps, held + needed, reason)
+    return keeps, held + needed, reason

@@ -25,19 +25,18 @@ import torch
 from torch import Tensor
 
 from lightning_hesd.numerics.devices import finest_dtype
-from lightning_hesd.numerics.operators.comparison import SETTLED, Comparison
 from lightning_hesd.numerics.operators.curvature import EVERYTHING, GaussNewtonMatrix
-from lightning_hesd.numerics.operators.directional import Line, OutputLine, beside_the_weights
+from lightning_hesd.numerics.operators.directional import SETTLED, Comparison, Line, beside_the_weights, output_bend
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from lightning_hesd.numerics.derivatives.graphs import GraphFacts
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.krylov.vectors import VectorSpace
-    from lightning_hesd.numerics.operators.comparison import Outcome
     from lightning_hesd.numerics.operators.curvature import CurvatureMatrix
+    from lightning_hesd.numerics.operators.directional import Outcome
 
     InFinest = Callable[[], AbstractContextManager[Callable[[Tensor], Tensor]]]
 
@@ -206,8 +205,8 @@ def _findings(matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace,
     tolerance = 2 * epsilon ** (1 / 3)
     length, claimed = line.norm(line.gradient), line.along(line.gradient)
     claimed_bend = None if product is None else line.along(product)
-    outputs = OutputLine(matrix, batch, line) if isinstance(matrix, GaussNewtonMatrix) else None
-    curves = Comparison(product, tolerance, line.norm) if outputs is None else Comparison(claimed_bend, tolerance, abs)
+    is_ggn = isinstance(matrix, GaussNewtonMatrix)
+    curves = Comparison(claimed_bend, tolerance, abs) if is_ggn else Comparison(product, tolerance, line.norm)
     directional = [
         Comparison(claimed, SHARE_OF_RANDOM, abs, scale=length / math.sqrt(space.dimension)),
         Comparison(claimed, tolerance, abs),
@@ -217,14 +216,15 @@ def _findings(matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace,
     changes: list[float] = []
     of_products: Outcome = "agrees"
     of_gradient: Outcome = "undecided"
-    for exponent in STEP_EXPONENTS:
-        step = max(line.differences.size, 1.0) * epsilon**exponent
+    size = max(line.differences.size, 1.0)
+    longest, *_ = steps = [size * epsilon**exponent for exponent in STEP_EXPONENTS]
+    for step in steps:
         (ahead, up), (behind, down) = line.at(step), line.at(-step)
         rounding = ROUNDING_UNITS * epsilon / step
         curve = (up - down) / (2 * step)
-        if outputs is not None:
-            far = max(line.differences.size, 1.0) * epsilon ** STEP_EXPONENTS[0]
-            curves.add(outputs.bend(step, far), 4 * ROUNDING_UNITS * epsilon * abs(line.loss) / far**2)
+        if isinstance(matrix, GaussNewtonMatrix):
+            bend = output_bend(matrix, batch, line, step, longest)
+            curves.add(bend, 4 * ROUNDING_UNITS * epsilon * abs(line.loss) / longest**2)
         elif product is not None:
             curves.add(curve, rounding * length)
         of_products = "agrees" if product is None else curves.outcome
@@ -232,10 +232,12 @@ def _findings(matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace,
         changes.append(max(abs(ahead - line.loss), abs(behind - line.loss)))
         for comparison in directional:
             comparison.add(quotients[-1], rounding * abs(line.loss))
-        is_claimed = claimed_bend is not None and outputs is None
-        bends = bends or Comparison(claimed_bend if is_claimed else line.along(curve), tolerance, abs)
+        bends = bends or Comparison(
+            line.along(curve) if claimed_bend is None or is_ggn else claimed_bend, tolerance, abs
+        )
         bends.add((ahead - 2 * line.loss + behind) / step**2, 4 * rounding * abs(line.loss) / step)
-        of_gradient = _first_told(directional)
+        told = (comparison.outcome for comparison in directional if comparison.outcome != "undecided")
+        of_gradient = next(told, "undecided")
         if of_gradient == of_products == "agrees":
             break
     if bends is not None and not facts.is_kinked and all(comparison.is_hidden for comparison in directional):
@@ -255,11 +257,6 @@ def _findings(matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace,
         "float64" if is_fine else precision,
         facts,
     )
-
-
-def _first_told(comparisons: Sequence[Comparison]) -> Outcome:
-    outcomes = (comparison.outcome for comparison in comparisons)
-    return next((outcome for outcome in outcomes if outcome != "undecided"), "undecided")
 
 
 def _words(found: Findings, of_gradient: Outcome, of_products: Outcome, *, exact: bool) -> str:

@@ -12,10 +12,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_hesd.spectra.selection import Candidate
 from lightning_hesd.spectra.validation import first_invalid_field, one_line
 from lightning_hesd.training.callback_copies import CopiedCallback
-from lightning_hesd.training.checkpoints.analyzed_saving import AnalyzedSaving
-from lightning_hesd.training.checkpoints.exclusive_checkpoint import ExclusiveCheckpoint
-from lightning_hesd.training.checkpoints.paths import is_written_as
+from lightning_hesd.training.checkpoints.exclusive_checkpoint import ExclusiveCheckpoint, is_written_as
 from lightning_hesd.training.checkpoints.ranking import STATE
+from lightning_hesd.training.checkpoints.weights import AnalyzedSaving
 from lightning_hesd.training.compat.messages import inform, warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
 from lightning_hesd.training.compat.strategies import saving_together
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from lightning_hesd.spectra.record import SpectrumRecord
-    from lightning_hesd.training.checkpoints.ranking import Ranking
+    from lightning_hesd.training.checkpoints.ranking import RunRanking
     from lightning_hesd.training.checkpoints.weights import AnalyzedWeights
     from lightning_hesd.training.source import SpectrumSource
 
@@ -44,7 +43,7 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
 
     _final_path = ""
 
-    def __init__(self, ranking: Ranking, **kwargs: Any) -> None:
+    def __init__(self, ranking: RunRanking, **kwargs: Any) -> None:
         """Begin without candidates; `kwargs` are arguments of ModelCheckpoint."""
         self._ranking = ranking  # which `best_model_path` needs
         super().__init__(**kwargs)

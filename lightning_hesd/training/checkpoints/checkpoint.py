@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_hesd.numerics.derivatives.patches import patched
 from lightning_hesd.numerics.inputs.portable import Portable
 from lightning_hesd.spectra.rules import RULES, rule_title
 from lightning_hesd.spectra.selection import SelectionEvent, first_loss
 from lightning_hesd.training.checkpoints.candidate_checkpoint import CandidateCheckpoint
-from lightning_hesd.training.checkpoints.paths import prefix
-from lightning_hesd.training.checkpoints.ranking import Ranking
-from lightning_hesd.training.checkpoints.train_metric import TrainMetric
+from lightning_hesd.training.checkpoints.exclusive_checkpoint import prefix
+from lightning_hesd.training.checkpoints.ranking import RunRanking, TrainMetric
 from lightning_hesd.training.compat.messages import warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
 from lightning_hesd.training.compat.runs import name_of
@@ -97,7 +97,7 @@ class HessianCheckpoint(CandidateCheckpoint):
             tolerance = ACCURACY_TOLERANCE
         # LightningCLI neither shows nor takes the arguments that are given here.
         super().__init__(
-            Ranking(tolerance, require_mp=require_mp),
+            RunRanking(tolerance, require_mp=require_mp),
             monitor=None,
             mode="max",
             save_top_k=1,
@@ -179,10 +179,9 @@ class HessianCheckpoint(CandidateCheckpoint):
         self._pass_over_latest(trainer)
         if self.save_last and self.may_save(trainer):
             # A link can only point to a file of this very state of the weights, so that it never dangles.
-            wanted, self.save_last = self.save_last, self.save_last if saved else True
-            names = self._monitor_candidates(trainer)
-            self.is_written("last.ckpt", lambda: self._save_last_checkpoint(trainer, names))
-            self.save_last = wanted
+            with patched(self, "save_last", self.save_last if saved else True):
+                names = self._monitor_candidates(trainer)
+                self.is_written("last.ckpt", lambda: self._save_last_checkpoint(trainer, names))
 
     def on_train_end(self, trainer: pl.Trainer, *_args: Any) -> None:
         """Keep the final weights if there is no candidate, and report the file of the pick."""

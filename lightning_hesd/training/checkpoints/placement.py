@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.spectra.record import SUFFIXES
 from lightning_hesd.training.checkpoints.checkpoint import HessianCheckpoint
-from lightning_hesd.training.checkpoints.paths import place as path_of
+from lightning_hesd.training.checkpoints.exclusive_checkpoint import place as path_of
 from lightning_hesd.training.checkpoints.weights import AnalyzedWeights
 from lightning_hesd.training.compat.messages import warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException, lightning_types

@@ -1,4 +1,4 @@
-"""The analyzed weights, kept until they are saved: other code may change those of the module in between."""
+"""The analyzed weights, kept until they are saved or beaten: other code may change those of the module in between."""
 
 from __future__ import annotations
 
@@ -9,12 +9,20 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch.nn.parameter import is_lazy
 
+from lightning_hesd.numerics.derivatives.patches import patched
 from lightning_hesd.numerics.dtensors import is_dtensor, local_shard
+from lightning_hesd.training.compat.strategies import collectives_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
+    import lightning.pytorch as pl
     from torch import Tensor, nn
+
+    from lightning_hesd.training.error_policy import ErrorPolicy
+
+MARK = "lightning_hesd_candidate"
+"""Key of a checkpoint under which its candidate's mark stands: a text that no other file has."""
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -149,3 +157,88 @@ def _bits(tensor: Tensor) -> Tensor:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor.resolve_neg().view(_INTEGERS[tensor.element_size()])
+
+
+# Checkpoints with the analyzed weights --------------------------------------------------------------------------------
+
+UNCHANGED = Changes(names=(), restructured=False, lost=False)
+
+
+class AnalyzedSaving:
+    """Keeps the analyzed weights until they are saved or beaten.
+
+    In between, Lightning calls `on_train_batch_end` and `on_train_epoch_end` of other callbacks and of the module,
+    which may prune, average, clip or initialize the weights.
+    """
+
+    def __init__(self, errors: ErrorPolicy) -> None:
+        self._errors = errors
+        self._weights: AnalyzedWeights | None = None
+        self._changes = UNCHANGED
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes without weights."""
+        return {**vars(self), "_weights": None, "_changes": UNCHANGED}
+
+    def keep(self, weights: AnalyzedWeights) -> None:
+        """Keep the weights of the latest analysis."""
+        self._weights = weights
+
+    def drop(self) -> None:
+        """Release the weights."""
+        self._weights, self._changes = None, UNCHANGED
+
+    def compare(self, trainer: pl.Trainer, epoch: int) -> Changes:
+        """Return how the weights have changed since their analysis, the same on all ranks, and report it."""
+        if self._weights is not None:
+            self._changes = self._weights.changes(trainer.lightning_module)
+        if not collectives_of(trainer).any(bool(self._changes.names)):
+            return self._changes
+        lost = collectives_of(trainer).any(self._changes.lost)
+        outcome = (
+            "the analyzed weights cannot be restored, so HessianCheckpoint does not rank them"
+            if lost
+            else "HessianCheckpoint saves the analyzed weights, and training goes on with the changed ones"
+        )
+        self._errors.complain(
+            f"the weights of epoch {epoch} were changed after their analysis ({self._changes}): {outcome}. To analyze "
+            "the changed weights, change them in a callback that stands before HessianSpectrumCallback.",
+            key="lost" if lost else "changed",
+            harmless=not lost,
+        )
+        return Changes(self._changes.names or ("on another rank",), self._changes.restructured, lost)
+
+    def save(self, trainer: pl.Trainer, mark: str, write: Callable[[], None]) -> None:
+        """Let `write`, which makes the Trainer write a checkpoint, write one with the analyzed weights and a mark."""
+        weights, restructured, strategy = self._weights, self._changes.restructured, trainer.strategy
+        save = strategy.save_checkpoint
+
+        def save_edited(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:  # after all hooks
+            checkpoint[MARK] = mark
+            if weights is not None and restructured:
+                checkpoint["state_dict"] = weights.state_dict()
+            elif weights is not None:
+                self._check(checkpoint, weights)
+            save(checkpoint, *args, **kwargs)
+
+        swap = weights is not None and bool(self._changes.names) and not restructured
+        with (
+            patched(strategy, "save_checkpoint", save_edited),
+            weights.put_back(trainer.lightning_module) if weights and swap else contextlib.nullcontext(),
+        ):
+            write()
+
+    def _check(self, checkpoint: dict[str, Any], weights: AnalyzedWeights) -> None:
+        """Report a hook that has replaced the weights in the `state_dict` of a checkpoint."""
+        missed = weights.missed_by(checkpoint["state_dict"])
+        if missed is None:
+            return
+        places = [k for k, v in checkpoint.items() if isinstance(v, dict) and missed in v and not weights.missed_by(v)]
+        whereabouts = f"in the same file, as `{places[0]}`" if places else "not in the file"
+        self._errors.complain(
+            f"the `state_dict` of checkpoints has other weights than the analyzed ones (first {missed!r}): a hook "
+            "`on_save_checkpoint` replaces them, as that of WeightAveraging does with averages. The analyzed weights "
+            f"are {whereabouts}.",
+            key="replaced",
+            harmless=True,
+        )

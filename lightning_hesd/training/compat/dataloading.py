@@ -29,7 +29,7 @@ def watch_batches(trainer: pl.Trainer, see: Callable[[Any, int], None]) -> Calla
     name = "on_train_batch_start"  # the strategy's is the last one
     watched = vars(strategy).get(name)
     if not isinstance(watched, _WatchedHook):
-        strategy.on_train_batch_start = watched = _WatchedHook(watched, strategy)
+        strategy.on_train_batch_start = watched = _WatchedHook(watched, strategy.on_train_batch_start)
     watched.watchers.append(see)
 
     def end() -> None:
@@ -51,14 +51,13 @@ class _WatchedHook:
         watchers: The functions to call.
     """
 
-    def __init__(self, own: Any, strategy: Any) -> None:
+    def __init__(self, own: Any, hook: Callable[[Any, int], Any]) -> None:
         self.own = own
         self.watchers: list[Callable[[Any, int], None]] = []
-        self._strategy = strategy
+        self._hook = hook
 
     def __call__(self, batch: Any, batch_idx: int) -> Any:
-        hook = self.own or type(self._strategy).on_train_batch_start.__get__(self._strategy)
-        result = hook(batch, batch_idx)
+        result = self._hook(batch, batch_idx)
         for see in list(self.watchers):
             see(batch, batch_idx)
         return result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,6 +38,10 @@ def log_scalars(
     if trainer.barebones:
         return
     if at_epoch_end:
+        if trainer.world_size > 1:  # Lightning advises to average them over ranks, but they are the same on all
+            for key in values:
+                advice = re.escape(f"It is recommended to use `self.log({key!r}, ..., sync_dist=True)`")
+                warnings.filterwarnings("ignore", message=advice)
         for key, value in values.items():
             pl_module.log(key, value, on_step=False, on_epoch=True, prog_bar=key in in_bar, batch_size=1)
         return

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import signal
 import threading
+import traceback
 from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.training.compat.strategies import collectives_of
@@ -47,9 +48,5 @@ def signal_connector(trainer: pl.Trainer) -> Any:
 
 def handles_signal() -> bool:
     """Return whether a signal handler of Lightning calls this, such as the one that requeues a SLURM job."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_globals.get("__name__", "").endswith("connectors.signal_connector"):
-            return True
-        frame = frame.f_back
-    return False
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_stack(inspect.currentframe()))
+    return any(module.endswith("connectors.signal_connector") for module in modules)

@@ -115,6 +115,15 @@ def is_first_rank() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
+def add_result_of_fit(trainer: pl.Trainer, key: str, value: object) -> None:
+    """Add a value to what rank zero sends to the process that started the fit, if this process ends with the fit."""
+    launcher = trainer.strategy.launcher
+    kind = lightning_types("strategies.launchers.multiprocessing._MultiProcessingLauncher")
+    if trainer.is_global_zero and isinstance(launcher, kind):
+        collect = launcher.get_extra_results
+        launcher.get_extra_results = lambda trainer: {**collect(trainer), key: value}  # of this process, which ends
+
+
 @contextlib.contextmanager
 def saving_together(trainer: pl.Trainer) -> Iterator[None]:
     """Let `Trainer.save_checkpoint` raise OSError on all ranks if the file cannot be written on one of them.

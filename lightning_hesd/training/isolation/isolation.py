@@ -11,7 +11,11 @@ from lightning_hesd.numerics.isolation.snapshot import restore_state
 from lightning_hesd.training.compat import messages, strategies
 from lightning_hesd.training.isolation.reachable import find_reachable
 from lightning_hesd.training.isolation.silence import Overrides, silence_logging
-from lightning_hesd.training.isolation.training_snapshot import DisturbedTrainingError, TrainingSnapshot
+from lightning_hesd.training.isolation.training_snapshot import (
+    DisturbedTrainingError,
+    TrainingSnapshot,
+    names_in_words,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,15 +34,21 @@ _COLLECTIVES = (
 
 
 class TrainingIsolation:
-    """Keeps the analyses of a run from changing the objects around the module.
-
-    Attributes:
-        damaged: Names of tensors that an analysis has changed and that cannot be restored; no further analysis may run.
-    """
+    """Keeps the analyses of a run from changing the objects around the module."""
 
     def __init__(self) -> None:
-        self.damaged: list[str] = []
+        self._damaged: list[str] = []  # names of tensors that an analysis has changed, and that cannot be restored
         self._warned: set[str] = set()
+
+    def check_harmless(self) -> None:
+        """Refuse another analysis after one whose changes could not be undone.
+
+        Raises:
+            DisturbedTrainingError: If there was one.
+        """
+        if self._damaged:
+            msg = f"changed in place {names_in_words(self._damaged)} in an earlier analysis"
+            raise DisturbedTrainingError(msg)
 
     @contextlib.contextmanager
     def analysis(self, trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[Evaluating]:
@@ -76,7 +86,7 @@ class TrainingIsolation:
 
     def _finish(self, snapshot: TrainingSnapshot) -> None:
         snapshot.finish()
-        self.damaged += snapshot.damaged
+        self._damaged += snapshot.damaged
         for name, reason in snapshot.unrestored.items():
             if name not in self._warned:
                 self._warned.add(name)
@@ -96,8 +106,8 @@ class _RankIsolation:
         self._is_needed = trainer.world_size > 1 and not strategies.is_sharded(trainer)
         self._local_folder = self._folder = None
         if self._is_needed:
-            with contextlib.ExitStack() as stack:
-                Overrides(stack).set(vars(trainer.strategy), "broadcast", lambda folder, *_: folder)
+            with Overrides() as overrides:
+                overrides.set(vars(trainer.strategy), "broadcast", lambda folder, *_: folder)
                 self._local_folder = trainer.log_dir
             self._folder = trainer.strategy.broadcast(self._local_folder)
 
@@ -111,8 +121,7 @@ class _RankIsolation:
         if not self._is_needed:
             yield
             return
-        with contextlib.ExitStack() as stack:
-            overrides = Overrides(stack)
+        with Overrides() as overrides:
             strategy, collectives = vars(self._trainer.strategy), vars(torch.distributed)
             for name in _COLLECTIVES:
                 overrides.set(collectives, name, _refused(name))

@@ -105,13 +105,9 @@ class SearchedObjects:
         return self._is_known(value) or (not _is_active(value) and self._is_plain(value))
 
     def _is_known(self, value: object) -> bool:
-        kind = type(value)
-        if _is_active(value):
-            return False
-        package = kind.__module__.split(".")[0]
-        known = package in _LIGHTNING or kind.__module__.startswith(_TORCH) or isinstance(value, queue.Queue)
-        known = known or _is_framework(value)
-        return known or is_user_code(kind.__module__)
+        module = type(value).__module__
+        known = module.split(".")[0] in _LIGHTNING or module.startswith(_TORCH) or isinstance(value, queue.Queue)
+        return not _is_active(value) and (known or _is_framework(value) or is_user_code(module))
 
     def _is_plain(self, value: object) -> bool:
         """Whether an object of an installed library holds only plain values and searched objects."""

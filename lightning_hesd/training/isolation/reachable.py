@@ -24,10 +24,10 @@ from lightning_hesd.numerics.dtensors import is_dtensor, local_shard
 from lightning_hesd.numerics.isolation.attributes import SlotState
 from lightning_hesd.numerics.isolation.containers import BufferState
 from lightning_hesd.numerics.isolation.streams import GENERATORS
-from lightning_hesd.training.compat import logged_metrics, signals
+from lightning_hesd.training.compat import logged_metrics, runs, signals
 from lightning_hesd.training.isolation import kinds
 from lightning_hesd.training.isolation.kinds import attributes_of, slots_of
-from lightning_hesd.training.isolation.tracked_states import LARGE_CONTAINER, Owner, Place, TrackedContent, TrackedTable
+from lightning_hesd.training.isolation.tracked_states import LARGE_CONTAINER, Owner, Place, TrackedContent, TrackedValue
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -151,7 +151,7 @@ class _Search:
         elif isinstance(value, kinds.BUFFERS):
             self.found.states.append(TrackedContent(BufferState(value), place))
         elif kinds.is_table(value):
-            self.found.states.append(TrackedTable(value, place))
+            self.found.states.append(TrackedValue.of_table(value, place))
         else:
             return False
         return True
@@ -242,13 +242,12 @@ class _Search:
 
 def _roots(trainer: pl.Trainer) -> list[tuple[Any, Place]]:
     """Return the objects around the module, by the names that users know, and the Trainer last."""
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     named: list[tuple[str, Iterable[Any]]] = [
         ("trainer.optimizers[{}]", trainer.optimizers),
         ("trainer.lr_scheduler_configs[{}].scheduler", [config.scheduler for config in trainer.lr_scheduler_configs]),
         ("trainer.datamodule", [getattr(trainer, "datamodule", None)]),
         ("trainer.train_dataloader", [trainer.train_dataloader]),
-        ("trainer.callbacks[{}]", callbacks),
+        ("trainer.callbacks[{}]", runs.callbacks_of(trainer)),
         ("trainer.loggers[{}]", trainer.loggers),
     ]
     roots = [

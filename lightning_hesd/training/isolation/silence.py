@@ -39,8 +39,7 @@ def silence_logging(trainer: pl.Trainer, module: pl.LightningModule, reachable: 
     that code that has stored a logger, its experiment or a method is silenced as well. Other threads and handlers of
     signals are not silenced.
     """
-    with contextlib.ExitStack() as stack:
-        overrides = Overrides(stack)
+    with Overrides() as overrides:
         overrides.silence(module, ("log", "log_dict", "print"))
         overrides.silence(trainer, ("print", "save_checkpoint"))
         overrides.silence(trainer.strategy, ("save_checkpoint", "remove_checkpoint"))
@@ -61,7 +60,7 @@ def silence_logging(trainer: pl.Trainer, module: pl.LightningModule, reachable: 
             overrides.set(container, key, dummy_output(output))
         for container, key, iterator, place in reachable.iterators:
             overrides.set(container, key, copied_iterator(iterator) or _ForbiddenIterator(str(place)))
-        stack.callback(register_optimizer_step_pre_hook(_refuse_steps_in_this_thread()).remove)
+        overrides.callback(register_optimizer_step_pre_hook(_refuse_steps_in_this_thread()).remove)
         yield
 
 
@@ -89,23 +88,23 @@ def _writing_methods(recorder: object) -> Iterator[str]:
             yield name
 
 
-class Overrides:
-    """Temporary values of attributes and items, until a stack ends.
+class Overrides(contextlib.ExitStack):
+    """Temporary values of attributes and items, in the context of this stack.
 
     Attributes:
         silenced: The functions that do nothing in the place of others.
     """
 
-    def __init__(self, stack: contextlib.ExitStack) -> None:
-        self._stack = stack
+    def __init__(self) -> None:
+        super().__init__()
         self.silenced: list[object] = []
 
     def set(self, container: Any, key: Any, value: object) -> None:
         """Set an item."""
         if isinstance(container, dict) and key not in container:
-            self._stack.callback(container.pop, key, None)
+            self.callback(container.pop, key, None)
         else:
-            self._stack.callback(container.__setitem__, key, container[key])
+            self.callback(container.__setitem__, key, container[key])
         container[key] = value
 
     def silence(self, owner: object, names: Iterable[str]) -> None:

@@ -128,56 +128,50 @@ class TrackedContent(TrackedState):
         self.content.write()
 
 
-class TrackedArray(TrackedState):
-    """The elements of a NumPy array; compared as bytes, because NaN is not equal to itself."""
+class TrackedValue(TrackedState):
+    """A value that is compared as a whole, by a function that tells whether it is as before."""
 
-    def __init__(self, values: np.ndarray[Any, Any], place: Place) -> None:
+    def __init__(
+        self, place: Place, is_same: Callable[[], bool], write: Callable[[], object], *, is_large: bool = False
+    ) -> None:
+        """Take the functions that compare the value with its state before, and that restore this state."""
         self.place = place
-        self._array, self._before = values, values.copy()
-        self.is_large = values.nbytes > LARGE_BYTES
+        self.is_large = is_large
+        self._is_same, self._write = is_same, write
+
+    @classmethod
+    def of_array(cls, values: np.ndarray[Any, Any], place: Place) -> TrackedValue:
+        """Return the elements of a NumPy array; compared as bytes, because NaN is not equal to itself."""
+        before = values.copy()
+
+        def is_same() -> bool:
+            return bool(values.shape == before.shape and values.tobytes() == before.tobytes())
+
+        return cls(place, is_same, partial(np.copyto, values, before), is_large=values.nbytes > LARGE_BYTES)
+
+    @classmethod
+    def of_table(cls, table: Any, place: Place) -> TrackedValue:
+        """Return the content of a DataFrame or a Series of pandas."""
+        before = table.copy()
+
+        def write() -> None:  # as the methods of pandas with `inplace=True` do
+            table._update_inplace(before.copy())  # noqa: SLF001
+
+        return cls(place, lambda: before.equals(table), write, is_large=table.size > LARGE_CONTAINER)
+
+    @classmethod
+    def of_setting(cls, name: str, read: Callable[[], object], write: Callable[[Any], object]) -> TrackedValue:
+        """Return a setting of the process, which functions read and write."""
+        before = read()
+        return cls(Place(None, name, Owner.USER), lambda: read() == before, lambda: write(before))
 
     def changed(self) -> list[str]:
-        """Return a label if an element differs."""
-        same = self._array.shape == self._before.shape and self._array.tobytes() == self._before.tobytes()
-        return [] if same else [""]
+        """Return a label if the value differs."""
+        return [] if self._is_same() else [""]
 
     def restore(self) -> None:
-        """Restore the elements."""
-        np.copyto(self._array, self._before)
-
-
-class TrackedTable(TrackedState):
-    """The content of a DataFrame or a Series of pandas."""
-
-    def __init__(self, table: Any, place: Place) -> None:
-        self.place = place
-        self._table, self._before = table, table.copy()
-        self.is_large = table.size > LARGE_CONTAINER
-
-    def changed(self) -> list[str]:
-        """Return a label if the content differs."""
-        return [] if self._before.equals(self._table) else [""]
-
-    def restore(self) -> None:
-        """Restore the content, as the methods of pandas with `inplace=True` set it."""
-        self._table._update_inplace(self._before.copy())  # noqa: SLF001
-
-
-class TrackedSetting(TrackedState):
-    """A setting of the process, which functions read and write."""
-
-    def __init__(self, name: str, read: Callable[[], object], write: Callable[[Any], object]) -> None:
-        self.place = Place(None, name, Owner.USER)
-        self._read, self._write = read, write
-        self._before = read()
-
-    def changed(self) -> list[str]:
-        """Return a label if the setting differs."""
-        return [] if self._read() == self._before else [""]
-
-    def restore(self) -> None:
-        """Restore the setting."""
-        self._write(self._before)
+        """Restore the value."""
+        self._write()
 
 
 _CUDNN: Any = torch.backends.cudnn

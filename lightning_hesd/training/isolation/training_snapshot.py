@@ -12,7 +12,9 @@ knows the tensors that graphs hold.
 from __future__ import annotations
 
 import contextlib
+import math
 import zlib
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,10 +26,9 @@ from lightning_hesd.training.compat.namespaces import MisconfigurationException
 from lightning_hesd.training.isolation.tracked_states import (
     SETTINGS,
     Owner,
-    TrackedArray,
     TrackedContent,
-    TrackedSetting,
     TrackedStates,
+    TrackedValue,
 )
 
 if TYPE_CHECKING:
@@ -85,8 +86,8 @@ class TrainingSnapshot:
         states = [*reachable.states]
         found: list[tuple[Callable[..., TrackedState], Sequence[tuple[Any, ...]]]] = [
             (TrackedContent.of, reachable.containers),
-            (TrackedArray, arrays),
-            (TrackedSetting, SETTINGS),
+            (TrackedValue.of_array, arrays),
+            (TrackedValue.of_setting, SETTINGS),
         ]
         for make, arguments in found:
             for given in arguments:
@@ -96,14 +97,19 @@ class TrainingSnapshot:
         self._module = TrackedStates([state for state in states if state.place.owner is Owner.MODULE])
         self._outside = TrackedStates([state for state in states if state.place.owner is not Owner.MODULE])
         self._leaves = [tensor for tensor, _ in reachable.tensors if tensor.is_leaf and tensor.requires_grad]
-        stack.enter_context(_without_gradients(self._leaves))
+        for leaf in self._leaves:
+            stack.callback(setattr, leaf, "grad", leaf.grad)
+            leaf.grad = None
         self._tensors = [tensor for tensor, place in tensors if place.owner is not Owner.MODULE]
         stack.enter_context(restore_state(*(tensor for tensor, place in tensors if place.owner is Owner.MODULE)))
         self._restore_tensors = stack.enter_context(restore_state(*self._tensors))
         self._restore_generators = stack.enter_context(restore_state(*reachable.generators))
         self._checksums = [(*found, _checksum(found[0])) for found in self._locked if not _can_be_locked(found[0])]
         self._locked = [found for found in self._locked if _can_be_locked(found[0])]
-        stack.enter_context(_read_only([values for values, _ in self._locked]))
+        # Views are locked first and opened last: a view can become writable only after its base has.
+        for values, _ in sorted(self._locked, key=lambda found: not isinstance(found[0].base, np.ndarray)):
+            stack.callback(values.setflags, write=True)
+            values.setflags(write=False)
         self._memories = [None if _has_special_memory(tensor) else tensor.data for tensor, _ in self._watched]
         self._versions = _versions(self._tensors)
         self._watched_versions = _versions([tensor for tensor, _ in self._watched])
@@ -191,11 +197,10 @@ def _split(values: Sequence[tuple[Any, Place]], room: float) -> tuple[list[tuple
     Objects of the module are left out of the others: the analysis itself copies them.
     """
     copied: list[tuple[Any, Place]] = []
-    others = [found for found in values if _has_special_memory(found[0])]
-    for found in sorted(
-        (found for found in values if not _has_special_memory(found[0])), key=lambda found: found[0].nbytes
-    ):
-        room -= found[0].nbytes
+    others: list[tuple[Any, Place]] = []
+    sizes = [math.inf if _has_special_memory(value) else value.nbytes for value, _ in values]
+    for size, found in sorted(zip(sizes, values, strict=True), key=itemgetter(0)):
+        room -= size
         (copied if room >= 0 else others).append(found)
     return copied, [found for found in others if found[1].owner is not Owner.MODULE]
 
@@ -206,19 +211,6 @@ def _has_special_memory(value: Tensor | np.ndarray[Any, Any]) -> bool:
         return False
     is_plain = type(value).__torch_dispatch__ is Tensor.__torch_dispatch__ and value.layout is torch.strided
     return not is_plain or value.is_nested or value.is_quantized or value.device.type == "meta"
-
-
-@contextlib.contextmanager
-def _without_gradients(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Remove gradients in this context."""
-    gradients = [leaf.grad for leaf in leaves]
-    try:
-        for leaf in leaves:
-            leaf.grad = None
-        yield
-    finally:
-        for leaf, gradient in zip(leaves, gradients, strict=True):
-            leaf.grad = gradient
 
 
 def _can_be_locked(values: np.ndarray[Any, Any]) -> bool:
@@ -236,16 +228,3 @@ def _can_be_locked(values: np.ndarray[Any, Any]) -> bool:
 
 def _checksum(values: np.ndarray[Any, Any]) -> int:
     return zlib.adler32(np.ascontiguousarray(values).data.cast("B"))
-
-
-@contextlib.contextmanager
-def _read_only(arrays: Sequence[np.ndarray[Any, Any]]) -> Iterator[None]:
-    """Make arrays read-only in this context."""
-    for values in arrays:
-        values.flags.writeable = False
-    try:
-        yield
-    finally:
-        # A view can become writable only after its base has.
-        for values in sorted(arrays, key=lambda values: isinstance(values.base, np.ndarray)):
-            values.flags.writeable = True

@@ -1,7 +1,7 @@
 """The output of records to loggers beyond scalars, which reach every logger through Lightning.
 
-The type of the logger decides on the class. To support another logger, write a class as `LoggerOutput` describes in a
-module of this package, and enter it in `OUTPUTS`.
+The type of the logger decides on the class. To support another logger, write a subclass of `LoggerOutput` in a module
+of this package, and enter it in `OUTPUTS`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lightning_hesd.training.folders import append, is_remote, write_text
-from lightning_hesd.training.loggers.output import csv_text
+from lightning_hesd.training.loggers.output import LoggerOutput, csv_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
 
 
-class CSVOutput:
-    """Writes densities as rows of tables beside the logger's own metrics.csv."""
+class CSVOutput(LoggerOutput):
+    """Writes densities as rows of tables beside the logger's own metrics.csv; the spectra lie beside them already."""
 
     COLUMNS = ("epoch", "step", "left", "right", "mass")
 
@@ -39,9 +39,6 @@ class CSVOutput:
             rows = (row for r in history for row in _rows(r, suffix, _step_of(r, last, step)))
             write_text(self._folder, name, csv_text([self.COLUMNS, *rows]))
             self._begun.add(suffix)
-
-    def finish(self, history: SpectrumHistory) -> None:
-        """Write nothing: the spectra lie beside the tables already."""
 
 
 def _step_of(record: SpectrumRecord, last: SpectrumRecord, step: int) -> int:

@@ -1,4 +1,4 @@
-"""`LoggerOutput`, the interface of outputs to loggers, and the figures, tables and texts that they share."""
+"""`LoggerOutput`, the base class of outputs to loggers, and the figures, tables and texts that they share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import io
 import tempfile
 from dataclasses import astuple, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,11 +30,15 @@ LAYER_COLUMNS = ("layer", *(field.name for field in fields(LayerIndicators)))
 """Columns of `layer_rows`."""
 
 
-class LoggerOutput(Protocol):
-    """Writes records to a logger, beyond scalars."""
+class LoggerOutput:
+    """Writes records to a logger, beyond scalars; a subclass writes what its logger can show."""
 
     def write(self, history: SpectrumHistory, step: int) -> None:
         """Write the last record, which has a spectrum, at `step` of the logger's axis."""
+        raise NotImplementedError
+
+    def write_selection(self, event: SelectionEvent, step: int) -> None:
+        """Write a checkpoint rule's decision after the latest record at `step` of the logger's axis."""
 
     def finish(self, history: SpectrumHistory) -> None:
         """Write the whole history, which has a spectrum, once: at the end of training, or when it has failed."""
@@ -83,14 +87,6 @@ def _pixels(axes: Axes) -> NDArray[np.uint8]:
 def layer_rows(record: SpectrumRecord) -> list[tuple[str | float, ...]]:
     """Return the indicators of the layers of a record, one row per layer."""
     return [(name, *astuple(found)) for name, found in record.layer_indicators.items()]
-
-
-@runtime_checkable
-class SelectionOutput(Protocol):
-    """An output that also writes the decisions of checkpoint rules."""
-
-    def write_selection(self, event: SelectionEvent, step: int) -> None:
-        """Write a rule's decision after the latest record at `step` of the logger's axis."""
 
 
 def layer_table(record: SpectrumRecord) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -14,7 +14,7 @@ from lightning_hesd.spectra.payload import PLUGIN_NAME as PAYLOADS
 from lightning_hesd.spectra.payload import RECORD, SELECTION, record_payload, selection_payload, to_json
 from lightning_hesd.training.compat.logged_metrics import tag_prefix
 from lightning_hesd.training.compat.namespaces import lightning_types
-from lightning_hesd.training.loggers.output import figures, layer_table, title, verdict_text
+from lightning_hesd.training.loggers.output import LoggerOutput, figures, layer_table, title, verdict_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from lightning_hesd.training.history import SpectrumHistory
 
 
-class TensorBoardOutput:
-    """Writes densities as histograms and figures, and assessments and layers as text."""
+class TensorBoardOutput(LoggerOutput):
+    """Writes densities as histograms and figures, and assessments and layers as text; TensorBoard takes no files."""
 
     def __init__(self, logger: TensorBoardLogger, name: str) -> None:
         self._writer = logger.experiment
@@ -47,24 +47,15 @@ class TensorBoardOutput:
             text = verdict_text(record.assessment, title(record))
             self._writer.add_text(f"{self._name}/assessment", text, global_step=step)
 
-    def finish(self, history: SpectrumHistory) -> None:
-        """Write nothing: TensorBoard takes no files."""
-
     def write_selection(self, event: SelectionEvent, step: int) -> None:
         """Write a rule's decision after the latest record at `step` of the logger's axis."""
         self._write_payload(f"{SELECTION}/{event.key}", to_json(selection_payload(event)), step)
 
     def _write_payload(self, tag: str, text: str, step: int) -> None:
         """Write a payload for the HESD tab."""
-        value = Summary.Value(
-            tag=f"{self._name}/{tag}",
-            tensor=make_tensor_proto(text),
-            metadata=SummaryMetadata(
-                plugin_data=SummaryMetadata.PluginData(plugin_name=PAYLOADS),
-                data_class=DATA_CLASS_TENSOR,  # without it the data provider does not list the tag
-            ),
-        )
-        self._writer._get_file_writer().add_summary(Summary(value=[value]), global_step=step)  # noqa: SLF001
+        # Without the class of the data the data provider does not list the tag.
+        summary = _summary(PAYLOADS, f"{self._name}/{tag}", text, data_class=DATA_CLASS_TENSOR)
+        self._writer._get_file_writer().add_summary(summary, global_step=step)  # noqa: SLF001
 
     def _write_histogram(self, tag: str, spectrum: Spectrum, step: int) -> None:
         mass, edges = spectrum.histogram()
@@ -93,13 +84,16 @@ def write_layout(loggers: Iterable[Logger], names: Sequence[str]) -> None:
         if not isinstance(logger, lightning_types("loggers.TensorBoardLogger")):
             continue
         layout = layout_pb2.Layout(category=[_charts(name, tag_prefix(logger)) for name in names])
-        value = Summary.Value(
-            tag=CONFIG_SUMMARY_TAG,
-            tensor=make_tensor_proto(layout.SerializeToString()),
-            metadata=SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=PLUGIN_NAME)),
-        )
         # The public `add_custom_scalars` knows charts with one series only.
-        logger.experiment._get_file_writer().add_summary(Summary(value=[value]))  # noqa: SLF001
+        summary = _summary(PLUGIN_NAME, CONFIG_SUMMARY_TAG, layout.SerializeToString())
+        logger.experiment._get_file_writer().add_summary(summary)  # noqa: SLF001
+
+
+def _summary(plugin: str, tag: str, content: str | bytes, **metadata: Any) -> Summary:
+    """Return a text or bytes for a plugin of TensorBoard."""
+    metadata["plugin_data"] = SummaryMetadata.PluginData(plugin_name=plugin)
+    value = Summary.Value(tag=tag, tensor=make_tensor_proto(content), metadata=SummaryMetadata(**metadata))
+    return Summary(value=[value])
 
 
 def _charts(name: str, tag_prefix: str) -> layout_pb2.Category:

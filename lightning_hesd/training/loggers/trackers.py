@@ -9,6 +9,7 @@ import numpy as np
 
 from lightning_hesd.training.loggers.output import (
     LAYER_COLUMNS,
+    LoggerOutput,
     csv_text,
     figures,
     layer_rows,
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
     from wandb.plot import CustomChart
 
     from lightning_hesd.spectra.spectrum import Spectrum
-    from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
+    from lightning_hesd.training.history import SpectrumHistory
 
 THINNING = 5
 """Every fifth point of the density is in a chart: three or more per standard deviation of the smoothing."""
 
 
-class WandbOutput:
+class WandbOutput(LoggerOutput):
     """Writes densities as histograms, charts and figures; layers and assessments as tables; spectra as an artifact."""
 
     def __init__(self, logger: WandbLogger, name: str) -> None:
@@ -47,9 +48,14 @@ class WandbOutput:
             shown[f"{suffix}/density_chart"] = self._chart(spectrum, f"{self._name}{suffix}, {title(record)}")
         for tag, image in figures(history):
             shown[tag] = self._wandb.Image(image, caption=title(record))
-        shown |= {
-            tag: self._wandb.Table(columns=columns, data=rows) for tag, (columns, rows) in _tables(record).items()
-        }
+        when = [record.epoch, record.global_step]
+        if record.layers:
+            rows = [[*when, *row] for row in layer_rows(record)]
+            shown["/layers"] = self._wandb.Table(columns=["epoch", "step", *LAYER_COLUMNS], data=rows)
+        if record.assessment is not None:
+            row = [*when, record.assessment.verdict, "\n".join(record.assessment.reasons)]
+            columns = ["epoch", "step", "generalization", "reasons"]
+            shown["/assessment"] = self._wandb.Table(columns=columns, data=[row])
         # Through the logger, which has the prefix and the axis: W&B itself counts calls.
         self._logger.log_metrics({f"{self._name}{tag}": value for tag, value in shown.items()}, step=step)
 
@@ -72,20 +78,7 @@ class WandbOutput:
         return self._wandb.plot.line(table, *columns, title=headline)
 
 
-def _tables(record: SpectrumRecord) -> dict[str, tuple[list[str], list[list[Any]]]]:
-    """Return the columns and rows of each table."""
-    tables: dict[str, tuple[list[str], list[list[Any]]]] = {}
-    when = [record.epoch, record.global_step]
-    if record.layers:
-        rows = [[*when, *row] for row in layer_rows(record)]
-        tables["/layers"] = (["epoch", "step", *LAYER_COLUMNS], rows)
-    if record.assessment is not None:
-        row = [*when, record.assessment.verdict, "\n".join(record.assessment.reasons)]
-        tables["/assessment"] = (["epoch", "step", "generalization", "reasons"], [row])
-    return tables
-
-
-class MLflowOutput:
+class MLflowOutput(LoggerOutput):
     """Writes densities as images over steps; layers, assessments and spectra as artifacts; last verdict as a tag."""
 
     def __init__(self, logger: MLFlowLogger, name: str) -> None:

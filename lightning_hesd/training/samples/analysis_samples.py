@@ -15,9 +15,9 @@ from lightning_hesd.numerics.isolation.snapshot import restore_state, seed_every
 from lightning_hesd.training.compat.messages import warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
 from lightning_hesd.training.samples.epochs import CONTENT_EVENNESS, PlannedBatch, epochs
+from lightning_hesd.training.samples.loaders import combined, is_addressable
 from lightning_hesd.training.samples.positions import spread_positions
 from lightning_hesd.training.samples.reading import CollationError, Reader
-from lightning_hesd.training.samples.sources import combined, is_addressable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

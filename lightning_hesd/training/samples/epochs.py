@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,15 +24,14 @@ from torch.utils.data import (
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
-from typing_extensions import override
 
 from lightning_hesd.spectra.validation import at_least, check_fields, each, optional
 from lightning_hesd.training.compat.dataloading import unwrap_sampler
-from lightning_hesd.training.samples.copies import private_copy
+from lightning_hesd.training.samples.loaders import private_copy
 from lightning_hesd.training.samples.positions import spread_positions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch.utils.data import DataLoader
 
@@ -60,15 +58,7 @@ class PlannedBatch:
     position: int
 
 
-class Epoch(ABC):
-    """The batches of an epoch, in an order of which every beginning represents the whole."""
-
-    @abstractmethod
-    def take(self, count: int) -> list[PlannedBatch]:
-        """Return the next batches, with about `count` samples in total; fewer at the end of the epoch."""
-
-
-class RandomEpoch(Epoch):
+class RandomEpoch:
     """An epoch whose samples are drawn at random and grouped into batches."""
 
     def __init__(self, keys: Sequence[Any], batch_size: int, steps: int, seed: int, *, full: bool) -> None:
@@ -78,11 +68,11 @@ class RandomEpoch(Epoch):
         self._steps = steps
         self._seed = seed
         self._full = full
-        self._taken, self._batches = 0, 0
-        self._positions: list[int] = []
+        self._taken = 0
+        self._positions: Iterator[int] | None = None
 
-    @override
     def take(self, count: int) -> list[PlannedBatch]:
+        """Return the next batches, with about `count` samples in total; fewer at the end of the epoch."""
         size = self._batch_size
         end = min(self._taken + (size * math.ceil(count / size) if self._full else count), len(self._keys))
         if self._full:
@@ -92,17 +82,12 @@ class RandomEpoch(Epoch):
         if not order:
             return []
         parts = [order[start : start + size] for start in range(0, len(order), size)]
-        self._positions = self._positions or spread_positions(len(parts), self._steps)
-        return [
-            PlannedBatch([plain_key(self._keys[number]) for number in part], self._next_position()) for part in parts
-        ]
-
-    def _next_position(self) -> int:
-        self._batches += 1
-        return self._positions[(self._batches - 1) % len(self._positions)]
+        self._positions = self._positions or itertools.cycle(spread_positions(len(parts), self._steps))
+        keys = [[plain_key(self._keys[number]) for number in part] for part in parts]
+        return [PlannedBatch(*planned) for planned in zip(keys, self._positions, strict=False)]
 
 
-class SamplerEpoch(Epoch):
+class SamplerEpoch:
     """An epoch with the batches of a sampler or batch sampler, as they are."""
 
     def __init__(self, batches: Sequence[Sequence[Any]], batch_size: int | None, steps: float = 1.0) -> None:
@@ -116,8 +101,8 @@ class SamplerEpoch(Epoch):
         self._order: list[int] = []
         self._taken = 0
 
-    @override
     def take(self, count: int) -> list[PlannedBatch]:
+        """Return the next batches, with about `count` samples in total; fewer at the end of the epoch."""
         total = len(self._batches)
         if not self._order and total:
             mean = sum(map(len, self._batches)) / total or 1.0
@@ -132,6 +117,10 @@ class SamplerEpoch(Epoch):
             count -= len(keys)
             self._taken += 1
         return found
+
+
+Epoch = RandomEpoch | SamplerEpoch
+"""The batches of an epoch, in an order of which every beginning represents the whole."""
 
 
 def epochs(

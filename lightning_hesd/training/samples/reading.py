@@ -19,8 +19,7 @@ from lightning_hesd.numerics.inputs import batches
 from lightning_hesd.numerics.inputs.batches import WeightedBatch, copied
 from lightning_hesd.numerics.isolation.snapshot import restore_state, seed_everything
 from lightning_hesd.training.compat.namespaces import FABRIC, lightning_types
-from lightning_hesd.training.samples.copies import NotCopiedError, private_copy
-from lightning_hesd.training.samples.sources import is_combined, is_plain
+from lightning_hesd.training.samples.loaders import NotCopiedError, is_combined, is_plain, private_copy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -138,7 +137,7 @@ class Reader:
             yield from ((batch, None) for batch in _batches(copy, iter(copy)))
         elif not isinstance(loader.dataset, IterableDataset):  # each key of the sampler is for a whole batch
             for key in private_copy(loader.sampler, loader.dataset):
-                yield loader.collate_fn(loader.dataset[key]), _made_from(key)
+                yield loader.collate_fn(loader.dataset[key]), len(key) if isinstance(key, list | tuple) else None
         elif loader.batch_size is None:  # the dataset yields whole batches
             yield from ((loader.collate_fn(batch), None) for batch in private_copy(loader.dataset))
         else:
@@ -212,10 +211,6 @@ def _has_own_init(loader: DataLoader[Any]) -> bool:
     return init is not None and getattr(init, "func", init) not in lightning_types(
         "utilities.seed.pl_worker_init_function", of=FABRIC
     )
-
-
-def _made_from(key: Any) -> int | None:
-    return len(key) if isinstance(key, list | tuple) else None
 
 
 def _read(loader: Any) -> Iterator[Any]:

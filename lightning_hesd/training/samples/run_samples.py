@@ -13,10 +13,10 @@ from lightning_hesd.training.compat.namespaces import MisconfigurationException
 from lightning_hesd.training.compat.strategies import collectives_of
 from lightning_hesd.training.loss import check_gets_batches
 from lightning_hesd.training.samples.analysis_samples import AnalysisSamples, draw_samples
-from lightning_hesd.training.samples.copies import NotCopiedError
 from lightning_hesd.training.samples.epochs import check_samples, planned_batches, sample_state
 from lightning_hesd.training.samples.first_batches import FirstBatches, NoBatchesError
-from lightning_hesd.training.samples.sources import (
+from lightning_hesd.training.samples.loaders import (
+    NotCopiedError,
     holds_tensors,
     is_addressable,
     is_collection,
@@ -27,7 +27,7 @@ from lightning_hesd.training.samples.sources import (
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-    from lightning_hesd.numerics.inputs.batches import Weigh
+    from lightning_hesd.numerics.inputs.options import AnalysisOptions
     from lightning_hesd.training.isolation.isolation import TrainingIsolation
     from lightning_hesd.training.samples.epochs import PlannedBatch
 
@@ -43,27 +43,36 @@ class RunSamples:
 
     Attributes:
         grows: Whether samples are added until the sampling error of C_t is small enough.
+        first_batches: The first batches of training, copied as samples; None: the samples are drawn from a loader.
     """
 
     def __init__(
         self,
         num_samples: int | Literal["auto"],
+        options: AnalysisOptions,
         *,
-        batch_size: int | None,
-        batch_weight: Weigh | None,
         dataloader: Any,
-        seed: int,
-        in_training: bool,
+        batch_size: int | None,
+        in_training: bool = False,
     ) -> None:
-        """Take the arguments of `TrainerAnalyzer`; first batches can be copied if this is before or in training."""
+        """Take the options.
+
+        Args:
+            num_samples: Number of samples, on all ranks together.
+            options: Options of the analyses, of which the seed and the weight of a batch are used.
+            dataloader: Source of the samples; None: the training dataloader; "val": the validation dataloader.
+            batch_size: Most samples per batch; None: as the dataloader makes them.
+            in_training: Whether training follows. Its first batches are then kept as samples if none can be drawn from
+                the training dataloader; `after_step` and `after_epoch` of `first_batches` must then be called.
+        """
         self.grows = num_samples == "auto"
         self._num_samples = FIRST_SAMPLES if num_samples == "auto" else num_samples
         self._batch_size = batch_size
-        self._batch_weight = batch_weight
+        self._batch_weight = options.batch_weight
         self._dataloader = dataloader
-        self._seed = seed
+        self._seed = options.seed
         self._in_training = in_training
-        self._first_batches: FirstBatches | None = None
+        self.first_batches: FirstBatches | None = None
         self._samples: AnalysisSamples | None = None
         self._drawn: tuple[PlannedBatch, ...] | None = None
         self._resumed: tuple[PlannedBatch, ...] | None = None
@@ -71,7 +80,7 @@ class RunSamples:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the options and the positions of the samples, without the samples."""
-        left_out = {"_samples": None, "_first_batches": None, "_source": None}
+        left_out = {"_samples": None, "first_batches": None, "_source": None}
         portable = {name: Portable(name[1:], vars(self)[name]) for name in ("_dataloader", "_batch_weight")}
         return {**vars(self), **left_out, **portable}
 
@@ -101,9 +110,9 @@ class RunSamples:
         """Release the samples; they are read again when needed."""
         self._samples = None
         self._source = None
-        if self._first_batches is not None:
-            self._first_batches.finish()
-            self._first_batches = None
+        if self.first_batches is not None:
+            self.first_batches.finish()
+            self.first_batches = None
 
     def is_outdated(self, trainer: pl.Trainer) -> bool:
         """Whether training has replaced the dataloader of the samples; the same on all ranks."""
@@ -120,11 +129,12 @@ class RunSamples:
 
     def prepare(self, trainer: pl.Trainer, isolation: TrainingIsolation) -> None:
         """Draw the samples, or begin to copy the first batches of training, unless that is done."""
-        if self._samples is not None or self._first_batches is not None:
+        if self._samples is not None or self.first_batches is not None:
             return
         if self._source is None:
             self._source = collectives_of(trainer).run_together(partial(self._loader, trainer))
-        may_copy = self._in_training and self._is_training_loader(trainer)
+        is_of_training = self._dataloader is None or self._dataloader is trainer.train_dataloader
+        may_copy = self._in_training and is_of_training
         if may_copy and not is_addressable(self._source):
             self._copy_first_batches(trainer)
             return
@@ -146,7 +156,7 @@ class RunSamples:
         """
         check_gets_batches(trainer.lightning_module)
         num_samples = MAX_SAMPLES if self.grows else self._num_samples
-        self._first_batches = FirstBatches(trainer, num_samples, self._batch_weight)
+        self.first_batches = FirstBatches(trainer, num_samples, self._batch_weight)
         self._drawn = self._resumed = None
         if holds_tensors(self._source):
             messages.warn(
@@ -163,7 +173,7 @@ class RunSamples:
     @property
     def description(self) -> str:
         """The samples in words; call `prepare` before."""
-        if self._first_batches is not None:
+        if self.first_batches is not None:
             return f"the first {self._num_samples} samples of training"
         names = {None: "the training data", "val": "the validation data"}
         of = names.get(self._dataloader, "`dataloader`") if isinstance(self._dataloader, str | None) else "`dataloader`"
@@ -171,20 +181,6 @@ class RunSamples:
             return f"{self._num_samples} samples of {of}"
         count, batches = sum(len(batch.keys) for batch in self._drawn), len(self._drawn)
         return f"{count} samples of {of} in {batches} batch{'es' if batches > 1 else ''}"
-
-    def waits(self) -> bool:
-        """Whether the samples are the first batches of training."""
-        return self._first_batches is not None
-
-    def after_batch(self) -> None:
-        """Use the last batch: training has done a step with it."""
-        if self._first_batches is not None:
-            self._first_batches.after_step()
-
-    def after_epoch(self) -> None:
-        """Copy no more batches: an epoch of training has ended."""
-        if self._first_batches is not None:
-            self._first_batches.after_epoch()
 
     def draw(self, trainer: pl.Trainer, isolation: TrainingIsolation) -> AnalysisSamples:
         """Return the samples, and draw them if needed.
@@ -195,7 +191,7 @@ class RunSamples:
         self.prepare(trainer, isolation)
         if self._samples is not None:
             return self._samples
-        first_batches = cast("FirstBatches", self._first_batches)
+        first_batches = cast("FirstBatches", self.first_batches)
         ranks = collectives_of(trainer)
         batches = ranks.run_together(partial(first_batches.batches, self._num_samples))
         found, without = ranks.sum_values([float(len(batches)), float(not batches)])
@@ -210,9 +206,6 @@ class RunSamples:
         if first_batches.is_complete:
             self._samples = samples
         return samples
-
-    def _is_training_loader(self, trainer: pl.Trainer) -> bool:
-        return self._dataloader is None or self._dataloader is trainer.train_dataloader
 
     def _draw(self, trainer: pl.Trainer, isolation: TrainingIsolation) -> AnalysisSamples:
         own = self._dataloader is not None

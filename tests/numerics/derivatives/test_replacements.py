@@ -131,7 +131,7 @@ def test_max_norm_with_layers_and_groups() -> None:
 def test_several_ranks_with_max_norm_are_refused() -> None:
     net = Words("layer")
     batches = [WeightedBatch(ids, 2.0, index) for index, ids in enumerate(IDS)]
-    with pytest.raises(RuntimeError, match="single process, or without `max_norm`"):
+    with pytest.raises(RuntimeError, match="single rank, or without `max_norm`"):
         analyze(net, batches, loss, analysis_options(steps=2), collectives=StandIn())
 
 

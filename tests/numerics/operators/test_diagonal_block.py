@@ -17,8 +17,7 @@ from lightning_hesd.numerics.collectives import LOCAL, AnotherRankFailedError, C
 from lightning_hesd.numerics.inputs.batches import WeightedBatch, weighted_batches
 from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.operators.curvature import HessianMatrix
-from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock
-from lightning_hesd.numerics.operators.groups import explain_non_finite
+from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock, explain_non_finite
 from lightning_hesd.numerics.operators.risk_operator import RiskOperator
 from tests import cases, oracles
 from tests.programs import SERVER

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
-from lightning_hesd.training.checkpoints.paths import is_written_as, may_coincide, prefix
+from lightning_hesd.training.checkpoints.exclusive_checkpoint import is_written_as, may_coincide, prefix
 from tests.training.scripted import (
     STEPS_PER_EPOCH,
     Epoch,

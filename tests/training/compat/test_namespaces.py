@@ -29,8 +29,8 @@ from lightning_hesd.training import terminal
 from lightning_hesd.training.compat import strategies
 from lightning_hesd.training.compat.namespaces import lightning_types, namespace_of
 from lightning_hesd.training.isolation import kinds
+from lightning_hesd.training.samples.loaders import is_combined
 from lightning_hesd.training.samples.reading import _has_own_init
-from lightning_hesd.training.samples.sources import is_combined
 from tests.programs import run_python
 from tests.training.namespace_project import DATA, NAMESPACES, NETS, loader
 

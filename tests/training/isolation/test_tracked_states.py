@@ -19,12 +19,10 @@ from lightning_hesd.training.isolation.tracked_states import (
     LARGE_CONTAINER,
     Owner,
     Place,
-    TrackedArray,
     TrackedContent,
-    TrackedSetting,
     TrackedState,
     TrackedStates,
-    TrackedTable,
+    TrackedValue,
 )
 
 PLACE = Place(None, "x", Owner.USER)
@@ -98,13 +96,13 @@ CASES: dict[str, Case] = {
     ),
     "array": (
         lambda: np.array([1.0, np.nan]),
-        lambda a: TrackedArray(a, PLACE),
+        lambda a: TrackedValue.of_array(a, PLACE),
         lambda a: a.__setitem__(0, 2.0),
         lambda a: a.tobytes(),
     ),
     "array_of_objects": (
         lambda: np.array([{"n": 1}, None]),
-        lambda a: TrackedArray(a, PLACE),
+        lambda a: TrackedValue.of_array(a, PLACE),
         lambda a: a.__setitem__(1, 2),
         lambda a: a.tolist(),
     ),
@@ -128,14 +126,21 @@ CASES: dict[str, Case] = {
     ),
     "table": (
         lambda: pd.DataFrame({"a": [1.0, np.nan], "b": ["x", "y"]}),
-        lambda t: TrackedTable(t, PLACE),
+        lambda t: TrackedValue.of_table(t, PLACE),
         lambda t: (t.__setitem__("c", 1), t.loc.__setitem__((0, "a"), 3.0)),
         lambda t: t.to_json(),
     ),
-    "series": (lambda: pd.Series([1.0, 2.0]), lambda t: TrackedTable(t, PLACE), lambda t: t.__setitem__(0, 3.0), list),
+    "series": (
+        lambda: pd.Series([1.0, 2.0]),
+        lambda t: TrackedValue.of_table(t, PLACE),
+        lambda t: t.__setitem__(0, 3.0),
+        list,
+    ),
     "setting": (
         lambda: torch,
-        lambda _: TrackedSetting("torch.get_default_dtype()", torch.get_default_dtype, torch.set_default_dtype),
+        lambda _: TrackedValue.of_setting(
+            "torch.get_default_dtype()", torch.get_default_dtype, torch.set_default_dtype
+        ),
         lambda _: torch.set_default_dtype(torch.float64),
         lambda _: torch.get_default_dtype(),
     ),

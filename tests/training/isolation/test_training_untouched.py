@@ -32,7 +32,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_hesd import HessianSpectrumCallback
 from lightning_hesd.training.isolation import training_snapshot
-from lightning_hesd.training.isolation.tracked_states import TrackedArray
+from lightning_hesd.training.isolation.tracked_states import TrackedValue
 from tests.training.logs import rows
 from tests.training.modules import (
     NOISES,
@@ -799,12 +799,12 @@ def test_a_large_array_in_the_memory_of_a_tensor_is_reported(tmp_path: Path, mon
 
 
 def test_a_failed_restoration_goes_on_with_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def restore(state: TrackedArray) -> None:
+    def restore(state: TrackedValue) -> None:
         if str(state.place).endswith("refusing"):
             msg = "no"
             raise OSError(msg)
 
-    monkeypatch.setattr(TrackedArray, "restore", restore)
+    monkeypatch.setattr(TrackedValue, "restore", restore)
     neighbor: Any = Neighbor()
     neighbor.refusing, neighbor.forgetful = np.zeros(2), np.zeros(2)
 

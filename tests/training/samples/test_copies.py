@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
-from lightning_hesd.training.samples import copies
-from lightning_hesd.training.samples.copies import private_copy
+from lightning_hesd.training.samples import loaders
+from lightning_hesd.training.samples.loaders import private_copy
 from tests.line_count import counted_lines
 
 
@@ -45,7 +45,7 @@ class Holder:
 
 
 def test_the_data_are_shared_and_the_rest_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "MAX_COPIED_BYTES", 1000)
+    monkeypatch.setattr(loaders, "MAX_COPIED_BYTES", 1000)
     source = Holder(Data())
     copied = private_copy(source, source.data)
     for name in ("data", "other", "table", "model", "features"):

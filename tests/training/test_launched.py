@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SpectrumHistory
-from lightning_hesd.training.compat import launched
+from lightning_hesd.training import callback_copies
+from lightning_hesd.training.compat import strategies
 from lightning_hesd.training.history import SpectrumRecord
 from tests.training.scripted import STEPS_PER_EPOCH, Epoch, ScriptedModule, loader, make_trainer
 
@@ -48,19 +49,25 @@ def test_the_history_and_the_pick_come_back(tmp_path: Path) -> None:
 def test_letters_find_the_original() -> None:
     original = HessianSpectrumCallback()
     pickled = pickle.dumps(original)
-    with mock.patch.object(launched, "_RECIPIENTS", WeakValueDictionary()):
+    with mock.patch.object(callback_copies, "_RECIPIENTS", WeakValueDictionary()):
         in_another_process = pickle.loads(pickled)  # noqa: S301
     assert in_another_process._address == original._address
     received: list[Any] = []
-    original.receive = received.append  # type: ignore[method-assign]
-    pickle.loads(pickle.dumps(launched._Letter(in_another_process._address, {"a": torch.ones(1)})))  # noqa: S301
+    original.take_results = received.append  # type: ignore[method-assign]
+    pickle.loads(pickle.dumps(callback_copies._Letter(in_another_process._address, {"a": torch.ones(1)})))  # noqa: S301
     assert received == [{"a": torch.ones(1)}]
-    assert pickle.loads(pickle.dumps(launched._Letter("unknown address", {}))) is None  # noqa: S301
+    assert pickle.loads(pickle.dumps(callback_copies._Letter("unknown address", {}))) is None  # noqa: S301
 
 
 def test_letters_to_a_copy_reach_the_original_too() -> None:
     original = HessianSpectrumCallback()
     copied, trained = copy.deepcopy(original), copy.deepcopy(original)
     trained.history.append(SpectrumRecord(0, 1, None, error="failed"))
-    pickle.loads(pickle.dumps(launched._Letter(copied._address, trained.state_dict())))  # noqa: S301
+    pickle.loads(pickle.dumps(callback_copies._Letter(copied._address, trained.state_dict())))  # noqa: S301
     assert [r.error for r in copied.history] == [r.error for r in original.history] == ["failed"]
+
+
+def test_nothing_is_sent_where_the_process_goes_on(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, [], 1)
+    strategies.add_result_of_fit(trainer, "address", {})
+    assert trainer.strategy.launcher is None
