@@ -201,6 +201,10 @@ def plot_layers(
     image = ax.imshow(
         values, aspect="auto", interpolation="nearest", cmap="viridis", norm=LogNorm() if logarithmic else None
     )
+    defined = values[np.isfinite(values)]
+    if scalar.key == "trace_share" and defined.size:
+        # Shares far beyond 0 and 1, where the whole trace is close to zero, must not take all colors.
+        image.set_clim(max(defined.min(), 0.0), min(defined.max(), 1.0))
     ax.set_yticks(range(len(names)), [name if len(name) <= 28 else f"…{name[-27:]}" for name in names], fontsize=8)
     shown = np.unique(np.linspace(0, len(epochs) - 1, min(len(epochs), 8)).round().astype(int))
     ax.set_xticks(shown, ["start" if epochs[i] < 0 else str(epochs[i]) for i in shown], fontsize=8)

@@ -153,7 +153,8 @@ class RunAxis:
 MAX_DECADES = 5
 """Number of decades of the axis: much smaller values are drawn near zero."""
 
-LABELS_PER_SIGN = 4
+LABELS_PER_SIGN = {"x": 3, "y": 4}
+"""Largest number of labels on either side of zero; side by side they need more room."""
 
 
 def linear_threshold(sizes: Iterable[float]) -> float:
@@ -182,16 +183,16 @@ def set_signed_log(
     set_scale("symlog", linthresh=threshold, linscale=linear_part)
     set_limits(low, high)
     axis = ax.xaxis if which == "x" else ax.yaxis
-    axis.set_major_locator(FixedLocator(_ticks(threshold, low, high)))
+    axis.set_major_locator(FixedLocator(_ticks(threshold, low, high, LABELS_PER_SIGN[which])))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
 
 
-def _ticks(threshold: float, low: float, high: float) -> list[float]:
+def _ticks(threshold: float, low: float, high: float, labels_per_sign: int) -> list[float]:
     ticks = [0.0] if low <= 0 <= high else []
     lowest = round(math.log10(threshold))
     highest = math.floor(math.log10(max(abs(low), abs(high), threshold)) + 1e-9)
-    every = 1 + (highest - lowest) // LABELS_PER_SIGN
+    every = 1 + (highest - lowest) // labels_per_sign
     # Counted from the outermost: the decades next to zero are the closest to each other.
     sizes = [10.0**exponent for exponent in range(highest, lowest - 1, -every)]
     return [*(-size for size in sizes if -size >= low), *ticks, *(size for size in sizes if size <= high)]

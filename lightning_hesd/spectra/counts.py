@@ -201,11 +201,15 @@ def cumulative_band(rules: list[Rule], low_end: float, high_end: float, failure:
     for rule in rules:
         # The points depend on the start vector, so the bounds must hold for every number k at once.
         each = failure / (2 * len(rules) * max(rule.rest, 1))
-        known = np.array([rule.known_between(-math.inf, point) for point in points])
-        share = np.array([rule.rest_share_below(point) for point in points])
-        least, most = rest_counts(share[:, 0], share[:, 1], rule.rest, each)
-        low = np.maximum(low, (known[:, 0] + least) / rule.dimension)
-        high = np.minimum(high, (known[:, 1] + most) / rule.dimension)
+        # Bounds at the other rules' thresholds would take a Gauss-Radau rule each, and hardly be tighter.
+        own = np.intersect1d(points, [low_end, high_end, *rule.thresholds])
+        known = np.array([rule.known_between(-math.inf, point) for point in own])
+        share_low, share_high = np.array([rule.rest_share_below(point) for point in own]).T
+        least, most = rest_counts(share_low, share_high, rule.rest, each)
+        least = np.maximum.accumulate((known[:, 0] + least) / rule.dimension)
+        most = np.minimum.accumulate(((known[:, 1] + most) / rule.dimension)[::-1])[::-1]
+        low = np.maximum(low, np.append(0.0, least)[np.searchsorted(own, points, side="right")])
+        high = np.minimum(high, np.append(most, 1.0)[np.searchsorted(own, points, side="left")])
     low[-1], high[-1] = 1.0, 1.0
     low = np.maximum.accumulate(low)
     high = np.minimum.accumulate(high[::-1])[::-1]

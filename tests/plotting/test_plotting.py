@@ -20,7 +20,7 @@ from lightning_hesd.plotting import (
     plot_density,
     plot_layers,
 )
-from lightning_hesd.plotting.cumulative import BOTTOM
+from lightning_hesd.plotting.cumulative import BOTTOM, numbers_beyond
 from tests.spectra.nodes import spectrum
 
 CASES = {
@@ -101,24 +101,35 @@ class TestCumulative:
         below, above = sides[NEGATIVE], sides[POSITIVE]
         assert below.get_xdata().tolist() == [*points[points < 0], 0.0]
         assert above.get_xdata().tolist() == [0.0, *points[points > 0]]
-        steps = {-2.5: 10, -0.5: 20, 0.2: 80, 0.7: 30, 2.0: 10}
-        for threshold, number in steps.items():
+        numbers = {-3.5: BOTTOM, -2.5: 10, -1.0: 20, 0.2: 80, 0.75: 30, 2.5: 10, points[-1]: BOTTOM}
+        for threshold, number in numbers.items():
             x, y = (below if threshold < 0 else above).get_data()
-            assert y[np.searchsorted(x, threshold, side="right") - 1] == pytest.approx(number)
+            assert y[np.searchsorted(x, threshold, side="right") - 1] == pytest.approx(number), threshold
 
     def test_bands_are_the_bounds(self):
         found = spectrum(*self.nodes, weights=self.weights, residual=0.1)
         bands = self.bands(plot_cumulative(found))
         points, low, high = found.cumulative_band
         for color, is_above in ((NEGATIVE, False), (POSITIVE, True)):
+            numbers = numbers_beyond(found, is_above=is_above)[1]
+            assert (numbers[0] <= numbers[2]).all()
             corners = {(float(x), round(float(y), 6)) for x, y in bands[color]}
             for at, least, most in zip(points, low, high, strict=True):
                 if (at > 0) is is_above:
                     ends = (100 * (1 - most), 100 * (1 - least)) if is_above else (100 * least, 100 * most)
                     assert {(float(at), round(max(end, BOTTOM), 6)) for end in ends} <= corners
 
+    def test_bands_are_as_narrow_as_the_lines_where_nodes_have_converged(self):
+        exact = spectrum(-1.0, 0.5, 2.0, dimension=3)
+        for is_above, expected in ((False, {0, 1}), (True, {0, 1, 2})):
+            thresholds, (least, found, most) = numbers_beyond(exact, is_above=is_above)
+            wide = np.diff(thresholds, append=2 * thresholds[-1] if is_above else 0.0) > 1e-6
+            assert least[wide] == pytest.approx(most[wide])
+            assert least[wide] == pytest.approx(found[wide])
+            assert set(found[wide].round()) <= expected
+
     def test_the_title_tells_the_number_of_negative_eigenvalues(self):
-        ax = plot_cumulative(spectrum(-1.0, 0.0, 2.0, dimension=3), title="start")
+        ax = plot_cumulative(spectrum(-1.0, 0.5, 2.0, dimension=3), title="start")
         assert ax.get_title() == "start\n1 of 3 eigenvalues are negative"
 
     @pytest.mark.parametrize("nodes", CASES.values(), ids=CASES)
@@ -157,6 +168,16 @@ class TestLayers:
         ax = plot_layers(self.layers, "c_t", Figure().add_subplot(), xlabel="step")
         assert ax.images[0].get_array().tolist() == [[-0.5, -0.05], [-5.0, None]]  # infinity has no color
         assert ax.get_xlabel() == "step"
+
+    def test_colors_of_shares_end_at_0_and_1(self):
+        layers = {0: {"a": spectrum(1.0), "b": spectrum(3.0)}, 1: {"a": spectrum(-3.0), "b": spectrum(4.0)}}
+        image = plot_layers(layers, "trace_share").images[0]
+        assert image.get_array().tolist() == [[0.25, -3.0], [0.75, 4.0]]
+        assert image.get_clim() == (0.0, 1.0)
+        assert plot_layers({0: layers[0]}, "trace_share").images[0].get_clim() == (0.25, 0.75)
+        undefined = plot_layers({0: {"a": spectrum(-1.0)}}, "trace_share")  # no share of a trace that is not positive
+        assert undefined.images[0].get_array().mask.all()
+        undefined.figure.savefig(io.BytesIO())
 
     def test_a_layer_that_came_later_is_empty_before(self):
         layers = {0: {"a": spectrum(1.0)}, 1: {"a": spectrum(2.0), "b": spectrum(3.0)}}

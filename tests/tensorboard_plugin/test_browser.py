@@ -329,6 +329,9 @@ def test_layers_of_a_run_that_analyzed_none(page: Page, address: str, runs: tupl
     drawn = page.traces("layers")[0]
     for name, row in zip(history[-1].layer_indicators, drawn["z"], strict=True):
         assert row == pytest.approx([record.spectrum.by_layer[name].trace_share for record in history], rel=1e-6)
+    shares = [value for row in drawn["z"] for value in row]
+    ends = page.script("const { zmin, zmax } = document.getElementById('layers')._fullData[0]; return [zmin, zmax]")
+    assert ends == pytest.approx([max(min(shares), 0), min(max(shares), 1)])
     layer = history[-1].spectrum.by_layer["net.0"]
     name, details = page.script(LAYER_DETAILS)[0][-1]
     assert name == "net.0"

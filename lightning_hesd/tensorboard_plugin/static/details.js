@@ -171,10 +171,10 @@ function detailsOf(layer, scalars) {
   return lines.join("<br>");
 }
 
-/** Return the ends of colors for shares of a sum: those beyond 0 and 1, where the sum is close to zero, must not take all colors. */
-function within01(values) {
+/** Return the ends of colors for shares of a sum: those far beyond 0 and 1, where the sum is close to zero, must not take all. */
+function endsOfShares(values) {
   const [low, high] = extent(values);
-  return { zmin: Math.min(Math.max(low, 0), 1), zmax: Math.max(Math.min(high, 1), 0) };
+  return { zmin: Math.max(low, 0), zmax: Math.min(high, 1) };
 }
 
 export function layersFigure(run, theme, quantity, chosen) {
@@ -190,7 +190,7 @@ export function layersFigure(run, theme, quantity, chosen) {
     data: [
       {
         type: "heatmap", x: places(run, axis), y: names.map((_, index) => index), z: shown, colorscale: LOW_TO_HIGH, hoverongaps: false,
-        ...(quantity === "trace_share" ? within01(rows.flat()) : {}),
+        ...(quantity === "trace_share" ? endsOfShares(rows.flat()) : {}),
         colorbar: { title: { text: indexed(logarithmic ? `log_10 ${title}` : title), side: "right" }, thickness: 12, outlinewidth: 0 },
         customdata: layers.map((row, index) => row.map((layer) => [literal(names[index]), layer && detailsOf(layer, scalars)])),
         hovertemplate: `%{customdata[0]}<br>${axis.short} %{x}<br>%{customdata[1]}<extra></extra>`, hoverlabel: { align: "left" },
