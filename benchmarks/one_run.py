@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.checks import watched
 from lightning_hesd import hessian_spectrum
-from lightning_hesd.numerics.analysis.estimation import Estimation
+from lightning_hesd.numerics.analysis import estimation
 from lightning_hesd.numerics.inputs.blocks import blocks
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def measure(name: str, steps: int, seeds: int, problem: Problem) -> list[str]:
         found.setdefault(key, []).extend(values)
 
     for seed in range(seeds):
-        with watched(Estimation, "_by_layer") as layers:
+        with watched(estimation, "layers_of_runs") as layers:
             spectrum = hessian_spectrum(problem.net, [problem.batch], loss_fn, steps=steps, seed=seed)
         started = time.perf_counter()
         low, high = spectrum.negative_count

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from benchmarks import checks, coverage, isolation, language_models, layers, measure, problems
+from benchmarks import checks, coverage, isolation, language_models, layers, measure, one_run, problems
 from benchmarks.__main__ import environment, write
 from benchmarks.candidates import OURS, TOLERANCE
 from benchmarks.profile import PARTS, profile
@@ -148,6 +149,19 @@ def test_memory_of_language_models(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [row[2] for row in rows] == ["PyTorch", "lightning_hesd"] * 2
     theirs, ours = ([float(cell) for cell in row[3:7]] for row in rows[2:])
     assert all(mine < 0.5 * other for mine, other in zip(ours, theirs, strict=True))  # of the long context
+
+
+def test_table_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = nn.Sequential(nn.Linear(64, 2), nn.Tanh(), nn.Linear(2, 10))
+    monkeypatch.setitem(one_run.NETWORKS, "tiny", (lambda: tiny, 1))
+    options = ["--networks", "tiny", "--seeds", "2", "--samples", "20", "--steps", "12", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["", *options])
+    one_run.main()
+    row = (tmp_path / "one_run.md").read_text(encoding="utf-8").splitlines()[-1].strip("|").split("|")
+    found = dict(zip(one_run.HEADER, map(str.strip, row), strict=False))
+    assert (found["network"], found["parameters"], found["steps"]) == ("tiny", "160", "12")
+    assert float(row[5]) < float(row[4])  # the error of the trace
+    assert float(row[8]) <= float(row[7]) <= float(row[6])  # distances of the best, our and the plain density
 
 
 def test_table_of_coverage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
