@@ -154,12 +154,12 @@ def test_memory_of_language_models(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_table_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = nn.Sequential(nn.Linear(64, 2), nn.Tanh(), nn.Linear(2, 10))
     monkeypatch.setitem(one_run.NETWORKS, "tiny", (lambda: tiny, 1))
-    options = ["--networks", "tiny", "--seeds", "2", "--samples", "20", "--steps", "12", "--out", str(tmp_path)]
+    options = ["--networks", "tiny", "--seeds", "3", "--samples", "20", "--steps", "50", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["", *options])
     one_run.main()
     row = (tmp_path / "one_run.md").read_text(encoding="utf-8").splitlines()[-1].strip("|").split("|")
     found = dict(zip(one_run.HEADER, map(str.strip, row), strict=False))
-    assert (found["network"], found["parameters"], found["steps"]) == ("tiny", "160", "12")
+    assert (found["network"], found["parameters"], found["steps"]) == ("tiny", "160", "50")
     assert float(row[5]) < float(row[4])  # the error of the trace
     assert float(row[8]) <= float(row[7]) <= float(row[6])  # distances of the best, our and the plain density
 
