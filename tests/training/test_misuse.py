@@ -62,7 +62,9 @@ def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
 
 def test_an_unknown_keyword() -> None:
     with pytest.raises(
-        TypeError, match=r"unexpected keyword argument 'step': did you mean 'steps'\? The options .*steps, probes, seed"
+        TypeError,
+        match=r"unexpected keyword argument 'step': did you mean 'steps' or 'stop'\? The options .*steps, probes, seed",
+        match=r"unexpected keyword argument 'step': did you mean 'steps' or 'stop'\? The options .*steps, probes, seed",
     ):
         HessianSpectrumCallback(step=5)
 

@@ -49,6 +49,7 @@ def hessian_spectrum(  # noqa: D417 - `AnalysisOptions` describes the options
     preconditioner: Mapping[str, Tensor] | None = AnalysisOptions.preconditioner,
     sampling_error: bool = AnalysisOptions.sampling_error,
     layer_probes: int = AnalysisOptions.layer_probes,
+    track_eigenvectors: int = AnalysisOptions.track_eigenvectors,
 ) -> Spectrum:
     """Estimate the eigenvalue spectral density of the Hessian of the mean loss by stochastic Lanczos quadrature.
 
@@ -108,6 +109,7 @@ def hessian_spectrum(  # noqa: D417 - `AnalysisOptions` describes the options
         preconditioner=preconditioner,
         sampling_error=sampling_error,
         layer_probes=layer_probes,
+        track_eigenvectors=track_eigenvectors,
     )
     weighted, cache = weighted_batches(batches, batch_weight), AnalysisCache()
 

@@ -97,8 +97,9 @@ def subspace_overlap(operator: DiagonalBlock, run: Lanczos, count: int) -> float
     if not count:
         return None
     _, coefficients = tridiagonal_eigh(run.alphas, run.betas)
-    before, cache.eigenvectors = cache.eigenvectors, run.ritz_vectors(coefficients[:, -count:]).cpu()
-    if before is None or before.shape != cache.eigenvectors.shape:
+    vectors = run.ritz_vectors(coefficients[:, -count:])
+    before, cache.eigenvectors = cache.eigenvectors, vectors.cpu()
+    if before is None or before.shape != vectors.shape:
         return None
-    products = operator.space.coefficients(before, cache.eigenvectors.T)
-    return float(products.double().square().sum()) / count
+    products = operator.space.coefficients(before.to(vectors.device), vectors.T)
+    return float(products.square().sum()) / count

@@ -74,7 +74,7 @@ class AnalysisOptions:
         layer_probes: Number k of further random vectors, with a Hessian-vector product each, that make the traces of
             layers in `Spectrum.by_layer` more accurate, by a factor √(1 + k).
         track_eigenvectors: Number k of leading eigenvectors whose subspace is compared with that of the analysis before
-            in the same run (`Spectrum.subspace_overlap`); k vectors stay in the computer's memory.
+            in the same run of a callback (`Spectrum.subspace_overlap`); k vectors stay in the computer's memory.
 
     Raises:
         ValueError: If an option is out of range, or excludes another one.

@@ -216,11 +216,11 @@ class Lanczos:
         """
         assert self._basis is not None  # noqa: S101 - callers check
         known = self._basis[: len(self.alphas)]
-        sums = [
-            sum((self._space.coefficients(known[:, own], known[:, own].T).double() for own in layer), torch.zeros(()))
+        grams = [
+            torch.stack([self._space.coefficients(known[:, own], known[:, own].T) for own in layer]).sum(dim=0)
             for layer in layers
         ]
-        return torch.stack([gram.cpu() for gram in sums]).numpy()
+        return torch.stack(grams).cpu().double().numpy()
 
     def without(self, coefficients: Array, vector: Tensor) -> Tensor:
         """Return a vector, shape (n,), minus its components along some Ritz vectors.

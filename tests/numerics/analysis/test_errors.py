@@ -66,9 +66,7 @@ class TestOptions:
             analysis_options(**{name: value})
 
     def test_unknown_ones_are_refused_with_a_list_of_the_known(self):
-        refusal = (
-            r"unexpected keyword argument 'step': did you mean 'steps'\? The options .*, probes, .*, sampling_error"
-        )
+        refusal = r"unexpected keyword argument 'step': did you mean 'steps' or 'stop'\? The options .*, sampling_error"
         for function in (analysis_options, functools.partial(layer_spectra, nn.Linear(1, 1), [], cases.squared_error)):
             with pytest.raises(TypeError, match=refusal):
                 function(step=3)

@@ -270,10 +270,11 @@ class TestTrace:
         exact, probes = float(hessian.trace()), 200
         spectrum = hessian_spectrum(module, batches[:1], loss_fn, steps=steps, probes=probes, probe=probe)
         assert abs(spectrum.trace - exact) <= 3 * spectrum.trace_error
-        # Not just some number: the stated error is the true standard deviation (for random signs a bound on it).
+        # Not just some number: the stated error is the true standard deviation (for random signs a bound on it), and
+        # at most the standard error of the second moment larger.
         n, squares = len(hessian), float(hessian.square().sum())
         variance = 2 * n / (n + 2) * (squares - exact**2 / n) if probe == "gaussian" else 2 * squares
-        assert spectrum.trace_error == pytest.approx(math.sqrt(variance / probes), rel=0.15)
+        assert 0.95 <= spectrum.trace_error / math.sqrt(variance / probes) <= 1.2
         singles = [
             dataclasses.replace(
                 spectrum,
