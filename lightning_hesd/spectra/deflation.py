@@ -33,12 +33,9 @@ ACCURATE = 1e-2
 NOTHING_LEFT = 1e-8
 """The sum of the squared components n·τ of some eigenvalues is below this with a probability of 8e-5 at most."""
 
-FALSE_ALARM = 0.01
-"""Probability of taking simple eigenvalues for multiple ones by the sum of their weights."""
-
-FALSE_ALARM_OF_ONE = 0.001
-"""Probability of taking a simple eigenvalue for a multiple one by its own weight. Smaller than the other, because an
-eigenvalue left among the rest for its large weight makes bounds on the rest fail."""
+FALSE_ALARM = 0.001
+"""Probability of taking simple eigenvalues for multiple ones by one of their weights, or by the sum: small, because an
+eigenvalue left among the rest for its large weight makes bounds on the rest fail, and then all noise returns."""
 
 
 def converged_nodes(
@@ -75,7 +72,7 @@ def _simple(nodes: Array, components: Array, found: Mask, dimension: int, roundi
         return present
     nothing = np.zeros_like(found)
     count = max(int(np.count_nonzero(found)), 1)
-    multiple = found & (components > _chi_squared_quantile(1, 1 - FALSE_ALARM_OF_ONE / count))
+    multiple = found & (components > _chi_squared_quantile(1, 1 - FALSE_ALARM / count))
     copies = (np.abs(nodes[:, None] - nodes[multiple]) <= rounding).any(axis=1)
     simple: Mask = found & ~copies
     count = int(np.count_nonzero(simple))

@@ -52,8 +52,8 @@ class TestConvergedNodes:
             assert spectrum.trace == pytest.approx((SPECTRA["null space"] + 0.05).sum(), rel=1e-3)
 
     def test_weights_that_are_too_large_together_make_none_count(self):
-        # χ² of ten degrees of freedom exceeds 23.2 in one of a hundred cases.
-        for total, expected in ((22.0, True), (24.5, False)):
+        # χ² of ten degrees of freedom exceeds 29.6 in one of a thousand cases.
+        for total, expected in ((28.5, True), (30.5, False)):
             weights = [total / 1000] * 10 + [1 - total / 100]
             assert converged([*range(1, 11), 20], weights, [[0.0] * 10 + [1.0]]) == [expected] * 10 + [False]
 

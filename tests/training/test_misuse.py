@@ -64,7 +64,6 @@ def test_an_unknown_keyword() -> None:
     with pytest.raises(
         TypeError,
         match=r"unexpected keyword argument 'step': did you mean 'steps' or 'stop'\? The options .*steps, probes, seed",
-        match=r"unexpected keyword argument 'step': did you mean 'steps' or 'stop'\? The options .*steps, probes, seed",
     ):
         HessianSpectrumCallback(step=5)
 
