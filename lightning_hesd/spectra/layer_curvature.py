@@ -245,22 +245,28 @@ class _Deflated:
     def bounds(self, index: int, dimension: int) -> tuple[tuple[float, float], tuple[float, float]]:
         """Return bounds on the smallest and on the largest eigenvalue of a layer's block."""
         vectors = self._vectors[:, self._split]
-        gram, values = vectors.T @ self._grams[index] @ vectors, self.nodes[self._split]
-        high = _largest(gram, values, dimension, self._rest_low, self._rest_high)
-        low = _largest(gram, -values, dimension, -self._rest_high, -self._rest_low)
-        return (-low[1] - self._error, -low[0] + self._error), (high[0] - self._error, high[1] + self._error)
+        gram = vectors.T @ self._grams[index] @ vectors
+        low, high = _extremes(gram, self.nodes[self._split], dimension, self._rest_low, self._rest_high)
+        return (low[0] - self._error, low[1] + self._error), (high[0] - self._error, high[1] + self._error)
 
 
-def _largest(gram: Array, values: Array, dimension: int, rest_low: float, rest_high: float) -> tuple[float, float]:
-    """Bound λ_max of Y diag(θ) Yᵀ + R_ll, given the Gram matrix YᵀY, θ, and bounds on the eigenvalues of R."""
-    if len(values) < dimension and not (values > 0).any():
-        return rest_low, rest_high  # the largest one is zero, that of any vector orthogonal to Y
+def _extremes(
+    gram: Array, values: Array, dimension: int, rest_low: float, rest_high: float
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Bound λ_min and λ_max of Y diag(θ) Yᵀ + R_ll, given YᵀY, θ, and bounds on the eigenvalues of R."""
     # The eigenvalues of Y diag(θ) Yᵀ are those of √G diag(θ) √G; the larger of the two matrices has more zeros.
     sizes, axes = np.linalg.eigh(gram)
     root = (axes * np.sqrt(np.maximum(sizes, 0.0))) @ axes.T
     found, vectors = np.linalg.eigh(root @ (values[:, None] * root))
+    # Of an eigenvector u only the part outside of the Ritz vectors, of squared length 1 − ‖Yᵀu‖², is curved by R.
+    outside = np.maximum(1 - ((root @ vectors) ** 2).sum(axis=0), 0.0)
     own = np.argsort(np.abs(found))[max(len(values) - dimension, 0) :]
-    top = own[np.argmax(found[own])]
-    # Of its eigenvector u only the part outside of the Ritz vectors, of squared length 1 − ‖Yᵀu‖², is curved by R.
-    outside = max(1 - float(((root @ vectors[:, top]) ** 2).sum()), 0.0)
-    return float(found[top]) + outside * rest_low, float(found[top]) + rest_high
+    has_zero = len(values) < dimension  # of any vector orthogonal to Y
+    low, high = (rest_low, rest_high), (rest_low, rest_high)
+    if len(own) and not (has_zero and (values >= 0).all()):
+        bottom = own[np.argmin(found[own])]
+        low = float(found[bottom]) + rest_low, float(found[bottom] + outside[bottom] * rest_high)
+    if len(own) and not (has_zero and (values <= 0).all()):
+        top = own[np.argmax(found[own])]
+        high = float(found[top] + outside[top] * rest_low), float(found[top]) + rest_high
+    return low, high
