@@ -3,12 +3,17 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+LONG = ("test_sharded", "test_ddp", "test_accelerator", "test_examples", "test_cli", "test_tracking", "test_browser")
+"""Files whose tests share a long run. They come first: workers steal tests from the end of each other's lists, and the
+second half of such a file would make another worker repeat its run."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked `slow`")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONG)
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:
