@@ -42,6 +42,9 @@ CONVERGED_FOR_BOUNDS = 1e-3
 class LayerCurvature:
     """The diagonal block of one layer, as far as a Lanczos run on the whole matrix tells.
 
+    The bounds hold with probability `Spectrum.confidence` if the converged nodes are simple eigenvalues, see
+    `deflation.converged_nodes`.
+
     Attributes:
         dimension: Number of analyzed parameters of the layer.
         trace: Estimate of the trace of the layer's Hessian; those of all layers add up to that of the matrix.

@@ -97,7 +97,8 @@ class SpectrumDensity(SpectrumData):
         """Bound the number of eigenvalues between two thresholds, which do not depend on the result.
 
         Converged nodes count exactly; the number of the others follows from the share of the start vector along them,
-        with probability `confidence` (see `counts`). Proven for Gaussian probes; for Rademacher probes it requires
+        with probability `confidence` (see `counts`). Proven for Gaussian probes if the converged nodes are simple
+        eigenvalues, which is tested, but a few multiple ones may pass the test; for Rademacher probes it also requires
         eigenvectors that are spread over many parameters. Without a Krylov basis no node counts exactly.
 
         Args:

@@ -6,20 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from tests.cases import OnceDifferentiable
 from tests.training.modules import Digits, plain_loss
-
-
-class OnceDifferentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.clone()
 
 
 def once_differentiable_loss(module: Any, batch: Any) -> Tensor:
