@@ -53,6 +53,7 @@ class Page:
         self.driver = driver
 
     def open(self, address: str) -> None:
+        self.driver.get("about:blank")  # the page before asks its server for more, which may have ended by now
         self.driver.get_log("browser")
         self.driver.get(address)
 
