@@ -70,8 +70,11 @@ def decode_record(row: Mapping[str, Any], load: Callable[[str, Any], Any]) -> Sp
         load: Function of the name of a field and the plain value in it; returns the spectrum, or the spectra of layers.
 
     Raises:
-        ValueError: If the spectra on training and on generalization data cannot be compared.
+        ValueError: If the metrics are no numbers, or the spectra on training and on generalization data cannot be
+            compared.
     """
+    row = {"metrics": {}, **row}  # an earlier version had none
+    check_fields(row, {"metrics": each_named(number)}, "a record")
     contents: dict[str, Any] = {field: None if row[field] is None else load(field, row[field]) for field in FIELDS}
     record = SpectrumRecord(**{field: row[field] for field in PLAIN_FIELDS}, **contents)
     if record.spectrum is not None and record.generalization is not None:
@@ -160,9 +163,10 @@ class Packing:
         Raises:
             ValueError: If it is damaged.
         """
-        positions = dict.fromkeys(STORED_ARRAYS, lambda at: at_least(0)(at) and at < len(self.arrays))
+        given = [name for name in STORED_ARRAYS if name in values]  # an earlier version had fewer
+        positions = dict.fromkeys(given, lambda at: at_least(0)(at) and at < len(self.arrays))
         check_fields(values, positions, "a spectrum")
-        return Spectrum.from_dict({**values, **{name: self.arrays[values[name]] for name in STORED_ARRAYS}})
+        return Spectrum.from_dict({**values, **{name: self.arrays[values[name]] for name in given}})
 
 
 def pack_records(records: Sequence[SpectrumRecord]) -> tuple[list[dict[str, Any]], Packing]:

@@ -55,6 +55,7 @@ class LayerCurvature:
         lambda_min_weight: Share of the eigenvector of the smallest eigenvalue in the layer.
         lambda_max_bounds: (low, high) that contain the largest eigenvalue of the layer's Hessian.
         lambda_min_bounds: (low, high) that contain the smallest eigenvalue of the layer's Hessian.
+        squared_norm: Squared Euclidean norm of the layer's parameters; NaN: unknown.
     """
 
     dimension: int
@@ -66,6 +67,7 @@ class LayerCurvature:
     lambda_min_weight: float
     lambda_max_bounds: tuple[float, float]
     lambda_min_bounds: tuple[float, float]
+    squared_norm: float = math.nan
 
     @property
     def numbers(self) -> list[float]:
@@ -77,6 +79,7 @@ class LayerCurvature:
             self.lambda_min_weight,
             *self.lambda_max_bounds,
             *self.lambda_min_bounds,
+            self.squared_norm,
         ]
 
     @classmethod
@@ -84,10 +87,10 @@ class LayerCurvature:
         """Return the curvature with these `numbers`."""
         dimension, trace, error, share, negative, largest, smallest, *bounds = map(float, numbers)
         pairs = (bounds[0], bounds[1]), (bounds[2], bounds[3])
-        return cls(int(dimension), trace, error, share, negative, largest, smallest, *pairs)
+        return cls(int(dimension), trace, error, share, negative, largest, smallest, *pairs, *bounds[4:])
 
 
-NUMBERS = 11
+NUMBERS = 12
 """How many `numbers` a layer has."""
 
 

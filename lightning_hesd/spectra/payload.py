@@ -100,6 +100,7 @@ def record_payload(record: SpectrumRecord) -> dict[str, Any]:
         "thresholds": THRESHOLDS,
         "assessment": None if record.assessment is None else asdict(record.assessment),
         **data_of_record(record),
+        "metrics": dict(record.metrics),
         "scores": {name: score for name, score in scores.items() if not math.isnan(score)},
         "layers": [
             {
@@ -228,6 +229,9 @@ SPECTRUM_FIELDS: Fields = {
     **dict.fromkeys(("sigma", "loss", "c_t", "c_t_low", "c_t_high"), optional(number)),
     "type": optional(text),
 }
+LATER_RECORD_FIELDS: Fields = {"metrics": each_named(optional(number))}
+"""Fields that records of earlier releases lack."""
+
 LATER_FIELDS: Fields = {
     "cumulative_band": optional(having(dict.fromkeys(("points", "low", "high"), each(number)))),
 }
@@ -265,8 +269,11 @@ def read_payload(source: str | bytes, fields: Fields = RECORD_FIELDS) -> dict[st
     try:
         check_version(version, "the payload")
         check_fields(payload, fields, "the payload")
-        for spectrum in payload["spectra"].values() if "spectra" in fields else ():
-            _check_spectrum(spectrum)
+        if fields is RECORD_FIELDS:
+            payload = {"metrics": {}, **payload}
+            check_fields(payload, LATER_RECORD_FIELDS, "the payload")
+            for spectrum in payload["spectra"].values():
+                _check_spectrum(spectrum)
     except ValueError as error:
         raise PayloadError(one_line(error)) from error
     return payload

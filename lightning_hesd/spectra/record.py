@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,7 @@ RECORDED_BY = {
 }
 """The option of HessianSpectrumCallback that records a field or property; others are recorded always."""
 
-PLAIN_FIELDS = ("epoch", "global_step", "error", "stability_threshold")
+PLAIN_FIELDS = ("epoch", "global_step", "error", "stability_threshold", "metrics")
 """The fields of a record that are plain values."""
 
 LAYERS_SUFFIX = "_layers"
@@ -58,6 +58,9 @@ class SpectrumRecord:
         stability_threshold: Largest preconditioned eigenvalue at which the optimizer's steps are stable; None: unknown.
         ggn: Spectrum of the GGN; None if it is not analyzed.
         residual: Spectrum of the residual H − GGN; None if it is not analyzed.
+        metrics: Logged metrics of the analyzed weights, by key, without those of the callback: the values logged in the
+            last batch, as means over the epoch that ended with it, or in validation right after it. Values of older
+            weights are left out, and so are those that are not finite.
     """
 
     epoch: int
@@ -70,6 +73,7 @@ class SpectrumRecord:
     stability_threshold: float | None = None
     ggn: Spectrum | None = None
     residual: Spectrum | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def spectra(self) -> dict[str, Spectrum]:

@@ -95,6 +95,7 @@ SPECTRUM_SCALARS: dict[str, Scalar] = _keyed(
     ),
     Scalar("k_h05", _k_h05, "K_H05", shown=("data", "tab")),
     _field("c_t_sampling_error", "standard error of C_t from the finite sample", shown=("data",)),
+    _field("squared_weight_norm", "squared norm of the weights", "parameter²", is_logarithmic=True, shown=DATA),
     _field("subspace_overlap", "overlap of the leading eigenvectors with those before", shown=("data",)),
     _field(
         "loss", "loss", "loss", is_logarithmic=True,

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 ARRAYS = ("nodes", "weights", "residuals")
 """The fields that are arrays."""
 
-STORED_ARRAYS = (*ARRAYS, "layer_numbers")
+STORED_ARRAYS = (*ARRAYS, "layer_numbers", "group_curvatures")
 """The arrays of `SpectrumData.to_dict`."""
 
 MAX_SIZE = 1e150
@@ -64,9 +64,9 @@ OPTIONAL: dict[str, Check] = {
     "verification": text,
     **dict.fromkeys(("predicted_memory", "sampling_groups"), optional(at_least(0))),
     "layer_names": each(text),
-    "layer_numbers": of(np.ndarray),
+    **dict.fromkeys(("layer_numbers", "group_curvatures"), of(np.ndarray)),
     "subspace_overlap": optional(number),
-    **dict.fromkeys(("asymmetry", "gradient_equivalents", *SAMPLING), optional(number)),
+    **dict.fromkeys(("asymmetry", "gradient_equivalents", "squared_weight_norm", *SAMPLING), optional(number)),
 }
 
 
@@ -148,6 +148,11 @@ class SpectrumData:
         lambda_min_sampling_bias: Expected difference from infinitely many samples, at most 0.
         lambda_max_sampling_bias: Expected difference from infinitely many samples, at least 0.
         sampling_groups: Number of groups of samples that the sampling errors rest on.
+        group_curvatures: Share of each group of samples in the mean loss, and uᵀH_g u with the group's Hessian H_g and
+            the eigenvectors u of the smallest and of the largest eigenvalue, shape (3, groups); no groups if the
+            sampling error was not asked for. Two analyses of the same samples tell how well their difference is known.
+        squared_weight_norm: Squared Euclidean norm of the analyzed parameters, in the coordinates of the preconditioner
+            if there is one; None: unknown.
         subspace_overlap: Share of the span of the leading eigenvectors in that of the analysis before, from 0 to 1;
             None where eigenvectors are not tracked (`track_eigenvectors`), or there was no analysis before.
         by_layer: Curvature of each layer, by name, as far as this analysis of the whole matrix tells; empty without a
@@ -187,11 +192,13 @@ class SpectrumData:
     lambda_min_sampling_bias: float | None = None
     lambda_max_sampling_bias: float | None = None
     sampling_groups: int | None = None
+    group_curvatures: NDArray[np.float64] = field(default_factory=lambda: np.empty((3, 0)))
+    squared_weight_norm: float | None = None
     subspace_overlap: float | None = None
     by_layer: Mapping[str, LayerCurvature] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ARRAYS:
+        for name in (*ARRAYS, "group_curvatures"):
             array = np.array(getattr(self, name), dtype=np.float64)
             array.flags.writeable = False
             object.__setattr__(self, name, array)
@@ -204,6 +211,10 @@ class SpectrumData:
             if getattr(self, name).shape != shape:
                 msg = f"`{name}` must have the shape of `nodes`, {shape}, got {getattr(self, name).shape}."
                 raise ValueError(msg)
+        groups = self.group_curvatures.shape
+        if len(groups) != 2 or groups[0] != 3:
+            msg = f"`group_curvatures` must have shape (3, groups), got {groups}."
+            raise ValueError(msg)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields: arrays as NumPy arrays, everything else as plain Python values."""
@@ -222,7 +233,7 @@ class SpectrumData:
         check_spectrum(values)
         plain = dict(values)
         names, numbers = plain.pop("layer_names", []), plain.pop("layer_numbers", np.empty((0, NUMBERS)))
-        if numbers.shape != (len(names), NUMBERS):
+        if numbers.shape not in {(len(names), NUMBERS), (len(names), NUMBERS - 1)}:  # an earlier version had no norms
             msg = f"`layer_numbers` must have shape ({len(names)} layers, {NUMBERS}), got {numbers.shape}"
             raise ValueError(msg)
         by_layer = {name: LayerCurvature.of_numbers(row) for name, row in zip(names, numbers, strict=True)}

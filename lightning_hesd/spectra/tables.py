@@ -52,6 +52,7 @@ def records_table(records: Sequence[SpectrumRecord]) -> pd.DataFrame:
                 columns["verdict"] = TEXT
             elif "data" in scalar.shown:
                 columns[scalar.key] = NUMBER
+    columns |= {f"metric_{key}": NUMBER for key in sorted({key for record in records for key in record.metrics})}
     columns["error"] = TEXT
     return _table([_row(record) for record in records], columns)
 
@@ -77,6 +78,7 @@ def _row(record: SpectrumRecord) -> dict[str, Any]:
     for suffix, spectrum in record.spectra.items():
         row |= data_of_spectrum(spectrum, prefix=f"{suffix[1:]}_" if suffix else "")
     row |= data_of_record(record)
+    row |= {f"metric_{key}": value for key, value in record.metrics.items()}
     if record.assessment is not None:
         row["verdict"] = record.assessment.verdict
     if record.spectrum is not None:

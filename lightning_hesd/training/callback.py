@@ -203,9 +203,14 @@ class HessianSpectrumCallback(SpectrumSource):
         if self.refusal is None:
             self.budget.start()
 
-    def on_train_epoch_start(self, *_args: Any) -> None:
-        """Begin the gradient statistics of this epoch."""
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_args: Any) -> None:
+        """Complete the last record, and begin the gradient statistics of this epoch."""
+        self._run.complete_record(trainer)
         self._monitor.restart()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_args: Any) -> None:
+        """Complete the last record, whose weights are about to change."""
+        self._run.begin_batch(trainer)
 
     def on_after_backward(self, trainer: pl.Trainer, *_args: Any) -> None:
         """Keep the gradients as the backward pass left them."""
@@ -227,8 +232,9 @@ class HessianSpectrumCallback(SpectrumSource):
         if self._run.is_due(trainer, at_epoch_end=True):
             self._run.analyze(trainer, pl_module, trainer.current_epoch)
 
-    def on_train_end(self, *_args: Any) -> None:
-        """Write the outputs of the end of training."""
+    def on_train_end(self, trainer: pl.Trainer, *_args: Any) -> None:
+        """Complete the last record, and write the outputs of the end of training."""
+        self._run.complete_record(trainer)
         self._run.finish()
 
     def on_fit_end(self, trainer: pl.Trainer, *_args: Any) -> None:

@@ -141,6 +141,14 @@ class RunOutputs:
             with errors.guard(consequence):
                 history.save(self.folder)
 
+    def rewrite(self, trainer: pl.Trainer, history: SpectrumHistory, *, at_epoch_end: bool) -> None:
+        """Write the last record again, with metrics that were logged after it."""
+        step = logged_metrics.logging_step(trainer, at_epoch_end=at_epoch_end)
+        for logger in self._loggers if history[-1].spectra else ():
+            logger.rewrite(history, step)
+        if self.folder is not None:
+            history.save(self.folder)
+
     def finish(self, history: SpectrumHistory, errors: ErrorPolicy, on_error: OnError | None = None) -> None:
         """Write the outputs of the end of training; the loggers get nothing after it."""
         loggers, self._loggers = self._loggers, []

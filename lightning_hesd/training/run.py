@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+from lightning_hesd.spectra.record import SUFFIXES
 from lightning_hesd.spectra.summary import Kept, analysis_lines, summarize
 from lightning_hesd.spectra.validation import check_fields, of, one_line
 from lightning_hesd.training import terminal
@@ -19,6 +21,7 @@ from lightning_hesd.training.checkpoints.placement import (
 )
 from lightning_hesd.training.compat import messages, runs, signals, strategies
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
+from lightning_hesd.training.fresh_metrics import FreshMetrics
 from lightning_hesd.training.history import START_EPOCH, SpectrumRecord, when
 from lightning_hesd.training.loss import check_loss_source
 from lightning_hesd.training.outputs import RunOutputs
@@ -59,6 +62,8 @@ class AnalysisRun:
         self._trained_by: str | None = None
         self._is_resumed = False
         self._prints_summary = False
+        self._metrics = FreshMetrics()
+        self._lacks_metrics = False  # whether metrics may still be logged for the weights of the last record
 
     # Begin ----------------------------------------------------------------------------------------------------------
 
@@ -101,6 +106,7 @@ class AnalysisRun:
         source, errors = self._source, self._source.errors
         with errors.guard("cannot tell which metrics other callbacks monitor"):
             warn_about_stale_monitors(trainer, source.name, sparse=source.schedule.is_sparse)
+        self._lacks_metrics = False
         continues = self._is_resumed or self._trained_by == runs.name_of(trainer)
         self._is_resumed, self._trained_by = False, runs.name_of(trainer)
         source.history.rewind(trainer.global_step if continues else 0)
@@ -158,6 +164,39 @@ class AnalysisRun:
             return
         self.analyze(trainer, pl_module, START_EPOCH)
 
+    # Metrics --------------------------------------------------------------------------------------------------------
+
+    def begin_batch(self, trainer: pl.Trainer) -> None:
+        """Complete the last record, whose weights are about to change, and note which metrics are older than a batch.
+
+        Only of a batch after which there may be an analysis: to ask Lightning for its metrics takes 50 microseconds.
+        """
+        self.complete_record(trainer)
+        source, step = self._source, trainer.global_step + 1
+        is_last = trainer.is_last_batch or step == trainer.max_steps
+        if source.schedule.may_follow(trainer.current_epoch, step, is_last=is_last) and source.refusal is None:
+            with source.errors.guard("the records will not have the metrics of the network"):
+                self._metrics.begin_batch(trainer)
+
+    def complete_record(self, trainer: pl.Trainer) -> None:
+        """Enter metrics into the last record that were logged for its weights after it was made."""
+        lacks, self._lacks_metrics = self._lacks_metrics, False
+        history = self._source.history
+        if not lacks or not history or history[-1].global_step != trainer.global_step:
+            return
+        with self._source.errors.guard("the record will not have the metrics that were logged after it"):
+            metrics = self._fresh_metrics(trainer)
+            if metrics != history[-1].metrics:
+                history[-1] = replace(history[-1], metrics=metrics)
+                self._source.show_in_original()
+                self._outputs.rewrite(trainer, history, at_epoch_end=self._source.schedule.by_epoch)
+
+    def _fresh_metrics(self, trainer: pl.Trainer) -> dict[str, float]:
+        """Return the metrics of the present weights, by key, as rank zero has them; none of callbacks like this one."""
+        ours = tuple(f"{other.name}{suffix}/" for other in sources_of(trainer) for suffix in SUFFIXES.values())
+        metrics: dict[str, float] = trainer.strategy.broadcast(self._metrics.values(trainer, ours))
+        return metrics
+
     # Analyses -------------------------------------------------------------------------------------------------------
 
     def is_due(self, trainer: pl.Trainer, *, at_epoch_end: bool) -> bool:
@@ -189,7 +228,12 @@ class AnalysisRun:
             stack.enter_context(signals.sigterm_waits(trainer))
             for other in sources_of(trainer):  # for none of them is this training time
                 stack.enter_context(other.budget.analysis() if other is source else other.budget.paused())
-            source.history.append(self._recorder.record(trainer, pl_module, epoch, source.errors))
+            record = self._recorder.record(trainer, pl_module, epoch, source.errors)
+            self._lacks_metrics = self._metrics.is_of_last_batch(trainer)
+            if self._lacks_metrics:
+                with source.errors.guard("the record will not have the metrics of the network"):
+                    record = replace(record, metrics=self._fresh_metrics(trainer))
+            source.history.append(record)
             source.show_in_original()
             with source.errors.guard(
                 "cannot copy the analyzed weights: checkpoints have the weights as later callbacks leave them"

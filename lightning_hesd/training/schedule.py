@@ -73,6 +73,10 @@ class Schedule:
         """Whether epochs are analyzed, and not optimizer steps."""
         return self.every_n_train_steps is None
 
+    def may_follow(self, epoch: int, step: int, *, is_last: bool) -> bool:
+        """Return whether an analysis may follow a batch of this epoch, the last one or not, and optimizer step."""
+        return is_last and self.includes_epoch(epoch) if self.by_epoch else self.includes_step(step)
+
     @property
     def is_sparse(self) -> bool:
         """Whether some epochs may end without an analysis of their last weights."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -233,7 +233,8 @@ class Estimation:
             verified=risk.verification.verdict(exact=risk.is_exact),
             verification=risk.verification.words,
             reason=criteria.undefined_reason(norm, risk.loss, self._squared_weight_norm, epsilon, rounding),
-            **({} if self._sampling is None else asdict(self._sampling)),
+            squared_weight_norm=self._squared_weight_norm,
+            **({} if self._sampling is None else vars(self._sampling)),
         )
 
     def spectrum_and_vectors(self, layers: Layers) -> Spectrum:

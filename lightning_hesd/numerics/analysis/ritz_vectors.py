@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,7 +57,9 @@ def layers_of_runs(
         known = found[0].vectors[:, converged]
         further = [_rest_probe(operator, runs[0], known, probe, ranges) for probe in probes]
     dimensions = {name: dimension for name, (_, dimension) in layers.items()}
-    return layer_curvatures(found, dimensions, spectrum.rounding, spectrum.confidence, further)
+    by_layer = layer_curvatures(found, dimensions, spectrum.rounding, spectrum.confidence, further)
+    norms = {name: operator.squared_weight_norm(positions) for name, (positions, _) in layers.items()}
+    return {name: replace(layer, squared_norm=norms[name]) for name, layer in by_layer.items()}
 
 
 def _rest_probe(operator: DiagonalBlock, run: Lanczos, known: Array, probe: Tensor, ranges: Ranges) -> RestProbe:

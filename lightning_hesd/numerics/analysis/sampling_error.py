@@ -57,6 +57,7 @@ class SamplingError:
     lambda_min_sampling_bias: float
     lambda_max_sampling_bias: float
     sampling_groups: int
+    group_curvatures: Array
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ def sampling_error(operator: DiagonalBlock, runs: Sequence[Lanczos]) -> Sampling
         lambda_min_sampling_bias=float(biases[0]),
         lambda_max_sampling_bias=float(biases[1]),
         sampling_groups=groups,
+        group_curvatures=np.vstack([weights, own.T]),
     )
 
 

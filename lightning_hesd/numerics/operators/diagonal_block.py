@@ -15,7 +15,7 @@ from lightning_hesd.numerics.collectives import AnotherRankFailedError
 from lightning_hesd.numerics.krylov.vectors import in_shape, norm_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
@@ -53,13 +53,13 @@ class DiagonalBlock:
         """Order n of the block."""
         return self.space.dimension
 
-    def squared_weight_norm(self) -> float:
-        """Return the squared norm of the parameters, in the coordinates of the vectors."""
+    def squared_weight_norm(self, positions: Iterable[int] | None = None) -> float:
+        """Return the squared norm of the parameters, in the coordinates of the vectors; of some, given by position."""
         scales: Sequence[Tensor | float] = [1.0] * len(self._sizes)
         if self._scale is not None:
             scales = torch.split(self._scale, self._sizes)
-        pairs = zip(self.parameters, scales, strict=True)
-        norms = torch.stack([norm_of(p.detach().flatten() / scale) for p, scale in pairs]).tolist()
+        chosen = range(len(self._sizes)) if positions is None else positions
+        norms = torch.stack([norm_of(self.parameters[at].detach().flatten() / scales[at]) for at in chosen]).tolist()
         return self.space.total(math.fsum(norm**2 for norm in norms))
 
     def ranges(self, positions: Sequence[int]) -> list[slice]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
 from lightning_hesd.spectra.selection import Candidate, CandidateFilter, progress_tolerance
 from lightning_hesd.spectra.validation import each, having, integer, number, of, optional, text
-from lightning_hesd.training.compat.logged_metrics import logged_before_the_epoch
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
+from lightning_hesd.training.fresh_metrics import FreshMetrics
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -131,13 +129,7 @@ class RunRanking:
 
 
 class TrainMetric:
-    """A logged metric, or the mean loss of the analysis.
-
-    Logged values persist, without their age. A value is of the present weights if it was logged after the beginning of
-    the batch that led to them: in its `training_step`, as the mean over the epoch that ended with it, or in the
-    validation that followed. Lightning makes a new tensor whenever a metric is logged or computed, and returns views of
-    it. So a memory address other than at the beginning of the batch means a new value; the old tensor is kept here, so
-    that its address is not used again.
+    """A logged metric of the analyzed weights, or the mean loss of the analysis.
 
     Args:
         key: Key of the metric; None: the mean loss of the analysis.
@@ -151,15 +143,13 @@ class TrainMetric:
         self.key = key
         self.mode = _mode(key, mode)
         self._step = -1
-        self._before: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the options without the logged tensor, whose address has no meaning in a copy."""
-        return {**vars(self), "_step": -1, "_before": None}
+        self._fresh = FreshMetrics()
 
     def restart(self, trainer: pl.Trainer) -> None:
         """Begin a run: the present value is old."""
-        self._step, self._before = trainer.global_step, self._value(trainer)
+        self._step = trainer.global_step
+        if self.key is not None:
+            self._fresh.begin_batch(trainer)
 
     def begin_batch(self, trainer: pl.Trainer) -> None:
         """Keep the value before the first batch of an optimizer step."""
@@ -171,9 +161,8 @@ class TrainMetric:
         sign = 1.0 if self.mode == "max" else -1.0
         if self.key is None:
             return sign * spectrum.loss
-        value = self._value(trainer)
-        is_old = _is_same(value, self._before) or logged_before_the_epoch(trainer, self.key)
-        return None if value is None or is_old else sign * float(value)
+        value = self._fresh.value(trainer, self.key)
+        return None if value is None else sign * value
 
     def complaint(self, trainer: pl.Trainer, ours: str) -> str:
         """Return why the metric of the present weights is not known, and what to do.
@@ -191,15 +180,6 @@ class TrainMetric:
             "`on_train_epoch_end`; in validation only where validation comes right after the analyzed step. Log it so, "
             "analyze after such epochs or steps only, or leave `train_metric` out to rank by the loss of the analysis."
         )
-
-    def _value(self, trainer: pl.Trainer) -> Any:
-        return None if self.key is None else trainer.callback_metrics.get(self.key)
-
-
-def _is_same(value: Any, before: Any) -> bool:
-    if isinstance(value, torch.Tensor) and isinstance(before, torch.Tensor):
-        return value.data_ptr() == before.data_ptr()
-    return value is before
 
 
 def _mode(metric: str | None, mode: Mode | None) -> Mode:

@@ -54,11 +54,15 @@ def log_scalars(
         logger.save()
 
 
-def logged_before_the_epoch(trainer: pl.Trainer, key: str) -> bool:
-    """Return whether a metric was logged in this epoch, but only before its first batch."""
-    results = [r for r in trainer.fit_loop.epoch_loop._results.values() if not r.has_reset]  # noqa: SLF001
-    hooks = {r.meta.fx for r in results if key in {r.meta.name, *map(r.meta.forked_name, (True, False))}}
-    return hooks == {"on_train_epoch_start"}
+def logged_before_the_epoch(trainer: pl.Trainer) -> set[str]:
+    """Return the keys of metrics that were logged in this epoch so far, but only before its first batch."""
+    early: set[str] = set()
+    later: set[str] = set()
+    for result in trainer.fit_loop.epoch_loop._results.values():  # noqa: SLF001
+        if not result.has_reset:
+            hooks = early if result.meta.fx == "on_train_epoch_start" else later
+            hooks |= {result.meta.name, *map(result.meta.forked_name, (True, False))}
+    return early - later
 
 
 def logged_results(trainer: pl.Trainer) -> list[object]:

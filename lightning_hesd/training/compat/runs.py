@@ -56,3 +56,8 @@ def looks_before_the_epoch_ends(trainer: pl.Trainer, callback: ModelCheckpoint |
     if after_epochs is None:
         after_epochs = trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
     return not after_epochs
+
+
+def batches_begun(trainer: pl.Trainer) -> int:
+    """Return how many training batches have begun, in all epochs."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)

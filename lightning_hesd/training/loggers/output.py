@@ -37,6 +37,9 @@ class LoggerOutput:
         """Write the last record, which has a spectrum, at `step` of the logger's axis."""
         raise NotImplementedError
 
+    def rewrite(self, history: SpectrumHistory, step: int) -> None:
+        """Write again what shows the metrics of the last record, which has a spectrum."""
+
     def write_selection(self, event: SelectionEvent, step: int) -> None:
         """Write a checkpoint rule's decision after the latest record at `step` of the logger's axis."""
 

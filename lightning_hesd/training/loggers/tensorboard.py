@@ -36,7 +36,7 @@ class TensorBoardOutput(LoggerOutput):
     def write(self, history: SpectrumHistory, step: int) -> None:
         """Write the last record, which has a spectrum, at `step` of the logger's axis."""
         record = history[-1]
-        self._write_payload(RECORD, to_json(record_payload(record)), step)
+        self.rewrite(history, step)
         for suffix, spectrum in record.spectra.items():
             self._write_histogram(f"{self._name}{suffix}/density", spectrum, step)
         for tag, image in figures(history):
@@ -46,6 +46,10 @@ class TensorBoardOutput(LoggerOutput):
         if record.assessment is not None:
             text = verdict_text(record.assessment, title(record))
             self._writer.add_text(f"{self._name}/assessment", text, global_step=step)
+
+    def rewrite(self, history: SpectrumHistory, step: int) -> None:
+        """Write the payload of the last record; of two with the same step, readers take the later one."""
+        self._write_payload(RECORD, to_json(record_payload(history[-1])), step)
 
     def write_selection(self, event: SelectionEvent, step: int) -> None:
         """Write a rule's decision after the latest record at `step` of the logger's axis."""

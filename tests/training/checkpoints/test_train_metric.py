@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric, SumMetric
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
 from lightning_hesd.spectra.selection import Candidate
-from lightning_hesd.training.history import SpectrumRecord
+from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
 from tests.training.modules import Classifier, fit, loader, plain_loss
 
 EPOCHS = 3
@@ -86,7 +86,15 @@ def ranked(
     said = [str(w.message) for w in caught if "does not rank" in str(w.message)]
     by_key = {key: [message for message in said if f"train_metric={key!r}" in message] for key in keys}
     assert max(map(len, by_key.values())) <= 1
+    assert not any(name.startswith("hesd") for record in observer.history for name in record.metrics)
     return {key: (checkpoint.seen, "".join(by_key[key])) for key, checkpoint in checkpoints.items()}
+
+
+def recorded(folder: Path, *keys: str) -> dict[str, dict[int, float]]:
+    """Return the metrics of the records of a training, by step."""
+    [index] = folder.rglob("index.json")
+    history = SpectrumHistory.load(index.parent)
+    return {key: {r.global_step: r.metrics[key] for r in history if key in r.metrics} for key in keys}
 
 
 AT_ENDS = {  # of epochs: what each metric is then
@@ -108,7 +116,9 @@ def test_at_the_ends_of_epochs(tmp_path: Path) -> None:
     found = ranked(tmp_path, *AT_ENDS, "start", "nowhere")
     assert found.pop("start")[0] == {}
     assert re.search(r"not among those logged so far, \['batch_end', .*'total'\]", found.pop("nowhere")[1])
-    assert found == {key: (dict(zip([5, 10, 15], values, strict=True)), "") for key, values in AT_ENDS.items()}
+    expected = {key: dict(zip([5, 10, 15], values, strict=True)) for key, values in AT_ENDS.items()}
+    assert found == {key: (values, "") for key, values in expected.items()}
+    assert recorded(tmp_path, *AT_ENDS, "start") == {**expected, "start": {}}
 
 
 EVERY_STEP = {2: 101.0, 4: 301.0, 6: 501.0, 8: 701.0, 10: 901.0}
@@ -133,6 +143,9 @@ def test_within_epochs(tmp_path: Path) -> None:
     for key, (seen, said) in found.items():
         assert bool(said) == (len(seen) < 5), key
         assert not said or "does not rank the analysis of epoch 0 after step 2, nor later ones like it" in said
+    # Records wait until the weights change: for the module's `on_train_batch_end`, and for means over the epoch.
+    later = {"batch_end": {step: 100.0 * step + 1 for step in EVERY_STEP}, "both": {**EVERY_STEP, 10: 701.0}}
+    assert recorded(tmp_path, *WITHIN, "start") == {**WITHIN, **later, "start": {}}
 
 
 def test_one_that_is_logged_now_and_then(tmp_path: Path) -> None:
@@ -143,6 +156,7 @@ def test_one_that_is_logged_now_and_then(tmp_path: Path) -> None:
     assert seen == {1: 1, 4: 301}
     assert "after step 2, nor later ones like it: the metric was last logged for older weights" in said
     assert list(found["both"][0]) == [1, 2, 3, 4, 5]
+    assert recorded(tmp_path, "step") == {"step": seen}
 
 
 def test_with_accumulated_gradients(tmp_path: Path) -> None:
@@ -178,6 +192,7 @@ def test_of_validation(
     seen, said = ranked(tmp_path, "val", module=module, schedule=schedule, limit_val_batches=1, **arguments)["val"]
     assert seen == expected
     assert bool(said) == missed
+    assert recorded(tmp_path, "val") == {"val": seen}
 
 
 def test_it_raises_if_the_callback_is_to_raise(tmp_path: Path) -> None:

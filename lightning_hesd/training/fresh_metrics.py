@@ -1,0 +1,62 @@
+"""Which logged metrics are those of the present weights."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_hesd.training.compat.logged_metrics import logged_before_the_epoch
+from lightning_hesd.training.compat.runs import batches_begun
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+
+class FreshMetrics:
+    """The logged metrics of the present weights.
+
+    Logged values persist, without their age. A value is of the present weights if it was logged after the beginning of
+    the batch that led to them: in its `training_step`, as the mean over the epoch that ended with it, or in the
+    validation that followed. Lightning makes a new tensor whenever a metric is logged or computed, and returns views of
+    it. So a memory address other than at the beginning of the batch means a new value; the old tensors are kept here,
+    so that their addresses are not used again.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[str, Any] = {}
+        self._early: set[str] = set()  # of this epoch, but from before its first batch
+        self._batch: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return no tensors, whose addresses have no meaning in a copy."""
+        return {"_before": {}, "_early": set(), "_batch": None}
+
+    def begin_batch(self, trainer: pl.Trainer) -> None:
+        """Keep the values before a batch, which are old after it."""
+        self._before = dict(trainer.callback_metrics)
+        self._early = logged_before_the_epoch(trainer)
+        self._batch = batches_begun(trainer)
+
+    def is_of_last_batch(self, trainer: pl.Trainer) -> bool:
+        """Whether values were last kept before the batch that came last."""
+        return self._batch == batches_begun(trainer)
+
+    def value(self, trainer: pl.Trainer, key: str) -> float | None:
+        """Return a metric of the present weights; None if it was not logged for them."""
+        value: Any = trainer.callback_metrics.get(key)
+        is_old = key in self._early or _is_same(value, self._before.get(key))
+        return None if value is None or is_old else float(value)
+
+    def values(self, trainer: pl.Trainer, prefixes: tuple[str, ...]) -> dict[str, float]:
+        """Return the finite metrics of the present weights, by key, but for those whose keys begin with a prefix."""
+        keys = [key for key in trainer.callback_metrics if not key.startswith(prefixes)]
+        found = {key: self.value(trainer, key) for key in keys}
+        return {key: value for key, value in found.items() if value is not None and math.isfinite(value)}
+
+
+def _is_same(value: Any, before: Any) -> bool:
+    if isinstance(value, torch.Tensor) and isinstance(before, torch.Tensor):
+        return value.data_ptr() == before.data_ptr()
+    return value is before
