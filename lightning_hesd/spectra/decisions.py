@@ -57,7 +57,7 @@ def run_payload(
 
 
 def decisions(records: Sequence[Payload], selections: Sequence[Payload]) -> list[dict[str, Any]]:
-    """Return the decision of each checkpoint callback, then those of the rules in `RULES` that no callback has.
+    """Return the decision of each checkpoint callback, then those of the rules that are shown without one.
 
     Args:
         records: Payloads of records.
@@ -73,7 +73,7 @@ def decisions(records: Sequence[Payload], selections: Sequence[Payload]) -> list
     return found + [
         {**_decision(rule, LOSS, rank_by_loss(states, rule), is_relative=True), "used": False}
         for rule in RULES
-        if rule not in used
+        if RULES[rule].is_shown and rule not in used
     ]
 
 

@@ -39,6 +39,9 @@ PLAIN_FIELDS = ("epoch", "global_step", "error", "stability_threshold", "metrics
 
 LAYERS_SUFFIX = "_layers"
 
+VALIDATION_LOSSES = tuple(f"{prefix}{mark}loss" for prefix in ("val", "valid", "validation", "dev") for mark in "_/")
+"""Keys under which the loss on validation data is logged, the usual ones."""
+
 START_EPOCH = -1
 """Epoch of the record made before the first optimizer step."""
 
@@ -87,6 +90,16 @@ class SpectrumRecord:
         if self.preconditioned is None or self.stability_threshold is None:
             return None
         return self.preconditioned.lambda_max / self.stability_threshold
+
+    @property
+    def validation_loss(self) -> float | None:
+        """The logged loss on validation data, by the usual keys; None if it was not logged for the analyzed weights."""
+        return next((self.metrics[key] for key in VALIDATION_LOSSES if key in self.metrics), None)
+
+    @property
+    def squared_weight_norm(self) -> float | None:
+        """Squared Euclidean norm of the analyzed weights; None if it is unknown."""
+        return None if self.spectrum is None else self.spectrum.squared_weight_norm
 
     @cached_property
     def layer_indicators(self) -> dict[str, LayerIndicators]:

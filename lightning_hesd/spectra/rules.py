@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_hesd.spectra.record import RECORDED_BY
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lightning_hesd.spectra.record import SpectrumRecord
+    from lightning_hesd.spectra.spectrum import Spectrum
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class CheckpointRule:
         needs: Fields or properties of the record that the criterion is computed from, in the order of its arguments.
         scalar: Key of the scalar that the criterion is made from: charts of this scalar mark the picks.
         marker: Matplotlib's code of the mark of a pick.
+        is_baseline: Whether it is a usual choice that knows nothing of curvature: other rules are compared with it.
+        is_shown: Whether summaries, figures and the tab show what it would pick, though no callback has it.
     """
 
     name: str
@@ -35,6 +38,8 @@ class CheckpointRule:
     needs: tuple[str, ...] = ("spectrum",)
     scalar: str | None = None
     marker: str = "D"
+    is_baseline: bool = False
+    is_shown: bool = True
 
     def score(self, record: SpectrumRecord) -> float:
         """Return the criterion of a record, higher is better; NaN if the record lacks a field that the rule needs."""
@@ -56,21 +61,89 @@ class CheckpointRule:
         )
 
 
-RULES: dict[str, CheckpointRule] = {
-    rule.name: rule
-    for rule in (
-        CheckpointRule("highest_c_t", "highest C_t", "C_t", lambda spectrum: spectrum.c_t, scalar="c_t", marker="^"),
-        CheckpointRule(
-            "lowest_max_eigenvalue",
-            "lowest λ_max",
-            "λ_max",
-            lambda spectrum: -spectrum.lambda_max,
-            scalar="lambda_max",
-            marker="v",
-        ),
+def _scaled(value: float, spectrum: Spectrum) -> float:
+    """Return a quantity of curvature times the squared norm of the weights, NaN if that is unknown."""
+    return value * (math.nan if spectrum.squared_weight_norm is None else spectrum.squared_weight_norm)
+
+
+def relative_flatness(spectrum: Spectrum) -> float:
+    """Return Σ ‖w_l‖² tr H_l over layers l; NaN if the spectrum tells nothing of layers.
+
+    The relative flatness of Petzka et al. (2021, arXiv:2001.00939), summed over layers, without the terms between
+    neurons of a layer. It stays the same when a ReLU network is rescaled from layer to layer.
+    """
+    terms = [layer.squared_norm * layer.trace for layer in spectrum.by_layer.values()]
+    return sum(terms) if terms else math.nan
+
+
+_PAPER = (
+    CheckpointRule("highest_c_t", "highest C_t", "C_t", lambda spectrum: spectrum.c_t, scalar="c_t", marker="^"),
+    CheckpointRule(
+        "lowest_max_eigenvalue",
+        "lowest λ_max",
+        "λ_max",
+        lambda spectrum: -spectrum.lambda_max,
+        scalar="lambda_max",
+        marker="v",
+    ),
+)
+"""The rule of Gabdullin (2025), section 4.2, and the one it is compared with there."""
+
+
+def _further(name: str, title: str, criterion: Callable[..., float], *needs: str) -> CheckpointRule:
+    short_title = title.removeprefix("lowest ")
+    return CheckpointRule(name, title, short_title, criterion, needs or ("spectrum",), is_shown=False)
+
+
+_FURTHER = (
+    # Measures of flatness in use: see Jiang et al. (2020, arXiv:1912.02178) and Andriushchenko et al. (2023,
+    # arXiv:2302.07011), which find little in them.
+    _further("lowest_trace", "lowest trace", lambda spectrum: -spectrum.trace),
+    # Scaling all weights of a network with norms by c divides its curvature by c² (Dinh et al. 2017, arXiv:1703.04933).
+    _further(
+        "lowest_scaled_max_eigenvalue", "lowest λ_max·‖w‖²", lambda spectrum: -_scaled(spectrum.lambda_max, spectrum)
+    ),
+    _further("lowest_scaled_trace", "lowest trace·‖w‖²", lambda spectrum: -_scaled(spectrum.trace, spectrum)),
+    _further("lowest_relative_flatness", "lowest relative flatness", lambda spectrum: -relative_flatness(spectrum)),
+    # Criteria of Gabdullin (2025), sections 3.4 and 4.3, that the paper does not use to pick checkpoints.
+    _further("lowest_k_h05", "lowest K_H05", lambda spectrum: math.nan if spectrum.tolerance else -spectrum.k_h(0.5)),
+    _further("lowest_delta_r_e", "lowest Δr_e", lambda assessment: -assessment.delta_r_e, "assessment"),
+    # Sharpness as the optimizer meets it (Cohen et al. 2022, arXiv:2207.14484).
+    _further(
+        "lowest_preconditioned_max_eigenvalue",
+        "lowest preconditioned λ_max",
+        lambda spectrum: -spectrum.lambda_max,
+        "preconditioned",
+    ),
+)
+
+_BASELINES = tuple(
+    CheckpointRule(name, title, title, criterion, needs, is_baseline=True, is_shown=False)
+    for name, title, criterion, needs in (
+        ("last", "last epoch", lambda step: step, ("global_step",)),
+        ("lowest_train_loss", "lowest training loss", lambda spectrum: -spectrum.loss, ("spectrum",)),
+        ("lowest_validation_loss", "lowest validation loss", lambda loss: -loss, ("validation_loss",)),
     )
-}
-"""The rules by name: that of Gabdullin (2025), section 4.2, and the one it is compared with there."""
+)
+
+RuleName = Literal[
+    "highest_c_t",
+    "lowest_max_eigenvalue",
+    "lowest_trace",
+    "lowest_scaled_max_eigenvalue",
+    "lowest_scaled_trace",
+    "lowest_relative_flatness",
+    "lowest_k_h05",
+    "lowest_delta_r_e",
+    "lowest_preconditioned_max_eigenvalue",
+    "last",
+    "lowest_train_loss",
+    "lowest_validation_loss",
+]
+"""The names of the rules, for type checkers and configurations."""
+
+RULES: dict[str, CheckpointRule] = {rule.name: rule for rule in (*_PAPER, *_FURTHER, *_BASELINES)}
+"""The rules by name."""
 
 
 def rule_title(name: str) -> str:

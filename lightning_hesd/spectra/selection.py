@@ -241,9 +241,9 @@ def candidates_of(
 def picks(
     records: Sequence[SpectrumRecord], tolerance: float | None = None, *, fallback: bool = True
 ) -> dict[str, SpectrumRecord]:
-    """Return the pick of each rule in `RULES`, by the rule's name; arguments as for `candidates_of`."""
+    """Return the pick of each rule that is shown, by the rule's name; arguments as for `candidates_of`."""
     states = list(map(AnalyzedState.of, records))
-    rankings = {name: rank_by_loss(states, name, tolerance) for name in RULES}
+    rankings = {name: rank_by_loss(states, name, tolerance) for name, rule in RULES.items() if rule.is_shown}
     return {
         name: records[int(ranking.pick.path)]
         for name, ranking in rankings.items()

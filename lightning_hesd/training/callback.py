@@ -9,7 +9,7 @@ from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.inputs.portable import Portable
 from lightning_hesd.spectra.validation import check_count
 from lightning_hesd.training.analyzer import TrainerAnalyzer
-from lightning_hesd.training.checkpoints.placement import as_checkpoint
+from lightning_hesd.training.checkpoints.placement import as_checkpoints
 from lightning_hesd.training.compat.namespaces import join_namespaces
 from lightning_hesd.training.gradient_monitor import GradientMonitor
 from lightning_hesd.training.recorder import Recorder
@@ -20,13 +20,14 @@ from lightning_hesd.training.schedule import Schedule
 from lightning_hesd.training.source import SpectrumSource
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Sequence
 
     import lightning.pytorch as pl
     from torch.utils.data import DataLoader
 
     from lightning_hesd.numerics.analysis.evaluation import LossFunction
     from lightning_hesd.numerics.inputs.blocks import Layers
+    from lightning_hesd.spectra.rules import RuleName
     from lightning_hesd.spectra.selection import SelectionEvent
     from lightning_hesd.training.checkpoints.checkpoint import HessianCheckpoint
     from lightning_hesd.training.error_policy import OnError
@@ -72,8 +73,8 @@ class HessianSpectrumCallback(SpectrumSource):
         decompose: Also analyze the two terms of the Hessian (Kiselev & Grabovoy 2024, section 3.4): the Gauss-Newton
             matrix, which makes the outliers, and the residual, which makes the bulk. Needs `output_fn` and
             `output_loss` of `hessian_spectrum`. Their metrics begin with `hesd_ggn/` and `hesd_residual/`.
-        checkpoint: Rule that picks the best checkpoint, "highest_c_t" or "lowest_max_eigenvalue", or a
-            HessianCheckpoint; None: no checkpoint is picked.
+        checkpoint: Rule that picks the best checkpoint, such as "highest_c_t" (`RULES` has all), or a
+            HessianCheckpoint; several in a list; None: no checkpoint is picked.
         monitor_gradients: On some steps of every epoch, compare the gradients of the loss with the gradients that reach
             the optimizer and with its steps: `hesd/clipped_share`, `hesd/clip_factor`, `hesd/gradient_cosine`,
             `hesd/update_cosine`. They explain why a spectrum is MN.
@@ -101,6 +102,7 @@ class HessianSpectrumCallback(SpectrumSource):
 
     Attributes:
         history: The records so far, one per analysis: `.epoch`, `.global_step`, `.spectrum`, `.error`, ...
+        checkpoints: The checkpoint callbacks that `checkpoint` asks for; `checkpoint` is the first of them, or None.
 
     Raises:
         ValueError: If an argument is out of range or not available in this version.
@@ -130,7 +132,7 @@ class HessianSpectrumCallback(SpectrumSource):
         mode: AnalysisMode = "auto",
         layers: Layers | None = None,
         decompose: bool = False,
-        checkpoint: Literal["highest_c_t", "lowest_max_eigenvalue"] | HessianCheckpoint | None = None,
+        checkpoint: RuleName | HessianCheckpoint | Sequence[RuleName | HessianCheckpoint] | None = None,
         monitor_gradients: bool = False,
         max_overhead: float | None = None,
         preconditioner: Preconditioning = None,
@@ -148,7 +150,7 @@ class HessianSpectrumCallback(SpectrumSource):
         super().__init__(name, on_error, Schedule(every_n_epochs, epochs, every_n_train_steps, max_overhead))
         self.at_start = at_start
         self.loss_fn = loss_fn
-        self.checkpoint: HessianCheckpoint | None = as_checkpoint(checkpoint)
+        self.checkpoints = as_checkpoints(checkpoint)
         self.verbose = verbose
         decomposition = _options_of_the_parts(analysis) if decompose else None
         self.options = analysis_options(**analysis, mode=mode if mode in {"train", "keep"} else "eval")
@@ -175,8 +177,8 @@ class HessianSpectrumCallback(SpectrumSource):
         )
         self._monitor = GradientMonitor(enabled=monitor_gradients)
         self._run = AnalysisRun(self, self._recorder, self._monitor, progress=progress)
-        if self.checkpoint is not None:
-            self.checkpoint.source = self  # whose records it ranks
+        for each in self.checkpoints:
+            each.source = self  # whose records it ranks
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the options, the history and the picks, without samples, loggers and weights."""

@@ -28,6 +28,8 @@ from lightning_hesd.training.outputs import RunOutputs
 from lightning_hesd.training.source import sources_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import lightning.pytorch as pl
 
     from lightning_hesd.spectra.selection import SelectionEvent
@@ -77,14 +79,14 @@ class AnalysisRun:
         Raises:
             MisconfigurationException: With `on_error="raise"`, if there can be no spectra, or no pick.
         """
-        source, checkpoint = self._source, cast("HessianCheckpoint | None", self._source.checkpoint)
+        source = self._source
         self.stage = stage
         if stage == "fit":
             self._set_up_by = runs.name_of(trainer)
             source.errors.restart()
             earlier = itertools.takewhile(lambda other: other is not source, sources_of(trainer))
             self.shares_name = any(other.name == source.name for other in earlier)
-            picks = checkpoint is not None and not self.shares_name
+            picks = source.checkpoints and not self.shares_name
             outcome = ", and the final weights take the place of the pick" if picks else ""
             with source.errors.guard(f"there will be no spectra{outcome}") as attempt:
                 if self.shares_name:
@@ -96,8 +98,9 @@ class AnalysisRun:
                 check_loss_source(pl_module, source.loss_fn)
                 strategies.check_strategy(trainer)
             source.refusal = attempt.failure
-        with source.errors.guard("there will be no pick"):
-            if checkpoint is not None and not self.shares_name:
+        checkpoints = cast("Sequence[HessianCheckpoint]", () if self.shares_name else source.checkpoints)
+        for checkpoint in checkpoints:
+            with source.errors.guard("there will be no pick"):
                 insert_checkpoint(trainer, pl_module, stage, checkpoint, source.on_error)
         order_checkpoints(trainer)
 
@@ -167,11 +170,9 @@ class AnalysisRun:
     # Metrics --------------------------------------------------------------------------------------------------------
 
     def begin_batch(self, trainer: pl.Trainer) -> None:
-        """Complete the last record, whose weights are about to change, and note which metrics are older than a batch.
-
-        Only of a batch after which there may be an analysis: to ask Lightning for its metrics takes 50 microseconds.
-        """
+        """Complete the last record, whose weights are about to change, and note which metrics are old then."""
         self.complete_record(trainer)
+        # Asking Lightning for its metrics takes 50 microseconds, so only before an analysis.
         source, step = self._source, trainer.global_step + 1
         is_last = trainer.is_last_batch or step == trainer.max_steps
         if source.schedule.may_follow(trainer.current_epoch, step, is_last=is_last) and source.refusal is None:

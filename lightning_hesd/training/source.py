@@ -14,6 +14,8 @@ from lightning_hesd.training.history import SpectrumHistory
 from lightning_hesd.training.schedule import Budget, Schedule
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import Checkpoint
     from typing_extensions import Self
@@ -36,11 +38,11 @@ class SpectrumSource(CopiedCallback, Callback):
         loss_fn: The user's loss; None: that of `training_step`.
         budget: Time spent in training and in analyses.
         history: The records so far.
-        checkpoint: The checkpoint callback passed to it, if any.
+        checkpoints: The checkpoint callbacks passed to it.
         refusal: Why this run can have no spectra, known before training; None: it can.
     """
 
-    checkpoint: Checkpoint | None = None
+    checkpoints: Sequence[Checkpoint] = ()
     refusal: str | None = None
     at_start = False
     verbose = False
@@ -73,6 +75,11 @@ class SpectrumSource(CopiedCallback, Callback):
         """Give history and budget to the original: the very records, because there may be many."""
         original.history[:] = self.history
         original.budget.load_state_dict(self.budget.state_dict())
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """The first checkpoint callback passed to it; None if there is none."""
+        return self.checkpoints[0] if self.checkpoints else None
 
     @property
     def on_error(self) -> OnError:

@@ -38,6 +38,9 @@ def histories(draw: st.DrawFn) -> list[SpectrumRecord]:
     return found
 
 
+SHOWN = {name: rule for name, rule in RULES.items() if rule.is_shown}
+
+
 def by_definition(history: list[SpectrumRecord]) -> tuple[list[SpectrumRecord], dict[str, SpectrumRecord]]:
     """The candidates and the picks, as section 4.2 has them."""
     losses = [record.spectrum.loss for record in history if record.spectrum]
@@ -47,7 +50,7 @@ def by_definition(history: list[SpectrumRecord]) -> tuple[list[SpectrumRecord], 
     candidates = [r for r in trained if r.spectrum and r.spectrum.loss <= lowest + tolerance and r.spectrum.c_t > -0.6]
     candidates = candidates or [r for r in trained if r.spectrum and r.spectrum.loss == lowest][:1]
     found = {}
-    for name, rule in RULES.items():
+    for name, rule in SHOWN.items():
         if candidates:
             best = max(rule.score(record) for record in candidates)
             found[name] = next(record for record in candidates if rule.score(record) == best)
@@ -62,7 +65,7 @@ def test_picks_are_those_of_the_definition_from_records_and_from_payloads(histor
     assert {name: id(record) for name, record in picks(history).items()} == {n: id(r) for n, r in expected.items()}
     from_payloads = {rule["rule"]: rule for rule in decisions([record_payload(record) for record in history], [])}
     assert {name: rule["pick"] and rule["pick"]["epoch"] for name, rule in from_payloads.items()} == {
-        name: expected[name].epoch if name in expected else None for name in RULES
+        name: expected[name].epoch if name in expected else None for name in SHOWN
     }
 
 
@@ -70,4 +73,4 @@ def test_no_fallback_leaves_none_without_mp_spectra() -> None:
     history = [SpectrumRecord(epoch, 10 * (epoch + 1), make_spectrum(-0.9)) for epoch in range(2)]
     assert candidates_of(history, fallback=False) == []
     assert picks(history, fallback=False) == {}
-    assert set(picks(history)) == set(RULES)
+    assert set(picks(history)) == set(SHOWN)

@@ -81,7 +81,7 @@ READ: dict[str, Callable[[Any], Any]] = {
     "loss_fn": lambda c: c.loss_fn,
     "layers": lambda c: c._recorder._layers,
     "preconditioner": lambda c: c._recorder._preconditioner,
-    "checkpoint": lambda c: (c.checkpoint.rule, c.checkpoint.selection.tolerance, c.checkpoint.save_last),
+    "checkpoint": lambda c: [(each.rule, each.selection.tolerance, each.save_last) for each in c.checkpoints],
     "decompose": lambda c: c._recorder._decomposition is not None,
     "output_fn": lambda c: c._recorder._decomposition["output_fn"],
     "output_loss": lambda c: c._recorder._decomposition["output_loss"],
@@ -109,7 +109,7 @@ CALLBACKS: list[dict[str, tuple[Any, Any]]] = [  # options as a configuration gi
         "dtype": ("torch.float64", torch.float64),
         "parameters": (f"{PROJECT}.without_biases", cli_project.without_biases),
         "loss_fn": (f"{PROJECT}.plain_loss", cli_project.plain_loss),
-        "checkpoint": ("lowest_max_eigenvalue", ("lowest_max_eigenvalue", 0.0, None)),
+        "checkpoint": ("lowest_max_eigenvalue", [("lowest_max_eigenvalue", 0.0, None)]),
     },
     {
         **as_given(epochs=[0, 4], num_samples="auto", tolerance=0.1, layers=["net.0", "net.*"]),
@@ -117,11 +117,12 @@ CALLBACKS: list[dict[str, tuple[Any, Any]]] = [  # options as a configuration gi
         "batch_weight": (f"{PROJECT}.weight", cli_project.weight),
         "checkpoint": (
             checkpoint_config(rule=f"{PROJECT}.negated_loss", tolerance=0.2, save_last=True),
-            (cli_project.negated_loss, 0.2, True),
+            [(cli_project.negated_loss, 0.2, True)],
         ),
         "generalization_dataloader": (of_project("FirstDigits", size=7), (7, 5)),
     },
     {
+        "checkpoint": (["highest_c_t", "lowest_trace"], [("highest_c_t", 0.0, None), ("lowest_trace", 0.0, None)]),
         "loss_fn": (of_project("Loss", scale=2.0), cli_project.Loss(2.0)),
         "layers": ("torch.nn.Linear", nn.Linear),
     },
@@ -166,7 +167,7 @@ UNREADABLE: list[tuple[dict[str, Any], str]] = [
     (spectra_config(loss_fn="nowhere.loss"), 'key "loss_fn":(.|\n)*nowhere.loss'),
     (spectra_config(dataloader="val"), r"key \"dataloader\":(.|\n)*Given value: val"),
     (spectra_config(generalization_dataloader="test"), r"key \"generalization_dataloader\":(.|\n)*Literal\['val'\]"),
-    (spectra_config(checkpoint="best"), r"key \"checkpoint\":(.|\n)*Literal\['highest_c_t', 'lowest_max_eigenvalue'\]"),
+    (spectra_config(checkpoint="best"), r"key \"checkpoint\":(.|\n)*Literal\['highest_c_t', 'lowest_max_eigenvalue', "),
     (spectra_config(checkpoint=checkpoint_config(monitor="x")), "Option 'monitor' is not accepted"),
     (checkpoint_config(every_n_epochs=2), "Option 'every_n_epochs' is not accepted"),
 ]

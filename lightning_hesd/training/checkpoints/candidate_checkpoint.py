@@ -167,9 +167,13 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         if first is self:
             loading = '`ckpt_path="best"` loads it'
         else:
-            attached = self.source is not None and self.source.checkpoint is self
-            own = f"`{'callback.checkpoint' if attached else 'HessianCheckpoint'}.best_model_path`"
-            loading = f'it is {own}, and `ckpt_path="best"` remains the best of {type(first).__name__}'
+            attached = [] if self.source is None else list(self.source.checkpoints)
+            own = "HessianCheckpoint"
+            if self in attached:
+                own = "callback.checkpoint" if len(attached) == 1 else f"callback.checkpoints[{attached.index(self)}]"
+            loading = (
+                f'it is `{own}.best_model_path`, and `ckpt_path="best"` remains the best of {type(first).__name__}'
+            )
         inform(f"{name}: {rule} picks {pick}, {self.best_model_path}; {loading}.")
 
     # Files ----------------------------------------------------------------------------------------------------------

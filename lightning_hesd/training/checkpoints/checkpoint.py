@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
     from lightning_hesd.spectra.record import SpectrumRecord
+    from lightning_hesd.spectra.rules import RuleName
     from lightning_hesd.spectra.selection import CandidateFilter
 
-    Rule = Literal["highest_c_t", "lowest_max_eigenvalue"] | Callable[[SpectrumRecord], float]
+    Rule = RuleName | Callable[[SpectrumRecord], float]
 
 REFUSED = (
     *("monitor", "mode", "save_top_k", "every_n_train_steps", "every_n_epochs", "train_time_interval"),
@@ -54,8 +55,8 @@ class HessianCheckpoint(CandidateCheckpoint):
     "best" remain the same as without it. A message at the end of training names the file of the pick.
 
     Args:
-        rule: "highest_c_t" (the paper's rule), "lowest_max_eigenvalue" (the rule that the paper compares with), or a
-            function of the record, higher is better.
+        rule: "highest_c_t" (the paper's rule), "lowest_max_eigenvalue" (the rule that the paper compares with), another
+            name in `RULES`, or a function of the record, higher is better.
         train_metric: Key of a logged training metric, such as "train_acc"; None: the mean loss of the analysis. It must
             have been logged for the analyzed weights: in their last batch, as the mean over the epoch that they end, or
             in validation right after it. Other weights are not ranked.
@@ -90,7 +91,7 @@ class HessianCheckpoint(CandidateCheckpoint):
                 )
                 raise MisconfigurationException(msg)
         if not callable(rule) and rule not in RULES:
-            msg = f"`rule` must be {' or '.join(map(repr, RULES))} or a function of the record, got {rule!r}."
+            msg = f"`rule` must be one of {', '.join(map(repr, RULES))}, or a function of the record, got {rule!r}."
             raise MisconfigurationException(msg)
         metric = TrainMetric(train_metric, train_metric_mode)
         if tolerance is None and metric.mode == "max":

@@ -30,18 +30,30 @@ SETTINGS = frozenset(
 """Attributes that the arguments of a ModelCheckpoint set."""
 
 
-def as_checkpoint(checkpoint: object) -> HessianCheckpoint | None:
-    """Return the checkpoint callback, made of the name of a rule if that is given.
+def as_checkpoints(checkpoint: object) -> list[HessianCheckpoint]:
+    """Return the checkpoint callbacks of the argument `checkpoint`: names of rules, callbacks, or a list of them.
 
     Raises:
-        TypeError: If the argument is neither of them, nor None.
+        TypeError: If the argument is none of these, nor None.
+        MisconfigurationException: If a name is not that of a rule, or two callbacks would be the same.
     """
-    if isinstance(checkpoint, str):
-        return HessianCheckpoint(checkpoint)  # type: ignore[arg-type]  # which checks the name
-    if checkpoint is None or isinstance(checkpoint, HessianCheckpoint):
-        return checkpoint
-    msg = f"`checkpoint` must be the name of a rule, a HessianCheckpoint or None, got {checkpoint!r}."
-    raise TypeError(msg)
+    if checkpoint is None:
+        return []
+    given = checkpoint if isinstance(checkpoint, list | tuple) else [checkpoint]
+    checkpoints: list[HessianCheckpoint] = []
+    for one in given:
+        made = HessianCheckpoint(one) if isinstance(one, str) else one  # type: ignore[arg-type]  # checks the name
+        if not isinstance(made, HessianCheckpoint):
+            msg = (
+                "`checkpoint` must be the name of a rule, a HessianCheckpoint, a list of these or None, got "
+                f"{checkpoint!r}."
+            )
+            raise TypeError(msg)
+        if made.state_key in {other.state_key for other in checkpoints}:
+            msg = f"`checkpoint` has the rule {made.rule!r} twice with the same options: leave one of them out."
+            raise MisconfigurationException(msg)
+        checkpoints.append(made)
+    return checkpoints
 
 
 def insert_checkpoint(
@@ -89,7 +101,7 @@ def order_checkpoints(trainer: pl.Trainer) -> None:
     `trainer.callbacks` later. The list is a new one, because the Trainer may be iterating over the old one.
     """
     callbacks = callbacks_of(trainer)
-    own = [source.checkpoint for source in sources_of(trainer)]
+    own = [checkpoint for source in sources_of(trainer) for checkpoint in source.checkpoints]
     others = [checkpoint for checkpoint in trainer.checkpoint_callbacks if checkpoint not in own]
     is_alone = len(others) == 1 and _is_made_without_arguments(trainer, others[0])
 

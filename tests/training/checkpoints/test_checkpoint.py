@@ -24,8 +24,10 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoi
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
+from lightning_hesd.spectra.rules import RULES
 from lightning_hesd.training.history import SpectrumRecord
-from tests.training.modules import callback, fit
+from tests.training.modules import Classifier, callback, fit, plain_loss
+from tests.training.modules import loader as digits_loader
 from tests.training.scripted import Epoch, ScriptedModule, ScriptedSource, epoch_of, loader, make_trainer, run_script
 
 
@@ -303,10 +305,39 @@ def test_arguments_that_contradict_the_rule_are_refused(option: str, value: Any)
         HessianCheckpoint(**{option: value})
 
 
+class Validated(Classifier):
+    """Logs the loss on validation data."""
+
+    def val_dataloader(self) -> Any:
+        return digits_loader()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", plain_loss(self, batch))
+
+
+def test_every_rule_by_name_and_all_at_once(tmp_path: Path) -> None:
+    rules = [HessianCheckpoint(rule, tolerance=1e9, require_mp=False) for rule in RULES]
+    observer = callback(generalization_dataloader="val", preconditioner="optimizer", checkpoint=rules)
+    trainer = fit(tmp_path, observer, module=Validated(), max_epochs=3, enable_checkpointing=True)
+    assert observer.checkpoints == rules
+    assert observer.checkpoint is rules[0]
+    assert [c for c in trainer.checkpoint_callbacks if isinstance(c, HessianCheckpoint)] == rules
+    for each, rule in zip(rules, RULES.values(), strict=True):
+        scores = [rule.score(record) for record in observer.history]
+        assert each.best is not None
+        assert each.best.epoch == scores.index(max(scores)), rule.name
+        assert torch.load(each.best_model_path, weights_only=True)["epoch"] == each.best.epoch
+
+
+def test_the_same_rule_twice() -> None:
+    with pytest.raises(MisconfigurationException, match="the rule 'last' twice with the same options"):
+        HessianSpectrumCallback(checkpoint=["last", "lowest_trace", "last"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rule": "best"}, "`rule` must be 'highest_c_t' or 'lowest_max_eigenvalue' or a function.*'best'"),
+        ({"rule": "best"}, "`rule` must be one of 'highest_c_t', 'lowest_max_eigenvalue', .*, or a function.*'best'"),
         ({"tolerance": -0.1}, "`tolerance` must not be negative, got -0.1"),
         ({"train_metric": "train_acc", "train_metric_mode": "up"}, "'min' or 'max', got 'up'"),
         ({"train_metric": "train_loss"}, "train_metric_mode='min'"),
