@@ -1,0 +1,40 @@
+"""Which checkpoint rule would have picked the best weights: many trainings on digits, judged at the end.
+
+    python -m examples.rule_study --seeds 2 --epochs 12     # some minutes
+    python -m examples.rule_study                           # 30 seeds: a night on two cores
+
+Every training is analyzed twelve times, and each rule picks one of these states afterwards. Finished trainings are not
+repeated with the same settings, so that an interrupted run continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from examples.rule_study.training import NETWORKS, POINTS, SCHEDULES, Training, is_done, run
+from examples.shared import run_all
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/rule_study"), help="default: %(default)s")
+    parser.add_argument("--seeds", type=int, default=30, help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=48, help=f"a multiple of {POINTS} (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time (default: %(default)s)")
+    args = parser.parse_args()
+    if args.epochs % POINTS:
+        parser.error(f"--epochs {args.epochs} must be a multiple of {POINTS}.")
+    args.out.mkdir(parents=True, exist_ok=True)
+    trainings = [
+        Training(network, schedule, seed, args.epochs)
+        for seed in range(args.seeds)
+        for network in NETWORKS
+        for schedule in SCHEDULES
+    ]
+    run_all(trainings, run, args.out, is_done=partial(is_done, out=args.out), jobs=args.jobs)
+
+
+if __name__ == "__main__":
+    main()
