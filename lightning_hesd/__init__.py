@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.krylov.eigenpairs import top_eigenpairs
     from lightning_hesd.spectra.assessment import Assessment, assess_generalization
     from lightning_hesd.spectra.criteria import hesd_type
+    from lightning_hesd.spectra.differences import PairedDifference, c_t_difference, lambda_max_difference
     from lightning_hesd.spectra.spectrum import Spectrum
     from lightning_hesd.training.callback import HessianSpectrumCallback
     from lightning_hesd.training.checkpoints.checkpoint import HessianCheckpoint
@@ -21,11 +22,14 @@ __all__ = [
     "HessianCheckpoint",
     "HessianOperator",
     "HessianSpectrumCallback",
+    "PairedDifference",
     "Spectrum",
     "SpectrumHistory",
     "assess_generalization",
+    "c_t_difference",
     "hesd_type",
     "hessian_spectrum",
+    "lambda_max_difference",
     "layer_spectra",
     "top_eigenpairs",
 ]
@@ -36,11 +40,14 @@ _HOMES = {
     "HessianCheckpoint": "training.checkpoints.checkpoint",
     "HessianOperator": "numerics.analysis.hessian_operator",
     "HessianSpectrumCallback": "training.callback",
+    "PairedDifference": "spectra.differences",
     "Spectrum": "spectra.spectrum",
     "SpectrumHistory": "training.history",
     "assess_generalization": "spectra.assessment",
+    "c_t_difference": "spectra.differences",
     "hesd_type": "spectra.criteria",
     "hessian_spectrum": "numerics.analysis.api",
+    "lambda_max_difference": "spectra.differences",
     "layer_spectra": "numerics.analysis.api",
     "top_eigenpairs": "numerics.krylov.eigenpairs",
 }

@@ -1,0 +1,89 @@
+"""Errors of differences of spectra on the same samples: the formulas, and resampled data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_hesd import c_t_difference, hessian_spectrum, lambda_max_difference
+from lightning_hesd.spectra.spectrum import Spectrum
+from tests.training.scripted import make_spectrum
+
+
+def grouped(c_t: float, lowest: list[float], highest: list[float], **fields: Any) -> Spectrum:
+    """A spectrum with λ_max = 2, and the curvatures of three groups along the extreme eigenvectors."""
+    curvatures = np.array([[0.5, 0.25, 0.25], lowest, highest])
+    return replace(make_spectrum(c_t, lambda_max=2.0), group_curvatures=curvatures, **fields)
+
+
+def test_formulas() -> None:
+    first = grouped(-0.5, [-1.0, -2.0, 0.0], [2.0, 1.0, 3.0])
+    second = grouped(-0.25, [-0.5, -1.0, 0.0], [2.0, 2.5, 1.5])
+    difference = lambda_max_difference(first, second)
+    # Σ share² deviation² · groups/(groups - 1), with deviations (0, -1.5, 1.5) of the differences (0, -1.5, 1.5).
+    assert difference.standard_error == pytest.approx(math.sqrt(1.5 * 2 * (0.25 * 1.5) ** 2))
+    assert difference.unpaired_error == pytest.approx(math.sqrt(1.5 * 2 * 0.25**2 * (1.0**2 + 0.5**2)))
+    assert difference.value == 0.0
+    of_c_t = c_t_difference(first, second)
+    # C_t moves by (uᵀH_g u - C_t vᵀH_g v)/λ_max: (0, -0.75, 0.75), and (0, -0.1875, 0.1875).
+    assert of_c_t.standard_error == pytest.approx(math.sqrt(1.5 * 2 * (0.25 * 0.5625) ** 2))
+    assert of_c_t.value == pytest.approx(-0.25)
+    assert of_c_t.numerical_error == first.c_t_error + second.c_t_error
+
+
+def test_a_state_does_not_differ_from_itself() -> None:
+    spectrum = grouped(-0.5, [-1.0, -2.0, 0.0], [2.0, 1.0, 3.0])
+    difference = c_t_difference(spectrum, spectrum)
+    assert (difference.value, difference.standard_error, difference.is_evident) == (0.0, 0.0, False)
+    assert difference.unpaired_error > 0.1
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"group_curvatures": np.empty((3, 0))}, "no curvatures of groups.*sampling_error=True"),
+        ({"num_samples": 7}, "on the same samples, got 4 in 3 groups and 7 in 3 groups"),
+        ({"group_curvatures": np.array([[0.5, 0.5], [0.0, 0.0], [1.0, 1.0]])}, "in 3 groups and 4 in 2 groups"),
+        ({"reason": "all is zero"}, "`c_t` of a spectrum is undefined: all is zero"),
+    ],
+)
+def test_what_cannot_be_compared(other: dict[str, Any], message: str) -> None:
+    first = replace(grouped(-0.5, [-1.0, -2.0, 0.0], [2.0, 1.0, 3.0]), num_samples=4)
+    with pytest.raises(ValueError, match=message):
+        c_t_difference(first, replace(first, **other))
+
+
+def test_errors_are_those_of_resampled_data() -> None:
+    """The standard error is the standard deviation over draws of the samples, far below that of separate draws."""
+    torch.manual_seed(0)
+    inputs = torch.randn(4000, 4, dtype=torch.float64) * torch.tensor([2.0, 1.0, 0.5, 0.5], dtype=torch.float64)
+    targets = torch.sin(inputs.sum(1, keepdim=True)) + 0.3 * torch.randn(4000, 1, dtype=torch.float64)
+    states = []
+    for scale in (1.0, 1.1):
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.mul_(scale)
+        states.append(net)
+
+    def loss(module: nn.Module, batch: Any) -> torch.Tensor:
+        return nn.functional.mse_loss(module(batch[0]), batch[1])
+
+    found = []
+    for _ in range(50):
+        drawn = torch.randint(4000, (256,))
+        batches = DataLoader(TensorDataset(inputs[drawn], targets[drawn]), batch_size=256)
+        first, second = (hessian_spectrum(net, batches, loss, steps=19, sampling_error=True) for net in states)
+        found.append((c_t_difference(first, second), lambda_max_difference(first, second)))
+    for differences in zip(*found, strict=True):
+        scatter = np.std([d.value for d in differences], ddof=1)
+        assert np.mean([d.standard_error for d in differences]) == pytest.approx(scatter, rel=0.3)
+        assert np.mean([d.unpaired_error for d in differences]) > 2 * scatter
