@@ -94,8 +94,12 @@ def _of_callback(made: Sequence[Payload]) -> dict[str, Any]:
     )
     ranking = Ranking(candidates, CandidateFilter(last["tolerance"], last["require_mp"]))
     metrics = [{"global_step": c["global_step"], "value": c["metric"]} for c in made] if last["train_metric"] else []
+    is_relative = last.get("is_relative") is True
+    decision = _decision(last["rule"], last["train_metric"] or LOSS, ranking, is_relative=is_relative)
+    if last["rivals"]:
+        decision["why"] += f" Within two standard errors of the pick are epochs {', '.join(map(str, last['rivals']))}."
     return {
-        **_decision(last["rule"], last["train_metric"] or LOSS, ranking, is_relative=last.get("is_relative") is True),
+        **decision,
         "used": True,
         "pick": last["pick"],
         "metrics": metrics,

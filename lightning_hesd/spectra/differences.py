@@ -64,6 +64,13 @@ def lambda_max_difference(first: Spectrum, second: Spectrum) -> PairedDifference
     return _difference(first, second, "lambda_max", _lambda_max_influence)
 
 
+def are_comparable(first: Spectrum, second: Spectrum) -> bool:
+    """Return whether two spectra have a C_t, and the curvatures of the same groups of samples."""
+    shares, others = first.group_curvatures[0], second.group_curvatures[0]
+    is_paired = shares.size > 0 and np.array_equal(shares, others) and first.num_samples == second.num_samples
+    return is_paired and not (first.reason or second.reason)
+
+
 def _c_t_influence(spectrum: Spectrum) -> Array:
     """Return by how much each group of samples moves C_t = λ_min/λ_max, shape (groups,), to first order."""
     _, lowest, highest = spectrum.group_curvatures

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from lightning_hesd.spectra.record import SpectrumRecord
     from lightning_hesd.spectra.selection import SelectionEvent
     from lightning_hesd.spectra.spectrum import Spectrum
-    from lightning_hesd.spectra.validation import Fields
+    from lightning_hesd.spectra.validation import Check, Fields
 
 PLUGIN_NAME = "hesd"
 RECORD = "record"
@@ -133,6 +133,7 @@ def selection_payload(selection: SelectionEvent) -> dict[str, Any]:
         "criterion": latest.criterion,
         "mainly_positive": latest.mainly_positive,
         "pick": pick and {"epoch": pick.epoch, "global_step": pick.global_step, "path": pick.path},
+        "rivals": list(selection.rivals),
     }
     return _plain(values)  # type: ignore[no-any-return]
 
@@ -229,9 +230,6 @@ SPECTRUM_FIELDS: Fields = {
     **dict.fromkeys(("sigma", "loss", "c_t", "c_t_low", "c_t_high"), optional(number)),
     "type": optional(text),
 }
-LATER_RECORD_FIELDS: Fields = {"metrics": each_named(optional(number))}
-"""Fields that records of earlier releases lack."""
-
 LATER_FIELDS: Fields = {
     "cumulative_band": optional(having(dict.fromkeys(("points", "low", "high"), each(number)))),
 }
@@ -253,6 +251,12 @@ SELECTION_FIELDS: Fields = {
 }
 """Checks of the fields that readers rely on."""
 
+LATER: tuple[tuple[Fields, str, type, Check], ...] = (
+    (RECORD_FIELDS, "metrics", dict, each_named(optional(number))),
+    (SELECTION_FIELDS, "rivals", list, each(integer)),
+)
+"""Fields that payloads of earlier releases lack, empty then, with their types and checks."""
+
 
 def read_payload(source: str | bytes, fields: Fields = RECORD_FIELDS) -> dict[str, Any]:
     """Return a payload from its text, which may be of unknown origin; `fields`: the fields it must have.
@@ -269,11 +273,12 @@ def read_payload(source: str | bytes, fields: Fields = RECORD_FIELDS) -> dict[st
     try:
         check_version(version, "the payload")
         check_fields(payload, fields, "the payload")
-        if fields is RECORD_FIELDS:
-            payload = {"metrics": {}, **payload}
-            check_fields(payload, LATER_RECORD_FIELDS, "the payload")
-            for spectrum in payload["spectra"].values():
-                _check_spectrum(spectrum)
+        for others, name, kind, check in LATER:
+            if fields is others:
+                payload.setdefault(name, kind())
+                check_fields(payload, {name: check}, "the payload")
+        for spectrum in payload["spectra"].values() if "spectra" in fields else ():
+            _check_spectrum(spectrum)
     except ValueError as error:
         raise PayloadError(one_line(error)) from error
     return payload

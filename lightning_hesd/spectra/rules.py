@@ -6,11 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning_hesd.spectra.differences import are_comparable, c_t_difference, lambda_max_difference
 from lightning_hesd.spectra.record import RECORDED_BY
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
+    from lightning_hesd.spectra.differences import PairedDifference
     from lightning_hesd.spectra.record import SpectrumRecord
     from lightning_hesd.spectra.spectrum import Spectrum
 
@@ -27,6 +29,8 @@ class CheckpointRule:
         needs: Fields or properties of the record that the criterion is computed from, in the order of its arguments.
         scalar: Key of the scalar that the criterion is made from: charts of this scalar mark the picks.
         marker: Matplotlib's code of the mark of a pick.
+        difference: Function of two spectra on the same samples that returns the difference of the scalar and its error;
+            None: the errors of this rule are not known.
         is_baseline: Whether it is a usual choice that knows nothing of curvature: other rules are compared with it.
         is_shown: Whether summaries, figures and the tab show what it would pick, though no callback has it.
     """
@@ -38,6 +42,7 @@ class CheckpointRule:
     needs: tuple[str, ...] = ("spectrum",)
     scalar: str | None = None
     marker: str = "D"
+    difference: Callable[[Spectrum, Spectrum], PairedDifference] | None = None
     is_baseline: bool = False
     is_shown: bool = True
 
@@ -45,6 +50,23 @@ class CheckpointRule:
         """Return the criterion of a record, higher is better; NaN if the record lacks a field that the rule needs."""
         found: list[Any] = [getattr(record, field) for field in self.needs]
         return math.nan if any(value is None for value in found) else float(self.criterion(*found))
+
+    def rivals(self, pick: SpectrumRecord, records: Iterable[SpectrumRecord]) -> list[SpectrumRecord]:
+        """Return the records, the pick left out, whose criterion is not evidently different from the pick's.
+
+        Empty, too, where that cannot be told: it takes the sampling errors of both (`sampling_error=True`).
+        """
+        best = pick.spectrum
+        if self.difference is None or best is None:
+            return []
+        found: list[SpectrumRecord] = []
+        for record in records:
+            other = record.spectrum
+            if record is pick or other is None or not are_comparable(best, other):
+                continue
+            if not self.difference(best, other).is_evident:
+                found.append(record)
+        return found
 
     def complaint(self, record: SpectrumRecord) -> str | None:
         """Return what the rule needs that the run does not record, and what to do; None if a record lacks nothing.
@@ -77,7 +99,15 @@ def relative_flatness(spectrum: Spectrum) -> float:
 
 
 _PAPER = (
-    CheckpointRule("highest_c_t", "highest C_t", "C_t", lambda spectrum: spectrum.c_t, scalar="c_t", marker="^"),
+    CheckpointRule(
+        "highest_c_t",
+        "highest C_t",
+        "C_t",
+        lambda spectrum: spectrum.c_t,
+        scalar="c_t",
+        marker="^",
+        difference=c_t_difference,
+    ),
     CheckpointRule(
         "lowest_max_eigenvalue",
         "lowest λ_max",
@@ -85,6 +115,7 @@ _PAPER = (
         lambda spectrum: -spectrum.lambda_max,
         scalar="lambda_max",
         marker="v",
+        difference=lambda_max_difference,
     ),
 )
 """The rule of Gabdullin (2025), section 4.2, and the one it is compared with there."""

@@ -263,6 +263,7 @@ class SelectionEvent:
         latest: The state that was analyzed.
         pick: The pick as of now.
         is_relative: Whether the tolerance is a share of the progress.
+        rivals: Epochs of the candidates that are not evidently worse than the pick.
     """
 
     rule: str
@@ -272,6 +273,7 @@ class SelectionEvent:
     latest: Candidate
     pick: Candidate | None
     is_relative: bool = False
+    rivals: tuple[int, ...] = ()
 
     @property
     def key(self) -> str:

@@ -10,6 +10,7 @@ import pytest
 from lightning_hesd import Spectrum
 from lightning_hesd.spectra import eigenvalue_bounds, quadrature
 from lightning_hesd.spectra.layer_curvature import LayerCurvature
+from lightning_hesd.spectra.spectrum_data import STORED_ARRAYS
 from lightning_hesd.spectra.validation import FORMAT_VERSION
 
 NAN = math.nan
@@ -354,11 +355,11 @@ class TestStorage:
         make(**self.FULL).save(tmp_path / "record.npz")
         with np.load(tmp_path / "record.npz", allow_pickle=False) as archive:
             kinds = {name: archive[name].dtype.kind for name in archive.files}
-        assert kinds == {"nodes": "f", "weights": "f", "residuals": "f", "layer_numbers": "f", "header": "U"}
+        assert kinds == {**dict.fromkeys(STORED_ARRAYS, "f"), "header": "U"}
 
     def test_numbers_of_layers_without_their_names_are_refused(self):
         values = make(**self.FULL).to_dict()
-        with pytest.raises(ValueError, match=r"`layer_numbers` must have shape \(1 layers, 11\), got \(2, 11\)"):
+        with pytest.raises(ValueError, match=r"`layer_numbers` must have shape \(1 layers, 12\), got \(2, 12\)"):
             Spectrum.from_dict({**values, "layer_names": ["first"]})
 
     def test_saving_replaces_an_earlier_file_whole_or_not_at_all(self, tmp_path, monkeypatch):

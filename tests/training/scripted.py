@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,29 @@ def make_spectrum(c_t: float, *, lambda_max: float = 1.0, loss: float = 0.5) -> 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch of the script brings: no `c_t` means no analysis, a NaN one an undefined C_t."""
+    """What one epoch of the script brings: no `c_t` means no analysis, a NaN one an undefined C_t.
+
+    With `scatter`, a standard deviation, there are four groups of samples, and C_t scatters over two of them: the first
+    two in even epochs, the others in odd ones, so that the errors of an even and an odd epoch are independent.
+    """
 
     c_t: float | None
     lambda_max: float = 1.0
     loss: float = 0.5
     accuracy: float = 0.5
     error: bool = False
+    scatter: float = 0.0
+
+    def spectrum(self, number: int) -> Spectrum:
+        """The spectrum after this epoch."""
+        assert self.c_t is not None
+        spectrum = make_spectrum(self.c_t, lambda_max=self.lambda_max, loss=self.loss)
+        if not self.scatter:
+            return spectrum
+        pattern = np.roll([1.0, -1.0, 0.0, 0.0], 2 * (number % 2))
+        lowest = self.lambda_max * (self.c_t + self.scatter * pattern)
+        curvatures = np.array([np.full(4, 0.25), lowest, np.full(4, self.lambda_max)])
+        return replace(spectrum, group_curvatures=curvatures)
 
 
 class ScriptedSource(SpectrumSource):
@@ -65,7 +81,7 @@ class ScriptedSource(SpectrumSource):
         if epoch.error:
             self.history.append(SpectrumRecord(trainer.current_epoch, trainer.global_step, None, "failed"))
         elif epoch.c_t is not None:
-            spectrum = make_spectrum(epoch.c_t, lambda_max=epoch.lambda_max, loss=epoch.loss)
+            spectrum = epoch.spectrum(trainer.current_epoch)
             self.history.append(SpectrumRecord(trainer.current_epoch, trainer.global_step, spectrum))
 
     def state_dict(self) -> dict[str, Any]:

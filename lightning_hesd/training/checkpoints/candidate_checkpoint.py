@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_hesd.spectra.rules import RULES
 from lightning_hesd.spectra.selection import Candidate
 from lightning_hesd.spectra.validation import first_invalid_field, one_line
 from lightning_hesd.training.callback_copies import CopiedCallback
@@ -39,7 +40,10 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
     Attributes:
         errors: Whether failures become warnings or are raised.
         source: The callback whose records are ranked; None: not found yet.
+        rule: Name of the rule, or the user's function.
     """
+
+    rule: str | Callable[[SpectrumRecord], float]
 
     _final_path = ""
 
@@ -72,6 +76,21 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
     def best(self) -> Candidate | None:
         """The pick so far, with its epoch, criterion and path; None before the first candidate."""
         return self._ranking.pick
+
+    @property
+    def rivals(self) -> list[SpectrumRecord]:
+        """The records among which the rule decides that are not evidently worse than its pick, which is left out.
+
+        Empty, too, where that cannot be told: it takes `sampling_error=True`, and a rule whose errors are known.
+        """
+        return [] if self.best is None else self._rivals_of(self.best)
+
+    def _rivals_of(self, pick: Candidate) -> list[SpectrumRecord]:
+        by_step = {record.global_step: record for record in self.source.history} if self.source is not None else {}
+        if not isinstance(self.rule, str) or pick.global_step not in by_step:
+            return []
+        among = [by_step[step] for step in self.qualified_steps if step in by_step]
+        return RULES[self.rule].rivals(by_step[pick.global_step], among)
 
     @property
     def best_model_path(self) -> str:
@@ -151,6 +170,7 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
     def _update(self, candidates: list[Candidate], best_score: float) -> None:
         """Set the candidates, and the attributes in which ModelCheckpoint shows them."""
         self._ranking.candidates, self._ranking.best_score = candidates, best_score
+        self._ranking.break_ties(lambda pick: [record.global_step for record in self._rivals_of(pick)])
         self.best_k_models = {c.path: torch.tensor(c.criterion) for c in candidates}
         self.kth_best_model_path = min(candidates, key=lambda c: c.criterion).path if candidates else ""
         self.kth_value = self.best_k_models.get(self.kth_best_model_path, torch.tensor(-math.inf))
@@ -163,6 +183,8 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         """Report the file of the pick of a rule, and whether Lightning's "best" is that file."""
         name = self.source.name if self.source else "hesd"
         pick = "the final weights" if self.best is None else f"epoch {self.best.epoch}"
+        rivals = ", ".join(f"{record.epoch}" for record in self.rivals)
+        doubt = f" Within two standard errors of it are epochs {rivals}." if rivals else ""
         first = trainer.checkpoint_callback
         if first is self:
             loading = '`ckpt_path="best"` loads it'
@@ -174,7 +196,7 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
             loading = (
                 f'it is `{own}.best_model_path`, and `ckpt_path="best"` remains the best of {type(first).__name__}'
             )
-        inform(f"{name}: {rule} picks {pick}, {self.best_model_path}; {loading}.")
+        inform(f"{name}: {rule} picks {pick}, {self.best_model_path}; {loading}.{doubt}")
 
     # Files ----------------------------------------------------------------------------------------------------------
 

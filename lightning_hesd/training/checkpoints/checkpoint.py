@@ -13,7 +13,7 @@ from lightning_hesd.spectra.rules import RULES, rule_title
 from lightning_hesd.spectra.selection import SelectionEvent, first_loss
 from lightning_hesd.training.checkpoints.candidate_checkpoint import CandidateCheckpoint
 from lightning_hesd.training.checkpoints.exclusive_checkpoint import prefix
-from lightning_hesd.training.checkpoints.ranking import RunRanking, TrainMetric
+from lightning_hesd.training.checkpoints.ranking import RunRanking, TrainMetric, check_rule
 from lightning_hesd.training.compat.messages import warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
 from lightning_hesd.training.compat.runs import name_of
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_hesd.spectra.record import SpectrumRecord
     from lightning_hesd.spectra.rules import RuleName
     from lightning_hesd.spectra.selection import CandidateFilter
+    from lightning_hesd.training.checkpoints.ranking import Ties
 
     Rule = RuleName | Callable[[SpectrumRecord], float]
 
@@ -65,6 +66,9 @@ class HessianCheckpoint(CandidateCheckpoint):
         tolerance: Largest distance from the best metric, absolute. Default: 0.01 for a `train_metric` of which more is
             better, such as an accuracy. For the loss, and a `train_metric` of which less is better: 5 % of the drop
             from the first analyzed value to the best.
+        ties: Which candidate to pick of those whose criterion is not evidently worse than the best, by the error of the
+            difference on the same samples: the "first", or the one with the best training "metric". All candidates then
+            keep their files. Default: the best. Needs `sampling_error=True`, and one of the two rules above.
         require_mp: Whether only MP spectra qualify, by the point value of C_t. If no candidate is MP, the best training
             metric wins, with a warning.
         **kwargs: Arguments of ModelCheckpoint: dirpath, filename, save_last, save_weights_only, verbose, ...
@@ -80,6 +84,7 @@ class HessianCheckpoint(CandidateCheckpoint):
         train_metric: str | None = None,
         train_metric_mode: Literal["min", "max"] | None = None,
         tolerance: float | None = None,
+        ties: Ties | None = None,
         require_mp: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -90,15 +95,13 @@ class HessianCheckpoint(CandidateCheckpoint):
                     f"{kwargs[name]!r}` would contradict: drop it, or use ModelCheckpoint."
                 )
                 raise MisconfigurationException(msg)
-        if not callable(rule) and rule not in RULES:
-            msg = f"`rule` must be one of {', '.join(map(repr, RULES))}, or a function of the record, got {rule!r}."
-            raise MisconfigurationException(msg)
+        check_rule(rule, ties)
         metric = TrainMetric(train_metric, train_metric_mode)
         if tolerance is None and metric.mode == "max":
             tolerance = ACCURACY_TOLERANCE
         # LightningCLI neither shows nor takes the arguments that are given here.
         super().__init__(
-            RunRanking(tolerance, require_mp=require_mp),
+            RunRanking(tolerance, require_mp=require_mp, ties=ties),
             monitor=None,
             mode="max",
             save_top_k=1,
@@ -111,7 +114,7 @@ class HessianCheckpoint(CandidateCheckpoint):
         self.rule = rule
         self._metric = metric
         self.train_metric, self.train_metric_mode = train_metric, metric.mode
-        self.tolerance, self.require_mp = tolerance, require_mp
+        self.tolerance, self.require_mp, self.ties = tolerance, require_mp, ties
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the options and the candidates, without weights."""
@@ -138,6 +141,7 @@ class HessianCheckpoint(CandidateCheckpoint):
             train_metric_mode=self.train_metric_mode,
             tolerance="relative" if self.tolerance is None else self.tolerance,
             require_mp=self.require_mp,
+            **({} if self.ties is None else {"ties": self.ties}),
             source=self.source.name if self.source else None,
         )
 
@@ -257,6 +261,7 @@ class HessianCheckpoint(CandidateCheckpoint):
                 latest,
                 pick=self.best,
                 is_relative=self.tolerance is None,
+                rivals=tuple(record.epoch for record in self.rivals),
             )
             self.source.record_selection(trainer, event)
         self._analyzed.drop()

@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning_hesd.spectra.rules import RULES
 from lightning_hesd.spectra.selection import Candidate, CandidateFilter, progress_tolerance
 from lightning_hesd.spectra.validation import each, having, integer, number, of, optional, text
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
 from lightning_hesd.training.fresh_metrics import FreshMetrics
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     import lightning.pytorch as pl
 
     from lightning_hesd.spectra.spectrum import Spectrum
 
     Mode = Literal["min", "max"]
+    Ties = Literal["first", "metric"]
 
 _CANDIDATE = {
     "epoch": integer,
@@ -41,24 +43,45 @@ STATE = {
 """Checks of the state of a HessianCheckpoint."""
 
 
+def check_rule(rule: object, ties: Ties | None) -> None:
+    """Check that a rule is a known name or a function, and that its errors are known if they are to break ties.
+
+    Raises:
+        MisconfigurationException: If not.
+    """
+    if not callable(rule) and rule not in RULES:
+        msg = f"`rule` must be one of {', '.join(map(repr, RULES))}, or a function of the record, got {rule!r}."
+        raise MisconfigurationException(msg)
+    if ties is not None and (callable(rule) or RULES[str(rule)].difference is None):
+        known = ", ".join(repr(name) for name, each in RULES.items() if each.difference is not None)
+        msg = f"`ties={ties!r}` needs a rule whose errors are known, {known}, got {rule!r}."
+        raise MisconfigurationException(msg)
+
+
 class RunRanking:
     """The analyzed states of the weights, ranked by training metric and criterion.
 
     Attributes:
         tolerance: Distance from the best metric within which a state qualifies; None: a share of the progress.
         require_mp: Whether only MP spectra qualify.
-        candidates: The Pareto front, in the order of training.
+        ties: Which of the candidates that are not evidently worse than the best is picked: the "first", or the one with
+            the best "metric"; None: the best.
+        candidates: The Pareto front, in the order of training; with `ties` all states that qualify.
         best_score: Best score over all ranked states; -inf before the first.
         first_score: Score of the first analyzed state; None: not known.
         offered_step: Optimizer steps of the latest record that was ranked or passed over; -1: none was.
     """
 
-    def __init__(self, tolerance: float | None, *, require_mp: bool) -> None:
+    def __init__(self, tolerance: float | None, *, require_mp: bool, ties: Ties | None = None) -> None:
         if tolerance is not None and not tolerance >= 0:
             msg = f"`tolerance` must not be negative, got {tolerance!r}."
             raise MisconfigurationException(msg)
+        if ties not in {None, "first", "metric"}:
+            msg = f"`ties` must be 'first', 'metric' or None, got {ties!r}."
+            raise MisconfigurationException(msg)
         self.tolerance = tolerance
         self.require_mp = require_mp
+        self.ties = ties
         self.clear()
 
     def clear(self) -> None:
@@ -68,6 +91,7 @@ class RunRanking:
         self.first_score: float | None = None
         self.offered_step = -1
         self._ranked: list[Candidate] = []
+        self._preferred_step: int | None = None
 
     @property
     def filter(self) -> CandidateFilter:
@@ -81,7 +105,18 @@ class RunRanking:
     @property
     def pick(self) -> Candidate | None:
         """The candidate that the rule takes; None without candidates."""
-        return self.filter.pick(self.candidates, self.best_score)
+        preferred = (c for c in self.candidates if c.global_step == self._preferred_step)
+        return next(preferred, None) or self.filter.pick(self.candidates, self.best_score)
+
+    def break_ties(self, rivals: Callable[[Candidate], Collection[int]]) -> None:
+        """Pick one of the candidates that are not evidently worse than the best; `rivals` returns their steps."""
+        self._preferred_step = None
+        best = self.pick
+        if self.ties is None or best is None or not self.is_decided:
+            return
+        steps = {best.global_step, *rivals(best)}
+        tied = [c for c in self.filter.qualified(self.candidates, self.best_score) if c.global_step in steps]
+        self._preferred_step = (tied[0] if self.ties == "first" else max(tied, key=lambda c: c.score)).global_step
 
     @property
     def is_decided(self) -> bool:
@@ -98,7 +133,10 @@ class RunRanking:
         """Note that a state was ranked, and return the Pareto front and the best score with it."""
         best = max(latest.score, self.best_score)
         self._ranked = [*self._ranked, latest]
-        return self._filter(best).pareto_front([*self.candidates, latest], best), best
+        among, everyone = self._filter(best), [*self.candidates, latest]
+        # One that is beaten may be a tie with the pick of later.
+        tied = among.qualified(everyone, best) if self.ties is not None else []
+        return tied or among.pareto_front(everyone, best), best
 
     def state_dict(self) -> dict[str, Any]:
         """Return the ranking as plain values; of states without a file, only what tells whether they qualify."""
@@ -111,6 +149,7 @@ class RunRanking:
                 for c in self._ranked
             ],
             "offered_step": self.offered_step,
+            "preferred_step": self._preferred_step,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -119,6 +158,7 @@ class RunRanking:
         self.best_score = state["best_score"]
         self.first_score = state["first_score"]
         self.offered_step = state["offered_step"]
+        self._preferred_step = state.get("preferred_step")
         self._ranked = [
             Candidate(-1, c["global_step"], c["score"], math.nan, c["mainly_positive"], path="")
             for c in state["ranked"]

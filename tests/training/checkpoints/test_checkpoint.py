@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import math
 import re
 import tempfile
@@ -327,6 +328,49 @@ def test_every_rule_by_name_and_all_at_once(tmp_path: Path) -> None:
         assert each.best is not None
         assert each.best.epoch == scores.index(max(scores)), rule.name
         assert torch.load(each.best_model_path, weights_only=True)["epoch"] == each.best.epoch
+
+
+TIED = [
+    Epoch(-0.30, accuracy=0.900, scatter=0.1),
+    Epoch(-0.20, accuracy=0.905, scatter=0.1),
+    # The errors of the first and the third epoch are the same, so that their difference is certain; those of neighbors
+    # are independent, and differences below 0.115 are not evident.
+    Epoch(-0.12, accuracy=0.902, scatter=0.1),
+]
+
+
+@pytest.mark.parametrize(
+    ("ties", "epochs", "expected"),
+    [(None, 2, 1), (None, 3, 2), ("first", 2, 0), ("first", 3, 1), ("metric", 2, 1), ("metric", 3, 1)],
+)
+def test_ties(ties: Any, epochs: int, expected: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    rule = HessianCheckpoint("highest_c_t", train_metric="train_acc", ties=ties, dirpath=tmp_path)
+    run_script(tmp_path, TIED[:epochs], [ScriptedSource(TIED[:epochs]), rule])
+    assert epoch_of(rule.best_model_path) == expected
+    rivals = {(2, 0): [1], (2, 1): [0], (3, 1): [0, 2], (3, 2): [1]}[epochs, expected]
+    assert [record.epoch for record in rule.rivals] == rivals
+    assert f"Within two standard errors of it are epochs {', '.join(map(str, rivals))}." in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+def test_ties_in_a_resumed_run(tmp_path: Path) -> None:
+    def rule() -> HessianCheckpoint:
+        return HessianCheckpoint(
+            "highest_c_t", train_metric="train_acc", ties="first", dirpath=tmp_path, save_last=True
+        )
+
+    run_script(tmp_path, TIED[:2], [ScriptedSource(TIED), rule()])
+    resumed = rule()
+    trainer = make_trainer(tmp_path, [ScriptedSource(TIED), resumed], 2)
+    trainer.fit(ScriptedModule(TIED), loader(), ckpt_path=str(tmp_path / "last.ckpt"))
+    assert epoch_of(resumed.best_model_path) == 0
+
+
+@pytest.mark.parametrize("rule", ["lowest_trace", len])
+def test_ties_of_a_rule_without_known_errors(rule: Any) -> None:
+    with pytest.raises(MisconfigurationException, match="`ties='first'` needs a rule whose errors are known"):
+        HessianCheckpoint(rule, ties="first")
 
 
 def test_the_same_rule_twice() -> None:
