@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_hesd.judgment.judge import judge
+    from lightning_hesd.judgment.judgment import Judgment
     from lightning_hesd.numerics.analysis.api import hessian_spectrum, layer_spectra
     from lightning_hesd.numerics.analysis.hessian_operator import HessianOperator
     from lightning_hesd.numerics.inputs.options import AnalysisOptions
@@ -21,11 +23,13 @@ __all__ = [
     "HessianCheckpoint",
     "HessianOperator",
     "HessianSpectrumCallback",
+    "Judgment",
     "Spectrum",
     "SpectrumHistory",
     "assess_generalization",
     "hesd_type",
     "hessian_spectrum",
+    "judge",
     "layer_spectra",
     "top_eigenpairs",
 ]
@@ -36,11 +40,13 @@ _HOMES = {
     "HessianCheckpoint": "training.checkpoints.checkpoint",
     "HessianOperator": "numerics.analysis.hessian_operator",
     "HessianSpectrumCallback": "training.callback",
+    "Judgment": "judgment.judgment",
     "Spectrum": "spectra.spectrum",
     "SpectrumHistory": "training.history",
     "assess_generalization": "spectra.assessment",
     "hesd_type": "spectra.criteria",
     "hessian_spectrum": "numerics.analysis.api",
+    "judge": "judgment.judge",
     "layer_spectra": "numerics.analysis.api",
     "top_eigenpairs": "numerics.krylov.eigenpairs",
 }

@@ -1,0 +1,149 @@
+"""The metric by which picks are judged: its values at the records of a run, and how its numbers are written."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping, Sequence
+
+    from lightning_hesd.spectra.record import SpectrumRecord
+
+LOWER_IS_BETTER = {"loss", "error", "err", "perplexity", "ppl", "nll", "mse", "rmse", "mae"}
+"""Words in the name of a metric of which lower values are better."""
+
+SHARES = {"acc", "accuracy", "f1", "precision", "recall", "auroc", "iou", "miou", "dice"}
+"""Words in the name of a metric that is a share: values in [0, 1] are written as percentage points."""
+
+TRAINING, VALIDATION = {"train", "training"}, {"val", "valid", "validation", "dev"}
+"""Words in the name of a metric on training data, and on validation data."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric by which weights are judged.
+
+    Attributes:
+        name: Key under which it was logged, or name of its column.
+        mode: "max" if a higher value is better, else "min".
+    """
+
+    name: str
+    mode: Literal["max", "min"]
+
+    @classmethod
+    def of(cls, name: str, mode: str | None) -> Metric:
+        """Return a metric; without a mode, lower is better if the name says loss or error.
+
+        Raises:
+            ValueError: If the mode is unknown.
+
+        Examples:
+            >>> Metric.of("val_acc", None).mode, Metric.of("test/loss", None).mode
+            ('max', 'min')
+        """
+        if mode is None:
+            mode = "min" if words(name) & LOWER_IS_BETTER else "max"
+        if mode not in {"max", "min"}:
+            msg = f"`mode` must be 'max' or 'min', got {mode!r}."
+            raise ValueError(msg)
+        return cls(name, "max" if mode == "max" else "min")
+
+    @property
+    def sign(self) -> float:
+        """The sign that makes higher values better."""
+        return 1.0 if self.mode == "max" else -1.0
+
+    @property
+    def better(self) -> str:
+        """Which values are better, in words."""
+        return "higher is better" if self.mode == "max" else "lower is better"
+
+    def is_share(self, values: Iterable[float]) -> bool:
+        """Return whether values are shares of 1, both by the name of the metric and by their range."""
+        return bool(words(self.name) & SHARES) and all(0 <= value <= 1 for value in values if not math.isnan(value))
+
+
+def words(name: str) -> set[str]:
+    """Return the words of the name of a metric, in lower case.
+
+    Examples:
+        >>> sorted(words("valLoss/epoch_mean"))
+        ['epoch', 'loss', 'mean', 'val']
+    """
+    separated = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
+    return set(re.findall(r"[a-z0-9]+", separated))
+
+
+def find_loss(names: Collection[str], data: Collection[str]) -> str | None:
+    """Return the first name that says nothing but "loss" and one of the words for its data; None if there is none.
+
+    Examples:
+        >>> find_loss(["train_loss", "valid/loss_epoch"], VALIDATION)
+        'valid/loss_epoch'
+    """
+    for name in names:
+        found = words(name) - {"epoch"}
+        if "loss" in found and len(found) == 2 and found & set(data):
+            return name
+    return None
+
+
+def logged(record: SpectrumRecord) -> Mapping[str, float]:
+    """Return the metrics of a record; none for records that were made before metrics were kept."""
+    return getattr(record, "metrics", None) or {}
+
+
+def logged_names(records: Iterable[SpectrumRecord]) -> list[str]:
+    """Return the names of all metrics in these records, in alphabetical order."""
+    return sorted({name for record in records for name in logged(record)})
+
+
+def logged_values(records: Iterable[SpectrumRecord], name: str) -> list[float]:
+    """Return the values of a metric; NaN where it is absent or infinite."""
+    found = [float(logged(record).get(name, math.nan)) for record in records]
+    return [value if math.isfinite(value) else math.nan for value in found]
+
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """How values of a metric, and differences between them, are written.
+
+    Attributes:
+        factor: By which they are multiplied.
+        decimals: How many decimals they have.
+        unit: Behind the number, with a space before it; empty: the metric's own unit.
+    """
+
+    factor: float
+    decimals: int
+    unit: str
+
+    @classmethod
+    def of(cls, differences: Sequence[float], *, is_share: bool) -> NumberFormat:
+        """Return a format that gives the largest of some differences two or three digits."""
+        factor, unit = (100.0, " points") if is_share else (1.0, "")
+        largest = max((abs(factor * value) for value in differences if math.isfinite(value)), default=0.0)
+        decimals = 1 - math.floor(math.log10(largest)) if largest > 0 else 1
+        return cls(factor, min(max(decimals, 1 if is_share else 0), 6), unit)
+
+    def value(self, value: float) -> str:
+        """Return a value; an empty text for NaN."""
+        return self._text(value, "")
+
+    def difference(self, value: float) -> str:
+        """Return a difference with its sign; an empty text for NaN."""
+        return self._text(value, "+")
+
+    def interval(self, low: float, high: float) -> str:
+        """Return an interval of differences; an empty text if there is none."""
+        return "" if math.isnan(low) else f"[{self.difference(low)}, {self.difference(high)}]"
+
+    def _text(self, value: float, sign: str) -> str:
+        if math.isnan(value):
+            return ""
+        rounded = round(self.factor * value, self.decimals) + 0.0  # no negative zero
+        return f"{rounded:{sign if rounded else ''}.{self.decimals}f}"
