@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
     import pandas as pd
     from matplotlib.axes import Axes
+
+WIDTH = 80
+"""Columns of text in the terminal."""
 
 
 class Judgment(Outcomes):
@@ -54,9 +58,10 @@ class Judgment(Outcomes):
         return pandas.DataFrame(self.rows)
 
     def __str__(self) -> str:
-        """Return tables, remarks and the sentence as plain text, 80 columns wide where titles of rules allow."""
+        """Return tables, remarks and the sentence as plain text for a terminal."""
         texts = [table.as_text() for table in tables(self)]
-        return "\n\n".join([*texts, *(["\n".join(self.remarks)] if self.remarks else []), self.sentence])
+        remarks = "\n".join(textwrap.fill(remark, WIDTH) for remark in self.remarks)
+        return "\n\n".join([*texts, *([remarks] if remarks else []), textwrap.fill(self.sentence, WIDTH)])
 
     def markdown(self) -> str:
         """Return the sentence, tables and remarks in Markdown."""

@@ -21,6 +21,8 @@ SHARES = {"acc", "accuracy", "f1", "precision", "recall", "auroc", "iou", "miou"
 TRAINING, VALIDATION = {"train", "training"}, {"val", "valid", "validation", "dev"}
 """Words in the name of a metric on training data, and on validation data."""
 
+MAX_DECIMALS = 6
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -124,26 +126,37 @@ class NumberFormat:
 
     @classmethod
     def of(cls, differences: Sequence[float], *, is_share: bool) -> NumberFormat:
-        """Return a format that gives the largest of some differences two or three digits."""
+        """Return a format that gives the largest of some differences two digits."""
         factor, unit = (100.0, " points") if is_share else (1.0, "")
         largest = max((abs(factor * value) for value in differences if math.isfinite(value)), default=0.0)
         decimals = 1 - math.floor(math.log10(largest)) if largest > 0 else 1
-        return cls(factor, min(max(decimals, 1 if is_share else 0), 6), unit)
+        return cls(factor, min(max(decimals, int(is_share)), MAX_DECIMALS), unit)
 
     def value(self, value: float) -> str:
         """Return a value; an empty text for NaN."""
-        return self._text(value, "")
+        return "" if math.isnan(value) else f"{self._rounded(value, self.decimals):.{self.decimals}f}"
 
     def difference(self, value: float) -> str:
         """Return a difference with its sign; an empty text for NaN."""
-        return self._text(value, "+")
+        return "" if math.isnan(value) else self._signed(value, self.decimals)
 
     def interval(self, low: float, high: float) -> str:
-        """Return an interval of differences; an empty text if there is none."""
-        return "" if math.isnan(low) else f"[{self.difference(low)}, {self.difference(high)}]"
+        """Return an interval of differences, with more decimals if it would seem to contain zero but does not.
 
-    def _text(self, value: float, sign: str) -> str:
-        if math.isnan(value):
+        An empty text if there is none.
+        """
+        if math.isnan(low):
             return ""
-        rounded = round(self.factor * value, self.decimals) + 0.0  # no negative zero
-        return f"{rounded:{sign if rounded else ''}.{self.decimals}f}"
+        decimals = self.decimals
+        if low > 0 or high < 0:
+            nearest = min(abs(low), abs(high))
+            while decimals < MAX_DECIMALS and self._rounded(nearest, decimals) == 0:
+                decimals += 1
+        return f"[{self._signed(low, decimals)}, {self._signed(high, decimals)}]"
+
+    def _signed(self, value: float, decimals: int) -> str:
+        rounded = self._rounded(value, decimals)
+        return f"{rounded:{'+' if rounded else ''}.{decimals}f}"
+
+    def _rounded(self, value: float, decimals: int) -> float:
+        return round(self.factor * value, decimals) + 0.0  # no negative zero

@@ -53,7 +53,7 @@ class PairedComparison:
     @property
     def counts(self) -> NDArray[np.int64]:
         """Number of runs in which each rule has a gain, shape (rules,)."""
-        return np.isfinite(self.gains).sum(axis=0)
+        return _count(np.isfinite(self.gains))
 
     @property
     def means(self) -> NDArray[np.float64]:
@@ -64,17 +64,17 @@ class PairedComparison:
     @property
     def wins(self) -> NDArray[np.int64]:
         """Number of runs in which each rule is better than the baseline, shape (rules,)."""
-        return (self.gains > 0).sum(axis=0)
+        return _count(self.gains > 0)
 
     @property
     def ties(self) -> NDArray[np.int64]:
         """Number of runs in which each rule is exactly as good as the baseline, shape (rules,)."""
-        return (self.gains == 0).sum(axis=0)
+        return _count(self.gains == 0)
 
     @property
     def losses(self) -> NDArray[np.int64]:
         """Number of runs in which each rule is worse than the baseline, shape (rules,)."""
-        return (self.gains < 0).sum(axis=0)
+        return _count(self.gains < 0)
 
     @property
     def better(self) -> NDArray[np.bool_]:
@@ -86,10 +86,10 @@ class PairedComparison:
         """Which rules are evidently worse than the baseline, likewise."""
         return (self.high < 0) & (self.p_values <= self.level)
 
-    @property
-    def has_enough_runs(self) -> bool:
-        """Whether any rule could be told from the baseline with this number of runs."""
-        return bool(self.counts.max(initial=0) >= runs_needed(self.level))
+
+def _count(marked: NDArray[np.bool_]) -> NDArray[np.int64]:
+    found: NDArray[np.int64] = marked.sum(axis=0, dtype=np.int64)
+    return found
 
 
 def runs_needed(level: float) -> int:
@@ -208,7 +208,8 @@ def bootstrap_intervals(
     np.divide(deviations, resampled_errors, out=t, where=resampled_errors > 0)
     t[~determined] = math.inf
     factors = _simultaneous_quantiles(t, level)
-    usable = np.isfinite(factors) & (errors[0] > 0)
+    # Runs that are all exactly as good as the baseline do not say how often others would differ.
+    usable = np.isfinite(factors) & ((errors[0] > 0) | (means[0] != 0))
     reach = np.where(usable, factors, math.nan) * errors[0]
     low[compared], high[compared] = means[0] - reach, means[0] + reach
     return low, high
@@ -252,4 +253,5 @@ def _simultaneous_quantiles(t: NDArray[np.float64], level: float) -> NDArray[np.
     )
     rarest = np.sort(exceeding.min(axis=1))
     allowed = int(rarest[math.floor(level * samples)]) - 1
-    return ordered[samples - 1 - allowed]
+    bounds: NDArray[np.float64] = ordered[samples - 1 - allowed]
+    return bounds

@@ -73,13 +73,18 @@ def _title(outcomes: Outcomes, against: str, place: int) -> str:
 
 
 def _gain(outcomes: Outcomes, against: str, place: int) -> str:
-    """Return the mean gain with its unit and its interval, if there is one."""
+    """Return the mean gain with its unit and its interval, or why a large number of runs gives none."""
     found, numbers = outcomes.comparisons[against].statistics, outcomes.numbers
     interval = numbers.interval(float(found.low[place]), float(found.high[place]))
+    if not interval and found.counts[place] >= runs_needed(outcomes.level):
+        interval = (
+            f"(in {found.wins[place] + found.losses[place]} of {found.counts[place]} runs; too few for an interval)"
+        )
     return f"{numbers.difference(float(found.means[place]))}{numbers.unit} {interval}".rstrip()
 
 
 def _best(outcomes: Outcomes, against: str, place: int) -> str:
+    """Return the rule with the largest mean gain, and the gain."""
     mean = outcomes.comparisons[against].statistics.means[place]
     title, gain = _title(outcomes, against, place), _gain(outcomes, against, place)
     return f"the largest gain, {title}, is {gain}" if mean > 0 else f"the best of them, {title}, is at {gain}"
