@@ -38,8 +38,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="Values of the metric computed later: a file with the columns run, epoch or global_step, and the metric.",
     )
     parser.add_argument("--rules", type=list[str] | None, default=None, help="Rules to compare; default: all.")
-    parser.add_argument("--train-loss", type=str | None, default=None, help="Training loss; default: found by name.")
-    parser.add_argument("--val-loss", type=str | None, default=None, help="Validation loss; default: found by name.")
+    parser.add_argument("--val-loss", type=str | None, default=None, help="Validation loss; default: the usual names.")
     parser.add_argument(
         "--val-metric", type=str | None, default=None, help="Another metric to pick by, for comparison."
     )
@@ -60,7 +59,6 @@ def run(config: Namespace) -> None:
         candidates=config.candidates,
         metrics=config.metrics_csv,
         rules=config.rules,
-        train_loss=config.train_loss,
         val_loss=config.val_loss,
         val_metric=config.val_metric,
         level=config.level,

@@ -10,30 +10,34 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from lightning_hesd.judgment.metric import logged_values
 from lightning_hesd.spectra.record import START_EPOCH
 from lightning_hesd.spectra.rules import RULES
-from lightning_hesd.spectra.selection import candidates_of, loss_tolerance, picks
+from lightning_hesd.spectra.selection import AnalyzedState, loss_tolerance, rank_by_loss
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lightning_hesd.judgment.metric import Metric
     from lightning_hesd.spectra.record import SpectrumRecord
+    from lightning_hesd.spectra.rules import CheckpointRule
 
 Candidates: TypeAlias = Literal["near", "all"] | float
 """The records among which rules decide: see `judge`."""
 
-LAST_EPOCH, RANDOM_CANDIDATE, BEST_POSSIBLE = "last_epoch", "random_candidate", "best_possible"
-BEST_TRAINING_LOSS, BEST_VALIDATION_LOSS = "best_training_loss", "best_validation_loss"
-BEST_VALIDATION_METRIC = "best_validation_metric"
+LAST, LOWEST_VALIDATION_LOSS = "last", "lowest_validation_loss"
+"""The baselines of `RULES` that everything else is compared with."""
 
-BASELINES = {
-    LAST_EPOCH: "last epoch",
-    BEST_TRAINING_LOSS: "best training loss",
-    BEST_VALIDATION_LOSS: "best validation loss",
-    BEST_VALIDATION_METRIC: "best validation metric",
+VALIDATION_METRIC, RANDOM_CANDIDATE, BEST_POSSIBLE = "best_validation_metric", "random_candidate", "best_possible"
+
+REFERENCES = {
+    VALIDATION_METRIC: "best validation metric",
     RANDOM_CANDIDATE: "random candidate",
     BEST_POSSIBLE: "best possible",
 }
-"""Titles of the baselines, by name. They pick among all analyzed epochs, but the random candidate."""
+"""Titles of the baselines that are no checkpoint rules, by name."""
+
+
+def is_baseline(rule: CheckpointRule) -> bool:
+    """Return whether a rule is a usual choice that knows nothing of curvature, and that others are compared with."""
+    return getattr(rule, "is_baseline", False)
 
 
 @dataclass(frozen=True)
@@ -42,17 +46,15 @@ class PickSettings:
 
     Attributes:
         metric: The metric by which picks are judged.
-        candidates: The candidates of the rules.
-        rules: Names of the rules.
-        train_loss: Key of the training loss that a baseline goes by; None: the mean loss over the analysis samples.
-        val_loss: Key of the validation loss that a baseline goes by; None: no such baseline.
+        candidates: The candidates of the rules that are no baselines.
+        rules: Names of the rules and of the baselines in `RULES`.
+        val_loss: Key of the validation loss; None: as the rule finds it.
         val_metric: Another metric that a baseline goes by; None: no such baseline.
     """
 
     metric: Metric
-    candidates: Candidates = "near"
-    rules: tuple[str, ...] = tuple(RULES)
-    train_loss: str | None = None
+    candidates: Candidates
+    rules: tuple[str, ...]
     val_loss: str | None = None
     val_metric: Metric | None = None
 
@@ -97,7 +99,7 @@ def run_picks(run: str, records: Sequence[SpectrumRecord], values: Sequence[floa
     """Return the picks of all rules and baselines in a run, the earliest of equals.
 
     Only records with a value of the metric are picked: what another pick is worth is not known. The record before the
-    first step is never picked.
+    first step is never picked. Rules pick among candidates, baselines among all other records.
 
     Args:
         run: Name of the run.
@@ -107,55 +109,51 @@ def run_picks(run: str, records: Sequence[SpectrumRecord], values: Sequence[floa
     """
     trained = [(r, v) for r, v in zip(records, values, strict=True) if r.epoch != START_EPOCH]
     known = [(r, v) for r, v in trained if not math.isnan(v)]
-    judged, value_of = [record for record, _ in known], {id(record): value for record, value in known}
-    chosen, among, is_fallback = _chosen_by_rules(records, judged, settings.candidates)
-    chosen = {rule: record for rule, record in chosen.items() if rule in settings.rules}
-    for name, scores in _baseline_scores(judged, [value for _, value in known], settings).items():
-        place = _first_highest(scores)
-        if place is not None:
-            chosen[name] = judged[place]
-    found = {name: Pick(record.epoch, record.global_step, value_of[id(record)]) for name, record in chosen.items()}
+    judged, judged_values = [record for record, _ in known], [value for _, value in known]
+    states = list(map(AnalyzedState.of, judged))
+    among, is_fallback, tolerance = _candidates(records, states, settings.candidates)
+    places: dict[str, int | None] = {}
+    for name in settings.rules:
+        if is_baseline(RULES[name]) or tolerance is None:
+            places[name] = _first_highest(_scores(judged, name, settings))
+        else:
+            pick = rank_by_loss(states, name, tolerance).pick
+            places[name] = None if pick is None else int(pick.path)
+    if settings.val_metric is not None:
+        sign = settings.val_metric.sign
+        places[VALIDATION_METRIC] = _first_highest(
+            [sign * value for value in logged_values(judged, settings.val_metric.name)]
+        )
+    places[BEST_POSSIBLE] = _first_highest([settings.metric.sign * value for value in judged_values])
+    found = {
+        name: Pick(judged[place].epoch, judged[place].global_step, judged_values[place])
+        for name, place in places.items()
+        if place is not None
+    }
     if among:
-        found[RANDOM_CANDIDATE] = Pick(None, None, fmean(value_of[id(record)] for record in among))
+        found[RANDOM_CANDIDATE] = Pick(None, None, fmean(judged_values[place] for place in among))
     return RunPicks(run, found, len(judged), len(trained), len(among), is_fallback)
 
 
-def _baseline_scores(
-    judged: Sequence[SpectrumRecord], values: Sequence[float], settings: PickSettings
-) -> dict[str, list[float]]:
-    """Return the score of each record by each baseline, higher is better; NaN: not known."""
-    if settings.train_loss is None:
-        losses = [record.spectrum.loss if record.spectrum else math.nan for record in judged]
-    else:
-        losses = logged_values(judged, settings.train_loss)
-    scores = {
-        LAST_EPOCH: [float(position) for position in range(len(judged))],
-        BEST_TRAINING_LOSS: [-loss for loss in losses],
-        BEST_POSSIBLE: [settings.metric.sign * value for value in values],
-    }
-    if settings.val_loss is not None:
-        scores[BEST_VALIDATION_LOSS] = [-loss for loss in logged_values(judged, settings.val_loss)]
-    if settings.val_metric is not None:
-        sign = settings.val_metric.sign
-        scores[BEST_VALIDATION_METRIC] = [sign * value for value in logged_values(judged, settings.val_metric.name)]
-    return scores
-
-
-def _chosen_by_rules(
-    records: Sequence[SpectrumRecord], judged: Sequence[SpectrumRecord], candidates: Candidates
-) -> tuple[dict[str, SpectrumRecord], list[SpectrumRecord], bool]:
-    """Return the pick of each rule that has one, the candidates, and whether the lowest loss decides for want of MP."""
+def _candidates(
+    records: Sequence[SpectrumRecord], states: Sequence[AnalyzedState], candidates: Candidates
+) -> tuple[list[int], bool, float | None]:
+    """Return the positions of the candidates, whether none is MP, and the tolerance of the loss; None: no condition."""
     if candidates == "all":
-        chosen = {}
-        for name, rule in RULES.items():
-            place = _first_highest([rule.score(record) for record in judged])
-            if place is not None:
-                chosen[name] = judged[place]
-        return chosen, list(judged), False
+        return list(range(len(states))), False, None
     # The drop of the loss is that of the whole run, whichever of its records can be judged.
     tolerance = loss_tolerance(records) if candidates == "near" else float(candidates)
-    among = candidates_of(judged, tolerance)
-    return picks(judged, tolerance), among, bool(among) and not candidates_of(judged, tolerance, fallback=False)
+    ranking = rank_by_loss(states, None, tolerance)
+    if ranking.qualified or ranking.pick is None:
+        return [int(candidate.path) for candidate in ranking.qualified], False, tolerance
+    return [int(ranking.pick.path)], True, tolerance
+
+
+def _scores(judged: Sequence[SpectrumRecord], name: str, settings: PickSettings) -> list[float]:
+    """Return the score of each record by a rule, higher is better; NaN: not known."""
+    if name == LOWEST_VALIDATION_LOSS and settings.val_loss is not None:
+        return [-loss for loss in logged_values(judged, settings.val_loss)]
+    return [RULES[name].score(record) for record in judged]
 
 
 def _first_highest(scores: Sequence[float]) -> int | None:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal
 
-from lightning_hesd.judgment.candidates import BASELINES, BEST_VALIDATION_METRIC, PickSettings, run_picks
-from lightning_hesd.judgment.judgment import Judgment
-from lightning_hesd.judgment.metric import (
-    TRAINING,
-    VALIDATION,
-    Metric,
-    find_loss,
-    logged_names,
-    logged_values,
-    words,
+from lightning_hesd.judgment.candidates import (
+    LOWEST_VALIDATION_LOSS,
+    REFERENCES,
+    VALIDATION_METRIC,
+    PickSettings,
+    is_baseline,
+    run_picks,
 )
+from lightning_hesd.judgment.judgment import Judgment
+from lightning_hesd.judgment.metric import VALIDATION, Metric, logged_names, logged_values, words
 from lightning_hesd.judgment.metric_file import values_in_file
 from lightning_hesd.judgment.runs import read_runs
 from lightning_hesd.judgment.statistics import LEVEL
@@ -37,7 +36,6 @@ def judge(
     candidates: Candidates = "near",
     metrics: str | os.PathLike[str] | None = None,
     rules: Sequence[str] | None = None,
-    train_loss: str | None = None,
     val_loss: str | None = None,
     val_metric: str | None = None,
     level: float = LEVEL,
@@ -46,7 +44,7 @@ def judge(
     """Compare the checkpoint rules by what their picks were worth in given runs.
 
     Each rule picks among the candidates of a run, each baseline among all its analyzed epochs; the start of training is
-    never picked. Differences to the last epoch and to the best validation loss are paired within runs. Runs must be
+    never picked. Differences to the last epoch and to the lowest validation loss are paired within runs. Runs must be
     independent of each other, for example of different seeds. See the section "Comparing rules" of the theory.
 
     Args:
@@ -58,10 +56,9 @@ def judge(
             of its drop of the lowest one. A number: within that of the lowest one. "all": all analyzed epochs.
         metrics: A CSV file with values of the metric that were computed later: columns `run` (name or end of the path),
             `epoch` or `global_step`, and the metric's name.
-        rules: Names of the rules to compare; None: all. Fewer rules need less correction: choose before you look.
-        train_loss: Name of the logged training loss of the baseline; None: found by its name, else the loss over the
-            analysis samples.
-        val_loss: Name of the logged validation loss of the baseline; None: found by its name, else no such baseline.
+        rules: Names of the rules to compare with the baselines; None: all. Fewer rules need
+            less correction: choose before you look.
+        val_loss: Name of the logged validation loss of the baseline; None: the usual names, such as "val_loss".
         val_metric: Name of another logged metric that a baseline picks by, such as the validation accuracy if the
             metric is the test accuracy.
         level: Probability that any rule is called evidently better or worse although none is.
@@ -80,22 +77,20 @@ def judge(
     _check(candidates, rules)
     runs = read_runs(histories, name)
     values, notes = _values(runs, judged_by, metrics)
-    settings = PickSettings(
-        judged_by,
-        candidates,
-        tuple(RULES if rules is None else rules),
-        *_criteria(runs, train_loss, val_loss, val_metric),
-    )
+    curvature = [rule for rule in RULES if not is_baseline(RULES[rule])] if rules is None else rules
+    baselines = [rule for rule in RULES if is_baseline(RULES[rule])]
+    criteria = _checked_criteria(runs, val_loss, val_metric)
+    settings = PickSettings(judged_by, candidates, (*curvature, *baselines), *criteria)
     picked = [run_picks(name, run.records, values[name], settings) for name, run in runs.items()]
     picked = [run for run in picked if run.judged]
     if not picked:
         msg = f"{judged_by.name} is known before the first step only: there are no trained weights to judge."
         raise ValueError(msg)
-    titles = {rule: RULES[rule].title for rule in settings.rules} | BASELINES
+    titles = {rule: RULES[rule].title for rule in settings.rules} | REFERENCES
     if settings.val_metric is not None:
-        titles[BEST_VALIDATION_METRIC] = f"best {settings.val_metric.name}"
+        titles[VALIDATION_METRIC] = f"best {settings.val_metric.name}"
     present = {choice: title for choice, title in titles.items() if any(choice in run.picks for run in picked)}
-    ranked = tuple(rule for rule in settings.rules if rule in present)
+    ranked = tuple(rule for rule in curvature if rule in present)
     notes += _notes(runs, picked, settings)
     return Judgment(judged_by, candidates, level, tuple(picked), present, ranked, tuple(notes))
 
@@ -112,9 +107,10 @@ def _check(candidates: Candidates, rules: Sequence[str] | None) -> None:
     if not isinstance(candidates, str) and not candidates >= 0:
         msg = f"`candidates` must be a tolerance of the loss of at least 0, 'near' or 'all'; got {candidates}."
         raise ValueError(msg)
-    if rules is not None and (not rules or (unknown := [rule for rule in rules if rule not in RULES])):
-        found = repr(unknown[0]) if rules else "none"
-        msg = f"`rules` must be names of rules, got {found}. There are {', '.join(RULES)}."
+    known = [rule for rule in RULES if not is_baseline(RULES[rule])]
+    unknown = next((rule for rule in rules or () if rule not in known), None)
+    if unknown is not None or (rules is not None and len(rules) == 0):
+        msg = f"`rules` must be names of rules, got {unknown!r}: there are {', '.join(known)}."
         raise ValueError(msg)
 
 
@@ -151,35 +147,29 @@ def _values(
     return {name: logged_values(run.records, metric.name) for name, run in runs.items()}, []
 
 
-def _criteria(
-    runs: Mapping[str, Run], train_loss: str | None, val_loss: str | None, val_metric: str | None
-) -> tuple[str | None, str | None, Metric | None]:
-    """Return what the baselines go by: `train_loss`, `val_loss` and `val_metric` of the settings.
+def _checked_criteria(
+    runs: Mapping[str, Run], val_loss: str | None, val_metric: str | None
+) -> tuple[str | None, Metric | None]:
+    """Return what baselines go by: `val_loss` and `val_metric` of the settings.
 
     Raises:
-        ValueError: If a given name is not that of a logged metric.
+        ValueError: If a name is not that of a logged metric.
     """
     names = logged_names(record for run in runs.values() for record in run.records)
-    for argument, given in (("train_loss", train_loss), ("val_loss", val_loss), ("val_metric", val_metric)):
+    for argument, given in (("val_loss", val_loss), ("val_metric", val_metric)):
         if given is not None and given not in names:
             found = ", ".join(names) or "no metrics"
             msg = f"`{argument}`: no record of these runs has the metric {given!r}: they have {found}."
             raise ValueError(msg)
-    return (
-        find_loss(names, TRAINING) if train_loss is None else train_loss,
-        find_loss(names, VALIDATION) if val_loss is None else val_loss,
-        None if val_metric is None else Metric.of(val_metric, None),
-    )
+    return val_loss, None if val_metric is None else Metric.of(val_metric, None)
 
 
 def _notes(runs: Mapping[str, Run], picked: Sequence[RunPicks], settings: PickSettings) -> list[str]:
-    """Return notes on what the baselines go by, and on runs, records and rules that are left out."""
-    notes = [f"The training loss is {settings.train_loss or 'the loss over the analysis samples'}."]
-    metric, val_loss = settings.metric.name, settings.val_loss
-    if val_loss is None:
-        notes.append("No validation loss was found among the logged metrics.")
-    elif words(metric) & VALIDATION:
-        notes.append(f"{val_loss} and {metric} seem to be of the same data, which favors picks by {val_loss}.")
+    """Return notes on runs, records and rules that are left out, and on data that serve twice."""
+    notes = []
+    metric = settings.metric.name
+    if words(metric) & VALIDATION and any(LOWEST_VALIDATION_LOSS in run.picks for run in picked):
+        notes.append(f"The validation loss and {metric} seem to be of the same data, which favors picks by that loss.")
     if left_out := [name for name in runs if name not in {run.run for run in picked}]:
         notes.append(f"Left out, without the metric: {_shortened(left_out)}.")
     if unjudged := sum(run.trained - run.judged for run in picked):
@@ -188,7 +178,8 @@ def _notes(runs: Mapping[str, Run], picked: Sequence[RunPicks], settings: PickSe
         )
     if fallbacks := sum(run.is_fallback for run in picked):
         notes.append(f"In {fallbacks} of {len(picked)} runs no candidate is MP: there all rules pick the lowest loss.")
-    if without := [RULES[rule].title for rule in settings.rules if not any(rule in run.picks for run in picked)]:
+    found = {name for run in picked for name in run.picks}
+    if without := [RULES[rule].title for rule in settings.rules if rule not in found]:
         notes.append(f"Without a pick, as no record has the spectra or metrics they need: {', '.join(without)}.")
     return notes
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_hesd.judgment.candidates import BASELINES, LAST_EPOCH
+from lightning_hesd.judgment.candidates import LAST
 from lightning_hesd.judgment.outcomes import Outcomes
 from lightning_hesd.judgment.tables import as_csv, tables, without_nan
 from lightning_hesd.judgment.verdict import baselines_verdict, verdict
@@ -39,8 +39,8 @@ class Judgment(Outcomes):
 
     @property
     def remarks(self) -> list[str]:
-        """Sentences about baselines and the best validation loss, and notes on what was compared."""
-        others = [verdict(self, against) for against in self.comparisons if against != LAST_EPOCH]
+        """Sentences about baselines and the lowest validation loss, and notes on what was compared."""
+        others = [verdict(self, against) for against in self.comparisons if against != LAST]
         return [*baselines_verdict(self), *others, *self.notes]
 
     @property
@@ -110,12 +110,12 @@ class Judgment(Outcomes):
         """Write `markdown()`."""
         _write(path, self.markdown())
 
-    def plot(self, ax: Axes | None = None, against: str = LAST_EPOCH) -> Axes:
+    def plot(self, ax: Axes | None = None, against: str = LAST) -> Axes:
         """Draw the gain of each rule and baseline over another baseline, with its interval and the gains of all runs.
 
         Args:
             ax: Axes to draw on; default: those of a new figure.
-            against: "last_epoch" or "best_validation_loss".
+            against: "last" or "lowest_validation_loss".
 
         Raises:
             ValueError: If there is no comparison with that baseline.
@@ -134,7 +134,7 @@ class Judgment(Outcomes):
             numbers.factor * np.stack([found.low, found.means, found.high]),
             evident=found.better | found.worse,
             first_baseline=sum(name in self.rules for name in comparison.names),
-            label=f"gain in {self.metric.name}{unit} over the {BASELINES[against]}",
+            label=f"gain in {self.metric.name}{unit} over the {self.titles[against]}",
             ax=ax,
         )
 

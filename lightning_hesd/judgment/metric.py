@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from lightning_hesd.spectra.record import SpectrumRecord
 
@@ -18,8 +18,8 @@ LOWER_IS_BETTER = {"loss", "error", "err", "perplexity", "ppl", "nll", "mse", "r
 SHARES = {"acc", "accuracy", "f1", "precision", "recall", "auroc", "iou", "miou", "dice"}
 """Words in the name of a metric that is a share: values in [0, 1] are written as percentage points."""
 
-TRAINING, VALIDATION = {"train", "training"}, {"val", "valid", "validation", "dev"}
-"""Words in the name of a metric on training data, and on validation data."""
+VALIDATION = {"val", "valid", "validation", "dev"}
+"""Words in the name of a metric on validation data."""
 
 MAX_DECIMALS = 6
 
@@ -78,20 +78,6 @@ def words(name: str) -> set[str]:
     """
     separated = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
     return set(re.findall(r"[a-z0-9]+", separated))
-
-
-def find_loss(names: Collection[str], data: Collection[str]) -> str | None:
-    """Return the first name that says nothing but "loss" and one of the words for its data; None if there is none.
-
-    Examples:
-        >>> find_loss(["train_loss", "valid/loss_epoch"], VALIDATION)
-        'valid/loss_epoch'
-    """
-    for name in names:
-        found = words(name) - {"epoch"}
-        if "loss" in found and len(found) == 2 and found & set(data):
-            return name
-    return None
 
 
 def logged(record: SpectrumRecord) -> Mapping[str, float]:

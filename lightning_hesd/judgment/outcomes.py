@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_hesd.judgment.candidates import BEST_POSSIBLE, BEST_VALIDATION_LOSS, LAST_EPOCH
+from lightning_hesd.judgment.candidates import BEST_POSSIBLE, LAST, LOWEST_VALIDATION_LOSS
 from lightning_hesd.judgment.metric import NumberFormat
 from lightning_hesd.judgment.statistics import PairedComparison, compare
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lightning_hesd.judgment.candidates import Candidates, RunPicks
     from lightning_hesd.judgment.metric import Metric
 
-AGAINST = (LAST_EPOCH, BEST_VALIDATION_LOSS)
+AGAINST = (LAST, LOWEST_VALIDATION_LOSS)
 """The baselines that everything else is compared with."""
 
 
@@ -48,7 +48,7 @@ class Outcomes:
         level: Probability that any rule or baseline of a comparison is called better or worse although none is.
         runs: The picks in each run.
         titles: Titles of the rules and baselines that pick in some run, by name, the rules first.
-        rules: Names of the rules among them.
+        rules: Names of the rules among them that are no baselines.
         notes: What a reader of the numbers should know, in sentences.
     """
 
@@ -70,7 +70,7 @@ class Outcomes:
 
     @cached_property
     def comparisons(self) -> dict[str, Comparison]:
-        """Comparisons with the last epoch, and with the best validation loss if there is one, by name of the baseline.
+        """Comparisons with the last epoch, and with the lowest validation loss if there is one, by baseline.
 
         The best possible pick is not compared: it is never worse.
         """
@@ -99,9 +99,9 @@ class Outcomes:
         """A row for each rule and baseline, with numbers in the unit of the metric; NaN where there is none.
 
         `kind` is "rule" or "baseline", `runs` the number of runs with a pick, `mean` the mean metric of the picks, and
-        `regret` how much better the best possible picks are. `gain_over_last_epoch` is the mean gain, positive if
+        `regret` how much better the best possible picks are. `gain_over_last` is the mean gain, positive if
         better, with the ends of its interval, its p-value, the numbers of runs won, tied and lost, and `evidently`:
-        "better", "worse" or nothing. The same follows for `best_validation_loss`.
+        "better", "worse" or nothing. The same follows for `lowest_validation_loss`.
         """
         return [self._row(name) for name in self.titles]
 

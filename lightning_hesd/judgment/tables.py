@@ -7,14 +7,14 @@ import io
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_hesd.judgment.candidates import BASELINES, BEST_VALIDATION_LOSS, LAST_EPOCH
+from lightning_hesd.judgment.candidates import LAST, LOWEST_VALIDATION_LOSS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lightning_hesd.judgment.outcomes import Outcomes
 
-GAINS = {LAST_EPOCH: "over last", BEST_VALIDATION_LOSS: "over best val loss"}
+GAINS = {LAST: "over last", LOWEST_VALIDATION_LOSS: "over val loss"}
 """Names of the columns of gains of a single run."""
 
 
@@ -81,7 +81,7 @@ def _comparison(outcomes: Outcomes, against: str) -> Table:
             )
         )
     unit = f", in{numbers.unit}" if numbers.unit else ""
-    title = f"{metric.name}: gain over the {BASELINES[against]}, mean of {len(outcomes.runs)} runs{unit}"
+    title = f"{metric.name}: gain over the {outcomes.titles[against]}, mean of {len(outcomes.runs)} runs{unit}"
     return Table(title, header, tuple(lines))
 
 

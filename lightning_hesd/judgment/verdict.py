@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_hesd.judgment.candidates import BASELINES, LAST_EPOCH
+from lightning_hesd.judgment.candidates import LAST
 from lightning_hesd.judgment.statistics import runs_needed
 
 if TYPE_CHECKING:
@@ -18,9 +18,9 @@ MAX_NAMED = 3
 """A sentence names this many rules at most."""
 
 
-def verdict(outcomes: Outcomes, against: str = LAST_EPOCH) -> str:
+def verdict(outcomes: Outcomes, against: str = LAST) -> str:
     """Return whether some rule is evidently better or worse than a baseline, with the largest gain."""
-    baseline = f"the {BASELINES[against]}"
+    baseline = f"the {outcomes.titles[against]}"
     comparison = outcomes.comparisons[against]
     rules = [place for place, name in enumerate(comparison.names) if name in outcomes.rules]
     found = comparison.statistics
@@ -56,14 +56,14 @@ def verdict(outcomes: Outcomes, against: str = LAST_EPOCH) -> str:
 
 def baselines_verdict(outcomes: Outcomes) -> list[str]:
     """Return a sentence about the baselines that are evidently better or worse than the last epoch, if any are."""
-    if LAST_EPOCH not in outcomes.comparisons:
+    if LAST not in outcomes.comparisons:
         return []
-    comparison = outcomes.comparisons[LAST_EPOCH]
+    comparison = outcomes.comparisons[LAST]
     found, sentences = comparison.statistics, []
     for place, name in enumerate(comparison.names):
         if name not in outcomes.rules and (found.better[place] or found.worse[place]):
             word = "better" if found.better[place] else "worse"
-            gain = _gain(outcomes, LAST_EPOCH, place)
+            gain = _gain(outcomes, LAST, place)
             sentences.append(f"The {outcomes.titles[name]} is evidently {word} than the last epoch: {gain}.")
     return sentences
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_hesd.spectra.record import SpectrumRecord
+from lightning_hesd.spectra.rules import CheckpointRule
 from tests.spectra.nodes import spectrum
 
 if TYPE_CHECKING:
@@ -20,6 +21,24 @@ class Record(SpectrumRecord):
     """A record with metrics."""
 
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def validation_loss(self) -> float | None:
+        return self.metrics.get("val_loss")
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline(CheckpointRule):
+    """A rule that knows nothing of curvature."""
+
+    is_baseline: bool = True
+
+
+BASELINES = (
+    Baseline("last", "last epoch", "last", lambda step: step, ("global_step",)),
+    Baseline("lowest_train_loss", "lowest training loss", "train", lambda found: -found.loss),
+    Baseline("lowest_validation_loss", "lowest validation loss", "val", lambda loss: -loss, ("validation_loss",)),
+)
 
 
 def record(epoch: int, c_t: float = -0.1, lambda_max: float = 1.0, loss: float = 0.1, **metrics: float) -> Record:
