@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lightning_hesd.judgment.judgment import Judgment
 
 CANDIDATES = (
-    "Among which analyzed epochs the rules pick: 'near' (MP, and a loss within 5 %% of its drop of the lowest one), "
+    "Among which analyzed epochs the rules pick: 'near' (MP, and a loss within 5 % of its drop of the lowest one), "
     "'all', or a number (MP, and a loss within it of the lowest one)."
 )
 
@@ -37,7 +37,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         default=None,
         help="Values of the metric computed later: a file with the columns run, epoch or global_step, and the metric.",
     )
-    parser.add_argument("--rules", type=list[str] | None, default=None, help="Rules to compare; default: all.")
+    parser.add_argument("--rules", nargs="+", type=str, default=None, help="Names of rules to compare; default: all.")
     parser.add_argument("--val-loss", type=str | None, default=None, help="Validation loss; default: the usual names.")
     parser.add_argument(
         "--val-metric", type=str | None, default=None, help="Another metric to pick by, for comparison."

@@ -166,8 +166,10 @@ def _checked_criteria(
 
 def _notes(runs: Mapping[str, Run], picked: Sequence[RunPicks], settings: PickSettings) -> list[str]:
     """Return notes on runs, records and rules that are left out, and on data that serve twice."""
-    notes = []
-    metric = settings.metric.name
+    metric, found = settings.metric.name, {name for run in picked for name in run.picks}
+    mean = sum(run.candidates for run in picked) / len(picked)
+    kind = "all analyzed epochs" if settings.candidates == "all" else "MP, and a loss near the lowest"
+    notes = [f"Candidates of the rules: {kind}; {mean:.3g} {'epochs' if mean != 1 else 'epoch'} per run."]
     if words(metric) & VALIDATION and any(LOWEST_VALIDATION_LOSS in run.picks for run in picked):
         notes.append(f"The validation loss and {metric} seem to be of the same data, which favors picks by that loss.")
     if left_out := [name for name in runs if name not in {run.run for run in picked}]:
@@ -178,7 +180,6 @@ def _notes(runs: Mapping[str, Run], picked: Sequence[RunPicks], settings: PickSe
         )
     if fallbacks := sum(run.is_fallback for run in picked):
         notes.append(f"In {fallbacks} of {len(picked)} runs no candidate is MP: there all rules pick the lowest loss.")
-    found = {name for run in picked for name in run.picks}
     if without := [RULES[rule].title for rule in settings.rules if rule not in found]:
         notes.append(f"Without a pick, as no record has the spectra or metrics they need: {', '.join(without)}.")
     return notes

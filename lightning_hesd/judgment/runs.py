@@ -100,7 +100,9 @@ def _is_history(histories: Sequence[object]) -> bool:
 def _short_names(folders: Sequence[str]) -> list[str]:
     """Return the ends of paths, as short as they are distinct."""
     parts = [Path(folder).parts for folder in folders]
-    for length in range(1, max(map(len, parts), default=0) + 1):
+    # Lightning numbers the folders of runs: the folder around has the name.
+    shortest = 2 if any(path[-1].startswith("version_") for path in parts) else 1
+    for length in range(shortest, max(map(len, parts), default=0) + 1):
         names = ["/".join(path[-length:]) for path in parts]
         if len(set(names)) == len(names):
             return names

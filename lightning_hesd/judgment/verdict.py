@@ -73,21 +73,22 @@ def _title(outcomes: Outcomes, against: str, place: int) -> str:
 
 
 def _gain(outcomes: Outcomes, against: str, place: int) -> str:
-    """Return the mean gain with its unit and its interval, or why a large number of runs gives none."""
+    """Return the mean gain with its unit and its interval, or why many runs give no interval."""
     found, numbers = outcomes.comparisons[against].statistics, outcomes.numbers
     interval = numbers.interval(float(found.low[place]), float(found.high[place]))
     if not interval and found.counts[place] >= runs_needed(outcomes.level):
-        interval = (
-            f"(in {found.wins[place] + found.losses[place]} of {found.counts[place]} runs; too few for an interval)"
-        )
+        differing = found.wins[place] + found.losses[place]
+        interval = f"(from {differing} of {found.counts[place]} runs, too few for an interval)"
     return f"{numbers.difference(float(found.means[place]))}{numbers.unit} {interval}".rstrip()
 
 
 def _best(outcomes: Outcomes, against: str, place: int) -> str:
     """Return the rule with the largest mean gain, and the gain."""
-    mean = outcomes.comparisons[against].statistics.means[place]
-    title, gain = _title(outcomes, against, place), _gain(outcomes, against, place)
-    return f"the largest gain, {title}, is {gain}" if mean > 0 else f"the best of them, {title}, is at {gain}"
+    found, title = outcomes.comparisons[against].statistics, _title(outcomes, against, place)
+    if found.wins[place] + found.losses[place] == 0:
+        return f"the best of them, {title}, is exactly as good"
+    words = f"the largest gain, {title}, is" if found.means[place] > 0 else f"the best of them, {title}, is at"
+    return f"{words} {_gain(outcomes, against, place)}"
 
 
 def _listed(parts: Sequence[str]) -> str:

@@ -114,6 +114,7 @@ def test_picks_among_all_and_within_a_number() -> None:
 def test_without_mp_candidates_the_lowest_loss_decides_and_a_note_says_so() -> None:
     found = judge([RUN], "val_acc", candidates=0.0)
     assert {epochs(found)[name] for name in TWO} == {4}
+    assert "Candidates of the rules: MP, and a loss near the lowest; 1 epoch per run." in found.notes
     assert "In 1 of 1 runs no candidate is MP: there all rules pick the lowest loss." in found.notes
 
 
@@ -206,11 +207,24 @@ def test_evidence_for_and_against() -> None:
     worse = judge(runs(12, effect=0.05), "val_acc", mode="min", rules=TWO).sentence
     assert " no rule is evidently better than the last epoch; the " in worse
     assert " Evidently worse is highest C_t (-5." in worse
+    worst = [[record(0, -0.1, 1.0, val_acc=0.5 + 0.01 * size), record(1, -0.2, 1.0, val_acc=0.8)] for size in range(7)]
+    assert judge(worst, "val_acc", rules=TWO).sentence.startswith(
+        "Over 7 runs no rule is evidently better than the last epoch; the best of them, highest C_t, is at -27.0 points"
+    )
 
 
 def test_picks_that_are_all_as_good_as_the_last_epoch() -> None:
     same = [[record(epoch, val_acc=0.5) for epoch in range(3)]] * 7
     assert judge(same, "val_acc").sentence == "Over 7 runs the pick of every rule is exactly as good as the last epoch."
+
+
+def test_a_rule_that_rarely_differs_has_no_interval_and_the_sentence_says_why() -> None:
+    pair = [record(0, -0.1, val_acc=0.6), record(1, -0.2, val_acc=0.5)]
+    same = [record(0, -0.2, val_acc=0.6), record(1, -0.1, val_acc=0.5)]
+    assert judge([pair, *[same] * 6], "val_acc", rules=["highest_c_t"]).sentence == (
+        "Over 7 runs no rule is evidently better than the last epoch; the largest gain, highest C_t, is +1.4 points "
+        "(from 1 of 7 runs, too few for an interval)."
+    )
 
 
 def test_points_only_where_they_are_unambiguous() -> None:
