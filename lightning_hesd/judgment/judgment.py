@@ -134,7 +134,8 @@ class Judgment(Outcomes):
             numbers.factor * np.stack([found.low, found.means, found.high]),
             evident=found.better | found.worse,
             first_baseline=sum(name in self.rules for name in comparison.names),
-            label=f"gain in {self.metric.name}{unit} over the {self.titles[against]}",
+            label=f"gain in {self.metric.name}{unit} over the {self.titles[against]}\n"
+            f"(bars: {1 - self.level:.0%} intervals of the means, together; marks: single runs)",
             ax=ax,
         )
 

@@ -200,3 +200,42 @@ def test_power_of_eight_rules(runs: int, effect: float, power: float) -> None:
     share = np.mean([comparison.better[0] for comparison in found])
     print(f"\n{runs} runs, effect {effect}: found {share:.2f}")  # noqa: T201 - for the theory page
     assert share >= power
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("runs", [6, 12, 30, 90])
+def test_coverage_of_one_interval_beside_those_of_other_methods(runs: int) -> None:
+    """How often intervals at 95 % contain the mean, where the sample has differences; the table of the theory page."""
+    generator, repetitions = np.random.default_rng(2), 400
+    covered: dict[str, list[float]] = {}
+    for kind, ties in itertools.product(["normal", "skew"], [0.0, 0.5, 0.8]):
+        effect = 0.5 if kind == "normal" else 1.0
+        inside: dict[str, list[bool]] = {}
+        for seed in range(repetitions):
+            moved = drawn(kind, 0.0, runs, 1, generator) + effect
+            gains = np.where(generator.random(moved.shape) < ties, 0.0, moved)
+            if np.ptp(gains) == 0:
+                continue
+            for method, (low, high) in intervals(gains, seed).items():
+                inside.setdefault(method, []).append(not (low > effect * (1 - ties) or high < effect * (1 - ties)))
+        for method, found in inside.items():
+            covered.setdefault(method, []).append(float(np.mean(found)))
+    for method, shares in covered.items():
+        print(f"\n{runs} runs, {method}: {min(shares):.2f} to {max(shares):.2f}")  # noqa: T201 - for the theory page
+    assert min(covered["ours"]) >= 0.88
+    assert min(covered["ours"]) > max(min(covered[method]) for method in ("percentile", "BCa", "Student"))
+
+
+def intervals(gains: NDArray[np.float64], seed: int) -> dict[str, tuple[float, float]]:
+    """Intervals of the mean by several methods."""
+    ours = compare(gains, resamples=999, seed=seed)
+    mean, error = gains.mean(), gains.std(ddof=1) / math.sqrt(len(gains))
+    found = {
+        "Student": stats.t.interval(0.95, len(gains) - 1, mean, error),
+        "ours": (ours.low[0], ours.high[0]),  # NaN, where there is none, excludes nothing
+    }
+    for method in ("percentile", "BCa"):
+        bootstrap = stats.bootstrap((gains[:, 0],), np.mean, n_resamples=999, method=method, rng=seed)
+        found[method] = tuple(bootstrap.confidence_interval)
+    return found
