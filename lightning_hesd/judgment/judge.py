@@ -17,7 +17,7 @@ from lightning_hesd.judgment.judgment import Judgment
 from lightning_hesd.judgment.metric import VALIDATION, Metric, logged_names, logged_values, words
 from lightning_hesd.judgment.metric_file import values_in_file
 from lightning_hesd.judgment.runs import read_runs
-from lightning_hesd.judgment.statistics import LEVEL
+from lightning_hesd.judgment.statistics import LEVEL, check_level
 from lightning_hesd.spectra.rules import RULES
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def judge(
             of its drop of the lowest one. A number: within that of the lowest one. "all": all analyzed epochs.
         metrics: A CSV file with values of the metric that were computed later: columns `run` (name or end of the path),
             `epoch` or `global_step`, and the metric's name.
-        rules: Names of the rules to compare with the baselines; None: all. Fewer rules need
-            less correction: choose before you look.
+        rules: Names of the rules to compare with the baselines; None: all. Fewer rules need less correction: choose
+            before you look.
         val_loss: Name of the logged validation loss of the baseline; None: the usual names, such as "val_loss".
         val_metric: Name of another logged metric that a baseline picks by, such as the validation accuracy if the
             metric is the test accuracy.
@@ -69,20 +69,22 @@ def judge(
         ValueError: If no run has the metric, or an argument is invalid.
 
     Example:
-        >>> judge("lightning_logs", "val_acc").sentence  # doctest: +SKIP
-        'Over 12 runs no rule is evidently better than the last epoch; the largest gain, highest C_t, is +0.4 points \
-[-0.3, +1.1].'
+        >>> print(judge("lightning_logs", "val_acc"))  # doctest: +SKIP
+        ...
+        Over 12 runs no rule is evidently better than the last epoch; the largest gain,
+        highest C_t, is +0.4 points [-0.3, +1.1].
     """
     judged_by = Metric.of(metric, mode)
     _check(candidates, rules)
+    check_level(level)
     runs = read_runs(histories, name)
     values, notes = _values(runs, judged_by, metrics)
     curvature = [rule for rule in RULES if not is_baseline(RULES[rule])] if rules is None else rules
     baselines = [rule for rule in RULES if is_baseline(RULES[rule])]
     criteria = _checked_criteria(runs, val_loss, val_metric)
     settings = PickSettings(judged_by, candidates, (*curvature, *baselines), *criteria)
-    picked = [run_picks(name, run.records, values[name], settings) for name, run in runs.items()]
-    picked = [run for run in picked if run.judged]
+    found = [run_picks(run, runs[run].records, values[run], settings) for run in runs]
+    picked = [run for run in found if run.judged]
     if not picked:
         msg = f"{judged_by.name} is known before the first step only: there are no trained weights to judge."
         raise ValueError(msg)
@@ -175,9 +177,8 @@ def _notes(runs: Mapping[str, Run], picked: Sequence[RunPicks], settings: PickSe
     if left_out := [name for name in runs if name not in {run.run for run in picked}]:
         notes.append(f"Left out, without the metric: {_shortened(left_out)}.")
     if unjudged := sum(run.trained - run.judged for run in picked):
-        notes.append(
-            f"{unjudged} of {sum(run.trained for run in picked)} analyses lack the metric, and are not picked."
-        )
+        trained = sum(run.trained for run in picked)
+        notes.append(f"{unjudged} of {trained} analyses lack the metric, and are not picked.")
     if fallbacks := sum(run.is_fallback for run in picked):
         notes.append(f"In {fallbacks} of {len(picked)} runs no candidate is MP: there all rules pick the lowest loss.")
     if without := [RULES[rule].title for rule in settings.rules if rule not in found]:

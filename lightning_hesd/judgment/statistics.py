@@ -102,6 +102,17 @@ def runs_needed(level: float) -> int:
     return math.ceil(1 - math.log2(level))
 
 
+def check_level(level: float) -> None:
+    """Check a level.
+
+    Raises:
+        ValueError: If it is out of range.
+    """
+    if not 0 < level < 0.5:
+        msg = f"`level` must be between 0 and 0.5, got {level}."
+        raise ValueError(msg)
+
+
 def compare(gains: ArrayLike, *, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0) -> PairedComparison:
     """Compare rules with a baseline by their gains in independent runs.
 
@@ -118,9 +129,7 @@ def compare(gains: ArrayLike, *, level: float = LEVEL, resamples: int = RESAMPLE
     if table.ndim != 2 or np.isinf(table).any():
         msg = f"`gains` must be finite or NaN, of shape (runs, rules); got the shape {table.shape}."
         raise ValueError(msg)
-    if not 0 < level < 0.5:
-        msg = f"`level` must be between 0 and 0.5, got {level}."
-        raise ValueError(msg)
+    check_level(level)
     generator = np.random.default_rng(seed)
     p_values = sign_flip_p_values(table, resamples, generator)
     low, high = bootstrap_intervals(table, level, resamples, generator)

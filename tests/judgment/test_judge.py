@@ -406,6 +406,8 @@ def test_bad_arguments(tmp_path: Path) -> None:
         judge([RUN], "val_acc", mode="up")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"`rules` must be names of rules, got 'best': there are highest_c_t, "):
         judge([RUN], "val_acc", rules=["best"])
+    with pytest.raises(ValueError, match=r"`level` must be between 0 and 0.5, got 1"):
+        judge([RUN], "val_acc", level=1)
     with pytest.raises(ValueError, match="there are no runs to judge"):
         judge([], "val_acc")
     with pytest.raises(ValueError, match="there are no trained weights to judge"):
