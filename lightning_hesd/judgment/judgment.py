@@ -135,7 +135,7 @@ class Judgment(Outcomes):
             evident=found.better | found.worse,
             first_baseline=sum(name in self.rules for name in comparison.names),
             label=f"gain in {self.metric.name}{unit} over the {self.titles[against]}\n"
-            f"(bars: {1 - self.level:.0%} intervals of the means, together; marks: single runs)",
+            f"(bars: {1 - self.level:.0%} intervals; marks: runs)",
             ax=ax,
         )
 

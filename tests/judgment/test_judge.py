@@ -311,7 +311,7 @@ def test_the_figure_has_a_row_for_each_choice() -> None:
         "lowest validation loss",
         "random candidate",
     ]
-    assert ax.get_xlabel().startswith("gain in val_acc (points) over the last epoch\n(bars: 95% intervals of the means")
+    assert ax.get_xlabel() == "gain in val_acc (points) over the last epoch\n(bars: 95% intervals; marks: runs)"
     with pytest.raises(ValueError, match="there is no comparison with 'best_possible'"):
         found.plot(against="best_possible")
     assert found.plot(ax, "lowest_validation_loss") is ax
