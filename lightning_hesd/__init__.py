@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_hesd.judgment.judge import judge
+    from lightning_hesd.judgment.judgment import Judgment
     from lightning_hesd.numerics.analysis.api import hessian_spectrum, layer_spectra
     from lightning_hesd.numerics.analysis.hessian_operator import HessianOperator
     from lightning_hesd.numerics.inputs.options import AnalysisOptions
@@ -22,6 +24,7 @@ __all__ = [
     "HessianCheckpoint",
     "HessianOperator",
     "HessianSpectrumCallback",
+    "Judgment",
     "PairedDifference",
     "Spectrum",
     "SpectrumHistory",
@@ -29,6 +32,7 @@ __all__ = [
     "c_t_difference",
     "hesd_type",
     "hessian_spectrum",
+    "judge",
     "lambda_max_difference",
     "layer_spectra",
     "top_eigenpairs",
@@ -40,6 +44,7 @@ _HOMES = {
     "HessianCheckpoint": "training.checkpoints.checkpoint",
     "HessianOperator": "numerics.analysis.hessian_operator",
     "HessianSpectrumCallback": "training.callback",
+    "Judgment": "judgment.judgment",
     "PairedDifference": "spectra.differences",
     "Spectrum": "spectra.spectrum",
     "SpectrumHistory": "training.history",
@@ -47,6 +52,7 @@ _HOMES = {
     "c_t_difference": "spectra.differences",
     "hesd_type": "spectra.criteria",
     "hessian_spectrum": "numerics.analysis.api",
+    "judge": "judgment.judge",
     "lambda_max_difference": "spectra.differences",
     "layer_spectra": "numerics.analysis.api",
     "top_eigenpairs": "numerics.krylov.eigenpairs",

@@ -22,6 +22,7 @@ COMMANDS = {
     "analyze": "analyze the Hessian's spectrum at the weights of checkpoints",
     "assess": "assess generalization by two spectra (Gabdullin 2025, Fig. 10)",
     "plot": "draw spectral densities",
+    "judge": "compare the checkpoint rules by what their picks were worth in given runs",
     "report": "write a run as one HTML file, with the content of TensorBoard's HESD tab",
     "sample-size": "ask how many samples are enough at the weights of checkpoints; the analyzed samples are the pilot",
     "estimate": "estimate what one analysis will cost: time, memory and communication",

@@ -7,6 +7,7 @@ Figures are made without pyplot, hence without global state and without a displa
 from lightning_hesd.plotting.c_t import plot_c_t
 from lightning_hesd.plotting.cumulative import plot_cumulative
 from lightning_hesd.plotting.density import describe, plot_decomposition, plot_density
+from lightning_hesd.plotting.gains import plot_gains
 from lightning_hesd.plotting.heat_maps import plot_density_evolution, plot_layers
 from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, SMOOTHING, new_axes, place_legend, settling_axes
 
@@ -22,6 +23,7 @@ __all__ = [
     "plot_decomposition",
     "plot_density",
     "plot_density_evolution",
+    "plot_gains",
     "plot_layers",
     "settling_axes",
 ]

@@ -1,0 +1,147 @@
+"""`Judgment`: the comparison of the checkpoint rules over runs, as sentence, tables, data and figure."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lightning_hesd.judgment.candidates import LAST
+from lightning_hesd.judgment.outcomes import Outcomes
+from lightning_hesd.judgment.tables import as_csv, tables, without_nan
+from lightning_hesd.judgment.verdict import baselines_verdict, verdict
+from lightning_hesd.spectra.files import atomic_write
+
+if TYPE_CHECKING:
+    import os
+
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+WIDTH = 80
+"""Columns of text in the terminal."""
+
+
+class Judgment(Outcomes):
+    """What the picks of the checkpoint rules were worth, and whether one is evidently better than the last epoch.
+
+    `str()` gives tables, remarks and `sentence` as plain text; `rows` has the numbers, `runs` the pick of every rule in
+    every run.
+    """
+
+    @property
+    def sentence(self) -> str:
+        """The result in a sentence, with the largest gain over the last epoch and its simultaneous interval."""
+        return verdict(self)
+
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences about baselines and the lowest validation loss, and notes on what was compared."""
+        others = [verdict(self, against) for against in self.comparisons if against != LAST]
+        return [*baselines_verdict(self), *others, *self.notes]
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A pandas table with a row for each rule and baseline: see `rows`.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        try:
+            import pandas  # noqa: ICN001, PLC0415 - optional, and slow to import
+        except ImportError as error:
+            msg = "the table of a judgment needs pandas, which is not installed: pip install pandas. `rows` does not."
+            raise ImportError(msg) from error
+        return pandas.DataFrame(self.rows)
+
+    def __str__(self) -> str:
+        """Return tables, remarks and the sentence as plain text for a terminal."""
+        texts = [table.as_text() for table in tables(self)]
+        remarks = "\n".join(textwrap.fill(remark, WIDTH) for remark in self.remarks)
+        return "\n\n".join([*texts, *([remarks] if remarks else []), textwrap.fill(self.sentence, WIDTH)])
+
+    def markdown(self) -> str:
+        """Return the sentence, tables and remarks in Markdown."""
+        texts = [table.as_markdown() for table in tables(self)]
+        remarks = "\n".join(f"- {remark}" for remark in self.remarks)
+        return "\n\n".join([f"**{self.sentence}**", *texts, *([remarks] if remarks else [])]) + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain data for JSON, with None for numbers that are absent."""
+        runs = [
+            {
+                "run": run.run,
+                "judged": run.judged,
+                "trained": run.trained,
+                "candidates": run.candidates,
+                "picks": {
+                    name: {"epoch": pick.epoch, "global_step": pick.global_step, "value": pick.value}
+                    for name, pick in run.picks.items()
+                },
+            }
+            for run in self.runs
+        ]
+        found: dict[str, Any] = without_nan(
+            {
+                "metric": self.metric.name,
+                "mode": self.metric.mode,
+                "candidates": self.candidates,
+                "level": self.level,
+                "sentence": self.sentence,
+                "remarks": self.remarks,
+                "table": self.rows,
+                "runs": runs,
+            }
+        )
+        return found
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write `rows` as CSV, with empty cells for numbers that are absent."""
+        _write(path, as_csv(self.rows))
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_dict()` as JSON."""
+        _write(path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def to_markdown(self, path: str | os.PathLike[str]) -> None:
+        """Write `markdown()`."""
+        _write(path, self.markdown())
+
+    def plot(self, ax: Axes | None = None, against: str = LAST) -> Axes:
+        """Draw the gain of each rule and baseline over another baseline, with its interval and the gains of all runs.
+
+        Args:
+            ax: Axes to draw on; default: those of a new figure.
+            against: "last" or "lowest_validation_loss".
+
+        Raises:
+            ValueError: If there is no comparison with that baseline.
+        """
+        from lightning_hesd.plotting import plot_gains  # noqa: PLC0415 - Matplotlib is slow to import
+
+        if against not in self.comparisons:
+            msg = f"there is no comparison with {against!r}: `against` must be one of {', '.join(self.comparisons)}."
+            raise ValueError(msg)
+        comparison, numbers = self.comparisons[against], self.numbers
+        found = comparison.statistics
+        unit = f" ({numbers.unit.strip()})" if numbers.unit else ""
+        return plot_gains(
+            [self.titles[name] for name in comparison.names],
+            numbers.factor * found.gains,
+            numbers.factor * np.stack([found.low, found.means, found.high]),
+            evident=found.better | found.worse,
+            first_baseline=sum(name in self.rules for name in comparison.names),
+            label=f"gain in {self.metric.name}{unit} over the {self.titles[against]}\n"
+            f"(bars: {1 - self.level:.0%} intervals; marks: runs)",
+            ax=ax,
+        )
+
+
+def _write(path: str | os.PathLike[str], text: str) -> None:
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(target) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -1,0 +1,112 @@
+"""Metrics of checkpoints that were computed after training, from a CSV file."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping, Sequence
+
+    from lightning_hesd.judgment.metric import Metric
+    from lightning_hesd.judgment.runs import Run
+    from lightning_hesd.spectra.record import SpectrumRecord
+
+RUN_COLUMN, STEP_COLUMN, EPOCH_COLUMN = "run", "global_step", "epoch"
+
+
+def values_in_file(
+    path: str | os.PathLike[str], metric: Metric, runs: Mapping[str, Run]
+) -> tuple[dict[str, list[float]], int]:
+    """Return the values of a metric in a CSV file for every record, by run, and the number of rows of other records.
+
+    The columns are `run` (the name of the run, or the end of its path; not needed for one run), `global_step` or
+    `epoch`, and one named as the metric.
+
+    Args:
+        path: The file.
+        metric: The metric.
+        runs: The runs by name.
+
+    Returns:
+        A value for each record of each run, NaN where the file has none; and how many rows belong to no record.
+
+    Raises:
+        ValueError: If a column is missing, a cell is no number, or a row is ambiguous.
+    """
+    with Path(path).open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        columns = list(reader.fieldnames or [])
+        key = STEP_COLUMN if STEP_COLUMN in columns else EPOCH_COLUMN
+        needed = [*([RUN_COLUMN] if len(runs) > 1 else []), key, metric.name]
+        if missing := [column for column in needed if column not in columns]:
+            msg = f"{path} has no column {missing[0]!r}: it has {', '.join(columns) or 'no columns'}."
+            raise ValueError(msg)
+        values = {name: [math.nan] * len(run.records) for name, run in runs.items()}
+        places = {name: _places(run.records, key) for name, run in runs.items()}
+        others = 0
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            value = _number(row[metric.name], where)
+            name = _run_called(row.get(RUN_COLUMN), runs, where)
+            if math.isnan(value):
+                continue
+            found = [] if name is None else places[name].get(int(_number(row[key], where)), [])
+            if name is None or not found:
+                others += 1
+                continue
+            if len(found) > 1:
+                msg = (
+                    f"{where}: epoch {row[key]} of the run {name} has {len(found)} records. Give the column "
+                    f"{STEP_COLUMN!r}, which tells them apart."
+                )
+                raise ValueError(msg)
+            if not math.isnan(values[name][found[0]]):
+                msg = f"{where}: the run {name} has a value at this {key} already. Give one row for each record."
+                raise ValueError(msg)
+            values[name][found[0]] = value
+    return values, others
+
+
+def _places(records: Sequence[SpectrumRecord], key: str) -> dict[int, list[int]]:
+    """Return the positions of records by their epoch or their step."""
+    places: dict[int, list[int]] = {}
+    for place, record in enumerate(records):
+        places.setdefault(getattr(record, key), []).append(place)
+    return places
+
+
+def _run_called(name: str | None, runs: Mapping[str, Run], where: str) -> str | None:
+    """Return the run that a row of the file belongs to; None if it is none of these runs.
+
+    Raises:
+        ValueError: If it could be several of them.
+    """
+    if name is None:
+        return next(iter(runs))
+    if name in runs:
+        return name
+    found = [own for own, run in runs.items() if run.is_called(name)]
+    if len(found) > 1:
+        msg = f"{where}: the run {name!r} may be {' or '.join(found)}. Give more of its path."
+        raise ValueError(msg)
+    return found[0] if found else None
+
+
+def _number(cell: str | None, where: str) -> float:
+    """Return the number in a cell; NaN if the cell is empty, or the number infinite.
+
+    Raises:
+        ValueError: If the cell is no number.
+    """
+    if cell is None or not cell.strip():
+        return math.nan
+    try:
+        value = float(cell)
+    except ValueError as error:
+        msg = f"{where}: {cell!r} is no number."
+        raise ValueError(msg) from error
+    return value if math.isfinite(value) else math.nan

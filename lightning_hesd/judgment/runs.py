@@ -1,0 +1,109 @@
+"""The runs to be judged: their names and their records."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from lightning_hesd.spectra.record import SpectrumRecord
+from lightning_hesd.training.folders import exists, joined
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    History: TypeAlias = Sequence[SpectrumRecord] | str | os.PathLike[str]
+    Histories: TypeAlias = Mapping[str, History] | Sequence[History] | History
+
+INDEX = "index.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run to be judged.
+
+    Attributes:
+        parts: Parts of its path; of a run without a path, its name.
+        records: Its records in the order of training.
+    """
+
+    parts: tuple[str, ...]
+    records: Sequence[SpectrumRecord]
+
+    def is_called(self, name: str) -> bool:
+        """Return whether a name is that of the run, or the end of its path."""
+        parts = Path(name).parts
+        return parts == self.parts[-len(parts) :] if parts else False
+
+
+def read_runs(histories: Histories, callback: str) -> dict[str, Run]:
+    """Return runs by name: the keys of a mapping, the ends of paths, or else "run 1", "run 2", ...
+
+    Args:
+        histories: Histories, or log directories of runs; a folder without a history stands for all runs below it.
+        callback: The callback's `name`, which is that of the folder of the history in a log directory.
+
+    Raises:
+        FileNotFoundError: If there is no history in a folder, nor below it.
+        ValueError: If there are no runs, or if a history is damaged.
+    """
+    if isinstance(histories, Mapping):
+        runs = {str(name): Run((str(name),), _records(history, callback)) for name, history in histories.items()}
+    else:
+        is_one = isinstance(histories, str | os.PathLike) or _is_history(histories)
+        runs = _named([histories] if is_one else histories, callback)  # type: ignore[list-item, arg-type]
+    if not runs:
+        msg = "there are no runs to judge: pass histories, or the log directories of runs with the callback."
+        raise ValueError(msg)
+    return runs
+
+
+def _named(histories: Sequence[History], callback: str) -> dict[str, Run]:
+    runs: dict[str, Run] = {}
+    folders: dict[str, None] = {}  # in the order given; a run that is given twice counts once
+    for position, history in enumerate(histories, start=1):
+        if isinstance(history, str | os.PathLike):
+            folders |= dict.fromkeys(_folders(history, callback))
+        else:
+            runs[f"run {position}"] = Run((f"run {position}",), history)
+    for name, folder in zip(_short_names(list(folders)), folders, strict=True):
+        runs[name] = Run(Path(folder).parts, _records(folder, callback))
+    return runs
+
+
+def _folders(location: str | os.PathLike[str], callback: str) -> list[str]:
+    """Return the log directories of the runs in a folder."""
+    if "://" in str(location):
+        return [str(location)]
+    folder = Path(location).resolve()
+    if exists(joined(folder, callback, INDEX)):
+        return [str(folder)]
+    if exists(joined(folder, INDEX)):
+        return [str(folder.parent if folder.name == callback else folder)]
+    below = sorted(str(index.parents[1]) for index in folder.rglob(f"{callback}/{INDEX}"))
+    return below or [str(folder)]  # to read it says what is missing
+
+
+def _records(history: History, callback: str) -> Sequence[SpectrumRecord]:
+    from lightning_hesd.training.history import SpectrumHistory  # noqa: PLC0415 - imports torch
+
+    is_path = isinstance(history, str | os.PathLike)
+    return SpectrumHistory.load(history, callback) if is_path else history  # type: ignore[arg-type, return-value]
+
+
+def _is_history(histories: Sequence[object]) -> bool:
+    return len(histories) > 0 and isinstance(histories[0], SpectrumRecord)
+
+
+def _short_names(folders: Sequence[str]) -> list[str]:
+    """Return the ends of paths, as short as they are distinct."""
+    parts = [Path(folder).parts for folder in folders]
+    # Lightning numbers the folders of runs: the folder around has the name.
+    shortest = 2 if any(path[-1].startswith("version_") for path in parts) else 1
+    for length in range(shortest, max(map(len, parts), default=0) + 1):
+        names = ["/".join(path[-length:]) for path in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(folders)

@@ -1,0 +1,147 @@
+"""The outcomes as tables: for the terminal, Markdown, CSV, JSON and pandas."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lightning_hesd.judgment.candidates import LAST, LOWEST_VALIDATION_LOSS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning_hesd.judgment.outcomes import Outcomes
+
+GAINS = {LAST: "over last", LOWEST_VALIDATION_LOSS: "over val loss"}
+"""Names of the columns of gains of a single run."""
+
+
+class Table(NamedTuple):
+    """A table of texts.
+
+    Attributes:
+        title: Line above the table.
+        header: Names of the columns; the first column is left-aligned, the others right-aligned.
+        rows: Cells; an empty row separates rules from baselines.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def as_text(self) -> str:
+        """Return the table for the terminal."""
+        lines = [self.header, *self.rows]
+        widths = [max((len(line[place]) for line in lines if line), default=0) for place in range(len(self.header))]
+        texts = []
+        for line in lines:
+            first, *others = line or [""] * len(widths)
+            cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(others, widths[1:], strict=True))]
+            texts.append("  ".join(cells).rstrip())
+        return "\n".join([self.title, *texts])
+
+    def as_markdown(self) -> str:
+        """Return the table in Markdown."""
+        rule = ["---", *["---:"] * (len(self.header) - 1)]
+        lines = [self.header, rule, *filter(None, self.rows)]
+        # A vertical bar would begin a new cell.
+        texts = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
+        return "\n".join([f"{self.title}:", "", *texts])
+
+
+def tables(outcomes: Outcomes) -> list[Table]:
+    """Return the tables of the outcomes: a comparison with each baseline, or the picks of a single run."""
+    if len(outcomes.runs) == 1:
+        return [_picks(outcomes)]
+    return [_comparison(outcomes, against) for against in outcomes.comparisons]
+
+
+def _comparison(outcomes: Outcomes, against: str) -> Table:
+    """Return the table of the comparison with one baseline."""
+    numbers, metric = outcomes.numbers, outcomes.metric
+    header = ("", "gain", f"{1 - outcomes.level:.0%} interval", "won/tied/lost", "p", "regret")
+    lines: list[tuple[str, ...]] = []
+    for row in _with_gap(outcomes):
+        if not row:
+            lines.append(())
+            continue
+        gain, low, high, p_value, wins, ties, losses = (
+            row[f"{key}_over_{against}"] for key in ("gain", "low", "high", "p_value", "wins", "ties", "losses")
+        )
+        lines.append(
+            (
+                row["title"],
+                numbers.difference(gain),
+                numbers.interval(low, high),
+                "" if wins is None else f"{wins}/{ties}/{losses}",
+                _probability(p_value),
+                numbers.value(row["regret"]),
+            )
+        )
+    unit = f", in{numbers.unit}" if numbers.unit else ""
+    title = f"{metric.name}: gain over the {outcomes.titles[against]}, mean of {len(outcomes.runs)} runs{unit}"
+    return Table(title, header, tuple(lines))
+
+
+def _picks(outcomes: Outcomes) -> Table:
+    """Return the table of the picks of one run."""
+    numbers, metric, [run] = outcomes.numbers, outcomes.metric, outcomes.runs
+    gains = [GAINS[against] for against in outcomes.comparisons]
+    header = ("", "epoch", "step", metric.name, *gains, "regret")
+    lines: list[tuple[str, ...]] = []
+    for row in _with_gap(outcomes):
+        if not row:
+            lines.append(())
+            continue
+        pick = run.picks[row["name"]]
+        lines.append(
+            (
+                row["title"],
+                "" if pick.epoch is None else str(pick.epoch),
+                "" if pick.global_step is None else str(pick.global_step),
+                f"{pick.value:.4g}",
+                *(
+                    numbers.difference(float(outcomes.gains(row["name"], against)[0]))
+                    for against in outcomes.comparisons
+                ),
+                numbers.value(row["regret"]),
+            )
+        )
+    unit = f"; differences in{numbers.unit}" if numbers.unit else ""
+    return Table(f"{metric.name}: picks of the run {run.run}{unit}", header, tuple(lines))
+
+
+def _with_gap(outcomes: Outcomes) -> list[dict[str, Any]]:
+    """Return the rows with an empty one between rules and baselines."""
+    rules = [row for row in outcomes.rows if row["kind"] == "rule"]
+    baselines = [row for row in outcomes.rows if row["kind"] == "baseline"]
+    return [*rules, {}, *baselines] if rules else baselines
+
+
+def _probability(value: float) -> str:
+    if math.isnan(value):
+        return ""
+    return "<0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
+
+
+# Data -----------------------------------------------------------------------------------------------------------------
+
+
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """Return rows as CSV, with empty cells for what is missing."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(without_nan(list(rows)))
+    return text.getvalue()
+
+
+def without_nan(value: Any) -> Any:
+    """Return plain data with None in place of NaN, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
