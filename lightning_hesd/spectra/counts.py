@@ -155,8 +155,9 @@ def rest_counts(low: Array, high: Array, dimension: int, failure: float) -> tupl
     if dimension == 0:
         return np.zeros_like(low), np.zeros_like(high)
     allowed = -2 * math.log(failure) / dimension
-    least = np.ceil(dimension * _farthest(low, np.zeros_like(low), allowed) - 1e-9)
-    most = np.floor(dimension * _farthest(high, np.ones_like(high), allowed) + 1e-9)
+    ends = np.array([np.zeros_like(low), np.ones_like(high)])
+    least, most = dimension * _farthest(np.array([low, high]), ends, allowed)
+    least, most = np.ceil(least - 1e-9), np.floor(most + 1e-9)
     # A share that is more than rounding takes an eigenvector, and so does what is missing to 1.
     least = np.select([low <= MIN_SHARE, low >= 1 - MIN_SHARE], [0, dimension], np.clip(least, 1, dimension))
     most = np.select([high <= MIN_SHARE, high >= 1 - MIN_SHARE], [0, dimension], np.clip(most, 0, dimension - 1))
