@@ -166,11 +166,13 @@ def rest_counts(low: Array, high: Array, dimension: int, failure: float) -> tupl
 
 def _farthest(share: Array, end: Array, allowed: float) -> Array:
     """Return the p between a share and an end, farthest from the share, whose KL(p ‖ share) is allowed."""
-    near, far = share.copy(), end
-    for _ in range(60):
-        middle = (near + far) / 2
-        is_allowed = _divergence(middle, share) <= allowed
-        near, far = np.where(is_allowed, middle, near), np.where(is_allowed, far, middle)
+    near, width = share, end - share
+    # Bisection three steps at a time takes a third as long for few shares, where calls cost more than the logarithms.
+    places = np.arange(1, 8).reshape(-1, *np.ones_like(share.shape))
+    for _ in range(20):
+        width = width / 8
+        inside = _divergence(near + places * width, share) <= allowed
+        near = near + np.count_nonzero(inside, axis=0) * width
     return np.where(_divergence(end, share) <= allowed, end, near)
 
 
