@@ -1,4 +1,4 @@
-"""Measure how long the HESD tab takes to draw: 5 runs of 500 analyses with 100 nodes each.
+"""Measure how long the HESD tab takes to draw: 5 runs of 500 analyses with 100 nodes and 60 layers each.
 
     python -m benchmarks.tab
 
@@ -23,7 +23,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from lightning_hesd.commands.report import report
 from lightning_hesd.spectra.decisions import run_payload
-from lightning_hesd.spectra.payload import THRESHOLDS, to_json
+from lightning_hesd.spectra.payload import LAYER_DIGITS, THRESHOLDS, to_json
 from lightning_hesd.spectra.quadrature import legible_sigma
 from lightning_hesd.spectra.validation import FORMAT_VERSION
 
@@ -34,16 +34,19 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=500)
     parser.add_argument("--nodes", type=int, default=100)
+    parser.add_argument("--layers", type=int, default=60)
     args = parser.parse_args()
     rng = np.random.default_rng(0)
-    runs = [run(rng, index, args.epochs, args.nodes) for index in range(args.runs)]
+    runs = [run(rng, index, args.epochs, args.nodes, args.layers) for index in range(args.runs)]
     sizes = [len(to_json(record)) for record in runs[0]["records"]]
+    document = report(*runs)
     print(
-        f"{args.runs} runs, {args.epochs} records each, {args.nodes} nodes; a record takes {np.mean(sizes):.0f} bytes"
+        f"{args.runs} runs, {args.epochs} records each, {args.nodes} nodes, {args.layers} layers; "
+        f"a record takes {np.mean(sizes):.0f} bytes, the report {len(document) / 1e6:.1f} MB"
     )
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "report.html"
-        page.write_text(report(*runs), encoding="utf-8")
+        page.write_text(document, encoding="utf-8")
         driver = browser()
         try:
             for what, milliseconds in measured(driver, page):
@@ -52,13 +55,13 @@ def main() -> None:
             driver.quit()
 
 
-def run(rng: np.random.Generator, index: int, epochs: int, nodes: int) -> dict[str, Any]:
+def run(rng: np.random.Generator, index: int, epochs: int, nodes: int, layers: int) -> dict[str, Any]:
     """Return the data of a run whose curvature falls while it trains."""
-    records = [record(rng, epoch, epochs, nodes) for epoch in range(epochs)]
+    records = [record(rng, epoch, epochs, nodes, layers) for epoch in range(epochs)]
     return {**run_payload(f"run_{index}", "hesd", records, [], []), "color": index}
 
 
-def record(rng: np.random.Generator, epoch: int, epochs: int, nodes: int) -> dict[str, Any]:
+def record(rng: np.random.Generator, epoch: int, epochs: int, nodes: int, layers: int) -> dict[str, Any]:
     """Return a payload with the fields that are drawn."""
     largest = 50 * math.exp(-3 * epoch / epochs + 0.05 * rng.standard_normal())
     smallest = -largest * 0.3 * math.exp(-4 * epoch / epochs + 0.1 * rng.standard_normal())
@@ -96,7 +99,29 @@ def record(rng: np.random.Generator, epoch: int, epochs: int, nodes: int) -> dic
         "assessment": None,
         "stability_ratio": None,
         "scores": {"highest_c_t": c_t, "lowest_max_eigenvalue": -largest},
-        "layers": [],
+        "layers": layers_of_network(rng, layers, smallest, largest),
+    }
+
+
+def layers_of_network(rng: np.random.Generator, layers: int, smallest: float, largest: float) -> dict[str, list[Any]]:
+    """Return what the spectrum of a network tells of its layers."""
+    share, of_largest, of_smallest = rng.dirichlet(np.ones(layers), 3)
+    columns = {
+        "trace": 20 * largest * share,
+        "trace_share": share,
+        "lambda_max_weight": of_largest,
+        "lambda_min_weight": of_smallest,
+        "trace_error": 2 * largest * share,
+        "lambda_max_low": 0.9 * largest * of_largest,
+        "lambda_max_high": largest * of_largest,
+        "lambda_min_low": smallest * of_smallest,
+        "lambda_min_high": 0.9 * smallest * of_smallest,
+    }
+    digits = {key: [float(f"{value:.{LAYER_DIGITS}g}") for value in column] for key, column in columns.items()}
+    return {
+        "name": [f"encoder.layers.{index}.self_attention" for index in range(layers)],
+        "dimension": [1000 + index for index in range(layers)],
+        **digits,
     }
 
 

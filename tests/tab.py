@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import os
 import re
@@ -74,6 +76,12 @@ def plugin_path(folder: Path) -> str:
         (point,) = re.findall(r'^hesd = "(.*)"$', pyproject, re.MULTILINE)
         (info / "entry_points.txt").write_text(f"[tensorboard_plugins]\nhesd = {point}\n")
     return os.pathsep.join([str(ROOT), str(folder), os.environ.get("PYTHONPATH", "")])
+
+
+def data_of_report(document: str) -> str:
+    """Return the data in a report, as JSON."""
+    compressed = document.split('id="hesd-data">')[1].split("</script>", maxsplit=1)[0]
+    return gzip.decompress(base64.b64decode(compressed)).decode()
 
 
 @contextmanager

@@ -32,16 +32,8 @@ from lightning_hesd.commands.report import report, run_data
 from lightning_hesd.commands.results import Results
 from lightning_hesd.spectra.codec import load_layers, save
 from lightning_hesd.spectra.decisions import decisions, rewound
-from lightning_hesd.spectra.payload import (
-    RECORD_FIELDS,
-    SELECTION_FIELDS,
-    SELECTIONS_NAME,
-    PayloadError,
-    read_payload,
-    record_payload,
-    selection_payload,
-    to_json,
-)
+from lightning_hesd.spectra.payload import SELECTIONS_NAME, record_payload, selection_payload, to_json
+from lightning_hesd.spectra.payload_reading import RECORD_FIELDS, SELECTION_FIELDS, PayloadError, read_payload
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.spectra.selection import Candidate, CandidateFilter, SelectionEvent
 from lightning_hesd.training.schedule import Budget

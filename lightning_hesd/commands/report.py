@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import html
 import json
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.spectra.decisions import rewound, run_payload
 from lightning_hesd.spectra.files import atomic_write
-from lightning_hesd.spectra.payload import SELECTION_FIELDS, SELECTIONS_NAME, PayloadError, read_payload, record_payload
+from lightning_hesd.spectra.payload import SELECTIONS_NAME, record_payload
+from lightning_hesd.spectra.payload_reading import SELECTION_FIELDS, PayloadError, read_payload
 from lightning_hesd.tensorboard_plugin.assets import PLOTLY, REPORT, SHARED, STYLE, content
 from lightning_hesd.training.folders import exists, fetched, joined
 from lightning_hesd.training.history import SpectrumHistory
@@ -105,12 +107,13 @@ def report(*runs: dict[str, Any]) -> str:
     # Without imports and exports all modules become one script, in the order of their imports.
     modules = (content(file).decode() for file in (*SHARED, REPORT))
     script = "\n".join(EXPORT.sub("", IMPORT.sub("", module)) for module in modules)
-    for text in (plotly, script):
-        if "</script" in text.lower():
+    for code in (plotly, script):
+        if "</script" in code.lower():
             msg = "a script of the report would end it early: it contains '</script'."
             raise ValueError(msg)
-    # Within a script element only "<" can do harm, and JSON takes it as an escape, too.
-    data = json.dumps({"runs": runs}, allow_nan=False).replace("<", "\\u003c")
+    # A long run of a deep network has tens of megabytes. Letters of base64 can do no harm within a script element.
+    text = json.dumps({"runs": runs}, separators=(",", ":"), allow_nan=False)
+    data = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
     policy = (
         f"default-src 'none'; script-src {_digest(plotly)} {_digest(script)}; style-src 'unsafe-inline'; "
         "img-src data: blob:"
@@ -129,7 +132,7 @@ def report(*runs: dict[str, Any]) -> str:
 <body>
 <div id="hesd"></div>
 <noscript>This report is drawn by scripts, which are switched off here.</noscript>
-<script type="application/json" id="hesd-data">{data}</script>
+<script type="text/plain" id="hesd-data">{data}</script>
 <script>{plotly}</script>
 <script type="module">{script}</script>
 </body>

@@ -155,8 +155,9 @@ def rest_counts(low: Array, high: Array, dimension: int, failure: float) -> tupl
     if dimension == 0:
         return np.zeros_like(low), np.zeros_like(high)
     allowed = -2 * math.log(failure) / dimension
-    least = np.ceil(dimension * _farthest(low, np.zeros_like(low), allowed) - 1e-9)
-    most = np.floor(dimension * _farthest(high, np.ones_like(high), allowed) + 1e-9)
+    ends = np.array([np.zeros_like(low), np.ones_like(high)])
+    least, most = dimension * _farthest(np.array([low, high]), ends, allowed)
+    least, most = np.ceil(least - 1e-9), np.floor(most + 1e-9)
     # A share that is more than rounding takes an eigenvector, and so does what is missing to 1.
     least = np.select([low <= MIN_SHARE, low >= 1 - MIN_SHARE], [0, dimension], np.clip(least, 1, dimension))
     most = np.select([high <= MIN_SHARE, high >= 1 - MIN_SHARE], [0, dimension], np.clip(most, 0, dimension - 1))
@@ -165,11 +166,13 @@ def rest_counts(low: Array, high: Array, dimension: int, failure: float) -> tupl
 
 def _farthest(share: Array, end: Array, allowed: float) -> Array:
     """Return the p between a share and an end, farthest from the share, whose KL(p ‖ share) is allowed."""
-    near, far = share.copy(), end
-    for _ in range(60):
-        middle = (near + far) / 2
-        is_allowed = _divergence(middle, share) <= allowed
-        near, far = np.where(is_allowed, middle, near), np.where(is_allowed, far, middle)
+    near, width = share, end - share
+    # Bisection three steps at a time takes a third as long for few shares, where calls cost more than the logarithms.
+    places = np.arange(1, 8).reshape(-1, *np.ones_like(share.shape))
+    for _ in range(20):
+        width = width / 8
+        inside = _divergence(near + places * width, share) <= allowed
+        near = near + np.count_nonzero(inside, axis=0) * width
     return np.where(_divergence(end, share) <= allowed, end, near)
 
 

@@ -5,6 +5,7 @@ Van Dorsselaer, Hochstenbach & van der Vorst (2001); Kuczyński & Woźniakowski 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -149,6 +150,7 @@ def _log_christoffel(theta: Array, tau: Array, residuals: Array, origin: float) 
     return log_kernel
 
 
+@functools.cache
 def _log_product_quantile(probability: float, count: int) -> float:
     """Return log q such that the product of `count` uniform random numbers falls below q with that probability.
 

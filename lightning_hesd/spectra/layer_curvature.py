@@ -190,9 +190,10 @@ class _Deflated:
 
     def __init__(self, run: RitzPairs, dimensions: NDArray[np.int64], rounding: float, failure: float) -> None:
         dimension = int(dimensions.sum())
-        self.nodes, self._residuals, self._vectors, self._grams = run.nodes, run.residuals, run.vectors, run.grams
+        self.nodes, self._residuals = run.nodes, run.residuals
         self._dimensions, self._rounding = dimensions, rounding
-        self.shares: Array = np.einsum("ik,lij,jk->lk", run.vectors, run.grams, run.vectors, optimize=True)
+        self._grams = run.vectors.T @ run.grams @ run.vectors  # of the Ritz vectors
+        self.shares: Array = np.diagonal(self._grams, axis1=1, axis2=2)
         first = run.vectors[0]
         weights = first**2
         rules = run.nodes[None], weights[None], run.residuals[None]
@@ -245,13 +246,12 @@ class _Deflated:
 
     def _products(self, first: Array, second: Array) -> Array:
         """Return the inner products of two vectors in each layer, given by their components along the Ritz vectors."""
-        products: Array = np.einsum("i,lij,j->l", self._vectors @ first, self._grams, self._vectors @ second)
+        products: Array = self._grams @ second @ first
         return products
 
     def bounds(self, index: int, dimension: int) -> tuple[tuple[float, float], tuple[float, float]]:
         """Return bounds on the smallest and on the largest eigenvalue of a layer's block."""
-        vectors = self._vectors[:, self._split]
-        gram = vectors.T @ self._grams[index] @ vectors
+        gram = self._grams[index][np.ix_(self._split, self._split)]
         low, high = _extremes(gram, self.nodes[self._split], dimension, self._rest_low, self._rest_high)
         return (low[0] - self._error, low[1] + self._error), (high[0] - self._error, high[1] + self._error)
 
@@ -260,12 +260,12 @@ def _extremes(
     gram: Array, values: Array, dimension: int, rest_low: float, rest_high: float
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Bound λ_min and λ_max of Y diag(θ) Yᵀ + R_ll, given YᵀY, θ, and bounds on the eigenvalues of R."""
-    # The eigenvalues of Y diag(θ) Yᵀ are those of √G diag(θ) √G; the larger of the two matrices has more zeros.
-    sizes, axes = np.linalg.eigh(gram)
-    root = (axes * np.sqrt(np.maximum(sizes, 0.0))) @ axes.T
-    found, vectors = np.linalg.eigh(root @ (values[:, None] * root))
+    # With a factor F of YᵀY = FFᵀ, Y = QFᵀ with orthonormal Q, so that the eigenvalues of Y diag(θ) Yᵀ are those of
+    # Fᵀ diag(θ) F; the larger of the two matrices has more zeros.
+    factor = _factor(gram)
+    found, vectors = np.linalg.eigh(factor.T @ (values[:, None] * factor))
     # Of an eigenvector u only the part outside of the Ritz vectors, of squared length 1 − ‖Yᵀu‖², is curved by R.
-    outside = np.maximum(1 - ((root @ vectors) ** 2).sum(axis=0), 0.0)
+    outside = np.maximum(1 - ((factor @ vectors) ** 2).sum(axis=0), 0.0)
     own = np.argsort(np.abs(found))[max(len(values) - dimension, 0) :]
     has_zero = len(values) < dimension  # of any vector orthogonal to Y
     low, high = (rest_low, rest_high), (rest_low, rest_high)
@@ -276,3 +276,13 @@ def _extremes(
         top = own[np.argmax(found[own])]
         high = float(found[top] + outside[top] * rest_low), float(found[top]) + rest_high
     return low, high
+
+
+def _factor(gram: Array) -> Array:
+    """Return F with FFᵀ = G for a Gram matrix G; by eigenvalues, which take longer, where G is singular."""
+    try:
+        return np.linalg.cholesky(gram)
+    except np.linalg.LinAlgError:
+        sizes, axes = np.linalg.eigh(gram)
+        factor: Array = axes * np.sqrt(np.maximum(sizes, 0.0))
+        return factor

@@ -17,33 +17,17 @@ from lightning_hesd.spectra.quadrature import legible_sigma
 from lightning_hesd.spectra.record import SUFFIXES
 from lightning_hesd.spectra.rules import RULES
 from lightning_hesd.spectra.scalars import LAYER_SCALARS, data_of_record, data_of_spectrum
-from lightning_hesd.spectra.validation import (
-    FORMAT_VERSION,
-    check_fields,
-    check_version,
-    each,
-    each_named,
-    having,
-    integer,
-    number,
-    of,
-    one_line,
-    optional,
-    parsed,
-    text,
-    version_in,
-    within,
-)
+from lightning_hesd.spectra.validation import FORMAT_VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
 
+    from lightning_hesd.spectra.layer_curvature import LayerCurvature
     from lightning_hesd.spectra.record import SpectrumRecord
     from lightning_hesd.spectra.selection import SelectionEvent
     from lightning_hesd.spectra.spectrum import Spectrum
-    from lightning_hesd.spectra.validation import Check, Fields
 
 PLUGIN_NAME = "hesd"
 RECORD = "record"
@@ -62,14 +46,24 @@ MAX_POINTS = 256
 DIGITS = 7
 """Significant digits of numbers."""
 
+LAYER_DIGITS = 4
+"""Significant digits of numbers of layers: as many as the tab writes, since a record may have hundreds of layers."""
+
 SHOWN_FIELDS = (
     *("type_certain", "verified", "verification", "rounding", "num_samples", "dimension", "steps_per_probe"),
     *("matvecs", "confidence", "reason"),
 )
 """Fields and properties of a spectrum that stand in its payload under the same name."""
 
-SHOWN_LAYER_FIELDS = ("dimension", "trace_error", "lambda_max_bounds", "lambda_min_bounds")
-"""Fields of a `LayerCurvature` that stand in the payload of a layer under the same name."""
+SHOWN_OF_CURVATURE: dict[str, Callable[[LayerCurvature], float]] = {
+    "dimension": lambda layer: layer.dimension,
+    "trace_error": lambda layer: layer.trace_error,
+    "lambda_max_low": lambda layer: layer.lambda_max_bounds[0],
+    "lambda_max_high": lambda layer: layer.lambda_max_bounds[1],
+    "lambda_min_low": lambda layer: layer.lambda_min_bounds[0],
+    "lambda_min_high": lambda layer: layer.lambda_min_bounds[1],
+}
+"""What the payload of layers has of `LayerCurvature`, beyond the scalars of layers."""
 
 THRESHOLDS = {
     "c_t": criteria.MP_THRESHOLD,
@@ -78,18 +72,9 @@ THRESHOLDS = {
 }
 
 
-class PayloadError(ValueError):
-    """A payload cannot be read; the message says why."""
-
-
-# Writing ------------------------------------------------------------------------------------------------------------
-
-
 def record_payload(record: SpectrumRecord) -> dict[str, Any]:
     """Return a record as JSON values."""
     spectra = {field: getattr(record, field) for field in SUFFIXES}
-    # What the spectrum of the network tells of its layers is of use where these have no spectra of their own.
-    by_layer = {} if record.spectrum is None or record.layers else record.spectrum.by_layer
     scores = {name: rule.score(record) for name, rule in RULES.items()}
     values = {
         "version": FORMAT_VERSION,
@@ -102,14 +87,7 @@ def record_payload(record: SpectrumRecord) -> dict[str, Any]:
         **data_of_record(record),
         "metrics": dict(record.metrics),
         "scores": {name: score for name, score in scores.items() if not math.isnan(score)},
-        "layers": [
-            {
-                "name": name,
-                **{key: scalar.of(found) for key, scalar in LAYER_SCALARS.items()},
-                **({key: getattr(by_layer[name], key) for key in SHOWN_LAYER_FIELDS} if name in by_layer else {}),
-            }
-            for name, found in record.layer_indicators.items()
-        ],
+        "layers": _layers(record),
     }
     return _plain(values)  # type: ignore[no-any-return]
 
@@ -157,6 +135,19 @@ def _spectrum(spectrum: Spectrum) -> dict[str, Any]:
     }
 
 
+def _layers(record: SpectrumRecord) -> dict[str, list[Any]]:
+    """Return the names of the layers, and the values that each quantity has of them; without those that have none."""
+    indicators = record.layer_indicators
+    columns = {key: [scalar.of(layer) for layer in indicators.values()] for key, scalar in LAYER_SCALARS.items()}
+    # What the spectrum of the network tells of its layers is of use where these have no spectra of their own.
+    if record.spectrum is not None and not record.layers:
+        curvatures = record.spectrum.by_layer.values()
+        columns |= {key: [value_of(layer) for layer in curvatures] for key, value_of in SHOWN_OF_CURVATURE.items()}
+    plain = {key: _plain(values, LAYER_DIGITS) for key, values in columns.items()}
+    known = {key: values for key, values in plain.items() if any(value is not None for value in values)}
+    return {"name": list(indicators), **known}
+
+
 def _band(spectrum: Spectrum) -> dict[str, Any]:
     """Return points, and bounds on the number of eigenvalues up to each that hold until the next one."""
     points, *shares = spectrum.cumulative_band
@@ -193,103 +184,13 @@ def _merged(
     )
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, digits: int = DIGITS) -> Any:
     """Return the value with rounded numbers, and None for NaN and infinity."""
     if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {key: _plain(entry, digits) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [_plain(entry, digits) for entry in value]
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     return value
-
-
-# Reading ------------------------------------------------------------------------------------------------------------
-
-
-RECORD_FIELDS: Fields = {
-    "epoch": integer,
-    "global_step": integer,
-    "error": optional(text),
-    "spectra": of(dict),
-    "thresholds": each_named(number),
-    "assessment": optional(
-        having(
-            {"verdict": text, "reasons": each(text), **dict.fromkeys(("delta_r_e", "delta_k_h05"), optional(number))}
-        )
-    ),
-    "scores": each_named(optional(number)),
-    "layers": each(having({"name": text})),
-}
-SPECTRUM_FIELDS: Fields = {
-    "nodes": each(number),
-    "weights": each(number),
-    "lambda_min": number,
-    "lambda_max": number,
-    **dict.fromkeys(("sigma", "loss", "c_t", "c_t_low", "c_t_high"), optional(number)),
-    "type": optional(text),
-}
-LATER_FIELDS: Fields = {
-    "cumulative_band": optional(having(dict.fromkeys(("points", "low", "high"), each(number)))),
-}
-"""Fields that spectra of earlier releases lack."""
-
-SELECTION_FIELDS: Fields = {
-    "key": text,
-    "rule": text,
-    "epoch": integer,
-    "global_step": integer,
-    "tolerance": within(0.0, math.inf),
-    "require_mp": of(bool),
-    "train_metric": optional(text),
-    "train_metric_mode": text,
-    "metric": number,
-    "criterion": optional(number),
-    "mainly_positive": of(bool),
-    "pick": optional(having({"epoch": integer, "global_step": integer, "path": optional(text)})),
-}
-"""Checks of the fields that readers rely on."""
-
-LATER: tuple[tuple[Fields, str, type, Check], ...] = (
-    (RECORD_FIELDS, "metrics", dict, each_named(optional(number))),
-    (SELECTION_FIELDS, "rivals", list, each(integer)),
-)
-"""Fields that payloads of earlier releases lack, empty then, with their types and checks."""
-
-
-def read_payload(source: str | bytes, fields: Fields = RECORD_FIELDS) -> dict[str, Any]:
-    """Return a payload from its text, which may be of unknown origin; `fields`: the fields it must have.
-
-    Raises:
-        PayloadError: If it is damaged, or of another version.
-    """
-    try:
-        payload: dict[str, Any] = parsed(source)
-        version = version_in(payload, "version")
-    except ValueError as error:
-        msg = f"this is no payload of lightning_hesd, or it is damaged ({one_line(error)})."
-        raise PayloadError(msg) from error
-    try:
-        check_version(version, "the payload")
-        check_fields(payload, fields, "the payload")
-        for others, name, kind, check in LATER:
-            if fields is others:
-                payload.setdefault(name, kind())
-                check_fields(payload, {name: check}, "the payload")
-        for spectrum in payload["spectra"].values() if "spectra" in fields else ():
-            _check_spectrum(spectrum)
-    except ValueError as error:
-        raise PayloadError(one_line(error)) from error
-    return payload
-
-
-def _check_spectrum(spectrum: Any) -> None:
-    check_fields(spectrum, SPECTRUM_FIELDS, "a spectrum")
-    check_fields({**dict.fromkeys(LATER_FIELDS), **spectrum}, LATER_FIELDS, "a spectrum")
-    if len(spectrum["nodes"]) != len(spectrum["weights"]):
-        msg = f"a spectrum has {len(spectrum['nodes'])} nodes and {len(spectrum['weights'])} weights."
-        raise ValueError(msg)
-    if len({len(values) for values in (spectrum.get("cumulative_band") or {}).values()}) > 1:
-        msg = "the lists of `cumulative_band` of a spectrum have several lengths."
-        raise ValueError(msg)

@@ -15,7 +15,8 @@ from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
 from lightning_hesd.spectra.decisions import rewound, run_payload
-from lightning_hesd.spectra.payload import PLUGIN_NAME, RECORD, SELECTION, SELECTION_FIELDS, PayloadError, read_payload
+from lightning_hesd.spectra.payload import PLUGIN_NAME, RECORD, SELECTION
+from lightning_hesd.spectra.payload_reading import SELECTION_FIELDS, PayloadError, read_payload
 from lightning_hesd.tensorboard_plugin.assets import PLOTLY, STATIC, content, content_type
 
 if TYPE_CHECKING:

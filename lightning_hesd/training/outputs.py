@@ -6,14 +6,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.spectra.criteria import quasi_singular
-from lightning_hesd.spectra.payload import (
-    SELECTION_FIELDS,
-    SELECTIONS_NAME,
-    PayloadError,
-    read_payload,
-    selection_payload,
-    to_json,
-)
+from lightning_hesd.spectra.payload import SELECTIONS_NAME, selection_payload, to_json
+from lightning_hesd.spectra.payload_reading import SELECTION_FIELDS, PayloadError, read_payload
 from lightning_hesd.spectra.scalars import scalars
 from lightning_hesd.spectra.selection import loss_tolerance
 from lightning_hesd.training.compat import logged_metrics, messages, runs

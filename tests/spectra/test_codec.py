@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lightning_hesd import HessianSpectrumCallback, Spectrum, SpectrumHistory
 from lightning_hesd.commands.results import Results
-from lightning_hesd.spectra import codec, payload, spectrum_data
+from lightning_hesd.spectra import codec, payload, payload_reading, spectrum_data
 from lightning_hesd.spectra.codec import Packing, load_layers, pack_records, save, unpack_records
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.spectra.spectrum_data import OPTIONAL, REQUIRED, STORED_ARRAYS
@@ -149,7 +149,7 @@ def read_results(folder: Path) -> None:
 
 
 def read_payload(folder: Path) -> None:
-    payload.read_payload(payload.to_json(payload.record_payload(SpectrumRecord(0, 1, make_spectrum(-0.2)))))
+    payload_reading.read_payload(payload.to_json(payload.record_payload(SpectrumRecord(0, 1, make_spectrum(-0.2)))))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def read_payload(folder: Path) -> None:
         (codec, "check_comparable", read_history),
         (codec, "check_fields", read_state),
         (spectrum_data, "check_rules", read_results),
-        (payload, "check_fields", read_payload),
+        (payload_reading, "check_fields", read_payload),
     ],
     ids=["spectrum", "history", "comparison", "state", "results", "payload"],
 )

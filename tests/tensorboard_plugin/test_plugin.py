@@ -23,16 +23,15 @@ from lightning_hesd.spectra.payload import (
     MAX_NODES,
     MAX_POINTS,
     SELECTIONS_NAME,
-    PayloadError,
-    read_payload,
     record_payload,
     to_json,
 )
+from lightning_hesd.spectra.payload_reading import PayloadError, read_payload
 from lightning_hesd.tensorboard_plugin.assets import SHARED, STATIC, content
 from lightning_hesd.tensorboard_plugin.plugin import HESDLoader, HESDPlugin
 from lightning_hesd.training.history import SpectrumRecord
 from tests.spectra.nodes import spectrum as spectrum_of
-from tests.tab import EPOCHS, Tab, plugin_path, write_payloads
+from tests.tab import EPOCHS, Tab, data_of_report, plugin_path, write_payloads
 from tests.training.scripted import make_spectrum
 
 RUN = {"run": "net/version_0", "name": "hesd"}
@@ -67,7 +66,7 @@ def test_records_of_a_training(trained: tuple[Path, Any]) -> None:
             assert sum(shown["weights"]) == pytest.approx(1.0, abs=1e-6)
             assert shown["type"] == spectrum.hesd_type
         assert read["assessment"]["verdict"] == record.assessment.verdict
-        assert [layer["name"] for layer in read["layers"]] == list(record.layers)
+        assert read["layers"]["name"] == list(record.layers)
     assert len(to_json(found["records"][-1])) < 9000  # two spectra of 8 nodes, two layers, the assessment
 
 
@@ -272,20 +271,41 @@ def test_layers_without_spectra_have_the_bounds_that_the_spectrum_of_the_network
         trace_error=0.5,
         trace_share=0.25,
         negative_share=0.5,
-        lambda_max_weight=0.75,
+        lambda_max_weight=0.75009,
         lambda_min_weight=0.125,
         lambda_max_bounds=(2.0, 3.0),
         lambda_min_bounds=(-1.0, 0.0),
     )
     network = spectrum_of(-1.0, 4.0, by_layer={"a": curvature})
-    [layer] = record_payload(SpectrumRecord(0, 1, network))["layers"]
-    assert layer["trace_share"] == 0.25
-    assert layer["lambda_max"] is None
-    assert (layer["dimension"], layer["trace_error"]) == (60, 0.5)
-    assert (layer["lambda_max_bounds"], layer["lambda_min_bounds"]) == ([2.0, 3.0], [-1.0, 0.0])
-    [own] = record_payload(SpectrumRecord(0, 1, network, layers={"a": make_spectrum(-0.5)}))["layers"]
-    assert (own["lambda_max"], own["lambda_max_weight"]) == (1.0, 0.75)
-    assert "lambda_max_bounds" not in own
+    layers = record_payload(SpectrumRecord(0, 1, network))["layers"]
+    assert layers == {
+        "name": ["a"],
+        "dimension": [60],
+        "trace": [5.0],
+        "trace_error": [0.5],
+        "trace_share": [0.25],
+        "lambda_max_weight": [0.7501],  # four digits
+        "lambda_min_weight": [0.125],
+        "lambda_max_low": [2.0],
+        "lambda_max_high": [3.0],
+        "lambda_min_low": [-1.0],
+        "lambda_min_high": [0.0],
+    }
+    own = record_payload(SpectrumRecord(0, 1, network, layers={"a": make_spectrum(-0.5)}))["layers"]
+    assert (own["lambda_max"], own["lambda_max_weight"]) == ([1.0], [0.7501])
+    assert "lambda_max_low" not in own
+
+
+def test_layers_of_a_payload_are_checked() -> None:
+    good = payload()
+    good["layers"] = {"name": ["a", "b"], "trace": [1.0, None], "color": ["of a later release"]}
+    assert read_payload(to_json(good)) == good
+    wrongs = ({"trace": [1.0, "2"]}, {"trace": [1.0]}, {"name": ["a", 2]}, {"name": None})
+    for wrong in wrongs:
+        with pytest.raises(PayloadError, match="layers"):
+            read_payload(to_json({**good, "layers": {**good["layers"], **wrong}}))
+    with pytest.raises(PayloadError, match="layers"):
+        read_payload(to_json({**good, "layers": [{"name": "a"}]}))
 
 
 def test_a_payload_that_is_no_object_is_refused() -> None:
@@ -349,7 +369,7 @@ def test_the_command_writes_a_report(
     cli.main(["report", str(trained[0] / "net" / "version_0"), "--out", str(out)])
     assert capsys.readouterr().out == f"{out}\n"
     document = out.read_text()
-    shown = json.loads(document.split('id="hesd-data">')[1].split("</script>")[0])
+    shown = json.loads(data_of_report(document))
     assert shown["runs"] == json.loads(to_json([run_data(trained[0] / "net" / "version_0")]))
     assert "<title>HESD: net/version_0</title>" in document
     assert "http-equiv" in document

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 
+RECENT = 8
+"""Number of matrices whose eigenvectors are kept: an analysis asks several questions about the same runs."""
+
+
 def tridiagonal_eigh(alphas: ArrayLike, betas: ArrayLike) -> tuple[Array, Array]:
     """Return the Ritz values, ascending, shape (m,), and the eigenvectors of T as columns, shape (m, m).
 
@@ -21,11 +26,17 @@ def tridiagonal_eigh(alphas: ArrayLike, betas: ArrayLike) -> tuple[Array, Array]
         betas: Off-diagonal of T and, last, the norm of the remainder vector, shape (m,).
     """
     diagonal = np.asarray(alphas, dtype=np.float64)
-    off_diagonal = np.asarray(betas, dtype=np.float64)
+    off_diagonal = np.asarray(betas, dtype=np.float64)[:-1]
+    nodes, vectors = _eigh(diagonal.tobytes(), off_diagonal.tobytes())
+    return nodes.copy(), vectors.copy()  # callers may write to theirs
+
+
+@functools.lru_cache(RECENT)
+def _eigh(diagonal: bytes, off_diagonal: bytes) -> tuple[Array, Array]:
+    lower = np.diag(np.frombuffer(diagonal)) + np.diag(np.frombuffer(off_diagonal), -1)  # all that eigh reads
     # By PyTorch: NumPy's threads go on spinning for a while, and would share the cores with those of the next product.
-    matrix = torch.from_numpy(np.diag(diagonal) + np.diag(off_diagonal[:-1], -1))  # eigh reads the lower triangle
-    nodes, vectors = torch.linalg.eigh(matrix)
-    return nodes.numpy(), vectors.numpy()
+    nodes, vectors = (found.numpy() for found in torch.linalg.eigh(torch.from_numpy(lower)))
+    return nodes, vectors
 
 
 def gauss_quadrature(alphas: ArrayLike, betas: ArrayLike) -> tuple[Array, Array, Array]:

@@ -171,7 +171,7 @@ export function beyond(spectrum) {
 
 /** Return the descriptions of the quantities of layers that a run has values of. */
 export const quantitiesOf = (run) =>
-  run.scalars.layers.filter(({ key }) => run.records.some((r) => r.layers.some((layer) => Number.isFinite(layer[key]))));
+  run.scalars.layers.filter(({ key }) => run.records.some((r) => r.layers[key] && finite(r.layers[key]).length));
 
 /** Return the key of the quantity to show: the wanted one where the run has it, else the usual one; null: none. */
 export function quantityOf(run, wanted) {
@@ -179,11 +179,14 @@ export function quantityOf(run, wanted) {
   return [wanted, "lambda_max", "trace_share", ...keys].find((key) => keys.includes(key)) ?? null;
 }
 
-/** Return names of layers in the order of the network, and what is known of each in each record: a row for each layer. */
+/**
+ * Return names of layers in the order of the network, and the place of each in the lists of each record: a row for each
+ * layer, null in records without it.
+ */
 export function layerMap(run) {
-  const names = [...new Set(run.records.flatMap((record) => record.layers.map((layer) => layer.name)))];
-  const rows = names.map((name) => column(run, (record) => record.layers.find((layer) => layer.name === name)));
-  return { names, rows };
+  const names = [...new Set(run.records.flatMap((record) => record.layers.name))];
+  const places = run.records.map((record) => new Map(record.layers.name.map((name, place) => [name, place])));
+  return { names, rows: names.map((name) => places.map((places) => places.get(name) ?? null)) };
 }
 
 // Tables ------------------------------------------------------------------------------------------------------------

@@ -19,12 +19,12 @@ export function cursor(record, axis) {
 }
 
 /** Return positions for columns of a heat map. */
-const places = (run, axis) => run.records.map((record) => record[axis.key]);
+const columnsAt = (run, axis) => run.records.map((record) => record[axis.key]);
 
 export function mapFigure(run, theme, field, chosen) {
   const axis = axisOf([run]);
   const { scale, centers, rows } = densityMap(run, field);
-  const x = places(run, axis);
+  const x = columnsAt(run, axis);
   const ticks = symlogTicks(scale);
   const edge = (key) => ({
     x, y: column(run, ofSpectrum(key, field)).map((v) => (v === null ? null : scale.to(v))), mode: "lines", showlegend: false,
@@ -159,16 +159,33 @@ function curveOfNumbers({ spectrum, label, color, dash }, scale) {
 
 // Layers -------------------------------------------------------------------------------------------------------------
 
-/** Return all that is known of a layer as lines of a text: its scalars of these descriptions, then the rest. */
-function detailsOf(layer, scalars) {
-  const lines = scalars.filter(({ key }) => Number.isFinite(layer[key])).map(({ key, title }) => {
-    const error = key === "trace" && layer.trace_error ? ` ± ${number(layer.trace_error, 2)}` : "";
-    return `${indexed(title)} = ${number(layer[key])}${error}`;
-  });
-  for (const [title, ends] of [["λ_max", layer.lambda_max_bounds], ["λ_min", layer.lambda_min_bounds]])
-    if (Array.isArray(ends)) lines.push(`${indexed(title)} between ${number(ends[0])} and ${number(ends[1])}`);
-  if (Number.isFinite(layer.dimension)) lines.push(`${layer.dimension} parameters`);
-  return lines.join("<br>");
+/** What is known of a layer in one record. Plotly reads the fields of the one that is pointed at; thousands are drawn. */
+class Layer {
+  constructor(lists, place, scalars) {
+    this.lists = lists;
+    this.place = place;
+    this.scalars = scalars;
+  }
+
+  of(key) {
+    return this.lists[key]?.[this.place] ?? null;
+  }
+
+  get name() {
+    return literal(this.of("name"));
+  }
+
+  /** All as lines of a text: the scalars, then the rest. */
+  get details() {
+    const lines = this.scalars.filter(({ key }) => Number.isFinite(this.of(key))).map(({ key, title }) => {
+      const error = key === "trace" && this.of("trace_error") ? ` ± ${number(this.of("trace_error"), 2)}` : "";
+      return `${indexed(title)} = ${number(this.of(key))}${error}`;
+    });
+    for (const key of ["lambda_max", "lambda_min"])
+      if (this.of(`${key}_low`) !== null) lines.push(`${indexed(key.replace("lambda", "λ"))} between ${number(this.of(`${key}_low`))} and ${number(this.of(`${key}_high`))}`);
+    if (Number.isFinite(this.of("dimension"))) lines.push(`${this.of("dimension")} parameters`);
+    return lines.join("<br>");
+  }
 }
 
 /** Return the ends of colors for shares of a sum: those far beyond 0 and 1, where the sum is close to zero, must not take all. */
@@ -179,21 +196,22 @@ function endsOfShares(values) {
 
 export function layersFigure(run, theme, quantity, chosen) {
   const axis = axisOf([run]);
-  const { names, rows: layers } = layerMap(run);
-  const rows = layers.map((row) => row.map((layer) => layer?.[quantity] ?? null));
   const scalar = scalarOf(run, "layers", quantity);
   const { title, is_logarithmic: logarithmic } = scalar;
   const scalars = [scalar, ...quantitiesOf(run).filter((other) => other !== scalar)]; // the shown one first
+  const { names, rows: places } = layerMap(run);
+  const layers = places.map((row) => row.map((place, index) => place === null ? null : new Layer(run.records[index].layers, place, scalars)));
+  const rows = layers.map((row) => row.map((layer) => layer?.of(quantity) ?? null));
   const shown = logarithmic ? rows.map((row) => row.map((v) => (v > 0 ? Math.log10(v) : null))) : rows;
   const short = (name) => literal(name.length <= 26 ? name : `…${name.slice(-25)}`);
   return {
     data: [
       {
-        type: "heatmap", x: places(run, axis), y: names.map((_, index) => index), z: shown, colorscale: LOW_TO_HIGH, hoverongaps: false,
+        type: "heatmap", x: columnsAt(run, axis), y: names.map((_, index) => index), z: shown, colorscale: LOW_TO_HIGH, hoverongaps: false,
         ...(quantity === "trace_share" ? endsOfShares(rows.flat()) : {}),
         colorbar: { title: { text: indexed(logarithmic ? `log_10 ${title}` : title), side: "right" }, thickness: 12, outlinewidth: 0 },
-        customdata: layers.map((row, index) => row.map((layer) => [literal(names[index]), layer && detailsOf(layer, scalars)])),
-        hovertemplate: `%{customdata[0]}<br>${axis.short} %{x}<br>%{customdata[1]}<extra></extra>`, hoverlabel: { align: "left" },
+        customdata: layers,
+        hovertemplate: `%{customdata.name}<br>${axis.short} %{x}<br>%{customdata.details}<extra></extra>`, hoverlabel: { align: "left" },
       },
     ],
     layout: layoutOf(
