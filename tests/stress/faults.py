@@ -30,7 +30,6 @@ NOT_FINITE = "the loss of batch 0 is "
 
 
 def infinite_loss(module: Any, batch: Any) -> Tensor:
-    """Return a loss that is infinite."""
     return plain_loss(module, batch) + math.inf
 
 
@@ -204,7 +203,6 @@ def checkpoints_too(observer: HessianSpectrumCallback, trainer: pl.Trainer) -> s
 
 
 def with_checkpoint() -> dict[str, Any]:
-    """Return options with a checkpoint rule."""
     return {"checkpoint": HessianCheckpoint(save_last=True)}
 
 
