@@ -62,7 +62,7 @@ def extremes(batch: Batch) -> np.ndarray:
 def analyze(seed: int, batches: int = 1, samples: int = SAMPLES, **options: Any) -> Any:
     x, y = draw(samples, seed)
     parts = list(zip(x.chunk(batches), y.chunk(batches), strict=True))
-    options = {"steps": 40, "sampling_error": True, "strategy": "graph", **options}
+    options = {"steps": 30, "sampling_error": True, "strategy": "graph", **options}
     return hessian_spectrum(trained(), parts, loss_fn, **options)
 
 

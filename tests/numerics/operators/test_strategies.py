@@ -41,9 +41,9 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("name", "options"), OPTIONS)
+@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=lambda v: v if isinstance(v, str) else "-".join(*v.items()))
 def test_every_strategy_and_basis_is_within_its_stated_errors(name, options, dtype):
-    spectrum = hessian_spectrum(*cases.make(name, dtype), **options)
+    spectrum = hessian_spectrum(*cases.make(name, dtype), steps=36, **options)
     strategy, basis = (options.get(key, "auto") for key in ("strategy", "basis"))
     assert spectrum.strategy == ("graph" if strategy == "auto" else strategy)
     assert spectrum.basis == ("device" if basis == "auto" else basis)
