@@ -20,6 +20,7 @@ from benchmarks.libraries.independent import Batch, extremes
 from benchmarks.libraries.recipes import PAGE, RECIPE, invalidate
 from benchmarks.libraries.report import Tried, document, from_plain
 from benchmarks.libraries.trial import Outcome, attempt, seed_everything
+from tests.training.scripted import make_trainer
 
 
 class Quadratic(pl.LightningModule):
@@ -40,16 +41,7 @@ class Quadratic(pl.LightningModule):
 def train(callbacks: list[Any], folder: Path, *, shift: float = 0.5) -> Any:
     seed_everything()
     module = Quadratic(shift if callbacks else 0.5)
-    trainer = pl.Trainer(
-        max_epochs=1,
-        callbacks=callbacks,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
-        default_root_dir=folder,
-    )
-    trainer.fit(module, DataLoader(torch.zeros(4, 1), 2))  # type: ignore[arg-type]  # a tensor is a dataset
+    make_trainer(folder, callbacks, 1).fit(module, DataLoader(torch.zeros(4, 1), 2))  # type: ignore[arg-type]  # a tensor is a dataset
     return module
 
 

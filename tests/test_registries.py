@@ -6,7 +6,6 @@ import csv
 import json
 from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
@@ -22,7 +21,7 @@ from lightning_hesd.spectra.rules import RULES, CheckpointRule
 from lightning_hesd.spectra.scalars import RECORD_SCALARS, SPECTRUM_SCALARS, Scalar
 from tests.tab import ROOT
 from tests.training import cli_project
-from tests.training.scripted import make_spectrum
+from tests.training.scripted import make_spectrum, make_trainer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,15 +37,8 @@ def train(folder: Path, rule: Any = RULE.name, **options: Any) -> HessianSpectru
     checkpoint = HessianCheckpoint(rule, require_mp=False, tolerance=10.0)
     options = {"on_error": "raise", "verbose": True, **options}
     spectra = HessianSpectrumCallback(num_samples=16, steps=4, checkpoint=checkpoint, **options)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=2,
-        callbacks=[spectra],
-        logger=CSVLogger(folder, name="", version=""),
-        log_every_n_steps=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    logger = CSVLogger(folder, name="", version="")
+    trainer = make_trainer(folder, [spectra], 2, logger=logger, log_every_n_steps=1)
     trainer.fit(cli_project.Net(6), datamodule=cli_project.Data(size=16))
     return spectra
 

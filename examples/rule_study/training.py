@@ -85,6 +85,7 @@ class Classifier(pl.LightningModule):
         logits, name = self.network(batch[0]), ("val", "test", "shifted")[dataloader_idx]
         accuracy = self.accuracies[dataloader_idx]
         accuracy(logits, batch[1])
+        assert isinstance(accuracy, MulticlassAccuracy)
         self.log(f"{name}_acc", accuracy, add_dataloader_idx=False)
         self.log(f"{name}_loss", F.cross_entropy(logits, batch[1]), add_dataloader_idx=False)
 

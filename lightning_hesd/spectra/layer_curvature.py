@@ -281,8 +281,8 @@ def _extremes(
 def _factor(gram: Array) -> Array:
     """Return F with FFᵀ = G for a Gram matrix G; by eigenvalues, which take longer, where G is singular."""
     try:
-        return np.linalg.cholesky(gram)
+        factor: Array = np.asarray(np.linalg.cholesky(gram), np.float64)
     except np.linalg.LinAlgError:
         sizes, axes = np.linalg.eigh(gram)
-        factor: Array = axes * np.sqrt(np.maximum(sizes, 0.0))
-        return factor
+        factor = axes * np.sqrt(np.maximum(sizes, 0.0))
+    return factor

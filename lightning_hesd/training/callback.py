@@ -12,7 +12,7 @@ from lightning_hesd.training.analyzer import TrainerAnalyzer
 from lightning_hesd.training.checkpoints.placement import as_checkpoints
 from lightning_hesd.training.compat.namespaces import join_namespaces
 from lightning_hesd.training.gradient_monitor import GradientMonitor
-from lightning_hesd.training.recorder import Recorder
+from lightning_hesd.training.recorder import Recorder, decomposition_options
 from lightning_hesd.training.run import AnalysisRun
 from lightning_hesd.training.samples.loaders import check_loader
 from lightning_hesd.training.samples.run_samples import RunSamples
@@ -102,7 +102,7 @@ class HessianSpectrumCallback(SpectrumSource):
 
     Attributes:
         history: The records so far, one per analysis: `.epoch`, `.global_step`, `.spectrum`, `.error`, ...
-        checkpoints: The checkpoint callbacks that `checkpoint` asks for; `checkpoint` is the first of them, or None.
+        checkpoints: The checkpoint callbacks that `checkpoint` asks for.
 
     Raises:
         ValueError: If an argument is out of range or not available in this version.
@@ -150,9 +150,9 @@ class HessianSpectrumCallback(SpectrumSource):
         super().__init__(name, on_error, Schedule(every_n_epochs, epochs, every_n_train_steps, max_overhead))
         self.at_start = at_start
         self.loss_fn = loss_fn
-        self.checkpoints = as_checkpoints(checkpoint)
+        self.checkpoints: list[HessianCheckpoint] = as_checkpoints(checkpoint)
         self.verbose = verbose
-        decomposition = _options_of_the_parts(analysis) if decompose else None
+        decomposition = decomposition_options(analysis) if decompose else None
         self.options = analysis_options(**analysis, mode=mode if mode in {"train", "keep"} else "eval")
         if num_samples == "auto" and not isinstance(self.options.tolerance, float):
             msg = (
@@ -188,6 +188,11 @@ class HessianSpectrumCallback(SpectrumSource):
     def state_key(self) -> str:
         """Key of this callback's state in a checkpoint."""
         return self._generate_state_key(name=self.name)
+
+    @property
+    def checkpoint(self) -> HessianCheckpoint | None:
+        """The first of the checkpoint callbacks; None if there is none."""
+        return self.checkpoints[0] if self.checkpoints else None
 
     # Hooks ----------------------------------------------------------------------------------------------------------
 
@@ -279,20 +284,3 @@ class HessianSpectrumCallback(SpectrumSource):
             ValueError: If a field is missing or damaged.
         """
         self._run.resume(state_dict)
-
-
-def _options_of_the_parts(analysis: dict[str, Any]) -> dict[str, Any]:
-    """Take the options for the parts of the Hessian out of those for all of it, checked.
-
-    Raises:
-        ValueError: If one is missing.
-    """
-    if analysis.get("matrix", "hessian") != "hessian":
-        msg = f"`decompose=True` is about the parts of the Hessian: leave `matrix` out, got {analysis['matrix']!r}."
-        raise ValueError(msg)
-    if analysis.get("strategy") == "finite_difference":
-        msg = "`decompose=True` needs exact products: use another `strategy` than 'finite_difference'."
-        raise ValueError(msg)
-    parts = {name: analysis.pop(name, None) for name in ("output_fn", "output_loss")}
-    analysis_options(matrix="ggn", **parts)
-    return parts

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from torch import Tensor
 
 from lightning_hesd.numerics.analysis.engine import analyze, analyze_layers
+from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.inputs.portable import LeftOut, Portable
 from lightning_hesd.numerics.isolation.exact_mode import release_memory
 from lightning_hesd.numerics.operators.verification import WrongDerivativeError
@@ -219,3 +220,20 @@ def _verified(result: Result) -> Result:
         if spectrum.verified == "no":
             raise WrongDerivativeError(spectrum.verification, spectrum.loss)
     return result
+
+
+def decomposition_options(analysis: dict[str, Any]) -> dict[str, Any]:
+    """Take the options for the parts of the Hessian out of those for all of it, checked.
+
+    Raises:
+        ValueError: If one is missing.
+    """
+    if analysis.get("matrix", "hessian") != "hessian":
+        msg = f"`decompose=True` is about the parts of the Hessian: leave `matrix` out, got {analysis['matrix']!r}."
+        raise ValueError(msg)
+    if analysis.get("strategy") == "finite_difference":
+        msg = "`decompose=True` needs exact products: use another `strategy` than 'finite_difference'."
+        raise ValueError(msg)
+    parts = {name: analysis.pop(name, None) for name in ("output_fn", "output_loss")}
+    analysis_options(matrix="ggn", **parts)
+    return parts

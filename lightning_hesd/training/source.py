@@ -77,11 +77,6 @@ class SpectrumSource(CopiedCallback, Callback):
         original.budget.load_state_dict(self.budget.state_dict())
 
     @property
-    def checkpoint(self) -> Checkpoint | None:
-        """The first checkpoint callback passed to it; None if there is none."""
-        return self.checkpoints[0] if self.checkpoints else None
-
-    @property
     def on_error(self) -> OnError:
         """What happens when an analysis fails: "warn" or "raise"."""
         return self.errors.on_error

@@ -132,14 +132,8 @@ class TestDensity:
         assert np.trapezoid(values, grid) == pytest.approx(1.0, abs=1e-8)
         assert values.min() >= 0
 
-    @pytest.mark.parametrize("sigma", [1e-4, 100.0])
-    def test_integrates_to_one_for_narrow_and_wide_kernels(self, sigma):
-        nodes, weights = np.array([[-1.0, 0.5, 3.0]]), np.array([[0.5, 0.3, 0.2]])
-        grid, values = quadrature.density(nodes, weights, sigma=sigma)
-        assert np.trapezoid(values, grid) == pytest.approx(1.0, abs=1e-8)
-
     @reproducibly
-    @given(rule=rules(), width=st.floats(0.005, 2.0))
+    @given(rule=rules(), width=st.floats(1e-4, 25.0))
     def test_integrates_to_one_whatever_the_rule(self, rule, width):
         nodes, weights = rule
         spread = float(np.nanmax(nodes) - np.nanmin(nodes)) or 1.0

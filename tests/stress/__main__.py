@@ -19,7 +19,6 @@ from tests.stress.matrix import matrix
 
 
 def main() -> None:
-    """Run the chosen cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], metavar="PATTERN", help="names of cases, with * and ?")
     parser.add_argument("--kills", type=int, default=20, help="runs killed, each way (default: %(default)s)")
@@ -42,7 +41,6 @@ def main() -> None:
 
 
 def document(results: list[Result], verdict: str) -> str:
-    """Return the page of results."""
     return (
         "# Stress\n\n"
         "What goes wrong, or is out of the ordinary, while a real Trainer runs with the callback (`make stress`). "

@@ -13,14 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
-import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
-from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, Spectrum, SpectrumHistory
-from lightning_hesd.commands.cli import main
+from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SpectrumHistory
 from tests.scarcity import EXHAUSTIONS, Scarce, ScarceInProducts
 from tests.stress.fits import Fit
 from tests.stress.harness import Case, Program, one_line
@@ -33,7 +30,6 @@ NOT_FINITE = "the loss of batch 0 is "
 
 
 def infinite_loss(module: Any, batch: Any) -> Tensor:
-    """Return a loss that is infinite."""
     return plain_loss(module, batch) + math.inf
 
 
@@ -207,7 +203,6 @@ def checkpoints_too(observer: HessianSpectrumCallback, trainer: pl.Trainer) -> s
 
 
 def with_checkpoint() -> dict[str, Any]:
-    """Return options with a checkpoint rule."""
     return {"checkpoint": HessianCheckpoint(save_last=True)}
 
 
@@ -273,41 +268,6 @@ def resumed_from_foreign(folder: Path) -> str:
     return "analyses of epochs 2 and 3"
 
 
-def damaged_files_read(folder: Path) -> str:
-    """Give files that are torn, empty, foreign or dangerous to whatever reads the files of a run."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        fit(folder / "run", callback())
-    whole = (folder / "run" / "hesd" / "epoch=0-step=5.npz").read_bytes()
-    spectra = [whole[:100], whole[: len(whole) // 2], b"", b"\x00" * 500, b"PK\x03\x04" + bytes(range(200))]
-    foreign = folder / "foreign.npz"
-    np.savez(foreign, a=np.ones(3))
-    pickled = folder / "pickled.npz"
-    np.savez(pickled, header=np.array([object()], dtype=object), allow_pickle=True)
-    tried = 0
-    for number, content in enumerate([*spectra, foreign.read_bytes(), pickled.read_bytes()]):
-        path = folder / f"{number}.npz"
-        path.write_bytes(content)
-        _refused(lambda path=path: Spectrum.load(path), ValueError)
-        _refused(lambda path=path: main(["plot", str(path)]), SystemExit)
-        tried += 1
-    for number, text in enumerate(["", "[]", "{}", "null", '{"format": 1}', '{"format": 1, "records": [{}]}', "\x00"]):
-        run = folder / f"run{number}" / "hesd"
-        run.mkdir(parents=True)
-        (run / "index.json").write_text(text, encoding="utf-8")
-        _refused(lambda run=run: SpectrumHistory.load(run), ValueError)
-        _refused(lambda run=run: main(["report", str(run.parent), "--out", str(folder / "page.html")]), SystemExit)
-        tried += 1
-    assert not (folder / "page.html").exists()
-    return f"{tried} files refused with a message, by load and by the command line"
-
-
-def _refused(read: Callable[[], Any], error: type[BaseException]) -> None:
-    with pytest.raises(error) as caught:
-        read()
-    assert getattr(caught.value, "code", 1) == 1, "the exit code of what cannot be understood"
-
-
 EARLIER: list[Case] = [
     Program(
         "no room for checkpoints",
@@ -320,9 +280,6 @@ EARLIER: list[Case] = [
         "out of memory for good on one of two ranks",
         "AnotherRankFailedError, then AnotherRankFailedError",
         partial(scarce_on_one_of_two, times=math.inf),
-    ),
-    Program(
-        "damaged files, read", "14 files refused with a message, by load and by the command line", damaged_files_read
     ),
 ]
 

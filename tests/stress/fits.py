@@ -18,39 +18,23 @@ from tests.training.modules import Classifier, callback, fit, freeze, global_gen
 
 @dataclass(frozen=True)
 class Fit:
-    """A training run that must be the same with and without the callback.
-
-    Attributes:
-        name: What the table calls it.
-        module: Makes the module.
-        data: Makes the dataloader.
-        options: Makes the options of the callback.
-        trainer: Makes the arguments of the Trainer, which writes to the given folder.
-        beside: Makes other callbacks, of both runs.
-        analyses: How many records there should be.
-        failures: How many of them should have failed.
-        error: Pattern of what those say.
-        check: Looks at the callback and the trainer afterwards, and says what it saw.
-        note: What it should see.
-        seconds: How long both runs may take.
-    """
+    """A training run that must be the same with and without the callback; functions make what both runs need."""
 
     name: str
     module: Callable[[], pl.LightningModule] = Classifier
     data: Callable[[], Any] = lambda: loader(shuffle=True)
     options: Callable[[], dict[str, Any]] = dict
     trainer: Callable[[Path], dict[str, Any]] = lambda _: {}
-    beside: Callable[[], list[pl.Callback]] = list
+    beside: Callable[[], list[pl.Callback]] = list  # other callbacks, of both runs
     analyses: int = 2
     failures: int = 0
-    error: str = ""
+    error: str = ""  # pattern of what the failures say
     check: Callable[[HessianSpectrumCallback, pl.Trainer], str] | None = None
-    note: str = ""
+    note: str = ""  # what the check should say
     seconds: float = SECONDS
 
     @property
     def expected(self) -> str:
-        """What should come of it, in words."""
         return _told(self.analyses, self.failures, self.error, self.note)
 
     def run(self, folder: Path) -> str:

@@ -32,19 +32,11 @@ PACKAGES = ("torch", "lightning", "lightning-hesd")
 
 
 class Case(Protocol):
-    """A situation, and what should come of it."""
+    """A situation, and what should come of it; `seconds` is how long it may take."""
 
-    @property
-    def name(self) -> str:
-        """What the table calls it."""
-
-    @property
-    def expected(self) -> str:
-        """What should come of it, in words."""
-
-    @property
-    def seconds(self) -> float:
-        """How long it may take."""
+    name: str
+    expected: str
+    seconds: float
 
     def run(self, folder: Path) -> str:
         """Do it in an empty folder, and return what came of it; what is not as expected fails an assertion."""
@@ -52,24 +44,15 @@ class Case(Protocol):
 
 @dataclass(frozen=True)
 class Program:
-    """A case that no declaration covers: a function that does it all.
-
-    Attributes:
-        name: What the table calls it.
-        expected: What it should return.
-        work: The function; what is not as expected fails an assertion.
-        seconds: How long it may take.
-        measures: Whether it returns measurements, which it has judged itself, instead.
-    """
+    """A case that no declaration covers: a function that does it all, and returns what is expected."""
 
     name: str
     expected: str
     work: Callable[[Path], str]
     seconds: float = SECONDS
-    measures: bool = False
+    measures: bool = False  # it returns measurements, which it has judged itself
 
     def run(self, folder: Path) -> str:
-        """Do it, and compare."""
         got = self.work(folder)
         assert self.measures or got == self.expected, got
         return got

@@ -136,12 +136,9 @@ def interrupted(folder: Path, number: int, records: int) -> str:
 
 
 def run_and_kill(folder: Path, *, after: float | None = None, at_write: int | None = None) -> bool:
-    """Train in a process, resuming what there is, and kill it; return whether it was done before.
+    """Train in a process, resuming what there is, and return whether it was done before it was killed.
 
-    Args:
-        folder: Where.
-        after: Seconds after which it is killed.
-        at_write: Before which change to a file it is killed, counted from 1.
+    It is killed after so many seconds, or before that change to a file, counted from 1.
     """
     process = FORK.Process(target=_train_and_tell, args=(folder, at_write))
     process.start()
@@ -238,7 +235,6 @@ def _check(run: Path, whole: dict[str, Any]) -> None:
 
 
 def cases(*, kills_each_way: int, seed: int) -> list[Case]:
-    """Return the cases."""
     resumed = "resumed to the same history, pick and weights"
     return [
         Program(

@@ -8,13 +8,7 @@ from tests.stress.harness import Case
 
 
 def matrix(*, kills: int, seed: int, soak: int | None) -> list[Case]:
-    """Return all cases.
-
-    Args:
-        kills: How many runs are killed, each way.
-        seed: Of the moments of the kills.
-        soak: Epochs of the soak; None: none.
-    """
+    """Return all cases: `kills` runs are killed each way, and the soak takes `soak` epochs."""
     return [
         *trainers.CASES,
         *faults.CASES,

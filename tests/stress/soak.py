@@ -98,7 +98,6 @@ def soak(folder: Path, *, epochs: int) -> str:
 
 
 def cases(epochs: int) -> list[Case]:
-    """Return the case."""
     expected = "no more files open, no more threads"
     if epochs >= LONG:
         expected += (

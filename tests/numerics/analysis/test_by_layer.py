@@ -67,7 +67,7 @@ def test_layers_of_networks(name, dtype):
     problem, size = cases.make(name, dtype), np.linalg.norm(hessian, 2)
     true = blocks(problem, name, hessian)
     holds = []
-    for steps, probes, seed in ((12, 1, 0), (25, 1, 1), (20, 3, 2), (len(hessian), 1, 3)):
+    for steps, probes, seed in ((12, 1, 0), (12, 3, 2), (len(hessian), 1, 3)):
         spectrum = hessian_spectrum(*problem, steps=steps, probes=probes, seed=seed)
         holds += check(spectrum, true, slack=1e-4 * size if dtype == torch.float32 else 1e-9 * size)
     assert sum(holds) >= len(holds) - 1

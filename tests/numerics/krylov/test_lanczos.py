@@ -173,24 +173,6 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"`start` must be finite and not zero"):
             lanczos(lambda vector: vector, torch.full((3,), value), 2)
 
-    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    @pytest.mark.parametrize("bad_step", [1, 3])
-    def test_a_non_finite_product_names_the_step_and_hands_out_the_vector(self, value, bad_step):
-        matrix, vectors = make_matrix(SPECTRA["indefinite"][0], torch.float64), []
-
-        def matvec(vector: Tensor) -> Tensor:
-            vectors.append(vector.clone())
-            product = matrix @ vector
-            if len(vectors) >= bad_step:
-                product[5] = value
-            return product
-
-        with pytest.raises(NonFiniteProductError, match=rf"step {bad_step} ") as caught:
-            lanczos(matvec, make_start(30), steps=20)
-        assert len(vectors) == bad_step  # on the CPU the error comes at once
-        assert caught.value.vector.isfinite().all()
-        assert torch.equal(caught.value.vector, vectors[bad_step - 1])
-
 
 class _Elsewhere(str):
     """A device name that works like "cpu" and says that it is an accelerator."""
@@ -239,18 +221,26 @@ class TestCheckInterval:
         assert matvec.calls == steps
         assert_same_rule(late, at_once, rounding_threshold(5.0, torch.finfo(torch.float64).eps, 30))
 
-    def test_a_non_finite_product_is_found_late_with_the_right_step_and_vector(self):
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("bad_step", [1, 3])
+    @pytest.mark.parametrize("on_accelerator", [False, True])
+    def test_a_non_finite_product_names_the_step_and_hands_out_the_vector(self, value, bad_step, on_accelerator):
         matrix, vectors = make_matrix(SPECTRA["indefinite"][0], torch.float64), []
 
         def matvec(vector: Tensor) -> Tensor:
             vectors.append(vector.clone())
-            return matrix @ vector * (float("nan") if len(vectors) == 3 else 1.0)
+            product = matrix @ vector
+            if len(vectors) >= bad_step:
+                product[5] = value
+            return product
 
-        with pytest.raises(NonFiniteProductError, match=r"step 3 ") as caught:
-            lanczos(matvec, elsewhere(make_start(30)), steps=20)
-        assert len(vectors) == STEPS_BETWEEN_CHECKS
+        start = elsewhere(make_start(30)) if on_accelerator else make_start(30)
+        with pytest.raises(NonFiniteProductError, match=rf"step {bad_step} ") as caught:
+            lanczos(matvec, start, steps=20)
+        # On the CPU the error comes at once.
+        assert len(vectors) == (STEPS_BETWEEN_CHECKS if on_accelerator else bad_step)
         assert caught.value.vector.isfinite().all()
-        assert torch.equal(caught.value.vector, vectors[2])
+        assert torch.equal(caught.value.vector, vectors[bad_step - 1])
 
 
 class TestStopping:

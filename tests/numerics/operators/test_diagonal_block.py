@@ -25,6 +25,7 @@ from tests.ranks import StandIn
 
 STRATEGIES = ("graph", "recompute")
 WORLD_SIZE = 2
+STEPS = 10
 SECONDS = 120.0
 """How long two ranks may take before they count as hung."""
 
@@ -62,14 +63,6 @@ def test_products_are_those_with_the_dense_hessian_and_leave_their_vectors_alone
 
 
 class TestRecord:
-    def test_loss_weight_and_strategy(self):
-        module, batches, loss_fn = cases.make("mlp")
-        operator = make_operator("mlp")
-        losses = [loss_fn(module, batch).item() for batch in batches]
-        assert operator.risk.weight == 9.0
-        assert operator.risk.loss == pytest.approx((5 * losses[0] + 3 * losses[1] + losses[2]) / 9, rel=1e-14)
-        assert (operator.risk.strategy, operator.risk.strategy_reason) == ("graph", "as asked")
-
     def test_time_is_counted(self):
         operator = make_operator("mlp")
         assert (operator.matvecs, operator.risk.seconds_per_product) == (0, 0.0)
@@ -80,10 +73,6 @@ class TestRecord:
         assert operator.matvecs == 3
         assert 0 < operator.risk.seconds_per_product <= elapsed / 3  # the mean, not the sum
         assert operator.risk.gradient_equivalents() > 0
-
-    def test_the_result_has_the_type_asked_for(self):
-        operator = make_operator("mlp", dtype=torch.float32)
-        assert operator.matvec(vectors(43, 1)[0].float()).dtype == torch.float32
 
 
 SUMS = 6
@@ -142,7 +131,7 @@ def run_analysis(
         module.insert(2, nn.Dropout(0.5))
     batches = weighted_batches(all_batches) if batches is None else batches
     return analyze(
-        module, batches, loss_fn, analysis_options(steps=20, strategy=strategy, **options), collectives=ranks
+        module, batches, loss_fn, analysis_options(steps=STEPS, strategy=strategy, **options), collectives=ranks
     )
 
 
@@ -170,7 +159,7 @@ def no_rank_has_batches(rank: int, strategy: str) -> Any:
 
 def layers_of_shares(rank: int, strategy: str) -> Any:
     module, batches, loss_fn = cases.make("mlp")
-    own, options = weighted_batches(batches)[rank::WORLD_SIZE], analysis_options(steps=20, strategy=strategy)
+    own, options = weighted_batches(batches)[rank::WORLD_SIZE], analysis_options(steps=STEPS, strategy=strategy)
     found = analyze_layers(module, own, loss_fn, options, "auto", collectives=all_ranks())
     return {name: spectrum.to_dict() for name, spectrum in found.items()}
 
@@ -264,14 +253,14 @@ class TestTwoRanks:
         np.testing.assert_allclose(first["nodes"], one.nodes, rtol=0, atol=slack)
         np.testing.assert_allclose(first["residuals"], one.residuals, rtol=0, atol=slack)
         assert first["loss"] == pytest.approx(one.loss, rel=1e-14)
-        assert (first["num_samples"], first["matvecs"]) == (9, 40)
+        assert (first["num_samples"], first["matvecs"]) == (9, 2 * STEPS)
         # Not just close: equal on every rank, or they would take different decisions.
         volatile = {"seconds", "gradient_equivalents", "verification"}
         for name in first.keys() - volatile:
             np.testing.assert_array_equal(first[name], second[name])
 
     def test_layers_equal_those_of_one_rank(self, strategy, results):
-        one = layer_spectra(*cases.make("mlp"), steps=20, strategy=strategy)
+        one = layer_spectra(*cases.make("mlp"), steps=STEPS, strategy=strategy)
         for result in results:
             found = result["layers_of_shares", strategy]
             assert list(found) == list(one)
