@@ -28,6 +28,13 @@ SERVER.set_forkserver_preload(
 
 def run_python(*arguments: str, cwd: Path = ROOT) -> str:
     """Return what Python prints, given a script or `-m` and a module; it must succeed, and warn of nothing."""
+    said, errors = run_program(*arguments, cwd=cwd)
+    assert "Warning" not in errors, errors
+    return said
+
+
+def run_program(*arguments: str, cwd: Path = ROOT) -> tuple[str, str]:
+    """Return what Python writes to its output and to its errors, given the same; it must succeed."""
     with tempfile.TemporaryDirectory() as folder:
         output, errors = Path(folder, "output"), Path(folder, "errors")
         process = SERVER.Process(target=_run, args=(arguments, cwd, output, errors))
@@ -37,8 +44,7 @@ def run_python(*arguments: str, cwd: Path = ROOT) -> str:
             process.kill()
         said = errors.read_text()
         assert process.exitcode == 0, said
-        assert "Warning" not in said, said
-        return output.read_text()
+        return output.read_text(), said
 
 
 def prepare(output: Path, errors: Path) -> None:

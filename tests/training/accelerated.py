@@ -183,7 +183,7 @@ def analyzed(name: str) -> None:
     for device in (torch.device("cpu"), DEVICE):
         net = Net().to(device)
         options = {key: value(net) if value is diagonals else value for key, value in ANALYSES[name].items()}
-        found.append(hessian_spectrum(net, batches(device), mean_loss, steps=10, **options))
+        found.append(hessian_spectrum(net, batches(device), mean_loss, steps=6, **options))
     on_cpu, on_device = found
     assert values(on_device) == pytest.approx(values(on_cpu), rel=20 * ROUNDING if name == "differences" else ROUNDING)
     assert on_cpu.verified == "yes"

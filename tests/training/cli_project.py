@@ -18,7 +18,7 @@ from tests.training.modules import Digits
 if TYPE_CHECKING:
     from pathlib import Path
 
-ANALYSIS = {"steps": 12, "probes": 2}
+ANALYSIS = {"steps": 6, "probes": 2}
 
 
 class Net(pl.LightningModule):
