@@ -57,11 +57,6 @@ def test_the_forms_of_a_loss(output: Any, nodes: Any, tmp_path: Path) -> None:
     ("output", "error", "message"),
     [
         (
-            lambda loss: None,
-            ValueError,
-            "the loss function skipped all 2 batches, as a `training_step` that returns None",
-        ),
-        (
             lambda loss: {"other": loss},
             MisconfigurationException,
             "got a dict without 'loss': return it, or pass `loss",
@@ -69,7 +64,7 @@ def test_the_forms_of_a_loss(output: Any, nodes: Any, tmp_path: Path) -> None:
         (lambda loss: 0.5, MisconfigurationException, "got float"),
         (lambda loss: loss.expand(3), TypeError, r"the mean over the batch; got shape \(3,\)"),
     ],
-    ids=["none", "dict_without_loss", "number", "loss_per_sample"],
+    ids=["dict_without_loss", "number", "loss_per_sample"],
 )
 def test_no_loss(output: Any, error: type[Exception], message: str, tmp_path: Path) -> None:
     with pytest.raises(error, match=message):

@@ -32,23 +32,18 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"dataloader": "val"}, "`dataloader` must be a dataloader, got 'val'"),
     ({"generalization_dataloader": "test"}, "`generalization_dataloader` must be a dataloader or 'val', got 'test'"),
     ({"every_n_epochs": 0}, "`every_n_epochs` must be a positive integer, got 0"),
-    ({"every_n_epochs": None, "every_n_train_steps": 0}, "`every_n_train_steps` must be a positive integer, got 0"),
+    ({"every_n_train_steps": 0}, "`every_n_train_steps` must be a positive integer, got 0"),
     ({"epochs": [1, -1]}, r"`epochs` must be non-negative integers \(0-based\), got -1"),
     ({"epochs": [0.5]}, r"`epochs` must be non-negative integers \(0-based\), got 0.5"),
     ({"every_n_epochs": 2, "epochs": [1]}, "`every_n_epochs` and `epochs` exclude each other: choose one"),
     ({"epochs": [1], "every_n_train_steps": 5}, "`epochs` and `every_n_train_steps` exclude each other: choose one"),
     ({"max_overhead": -0.1}, "`max_overhead` must be a finite number above 0, got -0.1"),
-    ({"max_overhead": float("inf")}, "`max_overhead` must be a finite number above 0, got inf"),
     ({"max_overhead": float("nan")}, "`max_overhead` must be a finite number above 0, got nan"),
     ({"max_overhead": True}, "`max_overhead` must be a finite number above 0, got True"),
     ({"max_overhead": "5 %"}, "`max_overhead` must be a finite number above 0, got '5 %'"),
-    ({"steps": 0}, "`steps` must be a positive integer, got 0"),
     ({"mode": "test"}, "`mode` must be 'auto' or 'eval' or 'deterministic' or 'train' or 'keep', got 'test'"),
     ({"num_samples": [64]}, r"`num_samples` must be a positive integer or 'auto', got \[64\]"),
-    ({"tolerance": "1%"}, "`tolerance` must be a number between 0 and 1, 'type', 'auto' or None, got '1%'"),
     ({"output_fn": print}, "`output_fn` is for `matrix='ggn'` and `matrix='residual'`"),
-    ({"output_loss": print}, "`output_loss` is for `matrix='ggn'` and `matrix='residual'`"),
-    ({"preconditioner": "adam"}, "`preconditioner` must map names of parameters to tensors.*got 'adam'"),
 ]
 
 
@@ -60,25 +55,18 @@ def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
         HessianSpectrumCallback(**arguments)
 
 
+@pytest.mark.parametrize("checkpoint", [ModelCheckpoint(monitor="hesd/c_t"), True])
+def test_a_checkpoint_that_is_no_rule(checkpoint: Any) -> None:
+    with pytest.raises((TypeError, MisconfigurationException), match="`checkpoint` must be"):
+        HessianSpectrumCallback(checkpoint=checkpoint)
+
+
 def test_an_unknown_keyword() -> None:
     with pytest.raises(
         TypeError,
         match=r"unexpected keyword argument 'step': did you mean 'steps' or 'stop'\? The options .*steps, probes, seed",
     ):
         HessianSpectrumCallback(step=5)
-
-
-@pytest.mark.parametrize(
-    ("checkpoint", "message"),
-    [
-        ("best", r"`rule` must be 'highest_c_t' or .*got 'best'"),
-        (ModelCheckpoint(monitor="hesd/c_t"), "`checkpoint` must be"),
-        (True, "`checkpoint` must be"),
-    ],
-)
-def test_a_checkpoint_that_is_no_rule(checkpoint: Any, message: str) -> None:
-    with pytest.raises((ValueError, TypeError, MisconfigurationException), match=message):
-        HessianSpectrumCallback(checkpoint=checkpoint)
 
 
 # At the start of fit --------------------------------------------------------------------------------------------------

@@ -126,18 +126,6 @@ def test_changes_by_the_module_come_after_the_analysis_and_the_file(what: str, s
     assert freeze(dict(trainer.lightning_module.state_dict())) == freeze(dict(without.lightning_module.state_dict()))
 
 
-def test_a_run_goes_on_from_a_file_with_the_analyzed_weights(tmp_path: Path) -> None:
-    first, checkpoint = Witness(), keeping(dirpath=tmp_path / "c")
-    trained(tmp_path, first, observer(checkpoint), module=SelfChanging(halve))
-    resumed, again = observer(keeping(dirpath=tmp_path / "d")), Witness()
-    trainer, _ = trained(
-        tmp_path, again, resumed, module=SelfChanging(lambda _: None), ckpt_path=checkpoint.candidates[0].path
-    )
-    assert trainer.global_step == EPOCHS * STEPS
-    assert [r.epoch for r in resumed.history] == list(range(EPOCHS))
-    assert [r.error for r in resumed.history] == [None] * EPOCHS
-
-
 @pytest.mark.parametrize("first", [True, False], ids=["pruned before", "pruned after"])
 def test_pruning(first: bool, tmp_path: Path) -> None:
     """Lightning's first pruning gives parameters other names, and saves them with their pruning applied."""

@@ -74,7 +74,7 @@ def expected_epoch(script: list[Epoch], rule: str, metric: str | None, tolerance
     return min(near, key=lambda row: (-score(row[1]), row[0]))[0]
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(
     script=scripts,
     rule=st.sampled_from(["highest_c_t", "lowest_max_eigenvalue"]),
@@ -106,18 +106,10 @@ SCRIPT = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "epoch"),
-    [
-        ({"train_metric": "train_acc"}, 1),
-        ({"train_metric": "train_acc", "train_metric_mode": "min", "tolerance": 0.0}, 0),
-        ({"rule": lambda record: -record.epoch}, 1),
-    ],
-)
-def test_rules_and_gates(tmp_path: Path, arguments: dict[str, Any], epoch: int) -> None:
-    checkpoint = HessianCheckpoint(dirpath=tmp_path, **arguments)
+def test_the_metric_may_be_one_that_falls(tmp_path: Path) -> None:
+    checkpoint = HessianCheckpoint(train_metric="train_acc", train_metric_mode="min", tolerance=0.0, dirpath=tmp_path)
     run_script(tmp_path, SCRIPT, [ScriptedSource(SCRIPT), checkpoint])
-    assert epoch_of(checkpoint.best_model_path) == epoch
+    assert epoch_of(checkpoint.best_model_path) == 0
 
 
 def test_only_files_that_can_still_be_picked_stay_on_disk(tmp_path: Path) -> None:
@@ -195,6 +187,10 @@ def test_the_best_checkpoint_of_others_stays_theirs(
     else:
         assert trainer.checkpoint_callback is observer.checkpoint
         assert '`ckpt_path="best"` loads it' in said
+    if theirs is None:
+        default = trainer.checkpoint_callbacks[-1]
+        assert type(default) is ModelCheckpoint
+        assert Path(default.best_model_path).name == "epoch=2-step=6.ckpt"
     trainer.test(module, loader(), verbose=False)  # sets up the callbacks once more
     assert (trainer.checkpoint_callback is observer.checkpoint) is not kept
 
@@ -216,21 +212,6 @@ def test_best_is_the_one_passed_to_the_callback_beside_one_that_stands_alone(tmp
     assert trainer.checkpoint_callback is observer.checkpoint
     assert observer.checkpoint.best.epoch == epoch_of(observer.checkpoint.best_model_path)
     assert HessianCheckpoint().best is None
-
-
-def test_default_checkpoint_is_left_alone(tmp_path: Path) -> None:
-    observer = spectra(checkpoint="highest_c_t")
-    trainer = make_trainer(tmp_path, [observer], 3)
-    trainer.fit(ScriptedModule(SCRIPT), loader())
-    ours, default = trainer.checkpoint_callbacks
-    assert ours is observer.checkpoint
-    assert type(default) is ModelCheckpoint
-    assert ours.dirpath == default.dirpath
-    assert Path(default.best_model_path).name == "epoch=2-step=6.ckpt"
-    assert Path(ours.best_model_path).name == "hesd-highest_c_t-epoch=0-step=2.ckpt"
-    with pytest.warns(UserWarning, match="first checkpoint callback"):
-        results = trainer.test(dataloaders=loader(), ckpt_path="best", verbose=False)
-    assert results == [{"weight": 2.0}]
 
 
 def test_every_record_is_ranked_once(tmp_path: Path) -> None:
@@ -348,13 +329,6 @@ def test_a_rule_works_without_checkpointing(tmp_path: Path) -> None:
     assert trainer.test(dataloaders=loader(), ckpt_path="best", verbose=False) == [{"weight": 2.0}]
     with pytest.raises(MisconfigurationException, match="enable_checkpointing=False"):
         run_script(tmp_path, SCRIPT, [spectra(checkpoint="highest_c_t", on_error="raise")], enable_checkpointing=False)
-
-
-def test_without_a_rule_checkpointing_may_be_off(tmp_path: Path) -> None:
-    observer = spectra()
-    trainer = run_script(tmp_path, SCRIPT[:2], [observer], enable_checkpointing=False)
-    assert len(observer.history) == 2
-    assert not trainer.checkpoint_callbacks
 
 
 class Plateau(ScriptedModule):

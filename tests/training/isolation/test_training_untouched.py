@@ -131,23 +131,6 @@ class AugmentingModule(Classifier):
         return [x - self.mean, *batch[1:]]
 
 
-class Collating(Classifier):
-    """Makes batches itself, and counts them: their values depend on the count."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def on_fit_start(self) -> None:
-        self.trainer.fit_loop.setup_data()
-        self.trainer.train_dataloader.collate_fn = self.collate
-
-    def collate(self, items: list[Any]) -> Any:
-        self.calls += 1
-        x, *others = default_collate(items)
-        return x * self.calls, *others
-
-
 class Validated(Classifier):
     """Validates, and saves checkpoints that are ranked by the outcome."""
 
@@ -285,7 +268,6 @@ SCENARIOS = {
     ),
     "sampler_with_generator": Scenario(data=weighted_loader),
     "stream": Scenario(data=lambda: loader(Stream()), trainer={"limit_train_batches": 4}),
-    "batches_made_by_the_module": Scenario(Collating, callbacks=lambda: [callback(num_samples=5)]),
     "workers": Scenario(data=loader_with_workers, callbacks=lambda: [callback(num_samples=8)]),
     "persistent_workers": Scenario(
         data=lambda: loader_with_workers(persistent_workers=True, worker_init_fn=print),
@@ -640,8 +622,11 @@ def test_bit_identical_where_the_training_step_reaches_out(act: Any, tmp_path: P
 class Counting(Classifier):
     """Counts the batches that it makes, wherever it can, and lets their numbers decide on the training."""
 
+    calls = 0
+
     def collate(self, samples: list[Any]) -> Any:
         neighbor, data = self.trainer.callbacks[0], self.trainer.datamodule
+        self.calls += 1
         neighbor.counts["steps"] += 1
         neighbor.average += 1
         data.seen.append(len(samples))
@@ -659,7 +644,7 @@ def test_reading_the_samples_leaves_no_traces_beyond_the_data(tmp_path: Path) ->
     for callbacks in ([], [callback(num_samples=8, steps=2)]):
         neighbor, data = Neighbor(), CountedData()
         module = fit(tmp_path, neighbor, *callbacks, module=Counting(), data=data).lightning_module
-        found.append(freeze([module.state_dict(), neighbor.counts, neighbor.average, data.seen]))
+        found.append(freeze([module.state_dict(), module.calls, neighbor.counts, neighbor.average, data.seen]))
     assert found[0] == found[1]
 
 
