@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -49,6 +50,7 @@ def run_program(*arguments: str, cwd: Path = ROOT) -> tuple[str, str]:
 
 def prepare(output: Path, errors: Path) -> None:
     """Let this process write to files, and compute on one thread, as all tests do."""
+    gc.freeze()
     torch.set_num_threads(1)
     for stream, path in ((sys.stdout, output), (sys.stderr, errors)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from lightning_hesd import HessianSpectrumCallback, hessian_spectrum
 from tests.training.ddp_run import Blobs, OwnClock
+from tests.training.modules import QUIET
 
 torch.set_num_threads(1)
 
@@ -91,16 +92,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def make_trainer(out: Path, *, ddp: dict[str, Any] | None = None, logger: Any = False, **options: Any) -> pl.Trainer:
     """Return a quiet Trainer of all processes."""
-    return pl.Trainer(
-        accelerator="cpu",
-        devices=WORLD_SIZE,
-        strategy=DDPStrategy(process_group_backend="gloo", **(ddp or {})),
-        default_root_dir=out,
-        logger=logger,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
+    strategy = DDPStrategy(process_group_backend="gloo", **(ddp or {}))
+    settings = {**QUIET, "devices": WORLD_SIZE, "strategy": strategy, "default_root_dir": out, "logger": logger}
+    return pl.Trainer(**settings, **options)
 
 
 def train(out: Path, name: str, *, analyzed: bool) -> dict[str, Any]:

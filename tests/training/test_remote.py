@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SpectrumH
 from lightning_hesd.commands.report import run_data
 from lightning_hesd.training import folders
 from lightning_hesd.training.checkpoints.exclusive_checkpoint import is_same_file, lies_in, place
+from tests.training.modules import own_warnings
 from tests.training.scripted import Epoch, ScriptedModule, ScriptedSource, earliest, example, loader, make_trainer
 
 SCRIPT = [Epoch(-0.1, loss=loss) for loss in (0.4, 0.3, 0.2, 0.1)]
@@ -71,10 +71,9 @@ def fitted(
     defaults = {"rule": earliest, "require_mp": False, "tolerance": 9.0, "save_last": True, "dirpath": where}
     checkpoint = HessianCheckpoint(**{**defaults, **arguments})
     trainer = make_trainer("memory://root", [ScriptedSource(SCRIPT), checkpoint], epochs)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with own_warnings() as said:
         trainer.fit(ScriptedModule(SCRIPT), loader(), ckpt_path=ckpt_path)
-    return checkpoint, [str(w.message) for w in caught if "lightning_hesd" in str(w.message)]
+    return checkpoint, said
 
 
 def test_candidates_are_kept_across_filesystems(tmp_path: Path) -> None:

@@ -124,6 +124,7 @@ def test_testing_a_checkpoint_loses_nothing_that_came_after_it(tmp_path: Path) -
 # Advice that is followed ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.:UserWarning")
 @pytest.mark.parametrize(
     ("whose", "field", "advice", "changes", "epochs"),
     [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelPruning
 from torch import Tensor
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
-from tests.training.modules import Classifier, fit, freeze, loader, plain_loss
+from tests.training.modules import Classifier, fit, freeze, loader, own_warnings, plain_loss
 
 EPOCHS = 3
 STEPS = 5
@@ -80,10 +79,9 @@ def keeping(**arguments: Any) -> HessianCheckpoint:
 
 def trained(folder: Path, *callbacks: pl.Callback, **arguments: Any) -> tuple[pl.Trainer, list[str]]:
     """Train, and return what the package warned of."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with own_warnings() as said:
         trainer = fit(folder, *callbacks, enable_checkpointing=True, max_epochs=EPOCHS, data=loader(), **arguments)
-    return trainer, [str(w.message) for w in caught if "lightning_hesd" in str(w.message)]
+    return trainer, said
 
 
 def halve(module: Any) -> None:

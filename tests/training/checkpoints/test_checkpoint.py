@@ -25,7 +25,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
 from lightning_hesd.training.history import SpectrumRecord
-from tests.training.modules import callback, fit
+from tests.training.modules import callback, fit, own_warnings
 from tests.training.scripted import Epoch, ScriptedModule, ScriptedSource, epoch_of, loader, make_trainer, run_script
 
 
@@ -375,16 +375,15 @@ READERS: list[tuple[dict[str, Any], Any, str | None]] = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key", "ignore:ReduceLROnPlateau conditioned")
 @pytest.mark.parametrize(("schedule", "reader", "message"), READERS)
 def test_readers_of_stale_values_are_warned_of(
     tmp_path: Path, schedule: dict[str, Any], reader: Any, message: str | None
 ) -> None:
     module, beside = (reader(SCRIPT), []) if isinstance(reader, type) else (ScriptedModule(SCRIPT), [reader])
     trainer = make_trainer(tmp_path, [*beside, spectra(**schedule)], epochs=2)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with own_warnings() as said:
         trainer.fit(module, loader())
-    said = [str(w.message) for w in caught if "lightning_hesd" in str(w.message)]
     assert len(said) == (message is not None)
     assert message is None or re.search(message, said[0])
 
@@ -477,13 +476,13 @@ class FullDisk(TorchCheckpointIO):
         super().save_checkpoint(checkpoint, path, storage_options)
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning", "ignore:It is recommended to use .self.log")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_file_that_cannot_be_written_costs_no_more_than_the_file(ranks: int, tmp_path: Path) -> None:
     """Ranks that write nothing do not wait for ever for the one that has failed."""
     strategy = DDPStrategy(start_method="fork", process_group_backend="gloo") if ranks > 1 else "auto"
     observer = callback(on_error="warn", checkpoint=HessianCheckpoint(require_mp=False, tolerance=9.0, save_last=True))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with own_warnings() as said:
         trainer = fit(
             tmp_path,
             observer,
@@ -500,7 +499,7 @@ def test_a_file_that_cannot_be_written_costs_no_more_than_the_file(ranks: int, t
     assert {c.epoch for c in rule.candidates} <= {0, 2}
     assert rule.best_model_path == rule.best.path
     assert Path(rule.best_model_path).is_file()
-    told = [str(w.message) for w in caught if "could not write" in str(w.message)]
+    told = [text for text in said if "could not write" in text]
     if ranks == 1:
         assert len(told) == 4, "one of the rule's, and last.ckpt three times"
         assert sum("No space left on device" in text and "epoch=1-step=8.ckpt" in text for text in told) == 1

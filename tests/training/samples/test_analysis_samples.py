@@ -55,7 +55,7 @@ from tests.training.modules import (
     samples,
     seed,
 )
-from tests.training.samples.drawn import BulkDigits, DatasetOfBatches, positions
+from tests.training.samples.drawn import BulkDigits, DatasetOfBatches, FiniteStream, positions
 
 TRAINING = [1, 3, 4, 7, 9, 12, 20, 31]
 """Positions of the training samples where the others are for validation."""
@@ -307,19 +307,6 @@ def test_batches_are_augmented_differently() -> None:
 
 
 # Streams --------------------------------------------------------------------------------------------------------------
-
-
-class FiniteStream(IterableDataset[Any]):
-    """Goes on from its cursor: what is read once is gone."""
-
-    def __init__(self, size: int = 20) -> None:
-        self.size = size
-        self.cursor = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        while self.cursor < self.size:
-            self.cursor += 1
-            yield digits()[0][self.cursor - 1], digits()[1][self.cursor - 1], self.cursor - 1
 
 
 class GeneratorStream(IterableDataset[Any]):
