@@ -88,16 +88,6 @@ def test_candidates_are_kept_across_filesystems(tmp_path: Path) -> None:
         path = checkpoint.last_model_path
 
 
-def test_the_remote_file_resumed_from_stays(tmp_path: Path) -> None:
-    script = [Epoch(-0.5, loss=0.5), Epoch(-0.1, loss=0.1)]
-    first, second = (HessianCheckpoint(dirpath="memory://runs") for _ in range(2))
-    make_trainer(tmp_path, [ScriptedSource(script), first], 1).fit(ScriptedModule(script), loader())
-    trainer = make_trainer(tmp_path, [ScriptedSource(script), second], 2)
-    trainer.fit(ScriptedModule(script), loader(), ckpt_path=first.best_model_path)
-    assert [c.epoch for c in second.candidates] == [1]
-    assert folders.exists(first.best_model_path)
-
-
 def test_what_cannot_be_reached_is_dropped_with_a_warning(nothing_local: Any) -> None:
     checkpoint, _ = fitted("memory://gone", 2)
     last = checkpoint.last_model_path

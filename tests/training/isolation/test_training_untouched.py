@@ -268,8 +268,8 @@ SCENARIOS = {
     "augmenting_module": Scenario(AugmentingModule),
     "accumulation_and_clipping": Scenario(
         trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.1},
-        callbacks=lambda: [callback(every_n_train_steps=1)],
-        records=6,
+        callbacks=lambda: [callback(every_n_train_steps=2)],
+        records=3,
     ),
     "train_mode": Scenario(
         batch_norm_and_dropout,
@@ -281,10 +281,10 @@ SCENARIOS = {
     "mixed_modes": Scenario(
         Switching,
         callbacks=lambda: [
-            callback(name="hesd", every_n_train_steps=2),
-            callback(name="hesd_kept", mode="keep", every_n_train_steps=2),
+            callback(name="hesd", every_n_train_steps=3),
+            callback(name="hesd_kept", mode="keep", every_n_train_steps=3),
         ],
-        records=5,
+        records=3,
     ),
     "validation_and_checkpoints": Scenario(
         lambda: Validated(nn.Dropout(0.3)),
