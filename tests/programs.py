@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -28,6 +29,13 @@ SERVER.set_forkserver_preload(
 
 def run_python(*arguments: str, cwd: Path = ROOT) -> str:
     """Return what Python prints, given a script or `-m` and a module; it must succeed, and warn of nothing."""
+    said, errors = run_program(*arguments, cwd=cwd)
+    assert "Warning" not in errors, errors
+    return said
+
+
+def run_program(*arguments: str, cwd: Path = ROOT) -> tuple[str, str]:
+    """Return what Python writes to its output and to its errors, given the same; it must succeed."""
     with tempfile.TemporaryDirectory() as folder:
         output, errors = Path(folder, "output"), Path(folder, "errors")
         process = SERVER.Process(target=_run, args=(arguments, cwd, output, errors))
@@ -37,12 +45,12 @@ def run_python(*arguments: str, cwd: Path = ROOT) -> str:
             process.kill()
         said = errors.read_text()
         assert process.exitcode == 0, said
-        assert "Warning" not in said, said
-        return output.read_text()
+        return output.read_text(), said
 
 
 def prepare(output: Path, errors: Path) -> None:
     """Let this process write to files, and compute on one thread, as all tests do."""
+    gc.freeze()
     torch.set_num_threads(1)
     for stream, path in ((sys.stdout, output), (sys.stderr, errors)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())

@@ -6,7 +6,6 @@ import csv
 import importlib.metadata
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from lightning_hesd import HessianSpectrumCallback, Spectrum, __main__, commands
 from lightning_hesd.commands import results
 from lightning_hesd.commands.cli import main
 from lightning_hesd.sample_size.recommendation import recommend_sample_size
-from tests.programs import run_python
+from tests.programs import run_program, run_python
 from tests.training import cli_project, processes
 from tests.training.modules import Digits
 
@@ -69,10 +68,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
 
 def test_another_process_finds_what_the_callback_found(trained: Run, tmp_path: Path) -> None:
     spectra, paths = trained
-    arguments = ["analyze", str(paths[0].parent / "*.ckpt"), *MODEL, *STEPS, *CPU, "--generalization", "val"]
+    arguments = ["analyze", str(paths[0].parent / "epoch=[01].ckpt"), *MODEL, *STEPS, *CPU, "--generalization", "val"]
     arguments += ["--preconditioned", "true", "--out", str(tmp_path / "out")]
     said = run_python("-m", "lightning_hesd", *arguments)
-    for record, path in zip(spectra.history, paths, strict=True):
+    for record, path in zip(spectra.history[:2], paths[:2], strict=True):
         pairs = [
             (record.spectrum, f"{path.stem}.npz"),
             (record.generalization, f"{path.stem}_gen.npz"),
@@ -88,7 +87,7 @@ def test_another_process_finds_what_the_callback_found(trained: Run, tmp_path: P
             assert (tmp_path / "out" / "figures" / name).with_suffix(".png").stat().st_size > 10_000
     with (tmp_path / "out" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    for row, record in zip(rows, spectra.history, strict=True):
+    for row, record in zip(rows, spectra.history[:2], strict=True):
         assert record.assessment is not None
         assert (int(row["epoch"]), int(row["step"])) == (record.epoch, record.global_step)
         assert row["generalization"] == record.assessment.verdict
@@ -96,7 +95,7 @@ def test_another_process_finds_what_the_callback_found(trained: Run, tmp_path: P
         assert float(row["stability_ratio"]) == pytest.approx(record.stability_ratio, rel=1e-5)
     assert {rule for row in rows for rule in row["picked_by"].split(", ") if rule} == {"highest C_t", "lowest λ_max"}
     assert "picked by" in said
-    assert "[3/3]" in said
+    assert "[2/2]" in said
 
 
 @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
@@ -110,10 +109,7 @@ def test_several_ranks_find_what_one_finds(trained: Run, tmp_path: Path, launche
             assert [rank.wait() for rank in ranks] == [0, 0], [rank.said for rank in ranks]
             said = "".join(rank.said for rank in ranks)
     else:
-        command = [sys.executable, "-m", "lightning_hesd", *arguments, "--out", str(tmp_path)]
-        finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-        said = finished.stdout + finished.stderr
-        assert finished.returncode == 0, said
+        said = "".join(run_program("-m", "lightning_hesd", *arguments, "--out", str(tmp_path)))
     assert "MEMBER: 2/2" in said
     assert said.count("[1/2]") == said.count("[2/2]") == 1
     for record, path in zip(spectra.history, paths[:2], strict=False):

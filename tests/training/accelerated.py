@@ -183,7 +183,7 @@ def analyzed(name: str) -> None:
     for device in (torch.device("cpu"), DEVICE):
         net = Net().to(device)
         options = {key: value(net) if value is diagonals else value for key, value in ANALYSES[name].items()}
-        found.append(hessian_spectrum(net, batches(device), mean_loss, steps=10, **options))
+        found.append(hessian_spectrum(net, batches(device), mean_loss, steps=6, **options))
     on_cpu, on_device = found
     assert values(on_device) == pytest.approx(values(on_cpu), rel=20 * ROUNDING if name == "differences" else ROUNDING)
     assert on_cpu.verified == "yes"
@@ -195,9 +195,9 @@ def analyzed(name: str) -> None:
 
 
 def waits(**options: Any) -> int:
-    """Return how often the computer waits for the device in sixteen Lanczos steps; every eighth reads coefficients."""
+    """Return how often the computer waits for the device in eight Lanczos steps; the eighth reads coefficients."""
     counts = []
-    for steps in (8, 24):
+    for steps in (8, 16):
         with STANDIN.counted() as seen:
             hessian_spectrum(Net().to(DEVICE), batches(), mean_loss, steps=steps, **options)
         counts.append(len(seen))
@@ -206,15 +206,15 @@ def waits(**options: Any) -> int:
 
 @of_any_device
 def case_nothing_waits_in_a_step() -> None:
-    assert waits(strategy="graph") == 2
-    assert waits(strategy="recompute") == 2
+    assert waits(strategy="graph") == 1
+    assert waits(strategy="recompute") == 1
     # Running statistics are compared where a graph holds them, which its thread may not have let go of yet.
     assert waits(strategy="recompute", mode="train") < 8
 
 
 @of_any_device
 def case_differences_wait_once_for_each_batch() -> None:
-    assert waits(strategy="finite_difference") == 2 + 16 * len(batches())
+    assert waits(strategy="finite_difference") == 1 + 8 * len(batches())
 
 
 def case_layers() -> None:
@@ -251,7 +251,7 @@ def case_fit() -> None:
     fit(None, net=plain, enable_checkpointing=False)
     generator = STANDIN.get_rng_state()
     callback = HessianSpectrumCallback(
-        steps=6,
+        steps=3,
         dataloader=batches("cpu"),
         generalization_dataloader=batches("cpu")[:1],
         layers="net.4",
@@ -265,7 +265,7 @@ def case_fit() -> None:
     assert same(plain, net)
     assert torch.equal(STANDIN.get_rng_state(), generator)
     record = callback.history[-1]
-    expected = hessian_spectrum(net.cpu(), batches("cpu"), mean_loss, steps=6)
+    expected = hessian_spectrum(net.cpu(), batches("cpu"), mean_loss, steps=3)
     assert values(record.spectrum) == pytest.approx(values(expected), rel=ROUNDING)
     assert record.spectrum.verified == "yes"
     assert record.preconditioned is not None
@@ -313,7 +313,7 @@ def case_checkpoints_may_be_finer_than_the_device() -> None:
 
 
 def case_samples_are_added() -> None:
-    callback = HessianSpectrumCallback(steps=4, num_samples="auto", tolerance=0.1, batch_size=8, on_error="raise")
+    callback = HessianSpectrumCallback(steps=2, num_samples="auto", tolerance=0.1, batch_size=8, on_error="raise")
     fit(callback)
     assert callback.history[0].spectrum.num_samples == len(X)
     assert callback.history[0].spectrum.c_t_sampling_error > 0
@@ -397,7 +397,7 @@ def train_together(folder: Path, size: int) -> list[list[float]]:
         collectives_of_the_device()
         strategy = TogetherWithoutWrapper(process_group_backend="gloo")
     callback = HessianSpectrumCallback(
-        steps=6,
+        steps=3,
         num_samples=40,
         batch_size=4,
         sampling_error=True,

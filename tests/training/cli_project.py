@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_hesd import HessianSpectrumCallback
-from tests.training.modules import Digits
+from tests.training.modules import QUIET, Digits
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-ANALYSIS = {"steps": 12, "probes": 2}
+ANALYSIS = {"steps": 6, "probes": 2}
 
 
 class Net(pl.LightningModule):
@@ -122,14 +122,6 @@ def run(folder: Path, epochs: int = 3, **callback: Any) -> tuple[HessianSpectrum
         num_samples=24, generalization_dataloader=data.val_dataloader(), on_error="raise", **{**ANALYSIS, **callback}
     )
     keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-    trainer = pl.Trainer(
-        default_root_dir=folder,
-        accelerator="cpu",
-        max_epochs=epochs,
-        callbacks=[spectra, keep],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = pl.Trainer(default_root_dir=folder, max_epochs=epochs, callbacks=[spectra, keep], **QUIET)
     trainer.fit(Net(6), datamodule=data)
     return spectra, [folder / f"epoch={epoch}.ckpt" for epoch in range(epochs)]

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from lightning_hesd import HessianSpectrumCallback, hessian_spectrum
 from tests.training.ddp_run import Blobs, OwnClock
+from tests.training.modules import QUIET
 
 torch.set_num_threads(1)
 
@@ -91,23 +92,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def make_trainer(out: Path, *, ddp: dict[str, Any] | None = None, logger: Any = False, **options: Any) -> pl.Trainer:
     """Return a quiet Trainer of all processes."""
-    return pl.Trainer(
-        accelerator="cpu",
-        devices=WORLD_SIZE,
-        strategy=DDPStrategy(process_group_backend="gloo", **(ddp or {})),
-        default_root_dir=out,
-        logger=logger,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
+    strategy = DDPStrategy(process_group_backend="gloo", **(ddp or {}))
+    settings = {**QUIET, "devices": WORLD_SIZE, "strategy": strategy, "default_root_dir": out, "logger": logger}
+    return pl.Trainer(**settings, **options)
 
 
 def train(out: Path, name: str, *, analyzed: bool) -> dict[str, Any]:
     """Return the trained weights and momenta, and what the callbacks found."""
     option = OPTIONS[name]
     gradients = Gradients()
-    shared: dict[str, Any] = {"steps": 4, "num_samples": 30, "batch_size": 10, "progress": False}
+    shared: dict[str, Any] = {"steps": 2, "num_samples": 30, "batch_size": 10, "progress": False}
     ours = [
         HessianSpectrumCallback(**shared, at_start=True, every_n_train_steps=2),
         HessianSpectrumCallback(**shared, mode="train", name="train"),
@@ -184,7 +178,7 @@ def reach_out(out: Path) -> dict[str, Any]:
     """Train networks that reach out of themselves; the processes analyze different numbers of batches."""
     found: dict[str, Any] = {}
     for name, act in REACHES.items():
-        callback = HessianSpectrumCallback(steps=3, num_samples=30, batch_size=10, progress=False)
+        callback = HessianSpectrumCallback(steps=2, num_samples=30, batch_size=10, progress=False)
         weights = []
         for callbacks in ([], [callback]):
             FOLDERS.clear()
@@ -218,15 +212,15 @@ def synchronous_norms() -> dict[str, str | None]:
 
 
 def interrupted(out: Path) -> dict[str, Any]:
-    """Train for ever, and analyze slowly; process one says when it is within an analysis."""
+    """Train for ever; each rank says when it is within an analysis, and goes on after the interruption."""
 
     def loss_fn(module: Net, batch: Any) -> torch.Tensor:
-        if RANK == 1:
-            (out / "analyzing").touch()
-        time.sleep(0.02)
+        (out / f"analyzing{RANK}").touch()
+        while not (out / "interrupted").exists():
+            time.sleep(0.01)
         return F.cross_entropy(module(batch[0]), batch[1])
 
-    callback = HessianSpectrumCallback(steps=100, num_samples=40, batch_size=10, loss_fn=loss_fn, progress=False)
+    callback = HessianSpectrumCallback(steps=2, num_samples=40, batch_size=10, loss_fn=loss_fn, progress=False)
     trainer = make_trainer(out, max_epochs=1000, callbacks=[callback])
     trainer.fit(Net(), DataLoader(Blobs(None), batch_size=12))
     return {}

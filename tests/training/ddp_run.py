@@ -160,7 +160,7 @@ def main() -> None:
     data = Blobs(options.fail_in if options.fail == "data" else None)
     # Two batches, so that the third process has none; the second callback has random dropout masks.
     shared: dict[str, Any] = {
-        "steps": 6,
+        "steps": 4,
         "num_samples": 50,
         "batch_size": 25,
         "loss_fn": loss_fn,
@@ -178,7 +178,7 @@ def main() -> None:
             HessianSpectrumCallback(**{**shared, "num_samples": "auto"}, tolerance=0.3, name="growing"),
             HessianSpectrumCallback(**shared, strategy="finite_difference", name="differences"),
             HessianSpectrumCallback(
-                steps=8,
+                steps=4,
                 num_samples=50,
                 loss_fn=skipping,
                 dataloader=DataLoader(data, batch_size=6, sampler=Own(), collate_fn=leave_out),

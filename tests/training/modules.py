@@ -5,8 +5,10 @@ Everything is reproducible from seeds. Batches are `(x, y, position)`, so that a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import random
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -20,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_hesd import HessianSpectrumCallback
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 
@@ -180,21 +182,21 @@ def callback(*args: Any, **kwargs: Any) -> HessianSpectrumCallback:
     return HessianSpectrumCallback(*args, **{"steps": 3, "num_samples": 16, "on_error": "raise", **kwargs})
 
 
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""Settings of a Trainer that neither shows nor logs anything."""
+
+
 def make_trainer(tmp_path: Path, *callbacks: pl.Callback, **kwargs: Any) -> pl.Trainer:
     """Return a quiet Trainer that writes below `tmp_path` only."""
-    quiet = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "log_every_n_steps": 1,
-        "max_epochs": 2,
-    }
+    settings = {**QUIET, "devices": 1, "enable_checkpointing": False, "log_every_n_steps": 1, "max_epochs": 2}
     if kwargs.get("barebones"):  # refuses to be told what it does anyway
-        quiet = {key: quiet[key] for key in ("accelerator", "devices", "max_epochs")}
-    return pl.Trainer(default_root_dir=tmp_path, callbacks=list(callbacks), **{**quiet, **kwargs})
+        settings = {key: settings[key] for key in ("accelerator", "devices", "max_epochs")}
+    return pl.Trainer(default_root_dir=tmp_path, callbacks=list(callbacks), **{**settings, **kwargs})
 
 
 def fit(
@@ -213,6 +215,16 @@ def fit(
     sources = {"datamodule": data} if isinstance(data, pl.LightningDataModule) else {"train_dataloaders": data}
     trainer.fit(module, ckpt_path=ckpt_path, **sources)
     return trainer
+
+
+@contextlib.contextmanager
+def own_warnings() -> Iterator[list[str]]:
+    """Let the package warn, and collect its warnings once the block has been left."""
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", "lightning_hesd: ")
+        yield said
+    said += [str(w.message) for w in caught]
 
 
 def freeze(value: Any) -> Any:

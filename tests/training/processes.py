@@ -8,7 +8,7 @@ import runpy
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -68,15 +68,26 @@ def started(script: Path, folder: Path, count: int, *arguments: object) -> Itera
 
 
 def run(script: Path, folder: Path, count: int, *arguments: object) -> list[Any]:
-    """Run a script with that many processes; it must succeed, and hang nowhere.
+    """Run a script on that many ranks; it must succeed, and hang nowhere.
 
     Returns:
-        What each process saw, by rank.
+        What each rank saw.
     """
-    with started(script, folder, count, *arguments) as ranks:
-        for rank in ranks:
-            assert rank.wait() == 0, rank.said
-    return read(folder)
+    (found,) = run_together((script, folder, count, *arguments))
+    return found
+
+
+def run_together(*launches: tuple[Any, ...]) -> list[list[Any]]:
+    """Do the same with several scripts at the same time, as ranks mostly wait for each other.
+
+    Args:
+        launches: The arguments of `run` for each.
+    """
+    with ExitStack() as stack:
+        for ranks in [stack.enter_context(started(*launch)) for launch in launches]:
+            for rank in ranks:
+                assert rank.wait() == 0, rank.said
+    return [read(folder) for _, folder, *_ in launches]
 
 
 def read(folder: Path) -> list[Any]:

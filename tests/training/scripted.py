@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_hesd import Spectrum
 from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
 from lightning_hesd.training.source import SpectrumSource
+from tests.training.modules import QUIET
 
 
 def make_spectrum(c_t: float, *, lambda_max: float = 1.0, loss: float = 0.5) -> Spectrum:
@@ -121,16 +122,7 @@ STEPS_PER_EPOCH = 2
 
 
 def make_trainer(tmp_path: Path, callbacks: list[pl.Callback], epochs: int, **kwargs: Any) -> pl.Trainer:
-    settings: dict[str, Any] = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "accelerator": "cpu",
-        "default_root_dir": tmp_path,
-        "max_epochs": epochs,
-        "callbacks": callbacks,
-    }
-    return pl.Trainer(**{**settings, **kwargs})
+    return pl.Trainer(default_root_dir=tmp_path, max_epochs=epochs, callbacks=callbacks, **{**QUIET, **kwargs})
 
 
 def run_script(

@@ -140,7 +140,7 @@ def main() -> None:
 
     def callback(**changes: Any) -> HessianSpectrumCallback:
         shared: dict[str, Any] = {
-            "steps": 4,
+            "steps": 3,
             "num_samples": 50,
             "batch_size": 20,
             "loss_fn": loss_fn,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ pytestmark = pytest.mark.skipif(
     reason="this version of PyTorch has no backends in Python",
 )
 
-run = partial(processes.run, Path(__file__).with_name("accelerated.py"))
+SCRIPT = Path(__file__).with_name("accelerated.py")
 
 WITH_FLOAT64 = [
     *("differences_wait_once_for_each_batch", "fit", "float64_is_refused_where_there_is_none"),
@@ -34,10 +33,15 @@ WITHOUT_FLOAT64 = [
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What a single process found."""
-    (alone,) = run(tmp_path_factory.mktemp("alone"), 1)
-    return alone
+def launched(tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
+    """Return what one rank found, and what each of two did."""
+    folder = tmp_path_factory.mktemp("accelerated")
+    return processes.run_together((SCRIPT, folder / "1", 1), (SCRIPT, folder / "2", 2))
+
+
+@pytest.fixture(scope="module")
+def found(launched: list[list[Any]]) -> Any:
+    return launched[0][0]
 
 
 @pytest.mark.parametrize("case", WITH_FLOAT64)
@@ -57,8 +61,8 @@ def test_all_cases_are_listed(found: Any) -> None:
     assert sorted(found["float64=False"]) == sorted(WITHOUT_FLOAT64)
 
 
-def test_two_processes_find_what_one_finds(found: Any, tmp_path: Path) -> None:
-    first, second = run(tmp_path, 2)
+def test_two_ranks_find_what_one_finds(found: Any, launched: list[list[Any]]) -> None:
+    first, second = launched[1]
     assert first == second
     [alone], [together] = found["training"], first["training"]
     assert together == pytest.approx(alone, rel=1e-4)

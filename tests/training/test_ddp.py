@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.training import processes
-from tests.training.processes import read
 
-run = partial(processes.run, Path(__file__).with_name("ddp_run.py"))
+SCRIPT = Path(__file__).with_name("ddp_run.py")
 
+EPOCHS = 2
 
-EPOCHS = 3
+LAUNCHES: dict[str, tuple[Any, ...]] = {
+    # The number of ranks, and what the script is told. Of three ranks the last has no samples.
+    "alone": (1, "--engine", 1, "--epochs", EPOCHS),
+    "three": (3, "--engine", 1, "--epochs", EPOCHS),
+    "loss fails": (2, "--fail", "loss", "--fail-in", 1),
+    "data fails": (2, "--fail", "data", "--fail-in", 0),
+    "budget": (2, "--epochs", 4, "--max-overhead", 0.5, "--costs", 1.5, 0),
+}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Folders of a run on one rank, and on three of which the last has no samples."""
-    folders = {ranks: tmp_path_factory.mktemp("ddp") / str(ranks) for ranks in (1, 3)}
-    for ranks, folder in folders.items():
-        run(folder, ranks, "--engine", 1, "--epochs", EPOCHS)
-    return folders
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the launches write to, each to a folder with its name."""
+    return tmp_path_factory.mktemp("ddp")
 
 
-def test_findings_are_those_of_one_rank(runs: dict[int, Path]) -> None:
-    (alone,) = read(runs[1])
-    for rank in read(runs[3]):
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> dict[str, list[Any]]:
+    """Return what each rank of each launch saw."""
+    found = processes.run_together(*((SCRIPT, folder / name, *launch) for name, launch in LAUNCHES.items()))
+    return dict(zip(LAUNCHES, found, strict=True))
+
+
+def test_findings_are_those_of_one_rank(runs: dict[str, list[Any]]) -> None:
+    (alone,) = runs["alone"]
+    for rank in runs["three"]:
         assert rank["world_size"] == 3
         assert rank["best"] == alone["best"]
         assert rank["candidates"] == alone["candidates"]
@@ -48,9 +59,9 @@ def test_findings_are_those_of_one_rank(runs: dict[int, Path]) -> None:
                 assert theirs["negative_count"] == mine["negative_count"]
 
 
-def test_the_runs_tell_something(runs: dict[int, Path]) -> None:
+def test_the_runs_tell_something(runs: dict[str, list[Any]]) -> None:
     """Epochs differ, and so do spectra with and without dropout: the comparison above is not between constants."""
-    (alone,) = read(runs[1])
+    (alone,) = runs["alone"]
     c_t = {name: [record["c_t"] for record in records] for name, records in alone["records"].items()}
     assert len(set(c_t["hesd"])) == EPOCHS
     assert c_t["hesd"] != c_t["dropout"]
@@ -58,48 +69,49 @@ def test_the_runs_tell_something(runs: dict[int, Path]) -> None:
     assert all(record["steps"] < 40 and record["sampling_error"] > 0 for record in alone["records"]["adaptive"])
 
 
-def test_all_ranks_have_the_very_same_numbers(runs: dict[int, Path]) -> None:
-    first, *others = read(runs[3])
+def test_all_ranks_have_the_very_same_numbers(runs: dict[str, list[Any]]) -> None:
+    first, *others = runs["three"]
     assert set(first["overheads"]) == {f"{name}/overhead" for name in first["records"]}
     assert all(rank == first for rank in others)
 
 
-def test_equal_scalars_need_no_advice_to_average_them(runs: dict[int, Path]) -> None:
-    assert "sync_dist" not in (runs[3] / "rank0.log").read_text()
+@pytest.mark.usefixtures("runs")
+def test_equal_scalars_need_no_advice_to_average_them(folder: Path) -> None:
+    assert "sync_dist" not in (folder / "three" / "rank0.log").read_text()
 
 
-def test_only_rank_zero_writes(runs: dict[int, Path]) -> None:
+@pytest.mark.usefixtures("runs")
+def test_only_rank_zero_writes(folder: Path) -> None:
     for name in ("hesd", "dropout"):
-        (folder,) = runs[3].rglob(name)
-        assert (folder / "index.json").is_file()
-        assert len(list(folder.glob("*.npz"))) == EPOCHS
-        rows = (folder.parent / f"{name}_density.csv").read_text().splitlines()
+        (spectra,) = (folder / "three").rglob(name)
+        assert (spectra / "index.json").is_file()
+        assert len(list(spectra.glob("*.npz"))) == EPOCHS
+        rows = (spectra.parent / f"{name}_density.csv").read_text().splitlines()
         assert len(rows) == len(set(rows))
-    (last,) = runs[3].rglob("last.ckpt")
+    (last,) = (folder / "three").rglob("last.ckpt")
     assert torch.load(last, weights_only=True)["epoch"] == EPOCHS - 1
 
 
 @pytest.mark.parametrize(
-    ("fail", "fail_in", "cause"),
-    [("loss", 1, "MemoryError: no memory here"), ("data", 0, "OSError: cannot read sample")],
+    ("launch", "fails_in", "cause"),
+    [("loss fails", 1, "MemoryError: no memory here"), ("data fails", 0, "OSError: cannot read sample")],
 )
 def test_a_failure_on_one_rank_is_recorded_on_all_and_training_goes_on(
-    tmp_path: Path, fail: str, fail_in: int, cause: str
+    runs: dict[str, list[Any]], launch: str, fails_in: int, cause: str
 ) -> None:
-    ranks = run(tmp_path / "run", 2, "--fail", fail, "--fail-in", fail_in)
-    for number, rank in enumerate(ranks):
+    for number, rank in enumerate(runs[launch]):
         assert rank["steps"] == 4
-        expected = cause if number == fail_in else "AnotherRankFailedError"
+        expected = cause if number == fails_in else "AnotherRankFailedError"
         for records in rank["records"].values():
             assert [record["epoch"] for record in records] == [0, 1]
             assert all(record["error"].startswith(expected) for record in records)
     # No epoch could be ranked, so the final weights are the best there are.
-    assert all("epoch=1-step=4" in rank["best"] for rank in ranks)
+    assert all("epoch=1-step=4" in rank["best"] for rank in runs[launch])
 
 
-def test_all_ranks_analyze_the_epochs_that_rank_zero_can_afford(tmp_path: Path) -> None:
+def test_all_ranks_analyze_the_epochs_that_rank_zero_can_afford(runs: dict[str, list[Any]]) -> None:
     """By its own clock the other rank could afford every epoch, and would wait in epoch 1 for ever."""
-    first, second = run(tmp_path / "run", 2, "--epochs", 4, "--max-overhead", 0.5, "--costs", 1.5, 0)
+    first, second = runs["budget"]
     for records in first["records"].values():
         assert [record["epoch"] for record in records] == [0, 2]
     assert first["steps"] == 8

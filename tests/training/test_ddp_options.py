@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,25 +81,41 @@ def test_norms_that_wait_for_other_processes_are_refused(options: list[dict[str,
             assert "mode='eval'" in rank["norms"][mode]
 
 
-def test_a_process_that_is_killed_in_an_analysis_leaves_no_other_waiting(tmp_path: Path) -> None:
-    with started(tmp_path, 2, "interrupted") as ranks:
-        wait_for((tmp_path / "analyzing").exists, ranks)
-        time.sleep(0.3)  # well within it: it takes seconds
-        ranks[1].process.kill()
-        assert ranks[0].wait() != 0
-        assert "peer" in ranks[0].said  # "Connection closed by peer", or "reset": the error of the process group
+INTERRUPTIONS = {
+    "killed": (signal.SIGKILL, [1]),
+    "0 stops": (signal.SIGTERM, [0]),
+    "1 stops": (signal.SIGTERM, [1]),
+    "both stop": (signal.SIGTERM, [0, 1]),
+}
+"""The signal, and the ranks that receive it."""
 
 
-@pytest.mark.parametrize("signalled", [[0], [1], [0, 1]])
-def test_sigterm_in_an_analysis_ends_all_processes(tmp_path: Path, signalled: list[int]) -> None:
-    with started(tmp_path, 2, "interrupted") as ranks:
-        wait_for((tmp_path / "analyzing").exists, ranks)
-        time.sleep(0.3)  # well within it: it takes seconds
-        for number in signalled:
-            os.kill(ranks[number].process.pid or 0, signal.SIGTERM)
-        for rank in ranks:
-            assert rank.wait() == 0, rank.said  # Lightning's exception is a SystemExit, of training for ever
-    assert not list(tmp_path.glob("rank*.json"))
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[Rank]]]:
+    """Ranks of which some were interrupted in an analysis, by the name of the interruption."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    with ExitStack() as stack:
+        launched = {name: stack.enter_context(started(folder / name, 2, "interrupted")) for name in INTERRUPTIONS}
+        for name, ranks in launched.items():
+            wait_for(lambda name=name: len(list((folder / name).glob("analyzing*"))) == 2, ranks)
+            interruption, numbers = INTERRUPTIONS[name]
+            for number in numbers:
+                os.kill(ranks[number].process.pid or 0, interruption)
+            (folder / name / "interrupted").touch()
+        yield launched
+    assert not list(folder.rglob("rank*.json")), "all were to train for ever"
+
+
+def test_a_rank_that_is_killed_in_an_analysis_leaves_no_other_waiting(interrupted: dict[str, list[Rank]]) -> None:
+    other, _ = interrupted["killed"]
+    assert other.wait() != 0
+    assert "peer" in other.said  # "Connection closed by peer", or "reset": the error of the process group
+
+
+@pytest.mark.parametrize("name", ["0 stops", "1 stops", "both stop"])
+def test_sigterm_in_an_analysis_ends_all_ranks(interrupted: dict[str, list[Rank]], name: str) -> None:
+    for rank in interrupted[name]:
+        assert rank.wait() == 0, rank.said  # Lightning's exception is a SystemExit
 
 
 @pytest.mark.slow

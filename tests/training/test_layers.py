@@ -34,8 +34,8 @@ def loss(module: Any, batch: Any) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[SpectrumHistory, pl.Trainer]:
-    """A training with all of it, from before the first step on."""
-    folder, spectra = tmp_path_factory.mktemp("run"), callback(at_start=True)
+    """A training with all of it."""
+    folder, spectra = tmp_path_factory.mktemp("run"), callback()
     trainer = fit(folder, spectra, logger=TensorBoardLogger(folder))
     return spectra.history, trainer
 
@@ -63,7 +63,7 @@ def test_tensorboard_gets_metrics_figures_and_a_table(run: Any) -> None:
     for key in ("hesd_ggn/lambda_max", "hesd_residual/c_t"):
         assert key in events.Tags()["scalars"]
     for key in ("hesd/layers_figure", "hesd/decomposition_figure", "hesd_ggn/density_figure"):
-        assert [image.step for image in events.Images(key)] == [0, 3, 7]
+        assert [image.step for image in events.Images(key)] == [3, 7]
     table = events.Tensors("hesd/layers/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert table.splitlines()[0].startswith("| layer | c_t | lambda_max | trace |")
     assert table.splitlines()[2].startswith(f"| net.0 | {layers['net.0'].c_t:.3g} | {layers['net.0'].lambda_max:.3g} |")
@@ -74,10 +74,10 @@ def test_files_and_resumed_runs_have_them(run: Any, tmp_path: Path) -> None:
     whole, trainer = run
     loaded = SpectrumHistory.load(trainer.log_dir)
     assert {file.name for file in Path(trainer.log_dir, "hesd").glob("*_layers.npz")} == {
-        f"epoch={epoch}-step={4 * epoch + 4}_layers.npz" for epoch in (-1, 0, 1)
+        f"epoch={epoch}-step={4 * epoch + 4}_layers.npz" for epoch in (0, 1)
     }
-    resumed = callback(at_start=True)
-    fit(tmp_path, callback(at_start=True), epochs=1).save_checkpoint(tmp_path / "last.ckpt")
+    resumed = callback()
+    fit(tmp_path, callback(), epochs=1).save_checkpoint(tmp_path / "last.ckpt")
     fit(tmp_path / "second", resumed, ckpt_path=tmp_path / "last.ckpt")
     for history in (loaded, resumed.history):
         for found, expected in zip(history, whole, strict=True):

@@ -19,7 +19,17 @@ from torch import Tensor
 from lightning_hesd import HessianSpectrumCallback
 from lightning_hesd.training.compat import strategies
 from tests.training.broken import Broken, nan_curvature, nan_loss, once_differentiable_loss, out_of_luck
-from tests.training.modules import Classifier, Digits, callback, fit, freeze, loader, make_trainer, plain_loss
+from tests.training.modules import (
+    Classifier,
+    Digits,
+    callback,
+    fit,
+    freeze,
+    loader,
+    make_trainer,
+    own_warnings,
+    plain_loss,
+)
 
 # At construction ------------------------------------------------------------------------------------------------------
 
@@ -32,23 +42,18 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"dataloader": "val"}, "`dataloader` must be a dataloader, got 'val'"),
     ({"generalization_dataloader": "test"}, "`generalization_dataloader` must be a dataloader or 'val', got 'test'"),
     ({"every_n_epochs": 0}, "`every_n_epochs` must be a positive integer, got 0"),
-    ({"every_n_epochs": None, "every_n_train_steps": 0}, "`every_n_train_steps` must be a positive integer, got 0"),
+    ({"every_n_train_steps": 0}, "`every_n_train_steps` must be a positive integer, got 0"),
     ({"epochs": [1, -1]}, r"`epochs` must be non-negative integers \(0-based\), got -1"),
     ({"epochs": [0.5]}, r"`epochs` must be non-negative integers \(0-based\), got 0.5"),
     ({"every_n_epochs": 2, "epochs": [1]}, "`every_n_epochs` and `epochs` exclude each other: choose one"),
     ({"epochs": [1], "every_n_train_steps": 5}, "`epochs` and `every_n_train_steps` exclude each other: choose one"),
     ({"max_overhead": -0.1}, "`max_overhead` must be a finite number above 0, got -0.1"),
-    ({"max_overhead": float("inf")}, "`max_overhead` must be a finite number above 0, got inf"),
     ({"max_overhead": float("nan")}, "`max_overhead` must be a finite number above 0, got nan"),
     ({"max_overhead": True}, "`max_overhead` must be a finite number above 0, got True"),
     ({"max_overhead": "5 %"}, "`max_overhead` must be a finite number above 0, got '5 %'"),
-    ({"steps": 0}, "`steps` must be a positive integer, got 0"),
     ({"mode": "test"}, "`mode` must be 'auto' or 'eval' or 'deterministic' or 'train' or 'keep', got 'test'"),
     ({"num_samples": [64]}, r"`num_samples` must be a positive integer or 'auto', got \[64\]"),
-    ({"tolerance": "1%"}, "`tolerance` must be a number between 0 and 1, 'type', 'auto' or None, got '1%'"),
     ({"output_fn": print}, "`output_fn` is for `matrix='ggn'` and `matrix='residual'`"),
-    ({"output_loss": print}, "`output_loss` is for `matrix='ggn'` and `matrix='residual'`"),
-    ({"preconditioner": "adam"}, "`preconditioner` must map names of parameters to tensors.*got 'adam'"),
 ]
 
 
@@ -60,25 +65,18 @@ def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
         HessianSpectrumCallback(**arguments)
 
 
+@pytest.mark.parametrize("checkpoint", [ModelCheckpoint(monitor="hesd/c_t"), True])
+def test_a_checkpoint_that_is_no_rule(checkpoint: Any) -> None:
+    with pytest.raises((TypeError, MisconfigurationException), match="`checkpoint` must be"):
+        HessianSpectrumCallback(checkpoint=checkpoint)
+
+
 def test_an_unknown_keyword() -> None:
     with pytest.raises(
         TypeError,
         match=r"unexpected keyword argument 'step': did you mean 'steps' or 'stop'\? The options .*steps, probes, seed",
     ):
         HessianSpectrumCallback(step=5)
-
-
-@pytest.mark.parametrize(
-    ("checkpoint", "message"),
-    [
-        ("best", r"`rule` must be 'highest_c_t' or .*got 'best'"),
-        (ModelCheckpoint(monitor="hesd/c_t"), "`checkpoint` must be"),
-        (True, "`checkpoint` must be"),
-    ],
-)
-def test_a_checkpoint_that_is_no_rule(checkpoint: Any, message: str) -> None:
-    with pytest.raises((ValueError, TypeError, MisconfigurationException), match=message):
-        HessianSpectrumCallback(checkpoint=checkpoint)
 
 
 # At the start of fit --------------------------------------------------------------------------------------------------
@@ -145,9 +143,9 @@ def test_what_cannot_be_analysed_is_said_before_training(
 
         monkeypatch.setattr(strategies, "check_strategy", refuse)
     observers = make("warn")
-    with pytest.warns(RuntimeWarning) as caught:
+    with own_warnings() as said:
         trainer = fit(tmp_path, *observers, module=module(), enable_checkpointing=True)
-    [text] = said(caught)
+    [text] = said
     refused: Any = observers[-1]
     assert text.startswith("lightning_hesd: there will be no spectra")
     assert re.search(message, text)
@@ -209,11 +207,6 @@ FAILURES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }
 
 
-def said(caught: Any) -> list[str]:
-    """Return the messages of the warnings that are the package's own."""
-    return [str(w.message) for w in caught if w.category is RuntimeWarning]
-
-
 def hidden_part(module: Any, batch: Any) -> Tensor:
     """A loss whose gradient is not that of its value."""
     weight = module.net[0].weight
@@ -223,9 +216,9 @@ def hidden_part(module: Any, batch: Any) -> Tensor:
 def test_a_loss_that_cannot_be_analysed_is_warned_of_once_in_a_run(tmp_path: Path) -> None:
     observer = callback(on_error="warn", loss_fn=hidden_part)
     for run in ("first", "second"):
-        with pytest.warns(RuntimeWarning) as caught:
+        with own_warnings() as said:
             fit(tmp_path / run, observer)
-        [message] = said(caught)
+        [message] = said
         assert "the analysis of epoch 0 failed, training goes on. WrongDerivativeError" in message
         errors = [record.error for record in observer.history]
         assert len(errors) == 2
@@ -236,9 +229,8 @@ def test_a_loss_that_cannot_be_analysed_is_warned_of_once_in_a_run(tmp_path: Pat
 def test_a_failure_warns_and_training_goes_on(name: str, tmp_path: Path) -> None:
     options, error, message = FAILURES[name]
     observer = callback(on_error="warn", **options)
-    with pytest.warns(RuntimeWarning) as caught:
+    with own_warnings() as messages:
         trainer = fit(tmp_path, observer, enable_checkpointing=True)
-    messages = said(caught)
     if name == "unreadable_data":  # which is missed at the start already
         assert "cannot draw the analysis samples, will try again" in messages.pop(0)
     assert len(messages) == 2
@@ -281,9 +273,9 @@ def test_a_passing_failure_is_overcome(fails: str, tmp_path: Path) -> None:
         return out_of_luck(module, batch) if failing else plain_loss(module, batch)
 
     observer = callback(on_error="warn", loss_fn=loss_fn, dataloader=loader(FlakyDigits()))
-    with pytest.warns(RuntimeWarning) as caught:
+    with own_warnings() as said:
         fit(tmp_path, observer)
-    assert len(said(caught)) == 1
+    assert len(said) == 1
     expected = {"draw": [None, None], "loss": ["OSError: no luck", None]}
     assert [record.error for record in observer.history] == expected[fails]
     assert observer.history[1].spectrum.num_samples == 16
@@ -299,9 +291,10 @@ class Lazy(Classifier):
 
 def test_lazy_layers_are_not_initialized_by_an_analysis(tmp_path: Path) -> None:
     observer = callback(on_error="warn", at_start=True)
-    with pytest.warns(RuntimeWarning, match="before the first step failed") as caught:
+    with own_warnings() as said:
         trainer = fit(tmp_path, observer, module=Lazy())
-    assert len(said(caught)) == 1
+    [message] = said
+    assert "before the first step failed" in message
     assert re.match(
         r"ValueError: parameter 'net\.0\.weight' is lazy, .*analyze after the first", observer.history[0].error
     )

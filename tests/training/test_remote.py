@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SpectrumH
 from lightning_hesd.commands.report import run_data
 from lightning_hesd.training import folders
 from lightning_hesd.training.checkpoints.exclusive_checkpoint import is_same_file, lies_in, place
+from tests.training.modules import own_warnings
 from tests.training.scripted import Epoch, ScriptedModule, ScriptedSource, earliest, example, loader, make_trainer
 
 SCRIPT = [Epoch(-0.1, loss=loss) for loss in (0.4, 0.3, 0.2, 0.1)]
@@ -71,10 +71,9 @@ def fitted(
     defaults = {"rule": earliest, "require_mp": False, "tolerance": 9.0, "save_last": True, "dirpath": where}
     checkpoint = HessianCheckpoint(**{**defaults, **arguments})
     trainer = make_trainer("memory://root", [ScriptedSource(SCRIPT), checkpoint], epochs)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with own_warnings() as said:
         trainer.fit(ScriptedModule(SCRIPT), loader(), ckpt_path=ckpt_path)
-    return checkpoint, [str(w.message) for w in caught if "lightning_hesd" in str(w.message)]
+    return checkpoint, said
 
 
 def test_candidates_are_kept_across_filesystems(tmp_path: Path) -> None:
@@ -87,16 +86,6 @@ def test_candidates_are_kept_across_filesystems(tmp_path: Path) -> None:
         assert all(folders.exists(c.path) for c in checkpoint.candidates)
         assert checkpoint.best_model_path.startswith(str(tmp_path / "a"))
         path = checkpoint.last_model_path
-
-
-def test_the_remote_file_resumed_from_stays(tmp_path: Path) -> None:
-    script = [Epoch(-0.5, loss=0.5), Epoch(-0.1, loss=0.1)]
-    first, second = (HessianCheckpoint(dirpath="memory://runs") for _ in range(2))
-    make_trainer(tmp_path, [ScriptedSource(script), first], 1).fit(ScriptedModule(script), loader())
-    trainer = make_trainer(tmp_path, [ScriptedSource(script), second], 2)
-    trainer.fit(ScriptedModule(script), loader(), ckpt_path=first.best_model_path)
-    assert [c.epoch for c in second.candidates] == [1]
-    assert folders.exists(first.best_model_path)
 
 
 def test_what_cannot_be_reached_is_dropped_with_a_warning(nothing_local: Any) -> None:

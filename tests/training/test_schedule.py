@@ -13,7 +13,7 @@ import torch
 
 from lightning_hesd import HessianSpectrumCallback
 from lightning_hesd.training.compat.strategies import wait_for_device
-from lightning_hesd.training.schedule import Budget, Schedule
+from lightning_hesd.training.schedule import Budget
 from tests.training.logs import ListLogger
 from tests.training.scripted import Epoch, ScriptedModule, loader, make_spectrum, make_trainer, run_script
 
@@ -102,20 +102,6 @@ def test_without_a_limit_the_schedule_decides(
     callback = make_callback(Clock(), **arguments)
     fit(tmp_path, callback, epochs=5)
     assert analyzed(callback) == expected
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sparse"),
-    [
-        ({}, False),
-        ({"every_n_epochs": 2}, True),
-        ({"epochs": [1]}, True),
-        ({"every_n_train_steps": 5}, True),
-        ({"max_overhead": 0.1}, True),
-    ],
-)
-def test_is_sparse(arguments: dict[str, Any], sparse: bool) -> None:
-    assert Schedule(**arguments).is_sparse is sparse
 
 
 @pytest.mark.parametrize(

@@ -13,33 +13,64 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
 from lightning_hesd.training.compat import strategies
 from tests.training import processes
-from tests.training.processes import read
 
 HERE = Path(__file__).parent
 EXACT = 1e-12
 """Of float64: sums over ranks are taken in another order."""
 
 
+Found = list[dict[str, Any]]
+"""By rank."""
+
+
 @pytest.fixture(scope="module")
-def spectra(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What two ranks found."""
-    folder = tmp_path_factory.mktemp("sharded") / "2"
-    return processes.run(HERE / "sharded_spectra.py", folder, 2, "--thorough", 1)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the launches write to."""
+    return tmp_path_factory.mktemp("sharded")
 
 
-def test_spectra_are_those_of_whole_parameters(spectra: list[dict[str, Any]]) -> None:
+@pytest.fixture(scope="module")
+def launched(folder: Path) -> list[Found]:
+    """Return the findings of analyses on two ranks and on three, and of training runs on one rank and on two."""
+    spectra, training = HERE / "sharded_spectra.py", HERE / "sharded_run.py"
+    return processes.run_together(
+        (spectra, folder / "spectra 2", 2, "--thorough", 1),
+        (spectra, folder / "spectra 3", 3),
+        (training, folder / "run 1", 1),
+        (training, folder / "run 2", 2, "--all", 1),
+    )
+
+
+@pytest.fixture(scope="module")
+def spectra(launched: list[Found]) -> Found:
+    return launched[0]
+
+
+@pytest.fixture(scope="module")
+def alone(launched: list[Found]) -> dict[str, Any]:
+    """An ordinary training run."""
+    main: dict[str, Any] = launched[2][0]["main"]
+    return main
+
+
+@pytest.fixture(scope="module")
+def runs(launched: list[Found]) -> Found:
+    return launched[3]
+
+
+def test_spectra_are_those_of_whole_parameters(spectra: Found) -> None:
     assert len(spectra[0]["expected"]) == 9
     check_spectra(spectra)
 
 
-def test_a_rank_without_a_batch_takes_part(tmp_path: Path) -> None:
+def test_a_rank_without_a_batch_takes_part(launched: list[Found]) -> None:
     """Three ranks share two batches."""
-    found = processes.run(HERE / "sharded_spectra.py", tmp_path, 3)
+    found = launched[1]
     assert len(found) == 3
     check_spectra(found)
 
 
-def check_spectra(ranks: list[dict[str, Any]]) -> None:
+def check_spectra(ranks: Found) -> None:
     first, *others = ranks
     for name, expected in first["expected"].items():
         found = first["spectra"][name]
@@ -59,7 +90,7 @@ def check_spectra(ranks: list[dict[str, Any]]) -> None:
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6 if "32" in name else EXACT)
 
 
-def test_the_spectra_tell_something(spectra: list[dict[str, Any]]) -> None:
+def test_the_spectra_tell_something(spectra: Found) -> None:
     """They are not all the same, and one Lanczos run stops before its last step."""
     found = spectra[0]["spectra"]
     assert len({round(s["lambda_max"], 6) for name, s in found.items() if "float64" in name}) >= 3
@@ -77,49 +108,24 @@ def test_the_spectra_tell_something(spectra: list[dict[str, Any]]) -> None:
         ("opaque", ["UnsupportedShardingError: the loss uses a sharded parameter of shape (5, 6)"] * 2),
     ],
 )
-def test_a_failure_has_its_message_and_leaves_the_ranks_in_step(
-    spectra: list[dict[str, Any]], loss: str, message: list[str]
-) -> None:
+def test_a_failure_has_its_message_and_leaves_the_ranks_in_step(spectra: Found, loss: str, message: list[str]) -> None:
     for rank, expected in zip(spectra, message, strict=True):
         assert rank["failures"][loss].startswith(expected)
         assert rank["failures"]["afterwards"] == repr(rank["spectra"]["graph, torch.float64"]["c_t"])
 
 
-def test_weights_gradients_and_random_numbers_are_left_as_they_were(spectra: list[dict[str, Any]]) -> None:
+def test_weights_gradients_and_random_numbers_are_left_as_they_were(spectra: Found) -> None:
     assert all(rank["untouched"] for rank in spectra)
 
 
-def test_each_rank_holds_its_share_of_the_vectors(spectra: list[dict[str, Any]]) -> None:
+def test_each_rank_holds_its_share_of_the_vectors(spectra: Found) -> None:
     """Basis and vectors are halved; what remains is a layer, gathered, and the graph of the batch."""
     alone = spectra[0]["expected bytes"]
     assert alone > 10 * spectra[0]["parameters"]
     assert all(rank["bytes"] < 0.6 * alone for rank in spectra)
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What an ordinary training run saw."""
-    folder = tmp_path_factory.mktemp("runs") / "1"
-    (rank,) = processes.run(HERE / "sharded_run.py", folder, 1)
-    main: dict[str, Any] = rank["main"]
-    return main
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of training runs on two ranks."""
-    folder = tmp_path_factory.mktemp("runs") / "2"
-    processes.run(HERE / "sharded_run.py", folder, 2, "--all", 1)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def runs(folder: Path) -> list[dict[str, Any]]:
-    """What the two ranks saw."""
-    return read(folder)
-
-
-def test_records_are_those_of_one_rank(alone: dict[str, Any], runs: list[dict[str, Any]]) -> None:
+def test_records_are_those_of_one_rank(alone: dict[str, Any], runs: Found) -> None:
     for rank in runs:
         main = rank["main"]
         assert not main["said"]
@@ -133,9 +139,12 @@ def test_records_are_those_of_one_rank(alone: dict[str, Any], runs: list[dict[st
     assert len({record["c_t"] for record in alone["records"]["hesd"]}) == 2
 
 
+@pytest.mark.usefixtures("runs")
 def test_training_is_the_same_to_the_last_bit(folder: Path) -> None:
     for rank in range(2):
-        weights = {name: torch.load(folder / name / f"weights{rank}.pt") for name in ("main", "bare", "failing")}
+        weights = {
+            name: torch.load(folder / "run 2" / name / f"weights{rank}.pt") for name in ("main", "bare", "failing")
+        }
         assert any(p.numel() == 0 for p in weights["bare"]) == (rank == 1)
         for name in ("main", "failing"):
             assert all(map(torch.equal, weights[name], weights["bare"]))
@@ -158,7 +167,7 @@ def test_the_best_checkpoint_is_a_folder_that_can_be_resumed_from(
         assert records[2]["c_t"] != records[1]["c_t"]
 
 
-def test_a_failure_on_one_rank_is_recorded_on_all_and_training_goes_on(runs: list[dict[str, Any]]) -> None:
+def test_a_failure_on_one_rank_is_recorded_on_all_and_training_goes_on(runs: Found) -> None:
     causes = ["AnotherRankFailedError", "MemoryError: no memory here"]
     for rank, cause in zip(runs, causes, strict=True):
         records = rank["failing"]["records"]["hesd"]
@@ -168,7 +177,7 @@ def test_a_failure_on_one_rank_is_recorded_on_all_and_training_goes_on(runs: lis
         assert Path(rank["failing"]["best"]).is_dir()
 
 
-def test_unavailable_options_are_refused_and_the_rest_is_done(runs: list[dict[str, Any]]) -> None:
+def test_unavailable_options_are_refused_and_the_rest_is_done(runs: Found) -> None:
     for rank in runs:
         (plain,), (sampling,) = (rank["refused"]["records"][name] for name in ("hesd", "sampling"))
         assert plain["c_t"] == rank["main"]["records"]["hesd"][0]["c_t"]
@@ -179,7 +188,7 @@ def test_unavailable_options_are_refused_and_the_rest_is_done(runs: list[dict[st
         assert f"`{option}` is not available with ModelParallelStrategy" in warning
 
 
-def test_tensor_parallelism_is_refused_before_training(runs: list[dict[str, Any]]) -> None:
+def test_tensor_parallelism_is_refused_before_training(runs: Found) -> None:
     message = "MisconfigurationException: ModelParallelStrategy(tensor_parallel_size=2) splits layers over ranks"
     for rank in runs:
         (record,) = rank["split"]["records"]["hesd"]

@@ -247,9 +247,9 @@ def test_a_run_can_be_repeated_and_analysed_from_its_configuration(capsys: pytes
         on_error="raise",
         checkpoint=checkpoint_config(tolerance=9.0, require_mp=False),
     )
-    first = cli(configuration(spectra), run=True).trainer
+    first = cli(configuration(spectra, max_epochs=1), run=True).trainer
     records = only(first, HessianSpectrumCallback).history
-    assert [record.epoch for record in records] == [0, 1]
+    assert [record.epoch for record in records] == [0]
     assert {spectrum.steps for spectrum in records[-1].spectra.values()} == {6}
     assert records[-1].spectrum.dimension == 4 * 64 + 10 * 4
     assert {name: layer.dimension for name, layer in records[-1].layers.items()} == {"net.0": 4 * 64, "net.2": 10 * 4}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelPruning
 from torch import Tensor
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
-from tests.training.modules import Classifier, fit, freeze, loader, plain_loss
+from tests.training.modules import Classifier, fit, freeze, loader, own_warnings, plain_loss
 
 EPOCHS = 3
 STEPS = 5
@@ -80,10 +79,9 @@ def keeping(**arguments: Any) -> HessianCheckpoint:
 
 def trained(folder: Path, *callbacks: pl.Callback, **arguments: Any) -> tuple[pl.Trainer, list[str]]:
     """Train, and return what the package warned of."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with own_warnings() as said:
         trainer = fit(folder, *callbacks, enable_checkpointing=True, max_epochs=EPOCHS, data=loader(), **arguments)
-    return trainer, [str(w.message) for w in caught if "lightning_hesd" in str(w.message)]
+    return trainer, said
 
 
 def halve(module: Any) -> None:
@@ -124,18 +122,6 @@ def test_changes_by_the_module_come_after_the_analysis_and_the_file(what: str, s
     assert re.search(r"of epoch 0 were changed after their analysis \(net\.\d.*saves the analyzed weights", said[0])
     without = fit(tmp_path, module=SelfChanging(BY_MODULE[what]), max_epochs=EPOCHS, data=loader())
     assert freeze(dict(trainer.lightning_module.state_dict())) == freeze(dict(without.lightning_module.state_dict()))
-
-
-def test_a_run_goes_on_from_a_file_with_the_analyzed_weights(tmp_path: Path) -> None:
-    first, checkpoint = Witness(), keeping(dirpath=tmp_path / "c")
-    trained(tmp_path, first, observer(checkpoint), module=SelfChanging(halve))
-    resumed, again = observer(keeping(dirpath=tmp_path / "d")), Witness()
-    trainer, _ = trained(
-        tmp_path, again, resumed, module=SelfChanging(lambda _: None), ckpt_path=checkpoint.candidates[0].path
-    )
-    assert trainer.global_step == EPOCHS * STEPS
-    assert [r.epoch for r in resumed.history] == list(range(EPOCHS))
-    assert [r.error for r in resumed.history] == [None] * EPOCHS
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["pruned before", "pruned after"])

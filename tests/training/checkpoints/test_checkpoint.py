@@ -27,7 +27,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
 from lightning_hesd.spectra.rules import RULES
 from lightning_hesd.training.history import SpectrumRecord
-from tests.training.modules import Classifier, callback, fit, plain_loss
+from tests.training.modules import Classifier, callback, fit, own_warnings, plain_loss
 from tests.training.modules import loader as digits_loader
 from tests.training.scripted import Epoch, ScriptedModule, ScriptedSource, epoch_of, loader, make_trainer, run_script
 
@@ -77,7 +77,7 @@ def expected_epoch(script: list[Epoch], rule: str, metric: str | None, tolerance
     return min(near, key=lambda row: (-score(row[1]), row[0]))[0]
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(
     script=scripts,
     rule=st.sampled_from(["highest_c_t", "lowest_max_eigenvalue"]),
@@ -109,18 +109,10 @@ SCRIPT = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "epoch"),
-    [
-        ({"train_metric": "train_acc"}, 1),
-        ({"train_metric": "train_acc", "train_metric_mode": "min", "tolerance": 0.0}, 0),
-        ({"rule": lambda record: -record.epoch}, 1),
-    ],
-)
-def test_rules_and_gates(tmp_path: Path, arguments: dict[str, Any], epoch: int) -> None:
-    checkpoint = HessianCheckpoint(dirpath=tmp_path, **arguments)
+def test_the_metric_may_be_one_that_falls(tmp_path: Path) -> None:
+    checkpoint = HessianCheckpoint(train_metric="train_acc", train_metric_mode="min", tolerance=0.0, dirpath=tmp_path)
     run_script(tmp_path, SCRIPT, [ScriptedSource(SCRIPT), checkpoint])
-    assert epoch_of(checkpoint.best_model_path) == epoch
+    assert epoch_of(checkpoint.best_model_path) == 0
 
 
 def test_only_files_that_can_still_be_picked_stay_on_disk(tmp_path: Path) -> None:
@@ -198,6 +190,10 @@ def test_the_best_checkpoint_of_others_stays_theirs(
     else:
         assert trainer.checkpoint_callback is observer.checkpoint
         assert '`ckpt_path="best"` loads it' in said
+    if theirs is None:
+        default = trainer.checkpoint_callbacks[-1]
+        assert type(default) is ModelCheckpoint
+        assert Path(default.best_model_path).name == "epoch=2-step=6.ckpt"
     trainer.test(module, loader(), verbose=False)  # sets up the callbacks once more
     assert (trainer.checkpoint_callback is observer.checkpoint) is not kept
 
@@ -219,21 +215,6 @@ def test_best_is_the_one_passed_to_the_callback_beside_one_that_stands_alone(tmp
     assert trainer.checkpoint_callback is observer.checkpoint
     assert observer.checkpoint.best.epoch == epoch_of(observer.checkpoint.best_model_path)
     assert HessianCheckpoint().best is None
-
-
-def test_default_checkpoint_is_left_alone(tmp_path: Path) -> None:
-    observer = spectra(checkpoint="highest_c_t")
-    trainer = make_trainer(tmp_path, [observer], 3)
-    trainer.fit(ScriptedModule(SCRIPT), loader())
-    ours, default = trainer.checkpoint_callbacks
-    assert ours is observer.checkpoint
-    assert type(default) is ModelCheckpoint
-    assert ours.dirpath == default.dirpath
-    assert Path(default.best_model_path).name == "epoch=2-step=6.ckpt"
-    assert Path(ours.best_model_path).name == "hesd-highest_c_t-epoch=0-step=2.ckpt"
-    with pytest.warns(UserWarning, match="first checkpoint callback"):
-        results = trainer.test(dataloaders=loader(), ckpt_path="best", verbose=False)
-    assert results == [{"weight": 2.0}]
 
 
 def test_every_record_is_ranked_once(tmp_path: Path) -> None:
@@ -425,13 +406,6 @@ def test_a_rule_works_without_checkpointing(tmp_path: Path) -> None:
         run_script(tmp_path, SCRIPT, [spectra(checkpoint="highest_c_t", on_error="raise")], enable_checkpointing=False)
 
 
-def test_without_a_rule_checkpointing_may_be_off(tmp_path: Path) -> None:
-    observer = spectra()
-    trainer = run_script(tmp_path, SCRIPT[:2], [observer], enable_checkpointing=False)
-    assert len(observer.history) == 2
-    assert not trainer.checkpoint_callbacks
-
-
 class Plateau(ScriptedModule):
     """Lowers its rate when the C_t of its epochs stays where it is."""
 
@@ -476,16 +450,15 @@ READERS: list[tuple[dict[str, Any], Any, str | None]] = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key", "ignore:ReduceLROnPlateau conditioned")
 @pytest.mark.parametrize(("schedule", "reader", "message"), READERS)
 def test_readers_of_stale_values_are_warned_of(
     tmp_path: Path, schedule: dict[str, Any], reader: Any, message: str | None
 ) -> None:
     module, beside = (reader(SCRIPT), []) if isinstance(reader, type) else (ScriptedModule(SCRIPT), [reader])
     trainer = make_trainer(tmp_path, [*beside, spectra(**schedule)], epochs=2)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with own_warnings() as said:
         trainer.fit(module, loader())
-    said = [str(w.message) for w in caught if "lightning_hesd" in str(w.message)]
     assert len(said) == (message is not None)
     assert message is None or re.search(message, said[0])
 
@@ -578,13 +551,13 @@ class FullDisk(TorchCheckpointIO):
         super().save_checkpoint(checkpoint, path, storage_options)
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning", "ignore:It is recommended to use .self.log")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_file_that_cannot_be_written_costs_no_more_than_the_file(ranks: int, tmp_path: Path) -> None:
     """Ranks that write nothing do not wait for ever for the one that has failed."""
     strategy = DDPStrategy(start_method="fork", process_group_backend="gloo") if ranks > 1 else "auto"
     observer = callback(on_error="warn", checkpoint=HessianCheckpoint(require_mp=False, tolerance=9.0, save_last=True))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with own_warnings() as said:
         trainer = fit(
             tmp_path,
             observer,
@@ -601,7 +574,7 @@ def test_a_file_that_cannot_be_written_costs_no_more_than_the_file(ranks: int, t
     assert {c.epoch for c in rule.candidates} <= {0, 2}
     assert rule.best_model_path == rule.best.path
     assert Path(rule.best_model_path).is_file()
-    told = [str(w.message) for w in caught if "could not write" in str(w.message)]
+    told = [text for text in said if "could not write" in text]
     if ranks == 1:
         assert len(told) == 4, "one of the rule's, and last.ckpt three times"
         assert sum("No space left on device" in text and "epoch=1-step=8.ckpt" in text for text in told) == 1

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning.pytorch as pl
 import pytest
@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
 from lightning_hesd.training.checkpoints.exclusive_checkpoint import is_written_as, may_coincide, prefix
+from tests.training.modules import own_warnings
 from tests.training.scripted import (
     STEPS_PER_EPOCH,
     Epoch,
@@ -83,7 +84,7 @@ def test_each_candidate_has_a_file_of_its_own(tmp_path: Path, arguments: dict[st
         assert step_in(checkpoint.last_model_path) == 6
 
 
-@pytest.mark.parametrize("arguments", [{"filename": "best"}, {}, {"filename": "best", "enable_version_counter": False}])
+@pytest.mark.parametrize("arguments", [{}, {"filename": "best", "enable_version_counter": False}])
 def test_an_exception_has_a_file_of_its_own(tmp_path: Path, arguments: dict[str, Any]) -> None:
     if "save_on_exception" not in ModelCheckpoint.__init__.__annotations__:
         pytest.skip("this version of Lightning has no such option")
@@ -205,22 +206,6 @@ ADDITIONS: dict[str, Callable[..., object]] = {
 }
 
 
-class Counting(ModelCheckpoint):
-    """Counts its calls."""
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.calls: list[str] = []
-
-    def setup(self, *args: Any, **kwargs: Any) -> None:
-        super().setup(*args, **kwargs)
-        self.calls.append("setup")
-
-    def on_train_start(self, *args: Any) -> None:
-        super().on_train_start(*args)
-        self.calls.append("start")
-
-
 @pytest.mark.parametrize("way", ADDITIONS)
 @pytest.mark.parametrize("alone", [True, False])
 def test_callbacks_added_after_construction(
@@ -229,14 +214,15 @@ def test_callbacks_added_after_construction(
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     monkeypatch.setattr(SelfAppending, "callbacks", ())
-    checkpoint, other = keeping(), Counting(save_top_k=-1)
+    checkpoint, other = keeping(), neighbor()
     trainer = make_trainer(tmp_path, [other], len(SCRIPT))
     ADDITIONS[way](trainer, *([checkpoint, spectra()] if alone else [spectra(checkpoint=checkpoint)]))
-    trainer.fit(SelfAppending(SCRIPT), loader())
+    with patch.object(other, "setup", wraps=other.setup) as setup, patch.object(other, "on_train_start") as start:
+        trainer.fit(SelfAppending(SCRIPT), loader())
     assert_own_files(checkpoint)
     assert Path(checkpoint.dirpath) == tmp_path / "checkpoints"
     assert trainer.checkpoint_callback is other
-    assert other.calls == ["setup", "start"]
+    assert (setup.call_count, start.call_count) == (1, 1)
     assert {step_in(path) for path in other.best_k_models or [other.best_model_path]} <= {2, 4, 6}
     kinds = [isinstance(callback, Checkpoint) for callback in trainer.callbacks]
     assert kinds == sorted(kinds)
@@ -288,10 +274,9 @@ def resumed(folder: Path, path: str, epochs: int = 3, **arguments: Any) -> tuple
     script = [*SCRIPT, Epoch(-0.1, loss=0.1)][:epochs]
     checkpoint = keeping(**{"dirpath": folder, "filename": "best", "enable_version_counter": False, **arguments})
     trainer = make_trainer(folder, [ScriptedSource(script), checkpoint], epochs)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with own_warnings() as said:
         trainer.fit(ScriptedModule(script), loader(), ckpt_path=path)
-    return checkpoint, [str(w.message) for w in caught if "are gone" in str(w.message)]
+    return checkpoint, said
 
 
 @pytest.mark.parametrize("weights_only", [False, True])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torchmetrics import MeanMetric, SumMetric
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
 from lightning_hesd.spectra.selection import Candidate
 from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
-from tests.training.modules import Classifier, fit, loader, plain_loss
+from tests.training.modules import Classifier, fit, loader, own_warnings, plain_loss
 
 EPOCHS = 3
 STEPS = 5
@@ -80,11 +79,12 @@ def ranked(
         steps=2, num_samples=8, loss_fn=plain_loss, **{"checkpoint": None, "on_error": "warn", **(schedule or {})}
     )
     trainer = {"max_epochs": EPOCHS, "enable_checkpointing": True, "limit_val_batches": 0, "data": loader()}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with own_warnings() as said:
         fit(folder, observer, *checkpoints.values(), module=module or Logging(), **{**trainer, **arguments})
-    said = [str(w.message) for w in caught if "does not rank" in str(w.message)]
-    by_key = {key: [message for message in said if f"train_metric={key!r}" in message] for key in keys}
+    by_key = {
+        key: [message for message in said if "does not rank" in message and f"train_metric={key!r}" in message]
+        for key in keys
+    }
     assert max(map(len, by_key.values())) <= 1
     assert not any(name.startswith("hesd") for record in observer.history for name in record.metrics)
     return {key: (checkpoint.seen, "".join(by_key[key])) for key, checkpoint in checkpoints.items()}

@@ -32,9 +32,10 @@ from lightning_hesd.training.isolation import kinds
 from lightning_hesd.training.samples.loaders import is_combined
 from lightning_hesd.training.samples.reading import _has_own_init
 from tests.programs import run_python
+from tests.training import modules
 from tests.training.namespace_project import DATA, NAMESPACES, NETS, loader
 
-QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
+QUIET = {**modules.QUIET, "log_every_n_steps": 1}
 ANALYSIS: dict[str, Any] = {"num_samples": 16, "steps": 6, "on_error": "raise"}
 BOTH = pytest.mark.parametrize("name", NAMESPACES)
 OTHER = "pytorch_lightning"
@@ -51,7 +52,7 @@ def spectra(**arguments: Any) -> HessianSpectrumCallback:
 
 
 def trainer_of(name: str, folder: Path, *callbacks: Any, epochs: int = 2, **arguments: Any) -> Any:
-    options = {**QUIET, "logger": False, "max_epochs": epochs, "callbacks": list(callbacks), **arguments}
+    options = {**QUIET, "max_epochs": epochs, "callbacks": list(callbacks), **arguments}
     return NAMESPACES[name].Trainer(default_root_dir=folder, **options)
 
 
@@ -145,7 +146,7 @@ def test_the_constructor_of_the_trainer_knows_the_callbacks(name: str, tmp_path:
     with pytest.raises(namespace.utilities.exceptions.MisconfigurationException, match="enable_checkpointing=False"):
         trainer_of(name, tmp_path, HessianCheckpoint(), enable_checkpointing=False)
     single = spectra()
-    assert namespace.Trainer(callbacks=single, logger=False, **QUIET).callbacks[0] is single
+    assert namespace.Trainer(callbacks=single, **QUIET).callbacks[0] is single
 
 
 def test_precision_and_a_metric_of_training(tmp_path: Path) -> None:
@@ -254,7 +255,7 @@ def test_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     checkpoint = {"class_path": "lightning_hesd.HessianCheckpoint", "init_args": {"dirpath": str(tmp_path)}}
     arguments = {"checkpoint": checkpoint, "num_samples": 16, "on_error": "raise"}
     callback = {"class_path": "lightning_hesd.HessianSpectrumCallback", "init_args": arguments}
-    trainer = {**QUIET, "max_epochs": 1, "logger": False, "default_root_dir": str(tmp_path), "callbacks": [callback]}
+    trainer = {**QUIET, "max_epochs": 1, "default_root_dir": str(tmp_path), "callbacks": [callback]}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"seed_everything": 1, "trainer": trainer}))
     cli, net, data = importlib.import_module(f"{OTHER}.cli"), NETS[OTHER], DATA[OTHER]
     config = ["fit", "--config", str(tmp_path / "config.yaml")]

@@ -13,7 +13,6 @@ import multiprocessing
 import queue
 import re
 import threading
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset, Sampler, WeightedRandomSampler, default_collate, get_worker_info
+from torch.utils.data import Sampler, WeightedRandomSampler, default_collate, get_worker_info
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -42,14 +41,15 @@ from tests.training.modules import (
     NoisyDigits,
     Recorder,
     callback,
-    digits,
     fit,
     freeze,
     global_generators,
     loader,
     noise_of_all,
+    own_warnings,
     plain_loss,
 )
+from tests.training.samples.drawn import FiniteStream
 
 # Modules and data that an analysis could disturb ----------------------------------------------------------------------
 
@@ -131,23 +131,6 @@ class AugmentingModule(Classifier):
         return [x - self.mean, *batch[1:]]
 
 
-class Collating(Classifier):
-    """Makes batches itself, and counts them: their values depend on the count."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def on_fit_start(self) -> None:
-        self.trainer.fit_loop.setup_data()
-        self.trainer.train_dataloader.collate_fn = self.collate
-
-    def collate(self, items: list[Any]) -> Any:
-        self.calls += 1
-        x, *others = default_collate(items)
-        return x * self.calls, *others
-
-
 class Validated(Classifier):
     """Validates, and saves checkpoints that are ranked by the outcome."""
 
@@ -159,18 +142,6 @@ class Validated(Classifier):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_loss", plain_loss(self, batch))
-
-
-class Stream(IterableDataset[Any]):
-    """Goes on where it stopped: what is read once is gone."""
-
-    def __init__(self) -> None:
-        self.cursor = 0
-
-    def __iter__(self) -> Any:
-        while self.cursor < 200:
-            self.cursor += 1
-            yield digits()[0][self.cursor], digits()[1][self.cursor], self.cursor
 
 
 class RaisesEveryOtherTime:
@@ -243,8 +214,7 @@ def assert_untouched(scenario: Scenario, tmp_path: Path) -> None:
     for callbacks in ([], scenario.callbacks()):
         recorder = Recorder()
         folder = tmp_path / ("with" if callbacks else "without")
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.filterwarnings("always", "lightning_hesd", RuntimeWarning)
+        with own_warnings() as said:
             trainer = fit(
                 folder,
                 recorder,
@@ -254,7 +224,7 @@ def assert_untouched(scenario: Scenario, tmp_path: Path) -> None:
                 logger=CSVLogger(folder),
                 **scenario.trainer,
             )
-        assert len([w for w in caught if w.category is RuntimeWarning]) == (scenario.failures if callbacks else 0)
+        assert len(said) == (scenario.failures if callbacks else 0)
         outcomes.append(outcome(trainer, recorder))
     without, with_callback = outcomes
     assert [c.history for c in callbacks]
@@ -284,8 +254,7 @@ SCENARIOS = {
         data=lambda: loader(NoisyDigits(), shuffle=True, generator=torch.Generator().manual_seed(3))
     ),
     "sampler_with_generator": Scenario(data=weighted_loader),
-    "stream": Scenario(data=lambda: loader(Stream()), trainer={"limit_train_batches": 4}),
-    "batches_made_by_the_module": Scenario(Collating, callbacks=lambda: [callback(num_samples=5)]),
+    "stream": Scenario(data=lambda: loader(FiniteStream(200)), trainer={"limit_train_batches": 4}),
     "workers": Scenario(data=loader_with_workers, callbacks=lambda: [callback(num_samples=8)]),
     "persistent_workers": Scenario(
         data=lambda: loader_with_workers(persistent_workers=True, worker_init_fn=print),
@@ -299,8 +268,8 @@ SCENARIOS = {
     "augmenting_module": Scenario(AugmentingModule),
     "accumulation_and_clipping": Scenario(
         trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.1},
-        callbacks=lambda: [callback(every_n_train_steps=1)],
-        records=6,
+        callbacks=lambda: [callback(every_n_train_steps=2)],
+        records=3,
     ),
     "train_mode": Scenario(
         batch_norm_and_dropout,
@@ -312,10 +281,10 @@ SCENARIOS = {
     "mixed_modes": Scenario(
         Switching,
         callbacks=lambda: [
-            callback(name="hesd", every_n_train_steps=2),
-            callback(name="hesd_kept", mode="keep", every_n_train_steps=2),
+            callback(name="hesd", every_n_train_steps=3),
+            callback(name="hesd_kept", mode="keep", every_n_train_steps=3),
         ],
-        records=5,
+        records=3,
     ),
     "validation_and_checkpoints": Scenario(
         lambda: Validated(nn.Dropout(0.3)),
@@ -617,10 +586,8 @@ def reaching_run(
     Curriculum.difficulty = 0
     torch.manual_seed(0)
     neighbor, data = Neighbor(), Guided()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.filterwarnings("always", "lightning_hesd", RuntimeWarning)
+    with own_warnings() as said:
         trainer = fit(folder, neighbor, *callbacks, module=kind(act), data=data)
-    said = [str(w.message) for w in caught if w.category is RuntimeWarning]
     return reached(trainer, folder, data, neighbor), said
 
 
@@ -640,8 +607,11 @@ def test_bit_identical_where_the_training_step_reaches_out(act: Any, tmp_path: P
 class Counting(Classifier):
     """Counts the batches that it makes, wherever it can, and lets their numbers decide on the training."""
 
+    calls = 0
+
     def collate(self, samples: list[Any]) -> Any:
         neighbor, data = self.trainer.callbacks[0], self.trainer.datamodule
+        self.calls += 1
         neighbor.counts["steps"] += 1
         neighbor.average += 1
         data.seen.append(len(samples))
@@ -659,7 +629,7 @@ def test_reading_the_samples_leaves_no_traces_beyond_the_data(tmp_path: Path) ->
     for callbacks in ([], [callback(num_samples=8, steps=2)]):
         neighbor, data = Neighbor(), CountedData()
         module = fit(tmp_path, neighbor, *callbacks, module=Counting(), data=data).lightning_module
-        found.append(freeze([module.state_dict(), neighbor.counts, neighbor.average, data.seen]))
+        found.append(freeze([module.state_dict(), module.calls, neighbor.counts, neighbor.average, data.seen]))
     assert found[0] == found[1]
 
 
@@ -816,9 +786,9 @@ def test_a_failed_restoration_goes_on_with_the_rest(tmp_path: Path, monkeypatch:
         return plain_loss(module, batch)
 
     observer = callback(num_samples=8, steps=2, loss_fn=loss_fn, on_error="warn")
-    with pytest.warns(RuntimeWarning) as caught:
+    with own_warnings() as texts:
         trainer = fit(tmp_path, neighbor, observer)
-    said = "".join(str(w.message) for w in caught if w.category is RuntimeWarning)
+    said = "".join(texts)
     assert "`trainer.callbacks[0].refusing` changed during an analysis and was not restored (OSError('no'))" in said
     assert re.search(r"`trainer\.callbacks\[0\]\.forgetful` changed .* \(it does not take its former values\)", said)
     assert trainer.state.finished
@@ -859,9 +829,8 @@ def test_objects_of_threads_are_left_to_them(tmp_path: Path) -> None:
         return plain_loss(module, batch)
 
     observer = callback(num_samples=8, steps=2, loss_fn=loss_fn, on_error="warn")
-    with pytest.warns(RuntimeWarning) as caught:
+    with own_warnings() as said:
         fit(tmp_path, monitor, observer, data=loader(Digits(16)))
-    said = [str(w.message) for w in caught if w.category is RuntimeWarning]
     assert [record.error for record in observer.history] == [None] * 2
     assert len(said) == 2, "once for each attribute"
     for name, message in zip((".steps", ".ticks"), said, strict=True):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from lightning_hesd.training.samples.analysis_samples import AnalysisSamples
-from tests.training.modules import Digits, samples
+from tests.training.modules import Digits, digits, samples
 
 
 def positions(drawn: AnalysisSamples) -> list[int]:
@@ -33,3 +34,17 @@ class BulkDigits(Digits):
     def __getitem__(self, chosen: Any) -> Any:
         self.read.extend(chosen)
         return samples(list(chosen))
+
+
+class FiniteStream(IterableDataset[Any]):
+    """Goes on from its cursor: what is read once is gone."""
+
+    def __init__(self, size: int = 20) -> None:
+        self.size = size
+        self.cursor = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        x, y = digits()
+        while self.cursor < self.size:
+            self.cursor += 1
+            yield x[self.cursor - 1], y[self.cursor - 1], self.cursor - 1

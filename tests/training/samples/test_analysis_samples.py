@@ -19,12 +19,14 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
     Sampler,
     SequentialSampler,
+    Subset,
     SubsetRandomSampler,
     WeightedRandomSampler,
     default_collate,
@@ -53,7 +55,7 @@ from tests.training.modules import (
     samples,
     seed,
 )
-from tests.training.samples.drawn import BulkDigits, DatasetOfBatches, positions
+from tests.training.samples.drawn import BulkDigits, DatasetOfBatches, FiniteStream, positions
 
 TRAINING = [1, 3, 4, 7, 9, 12, 20, 31]
 """Positions of the training samples where the others are for validation."""
@@ -213,28 +215,21 @@ class LazyDigits(Digits):
         return x, y, position
 
 
-@pytest.mark.parametrize("fails", [False, True], ids=["", "also_after_an_error"])
-def test_dataset_generators_and_sampler_are_restored(fails: bool) -> None:
-    dataset = LazyDigits()
+@pytest.mark.parametrize("case", ["succeeds", "fails", "is nested"])
+def test_dataset_generators_and_sampler_are_restored(case: str) -> None:
+    dataset: Any = LazyDigits()
     dataset.augment = noise_of_all
-    if fails:
+    if case == "fails":
         dataset.size = 3  # reading further fails
     sampler = CustomSampler()
     generator = torch.Generator().manual_seed(9)
-    train_loader = loader(dataset, sampler=sampler, generator=generator, worker_init_fn=print)
+    whole = ConcatDataset([Subset(dataset, range(SIZE))]) if case == "is nested" else dataset
+    train_loader = loader(whole, sampler=sampler, generator=generator, worker_init_fn=print)
     before = freeze([vars(dataset), generator, vars(sampler)]), global_generators()
-    with pytest.raises(IndexError) if fails else contextlib.nullcontext():
+    with pytest.raises(IndexError) if case == "fails" else contextlib.nullcontext():
         assert len(draw_samples(train_loader, 10).indices) == len(TRAINING)
     assert (freeze([vars(dataset), generator, vars(sampler)]), global_generators()) == before
     assert dataset.handle is None
-
-
-def test_attributes_behind_a_subset_are_restored() -> None:
-    dataset = LazyDigits()
-    subset = torch.utils.data.ConcatDataset([torch.utils.data.Subset(dataset, TRAINING)])
-    before = freeze(vars(dataset))
-    assert len(draw_samples(loader(subset), 10).indices) == len(TRAINING)
-    assert freeze(vars(dataset)) == before
 
 
 # Random augmentation, and any number of ranks -------------------------------------------------------------------------
@@ -312,19 +307,6 @@ def test_batches_are_augmented_differently() -> None:
 
 
 # Streams --------------------------------------------------------------------------------------------------------------
-
-
-class FiniteStream(IterableDataset[Any]):
-    """Goes on from its cursor: what is read once is gone."""
-
-    def __init__(self, size: int = 20) -> None:
-        self.size = size
-        self.cursor = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        while self.cursor < self.size:
-            self.cursor += 1
-            yield digits()[0][self.cursor - 1], digits()[1][self.cursor - 1], self.cursor - 1
 
 
 class GeneratorStream(IterableDataset[Any]):
@@ -465,13 +447,13 @@ def test_the_same_samples_after_resume(tmp_path: Path) -> None:
     assert list(fresh.indices) != drawn_by(before), "or resuming would have shown nothing"
 
 
-@pytest.mark.filterwarnings("ignore:.*other samples are drawn:RuntimeWarning")
 def test_other_samples_after_resume_with_another_number(tmp_path: Path) -> None:
     saved = tmp_path / "saved.ckpt"
     fit(tmp_path, callback(num_samples=16), max_epochs=1).save_checkpoint(saved)
     data = loader(Digits(SIZE + 20), shuffle=True)
     after = callback(num_samples=24)
-    fit(tmp_path, after, data=data, ckpt_path=saved, max_epochs=2)
+    with pytest.warns(RuntimeWarning, match="16 samples, and `num_samples` is 24 now: other samples are drawn"):
+        fit(tmp_path, after, data=data, ckpt_path=saved, max_epochs=2)
     assert [record.spectrum.num_samples for record in after.history] == [16, 24]
     assert drawn_by(after) == list(draw_samples(data, 24).indices)
 

@@ -30,7 +30,7 @@ from tests.training.modules import (
     plain_loss,
     samples,
 )
-from tests.training.samples.drawn import BulkDigits
+from tests.training.samples.drawn import BulkDigits, FiniteStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -112,16 +112,6 @@ class OwnIndices(DataLoader[Any]):
         return [[3, 2], [1, 0], [5, 4]]
 
 
-class Endless(IterableDataset[Any]):
-    def __init__(self) -> None:
-        self.cursor = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        while True:
-            self.cursor += 1
-            yield [part[0] for part in samples([self.cursor % SIZE])]
-
-
 class MapFromQueue(Dataset[Any]):
     """Has positions, and gives the next sample whatever the position."""
 
@@ -177,7 +167,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "whole_batches": lambda: DataLoader(
         BulkDigits(), sampler=BatchSampler(RandomSampler(range(SIZE)), 8, drop_last=False), batch_size=None
     ),
-    "stream": lambda: loader(Endless()),
+    "stream": lambda: loader(FiniteStream(99)),
     "map_style_queue": lambda: loader(MapFromQueue()),
     "single_pass": lambda: batches(15),
     "uncopyable": LockedLoader,
@@ -247,14 +237,14 @@ def test_batches_are_copied_after_all_hooks(tmp_path: Path) -> None:
 def test_an_analysis_at_the_start_is_left_out(tmp_path: Path) -> None:
     observer = callback(at_start=True)
     with pytest.warns(RuntimeWarning, match=r"`at_start`.* is left out.*a loader or a list of batches"):
-        fit(tmp_path, observer, data=loader(Endless()), limit_train_batches=2)
+        fit(tmp_path, observer, data=loader(FiniteStream(99)), limit_train_batches=2)
     assert [record.epoch for record in observer.history] == [0, 1]
     assert all(record.spectrum.num_samples == 16 for record in observer.history)
 
 
 def test_analyses_between_steps_use_the_batches_so_far(tmp_path: Path) -> None:
     observer = callback(every_n_train_steps=1, num_samples=24)
-    fit(tmp_path, observer, data=loader(Endless()), limit_train_batches=5, max_epochs=1)
+    fit(tmp_path, observer, data=loader(FiniteStream(99)), limit_train_batches=5, max_epochs=1)
     assert [record.spectrum.num_samples for record in observer.history] == [8, 16, 24, 24, 24]
 
 
@@ -316,29 +306,6 @@ def test_a_view_is_copied_without_the_memory_around_it() -> None:
     assert copy["x"].abs().sum() > 0
 
 
-def test_batches_moved_to_the_cpu_return_unchanged(tmp_path: Path, monkeypatch: Any) -> None:
-    """As on an accelerator, of which the device of a tensor is the only sign here."""
-    moves: list[str] = []
-
-    def moved(data: Any, device: torch.device) -> Any:
-        moves.append(device.type)
-        return data
-
-    monkeypatch.setattr(first_batches, "MAX_DEVICE_BYTES", -1)
-    monkeypatch.setattr(first_batches, "move_data_to_device", moved)
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    batch = samples([1, 2])
-    keeping = first_batches.FirstBatches(trainer, 2)
-    keeping._device = torch.device("meta")
-    trainer.strategy.on_train_batch_start(batch, 0)
-    keeping.after_step()
-    [found] = keeping.batches(2)
-    assert moves == ["cpu", "meta"]
-    assert freeze(found.data) == freeze(samples([1, 2]))
-    assert found.data[0] is not batch[0]
-    assert keeping.is_complete
-
-
 # Batches that cannot be copied ----------------------------------------------------------------------------------------
 
 
@@ -383,7 +350,13 @@ def test_a_step_that_fetches_its_batches(tmp_path: Path) -> None:
             return plain_loss(self, next(dataloader_iter)[0])
 
     with pytest.raises(MisconfigurationException, match=r"`dataloader_iter`.*no samples .*pass `dataloader=`"):
-        fit(tmp_path, callback(loss_fn=plain_loss), module=Fetches(), data=loader(Endless()), limit_train_batches=2)
+        fit(
+            tmp_path,
+            callback(loss_fn=plain_loss),
+            module=Fetches(),
+            data=loader(FiniteStream(99)),
+            limit_train_batches=2,
+        )
 
 
 # Several ranks --------------------------------------------------------------------------------------------------------
