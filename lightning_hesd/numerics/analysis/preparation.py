@@ -18,6 +18,7 @@ from lightning_hesd.numerics.inputs.token_weights import Weighing
 from lightning_hesd.numerics.isolation.exact_mode import exact_mode
 from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock
 from lightning_hesd.numerics.operators.memory import MemoryPlan, plan_memory
+from lightning_hesd.numerics.operators.output_jacobians import use_output_jacobians
 from lightning_hesd.numerics.operators.risk_operator import RiskOperator
 from lightning_hesd.numerics.operators.self_checks import check_derivatives
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
@@ -95,6 +96,7 @@ def opened_operators(
         if reason is not None:
             risk.strategy_reason = reason if options.strategy != "auto" else f"{risk.strategy_reason}; {reason}"
         check_derivatives(risk, evaluator.in_finest if not sharding.is_sharded else None)
+        use_output_jacobians(risk)
         operators = [
             DiagonalBlock(risk, chosen, inverse_root(module, block, options.preconditioner, dtype))
             for chosen, block in zip(ranges, blocks, strict=True)

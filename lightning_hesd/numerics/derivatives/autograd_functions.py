@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from torch.autograd.graph import Node
+
 
 class LayerNorm(Function):
     """y = w · x̂ + b over the rows of x, shape (rows, width), with x̂ = (x - mean) · rstd."""
@@ -33,7 +35,7 @@ class LayerNorm(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        wanted = list(ctx.needs_input_grad[:3])
+        wanted = wanted_gradients(ctx)[:3]
         x, w, b, mean, rstd = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *_LayerNormBackward.apply(gradient, x, w, b, mean, rstd, wanted), None  # type: ignore[no-untyped-call]
@@ -137,6 +139,23 @@ class _GELUBackward(Function):
         if torch.is_grad_enabled():
             return *differentiate(lambda g, x: [derivative(g, x)], (gradient, x), [tangent]), None
         return derivative(tangent, x), tangent * second, None
+
+
+def wanted_gradients(ctx: Any) -> list[bool]:
+    """Return for each input of a function whether the present backward pass uses the gradient with respect to it.
+
+    `ctx.needs_input_grad` only tells which inputs require grad. In the product of one layer's block, it would have the
+    gradients with respect to the weights of all layers above computed and dropped, which is half of the work.
+    """
+    nodes = (node for node, _ in ctx.next_functions if node is not None)  # one for each input that requires grad
+    return [needs and _is_executed(next(nodes)) for needs in ctx.needs_input_grad]
+
+
+def _is_executed(node: Node) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)  # noqa: SLF001
+    except (AttributeError, RuntimeError):  # another version of PyTorch; a parameter whose gradient is asked for
+        return True
 
 
 def row_sum(a: Tensor, b: Tensor) -> Tensor:
@@ -246,7 +265,7 @@ class _BilinearFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        wanted = ctx.needs_input_grad[1:]
+        wanted = wanted_gradients(ctx)[1:]
         return None, *_BilinearBackward.apply(ctx.operation, gradient, *ctx.saved_tensors, wanted)  # type: ignore[no-untyped-call]
 
 
@@ -266,11 +285,12 @@ class _BilinearBackward(Function):
     def backward(ctx: Any, tangent_x: Tensor | None, tangent_w: Tensor | None, tangent_b: Tensor | None) -> Any:
         gradient, x, w = ctx.saved_tensors
         operation: Bilinear = ctx.operation
-        _, _, needs_x, needs_w, _ = ctx.needs_input_grad
+        _, _, needs_x, needs_w, _ = wanted_gradients(ctx)
         grad_gradient = grad_x = grad_w = None
         if tangent_w is not None:
             grad_gradient = operation.product(x, tangent_w, tangent_b)
-            grad_x, _ = operation.gradients(gradient, x, tangent_w, [needs_x, False])
+            if needs_x:
+                grad_x, _ = operation.gradients(gradient, x, tangent_w, [True, False])
         if tangent_x is not None:
             if grad_gradient is None:
                 grad_gradient = operation.product(tangent_x, w, tangent_b)
@@ -278,7 +298,8 @@ class _BilinearBackward(Function):
                 grad_gradient = grad_gradient + operation.product(tangent_x, w, None)
             else:
                 operation.add_product(grad_gradient, tangent_x, w)
-            _, grad_w = operation.gradients(gradient, tangent_x, w, [False, needs_w])
+            if needs_w:
+                _, grad_w = operation.gradients(gradient, tangent_x, w, [False, True])
         if grad_gradient is None:
             grad_gradient = operation.product(x, torch.zeros_like(w), tangent_b)
         return None, grad_gradient, grad_x, grad_w, None

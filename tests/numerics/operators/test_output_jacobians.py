@@ -1,0 +1,228 @@
+"""Products from Jacobians of the outputs are those with the dense Hessian, or are not used."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_hesd import layer_spectra
+from lightning_hesd.numerics.analysis.preparation import opened_operators
+from lightning_hesd.numerics.derivatives import fast_derivatives
+from lightning_hesd.numerics.inputs.batches import weighted_batches
+from lightning_hesd.numerics.inputs.blocks import blocks
+from lightning_hesd.numerics.inputs.options import analysis_options
+from lightning_hesd.numerics.inputs.parameters import select_parameters
+from lightning_hesd.numerics.operators import output_jacobians
+from lightning_hesd.numerics.operators.diagonal_block import block_products
+from tests import cases, oracles
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+REASON = "Jacobians of the outputs"
+
+
+class Residual(nn.Module):
+    """Convolutions with batch norm beside a shortcut, at half the resolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(2, 2, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(2), nn.ReLU()),
+            *(nn.Conv2d(2, 2, 3, padding=1, bias=False), nn.BatchNorm2d(2)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + x[:, :, ::2, ::2])
+
+
+class Tied(nn.Module):
+    """The same weights in two layers, with others between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.between, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.twice(self.between(self.twice(x).relu()).relu()).relu())
+
+
+class Applied(nn.Module):
+    """A function without parameters."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def perceptron(*between: nn.Module, outputs: int = 3) -> nn.Module:
+    first, *others = between
+    layers = [module for activation in (first, *others) for module in (nn.Linear(6, 6), activation)]
+    return nn.Sequential(*layers, nn.Linear(6, outputs))
+
+
+def images() -> nn.Module:
+    pooled = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3))
+    stem = (nn.Conv2d(1, 2, 3, padding=1), nn.LeakyReLU(0.1), nn.MaxPool2d(2))
+    return nn.Sequential(*stem, Residual(), nn.Dropout(0.5), *pooled)
+
+
+SUITABLE: dict[str, Callable[[], nn.Module]] = {
+    "perceptron": lambda: perceptron(nn.ReLU(), nn.Hardtanh()),
+    "images": images,
+    "tied": Tied,
+    "normalized": lambda: nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)),
+    # What is curved in a layer itself does not matter.
+    "layer norm in layers": lambda: perceptron(nn.LayerNorm(6), nn.ReLU()),
+    "gated": lambda: nn.Sequential(nn.Bilinear(6, 6, 6), nn.ReLU(), nn.Linear(6, 3)),
+}
+
+
+def mean_of_others(x: Tensor) -> Tensor:
+    return x - 1e-6 * x.mean(0)
+
+
+UNSUITABLE: dict[str, Callable[[], nn.Module]] = {
+    "GELU": lambda: perceptron(nn.GELU(), nn.ReLU()),
+    "tanh": lambda: perceptron(nn.ReLU(), nn.Tanh()),
+    "layer norm": lambda: perceptron(nn.ReLU(), Applied(lambda x: F.layer_norm(x, (6,)))),
+    "product": lambda: perceptron(Applied(lambda x: x * x.sigmoid())),
+    # Too little for a comparison to tell it from rounding.
+    "slightly curved": lambda: perceptron(Applied(lambda x: x + 1e-9 * x**3), nn.ReLU()),
+    "samples that mix": lambda: perceptron(nn.ReLU(), Applied(mean_of_others)),
+    "many outputs": lambda: perceptron(nn.ReLU(), outputs=33),
+}
+
+
+def problem(name: str, network: Callable[[], nn.Module]) -> cases.Problem:
+    torch.manual_seed(0)
+    module = network().double().eval()
+    for layer in module.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            for tensor in (layer.running_var, layer.weight, layer.bias, layer.running_mean):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+    shape = (1, 8, 8) if name == "images" else (6,)
+    batches = [(torch.randn(n, *shape, dtype=torch.float64), torch.randint(3, (n,))) for n in (4, 3)]
+    return cases.Problem(module, batches, bilinear_cross_entropy if name == "gated" else cases.cross_entropy)
+
+
+def bilinear_cross_entropy(module: nn.Module, batch: Any) -> Tensor:
+    hidden = module[0](batch[0], batch[0])  # type: ignore[index]
+    return F.cross_entropy(module[2](module[1](hidden)), batch[1])  # type: ignore[index]
+
+
+def products(given: cases.Problem, **options: Any) -> tuple[str, list[Tensor], list[Tensor]]:
+    """Return the reason for the strategy, the products of all blocks, and those with the dense Hessian."""
+    module, batches, loss_fn = given
+    chosen = analysis_options(**options)
+    parameters = blocks(module, "auto", select_parameters(module, chosen))
+    everything = list(module.parameters())
+    sizes = [p.numel() for p in everything]
+    rows = dict(zip(everything, torch.arange(sum(sizes)).split(sizes), strict=True))
+    hessian = oracles.dense_hessian(*given)
+    generator = torch.Generator().manual_seed(1)
+    with opened_operators(module, weighted_batches(batches), loss_fn, chosen, list(parameters.values())) as (found, _):
+        vectors = [torch.randn(b.dimension, generator=generator, dtype=torch.float64) for b in found]
+        results = block_products(found, vectors)
+        reason = found[0].risk.strategy_reason
+    own = [torch.cat([rows[p] for p in block]) for block in parameters.values()]
+    dense = [hessian[at][:, at] @ v for at, v in zip(own, vectors, strict=True)]
+    return reason, results, dense
+
+
+@pytest.fixture(autouse=True)
+def _few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_jacobians, "MIN_BLOCKS", 1)
+
+
+def assert_close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * (1 + float(b.norm())))
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["PyTorch's operations", "replaced operations"])
+@pytest.mark.parametrize("name", SUITABLE)
+def test_products_are_those_with_the_dense_hessian(name, replaced, monkeypatch):
+    monkeypatch.setattr(fast_derivatives, "_LARGE", 0 if replaced else 10**9)
+    reason, found, expected = products(problem(name, SUITABLE[name]))
+    assert REASON in reason
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", UNSUITABLE)
+def test_other_networks_keep_their_products(name):
+    reason, found, expected = products(problem(name, UNSUITABLE[name]))
+    assert REASON not in reason
+    assert_close(found, expected)
+
+
+def penalized(module: nn.Module, batch: Any) -> Tensor:
+    penalty = sum(p.square().sum() for p in module.parameters())
+    return cases.cross_entropy(module, batch) + 0.1 * penalty
+
+
+def contrast(module: nn.Module, batch: Any) -> Tensor:
+    """A loss in which samples mix; its second derivative is taken as a whole."""
+    outputs = module(batch[0])
+    return (outputs @ outputs.T).logsumexp(1).mean()
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "is_suitable"), [(penalized, False), (contrast, True), (cases.squared_error, True)]
+)
+def test_losses(loss_fn, is_suitable):
+    module, batches, _ = problem("perceptron", SUITABLE["perceptron"])
+    if loss_fn is cases.squared_error:
+        batches = [(x, torch.randn(len(x), 3, dtype=torch.float64)) for x, _ in batches]
+    reason, found, expected = products(cases.Problem(module, batches, loss_fn))
+    assert (REASON in reason) == is_suitable
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"strategy": "graph"}, {"strategy": "recompute"}, {"memory_budget": 60_000}],
+    ids=["graph", "recompute", "little memory"],
+)
+def test_options_that_leave_no_room(options):
+    given = problem("images", images)
+    reason, found, expected = products(given, **options)
+    assert REASON not in reason
+    assert_close(found, expected)
+
+
+def test_few_blocks_are_not_worth_it(monkeypatch):
+    monkeypatch.setattr(output_jacobians, "MIN_BLOCKS", 6)
+    assert REASON not in products(problem("images", images))[0]  # five blocks, one of which is the last
+
+
+def test_a_wrong_product_is_not_used(monkeypatch):
+    curved = output_jacobians.JacobianProducts._curvature_of_loss
+    monkeypatch.setattr(
+        output_jacobians.JacobianProducts, "_curvature_of_loss", lambda self, tangent: 1.001 * curved(self, tangent)
+    )
+    reason, found, expected = products(problem("perceptron", SUITABLE["perceptron"]))
+    assert REASON not in reason
+    assert_close(found, expected)
+
+
+def test_spectra_in_float32_are_those_by_ordinary_products():
+    module, batches, loss_fn = problem("images", images)
+    module.float()
+    batches = [(x.float(), y) for x, y in batches]
+    usual = layer_spectra(module, batches, loss_fn, strategy="graph", steps=8)
+    found = layer_spectra(module, batches, loss_fn, steps=8)
+    for name, spectrum in found.items():
+        assert REASON in spectrum.strategy_reason
+        slack = 100 * torch.finfo(torch.float32).eps * spectrum.lambda_max
+        assert math.isclose(spectrum.lambda_max, usual[name].lambda_max, rel_tol=0, abs_tol=slack)
+        assert math.isclose(spectrum.lambda_min, usual[name].lambda_min, rel_tol=0, abs_tol=slack)
+    assert all(p.grad is None for p in module.parameters())
