@@ -1,11 +1,11 @@
-"""`lightning-hesd assess`: the verdict on generalization by two spectra."""
+"""`lightning-hesd assess`: the paper's criteria for generalization, by two spectra."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_hesd.spectra.assessment import assess_generalization
+from lightning_hesd.spectra.assessment import CAVEAT, TITLE, assess_generalization
 from lightning_hesd.spectra.spectrum import Spectrum
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(config: Namespace) -> None:
-    """Print the verdict and its reasons."""
+    """Print what the criteria do, and the reasons."""
     found = assess_generalization(Spectrum.load(config.train), Spectrum.load(config.generalization))
-    print(f"generalization: {found.verdict}")
+    print(f"{TITLE} ({CAVEAT}): {found.words}")
     for reason in found.reasons:
         print(f"- {reason}")

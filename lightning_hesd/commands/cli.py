@@ -20,7 +20,7 @@ REPORTED = (CommandError, ValueError, OSError, ArithmeticError, RuntimeError, Ty
 
 COMMANDS = {
     "analyze": "analyze the Hessian's spectrum at the weights of checkpoints",
-    "assess": "assess generalization by two spectra (Gabdullin 2025, Fig. 10)",
+    "assess": "apply the experimental criteria of Gabdullin (2025, Fig. 10) to two spectra",
     "plot": "draw spectral densities",
     "judge": "compare the checkpoint rules by what their picks were worth in given runs",
     "report": "write a run as one HTML file, with the content of TensorBoard's HESD tab",

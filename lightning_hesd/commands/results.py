@@ -158,7 +158,7 @@ def table_lines(records_by_name: Mapping[str, SpectrumRecord], tolerance: float 
                 **{s.key: spectrum and s.value(spectrum) for s in shown_in("command line", SPECTRUM_SCALARS)},
                 "type": spectrum and spectrum.hesd_type,
                 **{s.key: s.value(record) for s in shown_in("command line", RECORD_SCALARS)},
-                "generalization": assessment and assessment.verdict,
+                "criteria": assessment and assessment.words,
                 "candidate": "yes" if record in candidates else "",
                 "picked_by": ", ".join(rule_title(rule) for rule, pick in picked.items() if pick is record),
                 "error": record.error,

@@ -1,9 +1,13 @@
-"""Whether a network generalizes, by its spectra on training and generalization data (Gabdullin 2025, Fig. 10)."""
+"""The criteria of Gabdullin (2025, Fig. 10) for generalization, by spectra on training and on generalization data.
+
+They are experimental: in our reproduction their verdict was right in 18 of 40 cases. So words say which criteria hold,
+not how well a network generalizes.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Literal
 
@@ -19,12 +23,22 @@ Interval = tuple[float, float]
 VERDICT_VALUES: dict[Verdict, float] = {"good": 1.0, "undecided": 0.5, "poor": 0.0, "not applicable": -1.0}
 """The number that is logged for each verdict."""
 
+TITLE = "criteria of Gabdullin (2025), Fig. 10"
+CAVEAT = "experimental: right in 18 of 40 cases of our study"
+WORDS: dict[Verdict, str] = {
+    "good": "hold",
+    "poor": "fail",
+    "undecided": "undecided",
+    "not applicable": "do not apply",
+}
+"""What the criteria do, for each verdict."""
+
 UNKNOWN: Interval = (math.nan, math.nan)
 
 
 @dataclass(frozen=True)
 class Assessment:
-    """The verdict of two spectra on generalization.
+    """The verdict of two spectra on generalization, by the paper's criteria.
 
     Attributes:
         verdict: "good", "poor", "undecided" or "not applicable".
@@ -50,9 +64,18 @@ class Assessment:
         """The verdict as a number: good 1, undecided 0.5, poor 0, not applicable -1."""
         return VERDICT_VALUES[self.verdict]
 
+    @property
+    def words(self) -> str:
+        """What the criteria do, such as "fail"."""
+        return WORDS[self.verdict]
+
     def __str__(self) -> str:
-        """Return the verdict and its reasons in one line."""
-        return f"generalization: {self.verdict} ({'; '.join(self.reasons)})"
+        """Return what the criteria do, and the reasons, in one line."""
+        return f"{TITLE}: {self.words} ({'; '.join(self.reasons)})"
+
+    def of_untrained_weights(self, why: str) -> Assessment:
+        """Return the same criteria without a verdict, because the weights are untrained."""
+        return replace(self, verdict="not applicable", applicable=False, reasons=(why, *self.reasons))
 
 
 def assess_generalization(

@@ -34,13 +34,16 @@ RECORDED_BY = {
 }
 """The option of HessianSpectrumCallback that records a field or property; others are recorded always."""
 
-PLAIN_FIELDS = ("epoch", "global_step", "error", "stability_threshold", "metrics")
+PLAIN_FIELDS = ("epoch", "global_step", "error", "stability_threshold", "metrics", "first_loss")
 """The fields of a record that are plain values."""
 
 LAYERS_SUFFIX = "_layers"
 
 VALIDATION_LOSSES = tuple(f"{prefix}{mark}loss" for prefix in ("val", "valid", "validation", "dev") for mark in "_/")
 """Keys under which the loss on validation data is logged, the usual ones."""
+
+UNTRAINED_DROP = 0.1
+"""Share of the loss at the first analysis by which that of trained weights is lower, at least."""
 
 START_EPOCH = -1
 """Epoch of the record made before the first optimizer step."""
@@ -64,6 +67,7 @@ class SpectrumRecord:
         metrics: Logged metrics of the analyzed weights, by key, without those of the callback: the values logged in the
             last batch, as means over the epoch that ended with it, or in validation right after it. Values of older
             weights are left out, and so are those that are not finite.
+        first_loss: Mean loss at the first analysis of the run; None: unknown.
     """
 
     epoch: int
@@ -77,6 +81,7 @@ class SpectrumRecord:
     ggn: Spectrum | None = None
     residual: Spectrum | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    first_loss: float | None = None
 
     @property
     def spectra(self) -> dict[str, Spectrum]:
@@ -109,10 +114,20 @@ class SpectrumRecord:
 
     @cached_property
     def assessment(self) -> Assessment | None:
-        """Verdict of the spectra on training and generalization data; None if one is missing."""
+        """The paper's criteria for generalization, with no verdict on untrained weights; None if a spectrum is missing.
+
+        Untrained are those before the first step, and those whose loss is less than a tenth below that of the first
+        analysis of the run.
+        """
         if self.spectrum is None or self.generalization is None:
             return None
-        return assess_generalization(self.spectrum, self.generalization)
+        found = assess_generalization(self.spectrum, self.generalization)
+        if self.epoch == START_EPOCH:
+            return found.of_untrained_weights("the weights are those before the first step")
+        loss, first = self.spectrum.loss, self.first_loss
+        if first is not None and first - loss < UNTRAINED_DROP * abs(first):
+            return found.of_untrained_weights(f"the loss, {loss:.3g}, is near that of the first analysis, {first:.3g}")
+        return found
 
     def file_name(self, suffix: str = "") -> str:
         """Return the name of the file of a spectrum in the folder of the history."""

@@ -12,6 +12,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_hesd.spectra.criteria import MP_THRESHOLD
+from lightning_hesd.spectra.record import SUFFIXES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -116,7 +117,7 @@ RECORD_SCALARS: dict[str, Scalar] = _keyed(
     ),
     Scalar(
         "verdict", lambda r: r.assessment and r.assessment.value,
-        "generalization: 1 good, 0.5 undecided, 0 poor, -1 not applicable", shown=(),
+        "criteria for generalization: 1 hold, 0.5 undecided, 0 fail, -1 do not apply", shown=(),
     ),
     _field("stability_ratio", "preconditioned λ_max over the optimizer's threshold", shown=("data", "command line")),
 )  # fmt: skip
@@ -139,6 +140,11 @@ LAYER_SCALARS: dict[str, Scalar] = _keyed(
 def shown_in(place: Place, table: Mapping[str, Scalar]) -> list[Scalar]:
     """Return the scalars of a table that are shown in a place."""
     return [scalar for scalar in table.values() if place in scalar.shown]
+
+
+def metric_prefixes(name: str) -> tuple[str, ...]:
+    """Return the beginnings of all keys in the logs of a callback of this name."""
+    return tuple(f"{name}{suffix}/" for suffix in SUFFIXES.values())
 
 
 def scalars(record: SpectrumRecord, name: str) -> dict[str, float]:

@@ -25,7 +25,7 @@ MAX_ROWS = 20
 """Longer tables show this many records: the picks, the first, the last, and others evenly spaced between these."""
 
 GAP = "..."
-TEXT_COLUMNS = ("type", "generalization", "candidate", "pick")
+TEXT_COLUMNS = ("type", "criteria", "candidate", "pick")
 
 
 class Kept(NamedTuple):
@@ -168,7 +168,7 @@ def _columns(
         columns[scalar.title] = [_cell(scalar.value(r)) for r in history]
     columns["s"] = [_seconds(record) for record in history]
     if any(record.assessment for record in history):
-        columns["generalization"] = [record.assessment.verdict if record.assessment else "" for record in history]
+        columns["criteria"] = [record.assessment.words if record.assessment else "" for record in history]
     if chosen:
         columns["candidate"] = [
             ", ".join(rule_short_title(rule) for rule, steps in candidates.items() if record.global_step in steps)

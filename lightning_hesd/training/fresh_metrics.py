@@ -50,10 +50,14 @@ class FreshMetrics:
         return None if value is None or is_old else float(value)
 
     def values(self, trainer: pl.Trainer, prefixes: tuple[str, ...]) -> dict[str, float]:
-        """Return the finite metrics of the present weights, by key, but for those whose keys begin with a prefix."""
+        """Return the finite metrics of the present weights, by key, but for those whose keys begin with a prefix.
+
+        On all ranks they are those of rank zero.
+        """
         keys = [key for key in trainer.callback_metrics if not key.startswith(prefixes)]
         found = {key: self.value(trainer, key) for key in keys}
-        return {key: value for key, value in found.items() if value is not None and math.isfinite(value)}
+        metrics = {key: value for key, value in found.items() if value is not None and math.isfinite(value)}
+        return trainer.strategy.broadcast(metrics)
 
 
 def _is_same(value: Any, before: Any) -> bool:

@@ -8,7 +8,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from lightning_hesd.spectra.record import SUFFIXES
+from lightning_hesd.spectra.scalars import metric_prefixes
+from lightning_hesd.spectra.selection import first_loss
 from lightning_hesd.spectra.summary import Kept, analysis_lines, summarize
 from lightning_hesd.spectra.validation import check_fields, of, one_line
 from lightning_hesd.training import terminal
@@ -193,10 +194,9 @@ class AnalysisRun:
                 self._outputs.rewrite(trainer, history, at_epoch_end=self._source.schedule.by_epoch)
 
     def _fresh_metrics(self, trainer: pl.Trainer) -> dict[str, float]:
-        """Return the metrics of the present weights, by key, as rank zero has them; none of callbacks like this one."""
-        ours = tuple(f"{other.name}{suffix}/" for other in sources_of(trainer) for suffix in SUFFIXES.values())
-        metrics: dict[str, float] = trainer.strategy.broadcast(self._metrics.values(trainer, ours))
-        return metrics
+        """Return the metrics of the present weights, without those of callbacks like this one."""
+        ours = [prefix for other in sources_of(trainer) for prefix in metric_prefixes(other.name)]
+        return self._metrics.values(trainer, tuple(ours))
 
     # Analyses -------------------------------------------------------------------------------------------------------
 
@@ -234,7 +234,7 @@ class AnalysisRun:
             if self._lacks_metrics:
                 with source.errors.guard("the record will not have the metrics of the network"):
                     record = replace(record, metrics=self._fresh_metrics(trainer))
-            source.history.append(record)
+            source.history.append(replace(record, first_loss=first_loss(source.history)))
             source.show_in_original()
             with source.errors.guard(
                 "cannot copy the analyzed weights: checkpoints have the weights as later callbacks leave them"

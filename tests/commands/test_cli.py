@@ -20,6 +20,7 @@ from lightning_hesd import HessianSpectrumCallback, Spectrum, __main__, commands
 from lightning_hesd.commands import results
 from lightning_hesd.commands.cli import main
 from lightning_hesd.sample_size.recommendation import recommend_sample_size
+from lightning_hesd.spectra.assessment import CAVEAT
 from tests.programs import run_program, run_python
 from tests.training import cli_project, processes
 from tests.training.modules import Digits
@@ -90,7 +91,7 @@ def test_another_process_finds_what_the_callback_found(trained: Run, tmp_path: P
     for row, record in zip(rows, spectra.history[:2], strict=True):
         assert record.assessment is not None
         assert (int(row["epoch"]), int(row["step"])) == (record.epoch, record.global_step)
-        assert row["generalization"] == record.assessment.verdict
+        assert row["criteria"] == record.assessment.words
         assert float(row["delta_k_h05"]) == pytest.approx(record.assessment.delta_k_h05, rel=1e-3)
         assert float(row["stability_ratio"]) == pytest.approx(record.stability_ratio, rel=1e-5)
     assert {rule for row in rows for rule in row["picked_by"].split(", ") if rule} == {"highest C_t", "lowest λ_max"}
@@ -308,7 +309,7 @@ def test_assess_and_plot(trained: Run, tmp_path: Path, capsys: pytest.CaptureFix
     main(["assess", str(tmp_path / "train.npz"), str(tmp_path / "gen.npz")])
     said = capsys.readouterr().out
     assert said.splitlines() == [
-        f"generalization: {record.assessment.verdict}",
+        f"criteria of Gabdullin (2025), Fig. 10 ({CAVEAT}): {record.assessment.words}",
         *(f"- {reason}" for reason in record.assessment.reasons),
     ]
     main(["plot", str(tmp_path / "train.npz"), str(tmp_path / "gen.npz"), "--out", str(tmp_path / "figures")])

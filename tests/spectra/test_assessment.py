@@ -14,6 +14,7 @@ from scipy import stats
 from lightning_hesd import Spectrum, assess_generalization
 from lightning_hesd.spectra.assessment import VERDICT_VALUES
 from lightning_hesd.spectra.criteria import delta_interval, quasi_singular
+from lightning_hesd.spectra.record import SpectrumRecord
 from tests.spectra import nodes
 
 spectrum = partial(nodes.spectrum, dimension=3, rounding=0.0)
@@ -32,7 +33,7 @@ def test_good() -> None:
     assert math.isnan(assessment.delta_k_h05_interval[0])
     assert "MP" in assessment.reasons[0]
     assert "one probe" in assessment.reasons[2]
-    assert str(assessment).startswith("generalization: good (on the training data C_t = -0.1")
+    assert str(assessment).startswith("criteria of Gabdullin (2025), Fig. 10: hold (on the training data C_t = -0.1")
 
 
 @pytest.mark.parametrize(
@@ -198,3 +199,23 @@ def test_delta_interval() -> None:
 )
 def test_quasi_singular(lambda_max: list[float], metric: list[float], singular: bool) -> None:
     assert quasi_singular(lambda_max, metric, tolerance=0.01) is singular
+
+
+@pytest.mark.parametrize(
+    ("epoch", "first", "reason"),
+    [
+        (-1, None, "the weights are those before the first step"),
+        (4, 0.55, "the loss, 0.5, is near that of the first analysis, 0.55"),
+        (4, 0.45, "the loss, 0.5, is near that of the first analysis, 0.45"),
+        (4, 0.56, None),
+        (0, None, None),
+    ],
+)
+def test_untrained_weights_get_no_verdict(epoch: int, first: float | None, reason: str | None) -> None:
+    other = spectrum(-0.11, 0.5, 1.0)
+    record = SpectrumRecord(epoch, 40, replace(TRAIN, loss=0.5), generalization=other, first_loss=first)
+    found = record.assessment
+    assert found is not None
+    assert found.verdict == ("good" if reason is None else "not applicable")
+    assert (found.reasons[0] == reason) == (reason is not None)
+    assert found.delta_r_e == assess_generalization(TRAIN, other).delta_r_e

@@ -68,6 +68,7 @@ records = st.builds(
     generalization=st.one_of(st.none(), spectra()),
     layers=st.one_of(st.none(), st.dictionaries(words, spectra(), max_size=2)),
     stability_threshold=st.one_of(st.none(), st.floats(allow_nan=False)),
+    first_loss=st.one_of(st.none(), st.floats(allow_nan=False)),
     metrics=st.dictionaries(words, st.floats(allow_nan=False, allow_infinity=False), max_size=2),
 )
 

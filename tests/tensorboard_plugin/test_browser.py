@@ -253,7 +253,7 @@ def test_the_slider_moves_density_and_assessment_by_keyboard(tab: Page, runs: tu
         title = "start" if record.epoch < 0 else f"epoch {record.epoch}"
         assert tab.script("return document.getElementById('epoch').getAttribute('aria-valuetext')") == title
         said = tab.text("#assessment")
-        assert said.startswith(f"{title}: generalization is")
+        assert said.startswith(f"{title}: the paper's criteria {CRITERIA[record.assessment.verdict]} (Gabdullin 2025")
         assert all(reason in said for reason in record.assessment.reasons)
         line = tab.script("return document.getElementById('map').layout.shapes.find((s) => s.name === 'chosen').x0")
         assert line == record.epoch
@@ -380,6 +380,7 @@ def test_several_runs_have_tensorboards_colors_and_a_zoom_outlives_one_that_is_s
     page.assert_clean(address)
 
 
+CRITERIA = {"good": "hold", "poor": "fail", "undecided": "are undecided", "not applicable": "do not apply"}
 LAYER_MENU = "const menu = [...document.querySelectorAll('#detail-tools select')].at(-1);"
 LAYER_DETAILS = (
     "return document.getElementById('layers').data[0].customdata"

@@ -305,7 +305,10 @@ def test_layers_of_a_payload_are_checked() -> None:
         with pytest.raises(PayloadError, match="layers"):
             read_payload(to_json({**good, "layers": {**good["layers"], **wrong}}))
     with pytest.raises(PayloadError, match="layers"):
-        read_payload(to_json({**good, "layers": [{"name": "a"}]}))
+        read_payload(to_json({**good, "layers": ["a"]}))
+    of_earlier_releases = [{"name": "a", "trace": 1.0}, {"name": "b"}]
+    again = read_payload(to_json({**good, "layers": of_earlier_releases}))
+    assert again["layers"] == {"name": ["a", "b"], "trace": [1.0, None]}
 
 
 def test_a_payload_that_is_no_object_is_refused() -> None:

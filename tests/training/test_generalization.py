@@ -135,7 +135,7 @@ def test_loggers_get_metrics_and_text(run: Run) -> None:
     assert {event.step for event in events.Images("hesd_gen/density_figure")} == {3, 7}
     texts = {e.step: e.tensor_proto.string_val[0].decode() for e in events.Tensors("hesd/assessment/text_summary")}
     for step, record in records.items():
-        assert f"**generalization: {record.assessment.verdict}**" in texts[step]
+        assert f"**criteria of Gabdullin (2025), Fig. 10: {record.assessment.words}**" in texts[step]
         assert all(f"- {reason}" in texts[step] for reason in record.assessment.reasons)
     for name in ("hesd_density.csv", "hesd_gen_density.csv"):
         rows = list(csv.DictReader((Path(table.log_dir) / name).read_text().splitlines()))
@@ -178,5 +178,5 @@ def test_a_rule_may_rank_by_the_assessment(run: Run) -> None:
 
 def test_verbose_prints_the_verdict(run: Run) -> None:
     lines = [line for line in run.printed if line.startswith("hesd: epoch 0")]
-    assert [line.split(", ")[1].split(" ")[0] for line in lines] == ["C_t", "gen", "generalization:"]
+    assert [line.split(", ")[1].split(" ")[0] for line in lines] == ["C_t", "gen", "criteria"]
     assert lines[2] == f"hesd: epoch 0, {run.history[0].assessment}"

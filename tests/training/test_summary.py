@@ -104,7 +104,7 @@ class TestTable:
         made = replace(record(0), generalization=make_spectrum(-0.2), layers=layers)
         found = summary(made)
         assert cells(found, "s") == ["0.3"]
-        assert cells(found, "generalization") == [made.assessment.verdict]
+        assert cells(found, "criteria") == [made.assessment.words]
 
     def test_picks_of_checkpoints_come_before_those_of_losses(self):
         """A checkpoint may go by another metric than the loss, and its file is what can be loaded."""

@@ -270,12 +270,12 @@ def test_both_get_the_layers_and_the_verdict_with_its_reasons(run: Run, tmp_path
         assert read_csv(folder / "layers" / f"{file}.csv") == [
             {key: str(value) for key, value in found.items()} for found in expected
         ]
-        verdict, reasons = record.assessment.verdict, list(record.assessment.reasons)
-        assert row == {**when, "generalization": verdict, "reasons": row["reasons"]}
+        words, reasons = record.assessment.words, list(record.assessment.reasons)
+        assert row == {**when, "criteria": words, "reasons": row["reasons"]}
         assert row["reasons"].splitlines() == reasons
         text = (folder / "assessment" / f"{file}.md").read_text()
-        assert all(part in text for part in (verdict, *reasons))
-    assert run.mlflow.run.data.tags["hesd.generalization"] == run.history[-1].assessment.verdict
+        assert all(part in text for part in (words, *reasons))
+    assert run.mlflow.run.data.tags["hesd.criteria"] == run.history[-1].assessment.words
 
 
 def test_both_keep_the_history_as_artifacts(run: Run, tmp_path: Path) -> None:

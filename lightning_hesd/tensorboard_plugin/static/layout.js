@@ -42,7 +42,7 @@ export function layOut(root, actions) {
         figure("density", "Density at the chosen state", "Ticks: quadrature nodes; vertical lines: extremes."),
         figure("cumulative", "Eigenvalues beyond thresholds",
           "At the chosen state: below negative thresholds, above positive ones. Lines: by the density; bands: bounds on the true numbers."),
-        titled("h3", "assessment", "Assessment", { class: "card" }, parts.assessment),
+        titled("h3", "assessment", "Criteria for generalization", { class: "card" }, parts.assessment),
         titled("h3", "picks", "Picks of the checkpoint rules", { class: "card" }, parts.picks),
         figure("layers", "Layers over training", "Of the Hessian of each layer's own parameters, training data. Point at a layer for all that is known of it.", "wide"))),
     parts.table

@@ -18,11 +18,12 @@ export function assessmentOf(record, axis) {
 
 function verdict(record, axis) {
   const title = `${when(record, axis)}: `;
-  if (record.assessment) return [title, "generalization is ", element("strong", {}, VERDICTS[record.assessment.verdict] ?? record.assessment.verdict)];
+  if (record.assessment)
+    return [title, "the paper's criteria ", element("strong", {}, CRITERIA[record.assessment.verdict]), " (Gabdullin 2025, Fig. 10; experimental)."];
   return [title, "not assessed; pass ", element("code", {}, "generalization_dataloader=..."), " to HessianSpectrumCallback."];
 }
 
-const VERDICTS = { "not applicable": "not assessable by these criteria" };
+const CRITERIA = { good: "hold", poor: "fail", undecided: "are undecided", "not applicable": "do not apply" };
 
 function describe(s) {
   if (s.type === null) return `C_t is undefined: ${s.reason ?? "no curvature"}`;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_hesd.spectra.record import SUFFIXES
+from lightning_hesd.spectra.scalars import metric_prefixes
 from lightning_hesd.training.checkpoints.checkpoint import HessianCheckpoint
 from lightning_hesd.training.checkpoints.exclusive_checkpoint import place as path_of
 from lightning_hesd.training.checkpoints.weights import AnalyzedWeights
@@ -135,7 +135,7 @@ def _is_made_without_arguments(trainer: pl.Trainer, checkpoint: Any) -> bool:
 
 def warn_about_stale_monitors(trainer: pl.Trainer, name: str, *, sparse: bool) -> None:
     """Warn of callbacks and schedulers that may judge weights by a metric, called `name`/..., of other weights."""
-    prefixes = tuple(f"{name}{suffix}/" for suffix in SUFFIXES.values())
+    prefixes = metric_prefixes(name)
     old = "logged values persist, so it judges weights that were not analyzed by an old value"
     kinds = lightning_types("callbacks.ModelCheckpoint", "callbacks.EarlyStopping")
     for callback in callbacks_of(trainer):

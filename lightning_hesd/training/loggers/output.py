@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lightning_hesd.spectra.assessment import CAVEAT, TITLE
 from lightning_hesd.spectra.indicators import LayerIndicators
 from lightning_hesd.training.history import START_EPOCH, SpectrumHistory
 
@@ -106,9 +107,9 @@ def csv_text(rows: Iterable[Iterable[object]]) -> str:
 
 
 def verdict_text(assessment: Assessment, when: str) -> str:
-    """Return a verdict and its reasons in Markdown."""
+    """Return what the criteria for generalization do, and the reasons, in Markdown."""
     reasons = "\n".join(f"- {reason}" for reason in assessment.reasons)
-    return f"**generalization: {assessment.verdict}** ({when})\n\n{reasons}"
+    return f"**{TITLE}: {assessment.words}** ({when})\n\n{reasons}\n\n{CAVEAT}"
 
 
 @contextlib.contextmanager

@@ -53,8 +53,8 @@ class WandbOutput(LoggerOutput):
             rows = [[*when, *row] for row in layer_rows(record)]
             shown["/layers"] = self._wandb.Table(columns=["epoch", "step", *LAYER_COLUMNS], data=rows)
         if record.assessment is not None:
-            row = [*when, record.assessment.verdict, "\n".join(record.assessment.reasons)]
-            columns = ["epoch", "step", "generalization", "reasons"]
+            row = [*when, record.assessment.words, "\n".join(record.assessment.reasons)]
+            columns = ["epoch", "step", "criteria", "reasons"]
             shown["/assessment"] = self._wandb.Table(columns=columns, data=[row])
         # Through the logger, which has the prefix and the axis: W&B itself counts calls.
         self._logger.log_metrics({f"{self._name}{tag}": value for tag, value in shown.items()}, step=step)
@@ -99,7 +99,7 @@ class MLflowOutput(LoggerOutput):
         if record.assessment is not None:
             text = verdict_text(record.assessment, title(record))
             self._client.log_text(self._run, text, f"{self._name}/assessment/{when}.md")
-            self._client.set_tag(self._run, f"{self._name}.generalization", record.assessment.verdict)
+            self._client.set_tag(self._run, f"{self._name}.criteria", record.assessment.words)
 
     def finish(self, history: SpectrumHistory) -> None:
         """Write all spectra with their index as artifacts."""
