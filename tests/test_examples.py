@@ -25,6 +25,12 @@ def analyzed(history: SpectrumHistory, epochs: list[int]) -> list[Any]:
     return list(history)
 
 
+@pytest.fixture(autouse=True)
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save time: a program in a process of its own, as `test_digits` runs it, draws them."""
+    monkeypatch.setattr("lightning_hesd.training.loggers.tensorboard.figures", lambda history: ())
+
+
 def test_digits(tmp_path: Path) -> None:
     options = ["--model", "resnet", "--epochs", "3", "--optimizer", "sgd-momentum"]
     said = run_python(str(EXAMPLES / "digits.py"), *options, cwd=tmp_path)

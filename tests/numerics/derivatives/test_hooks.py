@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_full_backward_hook, register
 
 from lightning_hesd import Spectrum, hessian_spectrum
 
-STEPS = 30
+STEPS = 12
 Batch = tuple[Tensor, Tensor]
 
 

@@ -157,8 +157,8 @@ class TestTrainingMode:
     def check(self, make: Any, loss: Any, expected: Spectrum) -> None:
         module = seeded(make)
         before, buffers = copy.deepcopy(module.state_dict()), list(module.buffers())
-        for strategy in (*STRATEGIES, "auto"):
-            found = hessian_spectrum(module, make_batches(3), loss, steps=30, strategy=strategy, mode="train")
+        for strategy in STRATEGIES:
+            found = hessian_spectrum(module, make_batches(3), loss, steps=12, strategy=strategy, mode="train")
             assert_same(found, expected)
             assert all(
                 torch.equal(now, then) for now, then in zip(module.state_dict().values(), before.values(), strict=True)
@@ -171,14 +171,14 @@ class TestTrainingMode:
         [(squared_error, False), (on_two_batches_at_once, False), (on_two_batches_at_once, True)],
     )
     def test_batch_norm(self, loss, scripted):
-        expected = hessian_spectrum(seeded(without_statistics), make_batches(3), loss, steps=30, mode="train")
+        expected = hessian_spectrum(seeded(without_statistics), make_batches(3), loss, steps=12, mode="train")
         self.check((lambda: torch.jit.script(batch_norm())) if scripted else batch_norm, loss, expected)
 
     def test_dropout(self):
         def make() -> nn.Module:
             return nn.Sequential(nn.Linear(3, 8), nn.Dropout(), nn.Tanh(), nn.Linear(8, 2))
 
-        expected = hessian_spectrum(seeded(make), make_batches(3), squared_error, steps=30, mode="train")
+        expected = hessian_spectrum(seeded(make), make_batches(3), squared_error, steps=12, mode="train")
         self.check(make, squared_error, expected)
 
     @pytest.mark.filterwarnings("ignore:`torch.nn.utils.spectral_norm` is deprecated:FutureWarning")
