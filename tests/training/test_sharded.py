@@ -59,7 +59,7 @@ def runs(launched: list[Found]) -> Found:
 
 
 def test_spectra_are_those_of_whole_parameters(spectra: Found) -> None:
-    assert len(spectra[0]["expected"]) == 9
+    assert len(spectra[0]["expected"]) == 10
     check_spectra(spectra)
 
 
@@ -75,7 +75,7 @@ def check_spectra(ranks: Found) -> None:
     for name, expected in first["expected"].items():
         found = first["spectra"][name]
         assert all(rank["spectra"][name] == found for rank in others)
-        for key in ("steps", "samples", "dimension"):
+        for key in ("steps", "strategy", "samples", "dimension"):
             assert found[key] == expected[key]
         # What the record states of rounding, of which that of differences is the largest part; the loss has its own.
         allowed = expected["rounding"] if "32" in name or "differences" in name else EXACT * expected["lambda_max"]

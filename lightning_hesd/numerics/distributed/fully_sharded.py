@@ -129,7 +129,7 @@ class FullySharded(ParameterSharding):
 
     @override
     def space(self, shards: Sequence[Tensor]) -> VectorSpace:
-        return ShardedSpace([self._by_local[shard] for shard in shards], self.collectives)
+        return ShardedSpace([self._by_local[shard] for shard in shards], self.collectives, self._gathered)
 
     @override
     def joint_batches(self, batches: Sequence[WeightedBatch]) -> Sequence[WeightedBatch]:
@@ -189,10 +189,11 @@ class FullySharded(ParameterSharding):
 class ShardedSpace(VectorSpace):
     """Vectors over sharded parameters; a tensor of shape (m,) has the elements of this rank's shards."""
 
-    def __init__(self, shards: Sequence[Shard], collectives: Collectives) -> None:
+    def __init__(self, shards: Sequence[Shard], collectives: Collectives, gathered: GatheredParameters) -> None:
         super().__init__(sum(shard.parameter.numel() for shard in shards))
         self._shards = shards
         self._collectives = collectives
+        self._gathered = gathered
 
     @override
     def total(self, value: float) -> float:
@@ -221,6 +222,10 @@ class ShardedSpace(VectorSpace):
     @override
     def signs(self, generator: Generator) -> Tensor:
         return self._draw(sign_pieces, generator)
+
+    @override
+    def parameters_moved(self) -> None:
+        self._gathered.forget()  # the next use may be the backward pass of a graph that was made before
 
     def _sum(self, local: Tensor) -> Tensor:
         return self._collectives.sum(local.double()).to(local.dtype)

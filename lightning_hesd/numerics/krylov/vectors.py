@@ -62,6 +62,9 @@ class VectorSpace:
         """Draw a vector of ±1, float64, on the CPU."""
         return _signs(self.dimension, generator)
 
+    def parameters_moved(self) -> None:
+        """Take note that the parameters have other values now, so that none of the old ones are used."""
+
 
 def _signs(n: int, generator: Generator) -> Tensor:
     return torch.randint(0, 2, (n,), generator=generator).double().mul_(2).sub_(1)

@@ -74,6 +74,7 @@ class FiniteDifferences:
             yield
         finally:
             self._put_back([*range(len(self.parameters))[block], *self._written()])
+            self.space.parameters_moved()
 
     def make_matvec(self, function: Callable[[], Tensor]) -> Matvec:
         """Return the product with the Hessian of a function of the parameters, a scalar, at the present `step`."""
