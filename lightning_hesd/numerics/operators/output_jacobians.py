@@ -203,8 +203,6 @@ class JacobianProducts:
         tangent, *of_curvature = grad(
             gradients, [layer.slope, *parameters], directions, retain_graph=True, allow_unused=True
         )
-        if tangent is None:
-            return of_curvature
         cotangent = self._through_outputs(layer, tangent)
         of_slope = grad([layer.result], parameters, [cotangent], retain_graph=True, allow_unused=True)
         return [_sum(a, b) for a, b in zip(of_slope, of_curvature, strict=True)]
@@ -223,9 +221,8 @@ class JacobianProducts:
         """Return S times a tangent of the outputs."""
         if not self._output_slope.requires_grad:
             return torch.zeros_like(tangent)
-        options = {"retain_graph": True, "allow_unused": True}
-        (cotangent,) = grad(self._output_slope, [self._outputs], tangent, **options)
-        return torch.zeros_like(tangent) if cotangent is None else cotangent
+        (cotangent,) = grad(self._output_slope, [self._outputs], tangent, retain_graph=True)
+        return cotangent
 
     def check(self, matvec: Matvec, rtol: float) -> None:
         """Compare a product of each block with an ordinary one.

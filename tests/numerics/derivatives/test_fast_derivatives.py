@@ -13,7 +13,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_hesd import hessian_spectrum
-from lightning_hesd.numerics.derivatives import fast_derivatives
+from lightning_hesd.numerics.derivatives import autograd_functions, fast_derivatives
 from lightning_hesd.numerics.derivatives.graphs import GraphFacts
 from lightning_hesd.numerics.derivatives.replacements import Replacements
 from tests.numerics.derivatives.comparisons import assert_error_of_pytorch
@@ -254,3 +254,26 @@ def test_the_analysis_uses_them(replaced: list[str]) -> None:
     replaced.clear()
     net(x)
     assert not replaced
+
+
+def test_a_product_with_one_block_takes_no_gradients_of_other_weights(replaced: list[str], monkeypatch) -> None:
+    asked: list[list[bool]] = []
+    gradients = autograd_functions.Linear.gradients
+
+    def spy(self: Any, gradient: Tensor, x: Tensor, w: Tensor, wanted: Any) -> Any:
+        asked.append(list(wanted))
+        return gradients(self, gradient, x, w, wanted)
+
+    torch.manual_seed(0)
+    x, weights = normal(5, 4).detach(), [normal(4, 4) for _ in range(3)]
+    with Replacements():
+        hidden = x
+        for w in weights:
+            hidden = F.linear(hidden, w).tanh()
+        first, *_ = torch.autograd.grad(hidden.square().sum(), weights, create_graph=True)
+        monkeypatch.setattr(autograd_functions.Linear, "gradients", spy)
+        (product,) = torch.autograd.grad(first, weights[0], torch.ones_like(first))
+    assert replaced.count("_linear") == 3
+    # The two layers above give gradients with respect to inputs; only the first layer gives one of its weight.
+    assert [wanted for wanted in asked if wanted[1]] == [[False, True]]
+    assert product.isfinite().all()

@@ -87,7 +87,7 @@ SUITABLE: dict[str, Callable[[], nn.Module]] = {
 
 
 def mean_of_others(x: Tensor) -> Tensor:
-    return x - 1e-6 * x.mean(0)
+    return x - 1e-12 * x.mean(0)
 
 
 UNSUITABLE: dict[str, Callable[[], nn.Module]] = {
@@ -95,8 +95,8 @@ UNSUITABLE: dict[str, Callable[[], nn.Module]] = {
     "tanh": lambda: perceptron(nn.ReLU(), nn.Tanh()),
     "layer norm": lambda: perceptron(nn.ReLU(), Applied(lambda x: F.layer_norm(x, (6,)))),
     "product": lambda: perceptron(Applied(lambda x: x * x.sigmoid())),
-    # Too little for a comparison to tell it from rounding.
-    "slightly curved": lambda: perceptron(Applied(lambda x: x + 1e-9 * x**3), nn.ReLU()),
+    # These two differ too little for a comparison of products to tell it from rounding.
+    "slightly curved": lambda: perceptron(Applied(lambda x: x + 1e-13 * x**3), nn.ReLU()),
     "samples that mix": lambda: perceptron(nn.ReLU(), Applied(mean_of_others)),
     "many outputs": lambda: perceptron(nn.ReLU(), outputs=33),
 }
@@ -175,13 +175,26 @@ def contrast(module: nn.Module, batch: Any) -> Tensor:
     return (outputs @ outputs.T).logsumexp(1).mean()
 
 
+def linear(module: nn.Module, batch: Any) -> Tensor:
+    return module(batch[0]).mean()  # type: ignore[no-any-return]
+
+
+def piecewise_linear(module: nn.Module, batch: Any) -> Tensor:
+    return module(batch[0]).relu().mean()  # type: ignore[no-any-return]
+
+
+def constant(_: nn.Module, batch: Any) -> Tensor:
+    return batch[0].mean()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["PyTorch's operations", "replaced operations"])
 @pytest.mark.parametrize(
-    ("loss_fn", "is_suitable"), [(penalized, False), (contrast, True), (cases.squared_error, True)]
+    ("loss_fn", "is_suitable"),
+    [(penalized, False), (contrast, True), (linear, True), (piecewise_linear, True), (constant, False)],
 )
-def test_losses(loss_fn, is_suitable):
-    module, batches, _ = problem("perceptron", SUITABLE["perceptron"])
-    if loss_fn is cases.squared_error:
-        batches = [(x, torch.randn(len(x), 3, dtype=torch.float64)) for x, _ in batches]
+def test_losses(loss_fn, is_suitable, replaced, monkeypatch):
+    monkeypatch.setattr(fast_derivatives, "_LARGE", 0 if replaced else 10**9)
+    module, batches, _ = problem("normalized", SUITABLE["normalized"])
     reason, found, expected = products(cases.Problem(module, batches, loss_fn))
     assert (REASON in reason) == is_suitable
     assert_close(found, expected)
@@ -192,16 +205,30 @@ def test_losses(loss_fn, is_suitable):
     [{"strategy": "graph"}, {"strategy": "recompute"}, {"memory_budget": 60_000}],
     ids=["graph", "recompute", "little memory"],
 )
-def test_options_that_leave_no_room(options):
+def test_options_that_want_other_products_or_leave_no_room(options):
     given = problem("images", images)
     reason, found, expected = products(given, **options)
     assert REASON not in reason
     assert_close(found, expected)
 
 
-def test_few_blocks_are_not_worth_it(monkeypatch):
-    monkeypatch.setattr(output_jacobians, "MIN_BLOCKS", 6)
-    assert REASON not in products(problem("images", images))[0]  # five blocks, one of which is the last
+@pytest.mark.parametrize(("least", "is_used"), [(3, True), (4, False), (5, False)])
+def test_few_blocks_are_not_worth_it(least, is_used, monkeypatch):
+    monkeypatch.setattr(output_jacobians, "MIN_BLOCKS", least)
+    reason, _, _ = products(problem("images", images))  # four blocks, one of which makes the outputs
+    assert (REASON in reason) == is_used
+
+
+def test_other_matrices_keep_their_products():
+    given = problem("perceptron", SUITABLE["perceptron"])
+    reason, found, expected = products(
+        given,
+        matrix="ggn",
+        output_fn=lambda module, batch: module(batch[0]),
+        output_loss=lambda outputs, batch: F.cross_entropy(outputs, batch[1]),
+    )
+    assert REASON not in reason
+    assert_close(found, expected)  # of one layer in a piecewise linear network, both matrices are the same
 
 
 def test_a_wrong_product_is_not_used(monkeypatch):
