@@ -278,8 +278,7 @@ def _extremes(
 def _factor(gram: Array) -> Array:
     """Return F with FFᵀ = G for a Gram matrix G; by eigenvalues, which take longer, where G is singular."""
     try:
-        return np.linalg.cholesky(gram)
+        return np.asarray(np.linalg.cholesky(gram), dtype=np.float64)
     except np.linalg.LinAlgError:
         sizes, axes = np.linalg.eigh(gram)
-        factor: Array = axes * np.sqrt(np.maximum(sizes, 0.0))
-        return factor
+        return np.asarray(axes * np.sqrt(np.maximum(sizes, 0.0)), dtype=np.float64)
