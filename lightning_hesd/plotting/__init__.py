@@ -8,6 +8,7 @@ from lightning_hesd.plotting.c_t import plot_c_t
 from lightning_hesd.plotting.cumulative import plot_cumulative
 from lightning_hesd.plotting.density import describe, plot_decomposition, plot_density
 from lightning_hesd.plotting.heat_maps import plot_density_evolution, plot_layers
+from lightning_hesd.plotting.losses_along import plot_losses_along
 from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, SMOOTHING, new_axes, place_legend, settling_axes
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "plot_density",
     "plot_density_evolution",
     "plot_layers",
+    "plot_losses_along",
     "settling_axes",
 ]

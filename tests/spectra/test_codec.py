@@ -15,7 +15,7 @@ from lightning_hesd.commands.results import Results
 from lightning_hesd.spectra import codec, payload, payload_reading, spectrum_data
 from lightning_hesd.spectra.codec import Packing, load_layers, pack_records, save, unpack_records
 from lightning_hesd.spectra.record import SpectrumRecord
-from lightning_hesd.spectra.spectrum_data import OPTIONAL, REQUIRED
+from lightning_hesd.spectra.spectrum_data import OPTIONAL, REQUIRED, STORED_ARRAYS
 from lightning_hesd.spectra.validation import parsed
 from tests.training.scripted import make_spectrum
 
@@ -114,7 +114,7 @@ def test_a_packing_whose_shapes_do_not_fit(numbers: Any, shapes: Any) -> None:
         Packing.of(np.array(numbers), shapes)
 
 
-@pytest.mark.parametrize("position", [-1, 4, 2**63, 0.0, None, "0", True])
+@pytest.mark.parametrize("position", [-1, len(STORED_ARRAYS), 2**63, 0.0, None, "0", True])
 def test_a_position_outside_the_packing(position: Any) -> None:
     packing = Packing()
     packed = packing.pack(make_spectrum(-0.2))
