@@ -180,6 +180,7 @@ def train(name: str, args: argparse.Namespace) -> Run:
         batch_size=200,
         steps=40,
         generalization_dataloader=generalization_loader,  # for the assessment; the rules do not use it
+        loss_along_eigenvectors=True,  # 42 evaluations of the samples, for a figure
         checkpoint=by_c_t,  # this one becomes the Trainer's "best"
     )
     trainer = pl.Trainer(

@@ -9,6 +9,7 @@ from lightning_hesd.plotting.cumulative import plot_cumulative
 from lightning_hesd.plotting.density import describe, plot_decomposition, plot_density
 from lightning_hesd.plotting.gains import plot_gains
 from lightning_hesd.plotting.heat_maps import plot_density_evolution, plot_layers
+from lightning_hesd.plotting.losses_along import plot_losses_along
 from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, SMOOTHING, new_axes, place_legend, settling_axes
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "plot_density_evolution",
     "plot_gains",
     "plot_layers",
+    "plot_losses_along",
     "settling_axes",
 ]

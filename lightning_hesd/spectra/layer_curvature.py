@@ -281,8 +281,7 @@ def _extremes(
 def _factor(gram: Array) -> Array:
     """Return F with FFᵀ = G for a Gram matrix G; by eigenvalues, which take longer, where G is singular."""
     try:
-        factor: Array = np.asarray(np.linalg.cholesky(gram), np.float64)
+        return np.asarray(np.linalg.cholesky(gram), dtype=np.float64)
     except np.linalg.LinAlgError:
         sizes, axes = np.linalg.eigh(gram)
-        factor = axes * np.sqrt(np.maximum(sizes, 0.0))
-    return factor
+        return np.asarray(axes * np.sqrt(np.maximum(sizes, 0.0)), dtype=np.float64)

@@ -132,7 +132,15 @@ def _spectrum(spectrum: Spectrum) -> dict[str, Any]:
         "nodes": nodes.tolist(),
         "weights": weights.tolist(),
         "cumulative_band": None if spectrum.verified == "no" else _band(spectrum),
+        "losses_along": _losses_along(spectrum),
     }
+
+
+def _losses_along(spectrum: Spectrum) -> dict[str, Any] | None:
+    if not spectrum.losses_along.size:
+        return None
+    pairs = zip(("lambda_min", "lambda_max"), spectrum.losses_along.tolist(), strict=True)
+    return {key: {"distances": distances, "losses": losses} for key, (distances, losses) in pairs}
 
 
 def _layers(record: SpectrumRecord) -> dict[str, list[Any]]:

@@ -54,8 +54,10 @@ SPECTRUM_FIELDS: Fields = {
     **dict.fromkeys(("sigma", "loss", "c_t", "c_t_low", "c_t_high"), optional(number)),
     "type": optional(text),
 }
+LINE_FIELDS: Fields = {"distances": each(number), "losses": each(optional(number))}
 LATER_FIELDS: Fields = {
     "cumulative_band": optional(having(dict.fromkeys(("points", "low", "high"), each(number)))),
+    "losses_along": optional(having(dict.fromkeys(("lambda_min", "lambda_max"), having(LINE_FIELDS)))),
 }
 """Fields that spectra of earlier releases lack."""
 
@@ -120,6 +122,10 @@ def _check_spectrum(spectrum: Any) -> None:
         raise ValueError(msg)
     if len({len(values) for values in (spectrum.get("cumulative_band") or {}).values()}) > 1:
         msg = "the lists of `cumulative_band` of a spectrum have several lengths."
+        raise ValueError(msg)
+    lines = [(spectrum.get("losses_along") or {}).get(key) for key in ("lambda_min", "lambda_max")]
+    if any(line and len(line["distances"]) != len(line["losses"]) for line in lines):
+        msg = "the lists of `losses_along` of a spectrum have several lengths."
         raise ValueError(msg)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 ARRAYS = ("nodes", "weights", "residuals")
 """The fields that are arrays."""
 
-STORED_ARRAYS = (*ARRAYS, "layer_numbers", "group_curvatures")
+STORED_ARRAYS = (*ARRAYS, "layer_numbers", "group_curvatures", "losses_along")
 """The arrays of `SpectrumData.to_dict`."""
 
 MAX_SIZE = 1e150
@@ -64,7 +65,7 @@ OPTIONAL: dict[str, Check] = {
     "verification": text,
     **dict.fromkeys(("predicted_memory", "sampling_groups"), optional(at_least(0))),
     "layer_names": each(text),
-    **dict.fromkeys(("layer_numbers", "group_curvatures"), of(np.ndarray)),
+    **dict.fromkeys(("layer_numbers", "group_curvatures", "losses_along"), of(np.ndarray)),
     "subspace_overlap": optional(number),
     **dict.fromkeys(("asymmetry", "gradient_equivalents", "squared_weight_norm", *SAMPLING), optional(number)),
 }
@@ -155,6 +156,9 @@ class SpectrumData:
             if there is one; None: unknown.
         subspace_overlap: Share of the span of the leading eigenvectors in that of the analysis before, from 0 to 1;
             None where eigenvectors are not tracked (`track_eigenvectors`), or there was no analysis before.
+        losses_along: Mean loss along the unit eigenvectors of λ_min and of λ_max: for each of the two the distances t
+            from the weights, ascending, and the losses there, shape (2, 2, points); no points if not asked for
+            (`loss_along_eigenvectors`). Near t = 0 the losses are L + st + ½λt² with a slope s ≤ 0.
         by_layer: Curvature of each layer, by name, as far as this analysis of the whole matrix tells; empty without a
             Krylov basis, and for a layer's own spectrum.
     """
@@ -195,10 +199,11 @@ class SpectrumData:
     group_curvatures: NDArray[np.float64] = field(default_factory=lambda: np.empty((3, 0)))
     squared_weight_norm: float | None = None
     subspace_overlap: float | None = None
+    losses_along: NDArray[np.float64] = field(default_factory=partial(np.empty, (2, 2, 0)))
     by_layer: Mapping[str, LayerCurvature] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in (*ARRAYS, "group_curvatures"):
+        for name in (*ARRAYS, "group_curvatures", "losses_along"):
             array = np.array(getattr(self, name), dtype=np.float64)
             array.flags.writeable = False
             object.__setattr__(self, name, array)
@@ -214,6 +219,10 @@ class SpectrumData:
         groups = self.group_curvatures.shape
         if len(groups) != 2 or groups[0] != 3:
             msg = f"`group_curvatures` must have shape (3, groups), got {groups}."
+            raise ValueError(msg)
+
+        if self.losses_along.shape[:-1] != (2, 2):
+            msg = f"`losses_along` must have shape (2, 2, points), got {self.losses_along.shape}."
             raise ValueError(msg)
 
     def to_dict(self) -> dict[str, Any]:

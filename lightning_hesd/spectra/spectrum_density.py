@@ -98,8 +98,12 @@ class SpectrumDensity(SpectrumData):
 
         Converged nodes count exactly; the number of the others follows from the share of the start vector along them,
         with probability `confidence` (see `counts`). Proven for Gaussian probes if the converged nodes are simple
-        eigenvalues, which is tested, but a few multiple ones may pass the test; for Rademacher probes it also requires
-        eigenvectors that are spread over many parameters. Without a Krylov basis no node counts exactly.
+        eigenvalues; for Rademacher probes it also requires eigenvectors that are spread over many parameters.
+
+        A Lanczos run meets an eigenvalue that occurs k times, as in an ensemble of k equal networks, only once, and so
+        does that of each further probe. A test finds most of these cases, and then no node counts exactly; in the
+        others the eigenvalue is counted once, and the number may be above the interval. The more steps, the surer is
+        the test. Without a Krylov basis (`basis="none"`) no node counts exactly: the interval is wider, and holds.
 
         Args:
             above: Eigenvalues count if they are larger than this.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from lightning_hesd.plotting import (
     plot_decomposition,
     plot_density,
     plot_layers,
+    plot_losses_along,
 )
 from lightning_hesd.plotting.cumulative import BOTTOM, numbers_beyond
 from tests.spectra.nodes import spectrum
@@ -55,6 +57,47 @@ def test_colors_tell_the_sign_and_lines_the_extremes(nodes: tuple[float, ...]) -
     image = io.BytesIO()
     ax.get_figure().savefig(image, dpi=60)  # whatever cannot be drawn warns here
     assert image.tell() > 1000
+
+
+def with_losses(low: float = -2.0, high: float = 8.0) -> Spectrum:
+    """A spectrum of a loss 3 − 0.5t + ½λt², with a cubic term along the eigenvector of λ_max."""
+    lines = []
+    for value, farthest, cubic in ((low, 0.5, 0.0), (high, 0.25, 40.0)):
+        distances = farthest * np.linspace(-1, 1, 21)
+        lines.append((distances, 3 - 0.5 * distances + value * distances**2 / 2 + cubic * distances**3))
+    return spectrum(low, high, losses_along=np.array(lines))
+
+
+def test_losses_along_eigenvectors_and_the_parabolas_they_follow() -> None:
+    found = with_losses()
+    ax = plot_losses_along(found, title="epoch 3")
+    lines = {(to_hex(line.get_color()).upper(), line.get_linestyle()): line for line in ax.lines}
+    assert len(lines) == 4
+    for (distances, losses), color in zip(found.losses_along, (NEGATIVE, POSITIVE), strict=True):
+        assert lines[color, "-"].get_xdata().tolist() == pytest.approx((distances / distances[-1]).tolist())
+        assert lines[color, "-"].get_ydata().tolist() == losses.tolist()
+    # Between the points next to zero the cubic term changes the slope by little.
+    parabolas = [lines[color, "--"].get_ydata() for color in (NEGATIVE, POSITIVE)]
+    assert parabolas[0] == pytest.approx(found.losses_along[0, 1])
+    assert parabolas[1][10] == 3
+    assert parabolas[1][-1] == pytest.approx(3 - (0.5 - 40 * 0.025**2) * 0.25 + 4 * 0.25**2)
+    assert ax.get_title() == "epoch 3"
+    assert ax.get_legend().get_texts()[0].get_text() == r"$\lambda_{\min}$ = -2, $t \leq$ 0.5"
+
+
+def test_losses_that_are_absent_infinite_or_equal() -> None:
+    with pytest.raises(ValueError, match="`loss_along_eigenvectors=True`"):
+        plot_losses_along(spectrum(-1.0, 4.0))
+    changed = with_losses().losses_along.copy()
+    changed[1, 1, -3:] = math.inf, math.nan, math.nan
+    for losses in (
+        changed,
+        np.where([[[False], [True]]] * 2, 2.5, changed),
+        np.where([[[False], [True]]] * 2, math.nan, changed),
+    ):
+        ax = plot_losses_along(spectrum(-2.0, 8.0, losses_along=losses))
+        assert np.isfinite(ax.get_ylim()).all()
+        ax.get_figure().savefig(io.BytesIO(), dpi=60)
 
 
 @pytest.mark.parametrize(("plot", "count"), [(plot_density, 1), (plot_cumulative, 1), (plot_decomposition, 3)])

@@ -294,6 +294,7 @@ class TestStorage:
         "lambda_max_sampling_bias": 0.75,
         "sampling_groups": 16,
         "subspace_overlap": 0.875,
+        "losses_along": np.array([[[-1.0, 0.0, 1.0], [0.5, NAN, 0.25]], [[-0.5, 0.0, 0.5], [1.0, 0.5, math.inf]]]),
         "by_layer": {
             "first": LayerCurvature(7, 1.5, 0.1, 0.75, NAN, 0.9, 0.2, (1.0, 1.25), (-0.5, -0.25)),
             "net.0": LayerCurvature(3, 0.5, 0.2, 0.25, NAN, 0.1, 0.8, (0.0, 0.25), (-0.5, 0.0)),
@@ -347,6 +348,10 @@ class TestStorage:
         values = make(**self.FULL).to_dict()
         with pytest.raises(ValueError, match=r"`layer_numbers` must have shape \(1 layers, 12\), got \(2, 12\)"):
             Spectrum.from_dict({**values, "layer_names": ["first"]})
+
+    def test_losses_along_eigenvectors_of_another_shape_are_refused(self):
+        with pytest.raises(ValueError, match=r"`losses_along` must have shape \(2, 2, points\), got \(2, 3\)"):
+            Spectrum.from_dict({**make().to_dict(), "losses_along": np.zeros((2, 3))})
 
     def test_saving_replaces_an_earlier_file_whole_or_not_at_all(self, tmp_path, monkeypatch):
         make().save(tmp_path / "record.npz")

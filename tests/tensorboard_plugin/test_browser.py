@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from lightning_hesd.commands.report import report, write_report
+from lightning_hesd.plotting import plot_losses_along
 from lightning_hesd.plotting.cumulative import BOTTOM, numbers_beyond
 from lightning_hesd.spectra.decisions import run_payload
 from lightning_hesd.spectra.payload import record_payload
@@ -148,7 +149,7 @@ def runs(trained: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) ->
     before, first = trained
     folder = tmp_path_factory.mktemp("served")
     shutil.copytree(before, folder, dirs_exist_ok=True)
-    train(folder, seed=1)
+    train(folder, seed=1, loss_along_eigenvectors=True)
     hostile = record_payload(SpectrumRecord(0, 4, make_spectrum(-0.3), layers={EVIL: make_spectrum(-0.2)}))
     write_payloads(folder / EVIL, [hostile])
     write_payloads(folder / "newer", [{**hostile, "version": 2}])
@@ -422,6 +423,31 @@ def test_layers_of_a_run_that_analyzed_none(page: Page, address: str, runs: tupl
     page.assert_clean(address)
 
 
+def test_loss_along_the_extreme_eigenvectors(page: Page, address: str, runs: tuple[Path, Any]) -> None:
+    history = SpectrumHistory.load(runs[0] / SECOND)
+    spectrum = history[-1].spectrum
+    page.open_tab(address)
+    page.show_in_detail(SECOND)
+    drawn = page.traces("along")
+    assert [(trace["meta"]["along"], trace["dash"]) for trace in drawn] == [
+        (key, dash) for key in ("lambda_min", "lambda_max") for dash in ("solid", "dash")
+    ]
+    dashed = [line for line in plot_losses_along(spectrum).lines if line.get_linestyle() == "--"]
+    for index, line in enumerate(dashed):
+        distances, losses = spectrum.losses_along[index]
+        curve, parabola = drawn[2 * index : 2 * index + 2]
+        assert curve["x"] == parabola["x"] == pytest.approx(distances / distances[-1], rel=1e-6, abs=1e-9)
+        assert curve["y"] == pytest.approx(losses, rel=1e-6)
+        assert parabola["y"] == pytest.approx(line.get_ydata(), rel=1e-4)
+    # It follows the chosen state, and says how to get it where it is missing.
+    page.script("const s = document.getElementById('epoch'); s.value = 0; s.dispatchEvent(new Event('input'))")
+    page.until(f"return document.body.dataset.detail.endsWith(' {history[0].global_step}')")
+    assert page.traces("along")[0]["y"] == pytest.approx(history[0].spectrum.losses_along[0, 1], rel=1e-6)
+    page.show_in_detail(FIRST)
+    assert "pass loss_along_eigenvectors=True to HessianSpectrumCallback" in page.text("#along")
+    page.assert_clean(address)
+
+
 def test_keyboard_and_screen_reader(page: Page, address: str) -> None:
     page.open_tab(address)
     reached = []
@@ -532,5 +558,5 @@ def test_a_report_of_hostile_names_and_a_failed_analysis(page: Page, tmp_path: P
     page.until("return document.getElementById('hesd').dataset.drawn > 0")
     assert f"The analysis failed: {EVIL}" in page.text("#assessment")
     assert page.script("return document.title") == f"HESD: {EVIL}"
-    assert page.text("#density") == page.text("#cumulative") == "This analysis failed."
+    assert page.text("#density") == page.text("#cumulative") == page.text("#along") == "This analysis failed."
     page.assert_clean((tmp_path / "report.html").as_uri())

@@ -296,6 +296,22 @@ def test_layers_without_spectra_have_the_bounds_that_the_spectrum_of_the_network
     assert "lambda_max_low" not in own
 
 
+def test_losses_along_eigenvectors_are_in_payloads() -> None:
+    losses = np.array([[[-1.0, 0.0, 1.0], [0.5, 0.25, math.nan]], [[-0.5, 0.0, 0.5], [1.0, 0.25, 1.0]]])
+    found = record_payload(SpectrumRecord(0, 1, spectrum_of(-1.0, 4.0, losses_along=losses)))
+    assert found["spectra"]["spectrum"]["losses_along"] == {
+        "lambda_min": {"distances": [-1.0, 0.0, 1.0], "losses": [0.5, 0.25, None]},
+        "lambda_max": {"distances": [-0.5, 0.0, 0.5], "losses": [1.0, 0.25, 1.0]},
+    }
+    assert read_payload(to_json(found)) == found
+    assert payload()["spectra"]["spectrum"]["losses_along"] is None
+    for wrong in ({"distances": [0.0]}, {"losses": ["0", "1", "2"]}):
+        damaged = copy.deepcopy(found)
+        damaged["spectra"]["spectrum"]["losses_along"]["lambda_max"] |= wrong
+        with pytest.raises(PayloadError, match="losses_along"):
+            read_payload(to_json(damaged))
+
+
 def test_layers_of_a_payload_are_checked() -> None:
     good = payload()
     good["layers"] = {"name": ["a", "b"], "trace": [1.0, None], "color": ["of a later release"]}

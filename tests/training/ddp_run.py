@@ -136,6 +136,7 @@ def describe(record: SpectrumRecord) -> dict[str, Any]:
         "sampling_error": found.c_t_sampling_error or 0.0,
         "layers": [layer.trace for layer in found.by_layer.values()],
         "negative_count": found.negative_count,
+        "losses along": found.losses_along[:, 1].ravel().tolist(),
     }
 
 
@@ -169,7 +170,7 @@ def main() -> None:
     }
     checkpoint = HessianCheckpoint(tolerance=0.2, save_last=True)
     callbacks = [
-        HessianSpectrumCallback(**shared, checkpoint=checkpoint),
+        HessianSpectrumCallback(**shared, checkpoint=checkpoint, loss_along_eigenvectors=True),
         HessianSpectrumCallback(**shared, mode="train", name="dropout"),
     ]
     if options.engine:

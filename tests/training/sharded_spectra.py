@@ -66,10 +66,10 @@ def split_loss(matrix: str) -> dict[str, Any]:
 
 
 ANALYSES: dict[str, dict[str, Any]] = {
-    "graph": {"steps": 7},
+    "graph": {"steps": 7, "loss_along_eigenvectors": True},
     "recompute": {"strategy": "recompute", "basis": "none"},
     "differences": {"strategy": "finite_difference"},
-    "random signs": {"probe": "rademacher", "probes": 2},
+    "random signs": {"probe": "rademacher", "probes": 2, "loss_along_eigenvectors": True},
     "stopped early": {"steps": 7, "tolerance": 0.8},
     "ggn": split_loss("ggn"),
     "residual": split_loss("residual"),
@@ -245,6 +245,7 @@ def describe(spectrum: Spectrum) -> dict[str, Any]:
         "trace": spectrum.trace,
         "layers": {name: [layer.trace, layer.lambda_max_weight] for name, layer in spectrum.by_layer.items()},
         "loss": spectrum.loss,
+        "losses along": spectrum.losses_along[:, 1].ravel().tolist(),
         "rounding": spectrum.rounding,
         "steps": spectrum.steps,
         "strategy": spectrum.strategy,

@@ -57,6 +57,8 @@ def test_findings_are_those_of_one_rank(runs: dict[str, list[Any]]) -> None:
                 assert len(mine["layers"]) == (0 if name == "adaptive" else 2)  # without a Krylov basis, none
                 assert theirs["layers"] == pytest.approx(mine["layers"], rel=10 * accuracy)
                 assert theirs["negative_count"] == mine["negative_count"]
+                assert len(mine["losses along"]) == (42 if name == "hesd" else 0)
+                assert theirs["losses along"] == pytest.approx(mine["losses along"], rel=1e-6)
 
 
 def test_the_runs_tell_something(runs: dict[str, list[Any]]) -> None:

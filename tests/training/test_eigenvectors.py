@@ -11,6 +11,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from lightning_hesd import SpectrumHistory
+from lightning_hesd.training.loggers.output import figures
 from tests.oracles import dense_hessian
 from tests.training.modules import Classifier, callback, fit, plain_loss, samples
 
@@ -44,6 +46,31 @@ def test_overlap_is_that_of_dense_eigenvectors(tmp_path: Path) -> None:
     assert found[1:] == pytest.approx(expected, abs=1e-4)
     assert all(0.1 < overlap < 0.9999 for overlap in expected)
     assert trainer.callback_metrics["hesd/subspace_overlap"] == pytest.approx(found[-1])
+
+
+def test_the_loss_along_the_extreme_eigenvectors(tmp_path: Path) -> None:
+    plain, along = (
+        callback(num_samples=32, steps=20, generalization_dataloader=[samples(range(32, 64))], **options)
+        for options in ({}, {"loss_along_eigenvectors": True})
+    )
+    runs = [fit(tmp_path / name, used, max_epochs=2) for name, used in (("plain", plain), ("along", along))]
+    weights = [trainer.lightning_module.state_dict().values() for trainer in runs]
+    assert all(map(torch.equal, *weights))
+    for record, other in zip(along.history, plain.history, strict=True):
+        assert other.spectrum.losses_along.size == 0
+        for spectrum in (record.spectrum, record.generalization):
+            assert spectrum.losses_along.shape == (2, 2, 21)
+            assert spectrum.losses_along[:, 1, 10] == pytest.approx(spectrum.loss, rel=1e-6)
+            for (distances, losses), value in zip(
+                spectrum.losses_along, (spectrum.lambda_min, spectrum.lambda_max), strict=True
+            ):
+                second = (losses[11] - 2 * losses[10] + losses[9]) / distances[11] ** 2
+                assert second == pytest.approx(value, rel=0.3, abs=1e-3)
+    loaded = SpectrumHistory.load(runs[1].log_dir)
+    assert loaded[-1].spectrum.losses_along.tobytes() == along.history[-1].spectrum.losses_along.tobytes()
+    drawn = [tag for tag, _ in figures(along.history)]
+    assert drawn == ["/density_figure", "/losses_along_figure", "_gen/density_figure", "_gen/losses_along_figure"]
+    assert [tag for tag, _ in figures(plain.history)] == ["/density_figure", "_gen/density_figure"]
 
 
 def test_no_overlap_without_a_krylov_basis(tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ def check_spectra(ranks: Found) -> None:
             assert found["layers"][layer][0] == pytest.approx(trace, abs=expected["dimension"] * allowed)
             assert found["layers"][layer][1] == pytest.approx(weight, abs=1e-6 if allowed < 1e-9 else 1e-3)
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6 if "32" in name else EXACT)
+        assert bool(found["losses along"]) == name.startswith(("graph", "random signs"))
+        assert found["losses along"] == pytest.approx(expected["losses along"], rel=1e-4 if "32" in name else 1e-8)
 
 
 def test_the_spectra_tell_something(spectra: Found) -> None:

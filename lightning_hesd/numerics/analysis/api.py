@@ -50,6 +50,7 @@ def hessian_spectrum(  # noqa: D417 - `AnalysisOptions` describes the options
     sampling_error: bool = AnalysisOptions.sampling_error,
     layer_probes: int = AnalysisOptions.layer_probes,
     track_eigenvectors: int = AnalysisOptions.track_eigenvectors,
+    loss_along_eigenvectors: bool = AnalysisOptions.loss_along_eigenvectors,
 ) -> Spectrum:
     """Estimate the eigenvalue spectral density of the Hessian of the mean loss by stochastic Lanczos quadrature.
 
@@ -61,7 +62,8 @@ def hessian_spectrum(  # noqa: D417 - `AnalysisOptions` describes the options
     density (`tolerance`, `stop`, `confidence`); of which curvature matrix (`matrix` with `output_fn` and
     `output_loss`, `parameters`, `include_frozen`, `preconditioner`) of which mean loss (`batch_weight`, `mode`); by
     which products (`strategy`, `probe`, `dtype`) in which memory (`basis`, `memory_budget`); and whether the error due
-    to the finite sample is estimated, too (`sampling_error`), and traces of layers more accurately (`layer_probes`).
+    to the finite sample is estimated, too (`sampling_error`), traces of layers more accurately (`layer_probes`), and
+    the loss along the extreme eigenvectors (`loss_along_eigenvectors`).
 
     Args:
         module: The module, on the device of the batches.
@@ -110,6 +112,7 @@ def hessian_spectrum(  # noqa: D417 - `AnalysisOptions` describes the options
         sampling_error=sampling_error,
         layer_probes=layer_probes,
         track_eigenvectors=track_eigenvectors,
+        loss_along_eigenvectors=loss_along_eigenvectors,
     )
     weighted, cache = weighted_batches(batches, batch_weight), AnalysisCache()
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from lightning_hesd.numerics.analysis.ritz_vectors import layers_of_runs, subspace_overlap
+from lightning_hesd.numerics.analysis.ritz_vectors import layers_of_runs, losses_along_extremes, subspace_overlap
 from lightning_hesd.numerics.analysis.sampling_error import SamplingError, sampling_error
 from lightning_hesd.numerics.isolation.modes import mode_name
 from lightning_hesd.numerics.krylov.lanczos import Lanczos, NonFiniteProductError
@@ -253,8 +253,12 @@ class Estimation:
         probes = [self._draw() for _ in range(options.layer_probes)]
         by_layer = layers_of_runs(operator, self._runs, layers, probes, spectrum)
         overlap = subspace_overlap(operator, self._runs[0], options.track_eigenvectors)
-        seconds = time.perf_counter() - self._started
-        return replace(spectrum, by_layer=by_layer, subspace_overlap=overlap, matvecs=operator.matvecs, seconds=seconds)
+        found: dict[str, Any] = {"by_layer": by_layer, "subspace_overlap": overlap}
+        # Along eigenvectors of a part of the Hessian the loss is curved as the whole Hessian is.
+        if options.loss_along_eigenvectors and options.matrix == "hessian":
+            limit = math.sqrt(self._squared_weight_norm)
+            found["losses_along"] = losses_along_extremes(operator, self._runs, spectrum, limit)
+        return replace(spectrum, **found, matvecs=operator.matvecs, seconds=time.perf_counter() - self._started)
 
     def leading(self, count: int) -> tuple[Array, Tensor, Array]:
         """Return the largest Ritz values of the first run, descending, their vectors and residuals.

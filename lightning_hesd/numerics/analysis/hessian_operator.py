@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,7 +15,7 @@ from lightning_hesd.numerics.inputs.options import AnalysisOptions, MatrixName, 
 from lightning_hesd.numerics.inputs.parameters import select_parameters, vector_dtype
 from lightning_hesd.numerics.isolation.snapshot import restore_state
 from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock, choose_difference_step, explain_non_finite
-from lightning_hesd.numerics.operators.finite_differences import FiniteDifferences
+from lightning_hesd.numerics.operators.losses_along import losses_along
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
 
 if TYPE_CHECKING:
@@ -211,20 +210,16 @@ class HessianOperator:
             direction: Shape (n,), finite; in the coordinates of the preconditioner, if there is one.
             distances: Multiples of the direction.
 
+        Returns:
+            The losses; NaN where the loss function raises a ValueError or an ArithmeticError.
+
         Raises:
             ValueError: If the direction has another shape or is not finite.
         """
         direction = self._checked(direction)
         with self, restore_state(), torch.inference_mode(mode=False), torch.enable_grad():
             assert self._operator is not None  # noqa: S101 - the context sets it
-            risk, vector = self._operator.risk, self._operator.expand(direction)
-            line = FiniteDifferences(risk.matrix.parameters, risk.space)
-            losses = []
-            for distance in distances:
-                with line.displaced(vector, distance):
-                    terms = [batch.weight * risk.matrix.loss(batch).item() for batch in risk.batches]
-                losses.append(math.fsum(terms) / risk.weight)
-        return losses
+            return losses_along(self._operator, direction, list(distances))
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
         if not isinstance(vectors, Tensor):

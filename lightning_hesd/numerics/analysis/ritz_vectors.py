@@ -1,7 +1,8 @@
-"""What the Ritz vectors of Lanczos runs tell: the curvature of layers, and how eigenvectors change over a run."""
+"""What the Ritz vectors of Lanczos runs tell: the curvature of layers, changes of eigenvectors, the loss along them."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from lightning_hesd.numerics.krylov.ritz import tridiagonal_eigh
 from lightning_hesd.numerics.operators.diagonal_block import explain_non_finite
+from lightning_hesd.numerics.operators.losses_along import losses_along
 from lightning_hesd.spectra.deflation import converged_nodes
 from lightning_hesd.spectra.layer_curvature import LayerCurvature, RestProbe, RitzPairs, layer_curvatures
 
@@ -25,6 +27,12 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
     Ranges = Sequence[Sequence[slice]]
     """Ranges of elements, in a vector, that belong to each layer."""
+
+HALF = 10
+"""Number of points on each side of the weights at which the loss along an eigenvector is evaluated."""
+
+CHANGE = 0.1
+"""How much the curvature changes the loss at the farthest point, as a share of the loss."""
 
 Layers = dict[str, tuple[list[int], int]]
 """Positions of each layer's parameters among those of the operator, and their number of elements, by name."""
@@ -106,3 +114,39 @@ def subspace_overlap(operator: DiagonalBlock, run: Lanczos, count: int) -> float
         return None
     products = operator.space.coefficients(before.to(vectors.device), vectors.T)
     return float(products.square().sum()) / count
+
+
+def losses_along_extremes(
+    operator: DiagonalBlock, runs: Sequence[Lanczos], spectrum: Spectrum, weight_norm: float
+) -> Array:
+    """Return the mean loss along the Ritz vectors of the extreme nodes, each of unit length.
+
+    The signs of the vectors are those with which the loss begins to fall, or rises less.
+
+    Args:
+        operator: The curvature operator, of the Hessian.
+        runs: Its Lanczos runs, with their Krylov bases.
+        spectrum: The spectrum from the runs.
+        weight_norm: Norm of the parameters, in the coordinates of the vectors.
+
+    Returns:
+        For λ_min and for λ_max the distances, ascending, and the losses there, shape (2, 2, points).
+    """
+    smallest, largest = int(np.nanargmin(spectrum.nodes[:, 0])), int(np.nanargmax(np.nanmax(spectrum.nodes, axis=1)))
+    found = []
+    for run, column, node in ((runs[smallest], 0, spectrum.lambda_min), (runs[largest], -1, spectrum.lambda_max)):
+        _, coefficients = tridiagonal_eigh(run.alphas, run.betas)
+        [vector] = run.ritz_vectors(coefficients[:, [column]])
+        steps = np.arange(-HALF, HALF + 1) / HALF
+        distances = _reach(node, spectrum.loss, weight_norm) * steps
+        losses = np.array(losses_along(operator, vector / operator.space.norm(vector), distances.tolist()))
+        is_turned = losses[HALF + 1] > losses[HALF - 1]
+        found.append((distances, losses[::-1] if is_turned else losses))
+    return np.array(found)
+
+
+def _reach(eigenvalue: float, loss: float, weight_norm: float) -> float:
+    """Return the distance at which the curvature changes the loss by `CHANGE`, at most the norm of the weights."""
+    limit = weight_norm or 1.0
+    distance = math.sqrt(2 * CHANGE * abs(loss) / abs(eigenvalue)) if eigenvalue else limit
+    return min(distance, limit) or limit

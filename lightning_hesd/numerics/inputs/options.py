@@ -75,6 +75,9 @@ class AnalysisOptions:
             layers in `Spectrum.by_layer` more accurate, by a factor √(1 + k).
         track_eigenvectors: Number k of leading eigenvectors whose subspace is compared with that of the analysis before
             in the same run of a callback (`Spectrum.subspace_overlap`); k vectors stay in the computer's memory.
+        loss_along_eigenvectors: Also evaluate the loss at 21 points along the eigenvectors of λ_min and of λ_max each
+            (`Spectrum.losses_along`): 42 evaluations of all samples, without derivatives. Of the Hessian only, and not
+            with `basis="none"`, as `layer_probes` and `track_eigenvectors`.
 
     Raises:
         ValueError: If an option is out of range, or excludes another one.
@@ -102,6 +105,7 @@ class AnalysisOptions:
     sampling_error: bool = False
     layer_probes: int = 0
     track_eigenvectors: int = 0
+    loss_along_eigenvectors: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the options, with the user's functions and tensors as `Portable`."""

@@ -167,6 +167,17 @@ export function beyond(spectrum) {
   return [negative.map((point) => at(point, false)), [0, ...positive].map((point) => at(point, true))];
 }
 
+// Loss along eigenvectors --------------------------------------------------------------------------------------------
+
+/** Return L + st + λt²/2, which the loss follows near zero, at distances around it; the slope is that next to zero. */
+export function parabola({ distances, losses }, eigenvalue) {
+  const middle = (distances.length - 1) / 2;
+  const [before, at, after] = losses.slice(middle - 1, middle + 2);
+  if ([before, at, after].includes(null)) return distances.map(() => null);
+  const slope = (after - before) / (distances[middle + 1] - distances[middle - 1]);
+  return distances.map((t) => at + slope * t + (eigenvalue * t ** 2) / 2);
+}
+
 // Layers ------------------------------------------------------------------------------------------------------------
 
 /** Return the descriptions of the quantities of layers that a run has values of. */

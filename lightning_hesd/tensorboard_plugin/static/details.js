@@ -2,8 +2,8 @@
 
 import { indexed, layoutOf, literal, minus } from "./base.js";
 import {
-  axisOf, beyond, column, density, densityMap, extent, finite, interval, layerMap, negativeCount, ofSpectrum, quantitiesOf, scaleOf, scalarOf,
-  spectrumOf, symlogTicks,
+  axisOf, beyond, column, density, densityMap, extent, finite, interval, layerMap, negativeCount, ofSpectrum, parabola, quantitiesOf, scaleOf,
+  scalarOf, spectrumOf, symlogTicks,
 } from "./data.js";
 import { number } from "./dom.js";
 import { LOW_TO_HIGH, faint } from "./theme.js";
@@ -154,6 +154,35 @@ function curveOfNumbers({ spectrum, label, color, dash }, scale) {
     line: { color: color, width: 1.6, dash, shape: "hv" }, name: count === null ? label : `${label}: ${count} negative`, meta: { numbers: label },
     text: shown.map(({ threshold, low, high }) => `${threshold < 0 ? "below" : "above"} ${number(threshold)}: ${interval(low, high)}`),
     hovertemplate: `${label}<br>%{text} eigenvalues<extra></extra>`,
+  };
+}
+
+// Loss along eigenvectors --------------------------------------------------------------------------------------------
+
+const MARGIN_OF_LOSSES = 0.15; // above and below them; parabolas may leave the figure
+
+/** The loss along the eigenvectors of the extreme eigenvalues, and the parabolas that it follows near zero (dashed). */
+export function lossesAlongFigure(spectrum, theme) {
+  const lines = [["lambda_min", theme.generalization, "circle"], ["lambda_max", theme.training, "square"]]
+    .map(([key, color, symbol]) => ({ key, color, symbol, eigenvalue: spectrum[key], line: spectrum.losses_along[key] }));
+  const [low, high] = extent(lines.flatMap(({ line }) => line.losses));
+  const margin = MARGIN_OF_LOSSES * (high - low) || 1;
+  const data = lines.flatMap(({ key, color, symbol, eigenvalue, line }) => {
+    const title = indexed(key.replace("lambda", "λ"));
+    const farthest = line.distances.at(-1);
+    const shared = { x: line.distances.map((t) => t / farthest), meta: { along: key } };
+    return [
+      {
+        ...shared, y: line.losses, mode: "lines+markers", line: { color: color, width: 1.8 }, marker: { symbol, size: 5 },
+        name: `${title} = ${short(eigenvalue)}, t ≤ ${short(farthest)}`, customdata: line.distances,
+        hovertemplate: `along ${title}<br>t = %{customdata:.3g}<br>loss = %{y:.4g}<extra></extra>`,
+      },
+      { ...shared, y: parabola(line, eigenvalue), mode: "lines", line: { color: color, width: 1.2, dash: "dash" }, hoverinfo: "skip", showlegend: false },
+    ];
+  });
+  return {
+    data,
+    layout: layoutOf(theme, { title: "distance t / farthest" }, { title: "mean loss", range: [low - margin, high + margin], exponentformat: "power", automargin: true }),
   };
 }
 

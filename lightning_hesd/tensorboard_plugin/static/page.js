@@ -3,7 +3,7 @@
 import { indexed, literal } from "./base.js";
 import { ctFigure, deltasFigure, extremesFigure, lossFigure } from "./curves.js";
 import { axisOf, column, finite, median, ofSpectrum, quantitiesOf, quantityOf, scalarOf, spectrumOf, tableOf, toCsv, when } from "./data.js";
-import { cumulativeFigure, cursor, densityFigure, layersFigure, mapFigure } from "./details.js";
+import { cumulativeFigure, cursor, densityFigure, layersFigure, lossesAlongFigure, mapFigure } from "./details.js";
 import { button, download, element, menu, table } from "./dom.js";
 import { layOut } from "./layout.js";
 import { SYMBOLS, colorOf, watchTheme } from "./theme.js";
@@ -11,7 +11,9 @@ import { assessmentOf, pickOf, summary } from "./words.js";
 
 const AT_FIRST = 10; // runs that are selected at first
 const SMALL = 0.1; // smaller values of C_t are legible on the logarithmic axis only
-const OF_ONE_RUN = new Set(["map", "density", "cumulative", "layers"]);
+const OF_ONE_RUN = new Set(["map", "density", "cumulative", "along", "layers"]);
+const NOT_ALONG =
+  "The loss was not evaluated along eigenvectors: pass loss_along_eigenvectors=True to HessianSpectrumCallback, with a Krylov basis (not basis=\"none\").";
 const THRESHOLDS = { c_t: -0.6, delta_r_e: 1.5, delta_k_h05: 1.2 }; // without a record, which has them
 
 /**
@@ -295,12 +297,15 @@ class Page {
     this.parts.assessment.replaceChildren(...assessmentOf(record, axis));
     const shown = `${run.run}, ${when(record, axis)}. Extremes and the number of negative eigenvalues are in the assessment.`;
     const missing = missingBand(record);
+    const spectrum = spectrumOf(record);
     await Promise.all([
       record.spectra.spectrum || record.spectra.generalization
         ? this.plot("density", densityFigure(record, theme), `Spectral density, ${shown}`)
         : this.absent("density", "This analysis failed."),
       missing ? this.absent("cumulative", missing)
         : this.plot("cumulative", cumulativeFigure(record, theme), `Numbers of eigenvalues beyond thresholds, ${shown}`),
+      spectrum?.losses_along ? this.plot("along", lossesAlongFigure(spectrum, theme), `Loss along the extreme eigenvectors, ${shown}`)
+        : this.absent("along", spectrum ? NOT_ALONG : "This analysis failed."),
     ]);
     this.root.dataset.detail = `${run.key} ${record.global_step}`;
   }

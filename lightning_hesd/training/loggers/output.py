@@ -64,6 +64,8 @@ def figures(history: SpectrumHistory) -> Iterator[tuple[str, NDArray[np.uint8]]]
     record = history[-1]
     for suffix, spectrum in record.spectra.items():
         yield f"{suffix}/density_figure", _pixels(plotting.plot_density(spectrum, title=title(record)))
+        if spectrum.losses_along.size:
+            yield f"{suffix}/losses_along_figure", _pixels(plotting.plot_losses_along(spectrum, title=title(record)))
     if record.spectrum and record.ggn and record.residual:
         yield (
             "/decomposition_figure",
