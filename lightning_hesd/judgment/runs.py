@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from lightning_hesd.spectra.record import SpectrumRecord
-from lightning_hesd.training.folders import exists, joined
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,6 +74,8 @@ def _named(histories: Sequence[History], callback: str) -> dict[str, Run]:
 
 def _folders(location: str | os.PathLike[str], callback: str) -> list[str]:
     """Return the log directories of the runs in a folder."""
+    from lightning_hesd.training.folders import exists, joined  # noqa: PLC0415 - imports Lightning
+
     if "://" in str(location):
         return [str(location)]
     folder = Path(location).resolve()

@@ -38,7 +38,7 @@ def test_a_callback_loads_neither_matplotlib_nor_tensorboard() -> None:
     assert last_line(CALLBACK) == "[]"
 
 
-@pytest.mark.parametrize("words", [["--help"], ["assess", "--help"], ["-h", "analyze"]])
+@pytest.mark.parametrize("words", [["--help"], ["assess", "--help"], ["-h", "analyze"], ["judge", "--help"]])
 def test_help_loads_no_torch(words: list[str]) -> None:
     assert last_line(COMMAND.format(words=words)) == "[]"
 
@@ -46,3 +46,8 @@ def test_help_loads_no_torch(words: list[str]) -> None:
 def test_the_tab_loads_no_torch() -> None:
     plugin = "import sys, lightning_hesd.tensorboard_plugin.plugin\n"
     assert last_line(plugin + "print(sorted({'torch', 'lightning', 'matplotlib'} & set(sys.modules)))") == "[]"
+
+
+def test_judging_records_loads_no_torch() -> None:
+    program = "import sys; from lightning_hesd import judge\n"
+    assert last_line(program + "print(sorted({'torch', 'lightning', 'matplotlib'} & set(sys.modules)))") == "[]"

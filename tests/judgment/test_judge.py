@@ -111,6 +111,11 @@ def test_picks_among_all_and_within_a_number() -> None:
     assert near.runs[0].candidates == 1
 
 
+def test_the_earliest_of_equals_is_picked() -> None:
+    found = judge([[record(epoch, val_acc=0.5, val_loss=0.1) for epoch in range(3)]], "val_acc", candidates="all")
+    assert {name: epoch for name, epoch in epochs(found).items() if epoch} == {"last": 2}
+
+
 def test_without_mp_candidates_the_lowest_loss_decides_and_a_note_says_so() -> None:
     found = judge([RUN], "val_acc", candidates=0.0)
     assert {epochs(found)[name] for name in TWO} == {4}

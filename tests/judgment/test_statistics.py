@@ -97,6 +97,13 @@ def test_no_runs_and_no_rules() -> None:
     assert compare(np.zeros((7, 0))).p_values.shape == (0,)
 
 
+def test_evidence_needs_both_the_interval_and_the_p_value() -> None:
+    ends = np.array([[0.1, 0.1, -0.1, -0.9, -0.9], [0.9, 0.9, 0.9, -0.1, -0.1]])
+    found = PairedComparison(np.ones((9, 5)), *ends, p_values=np.array([0.01, 0.06, 0.01, 0.01, 0.06]), level=0.05)
+    assert found.better.tolist() == [True, False, False, False, False]
+    assert found.worse.tolist() == [False, False, False, True, False]
+
+
 # Ties -----------------------------------------------------------------------------------------------------------------
 
 
