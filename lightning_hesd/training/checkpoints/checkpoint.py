@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from lightning_hesd.spectra.selection import CandidateFilter
     from lightning_hesd.training.checkpoints.ranking import Ties
 
-    Rule = RuleName | Callable[[SpectrumRecord], float]
-
 REFUSED = (
     *("monitor", "mode", "save_top_k", "every_n_train_steps", "every_n_epochs", "train_time_interval"),
     "save_on_train_epoch_end",
@@ -79,7 +77,7 @@ class HessianCheckpoint(CandidateCheckpoint):
 
     def __init__(
         self,
-        rule: Rule = "highest_c_t",
+        rule: RuleName | Callable[[SpectrumRecord], float] = "highest_c_t",
         *,
         train_metric: str | None = None,
         train_metric_mode: Literal["min", "max"] | None = None,
