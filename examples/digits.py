@@ -8,7 +8,7 @@ training accuracy is within 0.01 of the best:
 - lowest largest eigenvalue (λ_max), the rule that paper compares it with.
 
 The rules do not use the generalization set (held-out digits, rotated, shifted and noisy). It shows, at the end, how
-well the picks generalize.
+well the picks generalize, and the judge says what follows from these runs.
 
     python examples/digits.py
     python examples/digits.py --model vit --optimizer sgd-momentum --epochs 72 --seed 1
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
+from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, judge
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -248,10 +248,11 @@ def main() -> None:
     runs = [train(name, args) for name in (NETWORKS if args.model == "both" else [args.model])]
     for run in runs:
         report(run)
+    print(f"\n{judge({run.log_dir: run.history for run in runs}, 'gen_acc').sentence}")
     tensorboard = Path(sys.executable).with_name("tensorboard")
     if tensorboard.is_relative_to(Path.cwd()):
         tensorboard = tensorboard.relative_to(Path.cwd())
-    print(f"\nCurves, densities and figures: {tensorboard} --logdir {args.log_dir}")
+    print(f"Curves, densities and figures: {tensorboard} --logdir {args.log_dir}")
 
 
 if __name__ == "__main__":

@@ -39,13 +39,20 @@ def test_digits(tmp_path: Path) -> None:
     assert all(float(low) <= float(high) <= 0 for _, low, high, *_ in rows)
     for rule in ("highest C_t", "lowest λ_max"):
         assert re.search(rf"^{rule} +picks epoch +2, generalization accuracy 0\.\d+", said, re.MULTILINE)
+    assert "One run cannot tell a rule from the last epoch: at least 6 runs are needed (level 5%)." in said
     assert "tensorboard --logdir runs/digits" in said
 
     events = EventAccumulator(str(next((tmp_path / "runs" / "digits").rglob("events.*")).parent))
     events.Reload()
     assert {"hesd/c_t", "hesd/lambda_max", "train_acc", "gen_acc"} <= set(events.Tags()["scalars"])
     assert events.Tags()["histograms"] == ["hesd/density", "hesd_gen/density"]
-    assert events.Tags()["images"] == ["hesd/density_figure", "hesd_gen/density_figure"]
+    drawn = (
+        "hesd/density_figure",
+        "hesd/losses_along_figure",
+        "hesd_gen/density_figure",
+        "hesd_gen/losses_along_figure",
+    )
+    assert sorted(events.Tags()["images"]) == list(drawn)
 
 
 def test_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
