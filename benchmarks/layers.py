@@ -24,8 +24,8 @@ TOLERANCE = 0.05
 MOST_STEPS = 100
 EXPLANATION = f"""\
 CPU seconds of `hessian_spectrum` and of `layer_spectra(layers="auto")` with {{steps}} steps each, one batch, two
-threads, medians of {{rounds}} alternating rounds; and the ratio, which would be the number of blocks if each cost as much
-as the whole network. The last column is the ratio where C_t of the network and that of every block are known to
+threads, medians of {{rounds}} alternating rounds; and the ratio, which would be the number of blocks if each cost as
+much as the whole network. The last column is the ratio where C_t of the network and that of every block are known to
 {TOLERANCE:.0%} (`tolerance={TOLERANCE}`, up to {MOST_STEPS} steps): each stops when it is.
 """
 HEADER = (

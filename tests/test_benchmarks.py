@@ -126,7 +126,7 @@ def test_fresh_process_answers_fails_and_dies(monkeypatch: pytest.MonkeyPatch) -
         isolation.in_fresh_process(os._exit, 3)
 
 
-@pytest.mark.parametrize(("table", "columns"), [(layers, 7), (checks, 6)])
+@pytest.mark.parametrize(("table", "columns"), [(layers, 8), (checks, 6)])
 def test_tables_with_a_row_for_each_problem(
     table: ModuleType, columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

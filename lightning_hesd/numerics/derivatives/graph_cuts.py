@@ -51,7 +51,8 @@ class GraphCuts:
         node = functools.reduce(self._first_common, nodes)
         while len(self._used_outputs[node]) > 1:  # several tensors
             node = self._dominator[node]
-        return GradientEdge(node, *(self._used_outputs[node] or {0}))
+        [output] = self._used_outputs[node] or {0}
+        return GradientEdge(node, output)
 
     def _first_common(self, a: Node, b: Node) -> Node:
         while a is not b:

@@ -60,8 +60,9 @@ class AnalysisOptions:
         strategy: "graph" keeps the gradient's graph (fast), "recompute" builds it anew for each product (lean),
             "finite_difference" takes central differences of the gradient (works without a second derivative; the
             error is part of the record's `rounding`). "auto" keeps the graphs of as many batches as fit into the
-            memory and recomputes the rest; it takes differences only where there is no exact product. An analysis that
-            runs out of memory is repeated with "recompute", and if need be without a basis; `strategy_reason` says so.
+            memory and recomputes the rest; it takes differences only where there is no exact product. For layers of
+            piecewise linear networks it also keeps Jacobians of the outputs, if they fit. An analysis that runs out of
+            memory is repeated with "recompute", and if need be without a basis; `strategy_reason` says so.
         mode: Module mode during the analysis: "eval", "train", or "keep" for no change.
         probe: "gaussian" (start vectors uniform on the sphere) or "rademacher" (random signs, as the papers use).
         dtype: Floating-point type of the Lanczos vectors; default: the parameters', at least float32.
