@@ -21,7 +21,13 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from typing_extensions import override
 
 from lightning_hesd.numerics.derivatives.graphs import graph_nodes
-from lightning_hesd.numerics.distributed.gathering import FullArguments, GatheredParameters, Shard, full_attributes
+from lightning_hesd.numerics.distributed.gathering import (
+    FullArguments,
+    GatheredParameters,
+    Shard,
+    full_attributes,
+    sum_over_ranks,
+)
 from lightning_hesd.numerics.dtensors import is_dtensor, local_shard
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
 from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
@@ -182,8 +188,7 @@ class FullySharded(ParameterSharding):
         if batch.index not in self._checked:
             _check_differentiable(local_loss)
             self._checked.add(batch.index)
-        total: Tensor = _SumOverRanks.apply(local_loss * batch.share, self.collectives)  # type: ignore[no-untyped-call]
-        return total
+        return sum_over_ranks(local_loss * batch.share, self.collectives)
 
 
 class ShardedSpace(VectorSpace):
@@ -236,18 +241,6 @@ class ShardedSpace(VectorSpace):
         drawn = zip(self._shards, shapes, pieces([shape.numel() for shape in shapes], generator), strict=True)
         # Copied, because a view would keep all elements in memory.
         return torch.cat([shard.own(piece.view(shape)).flatten().clone() for shard, shape, piece in drawn])
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """The sum of the ranks' tensors, as a function of this rank's tensor."""
-
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, collectives: CheckedCollectives) -> Tensor:  # noqa: ARG004
-        return collectives.sum(local)
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
-        return cotangent, None
 
 
 def _check_differentiable(loss: Tensor) -> None:

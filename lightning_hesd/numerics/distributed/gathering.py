@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
+    from lightning_hesd.numerics.collectives import Collectives
     from lightning_hesd.numerics.distributed.checked_collectives import CheckedCollectives
 
 
@@ -178,3 +179,21 @@ class FullArguments(TorchFunctionMode):
         if name in _METADATA or (name == "__get__" and func.__self__ not in _VALUES):
             return func(*args, **(kwargs or {}))
         return func(*self._gathered(args), **{key: self._gathered(value) for key, value in (kwargs or {}).items()})
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of the ranks' tensors, as a function of this rank's tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, collectives: Collectives) -> Tensor:  # noqa: ARG004
+        return collectives.sum(local)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return cotangent, None
+
+
+def sum_over_ranks(local: Tensor, collectives: Collectives) -> Tensor:
+    """Return the sum of the ranks' tensors, as a differentiable function of this rank's tensor."""
+    total: Tensor = _SumOverRanks.apply(local, collectives)  # type: ignore[no-untyped-call]
+    return total
