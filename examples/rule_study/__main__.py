@@ -13,6 +13,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+from examples.rule_study import report
 from examples.rule_study.training import NETWORKS, POINTS, SCHEDULES, Training, is_done, run
 from examples.shared import run_all
 
@@ -22,6 +23,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/rule_study"), help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=30, help="default: %(default)s")
     parser.add_argument("--epochs", type=int, default=48, help=f"a multiple of {POINTS} (default: %(default)s)")
+    parser.add_argument("--report", action="store_true", help="only write the report of what is there")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time (default: %(default)s)")
     args = parser.parse_args()
     if args.epochs % POINTS:
@@ -33,7 +35,9 @@ def main() -> None:
         for network in NETWORKS
         for schedule in SCHEDULES
     ]
-    run_all(trainings, run, args.out, is_done=partial(is_done, out=args.out), jobs=args.jobs)
+    if not args.report:
+        run_all(trainings, run, args.out, is_done=partial(is_done, out=args.out), jobs=args.jobs)
+    print(f"Report: {report.write(trainings, args.out, args.out / 'results')}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,184 @@
+"""The report: what the picks of the rules were worth, over all trainings and for each network and schedule."""
+
+from __future__ import annotations
+
+import csv
+import datetime as dt
+import importlib.metadata
+import platform
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from examples.rule_study.training import NETWORKS, POINTS, SCHEDULES, TOO_LONG, Training, is_done
+from examples.shared import Table, markdown
+from lightning_hesd import judge
+from lightning_hesd.judgment.statistics import compare
+from lightning_hesd.plotting import plot_gains
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from lightning_hesd import Judgment
+    from lightning_hesd.judgment.statistics import PairedComparison
+
+    Cell = tuple[str, str]
+
+METRICS = {
+    "shifted_acc": "accuracy on held-out digits that are rotated, shifted and noisy",
+    "test_acc": "accuracy on held-out digits",
+}
+LEVEL = 0.05
+TITLES = {"mlp": "MLP", "resnet": "ResNet", "vit": "ViT"}
+PACKAGES = ("lightning-hesd", "torch", "lightning", "scikit-learn")
+
+INTRODUCTION = """\
+# Do the checkpoint rules help?
+
+{summary}
+
+- **Trainings**: {count} on scikit-learn's digits (900 for training, 300 for validation, 597 held out), of {seeds} seeds
+  for each of {cells} settings: an MLP, a small ResNet and a small ViT; AdamW with a constant learning rate, a cosine
+  schedule, and a constant one for {too_long} times as many epochs ("too long"). The data are the same for every seed.
+- **Rules**: each picks among the candidates of its training, as HessianCheckpoint does: MP spectra, and a loss within
+  5 % of its drop of the lowest. Every training is analyzed {points} times ({samples} samples, {steps} Lanczos steps).
+- **Statistics**: differences to the last epoch, paired within trainings and averaged over the settings of a seed, so
+  that the seeds are independent. Intervals hold for all rules of a table together ({confidence:.0%}). A rule is evidently
+  better or worse where interval and sign-flip test agree. For single settings the level is {level:.2g}, for their number.
+- Made with `python -m examples.rule_study` on {date}: {versions}.
+"""
+
+
+def write(trainings: Sequence[Training], out: Path, target: Path) -> Path:
+    """Write the report and its figures; only seeds of which all trainings are done count.
+
+    Args:
+        trainings: All trainings of the study.
+        out: Folder of the trainings.
+        target: Folder of the report.
+
+    Raises:
+        ValueError: If no seed is complete.
+    """
+    by_seed: dict[int, list[Training]] = {}
+    for training in trainings:
+        by_seed.setdefault(training.seed, []).append(training)
+    complete = [t for seed in by_seed.values() if all(is_done(t, out) for t in seed) for t in seed]
+    if not complete:
+        msg = f"no seed in {out} has all of its trainings: run the study first."
+        raise ValueError(msg)
+    target.mkdir(parents=True, exist_ok=True)
+    cells = [(network, schedule) for network in NETWORKS for schedule in SCHEDULES]
+    level = LEVEL / (len(cells) * len(METRICS))
+    found = {metric: {cell: _judged(complete, cell, metric, level, out) for cell in cells} for metric in METRICS}
+    pooled = {metric: _Pooled(list(of_metric.values())) for metric, of_metric in found.items()}
+    first = complete[0]
+    text = INTRODUCTION.format(
+        summary="\n\n".join(f"**{_sentence(pooled[m], meaning)}**" for m, meaning in METRICS.items()),
+        count=len(complete),
+        seeds=len(complete) // len(cells),
+        cells=len(cells),
+        too_long=TOO_LONG,
+        points=POINTS,
+        samples=first.samples,
+        steps=first.steps,
+        confidence=1 - LEVEL,
+        level=level,
+        date=dt.datetime.now(tz=dt.timezone.utc).date().isoformat(),
+        versions=", ".join(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES) + f", {platform.machine()}",
+    )
+    for metric, meaning in METRICS.items():
+        pooled[metric].draw(target / f"{metric}.png", metric)
+        text += f"\n## {meaning.capitalize()}\n\n{markdown(pooled[metric].table)}\n\n![{meaning}]({metric}.png)\n\n"
+        text += markdown(_by_cell(found[metric])) + "\n"
+    path = target / "report.md"
+    path.write_text(text)
+    _write_picks(found, target / "picks.csv")
+    return path
+
+
+def _judged(trainings: Sequence[Training], cell: Cell, metric: str, level: float, out: Path) -> Judgment:
+    runs = [out / t.name for t in trainings if (t.network, t.schedule) == cell]
+    return judge(runs, metric, level=level)
+
+
+class _Pooled:
+    """Gains over the last epoch, averaged over the settings of a seed."""
+
+    def __init__(self, judgments: Sequence[Judgment]) -> None:
+        self.names = [name for name in judgments[0].titles if name != "last"]
+        self.titles = [judgments[0].titles[name] for name in self.names]
+        self.rules = sum(name in judgments[0].rules for name in self.names)
+        gains = [[judgment.gains(name, "last") for name in self.names] for judgment in judgments]
+        self.gains = 100 * np.mean(gains, axis=0).T  # shape (seeds, names), in points
+        self.means = [100 * np.mean([np.mean(j.values[name]) for j in judgments]) for name in ("last", *self.names)]
+        compared = [place for place, name in enumerate(self.names) if name != "best_possible"]
+        self.compared = compared
+        self.found: PairedComparison = compare(self.gains[:, compared], level=LEVEL)
+
+    @property
+    def table(self) -> Table:
+        """The means of all picks, and the gains with intervals."""
+        rows = [("last epoch", f"{self.means[0]:.2f}", "", "", "")]
+        for place, title in enumerate(self.titles):
+            cells = ("", "", "")
+            if place in self.compared:
+                at = self.compared.index(place)
+                mean, low, high = (values[at] for values in (self.found.means, self.found.low, self.found.high))
+                wins = f"{self.found.wins[at]}/{self.found.ties[at]}/{self.found.losses[at]}"
+                evidently = "better" if self.found.better[at] else "worse" if self.found.worse[at] else ""
+                cells = (_gain(mean, low, high), wins, evidently)
+            rows.append((title, f"{self.means[place + 1]:.2f}", *cells))
+        header = ("pick", "mean, %", "over last epoch, points", "seeds won/tied/lost", "evidently")
+        return Table(header, rows)
+
+    def draw(self, path: Path, metric: str) -> None:
+        """Draw the gains."""
+        found = self.found
+        axes = plot_gains(
+            [self.titles[place] for place in self.compared],
+            found.gains,
+            np.stack([found.low, found.means, found.high]),
+            evident=found.better | found.worse,
+            first_baseline=self.rules,
+            label=f"gain in {metric} over the last epoch, points\n(bars: {1 - LEVEL:.0%} intervals; marks: seeds)",
+        )
+        axes.figure.savefig(path)
+
+
+def _gain(mean: float, low: float, high: float, unit: str = "") -> str:
+    return f"{mean:+.2f}{unit} [{low:+.2f}, {high:+.2f}]" if np.isfinite(low) else f"{mean:+.2f}{unit}"
+
+
+def _sentence(pooled: _Pooled, meaning: str) -> str:
+    found = pooled.found
+    better = [place for place in range(pooled.rules) if found.better[place]]
+    best = max(range(pooled.rules), key=lambda place: found.means[place])
+
+    def gain(place: int) -> str:
+        return _gain(found.means[place], found.low[place], found.high[place], " points")
+
+    of = f"Over {len(pooled.gains)} seeds and all settings, by the {meaning},"
+    if not better:
+        title = pooled.titles[best]
+        return f"{of} no rule is evidently better than the last epoch; the largest gain, {title}, is {gain(best)}."
+    named = ", ".join(f"{pooled.titles[place]} ({gain(place)})" for place in better)
+    return f"{of} evidently better than the last epoch: {named}."
+
+
+def _by_cell(found: dict[Cell, Judgment]) -> Table:
+    rows = [(TITLES[network], schedule, judgment.sentence) for (network, schedule), judgment in found.items()]
+    return Table(("network", "schedule", "result"), rows)
+
+
+def _write_picks(found: dict[str, dict[Cell, Judgment]], path: Path) -> None:
+    """Write the epoch and the metric of every pick, from which the report can be made again."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("metric", "run", "pick", "epoch", "value"))
+        for metric, of_metric in found.items():
+            for judgment in of_metric.values():
+                for run in judgment.runs:
+                    for name, pick in run.picks.items():
+                        writer.writerow((metric, run.run, name, pick.epoch, f"{pick.value:.5f}"))
