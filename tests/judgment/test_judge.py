@@ -144,7 +144,7 @@ def test_the_validation_loss_is_the_usual_one_or_the_one_given() -> None:
 def test_only_records_with_the_metric_are_picked() -> None:
     partial = [record(r.epoch, r.spectrum.c_t, 1.0, r.spectrum.loss, **dict(r.metrics)) for r in RUN if r.spectrum]
     partial[3] = record(2, c_t=-0.1, loss=0.08, val_loss=0.4)
-    partial[4] = record(3, c_t=-0.1, loss=0.02, val_acc=math.nan)
+    partial[4] = record(3, c_t=-0.1, loss=0.02, val_acc=math.inf)
     found = judge([partial], "val_acc")
     assert epochs(found)["highest_c_t"] == 1
     assert epochs(found)["lowest_validation_loss"] == 1
@@ -253,6 +253,7 @@ def test_other_baselines_are_compared_too() -> None:
     assert (
         "The validation loss and val_acc seem to be of the same data, which favors picks by that loss." in found.notes
     )
+    assert not any("of the same data" in note for note in judge([RUN], "test_acc").notes)
 
 
 # Tables, files and the figure -----------------------------------------------------------------------------------------
@@ -367,6 +368,8 @@ def test_metrics_from_a_file_for_runs_in_folders(tmp_path: Path) -> None:
     assert epochs(found)["best_possible"] == epochs(found)["highest_c_t"] == 1
     assert epochs(found, 1)["last"] == 4
     assert "2 rows of the file belong to no analyzed checkpoint." in found.notes
+    one = judge(tmp_path / "seed=1", "test_acc", metrics=path)
+    assert [run.run for run in one.runs] == ["seed=1/version_0"]
     folders = [tmp_path / "seed=0" / "version_0", tmp_path / "seed=1/version_0/hesd", tmp_path / "seed=0"]
     again = judge(folders, "test_acc", metrics=path)  # one is given twice
     assert again.to_dict() == found.to_dict()
