@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from examples.rule_study.training import Network, Schedule
     from lightning_hesd import Judgment
     from lightning_hesd.judgment.statistics import PairedComparison
 
-    Cell = tuple[str, str]
+    Cell = tuple[Network, Schedule]
 
 METRICS = {
     "shifted_acc": "accuracy on held-out digits that are rotated, shifted and noisy",
@@ -44,8 +45,9 @@ INTRODUCTION = """\
 - **Rules**: each picks among the candidates of its training, as HessianCheckpoint does: MP spectra, and a loss within
   5 % of its drop of the lowest. Every training is analyzed {points} times ({samples} samples, {steps} Lanczos steps).
 - **Statistics**: differences to the last epoch, paired within trainings and averaged over the settings of a seed, so
-  that the seeds are independent. Intervals hold for all rules of a table together ({confidence:.0%}). A rule is evidently
-  better or worse where interval and sign-flip test agree. For single settings the level is {level:.2g}, for their number.
+  that the seeds are independent. Intervals hold for all rules of a table together ({confidence:.0%}). A rule is
+  evidently better or worse where interval and sign-flip test agree. The level of single settings is {level:.2g}, for
+  their number.
 - Made with `python -m examples.rule_study` on {date}: {versions}.
 """
 
@@ -144,7 +146,9 @@ class _Pooled:
             first_baseline=self.rules,
             label=f"gain in {metric} over the last epoch, points\n(bars: {1 - LEVEL:.0%} intervals; marks: seeds)",
         )
-        axes.figure.savefig(path)
+        figure = axes.get_figure(root=True)
+        assert figure is not None
+        figure.savefig(path)
 
 
 def _gain(mean: float, low: float, high: float, unit: str = "") -> str:

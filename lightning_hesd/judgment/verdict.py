@@ -38,7 +38,9 @@ def verdict(outcomes: Outcomes, against: str = LAST) -> str:
     count = int(found.counts[ranked].max())
     if count < needed:
         few = "One run cannot" if count == 1 else f"{count} runs are too few to"
-        claim = f"{few} tell a rule from {baseline}: at least {needed} runs are needed (level {outcomes.level:.0%})."
+        claim = (
+            f"{few} tell a rule from {baseline}: at least {needed} runs are needed (level {100 * outcomes.level:.2g}%)."
+        )
         return f"{claim} Here {best}."
     over = f"Over {count} runs"
     better = [place for place in ranked if found.better[place]]

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lightning_hesd.numerics.derivatives.graphs import wanted_gradients
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    from torch.autograd.graph import Node
 
 
 class LayerNorm(Function):
@@ -139,23 +139,6 @@ class _GELUBackward(Function):
         if torch.is_grad_enabled():
             return *differentiate(lambda g, x: [derivative(g, x)], (gradient, x), [tangent]), None
         return derivative(tangent, x), tangent * second, None
-
-
-def wanted_gradients(ctx: Any) -> list[bool]:
-    """Return for each input of a function whether the present backward pass uses the gradient with respect to it.
-
-    `ctx.needs_input_grad` only tells which inputs require grad. In the product of one layer's block, it would have the
-    gradients with respect to the weights of all layers above computed and dropped, which is half of the work.
-    """
-    nodes = (node for node, _ in ctx.next_functions if node is not None)  # one for each input that requires grad
-    return [needs and _is_executed(next(nodes)) for needs in ctx.needs_input_grad]
-
-
-def _is_executed(node: Node) -> bool:
-    try:
-        return torch._C._will_engine_execute_node(node)  # noqa: SLF001
-    except (AttributeError, RuntimeError):  # another version of PyTorch; a parameter whose gradient is asked for
-        return True
 
 
 def row_sum(a: Tensor, b: Tensor) -> Tensor:

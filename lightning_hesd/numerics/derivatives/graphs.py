@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -85,3 +85,20 @@ def graph_nodes(tensors: Sequence[Tensor]) -> Iterator[Node]:
 def _is_own(node: Node) -> bool:
     function = getattr(node, "_forward_cls", None)
     return getattr(function, "__module__", "").split(".")[0] == __name__.split(".", maxsplit=1)[0]
+
+
+def wanted_gradients(ctx: Any) -> list[bool]:
+    """Return for each input of a function whether the present backward pass uses the gradient with respect to it.
+
+    `ctx.needs_input_grad` only tells which inputs require grad. In the product of one layer's block, it would have the
+    gradients with respect to the weights of all layers above computed and dropped, which is half of the work.
+    """
+    nodes = (node for node, _ in ctx.next_functions if node is not None)  # one for each input that requires grad
+    return [needs and _is_executed(next(nodes)) for needs in ctx.needs_input_grad]
+
+
+def _is_executed(node: Node) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)  # noqa: SLF001
+    except (AttributeError, RuntimeError):  # another version of PyTorch; a parameter whose gradient is asked for
+        return True
