@@ -66,7 +66,7 @@ def blocks(page: Path, language: str) -> list[str]:
 def names() -> dict[str, Any]:
     """Return what pages take for granted."""
     torch.manual_seed(0)
-    return {"model": Plain(), "train_dataloader": data(), "test_dataloader": data()}
+    return {"model": Plain(), "train_dataloader": data(), "val_dataloader": data(), "test_dataloader": data()}
 
 
 @pytest.mark.filterwarnings("ignore:GPU available but not used")

@@ -70,7 +70,7 @@ def test_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     printed = capsys.readouterr().out
     [best] = re.findall(r"^best by highest_c_t: (.+\.ckpt)$", printed, re.MULTILINE)
     assert Path(best).exists()
-    assert len(re.findall(r"^epoch +[01]: generalization: ", printed, re.MULTILINE)) == 2
+    assert len(re.findall(r"^epoch +[01]: criteria of ", printed, re.MULTILINE)) == 2
 
 
 def test_transformer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from lightning_hesd.spectra.codec import FIELDS, decode_record, encode_record, l
 from lightning_hesd.spectra.files import atomic_write, damage_named
 from lightning_hesd.spectra.rules import rule_title
 from lightning_hesd.spectra.scalars import RECORD_SCALARS, SPECTRUM_SCALARS, shown_in
-from lightning_hesd.spectra.selection import candidates_of, picks
+from lightning_hesd.spectra.selection import candidates_of, picks, with_first_loss
 from lightning_hesd.spectra.spectrum import Spectrum
 from lightning_hesd.spectra.validation import (
     FORMAT_VERSION,
@@ -144,11 +144,11 @@ def _identity(path: Path) -> dict[str, Any]:
 
 def table_lines(records_by_name: Mapping[str, SpectrumRecord], tolerance: float | None) -> list[dict[str, Any]]:
     """Return the rows of the table by column: numbers and texts; the tolerance is that of the loss of candidates."""
-    records = list(records_by_name.values())
+    records = with_first_loss(list(records_by_name.values()))
     candidates = candidates_of(records, tolerance)  # without MP spectra, the lowest loss
     picked = picks(records, tolerance)
     lines = []
-    for name, record in records_by_name.items():
+    for name, record in zip(records_by_name, records, strict=True):
         spectrum, assessment = record.spectrum, record.assessment
         lines.append(
             {

@@ -7,7 +7,7 @@ criterion is picked. Plain Python: no files, no trainer.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -209,6 +209,13 @@ def rank_by_loss(states: Sequence[AnalyzedState], rule: str | None, tolerance: f
 def first_loss(records: Sequence[SpectrumRecord]) -> float | None:
     """Return the finite loss after the fewest optimizer steps, the highest of several; None if no loss is finite."""
     return _first_loss(list(map(AnalyzedState.of, records)))
+
+
+def with_first_loss(records: Sequence[SpectrumRecord]) -> list[SpectrumRecord]:
+    """Return the records of a run, or of its checkpoints, such that the later ones know the loss of the first."""
+    start = min((record.global_step for record in records), default=0)
+    first = first_loss(records)
+    return [replace(record, first_loss=first) if record.global_step > start else record for record in records]
 
 
 def _first_loss(states: Sequence[AnalyzedState]) -> float | None:

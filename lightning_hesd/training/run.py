@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from dataclasses import replace
 from functools import partial
@@ -26,7 +25,7 @@ from lightning_hesd.training.fresh_metrics import FreshMetrics
 from lightning_hesd.training.history import START_EPOCH, SpectrumRecord, when
 from lightning_hesd.training.loss import check_loss_source
 from lightning_hesd.training.outputs import RunOutputs
-from lightning_hesd.training.source import sources_of
+from lightning_hesd.training.source import sources_of, without_training_time
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -186,7 +185,8 @@ class AnalysisRun:
         history = self._source.history
         if not lacks or not history or history[-1].global_step != trainer.global_step:
             return
-        with self._source.errors.guard("the record will not have the metrics that were logged after it"):
+        failure = "the record will not have the metrics that were logged after it"
+        with without_training_time(trainer), self._source.errors.guard(failure):
             metrics = self._fresh_metrics(trainer)
             if metrics != history[-1].metrics:
                 history[-1] = replace(history[-1], metrics=metrics)
@@ -225,10 +225,7 @@ class AnalysisRun:
             source.history.append(SpectrumRecord(epoch, trainer.global_step, None, source.refusal))
             return
         strategies.wait_for_device(trainer)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(signals.sigterm_waits(trainer))
-            for other in sources_of(trainer):  # for none of them is this training time
-                stack.enter_context(other.budget.analysis() if other is source else other.budget.paused())
+        with signals.sigterm_waits(trainer), without_training_time(trainer, analyzing=source):
             record = self._recorder.record(trainer, pl_module, epoch, source.errors)
             self._lacks_metrics = self._metrics.is_of_last_batch(trainer)
             if self._lacks_metrics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
@@ -14,7 +15,7 @@ from lightning_hesd.training.history import SpectrumHistory
 from lightning_hesd.training.schedule import Budget, Schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import Checkpoint
@@ -92,6 +93,15 @@ class SpectrumSource(CopiedCallback, Callback):
 def sources_of(trainer: pl.Trainer) -> list[SpectrumSource]:
     """Return the callbacks of a Trainer that make records, in its order."""
     return [callback for callback in callbacks_of(trainer) if isinstance(callback, SpectrumSource)]
+
+
+@contextlib.contextmanager
+def without_training_time(trainer: pl.Trainer, analyzing: SpectrumSource | None = None) -> Iterator[None]:
+    """Count the time of the body as training time for none of the Trainer's callbacks, as analysis for `analyzing`."""
+    with contextlib.ExitStack() as stack:
+        for other in sources_of(trainer):
+            stack.enter_context(other.budget.analysis() if other is analyzing else other.budget.paused())
+        yield
 
 
 def only_source(trainer: pl.Trainer) -> SpectrumSource:

@@ -27,7 +27,7 @@ from tests.training.scripted import make_spectrum
 
 KEYS = {
     *("c_t", "c_t_low", "c_t_high", "c_t_threshold", "verified", "mp", "lambda_max", "lambda_min", "trace", "k_h05"),
-    *("negative_count_low", "negative_count_high", "loss", "seconds", "overhead"),
+    *("negative_count_low", "negative_count_high", "squared_weight_norm", "loss", "seconds", "overhead"),
 }
 EPOCHS = 2
 

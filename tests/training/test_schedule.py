@@ -150,7 +150,10 @@ def test_failed_analyses_cost_time_too(tmp_path: Path) -> None:
 
 
 def test_writing_counts_and_waiting_for_the_device_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What training has queued on a device is training, and what an analysis writes is part of it."""
+    """What training has queued on a device is training, and what an analysis writes is part of it.
+
+    What is written once more is neither, because the module logs a metric at the end of the epoch.
+    """
     clock = Clock()
     callback = make_callback(clock, 5)
 

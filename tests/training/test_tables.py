@@ -20,7 +20,7 @@ pd = pytest.importorskip("pandas")
 FAILED = SpectrumRecord(1, 20, None, "RuntimeError: no luck")
 SPECTRUM_COLUMNS = [
     *("c_t", "c_t_low", "c_t_high", "lambda_max", "lambda_min", "trace", "negative_count_low", "negative_count_high"),
-    *("k_h05", "c_t_sampling_error", "subspace_overlap", "loss", "seconds"),
+    *("k_h05", "c_t_sampling_error", "squared_weight_norm", "subspace_overlap", "loss", "seconds"),
 ]
 DESCRIPTION = ["hesd_type", "type_certain", "verified", "steps", "num_samples"]
 

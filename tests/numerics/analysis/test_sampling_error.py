@@ -344,6 +344,12 @@ class TestSkippedBatches:
         assert first == second != 0
 
 
+def numbers(error: SamplingError) -> list[float]:
+    """All numbers of sampling errors; those of groups in the order of their curvatures, which ranks do not keep."""
+    groups = error.group_curvatures[:, error.group_curvatures[2].argsort()]
+    return [*(value for name, value in vars(error).items() if name != "group_curvatures"), *groups.ravel()]
+
+
 class TestSeveralRanks:
     @staticmethod
     def share(ranks: Collectives) -> SamplingError:
@@ -358,9 +364,9 @@ class TestSeveralRanks:
     @pytest.mark.parametrize("ranks", [2, 4])
     def test_find_the_same_together_as_one_alone(self, ranks):
         results = in_threads(ranks, self.share)
-        alone = vars(self.share(LOCAL))
-        assert alone["sampling_groups"] == 18
+        alone = self.share(LOCAL)
+        assert alone.sampling_groups == 18
         assert len(results) == ranks
         for result in results:
-            assert vars(result) == pytest.approx(alone, rel=1e-8)
-            assert result == results[0]
+            assert numbers(result) == pytest.approx(numbers(alone), rel=1e-8)
+            assert numbers(result) == numbers(results[0])
