@@ -1,4 +1,4 @@
-"""The checkpoint rules, which rank the analyzed states of a run. To add a rule, add an entry to `RULES`."""
+"""The checkpoint rules, which rank the analyzed states of a run. To add one: an entry in `RULES`, its name in `RuleName`."""
 
 from __future__ import annotations
 
