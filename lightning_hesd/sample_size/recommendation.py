@@ -23,7 +23,7 @@ import numpy as np
 from typing_extensions import Unpack
 
 from lightning_hesd.numerics.analysis.engine import Context, analyze
-from lightning_hesd.numerics.analysis.sampling_error import samples_needed
+from lightning_hesd.numerics.analysis.group_statistics import samples_needed
 from lightning_hesd.numerics.inputs.options import StrategyName, analysis_options
 from lightning_hesd.numerics.inputs.sample_counts import batch_size
 from lightning_hesd.sample_size.sample_losses import mean_loss, per_sample_losses, read_batches

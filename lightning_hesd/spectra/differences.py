@@ -1,9 +1,9 @@
 """How well the difference of two spectra on the same samples is known.
 
 Two states of the weights are analyzed on the same samples, so that the errors from the finite sample have much in
-common, and their difference has less error than either. To first order another sample changes an extreme eigenvalue λ
-as it changes uᵀHu with the eigenvector u: the spread of uᵀH_g u over groups g of samples gives the standard error of λ,
-and the spread of the difference of two such curvatures, group by group, that of the difference.
+common, and their difference has less error than either. Each analysis has its extreme eigenvalues for the same
+resampled groups of samples (a bootstrap, Efron 1979); the scatter of the differences, resample by resample, is the
+standard error of the difference.
 """
 
 from __future__ import annotations
@@ -53,69 +53,59 @@ def c_t_difference(first: Spectrum, second: Spectrum) -> PairedDifference:
     """Return the difference of C_t of two spectra on the same samples, such as those of two epochs of a run.
 
     Raises:
-        ValueError: If a spectrum has no groups of samples (`sampling_error=True` was not set) or no C_t, or the groups
-            of both are not the same.
+        ValueError: If a spectrum has no resampled extremes (`sampling_error=True` was not set) or no C_t, or the groups
+            of samples of both are not the same.
     """
-    return _difference(first, second, "c_t", _c_t_influence)
+    return _difference(first, second, "c_t", _resampled_c_t)
 
 
 def lambda_max_difference(first: Spectrum, second: Spectrum) -> PairedDifference:
     """Return the difference of the largest eigenvalue; arguments and errors as for `c_t_difference`."""
-    return _difference(first, second, "lambda_max", _lambda_max_influence)
+    return _difference(first, second, "lambda_max", _resampled_lambda_max)
 
 
 def are_comparable(first: Spectrum, second: Spectrum) -> bool:
-    """Return whether two spectra have a C_t, and the curvatures of the same groups of samples."""
-    shares, others = first.group_curvatures[0], second.group_curvatures[0]
-    is_paired = shares.size > 0 and np.array_equal(shares, others) and first.num_samples == second.num_samples
-    return is_paired and not (first.reason or second.reason)
+    """Return whether two spectra have a C_t, and resampled extremes of the same groups of samples."""
+    return _complaint(first, second) is None
 
 
-def _c_t_influence(spectrum: Spectrum) -> Array:
-    """Return by how much each group of samples moves C_t = λ_min/λ_max, shape (groups,), to first order."""
-    _, lowest, highest = spectrum.group_curvatures
-    influence: Array = (lowest - spectrum.c_t * highest) / spectrum.lambda_max
-    return influence
+def _complaint(first: Spectrum, second: Spectrum) -> str | None:
+    """Return why two spectra cannot be compared, and what to do; None if they can."""
+    pair = (first, second)
+    if not all(spectrum.resampled_extremes.size for spectrum in pair):
+        return "a spectrum has no resampled extremes, which the error of a difference needs: set `sampling_error=True`."
+    for spectrum in pair:
+        if spectrum.reason:
+            return f"C_t of a spectrum is undefined: {spectrum.reason}."
+    shares = [spectrum.group_curvatures[0] for spectrum in pair]
+    if first.num_samples != second.num_samples or not np.array_equal(*shares):
+        found = [f"{s.num_samples} in {s.group_curvatures.shape[1]} groups" for s in pair]
+        return f"both spectra must be on the same samples, got {found[0]} and {found[1]}."
+    return None
 
 
-def _lambda_max_influence(spectrum: Spectrum) -> Array:
-    influence: Array = spectrum.group_curvatures[2]
-    return influence
+def _resampled_c_t(spectrum: Spectrum) -> Array:
+    lowest, highest = spectrum.resampled_extremes
+    values: Array = np.minimum(lowest, 0.0) / highest
+    return values
+
+
+def _resampled_lambda_max(spectrum: Spectrum) -> Array:
+    values: Array = spectrum.resampled_extremes[1]
+    return values
 
 
 def _difference(
-    first: Spectrum, second: Spectrum, name: str, influence: Callable[[Spectrum], Array]
+    first: Spectrum, second: Spectrum, name: str, resampled: Callable[[Spectrum], Array]
 ) -> PairedDifference:
+    complaint = _complaint(first, second)
+    if complaint is not None:
+        raise ValueError(complaint)
     pair = (first, second)
-    for spectrum in pair:
-        if not spectrum.group_curvatures.size:
-            msg = (
-                "a spectrum has no curvatures of groups of samples, which the error of a difference needs: analyze "
-                "with `sampling_error=True`."
-            )
-            raise ValueError(msg)
-        if math.isnan(getattr(spectrum, name)):
-            msg = f"`{name}` of a spectrum is undefined: {spectrum.reason}."
-            raise ValueError(msg)
-    shares = first.group_curvatures[0]
-    if not np.array_equal(shares, second.group_curvatures[0]) or first.num_samples != second.num_samples:
-        msg = (
-            f"both spectra must be on the same samples, got {first.num_samples} in {shares.size} groups and "
-            f"{second.num_samples} in {second.group_curvatures.shape[1]} groups."
-        )
-        raise ValueError(msg)
-    influences = [influence(spectrum) for spectrum in pair]
-    separate = [_error_of_mean(one, shares) for one in influences]
+    values = [resampled(spectrum) for spectrum in pair]
     return PairedDifference(
         value=getattr(first, name) - getattr(second, name),
-        standard_error=_error_of_mean(influences[0] - influences[1], shares),
+        standard_error=float((values[0] - values[1]).std(ddof=1)),
         numerical_error=sum(getattr(spectrum, f"{name}_error") for spectrum in pair),
-        unpaired_error=math.hypot(*separate),
+        unpaired_error=math.hypot(*(float(each.std(ddof=1)) for each in values)),
     )
-
-
-def _error_of_mean(values: Array, shares: Array) -> float:
-    """Return the standard error of the mean of independent groups with these shares, sum 1."""
-    groups = len(values)
-    deviations = (values - shares @ values) * shares
-    return math.sqrt(float(deviations @ deviations) * groups / (groups - 1))

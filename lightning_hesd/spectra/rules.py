@@ -1,4 +1,4 @@
-"""The checkpoint rules, which rank the analyzed states of a run. To add one: an entry in `RULES`, its name in `RuleName`."""
+"""The checkpoint rules, which rank the analyzed states of a run. New ones are entered in `RULES` and `RuleName`."""
 
 from __future__ import annotations
 

@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 ARRAYS = ("nodes", "weights", "residuals")
 """The fields that are arrays."""
 
-STORED_ARRAYS = (*ARRAYS, "layer_numbers", "group_curvatures", "losses_along")
+EXTRA_ARRAYS = {"group_curvatures": (3,), "resampled_extremes": (2,), "losses_along": (2, 2)}
+"""Fields that are arrays, empty if they were not asked for, with their shapes but for the last dimension."""
+
+STORED_ARRAYS = (*ARRAYS, "layer_numbers", *EXTRA_ARRAYS)
 """The arrays of `SpectrumData.to_dict`."""
 
 MAX_SIZE = 1e150
@@ -65,7 +68,7 @@ OPTIONAL: dict[str, Check] = {
     "verification": text,
     **dict.fromkeys(("predicted_memory", "sampling_groups"), optional(at_least(0))),
     "layer_names": each(text),
-    **dict.fromkeys(("layer_numbers", "group_curvatures", "losses_along"), of(np.ndarray)),
+    **dict.fromkeys(("layer_numbers", *EXTRA_ARRAYS), of(np.ndarray)),
     "subspace_overlap": optional(number),
     **dict.fromkeys(("asymmetry", "gradient_equivalents", "squared_weight_norm", *SAMPLING), optional(number)),
 }
@@ -151,7 +154,10 @@ class SpectrumData:
         sampling_groups: Number of groups of samples that the sampling errors rest on.
         group_curvatures: Share of each group of samples in the mean loss, and uᵀH_g u with the group's Hessian H_g and
             the eigenvectors u of the smallest and of the largest eigenvalue, shape (3, groups); no groups if the
-            sampling error was not asked for. Two analyses of the same samples tell how well their difference is known.
+            sampling error was not asked for.
+        resampled_extremes: Smallest and largest eigenvalue for resampled groups of samples, shape (2, resamples), the
+            same resamples in every analysis: those of two analyses of the same samples tell how well the difference is
+            known. None if the sampling error was not asked for.
         squared_weight_norm: Squared Euclidean norm of the analyzed parameters, in the coordinates of the preconditioner
             if there is one; None: unknown.
         subspace_overlap: Share of the span of the leading eigenvectors in that of the analysis before, from 0 to 1;
@@ -196,14 +202,15 @@ class SpectrumData:
     lambda_min_sampling_bias: float | None = None
     lambda_max_sampling_bias: float | None = None
     sampling_groups: int | None = None
-    group_curvatures: NDArray[np.float64] = field(default_factory=lambda: np.empty((3, 0)))
+    group_curvatures: NDArray[np.float64] = field(default_factory=partial(np.empty, (3, 0)))
+    resampled_extremes: NDArray[np.float64] = field(default_factory=partial(np.empty, (2, 0)))
     squared_weight_norm: float | None = None
     subspace_overlap: float | None = None
     losses_along: NDArray[np.float64] = field(default_factory=partial(np.empty, (2, 2, 0)))
     by_layer: Mapping[str, LayerCurvature] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in (*ARRAYS, "group_curvatures", "losses_along"):
+        for name in (*ARRAYS, *EXTRA_ARRAYS):
             array = np.array(getattr(self, name), dtype=np.float64)
             array.flags.writeable = False
             object.__setattr__(self, name, array)
@@ -216,14 +223,12 @@ class SpectrumData:
             if getattr(self, name).shape != shape:
                 msg = f"`{name}` must have the shape of `nodes`, {shape}, got {getattr(self, name).shape}."
                 raise ValueError(msg)
-        groups = self.group_curvatures.shape
-        if len(groups) != 2 or groups[0] != 3:
-            msg = f"`group_curvatures` must have shape (3, groups), got {groups}."
-            raise ValueError(msg)
-
-        if self.losses_along.shape[:-1] != (2, 2):
-            msg = f"`losses_along` must have shape (2, 2, points), got {self.losses_along.shape}."
-            raise ValueError(msg)
+        for name, leading in EXTRA_ARRAYS.items():
+            shape = getattr(self, name).shape
+            if len(shape) != len(leading) + 1 or shape[:-1] != leading:
+                expected = ", ".join(map(str, leading))
+                msg = f"`{name}` must have shape ({expected}, any number), got {shape}."
+                raise ValueError(msg)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields: arrays as NumPy arrays, everything else as plain Python values."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from lightning_hesd.numerics.analysis.group_statistics import samples_needed
 from lightning_hesd.numerics.analysis.retry import retry_on_oom
-from lightning_hesd.numerics.analysis.sampling_error import samples_needed
 from lightning_hesd.numerics.collectives import LOCAL
 from lightning_hesd.numerics.inputs.portable import Portable
 from lightning_hesd.numerics.isolation.modes import mode_name

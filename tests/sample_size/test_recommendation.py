@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_hesd.numerics.analysis.sampling_error import samples_needed
+from lightning_hesd.numerics.analysis.group_statistics import samples_needed
 from lightning_hesd.sample_size.recommendation import SampleSize, loss_requirement, recommend_sample_size
 from lightning_hesd.spectra.intervals import chi_square_quantile
 from tests import oracles

@@ -13,34 +13,43 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hesd import c_t_difference, hessian_spectrum, lambda_max_difference
+from lightning_hesd.spectra.differences import are_comparable
 from lightning_hesd.spectra.spectrum import Spectrum
 from tests.training.scripted import make_spectrum
 
 
-def grouped(c_t: float, lowest: list[float], highest: list[float], **fields: Any) -> Spectrum:
-    """A spectrum with λ_max = 2, and the curvatures of three groups along the extreme eigenvectors."""
-    curvatures = np.array([[0.5, 0.25, 0.25], lowest, highest])
-    return replace(make_spectrum(c_t, lambda_max=2.0), group_curvatures=curvatures, **fields)
+def resampled(c_t: float, lowest: list[float], highest: list[float], **fields: Any) -> Spectrum:
+    """A spectrum with λ_max = 2, and its extremes for three resamples of two groups of samples."""
+    groups = np.array([[0.75, 0.25], [-1.0, -2.0], [2.0, 1.0]])
+    extremes = np.array([lowest, highest])
+    return replace(
+        make_spectrum(c_t, lambda_max=2.0),
+        group_curvatures=groups,
+        resampled_extremes=extremes,
+        num_samples=4,
+        **fields,
+    )
+
+
+FIRST = resampled(-0.5, [-1.0, -2.0, 0.5], [2.0, 1.0, 2.5])
 
 
 def test_formulas() -> None:
-    first = grouped(-0.5, [-1.0, -2.0, 0.0], [2.0, 1.0, 3.0])
-    second = grouped(-0.25, [-0.5, -1.0, 0.0], [2.0, 2.5, 1.5])
-    difference = lambda_max_difference(first, second)
-    # Σ share² deviation² · groups/(groups - 1), with deviations (0, -1.5, 1.5) of the differences (0, -1.5, 1.5).
-    assert difference.standard_error == pytest.approx(math.sqrt(1.5 * 2 * (0.25 * 1.5) ** 2))
-    assert difference.unpaired_error == pytest.approx(math.sqrt(1.5 * 2 * 0.25**2 * (1.0**2 + 0.5**2)))
-    assert difference.value == 0.0
-    of_c_t = c_t_difference(first, second)
-    # C_t moves by (uᵀH_g u - C_t vᵀH_g v)/λ_max: (0, -0.75, 0.75), and (0, -0.1875, 0.1875).
-    assert of_c_t.standard_error == pytest.approx(math.sqrt(1.5 * 2 * (0.25 * 0.5625) ** 2))
+    second = resampled(-0.25, [-0.5, -1.0, 0.0], [2.0, 2.0, 2.0])
+    of_lambda_max = lambda_max_difference(FIRST, second)
+    assert of_lambda_max.value == 0.0
+    expected = pytest.approx(np.std([2, 1, 2.5], ddof=1))
+    assert (of_lambda_max.standard_error, of_lambda_max.unpaired_error) == (expected, expected)
+    of_c_t = c_t_difference(FIRST, second)
+    ours, theirs = np.array([-0.5, -2.0, 0.0]), np.array([-0.25, -0.5, 0.0])  # C_t is at most 0
     assert of_c_t.value == pytest.approx(-0.25)
-    assert of_c_t.numerical_error == first.c_t_error + second.c_t_error
+    assert of_c_t.standard_error == pytest.approx(np.std(ours - theirs, ddof=1))
+    assert of_c_t.unpaired_error == pytest.approx(math.hypot(np.std(ours, ddof=1), np.std(theirs, ddof=1)))
+    assert of_c_t.numerical_error == FIRST.c_t_error + second.c_t_error
 
 
 def test_a_state_does_not_differ_from_itself() -> None:
-    spectrum = grouped(-0.5, [-1.0, -2.0, 0.0], [2.0, 1.0, 3.0])
-    difference = c_t_difference(spectrum, spectrum)
+    difference = c_t_difference(FIRST, FIRST)
     assert (difference.value, difference.standard_error, difference.is_evident) == (0.0, 0.0, False)
     assert difference.unpaired_error > 0.1
 
@@ -48,16 +57,16 @@ def test_a_state_does_not_differ_from_itself() -> None:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"group_curvatures": np.empty((3, 0))}, "no curvatures of groups.*sampling_error=True"),
-        ({"num_samples": 7}, "on the same samples, got 4 in 3 groups and 7 in 3 groups"),
-        ({"group_curvatures": np.array([[0.5, 0.5], [0.0, 0.0], [1.0, 1.0]])}, "in 3 groups and 4 in 2 groups"),
-        ({"reason": "all is zero"}, "`c_t` of a spectrum is undefined: all is zero"),
+        ({"resampled_extremes": np.empty((2, 0))}, "no resampled extremes.*sampling_error=True"),
+        ({"num_samples": 7}, "on the same samples, got 4 in 2 groups and 7 in 2 groups"),
+        ({"group_curvatures": np.full((3, 4), 0.25)}, "in 2 groups and 4 in 4 groups"),
+        ({"reason": "all is zero"}, "C_t of a spectrum is undefined: all is zero"),
     ],
 )
 def test_what_cannot_be_compared(other: dict[str, Any], message: str) -> None:
-    first = replace(grouped(-0.5, [-1.0, -2.0, 0.0], [2.0, 1.0, 3.0]), num_samples=4)
     with pytest.raises(ValueError, match=message):
-        c_t_difference(first, replace(first, **other))
+        c_t_difference(FIRST, replace(FIRST, **other))
+    assert not are_comparable(FIRST, replace(FIRST, **other))
 
 
 def test_errors_are_those_of_resampled_data() -> None:

@@ -42,8 +42,8 @@ def make_spectrum(c_t: float, *, lambda_max: float = 1.0, loss: float = 0.5) -> 
 class Epoch:
     """What one epoch of the script brings: no `c_t` means no analysis, a NaN one an undefined C_t.
 
-    With `scatter`, a standard deviation, there are four groups of samples, and C_t scatters over two of them: the first
-    two in even epochs, the others in odd ones, so that the errors of an even and an odd epoch are independent.
+    With `scatter`, C_t differs by as much between four resamples of the samples: between the first two in even epochs,
+    between the others in odd ones, so that the errors of an even and an odd epoch are independent.
     """
 
     c_t: float | None
@@ -61,8 +61,8 @@ class Epoch:
             return spectrum
         pattern = np.roll([1.0, -1.0, 0.0, 0.0], 2 * (number % 2))
         lowest = self.lambda_max * (self.c_t + self.scatter * pattern)
-        curvatures = np.array([np.full(4, 0.25), lowest, np.full(4, self.lambda_max)])
-        return replace(spectrum, group_curvatures=curvatures)
+        extremes = np.array([lowest, np.full(4, self.lambda_max)])
+        return replace(spectrum, group_curvatures=np.full((3, 4), 0.25), resampled_extremes=extremes)
 
 
 class ScriptedSource(SpectrumSource):

@@ -14,6 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from lightning_hesd.numerics.analysis.group_statistics import (
+    Extreme,
+    covariance_of_mean,
+    outward_bias,
+    resampled_extreme,
+)
 from lightning_hesd.numerics.devices import finest_dtype
 from lightning_hesd.numerics.inputs.cuts import UnsplittableBatchError
 from lightning_hesd.numerics.krylov.ritz import tridiagonal_eigh
@@ -58,6 +64,7 @@ class SamplingError:
     lambda_max_sampling_bias: float
     sampling_groups: int
     group_curvatures: Array
+    resampled_extremes: Array
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ def sampling_error(operator: DiagonalBlock, runs: Sequence[Lanczos]) -> Sampling
         raise ValueError(msg)
 
     own = np.stack([along[:, end.position] for along, end in zip(coordinates, ends, strict=True)], axis=1)
-    covariance = _covariance_of_mean(own, weights)
+    covariance = covariance_of_mean(own, weights)
     extremes = np.array([end.nodes[end.position] for end in ends])
     errors = np.sqrt(np.diag(covariance))
     rounding = ROUNDING * torch.finfo(operator.risk.dtype).eps * float(np.abs(extremes).max())
@@ -117,7 +124,11 @@ def sampling_error(operator: DiagonalBlock, runs: Sequence[Lanczos]) -> Sampling
         raise ValueError(msg)
     lambda_min, lambda_max = (float(value) for value in extremes)
     mean = float(np.mean([run.alphas[0] for run in runs]))
-    shifts = [_shift(weights, *of_end, mean) for of_end in zip(coordinates, squares.T, ends, strict=True)]
+    of_ends = [
+        Extreme(end.nodes, end.position, along, of_end)
+        for end, along, of_end in zip(ends, coordinates, squares.T, strict=True)
+    ]
+    shifts = [outward_bias(weights, extreme, mean) for extreme in of_ends]
     biases = np.array([-shifts[0], shifts[1]])
     # C_t = λ_min/λ_max to first order (the delta method), its mean to second.
     derivative = np.array([1 / lambda_max, -lambda_min / lambda_max**2])
@@ -131,28 +142,8 @@ def sampling_error(operator: DiagonalBlock, runs: Sequence[Lanczos]) -> Sampling
         lambda_max_sampling_bias=float(biases[1]),
         sampling_groups=groups,
         group_curvatures=np.vstack([weights, own.T]),
+        resampled_extremes=np.array([resampled_extreme(weights, extreme) for extreme in of_ends]),
     )
-
-
-def samples_needed(num_samples: float, allowed: float, error: float, bias: float = 0.0) -> float:
-    """Return at how many samples an error that falls with their root, and a bias that falls with them, are allowed.
-
-    Solves error·√(N/k) + |bias|·N/k = allowed for k.
-
-    Args:
-        num_samples: N, at which error and bias are known.
-        allowed: Their sum at the number of samples sought.
-        error: Error at N.
-        bias: Bias at N.
-
-    Examples:
-        >>> round(samples_needed(100, allowed=0.1, error=0.2))
-        400
-    """
-    if not allowed > 0:
-        return math.inf
-    root = math.sqrt(error**2 + 4 * abs(bias) * allowed)
-    return num_samples * ((error + root) / (2 * allowed)) ** 2
 
 
 def _ends(runs: Sequence[Lanczos]) -> tuple[_End, _End]:
@@ -266,33 +257,3 @@ def _check_groups(groups: Sequence[WeightedBatch], losses: Sequence[Tensor], who
             "values that were cut"
         )
         raise UnsplittableBatchError(msg)
-
-
-def _covariance_of_mean(values: Array, weights: Array) -> Array:
-    """Return the covariance of the weighted mean of independent rows, shape (columns, columns)."""
-    deviations = (values - weights @ values) * weights[:, None]
-    groups = len(weights)
-    covariance: Array = deviations.T @ deviations * (groups / (groups - 1))
-    return covariance
-
-
-def _shift(weights: Array, coordinates: Array, squares: Array, end: _End, mean_eigenvalue: float) -> float:
-    """Return the outward bias of the eigenvalue at one end, at least 0.
-
-    Second-order perturbation theory: Σ_k s_k²/gap_k with s_k² the sampling variance of y_kᵀHu, here with the shift
-    itself in the denominator (Brillouin & Wigner), x = Σ_k s_k²/(gap_k + x), which stays finite for close eigenvalues.
-    The complement of the Krylov space counts as one more eigenvalue at the mean of the spectrum.
-    """
-    groups = len(weights)
-    variances = np.diag(_covariance_of_mean(coordinates, weights)).copy()
-    variances[end.position] = 0.0
-    rest = np.maximum(squares - (coordinates**2).sum(axis=1), 0.0)
-    variances = np.append(variances, float(weights**2 @ rest) * groups / (groups - 1))
-    gaps = np.abs(np.append(end.nodes, mean_eigenvalue) - end.nodes[end.position])
-    low, high = 0.0, math.sqrt(float(variances.sum()))  # x² ≤ Σ s_k², with equality where all gaps are zero
-    for _ in range(60):
-        x = (low + high) / 2
-        if x == 0:
-            break
-        low, high = (x, high) if float((variances / (gaps + x)).sum()) > x else (low, x)
-    return high

@@ -345,9 +345,8 @@ class TestSkippedBatches:
 
 
 def numbers(error: SamplingError) -> list[float]:
-    """All numbers of sampling errors; those of groups in the order of their curvatures, which ranks do not keep."""
-    groups = error.group_curvatures[:, error.group_curvatures[2].argsort()]
-    return [*(value for name, value in vars(error).items() if name != "group_curvatures"), *groups.ravel()]
+    """All numbers of sampling errors."""
+    return [number for value in vars(error).values() for number in np.ravel(value)]
 
 
 class TestSeveralRanks:
