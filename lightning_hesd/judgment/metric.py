@@ -23,6 +23,9 @@ VALIDATION = {"val", "valid", "validation", "dev"}
 
 MAX_DECIMALS = 6
 
+LARGEST = 1e100
+"""Values beyond count as infinite: sums and squares of such values would overflow."""
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -87,8 +90,12 @@ def logged_names(states: Iterable[AnalyzedState]) -> list[str]:
 
 def logged_values(states: Iterable[AnalyzedState], name: str) -> list[float]:
     """Return the values of a metric; NaN where it is absent or infinite."""
-    found = [float(state.metrics.get(name, math.nan)) for state in states]
-    return [value if math.isfinite(value) else math.nan for value in found]
+    return [finite_or_nan(float(state.metrics.get(name, math.nan))) for state in states]
+
+
+def finite_or_nan(value: float) -> float:
+    """Return a value; NaN if its size is infinite or above `LARGEST`."""
+    return value if abs(value) <= LARGEST else math.nan
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_hesd.judgment.metric import finite_or_nan
+
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
@@ -109,4 +111,4 @@ def _number(cell: str | None, where: str) -> float:
     except ValueError as error:
         msg = f"{where}: {cell!r} is no number."
         raise ValueError(msg) from error
-    return value if math.isfinite(value) else math.nan
+    return finite_or_nan(value)
