@@ -68,10 +68,10 @@ def train(folder: Path, seed: int = 0, **arguments: Any) -> tuple[str, HessianSp
     return str(logger.log_dir), callback
 
 
-def write_payloads(folder: Path, payloads: list[Any], tag: str = "record") -> None:
+def write_payloads(folder: Path, payloads: list[Any], tag: str = "record", name: str = "hesd") -> None:
     """Write payloads of any content, texts or objects, at steps 0, 1, ..."""
     logger = TensorBoardLogger(folder, name="", version="")
-    output = TensorBoardOutput(logger, "hesd")
+    output = TensorBoardOutput(logger, name)
     for step, payload in enumerate(payloads):
         output._write_payload(tag, payload if isinstance(payload, str) else to_json(payload), step)
     logger.finalize("success")
@@ -143,7 +143,7 @@ class Tab:
         self.events.AddRunsFromDirectory(str(self.folder))
         self.events.Reload()
 
-    def get(self, route: str, **query: str) -> tuple[int, Any]:
+    def get(self, route: str, **query: str | list[str]) -> tuple[int, Any]:
         answer = self.client.get(f"/data/plugin/hesd/{route}", query_string=query)
         return answer.status_code, json.loads(answer.get_data())
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 
 from lightning_hesd.spectra.record import SpectrumRecord
 from tests.spectra.nodes import spectrum
@@ -34,3 +35,17 @@ def history(generator: np.random.Generator, epochs: int = 6, effect: float = 0.0
         record(epoch, value, size, val_acc=score, val_loss=1 - score + 0.01 * generator.standard_normal())
         for epoch, (value, size, score) in enumerate(zip([*c_t, -0.5], sizes, accuracy, strict=True))
     ]
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """Check that judgments are the same, up to the seven digits of payloads."""
+    if isinstance(expected, dict):
+        assert list(found) == list(expected)
+        for key in expected:
+            assert_same(found[key], expected[key])
+    elif isinstance(expected, list | tuple):
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+    else:
+        close = pytest.approx(expected, rel=1e-5, abs=1e-6) if isinstance(expected, float) else expected
+        assert found == close

@@ -38,7 +38,7 @@ export class JudgmentCard {
       this.selection = selection;
       this.answers.clear();
       this.asked = null;
-      this.say("Comparing …");
+      this.markBusy(true);
     }
     const names = metricsOf(runs);
     keepFocus(this.parts.tools, [
@@ -61,7 +61,7 @@ export class JudgmentCard {
     }
     this.asked = metric;
     const isCurrent = () => this.asked === metric && this.selection === selection;
-    if (!this.answers.has(metric)) this.say("Comparing …");
+    this.markBusy(true);
     try {
       const [runs] = trainingsOf(this.runs);
       const found = this.answers.get(metric) ?? await this.judge(runs.map(({ key }) => nameIn(key)), metric);
@@ -75,8 +75,14 @@ export class JudgmentCard {
     }
   }
 
+  /** Mark what is shown as that of an earlier choice. It stays until the answer is there, or else the page would jump. */
+  markBusy(isBusy) {
+    this.parts.card.setAttribute("aria-busy", String(isBusy));
+  }
+
   /** Show a text in place of a comparison. */
   say(text) {
+    this.markBusy(false);
     this.parts.sentence.textContent = text;
     this.parts.sentence.classList.add("absent");
     this.parts.remarks.replaceChildren();
@@ -89,6 +95,7 @@ export class JudgmentCard {
       `${mode === "max" ? "Higher" : "Lower"} ${metric} counts as better.`, ...remarks,
       ...(others.length ? [`Left out, since other callbacks of the same runs are compared: ${others.map(({ run }) => run).join(", ")}.`] : []),
     ];
+    this.markBusy(false);
     this.parts.sentence.textContent = sentence;
     this.parts.sentence.classList.remove("absent");
     this.parts.remarks.replaceChildren(element("summary", {}, "Remarks"), element("ul", {}, ...notes.map((note) => element("li", {}, note))));

@@ -72,7 +72,7 @@ function emptyState() {
 function judgmentCard({ saveJudgment }) {
   const parts = {
     tools: element("div", { class: "tools", id: "judgment-tools" }),
-    sentence: element("p", { class: "sentence absent", role: "status" }),
+    sentence: element("p", { class: "sentence absent", role: "status" }, "Comparing …"),
     remarks: element("details"),
     rules: element("div", { class: "rules" }),
   };
