@@ -41,6 +41,14 @@ ROOT = Path(__file__).resolve().parent.parent
 EPOCHS = 3
 
 
+class ValidatedNet(Net):
+    """A classifier whose accuracy is also logged on other digits than those it is trained on."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        self.log("val_acc", (self.net(x).argmax(1) == y).float().mean())
+
+
 def train(folder: Path, seed: int = 0, **arguments: Any) -> tuple[str, HessianSpectrumCallback]:
     """Train and return the log directory and the callback, whose checkpoint looks at the training accuracy."""
     torch.manual_seed(seed)
@@ -54,14 +62,16 @@ def train(folder: Path, seed: int = 0, **arguments: Any) -> tuple[str, HessianSp
         **arguments,
     )
     with patch("lightning_hesd.training.loggers.tensorboard.figures", return_value=()):  # the tab draws its own
-        make_trainer(folder, [callback], EPOCHS, logger=logger, log_every_n_steps=4).fit(Net(), data())
+        make_trainer(folder, [callback], EPOCHS, logger=logger, log_every_n_steps=4).fit(
+            ValidatedNet(), data(), data(160)
+        )
     return str(logger.log_dir), callback
 
 
-def write_payloads(folder: Path, payloads: list[Any], tag: str = "record") -> None:
+def write_payloads(folder: Path, payloads: list[Any], tag: str = "record", name: str = "hesd") -> None:
     """Write payloads of any content, texts or objects, at steps 0, 1, ..."""
     logger = TensorBoardLogger(folder, name="", version="")
-    output = TensorBoardOutput(logger, "hesd")
+    output = TensorBoardOutput(logger, name)
     for step, payload in enumerate(payloads):
         output._write_payload(tag, payload if isinstance(payload, str) else to_json(payload), step)
     logger.finalize("success")
@@ -133,7 +143,7 @@ class Tab:
         self.events.AddRunsFromDirectory(str(self.folder))
         self.events.Reload()
 
-    def get(self, route: str, **query: str) -> tuple[int, Any]:
+    def get(self, route: str, **query: str | list[str]) -> tuple[int, Any]:
         answer = self.client.get(f"/data/plugin/hesd/{route}", query_string=query)
         return answer.status_code, json.loads(answer.get_data())
 

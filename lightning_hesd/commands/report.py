@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_hesd.judgment.judge import judge_payloads
 from lightning_hesd.spectra.decisions import rewound, run_payload
 from lightning_hesd.spectra.files import atomic_write
 from lightning_hesd.spectra.payload import SELECTIONS_NAME, record_payload
@@ -21,6 +22,7 @@ from lightning_hesd.training.history import SpectrumHistory
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Mapping, Sequence
 
     from jsonargparse import ArgumentParser, Namespace
 
@@ -112,7 +114,7 @@ def report(*runs: dict[str, Any]) -> str:
             msg = "a script of the report would end it early: it contains '</script'."
             raise ValueError(msg)
     # A long run of a deep network has tens of megabytes. Letters of base64 can do no harm within a script element.
-    text = json.dumps({"runs": runs}, separators=(",", ":"), allow_nan=False)
+    text = json.dumps({"runs": runs, "judgments": judgments(runs)}, separators=(",", ":"), allow_nan=False)
     data = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
     policy = (
         f"default-src 'none'; script-src {_digest(plotly)} {_digest(script)}; style-src 'unsafe-inline'; "
@@ -138,6 +140,22 @@ def report(*runs: dict[str, Any]) -> str:
 </body>
 </html>
 """
+
+
+def judgments(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the comparison of the checkpoint rules by each metric of runs, or an `error` where there is none."""
+    payloads: dict[str, Any] = {}
+    for run in runs:
+        payloads.setdefault(run["run"], run["records"])  # another callback of a run has seen the same training
+    names = sorted({name for records in payloads.values() for record in records for name in record["metrics"]})
+    return {name: _judgment(payloads, name) for name in names}
+
+
+def _judgment(payloads: Mapping[str, Sequence[Mapping[str, Any]]], metric: str) -> dict[str, Any]:
+    try:
+        return judge_payloads(payloads, metric).to_dict()
+    except ValueError as error:
+        return {"error": str(error)}
 
 
 def _digest(script: str) -> str:

@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from lightning_hesd.judgment.metric import logged_values
 from lightning_hesd.spectra.record import START_EPOCH
 from lightning_hesd.spectra.rules import RULES
-from lightning_hesd.spectra.selection import AnalyzedState, loss_tolerance, rank_by_loss
+from lightning_hesd.spectra.selection import loss_tolerance, rank_by_loss
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lightning_hesd.judgment.metric import Metric
-    from lightning_hesd.spectra.record import SpectrumRecord
-    from lightning_hesd.spectra.rules import CheckpointRule
+    from lightning_hesd.spectra.analyzed_state import AnalyzedState
 
 Candidates: TypeAlias = Literal["near", "all"] | float
-"""The records among which rules decide: see `judge`."""
+"""The states among which rules decide: see `judge`."""
 
 LAST, LOWEST_VALIDATION_LOSS = "last", "lowest_validation_loss"
 """The baselines of `RULES` that everything else is compared with."""
@@ -35,14 +34,9 @@ REFERENCES = {
 """Titles of the baselines that are no checkpoint rules, by name."""
 
 
-def is_baseline(rule: CheckpointRule) -> bool:
-    """Return whether a rule is a usual choice that knows nothing of curvature, and that others are compared with."""
-    return getattr(rule, "is_baseline", False)
-
-
 @dataclass(frozen=True)
 class PickSettings:
-    """Which rules and baselines pick, and among which records.
+    """Which rules and baselines pick, and among which states.
 
     Attributes:
         metric: The metric by which picks are judged.
@@ -64,9 +58,9 @@ class Pick:
     """The pick of a rule or a baseline in one run.
 
     Attributes:
-        epoch: Epoch of the picked record; None for the expectation over several.
+        epoch: Epoch of the picked state; None for the expectation over several.
         global_step: Its optimizer steps, likewise.
-        value: The metric by which it is judged; for several records its mean.
+        value: The metric by which it is judged; for several states its mean.
     """
 
     epoch: int | None
@@ -81,9 +75,9 @@ class RunPicks:
     Attributes:
         run: Name of the run.
         picks: By name of the rule or baseline; those without a pick are absent.
-        judged: How many records of trained weights have the metric.
-        trained: How many records of trained weights there are.
-        candidates: How many of the judged records are candidates.
+        judged: How many states of trained weights have the metric.
+        trained: How many states of trained weights there are.
+        candidates: How many of the judged states are candidates.
         is_fallback: Whether no candidate is MP, so that the lowest loss decides.
     """
 
@@ -95,29 +89,28 @@ class RunPicks:
     is_fallback: bool
 
 
-def run_picks(run: str, records: Sequence[SpectrumRecord], values: Sequence[float], settings: PickSettings) -> RunPicks:
+def run_picks(run: str, states: Sequence[AnalyzedState], values: Sequence[float], settings: PickSettings) -> RunPicks:
     """Return the picks of all rules and baselines in a run, the earliest of equals.
 
-    Only records with a value of the metric are picked: what another pick is worth is not known. The record before the
-    first step is never picked. Rules pick among candidates, baselines among all other records.
+    Only states with a value of the metric are picked: what another pick is worth is not known. The state before the
+    first step is never picked. Rules pick among candidates, baselines among all other states.
 
     Args:
         run: Name of the run.
-        records: Its records in the order of training.
-        values: The metric of each record; NaN: not known.
-        settings: Which rules and baselines pick, and among which records.
+        states: Its states in the order of training.
+        values: The metric of each state; NaN: not known.
+        settings: Which rules and baselines pick, and among which states.
     """
-    trained = [(r, v) for r, v in zip(records, values, strict=True) if r.epoch != START_EPOCH]
-    known = [(r, v) for r, v in trained if not math.isnan(v)]
-    judged, judged_values = [record for record, _ in known], [value for _, value in known]
-    states = list(map(AnalyzedState.of, judged))
-    among, is_fallback, tolerance = _candidates(records, states, settings.candidates)
+    trained = [(s, v) for s, v in zip(states, values, strict=True) if s.epoch != START_EPOCH]
+    known = [(s, v) for s, v in trained if not math.isnan(v)]
+    judged, judged_values = [state for state, _ in known], [value for _, value in known]
+    among, is_fallback, tolerance = _candidates(states, judged, settings.candidates)
     places: dict[str, int | None] = {}
     for name in settings.rules:
-        if is_baseline(RULES[name]) or tolerance is None:
+        if RULES[name].is_baseline or tolerance is None:
             places[name] = _first_highest(_scores(judged, name, settings))
         else:
-            pick = rank_by_loss(states, name, tolerance).pick
+            pick = rank_by_loss(judged, name, tolerance).pick
             places[name] = None if pick is None else int(pick.path)
     if settings.val_metric is not None:
         sign = settings.val_metric.sign
@@ -136,24 +129,24 @@ def run_picks(run: str, records: Sequence[SpectrumRecord], values: Sequence[floa
 
 
 def _candidates(
-    records: Sequence[SpectrumRecord], states: Sequence[AnalyzedState], candidates: Candidates
+    states: Sequence[AnalyzedState], judged: Sequence[AnalyzedState], candidates: Candidates
 ) -> tuple[list[int], bool, float | None]:
     """Return the positions of the candidates, whether none is MP, and the tolerance of the loss; None: no condition."""
     if candidates == "all":
-        return list(range(len(states))), False, None
-    # The drop of the loss is that of the whole run, whichever of its records can be judged.
-    tolerance = loss_tolerance(records) if candidates == "near" else float(candidates)
-    ranking = rank_by_loss(states, None, tolerance)
+        return list(range(len(judged))), False, None
+    # The drop of the loss is that of the whole run, whichever of its states can be judged.
+    tolerance = loss_tolerance(states) if candidates == "near" else float(candidates)
+    ranking = rank_by_loss(judged, None, tolerance)
     if ranking.qualified or ranking.pick is None:
         return [int(candidate.path) for candidate in ranking.qualified], False, tolerance
     return [int(ranking.pick.path)], True, tolerance
 
 
-def _scores(judged: Sequence[SpectrumRecord], name: str, settings: PickSettings) -> list[float]:
-    """Return the score of each record by a rule, higher is better; NaN: not known."""
+def _scores(judged: Sequence[AnalyzedState], name: str, settings: PickSettings) -> list[float]:
+    """Return the score of each state by a rule, higher is better; NaN: not known."""
     if name == LOWEST_VALIDATION_LOSS and settings.val_loss is not None:
         return [-loss for loss in logged_values(judged, settings.val_loss)]
-    return [RULES[name].score(record) for record in judged]
+    return [state.scores.get(name, math.nan) for state in judged]
 
 
 def _first_highest(scores: Sequence[float]) -> int | None:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_hesd.judgment.candidates import (
     LOWEST_VALIDATION_LOSS,
     REFERENCES,
     VALIDATION_METRIC,
     PickSettings,
-    is_baseline,
     run_picks,
 )
 from lightning_hesd.judgment.judgment import Judgment
 from lightning_hesd.judgment.metric import VALIDATION, Metric, logged_names, logged_values, words
 from lightning_hesd.judgment.metric_file import values_in_file
-from lightning_hesd.judgment.runs import read_runs
+from lightning_hesd.judgment.runs import read_runs, runs_of_payloads
 from lightning_hesd.judgment.statistics import LEVEL, check_level
 from lightning_hesd.spectra.rules import RULES
 
@@ -79,22 +78,68 @@ def judge(
     check_level(level)
     runs = read_runs(histories, name)
     values, notes = _values(runs, judged_by, metrics)
-    curvature = [rule for rule in RULES if not is_baseline(RULES[rule])] if rules is None else rules
-    baselines = [rule for rule in RULES if is_baseline(RULES[rule])]
     criteria = _checked_criteria(runs, val_loss, val_metric)
-    settings = PickSettings(judged_by, candidates, (*curvature, *baselines), *criteria)
-    found = [run_picks(run, runs[run].records, values[run], settings) for run in runs]
+    settings = PickSettings(judged_by, candidates, _with_baselines(rules), *criteria)
+    return _judgment(runs, values, settings, level, notes)
+
+
+def judge_payloads(payloads: Mapping[str, Sequence[Mapping[str, Any]]], metric: str) -> Judgment:
+    """Compare the checkpoint rules as `judge` does by default, in runs whose records are given as payloads.
+
+    Args:
+        payloads: Payloads of records in the order of training, by name of the run.
+        metric: Name of the logged metric by which picks are judged.
+
+    Raises:
+        ValueError: If no run has the metric.
+    """
+    judged_by = Metric.of(metric, None)
+    runs = runs_of_payloads(payloads)
+    values, notes = _values(runs, judged_by, None)
+    return _judgment(runs, values, PickSettings(judged_by, "near", _with_baselines(None)), LEVEL, notes)
+
+
+def _with_baselines(rules: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the names of the rules to compare, all if None, and then of the baselines."""
+    baselines = [rule for rule in RULES if RULES[rule].is_baseline]
+    return (*(_compared_rules() if rules is None else rules), *baselines)
+
+
+def _compared_rules() -> list[str]:
+    return [rule for rule in RULES if not RULES[rule].is_baseline]
+
+
+def _judgment(
+    runs: Mapping[str, Run],
+    values: Mapping[str, Sequence[float]],
+    settings: PickSettings,
+    level: float,
+    notes: Sequence[str],
+) -> Judgment:
+    """Return the judgment of runs.
+
+    Args:
+        runs: The runs by name.
+        values: The metric of each state of each run; NaN: not known.
+        settings: Which rules and baselines pick, and among which states.
+        level: As for `judge`.
+        notes: Notes on the values.
+
+    Raises:
+        ValueError: If no state of trained weights has the metric.
+    """
+    found = [run_picks(run, runs[run].states, values[run], settings) for run in runs]
     picked = [run for run in found if run.judged]
     if not picked:
-        msg = f"{judged_by.name} is known before the first step only: there are no trained weights to judge."
+        msg = f"{settings.metric.name} is known before the first step only: there are no trained weights to judge."
         raise ValueError(msg)
     titles = {rule: RULES[rule].title for rule in settings.rules} | REFERENCES
     if settings.val_metric is not None:
         titles[VALIDATION_METRIC] = f"best {settings.val_metric.name}"
     present = {choice: title for choice, title in titles.items() if any(choice in run.picks for run in picked)}
-    ranked = tuple(rule for rule in curvature if rule in present)
-    notes += _notes(runs, picked, settings)
-    return Judgment(judged_by, candidates, level, tuple(picked), present, ranked, tuple(notes))
+    ranked = tuple(rule for rule in settings.rules if rule in present and not RULES[rule].is_baseline)
+    every_note = (*notes, *_notes(runs, picked, settings))
+    return Judgment(settings.metric, settings.candidates, level, tuple(picked), present, ranked, every_note)
 
 
 def _check(candidates: Candidates, rules: Sequence[str] | None) -> None:
@@ -109,7 +154,7 @@ def _check(candidates: Candidates, rules: Sequence[str] | None) -> None:
     if not isinstance(candidates, str) and not candidates >= 0:
         msg = f"`candidates` must be a tolerance of the loss of at least 0, 'near' or 'all'; got {candidates}."
         raise ValueError(msg)
-    known = [rule for rule in RULES if not is_baseline(RULES[rule])]
+    known = _compared_rules()
     unknown = next((rule for rule in rules or () if rule not in known), None)
     if unknown is not None or (rules is not None and len(rules) == 0):
         msg = f"`rules` must be names of rules, got {unknown!r}: there are {', '.join(known)}."
@@ -119,10 +164,10 @@ def _check(candidates: Candidates, rules: Sequence[str] | None) -> None:
 def _values(
     runs: Mapping[str, Run], metric: Metric, path: str | os.PathLike[str] | None
 ) -> tuple[dict[str, list[float]], list[str]]:
-    """Return the metric of every record by run, and notes.
+    """Return the metric of every state by run, and notes.
 
     Raises:
-        ValueError: If no record has it.
+        ValueError: If no state has it.
     """
     if path is not None:
         values, others = values_in_file(path, metric, runs)
@@ -134,7 +179,7 @@ def _values(
             raise ValueError(msg)
         plural = "row of the file belongs" if others == 1 else "rows of the file belong"
         return values, [f"{others} {plural} to no analyzed checkpoint."] if others else []
-    every = [record for run in runs.values() for record in run.records]
+    every = [state for run in runs.values() for state in run.states]
     names = logged_names(every)
     if not names:
         msg = (
@@ -146,7 +191,7 @@ def _values(
     if metric.name not in names:
         msg = f"no record of these runs has the metric {metric.name!r}: they have {', '.join(names)}."
         raise ValueError(msg)
-    return {name: logged_values(run.records, metric.name) for name, run in runs.items()}, []
+    return {name: logged_values(run.states, metric.name) for name, run in runs.items()}, []
 
 
 def _checked_criteria(
@@ -157,7 +202,7 @@ def _checked_criteria(
     Raises:
         ValueError: If a name is not that of a logged metric.
     """
-    names = logged_names(record for run in runs.values() for record in run.records)
+    names = logged_names(state for run in runs.values() for state in run.states)
     for argument, given in (("val_loss", val_loss), ("val_metric", val_metric)):
         if given is not None and given not in names:
             found = ", ".join(names) or "no metrics"

@@ -11,7 +11,7 @@ import numpy as np
 
 from lightning_hesd.judgment.candidates import LAST
 from lightning_hesd.judgment.outcomes import Outcomes
-from lightning_hesd.judgment.tables import as_csv, tables, without_nan
+from lightning_hesd.judgment.tables import as_csv, summary, tables, without_nan
 from lightning_hesd.judgment.verdict import baselines_verdict, verdict
 from lightning_hesd.spectra.files import atomic_write
 
@@ -70,7 +70,10 @@ class Judgment(Outcomes):
         return "\n\n".join([f"**{self.sentence}**", *texts, *([remarks] if remarks else [])]) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain data for JSON, with None for numbers that are absent."""
+        """Return everything as plain data for JSON, with None for numbers that are absent.
+
+        `summary` is a small table of texts, `table` has the numbers: see `rows`.
+        """
         runs = [
             {
                 "run": run.run,
@@ -92,6 +95,7 @@ class Judgment(Outcomes):
                 "level": self.level,
                 "sentence": self.sentence,
                 "remarks": self.remarks,
+                "summary": summary(self)._asdict(),
                 "table": self.rows,
                 "runs": runs,
             }

@@ -1,4 +1,4 @@
-"""The metric by which picks are judged: its values at the records of a run, and how its numbers are written."""
+"""The metric by which picks are judged: its values in the states of a run, and how its numbers are written."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
-    from lightning_hesd.spectra.record import SpectrumRecord
+    from lightning_hesd.spectra.analyzed_state import AnalyzedState
 
 LOWER_IS_BETTER = {"loss", "error", "err", "perplexity", "ppl", "nll", "mse", "rmse", "mae"}
 """Words in the name of a metric of which lower values are better."""
@@ -22,6 +22,9 @@ VALIDATION = {"val", "valid", "validation", "dev"}
 """Words in the name of a metric on validation data."""
 
 MAX_DECIMALS = 6
+
+LARGEST = 1e100
+"""Values beyond count as infinite: sums and squares of such values would overflow."""
 
 
 @dataclass(frozen=True)
@@ -80,20 +83,19 @@ def words(name: str) -> set[str]:
     return set(re.findall(r"[a-z0-9]+", separated))
 
 
-def logged(record: SpectrumRecord) -> Mapping[str, float]:
-    """Return the metrics of a record; none for records that were made before metrics were kept."""
-    return getattr(record, "metrics", None) or {}
+def logged_names(states: Iterable[AnalyzedState]) -> list[str]:
+    """Return the names of all metrics of these states, in alphabetical order."""
+    return sorted({name for state in states for name in state.metrics})
 
 
-def logged_names(records: Iterable[SpectrumRecord]) -> list[str]:
-    """Return the names of all metrics in these records, in alphabetical order."""
-    return sorted({name for record in records for name in logged(record)})
-
-
-def logged_values(records: Iterable[SpectrumRecord], name: str) -> list[float]:
+def logged_values(states: Iterable[AnalyzedState], name: str) -> list[float]:
     """Return the values of a metric; NaN where it is absent or infinite."""
-    found = [float(logged(record).get(name, math.nan)) for record in records]
-    return [value if math.isfinite(value) else math.nan for value in found]
+    return [finite_or_nan(float(state.metrics.get(name, math.nan))) for state in states]
+
+
+def finite_or_nan(value: float) -> float:
+    """Return a value; NaN if its size is infinite or above `LARGEST`."""
+    return value if abs(value) <= LARGEST else math.nan
 
 
 @dataclass(frozen=True)

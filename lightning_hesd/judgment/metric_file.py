@@ -7,13 +7,15 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_hesd.judgment.metric import finite_or_nan
+
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
 
     from lightning_hesd.judgment.metric import Metric
     from lightning_hesd.judgment.runs import Run
-    from lightning_hesd.spectra.record import SpectrumRecord
+    from lightning_hesd.spectra.analyzed_state import AnalyzedState
 
 RUN_COLUMN, STEP_COLUMN, EPOCH_COLUMN = "run", "global_step", "epoch"
 
@@ -21,7 +23,7 @@ RUN_COLUMN, STEP_COLUMN, EPOCH_COLUMN = "run", "global_step", "epoch"
 def values_in_file(
     path: str | os.PathLike[str], metric: Metric, runs: Mapping[str, Run]
 ) -> tuple[dict[str, list[float]], int]:
-    """Return the values of a metric in a CSV file for every record, by run, and the number of rows of other records.
+    """Return the values of a metric in a CSV file for every state, by run, and the number of rows of no state.
 
     The columns are `run` (the name of the run, or the end of its path; not needed for one run), `global_step` or
     `epoch`, and one named as the metric.
@@ -32,7 +34,7 @@ def values_in_file(
         runs: The runs by name.
 
     Returns:
-        A value for each record of each run, NaN where the file has none; and how many rows belong to no record.
+        A value for each state of each run, NaN where the file has none; and how many rows belong to no state.
 
     Raises:
         ValueError: If a column is missing, a cell is no number, or a row is ambiguous.
@@ -45,8 +47,8 @@ def values_in_file(
         if missing := [column for column in needed if column not in columns]:
             msg = f"{path} has no column {missing[0]!r}: it has {', '.join(columns) or 'no columns'}."
             raise ValueError(msg)
-        values = {name: [math.nan] * len(run.records) for name, run in runs.items()}
-        places = {name: _places(run.records, key) for name, run in runs.items()}
+        values = {name: [math.nan] * len(run.states) for name, run in runs.items()}
+        places = {name: _places(run.states, key) for name, run in runs.items()}
         others = 0
         for row in reader:
             where = f"{path}, line {reader.line_num}"
@@ -71,11 +73,11 @@ def values_in_file(
     return values, others
 
 
-def _places(records: Sequence[SpectrumRecord], key: str) -> dict[int, list[int]]:
-    """Return the positions of records by their epoch or their step."""
+def _places(states: Sequence[AnalyzedState], key: str) -> dict[int, list[int]]:
+    """Return the positions of states by their epoch or their step."""
     places: dict[int, list[int]] = {}
-    for place, record in enumerate(records):
-        places.setdefault(getattr(record, key), []).append(place)
+    for place, state in enumerate(states):
+        places.setdefault(getattr(state, key), []).append(place)
     return places
 
 
@@ -109,4 +111,4 @@ def _number(cell: str | None, where: str) -> float:
     except ValueError as error:
         msg = f"{where}: {cell!r} is no number."
         raise ValueError(msg) from error
-    return value if math.isfinite(value) else math.nan
+    return finite_or_nan(value)

@@ -1,4 +1,4 @@
-"""The runs to be judged: their names and their records."""
+"""The runs to be judged: their names and their analyzed states."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from lightning_hesd.spectra.analyzed_state import AnalyzedState, analyzed_states
 from lightning_hesd.spectra.record import SpectrumRecord
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
     History: TypeAlias = Sequence[SpectrumRecord] | str | os.PathLike[str]
     Histories: TypeAlias = Mapping[str, History] | Sequence[History] | History
@@ -25,11 +27,11 @@ class Run:
 
     Attributes:
         parts: Parts of its path; of a run without a path, its name.
-        records: Its records in the order of training.
+        states: Its states in the order of training.
     """
 
     parts: tuple[str, ...]
-    records: Sequence[SpectrumRecord]
+    states: Sequence[AnalyzedState]
 
     def is_called(self, name: str) -> bool:
         """Return whether a name is that of the run, or the end of its path."""
@@ -49,7 +51,7 @@ def read_runs(histories: Histories, callback: str) -> dict[str, Run]:
         ValueError: If there are no runs, or if a history is damaged.
     """
     if isinstance(histories, Mapping):
-        runs = {str(name): Run((str(name),), _records(history, callback)) for name, history in histories.items()}
+        runs = {str(name): Run((str(name),), _states(history, callback)) for name, history in histories.items()}
     else:
         is_one = isinstance(histories, str | os.PathLike) or _is_history(histories)
         runs = _named([histories] if is_one else histories, callback)  # type: ignore[list-item, arg-type]
@@ -59,6 +61,11 @@ def read_runs(histories: Histories, callback: str) -> dict[str, Run]:
     return runs
 
 
+def runs_of_payloads(payloads: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Run]:
+    """Return runs from the payloads of their records, by name."""
+    return {name: Run((name,), list(map(AnalyzedState.of_payload, of_run))) for name, of_run in payloads.items()}
+
+
 def _named(histories: Sequence[History], callback: str) -> dict[str, Run]:
     runs: dict[str, Run] = {}
     folders: dict[str, None] = {}  # in the order given; a run that is given twice counts once
@@ -66,9 +73,9 @@ def _named(histories: Sequence[History], callback: str) -> dict[str, Run]:
         if isinstance(history, str | os.PathLike):
             folders |= dict.fromkeys(_folders(history, callback))
         else:
-            runs[f"run {position}"] = Run((f"run {position}",), history)
+            runs[f"run {position}"] = Run((f"run {position}",), _states(history, callback))
     for name, folder in zip(_short_names(list(folders)), folders, strict=True):
-        runs[name] = Run(Path(folder).parts, _records(folder, callback))
+        runs[name] = Run(Path(folder).parts, _states(folder, callback))
     return runs
 
 
@@ -87,11 +94,12 @@ def _folders(location: str | os.PathLike[str], callback: str) -> list[str]:
     return below or [str(folder)]  # to read it says what is missing
 
 
-def _records(history: History, callback: str) -> Sequence[SpectrumRecord]:
+def _states(history: History, callback: str) -> list[AnalyzedState]:
+    if not isinstance(history, str | os.PathLike):
+        return analyzed_states(history)
     from lightning_hesd.training.history import SpectrumHistory  # noqa: PLC0415 - imports torch
 
-    is_path = isinstance(history, str | os.PathLike)
-    return SpectrumHistory.load(history, callback) if is_path else history  # type: ignore[arg-type, return-value]
+    return analyzed_states(SpectrumHistory.load(history, callback))
 
 
 def _is_history(histories: Sequence[object]) -> bool:

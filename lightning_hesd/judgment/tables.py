@@ -58,6 +58,31 @@ def tables(outcomes: Outcomes) -> list[Table]:
     return [_comparison(outcomes, against) for against in outcomes.comparisons]
 
 
+def summary(outcomes: Outcomes) -> Table:
+    """Return the small table of the HESD tab: means and gains over the last epoch, or the picks of a single run."""
+    if len(outcomes.runs) == 1:
+        return _picks(outcomes)
+    numbers, metric = outcomes.numbers, outcomes.metric
+    header = ("", f"mean {metric.name}", "gain over last", f"{1 - outcomes.level:.0%} interval", "regret")
+    lines: list[tuple[str, ...]] = []
+    for row in _with_gap(outcomes):
+        if not row:
+            lines.append(())
+            continue
+        gain, low, high = (row.get(f"{key}_over_{LAST}", math.nan) for key in ("gain", "low", "high"))
+        lines.append(
+            (
+                row["title"],
+                f"{row['mean']:.4g}",
+                numbers.difference(gain),
+                numbers.interval(low, high),
+                numbers.value(row["regret"]),
+            )
+        )
+    unit = f"; differences in{numbers.unit}" if numbers.unit else ""
+    return Table(f"{metric.name}: picks of {len(outcomes.runs)} runs{unit}", header, tuple(lines))
+
+
 def _comparison(outcomes: Outcomes, against: str) -> Table:
     """Return the table of the comparison with one baseline."""
     numbers, metric = outcomes.numbers, outcomes.metric
@@ -139,9 +164,9 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def without_nan(value: Any) -> Any:
-    """Return plain data with None in place of NaN, which JSON does not know."""
+    """Return plain data with None in place of NaN and infinity, which JSON does not know."""
     if isinstance(value, dict):
         return {key: without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -20,6 +20,8 @@ MAX_NAMED = 3
 
 def verdict(outcomes: Outcomes, against: str = LAST) -> str:
     """Return whether some rule is evidently better or worse than a baseline, with the largest gain."""
+    if against not in outcomes.comparisons:
+        return "No rule can be compared with another choice: none has a pick in any run."
     baseline = f"the {outcomes.titles[against]}"
     comparison = outcomes.comparisons[against]
     rules = [place for place, name in enumerate(comparison.names) if name in outcomes.rules]

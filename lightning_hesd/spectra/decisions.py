@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from lightning_hesd.spectra.analyzed_state import AnalyzedState
 from lightning_hesd.spectra.rules import RULES, rule_title
 from lightning_hesd.spectra.scalars import descriptions
 from lightning_hesd.spectra.selection import (
     LOSS_SHARE,
-    AnalyzedState,
     Candidate,
     CandidateFilter,
     Ranking,
@@ -68,7 +68,7 @@ def decisions(records: Sequence[Payload], selections: Sequence[Payload]) -> list
         by_callback.setdefault(selection["key"], []).append(selection)
     found = [_of_callback(made) for made in by_callback.values()]
     used = {decision["rule"] for decision in found}
-    states = [_state(record) for record in records]
+    states = list(map(AnalyzedState.of_payload, records))
     # Of a rule without a callback, the decision that one with default settings would make.
     return found + [
         {**_decision(rule, LOSS, rank_by_loss(states, rule), is_relative=True), "used": False}
@@ -104,17 +104,6 @@ def _of_callback(made: Sequence[Payload]) -> dict[str, Any]:
         "pick": last["pick"],
         "metrics": metrics,
     }
-
-
-def _state(record: Payload) -> AnalyzedState:
-    spectrum = record["spectra"].get("spectrum") or {"loss": None, "type": None}
-    return AnalyzedState(
-        record["epoch"],
-        record["global_step"],
-        math.nan if spectrum["loss"] is None else spectrum["loss"],
-        spectrum["type"],
-        {rule: -math.inf if score is None else score for rule, score in record["scores"].items()},
-    )
 
 
 def _decision(rule: str, metric: str, ranking: Ranking, *, is_relative: bool) -> dict[str, Any]:

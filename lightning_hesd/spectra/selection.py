@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+from lightning_hesd.spectra.analyzed_state import analyzed_states
 from lightning_hesd.spectra.record import START_EPOCH
 from lightning_hesd.spectra.rules import RULES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
+    from lightning_hesd.spectra.analyzed_state import AnalyzedState
     from lightning_hesd.spectra.record import SpectrumRecord
 
 LOSS_SHARE = 0.05
@@ -122,37 +124,6 @@ def progress_tolerance(first: float | None, best: float) -> float:
 
 
 @dataclass(frozen=True)
-class AnalyzedState:
-    """The values of a record, or of the payload of a record, that a ranking by loss uses.
-
-    Attributes:
-        epoch: Epoch of the analysis.
-        global_step: Optimizer steps taken by then.
-        loss: Mean loss over the analysis samples; NaN if the analysis failed.
-        hesd_type: "MP" or "MN"; None where C_t is undefined.
-        scores: Criterion of each rule, by the rule's name; NaN where it is undefined.
-    """
-
-    epoch: int
-    global_step: int
-    loss: float
-    hesd_type: str | None
-    scores: Mapping[str, float]
-
-    @classmethod
-    def of(cls, record: SpectrumRecord) -> AnalyzedState:
-        """Return the values of a record."""
-        spectrum = record.spectrum
-        return cls(
-            record.epoch,
-            record.global_step,
-            math.nan if spectrum is None else spectrum.loss,
-            None if spectrum is None else spectrum.hesd_type,
-            {name: rule.score(record) for name, rule in RULES.items()},
-        )
-
-
-@dataclass(frozen=True)
 class Ranking:
     """The decision of a checkpoint rule among candidates, in the order of training, that pass a filter."""
 
@@ -208,7 +179,7 @@ def rank_by_loss(states: Sequence[AnalyzedState], rule: str | None, tolerance: f
 
 def first_loss(records: Sequence[SpectrumRecord]) -> float | None:
     """Return the finite loss after the fewest optimizer steps, the highest of several; None if no loss is finite."""
-    return _first_loss(list(map(AnalyzedState.of, records)))
+    return _first_loss(analyzed_states(records))
 
 
 def with_first_loss(records: Sequence[SpectrumRecord]) -> list[SpectrumRecord]:
@@ -223,11 +194,12 @@ def _first_loss(states: Sequence[AnalyzedState]) -> float | None:
     return -min(losses)[1] if losses else None
 
 
-def loss_tolerance(records: Sequence[SpectrumRecord]) -> float:
-    """Return the largest difference of losses of these records that count as nearly the same."""
-    losses = [record.spectrum.loss for record in records if record.spectrum and math.isfinite(record.spectrum.loss)]
-    first = first_loss(records)
-    return 0.0 if first is None else progress_tolerance(-first, -min(losses))
+def loss_tolerance(states: Sequence[AnalyzedState]) -> float:
+    """Return the largest difference of losses of these states that count as nearly the same."""
+    first = _first_loss(states)
+    if first is None:
+        return 0.0
+    return progress_tolerance(-first, max(-s.loss for s in states if math.isfinite(s.loss)))
 
 
 def candidates_of(
@@ -240,7 +212,7 @@ def candidates_of(
         tolerance: As for `rank_by_loss`.
         fallback: Whether the lowest loss is the candidate if no spectrum is MP, rather than none.
     """
-    ranking = rank_by_loss(list(map(AnalyzedState.of, records)), None, tolerance)
+    ranking = rank_by_loss(analyzed_states(records), None, tolerance)
     lowest = [ranking.pick] if fallback and ranking.pick else []
     return [records[int(candidate.path)] for candidate in ranking.qualified or lowest]
 
@@ -249,7 +221,7 @@ def picks(
     records: Sequence[SpectrumRecord], tolerance: float | None = None, *, fallback: bool = True
 ) -> dict[str, SpectrumRecord]:
     """Return the pick of each rule that is shown, by the rule's name; arguments as for `candidates_of`."""
-    states = list(map(AnalyzedState.of, records))
+    states = analyzed_states(records)
     rankings = {name: rank_by_loss(states, name, tolerance) for name, rule in RULES.items() if rule.is_shown}
     return {
         name: records[int(ranking.pick.path)]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from lightning_hesd.spectra.analyzed_state import analyzed_states
 from lightning_hesd.spectra.record import START_EPOCH
 from lightning_hesd.spectra.rules import rule_short_title, rule_title
 from lightning_hesd.spectra.scalars import RECORD_SCALARS, SPECTRUM_SCALARS, shown_in
@@ -99,7 +100,8 @@ def summarize(
     chosen |= {rule: record.global_step for rule, record in others.items()}
     candidates = {rule: found.candidates for rule, found in kept.items()} | dict.fromkeys(others, equal)
     columns = _columns(history, chosen, candidates, by_step=by_step)
-    of_drop = f"(MP, loss within {loss_tolerance(history):.3g}, {LOSS_SHARE:.0%} of its drop, of the lowest)"
+    tolerance = loss_tolerance(analyzed_states(history))
+    of_drop = f"(MP, loss within {tolerance:.3g}, {LOSS_SHARE:.0%} of its drop, of the lowest)"
     marked = [place for place, record in enumerate(history) if record.global_step in chosen.values()]
     notes = [
         *(

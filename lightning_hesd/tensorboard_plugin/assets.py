@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-SHARED = ("dom.js", "theme.js", "data.js", "base.js", "curves.js", "details.js", "words.js", "layout.js", "page.js")
+SHARED = (
+    "dom.js",
+    "theme.js",
+    "data.js",
+    "base.js",
+    "curves.js",
+    "details.js",
+    "words.js",
+    "judgment.js",
+    "layout.js",
+    "page.js",
+)
 """Modules of both frontends, each after the modules it imports."""
 
 REPORT = "report.js"

@@ -14,6 +14,7 @@ from tensorboard.data import provider
 from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
+from lightning_hesd.judgment.judge import judge_payloads
 from lightning_hesd.spectra.decisions import rewound, run_payload
 from lightning_hesd.spectra.payload import PLUGIN_NAME, RECORD, SELECTION
 from lightning_hesd.spectra.payload_reading import SELECTION_FIELDS, PayloadError, read_payload
@@ -21,7 +22,7 @@ from lightning_hesd.tensorboard_plugin.assets import PLOTLY, STATIC, content, co
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from werkzeug.wrappers import Request, Response
 
@@ -47,7 +48,8 @@ class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
     def get_plugin_apps(self) -> dict[str, Application]:
         """Return the application for each route."""
         apps: dict[str, Application] = {f"/{name}": _asset_app(name) for name in (*STATIC, PLOTLY)}
-        return {**apps, "/runs": self._answer(self._runs), "/records": self._answer(self._records)}
+        answers = {"/runs": self._runs, "/records": self._records, "/judgment": self._judgment}
+        return {**apps, **{route: self._answer(find) for route, find in answers.items()}}
 
     def is_active(self) -> bool:
         """Return False: TensorBoard shows the tab when a run has payloads."""
@@ -107,25 +109,49 @@ class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
         """
         run, name = _argument(request, "run"), _argument(request, "name")
         listed = self._listed(context, experiment)
-        if run not in listed:
-            msg = f"no run {run!r} with payloads of lightning_hesd"
-            raise errors.NotFoundError(msg)
-        tag = f"{name}/{RECORD}"
-        if tag not in listed[run]:
-            msg = f"run {run!r} has no records of a callback named {name!r}"
-            raise errors.NotFoundError(msg)
+        tag = _tag_of_records(listed, run, name)
         rules = [other for other in listed[run] if other.startswith(f"{name}/{SELECTION}/")]
-        read = self._provider.read_tensors(
-            context,
-            experiment_id=experiment,
-            plugin_name=PLUGIN_NAME,
-            downsample=self._samples,
-            run_tag_filter=provider.RunTagFilter(runs=[run], tags=[tag, *rules]),
-        ).get(run, {})
+        read = self._read(context, experiment, [run], [tag, *rules]).get(run, {})
         problems: list[str] = []
         records = rewound(_payloads(read.get(tag, ()), problems))
         selections = [c for rule in rules for c in rewound(_payloads(read.get(rule, ()), problems, SELECTION_FIELDS))]
         return run_payload(run, name, records, selections, problems)
+
+    def _judgment(self, request: Request, context: Any, experiment: str) -> dict[str, Any]:
+        """Return what the picks of the checkpoint rules were worth in runs, by a metric.
+
+        Raises:
+            InvalidArgumentError: If an argument is missing or given twice, or no run has the metric.
+            NotFoundError: If a run, or the name in it, does not exist.
+        """
+        metric = _argument(request, "metric")
+        runs, names = request.args.getlist("run"), request.args.getlist("name")
+        if not runs or len(runs) != len(names):
+            msg = f"each `run` needs a `name`, got {len(runs)} runs and {len(names)} names"
+            raise errors.InvalidArgumentError(msg)
+        if len(set(runs)) < len(runs):
+            msg = "a `run` is given twice: runs must be independent"
+            raise errors.InvalidArgumentError(msg)
+        listed = self._listed(context, experiment)
+        tags = {run: _tag_of_records(listed, run, name) for run, name in zip(runs, names, strict=True)}
+        read = self._read(context, experiment, runs, list(set(tags.values())))
+        # What cannot be read, /records reports.
+        payloads = {run: rewound(_payloads(read.get(run, {}).get(tag, ()), [])) for run, tag in tags.items()}
+        try:
+            return judge_payloads(payloads, metric).to_dict()
+        except ValueError as error:
+            raise errors.InvalidArgumentError(str(error)) from error
+
+    def _read(self, context: Any, experiment: str, runs: Sequence[str], tags: Sequence[str]) -> dict[str, Any]:
+        """Return the data of tags by run and tag."""
+        found: dict[str, Any] = self._provider.read_tensors(
+            context,
+            experiment_id=experiment,
+            plugin_name=PLUGIN_NAME,
+            downsample=self._samples,
+            run_tag_filter=provider.RunTagFilter(runs=runs, tags=tags),
+        )
+        return found
 
     def _listed(self, context: Any, experiment: str) -> dict[str, Any]:
         found: dict[str, Any] = self._provider.list_tensors(context, experiment_id=experiment, plugin_name=PLUGIN_NAME)
@@ -142,6 +168,22 @@ class HESDLoader(base_plugin.TBLoader):  # type: ignore[misc]  # untyped
     def load(self, context: base_plugin.TBContext) -> HESDPlugin | None:
         """Return the plugin; None without a data provider."""
         return HESDPlugin(context) if context.data_provider is not None else None
+
+
+def _tag_of_records(listed: Mapping[str, Any], run: str, name: str) -> str:
+    """Return the tag of the records of a callback.
+
+    Raises:
+        NotFoundError: If the run, or the name in it, does not exist.
+    """
+    if run not in listed:
+        msg = f"no run {run!r} with payloads of lightning_hesd"
+        raise errors.NotFoundError(msg)
+    tag = f"{name}/{RECORD}"
+    if tag not in listed[run]:
+        msg = f"run {run!r} has no records of a callback named {name!r}"
+        raise errors.NotFoundError(msg)
+    return tag
 
 
 def _payloads(data: Iterable[Any], problems: list[str], *fields: Any) -> list[dict[str, Any]]:

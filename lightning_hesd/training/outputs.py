@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from lightning_hesd.spectra.analyzed_state import analyzed_states
 from lightning_hesd.spectra.criteria import quasi_singular
 from lightning_hesd.spectra.payload import SELECTIONS_NAME, selection_payload, to_json
 from lightning_hesd.spectra.payload_reading import SELECTION_FIELDS, PayloadError, read_payload
@@ -171,7 +172,9 @@ def _remarks(
             f"generalization do not apply. Likely cause: {'; '.join(causes)}. An untrained network is MN, too."
         )
     states = [r.spectrum for r in history if r.spectrum is not None]
-    if quasi_singular([s.lambda_max for s in states], [s.loss for s in states], tolerance=loss_tolerance(history)):
+    if quasi_singular(
+        [s.lambda_max for s in states], [s.loss for s in states], tolerance=loss_tolerance(analyzed_states(history))
+    ):
         found["QS"] = (
             f"the spectrum of epoch {record.epoch} is quasi-singular: the largest eigenvalue fell to "
             f"{record.spectrum.lambda_max:.3g} while the loss hardly changed. Largest eigenvalue and trace no longer "

@@ -43,6 +43,19 @@ def test_help_loads_no_torch(words: list[str]) -> None:
     assert last_line(COMMAND.format(words=words)) == "[]"
 
 
+def test_judging_payloads_as_the_tab_does_loads_no_torch() -> None:
+    program = """
+import sys
+from lightning_hesd.judgment.judge import judge_payloads
+from lightning_hesd.spectra.payload import record_payload
+from tests.judgment.simulated import record
+payloads = {name: [record_payload(record(epoch, val_acc=0.5)) for epoch in range(2)] for name in "abcdefg"}
+judge_payloads(payloads, "val_acc").to_dict()
+"""
+    slow = "{'torch', 'lightning', 'matplotlib', 'pandas', 'scipy'}"
+    assert last_line(f"{program}print(sorted({slow} & set(sys.modules)))") == "[]"
+
+
 def test_the_tab_loads_no_torch() -> None:
     plugin = "import sys, lightning_hesd.tensorboard_plugin.plugin\n"
     assert last_line(plugin + "print(sorted({'torch', 'lightning', 'matplotlib'} & set(sys.modules)))") == "[]"

@@ -2,51 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 
 from lightning_hesd.spectra.record import SpectrumRecord
-from lightning_hesd.spectra.rules import CheckpointRule
 from tests.spectra.nodes import spectrum
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-@dataclasses.dataclass(frozen=True)
-class Record(SpectrumRecord):
-    """A record with metrics."""
-
-    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-    @property
-    def validation_loss(self) -> float | None:
-        return self.metrics.get("val_loss")
-
-
-@dataclasses.dataclass(frozen=True)
-class Baseline(CheckpointRule):
-    """A rule that knows nothing of curvature."""
-
-    is_baseline: bool = True
-
-
-BASELINES = (
-    Baseline("last", "last epoch", "last", lambda step: step, ("global_step",)),
-    Baseline("lowest_train_loss", "lowest training loss", "train", lambda found: -found.loss),
-    Baseline("lowest_validation_loss", "lowest validation loss", "val", lambda loss: -loss, ("validation_loss",)),
-)
-
-
-def record(epoch: int, c_t: float = -0.1, lambda_max: float = 1.0, loss: float = 0.1, **metrics: float) -> Record:
+def record(
+    epoch: int, c_t: float = -0.1, lambda_max: float = 1.0, loss: float = 0.1, **metrics: float
+) -> SpectrumRecord:
     """Return a record with the metrics given by name."""
-    return Record(epoch, 10 * epoch + 10, spectrum(c_t * lambda_max, lambda_max, loss=loss), metrics=metrics)
+    return SpectrumRecord(epoch, 10 * epoch + 10, spectrum(c_t * lambda_max, lambda_max, loss=loss), metrics=metrics)
 
 
-def history(generator: np.random.Generator, epochs: int = 6, effect: float = 0.0) -> list[Record]:
+def history(generator: np.random.Generator, epochs: int = 6, effect: float = 0.0) -> list[SpectrumRecord]:
     """Return a run in which the accuracy of an epoch is noise of size 1 %, plus `effect` where C_t is the highest.
 
     All epochs are candidates. The highest C_t is never at the last epoch, λ_max means nothing.
@@ -60,3 +35,17 @@ def history(generator: np.random.Generator, epochs: int = 6, effect: float = 0.0
         record(epoch, value, size, val_acc=score, val_loss=1 - score + 0.01 * generator.standard_normal())
         for epoch, (value, size, score) in enumerate(zip([*c_t, -0.5], sizes, accuracy, strict=True))
     ]
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """Check that judgments are the same, up to the seven digits of payloads."""
+    if isinstance(expected, dict):
+        assert list(found) == list(expected)
+        for key in expected:
+            assert_same(found[key], expected[key])
+    elif isinstance(expected, list | tuple):
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+    else:
+        close = pytest.approx(expected, rel=1e-5, abs=1e-6) if isinstance(expected, float) else expected
+        assert found == close

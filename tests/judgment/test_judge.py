@@ -13,23 +13,23 @@ import pytest
 
 from lightning_hesd import Judgment, judge
 from lightning_hesd.commands.cli import main
-from lightning_hesd.judgment.metric import NumberFormat, logged
+from lightning_hesd.judgment.judge import judge_payloads
+from lightning_hesd.judgment.metric import NumberFormat
 from lightning_hesd.judgment.statistics import runs_needed
+from lightning_hesd.spectra.payload import record_payload
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.spectra.rules import RULES, CheckpointRule
 from lightning_hesd.training.history import SpectrumHistory
-from tests.judgment.simulated import history, record
+from tests.judgment.simulated import assert_same, history, record
 from tests.spectra.nodes import spectrum
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.judgment.simulated import Record
-
 TWO = ["highest_c_t", "lowest_max_eigenvalue"]
 
 
-def runs(count: int, effect: float = 0.0, seed: int = 0) -> list[list[Record]]:
+def runs(count: int, effect: float = 0.0, seed: int = 0) -> list[list[SpectrumRecord]]:
     generator = np.random.default_rng(seed)
     return [history(generator, effect=effect) for _ in range(count)]
 
@@ -152,7 +152,7 @@ def test_only_records_with_the_metric_are_picked() -> None:
 
 
 def test_a_failed_analysis_counts_for_baselines_only() -> None:
-    failed = type(RUN[0])(5, 60, None, "RuntimeError", metrics={"val_acc": 0.9})
+    failed = SpectrumRecord(5, 60, None, "RuntimeError", metrics={"val_acc": 0.9})
     found = judge([[*RUN, failed]], "val_acc")
     assert epochs(found)["last"] == epochs(found)["best_possible"] == 5
     assert epochs(found)["highest_c_t"] == 2
@@ -323,11 +323,28 @@ def test_the_figure_has_a_row_for_each_choice() -> None:
     assert found.plot(ax, "lowest_validation_loss") is ax
 
 
+def test_the_small_table_of_the_tab() -> None:
+    found = judge(runs(7, effect=0.05), "val_acc", rules=TWO)
+    title, header, lines = found.to_dict()["summary"].values()
+    assert title == "val_acc: picks of 7 runs; differences in points"
+    assert header == ["", "mean val_acc", "gain over last", "95% interval", "regret"]
+    numbers = row(found, "highest_c_t")
+    gain, low, high, regret = (
+        100 * numbers[key] for key in ("gain_over_last", "low_over_last", "high_over_last", "regret")
+    )
+    cells = (f"{numbers['mean']:.4g}", f"{gain:+.1f}", f"[{low:+.1f}, {high:+.1f}]", f"{regret:.1f}")
+    assert lines[0] == ["highest C_t", *cells]
+    assert [line[0] if line else "" for line in lines[2:5]] == ["", "last epoch", "lowest training loss"]
+    one = judge(runs(1), "val_acc", rules=TWO).to_dict()["summary"]
+    assert one["header"] == ["", "epoch", "step", "val_acc", "over last", "over val loss", "regret"]
+    assert one["rows"][0][0] == "highest C_t"
+
+
 # Where runs and metrics come from -------------------------------------------------------------------------------------
 
 
-def saved(folder: Path, records: list[Record]) -> None:
-    """Save records as the callback does: without metrics, as older versions."""
+def saved(folder: Path, records: list[SpectrumRecord]) -> None:
+    """Save records without metrics, as of a module that logs none."""
     kept = SpectrumHistory()
     kept.extend(SpectrumRecord(r.epoch, r.global_step, r.spectrum) for r in records)
     kept.save(folder / "hesd")
@@ -340,8 +357,6 @@ def metrics_file(path: Path, lines: list[str]) -> Path:
 
 def test_old_runs_without_metrics_say_what_to_do(tmp_path: Path) -> None:
     saved(tmp_path, RUN)
-    if any(map(logged, SpectrumHistory.load(tmp_path))):
-        pytest.skip("records have metrics")
     with pytest.raises(ValueError, match=r"no metrics: either they were made before .* CSV file: `metrics` in Python"):
         judge(tmp_path, "val_acc")
 
@@ -394,6 +409,29 @@ def test_a_file_that_does_not_fit(tmp_path: Path, lines: list[str], message: str
     path = metrics_file(tmp_path / "test.csv", lines)
     with pytest.raises(ValueError, match=message):
         judge({"a": RUN, "b": RUN}, "test_acc", metrics=path)
+
+
+def test_payloads_are_judged_as_records_are() -> None:
+    histories = {f"seed={seed}": run for seed, run in enumerate(runs(7, effect=0.05))}
+    histories["none"] = [record(0)]
+    expected = judge(histories, "val_acc").to_dict()
+    found = judge_payloads({name: [record_payload(r) for r in run] for name, run in histories.items()}, "val_acc")
+    assert_same(found.to_dict(), expected)
+    assert "Left out, without the metric: none." in found.notes
+
+
+def test_without_any_pick_of_a_rule_the_sentence_says_so() -> None:
+    failed = [SpectrumRecord(epoch, epoch + 1, None, "no memory", metrics={"val_acc": 0.5}) for epoch in range(2)]
+    found = judge([failed], "val_acc")
+    assert found.sentence == "No rule can be compared with another choice: none has a pick in any run."
+    assert epochs(found) == {"last": 1, "best_possible": 0}
+
+
+def test_values_of_which_sums_would_overflow_count_as_infinite() -> None:
+    wild = [[record(0, -0.1, val_acc=1e308), record(1, -0.2, val_acc=-1e308), record(2, -0.3, val_acc=0.5)]] * 7
+    found = judge(wild, "val_acc")
+    assert epochs(found)["highest_c_t"] == 2
+    assert "14 of 21 analyses lack the metric, and are not picked." in found.notes
 
 
 def test_steps_tell_records_of_an_epoch_apart(tmp_path: Path) -> None:

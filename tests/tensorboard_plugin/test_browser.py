@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 
+from lightning_hesd import judge
 from lightning_hesd.commands.report import report, write_report
 from lightning_hesd.plotting import plot_losses_along
 from lightning_hesd.plotting.cumulative import BOTTOM, numbers_beyond
@@ -26,7 +28,7 @@ from tests.training.scripted import make_spectrum
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lightning_hesd import Spectrum
+    from lightning_hesd import Judgment, Spectrum
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -317,6 +319,150 @@ def expected_numbers(spectrum: Spectrum, row: int) -> list[float]:
     return [float(value) for value in np.concatenate([below, below[-1:], above]).clip(BOTTOM)]
 
 
+NOTE_REQUESTS = """
+window.asked = [];
+const plain = fetch;
+window.fetch = (address, ...rest) => {
+  window.asked.push(String(address));
+  return plain(address, ...rest);
+};
+"""
+"""Script that notes what the page asks its server for, at the moment it does."""
+
+JUDGED = "return window.asked.filter((address) => address.includes('judgment?')).length"
+"""How often the tab has asked for a judgment."""
+
+ROWS = """
+return [...document.querySelectorAll('#judgment tr')]
+  .map((row) => [...row.children].map((cell) => cell.textContent))
+"""
+
+
+def choose_metric(page: Page, metric: str) -> None:
+    page.script(
+        "const menu = document.querySelector('#judgment-tools select');"
+        "menu.value = arguments[0]; menu.dispatchEvent(new Event('change'))",
+        metric,
+    )
+
+
+def scroll_to_judgment(page: Page) -> None:
+    page.script("document.querySelector('#judgment-title').scrollIntoView()")
+
+
+def wait_for_judgment(page: Page) -> None:
+    page.until("return document.querySelector('section.card.wide').getAttribute('aria-busy') === 'false'")
+
+
+def show_judgment(page: Page) -> None:
+    scroll_to_judgment(page)
+    wait_for_judgment(page)
+
+
+def assert_judged(page: Page, expected: Judgment) -> None:
+    """Check that the card shows a judgment."""
+    assert page.text("#judgment .sentence") == expected.sentence
+    shown = expected.to_dict()["summary"]
+    assert page.text("#judgment caption") == shown["title"]
+    assert page.script(ROWS) == [shown["header"], *filter(None, shown["rows"])]
+    assert page.script("return document.querySelectorAll('#judgment tbody').length") == 2
+
+
+def test_the_rules_are_compared_over_the_selected_runs(
+    page: Page, address: str, runs: tuple[Path, Any], tmp_path: Path
+) -> None:
+    folders = {run: runs[0] / run for run in (FIRST, SECOND)}
+    noted = page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": NOTE_REQUESTS})
+    page.driver.set_window_size(1400, 600)
+    try:
+        page.open_tab(address)
+        page.until("return document.querySelector('section.card.wide').getAttribute('aria-busy') === 'true'")
+        assert page.script(JUDGED) == 0  # the card has its runs, and is below what can be seen
+        assert page.text("#judgment .sentence") == "Comparing …"
+        show_judgment(page)
+        offered = page.script(
+            "return [...document.querySelectorAll('#judgment-tools option')].map((option) => option.value)"
+        )
+        assert offered == ["train_acc", "val_acc"]
+        both = judge(folders, "val_acc")
+        assert both.sentence.startswith("2 runs are too few")
+        assert_judged(page, both)
+        assert page.text("#judgment details").startswith("Remarks")
+        assert not page.script("return document.querySelector('#judgment details').open")
+        remarks = page.script("return [...document.querySelectorAll('#judgment li')].map((item) => item.textContent)")
+        assert remarks[0] == "Higher val_acc counts as better."
+        assert f"Left out, without the metric: {EVIL}." in remarks
+        assert set(both.remarks) <= set(remarks)
+
+        choose_metric(page, "train_acc")
+        wait_for_judgment(page)
+        assert_judged(page, judge(folders, "train_acc"))
+        choose_metric(page, "val_acc")
+        assert_judged(page, both)
+        page.script("window.scrollTo(0, 0)")
+        show_judgment(page)
+        assert page.script(JUDGED) == 2  # once for each metric
+
+        page.driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+        page.click("section button", "Save the comparison")
+        saved = tmp_path / "hesd-rules.csv"
+        for _ in range(200):
+            if saved.is_file():
+                break
+            time.sleep(0.05)
+        lines = list(csv.DictReader(saved.read_text().splitlines()))
+        assert [line["title"] for line in lines] == list(both.titles.values())
+        assert [float(line["mean"]) for line in lines] == pytest.approx([row["mean"] for row in both.rows], rel=1e-6)
+
+        page.click("#runs label", SECOND)
+        scroll_to_judgment(page)  # a click gives the focus, which scrolls
+        page.until("return document.querySelector('#judgment .sentence').textContent.startsWith('One run cannot')")
+        one = judge({FIRST: folders[FIRST]}, "val_acc")
+        assert_judged(page, one)
+        page.assert_clean(address)
+    finally:
+        page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", noted)
+        page.driver.set_window_size(1400, 1000)
+
+
+def test_a_comparison_that_fails_says_why_and_is_tried_again(page: Page, address: str) -> None:
+    page.open_tab(address)
+    show_judgment(page)
+    page.script("window.kept = fetch; window.fetch = () => Promise.reject(new Error('no server'))")
+    choose_metric(page, "train_acc")
+    wait_for_judgment(page)
+    assert page.text("#judgment .sentence") == "The rules cannot be compared: no server"
+    assert page.script("return document.querySelector('#judgment table')") is None
+    page.script("window.fetch = window.kept")
+    choose_metric(page, "train_acc")
+    page.until("return document.querySelector('#judgment table')")
+    assert page.text("#judgment caption").startswith("train_acc")
+
+
+def test_several_callbacks_of_a_run_count_once_and_runs_without_metrics_say_what_to_do(
+    page: Page, tmp_path: Path
+) -> None:
+    metrics = [{"val_acc": 0.5 + 0.1 * epoch} for epoch in range(2)]
+    records = [SpectrumRecord(e, e + 1, make_spectrum(-0.3), metrics=found) for e, found in enumerate(metrics)]
+    for name in ("hesd", "other"):
+        write_payloads(tmp_path / "run", list(map(record_payload, records)), name=name)
+    write_payloads(tmp_path / "second", [record_payload(SpectrumRecord(0, 4, make_spectrum(-0.3)))])
+    with Tab(tmp_path).served() as address:
+        page.open_tab(address)
+        show_judgment(page)
+        assert_judged(page, judge({"run": records}, "val_acc"))
+        left_out = "Left out, since other callbacks of the same runs are compared: run (other)."
+        assert left_out in page.script("return document.querySelector('#judgment ul').textContent")
+        for name in ("run (hesd)", "run (other)"):
+            page.click("#runs label", name)
+        scroll_to_judgment(page)
+        page.until("return document.querySelector('#judgment .sentence').textContent.includes('have no metrics')")
+        assert 'self.log("val_acc", ...)' in page.text("#judgment .sentence")
+        assert "--metrics-csv" in page.text("#judgment .sentence")
+        assert page.script("return document.querySelector('#judgment-tools select')") is None
+        page.assert_clean(address)
+
+
 def test_dark_and_light(tab: Page) -> None:
     look = "return [document.documentElement.dataset.theme, document.getElementById('ct')._fullLayout.paper_bgcolor]"
     assert tab.script(look) == ["light", "#ffffff"]
@@ -458,7 +604,7 @@ def test_keyboard_and_screen_reader(page: Page, address: str) -> None:
                 "const e = document.activeElement; return [e.tagName, e.type ?? '', getComputedStyle(e).outlineStyle]"
             )
         )
-        if reached[-1][0] == "SUMMARY":
+        if page.script("return document.activeElement.parentNode.id") == "table":
             break
     assert {"INPUT", "SELECT", "BUTTON", "SUMMARY"} <= {tag for tag, _, _ in reached}
     assert ["INPUT", "range", "solid"] in reached
@@ -525,6 +671,12 @@ def test_the_report(page: Page, runs: tuple[Path, Any], tmp_path: Path) -> None:
     best = callback.checkpoint.best
     assert f"takes epoch {best.epoch} " in page.text("[data-rule=highest_c_t]")
     assert best.path in page.text("[data-rule=highest_c_t]")
+    show_judgment(page)
+    expected = judge({FIRST: folder / FIRST}, "val_acc")
+    assert_judged(page, expected)
+    choose_metric(page, "train_acc")
+    wait_for_judgment(page)
+    assert_judged(page, judge({FIRST: folder / FIRST}, "train_acc"))
     page.script("const s = document.getElementById('epoch'); s.value = 0; s.dispatchEvent(new Event('input'))")
     page.until("return document.getElementById('hesd').dataset.detail.endsWith(' 0')")
     page.assert_clean(out.as_uri())
@@ -539,6 +691,8 @@ def test_cards_say_why_they_are_empty(page: Page, tmp_path: Path) -> None:
     page.open(path.as_uri())
     page.until("return document.getElementById('hesd').dataset.detail?.endsWith(' 8')")
     assert page.text("#cumulative") == "Nothing was computed: the products are wrong."
+    show_judgment(page)
+    assert page.text("#judgment .sentence").startswith("The records of these runs have no metrics of trained weights.")
     # Without a Krylov basis nothing is known of layers.
     assert page.text("#layers").startswith('No layers were analyzed: pass layers="auto"')
     assert page.script("return document.querySelectorAll('#detail-tools select').length") == 1

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from tensorboard.plugins.base_plugin import TBContext
 
-from lightning_hesd import SpectrumHistory
+from lightning_hesd import SpectrumHistory, judge
 from lightning_hesd.commands import cli
-from lightning_hesd.commands.report import run_data
-from lightning_hesd.spectra.decisions import decisions, rewound
+from lightning_hesd.commands.report import report, run_data
+from lightning_hesd.spectra.decisions import decisions, rewound, run_payload
 from lightning_hesd.spectra.layer_curvature import LayerCurvature
 from lightning_hesd.spectra.payload import (
     MAX_NODES,
@@ -30,6 +30,8 @@ from lightning_hesd.spectra.payload_reading import PayloadError, read_payload
 from lightning_hesd.tensorboard_plugin.assets import SHARED, STATIC, content
 from lightning_hesd.tensorboard_plugin.plugin import HESDLoader, HESDPlugin
 from lightning_hesd.training.history import SpectrumRecord
+from tests.judgment.simulated import assert_same, history
+from tests.judgment.simulated import record as simulated_record
 from tests.spectra.nodes import spectrum as spectrum_of
 from tests.tab import EPOCHS, Tab, data_of_report, plugin_path, write_payloads
 from tests.training.scripted import make_spectrum
@@ -111,6 +113,105 @@ def test_records_appear_while_training_writes(tmp_path: Path) -> None:
     assert tab.get("runs")[1] != before  # by which the frontend knows that it must ask again
     epochs = [r["epoch"] for r in tab.get("records", run="run", name="hesd")[1]["records"]]
     assert epochs == [0, 1]  # the first epoch was made anew
+
+
+# The judge ------------------------------------------------------------------------------------------------------------
+
+EVIL = "</script>../%2e%2e<b>"
+SIMULATED = [f"seed={seed}" for seed in range(7)]
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[SpectrumRecord]]]:
+    """A folder of runs with validation metrics, one with a hostile name, and their records."""
+    folder = tmp_path_factory.mktemp("judged")
+    generator = np.random.default_rng(0)
+    histories = {run: history(generator, effect=0.05) for run in (*SIMULATED, EVIL)}
+    for run, records in histories.items():
+        write_payloads(folder / run, [record_payload(record) for record in records])
+    return folder, histories
+
+
+def ask(tab: Tab, runs: list[str], **query: Any) -> tuple[int, Any]:
+    return tab.get("judgment", **{"run": runs, "name": ["hesd"] * len(runs), "metric": "val_acc", **query})
+
+
+def test_the_judgment_is_that_of_the_histories(judged: tuple[Path, dict[str, list[SpectrumRecord]]]) -> None:
+    folder, histories = judged
+    tab = Tab(folder)
+    for runs, metric in (
+        (SIMULATED, "val_acc"),
+        (SIMULATED, "val_loss"),
+        (SIMULATED[:1], "val_acc"),
+        ([EVIL], "val_acc"),
+    ):
+        code, found = ask(tab, runs, metric=metric)
+        assert code == 200
+        expected = judge({run: histories[run] for run in runs}, metric)
+        assert_same(found, expected.to_dict())
+        assert found["sentence"] == expected.sentence
+    assert "evidently better" in ask(tab, SIMULATED)[1]["sentence"]
+
+
+def test_the_judgment_of_a_training_is_that_of_its_log_directory(trained: tuple[Path, Any]) -> None:
+    expected = judge(trained[0] / "net" / "version_0", "val_acc").to_dict()
+    code, found = ask(Tab(trained[0]), ["net/version_0"])
+    assert code == 200
+    assert found["runs"][0].pop("run") == "net/version_0"
+    name = expected["runs"][0].pop("run")
+    expected["summary"]["title"] = expected["summary"]["title"].replace(name, "net/version_0")
+    assert_same(found, expected)
+    assert found["runs"][0]["judged"] == EPOCHS
+
+
+def test_errors_of_judgments_are_said(judged: tuple[Path, dict[str, list[SpectrumRecord]]], tmp_path: Path) -> None:
+    tab = Tab(judged[0])
+    for runs, query, code, message in (
+        (["seed=0"], {"metric": ""}, 400, "the argument `metric` is missing"),
+        ([], {}, 400, "each `run` needs a `name`, got 0 runs and 0 names"),
+        (["seed=0", "seed=1"], {"name": "hesd"}, 400, "got 2 runs and 1 names"),
+        (["seed=0", "seed=0"], {}, 400, "a `run` is given twice"),
+        (["seed=0", "../../etc/passwd"], {}, 404, "no run '../../etc/passwd'"),
+        (["seed=0"], {"name": "../hesd"}, 404, "no records of a callback named '../hesd'"),
+        (["seed=0"], {"metric": "<b>"}, 400, "has the metric '<b>': they have val_acc, val_loss."),
+    ):
+        found, body = ask(tab, runs, **query)
+        assert (found, message in body["error"]) == (code, True), body
+    assert tab.client.post("/data/plugin/hesd/judgment").status_code == 405
+    write_payloads(tmp_path / "old", [payload(0), payload(1)])
+    code, body = ask(Tab(tmp_path), ["old"])
+    assert (code, "the records of these runs have no metrics" in body["error"]) == (400, True)
+
+
+def test_payloads_of_any_numbers_are_judged_without_a_failure(tmp_path: Path) -> None:
+    wild = [
+        record_payload(simulated_record(epoch, val_acc=(-1) ** epoch * 1e308, val_loss=1e-308)) for epoch in range(3)
+    ]
+    write_payloads(tmp_path / "wild", wild)
+    write_payloads(tmp_path / "bare", [{**one, "scores": {}, "metrics": {"val_loss": 1e99}} for one in wild])
+    write_payloads(tmp_path / "null", [{**one, "metrics": {"val_acc": None}} for one in wild])
+    tab = Tab(tmp_path)
+    for runs in (["wild"], ["bare"], ["null"], ["wild", "bare", "null"]):
+        for metric in ("val_acc", "val_loss"):
+            code, body = ask(tab, runs, metric=metric)
+            assert (code, bool(body.get("sentence"))) in {(200, True), (400, False)}, body
+
+
+def test_the_report_has_the_judgments_of_all_metrics(
+    judged: tuple[Path, dict[str, list[SpectrumRecord]]], trained: tuple[Path, Any]
+) -> None:
+    _, histories = judged
+    for run in ("seed=0", EVIL):
+        records = [record_payload(record) for record in histories[run]]
+        shown = json.loads(data_of_report(report(run_payload(run, "hesd", records, [], []))))
+        assert list(shown["judgments"]) == ["val_acc", "val_loss"]
+        for metric, found in shown["judgments"].items():
+            assert_same(found, judge({run: histories[run]}, metric).to_dict())
+    of_training = json.loads(data_of_report(report(run_data(trained[0] / "net" / "version_0"))))
+    assert {"train_acc", "val_acc"} <= set(of_training["judgments"])
+    start = record_payload(simulated_record(-1, val_acc=0.5))
+    only_start = json.loads(data_of_report(report(run_payload("run", "hesd", [start], [], []))))
+    assert "before the first step only" in only_start["judgments"]["val_acc"]["error"]
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------

@@ -39,9 +39,11 @@ class Net(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.03)
 
 
-def data() -> DataLoader[Any]:
+def data(first: int = 0) -> DataLoader[Any]:
+    """Return 160 digits from the given one on."""
     digits = load_digits()
-    images, classes = torch.tensor(digits.data / 16, dtype=torch.float32)[:160], torch.tensor(digits.target)[:160]
+    images, classes = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
+    images, classes = images[first : first + 160], classes[first : first + 160]
     # In order: Lightning does not restore the random state that shuffling depends on.
     return DataLoader(TensorDataset(images, classes), batch_size=40)
 

@@ -63,6 +63,14 @@ export function number(value, digits = 4) {
   return text.replaceAll("-", "−");
 }
 
+/** Replace the tools, and give the focus back to the one that had it. */
+export function keepFocus(place, tools) {
+  const inside = [...place.querySelectorAll("input, select, button")];
+  const focused = inside.indexOf(document.activeElement);
+  place.replaceChildren(...tools.filter(Boolean));
+  if (focused >= 0) place.querySelectorAll("input, select, button")[focused]?.focus();
+}
+
 /** Let the browser save a text, or the content of a data URL. */
 export function download(name, content, type) {
   const url = type ? URL.createObjectURL(new Blob([content], { type })) : content;

@@ -13,7 +13,13 @@ export async function render() {
   document.title = "HESD";
   document.head.append(style);
   await Promise.all([loaded(style), script("plotly.min.js")]);
-  await start({ runs: () => answer("runs"), load: (run, name) => answer("records", { run, name }), live: LIVE_MS }, document.body);
+  const source = {
+    runs: () => answer("runs"),
+    load: (run, name) => answer("records", { run, name }),
+    judge: (runs, metric) => answer("judgment", [["metric", metric], ...runs.flatMap(({ run, name }) => [["run", run], ["name", name]])]),
+    live: LIVE_MS,
+  };
+  await start(source, document.body);
 }
 
 const place = (name) => new URL(name, import.meta.url).href;

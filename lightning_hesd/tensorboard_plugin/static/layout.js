@@ -11,7 +11,7 @@ Trainer(logger=TensorBoardLogger("runs"), callbacks=[HessianSpectrumCallback()])
 /**
  * Put the parts of the page into `root` and return those that are filled later.
  * @param {HTMLElement} root
- * @param {{save: function(string, string, string), reset: function(string), openTable: function()}} actions
+ * @param {{save: function(string, string, string), reset: function(string), openTable: function(), saveJudgment: function()}} actions
  */
 export function layOut(root, actions) {
   const parts = {
@@ -24,6 +24,7 @@ export function layOut(root, actions) {
     picks: element("ul", { id: "picks" }),
     table: element("details", { id: "table", ontoggle: actions.openTable }, element("summary", {}, "Data table")),
   };
+  parts.judgment = judgmentCard(actions);
   const figure = (...given) => figureCard(actions, ...given);
   parts.content = element(
     "div",
@@ -34,7 +35,8 @@ export function layOut(root, actions) {
         figure("ct", "C_t with its interval", "Ratio of the extreme negative and positive eigenvalue (training data)."),
         figure("extremes", "Extreme eigenvalues", "Of the Hessian of the training loss."),
         figure("deltas", "Generalization criteria", "Ratios of r_e and K_H05 on generalization and training data."),
-        figure("loss", "Loss and metric", "Mean loss over the analysis samples, and the checkpoint rule's metric."))),
+        figure("loss", "Loss and metric", "Mean loss over the analysis samples, and the checkpoint rule's metric."),
+        parts.judgment.card)),
     titled("h2", "detail", "One run in detail", {},
       parts.detailTools,
       element("div", { class: "grid" },
@@ -64,6 +66,22 @@ function emptyState() {
     "HessianSpectrumCallback writes the data of this tab through TensorBoardLogger. Add it to the Trainer, and start " +
     "TensorBoard with the logger's folder as --logdir. The first spectrum appears after the first epoch.";
   return titled("h2", "empty", "No spectra yet", { id: "empty", hidden: true }, element("p", {}, what), element("pre", { tabindex: "0" }, EMPTY));
+}
+
+/** Make the card of the comparison of the rules; its parts are filled later. */
+function judgmentCard({ saveJudgment }) {
+  const parts = {
+    tools: element("div", { class: "tools", id: "judgment-tools" }),
+    sentence: element("p", { class: "sentence absent", role: "status" }, "Comparing …"),
+    remarks: element("details"),
+    rules: element("div", { class: "rules" }),
+  };
+  const save = element("span", { class: "export" }, button("CSV", "Save the comparison of the rules as CSV", saveJudgment));
+  const head = element("div", { class: "head" }, element("h3", { id: "judgment-title" }, "Which rule picks best?"), save);
+  const caption = "Each rule picks one analyzed epoch of every selected run; the metric of its picks is compared with that of the last epoch.";
+  const body = element("div", { id: "judgment" }, element("div", {}, parts.sentence, parts.remarks), parts.rules);
+  const card = element("section", { class: "card wide", "aria-labelledby": "judgment-title" }, head, parts.tools, body, element("p", { class: "why" }, caption));
+  return { ...parts, card };
 }
 
 /** Make the card of a figure: title, buttons to save it, the figure, and a caption. */

@@ -4,7 +4,8 @@ import { indexed, literal } from "./base.js";
 import { ctFigure, deltasFigure, extremesFigure, lossFigure } from "./curves.js";
 import { axisOf, column, finite, median, ofSpectrum, quantitiesOf, quantityOf, scalarOf, spectrumOf, tableOf, toCsv, when } from "./data.js";
 import { cumulativeFigure, cursor, densityFigure, layersFigure, lossesAlongFigure, mapFigure } from "./details.js";
-import { button, download, element, menu, table } from "./dom.js";
+import { button, download, element, keepFocus, menu, table } from "./dom.js";
+import { JudgmentCard } from "./judgment.js";
 import { layOut } from "./layout.js";
 import { SYMBOLS, colorOf, watchTheme } from "./theme.js";
 import { assessmentOf, pickOf, summary } from "./words.js";
@@ -18,7 +19,8 @@ const THRESHOLDS = { c_t: -0.6, delta_r_e: 1.5, delta_k_h05: 1.2 }; // without a
 
 /**
  * Show runs.
- * @param {{runs: function(): Promise<Object>, load: function(string, string): Promise<Object>, live: ?number}} source
+ * @param {{runs: function(): Promise<Object>, load: function(string, string): Promise<Object>,
+ *   judge: function({run: string, name: string}[], string): Promise<Object>, live: ?number}} source
  * @param {HTMLElement} root
  */
 export async function start(source, root) {
@@ -47,7 +49,9 @@ class Page {
       save: (id, title, format) => this.save(id, title, format),
       reset: (id) => this.reset(id),
       openTable: () => this.fillTable(),
+      saveJudgment: () => this.judgment.save(),
     });
+    this.judgment = new JudgmentCard(source.judge, this.parts.judgment);
   }
 
   // Data ------------------------------------------------------------------------------------------------------------
@@ -179,6 +183,7 @@ class Page {
       this.showDetailTools();
       this.fillTable();
       await this.draw();
+      this.judgment.setRuns(this.runs); // after the figures, which must not wait for it
     }
     this.drawn = true;
   }
@@ -363,14 +368,6 @@ class Page {
     const url = await Plotly.toImage({ data: node.data, layout }, { format, width, height: height + 60, scale: format === "png" ? 3 : 1 });
     download(`hesd-${id}.${format}`, url, null);
   }
-}
-
-/** Replace the tools, and give the focus back to the one that had it. */
-function keepFocus(place, tools) {
-  const inside = [...place.querySelectorAll("input, select, button")];
-  const focused = inside.indexOf(document.activeElement);
-  place.replaceChildren(...tools.filter(Boolean));
-  if (focused >= 0) place.querySelectorAll("input, select, button")[focused]?.focus();
 }
 
 /** Return why a record has no band of the numbers of eigenvalues; null if it has one. */
