@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from lightning_hesd.judgment.metric import Metric
     from lightning_hesd.spectra.analyzed_state import AnalyzedState
+    from lightning_hesd.spectra.record import SpectrumRecord
 
 Candidates: TypeAlias = Literal["near", "all"] | float
 """The states among which rules decide: see `judge`."""
@@ -79,6 +80,8 @@ class RunPicks:
         trained: How many states of trained weights there are.
         candidates: How many of the judged states are candidates.
         is_fallback: Whether no candidate is MP, so that the lowest loss decides.
+        rivals: Epochs of the candidates that are not evidently worse than the pick, by name of the rule; only of rules
+            and runs whose errors are known.
     """
 
     run: str
@@ -87,6 +90,7 @@ class RunPicks:
     trained: int
     candidates: int
     is_fallback: bool
+    rivals: Mapping[str, Sequence[int]]
 
 
 def run_picks(run: str, states: Sequence[AnalyzedState], values: Sequence[float], settings: PickSettings) -> RunPicks:
@@ -125,7 +129,20 @@ def run_picks(run: str, states: Sequence[AnalyzedState], values: Sequence[float]
     }
     if among:
         found[RANDOM_CANDIDATE] = Pick(None, None, fmean(judged_values[place] for place in among))
-    return RunPicks(run, found, len(judged), len(trained), len(among), is_fallback)
+    candidates = [judged[place].record for place in among]
+    rivals = {
+        name: _rivals(name, judged[place].record, candidates)
+        for name, place in places.items()
+        if place is not None and place in among
+    }
+    rivals = {name: epochs for name, epochs in rivals.items() if epochs}
+    return RunPicks(run, found, len(judged), len(trained), len(among), is_fallback, rivals)
+
+
+def _rivals(name: str, pick: SpectrumRecord | None, candidates: Sequence[SpectrumRecord | None]) -> list[int]:
+    if pick is None or name not in RULES:
+        return []
+    return [record.epoch for record in RULES[name].rivals(pick, filter(None, candidates))]
 
 
 def _candidates(

@@ -226,6 +226,11 @@ def _notes(runs: Mapping[str, Run], picked: Sequence[RunPicks], settings: PickSe
         notes.append(f"{unjudged} of {trained} analyses lack the metric, and are not picked.")
     if fallbacks := sum(run.is_fallback for run in picked):
         notes.append(f"In {fallbacks} of {len(picked)} runs no candidate is MP: there all rules pick the lowest loss.")
+    if len(picked) == 1:
+        notes += [
+            f"Within two standard errors of the pick of {RULES[name].title}: epochs {', '.join(map(str, epochs))}."
+            for name, epochs in picked[0].rivals.items()
+        ]
     if without := [RULES[rule].title for rule in settings.rules if rule not in found]:
         notes.append(f"Without a pick, as no record has the spectra or metrics they need: {', '.join(without)}.")
     return notes

@@ -80,6 +80,7 @@ class Judgment(Outcomes):
                 "judged": run.judged,
                 "trained": run.trained,
                 "candidates": run.candidates,
+                "rivals": {name: list(epochs) for name, epochs in run.rivals.items()},
                 "picks": {
                     name: {"epoch": pick.epoch, "global_step": pick.global_step, "value": pick.value}
                     for name, pick in run.picks.items()

@@ -25,6 +25,7 @@ class AnalyzedState:
         hesd_type: "MP" or "MN"; None where C_t is undefined.
         scores: Criterion of each rule, by the rule's name; NaN or absent where it is undefined.
         metrics: Logged metrics of the analyzed weights, by key.
+        record: The record; None for a payload, which has less.
     """
 
     epoch: int
@@ -33,6 +34,7 @@ class AnalyzedState:
     hesd_type: str | None
     scores: Mapping[str, float]
     metrics: Mapping[str, float]
+    record: SpectrumRecord | None = None
 
     @classmethod
     def of(cls, record: SpectrumRecord) -> AnalyzedState:
@@ -45,6 +47,7 @@ class AnalyzedState:
             None if spectrum is None else spectrum.hesd_type,
             {name: rule.score(record) for name, rule in RULES.items()},
             record.metrics,
+            record,
         )
 
     @classmethod

@@ -22,6 +22,7 @@ from lightning_hesd.spectra.rules import RULES, CheckpointRule
 from lightning_hesd.training.history import SpectrumHistory
 from tests.judgment.simulated import assert_same, history, record
 from tests.spectra.nodes import spectrum
+from tests.training.scripted import Epoch
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -184,6 +185,19 @@ def test_one_run_claims_nothing() -> None:
     assert not any(row["evidently_over_last"] for row in found.rows)
     assert "val_acc: picks of the run run 1; differences in points" in str(found)
     assert "interval" not in str(found)
+
+
+def test_one_run_names_the_rivals_of_its_picks() -> None:
+    """Neighbors have independent errors, the first and the third epoch the same: see `Epoch`."""
+    script = [Epoch(c_t, scatter=0.05) for c_t in (-0.30, -0.20, -0.12)]
+    records = [
+        SpectrumRecord(place, 10 * place + 10, epoch.spectrum(place), metrics={"val_acc": 0.5})
+        for place, epoch in enumerate(script)
+    ]
+    found = judge(records, "val_acc")
+    assert found.runs[0].rivals["highest_c_t"] == [1]
+    assert "Within two standard errors of the pick of highest C_t: epochs 1." in found.notes
+    assert judge([records, records], "val_acc").notes == found.notes[:1] + found.notes[-1:]
 
 
 def test_few_runs_claim_nothing_and_say_how_many_are_needed() -> None:
