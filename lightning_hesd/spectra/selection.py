@@ -16,7 +16,7 @@ from lightning_hesd.spectra.record import START_EPOCH
 from lightning_hesd.spectra.rules import RULES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from lightning_hesd.spectra.analyzed_state import AnalyzedState
     from lightning_hesd.spectra.record import SpectrumRecord
@@ -171,7 +171,7 @@ def rank_by_loss(states: Sequence[AnalyzedState], rule: str | None, tolerance: f
         if s.epoch != START_EPOCH and s.hesd_type is not None and not (math.isnan(s.loss) or math.isnan(criterion))
     )
     if tolerance is None:
-        first = _first_loss(states)
+        first = _first_loss((s.global_step, s.loss) for s in states)
         best = max((c.score for c in candidates), default=-math.inf)
         tolerance = progress_tolerance(None if first is None else -first, best)
     return Ranking(candidates, CandidateFilter(tolerance, require_mp=True))
@@ -179,7 +179,7 @@ def rank_by_loss(states: Sequence[AnalyzedState], rule: str | None, tolerance: f
 
 def first_loss(records: Sequence[SpectrumRecord]) -> float | None:
     """Return the finite loss after the fewest optimizer steps, the highest of several; None if no loss is finite."""
-    return _first_loss(analyzed_states(records))
+    return _first_loss((record.global_step, record.spectrum.loss) for record in records if record.spectrum)
 
 
 def with_first_loss(records: Sequence[SpectrumRecord]) -> list[SpectrumRecord]:
@@ -189,14 +189,15 @@ def with_first_loss(records: Sequence[SpectrumRecord]) -> list[SpectrumRecord]:
     return [replace(record, first_loss=first) if record.global_step > start else record for record in records]
 
 
-def _first_loss(states: Sequence[AnalyzedState]) -> float | None:
-    losses = [(s.global_step, -s.loss) for s in states if math.isfinite(s.loss)]
-    return -min(losses)[1] if losses else None
+def _first_loss(losses: Iterable[tuple[int, float]]) -> float | None:
+    """Return the first of losses that are given with their steps."""
+    finite = [(step, -loss) for step, loss in losses if math.isfinite(loss)]
+    return -min(finite)[1] if finite else None
 
 
 def loss_tolerance(states: Sequence[AnalyzedState]) -> float:
     """Return the largest difference of losses of these states that count as nearly the same."""
-    first = _first_loss(states)
+    first = _first_loss((s.global_step, s.loss) for s in states)
     if first is None:
         return 0.0
     return progress_tolerance(-first, max(-s.loss for s in states if math.isfinite(s.loss)))
