@@ -21,7 +21,7 @@ demo: $(INSTALLED) ## train on the digits, with the spectrum in TensorBoard
 	$(RUN) examples/digits.py
 
 test: $(INSTALLED) ## run the tests
-	$(RUN) -m pytest -n 2 --dist worksteal
+	$(RUN) -m pytest -n 3 --dist worksteal
 
 check: lint types layers test doctest docs package ## run everything that a change must pass
 

@@ -87,7 +87,7 @@ def test_errors_are_those_of_resampled_data() -> None:
         return nn.functional.mse_loss(module(batch[0]), batch[1])
 
     found = []
-    for _ in range(30):
+    for _ in range(24):
         drawn = torch.randint(4000, (256,))
         batches = DataLoader(TensorDataset(inputs[drawn], targets[drawn]), batch_size=256)
         first, second = (hessian_spectrum(net, batches, loss, steps=19, sampling_error=True) for net in states)
