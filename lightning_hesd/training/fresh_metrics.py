@@ -54,10 +54,18 @@ class FreshMetrics:
 
         On all ranks they are those of rank zero.
         """
-        keys = [key for key in trainer.callback_metrics if not key.startswith(prefixes)]
+        logged = trainer.callback_metrics.items()
+        keys = [key for key, value in logged if _is_number(value) and not key.startswith(prefixes)]
         found = {key: self.value(trainer, key) for key in keys}
         metrics = {key: value for key, value in found.items() if value is not None and math.isfinite(value)}
         return trainer.strategy.broadcast(metrics)
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a value is a real number; what users put among the metrics themselves may be anything."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, int | float)
 
 
 def _is_same(value: Any, before: Any) -> bool:

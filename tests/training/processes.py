@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import runpy
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.distributed import TCPStore
 
 from tests.programs import SERVER, prepare
 
@@ -49,8 +49,15 @@ def started(script: Path, folder: Path, count: int, *arguments: object) -> Itera
         The processes, by rank.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
-    shared["TORCHELASTIC_RUN_ID"] = "tests"
+    # The store by which ranks find each other is here, as with torchrun: a port that the first rank would open later
+    # might be taken by then, by a rank of another launch for example.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(count)}
+    shared |= {
+        "TORCHELASTIC_RUN_ID": "tests",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
     flags = [*map(str, arguments), "--out", str(folder)]
     ranks = []
     for number in range(count):
@@ -93,14 +100,6 @@ def run_together(*launches: tuple[Any, ...]) -> list[list[Any]]:
 def read(folder: Path) -> list[Any]:
     """What each process saw, by rank."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
-
-
-def free_port() -> int:
-    """Return a port by which processes can meet."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    return port
 
 
 def _be_rank(script: Path, flags: list[str], variables: dict[str, str], log: Path) -> None:

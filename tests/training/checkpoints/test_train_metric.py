@@ -55,6 +55,8 @@ class Logging(Classifier):
     def on_train_epoch_end(self) -> None:
         self.log("end", self.now)
         self.trainer.callback_metrics["direct"] = torch.tensor(self.now)
+        others: dict[str, Any] = {"text": "fine", "vector": torch.ones(2), "complex": torch.tensor(1j)}
+        self.trainer.callback_metrics.update(others)
 
 
 class Spied(HessianCheckpoint):
@@ -115,10 +117,11 @@ AT_ENDS = {  # of epochs: what each metric is then
 def test_at_the_ends_of_epochs(tmp_path: Path) -> None:
     found = ranked(tmp_path, *AT_ENDS, "start", "nowhere")
     assert found.pop("start")[0] == {}
-    assert re.search(r"not among those logged so far, \['batch_end', .*'total'\]", found.pop("nowhere")[1])
+    assert re.search(r"not among those logged so far, \['batch_end', .*'total', 'vector'\]", found.pop("nowhere")[1])
     expected = {key: dict(zip([5, 10, 15], values, strict=True)) for key, values in AT_ENDS.items()}
     assert found == {key: (values, "") for key, values in expected.items()}
-    assert recorded(tmp_path, *AT_ENDS, "start") == {**expected, "start": {}}
+    others = ("start", "text", "vector", "complex")
+    assert recorded(tmp_path, *AT_ENDS, *others) == {**expected, **{key: {} for key in others}}
 
 
 EVERY_STEP = {2: 101.0, 4: 301.0, 6: 501.0, 8: 701.0, 10: 901.0}
