@@ -1,4 +1,4 @@
-"""`lightning-hesd`: analyze checkpoints, estimate the cost of that, assess generalization, draw and report."""
+"""`lightning-hesd`: analyze checkpoints, estimate the cost of that, judge checkpoint rules, draw and report."""
 
 from __future__ import annotations
 

@@ -125,8 +125,8 @@ class NumberFormat:
         return "" if math.isnan(value) else f"{self._rounded(value, self.decimals):.{self.decimals}f}"
 
     def difference(self, value: float) -> str:
-        """Return a difference with its sign; an empty text for NaN."""
-        return "" if math.isnan(value) else self._signed(value, self.decimals)
+        """Return a difference with its sign, with more decimals if it would seem to be none; an empty text for NaN."""
+        return "" if math.isnan(value) else self._signed(value, self._decimals_of(value))
 
     def interval(self, low: float, high: float) -> str:
         """Return an interval of differences, with more decimals if it would seem to contain zero but does not.
@@ -135,12 +135,14 @@ class NumberFormat:
         """
         if math.isnan(low):
             return ""
-        decimals = self.decimals
-        if low > 0 or high < 0:
-            nearest = min(abs(low), abs(high))
-            while decimals < MAX_DECIMALS and self._rounded(nearest, decimals) == 0:
-                decimals += 1
+        excludes_zero = low > 0 or high < 0
+        decimals = self._decimals_of(min(abs(low), abs(high))) if excludes_zero else self.decimals
         return f"[{self._signed(low, decimals)}, {self._signed(high, decimals)}]"
+
+    def _decimals_of(self, value: float) -> int:
+        """Return how many decimals show that a value is not zero; the usual number if none do."""
+        more = range(self.decimals, MAX_DECIMALS + 1)
+        return next((decimals for decimals in more if self._rounded(value, decimals) != 0), self.decimals)
 
     def _signed(self, value: float, decimals: int) -> str:
         rounded = self._rounded(value, decimals)

@@ -260,6 +260,12 @@ def test_an_interval_that_excludes_zero_never_seems_to_contain_it() -> None:
     assert numbers.interval(-0.0234, -0.000012) == "[-2.340, -0.001]"
 
 
+def test_a_small_difference_never_seems_to_be_none() -> None:
+    form = NumberFormat(100.0, 1, " points")
+    shown = {0.0003: "+0.03", -0.00002: "-0.002", 0.0: "0.0", 1e-12: "0.0", 0.012: "+1.2"}
+    assert {value: form.difference(value) for value in shown} == shown
+
+
 def test_other_baselines_are_compared_too() -> None:
     found = judge(runs(12, effect=0.05), "val_acc", rules=TWO)
     assert any(remark.startswith("The lowest validation loss is evidently better") for remark in found.remarks)
