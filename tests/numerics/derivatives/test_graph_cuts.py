@@ -1,3 +1,5 @@
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,25 @@ def test_a_shared_parameter_is_cut_after_its_last_use():
     first = w * 2
     second = first * w
     assert GraphCuts(second.sum()).after([w]).node is second.grad_fn
+
+
+def test_a_custom_function_may_keep_a_variable():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, w: Tensor, variables: Any) -> Tensor:
+            [ctx.variable] = variables
+            return w * 2
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Any:
+            return 2 * g, None
+
+    w = leaf()
+    for variable in (w, [w]):
+        twice = Twice.apply(w, [variable])
+        loss = (twice * w).sum()
+        assert GraphCuts(loss).after([w]).node is loss.grad_fn.next_functions[0][0]
+    assert GraphCuts(Twice.apply(leaf(), [w]).sum()).after([w]) is None
 
 
 def test_a_tensor_in_several_pieces_is_no_cut():
