@@ -58,6 +58,17 @@ class OnceDifferentiable(torch.autograd.Function):
         return gradient.clone()
 
 
+class Applied(nn.Module):
+    """A function without parameters, as a layer."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 def squared_error(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Mean squared error over samples and outputs."""
     return F.mse_loss(module(batch[0]), batch[1])

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from torch.autograd.graph import Node
 
 
+ACCUMULATE = "torch::autograd::AccumulateGrad"
+"""Name of the nodes that stand for leaves."""
+
+
 class GraphCuts:
     """Finds cuts of the graph of a loss."""
 
@@ -29,9 +33,8 @@ class GraphCuts:
         self._used_outputs: dict[Node, set[int]] = {node: set() for node in nodes}
         self._leaves: dict[Tensor, Node] = {}
         for node in nodes:
-            variable: Tensor | None = getattr(node, "variable", None)  # of the node that accumulates a leaf's gradient
-            if variable is not None:
-                self._leaves[variable] = node
+            if node.name() == ACCUMULATE:
+                self._leaves[node.variable] = node  # type: ignore[attr-defined]
             for source, output in node.next_functions:
                 if source is not None:
                     self._used_outputs[source].add(output)

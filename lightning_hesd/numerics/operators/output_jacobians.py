@@ -12,6 +12,7 @@ that must be exactly zero, and by an ordinary product.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -64,6 +65,8 @@ def _replace_products(risk: RiskOperator, matrix: HessianMatrix) -> int:
     largest = max((batch.num_samples for batch in risk.batches), default=0)
     # Of one batch there are two graphs at a time: the old one is needed for the check.
     room = risk.spare_memory - (risk.cache.graph_bytes or 0.0) * largest
+    if room <= 0:
+        return 0
     for position, batch in enumerate(risk.batches):
         try:
             products = JacobianProducts(matrix, batch, room - held)
@@ -127,6 +130,7 @@ class JacobianProducts:
         if self.size > room:
             raise UnsuitableError
         self._check_linearity(edges)
+        self._check_samples(edges)
         slope_of = dict(zip([*edges, self._outputs], slopes, strict=True))
         jacobian_of = dict(zip(edges, self._jacobians(edges, slopes), strict=True))
         self._layers = [
@@ -145,30 +149,42 @@ class JacobianProducts:
         return sum(g.numel() * g.element_size() for g in slopes) * shape[1:].numel()
 
     def _check_linearity(self, edges: Sequence[GradientEdge]) -> None:
-        """Check that a weighted sum of the outputs has no second derivatives, and that samples do not mix.
-
-        Both are checked by derivatives that are exactly zero then.
+        """Check that a weighted sum of the outputs has no second derivatives: they are exactly zero then.
 
         Raises:
-            UnsuitableError: If not.
+            UnsuitableError: If it has.
         """
         generator = torch.Generator().manual_seed(0)
-
-        def normal(like: Tensor) -> Tensor:
-            return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
-
-        weights = normal(self._output_slope)
-        slopes = grad([self._outputs], edges, [weights], create_graph=True)
+        slopes = grad([self._outputs], edges, [_normal(self._output_slope, generator)], create_graph=True)
         with_graph = [g for g in slopes if g.requires_grad]
         if with_graph:
-            directions = [normal(g) for g in with_graph]
+            directions = [_normal(g, generator) for g in with_graph]
             changes = grad(with_graph, edges, directions, retain_graph=True, allow_unused=True)
             if any(c is not None and bool(c.any()) for c in changes):
                 raise UnsuitableError
-        absent = torch.randperm(len(weights), generator=generator)[: len(weights) // 2].to(weights.device)
-        weights[absent] = 0
-        if any(bool(g[absent].any()) for g in grad([self._outputs], edges, [weights], retain_graph=True)):
-            raise UnsuitableError
+
+    def _check_samples(self, edges: Sequence[GradientEdge]) -> None:
+        """Check that samples do not mix: a sample has slopes of exactly zero where its own outputs do not count.
+
+        In every pass the outputs of about half of the samples do not count. No sample's set of such passes contains
+        that of another (Sperner 1928), so that every sample is left out at least once while any other counts.
+
+        Raises:
+            UnsuitableError: If they mix.
+        """
+        generator = torch.Generator().manual_seed(0)
+        samples = len(self._output_slope)
+        passes = next(count for count in itertools.count() if math.comb(count, count // 2) >= samples)
+        left_out = itertools.islice(itertools.combinations(range(passes), passes // 2), samples)
+        samples_of_pass: list[list[int]] = [[] for _ in range(passes)]
+        for sample, of_sample in enumerate(left_out):
+            for index in of_sample:
+                samples_of_pass[index].append(sample)
+        for absent in samples_of_pass:
+            weights = _normal(self._output_slope, generator)
+            weights[absent] = 0
+            if any(bool(g[absent].any()) for g in grad([self._outputs], edges, [weights], retain_graph=True)):
+                raise UnsuitableError
 
     def _jacobians(self, edges: Sequence[GradientEdge], results: Sequence[Tensor]) -> list[Tensor]:
         """Return the Jacobian of each tensor in `edges`, which has the shape of the one in `results`."""
@@ -180,7 +196,7 @@ class JacobianProducts:
             row[:, output] = 1
             found = grad([self._outputs], edges, [row.view_as(slope)], retain_graph=True)
             for jacobian, of_output in zip(jacobians, found, strict=True):
-                jacobian[:, output] = of_output.view(samples, -1)
+                jacobian[:, output] = of_output.reshape(samples, -1)
         return jacobians
 
     def _layer(self, block: slice, edge: GradientEdge, slope: Tensor, jacobian: Tensor | None) -> Layer:
@@ -196,13 +212,22 @@ class JacobianProducts:
         return result
 
     def _product(self, layer: Layer, vector: Vector) -> list[Tensor | None]:
+        """Return the product with the block of a layer.
+
+        Raises:
+            UnsuitableError: If a backward pass is none: it gives no gradients, or does not use the one it is given.
+        """
         parameters = self._parameters[layer.block]
         pairs = [(g, v) for g, v in zip(layer.gradients, vector, strict=True) if g is not None and v is not None]
+        if not pairs:
+            raise UnsuitableError
         gradients, directions = zip(*pairs, strict=True)
         # gᵀ ∂z/∂w v has the derivatives ∂z/∂w v with respect to g, and Σ_k g_k ∂²z_k/∂w² v with respect to w.
         tangent, *of_curvature = grad(
             gradients, [layer.slope, *parameters], directions, retain_graph=True, allow_unused=True
         )
+        if tangent is None:
+            raise UnsuitableError
         cotangent = self._through_outputs(layer, tangent)
         of_slope = grad([layer.result], parameters, [cotangent], retain_graph=True, allow_unused=True)
         return [_sum(a, b) for a, b in zip(of_slope, of_curvature, strict=True)]
@@ -231,7 +256,7 @@ class JacobianProducts:
             UnsuitableError: If they differ by more than `rtol` times their norm.
         """
         generator = torch.Generator().manual_seed(0)
-        vector = [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) for p in self._parameters]
+        vector = [_normal(p, generator) for p in self._parameters]
         found, expected = self.matvec(vector), matvec(vector)
         for block in self._blocks:
             pairs = [
@@ -241,6 +266,10 @@ class JacobianProducts:
             error = math.hypot(*(float((a - b).norm()) for a, b in pairs))
             if not error <= rtol * math.hypot(*(float(b.norm()) for _, b in pairs)):
                 raise UnsuitableError
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -52,17 +53,6 @@ class Tied(nn.Module):
         return self.last(self.twice(self.between(self.twice(x).relu()).relu()).relu())
 
 
-class Applied(nn.Module):
-    """A function without parameters."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
 def perceptron(*between: nn.Module, outputs: int = 3) -> nn.Module:
     first, *others = between
     layers = [module for activation in (first, *others) for module in (nn.Linear(6, 6), activation)]
@@ -78,6 +68,7 @@ def images() -> nn.Module:
 SUITABLE: dict[str, Callable[[], nn.Module]] = {
     "perceptron": lambda: perceptron(nn.ReLU(), nn.Hardtanh()),
     "images": images,
+    "images, channels last": lambda: images().to(memory_format=torch.channels_last),
     "tied": Tied,
     "normalized": lambda: nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)),
     # What is curved in a layer itself does not matter.
@@ -93,11 +84,11 @@ def mean_of_others(x: Tensor) -> Tensor:
 UNSUITABLE: dict[str, Callable[[], nn.Module]] = {
     "GELU": lambda: perceptron(nn.GELU(), nn.ReLU()),
     "tanh": lambda: perceptron(nn.ReLU(), nn.Tanh()),
-    "layer norm": lambda: perceptron(nn.ReLU(), Applied(lambda x: F.layer_norm(x, (6,)))),
-    "product": lambda: perceptron(Applied(lambda x: x * x.sigmoid())),
+    "layer norm": lambda: perceptron(nn.ReLU(), cases.Applied(lambda x: F.layer_norm(x, (6,)))),
+    "product": lambda: perceptron(cases.Applied(lambda x: x * x.sigmoid())),
     # These two differ too little for a comparison of products to tell it from rounding.
-    "slightly curved": lambda: perceptron(Applied(lambda x: x + 1e-13 * x**3), nn.ReLU()),
-    "samples that mix": lambda: perceptron(nn.ReLU(), Applied(mean_of_others)),
+    "slightly curved": lambda: perceptron(cases.Applied(lambda x: x + 1e-13 * x**3), nn.ReLU()),
+    "samples that mix": lambda: perceptron(nn.ReLU(), cases.Applied(mean_of_others)),
     "many outputs": lambda: perceptron(nn.ReLU(), outputs=33),
 }
 
@@ -109,7 +100,7 @@ def problem(name: str, network: Callable[[], nn.Module]) -> cases.Problem:
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             for tensor in (layer.running_var, layer.weight, layer.bias, layer.running_mean):
                 nn.init.uniform_(tensor, 0.5, 1.5)
-    shape = (1, 8, 8) if name == "images" else (6,)
+    shape = (1, 8, 8) if name.startswith("images") else (6,)
     batches = [(torch.randn(n, *shape, dtype=torch.float64), torch.randint(3, (n,))) for n in (4, 3)]
     return cases.Problem(module, batches, bilinear_cross_entropy if name == "gated" else cases.cross_entropy)
 
@@ -164,6 +155,18 @@ def test_other_networks_keep_their_products(name):
     assert_close(found, expected)
 
 
+@pytest.mark.parametrize("samples", [2, 3, 4, 7])
+def test_samples_that_mix_in_a_single_place(samples):
+    """By so little that a comparison of products does not tell it from rounding."""
+    batch = (torch.randn(samples, 6, dtype=torch.float64), torch.randint(3, (samples,)))
+    for to, other in itertools.permutations(range(samples), 2):
+        mixing = torch.eye(samples, dtype=torch.float64)
+        mixing[to, other] = 1e-12
+        module, _, loss_fn = problem("mixing", lambda: perceptron(nn.ReLU(), cases.Applied(mixing.matmul)))  # noqa: B023
+        reason, _, _ = products(cases.Problem(module, [batch], loss_fn))
+        assert REASON not in reason
+
+
 def penalized(module: nn.Module, batch: Any) -> Tensor:
     penalty = sum(p.square().sum() for p in module.parameters())
     return cases.cross_entropy(module, batch) + 0.1 * penalty
@@ -205,10 +208,13 @@ def test_losses(loss_fn, is_suitable, replaced, monkeypatch):
     [{"strategy": "graph"}, {"strategy": "recompute"}, {"memory_budget": 60_000}],
     ids=["graph", "recompute", "little memory"],
 )
-def test_options_that_want_other_products_or_leave_no_room(options):
+def test_options_that_want_other_products_or_leave_no_room(options, monkeypatch):
+    made: list[output_jacobians.JacobianProducts] = []
+    monkeypatch.setattr(output_jacobians, "JacobianProducts", lambda *_: made.append(_))
     given = problem("images", images)
     reason, found, expected = products(given, **options)
     assert REASON not in reason
+    assert not made  # not even a second graph, for which there is no room
     assert_close(found, expected)
 
 
@@ -237,6 +243,33 @@ def test_a_wrong_product_is_not_used(monkeypatch):
         output_jacobians.JacobianProducts, "_curvature_of_loss", lambda self, tangent: 1.001 * curved(self, tangent)
     )
     reason, found, expected = products(problem("perceptron", SUITABLE["perceptron"]))
+    assert REASON not in reason
+    assert_close(found, expected)
+
+
+class Idle(nn.Module):
+    """A layer whose weights do not count, which its backward pass says in its own way."""
+
+    def __init__(self, gradient: Callable[[Tensor], Tensor | None]) -> None:
+        super().__init__()
+        self.weight, self.gradient = nn.Parameter(torch.ones(6)), gradient
+
+    def forward(self, x: Tensor) -> Tensor:
+        class Same(torch.autograd.Function):
+            @staticmethod
+            def forward(_: Any, x: Tensor, __: Tensor) -> Tensor:
+                return x.clone()
+
+            @staticmethod
+            def backward(_: Any, g: Tensor) -> Any:
+                return g, self.gradient(self.weight)
+
+        return Same.apply(x, self.weight)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@pytest.mark.parametrize("gradient", [lambda _: None, torch.zeros_like, lambda w: 0 * w])
+def test_weights_that_do_not_count(gradient):
+    reason, found, expected = products(problem("idle", lambda: perceptron(Idle(gradient), nn.ReLU())))
     assert REASON not in reason
     assert_close(found, expected)
 

@@ -121,19 +121,10 @@ def perceptron(activation: nn.Module) -> nn.Module:
     return seeded(lambda: nn.Sequential(nn.Linear(3, 4), activation, nn.Linear(4, 2)))
 
 
-class Lambda(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
 class TestFallback:
     def test_goes_on_with_differences_and_says_why(self):
         module, plain = (
-            perceptron(Lambda(lambda x, f=function: f(x) ** 3))
+            perceptron(cases.Applied(lambda x, f=function: f(x) ** 3))
             for function in (cases.OnceDifferentiable.apply, torch.clone)
         )
         spectrum = hessian_spectrum(module, data(3), cases.squared_error)
