@@ -162,6 +162,22 @@ def test_one_that_is_logged_now_and_then(tmp_path: Path) -> None:
     assert recorded(tmp_path, "step") == {"step": seen}
 
 
+def test_in_records_with_several_steps_per_batch(tmp_path: Path) -> None:
+    class Manual(Logging):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("step", self.now, on_step=True, on_epoch=False)
+            optimizer: Any = self.optimizers()
+            for _ in range(2):
+                optimizer.zero_grad()
+                self.manual_backward(plain_loss(self, batch))
+                optimizer.step()
+
+    ranked(tmp_path, "step", module=Manual(), schedule={"every_n_train_steps": 4}, max_epochs=1)
+    assert recorded(tmp_path, "step") == {"step": {4: 201, 8: 601}}
+
+
 def test_with_accumulated_gradients(tmp_path: Path) -> None:
     found = ranked(tmp_path, "step", schedule={"every_n_train_steps": 1}, max_epochs=1, accumulate_grad_batches=2)
     assert found["step"] == ({1: 1, 2: 101, 3: 201}, "")
