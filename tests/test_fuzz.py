@@ -341,6 +341,12 @@ def states(draw: st.DrawFn) -> dict[str, Any]:
     return found
 
 
+def test_the_undamaged_state_of_the_callback_is_valid() -> None:
+    callback = HessianSpectrumCallback(num_samples=3)
+    callback.load_state_dict(state())
+    assert len(callback.history) == len(history())
+
+
 @given(changed=st.one_of(states(), JUNK))
 @fuzz(100)
 @example(changed=with_records(lambda records: records[0].update(epoch="../../escaped")))
@@ -362,12 +368,24 @@ def ranking(folder: Path) -> dict[str, Any]:
     candidate = vars(Candidate(1, 8, -0.5, -0.2, mainly_positive=True, path=str(folder / "a.ckpt")))
     return {
         "candidates": [candidate],
-        "best_goodness": -0.5,
+        "best_score": -0.5,
+        "first_score": -2.0,
+        "ranked": [{"global_step": 8, "score": -0.5, "mainly_positive": True}],
         "offered_step": 8,
+        "preferred_step": 8,
         "best_model_path": candidate["path"],
         "last_model_path": "",
         "dirpath": str(folder),
     }
+
+
+def test_the_undamaged_state_of_the_checkpoint_callback_is_valid(folder: Path) -> None:
+    checkpoint = HessianCheckpoint(dirpath=folder)
+    checkpoint.load_state_dict(ranking(folder))
+    assert checkpoint.state_dict() == ranking(folder)
+    earlier = {name: value for name, value in ranking(folder).items() if name != "preferred_step"}
+    checkpoint.load_state_dict(earlier)
+    assert checkpoint.state_dict() == {**ranking(folder), "preferred_step": None}
 
 
 @given(changed=st.one_of(damaged(ranking(Path("x")), st.one_of(JUNK, TENSORS)), JUNK))

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from examples.layer_study.data import Data, load
 from examples.layer_study.outcomes import Numbers, is_done, write
-from examples.shared import quiet
+from examples.shared import quiet, silent_trainer
 from lightning_hesd import HessianSpectrumCallback
 
 if TYPE_CHECKING:
@@ -118,15 +118,11 @@ def _trained(settings: Run, data: Data, targets: Tensor, folder: Path, callbacks
     setup: Setup = settings.setup
     pl.seed_everything(settings.seed, verbose=False)
     network = MLP(data.x_train.shape[1], data.outputs, settings.width, settings.depth, setup.learning_rate)
-    trainer = pl.Trainer(
+    trainer = silent_trainer(
+        folder,
         max_epochs=setup.epochs,
         accelerator="cpu",
-        default_root_dir=folder,
         callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     trainer.fit(network, DataLoader(TensorDataset(data.x_train, targets), setup.batch_size, shuffle=True))
     return network

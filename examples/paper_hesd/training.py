@@ -19,7 +19,7 @@ from examples.paper_hesd.adahessian import AdaHessian
 from examples.paper_hesd.data import load, rand_augment
 from examples.paper_hesd.networks import ViT, build
 from examples.paper_hesd.outcomes import WEIGHTS, Row, is_done, write
-from examples.shared import quiet
+from examples.shared import quiet, silent_trainer
 from lightning_hesd import HessianSpectrumCallback
 
 if TYPE_CHECKING:
@@ -141,18 +141,13 @@ def _train(experiment: Experiment, out: Path, folder: Path, started: float) -> N
 
     evaluation = partial(DataLoader, batch_size=EVALUATION_BATCH)
     rows = RowKeeper(experiment.every)
-    trainer = pl.Trainer(
+    trainer = silent_trainer(
+        folder,
         max_epochs=setup.epochs,
         check_val_every_n_epoch=experiment.every,
         gradient_clip_val=experiment.clip,
         accelerator=setup.accelerator,
-        default_root_dir=folder,
         callbacks=[*spectra(experiment, data.validation, data.generalization), rows],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
     )
     trainer.fit(
         model,

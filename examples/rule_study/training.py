@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from examples.digits import digits
 from examples.paper_hesd.networks import ViT, resnet
-from examples.shared import quiet
+from examples.shared import quiet, silent_trainer
 from lightning_hesd import HessianSpectrumCallback
 
 if TYPE_CHECKING:
@@ -135,17 +135,12 @@ def run(training: Training, out: Path) -> None:
             sampling_error=True,
             progress=False,
         )
-        trainer = pl.Trainer(
+        trainer = silent_trainer(
+            folder,
             max_epochs=training.all_epochs,
             check_val_every_n_epoch=every,
             accelerator="cpu",
-            default_root_dir=folder,
             callbacks=[callback],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
         )
         trainer.fit(
             module,

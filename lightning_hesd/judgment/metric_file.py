@@ -56,7 +56,7 @@ def values_in_file(
             name = _run_called(row.get(RUN_COLUMN), runs, where)
             if math.isnan(value):
                 continue
-            found = [] if name is None else places[name].get(int(_number(row[key], where)), [])
+            found = [] if name is None else places[name].get(_number(row[key], where), [])
             if name is None or not found:
                 others += 1
                 continue
@@ -73,9 +73,9 @@ def values_in_file(
     return values, others
 
 
-def _places(states: Sequence[AnalyzedState], key: str) -> dict[int, list[int]]:
+def _places(states: Sequence[AnalyzedState], key: str) -> dict[float, list[int]]:
     """Return the positions of states by their epoch or their step."""
-    places: dict[int, list[int]] = {}
+    places: dict[float, list[int]] = {}
     for place, state in enumerate(states):
         places.setdefault(getattr(state, key), []).append(place)
     return places

@@ -109,7 +109,7 @@ class AnalysisRun:
         source, errors = self._source, self._source.errors
         with errors.guard("cannot tell which metrics other callbacks monitor"):
             warn_about_stale_monitors(trainer, source.name, sparse=source.schedule.is_sparse)
-        self._lacks_metrics = False
+        self._metrics, self._lacks_metrics = FreshMetrics(), False
         continues = self._is_resumed or self._trained_by == runs.name_of(trainer)
         self._is_resumed, self._trained_by = False, runs.name_of(trainer)
         source.history.rewind(trainer.global_step if continues else 0)
@@ -175,7 +175,10 @@ class AnalysisRun:
         # Asking Lightning for its metrics takes 50 microseconds, so only before an analysis.
         source, step = self._source, trainer.global_step + 1
         is_last = trainer.is_last_batch or step == trainer.max_steps
-        if source.schedule.may_follow(trainer.current_epoch, step, is_last=is_last) and source.refusal is None:
+        may_follow = source.schedule.may_follow(trainer.current_epoch, step, is_last=is_last)
+        # With manual optimization a batch makes any number of steps.
+        is_manual = not trainer.lightning_module.automatic_optimization
+        if (may_follow or is_manual) and source.refusal is None:
             with source.errors.guard("the records will not have the metrics of the network"):
                 self._metrics.begin_batch(trainer)
 

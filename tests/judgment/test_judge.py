@@ -423,6 +423,8 @@ def test_metrics_from_a_file_for_runs_in_folders(tmp_path: Path) -> None:
             r"no row of .* has a value for an analyzed checkpoint of these runs \(a, b\)",
         ),
         (["run,epoch,test_acc", "a,1,nan"], "no row of"),
+        (["run,epoch,test_acc", "a,,0.5"], "no row of"),
+        (["run,epoch,test_acc", "a,1.5,0.5"], "no row of"),
     ],
 )
 def test_a_file_that_does_not_fit(tmp_path: Path, lines: list[str], message: str) -> None:

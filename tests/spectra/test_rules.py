@@ -92,3 +92,16 @@ def test_relative_flatness_does_not_change_when_a_relu_network_is_rescaled() -> 
     rule = RULES["lowest_relative_flatness"]
     rescaled = replace(analyzed, spectrum=replace(analyzed.spectrum, by_layer=layers))
     assert rule.score(rescaled) == pytest.approx(rule.score(analyzed), rel=1e-14)
+
+
+def test_what_to_do_where_a_rule_lacks_what_it_needs() -> None:
+    lacking = record(metrics={}, preconditioned=None)
+    said = RULES["lowest_preconditioned_max_eigenvalue"].complaint(lacking)
+    assert said is not None
+    assert "Pass `preconditioner` to HessianSpectrumCallback" in said
+    said = RULES["lowest_validation_loss"].complaint(lacking)
+    assert said is not None
+    assert (
+        "it needs `validation_loss`, which the record lacks. Analyze at the end of epochs whose validation logs" in said
+    )
+    assert RULES["highest_c_t"].complaint(lacking) is None

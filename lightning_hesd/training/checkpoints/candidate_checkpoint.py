@@ -168,9 +168,14 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         return latest
 
     def _update(self, candidates: list[Candidate], best_score: float) -> None:
-        """Set the candidates, and the attributes in which ModelCheckpoint shows them."""
+        """Set the candidates, of which one becomes the pick."""
         self._ranking.candidates, self._ranking.best_score = candidates, best_score
         self._ranking.break_ties(lambda pick: [record.global_step for record in self._rivals_of(pick)])
+        self._show_candidates()
+
+    def _show_candidates(self) -> None:
+        """Set the attributes in which ModelCheckpoint shows the candidates."""
+        candidates = self.candidates
         self.best_k_models = {c.path: torch.tensor(c.criterion) for c in candidates}
         self.kth_best_model_path = min(candidates, key=lambda c: c.criterion).path if candidates else ""
         self.kth_value = self.best_k_models.get(self.kth_best_model_path, torch.tensor(-math.inf))
@@ -279,6 +284,8 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         """
         if self._stage != "fit":
             return
+        if isinstance(state_dict, dict):
+            state_dict = {"preferred_step": None, **state_dict}  # an earlier version had none
         if (wrong := first_invalid_field(state_dict, STATE)) is not None:
             msg = (
                 f"the state of {self.title} in the checkpoint is damaged, or of another version: its `{wrong}` is "
@@ -289,7 +296,8 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         self._load(state_dict)
 
     def _load(self, state: dict[str, Any]) -> None:
+        # The pick of the state, too: ties are broken by records, which a copy's original may not have.
         self._ranking.load_state_dict(state)
-        self._update(self.candidates, self._ranking.best_score)
+        self._show_candidates()
         if str(self.dirpath) == state["dirpath"]:
             self.last_model_path = state["last_model_path"]

@@ -36,6 +36,7 @@ STATE = {
     "first_score": optional(number),
     "ranked": each(having({"global_step": integer, "score": number, "mainly_positive": of(bool)})),
     "offered_step": integer,
+    "preferred_step": optional(integer),
     "best_model_path": text,
     "last_model_path": text,
     "dirpath": text,
@@ -158,7 +159,7 @@ class RunRanking:
         self.best_score = state["best_score"]
         self.first_score = state["first_score"]
         self.offered_step = state["offered_step"]
-        self._preferred_step = state.get("preferred_step")
+        self._preferred_step = state["preferred_step"]
         self._ranked = [
             Candidate(-1, c["global_step"], c["score"], math.nan, c["mainly_positive"], path="")
             for c in state["ranked"]

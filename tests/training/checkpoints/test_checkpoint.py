@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import logging
 import math
@@ -346,6 +347,16 @@ def test_ties_in_a_resumed_run(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, [ScriptedSource(TIED), resumed], 2)
     trainer.fit(ScriptedModule(TIED), loader(), ckpt_path=str(tmp_path / "last.ckpt"))
     assert epoch_of(resumed.best_model_path) == 0
+
+
+def test_the_original_of_a_copy_shows_its_pick_among_ties(tmp_path: Path) -> None:
+    """Though the original has no records by which ties are broken."""
+    original = HessianCheckpoint("highest_c_t", train_metric="train_acc", ties="first", dirpath=tmp_path)
+    copied = copy.deepcopy(original)
+    run_script(tmp_path, TIED[:2], [ScriptedSource(TIED[:2]), copied])
+    assert original.source is None
+    assert epoch_of(copied.best_model_path) == 0
+    assert original.best_model_path == copied.best_model_path
 
 
 @pytest.mark.parametrize("rule", ["lowest_trace", len])

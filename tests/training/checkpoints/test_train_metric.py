@@ -162,6 +162,37 @@ def test_one_that_is_logged_now_and_then(tmp_path: Path) -> None:
     assert recorded(tmp_path, "step") == {"step": seen}
 
 
+def test_in_records_with_several_steps_per_batch(tmp_path: Path) -> None:
+    class Manual(Logging):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("step", self.now, on_step=True, on_epoch=False)
+            optimizer: Any = self.optimizers()
+            for _ in range(2):
+                optimizer.zero_grad()
+                self.manual_backward(plain_loss(self, batch))
+                optimizer.step()
+
+    ranked(tmp_path, "step", module=Manual(), schedule={"every_n_train_steps": 4}, max_epochs=1)
+    assert recorded(tmp_path, "step") == {"step": {4: 201, 8: 601}}
+
+
+def test_values_of_an_earlier_run_say_nothing_of_the_next(tmp_path: Path) -> None:
+    """The second run ends within an epoch, after as many batches as the first one had."""
+
+    class Stopping(Logging):
+        def on_train_batch_end(self, *_args: Any) -> None:
+            self.trainer.should_stop = self.global_step == 4
+
+    observer = HessianSpectrumCallback(steps=2, num_samples=8, loss_fn=plain_loss)
+    for folder, batches in (("first", 4), ("second", STEPS)):
+        limits = {"limit_train_batches": batches, "limit_val_batches": 0, "min_epochs": 0, "max_epochs": 1}
+        fit(tmp_path / folder, observer, module=Stopping(every=2), data=loader(), **limits)
+        assert [record.global_step for record in observer.history] == [4]
+        assert "step" not in observer.history[-1].metrics, folder  # it was logged for step 3
+
+
 def test_with_accumulated_gradients(tmp_path: Path) -> None:
     found = ranked(tmp_path, "step", schedule={"every_n_train_steps": 1}, max_epochs=1, accumulate_grad_batches=2)
     assert found["step"] == ({1: 1, 2: 101, 3: 201}, "")
