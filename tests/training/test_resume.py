@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, Subset
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SpectrumHistory
 from tests.training.digits_run import Net, data
+from tests.training.modules import own_warnings
 from tests.training.scripted import make_trainer
 
 # Both are about the checkpoint callback that Lightning adds by default.
@@ -27,6 +29,7 @@ OPTIONS: dict[str, Any] = {"steps": 8, "num_samples": 48, "batch_size": 16}
 def fit(
     folder: Path,
     *,
+    loader: Any = None,
     fail_at: int | None = None,
     ckpt_path: Path | None = None,
     tolerance: float = 0.05,
@@ -38,7 +41,7 @@ def fit(
     callback = HessianSpectrumCallback(**{**OPTIONS, "checkpoint": checkpoint, **arguments})
     trainer = make_trainer(folder, [callback], EPOCHS)
     with contextlib.nullcontext() if fail_at is None else pytest.raises(RuntimeError, match="power cut"):
-        trainer.fit(Net(fail_at), data(), ckpt_path=ckpt_path)
+        trainer.fit(Net(fail_at), data() if loader is None else loader, ckpt_path=ckpt_path)
     return callback, checkpoint
 
 
@@ -122,6 +125,20 @@ def test_testing_a_checkpoint_loses_nothing_that_came_after_it(tmp_path: Path) -
 
 
 # Advice that is followed ----------------------------------------------------------------------------------------------
+
+
+def test_data_without_the_samples_drawn_before(tmp_path: Path) -> None:
+    """As it says, another `num_samples` draws others."""
+    last = interrupted(tmp_path / "first")
+    fewer = DataLoader(Subset(data().dataset, range(80)), batch_size=40)
+    with own_warnings() as said:
+        callback, _ = fit(tmp_path / "second", ckpt_path=last, loader=fewer)
+    assert [r.error is None for r in callback.history] == [True] * 2 + [False] * 2
+    assert all("draw other samples with another `num_samples`" in message for message in said[:3])
+    with own_warnings() as said:
+        callback, _ = fit(tmp_path / "third", ckpt_path=last, loader=fewer, num_samples=47)
+    assert [r.spectrum and r.spectrum.num_samples for r in callback.history] == [48] * 2 + [47] * 2
+    assert len(said) == 1
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.:UserWarning")

@@ -14,7 +14,7 @@ from lightning_hesd.spectra.selection import Candidate
 from lightning_hesd.spectra.validation import first_invalid_field, one_line
 from lightning_hesd.training.callback_copies import CopiedCallback
 from lightning_hesd.training.checkpoints.exclusive_checkpoint import ExclusiveCheckpoint, is_written_as
-from lightning_hesd.training.checkpoints.ranking import STATE
+from lightning_hesd.training.checkpoints.ranking import STATE, completed
 from lightning_hesd.training.checkpoints.weights import AnalyzedSaving
 from lightning_hesd.training.compat.messages import inform, warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
@@ -168,7 +168,7 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         return latest
 
     def _update(self, candidates: list[Candidate], best_score: float) -> None:
-        """Set the candidates, of which one becomes the pick."""
+        """Set the candidates, of which one becomes the pick; that of a loaded state stays, also without its records."""
         self._ranking.candidates, self._ranking.best_score = candidates, best_score
         self._ranking.break_ties(lambda pick: [record.global_step for record in self._rivals_of(pick)])
         self._show_candidates()
@@ -198,9 +198,8 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
             own = "HessianCheckpoint"
             if self in attached:
                 own = "callback.checkpoint" if len(attached) == 1 else f"callback.checkpoints[{attached.index(self)}]"
-            loading = (
-                f'it is `{own}.best_model_path`, and `ckpt_path="best"` remains the best of {type(first).__name__}'
-            )
+            path = f"`{own}.best_model_path`"
+            loading = f'it is {path}, and `ckpt_path="best"` remains the best of {type(first).__name__}'
         inform(f"{name}: {rule} picks {pick}, {self.best_model_path}; {loading}.{doubt}")
 
     # Files ----------------------------------------------------------------------------------------------------------
@@ -284,8 +283,7 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         """
         if self._stage != "fit":
             return
-        if isinstance(state_dict, dict):
-            state_dict = {"preferred_step": None, **state_dict}  # an earlier version had none
+        state_dict = completed(state_dict)
         if (wrong := first_invalid_field(state_dict, STATE)) is not None:
             msg = (
                 f"the state of {self.title} in the checkpoint is damaged, or of another version: its `{wrong}` is "
@@ -296,7 +294,6 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         self._load(state_dict)
 
     def _load(self, state: dict[str, Any]) -> None:
-        # The pick of the state, too: ties are broken by records, which a copy's original may not have.
         self._ranking.load_state_dict(state)
         self._show_candidates()
         if str(self.dirpath) == state["dirpath"]:

@@ -44,6 +44,11 @@ STATE = {
 """Checks of the state of a HessianCheckpoint."""
 
 
+def completed(state: Any) -> Any:
+    """Return the state of a HessianCheckpoint with the field that an earlier version lacked."""
+    return {"preferred_step": None, **state} if isinstance(state, dict) else state
+
+
 def check_rule(rule: object, ties: Ties | None) -> None:
     """Check that a rule is a known name or a function, and that its errors are known if they are to break ties.
 
