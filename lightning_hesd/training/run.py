@@ -230,7 +230,8 @@ class AnalysisRun:
         strategies.wait_for_device(trainer)
         with signals.sigterm_waits(trainer), without_training_time(trainer, analyzing=source):
             record = self._recorder.record(trainer, pl_module, epoch, source.errors)
-            self._lacks_metrics = self._metrics.is_of_last_batch(trainer)
+            # All ranks must agree, as they wait for each other for the metrics.
+            self._lacks_metrics = trainer.strategy.broadcast(self._metrics.is_of_last_batch(trainer))
             if self._lacks_metrics:
                 with source.errors.guard("the record will not have the metrics of the network"):
                     record = replace(record, metrics=self._fresh_metrics(trainer))
