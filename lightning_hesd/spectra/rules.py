@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_hesd.spectra.differences import are_comparable, c_t_difference, lambda_max_difference
-from lightning_hesd.spectra.record import RECORDED_BY
+from lightning_hesd.spectra.record import RECORDED_BY, VALIDATION_LOSSES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -76,10 +76,12 @@ class CheckpointRule:
         missing = next((field for field in self.needs if getattr(record, field) is None), None)
         if missing is None or record.error is not None:
             return None
+        remedy = f"Pass `{RECORDED_BY.get(missing, missing)}` to HessianSpectrumCallback, which records it"
+        if missing == "validation_loss":
+            remedy = f"Log it in validation that comes right before the analysis, as {VALIDATION_LOSSES[0]!r}"
         return (
             f"the rule {self.name!r} does not rank the analysis of epoch {record.epoch}, nor later ones like it: it "
-            f"needs `{missing}`, which the record lacks. Pass `{RECORDED_BY.get(missing, missing)}` to "
-            "HessianSpectrumCallback, which records it, or choose another rule."
+            f"needs `{missing}`, which the record lacks. {remedy}, or choose another rule."
         )
 
 
