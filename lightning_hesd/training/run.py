@@ -175,7 +175,10 @@ class AnalysisRun:
         # Asking Lightning for its metrics takes 50 microseconds, so only before an analysis.
         source, step = self._source, trainer.global_step + 1
         is_last = trainer.is_last_batch or step == trainer.max_steps
-        if source.schedule.may_follow(trainer.current_epoch, step, is_last=is_last) and source.refusal is None:
+        may_follow = source.schedule.may_follow(trainer.current_epoch, step, is_last=is_last)
+        if not source.schedule.by_epoch and not trainer.lightning_module.automatic_optimization:
+            may_follow = True  # each batch takes as many steps as the module likes
+        if may_follow and source.refusal is None:
             with source.errors.guard("the records will not have the metrics of the network"):
                 self._metrics.begin_batch(trainer)
 

@@ -212,6 +212,29 @@ def test_it_raises_if_the_callback_is_to_raise(tmp_path: Path) -> None:
         ranked(tmp_path, "step", module=Logging(every=3), schedule={"every_n_train_steps": 1, "on_error": "raise"})
 
 
+def test_a_batch_of_several_steps(tmp_path: Path) -> None:
+    """With manual optimization a batch may end with any step."""
+
+    class Manual(Logging):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for optimizer in self.optimizers():  # type: ignore[union-attr]
+                optimizer.zero_grad()
+                self.manual_backward(plain_loss(self, batch))
+                optimizer.step()
+            self.log("step", self.now)
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (self.net[0], self.net[2])]
+
+    module = Manual()
+    module.automatic_optimization = False
+    observer = HessianSpectrumCallback(steps=2, num_samples=8, loss_fn=plain_loss, every_n_train_steps=2)
+    fit(tmp_path, observer, module=module, data=loader(), max_epochs=1)
+    assert [record.metrics["step"] for record in observer.history] == [201, 401, 601, 801, 1001]
+
+
 def test_a_metric_that_is_no_longer_logged_is_old(tmp_path: Path) -> None:
     class Once(Logging):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
