@@ -37,8 +37,18 @@ def values_in_file(
         A value for each state of each run, NaN where the file has none; and how many rows belong to no state.
 
     Raises:
-        ValueError: If a column is missing, a cell is no number, or a row is ambiguous.
+        ValueError: If it is no CSV file in UTF-8, a column is missing, a cell is no number, or a row is ambiguous.
     """
+    try:
+        return _values_in_file(path, metric, runs)
+    except (UnicodeDecodeError, csv.Error) as error:
+        msg = f"{path} cannot be read ({error}): it must be text in UTF-8, with commas between columns."
+        raise ValueError(msg) from error
+
+
+def _values_in_file(
+    path: str | os.PathLike[str], metric: Metric, runs: Mapping[str, Run]
+) -> tuple[dict[str, list[float]], int]:
     with Path(path).open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         columns = list(reader.fieldnames or [])
@@ -52,11 +62,14 @@ def values_in_file(
         others = 0
         for row in reader:
             where = f"{path}, line {reader.line_num}"
+            if None in row:
+                msg = f"{where} has more cells than columns; decimals are written with a point."
+                raise ValueError(msg)
             value = _number(row[metric.name], where)
             name = _run_called(row.get(RUN_COLUMN), runs, where)
             if math.isnan(value):
                 continue
-            found = [] if name is None else places[name].get(_number(row[key], where), [])
+            found = [] if name is None else places[name].get(_whole_number(row[key], where), [])
             if name is None or not found:
                 others += 1
                 continue
@@ -96,6 +109,19 @@ def _run_called(name: str | None, runs: Mapping[str, Run], where: str) -> str | 
         msg = f"{where}: the run {name!r} may be {' or '.join(found)}. Give more of its path."
         raise ValueError(msg)
     return found[0] if found else None
+
+
+def _whole_number(cell: str | None, where: str) -> int:
+    """Return the epoch or the step in a cell.
+
+    Raises:
+        ValueError: If the cell is no whole number.
+    """
+    value = _number(cell, where)
+    if not value.is_integer():
+        msg = f"{where}: {cell!r} is no whole number."
+        raise ValueError(msg)
+    return int(value)
 
 
 def _number(cell: str | None, where: str) -> float:

@@ -116,10 +116,16 @@ class Outcomes:
             "regret": float(np.nanmean(regrets)),
         }
         for against, comparison in self.comparisons.items():
-            gain = math.nan if name == against else float(np.nanmean(self.gains(name, against)))
+            gain = math.nan if name == against else _mean(self.gains(name, against))
             numbers = {"gain": gain, **_comparison(comparison, name)}
             row |= {f"{key}_over_{against}": value for key, value in numbers.items()}
         return row
+
+
+def _mean(gains: NDArray[np.float64]) -> float:
+    """Return the mean of the known gains; NaN if a rule and the baseline never pick in the same run."""
+    known = gains[np.isfinite(gains)]
+    return float(known.mean()) if known.size else math.nan
 
 
 def _comparison(comparison: Comparison, name: str) -> dict[str, Any]:

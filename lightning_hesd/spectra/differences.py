@@ -52,9 +52,11 @@ class PairedDifference:
 def c_t_difference(first: Spectrum, second: Spectrum) -> PairedDifference:
     """Return the difference of C_t of two spectra on the same samples, such as those of two epochs of a run.
 
+    Of spectra on different samples, which cannot be told by their numbers, the standard error is too small.
+
     Raises:
-        ValueError: If a spectrum has no resampled extremes (`sampling_error=True` was not set) or no C_t, or the groups
-            of samples of both are not the same.
+        ValueError: If a spectrum has no resampled extremes (`sampling_error=True` was not set) or no C_t, or the numbers
+            of samples or the shares of their groups differ.
     """
     return _difference(first, second, "c_t", _resampled_c_t)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_hesd.training.compat.logged_metrics import logged_before_the_epoch
+from lightning_hesd.training.compat.logged_metrics import current_metrics, logged_before_the_epoch
 from lightning_hesd.training.compat.runs import batches_begun
 
 if TYPE_CHECKING:
@@ -35,37 +36,42 @@ class FreshMetrics:
 
     def begin_batch(self, trainer: pl.Trainer) -> None:
         """Keep the values before a batch, which are old after it."""
-        self._before = dict(trainer.callback_metrics)
+        self._before = current_metrics(trainer)
         self._early = logged_before_the_epoch(trainer)
         self._batch = batches_begun(trainer)
 
     def is_of_last_batch(self, trainer: pl.Trainer) -> bool:
-        """Whether values were last kept before the batch that came last."""
-        return self._batch == batches_begun(trainer)
+        """Return whether values were last kept before the batch that came last, as rank zero has it.
+
+        All ranks must agree, because they wait for each other for the values.
+        """
+        return trainer.strategy.broadcast(self._batch == batches_begun(trainer))
 
     def value(self, trainer: pl.Trainer, key: str) -> float | None:
         """Return a metric of the present weights; None if it was not logged for them."""
-        value: Any = trainer.callback_metrics.get(key)
-        is_old = key in self._early or _is_same(value, self._before.get(key))
-        return None if value is None or is_old else float(value)
+        value = current_metrics(trainer).get(key)
+        return None if value is None or self._is_old(key, value) else float(value)
 
     def values(self, trainer: pl.Trainer, prefixes: tuple[str, ...]) -> dict[str, float]:
         """Return the finite metrics of the present weights, by key, but for those whose keys begin with a prefix.
 
         On all ranks they are those of rank zero.
         """
-        logged = trainer.callback_metrics.items()
-        keys = [key for key, value in logged if _is_number(value) and not key.startswith(prefixes)]
-        found = {key: self.value(trainer, key) for key in keys}
-        metrics = {key: value for key, value in found.items() if value is not None and math.isfinite(value)}
+        logged = {key: value for key, value in current_metrics(trainer).items() if _is_number(value)}
+        wanted = [key for key in logged if not key.startswith(prefixes)]
+        found = {key: float(logged[key]) for key in wanted if not self._is_old(key, logged[key])}
+        metrics = {key: value for key, value in found.items() if math.isfinite(value)}
         return trainer.strategy.broadcast(metrics)
+
+    def _is_old(self, key: str, value: Any) -> bool:
+        return key in self._early or _is_same(value, self._before.get(key))
 
 
 def _is_number(value: Any) -> bool:
     """Return whether a value is a real number; what users put among the metrics themselves may be anything."""
     if isinstance(value, torch.Tensor):
         return value.numel() == 1 and not value.is_complex()
-    return isinstance(value, int | float)
+    return isinstance(value, Real)  # also NumPy's
 
 
 def _is_same(value: Any, before: Any) -> bool:

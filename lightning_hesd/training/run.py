@@ -176,9 +176,9 @@ class AnalysisRun:
         source, step = self._source, trainer.global_step + 1
         is_last = trainer.is_last_batch or step == trainer.max_steps
         may_follow = source.schedule.may_follow(trainer.current_epoch, step, is_last=is_last)
-        # With manual optimization a batch makes any number of steps.
-        is_manual = not trainer.lightning_module.automatic_optimization
-        if (may_follow or is_manual) and source.refusal is None:
+        if not source.schedule.by_epoch and not trainer.lightning_module.automatic_optimization:
+            may_follow = True  # each batch takes as many steps as the module likes
+        if may_follow and source.refusal is None:
             with source.errors.guard("the records will not have the metrics of the network"):
                 self._metrics.begin_batch(trainer)
 
@@ -230,8 +230,7 @@ class AnalysisRun:
         strategies.wait_for_device(trainer)
         with signals.sigterm_waits(trainer), without_training_time(trainer, analyzing=source):
             record = self._recorder.record(trainer, pl_module, epoch, source.errors)
-            # All ranks must agree, as they wait for each other for the metrics.
-            self._lacks_metrics = trainer.strategy.broadcast(self._metrics.is_of_last_batch(trainer))
+            self._lacks_metrics = self._metrics.is_of_last_batch(trainer)
             if self._lacks_metrics:
                 with source.errors.guard("the record will not have the metrics of the network"):
                     record = replace(record, metrics=self._fresh_metrics(trainer))

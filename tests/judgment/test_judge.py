@@ -423,14 +423,24 @@ def test_metrics_from_a_file_for_runs_in_folders(tmp_path: Path) -> None:
             r"no row of .* has a value for an analyzed checkpoint of these runs \(a, b\)",
         ),
         (["run,epoch,test_acc", "a,1,nan"], "no row of"),
-        (["run,epoch,test_acc", "a,,0.5"], "no row of"),
-        (["run,epoch,test_acc", "a,1.5,0.5"], "no row of"),
+        (["run,epoch,test_acc", "a,,0.5"], "line 2: '' is no whole number"),
+        (["run,epoch,test_acc", "a,1.5,0.5"], "line 2: '1.5' is no whole number"),
+        (["run,epoch,test_acc", "a,inf,0.5"], "line 2: 'inf' is no whole number"),
+        (["run,epoch,test_acc", "a,1,0,5"], "line 2 has more cells than columns"),
     ],
 )
 def test_a_file_that_does_not_fit(tmp_path: Path, lines: list[str], message: str) -> None:
     path = metrics_file(tmp_path / "test.csv", lines)
     with pytest.raises(ValueError, match=message):
         judge({"a": RUN, "b": RUN}, "test_acc", metrics=path)
+
+
+def test_a_file_that_is_no_text_in_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / "test.csv"
+    for content in ("epoch,test_acc\n1,0.5\n".encode("utf-16"), b"epoch,test_acc\n1," + 200_000 * b"5"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"test.csv cannot be read \(.*\): it must be text in UTF-8, with commas"):
+            judge(RUN, "test_acc", metrics=path)
 
 
 def test_payloads_are_judged_as_records_are() -> None:
@@ -447,6 +457,15 @@ def test_without_any_pick_of_a_rule_the_sentence_says_so() -> None:
     found = judge([failed], "val_acc")
     assert found.sentence == "No rule can be compared with another choice: none has a pick in any run."
     assert epochs(found) == {"last": 1, "best_possible": 0}
+
+
+def test_a_rule_and_a_baseline_that_never_pick_in_the_same_run() -> None:
+    """In half of the runs all analyses failed, and the others have no validation loss."""
+    failed = [SpectrumRecord(n, n + 1, None, "no memory", metrics={"val_acc": 0.5, "val_loss": 1.0}) for n in range(2)]
+    found = judge([[record(0, val_acc=0.5), record(1, val_acc=0.6)], failed], "val_acc")
+    [row] = [row for row in found.rows if row["name"] == "highest_c_t"]
+    assert math.isfinite(row["gain_over_last"])
+    assert math.isnan(row["gain_over_lowest_validation_loss"])
 
 
 def test_values_of_which_sums_would_overflow_count_as_infinite() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning_hesd.spectra.rules import RULES
 from lightning_hesd.spectra.selection import Candidate, CandidateFilter, progress_tolerance
 from lightning_hesd.spectra.validation import each, having, integer, number, of, optional, text
+from lightning_hesd.training.compat.logged_metrics import current_metrics
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
 from lightning_hesd.training.fresh_metrics import FreshMetrics
 
@@ -216,8 +217,8 @@ class TrainMetric:
         The message names the metrics that are logged, without the callback's own, which begin with `ours`.
         """
         why = "the metric was last logged for older weights"
-        if self.key not in trainer.callback_metrics:
-            logged = sorted(key for key in trainer.callback_metrics if not key.startswith(ours))
+        logged = sorted(key for key in current_metrics(trainer) if not key.startswith(ours))
+        if self.key not in logged:
             why = f"the metric is not among those logged so far, {logged}"
         return (
             f"HessianCheckpoint(train_metric={self.key!r}) does not rank the analysis of epoch {trainer.current_epoch} "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -54,13 +54,33 @@ def log_scalars(
         logger.save()
 
 
+BEFORE_BATCHES = {"on_train_start", "on_train_epoch_start"}
+"""Hooks that log among the metrics of an epoch, but before its first batch."""
+
+
+def current_metrics(trainer: pl.Trainer) -> dict[str, Any]:
+    """Return the logged metrics that have names, as `trainer.callback_metrics` has them.
+
+    At the end of an epoch that computes logged torchmetrics objects, and Lightning would keep their values even if the
+    module's `on_train_epoch_end` resets or updates them later. So the values are forgotten again; the objects remember
+    them as long as they are valid. Those of logged tensors stay: to compute them twice would sum them twice over ranks.
+    """
+    results = trainer._results  # noqa: SLF001
+    objects = [] if results is None else [result for result in results.values() if not result.is_tensor]
+    before = [result._computed for result in objects]  # noqa: SLF001
+    metrics = {key: value for key, value in trainer.callback_metrics.items() if isinstance(key, str)}
+    for result, computed in zip(objects, before, strict=True):
+        result._computed = computed  # noqa: SLF001
+    return metrics
+
+
 def logged_before_the_epoch(trainer: pl.Trainer) -> set[str]:
     """Return the keys of metrics that were logged in this epoch so far, but only before its first batch."""
     early: set[str] = set()
     later: set[str] = set()
     for result in trainer.fit_loop.epoch_loop._results.values():  # noqa: SLF001
         if not result.has_reset:
-            hooks = early if result.meta.fx == "on_train_epoch_start" else later
+            hooks = early if result.meta.fx in BEFORE_BATCHES else later
             hooks |= {result.meta.name, *map(result.meta.forked_name, (True, False))}
     return early - later
 

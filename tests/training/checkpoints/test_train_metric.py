@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -46,6 +47,9 @@ class Logging(Classifier):
         self.log("total", self.total, on_step=False, on_epoch=True)
         return plain_loss(self, batch)
 
+    def on_train_start(self) -> None:
+        self.log("at_start", self.now)
+
     def on_train_epoch_start(self) -> None:
         self.log("start", self.now)
 
@@ -56,6 +60,8 @@ class Logging(Classifier):
         self.log("end", self.now)
         self.trainer.callback_metrics["direct"] = torch.tensor(self.now)
         others: dict[str, Any] = {"text": "fine", "vector": torch.ones(2), "complex": torch.tensor(1j)}
+        self.trainer.callback_metrics[1] = torch.tensor(1.0)  # type: ignore[index]  # no name
+        self.trainer.callback_metrics["numpy"] = np.float32(self.now)  # type: ignore[assignment]
         self.trainer.callback_metrics.update(others)
 
 
@@ -111,16 +117,19 @@ AT_ENDS = {  # of epochs: what each metric is then
     "batch_end": [501, 1001, 1501],
     "end": [501, 1001, 1501],
     "direct": [501, 1001, 1501],
+    "numpy": [501, 1001, 1501],
 }
 
 
 def test_at_the_ends_of_epochs(tmp_path: Path) -> None:
-    found = ranked(tmp_path, *AT_ENDS, "start", "nowhere")
-    assert found.pop("start")[0] == {}
-    assert re.search(r"not among those logged so far, \['batch_end', .*'total', 'vector'\]", found.pop("nowhere")[1])
+    found = ranked(tmp_path, *AT_ENDS, "at_start", "start", "nowhere")
+    assert found.pop("at_start")[0] == found.pop("start")[0] == {}
+    assert re.search(
+        r"not among those logged so far, \['at_start', 'batch_end', .*'total', 'vector'\]", found.pop("nowhere")[1]
+    )
     expected = {key: dict(zip([5, 10, 15], values, strict=True)) for key, values in AT_ENDS.items()}
     assert found == {key: (values, "") for key, values in expected.items()}
-    others = ("start", "text", "vector", "complex")
+    others = ("at_start", "start", "text", "vector", "complex")
     assert recorded(tmp_path, *AT_ENDS, *others) == {**expected, **{key: {} for key in others}}
 
 
@@ -234,6 +243,29 @@ def test_it_raises_if_the_callback_is_to_raise(tmp_path: Path) -> None:
         ranked(tmp_path, "step", module=Logging(every=3), schedule={"every_n_train_steps": 1, "on_error": "raise"})
 
 
+def test_a_batch_of_several_steps(tmp_path: Path) -> None:
+    """With manual optimization a batch may end with any step."""
+
+    class Manual(Logging):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for optimizer in self.optimizers():  # type: ignore[union-attr]
+                optimizer.zero_grad()
+                self.manual_backward(plain_loss(self, batch))
+                optimizer.step()
+            self.log("step", self.now)
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (self.net[0], self.net[2])]
+
+    module = Manual()
+    module.automatic_optimization = False
+    observer = HessianSpectrumCallback(steps=2, num_samples=8, loss_fn=plain_loss, every_n_train_steps=2)
+    fit(tmp_path, observer, module=module, data=loader(), max_epochs=1)
+    assert [record.metrics["step"] for record in observer.history] == [201, 401, 601, 801, 1001]
+
+
 def test_a_metric_that_is_no_longer_logged_is_old(tmp_path: Path) -> None:
     class Once(Logging):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -244,6 +276,23 @@ def test_a_metric_that_is_no_longer_logged_is_old(tmp_path: Path) -> None:
     seen, said = ranked(tmp_path, "once", module=Once(), max_epochs=2)["once"]
     assert seen == {5: 1.0}
     assert "does not rank the analysis of epoch 1 after step 10" in said
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric .* was called before the ``update``:UserWarning")
+def test_metrics_that_the_module_resets_are_logged_as_without_the_callback(tmp_path: Path) -> None:
+    """Lightning computes them when they are asked for, and would keep the value."""
+
+    class Resetting(Logging):
+        def on_train_epoch_end(self) -> None:
+            self.total.reset()
+            self.mean.update(1e6)
+
+    def logged(*callbacks: Any) -> dict[str, Any]:
+        trainer = fit(tmp_path, *callbacks, module=Resetting(), data=loader(), max_epochs=1)
+        return {key: float(trainer.callback_metrics[key]) for key in ("total", "mean")}
+
+    observer = HessianSpectrumCallback(steps=2, num_samples=8, loss_fn=plain_loss)
+    assert logged(observer) == logged()
 
 
 def test_the_weights_wait_with_the_analysis(tmp_path: Path) -> None:
