@@ -76,9 +76,10 @@ class CheckpointRule:
         missing = next((field for field in self.needs if getattr(record, field) is None), None)
         if missing is None or record.error is not None:
             return None
-        remedy = f"Pass `{RECORDED_BY.get(missing, missing)}` to HessianSpectrumCallback, which records it"
         if missing == "validation_loss":
-            remedy = f"Log it in validation that comes right before the analysis, as {VALIDATION_LOSSES[0]!r}"
+            remedy = f"Log it as {VALIDATION_LOSSES[0]!r} in a validation that runs right before the analysis"
+        else:
+            remedy = f"Pass `{RECORDED_BY.get(missing, missing)}` to HessianSpectrumCallback, which records it"
         return (
             f"the rule {self.name!r} does not rank the analysis of epoch {record.epoch}, nor later ones like it: it "
             f"needs `{missing}`, which the record lacks. {remedy}, or choose another rule."

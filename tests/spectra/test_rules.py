@@ -101,7 +101,5 @@ def test_what_to_do_where_a_rule_lacks_what_it_needs() -> None:
     assert "Pass `preconditioner` to HessianSpectrumCallback" in said
     said = RULES["lowest_validation_loss"].complaint(lacking)
     assert said is not None
-    assert (
-        "it needs `validation_loss`, which the record lacks. Analyze at the end of epochs whose validation logs" in said
-    )
+    assert "it needs `validation_loss`, which the record lacks. Log it as 'val_loss' in a validation" in said
     assert RULES["highest_c_t"].complaint(lacking) is None
