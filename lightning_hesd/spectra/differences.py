@@ -55,8 +55,8 @@ def c_t_difference(first: Spectrum, second: Spectrum) -> PairedDifference:
     Of spectra on different samples, which cannot be told by their numbers, the standard error is too small.
 
     Raises:
-        ValueError: If a spectrum has no resampled extremes (`sampling_error=True` was not set) or no C_t, or the numbers
-            of samples or the shares of their groups differ.
+        ValueError: If a spectrum has no resampled extremes (`sampling_error=True` was not set) or no C_t, or the
+            numbers of samples or the shares of their groups differ.
     """
     return _difference(first, second, "c_t", _resampled_c_t)
 
