@@ -20,12 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.problems import loss
 from lightning_hesd import hessian_spectrum
-from lightning_hesd.numerics.derivatives.replacements import Replacements
-from lightning_hesd.numerics.inputs.batches import WeightedBatch
-from lightning_hesd.numerics.isolation.exact_mode import exact_mode
-from lightning_hesd.numerics.operators.curvature import HessianMatrix
-from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock
-from lightning_hesd.numerics.operators.risk_operator import RiskOperator
+from lightning_hesd.numerics.analysis.preparation import opened_operators
+from lightning_hesd.numerics.inputs.batches import weighted_batches
+from lightning_hesd.numerics.inputs.options import AnalysisOptions
 from lightning_hesd.numerics.operators.strategies import Strategy
 
 if TYPE_CHECKING:
@@ -124,16 +121,10 @@ def gradient(problem: Problem) -> Tensor:
 @contextlib.contextmanager
 def our_product(problem: Problem, strategy: Strategy | Literal["auto"]) -> Iterator[Product]:
     """Give the operator beneath `hessian_spectrum`, in the state that it computes in."""
-    batches = [WeightedBatch(batch, len(batch[0]), index) for index, batch in enumerate(problem.batches)]
-
-    def our_loss(batch: WeightedBatch) -> Tensor:
-        with Replacements():
-            return loss(problem.module, batch.data)
-
-    with exact_mode(problem.module):
-        matrix = HessianMatrix(our_loss, problem.parameters)
-        risk = RiskOperator(matrix, batches, strategy=strategy, dtype=problem.parameters[0].dtype)
-        yield DiagonalBlock(risk).matvec
+    options = AnalysisOptions(strategy=strategy)
+    batches = weighted_batches(problem.batches)
+    with opened_operators(problem.module, batches, loss, options, [problem.parameters]) as ([operator], _):
+        yield operator.matvec
 
 
 def our_spectrum(problem: Problem, steps: int, seed: int, tolerance: float | None = None) -> Run:

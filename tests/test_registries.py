@@ -134,10 +134,3 @@ def test_a_rule_that_needs_what_the_run_does_not_record_says_so_once(
 def test_every_scalar_is_documented() -> None:
     page = (ROOT / "docs" / "how-to" / "results.md").read_text()
     assert [key for key in (*SPECTRUM_SCALARS, *RECORD_SCALARS) if f"`hesd/{key}`" not in page] == []
-
-
-def test_a_rule_that_needs_a_logged_metric_says_to_log_it() -> None:
-    said = RULES["lowest_validation_loss"].complaint(SpectrumRecord(0, 10, make_spectrum(-0.1)))
-    assert said is not None
-    assert "as 'val_loss', or choose another rule" in said
-    assert "Pass" not in said

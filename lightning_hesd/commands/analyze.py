@@ -44,7 +44,7 @@ WIDTH_OF_FILES = 240
 """Characters in a line of a table that goes to a file or another program."""
 
 NOT_OF_THE_COMMAND_LINE: set[str | int] = {
-    *("batch_weight", "matrix", "output_fn", "output_loss", "parameters", "dtype", "preconditioner"),
+    *("batch_weight", "batch_size", "matrix", "output_fn", "output_loss", "parameters", "dtype", "preconditioner"),
 }
 BATCH_WEIGHT = "'tokens', or a function batch -> its weight, as package.function; default: its samples."
 

@@ -9,8 +9,8 @@ import importlib
 import inspect
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
@@ -129,7 +129,7 @@ class Project:
         data: The LightningDataModule, whose training data are analyzed.
         loss_fn: As for the callback; None: the module's `training_step`.
         num_samples: Number of samples; None: the samples of the run, if the checkpoint names them, else 512.
-        batch_size: Samples per batch; None: as the data module makes them.
+        batch_size: As for the callback.
         name: Name of the callback in the run.
         accelerator: As for the Trainer.
         devices: Devices of each node, as for the Trainer.
@@ -142,7 +142,7 @@ class Project:
     data: Blueprint
     loss_fn: LossFunction | None = None
     num_samples: int | None = None
-    batch_size: int | None = None
+    batch_size: int | Literal["auto"] | None = "auto"
     name: str = "hesd"
     accelerator: str = "auto"
     devices: int | str = 1
@@ -197,7 +197,8 @@ class Project:
         """
         drawn = self._drawn(checkpoint)
         num_samples = drawn["num_samples"] if drawn else self.num_samples or DEFAULT_NUM_SAMPLES
-        samples = RunSamples(num_samples, options, dataloader=dataloader, batch_size=self.batch_size)
+        options = replace(options, batch_size=self.batch_size)
+        samples = RunSamples(num_samples, options, dataloader=dataloader)
         analyzer = TrainerAnalyzer(options, samples, loss_fn=self.loss_fn, mode=mode)
         if drawn and dataloader is None:
             analyzer.load_state_dict(drawn)

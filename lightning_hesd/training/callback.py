@@ -54,8 +54,9 @@ class HessianSpectrumCallback(SpectrumSource):
         at_start: Also analyze the random initialization, before the first step. Its record has epoch -1.
         num_samples: Number of training samples to analyze. "auto" begins with 256, and adds samples (up to 16,384) as
             long as the sampling error of C_t exceeds `tolerance`, which must then be a number.
-        batch_size: Samples per batch of the analysis; default: the training dataloader's. The batches of a custom batch
-            sampler are cut to this size at most.
+        batch_size: Most samples per batch of the analysis. "auto": batches of the training dataloader, merged to larger
+            ones where that leaves the loss the same (see `AnalysisOptions`); None: those batches as they are. The
+            batches of a custom batch sampler are cut to a number at most.
         dataloader: Take the samples from this dataloader instead of the training dataloader.
         generalization_dataloader: Also analyze samples of this dataloader, which training does not see, and assess
             generalization by comparing the two spectra (`assess_generalization`). "val" takes the validation data. Its
@@ -124,7 +125,7 @@ class HessianSpectrumCallback(SpectrumSource):
         every_n_train_steps: int | None = None,
         at_start: bool = False,
         num_samples: int | Literal["auto"] = DEFAULT_NUM_SAMPLES,
-        batch_size: int | None = None,
+        batch_size: int | Literal["auto"] | None = "auto",
         # Of DataLoader[Any], LightningCLI would find subclasses, but not the arguments they take.
         dataloader: DataLoader | Iterable[Any] | None = None,  # type: ignore[type-arg]
         generalization_dataloader: DataLoader | Iterable[Any] | Literal["val"] | None = None,  # type: ignore[type-arg]
@@ -143,8 +144,6 @@ class HessianSpectrumCallback(SpectrumSource):
         **analysis: Any,
     ) -> None:
         check_count("num_samples", num_samples, alternative="auto")
-        if batch_size is not None:
-            check_count("batch_size", batch_size)
         check_loader("dataloader", dataloader)
         check_loader("generalization_dataloader", generalization_dataloader, alternative="val")
         super().__init__(name, on_error, Schedule(every_n_epochs, epochs, every_n_train_steps, max_overhead))
@@ -153,7 +152,8 @@ class HessianSpectrumCallback(SpectrumSource):
         self.checkpoints: list[HessianCheckpoint] = as_checkpoints(checkpoint)
         self.verbose = verbose
         decomposition = decomposition_options(analysis) if decompose else None
-        self.options = analysis_options(**analysis, mode=mode if mode in {"train", "keep"} else "eval")
+        mode_of_modules = mode if mode in {"train", "keep"} else "eval"
+        self.options = analysis_options(**analysis, batch_size=batch_size, mode=mode_of_modules)
         if num_samples == "auto" and not isinstance(self.options.tolerance, float):
             msg = (
                 "`num_samples='auto'` needs a number for `tolerance`, the relative accuracy of C_t to aim at, got "
@@ -162,7 +162,7 @@ class HessianSpectrumCallback(SpectrumSource):
             raise ValueError(msg)
         if preconditioner != "optimizer":
             analysis_options(**analysis, preconditioner=preconditioner)  # checks it
-        samples = partial(RunSamples, num_samples, self.options, batch_size=batch_size, in_training=True)
+        samples = partial(RunSamples, num_samples, self.options, in_training=True)
         loaders = [dataloader] if generalization_dataloader is None else [dataloader, generalization_dataloader]
         analyzers = [
             TrainerAnalyzer(self.options, samples(dataloader=loader), loss_fn=loss_fn, mode=mode) for loader in loaders

@@ -52,7 +52,7 @@ def test_traffic_is_what_the_engine_reduces() -> None:
 def test_memory_is_what_the_engine_plans(basis: Any) -> None:
     module, batches, n = problem()
     cache = AnalysisCache()
-    options = analysis_options(steps=12, basis=basis)
+    options = analysis_options(steps=12, basis=basis, batch_size=None)
     spectrum = analyze(module, batches, loss, options, cache=cache)
     assert cache.graph_bytes
     workload = Workload(n, samples=64, batch_size=16, steps=12, basis=basis == "device", graph_bytes=cache.graph_bytes)

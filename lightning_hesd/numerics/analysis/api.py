@@ -29,6 +29,7 @@ def hessian_spectrum(  # noqa: D417 - `AnalysisOptions` describes the options
     loss_fn: LossFunction,
     *,
     batch_weight: Literal["tokens"] | Callable[[Any], float] | None = AnalysisOptions.batch_weight,
+    batch_size: int | Literal["auto"] | None = AnalysisOptions.batch_size,
     steps: int = AnalysisOptions.steps,
     probes: int = AnalysisOptions.probes,
     seed: int = AnalysisOptions.seed,
@@ -61,9 +62,9 @@ def hessian_spectrum(  # noqa: D417 - `AnalysisOptions` describes the options
     `AnalysisOptions` explains the options: how many products (`steps`, `probes`, `seed`), or how accurate a C_t or
     density (`tolerance`, `stop`, `confidence`); of which curvature matrix (`matrix` with `output_fn` and
     `output_loss`, `parameters`, `include_frozen`, `preconditioner`) of which mean loss (`batch_weight`, `mode`); by
-    which products (`strategy`, `probe`, `dtype`) in which memory (`basis`, `memory_budget`); and whether the error due
-    to the finite sample is estimated, too (`sampling_error`), traces of layers more accurately (`layer_probes`), and
-    the loss along the extreme eigenvectors (`loss_along_eigenvectors`).
+    which products (`strategy`, `batch_size`, `probe`, `dtype`) in which memory (`basis`, `memory_budget`); and whether
+    the error due to the finite sample is estimated, too (`sampling_error`), traces of layers more accurately
+    (`layer_probes`), and the loss along the extreme eigenvectors (`loss_along_eigenvectors`).
 
     Args:
         module: The module, on the device of the batches.
@@ -91,6 +92,7 @@ def hessian_spectrum(  # noqa: D417 - `AnalysisOptions` describes the options
     """
     options = AnalysisOptions(
         batch_weight=batch_weight,
+        batch_size=batch_size,
         steps=steps,
         probes=probes,
         seed=seed,

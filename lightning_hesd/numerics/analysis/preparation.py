@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from lightning_hesd.numerics.analysis.batch_size import larger_batches
 from lightning_hesd.numerics.analysis.evaluation import Evaluator
 from lightning_hesd.numerics.collectives import LOCAL, Collectives
 from lightning_hesd.numerics.devices import finest_dtype
@@ -16,6 +17,7 @@ from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
 from lightning_hesd.numerics.inputs.parameters import inverse_root, vector_dtype
 from lightning_hesd.numerics.inputs.token_weights import Weighing
 from lightning_hesd.numerics.isolation.exact_mode import exact_mode
+from lightning_hesd.numerics.isolation.modes import mode_name
 from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock
 from lightning_hesd.numerics.operators.memory import MemoryPlan, plan_memory
 from lightning_hesd.numerics.operators.output_jacobians import use_output_jacobians
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.inputs.options import AnalysisOptions
     from lightning_hesd.numerics.krylov.lanczos import Basis
+
+INDEPENDENT = {"eval", "deterministic"}
+"""Modes in which no layer of PyTorch makes the output for a sample depend on the others in its batch."""
 
 SCALING_VECTORS = 3
 """Additional vectors with a preconditioner: its diagonal, and a vector before and after a product."""
@@ -64,6 +69,7 @@ def opened_operators(
     """
     sharding = sharding or ParameterSharding()
     sharding.check(options)
+    cache = cache or AnalysisCache()
     analyzed = [p for block in blocks for p in block]
     parameters = sharding.local_shards(analyzed)
     ends = list(itertools.accumulate(len(block) for block in blocks))
@@ -81,10 +87,12 @@ def opened_operators(
         is_alone = not collectives.is_distributed and not sharding.is_sharded
         evaluator = Evaluator(module, loss_fn, options, sharding, isolation, batches=joint if is_alone else None)
         if not sharding.is_sharded:
-            cache = cache or AnalysisCache()
             joint = _weighed(Weighing(options.batch_weight, joint, evaluator.loss, collectives), cache)
+        matrix, given = evaluator.matrix(parameters, ranges), len(joint)
+        if is_alone and mode_name(options.mode) in INDEPENDENT:
+            joint = larger_batches(joint, evaluator, matrix, memory=plan.graphs, cache=cache)
         risk = RiskOperator(
-            evaluator.matrix(parameters, ranges),
+            matrix,
             joint,
             strategy=options.strategy,
             dtype=dtype,
@@ -93,6 +101,8 @@ def opened_operators(
             cache=cache,
             sharding=sharding,
         )
+        if len(joint) < given:
+            risk.strategy_reason += f"; {given} batches are merged into {len(joint)}"
         if reason is not None:
             risk.strategy_reason = reason if options.strategy != "auto" else f"{risk.strategy_reason}; {reason}"
         check_derivatives(risk, evaluator.in_finest if not sharding.is_sharded else None)

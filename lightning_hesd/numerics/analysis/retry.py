@@ -64,7 +64,7 @@ def _leaner(
     # With "auto" the failed attempt may have found that there are no exact products, hence no graphs.
     retains_graphs = options.strategy == "graph" or (options.strategy == "auto" and cache.inexact_reason is None)
     if retains_graphs and (is_short_of_memory or is_graph_changed):
-        return replace(options, strategy="recompute"), f"{cause}, hence products are recomputed"
+        return replace(options, strategy="recompute", batch_size=None), f"{cause}, hence products are recomputed"
     if options.basis == "auto" and is_short_of_memory:
         return replace(options, basis="none"), f"{cause}, hence no basis is kept"
     return None

@@ -116,7 +116,7 @@ def sampling_error(operator: DiagonalBlock, runs: Sequence[Lanczos]) -> Sampling
             f"into groups. Pass at least {GROUPS} batches, or leave the sampling error out."
         )
         raise ValueError(msg)
-    if groups > operator.risk.num_batches and (errors <= rounding).all():
+    if groups > _num_batches(operator.risk) and (errors <= rounding).all():
         msg = (
             "the curvature is the same in all groups of samples, to rounding: the loss may not depend on what was cut. "
             f"Pass at least {GROUPS} batches, so that none needs to be cut, or leave the sampling error out."
@@ -162,11 +162,12 @@ def _group_curvatures(operator: DiagonalBlock, ends: Sequence[_End], unit: Tenso
         coordinates: For each end y_kᵀH_g u with the Ritz vectors y_k of its run, shape (groups, steps); without a
             Krylov basis uᵀH_g u only, and 0 for other Ritz vectors.
     """
-    max_groups = max(1, math.ceil(GROUPS / operator.risk.num_batches))
-    lengths = [len(end.nodes) for end in ends]
     risk = operator.risk
+    num_batches = _num_batches(risk)
+    max_groups = max(1, math.ceil(GROUPS / num_batches))
+    lengths = [len(end.nodes) for end in ends]
     # One row for each group of all ranks; every rank fills in its own.
-    table = torch.zeros((risk.num_batches + risk.num_skipped) * max_groups, 3 + sum(lengths), dtype=torch.float64)
+    table = torch.zeros((num_batches + risk.num_skipped) * max_groups, 3 + sum(lengths), dtype=torch.float64)
 
     def fill() -> None:
         for group, position, products in _group_products(operator, unit, max_groups):
@@ -202,17 +203,31 @@ def _group_products(
     """
     risk = block.risk
     expanded = [block.expand(vector) for vector in vectors]
-    for batch, loss, whole in zip(risk.batches, risk.losses, risk.matvecs, strict=True):
-        groups = _groups(risk, batch, loss, max_groups)
-        for position, group in enumerate(groups):
-            matvec = whole
-            if len(groups) > 1:
+    matvecs = dict(zip(map(id, risk.batches), risk.matvecs, strict=True))
+    for batch, loss in _unmerged(risk):
+        for position, group in enumerate(_groups(risk, batch, loss, max_groups)):
+            matvec = matvecs.get(id(group))
+            if matvec is None:
                 _, matvec = graph(risk.matrix, group) if risk.is_exact else risk.make_matvec(group)
             products = torch.zeros(len(vectors), risk.size, dtype=risk.dtype, device=risk.device)
             for row, vector in zip(products, expanded, strict=True):
                 add_in_shape(row, matvec(vector), [p.numel() for p in risk.matrix.parameters])
             yield group, position, block.restrict(products)
     block.matvecs += len(vectors)
+
+
+def _num_batches(risk: RiskOperator) -> int:
+    """Return the number of batches of all ranks, as they were before merging."""
+    return risk.num_batches + sum(len(batch.merged_from) - 1 for batch in risk.batches if batch.merged_from)
+
+
+def _unmerged(risk: RiskOperator) -> Iterator[tuple[WeightedBatch, float]]:
+    """Yield the batches of this rank, as they were before merging, with their losses."""
+    for batch, loss in zip(risk.batches, risk.losses, strict=True):
+        if batch.merged_from:
+            yield from ((part, risk.matrix.loss(part).item()) for part in batch.merged_from)
+        else:
+            yield batch, loss
 
 
 def _groups(risk: RiskOperator, batch: WeightedBatch, loss: float, max_groups: int) -> Sequence[WeightedBatch]:

@@ -42,6 +42,7 @@ class WeightedBatch:
         position: Position in an epoch of training, the `batch_idx` of a training step; None: the index.
         size: Number of samples; None: the weight.
         weigh: Function from the data of a batch, or of a chunk of it, to its weight; None: the number of samples.
+        merged_from: The batches that this one was made from; empty if it was not merged.
 
     Raises:
         ValueError: If the weight is not positive and finite.
@@ -54,6 +55,7 @@ class WeightedBatch:
     position: int | None = field(default=None, kw_only=True)
     size: float | None = field(default=None, kw_only=True)
     weigh: Callable[[Any], float] | None = field(default=None, kw_only=True)
+    merged_from: tuple[WeightedBatch, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:

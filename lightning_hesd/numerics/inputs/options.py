@@ -36,6 +36,10 @@ class AnalysisOptions:
             other than -100 (without the first of each row if the loss does not depend on it), or without `labels` of
             the nonzero values of its `attention_mask`. The default turns to "tokens", with a warning, where the losses
             of two chunks of a batch show that its loss is the mean over tokens and not over samples.
+        batch_size: Largest number of samples to which consecutive batches are merged, because large batches take less
+            time per sample; "auto": as many as pays, and as the memory allows; None: batches stay as they are. They
+            are merged where one process has all of them, `mode` is "eval", and the loss of a merged batch is the mean
+            of theirs, which is tested.
         steps: Lanczos steps per probe, one Hessian-vector product each; at most the number of parameters. With
             `tolerance` the largest number of steps. Default from Gabdullin (2025) and Yao et al. (2020).
         probes: Number of independent start vectors.
@@ -85,6 +89,7 @@ class AnalysisOptions:
     """
 
     batch_weight: Literal["tokens"] | Callable[[Any], float] | None = None
+    batch_size: int | Literal["auto"] | None = "auto"
     steps: int = 100
     probes: int = 1
     seed: int = 0
@@ -118,6 +123,8 @@ class AnalysisOptions:
         if not (callable(weight) or weight in (None, "tokens")):
             msg = f'`batch_weight` must be a function of the batch, "tokens" or None, got {weight!r}.'
             raise ValueError(msg)
+        if self.batch_size is not None:
+            check_count("batch_size", self.batch_size, alternative="auto")
         check_count("steps", self.steps)
         check_count("probes", self.probes)
         check_count("seed", self.seed, least=0)

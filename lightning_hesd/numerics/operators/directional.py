@@ -31,12 +31,12 @@ MOVE = 1e-3
 
 
 @contextlib.contextmanager
-def beside_the_weights(parameters: Sequence[Tensor], space: VectorSpace) -> Iterator[None]:
-    """Move parameters a little in a random direction, and back on leaving."""
+def beside_the_weights(parameters: Sequence[Tensor], space: VectorSpace, move: float = MOVE) -> Iterator[None]:
+    """Move parameters a little in a random direction, and back on leaving; `move` is relative to their size."""
     differences = FiniteDifferences(parameters, space)
     noise = space.gaussian(torch.Generator().manual_seed(2))
     vector = to_device(noise / space.norm(noise), parameters[0].device)
-    with differences.displaced(in_shape(vector, parameters), MOVE * max(differences.size, 1.0)):
+    with differences.displaced(in_shape(vector, parameters), move * max(differences.size, 1.0)):
         yield
 
 

@@ -52,22 +52,21 @@ class RunSamples:
         options: AnalysisOptions,
         *,
         dataloader: Any,
-        batch_size: int | None,
         in_training: bool = False,
     ) -> None:
         """Take the options.
 
         Args:
             num_samples: Number of samples, on all ranks together.
-            options: Options of the analyses, of which the seed and the weight of a batch are used.
+            options: Options of the analyses, of which the seed, the weight of a batch, and `batch_size` are used, if
+                that is a number: the most samples per batch.
             dataloader: Source of the samples; None: the training dataloader; "val": the validation dataloader.
-            batch_size: Most samples per batch; None: as the dataloader makes them.
             in_training: Whether training follows. Its first batches are then kept as samples if none can be drawn from
                 the training dataloader; `after_step` and `after_epoch` of `first_batches` must then be called.
         """
         self.grows = num_samples == "auto"
         self._num_samples = FIRST_SAMPLES if num_samples == "auto" else num_samples
-        self._batch_size = batch_size
+        self._batch_size = options.batch_size if isinstance(options.batch_size, int) else None
         self._batch_weight = options.batch_weight
         self._dataloader = dataloader
         self._seed = options.seed

@@ -29,9 +29,11 @@ def test_other_trouble_is_not(error: Exception) -> None:
 
 def test_first_without_graphs_then_without_a_basis() -> None:
     module, batches, loss = cases.make("mlp")
-    whole = hessian_spectrum(module, batches, loss, steps=8)
+    whole = hessian_spectrum(module, batches, loss, steps=8, batch_size=None)
     for times, basis in ((1, "device"), (2, "none")):
-        spectrum = hessian_spectrum(module, batches, Scarce(loss, EXHAUSTIONS["Python"], times), steps=8)
+        spectrum = hessian_spectrum(
+            module, batches, Scarce(loss, EXHAUSTIONS["Python"], times), steps=8, batch_size=None
+        )
         assert (spectrum.strategy, spectrum.basis) == ("recompute", basis)
         assert spectrum.strategy_reason.startswith("out of memory (")
         assert spectrum.strategy_reason.count("out of memory (") == times
@@ -46,7 +48,7 @@ def test_the_last_failure_is_raised_and_its_memory_given_back() -> None:
     gc.disable()
     try:
         with pytest.raises(RuntimeError, match="can't allocate memory"):
-            hessian_spectrum(module, batches, scarce, steps=8)
+            hessian_spectrum(module, batches, scarce, steps=8, batch_size=None)
         # The last failure's frames are pytest's to hold; all before it must have been let go of.
         assert [tensor() is None for tensor in scarce.held[:-1]] == [True, True]
         assert len(scarce.held) == 3
@@ -58,13 +60,13 @@ def test_what_the_user_chose_stays() -> None:
     module, batches, loss = cases.make("mlp")
     scarce = Scarce(loss, EXHAUSTIONS["CPU"], math.inf)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
-        hessian_spectrum(module, batches, scarce, steps=8, strategy="recompute", basis="device")
+        hessian_spectrum(module, batches, scarce, steps=8, batch_size=None, strategy="recompute", basis="device")
     assert len(scarce.held) == 1
 
 
 def test_exhaustion_in_a_product_is_no_lack_of_a_second_derivative() -> None:
     module, batches, loss = cases.make("mlp")
-    spectrum = hessian_spectrum(module, batches, ScarceInProducts(loss, 1), steps=8)
+    spectrum = hessian_spectrum(module, batches, ScarceInProducts(loss, 1), steps=8, batch_size=None)
     assert spectrum.strategy == "recompute"
     assert "out of memory" in spectrum.strategy_reason
     assert "differentiated" not in spectrum.strategy_reason
@@ -72,7 +74,7 @@ def test_exhaustion_in_a_product_is_no_lack_of_a_second_derivative() -> None:
 
 def test_layers_are_tried_again_together() -> None:
     module, batches, loss = cases.make("mlp")
-    spectra = layer_spectra(module, batches, Scarce(loss, EXHAUSTIONS["GPU"], 1), steps=4)
+    spectra = layer_spectra(module, batches, Scarce(loss, EXHAUSTIONS["GPU"], 1), steps=4, batch_size=None)
     assert {spectrum.strategy for spectrum in spectra.values()} == {"recompute"}
 
 
@@ -92,7 +94,7 @@ def test_without_a_second_derivative_there_are_no_graphs_to_save() -> None:
             EXHAUSTIONS["GPU"]()
         return loss(module, batch)
 
-    spectrum = hessian_spectrum(module, batches, rough, steps=4)
+    spectrum = hessian_spectrum(module, batches, rough, steps=4, batch_size=None)
     assert (spectrum.strategy, spectrum.basis) == ("finite_difference", "none")
     assert "differentiated twice" in spectrum.strategy_reason
     assert "out of memory" in spectrum.strategy_reason
@@ -111,11 +113,11 @@ def test_graphs_that_later_evaluations_change_in_place_are_not_retained() -> Non
     torch.manual_seed(0)
     module = torch.nn.Sequential(ClippedInForward(3, 4), torch.nn.Tanh(), ClippedInForward(4, 2))
     batches = [(torch.randn(5, 3), torch.randn(5, 2)) for _ in range(2)]
-    spectrum = hessian_spectrum(module, batches, cases.squared_error, steps=10)
+    spectrum = hessian_spectrum(module, batches, cases.squared_error, steps=10, batch_size=None)
     assert spectrum.strategy == "recompute"
     assert "in place" in spectrum.strategy_reason
     plain = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
     plain.load_state_dict(module.state_dict())
-    truth = hessian_spectrum(plain, batches, cases.squared_error, steps=10)
+    truth = hessian_spectrum(plain, batches, cases.squared_error, steps=10, batch_size=None)
     assert truth.strategy == "graph"
     assert spectrum.c_t == pytest.approx(truth.c_t, rel=1e-5)

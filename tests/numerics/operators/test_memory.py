@@ -272,7 +272,7 @@ class TestBudget:
     @staticmethod
     @functools.cache
     def analyze(name: str, budget: int, **options: Any) -> Spectrum:
-        options = {"basis": "none", "steps": STEPS, **options}
+        options = {"basis": "none", "steps": STEPS, "batch_size": None, **options}
         return hessian_spectrum(*problem(name, dtype=torch.float64), memory_budget=budget, **options)
 
     def test_decides_how_many_graphs_are_kept_and_no_number_depends_on_it(self, name):
@@ -306,7 +306,7 @@ class TestBudget:
         vectors = vectors_alone(name, torch.float64) + krylov_basis
         budget = int(vectors + share * (fixed - vectors))
         module, batches, loss = problem(name, dtype=torch.float64)
-        options = analysis_options(memory_budget=budget, basis=basis, steps=STEPS, probes=probes)
+        options = analysis_options(memory_budget=budget, basis=basis, steps=STEPS, probes=probes, batch_size=None)
         cache = AnalysisCache()  # what is measured is known the second time
         analyze(module, weighted_batches(batches), loss, options, cache=cache)
         with MemoryMeter(CPU) as meter:

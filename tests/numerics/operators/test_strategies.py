@@ -85,7 +85,7 @@ class TestFiniteDifferences:
             return loss_fn(module, batch)
 
         with contextlib.nullcontext() if failing_call is None else pytest.raises(KeyError, match="label"):
-            hessian_spectrum(module, batches, loss, steps=8, strategy="finite_difference")
+            hessian_spectrum(module, batches, loss, steps=8, strategy="finite_difference", batch_size=None)
         assert calls >= (failing_call or 50)
         for p, original in zip(module.parameters(), before, strict=True):
             assert torch.equal(p, original)

@@ -1,0 +1,86 @@
+"""Merging of batches: what is merged into which structure, and what is refused."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_hesd.numerics.inputs.batches import WeightedBatch
+from lightning_hesd.numerics.inputs.merging import UnmergeableBatchesError, in_groups, merged
+
+Pair = namedtuple("Pair", ["x", "label"])  # noqa: PYI024 - as users write it
+
+
+def batches(*data: Any, sizes: tuple[int, ...] = (2, 3)) -> list[WeightedBatch]:
+    return [
+        WeightedBatch(d, 10.0 * n, index, position=index + 5, size=float(n))
+        for index, (d, n) in enumerate(zip(data, sizes, strict=True))
+    ]
+
+
+def test_samples_are_concatenated_in_the_structure_of_the_batch() -> None:
+    first = {"pair": Pair(torch.zeros(2, 4), torch.tensor([0, 1])), "scale": 0.5, "name": "a", "rest": [torch.ones(2)]}
+    second = {
+        "pair": Pair(torch.ones(3, 4), torch.tensor([2, 3, 4])),
+        "scale": 0.5,
+        "name": "a",
+        "rest": [torch.ones(3)],
+    }
+    whole = merged(batches(first, second))
+    assert isinstance(whole.data["pair"], Pair)
+    assert whole.data["pair"].label.tolist() == [0, 1, 2, 3, 4]
+    assert whole.data["pair"].x.sum() == 12
+    assert (whole.data["scale"], whole.data["name"], len(whole.data["rest"][0])) == (0.5, "a", 5)
+    assert [part.index for part in whole.merged_from] == [0, 1]
+    assert (whole.weight, whole.num_samples, whole.index, whole.position) == (50.0, 5.0, 0, 5)
+
+
+def test_one_batch_stays_itself() -> None:
+    [batch] = batches([object()], sizes=(2,))
+    assert merged([batch]) is batch
+
+
+def test_tensors_that_are_common_to_the_samples_must_be_equal() -> None:
+    common = torch.ones(7)
+    whole = merged(batches([torch.zeros(2), common], [torch.zeros(3), common.clone()]))
+    assert whole.data[1].tolist() == common.tolist()
+    with pytest.raises(UnmergeableBatchesError, match="neither of samples nor equal"):
+        merged(batches([torch.zeros(2), common], [torch.zeros(3), 2 * common]))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (torch.zeros(2, 4), torch.zeros(3, 5), "differ in shape"),
+        (torch.zeros(2), torch.zeros(3, dtype=torch.float64), "differ in shape, dtype"),
+        ([torch.zeros(2), 1.0], [torch.zeros(3), 2.0], "type float"),
+        ([torch.zeros(2), {1}], [torch.zeros(3), {1}], "type set"),
+        ([torch.zeros(2)], (torch.zeros(3),), "different structures"),
+        (torch.zeros(2, requires_grad=True), torch.zeros(3, requires_grad=True), "have a graph"),
+        (torch.zeros(2).to_sparse(), torch.zeros(3).to_sparse(), "type Tensor"),
+    ],
+)
+def test_other_batches_are_refused(first: Any, second: Any, message: str) -> None:
+    with pytest.raises(UnmergeableBatchesError, match=message):
+        merged(batches(first, second))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most", "expected"),
+    [
+        ([4] * 8, 32, [8]),
+        ([4] * 8, 31, [4, 4]),
+        ([4] * 9, 16, [3, 3, 3]),
+        ([4] * 8, 1, [1] * 8),
+        ([4, 4, 4, 1], 1000.5, [4]),
+        ([100, 1, 1, 1], 10, [1, 3]),
+    ],
+)
+def test_groups_are_few_and_about_equal(sizes: list[int], most: float, expected: list[int]) -> None:
+    given = batches(*[torch.zeros(n) for n in sizes], sizes=tuple(sizes))
+    groups = in_groups(given, most)
+    assert [len(group) for group in groups] == expected
+    assert [batch for group in groups for batch in group] == given
