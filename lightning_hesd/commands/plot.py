@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_hesd.plotting import plot_density
+from lightning_hesd.plotting import offscreen, plot_density
 from lightning_hesd.spectra.files import atomic_write
 from lightning_hesd.spectra.spectrum import Spectrum
 
@@ -30,6 +30,7 @@ def run(config: Namespace) -> None:
 
 def draw(spectrum: Spectrum, title: str, target: Path) -> None:
     """Write the density as a PNG."""
-    figure = plot_density(spectrum, title=title).get_figure(root=True)
+    with offscreen():
+        figure = plot_density(spectrum, title=title).get_figure(root=True)
     with atomic_write(target) as partial:
         figure.savefig(partial, format="png")  # type: ignore[union-attr]

@@ -57,6 +57,10 @@ class Judgment(Outcomes):
             raise ImportError(msg) from error
         return pandas.DataFrame(self.rows)
 
+    def __repr__(self) -> str:
+        """Return the sentence."""
+        return f"<Judgment: {self.sentence}>"
+
     def __str__(self) -> str:
         """Return tables, remarks and the sentence as plain text for a terminal."""
         texts = [table.as_text() for table in tables(self)]

@@ -1,7 +1,7 @@
 """Figures of spectra. Every function draws on given Axes, or on those of a new figure.
 
-Figures are made without pyplot, hence without global state and without a display. Colors are those of Okabe & Ito
-(2008), which color-blind readers can tell apart.
+Notebooks and `plt.show()` show new figures. Those made in the context `offscreen` are for files and logs: they need no
+display and leave no global state. Colors are those of Okabe & Ito (2008), which color-blind readers can tell apart.
 """
 
 from lightning_hesd.plotting.c_t import plot_c_t
@@ -10,7 +10,16 @@ from lightning_hesd.plotting.density import describe, plot_decomposition, plot_d
 from lightning_hesd.plotting.gains import plot_gains
 from lightning_hesd.plotting.heat_maps import plot_density_evolution, plot_layers
 from lightning_hesd.plotting.losses_along import plot_losses_along
-from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, SMOOTHING, new_axes, place_legend, settling_axes
+from lightning_hesd.plotting.notebook import spectrum_html, summary_html
+from lightning_hesd.plotting.style import (
+    NEGATIVE,
+    POSITIVE,
+    SMOOTHING,
+    new_axes,
+    offscreen,
+    place_legend,
+    settling_axes,
+)
 
 __all__ = [
     "NEGATIVE",
@@ -18,6 +27,7 @@ __all__ = [
     "SMOOTHING",
     "describe",
     "new_axes",
+    "offscreen",
     "place_legend",
     "plot_c_t",
     "plot_cumulative",
@@ -28,4 +38,6 @@ __all__ = [
     "plot_layers",
     "plot_losses_along",
     "settling_axes",
+    "spectrum_html",
+    "summary_html",
 ]

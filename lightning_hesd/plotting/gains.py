@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, typeset
+from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, new_axes, typeset
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,7 +44,7 @@ def plot_gains(
     low, mean, high = np.asarray(intervals, dtype=np.float64)
     rows = np.arange(len(titles))
     if ax is None:
-        ax = Figure(figsize=(5.6, 1.1 + 0.28 * len(titles)), dpi=160, layout="constrained").add_subplot()
+        ax = new_axes(5.6, 1.1 + 0.28 * len(titles))
     ax.axvline(0, color="black", linewidth=1)
     for row in rows:
         ax.plot(points[:, row], np.full(len(points), row), "|", color="0.7", markersize=6, zorder=1.5)

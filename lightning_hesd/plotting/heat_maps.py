@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 from matplotlib.patheffects import Normal, Stroke
 
 from lightning_hesd.plotting.style import (
@@ -197,7 +196,7 @@ def plot_layers(
     if logarithmic:
         values = np.where(values > 0, values, math.nan)
     if ax is None:
-        ax = Figure(figsize=(5.6, 1.4 + 0.24 * len(names)), dpi=120, layout="constrained").add_subplot()
+        ax = new_axes(5.6, 1.4 + 0.24 * len(names), dpi=120)
     image = ax.imshow(
         values, aspect="auto", interpolation="nearest", cmap="viridis", norm=LogNorm() if logarithmic else None
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -14,7 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from lightning_hesd.spectra.record import START_EPOCH
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from matplotlib.axes import Axes
     from numpy.typing import ArrayLike, NDArray
@@ -47,9 +49,30 @@ def typeset(title: str) -> str:
     return re.sub(r"(\w+)_(\w+)", symbol, title)
 
 
-def new_axes() -> Axes:
-    """Return the axes of a new figure, small in inches so that its text stays legible on the cards of TensorBoard."""
-    return Figure(figsize=(4.6, 3.5), dpi=160, layout="constrained").add_subplot()
+_is_offscreen: ContextVar[bool] = ContextVar("is_offscreen", default=False)
+
+
+@contextlib.contextmanager
+def offscreen() -> Iterator[None]:
+    """Return a context whose new figures are for files and logs: neither a notebook nor `plt.show()` shows them."""
+    token = _is_offscreen.set(True)
+    try:
+        yield
+    finally:
+        _is_offscreen.reset(token)
+
+
+def new_axes(width: float = 4.6, height: float = 3.5, dpi: int = 160) -> Axes:
+    """Return the axes of a new figure, which notebooks and `plt.show()` show unless the context is `offscreen`.
+
+    It is small, in inches, so that its text stays legible on the cards of TensorBoard.
+    """
+    size = width, height
+    if _is_offscreen.get():
+        return Figure(size, dpi=dpi, layout="constrained").add_subplot()
+    from matplotlib import pyplot as plt  # noqa: PLC0415 - it chooses a backend, which figures for files do not need
+
+    return plt.figure(figsize=size, dpi=dpi, layout="constrained").add_subplot()
 
 
 def settling_axes(ax: Axes | None, ylabel: str) -> Axes:

@@ -83,6 +83,11 @@ class SpectrumRecord:
     metrics: Mapping[str, float] = field(default_factory=dict)
     first_loss: float | None = None
 
+    def __repr__(self) -> str:
+        """Return the time and the main findings in one line."""
+        found = self.spectrum if self.error is None else f"failed: {self.error.splitlines()[0]}"
+        return f"<SpectrumRecord {when(self.epoch)}, step {self.global_step}: {found}>"
+
     @property
     def spectra(self) -> dict[str, Spectrum]:
         """The spectra of the record, by suffix: see `SUFFIXES`."""

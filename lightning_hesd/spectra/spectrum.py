@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_hesd.spectra import criteria, eigenvalue_bounds, quadrature
 from lightning_hesd.spectra.spectrum_density import SpectrumDensity
+from lightning_hesd.spectra.validation import check_choice
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
+    from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
 DEFAULT_TOLERANCE = 0.05
@@ -19,6 +24,11 @@ MIN_SCALE = 1e-3
 
 SHARE_OF_SAMPLING_ERROR = 0.25
 """More accuracy than this share of the sampling error is of no use (tolerance "auto")."""
+
+
+def _plotting() -> Any:
+    """Return the package of figures. It is built on this one, and loaded when something is drawn."""
+    return importlib.import_module("lightning_hesd.plotting")
 
 
 class Spectrum(SpectrumDensity):
@@ -40,6 +50,35 @@ class Spectrum(SpectrumDensity):
             f"{self.lambda_max:.4g}, loss {self.loss:.4g}{mode} ({self.num_samples} samples, {self.matvecs} products, "
             f"{self.seconds:.1f} s){'' if self.verified == 'yes' else f'; not verified: {self.verification}'}"
         )
+
+    def __repr__(self) -> str:
+        """Return the main findings in one line: all fields would be thousands of numbers."""
+        return f"<Spectrum: {self}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the main findings and a figure."""
+        found: str = _plotting().spectrum_html(self)
+        return found
+
+    def plot(
+        self,
+        kind: Literal["density", "cumulative", "losses_along"] = "density",
+        ax: Axes | None = None,
+        title: str = "",
+    ) -> Axes:
+        """Draw the density, the numbers of eigenvalues beyond thresholds, or the loss along the extreme eigenvectors.
+
+        Args:
+            kind: What to draw; "losses_along" needs `loss_along_eigenvectors=True` in the analysis.
+            ax: Axes to draw on; default: those of a new figure.
+            title: First line of the title.
+
+        Raises:
+            ValueError: If `kind` is unknown, or the spectrum lacks what it draws.
+        """
+        check_choice("kind", kind, ("density", "cumulative", "losses_along"))
+        draw: Callable[..., Axes] = getattr(_plotting(), f"plot_{kind}")
+        return draw(self, ax, title)
 
     # Extremes and criteria ------------------------------------------------------------------------------------------
 

@@ -5,54 +5,48 @@ On disk a folder has files of spectra, and an index that names them.
 
 from __future__ import annotations
 
+import html
 import json
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 
 from lightning_hesd.spectra.codec import (
     FIELDS,
     Packing,
-    check_rows,
     decode_record,
     encode_record,
     load,
     pack_records,
-    save,
     unpack_records,
 )
-from lightning_hesd.spectra.files import damage_named
 from lightning_hesd.spectra.record import START_EPOCH, SpectrumRecord, when
-from lightning_hesd.spectra.spectrum import Spectrum
-from lightning_hesd.spectra.spectrum_data import STORED_ARRAYS
+from lightning_hesd.spectra.summary import summarize
 from lightning_hesd.spectra.tables import layers_table, records_table
 from lightning_hesd.spectra.validation import (
     FORMAT_VERSION,
     at_least,
+    check_choice,
     check_fields,
-    check_regular,
     check_version,
     each,
     parsed,
     text,
     version_in,
 )
-from lightning_hesd.training.folders import exists, fetched, joined, remove, write, write_text
+from lightning_hesd.training.folders import exists, fetched, joined
+from lightning_hesd.training.history_folder import INDEX_NAME, HistoryFolder, index_rows
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable
 
     import pandas as pd
+    from matplotlib.axes import Axes
 
-    from lightning_hesd.spectra.codec import Content
 
 __all__ = ["START_EPOCH", "SpectrumHistory", "SpectrumRecord", "when"]
-
-INDEX_NAME = "index.json"
 
 
 def _is_plain(value: Any) -> bool:
@@ -73,7 +67,37 @@ class SpectrumHistory(list[SpectrumRecord]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._folders: dict[str, _HistoryFolder] = {}
+        self._folders: dict[str, HistoryFolder] = {}
+
+    def __repr__(self) -> str:
+        """Return the number of records and the times of the first and the last in one line."""
+        first, last = (self[0].epoch, self[-1].epoch) if self else (0, 0)
+        span = f", epochs {'start' if first == START_EPOCH else first} to {last}" if self else ""
+        return f"<SpectrumHistory: {len(self)} record{'' if len(self) == 1 else 's'}{span}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the table of the run."""
+        from lightning_hesd.plotting import summary_html  # noqa: PLC0415 - Matplotlib is slow to import
+
+        seconds = sum(spectrum.seconds for record in self for spectrum in record.spectra.values())
+        summary = summarize(self, "hesd", seconds=seconds, overhead=None, kept={}, folder=None)
+        return html.escape(repr(self)) if summary is None else summary_html(summary)
+
+    def plot(self, kind: Literal["c_t", "density_evolution", "layers"] = "c_t", ax: Axes | None = None) -> Axes:
+        """Draw C_t along the run with its interval and the picks, the densities, or the layers.
+
+        Args:
+            kind: What to draw.
+            ax: Axes to draw on; default: those of a new figure.
+
+        Raises:
+            ValueError: If `kind` is unknown, or the records lack what it draws.
+        """
+        from lightning_hesd import plotting  # noqa: PLC0415 - Matplotlib is slow to import
+
+        check_choice("kind", kind, ("c_t", "density_evolution", "layers"))
+        draw: Callable[..., Axes] = getattr(plotting, f"plot_{kind}")
+        return draw(self, ax=ax)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return no folders: a copy looks into them anew, and file systems cannot be pickled."""
@@ -99,10 +123,10 @@ class SpectrumHistory(list[SpectrumRecord]):
         self._folders.pop(str(folder), None)  # another run may have written to it since
         return self._folder(folder).has(self._contents())
 
-    def _folder(self, folder: str | os.PathLike[str]) -> _HistoryFolder:
+    def _folder(self, folder: str | os.PathLike[str]) -> HistoryFolder:
         location = str(folder)
         if location not in self._folders:
-            self._folders[location] = _HistoryFolder(location)
+            self._folders[location] = HistoryFolder(location)
         return self._folders[location]
 
     def _contents(self) -> dict[str, Any]:
@@ -141,7 +165,7 @@ class SpectrumHistory(list[SpectrumRecord]):
         history = cls()
         with fetched(location) as directory:
             path = directory / INDEX_NAME
-            rows = _index_rows(path)
+            rows = index_rows(path)
             try:
                 # The names only: an index must not point outside its own folder.
                 history.extend(decode_record(r, lambda f, name: load(f, directory / Path(name).name)) for r in rows)
@@ -199,96 +223,3 @@ class SpectrumHistory(list[SpectrumRecord]):
         check_fields(state, _STATE, "the history")
         packing = Packing.of(state["numbers"].cpu().numpy(), state["shapes"])
         self[:] = unpack_records(parsed(state["records"], finite=False), packing)
-
-
-# The folder -----------------------------------------------------------------------------------------------------------
-
-
-class _HistoryFolder:
-    """A folder of a run's spectra, on this machine or a remote one, which another run may have used before."""
-
-    def __init__(self, location: str) -> None:
-        self._location = location
-        self._there = _named_by_index(location)
-
-    def has(self, contents: Mapping[str, Content]) -> bool:
-        """Return whether it has these files, by name, with these contents."""
-        return all(name in self._there and _is_same(self._there[name], content) for name, content in contents.items())
-
-    def update(self, contents: Mapping[str, Content], rows: Sequence[Mapping[str, Any]]) -> None:
-        """Make it a folder of these files, and no others of ours.
-
-        Files of another run that the index names are replaced or deleted. The index goes before them and comes last, so
-        that none ever names what is not its own. Contents are by names of files, rows are those of the index.
-        """
-        there = self._there
-        outdated = [name for name, content in there.items() if not _is_same(content, contents.get(name))]
-        if outdated:
-            remove(self._location, [INDEX_NAME, *outdated])
-            for name in outdated:
-                del there[name]
-        for name, content in contents.items():
-            if name not in there:
-                write(self._location, name, partial(save, content))
-            there[name] = content
-        write_text(self._location, INDEX_NAME, json.dumps({"format": FORMAT_VERSION, "records": rows}, indent=1))
-
-
-def _named_by_index(location: str) -> dict[str, Content | None]:
-    """Return what the index in a folder names, by the names that such files have; None for what cannot be read."""
-    named: dict[str, Content | None] = {}
-    if not exists(joined(location, INDEX_NAME)):
-        return named
-    with fetched(location) as directory:
-        try:
-            rows = _index_rows(directory / INDEX_NAME)
-        except ValueError:
-            return named  # of whatever it is, nothing is known to be ours
-        for row in rows:
-            record = SpectrumRecord(row["epoch"], row["global_step"], None)
-            for field, suffix in FIELDS.items():
-                path = directory / record.file_name(suffix)
-                if row[field] is not None and path.exists():
-                    named[path.name] = _read(field, path)
-    return named
-
-
-def _read(field: str, path: Path) -> Content | None:
-    try:
-        return load(field, path)
-    except ValueError:
-        return None
-
-
-def _is_same(first: Content | None, second: Content | None) -> bool:
-    """Return whether two files have the same spectra in them."""
-    if first is second or first is None or second is None:
-        return first is second
-    if isinstance(first, Spectrum) and isinstance(second, Spectrum):
-        values = first.to_dict(), second.to_dict()
-        arrays = [[value.pop(name) for name in STORED_ARRAYS] for value in values]
-        same = [np.array_equal(ours, theirs, equal_nan=True) for ours, theirs in zip(*arrays, strict=True)]
-        return all(same) and json.dumps(values[0]) == json.dumps(values[1])  # as text, in which NaN equals itself
-    if isinstance(first, Spectrum) or isinstance(second, Spectrum):
-        return False
-    return first.keys() == second.keys() and all(_is_same(first[name], second[name]) for name in first)
-
-
-def _index_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of an index.
-
-    Raises:
-        ValueError: If it is damaged, or was written by a newer version.
-    """
-    kind = "the index of a spectrum history"
-    with damage_named(path, kind):
-        check_regular(path)
-        index = parsed(path.read_bytes(), finite=False)
-        version = version_in(index)
-    check_version(version, str(path))
-    with damage_named(path, kind):
-        return check_rows(index.get("records"), _names_a_file, _names_a_file)
-
-
-def _names_a_file(value: object) -> bool:
-    return text(value) and Path(str(value)).name != ""

@@ -17,7 +17,7 @@ from lightning_hesd.spectra.indicators import LayerIndicators
 from lightning_hesd.training.history import START_EPOCH, SpectrumHistory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -63,24 +63,25 @@ def figures(history: SpectrumHistory) -> Iterator[tuple[str, NDArray[np.uint8]]]
 
     record = history[-1]
     for suffix, spectrum in record.spectra.items():
-        yield f"{suffix}/density_figure", _pixels(plotting.plot_density(spectrum, title=title(record)))
+        yield f"{suffix}/density_figure", _pixels(plotting.plot_density, spectrum, title=title(record))
         if spectrum.losses_along.size:
-            yield f"{suffix}/losses_along_figure", _pixels(plotting.plot_losses_along(spectrum, title=title(record)))
+            yield f"{suffix}/losses_along_figure", _pixels(plotting.plot_losses_along, spectrum, title=title(record))
     if record.spectrum and record.ggn and record.residual:
-        yield (
-            "/decomposition_figure",
-            _pixels(plotting.plot_decomposition(record.spectrum, record.ggn, record.residual)),
-        )
+        parts = record.spectrum, record.ggn, record.residual
+        yield "/decomposition_figure", _pixels(plotting.plot_decomposition, *parts)
     if record.layers:
-        yield "/layers_figure", _pixels(plotting.plot_layers(history))
+        yield "/layers_figure", _pixels(plotting.plot_layers, history)
 
 
-def _pixels(axes: Axes) -> NDArray[np.uint8]:
-    """Return a figure as an image, and free the figure."""
+def _pixels(draw: Callable[..., Axes], *arguments: object, **options: object) -> NDArray[np.uint8]:
+    """Draw a figure, return it as an image, and free it."""
     from matplotlib.backend_bases import FigureCanvasBase  # noqa: PLC0415 - Matplotlib is slow to import
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
 
-    figure: Figure = axes.get_figure(root=True)  # type: ignore[assignment]
+    from lightning_hesd.plotting import offscreen  # noqa: PLC0415
+
+    with offscreen():
+        figure: Figure = draw(*arguments, **options).get_figure(root=True)  # type: ignore[assignment]
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]
     image = np.array(canvas.buffer_rgba())  # type: ignore[no-untyped-call]

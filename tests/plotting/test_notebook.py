@@ -1,0 +1,76 @@
+"""What a console and a notebook show of spectra and histories, and which figures are shown."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from lightning_hesd import SpectrumHistory
+from lightning_hesd.plotting import offscreen, plot_density
+from lightning_hesd.spectra.record import SpectrumRecord
+from lightning_hesd.training.loggers.output import figures
+from tests.training.scripted import make_spectrum
+
+
+@pytest.fixture
+def history() -> SpectrumHistory:
+    found = SpectrumHistory()
+    found.extend(SpectrumRecord(epoch, 10 * epoch, make_spectrum(-0.1 - epoch / 10)) for epoch in range(3))
+    found.append(SpectrumRecord(3, 30, None, error="out of <memory>\nand more"))
+    return found
+
+
+def test_each_is_one_line_in_a_console(history: SpectrumHistory) -> None:
+    assert repr(history) == "<SpectrumHistory: 4 records, epochs 0 to 3>"
+    assert repr(SpectrumHistory()) == "<SpectrumHistory: 0 records>"
+    assert repr(history[1]).startswith("<SpectrumRecord of epoch 1, step 10: C_t = -0.2 [")
+    assert repr(history[3]) == "<SpectrumRecord of epoch 3, step 30: failed: out of <memory>>"
+    assert repr(history[0].spectrum) == f"<Spectrum: {history[0].spectrum}>"
+    assert not any("\n" in repr(each) for each in (history, *history, history[0].spectrum))
+
+
+def test_a_notebook_shows_a_spectrum_with_its_density(history: SpectrumHistory) -> None:
+    assert history[0].spectrum is not None
+    shown = history[0].spectrum._repr_html_()
+    assert shown.startswith("<div>C_t = -0.1 ")
+    image = imread(io.BytesIO(base64.b64decode(shown.split("base64,")[1].split("'")[0])))
+    assert np.ptp(image[..., :3]) > 0.5, "not an empty image"
+    assert not plt.get_fignums(), "it is shown once, not again at the end of the cell"
+
+
+def test_a_notebook_shows_a_history_as_a_table(history: SpectrumHistory) -> None:
+    shown = history._repr_html_()
+    assert shown.count("<tr>") == 5
+    assert "<td>-0.2</td>" in shown
+    assert "out of &lt;memory&gt;" in shown
+    assert SpectrumHistory()._repr_html_() == "&lt;SpectrumHistory: 0 records&gt;"
+
+
+def test_figures_are_shown_unless_they_are_for_a_log(history: SpectrumHistory) -> None:
+    spectrum = history[0].spectrum
+    assert spectrum is not None
+    axes = spectrum.plot()
+    assert [plt.figure(number) for number in plt.get_fignums()] == [axes.figure]
+    with offscreen():
+        plot_density(spectrum)
+    del history[3]
+    assert list(figures(history))
+    assert len(plt.get_fignums()) == 1
+
+
+def test_plots_by_name(history: SpectrumHistory) -> None:
+    spectrum = history[0].spectrum
+    assert spectrum is not None
+    axes = plt.figure().add_subplot()
+    assert spectrum.plot("cumulative", ax=axes) is axes
+    assert axes.get_xlabel() != spectrum.plot().get_xlabel()
+    with pytest.raises(ValueError, match="`kind` must be 'density' or 'cumulative' or 'losses_along', got 'bars'"):
+        spectrum.plot("bars")  # type: ignore[arg-type]
+    assert history.plot().get_ylabel() != history.plot("density_evolution").get_ylabel()
+    with pytest.raises(ValueError, match="`kind` must be"):
+        history.plot("bars")  # type: ignore[arg-type]
