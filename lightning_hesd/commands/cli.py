@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -41,10 +42,16 @@ class OneLineParser(ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; exit with code 1 if the command fails, 2 if it cannot be understood."""
+    """Run the command line; exit with code 1 if the command fails, 2 if it cannot be understood.
+
+    Without arguments, print the help.
+    """
     sys.path.insert(0, str(Path.cwd()))  # where `python` itself would look for the user's modules
     words = [*(sys.argv[1:] if arguments is None else arguments)]
     module = _module(words)
+    if not words:
+        _parser(module).print_help()
+        return
     separated = getattr(module, "separated", str)
     config = _parser(module).parse_args([separated(word) for word in words])
     try:
@@ -79,7 +86,7 @@ def _module_name(command: str) -> str:
 
 def _parser(module: Any) -> OneLineParser:
     """Return the parser; only the given module's command has its arguments."""
-    parser = OneLineParser(prog="lightning-hesd", description=__doc__)
+    parser = OneLineParser(prog="lightning-hesd", description=__doc__, version=version("lightning-hesd"))
     subcommands = parser.add_subcommands()
     for name, purpose in COMMANDS.items():
         sub = OneLineParser(description=f"{purpose[0].upper()}{purpose[1:]}.")

@@ -364,6 +364,19 @@ def test_sample_size_refuses_in_one_line(paths: Paths, tmp_path: Path, capsys: p
         assert message in refused(capsys, "sample-size", *MODEL, *CPU, *arguments)
 
 
+def test_without_arguments_it_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: lightning-hesd")
+    assert all(name in printed for name in ("analyze", "judge", "report"))
+
+
+def test_it_prints_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out.split()[-1] == importlib.metadata.version("lightning-hesd")
+
+
 def test_the_command_is_installed() -> None:
     (entry,) = importlib.metadata.entry_points(group="console_scripts", name="lightning-hesd")
     assert entry.load() is __main__.main
