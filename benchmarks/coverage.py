@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from benchmarks.distances import wasserstein
 from lightning_hesd import Spectrum
 from lightning_hesd.numerics.krylov.lanczos import Lanczos
 from lightning_hesd.numerics.krylov.ritz import gauss_quadrature, tridiagonal_eigh
@@ -153,7 +154,7 @@ class Matrix:
         trace_error = abs(spectrum.trace - true.sum())
         bounds = np.array([(layer.lambda_min_bounds, layer.lambda_max_bounds) for layer in layers])
         trace_errors = np.abs(self.traces - [layer.trace for layer in layers])
-        distance = wasserstein(spectrum, true)
+        distance = wasserstein(spectrum.distribution, true)
         return {
             "converged": spectrum.converged_nodes.sum() / self.probes,
             "counts": np.mean([holds for holds, _ in counts]),
@@ -171,16 +172,6 @@ class Matrix:
             "Weyl": ((bounds[..., 0] <= self.extremes) & (self.extremes <= bounds[..., 1])).mean(),
             "Weyl width": np.median(bounds[:, 1, 1] - bounds[:, 1, 0]) / self.norm,
         }
-
-
-def wasserstein(spectrum: Spectrum, eigenvalues: Array) -> float:
-    """Return the Wasserstein-1 distance of a spectrum's density from eigenvalues."""
-    present = ~np.isnan(spectrum.nodes)
-    places = np.concatenate([spectrum.nodes[present], eigenvalues])
-    mine = (spectrum.density_weights / len(spectrum.nodes))[present]
-    order = np.argsort(places)
-    steps = np.concatenate([mine, np.full(len(eigenvalues), -1 / len(eigenvalues))])[order]
-    return float(np.abs(np.cumsum(steps))[:-1] @ np.diff(places[order]))
 
 
 def row(name: str, case: Case, steps: int, seeds: int) -> list[str]:

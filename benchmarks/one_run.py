@@ -21,6 +21,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from benchmarks.checks import watched
+from benchmarks.distances import points, wasserstein
 from lightning_hesd import hessian_spectrum
 from lightning_hesd.numerics.analysis import estimation
 from lightning_hesd.numerics.inputs.blocks import blocks
@@ -37,9 +38,10 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).parent / "results"
 EXPLANATION = """\
 Digits, {samples} samples, float64, one Gaussian probe, {seeds} start vectors, {steps} steps. *Plain*: every node by its
-quadrature weight, as in stochastic Lanczos quadrature; *ours*: converged nodes count as one eigenvalue each. Both take
-the same products. *trace*: root mean square of the relative error. *density*: Wasserstein-1 distance to all
-eigenvalues, as a share of the spectrum's width, mean; *best*: the same with the best weights that the nodes allow.
+quadrature weight, as in stochastic Lanczos quadrature; *ours*: converged nodes count as one eigenvalue each, and in the
+density the weight of any other node is spread over its cell (`Spectrum.distribution`). Both take the same products.
+*trace*: root mean square of the relative error. *density*: Wasserstein-1 distance to all eigenvalues, as a share of the
+spectrum's width, mean, before any smoothing; *best*: the same with the best weights that the nodes, as points, allow.
 *layers*: median relative error of the traces of layers that hold more than 1 % of the trace. *covered*: share of start
 vectors whose trace is within two standard errors; of traces of layers within two standard errors; of bounds on the
 extreme eigenvalues of layers that hold; of bounds on the number of negative eigenvalues that hold. *beyond products*:
@@ -184,14 +186,6 @@ def load(name: str, samples: int) -> Problem:
     return Problem(net, batch, (hessian + hessian.T) / 2, layers)
 
 
-def distance(nodes: Array, weights: Array, eigenvalues: Array) -> float:
-    """Return the Wasserstein-1 distance as a share of the spectrum's width."""
-    places = np.concatenate([nodes, eigenvalues])
-    order = np.argsort(places)
-    mass = np.concatenate([weights, np.full(len(eigenvalues), -1 / len(eigenvalues))])[order]
-    return float((np.abs(np.cumsum(mass))[:-1] * np.diff(places[order])).sum() / np.ptp(eigenvalues))
-
-
 def best_weights(nodes: Array, eigenvalues: Array) -> Array:
     """Return the share of eigenvalues that are nearest to each node."""
     nearest = np.abs(eigenvalues[:, None] - nodes).argmin(axis=1)
@@ -225,13 +219,17 @@ def measure(name: str, steps: int, seeds: int, problem: Problem) -> list[str]:
         low, high = spectrum.negative_count
         found_trace, trace_error = spectrum.trace, spectrum.trace_error
         note("beyond", (layers.seconds + time.perf_counter() - started) / spectrum.seconds)
-        [nodes], [weights], [ours] = spectrum.nodes, spectrum.weights, spectrum.density_weights
+        [nodes], [weights] = spectrum.nodes, spectrum.weights
         note("converged", int(spectrum.converged_nodes.sum()))
         note("plain", n * float(weights @ nodes) / trace - 1)
         note("trace", found_trace / trace - 1)
         note("covered", abs(found_trace - trace) <= 2 * trace_error)
-        for key, given in (("plain density", weights), ("density", ours), ("best", best_weights(nodes, eigenvalues))):
-            note(key, distance(nodes, given, eigenvalues))
+        for key, estimate in (
+            ("plain density", points(nodes, weights)),
+            ("density", spectrum.distribution),
+            ("best", points(nodes, best_weights(nodes, eigenvalues))),
+        ):
+            note(key, wasserstein(estimate, eigenvalues) / np.ptp(eigenvalues))
         plain = plain_layer_traces(problem, spectrum, seed)
         for layer, curvature in spectrum.by_layer.items():
             true = float(np.trace(parts[layer]))

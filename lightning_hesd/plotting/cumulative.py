@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 BOTTOM = 0.6
 """Lower end of the axis of numbers, on which zero has no place; a single eigenvalue stands clear of it."""
 
+PARTS = 8
+"""Parts of a uniform piece of the distribution, in each of which the line is level."""
+
 EDGE = 10.0**0.15
 """Factor by which the axis of thresholds exceeds the bounds of the spectrum."""
 
@@ -47,10 +50,8 @@ def plot_cumulative(spectrum: Spectrum, ax: Axes | None = None, title: str = "")
     set_signed_log(ax, linear, min(-linear, EDGE * points[0]), max(linear, EDGE * points[-1]), which="x")
     for is_above, color, side, place in ((False, NEGATIVE, "left", "below"), (True, POSITIVE, "right", "above")):
         thresholds, numbers = numbers_beyond(spectrum, is_above=is_above)
-        if not len(thresholds):
+        if len(thresholds) < 2:
             continue
-        if not is_above:  # the last numbers hold until zero
-            thresholds, numbers = np.append(thresholds, 0.0), np.append(numbers, numbers[:, -1:], axis=1)
         least, found, most = numbers.clip(BOTTOM)
         ax.fill_between(thresholds, least, most, step="post", color=color, alpha=0.25, linewidth=0)
         ax.step(thresholds, found, where="post", color=color, linewidth=1.2)
@@ -76,19 +77,24 @@ def plot_cumulative(spectrum: Spectrum, ax: Axes | None = None, title: str = "")
 
 
 def numbers_beyond(spectrum: Spectrum, *, is_above: bool) -> tuple[Array, Array]:
-    """Return the thresholds on one side of zero, and how many eigenvalues are beyond each.
+    """Return thresholds on one side of zero, and how many eigenvalues are beyond each.
 
     Returns:
-        thresholds: Ascending: those below zero, or zero and those above it, shape (thresholds,).
+        thresholds: Ascending, up to zero or from zero on, shape (thresholds,).
         numbers: The least number, that by the density, and the largest; they hold until the next threshold. Shape
             (3, thresholds).
     """
     points, low, high = spectrum.cumulative_band
-    present = ~np.isnan(spectrum.nodes)
-    nodes, weights = spectrum.nodes[present], spectrum.density_weights[present] / len(spectrum.nodes)
-    found = np.array([weights[nodes <= point].sum() for point in points])
-    thresholds = np.append(0.0, points[points > 0]) if is_above else points[points < 0]
-    # Below all points there is no eigenvalue.
-    shares = np.array([np.append(0.0, share) for share in (low, found, high)])
-    shares = shares[:, np.searchsorted(points, thresholds, side="right")]
+    starts, ends, _ = spectrum.distribution.pieces
+    wide = starts < ends
+    thresholds = np.unique(np.concatenate([[0.0], points, np.linspace(starts[wide], ends[wide], PARTS + 1).ravel()]))
+    thresholds = thresholds[thresholds >= 0] if is_above else thresholds[thresholds <= 0]
+    found = spectrum.distribution.cumulative(thresholds)
+    band = np.searchsorted(points, thresholds, side="right")
+    if not is_above:  # eigenvalues of zero are not below it
+        found[-1] = spectrum.distribution.cumulative(thresholds[-1:], strictly=True)[0]
+        band[-1] = np.searchsorted(points, 0.0)
+    # Below all points there is no eigenvalue. The band also knows that numbers are whole.
+    low, high = np.append(0.0, low)[band], np.append(0.0, high)[band]
+    shares = np.array([low, found.clip(low, high), high])
     return thresholds, spectrum.dimension * (1 - shares[::-1] if is_above else shares)

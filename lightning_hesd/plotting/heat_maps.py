@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     Array: TypeAlias = NDArray[np.float64]
 
 ROWS = 400
-SMOOTHING, MAX_WIDTH = 0.06, 0.5
-"""Least and largest standard deviation, in decades."""
+SMOOTHING = 0.06
+"""Standard deviation in decades."""
 
 HEADROOM = 0.12
 """Share of the axis that is left to the legend."""
@@ -74,8 +74,7 @@ def plot_density_evolution(history: Sequence[SpectrumRecord], ax: Axes | None = 
     page = _set_scale(ax, present)
     bottom, top = page.heights(np.array(ax.get_ylim()))
     edges = np.linspace(bottom, top, ROWS + 1)
-    rows = (edges[1:] + edges[:-1]) / 2
-    columns = [np.full(ROWS, math.nan) if s is None else _per_decade(s, page, rows) for s in spectra]
+    columns = [np.full(ROWS, math.nan) if s is None else _per_decade(s, page, edges) for s in spectra]
     faintest = MIN_BRIGHTNESS / max(s.dimension for s in present) / (SMOOTHING * math.sqrt(2 * math.pi))
     values = np.ma.masked_less(np.ma.masked_invalid(np.array(columns).T), faintest)
     image = ax.pcolormesh(
@@ -138,20 +137,16 @@ def _set_scale(ax: Axes, spectra: Sequence[Spectrum]) -> Page:
     return page
 
 
-def _per_decade(spectrum: Spectrum, page: Page, rows: Array) -> Array:
-    """Return the density on the page: each node smoothed over its Ritz residual, or `SMOOTHING` if that is larger.
-
-    A converged node is an eigenvalue; others stand for all eigenvalues around them, and a fixed smoothing would show
-    the places of the nodes instead. Beyond the extremes the density is zero.
-    """
-    present = ~np.isnan(spectrum.nodes)
-    nodes, residuals = spectrum.nodes[present], spectrum.residuals[present]
-    weights = spectrum.density_weights[present] / len(spectrum.nodes)
-    sigma = ((page.heights(nodes + residuals) - page.heights(nodes - residuals)) / 2).clip(SMOOTHING, MAX_WIDTH)
+def _per_decade(spectrum: Spectrum, page: Page, edges: Array) -> Array:
+    """Return the density on the page: the mass between edges of rows, shape (rows + 1,), smoothed over `SMOOTHING`."""
+    mass = np.diff(spectrum.distribution.cumulative(page.back(edges)))
+    rows = (edges[1:] + edges[:-1]) / 2
+    gaussians = np.exp(-0.5 * ((rows[:, None] - rows) / SMOOTHING) ** 2)
+    # Beyond the extremes there is smoothing only.
     low, high = page.heights(np.array([spectrum.lambda_min, spectrum.lambda_max]))
-    distance = (rows[:, None] - page.heights(nodes)) / sigma
-    density: Array = np.exp(-0.5 * distance**2) @ (weights / sigma) / math.sqrt(2 * math.pi)
-    return np.where((rows > low - 2 * SMOOTHING) & (rows < high + 2 * SMOOTHING), density, 0.0)
+    within = (rows > low - 2 * SMOOTHING) & (rows < high + 2 * SMOOTHING)
+    density: Array = gaussians @ mass / (SMOOTHING * math.sqrt(2 * math.pi))
+    return np.where(within, density, 0.0)
 
 
 # Layers ---------------------------------------------------------------------------------------------------------------

@@ -218,11 +218,3 @@ def cumulative_band(rules: list[Rule], low_end: float, high_end: float, failure:
     high = np.minimum.accumulate(high[::-1])[::-1]
     # Between two points the distribution is at least that of the left one and at most that of the right one.
     return points, low, np.maximum(np.append(high[1:], 1.0), low)
-
-
-def largest_distance(points: Array, low: Array, high: Array, nodes: Array, weights: Array) -> float:
-    """Return the largest Wasserstein-1 distance of the weighted nodes from a distribution within a band."""
-    least = np.array([weights[nodes <= point].sum() for point in points[:-1]])
-    most = np.array([weights[nodes < point].sum() for point in points[1:]])
-    farther = np.maximum(high[:-1] - least, most - low[:-1])
-    return float((farther * np.diff(points)).sum())

@@ -22,8 +22,6 @@ from lightning_hesd.spectra.validation import FORMAT_VERSION
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from numpy.typing import NDArray
-
     from lightning_hesd.spectra.layer_curvature import LayerCurvature
     from lightning_hesd.spectra.record import SpectrumRecord
     from lightning_hesd.spectra.selection import SelectionEvent
@@ -122,15 +120,12 @@ def to_json(payload: Mapping[str, Any]) -> str:
 
 
 def _spectrum(spectrum: Spectrum) -> dict[str, Any]:
-    present = ~np.isnan(spectrum.nodes)
-    nodes, weights = _merged(spectrum.nodes[present], spectrum.density_weights[present] / len(spectrum.nodes))
     return {
         **data_of_spectrum(spectrum),
         "type": spectrum.hesd_type,
         **{field: getattr(spectrum, field) for field in SHOWN_FIELDS},
         "sigma": legible_sigma(spectrum.lambda_min, spectrum.lambda_max),
-        "nodes": nodes.tolist(),
-        "weights": weights.tolist(),
+        **_distribution(spectrum),
         "cumulative_band": None if spectrum.verified == "no" else _band(spectrum),
         "losses_along": _losses_along(spectrum),
     }
@@ -167,29 +162,28 @@ def _band(spectrum: Spectrum) -> dict[str, Any]:
     return {"points": points[kept].tolist(), "low": low[kept].tolist(), "high": high[lasts].tolist()}
 
 
-def _merged(
-    nodes: NDArray[np.float64], weights: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return nodes in ascending order with their weights, at most `MAX_NODES`.
+def _distribution(spectrum: Spectrum) -> dict[str, list[float]]:
+    """Return the fields of the distribution, for nodes in ascending order, at most `MAX_NODES`.
 
     If there are more, those between the extremes are put into bins of equal width in asinh λ, which is fine near zero,
-    where most nodes are, and coarse far out; each bin becomes a node at its center of mass.
+    where most nodes are, and coarse far out; each bin becomes a node at its center of mass, with the mean cell.
     """
-    order = np.argsort(nodes)
-    nodes, weights = nodes[order], weights[order]
-    if len(nodes) <= MAX_NODES:
-        return nodes, weights
-    scale = float(np.abs(nodes).max()) / 1e4 or 1.0
-    place = np.arcsinh(nodes[1:-1] / scale)
-    edges = np.linspace(place[0], place[-1], MAX_NODES - 1)
-    bins = np.searchsorted(edges, place, side="right").clip(1, MAX_NODES - 2) - 1
-    mass = np.bincount(bins, weights[1:-1], MAX_NODES - 2)
-    moment = np.bincount(bins, weights[1:-1] * nodes[1:-1], MAX_NODES - 2)
-    filled = mass > 0
-    return (
-        np.concatenate([nodes[:1], moment[filled] / mass[filled], nodes[-1:]]),
-        np.concatenate([weights[:1], mass[filled], weights[-1:]]),
-    )
+    fields = asdict(spectrum.distribution)
+    order = np.argsort(fields["nodes"])
+    fields = {name: values[order] for name, values in fields.items()}
+    nodes, weights = fields["nodes"], fields["weights"]
+    if len(nodes) > MAX_NODES:
+        scale = float(np.abs(nodes).max()) / 1e4 or 1.0
+        place = np.arcsinh(nodes[1:-1] / scale)
+        edges = np.linspace(place[0], place[-1], MAX_NODES - 1)
+        bins = np.searchsorted(edges, place, side="right").clip(1, MAX_NODES - 2) - 1
+        mass = np.bincount(bins, weights[1:-1], MAX_NODES - 2)
+        filled = mass > 0
+        for name, values in fields.items():
+            sums = np.bincount(bins, weights[1:-1] * values[1:-1], MAX_NODES - 2)[filled]
+            inner = mass[filled] if name == "weights" else sums / mass[filled]
+            fields[name] = np.concatenate([values[:1], inner, values[-1:]])
+    return {name: values.tolist() for name, values in fields.items()}
 
 
 def _plain(value: Any, digits: int = DIGITS) -> Any:

@@ -56,6 +56,7 @@ SPECTRUM_FIELDS: Fields = {
 }
 LINE_FIELDS: Fields = {"distances": each(number), "losses": each(optional(number))}
 LATER_FIELDS: Fields = {
+    **dict.fromkeys(("left", "right"), optional(each(number))),
     "cumulative_band": optional(having(dict.fromkeys(("points", "low", "high"), each(number)))),
     "losses_along": optional(having(dict.fromkeys(("lambda_min", "lambda_max"), having(LINE_FIELDS)))),
 }
@@ -120,6 +121,10 @@ def _check_spectrum(spectrum: Any) -> None:
     if len(spectrum["nodes"]) != len(spectrum["weights"]):
         msg = f"a spectrum has {len(spectrum['nodes'])} nodes and {len(spectrum['weights'])} weights."
         raise ValueError(msg)
+    for side in ("left", "right"):
+        if spectrum.get(side) is not None and len(spectrum[side]) != len(spectrum["nodes"]):
+            msg = f"a spectrum has {len(spectrum['nodes'])} nodes and {len(spectrum[side])} distances to the {side}."
+            raise ValueError(msg)
     if len({len(values) for values in (spectrum.get("cumulative_band") or {}).values()}) > 1:
         msg = "the lists of `cumulative_band` of a spectrum have several lengths."
         raise ValueError(msg)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_hesd.spectra import counts, deflation, eigenvalue_bounds, quadrature
+from lightning_hesd.spectra import counts, deflation, distribution, eigenvalue_bounds, quadrature
 from lightning_hesd.spectra.spectrum_data import SpectrumData
 
 if TYPE_CHECKING:
@@ -35,15 +35,20 @@ class SpectrumDensity(SpectrumData):
 
     @cached_property
     def density_weights(self) -> NDArray[np.float64]:
-        """Weights of the nodes in densities, histograms and moments, shape (probes, steps); each row sums to 1.
+        """Weights of the nodes in the distribution and in moments, shape (probes, steps); each row sums to 1.
 
         Converged nodes have the weight 1/n, and the others share the rest by their quadrature weights: deflated
         stochastic Lanczos quadrature.
         """
         return deflation.deflated_weights(self.weights, self.converged_nodes, self.dimension)
 
+    @cached_property
+    def distribution(self) -> distribution.Distribution:
+        """The estimate of the distribution that `density` and `histogram` show; see the module `distribution`."""
+        return distribution.spread(self.nodes, self.density_weights, self.residuals, self.converged_nodes)
+
     def moment(self, k: int) -> float:
-        """Estimate of trace(Hᵏ)/n, the k-th moment of the density."""
+        """Estimate of trace(Hᵏ)/n by quadrature, which is exact for the start vector up to degree 2·steps − 1."""
         return (
             math.nan if self.verified == "no" else float(quadrature.moments(self.nodes, self.density_weights, k).mean())
         )
@@ -74,22 +79,22 @@ class SpectrumDensity(SpectrumData):
     def density(
         self, grid: ArrayLike | None = None, sigma: float | None = None
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return (grid, density), each of shape (points,); the density integrates to 1. See `quadrature.density`.
+        """Return (grid, density), each of shape (points,); the density integrates to 1. See `Distribution.density`.
 
         Raises:
             ValueError: If nothing was computed, because HVPs were not those of the loss.
         """
         self._check_computed()
-        return quadrature.density(self.nodes, self.density_weights, grid, sigma)
+        return self.distribution.density(grid, sigma)
 
     def histogram(self, bins: int | ArrayLike = 120) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return (mass, edges), shapes (bins,) and (bins + 1,); the mass sums to 1. See `quadrature.histogram`.
+        """Return (mass, edges), shapes (bins,) and (bins + 1,); the mass sums to 1. See `Distribution.histogram`.
 
         Raises:
             ValueError: If nothing was computed, because HVPs were not those of the loss.
         """
         self._check_computed()
-        return quadrature.histogram(self.nodes, self.density_weights, bins)
+        return self.distribution.histogram(bins)
 
     # Numbers of eigenvalues -----------------------------------------------------------------------------------------
 
@@ -156,7 +161,7 @@ class SpectrumDensity(SpectrumData):
         """
         points, low, high = self.cumulative_band
         width = float(points[-1] - points[0])
-        area = counts.largest_distance(points, low, high, self.nodes, self.density_weights / len(self.nodes))
+        area = self.distribution.largest_distance(points, low, high)
         return area / width if width > 32 * self.rounding else 0.0  # all eigenvalues are equal up to rounding
 
     @cached_property

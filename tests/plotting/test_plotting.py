@@ -23,6 +23,7 @@ from lightning_hesd.plotting import (
     plot_losses_along,
 )
 from lightning_hesd.plotting.cumulative import BOTTOM, numbers_beyond
+from tests.example_spectra import SMALL_POPULATION, analyze
 from tests.spectra.nodes import spectrum
 
 CASES = {
@@ -142,12 +143,31 @@ class TestCumulative:
         sides = self.sides(plot_cumulative(found))
         points = found.cumulative_band[0]
         below, above = sides[NEGATIVE], sides[POSITIVE]
-        assert below.get_xdata().tolist() == [*points[points < 0], 0.0]
-        assert above.get_xdata().tolist() == [0.0, *points[points > 0]]
-        numbers = {-3.5: BOTTOM, -2.5: 10, -1.0: 20, 0.2: 80, 0.75: 30, 2.5: 10, points[-1]: BOTTOM}
+        assert {*points[points < 0], -2.0, 0.0} <= set(below.get_xdata().tolist())
+        assert {0.0, *points[points > 0], 0.5} <= set(above.get_xdata().tolist())
+        # Cells reach 0.1 to both sides of the nodes between the extremes.
+        numbers = {-3.5: BOTTOM, -2.5: 10, -2.0: 15, -1.0: 20, 0.2: 80, 0.5: 55, 0.75: 30, 2.5: 10, points[-1]: BOTTOM}
         for threshold, number in numbers.items():
             x, y = (below if threshold < 0 else above).get_data()
             assert y[np.searchsorted(x, threshold, side="right") - 1] == pytest.approx(number), threshold
+
+    @pytest.mark.parametrize("is_above", [False, True])
+    def test_lines_are_within_the_bands_and_follow_the_distribution(self, is_above):
+        for name, eigenvalues in SMALL_POPULATION.items():
+            found = analyze(eigenvalues)
+            thresholds, (least, line, most) = numbers_beyond(found, is_above=is_above)
+            assert ((least <= line) & (line <= most)).all(), name
+            shares = found.distribution.cumulative(thresholds)
+            expected = found.dimension * (1 - shares if is_above else shares)
+            inside = (least < expected) & (expected < most) & (thresholds != 0)
+            np.testing.assert_allclose(line[inside], expected[inside], atol=1e-9)
+
+    def test_eigenvalues_of_zero_are_beyond_it_on_neither_side(self):
+        found = spectrum(-1.0, 0.0, 2.0, dimension=3)
+        for is_above, at in ((False, -1), (True, 0)):
+            thresholds, numbers = numbers_beyond(found, is_above=is_above)
+            assert thresholds[at] == 0.0
+            assert numbers[1, at] == pytest.approx(1.0)
 
     def test_bands_are_the_bounds(self):
         found = spectrum(*self.nodes, weights=self.weights, residual=0.1)

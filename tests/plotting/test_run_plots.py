@@ -257,12 +257,14 @@ class TestEvolution:
         assert image.norm.vmin == pytest.approx(MIN_BRIGHTNESS * one)
         assert type(image.norm).__name__ == "LogNorm"
 
-    def test_a_node_with_a_residual_is_smeared(self):
-        def height(residual: float) -> float:
-            ax = plot_density_evolution([record(0, -1.0, 1.0, residual=residual)])
-            return float(mesh(ax).get_array()[:, 0].max())
+    def test_the_weight_of_a_node_with_a_residual_is_spread_over_its_cell(self):
+        def column(residual: float) -> Any:
+            found = spectrum(-1.0, 0.1, 1.0, weights=[[0.2, 0.6, 0.2]], residual=residual)
+            return mesh(plot_density_evolution([SpectrumRecord(0, 0, found)])).get_array()[:, 0].filled(0.0)
 
-        assert height(0.5) < 0.6 * height(0.0)
+        point, spread = column(0.0), column(0.09)
+        assert spread.max() < 0.75 * point.max()
+        assert spread.sum() == pytest.approx(point.sum(), rel=0.01)
 
     def test_smallest_extreme_is_clear_of_zero(self):
         ax = plot_density_evolution([record(0, -0.003, 50.0)])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from lightning_hesd import Spectrum
+from benchmarks.distances import wasserstein
 from lightning_hesd.numerics.krylov.lanczos import Lanczos
 from lightning_hesd.numerics.krylov.ritz import gauss_quadrature
 from lightning_hesd.spectra import counts
@@ -199,13 +199,6 @@ def distribution(eigenvalues: np.ndarray, points: np.ndarray, side: str) -> np.n
     return np.searchsorted(np.sort(eigenvalues), points, side=side) / len(eigenvalues)
 
 
-def distance(spectrum: Spectrum, eigenvalues: np.ndarray) -> float:
-    """Wasserstein-1 distance of the density from the spectrum."""
-    present = ~np.isnan(spectrum.nodes)
-    weights = (spectrum.density_weights / len(spectrum.nodes))[present]
-    return stats.wasserstein_distance(spectrum.nodes[present], eigenvalues, weights)
-
-
 class TestCumulativeBand:
     @pytest.mark.parametrize(
         ("steps", "dtype"), [((30,), torch.float64), ((30,), torch.float32), ((20, 9), torch.float64)]
@@ -221,7 +214,7 @@ class TestCumulativeBand:
                     distribution(eigenvalues, points[1:] - margin, "left") <= high[:-1] + 1e-12
                 ).all()
                 width = points[-1] - points[0]
-                near += distance(spectrum, eigenvalues) <= spectrum.density_error * width + margin
+                near += wasserstein(spectrum.distribution, eigenvalues) <= spectrum.density_error * width + margin
                 total += 1
         assert band >= 0.95 * total
         assert near >= 0.95 * total
@@ -255,20 +248,3 @@ class TestCumulativeBand:
     )
     def test_of_equal_eigenvalues(self, eigenvalues):
         assert analyze(eigenvalues).density_error == 0.0
-
-
-def test_no_distribution_within_a_band_is_farther_than_the_largest_distance():
-    rng = np.random.default_rng(1)
-    for _ in range(50):
-        points = np.sort(rng.random(6))
-        low, high = np.sort(np.sort(rng.random((2, 6)), axis=1), axis=0)
-        low[-1] = high[-1] = 1.0
-        nodes, weights = points[[1, 2, 4]], rng.dirichlet(np.ones(3))
-        largest = counts.largest_distance(points, low, high, nodes, weights)
-        for share in (0.0, 0.4, 1.0):
-            jumps = np.diff(low + share * (high - low), prepend=0.0)
-            distance = stats.wasserstein_distance(points, nodes, jumps, weights)
-            assert distance <= largest + 1e-12
-            assert counts.largest_distance(points, np.cumsum(jumps), np.cumsum(jumps), nodes, weights) == pytest.approx(
-                distance
-            )

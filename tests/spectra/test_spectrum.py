@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lightning_hesd import Spectrum
-from lightning_hesd.spectra import eigenvalue_bounds, quadrature
+from lightning_hesd.spectra import eigenvalue_bounds
 from lightning_hesd.spectra.layer_curvature import LayerCurvature
 from lightning_hesd.spectra.spectrum_data import STORED_ARRAYS
 from lightning_hesd.spectra.validation import FORMAT_VERSION
@@ -183,14 +183,16 @@ class TestProperties:
         assert tighter.miss_probability == eigenvalue_bounds.miss_probability(1000, (30, 20), 0.01)
         assert make(probe="rademacher").miss_probability is None
 
-    def test_density_and_histogram_are_those_of_the_quadrature(self):
+    def test_density_and_histogram_are_those_of_the_distribution(self):
         spectrum = make()
-        arguments = (spectrum.nodes, spectrum.density_weights)
+        found = spectrum.distribution
+        np.testing.assert_array_equal(found.nodes, [-1.0, 0.5, 4.0, -0.5, 3.0])
+        np.testing.assert_array_equal(found.weights, spectrum.density_weights[~np.isnan(spectrum.nodes)] / 2)
         for ours, theirs in (
-            (spectrum.density(), quadrature.density(*arguments)),
-            (spectrum.density([0.0, 1.0], sigma=0.3), quadrature.density(*arguments, [0.0, 1.0], 0.3)),
-            (spectrum.histogram(), quadrature.histogram(*arguments)),
-            (spectrum.histogram([-2.0, 0.0, 5.0]), quadrature.histogram(*arguments, [-2.0, 0.0, 5.0])),
+            (spectrum.density(), found.density()),
+            (spectrum.density([0.0, 1.0], sigma=0.3), found.density([0.0, 1.0], 0.3)),
+            (spectrum.histogram(), found.histogram()),
+            (spectrum.histogram([-2.0, 0.0, 5.0]), found.histogram([-2.0, 0.0, 5.0])),
         ):
             np.testing.assert_array_equal(ours[0], theirs[0])
             np.testing.assert_array_equal(ours[1], theirs[1])

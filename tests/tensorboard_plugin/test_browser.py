@@ -21,6 +21,7 @@ from lightning_hesd.plotting import plot_losses_along
 from lightning_hesd.plotting.cumulative import BOTTOM, numbers_beyond
 from lightning_hesd.spectra.decisions import run_payload
 from lightning_hesd.spectra.payload import record_payload
+from lightning_hesd.spectra.quadrature import legible_sigma
 from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
 from tests.tab import EPOCHS, Tab, tensorboard, train, write_payloads
 from tests.training.scripted import make_spectrum
@@ -88,7 +89,8 @@ class Page:
         """What Plotly has drawn, without the entries of the legend."""
         found = self.script(
             "return JSON.stringify(document.getElementById(arguments[0])._fullData"
-            ".map(({x, y, z, name, mode, meta, line}) => ({x, y, z, name, mode, meta, dash: line?.dash})))",
+            ".map(({x, y, z, name, mode, meta, customdata, line}) => "
+            "({x, y, z, name, mode, meta, customdata, dash: line?.dash})))",
             figure,
         )
         return [trace for trace in json.loads(found) if trace["x"] != [None]]
@@ -253,6 +255,12 @@ def test_the_slider_moves_density_and_assessment_by_keyboard(tab: Page, runs: tu
             assert trace["x"] == pytest.approx(spectrum.nodes[0], rel=1e-6)
         (curve,) = [t for t in tab.traces("density") if (t["meta"] or {}).get("density") == "training"]
         assert mass(curve["x"], curve["y"]) == pytest.approx(1.0, abs=0.02)
+        drawn = np.array(curve["y"])
+        sigma = legible_sigma(record.spectrum.lambda_min, record.spectrum.lambda_max)
+        _, expected = record.spectrum.density(curve["x"], sigma)
+        visible = drawn > 1.01 * drawn.min()
+        assert visible.sum() > 50
+        np.testing.assert_allclose(drawn[visible], expected[visible], rtol=1e-3)
         title = "start" if record.epoch < 0 else f"epoch {record.epoch}"
         assert tab.script("return document.getElementById('epoch').getAttribute('aria-valuetext')") == title
         said = tab.text("#assessment")
@@ -275,6 +283,10 @@ def test_heat_maps(tab: Page, runs: tuple[Path, Any]) -> None:
     for column in range(len(callback.history)):
         logs = [row[column] for row in density["z"] if row[column] is not None]
         assert sum(10**value for value in logs) == pytest.approx(1.0, abs=1e-6)
+        spectrum = callback.history[column].spectrum
+        cells = zip(density["y"], density["z"], strict=True)
+        negative = sum(10 ** row[column] for y, row in cells if y < 0 and row[column] is not None)
+        assert negative == pytest.approx(spectrum.distribution.cumulative([0.0])[0], abs=0.1)
     layers = tab.traces("layers")[0]
     names = list(callback.history[0].layers)
     for name, row in zip(names, layers["z"], strict=True):
@@ -294,7 +306,10 @@ def test_numbers_of_eigenvalues(tab: Page, runs: tuple[Path, Any]) -> None:
     assert curves["training"]["name"] == f"training: {low} to {high} negative"
     bands = {t["meta"]["band"]: t for t in tab.traces("cumulative") if "band" in (t["meta"] or {})}
     for label, spectrum in (("training", record.spectrum), ("generalization", record.generalization)):
-        assert shown(curves[label]["y"]) == pytest.approx(expected_numbers(spectrum, 1), rel=1e-5)
+        places, numbers = curves[label]["customdata"], curves[label]["y"]
+        middle = numbers.index(None)
+        for is_above, side in ((False, slice(0, middle)), (True, slice(middle + 1, -1))):
+            check_numbers(spectrum, np.array(places[side]), np.array(numbers[side]), is_above=is_above)
         ends = {round(y, 6) for y in shown(bands[label]["y"])}
         expected = {round(float(y), 6) for row in (0, 2) for y in expected_numbers(spectrum, row)}
         assert ends == expected
@@ -309,14 +324,24 @@ def test_numbers_of_eigenvalues(tab: Page, runs: tuple[Path, Any]) -> None:
     assert row[head.index("negative_count")] == f"{low} to {high}"
 
 
+def check_numbers(spectrum: Spectrum, places: np.ndarray, drawn: np.ndarray, *, is_above: bool) -> None:
+    """Compare numbers at thresholds with those of the figure; thresholds have seven digits on the page."""
+    thresholds, (_, found, _) = numbers_beyond(spectrum, is_above=is_above)
+    assert len(places) > len(spectrum.nodes[0]) / 2
+    nearby = [np.searchsorted(thresholds, places + shift * np.abs(places), "right") - 1 for shift in (-2e-6, 2e-6)]
+    around = [found.clip(BOTTOM)[index.clip(0)] for index in nearby]
+    assert (np.minimum(*around) * (1 - 1e-4) <= drawn).all()
+    assert (drawn <= np.maximum(*around) * (1 + 1e-4)).all()
+
+
 def shown(values: list[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
 def expected_numbers(spectrum: Spectrum, row: int) -> list[float]:
-    """Return the numbers below negative thresholds, once more for zero, and those above the other thresholds."""
+    """Return the numbers below the thresholds up to zero, and those above the others."""
     below, above = (numbers_beyond(spectrum, is_above=is_above)[1][row] for is_above in (False, True))
-    return [float(value) for value in np.concatenate([below, below[-1:], above]).clip(BOTTOM)]
+    return [float(value) for value in np.concatenate([below, above]).clip(BOTTOM)]
 
 
 NOTE_REQUESTS = """

@@ -18,6 +18,7 @@ from lightning_hesd import SpectrumHistory, judge
 from lightning_hesd.commands import cli
 from lightning_hesd.commands.report import report, run_data
 from lightning_hesd.spectra.decisions import decisions, rewound, run_payload
+from lightning_hesd.spectra.distribution import Distribution
 from lightning_hesd.spectra.layer_curvature import LayerCurvature
 from lightning_hesd.spectra.payload import (
     MAX_NODES,
@@ -332,6 +333,29 @@ def test_many_nodes_are_merged_and_keep_mass_mean_and_extremes() -> None:
     assert (nodes[0], nodes[-1]) == pytest.approx((many.lambda_min, many.lambda_max), rel=1e-6)
     assert weights.sum() == pytest.approx(1.0, abs=1e-6)
     assert weights @ nodes == pytest.approx(many.moment(1), abs=1e-6 * np.abs(nodes).max())
+    left, right = np.array(shown["left"]), np.array(shown["right"])
+    assert len(left) == len(right) == len(nodes)
+    assert (left[0], right[-1]) == (0.0, 0.0)
+    assert np.median(left + right) > 0
+    merged = Distribution(nodes, weights, left, right)
+    at = np.linspace(nodes[0], nodes[-1], 50)
+    np.testing.assert_allclose(merged.cumulative(at), many.distribution.cumulative(at), atol=0.01)
+
+
+def test_payloads_have_the_distribution() -> None:
+    found = spectrum_of(-2.0, -1.0, 0.5, 3.0, residual=0.25)
+    shown = record_payload(SpectrumRecord(0, 1, found))["spectra"]["spectrum"]
+    assert (shown["left"], shown["right"]) == ([0.0, 0.25, 0.25, 0.25], [0.25, 0.25, 0.25, 0.0])
+    earlier = record_payload(SpectrumRecord(0, 1, found))
+    for side in ("left", "right"):
+        del earlier["spectra"]["spectrum"][side]
+    assert "left" not in read_payload(to_json(earlier))["spectra"]["spectrum"]  # its nodes are points
+    wrong_values = ([0.0], "has 4 nodes and 1 distances to the left"), ("none", "`left` of a spectrum is missing or")
+    for wrong, said in wrong_values:
+        damaged = record_payload(SpectrumRecord(0, 1, found))
+        damaged["spectra"]["spectrum"]["left"] = wrong
+        with pytest.raises(PayloadError, match=said):
+            read_payload(to_json(damaged))
 
 
 @pytest.mark.parametrize("probes", [1, 8])

@@ -58,20 +58,47 @@ export function extent(values) {
 
 // Densities ---------------------------------------------------------------------------------------------------------
 
-/** Return a grid and the density on it: Gaussians of width `sigma` at the nodes, as `plot_density` draws it. */
+/**
+ * Return the distribution as uniform pieces, {low, high, mass}, as in `spectra/distribution.py`: the weight of a node is
+ * spread such that the node is the mean. A piece with equal ends is a point, as all are in payloads of earlier releases.
+ */
+function piecesOf({ nodes, weights, left, right }) {
+  return nodes.flatMap((node, i) => {
+    const [before, after] = [left?.[i] ?? 0, right?.[i] ?? 0];
+    const below = before + after > 0 ? (weights[i] * after) / (before + after) : weights[i];
+    return [{ low: node - before, high: node, mass: below }, { low: node, high: node + after, mass: weights[i] - below }];
+  }).filter(({ mass }) => mass > 0);
+}
+
+/** Return the share of eigenvalues up to a threshold. */
+function cumulative(pieces, threshold) {
+  const share = ({ low, high }) => (low < high ? Math.min(Math.max((threshold - low) / (high - low), 0), 1) : Number(low <= threshold));
+  return pieces.reduce((sum, piece) => sum + piece.mass * share(piece), 0);
+}
+
+const PANEL = [[-0.906179845938664, 0.118463442528095], [-0.538469310105683, 0.239314335249683], [0, 0.284444444444444],
+  [0.538469310105683, 0.239314335249683], [0.906179845938664, 0.118463442528095]]; // Gauss-Legendre points and weights
+
+/** Return points, [place, mass], that give the same density as a piece where Gaussians of width `sigma` smooth it. */
+function centersOf({ low, high, mass }, sigma) {
+  const panels = Math.ceil((high - low) / sigma);
+  if (panels === 0) return [[low, mass]];
+  const half = (high - low) / (2 * panels);
+  return Array.from({ length: panels }, (_, i) => low + half * (2 * i + 1))
+    .flatMap((middle) => PANEL.map(([place, share]) => [middle + half * place, (mass * share) / panels]));
+}
+
+/** Return a grid and the density on it, smoothed by Gaussians of width `sigma`, as `plot_density` draws it. */
 export function density(spectrum, points = 400) {
-  const { lambda_min: low, lambda_max: high, nodes, weights } = spectrum;
+  const { lambda_min: low, lambda_max: high, nodes } = spectrum;
   const width = high - low;
   const sigma = spectrum.sigma ?? (Math.max(Math.abs(low), Math.abs(high)) * 0.01 || 1);
   const [from, to] = [low - 5 * sigma - 0.01 * width, high + 5 * sigma + 0.01 * width];
   const regular = Array.from({ length: points }, (_, i) => from + ((to - from) * i) / (points - 1));
   const grid = [...new Set([...regular, ...nodes, 0])].filter((t) => t >= from && t <= to).sort((a, b) => a - b);
   const norm = 1 / (sigma * Math.sqrt(2 * Math.PI));
-  const values = grid.map((t) => {
-    let sum = 0;
-    for (let i = 0; i < nodes.length; i++) sum += weights[i] * Math.exp(-0.5 * ((t - nodes[i]) / sigma) ** 2);
-    return sum * norm;
-  });
+  const centers = piecesOf(spectrum).flatMap((piece) => centersOf(piece, sigma));
+  const values = grid.map((t) => centers.reduce((sum, [place, mass]) => sum + mass * Math.exp(-0.5 * ((t - place) / sigma) ** 2), 0) * norm);
   return { grid, values };
 }
 
@@ -110,7 +137,7 @@ function powerOfTen(value) {
 
 /**
  * Return the spectral mass over records and eigenvalues: a column for each record, as log10 of the mass in a bin.
- * The nodes are few, so each is spread over its neighboring bins.
+ * Converged nodes are few, so all is smoothed over neighboring bins.
  */
 export function densityMap(run, field) {
   const spectra = run.records.map((record) => spectrumOf(record, field)).filter(Boolean);
@@ -123,21 +150,28 @@ export function densityMap(run, field) {
   for (const record of run.records) {
     const spectrum = spectrumOf(record, field);
     const mass = new Float64Array(MAP_BINS);
-    if (spectrum) spread(spectrum, mass, (value) => (scale.to(value) - from) / width - 0.5, reach);
+    const map = { to: (value) => (scale.to(value) - from) / width - 0.5, back: (place) => scale.back(from + (place + 0.5) * width) };
+    if (spectrum) piecesOf(spectrum).flatMap((piece) => partsOf(piece, map)).forEach((part) => smooth(part, mass, reach));
     for (let i = 0; i < MAP_BINS; i++) rows[i].push(mass[i] > 1e-9 ? Math.log10(mass[i]) : null);
   }
   return { scale, centers, rows };
 }
 
-function spread(spectrum, mass, placeOf, reach) {
-  spectrum.nodes.forEach((node, index) => {
-    const place = placeOf(node);
-    const [first, last] = [Math.max(Math.round(place) - reach, 0), Math.min(Math.round(place) + reach, mass.length - 1)];
-    let total = 0;
-    for (let i = first; i <= last; i++) total += Math.exp(-0.5 * ((i - place) / MAP_SMOOTHING) ** 2);
-    for (let i = first; i <= last; i++)
-      mass[i] += (spectrum.weights[index] * Math.exp(-0.5 * ((i - place) / MAP_SMOOTHING) ** 2)) / total;
-  });
+/** Return parts of a piece, [place, mass], each at most one bin wide. */
+function partsOf({ low, high, mass }, map) {
+  const [from, to] = [map.to(low), map.to(high)];
+  const count = Math.ceil(to - from);
+  if (count === 0) return [[from, mass]];
+  const end = (i) => map.back(from + ((to - from) * i) / count);
+  return Array.from({ length: count }, (_, i) => [from + ((to - from) * (i + 0.5)) / count, (mass * (end(i + 1) - end(i))) / (high - low)]);
+}
+
+function smooth([place, share], mass, reach) {
+  const [first, last] = [Math.max(Math.round(place) - reach, 0), Math.min(Math.round(place) + reach, mass.length - 1)];
+  const gaussian = (i) => Math.exp(-0.5 * ((i - place) / MAP_SMOOTHING) ** 2);
+  let total = 0;
+  for (let i = first; i <= last; i++) total += gaussian(i);
+  for (let i = first; i <= last; i++) mass[i] += (share * gaussian(i)) / total;
 }
 
 // Numbers of eigenvalues ---------------------------------------------------------------------------------------------
@@ -151,20 +185,28 @@ export function negativeCount(spectrum) {
   return Number.isFinite(low) && Number.isFinite(high) ? interval(low, high) : null;
 }
 
+const PARTS = 8; // of a uniform piece of the distribution, in each of which the curve of numbers is level
+
 /**
- * Return the numbers of eigenvalues farther from zero than thresholds: below negative ones, and above others.
- * Each side is a list of {threshold, found, low, high}, which hold until the next threshold.
+ * Return the numbers of eigenvalues farther from zero than thresholds: below those up to zero, and above the others.
+ * Each side is a list of {side, threshold, found, low, high}, which hold until the next threshold.
  */
 export function beyond(spectrum) {
-  const { cumulative_band: band, dimension, nodes, weights } = spectrum;
+  const { cumulative_band: band, dimension } = spectrum;
+  const pieces = piecesOf(spectrum);
+  const inner = pieces.flatMap(({ low, high }) => (low < high ? Array.from({ length: PARTS + 1 }, (_, i) => low + ((high - low) * i) / PARTS) : []));
+  const thresholds = [...new Set([0, ...band.points, ...inner])].sort((a, b) => a - b);
   const at = (threshold, isAbove) => {
-    const index = band.points.findLastIndex((point) => point <= threshold);
+    const isCounted = (value) => (isAbove || threshold < 0 ? value <= threshold : value < threshold); // zero is not below zero
+    const index = band.points.findLastIndex(isCounted);
     const [low, high] = index < 0 ? [0, 0] : [band.low[index], band.high[index]];
-    const found = dimension * nodes.reduce((sum, node, i) => sum + (node <= threshold ? weights[i] : 0), 0);
-    return isAbove ? { threshold, found: dimension - found, low: dimension - high, high: dimension - low } : { threshold, found, low, high };
+    const share = cumulative(pieces.filter((piece) => isCounted(piece.low)), threshold);
+    const found = Math.min(Math.max(dimension * share, low), high); // the band also knows that numbers are whole
+    if (!isAbove) return { side: "below", threshold, found, low, high };
+    return { side: "above", threshold, found: dimension - found, low: dimension - high, high: dimension - low };
   };
-  const [negative, positive] = [band.points.filter((point) => point < 0), band.points.filter((point) => point > 0)];
-  return [negative.map((point) => at(point, false)), [0, ...positive].map((point) => at(point, true))];
+  const side = (isAbove) => thresholds.filter((t) => (isAbove ? t >= 0 : t <= 0)).map((t) => at(t, isAbove));
+  return [side(false), side(true)];
 }
 
 // Loss along eigenvectors --------------------------------------------------------------------------------------------

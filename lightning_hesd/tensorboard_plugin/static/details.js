@@ -129,10 +129,10 @@ export function cumulativeFigure(record, theme) {
   };
 }
 
-/** Return the sides of `beyond` with places on the scale; the negative side goes on until zero. */
+/** Return the sides of `beyond` with places on the scale, without one that is zero only. */
 function sidesOf(spectrum, scale) {
   const [negative, positive] = beyond(spectrum).map((side) => side.map((one) => ({ ...one, place: scale.to(one.threshold) })));
-  return negative.length ? [[...negative, { ...negative.at(-1), place: 0 }], positive] : [positive];
+  return negative.length > 1 ? [negative, positive] : [positive];
 }
 
 const legible = (value) => Math.max(value, BELOW_ONE);
@@ -152,8 +152,8 @@ function curveOfNumbers({ spectrum, label, color, dash }, scale) {
   return {
     x: shown.map(({ place }) => place), y: shown.map(({ found }) => found === null ? null : legible(found)), mode: "lines",
     line: { color: color, width: 1.6, dash, shape: "hv" }, name: count === null ? label : `${label}: ${count} negative`, meta: { numbers: label },
-    text: shown.map(({ threshold, low, high }) => `${threshold < 0 ? "below" : "above"} ${number(threshold)}: ${interval(low, high)}`),
-    hovertemplate: `${label}<br>%{text} eigenvalues<extra></extra>`,
+    text: shown.map(({ side, threshold, low, high }) => `${side} ${number(threshold)}: ${interval(low, high)}`),
+    customdata: shown.map(({ threshold }) => threshold), hovertemplate: `${label}<br>%{text} eigenvalues<extra></extra>`,
   };
 }
 
