@@ -37,7 +37,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"num_samples": 0}, "`num_samples` must be a positive integer or 'auto', got 0"),
     ({"num_samples": "auto"}, "`num_samples='auto'` needs a number for `tolerance`.* got None"),
     ({"num_samples": "auto", "tolerance": "auto"}, "`num_samples='auto'` needs a number for `tolerance`.* got 'auto'"),
-    ({"batch_size": -1}, "`batch_size` must be a positive integer, got -1"),
+    ({"batch_size": -1}, "`batch_size` must be a positive integer or 'auto', got -1"),
     ({"on_error": "ignore"}, "`on_error` must be 'warn' or 'raise', got 'ignore'"),
     ({"dataloader": "val"}, "`dataloader` must be a dataloader, got 'val'"),
     ({"generalization_dataloader": "test"}, "`generalization_dataloader` must be a dataloader or 'val', got 'test'"),

@@ -1,18 +1,20 @@
 """Merging of consecutive batches into larger ones, the inverse of cutting; an error says why batches cannot be merged.
 
-Tensors with the samples along their first dimension are concatenated, in lists, tuples and dicts of any depth. All
-other values must be equal in all batches. Whether the loss of a merged batch is the mean of theirs is another question.
+Tensors with the samples along their first dimension are concatenated, in lists, tuples, dicts and dataclasses of any
+depth. All other values must be equal in all batches. Whether the loss of a merged batch is the mean of theirs is
+another question.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import replace
+from collections import UserDict
+from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,33 +52,69 @@ def merged(batches: Sequence[WeightedBatch]) -> WeightedBatch:
     first, *others = batches
     if not others:
         return first
-    flat = [tree_flatten(batch.data) for batch in batches]
-    if any(structure != flat[0][1] for _, structure in flat):
-        msg = "the batches have different structures"
-        raise UnmergeableBatchesError(msg)
     sizes = [batch.length() for batch in batches]
-    values = [_merged_values(list(parts), sizes) for parts in zip(*(leaves for leaves, _ in flat), strict=True)]
     return replace(
         first,
-        data=tree_unflatten(values, flat[0][1]),
+        data=_merged([batch.data for batch in batches], sizes),
         weight=math.fsum(batch.weight for batch in batches),
         size=None if first.size is None else math.fsum(batch.num_samples for batch in batches),
         merged_from=tuple(batches),
     )
 
 
-def _merged_values(values: list[Any], sizes: Sequence[int]) -> Any:
+def _merged(values: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """Return one value for those of several batches with these numbers of samples.
+
+    Raises:
+        UnmergeableBatchesError: If there is no such value.
+    """
     first = values[0]
-    if all(type(value) is Tensor and value.layout is torch.strided for value in values):
-        if all(value.ndim and len(value) == size for value, size in zip(values, sizes, strict=True)):
-            kinds = {(value.shape[1:], value.dtype, value.device, value.requires_grad) for value in values}
-            if len(kinds) > 1 or first.requires_grad:
-                msg = "the tensors of the batches differ in shape, dtype or device, or have a graph"
-                raise UnmergeableBatchesError(msg)
-            return torch.cat(values)
-        if all(value.shape == first.shape and torch.equal(value, first) for value in values[1:]):
-            return first
-    elif isinstance(first, int | float | str | bytes | type(None)) and all(value == first for value in values[1:]):
+    if any(type(value) is not type(first) for value in values):
+        msg = f"the batches hold a {type(first).__name__} and other types in the same place"
+        raise UnmergeableBatchesError(msg)
+    if isinstance(first, Tensor):
+        return _merged_tensors(values, sizes)
+    if isinstance(first, dict | UserDict | list | tuple) or is_dataclass(first):
+        return _merged_container(values, sizes)
+    if isinstance(first, int | float | str | bytes | type(None)) and all(value == first for value in values):
         return first
     msg = f"the batches hold values of type {type(first).__name__} that are neither of samples nor equal"
     raise UnmergeableBatchesError(msg)
+
+
+def _merged_tensors(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    first = tensors[0]
+    if type(first) is not Tensor or any(tensor.layout != torch.strided or tensor.requires_grad for tensor in tensors):
+        msg = "the batches hold tensors of a special kind, or with a graph"
+        raise UnmergeableBatchesError(msg)
+    if all(tensor.ndim and len(tensor) == size for tensor, size in zip(tensors, sizes, strict=True)):
+        if len({(tensor.shape[1:], tensor.dtype, tensor.device) for tensor in tensors}) > 1:
+            msg = "the samples of the batches differ in shape, dtype or device"
+            raise UnmergeableBatchesError(msg)
+        return torch.cat(list(tensors))
+    if any(tensor.shape != first.shape or not torch.equal(tensor, first) for tensor in tensors):
+        msg = "the batches hold tensors that are neither of samples nor equal"
+        raise UnmergeableBatchesError(msg)
+    return first
+
+
+def _merged_container(containers: Sequence[Any], sizes: Sequence[int]) -> Any:
+    first = containers[0]
+    if isinstance(first, list | tuple):
+        if len({len(container) for container in containers}) > 1:
+            msg = "the batches hold lists of unequal lengths"
+            raise UnmergeableBatchesError(msg)
+        parts = [_merged(values, sizes) for values in zip(*containers, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    whole = copy.copy(first)
+    if is_dataclass(first):
+        for field in fields(first):
+            part = _merged([getattr(container, field.name) for container in containers], sizes)
+            object.__setattr__(whole, field.name, part)
+        return whole
+    if any(container.keys() != first.keys() for container in containers):
+        msg = "the batches have unequal keys"
+        raise UnmergeableBatchesError(msg)
+    for key in first:
+        whole[key] = _merged([container[key] for container in containers], sizes)
+    return whole

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
+from collections import UserDict, namedtuple
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -51,16 +52,36 @@ def test_tensors_that_are_common_to_the_samples_must_be_equal() -> None:
         merged(batches([torch.zeros(2), common], [torch.zeros(3), 2 * common]))
 
 
+@dataclass(frozen=True)
+class Images:
+    pixels: torch.Tensor
+    size: int
+
+
+class Encoding(UserDict[str, Any]):
+    """As tokenizers return them."""
+
+
+def test_dataclasses_and_mappings_keep_their_type() -> None:
+    first, second = (Encoding(images=Images(torch.full((n, 1), n), 1)) for n in (2, 3))
+    whole = merged(batches(first, second))
+    assert isinstance(whole.data, Encoding)
+    assert whole.data["images"].pixels.flatten().tolist() == [2, 2, 3, 3, 3]
+    assert len(first["images"].pixels) == 2, "the batches stay as they were"
+
+
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
         (torch.zeros(2, 4), torch.zeros(3, 5), "differ in shape"),
         (torch.zeros(2), torch.zeros(3, dtype=torch.float64), "differ in shape, dtype"),
+        ({"x": torch.zeros(2)}, {"y": torch.zeros(3)}, "unequal keys"),
+        ([torch.zeros(2)], [torch.zeros(3), torch.zeros(3)], "unequal lengths"),
         ([torch.zeros(2), 1.0], [torch.zeros(3), 2.0], "type float"),
         ([torch.zeros(2), {1}], [torch.zeros(3), {1}], "type set"),
-        ([torch.zeros(2)], (torch.zeros(3),), "different structures"),
-        (torch.zeros(2, requires_grad=True), torch.zeros(3, requires_grad=True), "have a graph"),
-        (torch.zeros(2).to_sparse(), torch.zeros(3).to_sparse(), "type Tensor"),
+        ([torch.zeros(2)], (torch.zeros(3),), "a list and other types"),
+        (torch.zeros(2, requires_grad=True), torch.zeros(3, requires_grad=True), "with a graph"),
+        (torch.zeros(2).to_sparse(), torch.zeros(3).to_sparse(), "special kind"),
     ],
 )
 def test_other_batches_are_refused(first: Any, second: Any, message: str) -> None:

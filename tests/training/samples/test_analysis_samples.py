@@ -36,6 +36,7 @@ from lightning_hesd import HessianSpectrumCallback
 from lightning_hesd.numerics.collectives import Collectives
 from lightning_hesd.training.samples.analysis_samples import draw_samples
 from lightning_hesd.training.samples.epochs import PlannedBatch
+from tests.training import modules
 from tests.training.modules import (
     NOISES,
     SIZE,
@@ -44,7 +45,6 @@ from tests.training.modules import (
     Digits,
     NoisyDigits,
     SeenByLoss,
-    callback,
     digits,
     fit,
     freeze,
@@ -56,6 +56,9 @@ from tests.training.modules import (
     seed,
 )
 from tests.training.samples.drawn import BulkDigits, DatasetOfBatches, FiniteStream, positions
+
+callback = functools.partial(modules.callback, batch_size=None)  # batches are analyzed as they were read
+
 
 TRAINING = [1, 3, 4, 7, 9, 12, 20, 31]
 """Positions of the training samples where the others are for validation."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 from dataclasses import dataclass
@@ -17,12 +18,12 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
 
 from lightning_hesd.training.samples import first_batches
+from tests.training import modules
 from tests.training.modules import (
     SIZE,
     Classifier,
     DataModule,
     Digits,
-    callback,
     fit,
     freeze,
     global_generators,
@@ -34,6 +35,9 @@ from tests.training.samples.drawn import BulkDigits, FiniteStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+
+callback = functools.partial(modules.callback, batch_size=None)  # batches are analyzed as they were read
 
 
 def loss_of(module: pl.LightningModule, batch: Any) -> Any:
