@@ -181,9 +181,10 @@ class Lanczos:
             NonFiniteProductError: If one of them is NaN or infinite.
         """
         tolerance = rounding_threshold(1.0, self._limits.eps, self._space.dimension)
-        unread = torch.stack(self._unread).cpu().double().view(-1, 3) / self._scale
-        first, self._unread = self._step - len(unread), []
-        for step, (alpha, beta, asymmetric) in enumerate(unread.tolist(), start=first):
+        unread = torch.stack(self._unread).cpu() if self._on_accelerator else self._unread
+        values = iter([float(value) / self._scale for value in unread])
+        first, self._unread = self._step - len(unread) // 3, []
+        for step, (alpha, beta, asymmetric) in enumerate(zip(values, values, values, strict=True), start=first):
             if not (math.isfinite(alpha) and math.isfinite(beta)):
                 raise self._non_finite(step)
             before = self._known[1, step - 1] if step else 0.0
@@ -277,8 +278,9 @@ class Lanczos:
         if self._on_accelerator or float(norm) <= math.hypot(float(asymmetric), float(correction)):
             coefficients = self._space.coefficients(known, vector)
             correction, norm = correction + coefficients[-1], self._subtract(known, coefficients, vector)
-        if moved:
-            remainder.copy_(vector)
+        if not moved:
+            return correction, norm, asymmetric
+        remainder.copy_(vector)
         return correction.to(remainder.device), norm.to(remainder.device), asymmetric.to(remainder.device)
 
     def _subtract(self, known: Tensor, coefficients: Tensor, vector: Tensor) -> Tensor:
