@@ -34,7 +34,7 @@ class Pace(NamedTuple):
 
 
 FOR_C_T = Pace(0.03, 1 / 6, 0.5)
-"""A test takes a tenth of a product even on tiny networks; so over 33 runs on 17 spectra one stopped two steps late."""
+"""A test takes a tenth of the time of a product on tiny networks. Of 33 runs on 17 spectra one ended two steps late."""
 
 FOR_DENSITY = Pace(0.2, 0.5, 0.7)
 """The density's error takes a hundred times longer."""
