@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.candidates import OURS, attention
 from benchmarks.problems import load
 from lightning_hesd.numerics.analysis.estimation import Estimation
+from lightning_hesd.numerics.analysis.ritz_vectors import layers_of_runs
 from lightning_hesd.numerics.krylov.lanczos import Lanczos
 from lightning_hesd.numerics.operators.risk_operator import RiskOperator
+from lightning_hesd.numerics.operators.self_checks import check_derivatives
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,10 +22,11 @@ if TYPE_CHECKING:
 
 PARTS: dict[str, list[Callable[..., Any]]] = {
     "products": [RiskOperator.product],
-    "orthogonalization": [Lanczos._reorthogonalize],  # noqa: SLF001
+    "Lanczos": [Lanczos.update],
     "interval": [Estimation._is_accurate],  # noqa: SLF001
     "graphs": [RiskOperator.__init__],
-    "a gradient": [RiskOperator.gradient_equivalents],
+    "verification": [check_derivatives],
+    "layers": [layers_of_runs],
 }
 """Functions that do not call each other, by the name of the part."""
 

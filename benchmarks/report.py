@@ -52,9 +52,10 @@ All candidates have the same weights, the same samples, evaluation mode, and one
 
 PROFILE = f"""\
 One estimate of C_t by lightning_hesd, after another one in the same process, and the shares of its
-parts. *Interval*: the check whether C_t is known to {TOLERANCE:.0%}. *Graphs*: recording the gradients and measuring
-their memory. *A gradient*: the gradient that is timed for the record. The gain of m exact products over 100 is at most
-100/m.
+parts. *Lanczos*: orthogonalization, for the most part. *Interval*: the check whether C_t is known to {TOLERANCE:.0%}.
+*Graphs*: recording the gradients and measuring their memory. *Verification*: the comparison of the loss with its
+derivatives, which later analyses of the same loss need not repeat. *Layers*: their curvature from the same run. The
+gain of m exact products over 100 is at most 100/m.
 """
 
 

@@ -13,12 +13,23 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import checks, coverage, isolation, language_models, layers, measure, one_run, problems
+from benchmarks import (
+    calibrated_intervals,
+    checks,
+    coverage,
+    isolation,
+    language_models,
+    layers,
+    measure,
+    one_run,
+    problems,
+)
 from benchmarks.__main__ import environment, write
 from benchmarks.candidates import OURS, TOLERANCE
 from benchmarks.profile import PARTS, profile
 from benchmarks.report import summarize
 from benchmarks.truth import steps_within, true_c_t
+from lightning_hesd.numerics.krylov.ritz import gauss_quadrature
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # curvlinops
 
@@ -162,6 +173,25 @@ def test_table_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (found["network"], found["parameters"], found["steps"]) == ("tiny", "160", "50")
     assert float(row[5]) < float(row[4])  # the error of the trace
     assert float(row[8]) <= float(row[7]) <= float(row[6])  # distances of the best, our and the plain density
+
+
+def test_table_of_calibrated_intervals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["", "--quick", "--out", str(tmp_path)])
+    calibrated_intervals.main()
+    lines = (tmp_path / "calibrated_intervals.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][1:]
+    assert all(len(row) == len(calibrated_intervals.HEADER) for row in rows)
+    proven = [dict(zip(calibrated_intervals.HEADER, row, strict=True)) for row in rows if row[2] == "proven"]
+    assert {(row["runs"], row["covered"], row["saved"]) for row in proven} == {
+        ("synthetic", "100.0%", "0%"),
+        ("networks", "100.0%", "0%"),
+    }
+
+
+def test_the_tridiagonal_matrix_follows_from_the_quadrature_rule() -> None:
+    alphas, betas = np.array([0.5, -1.0, 2.0, 0.1]), np.array([1.0, 0.7, 0.2, 0.3])
+    found = calibrated_intervals.jacobi(*gauss_quadrature(alphas, betas))
+    np.testing.assert_allclose(found, [alphas, betas], rtol=0, atol=1e-13)
 
 
 def test_table_of_coverage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,6 +132,31 @@ def c_t_interval(
     return min(low, point), max(high, point)
 
 
+def extremes_within(
+    c_t_limits: tuple[float, float], lambda_min: float, lambda_max: float, rounding: float
+) -> tuple[float, float]:
+    """Return limits that bounds on all eigenvalues must keep for `c_t_interval` to lie within limits of C_t.
+
+    Args:
+        c_t_limits: Lowest and highest C_t, which enclose that of the Ritz values; infinite ones limit nothing.
+        lambda_min: Smallest Ritz value.
+        lambda_max: Largest Ritz value.
+        rounding: Rounding of the eigenvalues, which is on top of the bounds.
+
+    Returns:
+        The lowest lower bound and the highest upper bound, infinite where there is no limit.
+
+    Examples:
+        >>> extremes_within((-0.3, -0.2), lambda_min=-1.0, lambda_max=4.0, rounding=0.0)
+        (-1.2, 5.0)
+    """
+    low, high = c_t_limits
+    if lambda_max <= rounding:
+        return -math.inf, math.inf  # C_t is infinite or undefined, and so is the width of its interval
+    lowest = low * (lambda_max - rounding) + rounding if math.isfinite(low) else -math.inf
+    return lowest, (lambda_min + rounding) / high - rounding if high < 0 else math.inf
+
+
 def r_e(c_t: float) -> float:
     """Return r_e = -C_t, the criterion of arXiv:2412.10146; 0 where no eigenvalue is negative.
 

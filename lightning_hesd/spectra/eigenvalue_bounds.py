@@ -60,6 +60,55 @@ def spectrum_bounds(
     return -_upper_bound(mirrored, dimension, failure), _upper_bound(probes, dimension, failure)
 
 
+def log_excess(alphas: Array, betas: Array, limits: tuple[float, float], dimension: int, failure: float) -> float:
+    """Return the log of how many times more probable than `failure` an eigenvalue beyond the limits is.
+
+    If positive, `spectrum_bounds` of the run certainly lie beyond the limits; else probably within. It takes the
+    kernel K at the limits, by the recurrence of the polynomials p_j, and no search: a tenth of the time.
+
+    Args:
+        alphas: Diagonal of T, shape (m,).
+        betas: Off-diagonal of T and, last, the norm of the remainder vector, shape (m,).
+        limits: The lowest lower bound and the highest upper bound; infinite ones limit nothing.
+        dimension: Size n of the matrix.
+        failure: As for `spectrum_bounds`.
+
+    Examples:
+        >>> round(log_excess(np.array([0.0, 0.0]), np.array([1.0, 1e-6]), (-1.0001, 1.0001), 100, 0.05), 1)
+        -0.2
+        >>> round(log_excess(np.array([0.0, 0.0]), np.array([1.0, 1e-2]), (-1.0001, 1.0001), 100, 0.05), 1)
+        4.7
+    """
+    log_most = _log_scale(dimension) - math.log(failure)
+    pairs = list(zip(alphas.tolist(), betas.tolist(), strict=True))
+    mirrored = [(-alpha, beta) for alpha, beta in pairs]
+    ends = ((mirrored, -limits[0]), (pairs, limits[1]))
+    kernels = [_log_kernel_outside(steps, limit) for steps, limit in ends if math.isfinite(limit)]
+    return log_most - min(kernels, default=math.inf) / 2
+
+
+def _log_kernel_outside(steps: Sequence[tuple[float, float]], point: float) -> float:
+    """Return log K at a point x, given α and β of each step; −∞ if it is not above all Ritz values.
+
+    With the pivots d_j = x − α_j − β_{j−1}²/d_{j−1} of x − T, which are positive above all Ritz values, the polynomials
+    grow by the ratios p_j/p_{j−1} = d_j/β_j.
+    """
+    log_last = 0.0  # log p_j²
+    in_last = 1.0  # Σ_{i≤j} p_i², in p_j²
+    carry = 0.0  # β_{j−1}²/d_{j−1}
+    for alpha, beta in steps:
+        pivot = point - alpha - carry
+        if pivot <= 0:
+            return -math.inf
+        if beta == 0:
+            return math.inf  # the Krylov space is invariant
+        square = (pivot / beta) ** 2
+        log_last += math.log(square)
+        in_last = 1 + in_last / square
+        carry = beta**2 / pivot
+    return log_last + math.log(in_last)
+
+
 def rest_bounds(
     nodes: Array, weights: Array, residuals: Array, converged: Mask, *, dimension: int, failure: float
 ) -> tuple[float, float]:
@@ -105,11 +154,8 @@ def _upper_bound(
         origin = max(float(theta[-1]) for theta, _, _ in probes)
     if any(not (tau * r**2 > 0).any() for _, tau, r in probes):
         return origin  # Πβ_j = 0, an invariant Krylov space: almost surely nothing is outside
-    dimension = max(dimension, 2)
     kernels = [_log_christoffel(*probe, origin) for probe in probes]
-    # P(|qᵀv| ≤ z) ≤ scale·z: the density of one coordinate on the sphere is largest at zero.
-    scale = 2 / math.sqrt(math.pi) * math.exp(math.lgamma(dimension / 2) - math.lgamma((dimension - 1) / 2))
-    log_scale = math.log(max(1.0, scale))
+    log_scale = _log_scale(dimension)
     allowed = _log_product_quantile(failure, len(probes))
 
     def log_probability(log_distance: float) -> float:
@@ -129,6 +175,14 @@ def _upper_bound(
         middle = (low + high) / 2
         low, high = (middle, high) if log_probability(middle) > allowed else (low, middle)
     return origin + math.exp(high)
+
+
+def _log_scale(dimension: int) -> float:
+    """Return log s, at least 0, such that P(|qᵀv| ≤ z) ≤ s·z for unit vectors q, and v uniform on the sphere."""
+    n = max(dimension, 2)
+    # The density of one coordinate on the sphere is largest at zero.
+    scale = 2 / math.sqrt(math.pi) * math.exp(math.lgamma(n / 2) - math.lgamma((n - 1) / 2))
+    return math.log(max(1.0, scale))
 
 
 def _log_christoffel(theta: Array, tau: Array, residuals: Array, origin: float) -> Callable[[float], float]:

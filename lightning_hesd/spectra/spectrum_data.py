@@ -124,8 +124,9 @@ class SpectrumData:
         rounding: Size below which an eigenvalue cannot be told from zero.
         matvecs: Number of HVPs, including those for the step of central differences and for sampling errors.
         seconds: Duration of the analysis.
-        gradient_equivalents: Cost of one HVP in plain gradients on the same batches, by time; None if not measured.
-            Gradients of a millisecond or two count for more than they should: preparing the batch is part of them.
+        gradient_equivalents: Cost of one HVP in plain gradients on the same batches, by time; None if not measured, as
+            after fewer than 60 HVPs, where timing a gradient would take more than 1 % of the time. Gradients of a
+            millisecond or two count for more than they should: preparing the batch is part of them.
         matrix: Curvature matrix ("hessian", "ggn", "residual", or "preconditioned" and one of these).
         probe: Distribution of the start vectors ("gaussian": uniform on the sphere, or "rademacher").
         seed: Seed of the start vectors.

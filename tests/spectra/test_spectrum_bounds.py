@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lightning_hesd.numerics.krylov.ritz import gauss_quadrature
-from lightning_hesd.spectra.eigenvalue_bounds import spectrum_bounds
+from lightning_hesd.spectra.eigenvalue_bounds import log_excess, spectrum_bounds
 from lightning_hesd.spectra.quadrature import stack_rules
 
 Tridiagonal = tuple[np.ndarray, np.ndarray]
@@ -62,6 +62,43 @@ def largest_density(n: int) -> float:
     """The density of |one coordinate| of a unit vector uniform on the sphere, at zero, where it is largest (n >= 3)."""
     t = np.linspace(-1.0, 1.0, 200_001)
     return 2 / float(np.trapezoid((1 - t**2) ** ((n - 3) / 2), t))
+
+
+class TestLogExcess:
+    """The test that comes before the bounds, at given limits."""
+
+    @pytest.mark.parametrize("failure", FAILURES)
+    @pytest.mark.parametrize("steps", [1, 2, 5, 12])
+    @pytest.mark.parametrize("name", SPECTRA)
+    def test_is_the_kernel_at_the_nearer_limit(self, name, steps, failure):
+        probe = tridiagonal(SPECTRA[name], make_start(120, 0), steps)
+        nodes = gauss_quadrature(*probe)[0]
+        limits = nodes[0] - 0.1 * np.ptp(SPECTRA[name]), nodes[-1] + 0.01 * np.ptp(SPECTRA[name])
+        smallest = min(kernel(probe, limit) for limit in limits)
+        expected = math.log(max(largest_density(120), 1.0) / math.sqrt(smallest) / failure)
+        assert log_excess(*probe, limits, 120, failure) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+    @pytest.mark.parametrize("name", SPECTRA)
+    def test_is_positive_only_where_the_bounds_lie_beyond_the_limits(self, name):
+        spectrum = SPECTRA[name]
+        whole = tridiagonal(spectrum, make_start(120, 1), 40)
+        outcomes = set()
+        for steps, width in itertools.product(range(2, 40, 3), (1e-4, 1e-2, 0.1)):
+            probe = whole[0][:steps], whole[1][:steps]
+            nodes = gauss_quadrature(*probe)[0]
+            limits = nodes[0] - width * np.ptp(spectrum), nodes[-1] + width * np.ptp(spectrum)
+            low, high = bounds([probe], 120, 0.025)
+            is_within = limits[0] <= low and high <= limits[1]
+            excess = log_excess(*probe, limits, 120, 0.025)
+            assert not (excess > 0 and is_within)
+            outcomes.add((excess > 0, is_within))
+        assert outcomes >= {(True, False), (False, True)}
+
+    def test_infinite_limits_limit_nothing_and_limits_inside_are_never_kept(self):
+        probe = tridiagonal(SPECTRA["outlier"], make_start(120, 0), 12)
+        assert log_excess(*probe, (-math.inf, math.inf), 120, 0.025) == -math.inf
+        assert log_excess(*probe, (-math.inf, 5.0), 120, 0.025) == math.inf
+        assert log_excess(*probe, (0.0, math.inf), 120, 0.025) == math.inf
 
 
 class TestAgainstTheRecurrence:

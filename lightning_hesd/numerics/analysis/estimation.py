@@ -12,6 +12,7 @@ import torch
 
 from lightning_hesd.numerics.analysis.ritz_vectors import layers_of_runs, losses_along_extremes, subspace_overlap
 from lightning_hesd.numerics.analysis.sampling_error import SamplingError, sampling_error
+from lightning_hesd.numerics.analysis.stopping import COARSE, FOR_C_T, FOR_DENSITY, CheckSchedule, c_t_excess
 from lightning_hesd.numerics.isolation.modes import mode_name
 from lightning_hesd.numerics.krylov.lanczos import Lanczos, NonFiniteProductError
 from lightning_hesd.numerics.krylov.ritz import gauss_quadrature, tridiagonal_eigh
@@ -31,16 +32,6 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.operators.memory import MemoryPlan
 
     Array = NDArray[np.float64]
-
-COARSE = 0.2
-"""Relative accuracy of C_t at which the extreme Ritz vectors are good enough for the sampling error."""
-
-SHARE_OF_FORECAST = 0.7
-"""Share of the steps that the error is forecast to need, after which the error is computed again."""
-
-SHARE_OF_STEPS = 0.2
-"""Least share of the steps so far between two computations of the density's error, which take a hundred times longer
-than those of C_t."""
 
 
 def run_lanczos(
@@ -114,8 +105,7 @@ class Estimation:
             space=self.operator.space,
         )
         self._runs.append(run)
-        self._next_check = 0  # number of steps
-        self._last_check = (0, math.inf)  # number of steps, and log(error / allowed error)
+        self._checks = CheckSchedule()
 
     def _draw(self) -> Tensor:
         """Draw a random vector, shape (n,)."""
@@ -153,29 +143,33 @@ class Estimation:
         """Whether the present run has found C_t as accurately as the options ask for."""
         running = self._runs[-1:]
         steps = len(running[0].alphas)
-        if steps < self._next_check:
+        if not self._checks.is_due(steps):
             return False
+        if self._options.stop == "c_t":
+            excess = self._excess(running[0])
+            self._checks.after(steps, excess, FOR_C_T)
+            if excess > 0:
+                return False
         spectrum = self.spectrum(running)
         if self._options.tolerance == "auto" and spectrum.c_t_error <= COARSE * max(abs(spectrum.c_t), MIN_SCALE):
             self._estimate_sampling_error(running)
             spectrum = self.spectrum(running)
-        if spectrum.converged:
-            return True
-        self._schedule_check(steps, spectrum)
-        return False
+        if spectrum.stop == "density":
+            excess = math.log(spectrum.error / spectrum.allowed_error) if spectrum.allowed_error else math.inf
+            self._checks.after(steps, excess, FOR_DENSITY)
+        return spectrum.converged
 
-    def _schedule_check(self, steps: int, spectrum: Spectrum) -> None:
-        """Schedule the next check for the step at which the error, which falls geometrically, may be small enough.
-
-        A check takes an eigendecomposition and two bounds: a millisecond, but tens of them on a busy machine.
-        """
-        excess = math.log(spectrum.error / spectrum.allowed_error) if spectrum.allowed_error else math.inf
-        before, self._last_check = self._last_check, (steps, excess)
-        pause = SHARE_OF_STEPS * steps if spectrum.stop == "density" else 0.0
-        if self._options.tolerance != "type" and before[0] < steps and math.inf > before[1] > excess > 0:
-            forecast = SHARE_OF_FORECAST * excess * (steps - before[0]) / (before[1] - excess)
-            pause = max(pause, min(forecast, steps / 2))
-        self._next_check = steps + int(pause)
+    def _excess(self, run: Lanczos) -> float:
+        """Return how far the interval of C_t is from accurate; positive if certainly not."""
+        asymmetry = float(run.asymmetries.max())
+        return c_t_excess(
+            run,
+            self._options.tolerance or 0.0,
+            None if self._sampling is None else self._sampling.c_t_sampling_error,
+            lambda norm: self._rounding(norm, asymmetry),
+            dimension=self.operator.dimension,
+            confidence=self._options.confidence,
+        )
 
     def _estimate_sampling_error(self, runs: Sequence[Lanczos]) -> None:
         spectrum = self.spectrum(runs)
@@ -186,7 +180,7 @@ class Estimation:
     def epsilon(self) -> float:
         """Machine epsilon of the coarsest dtype among parameters, vectors and the graph of the loss."""
         risk = self.operator.risk
-        dtypes = [risk.dtype, *(p.dtype for p in self.operator.parameters)]
+        dtypes = {risk.dtype, *(p.dtype for p in self.operator.parameters)}
         return max(risk.epsilon, *(torch.finfo(dtype).eps for dtype in dtypes))
 
     @property
@@ -196,22 +190,27 @@ class Estimation:
         largest = max(float(run.asymmetries.max()) for run in self._runs)
         return largest / norm if norm else 0.0
 
+    def _rounding(self, norm: float, asymmetry: float) -> float:
+        """Return the rounding of eigenvalues, given the norms of T and of the asymmetry of products."""
+        rounding = criteria.rounding_threshold(norm, self.epsilon, self.operator.dimension)
+        # Asymmetry is error; the symmetric part of the error, which cannot be seen, is as large.
+        return max(rounding, self.operator.risk.product_error, asymmetry)
+
     def spectrum(self, runs: Sequence[Lanczos] | None = None) -> Spectrum:
         """Return the spectrum from some of the runs, by default from all."""
         runs = runs or self._runs
         operator, options, plan = self.operator, self._options, self._plan
         nodes, weights, residuals = quadrature.stack_rules([gauss_quadrature(run.alphas, run.betas) for run in runs])
         norm = float(np.nanmax(np.abs(nodes)))
-        risk, dimension, epsilon = operator.risk, operator.dimension, self.epsilon
+        risk = operator.risk
         asymmetry = max(float(run.asymmetries.max()) for run in runs)
-        # Asymmetry is error; the symmetric part of the error, which cannot be seen, is as large.
-        rounding = max(criteria.rounding_threshold(norm, epsilon, dimension), risk.product_error, asymmetry)
+        rounding = self._rounding(norm, asymmetry)
         return Spectrum(
             nodes=nodes,
             weights=weights,
             residuals=residuals,
             steps_per_probe=tuple(len(run.alphas) for run in runs),
-            dimension=dimension,
+            dimension=operator.dimension,
             num_samples=round(risk.num_samples),
             loss=risk.loss,
             rounding=rounding,
@@ -232,7 +231,7 @@ class Estimation:
             asymmetry=asymmetry / norm if norm else 0.0,
             verified=risk.verification.verdict(exact=risk.is_exact),
             verification=risk.verification.words,
-            reason=criteria.undefined_reason(norm, risk.loss, self._squared_weight_norm, epsilon, rounding),
+            reason=criteria.undefined_reason(norm, risk.loss, self._squared_weight_norm, self.epsilon, rounding),
             squared_weight_norm=self._squared_weight_norm,
             **({} if self._sampling is None else vars(self._sampling)),
         )

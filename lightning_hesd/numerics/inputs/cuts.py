@@ -89,7 +89,9 @@ class _Knife:
     def _array(self, array: Any) -> Any:
         if self._is_of_samples(array):
             self._has_cut = True
-            return array[self._chosen]
+            part = array[self._chosen]
+            # Each evaluation copies its batch, and a copy of a view is one of all that the view is of.
+            return part.clone() if isinstance(part, Tensor) else part.copy()
         if array.ndim and array.dtype in _POSITIONS:
             msg = (
                 f"a batch of {self._size} samples holds whole numbers of shape {tuple(array.shape)}, which may be "

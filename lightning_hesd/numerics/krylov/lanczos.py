@@ -32,13 +32,10 @@ STEPS_BETWEEN_CHECKS = 8
 """Steps between two readings of the coefficients on an accelerator: reading them waits for the device."""
 
 STEPS_BETWEEN_STOPS = 2
-"""Steps between two questions whether to stop, on the CPU: reading is free there, but an answer takes a millisecond."""
+"""Steps between two questions whether to stop, on the CPU: reading is free there, but an answer takes some time."""
 
 USUAL_SIZES = (1e-12, 1e12)
 """Norms of first products whose squares stay far from underflow and overflow in float32; others are scaled."""
-
-LOST_NORM = 0.7
-"""A Gram-Schmidt pass that leaves less than this share of a vector's norm is repeated: its rounding errors matter."""
 
 
 class NonFiniteProductError(ArithmeticError):
@@ -110,12 +107,15 @@ class Lanczos:
         self._limits = torch.finfo(start.dtype)
         self._step = 0
         self._scale = 1.0
-        self._previous: Tensor | None = None
-        self._coefficients = torch.zeros(3, self._max_steps, dtype=start.dtype, device=start.device)
+        self._previous: tuple[Tensor, Tensor] | None = None  # the vector of the last step, and its β
+        self._unread: list[Tensor] = []  # α, β and asymmetry of the steps that have not been read
+        self._known = np.empty((3, self._max_steps))  # those of the others
+        self._norm = 0.0  # of T, from the inside, so that the last β does not count
         self._basis: Tensor | None = None  # row j is the Lanczos vector v_j
         if basis != "none":
             device = start.device if basis == "device" else torch.device("cpu")
             self._basis = torch.empty(self._max_steps, start.numel(), dtype=start.dtype, device=device)
+        self._next_is_row = basis == "device" or (basis == "cpu" and not self._on_accelerator)
 
     def run(self, stop: Callable[[], bool] | None = None) -> None:
         """Take all steps, or fewer if the Krylov space becomes invariant or `stop` returns True.
@@ -136,26 +136,27 @@ class Lanczos:
         Raises:
             NonFiniteProductError: If this product, or one since the last check, is NaN or infinite.
         """
-        space, step, vector, previous = self._space, self._step, self.vector, self._previous
-        alphas, betas, asymmetries = self._coefficients
+        space, vector, previous = self._space, self.vector, self._previous
         if previous is None:
             self._scale = self._suitable_scale(product)
         remainder = product if self._scale == 1 else product * self._scale
         if previous is not None:
-            remainder = torch.addcmul(remainder, previous, betas[step - 1], value=-1)
-        alphas[step] = space.dot(vector, remainder)
-        remainder = torch.addcmul(remainder, vector, alphas[step], value=-1)
+            remainder = torch.addcmul(remainder, *previous, value=-1)
+        alpha = space.dot(vector, remainder)
+        remainder = torch.addcmul(remainder, vector, alpha, value=-1)
         if self._basis is not None:
-            correction, betas[step], asymmetries[step] = self._reorthogonalize(self._basis, remainder)
-            alphas[step] += correction
+            correction, beta, asymmetric = self._reorthogonalize(self._basis, remainder)
+            alpha = alpha + correction
         else:
-            betas[step] = space.norm(remainder)
-            if previous is not None:
-                asymmetries[step] = space.dot(previous, remainder).abs()
+            beta = space.norm(remainder)
+            asymmetric = torch.zeros_like(beta) if previous is None else space.dot(previous[0], remainder).abs()
+        self._unread += [alpha, beta, asymmetric]
         self._step += 1
         if self._has_ended():
             return True
-        self._previous, self.vector = vector, remainder / betas[step].clamp_min(self._limits.tiny)
+        row = self._basis[self._step] if self._next_is_row and self._basis is not None else None
+        self._previous = vector, beta
+        self.vector = torch.div(remainder, beta.clamp_min(self._limits.tiny), out=row)
         return False
 
     @property
@@ -168,16 +169,30 @@ class Lanczos:
         is_last = self._step == self._max_steps
         if not is_last and self._step % (STEPS_BETWEEN_CHECKS if self._on_accelerator else 1):
             return False
-        known = self._coefficients[:, : self._step].cpu().double() / self._scale
-        self.alphas, self.betas, self.asymmetries = known.numpy()
-        self._check_finite()
+        end = self._read()
+        self.breakdown = end is not None
+        self.alphas, self.betas, self.asymmetries = self._known[:, : end or self._step]
+        return self.breakdown or is_last
+
+    def _read(self) -> int | None:
+        """Read the coefficients of the last steps, and return the number of steps until a breakdown; None without one.
+
+        Raises:
+            NonFiniteProductError: If one of them is NaN or infinite.
+        """
         tolerance = rounding_threshold(1.0, self._limits.eps, self._space.dimension)
-        end = _breakdown(self.alphas, self.betas, tolerance)
-        if end is not None:
-            self.alphas, self.betas, self.asymmetries = known.numpy()[:, :end]
-            self.breakdown = True
-            return True
-        return is_last
+        unread = torch.stack(self._unread).cpu() if self._on_accelerator else self._unread
+        values = iter([float(value) / self._scale for value in unread])
+        first, self._unread = self._step - len(unread) // 3, []
+        for step, (alpha, beta, asymmetric) in enumerate(zip(values, values, values, strict=True), start=first):
+            if not (math.isfinite(alpha) and math.isfinite(beta)):
+                raise self._non_finite(step)
+            before = self._known[1, step - 1] if step else 0.0
+            self._known[:, step] = alpha, beta, asymmetric
+            self._norm = max(self._norm, abs(alpha) + before)
+            if beta <= tolerance * self._norm:
+                return step + 1
+        return None
 
     def _suitable_scale(self, product: Tensor) -> float:
         """Return a power of two that brings products to a size whose squares neither underflow nor overflow."""
@@ -250,20 +265,22 @@ class Lanczos:
         Returns:
             The change of α, the norm of the remainder vector, and that of components that symmetric matrices lack.
         """
-        basis[self._step].copy_(self.vector)
+        if not self._next_is_row or self._step == 0:
+            basis[self._step].copy_(self.vector)
         known = basis[: self._step + 1]
         moved = remainder.device != known.device
         vector = remainder.to(known.device) if moved else remainder
-        before = self._space.norm(vector)
         coefficients = self._space.coefficients(known, vector)
         correction, asymmetric = coefficients[-1], asymmetry(coefficients)
         norm = self._subtract(known, coefficients, vector)
-        # Reading a norm from an accelerator means waiting for it; there the second pass is cheaper than the test.
-        if self._on_accelerator or float(norm) <= LOST_NORM * float(before):
+        # A pass that takes away more than it leaves is repeated: its rounding errors matter. Reading norms from an
+        # accelerator means waiting for it; there the second pass is cheaper than the test.
+        if self._on_accelerator or float(norm) <= math.hypot(float(asymmetric), float(correction)):
             coefficients = self._space.coefficients(known, vector)
             correction, norm = correction + coefficients[-1], self._subtract(known, coefficients, vector)
-        if moved:
-            remainder.copy_(vector)
+        if not moved:
+            return correction, norm, asymmetric
+        remainder.copy_(vector)
         return correction.to(remainder.device), norm.to(remainder.device), asymmetric.to(remainder.device)
 
     def _subtract(self, known: Tensor, coefficients: Tensor, vector: Tensor) -> Tensor:
@@ -271,23 +288,13 @@ class Lanczos:
         vector.addmv_(known.T, coefficients, alpha=-1)
         return self._space.norm(vector)
 
-    def _check_finite(self) -> None:
-        finite = np.isfinite(self.alphas) & np.isfinite(self.betas)
-        if not finite.all():
-            culprit = int(np.argmin(finite))
-            vector = self.vector if self._basis is None else self._basis[culprit].to(self.vector.device)
-            raise NonFiniteProductError(vector.clone() if self._space.is_finite(vector) else None, culprit + 1)
+    def _non_finite(self, step: int) -> NonFiniteProductError:
+        """Return the error for a step whose product is not finite."""
+        vector = self.vector if self._basis is None else self._basis[step].to(self.vector.device)
+        return NonFiniteProductError(vector.clone() if self._space.is_finite(vector) else None, step + 1)
 
 
 def asymmetry(coefficients: Tensor) -> Tensor:
     """Return the norm of all components but the last along the basis vectors so far: zero for a symmetric matrix."""
     norm: Tensor = torch.linalg.vector_norm(coefficients[:-1])
     return norm
-
-
-def _breakdown(alphas: Array, betas: Array, tolerance: float) -> int | None:
-    """Return the first number of steps after which the remainder is rounding relative to ‖T‖; None if there is none."""
-    previous = np.concatenate([[0.0], betas[:-1]])
-    norms = np.maximum.accumulate(np.abs(alphas) + previous)  # ‖T‖ from the inside, so that β itself does not count
-    ended = np.flatnonzero(betas <= tolerance * norms)
-    return int(ended[0]) + 1 if len(ended) else None

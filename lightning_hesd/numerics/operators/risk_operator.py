@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.operators.verification import Verification
 
 
+PASSES_PER_GRADIENT = 60
+"""Number of products from which on the time of a gradient is measured: it takes about 1 % of theirs then."""
+
+
 class RiskOperator:
     """The curvature matrix of the mean loss, multiplied in one pass over the batches.
 
@@ -279,8 +283,11 @@ class RiskOperator:
         return result
 
     def gradient_equivalents(self) -> float | None:
-        """Return seconds per product over seconds per gradient, on the CPU; calls on other devices return early."""
-        if self.device.type != "cpu" or not self.batches:
+        """Return seconds per product over seconds per gradient; None after few products, where timing one takes long.
+
+        None on other devices than the CPU, too: their calls return early.
+        """
+        if self.device.type != "cpu" or not self.batches or self.passes < PASSES_PER_GRADIENT:
             return None
         # The last measurement, so that the caches are as warm as they were for the products.
         started = time.perf_counter()

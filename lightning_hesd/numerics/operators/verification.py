@@ -154,7 +154,7 @@ def verify(
         if beside and found and not found[-1].is_continuous:
             continue  # beside the weights is another function
         try:
-            samples = batch.split(math.ceil(batch.num_samples / FEW))[0] if few else batch
+            samples = batch.cut_at([FEW])[0] if few and batch.length() > FEW else batch
             with context() as counterpart:
                 parameters = [counterpart(p) for p in matrix.parameters]
                 plain = replace(matrix, parameters=parameters, blocks=(EVERYTHING,))

@@ -308,8 +308,8 @@ class TestProbes:
         assert spectrum.reorthogonalized is True
         assert spectrum.reason is None
         assert spectrum.seconds > 0
-        assert spectrum.gradient_equivalents is not None
-        assert spectrum.gradient_equivalents > 0
+        assert spectrum.gradient_equivalents is None  # few products: a gradient would take too much of their time
+        assert hessian_spectrum(*cases.make("mlp"), steps=20, probes=3).gradient_equivalents > 0
 
 
 class TestParameters:

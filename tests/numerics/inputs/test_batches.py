@@ -180,6 +180,13 @@ def test_what_may_be_cut_wrongly_is_refused(kind):
         WeightedBatch(REFUSED[kind], 10.0, 0).split(2)
 
 
+def test_the_copy_of_a_chunk_takes_no_more_memory_than_the_chunk():
+    images, numbers = torch.zeros(100, 8), np.zeros((100, 8))
+    few = WeightedBatch((images, numbers), 100.0, 0).cut_at([4])[0].copy()
+    assert few.data[0].untyped_storage().nbytes() == images[:4].nbytes
+    assert few.data[1].base is None
+
+
 def test_nothing_to_cut_is_refused():
     with pytest.raises(UnsplittableBatchError, match="nothing in a batch of type tuple has the number of samples, 10"):
         cut((torch.zeros(3), {"scale": 2.0}), 10, [slice(0, 5), slice(5, 10)])

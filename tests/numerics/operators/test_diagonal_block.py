@@ -18,7 +18,7 @@ from lightning_hesd.numerics.inputs.batches import WeightedBatch, weighted_batch
 from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.operators.curvature import HessianMatrix
 from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock, explain_non_finite
-from lightning_hesd.numerics.operators.risk_operator import RiskOperator
+from lightning_hesd.numerics.operators.risk_operator import PASSES_PER_GRADIENT, RiskOperator
 from tests import cases, oracles
 from tests.programs import SERVER
 from tests.ranks import StandIn
@@ -72,6 +72,9 @@ class TestRecord:
         elapsed = time.perf_counter() - started
         assert operator.matvecs == 3
         assert 0 < operator.risk.seconds_per_product <= elapsed / 3  # the mean, not the sum
+        assert operator.risk.gradient_equivalents() is None
+        for _ in range(PASSES_PER_GRADIENT - 3):
+            operator.matvec(vectors(43, 1)[0])
         assert operator.risk.gradient_equivalents() > 0
 
 
