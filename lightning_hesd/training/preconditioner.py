@@ -82,6 +82,23 @@ def read_preconditioner(optimizers: Sequence[Optimizer]) -> Preconditioner:
     return Preconditioner(diagonal, threshold if math.isfinite(threshold) else None)
 
 
+def read_stability(optimizers: Sequence[Optimizer]) -> tuple[Preconditioner | None, str | None]:
+    """Return the preconditioner, None if it cannot be read, and the reason why no stability threshold is known."""
+    names = " and ".join(sorted({type(optimizer).__name__ for optimizer in optimizers}))
+    try:
+        check_readable(optimizers)
+    except UnreadableOptimizerError:
+        return None, f"the stability threshold of {names} is not known; those of {', '.join(_READERS)} are"
+    try:
+        read = read_preconditioner(optimizers)
+    except UnreadableOptimizerError as error:
+        return None, str(error)
+    moves = any(float(group["lr"]) > 0 for optimizer in optimizers for group in optimizer.param_groups)
+    if read.threshold is None and moves:
+        return read, f"the parameter groups of {names} have different stability thresholds"
+    return read, None
+
+
 def _reader(optimizer: Optimizer) -> tuple[Callable[[Tensor, State, Group], Tensor], Callable[[Group], float]]:
     for kind in type(optimizer).__mro__:
         if kind.__name__ in _READERS:
