@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,7 @@ from lightning_hesd.training.preconditioner import read_stability
 from lightning_hesd.training.samples.loaders import check_loader
 from lightning_hesd.training.samples.run_samples import RunSamples
 from lightning_hesd.training.source import sources_of, without_training_time
-from lightning_hesd.training.tracked_record import TrackedRecord
+from lightning_hesd.training.tracked_record import NUMBERS, TrackedRecord, gives_alarm
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -42,7 +43,10 @@ GRADIENTS_PER_MEASUREMENT = 2 + 2 * (1 + TRACKING_PRODUCTS)
 GRADIENTS_PER_SEARCH = 2 + 2 * (1 + SEARCH_PRODUCTS)
 """The same for a search: the first measurement of a run, also of a resumed one, and one after each full analysis."""
 
-_STATE = {"records": lambda value: isinstance(value, torch.Tensor) and value.ndim == 2, "samples": of(dict)}
+YOUNG_STEPS = 8
+"""Steps before which an adaptive optimizer has no stability ratio: it divides by averages of too few gradients."""
+
+_STATE = {"records": lambda v: isinstance(v, torch.Tensor) and v.shape[1:] == (NUMBERS,), "samples": of(dict)}
 
 
 @of_every_namespace("Callback")
@@ -60,21 +64,19 @@ class SharpnessMonitor(CopiedCallback, Callback):
     samples, and there is no upper bound. After each analysis of a HessianSpectrumCallback in the same Trainer, the
     monitor searches anew, and logs `sharpness/calibration`: the λ_max of the analysis over the tracked one.
 
-    A measurement costs at most 12 gradients of its samples (`GRADIENTS_PER_MEASUREMENT`), a search at most 44
-    (`GRADIENTS_PER_SEARCH`); half as many more where the graphs do not fit into memory. The first one also verifies
-    the products.
+    A measurement costs at most 12 gradients of its samples (`GRADIENTS_PER_MEASUREMENT`), a search at most 44; half as
+    many more where the graphs do not fit into memory. The first one also verifies the products.
 
     Args:
         every_n_train_steps: Measure after n, 2n, ... optimizer steps, and earlier after 1, 2, 4, 8, ... steps.
         num_samples: Number of training samples. The fewer, the larger is their λ_max.
         headroom: Warn, once in a run, when the optimizer's stability threshold is less than this multiple of the
-            tracked value.
-        batch_size: Samples per batch of a measurement; default: the training dataloader's.
-        dataloader: As for HessianSpectrumCallback.
-        loss_fn: As for HessianSpectrumCallback.
-        mode: As for HessianSpectrumCallback.
-        on_error: When a measurement fails: "warn" warns once in a run of each kind of failure, and training goes on;
-            "raise" raises the exception.
+            tracked value, twice in succession.
+        batch_size: As `dataloader`, `loss_fn` and `mode` for HessianSpectrumCallback.
+        dataloader: See there.
+        loss_fn: See there.
+        mode: See there.
+        on_error: When a measurement fails: "warn" (once in a run of each kind of failure), or "raise" the exception.
         name: Prefix of metrics and state. Two monitors in one Trainer need two.
         **analysis: Options of `hessian_spectrum`, such as `seed`, `batch_weight` or `memory_budget`.
 
@@ -108,8 +110,7 @@ class SharpnessMonitor(CopiedCallback, Callback):
     ) -> None:
         check_count("every_n_train_steps", every_n_train_steps)
         check_count("num_samples", num_samples)
-        if batch_size is not None:
-            check_count("batch_size", batch_size)
+        check_count("batch_size", 1 if batch_size is None else batch_size)
         if not (number(headroom) and 0 < headroom < math.inf):
             msg = f"`headroom` must be a finite number above 0, got {headroom!r}."
             raise ValueError(msg)
@@ -200,7 +201,6 @@ class SharpnessMonitor(CopiedCallback, Callback):
         if stage == "fit":
             with self.errors.guard("cannot bring the records to the process that started the fit"):
                 self.send_results(trainer)
-            self.show_in_original()
         self._analyzer.release()
 
     # Measurements ---------------------------------------------------------------------------------------------------
@@ -231,36 +231,34 @@ class SharpnessMonitor(CopiedCallback, Callback):
                 if self.errors.raises:
                     raise
                 release_memory()
-                message = f"the sharpness after step {trainer.global_step} is not known. {self.errors.describe(error)}"
-                self.errors.complain(message, key=type(error).__name__, harmless=True)
+                words = f"the sharpness after step {trainer.global_step} is not known. {self.errors.describe(error)}"
+                self.errors.complain(words, key=type(error).__name__, harmless=True)
                 return
-        was_near = any(map(self._is_near, self.history))
+        was_near = gives_alarm(self.history, self.headroom)
+        if self.history and self.history[-1].global_step == record.global_step:
+            self.history.pop()
         self.history.append(record)
         self.show_in_original()
         with self.errors.guard("cannot log the sharpness"):
             values = record.scalars(self.name)
             logged_metrics.log_scalars(trainer, pl_module, values, at_epoch_end=False, in_bar=())
-        if self._is_near(record) and not was_near:
+        if gives_alarm(self.history, self.headroom) and not was_near:
             messages.warn(
                 f"the optimizer is near the edge of stability after step {record.global_step}: its threshold is "
                 f"{record.headroom:.3g} times the tracked sharpness, less than `headroom={self.headroom:g}`. If the "
                 f"loss rises, lower the learning rate. This is said once; `{self.name}/headroom` goes on."
             )
 
-    def _is_near(self, record: TrackedRecord) -> bool:
-        return record.headroom is not None and record.headroom < self.headroom
-
     def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, full: Spectrum | None) -> TrackedRecord:
         read, reason = read_stability(trainer.optimizers)
         if reason is not None:
-            message = f"`{self.name}/headroom` is not known, and there is no alarm: {reason}."
-            self.errors.complain(message, key="stability", harmless=True)
-        found = self._analyzer.analyze(
-            trainer,
-            pl_module,
-            analysis=Analysis("tracking", self._tracker.measure),
-            preconditioner=None if read is None or read.is_identity else read.named(pl_module),
-        )
+            words = f"`{self.name}/headroom` is not known, and there is no alarm: {reason}."
+            self.errors.complain(words, key="stability", harmless=True)
+        diagonals = None if read is None or read.is_identity else read.named(pl_module)
+        if diagonals is not None and trainer.global_step < YOUNG_STEPS:
+            read = diagonals = None
+        analysis = Analysis("tracking", partial(self._tracker.measure, preconditioner=diagonals))
+        found = self._analyzer.analyze(trainer, pl_module, analysis=analysis)
         calibration = self.history[-1].calibration if self.history else None
         if full is not None and found.lambda_max > 0:
             calibration = full.lambda_max / found.lambda_max
@@ -281,7 +279,7 @@ class SharpnessMonitor(CopiedCallback, Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the records and the samples, as tensors and plain values."""
         records = torch.tensor([record.numbers() for record in self.history], dtype=torch.float64)
-        return {"records": records.reshape(len(self.history), -1), "samples": self._analyzer.state_dict()}
+        return {"records": records.reshape(-1, NUMBERS), "samples": self._analyzer.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the records and the samples of the run that is resumed; its next measurement is a search.

@@ -1,9 +1,10 @@
-"""The record of one measurement of a SharpnessMonitor: as a line of a log, and as numbers of a checkpoint."""
+"""The records of a SharpnessMonitor: as scalars to log, as numbers in a checkpoint, and when they give an alarm."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, astuple, dataclass, fields
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ class TrackedRecord:
         tracked_lambda_max: Largest Ritz value of the Hessian of the monitor's samples, a lower bound of their λ_max.
         batch_sharpness: gᵀHg/‖g‖² with the gradient g of these samples; None if g is 0.
         tracked_stability_ratio: Largest Ritz value of the preconditioned Hessian over the optimizer's stability
-            threshold; None if one of them is unknown.
+            threshold; None if one of them is unknown, as in the first steps of an adaptive optimizer.
         calibration: λ_max of the last full analysis over the tracked value at the same weights; None: there was none.
         headroom: Stability threshold over the tracked value, this times `calibration` if there is one; None if the
             threshold is unknown, or the tracked value not positive.
@@ -59,3 +60,16 @@ class TrackedRecord:
                 raise ValueError(msg)
             values[key] = int(values[key])
         return cls(**values)
+
+
+NUMBERS = len(fields(TrackedRecord))
+"""Numbers of a record."""
+
+
+def gives_alarm(records: Sequence[TrackedRecord], headroom: float) -> bool:
+    """Return whether two records in succession have less headroom than this.
+
+    One is not enough: a single step may pass a sharp place.
+    """
+    known = [record.headroom for record in records if record.headroom is not None]
+    return any(max(pair) < headroom for pair in pairwise(known))

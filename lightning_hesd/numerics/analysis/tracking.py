@@ -14,7 +14,7 @@ from lightning_hesd.numerics.operators.curvature import gradient
 from lightning_hesd.numerics.operators.diagonal_block import choose_difference_step, explain_non_finite
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor, nn
     from typing_extensions import Unpack
@@ -31,12 +31,15 @@ TRACKING_PRODUCTS = 4
 SEARCH_PRODUCTS = 20
 """Most products of a measurement that starts from a random vector, beside the one with the gradient."""
 
-SETTLED = 0.05
+TRACKING_TOLERANCE = 0.05
 """Error of the Ritz pairs, relative to the Ritz values, at which a measurement ends early.
 
-The Ritz value itself is more accurate: its error is at most the square of this over the relative gap to the next
-eigenvalue. With twice the error a product in eight is saved, and the mean error of λ_max doubles.
+The Ritz value itself is more accurate, as long as no other eigenvalue is near: its error is at most the square of this
+over the relative gap. With twice the tolerance, a product in eight is saved, and the mean error of λ_max doubles.
 """
+
+SEARCH_TOLERANCE = 0.01
+"""The same for a search, which is rare and must not end at an eigenvalue just below the largest one."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,9 @@ class TrackedSharpness:
 class SharpnessTracker:
     """Follows the largest eigenvalues of the Hessian and of the preconditioned Hessian from measurement to measurement.
 
-    Each measurement starts from the gradient and from the leading Ritz vectors of the last one. Vectors that are near
-    an eigenvector find no other one in a few products, even where another eigenvalue has become the largest. Therefore
-    a *search*, which also starts from a random vector and takes more products, should follow now and then.
+    Each measurement starts from the gradient and from the leading Ritz vectors of the last one. From vectors near an
+    eigenvector, a few products find no other one, even where another eigenvalue has become the largest. Therefore a
+    *search*, which starts from a random vector and takes more products, should follow now and then.
     """
 
     def __init__(self) -> None:
@@ -78,49 +81,51 @@ class SharpnessTracker:
         batches: Sequence[WeightedBatch],
         loss_fn: LossFunction,
         options: AnalysisOptions,
+        *,
+        preconditioner: Mapping[str, Tensor] | None = None,
         report: Report | None = None,  # noqa: ARG002 - there is too little to report
         **circumstances: Unpack[Circumstances],
     ) -> TrackedSharpness:
-        """Return the sharpness at the present weights; arguments as for `engine.analyze`.
+        """Return the sharpness at the present weights, which must not be sharded.
 
-        Parameters must not be sharded. `options.preconditioner` is the diagonal D.
+        `preconditioner` is the diagonal D by parameter, and other arguments as for
+        `engine.analyze`.
 
         Raises:
             ArithmeticError: If the loss, its gradient or a product is NaN or infinite.
         """
-        diagonal = options.preconditioner
-        options = replace(options, preconditioner=None, basis="none")
+        options = replace(options, basis="none")
         parameters = list(select_parameters(module, options).values())
         with opened_operators(module, batches, loss_fn, options, [parameters], **circumstances) as ([operator], _):
             choose_difference_step([operator])
-            scale = inverse_root(module, parameters, diagonal, operator.risk.dtype)
-            subspace = RitzSubspace(_checked_matvec(operator), scale)
-            slope = _mean_gradient(operator)
-            product = subspace.add(slope)
-            batch_sharpness = None if product is None else float(torch.dot(slope, product) / torch.norm(slope))
-            with_gradient = subspace.products
-            for vector in self._start_vectors(operator, options.seed):
+            matvec = _checked_matvec(operator)
+            subspace = RitzSubspace(matvec, inverse_root(module, parameters, preconditioner, operator.risk.dtype))
+            slope = _unit_gradient(operator)
+            product = None if slope is None else matvec(slope)
+            known = [v.to(operator.risk.device, operator.risk.dtype) for v in self._vectors if len(v) == operator.size]
+            budget, tolerance = TRACKING_PRODUCTS, TRACKING_TOLERANCE
+            if self._searches or not known:
+                # From the random vector first: an eigenvector among the others would hide a larger eigenvalue.
+                budget, tolerance = SEARCH_PRODUCTS, SEARCH_TOLERANCE
+                drawn = operator.space.gaussian(torch.Generator().manual_seed(options.seed))
+                subspace.add(drawn.to(operator.risk.device, operator.risk.dtype))
+                subspace.expand(budget - len(known), tolerance)
+            if slope is not None:
+                subspace.add(slope, product)
+            for vector in known:
                 subspace.add(vector)
-            budget = SEARCH_PRODUCTS if self._searches else TRACKING_PRODUCTS
-            pairs = subspace.expand(with_gradient + budget, SETTLED)
+            pairs = subspace.expand(budget, tolerance)
         self._vectors, self._searches = [pair.vector.cpu() for pair in pairs], False
         return TrackedSharpness(
             lambda_max=pairs[0].value,
             preconditioned=pairs[1].value if len(pairs) > 1 else None,
-            batch_sharpness=batch_sharpness,
-            products=subspace.products,
+            batch_sharpness=None if slope is None or product is None else float(torch.dot(slope, product)),
+            products=subspace.products + (slope is not None),
         )
 
-    def _start_vectors(self, operator: DiagonalBlock, seed: int) -> list[Tensor]:
-        known = [vector for vector in self._vectors if len(vector) == operator.size]
-        self._searches = self._searches or not known
-        if self._searches:
-            known.append(operator.space.gaussian(torch.Generator().manual_seed(seed)))
-        return [vector.to(operator.risk.device, operator.risk.dtype) for vector in known]
 
-
-def _mean_gradient(operator: DiagonalBlock) -> Tensor:
-    """Return the gradient of the mean loss over all ranks, shape (n,).
+def _unit_gradient(operator: DiagonalBlock) -> Tensor | None:
+    """Return the gradient of the mean loss over all ranks, at unit length, shape (n,); None if it is zero.
 
     Raises:
         ArithmeticError: If it is NaN or infinite.
@@ -139,7 +144,8 @@ def _mean_gradient(operator: DiagonalBlock) -> Tensor:
     if not bool(total.isfinite().all()):
         msg = "the gradient of the loss is NaN or infinite, though the loss is finite."
         raise ArithmeticError(msg)
-    return total
+    length = torch.linalg.vector_norm(total)
+    return total / length if length > 0 else None
 
 
 def _checked_matvec(operator: DiagonalBlock) -> Callable[[Tensor], Tensor]:

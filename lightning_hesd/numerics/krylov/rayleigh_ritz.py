@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_BASIS = 6
-"""Basis vectors that are kept, each with its product; when they are as many, the leading Ritz vectors replace them."""
+"""Basis vectors from which on, before another residual is added, the leading Ritz vectors replace them."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,10 @@ class RitzSubspace:
         self._basis: list[Tensor] = []
         self._images: list[Tensor] = []
 
-    def add(self, vector: Tensor, product: Tensor | None = None) -> Tensor | None:
-        """Take a vector, shape (n,), into the basis, at the cost of a product unless that is given.
+    def add(self, vector: Tensor, product: Tensor | None = None) -> bool:
+        """Take a vector, shape (n,), into the basis, unless it lies in the subspace up to rounding; return whether.
 
-        Returns:
-            The product with the new basis vector; None if the vector lies in the subspace up to rounding.
+        That costs a product unless it is given.
         """
         length = torch.linalg.vector_norm(vector)
         for _ in range(2):  # Gram-Schmidt, twice
@@ -69,7 +68,7 @@ class RitzSubspace:
                 product = None if product is None else product - along * image
         rest = torch.linalg.vector_norm(vector)
         if not rest > torch.finfo(vector.dtype).eps ** 0.5 * length:
-            return None
+            return False
         vector = vector / rest
         if product is None:
             self.products += 1
@@ -78,7 +77,7 @@ class RitzSubspace:
             product = product / rest
         self._basis.append(vector)
         self._images.append(product)
-        return product
+        return True
 
     def expand(self, max_products: int, tolerance: float) -> list[LeadingPair]:
         """Add residuals of the leading Ritz pairs until their errors are within a tolerance, or products are used up.
@@ -91,9 +90,9 @@ class RitzSubspace:
             worst = max(pairs, key=lambda pair: pair.error)
             if worst.error <= tolerance:
                 break
-            if len(self._basis) == MAX_BASIS:
+            if len(self._basis) >= MAX_BASIS:
                 self._restart(pairs)
-            if self.add(worst.direction) is None:
+            if not self.add(worst.direction):
                 break
             pairs = self.leading()
         return pairs
