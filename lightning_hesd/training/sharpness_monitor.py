@@ -6,7 +6,6 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch import Callback
 
 from lightning_hesd.numerics.analysis.tracking import SEARCH_PRODUCTS, TRACKING_PRODUCTS, SharpnessTracker
@@ -23,8 +22,8 @@ from lightning_hesd.training.loss import check_loss_source
 from lightning_hesd.training.preconditioner import read_stability
 from lightning_hesd.training.samples.loaders import check_loader
 from lightning_hesd.training.samples.run_samples import RunSamples
-from lightning_hesd.training.source import sources_of, without_training_time
-from lightning_hesd.training.tracked_record import NUMBERS, TrackedRecord, gives_alarm
+from lightning_hesd.training.source import SpectrumSource, sources_of, without_training_time
+from lightning_hesd.training.tracked_record import TrackedRecord, gives_alarm, packed, unpacked
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -43,10 +42,8 @@ GRADIENTS_PER_MEASUREMENT = 2 + 2 * (1 + TRACKING_PRODUCTS)
 GRADIENTS_PER_SEARCH = 2 + 2 * (1 + SEARCH_PRODUCTS)
 """The same for a search: the first measurement of a run, also of a resumed one, and one after each full analysis."""
 
-YOUNG_STEPS = 8
-"""Steps before which an adaptive optimizer has no stability ratio: it divides by averages of too few gradients."""
-
-_STATE = {"records": lambda v: isinstance(v, torch.Tensor) and v.shape[1:] == (NUMBERS,), "samples": of(dict)}
+OPTIONS = ("seed", "batch_weight", "parameters", "strategy", "dtype", "memory_budget")
+"""Options of `hessian_spectrum` that a measurement has, too."""
 
 
 @of_every_namespace("Callback")
@@ -60,9 +57,9 @@ class SharpnessMonitor(CopiedCallback, Callback):
     `sharpness/tracked_lambda_max`, `sharpness/tracked_stability_ratio`, `sharpness/batch_sharpness` and
     `sharpness/headroom`. Training is bit-identical with and without the monitor.
 
-    All values are *tracked*, not verified: a Rayleigh quotient is a lower bound of the largest eigenvalue, for these
-    samples, and there is no upper bound. After each analysis of a HessianSpectrumCallback in the same Trainer, the
-    monitor searches anew, and logs `sharpness/calibration`: the λ_max of the analysis over the tracked one.
+    All values are *tracked*, not verified: a Rayleigh quotient is a lower bound of the largest eigenvalue, of these
+    samples. After each analysis of a HessianSpectrumCallback in the same Trainer, the monitor searches anew, and logs
+    `sharpness/calibration`: the λ_max of the analysis over the tracked one.
 
     A measurement costs at most 12 gradients of its samples (`GRADIENTS_PER_MEASUREMENT`), a search at most 44; half as
     many more where the graphs do not fit into memory. The first one also verifies the products.
@@ -78,18 +75,21 @@ class SharpnessMonitor(CopiedCallback, Callback):
         mode: See there.
         on_error: When a measurement fails: "warn" (once in a run of each kind of failure), or "raise" the exception.
         name: Prefix of metrics and state. Two monitors in one Trainer need two.
-        **analysis: Options of `hessian_spectrum`, such as `seed`, `batch_weight` or `memory_budget`.
+        **analysis: `seed`, `batch_weight`, `parameters`, `strategy`, `dtype`, `memory_budget`: see `AnalysisOptions`.
 
     Attributes:
         history: The records so far, one per measurement.
 
     Raises:
         ValueError: If an argument is out of range.
+        TypeError: If there is no such argument.
 
     Examples:
         >>> import lightning.pytorch as pl
         >>> from lightning.pytorch.callbacks import EarlyStopping
-        >>> stop = EarlyStopping("sharpness/headroom", mode="max", divergence_threshold=1.0, patience=10**9)
+        >>> stop = EarlyStopping(
+        ...     "sharpness/headroom", mode="max", divergence_threshold=1.0, patience=10**9, strict=False
+        ... )
         >>> trainer = pl.Trainer(callbacks=[SharpnessMonitor(every_n_train_steps=50), stop], logger=False)
     """
 
@@ -114,6 +114,9 @@ class SharpnessMonitor(CopiedCallback, Callback):
         if not (number(headroom) and 0 < headroom < math.inf):
             msg = f"`headroom` must be a finite number above 0, got {headroom!r}."
             raise ValueError(msg)
+        if unknown := set(analysis).difference(OPTIONS):
+            msg = f"unexpected keyword argument {min(unknown)!r}: SharpnessMonitor has {', '.join(OPTIONS)}."
+            raise TypeError(msg)
         check_loader("dataloader", dataloader)
         join_namespaces()
         super().__init__()
@@ -132,8 +135,9 @@ class SharpnessMonitor(CopiedCallback, Callback):
         self.begin_copies()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the options and the records, without samples."""
-        return {**super().__getstate__(), "loss_fn": Portable("loss_fn", self.loss_fn)}
+        """Return the options and the records, without samples and vectors."""
+        left_out = {"loss_fn": Portable("loss_fn", self.loss_fn), "_tracker": SharpnessTracker()}
+        return {**super().__getstate__(), **left_out}
 
     @property
     def state_key(self) -> str:
@@ -156,13 +160,10 @@ class SharpnessMonitor(CopiedCallback, Callback):
         self._is_refused = attempt.failure is not None
 
     def _check_name(self, trainer: pl.Trainer) -> None:
-        monitors = [callback for callback in runs.callbacks_of(trainer) if isinstance(callback, SharpnessMonitor)]
-        others = {other.name for other in (*monitors, *sources_of(trainer)) if other is not self}
+        found: list[Any] = runs.callbacks_of(trainer)
+        others = {c.name for c in found if c is not self and isinstance(c, SharpnessMonitor | SpectrumSource)}
         if self.name in others:
-            msg = (
-                f"the Trainer has another callback with `name={self.name!r}`, whose metrics SharpnessMonitor would "
-                "overwrite: pass another `name`."
-            )
+            msg = f"the Trainer has another callback with `name={self.name!r}`, and metrics would mix: pass another."
             raise MisconfigurationException(msg)
 
     def on_train_start(self, trainer: pl.Trainer, *_args: Any) -> None:
@@ -250,13 +251,11 @@ class SharpnessMonitor(CopiedCallback, Callback):
             )
 
     def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, full: Spectrum | None) -> TrackedRecord:
-        read, reason = read_stability(trainer.optimizers)
+        read, reason = read_stability(trainer.optimizers, trainer.global_step)
         if reason is not None:
             words = f"`{self.name}/headroom` is not known, and there is no alarm: {reason}."
             self.errors.complain(words, key="stability", harmless=True)
         diagonals = None if read is None or read.is_identity else read.named(pl_module)
-        if diagonals is not None and trainer.global_step < YOUNG_STEPS:
-            read = diagonals = None
         analysis = Analysis("tracking", partial(self._tracker.measure, preconditioner=diagonals))
         found = self._analyzer.analyze(trainer, pl_module, analysis=analysis)
         calibration = self.history[-1].calibration if self.history else None
@@ -278,8 +277,7 @@ class SharpnessMonitor(CopiedCallback, Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the records and the samples, as tensors and plain values."""
-        records = torch.tensor([record.numbers() for record in self.history], dtype=torch.float64)
-        return {"records": records.reshape(-1, NUMBERS), "samples": self._analyzer.state_dict()}
+        return {"records": packed(self.history), "samples": self._analyzer.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the records and the samples of the run that is resumed; its next measurement is a search.
@@ -296,5 +294,5 @@ class SharpnessMonitor(CopiedCallback, Callback):
         Raises:
             ValueError: If a field is missing or damaged.
         """
-        check_fields(state, _STATE, f"the state of SharpnessMonitor(name={self.name!r})")
-        self.history[:] = [TrackedRecord.of_numbers(numbers) for numbers in state["records"].tolist()]
+        check_fields(state, {"samples": of(dict)}, f"the state of SharpnessMonitor(name={self.name!r})")
+        self.history[:] = unpacked(state.get("records"))

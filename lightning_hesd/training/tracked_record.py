@@ -1,4 +1,4 @@
-"""The records of a SharpnessMonitor: as scalars to log, as numbers in a checkpoint, and when they give an alarm."""
+"""The records of a SharpnessMonitor: as scalars to log, as a tensor in a checkpoint, and when they give an alarm."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ from dataclasses import asdict, astuple, dataclass, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from lightning_hesd.training.history import is_plain_tensor
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -41,29 +47,32 @@ class TrackedRecord:
         del values[f"{name}/global_step"], values[f"{name}/products"]
         return values
 
-    def numbers(self) -> list[float]:
-        """Return the fields as numbers, NaN for None."""
-        return [math.nan if value is None else float(value) for value in astuple(self)]
 
-    @classmethod
-    def of_numbers(cls, numbers: Sequence[float]) -> TrackedRecord:
-        """Return the record with these numbers, in the order of the fields.
-
-        Raises:
-            ValueError: If their number is not that of the fields, or a value that every record has is missing.
-        """
-        names = [field.name for field in fields(cls)]
-        values: dict[str, Any] = dict(zip(names, (None if math.isnan(n) else n for n in numbers), strict=True))
-        for key in ("global_step", "products"):
-            if values[key] is None:
-                msg = f"`{key}` of a tracked record is missing"
-                raise ValueError(msg)
-            values[key] = int(values[key])
-        return cls(**values)
+def packed(records: Sequence[TrackedRecord]) -> Tensor:
+    """Return records as a tensor for checkpoints: a row for each, a column for each field, NaN for None."""
+    rows = [[math.nan if value is None else float(value) for value in astuple(record)] for record in records]
+    return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(fields(TrackedRecord)))
 
 
-NUMBERS = len(fields(TrackedRecord))
-"""Numbers of a record."""
+def unpacked(rows: Any) -> list[TrackedRecord]:
+    """Return the records of a tensor from a checkpoint.
+
+    Raises:
+        ValueError: If it is no such tensor.
+    """
+    columns = len(fields(TrackedRecord))
+    if not is_plain_tensor(rows) or rows.shape[1:] != (columns,):
+        msg = f"`records` of a SharpnessMonitor must be a float64 tensor of {columns} columns, got {rows!r:.80}"
+        raise ValueError(msg)
+    records = []
+    for row in rows.tolist():
+        step, products, *values = row
+        if not (math.isfinite(step) and math.isfinite(products)):
+            msg = f"`global_step` and `products` of a tracked record must be finite, got {step} and {products}"
+            raise ValueError(msg)
+        present: list[Any] = [None if math.isnan(value) else value for value in values]
+        records.append(TrackedRecord(int(step), int(products), *present))
+    return records
 
 
 def gives_alarm(records: Sequence[TrackedRecord], headroom: float) -> bool:

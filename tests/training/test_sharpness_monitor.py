@@ -280,10 +280,13 @@ def test_a_resumed_run_goes_on(tmp_path: Path) -> None:
 
 def test_a_damaged_state_is_refused() -> None:
     tracked = monitor()
-    with pytest.raises(ValueError, match="`records` of the state of SharpnessMonitor"):
-        tracked.load_state_dict({"records": torch.zeros(2, 3), "samples": {}})
-    with pytest.raises(ValueError, match="`global_step` of a tracked record is missing"):
-        tracked.load_state_dict({"records": torch.full((1, 7), torch.nan), "samples": {}})
+    for shape in ((2, 3), (7,)):
+        with pytest.raises(ValueError, match="`records` of a SharpnessMonitor must be"):
+            tracked.load_state_dict({"records": torch.zeros(shape, dtype=torch.float64), "samples": {}})
+    for value in (torch.nan, torch.inf):
+        records = torch.full((1, 7), value, dtype=torch.float64)
+        with pytest.raises(ValueError, match="`global_step` and `products` of a tracked record must be finite"):
+            tracked.load_state_dict({"records": records, "samples": {}})
     empty = monitor()
     empty.load_state_dict(tracked.state_dict())
     assert empty.history == []
@@ -297,6 +300,8 @@ def test_the_original_shows_the_records_of_its_copy(tmp_path: Path) -> None:
     again = pickle.loads(pickle.dumps(copied))  # noqa: S301
     assert again.history == copied.history
     assert again.every_n_train_steps == 5
+    assert again._tracker._vectors == []
+    assert len(copied._tracker._vectors) == 1
 
 
 # What can go wrong ----------------------------------------------------------------------------------------------------
@@ -392,6 +397,12 @@ def test_names_must_differ(tmp_path: Path) -> None:
 def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         monitor(**arguments)
+
+
+@pytest.mark.parametrize("option", ["tolerance", "preconditioner", "num_sample"])
+def test_options_that_it_does_not_have(option: str) -> None:
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
+        monitor(**{option: 1})
 
 
 def test_batches_that_cannot_be_drawn_are_kept_from_training(tmp_path: Path) -> None:
