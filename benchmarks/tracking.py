@@ -53,8 +53,8 @@ Digits, batches of {batch}, {samples} samples of the monitor, {full} of a full a
 {steps} steps, a measurement every {every} steps, a full analysis every {epochs} epochs, {seeds} seeds. The training is
 repeated with full analyses ({lanczos} Lanczos steps) at the steps of the measurements. *Products*: mean and most per
 measurement, without searches. *Tracking*: distance of tracked λ_max / λ_max of the same samples from 1, and the same
-for the stability ratio. *Sampling*: the same against the λ_max of {full} samples. *Calibrated*: times the `calibration` of
-the last full analysis. *Held*: the error of the λ_max of the last full analysis itself. All errors: median / 90 %
+for the stability ratio. *Sampling*: the same against the λ_max of {full} samples. *Calibrated*: times the `calibration`
+of the last full analysis. *Held*: the error of the λ_max of the last full analysis itself. All errors: median / 90 %
 quantile / maximum.
 """
 
