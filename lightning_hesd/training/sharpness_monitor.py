@@ -15,14 +15,14 @@ from lightning_hesd.numerics.isolation.exact_mode import release_memory
 from lightning_hesd.spectra.validation import check_count, check_fields, number, of
 from lightning_hesd.training.analyzer import Analysis, TrainerAnalyzer
 from lightning_hesd.training.callback_copies import CopiedCallback
-from lightning_hesd.training.compat import logged_metrics, messages, runs, signals, strategies
+from lightning_hesd.training.compat import logged_metrics, messages, signals, strategies
 from lightning_hesd.training.compat.namespaces import MisconfigurationException, join_namespaces, of_every_namespace
 from lightning_hesd.training.error_policy import ErrorPolicy
 from lightning_hesd.training.loss import check_loss_source
 from lightning_hesd.training.preconditioner import read_stability
 from lightning_hesd.training.samples.loaders import check_loader
 from lightning_hesd.training.samples.run_samples import RunSamples
-from lightning_hesd.training.source import SpectrumSource, sources_of, without_training_time
+from lightning_hesd.training.source import metric_names, sources_of, without_training_time
 from lightning_hesd.training.tracked_record import TrackedRecord, gives_alarm, packed, unpacked
 
 if TYPE_CHECKING:
@@ -160,9 +160,7 @@ class SharpnessMonitor(CopiedCallback, Callback):
         self._is_refused = attempt.failure is not None
 
     def _check_name(self, trainer: pl.Trainer) -> None:
-        found: list[Any] = runs.callbacks_of(trainer)
-        others = {c.name for c in found if c is not self and isinstance(c, SharpnessMonitor | SpectrumSource)}
-        if self.name in others:
+        if metric_names(trainer).count(self.name) > 1:
             msg = f"the Trainer has another callback with `name={self.name!r}`, and metrics would mix: pass another."
             raise MisconfigurationException(msg)
 

@@ -120,6 +120,8 @@ def test_fewer_samples_are_calibrated_to_those_of_the_analysis(tmp_path: Path) -
     found, full = tracked.history[-1], spectra.history[-1].spectrum
     assert found.calibration * found.tracked_lambda_max == pytest.approx(full.lambda_max)
     assert found.calibration < 0.95
+    metrics = {key for record in spectra.history for key in record.metrics}
+    assert metrics == {"train_loss", "train_loss_step", "train_loss_epoch"}, "those of the network"
 
 
 def test_what_is_logged(tmp_path: Path) -> None:
