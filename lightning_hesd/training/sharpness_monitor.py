@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback
 
 from lightning_hesd.numerics.analysis.tracking import SEARCH_PRODUCTS, TRACKING_PRODUCTS, SharpnessTracker
-from lightning_hesd.numerics.inputs.options import analysis_options
+from lightning_hesd.numerics.inputs.options import AnalysisOptions, analysis_options
 from lightning_hesd.numerics.inputs.portable import Portable
 from lightning_hesd.numerics.isolation.exact_mode import release_memory
 from lightning_hesd.spectra.validation import check_count, check_fields, number, of
@@ -114,9 +114,6 @@ class SharpnessMonitor(CopiedCallback, Callback):
         if not (number(headroom) and 0 < headroom < math.inf):
             msg = f"`headroom` must be a finite number above 0, got {headroom!r}."
             raise ValueError(msg)
-        if unknown := set(analysis).difference(OPTIONS):
-            msg = f"unexpected keyword argument {min(unknown)!r}: SharpnessMonitor has {', '.join(OPTIONS)}."
-            raise TypeError(msg)
         check_loader("dataloader", dataloader)
         join_namespaces()
         super().__init__()
@@ -127,6 +124,12 @@ class SharpnessMonitor(CopiedCallback, Callback):
         self.errors = ErrorPolicy(on_error)
         self.history: list[TrackedRecord] = []
         options = analysis_options(**analysis, mode=mode if mode in {"train", "keep"} else "eval")
+        # LightningCLI passes all of them.
+        if idle := [
+            key for key, value in analysis.items() if key not in OPTIONS and value != vars(AnalysisOptions)[key]
+        ]:
+            msg = f"SharpnessMonitor has no option {idle[0]!r}: of an analysis, it has {', '.join(OPTIONS)}."
+            raise TypeError(msg)
         samples = RunSamples(num_samples, options, dataloader=dataloader, batch_size=batch_size, in_training=True)
         self._analyzer = TrainerAnalyzer(options, samples, loss_fn=loss_fn, mode=mode)
         self._tracker = SharpnessTracker()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
@@ -22,8 +24,10 @@ from lightning_hesd.training.compat import strategies
 from lightning_hesd.training.sharpness_monitor import GRADIENTS_PER_MEASUREMENT, GRADIENTS_PER_SEARCH
 from lightning_hesd.training.tracked_record import TrackedRecord, gives_alarm
 from tests.oracles import dense_hessian
+from tests.training import cli_project
 from tests.training.logs import read_csv
 from tests.training.modules import (
+    QUIET,
     SIZE,
     Classifier,
     Recorder,
@@ -401,10 +405,26 @@ def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None
         monitor(**arguments)
 
 
-@pytest.mark.parametrize("option", ["tolerance", "preconditioner", "num_sample"])
+@pytest.mark.parametrize("option", ["steps", "probes", "track_eigenvectors"])
 def test_options_that_it_does_not_have(option: str) -> None:
-    with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
-        monitor(**{option: 1})
+    with pytest.raises(TypeError, match=f"SharpnessMonitor has no option '{option}'"):
+        monitor(**{option: 7})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'num_sample'"):
+        monitor(num_sample=1, num_samples=2)
+
+
+def test_from_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [""])
+    callbacks = [{"class_path": "lightning_hesd.SharpnessMonitor", "init_args": {"every_n_train_steps": 2, "seed": 3}}]
+    trainer = {**QUIET, "max_epochs": 1, "enable_checkpointing": False, "default_root_dir": str(tmp_path)}
+    config = tmp_path / "config.yaml"
+    values = {"seed_everything": 0, "trainer": {**trainer, "callbacks": callbacks}, "model": {"width": 6}}
+    config.write_text(json.dumps(values))
+    arguments = ["fit", "--config", str(config)]
+    cli = LightningCLI(cli_project.Net, cli_project.Data, args=arguments, save_config_callback=None)
+    [tracked] = [each for each in cli.trainer.callbacks if isinstance(each, SharpnessMonitor)]
+    assert (tracked.every_n_train_steps, tracked._analyzer._options.seed) == (2, 3)
+    assert tracked.history
 
 
 def test_batches_that_cannot_be_drawn_are_kept_from_training(tmp_path: Path) -> None:
