@@ -415,6 +415,7 @@ def test_options_that_it_does_not_have(option: str) -> None:
 
 def test_from_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", [""])
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 with jsonargparse 4.53
     callbacks = [{"class_path": "lightning_hesd.SharpnessMonitor", "init_args": {"every_n_train_steps": 2, "seed": 3}}]
     trainer = {**QUIET, "max_epochs": 1, "enable_checkpointing": False, "default_root_dir": str(tmp_path)}
     config = tmp_path / "config.yaml"
