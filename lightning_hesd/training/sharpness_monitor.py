@@ -69,10 +69,10 @@ class SharpnessMonitor(CopiedCallback, Callback):
         num_samples: Number of training samples. The fewer, the larger is their λ_max.
         headroom: Warn, once in a run, when the optimizer's stability threshold is less than this multiple of the
             tracked value, twice in succession.
-        batch_size: As `dataloader`, `loss_fn` and `mode` for HessianSpectrumCallback.
-        dataloader: See there.
-        loss_fn: See there.
-        mode: See there.
+        batch_size: As for HessianSpectrumCallback.
+        dataloader: As for HessianSpectrumCallback.
+        loss_fn: As for HessianSpectrumCallback.
+        mode: As for HessianSpectrumCallback.
         on_error: When a measurement fails: "warn" (once in a run of each kind of failure), or "raise" the exception.
         name: Prefix of metrics and state. Two monitors in one Trainer need two.
         **analysis: `seed`, `batch_weight`, `parameters`, `strategy`, `dtype`, `memory_budget`: see `AnalysisOptions`.

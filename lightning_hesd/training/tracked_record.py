@@ -29,8 +29,8 @@ class TrackedRecord:
         tracked_stability_ratio: Largest Ritz value of the preconditioned Hessian over the optimizer's stability
             threshold; None if one of them is unknown, as in the first steps of an adaptive optimizer.
         calibration: λ_max of the last full analysis over the tracked value at the same weights; None: there was none.
-        headroom: Stability threshold over the tracked value, this times `calibration` if there is one; None if the
-            threshold is unknown, or the tracked value not positive.
+        headroom: 1 over the tracked stability ratio, which is multiplied by `calibration` if there is one; None if it
+            is unknown or not positive.
     """
 
     global_step: int
