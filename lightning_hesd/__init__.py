@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_hesd.training.callback import HessianSpectrumCallback
     from lightning_hesd.training.checkpoints.checkpoint import HessianCheckpoint
     from lightning_hesd.training.history import SpectrumHistory
+    from lightning_hesd.training.sharpness_monitor import SharpnessMonitor
 
 __all__ = [
     "AnalysisOptions",
@@ -26,6 +27,7 @@ __all__ = [
     "HessianSpectrumCallback",
     "Judgment",
     "PairedDifference",
+    "SharpnessMonitor",
     "Spectrum",
     "SpectrumHistory",
     "assess_generalization",
@@ -46,6 +48,7 @@ _HOMES = {
     "HessianSpectrumCallback": "training.callback",
     "Judgment": "judgment.judgment",
     "PairedDifference": "spectra.differences",
+    "SharpnessMonitor": "training.sharpness_monitor",
     "Spectrum": "spectra.spectrum",
     "SpectrumHistory": "training.history",
     "assess_generalization": "spectra.assessment",

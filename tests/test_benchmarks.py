@@ -23,6 +23,7 @@ from benchmarks import (
     measure,
     one_run,
     problems,
+    tracking,
 )
 from benchmarks.__main__ import environment, write
 from benchmarks.candidates import OURS, TOLERANCE
@@ -192,6 +193,23 @@ def test_the_tridiagonal_matrix_follows_from_the_quadrature_rule() -> None:
     alphas, betas = np.array([0.5, -1.0, 2.0, 0.1]), np.array([1.0, 0.7, 0.2, 0.3])
     found = calibrated_intervals.jacobi(*gauss_quadrature(alphas, betas))
     np.testing.assert_allclose(found, [alphas, betas], rtol=0, atol=1e-13)
+
+
+def test_tables_of_tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "SETUPS", tracking.SETUPS[:1])
+    schedules = {"1 ×": (200, tracking.constant(1.0)), "ramp": (200, lambda step: 1.03**step)}
+    monkeypatch.setattr(tracking, "SCHEDULES", schedules)
+    monkeypatch.setattr(tracking, "EPOCHS_BETWEEN_ANALYSES", 1)
+    monkeypatch.setattr("sys.argv", ["", "--seeds", "1", "--steps", "90", "--out", str(tmp_path)])
+    tracking.main()
+    lines = (tmp_path / "tracking.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| MLP")]
+    errors, healthy, ramp = rows
+    assert errors[:3] == ["MLP, SGD", "2,130", "2"]  # at steps 60 and 90: before, there is no analysis to calibrate by
+    assert float(errors[4].split("%")[0]) < 5
+    assert healthy[1:3] + healthy[6:7] == ["1 ×", "0 of 1", "0 of 1"]
+    assert ramp[1:3] + ramp[4:5] == ["ramp", "1 of 1", "1 of 1"]
+    assert "twice below 1.2 | 1 of 1" in "\n".join(lines)
 
 
 def test_table_of_coverage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

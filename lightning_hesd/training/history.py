@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 __all__ = ["START_EPOCH", "SpectrumHistory", "SpectrumRecord", "when"]
 
 
-def _is_plain(value: Any) -> bool:
-    """Return whether a value is a tensor of numbers that NumPy can take."""
+def is_plain_tensor(value: Any) -> bool:
+    """Return whether a value is a tensor of float64 numbers that NumPy can take."""
     return (
         isinstance(value, torch.Tensor)
         and value.dtype == torch.float64
@@ -59,7 +59,7 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-_STATE = {"records": text, "shapes": each(each(at_least(0))), "numbers": _is_plain}
+_STATE = {"records": text, "shapes": each(each(at_least(0))), "numbers": is_plain_tensor}
 
 
 class SpectrumHistory(list[SpectrumRecord]):

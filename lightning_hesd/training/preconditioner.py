@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     State = dict[str, Tensor]
 
 
+YOUNG_STEPS = 8
+"""Steps before which an adaptive optimizer has no stability ratio: it divides by averages of too few gradients."""
+
+
 class UnreadableOptimizerError(ValueError):
     """The preconditioner of an optimizer cannot be read from its state."""
 
@@ -80,6 +84,28 @@ def read_preconditioner(optimizers: Sequence[Optimizer]) -> Preconditioner:
                     diagonal[p] = _positive(d, p, optimizer)
     threshold = thresholds.pop() if len(thresholds) == 1 else math.inf
     return Preconditioner(diagonal, threshold if math.isfinite(threshold) else None)
+
+
+def read_stability(optimizers: Sequence[Optimizer], steps: int) -> tuple[Preconditioner | None, str | None]:
+    """Return the preconditioner, None if there is none, and the reason why no stability threshold is known.
+
+    In their first steps, given the number of steps so far, adaptive optimizers have none, for no other reason.
+    """
+    names = " and ".join(sorted({type(optimizer).__name__ for optimizer in optimizers}))
+    try:
+        check_readable(optimizers)
+    except UnreadableOptimizerError:
+        return None, f"the stability threshold of {names} is not known; those of {', '.join(_READERS)} are"
+    try:
+        read = read_preconditioner(optimizers)
+    except UnreadableOptimizerError as error:
+        return None, str(error)
+    if steps < YOUNG_STEPS and not read.is_identity:
+        return None, None
+    moves = any(float(group["lr"]) > 0 for optimizer in optimizers for group in optimizer.param_groups)
+    if read.threshold is None and moves:
+        return read, f"the parameter groups of {names} have different stability thresholds"
+    return read, None
 
 
 def _reader(optimizer: Optimizer) -> tuple[Callable[[Tensor, State, Group], Tensor], Callable[[Group], float]]:

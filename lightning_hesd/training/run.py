@@ -25,7 +25,7 @@ from lightning_hesd.training.fresh_metrics import FreshMetrics
 from lightning_hesd.training.history import START_EPOCH, SpectrumRecord, when
 from lightning_hesd.training.loss import check_loss_source
 from lightning_hesd.training.outputs import RunOutputs
-from lightning_hesd.training.source import sources_of, without_training_time
+from lightning_hesd.training.source import metric_names, sources_of, without_training_time
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -197,8 +197,8 @@ class AnalysisRun:
                 self._outputs.rewrite(trainer, history, at_epoch_end=self._source.schedule.by_epoch)
 
     def _fresh_metrics(self, trainer: pl.Trainer) -> dict[str, float]:
-        """Return the metrics of the present weights, without those of callbacks like this one."""
-        ours = [prefix for other in sources_of(trainer) for prefix in metric_prefixes(other.name)]
+        """Return the metrics of the present weights, without those of this package's callbacks."""
+        ours = [prefix for name in metric_names(trainer) for prefix in metric_prefixes(name)]
         return self._metrics.values(trainer, tuple(ours))
 
     # Analyses -------------------------------------------------------------------------------------------------------

@@ -95,6 +95,12 @@ def sources_of(trainer: pl.Trainer) -> list[SpectrumSource]:
     return [callback for callback in callbacks_of(trainer) if isinstance(callback, SpectrumSource)]
 
 
+def metric_names(trainer: pl.Trainer) -> list[str]:
+    """Return the names of this package's callbacks in a Trainer, with which the metrics they log begin."""
+    ours = [callback for callback in callbacks_of(trainer) if isinstance(callback, CopiedCallback)]
+    return [callback.name for callback in ours if hasattr(callback, "name")]
+
+
 @contextlib.contextmanager
 def without_training_time(trainer: pl.Trainer, analyzing: SpectrumSource | None = None) -> Iterator[None]:
     """Count the time of the body as training time for none of the Trainer's callbacks, as analysis for `analyzing`."""

@@ -22,7 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback
+from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SharpnessMonitor
 from lightning_hesd.numerics.inputs.batches import SkippedBatchError
 from lightning_hesd.training.history import SpectrumRecord
 
@@ -186,6 +186,10 @@ def main() -> None:
                 name="own",
             ),
         ]
+    monitors = []
+    if options.engine:
+        samples = {key: shared[key] for key in ("num_samples", "batch_size", "loss_fn", "dataloader")}
+        monitors = [SharpnessMonitor(1, on_error="raise", **samples)]
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=WORLD_SIZE,
@@ -196,7 +200,7 @@ def main() -> None:
         log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, *monitors],
     )
     module = Net()
     if options.costs:
@@ -206,6 +210,7 @@ def main() -> None:
     trainer.fit(module, DataLoader(Blobs(None), batch_size=96 // (2 * WORLD_SIZE)))
     result = {
         "records": {callback.name: [describe(record) for record in callback.history] for callback in callbacks},
+        "tracked": [list(record.scalars("").values()) for monitor in monitors for record in monitor.history],
         "best": Path(trainer.checkpoint_callback.best_model_path).name,
         "candidates": [candidate.epoch for candidate in checkpoint.candidates],
         "world_size": trainer.world_size,

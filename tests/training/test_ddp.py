@@ -61,6 +61,16 @@ def test_findings_are_those_of_one_rank(runs: dict[str, list[Any]]) -> None:
                 assert theirs["losses along"] == pytest.approx(mine["losses along"], rel=1e-6)
 
 
+def test_the_tracked_sharpness_is_that_of_one_rank(runs: dict[str, list[Any]]) -> None:
+    (alone,) = runs["alone"]
+    assert len(alone["tracked"]) == EPOCHS * 2
+    assert [len(values) for values in alone["tracked"]] == [4, 5, 5, 5], "calibrated by the first analysis"
+    for rank in runs["three"]:
+        for mine, theirs in zip(alone["tracked"], rank["tracked"], strict=True):
+            assert theirs == pytest.approx(mine, rel=1e-6)
+        assert rank["tracked"] == runs["three"][0]["tracked"]
+
+
 def test_the_runs_tell_something(runs: dict[str, list[Any]]) -> None:
     """Epochs differ, and so do spectra with and without dropout: the comparison above is not between constants."""
     (alone,) = runs["alone"]

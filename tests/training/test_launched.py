@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import pytest
 import torch
 
-from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SpectrumHistory
+from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SharpnessMonitor, SpectrumHistory
 from lightning_hesd.training import callback_copies
 from lightning_hesd.training.compat import strategies
 from lightning_hesd.training.history import SpectrumRecord
@@ -71,3 +71,13 @@ def test_nothing_is_sent_where_the_process_goes_on(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, [], 1)
     strategies.add_result_of_fit(trainer, "address", {})
     assert trainer.strategy.launcher is None
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")
+def test_tracked_records_come_back(tmp_path: Path) -> None:
+    monitor = SharpnessMonitor(1, num_samples=2, on_error="raise")
+    trainer = make_trainer(tmp_path, [monitor], 2, strategy="ddp_fork", devices=2, enable_checkpointing=False)
+    trainer.fit(Curved([Epoch(None)] * 2), loader())
+    assert [record.global_step for record in monitor.history] == [1, 2]
+    assert [record.tracked_lambda_max for record in monitor.history] == pytest.approx([0.02, 0.02])

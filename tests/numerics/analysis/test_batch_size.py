@@ -57,7 +57,7 @@ def test_a_mean_over_samples_is_merged_and_the_spectrum_stays_the_same(
     assert sum(SIZES) not in seen
     together = hessian_spectrum(network, doubles, loss, steps=30, strategy=strategy)
     assert "4 batches are merged into 1" in together.strategy_reason
-    assert seen[-1] == sum(SIZES)
+    assert sum(SIZES) in seen
     assert together.num_samples == apart.num_samples
     assert together.verified == "yes"
     assert together.loss == pytest.approx(apart.loss, rel=1e-14)

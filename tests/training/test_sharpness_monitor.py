@@ -1,0 +1,438 @@
+"""The monitor in real trainings: its values, its alarm, what it costs, and that training does not notice it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_hesd import SharpnessMonitor
+from lightning_hesd.numerics.analysis.tracking import SEARCH_PRODUCTS, TRACKING_PRODUCTS
+from lightning_hesd.training.compat import strategies
+from lightning_hesd.training.sharpness_monitor import GRADIENTS_PER_MEASUREMENT, GRADIENTS_PER_SEARCH
+from lightning_hesd.training.tracked_record import TrackedRecord, gives_alarm
+from tests.oracles import dense_hessian
+from tests.training import cli_project
+from tests.training.logs import read_csv
+from tests.training.modules import (
+    QUIET,
+    SIZE,
+    Classifier,
+    Recorder,
+    callback,
+    fit,
+    freeze,
+    global_generators,
+    loader,
+    own_warnings,
+    plain_loss,
+    samples,
+)
+
+
+def monitor(every: int = 5, **arguments: Any) -> SharpnessMonitor:
+    """Return a monitor whose failures fail the test unless it says otherwise."""
+    return SharpnessMonitor(every, **{"num_samples": 16, "on_error": "raise", **arguments})
+
+
+class Sgd(Classifier):
+    """Trained by SGD, with a learning rate that is multiplied by `factor` after each step."""
+
+    def __init__(self, lr: float = 0.1, factor: float = 1.0) -> None:
+        super().__init__()
+        self.lr, self.factor = lr, factor
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), self.lr)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, self.factor)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+class Adam(Classifier):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+class Weights(pl.Callback):
+    """Keeps a copy of the network after every step."""
+
+    def __init__(self) -> None:
+        self.nets: dict[int, pl.LightningModule] = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        net = Classifier()
+        net.load_state_dict(pl_module.state_dict())
+        self.nets[trainer.global_step] = net
+
+
+# Values ---------------------------------------------------------------------------------------------------------------
+
+
+def test_tracked_values_are_those_of_the_dense_hessian(tmp_path: Path) -> None:
+    weights, tracked = Weights(), monitor(5, num_samples=SIZE)
+    fit(tmp_path, tracked, weights, module=Sgd(), max_epochs=4)
+    assert [record.global_step for record in tracked.history] == [1, 2, 4, 5, 10, 15, 20]
+    everything = samples(list(range(SIZE)))
+    for record in tracked.history:
+        net = weights.nets[record.global_step]
+        hessian = dense_hessian(net, [everything], plain_loss)
+        largest = torch.linalg.eigvalsh(hessian)[-1].item()
+        assert 0.9 * largest <= record.tracked_lambda_max <= largest * (1 + 1e-5)
+        assert record.tracked_stability_ratio == pytest.approx(record.tracked_lambda_max / (2 / 0.1))
+        assert record.headroom == pytest.approx(1 / record.tracked_stability_ratio)
+        gradients = torch.autograd.grad(plain_loss(net, everything), list(net.parameters()))
+        slope = torch.cat([g.flatten() for g in gradients]).double()
+        assert record.batch_sharpness == pytest.approx(float(slope @ hessian @ slope / (slope @ slope)), rel=1e-4)
+
+
+def test_a_full_analysis_calibrates(tmp_path: Path) -> None:
+    """On the same samples the ratio is that of the two estimates alone; the epochs end between two measurements."""
+    spectra = callback(num_samples=SIZE, steps=60, preconditioner="optimizer")
+    tracked = monitor(4, num_samples=SIZE)
+    fit(tmp_path, spectra, tracked, module=Adam(), max_epochs=3)
+    assert [record.global_step for record in tracked.history] == [1, 2, 4, 5, 8, 10, 12, 15]
+    by_step = {record.global_step: record for record in tracked.history}
+    assert by_step[4].calibration is by_step[4].headroom is None
+    for full in spectra.history:
+        found = by_step[full.global_step]
+        assert 1 - 1e-5 <= found.calibration <= 1.01
+        assert found.calibration == pytest.approx(full.spectrum.lambda_max / found.tracked_lambda_max)
+        if full.global_step < 8:  # Adam's averages are young
+            assert found.tracked_stability_ratio is None
+            continue
+        assert 0.95 <= found.tracked_stability_ratio / full.stability_ratio <= 1 + 1e-5
+        assert found.headroom == pytest.approx(1 / found.tracked_stability_ratio / found.calibration)
+    assert by_step[8].calibration == by_step[5].calibration
+
+
+def test_fewer_samples_are_calibrated_to_those_of_the_analysis(tmp_path: Path) -> None:
+    spectra, tracked = callback(num_samples=SIZE, steps=60), monitor(5, num_samples=8)
+    fit(tmp_path, tracked, spectra, module=Sgd())
+    assert [record.global_step for record in tracked.history] == [1, 2, 4, 5, 10], "once per step"
+    found, full = tracked.history[-1], spectra.history[-1].spectrum
+    assert found.calibration * found.tracked_lambda_max == pytest.approx(full.lambda_max)
+    assert found.calibration < 0.95
+    metrics = {key for record in spectra.history for key in record.metrics}
+    assert metrics == {"train_loss", "train_loss_step", "train_loss_epoch"}, "those of the network"
+
+
+def test_what_is_logged(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="", version="")
+    tracked = monitor()
+    trainer = fit(tmp_path, tracked, callback(), module=Sgd(), logger=logger)
+    keys = {"tracked_lambda_max", "tracked_stability_ratio", "batch_sharpness", "calibration", "headroom"}
+    last = tracked.history[-1].scalars("sharpness")
+    assert set(last) == {f"sharpness/{key}" for key in keys}
+    for key, value in last.items():
+        assert trainer.callback_metrics[key] == pytest.approx(value)
+    rows = read_csv(tmp_path / "metrics.csv")
+    logged = [float(row["sharpness/tracked_lambda_max"]) for row in rows if row["sharpness/tracked_lambda_max"]]
+    found = [record.tracked_lambda_max for record in tracked.history]
+    assert all(min(abs(value - other) for other in logged) < 1e-5 for value in found)
+    assert len(logged) == len(found) + 2, "a search follows each analysis, of which both are right after a measurement"
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+class Noisy(Classifier):
+    """With dropout, batch norm, an accuracy, and a counter that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Dropout(0.3), nn.BatchNorm1d(6))
+        self.accuracy = MulticlassAccuracy(10)
+        self.count = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.count += 1
+        self.accuracy(self(batch[0]), batch[1])
+        self.log("accuracy", self.accuracy, on_step=True, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+
+def trained(tmp_path: Path, *callbacks: pl.Callback) -> Any:
+    module, recorder = Noisy(), Recorder()
+    trainer = fit(tmp_path, recorder, *callbacks, module=module, accumulate_grad_batches=2, max_epochs=3)
+    metrics = {key: value for key, value in trainer.callback_metrics.items() if not key.startswith("sharpness")}
+    gradients = [p.grad for p in module.parameters()]
+    parts = [module.state_dict(), trainer.optimizers[0].state_dict(), gradients, module.count, metrics]
+    return freeze([*parts, recorder.batches, recorder.modes]), global_generators()
+
+
+def test_training_is_bit_identical(tmp_path: Path) -> None:
+    tracked = monitor(1, mode="deterministic")
+    assert trained(tmp_path, tracked) == trained(tmp_path)
+    assert [record.global_step for record in tracked.history] == list(range(1, 10))
+
+
+def test_the_cost_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all gradients and products of a run, each of which calls `torch.autograd.grad` once per batch."""
+    grad, calls = torch.autograd.grad, [0]
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        calls[0] += 1
+        return grad(*arguments, **options)
+
+    class Counts(pl.Callback):
+        """Comes after the monitor."""
+
+        seen: list[int] = []  # noqa: RUF012
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.seen.append(calls[0])
+
+    monkeypatch.setattr(torch.autograd, "grad", counting)
+    tracked = monitor(1, num_samples=8, mode="eval")
+    fit(tmp_path, tracked, Counts(), module=Adam(), max_epochs=4)
+    costs = [after - before for before, after in pairwise(Counts.seen)]
+    assert len(costs) == len(tracked.history) - 1
+    for cost, record in zip(costs, tracked.history[1:], strict=True):
+        assert record.products <= 1 + TRACKING_PRODUCTS
+        assert cost == 2 + record.products
+        assert 2 + 2 * record.products <= GRADIENTS_PER_MEASUREMENT == 12
+    assert 2 + 2 * tracked.history[0].products <= GRADIENTS_PER_SEARCH == 2 + 2 * (SEARCH_PRODUCTS + 1)
+
+
+# The alarm ------------------------------------------------------------------------------------------------------------
+
+
+def losses_of(trainer: pl.Trainer) -> float:
+    return float(trainer.callback_metrics["train_loss_step"])
+
+
+def test_an_alarm_precedes_divergence(tmp_path: Path) -> None:
+    """The learning rate grows by a tenth in every step; the loss of chance is 2.3."""
+    tracked = monitor(5, num_samples=SIZE)
+    with own_warnings() as said:
+        trainer = fit(tmp_path, tracked, module=Sgd(0.05, 1.1), max_epochs=14)
+    assert losses_of(trainer) > 5
+    alarms = [text for text in said if "near the edge of stability" in text]
+    assert len(alarms) == 1
+    step = next(
+        late.global_step for early, late in pairwise(tracked.history) if max(early.headroom, late.headroom) < 1.2
+    )
+    assert f"after step {step}" in alarms[0]
+    assert "`headroom=1.2`" in alarms[0]
+    assert step < 60 < trainer.global_step
+
+
+def test_no_alarm_in_a_healthy_training(tmp_path: Path) -> None:
+    tracked = monitor(5, num_samples=SIZE)
+    with own_warnings() as said:
+        trainer = fit(tmp_path, tracked, module=Sgd(0.1), max_epochs=14)
+    assert losses_of(trainer) < 2
+    assert min(record.headroom for record in tracked.history) > 2
+    assert not said
+
+
+def test_early_stopping_stops_before_divergence(tmp_path: Path) -> None:
+    stop = EarlyStopping(
+        "sharpness/headroom", mode="max", divergence_threshold=1.0, patience=10**9, check_on_train_epoch_end=True
+    )
+    with own_warnings() as said:
+        trainer = fit(tmp_path, monitor(5, num_samples=SIZE), stop, module=Sgd(0.05, 1.1), max_epochs=14)
+    assert 0 < stop.stopped_epoch < 13
+    assert losses_of(trainer) < 5
+    assert len(said) <= 1
+
+
+def record(step: int, headroom: float | None) -> TrackedRecord:
+    return TrackedRecord(step, 3, 2.0, None, None, None, headroom)
+
+
+@pytest.mark.parametrize(
+    ("headrooms", "alarm"),
+    [([], False), ([0.5], False), ([0.5, 2.0, 0.5], False), ([2.0, 1.1, 1.1], True), ([1.1, None, 1.1, 3.0], True)],
+)
+def test_one_low_value_is_no_alarm(headrooms: list[float | None], alarm: bool) -> None:
+    assert gives_alarm([record(step, value) for step, value in enumerate(headrooms)], 1.2) is alarm
+
+
+# Resuming, copies -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from:UserWarning")
+def test_a_resumed_run_goes_on(tmp_path: Path) -> None:
+    """With the same samples, and without a second alarm."""
+    whole, first, second = (monitor(5, dataloader=loader(), seed=seed) for seed in (0, 0, 1))
+
+    def alarms(tracked: SharpnessMonitor, folder: Path, ckpt_path: Path | None = None) -> int:
+        save = ModelCheckpoint(folder, filename="half", every_n_epochs=10, save_top_k=-1)
+        arguments: dict[str, Any] = {"ckpt_path": ckpt_path, "enable_checkpointing": True, "max_epochs": 14}
+        with own_warnings() as said:
+            fit(folder, tracked, save, module=Sgd(0.05, 1.1), **arguments)
+        return len([text for text in said if "edge of stability" in text])
+
+    assert alarms(whole, tmp_path / "whole") == 1
+    assert alarms(first, tmp_path / "first") == 1
+    assert alarms(second, tmp_path / "second", tmp_path / "first" / "half.ckpt") == 0
+    steps = [record.global_step for record in whole.history]
+    assert [record.global_step for record in second.history] == steps
+    assert second.history[: steps.index(50) + 1] == first.history[: steps.index(50) + 1]
+    assert second._analyzer.samples._drawn == first._analyzer.samples._drawn
+
+
+def test_a_damaged_state_is_refused() -> None:
+    tracked = monitor()
+    for shape in ((2, 3), (7,)):
+        with pytest.raises(ValueError, match="`records` of a SharpnessMonitor must be"):
+            tracked.load_state_dict({"records": torch.zeros(shape, dtype=torch.float64), "samples": {}})
+    for value in (torch.nan, torch.inf):
+        records = torch.full((1, 7), value, dtype=torch.float64)
+        with pytest.raises(ValueError, match="`global_step` and `products` of a tracked record must be finite"):
+            tracked.load_state_dict({"records": records, "samples": {}})
+    empty = monitor()
+    empty.load_state_dict(tracked.state_dict())
+    assert empty.history == []
+
+
+def test_the_original_shows_the_records_of_its_copy(tmp_path: Path) -> None:
+    tracked = monitor()
+    copied = copy.deepcopy(tracked)
+    fit(tmp_path, copied, module=Sgd())
+    assert tracked.history == copied.history != []
+    again = pickle.loads(pickle.dumps(copied))  # noqa: S301
+    assert again.history == copied.history
+    assert again.every_n_train_steps == 5
+    assert again._tracker._vectors == []
+    assert len(copied._tracker._vectors) == 1
+
+
+# What can go wrong ----------------------------------------------------------------------------------------------------
+
+
+def test_of_an_unknown_optimizer_the_eigenvalue_is_tracked(tmp_path: Path) -> None:
+    class Unknown(torch.optim.Optimizer):
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, {"lr": 0.1})
+
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            return closure()
+
+    class Module(Classifier):
+        def configure_optimizers(self) -> Any:
+            return Unknown(self.parameters())
+
+    tracked = monitor()
+    with own_warnings() as said:
+        fit(tmp_path, tracked, module=Module())
+    [text] = said
+    assert "`sharpness/headroom` is not known" in text
+    assert "the stability threshold of Unknown is not known; those of SGD, Adam" in text
+    assert all(record.tracked_lambda_max > 0 and record.headroom is None for record in tracked.history)
+
+
+def test_learning_rates_that_differ_have_no_threshold(tmp_path: Path) -> None:
+    class Module(Classifier):
+        def configure_optimizers(self) -> Any:
+            groups = [{"params": self.net[0].parameters()}, {"params": self.net[2].parameters(), "lr": 0.2}]
+            return torch.optim.SGD(groups, lr=0.1)
+
+    tracked = monitor()
+    with own_warnings() as said:
+        fit(tmp_path, tracked, module=Module())
+    [text] = said
+    assert "parameter groups of SGD have different stability thresholds" in text
+    assert tracked.history[-1].headroom is None
+
+
+def fails(module: Any, batch: Any) -> Tensor:
+    msg = "no loss today"
+    raise OSError(msg)
+
+
+def test_a_failure_warns_once_and_training_goes_on(tmp_path: Path) -> None:
+    tracked = monitor(1, loss_fn=fails, on_error="warn", mode="eval")
+    with own_warnings() as said:
+        trainer = fit(tmp_path, tracked, module=Sgd())
+    [text] = said
+    assert "the sharpness after step 1 is not known. OSError: no loss today" in text
+    assert trainer.global_step == 10
+    assert tracked.history == []
+    with pytest.raises(OSError, match="no loss today"):
+        fit(tmp_path, monitor(1, loss_fn=fails, mode="eval"), module=Sgd())
+
+
+def test_sharded_parameters_get_a_reason_and_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(trainer: Any, option: str) -> None:
+        msg = f"`{option}` is not available with ModelParallelStrategy"
+        raise strategies.MisconfigurationException(msg)
+
+    monkeypatch.setattr(strategies, "check_whole", refuse)
+    tracked = monitor(1, on_error="warn")
+    with own_warnings() as said:
+        fit(tmp_path, tracked, module=Sgd())
+    [text] = said
+    assert "the sharpness will not be tracked. " in text
+    assert "`SharpnessMonitor` is not available with ModelParallelStrategy" in text
+    assert tracked.history == []
+
+
+def test_names_must_differ(tmp_path: Path) -> None:
+    with pytest.raises(strategies.MisconfigurationException, match="another callback with `name='sharpness'`"):
+        fit(tmp_path, monitor(), callback(name="sharpness"), module=Sgd())
+    with pytest.raises(RuntimeError, match="more than one stateful callback"):  # Lightning's own check
+        fit(tmp_path, monitor(), monitor(), module=Sgd())
+    fit(tmp_path, monitor(), monitor(name="other"), module=Sgd())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"every": 0}, "`every_n_train_steps` must be a positive integer"),
+        ({"num_samples": 0}, "`num_samples` must be a positive integer"),
+        ({"batch_size": 0}, "`batch_size` must be a positive integer"),
+        ({"headroom": float("inf")}, "`headroom` must be a finite number above 0"),
+        ({"headroom": True}, "`headroom` must be a finite number above 0"),
+        ({"mode": "trian"}, "`mode` must be"),
+        ({"on_error": "ignore"}, "`on_error` must be"),
+    ],
+)
+def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        monitor(**arguments)
+
+
+@pytest.mark.parametrize("option", ["steps", "probes", "track_eigenvectors"])
+def test_options_that_it_does_not_have(option: str) -> None:
+    with pytest.raises(TypeError, match=f"SharpnessMonitor has no option '{option}'"):
+        monitor(**{option: 7})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'num_sample'"):
+        monitor(num_sample=1, num_samples=2)
+
+
+def test_from_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [""])
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 with jsonargparse 4.53
+    callbacks = [{"class_path": "lightning_hesd.SharpnessMonitor", "init_args": {"every_n_train_steps": 2, "seed": 3}}]
+    trainer = {**QUIET, "max_epochs": 1, "enable_checkpointing": False, "default_root_dir": str(tmp_path)}
+    config = tmp_path / "config.yaml"
+    values = {"seed_everything": 0, "trainer": {**trainer, "callbacks": callbacks}, "model": {"width": 6}}
+    config.write_text(json.dumps(values))
+    arguments = ["fit", "--config", str(config)]
+    cli = LightningCLI(cli_project.Net, cli_project.Data, args=arguments, save_config_callback=None)
+    [tracked] = [each for each in cli.trainer.callbacks if isinstance(each, SharpnessMonitor)]
+    assert (tracked.every_n_train_steps, tracked._analyzer._options.seed) == (2, 3)
+    assert tracked.history
+
+
+def test_batches_that_cannot_be_drawn_are_kept_from_training(tmp_path: Path) -> None:
+    class Stream(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return (tuple(part[0] for part in samples([at])) for at in range(SIZE))
+
+    tracked = monitor()
+    fit(tmp_path, tracked, module=Sgd(), data=torch.utils.data.DataLoader(Stream(), batch_size=8))
+    assert [record.global_step for record in tracked.history] == [1, 2, 4, 5, 10]
