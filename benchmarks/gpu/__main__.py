@@ -2,7 +2,7 @@
 
 python -m benchmarks.gpu                        # everything, on the first GPU: a few minutes
 python -m benchmarks.gpu --only memory waiting  # these checks; prints only
-python -m benchmarks.gpu --device cpu           # a small form, which tests this program
+python -m benchmarks.gpu --device cpu           # a small form, which tests this program; prints only
 
 It needs torch and Lightning, no network and no installation: copy the repository, and start it there. Each check runs
 in a process of its own, so that a failure of one, or of the device itself, does not end the others. The exit status is
@@ -59,7 +59,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="end checks that take longer in total")
     parser.add_argument("--together", action="store_true", help="run the checks in this process")
     parser.add_argument("--findings", type=Path, help="also write the findings to this file, as JSON, one by one")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, help="folder of the table; default: benchmarks/results, of a GPU only")
     args = parser.parse_args()
     device = torch.device(args.device)
     setting = Setting(device, is_small=device.type == "cpu")
@@ -68,6 +68,9 @@ def main() -> int:
 
     started = time.perf_counter()
     print(environment(setting), flush=True)
+    out: Path | None = args.out
+    if out is None and args.only is None and setting.is_cuda:
+        out = ROOT / "benchmarks" / "results"
     found: list[Finding] = []
     for name in args.only or CHECKS:
         left = 60 * args.minutes - (time.perf_counter() - started)
@@ -77,10 +80,10 @@ def main() -> int:
             print(finding.status, finding.title, finding.figures, sep=" | ", flush=True)
             if args.findings is not None:
                 args.findings.write_text(json.dumps([asdict(one) for one in found]), encoding="utf-8")
-            if args.only is None:  # at once: what follows may be interrupted
-                args.out.mkdir(parents=True, exist_ok=True)
+            if out is not None:  # at once: what follows may be interrupted
+                out.mkdir(parents=True, exist_ok=True)
                 page = document(setting, found, time.perf_counter() - started)
-                (args.out / "gpu.md").write_text(page, encoding="utf-8")
+                (out / "gpu.md").write_text(page, encoding="utf-8")
     failed = [finding.title for finding in found if finding.status == "failed"]
     print(f"{len(failed)} of {len(found)} failed", *failed, sep="\n- ")
     return 1 if failed else 0

@@ -98,7 +98,7 @@ def _measured(
         started = time.perf_counter()
         run, peak = peak_of(setting, lambda: estimate(own, nodes, 0))
         found |= {"density": time.perf_counter() - started, "peak": peak, "products": run.products, "c_t": run.c_t}
-        if candidate.c_t is not None:
+        if candidate.c_t is not None and not setting.is_small:
             found["until"] = _seconds(setting, lambda: candidate.c_t and candidate.c_t(own, 0))
     return found
 
@@ -118,6 +118,7 @@ def _finding(title: str, found: dict[str, float], ours: dict[str, float], *, is_
         f"{found['products']:.0f} HVPs, peak {found['peak'] / 2**20:.0f} MiB, C_t {found['c_t']:.5f}"
     )
     if is_ours:
-        figures += f"; C_t to {TOLERANCE:.0%} in {found['until']:.3g} s"
+        if "until" in found:
+            figures += f"; C_t to {TOLERANCE:.0%} in {found['until']:.3g} s"
         return judged(title, found["error"] <= LARGEST_ERROR, figures)
     return Finding(title, "for information", figures)

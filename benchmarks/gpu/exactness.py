@@ -22,12 +22,8 @@ if TYPE_CHECKING:
 ROUNDING = 128.0
 """Units of rounding by which eigenvalues and products may differ, relative to the norm: sums run in another order."""
 
-STEPS = 80
-"""Lanczos steps after which the extremes of these networks are exact to rounding."""
-
-
-FEW = ("convolutions and batch norm", "attention")
-"""Problems that are tried where there is little time."""
+STEPS = {False: 80, True: 50}
+"""Lanczos steps after which the extremes of these networks are exact to rounding, for large and small ones."""
 
 
 class Truth:
@@ -51,17 +47,19 @@ class Truth:
 
 def exactness(setting: Setting) -> Iterator[Finding]:
     """Compare extremes, C_t and a product with those of dense Hessians."""
-    for name in FEW if setting.is_small else MAKERS:
+    for name in ("attention",) if setting.is_small else MAKERS:
         on_cpu = make(name, is_small=setting.is_small)
         truth = Truth(on_cpu.to(setting.device))
         for dtype in (torch.float64, torch.float32):
             problem = on_cpu.to(setting.device, dtype)
-            yield _compared(f"{name}, {_name(dtype)}: spectrum of the dense Hessian", problem, truth)
+            yield _compared(
+                f"{name}, {_name(dtype)}: spectrum of the dense Hessian", problem, truth, STEPS[setting.is_small]
+            )
 
 
-def _compared(title: str, problem: Problem, truth: Truth) -> Finding:
+def _compared(title: str, problem: Problem, truth: Truth, steps: int) -> Finding:
     epsilon = torch.finfo(next(problem.module.parameters()).dtype).eps
-    spectrum = hessian_spectrum(problem.module, problem.batches, loss, steps=min(STEPS, problem.dimension))
+    spectrum = hessian_spectrum(problem.module, problem.batches, loss, steps=steps)
     vector = torch.randn(problem.dimension, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     with HessianOperator(problem.module, problem.batches, loss) as hessian:
         product = hessian @ vector
@@ -95,7 +93,7 @@ def reduced_precision(device: torch.device) -> Iterator[None]:
 
 def precision(setting: Setting) -> Iterator[Finding]:
     """Allow reduced precision outside, see that it does not leak in, and that it is allowed again afterwards."""
-    for name in FEW[:1] if setting.is_small else ("MLP", *FEW):
+    for name in ("convolutions and batch norm",) if setting.is_small else [*MAKERS][:3]:
         problem = make(name, is_small=setting.is_small).to(setting.device)
         truth = Truth(problem)
         seen: set[str] = set()
@@ -106,7 +104,7 @@ def precision(setting: Setting) -> Iterator[Finding]:
 
         with reduced_precision(setting.device):
             outside = _precision_of(setting.device)
-            spectrum = hessian_spectrum(problem.module, problem.batches, watched, steps=min(STEPS, problem.dimension))
+            spectrum = hessian_spectrum(problem.module, problem.batches, watched, steps=STEPS[setting.is_small])
             after = _precision_of(setting.device)
             with torch.autocast(setting.device.type, enabled=False):  # the rest is what an analysis may catch
                 leaked = truth.of_product(*_plain_product(problem))

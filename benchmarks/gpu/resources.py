@@ -79,7 +79,7 @@ def waits_counted(setting: Setting) -> Iterator[list[str]]:
 
 def waiting(setting: Setting) -> Iterator[Finding]:
     """Count the waits per Lanczos step, from the difference of a longer run and a shorter one."""
-    problem = make("attention", is_small=setting.is_small).to(setting.device)
+    problem = make("MLP" if setting.is_small else "attention", is_small=setting.is_small).to(setting.device)
     few, many = STEPS_BETWEEN_CHECKS, (2 if setting.is_small else 4) * STEPS_BETWEEN_CHECKS
     per_step_on_the_cpu = 4.0  # reading is free there: two norms, their quotient's test, and the coefficients
     for name, allowed in (("graph", 0.0), ("recompute", 0.0), ("finite_difference", 1.0)):
@@ -135,10 +135,12 @@ MARGIN = 1.1
 
 def memory(setting: Setting) -> Iterator[Finding]:
     """Compare the peak of the first analysis and of later ones with the plan, and see that nothing stays behind."""
-    for name, (module, batches) in _problems(setting).items():
+    problems = _problems(setting)
+    for name in ("GPT",) if setting.is_small else problems:
+        module, batches = problems[name]
         hessian_spectrum(module, batches, _cross_entropy, steps=2)  # so that libraries have their workspaces
-        for basis in ("device", "cpu", "none"):
-            options, cache = analysis_options(steps=20, basis=basis), AnalysisCache()
+        for basis in ("none",) if setting.is_small else ("device", "cpu", "none"):
+            options, cache = analysis_options(steps=4 if setting.is_small else 20, basis=basis), AnalysisCache()
             work = partial(analyze, module, weighted_batches(batches), _cross_entropy, options, cache=cache)
             before = _allocated(setting)
             _, first = peak_of(setting, work)
