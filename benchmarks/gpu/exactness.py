@@ -136,8 +136,8 @@ def _plain_product(problem: Problem) -> tuple[Tensor, Tensor]:
         mean: Any = sum(loss(problem.module, batch) * len(batch[0]) / total for batch in problem.batches)
         gradients = torch.autograd.grad(mean, parameters, create_graph=True)
         product = torch.autograd.grad(gradients, parameters, directions)
-    product, vector = (torch.cat([part.flatten() for part in parts]) for parts in (product, directions))
-    return product, vector
+    flat, vector = (torch.cat([part.flatten() for part in parts]) for parts in (product, directions))
+    return flat, vector
 
 
 SHAPES = {False: (2, 8, 1024, 64), True: (1, 2, 512, 8)}
@@ -156,6 +156,7 @@ class Heads(nn.Module):
             nn.Parameter(torch.randn(samples, count, tokens, width, generator=generator)) for count in (heads, few, few)
         )
         mask = (torch.rand(tokens, tokens, generator=generator) < 0.8) | torch.eye(tokens, dtype=torch.bool)
+        self.mask: Tensor | None
         self.register_buffer("mask", mask if masked else None)
         self.options = {"is_causal": causal, "enable_gqa": grouped}
 
@@ -199,7 +200,7 @@ def _plain_attention_product(heads: Heads, vector: Tensor) -> Tensor:
     exact.mask, exact.options = heads.mask, heads.options
     parameters = list(exact.parameters())
     sizes = [p.numel() for p in parameters]
-    directions = [v.view_as(p) for v, p in zip(vector.double().split(sizes), parameters, strict=True)]
+    directions = [v.view_as(p) for v, p in zip(torch.split(vector.double(), sizes), parameters, strict=True)]
     with sdpa_kernel(SDPBackend.MATH):
         gradients = torch.autograd.grad(exact(), parameters, create_graph=True)
         return torch.cat([part.flatten() for part in torch.autograd.grad(gradients, parameters, directions)])

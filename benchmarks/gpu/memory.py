@@ -42,7 +42,7 @@ def peak_of(setting: Setting, work: Callable[[], Any], *, reserved: bool = False
     return result, most(setting.device) - before
 
 
-class CappedMeter(CountingMeter):
+class CappedMeter(CountingMeter):  # type: ignore[no-untyped-call]
     """Raises PyTorch's error for exhausted memory where the tensors made inside it take more bytes than the limit."""
 
     def __init__(self, limit: float) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import warnings
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from lightning_hesd.numerics.analysis.engine import analyze
 from lightning_hesd.numerics.inputs.batches import weighted_batches
 from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.krylov.lanczos import STEPS_BETWEEN_CHECKS
-from lightning_hesd.numerics.operators.strategies import AnalysisCache
+from lightning_hesd.numerics.operators.strategies import AnalysisCache, Strategy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,7 +82,8 @@ def waiting(setting: Setting) -> Iterator[Finding]:
     problem = make("MLP" if setting.is_small else "attention", is_small=setting.is_small).to(setting.device)
     few, many = STEPS_BETWEEN_CHECKS, (2 if setting.is_small else 4) * STEPS_BETWEEN_CHECKS
     per_step_on_the_cpu = 4.0  # reading is free there: two norms, their quotient's test, and the coefficients
-    for name, allowed in (("graph", 0.0), ("recompute", 0.0), ("finite_difference", 1.0)):
+    for name in get_args(Strategy):
+        allowed = float(name == "finite_difference")  # the norm of the vector
         counts = []
         for steps in (few, many):
             with waits_counted(setting) as waits:

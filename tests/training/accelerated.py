@@ -31,7 +31,14 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from lightning_hesd import HessianSpectrumCallback, Spectrum, hessian_spectrum, layer_spectra
+from lightning_hesd import (
+    HessianOperator,
+    HessianSpectrumCallback,
+    Spectrum,
+    hessian_spectrum,
+    layer_spectra,
+    top_eigenpairs,
+)
 from lightning_hesd.metrics import HessianCriteria
 from lightning_hesd.sample_size.bounds import network_bound
 from lightning_hesd.sample_size.directions import dominant_directions
@@ -213,8 +220,35 @@ def case_nothing_waits_in_a_step() -> None:
 
 
 @of_any_device
-def case_differences_wait_once_for_each_batch() -> None:
-    assert waits(strategy="finite_difference") == 1 + 8 * len(batches())
+def case_differences_wait_once_in_a_step() -> None:
+    assert len(batches()) > 1
+    assert waits(strategy="finite_difference") == 1 + 8
+
+
+@of_any_device
+def case_default_device() -> None:
+    """All is the same where new tensors are on the device by default, as some scripts want it."""
+
+    def found() -> list[Any]:
+        net = Net().to(DEVICE)
+        with HessianOperator(net, batches(), mean_loss) as hessian:
+            pairs = top_eigenpairs(hessian, 2)
+        spectra = [
+            hessian_spectrum(net, batches(), mean_loss, steps=4, sampling_error=True, loss_along_eigenvectors=True),
+            hessian_spectrum(net, batches(), mean_loss, steps=4, probe="rademacher", strategy="finite_difference"),
+            *layer_spectra(net, batches(), mean_loss, steps=4).values(),
+        ]
+        callback = HessianSpectrumCallback(steps=4, num_samples=40, monitor_gradients=True, on_error="raise")
+        fit(callback, enable_checkpointing=False)
+        spectra.append(callback.history[0].spectrum)
+        return [pairs.values.tolist(), [values(spectrum) for spectrum in spectra]]
+
+    expected = found()
+    torch.set_default_device(DEVICE)
+    try:
+        assert found() == expected
+    finally:
+        torch.set_default_device(None)
 
 
 def case_layers() -> None:
