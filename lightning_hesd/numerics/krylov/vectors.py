@@ -44,7 +44,7 @@ class VectorSpace:
 
     def dot(self, first: Tensor, second: Tensor) -> Tensor:
         """Return the inner product, a scalar."""
-        return dot(first, second)
+        return inner_product(first, second)
 
     def norm(self, vector: Tensor) -> Tensor:
         """Return the norm, a scalar."""
@@ -71,7 +71,7 @@ class VectorSpace:
         """Take note that the parameters have other values now, so that none of the old ones are used."""
 
 
-def dot(first: Tensor, second: Tensor) -> Tensor:
+def inner_product(first: Tensor, second: Tensor) -> Tensor:
     """Return the inner product of two vectors of any length, a scalar."""
     if first.numel() <= LONGEST:
         return torch.dot(first, second)
