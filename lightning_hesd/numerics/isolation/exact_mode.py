@@ -140,7 +140,7 @@ def exact_mode(
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_without_autocast(device_types))
-        for backend, name, exact in _float32_formats():
+        for backend, name, exact in _number_formats():
             _set(stack, backend, name, exact)
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -187,8 +187,17 @@ def _check_norms(module: nn.Module) -> None:
 
 def _set(stack: contextlib.ExitStack, owner: Any, name: str, value: object) -> None:
     """Set an attribute until the stack of contexts is left."""
-    stack.callback(setattr, owner, name, getattr(owner, name))
+    before = getattr(owner, name)
+    if name == "fp32_precision":
+        stack.callback(_inherit, owner, before)  # after the next one
+    stack.callback(setattr, owner, name, before)
     setattr(owner, name, value)
+
+
+def _inherit(backend: Any, before: str) -> None:
+    """Let a backend follow the precision of all backends again, if it has the same: it cannot be seen if it did."""
+    if getattr(torch.backends, "fp32_precision", None) == before:
+        backend.fp32_precision = "none"
 
 
 def release_memory() -> None:
@@ -199,10 +208,17 @@ def release_memory() -> None:
             module.empty_cache()
 
 
-def _float32_formats() -> list[tuple[Any, str, object]]:
+_REDUCED_SUMS = (
+    *("allow_fp16_accumulation", "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"),
+)
+"""Settings that let GPUs add up products of 16-bit numbers in 16 bits."""
+
+
+def _number_formats() -> list[tuple[Any, str, object]]:
     """Return the settings of matrix products and convolutions without TF32 and similar formats."""
-    cuda, cudnn, cpu = torch.backends.cuda, torch.backends.cudnn, cast("Any", torch.backends.mkldnn)
+    cuda, cudnn, cpu = cast("Any", torch.backends.cuda), torch.backends.cudnn, cast("Any", torch.backends.mkldnn)
+    sums = [(cuda.matmul, name, False) for name in _REDUCED_SUMS if hasattr(cuda.matmul, name)]
     if hasattr(cudnn, "conv"):  # torch >= 2.9; mixing the old flags with the new ones is an error there
         backends = [cuda.matmul, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv, cpu.rnn]
-        return [(backend, "fp32_precision", "ieee") for backend in backends]
-    return [(backend, "allow_tf32", False) for backend in (cuda.matmul, cudnn)]
+        return [*sums, *((backend, "fp32_precision", "ieee") for backend in backends)]
+    return [*sums, *((backend, "allow_tf32", False) for backend in (cuda.matmul, cudnn))]
