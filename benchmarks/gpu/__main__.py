@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.gpu import comparison, exactness, resources, training
+from benchmarks.gpu import comparison, exactness, resources, surroundings, training
 from benchmarks.gpu.finding import Check, Finding, Setting
 from benchmarks.gpu.page import document, environment
 from benchmarks.isolation import describe
@@ -41,6 +41,7 @@ CHECKS: dict[str, Check] = {
     "exactness": exactness.exactness,
     "precision": exactness.precision,
     "attention": exactness.attention,
+    "surroundings": surroundings.surroundings,
     "identity": training.identity,
     "mixed_precision": training.mixed_precision,
     "process_group": training.process_group,
