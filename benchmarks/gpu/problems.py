@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 Batch = tuple[Tensor, Tensor]
 
@@ -137,11 +138,22 @@ def make(name: str, *, is_small: bool) -> Problem:
     return Problem(name, module.eval(), batches)
 
 
+@contextlib.contextmanager
+def cudnn_setting(name: str, *, value: bool) -> Iterator[None]:
+    """Give a setting of cuDNN a value in this context; `torch.backends.cudnn.flags` would set all of them."""
+    before = getattr(torch.backends.cudnn, name)
+    setattr(torch.backends.cudnn, name, value)
+    try:
+        yield
+    finally:
+        setattr(torch.backends.cudnn, name, before)
+
+
 def dense_hessian(problem: Problem) -> Tensor:
     """Return the Hessian of the mean loss over all samples, shape (n, n), row by row; in the dtype of the module."""
     parameters = list(problem.module.parameters())
     total = sum(len(x) for x, _ in problem.batches)
-    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+    with sdpa_kernel(SDPBackend.MATH), cudnn_setting("enabled", value=False):
         mean: Any = sum(loss(problem.module, batch) * len(batch[0]) / total for batch in problem.batches)
         gradients = torch.autograd.grad(mean, parameters, create_graph=True)
         rows = []

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.gpu.finding import Finding, Setting, judged
-from benchmarks.gpu.memory import peak_of
+from benchmarks.gpu.memory import free_cached, peak_of
 from benchmarks.gpu.problems import loss, make
 from benchmarks.networks import GPT
 from lightning_hesd import hessian_spectrum
@@ -162,4 +162,5 @@ def _cross_entropy(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _allocated(setting: Setting) -> int:
+    free_cached(setting)
     return torch.cuda.memory_allocated(setting.device) if setting.is_cuda else 0

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.gpu.finding import Finding, Setting, judged
-from benchmarks.gpu.problems import Problem, loss, make
+from benchmarks.gpu.problems import Problem, cudnn_setting, loss, make
 from benchmarks.isolation import describe
 from lightning_hesd import hessian_spectrum
 
@@ -54,8 +54,10 @@ def surroundings(setting: Setting) -> Iterator[Finding]:
     if not setting.is_cuda:
         yield Finding("another stream, another GPU: the same spectrum", "needs CUDA", "")
         return
+    setting.synchronize()
     with torch.cuda.stream(torch.cuda.Stream(setting.device)):  # type: ignore[no-untyped-call]
         found = _spectrum(problem)
+    setting.synchronize()
     yield compared("another stream: the same spectrum", found)
     other = (torch.cuda.current_device() + 1) % torch.cuda.device_count()
     if other == torch.cuda.current_device():
@@ -87,7 +89,7 @@ def _with_dropout(setting: Setting, problem: Problem) -> Finding:
         return [torch.get_rng_state(), *([torch.cuda.get_rng_state(setting.device)] if setting.is_cuda else [])]
 
     before = states()
-    with torch.backends.cudnn.flags(deterministic=True):
+    with cudnn_setting("deterministic", value=True):
         first, second = (_spectrum(problem, module, mode="train", strategy=name) for name in ("graph", "recompute"))
     same = all(torch.equal(a, b) for a, b in zip(before, states(), strict=True))
     difference = abs(first.lambda_max - second.lambda_max) / second.lambda_max

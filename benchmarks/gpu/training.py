@@ -53,8 +53,8 @@ class Network(pl.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits, shape (images, classes)."""
         x = self.body(images).flatten(2).transpose(1, 2)
-        query, key, value = self.attend(x).chunk(3, -1)
-        logits: Tensor = self.head((x + F.scaled_dot_product_attention(query, key, value)).mean(1))
+        query, key, value = self.attend(x).unsqueeze(1).chunk(3, -1)  # with one head
+        logits: Tensor = self.head((x + F.scaled_dot_product_attention(query, key, value).squeeze(1)).mean(1))
         return logits
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
