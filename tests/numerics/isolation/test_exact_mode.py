@@ -456,6 +456,35 @@ def test_reduced_precision_is_off_inside_and_on_again_afterwards(precision, run)
                 backend.fp32_precision = value
 
 
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_old_settings_of_precision_can_be_read_and_written_inside(precision, run):
+    def read() -> list[Any]:
+        cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        return [torch.get_float32_matmul_precision(), cuda.allow_tf32, cudnn.allow_tf32, *precisions()]
+
+    def inside(module: nn.Module) -> None:
+        seen.append(read())
+        with torch.backends.cudnn.flags(enabled=False):  # for second derivatives of recurrent networks
+            module(make_batch()[0])
+        seen.append(read())
+
+    initial = precisions()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        before, seen = read(), list[list[Any]]()
+        run(Net(), inside)
+        exact = ["ieee"] * 3 if hasattr(torch.backends.cudnn, "conv") else [False] * 2
+        assert [found[:3] for found in seen] == [["highest", False, False]] * len(seen)
+        assert seen[0][3:] == exact
+        assert "tf32" not in seen[-1]
+        assert read() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        if hasattr(torch.backends.cudnn, "conv"):
+            for backend, value in zip(backends(), initial, strict=True):
+                backend.fp32_precision = value
+
+
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="no settings for all backends together")
 def test_backends_go_on_following_the_setting_for_all_of_them(run):
     initial = precisions()
