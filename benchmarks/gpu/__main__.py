@@ -62,9 +62,7 @@ def main() -> int:
     parser.add_argument("--findings", type=Path, help="also write the findings to this file, as JSON, one by one")
     parser.add_argument("--out", type=Path, help="folder of the table; default: benchmarks/results, of a GPU only")
     args = parser.parse_args()
-    device = torch.device(args.device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", 0)
+    device = torch.device("cuda:0" if args.device == "cuda" else args.device)
     setting = Setting(device, is_small=device.type == "cpu")
     if setting.is_cuda and not torch.cuda.is_available():
         parser.error("torch finds no GPU here; --device cpu runs a small form")
