@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.gpu import comparison, exactness, resources, surroundings, training
+from benchmarks.gpu import comparison, exactness, process_group, resources, surroundings, training
 from benchmarks.gpu.finding import Check, Finding, Setting
 from benchmarks.gpu.page import document, environment
 from benchmarks.isolation import describe
@@ -44,7 +44,7 @@ CHECKS: dict[str, Check] = {
     "surroundings": surroundings.surroundings,
     "identity": training.identity,
     "mixed_precision": training.mixed_precision,
-    "process_group": training.process_group,
+    "process_group": process_group.process_group,
     "out_of_memory": training.out_of_memory,
     "waiting": resources.waiting,
     "memory": resources.memory,

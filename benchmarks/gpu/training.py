@@ -1,4 +1,4 @@
-"""Training with the callback is the same to the last bit: in mixed precision, in a process group, without memory."""
+"""Training with the callback is the same to the last bit: in float32, in mixed precision, and when memory runs out."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
@@ -25,7 +23,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.gpu.finding import Finding, Setting, judged
 from benchmarks.gpu.memory import capped, peak_of
 from lightning_hesd import HessianSpectrumCallback, hessian_spectrum
-from lightning_hesd.numerics.collectives import DistributedCollectives
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -223,10 +220,10 @@ def mixed_precision(setting: Setting) -> Iterator[Finding]:
             not changed,
             f"{changed} of {len(plain.state)} values of the final state differ{scales}",
         )
-        yield _same_spectrum(f"{name}: the spectrum is that of the loss in float32", setting, callback, watched)
+        yield same_spectrum(f"{name}: the spectrum is that of the loss in float32", setting, callback, watched)
 
 
-def _same_spectrum(title: str, setting: Setting, callback: HessianSpectrumCallback, trained: Trained) -> Finding:
+def same_spectrum(title: str, setting: Setting, callback: HessianSpectrumCallback, trained: Trained) -> Finding:
     """Compare the last spectrum with one that is computed without a Trainer, in float32."""
     found = spectra_of(callback)[-1]
     batch = [part.to(setting.device) for part in callback_batch(setting)]
@@ -234,59 +231,6 @@ def _same_spectrum(title: str, setting: Setting, callback: HessianSpectrumCallba
     errors = [abs(getattr(found, name) / getattr(expected, name) - 1) for name in ("c_t", "lambda_max", "loss")]
     figures = "relative differences: C_t {:.1e}, λ_max {:.1e}, loss {:.1e}".format(*errors)
     return judged(title, max(errors) <= ROUNDING, f"{figures}, limit {ROUNDING:.0e}")
-
-
-def process_group(setting: Setting) -> Iterator[Finding]:
-    """Train and communicate in a process group of one process."""
-    backend = "nccl" if setting.is_cuda else "gloo"
-    callback = callback_of(dataloader=[callback_batch(setting)])
-    with _clean_environment():
-        try:
-            plain = train(setting, None, strategy=DDPStrategy(process_group_backend=backend))
-            watched = train(setting, callback, strategy=DDPStrategy(process_group_backend=backend))
-            failures = _failing_collectives(setting)
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-    changed = differing(plain, watched)
-    yield judged(
-        f"ddp, one process, {backend}: training is the same to the last bit with the callback",
-        not changed,
-        f"{changed} of {len(plain.state)} values of the final state differ",
-    )
-    yield _same_spectrum(
-        f"ddp, one process, {backend}: the spectrum is that without a process group", setting, callback, watched
-    )
-    yield judged(
-        f"{backend}: sums, maxima and broadcasts of the package's collectives",
-        not failures,
-        ", ".join(failures) or "float32, float64, bfloat16, integers, numbers, objects, functions",
-    )
-
-
-def _failing_collectives(setting: Setting) -> list[str]:
-    """Return the names of the collectives that fail, or return something else than a process alone has."""
-    group = DistributedCollectives(setting.device)
-    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
-    tensors = [torch.arange(4, device=place).to(dtype) for dtype in dtypes for place in (setting.device, "cpu")]
-    cases: dict[str, bool] = {f"sum of {t.dtype} on {t.device}": torch.equal(group.sum(t.clone()), t) for t in tensors}
-    cases["sum_values"] = group.sum_values([1.5, 1e-300]) == [1.5, 1e-300]
-    cases["max"] = group.max(2.5) == 2.5
-    cases["any"] = group.any(flag=True) and not group.any(flag=False)
-    cases["broadcast"] = group.broadcast({"a": [1, None]}) == {"a": [1, None]}
-    cases["run_together"] = group.run_together(lambda: 3) == 3
-    return [name for name, holds in cases.items() if not holds]
-
-
-@contextlib.contextmanager
-def _clean_environment() -> Iterator[None]:
-    """Restore the environment variables, to which Lightning adds those of its process group."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
 
 
 def out_of_memory(setting: Setting) -> Iterator[Finding]:
