@@ -2,7 +2,7 @@
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types layers doctest docs package matrix stress bench libraries clean
+.PHONY: help setup demo test check lint types layers doctest docs package matrix stress bench gpu libraries clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -50,6 +50,9 @@ matrix: $(INSTALLED) ## run a part of the tests with other versions of Python an
 bench: $(INSTALLED) ## compare with other packages: time, memory, accuracy
 	$(RUN) -m pip install --no-deps -r benchmarks/requirements.txt
 	$(RUN) -m benchmarks
+
+gpu: ## check on a GPU what tests cannot see on a CPU, with the torch and Lightning of $(PYTHON): some minutes
+	$(PYTHON) -m benchmarks.gpu
 
 libraries: $(INSTALLED) ## train models of other libraries, each in an environment of its own: an hour, 1.5 GB for each
 	$(RUN) -m benchmarks.libraries

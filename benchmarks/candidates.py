@@ -156,7 +156,8 @@ def loop_product(problem: Problem) -> Iterator[Product]:
 
 def loop_density(problem: Problem, nodes: int, seed: int) -> Run:
     """Run Lanczos as in PyHessian: random signs, and vectors in a Python list that are projected out one by one."""
-    vector = torch.randint(0, 2, (problem.dimension,), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1.0
+    signs = torch.randint(0, 2, (problem.dimension,), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1.0
+    vector = signs.to(problem.device)
     basis = [vector / vector.norm()]
     alphas: list[float] = []
     betas: list[float] = []

@@ -66,7 +66,7 @@ def eigenthings_density(problem: Problem, nodes: int, seed: int, *, method: str)
     data = CountedPasses(problem.batches)
     operator = eigenthings_operator(problem, data, method)
     result = spectral_density(operator, num_runs=1, lanczos_steps=nodes, seed=seed)
-    values, weights = (part[0].double().numpy() for part in (result.raw_eigenvalues, result.raw_weights))
+    values, weights = (part[0].double().cpu().numpy() for part in (result.raw_eigenvalues, result.raw_weights))
     return Run(data.passes, (float(values[0]), float(values[-1])), rule=(values, weights))
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from benchmarks import networks
@@ -55,6 +54,11 @@ class Problem:
         return sum(p.numel() for p in self.parameters)
 
     @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return self.parameters[0].device
+
+    @property
     def samples(self) -> int:
         """The number of samples in all batches: images, or sequences."""
         return sum(len(inputs) for inputs, _ in self.batches)
@@ -67,6 +71,8 @@ def loss(module: nn.Module, batch: Batch) -> Tensor:
 
 def small_digits(generator: torch.Generator) -> Batch:
     """Return 1024 of scikit-learn's 8×8 digits."""
+    from sklearn.datasets import load_digits  # noqa: PLC0415 - the GPT's text needs no scikit-learn
+
     images, labels = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
     chosen = torch.randperm(len(images), generator=generator)[:1024]
     return images[chosen].float() / 16, labels[chosen]
@@ -120,8 +126,11 @@ RECIPES = {
 }
 
 
-def load(name: str, *, pieces: int = 1, size: Size = "full") -> Problem:
-    """Return a problem with its samples in `pieces` batches, and weights from the cache or trained now."""
+def load(name: str, *, pieces: int = 1, size: Size = "full", device: torch.device | None = None) -> Problem:
+    """Return a problem with its samples in `pieces` batches, and weights from the cache or trained now.
+
+    Weights are trained on the CPU, so that they are those of the benchmark; `device` is where the problem goes.
+    """
     recipe = RECIPES[name]
     samples = recipe.samples if size == "full" else max(8, recipe.samples // 8)
     torch.manual_seed(0)
@@ -134,7 +143,8 @@ def load(name: str, *, pieces: int = 1, size: Size = "full") -> Problem:
         _train(module, inputs, labels, recipe, steps=80 if size == "full" else 5)
         torch.save(module.state_dict(), path)
     chunks = zip(inputs[:samples].chunk(pieces), labels[:samples].chunk(pieces), strict=True)
-    return Problem(name, module.eval(), [(x, y.flatten()) for x, y in chunks])
+    batches = [(x.to(device), y.flatten().to(device)) for x, y in chunks]
+    return Problem(name, module.eval().to(device), batches)
 
 
 def cached(name: str, size: Size, suffix: str) -> Path:

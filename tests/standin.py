@@ -1,8 +1,8 @@
 """A stand-in accelerator: to PyTorch a device "standin" with memory and generator of its own; its data lie on the CPU.
 
-Operations that mix devices fail, as on a GPU. Where `STANDIN.has_float64` is false there is no float64, as on Apple's
-MPS. What makes the computer wait for an accelerator (reading a number, copies between devices without `non_blocking`)
-is counted.
+Operations that mix devices, or take the generator of another, fail, as on a GPU. Where `STANDIN.has_float64` is false
+there is no float64, as on Apple's MPS. What makes the computer wait for an accelerator (reading a number, copies
+between devices without `non_blocking`) is counted.
 
 Importing it registers the device, once and for all in a process: import it before anything has been differentiated, in
 a process of its own. It uses PyTorch's backends in Python (private, and new), and DLPack, by which two tensors, one on
@@ -195,6 +195,10 @@ class _Call:
 
 def _run(operation: Any, *args: Any, **kwargs: Any) -> Any:
     """Run an operation of the device by that of the CPU."""
+    generator = kwargs.get("generator")
+    if generator is not None and generator.device.type != NAME:
+        msg = f"Expected a '{NAME}' device type for generator but found '{generator.device.type}'"
+        raise RuntimeError(msg)
     call = _Call(operation)
     args = tuple(map(call.to_cpu, args))
     kwargs = {name: call.to_cpu(value) for name, value in kwargs.items()}

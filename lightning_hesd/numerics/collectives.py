@@ -99,11 +99,11 @@ class DistributedCollectives(Collectives):
 
     @override
     def sum_values(self, values: Sequence[float]) -> list[float]:
-        return self.sum(torch.tensor(values, dtype=torch.float64)).tolist()
+        return self.sum(torch.tensor(values, dtype=torch.float64, device="cpu")).tolist()
 
     @override
     def max(self, value: float) -> float:
-        found = to_device(torch.tensor(value, dtype=torch.float64), self.device)
+        found = to_device(torch.tensor(value, dtype=torch.float64, device="cpu"), self.device)
         dist.all_reduce(found, dist.ReduceOp.MAX, self._group)
         return found.item()
 

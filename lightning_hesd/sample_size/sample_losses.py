@@ -190,7 +190,7 @@ def chunks(batches: Sequence[WeightedBatch], chunk_size: int | None) -> Iterator
 
 def moments(losses_at: LossesAt, batch: WeightedBatch, dimension: int, sigma: float) -> NDArray[np.float64]:
     """Return (ℓ + ½σ² tr H, σg, σ²H/√2) of the samples of a batch, shape (batch, 1 + D + D²)."""
-    point = torch.zeros(dimension, dtype=torch.float64, requires_grad=True)
+    point = torch.zeros(dimension, dtype=torch.float64, requires_grad=True, device="cpu")
     losses = losses_at(batch, point)
     check_finite(losses, batch)
     gradients, hessians = _derivatives(losses, point)

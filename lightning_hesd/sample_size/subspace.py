@@ -167,7 +167,9 @@ def subspace_stabilization(
     increments.check_orders(orders, seed)
     dimension = directions.shape[1]
     generator = torch.Generator().manual_seed(seed)
-    displacements = sigma * torch.randn(draws, dimension, generator=generator, dtype=torch.float64)
+    displacements = sigma * torch.randn(
+        draws, dimension, generator=generator, dtype=torch.float64, device=generator.device
+    )
     weighted = read_batches(batches)
     with exact_mode(module, mode) as isolation:
         losses_at = displaced_losses(module, loss_fn, parameters, directions, isolation)

@@ -96,6 +96,21 @@ def test_memory_is_that_of_the_device_where_it_tells(provide: Provide) -> None:
     assert default_budget(torch.device("mps")) > 2000, "shared with the computer"
 
 
+class Limited(Accelerator):
+    """One whose memory the process has limited to a share, so far with nothing else on it."""
+
+    def get_per_process_memory_fraction(self, device: object) -> float:
+        return 0.2
+
+    def mem_get_info(self, device: object) -> tuple[int, int]:
+        return 5000 - 700, 5000
+
+
+def test_memory_is_what_the_process_allows_itself(provide: Provide) -> None:
+    provide("xpu", Limited())
+    assert default_budget(torch.device("xpu", 0)) == SHARE_OF_FREE_MEMORY * (0.2 * 5000 - 700 + 700 - 500)
+
+
 def test_all_accelerators_give_memory_back(provide: Provide) -> None:
     module = provide("xpu", Accelerator())
     release_memory()

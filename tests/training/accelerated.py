@@ -27,12 +27,21 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from lightning_hesd import HessianSpectrumCallback, Spectrum, hessian_spectrum, layer_spectra
+from lightning_hesd import (
+    HessianOperator,
+    HessianSpectrumCallback,
+    Spectrum,
+    hessian_spectrum,
+    layer_spectra,
+    top_eigenpairs,
+)
 from lightning_hesd.metrics import HessianCriteria
+from lightning_hesd.numerics.derivatives import attention, fast_derivatives
 from lightning_hesd.sample_size.bounds import network_bound
 from lightning_hesd.sample_size.directions import dominant_directions
 from lightning_hesd.sample_size.sample_losses import per_sample_losses
@@ -213,8 +222,88 @@ def case_nothing_waits_in_a_step() -> None:
 
 
 @of_any_device
-def case_differences_wait_once_for_each_batch() -> None:
-    assert waits(strategy="finite_difference") == 1 + 8 * len(batches())
+def case_differences_wait_once_in_a_step() -> None:
+    assert len(batches()) > 1
+    assert waits(strategy="finite_difference") == 1 + 8
+
+
+@of_any_device
+def case_default_device() -> None:
+    """All is the same where new tensors are on the device by default, as some scripts want it."""
+
+    def found() -> list[Any]:
+        net = Net().to(DEVICE)
+        with HessianOperator(net, batches(), mean_loss) as hessian:
+            pairs = top_eigenpairs(hessian, 2)
+        spectra = [
+            hessian_spectrum(net, batches(), mean_loss, steps=4, sampling_error=True, loss_along_eigenvectors=True),
+            hessian_spectrum(net, batches(), mean_loss, steps=4, probe="rademacher", strategy="finite_difference"),
+            *layer_spectra(net, batches(), mean_loss, steps=4).values(),
+        ]
+        callback = HessianSpectrumCallback(steps=4, num_samples=40, monitor_gradients=True, on_error="raise")
+        fit(callback, enable_checkpointing=False)
+        spectra.append(callback.history[0].spectrum)
+        return [pairs.values.tolist(), [values(spectrum) for spectrum in spectra]]
+
+    expected = found()
+    torch.set_default_device(DEVICE)
+    try:
+        assert found() == expected
+    finally:
+        torch.set_default_device(None)
+
+
+class Heads(nn.Module):
+    """Attention with the queries of six heads, those of keys and values shared by two each, as parameters."""
+
+    def __init__(self, masked: bool) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(2, heads, 5, 3) for heads in (6, 3, 3)]
+        self.inputs = nn.ParameterList(torch.randn(shape, generator=generator) for shape in shapes)
+        self.register_buffer("mask", torch.rand(5, 5, generator=generator) < 0.7 if masked else None)
+
+    def forward(self) -> Tensor:
+        attended = F.scaled_dot_product_attention(*self.inputs, self.mask, is_causal=self.mask is None, enable_gqa=True)
+        return attended.sin().square().mean()
+
+
+@of_any_device
+def case_attention() -> None:
+    """Attention in blocks computes several heads at once, as accelerators need it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast_derivatives, "_LONG", 0)
+        for masked in (False, True):
+            for size in (2 * 25, 2 * 25 - 1, 10):  # the pair of heads, one head, a part of a head
+                patch.setattr(attention, "_BLOCK_ELSEWHERE", size)
+                patch.setattr(attention, "_MIN_ROWS", 2)
+                found = []
+                for device in (torch.device("cpu"), DEVICE):
+                    net = Heads(masked).to(device)
+                    vector = torch.randn(2 * 12 * 15, generator=torch.Generator().manual_seed(1))
+                    with HessianOperator(net, [torch.zeros(1)], lambda module, _: module()) as hessian:
+                        found.append((hessian @ vector).cpu())
+                assert (found[1] - found[0]).norm() <= ROUNDING * found[0].norm()
+    counts = [operations(heads) for heads in (1, 4)]
+    assert counts[0] == counts[1]
+
+
+def operations(heads: int) -> int:
+    """Return the number of matrix products of an HVP of attention with some heads."""
+
+    class Counter(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            Counter.count += func.overloadpacket in {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(1, heads, 4, 2).to(DEVICE).requires_grad_()
+    with Counter():
+        loss = attention.long_attention(x, x, x, None, 1.0, causal=True).sin().sum()
+        [gradient] = torch.autograd.grad(loss, x, create_graph=True)
+        torch.autograd.grad(gradient.square().sum(), x)
+    return Counter.count
 
 
 def case_layers() -> None:

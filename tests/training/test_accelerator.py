@@ -18,7 +18,13 @@ pytestmark = pytest.mark.skipif(
 SCRIPT = Path(__file__).with_name("accelerated.py")
 
 WITH_FLOAT64 = [
-    *("differences_wait_once_for_each_batch", "fit", "float64_is_refused_where_there_is_none"),
+    *(
+        "attention",
+        "default_device",
+        "differences_wait_once_in_a_step",
+        "fit",
+        "float64_is_refused_where_there_is_none",
+    ),
     *("nothing_waits_in_a_step", "random_numbers_of_the_device"),
 ]
 

@@ -252,5 +252,5 @@ class HessianOperator:
         def matmat(vectors: Any) -> Any:
             return self.matmat(torch.as_tensor(vectors)).cpu().numpy()
 
-        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        dtype = torch.empty(0, dtype=self.dtype, device="cpu").numpy().dtype
         return LinearOperator(self.shape, matvec, rmatvec=matvec, matmat=matmat, rmatmat=matmat, dtype=dtype)

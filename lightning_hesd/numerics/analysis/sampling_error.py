@@ -23,7 +23,7 @@ from lightning_hesd.numerics.analysis.group_statistics import (
 from lightning_hesd.numerics.devices import finest_dtype
 from lightning_hesd.numerics.inputs.cuts import UnsplittableBatchError
 from lightning_hesd.numerics.krylov.ritz import tridiagonal_eigh
-from lightning_hesd.numerics.krylov.vectors import add_in_shape
+from lightning_hesd.numerics.krylov.vectors import add_in_shape, inner_product
 from lightning_hesd.numerics.operators.memory import is_out_of_memory
 from lightning_hesd.numerics.operators.strategies import graph
 from lightning_hesd.spectra.validation import one_line
@@ -167,7 +167,8 @@ def _group_curvatures(operator: DiagonalBlock, ends: Sequence[_End], unit: Tenso
     max_groups = max(1, math.ceil(GROUPS / num_batches))
     lengths = [len(end.nodes) for end in ends]
     # One row for each group of all ranks; every rank fills in its own.
-    table = torch.zeros((num_batches + risk.num_skipped) * max_groups, 3 + sum(lengths), dtype=torch.float64)
+    rows = (num_batches + risk.num_skipped) * max_groups
+    table = torch.zeros(rows, 3 + sum(lengths), dtype=torch.float64, device="cpu")
 
     def fill() -> None:
         for group, position, products in _group_products(operator, unit, max_groups):
@@ -177,7 +178,7 @@ def _group_curvatures(operator: DiagonalBlock, ends: Sequence[_End], unit: Tenso
             for end, product, u, target in zip(ends, products, unit, torch.split(row[3:], lengths), strict=True):
                 along = end.run.project(product)
                 if along is None:
-                    target[end.position] = torch.dot(u, product)
+                    target[end.position] = inner_product(u, product)
                 else:
                     target.copy_(torch.from_numpy(end.vectors).T @ along.cpu().double())
 

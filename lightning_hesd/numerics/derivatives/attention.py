@@ -28,7 +28,7 @@ _BLOCK = 2**18
 """Scores per block on the CPU, where intermediate results of this size fit into the cache."""
 
 _BLOCK_ELSEWHERE = 2**24
-"""Scores per block on accelerators, which need large operations."""
+"""Scores per block on accelerators, which need large operations: there several heads share a block."""
 
 _MIN_ROWS = 16
 """Minimal rows per block: with fewer, matrix products are slow."""
@@ -161,10 +161,10 @@ class _Scores:
             yield slice(start, stop), slice(0, min(stop, keys) if self.causal else keys)
 
     def probabilities(self, q: Tensor, k: Tensor, mask: Tensor | None, start: int) -> Tensor:
-        """Return the rows of P of one head for queries from `start` on."""
+        """Return the rows of P of one head, or of several, for queries from `start` on."""
         scores = (q * self.scale) @ k.mT
         if self.causal:
-            recent = scores[:, start:]
+            recent = scores[..., start:]
             recent.masked_fill_(torch.ones_like(recent, dtype=torch.bool).triu(1), -torch.inf)
         if mask is None:
             return torch.softmax(scores, -1)
@@ -193,25 +193,38 @@ class _LongAttention(Function):
 
 
 def _in_blocks(order: int, scores: _Scores, mask: Tensor | None, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Evaluate the derivative of an order, head by head and block by block."""
+    """Evaluate the derivative of an order, block by block."""
     q, k, v, *_ = inputs
     inputs_of_queries, results_of_queries = _has_query_rows(order)
     shapes = [i.shape for i in inputs[: len(results_of_queries)]] if order else [(*q.shape[:-1], v.shape[-1])]
     results = tuple(q.new_zeros(shape) for shape in shapes)
-    for head in itertools.product(*map(range, q.shape[:-2])):
+    for head in _heads(q, k):
         for rows, columns in scores.blocks(q.shape[-2], k.shape[-2], q.device):
 
             def softmax(q: Tensor, k: Tensor, head: Any = head, rows: slice = rows, columns: slice = columns) -> Tensor:
-                part = None if mask is None else mask[head][rows, columns]
+                part = None if mask is None else mask[head][..., rows, columns]
                 return scores.probabilities(q, k, part, rows.start)
 
             given = [
-                i[head][rows if is_query else columns] for i, is_query in zip(inputs, inputs_of_queries, strict=True)
+                i[head][..., rows if is_query else columns, :]
+                for i, is_query in zip(inputs, inputs_of_queries, strict=True)
             ]
             found = _derivative(order)(softmax, scores.scale, *given)
             for result, part, is_query in zip(results, found, results_of_queries, strict=True):
-                result[head][rows if is_query else columns] += part
+                result[head][..., rows if is_query else columns, :] += part
     return results
+
+
+def _heads(q: Tensor, k: Tensor) -> Iterator[tuple[int | slice, ...]]:
+    """Yield indices of heads: one by one on the CPU, and elsewhere as many of a sample as fit into a block."""
+    *others, heads = q.shape[:-2] or (1,)
+    together = 1 if q.device.type == "cpu" else _BLOCK_ELSEWHERE // max(1, q.shape[-2] * k.shape[-2])
+    if together <= 1 or q.ndim == 2:
+        yield from itertools.product(*map(range, q.shape[:-2]))
+        return
+    for other in itertools.product(*map(range, others)):
+        for start in range(0, heads, together):
+            yield *other, slice(start, start + together)
 
 
 def _has_query_rows(order: int) -> tuple[Sequence[bool], Sequence[bool]]:
@@ -227,8 +240,13 @@ _Softmax = Callable[[Tensor, Tensor], Tensor]
 """The rows of P for some queries and the keys to which they attend."""
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return the sum of a matrix and a product of two, of one head or of each of several."""
+    return torch.addmm(total, a, b) if total.ndim == 2 else torch.baddbmm(total, a, b)
+
+
 def _derivative(order: int) -> Callable[..., Sequence[Tensor]]:
-    """Return the derivative of an order, for a block of one head's queries."""
+    """Return the derivative of an order, for a block of queries of one head, or of several."""
     written_out = (_attended, _gradients, _products)
     return written_out[order] if order < len(written_out) else _automatic(order)
 
@@ -274,14 +292,14 @@ def _products(  # noqa: PLR0917 - the order of all derivatives
     the scores is P ∘ G, and its derivative is that of ⟨A ∘ G, P⟩.
     """
     p = softmax(q, k)
-    tangent_scores = torch.addmm(a_q @ k.mT, q, a_k.mT).mul_(scale)
+    tangent_scores = _add_product(a_q @ k.mT, q, a_k.mT).mul_(scale)
     grad_p = g @ v.mT
     tangent_p, grad_scores = _through_softmax(tangent_scores, p), _through_softmax(grad_p, p) * scale
     of_scores = (tangent_scores - row_sum(p, tangent_scores)) * (grad_p - row_sum(p, grad_p))
-    of_scores = _through_softmax(torch.addmm(of_scores, g, a_v.mT), p) * scale
+    of_scores = _through_softmax(_add_product(of_scores, g, a_v.mT), p) * scale
     return (
-        torch.addmm(of_scores @ k, grad_scores, a_k),
-        torch.addmm(of_scores.mT @ q, grad_scores.mT, a_q),
+        _add_product(of_scores @ k, grad_scores, a_k),
+        _add_product(of_scores.mT @ q, grad_scores.mT, a_q),
         tangent_p.mT @ g,
-        torch.addmm(p @ a_v, tangent_p, v),
+        _add_product(p @ a_v, tangent_p, v),
     )

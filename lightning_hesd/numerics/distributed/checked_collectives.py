@@ -108,7 +108,7 @@ class CheckedCollectives(DistributedCollectives):
         return total
 
     def _exchange(self, *, failed: bool, call: int, number: float = 0.0) -> list[float]:
-        state = torch.tensor([float(failed), call, call**2, number], dtype=torch.float64)
+        state = torch.tensor([float(failed), call, call**2, number], dtype=torch.float64, device="cpu")
         return super().sum(state).tolist()
 
 

@@ -32,7 +32,7 @@ from lightning_hesd.numerics.dtensors import is_dtensor, local_shard
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
 from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
 from lightning_hesd.numerics.inputs.tokens import ADVICE
-from lightning_hesd.numerics.krylov.vectors import VectorSpace, gaussian_pieces, sign_pieces
+from lightning_hesd.numerics.krylov.vectors import VectorSpace, gaussian_pieces, inner_product, sign_pieces
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -149,10 +149,10 @@ class FullySharded(ParameterSharding):
             raise ValueError(msg)
         counted = [batch for batch in batches if not batch.is_padding]
         rounds = round(self.collectives.max(len(counted)))
-        table = torch.zeros(3, rounds, self.collectives.size, dtype=torch.float64)
+        table = torch.zeros(3, rounds, self.collectives.size, dtype=torch.float64, device="cpu")
         for row, batch in enumerate(counted):
             own_row = [batch.weight, batch.index, batch.num_samples]
-            table[:, row, self.collectives.rank] = torch.tensor(own_row, dtype=torch.float64)
+            table[:, row, self.collectives.rank] = torch.tensor(own_row, dtype=torch.float64, device="cpu")
         weights, indices, sizes = self.collectives.sum(table)
         own = [*counted, *[batches[0]] * (rounds - len(counted))]
         return [
@@ -202,11 +202,11 @@ class ShardedSpace(VectorSpace):
 
     @override
     def total(self, value: float) -> float:
-        return self._sum(torch.tensor(value, dtype=torch.float64)).item()
+        return self._sum(torch.tensor(value, dtype=torch.float64, device="cpu")).item()
 
     @override
     def dot(self, first: Tensor, second: Tensor) -> Tensor:
-        return self._sum(torch.dot(first, second))
+        return self._sum(inner_product(first, second))
 
     @override
     def norm(self, vector: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ def select_parameters(module: nn.Module, options: AnalysisOptions) -> dict[str, 
     """Return the parameters to analyze by name, each once.
 
     Raises:
-        ValueError: If there is no such parameter, one is complex or without a shape yet, or none has elements.
+        ValueError: If there is no such parameter, one is complex or without a shape yet, none has elements, or they are
+            on several devices.
     """
     wanted = options.parameters
     trainable = {
@@ -49,6 +50,13 @@ def select_parameters(module: nn.Module, options: AnalysisOptions) -> dict[str, 
             raise ValueError(msg)
     if not any(p.numel() for p in selected.values()):
         msg = f"the parameters to analyze have no elements (such as {next(iter(selected))!r}): nothing to analyze."
+        raise ValueError(msg)
+    devices = sorted({str(p.device) for p in selected.values()})
+    if len(devices) > 1:
+        msg = (
+            f"the parameters to analyze must be on one device, got {', '.join(devices)}: move the module to one of "
+            f"them, or choose some, for example by `parameters=lambda name, p: str(p.device) == {devices[-1]!r}`."
+        )
         raise ValueError(msg)
     return selected
 

@@ -185,7 +185,7 @@ def most_uneven_cut(batches: Sequence[WeightedBatch], count: TokenCount) -> tupl
         if len(counts) != batch.num_samples or not counts.sum():
             continue
         of_tokens = (counts.cumsum(0) / counts.sum())[:-1]
-        of_samples = torch.arange(1, len(counts)) / len(counts)
+        of_samples = torch.arange(1, len(counts), device=counts.device) / len(counts)
         differences = (of_tokens - of_samples).abs().where((of_tokens > 0) & (of_tokens < 1), 0)
         if len(differences) and float(differences.max()) > largest:
             largest, found = float(differences.max()), (batch, int(differences.argmax()) + 1)

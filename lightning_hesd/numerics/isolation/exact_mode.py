@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -23,7 +24,7 @@ from lightning_hesd.numerics.isolation.modes import set_mode
 from lightning_hesd.numerics.isolation.snapshot import Snapshot, restoring
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -140,8 +141,7 @@ def exact_mode(
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_without_autocast(device_types))
-        for backend, name, exact in _float32_formats():
-            _set(stack, backend, name, exact)
+        stack.enter_context(_exact_number_formats())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         if any(isinstance(m, nn.RNNBase) for m in module.modules()):
@@ -187,8 +187,17 @@ def _check_norms(module: nn.Module) -> None:
 
 def _set(stack: contextlib.ExitStack, owner: Any, name: str, value: object) -> None:
     """Set an attribute until the stack of contexts is left."""
-    stack.callback(setattr, owner, name, getattr(owner, name))
+    before = getattr(owner, name)
+    if name == "fp32_precision":
+        stack.callback(_inherit, owner, before)  # after the next one
+    stack.callback(setattr, owner, name, before)
     setattr(owner, name, value)
+
+
+def _inherit(backend: Any, before: str) -> None:
+    """Let a backend follow the precision of all backends again, if it has the same: it cannot be seen if it did."""
+    if getattr(torch.backends, "fp32_precision", None) == before:
+        backend.fp32_precision = "none"
 
 
 def release_memory() -> None:
@@ -199,10 +208,50 @@ def release_memory() -> None:
             module.empty_cache()
 
 
-def _float32_formats() -> list[tuple[Any, str, object]]:
+_REDUCED_SUMS = (
+    *("allow_fp16_accumulation", "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"),
+)
+"""Settings that let GPUs add up products of 16-bit numbers in 16 bits."""
+
+
+@contextlib.contextmanager
+def _exact_number_formats() -> Iterator[None]:
+    """Set the formats of matrix products and convolutions to exact ones in this context.
+
+    Since 2.9, PyTorch has two settings for each format, old and new, and reading the old one is an error where they
+    differ: users' code does so by `torch.backends.cudnn.flags`. So both are set, unless they differ outside already.
+    """
+    formats, old_ones = _number_formats(), _old_settings()
+    with contextlib.ExitStack() as stack:
+        for backend, name, exact in formats:
+            _set(stack, backend, name, exact)
+        for write, before, exact in old_ones:
+            stack.callback(write, before)
+            write(exact)
+        for backend, name, exact in formats:  # an old setting changes the new ones
+            setattr(backend, name, exact)
+        yield
+
+
+def _old_settings() -> list[tuple[Callable[[Any], None], object, object]]:
+    """Return functions that write the old settings, each with the present value and the exact one."""
+    cudnn: Any = torch.backends.cudnn
+    settings: list[tuple[Callable[[], object], Callable[[Any], None], object]] = [
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+        (partial(getattr, cudnn, "allow_tf32"), partial(setattr, cudnn, "allow_tf32"), False),
+    ]
+    found = []
+    for read, write, exact in settings:
+        with contextlib.suppress(RuntimeError):
+            found.append((write, read(), exact))
+    return found
+
+
+def _number_formats() -> list[tuple[Any, str, object]]:
     """Return the settings of matrix products and convolutions without TF32 and similar formats."""
-    cuda, cudnn, cpu = torch.backends.cuda, torch.backends.cudnn, cast("Any", torch.backends.mkldnn)
+    cuda, cudnn, cpu = cast("Any", torch.backends.cuda), torch.backends.cudnn, cast("Any", torch.backends.mkldnn)
+    sums = [(cuda.matmul, name, False) for name in _REDUCED_SUMS if hasattr(cuda.matmul, name)]
     if hasattr(cudnn, "conv"):  # torch >= 2.9; mixing the old flags with the new ones is an error there
         backends = [cuda.matmul, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv, cpu.rnn]
-        return [(backend, "fp32_precision", "ieee") for backend in backends]
-    return [(backend, "allow_tf32", False) for backend in (cuda.matmul, cudnn)]
+        return [*sums, *((backend, "fp32_precision", "ieee") for backend in backends)]
+    return [*sums, *((backend, "allow_tf32", False) for backend in (cuda.matmul, cudnn))]

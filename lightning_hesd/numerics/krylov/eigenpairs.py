@@ -213,7 +213,7 @@ class _RestartedRun:
     def _start_at_random(self) -> None:
         """Let a random vector, orthogonal to the basis, be the next one."""
         known = self._basis[: self._rows]
-        drawn = torch.randn(self._n, generator=self._generator, dtype=torch.float64)
+        drawn = torch.randn(self._n, generator=self._generator, dtype=torch.float64, device=self._generator.device)
         vector = drawn.to(self._operator.device, self._operator.dtype)
         for _ in range(3):  # where the basis spans almost all of the space, little of the vector is left at first
             vector = torch.addmv(vector, known.T, known @ vector, alpha=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from lightning_hesd.numerics.devices import finest_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Generator, Tensor
 
@@ -18,6 +19,10 @@ BLOCK = 16
 
 CHUNK = 2**16
 """Number of random numbers that are held at a time, where only pieces of a vector are kept."""
+
+
+LONGEST = 2**31 - 1
+"""Number of elements up to which the libraries of accelerators multiply vectors: they count in 32 bits."""
 
 
 class VectorSpace:
@@ -39,7 +44,7 @@ class VectorSpace:
 
     def dot(self, first: Tensor, second: Tensor) -> Tensor:
         """Return the inner product, a scalar."""
-        return torch.dot(first, second)
+        return inner_product(first, second)
 
     def norm(self, vector: Tensor) -> Tensor:
         """Return the norm, a scalar."""
@@ -56,7 +61,7 @@ class VectorSpace:
 
     def gaussian(self, generator: Generator) -> Tensor:
         """Draw a vector of standard normal numbers, float64, on the CPU."""
-        return torch.randn(self.dimension, generator=generator, dtype=torch.float64)
+        return torch.randn(self.dimension, generator=generator, dtype=torch.float64, device=generator.device)
 
     def signs(self, generator: Generator) -> Tensor:
         """Draw a vector of ±1, float64, on the CPU."""
@@ -66,8 +71,16 @@ class VectorSpace:
         """Take note that the parameters have other values now, so that none of the old ones are used."""
 
 
+def inner_product(first: Tensor, second: Tensor) -> Tensor:
+    """Return the inner product of two vectors of any length, a scalar."""
+    if first.numel() <= LONGEST:
+        return torch.dot(first, second)
+    pieces = zip(torch.split(first, LONGEST), torch.split(second, LONGEST), strict=True)
+    return torch.stack([torch.dot(a, b) for a, b in pieces]).sum()
+
+
 def _signs(n: int, generator: Generator) -> Tensor:
-    return torch.randint(0, 2, (n,), generator=generator).double().mul_(2).sub_(1)
+    return torch.randint(0, 2, (n,), generator=generator, device=generator.device).double().mul_(2).sub_(1)
 
 
 def gaussian_pieces(sizes: Sequence[int], generator: Generator) -> Iterator[Tensor]:
@@ -87,24 +100,24 @@ def _gaussian_chunks(n: int, generator: Generator) -> Iterator[Tensor]:
     `torch.randn` fills the vector in blocks of 16 numbers. If the last block is incomplete, it first fills the other
     elements, and then draws the last 16 elements anew.
     """
-    draw: Callable[..., Tensor] = torch.randn
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64, device=generator.device)
     whole = n if n < BLOCK or n % BLOCK == 0 else n - BLOCK
     if n < BLOCK:
-        yield draw(n, generator=generator, dtype=torch.float64)
+        yield draw(n)
         return
     drawn = 0
     while drawn < whole:
         count = min(CHUNK, -(-(whole - drawn) // BLOCK) * BLOCK)
-        yield draw(count, generator=generator, dtype=torch.float64)[: whole - drawn]
+        yield draw(count)[: whole - drawn]
         drawn += count
     if whole < n:
-        torch.rand(n - drawn, generator=generator, dtype=torch.float64)
-        yield draw(BLOCK, generator=generator, dtype=torch.float64)
+        torch.rand(n - drawn, generator=generator, dtype=torch.float64, device=generator.device)
+        yield draw(BLOCK)
 
 
 def _pieces(sizes: Sequence[int], chunks: Iterator[Tensor]) -> Iterator[Tensor]:
     """Yield a stream of chunks, cut anew into pieces of some sizes."""
-    rest = torch.empty(0, dtype=torch.float64)
+    rest = torch.empty(0, dtype=torch.float64, device="cpu")
     for size in sizes:
         collected = [rest]
         missing = size - len(rest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,7 @@ class FiniteDifferences:
     blocks: Sequence[slice] = (EVERYTHING,)
     step: float = 0.0
     _versions: list[int] = field(init=False)
+    _lengths: dict[int, tuple[weakref.ref[Tensor], float]] = field(default_factory=dict, init=False)
 
     @functools.cached_property
     def _originals(self) -> list[Tensor]:
@@ -88,7 +90,7 @@ class FiniteDifferences:
         return matvec
 
     def _block_product(self, function: Callable[[], Tensor], block: slice, vector: Vector) -> list[Tensor | None]:
-        length = self._length([v for v in vector if v is not None])
+        length = self._known_length(block.start or 0, [v for v in vector if v is not None])
         if not length:
             return [None] * len(vector)
         with self.displaced(vector, self.step / length, block):
@@ -96,6 +98,16 @@ class FiniteDifferences:
         with self.displaced(vector, -self.step / length, block):
             behind = gradient(function(), self.parameters[block])
         return [a.sub_(b).div_(2 * self.step / length) for a, b in zip(ahead, behind, strict=True)]
+
+    def _known_length(self, key: int, tensors: Sequence[Tensor]) -> float:
+        """Return the norm of a vector in a block; it is read once for the products of all batches with the vector."""
+        if not tensors:
+            return 0.0
+        known, length = self._lengths.get(key, (None, 0.0))
+        if known is None or known() is not tensors[0]:
+            length = self._length(tensors)
+            self._lengths[key] = weakref.ref(tensors[0]), length
+        return length
 
     def _length(self, tensors: Sequence[Tensor]) -> float:
         """Return the norm of a vector, given this rank's tensors of it; the device is read once."""

@@ -38,8 +38,11 @@ def default_budget(device: torch.device, local_ranks: int = 1) -> int:
     """
     module: Any = getattr(torch, device.type, None)
     if hasattr(module, "mem_get_info"):
-        free, _ = module.mem_get_info(device)
-        cached = module.memory_reserved(device) - module.memory_allocated(device)
+        free, total = module.mem_get_info(device)
+        reserved = module.memory_reserved(device)
+        if hasattr(module, "get_per_process_memory_fraction"):  # torch >= 2.8; the process may have set a limit
+            free = max(min(free, int(module.get_per_process_memory_fraction(device) * total) - reserved), 0)
+        cached = reserved - module.memory_allocated(device)
         return int(SHARE_OF_FREE_MEMORY * (free + cached))
     return int(SHARE_OF_FREE_MEMORY * free_system_memory() / local_ranks)
 

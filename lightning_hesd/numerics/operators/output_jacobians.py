@@ -269,7 +269,7 @@ class JacobianProducts:
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64, device=generator.device).to(like)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -38,7 +38,7 @@ def log_scalars(
     if trainer.barebones:
         return
     if at_epoch_end:
-        if trainer.world_size > 1:  # Lightning advises to average them over ranks, but they are the same on all
+        if _is_in_process_group():  # Lightning advises to average them over ranks, but they are the same on all
             for key in values:
                 advice = re.escape(f"It is recommended to use `self.log({key!r}, ..., sync_dist=True)`")
                 warnings.filterwarnings("ignore", message=advice)
@@ -52,6 +52,11 @@ def log_scalars(
     for logger in trainer.loggers:
         logger.log_metrics({**values, "epoch": trainer.current_epoch}, step=step)
         logger.save()
+
+
+def _is_in_process_group() -> bool:
+    """Return whether there is a process group, be it of one process only."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 BEFORE_BATCHES = {"on_train_start", "on_train_epoch_start"}

@@ -220,7 +220,7 @@ def plain_key(value: Any) -> Any:
 def shuffled(total: int, count: int, seed: int) -> list[int]:
     """Return the first `count` numbers of a random order of range(total), which does not depend on `count`."""
     if total <= MAX_PERMUTATION:
-        return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].tolist()
+        return torch.randperm(total, generator=torch.Generator().manual_seed(seed), device="cpu")[:count].tolist()
     return random.Random(seed).sample(range(total), count)
 
 

@@ -108,8 +108,13 @@ class TestOptions:
             "leaves none of the 2 parameters: weight, bias",
         ),
         (nn.Linear(2, 1, dtype=torch.complex64), {}, r"parameter 'weight' is complex \(torch\.complex64\)"),
+        (
+            nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1, device="meta")),
+            {},
+            r"must be on one device, got cpu, meta: .*`parameters=lambda name, p: str\(p\.device\) == 'meta'`",
+        ),
     ],
-    ids=["frozen", "none", "filtered", "complex"],
+    ids=["frozen", "none", "filtered", "complex", "devices"],
 )
 def test_parameters_that_cannot_be_analyzed(module, options, message):
     with pytest.raises(ValueError, match=message):

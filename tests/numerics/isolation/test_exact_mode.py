@@ -456,6 +456,67 @@ def test_reduced_precision_is_off_inside_and_on_again_afterwards(precision, run)
                 backend.fp32_precision = value
 
 
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_old_settings_of_precision_can_be_read_and_written_inside(precision, run):
+    def read() -> list[Any]:
+        cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        return [torch.get_float32_matmul_precision(), cuda.allow_tf32, cudnn.allow_tf32, *precisions()]
+
+    def inside(module: nn.Module) -> None:
+        seen.append(read())
+        with torch.backends.cudnn.flags(enabled=False):  # for second derivatives of recurrent networks
+            module(make_batch()[0])
+        seen.append(read())
+
+    initial = precisions()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        before, seen = read(), list[list[Any]]()
+        run(Net(), inside)
+        exact = ["ieee"] * 3 if hasattr(torch.backends.cudnn, "conv") else [False] * 2
+        assert [found[:3] for found in seen] == [["highest", False, False]] * len(seen)
+        assert seen[0][3:] == exact
+        assert "tf32" not in seen[-1]
+        assert read() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        if hasattr(torch.backends.cudnn, "conv"):
+            for backend, value in zip(backends(), initial, strict=True):
+                backend.fp32_precision = value
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="no settings for all backends together")
+def test_backends_go_on_following_the_setting_for_all_of_them(run):
+    initial = precisions()
+    for backend in backends():
+        backend.fp32_precision = "none"
+    try:
+        torch.backends.fp32_precision, seen = "tf32", list[str]()
+        run(Net(), lambda module: seen.extend(precisions()))
+        assert set(seen) == {"ieee"}
+        assert precisions() == ["tf32"] * 3
+        torch.backends.fp32_precision = "ieee"
+        assert precisions() == ["ieee"] * 3
+    finally:
+        torch.backends.fp32_precision = "none"
+        for backend, value in zip(backends(), initial, strict=True):
+            backend.fp32_precision = value
+
+
+def test_products_of_16_bit_numbers_are_added_up_in_32_bits_inside(run):
+    settings, seen = torch.backends.cuda.matmul, set[bool]()
+    names = [
+        name
+        for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+        if hasattr(settings, name)
+    ]
+    before = [getattr(settings, name) for name in names]
+    run(Net(), lambda module: seen.update(bool(getattr(settings, name)) for name in names))
+    assert names
+    assert seen == {False}
+    assert [getattr(settings, name) for name in names] == before == [True] * len(names)
+
+
 class Cached(Dataset[Tensor]):
     """A dataset with a cache, a counter and a generator of its own."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lightning_hesd.numerics.krylov import vectors
 from lightning_hesd.numerics.krylov.vectors import CHUNK, VectorSpace, gaussian_pieces, sign_pieces
 
 
@@ -18,3 +19,18 @@ def test_pieces_are_those_of_the_whole_vector(draw: str, sizes: list[int]) -> No
         found = list((gaussian_pieces if draw == "gaussian" else sign_pieces)(sizes, pieces))
         assert [len(piece) for piece in found] == sizes
         assert torch.equal(torch.cat(found), expected)
+
+
+def test_vectors_that_are_too_long_for_a_library_are_multiplied_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's counts in 32 bits: `torch.dot` refuses more than 2³¹ − 1 elements there."""
+    first, second = torch.randn(2, 25, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected, multiply, lengths = VectorSpace(25).dot(first, second), torch.dot, list[int]()
+
+    def limited(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        lengths.append(len(a))
+        return multiply(a, b)
+
+    monkeypatch.setattr(torch, "dot", limited)
+    monkeypatch.setattr(vectors, "LONGEST", 10)
+    assert VectorSpace(25).dot(first, second).item() == pytest.approx(expected.item(), rel=1e-14)
+    assert lengths == [10, 10, 5]
