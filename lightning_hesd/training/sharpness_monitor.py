@@ -69,7 +69,7 @@ class SharpnessMonitor(CopiedCallback, Callback):
         num_samples: Number of training samples. The fewer, the larger is their λ_max.
         headroom: Warn, once in a run, when the optimizer's stability threshold is less than this multiple of the
             tracked value, twice in succession.
-        batch_size: As for HessianSpectrumCallback.
+        batch_size: Most samples per batch; None: the batches of the training dataloader, as they are.
         dataloader: As for HessianSpectrumCallback.
         loss_fn: As for HessianSpectrumCallback.
         mode: As for HessianSpectrumCallback.
@@ -123,14 +123,15 @@ class SharpnessMonitor(CopiedCallback, Callback):
         self.loss_fn = loss_fn
         self.errors = ErrorPolicy(on_error)
         self.history: list[TrackedRecord] = []
-        options = analysis_options(**analysis, mode=mode if mode in {"train", "keep"} else "eval")
+        mode_of_modules = mode if mode in {"train", "keep"} else "eval"
+        options = analysis_options(**analysis, batch_size=batch_size, mode=mode_of_modules)
         # LightningCLI passes all of them.
         if idle := [
             key for key, value in analysis.items() if key not in OPTIONS and value != vars(AnalysisOptions)[key]
         ]:
             msg = f"SharpnessMonitor has no option {idle[0]!r}: of an analysis, it has {', '.join(OPTIONS)}."
             raise TypeError(msg)
-        samples = RunSamples(num_samples, options, dataloader=dataloader, batch_size=batch_size, in_training=True)
+        samples = RunSamples(num_samples, options, dataloader=dataloader, in_training=True)
         self._analyzer = TrainerAnalyzer(options, samples, loss_fn=loss_fn, mode=mode)
         self._tracker = SharpnessTracker()
         self._is_refused = False

@@ -205,10 +205,8 @@ def _in_blocks(order: int, scores: _Scores, mask: Tensor | None, inputs: Sequenc
                 part = None if mask is None else mask[head][..., rows, columns]
                 return scores.probabilities(q, k, part, rows.start)
 
-            given = [
-                i[head][..., rows if is_query else columns, :]
-                for i, is_query in zip(inputs, inputs_of_queries, strict=True)
-            ]
+            places = [rows if is_query else columns for is_query in inputs_of_queries]
+            given = [i[head][..., place, :] for i, place in zip(inputs, places, strict=True)]
             found = _derivative(order)(softmax, scores.scale, *given)
             for result, part, is_query in zip(results, found, results_of_queries, strict=True):
                 result[head][..., rows if is_query else columns, :] += part
@@ -217,14 +215,14 @@ def _in_blocks(order: int, scores: _Scores, mask: Tensor | None, inputs: Sequenc
 
 def _heads(q: Tensor, k: Tensor) -> Iterator[tuple[int | slice, ...]]:
     """Yield indices of heads: one by one on the CPU, and elsewhere as many of a sample as fit into a block."""
-    *others, heads = q.shape[:-2] or (1,)
+    shape = q.shape[:-2]
     together = 1 if q.device.type == "cpu" else _BLOCK_ELSEWHERE // max(1, q.shape[-2] * k.shape[-2])
-    if together <= 1 or q.ndim == 2:
-        yield from itertools.product(*map(range, q.shape[:-2]))
+    if together <= 1 or not shape:
+        yield from itertools.product(*map(range, shape))
         return
-    for other in itertools.product(*map(range, others)):
-        for start in range(0, heads, together):
-            yield *other, slice(start, start + together)
+    for others in itertools.product(*map(range, shape[:-1])):
+        for start in range(0, shape[-1], together):
+            yield *others, slice(start, start + together)
 
 
 def _has_query_rows(order: int) -> tuple[Sequence[bool], Sequence[bool]]:
