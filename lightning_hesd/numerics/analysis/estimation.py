@@ -15,6 +15,7 @@ from lightning_hesd.numerics.analysis.sampling_error import SamplingError, sampl
 from lightning_hesd.numerics.isolation.modes import mode_name
 from lightning_hesd.numerics.krylov.lanczos import Lanczos, NonFiniteProductError
 from lightning_hesd.numerics.krylov.ritz import gauss_quadrature, tridiagonal_eigh
+from lightning_hesd.numerics.krylov.vectors import normalized
 from lightning_hesd.numerics.operators.diagonal_block import block_products, choose_difference_step, explain_non_finite
 from lightning_hesd.spectra import criteria, quadrature
 from lightning_hesd.spectra.spectrum import MIN_SCALE, Spectrum
@@ -279,5 +280,5 @@ class Estimation:
             )
             raise ValueError(msg)
         last = np.arange(len(values) - 1, len(values) - count - 1, -1)
-        vectors = torch.nn.functional.normalize(run.ritz_vectors(coefficients[:, last]), dim=1)
+        vectors = normalized(run.ritz_vectors(coefficients[:, last]))
         return values[last], vectors, float(run.betas[-1]) * np.abs(coefficients[-1, last])

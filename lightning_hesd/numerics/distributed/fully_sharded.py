@@ -206,7 +206,7 @@ class ShardedSpace(VectorSpace):
 
     @override
     def dot(self, first: Tensor, second: Tensor) -> Tensor:
-        return self._sum(torch.dot(first, second))
+        return self._sum(super().dot(first, second))
 
     @override
     def norm(self, vector: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ class ShardedSpace(VectorSpace):
 
     @override
     def coefficients(self, basis: Tensor, vector: Tensor) -> Tensor:
-        return self._sum(basis @ vector)
+        return self._sum(super().coefficients(basis, vector))
 
     @override
     def is_finite(self, vector: Tensor) -> bool:
