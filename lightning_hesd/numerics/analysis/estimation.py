@@ -226,7 +226,7 @@ class Estimation:
             strategy=risk.strategy,
             strategy_reason=risk.strategy_reason,
             basis=plan.basis,
-            predicted_memory=plan.predicted(risk.graph_bytes),
+            predicted_memory=plan.predicted(risk.graph_bytes, risk.comparison_bytes),
             confidence=options.confidence,
             tolerance=options.tolerance,
             stop=options.stop,

@@ -43,11 +43,14 @@ def beside_the_weights(parameters: Sequence[Tensor], space: VectorSpace) -> Iter
 class Line:
     """The loss and its gradient along one line through the weights.
 
+    Vectors in float64 count twice in the memory of an analysis, so none is kept that is not needed.
+
     Attributes:
         differences: Central differences, which move the parameters.
         direction: Unit vector, half random and half gradient, shape (n,), in the finest precision of the device.
         loss: Loss at the weights.
-        gradient: Gradient at the weights, shape (n,), in the finest precision of the device.
+        length: Norm of the gradient at the weights.
+        slope: Component of that gradient along the direction.
     """
 
     def __init__(self, matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace) -> None:
@@ -56,13 +59,14 @@ class Line:
         self.differences = FiniteDifferences(matrix.parameters, space)
         device = matrix.parameters[0].device
         self._dtype = finest_dtype(device)
-        random = space.gaussian(torch.Generator().manual_seed(1)).to(device, self._dtype)
-        self.direction = random / space.norm(random)
-        self.loss, self.gradient = self.at(0.0)
-        length = self.norm(self.gradient)
-        if 0 < length < math.inf:
-            self.direction += self.gradient / length
+        self.direction = space.gaussian(torch.Generator().manual_seed(1)).to(device, self._dtype)
+        self.direction /= space.norm(self.direction)
+        self.loss, gradient_here = self.at(0.0)
+        self.length = self.norm(gradient_here)
+        if 0 < self.length < math.inf:
+            self.direction.add_(gradient_here, alpha=1 / self.length)
             self.direction /= space.norm(self.direction)
+        self.slope = self.along(gradient_here)
 
     def at(self, step: float) -> tuple[float, Tensor]:
         """Return loss and gradient, shape (n,), at a distance along the direction."""
