@@ -1,4 +1,5 @@
 import gc
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -28,6 +29,14 @@ def frozen_modules() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_warnings_of_time() -> Iterator[None]:
+    """Let no analysis be too long: those of the tests take longer than their trainings of a few steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_hesd.training.cost_notice.WARNED", math.inf)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
