@@ -25,16 +25,19 @@ import lightning_hesd
 from benchmarks import networks, problems
 from examples.paper_hesd.networks import ViT, resnet
 from lightning_hesd import HessianSpectrumCallback
+from lightning_hesd.numerics.inputs.options import AnalysisOptions
 from lightning_hesd.spectra.scalars import as_factor
+from lightning_hesd.training.callback import DEFAULT_NUM_SAMPLES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 EXPLANATION = """\
 Trainings of {epochs} epochs with AdamW and the Trainer's TensorBoard logger, one CPU thread, CPU times, medians of
-{rounds} rounds in which all variants alternate. The digits are 1024 images of 8×8 pixels, the text 512 sequences of 64
-characters. A cell has the time of the whole training over that without callback: 2× takes twice as long. Behind it: the
-number of analyses, and of Hessian-vector products in each on average. The first analysis runs in any case.
+{rounds} rounds in which all variants alternate. Analyses of {num_samples} samples, with {steps} steps at most. The
+digits are 1024 images of 8×8 pixels, the text 512 sequences of 64 characters. A cell has the time of the whole training over
+that without callback: 2× takes twice as long. Behind it: the number of analyses, and of Hessian-vector products in each
+on average. The first analysis runs in any case.
 """
 
 NAMES = ("defaults", "`tolerance=0.05`", "`max_overhead=0.1`", "pulse")
@@ -113,9 +116,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # that analyses take longer than the training is in the table
+    options: dict[str, Any] = {"num_samples": DEFAULT_NUM_SAMPLES, "steps": AnalysisOptions.steps}
     if args.quick:
-        args.epochs, args.rounds = 2, 1
-    options: dict[str, Any] = {"num_samples": 16, "steps": 5} if args.quick else {}
+        args.epochs, args.rounds, options = 2, 1, {"num_samples": 16, "steps": 5}
     header = ("training", "parameters", "without, s", *NAMES)
     rows = []
     for name in args.trainings:
@@ -123,7 +126,8 @@ def main() -> None:
         print(*rows[-1], sep=", ", flush=True)
     table = "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
     args.out.mkdir(parents=True, exist_ok=True)
-    text = f"# Whole trainings\n\n{EXPLANATION.format(epochs=args.epochs, rounds=args.rounds)}\n{table}\n"
+    explanation = EXPLANATION.format(epochs=args.epochs, rounds=args.rounds, **options)
+    text = f"# Whole trainings\n\n{explanation}\n{table}\n"
     (args.out / "overhead.md").write_text(text, encoding="utf-8")
 
 

@@ -90,7 +90,7 @@ class Network:
 NETWORKS = {
     "tiny": Network(50, 16, 64, 2, samples=4),
     "25M": Network(6_000, 128, 512, 6, samples=4),
-    "120M": Network(23_000, 64, 768, 12, samples=2),
+    "120M": Network(23_000, 32, 768, 12, samples=2),
 }
 
 
@@ -263,7 +263,7 @@ def product_error(name: str) -> float:
     product = torch.as_tensor(operator.matvec(vector))
     module.double()
     parameters = list(module.parameters())
-    directions = vector.double().split([p.numel() for p in parameters])
+    directions = torch.split(vector.double(), [p.numel() for p in parameters])
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         gradients = torch.autograd.grad(loss(module, batch), parameters, create_graph=True)
         slope = sum((g.flatten() @ v for g, v in zip(gradients, directions, strict=True)), torch.zeros(()).double())

@@ -93,8 +93,7 @@ class Schedule:
             return self.every_n_train_steps
         if self.epochs is None:
             return self.every_n_epochs
-        is_limited = max_epochs is not None and max_epochs > 0
-        length = max_epochs if is_limited else max(self._epochs, default=0) + 1
+        length = max(self._epochs, default=0) + 1 if max_epochs is None or max_epochs < 0 else max_epochs
         return length / max(1, sum(epoch < length for epoch in self._epochs))
 
     def includes_epoch(self, epoch: int) -> bool:

@@ -79,7 +79,7 @@ def inner_product(first: Tensor, second: Tensor) -> Tensor:
     """Return the inner product of two vectors, shape (n,), to the precision of their dtype: a scalar."""
     if not _needs_pieces(first):
         return torch.dot(first, second)
-    pieces = zip(first.split(SUMMED), second.split(SUMMED), strict=True)
+    pieces = zip(torch.split(first, SUMMED), torch.split(second, SUMMED), strict=True)
     return torch.stack([torch.dot(a, b) for a, b in pieces]).double().sum().to(first.dtype)
 
 
@@ -88,7 +88,7 @@ def euclidean_norm(vector: Tensor) -> Tensor:
     if not _needs_pieces(vector):
         norm: Tensor = torch.linalg.vector_norm(vector)
         return norm
-    norms = torch.stack([torch.linalg.vector_norm(piece) for piece in vector.split(SUMMED)])
+    norms = torch.stack([torch.linalg.vector_norm(piece) for piece in torch.split(vector, SUMMED)])
     return norms.double().square().sum().sqrt().to(vector.dtype)
 
 
@@ -96,7 +96,7 @@ def inner_products(rows: Tensor, vector: Tensor) -> Tensor:
     """Return the inner products of rows, shape (m, n), with a vector, shape (n,), or with columns, shape (n, k)."""
     if not _needs_pieces(vector):
         return rows @ vector
-    pieces = zip(rows.split(SUMMED, dim=1), vector.split(SUMMED), strict=True)
+    pieces = zip(torch.split(rows, SUMMED, dim=1), torch.split(vector, SUMMED), strict=True)
     total = torch.zeros(len(rows), *vector.shape[1:], dtype=torch.float64)
     for own, piece in pieces:
         total += own @ piece
