@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 EXPLANATION = """\
 Trainings of {epochs} epochs with AdamW and the Trainer's TensorBoard logger, one CPU thread, CPU times, medians of
 {rounds} rounds in which all variants alternate. Analyses of {num_samples} samples, with {steps} steps at most. The
-digits are 1024 images of 8×8 pixels, the text 512 sequences of 64 characters. A cell has the time of the whole training over
-that without callback: 2× takes twice as long. Behind it: the number of analyses, and of Hessian-vector products in each
-on average. The first analysis runs in any case.
+digits are 1024 images of 8×8 pixels, the text 512 sequences of 64 characters. A cell has the time of the whole training
+over that without callback: 2× takes twice as long. Behind it: the number of analyses, and of Hessian-vector products in
+each on average. The first analysis runs in any case.
 """
 
 NAMES = ("defaults", "`tolerance=0.05`", "`max_overhead=0.1`", "pulse")

@@ -40,9 +40,9 @@ thread, each analysis in a process of its own. Times are CPU times. "auto" decid
 - first step: the peak up to the end of the first step, with the comparison of the loss with its derivatives in float64
 - later: the peak of the other steps
 
-The plan is an upper bound: it has room for ten vectors beside the Krylov basis, of which exact products take seven or
-eight, and counts a recomputed graph as a whole, which is freed while it is differentiated. Both weigh little beside a
-basis of 100 vectors. On the CPU the bases "device" and "cpu" are in the same place.
+The plan errs on the side of too much: it has room for ten vectors beside the Krylov basis, of which exact products take
+seven or eight, and counts a recomputed graph as a whole, which is freed while it is differentiated. Both weigh little
+beside a basis of 100 vectors. On the CPU the bases "device" and "cpu" are in the same place.
 """
 HEADER = (
     *("network", "parameters", "samples × tokens", "strategy", "basis", "product, in gradients", "gradient, s"),
