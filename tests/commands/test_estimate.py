@@ -65,6 +65,21 @@ def test_memory_is_what_the_engine_plans(basis: Any) -> None:
     assert fixed == (11 + (12 if basis == "device" else 0)) * 4 * n
 
 
+def test_memory_of_the_comparison_is_what_the_engine_plans() -> None:
+    """With few samples and no basis it is the most; a later analysis of the same loss does not compare again."""
+    module, batches, n = problem()
+    few = [WeightedBatch(tuple(part[:2] for part in batches[0].data), 2, 0)]
+    cache = AnalysisCache()
+    options = analysis_options(steps=2, basis="none")
+    first, later = (analyze(module, few, loss, options, cache=cache).predicted_memory for _ in range(2))
+    workload = Workload(n, samples=2, batch_size=2, steps=2, basis=False, graph_bytes=cache.graph_bytes or 0.0)
+    cost = analysis_cost(workload, MACHINE)
+    assert first is not None
+    assert cost.memory == cost.comparison_memory == pytest.approx(first, rel=0.1)
+    assert later is not None
+    assert later < first
+
+
 def test_what_processes_share() -> None:
     """Half as many samples in each of two processes; sharded, half the vectors, too."""
     alone, two = (analysis_cost(Workload(10**6, processes=processes), MACHINE) for processes in (1, 2))
