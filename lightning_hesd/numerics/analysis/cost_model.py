@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from lightning_hesd.numerics.analysis.ritz_vectors import POINTS
-from lightning_hesd.numerics.operators.memory import COMPARISON_VECTORS, FEW, VECTORS
+from lightning_hesd.numerics.operators.memory import COMPARISON_VECTORS, DIFFERENCE_VECTORS, FEW, VECTORS
 from lightning_hesd.spectra.validation import check_count
 
 Strategy = Literal["graph", "recompute", "finite_difference"]
@@ -245,8 +245,9 @@ def _comparison_memory(workload: Workload) -> float:
     kept = workload.local_samples if workload.strategy == "graph" else 0
     fine = 1 if workload.sharded else DOUBLE / workload.value_bytes  # sharded parameters stay in their precision
     few = 2 * min(FEW, workload.batch_size) * workload.graph_bytes  # a graph, and a product
-    vectors = COMPARISON_VECTORS * workload.vector_bytes
-    return COPIES * workload.vector_bytes + kept * workload.graph_bytes + fine * (few + vectors)
+    vector = workload.vector_bytes
+    compared = max(COMPARISON_VECTORS * vector + few, DIFFERENCE_VECTORS * vector)
+    return COPIES * vector + kept * workload.graph_bytes + fine * compared
 
 
 def measured_bandwidth(rows: int = 32, columns: int = 2**21) -> float:

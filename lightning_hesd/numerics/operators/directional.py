@@ -79,9 +79,18 @@ class Line:
         return in_shape(self.direction, self._parameters)
 
     def flat(self, vector: Vector) -> Tensor:
-        """Return a vector in the shapes of the parameters as a flat one, shape (n,)."""
-        tensors = [torch.zeros_like(p) if v is None else v for v, p in zip(vector, self._parameters, strict=True)]
-        return torch.cat([tensor.detach().to_dense().flatten() for tensor in tensors]).to(self._dtype)
+        """Return a vector in the shapes of the parameters as a flat one, shape (n,); a list is emptied on the way.
+
+        So the vector does not exist twice.
+        """
+        rest = vector if isinstance(vector, list) else list(vector)
+        sizes = [p.numel() for p in self._parameters]
+        flat = torch.zeros(sum(sizes), dtype=self._dtype, device=self._parameters[0].device)
+        for piece in reversed(torch.split(flat, sizes)):
+            tensor = rest.pop()
+            if tensor is not None:
+                piece.copy_(tensor.detach().to_dense().flatten())
+        return flat
 
     def norm(self, vector: Tensor) -> float:
         """Return the norm of a flat vector."""

@@ -28,8 +28,11 @@ VECTORS = 10
 """Number of vectors of length n that exist at the same time, beside the Krylov basis."""
 
 COMPARISON_VECTORS = 4
-"""Number of vectors in the finest precision that exist while a loss is compared with its derivatives: copies of the
-parameters, their values before, the direction, and a product or gradient."""
+"""Number of vectors in the finest precision that exist while a product is computed for the comparison of a loss with
+its derivatives: copies of the parameters, their values before, the direction, and the product."""
+
+DIFFERENCE_VECTORS = 7
+"""The same while gradients are subtracted from each other, without a graph: two of them, and a difference more."""
 
 FEW = 4
 """Number of samples of that comparison, at first."""

@@ -10,7 +10,7 @@ import torch
 from lightning_hesd.numerics.devices import finest_dtype
 from lightning_hesd.numerics.isolation.tensor_states import size_in_memory
 from lightning_hesd.numerics.operators.curvature import OutputMatrix
-from lightning_hesd.numerics.operators.memory import COMPARISON_VECTORS, FEW
+from lightning_hesd.numerics.operators.memory import COMPARISON_VECTORS, DIFFERENCE_VECTORS, FEW
 from lightning_hesd.numerics.operators.verification import Verification, WrongDerivativeError, verify
 
 if TYPE_CHECKING:
@@ -84,8 +84,8 @@ def _bytes_of_comparison(risk: RiskOperator, num_samples: float, in_finest: InFi
     if in_finest is not None:
         fine = finest_dtype(risk.device).itemsize / risk.matrix.parameters[0].element_size()
     graphs = min(FEW, num_samples) * ((cache.graph_bytes or 0.0) + cache.product_bytes)
-    vectors = COMPARISON_VECTORS * sum(size_in_memory(p) for p in risk.matrix.parameters)
-    return risk.kept_bytes + fine * (graphs + vectors)
+    vector = sum(size_in_memory(p) for p in risk.matrix.parameters)
+    return risk.kept_bytes + fine * max(COMPARISON_VECTORS * vector + graphs, DIFFERENCE_VECTORS * vector)
 
 
 def _joint(risk: RiskOperator, own: Outcome) -> Outcome:
