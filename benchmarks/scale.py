@@ -217,7 +217,8 @@ def _budget(case: Case, size: int, graphs: tuple[float, float]) -> int | None:
         return None
     if case.strategy == "graph":
         return UNLIMITED
-    fixed = analysis_cost(Workload(size, steps=STEPS, basis=case.basis != "none"), Machine(1.0, 1.0)).memory
+    vectors = analysis_cost(Workload(size, steps=STEPS, basis=case.basis != "none"), Machine(1.0, 1.0))
+    fixed = vectors.vector_memory + vectors.basis_memory
     return math.ceil(fixed + NETWORKS[case.network].batch_size * sum(graphs))
 
 
