@@ -132,7 +132,7 @@ def test_estimate(capsys: pytest.CaptureFixture[str]) -> None:
     assert "in all 223 gradients" in alone
     assert "products 19.0 min a gradient of a sample takes 10 ms" in alone
     assert "memory 413.5 GiB beyond the network's 3.7 GiB" in alone
-    assert "It does not fit in 80 GB: it takes 417.2 GiB with the network. With `basis='none'` it takes 59.6" in alone
+    assert "It does not fit in 80 GB: it takes 417.2 GiB with the network. With `basis='none'` it takes 67.1" in alone
     together = said("--params", "1e9", "--processes", "8", "--sharded", "true")
     assert "memory 51.7 GiB beyond the network's 476.8 MiB per process" in together
     assert "fit" not in together

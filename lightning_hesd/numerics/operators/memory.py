@@ -31,8 +31,9 @@ COMPARISON_VECTORS = 4
 """Number of vectors in the finest precision that exist while a product is computed for the comparison of a loss with
 its derivatives: copies of the parameters, their values before, the direction, and the product."""
 
-DIFFERENCE_VECTORS = 7
-"""The same while gradients are subtracted from each other, without a graph: two of them, and a difference more."""
+DIFFERENCE_VECTORS = 8
+"""The same while gradients are subtracted from each other, without a graph: two of them, the difference before, and
+what the backward pass needs."""
 
 FEW = 4
 """Number of samples of that comparison, at first."""
