@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import networks
 from benchmarks.isolation import PeakMemory
-from lightning_hesd.commands.estimate import Machine, Workload, analysis_cost, measured_bandwidth
+from lightning_hesd.numerics.analysis.cost_model import Machine, Workload, analysis_cost, measured_bandwidth
 from lightning_hesd.numerics.analysis.engine import analyze
 from lightning_hesd.numerics.collectives import DistributedCollectives
 from lightning_hesd.numerics.inputs.batches import WeightedBatch

@@ -76,6 +76,11 @@ class PeakMemory:
         if sys.platform == "linux":
             ctypes.CDLL(None).malloc_trim(0)
             self._held = _status("VmRSS")
+            self.restart()
+
+    def restart(self) -> None:
+        """Forget the peak so far; growth still counts from construction."""
+        if self._held is not None:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
     def growth(self) -> int | None:

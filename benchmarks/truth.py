@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.candidates import ratio
 from benchmarks.problems import Problem, cached, load, loss
 from lightning_hesd import hessian_spectrum
+from lightning_hesd.spectra.quadrature import tridiagonal
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,12 +65,8 @@ def relative_error(c_t: float, truth: float) -> float:
 
 
 def steps_within(rule: tuple[NDArray[np.float64], NDArray[np.float64]], truth: float, tolerance: float) -> int | None:
-    """Return the number of steps after which C_t of a run stays within `tolerance` of the true value; None: never.
-
-    The quadrature rule determines the tridiagonal matrix: Lanczos on the diagonal matrix of the nodes, started at the
-    square roots of the weights, gives it.
-    """
-    matrix = _tridiagonal(*rule)
+    """Return the number of steps after which C_t of a run stays within `tolerance` of the true value; None: never."""
+    matrix = tridiagonal(*rule)
     first = None
     for steps in range(1, len(matrix) + 1):
         values = np.linalg.eigvalsh(matrix[:steps, :steps])
@@ -79,17 +76,3 @@ def steps_within(rule: tuple[NDArray[np.float64], NDArray[np.float64]], truth: f
         elif first is None:
             first = steps
     return first
-
-
-def _tridiagonal(nodes: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    basis = (np.sqrt(weights) / np.sqrt(weights.sum()))[None]
-    while len(basis) < len(nodes):
-        residual = nodes * basis[-1]
-        for _ in range(2):
-            residual -= (basis @ residual) @ basis
-        norm = np.linalg.norm(residual)
-        if norm <= np.finfo(np.float64).eps * abs(nodes).max():
-            break
-        basis = np.vstack([basis, residual / norm])
-    matrix: NDArray[np.float64] = (basis * nodes) @ basis.T
-    return matrix

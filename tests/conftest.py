@@ -1,4 +1,5 @@
 import gc
+import math
 import sys
 from collections.abc import Iterator
 
@@ -37,6 +38,14 @@ def no_figures_left() -> Iterator[None]:
     yield
     if "matplotlib.pyplot" in sys.modules:
         sys.modules["matplotlib.pyplot"].close("all")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_warnings_of_time() -> Iterator[None]:
+    """Let no analysis be too long: those of the tests take longer than their trainings of a few steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_hesd.training.cost_notice.WARNED", math.inf)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

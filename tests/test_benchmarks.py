@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +23,9 @@ from benchmarks import (
     layers,
     measure,
     one_run,
+    overhead,
     problems,
+    scale,
     tracking,
 )
 from benchmarks.__main__ import environment, write
@@ -161,6 +164,32 @@ def test_memory_of_language_models(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [row[2] for row in rows] == ["PyTorch", "lightning_hesd"] * 2
     theirs, ours = ([float(cell) for cell in row[3:7]] for row in rows[2:])
     assert all(mine < 0.5 * other for mine, other in zip(ours, theirs, strict=True))  # of the long context
+
+
+def test_table_of_large_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [scale.Case("tiny", "graph", "device"), scale.Case("tiny", "recompute", "none")]
+    monkeypatch.setattr(isolation, "MODULES", [])
+    monkeypatch.setattr(scale, "cases", lambda name: cases)
+    monkeypatch.setattr("sys.argv", ["", "--quick", "--out", str(tmp_path)])
+    scale.main()
+    text = (tmp_path / "scale.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| tiny |")]
+    assert [row[3:5] for row in rows] == [["graph", "device"], ["recompute", "none"]]
+    extremes = [[float(value) for value in row[-3:-1]] for row in rows]
+    assert extremes[0] == pytest.approx(extremes[1], rel=1e-4)
+    error = re.search(r"a product differs from that in float64 by (\S+) of its norm", text)
+    assert error is not None
+    assert float(error.group(1)) <= 20 * torch.finfo(torch.float32).eps
+
+
+def test_table_of_whole_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["", "--quick", "--trainings", "resnet", "--out", str(tmp_path)])
+    overhead.main()
+    text = (tmp_path / "overhead.md").read_text(encoding="utf-8")
+    [row] = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| digits, ResNet |")]
+    assert row[1] == "77,562"
+    assert re.fullmatch(r"[\d.]+× \(2 × 5\)", row[3])
+    assert len(row) == 3 + len(overhead.NAMES)
 
 
 def test_table_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

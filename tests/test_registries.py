@@ -18,7 +18,7 @@ from lightning_hesd.spectra.decisions import decisions
 from lightning_hesd.spectra.payload import record_payload
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.spectra.rules import RULES, CheckpointRule
-from lightning_hesd.spectra.scalars import RECORD_SCALARS, SPECTRUM_SCALARS, Scalar
+from lightning_hesd.spectra.scalars import RECORD_SCALARS, RUN_SCALARS, SPECTRUM_SCALARS, Scalar
 from tests.tab import ROOT
 from tests.training import cli_project
 from tests.training.scripted import make_spectrum, make_trainer
@@ -133,4 +133,4 @@ def test_a_rule_that_needs_what_the_run_does_not_record_says_so_once(
 
 def test_every_scalar_is_documented() -> None:
     page = (ROOT / "docs" / "how-to" / "results.md").read_text()
-    assert [key for key in (*SPECTRUM_SCALARS, *RECORD_SCALARS) if f"`hesd/{key}`" not in page] == []
+    assert [key for key in (*SPECTRUM_SCALARS, *RECORD_SCALARS, *RUN_SCALARS) if f"`hesd/{key}`" not in page] == []

@@ -33,6 +33,28 @@ def stack_rules(rules: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
     return tuple(stacked)
 
 
+def tridiagonal(nodes: Array, weights: Array) -> Array:
+    """Return the tridiagonal matrix T that a Gauss quadrature rule determines, of shape (m, m), m at most the nodes.
+
+    Lanczos on the diagonal matrix of the nodes, started at the square roots of the weights, gives it; `nodes` and
+    `weights` have shape (steps,).
+
+    Examples:
+        >>> tridiagonal(np.array([-1.0, 1.0]), np.array([0.5, 0.5])).round(6).tolist()
+        [[0.0, 1.0], [1.0, 0.0]]
+    """
+    basis = (np.sqrt(weights) / np.sqrt(weights.sum()))[None]
+    while len(basis) < len(nodes):
+        remainder = nodes * basis[-1]
+        for _ in range(2):
+            remainder -= (basis @ remainder) @ basis
+        norm = np.linalg.norm(remainder)
+        if norm <= np.finfo(np.float64).eps * abs(nodes).max():
+            break
+        basis = np.vstack([basis, remainder / norm])
+    return np.asarray((basis * nodes) @ basis.T)
+
+
 def moments(nodes: Array, weights: Array, k: int) -> Array:
     """Return Σ τθᵏ of each probe, shape (probes,): estimates of trace(Hᵏ)/n.
 

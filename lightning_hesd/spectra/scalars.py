@@ -123,6 +123,11 @@ RECORD_SCALARS: dict[str, Scalar] = _keyed(
 )  # fmt: skip
 """The scalars that compare the spectra of a record with each other and with thresholds."""
 
+RUN_SCALARS: dict[str, Scalar] = _keyed(
+    _field("overhead", "time of all analyses over the training time", "× the training time", shown=()),
+)
+"""The scalars of a run so far, from its `Budget`."""
+
 LAYER_SCALARS: dict[str, Scalar] = _keyed(
     _field("c_t", "C_t"),
     _field("lambda_max", "λ_max", CURVATURE, is_logarithmic=True),
@@ -135,6 +140,16 @@ LAYER_SCALARS: dict[str, Scalar] = _keyed(
     _field("lambda_min_weight", "share of the eigenvector of λ_min"),
 )
 """The scalars of each layer, from its `LayerIndicators`."""
+
+
+def as_factor(overhead: float) -> str:
+    """Return an overhead, or another factor on the training time, in words.
+
+    Examples:
+        >>> as_factor(0.046), as_factor(4.76), as_factor(234.5)
+        ('0.046×', '4.8×', '234×')
+    """
+    return f"{overhead:.2g}×" if overhead < 99.5 else f"{overhead:,.0f}×"
 
 
 def shown_in(place: Place, table: Mapping[str, Scalar]) -> list[Scalar]:

@@ -12,7 +12,7 @@ import numpy as np
 from lightning_hesd.spectra.analyzed_state import analyzed_states
 from lightning_hesd.spectra.record import START_EPOCH
 from lightning_hesd.spectra.rules import rule_short_title, rule_title
-from lightning_hesd.spectra.scalars import RECORD_SCALARS, SPECTRUM_SCALARS, shown_in
+from lightning_hesd.spectra.scalars import RECORD_SCALARS, SPECTRUM_SCALARS, as_factor, shown_in
 from lightning_hesd.spectra.selection import LOSS_SHARE, candidates_of, loss_tolerance, picks
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def summarize(
         history: The records.
         name: Name of the callback.
         seconds: Duration of all analyses.
-        overhead: Their share of the training time; None: unknown.
+        overhead: The same over the training time; None: unknown.
         kept: Decision of each checkpoint callback, by the name of its rule.
         folder: Folder of the spectra; None: they are not written.
     """
@@ -148,7 +148,7 @@ def _title(history: Sequence[SpectrumRecord], name: str, seconds: float, overhea
         parts.append(f"{failures} failed")
     parts.append(f"{seconds:.1f} s")
     if overhead is not None:
-        parts[-1] += f", {overhead:.1%} of the training time"
+        parts[-1] += f", {as_factor(overhead)} the training time"
     return f"{name}: {', '.join(parts)}"
 
 

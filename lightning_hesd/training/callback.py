@@ -79,9 +79,9 @@ class HessianSpectrumCallback(SpectrumSource):
         monitor_gradients: On some steps of every epoch, compare the gradients of the loss with the gradients that reach
             the optimizer and with its steps: `hesd/clipped_share`, `hesd/clip_factor`, `hesd/gradient_cosine`,
             `hesd/update_cosine`. They explain why a spectrum is MN.
-        max_overhead: Largest share of analyses in the training time, such as 0.05; scheduled analyses that would exceed
-            it are skipped. Training time is the wall time of the fit without analyses. The first analysis always runs,
-            and so does that of `at_start`; each later one is expected to take as long as the one before. None: no
+        max_overhead: Largest time of all analyses over the training time, such as 0.05; scheduled analyses that would
+            exceed it are skipped. Training time is the wall time of the fit without analyses. The first analysis always
+            runs, and so does that of `at_start`; each later one is expected to take as long as the one before. None: no
             analysis is skipped.
         preconditioner: "optimizer": also analyze the preconditioned Hessian D^(-1/2) H D^(-1/2), with the diagonal D by
             which the optimizer divides gradients (SGD, Adam, AdamW, RMSprop, Adagrad, AdaHessian). Its metrics begin

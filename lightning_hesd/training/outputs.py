@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from lightning_hesd.training.history import START_EPOCH, when
 from lightning_hesd.training.loggers import make_outputs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import lightning.pytorch as pl
 
@@ -98,15 +99,14 @@ class RunOutputs:
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         record: SpectrumRecord,
-        overhead: float | None,
+        of_run: Mapping[str, float],
         *,
         at_epoch_end: bool,
     ) -> None:
-        """Log the scalars of a record, and the share of analyses in the training time unless there was no training."""
+        """Log the scalars of a record, and those of the run, `RUN_SCALARS`, by key; NaN where one is undefined."""
         if record.spectra:
             values = scalars(record, self._name)
-            if overhead is not None:
-                values[f"{self._name}/overhead"] = overhead
+            values |= {f"{self._name}/{key}": value for key, value in of_run.items() if not math.isnan(value)}
             logged_metrics.log_scalars(trainer, pl_module, values, at_epoch_end=at_epoch_end, in_bar=self._in_bar)
 
     def log_gradients(

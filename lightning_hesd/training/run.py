@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from lightning_hesd.spectra.scalars import metric_prefixes
+from lightning_hesd.spectra.scalars import RUN_SCALARS, metric_prefixes
 from lightning_hesd.spectra.selection import first_loss
 from lightning_hesd.spectra.summary import Kept, analysis_lines, summarize
 from lightning_hesd.spectra.validation import check_fields, of, one_line
@@ -21,6 +21,7 @@ from lightning_hesd.training.checkpoints.placement import (
 )
 from lightning_hesd.training.compat import messages, runs, signals, strategies
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
+from lightning_hesd.training.cost_notice import CostNotice
 from lightning_hesd.training.fresh_metrics import FreshMetrics
 from lightning_hesd.training.history import START_EPOCH, SpectrumRecord, when
 from lightning_hesd.training.loss import check_loss_source
@@ -60,6 +61,7 @@ class AnalysisRun:
         self._recorder = recorder
         self._monitor = monitor
         self._outputs = RunOutputs(source.name, in_progress_bar=progress)
+        self._cost = CostNotice(source, is_shown=progress or source.verbose)
         self._set_up_by: str | None = None
         self._trained_by: str | None = None
         self._is_resumed = False
@@ -98,8 +100,7 @@ class AnalysisRun:
                 check_loss_source(pl_module, source.loss_fn)
                 strategies.check_strategy(trainer)
             source.refusal = attempt.failure
-        checkpoints = cast("Sequence[HessianCheckpoint]", () if self.shares_name else source.checkpoints)
-        for checkpoint in checkpoints:
+        for checkpoint in cast("Sequence[HessianCheckpoint]", () if self.shares_name else source.checkpoints):
             with source.errors.guard("there will be no pick"):
                 insert_checkpoint(trainer, pl_module, stage, checkpoint, source.on_error)
         order_checkpoints(trainer)
@@ -115,6 +116,7 @@ class AnalysisRun:
         source.history.rewind(trainer.global_step if continues else 0)
         if trainer.global_step == 0:
             source.budget.reset()
+        self._cost.begin(trainer)
         source.show_in_original()
         self._prints_summary = source.verbose and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if source.refusal is not None:
@@ -129,8 +131,9 @@ class AnalysisRun:
             self._recorder.draw(trainer)
             if source.verbose:
                 loss = "`training_step`" if source.loss_fn is None else "`loss_fn`"
-                samples = self._recorder.samples
-                terminal.say(trainer, f"{source.name}: the mean loss of {loss} over {samples} is analyzed")
+                terminal.say(
+                    trainer, f"{source.name}: the mean loss of {loss} over {self._recorder.samples} is analyzed"
+                )
 
     def resume(self, state: dict[str, Any]) -> None:
         """Take up the state of a checkpoint of the callback.
@@ -208,17 +211,16 @@ class AnalysisRun:
 
         Rank zero decides on the overhead for all: clocks differ, and ranks that analyze would wait for the others.
         """
-        step, budget, schedule = trainer.global_step, self._source.budget, self._source.schedule
+        source, step, schedule = self._source, trainer.global_step, self._source.schedule
         if at_epoch_end:
             scheduled = schedule.includes_epoch(trainer.current_epoch)
         else:
-            history = self._source.history
-            is_analyzed = bool(history) and history[-1].global_step == step  # several batches may make up a step
+            is_analyzed = bool(source.history) and source.history[-1].global_step == step  # by a batch of this step
             scheduled = not is_analyzed and schedule.includes_step(step)
         if not scheduled or schedule.max_overhead is None:
             return scheduled
-        affordable: bool = trainer.strategy.broadcast(budget.allows(step))
-        budget.decide(step, analyze=affordable)
+        affordable: bool = trainer.strategy.broadcast(source.budget.allows(step))
+        source.budget.decide(step, analyze=affordable)
         return affordable
 
     def analyze(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
@@ -249,9 +251,10 @@ class AnalysisRun:
         source, record = self._source, self._source.history[-1]
         with source.errors.guard("cannot remark on the spectra"):
             self._outputs.remark(trainer, source.history, self._monitor.summary(), monitored=self._monitor.enabled)
-        overhead = trainer.strategy.broadcast(source.budget.overhead)
+            self._cost.after_analysis(trainer)
+        of_run = trainer.strategy.broadcast({key: scalar.of(source.budget) for key, scalar in RUN_SCALARS.items()})
         with source.errors.guard(f"cannot log the scalars {when(record.epoch)}"):
-            self._outputs.log(trainer, pl_module, record, overhead, at_epoch_end=at_epoch_end)
+            self._outputs.log(trainer, pl_module, record, of_run, at_epoch_end=at_epoch_end)
         if source.verbose:
             with source.errors.guard("cannot print the results"):
                 mode = [f"{source.name}: {words}" for words in self._recorder.mode.news()]
@@ -281,14 +284,13 @@ class AnalysisRun:
         if not self._prints_summary:
             return
         self._prints_summary = False
-        checkpoints = checkpoints_of(trainer, source)
         summary = partial(
             summarize,
             source.history,
             source.name,
             seconds=source.budget.analysis_seconds,
             overhead=source.budget.overhead,
-            kept={c.rule_name: Kept(c.best, c.qualified_steps) for c in checkpoints if c.best is not None},
+            kept={c.rule_name: Kept(c.best, c.qualified_steps) for c in checkpoints_of(trainer, source) if c.best},
             folder=self._outputs.folder,
         )
         terminal.show(trainer, summary)

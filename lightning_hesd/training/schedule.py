@@ -31,7 +31,8 @@ class Schedule:
         every_n_epochs: After n, 2n, ... epochs, as ModelCheckpoint counts.
         epochs: After these epochs instead; 0-based, as `trainer.current_epoch`.
         every_n_train_steps: After n, 2n, ... optimizer steps instead.
-        max_overhead: Largest share of analyses in the training time; scheduled analyses beyond it are skipped.
+        max_overhead: Largest time of analyses, as a factor on the training time; scheduled analyses beyond it are
+            skipped.
 
     Raises:
         ValueError: If an argument is out of range, or two contradict each other.
@@ -83,6 +84,18 @@ class Schedule:
         thinned = (self.epochs, self.every_n_train_steps, self.max_overhead)
         return self.every_n_epochs != 1 or any(option is not None for option in thinned)
 
+    def training_per_analysis(self, max_epochs: int | None) -> float:
+        """Return the epochs of training for each analysis, or the optimizer steps if these are counted.
+
+        `max_epochs` is the Trainer's; None or -1: unlimited. Of listed `epochs`, those before it count.
+        """
+        if self.every_n_train_steps is not None:
+            return self.every_n_train_steps
+        if self.epochs is None:
+            return self.every_n_epochs
+        length = max(self._epochs, default=0) + 1 if max_epochs is None or max_epochs < 0 else max_epochs
+        return length / max(1, sum(epoch < length for epoch in self._epochs))
+
     def includes_epoch(self, epoch: int) -> bool:
         """Return whether to analyze when `epoch` (0-based) ends."""
         if not self.by_epoch:
@@ -106,17 +119,18 @@ _STATE = {
 
 
 class Budget:
-    """Keeps the share of analyses in the training time below a limit.
+    """Keeps the overhead, the time of analyses over the training time, below a limit.
 
     Training time is the wall time of the fit without analyses. It accumulates over interrupted and resumed runs, up to
     the checkpoint from which each is resumed.
 
     Args:
-        max_overhead: Largest share of analyses in the training time; None: no limit.
+        max_overhead: Largest overhead; None: no limit.
         clock: Returns seconds, from any origin.
 
     Attributes:
         analysis_seconds: Seconds in analyses so far.
+        last_analysis_seconds: Seconds of the last analysis; None: there was none.
     """
 
     def __init__(self, max_overhead: float | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -129,7 +143,7 @@ class Budget:
         self._trained = 0.0
         self._training_since: float | None = None
         self.analysis_seconds = 0.0
-        self._last_analysis: float | None = None
+        self.last_analysis_seconds: float | None = None
         self._decisions: dict[int, bool] = {}
 
     # Time -----------------------------------------------------------------------------------------------------------
@@ -140,7 +154,7 @@ class Budget:
 
     def stop(self) -> None:
         """Stop counting the time as training."""
-        self._trained = self._training_seconds()
+        self._trained = self.training_seconds
         self._training_since = None
 
     @contextlib.contextmanager
@@ -162,17 +176,19 @@ class Budget:
             try:
                 yield
             finally:
-                self._last_analysis = self._clock() - started
-                self.analysis_seconds += self._last_analysis
+                self.last_analysis_seconds = self._clock() - started
+                self.analysis_seconds += self.last_analysis_seconds
 
-    def _training_seconds(self) -> float:
+    @property
+    def training_seconds(self) -> float:
+        """Seconds of training so far."""
         running = 0.0 if self._training_since is None else self._clock() - self._training_since
         return self._trained + running
 
     @property
     def overhead(self) -> float | None:
-        """Share of analyses in the training time so far; None before training."""
-        trained = self._training_seconds()
+        """Time of analyses over training time, so far: 0.1 is a tenth of it. None before training."""
+        trained = self.training_seconds
         return self.analysis_seconds / trained if trained > 0 else None
 
     # Decisions ------------------------------------------------------------------------------------------------------
@@ -186,9 +202,9 @@ class Budget:
         decided = self._decisions.get(global_step)
         if decided is not None:
             return decided
-        if self._max_overhead is None or self._last_analysis is None:
+        if self._max_overhead is None or self.last_analysis_seconds is None:
             return True
-        return self.analysis_seconds + self._last_analysis <= self._max_overhead * self._training_seconds()
+        return self.analysis_seconds + self.last_analysis_seconds <= self._max_overhead * self.training_seconds
 
     def decide(self, global_step: int, *, analyze: bool) -> None:
         """Keep a decision for as long as training is at this step.
@@ -203,9 +219,9 @@ class Budget:
     def state_dict(self) -> dict[str, Any]:
         """Return the times and the last decision as plain values."""
         return {
-            "training_seconds": self._training_seconds(),
+            "training_seconds": self.training_seconds,
             "analysis_seconds": self.analysis_seconds,
-            "last_analysis_seconds": self._last_analysis,
+            "last_analysis_seconds": self.last_analysis_seconds,
             "decisions": dict(self._decisions),
         }
 
@@ -219,5 +235,5 @@ class Budget:
         self._trained = state["training_seconds"]
         self._training_since = None
         self.analysis_seconds = state["analysis_seconds"]
-        self._last_analysis = state["last_analysis_seconds"]
+        self.last_analysis_seconds = state["last_analysis_seconds"]
         self._decisions = dict(state["decisions"])

@@ -122,16 +122,21 @@ def test_several_ranks_find_what_one_finds(trained: Run, tmp_path: Path, launche
 
 def test_estimate(capsys: pytest.CaptureFixture[str]) -> None:
     machine = ["--gradient_seconds", "0.01", "--memory_bandwidth", "1000"]
-    main(["estimate", "--params", "1e9", *machine])
-    said = capsys.readouterr().out
-    # 100 products of two gradients and three more, of 512 samples at 10 ms; 111 vectors of a billion float32.
-    assert "100 products, in all 223 gradients" in said
-    assert "products     19.0 min" in said
-    assert "memory         413.5 GiB a process" in said
-    assert "without basis  41.0 GiB" in said
-    main(["estimate", "--params", "1e9", "--processes", "8", "--sharded", "true", *machine])
-    said = capsys.readouterr().out
-    assert "memory         51.7 GiB a process" in said
+
+    def said(*arguments: str) -> str:
+        main(["estimate", *machine, *arguments])
+        return " ".join(capsys.readouterr().out.split())
+
+    # 100 products of 2.2 gradients and three more, of 512 samples at 10 ms; 111 vectors of a billion float32.
+    alone = said("--params", "1B", "--device_memory", "80")
+    assert "in all 223 gradients" in alone
+    assert "products 19.0 min a gradient of a sample takes 10 ms" in alone
+    assert "memory 413.5 GiB beyond the network's 3.7 GiB" in alone
+    assert "It does not fit in 80 GB: it takes 417.2 GiB with the network. With `basis='none'` it takes 67.1" in alone
+    together = said("--params", "1e9", "--processes", "8", "--sharded", "true")
+    assert "memory 51.7 GiB beyond the network's 476.8 MiB per process" in together
+    assert "fit" not in together
+    assert "42 evaluations" in said("--params", "1M", "--loss_along_eigenvectors", "true")
     main(["estimate", "--params", "1e6", "--gradient_seconds", "0.01"])
     assert " at 0 GB/s" not in capsys.readouterr().out  # measured
 
@@ -140,6 +145,8 @@ def test_estimate(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "trouble"),
     [
         (["--params", "-1"], "`parameters` must be a positive integer, got -1"),
+        (["--params", "7q"], "`params` must be a number of parameters, such as 7B, 125M or 2.5e6, got '7q'"),
+        (["--params", "7B", "--device_memory", "0"], "`device_memory` must be a positive number of GB, got 0.0"),
         (["--params", "1e9", "--strategy", "guess"], "guess"),
         (["--params", "1e9", "--network_bandwidth", "0"], "`network_bandwidth` must be positive, got 0.0"),
     ],

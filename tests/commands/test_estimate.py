@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_hesd.commands.estimate import Machine, Workload, analysis_cost, cost_lines, measured_bandwidth
+from lightning_hesd.commands.estimate import WIDTH, cost_lines, parameter_count
+from lightning_hesd.numerics.analysis.cost_model import Machine, Workload, analysis_cost, measured_bandwidth
 from lightning_hesd.numerics.analysis.engine import analyze
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
 from lightning_hesd.numerics.inputs.options import analysis_options
@@ -59,7 +62,23 @@ def test_memory_is_what_the_engine_plans(basis: Any) -> None:
     # What a product takes beside the graphs is at least what a graph holds.
     assert analysis_cost(workload, MACHINE).memory == pytest.approx(spectrum.predicted_memory, rel=0.25)
     fixed = analysis_cost(Workload(n, steps=12, basis=basis == "device"), MACHINE).memory
-    assert fixed == (11 + (12 if basis == "device" else 0)) * 4 * n
+    # Beside a copy of the module ten vectors and the basis, or eight in float64 for the comparison.
+    assert fixed == (1 + 10 + 12 if basis == "device" else 1 + 2 * 8) * 4 * n
+
+
+def test_memory_of_the_comparison_is_what_the_engine_plans() -> None:
+    """With few samples and no basis it is the most; a later analysis of the same loss does not compare again."""
+    module, batches, n = problem()
+    few = [WeightedBatch(tuple(part[:2] for part in batches[0].data), 2, 0)]
+    cache = AnalysisCache()
+    options = analysis_options(steps=2, basis="none")
+    first, later = (analyze(module, few, loss, options, cache=cache).predicted_memory for _ in range(2))
+    workload = Workload(n, samples=2, batch_size=2, steps=2, basis=False, graph_bytes=cache.graph_bytes or 0.0)
+    cost = analysis_cost(workload, MACHINE)
+    assert first is not None
+    assert cost.memory == cost.comparison_memory == pytest.approx(first, rel=0.1)
+    assert later is not None
+    assert later < first
 
 
 def test_what_processes_share() -> None:
@@ -87,13 +106,89 @@ def test_no_more_steps_than_parameters() -> None:
     assert Workload(7, steps=100, probes=2).products == 14
 
 
+def said_of(workload: Workload, device_memory: float | None = None) -> str:
+    """The words of an estimate, in one line."""
+    lines = cost_lines(workload, MACHINE, device_memory)
+    assert max(map(len, lines)) <= WIDTH
+    return " ".join(" ".join(lines).split())
+
+
 def test_the_words_have_units() -> None:
-    said = {line[:15].strip(): line[15:] for line in cost_lines(Workload(10**9, steps=10**4), MACHINE)}
-    assert said["time"].endswith(" d")
-    assert said["products"].endswith(" h")
-    assert said["reductions"] == "0 s"
-    assert said["memory"] == "36.4 TiB a process, beyond the module and the graphs"
-    assert said["sent"] == "0 B a process"
+    said = said_of(Workload(10**9, steps=10**4))
+    assert re.search(r"time [\d.]+ d 22003 gradients of 512 samples, and vectors", said)
+    assert re.search(r"products [\d.]+ h a gradient of a sample takes 1 ms", said)
+    assert "memory 36.4 TiB beyond the network's 3.7 GiB" in said
+    assert "basis 36.4 TiB the Krylov basis: 10000 vectors of 3.7 GiB" in said
+    assert "graphs not counted: pass --graph_bytes" in said
+    assert "reductions" not in said
+    assert "by each process" in said_of(Workload(10**9, processes=2))
+
+
+def test_evaluations_along_eigenvectors_count() -> None:
+    """42 of them, at a third of a gradient each; there are no eigenvectors without a basis."""
+    plain, along = Workload(10**6), Workload(10**6, loss_along_eigenvectors=True)
+    assert along.gradients - plain.gradients == pytest.approx(14)
+    assert replace(along, basis=False).gradients == plain.gradients
+    assert "42 evaluations of the loss along eigenvectors, without derivatives, cost 14" in said_of(along)
+
+
+def test_the_comparison_in_float64_may_take_most() -> None:
+    """Of few samples, without a basis; sharded parameters are compared in their own precision."""
+    n, graph = 10**6, 10**7
+    lean = Workload(n, samples=8, batch_size=4, steps=8, strategy="recompute", basis=False, graph_bytes=graph)
+    in_float64 = 2 * (4 * 4 * n + 2 * 4 * graph)
+    assert analysis_cost(lean, MACHINE).memory == 4 * n + in_float64
+    assert analysis_cost(replace(lean, batch_size=8), MACHINE).memory == 11 * 4 * n + 16 * graph
+    assert "comparison" in said_of(lean)
+    sharded = replace(lean, processes=2, sharded=True)
+    assert analysis_cost(sharded, MACHINE).memory == 11 * 2 * n + 8 * graph
+
+
+SEVEN_BILLION = Workload(7 * 10**9, processes=8, sharded=True)
+
+
+@pytest.mark.parametrize(
+    ("workload", "gigabytes", "expected"),
+    [
+        (Workload(10**9), 480, "It fits in 480 GB: it takes 417.2 GiB with the network."),
+        (
+            SEVEN_BILLION,
+            80,
+            "With `basis='none'` it takes 39.1 GiB, and fits. So it does with `basis='cpu'`, which takes 326.0 GiB of",
+        ),
+        (replace(SEVEN_BILLION, basis=False), 40, "With parameters sharded over 16 processes it takes 19.6 GiB, and"),
+        (
+            Workload(10**8, graph_bytes=1e8),
+            80,
+            "It does not fit in 80 GB: it takes 92.4 GiB with the network. With `strategy='recompute'` it takes 47.7",
+        ),
+        (Workload(10**8, graph_bytes=1e8), 20, "With `basis='none'` and `strategy='recompute'` it takes 10.4 GiB"),
+        (Workload(7 * 10**9), 0.1, "Nor does it with `basis='none'` and parameters sharded over 1024 processes"),
+    ],
+)
+def test_what_fits_and_what_makes_it_fit(workload: Workload, gigabytes: float, expected: str) -> None:
+    assert expected in said_of(workload, gigabytes * 1e9)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("7B", 7 * 10**9),
+        ("125m", 125 * 10**6),
+        (" 1.5e9 ", 15 * 10**8),
+        ("350K", 350_000),
+        (10**6, 10**6),
+        (2e6, 2 * 10**6),
+    ],
+)
+def test_numbers_of_parameters(text: str | float, number: int) -> None:
+    assert parameter_count(text) == number
+
+
+@pytest.mark.parametrize("text", ["7q", "", "B", "7BB", "inf"])
+def test_what_is_no_number_of_parameters(text: str) -> None:
+    with pytest.raises(ValueError, match=r"`params` must be a number of parameters, such as 7B, 125M or 2\.5e6, got"):
+        parameter_count(text)
 
 
 def test_bandwidth_is_measured() -> None:

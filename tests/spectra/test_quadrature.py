@@ -144,3 +144,12 @@ class TestMissProbability:
             top = np.linalg.eigvalsh(basis.T @ (spectrum[:, None] * basis))[-1]
             missed += top < spectrum[-1] - tolerance * np.ptp(spectrum)
         assert 0 < missed / runs <= eigenvalue_bounds.miss_probability(60, [steps], tolerance) < 0.25
+
+
+def test_the_rule_gives_the_matrix_back() -> None:
+    alphas, betas = random_tridiagonal(12, seed=3)
+    nodes, weights, _ = gauss_quadrature(alphas, betas)
+    # First components of eigenvectors are known to the rounding unit, the smallest of them to fewest digits.
+    tolerance = 10 * np.finfo(np.float64).eps / np.sqrt(weights.min())
+    assert quadrature.tridiagonal(nodes, weights) == pytest.approx(dense(alphas, betas), abs=tolerance)
+    assert quadrature.tridiagonal(np.array([0.0, 2.0]), np.array([0.0, 1.0])) == pytest.approx(np.array([[2.0]]))

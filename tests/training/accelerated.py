@@ -440,6 +440,8 @@ def case_landscape() -> None:
     assert found[1] == pytest.approx(found[0], rel=20 * ROUNDING)
 
 
+TAKES_LONG = ".*analyses will take about"  # than these trainings of a few steps
+
 CASES = {name.removeprefix("case_"): case for name, case in globals().items() if name.startswith("case_")}
 CASES |= {f"analysis_{name}": partial(analyzed, name) for name in ANALYSES}
 
@@ -451,7 +453,12 @@ def outcome(case: Any, folder: Path) -> str | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            for harmless in (".*LeafSpec", ".*does not have many workers", ".*smaller than the logging interval"):
+            for harmless in (
+                ".*LeafSpec",
+                ".*does not have many workers",
+                ".*smaller than the logging interval",
+                TAKES_LONG,
+            ):
                 warnings.filterwarnings("ignore", harmless)
             case()
     except BaseException:  # noqa: BLE001 - what it is does not matter

@@ -70,7 +70,7 @@ class TestTable:
             failed(1),
             record(2, math.nan),
         )
-        assert found.title == "hesd: 4 analyses, 1 failed, 3.2 s, 4.6% of the training time"
+        assert found.title == "hesd: 4 analyses, 1 failed, 3.2 s, 0.046× the training time"
         assert found.header == ("epoch", "C_t", "[interval]", "type", "λ_max", "loss", "s", "candidate", "pick")
         assert found.rows == (
             ("start", "-0.9", "[-0.9, -0.9]", "MN", "1", "2.3", "0.1", "", ""),
@@ -230,11 +230,11 @@ def test_nothing_by_default(kind: str | None, tmp_path: Path, screen: Terminal) 
 def test_once_per_fit_and_not_in_a_development_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     observer = callback(verbose=True)
     trainer = fit(tmp_path, observer)
-    assert capsys.readouterr().out.count("of the training time") == 1
+    assert capsys.readouterr().out.count("× the training time") == 1
     trainer.validate(Validating(), dataloaders=[0], verbose=False)
     assert "training time" not in capsys.readouterr().out
     fit(tmp_path, observer)
-    assert capsys.readouterr().out.count("of the training time") == 1
+    assert capsys.readouterr().out.count("× the training time") == 1
     fit(tmp_path, callback(verbose=True), fast_dev_run=True)
     out = capsys.readouterr().out
     assert "hesd: epoch 0, C_t = " in out

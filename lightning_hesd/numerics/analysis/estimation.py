@@ -16,6 +16,7 @@ from lightning_hesd.numerics.analysis.stopping import COARSE, FOR_C_T, FOR_DENSI
 from lightning_hesd.numerics.isolation.modes import mode_name
 from lightning_hesd.numerics.krylov.lanczos import Lanczos, NonFiniteProductError
 from lightning_hesd.numerics.krylov.ritz import gauss_quadrature, tridiagonal_eigh
+from lightning_hesd.numerics.krylov.vectors import normalized
 from lightning_hesd.numerics.operators.diagonal_block import block_products, choose_difference_step, explain_non_finite
 from lightning_hesd.spectra import criteria, quadrature
 from lightning_hesd.spectra.spectrum import MIN_SCALE, Spectrum
@@ -224,7 +225,7 @@ class Estimation:
             strategy=risk.strategy,
             strategy_reason=risk.strategy_reason,
             basis=plan.basis,
-            predicted_memory=plan.predicted(risk.graph_bytes),
+            predicted_memory=plan.predicted(risk.graph_bytes, risk.comparison_bytes),
             confidence=options.confidence,
             tolerance=options.tolerance,
             stop=options.stop,
@@ -278,5 +279,5 @@ class Estimation:
             )
             raise ValueError(msg)
         last = np.arange(len(values) - 1, len(values) - count - 1, -1)
-        vectors = torch.nn.functional.normalize(run.ritz_vectors(coefficients[:, last]), dim=1)
+        vectors = normalized(run.ritz_vectors(coefficients[:, last]))
         return values[last], vectors, float(run.betas[-1]) * np.abs(coefficients[-1, last])

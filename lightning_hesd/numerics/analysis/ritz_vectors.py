@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 HALF = 10
 """Number of points on each side of the weights at which the loss along an eigenvector is evaluated."""
 
+POINTS = 2 * HALF + 1
+"""Number of points at which the loss along an eigenvector is evaluated."""
+
 CHANGE = 0.1
 """How much the curvature changes the loss at the farthest point, as a share of the loss."""
 

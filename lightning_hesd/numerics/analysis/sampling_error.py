@@ -23,7 +23,7 @@ from lightning_hesd.numerics.analysis.group_statistics import (
 from lightning_hesd.numerics.devices import finest_dtype
 from lightning_hesd.numerics.inputs.cuts import UnsplittableBatchError
 from lightning_hesd.numerics.krylov.ritz import tridiagonal_eigh
-from lightning_hesd.numerics.krylov.vectors import add_in_shape, inner_product
+from lightning_hesd.numerics.krylov.vectors import add_in_shape, inner_product, normalized
 from lightning_hesd.numerics.operators.memory import is_out_of_memory
 from lightning_hesd.numerics.operators.strategies import graph
 from lightning_hesd.spectra.validation import one_line
@@ -87,7 +87,7 @@ def sampling_error(operator: DiagonalBlock, runs: Sequence[Lanczos]) -> Sampling
         AnotherRankFailedError: If it failed on another rank.
     """
     ends = _ends(runs)
-    unit = [torch.nn.functional.normalize(e.run.ritz_vectors(e.vectors[:, [e.position]])[0], dim=0) for e in ends]
+    unit = [normalized(e.run.ritz_vectors(e.vectors[:, [e.position]]))[0] for e in ends]
     weights, squares, coordinates = _group_curvatures(operator, ends, torch.stack(unit))
     groups = len(weights)
     if groups < MIN_GROUPS:

@@ -32,7 +32,7 @@ from lightning_hesd.numerics.dtensors import is_dtensor, local_shard
 from lightning_hesd.numerics.inputs.batches import WeightedBatch
 from lightning_hesd.numerics.inputs.parameter_sharding import ParameterSharding
 from lightning_hesd.numerics.inputs.tokens import ADVICE
-from lightning_hesd.numerics.krylov.vectors import VectorSpace, gaussian_pieces, inner_product, sign_pieces
+from lightning_hesd.numerics.krylov.vectors import VectorSpace, gaussian_pieces, sign_pieces
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -206,7 +206,7 @@ class ShardedSpace(VectorSpace):
 
     @override
     def dot(self, first: Tensor, second: Tensor) -> Tensor:
-        return self._sum(inner_product(first, second))
+        return self._sum(super().dot(first, second))
 
     @override
     def norm(self, vector: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ class ShardedSpace(VectorSpace):
 
     @override
     def coefficients(self, basis: Tensor, vector: Tensor) -> Tensor:
-        return self._sum(basis @ vector)
+        return self._sum(super().coefficients(basis, vector))
 
     @override
     def is_finite(self, vector: Tensor) -> bool:

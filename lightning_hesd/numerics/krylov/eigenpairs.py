@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_hesd.numerics.krylov.vectors import euclidean_norm, inner_product, inner_products, normalized
 from lightning_hesd.spectra.criteria import rounding_threshold
 
 if TYPE_CHECKING:
@@ -199,10 +200,11 @@ class _RestartedRun:
         """Return the wanted Ritz pairs, with their residuals from products."""
         values, coefficients, _ = self._ritz()
         chosen = self._chosen(len(values))
-        vectors = torch.nn.functional.normalize(self._combined(coefficients[:, chosen]), dim=1)
+        vectors = normalized(self._combined(coefficients[:, chosen]))
         products = torch.stack([self._product(vector) for vector in vectors])
-        found = (vectors * products).sum(dim=1)  # Rayleigh quotients
-        residuals = torch.linalg.vector_norm(products - found[:, None] * vectors, dim=1)
+        quotients = [inner_product(*pair) for pair in zip(vectors, products, strict=True)]  # Rayleigh's
+        found = torch.stack(quotients)
+        residuals = torch.stack([euclidean_norm(rest) for rest in products - found[:, None] * vectors])
         return Eigenpairs(found, vectors.T, residuals)
 
     def _chosen(self, count: int) -> list[int]:
@@ -216,8 +218,8 @@ class _RestartedRun:
         drawn = torch.randn(self._n, generator=self._generator, dtype=torch.float64, device=self._generator.device)
         vector = drawn.to(self._operator.device, self._operator.dtype)
         for _ in range(3):  # where the basis spans almost all of the space, little of the vector is left at first
-            vector = torch.addmv(vector, known.T, known @ vector, alpha=-1)
-            vector /= torch.linalg.vector_norm(vector)
+            vector = torch.addmv(vector, known.T, inner_products(known, vector), alpha=-1)
+            vector /= euclidean_norm(vector)
         self._basis[self._rows] = vector
         self._beta = 0.0
 
@@ -235,14 +237,14 @@ class _RestartedRun:
         remainder = self._product(known[-1]).clone()
         components = torch.zeros(len(known), dtype=known.dtype, device=known.device)
         for _ in range(2):  # classical Gram-Schmidt, twice
-            along = known @ remainder
+            along = inner_products(known, remainder)
             remainder.addmv_(known.T, along, alpha=-1)
             components += along
         column = components.cpu().double().numpy()
         self._matrix[: self._rows + 1, self._rows] = self._matrix[self._rows, : self._rows + 1] = column
         self._rows += 1
         self.norm = max(self.norm, float(np.linalg.norm(column)))
-        self._beta = float(torch.linalg.vector_norm(remainder))
+        self._beta = float(euclidean_norm(remainder))
         if self._rows == self._n:
             self._beta = 0.0
         elif self._beta <= self._breakdown * self.norm:

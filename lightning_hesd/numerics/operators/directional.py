@@ -43,11 +43,14 @@ def beside_the_weights(parameters: Sequence[Tensor], space: VectorSpace, move: f
 class Line:
     """The loss and its gradient along one line through the weights.
 
+    Vectors in float64 count twice in the memory of an analysis, so none is kept that is not needed.
+
     Attributes:
         differences: Central differences, which move the parameters.
         direction: Unit vector, half random and half gradient, shape (n,), in the finest precision of the device.
         loss: Loss at the weights.
-        gradient: Gradient at the weights, shape (n,), in the finest precision of the device.
+        length: Norm of the gradient at the weights.
+        slope: Component of that gradient along the direction.
     """
 
     def __init__(self, matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace) -> None:
@@ -56,13 +59,14 @@ class Line:
         self.differences = FiniteDifferences(matrix.parameters, space)
         device = matrix.parameters[0].device
         self._dtype = finest_dtype(device)
-        random = space.gaussian(torch.Generator().manual_seed(1)).to(device, self._dtype)
-        self.direction = random / space.norm(random)
-        self.loss, self.gradient = self.at(0.0)
-        length = self.norm(self.gradient)
-        if 0 < length < math.inf:
-            self.direction += self.gradient / length
+        self.direction = space.gaussian(torch.Generator().manual_seed(1)).to(device, self._dtype)
+        self.direction /= space.norm(self.direction)
+        self.loss, gradient_here = self.at(0.0)
+        self.length = self.norm(gradient_here)
+        if 0 < self.length < math.inf:
+            self.direction.add_(gradient_here, alpha=1 / self.length)
             self.direction /= space.norm(self.direction)
+        self.slope = self.along(gradient_here)
 
     def at(self, step: float) -> tuple[float, Tensor]:
         """Return loss and gradient, shape (n,), at a distance along the direction."""
@@ -75,9 +79,18 @@ class Line:
         return in_shape(self.direction, self._parameters)
 
     def flat(self, vector: Vector) -> Tensor:
-        """Return a vector in the shapes of the parameters as a flat one, shape (n,)."""
-        tensors = [torch.zeros_like(p) if v is None else v for v, p in zip(vector, self._parameters, strict=True)]
-        return torch.cat([tensor.detach().to_dense().flatten() for tensor in tensors]).to(self._dtype)
+        """Return a vector in the shapes of the parameters as a flat one, shape (n,); a list is emptied on the way.
+
+        So the vector does not exist twice.
+        """
+        rest = vector if isinstance(vector, list) else list(vector)
+        sizes = [p.numel() for p in self._parameters]
+        flat = torch.zeros(sum(sizes), dtype=self._dtype, device=self._parameters[0].device)
+        for piece in reversed(torch.split(flat, sizes)):
+            tensor = rest.pop()
+            if tensor is not None:
+                piece.copy_(tensor.detach().to_dense().flatten())
+        return flat
 
     def norm(self, vector: Tensor) -> float:
         """Return the norm of a flat vector."""

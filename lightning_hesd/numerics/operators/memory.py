@@ -27,6 +27,17 @@ SHARE_OF_FREE_MEMORY = 0.5
 VECTORS = 10
 """Number of vectors of length n that exist at the same time, beside the Krylov basis."""
 
+COMPARISON_VECTORS = 4
+"""Number of vectors in the finest precision that exist while a product is computed for the comparison of a loss with
+its derivatives: copies of the parameters, their values before, the direction, and the product."""
+
+DIFFERENCE_VECTORS = 8
+"""The same while gradients are subtracted from each other, without a graph: two of them, the difference before, and
+what the backward pass needs."""
+
+FEW = 4
+"""Number of samples of that comparison, at first."""
+
 UNKNOWN_FREE_MEMORY = 4 * 2**30
 """Assumed free memory where the system does not report it, in bytes."""
 
@@ -81,15 +92,25 @@ class MemoryPlan:
         basis: Where the Krylov basis is kept.
         fixed: Bytes of a copy of the module's tensors, of vectors, and of the basis if it is on the device.
         graphs: Remaining bytes, for graphs.
+        copies: Bytes of the copy of the module's tensors, which are part of `fixed`.
     """
 
     basis: Basis
     fixed: int
     graphs: int
+    copies: int = 0
 
-    def predicted(self, graph_bytes: float | None) -> int | None:
-        """Return the predicted peak in bytes, given the bytes of the graphs; None if these are unknown."""
-        return None if graph_bytes is None else self.fixed + int(graph_bytes)
+    def predicted(self, graph_bytes: float | None, comparison_bytes: float = 0.0) -> int | None:
+        """Return the predicted peak in bytes; None if it is unknown.
+
+        Args:
+            graph_bytes: Bytes of the graphs and of a product; None: unknown.
+            comparison_bytes: Bytes of the graphs and of the comparison of the loss with its derivatives, which comes
+                before there are other vectors.
+        """
+        if graph_bytes is None:
+            return None
+        return max(self.fixed + int(graph_bytes), self.copies + int(comparison_bytes))
 
 
 def plan_memory(
@@ -118,7 +139,8 @@ def plan_memory(
     Raises:
         ValueError: If the vectors alone exceed the budget.
     """
-    fixed = sum(size_in_memory(local_shard(t)) for t in tensors) + (VECTORS + more_vectors) * vector_bytes
+    copies = sum(size_in_memory(local_shard(t)) for t in tensors)
+    fixed = copies + (VECTORS + more_vectors) * vector_bytes
     limit = default_budget(device, local_ranks) if budget is None else budget
     if budget is not None and fixed > budget:
         msg = f"`memory_budget` must be at least {fixed} bytes for the vectors of this module, got {budget}."
@@ -135,7 +157,7 @@ def plan_memory(
         place = "none"
     if place == "device" or (place == "cpu" and device.type == "cpu"):
         fixed += needed
-    return MemoryPlan(place, fixed, max(limit - fixed, 0))
+    return MemoryPlan(place, fixed, max(limit - fixed, 0), copies)
 
 
 _autograd: Any = torch.autograd

@@ -68,6 +68,8 @@ class RiskOperator:
         uncut_reason: Why a batch of this rank was not cut into groups; None if all were.
         strategy: HVP strategy in use, for the `strategy_reason`; "graph" if the graph of any batch is kept.
         graph_bytes: Bytes of the kept graphs and of a product; None unless "auto" measured them.
+        kept_bytes: Bytes of the kept graphs alone; 0 unless "auto" measured them.
+        comparison_bytes: The same while the loss was compared with its derivatives; 0 if it was not compared now.
         spare_memory: Bytes of the memory for graphs that "auto" leaves; 0 if it does not keep all graphs.
         differences: Central differences; None: products are exact.
         cache: What earlier analyses of the same loss have measured; brought up to date.
@@ -115,7 +117,7 @@ class RiskOperator:
         self.strategy: Strategy = "graph" if strategy == "auto" else strategy
         self.strategy_reason = "as asked"
         self.graph_bytes: float | None = None
-        self.spare_memory = 0.0
+        self.spare_memory = self.kept_bytes = self.comparison_bytes = 0.0
         self.differences: FiniteDifferences | None = None
         self.cache = cache or AnalysisCache()
         self.cache.invalidate(self.space.dimension)
@@ -253,6 +255,8 @@ class RiskOperator:
             yield batch, ready or STRATEGIES["graph" if keeps else "recompute"](self.matrix, batch)
         self.strategy, self.strategy_reason = "graph" if any(is_kept) else "recompute", reason
         self.graph_bytes = graph_bytes
+        kept = sum(count for count, keeps in zip(samples, is_kept, strict=True) if keeps)
+        self.kept_bytes = kept * (self.cache.graph_bytes or 0.0)
         self.spare_memory = self._graph_memory - graph_bytes if graph_bytes is not None and all(is_kept) else 0.0
 
     def make_matvec(self, batch: WeightedBatch) -> tuple[Tensor, Matvec]:

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_hesd.numerics.devices import finest_dtype
+from lightning_hesd.numerics.isolation.tensor_states import size_in_memory
 from lightning_hesd.numerics.operators.curvature import OutputMatrix
+from lightning_hesd.numerics.operators.memory import COMPARISON_VECTORS, DIFFERENCE_VECTORS, FEW
 from lightning_hesd.numerics.operators.verification import Verification, WrongDerivativeError, verify
 
 if TYPE_CHECKING:
@@ -69,9 +72,20 @@ def _compared(risk: RiskOperator, in_finest: InFinest | None) -> Verification:
     if risk.batches:
         smallest = min(risk.batches, key=lambda batch: batch.num_samples)
         batch = risk.batches[0] if together else smallest
+        risk.comparison_bytes = _bytes_of_comparison(risk, batch.num_samples, in_finest)
         own = verify(risk.matrix, batch, risk.space, exact=risk.is_exact, in_finest=in_finest, may_fail=not together)
     of_gradient, of_products = (_joint(risk, outcome) for outcome in (own.gradient, own.products))
     return Verification(of_gradient, of_products, own.words)
+
+
+def _bytes_of_comparison(risk: RiskOperator, num_samples: float, in_finest: InFinest | None) -> float:
+    """Return the bytes of the kept graphs, and of the comparison of a batch's loss in the finest precision."""
+    cache, fine = risk.cache, 1.0
+    if in_finest is not None:
+        fine = finest_dtype(risk.device).itemsize / risk.matrix.parameters[0].element_size()
+    graphs = min(FEW, num_samples) * ((cache.graph_bytes or 0.0) + cache.product_bytes)
+    vector = sum(size_in_memory(p) for p in risk.matrix.parameters)
+    return risk.kept_bytes + fine * max(COMPARISON_VECTORS * vector + graphs, DIFFERENCE_VECTORS * vector)
 
 
 def _joint(risk: RiskOperator, own: Outcome) -> Outcome:

@@ -27,6 +27,7 @@ from torch import Tensor
 from lightning_hesd.numerics.devices import finest_dtype
 from lightning_hesd.numerics.operators.curvature import EVERYTHING, GaussNewtonMatrix
 from lightning_hesd.numerics.operators.directional import SETTLED, Comparison, Line, beside_the_weights, output_bend
+from lightning_hesd.numerics.operators.memory import FEW
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,9 +48,6 @@ STEP_EXPONENTS = (1 / 4, 3 / 8, 1 / 2, 9 / 16)
 
 ROUNDING_UNITS = 30.0
 """Rounding errors of losses and gradients, in machine epsilons."""
-
-FEW = 4
-"""Number of samples in the first comparison."""
 
 SHARE_OF_RANDOM = 0.01
 """gᵀv must be right to this share of its size for a random v, so that no part of the gradient is missing."""
@@ -203,7 +201,7 @@ def _findings(matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace,
 
     epsilon = max(facts.epsilon, *(torch.finfo(p.dtype).eps for p in matrix.parameters))
     tolerance = 2 * epsilon ** (1 / 3)
-    length, claimed = line.norm(line.gradient), line.along(line.gradient)
+    length, claimed = line.length, line.slope
     claimed_bend = None if product is None else line.along(product)
     is_ggn = isinstance(matrix, GaussNewtonMatrix)
     curves = Comparison(claimed_bend, tolerance, abs) if is_ggn else Comparison(product, tolerance, line.norm)
@@ -219,9 +217,11 @@ def _findings(matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace,
     size = max(line.differences.size, 1.0)
     longest, *_ = steps = [size * epsilon**exponent for exponent in STEP_EXPONENTS]
     for step in steps:
-        (ahead, up), (behind, down) = line.at(step), line.at(-step)
+        ahead, curve = line.at(step)
+        behind, down = line.at(-step)
+        curve.sub_(down).div_(2 * step)
+        del down  # before the next two gradients
         rounding = ROUNDING_UNITS * epsilon / step
-        curve = (up - down) / (2 * step)
         if isinstance(matrix, GaussNewtonMatrix):
             bend = output_bend(matrix, batch, line, step, longest)
             curves.add(bend, 4 * ROUNDING_UNITS * epsilon * abs(line.loss) / longest**2)
