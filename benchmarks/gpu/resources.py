@@ -81,7 +81,7 @@ def waiting(setting: Setting) -> Iterator[Finding]:
     """Count the waits per Lanczos step, from the difference of a longer run and a shorter one."""
     problem = make("MLP" if setting.is_small else "attention", is_small=setting.is_small).to(setting.device)
     few, many = STEPS_BETWEEN_CHECKS, (2 if setting.is_small else 4) * STEPS_BETWEEN_CHECKS
-    per_step_on_the_cpu = 4.0  # reading is free there: two norms, their quotient's test, and the coefficients
+    per_step_on_the_cpu = 6.0  # reading is free there: three coefficients, and the test for a second pass
     for name in get_args(Strategy):
         allowed = float(name == "finite_difference")  # the norm of the vector
         counts = []

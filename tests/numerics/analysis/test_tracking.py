@@ -79,6 +79,7 @@ def test_the_cost_in_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph, a gradient, and a differentiation for each product; the first measurement also verifies them."""
     problem, tracker, cache = cases.make("mlp"), SharpnessTracker(), AnalysisCache()
     module, batches, loss_fn = problem
+    options = AnalysisOptions(batch_size=None)
     grad, calls = torch.autograd.grad, []
 
     def counting(*arguments: Any, **options: Any) -> Any:
@@ -89,7 +90,7 @@ def test_the_cost_in_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(4):
         descend(problem, 0.05, 3)
         calls.clear()
-        found = tracker.measure(module, weighted_batches(batches), loss_fn, AnalysisOptions(), cache=cache)
+        found = tracker.measure(module, weighted_batches(batches), loss_fn, options, cache=cache)
         if number:
             assert found.products <= 1 + TRACKING_PRODUCTS
             assert len(calls) == len(batches) * (2 + found.products)
