@@ -131,9 +131,8 @@ class AnalysisRun:
             self._recorder.draw(trainer)
             if source.verbose:
                 loss = "`training_step`" if source.loss_fn is None else "`loss_fn`"
-                terminal.say(
-                    trainer, f"{source.name}: the mean loss of {loss} over {self._recorder.samples} is analyzed"
-                )
+                words = f"the mean loss of {loss} over {self._recorder.samples} is analyzed"
+                terminal.say(trainer, f"{source.name}: {words}")
 
     def resume(self, state: dict[str, Any]) -> None:
         """Take up the state of a checkpoint of the callback.
@@ -238,9 +237,8 @@ class AnalysisRun:
                     record = replace(record, metrics=self._fresh_metrics(trainer))
             source.history.append(replace(record, first_loss=first_loss(source.history)))
             source.show_in_original()
-            with source.errors.guard(
-                "cannot copy the analyzed weights: checkpoints have the weights as later callbacks leave them"
-            ):
+            failure = "cannot copy the analyzed weights: checkpoints have the weights as later callbacks leave them"
+            with source.errors.guard(failure):
                 keep_weights(trainer, source, pl_module)
             at_epoch_end = epoch != START_EPOCH and source.schedule.by_epoch
             self._outputs.write(trainer, source.history, source.errors, at_epoch_end=at_epoch_end)
