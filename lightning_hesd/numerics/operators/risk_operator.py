@@ -287,7 +287,7 @@ class RiskOperator:
         return result
 
     def gradient_equivalents(self) -> float | None:
-        """Return seconds per product over seconds per gradient; None after few products, and where calls return early."""
+        """Return seconds per product over those per gradient; None after few products, and where calls return early."""
         if self.device.type != "cpu" or not self.batches or self.passes < PASSES_PER_GRADIENT:
             return None
         # The last measurement, so that the caches are as warm as they were for the products.
