@@ -64,14 +64,10 @@ def test_a_process_that_dies_or_takes_too_long_fails(monkeypatch: pytest.MonkeyP
 STANDING_ALONE = """
 import sys
 BLOCKED = {"sklearn", "matplotlib", "tensorboard", "plotly", "pandas", "scipy", "rich", "jsonargparse", "pytest"}
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in BLOCKED:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 for name in [*sys.modules]:
     if name.split(".")[0] in BLOCKED | {"benchmarks", "lightning_hesd", "tests"}:
         del sys.modules[name]
-sys.meta_path.insert(0, Blocked())
+sys.modules.update(dict.fromkeys(BLOCKED))  # as if they were not installed
 root, findings = sys.argv[1:]
 sys.path.insert(0, root)
 sys.argv = ["", "--device", "cpu", "--together", "--only", "mixed_precision", "--findings", findings]

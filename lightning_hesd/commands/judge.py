@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Literal
 
 from lightning_hesd.judgment.judge import judge
 from lightning_hesd.judgment.statistics import LEVEL
-from lightning_hesd.plotting import offscreen
 from lightning_hesd.spectra.files import atomic_write
 
 if TYPE_CHECKING:
@@ -78,6 +77,8 @@ def run(config: Namespace) -> None:
 
 def draw(judgment: Judgment, target: Path) -> None:
     """Write the figure in the format that the name of the file asks for, PNG without one."""
+    from lightning_hesd.plotting import offscreen  # noqa: PLC0415 - Matplotlib is slow to import
+
     with offscreen():
         figure = judgment.plot().get_figure(root=True)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -282,7 +282,7 @@ def test_bad_input_takes_one_line(paths: Paths, tmp_path: Path, capsys: pytest.C
         said = refused(capsys, "analyze", *MODEL, *CPU, *out, *arguments)
         assert message in said, said
     assert "there is no model: pass --model package.Class" in refused(capsys, "analyze", paths[0], *out)
-    assert "subcommand" in refused(capsys)
+    assert "subcommand" in refused(capsys, "paint")
     assert not (tmp_path / "out" / "results.csv").exists()
 
 

@@ -139,7 +139,7 @@ def test_an_index_never_names_what_is_not_its_own(tmp_path: Path, monkeypatch: p
     def killed(*_args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightning_hesd.training.history.write_text", killed)
+    monkeypatch.setattr("lightning_hesd.training.history_folder.write_text", killed)
     history = run_of(-0.1, -0.2)
     with pytest.raises(KeyboardInterrupt):
         history.save(tmp_path)

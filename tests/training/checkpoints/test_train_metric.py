@@ -309,7 +309,9 @@ def test_the_weights_wait_with_the_analysis(tmp_path: Path) -> None:
     )
 
     def loss_fn(module: Any, batch: Any) -> torch.Tensor:
-        states[module.global_step] = module.net[0].weight.detach().clone()
+        states.setdefault(
+            module.global_step, module.net[0].weight.detach().clone()
+        )  # later ones are beside the weights
         return plain_loss(module, batch)
 
     observer = HessianSpectrumCallback(
