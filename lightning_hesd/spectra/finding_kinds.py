@@ -53,12 +53,16 @@ LARGEST_COST = 1.0
 LEAST_SECONDS = 60.0
 """Analyses that take less time in all are cheap, whatever their share."""
 
+WRONG = "WrongDerivativeError"
+"""Name of the error of analyses whose products are not those of the loss."""
+
 
 # Numbers that are absent or wrong -------------------------------------------------------------------------------------
 
 
 def _failed(run: AnalyzedRun) -> Found | None:
-    failed = [(record, record.error) for record in run.records if record.error is not None]
+    failures = [(record, record.error) for record in run.records if record.error is not None]
+    failed = [(record, error) for record, error in failures if WRONG not in error]
     if not failed:
         return None
     record, error = failed[0]
@@ -69,17 +73,20 @@ def _failed(run: AnalyzedRun) -> Found | None:
 
 def _unverified(run: AnalyzedRun) -> Found | None:
     spectra = [(record, record.spectrum) for record in run.records if record.spectrum is not None]
-    doubtful = [(record, spectrum) for record, spectrum in spectra if spectrum.verified != "yes"]
-    if not doubtful:
+    doubtful = [(record, s.verification) for record, s in spectra if s.verified == "unknown"]
+    wrong = [(record, s.verification) for record, s in spectra if s.verified == "no"]
+    # In a run, an analysis with wrong products fails.
+    failures = [(record, record.error) for record in run.records if record.error is not None]
+    wrong += [(record, error.partition(f"{WRONG}: ")[2]) for record, error in failures if WRONG in error]
+    if not wrong and not doubtful:
         return None
-    wrong = [(record, spectrum) for record, spectrum in doubtful if spectrum.verified == "no"]
-    record, spectrum = (wrong or doubtful)[0]
-    detail = f"first {time_of(record)}: {spectrum.verification.rstrip('.')}."
+    record, words = (wrong or doubtful)[0]
+    detail = f"first {time_of(record)}: {next(iter(words.splitlines()), '').rstrip('.')}."
     if wrong:
-        evidence = f"{share_of(wrong, spectra)} found wrong products, {detail}"
+        evidence = f"{share_of(wrong, run.records)} found wrong products, {detail}"
         action = "Pass a `loss_fn`: see page “When an analysis fails”."
         return Found("Hessian-vector products are not those of the loss", evidence, "certain", action)
-    evidence = f"{share_of(doubtful, spectra)} could not be verified, {detail}"
+    evidence = f"{share_of(doubtful, run.records)} could not be verified, {detail}"
     action = "See page “Read a spectrum”, “Is it the Hessian of the loss?”."
     return Found("Hessian-vector products may not be those of the loss", evidence, "hint", action)
 
@@ -178,7 +185,7 @@ def _edge_of_stability(run: AnalyzedRun) -> Found | None:
         return None
     count = sum(ratio >= EDGE for ratio in ratios)
     evidence = (
-        f"The stability ratio was {EDGE:g} or more in {count} of {len(ratios)} analyses, and {max(ratios):.2g} at most."
+        f"The stability ratio was {EDGE:g} or more in {count} of {len(ratios)} analyses, and {max(ratios):.3g} at most."
     )
     if 2 * count >= len(ratios):
         action = "If the loss oscillates, lower the learning rate, or warm it up."
@@ -189,7 +196,7 @@ def _edge_of_stability(run: AnalyzedRun) -> Found | None:
 
 def _headroom(run: AnalyzedRun) -> Found | None:
     ratios = _stability_ratios(run)
-    if len(ratios) < LEAST_RECORDS or max(ratios) >= HEADROOM:
+    if len(ratios) < LEAST_RECORDS or not 0 < max(ratios) < HEADROOM:
         return None
     evidence = f"The stability ratio was {max(ratios):.2g} at most, in {len(ratios)} analyses."
     action = "Try a higher rate; the ratio ignores the noise of batches."

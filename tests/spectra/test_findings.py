@@ -80,6 +80,12 @@ PLANTED: dict[str, tuple[str, list[SpectrumRecord], str, str]] = {
         "certain",
         f"1 of 6 analyses found wrong products, first at epoch 4: {WRONG}.",
     ),
+    "wrong products in a run": (
+        "unverified",
+        [*healthy(), SpectrumRecord(5, 60, None, f"WrongDerivativeError: {WRONG}.\nmore")],
+        "certain",
+        f"1 of 7 analyses found wrong products, first at epoch 5: {WRONG}.",
+    ),
     "unverified": (
         "unverified",
         changed(make_spectrum(-0.08, loss=0.2), verified="unknown", verification="the loss is noisy"),
@@ -128,7 +134,7 @@ PLANTED: dict[str, tuple[str, list[SpectrumRecord], str, str]] = {
         "edge_of_stability",
         with_ratios(0.4, 0.9, 1.02, 0.98, 1.01),
         "likely",
-        "The stability ratio was 0.9 or more in 4 of 5 analyses, and 1 at most.",
+        "The stability ratio was 0.9 or more in 4 of 5 analyses, and 1.02 at most.",
     ),
     "one spike": (
         "edge_of_stability",
