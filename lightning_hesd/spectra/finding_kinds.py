@@ -29,11 +29,12 @@ LEAST_RECORDS = 3
 WIDE_SHARE = 0.5
 """C_t changes too little for its error if the median error is a larger share of its range over the run."""
 
-TIED_SHARE = 0.5
+TIED_SHARE = 0.8
 """The sample is too small if a larger share of the other candidates is not evidently worse than the pick."""
 
-MOST_SAMPLES = 100.0
-"""No larger growth of the sample is advised: it follows from differences that may be zero."""
+GROWTH = (4.0, 100.0)
+"""Factors by which the sample would have to grow that are findings. Less hardly matters, and more would be needed where
+candidates differ by almost nothing, which is no fault of the sample."""
 
 EDGE = 0.9
 """Stability ratio from which on the optimizer counts as at the edge: 1, less the error from the finite sample."""
@@ -137,14 +138,13 @@ def _small_sample(run: AnalyzedRun) -> Found | None:
     known = [max(abs(d.value) - d.numerical_error, 0.0) for d in differences]
     errors = [STANDARD_ERRORS * d.standard_error for d in differences]
     factor = median_low((error / left) ** 2 if left else math.inf for error, left in zip(errors, known, strict=True))
+    if not GROWTH[0] <= factor <= GROWTH[1]:
+        return None
     evidence = (
         f"{tied} of {len(others)} other candidates are within {STANDARD_ERRORS:g} standard errors of the pick's C_t."
     )
-    action = (
-        f"Set `num_samples={_round_up(picked.num_samples * factor)}`, {factor:.2g} times as many, to tell half of them."
-        if factor <= MOST_SAMPLES
-        else f"Take them for equal: {MOST_SAMPLES:g} times the samples may not tell half."
-    )
+    samples = _round_up(picked.num_samples * factor)
+    action = f"Set `num_samples={samples}`, {factor:.2g} times as many, to tell half of them."
     return Found("The sample is too small to tell the pick", evidence, "likely", action)
 
 
@@ -181,13 +181,14 @@ def _mainly_negative(run: AnalyzedRun) -> Found | None:
 
 def _edge_of_stability(run: AnalyzedRun) -> Found | None:
     ratios = _stability_ratios(run)
-    if not ratios or max(ratios) < EDGE:
-        return None
     count = sum(ratio >= EDGE for ratio in ratios)
+    at_the_edge = 0 < len(ratios) <= 2 * count
+    if count < 2 and not at_the_edge:  # alone, it may be chance: a few weights that the optimizer has hardly moved yet
+        return None
     evidence = (
         f"The stability ratio was {EDGE:g} or more in {count} of {len(ratios)} analyses, and {max(ratios):.3g} at most."
     )
-    if 2 * count >= len(ratios):
+    if at_the_edge:
         action = "If the loss oscillates, lower the learning rate, or warm it up."
         return Found("Training is at the edge of stability", evidence, "likely", action)
     action = "If the loss has spikes there, lower the learning rate."

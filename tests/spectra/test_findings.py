@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from lightning_hesd.spectra.analyzed_run import Found
-from lightning_hesd.spectra.finding_kinds import KINDS
+from lightning_hesd.spectra.differences import c_t_difference
+from lightning_hesd.spectra.finding_kinds import GROWTH, KINDS
 from lightning_hesd.spectra.findings import Finding, findings
 from lightning_hesd.spectra.layer_curvature import LayerCurvature
 from lightning_hesd.spectra.record import SpectrumRecord
@@ -106,7 +107,7 @@ PLANTED: dict[str, tuple[str, list[SpectrumRecord], str, str]] = {
     ),
     "small sample": (
         "small_sample",
-        sampled(-0.2, -0.21, -0.22, -0.2, scatter=0.05),
+        sampled(-0.2, -0.21, -0.22, -0.202, scatter=0.03),
         "likely",
         "3 of 3 other candidates are within 2 standard errors of the pick's C_t.",
     ),
@@ -136,11 +137,11 @@ PLANTED: dict[str, tuple[str, list[SpectrumRecord], str, str]] = {
         "likely",
         "The stability ratio was 0.9 or more in 4 of 5 analyses, and 1.02 at most.",
     ),
-    "one spike": (
+    "two spikes": (
         "edge_of_stability",
-        with_ratios(0.4, 0.1, 1.6, 0.1, 0.2),
+        with_ratios(0.4, 1.1, 1.6, 0.1, 0.2),
         "hint",
-        "The stability ratio was 0.9 or more in 1 of 5 analyses, and 1.6 at most.",
+        "The stability ratio was 0.9 or more in 2 of 5 analyses, and 1.6 at most.",
     ),
     "headroom": (
         "headroom",
@@ -178,6 +179,7 @@ def test_a_healthy_run_has_none() -> None:
     assert findings(healthy(), overhead=0.3) == []
     assert findings([]) == []
     assert findings(with_ratios(0.02, 0.02, 0.5, 0.3, 0.02)) == []
+    assert findings(with_ratios(0.02, 0.02, 5.0, 0.3, 0.02)) == []
 
 
 class TestCost:
@@ -196,17 +198,32 @@ class TestCost:
 class TestSample:
     def test_the_advice_is_enough(self):
         """Standard errors that are smaller by the root of the advised factor tell half of the candidates apart."""
+        c_t = (-0.1, -0.15, -0.12, -0.14, -0.16)  # half of them are 0.05 or more below the pick
+        [found] = findings(sampled(*c_t, scatter=0.1))
+        factor = float(found.action.split("`, ")[1].split(" times")[0])
+        assert f"`num_samples={math.ceil(8 * factor)}`" in found.action
+        assert self.told_apart(c_t, scatter=0.1 / math.sqrt(1.02 * factor)) == 2
+        assert self.told_apart(c_t, scatter=0.1 / math.sqrt(0.95 * factor)) == 1
+
+    @staticmethod
+    def told_apart(c_t: tuple[float, ...], scatter: float) -> int:
+        pick, *others = [record.spectrum for record in sampled(*c_t, scatter=scatter)]
+        assert pick is not None
+        return sum(c_t_difference(pick, other).is_evident for other in others if other is not None)
+
+    def test_a_sample_that_need_not_grow_much_is_none(self):
         c_t = (-0.1, -0.15, -0.12, -0.14, -0.16)
         [found] = findings(sampled(*c_t, scatter=0.1))
         factor = float(found.action.split("`, ")[1].split(" times")[0])
-        assert f"`num_samples={math.ceil(8 * factor)}`" in found.action or factor > 12  # 100 and more are rounded
-        assert findings(sampled(*c_t, scatter=0.1 / math.sqrt(1.02 * factor))) == []
-        assert findings(sampled(*c_t, scatter=0.1 / math.sqrt(0.95 * factor))) != []
+        least = math.sqrt(GROWTH[0] / factor)
+        assert findings(sampled(*c_t, scatter=0.098 * least)) == []
+        assert findings(sampled(*c_t, scatter=0.102 * least)) != []
 
-    def test_equal_candidates_get_no_number(self):
-        [found] = findings(sampled(-0.1, -0.1, -0.1001, scatter=0.1))
-        assert "num_samples" not in found.action
-        assert "100 times" in found.action
+    def test_equal_candidates_are_no_fault_of_the_sample(self):
+        assert findings(sampled(-0.1, -0.1, -0.1001, scatter=0.1)) == []
+
+    def test_one_evident_candidate_of_four_is_enough(self):
+        assert findings(sampled(-0.1, -0.15, -0.12, -0.14, -0.5, scatter=0.1)) == []
 
     def test_without_errors_or_with_two_candidates_there_is_no_comparison(self):
         assert findings(sampled(-0.1, -0.1, -0.1, scatter=0.0)) == []
