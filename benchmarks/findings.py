@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.problems import small_digits
+from examples.rule_study.training import DONE
 from examples.shared import Table, markdown, quiet, silent_trainer
 from lightning_hesd import HessianSpectrumCallback, SpectrumHistory
 from lightning_hesd.spectra.finding_kinds import KINDS
@@ -117,7 +118,7 @@ class Square(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         """Square."""
         ctx.save_for_backward(x)
-        return x**2
+        return x.square()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -157,7 +158,8 @@ def failing(module: nn.Module, batch: list[Tensor]) -> Tensor:
 def concave(module: nn.Module, batch: list[Tensor]) -> Tensor:
     """Return a loss with strong negative curvature in one layer."""
     layer: Any = dict(module.named_parameters())["network.2.weight"]
-    return cross_entropy(module, batch) - 100 * layer.square().sum()
+    loss: Tensor = cross_entropy(module, batch) - 100 * layer.square().sum()
+    return loss
 
 
 FAULTS = (
@@ -209,10 +211,10 @@ class Classifier(pl.LightningModule):
         """Scale layers before the last epoch, and stop training, if the case asks for it."""
         if not self.case.rescaled or self.current_epoch < self.case.epochs - 1:
             return
-        parameters = dict(self.network.named_parameters())
+        parameters: dict[str, Any] = dict(self.network.named_parameters())
         with torch.no_grad():
             for name, factor in (("2.weight", 1 / 30), ("2.bias", 1 / 30), ("4.weight", 30)):
-                parameters[name] *= factor
+                parameters[name].mul_(factor)
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = 0.0
@@ -311,7 +313,7 @@ def of_recorded(folder: Path) -> str:
     for path in sorted(folder.glob("*/hesd/index.json")):
         history = SpectrumHistory.load(path.parent)
         kind = path.parent.parent.name.rpartition("-")[0]
-        if len(history) < 12:  # still being trained
+        if not (path.parent.parent / DONE).exists():  # still being trained
             continue
         runs[kind] += 1
         at_end.setdefault(kind, Counter()).update({found.key for found in findings(history)})

@@ -1,7 +1,7 @@
 """The kinds of findings: for each a function that looks for it in a run, and its thresholds. New kinds: `KINDS`.
 
-Healthy runs raised none of those but hints: benchmarks/results/findings.md. No kind says that labels were memorized:
-this takes a study with planted label noise that shows it.
+How often planted faults and healthy trainings raise each: benchmarks/results/findings.md. No kind says that labels were
+memorized: it takes a study with planted label noise to show that spectra tell.
 """
 
 from __future__ import annotations
@@ -42,8 +42,11 @@ EDGE = 0.9
 HEADROOM = 0.01
 """Stability ratio below which, in all analyses of a run, a higher learning rate is worth a try."""
 
-LAYER_SHARE = 0.8
-"""Share of the trace, or of the negative curvature, from which on one layer counts as holding most of it."""
+TRACE_SHARE = 0.9
+"""Share of the trace from which on one layer counts as holding most of the curvature."""
+
+NEGATIVE_SHARE = 0.8
+"""Share of the negative curvature from which on one layer explains a spectrum that is MN."""
 
 LARGE_LAYER = 0.5
 """A layer with a larger share of the parameters may hold most of the curvature: that is no finding."""
@@ -171,7 +174,7 @@ def _mainly_negative(run: AnalyzedRun) -> Found | None:
     shares = {name: layer.negative_share for name, layer in spectrum.by_layer.items()}
     if len(shares) > 1:
         name, share = max(shares.items(), key=lambda item: -math.inf if math.isnan(item[1]) else item[1])
-        if share >= LAYER_SHARE:
+        if share >= NEGATIVE_SHARE:
             evidence = f"{found}, and {share:.0%} of the negative curvature is in {name}."
             action = "Look at this layer; `layers='auto'` gives its own C_t."
             return Found("MN: the negative curvature is in one layer", evidence, "likely", action)
@@ -234,7 +237,7 @@ def _concentrated(run: AnalyzedRun) -> Found | None:
         return None
     name, layer = max(layers.items(), key=lambda item: item[1].trace_share)
     size = layer.dimension / sum(other.dimension for other in layers.values())
-    if _least_share(layer, layers) < LAYER_SHARE or size > LARGE_LAYER:
+    if _least_share(layer, layers) < TRACE_SHARE or size > LARGE_LAYER:
         return None
     evidence = (
         f"{name} has {layer.trace_share:.0%} of the trace, {layer.lambda_max_weight:.0%} of λ_max's eigenvector, "
@@ -280,5 +283,5 @@ KINDS: dict[str, Callable[[AnalyzedRun], Found | None]] = {
 
 def _round_up(value: float) -> int:
     """Return the number, rounded up to two digits."""
-    unit = 10 ** max(math.floor(math.log10(value)) - 1, 0)
+    unit = int(10 ** max(math.floor(math.log10(value)) - 1, 0))
     return math.ceil(value / unit) * unit
