@@ -23,7 +23,7 @@ class Finding:
 
     - "certain": the records say so themselves, such as a message of a failed analysis, or an interval.
     - "likely": a test with errors of its own says so, such as a comparison by standard errors.
-    - "hint": the numbers fit, and others may explain them as well. A reason to try the next step, and no more.
+    - "hint": the numbers fit, but have other explanations, too. A reason to try the next step, and no more.
 
     Attributes:
         key: Name of the kind, a key of `KINDS`.

@@ -252,6 +252,27 @@ class TestLanczosRuns:
         assert findings(run) == []
 
 
+class TestMainlyNegative:
+    def test_a_single_analysis_does_not_tell_whether_the_loss_has_fallen(self):
+        record = SpectrumRecord(0, 10, make_spectrum(-2.0, loss=2.0), first_loss=2.0)
+        assert [found.title for found in findings([record])] == ["MN: the cause is not known"]
+
+    def test_negative_curvature_in_several_layers(self):
+        layers = {"a": layer(20, 0.5, 0.25), "b": layer(20, 0.5, 0.75)}
+        [found] = findings(changed(make_spectrum(-2.0, loss=0.2), by_layer=layers))
+        assert found.title == "MN: the cause is not known"
+
+    def test_unknown_shares(self):
+        layers = {"a": layer(20, 0.5, math.nan), "b": layer(20, 0.5, math.nan)}
+        [found] = findings(changed(make_spectrum(-2.0, loss=0.2), by_layer=layers))
+        assert found.title == "MN: the cause is not known"
+
+
+def test_a_preconditioned_spectrum_without_positive_eigenvalues_tells_no_headroom() -> None:
+    negative = replace(make_spectrum(-0.1), nodes=np.array([[-2.0, -1.0]]))
+    assert findings([replace(r, preconditioned=negative, stability_threshold=2.0) for r in healthy()]) == []
+
+
 class TestLayers:
     def test_a_share_within_its_error_is_none(self):
         layers = {"a": layer(20, 0.95, error=0.1), "b": layer(80, 0.05)}
