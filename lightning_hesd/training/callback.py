@@ -106,6 +106,7 @@ class HessianSpectrumCallback(SpectrumSource):
     Attributes:
         history: The records so far, one per analysis: `.epoch`, `.global_step`, `.spectrum`, `.error`, ...
         checkpoints: The checkpoint callbacks that `checkpoint` asks for.
+        findings: What the records and the cost of the analyses give reason to look at, see `Finding`.
 
     Raises:
         ValueError: If an argument is out of range or not available in this version.
