@@ -18,6 +18,7 @@ from benchmarks import (
     calibrated_intervals,
     checks,
     coverage,
+    findings,
     isolation,
     language_models,
     layers,
@@ -248,3 +249,31 @@ def test_table_of_coverage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     rows = [line.split(" | ") for line in lines if line.startswith("| ")]
     assert [row[0] for row in rows] == ["| spectrum", "| ---", "| uniform", "| outliers on a bulk"]
     assert all(len(row) == len(coverage.HEADER) for row in rows)
+
+
+def test_table_of_findings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted fault, a training that is taken for healthy, and recorded ones; trainings are recorded once."""
+    steps = {"steps": 2}
+    planted = findings.Case("two steps", "short_run", analysis=steps)
+    missed = findings.Case("two steps, too", "failed", analysis=steps)
+    monkeypatch.setattr(findings, "FAULTS", (planted, missed))
+    monkeypatch.setattr(findings, "HEALTHY", (findings.Case("healthy", analysis=steps),))
+    recorded = tmp_path / "recorded" / "mlp-too-long-00"
+    findings.train(planted, 0, findings.QUICK).save(recorded / "hesd")
+    (recorded / findings.DONE).touch()
+    options = ["--quick", "--histories", "histories", "--recorded", "recorded", "--out", "out"]
+    monkeypatch.setattr("sys.argv", ["", *options])
+    monkeypatch.chdir(tmp_path)
+    findings.main()
+    page = (tmp_path / "out" / "findings.md").read_text(encoding="utf-8")
+    rows = {}
+    for line in page.splitlines():
+        name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        rows[name] = cells
+    assert rows["two steps"] == [".", ".", "**1 c**", *["."] * 7]
+    assert rows["two steps, too"] == ["**0**", ".", "1 c", *["."] * 7]
+    assert rows["healthy"] == [".", ".", "1 c", *["."] * 7]
+    assert rows["mlp-too-long"] == ["1", ".", ".", "1", *["."] * 7, "short_run 1"]
+    monkeypatch.setattr(findings, "train", None)
+    findings.main()
+    assert (tmp_path / "out" / "findings.md").read_text(encoding="utf-8") == page

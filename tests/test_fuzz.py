@@ -32,6 +32,7 @@ from lightning_hesd.commands.report import report, run_data
 from lightning_hesd.commands.results import Results
 from lightning_hesd.spectra.codec import load_layers, save
 from lightning_hesd.spectra.decisions import decisions, rewound
+from lightning_hesd.spectra.findings import findings
 from lightning_hesd.spectra.payload import SELECTIONS_NAME, record_payload, selection_payload, to_json
 from lightning_hesd.spectra.payload_reading import RECORD_FIELDS, SELECTION_FIELDS, PayloadError, read_payload
 from lightning_hesd.spectra.record import SpectrumRecord
@@ -183,6 +184,7 @@ def selection(epoch: int = 1) -> dict[str, Any]:
 
 def described(*found: SpectrumRecord) -> None:
     """Do what the readers of a record do with it."""
+    assert all(finding.evidence for finding in findings(found, overhead=2.0))
     for record in found:
         to_json(record_payload(record))
         for one in record.spectra.values():

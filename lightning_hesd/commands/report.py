@@ -73,7 +73,8 @@ def run_data(log_dir: str | os.PathLike[str], name: str = "hesd") -> dict[str, A
     if not history:
         msg = f"the history in {log_dir} has no records yet."
         raise ValueError(msg)
-    records = [record_payload(record) for record in history]
+    *earlier, last = history
+    records = [*map(record_payload, earlier), record_payload(last, history.findings)]
     own = joined(log_dir, name)
     with fetched(own if exists(own) else log_dir) as folder:
         selections, problems = _selections(folder / SELECTIONS_NAME)

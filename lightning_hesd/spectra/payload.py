@@ -20,8 +20,9 @@ from lightning_hesd.spectra.scalars import LAYER_SCALARS, data_of_record, data_o
 from lightning_hesd.spectra.validation import FORMAT_VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
+    from lightning_hesd.spectra.findings import Finding
     from lightning_hesd.spectra.layer_curvature import LayerCurvature
     from lightning_hesd.spectra.record import SpectrumRecord
     from lightning_hesd.spectra.selection import SelectionEvent
@@ -70,8 +71,8 @@ THRESHOLDS = {
 }
 
 
-def record_payload(record: SpectrumRecord) -> dict[str, Any]:
-    """Return a record as JSON values."""
+def record_payload(record: SpectrumRecord, found: Sequence[Finding] = ()) -> dict[str, Any]:
+    """Return a record as JSON values, with the findings of its run as of then."""
     spectra = {field: getattr(record, field) for field in SUFFIXES}
     scores = {name: rule.score(record) for name, rule in RULES.items()}
     values = {
@@ -86,6 +87,7 @@ def record_payload(record: SpectrumRecord) -> dict[str, Any]:
         "metrics": dict(record.metrics),
         "scores": {name: score for name, score in scores.items() if not math.isnan(score)},
         "layers": _layers(record),
+        "findings": [asdict(finding) for finding in found],
     }
     return _plain(values)  # type: ignore[no-any-return]
 

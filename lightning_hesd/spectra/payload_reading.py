@@ -78,8 +78,11 @@ SELECTION_FIELDS: Fields = {
 }
 """Checks of the fields that readers rely on."""
 
+FINDING_FIELDS: Fields = dict.fromkeys(("key", "title", "evidence", "confidence", "action"), text)
+
 LATER: tuple[tuple[Fields, str, type, Check], ...] = (
     (RECORD_FIELDS, "metrics", dict, each_named(optional(number))),
+    (RECORD_FIELDS, "findings", list, each(having(FINDING_FIELDS))),
     (SELECTION_FIELDS, "rivals", list, each(integer)),
 )
 """Fields that payloads of earlier releases lack, empty then, with their types and checks."""

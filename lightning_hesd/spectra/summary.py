@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from lightning_hesd.spectra.analyzed_state import analyzed_states
+from lightning_hesd.spectra.findings import findings
 from lightning_hesd.spectra.record import START_EPOCH
 from lightning_hesd.spectra.rules import rule_short_title, rule_title
 from lightning_hesd.spectra.scalars import RECORD_SCALARS, SPECTRUM_SCALARS, as_factor, shown_in
@@ -18,12 +20,22 @@ from lightning_hesd.spectra.selection import LOSS_SHARE, candidates_of, loss_tol
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    from lightning_hesd.spectra.findings import Finding
     from lightning_hesd.spectra.record import SpectrumRecord
     from lightning_hesd.spectra.selection import Candidate
     from lightning_hesd.spectra.spectrum import Spectrum
 
 MAX_ROWS = 20
 """Longer tables show this many records: the picks, the first, the last, and others evenly spaced between these."""
+
+MAX_FINDINGS = 4
+"""The table shows this many findings, those that matter most."""
+
+STATED = {"failed", "unverified"}
+"""Findings that notes of their own state, with every reason."""
+
+WIDTH = 80
+"""Columns of the lines of findings, at most."""
 
 GAP = "..."
 TEXT_COLUMNS = ("type", "criteria", "candidate", "pick")
@@ -62,7 +74,7 @@ class Summary:
 
 
 def analysis_lines(record: SpectrumRecord, name: str, *, by_step: bool = False) -> list[str]:
-    """Return the main findings of an analysis, a line for each spectrum, with its step if epochs have several."""
+    """Return the main results of an analysis, a line for each spectrum, with its step if epochs have several."""
     lines = [f"{suffix.removeprefix('_')} {spectrum}".lstrip() for suffix, spectrum in record.spectra.items()]
     if record.assessment is not None:
         lines.append(str(record.assessment))
@@ -114,6 +126,7 @@ def summarize(
         ),
         *_failures(history, by_step=by_step),
         *_doubts(history, columns["type"]),
+        *_finding_lines(findings(history, overhead=overhead)),
         *([] if folder is None else [f"all spectra: {folder}"]),
     ]
     rows = _shortened(list(zip(*columns.values(), strict=True)), marked)
@@ -140,6 +153,21 @@ def _doubts(history: Sequence[SpectrumRecord], types: Sequence[str]) -> list[str
         count = sum(spectrum.verification == words for spectrum in unverified)
         notes.append(f"not verified ({count} of {len(history)} analyses): {words}")
     return notes
+
+
+def _finding_lines(found: Sequence[Finding]) -> list[str]:
+    """Return two lines for each finding: the evidence, and the confidence with the next step."""
+    found = [finding for finding in found if finding.key not in STATED]
+    lines = ["findings, what matters most first:"] if found else []
+    for finding in found[:MAX_FINDINGS]:
+        lines += [_fitted("- ", finding.evidence), _fitted("  ", f"{finding.confidence}; next: {finding.action}")]
+    left = len(found) - MAX_FINDINGS
+    return [*lines, f"- and {left} more, in `callback.findings`"] if left > 0 else lines
+
+
+def _fitted(start: str, text: str) -> str:
+    """Return a line of at most `WIDTH` columns; text beyond is left out at a space."""
+    return start + textwrap.shorten(text, WIDTH - len(start), placeholder=" ...")
 
 
 def _title(history: Sequence[SpectrumRecord], name: str, seconds: float, overhead: float | None) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.inputs.portable import Portable
+from lightning_hesd.spectra.findings import findings
 from lightning_hesd.spectra.validation import check_count
 from lightning_hesd.training.analyzer import TrainerAnalyzer
 from lightning_hesd.training.checkpoints.placement import as_checkpoints
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from lightning_hesd.numerics.analysis.evaluation import LossFunction
     from lightning_hesd.numerics.inputs.blocks import Layers
+    from lightning_hesd.spectra.findings import Finding
     from lightning_hesd.spectra.rules import RuleName
     from lightning_hesd.spectra.selection import SelectionEvent
     from lightning_hesd.training.checkpoints.checkpoint import HessianCheckpoint
@@ -104,6 +106,7 @@ class HessianSpectrumCallback(SpectrumSource):
     Attributes:
         history: The records so far, one per analysis: `.epoch`, `.global_step`, `.spectrum`, `.error`, ...
         checkpoints: The checkpoint callbacks that `checkpoint` asks for.
+        findings: What the records and the cost of the analyses give reason to look at, see `Finding`.
 
     Raises:
         ValueError: If an argument is out of range or not available in this version.
@@ -193,6 +196,11 @@ class HessianSpectrumCallback(SpectrumSource):
     def checkpoint(self) -> HessianCheckpoint | None:
         """The first of the checkpoint callbacks; None if there is none."""
         return self.checkpoints[0] if self.checkpoints else None
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What the records and the cost of the analyses give reason to look at, what matters most first."""
+        return findings(self.history, overhead=self.budget.overhead)
 
     # Hooks ----------------------------------------------------------------------------------------------------------
 

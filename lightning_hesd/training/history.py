@@ -21,6 +21,7 @@ from lightning_hesd.spectra.codec import (
     pack_records,
     unpack_records,
 )
+from lightning_hesd.spectra.findings import findings
 from lightning_hesd.spectra.record import START_EPOCH, SpectrumRecord, when
 from lightning_hesd.spectra.summary import summarize
 from lightning_hesd.spectra.tables import layers_table, records_table
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
+    from lightning_hesd.spectra.findings import Finding
 
 __all__ = ["START_EPOCH", "SpectrumHistory", "SpectrumRecord", "when"]
 
@@ -82,6 +84,11 @@ class SpectrumHistory(list[SpectrumRecord]):
         seconds = sum(spectrum.seconds for record in self for spectrum in record.spectra.values())
         summary = summarize(self, "hesd", seconds=seconds, overhead=None, kept={}, folder=None)
         return html.escape(repr(self)) if summary is None else summary_html(summary)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What the records give reason to look at, what matters most first; the cost is that of a callback only."""
+        return findings(self)
 
     def plot(self, kind: Literal["c_t", "density_evolution", "layers"] = "c_t", ax: Axes | None = None) -> Axes:
         """Draw C_t along the run with its interval and the picks, the densities, or the layers.

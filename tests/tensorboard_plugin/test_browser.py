@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lightning_hesd import Judgment, Spectrum
+    from lightning_hesd.spectra.findings import Finding
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -46,6 +47,7 @@ EVIL = "<b><img src=x onerror=window.injected=1>"
 COLORS = ("#425066", "#12b5cb", "#e52592", "#f9ab00", "#9334e6")
 """What TensorBoard gives to runs, in the order of /data/runs."""
 
+JUDGMENT_CARD = "section[aria-labelledby=judgment-title]"
 FIRST, SECOND = "net/version_0", "net/version_1"
 
 
@@ -376,7 +378,7 @@ def scroll_to_judgment(page: Page) -> None:
 
 
 def wait_for_judgment(page: Page) -> None:
-    page.until("return document.querySelector('section.card.wide').getAttribute('aria-busy') === 'false'")
+    page.until(f"return document.querySelector('{JUDGMENT_CARD}').getAttribute('aria-busy') === 'false'")
 
 
 def show_judgment(page: Page) -> None:
@@ -401,7 +403,7 @@ def test_the_rules_are_compared_over_the_selected_runs(
     page.driver.set_window_size(1400, 600)
     try:
         page.open_tab(address)
-        page.until("return document.querySelector('section.card.wide').getAttribute('aria-busy') === 'true'")
+        page.until(f"return document.querySelector('{JUDGMENT_CARD}').getAttribute('aria-busy') === 'true'")
         assert page.script(JUDGED) == 0  # the card has its runs, and is below what can be seen
         assert page.text("#judgment .sentence") == "Comparing …"
         show_judgment(page)
@@ -725,6 +727,53 @@ def test_cards_say_why_they_are_empty(page: Page, tmp_path: Path) -> None:
     page.until("return document.getElementById('hesd').dataset.detail.endsWith(' 4')")
     assert page.text("#cumulative") == "An earlier release wrote this record, without numbers of eigenvalues."
     page.assert_clean(path.as_uri())
+
+
+def test_findings_in_the_tab_and_the_report(page: Page, tmp_path: Path) -> None:
+    """Those of each selected run, as its last record has them; text only, whatever names and messages contain."""
+    healthy, faulty = SpectrumHistory(), SpectrumHistory()
+    healthy.append(SpectrumRecord(0, 4, make_spectrum(-0.3)))
+    negative = make_spectrum(-2.0, loss=0.2)
+    faulty.extend([SpectrumRecord(0, 4, None, error=EVIL), SpectrumRecord(1, 8, negative)])
+    [failed, mainly_negative] = faulty.findings
+    assert (failed.key, mainly_negative.key) == ("failed", "mainly_negative")
+    log = tmp_path / "runs"
+    write_payloads(log / "faulty", [record_payload(faulty[-1], faulty.findings)])
+    with Tab(log).served() as address:
+        page.open_tab(address)
+        assert_found(page, "faulty", faulty.findings)
+        assert page.script("return document.querySelector('#findings details').open")
+        page.assert_clean(address)
+    write_payloads(log / "healthy", [record_payload(healthy[-1], healthy.findings)])
+    old = {key: value for key, value in record_payload(healthy[-1]).items() if key != "findings"}
+    write_payloads(log / "old", [old])
+    with Tab(log).served() as address:
+        page.open_tab(address)
+        assert [line for line in page.text("#findings").splitlines() if line] == [
+            "faulty: 2 findings",
+            "healthy: no findings",
+            "old: no findings",
+        ]
+        assert not page.script("return document.querySelector('#findings details').open")
+        page.script("document.querySelector('#findings summary').click()")
+        assert_found(page, "faulty", faulty.findings)
+        page.click("#runs input[data-key*=faulty]", "")
+        page.until("return !document.getElementById('findings').innerText.includes('faulty')")
+        page.assert_clean(address)
+
+    faulty.save(tmp_path / "faulty" / "hesd")
+    write_report(tmp_path / "faulty", tmp_path / "report.html")
+    page.open((tmp_path / "report.html").as_uri())
+    page.until("return document.getElementById('hesd').dataset.drawn > 0")
+    assert_found(page, "faulty", faulty.findings)
+    page.assert_clean((tmp_path / "report.html").as_uri())
+
+
+def assert_found(page: Page, run: str, found: list[Finding]) -> None:
+    items = page.script("return [...document.querySelectorAll('#findings li')].map((item) => item.innerText)")
+    lines = [[f"{f.title} ({f.confidence}): {f.evidence}", f"Next: {f.action}"] for f in found]
+    assert [[line for line in item.splitlines() if line] for item in items] == lines
+    assert page.text("#findings summary") == f"{run}: {len(found)} findings"
 
 
 def test_a_report_of_hostile_names_and_a_failed_analysis(page: Page, tmp_path: Path) -> None:

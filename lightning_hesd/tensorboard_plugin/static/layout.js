@@ -21,6 +21,7 @@ export function layOut(root, actions) {
     tools: element("div", { class: "tools", id: "tools" }),
     detailTools: element("div", { class: "tools", id: "detail-tools" }),
     assessment: element("div", { id: "assessment", "aria-live": "polite" }),
+    findings: element("div", { id: "findings" }),
     picks: element("ul", { id: "picks" }),
     table: element("details", { id: "table", ontoggle: actions.openTable }, element("summary", {}, "Data table")),
   };
@@ -32,6 +33,7 @@ export function layOut(root, actions) {
     titled("h2", "all", "Runs over training", {},
       parts.tools,
       element("div", { class: "grid paired" },
+        titled("h3", "findings", "Findings", { class: "card wide" }, parts.findings),
         figure("ct", "C_t with its interval", "Ratio of the extreme negative and positive eigenvalue (training data)."),
         figure("extremes", "Extreme eigenvalues", "Of the Hessian of the training loss."),
         figure("deltas", "Generalization criteria", "Ratios of r_e and K_H05 on generalization and training data."),

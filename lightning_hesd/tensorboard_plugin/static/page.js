@@ -8,7 +8,7 @@ import { button, download, element, keepFocus, menu, table } from "./dom.js";
 import { JudgmentCard } from "./judgment.js";
 import { layOut } from "./layout.js";
 import { SYMBOLS, colorOf, watchTheme } from "./theme.js";
-import { assessmentOf, pickOf, summary } from "./words.js";
+import { assessmentOf, findingsOf, pickOf, summary } from "./words.js";
 
 const AT_FIRST = 10; // runs that are selected at first
 const SMALL = 0.1; // smaller values of C_t are legible on the logarithmic axis only
@@ -182,6 +182,7 @@ class Page {
       this.showTools();
       this.showDetailTools();
       this.fillTable();
+      this.parts.findings.replaceChildren(...this.runs.map((run) => findingsOf(run, this.runs.length === 1)));
       await this.draw();
       this.judgment.setRuns(this.runs); // after the figures, which must not wait for it
     }

@@ -48,6 +48,17 @@ function verification(s) {
 
 const TYPES = { MP: "mainly positive (MP)", MN: "mainly negative (MN)" };
 
+/** Return the findings of a run as of its last record, what matters most first; those of several runs unfold. */
+export function findingsOf({ run, records }, isOpen) {
+  const found = records.at(-1).findings ?? []; // earlier releases wrote none
+  if (!found.length) return element("p", {}, `${run}: no findings`);
+  const items = found.map(({ title, evidence, confidence, action }) =>
+    element("li", {},
+      element("p", {}, element("strong", {}, title), ` (${confidence}): `, evidence),
+      element("p", { class: "why" }, `Next: ${action}`)));
+  return element("details", { open: isOpen }, element("summary", {}, `${run}: ${found.length === 1 ? "1 finding" : `${found.length} findings`}`), element("ol", {}, ...items));
+}
+
 /** Return the pick of a rule, and the reason. */
 export function pickOf(rule) {
   const pick = rule.pick;
