@@ -40,7 +40,7 @@ def tridiagonal(nodes: Array, weights: Array) -> Array:
     `weights` have shape (steps,).
 
     Examples:
-        >>> tridiagonal(np.array([-1.0, 1.0]), np.array([0.5, 0.5])).round(6).tolist()
+        >>> (tridiagonal(np.array([-1.0, 1.0]), np.array([0.5, 0.5])).round(6) + 0.0).tolist()
         [[0.0, 1.0], [1.0, 0.0]]
     """
     basis = (np.sqrt(weights) / np.sqrt(weights.sum()))[None]
