@@ -40,7 +40,7 @@ healthy trainings each, {without} and {without_later} have no finding.
 RECORDED = """\
 ## Recorded trainings
 
-{count} trainings of the [study of checkpoint rules](../../examples/rule_study) (an MLP, a ResNet and a ViT on digits;
+{count} trainings of the study of checkpoint rules (`examples/rule_study`) (an MLP, a ResNet and a ViT on digits;
 AdamW with a constant learning rate, a cosine schedule, or four times as long; 256 samples, 30 steps, 12 analyses),
 without a planted fault; {without} of them have no finding at the end. The last column counts trainings that had a
 finding after any of their analyses. small_sample is never raised here: these records lack the resampled extremes that
