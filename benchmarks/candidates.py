@@ -23,6 +23,7 @@ from lightning_hesd import hessian_spectrum
 from lightning_hesd.numerics.analysis.preparation import opened_operators
 from lightning_hesd.numerics.inputs.batches import weighted_batches
 from lightning_hesd.numerics.inputs.options import AnalysisOptions
+from lightning_hesd.numerics.operators.diagonal_block import choose_difference_step
 from lightning_hesd.numerics.operators.strategies import Strategy
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ def our_product(problem: Problem, strategy: Strategy | Literal["auto"]) -> Itera
     options = AnalysisOptions(strategy=strategy)
     batches = weighted_batches(problem.batches)
     with opened_operators(problem.module, batches, loss, options, [problem.parameters]) as ([operator], _):
+        choose_difference_step([operator])
         yield operator.matvec
 
 

@@ -1,8 +1,8 @@
 """Merging of consecutive batches into larger ones, the inverse of cutting; an error says why batches cannot be merged.
 
-Tensors with the samples along their first dimension are concatenated, in lists, tuples, dicts and dataclasses of any
-depth. All other values must be equal in all batches. Whether the loss of a merged batch is the mean of theirs is
-another question.
+Tensors with the samples along their first dimension, or several rows for each, are concatenated, in lists, tuples,
+dicts and dataclasses of any depth. All other values must be equal in all batches. Whether the loss of a merged batch is
+the mean of theirs is another question.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def _merged_tensors(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     if type(first) is not Tensor or any(tensor.layout != torch.strided or tensor.requires_grad for tensor in tensors):
         msg = "the batches hold tensors of a special kind, or with a graph"
         raise UnmergeableBatchesError(msg)
-    if all(tensor.ndim and len(tensor) == size for tensor, size in zip(tensors, sizes, strict=True)):
+    rows = {len(tensor) / size if tensor.ndim else 0.0 for tensor, size in zip(tensors, sizes, strict=True)}
+    if len(rows) == 1 and rows.pop() in range(1, 2**31):  # so many rows per sample
         if len({(tensor.shape[1:], tensor.dtype, tensor.device) for tensor in tensors}) > 1:
             msg = "the samples of the batches differ in shape, dtype or device"
             raise UnmergeableBatchesError(msg)

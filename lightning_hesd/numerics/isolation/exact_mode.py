@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -143,7 +144,8 @@ def exact_mode(
         stack.enter_context(_without_autocast(device_types))
         stack.enter_context(_exact_number_formats())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules:  # or nothing is compiled; it takes a second to import
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         if any(isinstance(m, nn.RNNBase) for m in module.modules()):
             _set(stack, torch.backends.cudnn, "enabled", False)
         set_mode(module, mode)

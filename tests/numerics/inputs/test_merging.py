@@ -39,6 +39,14 @@ def test_samples_are_concatenated_in_the_structure_of_the_batch() -> None:
     assert (whole.weight, whole.num_samples, whole.index, whole.position) == (50.0, 5.0, 0, 5)
 
 
+def test_rows_of_samples_are_concatenated() -> None:
+    """As the labels of all tokens, in one row."""
+    whole = merged(batches([torch.zeros(2, 4), torch.arange(8)], [torch.zeros(3, 4), torch.arange(12)]))
+    assert whole.data[1].tolist() == [*range(8), *range(12)]
+    with pytest.raises(UnmergeableBatchesError, match="neither of samples nor equal"):
+        merged(batches([torch.zeros(2, 4), torch.arange(8)], [torch.zeros(3, 4), torch.arange(1, 9)]))
+
+
 def test_one_batch_stays_itself() -> None:
     [batch] = batches([object()], sizes=(2,))
     assert merged([batch]) is batch
