@@ -1,0 +1,71 @@
+"""Spectra of each kind, and two that should not be trusted, with small networks on digits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from examples.gallery.networks import Classifier, HalfPrecisionClassifier, digits, train
+from lightning_hesd import HessianSpectrumCallback, hessian_spectrum
+from lightning_hesd.plotting import new_axes, offscreen, plot_density
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from lightning_hesd import Spectrum
+
+WIDTH, HEIGHT = 4.0, 3.2
+"""Size of a picture in inches: three of them stand side by side."""
+
+
+def draw_cases(folder: Path) -> None:
+    """Draw the density of each case, and print what it says."""
+    found = {**of_one_training(), "unverified": in_half_precision(), **of_two_samples()}
+    for name, spectrum in found.items():
+        print(f"{name}: {spectrum}")
+        with offscreen():
+            ax = plot_density(spectrum, new_axes(WIDTH, HEIGHT, dpi=150))
+        ax.figure.savefig(folder / f"{name}.png")
+
+
+def of_one_training() -> dict[str, Spectrum]:
+    """Return the spectra before, during and long after the training of one network."""
+    torch.manual_seed(0)
+    callback = HessianSpectrumCallback(epochs=(11, 399), at_start=True, num_samples=1200, progress=False)
+    train(Classifier(), 400, [callback])
+    start, trained, late = (record.spectrum for record in callback.history)
+    assert start is not None
+    assert trained is not None
+    assert late is not None
+    return {"mn": start, "mp": trained, "qs": late}
+
+
+def in_half_precision() -> Spectrum:
+    """Return the spectrum of a network whose loss is computed with 16 bits."""
+    torch.manual_seed(0)
+    callback = HessianSpectrumCallback(epochs=(11,), num_samples=1200, progress=False)
+    train(HalfPrecisionClassifier(), 12, [callback])
+    spectrum = callback.history[-1].spectrum
+    assert spectrum is not None
+    return spectrum
+
+
+def of_two_samples() -> dict[str, Spectrum]:
+    """Return the spectra of a few and of many samples, at the same weights."""
+    torch.manual_seed(0)
+    module = Classifier()
+    train(module, 12, [])
+    inputs, labels = digits().training.tensors
+    return {
+        name: hessian_spectrum(module, [(inputs[:size], labels[:size])], mean_loss, sampling_error=True)
+        for name, size in (("few-samples", 48), ("many-samples", len(inputs)))
+    }
+
+
+def mean_loss(module: Classifier, batch: Sequence[Tensor]) -> Tensor:
+    return F.cross_entropy(module.net(batch[0]), batch[1])

@@ -1,0 +1,84 @@
+"""Small networks that learn scikit-learn's 8x8 digits in seconds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+TRAIN_SIZE = 1200
+
+
+class Digits(NamedTuple):
+    """Images of shape (samples, 64) and their labels."""
+
+    training: TensorDataset
+    held_out: TensorDataset
+
+
+def digits() -> Digits:
+    """Return the training set, and the digits that training does not see."""
+    images, labels = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    images, labels = images[order].float() / 16, labels[order]
+    return Digits(
+        TensorDataset(images[:TRAIN_SIZE], labels[:TRAIN_SIZE]), TensorDataset(images[TRAIN_SIZE:], labels[TRAIN_SIZE:])
+    )
+
+
+def loader(data: TensorDataset, *, seed: int = 0) -> DataLoader[tuple[Tensor, ...]]:
+    """Return shuffled batches of 60 samples."""
+    return DataLoader(data, batch_size=60, shuffle=True, generator=torch.Generator().manual_seed(seed))
+
+
+class Classifier(pl.LightningModule):
+    """A perceptron with one hidden layer of 32 units, trained with Adam."""
+
+    def __init__(self, lr: float = 3e-3) -> None:
+        super().__init__()
+        self.lr = lr
+        self.net = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        logits = self.net(batch[0])
+        self.log("train_acc", (logits.argmax(1) == batch[1]).float().mean(), on_step=False, on_epoch=True)
+        return F.cross_entropy(logits, batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), self.lr)
+
+
+class HalfPrecisionClassifier(Classifier):
+    """The same, but its loss rounds the hidden layer to 16 bits."""
+
+    def __init__(self, lr: float = 3e-3) -> None:
+        super().__init__(lr)
+        self.net.insert(2, Rounded())
+
+
+class Rounded(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.bfloat16().to(x.dtype)
+
+
+def train(module: pl.LightningModule, epochs: int, callbacks: Sequence[Callback], seed: int = 0) -> None:
+    """Train on the digits, without a log."""
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
+    trainer.fit(module, loader(digits().training, seed=seed))
