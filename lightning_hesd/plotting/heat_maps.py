@@ -180,7 +180,7 @@ def plot_layers(
     else:
         layers, found_label = _by_position(history)
     if not layers:
-        msg = "`history` knows no layers: all analyses failed, or kept no Krylov basis (`basis='none'`)."
+        msg = "`history` has no values of layers: all analyses failed, or kept no Krylov basis (`basis='none'`)."
         raise ValueError(msg)
     epochs, found = list(layers), list(layers.values())
     names = list(found[-1])

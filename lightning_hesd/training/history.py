@@ -87,7 +87,7 @@ class SpectrumHistory(list[SpectrumRecord]):
 
     @property
     def findings(self) -> list[Finding]:
-        """What the records give reason to look at, what matters most first; the cost is that of a callback only."""
+        """Observations in the records that deserve attention, the most important first; without the cost, which only a callback knows."""
         return findings(self)
 
     def plot(self, kind: Literal["c_t", "density_evolution", "layers"] = "c_t", ax: Axes | None = None) -> Axes:
