@@ -20,7 +20,13 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = ("benchmarks/results/*", "examples/*/results/*", "examples/lightning_cli/*", "CHANGELOG.md", "CONTRIBUTING.md")
+OUTSIDE = (
+    "benchmarks/results/*",
+    "examples/*/results/*",
+    "examples/lightning_cli/*",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+)
 LINK = re.compile(r"\]\(((?!\w+:)[^)#\s]+)")
 MATH = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>', re.DOTALL)
 

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from lightning.pytorch.callbacks import Callback
 
 TRAIN_SIZE = 1200
 
@@ -48,7 +49,7 @@ class Classifier(pl.LightningModule):
         self.lr = lr
         self.net = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
 
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Sequence[Tensor]) -> Tensor:
         logits = self.net(batch[0])
         self.log("train_acc", (logits.argmax(1) == batch[1]).float().mean(), on_step=False, on_epoch=True)
         return F.cross_entropy(logits, batch[1])

@@ -1,4 +1,4 @@
-"""`findings`: observations in the records of a run that deserve attention, with evidence, confidence and a next step."""
+"""`findings`: observations in the records of a run that deserve attention, with evidence and a next step."""
 
 from __future__ import annotations
 
