@@ -47,7 +47,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     folder = Path(page.file.abs_src_path).parent
 
     def inside(match: re.Match[str]) -> str:
-        target = (folder / match[1]).resolve().relative_to(ROOT).as_posix()
+        path = (folder / match[1]).resolve()
+        if not path.is_file():
+            return match[0]
+        target = path.relative_to(ROOT).as_posix()
         if target.startswith("lightning_hesd/"):
             return f"][{target.removesuffix('.py').replace('/', '.')}"
         return f"]({posixpath.relpath(target.removeprefix('docs/'), here or '.')}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from examples.gallery.networks import Classifier, HalfPrecisionClassifier, digits, train
+from examples.gallery.networks import TRAIN_SIZE, Classifier, HalfPrecisionClassifier, digits, train
 from lightning_hesd import HessianSpectrumCallback, hessian_spectrum
 from lightning_hesd.plotting import new_axes, offscreen, plot_density
 
@@ -23,9 +23,17 @@ WIDTH, HEIGHT = 4.0, 3.2
 """Size of a picture in inches: three of them stand side by side."""
 
 
-def draw_cases(folder: Path) -> None:
+EPOCHS, MANY_EPOCHS = 12, 400
+"""Of a usual and of an excessive training."""
+
+
+def draw_cases(folder: Path, epochs: int = EPOCHS, many_epochs: int = MANY_EPOCHS) -> None:
     """Draw the density of each case, and print what it says."""
-    found = {**of_one_training(), "unverified": in_half_precision(), **of_two_samples()}
+    found = {
+        **of_one_training(epochs, many_epochs),
+        "unverified": in_half_precision(epochs),
+        **of_two_samples(epochs),
+    }
     for name, spectrum in found.items():
         print(f"{name}: {spectrum}")
         with offscreen():
@@ -33,11 +41,13 @@ def draw_cases(folder: Path) -> None:
         ax.figure.savefig(folder / f"{name}.png")
 
 
-def of_one_training() -> dict[str, Spectrum]:
-    """Return the spectra before, during and long after the training of one network."""
+def of_one_training(epochs: int, many_epochs: int) -> dict[str, Spectrum]:
+    """Return the spectra of one network before its training, after some epochs and after many."""
     torch.manual_seed(0)
-    callback = HessianSpectrumCallback(epochs=(11, 399), at_start=True, num_samples=1200, progress=False)
-    train(Classifier(), 400, [callback])
+    callback = HessianSpectrumCallback(
+        epochs=(epochs - 1, many_epochs - 1), at_start=True, num_samples=TRAIN_SIZE, progress=False
+    )
+    train(Classifier(), many_epochs, [callback])
     start, trained, late = (record.spectrum for record in callback.history)
     assert start is not None
     assert trained is not None
@@ -45,21 +55,21 @@ def of_one_training() -> dict[str, Spectrum]:
     return {"mn": start, "mp": trained, "qs": late}
 
 
-def in_half_precision() -> Spectrum:
+def in_half_precision(epochs: int) -> Spectrum:
     """Return the spectrum of a network whose loss is computed with 16 bits."""
     torch.manual_seed(0)
-    callback = HessianSpectrumCallback(epochs=(11,), num_samples=1200, progress=False)
-    train(HalfPrecisionClassifier(), 12, [callback])
+    callback = HessianSpectrumCallback(epochs=(epochs - 1,), num_samples=TRAIN_SIZE, progress=False)
+    train(HalfPrecisionClassifier(), epochs, [callback])
     spectrum = callback.history[-1].spectrum
     assert spectrum is not None
     return spectrum
 
 
-def of_two_samples() -> dict[str, Spectrum]:
+def of_two_samples(epochs: int) -> dict[str, Spectrum]:
     """Return the spectra of a few and of many samples, at the same weights."""
     torch.manual_seed(0)
     module = Classifier()
-    train(module, 12, [])
+    train(module, epochs)
     inputs, labels = digits().training.tensors
     return {
         name: hessian_spectrum(module, [(inputs[:size], labels[:size])], mean_loss, sampling_error=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import lightning.pytorch as pl
@@ -10,6 +12,8 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from examples.shared import silent_trainer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,9 +40,9 @@ def digits() -> Digits:
     )
 
 
-def loader(data: TensorDataset, *, seed: int = 0) -> DataLoader[tuple[Tensor, ...]]:
+def loader(data: TensorDataset) -> DataLoader[tuple[Tensor, ...]]:
     """Return shuffled batches of 60 samples."""
-    return DataLoader(data, batch_size=60, shuffle=True, generator=torch.Generator().manual_seed(seed))
+    return DataLoader(data, batch_size=60, shuffle=True, generator=torch.Generator().manual_seed(0))
 
 
 class Classifier(pl.LightningModule):
@@ -71,15 +75,8 @@ class Rounded(nn.Module):
         return x.bfloat16().to(x.dtype)
 
 
-def train(module: pl.LightningModule, epochs: int, callbacks: Sequence[Callback], seed: int = 0) -> None:
+def train(module: pl.LightningModule, epochs: int, callbacks: Sequence[Callback] = ()) -> None:
     """Train on the digits, without a log."""
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
-    )
-    trainer.fit(module, loader(digits().training, seed=seed))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = silent_trainer(Path(folder), max_epochs=epochs, callbacks=list(callbacks), accelerator="cpu")
+        trainer.fit(module, loader(digits().training))
