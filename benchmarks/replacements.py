@@ -102,7 +102,8 @@ def _in_turns(works: Sequence[Callable[[], Any]], rounds: int) -> tuple[float, f
 
 def _measure(name: str, steps: int, rounds: int, size: Size) -> list[str]:  # noqa: ARG001 - the steps are fixed
     used = _used_kinds(name, size)
-    row, milliseconds = [], []
+    row: list[str] = []
+    milliseconds: list[str] = []
     for kind in (None, *KINDS):
         if kind is not None and kind not in used:
             row.append("")
