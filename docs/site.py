@@ -24,6 +24,7 @@ OUTSIDE = (
     "benchmarks/results/*",
     "examples/*/results/*",
     "examples/lightning_cli/*",
+    "examples/notebook/*",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
 )
@@ -35,7 +36,7 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
     """Add the files outside `docs` that pages link to."""
     for pattern in OUTSIDE:
         for path in sorted(ROOT.glob(pattern)):
-            if path.suffix in {".md", ".png", ".py", ".yaml"}:
+            if path.suffix in {".ipynb", ".md", ".png", ".py", ".yaml"}:
                 name = path.relative_to(ROOT).as_posix()
                 files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
