@@ -23,8 +23,8 @@ from examples.shared import quiet
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "gallery.md"
 IMAGES = ROOT / "docs" / "images" / "gallery"
-COLORS = 64
-"""Colors of a picture; more do not show in line drawings, and take twice the space."""
+COLORS = 256
+"""Colors of a picture: a palette takes a third of the space."""
 
 
 def main() -> None:

@@ -58,11 +58,9 @@ def of_one_training(epochs: int, many_epochs: int) -> dict[str, Spectrum]:
 def in_half_precision(epochs: int) -> Spectrum:
     """Return the spectrum of a network whose loss is computed with 16 bits."""
     torch.manual_seed(0)
-    callback = HessianSpectrumCallback(epochs=(epochs - 1,), num_samples=TRAIN_SIZE, progress=False)
-    train(HalfPrecisionClassifier(), epochs, [callback])
-    spectrum = callback.history[-1].spectrum
-    assert spectrum is not None
-    return spectrum
+    module = HalfPrecisionClassifier()
+    train(module, epochs)
+    return hessian_spectrum(module, [samples(512)], mean_loss)
 
 
 def of_two_samples(epochs: int) -> dict[str, Spectrum]:
@@ -70,12 +68,17 @@ def of_two_samples(epochs: int) -> dict[str, Spectrum]:
     torch.manual_seed(0)
     module = Classifier()
     train(module, epochs)
-    inputs, labels = digits().training.tensors
     return {
-        name: hessian_spectrum(module, [(inputs[:size], labels[:size])], mean_loss, sampling_error=True)
-        for name, size in (("few-samples", 48), ("many-samples", len(inputs)))
+        name: hessian_spectrum(module, [samples(size)], mean_loss, sampling_error=True)
+        for name, size in (("few-samples", 48), ("many-samples", TRAIN_SIZE))
     }
 
 
+def samples(size: int) -> tuple[Tensor, Tensor]:
+    """Return a batch of the first training samples."""
+    images, labels = digits().training.tensors
+    return images[:size], labels[:size]
+
+
 def mean_loss(module: Classifier, batch: Sequence[Tensor]) -> Tensor:
-    return F.cross_entropy(module.net(batch[0]), batch[1])
+    return F.cross_entropy(module(batch[0]), batch[1])

@@ -46,33 +46,32 @@ def loader(data: TensorDataset) -> DataLoader[tuple[Tensor, ...]]:
 
 
 class Classifier(pl.LightningModule):
-    """A perceptron with one hidden layer of 32 units, trained with Adam."""
+    """A perceptron with two hidden layers of 24 units, trained with Adam."""
 
-    def __init__(self, lr: float = 3e-3) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.lr = lr
-        self.net = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+        self.net = nn.Sequential(nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.net(images)
+        return logits
 
     def training_step(self, batch: Sequence[Tensor]) -> Tensor:
-        logits = self.net(batch[0])
-        self.log("train_acc", (logits.argmax(1) == batch[1]).float().mean(), on_step=False, on_epoch=True)
-        return F.cross_entropy(logits, batch[1])
+        return F.cross_entropy(self(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), self.lr)
+        return torch.optim.Adam(self.parameters(), 3e-3)
 
 
 class HalfPrecisionClassifier(Classifier):
-    """The same, but its loss rounds the hidden layer to 16 bits."""
+    """The same, but it computes its layers with 16 bits."""
 
-    def __init__(self, lr: float = 3e-3) -> None:
-        super().__init__(lr)
-        self.net.insert(2, Rounded())
-
-
-class Rounded(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.bfloat16().to(x.dtype)
+    def forward(self, images: Tensor) -> Tensor:
+        values = images.bfloat16()
+        for layer in self.net:
+            is_linear = isinstance(layer, nn.Linear)
+            values = F.linear(values, layer.weight.bfloat16(), layer.bias.bfloat16()) if is_linear else layer(values)
+        return values
 
 
 def train(module: pl.LightningModule, epochs: int, callbacks: Sequence[Callback] = ()) -> None:
