@@ -29,6 +29,9 @@ OUTSIDE = (
     "CONTRIBUTING.md",
 )
 LINK = re.compile(r"\]\(((?!\w+:)[^)#\s]+)")
+BAR = re.compile(r"(?<!\\left)(?<!\\right)\\([lr])[vV]ert")
+SIDES = {"l": r"\left", "r": r"\right"}
+"""What bars need before them: MathML would put spaces around them, as around operators."""
 MATH = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>', re.DOTALL)
 
 
@@ -63,7 +66,7 @@ def on_page_content(content: str, page: Any, **_: Any) -> str:
     """Turn formulas into MathML."""
 
     def typeset(match: re.Match[str]) -> str:
-        formula = html.unescape(match[2]).strip()
+        formula = BAR.sub(lambda bar: SIDES[bar[1]] + bar[0], html.unescape(match[2]).strip())
         found: str = convert(formula, display="block" if match[1] == "div" else "inline")
         if "\\" in found:
             msg = f"{page.file.src_uri}: latex2mathml does not know a command in {formula!r}; use another one."

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from examples import finetuning, gan, hugging_face, segmentation, shared, transformer
+from examples import finetuning, gan, hugging_face, segmentation, transformer
 from examples.gallery import __main__ as gallery
 from examples.gallery import cases
 from examples.lightning_cli import main as lightning_cli
@@ -151,8 +151,7 @@ def test_finetuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_gallery(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`test_docs` runs the code of its page, which draws the other pictures of the folder."""
-    with shared.quiet():
-        cases.draw_cases(tmp_path, epochs=1, many_epochs=2)
+    cases.draw_cases(tmp_path, epochs=1, many_epochs=2)
     drawn = {path.name for path in tmp_path.iterdir()}
     of_page = set(re.findall(r"savefig\(\"(.+?\.png)\"\)", gallery.PAGE.read_text(encoding="utf-8"))) - {"judge.png"}
     assert drawn | of_page == {path.name for path in gallery.IMAGES.iterdir()}
