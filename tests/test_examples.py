@@ -149,8 +149,9 @@ def test_finetuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "accuracy on 5 to 9: " in capsys.readouterr().out
 
 
-def test_gallery(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gallery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """`test_docs` runs the code of its page, which draws the other pictures of the folder."""
+    monkeypatch.setattr(cases, "TRAIN_SIZE", 64)  # to save time
     cases.draw_cases(tmp_path, epochs=1, many_epochs=2)
     drawn = {path.name for path in tmp_path.iterdir()}
     of_page = set(re.findall(r"savefig\(\"(.+?\.png)\"\)", gallery.PAGE.read_text(encoding="utf-8"))) - {"judge.png"}
