@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 from examples.gallery.networks import TRAIN_SIZE, Classifier, HalfPrecisionClassifier, digits, train
 from lightning_hesd import HessianSpectrumCallback, hessian_spectrum
-from lightning_hesd.plotting import new_axes, offscreen, plot_density
+from lightning_hesd.plotting import plot_density
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,9 +37,9 @@ def draw_cases(folder: Path, epochs: int = EPOCHS, many_epochs: int = MANY_EPOCH
     }
     for name, spectrum in found.items():
         print(f"{name}: {spectrum}")
-        with offscreen():
-            ax = plot_density(spectrum, new_axes(WIDTH, HEIGHT, dpi=150))
-        ax.figure.savefig(folder / f"{name}.png")
+        figure = Figure((WIDTH, HEIGHT), dpi=150, layout="constrained")
+        plot_density(spectrum, figure.add_subplot())
+        figure.savefig(folder / f"{name}.png")
 
 
 def of_one_training(epochs: int, many_epochs: int) -> dict[str, Spectrum]:

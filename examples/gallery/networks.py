@@ -69,8 +69,10 @@ class HalfPrecisionClassifier(Classifier):
     def forward(self, images: Tensor) -> Tensor:
         values = images.bfloat16()
         for layer in self.net:
-            is_linear = isinstance(layer, nn.Linear)
-            values = F.linear(values, layer.weight.bfloat16(), layer.bias.bfloat16()) if is_linear else layer(values)
+            if isinstance(layer, nn.Linear):
+                values = F.linear(values, layer.weight.bfloat16(), layer.bias.bfloat16())
+            else:
+                values = layer(values)
         return values
 
 
