@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.ticker import NullLocator
 
-from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, SMOOTHING, new_axes, place_legend
+from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, SMOOTHING, new_axes
 from lightning_hesd.spectra.quadrature import legible_sigma
 
 if TYPE_CHECKING:
@@ -58,8 +58,15 @@ def plot_density(spectrum: Spectrum, ax: Axes | None = None, title: str = "") ->
     ax.set_ylabel("spectral density")
     ax.set_title(describe(spectrum, title), fontsize=10)
     ax.grid(visible=True, alpha=0.3)
-    place_legend(ax)
+    _place_legend(ax, high)
     return ax
+
+
+def _place_legend(ax: Axes, lambda_max: float) -> None:
+    """Draw the legend at the upper right, left of the line of λ_max: there are few eigenvalues, and low peaks."""
+    left, right = ax.get_xlim()
+    place = (lambda_max - left) / (right - left)
+    ax.legend(fontsize=9, loc="upper right", bbox_to_anchor=(place, 1), framealpha=0.9, handlelength=1.2)
 
 
 def plot_decomposition(hessian: Spectrum, ggn: Spectrum, residual: Spectrum, ax: Axes | None = None) -> Axes:

@@ -17,6 +17,10 @@ export async function render() {
     runs: () => answer("runs"),
     load: (run, name) => answer("records", { run, name }),
     judge: (runs, metric) => answer("judgment", [["metric", metric], ...runs.flatMap(({ run, name }) => [["run", run], ["name", name]])]),
+    folderOf: async (run) => {
+      const { folder } = await answer("runs");
+      return run === "." ? folder : `${folder.replace(/\/$/, "")}/${run}`;
+    },
     live: LIVE_MS,
   };
   await start(source, document.body);

@@ -1,10 +1,10 @@
 /** The page: its state, its controls, and the drawing of its figures. */
 
-import { indexed, literal } from "./base.js";
 import { ctFigure, deltasFigure, extremesFigure, lossFigure } from "./curves.js";
 import { axisOf, column, finite, median, ofSpectrum, quantitiesOf, quantityOf, scalarOf, spectrumOf, tableOf, toCsv, when } from "./data.js";
 import { cumulativeFigure, cursor, densityFigure, layersFigure, lossesAlongFigure, mapFigure } from "./details.js";
 import { button, download, element, keepFocus, menu, table } from "./dom.js";
+import { openExport } from "./export.js";
 import { JudgmentCard } from "./judgment.js";
 import { layOut } from "./layout.js";
 import { SYMBOLS, colorOf, watchTheme } from "./theme.js";
@@ -12,7 +12,8 @@ import { assessmentOf, findingsOf, pickOf, summary } from "./words.js";
 
 const AT_FIRST = 10; // runs that are selected at first
 const SMALL = 0.1; // smaller values of C_t are legible on the logarithmic axis only
-const OF_ONE_RUN = new Set(["map", "density", "cumulative", "along", "layers"]);
+const OF_ONE_STATE = new Set(["density", "cumulative", "along"]);
+const OF_ONE_RUN = new Set(["map", "layers", ...OF_ONE_STATE]);
 const NOT_ALONG =
   "The loss was not evaluated along eigenvectors: pass loss_along_eigenvectors=True to HessianSpectrumCallback, with a Krylov basis (not basis=\"none\").";
 const THRESHOLDS = { c_t: -0.6, delta_r_e: 1.5, delta_k_h05: 1.2 }; // without a record, which has them
@@ -20,7 +21,8 @@ const THRESHOLDS = { c_t: -0.6, delta_r_e: 1.5, delta_k_h05: 1.2 }; // without a
 /**
  * Show runs.
  * @param {{runs: function(): Promise<Object>, load: function(string, string): Promise<Object>,
- *   judge: function({run: string, name: string}[], string): Promise<Object>, live: ?number}} source
+ *   judge: function({run: string, name: string}[], string): Promise<Object>, folderOf: function(string): Promise<string>,
+ *   live: ?number}} source
  * @param {HTMLElement} root
  */
 export async function start(source, root) {
@@ -46,7 +48,7 @@ class Page {
     this.failures = [];
     this.layouts = {}; // of the figures before any zoom
     this.parts = layOut(root, {
-      save: (id, title, format) => this.save(id, title, format),
+      exportFigure: (id, title) => this.exportFigure(id, title),
       reset: (id) => this.reset(id),
       openTable: () => this.fillTable(),
       saveJudgment: () => this.judgment.save(),
@@ -359,15 +361,14 @@ class Page {
     if (step !== null && step !== undefined) this.choose(step);
   }
 
-  /** Save a figure with its title, which the page has outside the figure. */
-  async save(id, title, format) {
-    const node = document.getElementById(id);
-    if (!node.data) return;
-    const { clientWidth: width, clientHeight: height } = node;
-    const text = OF_ONE_RUN.has(id) ? `${indexed(title)}, ${literal(this.detailed.run)}` : indexed(title);
-    const layout = { ...node.layout, title: { text, font: { size: 14 }, x: 0.02 }, margin: { ...node.layout.margin, t: 76 } };
-    const url = await Plotly.toImage({ data: node.data, layout }, { format, width, height: height + 60, scale: format === "png" ? 3 : 1 });
-    download(`hesd-${id}.${format}`, url, null);
+  /** Open the export of a figure. */
+  exportFigure(id, title) {
+    const { data, layout } = document.getElementById(id);
+    if (!data) return;
+    openExport({
+      id, title, figure: { data, layout }, theme: this.theme, runs: OF_ONE_RUN.has(id) ? [this.detailed] : this.runs,
+      record: OF_ONE_STATE.has(id) ? this.record : null, quantity: this.quantity, folderOf: this.source.folderOf,
+    });
   }
 }
 
