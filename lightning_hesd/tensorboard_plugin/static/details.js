@@ -1,8 +1,9 @@
 /** Figures of one run, as plain {data, layout} for Plotly. */
 
+import { axisOf } from "./axis.js";
 import { indexed, layoutOf, literal, minus } from "./base.js";
 import {
-  axisOf, beyond, column, density, densityMap, extent, finite, interval, layerMap, negativeCount, ofSpectrum, parabola, quantitiesOf, scaleOf,
+  beyond, column, density, densityMap, extent, finite, interval, layerMap, negativeCount, ofSpectrum, parabola, quantitiesOf, scaleOf,
   scalarOf, spectrumOf, symlogTicks,
 } from "./data.js";
 import { number } from "./dom.js";
@@ -14,15 +15,14 @@ export function cursor(record, axis) {
   const line = { type: "line", yref: "paper", x0: record[axis.key], x1: record[axis.key], y0: 0, y1: 1 };
   return [
     { ...line, name: "chosen", line: { color: "rgba(0, 0, 0, 0.6)", width: 3 } },
-    { ...line, line: { color: "#ffffff", width: 1.2, dash: "dash" } },
+    { ...line, name: "chosen, inner", line: { color: "#ffffff", width: 1.2, dash: "dash" } },
   ];
 }
 
 /** Return positions for columns of a heat map. */
 const columnsAt = (run, axis) => run.records.map((record) => record[axis.key]);
 
-export function mapFigure(run, theme, field, chosen) {
-  const axis = axisOf([run]);
+export function mapFigure(run, theme, field, chosen, axis = axisOf([run])) {
   const { scale, centers, rows } = densityMap(run, field);
   const x = columnsAt(run, axis);
   const ticks = symlogTicks(scale);
@@ -42,7 +42,7 @@ export function mapFigure(run, theme, field, chosen) {
       edge("lambda_max"), edge("lambda_min"),
     ],
     layout: layoutOf(
-      theme, { title: axis.title, showgrid: false },
+      theme, { ...axis.layout, showgrid: false },
       { title: `eigenvalue (symlog, linear below ${powerText(scale.linear)})`, tickvals: ticks.places, ticktext: ticks.texts, showgrid: false },
       { shapes: cursor(chosen, axis) }
     ),
@@ -223,8 +223,7 @@ function endsOfShares(values) {
   return { zmin: Math.max(low, 0), zmax: Math.min(high, 1) };
 }
 
-export function layersFigure(run, theme, quantity, chosen) {
-  const axis = axisOf([run]);
+export function layersFigure(run, theme, quantity, chosen, axis = axisOf([run])) {
   const scalar = scalarOf(run, "layers", quantity);
   const { title, is_logarithmic: logarithmic } = scalar;
   const scalars = [scalar, ...quantitiesOf(run).filter((other) => other !== scalar)]; // the shown one first
@@ -244,7 +243,7 @@ export function layersFigure(run, theme, quantity, chosen) {
       },
     ],
     layout: layoutOf(
-      theme, { title: axis.title, showgrid: false },
+      theme, { ...axis.layout, showgrid: false },
       { title: "layer", automargin: true, autorange: "reversed", tickvals: names.map((_, index) => index), ticktext: names.map(short), showgrid: false },
       { shapes: cursor(chosen, axis) }
     ),
