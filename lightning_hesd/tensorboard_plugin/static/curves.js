@@ -3,6 +3,7 @@
 import { MARGIN, horizontal, indexed, layoutOf, literal, logTicks, minus, note, ratios } from "./base.js";
 import { axisOf, column, extent, ofSpectrum, scalarOf, when } from "./data.js";
 import { SYMBOLS, colorOf, faint } from "./theme.js";
+import { errorBars } from "./uncertainty.js";
 
 const FEW = 80; // records up to which each gets a mark
 
@@ -92,7 +93,8 @@ export function ctFigure(runs, theme, logarithmic, threshold) {
   const range = logarithmic ? reversedLog(ends, -threshold) : linear(values.flat(), ends, threshold);
   const data = runs.flatMap((run, index) => [
     band(run, axis, theme, show, 0.28 / Math.sqrt(runs.length)),
-    curve(run, axis, theme, values[index], { label: logarithmic ? "−C_t" : "C_t", candidates: candidatesOf(run, "c_t") }),
+    { ...curve(run, axis, theme, values[index], { label: logarithmic ? "−C_t" : "C_t", candidates: candidatesOf(run, "c_t") }),
+      ...errorBars(run.records, show, colorOf(theme, run.color)) },
   ]);
   const at = show(threshold);
   const edge = (index) => (logarithmic ? 10 ** range[index] : range[index]);

@@ -1,12 +1,16 @@
 /** The page: its state, its controls, and the drawing of its figures. */
 
+import { hide, present } from "./absences.js";
 import { indexed, literal } from "./base.js";
 import { ctFigure, deltasFigure, extremesFigure, lossFigure } from "./curves.js";
 import { axisOf, column, finite, median, ofSpectrum, quantitiesOf, quantityOf, scalarOf, spectrumOf, tableOf, toCsv, when } from "./data.js";
-import { cumulativeFigure, cursor, densityFigure, layersFigure, lossesAlongFigure, mapFigure } from "./details.js";
+import { DensityCard } from "./density.js";
+import { cumulativeFigure, cursor, lossesAlongFigure, mapFigure } from "./details.js";
 import { button, download, element, keepFocus, menu, table } from "./dom.js";
 import { JudgmentCard } from "./judgment.js";
+import { LayersCard } from "./layers.js";
 import { layOut } from "./layout.js";
+import { stateOf } from "./state.js";
 import { SYMBOLS, colorOf, watchTheme } from "./theme.js";
 import { assessmentOf, findingsOf, pickOf, summary } from "./words.js";
 
@@ -52,6 +56,8 @@ class Page {
       saveJudgment: () => this.judgment.save(),
     });
     this.judgment = new JudgmentCard(source.judge, this.parts.judgment);
+    this.density = new DensityCard(() => this.drawDensity());
+    this.layers = new LayersCard(() => this.drawLayers());
   }
 
   // Data ------------------------------------------------------------------------------------------------------------
@@ -276,24 +282,36 @@ class Page {
   /** Draw the figures of one run. */
   async drawDetail() {
     const { detailed: run, record, theme } = this;
-    const text = run.run;
     this.parts.picks.replaceChildren(...run.rules.map(pickOf));
     const has = finite(column(run, ofSpectrum("lambda_max"))).length > 0;
-    const { quantity } = this;
     await Promise.all([
-      has ? this.plot("map", mapFigure(run, theme, "spectrum", record), `Spectral density over training, ${text}.`)
+      has ? this.plot("map", mapFigure(run, theme, "spectrum", record), `Spectral density over training, ${run.run}.`)
         : this.absent("map", "There is no spectrum on the training data."),
       this.drawChosen(),
-      quantity ? this.plot("layers", layersFigure(run, theme, quantity, record), `${scalarOf(run, "layers", quantity).title} of layers, ${text}.`)
-        : this.absent("layers", "No layers were analyzed: pass layers=\"auto\" to HessianSpectrumCallback, or keep a Krylov basis (not basis=\"none\")."),
+      this.drawLayers(),
     ]);
+  }
+
+  async drawLayers() {
+    const { detailed: run, record, theme, quantity } = this;
+    if (quantity) await this.plot("layers", this.layers.figure(run, record, quantity, theme), `${scalarOf(run, "layers", quantity).title} of layers, ${run.run}.`);
+    else this.absent("layers", "No layers were analyzed: pass layers=\"auto\" to HessianSpectrumCallback, or keep a Krylov basis (not basis=\"none\").");
+  }
+
+  async drawDensity() {
+    const { detailed: run, record, theme } = this;
+    const figure = this.density.figure(run, record, this.runs.filter((other) => other !== run), theme);
+    if (!figure) this.absent("density", "This analysis failed.");
+    else await this.plot("density", figure, `Spectral density, ${run.run}, ${when(record, axisOf([run]))}. The numbers are in the table beside it.`);
+    this.density.listen(document.getElementById("density"));
   }
 
   /** Draw the figures of one record; in the heat maps only the lines move. */
   async drawRecord() {
     const shapes = cursor(this.record, axisOf([this.detailed]));
-    const maps = ["map", "layers"].map((id) => document.getElementById(id)).filter((node) => node.data);
-    await Promise.all([...maps.map((node) => Plotly.relayout(node, { shapes })), this.drawChosen()]);
+    const isSorted = this.layers.order === "value"; // by values of the record
+    const maps = (isSorted ? ["map"] : ["map", "layers"]).map((id) => document.getElementById(id)).filter((node) => node.data);
+    await Promise.all([...maps.map((node) => Plotly.relayout(node, { shapes })), this.drawChosen(), isSorted ? this.drawLayers() : null]);
   }
 
   /** Draw the figures of the chosen record, and its assessment. */
@@ -301,13 +319,12 @@ class Page {
     const { detailed: run, record, theme } = this;
     const axis = axisOf([run]);
     this.parts.assessment.replaceChildren(...assessmentOf(record, axis));
+    this.parts.state.replaceChildren(...stateOf(record));
     const shown = `${run.run}, ${when(record, axis)}. Extremes and the number of negative eigenvalues are in the assessment.`;
     const missing = missingBand(record);
     const spectrum = spectrumOf(record);
     await Promise.all([
-      record.spectra.spectrum || record.spectra.generalization
-        ? this.plot("density", densityFigure(record, theme), `Spectral density, ${shown}`)
-        : this.absent("density", "This analysis failed."),
+      this.drawDensity(),
       missing ? this.absent("cumulative", missing)
         : this.plot("cumulative", cumulativeFigure(record, theme), `Numbers of eigenvalues beyond thresholds, ${shown}`),
       spectrum?.losses_along ? this.plot("along", lossesAlongFigure(spectrum, theme), `Loss along the extreme eigenvectors, ${shown}`)
@@ -323,6 +340,7 @@ class Page {
     this.layouts[id] = figure.layout;
     if (!node.classList.contains("js-plotly-plot")) node.replaceChildren();
     node.classList.remove("absent");
+    present(node);
     node.setAttribute("aria-label", label);
     const height = id === "layers" ? Math.min(120 + 18 * figure.data[0].y.length, 900) : null;
     node.style.height = height ? `${height}px` : "";
@@ -346,7 +364,7 @@ class Page {
     node.classList.add("absent");
     node.setAttribute("aria-label", text);
     node.style.height = "";
-    node.replaceChildren(element("p", {}, text));
+    hide(node, text);
   }
 
   /** A click on a mark of a run, or on a heat map, chooses that state. */
