@@ -60,7 +60,7 @@ function heights(curves, scale) {
     };
     return [Math.max(extent(curves.flatMap(peaks))[0] / 100, top * LOWEST_PART), top];
   }
-  const single = ({ spectrum }) => 1 / (spectrum.dimension * smoothingOf(spectrum, scale) * Math.sqrt(2 * Math.PI));
+  const single = ({ spectrum }) => 1 / ((spectrum.dimension ?? 1e6) * smoothingOf(spectrum, scale) * Math.sqrt(2 * Math.PI));
   return [Math.max(SINGLE * Math.min(...curves.map(single)), top * LOWEST_PART), top];
 }
 
@@ -94,21 +94,22 @@ function tracesOf({ spectrum, field, label, group, color, dash, isPinned, isShow
   ].map((trace) => ({ ...trace, hoverlabel: { bordercolor: theme.paper } }));
 }
 
-/** The choices beside the chart; `redraw` draws it anew. */
+/** The choices beside the chart: the axis, the spectra and the pinned states. */
 export class DensityCard {
+  /** `redraw` draws the chart anew after a choice. */
   constructor(redraw) {
     this.redraw = redraw;
     this.isLinear = false;
     this.hidden = new Set(SPECTRA.slice(2).map(({ field }) => field)); // fields
     this.pins = []; // {key, title, record, isPinned, color}, the last a position in theme.pins
-    this.tools = element("div", { class: "tools small", id: "density-tools", role: "group", "aria-label": "Density at the chosen state" });
+    this.tools = element("div", { class: "tools small", id: "density-choices", role: "group", "aria-label": "Density at the chosen state" });
     document.getElementById("density").before(this.tools);
   }
 
   /** Return the figure of a record, with the pinned states; null: no state has a spectrum. `others` are the other selected runs. */
-  figure(run, record, others, theme) {
-    this.showTools(run, record, others, theme);
-    const chosen = { key: run.key, title: titleOf(run, record, others), record };
+  figure({ run, record, others, theme, axis }) {
+    const chosen = { key: run.key, title: titleOf(run, record, others, axis), record };
+    this.showTools(run, chosen, others, theme);
     const pins = this.pins.filter((pin) => pin.record.global_step !== record.global_step || pin.key !== run.key);
     const states = [chosen, ...pins];
     if (!states.some((state) => SPECTRA.some(({ field }) => spectrumOf(state.record, field)))) return null;
@@ -164,24 +165,24 @@ export class DensityCard {
     this.redraw();
   }
 
-  showTools(run, record, others, theme) {
+  showTools(run, chosen, others, theme) {
     const present = SPECTRA.filter(({ field }) => [run, ...this.pins].some((one) => (one.records ?? [one.record]).some((r) => spectrumOf(r, field))));
     const boxes = present.map(({ field, title }) => element("label", { class: "control" },
       element("input", { type: "checkbox", checked: !this.hidden.has(field), "data-field": field, onchange: (event) => this.hide(field, !event.target.checked) }), title));
     const has = (field) => present.some((one) => one.field === field);
     const both = ["spectrum", "generalization"];
-    const presets = both.every(has) ? [["training", ["spectrum"]], ["generalization", ["generalization"]], ["both", both]].map(([text, fields]) =>
-      element("button", { type: "button", "aria-pressed": String(present.every(({ field }) => this.hidden.has(field) !== fields.includes(field))),
-        onclick: () => this.only(...fields) }, text)) : [];
-    const axis = [["symlog", false], ["linear", true]].map(([text, isLinear]) =>
-      element("button", { type: "button", "aria-pressed": String(this.isLinear === isLinear), onclick: () => { this.isLinear = isLinear; this.redraw(); } }, text));
-    const title = titleOf(run, record, others);
-    const beside = others.map((other) => ({ key: other.key, title: titleOf(other, sameTime(other, record), [run]), record: sameTime(other, record) }));
+    const isOnly = (fields) => present.every(({ field }) => this.hidden.has(field) !== fields.includes(field));
+    const presets = [["training", both.slice(0, 1)], ["generalization", both.slice(1)], ["both", both]]
+      .map(([text, fields]) => ({ text, isPressed: isOnly(fields), press: () => this.only(...fields) }));
+    const axis = [["symlog", false], ["linear", true]]
+      .map(([text, isLinear]) => ({ text, isPressed: this.isLinear === isLinear, press: () => { this.isLinear = isLinear; this.redraw(); } }));
+    const beside = others.map((other) => ({ other, record: sameTime(other, chosen.record) }))
+      .map(({ other, record }) => ({ key: other.key, title: titleOf(other, record, [run], axisOf([other])), record }));
     keepFocus(this.tools, [
       segmented("Axis of eigenvalues", axis),
-      presets.length ? segmented("Spectra", presets) : null,
+      both.every(has) ? segmented("Spectra", presets) : null,
       ...(present.length > 1 ? boxes : []),
-      button("Pin this state", "Keep the densities of this state in the chart while you choose others", () => this.pin({ key: run.key, title, record })),
+      button("Pin this state", "Keep the densities of this state in the chart while you choose others", () => this.pin(chosen)),
       others.length ? button("Pin other runs", "Put the other selected runs beside it, each at the same time or its last one before", () => this.pin(...beside)) : null,
       ...this.pins.map((pin) => element("span", { class: "pin" }, element("span", { class: "swatch", style: `background:${theme.pins[pin.color]}`, "aria-hidden": "true" }), pin.title,
         button("×", `Remove ${pin.title}`, () => this.unpin(pin)))),
@@ -190,8 +191,8 @@ export class DensityCard {
 }
 
 /** Return the name of a state: its time, and the run where there are several. */
-function titleOf(run, record, others) {
-  const time = when(record, axisOf([run]));
+function titleOf(run, record, others, axis) {
+  const time = when(record, axis);
   return others.length ? `${run.run}, ${time}` : time;
 }
 
@@ -200,4 +201,9 @@ function sameTime(run, { epoch }) {
   return run.records.findLast((record) => record.epoch <= epoch) ?? run.records[0];
 }
 
-const segmented = (label, buttons) => element("span", { class: "segmented", role: "group", "aria-label": label }, element("span", {}, label), ...buttons);
+/** Make buttons of which one is pressed, {text, isPressed, press} each, with a label in front. */
+function segmented(label, choices) {
+  const buttons = choices.map(({ text, isPressed, press }) =>
+    element("button", { type: "button", "aria-pressed": String(isPressed), "aria-label": `${label}: ${text}`, onclick: press }, text));
+  return element("span", { class: "segmented" }, element("span", { "aria-hidden": "true" }, label), ...buttons);
+}

@@ -85,6 +85,7 @@ export function layersFigure(run, theme, quantity, chosen, order, axis = axisOf(
   const colors = colorsOf(finite(values.flat()), quantity);
   const prefix = commonPrefix(names);
   return {
+    height: Math.min(120 + 18 * names.length, 900),
     data: [
       {
         type: "heatmap", x: run.records.map((record) => record[axis.key]), y: rows.map((row) => literal(names[row])),
@@ -104,18 +105,27 @@ export function layersFigure(run, theme, quantity, chosen, order, axis = axisOf(
   };
 }
 
-/** The order beside the chart; `redraw` draws it anew. */
+/** The card of the layers, with the order beside the chart. */
 export class LayersCard {
-  constructor(redraw) {
-    this.redraw = redraw;
+  /** @param {{plot: function(string, Object, string, Object): Promise, absent: function(string, string)}} figures */
+  constructor(figures) {
+    this.figures = figures;
     this.order = "network";
-    this.tools = element("div", { class: "tools small", id: "layers-tools" });
+    this.tools = element("div", { class: "tools small", id: "layers-choices" });
     document.getElementById("layers").before(this.tools);
   }
 
-  figure(run, record, quantity, theme) {
+  /**
+   * Draw the card.
+   * @param {{run: Run, record: Object, theme: Object, quantity: ?string, axis: Object}} shown `quantity`: null, where the run
+   *   knows nothing of layers.
+   */
+  async draw(shown) {
+    const { run, record, theme, quantity, axis } = shown;
     const orders = [["network", "network"], ["value", "value at the chosen state"]];
-    keepFocus(this.tools, [menu("Order", orders, this.order, (order) => { this.order = order; this.redraw(); })]);
-    return layersFigure(run, theme, quantity, record, this.order);
+    keepFocus(this.tools, [menu("Order", orders, this.order, (order) => { this.order = order; this.draw(shown); })]);
+    if (!quantity) return this.figures.absent("layers", "No layers were analyzed: pass layers=\"auto\" to HessianSpectrumCallback, or keep a Krylov basis (not basis=\"none\").");
+    const figure = layersFigure(run, theme, quantity, record, this.order, axis);
+    return this.figures.plot("layers", figure, `${scalarOf(run, "layers", quantity).title} of layers, ${run.run}.`, axis);
   }
 }

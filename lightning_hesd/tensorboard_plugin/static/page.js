@@ -1,24 +1,20 @@
 /** The page: its state, its controls, and the drawing of its figures. */
 
-import { hide, present } from "./absences.js";
 import { indexed, literal } from "./base.js";
+import { ChosenState } from "./chosen.js";
 import { ctFigure, deltasFigure, extremesFigure, lossFigure } from "./curves.js";
-import { axisOf, column, finite, median, ofSpectrum, quantitiesOf, quantityOf, scalarOf, spectrumOf, tableOf, toCsv, when } from "./data.js";
-import { DensityCard } from "./density.js";
-import { cumulativeFigure, cursor, lossesAlongFigure, mapFigure } from "./details.js";
+import { axisOf, column, finite, median, ofSpectrum, quantitiesOf, quantityOf, tableOf, toCsv, when } from "./data.js";
+import { cursor, mapFigure } from "./details.js";
 import { button, download, element, keepFocus, menu, table } from "./dom.js";
 import { JudgmentCard } from "./judgment.js";
 import { LayersCard } from "./layers.js";
 import { layOut } from "./layout.js";
-import { stateOf } from "./state.js";
 import { SYMBOLS, colorOf, watchTheme } from "./theme.js";
-import { assessmentOf, findingsOf, pickOf, summary } from "./words.js";
+import { findingsOf, pickOf, summary } from "./words.js";
 
 const AT_FIRST = 10; // runs that are selected at first
 const SMALL = 0.1; // smaller values of C_t are legible on the logarithmic axis only
 const OF_ONE_RUN = new Set(["map", "density", "cumulative", "along", "layers"]);
-const NOT_ALONG =
-  "The loss was not evaluated along eigenvectors: pass loss_along_eigenvectors=True to HessianSpectrumCallback, with a Krylov basis (not basis=\"none\").";
 const THRESHOLDS = { c_t: -0.6, delta_r_e: 1.5, delta_k_h05: 1.2 }; // without a record, which has them
 
 /**
@@ -56,8 +52,8 @@ class Page {
       saveJudgment: () => this.judgment.save(),
     });
     this.judgment = new JudgmentCard(source.judge, this.parts.judgment);
-    this.density = new DensityCard(() => this.drawDensity());
-    this.layers = new LayersCard(() => this.drawLayers());
+    this.chosen = new ChosenState(this, this.parts);
+    this.layers = new LayersCard(this);
   }
 
   // Data ------------------------------------------------------------------------------------------------------------
@@ -292,18 +288,9 @@ class Page {
     ]);
   }
 
-  async drawLayers() {
+  drawLayers() {
     const { detailed: run, record, theme, quantity } = this;
-    if (quantity) await this.plot("layers", this.layers.figure(run, record, quantity, theme), `${scalarOf(run, "layers", quantity).title} of layers, ${run.run}.`);
-    else this.absent("layers", "No layers were analyzed: pass layers=\"auto\" to HessianSpectrumCallback, or keep a Krylov basis (not basis=\"none\").");
-  }
-
-  async drawDensity() {
-    const { detailed: run, record, theme } = this;
-    const figure = this.density.figure(run, record, this.runs.filter((other) => other !== run), theme);
-    if (!figure) this.absent("density", "This analysis failed.");
-    else await this.plot("density", figure, `Spectral density, ${run.run}, ${when(record, axisOf([run]))}. The numbers are in the table beside it.`);
-    this.density.listen(document.getElementById("density"));
+    return this.layers.draw({ run, record, theme, quantity, axis: axisOf([run]) });
   }
 
   /** Draw the figures of one record; in the heat maps only the lines move. */
@@ -317,19 +304,7 @@ class Page {
   /** Draw the figures of the chosen record, and its assessment. */
   async drawChosen() {
     const { detailed: run, record, theme } = this;
-    const axis = axisOf([run]);
-    this.parts.assessment.replaceChildren(...assessmentOf(record, axis));
-    this.parts.state.replaceChildren(...stateOf(record));
-    const shown = `${run.run}, ${when(record, axis)}. Extremes and the number of negative eigenvalues are in the assessment.`;
-    const missing = missingBand(record);
-    const spectrum = spectrumOf(record);
-    await Promise.all([
-      this.drawDensity(),
-      missing ? this.absent("cumulative", missing)
-        : this.plot("cumulative", cumulativeFigure(record, theme), `Numbers of eigenvalues beyond thresholds, ${shown}`),
-      spectrum?.losses_along ? this.plot("along", lossesAlongFigure(spectrum, theme), `Loss along the extreme eigenvectors, ${shown}`)
-        : this.absent("along", spectrum ? NOT_ALONG : "This analysis failed."),
-    ]);
+    await this.chosen.draw({ run, record, theme, others: this.runs.filter((other) => other !== run), axis: axisOf([run]) });
     this.root.dataset.detail = `${run.key} ${record.global_step}`;
   }
 
@@ -340,10 +315,8 @@ class Page {
     this.layouts[id] = figure.layout;
     if (!node.classList.contains("js-plotly-plot")) node.replaceChildren();
     node.classList.remove("absent");
-    present(node);
     node.setAttribute("aria-label", label);
-    const height = id === "layers" ? Math.min(120 + 18 * figure.data[0].y.length, 900) : null;
-    node.style.height = height ? `${height}px` : "";
+    node.style.height = figure.height ? `${figure.height}px` : "";
     await Plotly.react(node, figure.data, structuredClone(figure.layout), { displayModeBar: false, responsive: true, displaylogo: false });
     if (!node.hesd) {
       node.hesd = true;
@@ -364,7 +337,7 @@ class Page {
     node.classList.add("absent");
     node.setAttribute("aria-label", text);
     node.style.height = "";
-    hide(node, text);
+    node.replaceChildren(element("p", {}, text));
   }
 
   /** A click on a mark of a run, or on a heat map, chooses that state. */
@@ -387,15 +360,6 @@ class Page {
     const url = await Plotly.toImage({ data: node.data, layout }, { format, width, height: height + 60, scale: format === "png" ? 3 : 1 });
     download(`hesd-${id}.${format}`, url, null);
   }
-}
-
-/** Return why a record has no band of the numbers of eigenvalues; null if it has one. */
-function missingBand(record) {
-  const spectra = ["spectrum", "generalization"].map((field) => spectrumOf(record, field)).filter(Boolean);
-  if (!spectra.length) return "This analysis failed.";
-  if (spectra.some((spectrum) => spectrum.cumulative_band)) return null;
-  if (spectra.every((spectrum) => spectrum.cumulative_band === undefined)) return "An earlier release wrote this record, without numbers of eigenvalues.";
-  return `Nothing was computed: ${spectra[0].reason ?? "the products are not those of the loss"}.`;
 }
 
 /** Return at most a few of the problems, and how many there are beyond. */

@@ -12,8 +12,8 @@ const ROWS = [
   ["C_t", "λ_min over λ_max, where they have these signs", (s) => (s.c_t === null ? (s.type === "MN" ? "−∞" : "undefined") : within(s.c_t, s.c_t_low, s.c_t_high))],
   ["Lanczos interval", "contains the C_t of these samples with the given confidence; without the sampling error",
     (s) => (s.c_t === null ? "–" : `${intervalOf(s.c_t_low, s.c_t_high)} (${Math.round(100 * s.confidence)} %)`)],
-  ["sampling error", "one standard error of C_t, because the samples are a part of all data", (s) => (s.c_t_sampling_error === null ? null : withSize(s.c_t_sampling_error))],
-  ["total error", "the farther end of the Lanczos interval and one standard error", (s) => (totalError(s) === null ? null : `± ${withSize(totalError(s))}`)],
+  ["sampling error", "one standard error of C_t, because the samples are a part of all data", (s) => withSize(s.c_t_sampling_error)],
+  ["total error", "the farther end of the Lanczos interval and one standard error", (s) => (totalError(s) === null ? "–" : `± ${withSize(totalError(s))}`)],
   ["type", "MP: C_t above the threshold", (s) => (s.type === null ? "–" : s.type + (s.type_certain ? "" : ", not certain"))],
   ["λ_max", "an eigenvalue lies within the error", (s) => withError(s.lambda_max, s.lambda_max_error)],
   ["λ_min", "an eigenvalue lies within the error", (s) => withError(s.lambda_min, s.lambda_min_error)],
@@ -29,15 +29,15 @@ const ROWS = [
 ];
 
 /** Write an error with one or two digits. */
-const withSize = (error) => short(Number(error.toPrecision(2)));
+const withSize = (error) => (Number.isFinite(error ?? NaN) ? short(Number(error.toPrecision(2))) : "–");
 
 /** Return the table of the spectra of a record; null: it has none. */
 function tableOfSpectra(record) {
   const present = SPECTRA.map((one) => ({ ...one, spectrum: spectrumOf(record, one.field) })).filter(({ spectrum }) => spectrum);
   if (!present.length) return null;
   const rows = ROWS.map(([name, why, textOf]) => ({ name, why, texts: present.map(({ spectrum }) => textOf(spectrum)) }));
-  const isSampled = present.some(({ spectrum }) => spectrum.c_t_sampling_error !== null);
-  const cell = (text) => element("td", { class: "number" }, text ?? "–");
+  const isSampled = present.some(({ spectrum }) => totalError(spectrum) !== null);
+  const cell = (text) => element("td", { class: "number" }, text);
   return element("table", { class: "numbers" },
     element("thead", {}, element("tr", {}, element("td"), ...present.map(({ title }) => element("th", { scope: "col" }, title)))),
     element("tbody", {}, ...rows.map(({ name, why, texts }) => {
