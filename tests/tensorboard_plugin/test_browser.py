@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import time
 from itertools import pairwise
@@ -252,6 +253,7 @@ def test_the_pick_and_why(tab: Page, runs: tuple[Path, Any]) -> None:
 def test_the_slider_moves_density_and_assessment_by_keyboard(tab: Page, runs: tuple[Path, Any]) -> None:
     _, callback = runs
     tab.show_in_detail(FIRST)
+    tab.click("#density-choices button", "linear")
     tab.script("document.getElementById('epoch').focus()")
     keys = webdriver.Keys
     for key, position in ((None, -1), (keys.ARROW_LEFT, -2), (keys.HOME, 0), (keys.END, -1)):
@@ -301,8 +303,12 @@ def test_heat_maps(tab: Page, runs: tuple[Path, Any]) -> None:
     names = list(callback.history[0].layers)
     for name, row in zip(names, layers["z"], strict=True):
         expected = [record.layers[name].lambda_max for record in callback.history]
-        assert [10**value for value in row] == pytest.approx(expected, rel=5e-4)  # four digits
-    assert tab.script("return [...document.querySelectorAll('#layers .ytick text')].map((t) => t.textContent)") == names
+        assert [value**2 for value in row] == pytest.approx(expected, rel=5e-4)  # four digits
+    assert tab.script("return [...document.querySelectorAll('#layers .ytick text')].map((t) => t.textContent)") == [
+        "0",
+        "2",
+    ]
+    assert names == ["net.0", "net.2"]
 
 
 def test_numbers_of_eigenvalues(tab: Page, runs: tuple[Path, Any]) -> None:
@@ -576,16 +582,18 @@ def test_layers_of_a_run_that_analyzed_none(page: Page, address: str, runs: tupl
     assert offered == ["trace_share", "trace", "trace_share", "lambda_max_weight", "lambda_min_weight"]
     drawn = page.traces("layers")[0]
     for name, row in zip(history[-1].layer_indicators, drawn["z"], strict=True):
-        assert row == pytest.approx([record.spectrum.by_layer[name].trace_share for record in history], rel=5e-4)
-    shares = [value for row in drawn["z"] for value in row]
+        expected = [record.spectrum.by_layer[name].trace_share for record in history]
+        assert [value * abs(value) for value in row] == pytest.approx(expected, rel=5e-4)  # the root, with its sign
+    shares = [value * abs(value) for row in drawn["z"] for value in row]
     ends = page.script("const { zmin, zmax } = document.getElementById('layers')._fullData[0]; return [zmin, zmax]")
-    assert ends == pytest.approx([max(min(shares), 0), min(max(shares), 1)])
+    assert [end**2 for end in ends] == pytest.approx([max(min(shares), 0), min(max(shares), 1)])
     layer = history[-1].spectrum.by_layer["net.0"]
     name, details = page.script(LAYER_DETAILS)[0][-1]
     assert name == "net.0"
     assert details.startswith(f"share of the trace = {layer.trace_share:.4g}<br>")
-    low, high = (f"{end:.4g}".replace("-", "−") for end in layer.lambda_max_bounds)
-    assert f"λ<sub>max</sub> between {low} and {high}<br>" in details
+    low, high = re.search(r"λ<sub>max</sub> in \[(.*?), (.*?)\]<br>", details).groups()
+    width = layer.lambda_max_bounds[1] - layer.lambda_max_bounds[0]
+    assert [float(low), float(high)] == pytest.approx(layer.lambda_max_bounds, abs=0.1 * width)
     assert details.endswith(f"<br>{layer.dimension} parameters")
     page.point_at("#layers .nsewdrag")
     page.until("return document.querySelector('#layers .hoverlayer text')")
@@ -628,7 +636,7 @@ def test_loss_along_the_extreme_eigenvectors(page: Page, address: str, runs: tup
 def test_keyboard_and_screen_reader(page: Page, address: str) -> None:
     page.open_tab(address)
     reached = []
-    for _ in range(90):
+    for _ in range(120):
         page.press(webdriver.Keys.TAB)
         reached.append(
             page.script(

@@ -30,7 +30,7 @@ export function axisOf(runs, by = "") {
   const [low, high] = extent(runs.flatMap((run) => run.records.map((r) => r[key])));
   const margin = (high - low) * 0.03 || 0.5;
   const axis = { kind, key, says, short: kind === "time" ? "time" : kind, title, range: [low - margin, high + margin], hasStart: key === "epoch" && low < 0 };
-  return { ...axis, layout: { title, ...ticksOf(axis, axis.range) } };
+  return { ...axis, layout: { title, ...axisTicks(axis, axis.range) } };
 }
 
 function timeOf(runs) {
@@ -40,7 +40,7 @@ function timeOf(runs) {
 }
 
 /** Return the ticks within a range: whole epochs, and "start" for the analysis before the first step. */
-export function ticksOf(axis, [low, high]) {
+export function axisTicks(axis, [low, high]) {
   if (axis.key !== "epoch") return {};
   const step = roundStep((high - low) / 8);
   const places = [];

@@ -48,8 +48,13 @@ export function ratios(low, high) {
   return { tickvals, ticktext: tickvals.map(String) };
 }
 
-
 export const minus = (value) => String(value).replaceAll("-", "−");
+
+/** Write a power of ten. */
+export const powerText = (value) => `10<sup>${minus(Math.round(Math.log10(value)))}</sup>`;
+
+/** Write a number with three digits. */
+export const short = (value) => minus(Number(value.toPrecision(3)));
 
 export function horizontal(value, theme, dash = "dash") {
   return { type: "line", xref: "paper", x0: 0, x1: 1, y0: value, y1: value, line: { color: theme.text, width: 1.2, dash } };

@@ -33,7 +33,7 @@ function ctChart(runs, threshold) {
   const of = (key) => (run) => column(run, ofSpectrum(key));
   const middle = median(runs.flatMap(of("c_t")));
   const quantity = {
-    label: "C_t", dash: "solid", scalar: "c_t", valuesOf: of("c_t"), boundsOf: (run) => [of("c_t_low")(run), of("c_t_high")(run)],
+    label: "C_t", dash: "solid", scalar: "c_t", hasErrors: true, valuesOf: of("c_t"), boundsOf: (run) => [of("c_t_low")(run), of("c_t_high")(run)],
     candidatesOf: candidatesBy("c_t"),
   };
   return {

@@ -5,6 +5,7 @@ import { horizontal, indexed, layoutOf, literal, logTicks, note } from "./base.j
 import { extent } from "./data.js";
 import { meanOf } from "./grouping.js";
 import { colorOf, faint, symbolOf } from "./theme.js";
+import { errorBars } from "./uncertainty.js";
 
 const FEW = 80; // records up to which each gets a mark
 const SEEN = 12; // marks of a longer curve
@@ -102,6 +103,7 @@ function curveOf({ key, name, color: index, quantity, x, y, records, texts, run 
       symbol: symbolOf(index), size: 6.5, line: { color: color, width: 1.5 }, maxdisplayed: few ? 0 : SEEN,
       color: few && records ? records.map((record) => (isFilled(record) ? color : theme.paper)) : color,
     },
+    ...(quantity.hasErrors && run ? errorBars(run.records, show, color) : {}),
     customdata: texts.map((text, place) => [text, records?.[place].global_step ?? null]), hoverinfo: "none",
     meta: { key, quantity: quantity.label },
   };
@@ -148,7 +150,7 @@ function legendOf({ quantities }, { members, theme }) {
   const entry = (name, more) => ({ x: [null], y: [null], name, hoverinfo: "skip", showlegend: true, ...more });
   const named = members.length < 2 ? [] : members.map(({ key, run, color }) =>
     entry(literal(run), {
-      legendgroup: key, mode: "lines+markers", line: { color: colorOf(theme, color), width: 1.8 }, marker: { symbol: symbolOf(color), size: 7 },
+      legendgroup: key, meta: { run: key }, mode: "lines+markers", line: { color: colorOf(theme, color), width: 1.8 }, marker: { symbol: symbolOf(color), size: 7 },
     }));
   const marked = (name, symbol, filled = true) => entry(indexed(name), {
     mode: "markers", marker: { symbol, size: symbol === "star" ? 12 : 7, color: filled ? theme.muted : theme.paper, line: { color: theme.muted, width: 1.5 } },

@@ -1,6 +1,6 @@
 /** The figures of the page: drawing, zoom, the legend beside each, and what happens at the pointer. */
 
-import { ticksOf } from "./axis.js";
+import { axisTicks } from "./axis.js";
 import { indexed } from "./base.js";
 import { download, element } from "./dom.js";
 import { keysOf } from "./swatches.js";
@@ -28,7 +28,8 @@ export class Figures {
     node.classList.remove("absent");
     node.setAttribute("aria-label", label);
     node.style.height = height ? `${height}px` : "";
-    document.getElementById(`${id}-keys`).replaceChildren(...keysOf(data, true));
+    const press = (curveNumber) => node.emit("plotly_legendclick", { data, curveNumber });
+    document.getElementById(`${id}-keys`).replaceChildren(...keysOf(data, press));
     await Plotly.react(node, data, this.layoutOf(id), { displayModeBar: false, displaylogo: false, doubleClick: false });
     if (!node.hesd) this.listen(node, id);
   }
@@ -38,7 +39,7 @@ export class Figures {
     const { layout, axis } = this.drawn[id];
     const made = { showlegend: false, ...structuredClone(layout) };
     const zoom = this.zooms[id] ?? {};
-    if (zoom.x) Object.assign(made.xaxis, { range: zoom.x }, axis ? ticksOf(axis, zoom.x) : {});
+    if (zoom.x) Object.assign(made.xaxis, { range: zoom.x }, axis ? axisTicks(axis, zoom.x) : {});
     if (zoom.y) Object.assign(made.yaxis, { range: zoom.y }, made.yaxis.type === "log" ? { tickvals: undefined, ticktext: undefined, dtick: undefined } : {});
     return made;
   }

@@ -22,6 +22,7 @@ export function layOut(root, actions) {
     tools: element("div", { class: "tools", id: "tools" }),
     detailTools: element("section", { class: "bar", id: "detail-tools", "aria-label": "Chosen state" }),
     assessment: element("div", { id: "assessment", "aria-live": "polite" }),
+    state: element("div", { id: "state" }),
     findings: element("div", { id: "findings" }),
     picks: element("ul", { id: "picks" }),
     table: element("details", { id: "table", ontoggle: actions.openTable }, element("summary", {}, "Data table")),
@@ -29,21 +30,24 @@ export function layOut(root, actions) {
   parts.judgment = judgmentCard(actions);
   const figure = (...given) => figureCard(actions, ...given);
   const charts = grid(
-    figure("ct", "C_t with its interval", "Ratio of the extreme negative and positive eigenvalue (training data)."),
+    figure("ct", "C_t with its interval",
+      "Ratio of the extreme negative and positive eigenvalue (training data). Band: Lanczos interval, without sampling error; bars: total error, where the sampling error is known."),
     figure("extremes", "Extreme eigenvalues", "Of the Hessian of the training loss."),
     figure("deltas", "Generalization criteria", "Ratios of r_e and K_H05 on generalization and training data."),
     figure("loss", "Loss", "Mean loss over the analysis samples."),
     figure("metric", "Training metric", "That of the checkpoint rule."));
   const details = grid(
     figure("map", "Density over training", "Spectral mass per bin, training data; lines: λ_max and λ_min."),
-    figure("density", "Density at the chosen state", "Ticks: quadrature nodes; vertical lines: extremes."),
+    figure("density", "Density at the chosen state",
+      "Ticks: quadrature nodes; vertical lines: extremes; pale band: where the density of the true eigenvalues lies, smoothed alike, with the confidence of the interval, if no eigenvalue occurs several times."),
+    titled("h3", "state", "Numbers at the chosen state", { class: "card" }, parts.state),
     figure("cumulative", "Eigenvalues beyond thresholds",
       "At the chosen state: below negative thresholds, above positive ones. Lines: by the density; bands: bounds on the true numbers, if no eigenvalue occurs several times."),
     figure("along", "Loss along the extreme eigenvectors",
       "At the chosen state, training data. Dashed: the parabolas L + st + λt²/2 that the loss follows near t = 0."),
     titled("h3", "assessment", "Criteria for generalization", { class: "card" }, parts.assessment),
     titled("h3", "picks", "Picks of the checkpoint rules", { class: "card" }, parts.picks),
-    figure("layers", "Layers over training", "Of the Hessian of each layer's own parameters, training data. Point at a layer for all that is known of it.", "wide"));
+    figure("layers", "Layers over training", "Of the Hessian of each layer's own parameters, training data. Columns reach halfway to the neighboring analyses. Point at a layer for all that is known of it.", "wide"));
   // The bar is a child of the content, so that it stays in sight in both sections.
   parts.content = element("div", { id: "content", hidden: true },
     titled("h2", "all", "Runs over training", {},

@@ -94,7 +94,8 @@ class Page {
   /** What the figures of one run show; the quantity of layers is null if the run knows nothing of them. */
   get detail() {
     const { detailed: run, record, theme, choices } = this;
-    return { run, record, theme, quantity: quantityOf(run, choices.layers), by: this.axisOf([run]).kind };
+    const others = this.runs.filter((other) => other !== run);
+    return { run, record, others, theme, quantity: quantityOf(run, choices.layers), by: this.axisOf([run]).kind };
   }
 
   // Choices ---------------------------------------------------------------------------------------------------------

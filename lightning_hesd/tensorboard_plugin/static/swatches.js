@@ -4,7 +4,7 @@ import { element } from "./dom.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const WIDTH = 26;
-const DASHES = { solid: "", dash: "7 3", dot: "2 3", dashdot: "7 3 2 3" };
+const DASHES = { solid: "", dash: "7 3", dot: "2 3", dashdot: "7 3 2 3", longdash: "11 3" };
 
 /** Outlines of Plotly's symbols, around zero and within 5 pixels of it. */
 const OUTLINES = {
@@ -37,17 +37,21 @@ export function swatch({ color, dash = null, symbol = null, fill = color }) {
   return drawn("svg", { class: "swatch", width: WIDTH, height: 14, viewBox: `0 0 ${WIDTH} 14`, "aria-hidden": "true" }, ...line, ...mark);
 }
 
-/** Return the legend of a figure: its curves with a name, without those of runs, which the list of runs has. */
-export function keysOf(data, shown) {
-  const named = data.filter((trace) => trace.name && trace.showlegend !== false && trace.mode && !(shown && trace.legendgroup));
-  return named.map((trace) => {
-    const has = (part) => trace.mode.includes(part);
-    const color = has("lines") ? trace.line.color : (trace.marker.line?.color ?? trace.marker.color);
+/**
+ * Return the legend of a figure: its curves with a name, without those of runs, which the list of runs has.
+ * @param {Object[]} data
+ * @param {function(number)} press Gets the position of the curve whose entry is pressed.
+ */
+export function keysOf(data, press) {
+  const places = data.map((_, place) => place).filter((place) => data[place].name && data[place].showlegend !== false && data[place].mode && !data[place].meta?.run);
+  return places.map((place) => {
+    const { mode, line, marker, name, visible } = data[place];
+    const [hasLine, hasMarks] = ["lines", "markers"].map((part) => mode.includes(part));
     const sample = swatch({
-      color, dash: has("lines") ? (trace.line.dash ?? "solid") : null, symbol: has("markers") ? trace.marker.symbol : null,
-      fill: has("markers") ? trace.marker.color : color,
+      color: hasLine ? line.color : (marker.line?.color ?? marker.color), dash: hasLine ? (line.dash ?? "solid") : null,
+      symbol: hasMarks ? marker.symbol : null, fill: hasMarks ? marker.color : null,
     });
-    return element("span", { class: "key" }, sample, element("span", {}, ...nodesOf(trace.name)));
+    return element("span", { class: visible === "legendonly" ? "key off" : "key", onclick: () => press(place) }, sample, element("span", {}, ...nodesOf(name)));
   });
 }
 

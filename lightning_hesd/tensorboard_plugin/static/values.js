@@ -4,7 +4,7 @@ import { element, number, typeset } from "./dom.js";
 import { swatch } from "./swatches.js";
 import { colorOf, symbolOf } from "./theme.js";
 
-const ROWS = 18; // of a column
+const IN_COLUMN = 18; // of a column
 const SHIFT = 18; // pixels from the pointer
 const NEAR = 0.03; // of the axis: how far from the pointer's time a record may be
 
@@ -34,8 +34,8 @@ export class ValueCard {
     const isNamed = (label) => (chart.isName ? [label] : typeset(label));
     const head = element("tr", {}, element("th", {}, ""), ...chart.quantities.map(({ label }) => element("th", {}, ...isNamed(label))));
     const body = rows.map((row) => rowOf(row, theme, row.key === nearest));
-    const tables = Array.from({ length: Math.ceil(rows.length / ROWS) }, (_, part) =>
-      element("table", {}, element("thead", {}, head.cloneNode(true)), element("tbody", {}, ...body.slice(part * ROWS, (part + 1) * ROWS))));
+    const tables = Array.from({ length: Math.ceil(rows.length / IN_COLUMN) }, (_, part) =>
+      element("table", {}, element("thead", {}, head.cloneNode(true)), element("tbody", {}, ...body.slice(part * IN_COLUMN, (part + 1) * IN_COLUMN))));
     const { line, index } = found.find(({ index: place }) => place >= 0);
     this.card.replaceChildren(
       element("p", {}, axis.kind === "time" ? `${axis.title}: ${number(x, 3)}` : line.texts[index]),

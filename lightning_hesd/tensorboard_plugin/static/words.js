@@ -3,6 +3,7 @@
 import { when } from "./axis.js";
 import { finite, negativeCount, spectrumOf } from "./data.js";
 import { element, number } from "./dom.js";
+import { intervalOf, withError, within } from "./uncertainty.js";
 
 /** Return the verdict on a record and its reasons. */
 export function assessmentOf(record, axis) {
@@ -12,8 +13,6 @@ export function assessmentOf(record, axis) {
   if (spectrum) parts.push(element("p", {}, describe(spectrum)));
   const reasons = record.assessment?.reasons ?? [];
   if (reasons.length) parts.push(element("ul", {}, ...reasons.map((reason) => element("li", {}, reason))));
-  if (record.stability_ratio !== null && record.stability_ratio !== undefined)
-    parts.push(element("p", {}, `The preconditioned λ_max is ${number(record.stability_ratio, 3)} of its threshold of stability.`));
   return parts;
 }
 
@@ -29,10 +28,11 @@ const CRITERIA = { good: "hold", poor: "fail", undecided: "are undecided", "not 
 function describe(s) {
   if (s.type === null) return `C_t is undefined: ${s.reason ?? "no curvature"}`;
   const certain = s.type_certain ? "" : ", which is not certain";
-  const value = s.c_t === null ? "−∞" : number(s.c_t);
+  const value = s.c_t === null ? "−∞" : within(s.c_t, s.c_t_low, s.c_t_high);
   return (
-    `On the training data C_t = ${value} [${number(s.c_t_low)}, ${number(s.c_t_high)}] (confidence ${number(s.confidence)}): ` +
-    `the spectrum is ${TYPES[s.type]}${certain}. λ_max = ${number(s.lambda_max)}, λ_min = ${number(s.lambda_min)}, ${negatives(s)}` +
+    `On the training data C_t = ${value}, Lanczos interval ${intervalOf(s.c_t_low, s.c_t_high)} (confidence ${number(s.confidence)}, ` +
+    `without sampling error): the spectrum is ${TYPES[s.type]}${certain}. λ_max = ${withError(s.lambda_max, s.lambda_max_error)}, ` +
+    `λ_min = ${withError(s.lambda_min, s.lambda_min_error)}, ${negatives(s)}` +
     `loss ${number(s.loss)} over ${number(s.num_samples)} samples. ${verification(s)}`
   );
 }
