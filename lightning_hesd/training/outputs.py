@@ -129,9 +129,9 @@ class RunOutputs:
         """Write the last record to the loggers and the folder; the failure of one does not affect the others."""
         consequence = f"cannot write the spectrum {when(history[-1].epoch)}"
         step = logged_metrics.logging_step(trainer, at_epoch_end=at_epoch_end)
-        for logger in self._loggers if history[-1].spectra else ():
+        for logger in self._loggers:
             with errors.guard(consequence):
-                logger.write(history, step)
+                (logger.write if history[-1].spectra else logger.write_failure)(history, step)
         if history[-1].epoch != START_EPOCH:  # by then the user's own hooks have written their layout
             with errors.guard("cannot write the charts for TensorBoard's Custom Scalars"):
                 self._write_charts(trainer)
@@ -150,8 +150,8 @@ class RunOutputs:
     def rewrite(self, trainer: pl.Trainer, history: SpectrumHistory, *, at_epoch_end: bool) -> None:
         """Write the last record again, with metrics that were logged after it."""
         step = logged_metrics.logging_step(trainer, at_epoch_end=at_epoch_end)
-        for logger in self._loggers if history[-1].spectra else ():
-            logger.rewrite(history, step)
+        for logger in self._loggers:
+            (logger.rewrite if history[-1].spectra else logger.write_failure)(history, step)
         if self.folder is not None:
             history.save(self.folder)
 

@@ -277,7 +277,7 @@ class TestLayersOfAHistory:
         layers = {"a": spectrum(-1.0, 2.0), "b": spectrum(-0.5, 4.0)}
         run = [*RUN, replace(record(6, 1.0), layers=layers), replace(record(9, 1.0), layers=layers)]
         ax = plot_layers(run)
-        assert ax.images[0].get_array().tolist() == [[2.0, 2.0], [4.0, 4.0]]
+        assert ax.collections[0].get_array().tolist() == [[2.0, 2.0], [4.0, 4.0]]
         assert names(ax) == ["6", "9"]
         assert ax.get_xlabel() == "epoch"
 

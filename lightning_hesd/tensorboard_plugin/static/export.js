@@ -1,13 +1,13 @@
 /** Export of a figure for a paper or a slide: in the light theme, with a title, as PNG, SVG or PDF, or as Python code. */
 
 import { indexed, literal } from "./base.js";
-import { axisOf, when } from "./data.js";
+import { when } from "./axis.js";
 import { button, download, element, menu, typeset } from "./dom.js";
 import { codeOf } from "./figure_code.js";
 import { LIGHT, faint } from "./theme.js";
 
 const PIXELS = 96; // of CSS in an inch
-const POINTS = 72;
+const POINTS_OF_INCH = 72;
 const DRAWN_FONT = 12; // pixels of the text of figures; all is scaled with it
 
 /** Sizes in inches, of the text in points, and of a PNG in dots per inch. */
@@ -17,7 +17,6 @@ export const SIZES = {
   slide: { title: "slide, 16:9", inches: [40 / 3, 7.5], points: 20, dots: 192, code: [6.67, 3.75] },
 };
 
-const HEAT_MAPS = new Set(["map", "layers"]);
 let lastSize = "column"; // of the last export
 
 // Figures -----------------------------------------------------------------------------------------------------------
@@ -54,7 +53,7 @@ const still = ({ data, layout }) => ({
 /** Return a size with the pixels to lay a figure out in, and the factor that brings them to the size. */
 function sizeOf(shown, key) {
   const { points, inches: [width, least], ...more } = SIZES[key];
-  const usual = ((points / POINTS) * PIXELS) / DRAWN_FONT;
+  const usual = ((points / POINTS_OF_INCH) * PIXELS) / DRAWN_FONT;
   const needed = shown.id === "layers" ? 130 + 15 * shown.figure.data[0].y.length : 0; // each layer has its name beside it
   const scale = key === "slide" ? Math.min(usual, (least * PIXELS) / (needed || 1)) : usual;
   const height = Math.max(least, (needed * scale) / PIXELS);
@@ -66,14 +65,15 @@ async function laidOut(shown, size) {
   const [width, height] = size.pixels;
   const { data, layout } = inLight(still(shown.figure), shown.theme);
   const top = 40;
-  const legend = await legendHeight(data, { ...layout, width, height });
+  const legend = await legendHeight(data, { ...layout, width, height, showlegend: true });
   const letters = Math.floor((width - 20) / 6.2); // that fit into a line
   const text = `${indexed(literal(shortened(shown.title, letters)))}<br><span style="font-size:11px">${literal(shortened(placeOf(shown), letters))}</span>`;
   return {
     data,
     layout: {
       ...layout, width, height,
-      ...(HEAT_MAPS.has(shown.id) ? { shapes: [] } : {}), // which mark the chosen state
+      showlegend: true, // the page has legends of its own
+      shapes: (layout.shapes ?? []).filter(({ name }) => !name?.startsWith("chosen")),
       title: { text, font: { size: 13 }, x: 0, xref: "container", xanchor: "left", y: 1, yref: "container", yanchor: "top", pad: { l: 10, t: 8 } },
       margin: { ...layout.margin, t: Math.max(layout.margin.t, top + legend + 6) },
     },
@@ -116,10 +116,11 @@ function placeOf({ runs, record, axis }) {
 
 /** Return the first and the last epoch, or step, of runs. */
 function span(runs, axis) {
-  const records = runs.flatMap((run) => run.records).sort((a, b) => a[axis.key] - b[axis.key]);
-  const name = (record) => (record.epoch < 0 ? "start" : String(record[axis.key]));
+  const records = runs.flatMap((run) => run.records).sort((a, b) => a[axis.says] - b[axis.says]);
+  const name = (record) => (record.epoch < 0 ? "start" : String(record[axis.says]));
   const [first, last] = [records[0], records.at(-1)].map(name);
-  return first === last ? `${axis.short} ${last}` : `${axis.short}s ${first} to ${last}`;
+  const unit = axis.says === "epoch" ? "epoch" : "step";
+  return first === last ? `${unit} ${last}` : `${unit}s ${first} to ${last}`;
 }
 
 /** Return the name of the file. */
@@ -177,12 +178,11 @@ async function copied(text) {
 
 /**
  * Open the dialog that exports a figure.
- * @param {{id: string, title: string, figure: {data: Object[], layout: Object}, theme: Object, runs: Object[], record: ?Object,
- *   quantity: ?string, folderOf: function(string): Promise<string>}} given The runs that the figure shows; its record, if it shows one.
+ * @param {{id: string, title: string, figure: {data: Object[], layout: Object}, theme: Object, runs: Run[], record: ?Object,
+ *   axis: Object, quantity: ?string, folderOf: function(string): Promise<string>}} given The runs that the figure shows; its record, if it shows one.
  */
-export async function openExport(given) {
-  const shown = { ...given, axis: axisOf(given.runs) };
-  const folders = await Promise.all(shown.runs.map((run) => shown.folderOf(JSON.parse(run.key)[0])));
+export async function openExport(shown) {
+  const folders = await Promise.all(shown.runs.map(async ({ key, run }) => shown.folderOf(JSON.parse(key)[0]).catch(() => run)));
   const preview = element("div", { class: "preview" });
   const status = element("p", { role: "status" });
   const code = element("pre", { tabindex: "0" });

@@ -1,6 +1,6 @@
 /** Python code that draws a figure again, from the log directory. */
 
-import { when } from "./data.js";
+import { when } from "./axis.js";
 
 /** Return a text as a literal of Python, in which only plain characters stand for themselves. */
 const quoted = (text) => JSON.stringify(String(text)).replace(/[\u007f-\uffff]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
@@ -18,7 +18,8 @@ const CODE = {
   ct: () => ofHistory("plot_c_t"),
   extremes: () => ofScalars("lambda_max", "lambda_min"),
   deltas: () => ofScalars("delta_r_e", "delta_k_h05"),
-  loss: ({ runs }) => ofScalars("loss", ...ruleMetricOf(runs)),
+  loss: () => ofScalars("loss"),
+  metric: ({ runs }) => ofScalars(...ruleMetricOf(runs)),
   map: () => ofHistory("plot_density_evolution"),
   density: (shown) => ofSpectra("plot_density", BOTH_DATA, shown),
   cumulative: (shown) => ofSpectra("plot_cumulative", BOTH_DATA, shown),
@@ -26,7 +27,7 @@ const CODE = {
   layers: ({ quantity }) => ({ plot: "plot_layers", calls: [["", `plot_layers(history, ${quoted(quantity)})`]] }),
 };
 
-/** Return the metric of the checkpoint rules, as far as the records have it, in a list. */
+/** Return the metric of the checkpoint rules in a list, which is empty where a run's records do not have it. */
 const ruleMetricOf = (runs) =>
   [...new Set(runs.flatMap((run) => run.rules.filter((rule) => rule.metrics.length).map((rule) => rule.metric)))]
     .filter((name) => runs.every((run) => run.records.some((record) => name in (record.metrics ?? {})))).slice(0, 1);
@@ -38,8 +39,8 @@ const ruleMetricOf = (runs) =>
  * @param {string[]} folders Log directories of the runs.
  */
 export function codeOf(shown, size, folders) {
-  if (!(shown.id in CODE)) return null;
-  const { plot, calls } = CODE[shown.id](shown);
+  const { plot, calls } = CODE[shown.id]?.(shown) ?? { calls: [] };
+  if (!calls.length) return null;
   const names = shown.runs.map((run) => JSON.parse(run.key)[1]);
   const runs = shown.runs.map((run, index) => `    (${[run.run, folders[index], names[index]].map(quoted).join(", ")}),`);
   const charts = calls.flatMap(([suffix, call]) => [

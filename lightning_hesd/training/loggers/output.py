@@ -38,6 +38,9 @@ class LoggerOutput:
         """Write the last record, which has a spectrum, at `step` of the logger's axis."""
         raise NotImplementedError
 
+    def write_failure(self, history: SpectrumHistory, step: int) -> None:
+        """Write that the last analysis failed: the last record has no spectrum."""
+
     def rewrite(self, history: SpectrumHistory, step: int) -> None:
         """Write again what shows the metrics of the last record, which has a spectrum."""
 

@@ -40,6 +40,10 @@ class TensorBoardOutput(LoggerOutput):
             text = verdict_text(record.assessment, title(record))
             self._writer.add_text(f"{self._name}/assessment", text, global_step=step)
 
+    def write_failure(self, history: SpectrumHistory, step: int) -> None:
+        """Write the payload of the last record, which has no spectrum: the HESD tab shows where analyses failed."""
+        self.rewrite(history, step)
+
     def rewrite(self, history: SpectrumHistory, step: int) -> None:
         """Write the payload of the last record; of two with the same step, readers take the later one."""
         self._write_payload(RECORD, to_json(record_payload(history[-1], history.findings)), step)

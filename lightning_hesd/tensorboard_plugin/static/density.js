@@ -1,0 +1,210 @@
+/** The card of the densities at the chosen state: which spectra, on which axis, and which other states beside it. */
+
+import { axisOf, when } from "./axis.js";
+import { indexed, layoutOf, literal, powerText, short } from "./base.js";
+import { SPECTRA, extent, spectrumOf } from "./data.js";
+import { axisOfDensity, densityOn, smoothingOf, symlogTicks } from "./distribution.js";
+import { button, element, keepFocus } from "./dom.js";
+import { faint } from "./theme.js";
+
+const SINGLE = 0.05; // lower end of a logarithmic axis, relative to the density of one eigenvalue
+const LOWEST_PART = 1e-10; // where rounding begins to matter
+const MOST_PINS = 6;
+
+/** Return the curves to draw: one for each spectrum of the chosen state and of the pinned ones. */
+function curvesOf(states, theme, hidden) {
+  return states.flatMap(({ title, record, isPinned, color }, place) =>
+    SPECTRA.filter(({ field }) => spectrumOf(record, field)).map(({ field, label, dash }) => ({
+      spectrum: spectrumOf(record, field), field, dash, isPinned, isShown: !hidden.has(field),
+      label: states.length > 1 ? `${title}, ${label}` : label, group: `${place} ${field}`,
+      // With several states, colors tell states apart and dashes spectra.
+      color: states.length === 1 ? theme[field === "spectrum" ? "training" : field] : isPinned ? theme.pins[color] : theme.training,
+    }))
+  );
+}
+
+/** The densities of states, the first of them the chosen one, with nodes and extremes; hidden ones are in the legend only. */
+export function densityFigure(states, theme, hidden, isLinear) {
+  const found = curvesOf(states, theme, hidden);
+  const shown = found.filter(({ isShown }) => isShown);
+  const scale = axisOfDensity((shown.length ? shown : found).map(({ spectrum }) => spectrum), isLinear);
+  const curves = found.map((one) => ({ ...one, ...densityOn(one.spectrum, scale) }));
+  const [bottom, top] = heights(curves.filter(({ isShown }) => isShown || !shown.length), scale);
+  const ticks = isLinear ? {} : ticksOf(scale);
+  const matrix = found.find(({ field }) => field === "spectrum")?.spectrum.matrix ?? "hessian";
+  const name = matrix === "hessian" ? "Hessian eigenvalue" : `eigenvalue, ${matrix}`;
+  return {
+    data: curves.flatMap((curve, index) => tracesOf(curve, index, scale, bottom, top, theme)),
+    layout: layoutOf(
+      theme,
+      { title: isLinear ? `${name} (loss / parameter²)` : `${name} (symlog, linear below ${powerText(scale.linear)})`, ...ticks },
+      { title: isLinear ? "spectral density" : "share of eigenvalues per decade", type: "log", range: [Math.log10(bottom), Math.log10(top * 3)],
+        exponentformat: "power", nticks: 7 },
+      { legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", xanchor: "left", traceorder: "normal", font: { size: 11 }, groupclick: "togglegroup", tracegroupgap: 0 } }
+    ),
+  };
+}
+
+function ticksOf(scale) {
+  const { places, texts } = symlogTicks({ ...scale, high: Math.max(scale.high, scale.linear), low: Math.min(scale.low, -scale.linear) });
+  const inside = places.map((_, i) => i).filter((i) => (places[i] >= 0 || scale.low < 0) && (places[i] <= 0 || scale.high > 0));
+  return { tickvals: inside.map((i) => places[i]), ticktext: inside.map((i) => texts[i]) };
+}
+
+/** Return the ends of the axis of densities. */
+function heights(curves, scale) {
+  const [, top] = extent(curves.flatMap(({ values }) => values));
+  if (scale.linear === null) {
+    const peaks = ({ spectrum, grid, values }) => {
+      const nodes = new Set(spectrum.nodes);
+      return values.filter((value, i) => nodes.has(grid[i]) && value > 0);
+    };
+    return [Math.max(extent(curves.flatMap(peaks))[0] / 100, top * LOWEST_PART), top];
+  }
+  const single = ({ spectrum }) => 1 / ((spectrum.dimension ?? 1e6) * smoothingOf(spectrum, scale) * Math.sqrt(2 * Math.PI));
+  return [Math.max(SINGLE * Math.min(...curves.map(single)), top * LOWEST_PART), top];
+}
+
+/** Return band, curve, nodes and extremes of a spectrum: one group of the legend, which is shown or hidden as a whole. */
+function tracesOf({ spectrum, field, label, group, color, dash, isPinned, isShown, grid, values, band }, index, scale, bottom, top, theme) {
+  const shared = { legendgroup: group, visible: isShown ? true : "legendonly", showlegend: false };
+  const eigenvalues = (places) => places.map(scale.back);
+  const rug = bottom * (top / bottom) ** (0.02 + 0.035 * index);
+  const ends = [spectrum.lambda_min, spectrum.lambda_max].map(scale.to);
+  const clipped = (list) => list.map((value) => Math.max(value, bottom / 10));
+  const bands = band && !isPinned ? [{
+    ...shared, x: [...grid, ...grid.toReversed()], y: clipped([...band.high, ...band.low.toReversed()]), mode: "lines", line: { width: 0 },
+    fill: "toself", fillcolor: faint(color, 0.16), hoverinfo: "skip", meta: { density_band: label, field },
+  }] : [];
+  return [
+    ...bands,
+    {
+      ...shared, showlegend: true, x: grid, y: clipped(values), mode: "lines", line: { color, width: isPinned ? 1.3 : 1.8, dash },
+      name: indexed(`${literal(label)}: λ_min ${short(spectrum.lambda_min)}, λ_max ${short(spectrum.lambda_max)}`), meta: { density: label, field },
+      customdata: eigenvalues(grid), hovertemplate: `${literal(label)}<br>λ = %{customdata:.4g}<br>density %{y:.3g}<extra></extra>`,
+    },
+    {
+      ...shared, x: spectrum.nodes.map(scale.to), y: spectrum.nodes.map(() => rug), mode: "markers", meta: { nodes: label, field },
+      marker: { symbol: "line-ns-open", size: 8, color, line: { width: 1 } }, customdata: spectrum.nodes.map((node, i) => [node, spectrum.weights[i]]),
+      hovertemplate: "node %{customdata[0]:.4g}<br>weight %{customdata[1]:.3g}<extra></extra>",
+    },
+    {
+      ...shared, x: ends.flatMap((end) => [end, end, null]), y: ends.flatMap(() => [bottom / 10, top * 1000, null]), mode: "lines", hoverinfo: "skip",
+      line: { color: isPinned ? faint(color, 0.6) : color, width: 1, dash: dash === "solid" ? "dot" : dash }, meta: { extremes: label, field },
+    },
+  ].map((trace) => ({ ...trace, hoverlabel: { bordercolor: theme.paper } }));
+}
+
+/** The choices beside the chart: the axis, the spectra and the pinned states. */
+export class DensityCard {
+  /** `redraw` draws the chart anew after a choice. */
+  constructor(redraw) {
+    this.redraw = redraw;
+    this.isLinear = false;
+    this.hidden = new Set(SPECTRA.slice(2).map(({ field }) => field)); // fields
+    this.pins = []; // {key, title, record, isPinned, color}, the last a position in theme.pins
+    this.tools = element("div", { class: "tools small", id: "density-choices", role: "group", "aria-label": "Density at the chosen state" });
+    document.getElementById("density").before(this.tools);
+  }
+
+  /** Return the figure of a record, with the pinned states; null: no state has a spectrum. `others` are the other selected runs. */
+  figure({ run, record, others, theme, axis }) {
+    const chosen = { key: run.key, title: titleOf(run, record, others, axis), record };
+    this.showTools(run, chosen, others, theme);
+    const pins = this.pins.filter((pin) => pin.record.global_step !== record.global_step || pin.key !== run.key);
+    const states = [chosen, ...pins];
+    if (!states.some((state) => SPECTRA.some(({ field }) => spectrumOf(state.record, field)))) return null;
+    const figure = densityFigure(states, theme, this.hiddenOf(states), this.isLinear);
+    // A zoom holds as long as the axis does.
+    figure.layout.xaxis.uirevision = figure.layout.yaxis.uirevision = JSON.stringify([run.key, this.isLinear, [...this.hidden].sort(), pins.length]);
+    return figure;
+  }
+
+  /** Return the hidden fields; where these are all, none: an empty chart helps nobody. */
+  hiddenOf(states) {
+    const present = SPECTRA.filter(({ field }) => states.some((state) => spectrumOf(state.record, field)));
+    return present.every(({ field }) => this.hidden.has(field)) ? new Set() : this.hidden;
+  }
+
+  /** Let clicks in the legend hide and show as the boxes do, so that the axes follow. */
+  listen(node) {
+    const isDrawn = node.classList.contains("js-plotly-plot");
+    if (node.hesdLegend === isDrawn) return;
+    node.hesdLegend = isDrawn; // a figure that was removed has lost its listeners
+    if (!isDrawn) return;
+    node.on("plotly_legendclick", ({ data, curveNumber }) => {
+      const { field } = data[curveNumber].meta;
+      this.hide(field, !this.hidden.has(field));
+      return false;
+    });
+    node.on("plotly_legenddoubleclick", () => false);
+  }
+
+  hide(field, isHidden) {
+    if (isHidden) this.hidden.add(field);
+    else this.hidden.delete(field);
+    this.redraw();
+  }
+
+  only(...fields) {
+    this.hidden = new Set(SPECTRA.map(({ field }) => field).filter((field) => !fields.includes(field)));
+    this.redraw();
+  }
+
+  pin(...states) {
+    const isNew = ({ key, record }) => !this.pins.some((pin) => pin.key === key && pin.record.global_step === record.global_step);
+    for (const state of states.filter(isNew)) {
+      if (this.pins.length === MOST_PINS) this.pins.shift();
+      const color = Array.from({ length: MOST_PINS }, (_, i) => i).find((i) => !this.pins.some((pin) => pin.color === i));
+      this.pins.push({ ...state, isPinned: true, color });
+    }
+    this.redraw();
+  }
+
+  unpin(pin) {
+    this.pins = this.pins.filter((one) => one !== pin);
+    this.redraw();
+  }
+
+  showTools(run, chosen, others, theme) {
+    const present = SPECTRA.filter(({ field }) => [run, ...this.pins].some((one) => (one.records ?? [one.record]).some((r) => spectrumOf(r, field))));
+    const boxes = present.map(({ field, title }) => element("label", { class: "control" },
+      element("input", { type: "checkbox", checked: !this.hidden.has(field), "data-field": field, onchange: (event) => this.hide(field, !event.target.checked) }), title));
+    const has = (field) => present.some((one) => one.field === field);
+    const both = ["spectrum", "generalization"];
+    const isOnly = (fields) => present.every(({ field }) => this.hidden.has(field) !== fields.includes(field));
+    const presets = [["training", both.slice(0, 1)], ["generalization", both.slice(1)], ["both", both]]
+      .map(([text, fields]) => ({ text, isPressed: isOnly(fields), press: () => this.only(...fields) }));
+    const axis = [["symlog", false], ["linear", true]]
+      .map(([text, isLinear]) => ({ text, isPressed: this.isLinear === isLinear, press: () => { this.isLinear = isLinear; this.redraw(); } }));
+    const beside = others.map((other) => ({ other, record: sameTime(other, chosen.record) }))
+      .map(({ other, record }) => ({ key: other.key, title: titleOf(other, record, [run], axisOf([other])), record }));
+    keepFocus(this.tools, [
+      segmented("Axis of eigenvalues", axis),
+      both.every(has) ? segmented("Spectra", presets) : null,
+      ...(present.length > 1 ? boxes : []),
+      button("Pin this state", "Keep the densities of this state in the chart while you choose others", () => this.pin(chosen)),
+      others.length ? button("Pin other runs", "Put the other selected runs beside it, each at the same time or its last one before", () => this.pin(...beside)) : null,
+      ...this.pins.map((pin) => element("span", { class: "pin" }, element("span", { class: "swatch", style: `background:${theme.pins[pin.color]}`, "aria-hidden": "true" }), pin.title,
+        button("×", `Remove ${pin.title}`, () => this.unpin(pin)))),
+    ]);
+  }
+}
+
+/** Return the name of a state: its time, and the run where there are several. */
+function titleOf(run, record, others, axis) {
+  const time = when(record, axis);
+  return others.length ? `${run.run}, ${time}` : time;
+}
+
+/** Return the record of a run at the epoch of another record, or the last one before; else the first. */
+function sameTime(run, { epoch }) {
+  return run.records.findLast((record) => record.epoch <= epoch) ?? run.records[0];
+}
+
+/** Make buttons of which one is pressed, {text, isPressed, press} each, with a label in front. */
+function segmented(label, choices) {
+  const buttons = choices.map(({ text, isPressed, press }) =>
+    element("button", { type: "button", "aria-pressed": String(isPressed), "aria-label": `${label}: ${text}`, onclick: press }, text));
+  return element("span", { class: "segmented" }, element("span", { "aria-hidden": "true" }, label), ...buttons);
+}
