@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 RUN = "net/version_0"
 SPAN, LAST = f"epochs start to {EPOCHS - 1}", f"epoch {EPOCHS - 1}"
-OVER_TRAINING, OF_A_STATE = ("ct", "extremes", "deltas", "loss", "map", "layers"), ("density", "cumulative")
+OVER_TRAINING, OF_A_STATE = ("ct", "extremes", "deltas", "loss", "metric", "map", "layers"), ("density", "cumulative")
 PLACES = dict.fromkeys(OVER_TRAINING, SPAN) | dict.fromkeys(OF_A_STATE, LAST)
 DARK = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
 
@@ -131,7 +131,8 @@ def test_every_figure_in_light_colors_with_a_title_and_its_code(
         "ct": {"hesd-ct-1.pdf"},
         "extremes": {"hesd-extremes-lambda_max-1.pdf", "hesd-extremes-lambda_min-1.pdf"},
         "deltas": {"hesd-deltas-delta_r_e-1.pdf", "hesd-deltas-delta_k_h05-1.pdf"},
-        "loss": {"hesd-loss-loss-1.pdf", "hesd-loss-train_acc-1.pdf"},
+        "loss": {"hesd-loss-loss-1.pdf"},
+        "metric": {"hesd-metric-train_acc-1.pdf"},
         "map": {"hesd-map-1.pdf"},
         "layers": {"hesd-layers-1.pdf"},
         "density": {"hesd-density-spectrum-1.pdf", "hesd-density-generalization-1.pdf"},
