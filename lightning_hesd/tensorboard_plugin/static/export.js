@@ -1,7 +1,7 @@
 /** Export of a figure for a paper or a slide: in the light theme, with a title, as PNG, SVG or PDF, or as Python code. */
 
-import { indexed, literal } from "./base.js";
 import { when } from "./axis.js";
+import { indexed, literal } from "./base.js";
 import { button, download, element, menu, typeset } from "./dom.js";
 import { codeOf } from "./figure_code.js";
 import { LIGHT, faint } from "./theme.js";
@@ -46,7 +46,7 @@ export function inLight(value, theme) {
 
 /** Return what is drawn of a figure, without what only a pointer shows. */
 const still = ({ data, layout }) => ({
-  data: data.map(({ customdata, hovertemplate, ...trace }) => trace),
+  data: data.filter(({ visible }) => visible !== "legendonly").map(({ customdata, hovertemplate, ...trace }) => trace),
   layout: { ...layout, uirevision: undefined, width: undefined, height: undefined },
 });
 
@@ -125,7 +125,7 @@ function span(runs, axis) {
 
 /** Return the name of the file. */
 function fileOf(shown, size, format) {
-  const place = placeOf(shown).replace(/[^A-Za-z0-9._]+/g, "-").replace(/^-+|-+$/g, "");
+  const place = placeOf(shown).replace(/[^\p{L}\p{N}._]+/gu, "-").replace(/^-+/, "").slice(0, 120);
   return `hesd-${shown.id}-${place}-${size}.${format}`;
 }
 
