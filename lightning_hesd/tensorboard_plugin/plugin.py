@@ -106,7 +106,7 @@ class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
         }
 
     def _records(self, request: Request, context: Any, experiment: str) -> dict[str, Any]:
-        """Return the payloads of a run, when each was written, the rules' decisions, and what is wrong with other payloads.
+        """Return the payloads of a run, their times, the rules' decisions, and messages about unreadable payloads.
 
         Raises:
             NotFoundError: If the run, or the name in it, does not exist.

@@ -18,8 +18,22 @@ export async function render() {
     load: (run, name) => answer("records", { run, name }),
     judge: (runs, metric) => answer("judgment", [["metric", metric], ...runs.flatMap(({ run, name }) => [["run", run], ["name", name]])]),
     live: LIVE_MS,
+    onReload,
   };
   await start(source, document.body);
+}
+
+/** Call back when TensorBoard has reloaded its data, by its protocol for plugins. */
+function onReload(callback) {
+  if (window.parent === window) return;
+  const { port1, port2 } = new MessageChannel();
+  port1.onmessage = ({ data }) => {
+    const { type, id, isReply } = JSON.parse(data);
+    if (isReply) return;
+    port1.postMessage(JSON.stringify({ type, id, payload: null, error: null, isReply: true }));
+    if (type === "experimental.DataReloaded") callback();
+  };
+  window.parent.postMessage("experimental.bootstrap", window.location.origin, [port2]);
 }
 
 const place = (name) => new URL(name, import.meta.url).href;

@@ -22,7 +22,7 @@ const WRITE_MS = 150; // browsers allow few changes of the address in a short ti
 /**
  * Show runs.
  * @param {{runs: function(): Promise<Object>, load: function(string, string): Promise<Object>,
- *   judge: function({run: string, name: string}[], string): Promise<Object>, live: ?number}} source
+ *   judge: function({run: string, name: string}[], string): Promise<Object>, live: ?number, onReload: ?function(function())}} source
  * @param {HTMLElement} root
  */
 export async function start(source, root) {
@@ -30,6 +30,7 @@ export async function start(source, root) {
   watchTheme((theme) => page.setTheme(theme));
   watchAddress(() => page.restore());
   await page.refresh();
+  source.onReload?.(() => page.refresh());
   if (source.live) setInterval(() => document.hidden || !page.follow || page.refresh(), source.live);
 }
 
