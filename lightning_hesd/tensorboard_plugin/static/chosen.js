@@ -30,6 +30,7 @@ export class ChosenState {
     const { run, record, theme, axis } = shown;
     this.parts.assessment.replaceChildren(...assessmentOf(record, axis));
     this.parts.state.replaceChildren(...stateOf(record));
+    this.parts.state.closest(".card").classList.toggle("wide", Object.keys(record.spectra).length > 2);
     const [spectrum, missing] = [spectrumOf(record), missingBand(record)];
     const title = `${run.run}, ${when(record, axis)}. The numbers of the chosen state are in a table of their own`;
     await Promise.all([
