@@ -35,6 +35,10 @@ ALL = 1_000_000
 """Number of records that --samples_per_plugin=hesd=0 keeps: all."""
 
 
+WALL_TIME = "wall_time"
+"""Key of the time at which a payload was written, which the server adds."""
+
+
 class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
     """TensorBoard's HESD tab."""
 
@@ -102,7 +106,7 @@ class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
         }
 
     def _records(self, request: Request, context: Any, experiment: str) -> dict[str, Any]:
-        """Return the payloads of a run, the decisions of the rules, and messages about unreadable payloads.
+        """Return the payloads of a run, when each was written, the rules' decisions, and what is wrong with other payloads.
 
         Raises:
             NotFoundError: If the run, or the name in it, does not exist.
@@ -114,8 +118,9 @@ class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
         read = self._read(context, experiment, [run], [tag, *rules]).get(run, {})
         problems: list[str] = []
         records = rewound(_payloads(read.get(tag, ()), problems))
+        wall_times = [record.pop(WALL_TIME) for record in records]
         selections = [c for rule in rules for c in rewound(_payloads(read.get(rule, ()), problems, SELECTION_FIELDS))]
-        return run_payload(run, name, records, selections, problems)
+        return {**run_payload(run, name, records, selections, problems), "wall_times": wall_times}
 
     def _judgment(self, request: Request, context: Any, experiment: str) -> dict[str, Any]:
         """Return what the picks of the checkpoint rules were worth in runs, by a metric.
@@ -187,11 +192,11 @@ def _tag_of_records(listed: Mapping[str, Any], run: str, name: str) -> str:
 
 
 def _payloads(data: Iterable[Any], problems: list[str], *fields: Any) -> list[dict[str, Any]]:
-    """Return the payloads that can be read; append messages about the others to `problems`."""
+    """Return the payloads that can be read, with their times; append messages about the others to `problems`."""
     found = []
     for datum in data:
         try:
-            found.append(read_payload(datum.numpy.tolist(), *fields))
+            found.append({**read_payload(datum.numpy.tolist(), *fields), WALL_TIME: datum.wall_time})
         except PayloadError as error:  # noqa: PERF203 - one bad payload must not cost the others
             problems.append(f"step {datum.step}: {error}")
     return found

@@ -1,6 +1,7 @@
 /** The cards about the chosen state: densities, numbers of eigenvalues, losses along eigenvectors, numbers, criteria. */
 
-import { spectrumOf, when } from "./data.js";
+import { when } from "./axis.js";
+import { spectrumOf } from "./data.js";
 import { DensityCard } from "./density.js";
 import { cumulativeFigure, lossesAlongFigure } from "./details.js";
 import { stateOf } from "./state.js";

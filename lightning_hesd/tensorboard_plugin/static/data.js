@@ -27,19 +27,6 @@ export const scalarOf = (run, group, key) => run.scalars[group].find((scalar) =>
 
 export const ofSpectrum = (key, field = "spectrum") => (record) => spectrumOf(record, field)?.[key] ?? null;
 
-/** Return the horizontal axis: epochs, or steps where an epoch has several records. */
-export function axisOf(runs) {
-  const clash = runs.some((run) => new Set(run.records.map((r) => r.epoch)).size < run.records.length);
-  const start = runs.some((run) => run.records.some((r) => r.epoch < 0));
-  if (clash) return { key: "global_step", short: "step", title: "optimizer step" };
-  return { key: "epoch", short: "epoch", title: start ? "epoch (−1: before the first step)" : "epoch" };
-}
-
-export function when(record, axis) {
-  if (record.epoch < 0) return "start";
-  return axis.key === "epoch" ? `epoch ${record.epoch}` : `step ${record.global_step} (epoch ${record.epoch})`;
-}
-
 export function finite(values) {
   return values.filter((value) => value !== null && Number.isFinite(value));
 }

@@ -1,7 +1,8 @@
 /** The card of the densities at the chosen state: which spectra, on which axis, and which other states beside it. */
 
+import { axisOf, when } from "./axis.js";
 import { indexed, layoutOf, literal, powerText, short } from "./base.js";
-import { SPECTRA, axisOf, extent, spectrumOf, when } from "./data.js";
+import { SPECTRA, extent, spectrumOf } from "./data.js";
 import { axisOfDensity, densityOn, smoothingOf, symlogTicks } from "./distribution.js";
 import { button, element, keepFocus } from "./dom.js";
 import { faint } from "./theme.js";

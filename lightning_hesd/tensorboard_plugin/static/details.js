@@ -1,7 +1,8 @@
 /** Figures of one run, as plain {data, layout} for Plotly. */
 
+import { axisOf } from "./axis.js";
 import { indexed, layoutOf, literal, powerText, short } from "./base.js";
-import { SPECTRA, axisOf, column, extent, interval, negativeCount, ofSpectrum, parabola, spectrumOf } from "./data.js";
+import { SPECTRA, column, extent, interval, negativeCount, ofSpectrum, parabola, spectrumOf } from "./data.js";
 import { beyond, densityMap, scaleOf, symlogTicks } from "./distribution.js";
 import { number } from "./dom.js";
 import { LOW_TO_HIGH, faint } from "./theme.js";
@@ -12,7 +13,7 @@ export function cursor(record, axis) {
   const line = { type: "line", yref: "paper", x0: record[axis.key], x1: record[axis.key], y0: 0, y1: 1 };
   return [
     { ...line, name: "chosen", line: { color: "rgba(0, 0, 0, 0.6)", width: 3 } },
-    { ...line, line: { color: "#ffffff", width: 1.2, dash: "dash" } },
+    { ...line, name: "chosen, inner", line: { color: "#ffffff", width: 1.2, dash: "dash" } },
   ];
 }
 
@@ -51,7 +52,7 @@ export function mapFigure(run, theme, field, chosen, axis = axisOf([run])) {
       edge("lambda_max"), edge("lambda_min"), ...failuresOf(run, axis, theme, "y2"),
     ],
     layout: layoutOf(
-      theme, { title: axis.title, showgrid: false },
+      theme, { ...axis.layout, showgrid: false },
       { title: `eigenvalue (symlog, linear below ${powerText(scale.linear)})`, tickvals: ticks.places, ticktext: ticks.texts, showgrid: false },
       { shapes: cursor(chosen, axis), yaxis2: OF_FAILURES }
     ),

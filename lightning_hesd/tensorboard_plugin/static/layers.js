@@ -1,7 +1,8 @@
 /** The heat map of layers, as plain {data, layout} for Plotly. */
 
+import { axisOf } from "./axis.js";
 import { indexed, layoutOf, literal, minus } from "./base.js";
-import { axisOf, extent, finite, layerMap, quantitiesOf, scalarOf } from "./data.js";
+import { extent, finite, layerMap, quantitiesOf, scalarOf } from "./data.js";
 import { OF_FAILURES, cursor, failuresOf } from "./details.js";
 import { element, keepFocus, menu, number } from "./dom.js";
 import { LOW_TO_HIGH } from "./theme.js";
@@ -97,7 +98,7 @@ export function layersFigure(run, theme, quantity, chosen, order, axis = axisOf(
       ...failuresOf(run, axis, theme, "y2"),
     ],
     layout: layoutOf(
-      theme, { title: axis.title, showgrid: false },
+      theme, { ...axis.layout, showgrid: false },
       { title: prefix ? `layer of ${literal(prefix.slice(0, -1))}` : "layer", automargin: true, autorange: "reversed", type: "category", showgrid: false,
         tickvals: rows.map((_, index) => index), ticktext: rows.map((row) => clip(names[row].slice(prefix.length))) },
       { shapes: cursor(chosen, axis), yaxis2: OF_FAILURES }

@@ -35,14 +35,16 @@ const DARK = {
   runs: ["#8e98a3", "#12b5cb", "#e52592", "#f9ab00", "#9334e6", "#7cb342", "#e8710a"],
 };
 
-/** Marks and dashes also tell runs apart, for those who cannot by the colors. */
-export const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "hexagon"];
+/** Marks also tell runs apart. They are ten, and the colors seven, so that 70 runs differ in one or the other. */
+const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "triangle-left", "triangle-right", "hourglass"];
 
 export const LOW_TO_HIGH = "Viridis";
 
 export function colorOf(theme, index) {
   return theme.runs[index % theme.runs.length];
 }
+
+export const symbolOf = (index) => SYMBOLS[index % SYMBOLS.length];
 
 /** Return the color with the given opacity. */
 export function faint(color, opacity) {

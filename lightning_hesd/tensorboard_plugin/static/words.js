@@ -1,6 +1,7 @@
 /** The results in words, also for readers who cannot see the figures. */
 
-import { finite, negativeCount, ofSpectrum, spectrumOf, when } from "./data.js";
+import { when } from "./axis.js";
+import { finite, negativeCount, spectrumOf } from "./data.js";
 import { element, number } from "./dom.js";
 import { intervalOf, withError, within } from "./uncertainty.js";
 
@@ -48,15 +49,24 @@ function verification(s) {
 
 const TYPES = { MP: "mainly positive (MP)", MN: "mainly negative (MN)" };
 
-/** Return the findings of a run as of its last record, what matters most first; those of several runs unfold. */
-export function findingsOf({ run, records }, isOpen) {
-  const found = records.at(-1).findings ?? []; // earlier releases wrote none
-  if (!found.length) return element("p", {}, `${run}: no findings`);
-  const items = found.map(({ title, evidence, confidence, action }) =>
+const FEW_WITHOUT = 5; // runs without findings that have a line each
+
+/** Return the findings of runs, each as of its last record, what matters most first; those of several runs unfold. */
+export function findingsOf(runs) {
+  const has = (run) => run.records.at(-1).findings?.length; // earlier releases wrote none
+  const without = runs.filter((run) => !has(run));
+  const gathered = without.length > FEW_WITHOUT;
+  const said = runs.filter((run) => has(run) || !gathered).map((run) => (has(run) ? unfolding(run, runs.length === 1) : element("p", {}, `${run.run}: no findings`)));
+  return gathered ? [...said, element("p", {}, `${without.length} runs have no findings.`)] : said;
+}
+
+function unfolding({ run, records }, isOpen) {
+  const { findings } = records.at(-1);
+  const items = findings.map(({ title, evidence, confidence, action }) =>
     element("li", {},
       element("p", {}, element("strong", {}, title), ` (${confidence}): `, evidence),
       element("p", { class: "why" }, `Next: ${action}`)));
-  return element("details", { open: isOpen }, element("summary", {}, `${run}: ${found.length === 1 ? "1 finding" : `${found.length} findings`}`), element("ol", {}, ...items));
+  return element("details", { open: isOpen }, element("summary", {}, `${run}: ${findings.length === 1 ? "1 finding" : `${findings.length} findings`}`), element("ol", {}, ...items));
 }
 
 /** Return the pick of a rule, and the reason. */
@@ -73,12 +83,10 @@ export function pickOf(rule) {
 }
 
 /** Describe a figure in a sentence, from the last values of its curves. */
-export function summary(title, runs, valueOf) {
+export function summary(title, runs, valuesOf) {
   const said = runs.map((run) => {
-    const values = finite(run.records.map(valueOf));
+    const values = finite(valuesOf(run));
     return values.length ? `${run.run}: ${values.length} values, the last ${number(values.at(-1))}` : `${run.run}: none`;
   });
   return `${title}. ${said.join("; ")}. All values are in the data table.`;
 }
-
-export const lastCt = ofSpectrum("c_t");
