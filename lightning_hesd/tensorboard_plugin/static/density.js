@@ -118,11 +118,7 @@ export class DensityCard {
     // Of spectra that are all hidden the first one is shown: an empty chart helps nobody.
     if (present.every(({ field }) => this.hidden.has(field))) this.hidden.delete(present[0]?.field);
     this.showTools(run, chosen, others, theme);
-    if (!present.length) return null;
-    const figure = densityFigure(states, theme, this.hidden, this.isLinear);
-    // A zoom holds as long as the axis does.
-    figure.layout.xaxis.uirevision = figure.layout.yaxis.uirevision = JSON.stringify([run.key, this.isLinear, [...this.hidden].sort(), pins.length]);
-    return figure;
+    return present.length ? densityFigure(states, theme, this.hidden, this.isLinear) : null;
   }
 
   /** Let clicks in the legend hide and show as the boxes do, so that the axes follow. */
