@@ -34,7 +34,9 @@ from lightning_hesd.training.history import SpectrumRecord
 from tests.judgment.simulated import assert_same, history
 from tests.judgment.simulated import record as simulated_record
 from tests.spectra.nodes import spectrum as spectrum_of
-from tests.tab import EPOCHS, Tab, data_of_report, plugin_path, write_payloads
+from tests.tab import EPOCHS, Tab, data_of_report, plugin_path, train, write_payloads
+from tests.training.broken import out_of_luck
+from tests.training.modules import plain_loss
 from tests.training.scripted import make_spectrum
 
 RUN = {"run": "net/version_0", "name": "hesd"}
@@ -71,6 +73,24 @@ def test_records_of_a_training(trained: tuple[Path, Any]) -> None:
         assert read["assessment"]["verdict"] == record.assessment.verdict
         assert read["layers"]["name"] == list(record.layers)
     assert len(to_json(found["records"][-1])) < 9000  # two spectra of 8 nodes, two layers, the assessment
+
+
+def test_failed_analyses_are_in_the_event_file(tmp_path: Path) -> None:
+    """With their message and the metrics of their weights, as in the folder of the history."""
+
+    def sometimes(module: Any, batch: Any) -> Any:
+        return (out_of_luck if module.current_epoch == 1 else plain_loss)(module, batch)
+
+    with pytest.warns(RuntimeWarning, match="the analysis of epoch 1 failed, training goes on. OSError: no luck"):
+        log_dir, callback = train(tmp_path, loss_fn=sometimes)
+    assert [record.error for record in callback.history] == [None, "OSError: no luck", None]
+    found = Tab(tmp_path).get("records", **RUN)[1]
+    assert found["problems"] == []
+    assert [record["error"] for record in found["records"]] == [None, "OSError: no luck", None]
+    assert [list(record["spectra"]) for record in found["records"]] == [["spectrum"], [], ["spectrum"]]
+    assert found["records"][1]["metrics"].keys() == {"train_acc", "val_acc"}
+    told = [{**record, "findings": []} for record in found["records"]]  # a report has those of the last record only
+    assert told == [{**record, "findings": []} for record in json.loads(json.dumps(run_data(log_dir)["records"]))]
 
 
 def test_the_pick_is_that_of_the_checkpoint_callback(trained: tuple[Path, Any]) -> None:
