@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import time
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,6 +73,23 @@ def test_records_of_a_training(trained: tuple[Path, Any]) -> None:
             assert shown["type"] == spectrum.hesd_type
         assert read["assessment"]["verdict"] == record.assessment.verdict
         assert read["layers"]["name"] == list(record.layers)
+    times = found["wall_times"]
+    assert len(times) == len(found["records"])
+    assert times == sorted(times)
+    assert abs(times[-1] - time.time()) < 3600  # seconds since 1970
+    # In brief, records lack what the charts of many runs do not draw; their numbers stay.
+    brief = tab.get("records", **RUN, brief="1")[1]
+    assert {key: value for key, value in brief.items() if key != "records"} == {
+        key: value for key, value in found.items() if key != "records"
+    }
+    for short, whole in zip(brief["records"], found["records"], strict=True):
+        spectrum = whole["spectra"]["spectrum"]
+        left_out = {"nodes", "weights", "left", "right", "cumulative_band", "losses_along"}
+        assert short["spectra"]["spectrum"] == {k: v for k, v in spectrum.items() if k not in left_out}
+        assert short["layers"] == {"name": []}
+        assert short["scores"] == whole["scores"]
+    assert brief["records"][-1]["findings"] == found["records"][-1]["findings"]
+    assert len(to_json(brief)) < len(to_json(found)) / 2
     assert len(to_json(found["records"][-1])) < 9000  # two spectra of 8 nodes, two layers, the assessment
 
 

@@ -110,14 +110,14 @@ export class DensityCard {
   }
 
   /** Return the figure of a record, with the pinned states; null: no state has a spectrum. `others` are the other selected runs. */
-  figure({ run, record, others, theme, axis }) {
+  figure({ run, record, others, whole, theme, axis }) {
     const chosen = stateIn(run, record, axis);
     const pins = this.pins.filter((pin) => !isSame(pin, chosen));
     const states = named([chosen, ...pins]);
     const present = SPECTRA.filter(({ field }) => states.some((state) => spectrumOf(state.record, field)));
     // Of spectra that are all hidden the first one is shown: an empty chart helps nobody.
     if (present.every(({ field }) => this.hidden.has(field))) this.hidden.delete(present[0]?.field);
-    this.showTools(run, chosen, others, theme);
+    this.showTools(run, chosen, others, whole, theme);
     return present.length ? densityFigure(states, theme, this.hidden, this.isLinear) : null;
   }
 
@@ -160,7 +160,7 @@ export class DensityCard {
     this.redraw();
   }
 
-  showTools(run, chosen, others, theme) {
+  showTools(run, chosen, others, whole, theme) {
     const records = [...run.records, ...this.pins.map(({ record }) => record)];
     const present = SPECTRA.filter(({ field }) => records.some((record) => spectrumOf(record, field)));
     const line = ({ field, dash }) => `border-top: 2px ${CSS_DASHES[dash]} ${this.pins.length ? theme.muted : colorOfField(field, theme)}`;
@@ -174,13 +174,13 @@ export class DensityCard {
       .map(([text, fields]) => ({ text, isPressed: isOnly(fields), press: () => this.only(...fields) }));
     const axes = [["symlog", false], ["linear", true]]
       .map(([text, isLinear]) => ({ text, isPressed: this.isLinear === isLinear, press: () => { this.isLinear = isLinear; this.redraw(); } }));
-    const beside = others.map((other) => stateIn(other, sameTime(other, chosen.record), axisOf([other])));
+    const pinOthers = async () => this.pin(...(await whole(others)).map((other) => stateIn(other, sameTime(other, chosen.record), axisOf([other]))));
     keepFocus(this.tools, [
       segmented("Axis of eigenvalues", axes),
       both.every(has) ? segmented("Spectra", presets) : null,
       ...(present.length > 1 ? boxes : []),
       button("Pin this state", "Keep the densities of this state in the chart while you choose others", () => this.pin(chosen)),
-      others.length ? button("Pin other runs", "Put the other selected runs beside it, each at the same time or its last one before", () => this.pin(...beside)) : null,
+      others.length ? button("Pin other runs", "Put the other selected runs beside it, each at the same time or its last one before", pinOthers) : null,
       ...named([chosen, ...this.pins]).slice(1).map((pin) => element("span", { class: "pin" },
         element("span", { class: "line", style: `border-top: 2px solid ${theme.pins[pin.color]}`, "aria-hidden": "true" }), pin.title,
         button("×", `Remove ${pin.title}`, () => this.unpin(pin)))),

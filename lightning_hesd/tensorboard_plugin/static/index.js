@@ -16,6 +16,7 @@ export async function render() {
   const source = {
     runs: () => answer("runs"),
     load: (run, name) => answer("records", { run, name }),
+    loadBrief: (run, name) => answer("records", { run, name, brief: 1 }),
     judge: (runs, metric) => answer("judgment", [["metric", metric], ...runs.flatMap(({ run, name }) => [["run", run], ["name", name]])]),
     live: LIVE_MS,
     onReload,
