@@ -158,9 +158,12 @@ class Page {
     await this.show();
   }
 
+  /** Show a run in detail; a chosen epoch stays where the run has it. */
   setDetail(key) {
+    const { epoch } = this.record;
+    const same = this.choices.state === null ? null : this.runs.find((run) => run.key === key)?.records.find((r) => r.epoch === epoch);
     this.figures.forget(OF_ONE_RUN);
-    this.choose({ detail: key, state: null, zooms: this.figures.zooms });
+    this.choose({ detail: key, state: same?.global_step ?? null, zooms: this.figures.zooms });
     this.showBar();
     return Promise.all([this.allRuns.mark(this.record), this.drawDetail()]);
   }
