@@ -23,6 +23,7 @@ SHARED = (
     "layers.js",
     "state.js",
     "words.js",
+    "datatable.js",
     "chosen.js",
     "values.js",
     "figures.js",

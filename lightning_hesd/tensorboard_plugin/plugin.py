@@ -35,6 +35,9 @@ ALL = 1_000_000
 """Number of records that --samples_per_plugin=hesd=0 keeps: all."""
 
 
+OF_ONE_STATE = frozenset(("nodes", "weights", "left", "right", "cumulative_band", "losses_along"))
+"""Fields of a spectrum that only the figures of one run need. They take more than nine tenths of a payload."""
+
 WALL_TIME = "wall_time"
 """Key of the time at which a payload was written, which the server adds."""
 
@@ -107,7 +110,7 @@ class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
         }
 
     def _records(self, request: Request, context: Any, experiment: str) -> dict[str, Any]:
-        """Return the payloads of a run, when each was written, the rules' decisions, and what is wrong with other payloads.
+        """Return the payloads of a run, their times, the rules' decisions, and messages about unreadable payloads.
 
         Raises:
             NotFoundError: If the run, or the name in it, does not exist.
@@ -121,7 +124,8 @@ class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
         records = rewound(_payloads(read.get(tag, ()), problems))
         wall_times = [record.pop(WALL_TIME) for record in records]
         selections = [c for rule in rules for c in rewound(_payloads(read.get(rule, ()), problems, SELECTION_FIELDS))]
-        return {**run_payload(run, name, records, selections, problems), "wall_times": wall_times}
+        answer = {**run_payload(run, name, records, selections, problems), "wall_times": wall_times}
+        return {**answer, "records": _brief(records)} if "brief" in request.args else answer
 
     def _judgment(self, request: Request, context: Any, experiment: str) -> dict[str, Any]:
         """Return what the picks of the checkpoint rules were worth in runs, by a metric.
@@ -200,6 +204,25 @@ def _payloads(data: Iterable[Any], problems: list[str], *fields: Any) -> list[di
             found.append({**read_payload(datum.numpy.tolist(), *fields), WALL_TIME: datum.wall_time})
         except PayloadError as error:  # noqa: PERF203 - one bad payload must not cost the others
             problems.append(f"step {datum.step}: {error}")
+    return found
+
+
+def _brief(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return records with what the charts of many runs need: without densities, layers, and findings but the last."""
+    found = [
+        {
+            **record,
+            "spectra": {
+                field: {key: value for key, value in spectrum.items() if key not in OF_ONE_STATE}
+                for field, spectrum in record["spectra"].items()
+            },
+            "layers": {"name": []},
+            "findings": [],
+        }
+        for record in records
+    ]
+    if found:
+        found[-1]["findings"] = records[-1]["findings"]
     return found
 
 

@@ -200,9 +200,8 @@ def test_the_curves_are_the_records(tab: Page, runs: tuple[Path, Any]) -> None:
     band = next(trace for trace in tab.traces("ct") if FIRST in (trace["meta"] or {}).get("band", ""))
     low, high = zip(*(record.spectrum.c_t_interval for record in records), strict=True)
     assert band["y"] == pytest.approx([*high, *reversed(low)], rel=1e-6)
-    lines = tab.script(
-        "return document.getElementById('ct').layout.shapes.filter((s) => s.type === 'line' && s.name !== 'chosen')"
-    )
+    shapes = tab.script("return document.getElementById('ct').layout.shapes")
+    lines = [shape for shape in shapes if shape["type"] == "line" and shape.get("name") != "chosen"]
     assert [(line["y0"], line["y1"]) for line in lines] == [(-0.6, -0.6)]
     largest, smallest = (trace for trace in tab.curves("extremes") if FIRST in trace["name"])
     assert largest["y"] == pytest.approx([record.spectrum.lambda_max for record in records], rel=1e-6)
@@ -672,6 +671,24 @@ def test_in_tensorboard_itself(page: Page, address: str) -> None:
         page.until("return document.getElementById('ct')._fullLayout.paper_bgcolor === '#2b2c2f'")
         page.script("window.parent.document.body.classList.remove('dark-mode')")
         page.until("return document.getElementById('ct')._fullLayout.paper_bgcolor === '#ffffff'")
+        # What is chosen stands in TensorBoard's address, and comes back with it.
+        page.show_in_detail(SECOND)
+        page.script("const s = document.getElementById('epoch'); s.value = 0; s.dispatchEvent(new Event('input'))")
+        page.until("return window.parent.location.hash.includes('p.hesd.state')")
+        assert page.script("return window.parent.location.hash").startswith("#hesd&p.hesd.detail=")
+        chosen = page.script("return document.body.dataset.detail")
+        page.driver.switch_to.default_content()
+        page.driver.refresh()
+        page.driver.switch_to.frame(page.until("return document.querySelector('iframe')"))
+        page.until("return document.body.dataset.detail === arguments[0]", chosen)
+        # TensorBoard's own button reloads the tab, too.
+        page.script(
+            "window.kept = fetch; window.fetch = (...rest) => { window.asked = true; return window.kept(...rest) }"
+        )
+        page.driver.switch_to.default_content()
+        page.click("header button, app-header button", "eload")
+        page.driver.switch_to.frame(page.until("return document.querySelector('iframe')"))
+        page.until("return window.asked.length > 0")
     finally:
         page.driver.switch_to.default_content()
 

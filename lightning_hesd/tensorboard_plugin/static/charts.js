@@ -3,6 +3,7 @@
 import { minus } from "./base.js";
 import { rulesBy } from "./curves.js";
 import { column, extent, median, ofSpectrum, scalarOf } from "./data.js";
+import { totalEnds } from "./uncertainty.js";
 
 const SMALL = 0.1; // smaller values of C_t are legible on the logarithmic axis only
 
@@ -42,7 +43,7 @@ function ctChart(runs, threshold) {
     thresholds: [{ value: threshold, text: `MP ↑<br>${minus(threshold)}<br>MN ↓`, dash: "dash" }],
     rangeOf: (lines, logarithmic) => {
       const values = lines.flatMap(({ y }) => y);
-      const ends = lines.flatMap(({ low, high }) => [...(low ?? []), ...(high ?? [])]);
+      const ends = lines.flatMap(({ low, high, records }) => [...(low ?? []), ...(high ?? []), ...(records ?? []).flatMap(totalEnds)]);
       return logarithmic ? reversedLog([...values, ...ends], threshold) : linearRange(values, ends, threshold);
     },
     missing: hasValues(runs, [quantity]) ? null : "No analysis gave a C_t; the assessment below says why.",

@@ -13,13 +13,13 @@ const NOT_ALONG =
 
 export class ChosenState {
   /**
-   * @param {{plot: function(string, Object, string): Promise, absent: function(string, string)}} figures
+   * @param {Figures} figures
    * @param {{assessment: HTMLElement, state: HTMLElement}} parts
    */
   constructor(figures, parts) {
     this.figures = figures;
     this.parts = parts;
-    this.density = new DensityCard(() => this.drawDensity());
+    this.density = new DensityCard(() => this.redrawDensity());
   }
 
   /**
@@ -31,6 +31,7 @@ export class ChosenState {
     const { run, record, theme, axis } = shown;
     this.parts.assessment.replaceChildren(...assessmentOf(record, axis));
     this.parts.state.replaceChildren(...stateOf(record));
+    this.parts.state.closest(".card").classList.toggle("wide", Object.keys(record.spectra).length > 2);
     const [spectrum, missing] = [spectrumOf(record), missingBand(record)];
     const title = `${run.run}, ${when(record, axis)}. The numbers of the chosen state are in a table of their own`;
     await Promise.all([
@@ -40,6 +41,12 @@ export class ChosenState {
       spectrum?.losses_along ? this.figures.plot("along", lossesAlongFigure(spectrum, theme), `Loss along the extreme eigenvectors, ${title}.`)
         : this.figures.absent("along", spectrum ? NOT_ALONG : FAILED),
     ]);
+  }
+
+  /** Draw it after a choice that changes its axes, without a zoom. */
+  redrawDensity() {
+    this.figures.reset("density");
+    return this.drawDensity();
   }
 
   async drawDensity() {

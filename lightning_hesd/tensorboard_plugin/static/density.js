@@ -18,10 +18,12 @@ function curvesOf(states, theme, hidden) {
       spectrum: spectrumOf(record, field), field, dash, isPinned, isShown: !hidden.has(field),
       label: states.length > 1 ? `${title}, ${label}` : label, group: `${place} ${field}`,
       // With several states, colors tell states apart and dashes spectra.
-      color: states.length === 1 ? theme[field === "spectrum" ? "training" : field] : isPinned ? theme.pins[color] : theme.training,
+      color: isPinned ? theme.pins[color] : colorOfField(states.length > 1 ? "spectrum" : field, theme),
     }))
   );
 }
+
+const colorOfField = (field, theme) => theme[field === "spectrum" ? "training" : field];
 
 /** The densities of states, the first of them the chosen one, with nodes and extremes; hidden ones are in the legend only. */
 export function densityFigure(states, theme, hidden, isLinear) {
@@ -102,28 +104,21 @@ export class DensityCard {
     this.redraw = redraw;
     this.isLinear = false;
     this.hidden = new Set(SPECTRA.slice(2).map(({ field }) => field)); // fields
-    this.pins = []; // {key, title, record, isPinned, color}, the last a position in theme.pins
+    this.pins = []; // states, with isPinned, and color: a position in theme.pins
     this.tools = element("div", { class: "tools small", id: "density-choices", role: "group", "aria-label": "Density at the chosen state" });
     document.getElementById("density").before(this.tools);
   }
 
   /** Return the figure of a record, with the pinned states; null: no state has a spectrum. `others` are the other selected runs. */
-  figure({ run, record, others, theme, axis }) {
-    const chosen = { key: run.key, title: titleOf(run, record, others, axis), record };
-    this.showTools(run, chosen, others, theme);
-    const pins = this.pins.filter((pin) => pin.record.global_step !== record.global_step || pin.key !== run.key);
-    const states = [chosen, ...pins];
-    if (!states.some((state) => SPECTRA.some(({ field }) => spectrumOf(state.record, field)))) return null;
-    const figure = densityFigure(states, theme, this.hiddenOf(states), this.isLinear);
-    // A zoom holds as long as the axis does.
-    figure.layout.xaxis.uirevision = figure.layout.yaxis.uirevision = JSON.stringify([run.key, this.isLinear, [...this.hidden].sort(), pins.length]);
-    return figure;
-  }
-
-  /** Return the hidden fields; where these are all, none: an empty chart helps nobody. */
-  hiddenOf(states) {
+  figure({ run, record, others, whole, theme, axis }) {
+    const chosen = stateIn(run, record, axis);
+    const pins = this.pins.filter((pin) => !isSame(pin, chosen));
+    const states = named([chosen, ...pins]);
     const present = SPECTRA.filter(({ field }) => states.some((state) => spectrumOf(state.record, field)));
-    return present.every(({ field }) => this.hidden.has(field)) ? new Set() : this.hidden;
+    // Of spectra that are all hidden the first one is shown: an empty chart helps nobody.
+    if (present.every(({ field }) => this.hidden.has(field))) this.hidden.delete(present[0]?.field);
+    this.showTools(run, chosen, others, whole, theme);
+    return present.length ? densityFigure(states, theme, this.hidden, this.isLinear) : null;
   }
 
   /** Let clicks in the legend hide and show as the boxes do, so that the axes follow. */
@@ -152,8 +147,7 @@ export class DensityCard {
   }
 
   pin(...states) {
-    const isNew = ({ key, record }) => !this.pins.some((pin) => pin.key === key && pin.record.global_step === record.global_step);
-    for (const state of states.filter(isNew)) {
+    for (const state of states.filter((one) => !this.pins.some((pin) => isSame(pin, one)))) {
       if (this.pins.length === MOST_PINS) this.pins.shift();
       const color = Array.from({ length: MOST_PINS }, (_, i) => i).find((i) => !this.pins.some((pin) => pin.color === i));
       this.pins.push({ ...state, isPinned: true, color });
@@ -162,39 +156,48 @@ export class DensityCard {
   }
 
   unpin(pin) {
-    this.pins = this.pins.filter((one) => one !== pin);
+    this.pins = this.pins.filter((one) => !isSame(one, pin));
     this.redraw();
   }
 
-  showTools(run, chosen, others, theme) {
-    const present = SPECTRA.filter(({ field }) => [run, ...this.pins].some((one) => (one.records ?? [one.record]).some((r) => spectrumOf(r, field))));
-    const boxes = present.map(({ field, title }) => element("label", { class: "control" },
-      element("input", { type: "checkbox", checked: !this.hidden.has(field), "data-field": field, onchange: (event) => this.hide(field, !event.target.checked) }), title));
+  showTools(run, chosen, others, whole, theme) {
+    const records = [...run.records, ...this.pins.map(({ record }) => record)];
+    const present = SPECTRA.filter(({ field }) => records.some((record) => spectrumOf(record, field)));
+    const line = ({ field, dash }) => `border-top: 2px ${CSS_DASHES[dash]} ${this.pins.length ? theme.muted : colorOfField(field, theme)}`;
+    const boxes = present.map((one) => element("label", { class: "control" },
+      element("input", { type: "checkbox", checked: !this.hidden.has(one.field), "data-field": one.field, onchange: (event) => this.hide(one.field, !event.target.checked) }),
+      element("span", { class: "line", style: line(one), "aria-hidden": "true" }), one.title));
     const has = (field) => present.some((one) => one.field === field);
     const both = ["spectrum", "generalization"];
     const isOnly = (fields) => present.every(({ field }) => this.hidden.has(field) !== fields.includes(field));
     const presets = [["training", both.slice(0, 1)], ["generalization", both.slice(1)], ["both", both]]
       .map(([text, fields]) => ({ text, isPressed: isOnly(fields), press: () => this.only(...fields) }));
-    const axis = [["symlog", false], ["linear", true]]
+    const axes = [["symlog", false], ["linear", true]]
       .map(([text, isLinear]) => ({ text, isPressed: this.isLinear === isLinear, press: () => { this.isLinear = isLinear; this.redraw(); } }));
-    const beside = others.map((other) => ({ other, record: sameTime(other, chosen.record) }))
-      .map(({ other, record }) => ({ key: other.key, title: titleOf(other, record, [run], axisOf([other])), record }));
+    const pinOthers = async () => this.pin(...(await whole(others)).map((other) => stateIn(other, sameTime(other, chosen.record), axisOf([other]))));
     keepFocus(this.tools, [
-      segmented("Axis of eigenvalues", axis),
+      segmented("Axis of eigenvalues", axes),
       both.every(has) ? segmented("Spectra", presets) : null,
       ...(present.length > 1 ? boxes : []),
       button("Pin this state", "Keep the densities of this state in the chart while you choose others", () => this.pin(chosen)),
-      others.length ? button("Pin other runs", "Put the other selected runs beside it, each at the same time or its last one before", () => this.pin(...beside)) : null,
-      ...this.pins.map((pin) => element("span", { class: "pin" }, element("span", { class: "swatch", style: `background:${theme.pins[pin.color]}`, "aria-hidden": "true" }), pin.title,
+      others.length ? button("Pin other runs", "Put the other selected runs beside it, each at the same time or its last one before", pinOthers) : null,
+      ...named([chosen, ...this.pins]).slice(1).map((pin) => element("span", { class: "pin" },
+        element("span", { class: "line", style: `border-top: 2px solid ${theme.pins[pin.color]}`, "aria-hidden": "true" }), pin.title,
         button("×", `Remove ${pin.title}`, () => this.unpin(pin)))),
     ]);
   }
 }
 
-/** Return the name of a state: its time, and the run where there are several. */
-function titleOf(run, record, others, axis) {
-  const time = when(record, axis);
-  return others.length ? `${run.run}, ${time}` : time;
+const CSS_DASHES = { solid: "solid", dash: "dashed", dot: "dotted", dashdot: "dashed", longdash: "dashed" };
+
+const stateIn = (run, record, axis) => ({ key: run.key, run: run.run, time: when(record, axis), record });
+
+const isSame = (one, other) => one.key === other.key && one.record.global_step === other.record.global_step;
+
+/** Give states a title: the time, and the run where they are of several. */
+function named(states) {
+  const isOfOne = states.every(({ key }) => key === states[0].key);
+  return states.map((state) => ({ ...state, title: isOfOne ? state.time : `${state.run}, ${state.time}` }));
 }
 
 /** Return the record of a run at the epoch of another record, or the last one before; else the first. */

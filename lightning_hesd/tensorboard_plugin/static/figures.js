@@ -4,6 +4,7 @@ import { axisTicks } from "./axis.js";
 import { element } from "./dom.js";
 import { keysOf } from "./swatches.js";
 
+const CONFIG = { displayModeBar: false, displaylogo: false, doubleClick: false }; // without it, Plotly would draw anew
 const PALE = 0.12; // opacity of the other curves while the pointer is on a run
 
 export class Figures {
@@ -29,7 +30,7 @@ export class Figures {
     node.style.height = height ? `${height}px` : "";
     const press = (curveNumber) => node.emit("plotly_legendclick", { data, curveNumber });
     document.getElementById(`${id}-keys`).replaceChildren(...keysOf(data, press));
-    await Plotly.react(node, data, this.layoutOf(id), { displayModeBar: false, displaylogo: false, doubleClick: false });
+    await Plotly.react(node, data, this.layoutOf(id), CONFIG);
     if (!node.hesd) this.listen(node, id);
   }
 
@@ -60,14 +61,14 @@ export class Figures {
     const rounded = (range) => range.map((end) => Number(end.toPrecision(6)));
     this.zooms = { ...this.zooms, [id]: { ...this.zooms[id], ...Object.fromEntries(axes.map((axis) => [axis, rounded(node.layout[`${axis}axis`].range)])) } };
     this.actions.zoom(this.zooms);
-    Plotly.react(node, node.data, this.layoutOf(id));
+    Plotly.react(node, node.data, this.layoutOf(id), CONFIG);
   }
 
   /** Undo the zoom. */
   reset(id) {
     this.forget([id]);
     const node = document.getElementById(id);
-    if (node.data) Plotly.react(node, node.data, this.layoutOf(id));
+    if (node.data) Plotly.react(node, node.data, this.layoutOf(id), CONFIG);
     this.actions.zoom(this.zooms);
   }
 
@@ -109,10 +110,9 @@ export class Figures {
       }
   }
 
-  /** Return a figure with its zoom; null where there is none. */
+  /** Return a figure that is drawn, with its zoom. */
   figureOf(id) {
-    const { data } = document.getElementById(id);
-    return data ? { data, layout: this.layoutOf(id) } : null;
+    return { data: document.getElementById(id).data, layout: this.layoutOf(id) };
   }
 }
 

@@ -108,7 +108,7 @@ export function layersFigure(run, theme, quantity, chosen, order, axis = axisOf(
 
 /** The card of the layers, with the order beside the chart. */
 export class LayersCard {
-  /** @param {{plot: function(string, Object, string, Object): Promise, absent: function(string, string)}} figures */
+  /** @param {Figures} figures */
   constructor(figures) {
     this.figures = figures;
     this.order = "network";

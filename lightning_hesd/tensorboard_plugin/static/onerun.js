@@ -26,8 +26,9 @@ export class OneRun {
 
   /**
    * Draw all.
-   * @param {{run: Run, record: Object, others: Run[], theme: Object, quantity: ?string, by: string}} shown `others` are the other
-   *   selected runs, `quantity` that of layers, `by` the horizontal axis.
+   * @param {{run: Run, record: Object, others: Run[], whole: function(Run[]): Promise<Run[]>, theme: Object, quantity: ?string,
+   *   by: string}} shown `others` are the other selected runs, which may be loaded in brief, `whole` loads them as a whole;
+   *   `quantity` is that of layers, `by` the horizontal axis.
    */
   async draw(shown) {
     const { run, record, theme, by } = shown;

@@ -3,8 +3,9 @@
 import { link, readChoices, watchAddress, writeChoices } from "./address.js";
 import { CHARTS, AllRuns, nearestOf } from "./allruns.js";
 import { axisOf, hasTimes } from "./axis.js";
-import { quantitiesOf, quantityOf, tableOf, toCsv } from "./data.js";
-import { button, copyButton, download, element, keepFocus, menu, table } from "./dom.js";
+import { quantitiesOf, quantityOf } from "./data.js";
+import { fillTable, saveCsv, saveJson } from "./datatable.js";
+import { button, copyButton, element, keepFocus, menu } from "./dom.js";
 import { openExport } from "./export.js";
 import { Figures } from "./figures.js";
 import { groupsOf, patternOf } from "./grouping.js";
@@ -22,8 +23,9 @@ const WRITE_MS = 150; // browsers allow few changes of the address in a short ti
 /**
  * Show runs.
  * @param {{runs: function(): Promise<Object>, load: function(string, string): Promise<Object>,
+ *   loadBrief: function(string, string): Promise<Object>,
  *   judge: function({run: string, name: string}[], string): Promise<Object>,
- *   folderOf: function(string): Promise<string>, live: ?number}} source
+ *   folderOf: function(string): Promise<string>, live: ?number, onReload: ?function(function())}} source
  * @param {HTMLElement} root
  */
 export async function start(source, root) {
@@ -31,6 +33,7 @@ export async function start(source, root) {
   watchTheme((theme) => page.setTheme(theme));
   watchAddress(() => page.restore());
   await page.refresh();
+  source.onReload?.(() => page.refresh());
   if (source.live) setInterval(() => document.hidden || !page.follow || page.refresh(), source.live);
 }
 
@@ -44,7 +47,7 @@ class Page {
     this.parts = layOut(root, {
       exportFigure: (id, title) => this.exportFigure(id, title),
       reset: (id) => this.figures.reset(id),
-      openTable: () => this.fillTable(),
+      openTable: () => fillTable(this.parts.table, this.runs),
       saveJudgment: () => this.judgment.save(),
     });
     this.figures = new Figures({
@@ -96,7 +99,8 @@ class Page {
   get detail() {
     const { detailed: run, record, theme, choices } = this;
     const others = this.runs.filter((other) => other !== run);
-    return { run, record, others, theme, quantity: quantityOf(run, choices.layers), by: this.axisOf([run]).kind };
+    const whole = (wanted) => this.store.whole(wanted.map(({ key }) => key));
+    return { run, record, others, whole, theme, quantity: quantityOf(run, choices.layers), by: this.axisOf([run]).kind };
   }
 
   // Choices ---------------------------------------------------------------------------------------------------------
@@ -119,7 +123,7 @@ class Page {
   /** Load what is selected, and return whether there was anything to load. */
   async load() {
     if (!this.store.wanted.length) return false;
-    const loading = this.store.load();
+    const loading = this.store.load(this.choices.detail || this.store.firstOf(this.choices.filter));
     if (this.drawn) this.showList();
     await loading;
     return true;
@@ -155,9 +159,12 @@ class Page {
     await this.show();
   }
 
+  /** Show a run in detail; a chosen epoch stays where the run has it. */
   setDetail(key) {
+    const { epoch } = this.record;
+    const same = this.choices.state === null ? null : this.runs.find((run) => run.key === key)?.records.find((r) => r.epoch === epoch);
     this.figures.forget(OF_ONE_RUN);
-    this.choose({ detail: key, state: null, zooms: this.figures.zooms });
+    this.choose({ detail: key, state: same?.global_step ?? null, zooms: this.figures.zooms });
     this.showBar();
     return Promise.all([this.allRuns.mark(this.record), this.drawDetail()]);
   }
@@ -170,7 +177,7 @@ class Page {
       this.pending = null;
       const began = performance.now();
       this.bar.move(this.record, this.axisOf([this.detailed]));
-      await Promise.all([this.allRuns.mark(this.record), this.oneRun.move(this.detail)]);
+      await Promise.all([this.allRuns.mark(this.record), this.detailed.isWhole ? this.oneRun.move(this.detail) : null]);
       performance.measure("hesd move", { start: began });
     });
   }
@@ -214,7 +221,7 @@ class Page {
     if (this.runs.length) {
       this.showTools();
       this.showBar();
-      this.fillTable();
+      fillTable(this.parts.table, this.runs);
       this.parts.findings.replaceChildren(...findingsOf(this.runs));
       await this.draw();
       this.judgment.setRuns(this.runs); // after the figures, which must not wait for it
@@ -241,8 +248,8 @@ class Page {
       this.source.live ? element("label", { class: "control" }, follow, "Follow the training") : null,
       this.source.live ? button("Reload", "Reload the data now", () => this.refresh()) : null,
       copyButton("Copy link", "Copy the address of this page with all that is chosen", () => { writeChoices(this.choices); return link(); }),
-      button("CSV", "Save the data table as CSV", () => download("hesd.csv", toCsv(tableOf(this.runs)), "text/csv")),
-      button("JSON", "Save all data as JSON", () => download("hesd.json", JSON.stringify(this.runs.map(exported)), "application/json")),
+      button("CSV", "Save the data table as CSV", () => saveCsv(this.runs)),
+      button("JSON", "Save all data as JSON", async () => saveJson(await this.store.whole(this.runs.map(({ key }) => key)))),
     ]);
   }
 
@@ -251,21 +258,14 @@ class Page {
     this.bar.show(runs, detailed, record, this.axisOf([detailed]));
   }
 
-  /** Fill the table when it is open, because a long one takes time. */
-  fillTable() {
-    const { table: details } = this.parts;
-    if (!details.open) return;
-    const { head, rows } = tableOf(this.runs);
-    const place = element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Data table" },
-      table("Records of the selected runs; undefined values are left out. Eigenvalues are in units of the loss per squared parameter.", head, rows));
-    details.replaceChildren(details.firstElementChild, place);
-  }
-
   // Drawing ---------------------------------------------------------------------------------------------------------
 
+  /** Draw all figures: the charts first, since the data of one run in detail may be on their way. */
   async draw() {
     const began = performance.now();
-    await Promise.all([this.drawCharts(), this.drawDetail()]);
+    await this.drawCharts();
+    performance.measure("hesd charts", { start: began });
+    await this.drawDetail();
     performance.measure("hesd draw", { start: began });
     this.root.dataset.drawn = String(Number(this.root.dataset.drawn ?? 0) + 1);
   }
@@ -277,6 +277,10 @@ class Page {
 
   /** Draw the figures of one run. */
   async drawDetail() {
+    const key = this.detailed?.key;
+    const [run] = await this.store.whole([key]);
+    if (!run) return this.showProblems();
+    if (key !== this.detailed?.key) return; // another one was chosen meanwhile
     const { detail } = this;
     const quantities = quantitiesOf(detail.run).map(({ key, title }) => [key, title]);
     keepFocus(document.getElementById("layers-tools"), [
@@ -288,12 +292,9 @@ class Page {
   /** Open the export of a figure. */
   exportFigure(id, title) {
     const figure = this.figures.figureOf(id);
-    if (!figure) return;
-    const { detail } = this;
-    const runs = OF_ONE_RUN.includes(id) ? [detail.run] : this.runs;
-    const record = OF_ONE_STATE.includes(id) ? detail.record : null;
-    openExport({ id, title, figure, runs, record, axis: this.axisOf(runs), theme: this.theme, quantity: detail.quantity, folderOf: this.source.folderOf });
+    const { run, record, quantity, theme } = this.detail;
+    const runs = OF_ONE_RUN.includes(id) ? [run] : this.runs;
+    const shown = { id, title, figure, runs, record: OF_ONE_STATE.includes(id) ? record : null, axis: this.axisOf(runs) };
+    openExport({ ...shown, quantity, theme, folderOf: this.source.folderOf });
   }
 }
-
-const exported = ({ run, name, records, rules, problems }) => ({ run, name, records, rules, problems });

@@ -10,6 +10,7 @@ start(
   {
     runs: async () => ({ runs: inlined.runs.map(({ run, color, name }) => ({ run, color, names: { [name]: {} } })) }),
     load: async (run, name) => inlined.runs.find((one) => one.run === run && one.name === name),
+    loadBrief: async (run, name) => inlined.runs.find((one) => one.run === run && one.name === name),
     judge: async (runs, metric) => {
       if (runs.length < new Set(inlined.runs.map(({ run }) => run)).size) throw new Error("a report compares all of its runs. Select them all.");
       const found = inlined.judgments[metric];

@@ -7,11 +7,14 @@ import { patternOf } from "./grouping.js";
 const AT_FIRST = 10; // runs that are selected at first
 
 export class RunStore {
-  /** @param {{runs: function(): Promise<Object>, load: function(string, string): Promise<Object>}} source */
+  /**
+   * @param {{runs: function(): Promise<Object>, load: function(string, string): Promise<Object>, loadBrief: function(string, string): Promise<Object>}} source
+   *   `loadBrief` returns runs without what only the figures of one run need.
+   */
   constructor(source) {
     this.source = source;
     this.listed = []; // {key, run, name, color, stamp}
-    this.loaded = new Map(); // key -> Run
+    this.loaded = new Map(); // key -> Run, with `isWhole`
     this.selected = new Set(); // keys
     this.known = new Set(); // keys of runs that were listed before
     this.loading = 0; // how many runs are on their way
@@ -55,23 +58,30 @@ export class RunStore {
     return this.listed.filter((one) => this.selected.has(one.key) && this.loaded.get(one.key)?.stamp !== one.stamp);
   }
 
-  /** Load what is wanted. */
-  async load() {
-    const { wanted } = this;
-    this.loading += wanted.length;
-    await Promise.all(
-      wanted.map(async (one) => {
-        try {
-          const run = { ...(await this.source.load(one.run, one.name)), ...one, run: this.nameOf(one) };
-          noteTimes(run);
-          this.loaded.set(one.key, run);
-        } catch (error) {
-          this.failures.push(`${one.run}: ${error.message}`);
-        } finally {
-          this.loading -= 1;
-        }
-      })
-    );
+  /** Load what is wanted: the run with this key as a whole, the others in brief. */
+  load(wholeKey) {
+    return Promise.all(this.wanted.map((one) => this.fetch(one, one.key === wholeKey)));
+  }
+
+  /** Load runs that are loaded in brief as a whole, and return them. */
+  async whole(keys) {
+    const isBrief = ({ key }) => keys.includes(key) && this.loaded.get(key)?.isWhole === false;
+    await Promise.all(this.listed.filter(isBrief).map((one) => this.fetch(one, true)));
+    return keys.map((key) => this.loaded.get(key)).filter((run) => run?.isWhole);
+  }
+
+  async fetch(one, isWhole) {
+    this.loading += 1;
+    try {
+      const { load, loadBrief } = this.source;
+      const run = { ...(await (isWhole ? load : loadBrief)(one.run, one.name)), ...one, run: this.nameOf(one), isWhole };
+      noteTimes(run);
+      this.loaded.set(one.key, run);
+    } catch (error) {
+      this.failures.push(`${one.run}: ${error.message}`);
+    } finally {
+      this.loading -= 1;
+    }
   }
 
   /** Return the name of a run, with that of the callback if the run has several. */
@@ -88,6 +98,12 @@ export class RunStore {
   shownBy(filter) {
     const { pattern } = patternOf(filter);
     return this.present.filter((run) => run.records.length && (!pattern || pattern.test(run.run)));
+  }
+
+  /** Return the key of the first selected run that a filter leaves, null without one. */
+  firstOf(filter) {
+    const { pattern } = patternOf(filter);
+    return this.listed.find((one) => this.selected.has(one.key) && (!pattern || pattern.test(this.nameOf(one))))?.key ?? null;
   }
 
   /** Return messages about what is not shown. */

@@ -60,19 +60,22 @@ export function totalError({ c_t, c_t_low, c_t_high, c_t_sampling_error: samplin
   return Math.max(c_t - c_t_low, c_t_high - c_t) + sampling;
 }
 
+/** Return C_t less and plus its total error; nothing where that is not known. C_t is at most 0. */
+export function totalEnds({ spectra: { spectrum } }) {
+  const error = spectrum ? totalError(spectrum) : null;
+  return error === null ? [] : [spectrum.c_t - error, Math.min(spectrum.c_t + error, 0)];
+}
+
 /** Return error bars of C_t for a curve of Plotly, where the sampling error is known; `show` maps C_t to the axis. */
 export function errorBars(records, show, color) {
-  const errors = records.map(({ spectra: { spectrum } }) => (spectrum ? totalError(spectrum) : null));
-  if (errors.every((error) => error === null)) return {};
-  const at = (sign) => records.map(({ spectra: { spectrum } }, i) => {
-    if (errors[i] === null) return null;
-    const [middle, end] = [show(spectrum.c_t), show(Math.min(spectrum.c_t + sign * errors[i], 0))];
-    return middle === null || end === null ? null : end - middle;
+  const ends = records.map(totalEnds);
+  if (!ends.some(({ length }) => length)) return {};
+  const lengths = (end) => records.map(({ spectra: { spectrum } }, i) => {
+    const [from, to] = [ends[i].length ? show(spectrum.c_t) : null, ends[i].length ? show(ends[i][end]) : null];
+    return from === null || to === null ? null : Math.abs(to - from);
   });
-  const [up, down] = [at(1), at(-1)];
+  const [below, above] = [lengths(0), lengths(1)];
   const isUpsideDown = show(-1) > 0; // −C_t is drawn on the logarithmic axis
-  return {
-    error_y: { type: "data", symmetric: false, array: isUpsideDown ? down : up, arrayminus: (isUpsideDown ? up : down).map((v) => (v === null ? null : -v)),
-      thickness: 1.2, width: 4, color },
-  };
+  const [array, arrayminus] = isUpsideDown ? [below, above] : [above, below];
+  return { error_y: { type: "data", symmetric: false, array, arrayminus, thickness: 1.2, width: 4, color } };
 }
