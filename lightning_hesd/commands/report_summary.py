@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
+from lightning_hesd.spectra.digits import certain, interval, number
 from lightning_hesd.spectra.glossary import GLOSSARY
 from lightning_hesd.training.history import START_EPOCH
 from lightning_hesd.training.run_facts import version_of
@@ -103,19 +104,23 @@ def _extremes(record: SpectrumRecord) -> str:
     spectrum = record.spectrum
     if spectrum is None or math.isnan(spectrum.c_t):
         return ""
-    return f"C_t = {number(spectrum.c_t, 3)} and λ_max = {number(spectrum.lambda_max, 3)}"
+    return f"C_t = {certain(spectrum.c_t, *spectrum.c_t_interval)} and λ_max = {_lambda_max(spectrum)}"
+
+
+def _lambda_max(spectrum: Spectrum) -> str:
+    value, error = spectrum.lambda_max, spectrum.lambda_max_error
+    return certain(value, value - error, value + error)
 
 
 def _spectrum_in_words(record: SpectrumRecord) -> str:
     spectrum = record.spectrum
     if spectrum is None or spectrum.hesd_type is None:
         return f"C_t is undefined: {(spectrum and spectrum.reason) or 'no curvature'}."
-    low, high = (number(end, 3) for end in spectrum.c_t_interval)
+    ends = spectrum.c_t_interval
     doubt = "" if spectrum.type_certain else ", which is not certain"
     words = (
-        f"C_t = {number(spectrum.c_t, 3)} [{low}, {high}] (confidence {spectrum.confidence:g}): the spectrum is "
-        f"{TYPES[spectrum.hesd_type]}{doubt}. λ_max = {number(spectrum.lambda_max, 3)}, loss = "
-        f"{number(spectrum.loss, 3)}."
+        f"C_t = {certain(spectrum.c_t, *ends)} {interval(*ends)} (confidence {spectrum.confidence:g}): the spectrum is "
+        f"{TYPES[spectrum.hesd_type]}{doubt}. λ_max = {_lambda_max(spectrum)}, loss = {number(spectrum.loss, 3)}."
     )
     return words if spectrum.verified == "yes" else f"{words} Not verified: {spectrum.verification}."
 
@@ -246,11 +251,6 @@ FACTS: dict[str, Callable[[ReportedRun], str]] = {
 def place(record: SpectrumRecord) -> str:
     """Return the time of a record in the run."""
     return "the start" if record.epoch == START_EPOCH else f"epoch {record.epoch}"
-
-
-def number(value: float, digits: int) -> str:
-    """Return a number with some digits and a true minus."""
-    return f"{value:.{digits}g}".replace("-", "\N{MINUS SIGN}").replace("inf", "∞")
 
 
 def date(when: datetime) -> str:

@@ -9,6 +9,8 @@ import { LIGHT, faint } from "./theme.js";
 const PIXELS = 96; // of CSS in an inch
 const POINTS_OF_INCH = 72;
 const DRAWN_FONT = 12; // pixels of the text of figures; all is scaled with it
+const LETTER = 6.6; // width of a letter of that size, in pixels
+const HEAD = 46; // height of the title, in pixels
 
 /** Sizes in inches, of the text in points, and of a PNG in dots per inch. */
 export const SIZES = {
@@ -64,20 +66,28 @@ function sizeOf(shown, key) {
 async function laidOut(shown, size) {
   const [width, height] = size.pixels;
   const { data, layout } = inLight(still(shown.figure), shown.theme);
-  const top = 40;
   const legend = await legendHeight(data, { ...layout, width, height, showlegend: true });
-  const letters = Math.floor((width - 20) / 6.2); // that fit into a line
+  const top = Math.max(layout.margin.t, HEAD + legend + 6);
+  const letters = Math.floor((width - 20) / LETTER);
+  const [xaxis, yaxis] = [[layout.xaxis, width - 120], [layout.yaxis, height - top - 50]].map(([axis, room]) => wrapped(axis, room / LETTER));
   const text = `${indexed(literal(shortened(shown.title, letters)))}<br><span style="font-size:11px">${literal(shortened(placeOf(shown), letters))}</span>`;
   return {
     data,
     layout: {
-      ...layout, width, height,
+      ...layout, width, height, xaxis, yaxis,
       showlegend: true, // the page has legends of its own
       shapes: (layout.shapes ?? []).filter(({ name }) => !name?.startsWith("chosen")),
-      title: { text, font: { size: 13 }, x: 0, xref: "container", xanchor: "left", y: 1, yref: "container", yanchor: "top", pad: { l: 10, t: 8 } },
-      margin: { ...layout.margin, t: Math.max(layout.margin.t, top + legend + 6) },
+      title: { text, font: { size: 13 }, x: 0, xref: "container", xanchor: "left", y: 1, yref: "container", yanchor: "top", pad: { l: 10, t: 20 } },
+      margin: { ...layout.margin, l: layout.margin.l + 14, t: top },
     },
   };
+}
+
+/** Return an axis whose title has at most so many letters in a line. */
+function wrapped(axis, letters) {
+  const { text = "" } = axis.title ?? {};
+  const isLong = text.replace(/<[^>]*>/g, "").length > letters;
+  return { ...axis, title: { ...axis.title, text: isLong ? text.replace(" (", "<br>(") : text, font: { size: DRAWN_FONT } } };
 }
 
 /** Return the height that the legend takes above the axes, in pixels. */
