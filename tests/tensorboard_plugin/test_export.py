@@ -81,7 +81,7 @@ const box = (selector) => {
 };
 const boxes = {
   svg: shown.getBoundingClientRect().toJSON(), title: box(".gtitle"), legend: box(".legend"),
-  axes: box(".bglayer rect, .heatmaplayer image, .xy"),
+  axes: box(".heatmaplayer") ?? box(".gridlayer"),
 };
 const text = [...shown.querySelectorAll("text")].map((one) => one.textContent).join("\\n");
 shown.remove();
@@ -109,15 +109,15 @@ def test_every_figure_in_light_colors_with_a_title_and_its_code(
         found = page.script(BOXES, svg)
         assert f"{RUN}, {place}" in found["text"], figure
         title = page.text(f"#{figure}-title").replace("\n", "")
-        assert title[:3] in found["text"], figure
+        assert title in found["text"].replace("\u200b", ""), figure
         assert not re.findall(rf"rgba?\(({DARK_COLORS})", svg), figure
         assert "rgb(255, 255, 255)" in svg, figure
-        assert found["svg"]["width"] == pytest.approx(3.4 * 96), figure
+        assert found["svg"]["width"] == pytest.approx(3.4 * 96, abs=0.05), figure
         if figure != "layers":  # which is as high as the layers need
-            assert found["svg"]["height"] == pytest.approx(2.75 * 96), figure
-        if found["legend"]:
-            assert found["title"][3] <= found["legend"][1] + 1, (figure, found)
-            assert found["legend"][3] <= found["axes"][1] + 1, (figure, found)
+            assert found["svg"]["height"] == pytest.approx(2.75 * 96, abs=0.05), figure
+        if found["legend"]:  # whose box has a margin
+            assert found["title"][3] <= found["legend"][1] + 3, (figure, found)
+            assert found["legend"][3] <= found["axes"][1] + 3, (figure, found)
         assert found["title"][3] <= found["axes"][1], figure
         assert found["title"][2] <= found["svg"]["right"], figure
 
@@ -157,18 +157,13 @@ def test_a_pdf_is_vector_graphics_with_embedded_fonts_on_a_page_of_its_size(page
     assert page.script("return document.title") == file_name("ct", "page", "pdf")
     options = {"preferCSSPageSize": True, "printBackground": False}
     pdf = base64.b64decode(page.driver.execute_cdp_cmd("Page.printToPDF", options)["data"])
-    assert re.findall(rb"/MediaBox \[([^]]*)\]", pdf) == [b"0 0 504 280.80002"] or pages(pdf) == [(504.0, 280.8)]
+    [box] = re.findall(rb"/MediaBox \[([^]]*)\]", pdf)  # one page, in points
+    assert [float(end) for end in box.split()] == pytest.approx([0, 0, 7 * 72, 3.9 * 72], abs=0.5)
     assert b"/FontFile2" in pdf
     assert b"/Subtype /Image" not in pdf
     assert b"/Type3" not in pdf
     page.until("return !document.querySelector('.sheet')")
     assert page.script("return document.title") == title
-
-
-def pages(pdf: bytes) -> list[tuple[float, float]]:
-    """Return the sizes of pages in points."""
-    boxes = [list(map(float, box.split())) for box in re.findall(rb"/MediaBox \[([^]]*)\]", pdf)]
-    return [(round(right, 1), round(top, 1)) for _, _, right, top in boxes]
 
 
 def test_code_is_copied(page: Page) -> None:

@@ -79,9 +79,10 @@ def test_tensorboard_gets_scalars_histograms_figures_and_charts(run: Any) -> Non
         negative = spectrum.density_weights[spectrum.nodes < 0].sum()
         assert counts[edges <= 1e-9].sum() == pytest.approx(negative)
         # The outermost nodes lie in the outermost bars: nothing stretches, nothing is cut off.
-        assert histogram.min <= spectrum.lambda_min < edges[0]
-        assert edges[0] - histogram.min == pytest.approx(edges[1] - edges[0])
-        assert edges[-2] < spectrum.lambda_max <= histogram.max
+        smallest, largest = -(6 + np.log10(-spectrum.lambda_min)), 6 + np.log10(spectrum.lambda_max)
+        assert histogram.min <= smallest < edges[0]
+        assert np.diff([histogram.min, *edges]) == pytest.approx(0.1)
+        assert edges[-2] < largest <= histogram.max
         assert counts[0] > 0
         assert counts[-1] > 0
 
@@ -238,7 +239,7 @@ def test_a_history_knows_how_it_was_made(run: Any) -> None:
     assert about == history.about
     assert about["started"] <= about["written"]
     assert set(about["versions"]) == {"lightning_hesd", "torch", "lightning", "python"}
-    assert about["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert about["versions"]["torch"] == str(torch.__version__)
     assert about["device"] == "cpu"
     assert about["options"] == {"at_start": True, "steps": 8, "num_samples": 48, "batch_size": 16}
 

@@ -65,22 +65,19 @@ function sizeOf(shown, key) {
 /** Return the figure with its title above the legend. */
 async function laidOut(shown, size) {
   const [width, height] = size.pixels;
-  const { data, layout } = inLight(still(shown.figure), shown.theme);
-  const legend = await legendHeight(data, { ...layout, width, height, showlegend: true });
-  const top = Math.max(layout.margin.t, HEAD + legend + 6);
+  const { data, layout: drawn } = inLight(still(shown.figure), shown.theme);
   const letters = Math.floor((width - 20) / LETTER);
-  const [xaxis, yaxis] = [[layout.xaxis, width - 120], [layout.yaxis, height - top - 50]].map(([axis, room]) => wrapped(axis, room / LETTER));
-  const text = `${indexed(literal(shortened(shown.title, letters)))}<br><span style="font-size:11px">${literal(shortened(placeOf(shown), letters))}</span>`;
-  return {
-    data,
-    layout: {
-      ...layout, width, height, xaxis, yaxis,
-      showlegend: true, // the page has legends of its own
-      shapes: (layout.shapes ?? []).filter(({ name }) => !name?.startsWith("chosen")),
-      title: { text, font: { size: 13 }, x: 0, xref: "container", xanchor: "left", y: 1, yref: "container", yanchor: "top", pad: { l: 10, t: 20 } },
-      margin: { ...layout.margin, l: layout.margin.l + 14, t: top },
-    },
+  const [xaxis, yaxis] = [[drawn.xaxis, width - 120], [drawn.yaxis, height / 2]].map(([axis, room]) => wrapped(axis, room / LETTER));
+  const layout = {
+    ...drawn, width, height, xaxis, yaxis,
+    showlegend: true, // the page has legends of its own
+    shapes: (drawn.shapes ?? []).filter(({ name }) => !name?.startsWith("chosen")),
+    margin: { ...drawn.margin, l: drawn.margin.l + (yaxis.title.text.includes("<br>") ? 14 : 0) },
   };
+  const above = HEAD + 6 + (await legendHeight(data, layout));
+  const text = `${indexed(literal(shortened(shown.title, letters)))}<br><span style="font-size:11px">${literal(shortened(placeOf(shown), letters))}</span>`;
+  const title = { text, font: { size: 13 }, x: 0, xref: "container", xanchor: "left", y: 1, yref: "container", yanchor: "top", pad: { l: 10, t: 20 } };
+  return { data, layout: { ...layout, title, margin: { ...layout.margin, t: Math.max(layout.margin.t, above) } } };
 }
 
 /** Return an axis whose title has at most so many letters in a line. */
@@ -144,7 +141,7 @@ function fileOf(shown, size, format) {
 async function savePng(shown, key) {
   const size = sizeOf(shown, key);
   const [width, height] = size.pixels;
-  const url = await Plotly.toImage(await laidOut(shown, size), { format: "png", width, height, scale: (size.scale * size.dots) / PIXELS });
+  const url = await Plotly.toImage(await laidOut(shown, size), { format: "png", width, height, scale: ((size.scale * size.dots) / PIXELS) * (1 + 1e-6) }); // rounded down
   download(fileOf(shown, key, "png"), url, null);
 }
 

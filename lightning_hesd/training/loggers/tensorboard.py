@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
 from tensorboard.util.tensor_util import make_tensor_proto
 
@@ -13,10 +15,18 @@ from lightning_hesd.training.loggers.output import LoggerOutput, figures, layer_
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import TensorBoardLogger
+    from numpy.typing import ArrayLike, NDArray
 
     from lightning_hesd.spectra.selection import SelectionEvent
     from lightning_hesd.spectra.spectrum import Spectrum
     from lightning_hesd.training.history import SpectrumHistory
+
+
+SMALLEST = 1e-6
+"""Eigenvalues of this size begin to differ from zero in histograms: the same in all runs, to compare them."""
+
+BIN = 0.1
+"""Width of a bin of histograms, in decades."""
 
 
 class TensorBoardOutput(LoggerOutput):
@@ -59,21 +69,40 @@ class TensorBoardOutput(LoggerOutput):
         self._writer._get_file_writer().add_summary(payload, global_step=step)  # noqa: SLF001
 
     def _write_histogram(self, tag: str, spectrum: Spectrum, step: int) -> None:
-        mass, edges = spectrum.histogram()
+        """Write the share of eigenvalues in bins of equal width in `places`."""
+        first, last = (float(places(value)) / BIN for value in (spectrum.lambda_min, spectrum.lambda_max))
+        edges = np.arange(math.floor(first) - 1, math.ceil(last) + 2) * BIN
+        mass, _ = spectrum.histogram(eigenvalues(edges))
         # TensorBoard drops empty buckets at the ends and lets min and max take the place of the outer edges.
         filled = mass.nonzero()[0]
-        first, last = int(filled[0]), int(filled[-1]) + 1
+        left, right = int(filled[0]), int(filled[-1]) + 1
+        middles = (edges[1:] + edges[:-1]) / 2
         self._writer.add_histogram_raw(
             tag,
-            min=float(edges[first]),
-            max=float(edges[last]),
+            min=float(edges[left]),
+            max=float(edges[right]),
             num=1.0,
-            sum=spectrum.moment(1),
-            sum_squares=spectrum.moment(2),
-            bucket_limits=edges[first + 1 : last + 1].tolist(),
-            bucket_counts=mass[first:last].tolist(),
+            sum=float(mass @ middles),
+            sum_squares=float(mass @ middles**2),
+            bucket_limits=edges[left + 1 : right + 1].tolist(),
+            bucket_counts=mass[left:right].tolist(),
             global_step=step,
         )
+
+
+def places(values: ArrayLike) -> NDArray[np.float64]:
+    """Return where eigenvalues are in histograms: p for 10^(p - 6), -p for its negative, and 0 for zero.
+
+    TensorBoard draws thirty bins of equal width. On an axis of eigenvalues nearly all would be in the one at zero.
+    """
+    found = np.asarray(values, dtype=np.float64)
+    return np.sign(found) * np.log10(1 + np.abs(found) / SMALLEST)
+
+
+def eigenvalues(at: ArrayLike) -> NDArray[np.float64]:
+    """Return the eigenvalues at places, the inverse of `places`."""
+    found = np.asarray(at, dtype=np.float64)
+    return np.sign(found) * SMALLEST * np.expm1(np.abs(found) * math.log(10))
 
 
 def summary(plugin: str, tag: str, content: str | bytes, **metadata: Any) -> Summary:
