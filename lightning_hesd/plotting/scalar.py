@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from matplotlib.axes import Axes
+    from numpy.typing import NDArray
 
     from lightning_hesd.spectra.record import SpectrumRecord
     from lightning_hesd.spectra.scalars import Scalar
@@ -53,7 +54,7 @@ def plot_scalar(history: Sequence[SpectrumRecord], key: str, ax: Axes | None = N
         msg = f"no record has a value of {key!r}: pass one of {', '.join(_known(history))}."
         raise ValueError(msg)
     ax = ax or new_axes()
-    style = {"linewidth": 1.2, "markersize": 4 if len(history) <= FEW else 0}
+    style: dict[str, Any] = {"linewidth": 1.2, "markersize": 4 if len(history) <= FEW else 0}
     for (name, values), color, mark in zip(curves.items(), (POSITIVE, OTHER), "os", strict=False):
         ax.plot(axis.positions, values, marker=mark, color=color, label=name, **style)
     scalar = SPECTRUM_SCALARS.get(key) or RECORD_SCALARS.get(key)
@@ -79,7 +80,7 @@ def _label(scalar: Scalar) -> str:
     return f"{typeset(scalar.title)}{unit}"
 
 
-def _curves(history: Sequence[SpectrumRecord], key: str) -> dict[str, np.ndarray]:
+def _curves(history: Sequence[SpectrumRecord], key: str) -> dict[str, NDArray[np.float64]]:
     """Return the values over the records by the names of the curves; NaN where there is none."""
     if key in RECORD_SCALARS:
         return {typeset(RECORD_SCALARS[key].title): np.array([RECORD_SCALARS[key].of(record) for record in history])}
