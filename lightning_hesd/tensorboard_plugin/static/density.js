@@ -41,7 +41,8 @@ export function densityFigure(states, theme, hidden, isLinear) {
       theme,
       { title: isLinear ? `${name} (loss / parameter²)` : `${name} (symlog, linear below ${powerText(scale.linear)})`, ...ticks },
       { title: isLinear ? "spectral density" : "share of eigenvalues per decade", type: "log", range: [Math.log10(bottom), Math.log10(top * 3)],
-        exponentformat: "power", nticks: 7 }
+        exponentformat: "power", nticks: 7 },
+      { legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", xanchor: "left", traceorder: "normal", font: { size: 11 }, groupclick: "togglegroup", tracegroupgap: 0 } }
     ),
   };
 }
@@ -66,7 +67,7 @@ function heights(curves, scale) {
   return [Math.max(SINGLE * Math.min(...curves.map(single)), top * LOWEST_PART), top];
 }
 
-/** Return band, curve, nodes and extremes of a spectrum: one group, which is shown or hidden as a whole. */
+/** Return band, curve, nodes and extremes of a spectrum: one group of the legend, which is shown or hidden as a whole. */
 function tracesOf({ spectrum, field, label, group, color, dash, isPinned, isShown, grid, values, band }, index, scale, bottom, top, theme) {
   const shared = { legendgroup: group, visible: isShown ? true : "legendonly", showlegend: false };
   const eigenvalues = (places) => places.map(scale.back);
@@ -120,6 +121,20 @@ export class DensityCard {
     return present.length ? densityFigure(states, theme, this.hidden, this.isLinear) : null;
   }
 
+  /** Let clicks in the legend hide and show as the boxes do, so that the axes follow. */
+  listen(node) {
+    const isDrawn = node.classList.contains("js-plotly-plot");
+    if (node.hesdLegend === isDrawn) return;
+    node.hesdLegend = isDrawn; // a figure that was removed has lost its listeners
+    if (!isDrawn) return;
+    node.on("plotly_legendclick", ({ data, curveNumber }) => {
+      const { field } = data[curveNumber].meta;
+      this.hide(field, !this.hidden.has(field));
+      return false;
+    });
+    node.on("plotly_legenddoubleclick", () => false);
+  }
+
   hide(field, isHidden) {
     if (isHidden) this.hidden.add(field);
     else this.hidden.delete(field);
@@ -166,9 +181,9 @@ export class DensityCard {
       ...(present.length > 1 ? boxes : []),
       button("Pin this state", "Keep the densities of this state in the chart while you choose others", () => this.pin(chosen)),
       others.length ? button("Pin other runs", "Put the other selected runs beside it, each at the same time or its last one before", pinOthers) : null,
-      ...(this.pins.length ? named([chosen, ...this.pins]) : []).map((state) => element("span", { class: "pin" },
-        element("span", { class: "line", style: `border-top: 2px solid ${state.isPinned ? theme.pins[state.color] : theme.training}`, "aria-hidden": "true" }),
-        state.title, state.isPinned ? button("×", `Remove ${state.title}`, () => this.unpin(state)) : null)),
+      ...named([chosen, ...this.pins]).slice(1).map((pin) => element("span", { class: "pin" },
+        element("span", { class: "line", style: `border-top: 2px solid ${theme.pins[pin.color]}`, "aria-hidden": "true" }), pin.title,
+        button("×", `Remove ${pin.title}`, () => this.unpin(pin)))),
     ]);
   }
 }
