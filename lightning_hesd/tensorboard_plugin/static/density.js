@@ -1,9 +1,9 @@
 /** The card of the densities at the chosen state: which spectra, on which axis, and which other states beside it. */
 
 import { axisOf, when } from "./axis.js";
-import { indexed, layoutOf, literal, powerText, short } from "./base.js";
+import { indexed, layoutOf, literal, short } from "./base.js";
 import { SPECTRA, extent, spectrumOf } from "./data.js";
-import { axisOfDensity, densityOn, smoothingOf, symlogTicks } from "./distribution.js";
+import { axisOfDensity, densityOn, powerOfTen, smoothingOf, symlogTicks } from "./distribution.js";
 import { button, element, keepFocus } from "./dom.js";
 import { faint } from "./theme.js";
 
@@ -39,7 +39,7 @@ export function densityFigure(states, theme, hidden, isLinear) {
     data: curves.flatMap((curve, index) => tracesOf(curve, index, scale, bottom, top, theme)),
     layout: layoutOf(
       theme,
-      { title: isLinear ? `${name} (loss / parameter²)` : `${name} (symlog, linear below ${powerText(scale.linear)})`, ...ticks },
+      { title: isLinear ? `${name} (loss / parameter²)` : `${name} (symlog, linear below ${powerOfTen(scale.linear)})`, ...ticks },
       { title: isLinear ? "spectral density" : "share of eigenvalues per decade", type: "log", range: [Math.log10(bottom), Math.log10(top * 3)],
         exponentformat: "power", nticks: 7 },
       { legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", xanchor: "left", traceorder: "normal", font: { size: 11 }, groupclick: "togglegroup", tracegroupgap: 0 } }
