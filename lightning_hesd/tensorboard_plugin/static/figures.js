@@ -29,8 +29,7 @@ export class Figures {
     node.classList.remove("absent");
     node.setAttribute("aria-label", label);
     node.style.height = height ? `${height}px` : "";
-    const press = (curveNumber) => node.emit("plotly_legendclick", { data, curveNumber });
-    document.getElementById(`${id}-keys`).replaceChildren(...keysOf(data, press));
+    document.getElementById(`${id}-keys`).replaceChildren(...keysOf(data));
     await Plotly.react(node, data, this.layoutOf(id), CONFIG);
     if (!node.hesd) this.listen(node, id);
   }
