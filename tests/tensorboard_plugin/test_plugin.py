@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tensorboard.plugins.base_plugin import TBContext
+from torch.nn.functional import cross_entropy
 
 from lightning_hesd import SpectrumHistory, judge
 from lightning_hesd.commands import cli
@@ -37,7 +38,6 @@ from tests.judgment.simulated import record as simulated_record
 from tests.spectra.nodes import spectrum as spectrum_of
 from tests.tab import EPOCHS, Tab, data_of_report, plugin_path, train, write_payloads
 from tests.training.broken import out_of_luck
-from tests.training.modules import plain_loss
 from tests.training.scripted import make_spectrum
 
 RUN = {"run": "net/version_0", "name": "hesd"}
@@ -97,7 +97,9 @@ def test_failed_analyses_are_in_the_event_file(tmp_path: Path) -> None:
     """With their message and the metrics of their weights, as in the folder of the history."""
 
     def sometimes(module: Any, batch: Any) -> Any:
-        return (out_of_luck if module.current_epoch == 1 else plain_loss)(module, batch)
+        if module.current_epoch == 1:
+            return out_of_luck(module, batch)
+        return cross_entropy(module.net(batch[0]), batch[1])
 
     with pytest.warns(RuntimeWarning, match="the analysis of epoch 1 failed, training goes on. OSError: no luck"):
         log_dir, callback = train(tmp_path, loss_fn=sometimes)

@@ -50,9 +50,6 @@ export function ratios(low, high) {
 
 export const minus = (value) => String(value).replaceAll("-", "−");
 
-/** Write a power of ten. */
-export const powerText = (value) => `10<sup>${minus(Math.round(Math.log10(value)))}</sup>`;
-
 /** Write a number with three digits. */
 export const short = (value) => minus(Number(value.toPrecision(3)));
 

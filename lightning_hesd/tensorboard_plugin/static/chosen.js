@@ -54,7 +54,6 @@ export class ChosenState {
     const figure = this.density.figure(this.shown);
     if (figure) await this.figures.plot("density", figure, `Spectral density, ${run.run}, ${when(record, axis)}. The numbers are in a table of their own.`);
     else this.figures.absent("density", FAILED);
-    this.density.listen(document.getElementById("density"));
   }
 }
 

@@ -1,14 +1,16 @@
 /** The card of the densities at the chosen state: which spectra, on which axis, and which other states beside it. */
 
 import { axisOf, when } from "./axis.js";
-import { indexed, layoutOf, literal, powerText, short } from "./base.js";
+import { indexed, layoutOf, literal } from "./base.js";
 import { SPECTRA, extent, spectrumOf } from "./data.js";
-import { axisOfDensity, densityOn, smoothingOf, symlogTicks } from "./distribution.js";
-import { button, element, keepFocus } from "./dom.js";
+import { axisOfDensity, densityOn, powerOfTen, smoothingOf, symlogTicks } from "./distribution.js";
+import { button, element, keepFocus, number } from "./dom.js";
+import { swatch } from "./swatches.js";
 import { faint } from "./theme.js";
 
 const SINGLE = 0.05; // lower end of a logarithmic axis, relative to the density of one eigenvalue
 const LOWEST_PART = 1e-10; // where rounding begins to matter
+const MOST_BANDS = 2; // more of them hide each other
 const MOST_PINS = 6;
 
 /** Return the curves to draw: one for each spectrum of the chosen state and of the pinned ones. */
@@ -30,7 +32,8 @@ export function densityFigure(states, theme, hidden, isLinear) {
   const found = curvesOf(states, theme, hidden);
   const shown = found.filter(({ isShown }) => isShown);
   const scale = axisOfDensity((shown.length ? shown : found).map(({ spectrum }) => spectrum), isLinear);
-  const curves = found.map((one) => ({ ...one, ...densityOn(one.spectrum, scale) }));
+  const hasBands = shown.filter(({ isPinned }) => !isPinned).length <= MOST_BANDS;
+  const curves = found.map((one) => ({ ...one, ...densityOn(one.spectrum, scale), hasBand: hasBands && !one.isPinned }));
   const [bottom, top] = heights(curves.filter(({ isShown }) => isShown || !shown.length), scale);
   const ticks = isLinear ? {} : ticksOf(scale);
   const matrix = found.find(({ field }) => field === "spectrum")?.spectrum.matrix ?? "hessian";
@@ -39,10 +42,9 @@ export function densityFigure(states, theme, hidden, isLinear) {
     data: curves.flatMap((curve, index) => tracesOf(curve, index, scale, bottom, top, theme)),
     layout: layoutOf(
       theme,
-      { title: isLinear ? `${name} (loss / parameter²)` : `${name} (symlog, linear below ${powerText(scale.linear)})`, ...ticks },
+      { title: isLinear ? `${name} (loss / parameter²)` : `${name} (symlog, linear below ${powerOfTen(scale.linear)})`, ...ticks },
       { title: isLinear ? "spectral density" : "share of eigenvalues per decade", type: "log", range: [Math.log10(bottom), Math.log10(top * 3)],
-        exponentformat: "power", nticks: 7 },
-      { legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", xanchor: "left", traceorder: "normal", font: { size: 11 }, groupclick: "togglegroup", tracegroupgap: 0 } }
+        exponentformat: "power", nticks: 7 }
     ),
   };
 }
@@ -67,14 +69,14 @@ function heights(curves, scale) {
   return [Math.max(SINGLE * Math.min(...curves.map(single)), top * LOWEST_PART), top];
 }
 
-/** Return band, curve, nodes and extremes of a spectrum: one group of the legend, which is shown or hidden as a whole. */
-function tracesOf({ spectrum, field, label, group, color, dash, isPinned, isShown, grid, values, band }, index, scale, bottom, top, theme) {
+/** Return band, curve, nodes and extremes of a spectrum: one group, which is shown or hidden as a whole. */
+function tracesOf({ spectrum, field, label, group, color, dash, isPinned, isShown, hasBand, grid, values, band }, index, scale, bottom, top, theme) {
   const shared = { legendgroup: group, visible: isShown ? true : "legendonly", showlegend: false };
   const eigenvalues = (places) => places.map(scale.back);
   const rug = bottom * (top / bottom) ** (0.02 + 0.035 * index);
   const ends = [spectrum.lambda_min, spectrum.lambda_max].map(scale.to);
   const clipped = (list) => list.map((value) => Math.max(value, bottom / 10));
-  const bands = band && !isPinned ? [{
+  const bands = band && hasBand ? [{
     ...shared, x: [...grid, ...grid.toReversed()], y: clipped([...band.high, ...band.low.toReversed()]), mode: "lines", line: { width: 0 },
     fill: "toself", fillcolor: faint(color, 0.16), hoverinfo: "skip", meta: { density_band: label, field },
   }] : [];
@@ -82,7 +84,7 @@ function tracesOf({ spectrum, field, label, group, color, dash, isPinned, isShow
     ...bands,
     {
       ...shared, showlegend: true, x: grid, y: clipped(values), mode: "lines", line: { color, width: isPinned ? 1.3 : 1.8, dash },
-      name: indexed(`${literal(label)}: λ_min ${short(spectrum.lambda_min)}, λ_max ${short(spectrum.lambda_max)}`), meta: { density: label, field },
+      name: indexed(`${literal(label)}: λ_min ${number(spectrum.lambda_min, 3)}, λ_max ${number(spectrum.lambda_max, 3)}`), meta: { density: label, field },
       customdata: eigenvalues(grid), hovertemplate: `${literal(label)}<br>λ = %{customdata:.4g}<br>density %{y:.3g}<extra></extra>`,
     },
     {
@@ -121,20 +123,6 @@ export class DensityCard {
     return present.length ? densityFigure(states, theme, this.hidden, this.isLinear) : null;
   }
 
-  /** Let clicks in the legend hide and show as the boxes do, so that the axes follow. */
-  listen(node) {
-    const isDrawn = node.classList.contains("js-plotly-plot");
-    if (node.hesdLegend === isDrawn) return;
-    node.hesdLegend = isDrawn; // a figure that was removed has lost its listeners
-    if (!isDrawn) return;
-    node.on("plotly_legendclick", ({ data, curveNumber }) => {
-      const { field } = data[curveNumber].meta;
-      this.hide(field, !this.hidden.has(field));
-      return false;
-    });
-    node.on("plotly_legenddoubleclick", () => false);
-  }
-
   hide(field, isHidden) {
     if (isHidden) this.hidden.add(field);
     else this.hidden.delete(field);
@@ -163,10 +151,10 @@ export class DensityCard {
   showTools(run, chosen, others, whole, theme) {
     const records = [...run.records, ...this.pins.map(({ record }) => record)];
     const present = SPECTRA.filter(({ field }) => records.some((record) => spectrumOf(record, field)));
-    const line = ({ field, dash }) => `border-top: 2px ${CSS_DASHES[dash]} ${this.pins.length ? theme.muted : colorOfField(field, theme)}`;
+    const line = ({ field, dash }) => swatch({ color: this.pins.length ? theme.muted : colorOfField(field, theme), dash });
     const boxes = present.map((one) => element("label", { class: "control" },
       element("input", { type: "checkbox", checked: !this.hidden.has(one.field), "data-field": one.field, onchange: (event) => this.hide(one.field, !event.target.checked) }),
-      element("span", { class: "line", style: line(one), "aria-hidden": "true" }), one.title));
+      line(one), one.title));
     const has = (field) => present.some((one) => one.field === field);
     const both = ["spectrum", "generalization"];
     const isOnly = (fields) => present.every(({ field }) => this.hidden.has(field) !== fields.includes(field));
@@ -181,14 +169,11 @@ export class DensityCard {
       ...(present.length > 1 ? boxes : []),
       button("Pin this state", "Keep the densities of this state in the chart while you choose others", () => this.pin(chosen)),
       others.length ? button("Pin other runs", "Put the other selected runs beside it, each at the same time or its last one before", pinOthers) : null,
-      ...named([chosen, ...this.pins]).slice(1).map((pin) => element("span", { class: "pin" },
-        element("span", { class: "line", style: `border-top: 2px solid ${theme.pins[pin.color]}`, "aria-hidden": "true" }), pin.title,
-        button("×", `Remove ${pin.title}`, () => this.unpin(pin)))),
+      ...(this.pins.length ? named([chosen, ...this.pins]) : []).map((state) => element("span", { class: "pin" },
+        swatch({ color: state.isPinned ? theme.pins[state.color] : theme.training, dash: "solid" }), state.title, state.isPinned ? button("×", `Remove ${state.title}`, () => this.unpin(state)) : null)),
     ]);
   }
 }
-
-const CSS_DASHES = { solid: "solid", dash: "dashed", dot: "dotted", dashdot: "dashed", longdash: "dashed" };
 
 const stateIn = (run, record, axis) => ({ key: run.key, run: run.run, time: when(record, axis), record });
 

@@ -1,9 +1,9 @@
 /** Figures of one run, as plain {data, layout} for Plotly. */
 
 import { axisOf } from "./axis.js";
-import { indexed, layoutOf, literal, powerText, short } from "./base.js";
+import { indexed, layoutOf, literal, short } from "./base.js";
 import { SPECTRA, column, extent, interval, negativeCount, ofSpectrum, parabola, spectrumOf } from "./data.js";
-import { beyond, densityMap, scaleOf, symlogTicks } from "./distribution.js";
+import { beyond, densityMap, powerOfTen, scaleOf, symlogTicks } from "./distribution.js";
 import { number } from "./dom.js";
 import { LOW_TO_HIGH, faint } from "./theme.js";
 
@@ -53,7 +53,7 @@ export function mapFigure(run, theme, field, chosen, axis = axisOf([run])) {
     ],
     layout: layoutOf(
       theme, { ...axis.layout, showgrid: false },
-      { title: `eigenvalue (symlog, linear below ${powerText(scale.linear)})`, tickvals: ticks.places, ticktext: ticks.texts, showgrid: false },
+      { title: `eigenvalue (symlog, linear below ${powerOfTen(scale.linear)})`, tickvals: ticks.places, ticktext: ticks.texts, showgrid: false },
       { shapes: cursor(chosen, axis), yaxis2: OF_FAILURES }
     ),
   };
@@ -81,7 +81,7 @@ export function cumulativeFigure(record, theme) {
   return {
     data: [...drawn.map((one) => bandOfNumbers(one, scale)), ...drawn.map((one) => curveOfNumbers(one, scale))],
     layout: layoutOf(
-      theme, { title: `threshold (symlog, linear below ${powerText(scale.linear)})`, range: [scale.to(low) - 0.15, scale.to(high) + 0.15],
+      theme, { title: `threshold (symlog, linear below ${powerOfTen(scale.linear)})`, range: [scale.to(low) - 0.15, scale.to(high) + 0.15],
         tickvals: ticks.places, ticktext: ticks.texts },
       { title: "number of eigenvalues", type: "log", range: [Math.log10(BELOW_ONE), Math.log10(most * 1.5)], exponentformat: "power", dtick: 1 },
       { shapes: [{ type: "line", yref: "paper", y0: 0, y1: 1, x0: 0, x1: 0, line: { color: theme.muted, width: 1 } }] }

@@ -54,7 +54,8 @@ export function symlogTicks(scale) {
   return { places: values.map(scale.to), texts: values.map(powerOfTen) };
 }
 
-function powerOfTen(value) {
+/** Write zero, or a power of ten with its sign. */
+export function powerOfTen(value) {
   if (value === 0) return "0";
   const exponent = Math.round(Math.log10(Math.abs(value)));
   const sign = value < 0 ? "−" : "";

@@ -28,8 +28,7 @@ export class Figures {
     node.classList.remove("absent");
     node.setAttribute("aria-label", label);
     node.style.height = height ? `${height}px` : "";
-    const press = (curveNumber) => node.emit("plotly_legendclick", { data, curveNumber });
-    document.getElementById(`${id}-keys`).replaceChildren(...keysOf(data, press));
+    document.getElementById(`${id}-keys`).replaceChildren(...keysOf(data));
     await Plotly.react(node, data, this.layoutOf(id), CONFIG);
     if (!node.hesd) this.listen(node, id);
   }
@@ -119,5 +118,6 @@ export class Figures {
 /** Give a figure the size of its place. */
 function fit(node) {
   const { width, height } = node._fullLayout ?? {};
-  if (node.data && node.clientWidth && (width !== node.clientWidth || height !== node.clientHeight)) Plotly.Plots.resize(node);
+  const isOff = Math.abs(width - node.clientWidth) > 1 || Math.abs(height - node.clientHeight) > 1; // sizes are rounded
+  if (node.data && node.clientWidth && isOff) Plotly.Plots.resize(node);
 }

@@ -37,10 +37,10 @@ export function layOut(root, actions) {
     figure("loss", "Loss", "Mean loss over the analysis samples."),
     figure("metric", "Training metric", "That of the checkpoint rule."));
   const details = grid(
-    figure("map", "Density over training", "Spectral mass per bin, training data; lines: λ_max and λ_min."),
     figure("density", "Density at the chosen state",
-      "Ticks: quadrature nodes; vertical lines: extremes; pale band: where the density of the true eigenvalues lies, smoothed alike, with the confidence of the interval, if no eigenvalue occurs several times."),
+      "Ticks: quadrature nodes; vertical lines: extremes; pale band: where the density of the true eigenvalues lies, smoothed alike, with the confidence of the interval, if no eigenvalue occurs several times.", "wide"),
     titled("h3", "state", "Numbers at the chosen state", { class: "card" }, parts.state),
+    figure("map", "Density over training", "Spectral mass per bin, training data; lines: λ_max and λ_min."),
     figure("cumulative", "Eigenvalues beyond thresholds",
       "At the chosen state: below negative thresholds, above positive ones. Lines: by the density; bands: bounds on the true numbers, if no eigenvalue occurs several times."),
     figure("along", "Loss along the extreme eigenvectors",

@@ -11,7 +11,7 @@ const SAMPLING = "pass sampling_error=True";
 const ROWS = [
   ["C_t", "λ_min over λ_max, where they have these signs", (s) => (s.c_t === null ? (s.type === "MN" ? "−∞" : "undefined") : within(s.c_t, s.c_t_low, s.c_t_high))],
   ["Lanczos interval", "contains the C_t of these samples with the given confidence; without the sampling error",
-    (s) => (s.c_t === null ? "–" : `${intervalOf(s.c_t_low, s.c_t_high)} (${Math.round(100 * s.confidence)} %)`)],
+    (s) => (s.c_t === null ? "–" : intervalOf(s.c_t_low, s.c_t_high))],
   ["sampling error", "one standard error of C_t, because the samples are a part of all data", (s) => withSize(s.c_t_sampling_error)],
   ["total error", "the farther end of the Lanczos interval and one standard error", (s) => (totalError(s) === null ? "–" : `± ${withSize(totalError(s))}`)],
   ["type", "MP: C_t above the threshold", (s) => (s.type === null ? "–" : s.type + (s.type_certain ? "" : ", not certain"))],
@@ -43,7 +43,9 @@ function tableOfSpectra(record) {
     element("tbody", {}, ...rows.map(({ name, why, texts }) => {
       const isUnknown = !isSampled && (name === "sampling error" || name === "total error");
       const cells = isUnknown ? [element("td", { class: "unknown", colspan: present.length }, name === "total error" ? "unknown" : `not estimated: ${SAMPLING}`)] : texts.map(cell);
-      return element("tr", { "data-row": name }, element("th", { scope: "row", title: why || null }, ...typeset(name)), ...cells);
+      const [{ spectrum: { confidence } }] = present;
+      const title = name === "Lanczos interval" ? `${name}, ${percent(confidence)}` : name;
+      return element("tr", { "data-row": name }, element("th", { scope: "row", title: why || null }, ...typeset(title)), ...cells);
     })));
 }
 

@@ -37,21 +37,16 @@ export function swatch({ color, dash = null, symbol = null, fill = color }) {
   return drawn("svg", { class: "swatch", width: WIDTH, height: 14, viewBox: `0 0 ${WIDTH} 14`, "aria-hidden": "true" }, ...line, ...mark);
 }
 
-/**
- * Return the legend of a figure: its curves with a name, without those of runs, which the list of runs has.
- * @param {Object[]} data
- * @param {function(number)} press Gets the position of the curve whose entry is pressed.
- */
-export function keysOf(data, press) {
-  const places = data.map((_, place) => place).filter((place) => data[place].name && data[place].showlegend !== false && data[place].mode && !data[place].meta?.run);
-  return places.map((place) => {
-    const { mode, line, marker, name, visible } = data[place];
+/** Return the legend of a figure: its curves with a name, without those of runs and spectra, which have a legend elsewhere. */
+export function keysOf(data) {
+  const named = data.filter(({ name, showlegend, mode, meta }) => name && showlegend !== false && mode && !meta?.run && !meta?.field);
+  return named.map(({ mode, line, marker, name }) => {
     const [hasLine, hasMarks] = ["lines", "markers"].map((part) => mode.includes(part));
     const sample = swatch({
       color: hasLine ? line.color : (marker.line?.color ?? marker.color), dash: hasLine ? (line.dash ?? "solid") : null,
       symbol: hasMarks ? marker.symbol : null, fill: hasMarks ? marker.color : null,
     });
-    return element("span", { class: visible === "legendonly" ? "key off" : "key", onclick: () => press(place) }, sample, element("span", {}, ...nodesOf(name)));
+    return element("span", { class: "key" }, sample, element("span", {}, ...nodesOf(name)));
   });
 }
 

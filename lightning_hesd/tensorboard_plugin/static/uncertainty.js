@@ -3,7 +3,7 @@
 import { minus } from "./base.js";
 import { number } from "./dom.js";
 
-const MOST_DIGITS = 6; // payloads have seven
+const MOST_DIGITS = 5; // payloads have seven
 
 const isKnown = (value) => value !== null && value !== undefined && Number.isFinite(value);
 
@@ -21,7 +21,8 @@ function writer(decimals, ...values) {
     const steps = value * 10 ** decimals;
     const whole = Math.abs(steps - Math.round(steps)) < 1e-6 ? Math.round(steps) : round(steps); // of binary fractions
     const rounded = whole / 10 ** decimals;
-    if (isPlain || whole === 0) return minus(rounded.toFixed(Math.max(decimals, 0)).replace(/^-(0(\.0*)?)$/, "$1"));
+    if (whole === 0 && !isPlain) return "0";
+    if (isPlain) return minus(rounded.toFixed(Math.max(decimals, 0)).replace(/^-(0(\.0*)?)$/, "$1"));
     return minus(rounded.toExponential(Math.max(Math.floor(Math.log10(Math.abs(rounded)) + 1e-9) + decimals, 0)));
   };
 }
