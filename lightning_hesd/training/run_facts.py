@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 PACKAGES = ("lightning_hesd", "torch")
 LIGHTNING = ("lightning", "pytorch_lightning")
 
+MOST_ENTRIES = 50
+"""Longer collections are not kept."""
+
 Facts = dict[str, Any]
 
 
@@ -49,15 +52,22 @@ def given_options(function: Callable[..., Any], arguments: Mapping[str, Any]) ->
 
 
 def plain(value: Any) -> Any:
-    """Return a value that JSON knows: of a function or a class its name, of another object its class in brackets."""
+    """Return a value that JSON knows: of a function or a class its name, of another object its class in brackets.
+
+    Collections are kept if they are short, but not those within others, such as batches.
+    """
+    entries = value.values() if isinstance(value, dict) else value
+    if isinstance(value, dict | list | tuple | set | frozenset | range) and len(value) <= MOST_ENTRIES:
+        found = [_single(entry) for entry in entries]
+        return dict(zip(map(str, value), found, strict=True)) if isinstance(value, dict) else found
+    return _single(value)
+
+
+def _single(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, list | tuple | set | frozenset | range):
-        return [plain(entry) for entry in value]
-    if isinstance(value, dict):
-        return {str(key): plain(entry) for key, entry in value.items()}
     return getattr(value, "__qualname__", None) or f"<{type(value).__name__}>"
 
 

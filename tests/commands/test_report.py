@@ -170,14 +170,21 @@ def test_the_callback_knows_its_options() -> None:
 
     assert HessianSpectrumCallback().given == {}
     callback = HessianSpectrumCallback(
-        2, steps=8, loss_fn=loss_fn, dataloader=[1], layers="auto", checkpoint=["highest_c_t"], num_samples=512
+        2,
+        steps=8,
+        loss_fn=loss_fn,
+        dataloader=[(1, 2)],
+        epochs=range(99),
+        layers="auto",
+        checkpoint=["highest_c_t"],
+        num_samples=512,
     )
     assert callback.given == {
         "every_n_epochs": 2,
-        "dataloader": [1],
+        "dataloader": ["<tuple>"],
         "loss_fn": "test_the_callback_knows_its_options.<locals>.loss_fn",
         "layers": "auto",
         "checkpoint": ["highest_c_t"],
         "steps": 8,
     }
-    json.dumps(callback.given)
+    assert HessianSpectrumCallback(epochs=range(99), tolerance=0.05).given == {"epochs": "<range>", "tolerance": 0.05}

@@ -120,6 +120,7 @@ def test_every_figure_in_light_colors_with_a_title_and_its_code(
             assert found["legend"][3] <= found["axes"][1] + 3, (figure, found)
         assert found["title"][3] <= found["axes"][1], figure
         assert found["title"][2] <= found["svg"]["right"], figure
+        assert found["title"][1] >= found["svg"]["top"], figure
 
         code = page.script("return document.querySelector('dialog pre').textContent")
         exec(compile(code, figure, "exec"), {})  # noqa: S102 - as the user would
