@@ -174,7 +174,6 @@ def test_the_callback_knows_its_options() -> None:
         steps=8,
         loss_fn=loss_fn,
         dataloader=[(1, 2)],
-        epochs=range(99),
         layers="auto",
         checkpoint=["highest_c_t"],
         num_samples=512,
