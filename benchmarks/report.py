@@ -57,9 +57,9 @@ Where *× ours* is below 1, or the goal of 4 for C_t is missed:
   for all tokens, so that it cannot.
 - **C_t**: the gain over a run of 100 products is at most 100/m for the m products that an interval of
   {TOLERANCE:.0%} needs, and smaller by the verification. curvlinops stops nearly as early, without an interval.
-- **Memory in eight batches**: they are merged, and the graph is kept as far as `memory_budget` allows, because a product
-  that makes the graph anew takes 1.5 to 2 times as long (`lightning_hesd, recompute`). `strategy="recompute"` keeps no
-  graph.
+- **Memory in eight batches**: they are merged, and the graph is kept as far as `memory_budget` allows, because a
+  product that makes the graph anew takes 1.5 to 2 times as long (`lightning_hesd, recompute`). `strategy="recompute"`
+  keeps no graph.
 """
 
 PROFILE = f"""\
