@@ -292,10 +292,9 @@ class Page {
 
   /** Open the export of a figure. */
   exportFigure(id, title) {
-    const figure = this.figures.figureOf(id);
     const { run, record, quantity, theme } = this.detail;
     const runs = OF_ONE_RUN.includes(id) ? [run] : this.runs;
-    const shown = { id, title, figure, runs, record: OF_ONE_STATE.includes(id) ? record : null, axis: this.axisOf(runs) };
+    const shown = { id, title, figure: this.figures.figureOf(id), runs, record: OF_ONE_STATE.includes(id) ? record : null, axis: this.axisOf(runs) };
     openExport({ ...shown, quantity, theme, folderOf: this.source.folderOf });
   }
 }
