@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.ticker import NullLocator
 
 from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, SMOOTHING, new_axes
+from lightning_hesd.spectra.digits import certain, interval
 from lightning_hesd.spectra.quadrature import legible_sigma
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def describe(spectrum: Spectrum, title: str = "") -> str:
     """Return two lines for a title: `title` and the type, then C_t with its interval."""
     if math.isnan(spectrum.c_t):
         return f"{title}\n$C_t$ undefined: no curvature".lstrip()
-    low, high = spectrum.c_t_interval
+    ends = spectrum.c_t_interval
     doubt = "" if spectrum.type_certain else " (uncertain)" if spectrum.verified == "yes" else " (not verified)"
     kind = f"{spectrum.hesd_type}-HESD{doubt}"
-    return f"{title}   {kind}\n$C_t$ = {spectrum.c_t:.4g}  [{low:.4g}, {high:.4g}]".lstrip()
+    return f"{title}   {kind}\n$C_t$ = {certain(spectrum.c_t, *ends)}  {interval(*ends)}".lstrip()

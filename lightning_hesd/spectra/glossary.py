@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_hesd.spectra.criteria import MP_THRESHOLD
+from lightning_hesd.spectra.digits import number
 
 GLOSSARY: dict[str, str] = {
     "HESD": "Hessian eigenvalue spectral density: how the eigenvalues of the Hessian of the mean loss are distributed.",
@@ -17,14 +18,14 @@ GLOSSARY: dict[str, str] = {
         "and holds for the analyzed samples only."
     ),
     "MP, MN": (
-        f"The type of a spectrum: mainly positive if C_t > {MP_THRESHOLD:g}, else mainly negative. Meant for trained "
-        "networks; untrained ones are often MN."
+        f"The type of a spectrum: mainly positive if C_t > {number(MP_THRESHOLD, 3)}, else mainly negative. Meant for "
+        "trained networks; untrained ones are often MN."
     ),
     "QS": (
         "Quasi-singular: all eigenvalues have shrunk at unchanged accuracy. Then λ_max and the trace no longer mean "
         "flatness."
     ),
-    "r_e, Δr_e": "r_e is -C_t. Δr_e is r_e on generalization data over r_e on training data.",
+    "r_e, Δr_e": "r_e is −C_t. Δr_e is r_e on generalization data over r_e on training data.",
     "K_H05, ΔK_H05": (
         "Sum of the square roots of weighted negative nodes over that of positive ones. ΔK_H05 is its value on "
         "generalization data over that on training data."
