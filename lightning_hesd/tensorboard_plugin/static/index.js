@@ -20,7 +20,7 @@ export async function render() {
     judge: (runs, metric) => answer("judgment", [["metric", metric], ...runs.flatMap(({ run, name }) => [["run", run], ["name", name]])]),
     folderOf: async (run) => {
       const { folder } = await answer("runs");
-      return run === "." ? folder : `${folder.replace(/\/$/, "")}/${run}`;
+      return run === "." ? folder : folder ? `${folder.replace(/\/$/, "")}/${run}` : run;
     },
     live: LIVE_MS,
     onReload,
