@@ -38,7 +38,8 @@ EXPLANATION = f"""\
 Time without a replacement, over that with all of them: 1.25 means that without it the work takes a quarter longer. The
 first number of a cell is that of one HVP of the whole network, the second that of `layer_spectra` of all blocks with
 {_LAYER_STEPS} steps. *all*: without any replacement. Empty: the network has no such
-operation of the sizes that are replaced. Two threads, medians of {{rounds}} rounds in turns.
+operation of the sizes that are replaced. CPU times of two threads, medians of
+{{rounds}} rounds in turns.
 """
 
 
@@ -91,10 +92,10 @@ def _in_turns(works: Sequence[Callable[[], Any]], rounds: int) -> tuple[float, f
     """Return the median seconds of the first work, and the median ratio of the second to it, over rounds in turns."""
     seconds = []
     for _ in range(rounds + 1):
-        times = [time.perf_counter()]
+        times = [time.process_time()]
         for work in works:
             work()
-            times.append(time.perf_counter())
+            times.append(time.process_time())
         seconds.append(np.diff(times))
     taken = np.array(seconds[1:])
     return float(np.median(taken[:, 0])), float(np.median(taken[:, 1] / taken[:, 0]))
