@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = ("benchmarks/results", "examples/*/results", "examples/lightning_cli")
+OUTSIDE = ("benchmarks/results", "examples/*/results", "examples/lightning_cli", "examples/notebook")
 LINK = re.compile(r"\]\(((?:\.\./)+[^)#]+)")
 
 
@@ -24,7 +24,7 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
     """Add the files outside `docs` that pages link to."""
     for pattern in OUTSIDE:
         for path in sorted(p for folder in ROOT.glob(pattern) for p in folder.iterdir()):
-            if path.suffix in {".md", ".png", ".py", ".yaml"}:
+            if path.suffix in {".ipynb", ".md", ".png", ".py", ".yaml"}:
                 name = path.relative_to(ROOT).as_posix()
                 files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
