@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_hesd.spectra.assessment import Assessment, assess_generalization
     from lightning_hesd.spectra.criteria import hesd_type
     from lightning_hesd.spectra.differences import PairedDifference, c_t_difference, lambda_max_difference
+    from lightning_hesd.spectra.layer_spectra import LayerSpectra
     from lightning_hesd.spectra.spectrum import Spectrum
     from lightning_hesd.training.callback import HessianSpectrumCallback
     from lightning_hesd.training.checkpoints.checkpoint import HessianCheckpoint
@@ -26,6 +27,7 @@ __all__ = [
     "HessianOperator",
     "HessianSpectrumCallback",
     "Judgment",
+    "LayerSpectra",
     "PairedDifference",
     "SharpnessMonitor",
     "Spectrum",
@@ -47,6 +49,7 @@ _HOMES = {
     "HessianOperator": "numerics.analysis.hessian_operator",
     "HessianSpectrumCallback": "training.callback",
     "Judgment": "judgment.judgment",
+    "LayerSpectra": "spectra.layer_spectra",
     "PairedDifference": "spectra.differences",
     "SharpnessMonitor": "training.sharpness_monitor",
     "Spectrum": "spectra.spectrum",

@@ -90,7 +90,7 @@ class SpectrumHistory(list[SpectrumRecord]):
         from lightning_hesd.plotting import summary_html  # noqa: PLC0415 - Matplotlib is slow to import
 
         seconds = sum(spectrum.seconds for record in self for spectrum in record.spectra.values())
-        summary = summarize(self, "hesd", seconds=seconds, overhead=None, kept={}, folder=None)
+        summary = summarize(self, "hesd", seconds=seconds, overhead=None, kept={})
         return html.escape(repr(self)) if summary is None else summary_html(summary)
 
     @property
