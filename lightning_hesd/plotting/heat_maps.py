@@ -250,7 +250,7 @@ def common_prefix(names: Sequence[str]) -> str:
         >>> common_prefix(["net.block.0", "net.block.1.fc"]), common_prefix(["a.b"])
         ('net.block.', '')
     """
-    shared: list[str] = os.path.commonprefix([name.split(".")[:-1] for name in names])  # noqa: RUF071 - by parts
+    shared: Sequence[str] = os.path.commonprefix([name.split(".")[:-1] for name in names])  # noqa: RUF071 - by parts
     return "".join(f"{part}." for part in shared) if len(names) > 1 else ""
 
 

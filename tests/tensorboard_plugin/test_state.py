@@ -189,6 +189,10 @@ def test_every_spectrum_of_the_record_and_other_states_beside_it(page: Page, his
     assert list(curves) == ["training", "generalization", "preconditioned", GAUSS_NEWTON, "residual"]
     assert len({curve["line"]["color"] for curve in curves.values()}) == 5
     assert drawn(page, "density_band") == {}  # they would hide each other
+    title = "return document.getElementById('density').layout.xaxis.title.text"
+    page.click("#density-choices button", "linear")
+    page.until(f"{title} === 'eigenvalue'")  # the preconditioned ones have another unit
+    page.click("#density-choices button", "symlog")
     page.click("#density-choices button", "training")
     page.click("#density-choices button", "Pin this state")
     choose(page, 90)
@@ -241,8 +245,8 @@ def test_numbers_have_their_errors_and_no_more_digits(page: Page, histories: Any
     assert rows["verified"] == ["yes"] * 5
     assert rows["type"][:2] == [record.spectrum.hesd_type, record.generalization.hesd_type]
     said = page.text("#state")
-    assert f"preconditioned λmax is {record.stability_ratio:.3g} of the largest" in said.replace("\n", "")
-    assert "beyond the edge" in said
+    assert f"preconditioned λmax is {record.stability_ratio:.3g} times the largest" in said.replace("\n", "")
+    assert "it is beyond the edge of stability" in said
     assert "Gradients of this epoch: not clipped in 16 sampled steps. Cosine of gradient and update: 0.7." in said
     assert "without sampling error" in page.text("#assessment")
     choose(page, 60)

@@ -27,26 +27,32 @@ function curvesOf(states, theme, hidden) {
 
 const colorOfField = (field, theme) => theme[field === "spectrum" ? "training" : field];
 
-/** The densities of states, the first of them the chosen one, with nodes and extremes; hidden ones are in the legend only. */
+/** The densities of states, the chosen one first, with nodes and extremes; at least one spectrum must not be hidden. */
 export function densityFigure(states, theme, hidden, isLinear) {
   const found = curvesOf(states, theme, hidden);
   const shown = found.filter(({ isShown }) => isShown);
-  const scale = axisOfDensity((shown.length ? shown : found).map(({ spectrum }) => spectrum), isLinear);
+  const scale = axisOfDensity(shown.map(({ spectrum }) => spectrum), isLinear);
   const hasBands = shown.filter(({ isPinned }) => !isPinned).length <= MOST_BANDS;
   const curves = found.map((one) => ({ ...one, ...densityOn(one.spectrum, scale), hasBand: hasBands && !one.isPinned }));
-  const [bottom, top] = heights(curves.filter(({ isShown }) => isShown || !shown.length), scale);
+  const [bottom, top] = heights(curves.filter(({ isShown }) => isShown), scale);
   const ticks = isLinear ? {} : ticksOf(scale);
-  const matrix = found.find(({ field }) => field === "spectrum")?.spectrum.matrix ?? "hessian";
-  const name = matrix === "hessian" ? "Hessian eigenvalue" : `eigenvalue, ${matrix}`;
+  const [name, unit] = nameOf(shown.map(({ spectrum }) => spectrum.matrix ?? "hessian"));
   return {
     data: curves.flatMap((curve, index) => tracesOf(curve, index, scale, bottom, top, theme)),
     layout: layoutOf(
       theme,
-      { title: isLinear ? `${name} (loss / parameter²)` : `${name} (symlog, linear below ${powerOfTen(scale.linear)})`, ...ticks },
+      { title: isLinear ? name + unit : `${name} (symlog, linear below ${powerOfTen(scale.linear)})`, ...ticks },
       { title: isLinear ? "spectral density" : "share of eigenvalues per decade", type: "log", range: [Math.log10(bottom), Math.log10(top * 3)],
         exponentformat: "power", nticks: 7 }
     ),
   };
+}
+
+/** Return the name of the eigenvalues of matrices, and their unit: preconditioned ones have another. */
+function nameOf(matrices) {
+  const [first] = matrices;
+  const name = !matrices.every((matrix) => matrix === first) ? "eigenvalue" : first === "hessian" ? "Hessian eigenvalue" : `eigenvalue, ${first}`;
+  return [name, matrices.some((matrix) => matrix.startsWith("preconditioned")) ? "" : " (loss / parameter²)"];
 }
 
 function ticksOf(scale) {

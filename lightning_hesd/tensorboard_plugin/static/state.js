@@ -82,7 +82,7 @@ function mainlyNegative({ epoch, thresholds }, { c_t, type_certain: isCertain },
 function ofOptimizer({ stability_ratio: ratio, gradients = {} }) {
   const sentences = [];
   if (ratio !== null && ratio !== undefined)
-    sentences.push(`Stability ratio: the preconditioned λ_max is ${number(ratio, 3)} of the largest at which the optimizer is stable${ratio >= 1 ? ", beyond the edge" : ""}.`);
+    sentences.push(`Stability ratio: the preconditioned λ_max is ${number(ratio, 3)} times the largest at which the optimizer is stable${ratio >= 1 ? ": it is beyond the edge of stability" : ""}.`);
   if (gradients.clipped_share !== undefined) {
     const { steps, clipped_share: share, clip_factor: factor, gradient_cosine: cosine, update_cosine: update } = gradients;
     const clipped = share > 0
