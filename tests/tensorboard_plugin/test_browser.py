@@ -547,6 +547,7 @@ def test_several_runs_have_tensorboards_colors_and_a_zoom_outlives_one_that_is_s
     assert drawn == {run: COLORS[order.index(run)] for run in (FIRST, SECOND, EVIL)}
     span = "const [low, high] = document.getElementById('extremes')._fullLayout.xaxis.range; return high - low"
     whole = page.script(span)
+    page.script("document.getElementById('extremes').scrollIntoView({ block: 'center' })")  # not below the bar
     left, top, width, height = page.script(
         "const area = document.querySelector('#extremes .nsewdrag').getBoundingClientRect();"
         "return [area.left, area.top, area.width, area.height]"
@@ -692,7 +693,7 @@ def test_in_tensorboard_itself(page: Page, address: str) -> None:
             "window.kept = fetch; window.fetch = (...rest) => { window.asked = true; return window.kept(...rest) }"
         )
         page.driver.switch_to.default_content()
-        page.click("header button, app-header button", "eload")
+        page.script("document.querySelector('app-header-reload button').click()")
         page.driver.switch_to.frame(page.until("return document.querySelector('iframe')"))
         page.until("return window.asked.length > 0")
     finally:

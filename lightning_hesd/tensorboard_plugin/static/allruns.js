@@ -7,7 +7,7 @@ import { ValueCard } from "./values.js";
 import { summary } from "./words.js";
 
 export const CHARTS = ["ct", "extremes", "deltas", "loss", "metric"];
-const SCALES = [["linear", "linear"], ["log", "logarithmic"]];
+const SCALES = [["linear", "linear"], ["log", "log"]];
 const THRESHOLDS = { c_t: -0.6, delta_r_e: 1.5, delta_k_h05: 1.2 }; // without a record, which has them
 
 export class AllRuns {

@@ -1,7 +1,7 @@
 /** Charts of runs, or of groups of runs, over training, as plain {data, layout, lines} for Plotly. */
 
 import { when } from "./axis.js";
-import { horizontal, indexed, layoutOf, literal, logTicks, note } from "./base.js";
+import { horizontal, indexed, layoutOf, literal, logTicks, note, ratios } from "./base.js";
 import { extent } from "./data.js";
 import { meanOf } from "./grouping.js";
 import { colorOf, faint, symbolOf } from "./theme.js";
@@ -65,8 +65,10 @@ function rangeOf(values, logarithmic) {
 
 /** Return the ticks of a logarithmic axis; that of a negative quantity shows its absolute value, upside down. */
 function logTicksOf({ isNegative }, range) {
-  const ticks = logTicks(range.map((exponent) => 10 ** exponent));
-  return isNegative ? { ...ticks, tickprefix: "−" } : ticks;
+  const [low, high] = extent(range.map((exponent) => 10 ** exponent));
+  const ticks = high / low < 200 ? ratios(low, high) : logTicks([low, high]);
+  if (!isNegative) return ticks;
+  return { ...ticks, tickprefix: "−", ...(ticks.ticktext ? { ticktext: ticks.ticktext.map((text) => `−${text}`) } : {}) };
 }
 
 // Lines -------------------------------------------------------------------------------------------------------------

@@ -124,5 +124,6 @@ export class Figures {
 /** Give a figure the size of its place. */
 function fit(node) {
   const { width, height } = node._fullLayout ?? {};
-  if (node.data && node.clientWidth && (width !== node.clientWidth || height !== node.clientHeight)) Plotly.Plots.resize(node);
+  const isOff = Math.abs(width - node.clientWidth) > 1 || Math.abs(height - node.clientHeight) > 1; // sizes are rounded
+  if (node.data && node.clientWidth && isOff) Plotly.Plots.resize(node);
 }

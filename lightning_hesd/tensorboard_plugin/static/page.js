@@ -280,6 +280,7 @@ class Page {
     const [run] = await this.store.whole([key]);
     if (!run) return this.showProblems();
     if (key !== this.detailed?.key) return; // another one was chosen meanwhile
+    if (this.bar.run !== run) this.showBar(); // with the records that have been loaded now
     const { detail } = this;
     const quantities = quantitiesOf(detail.run).map(({ key, title }) => [key, title]);
     keepFocus(document.getElementById("layers-tools"), [
