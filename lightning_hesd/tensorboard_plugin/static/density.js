@@ -90,7 +90,7 @@ function tracesOf({ spectrum, field, label, group, color, dash, isPinned, isShow
     ...bands,
     {
       ...shared, showlegend: true, x: grid, y: clipped(values), mode: "lines", line: { color, width: isPinned ? 1.3 : 1.8, dash },
-      name: indexed(`${literal(label)}: λ_min ${number(spectrum.lambda_min, 3)}, λ_max ${number(spectrum.lambda_max, 3)}`), meta: { density: label, field },
+      name: `${literal(label)}: ${indexed("λ_min")} ${number(spectrum.lambda_min, 3)}, ${indexed("λ_max")} ${number(spectrum.lambda_max, 3)}`, meta: { density: label, field },
       customdata: eigenvalues(grid), hovertemplate: `${literal(label)}<br>λ = %{customdata:.4g}<br>density %{y:.3g}<extra></extra>`,
     },
     {
