@@ -173,6 +173,25 @@ def test_hiding_a_spectrum_hides_all_of_it_and_the_axes_follow(page: Page, histo
     assert curve["customdata"] == pytest.approx(list(x))
 
 
+def test_the_address_has_the_choices(page: Page) -> None:
+    page.click("#density-choices button", "training")
+    page.click("#density-choices button", "linear")
+    sort(page, "value")
+    choices = ['scales={"density":"linear"}', 'spectra=["spectrum"]', "order=value"]
+    page.until(
+        "const hash = decodeURIComponent(location.hash); return arguments[0].every((c) => hash.includes(c))", choices
+    )
+    page.script("location.hash = location.hash.replace('spectrum%22%5D', 'generalization%22%5D')")
+    page.until("return document.querySelector('[data-field=generalization]').checked")
+    assert list(drawn(page, "density")) == ["generalization"]
+    assert page.script("return document.getElementById('density').layout.xaxis.title.text").endswith(
+        "(loss / parameter²)"
+    )
+    sort(page, "")
+    page.click("#density-choices button", "symlog")
+    page.until("return !location.hash.includes('order') && !location.hash.includes('density')")
+
+
 def test_every_spectrum_of_the_record_and_other_states_beside_it(page: Page, histories: Any) -> None:
     labels = page.script("return [...document.querySelectorAll('#density-choices label')].map((e) => e.innerText)")
     assert labels == [
@@ -350,7 +369,7 @@ def test_layers(page: Page, histories: Any) -> None:
     ordered = sorted(LAYERS, key=lambda name: -LAYERS[name])
     page.until(f"{TICKS.replace('return ', 'return JSON.stringify(')}) === arguments[1]", "layers",
                _json([name.removeprefix("model.encoder.") for name in ordered]))  # fmt: skip
-    sort(page, "network")
+    sort(page, "")
     page.show_in_detail("other")  # the spectra of its layers differ in size
     page.until("return document.getElementById('layers').data[0].meta.colors === 'log'")
     drawn_values = page.script(f"{figure} return z.map((row) => row[1])")

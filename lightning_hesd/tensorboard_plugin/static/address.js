@@ -5,10 +5,12 @@ const COLORED_BY = "regex:"; // as TensorBoard writes it into its address
 
 /**
  * The choices and what holds without them. `runs` is {only: keys} or {without: keys}, null: the first ones; `x` and `state` are
- * the horizontal axis and the global_step of the chosen record; `scales` and `zooms` are by chart.
+ * the horizontal axis and the global_step of the chosen record; `scales` and `zooms` are by chart; `spectra` are the fields of
+ * those in the chart of densities, null: the first two; `order` is that of layers, "value" or "".
  */
 const defaults = () => ({
   runs: null, filter: inherited("runFilter"), groups: colorGroups(), x: "", scales: {}, detail: "", state: null, layers: "", zooms: {},
+  spectra: null, order: "",
 });
 
 const isText = (value) => typeof value === "string";
@@ -21,6 +23,7 @@ const CHECKS = {
   runs: (value) => all(areKeys)(value) && Boolean(value.only ?? value.without), filter: isText, groups: isText,
   x: (value) => ["epoch", "step", "time"].includes(value), scales: all((value) => ["linear", "log"].includes(value)),
   detail: isText, state: Number.isFinite, layers: isText, zooms: all(isZoom),
+  spectra: (value) => Array.isArray(value) && value.every(isText), order: (value) => value === "value",
 };
 
 /** Return the window whose address the reader sees: TensorBoard's if the page is its tab, else this one. */

@@ -12,6 +12,7 @@ const SINGLE = 0.05; // lower end of a logarithmic axis, relative to the density
 const LOWEST_PART = 1e-10; // where rounding begins to matter
 const MOST_BANDS = 2; // more of them hide each other
 const MOST_PINS = 6;
+const FIELDS = SPECTRA.map(({ field }) => field);
 
 /** Return the curves to draw: one for each spectrum of the chosen state and of the pinned ones. */
 function curvesOf(states, theme, hidden) {
@@ -110,33 +111,43 @@ export class DensityCard {
   /** `redraw` draws the chart anew after a choice. */
   constructor(redraw) {
     this.redraw = redraw;
-    this.isLinear = false;
-    this.hidden = new Set(SPECTRA.slice(2).map(({ field }) => field)); // fields
     this.pins = []; // states, with isPinned, and color: a position in theme.pins
     this.tools = element("div", { class: "tools small", id: "density-choices", role: "group", "aria-label": "Density at the chosen state" });
     document.getElementById("density").before(this.tools);
   }
 
-  /** Return the figure of a record, with the pinned states; null: no state has a spectrum. `others` are the other selected runs. */
-  figure({ run, record, others, whole, theme, axis }) {
+  /** Return the figure of a record, with the pinned states; null: no state has a spectrum. `shown` is as for OneRun, with `axis`. */
+  figure(shown) {
+    const { run, record, theme, axis, choices } = shown;
+    this.choose = shown.choose;
+    this.scales = choices.scales;
+    this.hidden = new Set(FIELDS.filter((field) => !(choices.spectra ?? FIELDS.slice(0, 2)).includes(field)));
     const chosen = stateIn(run, record, axis);
     const pins = this.pins.filter((pin) => !isSame(pin, chosen));
     const states = named([chosen, ...pins]);
     const present = SPECTRA.filter(({ field }) => states.some((state) => spectrumOf(state.record, field)));
     // Of spectra that are all hidden the first one is shown: an empty chart helps nobody.
     if (present.every(({ field }) => this.hidden.has(field))) this.hidden.delete(present[0]?.field);
-    this.showTools(run, chosen, others, whole, theme);
+    this.showTools(shown, chosen);
     return present.length ? densityFigure(states, theme, this.hidden, this.isLinear) : null;
   }
 
-  hide(field, isHidden) {
-    if (isHidden) this.hidden.add(field);
-    else this.hidden.delete(field);
+  get isLinear() {
+    return this.scales.density === "linear";
+  }
+
+  setLinear(isLinear) {
+    const { density, ...others } = this.scales;
+    this.choose({ scales: isLinear ? { ...others, density: "linear" } : others });
     this.redraw();
   }
 
-  only(...fields) {
-    this.hidden = new Set(SPECTRA.map(({ field }) => field).filter((field) => !fields.includes(field)));
+  hide(field, isHidden) {
+    this.only(...FIELDS.filter((other) => (other === field ? !isHidden : !this.hidden.has(other))));
+  }
+
+  only(...spectra) {
+    this.choose({ spectra });
     this.redraw();
   }
 
@@ -154,7 +165,7 @@ export class DensityCard {
     this.redraw();
   }
 
-  showTools(run, chosen, others, whole, theme) {
+  showTools({ run, others, whole, theme }, chosen) {
     const records = [...run.records, ...this.pins.map(({ record }) => record)];
     const present = SPECTRA.filter(({ field }) => records.some((record) => spectrumOf(record, field)));
     const line = ({ field, dash }) => swatch({ color: this.pins.length ? theme.muted : colorOfField(field, theme), dash });
@@ -167,7 +178,7 @@ export class DensityCard {
     const presets = [["training", both.slice(0, 1)], ["generalization", both.slice(1)], ["both", both]]
       .map(([text, fields]) => ({ text, isPressed: isOnly(fields), press: () => this.only(...fields) }));
     const axes = [["symlog", false], ["linear", true]]
-      .map(([text, isLinear]) => ({ text, isPressed: this.isLinear === isLinear, press: () => { this.isLinear = isLinear; this.redraw(); } }));
+      .map(([text, isLinear]) => ({ text, isPressed: this.isLinear === isLinear, press: () => this.setLinear(isLinear) }));
     const pinOthers = async () => this.pin(...(await whole(others)).map((other) => stateIn(other, sameTime(other, chosen.record), axisOf([other]))));
     keepFocus(this.tools, [
       segmented("Axis of eigenvalues", axes),

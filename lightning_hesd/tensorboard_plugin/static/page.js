@@ -99,7 +99,8 @@ class Page {
     const { detailed: run, record, theme, choices } = this;
     const others = this.runs.filter((other) => other !== run);
     const whole = (wanted) => this.store.whole(wanted.map(({ key }) => key));
-    return { run, record, others, whole, theme, quantity: quantityOf(run, choices.layers), by: this.axisOf([run]).kind };
+    const choose = (changes) => this.choose(changes);
+    return { run, record, others, whole, theme, choices, choose, quantity: quantityOf(run, choices.layers), by: this.axisOf([run]).kind };
   }
 
   // Choices ---------------------------------------------------------------------------------------------------------
