@@ -689,13 +689,11 @@ def test_in_tensorboard_itself(page: Page, address: str) -> None:
         page.driver.switch_to.frame(page.until("return document.querySelector('iframe')"))
         page.until("return document.body.dataset.detail === arguments[0]", chosen)
         # TensorBoard's own button reloads the tab, too.
-        page.script(
-            "window.kept = fetch; window.fetch = (...rest) => { window.asked = true; return window.kept(...rest) }"
+        page.script(NOTE_REQUESTS)
+        page.until(
+            "if (!window.asked.length) parent.document.querySelector('app-header-reload button').click();"
+            "return window.asked.length > 0"
         )
-        page.driver.switch_to.default_content()
-        page.script("document.querySelector('app-header-reload button').click()")
-        page.driver.switch_to.frame(page.until("return document.querySelector('iframe')"))
-        page.until("return window.asked.length > 0")
     finally:
         page.driver.switch_to.default_content()
 

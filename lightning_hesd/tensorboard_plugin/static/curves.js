@@ -9,6 +9,7 @@ import { errorBars } from "./uncertainty.js";
 
 const FEW = 80; // records up to which each gets a mark
 const SEEN = 12; // marks of a longer curve
+const CROWD = 12; // lines from which on each is thin, with few marks
 
 /**
  * Draw a chart.
@@ -25,11 +26,12 @@ export function chartFigure(chart, view) {
   const range = chart.rangeOf?.(lines, logarithmic) ?? rangeOf([...values, ...chart.thresholds.map(({ value }) => show(value))], logarithmic);
   const floor = logarithmic ? 10 ** Math.min(...range) : null; // what has no place on the axis reaches its end
   const opacity = 0.28 / Math.sqrt(members.length);
-  const picks = members.flatMap((member) => (member.runs ? [] : chart.quantities.flatMap((quantity) => picksOf(member, quantity, axis, theme, show))));
+  const runs = members.filter((member) => !member.runs);
+  const picks = runs.flatMap((run) => chart.quantities.flatMap((quantity) => picksOf(run, quantity, axis, theme, show, runs.length > CROWD)));
   return {
     data: [
       ...lines.filter(({ low }) => low).map((line) => bandOf(line, theme, (v) => (v === null ? null : (show(v) ?? floor)), opacity)),
-      ...lines.map((line) => curveOf(line, theme, show)),
+      ...lines.map((line) => curveOf(line, theme, show, members.length > CROWD)),
       ...picks, ...legendOf(chart, view),
     ],
     layout: layoutOf(theme, { ...axis.layout, range: axis.range },
@@ -93,16 +95,16 @@ function lineOf(member, quantity, axis) {
 }
 
 /** Draw a line: in the color and with the mark of its run or group, in the dash of the quantity. */
-function curveOf({ key, name, color: index, quantity, x, y, records, texts, run }, theme, show) {
+function curveOf({ key, name, color: index, quantity, x, y, records, texts, run }, theme, show, isCrowded) {
   const color = colorOf(theme, index);
   const candidates = quantity.candidatesOf && run ? quantity.candidatesOf(run) : null;
   const isFilled = (record) => !candidates?.size || candidates.has(record.global_step);
   const few = x.length <= FEW;
   return {
     x, y: y.map(show), name: literal(name), legendgroup: key, showlegend: false, mode: "lines+markers",
-    line: { color: color, width: 1.8, dash: quantity.dash },
+    line: { color: color, width: isCrowded ? 1.1 : 1.8, dash: quantity.dash },
     marker: {
-      symbol: symbolOf(index), size: 6.5, line: { color: color, width: 1.5 }, maxdisplayed: few ? 0 : SEEN,
+      symbol: symbolOf(index), size: isCrowded ? 5.5 : 6.5, line: { color: color, width: 1.5 }, maxdisplayed: few ? 0 : isCrowded ? SEEN / 2 : SEEN,
       color: few && records ? records.map((record) => (isFilled(record) ? color : theme.paper)) : color,
     },
     ...(quantity.hasErrors && run ? errorBars(run.records, show, color) : {}),
@@ -126,7 +128,7 @@ export const rulesBy = (run, scalar) =>
   run.rules.filter((rule, index, all) => rule.scalar === scalar && all.findIndex((one) => one.rule === rule.rule) === index);
 
 /** Return marks at the picks of rules, and a pale underlay where there are too many candidates to mark each. */
-function picksOf(run, { scalar, valuesOf }, axis, theme, show) {
+function picksOf(run, { scalar, valuesOf }, axis, theme, show, isCrowded) {
   const [x, y] = [run.records.map((r) => r[axis.key]), valuesOf(run).map(show)];
   const color = colorOf(theme, run.color);
   const shared = { hoverinfo: "skip", showlegend: false, legendgroup: run.key };
@@ -139,9 +141,9 @@ function picksOf(run, { scalar, valuesOf }, axis, theme, show) {
     };
     const star = {
       ...shared, x: at < 0 ? [] : [x[at]], y: at < 0 ? [] : [y[at]], mode: "markers", name: `pick: ${literal(rule.title)}`,
-      marker: { symbol: "star", size: 15, color: color, line: { color: theme.text, width: 1 } }, meta: { key: run.key, pick: rule.rule },
+      marker: { symbol: "star", size: isCrowded ? 10 : 15, color: color, line: { color: theme.text, width: 1 } }, meta: { key: run.key, pick: rule.rule },
     };
-    return run.records.length > FEW ? [underlay, star] : [star];
+    return run.records.length > FEW && !isCrowded ? [underlay, star] : [star];
   });
 }
 

@@ -31,8 +31,8 @@ export async function start(source, root) {
   const page = new Page(source, root);
   watchTheme((theme) => page.setTheme(theme));
   watchAddress(() => page.restore());
-  await page.refresh();
   source.onReload?.(() => page.refresh());
+  await page.refresh();
   if (source.live) setInterval(() => document.hidden || !page.follow || page.refresh(), source.live);
 }
 
