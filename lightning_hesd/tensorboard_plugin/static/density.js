@@ -147,7 +147,7 @@ export class DensityCard {
   }
 
   only(...spectra) {
-    this.choose({ spectra });
+    this.choose({ spectra: String(spectra) === String(FIELDS.slice(0, 2)) ? null : spectra });
     this.redraw();
   }
 
