@@ -320,6 +320,12 @@ def test_badges_say_what_is_unusual_and_why(page: Page, histories: Any) -> None:
     assert badges()["quasi-singular"] == f"{singular.evidence} {singular.action}"
     choose(page, 110)
     assert badges()["not verified"] == "kinks of the loss hide it"
+    undefined = {"spectra": {"spectrum": {"type": None, "reason": "no curvature"}}}
+    found = page.script(
+        "const [record] = arguments; return import('/data/plugin/hesd/state.js').then((m) => m.badgesOf(record))",
+        undefined,
+    )
+    assert (found[0]["badge"], found[0]["why"]) == ("no C_t", "no curvature")
 
 
 def card_of(page: Page, figure: str) -> tuple[int, str]:
