@@ -161,6 +161,7 @@ def test_groups_have_mean_and_standard_deviation(page: Page, pattern: str) -> No
         assert curve["x"] == list(EPOCHS)
         assert curve["y"] == pytest.approx(sign * mean, rel=1e-6)
         assert band["y"] == pytest.approx(sign * np.array([*(mean + deviation), *(mean - deviation)[::-1]]), rel=1e-5)
+    assert page.text("#ct-keys") == "mean of a group; band: ± standard deviation"
     assert page.script("return document.querySelectorAll('#runs .run.group').length") == 4
     page.click("#runs .run.member", "lr=0.2/seed=0")
     page.until("return document.querySelectorAll('#runs .group')[1].innerText.includes('2 of 3')")

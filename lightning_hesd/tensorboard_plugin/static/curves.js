@@ -164,7 +164,8 @@ function legendOf({ quantities }, { members, theme }) {
   const rules = quantities.flatMap(({ scalar }) => runs.flatMap((run) => (scalar ? rulesBy(run, scalar) : [])));
   const hasCandidates = quantities.some(({ candidatesOf }) => candidatesOf && runs.some((run) => candidatesOf(run).size));
   const marks = hasCandidates ? [marked("candidate", "circle"), marked("not a candidate", "circle", false)] : [];
-  return [...named, ...dashes, ...marks, ...[...new Set(rules.map(({ title }) => title))].map((title) => marked(title, "star"))];
+  const means = runs.length < members.length ? [entry("mean of a group; band: ± standard deviation", { mode: "lines", line: { color: theme.muted, width: 1.8 } })] : [];
+  return [...named, ...means, ...dashes, ...marks, ...[...new Set(rules.map(({ title }) => title))].map((title) => marked(title, "star"))];
 }
 
 /** Return the thresholds, and what they separate. */

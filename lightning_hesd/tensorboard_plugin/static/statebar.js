@@ -3,6 +3,7 @@
 import { when } from "./axis.js";
 import { spectrumOf } from "./data.js";
 import { button, element, keepFocus, menu, number, typeset } from "./dom.js";
+import { intervalOf, within } from "./uncertainty.js";
 
 const KEYS = { ArrowLeft: -1, ArrowRight: 1 };
 const TAKE_ARROWS = "input, select, textarea, [contenteditable], .scroll";
@@ -63,6 +64,6 @@ function factsOf(record) {
   const spectrum = spectrumOf(record);
   if (!spectrum) return [record.error ? "The analysis failed." : "There is no spectrum on the training data."];
   const { c_t: value, c_t_low: low, c_t_high: high, lambda_max: largest, loss, type } = spectrum;
-  const ofCt = type === null ? "C_t undefined" : `C_t = ${value === null ? "−∞" : number(value, 3)} [${number(low, 3)}, ${number(high, 3)}], ${type}`;
+  const ofCt = type === null ? "C_t undefined" : `C_t = ${value === null ? "−∞" : within(value, low, high)} ${intervalOf(low, high)}, ${type}`;
   return typeset([ofCt, `λ_max = ${number(largest, 3)}`, `loss ${number(loss, 3)}`].join(" · "));
 }

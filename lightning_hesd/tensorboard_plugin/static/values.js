@@ -3,6 +3,7 @@
 import { element, number, typeset } from "./dom.js";
 import { swatch } from "./swatches.js";
 import { colorOf, symbolOf } from "./theme.js";
+import { intervalOf, withError, within } from "./uncertainty.js";
 
 const IN_COLUMN = 18; // of a column
 const SHIFT = 18; // pixels from the pointer
@@ -94,7 +95,6 @@ function rowOf({ line, step, values }, theme, isNearest) {
 function inCell(found) {
   if (found === null) return ["–"];
   const { value, bounds, count } = found;
-  if (!count) return [number(value), ...(bounds ? [element("small", {}, ` [${number(bounds[0], 3)}, ${number(bounds[1], 3)}]`)] : [])];
-  const deviation = bounds ? ` ± ${number((bounds[1] - bounds[0]) / 2, 2)}` : "";
-  return [`${number(value)}${deviation}`, element("small", {}, ` (${count[0]} of ${count[1]})`)];
+  if (count) return [withError(value, bounds && (bounds[1] - bounds[0]) / 2), element("small", {}, ` (${count[0]} of ${count[1]})`)];
+  return bounds ? [within(value, ...bounds), element("small", {}, ` ${intervalOf(...bounds)}`)] : [number(value)];
 }
