@@ -12,6 +12,8 @@ SHARED = (
     "axis.js",
     "distribution.js",
     "base.js",
+    "figure_code.js",
+    "export.js",
     "uncertainty.js",
     "grouping.js",
     "curves.js",
@@ -38,6 +40,7 @@ SHARED = (
 """Modules of both frontends, each after the modules it imports."""
 
 REPORT = "report.js"
+REPORT_STYLE = "report.css"
 STYLE = "style.css"
 STATIC = ("index.js", *SHARED, STYLE)
 """Files that the tab may request."""
@@ -46,7 +49,7 @@ PLOTLY = "plotly.min.js"
 
 
 def content(name: str) -> bytes:
-    """Return the content of a file of `STATIC`, `REPORT` or `PLOTLY`."""
+    """Return the content of a file of `STATIC`, `REPORT`, `REPORT_STYLE` or `PLOTLY`."""
     if name == PLOTLY:
         return (files("plotly") / "package_data" / PLOTLY).read_bytes()
     return (files("lightning_hesd.tensorboard_plugin") / "static" / name).read_bytes()

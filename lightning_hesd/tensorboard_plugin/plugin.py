@@ -82,7 +82,7 @@ class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
         return respond
 
     def _runs(self, _request: Request, context: Any, experiment: str) -> dict[str, Any]:
-        """Return the runs with payloads, and a value for each callback that changes when records are added."""
+        """Return the log directory, and the runs with payloads; values by callback change when records are added."""
         listed = self._listed(context, experiment)
         # In the order in which TensorBoard gives colors to runs, those without payloads included.
         runs = sorted(
@@ -90,6 +90,7 @@ class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
             key=lambda run: (float("inf") if run.start_time is None else run.start_time, run.run_name),
         )
         return {
+            "folder": self._provider.experiment_metadata(context, experiment_id=experiment).data_location,
             "runs": [
                 {
                     "run": run.run_name,
@@ -105,7 +106,7 @@ class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
                 }
                 for color, run in enumerate(runs)
                 if run.run_name in listed
-            ]
+            ],
         }
 
     def _records(self, request: Request, context: Any, experiment: str) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class AnalysisRun:
         self._source = source
         self._recorder = recorder
         self._monitor = monitor
-        self._outputs = RunOutputs(source.name, in_progress_bar=progress)
+        self._outputs = RunOutputs(source.name, source.given, in_progress_bar=progress)
         self._cost = CostNotice(source, is_shown=progress or source.verbose)
         self._set_up_by: str | None = None
         self._trained_by: str | None = None

@@ -23,6 +23,7 @@ from lightning_hesd.plotting import (
     plot_losses_along,
 )
 from lightning_hesd.plotting.cumulative import BOTTOM, numbers_beyond
+from lightning_hesd.spectra.digits import interval
 from tests.example_spectra import SMALL_POPULATION, analyze
 from tests.spectra.nodes import spectrum
 
@@ -109,10 +110,10 @@ def test_draws_on_the_axes_it_is_given(plot: Any, count: int) -> None:
 
 
 def test_title_tells_type_and_interval() -> None:
-    assert describe(spectrum(-1.0, 4.0), "epoch 3") == "epoch 3   MP-HESD\n$C_t$ = -0.25  [-0.25, -0.25]"
+    assert describe(spectrum(-1.0, 4.0), "epoch 3") == "epoch 3   MP-HESD\n$C_t$ = −0.25  [−0.25, −0.25]"
     low, high = (uncertain := spectrum(-2.0, 4.0, residual=1.0)).c_t_interval
     assert low < -0.6 < -0.5 < high
-    assert describe(uncertain) == f"MP-HESD (uncertain)\n$C_t$ = -0.5  [{low:.4g}, {high:.4g}]"
+    assert describe(uncertain) == f"MP-HESD (uncertain)\n$C_t$ = −0.5  {interval(low, high)}"
     assert describe(spectrum(0.0, reason="none"), "start") == "start\n$C_t$ undefined: no curvature"
 
 

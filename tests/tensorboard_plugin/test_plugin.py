@@ -274,7 +274,7 @@ def test_errors_say_what_is_wrong(trained: tuple[Path, Any]) -> None:
 
 def test_an_empty_log_directory(tmp_path: Path) -> None:
     tab = Tab(tmp_path)
-    assert tab.get("runs") == (200, {"runs": []})
+    assert tab.get("runs") == (200, {"folder": str(tmp_path), "runs": []})
     assert tab.get("records", **RUN)[0] == 404
 
 

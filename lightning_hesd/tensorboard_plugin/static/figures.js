@@ -1,7 +1,7 @@
 /** The figures of the page: drawing, zoom, the legend beside each, and what happens at the pointer. */
 
 import { axisTicks } from "./axis.js";
-import { download, element } from "./dom.js";
+import { element } from "./dom.js";
 import { keysOf } from "./swatches.js";
 
 const CONFIG = { displayModeBar: false, displaylogo: false, doubleClick: false }; // without it, Plotly would draw anew
@@ -109,15 +109,9 @@ export class Figures {
       }
   }
 
-  /** Save a figure with its title, a text for Plotly, which the page has outside the figure. */
-  async save(id, title, format) {
-    const node = document.getElementById(id);
-    if (!node.data) return;
-    const { clientWidth: width, clientHeight: height } = node;
-    const layout = { ...node.layout, showlegend: true, title: { text: title, font: { size: 14 }, x: 0.02 }, margin: { ...node.layout.margin, t: 76 } };
-    const data = node.data.filter(({ visible }) => visible !== "legendonly"); // what is hidden is not in the picture
-    const url = await Plotly.toImage({ data, layout }, { format, width, height: height + 60, scale: format === "png" ? 3 : 1 });
-    download(`hesd-${id}.${format}`, url, null);
+  /** Return a figure that is drawn, with its zoom. */
+  figureOf(id) {
+    return { data: document.getElementById(id).data, layout: this.layoutOf(id) };
   }
 }
 

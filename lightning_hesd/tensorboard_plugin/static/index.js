@@ -18,6 +18,10 @@ export async function render() {
     load: (run, name) => answer("records", { run, name }),
     loadBrief: (run, name) => answer("records", { run, name, brief: 1 }),
     judge: (runs, metric) => answer("judgment", [["metric", metric], ...runs.flatMap(({ run, name }) => [["run", run], ["name", name]])]),
+    folderOf: async (run) => {
+      const { folder } = await answer("runs");
+      return run === "." ? folder : folder ? `${folder.replace(/\/$/, "")}/${run}` : run;
+    },
     live: LIVE_MS,
     onReload,
   };

@@ -11,7 +11,7 @@ Trainer(logger=TensorBoardLogger("runs"), callbacks=[HessianSpectrumCallback()])
 /**
  * Put the parts of the page into `root` and return those that are filled later.
  * @param {HTMLElement} root
- * @param {{save: function(string, string, string), reset: function(string), openTable: function(), saveJudgment: function()}} actions
+ * @param {{exportFigure: function(string, string), reset: function(string), openTable: function(), saveJudgment: function()}} actions
  */
 export function layOut(root, actions) {
   const parts = {
@@ -115,11 +115,10 @@ function judgmentCard({ saveJudgment }) {
   return { ...parts, card };
 }
 
-/** Make the card of a figure: title, buttons to save it, the figure, and a caption. */
-function figureCard({ save, reset }, id, title, caption, more = "") {
+/** Make the card of a figure: title, buttons, the figure, and a caption. */
+function figureCard({ exportFigure, reset }, id, title, caption, more = "") {
   const tools = element("span", { class: "export" },
-    button("PNG", `Save “${title}” as PNG`, () => save(id, title, "png")),
-    button("SVG", `Save “${title}” as SVG`, () => save(id, title, "svg")),
+    button("Export", `Export “${title}” as PNG, SVG, PDF or Python code`, () => exportFigure(id, title)),
     button("Reset", `Reset the zoom of “${title}”`, () => reset(id)));
   return element(
     "figure",

@@ -7,7 +7,8 @@ import { cursor, mapFigure } from "./details.js";
 import { LayersCard } from "./layers.js";
 import { pickOf } from "./words.js";
 
-export const OF_ONE_RUN = ["map", "density", "cumulative", "along", "layers"];
+export const OF_ONE_STATE = ["density", "cumulative", "along"];
+export const OF_ONE_RUN = ["map", "layers", ...OF_ONE_STATE];
 
 export class OneRun {
   /**

@@ -3,15 +3,15 @@
 import { link, readChoices, watchAddress, writeChoices } from "./address.js";
 import { CHARTS, AllRuns, nearestOf } from "./allruns.js";
 import { axisOf, hasTimes } from "./axis.js";
-import { indexed, literal } from "./base.js";
 import { quantitiesOf, quantityOf } from "./data.js";
 import { fillTable, saveCsv, saveJson } from "./datatable.js";
 import { button, copyButton, element, keepFocus, menu } from "./dom.js";
+import { openExport } from "./export.js";
 import { Figures } from "./figures.js";
 import { groupsOf, patternOf } from "./grouping.js";
 import { JudgmentCard } from "./judgment.js";
 import { layOut } from "./layout.js";
-import { OF_ONE_RUN, OneRun } from "./onerun.js";
+import { OF_ONE_RUN, OF_ONE_STATE, OneRun } from "./onerun.js";
 import { RunList } from "./runlist.js";
 import { RunStore } from "./runstore.js";
 import { StateBar } from "./statebar.js";
@@ -24,7 +24,8 @@ const WRITE_MS = 150; // browsers allow few changes of the address in a short ti
  * Show runs.
  * @param {{runs: function(): Promise<Object>, load: function(string, string): Promise<Object>,
  *   loadBrief: function(string, string): Promise<Object>,
- *   judge: function({run: string, name: string}[], string): Promise<Object>, live: ?number, onReload: ?function(function())}} source
+ *   judge: function({run: string, name: string}[], string): Promise<Object>,
+ *   folderOf: function(string): Promise<string>, live: ?number, onReload: ?function(function())}} source
  * @param {HTMLElement} root
  */
 export async function start(source, root) {
@@ -44,7 +45,7 @@ class Page {
     this.choices = readChoices();
     this.follow = true;
     this.parts = layOut(root, {
-      save: (id, title, format) => this.save(id, title, format),
+      exportFigure: (id, title) => this.exportFigure(id, title),
       reset: (id) => this.figures.reset(id),
       openTable: () => fillTable(this.parts.table, this.runs),
       saveJudgment: () => this.judgment.save(),
@@ -290,8 +291,11 @@ class Page {
     await this.oneRun.draw(detail);
   }
 
-  save(id, title, format) {
-    const text = OF_ONE_RUN.includes(id) ? `${indexed(title)}, ${literal(this.detailed.run)}` : indexed(title);
-    this.figures.save(id, text, format);
+  /** Open the export of a figure. */
+  exportFigure(id, title) {
+    const { run, record, quantity, theme } = this.detail;
+    const runs = OF_ONE_RUN.includes(id) ? [run] : this.runs;
+    const shown = { id, title, figure: this.figures.figureOf(id), runs, record: OF_ONE_STATE.includes(id) ? record : null, axis: this.axisOf(runs) };
+    openExport({ ...shown, quantity, theme, folderOf: this.source.folderOf });
   }
 }

@@ -2,6 +2,8 @@
 
 import { start } from "./page.js";
 
+const PAPER = 680; // pixels between the margins of A4
+
 const compressed = Uint8Array.from(atob(document.getElementById("hesd-data").textContent), (letter) => letter.charCodeAt(0));
 const inlined = await new Response(new Blob([compressed]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
 start(
@@ -15,7 +17,20 @@ start(
       if (found.error) throw new Error(found.error);
       return found;
     },
+    folderOf: async (run) => inlined.runs.find((one) => one.run === run).folder ?? run,
     live: null,
   },
   document.getElementById("hesd")
 );
+
+/** Give figures the width of the paper, or of their cards again; printing does not wait, so that all is done at once. */
+function fitTo(width) {
+  for (const node of document.querySelectorAll(".js-plotly-plot")) Plotly.relayout(node, width ? { width, autosize: false } : { width: null, autosize: true });
+}
+
+window.addEventListener("beforeprint", () => {
+  if (document.querySelector("body > .sheet")) return; // a single figure, which is as wide as it must be
+  for (const details of document.querySelectorAll("#findings details")) details.open = true;
+  fitTo(PAPER);
+});
+window.addEventListener("afterprint", () => fitTo(null));

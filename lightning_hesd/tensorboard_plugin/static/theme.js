@@ -1,6 +1,6 @@
 /** Colors, for light and dark. Those with a meaning are of Okabe & Ito (2008): color-blind readers tell them apart. */
 
-const LIGHT = {
+export const LIGHT = {
   dark: false,
   text: "#202124",
   muted: "#5f6368",
@@ -56,13 +56,19 @@ export function faint(color, opacity) {
 export function watchTheme(callback) {
   const system = window.matchMedia("(prefers-color-scheme: dark)");
   const host = hostBody();
+  let isPrinting = false;
   const update = () => {
-    const dark = host ? host.classList.contains("dark-mode") : system.matches;
+    const dark = !isPrinting && (host ? host.classList.contains("dark-mode") : system.matches);
     document.documentElement.dataset.theme = dark ? "dark" : "light";
     callback(dark ? DARK : LIGHT);
   };
   if (host) new MutationObserver(update).observe(host, { attributeFilter: ["class"] });
   else system.addEventListener("change", update);
+  for (const [event, printing] of [["beforeprint", true], ["afterprint", false]])
+    window.addEventListener(event, () => {
+      isPrinting = printing; // on paper everything is light
+      update();
+    });
   update();
 }
 

@@ -129,6 +129,7 @@ def saved(history: SpectrumHistory) -> Iterator[Path]:
     """
     copy = SpectrumHistory()  # the history itself would remember the folder
     copy.extend(history)
+    copy.about = history.about
     with tempfile.TemporaryDirectory() as folder:
         copy.save(folder)
         yield Path(folder)
