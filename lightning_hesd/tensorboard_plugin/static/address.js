@@ -1,6 +1,7 @@
 /** What the reader has chosen, kept in the address: a reload and a copied link restore it. */
 
 const PREFIX = "p.hesd."; // TensorBoard's scheme for plugins, in its own address: #hesd&p.hesd.filter=...
+const WRITE_MS = 150;
 const COLORED_BY = "regex:"; // as TensorBoard writes it into its address
 
 /**
@@ -72,6 +73,14 @@ export function writeChoices(choices) {
   const address = new URL(page.location.href);
   address.hash = [...others, ...own].join("&");
   if (address.href !== page.location.href) page.history.replaceState(page.history.state, "", address.href);
+}
+
+let writing = null;
+
+/** Write the choices a moment after the last of several changes: browsers allow few changes of the address in a short time. */
+export function writeSoon(choices) {
+  clearTimeout(writing);
+  writing = setTimeout(() => writeChoices(choices), WRITE_MS);
 }
 
 const encoded = (value) => (isText(value) ? value : JSON.stringify(value));
