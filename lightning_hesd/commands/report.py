@@ -73,8 +73,9 @@ def run_data(log_dir: str | os.PathLike[str], name: str = "hesd") -> dict[str, A
     if not history:
         msg = f"the history in {log_dir} has no records yet."
         raise ValueError(msg)
-    *earlier, last = history
-    records = [*map(record_payload, earlier), record_payload(last, history.findings)]
+    compared = [history.compare_with_reference(index) for index in range(len(history))]
+    records = [record_payload(record, compared=found) for record, found in zip(history, compared, strict=True)]
+    records[-1] = record_payload(history[-1], history.findings, compared[-1])
     own = joined(log_dir, name)
     with fetched(own if exists(own) else log_dir) as folder:
         selections, problems = _selections(folder / SELECTIONS_NAME)

@@ -12,6 +12,7 @@ SHARED = (
     "curves.js",
     "details.js",
     "words.js",
+    "reference.js",
     "judgment.js",
     "layout.js",
     "page.js",

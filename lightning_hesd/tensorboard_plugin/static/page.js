@@ -7,6 +7,7 @@ import { cumulativeFigure, cursor, densityFigure, layersFigure, lossesAlongFigur
 import { button, download, element, keepFocus, menu, table } from "./dom.js";
 import { JudgmentCard } from "./judgment.js";
 import { layOut } from "./layout.js";
+import { referenceOf } from "./reference.js";
 import { SYMBOLS, colorOf, watchTheme } from "./theme.js";
 import { assessmentOf, findingsOf, pickOf, summary } from "./words.js";
 
@@ -301,6 +302,7 @@ class Page {
     const { detailed: run, record, theme } = this;
     const axis = axisOf([run]);
     this.parts.assessment.replaceChildren(...assessmentOf(record, axis));
+    this.parts.reference.replaceChildren(...referenceOf(record));
     const shown = `${run.run}, ${when(record, axis)}. Extremes and the number of negative eigenvalues are in the assessment.`;
     const missing = missingBand(record);
     const spectrum = spectrumOf(record);
