@@ -20,7 +20,6 @@ from benchmarks.reference_networks import CONFIGURATIONS, QUICK, Configuration, 
 from benchmarks.reference_report import Fault, Network, page
 from lightning_hesd import SpectrumHistory
 from lightning_hesd.spectra import reference_table
-from lightning_hesd.spectra.record import START_EPOCH
 from lightning_hesd.spectra.reference_range import compare_with_reference
 from lightning_hesd.spectra.reference_table import ReferenceState, phase_by_loss, quantities_of, states_text
 from lightning_hesd.training.history_folder import INDEX_NAME
@@ -41,8 +40,10 @@ OF_ANALYSES = {"failed", "unverified", "cost"}
 """Planted faults without another spectrum."""
 
 
-def histories(seeds: int, size: Size, runs: Path, *, few: bool) -> Iterator[tuple[Configuration, int, SpectrumHistory]]:
-    """Train what is not in the folder yet.
+def histories(
+    seeds: int, size: Size, runs: Path, *, few: bool = False, trained_only: bool = False
+) -> Iterator[tuple[Configuration, int, SpectrumHistory]]:
+    """Train what is not in the folder yet, unless only trained networks are wanted; `few`: one of each kind.
 
     Yields:
         Configuration, seed and records of each network; those of one seed come before those of the next.
@@ -51,6 +52,8 @@ def histories(seeds: int, size: Size, runs: Path, *, few: bool) -> Iterator[tupl
     for seed, configuration in itertools.product(range(seeds), chosen):
         folder = runs / f"{configuration.name}-{seed}"
         if not (folder / INDEX_NAME).exists():
+            if trained_only:
+                continue
             train(configuration, seed, size).save(folder)
             print(configuration.words, f"seed {seed}", flush=True)
         yield configuration, seed, SpectrumHistory.load(folder)
@@ -66,10 +69,10 @@ def states_of(
         spectrum = record.spectrum
         if spectrum is None:
             continue
-        phase = "start" if record.epoch == START_EPOCH else phase_by_loss(spectrum.loss, start)
+        phase = phase_by_loss(spectrum.loss, start)
         number = CONFIGURATIONS.index(configuration)
         plain = (number, seed, configuration.architecture, spectrum.dimension)
-        found[str(phase)] = ReferenceState(*plain, str(phase), quantities_of(spectrum)), spectrum
+        found[str(phase)] = ReferenceState(*plain, str(phase), quantities_of(spectrum, start)), spectrum
     return list(found.values())
 
 
@@ -92,7 +95,7 @@ def faults(size: planted_faults.Size, states: Sequence[ReferenceState]) -> Itera
             start, last = start_loss(history), history[-1].spectrum
             if last is None:
                 continue
-            compared = compare_with_reference(last, phase=phase_by_loss(last.loss, start), states=states)
+            compared = compare_with_reference(last, start_loss=start, states=states)
             print(case.name, compared.sentence, flush=True)
             yield Fault(case.name, case.key, compared)
 
@@ -103,6 +106,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="networks of each configuration (default: %(default)s)")
     parser.add_argument("--runs", type=Path, help=f"folder of the trainings (default: {RUNS}, OUT/runs with --quick)")
     parser.add_argument("--table", type=Path, help=f"default: {TABLE}, in OUT with --quick")
+    parser.add_argument("--trained-only", action="store_true", help="take the networks trained so far, train no more")
     parser.add_argument("--quick", action="store_true", help="tiny settings, to test the program")
     parser.add_argument("--out", type=Path, default=RESULTS, help="default: %(default)s")
     args = parser.parse_args()
@@ -110,8 +114,10 @@ def main() -> None:
     size = QUICK if args.quick else Size()
     runs = args.runs or (args.out / "runs" if args.quick else RUNS)
     target = args.table or (args.out / reference_table.TABLE if args.quick else TABLE)
-    networks, left_out = [], []
-    for configuration, seed, history in histories(args.seeds, size, runs, few=args.quick):
+    found = histories(args.seeds, size, runs, few=args.quick, trained_only=args.trained_only)
+    networks: list[Network] = []
+    left_out: list[Network] = []
+    for configuration, seed, history in found:
         states = states_of(configuration, seed, history)
         losses = np.array([record.spectrum.loss for record in history if record.spectrum is not None])
         network = Network(configuration, seed, states, float(losses[-1] / losses[0]))

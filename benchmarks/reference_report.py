@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from examples.shared import Table, markdown
+from lightning_hesd.spectra.indicators import effective_rank
 from lightning_hesd.spectra.reference_range import LEAST_NETWORKS, between, range_of, similar
 from lightning_hesd.spectra.reference_table import ARCHITECTURES, PHASES, QUANTITIES
 
@@ -35,8 +36,8 @@ most 8 batches. Of each network the table has the last state of each phase: *sta
 *middle*, *late*: with more than half, with a tenth to half, with less than a tenth of the loss at the start left.
 {left_out}
 
-*Usual* is what lies between the quantiles of 10 % and 90 % of the networks of the same kind and phase with a fifth to
-five times as many parameters, *unusual* what lies beyond, *outside* what none of them reached. With fewer than
+*Usual* is what lies between the quantiles of 10 % and 90 % of the networks of the same kind and phase with a tenth to
+ten times as many parameters, *unusual* what lies beyond, *outside* what none of them reached. With fewer than
 {least} networks there is no comparison. Where an interval contains a quantity (C_t, numbers of eigenvalues), the
 whole interval must lie beyond; one that is wider than the usual range is not compared.
 """
@@ -65,20 +66,20 @@ NORMALIZATION = """\
 
 A quantity can be compared between networks of different sizes if it hardly depends on the number of parameters n.
 Columns: the rank correlation with n, and the factor between the quantiles of 10 % and 90 %, over the networks of a
-kind and phase, as medians over kinds and phases. Those in bold are compared.
+kind and phase, as medians over kinds and phases; late in training alone in brackets. Those in bold are compared.
 
-- **C_t** has no unit and depends on neither the scale of the loss nor, in networks with normalization, that of the
-  weights.
-- **λ_max·‖w‖²/loss**: multiplying all weights by a divides λ_max by a² and multiplies ‖w‖² by it where the network's
-  function stays the same, as with batch normalization. In ReLU networks without normalization, which such a factor
-  changes, it is the curvature in steps relative to the weights. Dividing by the loss removes the unit of the loss,
-  and most of the fall with training that λ_max shares with a cross-entropy.
-- **Eigenvalues below −λ_max/100**, as a share of n, by proven bounds. The number below zero itself has bounds that
-  are too wide to compare: thousands of eigenvalues lie next to zero.
-- **Effective rank** as it is: exp of the entropy of |λ|/Σ|λ|. It is not divided by the number of classes, which a
-  spectrum does not tell.
-- **Largest share of a layer in the trace** as it is; it depends on the number of layers, which similar networks share
-  roughly.
+- **C_t** has no unit, and the scale of the loss does not change it.
+- **λ_max·‖w‖²/loss at the start.** Where a factor on all weights leaves the function the same, as before batch
+  normalization, λ_max changes by its inverse square and ‖w‖² by its square, so that the product stays. In ReLU
+  networks without normalization it is the curvature in steps relative to the weights. Dividing by the loss before the
+  first step removes the unit of the loss; dividing by the present loss, which may be near zero, spreads the values
+  more.
+- **Eigenvalues below −λ_max/100** as a share of n, by proven bounds. The number below zero itself has bounds that are
+  too wide to compare: thousands of eigenvalues lie next to zero.
+- **Stable rank**, Σλ²/λ_max². The effective rank by entropy, exp of the entropy of |λ|/Σ|λ|, grows with n, since the
+  many small eigenvalues dominate it. Neither is divided by the number of classes, which a spectrum does not tell.
+- **Largest share of a layer in the trace**, with two standard errors, where the trace is positive by two standard
+  errors; before the first step it usually is not.
 """
 
 
@@ -239,36 +240,43 @@ def normalization(networks: Sequence[Network]) -> Table:
         "**−C_t**": lambda s, _: -s.c_t,
         "λ_max": lambda s, _: s.lambda_max,
         "λ_max·‖w‖²": lambda s, _: s.lambda_max * (s.squared_weight_norm or math.nan),
-        "**λ_max·‖w‖²/loss**": lambda _, state: state.values["relative_curvature"][0],
-        "eigenvalues below −λ_max/100, at least": lambda s, state: state.values["far_negative_share"][0] * s.dimension,
+        "λ_max·‖w‖²/loss": lambda s, _: s.lambda_max * (s.squared_weight_norm or math.nan) / s.loss,
+        "**λ_max·‖w‖²/loss at the start**": lambda _, state: state.values["relative_curvature"][0],
+        "number of eigenvalues below −λ_max/100, at least": lambda s, v: (
+            v.values["far_negative_share"][0] * s.dimension
+        ),
         "**the same as a share of n**": lambda _, state: state.values["far_negative_share"][0],
         "negative eigenvalues as a share of n, at least": lambda s, _: s.negative_count[0] / s.dimension,
         "negative eigenvalues as a share of n, at most": lambda s, _: s.negative_count[1] / s.dimension,
-        "**effective rank**": lambda _, state: state.values["effective_rank"][0],
-        "effective rank / n": lambda s, state: state.values["effective_rank"][0] / s.dimension,
-        "**largest share of a layer**": lambda _, state: state.values["largest_share"][0],
-        "the same times the number of layers": lambda s, state: state.values["largest_share"][0] * len(s.by_layer),
+        "effective rank by entropy": lambda s, _: effective_rank(s),
+        "**stable rank**": lambda _, state: state.values["stable_rank"][0],
+        "**largest share of a layer, at least**": lambda _, state: state.values["largest_share"][0],
     }
     pairs = {id(state): spectrum for network in networks for state, spectrum in network.states}
     every = [state for network in networks for state, _ in network.states]
     rows = []
     for name, of in candidates.items():
-        found = [
-            (np.array([state.dimension for state in members]), np.array([of(pairs[id(s)], s) for s in members]))
-            for _, _, members in groups(every)
-        ]
-        known = [(n[v > 0], v[v > 0]) for n, v in found if np.count_nonzero(v > 0) >= LEAST_NETWORKS]
-        if not known:
-            continue
-        correlations = [_rank_correlation(n, values) for n, values in known]
-        spreads = [np.quantile(values, 0.9) / np.quantile(values, 0.1) for _, values in known]
-        rows.append([name, f"{np.median(correlations):+.2f}", f"{np.median(spreads):.1f}"])
+        found = []
+        for _, phase, members in groups(every):
+            values = np.array([of(pairs[id(state)], state) for state in members])
+            sizes = np.array([state.dimension for state in members])[values > 0]
+            if len(sizes) >= LEAST_NETWORKS:
+                spread = np.quantile(values[values > 0], 0.9) / np.quantile(values[values > 0], 0.1)
+                found.append((phase, _rank_correlation(sizes, values[values > 0]), float(spread)))
+        rows.append([name, _medians(found, 1, "+.2f"), _medians(found, 2, ".1f")])
     return Table(["quantity", "correlation with n", "factor of spread"], rows)
 
 
+def _medians(found: Sequence[tuple[str, float, float]], column: int, digits: str) -> str:
+    """Return the median over all groups, and in brackets that over those late in training."""
+    every, late = found, [row for row in found if row[0] == "late"]
+    texts = [f"{np.median([row[column] for row in rows]):{digits}}" if rows else "-" for rows in (every, late)]
+    return f"{texts[0]} ({texts[1]})"
+
+
 def _rank_correlation(first: Array, second: Array) -> float:
-    ranks = [np.argsort(np.argsort(values)) for values in (first, second)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    ranks = np.array([np.argsort(np.argsort(values)) for values in (first, second)])
+    return float(np.corrcoef(ranks)[0, 1])
 
 
 def listed(networks: Sequence[Network]) -> Table:

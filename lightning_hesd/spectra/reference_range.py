@@ -11,7 +11,6 @@ import numpy as np
 from lightning_hesd.spectra.record import START_EPOCH
 from lightning_hesd.spectra.reference_table import (
     ARCHITECTURES,
-    PHASES,
     QUANTITIES,
     SOURCE,
     Interval,
@@ -33,7 +32,7 @@ Answer = Literal["usual", "unusual", "outside what we have seen", "no comparison
 USUAL = (0.1, 0.9)
 """Quantiles of the similar networks between which a value is usual."""
 
-FACTOR = 5.0
+FACTOR = 10.0
 """Networks are similar in size if one has up to this many times as many parameters as the other."""
 
 LEAST_NETWORKS = 10
@@ -173,26 +172,26 @@ class ReferenceComparison:
 def compare_with_reference(
     spectrum: Spectrum,
     *,
-    phase: Phase | None = None,
+    start_loss: float | None = None,
     architecture: str | None = None,
     states: Sequence[ReferenceState] | None = None,
 ) -> ReferenceComparison:
     """Compare a spectrum with those of similar networks that we trained, small ones on small data.
 
-    Similar networks are of the same kind, have a fifth to five times as many parameters, and are in the same phase of
+    Similar networks are of the same kind, have a tenth to ten times as many parameters, and are in the same phase of
     training. With fewer than ten of them there is no comparison.
 
     Args:
         spectrum: The spectrum of the Hessian over all parameters of a network.
-        phase: "start": before the first step; "early", "middle", "late": with more than half, with a tenth to half,
-            with less than a tenth of the loss before the first step left. None: trained, but unknown how far; it is
-            compared with all trained states.
+        start_loss: Loss before the first step; that of the spectrum itself if it is of then. It tells the phase of
+            training: more than half, a tenth to half, or less than a tenth of it is left. None: unknown; the spectrum
+            is compared with all trained states.
         architecture: Kind of the network: "perceptron", "convolution" or "attention"; "": compare by size alone. None:
             that of the spectrum, which an analysis recognizes by the kinds of modules.
         states: Compare with these instead of those in the package.
 
     Raises:
-        ValueError: If `phase` or `architecture` is unknown.
+        ValueError: If `architecture` is unknown.
 
     Examples:
         >>> from lightning_hesd import Spectrum
@@ -200,8 +199,7 @@ def compare_with_reference(
         >>> compare_with_reference(spectrum).reason.partition(", ")[2]  # two parameters are too few
         'and the table has none'
     """
-    if phase is not None:
-        check_choice("phase", phase, PHASES)
+    phase = phase_by_loss(spectrum.loss, start_loss)
     if architecture is None:
         architecture = spectrum.architecture
     else:
@@ -216,7 +214,7 @@ def compare_with_reference(
         return ReferenceComparison("", count, (), f"it takes {wanted}, and the table has {count or 'none'}")
     sizes = [state.dimension for state in found]
     among = f"{count} {_described(architecture, min(sizes), max(sizes), phase)}"
-    return ReferenceComparison(among, count, tuple(_compared(quantities_of(spectrum), found)))
+    return ReferenceComparison(among, count, tuple(_compared(quantities_of(spectrum, start_loss), found)))
 
 
 def compare_run_with_reference(records: Sequence[SpectrumRecord], index: int = -1) -> ReferenceComparison | None:
@@ -232,16 +230,14 @@ def compare_run_with_reference(records: Sequence[SpectrumRecord], index: int = -
     record = records[index]
     if record.spectrum is None:
         return None
-    if record.epoch == START_EPOCH:
-        return compare_with_reference(record.spectrum, phase="start")
     starts = (other.spectrum.loss for other in records if other.epoch == START_EPOCH and other.spectrum is not None)
-    return compare_with_reference(record.spectrum, phase=phase_by_loss(record.spectrum.loss, next(starts, None)))
+    return compare_with_reference(record.spectrum, start_loss=next(starts, None))
 
 
 def similar(
     states: Sequence[ReferenceState], architecture: str, dimension: int, phase: Phase | None
 ) -> list[ReferenceState]:
-    """Return the states of similar networks; arguments as for `compare_with_reference`."""
+    """Return the states of similar networks in a phase; None: in all but the start."""
     return [
         state
         for state in states

@@ -12,8 +12,6 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
-from lightning_hesd.spectra.indicators import effective_rank
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
@@ -25,7 +23,7 @@ SOURCE = "benchmarks/reference_range.py"
 TABLE = "reference_range.csv"
 
 Phase = Literal["start", "early", "middle", "late"]
-"""Phase of training: "start" is before the first step; the others go by the loss, see `phase_by_loss`."""
+"""Phase of training, by the loss and that before the first step: see `phase_by_loss`."""
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
@@ -48,23 +46,28 @@ class Quantity(NamedTuple):
 
     Attributes:
         title: Name in sentences and tables.
-        of: Function of the spectrum; returns the ends of the interval that contains the quantity, NaN: unknown.
+        of: Function of the spectrum and of the loss before the first step, None: unknown; returns the ends of the
+            interval that contains the quantity, NaN: unknown.
     """
 
     title: str
-    of: Callable[[Spectrum], Interval]
+    of: Callable[[Spectrum, float | None], Interval]
 
 
-def _relative_curvature(spectrum: Spectrum) -> Interval:
-    """Return λ_max·‖w‖²/L: how much the loss is curved in steps relative to the weights, relative to the loss."""
+def _c_t(spectrum: Spectrum, _: float | None) -> Interval:
+    return spectrum.c_t_interval
+
+
+def _relative_curvature(spectrum: Spectrum, start_loss: float | None) -> Interval:
+    """Return λ_max·‖w‖²/L_start: the curvature in steps relative to the weights, relative to the loss at the start."""
     norm = spectrum.squared_weight_norm
-    if norm is None or not spectrum.loss > 0 or spectrum.reason:
+    if norm is None or start_loss is None or not start_loss > 0 or spectrum.reason:
         return UNKNOWN
-    unit = norm / spectrum.loss
+    unit = norm / start_loss
     return spectrum.lambda_max * unit, spectrum.extreme_bounds[1] * unit
 
 
-def _far_negative_share(spectrum: Spectrum) -> Interval:
+def _far_negative_share(spectrum: Spectrum, _: float | None) -> Interval:
     """Return bounds on the share of eigenvalues far below zero, which are proven: see `Spectrum.count`."""
     threshold = FAR_BELOW_ZERO * spectrum.lambda_max
     if spectrum.reason or not threshold > spectrum.rounding:
@@ -73,23 +76,33 @@ def _far_negative_share(spectrum: Spectrum) -> Interval:
     return low / spectrum.dimension, high / spectrum.dimension
 
 
-def _effective_rank(spectrum: Spectrum) -> Interval:
-    rank = effective_rank(spectrum)
+def _stable_rank(spectrum: Spectrum, _: float | None) -> Interval:
+    """Return Σλ²/λ_max², an effective rank that the many small eigenvalues hardly change."""
+    if spectrum.reason or not spectrum.lambda_max > spectrum.rounding:
+        return UNKNOWN
+    rank = spectrum.dimension * spectrum.moment(2) / spectrum.lambda_max**2
     return rank, rank
 
 
-def _largest_share(spectrum: Spectrum) -> Interval:
-    """Return the share in the trace of the layer that has most of it."""
-    shares = [layer.trace_share for layer in spectrum.by_layer.values()]
-    largest = max(shares) if shares and all(map(math.isfinite, shares)) else math.nan
-    return largest, largest
+def _largest_share(spectrum: Spectrum, _: float | None) -> Interval:
+    """Return the share in the trace of the layer that has most of it, with two standard errors.
+
+    Unknown where the trace is not evidently positive, as before the first step: shares of nearly nothing are noise.
+    """
+    layers = spectrum.by_layer.values()
+    total = sum(layer.trace for layer in layers)
+    if not total > 2 * spectrum.trace_error:
+        return UNKNOWN
+    largest = max(layers, key=lambda layer: layer.trace)
+    error = 2 * largest.trace_error
+    return (largest.trace - error) / total, (largest.trace + error) / total
 
 
 QUANTITIES: dict[str, Quantity] = {
-    "c_t": Quantity("C_t", lambda spectrum: spectrum.c_t_interval),
-    "relative_curvature": Quantity("λ_max·‖w‖²/loss", _relative_curvature),
+    "c_t": Quantity("C_t", _c_t),
+    "relative_curvature": Quantity("λ_max·‖w‖²/loss at the start", _relative_curvature),
     "far_negative_share": Quantity("share of eigenvalues below −λ_max/100", _far_negative_share),
-    "effective_rank": Quantity("effective rank", _effective_rank),
+    "stable_rank": Quantity("stable rank Σλ²/λ_max²", _stable_rank),
     "largest_share": Quantity("largest share of a layer in the trace", _largest_share),
 }
 """The quantities that are compared, by key. None depends on the unit of the loss."""
@@ -120,16 +133,18 @@ class ReferenceState(NamedTuple):
         return self.configuration, self.seed
 
 
-def quantities_of(spectrum: Spectrum) -> dict[str, Interval]:
+def quantities_of(spectrum: Spectrum, start_loss: float | None) -> dict[str, Interval]:
     """Return the ends of the interval of each quantity, by its key; NaN: unknown."""
-    return {key: quantity.of(spectrum) for key, quantity in QUANTITIES.items()}
+    return {key: quantity.of(spectrum, start_loss) for key, quantity in QUANTITIES.items()}
 
 
-def phase_by_loss(loss: float, start: float | None) -> Phase | None:
-    """Return the phase of trained weights by their loss and that before the first step; None: it cannot be told."""
-    if start is None or not start > 0 or not math.isfinite(loss):
+def phase_by_loss(loss: float, start_loss: float | None) -> Phase | None:
+    """Return the phase by the loss and that before the first step; None: it cannot be told."""
+    if start_loss is None or not start_loss > 0 or not math.isfinite(loss):
         return None
-    left = loss / start
+    if loss == start_loss:
+        return "start"
+    left = loss / start_loss
     return "early" if left > EARLY else "middle" if left >= LATE else "late"
 
 

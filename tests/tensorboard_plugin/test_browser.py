@@ -721,7 +721,7 @@ def test_cards_say_why_they_are_empty(page: Page, tmp_path: Path) -> None:
     page.open(path.as_uri())
     page.until("return document.getElementById('hesd').dataset.detail?.endsWith(' 8')")
     assert page.text("#cumulative") == "Nothing was computed: the products are wrong."
-    assert page.text("#reference").startswith("No comparison: it takes 10 networks of any kind of 1 to 10 parameters")
+    assert page.text("#reference").startswith("No comparison: it takes 10 networks of any kind of 1 to 20 parameters")
     show_judgment(page)
     assert page.text("#judgment .sentence").startswith("The records of these runs have no metrics of trained weights.")
     # Without a Krylov basis nothing is known of layers.
@@ -741,7 +741,7 @@ def test_the_comparison_with_similar_networks_is_that_of_the_chosen_state(page: 
     records = []
     for epoch, c_t in enumerate((-0.5, -0.95, -1.5)):
         found = replace(make_spectrum(c_t), architecture=EVIL if epoch == 0 else "perceptron")
-        compared = compare_with_reference(found, phase="late", states=states)
+        compared = compare_with_reference(found, start_loss=100.0, states=states)
         records.append(record_payload(SpectrumRecord(epoch, epoch, found), compared=compared))
     failed = record_payload(SpectrumRecord(3, 3, None, "OSError: gone"))
     path = tmp_path / "report.html"
