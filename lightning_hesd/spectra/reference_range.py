@@ -104,7 +104,7 @@ class ComparedQuantity:
         line = f"{self.title} = {self.value}: {self.answer}"
         if self.range is None:
             return line
-        return f"{line} (usual: {between(*self.range.usual)}; seen: {between(*self.range.seen)})"
+        return f"{line} (middle 80 %: {between(*self.range.usual)}; all: {between(*self.range.seen)})"
 
     @property
     def value(self) -> str:
@@ -151,7 +151,8 @@ class ReferenceComparison:
             return f"No comparison: {self.reason}."
         answers: tuple[Answer, ...] = ("usual", "unusual", "outside what we have seen", "no comparison")
         parts = [f"{answer}: {', '.join(self.titles(answer))}" for answer in answers if self.titles(answer)]
-        return f"Compared with {self.among}: {'; '.join(parts)}."
+        said = "; ".join(parts)
+        return f"Compared with {self.among}. {said[:1].upper()}{said[1:]}."
 
     def to_dict(self) -> dict[str, object]:
         """Return the texts that the HESD tab and the report show."""
@@ -262,7 +263,8 @@ def range_of(states: Sequence[ReferenceState], key: str) -> ReferenceRange | Non
 
 def _compared(values: Mapping[str, Interval], states: Sequence[ReferenceState]) -> list[ComparedQuantity]:
     compared = []
-    for key, (low, high) in values.items():
+    for key, ends in values.items():
+        low, high = (float(f"{end:.3g}") for end in ends)  # as many digits as the table has, and as are shown
         found = range_of(states, key)
         known = found is not None and not math.isnan(low)
         answer: Answer = found.answer(low, high) if found is not None and known else "no comparison"

@@ -163,7 +163,7 @@ def test_unknown_quantities_are_not_compared(norm: float | None, start: float | 
         assert compared[key].answer == "no comparison"
         assert compared[key].value == "unknown"
     assert compared["c_t"].answer == "outside what we have seen"
-    assert str(compared["c_t"]) == "C_t = -0.25: outside what we have seen (usual: 2 to 18; seen: 0 to 20)"
+    assert str(compared["c_t"]) == "C_t = -0.25: outside what we have seen (middle 80 %: 2 to 18; all: 0 to 20)"
 
 
 def test_phases_go_by_the_loss_that_is_left() -> None:
@@ -215,7 +215,7 @@ def test_a_record_is_compared_in_its_phase(history: SpectrumHistory) -> None:
 def test_terminal_payload_and_report_show_it(history: SpectrumHistory, tmp_path: Any) -> None:
     summary = summarize(history, "hesd", seconds=1.0, overhead=None, kept={}, folder=None)
     assert summary is not None
-    lines = [note for note in summary.notes if "21 networks of any kind" in note or "unusual: C_t" in note]
+    lines = [note for note in summary.notes if "21 networks of any kind" in note or "nusual: C_t" in note]
     assert lines
     assert max(map(len, lines)) <= WIDTH
     history.save(tmp_path / "hesd")

@@ -3,14 +3,14 @@
 import { element, typeset } from "./dom.js";
 
 const MEANING =
-  "Usual: within the middle 80 % of these networks. About one in five healthy networks is beyond that, so “unusual” is no fault by itself, and “usual” proves nothing.";
+  "Usual: within the middle 80 % of these networks. One healthy network in five is beyond that, by definition: “unusual” is no fault by itself, and “usual” proves nothing.";
 
 /** Return how a record compares with the reference range. */
 export function referenceOf({ reference, error }) {
   if (error) return [element("p", {}, "No comparison: the analysis failed.")];
   if (!reference?.quantities) return [element("p", {}, "No comparison: an earlier release wrote this record.")];
   if (reference.reason) return [element("p", {}, `No comparison: ${reference.reason}.`)];
-  const heads = ["", "here", "usual", "seen", "answer"].map((title) => element("th", title ? { scope: "col" } : {}, title));
+  const heads = ["", "answer", "here", "middle 80 %", "all"].map((title) => element("th", title ? { scope: "col" } : {}, title));
   return [
     element("p", {}, `Compared with ${reference.among}.`),
     element("div", { class: "rules", tabindex: "0", role: "region", "aria-label": "Comparison with similar networks" },
@@ -21,6 +21,7 @@ export function referenceOf({ reference, error }) {
 
 function rowOf({ key, title, value, usual, seen, answer }) {
   const cell = (text) => element("td", { class: "number" }, text.replaceAll("-", "−") || "–");
-  const said = answer === "usual" ? answer : element("strong", {}, answer);
-  return element("tr", { "data-key": key }, element("th", { scope: "row" }, ...typeset(title)), cell(value), cell(usual), cell(seen), element("td", {}, said));
+  const isNoted = answer.startsWith("unusual") || answer.startsWith("outside");
+  return element("tr", { "data-key": key }, element("th", { scope: "row" }, ...typeset(title)),
+    element("td", { class: "number" }, isNoted ? element("strong", {}, answer) : answer), cell(value), cell(usual), cell(seen));
 }
