@@ -125,7 +125,7 @@ def main() -> None:
     table = [state for network in networks for state, _ in network.states]
     args.out.mkdir(parents=True, exist_ok=True)
     target.write_text(states_text(table), encoding="utf-8")
-    size_of_faults = planted_faults.QUICK if args.quick else planted_faults.Size(seeds=2, samples=256, analyses=4)
+    size_of_faults = planted_faults.QUICK if args.quick else planted_faults.Size(seeds=2, samples=256, analyses=2)
     read = reference_table.read_states(target.read_text(encoding="utf-8"))
     text = page(networks, left_out, read, list(faults(size_of_faults, read)), size)
     (args.out / "reference_range.md").write_text(text, encoding="utf-8")

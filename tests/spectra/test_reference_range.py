@@ -203,7 +203,7 @@ def test_a_record_is_compared_in_its_phase(history: SpectrumHistory) -> None:
     assert late is not None
     assert late.among == "21 networks of any kind of 2 parameters that have less than a tenth of their first loss left"
     assert late.titles("unusual")[0] == "C_t"
-    assert history.compare_with_reference() == late
+    assert str(history.compare_with_reference()) == str(late)
     # Without an analysis of the start, the first loss is unknown: all trained states count.
     [*_, last] = history
     history[:] = [last]
