@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -73,7 +74,7 @@ kind and phase, as medians over kinds and phases; late in training alone in brac
   normalization, λ_max changes by its inverse square and ‖w‖² by its square, so that the product stays. In ReLU
   networks without normalization it is the curvature in steps relative to the weights. Dividing by the loss before the
   first step removes the unit of the loss; dividing by the present loss, which may be near zero, spreads the values
-  more.
+  more. λ_max itself spreads less among these networks, but it has the units of the loss and of the weights.
 - **Eigenvalues below −λ_max/100** as a share of n, by proven bounds. The number below zero itself has bounds that are
   too wide to compare: thousands of eigenvalues lie next to zero.
 - **Stable rank**, Σλ²/λ_max². The effective rank by entropy, exp of the entropy of |λ|/Σ|λ|, grows with n, since the
@@ -134,13 +135,19 @@ def page(
     )  # fmt: skip
     check, summary = checked(states)
     return "\n".join([
-        "# Reference range\n", explanation,
+        "# Reference range\n", _wrapped(explanation),
         RANGES, markdown(ranges(states)), "",
-        CHECK.format(summary=summary), markdown(check), "",
-        FAULTS.format(summary=of_faults(faults)), markdown(answers_to_faults(faults)), "",
+        _wrapped(CHECK.format(summary=summary)), markdown(check), "",
+        _wrapped(FAULTS.format(summary=of_faults(faults))), markdown(answers_to_faults(faults)), "",
         NORMALIZATION, markdown(normalization(networks)), "",
         "## The networks\n", markdown(listed(networks)), "",
     ])  # fmt: skip
+
+
+def _wrapped(text: str) -> str:
+    """Return paragraphs with lines of 120 characters at most."""
+    filled = (textwrap.fill(" ".join(part.split()), 120, break_on_hyphens=False) for part in text.split("\n\n"))
+    return "\n\n".join(filled) + "\n"
 
 
 def groups(states: Sequence[ReferenceState]) -> list[tuple[str, str, list[ReferenceState]]]:

@@ -117,8 +117,8 @@ class ReferenceComparison:
     """A spectrum, compared with those of similar networks.
 
     "usual" is a value between the quantiles of 10 % and 90 % of these networks, "unusual" one beyond that they reached,
-    too, and "outside what we have seen" one that none of them reached. None of it is a verdict. By construction, about
-    one in five healthy networks is beyond the usual range of a quantity.
+    too, and "outside what we have seen" one that none of them reached. None of it is a verdict: of healthy networks,
+    half were beyond the usual range in some quantity (benchmarks/results/reference_range.md).
 
     Attributes:
         among: The networks that the spectrum is compared with, in words.

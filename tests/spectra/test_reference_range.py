@@ -69,6 +69,9 @@ def test_the_answer_at_the_ends_of_the_range(low: float, high: float, answer: st
     assert found is not None
     assert (found.usual, found.seen, found.networks) == ((2, 18), (0, 20), 21)
     assert found.answer(low, high) == answer
+    between = range_of(STATES[:20], "c_t")  # quantiles between two values: the outer one counts
+    assert between is not None
+    assert between.usual == (1, 18)
 
 
 def test_the_range_of_intervals_reaches_from_low_to_high_ends_and_skips_what_is_unknown() -> None:

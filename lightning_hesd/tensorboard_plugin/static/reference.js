@@ -3,7 +3,7 @@
 import { element, typeset } from "./dom.js";
 
 const MEANING =
-  "Usual: within the middle 80 % of these networks. One healthy network in five is beyond that, by definition: “unusual” is no fault by itself, and “usual” proves nothing.";
+  "Usual: within the middle 80 % of these networks. Half of the healthy networks that we tried were beyond that in some quantity: “unusual” is no fault by itself, and “usual” proves nothing.";
 
 /** Return how a record compares with the reference range. */
 export function referenceOf({ reference, error }) {
