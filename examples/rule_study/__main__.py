@@ -1,7 +1,7 @@
 """Which checkpoint rule would have picked the best weights: many trainings on digits, judged at the end.
 
     python -m examples.rule_study --seeds 2 --epochs 12     # some minutes
-    python -m examples.rule_study                           # 30 seeds: a night on two cores
+    python -m examples.rule_study                           # 30 seeds: an hour or two on two cores
 
 Every training is analyzed twelve times, and each rule picks one of these states afterwards. Finished trainings are not
 repeated with the same settings, so that an interrupted run continues.
@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/rule_study"), help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=30, help="default: %(default)s")
-    parser.add_argument("--epochs", type=int, default=48, help=f"a multiple of {POINTS} (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=36, help=f"a multiple of {POINTS} (default: %(default)s)")
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time (default: %(default)s)")
     args = parser.parse_args()

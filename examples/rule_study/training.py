@@ -54,9 +54,9 @@ class Training:
     network: Network
     schedule: Schedule
     seed: int
-    epochs: int = 48
-    steps: int = 30
-    samples: int = 256
+    epochs: int
+    steps: int = 20
+    samples: int = 128
 
     @property
     def name(self) -> str:
@@ -132,7 +132,6 @@ def run(training: Training, out: Path) -> None:
             steps=training.steps,
             generalization_dataloader=DataLoader(validation, batch_size=len(VALIDATION)),
             preconditioner="optimizer",
-            sampling_error=True,
             progress=False,
         )
         trainer = silent_trainer(

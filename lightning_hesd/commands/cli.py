@@ -24,7 +24,7 @@ COMMANDS = {
     "assess": "apply the experimental criteria of Gabdullin (2025, Fig. 10) to two spectra",
     "plot": "draw spectral densities",
     "judge": "compare the checkpoint rules by what their picks were worth in given runs",
-    "report": "write a run as one HTML file, with the content of TensorBoard's HESD tab",
+    "report": "write runs as one HTML file: a summary in words, and the content of TensorBoard's HESD tab",
     "sample-size": "ask how many samples are enough at the weights of checkpoints; the analyzed samples are the pilot",
     "estimate": "estimate what one analysis will cost: time, memory and communication",
 }

@@ -1,4 +1,4 @@
-"""`lightning-hesd report`: a run as one HTML file, with the frontend of the HESD tab and the data in the page."""
+"""`lightning-hesd report`: runs as one HTML file, with the frontend of the HESD tab and the data in the page."""
 
 from __future__ import annotations
 
@@ -7,24 +7,30 @@ import gzip
 import hashlib
 import html
 import json
+import os
 import re
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_hesd.commands.report_summary import ReportedRun, glossary_html, summary_html
 from lightning_hesd.judgment.judge import judge_payloads
+from lightning_hesd.judgment.runs import run_folders, short_names
 from lightning_hesd.spectra.decisions import rewound, run_payload
 from lightning_hesd.spectra.files import atomic_write
 from lightning_hesd.spectra.payload import SELECTIONS_NAME, record_payload
 from lightning_hesd.spectra.payload_reading import SELECTION_FIELDS, PayloadError, read_payload
-from lightning_hesd.tensorboard_plugin.assets import PLOTLY, REPORT, SHARED, STYLE, content
-from lightning_hesd.training.folders import exists, fetched, joined
+from lightning_hesd.tensorboard_plugin.assets import PLOTLY, REPORT, REPORT_STYLE, SHARED, STYLE, content
+from lightning_hesd.training.folders import exists, fetched, is_remote, joined
 from lightning_hesd.training.history import SpectrumHistory
+from lightning_hesd.training.history_folder import INDEX_NAME
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Mapping, Sequence
 
     from jsonargparse import ArgumentParser, Namespace
+
+    Location = str | os.PathLike[str]
 
 IMPORT = re.compile(r"^import\s[^;]*;\n", re.MULTILINE)
 EXPORT = re.compile(r"^export\s+", re.MULTILINE)
@@ -32,30 +38,32 @@ EXPORT = re.compile(r"^export\s+", re.MULTILINE)
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("log_dir", type=Path, help="The run's log directory.")
-    parser.add_argument("--name", type=str, default="hesd", help="Name of the callback in the run.")
+    parser.add_argument("runs", nargs="+", type=str, help="Log directories of runs, or folders of such.")
+    parser.add_argument("--name", type=str, default="hesd", help="Name of the callback in the runs.")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="The file.")
 
 
 def run(config: Namespace) -> None:
     """Write the report, and print the name of its file."""
-    write_report(config.log_dir, config.out, config.name)
+    write_report(config.runs, config.out, config.name)
     print(config.out)
 
 
-def write_report(log_dir: str | os.PathLike[str], out: str | os.PathLike[str], name: str = "hesd") -> None:
-    """Write the report of a run.
+def write_report(runs: Location | Sequence[Location], out: str | os.PathLike[str], name: str = "hesd") -> None:
+    """Write the report of one or several runs.
 
     Args:
-        log_dir: The run's log directory, or the folder of its history.
+        runs: The log directory of a run, or a folder with runs below it; or several of these.
         out: The file to write.
         name: The callback's `name`.
 
     Raises:
         FileNotFoundError: If there is no history.
-        ValueError: If the history is empty or damaged.
+        ValueError: If all histories are empty or damaged; the report names those that are left out.
     """
-    document = report(run_data(log_dir, name))
+    found, left_out = _read_all([runs] if isinstance(runs, str | os.PathLike) else runs, name)
+    payloads = [{**run.payload, "color": color} for color, run in enumerate(found)]
+    document = report(*payloads, summary=summary_html(found, left_out))
     target = Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(target) as partial:
@@ -63,8 +71,39 @@ def write_report(log_dir: str | os.PathLike[str], out: str | os.PathLike[str], n
         partial.write_text(document, encoding="utf-8", errors="replace")
 
 
-def run_data(log_dir: str | os.PathLike[str], name: str = "hesd") -> dict[str, Any]:
+def _read_all(locations: Sequence[Location], name: str) -> tuple[list[ReportedRun], list[str]]:
+    """Return the runs in these folders, and messages about those that cannot be read.
+
+    Raises:
+        FileNotFoundError: If there is no history.
+        ValueError: If none can be read.
+    """
+    folders = list(dict.fromkeys(folder for location in locations for folder in run_folders(location, name)))
+    found, problems = [], []
+    for folder, title in zip(folders, short_names(folders), strict=True):
+        try:
+            found.append(_read(folder, name, title))
+        except (FileNotFoundError, ValueError) as error:  # noqa: PERF203 - one bad run must not cost the others
+            if len(folders) == 1:
+                raise
+            problems.append(str(error))
+    if not found:
+        raise ValueError(" ".join(problems))
+    return found, problems
+
+
+def run_data(log_dir: Location, name: str = "hesd") -> dict[str, Any]:
     """Return the data of a run as the tab's backend returns them.
+
+    Raises:
+        ValueError: If the history has no record.
+    """
+    folder = str(log_dir) if is_remote(log_dir) else str(Path(log_dir).resolve())
+    return {**_read(folder, name, *short_names([folder])).payload, "color": 0}
+
+
+def _read(log_dir: str, name: str, title: str) -> ReportedRun:
+    """Return a run.
 
     Raises:
         ValueError: If the history has no record.
@@ -77,12 +116,13 @@ def run_data(log_dir: str | os.PathLike[str], name: str = "hesd") -> dict[str, A
     records = [record_payload(record, compared=found) for record, found in zip(history, compared, strict=True)]
     records[-1] = record_payload(history[-1], history.findings, compared[-1])
     own = joined(log_dir, name)
-    with fetched(own if exists(own) else log_dir) as folder:
+    location = own if exists(joined(own, INDEX_NAME)) else log_dir
+    with fetched(location) as folder:
         selections, problems = _selections(folder / SELECTIONS_NAME)
-    run = Path(log_dir).resolve()
-    is_numbered = run.name.startswith("version_")  # by Lightning: the folder around it has the run's name
-    title = f"{run.parent.name}/{run.name}" if is_numbered else run.name
-    return {**run_payload(title, name, records, selections, problems), "color": 0}
+        seconds = None if is_remote(location) else (folder / INDEX_NAME).stat().st_mtime
+    payload = run_payload(title, name, records, selections, problems) | {"folder": log_dir}
+    changed = None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc)
+    return ReportedRun(title, log_dir, history, payload, changed)
 
 
 def _selections(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -99,8 +139,8 @@ def _selections(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return [selection for made in by_rule.values() for selection in rewound(made)], problems
 
 
-def report(*runs: dict[str, Any]) -> str:
-    """Return the HTML document that shows runs.
+def report(*runs: Mapping[str, Any], summary: str = "") -> str:
+    """Return the HTML document that shows runs, below a summary in HTML.
 
     Its Content Security Policy allows no other scripts than its own, and no request.
 
@@ -131,11 +171,14 @@ def report(*runs: dict[str, Any]) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-{content(STYLE).decode()}</style>
+{content(STYLE).decode()}
+{content(REPORT_STYLE).decode()}</style>
 </head>
 <body>
+{summary}
 <div id="hesd"></div>
-<noscript>This report is drawn by scripts, which are switched off here.</noscript>
+<noscript><p class="page">The figures are drawn by scripts, which are switched off here.</p></noscript>
+{glossary_html()}
 <script type="text/plain" id="hesd-data">{data}</script>
 <script>{plotly}</script>
 <script type="module">{script}</script>
@@ -144,7 +187,7 @@ def report(*runs: dict[str, Any]) -> str:
 """
 
 
-def judgments(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def judgments(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return the comparison of the checkpoint rules by each metric of runs, or an `error` where there is none."""
     payloads: dict[str, Any] = {}
     for run in runs:

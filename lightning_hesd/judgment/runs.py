@@ -71,16 +71,16 @@ def _named(histories: Sequence[History], callback: str) -> dict[str, Run]:
     folders: dict[str, None] = {}  # in the order given; a run that is given twice counts once
     for position, history in enumerate(histories, start=1):
         if isinstance(history, str | os.PathLike):
-            folders |= dict.fromkeys(_folders(history, callback))
+            folders |= dict.fromkeys(run_folders(history, callback))
         else:
             runs[f"run {position}"] = Run((f"run {position}",), _states(history, callback))
-    for name, folder in zip(_short_names(list(folders)), folders, strict=True):
+    for name, folder in zip(short_names(list(folders)), folders, strict=True):
         runs[name] = Run(Path(folder).parts, _states(folder, callback))
     return runs
 
 
-def _folders(location: str | os.PathLike[str], callback: str) -> list[str]:
-    """Return the log directories of the runs in a folder."""
+def run_folders(location: str | os.PathLike[str], callback: str) -> list[str]:
+    """Return the log directories of the runs in a folder; the folder itself if there are none, or if it is remote."""
     from lightning_hesd.training.folders import exists, joined  # noqa: PLC0415 - imports Lightning
 
     if "://" in str(location):
@@ -106,7 +106,7 @@ def _is_history(histories: Sequence[object]) -> bool:
     return len(histories) > 0 and isinstance(histories[0], SpectrumRecord)
 
 
-def _short_names(folders: Sequence[str]) -> list[str]:
+def short_names(folders: Sequence[str]) -> list[str]:
     """Return the ends of paths, as short as they are distinct."""
     parts = [Path(folder).parts for folder in folders]
     # Lightning numbers the folders of runs: the folder around has the name.

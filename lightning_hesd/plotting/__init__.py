@@ -11,6 +11,7 @@ from lightning_hesd.plotting.gains import plot_gains
 from lightning_hesd.plotting.heat_maps import plot_density_evolution, plot_layers
 from lightning_hesd.plotting.losses_along import plot_losses_along
 from lightning_hesd.plotting.notebook import spectrum_html, summary_html
+from lightning_hesd.plotting.scalar import plot_scalar
 from lightning_hesd.plotting.style import (
     NEGATIVE,
     POSITIVE,
@@ -37,6 +38,7 @@ __all__ = [
     "plot_gains",
     "plot_layers",
     "plot_losses_along",
+    "plot_scalar",
     "settling_axes",
     "spectrum_html",
     "summary_html",

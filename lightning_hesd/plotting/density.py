@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.ticker import NullLocator
 
-from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, SMOOTHING, new_axes, place_legend
+from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, SMOOTHING, new_axes
+from lightning_hesd.spectra.digits import certain, interval
 from lightning_hesd.spectra.quadrature import legible_sigma
 
 if TYPE_CHECKING:
@@ -58,8 +59,15 @@ def plot_density(spectrum: Spectrum, ax: Axes | None = None, title: str = "") ->
     ax.set_ylabel("spectral density")
     ax.set_title(describe(spectrum, title), fontsize=10)
     ax.grid(visible=True, alpha=0.3)
-    place_legend(ax)
+    _place_legend(ax, high)
     return ax
+
+
+def _place_legend(ax: Axes, lambda_max: float) -> None:
+    """Draw the legend at the upper right, left of the line of λ_max: there are few eigenvalues, and low peaks."""
+    left, right = ax.get_xlim()
+    place = (lambda_max - left) / (right - left)
+    ax.legend(fontsize=9, loc="upper right", bbox_to_anchor=(place, 1), framealpha=0.9, handlelength=1.2)
 
 
 def plot_decomposition(hessian: Spectrum, ggn: Spectrum, residual: Spectrum, ax: Axes | None = None) -> Axes:
@@ -100,7 +108,7 @@ def describe(spectrum: Spectrum, title: str = "") -> str:
     """Return two lines for a title: `title` and the type, then C_t with its interval."""
     if math.isnan(spectrum.c_t):
         return f"{title}\n$C_t$ undefined: no curvature".lstrip()
-    low, high = spectrum.c_t_interval
+    ends = spectrum.c_t_interval
     doubt = "" if spectrum.type_certain else " (uncertain)" if spectrum.verified == "yes" else " (not verified)"
     kind = f"{spectrum.hesd_type}-HESD{doubt}"
-    return f"{title}   {kind}\n$C_t$ = {spectrum.c_t:.4g}  [{low:.4g}, {high:.4g}]".lstrip()
+    return f"{title}   {kind}\n$C_t$ = {certain(spectrum.c_t, *ends)}  {interval(*ends)}".lstrip()

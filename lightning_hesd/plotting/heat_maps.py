@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-from matplotlib.colors import LogNorm
+from matplotlib.colors import FuncNorm, LogNorm
 from matplotlib.patheffects import Normal, Stroke
 
 from lightning_hesd.plotting.style import (
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
     from matplotlib.transforms import Transform
     from numpy.typing import NDArray
 
@@ -152,6 +154,16 @@ def _per_decade(spectrum: Spectrum, page: Page, edges: Array) -> Array:
 # Layers ---------------------------------------------------------------------------------------------------------------
 
 
+WIDE_RANGE = 20.0
+"""Largest over smallest value from which on colors are logarithmic."""
+
+LONGEST = 28
+"""Largest number of characters of a layer's name."""
+
+UNDEFINED = "0.88"
+"""Color of what has no value."""
+
+
 def plot_layers(
     history: Sequence[SpectrumRecord] | Mapping[int, Mapping[str, Spectrum]],
     quantity: str | None = None,
@@ -160,6 +172,10 @@ def plot_layers(
     xlabel: str | None = None,
 ) -> Axes:
     """Draw a heat map of a quantity: layers over the analyses of a run.
+
+    A column reaches halfway to the neighboring analyses. What all names of layers begin with is the label of the axis.
+    Colors are logarithmic for positive values of several sizes, else the root of the value, with its sign. Gray: no
+    value.
 
     Args:
         history: The records, or epoch -> spectra by layer, as in `SpectrumRecord.layers`; the layers of the last one
@@ -176,42 +192,75 @@ def plot_layers(
         msg = f"`quantity` must be one of {', '.join(LAYER_SCALARS)}, got {quantity!r}."
         raise ValueError(msg)
     if isinstance(history, Mapping):
-        layers, found_label = {epoch: layer_indicators(spectra) for epoch, spectra in history.items()}, "epoch"
+        by_position = sorted((epoch, layer_indicators(spectra)) for epoch, spectra in history.items())
+        axis = RunAxis(tuple(epoch for epoch, _ in by_position), "epoch")
+        found = [indicators for _, indicators in by_position]
     else:
-        layers, found_label = _by_position(history)
-    if not layers:
+        axis, found = _of_records(history)
+    if not found:
         msg = "`history` knows no layers: all analyses failed, or kept no Krylov basis (`basis='none'`)."
         raise ValueError(msg)
-    epochs, found = list(layers), list(layers.values())
     names = list(found[-1])
     has_spectra = any(not math.isnan(indicators.lambda_max) for indicators in found[-1].values())
     scalar = LAYER_SCALARS[quantity or ("lambda_max" if has_spectra else "trace_share")]
     values = np.array([[scalar.of(f[n]) if n in f else math.nan for f in found] for n in names])
-    logarithmic = scalar.is_logarithmic and bool((values > 0).any())
-    if logarithmic:
-        values = np.where(values > 0, values, math.nan)
+    defined = values[np.isfinite(values)]
     if ax is None:
         ax = new_axes(5.6, 1.4 + 0.24 * len(names), dpi=120)
-    image = ax.imshow(
-        values, aspect="auto", interpolation="nearest", cmap="viridis", norm=LogNorm() if logarithmic else None
-    )
-    defined = values[np.isfinite(values)]
-    if scalar.key == "trace_share" and defined.size:
-        # Shares far beyond 0 and 1, where the whole trace is close to zero, must not take all colors.
-        image.set_clim(max(defined.min(), 0.0), min(defined.max(), 1.0))
-    ax.set_yticks(range(len(names)), [name if len(name) <= 28 else f"…{name[-27:]}" for name in names], fontsize=8)
-    shown = np.unique(np.linspace(0, len(epochs) - 1, min(len(epochs), 8)).round().astype(int))
-    ax.set_xticks(shown, ["start" if epochs[i] < 0 else str(epochs[i]) for i in shown], fontsize=8)
-    ax.set_xlabel(xlabel or found_label)
-    ax.figure.colorbar(image, ax=ax, label=typeset(scalar.title))
+    mesh = ax.pcolormesh(
+        axis.edges(), np.arange(len(names) + 1) - 0.5, np.ma.masked_invalid(values), norm=_norm(defined, scalar.key),
+        cmap="viridis", rasterized=True,
+    )  # fmt: skip
+    ax.set_facecolor(UNDEFINED)
+    ax.invert_yaxis()
+    prefix = common_prefix(names)
+    ax.set_yticks(range(len(names)), [_shortened(name.removeprefix(prefix)) for name in names], fontsize=8)
+    if prefix:
+        ax.set_ylabel(f"layer of {prefix[:-1]}", fontsize=8)
+    axis.label_on(ax)
+    if xlabel:
+        ax.set_xlabel(xlabel)
+    ax.figure.colorbar(mesh, ax=ax, label=typeset(scalar.title))
     return ax
 
 
-def _by_position(records: Sequence[SpectrumRecord]) -> tuple[dict[int, dict[str, LayerIndicators]], str]:
-    """Return the indicators of layers by their position on the axis of the run, and the label of that axis."""
+def _norm(defined: Array, key: str) -> Normalize:
+    """Return the scale of colors: logarithmic for positive values of several sizes, else a root, which keeps signs."""
+    low, high = (float(defined.min()), float(defined.max())) if defined.size else (0.0, 1.0)
+    if low > 0 and high > WIDE_RANGE * low:
+        return LogNorm(low, high)
+    if key == "trace_share":
+        # Shares far beyond 0 and 1, where the whole trace is close to zero, must not take all colors.
+        low, high = max(low, 0.0), min(high, 1.0)
+    return FuncNorm((_root, _square), low, high)
+
+
+def _root(values: Array) -> Array:
+    return np.sign(values) * np.sqrt(np.abs(values))
+
+
+def _square(roots: Array) -> Array:
+    return np.sign(roots) * np.square(roots)
+
+
+def common_prefix(names: Sequence[str]) -> str:
+    """Return what all names begin with, whole parts between dots only.
+
+    Examples:
+        >>> common_prefix(["net.block.0", "net.block.1.fc"]), common_prefix(["a.b"])
+        ('net.block.', '')
+    """
+    shared = os.path.commonprefix([name.split(".")[:-1] for name in names])  # noqa: RUF071 - by parts
+    return "".join(f"{part}." for part in shared) if len(names) > 1 else ""
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}"
+
+
+def _of_records(records: Sequence[SpectrumRecord]) -> tuple[RunAxis, list[dict[str, LayerIndicators]]]:
+    """Return the axis of the records that know layers, and the indicators of each."""
     # Layers with spectra of their own, where there are any, may be others than those of the network's spectrum.
     analyzed = [record for record in records if record.layers] or [r for r in records if r.layer_indicators]
-    if not analyzed:
-        return {}, ""
-    axis = RunAxis.of(analyzed)
-    return {at: record.layer_indicators for at, record in zip(axis.positions, analyzed, strict=True)}, axis.label
+    axis = RunAxis.of(analyzed) if analyzed else RunAxis((), "epoch")
+    return axis, [record.layer_indicators for record in analyzed]

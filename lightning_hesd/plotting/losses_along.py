@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     Array: TypeAlias = NDArray[np.float64]
 
 MARGIN = 0.15
-"""Room above and below the losses, as a share of their range; a parabola may leave the figure."""
+"""Room below the losses, as a share of their range; a parabola may leave the figure."""
+
+HEADROOM = 0.35
+"""Room above them, in which the legend is."""
 
 
 def plot_losses_along(spectrum: Spectrum, ax: Axes | None = None, title: str = "") -> Axes:
@@ -49,8 +52,9 @@ def plot_losses_along(spectrum: Spectrum, ax: Axes | None = None, title: str = "
         ax.plot(shares, _parabola(distances, losses, value), "--", color=color, linewidth=1)
     finite = spectrum.losses_along[:, 1][np.isfinite(spectrum.losses_along[:, 1])]
     low, high = finite.min(initial=spectrum.loss), finite.max(initial=spectrum.loss)
-    margin = MARGIN * (high - low) or 1.0
-    ax.set_ylim(low - margin, high + margin)
+    height = high - low or 1.0
+    ax.set_ylim(low - MARGIN * height, high + HEADROOM * height)
+    ax.locator_params(axis="x", nbins=5)
     ax.set_xlabel("distance along the eigenvector / farthest")
     ax.set_ylabel("mean loss")
     ax.set_title(title, fontsize=10)

@@ -70,11 +70,12 @@ def decode_record(row: Mapping[str, Any], load: Callable[[str, Any], Any]) -> Sp
         load: Function of the name of a field and the plain value in it; returns the spectrum, or the spectra of layers.
 
     Raises:
-        ValueError: If metrics or the first loss are no numbers, or the spectra on training and on generalization data
-            cannot be compared.
+        ValueError: If metrics, gradient statistics or the first loss are no numbers, or the spectra on training and on
+            generalization data cannot be compared.
     """
-    row = {"metrics": {}, "first_loss": None, **row}  # an earlier version had neither
-    check_fields(row, {"metrics": each_named(number), "first_loss": optional(number)}, "a record")
+    row = {"metrics": {}, "first_loss": None, "gradients": {}, **row}  # an earlier version had none of these
+    later = {**dict.fromkeys(("metrics", "gradients"), each_named(number)), "first_loss": optional(number)}
+    check_fields(row, later, "a record")
     contents: dict[str, Any] = {field: None if row[field] is None else load(field, row[field]) for field in FIELDS}
     record = SpectrumRecord(**{field: row[field] for field in PLAIN_FIELDS}, **contents)
     if record.spectrum is not None and record.generalization is not None:

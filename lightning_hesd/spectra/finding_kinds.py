@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from lightning_hesd.spectra.analyzed_run import AnalyzedRun, Confidence
     from lightning_hesd.spectra.layer_curvature import LayerCurvature
+    from lightning_hesd.spectra.record import SpectrumRecord
 
 LEAST_RECORDS = 3
 """Findings on the course of a run need so many analyses of trained weights."""
@@ -178,7 +179,18 @@ def _mainly_negative(run: AnalyzedRun) -> Found | None:
             evidence = f"{found}, and {share:.0%} of the negative curvature is in {name}."
             action = "Look at this layer; `layers='auto'` gives its own C_t."
             return Found("MN: the negative curvature is in one layer", evidence, "likely", action)
+    return _of_gradients(record, found)
+
+
+def _of_gradients(record: SpectrumRecord, found: str) -> Found:
+    """Return the finding on an MN spectrum that neither untrained weights nor a layer explain; `found`: its C_t."""
+    clipped = record.gradients.get("clipped_share", 0.0)
+    if clipped > 0:
+        evidence = f"{found}, and gradients were clipped in {clipped:.0%} of the sampled steps."
+        return Found("MN: gradients are clipped", evidence, "hint", "Train without clipping, and compare the types.")
     action = "Set `monitor_gradients=True`: are gradients clipped or rotated?"
+    if record.gradients:
+        action = "Gradients were not clipped: does the optimizer rotate them?"
     return Found("MN: the cause is not known", f"{found}.", "certain", action)
 
 

@@ -51,7 +51,7 @@ LAYER_DIGITS = 4
 
 SHOWN_FIELDS = (
     *("type_certain", "verified", "verification", "rounding", "num_samples", "dimension", "steps_per_probe"),
-    *("matvecs", "confidence", "reason"),
+    *("matvecs", "confidence", "reason", "matrix", "lambda_min_error", "lambda_max_error", "trace_error"),
 )
 """Fields and properties of a spectrum that stand in its payload under the same name."""
 
@@ -88,6 +88,7 @@ def record_payload(
         "assessment": None if record.assessment is None else asdict(record.assessment),
         **data_of_record(record),
         "metrics": dict(record.metrics),
+        "gradients": dict(record.gradients),
         "scores": {name: score for name, score in scores.items() if not math.isnan(score)},
         "layers": _layers(record),
         "findings": [asdict(finding) for finding in found],

@@ -57,6 +57,8 @@ SPECTRUM_FIELDS: Fields = {
 LINE_FIELDS: Fields = {"distances": each(number), "losses": each(optional(number))}
 LATER_FIELDS: Fields = {
     **dict.fromkeys(("left", "right"), optional(each(number))),
+    **dict.fromkeys(("lambda_min_error", "lambda_max_error", "trace_error"), optional(number)),
+    "matrix": optional(text),
     "cumulative_band": optional(having(dict.fromkeys(("points", "low", "high"), each(number)))),
     "losses_along": optional(having(dict.fromkeys(("lambda_min", "lambda_max"), having(LINE_FIELDS)))),
 }
@@ -89,7 +91,7 @@ REFERENCE_FIELDS: Fields = {
 """Fields of a comparison with the reference range; a record without one has none of them."""
 
 LATER: tuple[tuple[Fields, str, type, Check], ...] = (
-    (RECORD_FIELDS, "metrics", dict, each_named(optional(number))),
+    *((RECORD_FIELDS, field, dict, each_named(optional(number))) for field in ("metrics", "gradients")),
     (RECORD_FIELDS, "findings", list, each(having(FINDING_FIELDS))),
     (RECORD_FIELDS, "reference", dict, lambda value: value == {} or having(REFERENCE_FIELDS)(value)),
     (SELECTION_FIELDS, "rivals", list, each(integer)),

@@ -31,10 +31,11 @@ RECORDED_BY = {
     **dict.fromkeys(("stability_threshold", "stability_ratio"), "preconditioner='optimizer'"),
     **dict.fromkeys(("ggn", "residual"), "decompose=True"),
     "layers": "layers",
+    "gradients": "monitor_gradients=True",
 }
 """The option of HessianSpectrumCallback that records a field or property; others are recorded always."""
 
-PLAIN_FIELDS = ("epoch", "global_step", "error", "stability_threshold", "metrics", "first_loss")
+PLAIN_FIELDS = ("epoch", "global_step", "error", "stability_threshold", "metrics", "first_loss", "gradients")
 """The fields of a record that are plain values."""
 
 LAYERS_SUFFIX = "_layers"
@@ -68,6 +69,8 @@ class SpectrumRecord:
             last batch, as means over the epoch that ended with it, or in validation right after it. Values of older
             weights are left out, and so are those that are not finite.
         first_loss: Mean loss at the first analysis of the run; None: unknown.
+        gradients: What became of the gradients between backward pass and optimizer in this epoch, the fields of
+            `GradientStatistics` by name; empty without `monitor_gradients=True`.
     """
 
     epoch: int
@@ -82,6 +85,7 @@ class SpectrumRecord:
     residual: Spectrum | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     first_loss: float | None = None
+    gradients: Mapping[str, float] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Return the time and the main findings in one line."""

@@ -7,19 +7,41 @@ from importlib.resources import files
 SHARED = (
     "dom.js",
     "theme.js",
+    "swatches.js",
     "data.js",
+    "axis.js",
+    "distribution.js",
     "base.js",
+    "figure_code.js",
+    "export.js",
+    "uncertainty.js",
+    "grouping.js",
     "curves.js",
+    "charts.js",
     "details.js",
+    "density.js",
+    "layers.js",
+    "state.js",
     "words.js",
     "reference.js",
+    "datatable.js",
+    "chosen.js",
+    "values.js",
+    "figures.js",
+    "onerun.js",
+    "allruns.js",
     "judgment.js",
+    "address.js",
+    "runstore.js",
+    "runlist.js",
+    "statebar.js",
     "layout.js",
     "page.js",
 )
 """Modules of both frontends, each after the modules it imports."""
 
 REPORT = "report.js"
+REPORT_STYLE = "report.css"
 STYLE = "style.css"
 STATIC = ("index.js", *SHARED, STYLE)
 """Files that the tab may request."""
@@ -28,7 +50,7 @@ PLOTLY = "plotly.min.js"
 
 
 def content(name: str) -> bytes:
-    """Return the content of a file of `STATIC`, `REPORT` or `PLOTLY`."""
+    """Return the content of a file of `STATIC`, `REPORT`, `REPORT_STYLE` or `PLOTLY`."""
     if name == PLOTLY:
         return (files("plotly") / "package_data" / PLOTLY).read_bytes()
     return (files("lightning_hesd.tensorboard_plugin") / "static" / name).read_bytes()

@@ -35,6 +35,13 @@ ALL = 1_000_000
 """Number of records that --samples_per_plugin=hesd=0 keeps: all."""
 
 
+OF_ONE_STATE = frozenset(("nodes", "weights", "left", "right", "cumulative_band", "losses_along"))
+"""Fields of a spectrum that only the figures of one run need. They take more than nine tenths of a payload."""
+
+WALL_TIME = "wall_time"
+"""Key of the time at which a payload was written, which the server adds."""
+
+
 class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
     """TensorBoard's HESD tab."""
 
@@ -75,7 +82,7 @@ class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
         return respond
 
     def _runs(self, _request: Request, context: Any, experiment: str) -> dict[str, Any]:
-        """Return the runs with payloads, and a value for each callback that changes when records are added."""
+        """Return the log directory, and the runs with payloads; values by callback change when records are added."""
         listed = self._listed(context, experiment)
         # In the order in which TensorBoard gives colors to runs, those without payloads included.
         runs = sorted(
@@ -83,6 +90,7 @@ class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
             key=lambda run: (float("inf") if run.start_time is None else run.start_time, run.run_name),
         )
         return {
+            "folder": self._provider.experiment_metadata(context, experiment_id=experiment).data_location,
             "runs": [
                 {
                     "run": run.run_name,
@@ -98,11 +106,11 @@ class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
                 }
                 for color, run in enumerate(runs)
                 if run.run_name in listed
-            ]
+            ],
         }
 
     def _records(self, request: Request, context: Any, experiment: str) -> dict[str, Any]:
-        """Return the payloads of a run, the decisions of the rules, and messages about unreadable payloads.
+        """Return the payloads of a run, their times, the rules' decisions, and messages about unreadable payloads.
 
         Raises:
             NotFoundError: If the run, or the name in it, does not exist.
@@ -114,8 +122,10 @@ class HESDPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # untyped
         read = self._read(context, experiment, [run], [tag, *rules]).get(run, {})
         problems: list[str] = []
         records = rewound(_payloads(read.get(tag, ()), problems))
+        wall_times = [record.pop(WALL_TIME) for record in records]
         selections = [c for rule in rules for c in rewound(_payloads(read.get(rule, ()), problems, SELECTION_FIELDS))]
-        return run_payload(run, name, records, selections, problems)
+        answer = {**run_payload(run, name, records, selections, problems), "wall_times": wall_times}
+        return {**answer, "records": _brief(records)} if "brief" in request.args else answer
 
     def _judgment(self, request: Request, context: Any, experiment: str) -> dict[str, Any]:
         """Return what the picks of the checkpoint rules were worth in runs, by a metric.
@@ -187,13 +197,32 @@ def _tag_of_records(listed: Mapping[str, Any], run: str, name: str) -> str:
 
 
 def _payloads(data: Iterable[Any], problems: list[str], *fields: Any) -> list[dict[str, Any]]:
-    """Return the payloads that can be read; append messages about the others to `problems`."""
+    """Return the payloads that can be read, with their times; append messages about the others to `problems`."""
     found = []
     for datum in data:
         try:
-            found.append(read_payload(datum.numpy.tolist(), *fields))
+            found.append({**read_payload(datum.numpy.tolist(), *fields), WALL_TIME: datum.wall_time})
         except PayloadError as error:  # noqa: PERF203 - one bad payload must not cost the others
             problems.append(f"step {datum.step}: {error}")
+    return found
+
+
+def _brief(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return records with what the charts of many runs need: without densities, layers, and findings but the last."""
+    found = [
+        {
+            **record,
+            "spectra": {
+                field: {key: value for key, value in spectrum.items() if key not in OF_ONE_STATE}
+                for field, spectrum in record["spectra"].items()
+            },
+            "layers": {"name": []},
+            "findings": [],
+        }
+        for record in records
+    ]
+    if found:
+        found[-1]["findings"] = records[-1]["findings"]
     return found
 
 

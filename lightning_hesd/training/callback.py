@@ -15,6 +15,7 @@ from lightning_hesd.training.compat.namespaces import join_namespaces
 from lightning_hesd.training.gradient_monitor import GradientMonitor
 from lightning_hesd.training.recorder import Recorder, decomposition_options
 from lightning_hesd.training.run import AnalysisRun
+from lightning_hesd.training.run_facts import given_options
 from lightning_hesd.training.samples.loaders import check_loader
 from lightning_hesd.training.samples.run_samples import RunSamples
 from lightning_hesd.training.schedule import Schedule
@@ -146,6 +147,8 @@ class HessianSpectrumCallback(SpectrumSource):
         name: str = "hesd",
         **analysis: Any,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in {"self", "__class__", "analysis"}}
+        self.given = given_options(HessianSpectrumCallback, {**arguments, **analysis})
         check_count("num_samples", num_samples, alternative="auto")
         check_loader("dataloader", dataloader)
         check_loader("generalization_dataloader", generalization_dataloader, alternative="val")

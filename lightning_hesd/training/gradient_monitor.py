@@ -6,7 +6,7 @@ A spectrum is MN if the optimizer uses other gradients than those of the loss (G
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -167,6 +167,12 @@ class GradientMonitor:
             gradient_cosine=float((along / (raw * used).clamp_min(1e-300)).mean()),
             update_cosine=float((descent / (raw * down).clamp_min(1e-300)).mean()),
         )
+
+    def values(self) -> dict[str, float]:
+        """Return the statistics of this epoch so far by name; empty without a sampled step."""
+        found: list[GradientStatistics | None] = []
+        self._guarded(lambda: found.append(self.summary()))
+        return {} if not found or found[0] is None else asdict(found[0])
 
 
 def likely_causes(trainer: pl.Trainer, statistics: GradientStatistics | None) -> list[str]:

@@ -38,7 +38,8 @@ from lightning_hesd.spectra.validation import (
     version_in,
 )
 from lightning_hesd.training.folders import exists, fetched, joined
-from lightning_hesd.training.history_folder import INDEX_NAME, HistoryFolder, index_rows
+from lightning_hesd.training.history_folder import INDEX_NAME, HistoryFolder, read_index
+from lightning_hesd.training.run_facts import now
 
 if TYPE_CHECKING:
     import os
@@ -67,10 +68,17 @@ _STATE = {"records": text, "shapes": each(each(at_least(0))), "numbers": is_plai
 
 
 class SpectrumHistory(list[SpectrumRecord]):
-    """The records of a run in the order they were made."""
+    """The records of a run in the order they were made.
+
+    Attributes:
+        about: Facts about the run that wrote the records last, as plain values: `started` and `written` (times in UTC),
+            `versions` by package, `device`, and `options`, the arguments of the callback that are not its defaults.
+            Empty where they are unknown, as in files of earlier releases. Checkpoints do not have it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.about: dict[str, Any] = {}
         self._folders: dict[str, HistoryFolder] = {}
 
     def __repr__(self) -> str:
@@ -126,7 +134,7 @@ class SpectrumHistory(list[SpectrumRecord]):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return no folders: a copy looks into them anew, and file systems cannot be pickled."""
-        return {"_folders": {}}
+        return {"about": self.about, "_folders": {}}
 
     def rewind(self, global_step: int) -> None:
         """Forget what lies ahead of `global_step`, everything at step 0: a run starts, or goes on, from there."""
@@ -141,7 +149,9 @@ class SpectrumHistory(list[SpectrumRecord]):
         Args:
             folder: A path, or a URL of a filesystem that fsspec knows.
         """
-        self._folder(folder).update(self._contents(), self._rows())
+        if self.about:
+            self.about = {**self.about, "written": now()}
+        self._folder(folder).update(self._contents(), self._rows(), self.about)
 
     def is_in(self, folder: str | os.PathLike[str]) -> bool:
         """Look into a folder, and return whether the files of all these records are there, whatever else is."""
@@ -190,7 +200,7 @@ class SpectrumHistory(list[SpectrumRecord]):
         history = cls()
         with fetched(location) as directory:
             path = directory / INDEX_NAME
-            rows = index_rows(path)
+            rows, history.about = read_index(path)
             try:
                 # The names only: an index must not point outside its own folder.
                 history.extend(decode_record(r, lambda f, name: load(f, directory / Path(name).name)) for r in rows)

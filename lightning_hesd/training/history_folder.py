@@ -14,7 +14,16 @@ from lightning_hesd.spectra.files import damage_named
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.spectra.spectrum import Spectrum
 from lightning_hesd.spectra.spectrum_data import STORED_ARRAYS
-from lightning_hesd.spectra.validation import FORMAT_VERSION, check_regular, check_version, parsed, text, version_in
+from lightning_hesd.spectra.validation import (
+    FORMAT_VERSION,
+    check_fields,
+    check_regular,
+    check_version,
+    of,
+    parsed,
+    text,
+    version_in,
+)
 from lightning_hesd.training.folders import exists, fetched, joined, remove, write, write_text
 
 if TYPE_CHECKING:
@@ -36,11 +45,14 @@ class HistoryFolder:
         """Return whether it has these files, by name, with these contents."""
         return all(name in self._there and _is_same(self._there[name], content) for name, content in contents.items())
 
-    def update(self, contents: Mapping[str, Content], rows: Sequence[Mapping[str, Any]]) -> None:
+    def update(
+        self, contents: Mapping[str, Content], rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]
+    ) -> None:
         """Make it a folder of these files, and no others of ours.
 
         Files of another run that the index names are replaced or deleted. The index goes before them and comes last, so
-        that none ever names what is not its own. Contents are by names of files, rows are those of the index.
+        that none ever names what is not its own. Contents are by names of files; the index has the rows, and what is
+        known about the run.
         """
         there = self._there
         outdated = [name for name, content in there.items() if not _is_same(content, contents.get(name))]
@@ -52,7 +64,8 @@ class HistoryFolder:
             if name not in there:
                 write(self._location, name, partial(save, content))
             there[name] = content
-        write_text(self._location, INDEX_NAME, json.dumps({"format": FORMAT_VERSION, "records": rows}, indent=1))
+        index = {"format": FORMAT_VERSION, **({"about": about} if about else {}), "records": rows}
+        write_text(self._location, INDEX_NAME, json.dumps(index, indent=1))
 
 
 def _named_by_index(location: str) -> dict[str, Content | None]:
@@ -62,7 +75,7 @@ def _named_by_index(location: str) -> dict[str, Content | None]:
         return named
     with fetched(location) as directory:
         try:
-            rows = index_rows(directory / INDEX_NAME)
+            rows, _ = read_index(directory / INDEX_NAME)
         except ValueError:
             return named  # of whatever it is, nothing is known to be ours
         for row in rows:
@@ -95,8 +108,8 @@ def _is_same(first: Content | None, second: Content | None) -> bool:
     return first.keys() == second.keys() and all(_is_same(first[name], second[name]) for name in first)
 
 
-def index_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of an index.
+def read_index(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the rows of an index, and what is known about the run; nothing in those of earlier releases.
 
     Raises:
         ValueError: If it is damaged, or was written by a newer version.
@@ -108,7 +121,9 @@ def index_rows(path: Path) -> list[dict[str, Any]]:
         version = version_in(index)
     check_version(version, str(path))
     with damage_named(path, kind):
-        return check_rows(index.get("records"), _names_a_file, _names_a_file)
+        about = index.get("about", {})
+        check_fields({"about": about}, {"about": of(dict)}, "the index")
+        return check_rows(index.get("records"), _names_a_file, _names_a_file), about
 
 
 def _names_a_file(value: object) -> bool:

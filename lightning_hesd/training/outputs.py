@@ -18,6 +18,7 @@ from lightning_hesd.training.folders import append, joined, read_text, remove, w
 from lightning_hesd.training.gradient_monitor import likely_causes
 from lightning_hesd.training.history import START_EPOCH, when
 from lightning_hesd.training.loggers import make_outputs
+from lightning_hesd.training.run_facts import run_facts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,16 +33,18 @@ if TYPE_CHECKING:
 
 
 class RunOutputs:
-    """The outputs of one callback in one run.
+    """The outputs of one callback in one run, given its name and its options as plain values.
 
     Attributes:
         folder: Folder of the run's spectra, a path or a URL; None on ranks that write nothing.
     """
 
-    def __init__(self, name: str, *, in_progress_bar: bool) -> None:
+    def __init__(self, name: str, options: Mapping[str, Any], *, in_progress_bar: bool) -> None:
         self._name = name
+        self._options = options
         self._in_bar = {f"{name}/c_t"} if in_progress_bar else set()
         self._loggers: list[LoggerOutput] = []
+        self._charted: Sequence[str] = ()  # names of callbacks whose charts are still to be written
         self._remarked: set[str] = set()
         self.folder: str | None = None
 
@@ -52,8 +55,8 @@ class RunOutputs:
     def open(self, trainer: pl.Trainer, history: SpectrumHistory, names: Sequence[str]) -> None:
         """Find the loggers and the folder; on rank zero only, and not with `fast_dev_run`.
 
-        The history has the records of the run that is continued. Of all callbacks of the Trainer, given by their names,
-        the first one writes the layout of charts.
+        The history has the records of the run that is continued, and gets the facts of this one. Of all callbacks of
+        the Trainer, given by their names, the first one writes the layout of charts.
         """
         self._remarked.clear()
         run_folder = runs.run_folder(trainer)  # every rank must ask for it
@@ -64,11 +67,8 @@ class RunOutputs:
         self.folder = joined(run_folder, self._name)
         self._loggers = make_outputs(trainer.loggers, self._name)
         self._rewind_selections(self.folder, trainer.global_step if history.is_in(self.folder) else 0)
-        has_tensorboard = any(isinstance(x, lightning_types("loggers.TensorBoardLogger")) for x in trainer.loggers)
-        if names[0] == self._name and has_tensorboard:
-            from lightning_hesd.training.loggers.tensorboard import write_layout  # noqa: PLC0415 - TensorBoard is slow
-
-            write_layout(trainer.loggers, names)
+        self._charted = names if names[0] == self._name else ()
+        history.about = run_facts(trainer, self._options)
 
     @staticmethod
     def _rewind_selections(folder: str, global_step: int) -> None:
@@ -129,18 +129,29 @@ class RunOutputs:
         """Write the last record to the loggers and the folder; the failure of one does not affect the others."""
         consequence = f"cannot write the spectrum {when(history[-1].epoch)}"
         step = logged_metrics.logging_step(trainer, at_epoch_end=at_epoch_end)
-        for logger in self._loggers if history[-1].spectra else ():
+        for logger in self._loggers:
             with errors.guard(consequence):
-                logger.write(history, step)
+                (logger.write if history[-1].spectra else logger.write_failure)(history, step)
+        if history[-1].epoch != START_EPOCH:  # by then the user's own hooks have written their layout
+            with errors.guard("cannot write the charts for TensorBoard's Custom Scalars"):
+                self._write_charts(trainer)
         if self.folder is not None:
             with errors.guard(consequence):
                 history.save(self.folder)
 
+    def _write_charts(self, trainer: pl.Trainer) -> None:
+        """Write the charts of all callbacks, once in a run."""
+        names, self._charted = self._charted, ()
+        if names and any(isinstance(x, lightning_types("loggers.TensorBoardLogger")) for x in trainer.loggers):
+            from lightning_hesd.training.loggers.custom_scalars import write_layout  # noqa: PLC0415 - slow
+
+            write_layout(trainer.loggers, names)
+
     def rewrite(self, trainer: pl.Trainer, history: SpectrumHistory, *, at_epoch_end: bool) -> None:
         """Write the last record again, with metrics that were logged after it."""
         step = logged_metrics.logging_step(trainer, at_epoch_end=at_epoch_end)
-        for logger in self._loggers if history[-1].spectra else ():
-            logger.rewrite(history, step)
+        for logger in self._loggers:
+            (logger.rewrite if history[-1].spectra else logger.write_failure)(history, step)
         if self.folder is not None:
             history.save(self.folder)
 

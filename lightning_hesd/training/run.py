@@ -60,12 +60,11 @@ class AnalysisRun:
         self._source = source
         self._recorder = recorder
         self._monitor = monitor
-        self._outputs = RunOutputs(source.name, in_progress_bar=progress)
+        self._outputs = RunOutputs(source.name, source.given, in_progress_bar=progress)
         self._cost = CostNotice(source, is_shown=progress or source.verbose)
         self._set_up_by: str | None = None
         self._trained_by: str | None = None
-        self._is_resumed = False
-        self._prints_summary = False
+        self._is_resumed, self._prints_summary = False, False
         self._metrics = FreshMetrics()
         self._lacks_metrics = False  # whether metrics may still be logged for the weights of the last record
 
@@ -235,7 +234,8 @@ class AnalysisRun:
             if self._lacks_metrics:
                 with source.errors.guard("the record will not have the metrics of the network"):
                     record = replace(record, metrics=self._fresh_metrics(trainer))
-            source.history.append(replace(record, first_loss=first_loss(source.history)))
+            record = replace(record, first_loss=first_loss(source.history), gradients=self._monitor.values())
+            source.history.append(record)
             source.show_in_original()
             failure = "cannot copy the analyzed weights: checkpoints have the weights as later callbacks leave them"
             with source.errors.guard(failure):

@@ -15,7 +15,7 @@ from lightning_hesd.training.history import SpectrumHistory
 from lightning_hesd.training.schedule import Budget, Schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import Checkpoint
@@ -41,10 +41,12 @@ class SpectrumSource(CopiedCallback, Callback):
         history: The records so far.
         checkpoints: The checkpoint callbacks passed to it.
         refusal: Why this run can have no spectra, known before training; None: it can.
+        given: The arguments that are not defaults, as plain values.
     """
 
     checkpoints: Sequence[Checkpoint] = ()
     refusal: str | None = None
+    given: Mapping[str, Any] = {}
     at_start = False
     verbose = False
     loss_fn: LossFunction | None = None
@@ -75,6 +77,7 @@ class SpectrumSource(CopiedCallback, Callback):
     def share_results(self, original: Self) -> None:
         """Give history and budget to the original: the very records, because there may be many."""
         original.history[:] = self.history
+        original.history.about = self.history.about
         original.budget.load_state_dict(self.budget.state_dict())
 
     @property

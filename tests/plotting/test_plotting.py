@@ -23,6 +23,7 @@ from lightning_hesd.plotting import (
     plot_losses_along,
 )
 from lightning_hesd.plotting.cumulative import BOTTOM, numbers_beyond
+from lightning_hesd.spectra.digits import interval
 from tests.example_spectra import SMALL_POPULATION, analyze
 from tests.spectra.nodes import spectrum
 
@@ -109,10 +110,10 @@ def test_draws_on_the_axes_it_is_given(plot: Any, count: int) -> None:
 
 
 def test_title_tells_type_and_interval() -> None:
-    assert describe(spectrum(-1.0, 4.0), "epoch 3") == "epoch 3   MP-HESD\n$C_t$ = -0.25  [-0.25, -0.25]"
+    assert describe(spectrum(-1.0, 4.0), "epoch 3") == "epoch 3   MP-HESD\n$C_t$ = −0.25  [−0.25, −0.25]"
     low, high = (uncertain := spectrum(-2.0, 4.0, residual=1.0)).c_t_interval
     assert low < -0.6 < -0.5 < high
-    assert describe(uncertain) == f"MP-HESD (uncertain)\n$C_t$ = -0.5  [{low:.4g}, {high:.4g}]"
+    assert describe(uncertain) == f"MP-HESD (uncertain)\n$C_t$ = −0.5  {interval(low, high)}"
     assert describe(spectrum(0.0, reason="none"), "start") == "start\n$C_t$ undefined: no curvature"
 
 
@@ -220,31 +221,46 @@ class TestLayers:
         4: {"a": spectrum(-1.0, 20.0), "b": spectrum(-1.0, -0.5)},
     }
 
-    def test_rows_are_layers_and_columns_epochs(self):
+    def test_rows_are_layers_and_columns_reach_halfway_to_their_neighbors(self):
         ax = plot_layers(self.layers)
-        image = ax.images[0].get_array()
-        assert image.tolist() == [[2.0, 20.0], [0.1, None]]  # no logarithm of what is not positive
+        mesh = ax.collections[0]
+        assert mesh.get_array().tolist() == [[2.0, 20.0], [0.1, -0.5]]
+        assert mesh.get_coordinates()[0, :, 0].tolist() == [-3.5, 1.5, 6.5]
+        assert ax.get_ylim() == (1.5, -0.5)  # the first layer is at the top
         assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
         assert [label.get_text() for label in ax.get_xticklabels()] == ["start", "4"]
 
-    def test_other_quantities_are_linear(self):
+    def test_colors_are_logarithmic_or_a_root_that_keeps_signs(self):
+        signed = plot_layers(self.layers).collections[0].norm
+        assert signed(np.array([-0.5, 20.0])).tolist() == [0.0, 1.0]
+        assert signed(0.0) == pytest.approx(math.sqrt(0.5) / (math.sqrt(0.5) + math.sqrt(20.0)))
+        positive = {0: {"a": spectrum(1.0), "b": spectrum(100.0)}}
+        assert plot_layers(positive).collections[0].norm(10.0) == pytest.approx(0.5)
+
+    def test_what_all_names_begin_with_is_the_label(self):
+        layers = {0: {"net.block.0.fc": spectrum(1.0), "net.block.1": spectrum(2.0)}}
+        ax = plot_layers(layers)
+        assert [label.get_text() for label in ax.get_yticklabels()] == ["0.fc", "1"]
+        assert ax.get_ylabel() == "layer of net.block"
+
+    def test_other_quantities(self):
         ax = plot_layers(self.layers, "c_t", Figure().add_subplot(), xlabel="step")
-        assert ax.images[0].get_array().tolist() == [[-0.5, -0.05], [-5.0, None]]  # infinity has no color
+        assert ax.collections[0].get_array().tolist() == [[-0.5, -0.05], [-5.0, None]]  # infinity has no color
         assert ax.get_xlabel() == "step"
 
     def test_colors_of_shares_end_at_0_and_1(self):
         layers = {0: {"a": spectrum(1.0), "b": spectrum(3.0)}, 1: {"a": spectrum(-3.0), "b": spectrum(4.0)}}
-        image = plot_layers(layers, "trace_share").images[0]
+        image = plot_layers(layers, "trace_share").collections[0]
         assert image.get_array().tolist() == [[0.25, -3.0], [0.75, 4.0]]
         assert image.get_clim() == (0.0, 1.0)
-        assert plot_layers({0: layers[0]}, "trace_share").images[0].get_clim() == (0.25, 0.75)
+        assert plot_layers({0: layers[0]}, "trace_share").collections[0].get_clim() == (0.25, 0.75)
         undefined = plot_layers({0: {"a": spectrum(-1.0)}}, "trace_share")  # no share of a trace that is not positive
-        assert undefined.images[0].get_array().mask.all()
+        assert undefined.collections[0].get_array().mask.all()
         undefined.figure.savefig(io.BytesIO())
 
     def test_a_layer_that_came_later_is_empty_before(self):
         layers = {0: {"a": spectrum(1.0)}, 1: {"a": spectrum(2.0), "b": spectrum(3.0)}}
-        assert plot_layers(layers).images[0].get_array().tolist() == [[1.0, 2.0], [None, 3.0]]
+        assert plot_layers(layers).collections[0].get_array().tolist() == [[1.0, 2.0], [None, 3.0]]
 
     def test_mistakes(self):
         with pytest.raises(ValueError, match=r"`quantity` must be one of c_t, lambda_max, .*got 'size'"):

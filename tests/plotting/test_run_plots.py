@@ -12,7 +12,7 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from lightning_hesd.plotting import NEGATIVE, POSITIVE, plot_c_t, plot_density_evolution, plot_layers
+from lightning_hesd.plotting import NEGATIVE, POSITIVE, plot_c_t, plot_density_evolution, plot_layers, plot_scalar
 from lightning_hesd.plotting.c_t import BOTTOM
 from lightning_hesd.plotting.heat_maps import MIN_BRIGHTNESS, SMOOTHING
 from lightning_hesd.plotting.style import RunAxis, linear_threshold
@@ -277,7 +277,7 @@ class TestLayersOfAHistory:
         layers = {"a": spectrum(-1.0, 2.0), "b": spectrum(-0.5, 4.0)}
         run = [*RUN, replace(record(6, 1.0), layers=layers), replace(record(9, 1.0), layers=layers)]
         ax = plot_layers(run)
-        assert ax.images[0].get_array().tolist() == [[2.0, 2.0], [4.0, 4.0]]
+        assert ax.collections[0].get_array().tolist() == [[2.0, 2.0], [4.0, 4.0]]
         assert names(ax) == ["6", "9"]
         assert ax.get_xlabel() == "epoch"
 
@@ -289,3 +289,34 @@ class TestLayersOfAHistory:
     def test_without_layers(self):
         with pytest.raises(ValueError, match=r"`history` knows no layers: .* kept no Krylov basis"):
             plot_layers(RUN)
+
+
+# Scalars --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_scalar_over_a_run() -> None:
+    ax = plot_scalar(RUN, "lambda_max", title="a run")
+    drawn(ax)
+    assert names(ax) == ["start", "0", "1", "2", "5"]
+    assert ax.lines[0].get_ydata().tolist() == pytest.approx([1.0, 2.0, math.nan, 4.0, 2.5], nan_ok=True)
+    assert (ax.get_yscale(), ax.get_xlabel(), ax.get_title()) == ("linear", "epoch", "a run")
+    assert ax.get_ylabel() == r"$\lambda_{\max}$ (loss / parameter²)"
+    assert ax.get_legend() is None
+    assert plot_scalar([*RUN, record(6, -0.1, 0.4)], "lambda_max").get_yscale() == "log"
+    assert plot_scalar([*RUN, record(6, -9.0, 0.4)], "lambda_min").get_yscale() == "linear"
+
+
+def test_a_scalar_on_generalization_data_a_threshold_and_a_metric() -> None:
+    both = [replace(r, generalization=r.spectrum, metrics={"val_acc": 0.9}) for r in RUN if r.spectrum is not None]
+    both[1] = replace(both[1], metrics={})
+    ax = plot_scalar(both, "loss")
+    drawn(ax)
+    assert labels(ax) == ["training data", "generalization data"]
+    ax = plot_scalar(both, "delta_r_e")
+    assert labels(ax) == ["$Δr_e$", "threshold 1.5"]
+    ax = plot_scalar(both, "val_acc")
+    assert ax.get_ylabel() == "val_acc"
+    assert np.isnan(ax.lines[0].get_ydata()).tolist() == [False, True, False, False]
+    known = r"no record has a value of 'c-t': pass one of c_t, .*, delta_r_e, .*val_acc\."
+    with pytest.raises(ValueError, match=known):
+        plot_scalar(both, "c-t")

@@ -70,6 +70,7 @@ records = st.builds(
     stability_threshold=st.one_of(st.none(), st.floats(allow_nan=False)),
     first_loss=st.one_of(st.none(), st.floats(allow_nan=False)),
     metrics=st.dictionaries(words, st.floats(allow_nan=False, allow_infinity=False), max_size=2),
+    gradients=st.dictionaries(words, st.floats(allow_nan=False, allow_infinity=False), max_size=2),
 )
 
 

@@ -44,6 +44,12 @@ def changed(spectrum: Spectrum, **fields: Any) -> list[SpectrumRecord]:
     return [*run[:-1], replace(run[-1], spectrum=replace(spectrum, **fields))]
 
 
+def changed_record(spectrum: Spectrum, **fields: Any) -> list[SpectrumRecord]:
+    """The healthy run with another spectrum and other fields in its last record."""
+    run = healthy()
+    return [*run[:-1], replace(run[-1], spectrum=spectrum, **fields)]
+
+
 def with_ratios(*ratios: float) -> list[SpectrumRecord]:
     start, *trained = healthy()
     pairs = zip(trained, ratios, strict=True)
@@ -129,6 +135,12 @@ PLANTED: dict[str, tuple[str, list[SpectrumRecord], str, str]] = {
         changed(make_spectrum(-2.0, loss=0.2), by_layer={"a": layer(20, 0.5, 0.1), "b": layer(20, 0.5, 0.9)}),
         "likely",
         "C_t is -2 at epoch 4, and 90% of the negative curvature is in b.",
+    ),
+    "clipped": (
+        "mainly_negative",
+        changed_record(make_spectrum(-2.0, loss=0.2), gradients={"clipped_share": 0.75}),
+        "hint",
+        "C_t is -2 at epoch 4, and gradients were clipped in 75% of the sampled steps.",
     ),
     "MN": ("mainly_negative", changed(make_spectrum(-2.0, loss=0.2)), "certain", "C_t is -2 at epoch 4."),
     "edge": (
@@ -253,6 +265,11 @@ class TestLanczosRuns:
 
 
 class TestMainlyNegative:
+    def test_gradients_that_were_not_clipped_are_no_cause(self):
+        [found] = findings(changed_record(make_spectrum(-2.0, loss=0.2), gradients={"clipped_share": 0.0}))
+        assert found.title == "MN: the cause is not known"
+        assert found.action.startswith("Gradients were not clipped")
+
     def test_a_single_analysis_does_not_tell_whether_the_loss_has_fallen(self):
         record = SpectrumRecord(0, 10, make_spectrum(-2.0, loss=2.0), first_loss=2.0)
         assert [found.title for found in findings([record])] == ["MN: the cause is not known"]

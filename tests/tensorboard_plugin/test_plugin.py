@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import time
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tensorboard.plugins.base_plugin import TBContext
+from torch.nn.functional import cross_entropy
 
 from lightning_hesd import SpectrumHistory, judge
 from lightning_hesd.commands import cli
@@ -34,7 +36,8 @@ from lightning_hesd.training.history import SpectrumRecord
 from tests.judgment.simulated import assert_same, history
 from tests.judgment.simulated import record as simulated_record
 from tests.spectra.nodes import spectrum as spectrum_of
-from tests.tab import EPOCHS, Tab, data_of_report, plugin_path, write_payloads
+from tests.tab import EPOCHS, Tab, data_of_report, plugin_path, train, write_payloads
+from tests.training.broken import out_of_luck
 from tests.training.scripted import make_spectrum
 
 RUN = {"run": "net/version_0", "name": "hesd"}
@@ -70,7 +73,43 @@ def test_records_of_a_training(trained: tuple[Path, Any]) -> None:
             assert shown["type"] == spectrum.hesd_type
         assert read["assessment"]["verdict"] == record.assessment.verdict
         assert read["layers"]["name"] == list(record.layers)
+    times = found["wall_times"]
+    assert len(times) == len(found["records"])
+    assert times == sorted(times)
+    assert abs(times[-1] - time.time()) < 3600  # seconds since 1970
+    # In brief, records lack what the charts of many runs do not draw; their numbers stay.
+    brief = tab.get("records", **RUN, brief="1")[1]
+    assert {key: value for key, value in brief.items() if key != "records"} == {
+        key: value for key, value in found.items() if key != "records"
+    }
+    for short, whole in zip(brief["records"], found["records"], strict=True):
+        spectrum = whole["spectra"]["spectrum"]
+        left_out = {"nodes", "weights", "left", "right", "cumulative_band", "losses_along"}
+        assert short["spectra"]["spectrum"] == {k: v for k, v in spectrum.items() if k not in left_out}
+        assert short["layers"] == {"name": []}
+        assert short["scores"] == whole["scores"]
+    assert brief["records"][-1]["findings"] == found["records"][-1]["findings"]
     assert len(to_json(found["records"][-1])) < 9000  # two spectra of 8 nodes, two layers, the assessment
+
+
+def test_failed_analyses_are_in_the_event_file(tmp_path: Path) -> None:
+    """With their message and the metrics of their weights, as in the folder of the history."""
+
+    def sometimes(module: Any, batch: Any) -> Any:
+        if module.current_epoch == 1:
+            return out_of_luck(module, batch)
+        return cross_entropy(module.net(batch[0]), batch[1])
+
+    with pytest.warns(RuntimeWarning, match="the analysis of epoch 1 failed, training goes on. OSError: no luck"):
+        log_dir, callback = train(tmp_path, loss_fn=sometimes)
+    assert [record.error for record in callback.history] == [None, "OSError: no luck", None]
+    found = Tab(tmp_path).get("records", **RUN)[1]
+    assert found["problems"] == []
+    assert [record["error"] for record in found["records"]] == [None, "OSError: no luck", None]
+    assert [list(record["spectra"]) for record in found["records"]] == [["spectrum"], [], ["spectrum"]]
+    assert found["records"][1]["metrics"].keys() == {"train_acc", "val_acc"}
+    told = [{**record, "findings": []} for record in found["records"]]  # a report has those of the last record only
+    assert told == [{**record, "findings": []} for record in json.loads(json.dumps(run_data(log_dir)["records"]))]
 
 
 def test_the_pick_is_that_of_the_checkpoint_callback(trained: tuple[Path, Any]) -> None:
@@ -235,7 +274,7 @@ def test_errors_say_what_is_wrong(trained: tuple[Path, Any]) -> None:
 
 def test_an_empty_log_directory(tmp_path: Path) -> None:
     tab = Tab(tmp_path)
-    assert tab.get("runs") == (200, {"runs": []})
+    assert tab.get("runs") == (200, {"folder": str(tmp_path), "runs": []})
     assert tab.get("records", **RUN)[0] == 404
 
 

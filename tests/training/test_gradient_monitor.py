@@ -88,9 +88,12 @@ def fit(
     trainer = make_trainer(tmp_path, [spectra], epochs, **arguments)
     trainer.fit(net, data())
     assert not any(optimizer._optimizer_step_post_hooks for optimizer in trainer.optimizers)
-    return {
+    logged = {
         key: float(trainer.callback_metrics[f"hesd/{key}"]) for key in KEYS if f"hesd/{key}" in trainer.callback_metrics
     }
+    [record] = spectra.history
+    assert {key: value for key, value in record.gradients.items() if key != "steps"} == pytest.approx(logged, rel=1e-6)
+    return logged
 
 
 def clipped_to(threshold: float) -> Callable[[SGDNet], float]:

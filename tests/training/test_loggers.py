@@ -37,8 +37,8 @@ def callback(**arguments: Any) -> HessianSpectrumCallback:
 
 
 def charts_in(events: Any) -> list[Any]:
-    """Return the charts of each category in TensorBoard's layout."""
-    (config,) = events.Tensors("custom_scalars__config__")
+    """Return the categories of charts in TensorBoard's layout: it shows the one that was written last."""
+    config = events.Tensors("custom_scalars__config__")[-1]
     return list(layout_pb2.Layout.FromString(config.tensor_proto.string_val[0]).category)
 
 
@@ -79,9 +79,10 @@ def test_tensorboard_gets_scalars_histograms_figures_and_charts(run: Any) -> Non
         negative = spectrum.density_weights[spectrum.nodes < 0].sum()
         assert counts[edges <= 1e-9].sum() == pytest.approx(negative)
         # The outermost nodes lie in the outermost bars: nothing stretches, nothing is cut off.
-        assert histogram.min <= spectrum.lambda_min < edges[0]
-        assert edges[0] - histogram.min == pytest.approx(edges[1] - edges[0])
-        assert edges[-2] < spectrum.lambda_max <= histogram.max
+        smallest, largest = -(6 + np.log10(-spectrum.lambda_min)), 6 + np.log10(spectrum.lambda_max)
+        assert histogram.min <= smallest < edges[0]
+        assert np.diff([histogram.min, *edges]) == pytest.approx(0.1)
+        assert edges[-2] < largest <= histogram.max
         assert counts[0] > 0
         assert counts[-1] > 0
 
@@ -199,18 +200,48 @@ def test_choices_of_the_run_that_goes_on_are_kept(tmp_path: Path) -> None:
     assert [json.loads(line)["epoch"] for line in selections] == [0, 1, 2]
 
 
-def test_charts_have_the_tags_of_their_logger(tmp_path: Path) -> None:
+class Charting(Net):
+    """Writes a layout of its own charts, as users do, and is not the first to do so."""
+
+    def on_train_start(self) -> None:
+        logger = self.trainer.loggers[-1]
+        logger.experiment.add_custom_scalars(
+            {"own": {"loss": ["Multiline", ["loss"]]}, "c.t": {"C_t": ["Multiline", ["x"]]}}
+        )
+
+
+def test_charts_have_the_tags_of_their_logger_and_stand_beside_those_of_the_user(tmp_path: Path) -> None:
     prefixes = ["mine", "", "a+b"]
     loggers = [TensorBoardLogger(tmp_path / str(n), prefix=prefix) for n, prefix in enumerate(prefixes)]
-    fit(tmp_path, callback(name="c.t"), epochs=1, logger=loggers)
+    loggers[0].experiment.add_custom_scalars({"before": {"loss": ["Multiline", ["loss"]]}})
+    users = TensorBoardLogger(tmp_path / "user")
+    fit(tmp_path, callback(name="c.t", at_start=True), net=Charting, epochs=1, logger=[*loggers, users])
     for logger, prefix in zip(loggers, prefixes, strict=True):
         events = read_events(logger.log_dir)
-        margin, largest = charts_in(events)[0].chart
+        *others, ours = charts_in(events)
+        assert [category.title for category in others] == (["before"] if logger is loggers[0] else [])
+        margin, largest = ours.chart
         tags = set(events.Tags()["scalars"])
         assert {tag for s in margin.margin.series for tag in (s.value, s.lower, s.upper)} <= tags
         assert [tag for tag in tags if re.match(largest.multiline.tag[0], tag)] == [
             f"{prefix}-c.t/lambda_max" if prefix else "c.t/lambda_max"
         ]
+    # A category of the user's that has the name of the callback stays as it is.
+    assert [(c.title, c.chart[0].multiline.tag[0]) for c in charts_in(read_events(users.log_dir))] == [
+        ("own", "loss"),
+        ("c.t", "x"),
+    ]
+
+
+def test_a_history_knows_how_it_was_made(run: Any) -> None:
+    history, trainer = run
+    about = SpectrumHistory.load(trainer.log_dir).about
+    assert about == history.about
+    assert about["started"] <= about["written"]
+    assert set(about["versions"]) == {"lightning_hesd", "torch", "lightning", "python"}
+    assert about["versions"]["torch"] == str(torch.__version__)
+    assert about["device"] == "cpu"
+    assert about["options"] == {"at_start": True, "steps": 8, "num_samples": 48, "batch_size": 16}
 
 
 def test_unknown_loggers_get_scalars_and_a_debug_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,15 +1,13 @@
-"""Attention with second derivatives that are fast for short contexts, and linear in memory for long ones.
+"""Attention with second derivatives that take memory linear in the context.
 
-For each head o = P v with P = softmax(scale · q kᵀ + mask), one row per query. For short contexts, P and its gradient
-are stored in the graph of the gradient. For long ones, only q, k, v and the gradient with respect to o are stored, and
-every derivative recomputes the scores in blocks of rows. Blocks suffice because a row of P belongs to one query, and
-derivatives with respect to keys and values are sums over queries. The derivative of such a function is such a function
-again, to every order: a gradient penalty takes no more memory than its loss.
+For each head o = P v with P = softmax(scale · q kᵀ + mask), one row per query. Only q, k, v and the gradient with
+respect to o are stored, and every derivative recomputes the scores in blocks of rows. Blocks suffice because a row of P
+belongs to one query, and derivatives with respect to keys and values are sums over queries. The derivative of such a
+function is such a function again, to every order: a gradient penalty takes no more memory than its loss.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-
-from lightning_hesd.numerics.derivatives.autograd_functions import differentiate, row_sum
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,73 +30,9 @@ _MIN_ROWS = 16
 """Minimal rows per block: with fewer, matrix products are slow."""
 
 
-def short_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool) -> Tensor:
-    """Return softmax(scale · query keyᵀ) value, for three tensors of shape (batch, tokens, width)."""
-    return _ShortAttention.apply(query, key, value, scale, causal)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _ShortAttention(Function):
-    """o = P v with P = softmax(scale · q kᵀ)."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        q, k, v, scale, causal = inputs
-        probabilities = _probabilities(q, k, scale, causal=causal)
-        ctx.save_for_backward(q, k, v, probabilities)
-        ctx.options = scale, causal
-        attended: Tensor = probabilities @ v
-        return attended
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        q, k, v, probabilities = ctx.saved_tensors
-        gradients = _ShortAttentionBackward.apply(q, k, v, gradient, probabilities, ctx.options)  # type: ignore[no-untyped-call]
-        return *gradients, None, None
-
-
-class _ShortAttentionBackward(Function):
-    """The gradients of o = P v with respect to q, k and v."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        q, k, v, gradient, probabilities, (scale, _) = inputs
-        grad_probabilities = gradient @ v.mT
-        grad_scores = _through_softmax(grad_probabilities, probabilities) * scale
-        ctx.save_for_backward(*inputs[:-1], grad_probabilities, grad_scores)
-        ctx.options = inputs[-1]
-        return grad_scores @ k, grad_scores.mT @ q, probabilities.mT @ gradient
-
-    @staticmethod
-    def backward(ctx: Any, tangent_q: Tensor, tangent_k: Tensor, tangent_v: Tensor) -> Any:
-        q, k, v, gradient, probabilities, grad_probabilities, grad_scores = ctx.saved_tensors
-        scale, causal = ctx.options
-        if torch.is_grad_enabled():
-            softmax = functools.partial(_probabilities, scale=scale, causal=causal)
-            gradients = functools.partial(_gradients, softmax, scale)
-            return *differentiate(gradients, (q, k, v, gradient), (tangent_q, tangent_k, tangent_v)), None, None
-        tangent_scores = torch.baddbmm(tangent_q @ k.mT, q, tangent_k.mT, beta=scale, alpha=scale)
-        tangent_probabilities = _through_softmax(tangent_scores, probabilities)
-        # The gradient with respect to the scores is P ∘ (Q - row sums of P ∘ Q), with Q the gradient with respect to P.
-        # Here it is differentiated with respect to P.
-        of_scores = tangent_scores * (grad_probabilities - row_sum(probabilities, grad_probabilities))
-        of_scores.addcmul_(row_sum(probabilities, tangent_scores), grad_probabilities, value=-1)
-        of_scores.baddbmm_(gradient, tangent_v.mT)
-        of_scores = _through_softmax(of_scores, probabilities).mul_(scale)
-        return (
-            torch.baddbmm(of_scores @ k, grad_scores, tangent_k),
-            torch.baddbmm(of_scores.mT @ q, grad_scores.mT, tangent_q),
-            tangent_probabilities.mT @ gradient,
-            torch.baddbmm(probabilities @ tangent_v, tangent_probabilities, v),
-            None,
-            None,
-        )
-
-
-def _probabilities(q: Tensor, k: Tensor, scale: float, *, causal: bool) -> Tensor:
-    scores = q @ k.mT * scale
-    if causal:
-        scores = scores.masked_fill(scores.new_ones(scores.shape[1:], dtype=torch.bool).triu(1), -torch.inf)
-    return torch.softmax(scores, -1)
+def _row_sum(a: Tensor, b: Tensor) -> Tensor:
+    """Return the sum of a · b over the last dimension, which is kept."""
+    return (a * b).sum(-1, keepdim=True)
 
 
 def _through_softmax(gradient: Tensor, probabilities: Tensor) -> Tensor:
@@ -293,7 +225,7 @@ def _products(  # noqa: PLR0917 - the order of all derivatives
     tangent_scores = _add_product(a_q @ k.mT, q, a_k.mT).mul_(scale)
     grad_p = g @ v.mT
     tangent_p, grad_scores = _through_softmax(tangent_scores, p), _through_softmax(grad_p, p) * scale
-    of_scores = (tangent_scores - row_sum(p, tangent_scores)) * (grad_p - row_sum(p, grad_p))
+    of_scores = (tangent_scores - _row_sum(p, tangent_scores)) * (grad_p - _row_sum(p, grad_p))
     of_scores = _through_softmax(_add_product(of_scores, g, a_v.mT), p) * scale
     return (
         _add_product(of_scores @ k, grad_scores, a_k),

@@ -1,9 +1,10 @@
-"""Replacements for operations whose second derivatives are slow in PyTorch.
+"""Replacements for operations whose second derivatives are slow in PyTorch, or need much memory.
 
-On the CPU PyTorch differentiates the gradient of a convolution by convolutions with whole feature maps, and those of
-normalization and activation layers in up to thirty passes over them. With these replacements an HVP of ResNet20 takes
-the time of 2.0 gradients instead of 2.6, one of a vision transformer 2.0 instead of 2.5 (float32, two threads). Values
-and derivatives are the same to rounding.
+On the CPU PyTorch differentiates the gradient of a convolution by convolutions with whole feature maps, and that of
+batch norm in many passes over them. Attention with long contexts stores scores of every pair of tokens, and a
+cross-entropy over a large vocabulary several copies of the logits. Values and derivatives of the replacements are the
+same to rounding. Each gains at least a tenth of the time of some product (benchmarks/results/replacements.md,
+language_models.md); replacements that gained less are not here.
 """
 
 from __future__ import annotations
@@ -14,23 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_hesd.numerics.derivatives.attention import long_attention, short_attention
-from lightning_hesd.numerics.derivatives.autograd_functions import (
-    GELU,
-    Convolution,
-    LayerNorm,
-    Linear,
-    ReLU,
-    Scale,
-    bilinear,
-)
+from lightning_hesd.numerics.derivatives.attention import long_attention
+from lightning_hesd.numerics.derivatives.bilinear import Convolution, Scale, bilinear
 from lightning_hesd.numerics.derivatives.cross_entropy import Labels, cross_entropy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _LARGE = 100_000
-"""Number of elements from which on fewer passes over memory outweigh the cost of a Python function in the graph."""
+"""Number of logits from which on fewer passes over memory outweigh the cost of a Python function in the graph."""
 
 _LONG = 2**18
 """Number of scores per head from which on attention recomputes the scores instead of storing them."""
@@ -102,44 +95,6 @@ def _batch_norm(  # noqa: PLR0917 - PyTorch's order
     return bilinear(Scale(), input, scale.view(shape), shift.view(shape))
 
 
-def _layer_norm(  # noqa: PLR0917 - PyTorch's order
-    input: Tensor,  # noqa: A002 - PyTorch's name
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,  # noqa: ARG001, FBT001
-) -> Tensor | None:
-    shape = torch.Size(normalized_shape)
-    fits = input.shape[-len(shape) :] == shape and all(p is None or p.shape == shape for p in (weight, bias))
-    if not fits or input.numel() < _LARGE or not _is_plain(input, weight, bias):
-        return None
-    w, b = (None if p is None else p.flatten() for p in (weight, bias))
-    rows = LayerNorm.apply(input.reshape(-1, shape.numel()), w, b, eps)  # type: ignore[no-untyped-call]
-    return rows.view(input.shape)  # type: ignore[no-any-return]
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:  # noqa: A002 - PyTorch's name
-    fits = weight.ndim == 2 and input.ndim >= 2 and (bias is None or bias.shape == weight.shape[:1])
-    results = input.numel() // max(1, input.shape[-1]) * len(weight)
-    if not fits or max(input.numel(), results) < _LARGE or not _is_plain(input, weight, bias):
-        return None
-    rows = bilinear(Linear(), input.reshape(-1, input.shape[-1]), weight, bias)
-    return rows.view(*input.shape[:-1], len(weight))
-
-
-def _relu(input: Tensor, inplace: bool = False) -> Tensor | None:  # noqa: A002, FBT001 - PyTorch's names
-    if inplace or input.numel() < _LARGE or not _is_plain(input):
-        return None
-    return ReLU.apply(input, None)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _gelu(input: Tensor, *, approximate: str = "none") -> Tensor | None:  # noqa: A002 - PyTorch's name
-    if input.numel() < _LARGE or not _is_plain(input):
-        return None
-    return GELU.apply(input, approximate)  # type: ignore[no-any-return, no-untyped-call]
-
-
 def _attention(  # noqa: PLR0917 - PyTorch's order
     query: Tensor,
     key: Tensor,
@@ -153,16 +108,12 @@ def _attention(  # noqa: PLR0917 - PyTorch's order
     tensors = query, key, value
     if dropout_p or (is_causal and attn_mask is not None) or min(t.ndim for t in tensors) < 2:
         return None
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if query.shape[-2] * key.shape[-2] >= _LONG and _is_plain(*tensors, anywhere=True):
-        if attn_mask is not None and not _is_fixed_mask(attn_mask, query):
-            return None
-        return long_attention(*tensors, attn_mask, scale, causal=is_causal, grouped=enable_gqa)
-    special = attn_mask is not None or enable_gqa or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
-    if special or query.numel() < _LARGE or not _is_plain(*tensors):
+    if query.shape[-2] * key.shape[-2] < _LONG or not _is_plain(*tensors, anywhere=True):
         return None
-    q, k, v = (x.reshape(-1, *x.shape[-2:]) for x in tensors)
-    return short_attention(q, k, v, scale, causal=is_causal).view(*query.shape[:-1], -1)
+    if attn_mask is not None and not _is_fixed_mask(attn_mask, query):
+        return None
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return long_attention(*tensors, attn_mask, scale, causal=is_causal, grouped=enable_gqa)
 
 
 def _is_fixed_mask(mask: Tensor, query: Tensor) -> bool:
@@ -206,13 +157,6 @@ SLOW: dict[Any, Callable[..., Tensor | None]] = {
     torch.conv3d: _convolution,
     F.batch_norm: _batch_norm,
     F.cross_entropy: _cross_entropy,
-    F.linear: _linear,
-    F.relu: _relu,
-    torch.relu: _relu,
-    Tensor.relu: _relu,
-    F.gelu: _gelu,
     F.scaled_dot_product_attention: _attention,
-    F.layer_norm: _layer_norm,
-    torch.layer_norm: _layer_norm,
 }
 """Operation -> its replacement, which takes the same arguments and returns None to leave a call to PyTorch."""

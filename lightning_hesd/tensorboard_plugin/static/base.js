@@ -15,9 +15,9 @@ export const MARGIN = { l: 72, r: 52, t: 10, b: 52 };
 /** Return the layout of a figure with these two axes. */
 export function layoutOf(theme, x, y, more = {}) {
   // Margins are fixed, since Plotly would take a third of the drawing time to find them.
-  const axis = (given) => ({
+  const axis = ({ isName = false, ...given }) => ({
     automargin: false, gridcolor: theme.grid, linecolor: theme.muted, zeroline: false, ticks: "outside", tickcolor: theme.grid,
-    ...given, title: { text: indexed(given.title), standoff: 8 },
+    ...given, title: { text: isName ? literal(given.title) : indexed(given.title), standoff: 8 }, // a name has no indices
   });
   return {
     font: { family: "Roboto, 'Segoe UI', system-ui, sans-serif", size: 12, color: theme.text },
@@ -48,8 +48,10 @@ export function ratios(low, high) {
   return { tickvals, ticktext: tickvals.map(String) };
 }
 
-
 export const minus = (value) => String(value).replaceAll("-", "−");
+
+/** Write a number with three digits. */
+export const short = (value) => minus(Number(value.toPrecision(3)));
 
 export function horizontal(value, theme, dash = "dash") {
   return { type: "line", xref: "paper", x0: 0, x1: 1, y0: value, y1: value, line: { color: theme.text, width: 1.2, dash } };

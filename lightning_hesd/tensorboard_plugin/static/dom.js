@@ -35,6 +35,21 @@ export function button(text, label, press) {
   return element("button", { type: "button", "aria-label": label, title: label, onclick: press }, text);
 }
 
+/** Make a button that copies the text that `textOf` returns; where the browser forbids that, the text is shown to be copied. */
+export function copyButton(text, label, textOf) {
+  const made = button(text, label, async () => {
+    const copied = textOf();
+    try {
+      await navigator.clipboard.writeText(copied);
+      made.textContent = "Copied";
+    } catch {
+      window.prompt("Copy this link:", copied);
+    }
+    setTimeout(() => (made.textContent = text), 1500);
+  });
+  return made;
+}
+
 /** Make a table; numbers are aligned to the right by style. */
 export function table(caption, head, rows) {
   const cell = (value) =>

@@ -16,10 +16,29 @@ export async function render() {
   const source = {
     runs: () => answer("runs"),
     load: (run, name) => answer("records", { run, name }),
+    loadBrief: (run, name) => answer("records", { run, name, brief: 1 }),
     judge: (runs, metric) => answer("judgment", [["metric", metric], ...runs.flatMap(({ run, name }) => [["run", run], ["name", name]])]),
+    folderOf: async (run) => {
+      const { folder } = await answer("runs");
+      return run === "." ? folder : folder ? `${folder.replace(/\/$/, "")}/${run}` : run;
+    },
     live: LIVE_MS,
+    onReload,
   };
   await start(source, document.body);
+}
+
+/** Call back when TensorBoard has reloaded its data, by its protocol for plugins. */
+function onReload(callback) {
+  if (window.parent === window) return;
+  const { port1, port2 } = new MessageChannel();
+  port1.onmessage = ({ data }) => {
+    const { type, id, isReply } = JSON.parse(data);
+    if (isReply) return;
+    port1.postMessage(JSON.stringify({ type, id, payload: null, error: null, isReply: true }));
+    if (type === "experimental.DataReloaded") callback();
+  };
+  window.parent.postMessage("experimental.bootstrap", window.location.origin, [port2]);
 }
 
 const place = (name) => new URL(name, import.meta.url).href;

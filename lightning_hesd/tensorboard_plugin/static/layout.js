@@ -11,53 +11,82 @@ Trainer(logger=TensorBoardLogger("runs"), callbacks=[HessianSpectrumCallback()])
 /**
  * Put the parts of the page into `root` and return those that are filled later.
  * @param {HTMLElement} root
- * @param {{save: function(string, string, string), reset: function(string), openTable: function(), saveJudgment: function()}} actions
+ * @param {{exportFigure: function(string, string), reset: function(string), openTable: function(), saveJudgment: function()}} actions
  */
 export function layOut(root, actions) {
   const parts = {
     problems: element("div", { id: "problems" }, element("p", { role: "status" }, "Loading …")),
     empty: emptyState(),
     runs: element("fieldset", { id: "runs", hidden: true }),
+    nothing: element("p", { id: "nothing", class: "note", role: "status", hidden: true }),
     tools: element("div", { class: "tools", id: "tools" }),
-    detailTools: element("div", { class: "tools", id: "detail-tools" }),
-    reference: element("div", { id: "reference" }),
+    detailTools: element("section", { class: "bar", id: "detail-tools", "aria-label": "Chosen state" }),
     assessment: element("div", { id: "assessment", "aria-live": "polite" }),
+    state: element("div", { id: "state" }),
+    reference: element("div", { id: "reference" }),
     findings: element("div", { id: "findings" }),
     picks: element("ul", { id: "picks" }),
     table: element("details", { id: "table", ontoggle: actions.openTable }, element("summary", {}, "Data table")),
   };
   parts.judgment = judgmentCard(actions);
   const figure = (...given) => figureCard(actions, ...given);
-  parts.content = element(
-    "div",
-    { id: "content", hidden: true },
+  const charts = grid(
+    figure("ct", "C_t with its interval",
+      "Ratio of the extreme negative and positive eigenvalue (training data). Band: Lanczos interval, without sampling error; bars: total error, where the sampling error is known."),
+    figure("extremes", "Extreme eigenvalues", "Of the Hessian of the training loss."),
+    figure("deltas", "Generalization criteria", "Ratios of r_e and K_H05 on generalization and training data."),
+    figure("loss", "Loss", "Mean loss over the analysis samples."),
+    figure("metric", "Training metric", "That of the checkpoint rule."));
+  const details = grid(
+    figure("density", "Density at the chosen state",
+      "Ticks: quadrature nodes; vertical lines: extremes; pale band: where the density of the true eigenvalues lies, smoothed alike, with the confidence of the interval, if no eigenvalue occurs several times.", "wide"),
+    titled("h3", "state", "Numbers at the chosen state", { class: "card" }, parts.state),
+    figure("map", "Density over training", "Spectral mass per bin, training data; lines: λ_max and λ_min."),
+    figure("cumulative", "Eigenvalues beyond thresholds",
+      "At the chosen state: below negative thresholds, above positive ones. Lines: by the density; bands: bounds on the true numbers, if no eigenvalue occurs several times."),
+    figure("along", "Loss along the extreme eigenvectors",
+      "At the chosen state, training data. Dashed: the parabolas L + st + λt²/2 that the loss follows near t = 0."),
+    titled("h3", "reference", "Is this usual?", { class: "card wide" }, parts.reference),
+    titled("h3", "assessment", "Criteria for generalization", { class: "card" }, parts.assessment),
+    titled("h3", "picks", "Picks of the checkpoint rules", { class: "card" }, parts.picks),
+    figure("layers", "Layers over training", "Of the Hessian of each layer's own parameters, training data. Columns reach halfway to the neighboring analyses. Point at a layer for all that is known of it.", "wide"));
+  // The bar is a child of the content, so that it stays in sight in both sections.
+  parts.content = element("div", { id: "content", hidden: true },
     titled("h2", "all", "Runs over training", {},
-      parts.tools,
-      element("div", { class: "grid paired" },
-        titled("h3", "findings", "Findings", { class: "card wide" }, parts.findings),
-        figure("ct", "C_t with its interval", "Ratio of the extreme negative and positive eigenvalue (training data)."),
-        figure("extremes", "Extreme eigenvalues", "Of the Hessian of the training loss."),
-        figure("deltas", "Generalization criteria", "Ratios of r_e and K_H05 on generalization and training data."),
-        figure("loss", "Loss and metric", "Mean loss over the analysis samples, and the checkpoint rule's metric."),
-        parts.judgment.card)),
-    titled("h2", "detail", "One run in detail", {},
-      parts.detailTools,
-      element("div", { class: "grid" },
-        figure("map", "Density over training", "Spectral mass per bin, training data; lines: λ_max and λ_min."),
-        figure("density", "Density at the chosen state", "Ticks: quadrature nodes; vertical lines: extremes."),
-        figure("cumulative", "Eigenvalues beyond thresholds",
-          "At the chosen state: below negative thresholds, above positive ones. Lines: by the density; bands: bounds on the true numbers, if no eigenvalue occurs several times."),
-        figure("along", "Loss along the extreme eigenvectors",
-          "At the chosen state, training data. Dashed: the parabolas L + st + λt²/2 that the loss follows near t = 0."),
-        titled("h3", "reference", "Is this usual?", { class: "card wide" }, parts.reference),
-        titled("h3", "assessment", "Criteria for generalization", { class: "card" }, parts.assessment),
-        titled("h3", "picks", "Picks of the checkpoint rules", { class: "card" }, parts.picks),
-        figure("layers", "Layers over training", "Of the Hessian of each layer's own parameters, training data. Point at a layer for all that is known of it.", "wide"))),
-    parts.table
-  );
-  const title = element("h1", {}, "Hessian eigenvalue spectral density");
-  root.replaceChildren(element("main", { class: "page" }, title, parts.problems, parts.empty, parts.runs, parts.content));
+      parts.tools, titled("h3", "findings", "Findings", { class: "card" }, parts.findings), charts, parts.judgment.card),
+    parts.detailTools,
+    titled("h2", "detail", "One run in detail", {}, details),
+    parts.table);
+  const columns = element("div", { class: "columns" }, parts.runs, element("div", { class: "charts" }, parts.nothing, parts.content));
+  root.replaceChildren(element("main", { class: "page" }, element("h1", {}, "Hessian eigenvalue spectral density"), parts.problems, parts.empty, columns));
   return parts;
+}
+
+const NARROWEST = 400; // pixels of a card
+const GAP = 14;
+
+/** Make a grid of cards whose rows are all full, also when some cards have nothing to show. */
+function grid(...cards) {
+  const made = element("div", { class: "grid" }, ...cards);
+  const balance = () => balanceRows(made);
+  new ResizeObserver(balance).observe(made);
+  cards.forEach((card) => new MutationObserver(balance).observe(card.querySelector(".plot") ?? card, { attributeFilter: ["class"] }));
+  return made;
+}
+
+function balanceRows(place) {
+  const cards = [...place.children].filter((card) => !card.matches(".wide, :has(.absent)"));
+  const most = Math.max(Math.floor((place.clientWidth + GAP) / (NARROWEST + GAP)), 1);
+  rowsOf(cards.length, most).forEach((size, row, sizes) => {
+    const first = sizes.slice(0, row).reduce((sum, other) => sum + other, 0);
+    for (const card of cards.slice(first, first + size)) card.style.setProperty("--in-row", size);
+  });
+}
+
+/** Return the numbers of cards in rows that are as equal as possible, the longer ones first. */
+export function rowsOf(cards, most) {
+  const rows = Math.ceil(cards / most);
+  return Array.from({ length: rows }, (_, row) => Math.ceil((cards - row) / rows));
 }
 
 /** Make a section with a heading that names it. */
@@ -84,20 +113,20 @@ function judgmentCard({ saveJudgment }) {
   const head = element("div", { class: "head" }, element("h3", { id: "judgment-title" }, "Which rule picks best?"), save);
   const caption = "Each rule picks one analyzed epoch of every selected run; the metric of its picks is compared with that of the last epoch.";
   const body = element("div", { id: "judgment" }, element("div", {}, parts.sentence, parts.remarks), parts.rules);
-  const card = element("section", { class: "card wide", "aria-labelledby": "judgment-title" }, head, parts.tools, body, element("p", { class: "why" }, caption));
+  const card = element("section", { class: "card judged", "aria-labelledby": "judgment-title" }, head, parts.tools, body, element("p", { class: "why" }, caption));
   return { ...parts, card };
 }
 
-/** Make the card of a figure: title, buttons to save it, the figure, and a caption. */
-function figureCard({ save, reset }, id, title, caption, more = "") {
+/** Make the card of a figure: title, buttons, the figure, and a caption. */
+function figureCard({ exportFigure, reset }, id, title, caption, more = "") {
   const tools = element("span", { class: "export" },
-    button("PNG", `Save “${title}” as PNG`, () => save(id, title, "png")),
-    button("SVG", `Save “${title}” as SVG`, () => save(id, title, "svg")),
+    button("Export", `Export “${title}” as PNG, SVG, PDF or Python code`, () => exportFigure(id, title)),
     button("Reset", `Reset the zoom of “${title}”`, () => reset(id)));
   return element(
     "figure",
     { class: `card ${more}`, "aria-labelledby": `${id}-title` },
-    element("div", { class: "head" }, element("h3", { id: `${id}-title` }, ...typeset(title)), tools),
+    element("div", { class: "head" }, element("h3", { id: `${id}-title` }, ...typeset(title)), element("span", { class: "own", id: `${id}-tools` }), tools),
+    element("div", { class: "keys", id: `${id}-keys`, "aria-hidden": "true" }),
     element("div", { id, class: "plot", role: "img" }),
     element("figcaption", {}, ...typeset(caption))
   );

@@ -14,12 +14,12 @@ export function referenceOf({ reference, error }) {
   return [
     element("p", {}, `Compared with ${reference.among}.`),
     element("div", { class: "rules", tabindex: "0", role: "region", "aria-label": "Comparison with similar networks" },
-      element("table", {}, element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...reference.quantities.map(rowOf)))),
+      element("table", {}, element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...reference.quantities.map(comparedRow)))),
     element("p", { class: "why" }, `${MEANING} The networks: `, element("code", {}, reference.source), "."),
   ];
 }
 
-function rowOf({ key, title, value, usual, seen, answer }) {
+function comparedRow({ key, title, value, usual, seen, answer }) {
   const cell = (text) => element("td", { class: "number" }, text.replaceAll("-", "−") || "–");
   const isNoted = answer.startsWith("unusual") || answer.startsWith("outside");
   return element("tr", { "data-key": key }, element("th", { scope: "row" }, ...typeset(title)),

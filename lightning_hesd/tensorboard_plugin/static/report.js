@@ -2,19 +2,35 @@
 
 import { start } from "./page.js";
 
+const PAPER = 680; // pixels between the margins of A4
+
 const compressed = Uint8Array.from(atob(document.getElementById("hesd-data").textContent), (letter) => letter.charCodeAt(0));
 const inlined = await new Response(new Blob([compressed]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
 start(
   {
     runs: async () => ({ runs: inlined.runs.map(({ run, color, name }) => ({ run, color, names: { [name]: {} } })) }),
     load: async (run, name) => inlined.runs.find((one) => one.run === run && one.name === name),
+    loadBrief: async (run, name) => inlined.runs.find((one) => one.run === run && one.name === name),
     judge: async (runs, metric) => {
       if (runs.length < new Set(inlined.runs.map(({ run }) => run)).size) throw new Error("a report compares all of its runs. Select them all.");
       const found = inlined.judgments[metric];
       if (found.error) throw new Error(found.error);
       return found;
     },
+    folderOf: async (run) => inlined.runs.find((one) => one.run === run).folder ?? run,
     live: null,
   },
   document.getElementById("hesd")
 );
+
+/** Give figures the width of the paper, or of their cards again; printing does not wait, so that all is done at once. */
+function fitTo(width) {
+  for (const node of document.querySelectorAll(".js-plotly-plot")) Plotly.relayout(node, width ? { width, autosize: false } : { width: null, autosize: true });
+}
+
+window.addEventListener("beforeprint", () => {
+  if (document.querySelector("body > .sheet")) return; // a single figure, which is as wide as it must be
+  for (const details of document.querySelectorAll("#findings details")) details.open = true;
+  fitTo(PAPER);
+});
+window.addEventListener("afterprint", () => fitTo(null));

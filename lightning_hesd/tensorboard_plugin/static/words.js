@@ -1,7 +1,9 @@
 /** The results in words, also for readers who cannot see the figures. */
 
-import { finite, negativeCount, ofSpectrum, spectrumOf, when } from "./data.js";
+import { when } from "./axis.js";
+import { finite, negativeCount, spectrumOf } from "./data.js";
 import { element, number } from "./dom.js";
+import { intervalOf, withError, within } from "./uncertainty.js";
 
 /** Return the verdict on a record and its reasons. */
 export function assessmentOf(record, axis) {
@@ -11,8 +13,6 @@ export function assessmentOf(record, axis) {
   if (spectrum) parts.push(element("p", {}, describe(spectrum)));
   const reasons = record.assessment?.reasons ?? [];
   if (reasons.length) parts.push(element("ul", {}, ...reasons.map((reason) => element("li", {}, reason))));
-  if (record.stability_ratio !== null && record.stability_ratio !== undefined)
-    parts.push(element("p", {}, `The preconditioned λ_max is ${number(record.stability_ratio, 3)} of its threshold of stability.`));
   return parts;
 }
 
@@ -28,10 +28,11 @@ const CRITERIA = { good: "hold", poor: "fail", undecided: "are undecided", "not 
 function describe(s) {
   if (s.type === null) return `C_t is undefined: ${s.reason ?? "no curvature"}`;
   const certain = s.type_certain ? "" : ", which is not certain";
-  const value = s.c_t === null ? "−∞" : number(s.c_t);
+  const value = s.c_t === null ? "−∞" : within(s.c_t, s.c_t_low, s.c_t_high);
   return (
-    `On the training data C_t = ${value} [${number(s.c_t_low)}, ${number(s.c_t_high)}] (confidence ${number(s.confidence)}): ` +
-    `the spectrum is ${TYPES[s.type]}${certain}. λ_max = ${number(s.lambda_max)}, λ_min = ${number(s.lambda_min)}, ${negatives(s)}` +
+    `On the training data C_t = ${value}, Lanczos interval ${intervalOf(s.c_t_low, s.c_t_high)} (confidence ${number(s.confidence)}, ` +
+    `without sampling error): the spectrum is ${TYPES[s.type]}${certain}. λ_max = ${withError(s.lambda_max, s.lambda_max_error)}, ` +
+    `λ_min = ${withError(s.lambda_min, s.lambda_min_error)}, ${negatives(s)}` +
     `loss ${number(s.loss)} over ${number(s.num_samples)} samples. ${verification(s)}`
   );
 }
@@ -48,15 +49,24 @@ function verification(s) {
 
 const TYPES = { MP: "mainly positive (MP)", MN: "mainly negative (MN)" };
 
-/** Return the findings of a run as of its last record, what matters most first; those of several runs unfold. */
-export function findingsOf({ run, records }, isOpen) {
-  const found = records.at(-1).findings ?? []; // earlier releases wrote none
-  if (!found.length) return element("p", {}, `${run}: no findings`);
-  const items = found.map(({ title, evidence, confidence, action }) =>
+const FEW_WITHOUT = 5; // runs without findings that have a line each
+
+/** Return the findings of runs, each as of its last record, what matters most first; those of several runs unfold. */
+export function findingsOf(runs) {
+  const has = (run) => run.records.at(-1).findings?.length; // earlier releases wrote none
+  const without = runs.filter((run) => !has(run));
+  const gathered = without.length > FEW_WITHOUT;
+  const said = runs.filter((run) => has(run) || !gathered).map((run) => (has(run) ? unfolding(run, runs.length === 1) : element("p", {}, `${run.run}: no findings`)));
+  return gathered ? [...said, element("p", {}, `${without.length} runs have no findings.`)] : said;
+}
+
+function unfolding({ run, records }, isOpen) {
+  const { findings } = records.at(-1);
+  const items = findings.map(({ title, evidence, confidence, action }) =>
     element("li", {},
       element("p", {}, element("strong", {}, title), ` (${confidence}): `, evidence),
       element("p", { class: "why" }, `Next: ${action}`)));
-  return element("details", { open: isOpen }, element("summary", {}, `${run}: ${found.length === 1 ? "1 finding" : `${found.length} findings`}`), element("ol", {}, ...items));
+  return element("details", { open: isOpen }, element("summary", {}, `${run}: ${findings.length === 1 ? "1 finding" : `${findings.length} findings`}`), element("ol", {}, ...items));
 }
 
 /** Return the pick of a rule, and the reason. */
@@ -73,12 +83,10 @@ export function pickOf(rule) {
 }
 
 /** Describe a figure in a sentence, from the last values of its curves. */
-export function summary(title, runs, valueOf) {
+export function summary(title, runs, valuesOf) {
   const said = runs.map((run) => {
-    const values = finite(run.records.map(valueOf));
+    const values = finite(valuesOf(run));
     return values.length ? `${run.run}: ${values.length} values, the last ${number(values.at(-1))}` : `${run.run}: none`;
   });
   return `${title}. ${said.join("; ")}. All values are in the data table.`;
 }
-
-export const lastCt = ofSpectrum("c_t");

@@ -38,6 +38,9 @@ class LoggerOutput:
         """Write the last record, which has a spectrum, at `step` of the logger's axis."""
         raise NotImplementedError
 
+    def write_failure(self, history: SpectrumHistory, step: int) -> None:
+        """Write that the last analysis failed: the last record has no spectrum."""
+
     def rewrite(self, history: SpectrumHistory, step: int) -> None:
         """Write again what shows the metrics of the last record, which has a spectrum."""
 
@@ -126,6 +129,7 @@ def saved(history: SpectrumHistory) -> Iterator[Path]:
     """
     copy = SpectrumHistory()  # the history itself would remember the folder
     copy.extend(history)
+    copy.about = history.about
     with tempfile.TemporaryDirectory() as folder:
         copy.save(folder)
         yield Path(folder)

@@ -1,29 +1,32 @@
-"""TensorBoardLogger: histograms, figures, text, and the layout of charts."""
+"""TensorBoardLogger: histograms, figures, text, and the payloads of the HESD tab."""
 
 from __future__ import annotations
 
-import re
+import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
-from tensorboard.plugins.custom_scalar import layout_pb2
-from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG, PLUGIN_NAME
 from tensorboard.util.tensor_util import make_tensor_proto
 
 from lightning_hesd.spectra.payload import PLUGIN_NAME as PAYLOADS
 from lightning_hesd.spectra.payload import RECORD, SELECTION, record_payload, selection_payload, to_json
-from lightning_hesd.training.compat.logged_metrics import tag_prefix
-from lightning_hesd.training.compat.namespaces import lightning_types
 from lightning_hesd.training.loggers.output import LoggerOutput, figures, layer_table, title, verdict_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from lightning.pytorch.loggers import Logger, TensorBoardLogger
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from numpy.typing import ArrayLike, NDArray
 
     from lightning_hesd.spectra.selection import SelectionEvent
     from lightning_hesd.spectra.spectrum import Spectrum
     from lightning_hesd.training.history import SpectrumHistory
+
+
+SMALLEST = 1e-6
+"""Eigenvalues of this size begin to differ from zero in histograms: the same in all runs, to compare them."""
+
+BIN = 0.1
+"""Width of a bin of histograms, in decades."""
 
 
 class TensorBoardOutput(LoggerOutput):
@@ -47,6 +50,10 @@ class TensorBoardOutput(LoggerOutput):
             text = verdict_text(record.assessment, title(record))
             self._writer.add_text(f"{self._name}/assessment", text, global_step=step)
 
+    def write_failure(self, history: SpectrumHistory, step: int) -> None:
+        """Write the payload of the last record, which has no spectrum: the HESD tab shows where analyses failed."""
+        self.rewrite(history, step)
+
     def rewrite(self, history: SpectrumHistory, step: int) -> None:
         """Write the payload of the last record; of two with the same step, readers take the later one."""
         payload = record_payload(history[-1], history.findings, history.compare_with_reference())
@@ -59,64 +66,48 @@ class TensorBoardOutput(LoggerOutput):
     def _write_payload(self, tag: str, text: str, step: int) -> None:
         """Write a payload for the HESD tab."""
         # Without the class of the data the data provider does not list the tag.
-        summary = _summary(PAYLOADS, f"{self._name}/{tag}", text, data_class=DATA_CLASS_TENSOR)
-        self._writer._get_file_writer().add_summary(summary, global_step=step)  # noqa: SLF001
+        payload = summary(PAYLOADS, f"{self._name}/{tag}", text, data_class=DATA_CLASS_TENSOR)
+        self._writer._get_file_writer().add_summary(payload, global_step=step)  # noqa: SLF001
 
     def _write_histogram(self, tag: str, spectrum: Spectrum, step: int) -> None:
-        mass, edges = spectrum.histogram()
+        """Write the share of eigenvalues in bins of equal width in `places`."""
+        first, last = (float(places(value)) / BIN for value in (spectrum.lambda_min, spectrum.lambda_max))
+        edges = np.arange(math.floor(first) - 1, math.ceil(last) + 2) * BIN
+        mass, _ = spectrum.histogram(eigenvalues(edges))
         # TensorBoard drops empty buckets at the ends and lets min and max take the place of the outer edges.
         filled = mass.nonzero()[0]
-        first, last = int(filled[0]), int(filled[-1]) + 1
+        left, right = int(filled[0]), int(filled[-1]) + 1
+        middles = (edges[1:] + edges[:-1]) / 2
         self._writer.add_histogram_raw(
             tag,
-            min=float(edges[first]),
-            max=float(edges[last]),
+            min=float(edges[left]),
+            max=float(edges[right]),
             num=1.0,
-            sum=spectrum.moment(1),
-            sum_squares=spectrum.moment(2),
-            bucket_limits=edges[first + 1 : last + 1].tolist(),
-            bucket_counts=mass[first:last].tolist(),
+            sum=float(mass @ middles),
+            sum_squares=float(mass @ middles**2),
+            bucket_limits=edges[left + 1 : right + 1].tolist(),
+            bucket_counts=mass[left:right].tolist(),
             global_step=step,
         )
 
 
-def write_layout(loggers: Iterable[Logger], names: Sequence[str]) -> None:
-    """Write the charts of TensorBoard's custom scalars tab: C_t with interval and threshold, and λ_max.
+def places(values: ArrayLike) -> NDArray[np.float64]:
+    """Return where eigenvalues are in histograms: p for 10^(p - 6), -p for its negative, and 0 for zero.
 
-    A run has one layout: it is written once to each TensorBoard logger, with a category of charts for each callback.
+    TensorBoard draws thirty bins of equal width. On an axis of eigenvalues nearly all would be in the one at zero.
     """
-    for logger in loggers:
-        if not isinstance(logger, lightning_types("loggers.TensorBoardLogger")):
-            continue
-        layout = layout_pb2.Layout(category=[_charts(name, tag_prefix(logger)) for name in names])
-        # The public `add_custom_scalars` knows charts with one series only.
-        summary = _summary(PLUGIN_NAME, CONFIG_SUMMARY_TAG, layout.SerializeToString())
-        logger.experiment._get_file_writer().add_summary(summary)  # noqa: SLF001
+    found = np.asarray(values, dtype=np.float64)
+    return np.sign(found) * np.log10(1 + np.abs(found) / SMALLEST)
 
 
-def _summary(plugin: str, tag: str, content: str | bytes, **metadata: Any) -> Summary:
+def eigenvalues(at: ArrayLike) -> NDArray[np.float64]:
+    """Return the eigenvalues at places, the inverse of `places`."""
+    found = np.asarray(at, dtype=np.float64)
+    return np.sign(found) * SMALLEST * np.expm1(np.abs(found) * math.log(10))
+
+
+def summary(plugin: str, tag: str, content: str | bytes, **metadata: Any) -> Summary:
     """Return a text or bytes for a plugin of TensorBoard."""
     metadata["plugin_data"] = SummaryMetadata.PluginData(plugin_name=plugin)
     value = Summary.Value(tag=tag, tensor=make_tensor_proto(content), metadata=SummaryMetadata(**metadata))
     return Summary(value=[value])
-
-
-def _charts(name: str, tag_prefix: str) -> layout_pb2.Category:
-    """Return the charts of a callback, given the prefix that the logger puts before tags."""
-    series = layout_pb2.MarginChartContent.Series
-    tag = f"{tag_prefix}{name}"
-    threshold = f"{tag}/c_t_threshold"
-    margin = layout_pb2.MarginChartContent(
-        series=[
-            series(value=f"{tag}/c_t", lower=f"{tag}/c_t_low", upper=f"{tag}/c_t_high"),
-            series(value=threshold, lower=threshold, upper=threshold),
-        ]
-    )
-    largest = layout_pb2.MultilineChartContent(tag=[f"^{re.escape(tag)}/lambda_max$"])
-    return layout_pb2.Category(
-        title=name,
-        chart=[
-            layout_pb2.Chart(title="C_t with its interval, and the MP threshold", margin=margin),
-            layout_pb2.Chart(title="largest eigenvalue", multiline=largest),
-        ],
-    )

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from lightning_hesd import layer_spectra
 from lightning_hesd.numerics.analysis.preparation import opened_operators
-from lightning_hesd.numerics.derivatives import fast_derivatives
 from lightning_hesd.numerics.inputs.batches import weighted_batches
 from lightning_hesd.numerics.inputs.blocks import blocks
 from lightning_hesd.numerics.inputs.options import analysis_options
@@ -139,10 +138,8 @@ def assert_close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * (1 + float(b.norm())))
 
 
-@pytest.mark.parametrize("replaced", [False, True], ids=["PyTorch's operations", "replaced operations"])
 @pytest.mark.parametrize("name", SUITABLE)
-def test_products_are_those_with_the_dense_hessian(name, replaced, monkeypatch):
-    monkeypatch.setattr(fast_derivatives, "_LARGE", 0 if replaced else 10**9)
+def test_products_are_those_with_the_dense_hessian(name):
     reason, found, expected = products(problem(name, SUITABLE[name]))
     assert REASON in reason
     assert_close(found, expected)
@@ -190,13 +187,11 @@ def constant(_: nn.Module, batch: Any) -> Tensor:
     return batch[0].mean()  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("replaced", [False, True], ids=["PyTorch's operations", "replaced operations"])
 @pytest.mark.parametrize(
     ("loss_fn", "is_suitable"),
     [(penalized, False), (contrast, True), (linear, True), (piecewise_linear, True), (constant, False)],
 )
-def test_losses(loss_fn, is_suitable, replaced, monkeypatch):
-    monkeypatch.setattr(fast_derivatives, "_LARGE", 0 if replaced else 10**9)
+def test_losses(loss_fn, is_suitable):
     module, batches, _ = problem("normalized", SUITABLE["normalized"])
     reason, found, expected = products(cases.Problem(module, batches, loss_fn))
     assert (REASON in reason) == is_suitable

@@ -1,0 +1,191 @@
+"""`lightning-hesd report`: several runs, the summary in words, and how the results were made."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_hesd import HessianSpectrumCallback, SpectrumHistory
+from lightning_hesd.commands.cli import main
+from lightning_hesd.commands.report import write_report
+from lightning_hesd.commands.report_summary import sentences
+from lightning_hesd.spectra.glossary import GLOSSARY
+from lightning_hesd.spectra.payload import SELECTIONS_NAME
+from lightning_hesd.training.history import SpectrumRecord
+from tests.tab import ROOT, data_of_report
+from tests.training.scripted import make_spectrum
+
+ABOUT = {
+    "started": "2026-11-30T09:58:00+00:00",
+    "versions": {"lightning_hesd": "0.1.0", "torch": "2.13.0"},
+    "device": "cpu",
+    "options": {"steps": 8, "layers": "auto", "loss_fn": "<b>"},
+}
+
+
+def history_of(*c_t: float, about: dict[str, Any] | None = None) -> SpectrumHistory:
+    """A run with these C_t, from before training on; NaN stands for a failure."""
+    history = SpectrumHistory()
+    history.about = about or {}
+    for epoch, value in enumerate(c_t, start=-1):
+        failed = value != value
+        spectrum = None if failed else make_spectrum(value, lambda_max=3.0 + epoch, loss=1 / (epoch + 2))
+        history.append(
+            SpectrumRecord(epoch, 4 * (epoch + 1), spectrum, "RuntimeError: no <memory>" if failed else None)
+        )
+    return history
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """A folder with a run that has facts, a run of an earlier release, and one without records yet."""
+    history_of(-0.9, -0.3, -0.1, about=ABOUT).save(tmp_path / "net" / "version_0" / "hesd")
+    history_of(-0.8, float("nan"), -0.2).save(tmp_path / "net" / "version_1" / "hesd")
+    SpectrumHistory().save(tmp_path / "new" / "hesd")
+    return tmp_path
+
+
+def text_of(document: str, part: str) -> str:
+    """Return the text of an element with this id, in one line."""
+    found = re.search(rf'id="{part}">(.*?)</(?:header|footer)>', document, re.DOTALL)
+    assert found is not None
+    return " ".join(
+        html.unescape(
+            re.sub(r"<[^>]*>", " ", re.sub(r"</(sub|strong)>|<strong>", "", found[1].replace("<sub>", "_")))
+        ).split()
+    )
+
+
+def test_a_folder_of_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = runs / "out.html"
+    main(["report", str(runs), "--out", str(out)])
+    assert capsys.readouterr().out == f"{out}\n"
+    document = out.read_text()
+    shown = json.loads(data_of_report(document))["runs"]
+    assert [(run["run"], run["color"], Path(run["folder"])) for run in shown] == [
+        ("net/version_0", 0, runs / "net" / "version_0"),
+        ("net/version_1", 1, runs / "net" / "version_1"),
+    ]
+    said = text_of(document, "summary")
+    assert said.startswith("HESD report 2 runs: net/version_0 and net/version_1. Report of ")
+    assert f"Left out: the history in {runs / 'new'} has no records yet." in said
+    main(["report", str(runs / "net" / "version_1"), str(runs / "net" / "version_0"), "--out", str(out)])
+    assert [run["run"] for run in json.loads(data_of_report(out.read_text()))["runs"]] == [
+        "net/version_1",
+        "net/version_0",
+    ]
+    for wrong, message in (("new", "has no records yet"), ("nowhere", "no index.json")):
+        with pytest.raises(SystemExit):
+            main(["report", str(runs / wrong), "--out", str(out)])
+        assert message in capsys.readouterr().err
+
+
+def test_the_summary_says_what_was_found_and_how_it_was_made(runs: Path) -> None:
+    pick = {"epoch": 1, "global_step": 8, "path": "/here/<best>.ckpt"}
+    event = {
+        "version": 1,
+        "key": "highest_c_t//0.5/mp",
+        "rule": "highest_c_t",
+        "epoch": 1,
+        "global_step": 8,
+        "train_metric": None,
+        "train_metric_mode": "min",
+        "tolerance": 0.5,
+        "is_relative": False,
+        "require_mp": True,
+        "metric": 1 / 3,
+        "criterion": -0.1,
+        "mainly_positive": True,
+        "rivals": [],
+        "pick": pick,
+    }
+    (runs / "net" / "version_0" / "hesd" / SELECTIONS_NAME).write_text(json.dumps(event) + "\n")
+    write_report(runs, runs / "out.html")
+    document = (runs / "out.html").read_text()
+    said = text_of(document, "summary")
+    for words in (
+        "3 analyses from the start to epoch 1.",
+        "At epoch 1 C_t = −0.1 [−0.1, −0.1] (confidence 0.95): the spectrum is mainly positive (MP). λ_max = 4,",
+        "At the start C_t = −0.9 and λ_max = 2.",
+        "Highest C_t picks epoch 1 (step 8), where C_t = −0.1 and λ_max = 4. Checkpoint: /here/<best>.ckpt",
+        "1 of them failed, the last with: RuntimeError: no <memory>",
+        "Findings, what matters most first:",
+        "Highest C_t would pick epoch 1 (step 8), where C_t = −0.2 and λ_max = 4. No checkpoint was kept by this rule.",
+        "30 November 2026, 09:58, to ",
+        "unknown; files of ",
+        "lightning_hesd 0.1.0, torch 2.13.0 unknown",
+        "steps = 8 layers = auto loss_fn = <b> unknown: an earlier release wrote the files",
+        "samples 8 parameters 2 Lanczos steps 2",
+    ):
+        assert words in said, (words, said)
+    assert "<memory>" not in document
+    assert "<best>" not in document
+
+
+def test_what_cannot_be_said_is_left_out() -> None:
+    undefined = SpectrumRecord(0, 4, make_spectrum(float("nan")))
+    assert sentences([undefined]) == ["1 analysis at epoch 0.", "At epoch 0 C_t is undefined: no curvature."]
+    failed = SpectrumRecord(0, 4, None, "no memory")
+    assert sentences([failed]) == ["1 analysis at epoch 0.", "1 of them failed, the last with: no memory"]
+    doubtful = replace(make_spectrum(-0.5), verified="no", verification="they differ by 3 %")
+    assert sentences([SpectrumRecord(0, 4, doubtful)])[1].endswith("Not verified: they differ by 3 %.")
+
+
+def test_the_glossary_explains_the_words_of_the_report(runs: Path) -> None:
+    write_report(runs, runs / "out.html")
+    document = (runs / "out.html").read_text()
+    said = text_of(document, "glossary")
+    assert said == " ".join(["Glossary", *(f"{term} {words}" for term, words in GLOSSARY.items())])
+    for word in ("HESD", "eigenvalue", "λ_max", "C_t", "MP", "Δr_e", "node", "verified", "finding", "start"):
+        assert word in {term for terms in GLOSSARY for term in terms.split(", ")}, word
+    # The referee of terms agrees.
+    referee = (ROOT / "CONTRIBUTING.md").read_text()
+    assert "| QS | quasi-singular: all eigenvalues have shrunk at unchanged accuracy |" in referee
+    assert GLOSSARY["QS"].lower().startswith("quasi-singular: all eigenvalues have shrunk at unchanged accuracy.")
+
+
+def test_facts_about_a_run_are_kept_with_its_history(tmp_path: Path) -> None:
+    history = history_of(-0.1, about=ABOUT)
+    history.save(tmp_path)
+    read = SpectrumHistory.load(tmp_path)
+    assert {**ABOUT, "written": read.about["written"]} == read.about
+    index = json.loads((tmp_path / "index.json").read_text())
+    for damage, about in (({"about": "text"}, None), ({"about": {"options": [1]}}, {"options": [1]}), ({}, ABOUT)):
+        (tmp_path / "index.json").write_text(json.dumps({**index, **damage}))
+        if about is None:
+            with pytest.raises(ValueError, match="about"):
+                SpectrumHistory.load(tmp_path)
+        else:
+            assert SpectrumHistory.load(tmp_path).about.items() >= about.items()
+            write_report(tmp_path, tmp_path / "out.html")
+
+
+def test_the_callback_knows_its_options() -> None:
+    def loss_fn(module: Any, batch: Any) -> Any:
+        return module(batch)
+
+    assert HessianSpectrumCallback().given == {}
+    callback = HessianSpectrumCallback(
+        2,
+        steps=8,
+        loss_fn=loss_fn,
+        dataloader=[(1, 2)],
+        layers="auto",
+        checkpoint=["highest_c_t"],
+        num_samples=512,
+    )
+    assert callback.given == {
+        "every_n_epochs": 2,
+        "dataloader": ["<tuple>"],
+        "loss_fn": "test_the_callback_knows_its_options.<locals>.loss_fn",
+        "layers": "auto",
+        "checkpoint": ["highest_c_t"],
+        "steps": 8,
+    }
+    assert HessianSpectrumCallback(epochs=range(99), tolerance=0.05).given == {"epochs": "<range>", "tolerance": 0.05}
