@@ -73,8 +73,9 @@ kind and phase, as medians over kinds and phases; late in training alone in brac
 - **λ_max·‖w‖²/loss at the start.** Where a factor on all weights leaves the function the same, as before batch
   normalization, λ_max changes by its inverse square and ‖w‖² by its square, so that the product stays. In ReLU
   networks without normalization it is the curvature in steps relative to the weights. Dividing by the loss before the
-  first step removes the unit of the loss; dividing by the present loss, which may be near zero, spreads the values
-  more. λ_max itself spreads less among these networks, but it has the units of the loss and of the weights.
+  first step removes the unit of the loss. Dividing by the present loss instead makes it depend more on n; late in
+  training it spreads less then. λ_max itself spreads less over all phases and does not depend on n here, but it has
+  the units of the loss and of the weights.
 - **Eigenvalues below −λ_max/100** as a share of n, by proven bounds. The number below zero itself has bounds that are
   too wide to compare: thousands of eigenvalues lie next to zero.
 - **Stable rank**, Σλ²/λ_max². The effective rank by entropy, exp of the entropy of |λ|/Σ|λ|, grows with n, since the
