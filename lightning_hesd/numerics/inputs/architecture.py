@@ -38,7 +38,7 @@ def architecture_of(module: nn.Module, analyzed: Collection[nn.Parameter]) -> st
         - "other": any other network.
     """
     known = set(analyzed)
-    if any(parameter.numel() and parameter not in known for parameter in module.parameters()):
+    if any(parameter not in known for parameter in module.parameters()):
         return "part"
     modules = dict(module.named_modules())
     names = [f"{path} {type(each).__name__}".lower() for path, each in modules.items()]
