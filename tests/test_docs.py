@@ -19,12 +19,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hesd import HessianSpectrumCallback
 from lightning_hesd.commands.cli import main
+from lightning_hesd.numerics.inputs.options import AnalysisOptions
 from tests.training import cli_project
 
 README = Path(__file__).parents[1] / "README.md"
 PAGES = sorted((README.parent / "docs").rglob("*.md"))
-EPOCHS = 1
-"""Of pages that train longer."""
+EPOCHS, STEPS = 1, 30
+"""Of pages that train longer, or analyze with the default number of steps."""
 
 
 class Plain(LightningModule):
@@ -81,6 +82,8 @@ def test_python_of_a_page_runs(
     monkeypatch.setattr("lightning.pytorch.Trainer", Short)
     if page != README:  # to save time
         monkeypatch.setattr("lightning_hesd.training.loggers.tensorboard.figures", lambda history: ())
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path: Path(path).touch())
+    monkeypatch.setitem(AnalysisOptions.__init__.__kwdefaults__, "steps", STEPS)
     namespace = names()
     for block in blocks(page, "python"):
         exec(compile(block, str(page), "exec"), namespace)  # noqa: S102

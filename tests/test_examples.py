@@ -11,6 +11,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from examples import finetuning, gan, hugging_face, segmentation, transformer
+from examples.gallery import __main__ as gallery
+from examples.gallery import cases
 from examples.lightning_cli import main as lightning_cli
 from lightning_hesd import HessianSpectrumCallback, SpectrumHistory
 from tests.programs import run_python
@@ -145,3 +147,16 @@ def test_finetuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained, of_all = (record.spectrum for record in thawed)
     assert trained.c_t == pytest.approx(of_all.c_t, rel=1e-5)
     assert "accuracy on 5 to 9: " in capsys.readouterr().out
+
+
+def test_gallery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`test_docs` runs the code of its page, which draws the other pictures of the folder."""
+    monkeypatch.setattr(cases, "TRAIN_SIZE", 64)  # to save time
+    cases.draw_cases(tmp_path, epochs=1, many_epochs=2)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    of_page = set(re.findall(r"savefig\(\"(.+?\.png)\"\)", gallery.PAGE.read_text(encoding="utf-8"))) - {"judge.png"}
+    assert drawn | of_page == {path.name for path in gallery.IMAGES.iterdir()}
+    said = capsys.readouterr().out
+    assert re.search(r"^mn: C_t = -.*type MN", said, re.MULTILINE)
+    assert re.search(r"^unverified: .*; not verified: ", said, re.MULTILINE)
+    assert re.search(r"^few-samples: .*\(sampling\).* \(48 samples", said, re.MULTILINE)

@@ -107,7 +107,7 @@ def test_a_rule_without_a_checkpoint_callback_has_its_picks_computed_and_drawn(
     ours = {rule["rule"]: rule for rule in decisions([record_payload(record) for record in history], [])}
     assert list(ours) == ["highest_c_t", "lowest_max_eigenvalue", "lowest_trace", "highest_r_e"]
     assert ours["lowest_trace"]["pick"]["epoch"] == 1
-    assert ours["lowest_trace"]["why"].endswith("Among them the lowest trace wins, the earliest of equals.")
+    assert ours["lowest_trace"]["why"].endswith("Among them the lowest trace wins, the earliest if several are equal.")
     assert ours["highest_r_e"]["pick"] is None  # no record has an assessment
     legend = plot_c_t(history).get_legend()
     assert legend is not None

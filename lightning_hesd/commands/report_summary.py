@@ -136,7 +136,7 @@ def _findings(history: SpectrumHistory) -> str:
         for each in found[:MOST_FINDINGS]
     ]
     more = [f"<li>{rest} more below.</li>"] if rest > 0 else []
-    return f"<p>Findings, what matters most first:</p><ol>{''.join([*items, *more])}</ol>"
+    return f"<p>Findings, the most important first:</p><ol>{''.join([*items, *more])}</ol>"
 
 
 def _shown_rules(rules: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

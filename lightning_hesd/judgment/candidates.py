@@ -94,7 +94,7 @@ class RunPicks:
 
 
 def run_picks(run: str, states: Sequence[AnalyzedState], values: Sequence[float], settings: PickSettings) -> RunPicks:
-    """Return the picks of all rules and baselines in a run, the earliest of equals.
+    """Return the picks of all rules and baselines in a run, the earliest if several are equal.
 
     Only states with a value of the metric are picked: what another pick is worth is not known. The state before the
     first step is never picked. Rules pick among candidates, baselines among all other states.

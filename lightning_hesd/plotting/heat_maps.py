@@ -198,7 +198,7 @@ def plot_layers(
     else:
         axis, found = _of_records(history)
     if not found:
-        msg = "`history` knows no layers: all analyses failed, or kept no Krylov basis (`basis='none'`)."
+        msg = "`history` has no values of layers: all analyses failed, or kept no Krylov basis (`basis='none'`)."
         raise ValueError(msg)
     names = list(found[-1])
     has_spectra = any(not math.isnan(indicators.lambda_max) for indicators in found[-1].values())

@@ -151,7 +151,7 @@ def _applicable(train: Spectrum, threshold: float) -> tuple[bool | None, list[st
         return True, [f"{found}: MP, so the criteria apply"]
     symmetric, highest = criteria.UNTRAINED_C_T
     cause = (
-        "MN comes of gradients that were manipulated before the optimizer used them, or of an untrained network "
+        "MN comes from gradients that were manipulated before the optimizer used them, or of an untrained network "
         f"(C_t near {symmetric:g}; {highest:g} for ResNet18 in evaluation mode)"
     )
     return False, [f"{found}: MN, so the criteria do not apply", cause]

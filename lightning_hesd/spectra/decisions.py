@@ -135,4 +135,4 @@ def _why(rule: str, metric: str, ranking: Ranking, *, is_relative: bool) -> str:
         return f"{found}; none of them is MP, so the best {metric} decides (epoch {best.epoch})."
     candidates = f"the {len(positive)} of these that are MP are candidates" if require_mp else "these are candidates"
     wins = rule_title(rule) if rule in RULES else f"highest value of {rule}"
-    return f"{found}; {candidates}. Among them the {wins} wins, the earliest of equals."
+    return f"{found}; {candidates}. Among them the {wins} wins, the earliest if several are equal."

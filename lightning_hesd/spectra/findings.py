@@ -1,4 +1,4 @@
-"""`findings`: what the records of a run give reason to look at, with evidence, confidence and a next step."""
+"""`findings`: observations in the records of a run that deserve attention, with evidence and a next step."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Finding:
 
     The confidence is about the title, given the records:
 
-    - "certain": the records say so themselves, such as a message of a failed analysis, or an interval.
-    - "likely": a test with errors of its own says so, such as a comparison by standard errors.
-    - "hint": the numbers fit, but have other explanations, too. A reason to try the next step, and no more.
+    - "certain": it follows from the records directly, such as from the message of a failed analysis or an interval.
+    - "likely": it follows from a test that may err, such as a comparison by standard errors.
+    - "hint": the numbers may also have other causes. Try the next step before you conclude anything.
 
     Attributes:
         key: Name of the kind, a key of `KINDS`.
@@ -41,7 +41,7 @@ class Finding:
 
 
 def findings(history: Sequence[SpectrumRecord], *, overhead: float | None = None) -> list[Finding]:
-    """Return what the records of a run give reason to look at, what matters most first.
+    """Return the observations in the records of a run that deserve attention, the most important first.
 
     First comes what makes numbers absent or wrong, then what makes them uncertain, then what they say of training,
     and last the cost: the order of `KINDS`.

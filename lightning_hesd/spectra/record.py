@@ -117,7 +117,7 @@ class SpectrumRecord:
 
     @cached_property
     def layer_indicators(self) -> dict[str, LayerIndicators]:
-        """Indicators by name of layer: of `layers`, or else what the spectrum of the network tells of each layer."""
+        """Indicators by name of layer: from `layers`, or else from the spectrum of the network."""
         by_layer = {} if self.spectrum is None else self.spectrum.by_layer
         return layer_indicators(self.layers, by_layer) if self.layers else indicators_of_network(by_layer)
 

@@ -32,7 +32,7 @@ class CheckpointRule:
         difference: Function of two spectra on the same samples that returns the difference of the scalar and its error;
             None: the errors of this rule are not known.
         is_baseline: Whether it is a usual choice that knows nothing of curvature: other rules are compared with it.
-        is_shown: Whether summaries, figures and the tab show what it would pick, though no callback has it.
+        is_shown: Whether summaries, figures and the tab show what it would pick, even if no callback uses it.
     """
 
     name: str
@@ -92,7 +92,7 @@ def _scaled(value: float, spectrum: Spectrum) -> float:
 
 
 def relative_flatness(spectrum: Spectrum) -> float:
-    """Return Σ ‖w_l‖² tr H_l over layers l; NaN if the spectrum tells nothing of layers.
+    """Return Σ ‖w_l‖² tr H_l over layers l; NaN if the spectrum has no values of layers.
 
     The relative flatness of Petzka et al. (2021, arXiv:2001.00939), summed over layers, without the terms between
     neurons of a layer. It stays the same when a ReLU network is rescaled from layer to layer.

@@ -75,7 +75,7 @@ class CandidateFilter:
         return [c for c in self.near(candidates, best) if c.mainly_positive or not self.require_mp]
 
     def pick(self, candidates: Sequence[Candidate], best: float) -> Candidate | None:
-        """Return the pick, the earliest of equals; None without candidates."""
+        """Return the pick, the earliest if several are equal; None without candidates."""
         if qualified := self.qualified(candidates, best):
             return max(qualified, key=lambda c: c.criterion)  # max returns the first of equals
         return max(candidates, key=lambda c: c.score, default=None)
@@ -147,7 +147,7 @@ class Ranking:
 
     @property
     def pick(self) -> Candidate | None:
-        """The pick, the earliest of equals; None without candidates."""
+        """The pick, the earliest if several are equal; None without candidates."""
         return self.filter.pick(self.candidates, self.best)
 
 

@@ -161,15 +161,15 @@ class SpectrumData:
             known. None if the sampling error was not asked for.
         squared_weight_norm: Squared Euclidean norm of the analyzed parameters, in the coordinates of the preconditioner
             if there is one; None: unknown.
-        subspace_overlap: Share of the span of the leading eigenvectors in that of the analysis before, from 0 to 1;
-            None where eigenvectors are not tracked (`track_eigenvectors`), or there was no analysis before.
+        subspace_overlap: Overlap of the span of the leading eigenvectors with that of the previous analysis, from 0
+            (orthogonal) to 1 (the same); None if eigenvectors are not tracked (`track_eigenvectors`), or at first.
         losses_along: Mean loss along the unit eigenvectors of λ_min and of λ_max: for each of the two the distances t
             from the weights, ascending, and the losses there, shape (2, 2, points); no points if not asked for
             (`loss_along_eigenvectors`). Near t = 0 the losses are L + st + ½λt² with a slope s ≤ 0.
         architecture: Kind of the network by the kinds of its modules: "perceptron", "convolution", "attention",
             "other", or "part" where some parameters are not analyzed; empty: unknown, as in earlier records.
-        by_layer: Curvature of each layer, by name, as far as this analysis of the whole matrix tells; empty without a
-            Krylov basis, and for a layer's own spectrum.
+        by_layer: Curvature of each layer, by name, as it follows from this analysis of the whole matrix; empty without
+            a Krylov basis, and for a layer's own spectrum.
     """
 
     nodes: NDArray[np.float64]

@@ -160,7 +160,7 @@ def _doubts(history: Sequence[SpectrumRecord], types: Sequence[str]) -> list[str
 def _finding_lines(found: Sequence[Finding]) -> list[str]:
     """Return two lines for each finding: the evidence, and the confidence with the next step."""
     found = [finding for finding in found if finding.key not in STATED]
-    lines = ["findings, what matters most first:"] if found else []
+    lines = ["findings, the most important first:"] if found else []
     for finding in found[:MAX_FINDINGS]:
         lines += [_fitted("- ", finding.evidence), _fitted("  ", f"{finding.confidence}; next: {finding.action}")]
     left = len(found) - MAX_FINDINGS

@@ -107,7 +107,7 @@ class HessianSpectrumCallback(SpectrumSource):
     Attributes:
         history: The records so far, one per analysis: `.epoch`, `.global_step`, `.spectrum`, `.error`, ...
         checkpoints: The checkpoint callbacks that `checkpoint` asks for.
-        findings: What the records and the cost of the analyses give reason to look at, see `Finding`.
+        findings: Observations in the records, and about the cost, that deserve attention, see `Finding`.
 
     Raises:
         ValueError: If an argument is out of range or not available in this version.
@@ -202,7 +202,7 @@ class HessianSpectrumCallback(SpectrumSource):
 
     @property
     def findings(self) -> list[Finding]:
-        """What the records and the cost of the analyses give reason to look at, what matters most first."""
+        """Observations in the records, and about the cost, that deserve attention, the most important first."""
         return findings(self.history, overhead=self.budget.overhead)
 
     # Hooks ----------------------------------------------------------------------------------------------------------

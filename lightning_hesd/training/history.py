@@ -97,7 +97,7 @@ class SpectrumHistory(list[SpectrumRecord]):
 
     @property
     def findings(self) -> list[Finding]:
-        """What the records give reason to look at, what matters most first; the cost is that of a callback only."""
+        """Observations in the records that deserve attention, the most important first; none about the cost."""
         return findings(self)
 
     def compare_with_reference(self, index: int = -1) -> ReferenceComparison | None:
@@ -137,14 +137,14 @@ class SpectrumHistory(list[SpectrumRecord]):
         return {"about": self.about, "_folders": {}}
 
     def rewind(self, global_step: int) -> None:
-        """Forget what lies ahead of `global_step`, everything at step 0: a run starts, or goes on, from there."""
+        """Delete the records after `global_step`, and all at step 0: a run starts, or continues, from there."""
         self[:] = [record for record in self if global_step > 0 and record.global_step <= global_step]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the spectra not yet written to `folder`, and the index of all records.
 
         Every file appears whole or not at all, the index last. Files of another run that the folder's index names are
-        replaced or deleted; the index goes before them, so that none ever names what is not its own.
+        replaced or deleted. The old index is deleted before them, so that no index names files of another run.
 
         Args:
             folder: A path, or a URL of a filesystem that fsspec knows.
@@ -154,7 +154,7 @@ class SpectrumHistory(list[SpectrumRecord]):
         self._folder(folder).update(self._contents(), self._rows(), self.about)
 
     def is_in(self, folder: str | os.PathLike[str]) -> bool:
-        """Look into a folder, and return whether the files of all these records are there, whatever else is."""
+        """Return whether a folder has the files of all these records; it may have others."""
         self._folders.pop(str(folder), None)  # another run may have written to it since
         return self._folder(folder).has(self._contents())
 

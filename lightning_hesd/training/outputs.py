@@ -177,7 +177,7 @@ def _remarks(
     if record.spectrum.hesd_type == "MN" and record.spectrum.type_certain:
         causes = likely_causes(trainer, gradients)
         if not causes:
-            causes = ["none was found" if monitored else "unknown; `monitor_gradients=True` looks for one"]
+            causes = ["none was found" if monitored else "unknown; `monitor_gradients=True` looks for it"]
         found["MN"] = (
             f"the spectrum of epoch {record.epoch} is MN (C_t = {record.spectrum.c_t:.3g}), so the criteria of "
             f"generalization do not apply. Likely cause: {'; '.join(causes)}. An untrained network is MN, too."

@@ -249,7 +249,7 @@ class SharpnessMonitor(CopiedCallback, Callback):
             messages.warn(
                 f"the optimizer is near the edge of stability after step {record.global_step}: its threshold is "
                 f"{record.headroom:.3g} times the tracked sharpness, less than `headroom={self.headroom:g}`. If the "
-                f"loss rises, lower the learning rate. This is said once; `{self.name}/headroom` goes on."
+                "loss rises, lower the learning rate. This warning appears once."
             )
 
     def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, full: Spectrum | None) -> TrackedRecord:

@@ -115,7 +115,7 @@ def test_the_summary_says_what_was_found_and_how_it_was_made(runs: Path) -> None
         "At the start C_t = −0.9 and λ_max = 2.",
         "Highest C_t picks epoch 1 (step 8), where C_t = −0.1 and λ_max = 4. Checkpoint: /here/<best>.ckpt",
         "1 of them failed, the last with: RuntimeError: no <memory>",
-        "Findings, what matters most first:",
+        "Findings, the most important first:",
         "Highest C_t would pick epoch 1 (step 8), where C_t = −0.2 and λ_max = 4. No checkpoint was kept by this rule.",
         "30 November 2026, 09:58, to ",
         "unknown; files of ",

@@ -87,7 +87,7 @@ RUN = [
 def test_picks_among_candidates_near_the_lowest_loss() -> None:
     found = judge([RUN], "val_acc")  # within 0.0995 of 0.01, and MP: epochs 1 to 3
     assert epochs(found) == {
-        "highest_c_t": 2,  # and 3: the earliest of equals
+        "highest_c_t": 2,  # and 3: the earliest if several are equal
         "lowest_max_eigenvalue": 1,
         "last": 4,
         "lowest_train_loss": 4,

@@ -265,5 +265,5 @@ class TestLayers:
     def test_mistakes(self):
         with pytest.raises(ValueError, match=r"`quantity` must be one of c_t, lambda_max, .*got 'size'"):
             plot_layers(self.layers, "size")
-        with pytest.raises(ValueError, match="`history` knows no layers"):
+        with pytest.raises(ValueError, match="`history` has no values of layers"):
             plot_layers({})

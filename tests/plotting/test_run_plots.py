@@ -287,7 +287,7 @@ class TestLayersOfAHistory:
         assert plot_layers(run).get_xlabel() == "step"
 
     def test_without_layers(self):
-        with pytest.raises(ValueError, match=r"`history` knows no layers: .* kept no Krylov basis"):
+        with pytest.raises(ValueError, match=r"`history` has no values of layers: .* kept no Krylov basis"):
             plot_layers(RUN)
 
 

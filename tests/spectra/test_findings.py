@@ -326,7 +326,7 @@ def notes(run: list[SpectrumRecord], overhead: float | None = None) -> list[str]
     made = summarize(run, "hesd", seconds=1.0, overhead=overhead, kept={}, folder=None)
     assert made is not None
     found = list(made.notes)
-    begin = "findings, what matters most first:"
+    begin = "findings, the most important first:"
     return found[found.index(begin) + 1 :] if begin in found else []
 
 

@@ -37,7 +37,7 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert SpectrumHistory.load(tmp_path / "run").findings == [short_run]
 
     said = capsys.readouterr().out.splitlines()
-    begin = said.index("findings, what matters most first:")
+    begin = said.index("findings, the most important first:")
     assert said[begin + 1 : begin + 5] == [
         *(f"- {short_run.evidence}", f"  certain; next: {short_run.action}"),
         *(f"- {cost.evidence}", f"  certain; next: {cost.action}"),

@@ -72,7 +72,7 @@ AVERAGES = "AdaHessian averages the Hessian's diagonal over space"
         (Saddle, True, 0.001, "gradients were clipped in 100% of the sampled steps, to 0.00"),
         (Saddle, False, 0.001, r"the Trainer clips gradients \(gradient_clip_val=0.001\)"),
         (Saddle, True, None, "none was found"),
-        (Saddle, False, None, "unknown; `monitor_gradients=True` looks for one"),
+        (Saddle, False, None, "unknown; `monitor_gradients=True` looks for it"),
         (SaddleWithAdaHessian, False, None, AVERAGES),
         (SaddleWithAdaHessian, True, None, AVERAGES),
     ],

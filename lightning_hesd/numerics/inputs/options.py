@@ -48,8 +48,8 @@ class AnalysisOptions:
             within 5 % of C_t, or of 0.001 where C_t is closer to zero); "type" for MP or MN to be certain; "auto" for
             a quarter of the sampling error of C_t, which is estimated on the way. None: take all steps.
         stop: What a number for `tolerance` refers to: "c_t", or "density" for the distance between the density and the
-            spectrum, as a share of the spectrum's width (`Spectrum.density_error`). What one start vector does not
-            tell limits the latter; it is smaller for larger networks.
+            spectrum, as a share of the spectrum's width (`Spectrum.density_error`). The latter has a lower limit,
+            because a start vector is random; it is smaller for larger networks.
         confidence: Probability, over the start vectors, with which the interval of C_t holds at least.
         matrix: "hessian", or one of its two summands: "ggn", the generalized Gauss-Newton matrix Jᵀ (∂²L/∂o²) J of
             outputs o with Jacobian J, and "residual", the rest (the G-term and H-term of Kiselev & Grabovoy 2024,
@@ -78,8 +78,9 @@ class AnalysisOptions:
         sampling_error: Also estimate how much of C_t is due to the finite sample, in one more pass over it.
         layer_probes: Number k of further random vectors, with a Hessian-vector product each, that make the traces of
             layers in `Spectrum.by_layer` more accurate, by a factor √(1 + k).
-        track_eigenvectors: Number k of leading eigenvectors whose subspace is compared with that of the analysis before
-            in the same run of a callback (`Spectrum.subspace_overlap`); k vectors stay in the computer's memory.
+        track_eigenvectors: Number k of leading eigenvectors whose subspace is compared with that of the previous
+            analysis in the same run of a callback (`Spectrum.subspace_overlap`); k vectors stay in the computer's
+            memory.
         loss_along_eigenvectors: Also evaluate the loss at 21 points along the eigenvectors of λ_min and of λ_max each
             (`Spectrum.losses_along`): 42 evaluations of all samples, without derivatives. Of the Hessian only, and not
             with `basis="none"`, as `layer_probes` and `track_eigenvectors`.

@@ -51,7 +51,7 @@ const TYPES = { MP: "mainly positive (MP)", MN: "mainly negative (MN)" };
 
 const FEW_WITHOUT = 5; // runs without findings that have a line each
 
-/** Return the findings of runs, each as of its last record, what matters most first; those of several runs unfold. */
+/** Return the findings of runs, each as of its last record, the most important first; those of several runs unfold. */
 export function findingsOf(runs) {
   const has = (run) => run.records.at(-1).findings?.length; // earlier releases wrote none
   const without = runs.filter((run) => !has(run));

@@ -41,9 +41,9 @@ class HessianCheckpoint(CandidateCheckpoint):
     """Keeps the checkpoint with the best Hessian criterion among those trained equally well.
 
     Candidates are the analyzed epochs whose training metric lies within `tolerance` of the best analyzed epoch's. The
-    rule picks the candidate with the highest criterion, the earliest of equals. `best_model_path` is always the pick so
-    far; `best_k_models` also holds the few checkpoints that may still become it. All others are deleted. With
-    `save_last`, last.ckpt is written after every training epoch, analyzed or not.
+    rule picks the candidate with the highest criterion, the earliest if several are equal. `best_model_path` is always
+    the pick so far; `best_k_models` also holds the few checkpoints that may still become it. All others are deleted.
+    With `save_last`, last.ckpt is written after every training epoch, analyzed or not.
 
     A checkpoint has the weights that were analyzed, also if a callback or the module's `on_train_epoch_end` changes
     them in between. Without a `filename`, files are called `hesd-<rule>-epoch=<epoch>-step=<step>.ckpt`.
