@@ -46,9 +46,9 @@ export function layOut(root, actions) {
       "At the chosen state: below negative thresholds, above positive ones. Lines: by the density; bands: bounds on the true numbers, if no eigenvalue occurs several times."),
     figure("along", "Loss along the extreme eigenvectors",
       "At the chosen state, training data. Dashed: the parabolas L + st + λt²/2 that the loss follows near t = 0."),
-    titled("h3", "reference", "Is this usual?", { class: "card wide" }, parts.reference),
     titled("h3", "assessment", "Criteria for generalization", { class: "card" }, parts.assessment),
     titled("h3", "picks", "Picks of the checkpoint rules", { class: "card" }, parts.picks),
+    titled("h3", "reference", "Is this usual?", { class: "card wide" }, parts.reference),
     figure("layers", "Layers over training", "Of the Hessian of each layer's own parameters, training data. Columns reach halfway to the neighboring analyses. Point at a layer for all that is known of it.", "wide"));
   // The bar is a child of the content, so that it stays in sight in both sections.
   parts.content = element("div", { id: "content", hidden: true },
