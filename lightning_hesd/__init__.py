@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_hesd.spectra.criteria import hesd_type
     from lightning_hesd.spectra.differences import PairedDifference, c_t_difference, lambda_max_difference
     from lightning_hesd.spectra.layer_spectra import LayerSpectra
+    from lightning_hesd.spectra.reference_range import ReferenceComparison, compare_with_reference
     from lightning_hesd.spectra.spectrum import Spectrum
     from lightning_hesd.training.callback import HessianSpectrumCallback
     from lightning_hesd.training.checkpoints.checkpoint import HessianCheckpoint
@@ -29,11 +30,13 @@ __all__ = [
     "Judgment",
     "LayerSpectra",
     "PairedDifference",
+    "ReferenceComparison",
     "SharpnessMonitor",
     "Spectrum",
     "SpectrumHistory",
     "assess_generalization",
     "c_t_difference",
+    "compare_with_reference",
     "hesd_type",
     "hessian_spectrum",
     "judge",
@@ -51,11 +54,13 @@ _HOMES = {
     "Judgment": "judgment.judgment",
     "LayerSpectra": "spectra.layer_spectra",
     "PairedDifference": "spectra.differences",
+    "ReferenceComparison": "spectra.reference_range",
     "SharpnessMonitor": "training.sharpness_monitor",
     "Spectrum": "spectra.spectrum",
     "SpectrumHistory": "training.history",
     "assess_generalization": "spectra.assessment",
     "c_t_difference": "spectra.differences",
+    "compare_with_reference": "spectra.reference_range",
     "hesd_type": "spectra.criteria",
     "hessian_spectrum": "numerics.analysis.api",
     "judge": "judgment.judge",

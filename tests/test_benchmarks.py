@@ -26,15 +26,19 @@ from benchmarks import (
     one_run,
     overhead,
     problems,
+    reference_range,
     scale,
     tracking,
 )
 from benchmarks.__main__ import environment, write
 from benchmarks.candidates import OURS, TOLERANCE
 from benchmarks.profile import PARTS, profile
+from benchmarks.reference_networks import CONFIGURATIONS, network
 from benchmarks.report import summarize
 from benchmarks.truth import steps_within, true_c_t
+from lightning_hesd.numerics.inputs.architecture import architecture_of
 from lightning_hesd.numerics.krylov.ritz import gauss_quadrature
+from lightning_hesd.spectra.reference_table import PHASES, TABLE, read_states
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # curvlinops
 
@@ -277,3 +281,33 @@ def test_table_of_findings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(findings, "train", None)
     findings.main()
     assert (tmp_path / "out" / "findings.md").read_text(encoding="utf-8") == page
+
+
+def test_the_reference_range_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network of each kind, a planted fault; trainings are recorded once, and the package's table stays."""
+    fault = findings.Case("two steps", "short_run", analysis={"steps": 2})
+    monkeypatch.setattr(reference_range.planted_faults, "FAULTS", (fault,))
+    monkeypatch.setattr(reference_range.planted_faults, "HEALTHY", ())
+    monkeypatch.setattr("sys.argv", ["", "--quick", "--seeds", "1", "--out", str(tmp_path)])
+    before = reference_range.TABLE.read_bytes()
+    reference_range.main()
+    assert reference_range.TABLE.read_bytes() == before
+    page = (tmp_path / "reference_range.md").read_text(encoding="utf-8")
+    states = read_states((tmp_path / TABLE).read_text(encoding="utf-8"))
+    assert {state.architecture for state in states} == {"perceptron", "convolution", "attention"}
+    assert {state.phase for state in states} >= {"start"}
+    assert {state.phase for state in states} <= set(PHASES)
+    known = ("c_t", "relative_curvature", "far_negative_share", "stable_rank")
+    assert not any(math.isnan(state.values[key][0]) for state in states for key in known)
+    assert "4 networks of 4 configurations" in " ".join(page.split())
+    assert re.search(r"^\| two steps \| - \| - ", page, re.MULTILINE)  # four networks are too few
+    monkeypatch.setattr(reference_range, "train", None)
+    reference_range.main()
+    assert (tmp_path / "reference_range.md").read_text(encoding="utf-8") == page
+
+
+def test_networks_of_the_reference_range_are_recognized_by_their_modules() -> None:
+    kinds = {configuration.kind: configuration for configuration in CONFIGURATIONS}
+    for configuration in kinds.values():
+        net = network(configuration)
+        assert architecture_of(net, list(net.parameters())) == configuration.architecture

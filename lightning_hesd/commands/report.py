@@ -112,8 +112,9 @@ def _read(log_dir: str, name: str, title: str) -> ReportedRun:
     if not history:
         msg = f"the history in {log_dir} has no records yet."
         raise ValueError(msg)
-    *earlier, last = history
-    records = [*map(record_payload, earlier), record_payload(last, history.findings)]
+    compared = [history.compare_with_reference(index) for index in range(len(history))]
+    records = [record_payload(record, compared=found) for record, found in zip(history, compared, strict=True)]
+    records[-1] = record_payload(history[-1], history.findings, compared[-1])
     own = joined(log_dir, name)
     location = own if exists(joined(own, INDEX_NAME)) else log_dir
     with fetched(location) as folder:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lightning_hesd.spectra.findings import Finding
     from lightning_hesd.spectra.layer_curvature import LayerCurvature
     from lightning_hesd.spectra.record import SpectrumRecord
+    from lightning_hesd.spectra.reference_range import ReferenceComparison
     from lightning_hesd.spectra.selection import SelectionEvent
     from lightning_hesd.spectra.spectrum import Spectrum
 
@@ -71,8 +72,10 @@ THRESHOLDS = {
 }
 
 
-def record_payload(record: SpectrumRecord, found: Sequence[Finding] = ()) -> dict[str, Any]:
-    """Return a record as JSON values, with the findings of its run as of then."""
+def record_payload(
+    record: SpectrumRecord, found: Sequence[Finding] = (), compared: ReferenceComparison | None = None
+) -> dict[str, Any]:
+    """Return a record as JSON values, with the findings of its run as of then, and how it compares with others."""
     spectra = {field: getattr(record, field) for field in SUFFIXES}
     scores = {name: rule.score(record) for name, rule in RULES.items()}
     values = {
@@ -89,6 +92,7 @@ def record_payload(record: SpectrumRecord, found: Sequence[Finding] = ()) -> dic
         "scores": {name: score for name, score in scores.items() if not math.isnan(score)},
         "layers": _layers(record),
         "findings": [asdict(finding) for finding in found],
+        "reference": {} if compared is None else compared.to_dict(),
     }
     return _plain(values)  # type: ignore[no-any-return]
 

@@ -82,9 +82,18 @@ SELECTION_FIELDS: Fields = {
 
 FINDING_FIELDS: Fields = dict.fromkeys(("key", "title", "evidence", "confidence", "action"), text)
 
+REFERENCE_FIELDS: Fields = {
+    "among": text,
+    "reason": optional(text),
+    "source": text,
+    "quantities": each(having(dict.fromkeys(("key", "title", "value", "usual", "seen", "answer"), text))),
+}
+"""Fields of a comparison with the reference range; a record without one has none of them."""
+
 LATER: tuple[tuple[Fields, str, type, Check], ...] = (
     *((RECORD_FIELDS, field, dict, each_named(optional(number))) for field in ("metrics", "gradients")),
     (RECORD_FIELDS, "findings", list, each(having(FINDING_FIELDS))),
+    (RECORD_FIELDS, "reference", dict, lambda value: value == {} or having(REFERENCE_FIELDS)(value)),
     (SELECTION_FIELDS, "rivals", list, each(integer)),
 )
 """Fields that payloads of earlier releases lack, empty then, with their types and checks."""

@@ -58,7 +58,7 @@ REQUIRED: dict[str, Check] = {
     "seconds": number,
 }
 OPTIONAL: dict[str, Check] = {
-    **dict.fromkeys(("matrix", "probe", "mode", "strategy", "strategy_reason", "basis"), text),
+    **dict.fromkeys(("matrix", "probe", "mode", "strategy", "strategy_reason", "basis", "architecture"), text),
     "seed": of(int),
     "confidence": within(1e-9, 1 - 1e-9),
     "tolerance": optional(lambda value: value in {"type", "auto"} if text(value) else within(0.0, MAX_SIZE)(value)),
@@ -166,6 +166,8 @@ class SpectrumData:
         losses_along: Mean loss along the unit eigenvectors of λ_min and of λ_max: for each of the two the distances t
             from the weights, ascending, and the losses there, shape (2, 2, points); no points if not asked for
             (`loss_along_eigenvectors`). Near t = 0 the losses are L + st + ½λt² with a slope s ≤ 0.
+        architecture: Kind of the network by the kinds of its modules: "perceptron", "convolution", "attention",
+            "other", or "part" where some parameters are not analyzed; empty: unknown, as in earlier records.
         by_layer: Curvature of each layer, by name, as it follows from this analysis of the whole matrix; empty without
             a Krylov basis, and for a layer's own spectrum.
     """
@@ -208,6 +210,7 @@ class SpectrumData:
     squared_weight_norm: float | None = None
     subspace_overlap: float | None = None
     losses_along: NDArray[np.float64] = field(default_factory=partial(np.empty, (2, 2, 0)))
+    architecture: str = ""
     by_layer: Mapping[str, LayerCurvature] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

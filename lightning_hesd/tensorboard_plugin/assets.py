@@ -23,6 +23,7 @@ SHARED = (
     "layers.js",
     "state.js",
     "words.js",
+    "reference.js",
     "datatable.js",
     "chosen.js",
     "values.js",

@@ -23,6 +23,7 @@ from lightning_hesd.spectra.codec import (
 )
 from lightning_hesd.spectra.findings import findings
 from lightning_hesd.spectra.record import START_EPOCH, SpectrumRecord, when
+from lightning_hesd.spectra.reference_range import compare_run_with_reference
 from lightning_hesd.spectra.summary import summarize
 from lightning_hesd.spectra.tables import layers_table, records_table
 from lightning_hesd.spectra.validation import (
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from lightning_hesd.spectra.findings import Finding
+    from lightning_hesd.spectra.reference_range import ReferenceComparison
 
 __all__ = ["START_EPOCH", "SpectrumHistory", "SpectrumRecord", "when"]
 
@@ -97,6 +99,22 @@ class SpectrumHistory(list[SpectrumRecord]):
     def findings(self) -> list[Finding]:
         """Observations in the records that deserve attention, the most important first; none about the cost."""
         return findings(self)
+
+    def compare_with_reference(self, index: int = -1) -> ReferenceComparison | None:
+        """Compare a record with similar networks that we trained, see `compare_with_reference`.
+
+        The phase of training follows from the loss, if there is a record of the start (`at_start=True`).
+
+        Args:
+            index: Position of the record.
+
+        Returns:
+            The comparison; None if the analysis failed.
+
+        Raises:
+            IndexError: If there is no such record.
+        """
+        return compare_run_with_reference(self, index)
 
     def plot(self, kind: Literal["c_t", "density_evolution", "layers"] = "c_t", ax: Axes | None = None) -> Axes:
         """Draw C_t along the run with its interval and the picks, the densities, or the layers.

@@ -41,6 +41,7 @@ def main(command: str) -> None:
     )
     trainer.fit(Net(), DataLoader(TensorDataset(x, x[:, :3].argmax(1)), batch_size=16))
     assert len(SpectrumHistory.load(trainer.log_dir)) == 2
+    assert callback.history.compare_with_reference() is not None  # its table came along
     assert Path(trainer.checkpoint_callback.best_model_path).is_file()
 
     spectra = sorted((Path(trainer.log_dir) / "hesd").glob("*[0-9].npz"))

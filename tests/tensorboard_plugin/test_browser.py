@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,14 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 
-from lightning_hesd import judge
+from lightning_hesd import compare_with_reference, judge
 from lightning_hesd.commands.report import report, write_report
 from lightning_hesd.plotting import plot_losses_along
 from lightning_hesd.plotting.cumulative import BOTTOM, numbers_beyond
 from lightning_hesd.spectra.decisions import run_payload
 from lightning_hesd.spectra.payload import record_payload
 from lightning_hesd.spectra.quadrature import legible_sigma
+from lightning_hesd.spectra.reference_table import QUANTITIES, ReferenceState
 from lightning_hesd.training.history import SpectrumHistory, SpectrumRecord
 from tests.tab import EPOCHS, Tab, tensorboard, train, write_payloads
 from tests.training.scripted import make_spectrum
@@ -735,6 +737,7 @@ def test_the_report(page: Page, runs: tuple[Path, Any], tmp_path: Path) -> None:
 
 def test_cards_say_why_they_are_empty(page: Page, tmp_path: Path) -> None:
     earlier, nothing = (record_payload(SpectrumRecord(epoch, epoch, make_spectrum(-0.3))) for epoch in (4, 8))
+    nothing["reference"] = compare_with_reference(make_spectrum(-0.3)).to_dict()
     del earlier["spectra"]["spectrum"]["cumulative_band"]
     nothing["spectra"]["spectrum"] |= {"cumulative_band": None, "reason": "the products are wrong"}
     path = tmp_path / "report.html"
@@ -742,6 +745,7 @@ def test_cards_say_why_they_are_empty(page: Page, tmp_path: Path) -> None:
     page.open(path.as_uri())
     page.until("return document.getElementById('hesd').dataset.detail?.endsWith(' 8')")
     assert page.text("#cumulative") == "Nothing was computed: the products are wrong."
+    assert page.text("#reference").startswith("No comparison: it takes 10 networks of any kind of 1 to 20 parameters")
     show_judgment(page)
     assert page.text("#judgment .sentence").startswith("The records of these runs have no metrics of trained weights.")
     # Without a Krylov basis nothing is known of layers.
@@ -750,6 +754,36 @@ def test_cards_say_why_they_are_empty(page: Page, tmp_path: Path) -> None:
     page.script("const s = document.getElementById('epoch'); s.value = 0; s.dispatchEvent(new Event('input'))")
     page.until("return document.getElementById('hesd').dataset.detail.endsWith(' 4')")
     assert page.text("#cumulative") == "An earlier release wrote this record, without numbers of eigenvalues."
+    assert page.text("#reference") == "No comparison: an earlier release wrote this record."
+    page.assert_clean(path.as_uri())
+
+
+def test_the_comparison_with_similar_networks_is_that_of_the_chosen_state(page: Page, tmp_path: Path) -> None:
+    states = [
+        ReferenceState(n, 0, "perceptron", 2, "late", dict.fromkeys(QUANTITIES, (-n / 20, -n / 20))) for n in range(21)
+    ]
+    records = []
+    for epoch, c_t in enumerate((-0.5, -0.95, -1.5)):
+        found = replace(make_spectrum(c_t), architecture=EVIL if epoch == 0 else "perceptron")
+        compared = compare_with_reference(found, start_loss=100.0, states=states)
+        records.append(record_payload(SpectrumRecord(epoch, epoch, found), compared=compared))
+    failed = record_payload(SpectrumRecord(3, 3, None, "OSError: gone"))
+    path = tmp_path / "report.html"
+    path.write_text(report({**run_payload("run", "hesd", [*records, failed], [], []), "color": 0}))
+    page.open(path.as_uri())
+    said = {}
+    for step in (3, 2, 1, 0):
+        page.script(
+            "const s = document.getElementById('epoch'); s.value = arguments[0]; s.dispatchEvent(new Event('input'))",
+            step,
+        )
+        page.until("return document.getElementById('hesd').dataset.detail?.endsWith(arguments[0])", f" {step}")
+        said[step] = page.text("#reference"), page.text("#reference tr[data-key=c_t]").split("\t")
+    assert said[3][0] == "No comparison: the analysis failed."
+    assert said[2][1] == ["Ct", "outside what we have seen", "−1.5", "−0.9 to −0.1", "−1 to 0"]
+    assert said[1][1][1:3] == ["unusual", "−0.95"]
+    assert said[1][0].startswith("Compared with 21 perceptrons of 2 parameters that have less than a tenth")
+    assert said[0][0].startswith("No comparison: the table has no networks of this kind")
     page.assert_clean(path.as_uri())
 
 

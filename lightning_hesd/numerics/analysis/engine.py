@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import numpy as np
@@ -16,6 +17,7 @@ from typing_extensions import Unpack
 
 from lightning_hesd.numerics.analysis.estimation import Estimation, run_lanczos
 from lightning_hesd.numerics.analysis.preparation import opened_operators
+from lightning_hesd.numerics.inputs.architecture import architecture_of
 from lightning_hesd.numerics.inputs.blocks import Layers, blocks
 from lightning_hesd.numerics.inputs.parameters import select_parameters
 from lightning_hesd.numerics.isolation.modes import mode_name
@@ -86,8 +88,10 @@ def analyze(
         for name, own in blocks(module, None, selected).items()
     }
 
+    architecture = architecture_of(module, parameters)
+
     def result(estimation: Estimation) -> Spectrum:
-        return estimation.spectrum_and_vectors(layers)
+        return replace(estimation.spectrum_and_vectors(layers), architecture=architecture)
 
     try:
         [spectrum] = estimate(module, batches, loss_fn, options, [parameters], result=result, **context)
@@ -106,10 +110,12 @@ def analyze_layers(
 ) -> LayerSpectra:
     """Return the spectrum of the diagonal block of each layer; other arguments as for `analyze`."""
     parameters = blocks(module, layers, select_parameters(module, options))
+
+    def result(estimation: Estimation) -> Spectrum:
+        return replace(estimation.spectrum(), architecture="part")
+
     try:
-        spectra = estimate(
-            module, batches, loss_fn, options, list(parameters.values()), result=Estimation.spectrum, **context
-        )
+        spectra = estimate(module, batches, loss_fn, options, list(parameters.values()), result=result, **context)
     except WrongDerivativeError as error:
         spectra = [_undefined_spectrum(error, block, batches, options) for block in parameters.values()]
     return LayerSpectra(zip(parameters, spectra, strict=True))

@@ -4,6 +4,7 @@ import { when } from "./axis.js";
 import { spectrumOf } from "./data.js";
 import { DensityCard } from "./density.js";
 import { cumulativeFigure, lossesAlongFigure } from "./details.js";
+import { referenceOf } from "./reference.js";
 import { stateOf } from "./state.js";
 import { assessmentOf } from "./words.js";
 
@@ -14,7 +15,7 @@ const NOT_ALONG =
 export class ChosenState {
   /**
    * @param {Figures} figures
-   * @param {{assessment: HTMLElement, state: HTMLElement}} parts
+   * @param {{assessment: HTMLElement, reference: HTMLElement, state: HTMLElement}} parts
    */
   constructor(figures, parts) {
     this.figures = figures;
@@ -30,6 +31,7 @@ export class ChosenState {
     this.shown = shown;
     const { run, record, theme, axis } = shown;
     this.parts.assessment.replaceChildren(...assessmentOf(record, axis));
+    this.parts.reference.replaceChildren(...referenceOf(record));
     this.parts.state.replaceChildren(...stateOf(record));
     this.parts.state.closest(".card").classList.toggle("wide", Object.keys(record.spectra).length > 2);
     const [spectrum, missing] = [spectrumOf(record), missingBand(record)];

@@ -23,6 +23,7 @@ export function layOut(root, actions) {
     detailTools: element("section", { class: "bar", id: "detail-tools", "aria-label": "Chosen state" }),
     assessment: element("div", { id: "assessment", "aria-live": "polite" }),
     state: element("div", { id: "state" }),
+    reference: element("div", { id: "reference" }),
     findings: element("div", { id: "findings" }),
     picks: element("ul", { id: "picks" }),
     table: element("details", { id: "table", ontoggle: actions.openTable }, element("summary", {}, "Data table")),
@@ -47,6 +48,7 @@ export function layOut(root, actions) {
       "At the chosen state, training data. Dashed: the parabolas L + st + λt²/2 that the loss follows near t = 0."),
     titled("h3", "assessment", "Criteria for generalization", { class: "card" }, parts.assessment),
     titled("h3", "picks", "Picks of the checkpoint rules", { class: "card" }, parts.picks),
+    titled("h3", "reference", "Is this usual?", { class: "card wide" }, parts.reference),
     figure("layers", "Layers over training", "Of the Hessian of each layer's own parameters, training data. Columns reach halfway to the neighboring analyses. Point at a layer for all that is known of it.", "wide"));
   // The bar is a child of the content, so that it stays in sight in both sections.
   parts.content = element("div", { id: "content", hidden: true },

@@ -56,7 +56,8 @@ class TensorBoardOutput(LoggerOutput):
 
     def rewrite(self, history: SpectrumHistory, step: int) -> None:
         """Write the payload of the last record; of two with the same step, readers take the later one."""
-        self._write_payload(RECORD, to_json(record_payload(history[-1], history.findings)), step)
+        payload = record_payload(history[-1], history.findings, history.compare_with_reference())
+        self._write_payload(RECORD, to_json(payload), step)
 
     def write_selection(self, event: SelectionEvent, step: int) -> None:
         """Write a rule's decision after the latest record at `step` of the logger's axis."""
