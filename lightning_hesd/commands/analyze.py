@@ -19,7 +19,7 @@ from lightning_hesd.commands.project_arguments import (
 )
 from lightning_hesd.commands.results import RESULTS, Results, summary_of, table_lines
 from lightning_hesd.numerics.inputs.options import AnalysisOptions
-from lightning_hesd.spectra.summary import result_line
+from lightning_hesd.spectra.analysis_lines import result_line
 from lightning_hesd.spectra.validation import one_line
 from lightning_hesd.training.compat.strategies import is_first_rank
 from lightning_hesd.training.error_policy import ErrorPolicy

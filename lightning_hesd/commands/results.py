@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.commands.errors import CommandError
 from lightning_hesd.commands.plot import draw
+from lightning_hesd.spectra.analysis_lines import WIDTH
 from lightning_hesd.spectra.assessment import CAVEAT, TITLE
 from lightning_hesd.spectra.codec import FIELDS, decode_record, encode_record, load, record_fields, save
 from lightning_hesd.spectra.files import atomic_write, damage_named
@@ -17,7 +18,7 @@ from lightning_hesd.spectra.rules import rule_short_title, rule_title
 from lightning_hesd.spectra.scalars import RECORD_SCALARS, SPECTRUM_SCALARS, shown_in
 from lightning_hesd.spectra.selection import candidates_of, picks, with_first_loss
 from lightning_hesd.spectra.spectrum import Spectrum
-from lightning_hesd.spectra.summary import WIDTH, Summary, criterion_cells
+from lightning_hesd.spectra.summary import Summary, criterion_cells
 from lightning_hesd.spectra.validation import (
     FORMAT_VERSION,
     check_fields,

@@ -28,10 +28,10 @@ from lightning_hesd.numerics.analysis.group_statistics import samples_needed
 from lightning_hesd.numerics.inputs.options import StrategyName, analysis_options
 from lightning_hesd.numerics.inputs.sample_counts import batch_size
 from lightning_hesd.sample_size.sample_losses import mean_loss, per_sample_losses, read_batches
+from lightning_hesd.spectra.analysis_lines import WIDTH
 from lightning_hesd.spectra.intervals import chi_square_quantile, student_quantile
 from lightning_hesd.spectra.scalars import SPECTRUM_SCALARS
 from lightning_hesd.spectra.spectrum import MIN_SCALE
-from lightning_hesd.spectra.summary import WIDTH
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

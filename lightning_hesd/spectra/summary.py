@@ -1,4 +1,4 @@
-"""Text for the terminal: a line for each analysis, and a table of all at the end of a run."""
+"""Text for the terminal: the table of all analyses at the end of a run."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from lightning_hesd.spectra.analysis_lines import WIDTH, first_line, fitted, type_text, when
 from lightning_hesd.spectra.analyzed_state import analyzed_states
-from lightning_hesd.spectra.assessment import CAVEAT, SHORT_CAVEAT, TITLE
+from lightning_hesd.spectra.assessment import CAVEAT, TITLE
 from lightning_hesd.spectra.findings import findings
 from lightning_hesd.spectra.record import START_EPOCH
 from lightning_hesd.spectra.reference_range import compare_run_with_reference
@@ -35,9 +36,6 @@ MAX_FINDINGS = 4
 
 STATED = {"failed", "unverified"}
 """Findings that notes of their own state, with every reason."""
-
-WIDTH = 80
-"""Columns of a terminal, which the lines of analyses and findings keep to."""
 
 GAP = "..."
 SPARED = ("candidate", "s", "loss", "λ_max")
@@ -89,47 +87,6 @@ class Summary:
         return "\n".join([self.title, *table, *self.notes])
 
 
-def analysis_lines(record: SpectrumRecord, name: str, *, by_step: bool = False) -> list[str]:
-    """Return the main results of an analysis, a line for each spectrum, with its step if epochs have several."""
-    start = f"{name}: {_when(record, by_step=by_step)}, "
-    lines = [
-        result_line(f"{start}{suffix.removeprefix('_')} " if suffix else start, spectrum)
-        for suffix, spectrum in record.spectra.items()
-    ]
-    if record.assessment is not None:
-        lines.append(f"{start}criteria {record.assessment.words} ({SHORT_CAVEAT})")
-    if record.error is not None:
-        lines.append(_fitted(start, f"failed: {_first_line(record.error)}"))
-    return lines
-
-
-def result_line(start: str, spectrum: Spectrum) -> str:
-    """Return a line of at most `WIDTH` columns with the main results; what does not fit is left out."""
-    first, *others = _results(spectrum)
-    line = _fitted(start, first)
-    for part in others:
-        if len(line) + len(part) + 2 <= WIDTH:
-            line += f", {part}"
-    return line
-
-
-def _results(spectrum: Spectrum) -> list[str]:
-    """Return the results of a spectrum in words, what matters most first."""
-    if spectrum.reason is not None:
-        return [f"no C_t: {spectrum.reason}"]
-    low, high = spectrum.c_t_interval
-    parts = [f"C_t = {spectrum.c_t:.3g} [{low:.3g}, {high:.3g}], {_type(spectrum)}"]
-    if spectrum.c_t_sampling_error is not None:
-        parts.append(f"±{spectrum.c_t_sampling_error:.2g} by sampling")
-    if spectrum.verified != "yes":
-        parts.append("not verified")
-    return [*parts, f"λ_max {spectrum.lambda_max:.3g}", f"loss {spectrum.loss:.3g}", f"{spectrum.seconds:.1f} s"]
-
-
-def _type(spectrum: Spectrum) -> str:
-    return f"{spectrum.hesd_type}{'' if spectrum.type_certain else '?'}"
-
-
 def summarize(
     history: Sequence[SpectrumRecord],
     name: str,
@@ -162,7 +119,7 @@ def summarize(
     marked = [place for place, record in enumerate(history) if record.global_step in chosen.values()]
     notes = [
         *(
-            f"{rule_title(rule)} would pick {_when(record, by_step=by_step)} {of_drop}"
+            f"{rule_title(rule)} would pick {when(record, by_step=by_step)} {of_drop}"
             for rule, record in others.items()
         ),
         *_failures(history, by_step=by_step),
@@ -180,7 +137,7 @@ def _failures(history: Sequence[SpectrumRecord], *, by_step: bool) -> list[str]:
     failed: dict[str, list[str]] = {}
     for record in history:
         if record.error is not None:
-            failed.setdefault(_first_line(record.error), []).append(_when(record, by_step=by_step))
+            failed.setdefault(first_line(record.error), []).append(when(record, by_step=by_step))
     return [
         f"{first}{f' and {len(others)} more' if others else ''} failed: {words}"
         for words, (first, *others) in failed.items()
@@ -202,7 +159,7 @@ def _finding_lines(found: Sequence[Finding]) -> list[str]:
     found = [finding for finding in found if finding.key not in STATED]
     lines = ["findings, the most important first:"] if found else []
     for finding in found[:MAX_FINDINGS]:
-        lines += [_fitted("- ", finding.evidence), _fitted("  ", f"{finding.confidence}; next: {finding.action}")]
+        lines += [fitted("- ", finding.evidence), fitted("  ", f"{finding.confidence}; next: {finding.action}")]
     left = len(found) - MAX_FINDINGS
     return [*lines, f"- and {left} more, in `callback.findings`"] if left > 0 else lines
 
@@ -213,11 +170,6 @@ def _reference_lines(history: Sequence[SpectrumRecord]) -> list[str]:
     if compared is None or compared.reason is not None:
         return []
     return textwrap.wrap(compared.sentence, WIDTH, subsequent_indent="  ")
-
-
-def _fitted(start: str, text: str) -> str:
-    """Return a line of at most `WIDTH` columns; text beyond is left out at a space."""
-    return start + textwrap.shorten(text, WIDTH - len(start), placeholder=" ...")
 
 
 def _title(history: Sequence[SpectrumRecord], name: str, seconds: float, overhead: float | None) -> str:
@@ -268,7 +220,7 @@ def criterion_cells(spectrum: Spectrum | None) -> tuple[str, str, str]:
     if math.isnan(spectrum.c_t):
         return "undefined", "", ""
     low, high = spectrum.c_t_interval
-    return f"{spectrum.c_t:.4g}", f"[{low:.3g}, {high:.3g}]", _type(spectrum)
+    return f"{spectrum.c_t:.4g}", f"[{low:.3g}, {high:.3g}]", type_text(spectrum)
 
 
 def _cell(value: float | None) -> str:
@@ -298,13 +250,3 @@ def _shortened(rows: Sequence[tuple[str, ...]], marked: Sequence[int]) -> list[t
 
 def _epoch(record: SpectrumRecord) -> str:
     return "start" if record.epoch == START_EPOCH else str(record.epoch)
-
-
-def _when(place: SpectrumRecord | Candidate, *, by_step: bool) -> str:
-    if place.epoch == START_EPOCH:
-        return "start"
-    return f"epoch {place.epoch}, step {place.global_step}" if by_step else f"epoch {place.epoch}"
-
-
-def _first_line(text: str | None) -> str:
-    return next(iter((text or "").splitlines()), "")

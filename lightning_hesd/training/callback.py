@@ -15,7 +15,7 @@ from lightning_hesd.training.compat.namespaces import join_namespaces
 from lightning_hesd.training.gradient_monitor import GradientMonitor
 from lightning_hesd.training.recorder import Recorder, decomposition_options
 from lightning_hesd.training.run import AnalysisRun
-from lightning_hesd.training.run_facts import given_options
+from lightning_hesd.training.run_facts import changed_settings, plain
 from lightning_hesd.training.samples.loaders import check_loader
 from lightning_hesd.training.samples.run_samples import RunSamples
 from lightning_hesd.training.schedule import Schedule
@@ -147,8 +147,6 @@ class HessianSpectrumCallback(SpectrumSource):
         name: str = "hesd",
         **analysis: Any,
     ) -> None:
-        arguments = {name: value for name, value in locals().items() if name not in {"self", "__class__", "analysis"}}
-        self.given = given_options(HessianSpectrumCallback, {**arguments, **analysis})
         check_count("num_samples", num_samples, alternative="auto")
         check_loader("dataloader", dataloader)
         check_loader("generalization_dataloader", generalization_dataloader, alternative="val")
@@ -168,19 +166,18 @@ class HessianSpectrumCallback(SpectrumSource):
             raise ValueError(msg)
         if preconditioner != "optimizer":
             analysis_options(**analysis, preconditioner=preconditioner)  # checks it
+        others = {"num_samples": num_samples, "loss_fn": loss_fn, "layers": layers, "preconditioner": preconditioner}
+        self.given = changed_settings(self.schedule, self.options)
+        self.given.update((key, plain(value)) for key, value in others.items() if value is not None)
         samples = partial(RunSamples, num_samples, self.options, in_training=True)
         loaders = [dataloader] if generalization_dataloader is None else [dataloader, generalization_dataloader]
         analyzers = [
             TrainerAnalyzer(self.options, samples(dataloader=loader), loss_fn=loss_fn, mode=mode) for loader in loaders
         ]
         self._recorder = Recorder(
-            *analyzers,
-            preconditioner=preconditioner,
-            layers=layers,
-            decomposition=decomposition,
-            name=name,
-            progress=progress,
-        )
+            *analyzers, preconditioner=preconditioner, layers=layers, decomposition=decomposition,
+            name=name, progress=progress,
+        )  # fmt: skip
         self._monitor = GradientMonitor(enabled=monitor_gradients)
         self._run = AnalysisRun(self, self._recorder, self._monitor, progress=progress)
         for each in self.checkpoints:

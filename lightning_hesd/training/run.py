@@ -6,9 +6,9 @@ import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
+from lightning_hesd.spectra.analysis_lines import analysis_lines
 from lightning_hesd.spectra.scalars import RUN_SCALARS, metric_prefixes
 from lightning_hesd.spectra.selection import first_loss
-from lightning_hesd.spectra.summary import analysis_lines
 from lightning_hesd.spectra.validation import check_fields, of, one_line
 from lightning_hesd.training import closing, terminal
 from lightning_hesd.training.checkpoints.placement import (

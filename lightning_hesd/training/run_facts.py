@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import platform
+from dataclasses import fields
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     import lightning.pytorch as pl
+    from _typeshed import DataclassInstance
 
 PACKAGES = ("lightning_hesd", "torch")
 LIGHTNING = ("lightning", "pytorch_lightning")
@@ -41,13 +42,13 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def given_options(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call that are not the defaults of the function, as plain values."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+def changed_settings(*settings: DataclassInstance) -> dict[str, Any]:
+    """Return the fields of dataclasses that do not have their defaults, as plain values."""
     return {
-        name: plain(value)
-        for name, value in arguments.items()
-        if name not in defaults or not _is_default(value, defaults[name])
+        field.name: plain(getattr(each, field.name))
+        for each in settings
+        for field in fields(each)
+        if field.init and getattr(each, field.name) != field.default
     }
 
 
@@ -69,13 +70,6 @@ def _single(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return getattr(value, "__qualname__", None) or f"<{type(value).__name__}>"
-
-
-def _is_default(value: Any, default: Any) -> bool:
-    if value is default:
-        return True
-    # Equality of tensors and of other objects is their own affair.
-    return isinstance(value, bool | int | float | str) and type(value) is type(default) and value == default
 
 
 def version_of(package: str) -> str | None:

@@ -234,9 +234,7 @@ class SharpnessMonitor(CopiedCallback, Callback):
                 if self.errors.raises:
                     raise
                 release_memory()
-                words = (
-                    f"SharpnessMonitor has no sharpness after step {trainer.global_step}. {self.errors.describe(error)}"
-                )
+                words = f"SharpnessMonitor has no value after step {trainer.global_step}. {self.errors.describe(error)}"
                 self.errors.complain(words, key=type(error).__name__, harmless=True)
                 return
         was_near = gives_alarm(self.history, self.headroom)

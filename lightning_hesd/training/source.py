@@ -41,7 +41,7 @@ class SpectrumSource(CopiedCallback, Callback):
         history: The records so far.
         checkpoints: The checkpoint callbacks passed to it.
         refusal: Why this run can have no spectra, known before training; None: it can.
-        given: The arguments that are not defaults, as plain values.
+        given: The number of samples, and the settings that are not defaults, as plain values.
     """
 
     checkpoints: Sequence[Checkpoint] = ()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lightning_hesd.spectra.analysis_lines import WIDTH
 from lightning_hesd.spectra.analyzed_run import Found
 from lightning_hesd.spectra.differences import c_t_difference
 from lightning_hesd.spectra.finding_kinds import GROWTH, KINDS
@@ -16,7 +17,7 @@ from lightning_hesd.spectra.findings import Finding, findings
 from lightning_hesd.spectra.layer_curvature import LayerCurvature
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.spectra.spectrum import Spectrum
-from lightning_hesd.spectra.summary import MAX_FINDINGS, STATED, WIDTH, summarize
+from lightning_hesd.spectra.summary import MAX_FINDINGS, STATED, summarize
 from tests.training.scripted import make_spectrum
 
 C_T = (-0.5, -0.3, -0.2, -0.12, -0.08)

@@ -12,6 +12,7 @@ import pytest
 from lightning_hesd import SpectrumHistory, compare_with_reference
 from lightning_hesd.commands.report import run_data
 from lightning_hesd.spectra import reference_range
+from lightning_hesd.spectra.analysis_lines import WIDTH
 from lightning_hesd.spectra.layer_curvature import LayerCurvature
 from lightning_hesd.spectra.payload import record_payload, to_json
 from lightning_hesd.spectra.payload_reading import PayloadError, read_payload
@@ -29,7 +30,7 @@ from lightning_hesd.spectra.reference_table import (
     reference_states,
     states_text,
 )
-from lightning_hesd.spectra.summary import WIDTH, summarize
+from lightning_hesd.spectra.summary import summarize
 from tests.spectra.nodes import spectrum
 from tests.training.scripted import make_spectrum
 

@@ -241,7 +241,7 @@ def test_a_history_knows_how_it_was_made(run: Any) -> None:
     assert set(about["versions"]) == {"lightning_hesd", "torch", "lightning", "python"}
     assert about["versions"]["torch"] == str(torch.__version__)
     assert about["device"] == "cpu"
-    assert about["options"] == {"at_start": True, "steps": 8, "num_samples": 48, "batch_size": 16}
+    assert about["options"] == {"steps": 8, "num_samples": 48, "batch_size": 16}
 
 
 def test_unknown_loggers_get_scalars_and_a_debug_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -358,7 +358,7 @@ def test_a_failure_warns_once_and_training_goes_on(tmp_path: Path) -> None:
     with own_warnings() as said:
         trainer = fit(tmp_path, tracked, module=Sgd())
     [text] = said
-    assert "SharpnessMonitor has no sharpness after step 1. OSError: no loss today" in text
+    assert "SharpnessMonitor has no value after step 1. OSError: no loss today" in text
     assert trainer.global_step == 10
     assert tracked.history == []
     with pytest.raises(OSError, match="no loss today"):

@@ -18,9 +18,10 @@ import rich
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_hesd import HessianCheckpoint
+from lightning_hesd.spectra.analysis_lines import analysis_lines
 from lightning_hesd.spectra.assessment import CAVEAT, TITLE
 from lightning_hesd.spectra.selection import Candidate
-from lightning_hesd.spectra.summary import GAP, MAX_ROWS, Kept, Summary, analysis_lines, summarize
+from lightning_hesd.spectra.summary import GAP, MAX_ROWS, Kept, Summary, summarize
 from lightning_hesd.training import closing, terminal
 from lightning_hesd.training.compat import messages
 from lightning_hesd.training.history import SpectrumRecord
