@@ -57,7 +57,9 @@ export class OneRun {
   }
 
   async drawChosen(shown, axis) {
+    this.latest = shown;
     await this.chosen.draw({ ...shown, axis });
+    if (shown !== this.latest) return; // a drawing that began later may end earlier
     this.root.dataset.detail = `${shown.run.key} ${shown.record.global_step}`;
   }
 }
