@@ -194,7 +194,6 @@ def point(page: Page, kind: str, x: float, y: float, **more: Any) -> None:
 def test_values_at_the_pointer_and_the_chosen_state(page: Page) -> None:
     select_all(page)
     x, y = place_in(page, "ct", 1, 0.95)
-    point(page, "Moved", x - 30, y)
     point(page, "Moved", x, y)
     page.until("return document.querySelector('#values p')?.textContent === 'epoch 1'")
     rows = page.script(
