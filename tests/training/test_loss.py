@@ -59,7 +59,7 @@ def test_the_forms_of_a_loss(output: Any, nodes: Any, tmp_path: Path) -> None:
         (
             lambda loss: {"other": loss},
             MisconfigurationException,
-            "got a dict without 'loss': return it, or pass `loss",
+            "got a dict without 'loss': return it, or pass the callback `loss",
         ),
         (lambda loss: 0.5, MisconfigurationException, "got float"),
         (lambda loss: loss.expand(3), TypeError, r"the mean over the batch; got shape \(3,\)"),
