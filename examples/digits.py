@@ -240,7 +240,6 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for harmless in (
         ".*does not have many workers",  # the data are in memory
-        ".*multiple `ModelCheckpoint` callbacks",  # "best" is the pick of the callback's rule
         ".*LeafSpec.*deprecated",  # Lightning 2.6 with torch 2.13
     ):
         warnings.filterwarnings("ignore", message=harmless)

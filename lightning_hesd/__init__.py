@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_hesd.spectra.assessment import Assessment, assess_generalization
     from lightning_hesd.spectra.criteria import hesd_type
     from lightning_hesd.spectra.differences import PairedDifference, c_t_difference, lambda_max_difference
+    from lightning_hesd.spectra.layer_spectra import LayerSpectra
     from lightning_hesd.spectra.reference_range import ReferenceComparison, compare_with_reference
     from lightning_hesd.spectra.spectrum import Spectrum
     from lightning_hesd.training.callback import HessianSpectrumCallback
@@ -27,6 +28,7 @@ __all__ = [
     "HessianOperator",
     "HessianSpectrumCallback",
     "Judgment",
+    "LayerSpectra",
     "PairedDifference",
     "ReferenceComparison",
     "SharpnessMonitor",
@@ -50,6 +52,7 @@ _HOMES = {
     "HessianOperator": "numerics.analysis.hessian_operator",
     "HessianSpectrumCallback": "training.callback",
     "Judgment": "judgment.judgment",
+    "LayerSpectra": "spectra.layer_spectra",
     "PairedDifference": "spectra.differences",
     "ReferenceComparison": "spectra.reference_range",
     "SharpnessMonitor": "training.sharpness_monitor",

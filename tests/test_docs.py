@@ -71,7 +71,6 @@ def names() -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore:GPU available but not used")
-@pytest.mark.filterwarnings("ignore:.*called with Trainer configured with multiple .ModelCheckpoint. callbacks")
 @pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
 @pytest.mark.filterwarnings("ignore:.*failed, training goes on")  # what a page is about
 @pytest.mark.parametrize("page", [README, *(p for p in PAGES if blocks(p, "python"))], ids=lambda page: page.stem)
@@ -111,7 +110,6 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("project")
 @pytest.mark.filterwarnings("ignore:GPU available but not used")
-@pytest.mark.filterwarnings("ignore:.*called with Trainer configured with multiple .ModelCheckpoint. callbacks")
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "yaml")], ids=lambda page: page.stem)
 def test_configuration_of_a_page_trains(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train"])

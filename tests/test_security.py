@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, Spectrum, SpectrumHistory
-from lightning_hesd.commands import analyze, cli
+from lightning_hesd.commands import cli
 from lightning_hesd.commands.report import write_report
+from lightning_hesd.commands.results import summary_of
 from lightning_hesd.spectra.payload import SELECTIONS_NAME, record_payload, selection_payload, to_json
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.spectra.selection import Candidate, CandidateFilter, SelectionEvent
@@ -268,6 +269,6 @@ def test_a_hostile_payload_costs_itself_only(tmp_path: Path) -> None:
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
-def test_names_are_no_markup_of_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    analyze._print_table([{"checkpoint": "[/b][link=x]y", "epoch": 1, "error": None}])
-    assert "[/b][link=x]y" in capsys.readouterr().out
+def test_names_are_no_markup_of_the_terminal() -> None:
+    shown = summary_of({"[/b][link=x]y": SpectrumRecord(1, 10, make_spectrum(-0.1))}, None)
+    assert "[/b][link=x]y" in str(shown)

@@ -7,10 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from lightning_hesd.commands.errors import CommandError, reported
 from lightning_hesd.commands.project import Blueprint, imported
 from lightning_hesd.commands.project_arguments import (
@@ -21,8 +17,9 @@ from lightning_hesd.commands.project_arguments import (
     separated,
     without_advice,
 )
-from lightning_hesd.commands.results import RESULTS, Results, table_lines
+from lightning_hesd.commands.results import RESULTS, Results, summary_of, table_lines
 from lightning_hesd.numerics.inputs.options import AnalysisOptions
+from lightning_hesd.spectra.summary import result_line
 from lightning_hesd.spectra.validation import one_line
 from lightning_hesd.training.compat.strategies import is_first_rank
 from lightning_hesd.training.error_policy import ErrorPolicy
@@ -30,8 +27,6 @@ from lightning_hesd.training.loss_mode import AnalysisMode
 from lightning_hesd.training.recorder import Recorder
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     import lightning.pytorch as pl
     from jsonargparse import ArgumentParser, Namespace
 
@@ -40,8 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run", "separated"]
 
-WIDTH_OF_FILES = 240
-"""Characters in a line of a table that goes to a file or another program."""
+LONG = 36
+"""Columns of a path, beyond which the results are printed in a line of their own."""
 
 NOT_OF_THE_COMMAND_LINE: set[str | int] = {
     *("batch_weight", "batch_size", "matrix", "output_fn", "output_loss", "parameters", "dtype", "preconditioner"),
@@ -69,6 +64,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--out", type=Path, default=Path("hesd"), help="Folder of the results; an interrupted run goes on."
     )
     parser.add_class_arguments(AnalysisOptions, "analysis", skip={*NOT_OF_THE_COMMAND_LINE, "mode"})
+    (parser.groups or {})["analysis"].title = "The options of an analysis"  # without names of functions
     parser.add_argument("--analysis.mode", type=AnalysisMode, default="auto", help=MODE)
     parser.add_argument("--analysis.batch_weight", type=str | None, help=BATCH_WEIGHT)
 
@@ -93,20 +89,28 @@ def run(config: Namespace) -> None:
             if writes:
                 store.keep(name, path, record)
         records[name] = record
-        found = record.error or str(record.spectrum)
         if writes:
-            print(f"[{number}/{len(paths)}] {path}{' (known)' if again else ''}: {found}", flush=True)
+            start = f"[{number}/{len(paths)}] {path}{' (known)' if again else ''}: "
+            print(_finding(start, record), flush=True)
     if not writes:
         return
-    lines = table_lines(records, config.tolerance_of_loss)
-    store.finish(lines)
-    _print_table(lines)
-    print(f"Spectra, figures, {RESULTS} and results.csv are in {config.out}")
+    store.finish(table_lines(records, config.tolerance_of_loss))
+    print(f"\n{summary_of(records, config.tolerance_of_loss)}\n")
+    print(f"Spectra, figures, {RESULTS} and results.csv are in {config.out}.")
     failed = [name for name, record in records.items() if record.error is not None]
     if failed:
         first = failed[0]
         msg = f"{len(failed)} of {len(paths)} analyses failed; the first, of {paths[first]}: {records[first].error}"
         raise CommandError(msg)
+
+
+def _finding(start: str, record: SpectrumRecord) -> str:
+    """Return the main results of a checkpoint, or why there are none."""
+    if record.spectrum is None or record.error is not None:
+        return f"{start}{record.error}"
+    if len(start) <= LONG:
+        return result_line(start, record.spectrum)
+    return f"{start.rstrip()}\n{result_line('  ', record.spectrum)}"
 
 
 class _CheckpointAnalysis:
@@ -182,8 +186,9 @@ class _RecordOnly(ErrorPolicy):
     """Leaves failures to the record: there is no training to go on."""
 
     def describe(self, error: Exception) -> str:
-        """Return the text of a failure in one line."""
-        return f"{type(error).__name__}: {one_line(error)}"
+        """Return the text of a failure in one line, with the name of its type where the text is a single word."""
+        text = one_line(error)
+        return text if " " in text else f"{type(error).__name__}: {text}"
 
     def report(self, message: str, error: Exception) -> None:
         """Say nothing."""
@@ -196,20 +201,3 @@ def _plain(config: Namespace) -> dict[str, Any]:
     options = {key: value for key, value in config.as_dict().items() if key not in irrelevant}
     plain: dict[str, Any] = json.loads(json.dumps(options, default=str))
     return plain
-
-
-def _print_table(lines: Sequence[Mapping[str, Any]]) -> None:
-    shown = [key for key in lines[0] if key != "error" and any(line[key] not in {None, ""} for line in lines)]
-    table = Table(*(key.replace("_by", " by") for key in shown))
-    for line in lines:
-        table.add_row(*(Text(_cell(line[key])) for key in shown))  # names of files are no markup
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH_OF_FILES
-    console.print(table)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -6,11 +6,11 @@ import importlib
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
-
-from jsonargparse import ArgumentParser
+from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.commands.errors import CommandError, missing_dependency
+from lightning_hesd.commands.plain_parser import PlainParser
+from lightning_hesd.spectra.assessment import CAVEAT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,27 +18,22 @@ if TYPE_CHECKING:
 REPORTED = (CommandError, ValueError, OSError, ArithmeticError, RuntimeError, TypeError)
 """Exceptions that end the command with their message in one line; so does Lightning's MisconfigurationException."""
 
+DESCRIPTION = (
+    "Analyze the Hessian's spectrum at checkpoints of a network, and use the results of runs with the callback."
+)
 
 COMMANDS = {
     "analyze": "analyze the Hessian's spectrum at the weights of checkpoints",
-    "assess": "apply the experimental criteria of Gabdullin (2025, Fig. 10) to two spectra",
+    "assess": f"apply the criteria of Gabdullin (2025, Fig. 10) to two spectra ({CAVEAT})",
     "plot": "draw spectral densities",
     "judge": "compare the checkpoint rules by what their picks were worth in given runs",
     "report": "write runs as one HTML file: a summary in words, and the content of TensorBoard's HESD tab",
-    "sample-size": "ask how many samples are enough at the weights of checkpoints; the analyzed samples are the pilot",
+    "sample-size": "estimate how many samples are enough at the weights of checkpoints",
     "estimate": "estimate what one analysis will cost: time, memory and communication",
+    "completion": "print the script by which bash, zsh or tcsh completes these commands",
 }
 """The commands, and what each does. A command has a module of its name with the functions `add_arguments(parser)` and
 `run(config)`. It is imported when the command is asked for, because PyTorch and Lightning take seconds."""
-
-
-class OneLineParser(ArgumentParser):
-    """A parser whose errors take one line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # noqa: ARG002
-        """Say what is wrong and where to look, and exit with code 2."""
-        sys.stderr.write(f"lightning-hesd: error: {' '.join(message.split())} (--help explains the arguments)\n")
-        sys.exit(2)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,17 +44,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.path.insert(0, str(Path.cwd()))  # where `python` itself would look for the user's modules
     words = [*(sys.argv[1:] if arguments is None else arguments)]
     module = _module(words)
+    parser = _parser() if module is None else _parser(module)
     if not words:
-        _parser(module).print_help()
+        parser.print_help()
         return
     separated = getattr(module, "separated", str)
-    config = _parser(module).parse_args([separated(word) for word in words])
+    config = parser.parse_args([separated(word) for word in words])
     try:
         module.run(config[config.subcommand])
     except Exception as error:
         if not (isinstance(error, REPORTED) or _is_misuse_of_lightning(error)):
             raise
-        sys.stderr.write(f"lightning-hesd: error: {' '.join(str(error).split())}\n")
+        said = " ".join(str(error).split()).replace("the callback `loss_fn=`", "`--loss_fn`")
+        sys.stderr.write(f"lightning-hesd: error: {said}\n")
         sys.exit(1)
 
 
@@ -84,13 +81,19 @@ def _module_name(command: str) -> str:
     return f"lightning_hesd.commands.{command.replace('-', '_')}"
 
 
-def _parser(module: Any) -> OneLineParser:
-    """Return the parser; only the given module's command has its arguments."""
-    parser = OneLineParser(prog="lightning-hesd", description=__doc__, version=version("lightning-hesd"))
+def full_parser() -> PlainParser:
+    """Return the parser of all commands with all their arguments."""
+    return _parser(*(importlib.import_module(_module_name(name)) for name in COMMANDS))
+
+
+def _parser(*modules: Any) -> PlainParser:
+    """Return the parser; only the commands of the given modules have their arguments."""
+    by_name = {module.__name__: module for module in modules}
+    parser = PlainParser(prog="lightning-hesd", description=DESCRIPTION, version=version("lightning-hesd"))
     subcommands = parser.add_subcommands()
     for name, purpose in COMMANDS.items():
-        sub = OneLineParser(description=f"{purpose[0].upper()}{purpose[1:]}.")
-        if module is not None and module.__name__ == _module_name(name):
-            module.add_arguments(sub)
+        sub = PlainParser(description=f"{purpose[0].upper()}{purpose[1:]}.")
+        if _module_name(name) in by_name:
+            by_name[_module_name(name)].add_arguments(sub)
         subcommands.add_subcommand(name, sub, help=purpose)
     return parser

@@ -104,16 +104,16 @@ def _work_words(workload: Workload) -> str:
     steps = workload.products // workload.probes
     strategy = workload.strategy
     words = (
-        f"{steps:,} Lanczos steps{probes} are {workload.products:,} Hessian-vector products. One costs as much as "
-        f"{GRADIENTS_PER_PRODUCT[strategy]:g} gradients with the strategy {strategy!r}, and the preparation "
-        f"{PREPARATION[strategy]:g} more"
+        f"{steps:,} Lanczos steps{probes} are {workload.products:,} Hessian-vector products. With the strategy "
+        f"{strategy!r} one costs as much as {GRADIENTS_PER_PRODUCT[strategy]:g} gradients, and the preparation costs "
+        f"{PREPARATION[strategy]:g}"
     )
     if workload.evaluations:
         words += (
             f"; {workload.evaluations} evaluations of the loss along eigenvectors, without derivatives, cost "
             f"{workload.evaluations * EVALUATION:.0f}"
         )
-    return f"{words}: in all {workload.gradients:,.0f} gradients. A `tolerance` may stop earlier."
+    return f"{words}: in all {workload.gradients:,.0f} gradients. With a `tolerance` it may stop earlier."
 
 
 def _basis_words(workload: Workload) -> str:
@@ -140,10 +140,10 @@ def _fit_words(workload: Workload, machine: Machine, device_memory: float) -> st
             words += f" With {option} it takes {_size(needed(changed))}, and fits."
             if workload.basis and not changed.basis and changed.processes == workload.processes:
                 basis = _size(analysis_cost(workload, machine).basis_memory)
-                words += f" So it does with `basis='cpu'`, which takes {basis} of the computer's memory instead."
+                words += f" It also fits with `basis='cpu'`, which takes {basis} of the computer's memory instead."
             return f"{words} {not_counted}"
     option, leanest = _leaner(workload)[-1] if _leaner(workload) else ("these options", workload)
-    return f"{words} Nor does it with {option}, which takes {_size(needed(leanest))}. {not_counted}"
+    return f"{words} With {option} it takes {_size(needed(leanest))}, which does not fit either. {not_counted}"
 
 
 def _leaner(workload: Workload) -> list[tuple[str, Workload]]:
@@ -192,13 +192,17 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_class_arguments(Workload, skip={"parameters"})
     parser.add_class_arguments(Machine, skip={"memory_bandwidth", "network_bandwidth"})
     parser.add_argument(
-        "--memory_bandwidth", type=float | None, help="Of a device, in GB/s; default: that of this CPU, measured."
+        "--memory_bandwidth",
+        type=float | None,
+        help="Bandwidth of the memory of a device, in GB/s; default: that of this CPU, measured.",
     )
-    parser.add_argument("--network_bandwidth", type=float, default=100.0, help="Of a rank, in Gbit/s.")
+    parser.add_argument(
+        "--network_bandwidth", type=float, default=100.0, help="Bandwidth of the network of a rank, in Gbit/s."
+    )
     parser.add_argument(
         "--device_memory",
         type=float | None,
-        help="Of a device, in GB: says whether the analysis fits, and how it would.",
+        help="Memory of a device, in GB: the output says whether the analysis fits, and what makes it fit.",
     )
 
 

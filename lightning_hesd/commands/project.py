@@ -127,9 +127,9 @@ class Project:
     Attributes:
         model: The LightningModule.
         data: The LightningDataModule, whose training data are analyzed.
-        loss_fn: As for the callback; None: the module's `training_step`.
+        loss_fn: Function (module, batch) -> mean loss; None: the module's `training_step`.
         num_samples: Number of samples; None: the samples of the run, if the checkpoint names them, else 512.
-        batch_size: As for the callback.
+        batch_size: Most samples per batch; "auto": small batches are merged where that leaves the loss the same.
         name: Name of the callback in the run.
         accelerator: As for the Trainer.
         devices: Devices of each node, as for the Trainer.

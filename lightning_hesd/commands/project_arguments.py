@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
     from jsonargparse import ArgumentParser, Namespace
 
-MODE = "Mode of the module, as for HessianSpectrumCallback; 'auto' goes on with the mode that the run chose."
+MODE = (
+    "Mode of the module: 'eval'; 'deterministic', training mode without dropout and batch statistics; 'train'; 'keep', "
+    "the present one; or 'auto', the one that the run chose."
+)
 SEPARATE = {"model": "model_args", "data": "data_args", "generalization": "generalization_args"}
 
 
@@ -118,13 +121,15 @@ def checkpoints_of(patterns: Sequence[str]) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def without_advice() -> Iterator[None]:
-    """Silence Lightning's list of devices, and its advice on training."""
+    """Silence Lightning's list of devices, its advice on training, and advice on the code of Lightning."""
     with contextlib.ExitStack() as stack:
         for name in PYTORCH:
             logger = logging.getLogger(name)
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.WARNING)
+        names = "|".join(re.escape(name) for name in PYTORCH)
         stack.enter_context(warnings.catch_warnings())
         for category in lightning_types("utilities.warnings.PossibleUserWarning", of=FABRIC):
             warnings.filterwarnings("ignore", category=category)
+        warnings.filterwarnings("ignore", category=FutureWarning, module=rf"({names})\.")  # of PyTorch, to Lightning
         yield

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.commands.errors import CommandError
 from lightning_hesd.commands.plot import draw
+from lightning_hesd.spectra.assessment import CAVEAT, TITLE
 from lightning_hesd.spectra.codec import FIELDS, decode_record, encode_record, load, record_fields, save
 from lightning_hesd.spectra.files import atomic_write, damage_named
-from lightning_hesd.spectra.rules import rule_title
+from lightning_hesd.spectra.rules import rule_short_title, rule_title
 from lightning_hesd.spectra.scalars import RECORD_SCALARS, SPECTRUM_SCALARS, shown_in
 from lightning_hesd.spectra.selection import candidates_of, picks, with_first_loss
 from lightning_hesd.spectra.spectrum import Spectrum
+from lightning_hesd.spectra.summary import WIDTH, Summary, criterion_cells
 from lightning_hesd.spectra.validation import (
     FORMAT_VERSION,
     check_fields,
@@ -140,6 +142,34 @@ def _without_nan(value: Any) -> Any:
 def _identity(path: Path) -> dict[str, Any]:
     status = path.stat()
     return {"path": str(path.resolve()), "size": status.st_size, "modified": status.st_mtime_ns}
+
+
+def summary_of(records_by_name: Mapping[str, SpectrumRecord], tolerance: float | None) -> Summary:
+    """Return the table for the terminal, of `WIDTH` columns: the files have all columns."""
+    records = with_first_loss(list(records_by_name.values()))
+    picked = picks(records, tolerance)
+    columns: dict[str, list[str]] = {"checkpoint": [*records_by_name]}
+    criteria = zip(*(criterion_cells(record.spectrum) for record in records), strict=True)
+    columns |= dict(zip((SPECTRUM_SCALARS["c_t"].title, "[interval]", "type"), map(list, criteria), strict=True))
+    for key in ("lambda_max", "loss"):
+        values = [getattr(record.spectrum, key, None) for record in records]
+        columns[SPECTRUM_SCALARS[key].title] = ["" if value is None else f"{value:.3g}" for value in values]
+    columns["pick"] = [
+        ", ".join(rule_short_title(rule) for rule, pick in picked.items() if pick is record) for record in records
+    ]
+    room = WIDTH - sum(2 + max(map(len, (name, *cells))) for name, cells in [*columns.items()][1:])
+    columns["checkpoint"] = [name if len(name) <= room else f"…{name[1 - room :]}" for name in columns["checkpoint"]]
+    title = f"{len(records)} checkpoint{'' if len(records) == 1 else 's'}"
+    return Summary(title, tuple(columns), tuple(zip(*columns.values(), strict=True)), tuple(_notes(records, columns)))
+
+
+def _notes(records: Sequence[SpectrumRecord], columns: Mapping[str, Sequence[str]]) -> list[str]:
+    notes = ["?: the interval contains both types, or is not verified"] if "?" in "".join(columns["type"]) else []
+    verdicts = [record.assessment.words for record in records if record.assessment is not None]
+    if verdicts:
+        counts = ", ".join(f"{words} {verdicts.count(words)}×" for words in dict.fromkeys(verdicts))
+        notes.append(f"{TITLE}: {counts}\n({CAVEAT})")
+    return notes
 
 
 def table_lines(records_by_name: Mapping[str, SpectrumRecord], tolerance: float | None) -> list[dict[str, Any]]:

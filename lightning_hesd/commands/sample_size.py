@@ -37,6 +37,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of the command."""
     add_project(parser, in_one_process=True)
     parser.add_function_arguments(recommend_sample_size, skip={"module", "batches", "loss_fn", "mode"})
+    (parser.groups or {})["recommend_sample_size"].title = "What is enough, and how to find out"
     parser.add_argument("--mode", type=AnalysisMode, default="auto", help=MODE)
 
 
@@ -54,4 +55,4 @@ def run(config: Namespace) -> None:
     for path in checkpoints_of(config.checkpoints).values():
         with without_advice():
             found, _ = project.at(path, find)
-        print(f"{path}: {found}", flush=True)
+        print(f"{path}:\n{found}", flush=True)

@@ -48,7 +48,8 @@ def judge(
 
     Args:
         histories: Runs: SpectrumHistory objects, lists of records, or log directories, in a list or by name in a
-            mapping; or one of these. A folder without a history stands for all runs below it.
+            mapping; or one of these. A folder without a history stands for all runs below it. A run that is given more
+            than once counts once.
         metric: Name of the metric by which picks are judged, as it was logged or as in the file of `metrics`.
         mode: "max" if a higher metric is better, "min" if a lower one is; None: "min" if its name says loss or error.
         candidates: "near": as those of HessianCheckpoint: MP spectra with a loss over the analysis samples within 5 %
@@ -66,6 +67,7 @@ def judge(
     Raises:
         FileNotFoundError: If a folder has no history.
         ValueError: If no run has the metric, or an argument is invalid.
+        TypeError: If `histories` are no runs.
 
     Example:
         >>> print(judge("lightning_logs", "val_acc"))  # doctest: +SKIP
@@ -76,8 +78,10 @@ def judge(
     judged_by = Metric.of(metric, mode)
     _check(candidates, rules)
     check_level(level)
-    runs = read_runs(histories, name)
+    runs, repeated = read_runs(histories, name)
     values, notes = _values(runs, judged_by, metrics)
+    if repeated:
+        notes.append(f"Left out, as they repeat an earlier run: {_shortened(repeated)}.")
     criteria = _checked_criteria(runs, val_loss, val_metric)
     settings = PickSettings(judged_by, candidates, _with_baselines(rules), *criteria)
     return _judgment(runs, values, settings, level, notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import textwrap
 from pathlib import Path
@@ -66,6 +67,14 @@ class Judgment(Outcomes):
         texts = [table.as_text() for table in tables(self)]
         remarks = "\n".join(textwrap.fill(remark, WIDTH) for remark in self.remarks)
         return "\n\n".join([*texts, *([remarks] if remarks else []), textwrap.fill(self.sentence, WIDTH)])
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the sentence, tables and remarks."""
+        from lightning_hesd.plotting import table_html  # noqa: PLC0415 - Matplotlib is slow to import
+
+        shown = [f"<div>{html.escape(t.title)}</div>{table_html(t.header, t.rows)}" for t in tables(self)]
+        remarks = "".join(f"<li>{html.escape(remark)}</li>" for remark in self.remarks)
+        return f"<div><b>{html.escape(self.sentence)}</b></div>{''.join(shown)}<ul>{remarks}</ul>"
 
     def markdown(self) -> str:
         """Return the sentence, tables and remarks in Markdown."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -12,13 +12,17 @@ from lightning_hesd.spectra.analyzed_state import AnalyzedState, analyzed_states
 from lightning_hesd.spectra.record import SpectrumRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from typing import Any
 
     History: TypeAlias = Sequence[SpectrumRecord] | str | os.PathLike[str]
-    Histories: TypeAlias = Mapping[str, History] | Sequence[History] | History
+    Histories: TypeAlias = Mapping[str, History] | Iterable[History] | History
 
 INDEX = "index.json"
+
+EXPECTED = (
+    "`histories` must be runs: SpectrumHistory objects, lists of records, or log directories, in a list or by name in "
+    "a mapping; got {!r:.80}."
+)
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,10 @@ class Run:
         return parts == self.parts[-len(parts) :] if parts else False
 
 
-def read_runs(histories: Histories, callback: str) -> dict[str, Run]:
-    """Return runs by name: the keys of a mapping, the ends of paths, or else "run 1", "run 2", ...
+def read_runs(histories: Histories, callback: str) -> tuple[dict[str, Run], list[str]]:
+    """Return runs by name, each once, and the names of those left out because they repeat an earlier one.
+
+    The names are the keys of a mapping, the ends of paths, or else "run 1", "run 2", ...
 
     Args:
         histories: Histories, or log directories of runs; a folder without a history stands for all runs below it.
@@ -49,16 +55,30 @@ def read_runs(histories: Histories, callback: str) -> dict[str, Run]:
     Raises:
         FileNotFoundError: If there is no history in a folder, nor below it.
         ValueError: If there are no runs, or if a history is damaged.
+        TypeError: If the argument is none of these.
     """
     if isinstance(histories, Mapping):
         runs = {str(name): Run((str(name),), _states(history, callback)) for name, history in histories.items()}
     else:
+        if isinstance(histories, Iterable) and not isinstance(histories, str | os.PathLike | Sequence):
+            histories = list(histories)  # such as a generator
         is_one = isinstance(histories, str | os.PathLike) or _is_history(histories)
+        if not (is_one or isinstance(histories, Sequence)):
+            raise TypeError(EXPECTED.format(histories))
         runs = _named([histories] if is_one else histories, callback)  # type: ignore[list-item, arg-type]
     if not runs:
         msg = "there are no runs to judge: pass histories, or the log directories of runs with the callback."
         raise ValueError(msg)
-    return runs
+    return _each_once(runs)
+
+
+def _each_once(runs: Mapping[str, Run]) -> tuple[dict[str, Run], list[str]]:
+    """Return the runs without those that have the very records of an earlier one, and the names of these."""
+    first: dict[tuple[int, ...], str] = {}
+    for name, run in runs.items():
+        first.setdefault(tuple(id(state.record) for state in run.states), name)
+    kept = {name: runs[name] for name in first.values()}
+    return kept, [name for name in runs if name not in kept]
 
 
 def runs_of_payloads(payloads: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Run]:
@@ -96,14 +116,19 @@ def run_folders(location: str | os.PathLike[str], callback: str) -> list[str]:
 
 def _states(history: History, callback: str) -> list[AnalyzedState]:
     if not isinstance(history, str | os.PathLike):
-        return analyzed_states(history)
+        if not isinstance(history, Iterable):
+            raise TypeError(EXPECTED.format(history))
+        records = list(history)
+        if wrong := [record for record in records if not isinstance(record, SpectrumRecord)]:
+            raise TypeError(EXPECTED.format(wrong[0]))
+        return analyzed_states(records)
     from lightning_hesd.training.history import SpectrumHistory  # noqa: PLC0415 - imports torch
 
     return analyzed_states(SpectrumHistory.load(history, callback))
 
 
-def _is_history(histories: Sequence[object]) -> bool:
-    return len(histories) > 0 and isinstance(histories[0], SpectrumRecord)
+def _is_history(histories: object) -> bool:
+    return isinstance(histories, Sequence) and len(histories) > 0 and isinstance(histories[0], SpectrumRecord)
 
 
 def short_names(folders: Sequence[str]) -> list[str]:

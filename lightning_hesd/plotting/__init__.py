@@ -9,8 +9,9 @@ from lightning_hesd.plotting.cumulative import plot_cumulative
 from lightning_hesd.plotting.density import describe, plot_decomposition, plot_density
 from lightning_hesd.plotting.gains import plot_gains
 from lightning_hesd.plotting.heat_maps import plot_density_evolution, plot_layers
+from lightning_hesd.plotting.layer_extremes import plot_layer_extremes
 from lightning_hesd.plotting.losses_along import plot_losses_along
-from lightning_hesd.plotting.notebook import spectrum_html, summary_html
+from lightning_hesd.plotting.notebook import layers_html, record_html, spectrum_html, summary_html, table_html
 from lightning_hesd.plotting.scalar import plot_scalar
 from lightning_hesd.plotting.style import (
     NEGATIVE,
@@ -27,6 +28,7 @@ __all__ = [
     "POSITIVE",
     "SMOOTHING",
     "describe",
+    "layers_html",
     "new_axes",
     "offscreen",
     "place_legend",
@@ -36,10 +38,13 @@ __all__ = [
     "plot_density",
     "plot_density_evolution",
     "plot_gains",
+    "plot_layer_extremes",
     "plot_layers",
     "plot_losses_along",
     "plot_scalar",
+    "record_html",
     "settling_axes",
     "spectrum_html",
     "summary_html",
+    "table_html",
 ]

@@ -15,6 +15,7 @@ g − 1 degrees of freedom replaces the normal one.
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,7 +29,9 @@ from lightning_hesd.numerics.inputs.options import StrategyName, analysis_option
 from lightning_hesd.numerics.inputs.sample_counts import batch_size
 from lightning_hesd.sample_size.sample_losses import mean_loss, per_sample_losses, read_batches
 from lightning_hesd.spectra.intervals import chi_square_quantile, student_quantile
+from lightning_hesd.spectra.scalars import SPECTRUM_SCALARS
 from lightning_hesd.spectra.spectrum import MIN_SCALE
+from lightning_hesd.spectra.summary import WIDTH
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -112,18 +115,29 @@ class SampleSize:
         return self.samples > self.pilot
 
     def __str__(self) -> str:
-        """Return a summary, with one line for each quantity."""
-        lines = [f"{_count(self.samples)} samples are enough (pilot: {self.pilot}, confidence {self.confidence:.0%})"]
-        lines += [
-            f"- {quantity}: {_count(r.samples)} [{_count(r.interval[0])}, {_count(r.interval[1])}] for a change of at "
-            f"most {r.allowed:.3g}; the change with {self.pilot} is {r.pilot:.3g}"
-            for quantity, r in self.requirements.items()
+        """Return sentences in lines of at most `WIDTH` columns: how many samples are enough, and why."""
+        sentences = [
+            f"{self.samples:,.0f} samples are enough, with a confidence of {self.confidence:.0%} for each quantity."
+            if math.isfinite(self.samples)
+            else f"{self.pilot:,} samples are too few to tell how many are enough."
         ]
-        return "\n".join(lines)
+        for quantity, requirement in self.requirements.items():
+            title = SPECTRUM_SCALARS[quantity].title
+            if not math.isfinite(requirement.samples):
+                sentences.append(f"- {title}: {self.pilot:,} samples are too few to tell.")
+                continue
+            low, high = (f"{end:,.0f}" if math.isfinite(end) else "unknown" for end in requirement.interval)
+            needed = f"{requirement.samples:,.0f} samples [{low}, {high}]"
+            before = f"With {self.pilot:,} samples it is {requirement.pilot:.3g}."
+            sentences.append(f"- {title}: {needed}. {_effect(quantity, requirement.allowed)} {before}")
+        return "\n".join(textwrap.fill(text, WIDTH, subsequent_indent="  ") for text in sentences)
 
 
-def _count(samples: float) -> str:
-    return f"{samples:,.0f}" if math.isfinite(samples) else "more than the pilot can determine"
+def _effect(quantity: Quantity, allowed: float) -> str:
+    """Say what the number of samples achieves."""
+    if quantity == "loss":
+        return f"The change by one more sample is then at most {allowed:.3g}."
+    return f"The distance to the value for infinitely many samples is then at most {allowed:.3g}."
 
 
 def recommend_sample_size(

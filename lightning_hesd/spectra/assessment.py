@@ -6,6 +6,7 @@ not how well a network generalizes.
 
 from __future__ import annotations
 
+import html
 import math
 from dataclasses import dataclass, replace
 from statistics import NormalDist
@@ -25,6 +26,9 @@ VERDICT_VALUES: dict[Verdict, float] = {"good": 1.0, "undecided": 0.5, "poor": 0
 
 TITLE = "criteria of Gabdullin (2025), Fig. 10"
 CAVEAT = "experimental: right in 18 of 40 cases of our study"
+SHORT_CAVEAT = "experimental, right in 18/40"
+"""Where a line of the terminal must do."""
+
 WORDS: dict[Verdict, str] = {
     "good": "hold",
     "poor": "fail",
@@ -70,8 +74,13 @@ class Assessment:
         return WORDS[self.verdict]
 
     def __str__(self) -> str:
-        """Return what the criteria do, and the reasons, in one line."""
-        return f"{TITLE}: {self.words} ({'; '.join(self.reasons)})"
+        """Return what the criteria do, with their caveat, and the reasons, in one line."""
+        return f"{TITLE} ({CAVEAT}): {self.words}; {'; '.join(self.reasons)}"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: what the criteria do, with their caveat, and a list of the reasons."""
+        reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in self.reasons)
+        return f"<div>{html.escape(f'{TITLE} ({CAVEAT}): {self.words}')}</div><ul>{reasons}</ul>"
 
     def of_untrained_weights(self, why: str) -> Assessment:
         """Return the same criteria without a verdict, because the weights are untrained."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from lightning_hesd.spectra.assessment import check_comparable
 from lightning_hesd.spectra.files import damage_named, read_archive, save_archive
+from lightning_hesd.spectra.layer_spectra import LayerSpectra
 from lightning_hesd.spectra.record import LAYERS_SUFFIX, PLAIN_FIELDS, SUFFIXES, SpectrumRecord
 from lightning_hesd.spectra.spectrum import Spectrum
 from lightning_hesd.spectra.spectrum_data import STORED_ARRAYS
@@ -192,7 +193,7 @@ def unpack_records(rows: object, packing: Packing) -> list[SpectrumRecord]:
     def load(field: str, value: Any) -> Content:
         if field != "layers":
             return packing.unpack(value)
-        return {name: packing.unpack(spectrum) for name, spectrum in value.items()}
+        return LayerSpectra((name, packing.unpack(spectrum)) for name, spectrum in value.items())
 
     return [decode_record(row, load) for row in check_rows(rows, of(dict), each_named(of(dict)))]
 
@@ -224,7 +225,7 @@ def load(field: str, path: str | os.PathLike[str]) -> Content:
     return load_layers(path) if field == "layers" else Spectrum.load(path)
 
 
-def load_layers(path: str | os.PathLike[str]) -> dict[str, Spectrum]:
+def load_layers(path: str | os.PathLike[str]) -> LayerSpectra:
     """Read the spectra of layers, by name.
 
     Raises:
@@ -235,9 +236,8 @@ def load_layers(path: str | os.PathLike[str]) -> dict[str, Spectrum]:
     header, arrays = read_archive(path, kind)
     with damage_named(path, kind):
         check_fields(header, {"layers": each(having({"layer": text, "fields": of(dict)}))}, "the header")
-        return {
-            entry["layer"]: Spectrum.from_dict(
-                {**entry["fields"], **{n: arrays[f"{index}/{n}"] for n in STORED_ARRAYS if f"{index}/{n}" in arrays}}
-            )
-            for index, entry in enumerate(header["layers"])
-        }
+        found = LayerSpectra()
+        for index, entry in enumerate(header["layers"]):
+            stored = {name: arrays[f"{index}/{name}"] for name in STORED_ARRAYS if f"{index}/{name}" in arrays}
+            found[entry["layer"]] = Spectrum.from_dict({**entry["fields"], **stored})
+        return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -91,6 +92,12 @@ class SpectrumRecord:
         """Return the time and the main findings in one line."""
         found = self.spectrum if self.error is None else f"failed: {self.error.splitlines()[0]}"
         return f"<SpectrumRecord {when(self.epoch)}, step {self.global_step}: {found}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the results of the analysis, with a figure of the density."""
+        # The package of figures is built on this one, and loaded when something is drawn.
+        found: str = importlib.import_module("lightning_hesd.plotting").record_html(self)
+        return found
 
     @property
     def spectra(self) -> dict[str, Spectrum]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from lightning_hesd.spectra.analyzed_state import analyzed_states
+from lightning_hesd.spectra.assessment import CAVEAT, SHORT_CAVEAT, TITLE
 from lightning_hesd.spectra.findings import findings
 from lightning_hesd.spectra.record import START_EPOCH
-from lightning_hesd.spectra.reference_range import compare_run_with_reference
 from lightning_hesd.spectra.rules import rule_short_title, rule_title
+from lightning_hesd.spectra.run_comparison import comparison_lines
 from lightning_hesd.spectra.scalars import RECORD_SCALARS, SPECTRUM_SCALARS, as_factor, shown_in
 from lightning_hesd.spectra.selection import LOSS_SHARE, candidates_of, loss_tolerance, picks
 
@@ -36,10 +37,13 @@ STATED = {"failed", "unverified"}
 """Findings that notes of their own state, with every reason."""
 
 WIDTH = 80
-"""Columns of the lines of findings, at most."""
+"""Columns of a terminal, which the lines of analyses and findings keep to."""
 
 GAP = "..."
-TEXT_COLUMNS = ("type", "criteria", "candidate", "pick")
+SPARED = ("candidate", "s", "loss", "λ_max")
+"""Columns that a narrow terminal does without, in this order."""
+
+TEXT_COLUMNS = ("checkpoint", "type", "criteria", "candidate", "pick")
 
 
 class Kept(NamedTuple):
@@ -65,6 +69,17 @@ class Summary:
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
 
+    def within(self, width: int) -> Summary:
+        """Return the table without the columns that matter least, as many as make it fit into a terminal."""
+        found = self
+        for name in (name for name in SPARED if name in self.header):
+            if sum(2 + max(map(len, column)) for column in zip(found.header, *found.rows, strict=True)) < width:
+                break
+            place = found.header.index(name)
+            rows = tuple((*row[:place], *row[place + 1 :]) for row in found.rows)
+            found = replace(found, header=(*found.header[:place], *found.header[place + 1 :]), rows=rows)
+        return found
+
     def __str__(self) -> str:
         """Return title, table and notes as plain text."""
         lines = [self.header, *self.rows]
@@ -76,12 +91,43 @@ class Summary:
 
 def analysis_lines(record: SpectrumRecord, name: str, *, by_step: bool = False) -> list[str]:
     """Return the main results of an analysis, a line for each spectrum, with its step if epochs have several."""
-    lines = [f"{suffix.removeprefix('_')} {spectrum}".lstrip() for suffix, spectrum in record.spectra.items()]
+    start = f"{name}: {_when(record, by_step=by_step)}, "
+    lines = [
+        result_line(f"{start}{suffix.removeprefix('_')} " if suffix else start, spectrum)
+        for suffix, spectrum in record.spectra.items()
+    ]
     if record.assessment is not None:
-        lines.append(str(record.assessment))
+        lines.append(f"{start}criteria {record.assessment.words} ({SHORT_CAVEAT})")
     if record.error is not None:
-        lines.append(f"failed: {_first_line(record.error)}")
-    return [f"{name}: {_when(record, by_step=by_step)}, {line}" for line in lines]
+        lines.append(_fitted(start, f"failed: {_first_line(record.error)}"))
+    return lines
+
+
+def result_line(start: str, spectrum: Spectrum) -> str:
+    """Return a line of at most `WIDTH` columns with the main results; what does not fit is left out."""
+    first, *others = _results(spectrum)
+    line = _fitted(start, first)
+    for part in others:
+        if len(line) + len(part) + 2 <= WIDTH:
+            line += f", {part}"
+    return line
+
+
+def _results(spectrum: Spectrum) -> list[str]:
+    """Return the results of a spectrum in words, what matters most first."""
+    if spectrum.reason is not None:
+        return [f"no C_t: {spectrum.reason}"]
+    low, high = spectrum.c_t_interval
+    parts = [f"C_t = {spectrum.c_t:.3g} [{low:.3g}, {high:.3g}], {_type(spectrum)}"]
+    if spectrum.c_t_sampling_error is not None:
+        parts.append(f"±{spectrum.c_t_sampling_error:.2g} by sampling")
+    if spectrum.verified != "yes":
+        parts.append("not verified")
+    return [*parts, f"λ_max {spectrum.lambda_max:.3g}", f"loss {spectrum.loss:.3g}", f"{spectrum.seconds:.1f} s"]
+
+
+def _type(spectrum: Spectrum) -> str:
+    return f"{spectrum.hesd_type}{'' if spectrum.type_certain else '?'}"
 
 
 def summarize(
@@ -91,7 +137,6 @@ def summarize(
     seconds: float,
     overhead: float | None,
     kept: Mapping[str, Kept],
-    folder: str | None,
 ) -> Summary | None:
     """Return the summary of a run; None if nothing was analyzed.
 
@@ -101,7 +146,6 @@ def summarize(
         seconds: Duration of all analyses.
         overhead: The same over the training time; None: unknown.
         kept: Decision of each checkpoint callback, by the name of its rule.
-        folder: Folder of the spectra; None: they are not written.
     """
     if not history:
         return None
@@ -118,18 +162,14 @@ def summarize(
     marked = [place for place, record in enumerate(history) if record.global_step in chosen.values()]
     notes = [
         *(
-            f"{rule_title(rule)} picks {_when(found.pick, by_step=by_step)}: {found.pick.path}"
-            for rule, found in kept.items()
-        ),
-        *(
             f"{rule_title(rule)} would pick {_when(record, by_step=by_step)} {of_drop}"
             for rule, record in others.items()
         ),
         *_failures(history, by_step=by_step),
         *_doubts(history, columns["type"]),
+        *([f"{TITLE} ({CAVEAT})"] if "criteria" in columns else []),
         *_finding_lines(findings(history, overhead=overhead)),
-        *_reference_lines(history),
-        *([] if folder is None else [f"all spectra: {folder}"]),
+        *comparison_lines(history, WIDTH),
     ]
     rows = _shortened(list(zip(*columns.values(), strict=True)), marked)
     return Summary(_title(history, name, seconds, overhead), tuple(columns), tuple(rows), tuple(notes))
@@ -167,14 +207,6 @@ def _finding_lines(found: Sequence[Finding]) -> list[str]:
     return [*lines, f"- and {left} more, in `callback.findings`"] if left > 0 else lines
 
 
-def _reference_lines(history: Sequence[SpectrumRecord]) -> list[str]:
-    """Return how the last record compares with similar networks, as lines; none where there is no comparison."""
-    compared = compare_run_with_reference(history)
-    if compared is None or compared.reason is not None:
-        return []
-    return textwrap.wrap(compared.sentence, WIDTH, subsequent_indent="  ")
-
-
 def _fitted(start: str, text: str) -> str:
     """Return a line of at most `WIDTH` columns; text beyond is left out at a space."""
     return start + textwrap.shorten(text, WIDTH - len(start), placeholder=" ...")
@@ -200,7 +232,7 @@ def _columns(
     columns = {"epoch": [_epoch(record) for record in history]}
     if by_step:
         columns["step"] = [str(record.global_step) for record in history]
-    criterion = zip(*(_criterion(record.spectrum) for record in history), strict=True)
+    criterion = zip(*(criterion_cells(record.spectrum) for record in history), strict=True)
     columns |= dict(zip((SPECTRUM_SCALARS["c_t"].title, "[interval]", "type"), map(list, criterion), strict=True))
     for scalar in shown_in("summary", SPECTRUM_SCALARS):
         columns[scalar.title] = [_cell(scalar.value(r.spectrum) if r.spectrum else None) for r in history]
@@ -221,18 +253,14 @@ def _columns(
     return columns
 
 
-def _criterion(spectrum: Spectrum | None) -> tuple[str, str, str]:
+def criterion_cells(spectrum: Spectrum | None) -> tuple[str, str, str]:
     """Return C_t, its interval and the type."""
     if spectrum is None:
         return "failed", "", ""
     if math.isnan(spectrum.c_t):
         return "undefined", "", ""
     low, high = spectrum.c_t_interval
-    return (
-        f"{spectrum.c_t:.4g}",
-        f"[{low:.3g}, {high:.3g}]",
-        f"{spectrum.hesd_type}{'' if spectrum.type_certain else '?'}",
-    )
+    return f"{spectrum.c_t:.4g}", f"[{low:.3g}, {high:.3g}]", _type(spectrum)
 
 
 def _cell(value: float | None) -> str:

@@ -242,6 +242,10 @@ class HessianSpectrumCallback(SpectrumSource):
         if self._run.is_due(trainer, at_epoch_end=False):
             self._run.analyze(trainer, pl_module, trainer.current_epoch)
 
+    def on_validation_start(self, trainer: pl.Trainer, *_args: Any) -> None:
+        """Note which metrics are older than this validation."""
+        self._run.begin_validation(trainer)
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Analyze after this epoch if it is scheduled."""
         self._run.log_gradients(trainer, pl_module)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lightning_hesd.numerics.analysis.cost_model import Workload
 from lightning_hesd.spectra.scalars import as_factor
-from lightning_hesd.spectra.stopping import products_within
+from lightning_hesd.spectra.shorter_run import products_within
 from lightning_hesd.training.compat import messages
 from lightning_hesd.training.source import without_training_time
 

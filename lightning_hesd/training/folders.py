@@ -35,6 +35,14 @@ def joined(folder: Location, *names: str) -> str:
     )
 
 
+def shown_path(location: Location) -> str:
+    """Return a location for the terminal: relative to the working directory, if it lies in it."""
+    if is_remote(location):
+        return str(location)
+    path, here = local_path(location), Path.cwd()
+    return str(path.relative_to(here)) if path.is_absolute() and path.is_relative_to(here) else str(path)
+
+
 def exists(location: Location) -> bool:
     """Return whether a location exists; False if the filesystem cannot be reached."""
     if not is_remote(location):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_hesd.training.compat.logged_metrics import current_metrics, logged_before_the_epoch
+from lightning_hesd.training.compat.logged_metrics import current_metrics, logged_before_the_epoch, metrics_last_read
 from lightning_hesd.training.compat.runs import batches_begun
 
 if TYPE_CHECKING:
@@ -36,7 +36,24 @@ class FreshMetrics:
 
     def begin_batch(self, trainer: pl.Trainer) -> None:
         """Keep the values before a batch, which are old after it."""
-        self._before = current_metrics(trainer)
+        self._keep(trainer, current_metrics(trainer))
+
+    def begin_validation(self, trainer: pl.Trainer) -> None:
+        """Keep the values before a validation, unless those before the last batch were kept."""
+        if self._batch != batches_begun(trainer):
+            self._keep(trainer, current_metrics(trainer))
+
+    def end_epoch(self, trainer: pl.Trainer) -> None:
+        """Keep the values at the end of an epoch, unless those before its last batch, or a validation, were kept.
+
+        Nothing tells before a batch that training will stop after it. Means over the epoch are then known to be new;
+        what the batch itself logged is not.
+        """
+        if not self.is_of_last_batch(trainer):
+            self._keep(trainer, metrics_last_read(trainer))
+
+    def _keep(self, trainer: pl.Trainer, metrics: dict[str, Any]) -> None:
+        self._before = metrics
         self._early = logged_before_the_epoch(trainer)
         self._batch = batches_begun(trainer)
 

@@ -47,14 +47,14 @@ def check_loss_source(pl_module: pl.LightningModule, loss_fn: LossFunction | Non
     if not pl_module.automatic_optimization:
         msg = (
             f"{type(pl_module).__name__} uses manual optimization, so calling its `training_step` for the analysis "
-            "would change the weights: pass `loss_fn=` to HessianSpectrumCallback, a function (module, batch) -> mean "
-            "loss over the batch."
+            "would change the weights: pass the callback `loss_fn=`, a function (module, batch) -> mean loss "
+            "over the batch."
         )
         raise MisconfigurationException(msg)
     if _fetches_batches(pl_module):
         msg = (
-            f"the `training_step` of {type(pl_module).__name__} takes a `dataloader_iter` instead of a batch: pass "
-            "`loss_fn=` to HessianSpectrumCallback, a function (module, batch) -> mean loss over the batch."
+            f"the `training_step` of {type(pl_module).__name__} takes a `dataloader_iter` instead of a batch: pass the "
+            "callback `loss_fn=`, a function (module, batch) -> mean loss over the batch."
         )
         raise MisconfigurationException(msg)
 
@@ -68,8 +68,8 @@ def check_gets_batches(pl_module: pl.LightningModule) -> None:
     if _fetches_batches(pl_module):
         msg = (
             f"the `training_step` of {type(pl_module).__name__} takes a `dataloader_iter` instead of a batch, and no "
-            "samples can be drawn from the training dataloader: pass `dataloader=` to HessianSpectrumCallback, a "
-            "loader or a list of batches."
+            "samples can be drawn from the training dataloader: pass the callback `dataloader=`, a loader or a "
+            "list of batches."
         )
         raise MisconfigurationException(msg)
 
@@ -229,6 +229,6 @@ def _training_step_loss(pl_module: pl.LightningModule, batch: Any) -> Tensor:
     found = f"a {type(output).__name__} without 'loss'" if isinstance(output, Mapping) else type(output).__name__
     msg = (
         f"the `training_step` of {name} must return the loss as a tensor, or a dict with 'loss', got {found}: return "
-        "it, or pass `loss_fn=` to HessianSpectrumCallback."
+        "it, or pass the callback `loss_fn=`."
     )
     raise MisconfigurationException(msg)

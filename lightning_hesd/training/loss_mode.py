@@ -156,12 +156,12 @@ class LossMode:
                 messages.inform(
                     f"lightning_hesd: the loss in training mode is random beyond dropout ({again.losses[1]:.4g} with "
                     f"another seed): it is {numbers}{reported}. Evaluation mode is analyzed; if training minimizes "
-                    "another function, pass `mode='deterministic'` or a `loss_fn` to HessianSpectrumCallback."
+                    "another function, pass the callback `mode='deterministic'` or a `loss_fn`."
                 )
                 return "eval", f"training mode is random beyond dropout; the loss is {numbers}"
         messages.warn(
             f"the module's evaluation mode is not its training without randomness: the loss is {numbers}{reported}. "
-            "The latter is analyzed; pass `mode='eval'` to HessianSpectrumCallback to analyze the former, or "
+            "The latter is analyzed; pass the callback `mode='eval'` to analyze the former, or "
             "`mode='deterministic'` to silence this warning."
         )
         return "deterministic", f"evaluation mode is another function; the loss is {numbers}"

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning_hesd.spectra.scalars import RUN_SCALARS, metric_prefixes
 from lightning_hesd.spectra.selection import first_loss
-from lightning_hesd.spectra.summary import Kept, analysis_lines, summarize
+from lightning_hesd.spectra.summary import analysis_lines
 from lightning_hesd.spectra.validation import check_fields, of, one_line
-from lightning_hesd.training import terminal
+from lightning_hesd.training import closing, terminal
 from lightning_hesd.training.checkpoints.placement import (
-    checkpoints_of,
     insert_checkpoint,
     keep_weights,
     order_checkpoints,
@@ -64,7 +62,8 @@ class AnalysisRun:
         self._cost = CostNotice(source, is_shown=progress or source.verbose)
         self._set_up_by: str | None = None
         self._trained_by: str | None = None
-        self._is_resumed, self._prints_summary = False, False
+        self._is_resumed = False
+        self._is_to_sum_up = False
         self._metrics = FreshMetrics()
         self._lacks_metrics = False  # whether metrics may still be logged for the weights of the last record
 
@@ -117,7 +116,7 @@ class AnalysisRun:
             source.budget.reset()
         self._cost.begin(trainer)
         source.show_in_original()
-        self._prints_summary = source.verbose and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        self._is_to_sum_up = not trainer.fast_dev_run  # type: ignore[attr-defined]
         if source.refusal is not None:
             return
         with errors.guard("cannot write to the loggers"):
@@ -183,6 +182,13 @@ class AnalysisRun:
             with source.errors.guard("the records will not have the metrics of the network"):
                 self._metrics.begin_batch(trainer)
 
+    def begin_validation(self, trainer: pl.Trainer) -> None:
+        """Note which metrics are old, in case training stops after this validation, in the middle of an epoch."""
+        source = self._source
+        if source.schedule.by_epoch and source.refusal is None and not trainer.sanity_checking:
+            with source.errors.guard("the records will not have the metrics of the network"):
+                self._metrics.begin_validation(trainer)
+
     def complete_record(self, trainer: pl.Trainer) -> None:
         """Enter metrics into the last record that were logged for its weights after it was made."""
         lacks, self._lacks_metrics = self._lacks_metrics, False
@@ -230,6 +236,8 @@ class AnalysisRun:
         strategies.wait_for_device(trainer)
         with signals.sigterm_waits(trainer), without_training_time(trainer, analyzing=source):
             record = self._recorder.record(trainer, pl_module, epoch, source.errors)
+            if source.schedule.by_epoch and epoch != START_EPOCH:
+                self._metrics.end_epoch(trainer)
             self._lacks_metrics = self._metrics.is_of_last_batch(trainer)
             if self._lacks_metrics:
                 with source.errors.guard("the record will not have the metrics of the network"):
@@ -277,21 +285,12 @@ class AnalysisRun:
         self._outputs.finish(self._source.history, self._source.errors, on_error)
 
     def sum_up(self, trainer: pl.Trainer) -> None:
-        """Print the table of all records with `verbose`, once in a fit."""
-        source = self._source
-        if not self._prints_summary:
+        """Say where the results are, with `verbose` below a table of all records; once in a fit."""
+        if not self._is_to_sum_up:
             return
-        self._prints_summary = False
-        summary = partial(
-            summarize,
-            source.history,
-            source.name,
-            seconds=source.budget.analysis_seconds,
-            overhead=source.budget.overhead,
-            kept={c.rule_name: Kept(c.best, c.qualified_steps) for c in checkpoints_of(trainer, source) if c.best},
-            folder=self._outputs.folder,
-        )
-        terminal.show(trainer, summary)
+        self._is_to_sum_up = False
+        with self._source.errors.guard("cannot say where the results are", "warn"):
+            closing.sum_up(trainer, self._source, self._outputs.folder)
 
     def release(self) -> None:
         """Release samples and loggers."""

@@ -156,7 +156,7 @@ class SharpnessMonitor(CopiedCallback, Callback):
         if stage != "fit":
             return
         self.errors.restart()
-        with self.errors.guard("the sharpness will not be tracked") as attempt:
+        with self.errors.guard("SharpnessMonitor will not track the sharpness") as attempt:
             self._check_name(trainer)
             check_loss_source(pl_module, self.loss_fn)
             strategies.check_strategy(trainer)
@@ -175,7 +175,7 @@ class SharpnessMonitor(CopiedCallback, Callback):
         self._tracker.search_next()
         if not self._is_refused:
             self._analyzer.restart(trainer)
-            with self.errors.guard("cannot draw the samples of the sharpness, will try again"):
+            with self.errors.guard("SharpnessMonitor cannot draw its samples, will try again"):
                 self._analyzer.prepare(trainer)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_args: Any) -> None:
@@ -202,7 +202,7 @@ class SharpnessMonitor(CopiedCallback, Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
         """Release the samples."""
         if stage == "fit":
-            with self.errors.guard("cannot bring the records to the process that started the fit"):
+            with self.errors.guard("SharpnessMonitor cannot bring its records to the process that started the fit"):
                 self.send_results(trainer)
         self._analyzer.release()
 
@@ -234,7 +234,9 @@ class SharpnessMonitor(CopiedCallback, Callback):
                 if self.errors.raises:
                     raise
                 release_memory()
-                words = f"the sharpness after step {trainer.global_step} is not known. {self.errors.describe(error)}"
+                words = (
+                    f"SharpnessMonitor has no sharpness after step {trainer.global_step}. {self.errors.describe(error)}"
+                )
                 self.errors.complain(words, key=type(error).__name__, harmless=True)
                 return
         was_near = gives_alarm(self.history, self.headroom)
@@ -242,7 +244,7 @@ class SharpnessMonitor(CopiedCallback, Callback):
             self.history.pop()
         self.history.append(record)
         self.show_in_original()
-        with self.errors.guard("cannot log the sharpness"):
+        with self.errors.guard("SharpnessMonitor cannot log the sharpness"):
             values = record.scalars(self.name)
             logged_metrics.log_scalars(trainer, pl_module, values, at_epoch_end=False, in_bar=())
         if gives_alarm(self.history, self.headroom) and not was_near:

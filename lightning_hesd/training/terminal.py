@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 import time
 from functools import partial
@@ -48,17 +49,31 @@ def show(trainer: pl.Trainer, make_summary: Callable[[], Summary | None]) -> Non
         summary = make_summary()
         if summary is None:
             return
-        bar: Any = trainer.progress_bar_callback
-        if isinstance(bar, lightning_types("callbacks.RichProgressBar")):
-            messages.stop_rich_progress(bar)
-        with _clear_of_bars(trainer):
+        with _below_bars(trainer):
             console = _rich_terminal()
             if console is None:
-                _print(f"\n{summary}")
+                _print(f"\n{summary.within(shutil.get_terminal_size().columns)}")
             else:
-                _print_rich(console, summary)
+                _print_rich(console, summary.within(console.width))
     except Exception as error:  # noqa: BLE001 - no failure to print ends the run
         messages.warn(f"cannot print the summary. {error!r}")
+
+
+def conclude(trainer: pl.Trainer, *lines: str, printed: bool) -> None:
+    """Say lines below the progress bars at the end of a run, on rank zero only: printed, or as information."""
+    if not trainer.is_global_zero:
+        return
+    with _below_bars(trainer):
+        for line in lines:
+            (_print if printed else messages.inform)(line)
+
+
+def _below_bars(trainer: pl.Trainer) -> AbstractContextManager[object]:
+    """Return a context in which no bar is on the screen; the live display of Rich ends before it."""
+    bar: Any = trainer.progress_bar_callback
+    if isinstance(bar, lightning_types("callbacks.RichProgressBar")):
+        messages.stop_rich_progress(bar)
+    return _clear_of_bars(trainer)
 
 
 def _clear_of_bars(trainer: pl.Trainer) -> AbstractContextManager[object]:

@@ -6,6 +6,7 @@ import csv
 import importlib.metadata
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ import yaml
 from torch.utils.data import DataLoader
 
 from lightning_hesd import HessianSpectrumCallback, Spectrum, __main__, commands
-from lightning_hesd.commands import results
-from lightning_hesd.commands.cli import main
+from lightning_hesd.commands import completion, results
+from lightning_hesd.commands.cli import COMMANDS, main
 from lightning_hesd.sample_size.recommendation import recommend_sample_size
 from lightning_hesd.spectra.assessment import CAVEAT
 from tests.programs import run_program, run_python
@@ -95,7 +96,12 @@ def test_another_process_finds_what_the_callback_found(trained: Run, tmp_path: P
         assert float(row["delta_k_h05"]) == pytest.approx(record.assessment.delta_k_h05, rel=1e-3)
         assert float(row["stability_ratio"]) == pytest.approx(record.stability_ratio, rel=1e-5)
     assert {rule for row in rows for rule in row["picked_by"].split(", ") if rule} == {"highest C_t", "lowest λ_max"}
-    assert "picked by" in said
+    table = said[said.index("2 checkpoints") :].splitlines()
+    assert table[1].split() == ["checkpoint", "C_t", "[interval]", "type", "λ_max", "loss", "pick"]
+    assert all(len(line) <= 80 for line in table[:-1]), table
+    verdicts = [record.assessment.words for record in spectra.history[:2] if record.assessment is not None]
+    assert f"criteria of Gabdullin (2025), Fig. 10: {verdicts[0]} {verdicts.count(verdicts[0])}×" in said
+    assert CAVEAT in said
     assert "[2/2]" in said
 
 
@@ -233,6 +239,7 @@ def test_manual_optimization_needs_a_loss(paths: Paths, tmp_path: Path, capsys: 
     manual = ["--model=tests.training.cli_project.ManualNet", *MODEL[2:]]
     said = refused(capsys, "analyze", paths[0], *manual, *CPU, "--out", tmp_path / "out")
     assert "ManualNet uses manual optimization" in said
+    assert "pass `--loss_fn`, a function" in said
     with_loss = analyze(tmp_path / "out", paths[0], "--loss_fn=tests.training.cli_project.loss", model=manual)
     plain = analyze(tmp_path / "plain", paths[0])
     assert with_loss["table"][0]["c_t"] == plain["table"][0]["c_t"]
@@ -343,17 +350,17 @@ def test_sample_size(paths: Paths, tmp_path: Path, capsys: pytest.CaptureFixture
         confidence=0.8,
         steps=40,
     )
-    ours = said[said.index(str(paths[2])) :].removeprefix(f"{paths[2]}: ").splitlines()
-    assert said.startswith(f"{paths[0]}: ")
-    assert said.count("samples are enough (pilot: 40, confidence 80%)") == 2
+    ours = said[said.index(str(paths[2])) :].removeprefix(f"{paths[2]}:\n").splitlines()
+    assert said.startswith(f"{paths[0]}:\n")
+    assert said.count("samples are enough, with a confidence of 80% for each quantity.") == 2
     assert ours[1] == str(found).splitlines()[1]  # the loss; the spectra differ by grouping
-    for name in ("lambda_max", "c_t"):
-        (line,) = (line for line in ours if line.startswith(f"- {name}: "))
+    for name, title in (("lambda_max", "λ_max"), ("c_t", "C_t")):
+        (line,) = (line for line in ours if line.startswith(f"- {title}: "))
         samples = float(line.split()[2].replace(",", ""))
         assert found.requirements[name].interval[0] / 2 < samples < 2 * found.requirements[name].interval[1]
 
     main(["sample-size", str(paths[0]), *MODEL, *CPU])
-    assert "(pilot: 24, " in capsys.readouterr().out  # the samples of the run
+    assert "With 24 samples " in " ".join(capsys.readouterr().out.split())  # the samples of the run
 
 
 def test_sample_size_refuses_in_one_line(paths: Paths, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -378,6 +385,59 @@ def test_without_arguments_it_prints_the_help(capsys: pytest.CaptureFixture[str]
     assert all(name in printed for name in ("analyze", "judge", "report"))
 
 
+@pytest.mark.parametrize("command", [*COMMANDS])
+def test_help_is_in_plain_words(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    said = capsys.readouterr().out
+    types = ("<class", "typing.", "Optional[", "Union[", "Literal[", "Callable")
+    for leak in (*types, "type:", "null", "None:", "lightning_hesd."):
+        assert leak not in said
+    words = said.partition("\n\n")[2].splitlines()  # after the usage, in which argparse breaks no choices
+    assert all(len(line) <= 80 for line in words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["judge", "x", "--metric", "a", "--mode", "up"], "--mode must be 'max' or 'min', got 'up'"),
+        (["judge", "x", "--metric", "a", "--level", "b"], "--level must be a number, got 'b'"),
+        (["judge", "x"], "the following arguments are required: metric"),
+        (
+            ["estimate", "--params=1", "--gradient_seconds=1", "--sharded=maybe"],
+            "--sharded must be true or false, got ",
+        ),
+        (["completion", "fish"], "shell must be 'bash', 'zsh' or 'tcsh', got 'fish'"),
+    ],
+)
+def test_errors_are_in_plain_words(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in refused(capsys, *arguments)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_commands_options_and_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["completion", "bash"])
+    script = tmp_path / "lightning-hesd"
+    script.write_text(capsys.readouterr().out)
+    asked = ["esti", "estimate --grad", "estimate --strategy rec", "judge --val-l"]
+    lines = [f"source {script}", "function=$(complete -p lightning-hesd | sed 's/.*-F \\([^ ]*\\).*/\\1/')"]
+    for words in asked:
+        lines += [
+            f"COMP_WORDS=(lightning-hesd {words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); COMPREPLY=()",
+            '$function lightning-hesd "${COMP_WORDS[COMP_CWORD]}"; echo "${COMPREPLY[@]}"',
+        ]
+    found = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, check=True).stdout
+    assert found.split() == ["estimate", "--gradient_seconds", "recompute", "--val-loss"]
+
+
+def test_completion_needs_shtab(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(completion, "find_spec", lambda name: None)
+    assert "shtab is not installed; pip install 'lightning-hesd[cli]'" in refused(capsys, "completion", "zsh")
+
+
 def test_it_prints_its_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
@@ -391,6 +451,7 @@ def test_the_command_is_installed() -> None:
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "lightning_hesd.commands.cli")
+    monkeypatch.delitem(sys.modules, "lightning_hesd.commands.plain_parser")
     monkeypatch.delattr(commands, "cli")
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
     with pytest.raises(SystemExit, match=r"jsonargparse is not installed; pip install 'lightning-hesd\[cli\]'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
@@ -197,7 +198,7 @@ def test_one_run_names_the_rivals_of_its_picks() -> None:
     found = judge(records, "val_acc")
     assert found.runs[0].rivals["highest_c_t"] == [1]
     assert "Within two standard errors of the pick of highest C_t: epochs 1." in found.notes
-    assert judge([records, records], "val_acc").notes == found.notes[:1] + found.notes[-1:]
+    assert judge([records, copy.deepcopy(records)], "val_acc").notes == found.notes[:1] + found.notes[-1:]
 
 
 def test_few_runs_claim_nothing_and_say_how_many_are_needed() -> None:
@@ -233,17 +234,34 @@ def test_evidence_for_and_against() -> None:
 
 
 def test_picks_that_are_all_as_good_as_the_last_epoch() -> None:
-    same = [[record(epoch, val_acc=0.5) for epoch in range(3)]] * 7
+    same = [[record(epoch, val_acc=0.5) for epoch in range(3)] for _ in range(7)]
     assert judge(same, "val_acc").sentence == "Over 7 runs the pick of every rule is exactly as good as the last epoch."
 
 
 def test_a_rule_that_rarely_differs_has_no_interval_and_the_sentence_says_why() -> None:
     pair = [record(0, -0.1, val_acc=0.6), record(1, -0.2, val_acc=0.5)]
-    same = [record(0, -0.2, val_acc=0.6), record(1, -0.1, val_acc=0.5)]
-    assert judge([pair, *[same] * 6], "val_acc", rules=["highest_c_t"]).sentence == (
+    same = [[record(0, -0.2, val_acc=0.6), record(1, -0.1, val_acc=0.5)] for _ in range(6)]
+    assert judge([pair, *same], "val_acc", rules=["highest_c_t"]).sentence == (
         "Over 7 runs no rule is evidently better than the last epoch; the largest gain, highest C_t, is +1.4 points "
         "(from 1 of 7 runs, too few for an interval)."
     )
+
+
+def test_a_run_that_is_given_twice_counts_once() -> None:
+    once, other = runs(2)
+    notes = judge([once, other, list(once), once], "val_acc").notes
+    assert "Left out, as they repeat an earlier run: run 3, run 4." in notes
+    found = judge([once] * 8, "val_acc")
+    assert len(found.runs) == 1
+    assert "run 2, run 3, run 4 and 4 more" in found.notes[0]
+    assert [run.run for run in judge({"a": once, "b": once, "c": other}, "val_acc").runs] == ["a", "c"]
+
+
+def test_what_is_no_run_is_refused_with_what_was_expected() -> None:
+    assert len(judge((run for run in runs(2)), "val_acc").runs) == 2
+    for wrong in (None, 3, [3], [None, RUN], [["run"]], {"a": 1.0}):
+        with pytest.raises(TypeError, match=r"`histories` must be runs: .* or log directories.*; got "):
+            judge(wrong, "val_acc")  # type: ignore[arg-type]
 
 
 def test_points_only_where_they_are_unambiguous() -> None:
@@ -432,7 +450,7 @@ def test_metrics_from_a_file_for_runs_in_folders(tmp_path: Path) -> None:
 def test_a_file_that_does_not_fit(tmp_path: Path, lines: list[str], message: str) -> None:
     path = metrics_file(tmp_path / "test.csv", lines)
     with pytest.raises(ValueError, match=message):
-        judge({"a": RUN, "b": RUN}, "test_acc", metrics=path)
+        judge({"a": RUN, "b": copy.deepcopy(RUN)}, "test_acc", metrics=path)
 
 
 def test_a_file_that_is_no_text_in_utf_8(tmp_path: Path) -> None:
@@ -469,7 +487,10 @@ def test_a_rule_and_a_baseline_that_never_pick_in_the_same_run() -> None:
 
 
 def test_values_of_which_sums_would_overflow_count_as_infinite() -> None:
-    wild = [[record(0, -0.1, val_acc=1e308), record(1, -0.2, val_acc=-1e308), record(2, -0.3, val_acc=0.5)]] * 7
+    wild = [
+        [record(0, -0.1, val_acc=1e308), record(1, -0.2, val_acc=-1e308), record(2, -0.3, val_acc=0.5)]
+        for _ in range(7)
+    ]
     found = judge(wild, "val_acc")
     assert epochs(found)["highest_c_t"] == 2
     assert "14 of 21 analyses lack the metric, and are not picked." in found.notes

@@ -31,7 +31,7 @@ TESTS = [
 OLD_RICH = "rich<14.1"
 """With later ones the Rich bar of Lightning 2.4 cannot be shown, whatever the callbacks."""
 
-TOOLS = ("hypothesis", "pandas", "pytest", "pytest-timeout", "pytest-xdist", "scikit-learn")
+TOOLS = ("hypothesis", "pandas", "pytest", "pytest-timeout", "pytest-xdist", "rich", "scikit-learn")
 
 
 def main() -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
+import math
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from lightning_hesd import SpectrumHistory
+from lightning_hesd import LayerSpectra, SpectrumHistory, judge
 from lightning_hesd.plotting import offscreen, plot_density
+from lightning_hesd.spectra.assessment import CAVEAT, TITLE
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.training.loggers.output import figures
+from tests.judgment import simulated
 from tests.training.scripted import make_spectrum
 
 
@@ -49,6 +54,45 @@ def test_a_notebook_shows_a_history_as_a_table(history: SpectrumHistory) -> None
     assert "<td>-0.2</td>" in shown
     assert "out of &lt;memory&gt;" in shown
     assert SpectrumHistory()._repr_html_() == "&lt;SpectrumHistory: 0 records&gt;"
+
+
+def test_a_notebook_shows_a_record_with_its_criteria_and_metrics(history: SpectrumHistory) -> None:
+    made = replace(history[0], generalization=make_spectrum(-0.2), metrics={"val_<acc>": 0.91})
+    shown = made._repr_html_()
+    assert shown.startswith("<div>analysis of epoch 0, step 0</div><div>C_t = -0.1 ")
+    assert f"{TITLE} ({CAVEAT}): " in shown
+    assert "<th>val_&lt;acc&gt;</th>" in shown
+    assert "failed: out of &lt;memory&gt;" in history[3]._repr_html_()
+
+
+def test_layers_show_themselves() -> None:
+    wide = replace(make_spectrum(-0.3, lambda_max=4.0), residuals=np.array([[0.1, 0.4]]))
+    layers = LayerSpectra({"a<b>": make_spectrum(-0.2), "c": wide, "without": make_spectrum(math.nan)})
+    assert repr(layers) == "<LayerSpectra of 3 layers: a<b>, c, without>"
+    assert repr(LayerSpectra(dict.fromkeys("abcde", wide))).endswith("of 5 layers: a, b, c and 2 more>")
+    shown = layers._repr_html_()
+    assert shown.count("<tr>") == 4
+    assert "<td>a&lt;b&gt;</td><td>2</td><td>-0.2</td><td>[-0.2, -0.2]</td><td>MP</td>" in shown
+    assert "<td>undefined</td><td>no curvature</td>" in shown
+    axes = layers.plot()
+    points = {(x, y) for line in axes.lines if line.get_marker() == "o" for x, y in line.get_xydata().tolist()}
+    assert points == {(-0.2, 0), (1, 0), (-1.2, 1), (4, 1)}
+    ends = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2]
+    assert any(end[0] == 4 and end[1] > 4 for end in ends), "the bound beyond the largest node"
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(layers)
+    assert plt.get_fignums()
+    with pytest.raises(ValueError, match="no layer has eigenvalues"):
+        LayerSpectra().plot()
+
+
+def test_a_notebook_shows_a_judgment() -> None:
+    generator = np.random.default_rng(0)
+    found = judge([simulated.history(generator, effect=0.0) for _ in range(7)], "val_acc")
+    shown = found._repr_html_()
+    assert html.escape(found.sentence) in shown
+    assert shown.count("<table>") == len(found.comparisons)
+    assert "<td>highest C_t</td>" in shown
+    assert all(f"<li>{html.escape(remark)}</li>" in shown for remark in found.remarks)
 
 
 def test_figures_are_shown_unless_they_are_for_a_log(history: SpectrumHistory) -> None:

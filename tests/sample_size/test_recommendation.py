@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -174,8 +175,15 @@ def test_the_answer_is_that_of_the_most_demanding_quantity(recommended):
     needed = {name: requirement.samples for name, requirement in result.requirements.items()}
     assert result.samples == max(needed.values())
     assert result.is_extrapolated == (result.samples > PILOT)
-    assert str(result).splitlines()[0] == f"{result.samples:,.0f} samples are enough (pilot: 256, confidence 90%)"
-    assert len(str(result).splitlines()) == 4
+    said = str(result).splitlines()
+    assert said[0] == f"{result.samples:,.0f} samples are enough, with a confidence of 90% for each quantity."
+    assert all(len(line) <= 80 for line in said)
+    assert f"With 256 samples it is {result.requirements['loss'].pilot:.3g}." in " ".join(str(result).split())
+    unknown = replace(result.requirements["loss"], samples=math.inf)
+    assert str(replace(result, requirements={**result.requirements, "loss": unknown})).splitlines()[:2] == [
+        "256 samples are too few to tell how many are enough.",
+        "- loss: 256 samples are too few to tell.",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from lightning_hesd import Spectrum, assess_generalization
-from lightning_hesd.spectra.assessment import VERDICT_VALUES
+from lightning_hesd.spectra.assessment import CAVEAT, TITLE, VERDICT_VALUES
 from lightning_hesd.spectra.criteria import delta_interval, quasi_singular
 from lightning_hesd.spectra.record import SpectrumRecord
 from tests.spectra import nodes
@@ -33,7 +33,7 @@ def test_good() -> None:
     assert math.isnan(assessment.delta_k_h05_interval[0])
     assert "MP" in assessment.reasons[0]
     assert "one probe" in assessment.reasons[2]
-    assert str(assessment).startswith("criteria of Gabdullin (2025), Fig. 10: hold (on the training data C_t = -0.1")
+    assert str(assessment).startswith(f"{TITLE} ({CAVEAT}): hold; on the training data C_t = -0.1")
 
 
 @pytest.mark.parametrize(

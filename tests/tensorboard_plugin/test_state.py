@@ -173,6 +173,25 @@ def test_hiding_a_spectrum_hides_all_of_it_and_the_axes_follow(page: Page, histo
     assert curve["customdata"] == pytest.approx(list(x))
 
 
+def test_the_address_has_the_choices(page: Page) -> None:
+    page.click("#density-choices button", "training")
+    page.click("#density-choices button", "linear")
+    sort(page, "value")
+    choices = ['scales={"density":"linear"}', 'spectra=["spectrum"]', "order=value"]
+    page.until(
+        "const hash = decodeURIComponent(location.hash); return arguments[0].every((c) => hash.includes(c))", choices
+    )
+    page.script("location.hash = location.hash.replace('spectrum%22%5D', 'generalization%22%5D')")
+    page.until("return document.querySelector('[data-field=generalization]').checked")
+    assert list(drawn(page, "density")) == ["generalization"]
+    assert page.script("return document.getElementById('density').layout.xaxis.title.text").endswith(
+        "(loss / parameter²)"
+    )
+    sort(page, "")
+    page.click("#density-choices button", "symlog")
+    page.until("return !location.hash.includes('order') && !location.hash.includes('density')")
+
+
 def test_every_spectrum_of_the_record_and_other_states_beside_it(page: Page, histories: Any) -> None:
     labels = page.script("return [...document.querySelectorAll('#density-choices label')].map((e) => e.innerText)")
     assert labels == [
@@ -189,6 +208,10 @@ def test_every_spectrum_of_the_record_and_other_states_beside_it(page: Page, his
     assert list(curves) == ["training", "generalization", "preconditioned", GAUSS_NEWTON, "residual"]
     assert len({curve["line"]["color"] for curve in curves.values()}) == 5
     assert drawn(page, "density_band") == {}  # they would hide each other
+    title = "return document.getElementById('density').layout.xaxis.title.text"
+    page.click("#density-choices button", "linear")
+    page.until(f"{title} === 'eigenvalue'")  # the preconditioned ones have another unit
+    page.click("#density-choices button", "symlog")
     page.click("#density-choices button", "training")
     page.click("#density-choices button", "Pin this state")
     choose(page, 90)
@@ -241,8 +264,8 @@ def test_numbers_have_their_errors_and_no_more_digits(page: Page, histories: Any
     assert rows["verified"] == ["yes"] * 5
     assert rows["type"][:2] == [record.spectrum.hesd_type, record.generalization.hesd_type]
     said = page.text("#state")
-    assert f"preconditioned λmax is {record.stability_ratio:.3g} of the largest" in said.replace("\n", "")
-    assert "beyond the edge" in said
+    assert f"preconditioned λmax is {record.stability_ratio:.3g} times the largest" in said.replace("\n", "")
+    assert "it is beyond the edge of stability" in said
     assert "Gradients of this epoch: not clipped in 16 sampled steps. Cosine of gradient and update: 0.7." in said
     assert "without sampling error" in page.text("#assessment")
     choose(page, 60)
@@ -297,6 +320,12 @@ def test_badges_say_what_is_unusual_and_why(page: Page, histories: Any) -> None:
     assert badges()["quasi-singular"] == f"{singular.evidence} {singular.action}"
     choose(page, 110)
     assert badges()["not verified"] == "kinks of the loss hide it"
+    undefined = {"spectra": {"spectrum": {"type": None, "reason": "no curvature"}}}
+    found = page.script(
+        "const [record] = arguments; return import('/data/plugin/hesd/state.js').then((m) => m.badgesOf(record))",
+        undefined,
+    )
+    assert (found[0]["badge"], found[0]["why"]) == ("no C_t", "no curvature")
 
 
 def card_of(page: Page, figure: str) -> tuple[int, str]:
@@ -346,7 +375,7 @@ def test_layers(page: Page, histories: Any) -> None:
     ordered = sorted(LAYERS, key=lambda name: -LAYERS[name])
     page.until(f"{TICKS.replace('return ', 'return JSON.stringify(')}) === arguments[1]", "layers",
                _json([name.removeprefix("model.encoder.") for name in ordered]))  # fmt: skip
-    sort(page, "network")
+    sort(page, "")
     page.show_in_detail("other")  # the spectra of its layers differ in size
     page.until("return document.getElementById('layers').data[0].meta.colors === 'log'")
     drawn_values = page.script(f"{figure} return z.map((row) => row[1])")

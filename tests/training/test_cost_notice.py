@@ -14,7 +14,7 @@ from lightning_hesd import HessianSpectrumCallback
 from lightning_hesd.spectra.record import SpectrumRecord
 from lightning_hesd.training import cost_notice
 from lightning_hesd.training.schedule import Schedule
-from tests.spectra.test_stopping import spectrum
+from tests.spectra.test_shorter_run import spectrum
 from tests.training.scripted import make_spectrum
 from tests.training.test_schedule import Clock, fit, make_callback
 

@@ -68,7 +68,7 @@ def test_training_steps_may_wait_for_each_other(options: list[dict[str, Any]]) -
         for name in ("all_gather", "all_reduce"):
             for error in found[name]["errors"]:
                 assert f"calls `{name}`; in an analysis each rank has other batches" in error
-                assert "pass `loss_fn=`" in error
+                assert "pass the callback `loss_fn=`" in error
         assert len(found["use_trainer"]["folders"]) > 4
         assert all(found["use_trainer"]["folders"]), "that of process zero, in training and in analyses"
 

@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hesd import HessianCheckpoint, HessianSpectrumCallback, SpectrumHistory, hessian_spectrum
-from lightning_hesd.spectra.assessment import VERDICT_VALUES
+from lightning_hesd.spectra.assessment import CAVEAT, SHORT_CAVEAT, TITLE, VERDICT_VALUES
 from tests.training.digits_run import Net, fit
 from tests.training.logs import read_events
 
@@ -179,4 +179,5 @@ def test_a_rule_may_rank_by_the_assessment(run: Run) -> None:
 def test_verbose_prints_the_verdict(run: Run) -> None:
     lines = [line for line in run.printed if line.startswith("hesd: epoch 0")]
     assert [line.split(", ")[1].split(" ")[0] for line in lines] == ["C_t", "gen", "criteria"]
-    assert lines[2] == f"hesd: epoch 0, {run.history[0].assessment}"
+    assert lines[2] == f"hesd: epoch 0, criteria {run.history[0].assessment.words} ({SHORT_CAVEAT})"
+    assert str(run.history[0].assessment).startswith(f"{TITLE} ({CAVEAT}): ")

@@ -117,11 +117,15 @@ def of_one_name(on_error: Any) -> list[pl.Callback]:
 
 
 REFUSED: dict[str, tuple[type[Classifier], Callable[[Any], list[pl.Callback]], str]] = {
-    "manual": (ByHand, lambda e: [callback(on_error=e, checkpoint="highest_c_t", at_start=True)], "pass `loss_fn=`"),
+    "manual": (
+        ByHand,
+        lambda e: [callback(on_error=e, checkpoint="highest_c_t", at_start=True)],
+        "pass the callback `loss_fn=`",
+    ),
     "iterator": (
         Streaming,
         lambda e: [callback(on_error=e, monitor_gradients=True, verbose=True)],
-        "takes a `dataloader_iter`.* pass `loss_fn=`",
+        "takes a `dataloader_iter`.* pass the callback `loss_fn=`",
     ),
     "name": (Classifier, of_one_name, "another HessianSpectrumCallback.* pass another `name`"),
     "strategy": (Classifier, lambda e: [callback(on_error=e, max_overhead=0.5)], "Refusing.* use another"),

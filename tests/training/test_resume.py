@@ -106,7 +106,6 @@ def test_a_new_trainer_starts_a_new_history_and_refitting_one_goes_on(tmp_path: 
     assert sum(isinstance(c, HessianCheckpoint) for c in trainer.callbacks) == 1
 
 
-@pytest.mark.filterwarnings("ignore:.*called with Trainer configured with multiple .ModelCheckpoint. callbacks")
 def test_testing_a_checkpoint_loses_nothing_that_came_after_it(tmp_path: Path) -> None:
     """Lightning loads the callbacks' states of whatever checkpoint it tests."""
     torch.manual_seed(0)

@@ -358,7 +358,7 @@ def test_a_failure_warns_once_and_training_goes_on(tmp_path: Path) -> None:
     with own_warnings() as said:
         trainer = fit(tmp_path, tracked, module=Sgd())
     [text] = said
-    assert "the sharpness after step 1 is not known. OSError: no loss today" in text
+    assert "SharpnessMonitor has no sharpness after step 1. OSError: no loss today" in text
     assert trainer.global_step == 10
     assert tracked.history == []
     with pytest.raises(OSError, match="no loss today"):
@@ -375,9 +375,26 @@ def test_sharded_parameters_get_a_reason_and_no_number(tmp_path: Path, monkeypat
     with own_warnings() as said:
         fit(tmp_path, tracked, module=Sgd())
     [text] = said
-    assert "the sharpness will not be tracked. " in text
+    assert "SharpnessMonitor will not track the sharpness. " in text
     assert "`SharpnessMonitor` is not available with ModelParallelStrategy" in text
     assert tracked.history == []
+
+
+def test_messages_name_the_monitor(tmp_path: Path) -> None:
+    class ByHand(Sgd):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    with own_warnings() as said:
+        fit(tmp_path, monitor(1, on_error="warn"), module=ByHand(), limit_train_batches=1)
+    [text] = said
+    assert "SharpnessMonitor will not track the sharpness. " in text
+    assert "pass the callback `loss_fn=`" in text
+    assert "HessianSpectrumCallback" not in text
 
 
 def test_names_must_differ(tmp_path: Path) -> None:

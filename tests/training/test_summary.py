@@ -15,11 +15,14 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import rich
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_hesd import HessianCheckpoint
+from lightning_hesd.spectra.assessment import CAVEAT, TITLE
 from lightning_hesd.spectra.selection import Candidate
 from lightning_hesd.spectra.summary import GAP, MAX_ROWS, Kept, Summary, analysis_lines, summarize
-from lightning_hesd.training import terminal
+from lightning_hesd.training import closing, terminal
+from lightning_hesd.training.compat import messages
 from lightning_hesd.training.history import SpectrumRecord
 from tests.training.modules import Classifier, callback, fit
 from tests.training.scripted import make_spectrum
@@ -35,7 +38,7 @@ def failed(epoch: int) -> SpectrumRecord:
 
 
 def summary(*records: SpectrumRecord, **arguments: Any) -> Summary:
-    defaults: dict[str, Any] = {"seconds": 3.21, "overhead": 0.0456, "kept": {}, "folder": None}
+    defaults: dict[str, Any] = {"seconds": 3.21, "overhead": 0.0456, "kept": {}}
     found = summarize(records, "hesd", **{**defaults, **arguments})
     assert found is not None
     return found
@@ -59,7 +62,27 @@ def cells(found: Summary, column: str) -> list[str]:
     ],
 )
 def test_lines(made: SpectrumRecord, by_step: bool, lines: list[str]) -> None:
-    assert list(analysis_lines(made, "x", by_step=by_step)) == [line.format(made.spectrum) for line in lines]
+    found = "C_t = -0.1 [-0.1, -0.1], MP, λ_max 1, loss 0.5, 0.1 s"
+    assert list(analysis_lines(made, "x", by_step=by_step)) == [line.format(found) for line in lines]
+
+
+def test_lines_fit_into_a_terminal() -> None:
+    """What matters less is left out."""
+    wide = replace(make_spectrum(-0.00123456), verified="unknown", seconds=1e4, c_t_sampling_error=0.00123)
+    made = SpectrumRecord(1234, 123456, wide, "no luck " * 20, generalization=wide, preconditioned=wide)
+    lines = analysis_lines(made, "hesd", by_step=True)
+    assert all(len(line) <= 80 for line in lines), lines
+    assert lines[0].startswith("hesd: epoch 1234, step 123456, C_t = -0.00123 [")
+    assert lines[-1].endswith(" ...")
+    assert "MP?, ±0.0012 by sampling" in analysis_lines(replace(made, epoch=0), "x")[0]
+
+
+def test_the_criteria_have_their_caveat(tmp_path: Path) -> None:
+    made = replace(record(0), generalization=make_spectrum(-0.2))
+    words = made.assessment.words
+    assert analysis_lines(made, "x")[-1] == f"x: epoch 0, criteria {words} (experimental, right in 18/40)"
+    assert f"{TITLE} ({CAVEAT})" in summary(made).notes
+    assert str(made.assessment).startswith(f"{TITLE} ({CAVEAT}): {words}; ")
 
 
 class TestTable:
@@ -115,11 +138,7 @@ class TestTable:
         found = summary(record(0, -0.3, lambda_max=2.0), record(1, -0.1), kept=kept)
         assert cells(found, "candidate") == ["C_t, my_rule, λ_max", "my_rule, λ_max"]
         assert cells(found, "pick") == ["C_t", "my_rule, λ_max"]
-        assert found.notes == (
-            "highest C_t picks epoch 0: some/0.ckpt",
-            "my_rule picks epoch 1: some/1.ckpt",
-            "lowest λ_max would pick epoch 1 (MP, loss within 0, 5% of its drop, of the lowest)",
-        )
+        assert found.notes == ("lowest λ_max would pick epoch 1 (MP, loss within 0, 5% of its drop, of the lowest)",)
 
     def test_nothing_is_picked_of_mn_spectra_or_of_the_start(self):
         for records in ((record(0, -0.9),), (record(-1, -0.1, step=0), failed(0))):
@@ -136,14 +155,24 @@ class TestTable:
         assert len(summary(*records[:MAX_ROWS]).rows) == MAX_ROWS
 
     def test_plain_text_is_aligned(self):
-        lines = str(summary(record(0, -0.25), record(10, -0.125), folder=Path("run") / "hesd")).splitlines()
+        lines = str(summary(record(0, -0.25), record(10, -0.125))).splitlines()
         assert lines[1] == "epoch     C_t        [interval]  type  λ_max  loss    s  candidate   pick"
         assert lines[2] == "    0   -0.25    [-0.25, -0.25]  MP        1   0.5  0.1  C_t, λ_max  λ_max"
         assert lines[3] == "   10  -0.125  [-0.125, -0.125]  MP        1   0.5  0.1  C_t, λ_max  C_t"
-        assert lines[-1] == f"all spectra: {Path('run') / 'hesd'}"
+
+    def test_a_narrow_terminal_does_without_some_columns(self):
+        made = [replace(record(n, -0.25), generalization=make_spectrum(-0.2)) for n in range(3)]
+        found = summary(*made)
+        assert found.within(200) == found
+        narrow = found.within(80)
+        assert "candidate" not in narrow.header
+        assert "s" in narrow.header
+        assert not {"candidate", "s", "loss", "λ_max"} & set(found.within(40).header)
+        assert {"epoch", "C_t", "[interval]", "type", "criteria", "pick"} <= set(narrow.header)
+        assert all(len(line) < 80 for line in str(narrow).splitlines()[1 : len(made) + 2])
 
     def test_nothing_analyzed(self):
-        assert summarize([], "hesd", seconds=0.0, overhead=None, kept={}, folder=None) is None
+        assert summarize([], "hesd", seconds=0.0, overhead=None, kept={}) is None
 
 
 # On the screen --------------------------------------------------------------------------------------------------------
@@ -197,7 +226,7 @@ def test_lines_stay_whole_above_the_bar_and_the_table_comes_below(
     assert last[4].startswith("hesd: 3 analyses, ")
     assert last[5].split() == ["epoch", "C_t", "[interval]", "type", "λ_max", "loss", "s", "candidate", "pick"]
     assert [line.split()[0] for line in last[7:10]] == ["start", "0", "1"]  # below a rule
-    assert last[-1] == f"all spectra: {tmp_path / 'hesd'}"
+    assert last[-1] == f"hesd: all spectra are in {tmp_path / 'hesd'}; `lightning-hesd report {tmp_path}` shows them"
     # No line is ever torn by a bar.
     for frame in screen.frames:
         assert all(frame[row] in expected for row in analysis_rows(frame))
@@ -216,15 +245,28 @@ def test_an_interrupted_run_is_summed_up_once(
         train(tmp_path, screen, *bars, observer, Interrupt(exception), enable_progress_bar=kind is not None)
     assert sum(line.startswith("hesd: 1 analysis, ") for line in screen.frames[-1]) == 1
     assert any("highest C_t would pick epoch 0" in line for line in screen.frames[-1])
+    assert sum(line.startswith("hesd: all spectra are in ") for line in screen.frames[-1]) == 1
 
 
 @pytest.mark.parametrize("kind", [*BARS, None])
-def test_nothing_by_default(kind: str | None, tmp_path: Path, screen: Terminal) -> None:
-    observer, _ = scripted(screen, progress=False)
+def test_two_lines_by_default(
+    kind: str | None, tmp_path: Path, screen: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pick and the folder, as information and below the bar."""
+    observer, _ = scripted(screen, progress=False, checkpoint=None if kind == "tqdm" else "highest_c_t")
     bars = [] if kind is None else [wide(kind, screen)]
-    train(tmp_path, screen, *bars, observer, enable_progress_bar=kind is not None)
-    said = [line for line in screen.frames[-1] if line] if screen.frames else []
-    assert [line[:7] for line in said] == ([] if kind is None else ["Epoch 1"])
+    monkeypatch.setattr(messages, "inform", lambda line: screen.write(f"{line}\n"))
+    options = {"enable_progress_bar": kind is not None, "enable_checkpointing": kind != "tqdm"}
+    train(tmp_path, screen, *bars, observer, **options)
+    *before, first, second = (line for line in screen.frames[-1] if line)
+    assert [line[:7] for line in before] == ([] if kind is None else ["Epoch 1"])
+    folder, pick = (second, first) if kind == "tqdm" else (first, second)
+    assert folder == f"hesd: all spectra are in {tmp_path / 'hesd'}; `lightning-hesd report {tmp_path}` shows them"
+    if observer.checkpoint is None:
+        assert pick == 'hesd: highest C_t would pick epoch 0; `checkpoint="highest_c_t"` would keep its checkpoint'
+    else:
+        path = observer.checkpoint.best_model_path
+        assert pick == f'hesd: highest C_t picks epoch 0, {path}; `ckpt_path="best"` loads it.'
 
 
 def test_once_per_fit_and_not_in_a_development_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,7 +294,7 @@ def test_picks_of_all_checkpoints_of_the_run(tmp_path: Path, capsys: pytest.Capt
     fit(tmp_path, observer, second, enable_checkpointing=True)
     out = capsys.readouterr().out
     for name, checkpoint in (("highest C_t", observer.checkpoint), ("lowest λ_max", second)):
-        assert f"\n{name} picks epoch {checkpoint.best.epoch}: {checkpoint.best_model_path}\n" in out
+        assert f"\nhesd: {name} picks epoch {checkpoint.best.epoch}, {checkpoint.best_model_path}; " in out
     assert "would pick" not in out
 
 
@@ -263,6 +305,22 @@ def test_rank_zero_only(capsys: pytest.CaptureFixture[str]) -> None:
         terminal.show(trainer, lambda: summary(record(0)))
         out = capsys.readouterr().out
         assert (out.startswith("hello\n"), "hesd: 1 analysis" in out) == (printed, printed)
+
+
+def test_what_is_said_of_a_run_without_a_rule() -> None:
+    assert "`history[-1].error` says why" in closing.pick_words([failed(0)])
+    assert "no analyzed one near the lowest loss is mainly positive" in closing.pick_words([record(0, -0.9)])
+
+
+def test_results_are_shown_by_tensorboard_or_in_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    board = pl.Trainer(logger=TensorBoardLogger(tmp_path, "my logs"), accelerator="cpu", enable_progress_bar=False)
+    folder = "my logs/version_0/hesd"
+    words = closing.results_words(board, "hesd", str(tmp_path / folder))
+    assert words == f"all spectra are in {folder}; `tensorboard --logdir 'my logs'` shows them"
+    plain = pl.Trainer(logger=False, default_root_dir=tmp_path / "run", accelerator="cpu", enable_progress_bar=False)
+    words = closing.results_words(plain, "own", "memory://run/own")
+    assert words == "all spectra are in memory://run/own; `lightning-hesd report memory://run --name own` shows them"
 
 
 TRAINER: Any = SimpleNamespace(is_global_zero=True, progress_bar_callback=None)

@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 from torch.nn.functional import cross_entropy
 
 from lightning_hesd import HessianSpectrumCallback, SpectrumHistory
+from lightning_hesd.spectra.assessment import SHORT_CAVEAT
 from lightning_hesd.spectra.scalars import scalars
 from lightning_hesd.training import loggers
 from tests.training.digits_run import Net, data
@@ -271,11 +272,12 @@ def test_both_get_the_layers_and_the_verdict_with_its_reasons(run: Run, tmp_path
             {key: str(value) for key, value in found.items()} for found in expected
         ]
         words, reasons = record.assessment.words, list(record.assessment.reasons)
-        assert row == {**when, "criteria": words, "reasons": row["reasons"]}
+        assert row == {**when, f"criteria ({SHORT_CAVEAT})": words, "reasons": row["reasons"]}
         assert row["reasons"].splitlines() == reasons
         text = (folder / "assessment" / f"{file}.md").read_text()
         assert all(part in text for part in (words, *reasons))
-    assert run.mlflow.run.data.tags["hesd.criteria"] == run.history[-1].assessment.words
+    words = run.history[-1].assessment.words
+    assert run.mlflow.run.data.tags["hesd.criteria"] == f"{words} ({SHORT_CAVEAT})"
 
 
 def test_both_keep_the_history_as_artifacts(run: Run, tmp_path: Path) -> None:

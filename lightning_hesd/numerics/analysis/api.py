@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_hesd.numerics.inputs.blocks import Layers
     from lightning_hesd.numerics.inputs.options import MatrixName, Probe, StrategyName
     from lightning_hesd.numerics.isolation.modes import Mode
+    from lightning_hesd.spectra.layer_spectra import LayerSpectra
     from lightning_hesd.spectra.spectrum import Spectrum
 
 
@@ -126,7 +127,7 @@ def hessian_spectrum(  # noqa: D417 - `AnalysisOptions` describes the options
 
 def layer_spectra(
     module: nn.Module, batches: Iterable[Any], loss_fn: LossFunction, layers: Layers | None = None, **options: Any
-) -> dict[str, Spectrum]:
+) -> LayerSpectra:
     """Estimate the spectra of layer-wise (local) Hessians: the diagonal blocks of the layers of a network.
 
     The Hessian of a block holds the second derivatives of the mean loss with respect to the parameters of that block
@@ -145,7 +146,8 @@ def layer_spectra(
         **options: Options of `hessian_spectrum`, which `AnalysisOptions` explains.
 
     Returns:
-        The spectrum of each block, by the name of its module (of its parameter, where the network itself owns it).
+        The spectrum of each block, by the name of its module (of its parameter, where the network itself owns it): a
+        dictionary that `plot()` draws.
 
     Raises:
         ValueError: As `hessian_spectrum` does, and if `layers` names no module, or blocks that overlap.
@@ -161,7 +163,7 @@ def layer_spectra(
     checked = analysis_options(**options)
     weighted, cache = weighted_batches(batches, checked.batch_weight), AnalysisCache()
 
-    def attempt(options: AnalysisOptions, reason: str | None) -> dict[str, Spectrum]:
+    def attempt(options: AnalysisOptions, reason: str | None) -> LayerSpectra:
         return analyze_layers(module, weighted, loss_fn, options, layers, cache=cache, reason=reason)
 
     return retry_on_oom(attempt, checked, cache)

@@ -23,6 +23,7 @@ from lightning_hesd.numerics.inputs.parameters import select_parameters
 from lightning_hesd.numerics.isolation.modes import mode_name
 from lightning_hesd.numerics.operators.self_checks import refute
 from lightning_hesd.numerics.operators.verification import WrongDerivativeError
+from lightning_hesd.spectra.layer_spectra import LayerSpectra
 from lightning_hesd.spectra.spectrum import Spectrum
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def analyze_layers(
     options: AnalysisOptions,
     layers: Layers | None,
     **context: Unpack[Context],
-) -> dict[str, Spectrum]:
+) -> LayerSpectra:
     """Return the spectrum of the diagonal block of each layer; other arguments as for `analyze`."""
     parameters = blocks(module, layers, select_parameters(module, options))
 
@@ -117,7 +118,7 @@ def analyze_layers(
         spectra = estimate(module, batches, loss_fn, options, list(parameters.values()), result=result, **context)
     except WrongDerivativeError as error:
         spectra = [_undefined_spectrum(error, block, batches, options) for block in parameters.values()]
-    return dict(zip(parameters, spectra, strict=True))
+    return LayerSpectra(zip(parameters, spectra, strict=True))
 
 
 def estimate(

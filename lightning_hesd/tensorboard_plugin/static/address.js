@@ -1,14 +1,17 @@
 /** What the reader has chosen, kept in the address: a reload and a copied link restore it. */
 
 const PREFIX = "p.hesd."; // TensorBoard's scheme for plugins, in its own address: #hesd&p.hesd.filter=...
+const WRITE_MS = 150;
 const COLORED_BY = "regex:"; // as TensorBoard writes it into its address
 
 /**
  * The choices and what holds without them. `runs` is {only: keys} or {without: keys}, null: the first ones; `x` and `state` are
- * the horizontal axis and the global_step of the chosen record; `scales` and `zooms` are by chart.
+ * the horizontal axis and the global_step of the chosen record; `scales` and `zooms` are by chart; `spectra` are the fields of
+ * those in the chart of densities, null: the first two; `order` is that of layers, "value" or "".
  */
 const defaults = () => ({
   runs: null, filter: inherited("runFilter"), groups: colorGroups(), x: "", scales: {}, detail: "", state: null, layers: "", zooms: {},
+  spectra: null, order: "",
 });
 
 const isText = (value) => typeof value === "string";
@@ -21,6 +24,7 @@ const CHECKS = {
   runs: (value) => all(areKeys)(value) && Boolean(value.only ?? value.without), filter: isText, groups: isText,
   x: (value) => ["epoch", "step", "time"].includes(value), scales: all((value) => ["linear", "log"].includes(value)),
   detail: isText, state: Number.isFinite, layers: isText, zooms: all(isZoom),
+  spectra: (value) => Array.isArray(value) && value.every(isText), order: (value) => value === "value",
 };
 
 /** Return the window whose address the reader sees: TensorBoard's if the page is its tab, else this one. */
@@ -69,6 +73,14 @@ export function writeChoices(choices) {
   const address = new URL(page.location.href);
   address.hash = [...others, ...own].join("&");
   if (address.href !== page.location.href) page.history.replaceState(page.history.state, "", address.href);
+}
+
+let writing = null;
+
+/** Write the choices a moment after the last of several changes: browsers allow few changes of the address in a short time. */
+export function writeSoon(choices) {
+  clearTimeout(writing);
+  writing = setTimeout(() => writeChoices(choices), WRITE_MS);
 }
 
 const encoded = (value) => (isText(value) ? value : JSON.stringify(value));

@@ -12,6 +12,7 @@ const SINGLE = 0.05; // lower end of a logarithmic axis, relative to the density
 const LOWEST_PART = 1e-10; // where rounding begins to matter
 const MOST_BANDS = 2; // more of them hide each other
 const MOST_PINS = 6;
+const FIELDS = SPECTRA.map(({ field }) => field);
 
 /** Return the curves to draw: one for each spectrum of the chosen state and of the pinned ones. */
 function curvesOf(states, theme, hidden) {
@@ -27,26 +28,32 @@ function curvesOf(states, theme, hidden) {
 
 const colorOfField = (field, theme) => theme[field === "spectrum" ? "training" : field];
 
-/** The densities of states, the first of them the chosen one, with nodes and extremes; hidden ones are in the legend only. */
+/** The densities of states, the chosen one first, with nodes and extremes; at least one spectrum must not be hidden. */
 export function densityFigure(states, theme, hidden, isLinear) {
   const found = curvesOf(states, theme, hidden);
   const shown = found.filter(({ isShown }) => isShown);
-  const scale = axisOfDensity((shown.length ? shown : found).map(({ spectrum }) => spectrum), isLinear);
+  const scale = axisOfDensity(shown.map(({ spectrum }) => spectrum), isLinear);
   const hasBands = shown.filter(({ isPinned }) => !isPinned).length <= MOST_BANDS;
   const curves = found.map((one) => ({ ...one, ...densityOn(one.spectrum, scale), hasBand: hasBands && !one.isPinned }));
-  const [bottom, top] = heights(curves.filter(({ isShown }) => isShown || !shown.length), scale);
+  const [bottom, top] = heights(curves.filter(({ isShown }) => isShown), scale);
   const ticks = isLinear ? {} : ticksOf(scale);
-  const matrix = found.find(({ field }) => field === "spectrum")?.spectrum.matrix ?? "hessian";
-  const name = matrix === "hessian" ? "Hessian eigenvalue" : `eigenvalue, ${matrix}`;
+  const [name, unit] = nameOf(shown.map(({ spectrum }) => spectrum.matrix ?? "hessian"));
   return {
     data: curves.flatMap((curve, index) => tracesOf(curve, index, scale, bottom, top, theme)),
     layout: layoutOf(
       theme,
-      { title: isLinear ? `${name} (loss / parameter²)` : `${name} (symlog, linear below ${powerOfTen(scale.linear)})`, ...ticks },
+      { title: isLinear ? name + unit : `${name} (symlog, linear below ${powerOfTen(scale.linear)})`, ...ticks },
       { title: isLinear ? "spectral density" : "share of eigenvalues per decade", type: "log", range: [Math.log10(bottom), Math.log10(top * 3)],
         exponentformat: "power", nticks: 7 }
     ),
   };
+}
+
+/** Return the name of the eigenvalues of matrices, and their unit: preconditioned ones have another. */
+function nameOf(matrices) {
+  const [first] = matrices;
+  const name = !matrices.every((matrix) => matrix === first) ? "eigenvalue" : first === "hessian" ? "Hessian eigenvalue" : `eigenvalue, ${first}`;
+  return [name, matrices.some((matrix) => matrix.startsWith("preconditioned")) ? "" : " (loss / parameter²)"];
 }
 
 function ticksOf(scale) {
@@ -84,7 +91,7 @@ function tracesOf({ spectrum, field, label, group, color, dash, isPinned, isShow
     ...bands,
     {
       ...shared, showlegend: true, x: grid, y: clipped(values), mode: "lines", line: { color, width: isPinned ? 1.3 : 1.8, dash },
-      name: indexed(`${literal(label)}: λ_min ${number(spectrum.lambda_min, 3)}, λ_max ${number(spectrum.lambda_max, 3)}`), meta: { density: label, field },
+      name: `${literal(label)}: ${indexed("λ_min")} ${number(spectrum.lambda_min, 3)}, ${indexed("λ_max")} ${number(spectrum.lambda_max, 3)}`, meta: { density: label, field },
       customdata: eigenvalues(grid), hovertemplate: `${literal(label)}<br>λ = %{customdata:.4g}<br>density %{y:.3g}<extra></extra>`,
     },
     {
@@ -104,33 +111,43 @@ export class DensityCard {
   /** `redraw` draws the chart anew after a choice. */
   constructor(redraw) {
     this.redraw = redraw;
-    this.isLinear = false;
-    this.hidden = new Set(SPECTRA.slice(2).map(({ field }) => field)); // fields
     this.pins = []; // states, with isPinned, and color: a position in theme.pins
     this.tools = element("div", { class: "tools small", id: "density-choices", role: "group", "aria-label": "Density at the chosen state" });
     document.getElementById("density").before(this.tools);
   }
 
-  /** Return the figure of a record, with the pinned states; null: no state has a spectrum. `others` are the other selected runs. */
-  figure({ run, record, others, whole, theme, axis }) {
+  /** Return the figure of a record, with the pinned states; null: no state has a spectrum. `shown` is as for OneRun, with `axis`. */
+  figure(shown) {
+    const { run, record, theme, axis, choices } = shown;
+    this.choose = shown.choose;
+    this.scales = choices.scales;
+    this.hidden = new Set(FIELDS.filter((field) => !(choices.spectra ?? FIELDS.slice(0, 2)).includes(field)));
     const chosen = stateIn(run, record, axis);
     const pins = this.pins.filter((pin) => !isSame(pin, chosen));
     const states = named([chosen, ...pins]);
     const present = SPECTRA.filter(({ field }) => states.some((state) => spectrumOf(state.record, field)));
     // Of spectra that are all hidden the first one is shown: an empty chart helps nobody.
     if (present.every(({ field }) => this.hidden.has(field))) this.hidden.delete(present[0]?.field);
-    this.showTools(run, chosen, others, whole, theme);
+    this.showTools(shown, chosen);
     return present.length ? densityFigure(states, theme, this.hidden, this.isLinear) : null;
   }
 
-  hide(field, isHidden) {
-    if (isHidden) this.hidden.add(field);
-    else this.hidden.delete(field);
+  get isLinear() {
+    return this.scales.density === "linear";
+  }
+
+  setLinear(isLinear) {
+    const { density, ...others } = this.scales;
+    this.choose({ scales: isLinear ? { ...others, density: "linear" } : others });
     this.redraw();
   }
 
-  only(...fields) {
-    this.hidden = new Set(SPECTRA.map(({ field }) => field).filter((field) => !fields.includes(field)));
+  hide(field, isHidden) {
+    this.only(...FIELDS.filter((other) => (other === field ? !isHidden : !this.hidden.has(other))));
+  }
+
+  only(...spectra) {
+    this.choose({ spectra: String(spectra) === String(FIELDS.slice(0, 2)) ? null : spectra });
     this.redraw();
   }
 
@@ -148,7 +165,7 @@ export class DensityCard {
     this.redraw();
   }
 
-  showTools(run, chosen, others, whole, theme) {
+  showTools({ run, others, whole, theme }, chosen) {
     const records = [...run.records, ...this.pins.map(({ record }) => record)];
     const present = SPECTRA.filter(({ field }) => records.some((record) => spectrumOf(record, field)));
     const line = ({ field, dash }) => swatch({ color: this.pins.length ? theme.muted : colorOfField(field, theme), dash });
@@ -161,7 +178,7 @@ export class DensityCard {
     const presets = [["training", both.slice(0, 1)], ["generalization", both.slice(1)], ["both", both]]
       .map(([text, fields]) => ({ text, isPressed: isOnly(fields), press: () => this.only(...fields) }));
     const axes = [["symlog", false], ["linear", true]]
-      .map(([text, isLinear]) => ({ text, isPressed: this.isLinear === isLinear, press: () => { this.isLinear = isLinear; this.redraw(); } }));
+      .map(([text, isLinear]) => ({ text, isPressed: this.isLinear === isLinear, press: () => this.setLinear(isLinear) }));
     const pinOthers = async () => this.pin(...(await whole(others)).map((other) => stateIn(other, sameTime(other, chosen.record), axisOf([other]))));
     keepFocus(this.tools, [
       segmented("Axis of eigenvalues", axes),

@@ -76,7 +76,7 @@ function orderOf(rows, run, chosen, order) {
 
 const clip = (name) => literal(name.length <= 26 ? name : `…${name.slice(-25)}`);
 
-/** The heat map of a quantity: layers by the order "network" or "value" over the records. */
+/** The heat map of a quantity: layers by the order "" or "value" over the records. */
 export function layersFigure(run, theme, quantity, chosen, order, axis = axisOf([run])) {
   const scalar = scalarOf(run, "layers", quantity);
   const scalars = [scalar, ...quantitiesOf(run).filter((other) => other !== scalar)]; // the shown one first
@@ -111,22 +111,21 @@ export class LayersCard {
   /** @param {Figures} figures */
   constructor(figures) {
     this.figures = figures;
-    this.order = "network";
     this.tools = element("div", { class: "tools small", id: "layers-choices" });
     document.getElementById("layers").before(this.tools);
   }
 
   /**
    * Draw the card.
-   * @param {{run: Run, record: Object, theme: Object, quantity: ?string, axis: Object}} shown `quantity`: null, where the run
-   *   knows nothing of layers.
+   * @param {{run: Run, record: Object, theme: Object, quantity: ?string, axis: Object, choices: Object, choose: function(Object)}}
+   *   shown As for OneRun; `quantity`: null, where the run knows nothing of layers.
    */
   async draw(shown) {
-    const { run, record, theme, quantity, axis } = shown;
-    const orders = [["network", "network"], ["value", "value at the chosen state"]];
-    keepFocus(this.tools, [menu("Order", orders, this.order, (order) => { this.order = order; this.draw(shown); })]);
+    const { run, record, theme, quantity, axis, choices, choose } = shown;
+    const orders = [["", "network"], ["value", "value at the chosen state"]];
+    keepFocus(this.tools, [menu("Order", orders, choices.order, (order) => { choose({ order }); this.draw(shown); })]);
     if (!quantity) return this.figures.absent("layers", "No layers were analyzed: pass layers=\"auto\" to HessianSpectrumCallback, or keep a Krylov basis (not basis=\"none\").");
-    const figure = layersFigure(run, theme, quantity, record, this.order, axis);
+    const figure = layersFigure(run, theme, quantity, record, choices.order, axis);
     return this.figures.plot("layers", figure, `${scalarOf(run, "layers", quantity).title} of layers, ${run.run}.`, axis);
   }
 }

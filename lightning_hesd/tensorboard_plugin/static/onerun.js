@@ -27,8 +27,9 @@ export class OneRun {
   /**
    * Draw all.
    * @param {{run: Run, record: Object, others: Run[], whole: function(Run[]): Promise<Run[]>, theme: Object, quantity: ?string,
-   *   by: string}} shown `others` are the other selected runs, which may be loaded in brief, `whole` loads them as a whole;
-   *   `quantity` is that of layers, `by` the horizontal axis.
+   *   by: string, choices: Object, choose: function(Object)}} shown `others` are the other selected runs, which may be loaded in
+   *   brief, `whole` loads them as a whole; `quantity` is that of layers, `by` the horizontal axis; `choices` are those of the
+   *   page, which `choose` changes.
    */
   async draw(shown) {
     const { run, record, theme, by } = shown;
@@ -47,7 +48,7 @@ export class OneRun {
   async move(shown) {
     const axis = axisOf([shown.run], shown.by);
     const shapes = cursor(shown.record, axis);
-    const isSorted = this.layers.order === "value"; // by values of the record
+    const isSorted = shown.choices.order === "value"; // by values of the record
     await Promise.all([
       this.figures.mark("map", shapes),
       isSorted ? this.layers.draw({ ...shown, axis }) : this.figures.mark("layers", shapes),
@@ -56,7 +57,9 @@ export class OneRun {
   }
 
   async drawChosen(shown, axis) {
+    this.latest = shown;
     await this.chosen.draw({ ...shown, axis });
+    if (shown !== this.latest) return; // a drawing that began later may end earlier
     this.root.dataset.detail = `${shown.run.key} ${shown.record.global_step}`;
   }
 }

@@ -1,6 +1,6 @@
 /** The page: what is chosen, and what has to be drawn when a choice changes. */
 
-import { link, readChoices, watchAddress, writeChoices } from "./address.js";
+import { link, readChoices, watchAddress, writeChoices, writeSoon } from "./address.js";
 import { CHARTS, AllRuns, nearestOf } from "./allruns.js";
 import { axisOf, hasTimes } from "./axis.js";
 import { quantitiesOf, quantityOf } from "./data.js";
@@ -17,8 +17,6 @@ import { RunStore } from "./runstore.js";
 import { StateBar } from "./statebar.js";
 import { watchTheme } from "./theme.js";
 import { findingsOf } from "./words.js";
-
-const WRITE_MS = 150; // browsers allow few changes of the address in a short time
 
 /**
  * Show runs.
@@ -100,7 +98,8 @@ class Page {
     const { detailed: run, record, theme, choices } = this;
     const others = this.runs.filter((other) => other !== run);
     const whole = (wanted) => this.store.whole(wanted.map(({ key }) => key));
-    return { run, record, others, whole, theme, quantity: quantityOf(run, choices.layers), by: this.axisOf([run]).kind };
+    const choose = (changes) => this.choose(changes);
+    return { run, record, others, whole, theme, choices, choose, quantity: quantityOf(run, choices.layers), by: this.axisOf([run]).kind };
   }
 
   // Choices ---------------------------------------------------------------------------------------------------------
@@ -137,8 +136,7 @@ class Page {
   /** Take choices, note them in the address, and follow them. */
   choose(changes, follow = null) {
     Object.assign(this.choices, changes);
-    clearTimeout(this.writing);
-    this.writing = setTimeout(() => writeChoices(this.choices), WRITE_MS);
+    writeSoon(this.choices);
     return follow?.();
   }
 

@@ -58,6 +58,7 @@ export function badgesOf(record) {
   const badges = [];
   if (record.error) badges.push({ badge: spectrum ? "a part failed" : "failed", kind: "wrong", why: record.error });
   if (!spectrum) return badges;
+  if (spectrum.reason) badges.push({ badge: "no C_t", kind: "doubt", why: spectrum.reason });
   if (spectrum.type === "MN") badges.push(mainlyNegative(record, spectrum, found("mainly_negative")));
   const singular = found("quasi_singular");
   if (singular) badges.push({ badge: "quasi-singular", kind: "doubt", why: `${singular.evidence} ${singular.action}` });
@@ -82,7 +83,7 @@ function mainlyNegative({ epoch, thresholds }, { c_t, type_certain: isCertain },
 function ofOptimizer({ stability_ratio: ratio, gradients = {} }) {
   const sentences = [];
   if (ratio !== null && ratio !== undefined)
-    sentences.push(`Stability ratio: the preconditioned λ_max is ${number(ratio, 3)} of the largest at which the optimizer is stable${ratio >= 1 ? ", beyond the edge" : ""}.`);
+    sentences.push(`Stability ratio: the preconditioned λ_max is ${number(ratio, 3)} times the largest at which the optimizer is stable${ratio >= 1 ? ": it is beyond the edge of stability" : ""}.`);
   if (gradients.clipped_share !== undefined) {
     const { steps, clipped_share: share, clip_factor: factor, gradient_cosine: cosine, update_cosine: update } = gradients;
     const clipped = share > 0
@@ -100,7 +101,7 @@ export function stateOf(record) {
   const table = tableOfSpectra(record);
   return [
     element("ul", { class: "badges" }, ...badgesOf(record).map(({ badge, kind, why }) =>
-      element("li", {}, element("span", { class: `badge ${kind}`, "data-badge": badge }, badge), element("span", {}, why)))),
+      element("li", {}, element("span", { class: `badge ${kind}`, "data-badge": badge }, ...typeset(badge)), element("span", {}, why)))),
     table && element("div", { class: "scroll-x", tabindex: "0", role: "region", "aria-label": "Numbers of the chosen state" }, table),
     ...ofOptimizer(record).map((text) => element("p", {}, ...typeset(text))),
   ].filter(Boolean);

@@ -16,7 +16,7 @@ from lightning_hesd.training.callback_copies import CopiedCallback
 from lightning_hesd.training.checkpoints.exclusive_checkpoint import ExclusiveCheckpoint, is_written_as
 from lightning_hesd.training.checkpoints.ranking import STATE, completed
 from lightning_hesd.training.checkpoints.weights import AnalyzedSaving
-from lightning_hesd.training.compat.messages import inform, warn
+from lightning_hesd.training.compat.messages import warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
 from lightning_hesd.training.compat.strategies import saving_together
 from lightning_hesd.training.error_policy import ErrorPolicy
@@ -184,24 +184,6 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
         self.best_model_score = torch.tensor(pick.criterion) if pick else None
         self.current_score = torch.tensor(candidates[-1].criterion) if candidates else None
 
-    def report_pick(self, trainer: pl.Trainer, rule: str) -> None:
-        """Report the file of the pick of a rule, and whether Lightning's "best" is that file."""
-        name = self.source.name if self.source else "hesd"
-        pick = "the final weights" if self.best is None else f"epoch {self.best.epoch}"
-        rivals = ", ".join(f"{record.epoch}" for record in self.rivals)
-        doubt = f" Within two standard errors of it are epochs {rivals}." if rivals else ""
-        first = trainer.checkpoint_callback
-        if first is self:
-            loading = '`ckpt_path="best"` loads it'
-        else:
-            attached = [] if self.source is None else list(self.source.checkpoints)
-            own = "HessianCheckpoint"
-            if self in attached:
-                own = "callback.checkpoint" if len(attached) == 1 else f"callback.checkpoints[{attached.index(self)}]"
-            path = f"`{own}.best_model_path`"
-            loading = f'it is {path}, and `ckpt_path="best"` remains the best of {type(first).__name__}'
-        inform(f"{name}: {rule} picks {pick}, {self.best_model_path}; {loading}.{doubt}")
-
     # Files ----------------------------------------------------------------------------------------------------------
 
     def may_save(self, trainer: pl.Trainer) -> bool:
@@ -241,10 +223,21 @@ class CandidateCheckpoint(CopiedCallback, ExclusiveCheckpoint):
 
     # State ----------------------------------------------------------------------------------------------------------
 
+    def report(self, trainer: pl.Trainer) -> None:
+        """Name the pick and its file at the end of a run."""
+        raise NotImplementedError
+
+    def on_fit_end(self, trainer: pl.Trainer, *_args: Any) -> None:
+        """Name the pick, below the bars and the table of the run."""
+        if self._has_names and self.may_save(trainer) and self.best_model_path:
+            self.report(trainer)
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let the original show the pick of this copy, also when the fit fails."""
+        """Let the original show the pick of this copy, also when the fit fails, and name it."""
         super().on_exception(trainer, pl_module, exception)
         self.show_in_original()
+        with self.errors.guard("cannot name the pick", "warn"):  # another exception would replace the first
+            self.on_fit_end(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Bring the pick to the process that started the fit, if this one ends with the fit."""

@@ -13,6 +13,7 @@ from lightning_hesd.spectra.rules import RULES, rule_title
 from lightning_hesd.spectra.selection import SelectionEvent, first_loss
 from lightning_hesd.training.checkpoints.candidate_checkpoint import CandidateCheckpoint
 from lightning_hesd.training.checkpoints.exclusive_checkpoint import prefix
+from lightning_hesd.training.checkpoints.pick_report import report_pick
 from lightning_hesd.training.checkpoints.ranking import RunRanking, TrainMetric, check_rule
 from lightning_hesd.training.compat.messages import warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException
@@ -187,7 +188,7 @@ class HessianCheckpoint(CandidateCheckpoint):
                 self.is_written("last.ckpt", lambda: self._save_last_checkpoint(trainer, names))
 
     def on_train_end(self, trainer: pl.Trainer, *_args: Any) -> None:
-        """Keep the final weights if there is no candidate, and report the file of the pick."""
+        """Keep the final weights if there is no candidate."""
         if self.candidates and not self._ranking.is_decided:
             warn(
                 "none of the epochs with nearly the best training metric has a mainly positive (MP) spectrum, so "
@@ -201,8 +202,10 @@ class HessianCheckpoint(CandidateCheckpoint):
                 f"{self.title} could rank no analyzed epoch; its best_model_path is the checkpoint of the final "
                 f"weights, {self.best_model_path}."
             )
-        if self.best_model_path:
-            self.report_pick(trainer, rule_title(self.rule_name))
+
+    def report(self, trainer: pl.Trainer) -> None:
+        """Name the pick and its file at the end of a run."""
+        report_pick(trainer, self, rule_title(self.rule_name))
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin a run, once, also if this callback was added after the Trainer had set up the others."""

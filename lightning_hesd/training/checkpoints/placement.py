@@ -8,7 +8,7 @@ from lightning_hesd.spectra.scalars import metric_prefixes
 from lightning_hesd.training.checkpoints.checkpoint import HessianCheckpoint
 from lightning_hesd.training.checkpoints.exclusive_checkpoint import place as path_of
 from lightning_hesd.training.checkpoints.weights import AnalyzedWeights
-from lightning_hesd.training.compat.messages import warn
+from lightning_hesd.training.compat.messages import silence_several_checkpoints, warn
 from lightning_hesd.training.compat.namespaces import MisconfigurationException, lightning_types
 from lightning_hesd.training.compat.runs import callbacks_of, looks_before_the_epoch_ends, replace_callbacks, run_folder
 from lightning_hesd.training.folders import joined
@@ -99,10 +99,15 @@ def order_checkpoints(trainer: pl.Trainer) -> None:
     HessianSpectrumCallback before others; then the ModelCheckpoint that Lightning adds to a Trainer without any, and
     callbacks without a best checkpoint. All stand after the other callbacks, as in Lightning, also those added to
     `trainer.callbacks` later. The list is a new one, because the Trainer may be iterating over the old one.
+
+    Where the user has one checkpoint callback at most, Lightning would warn of ours beside it only. The end of training
+    says which of them is "best".
     """
     callbacks = callbacks_of(trainer)
     own = [checkpoint for source in sources_of(trainer) for checkpoint in source.checkpoints]
     others = [checkpoint for checkpoint in trainer.checkpoint_callbacks if checkpoint not in own]
+    if own and len(others) <= 1:
+        silence_several_checkpoints()
     is_alone = len(others) == 1 and _is_made_without_arguments(trainer, others[0])
 
     def place(checkpoint: pl.Callback) -> int:

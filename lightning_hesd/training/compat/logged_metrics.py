@@ -79,6 +79,11 @@ def current_metrics(trainer: pl.Trainer) -> dict[str, Any]:
     return metrics
 
 
+def metrics_last_read(trainer: pl.Trainer) -> dict[str, Any]:
+    """Return `trainer.callback_metrics` as it was last read: at the end of an epoch, without the means over it."""
+    return dict(trainer._logger_connector._callback_metrics)  # noqa: SLF001
+
+
 def logged_before_the_epoch(trainer: pl.Trainer) -> set[str]:
     """Return the keys of metrics that were logged in this epoch so far, but only before its first batch."""
     early: set[str] = set()

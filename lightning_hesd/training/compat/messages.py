@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -20,6 +21,14 @@ def warn(message: str) -> None:
 def inform(message: str) -> None:
     """Inform, on rank zero only."""
     rank_zero_info(message)
+
+
+def silence_several_checkpoints() -> None:
+    """Silence Lightning's warning that of several checkpoint callbacks, `ckpt_path="best"` means the first one.
+
+    Python can silence a warning in a process, not in a Trainer.
+    """
+    warnings.filterwarnings("ignore", message=".*is called with Trainer configured with multiple `ModelCheckpoint`")
 
 
 def start_rich_progress(bar: RichProgressBar, trainer: pl.Trainer) -> Progress:

@@ -92,8 +92,8 @@ class TrainingIsolation:
                 self._warned.add(name)
                 messages.warn(
                     f"`{name}` changed during an analysis and was not restored ({reason}). If the analyzed function "
-                    "changed it, training differs from training without analyses: pass `loss_fn=` to "
-                    "HessianSpectrumCallback, a function (module, batch) -> mean loss over the batch that does not."
+                    "changed it, training differs from training without analyses: pass the callback "
+                    "`loss_fn=`, a function (module, batch) -> mean loss over the batch that does not."
                 )
 
 

@@ -47,8 +47,8 @@ class DisturbedTrainingError(MisconfigurationException):
     def __init__(self, action: str, reason: str = "an analysis could not undo that") -> None:
         """Make the message from the effect, a predicate such as "changed `x`", and the reason against it, a clause."""
         super().__init__(
-            f"the function that is analyzed {action}; {reason}: pass `loss_fn=` to HessianSpectrumCallback, a function "
-            "(module, batch) -> mean loss over the batch without it."
+            f"the function that is analyzed {action}; {reason}: pass the callback `loss_fn=`, a function (module, "
+            "batch) -> mean loss over the batch without it."
         )
 
 

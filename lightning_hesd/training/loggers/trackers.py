@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_hesd.spectra.assessment import SHORT_CAVEAT
 from lightning_hesd.training.loggers.output import (
     LAYER_COLUMNS,
     LoggerOutput,
@@ -54,7 +55,7 @@ class WandbOutput(LoggerOutput):
             shown["/layers"] = self._wandb.Table(columns=["epoch", "step", *LAYER_COLUMNS], data=rows)
         if record.assessment is not None:
             row = [*when, record.assessment.words, "\n".join(record.assessment.reasons)]
-            columns = ["epoch", "step", "criteria", "reasons"]
+            columns = ["epoch", "step", f"criteria ({SHORT_CAVEAT})", "reasons"]
             shown["/assessment"] = self._wandb.Table(columns=columns, data=[row])
         # Through the logger, which has the prefix and the axis: W&B itself counts calls.
         self._logger.log_metrics({f"{self._name}{tag}": value for tag, value in shown.items()}, step=step)
@@ -99,7 +100,7 @@ class MLflowOutput(LoggerOutput):
         if record.assessment is not None:
             text = verdict_text(record.assessment, title(record))
             self._client.log_text(self._run, text, f"{self._name}/assessment/{when}.md")
-            self._client.set_tag(self._run, f"{self._name}.criteria", record.assessment.words)
+            self._client.set_tag(self._run, f"{self._name}.criteria", f"{record.assessment.words} ({SHORT_CAVEAT})")
 
     def finish(self, history: SpectrumHistory) -> None:
         """Write all spectra with their index as artifacts."""

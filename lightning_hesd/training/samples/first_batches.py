@@ -107,8 +107,8 @@ class FirstBatches:
             samples = sum(copied.batch.size for copied in self._copied_batches)
             messages.warn(
                 f"{samples:.0f} samples per rank are analyzed instead of {self._share:.0f}, because copies of more "
-                f"training batches would take more than {self._limit / 2**20:.0f} MiB. For more, pass `dataloader=` to "
-                "HessianSpectrumCallback, a DataLoader of a map-style dataset or a list of batches."
+                f"training batches would take more than {self._limit / 2**20:.0f} MiB. For more, pass the callback "
+                "`dataloader=`, a DataLoader of a map-style dataset or a list of batches."
             )
             self.finish()
             return
@@ -148,7 +148,7 @@ class FirstBatches:
         if self._failure is not None:
             msg = (
                 f"the training batches cannot be copied for the analysis ({type(self._failure).__name__}: "
-                f"{self._failure}): pass `dataloader=` to HessianSpectrumCallback, a loader or a list of batches."
+                f"{self._failure}): pass the callback `dataloader=`, a loader or a list of batches."
             )
             raise NoBatchesError(msg) from self._failure
         found: list[WeightedBatch] = []

@@ -197,8 +197,8 @@ def private_copy(source: Any, dataset: Any = None, *, in_process: bool = True) -
     except Exception as error:
         msg = (
             f"{type(source).__name__} cannot be copied ({error}), and reading samples for the analysis from the "
-            "original could take them away from training: pass `dataloader=` to HessianSpectrumCallback, another "
-            "loader or a list of batches."
+            "original could take them away from training: pass the callback `dataloader=`, another loader "
+            "or a list of batches."
         )
         raise NotCopiedError(msg) from error
     for loader in plan.loaders:

@@ -197,8 +197,8 @@ class RunSamples:
         if found == 0 or (without and strategies.is_sharded(trainer)):
             msg = (
                 f"there are no samples to analyze yet: those of {type(self._source).__name__} are the first batches of "
-                "training, and there has been none. For other samples, pass `dataloader=` to HessianSpectrumCallback, "
-                "a loader or a list of batches."
+                "training, and there has been none. For other samples, pass the callback `dataloader=`, a loader "
+                "or a list of batches."
             )
             raise NoBatchesError(msg)
         samples = AnalysisSamples(tuple(batches), None, transferred=True)
@@ -228,9 +228,9 @@ class RunSamples:
             loaders = trainer.train_dataloader
             if loaders is None:
                 msg = (
-                    "the Trainer has no training dataloader from which to draw the analysis samples: pass "
-                    "`dataloader=` to HessianSpectrumCallback, a loader or a list of batches that `training_step` (or "
-                    "your `loss_fn`) takes."
+                    "the Trainer has no training dataloader from which to draw the analysis samples: pass the "
+                    "callback `dataloader=`, a loader or a list of batches that `training_step` (or your "
+                    "`loss_fn`) takes."
                 )
                 raise MisconfigurationException(msg)
             # A list of batches is one loader for `draw_samples`, and several for the Trainer.

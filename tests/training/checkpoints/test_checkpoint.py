@@ -166,7 +166,7 @@ class Own(ModelCheckpoint):
     ],
     ids=["monitor", "monitor last", "monitor of module", "last", "dirpath", "subclass", "exception", "Lightning's"],
 )
-@pytest.mark.filterwarnings("ignore:.*ckpt_path=")  # Lightning's, beside OnExceptionCheckpoint
+@pytest.mark.filterwarnings("ignore:.*ckpt_path=None", "ignore:.*no last checkpoint")  # of OnExceptionCheckpoint
 def test_the_best_checkpoint_of_others_stays_theirs(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, make: Any, kept: bool, way: str
 ) -> None:
@@ -195,8 +195,19 @@ def test_the_best_checkpoint_of_others_stays_theirs(
         default = trainer.checkpoint_callbacks[-1]
         assert type(default) is ModelCheckpoint
         assert Path(default.best_model_path).name == "epoch=2-step=6.ckpt"
-    trainer.test(module, loader(), verbose=False)  # sets up the callbacks once more
+    # Sets up the callbacks once more. Lightning does not warn of several: the user has one at most.
+    trainer.test(module, loader(), ckpt_path="best", verbose=False)
+    assert trainer.ckpt_path == (theirs.best_model_path if kept else pick)
     assert (trainer.checkpoint_callback is observer.checkpoint) is not kept
+
+
+def test_of_several_checkpoint_callbacks_of_the_user_lightning_warns(tmp_path: Path) -> None:
+    theirs = [by_accuracy(dirpath=tmp_path / name) for name in "ab"]
+    theirs[1].mode = "min"  # so that their states differ
+    module, trainer = ScriptedModule(SCRIPT), make_trainer(tmp_path, [*theirs, spectra(checkpoint="highest_c_t")], 1)
+    trainer.fit(module, loader())
+    with pytest.raises(UserWarning, match="multiple `ModelCheckpoint` callbacks"):  # an error, unless it is silenced
+        trainer.test(module, loader(), ckpt_path="best", verbose=False)
 
 
 def test_one_that_stands_alone_comes_after_a_plain_one_of_the_user(tmp_path: Path) -> None:

@@ -42,7 +42,6 @@ OTHER = "pytorch_lightning"
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:It is recommended to use `self.log"),
-    pytest.mark.filterwarnings("ignore:.*Trainer configured with multiple `ModelCheckpoint` callbacks"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
 ]
 

@@ -700,7 +700,7 @@ def test_changes_that_cannot_be_undone_are_refused(act: Any, tmp_path: Path, mon
     assert outcomes[0] == outcomes[1] == outcomes[2]
     [refused], [advised] = (observer.history for observer in observers)
     assert re.search(f"DisturbedTrainingError: the function that is analyzed {REFUSALS[act]}", refused.error)
-    assert "pass `loss_fn=` to HessianSpectrumCallback" in refused.error
+    assert "pass the callback `loss_fn=`, a function" in refused.error
     assert advised.error is None
 
 
@@ -836,7 +836,7 @@ def test_objects_of_threads_are_left_to_them(tmp_path: Path) -> None:
     for name, message in zip((".steps", ".ticks"), said, strict=True):
         assert f"`trainer.callbacks[0]{name}` changed during an analysis and was not restored" in message
         assert "it was left to the threads that may share it" in message
-        assert "pass `loss_fn=`" in message
+        assert "pass the callback `loss_fn=`" in message
     assert len(monitor.ticks) >= monitor.steps > 2, "nothing of what the thread did is lost"
 
 

@@ -341,7 +341,7 @@ def test_a_stream_keeps_its_place() -> None:
 @pytest.mark.parametrize("make_loader", [loader, lambda stream: stream.source], ids=["dataset", "generator"])
 def test_a_stream_that_cannot_be_copied_is_refused_and_skipped(make_loader: Callable[[Any], Any]) -> None:
     stream = GeneratorStream()
-    with pytest.raises(MisconfigurationException, match=r"cannot be copied.*pass `dataloader=`"):
+    with pytest.raises(MisconfigurationException, match=r"cannot be copied.*pass the callback `dataloader=`"):
         draw_samples(make_loader(stream), 5)
     assert len(list(stream)) == 20
 
@@ -513,7 +513,7 @@ def test_a_dataloader_of_its_own(tmp_path: Path) -> None:
 def test_a_stream_shared_with_training_that_cannot_be_copied_warns_and_training_goes_on(tmp_path: Path) -> None:
     stream = GeneratorStream()
     observer = callback(on_error="warn", dataloader=loader(stream))
-    with pytest.warns(RuntimeWarning, match="cannot be copied.*pass `dataloader=`"):
+    with pytest.warns(RuntimeWarning, match="cannot be copied.*pass the callback `dataloader=`"):
         trainer = fit(tmp_path, observer, data=loader(stream), max_epochs=1)
     assert trainer.global_step == 3, "all twenty samples"
     assert "cannot be copied" in observer.history[0].error

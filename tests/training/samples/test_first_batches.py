@@ -322,7 +322,7 @@ class Attached(Classifier):
 
 def test_batches_that_cannot_be_copied(tmp_path: Path) -> None:
     observer = callback(on_error="warn")
-    with pytest.warns(RuntimeWarning, match=r"cannot be copied .*RuntimeError.*pass `dataloader=`"):
+    with pytest.warns(RuntimeWarning, match=r"cannot be copied .*RuntimeError.*pass the callback `dataloader=`"):
         trainer = fit(tmp_path, observer, module=Attached(), data=LockedLoader(), max_epochs=1)
     assert trainer.global_step == 5
     assert observer.history[0].spectrum is None
@@ -353,7 +353,9 @@ def test_a_step_that_fetches_its_batches(tmp_path: Path) -> None:
         def training_step(self, dataloader_iter: Any) -> Any:
             return plain_loss(self, next(dataloader_iter)[0])
 
-    with pytest.raises(MisconfigurationException, match=r"`dataloader_iter`.*no samples .*pass `dataloader=`"):
+    with pytest.raises(
+        MisconfigurationException, match=r"`dataloader_iter`.*no samples .*pass the callback `dataloader=`"
+    ):
         fit(
             tmp_path,
             callback(loss_fn=plain_loss),

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lightning_hesd import hessian_spectrum
+from lightning_hesd.spectra.shorter_run import products_within
 from lightning_hesd.spectra.spectrum import Spectrum
-from lightning_hesd.spectra.stopping import products_within
 
 
 def spectrum(tolerance: float | None, *, seed: int = 0, probes: int = 1, steps: int = 60) -> Spectrum:

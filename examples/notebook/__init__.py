@@ -1,0 +1,1 @@
+"""A notebook for first steps, and the page of the documentation that shows it with its outputs: see `__main__`."""

@@ -1,0 +1,38 @@
+"""The line at the end of training that names the pick of a rule and its file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning_hesd.training import terminal
+from lightning_hesd.training.folders import shown_path
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from lightning_hesd.training.checkpoints.candidate_checkpoint import CandidateCheckpoint
+
+
+def report_pick(trainer: pl.Trainer, checkpoint: CandidateCheckpoint, rule: str) -> None:
+    """Name the pick of a rule, given by its title, and its file; say whether Lightning's "best" is that file."""
+    source = checkpoint.source
+    pick = "the final weights" if checkpoint.best is None else f"epoch {checkpoint.best.epoch}"
+    rivals = ", ".join(f"{record.epoch}" for record in checkpoint.rivals)
+    doubt = f" Within two standard errors of it are epochs {rivals}." if rivals else ""
+    line = (
+        f"{source.name if source else 'hesd'}: {rule} picks {pick}, {shown_path(checkpoint.best_model_path)}; "
+        f"{_loading(trainer, checkpoint)}.{doubt}"
+    )
+    terminal.conclude(trainer, line, printed=source is not None and source.verbose)
+
+
+def _loading(trainer: pl.Trainer, checkpoint: CandidateCheckpoint) -> str:
+    """Say how to load the pick."""
+    first = trainer.checkpoint_callback
+    if first is checkpoint:
+        return '`ckpt_path="best"` loads it'
+    attached = [] if checkpoint.source is None else list(checkpoint.source.checkpoints)
+    own = "HessianCheckpoint"
+    if checkpoint in attached:
+        own = "callback.checkpoint" if len(attached) == 1 else f"callback.checkpoints[{attached.index(checkpoint)}]"
+    return f'it is `{own}.best_model_path`, and `ckpt_path="best"` remains the best of {type(first).__name__}'
