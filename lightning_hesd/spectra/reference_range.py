@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from lightning_hesd.spectra.record import START_EPOCH
 from lightning_hesd.spectra.reference_table import (
     ARCHITECTURES,
     QUANTITIES,
@@ -23,7 +22,6 @@ from lightning_hesd.spectra.validation import check_choice
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from lightning_hesd.spectra.record import SpectrumRecord
     from lightning_hesd.spectra.reference_table import Phase, ReferenceState
     from lightning_hesd.spectra.spectrum import Spectrum
 
@@ -216,23 +214,6 @@ def compare_with_reference(
     sizes = [state.dimension for state in found]
     among = f"{count} {_described(architecture, min(sizes), max(sizes), phase)}"
     return ReferenceComparison(among, count, tuple(_compared(quantities_of(spectrum, start_loss), found)))
-
-
-def compare_run_with_reference(records: Sequence[SpectrumRecord], index: int = -1) -> ReferenceComparison | None:
-    """Compare a record of a run with the reference, in the phase that its loss tells; None if its analysis failed.
-
-    The phase is known if the run has an analysis of the start (`at_start=True`); otherwise the record is compared with
-    all trained states.
-
-    Args:
-        records: The records of the run, in the order of training.
-        index: Position of the record.
-    """
-    record = records[index]
-    if record.spectrum is None:
-        return None
-    starts = (other.spectrum.loss for other in records if other.epoch == START_EPOCH and other.spectrum is not None)
-    return compare_with_reference(record.spectrum, start_loss=next(starts, None))
 
 
 def similar(

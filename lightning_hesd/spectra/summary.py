@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import textwrap
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,8 +14,8 @@ from lightning_hesd.spectra.analyzed_state import analyzed_states
 from lightning_hesd.spectra.assessment import CAVEAT, TITLE
 from lightning_hesd.spectra.findings import findings
 from lightning_hesd.spectra.record import START_EPOCH
-from lightning_hesd.spectra.reference_range import compare_run_with_reference
 from lightning_hesd.spectra.rules import rule_short_title, rule_title
+from lightning_hesd.spectra.run_comparison import comparison_lines
 from lightning_hesd.spectra.scalars import RECORD_SCALARS, SPECTRUM_SCALARS, as_factor, shown_in
 from lightning_hesd.spectra.selection import LOSS_SHARE, candidates_of, loss_tolerance, picks
 
@@ -126,7 +125,7 @@ def summarize(
         *_doubts(history, columns["type"]),
         *([f"{TITLE} ({CAVEAT})"] if "criteria" in columns else []),
         *_finding_lines(findings(history, overhead=overhead)),
-        *_reference_lines(history),
+        *comparison_lines(history, WIDTH),
     ]
     rows = _shortened(list(zip(*columns.values(), strict=True)), marked)
     return Summary(_title(history, name, seconds, overhead), tuple(columns), tuple(rows), tuple(notes))
@@ -162,14 +161,6 @@ def _finding_lines(found: Sequence[Finding]) -> list[str]:
         lines += [fitted("- ", finding.evidence), fitted("  ", f"{finding.confidence}; next: {finding.action}")]
     left = len(found) - MAX_FINDINGS
     return [*lines, f"- and {left} more, in `callback.findings`"] if left > 0 else lines
-
-
-def _reference_lines(history: Sequence[SpectrumRecord]) -> list[str]:
-    """Return how the last record compares with similar networks, as lines; none where there is no comparison."""
-    compared = compare_run_with_reference(history)
-    if compared is None or compared.reason is not None:
-        return []
-    return textwrap.wrap(compared.sentence, WIDTH, subsequent_indent="  ")
 
 
 def _title(history: Sequence[SpectrumRecord], name: str, seconds: float, overhead: float | None) -> str:

@@ -23,7 +23,7 @@ from lightning_hesd.spectra.codec import (
 )
 from lightning_hesd.spectra.findings import findings
 from lightning_hesd.spectra.record import START_EPOCH, SpectrumRecord, when
-from lightning_hesd.spectra.reference_range import compare_run_with_reference
+from lightning_hesd.spectra.run_comparison import compare_run_with_reference
 from lightning_hesd.spectra.summary import summarize
 from lightning_hesd.spectra.tables import layers_table, records_table
 from lightning_hesd.spectra.validation import (

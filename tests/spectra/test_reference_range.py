@@ -217,7 +217,7 @@ def test_a_record_is_compared_in_its_phase(history: SpectrumHistory) -> None:
 
 
 def test_terminal_payload_and_report_show_it(history: SpectrumHistory, tmp_path: Any) -> None:
-    summary = summarize(history, "hesd", seconds=1.0, overhead=None, kept={}, folder=None)
+    summary = summarize(history, "hesd", seconds=1.0, overhead=None, kept={})
     assert summary is not None
     lines = [note for note in summary.notes if "21 networks of any kind" in note or "nusual: C_t" in note]
     assert lines
