@@ -60,14 +60,15 @@ def test_a_small_study(trainings: list[Training], tmp_path: Path) -> None:
         assert (path.parent / f"{metric}.png").read_bytes().startswith(b"\x89PNG")
 
     with (path.parent / "picks.csv").open(newline="", encoding="utf-8") as file:
-        picks = list(csv.DictReader(file))
-    best = {(p["metric"], p["run"]): float(p["value"]) for p in picks if p["pick"] == "best_possible"}
-    assert best == {
-        (metric, name): pytest.approx(max(record.metrics[metric] for record in history), abs=1e-5)
-        for metric in report.METRICS
-        for name, history in histories.items()
-    }
-    for pick in picks:
-        if pick["epoch"]:
-            [record] = [r for r in histories[pick["run"]] if r.epoch == int(pick["epoch"])]
-            assert float(pick["value"]) == pytest.approx(record.metrics[pick["metric"]], abs=1e-5)
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(report.METRICS) * len(done)
+    for row in rows:
+        values_of_run = [record.metrics[row["metric"]] for record in histories[row["run"]]]
+        assert float(row["best_possible"]) == pytest.approx(max(values_of_run), abs=1e-5)
+        assert (row["last epoch"], float(row["last"])) == ("1", pytest.approx(values_of_run[-1], abs=1e-5))
+
+    elsewhere = report.write(trainings, tmp_path / "elsewhere", path.parent)  # from the table alone
+    assert elsewhere.read_text(encoding="utf-8") == text
+    others = [replace(settings, steps=4) for settings in trainings]
+    with pytest.raises(ValueError, match="has all of its trainings"):
+        report.write(others, tmp_path / "elsewhere", path.parent)

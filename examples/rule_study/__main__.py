@@ -4,23 +4,24 @@
     python -m examples.rule_study                           # 30 seeds: an hour or two on two cores
 
 Every training is analyzed twelve times, and each rule picks one of these states afterwards. Finished trainings are not
-repeated with the same settings, so that an interrupted run continues.
+repeated with the same settings, so that an interrupted run continues, also elsewhere: `--results` holds their picks.
 """
 
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 from examples.rule_study import report
-from examples.rule_study.training import NETWORKS, POINTS, SCHEDULES, Training, is_done, run
+from examples.rule_study.picks import collect
+from examples.rule_study.training import NETWORKS, POINTS, SCHEDULES, Training, run
 from examples.shared import run_all
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/rule_study"), help="default: %(default)s")
+    parser.add_argument("--results", type=Path, help="folder of the report (default: results, in --out)")
     parser.add_argument("--seeds", type=int, default=30, help="default: %(default)s")
     parser.add_argument("--epochs", type=int, default=36, help=f"a multiple of {POINTS} (default: %(default)s)")
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
@@ -29,6 +30,7 @@ def main() -> None:
     if args.epochs % POINTS:
         parser.error(f"--epochs {args.epochs} must be a multiple of {POINTS}.")
     args.out.mkdir(parents=True, exist_ok=True)
+    results = args.results or args.out / "results"
     trainings = [
         Training(network, schedule, seed, args.epochs)
         for seed in range(args.seeds)
@@ -36,8 +38,9 @@ def main() -> None:
         for schedule in SCHEDULES
     ]
     if not args.report:
-        run_all(trainings, run, args.out, is_done=partial(is_done, out=args.out), jobs=args.jobs)
-    print(f"Report: {report.write(trainings, args.out, args.out / 'results')}")
+        done = {run for _, run in collect(trainings, list(report.METRICS), args.out, results / "picks.csv")}
+        run_all(trainings, run, args.out, is_done=lambda training: training.name in done, jobs=args.jobs)
+    print(f"Report: {report.write(trainings, args.out, results)}")
 
 
 if __name__ == "__main__":

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import datetime as dt
 import importlib.metadata
+import itertools
 import platform
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from examples.rule_study.training import NETWORKS, POINTS, SCHEDULES, TOO_LONG, Training, is_done
+from examples.rule_study.picks import collect, judgment
+from examples.rule_study.picks import write as write_picks
+from examples.rule_study.training import NETWORKS, POINTS, SCHEDULES, TOO_LONG, Training
 from examples.shared import Table, markdown
-from lightning_hesd import judge
 from lightning_hesd.judgment.statistics import compare
 from lightning_hesd.plotting import plot_gains
 
@@ -54,7 +55,9 @@ INTRODUCTION = """\
 
 
 def write(trainings: Sequence[Training], out: Path, target: Path) -> Path:
-    """Write the report and its figures; only seeds of which all trainings are done count.
+    """Write the report, its figures and the table of picks; only seeds of which all trainings are done count.
+
+    Trainings that an earlier table in the folder of the report has need no folder of their own.
 
     Args:
         trainings: All trainings of the study.
@@ -64,18 +67,25 @@ def write(trainings: Sequence[Training], out: Path, target: Path) -> Path:
     Raises:
         ValueError: If no seed is complete.
     """
+    target.mkdir(parents=True, exist_ok=True)
+    table = target / "picks.csv"
+    found = collect(trainings, list(METRICS), out, table)
+    write_picks(found, {training.name: training for training in trainings}, table)
     by_seed: dict[int, list[Training]] = {}
     for training in trainings:
         by_seed.setdefault(training.seed, []).append(training)
-    complete = [t for seed in by_seed.values() if all(is_done(t, out) for t in seed) for t in seed]
+    done = {run for _, run in found}
+    complete = [t for seed in by_seed.values() if all(t.name in done for t in seed) for t in seed]
     if not complete:
         msg = f"no seed in {out} has all of its trainings: run the study first."
         raise ValueError(msg)
-    target.mkdir(parents=True, exist_ok=True)
     cells = [(network, schedule) for network in NETWORKS for schedule in SCHEDULES]
     level = LEVEL / (len(cells) * len(METRICS))
-    found = {metric: {cell: _judged(complete, cell, metric, level, out) for cell in cells} for metric in METRICS}
-    pooled = {metric: _Pooled(list(of_metric.values())) for metric, of_metric in found.items()}
+    judged: dict[str, dict[Cell, Judgment]] = {metric: {} for metric in METRICS}
+    for metric, cell in itertools.product(METRICS, cells):
+        runs = [found[metric, t.name] for t in complete if (t.network, t.schedule) == cell]
+        judged[metric][cell] = judgment(runs, metric, level)
+    pooled = {metric: _Pooled(list(of_metric.values())) for metric, of_metric in judged.items()}
     first = complete[0]
     text = INTRODUCTION.format(
         summary="\n\n".join(f"**{_sentence(pooled[m], meaning)}**" for m, meaning in METRICS.items()),
@@ -94,16 +104,10 @@ def write(trainings: Sequence[Training], out: Path, target: Path) -> Path:
     for metric, meaning in METRICS.items():
         pooled[metric].draw(target / f"{metric}.png", metric)
         text += f"\n## {meaning.capitalize()}\n\n{markdown(pooled[metric].table)}\n\n![{meaning}]({metric}.png)\n\n"
-        text += markdown(_by_cell(found[metric])) + "\n"
+        text += markdown(_by_cell(judged[metric])) + "\n"
     path = target / "report.md"
     path.write_text(text, encoding="utf-8")
-    _write_picks(found, target / "picks.csv")
     return path
-
-
-def _judged(trainings: Sequence[Training], cell: Cell, metric: str, level: float, out: Path) -> Judgment:
-    runs = [out / t.name for t in trainings if (t.network, t.schedule) == cell]
-    return judge(runs, metric, level=level)
 
 
 class _Pooled:
@@ -175,15 +179,3 @@ def _sentence(pooled: _Pooled, meaning: str) -> str:
 def _by_cell(found: dict[Cell, Judgment]) -> Table:
     rows = [(TITLES[network], schedule, judgment.sentence) for (network, schedule), judgment in found.items()]
     return Table(("network", "schedule", "result"), rows)
-
-
-def _write_picks(found: dict[str, dict[Cell, Judgment]], path: Path) -> None:
-    """Write the epoch and the metric of every pick, from which the report can be made again."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("metric", "run", "pick", "epoch", "value"))
-        for metric, of_metric in found.items():
-            for judgment in of_metric.values():
-                for run in judgment.runs:
-                    for name, pick in run.picks.items():
-                        writer.writerow((metric, run.run, name, pick.epoch, f"{pick.value:.5f}"))
