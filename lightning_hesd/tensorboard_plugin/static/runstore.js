@@ -59,8 +59,11 @@ export class RunStore {
   }
 
   /** Load what is wanted: the run with this key as a whole, the others in brief. */
-  load(wholeKey) {
-    return Promise.all(this.wanted.map((one) => this.fetch(one, one.key === wholeKey)));
+  async load(wholeKey) {
+    const { wanted } = this;
+    this.loading += wanted.length;
+    await Promise.all(wanted.map((one) => this.fetch(one, one.key === wholeKey)));
+    this.loading -= wanted.length;
   }
 
   /** Load runs that are loaded in brief as a whole, and return them. */
@@ -70,8 +73,8 @@ export class RunStore {
     return keys.map((key) => this.loaded.get(key)).filter((run) => run?.isWhole);
   }
 
+  /** Load a run; a failure becomes a message. */
   async fetch(one, isWhole) {
-    this.loading += 1;
     try {
       const { load, loadBrief } = this.source;
       const run = { ...(await (isWhole ? load : loadBrief)(one.run, one.name)), ...one, run: this.nameOf(one), isWhole };
@@ -79,8 +82,6 @@ export class RunStore {
       this.loaded.set(one.key, run);
     } catch (error) {
       this.failures.push(`${one.run}: ${error.message}`);
-    } finally {
-      this.loading -= 1;
     }
   }
 
