@@ -251,37 +251,47 @@ class _Deflated:
 
     def bounds(self, index: int, dimension: int) -> tuple[tuple[float, float], tuple[float, float]]:
         """Return bounds on the smallest and on the largest eigenvalue of a layer's block."""
-        gram = self._grams[index][np.ix_(self._split, self._split)]
-        low, high = _extremes(gram, self.nodes[self._split], dimension, self._rest_low, self._rest_high)
-        return (low[0] - self._error, low[1] + self._error), (high[0] - self._error, high[1] + self._error)
+        gram, values = self._grams[index][np.ix_(self._split, self._split)], self.nodes[self._split]
+        size = float(np.abs(self.nodes).max())
+        factor, imprecision = _factor(gram, dimension, self._rounding / size if size > 0 else 0.0)
+        low, high = _extremes(factor, values, dimension, self._rest_low, self._rest_high)
+        error = self._error + 2 * imprecision * size
+        return (low[0] - error, low[1] + error), (high[0] - error, high[1] + error)
 
 
 def _extremes(
-    gram: Array, values: Array, dimension: int, rest_low: float, rest_high: float
+    factor: Array, values: Array, dimension: int, rest_low: float, rest_high: float
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Bound λ_min and λ_max of Y diag(θ) Yᵀ + R_ll, given YᵀY, θ, and bounds on the eigenvalues of R."""
-    # With a factor F of YᵀY = FFᵀ, Y = QFᵀ with orthonormal Q, so that the eigenvalues of Y diag(θ) Yᵀ are those of
-    # Fᵀ diag(θ) F; the larger of the two matrices has more zeros.
-    factor = _factor(gram)
+    """Bound λ_min and λ_max of Y diag(θ) Yᵀ + R_ll, given F, θ, and bounds on the eigenvalues of R."""
+    # With the factor F of YᵀY = FFᵀ, Y = QFᵀ with orthonormal Q, so that the eigenvalues of Y diag(θ) Yᵀ are those of
+    # Fᵀ diag(θ) F, and zeros.
     found, vectors = np.linalg.eigh(factor.T @ (values[:, None] * factor))
     # Of an eigenvector u only the part outside of the Ritz vectors, of squared length 1 − ‖Yᵀu‖², is curved by R.
     outside = np.maximum(1 - ((factor @ vectors) ** 2).sum(axis=0), 0.0)
-    own = np.argsort(np.abs(found))[max(len(values) - dimension, 0) :]
     has_zero = len(values) < dimension  # of any vector orthogonal to Y
     low, high = (rest_low, rest_high), (rest_low, rest_high)
-    if len(own) and not (has_zero and (values >= 0).all()):
-        bottom = own[np.argmin(found[own])]
+    if len(found) and not (has_zero and (values >= 0).all()):
+        bottom = np.argmin(found)
         low = float(found[bottom]) + rest_low, float(found[bottom] + outside[bottom] * rest_high)
-    if len(own) and not (has_zero and (values <= 0).all()):
-        top = own[np.argmax(found[own])]
+    if len(found) and not (has_zero and (values <= 0).all()):
+        top = np.argmax(found)
         high = float(found[top] + outside[top] * rest_low), float(found[top]) + rest_high
     return low, high
 
 
-def _factor(gram: Array) -> Array:
-    """Return F with FFᵀ = G for a Gram matrix G; by eigenvalues, which take longer, where G is singular."""
+def _factor(gram: Array, dimension: int, rounding: float) -> tuple[Array, float]:
+    """Return F with FFᵀ = G for a Gram matrix G of vectors of some dimension, and how precise F is.
+
+    By eigenvalues, which take longer, where G is nearly singular. Its rank is at most the dimension.
+    """
     try:
-        return np.asarray(np.linalg.cholesky(gram), dtype=np.float64)
+        factor = np.asarray(np.linalg.cholesky(gram), dtype=np.float64)
+        smallest = float(np.diagonal(factor).min(initial=1.0)) ** 2
     except np.linalg.LinAlgError:
-        sizes, axes = np.linalg.eigh(gram)
-        return np.asarray(axes * np.sqrt(np.maximum(sizes, 0.0)), dtype=np.float64)
+        smallest = 0.0
+    if len(gram) > dimension or smallest <= math.sqrt(rounding):
+        sizes, axes = (part[..., -dimension:] for part in np.linalg.eigh(gram))
+        factor = np.asarray(axes * np.sqrt(np.maximum(sizes, 0.0)), dtype=np.float64)
+        smallest = float(sizes.min(initial=1.0))
+    # A singular value σ of F is the root of an eigenvalue of G that rounding has changed.
+    return factor, math.sqrt(rounding) if smallest <= rounding else rounding / math.sqrt(smallest)

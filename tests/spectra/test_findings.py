@@ -324,7 +324,7 @@ def test_what_matters_most_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def notes(run: list[SpectrumRecord], overhead: float | None = None) -> list[str]:
-    made = summarize(run, "hesd", seconds=1.0, overhead=overhead, kept={}, folder=None)
+    made = summarize(run, "hesd", seconds=1.0, overhead=overhead, kept={})
     assert made is not None
     found = list(made.notes)
     begin = "findings, the most important first:"

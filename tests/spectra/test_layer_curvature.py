@@ -9,7 +9,7 @@ import torch
 from lightning_hesd.numerics.krylov.lanczos import Lanczos
 from lightning_hesd.numerics.krylov.ritz import tridiagonal_eigh
 from lightning_hesd.spectra.criteria import rounding_threshold
-from lightning_hesd.spectra.layer_curvature import LayerCurvature, RitzPairs, _extremes, layer_curvatures
+from lightning_hesd.spectra.layer_curvature import LayerCurvature, RitzPairs, _extremes, _factor, layer_curvatures
 from tests.example_spectra import SMALL, SMALL_POPULATION
 
 SIZES = {"first": 50, "norm": 3, "middle": 80, "scalar": 1, "last": 16}
@@ -218,7 +218,7 @@ class TestBounds:
             matrix = (axes * np.concatenate([theta, rest])) @ axes.T
             pairs = axes[:size, :6]
             eigenvalues = np.linalg.eigvalsh(matrix[:size, :size])
-            bounds = _extremes(pairs.T @ pairs, theta, size, -0.5, 0.2)
+            bounds = _extremes(_factor(pairs.T @ pairs, size, 1e-15)[0], theta, size, -0.5, 0.2)
             for (low, high), extreme in zip(bounds, (eigenvalues[0], eigenvalues[-1]), strict=True):
                 assert low - 1e-12 <= extreme <= high + 1e-12
                 assert high - low <= 0.7 + 1e-12

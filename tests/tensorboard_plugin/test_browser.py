@@ -37,14 +37,18 @@ if TYPE_CHECKING:
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
-if os.environ.get("HESD_BROWSER") == "required":  # as in `.ci/run`: what is missing is an error
+IS_REQUIRED = os.environ.get("HESD_BROWSER") == "required"
+"""As in `.ci/run`: what is missing is an error."""
+
+if IS_REQUIRED:
     from selenium import webdriver
 else:
     webdriver = pytest.importorskip("selenium.webdriver", reason="needs Selenium: pip install selenium")
-    pytestmark = pytest.mark.skipif(
-        not (BROWSER and DRIVER),
-        reason="needs Chromium and its driver: apt-get install chromium chromium-driver (Debian)",
-    )
+
+pytestmark = pytest.mark.skipif(
+    not (IS_REQUIRED or (BROWSER and DRIVER)),
+    reason="needs Chromium and its driver: apt-get install chromium chromium-driver (Debian)",
+)
 
 EVIL = "<b><img src=x onerror=window.injected=1>"
 COLORS = ("#425066", "#12b5cb", "#e52592", "#f9ab00", "#9334e6")

@@ -13,7 +13,7 @@ import pytest
 
 from lightning_hesd.commands.report import write_report
 from tests.tab import EPOCHS, Tab
-from tests.tensorboard_plugin.test_browser import Page, driver  # noqa: F401 - a fixture
+from tests.tensorboard_plugin.test_browser import Page, driver, pytestmark  # noqa: F401 - fixtures
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
