@@ -42,7 +42,7 @@ def result_line(start: str, spectrum: Spectrum) -> str:
 
 
 def _results(spectrum: Spectrum) -> list[str]:
-    """Return the results of a spectrum in words, what matters most first."""
+    """Return the results of a spectrum in words, the most important first."""
     if spectrum.reason is not None:
         return [f"no C_t: {spectrum.reason}"]
     low, high = spectrum.c_t_interval

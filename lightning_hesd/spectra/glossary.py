@@ -40,7 +40,7 @@ GLOSSARY: dict[str, str] = {
         "What ranks the analyzed epochs, such as the highest C_t. It picks among the candidates: epochs whose metric "
         "is within a tolerance of the best."
     ),
-    "finding": "What the records of a run give reason to look at, with its evidence, its confidence and a next step.",
+    "finding": "An observation in the records that deserves attention, with evidence, confidence and a next step.",
     "start": "The analysis before the first optimizer step.",
 }
 """Sentences by term, in the order in which a report explains them."""
