@@ -31,6 +31,9 @@ METRICS = {
     "shifted_acc": "accuracy on held-out digits that are rotated, shifted and noisy",
     "test_acc": "accuracy on held-out digits",
 }
+AGAINST = ("last", "lowest_train_loss")
+"""The baselines: what users have without a rule, and the rule that needs no spectrum."""
+
 LEVEL = 0.05
 TITLES = {"mlp": "MLP", "resnet": "ResNet", "vit": "ViT"}
 PACKAGES = ("lightning-hesd", "torch", "lightning", "scikit-learn")
@@ -46,10 +49,10 @@ INTRODUCTION = """\
   data are the same for every seed.
 - **Rules**: each picks among the candidates of its training, as HessianCheckpoint does: MP spectra, and a loss within
   5 % of its drop of the lowest. Every training is analyzed {points} times ({samples} samples, {steps} Lanczos steps).
-- **Statistics**: differences to the last epoch, paired within trainings and averaged over the settings of a seed, so
-  that the seeds are independent. Intervals hold for all rules of a table together ({confidence:.0%}). A rule is
-  evidently better or worse where interval and sign-flip test agree. The level of single settings is {level:.2g}, for
-  their number.
+- **Statistics**: differences to the last epoch, and to the analyzed epoch with the lowest training loss, paired within
+  trainings and averaged over the settings of a seed, so that the seeds are independent. Intervals hold for all picks of
+  a column together ({confidence:.0%}). A rule is evidently better or worse where interval and sign-flip test agree. The
+  level of single settings is {level:.2g}, for their number.
 - Made with `python -m examples.rule_study` on {date}: {versions}.
 """
 
@@ -85,10 +88,12 @@ def write(trainings: Sequence[Training], out: Path, target: Path) -> Path:
     for metric, cell in itertools.product(METRICS, cells):
         runs = [found[metric, t.name] for t in complete if (t.network, t.schedule) == cell]
         judged[metric][cell] = judgment(runs, metric, level)
-    pooled = {metric: _Pooled(list(of_metric.values())) for metric, of_metric in judged.items()}
+    pooled = {
+        metric: [_Pooled(list(of_metric.values()), name) for name in AGAINST] for metric, of_metric in judged.items()
+    }
     first = complete[0]
     text = INTRODUCTION.format(
-        summary="\n\n".join(f"**{_sentence(pooled[m], meaning)}**" for m, meaning in METRICS.items()),
+        summary="\n\n".join(f"**{_sentence(each, meaning)}**" for m, meaning in METRICS.items() for each in pooled[m]),
         count=len(complete),
         seeds=len(complete) // len(cells),
         cells=len(cells),
@@ -102,8 +107,8 @@ def write(trainings: Sequence[Training], out: Path, target: Path) -> Path:
         versions=", ".join(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES) + f", {platform.machine()}",
     )
     for metric, meaning in METRICS.items():
-        pooled[metric].draw(target / f"{metric}.png", metric)
-        text += f"\n## {meaning.capitalize()}\n\n{markdown(pooled[metric].table)}\n\n![{meaning}]({metric}.png)\n\n"
+        pooled[metric][0].draw(target / f"{metric}.png", metric)
+        text += f"\n## {meaning.capitalize()}\n\n{markdown(_table(pooled[metric]))}\n\n![{meaning}]({metric}.png)\n\n"
         text += markdown(_by_cell(judged[metric])) + "\n"
     path = target / "report.md"
     path.write_text(text, encoding="utf-8")
@@ -111,45 +116,41 @@ def write(trainings: Sequence[Training], out: Path, target: Path) -> Path:
 
 
 class _Pooled:
-    """Gains over the last epoch, averaged over the settings of a seed."""
+    """Gains over a baseline, averaged over the settings of a seed."""
 
-    def __init__(self, judgments: Sequence[Judgment]) -> None:
-        self.names = [name for name in judgments[0].titles if name != "last"]
-        self.titles = [judgments[0].titles[name] for name in self.names]
-        self.rules = sum(name in judgments[0].rules for name in self.names)
-        gains = [[judgment.gains(name, "last") for name in self.names] for judgment in judgments]
-        self.gains = 100 * np.mean(gains, axis=0).T  # shape (seeds, names), in points
-        self.means = [100 * np.mean([np.mean(j.values[name]) for j in judgments]) for name in ("last", *self.names)]
-        compared = [place for place, name in enumerate(self.names) if name != "best_possible"]
-        self.compared = compared
-        self.found: PairedComparison = compare(self.gains[:, compared], level=LEVEL)
+    def __init__(self, judgments: Sequence[Judgment], against: str) -> None:
+        self.titles = judgments[0].titles
+        self.against = self.titles[against]
+        self.rules = [name for name in self.titles if name in judgments[0].rules]
+        self.names = [name for name in self.titles if name not in {against, "best_possible"}]
+        gains = [[judgment.gains(name, against) for name in self.names] for judgment in judgments]
+        self.means = {name: 100 * np.mean([np.mean(j.values[name]) for j in judgments]) for name in self.titles}
+        # In points, shape (seeds, names).
+        self.found: PairedComparison = compare(100 * np.mean(gains, axis=0).T, level=LEVEL)
 
-    @property
-    def table(self) -> Table:
-        """The means of all picks, and the gains with intervals."""
-        rows = [("last epoch", f"{self.means[0]:.2f}", "", "", "")]
-        for place, title in enumerate(self.titles):
-            cells = ("", "", "")
-            if place in self.compared:
-                at = self.compared.index(place)
-                mean, low, high = (values[at] for values in (self.found.means, self.found.low, self.found.high))
-                wins = f"{self.found.wins[at]}/{self.found.ties[at]}/{self.found.losses[at]}"
-                evidently = "better" if self.found.better[at] else "worse" if self.found.worse[at] else ""
-                cells = (_gain(mean, low, high), wins, evidently)
-            rows.append((title, f"{self.means[place + 1]:.2f}", *cells))
-        header = ("pick", "mean, %", "over last epoch, points", "seeds won/tied/lost", "evidently")
-        return Table(header, rows)
+    def gain(self, name: str, unit: str = "") -> str:
+        """Return the mean gain of a pick with its interval."""
+        at = self.names.index(name)
+        return _gain(self.found.means[at], self.found.low[at], self.found.high[at], unit)
+
+    def cells(self, name: str) -> tuple[str, str, str]:
+        """Return the gain of a pick, the numbers of seeds, and whether it is evidently better or worse."""
+        if name not in self.names:
+            return "", "", ""
+        at = self.names.index(name)
+        evidently = "better" if self.found.better[at] else "worse" if self.found.worse[at] else ""
+        return self.gain(name), f"{self.found.wins[at]}/{self.found.ties[at]}/{self.found.losses[at]}", evidently
 
     def draw(self, path: Path, metric: str) -> None:
         """Draw the gains."""
         found = self.found
         axes = plot_gains(
-            [self.titles[place] for place in self.compared],
+            [self.titles[name] for name in self.names],
             found.gains,
             np.stack([found.low, found.means, found.high]),
             evident=found.better | found.worse,
-            first_baseline=self.rules,
-            label=f"gain in {metric} over the last epoch, points\n(bars: {1 - LEVEL:.0%} intervals; marks: seeds)",
+            first_baseline=len(self.rules),
+            label=f"gain in {metric} over the {self.against}, points\n(bars: {1 - LEVEL:.0%} intervals; marks: seeds)",
         )
         figure = axes.get_figure(root=True)
         assert figure is not None
@@ -162,18 +163,25 @@ def _gain(mean: float, low: float, high: float, unit: str = "") -> str:
 
 def _sentence(pooled: _Pooled, meaning: str) -> str:
     found = pooled.found
-    better = [place for place in range(pooled.rules) if found.better[place]]
-    best = max(range(pooled.rules), key=lambda place: found.means[place])
+    better = [name for at, name in enumerate(pooled.names) if name in pooled.rules and found.better[at]]
+    best = max(pooled.rules, key=lambda name: found.means[pooled.names.index(name)])
+    of = f"Over {len(found.gains)} seeds and all settings, by the {meaning},"
+    count = f"{len(better)} of {len(pooled.rules)} rules are" if better else "no rule is"
+    return (
+        f"{of} {count} evidently better than the {pooled.against}; the largest gain, {pooled.titles[best]}, is "
+        f"{pooled.gain(best, ' points')}."
+    )
 
-    def gain(place: int) -> str:
-        return _gain(found.means[place], found.low[place], found.high[place], " points")
 
-    of = f"Over {len(pooled.gains)} seeds and all settings, by the {meaning},"
-    if not better:
-        title = pooled.titles[best]
-        return f"{of} no rule is evidently better than the last epoch; the largest gain, {title}, is {gain(best)}."
-    named = ", ".join(f"{pooled.titles[place]} ({gain(place)})" for place in better)
-    return f"{of} evidently better than the last epoch: {named}."
+def _table(pooled: Sequence[_Pooled]) -> Table:
+    """Return the means of all picks, and their gains over each baseline."""
+    first = pooled[0]
+    rows = [
+        (title, f"{first.means[name]:.2f}", *(cell for each in pooled for cell in each.cells(name)))
+        for name, title in first.titles.items()
+    ]
+    header = [cell for each in pooled for cell in (f"over {each.against}, points", "won/tied/lost", "evidently")]
+    return Table(("pick", "mean, %", *header), rows)
 
 
 def _by_cell(found: dict[Cell, Judgment]) -> Table:
