@@ -1,4 +1,4 @@
-"""`compare_with_reference`: is a spectrum as those of similar networks were that we trained?"""
+"""`compare_with_reference`: compare a spectrum with those of similar networks from our studies."""
 
 from __future__ import annotations
 
