@@ -1,8 +1,8 @@
 """Merging of consecutive batches into larger ones, the inverse of cutting; an error says why batches cannot be merged.
 
 Tensors with the samples along their first dimension, or several rows for each, are concatenated, in lists, tuples,
-dicts and dataclasses of any depth. All other values must be equal in all batches. `analysis/batch_size.py` tests whether
-the loss of a merged batch is the mean of theirs.
+dicts and dataclasses of any depth. All other values must be equal in all batches. `analysis/batch_size.py` tests
+whether the loss of a merged batch is the mean of theirs.
 """
 
 from __future__ import annotations
