@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from lightning_utilities.core.rank_zero import WarningCache
 
 LONG = ("test_sharded", "test_ddp", "test_accelerator", "test_examples", "test_cli", "test_tracking", "test_browser")
 """Files whose tests share a long run. They come first: workers steal tests from the end of each other's lists, and the
@@ -38,6 +39,22 @@ def no_figures_left() -> Iterator[None]:
     yield
     if "matplotlib.pyplot" in sys.modules:
         sys.modules["matplotlib.pyplot"].close("all")
+
+
+@pytest.fixture(autouse=True)
+def warnings_anew() -> None:
+    """Forget what Lightning has warned of, so that no test depends on those that ran before it in its process."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("lightning.") and isinstance(cache := vars(module).get("warning_cache"), WarningCache):
+            cache.clear()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def every_warning_of_torch() -> Iterator[None]:
+    """Let PyTorch give each warning in every test that has it, and not only in the first one of its process."""
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(False)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_hesd.numerics.collectives import DistributedCollectives
+from lightning_hesd.numerics.isolation.exact_mode import exact_mode
 
 
 class StandIn(DistributedCollectives):
@@ -68,8 +69,9 @@ def in_threads(ranks: int, work: Callable[[DistributedCollectives], Any]) -> lis
         found[rank] = work(ThreadRank(meeting, rank))
 
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=120)
+    with exact_mode(torch.nn.Module()):  # or one would restore the settings of another: threads have them in common
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=120)
     return [found[rank] for rank in range(ranks)]

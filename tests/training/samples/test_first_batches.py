@@ -252,6 +252,7 @@ def test_analyses_between_steps_use_the_batches_so_far(tmp_path: Path) -> None:
     assert [record.spectrum.num_samples for record in observer.history] == [8, 16, 24, 24, 24]
 
 
+@pytest.mark.filterwarnings("ignore:You have overridden `on_after_batch_transfer` in `LightningModule`:UserWarning")
 def test_samples_stay_when_data_are_made_anew_and_are_those_of_one_epoch(tmp_path: Path) -> None:
     sizes = iter([4, 2, 1, 1])
 
