@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.problems import loss
+from benchmarks.problems import cross_entropy, loss
 from lightning_hesd import hessian_spectrum
 from lightning_hesd.numerics.analysis.preparation import opened_operators
 from lightning_hesd.numerics.inputs.batches import weighted_batches
@@ -189,7 +189,7 @@ def linearized_product(problem: Problem) -> Iterator[Product]:
         def batch_loss(*values: Tensor) -> Tensor:
             wrapped = dict(zip(names, values, strict=True))
             outputs = torch.func.functional_call(problem.module, wrapped, (batch[0],))
-            return nn.functional.cross_entropy(outputs, batch[1])
+            return cross_entropy(outputs, batch[1])
 
         gradient_of = torch.func.grad(batch_loss, argnums=tuple(range(len(names))))
         derivative: Callable[..., tuple[Tensor, ...]]

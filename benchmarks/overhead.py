@@ -1,6 +1,6 @@
 """Time of whole trainings with the callback, over the time of the same training without it.
 
-python -m benchmarks.overhead            # about half an hour on a quiet core
+python -m benchmarks.overhead            # about twenty minutes on a quiet core
 python -m benchmarks.overhead --quick --out /tmp/bench
 """
 
@@ -12,6 +12,7 @@ import tempfile
 import time
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,26 +22,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_hesd
 from benchmarks import networks, problems
 from examples.paper_hesd.networks import ViT, resnet
-from lightning_hesd import HessianSpectrumCallback
+from lightning_hesd import HessianSpectrumCallback, SharpnessMonitor
 from lightning_hesd.numerics.inputs.options import AnalysisOptions
 from lightning_hesd.spectra.scalars import as_factor
 from lightning_hesd.training.callback import DEFAULT_NUM_SAMPLES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 EXPLANATION = """\
-Trainings of {epochs} epochs with AdamW and the Trainer's TensorBoard logger, one CPU thread, CPU times, medians of
-{rounds} rounds in which all variants alternate. Analyses of {num_samples} samples, with {steps} steps at most. The
+Trainings of {epochs} epochs with AdamW and the Trainer's TensorBoard logger, one CPU thread, CPU times, medians
+of {rounds} rounds in which all variants alternate. Analyses of {num_samples} samples, with {steps} steps at most. The
 digits are 1024 images of 8×8 pixels, the text 512 sequences of 64 characters. A cell has the time of the whole training
 over that without callback: 2× takes twice as long. Behind it: the number of analyses, and of Hessian-vector products in
-each on average. The first analysis runs in any case.
+each on average. The first analysis runs in any case. The networks are small and their training is short, so that
+analyses cost many times as much: compare the columns, or let the line after the first analysis of your own training
+say what it costs there. `SharpnessMonitor` takes 128 samples, and measures after 1, 2, 4, ..., 64, 100, 200, ... steps.
 """
 
-NAMES = ("defaults", "`tolerance=0.05`", "`max_overhead=0.1`", "pulse")
+VARIANTS: dict[str, Callable[..., HessianSpectrumCallback | SharpnessMonitor]] = {
+    "defaults": HessianSpectrumCallback,
+    "`tolerance=0.05`": partial(HessianSpectrumCallback, tolerance=0.05),
+    "`max_overhead=0.1`": partial(HessianSpectrumCallback, max_overhead=0.1),
+    "`SharpnessMonitor()`": SharpnessMonitor,
+}
 
 
 @dataclass(frozen=True)
@@ -75,18 +82,6 @@ TRAININGS = {
 }
 
 
-def callbacks_of(variant: str, options: dict[str, Any]) -> list[pl.Callback] | None:
-    """Return the callbacks of a variant; None if this version of the package has none for it."""
-    if variant == "`tolerance=0.05`":
-        return [HessianSpectrumCallback(tolerance=0.05, progress=False, **options)]
-    if variant == "`max_overhead=0.1`":
-        return [HessianSpectrumCallback(max_overhead=0.1, progress=False, **options)]
-    if variant == "pulse":  # the callback that follows λ_max between analyses: its place in this table
-        monitor = getattr(lightning_hesd, "SharpnessMonitor", None)
-        return None if monitor is None else [monitor()]
-    return [HessianSpectrumCallback(progress=False, **options)]
-
-
 class Module(pl.LightningModule):
     """A network with a cross-entropy."""
 
@@ -109,8 +104,8 @@ def main() -> None:
     """Measure, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trainings", nargs="+", default=list(TRAININGS), choices=TRAININGS)
-    parser.add_argument("--epochs", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=10, help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="tiny settings, to test the program")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
@@ -119,7 +114,7 @@ def main() -> None:
     options: dict[str, Any] = {"num_samples": DEFAULT_NUM_SAMPLES, "steps": AnalysisOptions.steps}
     if args.quick:
         args.epochs, args.rounds, options = 2, 1, {"num_samples": 16, "steps": 5}
-    header = ("training", "parameters", "without, s", *NAMES)
+    header = ("training", "parameters", "without, s", *VARIANTS)
     rows = []
     for name in args.trainings:
         rows.append(row(TRAININGS[name], args.epochs, args.rounds, options))
@@ -133,25 +128,22 @@ def main() -> None:
 
 def row(training: Training, epochs: int, rounds: int, options: dict[str, Any]) -> list[str]:
     """Return the row of a training."""
-    seconds: dict[str, list[float]] = {name: [] for name in ("without", *NAMES)}
+    plain: list[float] = []
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     analyses: dict[str, str] = {}
     for _ in range(rounds):
-        for name, times in seconds.items():
-            callbacks = [] if name == "without" else callbacks_of(name, options)
-            if callbacks is None:
-                continue
-            times.append(seconds_of(training, epochs, callbacks))
-            analyses[name] = analyses_of(callbacks)
-    medians = {name: statistics.median(times) for name, times in seconds.items() if times}
-    cells = [
-        f"{as_factor(medians[name] / medians['without'])}{analyses[name]}" if name in medians else "not in this version"
-        for name in NAMES
-    ]
+        plain.append(seconds_of(training, epochs, []))
+        for name, make in VARIANTS.items():
+            callback = make() if make is SharpnessMonitor else make(progress=False, **options)
+            seconds[name].append(seconds_of(training, epochs, [callback]))
+            analyses[name] = analyses_of(callback)
+    without = statistics.median(plain)
+    cells = [f"{as_factor(statistics.median(times) / without)}{analyses[name]}" for name, times in seconds.items()]
     parameters = sum(p.numel() for p in training.build().parameters())
-    return [training.title, f"{parameters:,}", f"{medians['without']:.2f}", *cells]
+    return [training.title, f"{parameters:,}", f"{without:.2f}", *cells]
 
 
-def seconds_of(training: Training, epochs: int, callbacks: list[pl.Callback]) -> float:
+def seconds_of(training: Training, epochs: int, callbacks: Sequence[pl.Callback]) -> float:
     """Return the CPU time of a training."""
     torch.manual_seed(0)
     module = Module(training.build())
@@ -159,7 +151,7 @@ def seconds_of(training: Training, epochs: int, callbacks: list[pl.Callback]) ->
     loader: DataLoader[Any] = DataLoader(data, batch_size=32, shuffle=True)
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
-            max_epochs=epochs, callbacks=callbacks, default_root_dir=folder, accelerator="cpu",
+            max_epochs=epochs, callbacks=list(callbacks), default_root_dir=folder, accelerator="cpu",
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
         started = time.process_time()
@@ -167,12 +159,11 @@ def seconds_of(training: Training, epochs: int, callbacks: list[pl.Callback]) ->
         return time.process_time() - started
 
 
-def analyses_of(callbacks: list[pl.Callback]) -> str:
+def analyses_of(callback: HessianSpectrumCallback | SharpnessMonitor) -> str:
     """Return the number of analyses of a training, and of their products, in words."""
-    found = [each for each in callbacks if isinstance(each, HessianSpectrumCallback)]
-    if not found:
-        return ""
-    products = [record.spectrum.matvecs for record in found[0].history if record.spectrum is not None]
+    if isinstance(callback, SharpnessMonitor):
+        return f" ({len(callback.history)} measurements)"
+    products = [record.spectrum.matvecs for record in callback.history if record.spectrum is not None]
     return f" ({len(products)} × {statistics.mean(products):.0f})" if products else " (none)"
 
 

@@ -20,9 +20,12 @@ import torch
 from torch import nn
 
 from benchmarks.candidates import TOLERANCE, Candidate, Run
+from benchmarks.problems import cross_entropy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from torch import Tensor
 
     from benchmarks.candidates import Product
     from benchmarks.problems import Batch, Problem
@@ -50,7 +53,7 @@ def eigenthings_operator(problem: Problem, data: CountedPasses, method: str) -> 
     """Return the Hessian operator of hessian-eigenthings."""
     from hessian_eigenthings import HessianOperator, supervised_loss  # noqa: PLC0415 - may not be installed
 
-    return HessianOperator(problem.module, data, supervised_loss(nn.functional.cross_entropy), method=method)
+    return HessianOperator(problem.module, data, supervised_loss(cross_entropy), method=method)
 
 
 @contextlib.contextmanager
@@ -74,9 +77,13 @@ def curvlinops_operator(problem: Problem, data: CountedPasses) -> Any:
     """Return the Hessian operator of curvlinops, without its check for determinism."""
     from curvlinops import HessianLinearOperator  # noqa: PLC0415
 
+    class CrossEntropy(nn.CrossEntropyLoss):
+        def forward(self, outputs: Tensor, labels: Tensor) -> Tensor:
+            return cross_entropy(outputs, labels)
+
     return HessianLinearOperator(
         problem.module,
-        nn.CrossEntropyLoss(),
+        CrossEntropy(),
         problem.parameters,
         data,
         check_deterministic=False,

@@ -64,9 +64,19 @@ class Problem:
         return sum(len(inputs) for inputs, _ in self.batches)
 
 
+def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean over all labels; a sequence has one for each position.
+
+    Args:
+        outputs: Logits, shape (labels, classes).
+        labels: Labels, shape (samples,) or (samples, positions).
+    """
+    return F.cross_entropy(outputs, labels.flatten())
+
+
 def loss(module: nn.Module, batch: Batch) -> Tensor:
-    """Return the mean cross-entropy."""
-    return F.cross_entropy(module(batch[0]), batch[1])
+    """Return the mean cross-entropy of a batch."""
+    return cross_entropy(module(batch[0]), batch[1])
 
 
 def small_digits(generator: torch.Generator) -> Batch:
@@ -143,7 +153,7 @@ def load(name: str, *, pieces: int = 1, size: Size = "full", device: torch.devic
         _train(module, inputs, labels, recipe, steps=80 if size == "full" else 5)
         torch.save(module.state_dict(), path)
     chunks = zip(inputs[:samples].chunk(pieces), labels[:samples].chunk(pieces), strict=True)
-    batches = [(x.to(device), y.flatten().to(device)) for x, y in chunks]
+    batches = [(x.to(device), y.to(device)) for x, y in chunks]
     return Problem(name, module.eval().to(device), batches)
 
 
@@ -160,5 +170,5 @@ def _train(module: nn.Module, inputs: Tensor, labels: Tensor, recipe: _Recipe, s
     for _ in range(steps):
         chosen = torch.randint(len(inputs), (recipe.training_batch,), generator=generator)
         optimizer.zero_grad()
-        loss(module.train(), (inputs[chosen], labels[chosen].flatten())).backward()  # type: ignore[no-untyped-call]
+        loss(module.train(), (inputs[chosen], labels[chosen])).backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -53,8 +53,7 @@ Where *× ours* is below 1, or the goal of 4 for C_t is missed:
 
 - **Products with one batch** take all exact candidates about the time that PyTorch takes to differentiate the same
   graph. What lightning_hesd adds to a density is the comparison of the loss with its derivatives, once for each loss
-  (*Verification* below): two products' time where a batch can be cut, and eight on the GPT, whose labels are in one row
-  for all tokens, so that it cannot.
+  (*Verification* below).
 - **C_t**: the gain over a run of 100 products is at most 100/m for the m products that an interval of
   {TOLERANCE:.0%} needs, and smaller by the verification. curvlinops stops nearly as early, without an interval.
 - **Memory in eight batches**: they are merged, and the graph is kept as far as `memory_budget` allows, because a

@@ -194,7 +194,7 @@ def test_table_of_whole_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     [row] = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| digits, ResNet |")]
     assert row[1] == "77,562"
     assert re.fullmatch(r"[\d.]+× \(2 × 5\)", row[3])
-    assert len(row) == 3 + len(overhead.NAMES)
+    assert len(row) == 3 + len(overhead.VARIANTS)
 
 
 def test_table_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

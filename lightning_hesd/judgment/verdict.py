@@ -8,6 +8,7 @@ import numpy as np
 
 from lightning_hesd.judgment.candidates import LAST
 from lightning_hesd.judgment.statistics import runs_needed
+from lightning_hesd.spectra.rules import rule_title
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,14 +22,14 @@ MAX_NAMED = 3
 def verdict(outcomes: Outcomes, against: str = LAST) -> str:
     """Return whether some rule is evidently better or worse than a baseline, with the largest gain."""
     if against not in outcomes.comparisons:
-        return "No rule can be compared with another choice: none has a pick in any run."
+        return f"No rule can be compared with the {rule_title(against)}: no run has a pick of both."
     baseline = f"the {outcomes.titles[against]}"
     comparison = outcomes.comparisons[against]
     rules = [place for place, name in enumerate(comparison.names) if name in outcomes.rules]
     found = comparison.statistics
     ranked = [int(place) for place in np.argsort(-found.means, kind="stable") if place in rules and found.counts[place]]
     if not ranked:
-        return f"No rule can be compared with {baseline}: none has a pick in any run."
+        return f"No rule can be compared with {baseline}: no run has a pick of both."
 
     def named(places: Sequence[int]) -> str:
         shown = [f"{_title(outcomes, against, place)} ({_gain(outcomes, against, place)})" for place in places]

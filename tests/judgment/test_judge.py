@@ -473,7 +473,7 @@ def test_payloads_are_judged_as_records_are() -> None:
 def test_without_any_pick_of_a_rule_the_sentence_says_so() -> None:
     failed = [SpectrumRecord(epoch, epoch + 1, None, "no memory", metrics={"val_acc": 0.5}) for epoch in range(2)]
     found = judge([failed], "val_acc")
-    assert found.sentence == "No rule can be compared with another choice: none has a pick in any run."
+    assert found.sentence == "No rule can be compared with the last epoch: no run has a pick of both."
     assert epochs(found) == {"last": 1, "best_possible": 0}
 
 

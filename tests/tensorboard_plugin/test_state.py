@@ -385,7 +385,7 @@ def test_layers(page: Page, histories: Any) -> None:
 
 def sort(page: Page, order: str) -> None:
     page.script(
-        "const menu = document.querySelector('#layers-choices select');"
+        "const menu = document.querySelector('#layers-tools label + label select');"
         "menu.value = arguments[0]; menu.dispatchEvent(new Event('change'))",
         order,
     )

@@ -78,6 +78,9 @@ export function number(value, digits = 4) {
   return text.replaceAll("-", "−");
 }
 
+/** Write the negative numbers of a text with a true minus; hyphens in names and exponents stay. */
+export const withMinus = (text) => text.replace(/(?<![\w.-])-(?=\.?\d)/g, "−");
+
 /** Replace the tools, and give the focus back to the one that had it. */
 export function keepFocus(place, tools) {
   const inside = [...place.querySelectorAll("input, select, button")];

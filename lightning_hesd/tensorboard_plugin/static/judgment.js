@@ -1,7 +1,7 @@
 /** The card “Which rule picks best?”: the checkpoint rules, compared by a metric over the selected runs. */
 
 import { toCsv } from "./data.js";
-import { download, element, keepFocus, menu } from "./dom.js";
+import { download, element, keepFocus, menu, withMinus } from "./dom.js";
 
 const NO_METRICS =
   "The records of these runs have no metrics of trained weights. Log one in validation, for example self.log(\"val_acc\", ...), and " +
@@ -96,9 +96,9 @@ export class JudgmentCard {
       ...(others.length ? [`Left out, since other callbacks of the same runs are compared: ${others.map(({ run }) => run).join(", ")}.`] : []),
     ];
     this.markBusy(false);
-    this.parts.sentence.textContent = sentence;
+    this.parts.sentence.textContent = withMinus(sentence);
     this.parts.sentence.classList.remove("absent");
-    this.parts.remarks.replaceChildren(element("summary", {}, "Remarks"), element("ul", {}, ...notes.map((note) => element("li", {}, note))));
+    this.parts.remarks.replaceChildren(element("summary", {}, "Remarks"), element("ul", {}, ...notes.map((note) => element("li", {}, withMinus(note)))));
     this.parts.rules.replaceChildren(tableOfTexts(summary));
   }
 
@@ -145,7 +145,7 @@ function tableOfTexts({ title, header, rows }) {
     if (row.length) groups.at(-1).push(row);
     else groups.push([]);
   }
-  const line = ([name, ...cells]) => element("tr", {}, element("th", { scope: "row" }, name), ...cells.map((cell) => element("td", { class: "number" }, cell)));
+  const line = ([name, ...cells]) => element("tr", {}, element("th", { scope: "row" }, name), ...cells.map((cell) => element("td", { class: "number" }, withMinus(cell))));
   return element("table", {},
     element("caption", {}, title),
     element("thead", {}, element("tr", {}, ...header.map((name) => element(name ? "th" : "td", name ? { scope: "col" } : {}, name)))),

@@ -1,10 +1,10 @@
 /** The heat map of layers, as plain {data, layout} for Plotly. */
 
 import { axisOf } from "./axis.js";
-import { indexed, layoutOf, literal, minus } from "./base.js";
+import { indexed, layoutOf, literal } from "./base.js";
 import { extent, finite, layerMap, quantitiesOf, scalarOf } from "./data.js";
 import { OF_FAILURES, cursor, failuresOf } from "./details.js";
-import { element, keepFocus, menu, number } from "./dom.js";
+import { keepFocus, menu, number } from "./dom.js";
 import { LOW_TO_HIGH } from "./theme.js";
 import { intervalOf, withError } from "./uncertainty.js";
 
@@ -61,7 +61,7 @@ function barOf({ title, to, back, low, high }, name) {
   const places = Array.from({ length: 5 }, (_, i) => to(low) + ((to(high) - to(low)) * i) / 4);
   return {
     title: { text: `${indexed(name)} (${title})`, side: "right" }, thickness: 12, outlinewidth: 0,
-    tickvals: places, ticktext: places.map((place) => minus(Number(back(place).toPrecision(2)))),
+    tickvals: places, ticktext: places.map((place) => number(back(place), 2)),
   };
 }
 
@@ -86,7 +86,7 @@ export function layersFigure(run, theme, quantity, chosen, order, axis = axisOf(
   const colors = colorsOf(finite(values.flat()), quantity);
   const prefix = commonPrefix(names);
   return {
-    height: Math.min(120 + 18 * names.length, 900),
+    height: Math.min(Math.max(120 + 18 * names.length, 260), 900), // the color bar has its title beside it
     data: [
       {
         type: "heatmap", x: run.records.map((record) => record[axis.key]), y: rows.map((row) => literal(names[row])),
@@ -106,13 +106,12 @@ export function layersFigure(run, theme, quantity, chosen, order, axis = axisOf(
   };
 }
 
-/** The card of the layers, with the order beside the chart. */
+/** The card of the layers, with the choices of a quantity and an order. */
 export class LayersCard {
   /** @param {Figures} figures */
   constructor(figures) {
     this.figures = figures;
-    this.tools = element("div", { class: "tools small", id: "layers-choices" });
-    document.getElementById("layers").before(this.tools);
+    this.tools = document.getElementById("layers-tools");
   }
 
   /**
@@ -122,8 +121,12 @@ export class LayersCard {
    */
   async draw(shown) {
     const { run, record, theme, quantity, axis, choices, choose } = shown;
+    const quantities = quantitiesOf(run).map(({ key, title }) => [key, title]);
     const orders = [["", "network"], ["value", "value at the chosen state"]];
-    keepFocus(this.tools, [menu("Order", orders, choices.order, (order) => { choose({ order }); this.draw(shown); })]);
+    keepFocus(this.tools, quantity ? [
+      menu("Layers by", quantities, quantity, (layers) => { choose({ layers }); this.draw({ ...shown, quantity: layers }); }),
+      menu("Order", orders, choices.order, (order) => { choose({ order }); this.draw(shown); }),
+    ] : []);
     if (!quantity) return this.figures.absent("layers", "No layers were analyzed: pass layers=\"auto\" to HessianSpectrumCallback, or keep a Krylov basis (not basis=\"none\").");
     const figure = layersFigure(run, theme, quantity, record, choices.order, axis);
     return this.figures.plot("layers", figure, `${scalarOf(run, "layers", quantity).title} of layers, ${run.run}.`, axis);

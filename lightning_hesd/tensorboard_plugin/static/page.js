@@ -3,7 +3,7 @@
 import { link, readChoices, watchAddress, writeChoices, writeSoon } from "./address.js";
 import { CHARTS, AllRuns, nearestOf } from "./allruns.js";
 import { axisOf, hasTimes } from "./axis.js";
-import { quantitiesOf, quantityOf } from "./data.js";
+import { quantityOf } from "./data.js";
 import { fillTable, saveCsv, saveJson } from "./datatable.js";
 import { button, copyButton, element, keepFocus, menu } from "./dom.js";
 import { openExport } from "./export.js";
@@ -280,12 +280,7 @@ class Page {
     if (!run) return this.showProblems();
     if (key !== this.detailed?.key) return; // another one was chosen meanwhile
     if (this.bar.run !== run) this.showBar(); // with the records that have been loaded now
-    const { detail } = this;
-    const quantities = quantitiesOf(detail.run).map(({ key, title }) => [key, title]);
-    keepFocus(document.getElementById("layers-tools"), [
-      quantities.length ? menu("Layers by", quantities, detail.quantity, (layers) => this.choose({ layers }, () => this.drawDetail())) : null,
-    ]);
-    await this.oneRun.draw(detail);
+    await this.oneRun.draw(this.detail);
   }
 
   /** Open the export of a figure. */

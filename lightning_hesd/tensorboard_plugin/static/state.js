@@ -2,7 +2,7 @@
 
 import { short } from "./base.js";
 import { SPECTRA, interval, spectrumOf } from "./data.js";
-import { element, number, typeset } from "./dom.js";
+import { element, number, typeset, withMinus } from "./dom.js";
 import { intervalOf, totalError, withError, within } from "./uncertainty.js";
 
 const SAMPLING = "pass sampling_error=True";
@@ -61,7 +61,7 @@ export function badgesOf(record) {
   if (spectrum.reason) badges.push({ badge: "no C_t", kind: "doubt", why: spectrum.reason });
   if (spectrum.type === "MN") badges.push(mainlyNegative(record, spectrum, found("mainly_negative")));
   const singular = found("quasi_singular");
-  if (singular) badges.push({ badge: "quasi-singular", kind: "doubt", why: `${singular.evidence} ${singular.action}` });
+  if (singular) badges.push({ badge: "quasi-singular", kind: "doubt", why: withMinus(`${singular.evidence} ${singular.action}`) });
   const verified = spectrum.verified ?? "unknown";
   badges.push({ badge: VERIFIED[verified], kind: { yes: "fine", no: "wrong" }[verified] ?? "doubt", why: spectrum.verification ?? "an earlier release wrote this record" });
   return badges;

@@ -2,7 +2,7 @@
 
 import { when } from "./axis.js";
 import { finite, negativeCount, spectrumOf } from "./data.js";
-import { element, number } from "./dom.js";
+import { element, number, withMinus } from "./dom.js";
 import { intervalOf, withError, within } from "./uncertainty.js";
 
 /** Return the verdict on a record and its reasons. */
@@ -12,7 +12,7 @@ export function assessmentOf(record, axis) {
   if (record.error) parts.push(element("p", { class: "problem", role: "alert" }, `The analysis failed: ${record.error}`));
   if (spectrum) parts.push(element("p", {}, describe(spectrum)));
   const reasons = record.assessment?.reasons ?? [];
-  if (reasons.length) parts.push(element("ul", {}, ...reasons.map((reason) => element("li", {}, reason))));
+  if (reasons.length) parts.push(element("ul", {}, ...reasons.map((reason) => element("li", {}, withMinus(reason)))));
   return parts;
 }
 
@@ -64,7 +64,7 @@ function unfolding({ run, records }, isOpen) {
   const { findings } = records.at(-1);
   const items = findings.map(({ title, evidence, confidence, action }) =>
     element("li", {},
-      element("p", {}, element("strong", {}, title), ` (${confidence}): `, evidence),
+      element("p", {}, element("strong", {}, title), ` (${confidence}): `, withMinus(evidence)),
       element("p", { class: "why" }, `Next: ${action}`)));
   return element("details", { open: isOpen }, element("summary", {}, `${run}: ${findings.length === 1 ? "1 finding" : `${findings.length} findings`}`), element("ol", {}, ...items));
 }
