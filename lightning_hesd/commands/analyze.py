@@ -61,7 +61,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="Candidates have a loss within this of the lowest one; default: 5 % of its drop.",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("hesd"), help="Folder of the results; an interrupted run goes on."
+        "-o", "--out", type=Path, default=Path("hesd"), help="Folder of the results; an interrupted run goes on."
     )
     parser.add_class_arguments(AnalysisOptions, "analysis", skip={*NOT_OF_THE_COMMAND_LINE, "mode"})
     (parser.groups or {})["analysis"].title = "The options of an analysis"  # without names of functions

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("spectra", nargs="+", type=Path, help="Spectra, .npz.")
-    parser.add_argument("--out", type=Path, default=None, help="Folder of the figures; default: beside the spectra.")
+    parser.add_argument(
+        "-o", "--out", type=Path, default=None, help="Folder of the figures; default: beside the spectra."
+    )
 
 
 def run(config: Namespace) -> None:

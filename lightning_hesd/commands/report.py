@@ -40,7 +40,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("runs", nargs="+", type=str, help="Log directories of runs, or folders of such.")
     parser.add_argument("--name", type=str, default="hesd", help="Name of the callback in the runs.")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="The file.")
+    parser.add_argument("-o", "--out", type=Path, default=Path("report.html"), help="The file.")
 
 
 def run(config: Namespace) -> None:

@@ -172,9 +172,7 @@ def _facts(runs: Sequence[ReportedRun]) -> str:
         rows.append(f'<tr><th scope="row">{name}</th>{"".join(cells)}</tr>')
     head = "".join(f'<th scope="col">{html.escape(run.title)}</th>' for run in runs)
     body = "\n".join(rows)
-    return (
-        f'<div class="facts"><table>\n<thead><tr><td></td>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
-    )
+    return f'<div class="run-facts"><table>\n<thead><tr><td></td>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
 def _when(run: ReportedRun) -> str:

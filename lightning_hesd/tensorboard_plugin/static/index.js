@@ -12,8 +12,10 @@ export async function render() {
   document.documentElement.lang = "en";
   document.title = "HESD";
   document.head.append(style);
-  await Promise.all([loaded(style), script("plotly.min.js")]);
+  const ready = script("plotly.min.js"); // data are loaded meanwhile
+  await loaded(style);
   const source = {
+    ready,
     runs: () => answer("runs"),
     load: (run, name) => answer("records", { run, name }),
     loadBrief: (run, name) => answer("records", { run, name, brief: 1 }),

@@ -260,6 +260,7 @@ class Page {
 
   /** Draw all figures: the charts first, since the data of one run in detail may be on their way. */
   async draw() {
+    await this.source.ready;
     const began = performance.now();
     await this.drawCharts();
     performance.measure("hesd charts", { start: began });
