@@ -170,9 +170,10 @@ def _facts(runs: Sequence[ReportedRun]) -> str:
         shared = len(set(values)) == 1 and len(runs) > 1
         cells = [f'<td colspan="{len(runs)}">{values[0]}</td>'] if shared else [f"<td>{value}</td>" for value in values]
         rows.append(f'<tr><th scope="row">{name}</th>{"".join(cells)}</tr>')
-    head = "".join(f'<th scope="col">{html.escape(run.title)}</th>' for run in runs)
+    titles = "".join(f'<th scope="col">{html.escape(run.title)}</th>' for run in runs)
     body = "\n".join(rows)
-    return f'<div class="run-facts"><table>\n<thead><tr><td></td>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    head = f"<thead><tr><td></td>{titles}</tr></thead>"
+    return f'<div class="run-facts"><table>\n{head}\n<tbody>\n{body}\n</tbody></table></div>'
 
 
 def _when(run: ReportedRun) -> str:
