@@ -251,5 +251,7 @@ def _vjp(
     if not curved:
         return [None] * len(inputs)
     outputs, directions = zip(*curved, strict=True)
+    # Directions are often views of one vector. The gradient of `view_as_complex` refuses a view with an odd offset.
+    directions = tuple(c.clone() if c.storage_offset() % 2 else c for c in directions)
     options = {"retain_graph": retain, "create_graph": create_graph, "allow_unused": True}
     return list(torch.autograd.grad(outputs, inputs, directions, **options))

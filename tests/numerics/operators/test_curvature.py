@@ -287,3 +287,51 @@ class TestBlocks:
             for ours, theirs in zip(found, expected, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=slack * float(theirs.norm()))
         assert first.risk.passes == passes + 3  # one for both, and one each
+
+
+class SpectralFilter(nn.Module):
+    """Multiplies frequencies by complex weights, which are views of real ones, as Fourier neural operators do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))  # before the weights, so that these begin at an odd place
+        self.weights = nn.Parameter(torch.randn(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        filtered = torch.fft.rfft(x) * torch.view_as_complex(self.weights)
+        return self.scale * torch.tanh(torch.fft.irfft(filtered, n=x.size(-1)))
+
+
+@pytest.mark.parametrize("matrix", ["hessian", "ggn"])
+def test_real_weights_that_are_seen_as_complex_ones(matrix: str) -> None:
+    torch.manual_seed(0)
+    module, batch = SpectralFilter().double(), (torch.randn(5, 6).double(), torch.randn(5, 6).double())
+    sizes = [p.numel() for p in module.parameters()]
+
+    def outputs_at(flat: Tensor) -> Tensor:
+        values = (part.view_as(p) for part, p in zip(flat.split(sizes), module.parameters(), strict=True))
+        named = {name: value.clone() for (name, _), value in zip(module.named_parameters(), values, strict=True)}
+        return functional_call(module, named, (batch[0],))
+
+    flat = nn.utils.parameters_to_vector(module.parameters()).detach()
+    if matrix == "hessian":
+        gradients = torch.autograd.grad(
+            F.mse_loss(module(batch[0]), batch[1]), [*module.parameters()], create_graph=True
+        )
+        rows = []
+        for index in range(len(flat)):  # of directions that are no views
+            unit = [part.clone() for part in torch.eye(len(flat), dtype=flat.dtype)[index].split(sizes)]
+            unit = [part.view_as(p) for part, p in zip(unit, module.parameters(), strict=True)]
+            row = torch.autograd.grad(gradients, [*module.parameters()], unit, retain_graph=True)
+            rows.append(nn.utils.parameters_to_vector(row))
+        dense = torch.stack(rows)
+    else:
+        jacobian = torch.autograd.functional.jacobian(outputs_at, flat).flatten(0, -2)
+        dense = 2 / len(jacobian) * jacobian.T @ jacobian
+    options = {"output_fn": outputs_of, "output_loss": squared_error} if matrix == "ggn" else {}
+    spectrum = hessian_spectrum(
+        module, [batch], lambda m, b: squared_error(m(b[0]), b), matrix=matrix, steps=len(flat), **options
+    )
+    eigenvalues = torch.linalg.eigvalsh(dense)
+    assert spectrum.lambda_max == pytest.approx(float(eigenvalues[-1]), rel=1e-9)
+    assert spectrum.lambda_min == pytest.approx(float(eigenvalues[0]), rel=1e-9, abs=1e-9)
