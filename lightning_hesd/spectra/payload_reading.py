@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from lightning_hesd.spectra.payload import SHOWN_OF_CURVATURE
@@ -12,6 +13,7 @@ from lightning_hesd.spectra.validation import (
     check_version,
     each,
     each_named,
+    each_of,
     having,
     integer,
     number,
@@ -40,26 +42,26 @@ RECORD_FIELDS: Fields = {
     "thresholds": each_named(number),
     "assessment": optional(
         having(
-            {"verdict": text, "reasons": each(text), **dict.fromkeys(("delta_r_e", "delta_k_h05"), optional(number))}
+            {"verdict": text, "reasons": each_of(str), **dict.fromkeys(("delta_r_e", "delta_k_h05"), optional(number))}
         )
     ),
     "scores": each_named(optional(number)),
     "layers": of(dict),
 }
 SPECTRUM_FIELDS: Fields = {
-    "nodes": each(number),
-    "weights": each(number),
+    "nodes": each_of(int, float),
+    "weights": each_of(int, float),
     "lambda_min": number,
     "lambda_max": number,
     **dict.fromkeys(("sigma", "loss", "c_t", "c_t_low", "c_t_high"), optional(number)),
     "type": optional(text),
 }
-LINE_FIELDS: Fields = {"distances": each(number), "losses": each(optional(number))}
+LINE_FIELDS: Fields = {"distances": each_of(int, float), "losses": each_of(int, float, NoneType)}
 LATER_FIELDS: Fields = {
-    **dict.fromkeys(("left", "right"), optional(each(number))),
+    **dict.fromkeys(("left", "right"), optional(each_of(int, float))),
     **dict.fromkeys(("lambda_min_error", "lambda_max_error", "trace_error"), optional(number)),
     "matrix": optional(text),
-    "cumulative_band": optional(having(dict.fromkeys(("points", "low", "high"), each(number)))),
+    "cumulative_band": optional(having(dict.fromkeys(("points", "low", "high"), each_of(int, float)))),
     "losses_along": optional(having(dict.fromkeys(("lambda_min", "lambda_max"), having(LINE_FIELDS)))),
 }
 """Fields that spectra of earlier releases lack."""
@@ -157,7 +159,7 @@ def _by_quantity(layers: Any) -> Any:
 
 def _check_layers(layers: Any) -> None:
     known = [key for key in (*LAYER_SCALARS, *SHOWN_OF_CURVATURE) if key in layers]
-    check_fields(layers, {"name": each(text), **dict.fromkeys(known, each(optional(number)))}, "`layers`")
+    check_fields(layers, {"name": each_of(str), **dict.fromkeys(known, each_of(int, float, NoneType))}, "`layers`")
     if any(len(layers[key]) != len(layers["name"]) for key in known):
         msg = "the lists of `layers` have several lengths."
         raise ValueError(msg)

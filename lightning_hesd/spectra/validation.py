@@ -36,16 +36,11 @@ def parsed(source: str | bytes, *, finite: bool = True) -> Any:
     """
     json_text = source.decode() if isinstance(source, bytes) else source
     try:
-        value = json.loads(
-            json_text,
-            parse_int=_integer,
-            parse_float=_finite if finite else float,
-            parse_constant=_finite if finite else float,
-        )
+        value = json.loads(json_text, parse_int=_integer)
     except RecursionError as error:
         msg = "it is nested too deeply"
         raise ValueError(msg) from error
-    _check_depth(value)
+    _check_entries(value, finite=finite)
     if "\\ud" in json_text.lower():
         # Half of a pair of surrogates is no character: it can neither be printed nor written to a file.
         json.dumps(value, ensure_ascii=False).encode()
@@ -60,23 +55,26 @@ def _integer(text: str) -> int:
     return value
 
 
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        msg = f"it has the number {text[:20]}"
-        raise ValueError(msg)
-    return value
+def _check_entries(value: Any, *, finite: bool) -> None:
+    """Check that a value is nested at most `MAX_DEPTH` levels deep and, if `finite`, that its numbers are finite.
 
-
-def _check_depth(value: Any) -> None:
-    level = [value]
+    Raises:
+        ValueError: If it is not so.
+    """
+    level = [[value]]
     for _ in range(MAX_DEPTH):
-        level = [
-            entry
-            for part in level
-            if isinstance(part, dict | list)
-            for entry in (part.values() if isinstance(part, dict) else part)
-        ]
+        below = []
+        for part in level:
+            entries = list(part.values()) if isinstance(part, dict) else part
+            kinds = {*map(type, entries)}  # most lists are of floats, and long: no loop in Python over these
+            if finite and float in kinds:
+                floats = entries if len(kinds) == 1 else [entry for entry in entries if isinstance(entry, float)]
+                if not all(map(math.isfinite, floats)):
+                    msg = "it has a number that is not finite"
+                    raise ValueError(msg)
+            if kinds & {dict, list}:
+                below += [entry for entry in entries if isinstance(entry, dict | list)]
+        level = below
         if not level:
             return
     msg = f"it is nested more than {MAX_DEPTH} levels deep"
@@ -145,6 +143,11 @@ def of(*kinds: type) -> Check:
 def each(check: Check) -> Check:
     """Return the check for lists and tuples whose entries pass a check."""
     return lambda value: isinstance(value, list | tuple) and all(map(check, value))
+
+
+def each_of(*kinds: type) -> Check:
+    """Return the check for lists whose entries have exactly some types; far faster than `each` for long ones."""
+    return lambda value: isinstance(value, list) and {*map(type, value)} <= {*kinds}
 
 
 def each_named(check: Check) -> Check:
