@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_hesd.plotting.style import OTHER, POSITIVE, RunAxis, free_corner, new_axes, typeset
+from lightning_hesd.plotting.style import NEGATIVE, OTHER, POSITIVE, RunAxis, free_corner, new_axes, typeset
 from lightning_hesd.spectra.criteria import DELTA_K_H05_THRESHOLD, DELTA_R_E_THRESHOLD
 from lightning_hesd.spectra.scalars import RECORD_SCALARS, SPECTRUM_SCALARS
 
@@ -30,37 +32,65 @@ WIDE = 10.0
 FEW = 40
 """Largest number of records that have a mark each."""
 
+MANY = 8
+"""Largest number of curves whose legend stands among them; that of more stands beside them."""
 
-def plot_scalar(history: Sequence[SpectrumRecord], key: str, ax: Axes | None = None, *, title: str = "") -> Axes:
-    """Draw a scalar of the records over a run, on generalization data, too, if these were analyzed.
+
+COLORS = (POSITIVE, OTHER, NEGATIVE, "#CC79A7", "#E69F00", "#56B4E9", "0.15")
+"""Colors of runs; more runs have the same colors with other marks."""
+
+MARKS = "os^Dv"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The values of a scalar at the positions of the records; NaN where there is none."""
+
+    label: str
+    positions: Sequence[int]
+    values: NDArray[np.float64]
+    style: Mapping[str, Any]
+
+
+def plot_scalar(
+    history: Sequence[SpectrumRecord] | Mapping[str, Sequence[SpectrumRecord]],
+    key: str,
+    ax: Axes | None = None,
+    *,
+    title: str = "",
+) -> Axes:
+    """Draw a scalar of the records over a run or over several, on generalization data, too, if these were analyzed.
 
     The axis is logarithmic for positive eigenvalues, losses and the like, if they differ by a factor of ten or more.
     The curve has a gap where the scalar is undefined. A dotted line shows the threshold of Δr_e, ΔK_H05 and the
     stability ratio.
 
     Args:
-        history: The records; over steps rather than epochs if an epoch has several.
+        history: The records, or those of several runs by the titles of the runs; over steps rather than epochs if an
+            epoch has several.
         key: Key of the scalar in logs without its prefix, such as "lambda_max", "loss" or "delta_r_e"; or the key of a
             metric of the network, such as "val_acc".
         ax: Axes to draw on; default: those of a new figure, small in inches as that of `plot_density`.
         title: Text above the figure.
 
     Raises:
-        ValueError: If no record has such a scalar or metric.
+        ValueError: If no record has such a scalar or metric, or there are no records.
     """
-    axis = RunAxis.of(history)
-    curves = {name: values for name, values in _curves(history, key).items() if np.isfinite(values).any()}
+    histories = history if isinstance(history, Mapping) else {"": history}
+    axis = RunAxis.of(*histories.values())
+    curves = _curves(histories, key, axis)
     if not curves:
-        msg = f"no record has a value of {key!r}: pass one of {', '.join(_known(history))}."
+        known = dict.fromkeys(name for records in histories.values() for name in _known(records))
+        msg = f"no record has a value of {key!r}: pass one of {', '.join(known)}."
         raise ValueError(msg)
     ax = ax or new_axes()
-    style: dict[str, Any] = {"linewidth": 1.2, "markersize": 4 if len(history) <= FEW else 0}
-    for (name, values), color, mark in zip(curves.items(), (POSITIVE, OTHER), "os", strict=False):
-        ax.plot(axis.positions, values, marker=mark, color=color, label=name, **style)
+    mark_size = 4 if len(axis.positions) <= FEW else 0
+    for curve in curves:
+        ax.plot(curve.positions, curve.values, label=curve.label, linewidth=1.2, markersize=mark_size, **curve.style)
     scalar = SPECTRUM_SCALARS.get(key) or RECORD_SCALARS.get(key)
     if key in THRESHOLDS:
         ax.axhline(THRESHOLDS[key], color="black", linestyle=":", linewidth=1, label=f"threshold {THRESHOLDS[key]:g}")
-    found = np.concatenate(list(curves.values()))
+    found = np.concatenate([curve.values for curve in curves])
     low, high = np.nanmin(found), np.nanmax(found)
     if scalar is not None and scalar.is_logarithmic and low > 0 and high >= WIDE * low:
         ax.set_yscale("log")
@@ -68,11 +98,30 @@ def plot_scalar(history: Sequence[SpectrumRecord], key: str, ax: Axes | None = N
     ax.set_ylabel(_label(scalar) if scalar else key)
     ax.set_title(title, fontsize=10)
     ax.grid(visible=True, alpha=0.3)
-    if len(curves) > 1 or key in THRESHOLDS:
-        threshold = np.full(len(history), THRESHOLDS.get(key, math.nan))
-        place = free_corner(ax, np.tile(axis.positions, len(curves) + 1), np.concatenate([found, threshold]))
+    if len(curves) > MANY:
+        ax.legend(fontsize=7, handlelength=1.6, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    elif len(curves) > 1 or key in THRESHOLDS:
+        at = np.concatenate([*(curve.positions for curve in curves), axis.positions])
+        threshold = np.full(len(axis.positions), THRESHOLDS.get(key, math.nan))
+        place = free_corner(ax, at, np.concatenate([found, threshold]))
         ax.legend(fontsize=9, framealpha=0.9, handlelength=1.6, loc=place)
     return ax
+
+
+def _curves(histories: Mapping[str, Sequence[SpectrumRecord]], key: str, axis: RunAxis) -> list[Curve]:
+    """Return the curves that have a value: each of one run in its own color, else one color for each run."""
+    curves = []
+    for number, (run, history) in enumerate(histories.items()):
+        for place, (name, values) in enumerate(_values(history, key).items()):
+            if len(histories) == 1:
+                label, style = name, {"color": COLORS[place], "marker": MARKS[place]}
+            else:
+                label = f"{run}, {name}" if place else run
+                style = {"color": COLORS[number % len(COLORS)], "marker": MARKS[number // len(COLORS) % len(MARKS)]}
+                style["linestyle"] = "--" if place else "-"
+            if np.isfinite(values).any():
+                curves.append(Curve(label, axis.positions_of(history), values, style))
+    return curves
 
 
 def _label(scalar: Scalar) -> str:
@@ -80,8 +129,8 @@ def _label(scalar: Scalar) -> str:
     return f"{typeset(scalar.title)}{unit}"
 
 
-def _curves(history: Sequence[SpectrumRecord], key: str) -> dict[str, NDArray[np.float64]]:
-    """Return the values over the records by the names of the curves; NaN where there is none."""
+def _values(history: Sequence[SpectrumRecord], key: str) -> dict[str, NDArray[np.float64]]:
+    """Return the values over the records by the data that they are of; NaN where there is none."""
     if key in RECORD_SCALARS:
         return {typeset(RECORD_SCALARS[key].title): np.array([RECORD_SCALARS[key].of(record) for record in history])}
     if key not in SPECTRUM_SCALARS:
@@ -101,5 +150,5 @@ def _known(history: Sequence[SpectrumRecord]) -> list[str]:
     return [
         key
         for key in [*SPECTRUM_SCALARS, *RECORD_SCALARS, *metrics]
-        if any(np.isfinite(values).any() for values in _curves(history, key).values())
+        if any(np.isfinite(values).any() for values in _values(history, key).values())
     ]

@@ -117,10 +117,10 @@ ROOM = 0.09
 
 @dataclass(frozen=True)
 class RunAxis:
-    """The horizontal axis of a run.
+    """The horizontal axis of one run or of several.
 
     Attributes:
-        positions: Epoch or step of each record, ascending.
+        positions: Epochs or steps of the records, ascending.
         label: "epoch" or "step".
     """
 
@@ -128,19 +128,23 @@ class RunAxis:
     label: str
 
     @classmethod
-    def of(cls, records: Sequence[SpectrumRecord]) -> RunAxis:
-        """Return epochs, or optimizer steps where an epoch has several records.
+    def of(cls, *runs: Sequence[SpectrumRecord]) -> RunAxis:
+        """Return epochs, or optimizer steps where an epoch of a run has several records; those of all runs, once each.
 
         Raises:
-            ValueError: If there are no records.
+            ValueError: If a run has no records.
         """
-        if not records:
+        if not all(runs):
             msg = "the history has no record: was anything analyzed?"
             raise ValueError(msg)
-        epochs = tuple(record.epoch for record in records)
-        if len(set(epochs)) == len(epochs):
-            return cls(epochs, "epoch")
-        return cls(tuple(record.global_step for record in records), "step")
+        by_epoch = all(len({record.epoch for record in run}) == len(run) for run in runs)
+        label = "epoch" if by_epoch else "step"
+        positions = [record.epoch if by_epoch else record.global_step for run in runs for record in run]
+        return cls(tuple(positions if len(runs) == 1 else sorted(set(positions))), label)
+
+    def positions_of(self, records: Sequence[SpectrumRecord]) -> tuple[int, ...]:
+        """Return the positions of the records of one run on this axis."""
+        return tuple(record.epoch if self.label == "epoch" else record.global_step for record in records)
 
     def name(self, position: int) -> str:
         """Return the label of a tick."""

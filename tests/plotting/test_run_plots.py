@@ -320,3 +320,22 @@ def test_a_scalar_on_generalization_data_a_threshold_and_a_metric() -> None:
     known = r"no record has a value of 'c-t': pass one of c_t, .*, delta_r_e, .*val_acc\."
     with pytest.raises(ValueError, match=known):
         plot_scalar(both, "c-t")
+
+
+def test_a_scalar_over_several_runs() -> None:
+    other = [replace(r, generalization=r.spectrum, epoch=r.epoch + 3) for r in RUN if r.spectrum is not None]
+    ax = plot_scalar({"a": RUN, "b": other}, "lambda_max")
+    drawn(ax)
+    assert labels(ax) == ["a", "b", "b, generalization data"]
+    assert [list(line.get_xdata()) for line in ax.lines] == [[-1, 0, 1, 2, 5], *[[2, 3, 5, 8]] * 2]
+    assert [line.get_linestyle() for line in ax.lines] == ["-", "-", "--"]
+    assert len({line.get_color() for line in ax.lines}) == 2
+    steps = KINDS["steps"]
+    assert plot_scalar({"a": steps, "b": RUN[1:]}, "lambda_max").get_xlabel() == "step"  # where one run needs them
+    many = {str(number): RUN for number in range(12)}
+    ax = plot_scalar(many, "lambda_max")
+    drawn(ax)
+    assert len({(line.get_color(), line.get_marker()) for line in ax.lines}) == 12
+    assert ax.get_legend().get_window_extent().x0 > ax.get_window_extent().x1  # beside the curves
+    with pytest.raises(ValueError, match="no record"):
+        plot_scalar({"a": RUN, "b": []}, "lambda_max")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import shutil
 import struct
 import time
 from pathlib import Path
@@ -129,16 +130,38 @@ def test_every_figure_in_light_colors_with_a_title_and_its_code(
 
     plt.close("all")
     assert shown == {
-        "ct": {"hesd-ct-1.pdf"},
-        "extremes": {"hesd-extremes-lambda_max-1.pdf", "hesd-extremes-lambda_min-1.pdf"},
-        "deltas": {"hesd-deltas-delta_r_e-1.pdf", "hesd-deltas-delta_k_h05-1.pdf"},
-        "loss": {"hesd-loss-loss-1.pdf"},
-        "metric": {"hesd-metric-train_acc-1.pdf"},
-        "map": {"hesd-map-1.pdf"},
-        "layers": {"hesd-layers-1.pdf"},
-        "density": {"hesd-density-spectrum-1.pdf", "hesd-density-generalization-1.pdf"},
-        "cumulative": {"hesd-cumulative-spectrum-1.pdf", "hesd-cumulative-generalization-1.pdf"},
+        "ct": {"hesd-ct.pdf"},
+        "extremes": {"hesd-extremes-lambda_max.pdf", "hesd-extremes-lambda_min.pdf"},
+        "deltas": {"hesd-deltas-delta_r_e.pdf", "hesd-deltas-delta_k_h05.pdf"},
+        "loss": {"hesd-loss-loss.pdf"},
+        "metric": {"hesd-metric-train_acc.pdf"},
+        "map": {"hesd-map.pdf"},
+        "layers": {"hesd-layers.pdf"},
+        "density": {"hesd-density-spectrum.pdf", "hesd-density-generalization.pdf"},
+        "cumulative": {"hesd-cumulative-spectrum.pdf", "hesd-cumulative-generalization.pdf"},
     }
+
+
+def test_code_of_several_runs_draws_one_figure(
+    page: Page, trained: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = page.driver.current_url
+    for run in ("a", "b"):
+        shutil.copytree(trained[0] / RUN, tmp_path / "runs" / run)
+    write_report(tmp_path / "runs", tmp_path / "report.html")
+    page.open((tmp_path / "report.html").as_uri())
+    page.until("return document.getElementById('hesd').dataset.drawn > 0")
+    monkeypatch.chdir(tmp_path)
+    for figure, made in (("ct", "c_t"), ("extremes", "lambda_max")):
+        open_export(page, figure)
+        names: dict[str, Any] = {}
+        exec(compile(page.script("return document.querySelector('dialog pre').textContent"), figure, "exec"), names)  # noqa: S102
+        assert (tmp_path / f"hesd-{figure}-{made}.pdf").is_file()
+        assert list(names["history"]) == ["a", "b"]
+        assert len([line for line in names["ax"].lines if line.get_label().startswith(("a", "b"))]) == 4
+    page.open(before)
+    page.until("return document.getElementById('hesd').dataset.drawn > 0")
+    page.script("window.print = () => { window.printed = true; }")
 
 
 def test_sizes_of_images(page: Page) -> None:

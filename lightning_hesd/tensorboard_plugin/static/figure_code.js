@@ -15,7 +15,7 @@ const BOTH_DATA = ["spectrum", "generalization"];
 
 /** By figure: the plot function, and a call for each chart, with a suffix for the name of its file. */
 const CODE = {
-  ct: () => ofHistory("plot_c_t"),
+  ct: ({ runs }) => (runs.length > 1 ? ofScalars("c_t") : ofHistory("plot_c_t")),
   extremes: () => ofScalars("lambda_max", "lambda_min"),
   deltas: () => ofScalars("delta_r_e", "delta_k_h05"),
   loss: () => ofScalars("loss"),
@@ -42,12 +42,9 @@ export function codeOf(shown, size, folders) {
   const { plot, calls } = CODE[shown.id]?.(shown) ?? { calls: [] };
   if (!calls.length) return null;
   const names = shown.runs.map((run) => JSON.parse(run.key)[1]);
-  const runs = shown.runs.map((run, index) => `    (${[run.run, folders[index], names[index]].map(quoted).join(", ")}),`);
-  const charts = calls.flatMap(([suffix, call]) => [
-    `    ax = ${call}`,
-    ...(shown.record ? [] : ["    ax.set_title(run, fontsize=10)"]),
-    `    ax.figure.savefig(f"hesd-${[shown.id, suffix].filter(Boolean).join("-")}-{number}.pdf")`,
-  ]);
+  const titles = shown.runs.map(({ run }, index) => (shown.runs.filter((other) => other.run === run).length > 1 ? `${run}, ${names[index]}` : run));
+  const loaded = titles.map((_, index) => `SpectrumHistory.load(${quoted(folders[index])}, ${quoted(names[index])})`);
+  const isOfOne = titles.length === 1;
   return [
     `# ${shown.title}`,
     "import matplotlib",
@@ -56,14 +53,14 @@ export function codeOf(shown, size, folders) {
     "",
     'matplotlib.rcParams["pdf.fonttype"] = 42  # fonts that journals accept',
     `SIZE = ${size.join(", ")}  # inches`,
-    "RUNS = [  # title, log directory, name of the callback",
-    ...runs,
-    "]",
     "",
-    "for number, (run, log_dir, name) in enumerate(RUNS, start=1):",
-    "    history = SpectrumHistory.load(log_dir, name)",
-    ...(shown.record ? [`    record = next(r for r in history if r.global_step == ${shown.record.global_step})`] : []),
-    ...charts,
+    ...(isOfOne ? [`history = ${loaded[0]}`] : ["history = {", ...titles.map((title, index) => `    ${quoted(title)}: ${loaded[index]},`), "}"]),
+    ...(shown.record ? [`record = next(r for r in history if r.global_step == ${shown.record.global_step})`] : []),
+    ...calls.flatMap(([suffix, call]) => [
+      `ax = ${call}`,
+      ...(isOfOne && !shown.record ? [`ax.set_title(${quoted(titles[0])}, fontsize=10)`] : []),
+      `ax.figure.savefig("hesd-${[shown.id, suffix].filter(Boolean).join("-")}.pdf")`,
+    ]),
     "",
   ].join("\n");
 }
