@@ -92,16 +92,20 @@ def plot_density_evolution(history: Sequence[SpectrumRecord], ax: Axes | None = 
         line = [math.nan if s is None else getattr(s, f"lambda_{name}") for s in spectra]
         marker = "o" if len(at) <= 20 else ""
         ax.plot(at, line, color=color, linewidth=1.4, marker=marker, markersize=3, path_effects=outlined, label=label)
-    failed = at[[s is None for s in spectra]]
-    if len(failed):
-        ax.plot(
-            failed, np.full(len(failed), 0.035), "x", color=NEGATIVE, markersize=6, markeredgewidth=1.6,
-            transform=ax.get_xaxis_transform(), label="failed",
-        )  # fmt: skip
+    _mark_failed(ax, at[[s is None for s in spectra]])
     axis.label_on(ax)
     ax.set_ylabel("Hessian eigenvalue" if present[0].matrix == "hessian" else f"eigenvalue, {present[0].matrix}")
     ax.legend(fontsize=8, framealpha=0.9, handlelength=1.4, loc="upper right", ncols=3, columnspacing=1.2)
     return ax
+
+
+def _mark_failed(ax: Axes, at: Array) -> None:
+    """Mark failed analyses at the bottom."""
+    if len(at):
+        ax.plot(
+            at, np.full(len(at), 0.035), "x", color=NEGATIVE, markersize=6, markeredgewidth=1.6,
+            transform=ax.get_xaxis_transform(), label="failed",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,8 @@ def plot_layers(
 
     Args:
         history: The records, or epoch -> spectra by layer, as in `SpectrumRecord.layers`; the layers of the last one
-            are drawn. Epoch -1 is the start.
+            are drawn. Epoch -1 is the start. Failed analyses are
+            marked in gray columns.
         quantity: A key of `LAYER_SCALARS`, such as "c_t" or "trace"; default: "lambda_max" where layers have spectra
             of their own, and "trace_share" where there is only what the spectrum of the network tells of them.
         ax: Axes to draw on; default: those of a new figure whose height fits the number of layers.
@@ -197,11 +202,12 @@ def plot_layers(
         found = [indicators for _, indicators in by_position]
     else:
         axis, found = _of_records(history)
-    if not found:
+    if not any(found):
         msg = "`history` has no values of layers: all analyses failed, or kept no Krylov basis (`basis='none'`)."
         raise ValueError(msg)
-    names = list(found[-1])
-    has_spectra = any(not math.isnan(indicators.lambda_max) for indicators in found[-1].values())
+    last = next(indicators for indicators in reversed(found) if indicators)
+    names = list(last)
+    has_spectra = any(not math.isnan(indicators.lambda_max) for indicators in last.values())
     scalar = LAYER_SCALARS[quantity or ("lambda_max" if has_spectra else "trace_share")]
     values = np.array([[scalar.of(f[n]) if n in f else math.nan for f in found] for n in names])
     defined = values[np.isfinite(values)]
@@ -213,6 +219,7 @@ def plot_layers(
     )  # fmt: skip
     ax.set_facecolor(UNDEFINED)
     ax.invert_yaxis()
+    _mark_failed(ax, np.array(axis.positions)[[not indicators for indicators in found]])
     prefix = common_prefix(names)
     ax.set_yticks(range(len(names)), [_shortened(name.removeprefix(prefix)) for name in names], fontsize=8)
     if prefix:
@@ -259,8 +266,10 @@ def _shortened(name: str) -> str:
 
 
 def _of_records(records: Sequence[SpectrumRecord]) -> tuple[RunAxis, list[dict[str, LayerIndicators]]]:
-    """Return the axis of the records that know layers, and the indicators of each."""
+    """Return the axis of the records that know layers or failed, and the indicators of each; {}: it failed."""
     # Layers with spectra of their own, where there are any, may be others than those of the network's spectrum.
     analyzed = [record for record in records if record.layers] or [r for r in records if r.layer_indicators]
-    axis = RunAxis.of(analyzed) if analyzed else RunAxis((), "epoch")
-    return axis, [record.layer_indicators for record in analyzed]
+    if not analyzed:
+        return RunAxis((), "epoch"), []
+    shown = [record for record in records if record.spectrum is None or any(record is one for one in analyzed)]
+    return RunAxis.of(shown), [record.layer_indicators for record in shown]

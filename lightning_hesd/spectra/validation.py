@@ -61,9 +61,9 @@ def _check_entries(value: Any, *, finite: bool) -> None:
     Raises:
         ValueError: If it is not so.
     """
-    level = [[value]]
+    level: list[Any] = [[value]]
     for _ in range(MAX_DEPTH):
-        below = []
+        below: list[Any] = []
         for part in level:
             entries = list(part.values()) if isinstance(part, dict) else part
             kinds = {*map(type, entries)}  # most lists are of floats, and long: no loop in Python over these

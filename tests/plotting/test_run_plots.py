@@ -273,12 +273,13 @@ class TestEvolution:
 
 
 class TestLayersOfAHistory:
-    def test_epochs_with_layers_only(self):
+    def test_epochs_with_layers_and_failures_only(self):
         layers = {"a": spectrum(-1.0, 2.0), "b": spectrum(-0.5, 4.0)}
-        run = [*RUN, replace(record(6, 1.0), layers=layers), replace(record(9, 1.0), layers=layers)]
+        run = [*RUN, *(replace(record(e, 1.0), layers=layers) for e in (6, 9)), replace(FAILED, epoch=10)]
         ax = plot_layers(run)
-        assert ax.collections[0].get_array().tolist() == [[2.0, 2.0], [4.0, 4.0]]
-        assert names(ax) == ["6", "9"]
+        assert ax.collections[0].get_array().tolist() == [[None, 2.0, 2.0, None], [None, 4.0, 4.0, None]]
+        assert names(ax) == ["1", "6", "9", "10"]
+        assert [line.get_xdata().tolist() for line in ax.lines] == [[1, 10]]
         assert ax.get_xlabel() == "epoch"
 
     def test_steps_where_epochs_have_several(self):

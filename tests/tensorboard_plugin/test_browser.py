@@ -733,7 +733,8 @@ def test_the_report(page: Page, runs: tuple[Path, Any], tmp_path: Path) -> None:
     best = callback.checkpoint.best
     assert f"takes epoch {best.epoch} " in page.text("[data-rule=highest_c_t]")
     assert best.path in page.text("[data-rule=highest_c_t]")
-    show_judgment(page)
+    page.script("window.dispatchEvent(new Event('beforeprint')); window.dispatchEvent(new Event('afterprint'))")
+    wait_for_judgment(page)  # which is printed before it has been in view
     expected = judge({FIRST: folder / FIRST}, "val_acc")
     assert_judged(page, expected)
     choose_metric(page, "train_acc")

@@ -28,6 +28,10 @@ export class JudgmentCard {
       this.isVisible = entries.at(-1).isIntersecting;
       this.update();
     }).observe(parts.card);
+    addEventListener("beforeprint", () => { // what is printed is seen; a report has its answers and needs no time
+      this.isVisible = true;
+      this.update();
+    });
   }
 
   /** Take the selected runs. */
