@@ -18,6 +18,7 @@ from lightning_hesd.judgment.judge import judge_payloads
 from lightning_hesd.judgment.runs import run_folders, short_names
 from lightning_hesd.spectra.decisions import rewound, run_payload
 from lightning_hesd.spectra.files import atomic_write
+from lightning_hesd.spectra.findings import findings
 from lightning_hesd.spectra.payload import SELECTIONS_NAME, record_payload
 from lightning_hesd.spectra.payload_reading import SELECTION_FIELDS, PayloadError, read_payload
 from lightning_hesd.tensorboard_plugin.assets import PLOTLY, REPORT, REPORT_STYLE, SHARED, STYLE, content
@@ -112,9 +113,11 @@ def _read(log_dir: str, name: str, title: str) -> ReportedRun:
     if not history:
         msg = f"the history in {log_dir} has no records yet."
         raise ValueError(msg)
-    compared = [history.compare_with_reference(index) for index in range(len(history))]
-    records = [record_payload(record, compared=found) for record, found in zip(history, compared, strict=True)]
-    records[-1] = record_payload(history[-1], history.findings, compared[-1])
+    # The findings of each state are those that training had then: they explain its badges.
+    records = [
+        record_payload(record, findings(history[: index + 1]), history.compare_with_reference(index))
+        for index, record in enumerate(history)
+    ]
     own = joined(log_dir, name)
     location = own if exists(joined(own, INDEX_NAME)) else log_dir
     with fetched(location) as folder:

@@ -43,12 +43,12 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         *(f"- {cost.evidence}", f"  certain; next: {cost.action}"),
     ]
 
-    # Each payload has the findings as of then; the report has those of the whole run, with its last record.
+    # Each payload has the findings as of then, in the tab and in the report.
     _, data = Tab(tmp_path).get("records", run="run", name="hesd")
     expected: list[Any] = [[asdict(f) for f in findings(callback.history[:end])] for end in (1, 2, 3)]
     assert [record["findings"] for record in data["records"]] == expected
     assert expected[-1] == [asdict(short_run)]
-    assert [r["findings"] for r in run_data(tmp_path / "run")["records"]] == [[], [], expected[-1]]
+    assert [record["findings"] for record in run_data(tmp_path / "run")["records"]] == expected
 
 
 def test_every_title_is_documented() -> None:
