@@ -97,7 +97,7 @@ class Rule:
         else:
             # The rule is that of T in the basis of its Ritz vectors, without those that have converged, with one more
             # row that makes the threshold an eigenvalue. First times last components of Ritz vectors alternate in sign.
-            start = ((-1.0) ** rest * np.sqrt(weights))[others]
+            start: Array = np.where(rest % 2, -1.0, 1.0)[others] * np.sqrt(weights[others])
             at = float(start @ (free / gaps)) ** 2 / (1 + float((free / gaps) @ (free / gaps)))
             below = max((float(start @ start) - at - _sign(gaps, free, start)) / 2, 0.0)
             up_to = below + at + float(weights[~others].sum())  # T itself may have that node, too
