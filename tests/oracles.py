@@ -47,7 +47,7 @@ def dense_hessian(
 
     point = torch.cat([p.detach().flatten() for p in chosen.values()])
     with sdpa_kernel(SDPBackend.MATH):
-        return torch.autograd.functional.hessian(mean_loss, point)
+        return torch.autograd.functional.hessian(mean_loss, point, vectorize=True)
 
 
 def eigenvalues(*problem: Any, **options: Any) -> np.ndarray:

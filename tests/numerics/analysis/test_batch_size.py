@@ -40,7 +40,7 @@ def is_merged(spectrum: Spectrum) -> bool:
     return "merged" in spectrum.strategy_reason
 
 
-@pytest.mark.parametrize("strategy", ["auto", "graph", "recompute", "finite_difference"])
+@pytest.mark.parametrize("strategy", ["auto", "recompute", "finite_difference"])
 def test_a_mean_over_samples_is_merged_and_the_spectrum_stays_the_same(
     network: nn.Sequential, batches: list[list[Tensor]], strategy: Any
 ) -> None:

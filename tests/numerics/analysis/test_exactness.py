@@ -15,7 +15,6 @@ from tests import cases, example_spectra, oracles
 # Of the spectral radius. float64: nothing but rounding. float32: the weights and data are the same numbers, so that
 # nothing but the rounding of the products differs.
 ACCURACY = {torch.float64: 1e-8, torch.float32: 1e-4}
-STRATEGIES = ("graph", "recompute")
 
 
 def every_eigenvalue(spectrum: Spectrum) -> np.ndarray:
@@ -26,61 +25,37 @@ def every_eigenvalue(spectrum: Spectrum) -> np.ndarray:
 
 @pytest.mark.parametrize("name", cases.NAMES)
 @pytest.mark.parametrize("dtype", ACCURACY)
-class TestAgainstDenseHessians:
-    def test_as_many_steps_as_parameters_find_every_distinct_eigenvalue(self, name, dtype):
-        true = oracles.case_eigenvalues(name)
-        radius = np.abs(true).max()
-        problem = cases.make(name, dtype)
-        spectrum = hessian_spectrum(*problem, steps=len(true))
-        slack = ACCURACY[dtype] * radius
-        assert spectrum.dimension == len(true)
-        assert spectrum.num_samples == sum(len(batch[0]) for batch in problem.batches)
-        assert spectrum.lambda_min == pytest.approx(true[0], rel=0, abs=slack)
-        assert spectrum.lambda_max == pytest.approx(true[-1], rel=0, abs=slack)
-        assert spectrum.c_t == pytest.approx(true[0] / true[-1], rel=0, abs=ACCURACY[dtype] * radius / true[-1])
-        assert oracles.hausdorff(every_eigenvalue(spectrum), true) <= slack
-        assert true[0] < -100 * slack  # negative curvature beyond doubt: a Gauss-Newton matrix would not do
-        with torch.no_grad():
-            losses = [float(problem.loss_fn(problem.module.eval(), batch)) for batch in problem.batches]
-        assert spectrum.verified == "yes"
-        assert spectrum.asymmetry < 20 * torch.finfo(dtype).eps
-        mean = np.average(losses, weights=[len(batch[0]) for batch in problem.batches])
-        assert spectrum.loss == pytest.approx(mean, rel=1e-12 if dtype == torch.float64 else 1e-6)
-
-    def test_the_extremes_lie_within_the_stated_errors(self, name, dtype):
-        # Few steps, in which the outermost eigenvalues are already told from the rest.
-        true = oracles.case_eigenvalues(name)
-        radius = np.abs(true).max()
-        rounding = ACCURACY[dtype] * radius
-        problem = cases.make(name, dtype)
-        certified = 0
-        for steps in (8, 16, 24):
-            spectrum = hessian_spectrum(*problem, steps=steps)
-            assert true[0] <= spectrum.lambda_min + rounding
-            assert true[-1] >= spectrum.lambda_max - rounding
-            for node, residual in zip(spectrum.nodes[0], spectrum.residuals[0], strict=True):
-                assert np.abs(true - node).min() <= residual + rounding
-            # Residuals smaller than half the gaps tell that these are the outermost ones.
-            gap_min, gap_max = true[1] - true[0], true[-1] - true[-2]
-            if spectrum.lambda_min_error < gap_min / 2 and spectrum.lambda_max_error < gap_max / 2:
-                assert spectrum.lambda_min - true[0] <= spectrum.lambda_min_error
-                assert true[-1] - spectrum.lambda_max <= spectrum.lambda_max_error
-                low, high = spectrum.c_t_interval
-                assert low <= true[0] / true[-1] <= high
-                certified += 1
-        assert certified >= 1
+def test_as_many_steps_as_parameters_find_every_distinct_eigenvalue(name, dtype):
+    """How accurate few steps are is in `operators/test_strategies.py` and `test_coverage.py`."""
+    true = oracles.case_eigenvalues(name)
+    radius = np.abs(true).max()
+    problem = cases.make(name, dtype)
+    spectrum = hessian_spectrum(*problem, steps=len(true))
+    slack = ACCURACY[dtype] * radius
+    assert spectrum.dimension == len(true)
+    assert spectrum.num_samples == sum(len(batch[0]) for batch in problem.batches)
+    assert spectrum.lambda_min == pytest.approx(true[0], rel=0, abs=slack)
+    assert spectrum.lambda_max == pytest.approx(true[-1], rel=0, abs=slack)
+    assert spectrum.c_t == pytest.approx(true[0] / true[-1], rel=0, abs=ACCURACY[dtype] * radius / true[-1])
+    assert oracles.hausdorff(every_eigenvalue(spectrum), true) <= slack
+    assert true[0] < -100 * slack  # negative curvature beyond doubt: a Gauss-Newton matrix would not do
+    with torch.no_grad():
+        losses = [float(problem.loss_fn(problem.module.eval(), batch)) for batch in problem.batches]
+    assert spectrum.verified == "yes"
+    assert spectrum.asymmetry < 20 * torch.finfo(dtype).eps
+    mean = np.average(losses, weights=[len(batch[0]) for batch in problem.batches])
+    assert spectrum.loss == pytest.approx(mean, rel=1e-12 if dtype == torch.float64 else 1e-6)
 
 
 class TestClosedForms:
     """What a comparison of autograd with autograd cannot catch."""
 
     @pytest.mark.parametrize("dtype", ACCURACY)
-    @pytest.mark.parametrize("outputs", [1, 3])
-    def test_linear_regression(self, dtype, outputs):
-        problem = cases.regression((7, 4), inputs=6, outputs=outputs, dtype=dtype)
+    def test_linear_regression(self, dtype):
+        problem = cases.regression((7, 4), inputs=6, outputs=3, dtype=dtype)
         x = torch.cat([batch[0] for batch in problem.batches]).double().numpy()
         # Mean over samples and outputs; every output has the same block.
-        true = np.linalg.eigvalsh(2 * x.T @ x / (len(x) * outputs))
+        true = np.linalg.eigvalsh(2 * x.T @ x / (len(x) * 3))
         spectrum = hessian_spectrum(*problem)
         assert oracles.hausdorff(every_eigenvalue(spectrum), true) <= ACCURACY[dtype] * true[-1]
         assert spectrum.c_t == 0.0
@@ -133,8 +108,8 @@ def softmax_head(inputs: int, classes: int, samples: int, seed: int) -> cases.Pr
     return cases.Problem(module, [(x, torch.randint(classes, (samples,), generator=generator))], cases.cross_entropy)
 
 
-REGRESSIONS = [((8,), 30, 2), ((64, 3), 200, 3), ((30,), 300, 1), ((100,), 1000, 10)]
-SOFTMAX_HEADS = [(30, 3, 5), (200, 10, 12), (500, 10, 30), (1000, 5, 40)]
+REGRESSIONS = [((8,), 30, 2), ((100,), 1000, 10)]
+SOFTMAX_HEADS = [(30, 3, 5), (1000, 5, 40)]
 
 
 class TestRounding:
@@ -161,7 +136,7 @@ class TestRounding:
 
     @pytest.mark.parametrize(("weights", "vectors"), [(torch.float64, torch.float32), (torch.float32, torch.float64)])
     def test_the_coarser_of_weights_and_vectors_counts(self, weights, vectors):
-        for seed in range(5):
+        for seed in range(3):
             problem = cases.regression((8,), inputs=30, outputs=2, dtype=weights, seed=seed)
             assert hessian_spectrum(*problem, dtype=vectors).c_t == 0.0
 
@@ -213,8 +188,7 @@ class TestBatches:
         assert oracles.hausdorff(every_eigenvalue(spectrum), true) <= 1e-10 * np.abs(true).max()
         assert spectrum.num_samples == sum(len(batch[0]) for batch in batches)
 
-    @pytest.mark.parametrize("strategy", STRATEGIES)
-    @pytest.mark.parametrize("attached", [True, False])
+    @pytest.mark.parametrize(("attached", "strategy"), [(True, "graph"), (False, "recompute")])
     def test_a_batch_without_influence_counts_in_the_mean(self, attached, strategy):
         module, batches, loss_fn = cases.make("mlp")
         idle = (torch.full_like(batches[0][0][:2], torch.inf), batches[0][1][:2])
@@ -262,8 +236,7 @@ class TestTrace:
         third = np.mean([float(v @ hessian @ hessian @ hessian @ v) for v in units])
         assert spectrum.moment(3) == pytest.approx(third, rel=0, abs=1e-12 * second)
 
-    @pytest.mark.parametrize("steps", [1, 2, 5])
-    @pytest.mark.parametrize("probe", ["gaussian", "rademacher"])
+    @pytest.mark.parametrize(("probe", "steps"), [("gaussian", 1), ("gaussian", 5), ("rademacher", 2)])
     def test_and_its_stated_error_are_right_for_one_probe_and_for_many(self, probe, steps):
         module, batches, loss_fn = cases.make("mlp")
         hessian = oracles.dense_hessian(module, batches[:1], loss_fn)
@@ -298,6 +271,8 @@ class TestProbes:
         one, other = (hessian_spectrum(*cases.make("mlp"), steps=6, seed=seed) for seed in (0, 1))
         np.testing.assert_array_equal(one.nodes, spectrum.nodes[:1])
         assert one.trace != other.trace
+        assert spectrum.gradient_equivalents is None  # few products: a gradient would take too much of their time
+        assert hessian_spectrum(*cases.make("mlp"), steps=20, probes=3).gradient_equivalents > 0
 
     def test_the_record_says_how_it_was_made(self):
         spectrum = hessian_spectrum(
@@ -305,11 +280,7 @@ class TestProbes:
         )
         assert (spectrum.steps, spectrum.seed, spectrum.probe, spectrum.mode) == (4, 5, "rademacher", "keep")
         assert (spectrum.confidence, spectrum.matrix, spectrum.tolerance) == (0.9, "hessian", None)
-        assert spectrum.reorthogonalized is True
-        assert spectrum.reason is None
         assert spectrum.seconds > 0
-        assert spectrum.gradient_equivalents is None  # few products: a gradient would take too much of their time
-        assert hessian_spectrum(*cases.make("mlp"), steps=20, probes=3).gradient_equivalents > 0
 
 
 class TestParameters:
@@ -386,10 +357,9 @@ class TestModes:
 
 
 class TestUndefined:
-    @pytest.mark.parametrize("strategy", STRATEGIES)
-    def test_a_loss_linear_in_the_parameters_has_no_criteria(self, strategy):
+    def test_a_loss_linear_in_the_parameters_has_no_criteria(self):
         module, batches, _ = cases.regression((4, 3), inputs=3, outputs=2, dtype=torch.float64)
-        spectrum = hessian_spectrum(module, batches, lambda m, batch: m(batch[0]).mean(), strategy=strategy)
+        spectrum = hessian_spectrum(module, batches, lambda m, batch: m(batch[0]).mean())
         assert (spectrum.lambda_min, spectrum.lambda_max) == (0.0, 0.0)
         assert math.isnan(spectrum.c_t)
         assert spectrum.reason is not None
@@ -415,7 +385,7 @@ class TestUndefined:
         assert (spectrum.hesd_type, spectrum.type_certain, spectrum.r_e) == ("MN", True, math.inf)
         assert spectrum.converged
 
-    @pytest.mark.parametrize("exponent", [-60, -18, 18, 60])
+    @pytest.mark.parametrize("exponent", [-60, 60])
     def test_criteria_do_not_depend_on_the_scale_of_the_loss(self, exponent):
         module, batches, loss_fn = cases.make("mlp")
         expected = hessian_spectrum(module, batches, loss_fn)
