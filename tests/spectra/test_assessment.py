@@ -138,11 +138,7 @@ def test_undecided_where_c_t_is_undefined(place: str) -> None:
     [
         (replace(TRAIN, tolerance=0.05), TRAIN, "without `tolerance`"),
         (TRAIN, replace(TRAIN, tolerance="type"), "without `tolerance`"),
-        (
-            TRAIN,
-            spectrum(-0.1, 0.2, 0.5, 1.0),
-            "the numbers of Lanczos steps differ, (3,) on the training",
-        ),
+        (TRAIN, spectrum(-0.1, 0.2, 0.5, 1.0), "the numbers of Lanczos steps differ, (3,) on the training"),
     ],
 )
 def test_k_h05_of_unlike_steps_is_left_out(train: Spectrum, other: Spectrum, why: str) -> None:

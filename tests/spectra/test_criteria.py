@@ -208,10 +208,7 @@ class TestKH:
             criteria.k_h(np.array([[1.0]]), np.array([[1.0]]), n)
 
     @reproducibly
-    @given(
-        nodes=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=8),
-        scale=st.floats(1e-6, 1e6),
-    )
+    @given(nodes=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=8), scale=st.floats(1e-6, 1e6))
     def test_does_not_depend_on_the_scale_of_the_loss(self, nodes, scale):
         theta = np.array([nodes])
         theta[np.abs(theta) < 1e-100] = 0.0  # products of subnormal numbers lose digits

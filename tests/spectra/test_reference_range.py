@@ -172,14 +172,7 @@ def test_unknown_quantities_are_not_compared(norm: float | None, start: float | 
 
 def test_phases_go_by_the_loss_that_is_left() -> None:
     losses = (2.0, 2.5, 1.01, 1.0, 0.2, 0.19)
-    assert [phase_by_loss(loss, 2.0) for loss in losses] == [
-        "start",
-        "early",
-        "early",
-        "middle",
-        "middle",
-        "late",
-    ]
+    assert [phase_by_loss(loss, 2.0) for loss in losses] == ["start", "early", "early", "middle", "middle", "late"]
     assert [phase_by_loss(1.0, start) for start in (None, 0.0, -1.0)] == [None] * 3
     assert phase_by_loss(math.nan, 2.0) is None
 

@@ -102,11 +102,7 @@ class TestOptions:
     [
         (nn.Linear(2, 1).requires_grad_(False), {}, r"`module` \(Linear\) has no parameter that requires grad"),
         (nn.Tanh(), {}, r"`module` \(Tanh\) has no parameter that requires grad"),
-        (
-            nn.Linear(2, 1),
-            {"parameters": lambda *_: False},
-            "leaves none of the 2 parameters: weight, bias",
-        ),
+        (nn.Linear(2, 1), {"parameters": lambda *_: False}, "leaves none of the 2 parameters: weight, bias"),
         (nn.Linear(2, 1, dtype=torch.complex64), {}, r"parameter 'weight' is complex \(torch\.complex64\)"),
         (
             nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1, device="meta")),

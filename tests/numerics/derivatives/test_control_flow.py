@@ -163,9 +163,5 @@ def test_associative_scan_as_accelerators_are_given_it() -> None:
 
 def test_another_signature_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(control_flow._EAGER, "scan", lambda combine_fn, init: None)
-    with (
-        Replacements(),
-        torch.compiler.set_stance("force_eager"),
-        pytest.raises(RuntimeError, match="Write the loop"),
-    ):
+    with Replacements(), torch.compiler.set_stance("force_eager"), pytest.raises(RuntimeError, match="Write the loop"):
         by_scan(Net(), X)

@@ -31,11 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ignored": {"ignore_index": 2},
     "smoothed": {"label_smoothing": 0.3, "ignore_index": -100},
     "weighted": {"weight": torch.tensor([0.5, 2.0, 0.0, 3.0]).double()},
-    "all": {
-        "weight": torch.tensor([0.5, 0.0, 2.0, 3.0]).double(),
-        "label_smoothing": 0.2,
-        "ignore_index": 1,
-    },
+    "all": {"weight": torch.tensor([0.5, 0.0, 2.0, 3.0]).double(), "label_smoothing": 0.2, "ignore_index": 1},
 }
 
 

@@ -89,11 +89,7 @@ BATCHES: dict[str, tuple[Any, Any, Any]] = {
     "list": ([X, Y], lambda b: [b[0], b[1]], lambda b: []),
     "named tuple": (Pair(X, Y), lambda b: [b.x, b.y], lambda b: []),
     "dict": ({"x": X, "y": Y}, lambda b: [b["x"], b["y"]], lambda b: []),
-    "ordered dict": (
-        collections.OrderedDict(x=X, y=Y),
-        lambda b: [b["x"], b["y"]],
-        lambda b: [],
-    ),
+    "ordered dict": (collections.OrderedDict(x=X, y=Y), lambda b: [b["x"], b["y"]], lambda b: []),
     "dataclass": (Record(X, "train"), lambda b: [b.x], lambda b: [b.name]),
     "array": ((X, Z), lambda b: [b[0], b[1]], lambda b: []),
     "nested": (
@@ -123,11 +119,7 @@ BATCHES: dict[str, tuple[Any, Any, Any]] = {
         lambda b: [b["x"], np.array(b["names"]), torch.tensor([float(len(box)) for box in b["boxes"]])],
         lambda b: [],
     ),
-    "common things": (
-        (X, COMMON, 0.5, None, "text", torch.tensor(3.0)),
-        lambda b: [b[0]],
-        lambda b: list(b[1:]),
-    ),
+    "common things": ((X, COMMON, 0.5, None, "text", torch.tensor(3.0)), lambda b: [b[0]], lambda b: list(b[1:])),
 }
 
 

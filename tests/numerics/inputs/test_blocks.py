@@ -125,11 +125,7 @@ class TestChosenBlocks:
             (["a", "a.0"], ValueError, "`layers` has 'a.0' and a module that it is part of"),
             ([3], TypeError, "`layers` must hold names, patterns and classes of modules, got 3"),
             (3, TypeError, "`layers` must be 'auto', names, patterns or classes of modules, or a function, got 3"),
-            (
-                lambda name, p: 1,
-                TypeError,
-                "must return the name of a parameter's block or None, got 1 for 'a.0",
-            ),
+            (lambda name, p: 1, TypeError, "must return the name of a parameter's block or None, got 1 for 'a.0"),
             (lambda name, p: None, ValueError, "`layers` leaves no block with parameters"),
             ("a.1", ValueError, "`layers` leaves no block with parameters"),
         ],

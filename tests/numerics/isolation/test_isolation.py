@@ -167,8 +167,7 @@ class TestTrainingMode:
 
     @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
     @pytest.mark.parametrize(
-        ("loss", "scripted"),
-        [(squared_error, False), (on_two_batches_at_once, False), (on_two_batches_at_once, True)],
+        ("loss", "scripted"), [(squared_error, False), (on_two_batches_at_once, False), (on_two_batches_at_once, True)]
     )
     def test_batch_norm(self, loss, scripted):
         expected = hessian_spectrum(seeded(without_statistics), make_batches(3), loss, steps=12, mode="train")

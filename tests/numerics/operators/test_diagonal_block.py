@@ -105,11 +105,7 @@ class TestSumOverRanks:
 
         problem = cases.make("mlp")
         operator = make_operator(
-            "mlp",
-            "recompute",
-            loss_fn=loss,
-            parameters=list(problem.module.parameters()),
-            collectives=StandIn(),
+            "mlp", "recompute", loss_fn=loss, parameters=list(problem.module.parameters()), collectives=StandIn()
         )
         (v,) = vectors(43, 1)
         assert operator.matvec(v).isnan().all()

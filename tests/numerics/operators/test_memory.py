@@ -204,10 +204,7 @@ def convolutions() -> nn.Module:
 
 # How the module is made, and the shape of its samples.
 MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "MLP": (
-        lambda: nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 2)),
-        (20,),
-    ),
+    "MLP": (lambda: nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 2)), (20,)),
     "convolutions": (convolutions, (2, 8, 8)),
     "attention": (attention, (12, 16)),
 }
@@ -270,10 +267,7 @@ class TestBudget:
             np.testing.assert_allclose(other.nodes, ample.nodes, rtol=0, atol=10 * slack)
             assert other.c_t == pytest.approx(ample.c_t, rel=1e-5)
 
-    @pytest.mark.parametrize(
-        ("share", "basis", "probes"),
-        [(0.4, "none", 1), (0.6, "device", 3), (2.0, "device", 1)],
-    )
+    @pytest.mark.parametrize(("share", "basis", "probes"), [(0.4, "none", 1), (0.6, "device", 3), (2.0, "device", 1)])
     def test_is_kept(self, name, share, basis, probes):
         # Of what all graphs would need: with some of them recomputed, and with none.
         ample = self.analyze(name, GIB, basis=basis, probes=probes)
