@@ -73,7 +73,7 @@ def bounds_hold(matrix: np.ndarray, found: dict[str, LayerCurvature], slack: flo
 
 
 class TestTraces:
-    @pytest.mark.parametrize(("steps", "probes", "seeds"), [(40, 1, 12), (40, 3, 4), (2, 1, 10), (5, 1, 10)])
+    @pytest.mark.parametrize(("steps", "probes", "seeds"), [(40, 1, 8), (40, 3, 3), (2, 1, 8)])
     def test_errors_cover(self, steps, probes, seeds):
         within = [
             abs(layer.trace - np.trace(block)) <= 2 * layer.trace_error
@@ -114,8 +114,8 @@ class TestTraces:
             for block, layer in zip(blocks(matrix), analyze(matrix, seed, dtype=dtype).values(), strict=True):
                 assert abs(layer.trace - np.trace(block)) <= 2 * layer.trace_error <= 2000 * torch.finfo(dtype).eps
 
-    @pytest.mark.parametrize("steps", [2, 10, 40])
-    @pytest.mark.parametrize("name", MATRICES)
+    @pytest.mark.parametrize("steps", [2, 40])
+    @pytest.mark.parametrize("name", ["Gauss-Newton", "negative", "zero"])
     def test_of_all_layers_add_up(self, name, steps):
         found = analyze(MATRICES[name], steps=steps).values()
         total = sum(layer.trace for layer in found)
@@ -150,19 +150,17 @@ class TestEigenvectors:
 
 
 class TestBounds:
-    @pytest.mark.parametrize(("steps", "probes"), [(40, 1), (12, 1), (3, 1), (20, 3)])
-    def test_cover(self, steps, probes):
+    @pytest.mark.parametrize(
+        ("steps", "probes", "dtype"), [(40, 1, torch.float32), (12, 1, torch.float64), (3, 1, torch.float64)]
+    )
+    def test_cover(self, steps, probes, dtype):
         held = [
             holds
             for matrix in MATRICES.values()
             for seed in range(3)
-            for holds in bounds_hold(matrix, analyze(matrix, seed, steps, probes))
+            for holds in bounds_hold(matrix, analyze(matrix, seed, steps, probes, dtype))
         ]
         assert np.mean(held) >= 0.95
-
-    def test_in_float32(self):
-        for name in ("outliers", "Gauss-Newton", "both signs"):
-            assert all(bounds_hold(MATRICES[name], analyze(MATRICES[name], dtype=torch.float32)))
 
     def test_are_narrow_where_eigenvalues_have_converged(self):
         for name in ("outliers", "Gauss-Newton", "power law"):
@@ -205,8 +203,9 @@ class TestBounds:
         ]
         assert np.mean(held) >= 0.95
 
-    @pytest.mark.parametrize("signs", ["positive", "negative", "both"])
-    @pytest.mark.parametrize("size", [1, 3, 6, 7, 20, 28])
+    @pytest.mark.parametrize(
+        ("size", "signs"), [(1, "both"), (6, "positive"), (6, "negative"), (7, "both"), (20, "negative"), (28, "both")]
+    )
     def test_hold_for_every_remainder(self, size, signs):
         # Weyl's inequalities for six pairs, and a remainder with eigenvalues between -0.5 and 0.2.
         rng = np.random.default_rng(5)
