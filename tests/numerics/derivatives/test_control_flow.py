@@ -142,11 +142,10 @@ def test_spectrum_is_that_of_the_function_written_out(name: str, strategy: Any) 
     torch.testing.assert_close(*nodes, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["scan", "cond", "map"])
-def test_gradient_penalties(name: str) -> None:
+def test_gradient_penalties() -> None:
     found = [
         hessian_spectrum(Net(), [X], partial(penalty, function), steps=6, strategy="graph").nodes
-        for function in PAIRS[name]
+        for function in PAIRS["scan"]
     ]
     torch.testing.assert_close(*map(torch.tensor, found), rtol=1e-9, atol=1e-9)
 
