@@ -160,14 +160,12 @@ class TestLoss:
         with pytest.raises(TypeError, match=rf"`loss_fn` must return {said}"):
             self.analyze(lambda module, batch: value)
 
-    @pytest.mark.parametrize("shape", [(1,), (1, 1)])
     @pytest.mark.parametrize("strategy", STRATEGIES)
-    def test_one_element_will_do(self, shape, strategy):
-        spectrum = self.analyze(lambda module, batch: module(batch[0]).square().mean().reshape(shape), strategy)
+    def test_one_element_will_do(self, strategy):
+        spectrum = self.analyze(lambda module, batch: module(batch[0]).square().mean().reshape(1, 1), strategy)
         assert spectrum.lambda_max > 0
 
-    @pytest.mark.parametrize(("value", "said"), [(math.nan, "nan"), (math.inf, "inf")])
-    @pytest.mark.parametrize("bad", [0, 2])
+    @pytest.mark.parametrize(("value", "said", "bad"), [(math.nan, "nan", 0), (math.inf, "inf", 2)])
     def test_must_be_finite(self, value, said, bad):
         def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
             usual = cases.squared_error(module, batch)
@@ -176,8 +174,7 @@ class TestLoss:
         with pytest.raises(ArithmeticError, match=rf"the loss of batch {bad} is -?{said}"):
             self.analyze(loss)
 
-    @pytest.mark.parametrize("bad", [0, 1])
-    @pytest.mark.parametrize("strategy", STRATEGIES)
+    @pytest.mark.parametrize(("bad", "strategy"), [(0, "graph"), (1, "recompute")])
     def test_products_must_be_finite(self, bad, strategy):
         # The root of a sum of squares has no second derivative at zero; its value there is a finite zero.
         def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -190,12 +187,10 @@ class TestLoss:
             self.analyze(loss, strategy)
 
     @pytest.mark.parametrize("scale", [1e20, 1e30])
-    @pytest.mark.parametrize("strategy", STRATEGIES)
-    def test_products_whose_squared_length_is_not_finite_are_scaled(self, scale, strategy):
+    def test_products_whose_squared_length_is_not_finite_are_scaled(self, scale):
         module, batches, _ = cases.make("mlp", torch.float32)
         found, usual = (
-            hessian_spectrum(module, batches, lambda m, b, c=c: c * cases.cross_entropy(m, b), strategy=strategy)
-            for c in (scale, 1.0)
+            hessian_spectrum(module, batches, lambda m, b, c=c: c * cases.cross_entropy(m, b)) for c in (scale, 1.0)
         )
         assert found.c_t == pytest.approx(usual.c_t, rel=1e-4)
         assert found.lambda_max == pytest.approx(scale * usual.lambda_max, rel=1e-4)
@@ -211,7 +206,7 @@ class TestTwiceDifferentiable:
     BATCH = (torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(4, 1))
 
     @pytest.mark.parametrize("strategy", STRATEGIES)
-    @pytest.mark.parametrize("place", [1, 2, 3])
+    @pytest.mark.parametrize("place", [1, 3])
     def test_a_function_differentiable_once_is_refused_wherever_it_is(self, place, strategy):
         module = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))
         module.insert(place, OnceDifferentiable())
