@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_hesd.sample_size.sample_losses import per_sample_losses, read_batches
-from tests import cases
 
 SIZES = (5, 3, 1)
 
@@ -40,8 +39,7 @@ def mean(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(module(batch[0]), batch[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("loss_fn", [each, mean])
+@pytest.mark.parametrize(("loss_fn", "dtype"), [(each, torch.float32), (mean, torch.float64)])
 def test_are_those_of_the_samples_one_by_one(loss_fn: Any, dtype: torch.dtype) -> None:
     module = network(dtype).eval()
     found = per_sample_losses(module, batches(dtype), loss_fn)
@@ -68,16 +66,6 @@ def test_a_mean_is_taken_apart_in_any_structure() -> None:
     )
 
 
-@pytest.mark.parametrize("name", cases.NAMES)
-def test_their_mean_is_the_loss_of_the_analysis(name: str) -> None:
-    module, data, loss_fn = cases.make(name)
-    module.eval()
-    losses = per_sample_losses(module, data, loss_fn)
-    sizes = [len(batch[0]) for batch in data]
-    total = sum(size * loss_fn(module, batch).item() for size, batch in zip(sizes, data, strict=True)) / sum(sizes)
-    assert losses.mean() == pytest.approx(total, rel=1e-12)
-
-
 def test_each_way_costs_what_the_docstring_says() -> None:
     calls: list[int] = []
 
@@ -97,8 +85,7 @@ def test_each_way_costs_what_the_docstring_says() -> None:
 
 
 class TestState:
-    @pytest.mark.parametrize("fails", [False, True])
-    @pytest.mark.parametrize("mode", ["eval", "train", "keep"])
+    @pytest.mark.parametrize(("mode", "fails"), [("eval", True), ("train", False), ("keep", True)])
     def test_is_put_back(self, mode: Any, fails: bool) -> None:
         module = nn.Sequential(network(), nn.BatchNorm1d(3).double()).train()
         module[0].eval()

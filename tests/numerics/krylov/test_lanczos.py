@@ -162,16 +162,10 @@ class TestBreakdown:
         assert torch.equal(start, before)
 
 
-class TestErrors:
-    @pytest.mark.parametrize("steps", [0, -1])
-    def test_at_least_one_step(self, steps):
-        with pytest.raises(ValueError, match=rf"`steps` must be at least 1, got {steps}"):
-            lanczos(lambda vector: vector, torch.ones(3), steps)
-
-    @pytest.mark.parametrize("value", [0.0, float("inf"), float("nan")])
-    def test_the_start_vector_must_have_a_direction(self, value):
-        with pytest.raises(ValueError, match=r"`start` must be finite and not zero"):
-            lanczos(lambda vector: vector, torch.full((3,), value), 2)
+@pytest.mark.parametrize("value", [0.0, float("inf"), float("nan")])
+def test_the_start_vector_must_have_a_direction(value):
+    with pytest.raises(ValueError, match=r"`start` must be finite and not zero"):
+        lanczos(lambda vector: vector, torch.full((3,), value), 2)
 
 
 class _Elsewhere(str):
@@ -198,10 +192,10 @@ def assert_same_rule(first: Lanczos, second: Lanczos, rounding: float) -> None:
 
 
 class TestCheckInterval:
-    @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("name", SPECTRA)
-    def test_late_checks_change_nothing_but_the_number_of_products(self, name, dtype):
+    def test_late_checks_change_nothing_but_the_number_of_products(self, name):
         spectrum, distinct = SPECTRA[name]
+        dtype = torch.float32
         matrix, start = make_matrix(spectrum, dtype), make_start(len(spectrum), dtype)
         at_once = lanczos(Times(matrix), start, steps=1000)
         matvec = Times(matrix)
@@ -221,8 +215,7 @@ class TestCheckInterval:
         assert matvec.calls == steps
         assert_same_rule(late, at_once, rounding_threshold(5.0, torch.finfo(torch.float64).eps, 30))
 
-    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    @pytest.mark.parametrize("bad_step", [1, 3])
+    @pytest.mark.parametrize(("value", "bad_step"), [(float("nan"), 1), (float("inf"), 3)])
     @pytest.mark.parametrize("on_accelerator", [False, True])
     def test_a_non_finite_product_names_the_step_and_hands_out_the_vector(self, value, bad_step, on_accelerator):
         matrix, vectors = make_matrix(SPECTRA["indefinite"][0], torch.float64), []
@@ -290,8 +283,8 @@ class TestStopping:
         assert asked == [STEPS_BETWEEN_CHECKS, 2 * STEPS_BETWEEN_CHECKS]
 
 
-@pytest.mark.parametrize("spectrum", [SPECTRA["indefinite"][0], SPECTRA["clustered"][0]])
-def test_products_of_the_caller_give_what_a_run_gives(spectrum):
+def test_products_of_the_caller_give_what_a_run_gives():
+    spectrum = SPECTRA["clustered"][0]
     matrix, start = make_matrix(spectrum, torch.float64), make_start(len(spectrum))
     whole = lanczos(Times(matrix), start, steps=12)
     found, vectors, has_ended = Lanczos(Times(matrix), start, steps=12), [], False
