@@ -78,6 +78,11 @@ class TestRate:
         np.testing.assert_allclose(other.standard_error, 3 * plain.standard_error, rtol=1e-11)
         assert other.rate == pytest.approx(plain.rate, rel=1e-12)
 
+    def test_losses_that_do_not_differ_have_none(self) -> None:
+        found = differences_of([2.0] * 5)
+        assert (found.mean == found.expected_rms).all()
+        assert math.isnan(found.rate)
+
 
 class TestSmoothed:
     def test_is_the_paper_s(self) -> None:

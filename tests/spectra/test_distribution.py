@@ -149,21 +149,6 @@ class TestDensity:
         assert np.trapezoid(values, grid) == pytest.approx(1.0, abs=1e-8)
         assert values.min() >= 0
 
-    def test_is_the_mean_over_probes_of_weighted_gaussians(self):
-        nodes = np.array([[-1.0, 2.0], [0.5, NAN]])
-        weights = np.array([[0.25, 0.75], [1.0, 0.0]])
-        grid = np.array([-1.0, 0.0, 0.7, 2.5])
-
-        def gaussian(t: float, center: float) -> float:
-            return math.exp(-0.5 * ((t - center) / 0.4) ** 2) / (0.4 * math.sqrt(2 * math.pi))
-
-        expected = [
-            (0.25 * gaussian(t, -1.0) + 0.75 * gaussian(t, 2.0)) / 2 + gaussian(t, 0.5) / 2 for t in grid.tolist()
-        ]
-        points, values = density(nodes, weights, grid, sigma=0.4)
-        assert points.tolist() == grid.tolist()
-        np.testing.assert_allclose(values, expected, rtol=1e-14)
-
     @pytest.mark.parametrize("sigma", [0.003, 0.1, 0.5, 30.0])
     def test_of_uniform_pieces_is_a_difference_of_normal_distributions(self, sigma):
         found = Distribution(np.array([1.0, 4.0]), np.array([0.6, 0.4]), np.array([1.0, 0.0]), np.array([2.0, 0.0]))

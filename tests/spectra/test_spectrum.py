@@ -373,22 +373,6 @@ class TestLoadErrors:
         with pytest.raises(ValueError, match=r"record\.npz is not a spectrum written by `Spectrum.save`"):
             Spectrum.load(tmp_path / "record.npz")
 
-    def test_a_damaged_file(self, saved):
-        # A flipped byte either does not matter (padding, time stamps), or shows as the documented error.
-        content = saved.read_bytes()
-        refused = 0
-        for position in range(0, len(content), 7):
-            saved.write_bytes(content[:position] + bytes([content[position] ^ 0xFF]) + content[position + 1 :])
-            try:
-                loaded = Spectrum.load(saved)
-            except ValueError as error:
-                assert "is not a spectrum" in str(error)  # noqa: PT017 - not every flipped byte is an error
-                refused += 1
-            else:
-                assert loaded.nodes.tobytes() == make().nodes.tobytes()
-                assert loaded.loss == make().loss
-        assert refused > 100
-
     @pytest.mark.parametrize(
         ("change", "message"),
         [

@@ -154,14 +154,6 @@ class TestClosedForm:
         expected = self.error_of_mean(b - ratio * a) / float(a.mean())
         assert self.analyze(a, b).c_t_sampling_error == pytest.approx(expected, rel=1e-8)
 
-    def test_extremes_that_move_together_leave_their_ratio(self):
-        a = self.samples(0)
-        spectrum = self.analyze(a, a / 3)
-        assert spectrum.c_t == pytest.approx(-1 / 3, rel=1e-12)
-        assert spectrum.lambda_max_sampling_error > 0.01
-        assert spectrum.c_t_sampling_error == pytest.approx(0.0, abs=1e-8)
-        assert spectrum.c_t_sampling_bias == pytest.approx(0.0, abs=1e-8)
-
     def test_the_mean_of_a_ratio_is_not_the_ratio_of_means(self):
         # E[−b/a] for constant b: −b/ā·(1 + Var(ā)/ā²).
         a = self.samples(0)
@@ -202,24 +194,11 @@ class TestGroups:
         assert analyze(7).matvecs == plain.matvecs + 2  # one for each end
 
 
-class TestRefusals:
-    @pytest.mark.parametrize(("samples", "batches"), [(7, 1), (5, 2)])
-    def test_fewer_than_eight_groups(self, samples, batches):
-        message = f"at least 8 groups of samples, and the batches can be cut into {samples}"
-        with pytest.raises(ValueError, match=message):
-            analyze(7, batches, samples=samples)
-
-    def test_eight_groups_are_enough(self):
-        assert analyze(7, samples=8).sampling_groups == 8
-
-    def test_statistics_of_the_batch(self):
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            module = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2)).double()
-        with pytest.raises(ValueError, match=r"not a mean over samples \(it may use statistics of the batch\)"):
-            hessian_spectrum(module, [draw(64, 3)], loss_fn, mode="train", sampling_error=True, steps=40)
-        # In eval mode the statistics are constants, and so it is fine.
-        assert hessian_spectrum(module, [draw(64, 3)], loss_fn, sampling_error=True, steps=40).sampling_groups == 16
+@pytest.mark.parametrize(("samples", "batches"), [(7, 1), (5, 2)])
+def test_fewer_than_eight_groups_are_refused(samples, batches):
+    with pytest.raises(ValueError, match=f"at least 8 groups of samples, and the batches can be cut into {samples}"):
+        analyze(7, batches, samples=samples)
+    assert analyze(7, samples=8).sampling_groups == 8
 
 
 class Batched:
@@ -276,7 +255,7 @@ class TestVerification:
                 "is the same for all of its groups of samples: it does not depend on the values that were cut",
             ),
             (stale, functools.partial(Batched, visible=False), "cannot tell the number of samples|nothing in a batch"),
-            (contrastive, Batched, "not a mean over samples"),
+            (contrastive, Batched, r"not a mean over samples \(it may use statistics of the batch\)"),
             (token_mean, lambda *parts: parts, "not a mean over samples"),
             (loss_fn, lambda x, y: (x, y, torch.tensor([0, 3, 8])), "may be positions of samples"),
             (lambda m, b: loss_fn(m, b) / (len(b[0]) // 256), lambda *parts: parts, "has no loss|ZeroDivision|inf"),
