@@ -44,19 +44,6 @@ class TestGaussQuadrature:
         np.testing.assert_allclose(residuals, betas[-1] * np.abs(vectors[-1]), rtol=0, atol=1e-14)
 
 
-class TestStackRules:
-    def test_pads_nodes_with_nan_and_everything_else_with_zero(self):
-        nodes, weights, residuals = quadrature.stack_rules(
-            [
-                (np.array([1.0, 2.0, 3.0]), np.array([0.2, 0.3, 0.5]), np.array([0.1, 0.2, 0.3])),
-                (np.array([4.0]), np.array([1.0]), np.array([0.4])),
-            ]
-        )
-        np.testing.assert_array_equal(nodes, [[1, 2, 3], [4, NAN, NAN]])
-        np.testing.assert_array_equal(weights, [[0.2, 0.3, 0.5], [1, 0, 0]])
-        np.testing.assert_array_equal(residuals, [[0.1, 0.2, 0.3], [0.4, 0, 0]])
-
-
 class TestMoments:
     NODES = np.array([[-2.0, 1.0, 3.0], [4.0, NAN, NAN]])
     WEIGHTS = np.array([[0.25, 0.25, 0.5], [1.0, 0.0, 0.0]])

@@ -290,16 +290,13 @@ def test_real_weights_that_are_seen_as_complex_ones(matrix: str) -> None:
 
     flat = nn.utils.parameters_to_vector(module.parameters()).detach()
     if matrix == "hessian":
-        gradients = torch.autograd.grad(
-            F.mse_loss(module(batch[0]), batch[1]), [*module.parameters()], create_graph=True
-        )
+        weights = list(module.parameters())
+        gradients = torch.autograd.grad(F.mse_loss(module(batch[0]), batch[1]), weights, create_graph=True)
         rows = []
-        for index in range(len(flat)):  # of directions that are no views
-            unit = [part.clone() for part in torch.eye(len(flat), dtype=flat.dtype)[index].split(sizes)]
-            unit = [part.view_as(p) for part, p in zip(unit, module.parameters(), strict=True)]
-            row = torch.autograd.grad(gradients, [*module.parameters()], unit, retain_graph=True)
-            rows.append(nn.utils.parameters_to_vector(row))
-        dense = torch.stack(rows)
+        for unit in torch.eye(len(flat), dtype=flat.dtype):  # directions that are no views
+            direction = [part.clone().view_as(p) for part, p in zip(unit.split(sizes), weights, strict=True)]
+            rows.append(torch.autograd.grad(gradients, weights, direction, retain_graph=True))
+        dense = torch.stack([nn.utils.parameters_to_vector(row) for row in rows])
     else:
         jacobian = torch.autograd.functional.jacobian(outputs_at, flat).flatten(0, -2)
         dense = 2 / len(jacobian) * jacobian.T @ jacobian
