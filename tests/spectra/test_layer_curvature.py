@@ -1,5 +1,7 @@
 """`layer_curvatures` against dense matrices: traces and their errors, shares, and bounds on eigenvalues."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -111,6 +113,11 @@ class TestTraces:
         for seed in range(5):
             for block, layer in zip(blocks(matrix), analyze(matrix, seed, dtype=dtype).values(), strict=True):
                 assert abs(layer.trace - np.trace(block)) <= 2 * layer.trace_error <= 2000 * torch.finfo(dtype).eps
+
+    def test_of_nothing_there_are_no_shares(self):
+        for layer in analyze(MATRICES["zero"]).values():
+            assert math.isnan(layer.trace_share)
+            assert math.isnan(layer.negative_share)
 
     def test_of_a_single_step_are_not_known(self):
         assert analyze(MATRICES["uniform"], steps=1) == {}

@@ -89,26 +89,6 @@ def _plain(way: str, batches: list[Tensor] = IDS) -> Words:
     return net
 
 
-def test_max_norm_of_an_embedding_that_is_not_analyzed() -> None:
-    class Two(nn.Module):
-        def __init__(self, words: Words) -> None:
-            super().__init__()
-            torch.manual_seed(1)
-            self.words, self.last = words, nn.Linear(9, 7).double()
-
-        def forward(self, ids: Tensor) -> Tensor:
-            result: Tensor = self.last(self.words(ids))
-            return result
-
-    nodes = []
-    for words in (Words("layer"), _plain("layer")):
-        words.requires_grad_(requires_grad=False)
-        before = words.weight.clone()
-        nodes.append(hessian_spectrum(Two(words), IDS, loss, steps=5, strategy="recompute").nodes)
-        assert torch.equal(words.weight, before)
-    torch.testing.assert_close(*map(torch.tensor, nodes), rtol=1e-5, atol=1e-5)
-
-
 def test_max_norm_with_layers_and_groups() -> None:
     net, plain = Words("layer"), _plain("layer")
     found, expected = (layer_spectra(n, IDS, loss, steps=5)["embedding"] for n in (net, plain))

@@ -86,13 +86,8 @@ COMMON = torch.arange(3.0)
 BATCHES: dict[str, tuple[Any, Any, Any]] = {
     "tensor": (X, lambda b: [b], lambda b: []),
     "tuple": ((X, Y), lambda b: [b[0], b[1]], lambda b: []),
-    "list": ([X, Y], lambda b: [b[0], b[1]], lambda b: []),
-    "named tuple": (Pair(X, Y), lambda b: [b.x, b.y], lambda b: []),
-    "dict": ({"x": X, "y": Y}, lambda b: [b["x"], b["y"]], lambda b: []),
     "ordered dict": (collections.OrderedDict(x=X, y=Y), lambda b: [b["x"], b["y"]], lambda b: []),
-    "dataclass": (Record(X, "train"), lambda b: [b.x], lambda b: [b.name]),
-    "array": ((X, Z), lambda b: [b[0], b[1]], lambda b: []),
-    "nested": (
+    "nested: dict, list, tuple, array, dataclass, named tuple": (
         {"in": [X, (Y, {"z": Z})], "meta": Record(Pair(Y, COMMON), "train")},
         lambda b: [b["in"][0], b["in"][1][0], b["in"][1][1]["z"], b["meta"].x.x],
         lambda b: [b["meta"].x.y, b["meta"].name],
@@ -255,17 +250,6 @@ class Unreadable:
         raise RuntimeError
 
 
-class UnreadableList(Unreadable, list):
-    """A list that its own methods do not read."""
-
-
-class UnreadableDict(dict):
-    """A dict that its own methods do not read."""
-
-    def values(self) -> Any:
-        raise RuntimeError
-
-
 class WithUnit(Tensor):
     """A tensor that refuses all functions."""
 
@@ -288,8 +272,6 @@ class Events:
     "batch",
     [
         Events(torch.zeros(4, 2)),
-        UnreadableList([torch.zeros(4, 2)]),
-        UnreadableDict(x=torch.zeros(4, 2)),
         {"x": torch.zeros(4, 2), "note": Unreadable()},
         torch.zeros(4, 2).as_subclass(WithUnit),
     ],
