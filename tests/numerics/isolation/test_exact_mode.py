@@ -3,12 +3,12 @@ import copy
 import random
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torchmetrics
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -229,14 +229,8 @@ class TestAttributes:
         assert not hasattr(module, "new_layer")
 
     def test_objects_that_hold_a_lock_are_skipped(self, run):
-        class Service:
-            def __init__(self) -> None:
-                self.lock, self.sent = threading.Lock(), []
-
-        module = Net()
-        module.service = service = Service()
-        module.services = [service]
-        lock = service.lock
+        module, service = Net(), SimpleNamespace(lock=(lock := threading.Lock()), sent=[])
+        module.service, module.services = service, [service]
 
         def tamper(module: nn.Module) -> None:
             with module.service.lock:
@@ -249,34 +243,6 @@ class TestAttributes:
         assert not lock.locked()
         assert len(service.sent) > 0  # not undone: the object may stand for a resource outside this process
         assert module.services == [service]  # the list is the module's own
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        torchmetrics.CatMetric,
-        lambda: torchmetrics.MetricCollection([torchmetrics.SumMetric(), torchmetrics.MaxMetric()]),
-    ],
-    ids=["list state", "collection"],
-)
-def test_metrics_are_restored(make):
-    module = nn.Module()
-    module.metric, twin = make(), make()
-    metrics = (module.metric, twin)
-    for metric in metrics:
-        metric.update(torch.tensor(1.0))
-        metric.update(torch.tensor(4.0))
-    with restore_state(module):
-        module.metric(torch.tensor(9.0))
-        module.metric.update(torch.tensor(9.0))
-        module.metric.compute()
-    for ours, theirs in zip(module.metric.modules(), twin.modules(), strict=True):
-        if isinstance(ours, torchmetrics.Metric):
-            assert ours.update_count == theirs.update_count == 2
-            assert describe(ours.metric_state) == describe(theirs.metric_state)
-    for metric in metrics:
-        metric.update(torch.tensor(2.0))
-    assert describe(metrics[0].compute()) == describe(metrics[1].compute())  # still in working order
 
 
 def reference() -> np.ndarray:
