@@ -243,6 +243,7 @@ class Reversible(torch.autograd.Function):
 @pytest.mark.parametrize("strategy", ["auto", "finite_difference"])
 def test_no_optimizer_steps_in_an_analysis(strategy):
     """And what comes of gradients that reach parameters past autograd is found to be wrong."""
+    torch.manual_seed(1)  # at other weights the missing part may be too small along the direction of the comparison
     net = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 2)]).double()
     optimizers = {p: torch.optim.Adam([p]) for p in net.parameters()}
 
