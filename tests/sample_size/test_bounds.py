@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
@@ -23,6 +22,7 @@ from lightning_hesd.sample_size.bounds import (
     network_bound,
     weight_norm,
 )
+from tests import cases as problems
 from tests import oracles
 
 SAFE_WEIGHT_NORM = 2**-0.75
@@ -42,10 +42,6 @@ def network(layers: int, scale: float, seed: int, *, biased: bool, relu_on_logit
     return nn.Sequential(*(modules if relu_on_logits else modules[:-1]))
 
 
-def cross_entropy(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(module(batch[0]), batch[1])
-
-
 def dense_terms(module: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The G-term and the whole Hessian of one sample."""
     parameters = {name: p.detach() for name, p in module.named_parameters()}
@@ -53,7 +49,7 @@ def dense_terms(module: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor
     jacobian = torch.cat([block.flatten(1) for block in blocks.values()], dim=1)
     softmax = module(x[None])[0].detach().softmax(0)
     ggn = jacobian.T @ (torch.diag(softmax) - torch.outer(softmax, softmax)) @ jacobian
-    return ggn, oracles.dense_hessian(module, [(x[None], y[None])], cross_entropy)
+    return ggn, oracles.dense_hessian(module, [(x[None], y[None])], problems.cross_entropy)
 
 
 class Case(NamedTuple):

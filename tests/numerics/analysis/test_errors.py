@@ -25,7 +25,6 @@ def make(**options: Any) -> Any:
 
 OUT_OF_RANGE = [
     ("steps", 0, r"`steps` must be a positive integer, got 0"),
-    ("steps", -3, r"`steps` must be a positive integer, got -3"),
     ("steps", 2.0, r"`steps` must be a positive integer, got 2\.0"),
     ("steps", True, r"`steps` must be a positive integer, got True"),
     ("probes", 0, r"`probes` must be a positive integer, got 0"),
@@ -47,6 +46,8 @@ OUT_OF_RANGE = [
     ("memory_budget", 0, r"`memory_budget` must be a positive integer, a number of bytes, or None, got 0"),
     ("memory_budget", 1e9, r"`memory_budget` must be a positive integer, .*got 1000000000\.0"),
     ("memory_budget", True, r"`memory_budget` must be a positive integer, .*got True"),
+    ("batch_size", 2.5, r"`batch_size` must be a positive integer or 'auto'"),
+    ("batch_size", "most", r"`batch_size` must be a positive integer or 'auto'"),
     ("batch_weight", "words", 'must be a function of the batch, "tokens" or None'),
 ]
 
@@ -100,7 +101,11 @@ class TestOptions:
 @pytest.mark.parametrize(
     ("module", "options", "message"),
     [
-        (nn.Linear(2, 1).requires_grad_(False), {}, r"`module` \(Linear\) has no parameter that requires grad"),
+        (
+            nn.Linear(2, 1).requires_grad_(False),
+            {},
+            r"`module` \(Linear\) has no parameter that requires grad \(`include_frozen=True` includes",
+        ),
         (nn.Tanh(), {}, r"`module` \(Tanh\) has no parameter that requires grad"),
         (nn.Linear(2, 1), {"parameters": lambda *_: False}, "leaves none of the 2 parameters: weight, bias"),
         (nn.Linear(2, 1, dtype=torch.complex64), {}, r"parameter 'weight' is complex \(torch\.complex64\)"),

@@ -140,11 +140,3 @@ def test_frozen_weights_can_be_included() -> None:
     assert every.dimension == len(values) > trained.dimension
     assert every.lambda_max == pytest.approx(float(values[-1]), rel=1e-10)
     assert every.lambda_min == pytest.approx(float(values[0]), rel=1e-10)
-
-
-def test_wholly_frozen_modules_are_pointed_to_the_option() -> None:
-    problem = cases.make("mlp")
-    problem.module.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"no parameter that requires grad \(`include_frozen=True` includes"):
-        hessian_spectrum(*problem)
-    assert hessian_spectrum(*problem, steps=3, include_frozen=True).dimension == 43

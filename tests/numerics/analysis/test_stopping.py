@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_hesd import Spectrum, hessian_spectrum
 from lightning_hesd.numerics.analysis.stopping import FOR_C_T, CheckSchedule, c_t_excess
+from tests import cases
 from tests import example_spectra as spectra
 
 TRAINED_LIKE = ("few outliers on a narrow bulk", "geometric", "rank deficient")
@@ -130,7 +130,7 @@ def test_every_probe_stops_by_itself_and_missing_nodes_are_padded():
         assert several.weights[row].sum() == pytest.approx(1.0, rel=1e-14)
 
 
-def noisy_problem(samples: int) -> tuple[nn.Module, list[Any], Any]:
+def noisy_problem(samples: int) -> cases.Problem:
     """Return a network at random weights on random labels, whose samples differ widely."""
     generator = torch.Generator().manual_seed(0)
     module = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)).double()
@@ -140,10 +140,7 @@ def noisy_problem(samples: int) -> tuple[nn.Module, list[Any], Any]:
     x = torch.randn(samples, 6, generator=generator, dtype=torch.float64)
     y = torch.randint(3, (samples,), generator=generator)
 
-    def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(module(batch[0]), batch[1])
-
-    return module, [(x, y)], loss
+    return cases.Problem(module, [(x, y)], cases.cross_entropy)
 
 
 class TestAuto:

@@ -192,10 +192,8 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "width": lambda x: F.scaled_dot_product_attention(x, x[..., :1], x),
     "keys": lambda x: F.scaled_dot_product_attention(x, x, x[:, :1]),
     "mask": lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=torch.ones(3, 3).bool()),
-    "type of mask": lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=torch.ones(5, 5).long()),
     "two masks": lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=torch.ones(5, 5).bool(), is_causal=True),
     "groups": lambda x: F.scaled_dot_product_attention(x[:3], x[:2], x[:2], enable_gqa=True),
-    "no groups": lambda x: F.scaled_dot_product_attention(x[:3], x[:2], x[:2]),
     "dimensions": lambda x: F.scaled_dot_product_attention(x[0, 0], x, x),
 }
 

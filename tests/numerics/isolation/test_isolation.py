@@ -18,6 +18,7 @@ from lightning_hesd.numerics.inputs.batches import WeightedBatch
 from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.isolation.snapshot import MAX_COPIED_BYTES
 from lightning_hesd.sample_size.sample_losses import per_sample_losses
+from tests import cases
 
 STRATEGIES = ("graph", "recompute", "finite_difference")
 
@@ -134,13 +135,9 @@ def seeded(make: Callable[[], nn.Module]) -> nn.Module:
         return make().double()
 
 
-def squared_error(module: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.mse_loss(module(batch[0]), batch[1])
-
-
 def on_two_batches_at_once(module: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
     """As adversarial losses evaluate a critic."""
-    return squared_error(module, batch) + module(2 * batch[0]).square().mean()
+    return cases.squared_error(module, batch) + module(2 * batch[0]).square().mean()
 
 
 def batch_norm() -> nn.Module:
@@ -175,8 +172,8 @@ class TestTrainingMode:
         def make() -> nn.Module:
             return nn.Sequential(nn.Linear(3, 8), nn.Dropout(), nn.Tanh(), nn.Linear(8, 2))
 
-        expected = hessian_spectrum(seeded(make), make_batches(3), squared_error, steps=12, mode="train")
-        self.check(make, squared_error, expected)
+        expected = hessian_spectrum(seeded(make), make_batches(3), cases.squared_error, steps=12, mode="train")
+        self.check(make, cases.squared_error, expected)
 
     @pytest.mark.filterwarnings("ignore:`torch.nn.utils.spectral_norm` is deprecated:FutureWarning")
     @pytest.mark.parametrize("normalize", [parametrizations.spectral_norm, spectral_norm])

@@ -193,13 +193,9 @@ def tokens() -> list[tuple[Tensor, Tensor]]:
     return [(torch.randint(3, (12, 6)), torch.randn(12, 3))]
 
 
-def error(m: Any, b: Any) -> Tensor:
-    return F.mse_loss(m(b[0]), b[1])
-
-
 def test_a_gradient_that_is_wrong_by_less_than_float32_can_tell_is_found_out():
     """Its slope is off by 1 %, which agrees by the measure of float32."""
-    spectrum = hessian_spectrum(Tokens(scale_grad_by_freq=True), tokens(), error, steps=20)
+    spectrum = hessian_spectrum(Tokens(scale_grad_by_freq=True), tokens(), cases.squared_error, steps=20)
     assert spectrum.verified == "no"
     assert math.isnan(spectrum.c_t)
     assert "scale_grad_by_freq" in spectrum.reason
@@ -208,7 +204,7 @@ def test_a_gradient_that_is_wrong_by_less_than_float32_can_tell_is_found_out():
 @pytest.mark.parametrize("strategy", ["auto", "finite_difference"])
 def test_sparse_gradients_are_compared_like_dense_ones(strategy):
     found, dense = (
-        hessian_spectrum(Tokens(sparse=sparse), tokens(), error, steps=20, strategy=strategy)
+        hessian_spectrum(Tokens(sparse=sparse), tokens(), cases.squared_error, steps=20, strategy=strategy)
         for sparse in (True, False)
     )
     assert found.verified == "yes"
@@ -243,7 +239,7 @@ def test_a_kink_at_the_weights_is_no_wrong_gradient(activation, scale, zeros, dt
     inputs = torch.randn(16, 4)
     inputs[:zeros] = 0.0
     data = [(inputs.to(dtype), scale * torch.randn(16, 3, dtype=dtype))]
-    spectrum = hessian_spectrum(module.to(dtype), data, error, steps=20)
+    spectrum = hessian_spectrum(module.to(dtype), data, cases.squared_error, steps=20)
     assert (spectrum.verified, spectrum.strategy) == ("yes", "graph")
 
 
@@ -252,7 +248,7 @@ def test_a_jump_at_the_weights_is_not_verified_beside_them():
     torch.manual_seed(1)
     layer = torch.nn.utils.parametrizations.orthogonal(nn.Linear(4, 4), orthogonal_map="householder")
     module, batch = nn.Sequential(layer, nn.Tanh(), nn.Linear(4, 2)), (torch.randn(10, 4), torch.randn(10, 2))
-    spectrum = hessian_spectrum(module, [batch], error, steps=20)
+    spectrum = hessian_spectrum(module, [batch], cases.squared_error, steps=20)
     assert spectrum.verified != "yes"
     assert not spectrum.type_certain
 
