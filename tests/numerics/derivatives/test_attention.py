@@ -194,6 +194,7 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "mask": lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=torch.ones(3, 3).bool()),
     "two masks": lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=torch.ones(5, 5).bool(), is_causal=True),
     "groups": lambda x: F.scaled_dot_product_attention(x[:3], x[:2], x[:2], enable_gqa=True),
+    "no groups": lambda x: F.scaled_dot_product_attention(x[:3], x[:2], x[:2]),
     "dimensions": lambda x: F.scaled_dot_product_attention(x[0, 0], x, x),
 }
 

@@ -27,6 +27,13 @@ def test_a_shared_parameter_is_cut_after_its_last_use():
     assert GraphCuts(second.sum()).after([w]).node is second.grad_fn
 
 
+def test_a_tensor_in_several_pieces_is_no_cut():
+    w = torch.rand(4, dtype=torch.float64).requires_grad_()
+    pieces = w.chunk(2)
+    joined = pieces[0] * pieces[1]
+    assert GraphCuts(joined.sum()).after([w]).node is joined.grad_fn
+
+
 def test_parameters_that_are_not_used_have_no_cut():
     w, unused = leaf(), leaf()
     cuts = GraphCuts((w * 2).sum())
