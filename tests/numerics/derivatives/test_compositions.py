@@ -24,9 +24,6 @@ def numbers(*shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
 
 
-Statistics = Callable[[], tuple[Tensor, Tensor]]
-
-
 def statistics() -> tuple[Tensor, Tensor]:
     return torch.tensor([0.5, -1.0, 2.0]).double(), torch.tensor([1.0, 2.0, 0.5]).double()
 
