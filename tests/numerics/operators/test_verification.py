@@ -177,6 +177,20 @@ def test_where_the_gradient_is_not_that_of_the_loss_there_is_no_c_t(name, dtype,
         assert {layer: found.verified for layer, found in layers.items()} == {"0": "no", "1": "no"}
 
 
+@pytest.mark.parametrize("share", [1.0, 0.1, 0.01])
+def test_a_small_part_that_the_loss_hides_is_found_out_whatever_the_weights(share):
+    """One direction in a hundred shows less than a hundredth of a missing part."""
+
+    def hiding(m: Any, b: Any) -> Tensor:
+        return F.mse_loss(m(b[0]), b[1]) + share * m[0].weight.detach().sin().sum()
+
+    for seed in range(40):
+        torch.manual_seed(seed)
+        module = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+        spectrum = hessian_spectrum(module, [(torch.randn(6, 3), torch.randn(6, 2))], hiding, steps=2)
+        assert spectrum.verified == "no", seed
+
+
 class Tokens(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
