@@ -175,7 +175,7 @@ def main() -> None:
     ]
     if options.engine:
         callbacks += [
-            HessianSpectrumCallback(**{**shared, "steps": 40}, tolerance="auto", basis="none", name="adaptive"),
+            HessianSpectrumCallback(**{**shared, "steps": 25}, tolerance="auto", basis="none", name="adaptive"),
             HessianSpectrumCallback(**{**shared, "num_samples": "auto"}, tolerance=0.3, name="growing"),
             HessianSpectrumCallback(**shared, strategy="finite_difference", name="differences"),
             HessianSpectrumCallback(
