@@ -25,7 +25,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.utils.data import DataLoader
 
 from lightning_hesd import HessianSpectrumCallback, hessian_spectrum
-from tests.training.ddp_run import Blobs, OwnClock
+from tests.training.ddp_run import Blobs
 from tests.training.modules import QUIET
 
 torch.set_num_threads(1)
@@ -226,51 +226,16 @@ def interrupted(out: Path) -> dict[str, Any]:
     return {}
 
 
-def budgeted(out: Path, costs: list[float], ckpt: Path | None, pause: int | None) -> dict[str, Any]:
-    """Train eight epochs with a budget, on a clock of the process's own; pause after some of them, to be killed."""
-
-    class Pause(pl.Callback):
-        def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-            if trainer.current_epoch == pause:
-                (out / f"paused{RANK}").touch()
-                time.sleep(600)
-
-    callback = HessianSpectrumCallback(
-        steps=4,
-        num_samples=30,
-        batch_size=10,
-        max_overhead=0.4,
-        loss_fn=lambda module, batch: F.cross_entropy(module(batch[0]), batch[1]),  # `training_step` takes a second
-        progress=False,
-    )
-    last = pl.callbacks.ModelCheckpoint(out, save_last=True, save_on_train_epoch_end=True)
-    trainer = make_trainer(out, max_epochs=8, callbacks=[callback, last, Pause()])
-    net = Net()
-    OwnClock(costs[RANK]).govern(callback, net)  # type: ignore[arg-type]
-    trainer.fit(net, DataLoader(Blobs(None), batch_size=24), ckpt_path=ckpt)
-    return {
-        "epochs": [record.epoch for record in callback.history],
-        "c_t": [record.spectrum and record.spectrum.c_t for record in callback.history],
-        "decisions": [[step, decided] for step, decided in callback.budget.state_dict()["decisions"].items()],
-        "overhead": callback.budget.overhead,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["options", "interrupted", "budgeted"])
+    parser.add_argument("what", choices=["options", "interrupted"])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--costs", type=float, nargs="+", default=[])
-    parser.add_argument("--ckpt", type=Path)
-    parser.add_argument("--pause", type=int)
     given = parser.parse_args()
     warnings.filterwarnings("always", message="lightning_hesd: ")
     if given.what == "options":
         result = {**try_options(given.out), "norms": synchronous_norms(), "reaches": reach_out(given.out)}
-    elif given.what == "interrupted":
-        result = interrupted(given.out)
     else:
-        result = budgeted(given.out, given.costs, given.ckpt, given.pause)
+        result = interrupted(given.out)
     (given.out / f"rank{RANK}.json").write_text(json.dumps(result))
 
 

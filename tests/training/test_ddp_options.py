@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from tests.training import processes
 from tests.training.processes import TIMEOUT, Rank
 
 SCRIPT = Path(__file__).with_name("ddp_options.py")
-run, started = (partial(work, SCRIPT) for work in (processes.run, processes.started))
 
 
 def wait_for(condition: Callable[[], bool], ranks: list[Rank]) -> None:
@@ -33,10 +31,10 @@ def wait_for(condition: Callable[[], bool], ranks: list[Rank]) -> None:
 NAMES = ["find_unused_parameters", "static_graph", "bucket_view", "comm_hook"]
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
-def options(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process saw with every option, one after the other in the same processes."""
-    return run(tmp_path_factory.mktemp("options"), request.param, "options")
+    return processes.run(SCRIPT, tmp_path_factory.mktemp("options"), 2, "options")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -95,7 +93,10 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     """Ranks of which some were interrupted in an analysis, by the name of the interruption."""
     folder = tmp_path_factory.mktemp("interrupted")
     with ExitStack() as stack:
-        launched = {name: stack.enter_context(started(folder / name, 2, "interrupted")) for name in INTERRUPTIONS}
+        launched = {
+            name: stack.enter_context(processes.started(SCRIPT, folder / name, 2, "interrupted"))
+            for name in INTERRUPTIONS
+        }
         for name, ranks in launched.items():
             wait_for(lambda name=name: len(list((folder / name).glob("analyzing*"))) == 2, ranks)
             interruption, numbers = INTERRUPTIONS[name]
@@ -116,22 +117,3 @@ def test_a_rank_that_is_killed_in_an_analysis_leaves_no_other_waiting(interrupte
 def test_sigterm_in_an_analysis_ends_all_ranks(interrupted: dict[str, list[Rank]], name: str) -> None:
     for rank in interrupted[name]:
         assert rank.wait() == 0, rank.said  # Lightning's exception is a SystemExit
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_with_the_decisions_it_made(tmp_path: Path) -> None:
-    # By the clock of process zero not every epoch can be afforded; by that of the other one all of them.
-    costs = ["--costs", 1.7, 0.0]
-    whole = run(tmp_path / "whole", 2, "budgeted", *costs)
-    assert whole[0] == {**whole[1], "overhead": whole[0]["overhead"]}  # each by its own clock
-    assert whole[0]["epochs"] == [0, 4, 6]  # one before the run is cut, one after it, and some that cost too much
-    cut = tmp_path / "cut"
-    with started(cut, 2, "budgeted", *costs, "--pause", 5) as ranks:
-        wait_for(lambda: all((cut / f"paused{rank}").exists() for rank in range(2)), ranks)
-        for rank in ranks:
-            rank.process.kill()
-    resumed = run(tmp_path / "resumed", 2, "budgeted", *costs, "--ckpt", cut / "last.ckpt")
-    for ours, theirs in zip(resumed, whole, strict=True):
-        assert (ours["epochs"], ours["decisions"]) == (theirs["epochs"], theirs["decisions"])
-        assert ours["c_t"][:2] == theirs["c_t"][:2]  # then dropout differs: Lightning does not resume random numbers
-    assert resumed[0]["overhead"] == pytest.approx(whole[0]["overhead"])

@@ -69,24 +69,6 @@ def test_tensorboard_gets_metrics_figures_and_a_table(run: Any) -> None:
     assert table.splitlines()[2].startswith(f"| net.0 | {layers['net.0'].c_t:.3g} | {layers['net.0'].lambda_max:.3g} |")
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed from:UserWarning")
-def test_files_and_resumed_runs_have_them(run: Any, tmp_path: Path) -> None:
-    whole, trainer = run
-    loaded = SpectrumHistory.load(trainer.log_dir)
-    assert {file.name for file in Path(trainer.log_dir, "hesd").glob("*_layers.npz")} == {
-        f"epoch={epoch}-step={4 * epoch + 4}_layers.npz" for epoch in (0, 1)
-    }
-    resumed = callback()
-    fit(tmp_path, callback(), epochs=1).save_checkpoint(tmp_path / "last.ckpt")
-    fit(tmp_path / "second", resumed, ckpt_path=tmp_path / "last.ckpt")
-    for history in (loaded, resumed.history):
-        for found, expected in zip(history, whole, strict=True):
-            assert list(found.layers) == list(expected.layers)
-            for name, spectrum in expected.layers.items():
-                np.testing.assert_allclose(found.layers[name].nodes, spectrum.nodes, rtol=1e-4, atol=1e-6)
-            assert found.residual.lambda_min == pytest.approx(expected.residual.lambda_min, rel=1e-4)
-
-
 def test_layers_that_are_none_cost_the_layers_only(tmp_path: Path) -> None:
     spectra = callback(layers="encoder", decompose=False, output_fn=None, output_loss=None)
     with pytest.warns(RuntimeWarning, match="the analysis of layers of epoch 0 failed.*`layers` has 'encoder'"):

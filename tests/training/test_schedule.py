@@ -13,7 +13,6 @@ import torch
 
 from lightning_hesd import HessianSpectrumCallback
 from lightning_hesd.training.compat.strategies import wait_for_device
-from lightning_hesd.training.schedule import Budget
 from tests.training.logs import ListLogger
 from tests.training.scripted import Epoch, ScriptedModule, loader, make_spectrum, make_trainer, run_script
 
@@ -175,23 +174,6 @@ def test_waiting_for_a_device_means_its_kind(monkeypatch: pytest.MonkeyPatch) ->
     for device in ("cpu", "cuda:1", "mps:0"):
         wait_for_device(SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device))))  # type: ignore[arg-type]
     assert waited == ["cuda", "mps"]
-
-
-def test_an_interrupted_analysis_is_no_training() -> None:
-    clock = Clock()
-    budget = Budget(clock=clock)
-
-    @budget.analysis()
-    def interrupted() -> None:
-        clock.now += 5
-        raise KeyboardInterrupt
-
-    budget.start()
-    clock.now += 10
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    clock.now += 10
-    assert budget.overhead == 5 / 20
 
 
 # Several runs ---------------------------------------------------------------------------------------------------------

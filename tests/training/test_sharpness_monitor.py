@@ -334,20 +334,6 @@ def test_of_an_unknown_optimizer_the_eigenvalue_is_tracked(tmp_path: Path) -> No
     assert all(record.tracked_lambda_max > 0 and record.headroom is None for record in tracked.history)
 
 
-def test_learning_rates_that_differ_have_no_threshold(tmp_path: Path) -> None:
-    class Module(Classifier):
-        def configure_optimizers(self) -> Any:
-            groups = [{"params": self.net[0].parameters()}, {"params": self.net[2].parameters(), "lr": 0.2}]
-            return torch.optim.SGD(groups, lr=0.1)
-
-    tracked = monitor()
-    with own_warnings() as said:
-        fit(tmp_path, tracked, module=Module())
-    [text] = said
-    assert "parameter groups of SGD have different stability thresholds" in text
-    assert tracked.history[-1].headroom is None
-
-
 def fails(module: Any, batch: Any) -> Tensor:
     msg = "no loss today"
     raise OSError(msg)

@@ -148,16 +148,6 @@ def test_the_constructor_of_the_trainer_knows_the_callbacks(name: str, tmp_path:
     assert namespace.Trainer(callbacks=single, **QUIET).callbacks[0] is single
 
 
-def test_precision_and_a_metric_of_training(tmp_path: Path) -> None:
-    ranking = HessianCheckpoint(train_metric="train_loss", train_metric_mode="min", tolerance=9.0)
-    callback = spectra(checkpoint=ranking, num_samples=32)
-    trainer = fit(OTHER, tmp_path, callback, epochs=1, precision="bf16-mixed")
-    assert callback.checkpoint.best.epoch == 0
-    x, y = loader().dataset[:]
-    exact = torch.nn.functional.cross_entropy(trainer.lightning_module.net(x), y)
-    assert callback.history[0].spectrum.loss == pytest.approx(exact.item(), rel=1e-6)  # no autocast in the analysis
-
-
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_two_ranks(tmp_path: Path) -> None:
     callback = spectra(checkpoint="highest_c_t", dataloader=loader())

@@ -25,7 +25,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.utils.data import Sampler, WeightedRandomSampler, default_collate, get_worker_info
+from torch.utils.data import Sampler, default_collate, get_worker_info
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -38,7 +38,6 @@ from tests.training.modules import (
     Classifier,
     DataModule,
     Digits,
-    NoisyDigits,
     Recorder,
     callback,
     fit,
@@ -236,28 +235,17 @@ def assert_untouched(scenario: Scenario, tmp_path: Path) -> None:
         assert with_callback[key] == value, f"{key} differ"
 
 
-def weighted_loader() -> Any:
-    return loader(sampler=WeightedRandomSampler(torch.arange(40.0), 24, generator=torch.Generator().manual_seed(2)))
-
-
-def loader_with_workers(**options: Any) -> Any:
-    return loader(Digits(16, NOISES["torch"]), shuffle=True, num_workers=2, **options)
-
-
 def batch_norm_and_dropout() -> Classifier:
     return Classifier(nn.BatchNorm1d(6), nn.Dropout(0.3))
 
 
 SCENARIOS = {
     "augmentation": Scenario(data=lambda: loader(Digits(augment=noise_of_all), shuffle=True)),
-    "own_generators": Scenario(
-        data=lambda: loader(NoisyDigits(), shuffle=True, generator=torch.Generator().manual_seed(3))
-    ),
-    "sampler_with_generator": Scenario(data=weighted_loader),
     "stream": Scenario(data=lambda: loader(FiniteStream(200)), trainer={"limit_train_batches": 4}),
-    "workers": Scenario(data=loader_with_workers, callbacks=lambda: [callback(num_samples=8)]),
     "persistent_workers": Scenario(
-        data=lambda: loader_with_workers(persistent_workers=True, worker_init_fn=print),
+        data=lambda: loader(
+            Digits(16, NOISES["torch"]), shuffle=True, num_workers=2, persistent_workers=True, worker_init_fn=print
+        ),
         callbacks=lambda: [callback(num_samples=8)],
     ),
     "torchmetrics": Scenario(
@@ -292,7 +280,6 @@ SCENARIOS = {
         trainer={"enable_checkpointing": True},
         records=3,
     ),
-    "at_start": Scenario(batch_norm_and_dropout, callbacks=lambda: [callback(at_start=True)], records=3),
     "failing": Scenario(
         batch_norm_and_dropout,
         callbacks=lambda: [callback(loss_fn=RaisesEveryOtherTime(), on_error="warn")],
@@ -300,10 +287,7 @@ SCENARIOS = {
         records=4,
         failures=2,
     ),
-    **{
-        precision: Scenario(lambda: Classifier(nn.Dropout(0.3)), trainer={"precision": precision})
-        for precision in ("bf16-mixed", "bf16-true", "64-true")
-    },
+    "bf16-mixed": Scenario(lambda: Classifier(nn.Dropout(0.3)), trainer={"precision": "bf16-mixed"}),
 }
 
 
