@@ -1,7 +1,9 @@
+import functools
 import gc
 import math
 import sys
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 
 import pytest
 import torch
@@ -47,6 +49,14 @@ def warnings_anew() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("lightning.") and isinstance(cache := vars(module).get("warning_cache"), WarningCache):
             cache.clear()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def entry_points_read_once() -> Iterator[None]:
+    """Let the first Trainer look for callbacks of installed packages: for each it takes as long as a short training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning.fabric.utilities.registry.entry_points", functools.cache(entry_points))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
