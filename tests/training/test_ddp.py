@@ -44,7 +44,7 @@ def test_findings_are_those_of_one_rank(runs: dict[str, list[Any]]) -> None:
         assert rank["best"] == alone["best"]
         assert rank["candidates"] == alone["candidates"]
         for name, records in alone["records"].items():
-            assert len(records) == len(rank["records"][name]) == EPOCHS
+            assert len(records) == len(rank["records"][name]) == (EPOCHS if name in {"hesd", "dropout"} else 1)
             # Differences have the rounding of the gradient, magnified by their step.
             accuracy = 1e-6 if name == "differences" else 1e-9
             for mine, theirs in zip(records, rank["records"][name], strict=True):

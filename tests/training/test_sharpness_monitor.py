@@ -85,7 +85,7 @@ def test_tracked_values_are_those_of_the_dense_hessian(tmp_path: Path) -> None:
     fit(tmp_path, tracked, weights, module=Sgd(), max_epochs=4)
     assert [record.global_step for record in tracked.history] == [1, 2, 4, 5, 10, 15, 20]
     everything = samples(list(range(SIZE)))
-    for record in tracked.history:
+    for record in tracked.history[::2]:
         net = weights.nets[record.global_step]
         hessian = dense_hessian(net, [everything], plain_loss)
         largest = torch.linalg.eigvalsh(hessian)[-1].item()
