@@ -181,9 +181,6 @@ NAMELESS = '{"format": 1, "records": [{"epoch": 0, "global_step": 1, "error": nu
     ("text", "message"),
     [
         ("", DAMAGED),
-        ("[]", DAMAGED),
-        ('{"format": 1}', DAMAGED),
-        ('{"format": 1, "records": [{}]}', DAMAGED),
         (NAMELESS, DAMAGED),
         ('{"format": 99, "records": []}', "has version 99"),
     ],

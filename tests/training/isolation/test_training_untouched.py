@@ -628,7 +628,6 @@ class Streaming(Reaching):
         super().on_fit_start()
         self.generator = (number for number in range(100))
         self.extra = iter(loader(Digits(16), shuffle=True))
-        self.pairs = zip(range(100), range(100), strict=True)
 
 
 def read_generator(module: Any, batch: Any) -> None:
@@ -637,10 +636,6 @@ def read_generator(module: Any, batch: Any) -> None:
 
 def read_loader(module: Any, batch: Any) -> None:
     slow_down(module, float(next(module.extra)[0].sum()))
-
-
-def read_pairs(module: Any, batch: Any) -> None:
-    slow_down(module, sum(next(module.pairs)))
 
 
 def step_hidden_optimizer(module: Any, batch: Any) -> None:
@@ -658,7 +653,6 @@ def write_large_array(module: Any, batch: Any) -> None:
 REFUSALS = {
     read_generator: r"reads from the iterator `self\.generator`",
     read_loader: r"reads from the iterator `self\.extra`",
-    read_pairs: r"reads from the iterator `self\.pairs`",
     step_hidden_optimizer: r"lets an optimizer step \(SGD, to which neither",
     write_large_array: r"writes to an array of which no copy is kept because it is large \(.*`trainer\.train_",
 }
