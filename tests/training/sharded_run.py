@@ -93,9 +93,7 @@ class Program:
             strategy="auto"
             if how == "whole"
             else ModelParallelStrategy(
-                data_parallel_size=WORLD_SIZE // split,
-                tensor_parallel_size=split,
-                process_group_backend="gloo",
+                data_parallel_size=WORLD_SIZE // split, tensor_parallel_size=split, process_group_backend="gloo"
             ),
             max_epochs=epochs,
             default_root_dir=self.out / name,

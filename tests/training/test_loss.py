@@ -45,9 +45,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize(
-    "output",
-    [lambda loss: {"loss": loss, "text": "more"}, lambda loss: loss.reshape(1)],
-    ids=["dict", "one_element"],
+    "output", [lambda loss: {"loss": loss, "text": "more"}, lambda loss: loss.reshape(1)], ids=["dict", "one_element"]
 )
 def test_the_forms_of_a_loss(output: Any, nodes: Any, tmp_path: Path) -> None:
     assert nodes_of(tmp_path, Returns(output)) == nodes

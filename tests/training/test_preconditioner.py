@@ -37,10 +37,7 @@ DIRECTIONS: dict[str, tuple[Callable[..., Optimizer], Callable[[dict[str, Any], 
         lambda p: AdamW(p, LR, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.0),
         lambda s, _: s["exp_avg"] / (1 - 0.8 ** float(s["step"])),
     ),
-    "Adam, amsgrad": (
-        lambda p: Adam(p, LR, amsgrad=True),
-        lambda s, _: s["exp_avg"] / (1 - 0.9 ** float(s["step"])),
-    ),
+    "Adam, amsgrad": (lambda p: Adam(p, LR, amsgrad=True), lambda s, _: s["exp_avg"] / (1 - 0.9 ** float(s["step"]))),
     "RMSprop": (lambda p: RMSprop(p, LR), lambda _, g: g),
     "RMSprop, centered": (lambda p: RMSprop(p, LR, centered=True, alpha=0.8, eps=1e-4), lambda _, g: g),
     "Adagrad": (lambda p: Adagrad(p, LR, lr_decay=0.1, initial_accumulator_value=0.5), lambda _, g: g),
@@ -168,10 +165,7 @@ class Trained(Classifier):
         optimizer = self.make(self.parameters())
         if self.schedule is None:
             return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.schedule(optimizer), "interval": "step"},
-        }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule(optimizer), "interval": "step"}}
 
 
 def observer_of(**options: Any) -> Any:
