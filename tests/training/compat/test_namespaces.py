@@ -211,19 +211,6 @@ def test_names_that_a_version_lacks_are_passed_over() -> None:
 # Ways in --------------------------------------------------------------------------------------------------------------
 
 
-def test_callbacks_of_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def points(group: str = "") -> list[Any]:
-        factory = SimpleNamespace(load=lambda: lambda: [spectra()], name="hesd")
-        return [factory] if group == f"{OTHER}.callbacks_factory" else []
-
-    connector = inspect.getmodule(type(trainer_of(OTHER, tmp_path)._callback_connector))
-    registry = inspect.getmodule(connector._load_external_callbacks)  # type: ignore[union-attr]
-    monkeypatch.setattr(registry, "entry_points", points)
-    trainer = fit(OTHER, tmp_path, epochs=1)
-    [callback] = [c for c in trainer.callbacks if isinstance(c, HessianSpectrumCallback)]
-    assert len(callback.history) == 1
-
-
 def test_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["main"])
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 with jsonargparse 4.53

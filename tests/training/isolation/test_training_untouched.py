@@ -526,10 +526,15 @@ def save_and_wait(module: Reaching, batch: Any) -> None:
     assert module.trainer.log_dir == str(folder)
 
 
-REACHES = [
-    *(step_schedule, change_optimizer, let_optimizers_step, stop_early, use_callbacks, use_datamodule, use_dataset),
-    *(use_sampler, use_own_objects, use_iterators_and_files, save_and_wait),
-]
+def use_everything(module: Reaching, batch: Any) -> None:
+    """What differs afterwards says which of these was not undone."""
+    for act in (step_schedule, change_optimizer, use_callbacks, use_datamodule, use_dataset, use_sampler):
+        act(module, batch)
+    use_iterators_and_files(module, batch)
+    use_own_objects(module, batch)
+
+
+REACHES = [use_everything, let_optimizers_step, stop_early, save_and_wait]
 
 
 def reached(trainer: pl.Trainer, folder: Path, data: Any, neighbor: Any) -> dict[str, Any]:

@@ -28,7 +28,6 @@ from torch.utils.data import (
     Subset,
     SubsetRandomSampler,
     WeightedRandomSampler,
-    default_collate,
 )
 
 from lightning_hesd import HessianSpectrumCallback
@@ -491,17 +490,6 @@ def test_a_callback_used_again_draws_from_the_new_data(tmp_path: Path) -> None:
     assert len(observer.history) == 1
 
 
-class AnyBatch(Classifier):
-    """Takes the batch apart with a function."""
-
-    def __init__(self, unpack: Callable[[Any], Any]) -> None:
-        super().__init__()
-        self.unpack = unpack
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return super().training_step(self.unpack(batch), batch_idx)
-
-
 class Skipping(Classifier):
     """Skips batches in which the first sample is of an odd class, or all."""
 
@@ -534,25 +522,6 @@ def test_if_it_skips_all_there_is_no_spectrum(tmp_path: Path) -> None:
     advised = callback(loss_fn=plain_loss)
     fit(tmp_path, advised, module=Skipping(everything=True), max_epochs=1)
     assert advised.history[0].spectrum is not None
-
-
-class Uncut:
-    """A batch whose tensors cannot be seen."""
-
-    def __init__(self, items: list[Any]) -> None:
-        batch = default_collate(items)
-        self.get = lambda: batch
-
-
-def test_batches_that_cannot_be_cut_have_no_sampling_error(tmp_path: Path) -> None:
-    options = {"loss_fn": lambda module, batch: plain_loss(module, batch.get()), "tolerance": "auto", "num_samples": 40}
-    observer = callback(**options, on_error="warn")
-    with pytest.warns(RuntimeWarning, match=r"cut into 5 only.*Pass at least 8 batches.*\(smaller ones"):
-        fit(tmp_path, observer, module=AnyBatch(lambda b: b.get()), data=loader(collate_fn=Uncut), max_epochs=1)
-    advised = callback(**options, batch_size=5, steps=20)
-    fit(tmp_path, advised, module=AnyBatch(lambda b: b.get()), data=loader(collate_fn=Uncut), max_epochs=1)
-    assert advised.history[0].spectrum.sampling_groups == 8
-    assert advised.history[0].spectrum.c_t_sampling_error > 0
 
 
 # Transfer hooks -------------------------------------------------------------------------------------------------------
