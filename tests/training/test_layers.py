@@ -79,13 +79,6 @@ def test_layers_that_are_none_cost_the_layers_only(tmp_path: Path) -> None:
     assert record.error.startswith("the analysis of layers: ValueError: `layers` has 'encoder', which is no module")
 
 
-def test_several_analyses_in_an_epoch_are_columns_of_their_own(tmp_path: Path) -> None:
-    logger = TensorBoardLogger(tmp_path)
-    spectra = callback(every_n_train_steps=2, decompose=False, output_fn=None, output_loss=None)
-    fit(tmp_path, spectra, logger=logger, epochs=1)
-    assert [image.step for image in read_events(logger.log_dir).Images("hesd/layers_figure")] == [1, 3]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
