@@ -178,7 +178,13 @@ NAMELESS = '{"format": 1, "records": [{"epoch": 0, "global_step": 1, "error": nu
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("", DAMAGED), (NAMELESS, DAMAGED), ('{"format": 99, "records": []}', "has version 99")]
+    ("text", "message"),
+    [
+        ("", DAMAGED),
+        ('{"format": 1}', DAMAGED),
+        (NAMELESS, DAMAGED),
+        ('{"format": 99, "records": []}', "has version 99"),
+    ],
 )
 def test_damaged_or_newer_index(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "index.json").write_text(text)

@@ -313,24 +313,37 @@ def test_the_original_shows_the_records_of_its_copy(tmp_path: Path) -> None:
 # What can go wrong ----------------------------------------------------------------------------------------------------
 
 
-def test_of_an_unknown_optimizer_the_eigenvalue_is_tracked(tmp_path: Path) -> None:
-    class Unknown(torch.optim.Optimizer):
-        def __init__(self, parameters: Any) -> None:
-            super().__init__(parameters, {"lr": 0.1})
+class Unknown(torch.optim.Optimizer):
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
 
-        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-            return closure()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        return closure()
 
+
+def of_two_rates(parameters: Any) -> torch.optim.Optimizer:
+    first, *others = parameters
+    return torch.optim.SGD([{"params": first}, {"params": others, "lr": 0.2}], lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "reason"),
+    [
+        (Unknown, "the stability threshold of Unknown is not known; those of SGD, Adam"),
+        (of_two_rates, "the parameter groups of SGD have different stability thresholds"),
+    ],
+)
+def test_without_a_threshold_the_eigenvalue_is_tracked(optimizer: Any, reason: str, tmp_path: Path) -> None:
     class Module(Classifier):
         def configure_optimizers(self) -> Any:
-            return Unknown(self.parameters())
+            return optimizer(self.parameters())
 
     tracked = monitor()
     with own_warnings() as said:
         fit(tmp_path, tracked, module=Module())
     [text] = said
     assert "`sharpness/headroom` is not known" in text
-    assert "the stability threshold of Unknown is not known; those of SGD, Adam" in text
+    assert reason in text
     assert all(record.tracked_lambda_max > 0 and record.headroom is None for record in tracked.history)
 
 
