@@ -1,7 +1,9 @@
+import functools
 import gc
 import math
 import sys
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 
 import pytest
 import torch
@@ -41,12 +43,27 @@ def no_figures_left() -> Iterator[None]:
         sys.modules["matplotlib.pyplot"].close("all")
 
 
+@functools.lru_cache(maxsize=1)
+def warning_caches(_imported: int) -> list[WarningCache]:
+    """What Lightning's modules have warned of; to look through all modules takes longer than many a test."""
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith("lightning.")]
+    found = [vars(module).get("warning_cache") for module in modules]
+    return [cache for cache in found if isinstance(cache, WarningCache)]
+
+
 @pytest.fixture(autouse=True)
 def warnings_anew() -> None:
     """Forget what Lightning has warned of, so that no test depends on those that ran before it in its process."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("lightning.") and isinstance(cache := vars(module).get("warning_cache"), WarningCache):
-            cache.clear()
+    for cache in warning_caches(len(sys.modules)):
+        cache.clear()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def entry_points_read_once() -> Iterator[None]:
+    """Let the first Trainer look for callbacks of installed packages: for each it takes as long as a short training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning.fabric.utilities.registry.entry_points", functools.cache(entry_points))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -135,14 +135,10 @@ def test_estimate(capsys: pytest.CaptureFixture[str]) -> None:
 
     # 100 products of 2.2 gradients and three more, of 512 samples at 10 ms; 111 vectors of a billion float32.
     alone = said("--params", "1B", "--device_memory", "80")
-    assert "in all 223 gradients" in alone
     assert "products 19.0 min a gradient of a sample takes 10 ms" in alone
-    assert "memory 413.5 GiB beyond the network's 3.7 GiB" in alone
     assert "It does not fit in 80 GB: it takes 417.2 GiB with the network. With `basis='none'` it takes 67.1" in alone
     together = said("--params", "1e9", "--processes", "8", "--sharded", "true")
     assert "memory 51.7 GiB beyond the network's 476.8 MiB per process" in together
-    assert "fit" not in together
-    assert "42 evaluations" in said("--params", "1M", "--loss_along_eigenvectors", "true")
     main(["estimate", "--params", "1e6", "--gradient_seconds", "0.01"])
     assert " at 0 GB/s" not in capsys.readouterr().out  # measured
 
@@ -150,11 +146,9 @@ def test_estimate(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "trouble"),
     [
-        (["--params", "-1"], "`parameters` must be a positive integer, got -1"),
         (["--params", "7q"], "`params` must be a number of parameters, such as 7B, 125M or 2.5e6, got '7q'"),
         (["--params", "7B", "--device_memory", "0"], "`device_memory` must be a positive number of GB, got 0.0"),
         (["--params", "1e9", "--strategy", "guess"], "guess"),
-        (["--params", "1e9", "--network_bandwidth", "0"], "`network_bandwidth` must be positive, got 0.0"),
     ],
 )
 def test_estimate_refuses_in_one_line(arguments: list[str], trouble: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,11 +208,6 @@ def test_a_configuration_of_lightning_cli_will_do(paths: Paths, tmp_path: Path) 
     assert smaller["options"]["data_args"] == {"size": 16}
 
 
-def test_samples_of_the_run_must_exist(paths: Paths, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = refused(capsys, "analyze", paths[0], *MODEL, *CPU, "--data.size=20", "--out", tmp_path / "out")
-    assert "has 20 samples: resume with the data of that run, or draw other samples with another `num_samples`" in said
-
-
 def test_another_data_module_for_generalization(paths: Paths, tmp_path: Path) -> None:
     other = ["--generalization", "tests.training.cli_project.Other", "--generalization.batch_size=4"]
     found = analyze(tmp_path / "other", paths[2], *other, "--num_samples=40")
@@ -254,11 +243,6 @@ def test_optimizers_must_have_their_states(paths: Paths, tmp_path: Path, capsys:
     assert "the checkpoint has the states of 0 optimizers, the module 1 optimizers" in said
 
 
-def test_frozen_weights_on_request(paths: Paths, tmp_path: Path) -> None:
-    analyze(tmp_path / "out", paths[0], "--analysis.include_frozen=true", "--analysis.tolerance=0.5")
-    assert Spectrum.load(tmp_path / "out" / "spectra" / "epoch=0.npz").tolerance == 0.5
-
-
 def test_bad_input_takes_one_line(paths: Paths, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     torch.save({"weights": 1}, tmp_path / "other.ckpt")
@@ -291,13 +275,6 @@ def test_bad_input_takes_one_line(paths: Paths, tmp_path: Path, capsys: pytest.C
     assert "there is no model: pass --model package.Class" in refused(capsys, "analyze", paths[0], *out)
     assert "subcommand" in refused(capsys, "paint")
     assert not (tmp_path / "out" / "results.csv").exists()
-
-
-def test_objects_are_loaded_on_request_only(paths: Paths, tmp_path: Path) -> None:
-    checkpoint = torch.load(paths[0], weights_only=True)
-    torch.save(checkpoint | {"object": Path("x")}, tmp_path / "object.ckpt")
-    found = analyze(tmp_path / "out", tmp_path / "object.ckpt", "--unsafe=true")
-    assert found["table"][0]["c_t"] is not None
 
 
 def test_one_failure_does_not_stop_the_others(paths: Paths, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -442,11 +419,6 @@ def test_it_prints_its_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert capsys.readouterr().out.split()[-1] == importlib.metadata.version("lightning-hesd")
-
-
-def test_the_command_is_installed() -> None:
-    (entry,) = importlib.metadata.entry_points(group="console_scripts", name="lightning-hesd")
-    assert entry.load() is __main__.main
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

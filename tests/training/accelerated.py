@@ -177,8 +177,7 @@ ANALYSES: dict[str, dict[str, Any]] = {
     "differences": {"strategy": "finite_difference"},
     "basis_on_the_cpu": {"basis": "cpu"},
     "no_basis": {"basis": "none", "probe": "rademacher"},
-    "until_accurate": {"tolerance": 0.05},
-    "sampling_error": {"sampling_error": True, "probes": 2},
+    "until_accurate": {"tolerance": 0.05, "sampling_error": True, "probes": 2},
     "ggn": {"matrix": "ggn", **OUTPUTS},
     "residual": {"matrix": "residual", **OUTPUTS},
     "preconditioned": {"preconditioner": diagonals},
@@ -192,14 +191,14 @@ def analyzed(name: str) -> None:
     for device in (torch.device("cpu"), DEVICE):
         net = Net().to(device)
         options = {key: value(net) if value is diagonals else value for key, value in ANALYSES[name].items()}
-        found.append(hessian_spectrum(net, batches(device), mean_loss, steps=6, **options))
+        found.append(hessian_spectrum(net, batches(device), mean_loss, steps=4, **options))
     on_cpu, on_device = found
     assert values(on_device) == pytest.approx(values(on_cpu), rel=20 * ROUNDING if name == "differences" else ROUNDING)
     assert on_cpu.verified == "yes"
     assert on_device.verified == "yes" or (name == "ggn" and not STANDIN.has_float64)
     words = "float64" if STANDIN.has_float64 else f"the finest on {NAME}"
     assert words in on_device.verification
-    if name == "sampling_error":
+    if name == "until_accurate":
         assert on_device.c_t_sampling_error == pytest.approx(on_cpu.c_t_sampling_error, rel=20 * ROUNDING)
 
 
@@ -216,18 +215,15 @@ def waits(**options: Any) -> int:
 @of_any_device
 def case_nothing_waits_in_a_step() -> None:
     assert waits(strategy="graph") == 1
-    assert waits(strategy="recompute") == 1
-    # Running statistics are compared where a graph holds them, which its thread may not have let go of yet.
-    assert waits(strategy="recompute", mode="train") < 8
+    if STANDIN.has_float64:
+        assert waits(strategy="recompute") == 1
+        # Running statistics are compared where a graph holds them, which its thread may not have let go of yet.
+        assert waits(strategy="recompute", mode="train") < 8
+        # Differences wait once in a step, whatever the number of batches.
+        assert len(batches()) > 1
+        assert waits(strategy="finite_difference") == 1 + 8
 
 
-@of_any_device
-def case_differences_wait_once_in_a_step() -> None:
-    assert len(batches()) > 1
-    assert waits(strategy="finite_difference") == 1 + 8
-
-
-@of_any_device
 def case_default_device() -> None:
     """All is the same where new tensors are on the device by default, as some scripts want it."""
 
@@ -236,11 +232,11 @@ def case_default_device() -> None:
         with HessianOperator(net, batches(), mean_loss) as hessian:
             pairs = top_eigenpairs(hessian, 2)
         spectra = [
-            hessian_spectrum(net, batches(), mean_loss, steps=4, sampling_error=True, loss_along_eigenvectors=True),
-            hessian_spectrum(net, batches(), mean_loss, steps=4, probe="rademacher", strategy="finite_difference"),
-            *layer_spectra(net, batches(), mean_loss, steps=4).values(),
+            hessian_spectrum(net, batches(), mean_loss, steps=2, sampling_error=True, loss_along_eigenvectors=True),
+            hessian_spectrum(net, batches(), mean_loss, steps=2, probe="rademacher", strategy="finite_difference"),
+            *layer_spectra(net, batches(), mean_loss, layers=["net.4"], steps=2).values(),
         ]
-        callback = HessianSpectrumCallback(steps=4, num_samples=40, monitor_gradients=True, on_error="raise")
+        callback = HessianSpectrumCallback(steps=2, num_samples=40, monitor_gradients=True, on_error="raise")
         fit(callback, enable_checkpointing=False)
         spectra.append(callback.history[0].spectrum)
         return [pairs.values.tolist(), [values(spectrum) for spectrum in spectra]]
@@ -268,22 +264,21 @@ class Heads(nn.Module):
         return attended.sin().square().mean()
 
 
-@of_any_device
 def case_attention() -> None:
     """Attention in blocks computes several heads at once, as accelerators need it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fast_derivatives, "_LONG", 0)
-        for masked in (False, True):
-            for size in (2 * 25, 2 * 25 - 1, 10):  # the pair of heads, one head, a part of a head
-                patch.setattr(attention, "_BLOCK_ELSEWHERE", size)
-                patch.setattr(attention, "_MIN_ROWS", 2)
-                found = []
-                for device in (torch.device("cpu"), DEVICE):
-                    net = Heads(masked).to(device)
-                    vector = torch.randn(2 * 12 * 15, generator=torch.Generator().manual_seed(1))
-                    with HessianOperator(net, [torch.zeros(1)], lambda module, _: module()) as hessian:
-                        found.append((hessian @ vector).cpu())
-                assert (found[1] - found[0]).norm() <= ROUNDING * found[0].norm()
+        patch.setattr(attention, "_MIN_ROWS", 2)
+        # The pair of heads at once, one head, a part of a head.
+        for masked, size in ((False, 2 * 25), (True, 2 * 25 - 1), (False, 10), (True, 10)):
+            patch.setattr(attention, "_BLOCK_ELSEWHERE", size)
+            found = []
+            for device in (torch.device("cpu"), DEVICE):
+                net = Heads(masked).to(device)
+                vector = torch.randn(2 * 12 * 15, generator=torch.Generator().manual_seed(1))
+                with HessianOperator(net, [torch.zeros(1)], lambda module, _: module()) as hessian:
+                    found.append((hessian @ vector).cpu())
+            assert (found[1] - found[0]).norm() <= ROUNDING * found[0].norm()
     counts = [operations(heads) for heads in (1, 4)]
     assert counts[0] == counts[1]
 
@@ -367,7 +362,7 @@ def case_fit() -> None:
 
 def case_resume() -> None:
     def callback() -> HessianSpectrumCallback:
-        return HessianSpectrumCallback(steps=4, num_samples=20, mode="eval", on_error="raise")
+        return HessianSpectrumCallback(steps=2, num_samples=20, mode="eval", on_error="raise")
 
     whole, first, second = callback(), callback(), callback()
     fit(whole, epochs=2, enable_checkpointing=False)
@@ -384,13 +379,13 @@ class Stream(IterableDataset[Any]):
 
 
 def case_batches_of_training_are_kept() -> None:
-    callback = HessianSpectrumCallback(steps=6, num_samples=64, on_error="raise")
+    callback = HessianSpectrumCallback(steps=3, num_samples=64, on_error="raise")
     plain, net = Net(), Net()
     first_batches.MAX_DEVICE_BYTES = 2 * X[:16].nbytes  # the others go to the CPU
     fit(None, net=plain, enable_checkpointing=False, data=DataLoader(Stream(), batch_size=16))
     fit(callback, net=net, enable_checkpointing=False, data=DataLoader(Stream(), batch_size=16))
     assert same(plain, net)
-    expected = hessian_spectrum(net.cpu(), loader(), mean_loss, steps=6)
+    expected = hessian_spectrum(net.cpu(), loader(), mean_loss, steps=3)
     assert values(callback.history[0].spectrum) == pytest.approx(values(expected), rel=ROUNDING)
 
 
@@ -410,10 +405,10 @@ def case_samples_are_added() -> None:
 
 def case_autocast() -> None:
     """Training computes in bfloat16, and the analysis in the type of the parameters."""
-    callback = HessianSpectrumCallback(steps=6, on_error="raise")
+    callback = HessianSpectrumCallback(steps=3, on_error="raise")
     net = Net()
     fit(callback, net=net, plugins=[MixedPrecision("bf16-mixed", NAME)])
-    expected = hessian_spectrum(net.cpu(), loader(), mean_loss, steps=6)
+    expected = hessian_spectrum(net.cpu(), loader(), mean_loss, steps=3)
     assert values(callback.history[0].spectrum) == pytest.approx(values(expected), rel=ROUNDING)
 
 
@@ -453,12 +448,7 @@ def outcome(case: Any, folder: Path) -> str | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            for harmless in (
-                ".*LeafSpec",
-                ".*does not have many workers",
-                ".*smaller than the logging interval",
-                TAKES_LONG,
-            ):
+            for harmless in (".*LeafSpec", ".*does not have many workers", ".*smaller than the logging", TAKES_LONG):
                 warnings.filterwarnings("ignore", harmless)
             case()
     except BaseException:  # noqa: BLE001 - what it is does not matter

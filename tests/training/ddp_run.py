@@ -174,17 +174,14 @@ def main() -> None:
         HessianSpectrumCallback(**shared, mode="train", name="dropout"),
     ]
     if options.engine:
+        once = {**shared, "epochs": [1]}
+        of_ranks = DataLoader(data, batch_size=6, sampler=Own(), collate_fn=leave_out)
+        own = {"batch_size": None, "loss_fn": skipping, "dataloader": of_ranks, "name": "own"}
         callbacks += [
-            HessianSpectrumCallback(**{**shared, "steps": 40}, tolerance="auto", basis="none", name="adaptive"),
-            HessianSpectrumCallback(**{**shared, "num_samples": "auto"}, tolerance=0.3, name="growing"),
-            HessianSpectrumCallback(**shared, strategy="finite_difference", name="differences"),
-            HessianSpectrumCallback(
-                steps=4,
-                num_samples=50,
-                loss_fn=skipping,
-                dataloader=DataLoader(data, batch_size=6, sampler=Own(), collate_fn=leave_out),
-                name="own",
-            ),
+            HessianSpectrumCallback(**{**once, "steps": 25}, tolerance="auto", basis="none", name="adaptive"),
+            HessianSpectrumCallback(**{**once, "num_samples": "auto"}, tolerance=0.3, name="growing"),
+            HessianSpectrumCallback(**once, strategy="finite_difference", name="differences"),
+            HessianSpectrumCallback(**{**once, **own}),
         ]
     monitors = []
     if options.engine:

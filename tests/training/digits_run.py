@@ -8,10 +8,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.training.modules import digits
 from tests.training.scripted import make_trainer
 
 
@@ -41,11 +41,8 @@ class Net(pl.LightningModule):
 
 def data(first: int = 0) -> DataLoader[Any]:
     """Return 160 digits from the given one on."""
-    digits = load_digits()
-    images, classes = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
-    images, classes = images[first : first + 160], classes[first : first + 160]
     # In order: Lightning does not restore the random state that shuffling depends on.
-    return DataLoader(TensorDataset(images, classes), batch_size=40)
+    return DataLoader(TensorDataset(*(part[first : first + 160] for part in digits())), batch_size=40)
 
 
 def fit(

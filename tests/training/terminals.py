@@ -13,13 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 
 from lightning_hesd import HessianSpectrumCallback
-from tests.training.modules import (
-    Classifier,
-    callback,
-    loader,
-    make_trainer,
-    plain_loss,
-)
+from tests.training.modules import Classifier, callback, loader, make_trainer, plain_loss
 from tests.training.scripted import make_spectrum
 
 TOTAL = 8

@@ -116,13 +116,6 @@ def test_a_pickled_copy_says_what_it_lacks(tmp_path: Path, name: str, options: A
     pickled(copied)
 
 
-def test_a_deep_copy_keeps_functions_and_shares_the_loader() -> None:
-    data, loss_fn = loader(), lambda module, batch: module.training_step(batch, 0)
-    copied = copy.deepcopy(callback(loss_fn=loss_fn, dataloader=data))
-    assert copied.loss_fn is loss_fn
-    assert copied._recorder._analyzers["training"].samples._dataloader is data
-
-
 def test_the_original_shows_what_its_latest_copy_found(tmp_path: Path) -> None:
     template = callback()
     first, second = copy.deepcopy(template), copy.copy(copy.deepcopy(template))

@@ -84,18 +84,6 @@ def test_a_limit_keeps_the_warning_away(tmp_path: Path, caplog: pytest.LogCaptur
     assert said.endswith("20 s: `max_overhead=0.1` leaves out analyses beyond 0.1× the training time.")
 
 
-def test_a_failed_analysis_is_not_the_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def costs(number: int) -> float:
-        if number == 0:
-            msg = "no luck"
-            raise ValueError(msg)
-        return 5
-
-    with pytest.warns(RuntimeWarning, match="no luck"):
-        fit(tmp_path, make_callback(Clock(), costs), epochs=3)
-    assert len(informed(caplog)) == 1
-
-
 def test_a_trial_run_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fit(tmp_path, make_callback(Clock(), 500), fast_dev_run=True)
     assert informed(caplog) == []
@@ -111,24 +99,6 @@ def test_a_resumed_run_says_it_if_nothing_was_analyzed_before(
     caplog.clear()
     fit(tmp_path, make_callback(Clock(), 5, every_n_epochs=2), epochs=6, ckpt_path=tmp_path / "last.ckpt")
     assert [f"{WORDS} 0.12×" in said for said in informed(caplog)] == [True] * expected
-
-
-def test_a_callback_that_is_new_to_a_resumed_run_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """How long the epochs before took is not known."""
-    fit(tmp_path, make_callback(Clock(), 5), epochs=2).save_checkpoint(tmp_path / "last.ckpt")
-    caplog.clear()
-    late = make_callback(Clock(), 5, name="late")
-    with pytest.warns(UserWarning, match="callbacks"):
-        fit(tmp_path, late, epochs=4, ckpt_path=tmp_path / "last.ckpt")
-    assert late.history
-    assert informed(caplog) == []
-
-
-def test_each_run_says_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    callback = make_callback(Clock(), 5)
-    for _ in range(2):
-        fit(tmp_path, callback, epochs=2)
-    assert len(informed(caplog)) == 2
 
 
 # What ---------------------------------------------------------------------------------------------------------------

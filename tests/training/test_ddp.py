@@ -44,7 +44,7 @@ def test_findings_are_those_of_one_rank(runs: dict[str, list[Any]]) -> None:
         assert rank["best"] == alone["best"]
         assert rank["candidates"] == alone["candidates"]
         for name, records in alone["records"].items():
-            assert len(records) == len(rank["records"][name]) == EPOCHS
+            assert len(records) == len(rank["records"][name]) == (EPOCHS if name in {"hesd", "dropout"} else 1)
             # Differences have the rounding of the gradient, magnified by their step.
             accuracy = 1e-6 if name == "differences" else 1e-9
             for mine, theirs in zip(records, rank["records"][name], strict=True):
@@ -78,7 +78,7 @@ def test_the_runs_tell_something(runs: dict[str, list[Any]]) -> None:
     assert len(set(c_t["hesd"])) == EPOCHS
     assert c_t["hesd"] != c_t["dropout"]
     assert 10 < alone["records"]["own"][0]["num_samples"] < 50, "of fifty samples some are skipped"
-    assert all(record["steps"] < 40 and record["sampling_error"] > 0 for record in alone["records"]["adaptive"])
+    assert all(record["steps"] < 25 and record["sampling_error"] > 0 for record in alone["records"]["adaptive"])
 
 
 def test_all_ranks_have_the_very_same_numbers(runs: dict[str, list[Any]]) -> None:

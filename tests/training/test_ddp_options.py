@@ -83,7 +83,6 @@ def test_norms_that_wait_for_other_processes_are_refused(options: list[dict[str,
 
 INTERRUPTIONS = {
     "killed": (signal.SIGKILL, [1]),
-    "0 stops": (signal.SIGTERM, [0]),
     "1 stops": (signal.SIGTERM, [1]),
     "both stop": (signal.SIGTERM, [0, 1]),
 }
@@ -112,7 +111,7 @@ def test_a_rank_that_is_killed_in_an_analysis_leaves_no_other_waiting(interrupte
     assert "peer" in other.said  # "Connection closed by peer", or "reset": the error of the process group
 
 
-@pytest.mark.parametrize("name", ["0 stops", "1 stops", "both stop"])
+@pytest.mark.parametrize("name", ["1 stops", "both stop"])
 def test_sigterm_in_an_analysis_ends_all_ranks(interrupted: dict[str, list[Rank]], name: str) -> None:
     for rank in interrupted[name]:
         assert rank.wait() == 0, rank.said  # Lightning's exception is a SystemExit

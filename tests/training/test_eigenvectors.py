@@ -50,10 +50,10 @@ def test_overlap_is_that_of_dense_eigenvectors(tmp_path: Path) -> None:
 
 def test_the_loss_along_the_extreme_eigenvectors(tmp_path: Path) -> None:
     plain, along = (
-        callback(num_samples=32, steps=20, generalization_dataloader=[samples(range(32, 64))], **options)
+        callback(num_samples=32, steps=8, generalization_dataloader=[samples(range(32, 64))], **options)
         for options in ({}, {"loss_along_eigenvectors": True})
     )
-    runs = [fit(tmp_path / name, used, max_epochs=2) for name, used in (("plain", plain), ("along", along))]
+    runs = [fit(tmp_path / name, used, max_epochs=1) for name, used in (("plain", plain), ("along", along))]
     weights = [trainer.lightning_module.state_dict().values() for trainer in runs]
     assert all(map(torch.equal, *weights))
     for record, other in zip(along.history, plain.history, strict=True):

@@ -150,16 +150,6 @@ def test_an_index_never_names_what_is_not_its_own(tmp_path: Path, monkeypatch: p
     assert on_disk(tmp_path) == expected(history)
 
 
-def test_state_dict_round_trip() -> None:
-    history = SpectrumHistory()
-    history.load_state_dict(example().state_dict())
-    assert [r.error for r in history] == [None, "RuntimeError: no luck", None]
-    assert history[2].spectrum.c_t == -0.2
-    assert history[2].spectrum.steps_per_probe == (2,)
-    history.load_state_dict(SpectrumHistory().state_dict())
-    assert history == []
-
-
 def test_more_records_are_no_more_parts_of_a_checkpoint(tmp_path: Path) -> None:
     history = example()
     parts = []
@@ -191,9 +181,7 @@ NAMELESS = '{"format": 1, "records": [{"epoch": 0, "global_step": 1, "error": nu
     ("text", "message"),
     [
         ("", DAMAGED),
-        ("[]", DAMAGED),
         ('{"format": 1}', DAMAGED),
-        ('{"format": 1, "records": [{}]}', DAMAGED),
         (NAMELESS, DAMAGED),
         ('{"format": 99, "records": []}', "has version 99"),
     ],

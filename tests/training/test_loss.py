@@ -45,9 +45,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize(
-    "output",
-    [lambda loss: {"loss": loss, "text": "more"}, lambda loss: loss.reshape(1)],
-    ids=["dict", "one_element"],
+    "output", [lambda loss: {"loss": loss, "text": "more"}, lambda loss: loss.reshape(1)], ids=["dict", "one_element"]
 )
 def test_the_forms_of_a_loss(output: Any, nodes: Any, tmp_path: Path) -> None:
     assert nodes_of(tmp_path, Returns(output)) == nodes
@@ -233,27 +231,3 @@ def test_precision(precision: Any, tmp_path: Path) -> None:
         assert expected != pytest.approx(rounded, rel=1e-4), "or autocast would not have shown"
     assert autocast
     assert not any(autocast)
-
-
-class WithHook(Classifier):
-    """Halves a gradient in a hook, once a batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net[0].weight.register_hook(self.halve)
-
-    def halve(self, gradient: Tensor) -> Tensor:
-        CALLS.append("halve")
-        return gradient / 2
-
-
-def test_gradient_hooks_change_the_training_and_not_the_spectrum(tmp_path: Path) -> None:
-    CALLS.clear()
-    nodes = []
-    for module in (Classifier(), WithHook()):
-        observer = callback(at_start=True)
-        fit(tmp_path, observer, module=module, data=loader(), max_epochs=1)
-        nodes.append([freeze(record.spectrum.nodes) for record in observer.history])
-    assert nodes[0][0] == nodes[1][0], "of the same initial weights"
-    assert nodes[0][1] != nodes[1][1], "the training itself was another one"
-    assert len(CALLS) == 5

@@ -153,18 +153,6 @@ class Auxiliary(Base):
         return loss + 0.4 * F.cross_entropy(self.aux(h), batch[1]) if self.training else loss
 
 
-class Detector(Base):
-    """Returns losses in training and detections in evaluation, as torchvision's detectors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(0.5)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        out = self.last(self.dropout(self.hidden(batch[0])))
-        return sum(({"cls": F.cross_entropy(out, batch[1])} if self.training else list(out)).values())  # type: ignore[union-attr]
-
-
 class ForceField(Base):
     """Keeps the graph of its forces in training only: in evaluation mode the loss has the same value."""
 
@@ -178,10 +166,6 @@ class ForceField(Base):
 class FunctionalDropout(Base):
     def hidden(self, x: Tensor) -> Tensor:
         return F.dropout(super().hidden(x), 0.5, training=self.training)
-
-
-class FunctionalDropoutAndHead(FunctionalDropout, Auxiliary):
-    """With the loss of a second head in training only."""
 
 
 class CheckpointedDropoutAndHead(Auxiliary):
@@ -235,10 +219,8 @@ STAND_INS: dict[type[Base], tuple[Callable[..., Tensor], str, str | None]] = {
     AveragedWeights: (plain, "eval", None),
     TwoOutputs: (with_auxiliary, "deterministic", "evaluation mode fails (too many values to unpack"),
     Auxiliary: (with_auxiliary, "deterministic", "evaluation mode is not its training without randomness"),
-    Detector: (plain, "deterministic", "evaluation mode fails ('list' object has no attribute 'values')"),
     ForceField: (of_forces, "deterministic", "evaluation mode is not its training without randomness"),
     FunctionalDropout: (plain, "eval", None),
-    FunctionalDropoutAndHead: (with_auxiliary, "deterministic", "mode is not its training without randomness"),
     CheckpointedDropoutAndHead: (with_auxiliary, "deterministic", "mode is not its training without randomness"),
     DropPathAndHead: (with_auxiliary, "deterministic", "mode is not its training without randomness"),
     Noisy: (plain, "eval", "the loss in training mode is random"),
@@ -278,6 +260,11 @@ def test_the_loss_is_that_of_training_without_randomness(
     assert len(texts) == (message is not None)
     assert message is None or message in texts[0]
 
+
+@pytest.mark.filterwarnings("ignore:.*is not its training without randomness:RuntimeWarning")
+@pytest.mark.parametrize("kind", [AveragedWeights, CheckpointedDropoutAndHead])
+def test_choosing_the_mode_leaves_training_as_it_is(kind: type[Base], tmp_path: Path) -> None:
+    analyzed(tmp_path, module := kind())
     untouched = fit(tmp_path, module=kind(), data=data(), max_epochs=1).lightning_module
     assert freeze(module.state_dict()) == freeze(untouched.state_dict())
     assert [m.training for m in module.modules()] == [m.training for m in untouched.modules()]

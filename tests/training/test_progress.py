@@ -143,15 +143,6 @@ def test_every_step_moves_it_and_ending_early_removes_it(
     assert not any("Lanczos" in line for frame in spy.afterwards for line in frame)
 
 
-def test_process_position_moves_it_too(tmp_path: Path, terminal: Terminal) -> None:
-    observer, _ = scripted(terminal)
-    train(tmp_path, terminal, tqdm_bar(terminal, process_position=2), observer, max_epochs=1)
-    assert terminal.showing("Lanczos")
-    for frame in terminal.showing("Lanczos"):
-        assert ["Epoch" in line for line in frame].index(True) == 4
-        assert ["Lanczos" in line for line in frame].index(True) == 5
-
-
 @pytest.mark.parametrize("kind", BARS)
 def test_a_total_that_shrinks_and_a_count_that_starts_again(kind: str, tmp_path: Path, terminal: Terminal) -> None:
     """An analysis may have several parts, and know only on the way how many steps there can be."""

@@ -83,29 +83,6 @@ def test_resumed_run_equals_the_uninterrupted_one(whole: Any, tmp_path: Path, fa
     assert_same_weights(whole[1].best_model_path, checkpoint.best_model_path)
 
 
-def test_a_candidate_whose_file_is_gone_is_dropped_with_a_warning(tmp_path: Path) -> None:
-    _, checkpoint = fit(tmp_path / "first", fail_at=3)
-    lost = checkpoint.best_model_path
-    Path(lost).unlink()
-    with pytest.warns(RuntimeWarning, match="are gone"):
-        _, resumed = fit(tmp_path / "second", ckpt_path=tmp_path / "first" / "last.ckpt")
-    assert Path(resumed.best_model_path).is_file()
-    assert lost not in resumed.best_k_models
-
-
-def test_a_new_trainer_starts_a_new_history_and_refitting_one_goes_on(tmp_path: Path) -> None:
-    callback = HessianSpectrumCallback(**OPTIONS, checkpoint="highest_c_t")
-    for run in ("first", "second"):
-        trainer, model = make_trainer(tmp_path / run, [callback], 2), Net()
-        trainer.fit(model, data())
-        assert [r.epoch for r in callback.history] == [0, 1]
-        assert {candidate.epoch for candidate in callback.checkpoint.candidates} <= {0, 1}
-    trainer.fit_loop.max_epochs = 4
-    trainer.fit(model, data())
-    assert [r.epoch for r in callback.history] == [0, 1, 2, 3]
-    assert sum(isinstance(c, HessianCheckpoint) for c in trainer.callbacks) == 1
-
-
 def test_testing_a_checkpoint_loses_nothing_that_came_after_it(tmp_path: Path) -> None:
     """Lightning loads the callbacks' states of whatever checkpoint it tests."""
     torch.manual_seed(0)

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
-from torch.nn.functional import cross_entropy
 
 from lightning_hesd import HessianSpectrumCallback, SpectrumHistory
 from lightning_hesd.spectra.assessment import SHORT_CAVEAT
@@ -33,7 +32,7 @@ EPOCHS = 2
 STEPS = [3, 7]
 """Where Lightning has its own metrics of the ends of these epochs."""
 
-SUFFIXES = ["", "_gen", "_ggn", "_residual"]
+SUFFIXES = ["", "_gen"]
 
 
 def spectra(**arguments: Any) -> HessianSpectrumCallback:
@@ -200,13 +199,7 @@ class Run:
 def run(clients: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("run")
     wandb, mlflow = WandbLogger(save_dir=folder), MLFlowLogger(tracking_uri=f"file://{folder}/mlruns")
-    callback = spectra(
-        generalization_dataloader=data(),
-        layers="auto",
-        decompose=True,
-        output_fn=lambda module, batch: module.net(batch[0]),
-        output_loss=lambda outputs, batch: cross_entropy(outputs, batch[1]),
-    )
+    callback = spectra(generalization_dataloader=data(), layers="auto")
     module = train(folder, [wandb, mlflow], callback)
     generators = global_generators()
     assert [list(record.spectra) for record in callback.history] == [SUFFIXES] * EPOCHS
@@ -244,7 +237,7 @@ def test_wandb_gets_densities_as_histograms_and_charts(run: Run, suffix: str) ->
     assert texts == [f"hesd{suffix}, epoch 0", f"hesd{suffix}, epoch 1"]
 
 
-FIGURES = [*(f"hesd{suffix}/density_figure" for suffix in SUFFIXES), "hesd/decomposition_figure", "hesd/layers_figure"]
+FIGURES = [*(f"hesd{suffix}/density_figure" for suffix in SUFFIXES), "hesd/layers_figure"]
 
 
 def test_both_get_the_figures(run: Run, tmp_path: Path) -> None:

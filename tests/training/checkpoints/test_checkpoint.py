@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import errno
 import logging
 import math
@@ -18,8 +17,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
@@ -41,66 +38,6 @@ def warns(pattern: str) -> Iterator[None]:
     assert any(re.search(pattern, str(warning.message)) for warning in caught)
 
 
-C_T = [-math.inf, -0.9, -0.6, -0.3, -0.1, 0.0]
-
-scripts = st.lists(
-    st.builds(
-        Epoch,
-        c_t=st.sampled_from([None, math.nan, *C_T[1:]]),
-        lambda_max=st.sampled_from([0.5, 1.0, 2.0]),
-        loss=st.sampled_from([0.1, 0.12, 0.2, 0.4]),
-        accuracy=st.sampled_from([0.5, 0.9, 0.905, 0.95]),
-        error=st.booleans(),
-    ),
-    min_size=1,
-    max_size=6,
-)
-
-
-def expected_epoch(script: list[Epoch], rule: str, metric: str | None, tolerance: float, *, require_mp: bool) -> int:
-    """The design's rule, by brute force over the whole history; without anything to rank, the last epoch."""
-    analyzed = [(number, e) for number, e in enumerate(script) if not e.error and e.c_t is not None]
-    analyzed = [(number, e) for number, e in analyzed if not math.isnan(e.c_t or 0.0)]
-    if not analyzed:
-        return len(script) - 1
-
-    def score(e: Epoch) -> float:
-        # As float32, in which Lightning keeps logged metrics.
-        return -e.loss if metric is None else float(torch.tensor(e.accuracy))
-
-    best = max(score(e) for _, e in analyzed)
-    near = [(number, e) for number, e in analyzed if best - score(e) <= tolerance]
-    if require_mp:
-        near = [(number, e) for number, e in near if (e.c_t or 0.0) > -0.6]
-        if not near:
-            return min(number for number, e in analyzed if score(e) == best)
-    score = {"highest_c_t": lambda e: e.c_t, "lowest_max_eigenvalue": lambda e: -e.lambda_max}[rule]
-    return min(near, key=lambda row: (-score(row[1]), row[0]))[0]
-
-
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
-@given(
-    script=scripts,
-    rule=st.sampled_from(["highest_c_t", "lowest_max_eigenvalue"]),
-    metric=st.sampled_from([None, "train_acc"]),
-    tolerance=st.sampled_from([0.0, 0.01, 0.05, 1.0]),
-    require_mp=st.booleans(),
-)
-def test_the_file_it_names_holds_the_weights_of_the_brute_force_pick(
-    script: list[Epoch], rule: Any, metric: str | None, tolerance: float, require_mp: bool
-) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = HessianCheckpoint(
-            rule, train_metric=metric, tolerance=tolerance, require_mp=require_mp, dirpath=folder, save_last=True
-        )
-        run_script(Path(folder), script, [ScriptedSource(script), checkpoint])
-        expected = expected_epoch(script, rule, metric, tolerance, require_mp=require_mp)
-        assert epoch_of(checkpoint.best_model_path) == expected
-        assert epoch_of(str(Path(folder) / "last.ckpt")) == len(script) - 1
-        kept = {str(path) for path in Path(folder).glob("*epoch=*.ckpt")}
-        assert kept == {*checkpoint.best_k_models, checkpoint.best_model_path}
-
-
 SCRIPT = [
     Epoch(-0.9, lambda_max=1.0, loss=0.5, accuracy=0.50),
     Epoch(-0.2, lambda_max=4.0, loss=0.12, accuracy=0.99),
@@ -110,10 +47,28 @@ SCRIPT = [
 ]
 
 
-def test_the_metric_may_be_one_that_falls(tmp_path: Path) -> None:
-    checkpoint = HessianCheckpoint(train_metric="train_acc", train_metric_mode="min", tolerance=0.0, dirpath=tmp_path)
+@pytest.mark.parametrize(
+    ("rule", "options", "expected"),
+    [
+        ("highest_c_t", {"tolerance": 0.0}, 3),
+        ("highest_c_t", {"tolerance": 0.05}, 1),
+        ("lowest_max_eigenvalue", {"tolerance": 1.0}, 3),
+        ("lowest_max_eigenvalue", {"tolerance": 1.0, "require_mp": False}, 0),
+        ("lowest_max_eigenvalue", {"tolerance": 0.005, "train_metric": "train_acc"}, 3),
+        ("highest_c_t", {"tolerance": 0.15, "train_metric": "train_acc"}, 4),
+        ("highest_c_t", {"tolerance": 0.0, "train_metric": "train_acc", "train_metric_mode": "min"}, 0),
+    ],
+)
+def test_the_file_it_names_holds_the_weights_of_the_pick(
+    rule: Any, options: dict[str, Any], expected: int, tmp_path: Path
+) -> None:
+    """What is picked is tested against brute force in `test_selection.py`."""
+    checkpoint = HessianCheckpoint(rule, dirpath=tmp_path, save_last=True, **options)
     run_script(tmp_path, SCRIPT, [ScriptedSource(SCRIPT), checkpoint])
-    assert epoch_of(checkpoint.best_model_path) == 0
+    assert epoch_of(checkpoint.best_model_path) == expected
+    assert epoch_of(str(tmp_path / "last.ckpt")) == len(SCRIPT) - 1
+    kept = {str(path) for path in tmp_path.glob("*epoch=*.ckpt")}
+    assert kept == {*checkpoint.best_k_models, checkpoint.best_model_path}
 
 
 def test_only_files_that_can_still_be_picked_stay_on_disk(tmp_path: Path) -> None:
@@ -221,14 +176,6 @@ def test_one_that_stands_alone_comes_after_a_plain_one_of_the_user(tmp_path: Pat
     assert epoch_of(ours.best_model_path) == 0
 
 
-def test_best_is_the_one_passed_to_the_callback_beside_one_that_stands_alone(tmp_path: Path) -> None:
-    observer = spectra(checkpoint="lowest_max_eigenvalue")
-    trainer = run_script(tmp_path, SCRIPT, [HessianCheckpoint(lambda record: record.epoch, dirpath=tmp_path), observer])
-    assert trainer.checkpoint_callback is observer.checkpoint
-    assert observer.checkpoint.best.epoch == epoch_of(observer.checkpoint.best_model_path)
-    assert HessianCheckpoint().best is None
-
-
 def test_every_record_is_ranked_once(tmp_path: Path) -> None:
     """With gradient accumulation the next epoch's first batch ends at the step of the last record."""
     ranked: list[int] = []
@@ -280,23 +227,6 @@ def test_a_rule_that_raises_is_reported_and_training_goes_on(tmp_path: Path) -> 
     with warns(r"rule of HessianCheckpoint failed at epoch 1.*no idea"):
         run_script(tmp_path, SCRIPT, [ScriptedSource(SCRIPT), checkpoint], quiet=False)
     assert epoch_of(checkpoint.best_model_path) == 3
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("monitor", "val_loss"),
-        ("mode", "min"),
-        ("save_top_k", 3),
-        ("every_n_epochs", 2),
-        ("every_n_train_steps", 10),
-        ("train_time_interval", None),
-        ("save_on_train_epoch_end", False),
-    ],
-)
-def test_arguments_that_contradict_the_rule_are_refused(option: str, value: Any) -> None:
-    with pytest.raises(MisconfigurationException, match=f"`{option}={value!r}` would contradict"):
-        HessianCheckpoint(**{option: value})
 
 
 class Validated(Classifier):
@@ -360,22 +290,6 @@ def test_ties_in_a_resumed_run(tmp_path: Path) -> None:
     assert epoch_of(resumed.best_model_path) == 0
 
 
-def test_the_original_of_a_copy_shows_its_pick_among_ties(tmp_path: Path) -> None:
-    """Though the original has no records by which ties are broken."""
-    original = HessianCheckpoint("highest_c_t", train_metric="train_acc", ties="first", dirpath=tmp_path)
-    copied = copy.deepcopy(original)
-    run_script(tmp_path, TIED[:2], [ScriptedSource(TIED[:2]), copied])
-    assert original.source is None
-    assert epoch_of(copied.best_model_path) == 0
-    assert original.best_model_path == copied.best_model_path
-
-
-@pytest.mark.parametrize("rule", ["lowest_trace", len])
-def test_ties_of_a_rule_without_known_errors(rule: Any) -> None:
-    with pytest.raises(MisconfigurationException, match="`ties='first'` needs a rule whose errors are known"):
-        HessianCheckpoint(rule, ties="first")
-
-
 def test_the_same_rule_twice() -> None:
     with pytest.raises(MisconfigurationException, match="the rule 'last' twice with the same options"):
         HessianSpectrumCallback(checkpoint=["last", "lowest_trace", "last"])
@@ -388,6 +302,10 @@ def test_the_same_rule_twice() -> None:
         ({"tolerance": -0.1}, "`tolerance` must not be negative, got -0.1"),
         ({"train_metric": "train_acc", "train_metric_mode": "up"}, "'min' or 'max', got 'up'"),
         ({"train_metric": "train_loss"}, "train_metric_mode='min'"),
+        ({"monitor": "val_loss"}, "`monitor='val_loss'` would contradict"),
+        ({"every_n_train_steps": 10}, "`every_n_train_steps=10` would contradict"),
+        ({"rule": "lowest_trace", "ties": "first"}, "`ties='first'` needs a rule whose errors are known"),
+        ({"rule": len, "ties": "first"}, "`ties='first'` needs a rule whose errors are known"),
     ],
 )
 def test_invalid_arguments(arguments: dict[str, Any], message: str) -> None:

@@ -229,18 +229,6 @@ def test_callbacks_added_after_construction(
     assert not list((tmp_path / "cwd").iterdir())
 
 
-def test_a_callback_serves_another_trainer_in_its_own_folder(tmp_path: Path) -> None:
-    callback = spectra(checkpoint=keeping(save_last=True))
-    files = []
-    for run in ("first", "second"):
-        make_trainer(tmp_path / run, [callback], 2).fit(ScriptedModule(SCRIPT), loader())
-        assert_own_files(callback.checkpoint, 2)
-        files.append(callback.checkpoint.best_model_path)
-        assert Path(callback.checkpoint.last_model_path) == tmp_path / run / "checkpoints" / "last.ckpt"
-        assert Path(files[-1]).parent == tmp_path / run / "checkpoints"
-    assert all(Path(path).is_file() for path in files)
-
-
 @pytest.mark.parametrize("own", [True, False])
 def test_the_trainer_may_have_tested_before_it_fits(own: bool, tmp_path: Path) -> None:
     checkpoint = keeping(**({"dirpath": tmp_path / "own", "filename": "best"} if own else {}))
@@ -253,17 +241,6 @@ def test_the_trainer_may_have_tested_before_it_fits(own: bool, tmp_path: Path) -
     assert Path(checkpoint.best_model_path) == tmp_path / expected
     trainer.test(ScriptedModule(SCRIPT), loader(), verbose=False)
     assert Path(checkpoint.best_model_path) == tmp_path / expected
-
-
-def test_names_and_folders_may_be_set_between_runs(tmp_path: Path) -> None:
-    checkpoint = keeping(filename="first")
-    found = []
-    for number in range(3):
-        if number == 1:
-            checkpoint.filename, checkpoint.dirpath = "second", str(tmp_path / "own")
-        run_script(tmp_path / str(number), SCRIPT[:1], [ScriptedSource(SCRIPT), checkpoint])
-        found.append(Path(checkpoint.best_model_path).relative_to(tmp_path))
-    assert found == [Path("0/checkpoints/first.ckpt"), Path("own/second.ckpt"), Path("own/second-v1.ckpt")]
 
 
 # Files that were lost -------------------------------------------------------------------------------------------------

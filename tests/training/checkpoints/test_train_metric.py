@@ -171,22 +171,6 @@ def test_one_that_is_logged_now_and_then(tmp_path: Path) -> None:
     assert recorded(tmp_path, "step") == {"step": seen}
 
 
-def test_in_records_with_several_steps_per_batch(tmp_path: Path) -> None:
-    class Manual(Logging):
-        automatic_optimization = False
-
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            self.log("step", self.now, on_step=True, on_epoch=False)
-            optimizer: Any = self.optimizers()
-            for _ in range(2):
-                optimizer.zero_grad()
-                self.manual_backward(plain_loss(self, batch))
-                optimizer.step()
-
-    ranked(tmp_path, "step", module=Manual(), schedule={"every_n_train_steps": 4}, max_epochs=1)
-    assert recorded(tmp_path, "step") == {"step": {4: 201, 8: 601}}
-
-
 def test_values_of_an_earlier_run_say_nothing_of_the_next(tmp_path: Path) -> None:
     """The second run ends within an epoch, after as many batches as the first one had."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -45,9 +44,6 @@ CASES: dict[str, Case] = {
     "dict": (lambda: {"a": 1, "b": [2]}, items, lambda d: d.update(a=3, c=4), lambda d: list(d.items())),
     "list_replaced": (lambda: [[1], [2]], items, lambda v: v.__setitem__(0, [1]), lambda v: list(map(id, v))),
     "long_list": (lambda: list(range(LARGE_CONTAINER + 1)), items, lambda v: v.pop(), list),
-    "ordered_dict": (lambda: OrderedDict(a=1, b=2), items, lambda d: d.move_to_end("a"), list),
-    "deque": (lambda: deque([1, 2], maxlen=2), items, lambda v: v.append(3), list),
-    "set": (lambda: {1, 2}, items, lambda v: v.add(3), set),
     "attributes": (
         Attributes,
         lambda o: TrackedContent.of(vars(o), PLACE._replace(of_attributes=True)),
@@ -71,12 +67,6 @@ CASES: dict[str, Case] = {
         lambda a: TrackedValue.of_array(a, PLACE),
         lambda a: a.__setitem__(1, 2),
         lambda a: a.tolist(),
-    ),
-    "bytearray": (
-        lambda: bytearray(2),
-        lambda b: TrackedContent(BufferState(b), PLACE),
-        lambda b: b.extend(b"1"),
-        bytes,
     ),
     "shared_number": (
         lambda: ctypes.c_double(1.0),

@@ -6,9 +6,8 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -29,7 +28,6 @@ from torch.utils.data import (
     Subset,
     SubsetRandomSampler,
     WeightedRandomSampler,
-    default_collate,
 )
 
 from lightning_hesd import HessianSpectrumCallback
@@ -461,18 +459,6 @@ def test_other_samples_after_resume_with_another_number(tmp_path: Path) -> None:
     assert drawn_by(after) == list(draw_samples(data, 24).indices)
 
 
-@pytest.mark.filterwarnings("ignore:.*other samples are drawn:RuntimeWarning")
-def test_resuming_with_fewer_data_and_the_advice(tmp_path: Path) -> None:
-    saved = tmp_path / "saved.ckpt"
-    fit(tmp_path, callback(num_samples=SIZE), max_epochs=1).save_checkpoint(saved)
-    fewer = {"data": loader(Digits(12), shuffle=True), "ckpt_path": saved, "max_epochs": 2}
-    with pytest.raises(MisconfigurationException, match=r"resume with the data of that run.*another `num_samples`"):
-        fit(tmp_path, callback(num_samples=SIZE), **fewer)
-    after = callback(num_samples=SIZE + 1)
-    fit(tmp_path, after, **fewer)
-    assert [record.spectrum.num_samples for record in after.history] == [SIZE, 12]
-
-
 class Buckets(Sampler[list[int]]):
     """Batches of one or of five, in an order that changes with every epoch."""
 
@@ -502,76 +488,6 @@ def test_a_callback_used_again_draws_from_the_new_data(tmp_path: Path) -> None:
     fit(tmp_path, observer, data=loader(Digits(12)), max_epochs=1)
     assert sorted(drawn_by(observer)) == list(range(12))
     assert len(observer.history) == 1
-
-
-def test_a_dataloader_of_its_own(tmp_path: Path) -> None:
-    observer = callback(dataloader=loader(sampler=SubsetRandomSampler(TRAINING)), num_samples=SIZE)
-    fit(tmp_path, observer, max_epochs=1)
-    assert sorted(drawn_by(observer)) == TRAINING
-
-
-def test_a_stream_shared_with_training_that_cannot_be_copied_warns_and_training_goes_on(tmp_path: Path) -> None:
-    stream = GeneratorStream()
-    observer = callback(on_error="warn", dataloader=loader(stream))
-    with pytest.warns(RuntimeWarning, match="cannot be copied.*pass the callback `dataloader=`"):
-        trainer = fit(tmp_path, observer, data=loader(stream), max_epochs=1)
-    assert trainer.global_step == 3, "all twenty samples"
-    assert "cannot be copied" in observer.history[0].error
-
-
-@dataclass
-class DataclassBatch:
-    x: Tensor
-    y: Tensor
-
-
-class NamedBatch(NamedTuple):
-    x: Tensor
-    y: Tensor
-
-
-class AnyBatch(Classifier):
-    """Takes the batch apart with a function."""
-
-    def __init__(self, unpack: Callable[[Any], Any]) -> None:
-        super().__init__()
-        self.unpack = unpack
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return super().training_step(self.unpack(batch), batch_idx)
-
-
-BATCH_TYPES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
-    "dataclass": (lambda b: DataclassBatch(b[0], b[1]), lambda b: (b.x, b.y)),
-    "named_tuple": (lambda b: NamedBatch(b[0], b[1]), lambda b: (b.x, b.y)),
-    "nested": (
-        lambda b: {"names": ["a"], "deep": ({"x": b[0]}, [b[1]])},
-        lambda b: (b["deep"][0]["x"], b["deep"][1][0]),
-    ),
-}
-
-
-def test_batches_of_any_type(tmp_path: Path) -> None:
-    spectra = {}
-    for name, (pack, unpack) in {"plain": (lambda b: b, lambda b: b), **BATCH_TYPES}.items():
-        observer = callback()
-        data = loader(shuffle=True, collate_fn=lambda items, pack=pack: pack(default_collate(items)))
-        fit(tmp_path, observer, module=AnyBatch(unpack), data=data, max_epochs=1)
-        spectra[name] = observer.history[0].spectrum.num_samples, freeze(observer.history[0].spectrum.nodes)
-    assert spectra == dict.fromkeys(spectra, (16, spectra["plain"][1]))
-
-
-def test_weights_by_function_reach_the_spectrum(tmp_path: Path) -> None:
-    seen = SeenByLoss()
-    observer = callback(batch_weight=lambda batch: float(batch[2].sum()), loss_fn=seen, num_samples=12)
-    module = fit(tmp_path, observer, max_epochs=1).lightning_module
-    batches = {tuple(batch[2].tolist()): batch for batch in seen.batches}.values()
-    losses, weights = zip(*[(plain_loss(module, b).item(), int(b[2].sum())) for b in batches], strict=True)
-    assert len(losses) == 2
-    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
-    spectrum = observer.history[0].spectrum
-    assert spectrum.num_samples == 12
-    assert spectrum.loss == pytest.approx(np.average(losses, weights=weights), rel=1e-5)
 
 
 class Skipping(Classifier):
@@ -606,25 +522,6 @@ def test_if_it_skips_all_there_is_no_spectrum(tmp_path: Path) -> None:
     advised = callback(loss_fn=plain_loss)
     fit(tmp_path, advised, module=Skipping(everything=True), max_epochs=1)
     assert advised.history[0].spectrum is not None
-
-
-class Uncut:
-    """A batch whose tensors cannot be seen."""
-
-    def __init__(self, items: list[Any]) -> None:
-        batch = default_collate(items)
-        self.get = lambda: batch
-
-
-def test_batches_that_cannot_be_cut_have_no_sampling_error(tmp_path: Path) -> None:
-    options = {"loss_fn": lambda module, batch: plain_loss(module, batch.get()), "tolerance": "auto", "num_samples": 40}
-    observer = callback(**options, on_error="warn")
-    with pytest.warns(RuntimeWarning, match=r"cut into 5 only.*Pass at least 8 batches.*\(smaller ones"):
-        fit(tmp_path, observer, module=AnyBatch(lambda b: b.get()), data=loader(collate_fn=Uncut), max_epochs=1)
-    advised = callback(**options, batch_size=5, steps=20)
-    fit(tmp_path, advised, module=AnyBatch(lambda b: b.get()), data=loader(collate_fn=Uncut), max_epochs=1)
-    assert advised.history[0].spectrum.sampling_groups == 8
-    assert advised.history[0].spectrum.c_t_sampling_error > 0
 
 
 # Transfer hooks -------------------------------------------------------------------------------------------------------
@@ -678,33 +575,6 @@ def test_transfer_hooks(hook: str, where: str, tmp_path: Path) -> None:
         noise = batch[0] - 1 - samples(batch[2])[0]
         assert noise.mean().abs() < 0.05
         assert 0.05 < noise.std() < 0.12
-
-
-class InPlace(Classifier):
-    """Changes its batch, in place or not, with the same effect on the loss."""
-
-    def __init__(self, *, in_place: bool) -> None:
-        super().__init__()
-        self.in_place = in_place
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        if self.in_place:
-            batch[0].mul_(0.5)
-            batch[1] += 1
-            batch[1] %= 10
-            return super().training_step(batch, batch_idx)
-        return super().training_step([0.5 * batch[0], (batch[1] + 1) % 10, batch[2]], batch_idx)
-
-
-@pytest.mark.parametrize("strategy", ["graph", "recompute"])
-def test_a_training_step_that_changes_its_batch_in_place(strategy: str, tmp_path: Path) -> None:
-    nodes = []
-    for in_place in (False, True):
-        observer = callback(at_start=True, strategy=strategy)
-        fit(tmp_path, observer, module=InPlace(in_place=in_place))
-        nodes.append(freeze([record.spectrum.nodes for record in observer.history]))
-    assert len(nodes[0]) == 3
-    assert nodes[0] == nodes[1]
 
 
 def test_the_users_own_batches_are_not_changed(tmp_path: Path) -> None:

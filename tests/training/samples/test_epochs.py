@@ -18,7 +18,6 @@ from torch.utils.data import (
     RandomSampler,
     Sampler,
     SequentialSampler,
-    WeightedRandomSampler,
 )
 
 from lightning_hesd.training.samples.analysis_samples import draw_samples
@@ -92,19 +91,6 @@ def test_positions_are_those_that_training_reaches() -> None:
 
 # Samplers of the user's own -------------------------------------------------------------------------------------------
 
-RARE = [0, 1]
-"""Classes: positions below two are rare, and drawn as often as all others together."""
-
-
-class Oversampling(Sampler[int]):
-    def __iter__(self) -> Iterator[int]:
-        weights = torch.ones(SIZE)
-        weights[RARE] = (SIZE - 2) / 2
-        return iter(torch.multinomial(weights, 2 * SIZE, replacement=True).tolist())
-
-    def __len__(self) -> int:
-        return 2 * SIZE
-
 
 class Identities(Sampler[int]):
     """Positions in the order P x K: four identities (position modulo ten), two samples of each, per batch of eight."""
@@ -143,13 +129,6 @@ def one_bucket_only(items: list[Any]) -> Any:
         msg = "stack expects each tensor to be equal size"
         raise RuntimeError(msg)
     return torch.utils.data.default_collate(items)
-
-
-def test_oversampling_keeps_repetition() -> None:
-    for sampler in (Oversampling(), WeightedRandomSampler([19.0, 19.0] + [1.0] * 38, 2 * SIZE)):
-        drawn = draw_samples(loader(sampler=sampler), 2 * SIZE)
-        assert len(drawn.indices) == 2 * SIZE
-        assert 0.35 < np.isin(drawn.indices, RARE).mean() < 0.65
 
 
 def test_drawing_with_replacement_repeats() -> None:
