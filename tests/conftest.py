@@ -1,7 +1,12 @@
 import gc
 import math
+import os
 import sys
 from collections.abc import Iterator
+
+# On matrices this small several threads only wait for each other, many times longer than they work. NumPy reads this
+# when it is imported, and so do the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -41,12 +46,19 @@ def no_figures_left() -> Iterator[None]:
         sys.modules["matplotlib.pyplot"].close("all")
 
 
+CACHES: dict[int, list[WarningCache]] = {}
+"""By the number of loaded modules: to look through all of them takes two milliseconds, before each test."""
+
+
 @pytest.fixture(autouse=True)
 def warnings_anew() -> None:
     """Forget what Lightning has warned of, so that no test depends on those that ran before it in its process."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("lightning.") and isinstance(cache := vars(module).get("warning_cache"), WarningCache):
-            cache.clear()
+    if (loaded := len(sys.modules)) not in CACHES:
+        modules = [module for name, module in sys.modules.items() if name.startswith("lightning.")]
+        caches = [vars(module).get("warning_cache") for module in modules]
+        CACHES[loaded] = [cache for cache in caches if isinstance(cache, WarningCache)]
+    for cache in CACHES[loaded]:
+        cache.clear()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -65,10 +77,8 @@ def no_warnings_of_time() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True, scope="session")
-def single_thread() -> Iterator[None]:
-    """Run on one thread: on matrices this small several only wait for each other, many times longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(autouse=True)
+def single_thread() -> None:
+    """Compute on one thread, whatever a test or a program before has set."""
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
