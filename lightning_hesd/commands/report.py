@@ -13,7 +13,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_hesd.commands.report_summary import ReportedRun, glossary_html, summary_html
+from lightning_hesd.commands.report_summary import glossary_html, summary_html
+from lightning_hesd.commands.reported_run import ReportedRun
 from lightning_hesd.judgment.judge import judge_payloads
 from lightning_hesd.judgment.runs import run_folders, short_names
 from lightning_hesd.spectra.decisions import rewound, run_payload

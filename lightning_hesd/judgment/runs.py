@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,8 +111,13 @@ def run_folders(location: str | os.PathLike[str], callback: str) -> list[str]:
         return [str(folder)]
     if exists(joined(folder, INDEX)):
         return [str(folder.parent if folder.name == callback else folder)]
-    below = sorted(str(index.parents[1]) for index in folder.rglob(f"{callback}/{INDEX}"))
+    below = sorted((str(index.parents[1]) for index in folder.rglob(f"{callback}/{INDEX}")), key=_in_order)
     return below or [str(folder)]  # to read it says what is missing
+
+
+def _in_order(path: str) -> list[tuple[int, str]]:
+    """Return the key of an order in which version_2 comes before version_10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path)]
 
 
 def _states(history: History, callback: str) -> list[AnalyzedState]:

@@ -157,9 +157,13 @@ def shown_in(place: Place, table: Mapping[str, Scalar]) -> list[Scalar]:
     return [scalar for scalar in table.values() if place in scalar.shown]
 
 
+LAYER_SUFFIX = "_layer"
+"""Follows the name of the callback in the keys of layers, which are a group of their own in TensorBoard, then."""
+
+
 def metric_prefixes(name: str) -> tuple[str, ...]:
     """Return the beginnings of all keys in the logs of a callback of this name."""
-    return tuple(f"{name}{suffix}/" for suffix in SUFFIXES.values())
+    return tuple(f"{name}{suffix}/" for suffix in (*SUFFIXES.values(), LAYER_SUFFIX))
 
 
 def scalars(record: SpectrumRecord, name: str) -> dict[str, float]:
@@ -169,7 +173,7 @@ def scalars(record: SpectrumRecord, name: str) -> dict[str, float]:
     for suffix, spectrum in record.spectra.items():
         keyed |= _values(f"{name}{suffix}/", SPECTRUM_SCALARS.values(), spectrum)
     for layer, indicators in record.layer_indicators.items() if record.layers else ():  # else hundreds, unasked
-        keyed |= _values(f"{name}/layer/{layer}/", LAYER_SCALARS.values(), indicators)
+        keyed |= _values(f"{name}{LAYER_SUFFIX}/{layer}/", LAYER_SCALARS.values(), indicators)
     return {key: value for key, value in keyed.items() if not math.isnan(value)}
 
 

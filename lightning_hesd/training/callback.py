@@ -73,7 +73,7 @@ class HessianSpectrumCallback(SpectrumSource):
             Otherwise, and where there is no loss in evaluation mode, it takes "deterministic" unless that is random
             still. It reports a difference once.
         layers: Also analyze layers one by one, as `layer_spectra` does: "auto" for every block; names, patterns or
-            classes of modules; or a function. Their metrics begin with `hesd/layer/`.
+            classes of modules; or a function. Their metrics begin with `hesd_layer/`.
         decompose: Also analyze the two terms of the Hessian (Kiselev & Grabovoy 2024, section 3.4): the Gauss-Newton
             matrix, which makes the outliers, and the residual, which makes the bulk. Needs `output_fn` and
             `output_loss` of `hessian_spectrum`. Their metrics begin with `hesd_ggn/` and `hesd_residual/`.

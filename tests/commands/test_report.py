@@ -86,6 +86,25 @@ def test_a_folder_of_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert message in capsys.readouterr().err
 
 
+def test_many_runs_have_a_row_each_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for version in range(11):
+        about = {**ABOUT, "device": "cuda:0" if version == 3 else "cpu"}
+        history_of(-0.9, -0.7 if version == 2 else -0.1, about=about).save(tmp_path / f"version_{version}" / "hesd")
+    write_report(tmp_path, tmp_path / "report.html")
+    document = (tmp_path / "report.html").read_text()
+    said = text_of(document, "summary")
+    assert said.startswith("HESD report 11 runs. Report of ")
+    shown = json.loads(data_of_report(document))["runs"]
+    assert [run["run"].split("/")[-1] for run in shown] == [f"version_{version}" for version in range(11)]
+    rows = [row for row in re.findall(r"<tr>.*?</tr>", document) if "version_" in row and "epoch" in row]
+    assert len(rows) == 11
+    assert "<td>epoch 0</td><td>−0.7 [" in rows[2]
+    assert "<td>MN</td><td>3" in rows[2]
+    common, each = document.split("<summary>Facts of each run</summary>")[0:2]
+    assert '<th scope="row">versions</th><td>lightning_hesd 0.1.0, torch 2.13.0</td>' in common  # once for all
+    assert each.count("<td>cpu</td>") == 10
+
+
 def test_the_summary_says_what_was_found_and_how_it_was_made(runs: Path) -> None:
     pick = {"epoch": 1, "global_step": 8, "path": "/here/<best>.ckpt"}
     event = {

@@ -58,7 +58,7 @@ def test_tensorboard_gets_metrics_figures_and_a_table(run: Any) -> None:
     events, layers = read_events(run[1].log_dir), run[0][-1].layers
     for layer, indicators in layer_indicators(layers).items():
         for key in ("c_t", "lambda_max", "trace", "trace_share", "effective_rank", "near_zero_share", "negative_share"):
-            last = events.Scalars(f"hesd/layer/{layer}/{key}")[-1]
+            last = events.Scalars(f"hesd_layer/{layer}/{key}")[-1]
             assert (last.step, last.value) == (7, pytest.approx(getattr(indicators, key), rel=1e-6))
     for key in ("hesd_ggn/lambda_max", "hesd_residual/c_t"):
         assert key in events.Tags()["scalars"]

@@ -216,7 +216,7 @@ def run(clients: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_scalars_are_those_of_the_history(run: Run) -> None:
     for step, record in zip(STEPS, run.history, strict=True):
         expected = scalars(record, "hesd")
-        assert {"hesd/c_t", "hesd_gen/c_t", "hesd/layer/net.0/trace", "hesd/verdict"} <= set(expected)
+        assert {"hesd/c_t", "hesd_gen/c_t", "hesd_layer/net.0/trace", "hesd/verdict"} <= set(expected)
         for key, value in expected.items():
             assert run.wandb.values(key)[step] == pytest.approx(value, rel=1e-6), key
             assert run.mlflow.metric(key)[step] == pytest.approx(value, rel=1e-6), key

@@ -12,10 +12,10 @@ start(
     load: async (run, name) => inlined.runs.find((one) => one.run === run && one.name === name),
     loadBrief: async (run, name) => inlined.runs.find((one) => one.run === run && one.name === name),
     judge: async (runs, metric) => {
-      if (runs.length < new Set(inlined.runs.map(({ run }) => run)).size) throw new Error("a report compares all of its runs. Select them all.");
       const found = inlined.judgments[metric];
       if (found.error) throw new Error(found.error);
-      return found;
+      const all = new Set(inlined.runs.map(({ run }) => run)).size;
+      return runs.length < all ? { ...found, sentence: `All ${all} runs of the report are compared, not only the selected ones. ${found.sentence}` } : found;
     },
     folderOf: async (run) => inlined.runs.find((one) => one.run === run).folder ?? run,
     live: null,
