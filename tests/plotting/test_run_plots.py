@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import replace
 from typing import Any
@@ -41,9 +40,7 @@ KINDS = {
 
 def drawn(ax: Any) -> None:
     """Draw the figure; whatever cannot be drawn warns here."""
-    image = io.BytesIO()
-    ax.figure.savefig(image, dpi=60)
-    assert image.tell() > 1000
+    ax.figure.draw_without_rendering()
 
 
 def line(ax: Any, label: str) -> Any:
