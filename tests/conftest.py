@@ -12,7 +12,8 @@ import pytest
 import torch
 from lightning_utilities.core.rank_zero import WarningCache
 
-LONG = ("test_sharded", "test_ddp", "test_accelerator", "test_examples", "test_cli", "test_tracking", "test_browser")
+LONG = ("test_sharded", "test_ddp", "test_accelerator", "test_examples", "test_cli", "test_tracking")
+LONG += ("test_browser", "test_export", "test_runs", "test_state")  # one browser, in one worker
 """Files whose tests share a long run. They come first: workers steal tests from the end of each other's lists, and the
 second half of such a file would make another worker repeat its run."""
 

@@ -41,6 +41,7 @@ COLORS = ("#425066", "#12b5cb", "#e52592", "#f9ab00", "#9334e6")
 """What TensorBoard gives to runs, in the order of /data/runs."""
 
 FIRST, SECOND = "net/version_0", "net/version_1"
+CURVES = "return document.getElementById('ct')._fullData.filter((trace) => trace.meta?.key && !trace.meta.pick)"
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +67,12 @@ def address(runs: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def tab(driver: Any, address: str) -> Iterator[Page]:
-    """The open tab, with all runs. A run in detail stays chosen."""
+    """The open tab, with all runs selected. A run in detail stays chosen."""
     page = Page(driver)
     page.keep(address, lambda: page.open_tab(address))
+    if page.script("return document.querySelector('#runs .run input:not(:checked)')"):
+        page.click("#runs button", "All")
+    page.until(f"{CURVES}.length === 3")
     yield page
     page.assert_clean(address)
 
@@ -293,7 +297,7 @@ def test_exported_code_of_several_runs_draws_one_figure(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path: Path(path).touch())
     tab.click("#runs label", EVIL)  # which has no history in its folder
-    tab.until("return document.getElementById('ct')._fullData.filter((t) => t.meta?.key && !t.meta.pick).length === 2")
+    tab.until(f"{CURVES}.length === 2")
     for figure, made in (("ct", "c_t"), ("extremes", "lambda_max")):
         tab.export(figure)
         names: dict[str, Any] = {}
@@ -302,7 +306,6 @@ def test_exported_code_of_several_runs_draws_one_figure(
         assert list(names["history"]) == [FIRST, SECOND]
         assert len([line for line in names["ax"].lines if line.get_label().startswith((FIRST, SECOND))]) == 3
     tab.script("document.querySelector('dialog').close()")
-    tab.click("#runs label", EVIL)
 
 
 def test_loss_along_the_extreme_eigenvectors(tab: Page, runs: tuple[Path, Any]) -> None:
@@ -331,12 +334,7 @@ def test_several_runs_have_tensorboards_colors_and_a_zoom_outlives_one_that_is_s
     order = tab.script("return fetch('/data/runs').then((answer) => answer.json())")
     boxes = tab.script("return [...document.querySelectorAll('#runs .run')].map((label) => label.innerText.trim())")
     assert boxes == [run for run in order if run != "damaged"]
-    drawn = dict(
-        tab.script(
-            "return document.getElementById('ct')._fullData.filter((t) => t.meta?.key && !t.meta.pick)"
-            ".map((t) => [JSON.parse(t.meta.key)[0], t.line.color])"
-        )
-    )
+    drawn = dict(tab.script(f"{CURVES}.map(({{ meta, line }}) => [JSON.parse(meta.key)[0], line.color])"))
     assert drawn == {run: COLORS[order.index(run)] for run in (FIRST, SECOND, EVIL)}
     span = "const [low, high] = document.getElementById('extremes')._fullLayout.xaxis.range; return high - low"
     whole = tab.script(span)
@@ -348,13 +346,11 @@ def test_several_runs_have_tensorboards_colors_and_a_zoom_outlives_one_that_is_s
     tab.drag((left + 0.3 * width, top + 0.3 * height), (left + 0.6 * width, top + 0.7 * height))
     tab.until(f"{span} < arguments[0] / 2", whole)
     tab.click("#runs label", FIRST)
-    tab.until("return document.getElementById('ct')._fullData.filter((t) => t.meta?.key && !t.meta.pick).length === 2")
+    tab.until(f"{CURVES}.length === 2")
     assert not any(FIRST in trace["name"] for trace in tab.curves("ct"))
     assert tab.script(span) < whole / 2
     tab.click("figure button", "zoom of “Extreme")
     tab.until(f"{span} > arguments[0] * 0.6", whole)  # the run that is off was the longest
-    tab.click("#runs label", FIRST)
-    tab.until("return document.getElementById('ct')._fullData.filter((t) => t.meta?.key && !t.meta.pick).length === 3")
 
 
 def test_dark_and_light(tab: Page) -> None:

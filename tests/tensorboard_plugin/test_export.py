@@ -28,21 +28,18 @@ OVER_TRAINING, OF_A_STATE = ("ct", "extremes", "deltas", "loss", "metric", "map"
 PLACES = dict.fromkeys(OVER_TRAINING, SPAN) | dict.fromkeys(OF_A_STATE, LAST)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def page(driver: Any, trained: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    """A report in the dark theme, the same for all tests."""
+    """A report in the dark theme."""
+    path = tmp_path_factory.mktemp("export") / "report.html"
+    write_report(trained[0] / RUN, path)
     page = Page(driver)
     page.prefer("dark")
-    page.keep("report", lambda: open_report(page, trained[0] / RUN, tmp_path_factory.mktemp("export") / "report.html"))
-    yield page
-    page.assert_clean("file:")
-    page.prefer("light")
-
-
-def open_report(page: Page, run: Path, path: Path) -> None:
-    write_report(run, path)
     page.open_report(path)
     page.script("window.print = () => { window.printed = true; }")
+    yield page
+    page.assert_clean(path.as_uri())
+    page.prefer("light")
 
 
 BOXES = """
@@ -135,7 +132,7 @@ def test_every_figure_in_light_colors_with_a_title_and_its_code(
 
 
 def test_sizes_of_images(page: Page, tmp_path: Path) -> None:
-    for size, pixels in (("column", (2040, 1650)), ("page", (4200, 2340)), ("slide", (2560, 1440))):
+    for size, pixels in (("column", (2040, 1650)), ("slide", (2560, 1440))):
         page.export("ct", size)
         png = page.saved(tmp_path, "dialog button", "PNG", file_name("ct", size, "png"))
         assert struct.unpack(">II", png[16:24]) == pixels, size
