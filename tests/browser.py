@@ -154,6 +154,14 @@ class Page:
             "return [...document.querySelectorAll(arguments[0])].map((e) => e.innerText ?? e.textContent)", selector
         )
 
+    def until_texts(self, selector: str, expected: list[str]) -> None:
+        self.until(
+            "const found = [...document.querySelectorAll(arguments[0])].map((e) => e.textContent);"
+            "return JSON.stringify(found) === JSON.stringify(arguments[1])",
+            selector,
+            expected,
+        )
+
     def click(self, selector: str, word: str = "") -> None:
         """Click the first of these elements that has this word in its text or title."""
         self.script(

@@ -451,24 +451,6 @@ def test_no_candidate_is_within_a_negative_tolerance() -> None:
         read_payload(to_json({**selection(), "tolerance": -1}), SELECTION_FIELDS)
 
 
-def test_a_run_of_damaged_payloads_is_answered(tmp_path: Path) -> None:
-    """Through an event file and TensorBoard's application; every payload is either shown or complained about."""
-    drawn: list[str] = []
-
-    @given(text=texts(RECORD))
-    @fuzz(30)
-    def draw(text: str) -> None:
-        drawn.append(text.encode("utf-8", "replace").decode())
-
-    draw()
-    write_payloads(tmp_path / "run", [*drawn, to_json({**RECORD, "global_step": 10**9})])
-    tab = Tab(tmp_path)
-    code, found = tab.get("records", run="run", name="hesd")
-    assert code == 200
-    assert found["records"][-1]["global_step"] == 10**9
-    assert 0 < len(found["problems"]) <= len(drawn)
-
-
 @pytest.fixture(scope="module")
 def event_files(folder: Path) -> dict[str, bytes]:
     write_payloads(folder / "events" / "record", [RECORD])

@@ -86,9 +86,6 @@ class TestRunAxis:
         assert RunAxis.of(RUN) == RunAxis((-1, 0, 1, 2, 5), "epoch")
         assert RunAxis.of(KINDS["steps"]) == RunAxis((3, 6), "step")
 
-    def test_few_have_a_tick_each(self):
-        assert names(plot_c_t(RUN)) == ["start", "0", "1", "2", "5"]
-
     def test_many_have_round_numbers_and_the_start_apart(self):
         axis = RunAxis((-1, *range(60)), "epoch")
         assert axis.ticks() == [-1, 10, 20, 30, 40, 50]

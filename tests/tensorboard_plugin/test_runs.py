@@ -32,7 +32,6 @@ SWATCHES = """[...document.querySelectorAll('#runs .run:has(input:checked)')].ma
 LINES = """['ct', 'extremes', 'loss', 'map'].map((id) =>
   document.getElementById(id).layout.shapes.find((shape) => shape.name === 'chosen').x0)"""
 CURVES = "document.getElementById('ct')._fullData.filter((trace) => trace.meta?.key && !trace.meta.pick)"
-TICKS = "return [...document.querySelectorAll(`#${arguments[0]} .xtick text`)].map((text) => text.textContent)"
 CARDS = """
 return [...document.querySelectorAll('.grid')].map((grid) => {
   const { left, right } = grid.getBoundingClientRect();
@@ -217,8 +216,8 @@ def test_values_at_the_pointer_and_the_chosen_state(page: Page) -> None:
 
 
 def test_axes_and_the_address_keeps_what_is_chosen(page: Page) -> None:
-    assert page.script(TICKS, "ct") == ["start", "0", "1", "2"]
-    assert page.script(TICKS, "map")[0] == "start"
+    assert page.texts("#ct .xtick text") == ["start", "0", "1", "2"]
+    assert page.texts("#map .xtick text")[0] == "start"
     page.change("#tools select", "time")
     page.until("return document.getElementById('ct').layout.xaxis.title.text.startsWith('time since')")
     assert page.curves("ct")[0]["x"][0] == 0

@@ -27,7 +27,6 @@ pytestmark = needs_browser
 
 SIGMA = 0.06  # decades, by which densities are smoothed on the logarithmic axis
 NONE, GAUSS_NEWTON = "\N{EN DASH}", "Gauss\N{EN DASH}Newton"
-TICKS = "return [...document.querySelectorAll(`#${arguments[0]} .ytick text`)].map((text) => text.textContent)"
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +185,7 @@ def test_the_address_has_the_choices(page: Page) -> None:
 
 
 def test_every_spectrum_of_the_record_and_other_states_beside_it(page: Page, histories: Any) -> None:
-    labels = page.script("return [...document.querySelectorAll('#density-choices label')].map((e) => e.innerText)")
+    labels = page.texts("#density-choices label")
     assert labels == [
         "Hessian, training data",
         "Hessian, generalization data",
@@ -358,7 +357,7 @@ def test_failures_are_shown_where_they_happened(page: Page) -> None:
 
 def test_layers(page: Page, histories: Any) -> None:
     names = [name.removeprefix("model.encoder.") for name in LAYERS]
-    page.until(f"{TICKS.replace('return ', 'return JSON.stringify(')}) === arguments[1]", "layers", _json(names))
+    page.until_texts("#layers .ytick text", names)
     assert page.script("return document.getElementById('layers').layout.yaxis.title.text") == "layer of model.encoder"
     figure = "const { z, meta } = document.getElementById('layers').data[0];"
     values = page.script(f"{figure} return [z.map((row) => row[1]), meta.colors]")
@@ -366,8 +365,7 @@ def test_layers(page: Page, histories: Any) -> None:
     assert values == [pytest.approx([math.copysign(math.sqrt(abs(s)), s) for s in shares], rel=1e-3), "root"]
     sort(page, "value")
     ordered = sorted(LAYERS, key=lambda name: -LAYERS[name])
-    page.until(f"{TICKS.replace('return ', 'return JSON.stringify(')}) === arguments[1]", "layers",
-               _json([name.removeprefix("model.encoder.") for name in ordered]))  # fmt: skip
+    page.until_texts("#layers .ytick text", [name.removeprefix("model.encoder.") for name in ordered])
     sort(page, "")
     page.show_in_detail("other")  # the spectra of its layers differ in size
     page.until("return document.getElementById('layers').data[0].meta.colors === 'log'")
@@ -382,7 +380,3 @@ def sort(page: Page, order: str) -> None:
         "menu.value = arguments[0]; menu.dispatchEvent(new Event('change'))",
         order,
     )
-
-
-def _json(names: list[str]) -> str:
-    return "[" + ",".join(f'"{name}"' for name in names) + "]"
