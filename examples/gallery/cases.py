@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from examples.gallery.networks import TRAIN_SIZE, Classifier, HalfPrecisionClassifier, digits, train
+from examples.gallery.networks import TRAIN_SIZE, Classifier, DecayedClassifier, HalfPrecisionClassifier, digits, train
 from lightning_hesd import HessianSpectrumCallback, hessian_spectrum
 from lightning_hesd.plotting import plot_density
 
@@ -32,7 +32,8 @@ def draw_cases(folder: Path, epochs: int = EPOCHS, many_epochs: int = MANY_EPOCH
     """Draw the density of each case, and print what it says."""
     found = {
         **of_one_training(epochs, many_epochs),
-        "unverified": in_half_precision(epochs),
+        "mn-trained": of_samples(DecayedClassifier, epochs),
+        "unverified": of_samples(HalfPrecisionClassifier, epochs, 512),
         **of_two_samples(epochs),
     }
     for name, spectrum in found.items():
@@ -56,12 +57,12 @@ def of_one_training(epochs: int, many_epochs: int) -> dict[str, Spectrum]:
     return {"mn": start, "mp": trained, "qs": late}
 
 
-def in_half_precision(epochs: int) -> Spectrum:
-    """Return the spectrum of a network whose loss is computed with 16 bits."""
+def of_samples(network: type[Classifier], epochs: int, size: int = TRAIN_SIZE) -> Spectrum:
+    """Return the spectrum of a network after its training; `size`: the number of samples."""
     torch.manual_seed(0)
-    module = HalfPrecisionClassifier()
+    module = network()
     train(module, epochs)
-    return hessian_spectrum(module, [samples(512)], mean_loss)
+    return hessian_spectrum(module, [samples(size)], mean_loss)
 
 
 def of_two_samples(epochs: int) -> dict[str, Spectrum]:

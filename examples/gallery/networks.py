@@ -76,6 +76,17 @@ class HalfPrecisionClassifier(Classifier):
         return values
 
 
+class DecayedClassifier(Classifier):
+    """A perceptron with one hidden layer, whose weights a strong weight decay holds close to zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), 1e-2, weight_decay=30)
+
+
 def train(module: pl.LightningModule, epochs: int, callbacks: Sequence[Callback] = ()) -> None:
     """Train on the digits, without a log."""
     with tempfile.TemporaryDirectory() as folder:

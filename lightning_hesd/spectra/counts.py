@@ -26,6 +26,10 @@ MIN_SHARE = 1e-13
 """Smaller shares of a start vector are rounding."""
 
 
+MIN_GAP = 1e-18
+"""A node closer to a threshold, relative to the largest node, is at the threshold: nodes have a larger rounding."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """Quadrature rule of one Lanczos run, without padding.
@@ -85,7 +89,7 @@ class Rule:
             return 0.0, 1.0
         size = max(float(np.abs(nodes).max()), abs(threshold)) or 1.0
         gaps, couplings = (nodes - threshold) / size, residuals / size
-        others = gaps != 0
+        others = np.abs(gaps) > MIN_GAP
         gaps, free = gaps[others], couplings[others]
         if couplings[~others].any():
             nearest = nodes[np.argmin(np.abs(nodes - threshold))]
@@ -93,7 +97,7 @@ class Rule:
         else:
             # The rule is that of T in the basis of its Ritz vectors, without those that have converged, with one more
             # row that makes the threshold an eigenvalue. First times last components of Ritz vectors alternate in sign.
-            start = ((-1.0) ** rest * np.sqrt(weights))[others]
+            start: Array = np.where(rest % 2, -1.0, 1.0)[others] * np.sqrt(weights[others])
             at = float(start @ (free / gaps)) ** 2 / (1 + float((free / gaps) @ (free / gaps)))
             below = max((float(start @ start) - at - _sign(gaps, free, start)) / 2, 0.0)
             up_to = below + at + float(weights[~others].sum())  # T itself may have that node, too

@@ -95,7 +95,7 @@ class TestSharesOfTheStartVector:
         residuals = 10.0 ** generator.uniform(-10, 0, 8)
         rule = counts.Rule(nodes, weights, residuals, np.zeros(8, dtype=bool), 1000, 1e-16)
         with mpmath.workdps(60):
-            for threshold in (nodes[2] + 1e-9 * distance, nodes[6] - distance, nodes[7] + distance):
+            for threshold in (nodes[2] + 1e-5 * distance, nodes[6] - distance, nodes[7] + distance):
                 ratios = [
                     mpmath.mpf(r) ** 2 / (mpmath.mpf(x) - threshold) for x, r in zip(nodes, residuals, strict=True)
                 ]
@@ -110,6 +110,17 @@ class TestSharesOfTheStartVector:
                 np.testing.assert_allclose(
                     rule.rest_share_below(float(threshold)), exact, rtol=0, atol=counts.MIN_SHARE
                 )
+
+    @pytest.mark.parametrize("tiny", [0.0, 1e-200, 1e-25])
+    @pytest.mark.parametrize("coupling", [0.0, 0.1])
+    def test_a_node_at_the_threshold_may_be_on_either_side(self, tiny, coupling):
+        nodes, weights, residuals = (
+            np.array([-1.0, tiny, 1.0]),
+            np.array([0.2, 0.3, 0.5]),
+            np.array([0.0, coupling, 0.0]),
+        )
+        rule = counts.Rule(nodes, weights, residuals, np.zeros(3, dtype=bool), 1000, 1e-16)
+        np.testing.assert_allclose(rule.rest_share_below(0.0), [0.2, 0.5], rtol=0, atol=counts.MIN_SHARE)
 
 
 class TestNumbersFromShares:
