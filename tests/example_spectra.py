@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -85,23 +85,32 @@ def analyze(
     **fields: Any,
 ) -> Spectrum:
     """Return what Lanczos runs on a diagonal matrix find, one probe for each number of steps."""
+    generator = torch.Generator().manual_seed(seed)
+    runs = [run(eigenvalues, number, generator, dtype) for number in steps]
+    return of_coefficients([(one.alphas, one.betas) for one in runs], len(eigenvalues), dtype, **fields)
+
+
+def run(
+    eigenvalues: np.ndarray,
+    steps: int,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float64,
+    basis: Literal["device", "none"] = "device",
+) -> Lanczos:
+    """Return a finished Lanczos run on a diagonal matrix."""
     diagonal = torch.tensor(eigenvalues, dtype=dtype)
-    generator, n, runs = torch.Generator().manual_seed(seed), len(eigenvalues), []
-    for number in steps:
-        start = torch.randn(n, generator=generator, dtype=torch.float64).to(dtype)
-        runs.append(Lanczos(lambda vector: diagonal * vector, start, number))
-        runs[-1].run()
-    nodes, weights, residuals = stack_rules([gauss_quadrature(run.alphas, run.betas) for run in runs])
-    return Spectrum(
-        nodes,
-        weights,
-        residuals,
-        steps_per_probe=tuple(len(run.alphas) for run in runs),
-        dimension=n,
-        num_samples=1,
-        loss=1.0,
-        rounding=rounding_threshold(float(np.nanmax(np.abs(nodes))), torch.finfo(dtype).eps, n),
-        matvecs=sum(len(run.alphas) for run in runs),
-        seconds=0.0,
-        **fields,
-    )
+    start = torch.randn(len(eigenvalues), generator=generator, dtype=torch.float64).to(dtype)
+    found = Lanczos(lambda vector: diagonal * vector, start, steps, basis=basis)
+    found.run()
+    return found
+
+
+def of_coefficients(
+    probes: list[tuple[np.ndarray, np.ndarray]], dimension: int, dtype: torch.dtype = torch.float64, **fields: Any
+) -> Spectrum:
+    """Return the spectrum of Lanczos coefficients α and β, a pair of arrays for each probe."""
+    nodes, weights, residuals = stack_rules([gauss_quadrature(*probe) for probe in probes])
+    steps = tuple(len(alphas) for alphas, _ in probes)
+    rounding = rounding_threshold(float(np.nanmax(np.abs(nodes))), torch.finfo(dtype).eps, dimension)
+    given = {"dimension": dimension, "num_samples": 1, "loss": 1.0, "rounding": rounding, "seconds": 0.0, **fields}
+    return Spectrum(nodes, weights, residuals, steps_per_probe=steps, matvecs=sum(steps), **given)

@@ -47,7 +47,7 @@ def dense_hessian(
 
     point = torch.cat([p.detach().flatten() for p in chosen.values()])
     with sdpa_kernel(SDPBackend.MATH):
-        return torch.autograd.functional.hessian(mean_loss, point)
+        return torch.autograd.functional.hessian(mean_loss, point, vectorize=True)
 
 
 def eigenvalues(*problem: Any, **options: Any) -> np.ndarray:
@@ -56,9 +56,15 @@ def eigenvalues(*problem: Any, **options: Any) -> np.ndarray:
 
 
 @functools.cache
+def case_hessian(name: str) -> Tensor:
+    """Return the dense Hessian of a problem of `cases` in float64, which is computed only once: do not write to it."""
+    return dense_hessian(*cases.make(name))
+
+
+@functools.cache
 def case_eigenvalues(name: str) -> np.ndarray:
-    """Return the eigenvalues of a problem of `cases` in float64, which are computed only once."""
-    return eigenvalues(*cases.make(name))
+    """Return the eigenvalues of this Hessian, ascending."""
+    return torch.linalg.eigvalsh(case_hessian(name)).numpy()
 
 
 def hausdorff(first: Any, second: Any) -> float:

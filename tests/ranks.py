@@ -51,17 +51,21 @@ class ThreadRank(DistributedCollectives):
         self.rank, self.size = rank, meeting.barrier.parties
         self._meeting = meeting
 
+    def gather(self, value: Any, group: Any = None) -> list[Any]:
+        """Return the values of all ranks."""
+        return self._meeting.exchange(self.rank, value)
+
     def sum(self, tensor: Tensor) -> Tensor:
-        return torch.stack(self._meeting.exchange(self.rank, tensor.clone())).sum(dim=0)
+        return torch.stack(self.gather(tensor.clone())).sum(dim=0)
 
     def max(self, value: float) -> float:
-        return max(self._meeting.exchange(self.rank, value))
+        return max(self.gather(value))
 
     def broadcast(self, value: Any) -> Any:
-        return self._meeting.exchange(self.rank, value)[0]
+        return self.gather(value)[0]
 
 
-def in_threads(ranks: int, work: Callable[[DistributedCollectives], Any]) -> list[Any]:
+def in_threads(ranks: int, work: Callable[[Any], Any]) -> list[Any]:
     """Return what each of several threads found, each in the place of a rank."""
     meeting, found = Meeting(ranks), {}
 

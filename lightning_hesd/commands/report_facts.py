@@ -20,7 +20,7 @@ def facts_html(runs: Sequence[ReportedRun]) -> str:
     known = {name: values for name, of in FACTS.items() if any(values := [of(run) for run in runs])}
     if len(runs) <= MANY:
         titles = "".join(f'<th scope="col">{html.escape(run.title)}</th>' for run in runs)
-        rows = "\n".join(map(_row, known, known.values()))
+        rows = "\n".join((_shared if len(set(values)) == 1 else _row)(name, values) for name, values in known.items())
         return _table(f"<thead><tr><td></td>{titles}</tr></thead>", rows)
     common = {name: values[:1] for name, values in known.items() if len(set(values)) == 1}
     other = {name: values for name, values in known.items() if name not in common}
@@ -31,13 +31,13 @@ def facts_html(runs: Sequence[ReportedRun]) -> str:
     return f"{shared}\n<details>\n<summary>Facts of each run</summary>\n{details}\n</details>"
 
 
-def _row(name: str, values: Sequence[str]) -> str:
-    """Return a row; equal values share a cell."""
-    is_shared = len(set(values)) == 1 and len(values) > 1
-    cells = (
-        [f'<td colspan="{len(values)}">{values[0]}</td>'] if is_shared else [f"<td>{value}</td>" for value in values]
-    )
-    return f'<tr><th scope="row">{name}</th>{"".join(cells)}</tr>'
+def _shared(name: str, values: Sequence[str]) -> str:
+    """Return the row of a fact that is the same for all runs, in one cell."""
+    return f'<tr><th scope="row">{name}</th><td colspan="{len(values)}">{values[0]}</td></tr>'
+
+
+def _row(name: str, cells: Sequence[str]) -> str:
+    return f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 
 def _table(head: str, rows: str) -> str:

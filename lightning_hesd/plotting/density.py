@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.ticker import NullLocator
 
 from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, SMOOTHING, new_axes
-from lightning_hesd.spectra.digits import certain, interval
+from lightning_hesd.spectra.digits import certain, interval, number
 from lightning_hesd.spectra.quadrature import legible_sigma
 
 if TYPE_CHECKING:
@@ -48,13 +48,14 @@ def plot_density(spectrum: Spectrum, ax: Axes | None = None, title: str = "") ->
         ax.fill_between(grid[side], bottom, density[side].clip(bottom), color=color, alpha=0.25, linewidth=0)
         ax.plot(grid[side], density[side], color=color, linewidth=1.2)
     for value, symbol in ((spectrum.lambda_min, r"\min"), (spectrum.lambda_max, r"\max")):
-        label = rf"$\lambda_{{{symbol}}}$ = {value:.3g}"
+        label = rf"$\lambda_{{{symbol}}}$ = {number(value, 3)}"
         ax.axvline(value, color=NEGATIVE if value < 0 else POSITIVE, linestyle="--", linewidth=1, label=label)
     ax.plot(nodes, np.full_like(nodes, bottom * 1.3), "|", color="black", markersize=6)
 
     ax.set_yscale("log")
     ax.yaxis.set_minor_locator(NullLocator())  # minor ticks take as long as the rest of the figure
     ax.set_ylim(bottom, top * 3)
+    ax.ticklabel_format(axis="x", scilimits=(-2, 5))  # longer labels would touch
     ax.set_xlabel("Hessian eigenvalue" if spectrum.matrix == "hessian" else f"eigenvalue, {spectrum.matrix}")
     ax.set_ylabel("spectral density")
     ax.set_title(describe(spectrum, title), fontsize=10)

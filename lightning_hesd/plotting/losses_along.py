@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, new_axes
+from lightning_hesd.spectra.digits import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +48,7 @@ def plot_losses_along(spectrum: Spectrum, ax: Axes | None = None, title: str = "
     eigenvalues = (spectrum.lambda_min, r"\min", NEGATIVE, "o"), (spectrum.lambda_max, r"\max", POSITIVE, "s")
     for (distances, losses), (value, index, color, mark) in zip(spectrum.losses_along, eigenvalues, strict=True):
         shares = distances / distances[-1]
-        label = rf"$\lambda_{{{index}}}$ = {value:.3g}, $t \leq$ {distances[-1]:.2g}"
+        label = rf"$\lambda_{{{index}}}$ = {number(value, 3)}, $t \leq$ {distances[-1]:.2g}"
         ax.plot(shares, losses, color=color, linewidth=1.2, marker=mark, markersize=3, label=label)
         ax.plot(shares, _parabola(distances, losses, value), "--", color=color, linewidth=1)
     finite = spectrum.losses_along[:, 1][np.isfinite(spectrum.losses_along[:, 1])]

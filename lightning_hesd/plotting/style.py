@@ -134,7 +134,7 @@ class RunAxis:
         Raises:
             ValueError: If a run has no records.
         """
-        if not all(runs):
+        if not runs or not all(runs):
             msg = "the history has no record: was anything analyzed?"
             raise ValueError(msg)
         by_epoch = all(len({record.epoch for record in run}) == len(run) for run in runs)

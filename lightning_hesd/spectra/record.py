@@ -40,6 +40,7 @@ PLAIN_FIELDS = ("epoch", "global_step", "error", "stability_threshold", "metrics
 """The fields of a record that are plain values."""
 
 LAYERS_SUFFIX = "_layers"
+"""Follows the number of a record in the names of the files of its layers."""
 
 VALIDATION_LOSSES = tuple(f"{prefix}{mark}loss" for prefix in ("val", "valid", "validation", "dev") for mark in "_/")
 """Keys under which the loss on validation data is logged, the usual ones."""

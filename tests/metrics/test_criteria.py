@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from lightning_hesd import Spectrum, assess_generalization
 from lightning_hesd.metrics import GeneralizationCriteria, HessianCriteria
 from lightning_hesd.metrics.functional import generalization_criteria, hessian_criteria
-from tests import programs
+from tests.ranks import ThreadRank, in_threads
 from tests.spectra import nodes
 
 
@@ -131,20 +131,18 @@ def test_plots() -> None:
     assert [len(line.get_xdata()) for line in axes.lines] == [2] * 5  # type: ignore[arg-type]
 
 
-def _process(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    metric = HessianCriteria()
-    for seed in [0] if rank == 0 else [1, 2]:
-        metric.update(spectrum(seed=seed, probes=1, steps=9 - 2 * seed))
-    torch.save(metric.compute(), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+def test_ranks_pool_their_probes() -> None:
+    """The states are flat, so that torchmetrics gathers them whatever the numbers of probes and steps."""
 
+    def criteria(seeds: list[int], **options: Any) -> dict[str, float]:
+        metric = HessianCriteria(**options)
+        for seed in seeds:
+            metric.update(spectrum(seed=seed, probes=1, steps=9 - 2 * seed))
+        assert {state.ndim for name in metric.metric_state for state in getattr(metric, name)} == {1}
+        return values(metric.compute())
 
-def test_ranks_pool_their_probes(tmp_path: Any) -> None:
-    server = programs.SERVER.get_start_method()
-    torch.multiprocessing.start_processes(_process, (str(tmp_path),), nprocs=2, start_method=server)
-    alone = HessianCriteria()
-    for seed in (0, 1, 2):
-        alone.update(spectrum(seed=seed, probes=1, steps=9 - 2 * seed))
-    for rank in (0, 1):
-        assert values(torch.load(tmp_path / f"{rank}.pt")) == pytest.approx(values(alone.compute()))
+    def work(ranks: ThreadRank) -> dict[str, float]:
+        options = {"dist_sync_fn": ranks.gather, "distributed_available_fn": lambda: True}
+        return criteria([0] if ranks.rank == 0 else [1, 2], **options)
+
+    assert in_threads(2, work) == [pytest.approx(criteria([0, 1, 2]))] * 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_hesd.numerics.devices import accelerators, finest_dtype, in_float64, to_device
+from lightning_hesd.numerics.devices import accelerators, finest_dtype, in_float64
 from lightning_hesd.numerics.isolation.exact_mode import release_memory
 from lightning_hesd.numerics.isolation.snapshot import restore_state, seed_everything
 from lightning_hesd.numerics.operators.memory import SHARE_OF_FREE_MEMORY, default_budget
@@ -121,13 +121,6 @@ def test_the_finest_type() -> None:
     assert finest_dtype(torch.device("cpu")) is torch.float64
     assert finest_dtype(torch.device("mps")) is torch.float32
     assert in_float64(torch.ones(1)).dtype is torch.float64
-
-
-def test_moving_keeps_types_that_the_device_has() -> None:
-    fine, coarse = torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.bfloat16)
-    assert to_device(fine, torch.device("cpu")).dtype is torch.float64
-    assert to_device(coarse, torch.device("cpu")).dtype is torch.bfloat16
-    assert to_device(torch.ones(1, dtype=torch.int64), torch.device("cpu")).dtype is torch.int64
 
 
 def test_a_device_may_refuse_arithmetic_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,7 @@ def test_losses_along_eigenvectors_and_the_parabolas_they_follow() -> None:
     assert parabolas[1][10] == 3
     assert parabolas[1][-1] == pytest.approx(3 - (0.5 - 40 * 0.025**2) * 0.25 + 4 * 0.25**2)
     assert ax.get_title() == "epoch 3"
-    assert ax.get_legend().get_texts()[0].get_text() == r"$\lambda_{\min}$ = -2, $t \leq$ 0.5"
+    assert ax.get_legend().get_texts()[0].get_text() == r"$\lambda_{\min}$ = −2, $t \leq$ 0.5"
 
 
 def test_losses_that_are_absent_infinite_or_equal() -> None:

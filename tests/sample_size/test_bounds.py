@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
@@ -23,6 +22,7 @@ from lightning_hesd.sample_size.bounds import (
     network_bound,
     weight_norm,
 )
+from tests import cases as problems
 from tests import oracles
 
 SAFE_WEIGHT_NORM = 2**-0.75
@@ -42,10 +42,6 @@ def network(layers: int, scale: float, seed: int, *, biased: bool, relu_on_logit
     return nn.Sequential(*(modules if relu_on_logits else modules[:-1]))
 
 
-def cross_entropy(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(module(batch[0]), batch[1])
-
-
 def dense_terms(module: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The G-term and the whole Hessian of one sample."""
     parameters = {name: p.detach() for name, p in module.named_parameters()}
@@ -53,7 +49,7 @@ def dense_terms(module: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor
     jacobian = torch.cat([block.flatten(1) for block in blocks.values()], dim=1)
     softmax = module(x[None])[0].detach().softmax(0)
     ggn = jacobian.T @ (torch.diag(softmax) - torch.outer(softmax, softmax)) @ jacobian
-    return ggn, oracles.dense_hessian(module, [(x[None], y[None])], cross_entropy)
+    return ggn, oracles.dense_hessian(module, [(x[None], y[None])], problems.cross_entropy)
 
 
 class Case(NamedTuple):
@@ -96,8 +92,7 @@ class TestTight:
         for case in cases():
             assert getattr(case, matrix) <= case.tight[matrix] * (1 + 1e-12) + case.rounding, case
 
-    @pytest.mark.parametrize("layers", [1, 2, 3, 4])
-    @pytest.mark.parametrize("biased", [False, True])
+    @pytest.mark.parametrize(("biased", "layers"), [(False, 1), (True, 1), (False, 4), (True, 4)])
     def test_on_the_g_term_is_met_with_equality(self, biased: bool, layers: int) -> None:
         # Hidden layers are multiples of the identity, inputs and biases point along (1, 1), so all units are active and
         # no size is lost; the last layer looks along (1, −1), so that the two classes are equally likely.
@@ -114,12 +109,11 @@ class TestTight:
         bound = network_bound(module, x[None], matrix="ggn")
         assert float(torch.linalg.matrix_norm(ggn, 2)) == pytest.approx(bound, rel=1e-12)
 
-    @pytest.mark.parametrize("biased", [False, True])
-    def test_on_the_h_term_is_met_by_errors_that_are_certain(self, biased: bool) -> None:
-        module = network(2, 20.0, 0, biased=biased, relu_on_logits=False)
+    def test_on_the_h_term_is_met_by_errors_that_are_certain(self) -> None:
+        module = network(2, 20.0, 0, biased=True, relu_on_logits=False)
         x = torch.tensor([1.0, 2.0, -2.0], dtype=torch.float64)
         ggn, hessian = dense_terms(module, x, module(x).argmin())
-        bound = hessian_bound(3.0, weight_norm(module), 2, matrix="residual", bias_norm=0.0 if biased else None)
+        bound = hessian_bound(3.0, weight_norm(module), 2, matrix="residual", bias_norm=0.0)
         assert float(torch.linalg.matrix_norm(hessian - ggn, 2)) == pytest.approx(bound, rel=1e-6)
 
     @pytest.mark.parametrize("m_b", [None, 0.7])
@@ -137,10 +131,6 @@ class TestTight:
         assert found == pytest.approx(np.linalg.norm(pairs, 2), rel=1e-12)
         whole = hessian_bound(m_x, m_w, layers, matrix="hessian", bias_norm=m_b)
         assert whole == pytest.approx(found + hessian_bound(m_x, m_w, layers, bias_norm=m_b), rel=1e-14)
-
-    def test_one_layer_has_no_h_term(self) -> None:
-        assert hessian_bound(2.0, 3.0, 1, matrix="residual") == 0.0
-        assert all(case.residual <= case.rounding for case in cases() if case.layers == 1)
 
     def test_on_the_hessian_does_not_vanish_with_the_weights(self) -> None:
         # Two layers, W → 0: G is of the order of W², the H-term that of ‖π − y‖·‖relu'‖·‖x‖.
@@ -168,11 +158,6 @@ class TestPublished:
         assert found == pytest.approx(math.sqrt(2) * 5 * (3.0**2 + 1), rel=1e-13)
         if m_w == 1.0:
             assert found == pytest.approx(math.sqrt(2) * 50, rel=2e-16)
-
-    @pytest.mark.parametrize("m_w", [0.1, 0.5, 1.0, 3.0])
-    def test_is_a_multiple_of_the_tight_one_for_biases_of_zero(self, m_w: float) -> None:
-        tight = hessian_bound(1.5, m_w, 3, bias_norm=0.0)
-        assert hessian_bound(1.5, m_w, 3, kind="published") == pytest.approx(2 * math.sqrt(2) * m_w**2 * tight)
 
     def test_holds_for_weights_that_are_not_small(self) -> None:
         covered = [case for case in cases() if not case.biased and case.weight_norm >= SAFE_WEIGHT_NORM]
@@ -203,10 +188,6 @@ class TestLemmas:
         norm = np.linalg.norm(hessians, 2, axis=(1, 2)).max()
         bounds = loss_difference_bound(np.arange(1, count), constants.max(), norm, radius)
         assert (np.abs(np.diff(means)) <= bounds / 2).all()  # as the docstring says
-
-    def test_loss_differences_are_the_formula(self) -> None:
-        found = loss_difference_bound([[1, 2], [3, 9]], 0.5, 2.0, 3.0)
-        np.testing.assert_allclose(found, 2 / np.array([[2, 3], [4, 10]]) * 18.5, rtol=1e-15)
 
 
 class TestMeasured:

@@ -36,17 +36,6 @@ class TestIncrements:
         # χ² with 23 degrees of freedom exceeds 49.7 once in a thousand times.
         assert ((counts - 100) ** 2 / 100).sum() < 49.7
 
-    def test_columns_go_together(self) -> None:
-        values = np.stack([lognormal(7), 3 * lognormal(7), np.arange(7.0)], axis=1)
-        for curve in increments(values, 5, seed=0):
-            np.testing.assert_allclose(curve[:, 1], 3 * curve[:, 0], rtol=1e-12)
-            assert abs(np.corrcoef(curve[:, 0], curve[:, 2])[0, 1]) < 0.999
-
-    def test_seeds_are_orders(self) -> None:
-        first, again, other = (np.array(list(increments(lognormal(9)[:, None], 3, seed))) for seed in (1, 1, 2))
-        np.testing.assert_array_equal(first, again)
-        assert (first != other).any()
-
     def test_a_common_shift_costs_no_digits(self) -> None:
         # Multiples of 2⁻²⁰, so that the shifted values, and their means over 64, are exact.
         values = np.random.default_rng(0).integers(0, 2**20, (64, 1)) / 2.0**20
@@ -61,11 +50,6 @@ class TestFitRate:
         found, error = fit_rate([0.5 * curve, 1.5 * curve], curve)
         assert found == pytest.approx(exponent, rel=1e-12)
         assert error == pytest.approx(0.0, abs=1e-12)
-
-    def test_the_root_mean_square_falls_with_exponent_minus_one_at_any_number_of_samples(self) -> None:
-        for count in (3, 5, 100):
-            curve = 1 / scale_of_sizes(count)
-            assert fit_rate([curve, curve], curve)[0] == pytest.approx(-1.0, rel=1e-12)
 
     def test_the_stated_error_is_the_standard_deviation_over_sets_of_orders(self) -> None:
         values = lognormal(60)[:, None]

@@ -20,7 +20,7 @@ from lightning_hesd.sample_size.recommendation import SampleSize, loss_requireme
 from lightning_hesd.spectra.intervals import chi_square_quantile
 from tests import oracles
 
-POPULATION, PILOT, SEEDS = 3000, 256, 30
+POPULATION, PILOT, SEEDS = 3000, 256, 20
 CONFIDENCE, TOLERANCE, LOSS_TOLERANCE = 0.9, 0.15, 0.02
 
 
@@ -199,12 +199,6 @@ def test_mistakes(problem, options, samples, message):
     module, x, y = problem
     with pytest.raises(ValueError, match=message):
         recommend_sample_size(module, [(x[:samples], y[:samples])], loss_fn, **options)
-
-
-def test_a_loss_that_is_no_tensor(problem):
-    module, x, y = problem
-    with pytest.raises(TypeError, match="`loss_fn` must return a tensor, got float"):
-        recommend_sample_size(module, [(x[:20], y[:20])], lambda m, b: 1.0)
 
 
 def test_no_curvature():

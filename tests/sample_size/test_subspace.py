@@ -79,8 +79,10 @@ def orders_of(samples: int, orders: int, seed: int) -> list[np.ndarray]:
 
 
 class TestQuadraticLoss:
-    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-4)])
-    @pytest.mark.parametrize("sigma", [0.01, 0.5, 3.0])
+    @pytest.mark.parametrize(
+        ("sigma", "dtype", "tolerance"),
+        [(0.01, torch.float64, 1e-11), (3.0, torch.float64, 1e-11), (0.5, torch.float32, 1e-4)],
+    )
     def test_the_closed_form_is_the_formula_in_the_same_orders(
         self, sigma: float, dtype: torch.dtype, tolerance: float
     ) -> None:
@@ -217,7 +219,7 @@ def displaced_moments(problem: cases.Problem, directions: Tensor, sigma: float) 
     return float(formula(a[:, 0], b, curvature.reshape(-1, count, count), sigma).mean() / 2)
 
 
-@pytest.mark.parametrize(("name", "chunk_size"), [*((name, None) for name in cases.NAMES), ("mlp", 2), ("mlp", 9)])
+@pytest.mark.parametrize(("name", "chunk_size"), [*((name, None) for name in cases.NAMES), ("mlp", 2)])
 def test_derivatives_of_all_kinds_of_layers(name: str, chunk_size: int | None) -> None:
     problem = cases.make(name)
     problem.module.eval()
@@ -272,8 +274,9 @@ class TestState:
 
 
 class TestDominantDirections:
-    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
-    @pytest.mark.parametrize("reduction", ["none", "mean"])
+    @pytest.mark.parametrize(
+        ("reduction", "dtype", "tolerance"), [("mean", torch.float64, 1e-9), ("none", torch.float32, 1e-3)]
+    )
     def test_are_the_leading_eigenvectors(self, reduction: str, dtype: torch.dtype, tolerance: float) -> None:
         module, batches = trained()
         values, vectors = torch.linalg.eigh(oracles.dense_hessian(module, batches, cases.cross_entropy))

@@ -77,14 +77,6 @@ def test_thresholds_are_parameters() -> None:
     assert assess_generalization(TRAIN, TRAIN, delta_k_h05_threshold=0.9).verdict == "poor"
 
 
-def test_undecided_where_the_type_is() -> None:
-    assessment = assess_generalization(uncertain(-0.59), TRAIN)
-    assert assessment.verdict == "undecided"
-    assert assessment.value == 0.5
-    assert assessment.applicable is None
-    assert "may be on either side of -0.6" in assessment.reasons[0]
-
-
 def uncertain(c_t: float) -> Spectrum:
     """A spectrum whose smallest node has not converged."""
     return spectrum(c_t, 0.5, 1.0, residuals=[[0.05, 0.0, 0.0]])
@@ -116,21 +108,24 @@ def test_a_criterion_that_fails_for_sure_outweighs_an_uncertain_one() -> None:
     assert assess_generalization(tolerant, spectrum(-0.3, 0.5, 1.0, tolerance=0.05)).verdict == "poor"
 
 
-def test_undecided_without_negative_part_on_training_data() -> None:
-    assessment = assess_generalization(spectrum(0.1, 0.5, 1.0), TRAIN)
-    assert assessment.verdict == "undecided"
-    assert math.isnan(assessment.delta_r_e)
-    assert "Δr_e is undefined: r_e = 0 on the training data" in assessment.reasons[1]
-    assert "ΔK_H05 is undefined: K_H05 = 0 on the training data" in assessment.reasons[2]
+FLAT = replace(TRAIN, reason="no curvature: all is flat")
 
 
-@pytest.mark.parametrize("place", ["training", "generalization"])
-def test_undecided_where_c_t_is_undefined(place: str) -> None:
-    nothing = replace(TRAIN, reason="no curvature: all is flat")
-    pair = (nothing, TRAIN) if place == "training" else (TRAIN, nothing)
-    assessment = assess_generalization(*pair)
-    assert assessment.verdict == "undecided"
-    assert any("no curvature: all is flat" in reason for reason in assessment.reasons)
+@pytest.mark.parametrize(
+    ("train", "other", "reasons"),
+    [
+        (uncertain(-0.59), TRAIN, ["may be on either side of -0.6"]),
+        (spectrum(0.1, 0.5, 1.0), TRAIN, [f"{ratio} = 0 on the training data" for ratio in ("r_e", "K_H05")]),
+        (FLAT, TRAIN, ["no curvature: all is flat"]),
+        (TRAIN, FLAT, ["no curvature: all is flat"]),
+    ],
+    ids=["type", "no negative part", "flat on training data", "flat on the others"],
+)
+def test_undecided(train: Spectrum, other: Spectrum, reasons: list[str]) -> None:
+    assessment = assess_generalization(train, other)
+    assert (assessment.verdict, assessment.value) == ("undecided", 0.5)
+    for reason in reasons:
+        assert any(reason in said for said in assessment.reasons)
 
 
 @pytest.mark.parametrize(
@@ -138,11 +133,7 @@ def test_undecided_where_c_t_is_undefined(place: str) -> None:
     [
         (replace(TRAIN, tolerance=0.05), TRAIN, "without `tolerance`"),
         (TRAIN, replace(TRAIN, tolerance="type"), "without `tolerance`"),
-        (
-            TRAIN,
-            spectrum(-0.1, 0.2, 0.5, 1.0),
-            "the numbers of Lanczos steps differ, (3,) on the training",
-        ),
+        (TRAIN, spectrum(-0.1, 0.2, 0.5, 1.0), "the numbers of Lanczos steps differ, (3,) on the training"),
     ],
 )
 def test_k_h05_of_unlike_steps_is_left_out(train: Spectrum, other: Spectrum, why: str) -> None:

@@ -14,6 +14,7 @@ from lightning_hesd.numerics.krylov.ritz import gauss_quadrature
 from lightning_hesd.spectra import counts
 from tests.example_spectra import SMALL, analyze
 from tests.example_spectra import SMALL_POPULATION as SPECTRA
+from tests.example_spectra import run as finished_run
 
 LEVELS = (0.5, 0.1, 0.01, 0.001)
 
@@ -25,11 +26,8 @@ def rule(alphas, betas, dimension=SMALL) -> counts.Rule:
 
 def run(eigenvalues: np.ndarray, steps: int, seed: int = 0) -> tuple[np.ndarray, Lanczos]:
     """Return the start vector, of unit length, and the run."""
-    diagonal = torch.tensor(eigenvalues)
-    start = torch.randn(len(eigenvalues), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    lanczos = Lanczos(lambda vector: diagonal * vector, start, steps)
-    lanczos.run()
-    return (start / start.norm()).numpy(), lanczos
+    lanczos = finished_run(eigenvalues, steps, torch.Generator().manual_seed(seed))
+    return lanczos.ritz_vectors(np.eye(len(lanczos.alphas)))[0].numpy(), lanczos
 
 
 def radau(alphas: np.ndarray, betas: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
@@ -43,7 +41,7 @@ def radau(alphas: np.ndarray, betas: np.ndarray, threshold: float) -> tuple[np.n
 
 
 class TestSharesOfTheStartVector:
-    @pytest.mark.parametrize("steps", [1, 2, 7, 12])
+    @pytest.mark.parametrize("steps", [1, 2, 12])
     @pytest.mark.parametrize("name", ["uniform", "outliers", "both signs"])
     def test_are_those_of_the_gauss_radau_rule(self, name, steps):
         _, lanczos = run(SPECTRA[name], steps)
@@ -53,7 +51,7 @@ class TestSharesOfTheStartVector:
             low, high = rule(lanczos.alphas, lanczos.betas).rest_share_below(threshold)
             assert (low, high) == pytest.approx((weights[:at].sum(), weights[: at + 1].sum()), abs=1e-9)
 
-    @pytest.mark.parametrize("steps", [1, 2, 12, 30])
+    @pytest.mark.parametrize("steps", [1, 12, 30])
     @pytest.mark.parametrize("name", SPECTRA)
     def test_enclose_the_true_share_at_every_threshold(self, name, steps):
         eigenvalues = SPECTRA[name]
@@ -160,9 +158,7 @@ def true_count(eigenvalues: np.ndarray, above: float, below: float) -> int:
 
 
 class TestCount:
-    @pytest.mark.parametrize(
-        ("steps", "dtype"), [((30,), torch.float64), ((30,), torch.float32), ((20, 9, 14), torch.float64)]
-    )
+    @pytest.mark.parametrize(("steps", "dtype"), [((30,), torch.float32), ((20, 9, 14), torch.float64)])
     def test_covers(self, steps, dtype):
         hits = total = 0
         for eigenvalues in SPECTRA.values():
@@ -186,19 +182,12 @@ class TestCount:
             assert spectrum.count(above=threshold) == (expected, expected)
             assert spectrum.count(below=threshold) == (SMALL - expected, SMALL - expected)
 
-    @pytest.mark.parametrize("steps", [40, 30])
-    def test_of_every_eigenvalue_known(self, steps):
-        eigenvalues = np.linspace(-1.0, 1.3, 30)
-        spectrum = analyze(eigenvalues, steps=(steps,))
+    @pytest.mark.parametrize("eigenvalues", [np.linspace(-1.0, 1.3, 30), np.array([2.0]), np.array([-1.0, 2.0])])
+    def test_of_every_eigenvalue_known(self, eigenvalues):
+        spectrum = analyze(eigenvalues)
         for above, below in ((-math.inf, math.inf), (-0.5, 0.7), (0.01, math.inf), (-math.inf, -2.0), (5.0, math.inf)):
             assert spectrum.count(above, below) == (true_count(eigenvalues, above, below),) * 2
-
-    @pytest.mark.parametrize("eigenvalues", [[2.0], [-1.0, 2.0], [-1.0, 0.1, 2.0]], ids=len)
-    def test_of_a_few(self, eigenvalues):
-        spectrum = analyze(np.array(eigenvalues))
-        negative = true_count(np.array(eigenvalues), -math.inf, 0.0)
-        assert spectrum.negative_count == (negative, negative)
-        assert spectrum.count(above=1.0) == (1, 1)
+        assert spectrum.density_error < 1e-12
 
     @pytest.mark.parametrize("scale", [1e-30, 1e30])
     def test_does_not_depend_on_the_scale(self, scale):
@@ -211,9 +200,6 @@ class TestCount:
         eigenvalues = np.geomspace(10, 1, 12)
         low, high = analyze(eigenvalues).count(above=eigenvalues[3])
         assert (low, high) == (3, 4)
-
-    def test_a_null_space_has_no_negative_eigenvalues(self):
-        assert analyze(SPECTRA["null space"], 5).negative_count == (0, 0)
 
     def test_more_confidence_is_wider(self):
         intervals = [analyze(SPECTRA["uniform"], confidence=c).count(above=0.5) for c in (0.5, 0.95, 0.9999)]
@@ -237,9 +223,7 @@ def distribution(eigenvalues: np.ndarray, points: np.ndarray, side: str) -> np.n
 
 
 class TestCumulativeBand:
-    @pytest.mark.parametrize(
-        ("steps", "dtype"), [((30,), torch.float64), ((30,), torch.float32), ((20, 9), torch.float64)]
-    )
+    @pytest.mark.parametrize(("steps", "dtype"), [((30,), torch.float32), ((20, 9), torch.float64)])
     def test_covers_and_so_does_the_distance(self, steps, dtype):
         band = near = total = 0
         for eigenvalues in SPECTRA.values():
@@ -263,10 +247,6 @@ class TestCumulativeBand:
         assert (np.diff(high) >= 0).all()
         assert (low <= high).all()
         assert low[-1] == high[-1] == 1
-
-    def test_of_a_matrix_that_is_known_has_no_height(self):
-        spectrum = analyze(np.linspace(-1.0, 1.3, 30))
-        assert spectrum.density_error < 1e-12
 
     def test_between_eigenvalues_that_are_known_has_no_height(self):
         points, low, high = analyze(SPECTRA["outliers"]).cumulative_band

@@ -94,15 +94,6 @@ class TestDeflatedWeights:
         new = deflation.deflated_weights(weights, mask, 5)
         np.testing.assert_allclose(new, [[0.2, 0.8 * 2 / 3, 0.8 / 3, 0.0], [0.25] * 4], rtol=1e-14)
 
-    def test_of_a_fully_known_matrix_are_equal(self):
-        new = deflation.deflated_weights(np.array([[0.7, 0.2, 0.1]]), np.ones((1, 3), dtype=bool), 3)
-        np.testing.assert_allclose(new, [[1 / 3] * 3], rtol=1e-14)
-
-    @pytest.mark.parametrize("name", SPECTRA)
-    def test_sum_to_one(self, name):
-        spectrum = analyze(SPECTRA[name], 3, (40, 7))
-        np.testing.assert_allclose(spectrum.density_weights.sum(axis=1), 1.0, rtol=1e-12)
-
     def test_the_trace_is_closer_to_the_true_one(self):
         for name in ("outliers", "power law", "both signs", "null space"):
             true = SPECTRA[name].sum()
@@ -122,7 +113,7 @@ class TestTraceError:
             [
                 abs(spectrum.trace - eigenvalues.sum()) <= spectrum.trace_error * np.array([1, 2])
                 for eigenvalues in SPECTRA.values()
-                for seed in range(15)
+                for seed in range(10)
                 for spectrum in [analyze(eigenvalues, seed, steps, dtype)]
             ]
         )

@@ -74,6 +74,15 @@ def sampled(*c_t: float, scatter: float) -> list[SpectrumRecord]:
     return run
 
 
+def notes(run: list[SpectrumRecord], overhead: float | None = None) -> list[str]:
+    """The lines about findings in the table of a run."""
+    made = summarize(run, "hesd", seconds=1.0, overhead=overhead, kept={})
+    assert made is not None
+    found = list(made.notes)
+    begin = "findings, the most important first:"
+    return found[found.index(begin) + 1 :] if begin in found else []
+
+
 WRONG = "differences of the loss give 2, the products 3"
 PLANTED: dict[str, tuple[str, list[SpectrumRecord], str, str]] = {
     "failed": (
@@ -182,6 +191,9 @@ def test_planted(name: str) -> None:
     key, run, confidence, evidence = PLANTED[name]
     [found] = findings(run)
     assert (found.key, found.confidence, found.evidence) == (key, confidence, evidence)
+    lines = notes(run)  # in the terminal
+    assert lines == ([] if key in STATED else [f"- {evidence}", f"  {confidence}; next: {found.action}"])
+    assert max(map(len, lines), default=0) <= WIDTH
 
 
 def test_every_kind_is_planted() -> None:
@@ -189,7 +201,7 @@ def test_every_kind_is_planted() -> None:
 
 
 def test_a_healthy_run_has_none() -> None:
-    assert findings(healthy(), overhead=0.3) == []
+    assert findings(healthy(), overhead=0.3) == notes(healthy()) == []
     assert findings([]) == []
     assert findings(with_ratios(0.02, 0.02, 0.5, 0.3, 0.02)) == []
     assert findings(with_ratios(0.02, 0.02, 5.0, 0.3, 0.02)) == []
@@ -201,6 +213,7 @@ class TestCost:
         [found] = findings(run, overhead=2.5)
         assert (found.key, found.confidence) == ("cost", "certain")
         assert found.evidence == "The analyses took 2.5 times as long as training, 150 s in all."
+        assert notes(run, 2.5) == [f"- {found.evidence}", f"  certain; next: {found.action}"]
 
     def test_cheap_or_of_unknown_share(self):
         assert findings(healthy(seconds=30.0), overhead=0.9) == []
@@ -259,10 +272,8 @@ class TestLanczosRuns:
         assert findings(self.wide(tolerance="auto")) == []
 
     def test_a_constant_c_t_within_five_percent_is_accurate(self):
-        run = [
-            SpectrumRecord(e, e, replace(make_spectrum(-0.2), residuals=[[1e-4, 0.0]])) for e in range(3)
-        ]  # the error is 2 %
-        assert findings(run) == []
+        accurate = replace(make_spectrum(-0.2), residuals=[[1e-4, 0.0]])  # to 2 %
+        assert findings([SpectrumRecord(e, e, accurate) for e in range(3)]) == []
 
 
 class TestMainlyNegative:
@@ -275,13 +286,9 @@ class TestMainlyNegative:
         record = SpectrumRecord(0, 10, make_spectrum(-2.0, loss=2.0), first_loss=2.0)
         assert [found.title for found in findings([record])] == ["MN: the cause is not known"]
 
-    def test_negative_curvature_in_several_layers(self):
-        layers = {"a": layer(20, 0.5, 0.25), "b": layer(20, 0.5, 0.75)}
-        [found] = findings(changed(make_spectrum(-2.0, loss=0.2), by_layer=layers))
-        assert found.title == "MN: the cause is not known"
-
-    def test_unknown_shares(self):
-        layers = {"a": layer(20, 0.5, math.nan), "b": layer(20, 0.5, math.nan)}
+    @pytest.mark.parametrize("shares", [(0.25, 0.75), (math.nan, math.nan)], ids=["several layers", "unknown"])
+    def test_negative_curvature_that_is_in_no_single_layer(self, shares):
+        layers = {name: layer(20, 0.5, share) for name, share in zip("ab", shares, strict=True)}
         [found] = findings(changed(make_spectrum(-2.0, loss=0.2), by_layer=layers))
         assert found.title == "MN: the cause is not known"
 
@@ -291,18 +298,16 @@ def test_a_preconditioned_spectrum_without_positive_eigenvalues_tells_no_headroo
     assert findings([replace(r, preconditioned=negative, stability_threshold=2.0) for r in healthy()]) == []
 
 
-class TestLayers:
-    def test_a_share_within_its_error_is_none(self):
-        layers = {"a": layer(20, 0.95, error=0.1), "b": layer(80, 0.05)}
-        assert findings(changed(make_spectrum(-0.08, loss=0.2), by_layer=layers)) == []
-
-    def test_a_large_layer_may_hold_most(self):
-        layers = {"a": layer(60, 0.95), "b": layer(40, 0.05)}
-        assert findings(changed(make_spectrum(-0.08, loss=0.2), by_layer=layers)) == []
-
-    def test_unknown_shares(self):
-        layers = {"a": layer(20, math.nan, math.nan), "b": layer(80, math.nan, math.nan)}
-        assert findings(changed(make_spectrum(-0.08, loss=0.2), by_layer=layers)) == []
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {"a": layer(20, 0.95, error=0.1), "b": layer(80, 0.05)},  # a share within its error
+        {"a": layer(60, 0.95), "b": layer(40, 0.05)},  # a large layer may hold most
+        {"a": layer(20, math.nan, math.nan), "b": layer(80, math.nan, math.nan)},
+    ],
+)
+def test_layers_that_are_no_finding(layers: dict[str, LayerCurvature]) -> None:
+    assert findings(changed(make_spectrum(-0.08, loss=0.2), by_layer=layers)) == []
 
 
 def test_no_positive_eigenvalue_and_no_curvature() -> None:
@@ -320,31 +325,6 @@ def test_what_matters_most_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert findings(run)[-1] == Finding("new", "New", "New.", "hint", "Look.")
 
 
-# In the table of a run ------------------------------------------------------------------------------------------------
-
-
-def notes(run: list[SpectrumRecord], overhead: float | None = None) -> list[str]:
-    made = summarize(run, "hesd", seconds=1.0, overhead=overhead, kept={})
-    assert made is not None
-    found = list(made.notes)
-    begin = "findings, the most important first:"
-    return found[found.index(begin) + 1 :] if begin in found else []
-
-
-@pytest.mark.parametrize("name", PLANTED)
-def test_two_lines_in_the_terminal(name: str) -> None:
-    key, run, confidence, evidence = PLANTED[name]
-    [found] = findings(run)
-    assert notes(run) == ([] if key in STATED else [f"- {evidence}", f"  {confidence}; next: {found.action}"])
-    assert max(map(len, notes(run)), default=0) <= WIDTH
-
-
-def test_the_lines_of_the_cost() -> None:
-    [found] = findings(healthy(seconds=3000.0), overhead=2.5)
-    assert notes(healthy(seconds=3000.0), 2.5) == [f"- {found.evidence}", f"  certain; next: {found.action}"]
-    assert max(map(len, notes(healthy(seconds=3000.0), 2.5))) <= WIDTH
-
-
 def test_a_long_name_is_cut_at_a_space() -> None:
     layers = {"very " * 30 + "long": layer(20, 0.95), "b": layer(80, 0.05)}
     run = changed(make_spectrum(-0.08, loss=0.2), by_layer=layers)
@@ -357,7 +337,3 @@ def test_more_than_a_few_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(KINDS, str(number), lambda _run: Found("New", "New.", "hint", "Look."))
     assert len(notes(healthy())) == 2 * MAX_FINDINGS + 1
     assert notes(healthy())[-1] == "- and 2 more, in `callback.findings`"
-
-
-def test_a_healthy_table_has_no_findings() -> None:
-    assert notes(healthy()) == []

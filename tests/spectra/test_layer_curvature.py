@@ -73,7 +73,7 @@ def bounds_hold(matrix: np.ndarray, found: dict[str, LayerCurvature], slack: flo
 
 
 class TestTraces:
-    @pytest.mark.parametrize(("steps", "probes", "seeds"), [(40, 1, 12), (40, 3, 4), (2, 1, 10), (5, 1, 10)])
+    @pytest.mark.parametrize(("steps", "probes", "seeds"), [(40, 1, 8), (40, 3, 3), (2, 1, 8)])
     def test_errors_cover(self, steps, probes, seeds):
         within = [
             abs(layer.trace - np.trace(block)) <= 2 * layer.trace_error
@@ -114,62 +114,28 @@ class TestTraces:
             for block, layer in zip(blocks(matrix), analyze(matrix, seed, dtype=dtype).values(), strict=True):
                 assert abs(layer.trace - np.trace(block)) <= 2 * layer.trace_error <= 2000 * torch.finfo(dtype).eps
 
-    @pytest.mark.parametrize("steps", [2, 10, 40])
-    @pytest.mark.parametrize("name", MATRICES)
-    def test_of_all_layers_add_up(self, name, steps):
-        found = analyze(MATRICES[name], steps=steps).values()
-        total = sum(layer.trace for layer in found)
-        if total > 0:
-            assert sum(layer.trace_share for layer in found) == pytest.approx(1)
-            assert all(layer.trace_share == pytest.approx(layer.trace / total) for layer in found)
-        else:
-            assert all(math.isnan(layer.trace_share) for layer in found)
-        negative = [layer.negative_share for layer in found]
-        assert all(map(math.isnan, negative)) or sum(negative) == pytest.approx(1)
-
-    def test_of_negative_curvature(self):
-        # Known exactly: 1 and −0.9/2, −0.9/4, ..., where the matrix is diagonal, in its layers.
-        matrix = MATRICES["diagonal"]
-        true = np.array([np.minimum(np.diag(block), 0).sum() for block in blocks(matrix)])
-        found = [layer.negative_share for layer in analyze(matrix, steps=SMALL).values()]
-        np.testing.assert_allclose(found, true / true.sum(), atol=1e-6)
+    def test_of_nothing_there_are_no_shares(self):
+        for layer in analyze(MATRICES["zero"]).values():
+            assert math.isnan(layer.trace_share)
+            assert math.isnan(layer.negative_share)
 
     def test_of_a_single_step_are_not_known(self):
         assert analyze(MATRICES["uniform"], steps=1) == {}
         assert len(analyze(MATRICES["identity"], steps=1)) == len(SIZES)
 
 
-class TestEigenvectors:
-    def test_weights_are_those_of_the_true_ones(self):
-        for name in ("outliers", "Gauss-Newton"):
-            vectors = np.linalg.eigh(MATRICES[name])[1]
-            found = analyze(MATRICES[name], probes=2).values()
-            largest = [float((vectors[own, -1] ** 2).sum()) for own in LAYERS]
-            assert [layer.lambda_max_weight for layer in found] == pytest.approx(largest, abs=1e-9)
-            assert sum(layer.lambda_min_weight for layer in found) == pytest.approx(1)
-
-
 class TestBounds:
-    @pytest.mark.parametrize(("steps", "probes"), [(40, 1), (12, 1), (3, 1), (20, 3)])
-    def test_cover(self, steps, probes):
+    @pytest.mark.parametrize(
+        ("steps", "probes", "dtype"), [(40, 1, torch.float32), (12, 1, torch.float64), (3, 1, torch.float64)]
+    )
+    def test_cover(self, steps, probes, dtype):
         held = [
             holds
             for matrix in MATRICES.values()
             for seed in range(3)
-            for holds in bounds_hold(matrix, analyze(matrix, seed, steps, probes))
+            for holds in bounds_hold(matrix, analyze(matrix, seed, steps, probes, dtype))
         ]
         assert np.mean(held) >= 0.95
-
-    def test_in_float32(self):
-        for name in ("outliers", "Gauss-Newton", "both signs"):
-            assert all(bounds_hold(MATRICES[name], analyze(MATRICES[name], dtype=torch.float32)))
-
-    def test_are_narrow_where_eigenvalues_have_converged(self):
-        for name in ("outliers", "Gauss-Newton", "power law"):
-            norm = np.linalg.norm(MATRICES[name], 2)
-            for layer in analyze(MATRICES[name]).values():
-                low, high = layer.lambda_max_bounds
-                assert high - low < 0.03 * norm
 
     # A Gauss-Newton matrix of rank 60, less 0.00005 to 0.003: only these eigenvalues are multiple ones.
     @pytest.mark.parametrize(
@@ -182,15 +148,6 @@ class TestBounds:
         for layer in found.values():
             assert np.diff(layer.lambda_max_bounds) < width
             assert np.diff(layer.lambda_min_bounds) < width
-
-    @pytest.mark.parametrize("scale", [1e-30, 1e30])
-    def test_scale_with_the_matrix(self, scale):
-        expected, found = analyze(gauss_newton()), analyze(scale * gauss_newton())
-        for name, layer in found.items():
-            assert layer.lambda_max_bounds == pytest.approx(
-                scale * np.array(expected[name].lambda_max_bounds), rel=1e-3
-            )
-            assert layer.trace_error == pytest.approx(scale * expected[name].trace_error, rel=1e-3)
 
     @pytest.mark.parametrize("gap", [1e-2, 1e-4, 1e-6])
     def test_of_close_eigenvalues_whose_vectors_lie_in_different_layers(self, gap):
@@ -205,8 +162,9 @@ class TestBounds:
         ]
         assert np.mean(held) >= 0.95
 
-    @pytest.mark.parametrize("signs", ["positive", "negative", "both"])
-    @pytest.mark.parametrize("size", [1, 3, 6, 7, 20, 28])
+    @pytest.mark.parametrize(
+        ("size", "signs"), [(1, "both"), (6, "positive"), (6, "negative"), (7, "both"), (20, "negative"), (28, "both")]
+    )
     def test_hold_for_every_remainder(self, size, signs):
         # Weyl's inequalities for six pairs, and a remainder with eigenvalues between -0.5 and 0.2.
         rng = np.random.default_rng(5)

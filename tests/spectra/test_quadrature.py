@@ -2,14 +2,9 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
 from lightning_hesd.numerics.krylov.ritz import gauss_quadrature
 from lightning_hesd.spectra import eigenvalue_bounds, quadrature
-
-# Derandomized: the suite gives the same verdict every time.
-reproducibly = settings(derandomize=True, deadline=None, max_examples=100, database=None)
 
 NAN = math.nan
 
@@ -24,11 +19,10 @@ def dense(alphas: np.ndarray, betas: np.ndarray) -> np.ndarray:
 
 
 class TestGaussQuadrature:
-    @pytest.mark.parametrize("steps", [1, 2, 3, 6, 10])
-    @pytest.mark.parametrize("seed", [0, 1])
-    def test_moments_are_those_of_the_matrix_up_to_degree_2m_minus_1(self, steps, seed):
+    @pytest.mark.parametrize("steps", [1, 2, 10])
+    def test_moments_are_those_of_the_matrix_up_to_degree_2m_minus_1(self, steps):
         # T_m is the leading part of a longer T: e₁ᵀTᵏe₁ agree up to k = 2m − 1, which is what makes the rule Gaussian.
-        alphas, betas = random_tridiagonal(steps + 8, seed)
+        alphas, betas = random_tridiagonal(steps + 8, seed=0)
         nodes, weights, _ = gauss_quadrature(alphas[:steps], betas[:steps])
         whole = dense(alphas, betas)
         norm = np.linalg.norm(whole, 2)
@@ -48,43 +42,6 @@ class TestGaussQuadrature:
         np.testing.assert_allclose(nodes, values, rtol=0, atol=1e-14)
         np.testing.assert_allclose(weights, vectors[0] ** 2, rtol=0, atol=1e-14)
         np.testing.assert_allclose(residuals, betas[-1] * np.abs(vectors[-1]), rtol=0, atol=1e-14)
-
-    def test_an_eigenvalue_lies_within_the_residual_of_each_node(self):
-        alphas, betas = random_tridiagonal(30, seed=4)
-        true = np.linalg.eigvalsh(dense(alphas, betas))
-        for steps in range(1, 30):
-            nodes, _, residuals = gauss_quadrature(alphas[:steps], betas[:steps])
-            distances = np.abs(nodes[:, None] - true).min(axis=1)
-            assert np.all(distances <= residuals + 1e-13)
-
-    @reproducibly
-    @given(
-        entries=st.lists(st.tuples(st.floats(-10, 10), st.floats(0.01, 10)), min_size=1, max_size=8),
-        shift=st.floats(-1e3, 1e3),
-    )
-    def test_shifting_the_matrix_shifts_the_nodes_and_nothing_else(self, entries, shift):
-        alphas, betas = (np.array(column) for column in zip(*entries, strict=True))
-        nodes, weights, residuals = gauss_quadrature(alphas, betas)
-        moved, moved_weights, moved_residuals = gauss_quadrature(alphas + shift, betas)
-        np.testing.assert_allclose(moved, nodes + shift, rtol=0, atol=1e-13 * (abs(shift) + 30))
-        # Eigenvectors are as well determined as the gaps between eigenvalues are wide.
-        gap = np.diff(nodes).min(initial=math.inf)
-        assume(gap > 1e-3)
-        np.testing.assert_allclose(moved_weights, weights, rtol=0, atol=1e-12 * (abs(shift) + 30) / min(gap, 1.0))
-        np.testing.assert_allclose(moved_residuals, residuals, rtol=0, atol=1e-11 * (abs(shift) + 30) / min(gap, 1.0))
-
-
-class TestStackRules:
-    def test_pads_nodes_with_nan_and_everything_else_with_zero(self):
-        nodes, weights, residuals = quadrature.stack_rules(
-            [
-                (np.array([1.0, 2.0, 3.0]), np.array([0.2, 0.3, 0.5]), np.array([0.1, 0.2, 0.3])),
-                (np.array([4.0]), np.array([1.0]), np.array([0.4])),
-            ]
-        )
-        np.testing.assert_array_equal(nodes, [[1, 2, 3], [4, NAN, NAN]])
-        np.testing.assert_array_equal(weights, [[0.2, 0.3, 0.5], [1, 0, 0]])
-        np.testing.assert_array_equal(residuals, [[0.1, 0.2, 0.3], [0.4, 0, 0]])
 
 
 class TestMoments:

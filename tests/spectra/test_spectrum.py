@@ -47,45 +47,32 @@ def one_probe(nodes: list[float], residuals: list[float] | None = None, **change
     return make(**{**rows, **changes})
 
 
-class TestImmutability:
-    def test_fields_cannot_be_assigned(self):
-        spectrum = make()
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            spectrum.loss = 0.5
-
-    @pytest.mark.parametrize("name", ARRAYS)
-    def test_arrays_are_read_only_float64_copies(self, name):
-        given = np.array([[-1.0, 0.5, 4.0], [-0.5, 3.0, 5.0]], dtype=np.float32)
-        spectrum = make(**{name: given})
-        given[0, 0] = 99.0
-        array = getattr(spectrum, name)
+def test_arrays_are_read_only_float64_copies():
+    given = np.array([[-1.0, 0.5, 4.0], [-0.5, 3.0, 5.0]], dtype=np.float32)
+    spectrum = make(**dict.fromkeys(ARRAYS, given))
+    given[0, 0] = 99.0
+    for array in (spectrum.nodes, spectrum.weights, spectrum.residuals):
         assert array.dtype == np.float64
         assert array[0, 0] == -1.0
         with pytest.raises(ValueError, match="read-only"):
             array[0, 0] = 1.0
 
-    def test_steps_per_probe_are_plain_integers(self):
-        steps = make(steps_per_probe=np.array([3, 2])).steps_per_probe
-        assert steps == (3, 2)
-        assert {type(step) for step in steps} == {int}
 
-
-class TestShapes:
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"nodes": [1.0, 2.0]}, r"`nodes` must have shape \(2 probes, steps >= 1\), got \(2,\)"),
-            ({"nodes": [[1.0, 2.0, 3.0]]}, r"`nodes` must have shape \(2 probes, .*got \(1, 3\)"),
-            ({"nodes": np.zeros((2, 0))}, r"`nodes` must have shape .*got \(2, 0\)"),
-            ({"steps_per_probe": (3,)}, r"`nodes` must have shape \(1 probes, .*got \(2, 3\)"),
-            ({"weights": [[0.5, 0.5]] * 2}, r"`weights` must have the shape of `nodes`, \(2, 3\), got \(2, 2\)"),
-            ({"residuals": [0.0]}, r"`residuals` must have the shape of `nodes`, \(2, 3\), got \(1,\)"),
-            ({**dict.fromkeys(ARRAYS, np.zeros((0, 3))), "steps_per_probe": ()}, "`nodes` must have shape"),
-        ],
-    )
-    def test_are_checked(self, changes, message):
-        with pytest.raises(ValueError, match=message):
-            make(**changes)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nodes": [1.0, 2.0]}, r"`nodes` must have shape \(2 probes, steps >= 1\), got \(2,\)"),
+        ({"nodes": [[1.0, 2.0, 3.0]]}, r"`nodes` must have shape \(2 probes, .*got \(1, 3\)"),
+        ({"nodes": np.zeros((2, 0))}, r"`nodes` must have shape .*got \(2, 0\)"),
+        ({"steps_per_probe": (3,)}, r"`nodes` must have shape \(1 probes, .*got \(2, 3\)"),
+        ({"weights": [[0.5, 0.5]] * 2}, r"`weights` must have the shape of `nodes`, \(2, 3\), got \(2, 2\)"),
+        ({"residuals": [0.0]}, r"`residuals` must have the shape of `nodes`, \(2, 3\), got \(1,\)"),
+        ({**dict.fromkeys(ARRAYS, np.zeros((0, 3))), "steps_per_probe": ()}, "`nodes` must have shape"),
+    ],
+)
+def test_shapes_are_checked(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
 
 
 class TestProperties:
@@ -172,10 +159,6 @@ class TestProperties:
         assert make(**plain).trace_error == pytest.approx(on_sphere, rel=1e-14)
         assert make(**plain, probe="rademacher").trace_error == pytest.approx(of_signs, rel=1e-14)
 
-    def test_the_trace_of_a_multiple_of_the_identity_is_certain_from_the_sphere(self):
-        assert one_probe([3.0]).trace == 30.0
-        assert one_probe([3.0]).trace_error == 0.0
-
     def test_miss_probability_is_that_of_the_quadrature_at_the_stated_tolerance(self):
         spectrum = make(dimension=1000, steps_per_probe=(30, 20))
         assert spectrum.miss_probability == eigenvalue_bounds.miss_probability(1000, (30, 20), 0.05)
@@ -202,12 +185,6 @@ class TestProperties:
         assert "\n" not in text
         for finding in ("C_t = -0.25 [-0.2531, -0.2469]", "MP", "largest eigenvalue 4,", "loss 0.75", "64 samples"):
             assert finding in text
-
-    def test_records_are_told_apart_by_identity(self):
-        first, second = make(), make()
-        assert first == first
-        assert first != second
-        assert len({first, second}) == 2
 
 
 def relative_error(spectrum: Spectrum) -> float:
@@ -333,12 +310,10 @@ class TestStorage:
                 assert other == value
         assert not any(getattr(loaded, name).flags.writeable for name in ARRAYS)
 
-    @pytest.mark.parametrize("convert", [str, Path])
-    def test_the_path_is_taken_as_given(self, convert, tmp_path):
-        target = convert(tmp_path / "no_suffix")
-        make().save(target)
+    def test_the_path_is_taken_as_given(self, tmp_path):
+        make().save(str(tmp_path / "no_suffix"))
         assert [entry.name for entry in tmp_path.iterdir()] == ["no_suffix"]
-        assert Spectrum.load(target).c_t == -0.25
+        assert Spectrum.load(str(tmp_path / "no_suffix")).c_t == -0.25
 
     def test_the_file_holds_no_pickle(self, tmp_path):
         make(**self.FULL).save(tmp_path / "record.npz")
@@ -397,22 +372,6 @@ class TestLoadErrors:
             save(file, **content)
         with pytest.raises(ValueError, match=r"record\.npz is not a spectrum written by `Spectrum.save`"):
             Spectrum.load(tmp_path / "record.npz")
-
-    def test_a_damaged_file(self, saved):
-        # A flipped byte either does not matter (padding, time stamps), or shows as the documented error.
-        content = saved.read_bytes()
-        refused = 0
-        for position in range(0, len(content), 7):
-            saved.write_bytes(content[:position] + bytes([content[position] ^ 0xFF]) + content[position + 1 :])
-            try:
-                loaded = Spectrum.load(saved)
-            except ValueError as error:
-                assert "is not a spectrum" in str(error)  # noqa: PT017 - not every flipped byte is an error
-                refused += 1
-            else:
-                assert loaded.nodes.tobytes() == make().nodes.tobytes()
-                assert loaded.loss == make().loss
-        assert refused > 100
 
     @pytest.mark.parametrize(
         ("change", "message"),

@@ -21,7 +21,7 @@ SPECTRA: dict[str, np.ndarray] = {
     "positive": np.geomspace(1e-3, 10.0, 120),
     "negative": -np.geomspace(1e-3, 10.0, 120),
 }
-FAILURES = (0.15, 0.025, 1e-4)
+FAILURES = (0.15, 0.025)
 
 
 def make_start(n: int, seed: int) -> np.ndarray:
@@ -67,8 +67,7 @@ def largest_density(n: int) -> float:
 class TestLogExcess:
     """The test that comes before the bounds, at given limits."""
 
-    @pytest.mark.parametrize("failure", FAILURES)
-    @pytest.mark.parametrize("steps", [1, 2, 5, 12])
+    @pytest.mark.parametrize(("steps", "failure"), [(1, 0.15), (5, 0.025), (12, 1e-4)])
     @pytest.mark.parametrize("name", SPECTRA)
     def test_is_the_kernel_at_the_nearer_limit(self, name, steps, failure):
         probe = tridiagonal(SPECTRA[name], make_start(120, 0), steps)
@@ -78,22 +77,6 @@ class TestLogExcess:
         expected = math.log(max(largest_density(120), 1.0) / math.sqrt(smallest) / failure)
         assert log_excess(*probe, limits, 120, failure) == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
-    @pytest.mark.parametrize("name", SPECTRA)
-    def test_is_positive_only_where_the_bounds_lie_beyond_the_limits(self, name):
-        spectrum = SPECTRA[name]
-        whole = tridiagonal(spectrum, make_start(120, 1), 40)
-        outcomes = set()
-        for steps, width in itertools.product(range(2, 40, 3), (1e-4, 1e-2, 0.1)):
-            probe = whole[0][:steps], whole[1][:steps]
-            nodes = gauss_quadrature(*probe)[0]
-            limits = nodes[0] - width * np.ptp(spectrum), nodes[-1] + width * np.ptp(spectrum)
-            low, high = bounds([probe], 120, 0.025)
-            is_within = limits[0] <= low and high <= limits[1]
-            excess = log_excess(*probe, limits, 120, 0.025)
-            assert not (excess > 0 and is_within)
-            outcomes.add((excess > 0, is_within))
-        assert outcomes >= {(True, False), (False, True)}
-
     def test_infinite_limits_limit_nothing_and_limits_inside_are_never_kept(self):
         probe = tridiagonal(SPECTRA["outlier"], make_start(120, 0), 12)
         assert log_excess(*probe, (-math.inf, math.inf), 120, 0.025) == -math.inf
@@ -102,8 +85,7 @@ class TestLogExcess:
 
 
 class TestAgainstTheRecurrence:
-    @pytest.mark.parametrize("failure", FAILURES)
-    @pytest.mark.parametrize("steps", [1, 2, 5, 12])
+    @pytest.mark.parametrize(("steps", "failure"), [(1, 0.15), (2, 1e-4), (5, 0.025), (12, 1e-4)])
     @pytest.mark.parametrize("name", SPECTRA)
     def test_there_the_start_vector_becomes_as_improbable_as_failure(self, name, steps, failure):
         spectrum = SPECTRA[name]
@@ -174,48 +156,12 @@ class TestAgainstTheRecurrence:
         assert (low, high) == pytest.approx((spectrum[0], spectrum[-1]), rel=1e-14)
 
 
-def upper_distances(probes: list[Tridiagonal], dimension: int, failure: float) -> tuple[float, float]:
-    """How far the bounds lie outside the nodes."""
-    nodes = np.concatenate([gauss_quadrature(*probe)[0] for probe in probes])
-    low, high = bounds(probes, dimension, failure)
-    return nodes.min() - low, high - nodes.max()
-
-
-@pytest.mark.parametrize("name", SPECTRA)
-class TestProperties:
-    def test_more_dimensions_are_wider(self, name):
-        probe = tridiagonal(SPECTRA[name], make_start(120, 1), 8)
-        distances = [upper_distances([probe], dimension, 0.05) for dimension in (120, 10**4, 10**8)]
-        for (low, high), (wider_low, wider_high) in itertools.pairwise(distances):
-            assert low < wider_low
-            assert high < wider_high
-
-    @pytest.mark.parametrize(("scale", "shift"), [(1e-100, 0.0), (7.0, 0.0), (1e100, 0.0), (1.0, -3.0), (1.0, 20.0)])
-    def test_scales_and_shifts_with_the_matrix(self, name, scale, shift):
-        alphas, betas = tridiagonal(SPECTRA[name], make_start(120, 1), 10)
-        expected = np.array(upper_distances([(alphas, betas)], 120, 0.05))
-        found = np.array(upper_distances([(scale * alphas + shift, scale * betas)], 120, 0.05))
-        np.testing.assert_allclose(found / scale, expected, rtol=2e-3)
-
-    def test_reflects_with_the_matrix(self, name):
-        alphas, betas = tridiagonal(SPECTRA[name], make_start(120, 1), 10)
-        low, high = bounds([(alphas, betas)], 120, 0.05)
-        assert bounds([(-alphas, betas)], 120, 0.05) == pytest.approx((-high, -low), rel=1e-12)
-
-    def test_more_steps_are_tighter(self, name):
-        widths = []
-        for steps in (2, 5, 10, 20, 40):
-            low, high = bounds([tridiagonal(SPECTRA[name], make_start(120, 1), steps)], 120, 0.05)
-            assert low <= SPECTRA[name].min() + 1e-12
-            assert high >= SPECTRA[name].max() - 1e-12
-            widths.append(high - low)
-        assert all(wide > narrow for wide, narrow in itertools.pairwise(widths))
-        assert widths[-1] <= 1.05 * np.ptp(SPECTRA[name])
-
-    def test_the_order_of_the_probes_does_not_matter(self, name):
-        probes = [tridiagonal(SPECTRA[name], make_start(120, seed), steps) for seed, steps in enumerate((4, 9, 6))]
-        expected = bounds(probes, 120, 0.05)
-        assert bounds(probes[::-1], 120, 0.05) == pytest.approx(expected, rel=1e-12)
+@pytest.mark.parametrize(("scale", "shift"), [(1e-100, 0.0), (1e100, 0.0), (1.0, 20.0)])
+def test_scales_and_shifts_with_the_matrix(scale, shift):
+    alphas, betas = tridiagonal(SPECTRA["uniform"], make_start(120, 1), 10)
+    expected = scale * np.array(bounds([(alphas, betas)], 120, 0.05)) + shift
+    found = np.array(bounds([(scale * alphas + shift, scale * betas)], 120, 0.05))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3 * scale)
 
 
 class TestBreakdown:
@@ -299,10 +245,3 @@ class TestGuarantee:
             # Two uniform random numbers multiply to at most q with probability q(1 − log q).
             if product * (1 - math.log(product)) > failure:
                 assert bounds(probes, n, failure)[1] >= spectrum[-1] - slack
-
-    def test_is_not_bought_with_useless_width(self):
-        # After 30 steps on an outlier the bound is the outlier.
-        spectrum = SPECTRA["outlier"]
-        for seed in range(20):
-            _, high = bounds([tridiagonal(spectrum, make_start(120, seed), 30)], 120, 0.025)
-            assert 6.0 - 1e-9 <= high <= 6.0 + 1e-6

@@ -25,7 +25,6 @@ def make(**options: Any) -> Any:
 
 OUT_OF_RANGE = [
     ("steps", 0, r"`steps` must be a positive integer, got 0"),
-    ("steps", -3, r"`steps` must be a positive integer, got -3"),
     ("steps", 2.0, r"`steps` must be a positive integer, got 2\.0"),
     ("steps", True, r"`steps` must be a positive integer, got True"),
     ("probes", 0, r"`probes` must be a positive integer, got 0"),
@@ -47,6 +46,8 @@ OUT_OF_RANGE = [
     ("memory_budget", 0, r"`memory_budget` must be a positive integer, a number of bytes, or None, got 0"),
     ("memory_budget", 1e9, r"`memory_budget` must be a positive integer, .*got 1000000000\.0"),
     ("memory_budget", True, r"`memory_budget` must be a positive integer, .*got True"),
+    ("batch_size", 2.5, r"`batch_size` must be a positive integer or 'auto'"),
+    ("batch_size", "most", r"`batch_size` must be a positive integer or 'auto'"),
     ("batch_weight", "words", 'must be a function of the batch, "tokens" or None'),
 ]
 
@@ -100,13 +101,13 @@ class TestOptions:
 @pytest.mark.parametrize(
     ("module", "options", "message"),
     [
-        (nn.Linear(2, 1).requires_grad_(False), {}, r"`module` \(Linear\) has no parameter that requires grad"),
-        (nn.Tanh(), {}, r"`module` \(Tanh\) has no parameter that requires grad"),
         (
-            nn.Linear(2, 1),
-            {"parameters": lambda *_: False},
-            "leaves none of the 2 parameters: weight, bias",
+            nn.Linear(2, 1).requires_grad_(False),
+            {},
+            r"`module` \(Linear\) has no parameter that requires grad \(`include_frozen=True` includes",
         ),
+        (nn.Tanh(), {}, r"`module` \(Tanh\) has no parameter that requires grad"),
+        (nn.Linear(2, 1), {"parameters": lambda *_: False}, "leaves none of the 2 parameters: weight, bias"),
         (nn.Linear(2, 1, dtype=torch.complex64), {}, r"parameter 'weight' is complex \(torch\.complex64\)"),
         (
             nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1, device="meta")),
@@ -164,14 +165,12 @@ class TestLoss:
         with pytest.raises(TypeError, match=rf"`loss_fn` must return {said}"):
             self.analyze(lambda module, batch: value)
 
-    @pytest.mark.parametrize("shape", [(1,), (1, 1)])
     @pytest.mark.parametrize("strategy", STRATEGIES)
-    def test_one_element_will_do(self, shape, strategy):
-        spectrum = self.analyze(lambda module, batch: module(batch[0]).square().mean().reshape(shape), strategy)
+    def test_one_element_will_do(self, strategy):
+        spectrum = self.analyze(lambda module, batch: module(batch[0]).square().mean().reshape(1, 1), strategy)
         assert spectrum.lambda_max > 0
 
-    @pytest.mark.parametrize(("value", "said"), [(math.nan, "nan"), (math.inf, "inf")])
-    @pytest.mark.parametrize("bad", [0, 2])
+    @pytest.mark.parametrize(("value", "said", "bad"), [(math.nan, "nan", 0), (math.inf, "inf", 2)])
     def test_must_be_finite(self, value, said, bad):
         def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
             usual = cases.squared_error(module, batch)
@@ -180,8 +179,7 @@ class TestLoss:
         with pytest.raises(ArithmeticError, match=rf"the loss of batch {bad} is -?{said}"):
             self.analyze(loss)
 
-    @pytest.mark.parametrize("bad", [0, 1])
-    @pytest.mark.parametrize("strategy", STRATEGIES)
+    @pytest.mark.parametrize(("bad", "strategy"), [(0, "graph"), (1, "recompute")])
     def test_products_must_be_finite(self, bad, strategy):
         # The root of a sum of squares has no second derivative at zero; its value there is a finite zero.
         def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -194,12 +192,10 @@ class TestLoss:
             self.analyze(loss, strategy)
 
     @pytest.mark.parametrize("scale", [1e20, 1e30])
-    @pytest.mark.parametrize("strategy", STRATEGIES)
-    def test_products_whose_squared_length_is_not_finite_are_scaled(self, scale, strategy):
+    def test_products_whose_squared_length_is_not_finite_are_scaled(self, scale):
         module, batches, _ = cases.make("mlp", torch.float32)
         found, usual = (
-            hessian_spectrum(module, batches, lambda m, b, c=c: c * cases.cross_entropy(m, b), strategy=strategy)
-            for c in (scale, 1.0)
+            hessian_spectrum(module, batches, lambda m, b, c=c: c * cases.cross_entropy(m, b)) for c in (scale, 1.0)
         )
         assert found.c_t == pytest.approx(usual.c_t, rel=1e-4)
         assert found.lambda_max == pytest.approx(scale * usual.lambda_max, rel=1e-4)
@@ -215,7 +211,7 @@ class TestTwiceDifferentiable:
     BATCH = (torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(4, 1))
 
     @pytest.mark.parametrize("strategy", STRATEGIES)
-    @pytest.mark.parametrize("place", [1, 2, 3])
+    @pytest.mark.parametrize("place", [1, 3])
     def test_a_function_differentiable_once_is_refused_wherever_it_is(self, place, strategy):
         module = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))
         module.insert(place, OnceDifferentiable())

@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -6,7 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_hesd import Spectrum, hessian_spectrum
@@ -15,7 +13,6 @@ from tests import cases, example_spectra, oracles
 # Of the spectral radius. float64: nothing but rounding. float32: the weights and data are the same numbers, so that
 # nothing but the rounding of the products differs.
 ACCURACY = {torch.float64: 1e-8, torch.float32: 1e-4}
-STRATEGIES = ("graph", "recompute")
 
 
 def every_eigenvalue(spectrum: Spectrum) -> np.ndarray:
@@ -26,84 +23,38 @@ def every_eigenvalue(spectrum: Spectrum) -> np.ndarray:
 
 @pytest.mark.parametrize("name", cases.NAMES)
 @pytest.mark.parametrize("dtype", ACCURACY)
-class TestAgainstDenseHessians:
-    def test_as_many_steps_as_parameters_find_every_distinct_eigenvalue(self, name, dtype):
-        true = oracles.case_eigenvalues(name)
-        radius = np.abs(true).max()
-        problem = cases.make(name, dtype)
-        spectrum = hessian_spectrum(*problem, steps=len(true))
-        slack = ACCURACY[dtype] * radius
-        assert spectrum.dimension == len(true)
-        assert spectrum.num_samples == sum(len(batch[0]) for batch in problem.batches)
-        assert spectrum.lambda_min == pytest.approx(true[0], rel=0, abs=slack)
-        assert spectrum.lambda_max == pytest.approx(true[-1], rel=0, abs=slack)
-        assert spectrum.c_t == pytest.approx(true[0] / true[-1], rel=0, abs=ACCURACY[dtype] * radius / true[-1])
-        assert oracles.hausdorff(every_eigenvalue(spectrum), true) <= slack
-        assert true[0] < -100 * slack  # negative curvature beyond doubt: a Gauss-Newton matrix would not do
-        with torch.no_grad():
-            losses = [float(problem.loss_fn(problem.module.eval(), batch)) for batch in problem.batches]
-        assert spectrum.verified == "yes"
-        assert spectrum.asymmetry < 20 * torch.finfo(dtype).eps
-        mean = np.average(losses, weights=[len(batch[0]) for batch in problem.batches])
-        assert spectrum.loss == pytest.approx(mean, rel=1e-12 if dtype == torch.float64 else 1e-6)
-
-    def test_the_extremes_lie_within_the_stated_errors(self, name, dtype):
-        # Few steps, in which the outermost eigenvalues are already told from the rest.
-        true = oracles.case_eigenvalues(name)
-        radius = np.abs(true).max()
-        rounding = ACCURACY[dtype] * radius
-        problem = cases.make(name, dtype)
-        certified = 0
-        for steps in (8, 16, 24):
-            spectrum = hessian_spectrum(*problem, steps=steps)
-            assert true[0] <= spectrum.lambda_min + rounding
-            assert true[-1] >= spectrum.lambda_max - rounding
-            for node, residual in zip(spectrum.nodes[0], spectrum.residuals[0], strict=True):
-                assert np.abs(true - node).min() <= residual + rounding
-            # Residuals smaller than half the gaps tell that these are the outermost ones.
-            gap_min, gap_max = true[1] - true[0], true[-1] - true[-2]
-            if spectrum.lambda_min_error < gap_min / 2 and spectrum.lambda_max_error < gap_max / 2:
-                assert spectrum.lambda_min - true[0] <= spectrum.lambda_min_error
-                assert true[-1] - spectrum.lambda_max <= spectrum.lambda_max_error
-                low, high = spectrum.c_t_interval
-                assert low <= true[0] / true[-1] <= high
-                certified += 1
-        assert certified >= 1
+def test_as_many_steps_as_parameters_find_every_distinct_eigenvalue(name, dtype):
+    """How accurate few steps are is in `operators/test_strategies.py` and `test_coverage.py`."""
+    true = oracles.case_eigenvalues(name)
+    radius = np.abs(true).max()
+    problem = cases.make(name, dtype)
+    spectrum = hessian_spectrum(*problem, steps=len(true))
+    slack = ACCURACY[dtype] * radius
+    assert spectrum.dimension == len(true)
+    assert spectrum.num_samples == sum(len(batch[0]) for batch in problem.batches)
+    assert spectrum.lambda_min == pytest.approx(true[0], rel=0, abs=slack)
+    assert spectrum.lambda_max == pytest.approx(true[-1], rel=0, abs=slack)
+    assert spectrum.c_t == pytest.approx(true[0] / true[-1], rel=0, abs=ACCURACY[dtype] * radius / true[-1])
+    assert oracles.hausdorff(every_eigenvalue(spectrum), true) <= slack
+    assert true[0] < -100 * slack  # negative curvature beyond doubt: a Gauss-Newton matrix would not do
+    with torch.no_grad():
+        losses = [float(problem.loss_fn(problem.module.eval(), batch)) for batch in problem.batches]
+    assert spectrum.verified == "yes"
+    assert spectrum.asymmetry < 20 * torch.finfo(dtype).eps
+    mean = np.average(losses, weights=[len(batch[0]) for batch in problem.batches])
+    assert spectrum.loss == pytest.approx(mean, rel=1e-12 if dtype == torch.float64 else 1e-6)
 
 
 class TestClosedForms:
     """What a comparison of autograd with autograd cannot catch."""
 
     @pytest.mark.parametrize("dtype", ACCURACY)
-    @pytest.mark.parametrize("outputs", [1, 3])
-    def test_linear_regression(self, dtype, outputs):
-        problem = cases.regression((7, 4), inputs=6, outputs=outputs, dtype=dtype)
+    def test_linear_regression(self, dtype):
+        problem = cases.regression((7, 4), inputs=6, outputs=3, dtype=dtype)
         x = torch.cat([batch[0] for batch in problem.batches]).double().numpy()
         # Mean over samples and outputs; every output has the same block.
-        true = np.linalg.eigvalsh(2 * x.T @ x / (len(x) * outputs))
+        true = np.linalg.eigvalsh(2 * x.T @ x / (len(x) * 3))
         spectrum = hessian_spectrum(*problem)
-        assert oracles.hausdorff(every_eigenvalue(spectrum), true) <= ACCURACY[dtype] * true[-1]
-        assert spectrum.c_t == 0.0
-
-    @pytest.mark.parametrize("dtype", ACCURACY)
-    def test_logistic_regression(self, dtype):
-        generator = torch.Generator().manual_seed(2)
-        sizes, inputs = (9, 5, 2), 5
-        batches = [
-            (torch.randn(size, inputs, generator=generator).to(dtype), torch.randint(2, (size,), generator=generator))
-            for size in sizes
-        ]
-        module = nn.Linear(inputs, 1, bias=False, dtype=dtype)
-        with torch.no_grad():
-            module.weight.copy_(torch.randn(1, inputs, generator=generator))
-
-        def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-            return F.binary_cross_entropy_with_logits(module(batch[0])[:, 0], batch[1].to(dtype))
-
-        x = torch.cat([batch[0] for batch in batches]).double().numpy()
-        p = 1 / (1 + np.exp(-x @ module.weight.detach()[0].double().numpy()))
-        true = np.linalg.eigvalsh(x.T @ ((p * (1 - p))[:, None] * x) / len(x))
-        spectrum = hessian_spectrum(module, batches, loss)
         assert oracles.hausdorff(every_eigenvalue(spectrum), true) <= ACCURACY[dtype] * true[-1]
         assert spectrum.c_t == 0.0
 
@@ -133,8 +84,8 @@ def softmax_head(inputs: int, classes: int, samples: int, seed: int) -> cases.Pr
     return cases.Problem(module, [(x, torch.randint(classes, (samples,), generator=generator))], cases.cross_entropy)
 
 
-REGRESSIONS = [((8,), 30, 2), ((64, 3), 200, 3), ((30,), 300, 1), ((100,), 1000, 10)]
-SOFTMAX_HEADS = [(30, 3, 5), (200, 10, 12), (500, 10, 30), (1000, 5, 40)]
+REGRESSIONS = [((8,), 30, 2), ((100,), 1000, 10)]
+SOFTMAX_HEADS = [(30, 3, 5), (1000, 5, 40)]
 
 
 class TestRounding:
@@ -151,9 +102,7 @@ class TestRounding:
     )
     def test_no_negative_curvature_is_invented(self, make, seed):
         spectrum = hessian_spectrum(*make(seed), steps=60)
-        assert spectrum.c_t == 0.0
-        assert spectrum.r_e == 0.0
-        assert spectrum.hesd_type == "MP"
+        assert (spectrum.c_t, spectrum.hesd_type) == (0.0, "MP")
         # The worst of these is 1.5 epsilons of the norm. It grows with the number of parameters (4 at 100 000), so the
         # threshold must leave room.
         negative = -spectrum.lambda_min / (torch.finfo(torch.float32).eps * spectrum.lambda_max)
@@ -161,7 +110,7 @@ class TestRounding:
 
     @pytest.mark.parametrize(("weights", "vectors"), [(torch.float64, torch.float32), (torch.float32, torch.float64)])
     def test_the_coarser_of_weights_and_vectors_counts(self, weights, vectors):
-        for seed in range(5):
+        for seed in range(3):
             problem = cases.regression((8,), inputs=30, outputs=2, dtype=weights, seed=seed)
             assert hessian_spectrum(*problem, dtype=vectors).c_t == 0.0
 
@@ -213,8 +162,7 @@ class TestBatches:
         assert oracles.hausdorff(every_eigenvalue(spectrum), true) <= 1e-10 * np.abs(true).max()
         assert spectrum.num_samples == sum(len(batch[0]) for batch in batches)
 
-    @pytest.mark.parametrize("strategy", STRATEGIES)
-    @pytest.mark.parametrize("attached", [True, False])
+    @pytest.mark.parametrize(("attached", "strategy"), [(True, "graph"), (False, "recompute")])
     def test_a_batch_without_influence_counts_in_the_mean(self, attached, strategy):
         module, batches, loss_fn = cases.make("mlp")
         idle = (torch.full_like(batches[0][0][:2], torch.inf), batches[0][1][:2])
@@ -230,9 +178,7 @@ class TestBatches:
         share = alone.num_samples / (alone.num_samples + 2)
         assert together.num_samples == alone.num_samples + 2
         assert together.loss == pytest.approx(share * alone.loss, rel=1e-14)
-        radius = alone.lambda_max
-        assert together.lambda_max == pytest.approx(share * alone.lambda_max, rel=0, abs=1e-12 * radius)
-        assert together.lambda_min == pytest.approx(share * alone.lambda_min, rel=0, abs=1e-12 * radius)
+        np.testing.assert_allclose(together.nodes, share * alone.nodes, rtol=0, atol=1e-12 * alone.lambda_max)
 
     def test_batches_are_read_once(self):
         module, batches, loss_fn = cases.make("mlp")
@@ -248,68 +194,33 @@ def start_vectors(n: int, seed: int, probes: int, probe: str) -> list[Tensor]:
     return [torch.randint(0, 2, (n,), generator=generator).double() * 2 - 1 for _ in range(probes)]
 
 
-class TestTrace:
-    @pytest.mark.parametrize("probe", ["gaussian", "rademacher"])
-    def test_is_that_of_the_same_probe_vectors(self, probe):
-        hessian = oracles.dense_hessian(*cases.make("tied"))
-        n = len(hessian)
-        spectrum = hessian_spectrum(*cases.make("tied"), steps=5, probes=3, seed=11, probe=probe)
-        units = [v / v.norm() for v in start_vectors(n, 11, 3, probe)]
-        expected = n * np.mean([float(v @ hessian @ v) for v in units])
-        assert spectrum.trace == pytest.approx(expected, rel=1e-12)
-        second = np.mean([float((hessian @ v).square().sum()) for v in units])
-        assert spectrum.moment(2) == pytest.approx(second, rel=1e-12)
-        third = np.mean([float(v @ hessian @ hessian @ hessian @ v) for v in units])
-        assert spectrum.moment(3) == pytest.approx(third, rel=0, abs=1e-12 * second)
-
-    @pytest.mark.parametrize("steps", [1, 2, 5])
-    @pytest.mark.parametrize("probe", ["gaussian", "rademacher"])
-    def test_and_its_stated_error_are_right_for_one_probe_and_for_many(self, probe, steps):
-        module, batches, loss_fn = cases.make("mlp")
-        hessian = oracles.dense_hessian(module, batches[:1], loss_fn)
-        exact, probes = float(hessian.trace()), 200
-        spectrum = hessian_spectrum(module, batches[:1], loss_fn, steps=steps, probes=probes, probe=probe)
-        assert abs(spectrum.trace - exact) <= 3 * spectrum.trace_error
-        # Not just some number: the stated error is the true standard deviation (for random signs a bound on it), and
-        # at most the standard error of the second moment larger.
-        n, squares = len(hessian), float(hessian.square().sum())
-        variance = 2 * n / (n + 2) * (squares - exact**2 / n) if probe == "gaussian" else 2 * squares
-        assert 0.95 <= spectrum.trace_error / math.sqrt(variance / probes) <= 1.2
-        singles = [
-            dataclasses.replace(
-                spectrum,
-                **{name: getattr(spectrum, name)[row : row + 1] for name in ("nodes", "weights", "residuals")},
-                steps_per_probe=spectrum.steps_per_probe[row : row + 1],
-            )
-            for row in range(probes)
-        ]
-        hits = sum(abs(single.trace - exact) <= 2 * single.trace_error for single in singles)
-        assert hits >= 0.85 * probes
+@pytest.mark.parametrize("probe", ["gaussian", "rademacher"])
+def test_trace_and_moments_are_those_of_the_same_probe_vectors(probe):
+    hessian = oracles.case_hessian("tied")
+    n = len(hessian)
+    spectrum = hessian_spectrum(*cases.make("tied"), steps=5, probes=3, seed=11, probe=probe)
+    units = torch.stack([v / v.norm() for v in start_vectors(n, 11, 3, probe)])
+    products = units @ hessian
+    second = float(products.square().sum()) / 3
+    assert spectrum.trace == pytest.approx(n * float((units * products).sum()) / 3, rel=1e-12)
+    assert spectrum.moment(2) == pytest.approx(second, rel=1e-12)
+    third = float((products @ hessian * products).sum()) / 3
+    assert spectrum.moment(3) == pytest.approx(third, rel=0, abs=1e-12 * second)
 
 
-class TestProbes:
-    def test_each_has_its_own_row_and_the_first_is_the_only_one_of_one(self):
-        spectrum = hessian_spectrum(*cases.make("mlp"), steps=6, probes=3)
-        assert spectrum.nodes.shape == spectrum.weights.shape == spectrum.residuals.shape == (3, 6)
-        assert spectrum.steps_per_probe == (6, 6, 6)
-        assert spectrum.matvecs == 18
-        np.testing.assert_allclose(spectrum.weights.sum(axis=1), 1.0, rtol=1e-14)
-        assert len({row.tobytes() for row in spectrum.nodes}) == 3
-        one, other = (hessian_spectrum(*cases.make("mlp"), steps=6, seed=seed) for seed in (0, 1))
-        np.testing.assert_array_equal(one.nodes, spectrum.nodes[:1])
-        assert one.trace != other.trace
-
-    def test_the_record_says_how_it_was_made(self):
-        spectrum = hessian_spectrum(
-            *cases.make("mlp"), steps=4, probes=2, seed=5, probe="rademacher", mode="keep", confidence=0.9
-        )
-        assert (spectrum.steps, spectrum.seed, spectrum.probe, spectrum.mode) == (4, 5, "rademacher", "keep")
-        assert (spectrum.confidence, spectrum.matrix, spectrum.tolerance) == (0.9, "hessian", None)
-        assert spectrum.reorthogonalized is True
-        assert spectrum.reason is None
-        assert spectrum.seconds > 0
-        assert spectrum.gradient_equivalents is None  # few products: a gradient would take too much of their time
-        assert hessian_spectrum(*cases.make("mlp"), steps=20, probes=3).gradient_equivalents > 0
+def test_each_probe_has_its_own_row_and_the_first_is_the_only_one_of_one():
+    spectrum = hessian_spectrum(*cases.make("mlp"), steps=6, probes=3, confidence=0.9)
+    assert spectrum.nodes.shape == spectrum.weights.shape == spectrum.residuals.shape == (3, 6)
+    assert (spectrum.steps_per_probe, spectrum.matvecs) == ((6, 6, 6), 18)
+    assert (spectrum.confidence, spectrum.mode, spectrum.seconds > 0) == (0.9, "eval", True)
+    np.testing.assert_allclose(spectrum.weights.sum(axis=1), 1.0, rtol=1e-14)
+    assert len({row.tobytes() for row in spectrum.nodes}) == 3
+    one, other = (hessian_spectrum(*cases.make("mlp"), steps=6, seed=seed) for seed in (0, 1))
+    np.testing.assert_array_equal(one.nodes, spectrum.nodes[:1])
+    assert (one.seed, other.seed) == (0, 1)
+    assert one.trace != other.trace
+    assert spectrum.gradient_equivalents is None  # few products: a gradient would take too much of their time
+    assert hessian_spectrum(*cases.make("mlp"), steps=20, probes=3).gradient_equivalents > 0
 
 
 class TestParameters:
@@ -327,8 +238,6 @@ class TestParameters:
         spectrum = hessian_spectrum(*problem)
         assert spectrum.dimension == expected.dimension + 5
         slack = 1e-12 * expected.lambda_max
-        assert spectrum.lambda_max == pytest.approx(expected.lambda_max, rel=0, abs=slack)
-        assert spectrum.lambda_min == pytest.approx(expected.lambda_min, rel=0, abs=slack)
         assert oracles.hausdorff(every_eigenvalue(spectrum), [*expected.nodes[0], 0.0]) <= slack
 
     def test_memory_layout_and_scalars_do_not_matter(self):
@@ -365,38 +274,28 @@ class TestModes:
             spectrum = hessian_spectrum(*problem, mode=mode)
             assert oracles.hausdorff(every_eigenvalue(spectrum), true) <= 1e-10 * np.abs(true).max()
 
-    def test_dropout_draws_masks_that_follow_from_the_seed(self):
+    def test_dropout_draws_masks_that_follow_from_the_seed_for_each_batch(self):
         """That all products have the same mask is in `isolation/test_isolation.py`."""
         module, batches, loss_fn = cases.make("mlp")
         module.insert(2, nn.Dropout(0.5))
         first, again, other = (
-            hessian_spectrum(module, batches, loss_fn, steps=12, mode="train", seed=seed) for seed in (0, 0, 3)
+            hessian_spectrum(module, batches[:1], loss_fn, steps=12, mode="train", seed=seed) for seed in (0, 0, 3)
         )
         np.testing.assert_array_equal(first.nodes, again.nodes)
         assert abs(first.loss - other.loss) > 1e-3
-        assert abs(hessian_spectrum(module, batches, loss_fn, steps=12).loss - first.loss) > 1e-3
-
-    def test_batches_have_masks_of_their_own(self):
         # The same samples twice: equal masks would make both batches one.
-        module, batches, loss_fn = cases.make("mlp")
-        module.insert(2, nn.Dropout(0.5))
-        once = hessian_spectrum(module, batches[:1], loss_fn, mode="train")
-        twice = hessian_spectrum(module, [batches[0], batches[0]], loss_fn, mode="train")
-        assert abs(twice.loss - once.loss) > 1e-3
+        twice = hessian_spectrum(module, [batches[0], batches[0]], loss_fn, steps=12, mode="train")
+        assert abs(twice.loss - first.loss) > 1e-3
 
 
 class TestUndefined:
-    @pytest.mark.parametrize("strategy", STRATEGIES)
-    def test_a_loss_linear_in_the_parameters_has_no_criteria(self, strategy):
+    def test_a_loss_linear_in_the_parameters_has_no_criteria(self):
         module, batches, _ = cases.regression((4, 3), inputs=3, outputs=2, dtype=torch.float64)
-        spectrum = hessian_spectrum(module, batches, lambda m, batch: m(batch[0]).mean(), strategy=strategy)
+        spectrum = hessian_spectrum(module, batches, lambda m, batch: m(batch[0]).mean())
         assert (spectrum.lambda_min, spectrum.lambda_max) == (0.0, 0.0)
         assert math.isnan(spectrum.c_t)
-        assert spectrum.reason is not None
         assert "no curvature" in spectrum.reason
-        assert spectrum.hesd_type is None
-        assert not spectrum.type_certain
-        assert not spectrum.converged
+        assert (spectrum.hesd_type, spectrum.type_certain, spectrum.converged) == (None, False, False)
         assert spectrum.trace == spectrum.trace_error == 0.0
         grid, values = spectrum.density()
         assert np.trapezoid(values, grid) == pytest.approx(1.0, abs=1e-8)
@@ -410,12 +309,10 @@ class TestUndefined:
     def test_negative_curvature_only(self):
         problem = cases.regression((6,), inputs=4, outputs=1, dtype=torch.float64)
         spectrum = hessian_spectrum(*problem[:2], lambda m, batch: -cases.squared_error(m, batch))
-        assert spectrum.c_t == -math.inf
-        assert spectrum.c_t_interval == (-math.inf, -math.inf)
-        assert (spectrum.hesd_type, spectrum.type_certain, spectrum.r_e) == ("MN", True, math.inf)
-        assert spectrum.converged
+        assert spectrum.c_t_interval == (-math.inf, -math.inf) == (spectrum.c_t, -spectrum.r_e)
+        assert (spectrum.hesd_type, spectrum.type_certain, spectrum.converged) == ("MN", True, True)
 
-    @pytest.mark.parametrize("exponent", [-60, -18, 18, 60])
+    @pytest.mark.parametrize("exponent", [-60, 60])
     def test_criteria_do_not_depend_on_the_scale_of_the_loss(self, exponent):
         module, batches, loss_fn = cases.make("mlp")
         expected = hessian_spectrum(module, batches, loss_fn)

@@ -34,11 +34,3 @@ def test_extremes_are_those_of_resampled_matrices(
     true = np.linalg.eigvalsh(np.einsum("rg,gij->rij", resampled_shares(weights), groups))[:, position]
     assert found.std() == pytest.approx(true.std(), rel=accuracy)
     assert np.corrcoef(found, true)[0, 1] > correlation
-
-
-def test_without_neighbors_the_change_is_of_first_order() -> None:
-    weights = np.full(GROUPS, 1 / GROUPS)
-    along = np.random.default_rng(1).standard_normal((GROUPS, 1))
-    along += 2.0 - along.mean()
-    found = resampled_extreme(weights, Extreme(np.array([2.0]), 0, along, (along**2).sum(axis=1)))
-    assert found == pytest.approx(resampled_shares(weights) @ along[:, 0], rel=1e-12)

@@ -56,21 +56,7 @@ def by_differences(name: str, step: float = 3e-4) -> np.ndarray:
 
 class TestAgainstTheTruth:
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_linear_regression_with_unequal_batches(self, dtype):
-        problem = cases.regression((4, 1, 6), inputs=3, outputs=2, dtype=dtype)
-        inputs = torch.cat([batch[0] for batch in problem.batches]).double()
-        block = inputs.T @ inputs / len(inputs)  # 2XᵀX/(N·outputs)
-        operator = HessianOperator(*problem)
-        assert operator.shape == (6, 6)
-        assert operator.dtype is dtype
-        true = torch.block_diag(block, block)
-        torch.testing.assert_close(
-            dense(operator).double(), true, rtol=0, atol=16 * torch.finfo(dtype).eps * float(true.max())
-        )
-
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("strategy", ["auto", "recompute"])
-    @pytest.mark.parametrize("name", ["mlp", "frozen", "tied"])
+    @pytest.mark.parametrize(("name", "strategy"), [("frozen", "recompute"), ("tied", "auto")])
     def test_second_differences_of_the_loss(self, name, strategy, dtype):
         true = by_differences(name)
         found = dense(HessianOperator(*short(name, dtype), strategy=strategy))
@@ -78,33 +64,13 @@ class TestAgainstTheTruth:
         error = 1e-7 if dtype is torch.float64 else 1e-5
         np.testing.assert_allclose(found, true, rtol=0, atol=error * np.abs(true).max())
 
-    @pytest.mark.parametrize("dtype", DTYPES)
-    def test_ggn_and_residual_of_squared_errors(self, dtype):
-        # With mean squared errors, G = 2JᵀJ/(N·outputs): J by differences of the outputs.
-        problem = cases.make("conv_batchnorm", dtype)
-        module = copy.deepcopy(problem.module).double().eval()
-        parameters = list(module.parameters())
-        start = torch.cat([p.detach().flatten() for p in parameters])
-        inputs = torch.cat([batch[0] for batch in problem.batches]).double()
-
-        @torch.no_grad()
-        def outputs(point: Tensor) -> Tensor:
-            torch.nn.utils.vector_to_parameters(point, parameters)
-            return module(inputs).flatten()
-
-        h = 1e-5
-        jacobian = torch.stack(
-            [outputs(start + h * e) - outputs(start - h * e) for e in torch.eye(len(start)).double()]
-        )
-        jacobian = jacobian.T / (2 * h)
-        ggn = 2 * jacobian.T @ jacobian / len(jacobian)
+    def test_parts_add_up(self):
+        """That they are the dense ones is in `operators/test_curvature.py`."""
+        problem = cases.make("conv_batchnorm")
         split = {"output_fn": lambda m, b: m(b[0]), "output_loss": lambda o, b: F.mse_loss(o, b[1])}
-        found = dense(HessianOperator(*problem, matrix="ggn", **split)).double()
-        scale = float(ggn.abs().max())
-        torch.testing.assert_close(found, ggn, rtol=0, atol=1e-9 * scale if dtype is torch.float64 else 1e-5 * scale)
-        residual = dense(HessianOperator(*problem, matrix="residual", **split)).double()
-        whole = dense(HessianOperator(*problem)).double()
-        torch.testing.assert_close(found + residual, whole, rtol=0, atol=64 * torch.finfo(dtype).eps * scale)
+        ggn, residual = (dense(HessianOperator(*problem, matrix=matrix, **split)) for matrix in ("ggn", "residual"))
+        assert torch.linalg.eigvalsh(ggn).min() >= -1e-12 * ggn.abs().max()
+        torch.testing.assert_close(ggn + residual, dense(HessianOperator(*problem)), rtol=0, atol=1e-13)
 
     def test_a_filter_takes_a_block_and_a_preconditioner_scales(self):
         problem = cases.make("mlp")
@@ -198,7 +164,7 @@ class TestContext:
             operator.matmat(torch.eye(operator.shape[0]))
         assert len(calls) == before
 
-    @pytest.mark.parametrize("strategy", ["graph", "recompute", "finite_difference"])
+    @pytest.mark.parametrize("strategy", ["graph", "finite_difference"])
     def test_random_vectors_drawn_between_products_are_the_users(self, strategy):
         operator = HessianOperator(*cases.make("mlp"), strategy=strategy)
         n = operator.shape[0]
@@ -213,8 +179,7 @@ class TestContext:
         drawn.append(torch.randn(n))
         assert same(drawn, expected)
 
-    @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-    @pytest.mark.parametrize("strategy", ["graph", "recompute"])
+    @pytest.mark.parametrize(("context", "strategy"), [(torch.no_grad, "graph"), (torch.inference_mode, "recompute")])
     def test_without_gradients_around_it(self, context, strategy):
         operator = HessianOperator(*cases.make("mlp"), strategy=strategy)
         ones = torch.ones(operator.shape[0])
@@ -281,9 +246,9 @@ class TestProducts:
 
 
 class TestOtherLibraries:
-    @pytest.fixture(params=DTYPES, ids=str)
-    def operator(self, request: pytest.FixtureRequest) -> HessianOperator:
-        return HessianOperator(*cases.make("mlp", request.param))
+    @pytest.fixture
+    def operator(self) -> HessianOperator:
+        return HessianOperator(*cases.make("mlp", torch.float32))
 
     def test_scipy(self, operator):
         linalg = pytest.importorskip("scipy.sparse.linalg")
@@ -296,7 +261,7 @@ class TestOtherLibraries:
         tolerance = 32 * torch.finfo(operator.dtype).eps * np.abs(true).max()
         np.testing.assert_allclose(np.sort(values), true[-3:], rtol=0, atol=tolerance)
         np.testing.assert_allclose(product, dense(operator)[:, :2], rtol=0, atol=tolerance)
-        assert product.dtype == values.dtype == (np.float64 if operator.dtype is torch.float64 else np.float32)
+        assert product.dtype == values.dtype == np.float32
 
     def test_without_scipy(self, operator, monkeypatch):
         monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
@@ -328,27 +293,17 @@ class TestOtherLibraries:
         assert np.abs(np.asarray(values)).max() == pytest.approx(np.abs(true).max(), rel=1e-3)
 
 
-class TestLossesAlong:
-    @pytest.mark.parametrize("name", ["mlp", "tied", "conv_batchnorm"])
-    def test_losses_are_those_of_moved_weights(self, name):
-        problem = cases.make(name)
-        operator = HessianOperator(*problem)
-        direction = torch.randn(operator.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-        before = copy.deepcopy(problem.module.state_dict())
-        moved = copy.deepcopy(problem.module).eval()
-        parameters = [p for p in moved.parameters() if p.requires_grad]
-        start = torch.cat([p.detach().flatten() for p in parameters])
-        expected = []
-        for distance in (-0.3, 0.0, 1.0):
-            torch.nn.utils.vector_to_parameters(start + distance * direction, parameters)
-            losses = [(len(b[0]), problem.loss_fn(moved, b).item()) for b in problem.batches]
-            expected.append(sum(n * loss for n, loss in losses) / sum(n for n, _ in losses))
-        assert operator.losses_along(direction, [-0.3, 0.0, 1.0]) == pytest.approx(expected, rel=1e-12)
-        assert all(map(torch.equal, before.values(), problem.module.state_dict().values()))
-
-    def test_second_difference_along_an_eigenvector_is_the_eigenvalue(self):
-        operator = HessianOperator(*cases.make("mlp"))
-        with operator:
-            found = top_eigenpairs(operator, 1)
-            up, at, down = operator.losses_along(found.vectors[:, 0], [1e-3, 0.0, -1e-3])
-        assert (up - 2 * at + down) / 1e-6 == pytest.approx(float(found.values[0]), rel=1e-4)
+def test_losses_along_a_direction_are_those_of_moved_weights():
+    problem = cases.make("conv_batchnorm")
+    operator = HessianOperator(*problem)
+    direction = torch.randn(operator.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    before = copy.deepcopy(problem.module.state_dict())
+    moved = copy.deepcopy(problem.module).eval()
+    start = torch.nn.utils.parameters_to_vector(moved.parameters()).detach()
+    expected = []
+    for distance in (-0.3, 0.0, 1.0):
+        torch.nn.utils.vector_to_parameters(start + distance * direction, moved.parameters())
+        losses = [problem.loss_fn(moved, batch).item() for batch in problem.batches]
+        expected.append(np.average(losses, weights=[len(batch[0]) for batch in problem.batches]))
+    assert operator.losses_along(direction, [-0.3, 0.0, 1.0]) == pytest.approx(expected, rel=1e-12)
+    assert all(map(torch.equal, before.values(), problem.module.state_dict().values()))

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import warnings
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lightning_hesd import hessian_spectrum
 from lightning_hesd.numerics.analysis.sampling_error import SamplingError, sampling_error
@@ -18,7 +20,6 @@ from lightning_hesd.numerics.krylov.lanczos import Lanczos
 from lightning_hesd.numerics.operators.curvature import HessianMatrix
 from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock
 from lightning_hesd.numerics.operators.risk_operator import RiskOperator
-from tests import oracles
 from tests.ranks import in_threads
 
 Batch = tuple[Tensor, Tensor]
@@ -54,9 +55,21 @@ def trained() -> nn.Module:
     return module.eval().requires_grad_(True)
 
 
-def extremes(batch: Batch) -> np.ndarray:
-    values = torch.linalg.eigvalsh(oracles.dense_hessian(trained(), [batch], loss_fn)).numpy()
-    return np.array([values[0], values[-1], values[0] / values[-1]])
+def extremes(batches: list[Batch]) -> np.ndarray:
+    """Smallest and largest eigenvalue and their ratio, a row for each batch."""
+    module = trained()
+    parameters = dict(module.named_parameters())
+    flat = torch.cat([p.detach().flatten() for p in parameters.values()])
+
+    def loss(flat: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        parts = flat.split([p.numel() for p in parameters.values()])
+        values = {name: part.view_as(p) for (name, p), part in zip(parameters.items(), parts, strict=True)}
+        return F.cross_entropy(functional_call(module, values, (x,)), y)
+
+    x, y = map(torch.stack, zip(*batches, strict=True))
+    hessians = torch.func.vmap(torch.func.hessian(loss), (None, 0, 0), chunk_size=8)(flat, x, y)
+    values = torch.linalg.eigvalsh(hessians).numpy()
+    return np.stack([values[:, 0], values[:, -1], values[:, 0] / values[:, -1]], axis=1)
 
 
 def analyze(seed: int, batches: int = 1, samples: int = SAMPLES, **options: Any) -> Any:
@@ -73,8 +86,10 @@ def fields(spectrum: Any, kind: str) -> np.ndarray:
 @functools.cache
 def brute_force() -> tuple[np.ndarray, np.ndarray]:
     """Standard deviations over samples, and biases against a sample forty times as large."""
-    values = np.array([extremes(draw(SAMPLES, 100 + seed)) for seed in range(64)])
-    return values.std(axis=0, ddof=1), values.mean(axis=0) - extremes(draw(40 * SAMPLES, 9))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)  # PyTorch's own
+        values, [limit] = extremes([draw(SAMPLES, 100 + seed) for seed in range(64)]), extremes([draw(40 * SAMPLES, 9)])
+    return values.std(axis=0, ddof=1), values.mean(axis=0) - limit
 
 
 @functools.cache
@@ -101,13 +116,6 @@ class TestAgainstBruteForce:
         assert bias_c_t < 0
         assert abs(bias_max - true_max) <= deviations[1] / 2
         assert abs(bias_c_t - true_c_t) <= deviations[2] / 2
-
-    def test_single_records_have_the_signs_that_theory_says(self):
-        for seed in range(3):
-            spectrum = analyze(300 + seed)
-            assert spectrum.lambda_min_sampling_bias <= 0 <= spectrum.lambda_max_sampling_bias
-            assert (fields(spectrum, "error") > 0).all()
-            assert spectrum.c_t_total_error == spectrum.c_t_error + spectrum.c_t_sampling_error
 
 
 class TestClosedForm:
@@ -146,14 +154,6 @@ class TestClosedForm:
         expected = self.error_of_mean(b - ratio * a) / float(a.mean())
         assert self.analyze(a, b).c_t_sampling_error == pytest.approx(expected, rel=1e-8)
 
-    def test_extremes_that_move_together_leave_their_ratio(self):
-        a = self.samples(0)
-        spectrum = self.analyze(a, a / 3)
-        assert spectrum.c_t == pytest.approx(-1 / 3, rel=1e-12)
-        assert spectrum.lambda_max_sampling_error > 0.01
-        assert spectrum.c_t_sampling_error == pytest.approx(0.0, abs=1e-8)
-        assert spectrum.c_t_sampling_bias == pytest.approx(0.0, abs=1e-8)
-
     def test_the_mean_of_a_ratio_is_not_the_ratio_of_means(self):
         # E[−b/a] for constant b: −b/ā·(1 + Var(ā)/ā²).
         a = self.samples(0)
@@ -168,7 +168,6 @@ class TestGroups:
         [
             ({"batches": 4}, 1e-6, 1e-6),  # sixteen groups of the same samples in every case, in the same order
             ({"batches": 16}, 1e-6, 1e-6),
-            ({"strategy": "recompute"}, 1e-4, 1e-3),
             ({"strategy": "finite_difference"}, 1e-4, 1e-3),
             ({"strategy": "auto"}, 1e-4, 1e-3),
         ],
@@ -184,9 +183,8 @@ class TestGroups:
         assert other.sampling_groups == 64
         np.testing.assert_allclose(fields(other, "error"), fields(one, "error"), rtol=0.6)
 
-    @pytest.mark.parametrize("steps", [12, 40])
-    def test_errors_need_no_basis(self, steps):
-        one, other = (analyze(7, steps=steps, basis=basis) for basis in ("device", "none"))
+    def test_errors_need_no_basis(self):
+        one, other = (analyze(7, steps=40, basis=basis) for basis in ("device", "none"))
         np.testing.assert_allclose(fields(other, "error"), fields(one, "error"), rtol=1e-4)
         assert (np.sign(fields(other, "bias"))[:2] == [-1, 1]).all()
 
@@ -196,23 +194,11 @@ class TestGroups:
         assert analyze(7).matvecs == plain.matvecs + 2  # one for each end
 
 
-class TestRefusals:
-    @pytest.mark.parametrize(("samples", "batches"), [(7, 1), (7, 7), (1, 1), (5, 2)])
-    def test_fewer_than_eight_groups(self, samples, batches):
-        with pytest.raises(
-            ValueError, match=rf"at least 8 groups of samples, and the batches can be cut into {samples}"
-        ):
-            analyze(7, batches, samples=samples)
-        assert analyze(7, samples=8).sampling_groups == 8
-
-    def test_statistics_of_the_batch(self):
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            module = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2)).double()
-        with pytest.raises(ValueError, match=r"not a mean over samples \(it may use statistics of the batch\)"):
-            hessian_spectrum(module, [draw(64, 3)], loss_fn, mode="train", sampling_error=True, steps=40)
-        # In eval mode the statistics are constants, and so it is fine.
-        assert hessian_spectrum(module, [draw(64, 3)], loss_fn, sampling_error=True, steps=40).sampling_groups == 16
+@pytest.mark.parametrize(("samples", "batches"), [(7, 1), (5, 2)])
+def test_fewer_than_eight_groups_are_refused(samples, batches):
+    with pytest.raises(ValueError, match=f"at least 8 groups of samples, and the batches can be cut into {samples}"):
+        analyze(7, batches, samples=samples)
+    assert analyze(7, samples=8).sampling_groups == 8
 
 
 class Batched:
@@ -260,7 +246,6 @@ class TestVerification:
         spectrum = self.analyze(lambda module, batch: loss_fn(module, (batch.x, batch.y)), Batched)
         assert fields(spectrum, "error").tolist() == pytest.approx(fields(analyze(7), "error").tolist(), rel=1e-9)
 
-    @pytest.mark.parametrize("options", [{}, {"tolerance": "auto", "sampling_error": False}])
     @pytest.mark.parametrize(
         ("loss", "make", "message"),
         [
@@ -270,19 +255,23 @@ class TestVerification:
                 "is the same for all of its groups of samples: it does not depend on the values that were cut",
             ),
             (stale, functools.partial(Batched, visible=False), "cannot tell the number of samples|nothing in a batch"),
-            (contrastive, Batched, "not a mean over samples"),
+            (contrastive, Batched, r"not a mean over samples \(it may use statistics of the batch\)"),
             (token_mean, lambda *parts: parts, "not a mean over samples"),
             (loss_fn, lambda x, y: (x, y, torch.tensor([0, 3, 8])), "may be positions of samples"),
             (lambda m, b: loss_fn(m, b) / (len(b[0]) // 256), lambda *parts: parts, "has no loss|ZeroDivision|inf"),
         ],
     )
-    def test_others_are_refused_with_the_remedy(self, loss, make, message, options):
-        with pytest.raises(ValueError, match=rf"(?s)cut into 1 only: .*({message}).*Pass at least 8 batches"):
-            self.analyze(loss, make, **options)
+    def test_others_are_refused_with_the_remedy(self, loss, make, message):
+        wanted = rf"(?s)cut into 1 only: .*({message}).*Pass at least 8 batches"
+        with pytest.raises(ValueError, match=wanted):
+            self.analyze(loss, make)
 
-    @pytest.mark.parametrize("loss", [stale, contrastive])
-    def test_the_remedy_works(self, loss):
-        spectrum = self.analyze(loss, Batched, batches=8)
+    def test_a_tolerance_that_needs_sampling_errors_is_refused_too(self):
+        with pytest.raises(ValueError, match=r"(?s)not a mean over samples.*Pass at least 8 batches"):
+            self.analyze(contrastive, Batched, tolerance="auto", sampling_error=False)
+
+    def test_the_remedy_works(self):
+        spectrum = self.analyze(contrastive, Batched, batches=8)
         assert spectrum.sampling_groups == 8
         assert (fields(spectrum, "error") > 0).all()
 
@@ -311,7 +300,7 @@ def risk_of(batches: list[WeightedBatch], loss: Any, ranks: Collectives) -> Risk
 
 
 class TestSkippedBatches:
-    @pytest.mark.parametrize("strategy", ["auto", "recompute", "finite_difference"])
+    @pytest.mark.parametrize("strategy", ["auto", "finite_difference"])
     def test_are_left_out(self, strategy):
         x, y = draw(SAMPLES, 7)
         parts = list(zip(x.chunk(32), y.chunk(32), strict=True))
@@ -360,12 +349,10 @@ class TestSeveralRanks:
         lanczos.run()
         return sampling_error(operator, [lanczos])
 
-    @pytest.mark.parametrize("ranks", [2, 4])
-    def test_find_the_same_together_as_one_alone(self, ranks):
-        results = in_threads(ranks, self.share)
+    def test_find_the_same_together_as_one_alone(self):
+        results = in_threads(3, self.share)
         alone = self.share(LOCAL)
         assert alone.sampling_groups == 18
-        assert len(results) == ranks
         for result in results:
             assert numbers(result) == pytest.approx(numbers(alone), rel=1e-8)
             assert numbers(result) == numbers(results[0])

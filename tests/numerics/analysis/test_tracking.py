@@ -48,13 +48,12 @@ def measure(tracker: SharpnessTracker, problem: cases.Problem, **given: Any) -> 
     return tracker.measure(module, weighted_batches(batches), loss_fn, AnalysisOptions(), **given)
 
 
-@pytest.mark.parametrize("name", ["mlp", "attention"])
-@pytest.mark.parametrize("preconditioned", [False, True])
+@pytest.mark.parametrize(("name", "preconditioned"), [("mlp", False), ("attention", True)])
 def test_a_few_products_follow_the_largest_eigenvalues(name: str, preconditioned: bool) -> None:
     problem, tracker = cases.make(name), SharpnessTracker()
     problem.module.eval()
     changes = []
-    for number in range(6):
+    for number in range(4):
         given = diagonals(problem, 0) if preconditioned else None
         found = measure(tracker, problem, preconditioner=given)
         hessian = dense_hessian(*problem)
@@ -71,7 +70,7 @@ def test_a_few_products_follow_the_largest_eigenvalues(name: str, preconditioned
             largest = torch.linalg.eigvalsh(root[:, None] * hessian * root)[-1].item()
             assert largest * accuracy <= found.preconditioned <= largest * (1 + 1e-9)
         changes.append(found.lambda_max)
-        descend(problem, 0.05, 3)
+        descend(problem, 0.05, 5)
     assert max(changes) > 1.05 * min(changes), "there is something to follow"
 
 

@@ -35,10 +35,8 @@ THREE: tuple[Shape, Shape, Shape] = ((2, 5, 2), (2, 6, 2), (2, 6, 3))
 FOUR: tuple[Shape, Shape, Shape] = ((2, 2, 5, 2), (2, 2, 6, 2), (2, 2, 6, 3))
 
 CASES: dict[str, tuple[Shape, Shape, Shape, dict[str, Any]]] = {
-    "one head": ((5, 2), (6, 2), (6, 3), {}),
-    "heads": ((2, 3, 5, 2), (2, 3, 6, 2), (2, 3, 6, 3), {"scale": 0.3}),
+    "one head": ((5, 2), (6, 2), (6, 3), {"scale": 0.3}),
     "heads that broadcast": ((2, 1, 5, 2), (1, 3, 6, 2), (3, 6, 3), {}),
-    "causal": ((2, 5, 2), (2, 5, 2), (2, 5, 3), {"is_causal": True}),
     "causal, more keys": (*THREE, {"is_causal": True}),
     "causal, more queries": ((2, 5, 2), (2, 3, 2), (2, 3, 3), {"is_causal": True}),
     "mask": (*FOUR, {"attn_mask": SOME}),
@@ -135,26 +133,6 @@ def test_loss_and_derivatives(name: str, made: list[str]) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14, check_stride=True)
 
 
-@pytest.mark.parametrize("name", ["causal", "mask of a whole row", "grouped"])
-def test_products_agree_with_differences_of_the_loss(name: str) -> None:
-    *shapes, options = CASES[name]
-    inputs, step = drawn(*shapes), 1e-4
-    directions = [i.detach().flip(-1).cos() for i in inputs]
-
-    def loss(inputs: list[Tensor]) -> Tensor:
-        return F.scaled_dot_product_attention(*inputs, **options).square().sum()
-
-    with Replacements():
-        slopes = torch.autograd.grad(loss(inputs), inputs, create_graph=True)
-        products = torch.autograd.grad(slopes, inputs, directions)
-    curvature = sum(float((p * d).sum()) for p, d in zip(products, directions, strict=True))
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        ahead, at, behind = (
-            loss([i + s * d for i, d in zip(inputs, directions, strict=True)]) for s in (step, 0.0, -step)
-        )
-    assert curvature == pytest.approx(float((ahead - 2 * at + behind) / step**2), rel=1e-6)
-
-
 def test_a_frozen_input_and_one_that_depends_on_another() -> None:
     (x,) = drawn((2, 5, 2))
     fixed = x.detach().cos()
@@ -214,7 +192,6 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "width": lambda x: F.scaled_dot_product_attention(x, x[..., :1], x),
     "keys": lambda x: F.scaled_dot_product_attention(x, x, x[:, :1]),
     "mask": lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=torch.ones(3, 3).bool()),
-    "type of mask": lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=torch.ones(5, 5).long()),
     "two masks": lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=torch.ones(5, 5).bool(), is_causal=True),
     "groups": lambda x: F.scaled_dot_product_attention(x[:3], x[:2], x[:2], enable_gqa=True),
     "no groups": lambda x: F.scaled_dot_product_attention(x[:3], x[:2], x[:2]),
@@ -256,9 +233,7 @@ class Layer(nn.Module):
         return self.mix(attended.transpose(1, 2).flatten(2)).square().mean()
 
 
-@pytest.mark.parametrize(
-    ("causal", "penalty"), [(True, False), (False, False), (True, True)], ids=["causal", "mask", "penalty"]
-)
+@pytest.mark.parametrize(("causal", "penalty"), [(False, False), (True, True)], ids=["mask", "causal, penalty"])
 def test_memory_is_linear_in_the_context(causal: bool, penalty: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module_under_test, "_BLOCK", 2**15)
     context = 1024
@@ -278,25 +253,15 @@ def test_memory_is_linear_in_the_context(causal: bool, penalty: bool, monkeypatc
     assert max(building.peak - building.live, multiplying.peak) < 0.8 * scores
 
 
-@pytest.mark.parametrize("kind", ["MultiheadAttention", "TransformerEncoderLayer"])
-def test_layers_of_pytorch(kind: str, made: list[str]) -> None:
+def test_a_layer_of_pytorch(made: list[str]) -> None:
     torch.manual_seed(0)
     x, padding = torch.randn(2, 5, 4).double(), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-    layer: Any
-    if kind == "MultiheadAttention":
-        layer = nn.MultiheadAttention(4, 2, batch_first=True).double()
-    else:
-        layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, activation="gelu").double().eval()
-
-    def loss() -> Tensor:
-        if kind == "MultiheadAttention":
-            return layer(x, x, x, key_padding_mask=padding, need_weights=False)[0].square().sum()  # type: ignore[no-any-return]
-        return layer(x, src_key_padding_mask=padding).pow(3).sum()  # type: ignore[no-any-return]
-
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, activation="gelu").double().eval()
     parameters, found = list(layer.parameters()), []
     for context in (Replacements(), sdpa_kernel(SDPBackend.MATH)):
         with context:
-            slopes = torch.autograd.grad(loss(), parameters, create_graph=True)
+            loss = layer(x, src_key_padding_mask=padding).pow(3).sum()
+            slopes = torch.autograd.grad(loss, parameters, create_graph=True)
         products = torch.autograd.grad(slopes, parameters, [p.cos() for p in parameters])
         found.append([t.detach() for t in (*slopes, *products)])
         assert made

@@ -44,8 +44,8 @@ def test_convolution(name: str, replaced: list[str]) -> None:
     with Replacements():
         here = convolve(*inputs, **options)
         assert len(replaced) == (name not in {"same", "unbatched"})
-        assert gradcheck(lambda *i: convolve(*i, **options), inputs)
-        assert gradgradcheck(lambda *i: convolve(*i, **options), inputs)
+        assert gradcheck(lambda *i: convolve(*i, **options), inputs, fast_mode=True)
+        assert gradgradcheck(lambda *i: convolve(*i, **options), inputs, fast_mode=True)
     torch.testing.assert_close(here, convolve(*inputs, **options), rtol=1e-12, atol=1e-12)
 
 
@@ -53,7 +53,6 @@ STATISTICS = torch.tensor([0.5, -1.0, 2.0, 0.0]).double(), torch.tensor([1.0, 2.
 
 OPERATIONS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "convolution": (lambda x, w, b: F.conv2d(x, w, b, padding=1), [(2, 2, 3, 3), (2, 2, 3, 3), (2,)]),
-    "convolution without bias": (F.conv2d, [(2, 3, 4, 4), (2, 3, 3, 3)]),
     "batch norm": (lambda x, w, b: F.batch_norm(x, *STATISTICS, w, b), [(3, 4, 2), (4,), (4,)]),
     "batch norm without bias": (lambda x, w: F.batch_norm(x, *STATISTICS, w), [(3, 4, 2), (4,)]),
     "batch norm without weight": (lambda x, b: F.batch_norm(x, *STATISTICS, None, b), [(3, 4, 2), (4,)]),
@@ -61,7 +60,7 @@ OPERATIONS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
 }
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if "convolution" not in name])
 def test_values_and_derivatives(name: str, replaced: list[str]) -> None:
     operation, shapes = OPERATIONS[name]
     torch.manual_seed(0)
@@ -74,22 +73,20 @@ def test_values_and_derivatives(name: str, replaced: list[str]) -> None:
     torch.testing.assert_close(here, operation(*inputs), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("name", "frozen"), [(name, i) for name, (_, shapes) in OPERATIONS.items() for i in range(len(shapes))]
-)
+@pytest.mark.parametrize("frozen", range(3))
+@pytest.mark.parametrize("name", ["convolution", "batch norm"])
 def test_derivatives_with_one_frozen_and_with_one_free(name: str, frozen: int, replaced: list[str]) -> None:
     operation, shapes = OPERATIONS[name]
     torch.manual_seed(0)
-    for free in ({*range(len(shapes))} - {frozen}, {frozen}):
+    for free in ({0, 1, 2} - {frozen}, {frozen}):
         inputs = [normal(*shape) if i in free else normal(*shape).detach() for i, shape in enumerate(shapes)]
-        if free:
-            with Replacements():
-                assert gradgradcheck(lambda *x: operation(*x).pow(3), inputs)
-            assert replaced
+        with Replacements():
+            assert gradgradcheck(lambda *x: operation(*x).pow(3), inputs, fast_mode=True)
+        assert replaced
 
 
 # PyTorch itself has no third derivative of a batch norm with a bias alone.
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "batch norm without weight"])
+@pytest.mark.parametrize("name", ["convolution", "batch norm", "batch norm without parameters"])
 def test_hessian_of_a_loss_that_holds_derivatives(name: str, replaced: list[str]) -> None:
     operation, shapes = OPERATIONS[name]
     torch.manual_seed(0)

@@ -1,5 +1,6 @@
 """Hooks act in the user's own differentiation, and not in that of the analysis; no optimizer steps in an analysis."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,6 +36,11 @@ def plain(net: Any, batch: Batch) -> Tensor:
 
 def analyze(net: nn.Module, loss: Callable[[Any, Batch], Tensor], strategy: Any = "auto") -> Spectrum:
     return hessian_spectrum(net, [make_batch()], loss, steps=STEPS, strategy=strategy)
+
+
+@functools.cache
+def of_plain() -> Spectrum:
+    return analyze(make_net(), plain)
 
 
 def assert_same(found: Spectrum, expected: Spectrum) -> None:
@@ -91,9 +97,8 @@ def test_hooks_that_the_loss_registers_are_passed_by(kind, wrap):
             IN_THE_LOSS[kind](hidden)
         return F.mse_loss(net[1](hidden), batch[1])
 
-    expected = analyze(make_net(), plain)
-    for strategy in ("graph", "recompute", "finite_difference"):
-        assert_same(analyze(make_net(), loss, strategy), expected)
+    for strategy in ("graph", "finite_difference"):
+        assert_same(analyze(make_net(), loss, strategy), of_plain())
 
 
 def with_hooks_on_leaves(net: Any, batch: Batch) -> Tensor:
@@ -117,9 +122,8 @@ def test_what_the_loss_leaves_on_a_parameter_is_removed(loss):
     gradients = [torch.ones_like(p) for p in net.parameters()]
     for p, gradient in zip(net.parameters(), gradients, strict=True):
         p.grad = gradient
-    expected = analyze(make_net(), plain)
     for strategy in ("recompute", "finite_difference"):
-        assert_same(analyze(net, loss, strategy), expected)
+        assert_same(analyze(net, loss, strategy), of_plain())
     for p, gradient in zip(net.parameters(), gradients, strict=True):
         assert p.grad is gradient
         assert (gradient == 1).all()
@@ -195,11 +199,9 @@ def hooked(request: pytest.FixtureRequest) -> Iterator[nn.Module]:
 
 
 @pytest.mark.filterwarnings("ignore:Using a non-full backward hook", "ignore:Full backward hook is firing")
-@pytest.mark.parametrize("loss", [plain, with_backward])
-def test_hooks_that_were_there_are_passed_by(hooked, loss):
-    expected = analyze(make_net(), plain)
-    for strategy in ("auto", "finite_difference"):
-        assert_same(analyze(hooked, loss, strategy), expected)
+def test_hooks_that_were_there_are_passed_by(hooked):
+    for loss, strategy in ((plain, "finite_difference"), (with_backward, "auto")):
+        assert_same(analyze(hooked, loss, strategy), of_plain())
 
 
 def test_all_hooks_act_again_afterwards():
@@ -241,6 +243,7 @@ class Reversible(torch.autograd.Function):
 @pytest.mark.parametrize("strategy", ["auto", "finite_difference"])
 def test_no_optimizer_steps_in_an_analysis(strategy):
     """And what comes of gradients that reach parameters past autograd is found to be wrong."""
+    torch.manual_seed(1)  # at other weights the missing part may be too small along the direction of the comparison
     net = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 2)]).double()
     optimizers = {p: torch.optim.Adam([p]) for p in net.parameters()}
 

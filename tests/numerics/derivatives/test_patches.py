@@ -19,8 +19,11 @@ class Owner(Base):
     own = "own"
 
 
-@pytest.mark.parametrize("name", ["own", "value"])
-@pytest.mark.parametrize("make", [lambda: type("Kind", (Owner,), {"own": "own"}), Owner], ids=["class", "object"])
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [("own", lambda: type("Kind", (Owner,), {"own": "own"})), ("value", Owner)],
+    ids=["class", "object"],
+)
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_patches_of_several_threads_end_in_any_order(name: str, make: Any, order: tuple[int, ...]) -> None:
     owner = make()

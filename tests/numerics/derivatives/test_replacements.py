@@ -21,8 +21,6 @@ from lightning_hesd.numerics.isolation.exact_mode import exact_mode
 from tests.numerics.derivatives.comparisons import assert_same_nodes, jacobian
 from tests.ranks import StandIn
 
-STRATEGIES = ["auto", "graph", "recompute", "finite_difference"]
-
 IDS = [torch.tensor([[0, 1, 2], [4, 5, 5]]), torch.tensor([[2, 3, 1], [0, 0, 6]])]
 """Of batches that share some rows, and leave rows 7 and 8 out."""
 
@@ -65,16 +63,11 @@ class Bag(Words):
 
 @pytest.mark.parametrize(
     ("way", "strategy"),
-    [*(("layer", s) for s in STRATEGIES), ("function", "auto"), ("by hand", "auto"), ("bag", "auto"), ("bag", "graph")],
+    [("layer", "graph"), ("layer", "finite_difference"), *((way, "auto") for way in ("function", "by hand", "bag"))],
 )
 def test_embeddings_with_max_norm(way: str, strategy: Any) -> None:
     net = Words(way)
     before = net.weight.detach().clone()
-    if (way, strategy) == ("bag", "graph"):  # PyTorch has no second derivative of the mean of a bag
-        with pytest.raises(RuntimeError, match="embedding_bag"):
-            hessian_spectrum(net, IDS, loss, strategy=strategy)
-        assert torch.equal(net.weight, before)
-        return
     assert (before.norm(dim=1) > 0.7).any()
     found = hessian_spectrum(net, IDS, loss, strategy=strategy, steps=8)
     assert torch.equal(net.weight, before)
@@ -94,26 +87,6 @@ def _plain(way: str, batches: list[Tensor] = IDS) -> Words:
     with torch.no_grad():
         net.weight[used] = torch.renorm(net.weight[used], 2, 0, 0.7)
     return net
-
-
-def test_max_norm_of_an_embedding_that_is_not_analyzed() -> None:
-    class Two(nn.Module):
-        def __init__(self, words: Words) -> None:
-            super().__init__()
-            torch.manual_seed(1)
-            self.words, self.last = words, nn.Linear(9, 7).double()
-
-        def forward(self, ids: Tensor) -> Tensor:
-            result: Tensor = self.last(self.words(ids))
-            return result
-
-    nodes = []
-    for words in (Words("layer"), _plain("layer")):
-        words.requires_grad_(requires_grad=False)
-        before = words.weight.clone()
-        nodes.append(hessian_spectrum(Two(words), IDS, loss, steps=5, strategy="recompute").nodes)
-        assert torch.equal(words.weight, before)
-    torch.testing.assert_close(*map(torch.tensor, nodes), rtol=1e-5, atol=1e-5)
 
 
 def test_max_norm_with_layers_and_groups() -> None:
@@ -196,7 +169,7 @@ def with_jacobian(net: nn.Module, x: Tensor, how: str) -> Tensor:
     return y.square().mean() + rows.square().sum()
 
 
-@pytest.mark.parametrize("how", ["batched", "vectorized", "vmap"])
+@pytest.mark.parametrize("how", ["vectorized", "vmap"])
 def test_derivatives_along_many_directions_at_once(how: str) -> None:
     torch.manual_seed(0)
     layers = [nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 2, 3), nn.BatchNorm1d(2), nn.Tanh(), nn.Flatten()]

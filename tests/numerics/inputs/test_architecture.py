@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_hesd import hessian_spectrum, layer_spectra
 from lightning_hesd.numerics.inputs.architecture import architecture_of
+from tests import cases
 
 
 class SelfAttention(nn.Linear):
@@ -58,11 +59,10 @@ def test_an_analysis_records_it() -> None:
     net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
     batches = [(torch.randn(8, 2), torch.randn(8, 1))]
 
-    def loss_fn(module: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return nn.functional.mse_loss(module(batch[0]), batch[1])
-
-    assert hessian_spectrum(net, batches, loss_fn, steps=3).architecture == "perceptron"
-    assert layer_spectra(net, batches, loss_fn, steps=2)["0"].architecture == "part"
+    assert hessian_spectrum(net, batches, cases.squared_error, steps=3).architecture == "perceptron"
+    assert layer_spectra(net, batches, cases.squared_error, steps=2)["0"].architecture == "part"
     net[0].requires_grad_(requires_grad=False)
-    assert hessian_spectrum(net, batches, loss_fn, steps=3).architecture == "part"
-    assert hessian_spectrum(net, batches, loss_fn, steps=3, include_frozen=True).architecture == "perceptron"
+    assert hessian_spectrum(net, batches, cases.squared_error, steps=3).architecture == "part"
+    assert (
+        hessian_spectrum(net, batches, cases.squared_error, steps=3, include_frozen=True).architecture == "perceptron"
+    )

@@ -2,13 +2,13 @@ import contextlib
 import copy
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torchmetrics
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -83,33 +83,31 @@ def describe(value: Any) -> Any:
     return value
 
 
-class TestGlobalGenerators:
-    @staticmethod
-    def states() -> tuple[Any, ...]:
-        return random.getstate(), describe(np.random.get_state()), torch.get_rng_state().tolist()  # noqa: NPY002
+def states_of_generators() -> tuple[Any, ...]:
+    return random.getstate(), describe(np.random.get_state()), torch.get_rng_state().tolist()  # noqa: NPY002
 
-    def test_are_restored(self, run):
-        random.seed(11)
-        np.random.seed(12)  # noqa: NPY002 - users may draw from the legacy generator
-        torch.manual_seed(13)
-        before = self.states()
 
-        def tamper(module: nn.Module) -> None:
-            assert self.states() != before  # seeded for the analysis
-            random.random()
-            np.random.random()  # noqa: NPY002
-            torch.rand(1)
+def test_global_generators_are_restored(run):
+    random.seed(11)
+    np.random.seed(12)  # noqa: NPY002 - users may draw from the legacy generator
+    torch.manual_seed(13)
+    before = states_of_generators()
 
-        run(Net(), tamper, mode="train")
-        assert self.states() == before
+    def tamper(module: nn.Module) -> None:
+        assert states_of_generators() != before  # seeded for the analysis
+        random.random()
+        np.random.random()  # noqa: NPY002
+        torch.rand(1)
 
-    @pytest.mark.parametrize("shuffle", [False, True])
-    def test_reading_a_loader_draws_nothing_either(self, shuffle):
-        loader = DataLoader(TensorDataset(*make_batch()), batch_size=2, shuffle=shuffle)
-        torch.manual_seed(13)
-        before = self.states()
-        hessian_spectrum(Net(), loader, cases.squared_error, steps=2)
-        assert self.states() == before
+    run(Net(), tamper, mode="train")
+    assert states_of_generators() == before
+
+
+def test_reading_a_loader_draws_nothing_either():
+    loader = DataLoader(TensorDataset(*make_batch()), batch_size=2, shuffle=True)
+    before = states_of_generators()
+    hessian_spectrum(Net(), loader, cases.squared_error, steps=2)
+    assert states_of_generators() == before
 
 
 MODES = {"eval": [False] * 5, "train": [True] * 5, "keep": [True, True, False, True, True]}
@@ -203,18 +201,6 @@ class TestTensors:
         assert torch.equal(module.first.weight.grad, 2 * module.first.weight)
 
 
-class Meter:
-    """A running average, as many training scripts have."""
-
-    def __init__(self) -> None:
-        self.total, self.count, self.history = 0.0, 0, [0.5]
-
-    def update(self, value: float) -> None:
-        self.total += value
-        self.count += 1
-        self.history.append(value)
-
-
 class TestAttributes:
     """Values of many types are in `test_snapshot.py` and `test_isolation.py`."""
 
@@ -243,14 +229,8 @@ class TestAttributes:
         assert not hasattr(module, "new_layer")
 
     def test_objects_that_hold_a_lock_are_skipped(self, run):
-        class Service:
-            def __init__(self) -> None:
-                self.lock, self.sent = threading.Lock(), []
-
-        module = Net()
-        module.service = service = Service()
-        module.services = [service]
-        lock = service.lock
+        module, service = Net(), SimpleNamespace(lock=(lock := threading.Lock()), sent=[])
+        module.service, module.services = service, [service]
 
         def tamper(module: nn.Module) -> None:
             with module.service.lock:
@@ -263,49 +243,6 @@ class TestAttributes:
         assert not lock.locked()
         assert len(service.sent) > 0  # not undone: the object may stand for a resource outside this process
         assert module.services == [service]  # the list is the module's own
-
-    def test_cycles_and_long_chains_of_objects(self):
-        module = Net()
-        module.last.node = node = end = Meter()
-        node.owner, node.itself = module, node
-        for _ in range(1000):
-            end.next = Meter()
-            end = end.next
-        with restore_state(module):
-            node.update(1.0)
-            end.update(1.0)
-        assert (node.total, node.count, node.history) == (0.0, 0, [0.5])
-        assert end.count == 0
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        torchmetrics.MeanMetric,
-        torchmetrics.CatMetric,
-        lambda: torchmetrics.MetricCollection([torchmetrics.SumMetric(), torchmetrics.MaxMetric()]),
-    ],
-    ids=["tensor state", "list state", "collection"],
-)
-def test_metrics_are_restored(make):
-    module = nn.Module()
-    module.metric, twin = make(), make()
-    metrics = (module.metric, twin)
-    for metric in metrics:
-        metric.update(torch.tensor(1.0))
-        metric.update(torch.tensor(4.0))
-    with restore_state(module):
-        module.metric(torch.tensor(9.0))
-        module.metric.update(torch.tensor(9.0))
-        module.metric.compute()
-    for ours, theirs in zip(module.metric.modules(), twin.modules(), strict=True):
-        if isinstance(ours, torchmetrics.Metric):
-            assert ours.update_count == theirs.update_count == 2
-            assert describe(ours.metric_state) == describe(theirs.metric_state)
-    for value in (2.0, 3.0):  # still in working order
-        assert describe(metrics[0].compute()) == describe(metrics[1].compute())
-        for metric in metrics:
-            metric.update(torch.tensor(value))
 
 
 def reference() -> np.ndarray:
@@ -411,8 +348,7 @@ class TestSurroundings:
         assert not any(seen)
         assert (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()) == before
 
-    @pytest.mark.parametrize("mode", ["eval", "train"])
-    def test_the_loss_function_may_change_its_batch(self, mode):
+    def test_the_loss_function_may_change_its_batch(self):
         def loss(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
             target = batch.pop("y")
             batch["x"].mul_(2.0)
@@ -420,7 +356,7 @@ class TestSurroundings:
 
         x, y = make_batch()
         spectra = [
-            hessian_spectrum(Net(), [{"x": x, "y": y}], loss, steps=5, mode=mode, strategy=strategy)
+            hessian_spectrum(Net(), [{"x": x, "y": y}], loss, steps=5, mode="train", strategy=strategy)
             for strategy in ("graph", "recompute")
         ]
         np.testing.assert_allclose(spectra[0].nodes, spectra[1].nodes, rtol=0, atol=1e-6)
@@ -439,26 +375,21 @@ def precisions() -> list[Any]:
     return [getattr(backend, name) for backend in backends()]
 
 
-@pytest.mark.parametrize("precision", ["high", "medium"])
-def test_reduced_precision_is_off_inside_and_on_again_afterwards(precision, run):
+@pytest.fixture
+def _settings_of_precision() -> Iterator[None]:
+    """Put all settings back."""
     initial = precisions()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        before, seen = precisions(), []
-        run(Net(), lambda module: seen.extend(precisions()))
-        assert set(seen) <= {"ieee", False}
-        assert precisions() == before
-        assert torch.get_float32_matmul_precision() == precision
-        assert torch.backends.cuda.matmul.allow_tf32 is True, "the old flags can still be read"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-        if hasattr(torch.backends.cudnn, "conv"):
-            for backend, value in zip(backends(), initial, strict=True):
-                backend.fp32_precision = value
+    yield
+    torch.set_float32_matmul_precision("highest")
+    if hasattr(torch.backends.cudnn, "conv"):
+        torch.backends.fp32_precision = "none"
+        for backend, value in zip(backends(), initial, strict=True):
+            backend.fp32_precision = value
 
 
-@pytest.mark.parametrize("precision", ["highest", "high"])
-def test_old_settings_of_precision_can_be_read_and_written_inside(precision, run):
+@pytest.mark.usefixtures("_settings_of_precision")
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_precision_is_exact_inside_and_its_old_settings_can_be_read_and_written(precision, run):
     def read() -> list[Any]:
         cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
         return [torch.get_float32_matmul_precision(), cuda.allow_tf32, cudnn.allow_tf32, *precisions()]
@@ -469,39 +400,27 @@ def test_old_settings_of_precision_can_be_read_and_written_inside(precision, run
             module(make_batch()[0])
         seen.append(read())
 
-    initial = precisions()
     torch.set_float32_matmul_precision(precision)
-    try:
-        before, seen = read(), list[list[Any]]()
-        run(Net(), inside)
-        exact = ["ieee"] * 6 if hasattr(torch.backends.cudnn, "conv") else [False] * 2
-        assert [found[:3] for found in seen] == [["highest", False, False]] * len(seen)
-        assert seen[0][3:] == exact
-        assert "tf32" not in seen[-1]
-        assert read() == before
-    finally:
-        torch.set_float32_matmul_precision("highest")
-        if hasattr(torch.backends.cudnn, "conv"):
-            for backend, value in zip(backends(), initial, strict=True):
-                backend.fp32_precision = value
+    before, seen = read(), list[list[Any]]()
+    run(Net(), inside)
+    exact = ["ieee"] * 6 if hasattr(torch.backends.cudnn, "conv") else [False] * 2
+    assert [found[:3] for found in seen] == [["highest", False, False]] * len(seen)
+    assert seen[0][3:] == exact
+    assert "tf32" not in seen[-1]
+    assert read() == before
 
 
+@pytest.mark.usefixtures("_settings_of_precision")
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="no settings for all backends together")
 def test_backends_go_on_following_the_setting_for_all_of_them(run):
-    initial = precisions()
     for backend in backends():
         backend.fp32_precision = "none"
-    try:
-        torch.backends.fp32_precision, seen = "tf32", list[str]()
-        run(Net(), lambda module: seen.extend(precisions()))
-        assert set(seen) == {"ieee"}
-        assert set(precisions()) == {"tf32"}
-        torch.backends.fp32_precision = "ieee"
-        assert set(precisions()) == {"ieee"}
-    finally:
-        torch.backends.fp32_precision = "none"
-        for backend, value in zip(backends(), initial, strict=True):
-            backend.fp32_precision = value
+    torch.backends.fp32_precision, seen = "tf32", list[str]()
+    run(Net(), lambda module: seen.extend(precisions()))
+    assert set(seen) == {"ieee"}
+    assert set(precisions()) == {"tf32"}
+    torch.backends.fp32_precision = "ieee"
+    assert set(precisions()) == {"ieee"}
 
 
 def test_products_of_16_bit_numbers_are_added_up_in_32_bits_inside(run):
@@ -519,31 +438,23 @@ def test_products_of_16_bit_numbers_are_added_up_in_32_bits_inside(run):
 
 
 class Cached(Dataset[Tensor]):
-    """A dataset with a cache, a counter and a generator of its own."""
+    """A dataset with a cache and a generator of its own."""
 
     def __init__(self) -> None:
-        self.data = torch.zeros(4)
-        self.cache: dict[int, Tensor] = {}
-        self.reads = 0
+        self.data, self.cache = torch.zeros(4), dict[int, Tensor]()
         self.rng = np.random.default_rng(0)
-        self.lock = threading.Lock()
 
     def __getitem__(self, index: int) -> Tensor:
-        self.reads += 1
-        self.cache[index] = self.data[index] + self.rng.random()
-        return self.cache[index]
+        return self.cache.setdefault(index, self.data[index] + self.rng.random())
 
 
-class TestRestoreState:
-    @pytest.mark.parametrize("tensors", [True, False])
-    def test_a_dataset_with_its_tensors_or_in_another_without_them(self, tensors):
-        dataset = Cached()
-        state = dataset.rng.bit_generator.state
-        root = dataset if tensors else torch.utils.data.Subset(dataset, [0, 1])
-        with restore_state(root, tensors=tensors):
-            root[0]
-            root[1]
-            dataset.data.add_(1.0)
-        assert (dataset.reads, dataset.cache) == (0, {})
-        assert dataset.rng.bit_generator.state == state
-        assert dataset.data.tolist() == [0.0 if tensors else 1.0] * 4
+@pytest.mark.parametrize("tensors", [True, False])
+def test_a_dataset_with_its_tensors_or_in_another_without_them(tensors):
+    dataset = Cached()
+    state = dataset.rng.bit_generator.state
+    with restore_state(dataset if tensors else torch.utils.data.Subset(dataset, [0, 1]), tensors=tensors):
+        dataset[0]
+        dataset.data.add_(1.0)
+    assert dataset.cache == {}
+    assert dataset.rng.bit_generator.state == state
+    assert dataset.data.tolist() == [0.0 if tensors else 1.0] * 4

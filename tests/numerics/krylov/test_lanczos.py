@@ -162,16 +162,15 @@ class TestBreakdown:
         assert torch.equal(start, before)
 
 
-class TestErrors:
-    @pytest.mark.parametrize("steps", [0, -1])
-    def test_at_least_one_step(self, steps):
-        with pytest.raises(ValueError, match=rf"`steps` must be at least 1, got {steps}"):
-            lanczos(lambda vector: vector, torch.ones(3), steps)
+def test_at_least_one_step():
+    with pytest.raises(ValueError, match="`steps` must be at least 1, got 0"):
+        lanczos(lambda vector: vector, torch.ones(3), 0)
 
-    @pytest.mark.parametrize("value", [0.0, float("inf"), float("nan")])
-    def test_the_start_vector_must_have_a_direction(self, value):
-        with pytest.raises(ValueError, match=r"`start` must be finite and not zero"):
-            lanczos(lambda vector: vector, torch.full((3,), value), 2)
+
+@pytest.mark.parametrize("value", [0.0, float("inf"), float("nan")])
+def test_the_start_vector_must_have_a_direction(value):
+    with pytest.raises(ValueError, match=r"`start` must be finite and not zero"):
+        lanczos(lambda vector: vector, torch.full((3,), value), 2)
 
 
 class _Elsewhere(str):
@@ -198,10 +197,10 @@ def assert_same_rule(first: Lanczos, second: Lanczos, rounding: float) -> None:
 
 
 class TestCheckInterval:
-    @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("name", SPECTRA)
-    def test_late_checks_change_nothing_but_the_number_of_products(self, name, dtype):
+    def test_late_checks_change_nothing_but_the_number_of_products(self, name):
         spectrum, distinct = SPECTRA[name]
+        dtype = torch.float32
         matrix, start = make_matrix(spectrum, dtype), make_start(len(spectrum), dtype)
         at_once = lanczos(Times(matrix), start, steps=1000)
         matvec = Times(matrix)
@@ -221,8 +220,7 @@ class TestCheckInterval:
         assert matvec.calls == steps
         assert_same_rule(late, at_once, rounding_threshold(5.0, torch.finfo(torch.float64).eps, 30))
 
-    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    @pytest.mark.parametrize("bad_step", [1, 3])
+    @pytest.mark.parametrize(("value", "bad_step"), [(float("nan"), 1), (float("inf"), 3)])
     @pytest.mark.parametrize("on_accelerator", [False, True])
     def test_a_non_finite_product_names_the_step_and_hands_out_the_vector(self, value, bad_step, on_accelerator):
         matrix, vectors = make_matrix(SPECTRA["indefinite"][0], torch.float64), []
@@ -290,8 +288,8 @@ class TestStopping:
         assert asked == [STEPS_BETWEEN_CHECKS, 2 * STEPS_BETWEEN_CHECKS]
 
 
-@pytest.mark.parametrize("spectrum", [SPECTRA["indefinite"][0], SPECTRA["clustered"][0]])
-def test_products_of_the_caller_give_what_a_run_gives(spectrum):
+def test_products_of_the_caller_give_what_a_run_gives():
+    spectrum = SPECTRA["clustered"][0]
     matrix, start = make_matrix(spectrum, torch.float64), make_start(len(spectrum))
     whole = lanczos(Times(matrix), start, steps=12)
     found, vectors, has_ended = Lanczos(Times(matrix), start, steps=12), [], False
@@ -363,18 +361,13 @@ class TestRitzVectors:
             assert alignment == pytest.approx(1.0, abs=1e-3)
         assert values[-1] == pytest.approx(50.0)
 
-    @pytest.mark.parametrize("basis", ["device", "cpu"])
-    def test_projections_are_along_the_basis(self, basis):
-        found = lanczos(Times(make_matrix(SPECTRA["indefinite"][0], torch.float64)), make_start(30), 7, basis=basis)
-        rows = found.ritz_vectors(np.eye(7))
-        vector = make_start(30, seed=8)
+    @pytest.mark.parametrize(("name", "steps"), [("indefinite", 7), ("clustered", 4)])  # here with a breakdown
+    def test_projections_are_along_the_basis(self, name, steps):
+        matrix, vector = make_matrix(SPECTRA[name][0], torch.float64), make_start(30, seed=8)
+        found = lanczos(Times(matrix), make_start(30), 7 if name == "indefinite" else 10, basis="cpu")
+        rows = found.ritz_vectors(np.eye(steps))
         np.testing.assert_allclose(found.project(vector), rows @ vector, rtol=0, atol=1e-14)
-
-    def test_projections_are_on_the_steps_that_count_and_need_a_basis(self):
-        matvec = Times(make_matrix([1.0] * 5 + [2.0] * 7, torch.float64))
-        found, without = (lanczos(matvec, make_start(12), 10, basis=basis) for basis in ("device", "none"))
-        assert found.project(make_start(12, seed=8)).shape == (2,)  # after a breakdown
-        assert without.project(make_start(12)) is None
+        assert lanczos(Times(matrix), make_start(30), 7, basis="none").project(vector) is None
 
 
 class TestAsymmetry:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import itertools
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -117,29 +115,30 @@ def dense_gauss_newton(case: str) -> Tensor:
         def loss(flat: Tensor, batch: Any = batch) -> Tensor:
             return output_loss(flat.view(outputs_of(module, batch).shape), batch)
 
-        parts = torch.autograd.functional.jacobian(outputs, tuple(chosen.values()))
+        parts = torch.autograd.functional.jacobian(outputs, tuple(chosen.values()), vectorize=True)
         jacobian = torch.cat([part.flatten(1) for part in parts], dim=1)
-        curvature = torch.autograd.functional.hessian(loss, outputs(*chosen.values()))
+        curvature = torch.autograd.functional.hessian(loss, outputs(*chosen.values()), vectorize=True)
         terms.append(len(batch[0]) * jacobian.T @ curvature @ jacobian)
     return sum(terms) / sum(len(batch[0]) for batch in batches)
 
 
 @pytest.mark.parametrize("case", CASES)
 class TestParts:
-    @pytest.mark.parametrize("strategy", ["graph", "recompute"])
-    def test_gauss_newton_is_the_dense_one(self, case, strategy):
+    def test_gauss_newton_is_the_dense_one(self, case):
         expected = dense_gauss_newton(case)
-        found = dense(operator(case, "ggn", strategy))
+        found = dense(operator(case, "ggn"))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-13 * float(expected.abs().max()))
 
-    @pytest.mark.parametrize("strategy", ["graph", "recompute"])
-    def test_both_parts_add_up_to_the_hessian(self, case, strategy):
-        ggn, residual, whole = (operator(case, kind, strategy) for kind in ("ggn", "residual", "hessian"))
-        for v in unit_vectors(whole.dimension):
-            first, second, both = ggn.matvec(v), residual.matvec(v), whole.matvec(v)
+    def test_both_parts_add_up_to_the_hessian(self, case):
+        whole, *parts = (operator(case, kind) for kind in ("hessian", "ggn", "residual"))
+        recomputed = [operator(case, kind, "recompute") for kind in ("ggn", "residual")]
+        for v in unit_vectors(whole.dimension, 3):
+            both = whole.matvec(v)
             size = float(both.abs().max())
-            assert min(float(first.abs().max()), float(second.abs().max())) > 1e-3 * size
-            torch.testing.assert_close(first + second, both, rtol=0, atol=1e-14 * size)
+            for first, second in (parts, recomputed):
+                products = first.matvec(v), second.matvec(v)
+                assert min(float(product.abs().max()) for product in products) > 1e-3 * size
+                torch.testing.assert_close(sum(products), both, rtol=0, atol=1e-14 * size)
 
     def test_residual_by_differences(self, case):
         exact, differences = operator(case, "residual"), operator(case, "residual", "finite_difference")
@@ -147,17 +146,58 @@ class TestParts:
         assert max(errors) <= differences.risk.product_error < 1e-6
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # curvlinops
-def test_gauss_newton_equals_that_of_curvlinops():
-    if importlib.util.find_spec("curvlinops") is None:
-        pytest.skip("curvlinops is not installed")
-    from curvlinops import GGNLinearOperator  # noqa: PLC0415
+def test_the_time_of_a_product_is_a_mean():
+    found = operator("cross-entropy", "hessian")
+    started = time.perf_counter()
+    for v in unit_vectors(found.dimension, 3):
+        found.matvec(v)
+    assert 0 < found.risk.seconds_per_product <= (time.perf_counter() - started) / 3
 
-    module, batches, _ = problem("cross-entropy")
-    data = [(x, y) for x, y in batches]
-    theirs = GGNLinearOperator(module, nn.CrossEntropyLoss(), list(module.parameters()), data)
-    expected = theirs @ torch.eye(theirs.shape[1], dtype=torch.float64)
-    torch.testing.assert_close(dense(operator("cross-entropy", "ggn")), expected, rtol=0, atol=1e-12)
+
+@pytest.mark.parametrize(
+    ("output_loss", "options", "error", "message"),
+    [
+        (
+            lambda o, b: 2 * flat_cross_entropy(o, b),
+            {"matrix": "ggn"},
+            ValueError,
+            r"the `output_loss` of what .*batch 0 they are 1\.\d+ and 2\.\d+",
+        ),
+        (
+            flat_cross_entropy,
+            {"matrix": "ggn", "strategy": "finite_difference"},
+            ValueError,
+            "`strategy='finite_difference'` does not give `matrix='ggn'`",
+        ),
+        (lambda o, b: o, {"matrix": "ggn"}, TypeError, "`output_loss` must return a scalar tensor"),
+    ],
+    ids=["another loss", "differences", "no scalar"],
+)
+def test_mistakes(output_loss, options, error, message):
+    with pytest.raises(error, match=message):
+        hessian_spectrum(*cases.make("mlp"), steps=3, output_fn=outputs_of, output_loss=output_loss, **options)
+
+
+def test_a_loss_that_sees_more_than_the_outputs():
+    module, batches, _ = cases.make("mlp")
+
+    def penalized(outputs: Tensor, batch: Any) -> Tensor:
+        return flat_cross_entropy(outputs, batch) + 0.1 * module[0].weight.square().sum()
+
+    options = {"matrix": "residual", "output_fn": outputs_of, "output_loss": penalized}
+    with pytest.raises(ValueError, match="depend on the parameters by way of the outputs only"):
+        hessian_spectrum(module, batches, lambda m, b: penalized(m(b[0]), b), steps=3, **options)
+
+
+def test_outputs_without_a_second_derivative():
+    module, batches, _ = cases.make("mlp")
+
+    def once(module: nn.Module, batch: Any) -> Tensor:
+        return cases.OnceDifferentiable.apply(module(batch[0]))
+
+    options = {"matrix": "ggn", "output_fn": once, "output_loss": flat_cross_entropy}
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*do not give this matrix"):
+        hessian_spectrum(module, batches, lambda m, b: flat_cross_entropy(once(m, b), b), steps=3, **options)
 
 
 class TwoHeads(nn.Module):
@@ -200,93 +240,28 @@ def test_outputs_may_be_nested():
     assert ggn.trace + residual.trace == pytest.approx(plain.trace, rel=1e-12)
 
 
-def test_the_gauss_newton_matrix_of_a_linear_model_is_its_hessian():
-    module, batches, loss_fn = cases.regression((5, 3), 4, 2, torch.float64)
-    shared = {"steps": 8, "output_fn": outputs_of, "output_loss": squared_error}
-    ggn = hessian_spectrum(module, batches, loss_fn, matrix="ggn", **shared)
-    plain = hessian_spectrum(module, batches, loss_fn, steps=8)
-    np.testing.assert_allclose(ggn.nodes, plain.nodes, rtol=1e-12)
-    residual = hessian_spectrum(module, batches, loss_fn, matrix="residual", **shared)
-    assert abs(residual.lambda_max) < 1e-14
-
-
-class TestMistakes:
-    @pytest.mark.parametrize(
-        ("output_loss", "options", "error", "message"),
-        [
-            (
-                lambda o, b: 2 * flat_cross_entropy(o, b),
-                {},
-                ValueError,
-                r"the `output_loss` of what .*batch 0 they are 1\.\d+ and 2\.\d+",
-            ),
-            (
-                flat_cross_entropy,
-                {"strategy": "finite_difference"},
-                ValueError,
-                "`strategy='finite_difference'` does not give `matrix='ggn'`",
-            ),
-            (lambda o, b: o, {}, TypeError, "`output_loss` must return a scalar tensor"),
-        ],
-        ids=["another loss", "differences", "no scalar"],
-    )
-    def test_of_options(self, output_loss, options, error, message):
-        with pytest.raises(error, match=message):
-            hessian_spectrum(
-                *cases.make("mlp"), steps=3, matrix="ggn", output_fn=outputs_of, output_loss=output_loss, **options
-            )
-
-    def test_a_loss_that_sees_more_than_the_outputs(self):
-        module, batches, _ = cases.make("mlp")
-
-        def penalized(outputs: Tensor, batch: Any) -> Tensor:
-            return flat_cross_entropy(outputs, batch) + 0.1 * module[0].weight.square().sum()
-
-        with pytest.raises(ValueError, match="depend on the parameters by way of the outputs only"):
-            hessian_spectrum(
-                module, batches, lambda m, b: penalized(m(b[0]), b), steps=3, matrix="residual",
-                output_fn=outputs_of, output_loss=penalized,
-            )  # fmt: skip
-
-    def test_no_second_derivative(self):
-        once = cases.OnceDifferentiable.apply
-        module, batches, _ = cases.make("mlp")
-        with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*do not give this matrix"):
-            hessian_spectrum(
-                module, batches, lambda m, b: flat_cross_entropy(once(m(b[0])), b), steps=3, matrix="ggn",
-                output_fn=lambda m, b: once(m(b[0])), output_loss=flat_cross_entropy,
-            )  # fmt: skip
-
-
-class TestBlocks:
-    def operators(self, name: str, strategy: Any, sizes: tuple[int, ...]) -> list[DiagonalBlock]:
-        module, batches, loss_fn = cases.make(name)
-        module.eval()
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        ends = np.cumsum([0, *sizes])
-        blocks = [slice(int(a), int(b)) for a, b in itertools.pairwise(ends)]
-        matrix = HessianMatrix(lambda batch: loss_fn(module, batch.data), parameters, blocks=blocks)
-        risk = RiskOperator(matrix, weighted_batches(batches), strategy=strategy, dtype=torch.float64)
-        operators = [DiagonalBlock(risk, block) for block in blocks]
-        choose_difference_step(operators)
-        return operators
-
-    @pytest.mark.parametrize("strategy", ["graph", "recompute", "finite_difference"])
-    @pytest.mark.parametrize(("name", "sizes"), [("mlp", (2, 2)), ("conv_batchnorm", (4, 2))])
-    def test_products_are_those_of_the_diagonal_blocks(self, name, sizes, strategy):
-        hessian = oracles.dense_hessian(*cases.make(name))
-        first, second = self.operators(name, strategy, sizes)
-        n = first.dimension
-        assert n + second.dimension == len(hessian)
-        generator = torch.Generator().manual_seed(1)
-        u, v = (torch.randn(o.dimension, generator=generator, dtype=torch.float64) for o in (first, second))
-        expected = (hessian[:n, :n] @ u, hessian[n:, n:] @ v)
-        slack = 1e-12 if strategy != "finite_difference" else 1e-7
-        passes = first.risk.passes
-        for found in (block_products([first, second], [u, v]), [first.matvec(u), second.matvec(v)]):
-            for ours, theirs in zip(found, expected, strict=True):
-                torch.testing.assert_close(ours, theirs, rtol=0, atol=slack * float(theirs.norm()))
-        assert first.risk.passes == passes + 3  # one for both, and one each
+@pytest.mark.parametrize("strategy", ["graph", "recompute", "finite_difference"])
+def test_products_are_those_of_the_diagonal_blocks(strategy):
+    module, batches, loss_fn = cases.make("conv_batchnorm")
+    blocks = [slice(0, 4), slice(4, 6)]
+    matrix = HessianMatrix(lambda batch: loss_fn(module.eval(), batch.data), list(module.parameters()), blocks=blocks)
+    risk = RiskOperator(matrix, weighted_batches(batches), strategy=strategy, dtype=torch.float64)
+    first, second = operators = [DiagonalBlock(risk, block) for block in blocks]
+    choose_difference_step(operators)
+    hessian, n = oracles.case_hessian("conv_batchnorm"), first.dimension
+    assert n + second.dimension == len(hessian)
+    generator = torch.Generator().manual_seed(1)
+    u, v = (torch.randn(o.dimension, generator=generator, dtype=torch.float64) for o in operators)
+    kept = u.clone()
+    expected = (hessian[:n, :n] @ u, hessian[n:, n:] @ v)
+    slack = 1e-12 if strategy != "finite_difference" else 1e-7
+    passes = risk.passes
+    for found in (block_products(operators, [u, v]), [first.matvec(u), second.matvec(v)]):
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=slack * float(theirs.norm()))
+            assert not ours.requires_grad
+    assert risk.passes == passes + 3  # one for both, and one each
+    assert torch.equal(u, kept)
 
 
 class SpectralFilter(nn.Module):
@@ -315,16 +290,13 @@ def test_real_weights_that_are_seen_as_complex_ones(matrix: str) -> None:
 
     flat = nn.utils.parameters_to_vector(module.parameters()).detach()
     if matrix == "hessian":
-        gradients = torch.autograd.grad(
-            F.mse_loss(module(batch[0]), batch[1]), [*module.parameters()], create_graph=True
-        )
+        weights = list(module.parameters())
+        gradients = torch.autograd.grad(F.mse_loss(module(batch[0]), batch[1]), weights, create_graph=True)
         rows = []
-        for index in range(len(flat)):  # of directions that are no views
-            unit = [part.clone() for part in torch.eye(len(flat), dtype=flat.dtype)[index].split(sizes)]
-            unit = [part.view_as(p) for part, p in zip(unit, module.parameters(), strict=True)]
-            row = torch.autograd.grad(gradients, [*module.parameters()], unit, retain_graph=True)
-            rows.append(nn.utils.parameters_to_vector(row))
-        dense = torch.stack(rows)
+        for unit in torch.eye(len(flat), dtype=flat.dtype):  # directions that are no views
+            direction = [part.clone().view_as(p) for part, p in zip(unit.split(sizes), weights, strict=True)]
+            rows.append(torch.autograd.grad(gradients, weights, direction, retain_graph=True))
+        dense = torch.stack([nn.utils.parameters_to_vector(row) for row in rows])
     else:
         jacobian = torch.autograd.functional.jacobian(outputs_at, flat).flatten(0, -2)
         dense = 2 / len(jacobian) * jacobian.T @ jacobian

@@ -1,5 +1,6 @@
+"""Two real ranks: what they find together, and where a failure of one of them is raised."""
+
 import os
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -14,112 +15,16 @@ from torch import Tensor, nn
 from lightning_hesd.numerics.analysis.api import layer_spectra
 from lightning_hesd.numerics.analysis.engine import analyze, analyze_layers
 from lightning_hesd.numerics.collectives import LOCAL, AnotherRankFailedError, Collectives, DistributedCollectives
-from lightning_hesd.numerics.inputs.batches import WeightedBatch, weighted_batches
+from lightning_hesd.numerics.inputs.batches import weighted_batches
 from lightning_hesd.numerics.inputs.options import analysis_options
-from lightning_hesd.numerics.operators.curvature import HessianMatrix
-from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock, explain_non_finite
-from lightning_hesd.numerics.operators.risk_operator import PASSES_PER_GRADIENT, RiskOperator
-from tests import cases, oracles
+from tests import cases
 from tests.programs import SERVER
-from tests.ranks import StandIn
 
 STRATEGIES = ("graph", "recompute")
 WORLD_SIZE = 2
 STEPS = 10
 SECONDS = 120.0
 """How long two ranks may take before they count as hung."""
-
-
-def make_operator(name: str, strategy: Any = "graph", **changes: Any) -> DiagonalBlock:
-    module, batches, loss_fn = cases.make(name)
-    module.eval()
-    matrix = HessianMatrix(
-        changes.pop("loss_fn", lambda batch: loss_fn(module, batch.data)),
-        changes.pop("parameters", [p for p in module.parameters() if p.requires_grad]),
-    )
-    arguments = {"batches": weighted_batches(batches), "strategy": strategy, "dtype": torch.float64, **changes}
-    return DiagonalBlock(RiskOperator(matrix, **arguments))
-
-
-def vectors(n: int, count: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randn(n, generator=generator, dtype=torch.float64) for _ in range(count)]
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("name", ["mlp", "conv_batchnorm", "tied", "frozen"])
-def test_products_are_those_with_the_dense_hessian_and_leave_their_vectors_alone(name, strategy):
-    operator = make_operator(name, strategy)
-    hessian = oracles.dense_hessian(*cases.make(name))
-    slack = 1e-12 * float(torch.linalg.matrix_norm(hessian, 2))
-    given = vectors(len(hessian), 3)
-    kept = [v.clone() for v in given]
-    products = [operator.matvec(v) for v in given]
-    for v, same, product in zip(given, kept, products, strict=True):
-        torch.testing.assert_close(product, hessian @ v, rtol=0, atol=slack * float(v.norm()))
-        assert torch.equal(v, same)
-        assert not product.requires_grad
-    assert torch.equal(operator.matvec(given[0]), products[0])
-
-
-class TestRecord:
-    def test_time_is_counted(self):
-        operator = make_operator("mlp")
-        assert (operator.matvecs, operator.risk.seconds_per_product) == (0, 0.0)
-        started = time.perf_counter()
-        for _ in range(3):
-            operator.matvec(vectors(43, 1)[0])
-        elapsed = time.perf_counter() - started
-        assert operator.matvecs == 3
-        assert 0 < operator.risk.seconds_per_product <= elapsed / 3  # the mean, not the sum
-        assert operator.risk.gradient_equivalents() is None
-        for _ in range(PASSES_PER_GRADIENT - 3):
-            operator.matvec(vectors(43, 1)[0])
-        assert operator.risk.gradient_equivalents() > 0
-
-
-SUMS = 6
-"""Numbers that ranks add up before the first product."""
-
-
-class TestSumOverRanks:
-    """What one rank contributes, with a stand-in for the others; real ones are below."""
-
-    def test_every_rank_divides_by_the_weight_of_all(self):
-        # Another rank of the same weight, whose share is zero.
-        operator = make_operator("mlp", collectives=StandIn(lambda t: t if len(t) > SUMS else 2 * t))
-        alone = make_operator("mlp")
-        (v,) = vectors(43, 1)
-        assert operator.risk.weight == 2 * alone.risk.weight
-        torch.testing.assert_close(operator.matvec(v), alone.matvec(v) / 2, rtol=1e-14, atol=0)
-
-    def test_a_failing_product_contributes_nan(self):
-        calls = 0
-
-        def loss(batch: WeightedBatch) -> Tensor:
-            nonlocal calls
-            calls += 1
-            if calls > 3:
-                raise KeyError("label")
-            return problem.loss_fn(problem.module, batch.data)
-
-        problem = cases.make("mlp")
-        operator = make_operator(
-            "mlp",
-            "recompute",
-            loss_fn=loss,
-            parameters=list(problem.module.parameters()),
-            collectives=StandIn(),
-        )
-        (v,) = vectors(43, 1)
-        assert operator.matvec(v).isnan().all()
-        assert isinstance(operator.risk.failure, KeyError)
-        assert operator.matvec(v).isnan().all()  # and it goes on contributing
-        assert calls == 4  # without trying again
-        assert explain_non_finite(operator, v) is operator.risk.failure
-
-
-# Two real ranks -------------------------------------------------------------------------------------------------------
 
 
 def all_ranks() -> Collectives:

@@ -5,8 +5,7 @@ import gc
 import itertools
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,42 +25,30 @@ GIB = 2**30
 CPU = torch.device("cpu")
 
 
-class TestFreeSystemMemory:
-    MEMINFO = "MemTotal:       16000000 kB\nMemFree:         1000000 kB\nMemAvailable:    4000000 kB\n"
+MEMINFO = "MemTotal:       16000000 kB\nMemFree:         1000000 kB\nMemAvailable:    4000000 kB\n"
 
-    PLACES: ClassVar = {
-        "meminfo": "proc/meminfo",
-        "limit": "sys/fs/cgroup/memory.max",
-        "used": "sys/fs/cgroup/memory.current",
-    }
 
-    @pytest.mark.parametrize(
-        ("files", "expected"),
-        [
-            ({"meminfo": MEMINFO}, 4_096_000_000),
-            ({"meminfo": MEMINFO, "limit": "3000000000\n", "used": "1000000000\n"}, 2_000_000_000),
-            ({"meminfo": MEMINFO, "limit": "9000000000\n", "used": "1000000000\n"}, 4_096_000_000),
-            ({"meminfo": MEMINFO, "limit": "max\n", "used": "1000000000\n"}, 4_096_000_000),
-            ({"meminfo": MEMINFO, "limit": "3000000000\n"}, 4_096_000_000),
-            ({"meminfo": MEMINFO, "limit": "1000\n", "used": "2000\n"}, 0),
-            ({}, 4 * GIB),
-            ({"meminfo": "MemTotal: 16000000 kB\n"}, 4 * GIB),
-            ({"meminfo": "MemAvailable: unknown\n"}, 4 * GIB),
-        ],
-        ids=[
-            *("system", "container", "roomy container", "no limit", "unknown use", "exhausted", "no Linux"),
-            *("old Linux", "odd"),
-        ],
-    )
-    def test_is_the_least_that_the_system_and_the_container_leave(self, files, expected, tmp_path):
-        for name, text in files.items():
-            place = tmp_path / self.PLACES[name]
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_text(text)
-        assert free_system_memory(tmp_path) == expected
-
-    def test_of_this_computer(self):
-        assert free_system_memory() > 0
+@pytest.mark.parametrize(
+    ("meminfo", "limit", "used", "expected"),
+    [
+        (MEMINFO, None, None, 4_096_000_000),
+        (MEMINFO, "3000000000\n", "1000000000\n", 2_000_000_000),
+        (MEMINFO, "9000000000\n", "1000000000\n", 4_096_000_000),
+        (MEMINFO, "max\n", "1000000000\n", 4_096_000_000),
+        (MEMINFO, "3000000000\n", None, 4_096_000_000),
+        (MEMINFO, "1000\n", "2000\n", 0),
+        (None, None, None, 4 * GIB),
+        ("MemTotal: 16000000 kB\n", None, None, 4 * GIB),
+        ("MemAvailable: unknown\n", None, None, 4 * GIB),
+    ],
+)
+def test_free_memory_is_the_least_that_the_system_and_the_container_leave(meminfo, limit, used, expected, tmp_path):
+    places = {"proc/meminfo": meminfo, "sys/fs/cgroup/memory.max": limit, "sys/fs/cgroup/memory.current": used}
+    for place, text in places.items():
+        if text is not None:
+            (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / place).write_text(text)
+    assert free_system_memory(tmp_path) == expected
 
 
 class TestPlan:
@@ -189,28 +176,17 @@ class TestUnmeasured:
         assert hessian_spectrum(module, batches, profiled, steps=4).strategy == "recompute"
 
 
-def run_program(folder: Path, program: str, *arguments: str) -> list[str]:
-    script = folder / "program.py"
-    script.write_text(program)
-    return run_python(str(script), *arguments).split()
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # PyTorch's own, at the first dual tensor
+@pytest.mark.parametrize("activation", [nn.Tanh(), nn.GELU(), nn.Sigmoid()])
+def test_a_loss_through_function_transforms_survives(activation):
+    """A dispatch mode over it has ended the process by SIGSEGV."""
 
+    def laplacian(module: nn.Module, points: Tensor) -> Tensor:
+        h = torch.func.vmap(torch.func.hessian(lambda z: module(z).sum()))(points)
+        return h.diagonal(dim1=-2, dim2=-1).sum(-1).square().mean()
 
-def test_a_loss_through_function_transforms_survives(tmp_path):
-    # In a process of its own: a dispatch mode over it has ended it by SIGSEGV.
-    assert run_program(tmp_path, PINN) == ["graph"] * 3
-
-
-PINN = """
-import torch
-from torch import nn
-from lightning_hesd import hessian_spectrum
-def laplacian(module, points):
-    h = torch.func.vmap(torch.func.hessian(lambda z: module(z).sum()))(points)
-    return h.diagonal(dim1=-2, dim2=-1).sum(-1).square().mean()
-for activation in (nn.Tanh(), nn.GELU(), nn.Sigmoid()):
     net = nn.Sequential(nn.Linear(2, 8), activation, nn.Linear(8, 1))
-    print(hessian_spectrum(net, [torch.rand(8, 2)], laplacian, steps=5).strategy)
-"""
+    assert hessian_spectrum(net, [torch.rand(8, 2)], laplacian, steps=5).strategy == "graph"
 
 
 # Budgets --------------------------------------------------------------------------------------------------------------
@@ -228,23 +204,20 @@ def convolutions() -> nn.Module:
 
 # How the module is made, and the shape of its samples.
 MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "MLP": (
-        lambda: nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 2)),
-        (20,),
-    ),
+    "MLP": (lambda: nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 2)), (20,)),
     "convolutions": (convolutions, (2, 8, 8)),
     "attention": (attention, (12, 16)),
 }
 
 
 def problem(name: str, dtype: torch.dtype = torch.float32) -> cases.Problem:
-    """Return 128 samples in eight batches."""
+    """Return 64 samples in eight batches."""
     make, shape = MODULES[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = make()
     generator = torch.Generator().manual_seed(1)
-    x, y = torch.randn(128, *shape, generator=generator), torch.randn(128, 2, generator=generator)
+    x, y = torch.randn(64, *shape, generator=generator), torch.randn(64, 2, generator=generator)
     parts = zip(x.to(dtype).chunk(8), y.to(dtype).chunk(8), strict=True)
     return cases.Problem(module.to(dtype), list(parts), cases.squared_error)
 
@@ -264,7 +237,7 @@ def test_too_little_is_refused_with_what_is_needed():
     assert (spectrum.basis, spectrum.strategy) == ("none", "finite_difference")
 
 
-STEPS = 8
+STEPS = 5
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -294,10 +267,7 @@ class TestBudget:
             np.testing.assert_allclose(other.nodes, ample.nodes, rtol=0, atol=10 * slack)
             assert other.c_t == pytest.approx(ample.c_t, rel=1e-5)
 
-    @pytest.mark.parametrize(
-        ("share", "basis", "probes"),
-        [(0.4, "none", 1), (0.6, "device", 1), (0.6, "device", 3), (2.0, "device", 1), (2.0, "none", 1)],
-    )
+    @pytest.mark.parametrize(("share", "basis", "probes"), [(0.4, "none", 1), (0.6, "device", 3), (2.0, "device", 1)])
     def test_is_kept(self, name, share, basis, probes):
         # Of what all graphs would need: with some of them recomputed, and with none.
         ample = self.analyze(name, GIB, basis=basis, probes=probes)
@@ -327,7 +297,7 @@ def peak():  # not ru_maxrss, which starts at the size of the process that start
     lines = open("/proc/self/status").read().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 torch.manual_seed(0)
-module = nn.Sequential(nn.Linear(500, 800), nn.Tanh(), nn.Linear(800, 900), nn.Tanh(), nn.Linear(900, 10))
+module = nn.Sequential(nn.Linear(500, 400), nn.Tanh(), nn.Linear(400, 900), nn.Tanh(), nn.Linear(900, 10))
 batches = [(torch.randn(8, 500), torch.randn(8, 10)) for _ in range(2)]
 loss = lambda module, batch: nn.functional.mse_loss(module(batch[0]), batch[1])
 # Code is loaded and threads are started once.
@@ -342,8 +312,10 @@ print(spectrum.dimension, spectrum.predicted_memory, peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_process_grows_by_no_more_than_the_budget(tmp_path):
-    budget = 300_000_000
-    dimension, predicted, grown = map(int, run_program(tmp_path, PROGRAM, str(budget)))
-    assert dimension > 1_100_000
+    budget = 150_000_000
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+    dimension, predicted, grown = map(int, run_python(str(script), str(budget)).split())
+    assert dimension > 550_000
     assert predicted <= budget
     assert 20 * 4 * dimension < grown <= budget  # with the basis, and so not by chance
