@@ -20,8 +20,11 @@ setup: $(INSTALLED) ## create .venv and install the package for development
 demo: $(INSTALLED) ## train on the digits, with the spectrum in TensorBoard
 	$(RUN) examples/digits.py
 
-test: $(INSTALLED) ## run the tests
-	$(RUN) -m pytest -n 3 --dist worksteal
+# To explain failures, pytest rewrites all assertions, which takes each process seven seconds. So only the tests that have
+# failed run with it, a second time.
+test: $(INSTALLED) ## run the tests, and once more those that fail, to explain why
+	$(RUN) -m pytest -n 3 --dist worksteal --assert=plain \
+	|| { $(RUN) -m pytest --last-failed --last-failed-no-failures=none; false; }
 
 check: lint types layers test doctest docs package ## run everything that a change must pass
 

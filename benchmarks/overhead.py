@@ -111,13 +111,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # that analyses take longer than the training is in the table
+    size = None
     options: dict[str, Any] = {"num_samples": DEFAULT_NUM_SAMPLES, "steps": AnalysisOptions.steps}
     if args.quick:
         args.epochs, args.rounds, options = 2, 1, {"num_samples": 16, "steps": 5}
+        size = 32
     header = ("training", "parameters", "without, s", *VARIANTS)
     rows = []
     for name in args.trainings:
-        rows.append(row(TRAININGS[name], args.epochs, args.rounds, options))
+        rows.append(row(TRAININGS[name], args.epochs, args.rounds, size, options))
         print(*rows[-1], sep=", ", flush=True)
     table = "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
     args.out.mkdir(parents=True, exist_ok=True)
@@ -126,16 +128,16 @@ def main() -> None:
     (args.out / "overhead.md").write_text(text, encoding="utf-8")
 
 
-def row(training: Training, epochs: int, rounds: int, options: dict[str, Any]) -> list[str]:
-    """Return the row of a training."""
+def row(training: Training, epochs: int, rounds: int, size: int | None, options: dict[str, Any]) -> list[str]:
+    """Return the row of a training on all samples, or on the first ones."""
     plain: list[float] = []
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     analyses: dict[str, str] = {}
     for _ in range(rounds):
-        plain.append(seconds_of(training, epochs, []))
+        plain.append(seconds_of(training, epochs, size, []))
         for name, make in VARIANTS.items():
             callback = make() if make is SharpnessMonitor else make(progress=False, **options)
-            seconds[name].append(seconds_of(training, epochs, [callback]))
+            seconds[name].append(seconds_of(training, epochs, size, [callback]))
             analyses[name] = analyses_of(callback)
     without = statistics.median(plain)
     cells = [f"{as_factor(statistics.median(times) / without)}{analyses[name]}" for name, times in seconds.items()]
@@ -143,11 +145,11 @@ def row(training: Training, epochs: int, rounds: int, options: dict[str, Any]) -
     return [training.title, f"{parameters:,}", f"{without:.2f}", *cells]
 
 
-def seconds_of(training: Training, epochs: int, callbacks: Sequence[pl.Callback]) -> float:
+def seconds_of(training: Training, epochs: int, size: int | None, callbacks: Sequence[pl.Callback]) -> float:
     """Return the CPU time of a training."""
     torch.manual_seed(0)
     module = Module(training.build())
-    data = TensorDataset(*training.data(torch.Generator().manual_seed(0)))
+    data = TensorDataset(*(part[:size] for part in training.data(torch.Generator().manual_seed(0))))
     loader: DataLoader[Any] = DataLoader(data, batch_size=32, shuffle=True)
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(

@@ -212,7 +212,7 @@ class Size:
     """Divisor of the numbers of epochs."""
 
 
-QUICK = Size(seeds=1, samples=64, steps=6, analyses=3, share=8)
+QUICK = Size(seeds=1, samples=64, steps=6, analyses=2, share=8)
 
 
 def train(case: Case, seed: int, size: Size) -> SpectrumHistory:

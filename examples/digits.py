@@ -176,8 +176,8 @@ def train(name: str, args: argparse.Namespace) -> Run:
     spectra = HessianSpectrumCallback(
         every_n_epochs=3,
         at_start=True,
-        num_samples=200,  # fewer than the default, as `steps`, to be fast
-        batch_size=200,
+        num_samples=args.samples,  # fewer than the default, as `steps`, to be fast
+        batch_size=args.samples,
         steps=40,
         generalization_dataloader=generalization_loader,  # for the assessment; the rules do not use it
         loss_along_eigenvectors=True,  # 42 evaluations of the samples, for a figure
@@ -232,6 +232,7 @@ def main() -> None:
     parser.add_argument("--model", choices=[*NETWORKS, "both"], default="both")
     parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw")
     parser.add_argument("--epochs", type=int, default=36)
+    parser.add_argument("--samples", type=int, default=200, help="of each analysis (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-dir", type=Path, default=Path("runs/digits"))
     args = parser.parse_args()

@@ -1,15 +1,21 @@
 import functools
 import gc
 import math
+import os
 import sys
 from collections.abc import Iterator
 from importlib.metadata import entry_points
+
+# On matrices this small several threads only wait for each other, many times longer than they work. NumPy reads this
+# when it is imported, and so do the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 from lightning_utilities.core.rank_zero import WarningCache
 
-LONG = ("test_sharded", "test_ddp", "test_accelerator", "test_examples", "test_cli", "test_tracking", "test_browser")
+LONG = ("test_sharded", "test_ddp", "test_accelerator", "test_examples", "test_cli", "test_tracking")
+LONG += ("test_browser", "test_export", "test_runs", "test_state")  # one browser, in one worker
 """Files whose tests share a long run. They come first: workers steal tests from the end of each other's lists, and the
 second half of such a file would make another worker repeat its run."""
 
@@ -82,10 +88,8 @@ def no_warnings_of_time() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True, scope="session")
-def single_thread() -> Iterator[None]:
-    """Run on one thread: on matrices this small several only wait for each other, many times longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(autouse=True)
+def single_thread() -> None:
+    """Compute on one thread, whatever a test or a program before has set."""
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)

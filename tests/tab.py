@@ -147,15 +147,24 @@ class Tab:
         answer = self.client.get(f"/data/plugin/hesd/{route}", query_string=query)
         return answer.status_code, json.loads(answer.get_data())
 
-    @contextmanager
-    def served(self) -> Iterator[str]:
-        """Serve on a free port, and yield the address."""
-        server = make_server("localhost", 0, self.application, threaded=True)
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://localhost:{server.port}/"
-        finally:
-            server.shutdown()
-            thread.join()
-            server.server_close()
+
+class Server:
+    """One address for all tabs of a process, at which the browser has Plotly compiled after the first."""
+
+    def __init__(self) -> None:
+        self._server = make_server("localhost", 0, self._answer, threaded=True)
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread.start()
+
+    def show(self, tab: Tab) -> str:
+        """Serve a tab instead of that before, and return the address."""
+        self._tab = tab
+        return f"http://localhost:{self._server.port}/"
+
+    def _answer(self, environ: Any, start_response: Any) -> Any:
+        return self._tab.application(environ, start_response)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()

@@ -34,7 +34,7 @@ def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_digits(tmp_path: Path) -> None:
-    options = ["--model", "resnet", "--epochs", "3", "--optimizer", "sgd-momentum"]
+    options = ["--model", "resnet", "--epochs", "3", "--samples", "32", "--optimizer", "sgd-momentum"]
     said = run_python(str(EXAMPLES / "digits.py"), *options, cwd=tmp_path)
     rows = re.findall(r"^ *(start|\d+)  .*\[ *(-?\d\.\d+), *(-?\d\.\d+)\] +(\d+\.\d+)  (MP|MN)", said, re.MULTILINE)
     assert [row[0] for row in rows] == ["start", "2"]

@@ -231,7 +231,7 @@ def written(folder: Path, kind: str) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-@fuzz(120)
+@fuzz(60)
 def test_bytes_of_archives(folder: Path, kind: str, data: st.DataObject) -> None:
     original = written(folder, kind)
     path = folder / "damaged.npz"
@@ -252,7 +252,7 @@ ARRAYS = st.sampled_from(
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-@fuzz(80)
+@fuzz(40)
 def test_contents_of_archives(folder: Path, kind: str, data: st.DataObject) -> None:
     original = written(folder, kind)
     with np.load(original) as archive:
@@ -271,7 +271,7 @@ def test_contents_of_archives(folder: Path, kind: str, data: st.DataObject) -> N
 
 
 @given(data=st.data())
-@fuzz(60)
+@fuzz(30)
 def test_indices_of_histories(folder: Path, data: st.DataObject) -> None:
     place = folder / "run" / "hesd"
     good = place / "good.json"
@@ -292,7 +292,7 @@ def test_indices_of_histories(folder: Path, data: st.DataObject) -> None:
 
 
 @given(data=st.data())
-@fuzz(30)
+@fuzz(20)
 def test_results_of_the_command_line(folder: Path, data: st.DataObject) -> None:
     place, checkpoint = folder / "results", folder / "a.ckpt"
     checkpoint.write_bytes(b"")
@@ -350,7 +350,7 @@ def test_the_undamaged_state_of_the_callback_is_valid() -> None:
 
 
 @given(changed=st.one_of(states(), JUNK))
-@fuzz(100)
+@fuzz(50)
 @example(changed=with_records(lambda records: records[0].update(epoch="../../escaped")))
 @example(changed=with_records(lambda records: records[2]["generalization"].update(seed=5)))
 def test_states_of_the_callback(folder: Path, changed: Any) -> None:
@@ -391,7 +391,7 @@ def test_the_undamaged_state_of_the_checkpoint_callback_is_valid(folder: Path) -
 
 
 @given(changed=st.one_of(damaged(ranking(Path("x")), st.one_of(JUNK, TENSORS)), JUNK))
-@fuzz(50)
+@fuzz(30)
 def test_states_of_the_checkpoint_callback(folder: Path, changed: Any) -> None:
     checkpoint = HessianCheckpoint(dirpath=folder)
     try:
@@ -401,7 +401,7 @@ def test_states_of_the_checkpoint_callback(folder: Path, changed: Any) -> None:
 
 
 @given(data=st.data())
-@fuzz(60)
+@fuzz(30)
 def test_checkpoints_of_the_command_line(folder: Path, data: st.DataObject) -> None:
     path = folder / "good.ckpt"
     original: dict[str, Any] = {
@@ -433,7 +433,7 @@ PAYLOADS = {"record": (RECORD, RECORD_FIELDS), "selection": (selection(), SELECT
 
 @pytest.mark.parametrize("kind", PAYLOADS)
 @given(data=st.data())
-@fuzz(120)
+@fuzz(60)
 def test_payloads(kind: str, data: st.DataObject) -> None:
     original, fields = PAYLOADS[kind]
     text = data.draw(texts(original))
@@ -449,24 +449,6 @@ def test_payloads(kind: str, data: st.DataObject) -> None:
 def test_no_candidate_is_within_a_negative_tolerance() -> None:
     with pytest.raises(PayloadError, match="`tolerance`"):
         read_payload(to_json({**selection(), "tolerance": -1}), SELECTION_FIELDS)
-
-
-def test_a_run_of_damaged_payloads_is_answered(tmp_path: Path) -> None:
-    """Through an event file and TensorBoard's application; every payload is either shown or complained about."""
-    drawn: list[str] = []
-
-    @given(text=texts(RECORD))
-    @fuzz(50)
-    def draw(text: str) -> None:
-        drawn.append(text.encode("utf-8", "replace").decode())
-
-    draw()
-    write_payloads(tmp_path / "run", [*drawn, to_json({**RECORD, "global_step": 10**9})])
-    tab = Tab(tmp_path)
-    code, found = tab.get("records", run="run", name="hesd")
-    assert code == 200
-    assert found["records"][-1]["global_step"] == 10**9
-    assert 0 < len(found["problems"]) <= len(drawn)
 
 
 @pytest.fixture(scope="module")
@@ -511,7 +493,7 @@ WORDS = [
 
 
 @given(arguments=st.lists(st.one_of(st.sampled_from(WORDS), st.text("-=.[]{}:,!&*ab1 \n", max_size=6)), max_size=7))
-@fuzz(40)
+@fuzz(20)
 @example(arguments=["assess", "good.npz", "good.npz"])
 @example(arguments=["plot", "bad.npz"])
 @example(arguments=["report", "."])

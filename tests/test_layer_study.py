@@ -93,14 +93,6 @@ def test_a_run_is_kept_under_its_settings(tmp_path: Path) -> None:
     assert end.spectrum.loss == pytest.approx(outcome.numbers.train_loss, rel=1e-4)  # of all training samples
 
 
-def test_runs_are_in_the_order_of_the_arrays() -> None:
-    runs = np.array(STUDY.runs(), dtype=object).reshape(2, 2, 3)
-    assert all(r.dataset == name for row, name in zip(runs, STUDY.datasets, strict=True) for r in row.flat)
-    assert all(r.seed == seed for seed in range(2) for r in runs[:, seed].flat)
-    assert [(r.width, r.depth) for r in runs[0, 0]] == STUDY.configurations
-    assert len({r.folder for r in runs.flat}) == runs.size
-
-
 # Data and networks
 
 
@@ -195,13 +187,6 @@ def test_a_real_effect_is_found_and_the_others_are_not(few_draws: None) -> None:
     assert found[4].p == pytest.approx(1 / 301)
     assert found[4].low > 0.5
     assert min(one.p for n, one in enumerate(found) if n != 4) > 0.05
-
-
-def test_an_effect_of_size_is_none_given_the_size(few_draws: None) -> None:
-    size = np.broadcast_to(np.arange(12.0), SHAPE)
-    x, y = size + normal(5, *SHAPE), size + normal(*SHAPE, seed=1)
-    assert all(one.p < 0.05 for one in associations(x, y, plain))
-    assert all(one.p > 0.05 for one in associations(x, y, given, [size]))
 
 
 def test_chance_is_called_an_effect_as_often_as_stated(few_draws: None, monkeypatch: pytest.MonkeyPatch) -> None:

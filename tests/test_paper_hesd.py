@@ -16,7 +16,7 @@ from matplotlib.image import imsave
 from torch import nn
 
 from examples.paper_hesd.adahessian import AdaHessian, hessian_diagonals, spatial_average
-from examples.paper_hesd.data import Colored, ImageFolder, load, rand_augment
+from examples.paper_hesd.data import Colored, ImageFolder, load
 from examples.paper_hesd.outcomes import read
 from examples.paper_hesd.rules import RULES, paired, picks
 from examples.paper_hesd.settings import Experiment, Setup
@@ -165,15 +165,6 @@ def test_steps_follow_the_formula() -> None:
     assert torch.allclose(read_preconditioner([optimizer]).diagonal[w], denominator)
 
 
-@graphs_are_let_go
-def test_unaveraged_diagonals_are_left_as_they_are() -> None:
-    w = nn.Parameter(torch.tensor([[1.0, 2.0]]))
-    optimizer = AdaHessian([w], averaged=False)
-    (torch.tensor([[1.0, -3.0]]) * w.square()).sum().backward(create_graph=True)
-    optimizer.step()
-    assert optimizer.state[w]["exp_hessian_diag_sq"].tolist() == [pytest.approx([0.004, 0.036])]
-
-
 # Rules and verdicts
 
 
@@ -193,7 +184,7 @@ def history(generator: np.random.Generator) -> list[Any]:
     return points
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_picks_against_brute_force(seed: int) -> None:
     points = history(np.random.default_rng(seed))
     values = {
@@ -300,14 +291,3 @@ def test_colored_images() -> None:
         assert label == 15 + color
         assert image[color].tolist() == [[1.0, 3.0], [0.0, 2.0]]
         assert image.sum() == 6
-
-
-def test_augmentation_changes_images_a_little() -> None:
-    torch.manual_seed(0)
-    images = torch.rand(500, 1, 8, 8)
-    augmented = rand_augment(images)
-    assert augmented.shape == images.shape
-    change = (augmented - images).square().mean(dim=(1, 2, 3))
-    assert (change > 0).float().mean() > 0.95
-    assert change.mean() < images.var()
-    assert torch.allclose(rand_augment(images, operations=0), images)

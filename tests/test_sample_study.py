@@ -79,15 +79,6 @@ def test_a_run_is_kept_under_its_settings(tmp_path: Path) -> None:
     assert data.seconds > 0
 
 
-def test_runs_are_all_configurations_once() -> None:
-    runs = Study(seeds=2).runs()
-    assert len(set(runs)) == len(runs) == 2 * 2 * 14
-    assert {(r.width, r.depth) for r in runs} == {
-        *((w, 2) for w in (4, 8, 16, 32, 64)),
-        *((16, d) for d in range(1, 11)),
-    }
-
-
 # Data and networks
 
 
@@ -259,14 +250,6 @@ def test_statements_differ() -> None:
     moved = (state.displaced[0], state.displaced[1]._replace(largest=100.0))
     broken.states[TRAINED][settings] = replace(state, displaced=moved)
     assert verdict(statements(broken), "Lemma 2", "both") == DIFFERS
-
-
-def test_what_cannot_be_seen() -> None:
-    generator = np.random.default_rng(3)
-    data = made(lambda r: math.exp(generator.normal()), farther=1, hessian=lambda r: math.exp(generator.normal()))
-    found = statements(data)
-    for start in (DEEPER, WIDER, "The norm", "It is a", "Farther"):
-        assert verdict(found, start) == UNSEEN, start
 
 
 def test_follow_up() -> None:

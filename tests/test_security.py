@@ -224,6 +224,7 @@ def test_the_report_has_no_element_that_data_made(tmp_path: Path) -> None:
         write_report(folder, tmp_path / "report.html")
         document = (tmp_path / "report.html").read_text()
         assert data_of_report(document).count(said) >= 5  # it is there, but not as markup
+        assert '<meta http-equiv="Content-Security-Policy"' in document
         page = Elements()
         page.feed(document)
         return page.found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import replace
 from typing import Any
@@ -41,9 +40,7 @@ KINDS = {
 
 def drawn(ax: Any) -> None:
     """Draw the figure; whatever cannot be drawn warns here."""
-    image = io.BytesIO()
-    ax.figure.savefig(image, dpi=60)
-    assert image.tell() > 1000
+    ax.figure.draw_without_rendering()
 
 
 def line(ax: Any, label: str) -> Any:
@@ -88,9 +85,6 @@ class TestRunAxis:
     def test_epochs_or_steps(self):
         assert RunAxis.of(RUN) == RunAxis((-1, 0, 1, 2, 5), "epoch")
         assert RunAxis.of(KINDS["steps"]) == RunAxis((3, 6), "step")
-
-    def test_few_have_a_tick_each(self):
-        assert names(plot_c_t(RUN)) == ["start", "0", "1", "2", "5"]
 
     def test_many_have_round_numbers_and_the_start_apart(self):
         axis = RunAxis((-1, *range(60)), "epoch")

@@ -1,75 +1,45 @@
-"""The export of figures and the printed report, in one browser session on one report."""
+"""The report in a browser: what it shows, the export of its figures, and how it is printed; one page for all tests."""
 
 from __future__ import annotations
 
 import base64
 import re
-import shutil
 import struct
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from lightning_hesd import judge
 from lightning_hesd.commands.report import write_report
+from tests.browser import Page, needs_browser
 from tests.tab import EPOCHS, Tab
-from tests.tensorboard_plugin.test_browser import Page, driver, pytestmark  # noqa: F401 - fixtures
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from matplotlib.figure import Figure
+
+pytestmark = needs_browser
 
 RUN = "net/version_0"
 SPAN, LAST = f"epochs start to {EPOCHS - 1}", f"epoch {EPOCHS - 1}"
 OVER_TRAINING, OF_A_STATE = ("ct", "extremes", "deltas", "loss", "metric", "map", "layers"), ("density", "cumulative")
 PLACES = dict.fromkeys(OVER_TRAINING, SPAN) | dict.fromkeys(OF_A_STATE, LAST)
-DARK = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
 
 
 @pytest.fixture(scope="module")
-def page(driver: Any, trained: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:  # noqa: F811
-    """A report in the dark theme, for all tests; downloads go to its folder."""
-    out = tmp_path_factory.mktemp("export") / "report.html"
-    write_report(trained[0] / RUN, out)
+def page(driver: Any, trained: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """A report in the dark theme."""
+    path = tmp_path_factory.mktemp("export") / "report.html"
+    write_report(trained[0] / RUN, path)
     page = Page(driver)
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", DARK)
-    driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(out.parent)})
-    page.folder = out.parent  # type: ignore[attr-defined]
-    page.open(out.as_uri())
-    page.until("return document.getElementById('hesd').dataset.drawn > 0")
+    page.prefer("dark")
+    page.open_report(path)
     page.script("window.print = () => { window.printed = true; }")
     yield page
-    page.assert_clean(out.as_uri())
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-    driver.get("about:blank")
-
-
-def open_export(page: Page, figure: str, size: str | None = None) -> None:
-    page.script("document.querySelector('dialog')?.close()")
-    page.click(f"figure:has(#{figure}) button", "Export")
-    page.until("return document.querySelector('dialog img')?.complete")
-    if size is not None:
-        page.script(
-            "const image = () => document.querySelector('dialog img'), old = image();"
-            "const menu = document.querySelector('dialog select');"
-            "menu.value = arguments[0]; menu.dispatchEvent(new Event('change'));"
-            "window.isNew = () => image() !== old && image().complete",
-            size,
-        )
-        page.until("return window.isNew()")
-
-
-def saved(page: Page, kind: str, name: str) -> bytes:
-    """Press a button of the dialog, and return the file that it saves."""
-    page.click("dialog button", kind)
-    path = page.folder / name  # type: ignore[attr-defined]
-    for _ in range(100):
-        if path.exists() and path.stat().st_size:
-            content = path.read_bytes()
-            path.unlink()
-            return content
-        time.sleep(0.05)
-    raise AssertionError(name, page.text("dialog"), sorted(path.parent.iterdir()))
+    page.assert_clean(path.as_uri())
+    page.prefer("light")
 
 
 BOXES = """
@@ -98,6 +68,27 @@ def file_name(figure: str, size: str, kind: str) -> str:
     return f"hesd-{figure}-{place}-{size}.{kind}"
 
 
+def test_the_report(page: Page, trained: tuple[Path, Any]) -> None:
+    folder, callback = trained
+    assert page.curves("ct")[0]["x"] == [record.epoch for record in callback.history]
+    best = callback.checkpoint.best
+    assert f"takes epoch {best.epoch} " in page.text("[data-rule=highest_c_t]")
+    assert best.path in page.text("[data-rule=highest_c_t]")
+    page.script("window.dispatchEvent(new Event('beforeprint')); window.dispatchEvent(new Event('afterprint'))")
+    page.wait_for_judgment()  # which is printed before it has been in view
+    page.assert_judged(judge({RUN: folder / RUN}, "val_acc"))
+    page.judge_by("train_acc")
+    page.assert_judged(judge({RUN: folder / RUN}, "train_acc"))
+    page.slide(0, 0)
+    page.slide(EPOCHS, callback.history[-1].global_step)
+
+
+def touch(figure: Figure, path: str) -> None:
+    """Draw a figure, and make an empty file."""
+    figure.draw_without_rendering()
+    Path(path).touch()
+
+
 def test_every_figure_in_light_colors_with_a_title_and_its_code(
     page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,8 +96,8 @@ def test_every_figure_in_light_colors_with_a_title_and_its_code(
     monkeypatch.chdir(tmp_path)
     shown = {}
     for figure, place in PLACES.items():
-        open_export(page, figure)
-        svg = saved(page, "SVG", file_name(figure, "column", "svg")).decode()
+        page.export(figure)
+        svg = page.saved(tmp_path, "dialog button", "SVG", file_name(figure, "column", "svg")).decode()
         found = page.script(BOXES, svg)
         assert f"{RUN}, {place}" in found["text"], figure
         title = page.text(f"#{figure}-title").replace("\n", "")
@@ -126,9 +117,7 @@ def test_every_figure_in_light_colors_with_a_title_and_its_code(
         code = page.script("return document.querySelector('dialog pre').textContent")
         exec(compile(code, figure, "exec"), {})  # noqa: S102 - as the user would
         shown[figure] = {path.name for path in tmp_path.iterdir()} - {name for made in shown.values() for name in made}
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-
-    plt.close("all")
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", touch)  # the others, to save time
     assert shown == {
         "ct": {"hesd-ct.pdf"},
         "extremes": {"hesd-extremes-lambda_max.pdf", "hesd-extremes-lambda_min.pdf"},
@@ -142,45 +131,22 @@ def test_every_figure_in_light_colors_with_a_title_and_its_code(
     }
 
 
-def test_code_of_several_runs_draws_one_figure(
-    page: Page, trained: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = page.driver.current_url
-    for run in ("a", "b"):
-        shutil.copytree(trained[0] / RUN, tmp_path / "runs" / run)
-    write_report(tmp_path / "runs", tmp_path / "report.html")
-    page.open((tmp_path / "report.html").as_uri())
-    page.until("return document.getElementById('hesd').dataset.drawn > 0")
-    monkeypatch.chdir(tmp_path)
-    for figure, made in (("ct", "c_t"), ("extremes", "lambda_max")):
-        open_export(page, figure)
-        names: dict[str, Any] = {}
-        exec(compile(page.script("return document.querySelector('dialog pre').textContent"), figure, "exec"), names)  # noqa: S102
-        assert (tmp_path / f"hesd-{figure}-{made}.pdf").is_file()
-        assert list(names["history"]) == ["a", "b"]
-        assert len([line for line in names["ax"].lines if line.get_label().startswith(("a", "b"))]) == 4
-    page.open(before)
-    page.until("return document.getElementById('hesd').dataset.drawn > 0")
-    page.script("window.print = () => { window.printed = true; }")
-
-
-def test_sizes_of_images(page: Page) -> None:
-    for size, pixels in (("column", (2040, 1650)), ("page", (4200, 2340)), ("slide", (2560, 1440))):
-        open_export(page, "ct", size)
-        png = saved(page, "PNG", file_name("ct", size, "png"))
+def test_sizes_of_images(page: Page, tmp_path: Path) -> None:
+    for size, pixels in (("column", (2040, 1650)), ("slide", (2560, 1440))):
+        page.export("ct", size)
+        png = page.saved(tmp_path, "dialog button", "PNG", file_name("ct", size, "png"))
         assert struct.unpack(">II", png[16:24]) == pixels, size
-    open_export(page, "map")  # the size stays chosen
+    page.export("map")  # the size stays chosen
     assert page.script("return document.querySelector('dialog select').value") == "slide"
 
 
 def test_a_pdf_is_vector_graphics_with_embedded_fonts_on_a_page_of_its_size(page: Page) -> None:
-    open_export(page, "ct", "page")
+    page.export("ct", "page")
     title = page.script("return document.title")
     page.click("dialog button", "PDF")
     page.until("return window.printed")
     assert page.script("return document.title") == file_name("ct", "page", "pdf")
-    options = {"preferCSSPageSize": True, "printBackground": False}
-    pdf = base64.b64decode(page.driver.execute_cdp_cmd("Page.printToPDF", options)["data"])
+    pdf = base64.b64decode(page.command("Page.printToPDF", preferCSSPageSize=True, printBackground=False)["data"])
     [box] = re.findall(rb"/MediaBox \[([^]]*)\]", pdf)  # one page, in points
     assert [float(end) for end in box.split()] == pytest.approx([0, 0, 7 * 72, 3.9 * 72], abs=0.5)
     assert b"/FontFile2" in pdf
@@ -191,8 +157,8 @@ def test_a_pdf_is_vector_graphics_with_embedded_fonts_on_a_page_of_its_size(page
 
 
 def test_code_is_copied(page: Page) -> None:
-    page.driver.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite"]})
-    open_export(page, "layers")
+    page.command("Browser.grantPermissions", permissions=["clipboardReadWrite"])
+    page.export("layers")
     page.click("dialog button", "Copy")
     page.until("return document.querySelector('dialog [role=status]').textContent")
     assert page.text("dialog [role=status]") == "The code is on the clipboard."

@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import time
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +16,6 @@ from tensorboard.plugins.base_plugin import TBContext
 from torch.nn.functional import cross_entropy
 
 from lightning_hesd import SpectrumHistory, judge
-from lightning_hesd.commands import cli
 from lightning_hesd.commands.report import report, run_data
 from lightning_hesd.spectra.decisions import decisions, rewound, run_payload
 from lightning_hesd.spectra.distribution import Distribution
@@ -36,7 +34,7 @@ from lightning_hesd.training.history import SpectrumRecord
 from tests.judgment.simulated import assert_same, history
 from tests.judgment.simulated import record as simulated_record
 from tests.spectra.nodes import spectrum as spectrum_of
-from tests.tab import EPOCHS, Tab, data_of_report, plugin_path, train, write_payloads
+from tests.tab import EPOCHS, Tab, data_of_report, train, write_payloads
 from tests.training.broken import out_of_luck
 from tests.training.scripted import make_spectrum
 
@@ -193,17 +191,6 @@ def test_the_judgment_is_that_of_the_histories(judged: tuple[Path, dict[str, lis
     assert "evidently better" in ask(tab, SIMULATED)[1]["sentence"]
 
 
-def test_the_judgment_of_a_training_is_that_of_its_log_directory(trained: tuple[Path, Any]) -> None:
-    expected = judge(trained[0] / "net" / "version_0", "val_acc").to_dict()
-    code, found = ask(Tab(trained[0]), ["net/version_0"])
-    assert code == 200
-    assert found["runs"][0].pop("run") == "net/version_0"
-    name = expected["runs"][0].pop("run")
-    expected["summary"]["title"] = expected["summary"]["title"].replace(name, "net/version_0")
-    assert_same(found, expected)
-    assert found["runs"][0]["judged"] == EPOCHS
-
-
 def test_errors_of_judgments_are_said(judged: tuple[Path, dict[str, list[SpectrumRecord]]], tmp_path: Path) -> None:
     tab = Tab(judged[0])
     for runs, query, code, message in (
@@ -335,16 +322,6 @@ def test_tensorboard_is_asked_to_keep_records() -> None:
     context = TBContext(data_provider=object(), sampling_hints={"hesd": 0})
     assert HESDPlugin(context)._samples >= 1_000_000
     assert HESDLoader().load(TBContext()) is None
-
-
-def test_the_entry_point_is_the_loader(tmp_path: Path) -> None:
-    plugin_path(tmp_path)
-    points = [point for point in entry_points(group="tensorboard_plugins") if point.name == "hesd"]
-    if not points:
-        (text,) = (tmp_path / "hesd_tab-0.dist-info" / "entry_points.txt").read_text().splitlines()[1:]
-        name, value = text.split(" = ")
-        points = [EntryPoint(name, value, "tensorboard_plugins")]
-    assert [point.load() for point in points] == [HESDLoader]
 
 
 # Payloads -------------------------------------------------------------------------------------------------------------
@@ -491,13 +468,6 @@ def test_layers_of_a_payload_are_checked() -> None:
     assert again["layers"] == {"name": ["a", "b"], "trace": [1.0, None]}
 
 
-def test_a_payload_that_is_no_object_is_refused() -> None:
-    empty = {"version": 1, "epoch": 0, "global_step": 0, "spectra": [], "thresholds": {}}
-    for wrong in (3, None, {"version": 1}, empty):
-        with pytest.raises(PayloadError):
-            read_payload(json.dumps(wrong))
-
-
 # Picks ----------------------------------------------------------------------------------------------------------------
 
 
@@ -543,28 +513,3 @@ def test_a_history_without_choices_and_one_with_a_torn_line(trained: tuple[Path,
     assert found["rules"][0]["metric"] == "train_acc"
     (problem,) = found["problems"]
     assert problem.startswith(f"{SELECTIONS_NAME}, line {EPOCHS + 1}: this is no payload")
-
-
-def test_the_command_writes_a_report(
-    trained: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "new" / "report.html"
-    cli.main(["report", str(trained[0] / "net" / "version_0"), "--out", str(out)])
-    assert capsys.readouterr().out == f"{out}\n"
-    document = out.read_text()
-    shown = json.loads(data_of_report(document))
-    assert shown["runs"] == json.loads(to_json([run_data(trained[0] / "net" / "version_0")]))
-    assert "<title>HESD: net/version_0</title>" in document
-    assert "http-equiv" in document
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["report", str(trained[0]), "--name", "other", "--out", str(out)])
-    assert ended.value.code == 1
-    assert "pass the log directory of a run" in capsys.readouterr().err
-
-
-def test_a_report_of_nothing_says_so(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no index\.json"):
-        run_data(tmp_path)
-    SpectrumHistory().save(tmp_path / "hesd")
-    with pytest.raises(ValueError, match="has no records yet"):
-        run_data(tmp_path)

@@ -13,13 +13,15 @@ import pytest
 
 from lightning_hesd.spectra.payload import record_payload
 from lightning_hesd.training.history import SpectrumRecord
-from tests.tab import Tab, write_payloads
-from tests.tensorboard_plugin.test_browser import Page, driver, pytestmark, webdriver  # noqa: F401 - fixtures
+from tests.browser import CLICK, Page, needs_browser, webdriver
+from tests.tab import Server, Tab, write_payloads
 from tests.training.scripted import make_spectrum
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+pytestmark = needs_browser
 
 RATES, SEEDS, EPOCHS = (0.1, 0.2, 0.3, 0.4), (0, 1, 2), (-1, 0, 1, 2)
 LIGHT_FIRST, DARK_FIRST = "rgb(66, 80, 102)", "rgb(142, 152, 163)"
@@ -30,7 +32,6 @@ SWATCHES = """[...document.querySelectorAll('#runs .run:has(input:checked)')].ma
 LINES = """['ct', 'extremes', 'loss', 'map'].map((id) =>
   document.getElementById(id).layout.shapes.find((shape) => shape.name === 'chosen').x0)"""
 CURVES = "document.getElementById('ct')._fullData.filter((trace) => trace.meta?.key && !trace.meta.pick)"
-TICKS = "return [...document.querySelectorAll(`#${arguments[0]} .xtick text`)].map((text) => text.textContent)"
 CARDS = """
 return [...document.querySelectorAll('.grid')].map((grid) => {
   const { left, right } = grid.getBoundingClientRect();
@@ -54,36 +55,27 @@ def records(rate: float, seed: int) -> list[SpectrumRecord]:
 
 
 @pytest.fixture(scope="module")
-def page_and_address(driver: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Page, str]]:  # noqa: F811
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Tab:
     folder: Path = tmp_path_factory.mktemp("sweep")
     for rate in RATES:
         for seed in SEEDS:
             write_payloads(folder / f"lr={rate}" / f"seed={seed}", list(map(record_payload, records(rate, seed))))
-    page = Page(driver)
-    with Tab(folder).served() as address:
-        yield page, address
-        page.open("about:blank")
+    return Tab(folder)
 
 
 @pytest.fixture
-def page(page_and_address: tuple[Page, str]) -> Iterator[Page]:
+def page(page: Page, server: Server, sweep: Tab) -> Iterator[Page]:
     """The page as a link without choices opens it."""
-    found, address = page_and_address
-    found.driver.set_window_size(1400, 1000)
-    found.open_tab(address)
-    yield found
-    found.assert_clean(address)
+    address = server.show(sweep)
+    page.open_tab(address)
+    yield page
+    page.assert_clean(address)
 
 
 def enter(page: Page, field: str, text: str) -> None:
     """Type a pattern, and wait until the charts follow."""
     page.script("window.before = document.body.dataset.drawn")
-    page.script(
-        "const field = document.getElementById(arguments[0]); field.value = arguments[1];"
-        "field.dispatchEvent(new Event('input'))",
-        field,
-        text,
-    )
+    page.change(f"#{field}", text, "input")
     page.until(
         "return document.body.dataset.drawn > window.before || !document.querySelector('#runs > .problem').hidden"
     )
@@ -141,10 +133,9 @@ def test_the_list_of_runs_selects_filters_and_is_the_legend(page: Page) -> None:
     page.click("#runs .run", "lr=0.1/seed=0")
     colors = f"return {SWATCHES}.map((row) => row[1]).includes(arguments[0])"
     page.until(colors, LIGHT_FIRST)
-    dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
-    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+    page.prefer("dark")
     page.until(colors, DARK_FIRST)
-    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    page.prefer("light")
 
 
 def test_groups_have_mean_and_standard_deviation(page: Page) -> None:
@@ -163,7 +154,7 @@ def test_groups_have_mean_and_standard_deviation(page: Page) -> None:
 def assert_grouped(page: Page) -> None:
     """Check the curves of C_t of the groups of one rate."""
     drawn = chosen_curves(page, len(RATES))
-    bands = [trace for trace in page.traces("ct") if "band" in (trace["meta"] or {})]
+    bands = [trace for trace in page.traces("ct") if "band" in trace["meta"]]
     sign = -1 if page.script("return document.getElementById('ct').layout.yaxis.type") == "log" else 1
     for rate, curve, band in zip(RATES, drawn, bands, strict=True):
         assert curve["name"] == f"lr={rate}"
@@ -187,14 +178,10 @@ def place_in(page: Page, chart: str, x: float, share: float) -> tuple[float, flo
     return found[0], found[1]
 
 
-def point(page: Page, kind: str, x: float, y: float, **more: Any) -> None:
-    page.driver.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": f"mouse{kind}", "x": x, "y": y, **more})
-
-
 def test_values_at_the_pointer_and_the_chosen_state(page: Page) -> None:
     select_all(page)
     x, y = place_in(page, "ct", 1, 0.95)
-    point(page, "Moved", x, y)
+    page.mouse("Moved", x, y)
     page.until("return document.querySelector('#values p')?.textContent === 'epoch 1'")
     rows = page.script(
         "return [...document.querySelectorAll('#values tbody tr')].map((row) =>"
@@ -205,9 +192,8 @@ def test_values_at_the_pointer_and_the_chosen_state(page: Page) -> None:
     assert [name for name, *_ in rows] == sorted(expected, key=lambda name: -expected[name])
     assert [name for name, _, mark in rows if mark == "nearest"] == ["lr=0.4/seed=2"]  # at the lower end
     # A click chooses the run that is nearest, and the epoch, which every figure marks.
-    click = {"button": "left", "buttons": 1, "clickCount": 1}
-    point(page, "Pressed", x, y, **click)
-    point(page, "Released", x, y, **click)
+    page.mouse("Pressed", x, y, **CLICK)
+    page.mouse("Released", x, y, **CLICK)
     page.until("return document.body.dataset.detail === arguments[0]", '["lr=0.4/seed=2","hesd"] 8')
     assert page.script(f"return {LINES}") == [1, 1, 1, 1]
     assert page.text("#detail-tools output") == "epoch 1"
@@ -225,21 +211,21 @@ def test_values_at_the_pointer_and_the_chosen_state(page: Page) -> None:
     page.until(f"return {LINES}.every((x) => x === 0)")
     page.click("#detail-tools button", "One analysis back")
     page.until(f"return {LINES}.every((x) => x === -1)")
-    point(page, "Moved", 5, 5)
+    page.mouse("Moved", 5, 5)
     page.until("return document.getElementById('values').hidden")
 
 
 def test_axes_and_the_address_keeps_what_is_chosen(page: Page) -> None:
-    assert page.script(TICKS, "ct") == ["start", "0", "1", "2"]
-    assert page.script(TICKS, "map")[0] == "start"
-    page.choose("#tools select", "time")
+    assert page.texts("#ct .xtick text") == ["start", "0", "1", "2"]
+    assert page.texts("#map .xtick text")[0] == "start"
+    page.change("#tools select", "time")
     page.until("return document.getElementById('ct').layout.xaxis.title.text.startsWith('time since')")
     assert page.curves("ct")[0]["x"][0] == 0
-    page.choose("#tools select", "step")
+    page.change("#tools select", "step")
     page.until("return document.getElementById('ct').layout.xaxis.title.text === 'optimizer step'")
     assert page.curves("ct")[0]["x"] == [0, 4, 8, 12]
-    page.choose("#loss-tools select", "linear")
-    page.choose("#ct-tools select", "linear")
+    page.change("#loss-tools select", "linear")
+    page.change("#ct-tools select", "linear")
     page.until("return document.getElementById('ct').layout.yaxis.type === 'linear'")
     assert page.script("return document.getElementById('extremes').layout.yaxis.type") == "log"
     select_all(page)
@@ -250,13 +236,9 @@ def test_axes_and_the_address_keeps_what_is_chosen(page: Page) -> None:
     enter(page, "run-groups", "/seed=.")
     chosen_curves(page, 2)
     page.show_in_detail("lr=0.3/seed=2")
-    page.script("const s = document.getElementById('epoch'); s.value = 1; s.dispatchEvent(new Event('input'))")
-    page.until("return document.body.dataset.detail.endsWith(' 4')")
+    page.slide(1, 4)
     x, y = place_in(page, "loss", 4, 0.2)
-    buttons = {"button": "left", "buttons": 1, "clickCount": 1}
-    point(page, "Pressed", x, y, **buttons)
-    point(page, "Moved", x + 60, y + 1, **buttons)
-    point(page, "Released", x + 60, y + 1, **buttons)
+    page.drag((x, y), (x + 60, y + 1))
     page.until("return document.getElementById('loss').layout.xaxis.range[0] > 3")
     state = (
         "const range = (id) => document.getElementById(id).layout.xaxis.range;"

@@ -14,59 +14,51 @@ import pytest
 
 from lightning_hesd.spectra.findings import findings
 from lightning_hesd.spectra.quadrature import legible_sigma
+from tests.browser import Page, needs_browser
 from tests.states import EIGENVALUES, FAILURE, LAYERS, write_states
-from tests.tab import Tab
-from tests.tensorboard_plugin.test_browser import Page, driver, pytestmark  # noqa: F401 - fixtures
+from tests.tab import Server, Tab
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from lightning_hesd import Spectrum, SpectrumHistory
 
+pytestmark = needs_browser
+
 SIGMA = 0.06  # decades, by which densities are smoothed on the logarithmic axis
 NONE, GAUSS_NEWTON = "\N{EN DASH}", "Gauss\N{EN DASH}Newton"
-TICKS = "return [...document.querySelectorAll(`#${arguments[0]} .ytick text`)].map((text) => text.textContent)"
 
 
 @pytest.fixture(scope="module")
-def histories_and_page(driver: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Page]]:  # noqa: F811
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, SpectrumHistory], Tab]:
     folder = tmp_path_factory.mktemp("states")
-    histories = write_states(folder)
-    page = Page(driver)
-    with Tab(folder).served() as address:
-        page.open_tab(address)
-        yield histories, page
-        page.assert_clean(address)
-        page.open("about:blank")
+    return write_states(folder), Tab(folder)
 
 
 @pytest.fixture
-def histories(histories_and_page: tuple[Any, Page]) -> dict[str, SpectrumHistory]:
-    return histories_and_page[0]
+def histories(written: tuple[dict[str, SpectrumHistory], Tab]) -> dict[str, SpectrumHistory]:
+    return written[0]
 
 
 @pytest.fixture
-def page(histories_and_page: tuple[Any, Page]) -> Page:
+def page(driver: Any, server: Server, written: tuple[Any, Tab]) -> Iterator[Page]:
     """The page, at epoch 0 of the run with every kind of state, with the choices it opens with."""
-    found = histories_and_page[1]
-    found.show_in_detail("every_kind")
-    while found.script("return document.querySelector('#density-choices .pin button')"):
-        found.click("#density-choices .pin button", "")
-    found.click("#density-choices button", "symlog")
-    if found.script("return document.querySelector('[data-field=spectrum]')"):
-        found.click("#density-choices button", "both")
-    choose(found, 10)
-    return found
+    page = Page(driver)
+    page.keep("states", lambda: page.open_tab(server.show(written[1])))
+    page.show_in_detail("every_kind")
+    while page.script("return document.querySelector('#density-choices .pin button')"):
+        page.click("#density-choices .pin button")
+    page.click("#density-choices button", "symlog")
+    if page.script("return document.querySelector('[data-field=spectrum]')"):
+        page.click("#density-choices button", "both")
+    choose(page, 10)
+    yield page
+    page.assert_clean("http://localhost:")
 
 
 def choose(page: Page, step: int) -> None:
     """Choose the state at an optimizer step, with the slider."""
-    page.script(
-        "const slider = document.getElementById('epoch');"
-        "slider.value = arguments[0]; slider.dispatchEvent(new Event('input'))",
-        [0, 10, 30, 60, 90, 110].index(step),
-    )
-    page.until("return document.body.dataset.detail.endsWith(arguments[0])", f" {step}")
+    page.slide([0, 10, 30, 60, 90, 110].index(step), step)
 
 
 def drawn(page: Page, kind: str, *, shown: bool = True) -> dict[str, dict[str, Any]]:
@@ -149,7 +141,7 @@ def test_the_band_contains_the_density_of_the_true_eigenvalues(page: Page) -> No
 
 def test_hiding_a_spectrum_hides_all_of_it_and_the_axes_follow(page: Page, histories: Any) -> None:
     whole = span(page)
-    page.click("[data-field=generalization]", "")
+    page.click("[data-field=generalization]")
     page.until("return document.getElementById('density')._fullLayout.xaxis.range[1] < arguments[0] / 2", whole[1])
     for kind in ("density", "density_band", "nodes", "extremes"):
         assert list(drawn(page, kind)) == ["training"]
@@ -193,7 +185,7 @@ def test_the_address_has_the_choices(page: Page) -> None:
 
 
 def test_every_spectrum_of_the_record_and_other_states_beside_it(page: Page, histories: Any) -> None:
-    labels = page.script("return [...document.querySelectorAll('#density-choices label')].map((e) => e.innerText)")
+    labels = page.texts("#density-choices label")
     assert labels == [
         "Hessian, training data",
         "Hessian, generalization data",
@@ -202,7 +194,7 @@ def test_every_spectrum_of_the_record_and_other_states_beside_it(page: Page, his
         "Residual: Hessian − " + GAUSS_NEWTON,
     ]
     for field in ("preconditioned", "ggn", "residual"):
-        page.click(f"[data-field={field}]", "")
+        page.click(f"[data-field={field}]")
     page.until("return document.getElementById('density').data.every(({ visible }) => visible === true)")
     curves = drawn(page, "density")
     assert list(curves) == ["training", "generalization", "preconditioned", GAUSS_NEWTON, "residual"]
@@ -365,7 +357,7 @@ def test_failures_are_shown_where_they_happened(page: Page) -> None:
 
 def test_layers(page: Page, histories: Any) -> None:
     names = [name.removeprefix("model.encoder.") for name in LAYERS]
-    page.until(f"{TICKS.replace('return ', 'return JSON.stringify(')}) === arguments[1]", "layers", _json(names))
+    page.until_texts("#layers .ytick text", names)
     assert page.script("return document.getElementById('layers').layout.yaxis.title.text") == "layer of model.encoder"
     figure = "const { z, meta } = document.getElementById('layers').data[0];"
     values = page.script(f"{figure} return [z.map((row) => row[1]), meta.colors]")
@@ -373,8 +365,7 @@ def test_layers(page: Page, histories: Any) -> None:
     assert values == [pytest.approx([math.copysign(math.sqrt(abs(s)), s) for s in shares], rel=1e-3), "root"]
     sort(page, "value")
     ordered = sorted(LAYERS, key=lambda name: -LAYERS[name])
-    page.until(f"{TICKS.replace('return ', 'return JSON.stringify(')}) === arguments[1]", "layers",
-               _json([name.removeprefix("model.encoder.") for name in ordered]))  # fmt: skip
+    page.until_texts("#layers .ytick text", [name.removeprefix("model.encoder.") for name in ordered])
     sort(page, "")
     page.show_in_detail("other")  # the spectra of its layers differ in size
     page.until("return document.getElementById('layers').data[0].meta.colors === 'log'")
@@ -389,7 +380,3 @@ def sort(page: Page, order: str) -> None:
         "menu.value = arguments[0]; menu.dispatchEvent(new Event('change'))",
         order,
     )
-
-
-def _json(names: list[str]) -> str:
-    return "[" + ",".join(f'"{name}"' for name in names) + "]"
