@@ -55,7 +55,7 @@ def plot_density(spectrum: Spectrum, ax: Axes | None = None, title: str = "") ->
     ax.set_yscale("log")
     ax.yaxis.set_minor_locator(NullLocator())  # minor ticks take as long as the rest of the figure
     ax.set_ylim(bottom, top * 3)
-    ax.ticklabel_format(axis="x", scilimits=(-2, 5))  # longer labels would touch
+    ax.ticklabel_format(axis="x", scilimits=(-3, 5))  # longer labels would touch
     ax.set_xlabel("Hessian eigenvalue" if spectrum.matrix == "hessian" else f"eigenvalue, {spectrum.matrix}")
     ax.set_ylabel("spectral density")
     ax.set_title(describe(spectrum, title), fontsize=10)
