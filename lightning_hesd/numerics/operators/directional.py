@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 
 Outcome = Literal["agrees", "differs", "undecided"]
 
-SETTLED = 0.1
-"""Two estimates that differ by less than this share of their distance from the claim refute it."""
+SETTLED = 0.3
+"""Two estimates that differ by less than this share of their distance from the claim refute it.
+
+From one step to the next the truncation error of a smooth function falls by far more.
+"""
 
 MOVE = 1e-3
 """Distance from weights that may lie at a kink, relative to their size."""

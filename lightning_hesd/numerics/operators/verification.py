@@ -49,11 +49,11 @@ STEP_EXPONENTS = (1 / 4, 3 / 8, 1 / 2, 9 / 16)
 ROUNDING_UNITS = 30.0
 """Rounding errors of losses and gradients, in machine epsilons."""
 
-SHARES_OF_RANDOM = (1e-4, 0.01)
+SHARES_OF_RANDOM = (1e-6, 1e-4, 0.01)
 """gᵀv must be right to such a share of its size for a random v, so that no part of the gradient is missing.
 
-A wrong gradient is right along one direction in a hundred to the larger share: that counts only where kinks or rounding
-hide whether it is right to the smaller one.
+A wrong gradient is right to the largest share along one direction in a hundred, or along most if the missing part is
+small. So a share counts only where kinks or rounding hide whether the gradient is right to the smaller ones.
 """
 
 

@@ -191,6 +191,20 @@ def test_a_small_part_that_the_loss_hides_is_found_out_whatever_the_weights(shar
         assert spectrum.verified == "no", seed
 
 
+def test_a_detached_factor_that_hardly_changes_is_found_out():
+    """The norm of normalized outputs is nearly constant, and its derivative a few thousandths of the gradient."""
+
+    def loss(m: Any, b: Any) -> Tensor:
+        hidden = m[1](m[0](b[0]))
+        return F.cross_entropy(m[2](hidden / hidden.norm(dim=1, keepdim=True).detach()), b[1])
+
+    for seed in range(20):
+        torch.manual_seed(seed)
+        module = nn.ModuleList([nn.Linear(16, 24), nn.LayerNorm(24), nn.Linear(24, 4)])
+        spectrum = hessian_spectrum(module, [(torch.randn(16, 16), torch.randint(4, (16,)))], loss, steps=2)
+        assert spectrum.verified == "no", seed
+
+
 class Tokens(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
