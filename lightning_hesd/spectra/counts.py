@@ -115,10 +115,12 @@ def _sign(gaps: Array, couplings: Array, start: Array) -> float:
     """Return vᵀ sign(A) v: the share of a vector in eigenvectors of positive eigenvalues minus that of negative ones.
 
     A has the diagonal `gaps`, one more row and column, `couplings`, and in their corner Σ couplings²/gaps, so that zero
-    is an eigenvalue; v is `start`, and zero in the last place. sign(A) is (2/π) ∫ Re (A + is)⁻¹ ds over positive s,
-    with a closed form of the inverse. In log s the integrand is analytic in a strip of width π around the real axis,
-    and the error of equal steps decreases exponentially with their number: 1e-14 of |v|², at any distance of the
-    threshold from the nodes. Eigenvectors would take several times as long, and lose half of the digits near nodes.
+    is an eigenvalue; v is `start`, and zero in the last place. All three have the shape (nodes,).
+
+    sign(A) is (2/π) ∫ Re (A + is)⁻¹ ds over positive s, with a closed form of the inverse. In log s the integrand is
+    analytic in a strip of width π around the real axis, and the error of equal steps decreases exponentially with their
+    number: 1e-14 of |v|², at any distance of the threshold from the nodes. Eigenvectors would take several times as
+    long, and lose half of the digits near nodes.
     """
     inverse = 1 / (gaps**2 + SCALES[:, None] ** 2)
     sums = inverse @ np.stack(

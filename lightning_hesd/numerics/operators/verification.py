@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lightning_hesd.numerics.devices import finest_dtype
 from lightning_hesd.numerics.operators.curvature import EVERYTHING, GaussNewtonMatrix
-from lightning_hesd.numerics.operators.directional import SETTLED, Comparison, Line, beside_the_weights, output_bend
+from lightning_hesd.numerics.operators.directional import Comparison, Line, beside_the_weights, output_bend
 from lightning_hesd.numerics.operators.memory import FEW
 
 if TYPE_CHECKING:
@@ -45,6 +45,9 @@ Verdict = Literal["yes", "no", "unknown"]
 
 STEP_EXPONENTS = (1 / 4, 3 / 8, 1 / 2, 9 / 16)
 """Steps h are these powers of the machine epsilon, relative to the size of the weights."""
+
+CONTINUOUS = 0.1
+"""A loss is continuous if the shortest step changes it by at most this share of what the longest one does."""
 
 ROUNDING_UNITS = 30.0
 """Rounding errors of losses and gradients, in machine epsilons."""
@@ -255,7 +258,7 @@ def _findings(matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace,
         of_products,
         (claimed, min(quotients, key=lambda quotient: abs(quotient - claimed))),
         curves.gap,
-        changes[-1] <= max(SETTLED * changes[0], ROUNDING_UNITS * epsilon * abs(line.loss)) or len(changes) == 1,
+        changes[-1] <= max(CONTINUOUS * changes[0], ROUNDING_UNITS * epsilon * abs(line.loss)) or len(changes) == 1,
         2 * tolerance,  # the tolerance itself, and as much rounding
         "float64" if is_fine else precision,
         facts,

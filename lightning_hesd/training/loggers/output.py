@@ -66,7 +66,7 @@ def figures(history: SpectrumHistory) -> Iterator[tuple[str, NDArray[np.uint8]]]
 
     record = history[-1]
     for suffix, spectrum in record.spectra.items():
-        yield f"{suffix}/density_figure", _pixels(plotting.plot_density, spectrum, framed_axes(), title=title(record))
+        yield f"{suffix}/density_figure", _pixels(plotting.plot_density, spectrum, _framed_axes(), title=title(record))
         if spectrum.losses_along.size:
             yield f"{suffix}/losses_along_figure", _pixels(plotting.plot_losses_along, spectrum, title=title(record))
     if record.spectrum and record.ggn and record.residual:
@@ -76,7 +76,7 @@ def figures(history: SpectrumHistory) -> Iterator[tuple[str, NDArray[np.uint8]]]
         yield "/layers_figure", _pixels(plotting.plot_layers, history)
 
 
-def framed_axes() -> Axes:
+def _framed_axes() -> Axes:
     """Return the axes of a new figure for a density, with room for its labels.
 
     Matplotlib's search for a layout would take a third of the time of a figure.
