@@ -80,7 +80,7 @@ def states() -> list[SpectrumRecord]:
     """Return records: random weights, every spectrum, a failure, clipped gradients, quasi-singular, unverified."""
     clipped = {"steps": 16, "clipped_share": 0.75, "clip_factor": 0.4, "gradient_cosine": 0.93, "update_cosine": 0.6}
     negative = np.concatenate([-np.geomspace(1e-3, 2, 250), np.geomspace(1e-3, 1, 250)])
-    unknown = {"verified": "unknown", "verification": "kinks of the loss hide it"}
+    unknown = {"verified": "unknown", "verification": "kinks of the loss hide it", "sampling_reason": "only 3 groups"}
     return [
         SpectrumRecord(-1, 0, found(np.linspace(-1, 1, 500), loss=2.3, by_layer=curvatures())),
         full_record(),

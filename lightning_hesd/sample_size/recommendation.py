@@ -174,7 +174,7 @@ def recommend_sample_size(
         mode: As for `hessian_spectrum`.
 
     Raises:
-        ValueError: If an argument is out of range, or there are fewer than 8 samples.
+        ValueError: If an argument is out of range, or there are fewer than 8 samples, or all have the same curvature.
         TypeError: If `loss_fn` does not return a tensor.
         ArithmeticError: If the loss or a product is NaN or infinite, or the spectrum has no positive eigenvalue.
     """
@@ -203,12 +203,14 @@ def find_sample_size(
 
     Raises:
         ArithmeticError: If the spectrum has no positive eigenvalue.
+        ValueError: If the samples do not have a sampling error, as fewer than 8.
     """
     options = replace(options, batch_weight=batch_size)  # batches weigh their numbers of samples here
     spectrum = analyze(module, pilot, mean_loss(loss_fn), options, **context)
     if spectrum.c_t_sampling_error is None:
-        msg = f"the spectrum has no sampling error: {spectrum.reason or 'no eigenvalue is positive'}."
-        raise ArithmeticError(msg)
+        msg = f"the spectrum has no sampling error: {spectrum.sampling_reason}"
+        has_curvature = spectrum.reason is None and spectrum.lambda_max > spectrum.rounding
+        raise (ValueError if has_curvature else ArithmeticError)(msg)
     losses = per_sample_losses(module, [batch.data for batch in pilot], loss_fn, mode=options.mode)
     tolerance, confidence = stability.tolerance, options.confidence
     requirements: dict[Quantity, Requirement] = {

@@ -51,7 +51,8 @@ LAYER_DIGITS = 4
 
 SHOWN_FIELDS = (
     *("type_certain", "verified", "verification", "rounding", "num_samples", "dimension", "steps_per_probe"),
-    *("matvecs", "confidence", "reason", "matrix", "lambda_min_error", "lambda_max_error", "trace_error"),
+    *("matvecs", "confidence", "reason", "sampling_reason", "matrix"),
+    *("lambda_min_error", "lambda_max_error", "trace_error"),
 )
 """Fields and properties of a spectrum that stand in its payload under the same name."""
 

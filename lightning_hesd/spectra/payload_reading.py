@@ -60,7 +60,7 @@ LINE_FIELDS: Fields = {"distances": each_of(int, float), "losses": each_of(int, 
 LATER_FIELDS: Fields = {
     **dict.fromkeys(("left", "right"), optional(each_of(int, float))),
     **dict.fromkeys(("lambda_min_error", "lambda_max_error", "trace_error"), optional(number)),
-    "matrix": optional(text),
+    **dict.fromkeys(("matrix", "sampling_reason"), optional(text)),
     "cumulative_band": optional(having(dict.fromkeys(("points", "low", "high"), each_of(int, float)))),
     "losses_along": optional(having(dict.fromkeys(("lambda_min", "lambda_max"), having(LINE_FIELDS)))),
 }

@@ -63,7 +63,7 @@ OPTIONAL: dict[str, Check] = {
     "confidence": within(1e-9, 1 - 1e-9),
     "tolerance": optional(lambda value: value in {"type", "auto"} if text(value) else within(0.0, MAX_SIZE)(value)),
     "stop": lambda value: text(value) and value in {"c_t", "density"},
-    "reason": optional(text),
+    **dict.fromkeys(("reason", "sampling_reason"), optional(text)),
     "verified": lambda value: text(value) and value in {"yes", "no", "unknown"},
     "verification": text,
     **dict.fromkeys(("predicted_memory", "sampling_groups"), optional(at_least(0))),
@@ -145,8 +145,9 @@ class SpectrumData:
         verification: Comparison behind `verified` and its result, in words.
         asymmetry: Largest component of a product Hv_j along earlier Lanczos vectors that a symmetric matrix does not
             have, relative to ‖T‖: rounding, in which case it is part of `rounding`. None: not known.
+        sampling_reason: Reason why there are no sampling errors although they were asked for; None otherwise.
         c_t_sampling_error: Standard error of C_t from the finite sample; None, as all of the following, if not asked
-            for.
+            for, or if there is a `sampling_reason`.
         c_t_sampling_bias: Expected difference of C_t from that of infinitely many samples; not corrected for.
         lambda_min_sampling_error: Standard error of the smallest eigenvalue.
         lambda_max_sampling_error: Standard error of the largest eigenvalue.
@@ -154,11 +155,11 @@ class SpectrumData:
         lambda_max_sampling_bias: Expected difference from infinitely many samples, at least 0.
         sampling_groups: Number of groups of samples that the sampling errors rest on.
         group_curvatures: Share of each group of samples in the mean loss, and uᵀH_g u with the group's Hessian H_g and
-            the eigenvectors u of the smallest and of the largest eigenvalue, shape (3, groups); no groups if the
-            sampling error was not asked for.
+            the eigenvectors u of the smallest and of the largest eigenvalue, shape (3, groups); no groups without a
+            sampling error.
         resampled_extremes: Smallest and largest eigenvalue for resampled groups of samples, shape (2, resamples), the
             same resamples in every analysis: those of two analyses of the same samples tell how well the difference is
-            known. None if the sampling error was not asked for.
+            known. None without a sampling error.
         squared_weight_norm: Squared Euclidean norm of the analyzed parameters, in the coordinates of the preconditioner
             if there is one; None: unknown.
         subspace_overlap: Overlap of the span of the leading eigenvectors with that of the previous analysis, from 0
@@ -198,6 +199,7 @@ class SpectrumData:
     verified: Literal["yes", "no", "unknown"] = "unknown"
     verification: str = "not compared with differences of the loss"
     asymmetry: float | None = None
+    sampling_reason: str | None = None
     c_t_sampling_error: float | None = None
     c_t_sampling_bias: float | None = None
     lambda_min_sampling_error: float | None = None

@@ -267,6 +267,7 @@ def test_numbers_have_their_errors_and_no_more_digits(page: Page, histories: Any
     assert clipping in page.text("#state")
     choose(page, 110)
     assert page.script(NUMBERS)["verified"] == ["unknown"]
+    assert page.script(NUMBERS)["sampling error"] == ["not estimated: only 3 groups"]
     bars = page.script("return document.getElementById('ct').data.map(({ error_y }) => error_y).filter(Boolean)")
     assert len(bars) == 1  # of the run whose sampling error is known
     ends = [size for side in ("array", "arrayminus") for size in bars[0][side] if size is not None]

@@ -102,3 +102,11 @@ def test_a_largest_eigenvalue_that_falls_at_the_same_loss_is_quasi_singular(
     [said] = said_in(caplog, "quasi-singular")
     assert "the spectrum of epoch 2 is quasi-singular: the largest eigenvalue fell to 10 while" in said
     assert "Largest eigenvalue and trace no longer mean flatness; prefer C_t" in said
+
+
+def test_samples_without_a_sampling_error_have_spectra_and_one_warning(tmp_path: Path) -> None:
+    spectra = HessianSpectrumCallback(steps=2, num_samples=8, loss_fn=saddle, sampling_error=True)
+    with pytest.warns(RuntimeWarning, match="hesd: no sampling error: .* does not depend on the values") as warned:
+        make_trainer(tmp_path, [spectra], 2).fit(Saddle(), LOADER)
+    assert len([w for w in warned if "no sampling error" in str(w.message)]) == 1
+    assert [record.spectrum.c_t for record in spectra.history] == pytest.approx([-3, -3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch  # noqa: TC002 - the examples in docstrings need them
@@ -74,12 +75,12 @@ def hessian_spectrum(  # noqa: D417 - `AnalysisOptions` describes the options
             twice.
 
     Returns:
-        The spectrum, with its error bounds.
+        The spectrum, with its error bounds. Without the sampling error if the samples cannot be cut into groups for
+        it: `sampling_reason` and a warning say why.
 
     Raises:
-        ValueError: If an option is out of range, if no parameter is left to analyze, if there is no batch, if the
-            samples cannot be cut into groups for the sampling error, or if `output_loss` is another loss than
-            `loss_fn`.
+        ValueError: If an option is out of range, if no parameter is left to analyze, if there is no batch, or if
+            `output_loss` is another loss than `loss_fn`.
         TypeError: If the loss is not a scalar tensor.
         ArithmeticError: If the loss or a Hessian-vector product is NaN or infinite; the message names the batch.
         RuntimeError: If the loss cannot be differentiated twice, and `strategy` is "graph" or "recompute".
@@ -122,7 +123,9 @@ def hessian_spectrum(  # noqa: D417 - `AnalysisOptions` describes the options
     def attempt(options: AnalysisOptions, reason: str | None) -> Spectrum:
         return analyze(module, weighted, loss_fn, options, cache=cache, reason=reason)
 
-    return retry_on_oom(attempt, options, cache)
+    spectrum = retry_on_oom(attempt, options, cache)
+    _warn_without_sampling_error([spectrum])
+    return spectrum
 
 
 def layer_spectra(
@@ -166,4 +169,13 @@ def layer_spectra(
     def attempt(options: AnalysisOptions, reason: str | None) -> LayerSpectra:
         return analyze_layers(module, weighted, loss_fn, options, layers, cache=cache, reason=reason)
 
-    return retry_on_oom(attempt, checked, cache)
+    spectra = retry_on_oom(attempt, checked, cache)
+    _warn_without_sampling_error(spectra.values())
+    return spectra
+
+
+def _warn_without_sampling_error(spectra: Iterable[Spectrum]) -> None:
+    """Warn if a spectrum lacks the sampling error that was asked for, with the reason of the first that does."""
+    reason = next((s.sampling_reason for s in spectra if s.sampling_reason is not None), None)
+    if reason is not None:
+        warnings.warn(f"lightning_hesd: no sampling error: {reason}", RuntimeWarning, stacklevel=3)

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from lightning_hesd.numerics.analysis.ritz_vectors import layers_of_runs, losses_along_extremes, subspace_overlap
-from lightning_hesd.numerics.analysis.sampling_error import SamplingError, sampling_error
+from lightning_hesd.numerics.analysis.sampling_error import sampling_error
 from lightning_hesd.numerics.analysis.stopping import COARSE, FOR_C_T, FOR_DENSITY, CheckSchedule, c_t_excess
+from lightning_hesd.numerics.inputs.cuts import UnsplittableBatchError
 from lightning_hesd.numerics.isolation.modes import mode_name
 from lightning_hesd.numerics.krylov.lanczos import Lanczos, NonFiniteProductError
 from lightning_hesd.numerics.krylov.ritz import gauss_quadrature, tridiagonal_eigh
@@ -56,7 +57,6 @@ def run_lanczos(
 
     Raises:
         ArithmeticError: If a product is NaN or infinite; the message names the batch.
-        ValueError: If the samples cannot be cut into groups for the sampling error.
     """
     choose_difference_step(operators)
     estimations = [Estimation(operator, options, plan, started) for operator in operators]
@@ -90,7 +90,7 @@ class Estimation:
         self._options = options
         self._plan = plan
         self._runs: list[Lanczos] = []
-        self._sampling: SamplingError | None = None
+        self._sampling: dict[str, Any] = {}
         self._cost: float | None = None
         self._squared_weight_norm = operator.squared_weight_norm()
         self._generator = torch.Generator().manual_seed(options.seed)
@@ -131,11 +131,7 @@ class Estimation:
         return False
 
     def finish(self, cost: float | None) -> None:
-        """Take the cost of a product, in gradients, after all runs; estimate the sampling error if it is wanted.
-
-        Raises:
-            ValueError: If the samples cannot be cut into groups for the sampling error.
-        """
+        """Take the cost of a product, in gradients, after all runs; estimate the sampling error if it is wanted."""
         self._cost = cost
         if self._options.wants_sampling_error:
             self._estimate_sampling_error(self._runs)
@@ -166,16 +162,26 @@ class Estimation:
         return c_t_excess(
             run,
             self._options.tolerance or 0.0,
-            None if self._sampling is None else self._sampling.c_t_sampling_error,
+            self._sampling.get("c_t_sampling_error"),
             lambda norm: self._rounding(norm, asymmetry),
             dimension=self.operator.dimension,
             confidence=self._options.confidence,
         )
 
     def _estimate_sampling_error(self, runs: Sequence[Lanczos]) -> None:
+        """Estimate the sampling error, or find out why that is impossible, unless it has been tried before."""
+        if self._sampling:
+            return
         spectrum = self.spectrum(runs)
-        if self._sampling is None and spectrum.reason is None and spectrum.lambda_max > spectrum.rounding:
-            self._sampling = sampling_error(self.operator, runs)
+        if spectrum.reason is not None:
+            self._sampling = {"sampling_reason": f"C_t is undefined: {spectrum.reason}"}
+        elif spectrum.lambda_max <= spectrum.rounding:
+            self._sampling = {"sampling_reason": "no eigenvalue is positive"}
+        else:
+            try:
+                self._sampling = vars(sampling_error(self.operator, runs))
+            except UnsplittableBatchError as error:
+                self._sampling = {"sampling_reason": str(error)}
 
     @property
     def epsilon(self) -> float:
@@ -234,7 +240,7 @@ class Estimation:
             verification=risk.verification.words,
             reason=criteria.undefined_reason(norm, risk.loss, self._squared_weight_norm, self.epsilon, rounding),
             squared_weight_norm=self._squared_weight_norm,
-            **({} if self._sampling is None else vars(self._sampling)),
+            **self._sampling,
         )
 
     def spectrum_and_vectors(self, layers: Layers) -> Spectrum:

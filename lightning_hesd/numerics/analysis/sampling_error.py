@@ -83,7 +83,7 @@ def sampling_error(operator: DiagonalBlock, runs: Sequence[Lanczos]) -> Sampling
     Of all Ritz vectors of the Lanczos runs the lowest and the highest are taken.
 
     Raises:
-        ValueError: If there are fewer than 8 groups, their mean is not the Hessian, or they do not differ.
+        UnsplittableBatchError: If there are fewer than 8 groups, their mean is not the Hessian, or they do not differ.
         AnotherRankFailedError: If it failed on another rank.
     """
     ends = _ends(runs)
@@ -102,7 +102,7 @@ def sampling_error(operator: DiagonalBlock, runs: Sequence[Lanczos]) -> Sampling
             )
         else:
             msg += "analyze more samples, or more batches."
-        raise ValueError(msg)
+        raise UnsplittableBatchError(msg)
 
     own = np.stack([along[:, end.position] for along, end in zip(coordinates, ends, strict=True)], axis=1)
     covariance = covariance_of_mean(own, weights)
@@ -115,13 +115,13 @@ def sampling_error(operator: DiagonalBlock, runs: Sequence[Lanczos]) -> Sampling
             "the loss is not a mean over samples (it may use statistics of the batch), so that batches cannot be cut "
             f"into groups. Pass at least {GROUPS} batches, or leave the sampling error out."
         )
-        raise ValueError(msg)
+        raise UnsplittableBatchError(msg)
     if groups > _num_batches(operator.risk) and (errors <= rounding).all():
         msg = (
             "the curvature is the same in all groups of samples, to rounding: the loss may not depend on what was cut. "
             f"Pass at least {GROUPS} batches, so that none needs to be cut, or leave the sampling error out."
         )
-        raise ValueError(msg)
+        raise UnsplittableBatchError(msg)
     lambda_min, lambda_max = (float(value) for value in extremes)
     mean = float(np.mean([run.alphas[0] for run in runs]))
     of_ends = [
@@ -254,9 +254,12 @@ def _check_groups(groups: Sequence[WeightedBatch], losses: Sequence[Tensor], who
     """Check that the mean loss of two or more groups of samples is the loss of their whole batch.
 
     Raises:
-        UnsplittableBatchError: If it is not, or all groups have the same loss.
+        UnsplittableBatchError: If it is not, a group has no finite loss, or all groups have the same loss.
     """
     values = np.array([loss.item() for loss in losses])
+    if not np.isfinite(values).all():
+        msg = f"a group of {groups[0].label} has no finite loss"
+        raise UnsplittableBatchError(msg)
     weights = np.array([group.weight for group in groups])
     rounding = 64 * torch.finfo(losses[0].dtype).eps * float(np.abs(values).max())
     scatter = float(np.std(values, ddof=1)) / math.sqrt(len(values))

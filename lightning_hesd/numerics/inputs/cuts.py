@@ -36,7 +36,7 @@ _POSITIONS = (torch.int32, torch.int64, np.dtype("int32"), np.dtype("int64"))
 
 
 class UnsplittableBatchError(ValueError):
-    """A batch cannot be cut into groups of samples; the message says why."""
+    """Samples cannot be divided into groups; the message says why."""
 
 
 def cut(batch: Any, size: int, ranges: Sequence[slice]) -> list[Any]:

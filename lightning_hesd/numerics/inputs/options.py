@@ -46,7 +46,8 @@ class AnalysisOptions:
         seed: Seed of the start vectors and of all random numbers in the forward pass.
         tolerance: Stop as soon as the interval of C_t is narrow enough: a number for the relative accuracy (0.05:
             within 5 % of C_t, or of 0.001 where C_t is closer to zero); "type" for MP or MN to be certain; "auto" for
-            a quarter of the sampling error of C_t, which is estimated on the way. None: take all steps.
+            a quarter of the sampling error of C_t, which is estimated on the way; without one all steps are taken, as
+            with None.
         stop: What a number for `tolerance` refers to: "c_t", or "density" for the distance between the density and the
             spectrum, as a share of the spectrum's width (`Spectrum.density_error`). The latter has a lower limit,
             because a start vector is random; it is smaller for larger networks.
@@ -75,7 +76,8 @@ class AnalysisOptions:
         memory_budget: Bytes the analysis may take, beyond module and batches; default: half of the free memory.
         preconditioner: Parameter name -> positive diagonal D in the shape of the parameter, for all analyzed ones: take
             D^(-1/2) H D^(-1/2) for H, the curvature in the coordinates of an optimizer that steps along -D⁻¹g.
-        sampling_error: Also estimate how much of C_t is due to the finite sample, in one more pass over it.
+        sampling_error: Also estimate how much of C_t is due to the finite sample, in one more pass over it. Where the
+            samples cannot be cut into 8 groups, `Spectrum.sampling_reason` says why there is no such error.
         layer_probes: Number k of further random vectors, with a Hessian-vector product each, that make the traces of
             layers in `Spectrum.by_layer` more accurate, by a factor √(1 + k).
         track_eigenvectors: Number k of leading eigenvectors whose subspace is compared with that of the previous

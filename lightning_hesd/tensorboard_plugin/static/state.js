@@ -5,7 +5,7 @@ import { SPECTRA, interval, spectrumOf } from "./data.js";
 import { element, number, typeset, withMinus } from "./dom.js";
 import { intervalOf, totalError, withError, within } from "./uncertainty.js";
 
-const SAMPLING = "pass sampling_error=True";
+const UNASKED = "pass sampling_error=True";
 
 /** Rows of the table: the name, its explanation, and a function of a spectrum; "–" where it has none. */
 const ROWS = [
@@ -36,13 +36,14 @@ function tableOfSpectra(record) {
   const present = SPECTRA.map((one) => ({ ...one, spectrum: spectrumOf(record, one.field) })).filter(({ spectrum }) => spectrum);
   if (!present.length) return null;
   const rows = ROWS.map(([name, why, textOf]) => ({ name, why, texts: present.map(({ spectrum }) => textOf(spectrum)) }));
+  const reason = present.map(({ spectrum }) => spectrum.sampling_reason).find(Boolean) ?? UNASKED;
   const isSampled = present.some(({ spectrum }) => totalError(spectrum) !== null);
   const cell = (text) => element("td", { class: "number" }, text);
   return element("table", { class: "numbers" },
     element("thead", {}, element("tr", {}, element("td"), ...present.map(({ title }) => element("th", { scope: "col" }, title)))),
     element("tbody", {}, ...rows.map(({ name, why, texts }) => {
       const isUnknown = !isSampled && (name === "sampling error" || name === "total error");
-      const cells = isUnknown ? [element("td", { class: "unknown", colspan: present.length }, name === "total error" ? "unknown" : `not estimated: ${SAMPLING}`)] : texts.map(cell);
+      const cells = isUnknown ? [element("td", { class: "unknown", colspan: present.length }, name === "total error" ? "unknown" : `not estimated: ${reason}`)] : texts.map(cell);
       const [{ spectrum: { confidence } }] = present;
       const title = name === "Lanczos interval" ? `${name}, ${percent(confidence)}` : name;
       return element("tr", { "data-row": name }, element("th", { scope: "row", title: why || null }, ...typeset(title)), ...cells);
