@@ -107,6 +107,7 @@ def write_states(folder: Path) -> dict[str, SpectrumHistory]:
         for record in records:
             histories[run].append(record)
             (output.rewrite if record.spectra else output.write_failure)(histories[run], record.global_step)
+        histories[run].save(folder / run / "hesd")
         logger.finalize("success")
         logger.experiment.close()
     return histories

@@ -6,7 +6,7 @@ display and leave no global state. Colors are those of Okabe & Ito (2008), which
 
 from lightning_hesd.plotting.c_t import plot_c_t
 from lightning_hesd.plotting.cumulative import plot_cumulative
-from lightning_hesd.plotting.density import describe, plot_decomposition, plot_density
+from lightning_hesd.plotting.density import describe, plot_decomposition, plot_densities, plot_density
 from lightning_hesd.plotting.gains import plot_gains
 from lightning_hesd.plotting.heat_maps import plot_density_evolution, plot_layers
 from lightning_hesd.plotting.layer_extremes import plot_layer_extremes
@@ -35,6 +35,7 @@ __all__ = [
     "plot_c_t",
     "plot_cumulative",
     "plot_decomposition",
+    "plot_densities",
     "plot_density",
     "plot_density_evolution",
     "plot_gains",

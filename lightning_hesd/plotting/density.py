@@ -1,21 +1,50 @@
-"""The density of one spectrum, and those of GGN and residual, whose sum is the Hessian."""
+"""The density of one spectrum, and those of several, as of GGN and residual, whose sum is the Hessian."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from itertools import cycle
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from matplotlib.ticker import NullLocator
 
-from lightning_hesd.plotting.style import NEGATIVE, POSITIVE, SMOOTHING, new_axes
+from lightning_hesd.plotting.decades import density_per_decade, faintest, set_decades
+from lightning_hesd.plotting.style import (
+    COLORS,
+    NEGATIVE,
+    POSITIVE,
+    SMOOTHING,
+    new_axes,
+)
 from lightning_hesd.spectra.digits import certain, interval, number
 from lightning_hesd.spectra.quadrature import legible_sigma
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from matplotlib.axes import Axes
+    from numpy.typing import NDArray
 
     from lightning_hesd.spectra.spectrum import Spectrum
+
+    Array: TypeAlias = NDArray[np.float64]
+
+STYLES: list[dict[str, Any]] = [
+    {"color": color, "linestyle": line} for line, color in zip(("-", "--", "-.", ":") * 7, COLORS * 4, strict=True)
+]
+"""Colors and dashes of several spectra; no two of 28 are the same."""
+
+POINTS = 600
+
+FEW = 6
+"""Largest number of spectra whose legend stands above the curves; that of more stands beside them."""
+
+ROW_OF_LEGEND = 0.07
+"""Height of a row of the legend, as a share of the axes."""
+
+WIDE = 10.0
+"""Ratio of the widths of spectra from which on the axis of eigenvalues is logarithmic."""
 
 MIN_SHARE = 1e-10
 """Lower end of the logarithmic axis, relative to the highest density: rounding matters below."""
@@ -71,8 +100,61 @@ def _place_legend(ax: Axes, lambda_max: float) -> None:
     ax.legend(fontsize=9, loc="upper right", bbox_to_anchor=(place, 1), framealpha=0.9, handlelength=1.2)
 
 
+def plot_densities(spectra: Mapping[str, Spectrum], ax: Axes | None = None) -> Axes:
+    """Draw the densities of several spectra: of epochs, of runs, or of training and generalization data.
+
+    Both axes are logarithmic, that of eigenvalues on both sides of zero, if the widths of spectra differ by a factor of
+    ten or more.
+
+    Args:
+        spectra: The spectra, by their titles in the legend.
+        ax: Axes to draw on; default: those of a new figure, small in inches as that of `plot_density`.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if not spectra:
+        msg = "`spectra` is empty: pass at least one spectrum."
+        raise ValueError(msg)
+    ax = ax or new_axes()
+    widths = [s.lambda_max - s.lambda_min for s in spectra.values()]
+    is_wide = max(widths) >= WIDE * min(widths)
+    curves, bottom = _per_decade(list(spectra.values()), ax) if is_wide else _per_eigenvalue(list(spectra.values()))
+    for (grid, density), (title, spectrum), style in zip(curves, spectra.items(), cycle(STYLES), strict=False):
+        ax.plot(grid, density, linewidth=1.4, label=f"{title}, up to {number(spectrum.lambda_max, 3)}", **style)
+    ax.set_yscale("log")
+    ax.yaxis.set_minor_locator(NullLocator())
+    top = max(float(density.max()) for _, density in curves)
+    legend = {"loc": "upper right"} if len(curves) <= FEW else {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
+    room = ROW_OF_LEGEND * (1 + len(curves)) if len(curves) <= FEW else ROW_OF_LEGEND
+    ax.set_ylim(bottom, top * (top / bottom) ** (room / (1 - room)))
+    ax.set_xlabel("eigenvalue")
+    ax.set_ylabel("share of eigenvalues per decade" if is_wide else "spectral density")
+    ax.grid(visible=True, alpha=0.3)
+    ax.legend(fontsize=8, framealpha=0.9, handlelength=2.2, **legend)
+    return ax
+
+
+def _per_eigenvalue(spectra: Sequence[Spectrum]) -> tuple[list[tuple[Array, Array]], float]:
+    """Return curves for a linear axis, and the least density to draw."""
+    sigma = 0.005 * max(s.lambda_max - s.lambda_min for s in spectra) or None
+    curves = [s.density(sigma=sigma) for s in spectra]
+    top = max(float(density.max()) for _, density in curves)
+    at_extremes = min(float(s.density((s.lambda_min, s.lambda_max), sigma)[1].min()) for s in spectra)
+    return curves, max(at_extremes / 10, top * MIN_SHARE)
+
+
+def _per_decade(spectra: Sequence[Spectrum], ax: Axes) -> tuple[list[tuple[Array, Array]], float]:
+    """Return the same for an axis that is logarithmic on both sides of zero, and set that."""
+    decades, (start, end) = set_decades(ax, spectra, which="x")
+    edges = np.linspace(start, end, POINTS + 1)
+    grid = decades.back((edges[1:] + edges[:-1]) / 2)
+    curves = [(grid, density_per_decade(s, decades, edges)) for s in spectra]
+    return curves, faintest(spectra)
+
+
 def plot_decomposition(hessian: Spectrum, ggn: Spectrum, residual: Spectrum, ax: Axes | None = None) -> Axes:
-    """Draw the densities of the Hessian, the GGN and the residual H − GGN on one logarithmic axis.
+    """Draw the densities of the Hessian, the GGN and the residual H − GGN on the same axes.
 
     Outliers of the Hessian come from the Gauss-Newton matrix, its bulk from the residual (Kiselev & Grabovoy 2024,
     section 3.4).
@@ -83,26 +165,7 @@ def plot_decomposition(hessian: Spectrum, ggn: Spectrum, residual: Spectrum, ax:
         residual: Spectrum of the residual.
         ax: Axes to draw on; default: those of a new figure, small in inches as that of `plot_density`.
     """
-    ax = ax or new_axes()
-    spectra = {"Hessian": hessian, "Gauss-Newton": ggn, "residual": residual}
-    width = max(s.lambda_max for s in spectra.values()) - min(s.lambda_min for s in spectra.values())
-    sigma = 0.005 * width if width > 0 else None
-    top, bottom = 0.0, math.inf
-    for (label, spectrum), (color, style) in zip(
-        spectra.items(), (("0.35", "-"), (POSITIVE, "--"), (NEGATIVE, "-.")), strict=True
-    ):
-        grid, density = spectrum.density(sigma=sigma)
-        ax.plot(grid, density, style, color=color, linewidth=1.4, label=f"{label}, up to {spectrum.lambda_max:.3g}")
-        _, at_extremes = spectrum.density((spectrum.lambda_min, spectrum.lambda_max), sigma)
-        top, bottom = max(top, float(density.max())), min(bottom, float(at_extremes.min()))
-    ax.set_yscale("log")
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.set_ylim(max(bottom / 10, top * MIN_SHARE), top * 3)
-    ax.set_xlabel("eigenvalue")
-    ax.set_ylabel("spectral density")
-    ax.grid(visible=True, alpha=0.3)
-    ax.legend(fontsize=9, loc="upper right", framealpha=0.9, handlelength=2.2)
-    return ax
+    return plot_densities({"Hessian": hessian, "Gauss-Newton": ggn, "residual": residual}, ax)
 
 
 def describe(spectrum: Spectrum, title: str = "") -> str:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from matplotlib.colors import FuncNorm, LogNorm
 from matplotlib.patheffects import Normal, Stroke
 
+from lightning_hesd.plotting.decades import density_per_decade, faintest, set_decades
 from lightning_hesd.plotting.style import (
     NEGATIVE,
     POSITIVE,
     RunAxis,
-    linear_threshold,
     new_axes,
-    set_signed_log,
     typeset,
 )
 from lightning_hesd.spectra.indicators import layer_indicators
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
     from matplotlib.colors import Normalize
-    from matplotlib.transforms import Transform
     from numpy.typing import NDArray
 
     from lightning_hesd.spectra.indicators import LayerIndicators
@@ -39,17 +36,9 @@ if TYPE_CHECKING:
     Array: TypeAlias = NDArray[np.float64]
 
 ROWS = 400
-SMOOTHING = 0.06
-"""Standard deviation in decades."""
 
 HEADROOM = 0.12
 """Share of the axis that is left to the legend."""
-
-EDGE = 10.0**0.15
-"""Factor by which the axis exceeds the extremes."""
-
-MIN_BRIGHTNESS = 0.05
-"""Least density that is drawn, relative to that of a single eigenvalue."""
 
 
 def plot_density_evolution(history: Sequence[SpectrumRecord], ax: Axes | None = None) -> Axes:
@@ -73,14 +62,13 @@ def plot_density_evolution(history: Sequence[SpectrumRecord], ax: Axes | None = 
         msg = "the history has no spectrum: all analyses failed."
         raise ValueError(msg)
     ax = ax or new_axes()
-    page = _set_scale(ax, present)
-    bottom, top = page.heights(np.array(ax.get_ylim()))
+    decades, (bottom, top) = set_decades(ax, present, which="y", headroom=HEADROOM)
     edges = np.linspace(bottom, top, ROWS + 1)
-    columns = [np.full(ROWS, math.nan) if s is None else _per_decade(s, page, edges) for s in spectra]
-    faintest = MIN_BRIGHTNESS / max(s.dimension for s in present) / (SMOOTHING * math.sqrt(2 * math.pi))
-    values = np.ma.masked_less(np.ma.masked_invalid(np.array(columns).T), faintest)
+    columns = [np.full(ROWS, math.nan) if s is None else density_per_decade(s, decades, edges) for s in spectra]
+    least = faintest(present)
+    values = np.ma.masked_less(np.ma.masked_invalid(np.array(columns).T), least)
     image = ax.pcolormesh(
-        axis.edges(), page.back(edges), values, cmap="Greys", norm=LogNorm(vmin=faintest),
+        axis.edges(), decades.back(edges), values, cmap="Greys", norm=LogNorm(vmin=least),
         rasterized=True,
     )  # fmt: skip
     ax.figure.colorbar(image, ax=ax, label="share of eigenvalues per decade")
@@ -106,53 +94,6 @@ def _mark_failed(ax: Axes, at: Array) -> None:
             at, np.full(len(at), 0.035), "x", color=NEGATIVE, markersize=6, markeredgewidth=1.6,
             transform=ax.get_xaxis_transform(), label="failed",
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Page:
-    """Map between eigenvalues and heights on the page, in decades.
-
-    Attributes:
-        transform: Transform of the axis.
-        threshold: Largest eigenvalue of the linear part of the axis.
-    """
-
-    transform: Transform
-    threshold: float
-
-    def heights(self, values: Array) -> Array:
-        """Return the heights of these eigenvalues."""
-        heights: Array = self.transform.transform(values)
-        return heights / self.threshold
-
-    def back(self, heights: Array) -> Array:
-        """Return the eigenvalues at these heights."""
-        values: Array = self.transform.inverted().transform(heights * self.threshold)
-        return values
-
-
-def _set_scale(ax: Axes, spectra: Sequence[Spectrum]) -> Page:
-    """Choose the scale of the vertical axis so that extremes differ from zero, and return its map."""
-    extremes = [value for s in spectra for value in (s.lambda_min, s.lambda_max)]
-    threshold = linear_threshold(v for s in spectra for v in (s.lambda_min, s.lambda_max) if abs(v) > s.rounding)
-    low, high = min(-threshold, EDGE * min(extremes)), max(threshold, EDGE * max(extremes))
-    set_signed_log(ax, threshold, low, high)
-    page = Page(ax.yaxis.get_transform(), threshold)
-    bottom, top = page.heights(np.array([low, high]))
-    set_signed_log(ax, threshold, low, float(page.back(top + HEADROOM * (top - bottom))))
-    return page
-
-
-def _per_decade(spectrum: Spectrum, page: Page, edges: Array) -> Array:
-    """Return the density on the page: the mass between edges of rows, shape (rows + 1,), smoothed over `SMOOTHING`."""
-    mass = np.diff(spectrum.distribution.cumulative(page.back(edges)))
-    rows = (edges[1:] + edges[:-1]) / 2
-    gaussians = np.exp(-0.5 * ((rows[:, None] - rows) / SMOOTHING) ** 2)
-    # Beyond the extremes there is smoothing only.
-    low, high = page.heights(np.array([spectrum.lambda_min, spectrum.lambda_max]))
-    within = (rows > low - 2 * SMOOTHING) & (rows < high + 2 * SMOOTHING)
-    density: Array = gaussians @ mass / (SMOOTHING * math.sqrt(2 * math.pi))
-    return np.where(within, density, 0.0)
 
 
 # Layers ---------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_hesd.plotting.style import NEGATIVE, OTHER, POSITIVE, RunAxis, free_corner, new_axes, typeset
+from lightning_hesd.plotting.style import COLORS, RunAxis, free_corner, new_axes, typeset
 from lightning_hesd.spectra.criteria import DELTA_K_H05_THRESHOLD, DELTA_R_E_THRESHOLD
 from lightning_hesd.spectra.scalars import RECORD_SCALARS, SPECTRUM_SCALARS
 
@@ -34,10 +34,6 @@ FEW = 40
 
 MANY = 8
 """Largest number of curves whose legend stands among them; that of more stands beside them."""
-
-
-COLORS = (POSITIVE, OTHER, NEGATIVE, "#CC79A7", "#E69F00", "#56B4E9", "0.15")
-"""Colors of runs; more runs have the same colors with other marks."""
 
 MARKS = "os^Dv"
 

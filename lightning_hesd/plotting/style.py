@@ -30,6 +30,8 @@ NEGATIVE = "#D55E00"
 OTHER = "#009E73"
 SMOOTHING = "0.6"
 
+COLORS = (POSITIVE, OTHER, NEGATIVE, "#CC79A7", "#E69F00", "#56B4E9", "0.15")
+"""Colors of runs and spectra of one figure; more of them have the same colors with other marks or dashes."""
 
 SYMBOLS = {"λ": r"\lambda", "max": r"\max", "min": r"\min"}
 

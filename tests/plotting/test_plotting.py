@@ -17,6 +17,7 @@ from lightning_hesd.plotting import (
     describe,
     plot_cumulative,
     plot_decomposition,
+    plot_densities,
     plot_density,
     plot_layers,
     plot_losses_along,
@@ -114,7 +115,7 @@ def test_title_tells_type_and_interval() -> None:
     assert describe(spectrum(0.0, reason="none"), "start") == "start\n$C_t$ undefined: no curvature"
 
 
-def test_all_extremes_of_a_decomposition_are_within_the_axes() -> None:
+def test_all_extremes_of_several_densities_are_within_the_axes() -> None:
     ax = plot_decomposition(spectrum(-1.0, 0.0, 40.0), spectrum(0.0, 0.1, 38.0), spectrum(-5.0, 0.0, 3.0))
     left, right = ax.get_xlim()
     assert left < -5 < 40 < right
@@ -123,6 +124,14 @@ def test_all_extremes_of_a_decomposition_are_within_the_axes() -> None:
     for line, highest in zip(ax.lines, (40.0, 38.0, 3.0), strict=True):
         x, y = line.get_data()
         assert y[np.abs(x - highest).argmin()] > ax.get_ylim()[0]
+
+
+def test_densities_of_very_different_widths_are_both_legible() -> None:
+    ax = plot_densities({"training": spectrum(-0.01, 1.0), "generalization": spectrum(-15.0, 549.0)})
+    places = ax.transAxes.inverted().transform(ax.transData.transform([(-0.01, 1), (0, 1), (1, 1), (549, 1)]))[:, 0]
+    assert 0 < places[0] < places[1] < places[2] - 0.2 < places[3] - 0.3 < 0.7
+    with pytest.raises(ValueError, match="pass at least one"):
+        plot_densities({})
 
 
 class TestCumulative:

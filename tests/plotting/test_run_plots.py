@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from lightning_hesd.plotting import NEGATIVE, POSITIVE, plot_c_t, plot_density_evolution, plot_layers, plot_scalar
 from lightning_hesd.plotting.c_t import BOTTOM
-from lightning_hesd.plotting.heat_maps import MIN_BRIGHTNESS, SMOOTHING
+from lightning_hesd.plotting.decades import MIN_SHARE_OF_ONE, SMOOTHING
 from lightning_hesd.plotting.style import RunAxis, linear_threshold
 from lightning_hesd.spectra.record import SpectrumRecord
 from tests.spectra.nodes import spectrum
@@ -248,7 +248,7 @@ class TestEvolution:
     def test_colors_reach_down_to_single_eigenvalues(self):
         image = mesh(plot_density_evolution(RUN))
         one = 1 / RUN[0].spectrum.dimension / (SMOOTHING * math.sqrt(2 * math.pi))
-        assert image.norm.vmin == pytest.approx(MIN_BRIGHTNESS * one)
+        assert image.norm.vmin == pytest.approx(MIN_SHARE_OF_ONE * one)
         assert type(image.norm).__name__ == "LogNorm"
 
     def test_the_weight_of_a_node_with_a_residual_is_spread_over_its_cell(self):

@@ -126,7 +126,7 @@ def test_every_figure_in_light_colors_with_a_title_and_its_code(
         "metric": {"hesd-metric-train_acc.pdf"},
         "map": {"hesd-map.pdf"},
         "layers": {"hesd-layers.pdf"},
-        "density": {"hesd-density-spectrum.pdf", "hesd-density-generalization.pdf"},
+        "density": {"hesd-density.pdf"},
         "cumulative": {"hesd-cumulative-spectrum.pdf", "hesd-cumulative-generalization.pdf"},
     }
 

@@ -20,6 +20,7 @@ from tests.tab import Server, Tab
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from lightning_hesd import Spectrum, SpectrumHistory
 
@@ -184,7 +185,9 @@ def test_the_address_has_the_choices(page: Page) -> None:
     page.until("return !location.hash.includes('order') && !location.hash.includes('density')")
 
 
-def test_every_spectrum_of_the_record_and_other_states_beside_it(page: Page, histories: Any) -> None:
+def test_every_spectrum_of_the_record_and_other_states_beside_it(
+    page: Page, histories: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     labels = page.texts("#density-choices label")
     assert labels == [
         "Hessian, training data",
@@ -216,6 +219,14 @@ def test_every_spectrum_of_the_record_and_other_states_beside_it(page: Page, his
     to, _ = symlog(1e-4)  # below the smallest extreme of these, that of epoch 8
     nodes = drawn(page, "nodes")["other, epoch 5, training"]["x"]
     assert nodes == pytest.approx(list(to(histories["other"][1].spectrum.nodes[0])), rel=1e-5, abs=1e-6)
+    page.export("density")
+    monkeypatch.chdir(tmp_path)
+    exec(page.script("return document.querySelector('dialog pre').textContent"), scope := {})  # noqa: S102 - as users do
+    shown = [histories["every_kind"][4], histories["every_kind"][1], histories["other"][1]]
+    assert {title: s.c_t for title, s in scope["spectra"].items()} == {
+        f"{state}, training": record.spectrum.c_t for state, record in zip(states, shown, strict=True)
+    }
+    page.click("dialog button", "Close")
     page.click("#density-choices .pin button", "Remove every_kind, epoch 0")
     assert list(drawn(page, "density")) == ["every_kind, epoch 8, training", "other, epoch 5, training"]
 

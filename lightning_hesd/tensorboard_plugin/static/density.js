@@ -16,9 +16,9 @@ const FIELDS = SPECTRA.map(({ field }) => field);
 
 /** Return the curves to draw: one for each spectrum of the chosen state and of the pinned ones. */
 function curvesOf(states, theme, hidden) {
-  return states.flatMap(({ title, record, isPinned, color }, place) =>
+  return states.flatMap(({ title, key, run, record, isPinned, color }, place) =>
     SPECTRA.filter(({ field }) => spectrumOf(record, field)).map(({ field, label, dash }) => ({
-      spectrum: spectrumOf(record, field), field, dash, isPinned, isShown: !hidden.has(field),
+      spectrum: spectrumOf(record, field), field, key, run, step: record.global_step, dash, isPinned, isShown: !hidden.has(field),
       label: states.length > 1 ? `${title}, ${label}` : label, group: `${place} ${field}`,
       // With several states, colors tell states apart and dashes spectra.
       color: isPinned ? theme.pins[color] : colorOfField(states.length > 1 ? "spectrum" : field, theme),
@@ -77,7 +77,7 @@ function heights(curves, scale) {
 }
 
 /** Return band, curve, nodes and extremes of a spectrum: one group, which is shown or hidden as a whole. */
-function tracesOf({ spectrum, field, label, group, color, dash, isPinned, isShown, hasBand, grid, values, band }, index, scale, bottom, top, theme) {
+function tracesOf({ spectrum, field, key, run, step, label, group, color, dash, isPinned, isShown, hasBand, grid, values, band }, index, scale, bottom, top, theme) {
   const shared = { legendgroup: group, visible: isShown ? true : "legendonly", showlegend: false };
   const eigenvalues = (places) => places.map(scale.back);
   const rug = bottom * (top / bottom) ** (0.02 + 0.035 * index);
@@ -91,7 +91,7 @@ function tracesOf({ spectrum, field, label, group, color, dash, isPinned, isShow
     ...bands,
     {
       ...shared, showlegend: true, x: grid, y: clipped(values), mode: "lines", line: { color, width: isPinned ? 1.3 : 1.8, dash },
-      name: `${literal(label)}: ${indexed("λ_min")} ${number(spectrum.lambda_min, 3)}, ${indexed("λ_max")} ${number(spectrum.lambda_max, 3)}`, meta: { density: label, field },
+      name: `${literal(label)}: ${indexed("λ_min")} ${number(spectrum.lambda_min, 3)}, ${indexed("λ_max")} ${number(spectrum.lambda_max, 3)}`, meta: { density: label, field, key, run, step },
       customdata: eigenvalues(grid), hovertemplate: `${literal(label)}<br>λ = %{customdata:.4g}<br>density %{y:.3g}<extra></extra>`,
     },
     {

@@ -3,7 +3,7 @@
 import { when } from "./axis.js";
 import { indexed, literal } from "./base.js";
 import { button, download, element, menu, typeset } from "./dom.js";
-import { codeOf } from "./figure_code.js";
+import { codeOf, runsOf } from "./figure_code.js";
 import { LIGHT, faint } from "./theme.js";
 
 const PIXELS = 96; // of CSS in an inch
@@ -189,11 +189,12 @@ async function copied(text) {
  *   axis: Object, quantity: ?string, folderOf: function(string): Promise<string>}} given The runs that the figure shows; its record, if it shows one.
  */
 export async function openExport(shown) {
-  const folders = await Promise.all(shown.runs.map(async ({ key, run }) => shown.folderOf(JSON.parse(key)[0]).catch(() => run)));
+  const coded = { ...shown, runs: runsOf(shown) };
+  const folders = await Promise.all(coded.runs.map(async ({ key, run }) => shown.folderOf(JSON.parse(key)[0]).catch(() => run)));
   const preview = element("div", { class: "preview" });
   const status = element("p", { role: "status" });
   const code = element("pre", { tabindex: "0" });
-  const python = codeOf(shown, SIZES[lastSize].code, folders) === null ? null
+  const python = codeOf(coded, SIZES[lastSize].code, folders) === null ? null
     : element("details", {}, element("summary", {}, "Python code"), code);
   const say = (text) => { status.textContent = text; };
   const act = (work, done = "") => async () => {
@@ -205,7 +206,7 @@ export async function openExport(shown) {
     }
   };
   const show = act(async () => {
-    if (python) code.textContent = codeOf(shown, SIZES[lastSize].code, folders);
+    if (python) code.textContent = codeOf(coded, SIZES[lastSize].code, folders);
     const image = element("img", { alt: `Preview of ${placeOf(shown)}` });
     image.src = URL.createObjectURL(new Blob([textOf(await svgOf(shown, sizeOf(shown, lastSize)))], { type: "image/svg+xml" }));
     image.onload = () => URL.revokeObjectURL(image.src);

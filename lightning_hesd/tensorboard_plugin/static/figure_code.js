@@ -13,6 +13,37 @@ const ofSpectra = (plot, fields, { record, axis }) => ({
 });
 const BOTH_DATA = ["spectrum", "generalization"];
 
+/** Return what a figure of densities shows: {density: label, field, key: of its run, run, step} of each spectrum. */
+const densitiesOf = ({ data }) => data.filter(({ meta, visible }) => meta?.density && visible === true).map(({ meta }) => meta);
+
+/** One spectrum as `plot_density` draws it, several on the same axes. */
+function ofDensities(shown) {
+  const drawn = densitiesOf(shown.figure);
+  if (drawn.length === 1) return ofSpectra("plot_density", [drawn[0].field], shown);
+  const historyOf = (key) => (shown.runs.length === 1 ? "history" : `history[${quoted(titlesOf(shown.runs)[shown.runs.findIndex((run) => run.key === key)])}]`);
+  const setup = [
+    "", "",
+    "def at(records, step):",
+    "    return next(record for record in records if record.global_step == step)",
+    "", "",
+    "spectra = {",
+    ...drawn.map(({ density, field, key, step }) => `    ${quoted(density)}: at(${historyOf(key)}, ${step}).${field},`),
+    "}",
+  ];
+  return { plot: "plot_densities", setup, calls: [["", "plot_densities(spectra, new_axes(*SIZE))"]] };
+}
+
+/** Return the runs that a figure needs: those of the page, and of pinned states. */
+export function runsOf({ id, runs, figure }) {
+  if (id !== "density") return runs;
+  const found = densitiesOf(figure).map(({ key, run }) => ({ key, run }));
+  return found.filter(({ key }, index) => found.findIndex((other) => other.key === key) === index);
+}
+
+/** Return titles of runs that differ: with the name of the callback where a run has several. */
+const titlesOf = (runs) => runs.map(({ key, run }) => (runs.filter((other) => other.run === run).length > 1 ? `${run}, ${callbackOf(key)}` : run));
+const callbackOf = (key) => JSON.parse(key)[1];
+
 /** By figure: the plot function, and a call for each chart, with a suffix for the name of its file. */
 const CODE = {
   ct: ({ runs }) => (runs.length > 1 ? ofScalars("c_t") : ofHistory("plot_c_t")),
@@ -21,7 +52,7 @@ const CODE = {
   loss: () => ofScalars("loss"),
   metric: ({ runs }) => ofScalars(...ruleMetricOf(runs)),
   map: () => ofHistory("plot_density_evolution"),
-  density: (shown) => ofSpectra("plot_density", BOTH_DATA, shown),
+  density: ofDensities,
   cumulative: (shown) => ofSpectra("plot_cumulative", BOTH_DATA, shown),
   along: (shown) => ofSpectra("plot_losses_along", ["spectrum"], shown),
   layers: ({ quantity }) => ({ plot: "plot_layers", calls: [["", `plot_layers(history, ${quoted(quantity)})`]] }),
@@ -34,16 +65,16 @@ const ruleMetricOf = (runs) =>
 
 /**
  * Return the code of a figure; null where there is none.
- * @param {{id: string, title: string, runs: Object[], record: ?Object, axis: Object, quantity: ?string}} shown
+ * @param {{id: string, title: string, runs: Object[], record: ?Object, axis: Object, quantity: ?string, figure: Object}} shown With
+ *   the runs of `runsOf`.
  * @param {number[]} size Width and height in inches.
  * @param {string[]} folders Log directories of the runs.
  */
 export function codeOf(shown, size, folders) {
-  const { plot, calls } = CODE[shown.id]?.(shown) ?? { calls: [] };
+  const { plot, setup, calls } = CODE[shown.id]?.(shown) ?? { calls: [] };
   if (!calls.length) return null;
-  const names = shown.runs.map((run) => JSON.parse(run.key)[1]);
-  const titles = shown.runs.map(({ run }, index) => (shown.runs.filter((other) => other.run === run).length > 1 ? `${run}, ${names[index]}` : run));
-  const loaded = titles.map((_, index) => `SpectrumHistory.load(${quoted(folders[index])}, ${quoted(names[index])})`);
+  const titles = titlesOf(shown.runs);
+  const loaded = shown.runs.map(({ key }, index) => `SpectrumHistory.load(${quoted(folders[index])}, ${quoted(callbackOf(key))})`);
   const isOfOne = titles.length === 1;
   return [
     `# ${shown.title}`,
@@ -55,7 +86,8 @@ export function codeOf(shown, size, folders) {
     `SIZE = ${size.join(", ")}  # inches`,
     "",
     ...(isOfOne ? [`history = ${loaded[0]}`] : ["history = {", ...titles.map((title, index) => `    ${quoted(title)}: ${loaded[index]},`), "}"]),
-    ...(shown.record ? [`record = next(r for r in history if r.global_step == ${shown.record.global_step})`] : []),
+    ...(setup ?? []),
+    ...(shown.record && !setup ? [`record = next(r for r in history if r.global_step == ${shown.record.global_step})`] : []),
     ...calls.flatMap(([suffix, call]) => [
       `ax = ${call}`,
       ...(isOfOne && !shown.record ? [`ax.set_title(${quoted(titles[0])}, fontsize=10)`] : []),
