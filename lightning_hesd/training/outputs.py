@@ -89,7 +89,8 @@ class RunOutputs:
         self, trainer: pl.Trainer, history: SpectrumHistory, gradients: GradientStatistics | None, *, monitored: bool
     ) -> None:
         """Inform of what the last record gives reason for, once in a run; with the gradient statistics of its epoch."""
-        lacking = next((s for s in history[-1].spectra.values() if s.sampling_reason is not None), None)
+        spectra = [s for s in history[-1].spectra.values() if s.reason is None]
+        lacking = next((s for s in spectra if s.sampling_reason is not None), None)
         if lacking is not None and "sampling" not in self._remarked:
             self._remarked.add("sampling")
             messages.warn(f"{self._name}: no sampling error: {lacking.sampling_reason}")

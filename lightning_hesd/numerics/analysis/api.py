@@ -175,7 +175,7 @@ def layer_spectra(
 
 
 def _warn_without_sampling_error(spectra: Iterable[Spectrum]) -> None:
-    """Warn if a spectrum lacks the sampling error that was asked for, with the reason of the first that does."""
-    reason = next((s.sampling_reason for s in spectra if s.sampling_reason is not None), None)
+    """Warn if a spectrum with a C_t lacks the sampling error that was asked for, with the reason of the first one."""
+    reason = next((s.sampling_reason for s in spectra if s.reason is None and s.sampling_reason is not None), None)
     if reason is not None:
         warnings.warn(f"lightning_hesd: no sampling error: {reason}", RuntimeWarning, stacklevel=3)

@@ -141,17 +141,21 @@ class Comparison:
         self._claim, self._tolerance, self._size, self._scale = claim, tolerance, size, scale
         self._estimates: list[tuple[float, float]] = []  # gap and change, at steps where rounding is small enough
         self._agrees = False
+        self._is_settled = True  # as far as estimates at shorter steps tell, which rounding makes too coarse
         self._before: Any = None
 
     def add(self, value: Any, rounding: float) -> None:
         """Add the estimate at the next step, with its absolute rounding error."""
         scale = max(self._size(self._claim), self._size(value)) if self._scale is None else self._scale
-        before, self._before = self._before, value
+        change = math.inf if self._before is None else self._size(value - self._before)
         if not math.isfinite(scale) or rounding > self._tolerance * scale:
+            if self._estimates:
+                self._is_settled &= change <= SETTLED * self._estimates[-1][0] + rounding
             return
+        self._before = value
         gap = self._size(value - self._claim)
         self._agrees |= gap <= self._tolerance * scale + rounding
-        self._estimates.append((gap, math.inf if before is None else self._size(value - before)))
+        self._estimates.append((gap, change))
         self.gap = min(self.gap, gap / scale if scale else 0.0)
 
     @property
@@ -167,6 +171,6 @@ class Comparison:
         """
         if self._agrees:
             return "agrees"
-        if len(self._estimates) > 1 and self._estimates[-1][1] <= SETTLED * self._estimates[-1][0]:
+        if len(self._estimates) > 1 and self._is_settled and self._estimates[-1][1] <= SETTLED * self._estimates[-1][0]:
             return "differs"
         return "undecided"

@@ -11,7 +11,8 @@ product is checked once for each loss L with gradient g, along one direction v, 
 
 The step h descends: truncation falls with it and rounding grows, and a step that is short enough crosses no kink of a
 piecewise smooth network. In float64 the steps reach from 1e-4 to 1e-9 of the size of the weights, in float32, on
-devices that have no other, from 0.02 to 1e-4: kinks hide more.
+devices that have no other, from 0.02 to 1e-4: kinks hide more. So a loss that casts to float32 itself is compared
+without its casts, if it can be evaluated so.
 """
 
 from __future__ import annotations
@@ -19,45 +20,35 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
 
-from lightning_hesd.numerics.devices import finest_dtype
-from lightning_hesd.numerics.operators.curvature import EVERYTHING, GaussNewtonMatrix
-from lightning_hesd.numerics.operators.directional import Comparison, Line, beside_the_weights, output_bend
+from lightning_hesd.numerics.krylov.vectors import in_shape
+from lightning_hesd.numerics.operators.curvature import EVERYTHING, gradient
+from lightning_hesd.numerics.operators.derivative_findings import ROUNDING_UNITS, findings
+from lightning_hesd.numerics.operators.directional import Line, beside_the_weights
 from lightning_hesd.numerics.operators.memory import FEW
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-    from lightning_hesd.numerics.derivatives.graphs import GraphFacts
+    from torch import Tensor
+
     from lightning_hesd.numerics.inputs.batches import WeightedBatch
     from lightning_hesd.numerics.krylov.vectors import VectorSpace
     from lightning_hesd.numerics.operators.curvature import CurvatureMatrix
+    from lightning_hesd.numerics.operators.derivative_findings import Findings
     from lightning_hesd.numerics.operators.directional import Outcome
 
-    InFinest = Callable[[], AbstractContextManager[Callable[[Tensor], Tensor]]]
+    InFinest = Callable[..., AbstractContextManager[Callable[[Tensor], Tensor]]]
 
 Verdict = Literal["yes", "no", "unknown"]
 
-STEP_EXPONENTS = (1 / 4, 3 / 8, 1 / 2, 9 / 16)
-"""Steps h are these powers of the machine epsilon, relative to the size of the weights."""
-
-CONTINUOUS = 0.1
-"""A loss is continuous if the shortest step changes it by at most this share of what the longest one does."""
-
-ROUNDING_UNITS = 30.0
-"""Rounding errors of losses and gradients, in machine epsilons."""
-
-SHARES_OF_RANDOM = (1e-6, 1e-4, 0.01)
-"""gᵀv must be right to such a share of its size for a random v, so that no part of the gradient is missing.
-
-A wrong gradient is right to the largest share along one direction in a hundred, or along most if the missing part is
-small. So a share counts only where kinks or rounding hide whether the gradient is right to the smaller ones.
-"""
+LEAST_GAP = 1e-3
+"""Relative difference of a product with and without casts that is rounding whatever the precision."""
 
 
 @dataclass(frozen=True)
@@ -94,37 +85,6 @@ class WrongDerivativeError(RuntimeError):
         self.loss = loss
 
 
-@dataclass(frozen=True)
-class Findings:
-    """Result of the comparison in one precision.
-
-    Attributes:
-        gradient: Outcome for the gradient.
-        products: Outcome for the products.
-        directional: The directional derivative gᵀv, and the difference quotient of the loss that is closest to it.
-        product_gap: Smallest relative difference between Hv and differences of the gradient.
-        is_continuous: Whether shorter steps change the loss less.
-        blur: Largest relative difference of numbers that count as equal.
-        precision: The precision in words.
-        facts: Properties of the graphs.
-    """
-
-    gradient: Outcome
-    products: Outcome
-    directional: tuple[float, float]
-    product_gap: float
-    is_continuous: bool
-    blur: float
-    precision: str
-    facts: GraphFacts
-
-    @property
-    def gradient_gap(self) -> float:
-        """Difference of gᵀv and the difference quotient, relative to the larger one."""
-        claimed, found = self.directional
-        return abs(claimed - found) / max(abs(claimed), abs(found), math.ulp(0.0))
-
-
 def verify(
     matrix: CurvatureMatrix,
     batch: WeightedBatch,
@@ -146,8 +106,9 @@ def verify(
         batch: The batch.
         space: The space of vectors over all parameters.
         exact: Whether products come from differentiating twice; else only the gradient is compared.
-        in_finest: Makes a context in which module and batches are in the finest precision of the device, and yields the
-            function from a parameter to its copy there; None: there is no such context.
+        in_finest: Makes a context in which module and batches are in the finest precision of the device (with
+            `without_casts=True` also what the loss casts to another), and yields the function from a parameter to its
+            copy there; None: there is no such context.
         may_fail: Whether an error makes the outcome "undecided"; ranks that evaluate together must raise it.
     """
     attempts: list[tuple[InFinest, bool, bool]] = [(_as_it_is, False, False)]
@@ -160,17 +121,14 @@ def verify(
             continue  # beside the weights is another function
         try:
             samples = batch.cut_at([FEW])[0] if few and batch.length() > FEW else batch
-            with context() as counterpart:
-                parameters = [counterpart(p) for p in matrix.parameters]
-                plain = replace(matrix, parameters=parameters, blocks=(EVERYTHING,))
-                with beside_the_weights(parameters, space) if beside else contextlib.nullcontext():
-                    found.append(_findings(plain, samples, space, exact=exact))
+            subject = _Subject(matrix, samples, space, exact, beside)
+            found.append(_compared(subject, context, has_casts=context is in_finest))
         except Exception as error:
             if not may_fail:
                 raise
             problem = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             continue
-        if found[-1].gradient == found[-1].products == "agrees":
+        if found[-1].agrees:
             found = [found[-1]] if context is not _as_it_is else found
             break
     if not found:
@@ -180,6 +138,73 @@ def verify(
     of_products = _joint(fine.products, coarse.products, hidden=fine.product_gap <= coarse.blur)
     told = coarse if of_gradient == of_products == "agrees" else fine
     return Verification(of_gradient, of_products, _words(told, of_gradient, of_products, exact=exact))
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is compared: the derivatives of the loss of a batch, at the weights or beside them."""
+
+    matrix: CurvatureMatrix
+    batch: WeightedBatch
+    space: VectorSpace
+    exact: bool
+    beside: bool
+
+    def findings(self, context: InFinest) -> Findings:
+        """Compare in the precision of a context."""
+        with self._within(context) as matrix:
+            return findings(matrix, self.batch, self.space, exact=self.exact)
+
+    def findings_without_casts(self, in_finest: InFinest) -> Findings | None:
+        """Compare without the loss's casts to less precise types; None where that tells nothing about the loss.
+
+        The loss may need its casts, backward passes of custom functions may have further ones, and with casts
+        derivatives may be lost that are there without.
+        """
+        context = partial(in_finest, without_casts=True)
+        try:
+            found = self.findings(context)
+            if not found.agrees:
+                return None if found.facts.custom else found
+            with self._within(context) as matrix:
+                line = Line(matrix, self.batch, self.space)
+                expected = self._derivative(matrix, line, line.direction)
+            with self._within(_as_it_is) as matrix:
+                computed = self._derivative(matrix, line, line.direction)
+        except Exception:  # noqa: BLE001 - whatever the user's loss raises
+            return None
+        epsilon = max(matrix.facts.epsilon, *(torch.finfo(p.dtype).eps for p in matrix.parameters))
+        allowed = max(ROUNDING_UNITS * epsilon, LEAST_GAP) * line.norm(expected)
+        return found if line.norm(computed - expected) <= allowed else None
+
+    @contextlib.contextmanager
+    def _within(self, context: InFinest) -> Iterator[CurvatureMatrix]:
+        with context() as counterpart:
+            parameters = [counterpart(p) for p in self.matrix.parameters]
+            matrix = replace(self.matrix, parameters=parameters, blocks=(EVERYTHING,))
+            with beside_the_weights(parameters, self.space) if self.beside else contextlib.nullcontext():
+                yield matrix
+
+    def _derivative(self, matrix: CurvatureMatrix, line: Line, direction: Tensor) -> Tensor:
+        """Return the product with a direction, or the gradient where products are differences of gradients."""
+        if not self.exact:
+            return line.flat(gradient(matrix.loss(self.batch), matrix.parameters))
+        vector = [v.to(p.dtype) for v, p in zip(in_shape(direction, matrix.parameters), matrix.parameters, strict=True)]
+        return line.flat(matrix.make_matvec(self.batch, retain=False)[1](vector))
+
+
+def _compared(subject: _Subject, context: InFinest, *, has_casts: bool) -> Findings:
+    """Compare in a context; without the loss's casts, where they set its precision or make it fail."""
+    try:
+        found = subject.findings(context)
+    except Exception:
+        finer = subject.findings_without_casts(context) if has_casts else None
+        if finer is None:
+            raise
+        return finer
+    if found.is_finest or not has_casts:
+        return found
+    return subject.findings_without_casts(context) or found
 
 
 def _as_it_is() -> AbstractContextManager[Callable[[Tensor], Tensor]]:
@@ -196,73 +221,6 @@ def _joint(fine: Outcome, coarse: Outcome, *, hidden: bool) -> Outcome:
     if fine == "differs":
         return "undecided" if coarse == "agrees" and not hidden else "differs"
     return coarse if fine == "undecided" else fine
-
-
-def _findings(matrix: CurvatureMatrix, batch: WeightedBatch, space: VectorSpace, *, exact: bool) -> Findings:
-    """Compare in the present precision, along one line through the weights."""
-    line = Line(matrix, batch, space)
-    product = line.flat(matrix.make_matvec(batch, retain=False)[1](line.vector())) if exact else None
-    facts = matrix.facts
-    if not exact:
-        facts.add([matrix.loss(batch)])
-
-    epsilon = max(facts.epsilon, *(torch.finfo(p.dtype).eps for p in matrix.parameters))
-    tolerance = 2 * epsilon ** (1 / 3)
-    length, claimed = line.length, line.slope
-    claimed_bend = None if product is None else line.along(product)
-    is_ggn = isinstance(matrix, GaussNewtonMatrix)
-    curves = Comparison(claimed_bend, tolerance, abs) if is_ggn else Comparison(product, tolerance, line.norm)
-    of_random = length / math.sqrt(space.dimension)
-    directional = [Comparison(claimed, share, abs, scale=of_random) for share in SHARES_OF_RANDOM]
-    directional.append(Comparison(claimed, tolerance, abs))
-    bends: Comparison | None = None
-    quotients: list[float] = []
-    changes: list[float] = []
-    of_products: Outcome = "agrees"
-    size = max(line.differences.size, 1.0)
-    longest, *_ = steps = [size * epsilon**exponent for exponent in STEP_EXPONENTS]
-    for step in steps:
-        ahead, curve = line.at(step)
-        behind, down = line.at(-step)
-        curve.sub_(down).div_(2 * step)
-        del down  # before the next two gradients
-        rounding = ROUNDING_UNITS * epsilon / step
-        if isinstance(matrix, GaussNewtonMatrix):
-            bend = output_bend(matrix, batch, line, step, longest)
-            curves.add(bend, 4 * ROUNDING_UNITS * epsilon * abs(line.loss) / longest**2)
-        elif product is not None:
-            curves.add(curve, rounding * length)
-        of_products = "agrees" if product is None else curves.outcome
-        quotients.append((ahead - behind) / (2 * step))
-        changes.append(max(abs(ahead - line.loss), abs(behind - line.loss)))
-        for comparison in directional:
-            comparison.add(quotients[-1], rounding * abs(line.loss))
-        bends = bends or Comparison(
-            line.along(curve) if claimed_bend is None or is_ggn else claimed_bend, tolerance, abs
-        )
-        bends.add((ahead - 2 * line.loss + behind) / step**2, 4 * rounding * abs(line.loss) / step)
-        finest = next((comparison.outcome for comparison in directional if not comparison.is_hidden), "undecided")
-        if finest == of_products == "agrees":
-            break
-    told = (comparison.outcome for comparison in directional if comparison.outcome != "undecided")
-    of_gradient: Outcome = next(told, "undecided")
-    if bends is not None and not facts.is_kinked and all(comparison.is_hidden for comparison in directional):
-        of_gradient = bends.outcome
-    is_fine, device = epsilon <= torch.finfo(torch.float64).eps, matrix.parameters[0].device
-    is_finest = epsilon <= torch.finfo(finest_dtype(device)).eps
-    precision = f"a precision of {epsilon:.1g}" + (f", the finest on {device.type}" if is_finest else "")
-    if of_products == "differs" and facts.is_kinked and not is_fine:
-        of_products = "undecided"  # no step is short enough: the many kinks on its way look like a curvature
-    return Findings(
-        of_gradient,
-        of_products,
-        (claimed, min(quotients, key=lambda quotient: abs(quotient - claimed))),
-        curves.gap,
-        changes[-1] <= max(CONTINUOUS * changes[0], ROUNDING_UNITS * epsilon * abs(line.loss)) or len(changes) == 1,
-        2 * tolerance,  # the tolerance itself, and as much rounding
-        "float64" if is_fine else precision,
-        facts,
-    )
 
 
 def _words(found: Findings, of_gradient: Outcome, of_products: Outcome, *, exact: bool) -> str:

@@ -16,8 +16,9 @@ from lightning_hesd.numerics.analysis import engine
 from lightning_hesd.numerics.inputs.batches import weighted_batches
 from lightning_hesd.numerics.inputs.options import analysis_options
 from lightning_hesd.numerics.operators import self_checks
+from lightning_hesd.numerics.operators.directional import Comparison
 from lightning_hesd.numerics.operators.strategies import AnalysisCache
-from lightning_hesd.numerics.operators.verification import Comparison, Verification
+from lightning_hesd.numerics.operators.verification import Verification
 from tests import cases
 
 
