@@ -155,10 +155,7 @@ def coarse(module: nn.Module, batch: list[Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "loss",
-    [
-        *(summed, class_weighted, contrastive, small_variance_term, by_position, of_a_fixed_size, coarse),
-    ],
+    "loss", [*(summed, class_weighted, contrastive, small_variance_term, by_position, of_a_fixed_size, coarse)]
 )
 def test_other_losses_are_not_merged(
     network: nn.Sequential, batches: list[list[Tensor]], loss: Callable[[nn.Module, list[Tensor]], Tensor]
