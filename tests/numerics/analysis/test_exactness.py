@@ -302,6 +302,8 @@ class TestUndefined:
 
     def test_a_loss_without_gradient_has_none_either(self):
         problem = cases.make("mlp")
+        constant = hessian_spectrum(*problem[:2], lambda m, b: m(b[0]).mean() * 0, strategy="finite_difference")
+        assert constant.reason is not None
         spectrum = hessian_spectrum(*problem[:2], lambda m, batch: problem.loss_fn(m, batch).detach())
         assert spectrum.reason is not None
         assert spectrum.loss > 0
