@@ -21,15 +21,13 @@ SIZES = (12, 12, 12, 8)
 
 @pytest.fixture
 def batches() -> list[list[Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(sum(SIZES), 5, generator=generator), torch.randint(3, (sum(SIZES),), generator=generator)
+    x, y = cases.seeded(lambda: (torch.randn(sum(SIZES), 5), torch.randint(3, (sum(SIZES),))))
     return [list(pair) for pair in zip(x.split(SIZES), y.split(SIZES), strict=True)]
 
 
 @pytest.fixture
 def network() -> nn.Sequential:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    return cases.seeded(lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)), 1)
 
 
 def is_merged(spectrum: Spectrum) -> bool:
@@ -86,10 +84,7 @@ def test_layers_are_those_of_merged_batches(network: nn.Sequential, batches: lis
 
 
 def test_sampling_errors_come_from_the_same_groups(network: nn.Sequential) -> None:
-    generator = torch.Generator().manual_seed(0)
-    batches = [
-        [torch.randn(16, 5, generator=generator), torch.randint(3, (16,), generator=generator)] for _ in range(4)
-    ]
+    batches = cases.seeded(lambda: [[torch.randn(16, 5), torch.randint(3, (16,))] for _ in range(4)])
     together, apart = (
         hessian_spectrum(network, batches, cases.cross_entropy, steps=40, sampling_error=True, batch_size=size)
         for size in ("auto", None)
@@ -100,11 +95,9 @@ def test_sampling_errors_come_from_the_same_groups(network: nn.Sequential) -> No
 
 
 def test_tokens_weigh_merged_batches(network: nn.Sequential) -> None:
-    generator = torch.Generator().manual_seed(2)
-    batches = [
-        {"x": torch.randn(6, 4, 5, generator=generator), "labels": torch.randint(-1, 3, (6, 4), generator=generator)}
-        for _ in range(3)
-    ]
+    batches = cases.seeded(
+        lambda: [{"x": torch.randn(6, 4, 5), "labels": torch.randint(-1, 3, (6, 4))} for _ in range(3)]
+    )
     for batch in batches:
         batch["labels"][batch["labels"] == -1] = -100
 
@@ -121,14 +114,6 @@ def test_tokens_weigh_merged_batches(network: nn.Sequential) -> None:
 # Losses that are no mean over samples ---------------------------------------------------------------------------------
 
 
-def summed(module: nn.Module, batch: list[Tensor]) -> Tensor:
-    return F.cross_entropy(module(batch[0]), batch[1], reduction="sum")
-
-
-def class_weighted(module: nn.Module, batch: list[Tensor]) -> Tensor:
-    return F.cross_entropy(module(batch[0]), batch[1], weight=torch.tensor([1.0, 5.0, 0.2], dtype=batch[0].dtype))
-
-
 def contrastive(module: nn.Module, batch: list[Tensor]) -> Tensor:
     outputs = module(batch[0])
     return F.cross_entropy(outputs @ outputs.T, torch.arange(len(outputs)))
@@ -139,28 +124,28 @@ def small_variance_term(module: nn.Module, batch: list[Tensor]) -> Tensor:
     return F.cross_entropy(outputs, batch[1]) + 1e-3 * outputs.var(0).sum()
 
 
-def by_position(module: nn.Module, batch: list[Tensor]) -> Tensor:
-    return cases.cross_entropy(module, batch) * (1 + position_in_epoch() % 2)
-
-
 def of_a_fixed_size(module: nn.Module, batch: list[Tensor]) -> Tensor:
     if len(batch[0]) > 12:
-        msg = "a batch of 12 at most"
-        raise ValueError(msg)
+        raise ValueError("a batch of 12 at most")
     return cases.cross_entropy(module, batch)
 
 
-def coarse(module: nn.Module, batch: list[Tensor]) -> Tensor:
-    return F.cross_entropy(module(batch[0]).bfloat16(), batch[1])
+LOSSES: dict[str, Callable[[nn.Module, list[Tensor]], Tensor]] = {
+    "summed": lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="sum"),
+    "class weights": lambda m, b: F.cross_entropy(m(b[0]), b[1], torch.tensor([1.0, 5.0, 0.2], dtype=b[0].dtype)),
+    "contrastive": contrastive,
+    "small variance term": small_variance_term,
+    "by position": lambda m, b: cases.cross_entropy(m, b) * (1 + position_in_epoch() % 2),
+    "of a fixed size": of_a_fixed_size,
+    "coarse": lambda m, b: F.cross_entropy(m(b[0]).bfloat16(), b[1]),
+}
 
 
-@pytest.mark.parametrize(
-    "loss", [*(summed, class_weighted, contrastive, small_variance_term, by_position, of_a_fixed_size, coarse)]
-)
-def test_other_losses_are_not_merged(
-    network: nn.Sequential, batches: list[list[Tensor]], loss: Callable[[nn.Module, list[Tensor]], Tensor]
-) -> None:
-    found, expected = (hessian_spectrum(network, batches, loss, steps=10, batch_size=size) for size in ("auto", None))
+@pytest.mark.parametrize("name", LOSSES)
+def test_other_losses_are_not_merged(network: nn.Sequential, batches: list[list[Tensor]], name: str) -> None:
+    found, expected = (
+        hessian_spectrum(network, batches, LOSSES[name], steps=10, batch_size=size) for size in ("auto", None)
+    )
     assert not is_merged(found)
     assert found.nodes.tolist() == expected.nodes.tolist()
 
@@ -171,15 +156,11 @@ def test_a_term_that_is_flat_at_the_weights_is_found_beside_them(
     """With a last layer of zeros all outputs are zero, and so are their variance and its gradient."""
     nn.init.zeros_(network[2].weight)
     nn.init.zeros_(network[2].bias)
-    spectrum = hessian_spectrum(network, batches, small_variance_term, steps=10)
-    assert not is_merged(spectrum)
+    assert not is_merged(hessian_spectrum(network, batches, small_variance_term, steps=10))
 
 
-def test_in_training_mode_batches_stay_as_they_are(network: nn.Sequential, batches: list[list[Tensor]]) -> None:
+def test_batches_of_training_mode_or_with_other_shapes_stay_as_they_are(network: nn.Sequential, batches: Any) -> None:
     assert not is_merged(hessian_spectrum(network, batches, cases.cross_entropy, steps=5, mode="train"))
-
-
-def test_batches_with_other_shapes_stay_as_they_are(network: nn.Sequential) -> None:
     batches = [[torch.randn(4, n, 5), torch.randint(3, (4,))] for n in (2, 3)]
 
     def loss(module: nn.Module, batch: list[Tensor]) -> Tensor:
