@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -65,6 +67,21 @@ def case_hessian(name: str) -> Tensor:
 def case_eigenvalues(name: str) -> np.ndarray:
     """Return the eigenvalues of this Hessian, ascending."""
     return torch.linalg.eigvalsh(case_hessian(name)).numpy()
+
+
+def cross_entropy_hessians(module: nn.Module, x: Tensor, y: Tensor, chunk_size: int | None = None) -> Tensor:
+    """Return the Hessians of the losses of all x[i], which are samples or batches, shape (len(x), n, n)."""
+    parameters = dict(module.named_parameters())
+
+    def loss(flat: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        parts = flat.split([p.numel() for p in parameters.values()])
+        values = {name: part.view_as(p) for (name, p), part in zip(parameters.items(), parts, strict=True)}
+        return F.cross_entropy(functional_call(module, values, (x,)), y)
+
+    flat = torch.cat([p.detach().flatten() for p in parameters.values()])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)  # PyTorch's own
+        return torch.func.vmap(torch.func.hessian(loss), (None, 0, 0), chunk_size=chunk_size)(flat, x, y)
 
 
 def hausdorff(first: Any, second: Any) -> float:

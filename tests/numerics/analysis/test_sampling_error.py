@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import warnings
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lightning_hesd import hessian_spectrum
 from lightning_hesd.numerics.analysis.sampling_error import sampling_error
@@ -20,7 +18,7 @@ from lightning_hesd.numerics.krylov.lanczos import Lanczos
 from lightning_hesd.numerics.operators.curvature import HessianMatrix
 from lightning_hesd.numerics.operators.diagonal_block import DiagonalBlock
 from lightning_hesd.numerics.operators.risk_operator import RiskOperator
-from tests import cases, example_spectra
+from tests import cases, example_spectra, oracles
 from tests.ranks import in_threads
 
 Batch = tuple[Tensor, Tensor]
@@ -55,18 +53,8 @@ def trained() -> nn.Module:
 
 def extremes(batches: list[Batch]) -> np.ndarray:
     """Smallest and largest eigenvalue and their ratio, a row for each batch."""
-    module = trained()
-    parameters = dict(module.named_parameters())
-    flat = torch.cat([p.detach().flatten() for p in parameters.values()])
-
-    def loss(flat: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        parts = flat.split([p.numel() for p in parameters.values()])
-        values = {name: part.view_as(p) for (name, p), part in zip(parameters.items(), parts, strict=True)}
-        return F.cross_entropy(functional_call(module, values, (x,)), y)
-
     x, y = map(torch.stack, zip(*batches, strict=True))
-    hessians = torch.func.vmap(torch.func.hessian(loss), (None, 0, 0), chunk_size=8)(flat, x, y)
-    values = torch.linalg.eigvalsh(hessians).numpy()
+    values = torch.linalg.eigvalsh(oracles.cross_entropy_hessians(trained(), x, y, chunk_size=8)).numpy()
     return np.stack([values[:, 0], values[:, -1], values[:, 0] / values[:, -1]], axis=1)
 
 
@@ -84,9 +72,7 @@ def fields(spectrum: Any, kind: str) -> np.ndarray:
 @functools.cache
 def brute_force() -> tuple[np.ndarray, np.ndarray]:
     """Standard deviations over samples, and biases against a sample forty times as large."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)  # PyTorch's own
-        values, [limit] = extremes([draw(SAMPLES, 100 + seed) for seed in range(64)]), extremes([draw(40 * SAMPLES, 9)])
+    values, [limit] = extremes([draw(SAMPLES, 100 + seed) for seed in range(64)]), extremes([draw(40 * SAMPLES, 9)])
     return values.std(axis=0, ddof=1), values.mean(axis=0) - limit
 
 
