@@ -68,7 +68,7 @@ def custom(name: str, forward: Callable[..., Any], backward: Callable[..., Any])
         return backward(gradient, *ctx.saved_tensors)
 
     methods = {"forward": staticmethod(run), "backward": staticmethod(pull_back)}
-    return type(name, (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
+    return type(name, (torch.autograd.Function,), methods).apply
 
 
 class OnceDifferentiable(torch.autograd.Function):

@@ -52,6 +52,25 @@ def dense_hessian(
         return torch.autograd.functional.hessian(mean_loss, point, vectorize=True)
 
 
+def dense_gauss_newton(module: nn.Module, batches: Sequence[Any], output_loss: Callable[[Any, Any], Tensor]) -> Tensor:
+    """Return Jᵀ (∂²L/∂o²) J of the mean loss, from Jacobians and Hessians written out, shape (n, n)."""
+    chosen = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    terms = []
+    for batch in batches:
+
+        def outputs(*values: Tensor, batch: Any = batch) -> Tensor:
+            return functional_call(module, dict(zip(chosen, values, strict=True)), (batch[0],)).flatten()
+
+        def loss(flat: Tensor, batch: Any = batch) -> Tensor:
+            return output_loss(flat.view(module(batch[0]).shape), batch)
+
+        parts = torch.autograd.functional.jacobian(outputs, tuple(chosen.values()), vectorize=True)
+        jacobian = torch.cat([part.flatten(1) for part in parts], dim=1)
+        curvature = torch.autograd.functional.hessian(loss, outputs(*chosen.values()), vectorize=True)
+        terms.append(len(batch[0]) * jacobian.T @ curvature @ jacobian)
+    return sum(terms) / sum(len(batch[0]) for batch in batches)
+
+
 def eigenvalues(*problem: Any, **options: Any) -> np.ndarray:
     """Return the eigenvalues of the dense Hessian, ascending; the arguments are those of `dense_hessian`."""
     return torch.linalg.eigvalsh(dense_hessian(*problem, **options)).numpy()

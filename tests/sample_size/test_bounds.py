@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev
 
 from lightning_hesd.sample_size.bounds import (
     bias_norm,
@@ -44,12 +44,9 @@ def network(layers: int, scale: float, seed: int, *, biased: bool, relu_on_logit
 
 def dense_terms(module: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The G-term and the whole Hessian of one sample."""
-    parameters = {name: p.detach() for name, p in module.named_parameters()}
-    blocks = jacrev(lambda values: functional_call(module, values, (x[None],))[0])(parameters)
-    jacobian = torch.cat([block.flatten(1) for block in blocks.values()], dim=1)
-    softmax = module(x[None])[0].detach().softmax(0)
-    ggn = jacobian.T @ (torch.diag(softmax) - torch.outer(softmax, softmax)) @ jacobian
-    return ggn, oracles.dense_hessian(module, [(x[None], y[None])], problems.cross_entropy)
+    batches = [(x[None], y[None])]
+    ggn = oracles.dense_gauss_newton(module, batches, lambda outputs, batch: F.cross_entropy(outputs, batch[1]))
+    return ggn, oracles.dense_hessian(module, batches, problems.cross_entropy)
 
 
 class Case(NamedTuple):

@@ -28,6 +28,7 @@ OUT_OF_RANGE = [
     ("steps", True, r"`steps` must be a positive integer, got True"),
     ("probes", 0, r"`probes` must be a positive integer, got 0"),
     ("seed", -1, r"`seed` must be a non-negative integer, got -1"),
+    ("confidence", 0.0, r"`confidence` must lie between 0 and 1, got 0\.0"),
     ("confidence", 1, r"`confidence` must lie between 0 and 1, got 1"),
     ("confidence", "high", r"`confidence` must lie between 0 and 1, got 'high'"),
     ("confidence", math.nan, r"`confidence` must lie between 0 and 1"),
@@ -41,11 +42,10 @@ OUT_OF_RANGE = [
         ("tolerance", value, rf"`tolerance` must be a number between 0 and 1, 'type', 'auto' or None, got {value!r}")
         for value in (0.0, 1.0, True, "fine")
     ],
-    (
-        "memory_budget",
-        1e9,
-        r"`memory_budget` must be a positive integer, a number of bytes, or None, got 1000000000\.0",
-    ),
+    *[
+        ("memory_budget", value, f"`memory_budget` must be a positive integer, a number of bytes, or None, got {value}")
+        for value in (0, 1e9, True)
+    ],
     ("batch_size", 2.5, r"`batch_size` must be a positive integer or 'auto'"),
     ("batch_size", "most", r"`batch_size` must be a positive integer or 'auto'"),
     ("batch_weight", "words", 'must be a function of the batch, "tokens" or None'),
@@ -154,6 +154,7 @@ class TestLoss:
         [
             (None, "a scalar tensor, got NoneType"),
             ({"loss": torch.zeros(())}, "a scalar tensor, got dict"),
+            (torch.zeros(2, 1), r"a scalar tensor, the mean over the batch; got shape \(2, 1\)"),
             (torch.zeros(0), r"a scalar tensor, the mean over the batch; got shape \(0,\)"),
         ],
     )

@@ -90,11 +90,10 @@ class TestRounding:
     @pytest.mark.parametrize(
         "make",
         [
-            *(
-                functools.partial(cases.regression, *sizes, torch.float32)
-                for sizes in [((8,), 30, 2), ((100,), 1000, 10)]
-            ),
-            *(functools.partial(softmax_head, *sizes) for sizes in [(30, 3, 5), (1000, 5, 40)]),
+            functools.partial(cases.regression, (8,), 30, 2, torch.float32),
+            functools.partial(cases.regression, (100,), 1000, 10, torch.float32),
+            functools.partial(softmax_head, 30, 3, 5),
+            functools.partial(softmax_head, 1000, 5, 40),
         ],
         ids=lambda make: f"{make.func.__name__} {make.args}",
     )

@@ -65,7 +65,7 @@ class TestAgainstTheTruth:
         torch.testing.assert_close(scaled, whole / 4, rtol=0, atol=1e-15)
 
 
-def everything(module: nn.Module) -> tuple[list[Any], ...]:
+def everything(module: nn.Module) -> Any:
     """Parameters, gradients, buffers, modes and random number generators."""
     parameters = list(module.parameters())
     gradients = [None if p.grad is None else p.grad.tolist() for p in parameters]

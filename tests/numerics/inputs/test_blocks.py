@@ -63,10 +63,8 @@ class TestFunctionalBlocks:
         assert list(names(module)) == ["scale", "shift", "inner"]
 
     def test_shared_parameters_belong_to_the_first(self):
-        assert names(shared_twice().module) == {
-            "first": ["first.weight", "first.bias"],
-            "last": ["last.weight", "last.bias"],
-        }
+        expected = {layer: [f"{layer}.weight", f"{layer}.bias"] for layer in ("first", "last")}
+        assert names(shared_twice().module) == expected
         tied = cases.make("tied").module
         assert names(tied) == {"embedding": ["embedding.weight"], "mix": ["mix.weight", "mix.bias"]}
         assert names(tied, ["output"]) == {"output": ["embedding.weight"]}
@@ -186,8 +184,8 @@ def test_every_option_does_for_blocks_what_it_does_for_all(options):
         options = {"preconditioner": {n: 0.5 + torch.rand_like(p) for n, p in module.named_parameters()}}
     spectra = layer_spectra(module, batches, cases.cross_entropy, steps=10, **options)
     for name, spectrum in spectra.items():
-        options["parameters"] = lambda n, p, own=name: n.startswith(own)
-        alone = hessian_spectrum(module, batches, cases.cross_entropy, steps=10, **options)
+        chosen = {"parameters": lambda n, p, own=name: n.startswith(own), **options}
+        alone = hessian_spectrum(module, batches, cases.cross_entropy, steps=10, **chosen)
         tolerance = 1e-6 if options.get("strategy") else 1e-11
         np.testing.assert_allclose(spectrum.nodes, alone.nodes, rtol=0, atol=tolerance)
         assert (spectrum.c_t_sampling_error is None) == (alone.c_t_sampling_error is None)

@@ -127,6 +127,7 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "COO, not coalesced": (lambda: torch.sparse_coo_tensor([[0, 0], [1, 1]], [1.0, 2.0]), times_three),
     "CSR": (lambda: torch.eye(4).to_sparse_csr(), times_three),
     "CSR, more elements": (lambda: torch.eye(4).to_sparse_csr(), lambda t: t.add_(torch.ones(4, 4).to_sparse_csr())),
+    "CSC": (lambda: torch.eye(4).to_sparse_csc(), times_three),
     "BSR": (lambda: torch.eye(4).to_sparse_bsr((2, 2)), times_three),
     "frozen and sparse": (lambda: nn.Parameter(torch.eye(4).to_sparse(), requires_grad=False), times_three),
     "nested": (lambda: nested(torch.strided), times_three),

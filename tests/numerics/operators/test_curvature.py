@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_hesd import Spectrum, hessian_spectrum
@@ -97,29 +96,10 @@ def unit_vectors(dimension: int, count: int = 10) -> Tensor:
     return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
 
 
-def dense_gauss_newton(module: nn.Module, batches: list[Any], output_loss: Loss) -> Tensor:
-    """Jᵀ (∂²L/∂o²) J, from Jacobians and Hessians written out."""
-    chosen = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
-    terms = []
-    for batch in batches:
-
-        def outputs(*values: Tensor, batch: Any = batch) -> Tensor:
-            return functional_call(module, dict(zip(chosen, values, strict=True)), (batch[0],)).flatten()
-
-        def loss(flat: Tensor, batch: Any = batch) -> Tensor:
-            return output_loss(flat.view(outputs_of(module, batch).shape), batch)
-
-        parts = torch.autograd.functional.jacobian(outputs, tuple(chosen.values()), vectorize=True)
-        jacobian = torch.cat([part.flatten(1) for part in parts], dim=1)
-        curvature = torch.autograd.functional.hessian(loss, outputs(*chosen.values()), vectorize=True)
-        terms.append(len(batch[0]) * jacobian.T @ curvature @ jacobian)
-    return sum(terms) / sum(len(batch[0]) for batch in batches)
-
-
 @pytest.mark.parametrize("case", CASES)
 class TestParts:
     def test_gauss_newton_is_the_dense_one(self, case):
-        expected = dense_gauss_newton(*problem(case))
+        expected = oracles.dense_gauss_newton(*problem(case))
         found = dense(operator(case, "ggn"))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-13 * float(expected.abs().max()))
 
@@ -262,7 +242,7 @@ def test_real_weights_that_are_seen_as_complex_ones(matrix: str) -> None:
         dense, options = oracles.dense_hessian(twin, batches, cases.squared_error), {}
     else:
         options = {"output_fn": outputs_of, "output_loss": squared_error}
-        dense = dense_gauss_newton(twin, batches, squared_error)
+        dense = oracles.dense_gauss_newton(twin, batches, squared_error)
     module = SpectralFilter(torch.view_as_complex)
     spectrum = hessian_spectrum(module, batches, cases.squared_error, matrix=matrix, steps=len(dense), **options)
     eigenvalues = torch.linalg.eigvalsh(dense)
